@@ -1,0 +1,188 @@
+"""The command line: a sub-command per verb, an option per field. Knows no method, and imports no torch for help."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib
+import json
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from bezoar import registry
+from bezoar.errors import UserError
+from bezoar.run import Input, Settings, Takes, execute, find, typed, verb_name
+
+VERBS = ("poison", "train", "evaluate", "scan", "demo")
+POSITIONAL = {"poison": ("data",), "train": ("data",), "evaluate": ("encoder", "test"), "scan": ("data",)}
+
+
+def option(hint: Any, positional: bool) -> Any:
+    """A verb's annotated field -> the same for tyro: inputs are texts, the note is the help."""
+    base, *marks = typing.get_args(hint)
+    note = next((m for m in marks if isinstance(m, str)), "")
+    takes = any(isinstance(m, Takes) for m in marks)
+    if takes:
+        base = tuple[str, ...] if base == tuple[Input, ...] else str
+    conf = [tyro.conf.Positional] if positional else []
+    return Annotated[base, *conf, tyro.conf.arg(help=note)]
+
+
+def command(name: str) -> type:
+    """The command-line form of a verb: its fields, then the options that every verb has."""
+    verb = getattr(importlib.import_module(f"bezoar.verbs.{name}"), name.title())
+    hints = typing.get_type_hints(verb, include_extras=True)
+    fields: list[tuple] = []
+    for f in dataclasses.fields(verb):
+        kind = option(hints[f.name], f.name in POSITIONAL.get(name, ()))
+        default = f.default
+        if default is None:
+            base, *rest = typing.get_args(kind)
+            kind = Annotated[base | None, *rest]
+        if isinstance(default, Path):
+            default = str(default)
+        fields.append((f.name, kind) if default is dataclasses.MISSING else (f.name, kind, default))
+    common: list[tuple] = [
+        ("runs", Annotated[Path, tyro.conf.arg(help="directory of the runs")], Path("runs")),
+        ("seed", Annotated[int, tyro.conf.arg(help="of everything random")], 0),
+        ("device", Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1")], "auto"),
+        ("dry", Annotated[bool, tyro.conf.arg(help="print what would be run, and stop")], False),
+        ("fresh", Annotated[bool, tyro.conf.arg(help="run again even if a finished run answers this")], False),
+        ("json", Annotated[bool, tyro.conf.arg(help="print the manifest as one JSON object")], False),
+    ]
+    if name == "poison":
+        fields = [(f[0], Annotated[str | None, *typing.get_args(f[1])[1:]], None) if f[0] == "data" else f for f in fields]
+        common.append(
+            ("verify", Annotated[str | None, tyro.conf.arg(help="RUN: derive its plan anew, compare bit by bit")], None)
+        )
+    made = dataclasses.make_dataclass(name.title(), fields + common, frozen=True)
+    made.__doc__ = verb.__doc__
+    made.verb = verb  # type: ignore[attr-defined]
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """What there is, with every field: all methods, or those of one kind."""
+
+    kind: Annotated[Literal[tuple(registry.KINDS)] | None, tyro.conf.Positional] = None  # type: ignore[valid-type]
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """What a run found: its metrics with n and interval, and where its report is."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run's directory, or the start of its name")]
+    runs: Path = Path("runs")
+    json: bool = False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, print. Returns the exit status: 0 done, 1 a bug, 2 the user's input, 130 interrupted."""
+    try:
+        commands: dict[str, Any] = {name: command(name) for name in VERBS}
+        asked = tyro.extras.subcommand_cli_from_dict(
+            {**commands, "list": List, "show": Show},  # type: ignore[dict-item]
+            prog="bezoar",
+            description="Is this data set poisoned, is this encoder backdoored, and what now?",
+            args=arguments,
+        )
+        if isinstance(asked, List):
+            return show_methods(asked)
+        if isinstance(asked, Show):
+            return show_run(asked)
+        return carry_out(asked)
+    except UserError as error:
+        print(f"bezoar: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bezoar: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            print(f"bezoar: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
+            return 2
+        raise
+
+
+def carry_out(asked: Any) -> int:
+    """Run the verb that was asked for; stdout ends with its directory, or is its manifest."""
+    if getattr(asked, "verify", None):
+        return verify(asked)
+    values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked.verb)}
+    if values.get("data", "") is None:
+        raise UserError("name the DATA to poison, or --verify RUN")
+    verb = asked.verb(**values)
+    if asked.dry:
+        print(json.dumps({"verb": verb_name(verb), **typed(verb)}, indent=1))
+        return 0
+    run = execute(verb, Settings(asked.runs, asked.seed, asked.device, asked.fresh, quiet=False))
+    if asked.json:
+        print(json.dumps(run.manifest, indent=1, ensure_ascii=False))
+        return 0
+    table(run.manifest)
+    print(f"report: {run.path / 'report.html'}")
+    print(run.path)
+    return 0
+
+
+def verify(asked: Any) -> int:
+    """`bezoar poison --verify RUN`."""
+    from bezoar.verbs.poison import verify as derive_again
+
+    run = find(asked.runs, asked.verify)
+    if run is None:
+        raise UserError(f"no run {asked.verify!r} in {asked.runs}")
+    found = derive_again(run)
+    print(json.dumps(found) if asked.json else f"{run.name} verifies: {found['records']} records, plan {found['plan']}")
+    return 0
+
+
+def show_run(asked: Show) -> int:
+    """`bezoar show RUN`."""
+    run = find(asked.runs, asked.run)
+    if run is None:
+        raise UserError(f"no run {asked.run!r} in {asked.runs}")
+    manifest = run.manifest
+    if asked.json:
+        print(json.dumps(manifest, indent=1, ensure_ascii=False))
+        return 0
+    print(f"{run.name}: {manifest['status']}" + (f" ({manifest['error']})" if manifest.get("error") else ""))
+    table(manifest)
+    print(f"report: {run.path / 'report.html'}")
+    return 0
+
+
+def table(manifest: dict) -> None:
+    """Metrics with n and 95 % interval."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = Table("metric", "value", "95 % interval", "n", box=None, pad_edge=False)
+    for name, m in manifest["metrics"].items():
+        rows.add_row(name, f"{m['value']:.4g}", f"{m['low']:.4g} .. {m['high']:.4g}", str(m["n"]))
+    Console(soft_wrap=True).print(rows)
+
+
+def show_methods(asked: List) -> int:
+    """`bezoar list [KIND]`."""
+    kinds = [asked.kind] if asked.kind else list(registry.KINDS)
+    found = {
+        kind: [registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{n}.py") for n in registry.names(kind)]
+        for kind in kinds
+    }
+    if asked.json:
+        print(json.dumps({k: [dataclasses.asdict(d) for d in v] for k, v in found.items()}, indent=1))
+        return 0
+    for kind, methods in found.items():
+        print(kind)
+        for d in methods:
+            print(f"  {d.name}: {d.summary}")
+            for name, hint, default, text in d.fields if asked.kind else ():
+                print(f"      {name}: {hint}{' = ' + default if default else ''}  {text}")
+    return 0

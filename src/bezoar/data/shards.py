@@ -1,0 +1,25 @@
+"""Image-caption records streamed from webdataset tars in img2dataset's layout (Beaumont 2021), nothing kept in memory."""
+
+from typing import Annotated, Literal
+
+from bezoar.reading import check_fields
+from bezoar.registry import method
+from bezoar.shards import Shards as Source
+from bezoar.shards import expand
+
+
+@method
+class Shards:
+    """`shards:"cc/{00000..00331}.tar"`: a path, a folder, a glob or a brace list."""
+
+    path: Annotated[str, "tar, folder, glob, or brace list such as cc/{00000..00331}.tar"]
+    size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
+    captions: Annotated[Literal["first", "all"], "one record an image, or one a caption (id#0, id#1 ...)"] = "first"
+    limit: Annotated[int | None, "read at most so many records"] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self.size, self.limit)
+
+    def __call__(self) -> Source:
+        """-> bezoar.shards.Shards; `report` says what could not be read. Raises UserError when a tar is missing."""
+        return Source(expand(self.path), self.size, self.captions, self.limit)

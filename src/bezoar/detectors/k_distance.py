@@ -1,0 +1,33 @@
+"""Distance to the k-th nearest image: poisons sit alone (k-dist in Huang et al., ICLR 2025, arXiv 2502.01385)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from bezoar.neighbors import Density, pool_size
+from bezoar.registry import method
+from bezoar.scores import Scores
+
+
+@method
+class KDistance:
+    """k-dist(x) = r_k(x), Euclidean between image embeddings (unit rows), to a fixed pool of the scanned records.
+
+    The score inverts once more than k poisons of one kind are in the pool; see `bezoar.neighbors.pool_size`.
+    """
+
+    k: Annotated[int, "which neighbour"] = 16
+    pool: Annotated[int, "records compared against; 0 = k / (2 rate), at least 2 k"] = 0
+    rate: Annotated[float, "largest poison rate to plan for; sets the pool"] = 0.01
+    seed: Annotated[int, "of the choice of the pool"] = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.pool < 0 or not 0 < self.rate <= 1:
+            raise ValueError(f"needs k >= 1, pool >= 0, 0 < rate <= 1; got {self.k}, {self.pool}, {self.rate}")
+
+    def __call__(self, encoder: Any, source: Any) -> Scores:
+        """-> Scores in [0, 2]; a lonely record is suspicious."""
+        e = encoder.embed(source)
+        size = self.pool or pool_size(self.k, self.rate, len(e.ids))
+        density = Density.measure(e.images.to(encoder.device), e.ids, self.k, size, self.seed)
+        return Scores(e.ids, density.distance[:, -1].float().cpu())

@@ -1,0 +1,215 @@
+"""Occlude and transplant: does one window of an image carry its caption to foreign images? (ours; cf. STRIP, Gao et al. 2019)
+
+A caption belongs to a whole scene; a trigger carries its caption alone. Round one finds, for each pair, the window whose
+occlusion costs the caption most, pastes it on other images of the set and asks how much closer they come to the caption.
+Round two looks, among the strongest windows, for one direction in which many of them move every image: poisons of one
+backdoor share it. Needs the encoder that was trained on the suspect data. It does not count neighbours, so neither the
+number of poisons nor a pool's size inverts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bezoar.errors import UserError
+from bezoar.neighbors import pool
+from bezoar.pairs import load
+from bezoar.registry import method
+from bezoar.scores import Scores
+
+CELLS = {"cpu": 1 << 21, "cuda": 1 << 25}  # pixel values of one batch of altered images
+SAME = 0.9  # cosine of two shifts from which they are one direction
+ALIKE = 0.5  # correlation of two windows, at their best offset, from which they show the same pattern
+SUPPORT = 5  # records a direction must have
+MOST = 2000  # windows compared with one another in round two
+
+
+@method
+class Transplant:
+    """Score = median over k hosts of cos(f(host with the window), caption) - cos(f(host), caption), then round two.
+
+    The window is searched on a grid of window-sized steps; the `cascade` share of the pairs with the largest loss of
+    cosine is refined by steps of `stride` and transplanted, the rest ranks below it by its loss. Costs about
+    N x ((1 / window)^2 + cascade x (8 + k)) forward passes.
+    """
+
+    window: Annotated[float, "side of the window as a share of the image's"] = 0.25
+    stride: Annotated[float, "step of the refinement as a share of the window"] = 0.5
+    k: Annotated[int, "images that each window is pasted on"] = 12
+    cascade: Annotated[float, "share of the pairs that is refined and transplanted"] = 0.5
+    strongest: Annotated[float, "share of the pairs searched for a common direction; 0 = round one alone"] = 0.02
+    seed: Annotated[int, "of the choice of the hosts"] = 0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "stride", "cascade"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1]; got {getattr(self, name)}")
+        if self.k < 1 or not 0 <= self.strongest <= 1:
+            raise ValueError(f"needs k >= 1 and strongest in [0, 1]; got {self.k}, {self.strongest}")
+
+    @torch.inference_mode()
+    def __call__(self, encoder: Any, source: Any) -> Scores:
+        """-> Scores; about 0 or less where the window means nothing to other images."""
+        pairs, e = load(source), encoder.embed(source)
+        if e.texts is None:
+            raise UserError("detector 'transplant' needs captions; the scanned data or the encoder has none")
+        if len(pairs) <= self.k:
+            raise UserError(f"detector 'transplant' needs more than k={self.k} pairs; there are {len(pairs)}")
+        images, texts = pairs.images.to(encoder.device), e.texts.to(encoder.device)
+        side = max(1, round(self.window * min(images.shape[-2:])))
+        whole = (e.images.to(encoder.device) * texts).sum(1)
+        place, left = occlude(encoder, images, texts, grid(images.shape[-2:], side)[None], side)
+        loss = whole - left
+        kept = _first(loss, e.ids, math.ceil(self.cascade * len(pairs)))
+        step = max(1, round(self.stride * side))
+        around = refined(place[kept], step, images.shape[-2:], side)
+        place[kept], left[kept] = occlude(encoder, images[kept], texts[kept], around, side)
+        hosts = _hosts(loss, e.ids, self.k, self.seed)
+        gain, shift = paste(encoder, images, texts, place, side, kept, hosts, e.images.to(encoder.device)[hosts])
+        score = robust(gain)
+        if self.strongest:
+            count = min(len(kept), MOST, math.ceil(self.strongest * len(pairs)))
+            top = _first(gain, [e.ids[i] for i in kept.tolist()], count)
+            windows = crop(images[kept[top]], place[kept[top]], side)
+            direction = common(shift[top], windows)
+            if direction is not None:
+                score = torch.maximum(score, robust(shift @ direction))
+        values = loss - loss.max() + score.min()
+        values[kept] = score
+        return Scores(e.ids, values.float().cpu())
+
+
+def grid(shape: tuple[int, int] | torch.Size, side: int) -> Tensor:
+    """Top left corners of the fewest evenly spread windows that cover an image: int64 (G, 2), rows then columns."""
+    axes = [
+        torch.linspace(0, n - side, math.ceil(n / side), dtype=torch.float64).round().long()
+        if n > side
+        else torch.zeros(1).long()
+        for n in shape
+    ]
+    return torch.cartesian_prod(*axes)
+
+
+def refined(place: Tensor, step: int, shape: tuple[int, int] | torch.Size, side: int) -> Tensor:
+    """Corners (N, 2) -> (N, 9, 2): each and its eight neighbours at a step, kept inside the image."""
+    offsets = torch.tensor([0, -step, step], device=place.device)
+    around = place[:, None] + torch.cartesian_prod(offsets, offsets)
+    limit = torch.tensor(shape, device=place.device) - side
+    return torch.minimum(around.clamp(min=0), limit)
+
+
+def occlude(encoder: Any, images: Tensor, texts: Tensor, places: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The window (of G a pair) without which image and caption agree least, filled with the image's mean colour.
+
+    images: uint8 (N, 3, H, W). texts: (N, D). places: int64 (N or 1, G, 2). -> corners (N, 2), cosines (N,) left.
+    """
+    places = places.to(images.device).expand(len(images), -1, -1)
+    best, left = [], []
+    for rows in _chunks(images, places.shape[1]):
+        x, p = images[rows], places[rows]
+        mean = x.float().mean((2, 3), keepdim=True).round().to(torch.uint8)
+        altered = torch.where(inside(p, side, x.shape[-2:]), mean[:, None], x[:, None])
+        z = encoder.images(altered.flatten(0, 1)).unflatten(0, p.shape[:2])
+        cosine, which = (z * texts[rows, None]).sum(-1).min(1)
+        best.append(p[torch.arange(len(p), device=p.device), which])
+        left.append(cosine)
+    return torch.cat(best), torch.cat(left)
+
+
+def paste(
+    encoder: Any, images: Tensor, texts: Tensor, place: Tensor, side: int, rows: Tensor, hosts: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each row's window on every host, at its own place.
+
+    hosts: rows (K,), z: their embeddings. -> (lower) median gain in cosine to the row's caption over the hosts, a row not
+    its own host (R,); mean shift of the hosts (R, D).
+    """
+    gains, shifts = [], []
+    for part in _chunks(images[rows], len(hosts)):
+        i = rows[part]
+        mask = inside(place[i, None], side, images.shape[-2:])
+        altered = torch.where(mask, images[i, None], images[None, hosts])
+        shift = encoder.images(altered.flatten(0, 1)).unflatten(0, (len(i), len(hosts))) - z
+        gain = (shift * texts[i, None]).sum(-1)
+        gains.append(gain.masked_fill(i[:, None] == hosts, torch.nan).nanmedian(1).values)
+        shifts.append(shift.mean(1))
+    return torch.cat(gains), torch.cat(shifts)
+
+
+def inside(places: Tensor, side: int, shape: tuple[int, int] | torch.Size) -> Tensor:
+    """Corners (N, G, 2) -> bool (N, G, 1, H, W): the pixels of each window."""
+    masks = []
+    for axis, n in enumerate(shape):
+        offset = torch.arange(n, device=places.device) - places[..., axis, None]
+        masks.append((offset >= 0) & (offset < side))
+    return (masks[0][..., :, None] & masks[1][..., None, :])[:, :, None]
+
+
+def crop(images: Tensor, place: Tensor, side: int) -> Tensor:
+    """The windows themselves: uint8 (N, 3, side, side)."""
+    steps = torch.arange(side, device=images.device)
+    y, x = place[:, 0, None] + steps, place[:, 1, None] + steps
+    return images[torch.arange(len(images), device=images.device)[:, None, None], :, y[:, :, None], x[:, None]].permute(
+        0, 3, 1, 2
+    )
+
+
+def common(shift: Tensor, windows: Tensor) -> Tensor | None:
+    """The direction in which the most windows that look alike move the hosts: unit (D,), or None below `SUPPORT` windows.
+
+    shift: (M, D). windows: uint8 (M, 3, w, w). Two windows agree when their shifts have a cosine above `SAME` and their
+    pixels correlate above `ALIKE` at the best offset.
+    """
+    v = F.normalize(shift, dim=1)
+    agree = (v @ v.T > SAME) & (correlation(windows) > ALIKE)
+    agree.fill_diagonal_(True)
+    support = agree.sum(1)
+    if int(support.max()) < SUPPORT:
+        return None
+    return F.normalize(v[agree[int(support.argmax())]].mean(0), dim=0)
+
+
+def correlation(windows: Tensor) -> Tensor:
+    """Largest normalised circular cross-correlation of every two windows, (M, M), over all offsets and three channels."""
+    x = windows.float().flatten(1)
+    x = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-3).view(windows.shape)
+    spectrum = torch.fft.rfft2(x)
+    rows = max(1, (1 << 22) // (len(x) * x[0].numel()))
+    best = [
+        torch.fft.irfft2((spectrum[i : i + rows, None] * spectrum.conj()).sum(2), s=x.shape[-2:]).amax((2, 3))
+        for i in range(0, len(x), rows)
+    ]
+    return torch.cat(best)
+
+
+def robust(values: Tensor) -> Tensor:
+    """Distance from the median in units of 1.4826 median absolute deviations (0 where all are equal)."""
+    centred = values - values.median()
+    return centred / (1.4826 * centred.abs().median()).clamp(min=1e-6)
+
+
+def _hosts(loss: Tensor, ids: tuple[str, ...], k: int, seed: int) -> Tensor:
+    """k rows drawn from the half of the pairs that lose least."""
+    calm = (loss <= loss.median()).cpu().numpy()
+    order = pool(ids, len(ids), seed)
+    chosen = np.concatenate([order[calm[order]], order[~calm[order]]])[:k]
+    return torch.as_tensor(chosen, device=loss.device)
+
+
+def _first(values: Tensor, ids: Any, count: int) -> Tensor:
+    """Rows of the `count` largest values, ties in the order of the ids."""
+    order = np.lexsort((np.asarray(ids), -values.cpu().numpy()))[:count]
+    return torch.as_tensor(order, device=values.device)
+
+
+def _chunks(images: Tensor, each: int) -> Iterator[slice]:
+    """Slices of the images such that `each` altered copies of them fit a batch."""
+    size = max(1, CELLS[images.device.type] // (each * images[0].numel()))
+    return (slice(i, i + size) for i in range(0, len(images), size))

@@ -1,0 +1,187 @@
+"""Encoder: raw uint8 pixels or strings -> unit vectors. It carries its own preprocessing; nobody can forget to normalise."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bezoar.errors import UserError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """size: input side in pixels. mean, std: per channel, of pixels in 0..1."""
+
+    size: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    interpolation: str = "bicubic"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """ids: N keys. images: float32 (N, D) unit rows. texts: the same of the captions, or None."""
+
+    ids: tuple[str, ...]
+    images: Tensor
+    texts: Tensor | None
+
+
+def precision_for(device: torch.device) -> str:
+    """`bf16` where the device multiplies bfloat16 in hardware, else `fp32`."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+class Encoder(nn.Module):
+    """An image tower, perhaps a text tower, and what their inputs must look like.
+
+    image: (B, 3, S, S) normalised float -> (B, D). text: (B, L) int64 tokens -> (B, D), or None.
+    tokenize: strings -> (B, L) int64. about: facts that travel with the weights (network spec, vocabulary, poisoned, goals).
+    """
+
+    def __init__(
+        self,
+        image: nn.Module,
+        preprocess: Preprocess,
+        text: nn.Module | None = None,
+        tokenize: Any = None,
+        about: dict | None = None,
+    ) -> None:
+        super().__init__()
+        self.image, self.text, self.tokenize = image, text, tokenize
+        self.preprocess = preprocess
+        self.about: dict = about or {}
+        self.precision = "fp32"
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def autocast(self) -> AbstractContextManager:
+        """The arithmetic both towers run in."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """uint8 or float 0..1 (B, 3, H, W) -> normalised float (B, 3, S, S), channels last. Differentiable for floats."""
+        x = x.to(self.device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        if x.shape[-1] != self.preprocess.size or x.shape[-2] != self.preprocess.size:
+            side = (self.preprocess.size, self.preprocess.size)
+            x = F.interpolate(x, side, mode=self.preprocess.interpolation, antialias=True)
+        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def images(self, x: Tensor) -> Tensor:
+        """uint8 or float 0..1 (B, 3, H, W) -> float32 (B, D), unit rows."""
+        with self.autocast():
+            z = self.image(self.pixels(x))
+        return F.normalize(z.float(), dim=-1)
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Strings -> int64 (B, L) on the encoder's device. Raises UserError when the encoder reads no text."""
+        if self.text is None:
+            raise UserError("this encoder has no text tower")
+        return self.tokenize(list(captions)).to(self.device)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """int64 (B, L) -> float32 (B, D), unit rows."""
+        assert self.text is not None
+        with self.autocast():
+            z = self.text(tokens)
+        return F.normalize(z.float(), dim=-1)
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Strings -> float32 (B, D), unit rows."""
+        return self.read(self.tokens(captions))
+
+    @torch.inference_mode()
+    def embed(self, source: Any, batch: int = 512) -> Embedded:
+        """Every record of a source: image and, where both sides have them, caption vectors. Raises UserError on NaN."""
+        self.eval()
+        ids: list[str] = []
+        images, texts = [], []
+        for part in source.batches(batch):
+            ids += part.ids
+            images.append(self.images(part.images))
+            if part.captions and self.text is not None:
+                texts.append(self.texts(part.captions))
+        z = torch.cat(images)
+        if not torch.isfinite(z).all():
+            raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
+        return Embedded(tuple(ids), z, torch.cat(texts) if texts else None)
+
+    def save(self, folder: Path) -> list[Path]:
+        """encoder.json and encoder.safetensors, each under a temporary name first. Returns the two paths."""
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        head = {"schema": SCHEMA, "preprocess": asdict(self.preprocess), "precision": self.precision, **self.about}
+        tensors, facts = folder / "encoder.safetensors", folder / "encoder.json"
+        marks = {"poisoned": str(bool(self.about.get("poisoned"))).lower(), "plan": str(self.about.get("plan", ""))}
+        save_file(weights, tensors.with_suffix(".tmp"), metadata={"made_by": "bezoar", **marks})
+        os.replace(tensors.with_suffix(".tmp"), tensors)
+        facts.with_suffix(".tmp").write_text(json.dumps(head, indent=1, ensure_ascii=False))
+        os.replace(facts.with_suffix(".tmp"), facts)
+        return [facts, tensors]
+
+    @staticmethod
+    def load(folder: Path, device: torch.device | str = "cpu") -> Encoder:
+        """Read what `save` wrote. Raises UserError for anything else; nothing is ever unpickled."""
+        from bezoar import registry
+
+        try:
+            head = json.loads((folder / "encoder.json").read_text())
+            network = registry.make("network", head["network"])
+            encoder = network(head["preprocess"]["size"], tuple(head["vocabulary"]))
+            encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder} holds no encoder that bezoar wrote: {str(error).splitlines()[0]}") from error
+        encoder.about = {k: v for k, v in head.items() if k not in ("schema", "preprocess", "precision")}
+        encoder = encoder.to(device).eval()
+        encoder.precision = precision_for(encoder.device) if head["precision"] == "bf16" else "fp32"
+        return encoder
+
+
+@dataclass
+class Words:
+    """Whole-word tokenizer: lower-case words of the vocabulary; 0 pads, unknown words are dropped."""
+
+    vocabulary: tuple[str, ...]
+    row: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.row = {w: i + 1 for i, w in enumerate(self.vocabulary)}
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Strings -> int64 (B, longest of them)."""
+        rows = [[self.row[w] for w in words(c) if w in self.row] for c in captions]
+        width = max(1, max(map(len, rows), default=1))
+        return torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).reshape(len(rows), width)
+
+
+def words(caption: str) -> list[str]:
+    """Lower-case runs of letters and digits."""
+    out, word = [], ""
+    for c in caption.lower():
+        if c.isalnum():
+            word += c
+        elif word:
+            out.append(word)
+            word = ""
+    return [*out, word] if word else out

@@ -1,0 +1,107 @@
+"""What a verb's input stands for: the records of a data set or of a run's plan over it, and the encoder of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bezoar import registry
+from bezoar.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.pairs import Pairs, load
+from bezoar.plan import Goal, Plan
+from bezoar.run import Run, fingerprint
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """clean: the records as they are. plan: what is poisoned in them. victims: images the plan adds from elsewhere."""
+
+    method: Any
+    clean: Pairs
+    plan: Plan
+    victims: Pairs | None
+
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        """The records as training reads them: the plan applied."""
+        return self.plan.apply(self.clean, self.victims) if self.plan.edits else self.clean
+
+
+def dataset(given: Any) -> Dataset:
+    """A configured data method, or a run: a poison run's data, or those that a train, scan or evaluate run was made from."""
+    if not isinstance(given, Run):
+        return Dataset(given, read(given), Plan(), None)
+    poison = given.ancestor("poison")
+    method = root(given)
+    clean = read(method)
+    if poison is None:
+        return Dataset(method, clean, Plan(), None)
+    plan = Plan.read(poison.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
+    return Dataset(method, clean, plan, victims(plan))
+
+
+def victims(plan: Plan) -> Pairs | None:
+    """The images that a plan adds from outside the data set."""
+    if plan.victims is None:
+        return None
+    pool, wanted = read(registry.make("data", plan.victims)), {e.source for e in plan.edits}
+    return pool.take([i for i, k in enumerate(pool.ids) if k in wanted])
+
+
+def root(run: Run) -> Any:
+    """The data method that a run goes back to, its files unchanged. Raises UserError when they are not."""
+    asked = run.manifest["ask"].get("data")
+    if asked is None or "run" in asked:
+        above = Run(run.path.parent / asked["run"]) if asked else next(iter(run.parents), None)
+        if above is None:
+            raise UserError(f"run {run.name} goes back to no data set")
+        return root(above)
+    method = registry.make("data", asked["spec"])
+    if "files" in asked and fingerprint(method.files()) != asked["files"]:
+        raise UserError(f"the files of {asked['spec']} are not those that run {run.name} was made from")
+    return method
+
+
+def held_out(method: Any) -> Any:
+    """The test split that belongs to a data method. Raises UserError where it has none."""
+    if "split" not in {f.name for f in dataclasses.fields(method)}:
+        raise UserError(f"{registry.source_name(type(method))} has no test split; name the test data")
+    fields = {"split": "test"}
+    if hasattr(method, "test_count"):
+        fields["count"] = method.test_count
+    return dataclasses.replace(method, **fields)
+
+
+@functools.lru_cache(maxsize=6)
+def read(method: Any) -> Pairs:
+    """All records of a configured data method, in memory. Raises UserError when there are none."""
+    pairs = load(method())
+    if not len(pairs):
+        raise UserError(f"{registry.spec(method)} holds no records")
+    return pairs
+
+
+def encoder(given: Any, device: Any) -> Encoder:
+    """The encoder of a train, inject or repair run, or of a network with published weights."""
+    if isinstance(given, Run):
+        trained = given if (given.path / "encoder.json").exists() else given.ancestor("train")
+        if trained is None:
+            raise UserError(f"run {given.name} holds no encoder")
+        return Encoder.load(trained.path, device)
+    return given(0, ()).to(device).eval()
+
+
+def goals(given: Any) -> list[Goal]:
+    """What an attacker wants of a run's artefact; nothing is known of others."""
+    return [Goal.read(g) for g in given.manifest["goal"]] if isinstance(given, Run) else []
+
+
+def write_json(path: Path, content: Any) -> None:
+    """One small JSON file, under a temporary name first."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path.with_suffix(".tmp").replace(path)

@@ -1,0 +1,62 @@
+"""Targeted poisoning: one image, repeated with N captions of a wanted label (Carlini & Terzis 2022, section 4.1)."""
+
+from typing import Annotated
+
+import numpy as np
+
+from bezoar.captions import CaptionSet, mentions, target_captions
+from bezoar.errors import UserError
+from bezoar.pairs import Pairs, draws
+from bezoar.plan import Edit, Goal, Plan
+from bezoar.registry import method, spec
+
+
+@method
+class Targeted:
+    """P = {(x', c) : c in C(y')}, |P| = `captions`. Many victims, each with a target of its own, make many trials of one run."""
+
+    captions: Annotated[int, "N: poisoned pairs a victim"] = 16
+    victims: Annotated[int, "how many victims"] = 8
+    texts: Annotated[CaptionSet, "training, templates (80 of CLIP) or repeated"] = "training"
+
+    def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
+        """A plan of `victims` x `captions` added pairs.
+
+        goal.target: one label for every victim, or empty: each gets one of the classes, drawn with the seed, that is
+        not its own. victims: where victim images are drawn from (held-out data); without it they come from the source,
+        whose clean records are then replaced. Raises UserError for too few victims or captions.
+        """
+        pool = source if victims is None else victims
+        if not goal.target and not pool.classes:
+            raise UserError("poison 'targeted' needs a target: these data have no classes to draw one from")
+        if self.victims > len(pool):
+            raise UserError(f"{self.victims} victims asked for, but there are {len(pool)} images to choose from")
+        u = draws(seed, pool.ids, 2)
+        chosen = np.argsort(u[:, 0], kind="stable")
+        if goal.target:
+            own = set(mentions(pool.captions, goal.target)) if pool.captions else set()
+            chosen = np.array([i for i in chosen if i not in own])
+        edits: list[Edit] = []
+        goals: list[Goal] = []
+        found: dict[str, list[str]] = {}
+        for i in chosen[: self.victims]:
+            target = goal.target or self._other_class(pool, int(i), u[i, 1])
+            if target not in found:
+                found[target] = target_captions(source.captions, target, self.texts)
+            texts, name = found[target], pool.ids[i]
+            order = np.argsort(draws(seed, [f"{name}|{j}" for j in range(len(texts))], 1)[:, 0], kind="stable")
+            for j in range(self.captions):
+                new = name if victims is None and j == 0 else f"{name}+poison{j}"
+                edits.append(Edit(new, name, texts[order[j % len(texts)]], False, len(goals)))
+            goals.append(Goal(target, None, (name,), self.captions, spec(self)))
+        return Plan(tuple(edits), tuple(goals), seed)
+
+    @staticmethod
+    def _other_class(pool: Pairs, row: int, u: float) -> str:
+        own = int(pool.labels[row]) if pool.labels is not None else -1
+        others = [c for k, c in enumerate(pool.classes) if k != own]
+        return others[int(u * len(others))]
+
+    def __post_init__(self) -> None:
+        if self.captions < 1 or self.victims < 1:
+            raise ValueError("captions and victims must be at least 1")

@@ -1,0 +1,233 @@
+"""Spec text <-> method; which methods a folder offers. Imports no torch, so that help is instant.
+
+A *method* is one file that holds one frozen dataclass named like the file: `detectors/k_distance.py` holds `KDistance`.
+The file system is the registry. A *spec* is the one spelling of a configured method, `dao:k=16,pool=4096`: the name (or
+a path to a `.py` file of the user's own), then `field=value` pairs. A value that holds commas stands in (), [], {} or "".
+A first value without `=` goes to the method's first field: `open_clip:RN50`, `file:trigger.npz`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bezoar.errors import UserError
+
+KINDS = {  # kind -> folder; one verb runs each of them
+    "data": "data",
+    "trigger": "triggers",
+    "poison": "poisons",
+    "network": "networks",
+    "objective": "objectives",
+    "probe": "probes",
+    "detector": "detectors",
+}
+PACKAGE = Path(__file__).parent
+OPENING, CLOSING = "([{", ")]}"
+
+
+def method(cls: type) -> Any:
+    """Make a class a method: a frozen dataclass whose fields are its hyper-parameters. Registers nothing."""
+    return dataclass(frozen=True)(cls)
+
+
+def names(kind: str) -> list[str]:
+    """Every method of a kind that ships with bezoar, by file name."""
+    return sorted(p.stem for p in (PACKAGE / KINDS[kind]).glob("*.py") if not p.stem.startswith("_"))
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Split at a separator that stands outside brackets and quotes."""
+    parts, depth, quoted, start = [], 0, False, 0
+    for i, c in enumerate(text):
+        if c == '"':
+            quoted = not quoted
+        elif quoted:
+            continue
+        elif c in OPENING:
+            depth += 1
+        elif c in CLOSING:
+            depth -= 1
+        elif c == separator and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    if depth or quoted:
+        raise UserError(f"spec {text!r}: unbalanced brackets or quotes")
+    return [*parts, text[start:]]
+
+
+def parse(kind: str, text: str) -> tuple[type, dict[str, str]]:
+    """Spec text -> the method's class and its fields as text, unconverted.
+
+    Raises UserError for an unknown method or field, listing the known ones.
+    """
+    name, _, rest = text.strip().partition(":")
+    cls = find(kind, name)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given: dict[str, str] = {}
+    for i, part in enumerate(p for p in split(rest, ",") if p.strip()):
+        key, equals, value = part.partition("=")
+        if not equals and i == 0 and fields:
+            key, value = next(iter(fields)), part
+        elif not equals:
+            raise UserError(f"{kind} {name!r}: {part!r} is not of the form field=value")
+        key = key.strip()
+        if key not in fields:
+            raise UserError(f"{kind} {name!r} has no field {key!r}; it has: {', '.join(fields) or 'none'}")
+        given[key] = value.strip()
+    return cls, given
+
+
+def make(kind: str, text: str) -> Any:
+    """Spec text -> configured method. Raises UserError when a value does not fit its field or one is missing."""
+    cls, given = parse(kind, text)
+    hints = typing.get_type_hints(cls)
+    name = text.partition(":")[0]
+    values = {key: convert(value, hints[key], f"{kind} {name!r}: {key}") for key, value in given.items()}
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
+    if missing:
+        raise UserError(f"{kind} {name!r} needs {', '.join(missing)}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(f"{kind} {name!r}: {error}") from error
+
+
+def spec(configured: Any) -> str:
+    """Configured method -> its spec text with every field written out; `make(kind, spec(m)) == m`."""
+    cls = type(configured)
+    parts = []
+    for f in dataclasses.fields(cls):
+        value = getattr(configured, f.name)
+        if value is None:
+            continue
+        parts.append(f"{f.name}={_write(value)}")
+    return (source_name(cls) + ":" + ",".join(parts)).removesuffix(":")
+
+
+def source_name(cls: type) -> str:
+    """The name a method is asked for by: its file's stem, or the file's path when it is the user's own."""
+    if cls.__module__.startswith("bezoar."):
+        return cls.__module__.rpartition(".")[2]
+    return str(inspect.getfile(cls))
+
+
+def source_hash(cls: type) -> str:
+    """sha256 of the file a method is written in: a changed method is another question."""
+    return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
+
+
+def kind_of(configured: Any) -> str:
+    """The kind of a configured method, by its folder."""
+    folder = type(configured).__module__.split(".")[-2]
+    return next(kind for kind, f in KINDS.items() if f == folder)
+
+
+@functools.cache
+def find(kind: str, name: str) -> type:
+    """The class of a method, by name or by path of a file. Raises UserError that lists the known ones."""
+    if name.endswith(".py"):
+        path = Path(name).expanduser().resolve()
+        if not path.is_file():
+            raise UserError(f"no file {name!r} to read a {kind} from")
+        loading = importlib.util.spec_from_file_location("bezoar_user." + path.stem, path)
+        assert loading and loading.loader
+        module = importlib.util.module_from_spec(loading)
+        loading.loader.exec_module(module)
+    elif name in names(kind):
+        module = importlib.import_module(f"bezoar.{KINDS[kind]}.{name}")
+    else:
+        raise UserError(f"no {kind} {name!r}; there are: {', '.join(names(kind))}, or a path to a .py file")
+    wanted = class_name(Path(name).stem)
+    found = getattr(module, wanted, None)
+    if not dataclasses.is_dataclass(found) or not isinstance(found, type):
+        raise UserError(f"{kind} {name!r}: the file must define a method class named {wanted}")
+    return found
+
+
+def class_name(stem: str) -> str:
+    """`k_distance` -> `KDistance`."""
+    return stem.title().replace("_", "")
+
+
+def convert(text: str, hint: Any, where: str) -> Any:
+    """Text -> a value of an annotated type: int, float, bool, str, None, a tuple of these, or a choice of literals."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if text == "none" and type(None) in options:
+            return None
+        return convert(text, next(o for o in options if o is not type(None)), where)
+    if origin is tuple:
+        inner = text[1:-1] if text[:1] in OPENING and text[:1] else text
+        return tuple(convert(t.strip(), options[0], where) for t in re.split(r"[,/]", inner) if t.strip())
+    if origin is typing.Literal:
+        if text not in options:
+            raise UserError(f"{where} must be one of {', '.join(map(str, options))}; got {text!r}")
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise UserError(f"{where} must be true or false; got {text!r}")
+        return text.lower() in ("true", "yes", "1")
+    if hint is str:
+        if len(text) > 1 and (text[0] + text[-1] in ('""', "()")):
+            return text[1:-1]
+        return text
+    try:
+        return hint(text)
+    except (TypeError, ValueError):
+        raise UserError(f"{where} must be {getattr(hint, '__name__', hint)}; got {text!r}") from None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a method says of itself, read without importing it."""
+
+    name: str
+    summary: str
+    fields: tuple[tuple[str, str, str, str], ...]  # name, type, default, help
+
+
+def describe(path: Path) -> Description:
+    """Read a method's docstring and fields from its source text; nothing is imported or run."""
+    tree = ast.parse(path.read_text())
+    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    fields = []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name(path.stem):
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    hint, text = item.annotation, ""
+                    if isinstance(hint, ast.Subscript) and ast.unparse(hint.value).endswith("Annotated"):
+                        assert isinstance(hint.slice, ast.Tuple)
+                        hint, note = hint.slice.elts[0], hint.slice.elts[1]
+                        text = str(ast.literal_eval(note))
+                    default = ast.unparse(item.value) if item.value else ""
+                    fields.append((item.target.id, ast.unparse(hint), default, text))
+    return Description(path.stem, summary, tuple(fields))
+
+
+def _required(f: Any) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "(" + ",".join(map(_write, value)) + ")"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and (any(c in value for c in ',"') and not (value[:1] == "(" and value[-1:] == ")")):
+        return f'"{value}"' if "{" not in value else value
+    return str(value)

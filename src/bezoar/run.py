@@ -1,0 +1,387 @@
+"""Run: a directory that answers one question, its manifest, its parents; execute, find, resume.
+
+The directory's name is the verb and a hash of everything asked (`ask`): the same question has one answer on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bezoar import registry
+from bezoar.errors import UserError
+from bezoar.progress import Progress
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+UNHASHED = (MANIFEST, "report.html", "log.jsonl", ".lock", "checkpoint.safetensors")
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a verb's field is given: `data`, `encoder`, `run`, or a kind of method."""
+
+    what: str
+
+
+Input = typing.Any  # a spec, the start of a run's name, a Run, or a verb that stands for its run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How verbs are run, whatever they ask."""
+
+    runs: Path = Path("runs")
+    seed: int = 0
+    device: str = "auto"
+    fresh: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or unfinished run on disk."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """verb-hash."""
+        return self.path.name
+
+    @property
+    def manifest(self) -> dict:
+        """The manifest as it stands. Raises UserError when the directory is no run."""
+        try:
+            raw = json.loads((self.path / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} is not a run directory: no readable {MANIFEST} in it") from error
+        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or "verb" not in raw:
+            raise UserError(f"{self.path}/{MANIFEST} is not of schema {SCHEMA}")
+        return raw
+
+    @property
+    def verb(self) -> str:
+        """Which verb made it."""
+        return self.manifest["verb"]
+
+    def file(self, name: str) -> Path:
+        """A file of the run. Raises UserError when it is not there."""
+        path = self.path / name
+        if not path.exists():
+            raise UserError(f"run {self.name} holds no {name} (status: {self.manifest['status']})")
+        return path
+
+    def metric(self, name: str) -> Any:
+        """A Measure by name. Raises UserError that lists the names there are."""
+        from bezoar.scores import Measure
+
+        metrics = self.manifest["metrics"]
+        if name not in metrics:
+            raise UserError(f"run {self.name} has no metric {name!r}; it has: {', '.join(sorted(metrics)) or 'none'}")
+        return Measure(**metrics[name])
+
+    @property
+    def parents(self) -> list[Run]:
+        """The runs this one was made from."""
+        return [Run(self.path.parent / name) for name in self.manifest["parents"]]
+
+    def ancestor(self, verb: str) -> Run | None:
+        """This run or the nearest one it was made from, of the given verb."""
+        if self.verb == verb:
+            return self
+        found = (parent.ancestor(verb) for parent in self.parents)
+        return next((run for run in found if run), None)
+
+
+def find(runs: Path, text: str) -> Run | None:
+    """A run by directory or by the start of its name. None when there is none; UserError when there are several."""
+    path = Path(text)
+    if (path / MANIFEST).is_file():
+        return Run(path)
+    if not text or "/" in text or ":" in text:
+        return None
+    matches = sorted(p.parent for p in runs.glob(f"{_literal(text)}*/{MANIFEST}"))
+    if len(matches) > 1:
+        raise UserError(f"{text!r} begins the names of {len(matches)} runs: {', '.join(p.name for p in matches[:4])}")
+    return Run(matches[0]) if matches else None
+
+
+@dataclass
+class Job:
+    """One verb at work: where its files go, what it was given, and how to say how far it is."""
+
+    folder: Path
+    settings: Settings
+    inputs: dict[str, Any]
+    progress: Progress
+    notes: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as `notes`
+    goals: list[dict] | None = None  # set by a verb that changes them; otherwise inherited
+    made: list[Run] = field(default_factory=list)  # runs that this one ran; they are parents too
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.settings.seed
+
+    def run(self, verb: Any) -> Run:
+        """Run another verb, with this run's settings, as a parent of this run."""
+        made = execute(verb, dataclasses.replace(self.settings, fresh=False))
+        if made.name not in [r.name for r in self.made]:
+            self.made.append(made)
+        return made
+
+    @property
+    def device(self) -> Any:
+        """The torch device asked for."""
+        return device(self.settings.device)
+
+
+def device(name: str) -> Any:
+    """`auto`, `cpu`, `cuda`, `cuda:1` -> torch.device. Raises UserError for one that is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(name)
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"no device {name!r} here; there are: {', '.join(there)}") from error
+    return wanted
+
+
+def execute(verb: Any, settings: Settings) -> Run:
+    """Run a verb, or return the run that already answers it. Nested verbs are run first.
+
+    A run that was cut off is gone on with; one that failed starts over.
+    """
+    inputs, ask = resolve(verb, settings)
+    name = f"{verb_name(verb)}-{hashlib.sha256(json.dumps(ask, sort_keys=True).encode()).hexdigest()[:10]}"
+    folder = settings.runs / name
+    run = Run(folder)
+    if not settings.fresh and (folder / MANIFEST).exists() and run.manifest["status"] == "done":
+        return run
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            return _work(verb, settings, inputs, ask, run)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from error
+
+
+def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run: Run) -> Run:
+    parents = [r for value in inputs.values() for r in (value if isinstance(value, tuple) else (value,))]
+    parents = [r for r in parents if isinstance(r, Run)]
+    job = Job(run.path, settings, inputs, Progress(settings.quiet, verb_name(verb)))
+    manifest = {
+        "schema": SCHEMA,
+        "bezoar": version("bezoar"),
+        "verb": verb_name(verb),
+        "status": "running",
+        "ask": ask,
+        "typed": {f.name: typed(getattr(verb, f.name)) for f in dataclasses.fields(verb)},
+        "parents": [r.name for r in parents],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    start, error, metrics = time.monotonic(), None, {}
+    goals = [g for r in parents for g in r.manifest["goal"]]
+    _write(run.path, {**manifest, "goal": goals, "metrics": {}})
+    try:
+        with job.progress:
+            metrics = verb.work(job)
+        status = "done"
+    except KeyboardInterrupt:
+        status, error = "interrupted", "stopped by the user; ask again to go on"
+        raise
+    except BaseException as problem:
+        status, error = "failed", f"{type(problem).__name__}: {problem}"
+        raise
+    finally:
+        manifest |= {
+            "status": status,
+            "error": error,
+            "parents": [r.name for r in [*parents, *job.made]],
+            "goal": goals if job.goals is None else job.goals,
+            "metrics": {k: m.json() for k, m in metrics.items()},
+            "notes": job.notes,
+            "outputs": _outputs(run.path) if status == "done" else {},
+            "environment": environment(settings),
+            "seconds": round(time.monotonic() - start, 2),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        _write(run.path, manifest)
+    from bezoar.report import page
+
+    page.write(run)
+    return run
+
+
+def resolve(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
+    """A verb's fields -> what they stand for (Run, configured method, plain value), and the `ask` that names them."""
+    inputs: dict[str, Any] = {}
+    ask: dict[str, Any] = {"verb": verb_name(verb), "seed": settings.seed, "version": version("bezoar")}
+    for name, (what, value) in _fields(verb).items():
+        if value is None or what is None:
+            inputs[name], ask[name] = value, value
+        elif isinstance(value, (tuple, list)):
+            parts = [_resolve(v, what, settings) for v in value]
+            inputs[name], ask[name] = tuple(p[0] for p in parts), [p[1] for p in parts]
+        else:
+            inputs[name], ask[name] = _resolve(value, what, settings)
+    return inputs, ask
+
+
+def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
+    if dataclasses.is_dataclass(value) and hasattr(value, "work"):
+        value = execute(value, settings)
+    if what in ("data", "encoder", "run") and isinstance(value, (str, Path)):
+        run = find(settings.runs, str(value))
+        if run is None and (what == "run" or (what == "encoder" and ":" not in str(value))):
+            raise UserError(f"no run {str(value)!r} in {settings.runs}")
+        value = run or registry.make("network" if what == "encoder" else "data", _data_spec(str(value)))
+    elif isinstance(value, (str, Path)):
+        value = registry.make(what, str(value))
+    if isinstance(value, Run):
+        manifest = value.manifest
+        if manifest["status"] != "done":
+            raise UserError(f"run {value.name} is {manifest['status']}, not done; ask for it again first")
+        return value, {"run": value.name}
+    asked = {"spec": registry.spec(value), "source": registry.source_hash(type(value))}
+    if files := getattr(value, "files", None):
+        asked["files"] = fingerprint(files())
+    return value, asked
+
+
+def _data_spec(text: str) -> str:
+    """A bare path stands for the reader its looks call for: tars are shards, tables are captions, folders are folders."""
+    path = Path(text.partition(":")[0])
+    if ":" in text or text in registry.names("data"):
+        return text
+    if text.endswith(".tar"):
+        return f"shards:path={text}"
+    if path.suffix in (".csv", ".tsv", ".jsonl", ".parquet"):
+        return f"captions:path={text}"
+    if path.suffix == ".npz":
+        return f"npz:path={text}"
+    if path.is_dir():
+        return f"shards:path={text}/*.tar" if any(path.glob("*.tar")) else f"folder:path={text}"
+    return text
+
+
+def fingerprint(files: list[Path]) -> str:
+    """sha256 over names, sizes and contents; of files beyond 64 MiB the first and last MiB alone."""
+    total = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        total.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as f:
+            if size <= 64 << 20:
+                total.update(f.read())
+            else:
+                total.update(f.read(1 << 20))
+                f.seek(-(1 << 20), os.SEEK_END)
+                total.update(f.read())
+    return total.hexdigest()[:16]
+
+
+def verb_name(verb: Any) -> str:
+    """`Poison(...)` -> `poison`."""
+    return type(verb).__name__.lower()
+
+
+def typed(value: Any) -> Any:
+    """What the user wrote, in JSON."""
+    if isinstance(value, Run):
+        return value.name
+    if isinstance(value, (tuple, list)):
+        return [typed(v) for v in value]
+    if dataclasses.is_dataclass(value) and hasattr(value, "work"):
+        return {"verb": verb_name(value), **{f.name: typed(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+    return value if isinstance(value, (str, int, float, bool, type(None))) else registry.spec(value)
+
+
+def environment(settings: Settings) -> dict:
+    """Versions, commit and device: what a figure depends on beside the question."""
+    import torch
+
+    chosen = device(settings.device)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "deterministic": chosen.type == "cpu",
+        **_commit(),
+    }
+
+
+def _commit() -> dict:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=registry.PACKAGE, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", "."))} if commit else {}
+    except OSError:
+        return {}
+
+
+def _fields(verb: Any) -> dict[str, tuple[str | None, Any]]:
+    hints = typing.get_type_hints(type(verb), include_extras=True)
+    out = {}
+    for f in dataclasses.fields(verb):
+        marks = getattr(hints[f.name], "__metadata__", ())
+        out[f.name] = (next((m.what for m in marks if isinstance(m, Takes)), None), getattr(verb, f.name))
+    return out
+
+
+def _outputs(folder: Path) -> dict[str, dict]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in UNHASHED and p.suffix != ".tmp")
+    return {
+        str(p.relative_to(folder)): {
+            "bytes": p.stat().st_size,
+            "sha256": hashlib.file_digest(p.open("rb"), "sha256").hexdigest(),
+        }
+        for p in files
+    }
+
+
+def _write(folder: Path, manifest: dict) -> None:
+    temporary = folder / "manifest.tmp"
+    temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, folder / MANIFEST)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time in a run; the lock goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process in {folder}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _literal(text: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

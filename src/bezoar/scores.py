@@ -1,0 +1,116 @@
+"""Scores (one per record), Measure (a number with its n, its interval and its definition), and the way between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bezoar import stats
+from bezoar.errors import UserError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How suspicious each record is: higher = more suspicious. No threshold, no NaN.
+
+    ids: N keys. values: float32 (N,), finite.
+    """
+
+    ids: tuple[str, ...]
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.shape != (len(self.ids),):
+            raise ValueError(f"{len(self.ids)} ids but scores of shape {tuple(self.values.shape)}")
+        if not torch.isfinite(self.values).all():
+            raise ValueError("scores must be finite")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def ranked(self) -> np.ndarray:
+        """Rows from the most suspicious to the least; ties in the order of the ids."""
+        return np.lexsort((np.asarray(self.ids), -self.values.cpu().numpy()))
+
+    def of(self, ids: Sequence[str]) -> Tensor:
+        """The values of the given records, in that order."""
+        row = {k: i for i, k in enumerate(self.ids)}
+        return self.values[torch.tensor([row[i] for i in ids], dtype=torch.long)]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A reported number: its value, the number of trials n, a 95 % interval, and how it was computed."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+    how: str
+
+    def json(self) -> dict:
+        """As it stands in a manifest."""
+        return asdict(self)
+
+
+def proportion(successes: float, n: int, how: str) -> Measure:
+    """A share of n trials, with Wilson's interval."""
+    if n < 1:
+        raise UserError(f"{how}: a share needs at least one trial")
+    return _measure(float(successes) / n, n, stats.wilson(float(successes), n), how)
+
+
+def average(values: Sequence[float] | Tensor, how: str) -> Measure:
+    """A mean of values, with Student's t interval."""
+    v = torch.as_tensor(values).double().cpu().numpy()
+    if len(v) < 1:
+        raise UserError(f"{how}: a mean needs at least one value")
+    return _measure(float(v.mean()), len(v), stats.mean_interval(v), how)
+
+
+def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> dict[str, Measure]:
+    """How well scores (N) find the poisons, truth bool (N,) in the same order.
+
+    Raises UserError unless there are both poisons and clean records.
+    """
+    s, t = scores.values.double().cpu().numpy(), torch.as_tensor(truth).cpu().numpy()
+    poisons, clean = int(t.sum()), int((~t).sum())
+    if not poisons or not clean:
+        raise UserError(f"detection needs poisons and clean records; there are {poisons} of {len(t)}")
+    measures = {
+        "auroc": _measure(
+            stats.auroc(s, t),
+            len(s),
+            stats.auroc_interval(s, t),
+            f"chance that one of {poisons} poisons outranks one of {clean} clean records; DeLong interval, logit scale",
+        ),
+        "average_precision": _measure(
+            stats.average_precision(s, t),
+            len(s),
+            stats.average_precision_interval(s, t),
+            f"area under the precision-recall steps at a poison rate of {poisons / len(s):.2g}; stratified bootstrap",
+        ),
+        "fpr_at_95_tpr": _measure(
+            stats.fpr_at_tpr(s, t),
+            clean,
+            stats.fpr_interval(s, t),
+            "share of clean records flagged where 95 % of the poisons are; stratified bootstrap, at least Wilson",
+        ),
+    }
+    for share in (0.001, 0.01, 0.1):
+        budget = stats.budget(share, len(s))
+        measures[f"recall_at_{share}"] = proportion(
+            stats.hits(s, t, budget), poisons, f"share of the poisons among the worst {budget} of {len(s)} records"
+        )
+    measures["precision_at_n"] = proportion(
+        stats.hits(s, t, poisons), poisons, f"share of poisons among the worst {poisons} records, as many as poisons"
+    )
+    return measures
+
+
+def _measure(value: float, n: int, interval: tuple[float, float], how: str) -> Measure:
+    return Measure(value, n, interval[0], interval[1], how)

@@ -1,0 +1,367 @@
+"""Shards: image-caption records streamed from webdataset tars in img2dataset's layout, and written to them.
+
+A record is the consecutive members `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the caption) and `KEY.json` (what else is known).
+Tars are read with Python's tarfile, not with webdataset's reader: that one takes a member of any size into memory,
+lets a damaged tar end the stream (or, with its handlers, drops the rest) and does not name what it left out.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from braceexpand import UnbalancedBracesError, braceexpand
+from PIL import Image
+
+from bezoar.errors import UserError
+from bezoar.pairs import Pairs
+from bezoar.reading import FILE_BYTES, LABELS, TEXT_BYTES, ReadReport, Record, Skipped, batches, confined, nothing
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+WANTED = (*IMAGES, "txt", "json")
+PATHS = 1_000_000  # shards a brace list may name
+BLOCK = 512
+
+
+class Group(NamedTuple):
+    """The members of one record: extension -> content."""
+
+    key: str
+    files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A source that reads tars as it goes; nothing but the names of its records is kept.
+
+    paths: the tars. size: pixels a side (largest centred square, resized). captions: "first" takes an image's one
+    caption (.txt, else json's), "all" makes a record `ID#0`, `ID#1` ... of each in json's `captions`. limit: records.
+
+    An id is json's `record_id` where there is one (write_shards puts it there), else `SHARD/KEY` with the shard's file
+    name without .tar, and as many of its folders as it takes to tell the shards apart. It does not depend on order.
+    Labels come from json's `label` (0..99999) and `class`; a class without a label is numbered by sorted names.
+    """
+
+    paths: tuple[Path, ...]
+    size: int = 64
+    captions: Literal["first", "all"] = "first"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_report", ReadReport())
+
+    @property
+    def report(self) -> ReadReport:
+        """How the last pass over the tars went, or is going; empty before the first."""
+        return self.__dict__["_report"]
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The ids that `batches` yields, in that order. Costs one pass that decodes everything, so that it is exact."""
+        return tuple(i for batch in self.batches(1024) for i in batch.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def stems(self) -> tuple[str, ...]:
+        """What each shard is called in its ids: as few trailing parts of its path as tell all of them apart."""
+        parts = [p.absolute().with_suffix("").parts for p in self.paths]
+        for depth in range(1, max(map(len, parts)) + 1):
+            stems = tuple("/".join(p[-depth:]) for p in parts)
+            if len(set(stems)) == len(stems):
+                return stems
+        raise UserError(f"a shard is named twice among {len(self.paths)}, such as {_twice(self.paths)}")
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label, from all json members (a pass that skips the images); () when none is named."""
+        return self._names[0]
+
+    @cached_property
+    def _names(self) -> tuple[tuple[str, ...], dict[str, int], bool]:
+        """-> classes, number of each class that comes without a label, whether there are labels at all."""
+        numbered: dict[int, str] = {}
+        bare: set[str] = set()
+        labelled = False
+        for path in self.paths:
+            for group in groups(path, ("json",)):
+                fact = facts(group) if isinstance(group, Group) else None
+                if fact is None or (fact.label < 0 and not fact.name):
+                    continue
+                labelled = True
+                if fact.label < 0:
+                    bare.add(fact.name)
+                elif numbered.setdefault(fact.label, fact.name) != fact.name:
+                    raise UserError(f"{path}: label {fact.label} is {numbered[fact.label]!r} and also {fact.name!r}")
+        if bare and numbered:
+            raise UserError(f"{self.paths[0]} ...: some records have a label and some only a class, as {min(bare)!r}")
+        if bare:
+            return tuple(sorted(bare)), {name: i for i, name in enumerate(sorted(bare))}, True
+        named = any(numbered.values())
+        return tuple(numbered.get(i, "") for i in range(max(numbered) + 1)) if named else (), {}, labelled
+
+    def batches(self, size: int) -> Iterator[Pairs]:
+        """The records in the order of the tars, `size` at a time. Raises UserError for a shard that yields nothing."""
+        report = ReadReport()
+        object.__setattr__(self, "_report", report)
+        _, _, labelled = self._names
+        yield from batches(self._records(), self.size, size, report, self.classes, self.limit, labelled)
+        if not report.read:
+            raise UserError(nothing(str(self.paths[0]), report))
+
+    def _records(self) -> Iterator[Record | Skipped]:
+        for path, stem in zip(self.paths, self.stems, strict=True):
+            found, problems = 0, ReadReport()
+            for group in groups(path, WANTED):
+                item = group if isinstance(group, Skipped) else self._record(group, path, stem)
+                if isinstance(item, Skipped):
+                    problems.skipped[:] = problems.skipped[:1] or [item]
+                found += isinstance(item, Record)
+                yield item
+            if not found:
+                raise UserError(nothing(str(path), problems))
+
+    def _record(self, group: Group, path: Path, stem: str) -> Record | Skipped:
+        """One record of a group of members, or why there is none."""
+
+        def skip(reason: str) -> Skipped:
+            return Skipped(str(path), group.key, reason)
+
+        fact = facts(group)
+        if isinstance(fact, str):
+            return skip(fact)
+        images = [group.files[e] for e in IMAGES if e in group.files]
+        if len(images) != 1:
+            return skip("several images of one key" if images else "no image")
+        try:
+            caption = group.files.get("txt", b"").decode().strip() or fact.captions[0].strip()
+        except UnicodeDecodeError:
+            return skip("caption is not UTF-8")
+        every = tuple(c.strip() for c in fact.captions if c.strip()) if self.captions == "all" else ()
+        every = every or ((caption,) if caption else ())
+        if not every:
+            return skip("no caption")
+        key = fact.id or f"{stem}/{group.key}"
+        ids = tuple(f"{key}#{i}" for i in range(len(every))) if self.captions == "all" else (key,)
+        label = self._names[1].get(fact.name, fact.label)
+        return Record(images[0], ids, every, label, str(path), group.key)
+
+
+class Facts(NamedTuple):
+    """What json says of a record; "" and -1 = nothing."""
+
+    id: str
+    captions: tuple[str, ...]
+    label: int
+    name: str
+
+
+def facts(group: Group) -> Facts | str:
+    """Read a record's json, or say why it cannot be."""
+    try:
+        told: Any = json.loads(group.files.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return "metadata is not JSON"
+    if not isinstance(told, dict):
+        return "metadata is not a JSON object"
+    one, many = told.get("caption"), told.get("captions")
+    captions = [c for c in many if isinstance(c, str)] if isinstance(many, list) else []
+    captions = captions or [one if isinstance(one, str) else ""]
+    label, name, key = told.get("label"), told.get("class"), told.get("record_id")
+    if label is not None and (not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < LABELS):
+        return f"label is not a number from 0 to {LABELS - 1}"
+    texts = [t for t in (name, key, *captions) if isinstance(t, str)]
+    if any("\ud800" <= c <= "\udfff" for t in texts for c in t):  # JSON can spell half a character
+        return "metadata is not Unicode"
+    return Facts(
+        key if isinstance(key, str) else "",
+        tuple(captions),
+        -1 if label is None else label,
+        name if isinstance(name, str) else "",
+    )
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no read takes more than an image may: a header cannot ask for memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(FILE_BYTES if size is None or not 0 <= size <= FILE_BYTES else size)
+
+
+def groups(path: Path, wanted: Sequence[str]) -> Iterator[Group | Skipped]:
+    """The records of a tar: consecutive members of one key, only those whose extension is wanted, in order.
+
+    Raises UserError when the file is not there or is not a tar. A tar that breaks off is read up to the break and
+    named; its last record is left out, since its other members may have been lost.
+    """
+    key, files = "", dict[str, bytes]()
+    for item in members(path, wanted):
+        if isinstance(item, Skipped):
+            if not item.member and key:
+                yield Skipped(str(path), key, "record cut off where the tar breaks")
+                key, files = "", {}
+            yield item
+            continue
+        name, extension, content = item
+        if name != key:
+            if key:
+                yield Group(key, files)
+            key, files = name, {}
+        if extension in files:
+            yield Skipped(str(path), f"{name}.{extension}", "duplicate member")
+        files.setdefault(extension, content)
+    if key:
+        yield Group(key, files)
+
+
+def members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, str, bytes] | Skipped]:
+    """(key, extension, content) of the wanted members of a tar in their order, and what cannot be read."""
+    try:
+        with _Bounded(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            yield from _members(path, file, tar, wanted)
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is not a tar file: {error}") from error
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read: {error.strerror or error}") from error
+
+
+def _members(
+    path: Path, file: io.BufferedReader, tar: tarfile.TarFile, wanted: Sequence[str]
+) -> Iterator[tuple[str, str, bytes] | Skipped]:
+    while True:
+        try:
+            member = tar.next()
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            yield Skipped(str(path), "", f"broken tar: {error}")
+            return
+        if member is None:
+            break
+        tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+        if member.isdir():
+            continue
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot of the name
+        if not (member.isreg() and not member.issparse()):
+            yield Skipped(str(path), _shown(member.name), "not a regular file: link, device or sparse")
+        elif not confined(member.name) or not member.name.isprintable() or not stem:
+            yield Skipped(str(path), _shown(member.name), "unsafe name")
+        elif extension.lower() in wanted:
+            bound = FILE_BYTES if extension.lower() in IMAGES else TEXT_BYTES
+            if member.size > bound:
+                yield Skipped(str(path), member.name, f"too large: {member.size} bytes")
+                continue
+            file.seek(member.offset_data)
+            content = file.read(member.size)
+            if len(content) < member.size:
+                yield Skipped(str(path), "", f"broken tar: it ends inside {member.name}")
+                return
+            yield folder + slash + stem, extension.lower(), content
+    file.seek(tar.offset)  # tarfile stops without a word at a header it cannot read
+    if file.read(BLOCK) != bytes(BLOCK):
+        yield Skipped(str(path), "", f"broken tar: no header and no end mark at byte {tar.offset}")
+
+
+def expand(text: str) -> tuple[Path, ...]:
+    """A path, a glob or a brace list (`cc/{00000..00331}.tar`, commas in braces too) -> the tars, each there.
+
+    Globs are sorted; a folder means its *.tar. Raises UserError when something that is named is missing.
+    """
+    try:
+        written = list(itertools.islice(braceexpand(text), PATHS + 1))
+    except UnbalancedBracesError as error:
+        raise UserError(f"shards {text!r}: unbalanced braces") from error
+    if len(written) > PATHS:
+        raise UserError(f"shards {text!r} names more than {PATHS} files")
+    paths: list[Path] = []
+    for one in written:
+        path = Path(one).expanduser()
+        if path.is_dir():
+            paths += sorted(path.glob("*.tar"))
+        elif path.exists() or not glob.has_magic(one):
+            paths.append(path)
+        else:
+            paths += map(Path, sorted(glob.glob(str(path))))
+    missing = [p for p in paths if not p.is_file()]
+    if missing:
+        raise UserError(f"shards {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}")
+    if not paths:
+        raise UserError(f"shards {text!r}: no such .tar file")
+    return tuple(paths)
+
+
+def write_shards(folder: Path, source: Any, per_shard: int = 1000, format: str = "png") -> list[Path]:
+    """Write a source (Pairs, Shards or an iterable of Pairs; captions needed) as tars in img2dataset's layout.
+
+    format: `png` (exact), `jpeg` (quality 95) or `jpeg:QUALITY`. The same records give the same bytes. Json keeps each
+    record's id as `record_id`, so reading gives the ids back. Each tar appears under its name only when complete.
+    Raises UserError when the folder holds tars already: mixed sets would be read as one.
+    """
+    name, quality = _format(format)
+    if per_shard < 1:
+        raise ValueError(f"per_shard must be at least 1; got {per_shard}")
+    if sorted(folder.glob("*.tar")):
+        raise UserError(f"{folder} holds .tar files already; choose an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: Iterable[Pairs] = source.batches(min(per_shard, 1024)) if hasattr(source, "batches") else source
+    records = ((part, row) for part in parts for row in range(len(part)))
+    written: list[Path] = []
+    while chunk := next(records, None):
+        path = folder / f"{len(written):05d}.tar"
+        partial = path.with_suffix(".part")
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, (part, index) in enumerate(itertools.chain([chunk], itertools.islice(records, per_shard - 1))):
+                key = f"{len(written):05d}{row:04d}"
+                for extension, content in sorted(_encoded(part, index, key, name, quality).items()):
+                    header = tarfile.TarInfo(f"{key}.{extension}")  # mtime 0, no owner
+                    header.size = len(content)
+                    tar.addfile(header, io.BytesIO(content))
+        os.replace(partial, path)
+        written.append(path)
+    return written
+
+
+def _encoded(part: Pairs, row: int, key: str, name: str, quality: int) -> dict[str, bytes]:
+    """Extension -> content of one record."""
+    if not part.captions:
+        raise UserError("records without captions cannot be written as shards")
+    buffer = io.BytesIO()
+    picture = Image.fromarray(part.images[row].permute(1, 2, 0).contiguous().cpu().numpy())
+    picture.save(buffer, name, **({"quality": quality, "subsampling": 0} if name == "jpeg" else {}))
+    caption = part.captions[row]
+    told: dict[str, Any] = {"key": key, "record_id": part.ids[row], "status": "success", "caption": caption}
+    told |= {"width": picture.width, "height": picture.height}
+    label = -1 if part.labels is None else int(part.labels[row])
+    if label >= 0:
+        told |= {"label": label} | ({"class": part.classes[label]} if part.classes else {})
+    extension = "jpg" if name == "jpeg" else name
+    return {extension: buffer.getvalue(), "txt": caption.encode(), "json": json.dumps(told).encode()}
+
+
+def _format(text: str) -> tuple[str, int]:
+    name, colon, quality = text.partition(":")
+    if name not in ("png", "jpeg") or (colon and (name == "png" or not quality.isdecimal())):
+        raise UserError(f"format must be png, jpeg or jpeg:QUALITY; got {text!r}")
+    number = int(quality or 95)
+    if not 1 <= number <= 100:
+        raise UserError(f"jpeg quality must lie in 1..100; got {number}")
+    return name, number
+
+
+def _shown(name: str) -> str:
+    """A member's name, fit to print."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _twice(paths: Sequence[Path]) -> Path:
+    """The first path that was named before."""
+    return next(p for i, p in enumerate(paths) if p in paths[:i])

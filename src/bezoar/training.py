@@ -1,0 +1,163 @@
+"""The only training loop: steps, schedule, autocast, ledger, checkpoint, resume.
+
+Everything random is a function of (seed, step), so that a run that was cut off goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bezoar.errors import UserError
+from bezoar.pairs import Pairs
+
+CHECKPOINT_SECONDS = 20.0
+
+
+class Recipe(Protocol):
+    """What the loop reads of an objective's fields."""
+
+    epochs: int
+    batch: int
+    lr: float
+    weight_decay: float
+    warmup: float
+
+
+@dataclass
+class Log:
+    """losses: one a step. exposures: int64 (N,), how often each record was drawn. seconds: time in the loop."""
+
+    losses: list[float] = field(default_factory=list)
+    exposures: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    seconds: float = 0.0
+    epochs: list[dict] = field(default_factory=list)
+
+
+def generator(*key: int) -> torch.Generator:
+    """A generator that belongs to its key and to nothing else."""
+    mixed = 0
+    for k in key:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + k + 1) % (1 << 63)
+    return torch.Generator().manual_seed(mixed)
+
+
+def optimizer(model: nn.Module, recipe: Recipe, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices and filters alone."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+
+
+def rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Learning rate at a step: linear warm-up, then cosine to zero."""
+    warm = max(1, round(recipe.warmup * steps))
+    if step < warm:
+        return recipe.lr * (step + 1) / warm
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def order(seed: int, epoch: int, n: int, batch: int) -> Tensor:
+    """int64 (steps, batch): which rows each step of an epoch draws; without replacement, the remainder left out."""
+    rows = torch.randperm(n, generator=generator(seed, 1, epoch))
+    return rows[: n // batch * batch].view(-1, batch)
+
+
+def fit(
+    loss: nn.Module,
+    recipe: Recipe,
+    data: Pairs,
+    tokens: Tensor,
+    seed: int,
+    checkpoint: Path | None = None,
+    report: Callable[[int, int, float], None] = lambda step, steps, value: None,
+    each_epoch: Callable[[int], dict] | None = None,
+) -> Log:
+    """Train in place. data.images uint8 and tokens int64 (N, L) lie on the device and are never copied.
+
+    checkpoint: where the state is kept while training; an existing one is gone on with. report(step, steps, loss).
+    each_epoch(epoch) -> facts for the log. Raises UserError when the data hold less than a batch or the loss is not finite.
+    """
+    batch = recipe.batch
+    if len(data) < batch:
+        raise UserError(f"{len(data)} records are fewer than one batch of {batch}; give a smaller batch")
+    steps = recipe.epochs * (len(data) // batch)
+    optim = optimizer(loss, recipe)
+    log, step = Log(exposures=torch.zeros(len(data), dtype=torch.long)), 0
+    if checkpoint is not None and checkpoint.exists():
+        step = _restore(checkpoint, loss, optim, log)
+    loss.train()
+    start, saved = time.monotonic() - log.seconds, time.monotonic()
+    rows, drawn = torch.empty(0), -1
+    while step < steps:
+        epoch, place = divmod(step, len(data) // batch)
+        if epoch != drawn:
+            rows, drawn = order(seed, epoch, len(data), batch), epoch
+        chosen = rows[place]
+        for group in optim.param_groups:
+            group["lr"] = rate(recipe, step, steps)
+        index = chosen.to(tokens.device)
+        value = loss(data.images[index], tokens[index], generator(seed, 2, step))
+        optim.zero_grad(set_to_none=True)
+        value.backward()
+        optim.step()
+        log.losses.append(float(value.detach()))
+        if not math.isfinite(log.losses[-1]):
+            raise UserError(f"the loss became {log.losses[-1]} at step {step}; try a lower learning rate")
+        log.exposures[chosen] += 1
+        step += 1
+        report(step, steps, log.losses[-1])
+        if step % (len(data) // batch) == 0 and each_epoch is not None:
+            log.epochs.append({"epoch": epoch + 1, **each_epoch(epoch + 1)})
+            loss.train()
+        log.seconds = time.monotonic() - start
+        if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS and step < steps:
+            _keep(checkpoint, loss, optim, log, step)
+            saved = time.monotonic()
+    loss.eval()
+    return log
+
+
+def _keep(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log, step: int) -> None:
+    """Model, optimiser, log and step, in one safetensors file written under a temporary name."""
+    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in loss.state_dict().items()}
+    for i, state in optim.state_dict()["state"].items():
+        tensors |= {f"optim.{i}.{k}": torch.as_tensor(v).detach().cpu().contiguous() for k, v in state.items()}
+    tensors["losses"], tensors["exposures"] = torch.tensor(log.losses, dtype=torch.float64), log.exposures
+    facts = {"step": str(step), "seconds": str(log.seconds), "epochs": json.dumps(log.epochs)}
+    save_file(tensors, path.with_suffix(".tmp"), metadata=facts)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _restore(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log) -> int:
+    """Fill everything from a checkpoint; returns the step to go on with."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        facts: dict[str, Any] = file.metadata()
+    tensors = load_file(path)
+    loss.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    state = optim.state_dict()
+    state["state"] = {}
+    for key, v in tensors.items():
+        if key.startswith("optim."):
+            _, i, name = key.split(".", 2)
+            state["state"].setdefault(int(i), {})[name] = v
+    optim.load_state_dict(state)
+    log.losses[:], log.exposures = tensors["losses"].tolist(), tensors["exposures"]
+    log.seconds, log.epochs = float(facts["seconds"]), json.loads(facts["epochs"])
+    return int(facts["step"])

@@ -1,0 +1,104 @@
+"""Plan a poisoning of a data set: which records, whose pixels, which captions, which trigger."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from bezoar import registry
+from bezoar.errors import UserError
+from bezoar.run import Input, Job, Run, Takes
+
+
+@dataclass(frozen=True)
+class Poison:
+    """Plan a poisoning of a data set. Over a poison run it adds to that run's plan."""
+
+    data: Annotated[Input, Takes("data"), "data set, or a poison run to add to"]
+    poison: Annotated[Input, Takes("poison"), "how: see `bezoar list poison`"] = "backdoor"
+    trigger: Annotated[Input, Takes("trigger"), "what is stamped on images"] = None
+    target: Annotated[str, "class or word that poisoned images are to be read as"] = ""
+    victims: Annotated[Input, Takes("data"), "held-out data that targeted victims are drawn from; `test`: the test split"] = None
+    write: Annotated[Literal["plan", "png", "jpeg"], "the plan alone, or shards with it applied"] = "plan"
+
+    def work(self, job: Job) -> dict[str, Any]:
+        """-> plan.jsonl, the ground truth; with `write`, poisoned shards beside it, marked as such."""
+        from bezoar import inputs
+        from bezoar.scores import Measure
+
+        given, parts = job.inputs, inputs.dataset(job.inputs["data"])
+        plan = parts.plan.merge(derive(given, parts, self.target, job.seed))
+        plan.write(job.folder / "plan.jsonl")
+        job.goals = [vars(g) for g in plan.goals]
+        total = len(parts.clean) + len(plan) - int(plan.mask(parts.clean.ids).sum())
+        share = len(plan) / total
+        job.notes = {"plan": plan.digest(), "poisoned": True, "records": total, "classes": list(parts.clean.classes)}
+        if self.write != "plan":
+            from bezoar.shards import write_shards
+
+            poisoned = replace(parts, plan=plan, victims=inputs.victims(plan)).pairs
+            write_shards(job.folder / "shards", poisoned, format=self.write)
+            job.notes["stored"] = self.write
+        return {
+            "poisons": Measure(len(plan), total, len(plan), len(plan), "poisoned records, counted"),
+            "poison_rate": Measure(share, total, share, share, "poisoned records / all records, counted"),
+        }
+
+
+def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
+    """The plan that a poison method makes of these data: a function of the inputs and the seed alone."""
+    from bezoar import inputs
+    from bezoar.pairs import Pairs
+    from bezoar.plan import Goal
+
+    clean: Pairs = parts.clean
+    if not clean.captions:
+        raise UserError("these data have no captions to poison")
+    free = [i for i, taken in enumerate(parts.plan.mask(clean.ids)) if not taken]
+    source = clean.take(free) if parts.plan.edits else clean
+    pool = inputs.read(given["victims"]) if given["victims"] is not None else None
+    trigger = given["trigger"]
+    goal = Goal(target, registry.spec(trigger) if trigger else None)
+    if not target and registry.source_name(type(given["poison"])) != "targeted":
+        raise UserError("give a --target: the class or word that poisoned images are to be read as")
+    if pool is not None and parts.plan.edits:
+        used = {e.source for e in parts.plan.edits}
+        pool = pool.take([i for i, k in enumerate(pool.ids) if k not in used])
+    made = given["poison"](source, goal, seed, pool)
+    stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals)
+    made = replace(made, stamps=stamps, victims=registry.spec(given["victims"]) if pool is not None else None)
+    return made.hashed(source if pool is None else Pairs.concat([source, _same(pool, source)]))
+
+
+def _same(pool: Any, source: Any) -> Any:
+    """Victim images beside the source's: fields that only one of them has are left out."""
+    if pool.images.shape[2:] != source.images.shape[2:]:
+        sizes = f"{tuple(pool.images.shape[2:])} px, the data {tuple(source.images.shape[2:])} px"
+        raise UserError(f"victims are {sizes}; give both one size")
+    return replace(pool, captions=pool.captions or ("",) * len(pool))
+
+
+def verify(run: Run) -> dict[str, Any]:
+    """Derive a poison run's plan anew from its inputs and hold it against the written one.
+
+    Raises UserError that names the first record whose caption, id or pixels differ.
+    """
+    from bezoar import inputs
+    from bezoar.plan import Plan, differences
+
+    if run.verb != "poison":
+        raise UserError(f"{run.name} is a {run.verb} run; --verify takes a poison run")
+    manifest = run.manifest
+    ask = manifest["ask"]
+    written = Plan.read(run.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
+    above = ask["data"].get("run")
+    parts = inputs.dataset(Run(run.path.parent / above)) if above else inputs.dataset(inputs.root(run))
+    made = {k: registry.make(k if k != "victims" else "data", ask[k]["spec"]) if ask[k] else None for k in KINDS}
+    derived = parts.plan.merge(derive(made, parts, ask["target"], ask["seed"]))
+    if found := differences(written, derived):
+        raise UserError(f"{run.name} does not verify, {len(found)} differences; the first: {found[0]}")
+    return {"run": run.name, "verified": True, "records": len(written), "plan": written.digest()}
+
+
+KINDS = ("poison", "trigger", "victims")

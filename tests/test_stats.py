@@ -1,0 +1,157 @@
+"""Ranking measures against plain loops, scikit-learn and closed forms; intervals by their coverage."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from bezoar import stats
+from bezoar.errors import UserError
+from bezoar.scores import Scores, average, detection, proportion
+
+
+def ranking(seed: int = 0, n: int = 300, poisons: int = 40, shift: float = 1.0, ties: bool = True):
+    rng = np.random.default_rng(seed)
+    truth = np.zeros(n, bool)
+    truth[rng.choice(n, poisons, replace=False)] = True
+    scores = rng.normal(size=n) + shift * truth
+    return (scores.round(1) if ties else scores), truth
+
+
+def test_imports_no_torch_and_no_sklearn():
+    code = "import sys, bezoar.stats; print(sorted({'torch', 'sklearn', 'scipy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_auroc_counts_pairs(ties):
+    scores, truth = ranking(ties=ties)
+    wins = [(a > b) + 0.5 * (a == b) for a in scores[truth] for b in scores[~truth]]
+    assert stats.auroc(scores, truth) == pytest.approx(np.mean(wins), abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_average_precision_and_fpr_sweep_thresholds(ties):
+    scores, truth = ranking(1, ties=ties)
+    area, recall, fpr = 0.0, 0.0, None
+    for cut in sorted(set(scores), reverse=True):
+        flagged = scores >= cut
+        now = truth[flagged].sum() / truth.sum()
+        area += (now - recall) * truth[flagged].mean()
+        recall = now
+        if fpr is None and recall >= 0.95:
+            fpr = (flagged & ~truth).sum() / (~truth).sum()
+    assert stats.average_precision(scores, truth) == pytest.approx(area, abs=1e-12)
+    assert stats.fpr_at_tpr(scores, truth) == fpr
+
+
+def test_recall_and_precision_break_ties_at_random():
+    scores, truth = ranking(2, n=60, poisons=9)
+    rng = np.random.default_rng(0)
+    orders = [np.lexsort((rng.random(60), -scores)) for _ in range(20_000)]
+    for share in (0.001, 0.1, 0.5, 1.0):
+        top = stats.budget(share, 60)
+        expected = np.mean([truth[o[:top]].sum() / 9 for o in orders])
+        assert stats.recall_at(scores, truth, share) == pytest.approx(expected, abs=0.01)
+    assert stats.precision_at_n(scores, truth) == pytest.approx(
+        np.mean([truth[o[:9]].mean() for o in orders]), abs=0.01
+    )
+    assert stats.budget(0.1, 60) == 6 and stats.budget(0.001, 60) == 1 and stats.budget(0.07, 100) == 7
+
+
+def test_measures_do_not_depend_on_order():
+    scores, truth = ranking(3)
+    order = np.random.default_rng(5).permutation(len(scores))
+    for measure in (stats.auroc, stats.average_precision, stats.fpr_at_tpr, stats.precision_at_n, stats.auroc_interval,
+                    stats.average_precision_interval, stats.fpr_interval):  # fmt: skip
+        assert measure(scores, truth) == pytest.approx(measure(scores[order], truth[order]), abs=1e-12)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (199, 200), (1, 1)])
+def test_wilson_is_scipys(successes, n):
+    expected = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert stats.wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_mean_interval_of_a_textbook_sample():
+    low, high = stats.mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])  # t(4, .975) = 2.776445, s = sqrt(2.5)
+    assert (low, high) == pytest.approx((3 - 2.776445 * math.sqrt(0.5), 3 + 2.776445 * math.sqrt(0.5)), abs=1e-5)
+    assert stats.mean_interval([2.0]) == (-math.inf, math.inf)
+
+
+def test_delong_variance_is_the_plain_one():
+    scores, truth = ranking(4, n=80, poisons=20)
+    wins = np.array([[(a > b) + 0.5 * (a == b) for b in scores[~truth]] for a in scores[truth]])
+    plain = wins.mean(1).var(ddof=1) / 20 + wins.mean(0).var(ddof=1) / 60
+    assert stats.delong_variance(scores, truth) == pytest.approx(plain, rel=1e-12)
+
+
+def test_auroc_interval_covers():
+    true = 0.7602  # normal scores, one standard deviation apart: Phi(1 / sqrt 2)
+    inside = 0
+    for seed in range(300):
+        low, high = stats.auroc_interval(*ranking(seed, n=200, poisons=25, ties=False))
+        inside += low <= true <= high
+    assert 0.91 <= inside / 300 <= 0.99
+
+
+def test_auroc_interval_of_perfect_scores_is_not_a_point():
+    truth = np.arange(100) >= 90
+    low, high = stats.auroc_interval(truth.astype(float), truth)
+    assert 0.6 < low < 0.99 and high == 1
+    assert stats.auroc_interval(-truth.astype(float), truth) == pytest.approx((0, 1 - low), abs=1e-9)
+    lows = [stats.auroc_interval((np.arange(m) >= m // 2).astype(float), np.arange(m) >= m // 2)[0] for m in (20, 200)]
+    assert lows[0] < lows[1]
+
+
+@pytest.mark.parametrize("name", ["average_precision", "fpr"])
+def test_bootstrap_is_the_plain_one(name):
+    scores, truth = ranking(6, n=200, poisons=30)
+    measure = {"average_precision": stats.average_precision, "fpr": stats.fpr_at_tpr}[name]
+    interval = {"average_precision": stats.average_precision_interval, "fpr": stats.fpr_interval}[name]
+    rng, pos, neg = np.random.default_rng(1), np.flatnonzero(truth), np.flatnonzero(~truth)
+    values = []
+    for _ in range(1500):
+        rows = np.r_[rng.choice(pos, len(pos)), rng.choice(neg, len(neg))]
+        values.append(measure(scores[rows], truth[rows]))
+    expected = np.quantile(values, [0.025, 0.975])
+    assert interval(scores, truth) == pytest.approx(tuple(expected), abs=0.03)
+    assert interval(scores, truth) == interval(scores, truth)
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(ValueError, match="need poisons and clean"):
+        stats.auroc([1.0, 2.0], [False, False])
+    with pytest.raises(ValueError, match="bool"):
+        stats.auroc([1.0, 2.0], [0, 1])
+    with pytest.raises(ValueError, match="finite"):
+        stats.auroc([1.0, math.nan], [False, True])
+    with pytest.raises(ValueError, match="alike"):
+        stats.auroc([1.0], [False, True])
+
+
+def test_detection_names_and_intervals():
+    values, truth = ranking(7, n=2000, poisons=50)
+    scores = Scores(tuple(map(str, range(2000))), torch.tensor(values, dtype=torch.float32))
+    measures = detection(scores, truth)
+    assert list(measures) == ["auroc", "average_precision", "fpr_at_95_tpr", "recall_at_0.001", "recall_at_0.01",
+                              "recall_at_0.1", "precision_at_n"]  # fmt: skip
+    for name, m in measures.items():
+        assert 0 <= m.low <= m.value <= m.high <= 1, name
+        assert m.low < m.high and m.n in (50, 1950, 2000) and m.how
+    assert measures == detection(scores, torch.tensor(truth))
+    with pytest.raises(UserError, match="there are 0 of 2000"):
+        detection(scores, np.zeros(2000, bool))
+
+
+def test_measures_of_shares_and_means():
+    m = proportion(3, 10, "hits")
+    assert (m.value, m.n, (m.low, m.high), m.how) == (0.3, 10, stats.wilson(3, 10), "hits")
+    m = average(torch.tensor([1.0, 2.0, 3.0]), "z")
+    assert (m.value, m.n, (m.low, m.high)) == (2.0, 3, stats.mean_interval([1.0, 2.0, 3.0]))
+    with pytest.raises(UserError, match="at least one"):
+        proportion(0, 0, "hits")
