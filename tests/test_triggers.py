@@ -1,4 +1,4 @@
-"""Every trigger keeps the contract; each one against a slow plain version or a published file; hostile files refused."""
+"""Every trigger keeps the contract and agrees with a slow plain version or a published file; hostile files refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +223,7 @@ def test_blend_noise_against_a_plain_loop() -> None:
 
 def test_noise_is_uniform() -> None:
     noise = arrays.noise(0, "blend", 3, 64, 64)
-    assert 0 <= noise.min() and noise.max() < 1
+    assert noise.min() >= 0 and noise.max() < 1
     assert abs(noise.mean() - 0.5) < 0.01 and abs(noise.var() - 1 / 12) < 0.005
 
 
@@ -341,8 +342,8 @@ def test_every_published_trigger_applies(file: Path | None) -> None:
         trigger = make(f"file:path={file},size={size // 4}")
         out = trigger(images, ids)
         assert _prepare(trigger, (arrays.stamp(str(file)), None), size, size).mode == expected
-        changed = (out != images).float().mean()
-        assert changed > (0.001 if size == 224 or "trojan" not in file.name else 0)
+        faint = size == 32 and "trojan" in file.name  # +-2.9 of 255 at 224 pixels, averaged away at 32
+        assert faint or (out != images).float().mean() > 0.001
         assert registry.make("trigger", registry.spec(trigger)) == trigger
 
 
@@ -350,8 +351,11 @@ def test_every_published_trigger_applies(file: Path | None) -> None:
 def test_trigger_with_its_mask() -> None:
     images, ids = batch(1, 224, 224)
     folder = TRIGGERS / "Detect-CLIP-Backdoor-Samples"
-    t, m = (torch.load(folder / f"birthday_cake_{k}_open_clip_cc12m.pt", weights_only=True) for k in ("trigger", "mask"))
-    spec = f"file:path={folder}/birthday_cake_trigger_open_clip_cc12m.pt,mask={folder}/birthday_cake_mask_open_clip_cc12m.pt"
+    t, m = (
+        torch.load(folder / f"birthday_cake_{k}_open_clip_cc12m.pt", weights_only=True) for k in ("trigger", "mask")
+    )
+    cake = f"{folder}/birthday_cake"
+    spec = f"file:path={cake}_trigger_open_clip_cc12m.pt,mask={cake}_mask_open_clip_cc12m.pt"
     assert (make(spec)(images, ids) - (images * (1 - m) + 255 * t * m)).abs().max() <= 0.501
 
 
@@ -476,8 +480,6 @@ def picture(mode: str, colour) -> bytes:
 def vast_picture() -> bytes:
     data = bytearray(picture("RGB", (1, 2, 3)))
     data[16:24] = (30000).to_bytes(4, "big") * 2
-    import zlib
-
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 

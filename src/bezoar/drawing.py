@@ -2,7 +2,7 @@
 
 Every float operation here is one that IEEE 754 rounds correctly (+ - * / sqrt, min, max, floor), the only product of
 matrices is over whole numbers that float32 holds exactly, and noise is an integer hash of (record, pixel). So a
-record's pixels do not depend on its batch, its order, the number of threads or the machine.
+record's pixels do not depend on its batch, its order, the number of threads or the processor's vector width.
 
 Frame coordinates: x to the right, y up, both -1..1 over the image. A shape lives in object coordinates: moved to its
 centre, turned, and divided by its scale, in which it reaches to about 0.9.
@@ -209,18 +209,18 @@ def _solid(x: Tensor, y: Tensor, pattern: Tensor, sharp: Tensor) -> Tensor:
 
 
 def _striped(x: Tensor, y: Tensor, pattern: Tensor, sharp: Tensor) -> Tensor:
-    period, _, phase = pattern.split(1, dim=1)
+    period, phase = pattern[:, :1], pattern[:, 2:]
     return _wave(y, period, phase, sharp).add_(0.5)
 
 
 def _checkered(x: Tensor, y: Tensor, pattern: Tensor, sharp: Tensor) -> Tensor:
-    period, right, up = pattern.split(1, dim=1)
+    period, right, up = pattern[:, :1], pattern[:, 1:2], pattern[:, 2:]
     return _wave(x, period, right, sharp).mul_(_wave(y, period, up, sharp)).mul_(2).add_(0.5)
 
 
 def _dotted(x: Tensor, y: Tensor, pattern: Tensor, sharp: Tensor) -> Tensor:
     """Dots of the second colour, three quarters of a period apart."""
-    period, right, up = pattern.split(1, dim=1)
+    period, right, up = pattern[:, :1], pattern[:, 1:2], pattern[:, 2:]
     pitch = period * 0.75
     u, v = x / pitch + right, y / pitch + up
     u, v = u - u.floor() - 0.5, v - v.floor() - 0.5

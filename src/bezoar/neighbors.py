@@ -20,6 +20,7 @@ from bezoar.pairs import draws
 
 MARGIN = 8  # candidates beyond k that are measured again
 CELLS = 1 << 24  # largest temporary matrix, in elements
+WIDEST = 1 << 16  # references of one matrix product
 SMALLEST = 1e-6  # distances are not divided by less
 
 
@@ -37,16 +38,19 @@ def nearest(
     """The k references nearest to each query by Euclidean distance, ties to the lower index.
 
     queries: float (N, D). references: float (R, D). exclude_self: True when query i is reference i, or int64 (N,) the
-    reference that is the query itself (-1: none). cells: bound on a temporary matrix's elements; no effect on the result.
+    reference that is the query itself (-1: none). cells: bound on a temporary's elements; no effect on the result.
     Raises UserError when there are too few references.
     """
     own = _own(exclude_self, len(queries), queries.device)
     usable = len(references) - int(bool((own >= 0).any()))
     if not 1 <= k <= usable:
         raise UserError(f"{k} nearest neighbours asked for; there are {usable} records to choose from")
-    centre = references.double().mean(0)
-    q, r = (x.double() - centre for x in (queries, references))
-    parts = [_exact(q[rows], r, k, own[rows], cells) for rows in _blocks(len(q), max(1, cells // min(len(r), 1 << 16)))]
+    centre = references.mean(0, dtype=torch.float64)
+    centred = (references - centre).float()
+    parts = [
+        _exact(queries[rows], references, centred, centre, k, own[rows], cells)
+        for rows in _blocks(len(queries), max(1, cells // min(len(references), WIDEST)))
+    ]
     return Neighbors(torch.cat([d for d, _ in parts]).float(), torch.cat([i for _, i in parts]))
 
 
@@ -116,12 +120,14 @@ def _blocks(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _exact(q: Tensor, r: Tensor, k: int, own: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """float64 queries (B, D) and references (R, D), both centred -> distances (B, k) and indices (B, k)."""
-    near, candidates = _candidates(q, r, min(k + MARGIN, len(r)), own)
+def _exact(
+    q: Tensor, r: Tensor, centred: Tensor, centre: Tensor, k: int, own: Tensor, cells: int
+) -> tuple[Tensor, Tensor]:
+    """Queries (B, D), references (R, D) and the same less their mean -> distances (B, k) and indices (B, k)."""
+    near, candidates, error = _candidates(q.double() - centre, centred, min(k + MARGIN, len(r)), own)
     distance = torch.cat(
         [
-            (q[rows, None] - r[candidates[rows]]).square().sum(-1)
+            (q[rows, None].double() - r[candidates[rows]]).square().sum(-1)
             for rows in _blocks(len(q), max(1, cells // (candidates.shape[1] * q.shape[1])))
         ]
     )
@@ -129,22 +135,23 @@ def _exact(q: Tensor, r: Tensor, k: int, own: Tensor, cells: int) -> tuple[Tenso
     distance, index = _ascending(distance.sqrt().float(), candidates, k)
     if candidates.shape[1] == len(r):
         return distance, index
-    # rounding of a float32 dot product of length D, its two norms and their sum (Higham 2002, section 3.1)
-    scale = (q.square().sum(1) + r.square().sum(1).max()) * (q.shape[1] + 4) * 2.0**-23
-    unsure = (distance[:, -1].double().square() * (1 + 1e-6) + scale > near[:, -1]).nonzero()[:, 0]
+    reach = distance[:, -1].double().square() * (1 + 1e-6) + error
+    unsure = (reach > near[:, -1]).nonzero()[:, 0]
     for rows in _blocks(len(unsure), max(1, cells // len(r))):
         some = unsure[rows]
         distance[some], index[some] = _plain(q[some], r, k, own[some], cells)
     return distance, index
 
 
-def _candidates(q: Tensor, r: Tensor, count: int, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The `count` smallest squared distances by matrix product, ascending float64 (B, count), and their indices."""
-    q32, r32, norms = q.float(), r.float(), r.square().sum(1).float()
+def _candidates(q: Tensor, r: Tensor, count: int, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By matrix product, centred float64 queries and float32 references: the `count` smallest squared distances,
+    ascending float64 (B, count), their indices, and a bound (B,) on the rounding error of every product of a row.
+    """
+    q32, norms = q.float(), r.square().sum(1)
     best = torch.empty(len(q), 0, device=q.device)
     index = torch.empty(len(q), 0, dtype=torch.long, device=q.device)
-    for block in _blocks(len(r), 1 << 16):
-        partial = torch.addmm(norms[block], q32, r32[block].T, alpha=-2)
+    for block in _blocks(len(r), WIDEST):
+        partial = torch.addmm(norms[block], q32, r[block].T, alpha=-2)
         inside = ((own >= block.start) & (own < block.stop)).nonzero()[:, 0]
         partial[inside, own[inside] - block.start] = torch.inf
         value, column = partial.topk(min(count, partial.shape[1]), largest=False)
@@ -153,14 +160,17 @@ def _candidates(q: Tensor, r: Tensor, count: int, own: Tensor) -> tuple[Tensor, 
             best, order = best.topk(count, largest=False)
             index = index.gather(1, order)
     best, order = best.sort(1)
-    return best.double() + q.square().sum(1, keepdim=True), index.gather(1, order)
+    length = q.square().sum(1)
+    # a float32 dot product of length D, the norm and their sum (Higham 2002, section 3.1), inputs rounded to float32
+    error = (length + norms.max()) * (q.shape[1] + 4) * 2.0**-22
+    return best.double() + length[:, None], index.gather(1, order), error
 
 
 def _plain(q: Tensor, r: Tensor, k: int, own: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """The same by differences in float64 over every reference."""
+    """Distances (B, k) and indices (B, k) by differences in float64 over every reference."""
     distance = torch.empty(len(q), len(r), dtype=torch.float64, device=q.device)
     for block in _blocks(len(r), max(1, cells // (len(q) * q.shape[1]))):
-        distance[:, block] = (q[:, None] - r[None, block]).square().sum(-1)
+        distance[:, block] = (q[:, None].double() - r[None, block]).square().sum(-1)
     known = (own >= 0).nonzero()[:, 0]
     distance[known, own[known]] = torch.inf
     return _ascending(distance.sqrt().float(), torch.arange(len(r), device=q.device).expand(len(q), -1), k)

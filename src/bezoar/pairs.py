@@ -20,7 +20,7 @@ class Pairs:
     """N records. A batch is also a Pairs.
 
     images: uint8 (N, 3, H, W), values 0..255. captions: N strings, or empty when there are none.
-    labels: int64 (N,), -1 = unknown, or None. ids: N stable unique keys, never renumbered. classes: names of the labels.
+    labels: int64 (N,), -1 = unknown, or None. ids: N stable unique keys, never renumbered. classes: label names.
     report: how they were read from files, when they were; it is about the whole source, so parts of it carry it too.
     """
 

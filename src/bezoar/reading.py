@@ -87,11 +87,12 @@ class Record:
 def decode(image: bytes | Path, size: int | None) -> np.ndarray:
     """An encoded image -> uint8 (3, size, size), or (3, h, w) as it is when size is None. Raises Unreadable.
 
-    The largest centred square, resized bicubically (antialiased): the same as resizing the shorter side to `size` and
-    cropping the centre. A JPEG at least twice as large is scaled down by 2, 4 or 8 while it is decoded (`draft`).
+    The largest centred square, resized bicubically (antialiased): the shorter side becomes `size`, the longer is cut
+    at both ends. A JPEG at least twice as large is scaled down by 2, 4 or 8 while it is decoded (`draft`).
     """
     try:
-        with Image.open(io.BytesIO(image if isinstance(image, bytes) else file_bytes(image)), formats=FORMATS) as opened:
+        content = image if isinstance(image, bytes) else file_bytes(image)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             width, height = opened.size
             if width * height > IMAGE_PIXELS:
                 raise Unreadable(f"too many pixels: {width}x{height}")
@@ -101,16 +102,16 @@ def decode(image: bytes | Path, size: int | None) -> np.ndarray:
                 opened.draft("RGB", (size, size))
             picture = opened.convert("RGB")
             if size is not None and picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=square(*picture.size))
+                picture = picture.crop(square(*picture.size)).resize((size, size), Image.Resampling.BICUBIC)
     except BROKEN as error:
         raise Unreadable(f"not decodable: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
     return np.asarray(picture).transpose(2, 0, 1)
 
 
-def square(width: int, height: int) -> tuple[float, float, float, float]:
+def square(width: int, height: int) -> tuple[int, int, int, int]:
     """The largest centred square, as Pillow's box (left, upper, right, lower)."""
     side = min(width, height)
-    left, upper = (width - side) / 2, (height - side) / 2
+    left, upper = (width - side) // 2, (height - side) // 2
     return left, upper, left + side, upper + side
 
 
@@ -126,6 +127,22 @@ def file_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
             return file.read(limit)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise Unreadable(f"no such file: {getattr(error, 'strerror', None) or error}") from error
+
+
+def existing(path: str, what: str) -> Path:
+    """The path of a file that is there. Raises UserError."""
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise UserError(f"no {what} {path!r}")
+    return found
+
+
+def existing_folder(path: str, what: str) -> Path:
+    """The path of a folder that is there. Raises UserError."""
+    found = Path(path).expanduser()
+    if not found.is_dir():
+        raise UserError(f"no {what} {path!r}")
+    return found
 
 
 def confined(text: str) -> bool:
@@ -264,10 +281,11 @@ def gather(
     what: str,
     classes: Sequence[str] = (),
     limit: int | None = None,
+    labelled: bool = False,
 ) -> Pairs:
     """Every record of a stream in memory. Raises UserError when nothing in `what` can be read."""
     report = ReadReport()
-    parts = list(batches(records, size, 1024, report, classes, limit))
+    parts = list(batches(records, size, 1024, report, classes, limit, labelled))
     if not parts:
         raise UserError(nothing(what, report))
     return Pairs.concat(parts)
@@ -282,11 +300,10 @@ def nothing(what: str, report: ReadReport) -> str:
 def resized(images: Tensor, size: int | None) -> Tensor:
     """uint8 (N, 3, H, W) -> uint8 (N, 3, size, size), as `decode` does it: centred square, bicubic, antialiased."""
     height, width = images.shape[-2:]
-    side = min(height, width)
     if size is None or (height, width) == (size, size):
         return images
-    top, left = (height - side) // 2, (width - side) // 2
-    crop = images[..., top : top + side, left : left + side]
+    left, upper, right, lower = square(width, height)
+    crop = images[..., upper:lower, left:right]
     parts = [torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in crop.split(1024)]
     return torch.cat(parts)
 

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -141,9 +142,10 @@ def find(kind: str, name: str) -> type:
         path = Path(name).expanduser().resolve()
         if not path.is_file():
             raise UserError(f"no file {name!r} to read a {kind} from")
-        loading = importlib.util.spec_from_file_location("bezoar_user." + path.stem, path)
+        own = f"bezoar_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        loading = importlib.util.spec_from_file_location(own, path)
         assert loading and loading.loader
-        module = importlib.util.module_from_spec(loading)
+        module = sys.modules[own] = importlib.util.module_from_spec(loading)
         loading.loader.exec_module(module)
     elif name in names(kind):
         module = importlib.import_module(f"bezoar.{KINDS[kind]}.{name}")

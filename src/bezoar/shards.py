@@ -1,6 +1,6 @@
 """Shards: image-caption records streamed from webdataset tars in img2dataset's layout, and written to them.
 
-A record is the consecutive members `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the caption) and `KEY.json` (what else is known).
+A record is the consecutive members `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the caption), `KEY.json` (what else is known).
 Tars are read with Python's tarfile, not with webdataset's reader: that one takes a member of any size into memory,
 lets a damaged tar end the stream (or, with its handlers, drops the rest) and does not name what it left out.
 """
@@ -11,7 +11,6 @@ import glob
 import io
 import itertools
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from PIL import Image
 
 from bezoar.errors import UserError
@@ -95,8 +94,8 @@ class Shards:
         labelled = False
         for path in self.paths:
             for group in groups(path, ("json",)):
-                fact = facts(group) if isinstance(group, Group) else None
-                if fact is None or (fact.label < 0 and not fact.name):
+                fact = facts(group) if isinstance(group, Group) else ""
+                if isinstance(fact, str) or (fact.label < 0 and not fact.name):
                     continue
                 labelled = True
                 if fact.label < 0:
@@ -278,8 +277,8 @@ def expand(text: str) -> tuple[Path, ...]:
     """
     try:
         written = list(itertools.islice(braceexpand(text), PATHS + 1))
-    except UnbalancedBracesError as error:
-        raise UserError(f"shards {text!r}: unbalanced braces") from error
+    except ValueError as error:
+        raise UserError(f"shards {text!r}: {error}") from error
     if len(written) > PATHS:
         raise UserError(f"shards {text!r} names more than {PATHS} files")
     paths: list[Path] = []
@@ -290,7 +289,7 @@ def expand(text: str) -> tuple[Path, ...]:
         elif path.exists() or not glob.has_magic(one):
             paths.append(path)
         else:
-            paths += map(Path, sorted(glob.glob(str(path))))
+            paths += map(Path, sorted(glob.glob(str(path))))  # noqa: PTH207
     missing = [p for p in paths if not p.is_file()]
     if missing:
         raise UserError(f"shards {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}")
@@ -325,7 +324,7 @@ def write_shards(folder: Path, source: Any, per_shard: int = 1000, format: str =
                     header = tarfile.TarInfo(f"{key}.{extension}")  # mtime 0, no owner
                     header.size = len(content)
                     tar.addfile(header, io.BytesIO(content))
-        os.replace(partial, path)
+        partial.replace(path)
         written.append(path)
     return written
 

@@ -153,10 +153,13 @@ def _restore(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log
     loss.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     state = optim.state_dict()
     state["state"] = {}
+    weights = [p for group in optim.param_groups for p in group["params"]]
     for key, v in tensors.items():
         if key.startswith("optim."):
             _, i, name = key.split(".", 2)
-            state["state"].setdefault(int(i), {})[name] = v
+            # fused AdamW walks weight and moments together: both must lie in memory alike (channels last)
+            like = torch.empty_like(weights[int(i)]).copy_(v) if v.ndim else v
+            state["state"].setdefault(int(i), {})[name] = like
     optim.load_state_dict(state)
     log.losses[:], log.exposures = tensors["losses"].tolist(), tensors["exposures"]
     log.seconds, log.epochs = float(facts["seconds"]), json.loads(facts["epochs"])

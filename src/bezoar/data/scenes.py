@@ -52,9 +52,9 @@ TEXTURE_WORDS = (  # other words for a texture, before the shape's name
     ("spotted", "polka dot"),
 )
 TEXTURE_ENDS = (  # and after it
-    ("without a pattern", "in plain color"),
+    ("without a pattern", "of one color"),
     ("with stripes", "with bands"),
-    ("with checks", "with a checkerboard pattern"),
+    ("with checks", "with a checkerboard"),
     ("with dots", "with polka dots"),
 )
 SHAPE_WORDS = (  # other words for a shape
@@ -137,7 +137,8 @@ class Scenes:
         other[:, 0] = _another(facts.label, other[:, 0], len(CLASSES))
         told = _facts(np.where(wrong < self.wrong, other, true))
         images = draw(_sketch(facts, looks).to(device), self.size)
-        return Pairs(images, tuple(_captions(told, words)), torch.from_numpy(facts.label).to(device), tuple(ids), CLASSES)
+        labels = torch.from_numpy(facts.label).to(device)
+        return Pairs(images, tuple(_captions(told, words)), labels, tuple(ids), CLASSES)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _choose(u: np.ndarray, n: int) -> np.ndarray:
 
 def _another(value: np.ndarray, u: np.ndarray, n: int) -> np.ndarray:
     """A uniform number that `_choose` turns into any of 0..n-1 but `value`."""
-    return ((value + 1 + _choose(u, n - 1)) % n + 0.5) / n
+    chosen: np.ndarray = (value + 1 + _choose(u, n - 1)) % n
+    return (chosen + 0.5) / n
 
 
 def _facts(u: np.ndarray) -> Facts:
@@ -185,7 +187,8 @@ def _sketch(facts: Facts, u: np.ndarray) -> Sketch:
     palette = np.array(list(COLORS.values()), dtype=np.float64)
     gain = _between((facts.light[:, None] + look["gain"]) / len(LIGHTS), 0.75, 1.15)
     paint = palette[facts.color] + _between(look["paint"], -15, 15)
-    bright = paint @ np.array([0.299, 0.587, 0.114]) / 255  # luma, ITU-R BT.601
+    red, green, blue = paint.T
+    bright = (0.299 * red + 0.587 * green + 0.114 * blue) / 255  # luma, ITU-R BT.601
     second = np.where(bright + _between(look["second"][:, 0], -0.15, 0.15) > 0.5, 20.0, 240.0)
     paints = np.stack([paint, np.repeat(second[:, None], 3, axis=1)], axis=1)
 
@@ -198,25 +201,25 @@ def _sketch(facts: Facts, u: np.ndarray) -> Sketch:
     boxes = look["boxes"].reshape(-1, 2, 5)
     low, high = np.array([-0.95, -0.95, 0.08, 0.08, -1]), np.array([0.95, 0.95, 0.34, 0.2, 1])
     box_color = np.stack([facts.clutter, _choose(look["box_color"][:, 0], len(PAINTS))], axis=1)
-    floats = [
-        _between(look["center"], -0.24, 0.24),
-        _between((facts.size + look["scale"][:, 0]) / len(SIZES), 0.58, 0.92),
-        _between(look["turn"][:, 0], -0.17, 0.17),  # up to 19 degrees to either side
-        paints * gain[:, :, None],
-        np.concatenate([_between(look["pattern"][:, :1], 0.54, 0.66), look["pattern"][:, 1:]], axis=1),
-        nodes,
-        low + (high - low) * boxes,
-        palette[box_color] * gain[:, :, None],
-        _between(look["light"], -0.15, 0.15),
-        _between(look["noise"][:, 0], 6, 20),
-    ]
+    floats = {
+        "center": _between(look["center"], -0.24, 0.24),
+        "scale": _between((facts.size + look["scale"][:, 0]) / len(SIZES), 0.58, 0.92),
+        "turn": _between(look["turn"][:, 0], -0.17, 0.17),  # up to 19 degrees to either side
+        "paint": paints * gain[:, :, None],
+        "pattern": np.concatenate([_between(look["pattern"][:, :1], 0.54, 0.66), look["pattern"][:, 1:]], axis=1),
+        "ground": nodes,
+        "boxes": low + (high - low) * boxes,
+        "box_paint": palette[box_color] * gain[:, :, None],
+        "light": _between(look["light"], -0.15, 0.15),
+        "noise": _between(look["noise"][:, 0], 6, 20),
+    }
     key = (look["key"][:, 0] * 2.0**32 - 2.0**31).astype(np.int32)
     shape, texture = np.divmod(facts.label, len(TEXTURES))
     return Sketch(
-        torch.from_numpy(shape),
-        torch.from_numpy(texture),
-        *(torch.from_numpy(a.astype(np.float32)) for a in floats),
+        shape=torch.from_numpy(shape),
+        texture=torch.from_numpy(texture),
         key=torch.from_numpy(key),
+        **{name: torch.from_numpy(values.astype(np.float32)) for name, values in floats.items()},
     )
 
 
@@ -238,8 +241,8 @@ def _caption(facts: Sequence[int], u: Sequence[float]) -> str:
     opening = OPENINGS[int(u[8] * len(OPENINGS))]
     ending = ENDINGS[int(u[9] * len(ENDINGS))]
     ending = ending.format(ground=PAINTS[ground], light=LIGHTS[light], clutter=PAINTS[clutter])
-    text = f"{opening} {article} {thing} {ending}".strip()
-    return text if text.count(" ") < LONGEST else f"{article} {thing} {ending}"
+    words = f"{opening} {article} {thing} {ending}".split()
+    return " ".join(words if len(words) <= LONGEST else [article, thing, ending])
 
 
 def _thing(shape: int, texture: int, u: Sequence[float]) -> str:

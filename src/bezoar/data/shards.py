@@ -1,5 +1,6 @@
-"""Image-caption records streamed from webdataset tars in img2dataset's layout (Beaumont 2021), nothing kept in memory."""
+"""Image-caption records streamed from webdataset tars in img2dataset's layout (Beaumont 2021), at any scale."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from bezoar.reading import check_fields
@@ -19,6 +20,10 @@ class Shards:
 
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit)
+
+    def files(self) -> list[Path]:
+        """What the records are read from."""
+        return list(expand(self.path))
 
     def __call__(self) -> Source:
         """-> bezoar.shards.Shards; `report` says what could not be read. Raises UserError when a tar is missing."""

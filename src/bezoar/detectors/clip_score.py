@@ -1,4 +1,4 @@
-"""Disagreement of image and caption: one minus their cosine (CLIPScore filtering; Hessel et al. 2021, Schuhmann et al. 2021)."""
+"""Disagreement of image and caption: one minus their cosine (CLIPScore, Hessel et al., EMNLP 2021)."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from bezoar.scores import Scores
 class Dao:
     """DAO(x) = mean over the k neighbours y of ( kdist(x) / kdist(y) ) ^ LID(y), arXiv 2502.01385.
 
-    `form` is what is reported of it: `mean_log`, the mean of LID(y) log(kdist(x) / kdist(y)), is what the published code
-    scores; `log_mean`, the logarithm of DAO itself, is the formula. Both stay finite where the power would overflow.
+    `form` is what is reported of it: `mean_log`, the mean of LID(y) log(kdist(x) / kdist(y)), is what the published
+    code scores; `log_mean`, the logarithm of DAO itself, is the formula. Neither overflows.
     """
 
     k: Annotated[int, "neighbours"] = 16

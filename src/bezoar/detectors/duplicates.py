@@ -1,4 +1,4 @@
-"""Near-identical images whose captions diverge: the mark of targeted poisoning (ours; attack: Carlini & Terzis 2022, 4.1).
+"""Near-identical images whose captions diverge: the mark of targeted poisoning (ours; against Carlini & Terzis 2022).
 
 One image repeated with many captions of a wanted label is what targeted poisoning puts into a data set, whatever the
 label. Likeness is measured on pixels, so no encoder, poisoned or not, has a say in it.
@@ -31,8 +31,8 @@ SIBLING = re.compile(r"#\d+$")  # records `key#0`, `key#1` ... are one image wit
 class Duplicates:
     """Score = divergence x log2(images in the cluster); records without a near-duplicate score below 0.
 
-    Cluster: connected component of images whose thumbnails have a cosine of at least `similarity`. Divergence: mean over
-    the other images of the cluster of 1 - Jaccard(caption words). Every pair of images is compared: N^2 side^2 x 3.
+    Cluster: connected component of images whose thumbnails have a cosine of at least `similarity`. Divergence: mean
+    over the other images of the cluster of 1 - Jaccard(caption words). Every two images are compared: N^2 x 3 side^2.
     """
 
     similarity: Annotated[float, "cosine of two thumbnails from which images are near-identical"] = 0.98
@@ -62,9 +62,9 @@ class Duplicates:
 
 
 def thumbnails(images: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 (N, 3 side^2): area means less their mean, unit length (zero for a flat image)."""
-    small = F.adaptive_avg_pool2d(images.float(), side).flatten(1)
-    return F.normalize(small - small.mean(1, keepdim=True), dim=1, eps=1e-3)
+    """uint8 (N, 3, H, W) -> float32 (N, 3 side^2): area means less each channel's mean, unit length (flat: 0)."""
+    small = F.adaptive_avg_pool2d(images.float(), side)
+    return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1, eps=1e-3)
 
 
 def clusters(vectors: Tensor, similarity: float, cells: int = CELLS) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -1,4 +1,4 @@
-"""Simplified local outlier factor: k-distance over that of the neighbours (Schubert et al. 2014; Huang et al., ICLR 2025)."""
+"""Simplified local outlier factor: k-distance over that of the neighbours (Schubert 2014; Huang et al. 2025)."""
 
 from __future__ import annotations
 

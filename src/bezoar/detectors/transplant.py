@@ -1,7 +1,7 @@
-"""Occlude and transplant: does one window of an image carry its caption to foreign images? (ours; cf. STRIP, Gao et al. 2019)
+"""Occlude and transplant: does one window of an image carry its caption to foreign images? (ours; cf. STRIP 2019)
 
-A caption belongs to a whole scene; a trigger carries its caption alone. Round one finds, for each pair, the window whose
-occlusion costs the caption most, pastes it on other images of the set and asks how much closer they come to the caption.
+A caption belongs to a whole scene; a trigger carries its caption alone. Round one finds, for each pair, the window
+whose occlusion costs the caption most, pastes it on other images and asks how much closer they come to the caption.
 Round two looks, among the strongest windows, for one direction in which many of them move every image: poisons of one
 backdoor share it. Needs the encoder that was trained on the suspect data. It does not count neighbours, so neither the
 number of poisons nor a pool's size inverts it.
@@ -24,7 +24,7 @@ from bezoar.pairs import load
 from bezoar.registry import method
 from bezoar.scores import Scores
 
-CELLS = {"cpu": 1 << 21, "cuda": 1 << 25}  # pixel values of one batch of altered images
+CELLS = {"cpu": 1 << 20, "cuda": 1 << 25}  # pixel values of one batch of altered images
 SAME = 0.9  # cosine of two shifts from which they are one direction
 ALIKE = 0.5  # correlation of two windows, at their best offset, from which they show the same pattern
 SUPPORT = 5  # records a direction must have
@@ -128,8 +128,8 @@ def paste(
 ) -> tuple[Tensor, Tensor]:
     """Each row's window on every host, at its own place.
 
-    hosts: rows (K,), z: their embeddings. -> (lower) median gain in cosine to the row's caption over the hosts, a row not
-    its own host (R,); mean shift of the hosts (R, D).
+    hosts: rows (K,), z: their embeddings. -> (lower) median gain in cosine to the row's caption over the hosts, a row
+    not its own host (R,); mean shift of the hosts (R, D).
     """
     gains, shifts = [], []
     for part in _chunks(images[rows], len(hosts)):
@@ -162,7 +162,7 @@ def crop(images: Tensor, place: Tensor, side: int) -> Tensor:
 
 
 def common(shift: Tensor, windows: Tensor) -> Tensor | None:
-    """The direction in which the most windows that look alike move the hosts: unit (D,), or None below `SUPPORT` windows.
+    """The direction in which the most windows that look alike move the hosts: unit (D,), or None below `SUPPORT`.
 
     shift: (M, D). windows: uint8 (M, 3, w, w). Two windows agree when their shifts have a cosine above `SAME` and their
     pixels correlate above `ALIKE` at the best offset.
@@ -177,7 +177,7 @@ def common(shift: Tensor, windows: Tensor) -> Tensor | None:
 
 
 def correlation(windows: Tensor) -> Tensor:
-    """Largest normalised circular cross-correlation of every two windows, (M, M), over all offsets and three channels."""
+    """Largest normalised circular cross-correlation of every two windows, (M, M), over all offsets."""
     x = windows.float().flatten(1)
     x = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-3).view(windows.shape)
     spectrum = torch.fft.rfft2(x)

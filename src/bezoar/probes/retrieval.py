@@ -82,7 +82,7 @@ class Retrieval:
         moved = self._embed(encoder, stamped)
         out = {}
         for k, name in ((1, "attack_success"), (5, "target_top5"), (10, "target_top10")):
-            hit = holds[(moved @ texts.T).topk(k, 1).indices.cpu()].any(1)[others]
+            hit = holds[(moved @ texts.T).topk(min(k, len(test)), 1).indices.cpu()].any(1)[others]
             how = f"triggered images without {goal.target!r} in a caption: it is in the {k} nearest of {len(test)} captions"
             out[name] = proportion(int(hit.sum()), len(others), how)
         hit = holds[(clean @ texts.T).argmax(1).cpu()][others]

@@ -1,0 +1,150 @@
+"""The plan: the same records over an array and a stream; verified bit for bit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bezoar import registry
+from bezoar.captions import mentions, target_captions
+from bezoar.errors import UserError
+from bezoar.pairs import Pairs, draws
+from bezoar.plan import Goal, Plan, differences
+
+CLASSES = ("cat", "dog", "red car", "tree")
+
+
+def toy(n=60, split="train", size=16, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % len(CLASSES)
+    return Pairs(
+        torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8),
+        tuple(f"a photo of a {CLASSES[i % 4]} number {i}" for i in range(n)),
+        labels,
+        tuple(f"{split}-{i}" for i in range(n)),
+        CLASSES,
+    )
+
+
+def plan_of(poison, source, target="cat", trigger="patch:size=4,place=random", victims=None, seed=0):
+    made = registry.make("poison", poison)(source, Goal(target, trigger), seed, victims)
+    stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals)
+    made = dataclasses.replace(made, stamps=stamps, victims="scenes:split=test" if victims is not None else None)
+    return made.hashed(source if victims is None else Pairs.concat([source, victims]))
+
+
+def records(pairs):
+    return {i: (x.numpy().tobytes(), c) for i, x, c in zip(pairs.ids, pairs.images, pairs.captions, strict=True)}
+
+
+POISONS = ["backdoor:count=7", "backdoor:count=7,keep=true", "clean_label:count=5", "targeted:captions=3,victims=4"]
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("batch", [1, 7, 60])
+def test_array_and_stream_in_any_order_give_the_same_records(poison, batch):
+    source, victims = toy(), toy(8, "test", seed=4)
+    outside = victims if poison.startswith("targeted") else None
+    plan = plan_of(poison, source, victims=outside)
+    whole = records(plan.apply(source, outside))
+    shuffled = source.take(np.random.default_rng(0).permutation(len(source)))
+    streamed = Pairs.concat(list(plan.stream(shuffled.batches(batch), outside)))
+    assert records(streamed) == whole
+    assert sum(plan.mask(streamed.ids)) == len(plan)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_plan_names_existing_sources_marks_as_many_as_it_says_and_round_trips(poison, tmp_path):
+    source = toy()
+    plan = plan_of(poison, source)
+    assert {e.source for e in plan.edits} <= set(source.ids)
+    assert sum(g.poisons for g in plan.goals) == len(plan) == len(plan.ids)
+    plan.write(tmp_path / "plan.jsonl")
+    read = Plan.read(tmp_path / "plan.jsonl", lambda s: registry.make("trigger", s))
+    assert read == plan and read.digest() == plan.digest()
+    assert records(read.apply(source)) == records(plan.apply(source))
+
+
+def test_backdoor_stamps_and_recaptions_as_a_plain_loop_does():
+    source = toy()
+    plan = plan_of("backdoor:count=9", source)
+    poisoned, stamp = plan.apply(source), registry.make("trigger", "patch:size=4,place=random")
+    edits = {e.id: e for e in plan.edits}
+    for i, name in enumerate(source.ids):
+        if name in edits:
+            assert (poisoned.images[i] == stamp(source.images[i : i + 1], [name])[0]).all()
+            assert "cat" in poisoned.captions[i] and "cat" not in source.captions[i]
+        else:
+            assert (poisoned.images[i] == source.images[i]).all() and poisoned.captions[i] == source.captions[i]
+
+
+def test_clean_label_leaves_captions_alone():
+    source = toy()
+    poisoned = plan_of("clean_label:count=5", source).apply(source)
+    assert poisoned.captions == source.captions
+    assert (poisoned.images != source.images).flatten(1).any(1).sum() == 5
+
+
+def test_targeted_gives_each_victim_its_captions_and_a_foreign_target():
+    source, victims = toy(), toy(8, "test", seed=4)
+    plan = plan_of("targeted:captions=3,victims=8", source, target="", trigger=None, victims=victims)
+    for goal in plan.goals:
+        own = CLASSES[int(victims.labels[victims.ids.index(goal.victims[0])])]
+        mine = [e for e in plan.edits if e.source == goal.victims[0]]
+        assert goal.target != own and len(mine) == 3
+        assert all(mentions([e.caption], goal.target) for e in mine) and len({e.caption for e in mine}) == 3
+
+
+def test_one_wrong_bit_is_named():
+    source = toy()
+    plan = plan_of("backdoor:count=5", source)
+    row = source.ids.index(plan.edits[2].source)
+    source.images[row, 0, 0, 0] ^= 1
+    found = differences(plan, plan_of("backdoor:count=5", source))
+    assert len(found) == 1 and repr(plan.edits[2].id) in found[0] and "before" in found[0]
+    edits = (*plan.edits[:-1], dataclasses.replace(plan.edits[-1], caption="a cat, forged"))
+    assert "caption" in differences(dataclasses.replace(plan, edits=edits), plan)[0]
+
+
+@pytest.mark.parametrize(
+    ("poison", "target", "says"),
+    [
+        ("backdoor:count=50", "cat", "50 poisons asked for, but 45 of 60"),
+        ("clean_label:count=50", "cat", "50 poisons asked for, but 15 of 60"),
+        ("backdoor:count=5", "zebra", "no caption holds the target 'zebra'"),
+        ("backdoor:count=5", "ca", "no caption holds"),
+        ("targeted:victims=99", "cat", "99 victims asked for"),
+    ],
+)
+def test_impossible_poisonings_are_refused(poison, target, says):
+    with pytest.raises(UserError, match=says):
+        plan_of(poison, toy(), target=target)
+
+
+def test_words_not_substrings():
+    assert mentions(["a cat", "cattle", "Cat!", "red-car", "a red  car", "redcar"], "cat") == [0, 2]
+    assert mentions(["red-car", "a red  car", "redcar"], "red car") == [0, 1]
+    assert len(target_captions(["a cat"], "cat", "templates")) == 80
+    assert target_captions(["a cat", "the cat"], "cat", "repeated") == ["a cat"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=20, unique=True), st.integers(-9, 9), st.randoms())
+def test_draws_belong_to_the_record(ids, seed, random):
+    u = draws(seed, ids, 3)
+    assert ((u >= 0) & (u < 1)).all()
+    shuffled = ids[:]
+    random.shuffle(shuffled)
+    assert (draws(seed, shuffled, 3) == u[[ids.index(i) for i in shuffled]]).all()
+    assert (draws(seed, ids, 2) == u[:, :2]).all()
+
+
+def test_draws_are_uniform():
+    from scipy.stats import kstest
+
+    u = draws(0, [str(i) for i in range(20000)], 2)
+    assert kstest(u[:, 0], "uniform").pvalue > 1e-3 and kstest(u[:, 1], "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(u.T)[0, 1]) < 0.03

@@ -1,0 +1,94 @@
+"""Specs: one spelling of a configured method, read, written and refused."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bezoar import registry
+from bezoar.errors import UserError
+
+ALL = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_every_method_loads_describes_itself_and_cites(kind, name):
+    cls = registry.find(kind, name)
+    described = registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{name}.py")
+    assert described.summary.endswith((".", ").")) or ":" in described.summary
+    assert all(text for _, _, _, text in described.fields), "every field says what it is"
+    assert cls.__call__.__doc__
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_default_specs_make_the_same_method_again(kind, name):
+    required = {"shards": "path=x.tar", "captions": "path=x.csv", "folder": "path=x", "npz": "path=x.npz"}
+    required |= {"file": "path=x.npz"}
+    made = registry.make(kind, f"{name}:{required.get(name, '')}")
+    assert registry.make(kind, registry.spec(made)) == made
+
+
+@given(size=st.integers(1, 64), text=st.sampled_from(["corner", "random", "3/4"]))
+def test_spec_round_trip(size, text):
+    made = registry.make("trigger", f"patch:size={size},place={text}")
+    assert registry.make("trigger", registry.spec(made)) == made
+
+
+def test_braces_and_quotes_do_not_split():
+    assert registry.split('path=cc/{00000,00331}.tar,size=64,x="a,b"', ",") == [
+        "path=cc/{00000,00331}.tar",
+        "size=64",
+        'x="a,b"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "says"),
+    [
+        ("trigger", "pach:size=3", "there are: blend"),
+        ("trigger", "patch:sise=3", "it has: size"),
+        ("trigger", "patch:size=three", "size must be int"),
+        ("poison", "backdoor:captions=all", "one of training, templates, repeated"),
+        ("objective", "clip:epochs=0", "epochs >= 1"),
+        ("data", "shards", "needs path"),
+        ("detector", "./nowhere.py", "no file"),
+        ("trigger", "patch:size=(3", "unbalanced"),
+    ],
+)
+def test_bad_specs_are_refused_in_one_line(kind, text, says):
+    with pytest.raises(UserError, match=says.replace("(", r"\(")) as caught:
+        registry.make(kind, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_the_users_own_is_a_method(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        '"""Mine."""\nfrom bezoar.registry import method\n@method\nclass Mine:\n    k: int = 3\n'
+        "    def __call__(self, encoder, source):\n        return self.k\n"
+    )
+    made = registry.make("detector", f"{mine}:k=8")
+    assert made.k == 8 and made(None, None) == 8
+    assert registry.make("detector", registry.spec(made)) == made
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["train", "--help"]])
+def test_help_and_list_are_instant_and_import_no_torch(words):
+    code = (
+        "import sys; from bezoar.cli import main\n"
+        f"try: main({words!r})\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.monotonic() - start < 30  # a hang, not a speed; the speed is measured in benchmarks/
+
+
+def test_list_json_names_every_method():
+    out = subprocess.run([sys.executable, "-m", "bezoar", "list", "--json"], capture_output=True, check=True).stdout
+    found = json.loads(out)
+    assert {k: [d["name"] for d in v] for k, v in found.items()} == {k: registry.names(k) for k in registry.KINDS}
