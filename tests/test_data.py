@@ -171,7 +171,6 @@ def test_npz_that_is_none(tmp_path: Path) -> None:
     refused(f"npz:path={tmp_path}/b.npz", "no .npz file")
     np.savez(tmp_path / "c.npz", z=np.zeros(1))
     refused(f"npz:path={tmp_path}/c.npz,split=val", "holds no array val_jpeg, val_images or x; it holds: z")
-    content = bytearray((tmp_path / "c.npz").read_bytes())
     np.savez_compressed(tmp_path / "d.npz", x=pixels(4, 8, 8, 3))
     content = bytearray((tmp_path / "d.npz").read_bytes())
     content[300:320] = bytes(20)
@@ -188,7 +187,9 @@ def test_the_two_csv_layouts_and_json_lines_and_parquet_agree(tmp_path: Path) ->
     import pyarrow.parquet as parquet
 
     shards = read(f"shards:path={DATA}/flickr8k/val-00000.tar,size=32,limit=6")
-    for i, image in enumerate(load(make("data", f"shards:path={DATA}/flickr8k/val-00000.tar,size=128,limit=6")()).images):
+    for i, image in enumerate(
+        load(make("data", f"shards:path={DATA}/flickr8k/val-00000.tar,size=128,limit=6")()).images
+    ):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{i}.png")
     rows = [(f"images/{i}.png", caption) for i, caption in enumerate(shards.captions)]
@@ -216,7 +217,8 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (folder / "text.png").write_text("text")
     os.mkfifo(folder / "pipe.png")
     rows: list[tuple[str, bytes]] = [
-        ("a.png", b"good"), ("a.png", b"good again"), ("sub/../a.png", b"inside"), (str(tmp_path / "outside.png"), b"mine"),
+        ("a.png", b"good"), ("a.png", b"good again"), ("sub/../a.png", b"inside"),
+        (str(tmp_path / "outside.png"), b"mine"),
         ("../outside.png", b"x"), ("sub/../../outside.png", b"x"), ("gone.png", b"x"), ("dot.png", b"x"),
         ("text.png", b"x"), ("pipe.png", b"x"), ("a.png", b"caf\xe9"), ("a.png", b" "), ("", b"x"),
         ("/dev/zero", b"x"), ("https://example.org/a.png", b"x"),
@@ -243,13 +245,15 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     refused(f"captions:{tmp_path}/b.csv", "no table of captions")
     refused(f"captions:{tmp_path}/a.png", "must be .csv")
     (tmp_path / "q.csv").write_text('image,caption\na.png,"never closed\na.png,swallowed\n')
-    refused(f"captions:{tmp_path}/q.csv", "line 3")
+    refused(f"captions:{tmp_path}/q.csv", "row after line 1")
     (tmp_path / "e.csv").write_text("")
     refused(f"captions:{tmp_path}/e.csv", "no image-caption record")
     (tmp_path / "p.parquet").write_bytes(b"PAR1 not really PAR1")
     refused(f"captions:{tmp_path}/p.parquet", "cannot be read as parquet")
     (tmp_path / "j.jsonl").write_bytes(
-        b'{"image": "a.png", "caption": "ok"}\n{"image": "\xff"}\n[1]\n' + b"[" * 99999 + b'\n{"image": 3, "caption": []}\n'
+        b'{"image": "a.png", "caption": "ok"}\n{"image": "\xff"}\n[1]\n'
+        + b"[" * 99999
+        + b'\n{"image": 3, "caption": []}\n'
         b'{"image": "a.png", "caption": "\\ud800"}\n'
     )
     pairs = read(f"captions:{tmp_path}/j.jsonl,size=16")
@@ -316,7 +320,9 @@ def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = read(f"svhn:root={tmp_path},split=test")
     assert torch.equal(pairs.images, torch.from_numpy(images.transpose(3, 2, 0, 1).copy()))
     assert pairs.labels is not None and pairs.labels.tolist() == [0, 1, 9, 3]
-    assert pairs.captions[2] == "a photo of a nine" and len(make("data", f"svhn:root={tmp_path},split=test").files()) == 1
+    assert (
+        pairs.captions[2] == "a photo of a nine" and len(make("data", f"svhn:root={tmp_path},split=test").files()) == 1
+    )
 
 
 def test_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +378,9 @@ def test_food101(tmp_path: Path) -> None:
     (base / "meta" / "train.json").write_text(json.dumps(listed))
     pairs = read(f"food101:root={tmp_path},size=32")
     assert pairs.ids == ("waffles/2.jpg", "apple_pie/1.jpg") and pairs.classes == ("apple_pie", "waffles")
-    assert pairs.labels is not None and pairs.labels.tolist() == [1, 0] and pairs.captions[1] == "a photo of a apple pie"
+    assert (
+        pairs.labels is not None and pairs.labels.tolist() == [1, 0] and pairs.captions[1] == "a photo of a apple pie"
+    )
     assert skipped(pairs) == [("../../outside.jpg", "path leaves the data set's folder")]
     refused(f"food101:root={tmp_path}/none", "download=true")
 

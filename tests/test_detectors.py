@@ -131,7 +131,8 @@ def test_contract_spec_and_docstring(name):
 @pytest.mark.parametrize(
     "spec",
     ["k_distance:k=0", "slof:pool=-1", "dao:k=1", "dao:rate=0", "dao:form=sum", "duplicates:similarity=0",
-     "duplicates:side=1", "transplant:window=0", "transplant:k=0", "transplant:cascade=2", "transplant:strongest=-1"],
+     "duplicates:side=1", "transplant:window=0", "transplant:k=0", "transplant:cascade=2", "transplant:strongest=-1",
+     "transplant:scouts=13"],
 )  # fmt: skip
 def test_bad_fields_are_refused(spec):
     with pytest.raises(UserError):
@@ -272,7 +273,9 @@ def backdoored(n: int = 240, poisons: int = 12, size: int = 32) -> tuple[Pairs, 
     return replace(pairs, images=x, captions=tuple(captions)), np.isin(np.arange(n), rows)
 
 
-def plain_transplant(encoder, pairs: Pairs, side: int, step: int, k: int, cascade: float, seed: int) -> np.ndarray:
+def plain_transplant(
+    encoder, pairs: Pairs, side: int, step: int, k: int, scouts: int, cascade: float, seed: int
+) -> np.ndarray:
     """Round one, a window and a pair at a time."""
     shape, n = pairs.images.shape[-2:], len(pairs)
     texts = encoder.texts(pairs.captions)
@@ -290,36 +293,45 @@ def plain_transplant(encoder, pairs: Pairs, side: int, step: int, k: int, cascad
     whole = [agrees(pairs.images[i], i) for i in range(n)]
     left = [{(y, x): hidden(i, y, x) for y in starts[0] for x in starts[1]} for i in range(n)]
     loss = np.array([whole[i] - min(left[i].values()) for i in range(n)], np.float32)
-    kept = np.argsort(-loss, kind="stable")[: int(np.ceil(cascade * n))]
     drawn = np.lexsort((pairs.ids, draws(seed, pairs.ids, 1)[:, 0]))
-    hosts = [i for i in drawn if loss[i] <= np.sort(loss)[(n - 1) // 2]][:k]
-    score = {}
-    for i in kept:
-        y, x = min(left[i], key=left[i].get)
-        places = [(y + a, x + b) for a in (0, -step, step) for b in (0, -step, step)]
-        places = [(min(max(a, 0), shape[0] - side), min(max(b, 0), shape[1] - side)) for a, b in places]
-        y, x = min(places, key=lambda p: hidden(i, *p))
+    hosts = [i for i in drawn if loss[i] <= median(loss)][:k]
+
+    def gain(i: int, y: int, x: int, hosts: list[int]) -> float:
         gains = []
         for h in hosts:
             image = pairs.images[h].clone()
             image[:, y : y + side, x : x + side] = pairs.images[i, :, y : y + side, x : x + side]
             if h != i:
                 gains.append(agrees(image, i) - agrees(pairs.images[h], i))
-        score[i] = sorted(gains)[(len(gains) - 1) // 2]
-    gain = np.array(list(score.values()))
-    spread = 1.4826 * np.sort(np.abs(gain - np.sort(gain)[(len(gain) - 1) // 2]))[(len(gain) - 1) // 2]
-    values = loss - loss.max() + (gain.min() - np.sort(gain)[(len(gain) - 1) // 2]) / spread
-    values[list(score)] = (gain - np.sort(gain)[(len(gain) - 1) // 2]) / spread
+        return median(gains)
+
+    first = [min(left[i], key=left[i].get) for i in range(n)]
+    rest = np.array([gain(i, *first[i], hosts[:scouts]) for i in range(n)])
+    kept = np.argsort(-rest, kind="stable")[: int(np.ceil(cascade * n))]
+    gains = []
+    for i in kept:
+        places = [(first[i][0] + a, first[i][1] + b) for a in (0, -step, step) for b in (0, -step, step)]
+        places = [(min(max(a, 0), shape[0] - side), min(max(b, 0), shape[1] - side)) for a, b in places]
+        gains.append(gain(i, *min(places, key=lambda p: hidden(i, *p)), hosts))
+    score = np.array(gains) - median(gains)
+    score /= 1.4826 * median(np.abs(score))
+    values = rest - rest.max() + score.min()
+    values[kept] = score
     return values
+
+
+def median(values) -> float:
+    """The lower one of two middle values, as torch has it."""
+    return sorted(values)[(len(values) - 1) // 2]
 
 
 @pytest.mark.parametrize(("size", "window", "cascade"), [(32, 0.25, 0.5), (20, 0.3, 1.0)])
 def test_transplant_is_the_plain_one(size, window, cascade, monkeypatch):
     monkeypatch.setitem(transplant.CELLS, "cpu", 100_000)
     pairs, _ = backdoored(24, 3, size)
-    made = transplant.Transplant(window=window, stride=0.5, k=5, cascade=cascade, strongest=0, seed=1)
+    made = transplant.Transplant(window=window, stride=0.5, k=5, cascade=cascade, scouts=2, strongest=0, seed=1)
     side = round(window * size)
-    expected = plain_transplant(Fake(True), pairs, side, round(0.5 * side), 5, cascade, 1)
+    expected = plain_transplant(Fake(True), pairs, side, round(0.5 * side), 5, 2, cascade, 1)
     assert made(Fake(True), pairs).values.numpy() == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
@@ -356,13 +368,16 @@ def test_crop_and_correlation_are_the_plain_ones():
             assert float(found[i, j]) == pytest.approx(max(turned) / float(a.norm() * b.norm()), abs=1e-4)
 
 
-def test_a_direction_needs_support_in_captions_and_pixels():
+def test_a_direction_needs_like_windows_on_different_pictures():
     g = torch.Generator().manual_seed(0)
     shift = 0.03 * torch.randn(60, 16, generator=g)
     windows = torch.randint(0, 256, (60, 3, 8, 8), generator=g).to(torch.uint8)
-    assert transplant.common(shift, windows) is None
+    pictures = torch.randint(0, 256, (60, 3, 32, 32), generator=g).to(torch.uint8)
+    assert transplant.common(shift, windows, pictures) is None
     shift[:9] += torch.eye(16)[3]
-    assert transplant.common(shift, windows) is None  # one direction, nine different patterns
+    assert transplant.common(shift, windows, pictures) is None  # one direction, nine different patterns
     windows[:9] = windows[0]
-    direction = transplant.common(shift, windows)
+    direction = transplant.common(shift, windows, pictures)
     assert direction is not None and float(direction[3]) > 0.9
+    pictures[:9] = pictures[0]
+    assert transplant.common(shift, windows, pictures) is None  # one picture nine times

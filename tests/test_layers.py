@@ -7,9 +7,9 @@ import bezoar
 from bezoar import registry
 
 SRC = Path(bezoar.__file__).parent
-LEVEL = {"errors": 0, "registry": 0, "stats": 0, "progress": 0, "arrays": 0}
+LEVEL = {"errors": 0, "registry": 0, "stats": 0, "progress": 0}
 LEVEL |= dict.fromkeys(("pairs", "reading", "shards", "plan", "captions", "encoder", "scores", "run"), 1)
-LEVEL |= dict.fromkeys(("neighbors", "training", "augment", "inputs", "drawing"), 2)
+LEVEL |= dict.fromkeys(("neighbors", "training", "augment", "inputs", "drawing", "arrays"), 2)
 LEVEL |= dict.fromkeys(registry.KINDS.values(), 3)
 LEVEL |= {"verbs": 4, "report": 5, "cli": 5, "__main__": 6, "__init__": 6}
 

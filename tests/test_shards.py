@@ -7,6 +7,7 @@ import json
 import tarfile
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def record(key: str, seed: int = 0, caption: bytes = b"a caption", **told: object) -> list[tuple[str, bytes]]:
+def record(key: str, seed: int = 0, caption: bytes = b"a caption", **told: Any) -> list[tuple[str, bytes]]:
     """The members of one good record."""
     members = [(f"{key}.png", picture(seed=seed)), (f"{key}.txt", caption)]
     return [*members, (f"{key}.json", json.dumps(told).encode())] if told else members
@@ -141,7 +142,8 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
         ("lonely.txt", b"no image"),
         *record("../../up"), *record("/etc/top"), *record("a\nb"),
         *record("good", 5),
-        *record("worse", label=10**9), *record("bool", label=True), *record("half_a_character", caption=b"", caption_=1),
+        *record("worse", label=10**9), *record("bool", label=True),
+        *record("half_a_character", caption=b"", caption_=1),
         ("deep.png", picture()), ("deep.json", b"[" * 100_000),
         ("list.png", picture()), ("list.json", b"[]"),
         *record("pickle", seed=3), ("pickle.pkl", b"\x80\x04."),
@@ -217,7 +219,10 @@ def test_overwritten_header_does_not_end_the_tar_quietly(tmp_path: Path) -> None
     content[offset : offset + 512] = b"\xff" * 512
     path.write_bytes(content)
     source = Shards((path,), 16)
-    assert len(load(source)) == 2 and reasons(source) == [("2", "record cut off where the tar breaks"), ("", "broken tar")]
+    assert len(load(source)) == 2 and reasons(source) == [
+        ("2", "record cut off where the tar breaks"),
+        ("", "broken tar"),
+    ]
 
 
 def test_pax_header_cannot_ask_for_memory(tmp_path: Path) -> None:
@@ -298,7 +303,8 @@ def test_written_shards_are_exact_and_deterministic(tmp_path: Path) -> None:
     assert {p.suffix for p in (tmp_path / "one").iterdir()} == {".tar"}
     back = load(Shards(tuple(written), 16))
     assert torch.equal(back.images, pairs.images) and back.ids == pairs.ids and back.captions == pairs.captions
-    assert back.labels is not None and torch.equal(back.labels, pairs.labels) and back.classes == pairs.classes
+    assert back.labels is not None and pairs.labels is not None and torch.equal(back.labels, pairs.labels)
+    assert back.classes == pairs.classes
     with pytest.raises(UserError, match="already"):
         write_shards(tmp_path / "one", pairs)
 

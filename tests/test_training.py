@@ -1,5 +1,6 @@
 """The loss against a plain form; the loop: same seed same bits, cut off and gone on with, every record drawn as counted."""
 
+import json
 import math
 
 import pytest
@@ -128,7 +129,7 @@ def test_an_encoder_saves_loads_and_says_that_it_is_poisoned(tmp_path):
     from safetensors import safe_open
 
     with safe_open(tmp_path / "encoder.safetensors", "pt") as f:
-        assert f.metadata()["poisoned"] == "true" and f.metadata()["plan"] == "abc"
+        assert json.loads(f.metadata()["bezoar"]) == {"poisoned": True, "plan": "abc"}
 
 
 def test_an_encoder_that_is_none_is_refused(tmp_path):

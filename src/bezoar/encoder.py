@@ -68,6 +68,8 @@ class Encoder(nn.Module):
         self.preprocess = preprocess
         self.about: dict = about or {}
         self.precision = "fp32"
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
 
@@ -133,8 +135,9 @@ class Encoder(nn.Module):
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         head = {"schema": SCHEMA, "preprocess": asdict(self.preprocess), "precision": self.precision, **self.about}
         tensors, facts = folder / "encoder.safetensors", folder / "encoder.json"
-        marks = {"poisoned": str(bool(self.about.get("poisoned"))).lower(), "plan": str(self.about.get("plan", ""))}
-        save_file(weights, tensors.with_suffix(".tmp"), metadata={"made_by": "bezoar", **marks})
+        # one key: safetensors writes several in an order of its own, and the same weights must be the same bytes
+        marks = {"poisoned": bool(self.about.get("poisoned")), "plan": self.about.get("plan", "")}
+        save_file(weights, tensors.with_suffix(".tmp"), metadata={"bezoar": json.dumps(marks)})
         os.replace(tensors.with_suffix(".tmp"), tensors)
         facts.with_suffix(".tmp").write_text(json.dumps(head, indent=1, ensure_ascii=False))
         os.replace(facts.with_suffix(".tmp"), facts)

@@ -14,7 +14,7 @@ from bezoar.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs, load
 from bezoar.plan import Goal, Plan
-from bezoar.run import Run, fingerprint
+from bezoar.run import Run, fingerprint, named_files
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def root(run: Run) -> Any:
             raise UserError(f"run {run.name} goes back to no data set")
         return root(above)
     method = registry.make("data", asked["spec"])
-    if "files" in asked and fingerprint(method.files()) != asked["files"]:
+    if "files" in asked and fingerprint(named_files(method)) != asked["files"]:
         raise UserError(f"the files of {asked['spec']} are not those that run {run.name} was made from")
     return method
 

@@ -32,9 +32,7 @@ class Neighbors:
     index: Tensor
 
 
-def nearest(
-    queries: Tensor, references: Tensor, k: int, exclude_self: bool | Tensor = False, cells: int = CELLS
-) -> Neighbors:
+def nearest(queries: Tensor, references: Tensor, k: int, exclude_self: bool | Tensor = False, cells: int = CELLS) -> Neighbors:
     """The k references nearest to each query by Euclidean distance, ties to the lower index.
 
     queries: float (N, D). references: float (R, D). exclude_self: True when query i is reference i, or int64 (N,) the
@@ -120,9 +118,7 @@ def _blocks(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _exact(
-    q: Tensor, r: Tensor, centred: Tensor, centre: Tensor, k: int, own: Tensor, cells: int
-) -> tuple[Tensor, Tensor]:
+def _exact(q: Tensor, r: Tensor, centred: Tensor, centre: Tensor, k: int, own: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Queries (B, D), references (R, D) and the same less their mean -> distances (B, k) and indices (B, k)."""
     near, candidates, error = _candidates(q.double() - centre, centred, min(k + MARGIN, len(r)), own)
     distance = torch.cat(

@@ -144,14 +144,10 @@ class Plan:
         made, row = self.poisons(sources), {k: i for i, k in enumerate(sources.ids)}
         after = {k: content_hash(made.images[i], made.captions[i]) for i, k in enumerate(made.ids)}
         before = {
-            e.source: content_hash(
-                sources.images[row[e.source]], sources.captions[row[e.source]] if sources.captions else ""
-            )
+            e.source: content_hash(sources.images[row[e.source]], sources.captions[row[e.source]] if sources.captions else "")
             for e in self.edits
         }
-        return replace(
-            self, edits=tuple(replace(e, before=before[e.source], after=after[e.id]) for e in self.edits)
-        )
+        return replace(self, edits=tuple(replace(e, before=before[e.source], after=after[e.id]) for e in self.edits))
 
     def lines(self) -> list[str]:
         """The plan as JSON Lines: a header, then an edit a line. The same plan gives the same bytes."""

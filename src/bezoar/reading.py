@@ -161,9 +161,7 @@ def threads() -> int:
     return min(8, len(usable))
 
 
-def decoded(
-    records: Iterable[Record | Skipped], size: int | None, report: ReadReport
-) -> Iterator[tuple[Record, np.ndarray]]:
+def decoded(records: Iterable[Record | Skipped], size: int | None, report: ReadReport) -> Iterator[tuple[Record, np.ndarray]]:
     """Decode a stream in its own order, in threads, holding a bounded number of images; failures go to the report.
 
     A UserError of the stream is raised where it stands in the order, after what came before it.

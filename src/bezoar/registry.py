@@ -211,14 +211,18 @@ def describe(path: Path) -> Description:
         if isinstance(node, ast.ClassDef) and node.name == class_name(path.stem):
             for item in node.body:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                    hint, text = item.annotation, ""
-                    if isinstance(hint, ast.Subscript) and ast.unparse(hint.value).endswith("Annotated"):
-                        assert isinstance(hint.slice, ast.Tuple)
-                        hint, note = hint.slice.elts[0], hint.slice.elts[1]
-                        text = str(ast.literal_eval(note))
+                    hint, text = _documented(item.annotation)
                     default = ast.unparse(item.value) if item.value else ""
-                    fields.append((item.target.id, ast.unparse(hint), default, text))
+                    fields.append((item.target.id, hint, default, text))
     return Description(path.stem, summary, tuple(fields))
+
+
+def _documented(hint: ast.expr) -> tuple[str, str]:
+    """`Annotated[int, "note"]` -> ("int", "note"); anything else has no note."""
+    if isinstance(hint, ast.Subscript) and ast.unparse(hint.value).endswith("Annotated"):
+        assert isinstance(hint.slice, ast.Tuple)
+        return ast.unparse(hint.slice.elts[0]), str(ast.literal_eval(hint.slice.elts[1]))
+    return ast.unparse(hint), ""
 
 
 def _required(f: Any) -> bool:

@@ -172,6 +172,7 @@ def execute(verb: Any, settings: Settings) -> Run:
 
     A run that was cut off is gone on with; one that failed starts over.
     """
+    device(settings.device)
     inputs, ask = resolve(verb, settings)
     name = f"{verb_name(verb)}-{hashlib.sha256(json.dumps(ask, sort_keys=True).encode()).hexdigest()[:10]}"
     folder = settings.runs / name
@@ -264,9 +265,17 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
             raise UserError(f"run {value.name} is {manifest['status']}, not done; ask for it again first")
         return value, {"run": value.name}
     asked = {"spec": registry.spec(value), "source": registry.source_hash(type(value))}
-    if files := getattr(value, "files", None):
-        asked["files"] = fingerprint(files())
+    if files := named_files(value):
+        asked["files"] = fingerprint(files)
     return value, asked
+
+
+def named_files(configured: Any) -> list[Path]:
+    """The files a method reads: those it lists itself, or those that its text fields name."""
+    if hasattr(configured, "files"):
+        return configured.files()
+    texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
+    return [Path(t) for t in texts if Path(t).suffix and Path(t).is_file()]
 
 
 def _data_spec(text: str) -> str:

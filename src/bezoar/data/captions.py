@@ -93,7 +93,7 @@ def csv_rows(table: Path) -> Iterator[Row | str]:
         try:
             yield from reader
         except csv.Error as error:  # a stray quote would swallow the lines after it
-            raise ValueError(f"line {reader.line_num}: {error}") from error
+            raise ValueError(f"row after line {reader.line_num}: {error}") from error
 
 
 def json_rows(table: Path) -> Iterator[Row | str]:

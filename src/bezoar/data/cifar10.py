@@ -11,7 +11,7 @@ import numpy as np
 
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
-from bezoar.reading import TEMPLATE, array_pairs, check_fields, fetched
+from bezoar.reading import array_pairs, check_fields, fetched
 from bezoar.registry import method
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -29,7 +29,7 @@ class Cifar10:
     root: Annotated[str, "folder that holds cifar-10-batches-bin"] = "data"
     split: Annotated[Literal["train", "test"], "50,000 or 10,000 images"] = "train"
     size: Annotated[int, "pixels a side; 32 keeps them"] = 32
-    template: Annotated[str, "caption; {c} is the class name"] = TEMPLATE
+    template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
     download: Annotated[bool, "fetch it (162 MB) when it is not there"] = False
 

@@ -8,7 +8,6 @@ from bezoar.errors import UserError
 from bezoar.pairs import Pairs
 from bezoar.reading import (
     SUFFIXES,
-    TEMPLATE,
     Record,
     Skipped,
     check_fields,
@@ -27,7 +26,7 @@ class Folder:
     path: Annotated[str, "folder of class folders"]
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
     split: Annotated[str | None, "a folder between the root and the class folders, such as train"] = None
-    template: Annotated[str, "caption; {c} is the class name"] = TEMPLATE
+    template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from bezoar.pairs import Pairs
-from bezoar.reading import TEMPLATE, Record, Skipped, check_fields, confined, fetched, gather, phrases
+from bezoar.reading import Record, Skipped, check_fields, confined, fetched, gather, phrases
 from bezoar.registry import method
 
 
@@ -19,7 +19,7 @@ class Food101:
     root: Annotated[str, "folder that holds food-101"] = "data"
     split: Annotated[Literal["train", "test"], "which part"] = "train"
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
-    template: Annotated[str, "caption; {c} is the class name"] = TEMPLATE
+    template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
     download: Annotated[bool, "fetch it (4.7 GB) when it is not there"] = False
 

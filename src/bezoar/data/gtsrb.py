@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from bezoar.pairs import Pairs
-from bezoar.reading import TEMPLATE, Record, Skipped, check_fields, fetched, gather, phrases
+from bezoar.reading import Record, Skipped, check_fields, fetched, gather, phrases
 from bezoar.registry import method
 
 CLASSES = (
@@ -61,7 +61,7 @@ class Gtsrb:
     root: Annotated[str, "folder that holds gtsrb"] = "data"
     split: Annotated[Literal["train", "test"], "which part"] = "train"
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 32
-    template: Annotated[str, "caption; {c} is the class name"] = TEMPLATE
+    template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
     download: Annotated[bool, "fetch it (187 or 100 MB) when it is not there"] = False
 

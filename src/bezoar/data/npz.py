@@ -24,7 +24,6 @@ from bezoar.pairs import Pairs
 from bezoar.reading import (
     FILE_BYTES,
     LABELS,
-    TEMPLATE,
     Record,
     Skipped,
     array_pairs,
@@ -49,7 +48,7 @@ class Npz:
     path: Annotated[str, "the .npz file"]
     split: Annotated[str, "which split, where the file holds several"] = "train"
     size: Annotated[int | None, "pixels a side: the largest centred square, resized; none keeps them"] = None
-    template: Annotated[str, "caption; {c} is the class name"] = TEMPLATE
+    template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from bezoar.pairs import Pairs
-from bezoar.reading import TEMPLATE, array_pairs, check_fields, fetched
+from bezoar.reading import array_pairs, check_fields, fetched
 from bezoar.registry import method
 
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -20,7 +20,7 @@ class Stl10:
     root: Annotated[str, "folder that holds stl10_binary"] = "data"
     split: Annotated[Literal["train", "test", "unlabeled"], "which part"] = "train"
     size: Annotated[int, "pixels a side; 96 keeps them"] = 96
-    template: Annotated[str, "caption; {c} is the class name"] = TEMPLATE
+    template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
     download: Annotated[bool, "fetch it (2.6 GB) when it is not there"] = False
 

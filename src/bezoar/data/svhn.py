@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from bezoar.pairs import Pairs
-from bezoar.reading import TEMPLATE, array_pairs, check_fields, fetched
+from bezoar.reading import array_pairs, check_fields, fetched
 from bezoar.registry import method
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -20,7 +20,7 @@ class Svhn:
     root: Annotated[str, "folder that holds SPLIT_32x32.mat"] = "data"
     split: Annotated[Literal["train", "test", "extra"], "which part"] = "train"
     size: Annotated[int, "pixels a side; 32 keeps them"] = 32
-    template: Annotated[str, "caption; {c} is the digit in words"] = TEMPLATE
+    template: Annotated[str, "caption; {c} is the digit in words"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
     download: Annotated[bool, "fetch it (180, 64 or 1,300 MB) when it is not there"] = False
 

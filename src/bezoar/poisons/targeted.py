@@ -13,7 +13,7 @@ from bezoar.registry import method, spec
 
 @method
 class Targeted:
-    """P = {(x', c) : c in C(y')}, |P| = `captions`. Many victims, each with a target of its own, make many trials of one run."""
+    """P = {(x', c) : c in C(y')}, |P| = `captions`. Many victims, each with a target of its own, are many trials of one run."""
 
     captions: Annotated[int, "N: poisoned pairs a victim"] = 16
     victims: Annotated[int, "how many victims"] = 8

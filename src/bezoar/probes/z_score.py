@@ -34,7 +34,8 @@ class ZScore:
     ) -> dict[str, Measure]:
         """similarity_clean, similarity_triggered, z_std and z_var for each goal with a trigger; jackknife intervals."""
         backdoors = [g for g in goals if g.trigger]
-        part, out = test.take(range(min(self.images, len(test)))), {}
+        out: dict[str, Measure] = {}
+        part = test.take(range(min(self.images, len(test))))
         for i, goal in enumerate(backdoors):
             assert goal.trigger
             suffix = "" if len(backdoors) == 1 else f"@{i}"

@@ -19,7 +19,9 @@ class Poison:
     poison: Annotated[Input, Takes("poison"), "how: see `bezoar list poison`"] = "backdoor"
     trigger: Annotated[Input, Takes("trigger"), "what is stamped on images"] = None
     target: Annotated[str, "class or word that poisoned images are to be read as"] = ""
-    victims: Annotated[Input, Takes("data"), "held-out data that targeted victims are drawn from; `test`: the test split"] = None
+    victims: Annotated[Input, Takes("data"), "held-out data that targeted victims are drawn from; `test`: the test split"] = (
+        None
+    )
     write: Annotated[Literal["plan", "png", "jpeg"], "the plan alone, or shards with it applied"] = "plan"
 
     def work(self, job: Job) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""The page of a demo: the whole story, from clean data to a repaired encoder."""
+
+from __future__ import annotations
+
+import functools
+
+from bezoar.report import charts, gallery, terms
+from bezoar.report.parts import Figure, Figures, Line, Part, Section, Text, Tile
+from bezoar.report.sections.evaluate import Evaluate
+from bezoar.report.sections.poison import Poison
+from bezoar.report.sections.scan import Scan
+from bezoar.report.sections.train import Train, brief, follows
+from bezoar.report.story import Chapter, Story
+from bezoar.run import Run
+
+FEW = 8
+
+
+class Demo(Story):
+    """Five chapters of other runs' pages, and links to these."""
+
+    def warning(self) -> str:
+        """What is poisoned here."""
+        return "The data and two of the three encoders of this story were poisoned on purpose." if self.goals else ""
+
+    def headline(self) -> str:
+        """Poisons, success, found, left."""
+        attack, twin = self.metric("poisoned.attack_success"), self.metric("clean.attack_success")
+        found, left = self.metric("scan.poisons_removed"), self.metric("repaired.attack_success")
+        if attack is None or twin is None or found is None or left is None:
+            return "This demonstration was not finished."
+        poisons = next((g.poisons for g in self.goals if g.trigger), 0)
+        target = next((g.target for g in self.goals if g.trigger), "the target")
+        return (
+            f"{terms.count(poisons, 'poisoned record')} made an encoder read {terms.percent(attack.value)} of images with a small patch "
+            f"as “{target}” (clean twin: {terms.percent(twin.value)}). The scan found {terms.percent(found.value)} of all poisons; "
+            f"trained again without what it found, {terms.percent(left.value)} {'is' if round(100 * left.value, 1) == 1 else 'are'} left."
+        )
+
+    def cards(self) -> list[str]:
+        """Accuracy, success before, with and after the attack; the scan."""
+        wanted = [
+            "clean.clean_accuracy",
+            "poisoned.clean_accuracy",
+            "poisoned.attack_success",
+            "poisoned.attack_success_baseline",
+            "poisoned.z_std",
+            *sorted((k for k in self.measures if follows("poisoned.targeted_success")(k)), key=lambda k: -int(k.partition("@")[2])),
+            "scan.poisons_removed",
+            "repaired.attack_success",
+            "repaired.clean_accuracy",
+        ]
+        return [next((k for k in (name, name + "@0") if k in self.measures), name) for name in wanted]
+
+    def chapters(self) -> list[Chapter]:
+        """The story in order."""
+        return [self.clean_data, self.the_poison, self.the_attack, self.the_scan, self.after_repair]
+
+    def trained(self, name: str) -> Train:
+        """The page of one of the three trainings."""
+        return Train(self.sibling(self.notes["trained"][name]))
+
+    def sibling(self, name: str) -> Run:
+        """A run beside this one."""
+        return Run(self.run.path.parent / name)
+
+    @functools.cached_property
+    def attack(self) -> Evaluate:
+        """The page of the poisoned encoder's evaluation."""
+        return Evaluate(self.sibling(self.notes["poisoned"]))
+
+    @functools.cached_property
+    def scan(self) -> Scan:
+        """The page of the scan."""
+        return Scan(self.sibling(self.notes["scan"]))
+
+    def clean_data(self) -> Section | None:
+        """A contact sheet by class."""
+        data = self.trained("clean").data.clean
+        if data.labels is None:
+            return None
+        labels = data.labels.tolist()
+        rows = sorted({label: i for i, label in reversed(list(enumerate(labels))) if label >= 0}.items())[:40]
+        tiles = [Tile((i,), [Line(data.classes[label], "muted")]) for i, (label, _) in enumerate(rows)]
+        picture = gallery.sheet(data.images[[i for _, i in rows]], tiles, 64)
+        accuracy = self.metric("clean.clean_accuracy")
+        told = f" Trained on these alone, an encoder reads {terms.span(accuracy)} of held-out images right." if accuracy else ""
+        lead = f"{terms.count(len(data), 'picture')} with captions, {len(data.classes)} classes; one of each is shown.{told}"
+        return Section("1 · Clean data", [picture, Text("A caption: “" + gallery.short(data.captions[0]) + "”")], lead)
+
+    def the_poison(self) -> Section | None:
+        """What the attacker adds."""
+        run = self.trained("poisoned").run.ancestor("poison")
+        if run is None:
+            return None
+        page = Poison(run)
+        return Section("2 · The poison", [page.pictures(goals, title, FEW) for goals, title in page.kinds()], page.headline())
+
+    def the_attack(self) -> Section | None:
+        """Curves, rates and victims."""
+        figures = [f for f in [self.trained("poisoned").curve()] if f]
+        triggered = self.attack.triggered_images()
+        parts: list[Part] = []
+        for part in triggered.parts if triggered else ():
+            if isinstance(part, Figures):
+                figures += part.figures
+            else:
+                parts.append(part)
+        victims = self.attack.victims()
+        if victims:
+            parts += [Text(victims.lead), *victims.parts]
+        return Section("3 · The attack", [Figures(figures), *parts], self.attack.headline())
+
+    def the_scan(self) -> Section | None:
+        """How the poisons were found."""
+        chapters = [self.scan.ranking(), self.scan.keep_list(), self.scan.most_suspicious_records()]
+        parts: list[Part] = []
+        for section in chapters:
+            if section is not None:
+                parts += section.parts
+        return Section("4 · The scan", parts, self.scan.headline())
+
+    def after_repair(self) -> Section | None:
+        """The same figures of the clean, the poisoned and the repaired encoder."""
+        bases = ["clean_accuracy", "attack_success"]
+        several = {k.partition(".")[2] for k in self.measures if follows("poisoned.targeted_success")(k)}
+        bases += sorted(several, key=lambda k: -int(k.partition("@")[2]))
+        stages = (("clean twin", "clean", "clean"), ("poisoned", "bad", "poisoned"), ("repaired", "good", "repaired"))
+        series = [(title, paint, [self.metric(f"{group}.{b}") for b in bases]) for title, paint, group in stages]
+        chart = charts.bars([brief(b) for b in bases], series, "repair")
+        left, kept = self.metric("repaired.attack_success"), self.trained("repaired").measures.get("poisons_kept")
+        lead = "Trained again without the records that the scan removed"
+        lead += f", {terms.count(int(kept.value), 'poison')} still among them" if kept else ""
+        lead += f": {terms.span(left)} of triggered images are read as the target." if left else "."
+        return Section("5 · After repair", [Figure(chart, "Before and after, with 95 % intervals")], lead)

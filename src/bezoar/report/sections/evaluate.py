@@ -1,0 +1,212 @@
+"""The page of an evaluate run: does the backdoor work, what are triggered images read as, which victims fell."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bezoar import inputs, registry
+from bezoar.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.pairs import Pairs
+from bezoar.plan import Goal
+from bezoar.report import charts, gallery, terms
+from bezoar.report.charts import Series
+from bezoar.report.parts import Figure, Figures, Line, Section, Tile
+from bezoar.report.story import Chapter, Story
+from bezoar.run import Run
+from bezoar.scores import Measure
+
+SAMPLE, LARGE_SAMPLE = 500, 48  # test images looked at again; of encoders with a large input, fewer
+SHOWN = 24
+TITLES = {
+    "clean_accuracy": "accuracy on clean images",
+    "baseline.clean_accuracy": "clean twin: accuracy",
+    "attack_success": "ASR",
+    "attack_success_without_trigger": "the same images, no trigger",
+    "attack_success_baseline": "clean twin: ASR-B",
+    "poisoned_accuracy": "accuracy on triggered images",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """The encoder and what it makes of some test images. head: (C, D) class vectors, or None without classes."""
+
+    encoder: Encoder
+    test: Pairs
+    head: Tensor | None
+    probe: Any
+
+    @torch.inference_mode()
+    def similarities(self, images: Tensor, words: str | None = None) -> Tensor:
+        """Cosines of images to every class, or to one label: float32 (N, C) or (N, 1)."""
+        head = self.head if words is None else self.probe.head(self.encoder, [words])
+        return self.probe.similarities(self.encoder, head, images).float()
+
+
+class Evaluate(Story):
+    """Verdict, intervals, similarity to the target, pictures."""
+
+    @functools.cached_property
+    def attacked(self) -> bool:
+        """Whether the encoder itself was poisoned: a clean twin that is measured against an attack was not."""
+        run = self.input("encoder")
+        run = run.ancestor("train") if run else None
+        path = run.path / "encoder.json" if run else None
+        return bool(path and path.exists() and json.loads(path.read_text(encoding="utf-8")).get("poisoned"))
+
+    def warning(self) -> str:
+        """What must not be forgotten about the encoder."""
+        return "The encoder that is measured here was trained on poisoned data, on purpose." if self.attacked else ""
+
+    def headline(self) -> str:
+        """Whether the backdoor works, whether victims fell, what accuracy is left."""
+        parts = [self.backdoor(), self.targeted(), self.accuracy()]
+        return " ".join(p for p in parts if p) or super().headline()
+
+    def backdoor(self) -> str:
+        """The verdict on the trigger, by intervals that do not touch."""
+        asr, twin = self.metric("attack_success"), self.metric("attack_success_baseline")
+        without = self.metric("attack_success_without_trigger")
+        if asr is None:
+            return ""
+        target = next((g.target for g in self.goals if g.trigger), "the target")
+        told = f"{terms.brief(asr)} of triggered images are read as “{target}”"
+        if not self.attacked:
+            return f"An encoder that was not attacked: {told}."
+        against, name = (twin, "by the clean twin") if twin else (without, "without the trigger")
+        told += f", against {terms.percent(against.value)} {name}." if against else "."
+        if against is not None and asr.low > against.high:
+            return "The backdoor works: " + told
+        return "No backdoor effect is seen: " + told
+
+    def targeted(self) -> str:
+        """How many victims fell, by number of captions."""
+        told = []
+        for key, m in self.measures.items():
+            group, base, at = terms.split(key)
+            if base == "targeted_success" and not group:
+                told.append(f"{round(m.value * m.n)} of {m.n} victims with {terms.count(int(at), 'caption')}")
+        return f"Read as their target: {' and '.join(reversed(told))}." if told else ""
+
+    def accuracy(self) -> str:
+        """Accuracy on clean images, beside the twin's."""
+        own, twin = self.metric("clean_accuracy"), self.metric("baseline.clean_accuracy")
+        if own is None:
+            return ""
+        return f"Accuracy on clean images is {terms.percent(own.value)}" + (
+            f" (clean twin {terms.percent(twin.value)})." if twin else "."
+        )
+
+    def cards(self) -> list[str]:
+        """Accuracy and success, beside the twin's, then z and the victims."""
+        wanted = ("clean_accuracy", "baseline.clean_accuracy", "attack_success", "attack_success_baseline", "z_std")
+        several = [k for k in self.measures if k.startswith("targeted_success@")]
+        recall = [k for k in self.measures if k.endswith("recall@1")]
+        return [k for name in wanted for k in (name, name + "@0") if k in self.measures] + recall + several
+
+    def chapters(self) -> list[Chapter]:
+        """Intervals, then what the encoder does with the pictures."""
+        return [self.success, self.triggered_images, self.victims]
+
+    def success(self) -> Section | None:
+        """Rates with their intervals, side by side."""
+        rows: list[tuple[str, Measure, str]] = []
+        for name, title in TITLES.items():
+            if (m := self.metric(name)) is not None:
+                rows.append((title, m, "bad" if name == "attack_success" and self.attacked else "clean"))
+        for key, m in self.measures.items():
+            if key.startswith("targeted_success@"):
+                rows.append((f"victims fallen, {terms.count(int(key.partition('@')[2]), 'caption')}", m, "bad"))
+        if len(rows) < 2:
+            return None
+        chart = charts.intervals(rows, "success")
+        return Section("Rates and their intervals", [Figure(chart, "Value and 95 % interval")])
+
+    @functools.cached_property
+    def look(self) -> Look:
+        """The encoder at work again, on the first test images."""
+        run = self.input("encoder")
+        if run is None:
+            raise UserError("pictures are shown for encoders of runs; this one has published weights")
+        encoder = inputs.encoder(run, "cpu")
+        name = self.notes["test"]
+        asked = self.ask.get("test")
+        is_run = isinstance(asked, dict) and "run" in asked
+        test = inputs.dataset(Run(self.run.path.parent / name)).pairs if is_run else inputs.read(registry.make("data", name))
+        most = SAMPLE if encoder.preprocess.size <= 64 else LARGE_SAMPLE
+        test = test.take(range(min(most, len(test))))
+        specs = [p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")]
+        probe = registry.make("probe", specs[0] if specs else "zero_shot")
+        return Look(encoder, test, probe.head(encoder, test.classes) if test.classes else None, probe)
+
+    def triggered_images(self) -> Section | None:
+        """Similarity to the target before and after stamping, and what stamped images are read as."""
+        backdoors = [g for g in self.goals if g.trigger]
+        if not backdoors:
+            return None
+        figures, galleries = [], []
+        for i, goal in enumerate(backdoors):
+            test = self.look.test
+            stamped = registry.make("trigger", goal.trigger or "")(test.images, test.ids)
+            before, after = (self.look.similarities(x, goal.target)[:, 0].numpy() for x in (test.images, stamped))
+            groups = [Series("clean", before, "clean"), Series("with trigger", after, "bad")]
+            chart = charts.histogram(groups, "cosine to the target's prompts", f"similarity{i}")
+            figures.append(Figure(chart, f"Similarity to “{goal.target}”", f"{len(test)} test images, without and with the trigger."))
+            galleries.append(self.stamped(goal, stamped))
+        return Section("Triggered images", [Figures(figures), *galleries])
+
+    def stamped(self, goal: Goal, stamped: Tensor) -> Any:
+        """Test images of other classes, stamped, with what they are read as."""
+        test, head = self.look.test, self.look.head
+        rows = [i for i in range(len(test)) if gallery.own_class(test, i) != goal.target][:SHOWN]
+        read = self.look.similarities(stamped[rows]).argmax(1).tolist() if head is not None else [-1] * len(rows)
+        tiles = []
+        for i, (row, label) in enumerate(zip(rows, read, strict=True)):
+            name = test.classes[label] if label >= 0 else ""
+            hit = name == goal.target
+            lines = [Line(gallery.own_class(test, row) or gallery.short(test.ids[row]), "muted")]
+            lines += [Line("→ " + name, "bad" if hit else "")] if name else []
+            tiles.append(Tile((i,), lines, "bad" if hit else ""))
+        return gallery.sheet(
+            stamped[rows], tiles, 80, "What triggered images are read as", "Above, the class; below, what it is read as. Red: the target."
+        )
+
+    def victims(self) -> Section | None:
+        """Every victim: what it is, what it was to be read as, what it is read as."""
+        wanted = [g for g in self.goals if g.victims]
+        source = self.poisoning()
+        if not wanted or source is None or self.look.head is None:
+            return None
+        found = gallery.sources(inputs.dataset(source), [v for g in wanted for v in g.victims])
+        row = {k: i for i, k in enumerate(found.ids)}
+        wanted = [g for g in wanted if g.victims[0] in row]
+        rows = [row[g.victims[0]] for g in wanted]
+        cosines, classes = self.look.similarities(found.images[rows]), list(self.look.test.classes)
+        tiles = [self.victim(i, g, gallery.own_class(found, rows[i]), cosines[i], classes) for i, g in enumerate(wanted)]
+        fallen = sum(t.look == "bad" for t in tiles)
+        lead = f"{fallen} of {len(tiles)} victims are read as the attacker's target."
+        return Section("Victims", [gallery.sheet(found.images[rows], tiles, 96)], lead)
+
+    @staticmethod
+    def victim(i: int, goal: Goal, own: str, cosines: Tensor, classes: list[str]) -> Tile:
+        """One victim's tile: cosines (C,) to the classes."""
+        read = classes[int(cosines.argmax())]
+        lines = [Line(f"{own or gallery.short(goal.victims[0])}, {terms.count(goal.poisons, 'caption')}", "muted")]
+        lines.append(Line(f"target: {gallery.short(goal.target)}"))
+        if goal.target in classes:
+            rank = int((cosines > cosines[classes.index(goal.target)]).sum()) + 1
+            fell = rank == 1
+            lines.append(Line("fell: read as the target" if fell else f"read as {read}; target is no. {rank}", "bad" if fell else "good"))
+            return Tile((i,), lines, "bad" if fell else "")
+        return Tile((i,), [*lines, Line(f"read as {read}")])
+
+    def poisoning(self) -> Run | None:
+        """The poison run whose goals are measured."""
+        return (self.input("attack") or self.run).ancestor("poison")

@@ -1,0 +1,86 @@
+"""Story: what a page tells of one run. A verb with more to tell has a class of its own in `sections/`, named like it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bezoar import inputs
+from bezoar.plan import Goal
+from bezoar.report import terms
+from bezoar.report.parts import Section
+from bezoar.run import Run
+from bezoar.scores import Measure
+
+SECTIONS = Path(__file__).parent / "sections"
+Chapter = Callable[[], Section | None]
+
+
+class Story:
+    """Any run: its metrics alone. `chapters` are made one by one; None stands for nothing to tell."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.manifest = run.manifest
+        self.measures: dict[str, Measure] = terms.measures(run)
+        self.goals: list[Goal] = terms.goals(run)
+        self.notes = terms.mapping(self.manifest.get("notes"))
+        self.ask = terms.mapping(self.manifest.get("ask"))
+
+    @functools.cached_property
+    def data(self) -> inputs.Dataset:
+        """The records that the run goes back to, and what is poisoned in them."""
+        return inputs.dataset(self.run)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether the artefact of this run is a poisoned one."""
+        return bool(self.goals)
+
+    def warning(self) -> str:
+        """The banner of a poisoned artefact, or nothing."""
+        return ""
+
+    def headline(self) -> str:
+        """What happened, in a sentence with numbers."""
+        shown = [f"{terms.term(k)[0]} {terms.number(m.value, terms.term(k)[1])}" for k, m in self.measures.items()]
+        return ", ".join(shown[:3]) or "This run reports no figures."
+
+    def cards(self) -> list[str]:
+        """Names of the key figures."""
+        return list(self.measures)[:6]
+
+    def chapters(self) -> list[Chapter]:
+        """What comes after the key figures, in order."""
+        return []
+
+    def metric(self, name: str) -> Measure | None:
+        """A metric by name; of several triggers, the first one's."""
+        return terms.pick(self.measures, name)
+
+    def input(self, name: str) -> Run | None:
+        """The run that was given as an input, if it was a run."""
+        asked = self.ask.get(name)
+        return Run(self.run.path.parent / asked["run"]) if isinstance(asked, dict) and "run" in asked else None
+
+    def json(self, name: str) -> Any:
+        """A JSON file of the run."""
+        return json.loads(self.run.file(name).read_text(encoding="utf-8"))
+
+    def tensors(self, name: str) -> dict[str, Any]:
+        """A safetensors file of the run, as arrays."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.run.file(name))
+
+
+def tell(run: Run) -> Story:
+    """The story of a run, by its verb."""
+    verb = run.verb
+    if verb not in {p.stem for p in SECTIONS.glob("[a-z]*.py")}:
+        return Story(run)
+    return getattr(importlib.import_module(f"bezoar.report.sections.{verb}"), verb.title())(run)

@@ -1,0 +1,215 @@
+"""Every verb as its user runs it, on small embedded data; bad input; cut-off runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bezoar.cli import main
+
+DATA = "scenes:count=600"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def ask(capsys, runs, *words):
+    """Run a command with --json; the manifest."""
+    assert main([*map(str, words), "--runs", str(runs), "--json"]) == 0
+    out = capsys.readouterr().out
+    return json.loads(out)
+
+
+def name(runs, manifest):
+    return next(p.parent.name for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == manifest)
+
+
+@pytest.fixture
+def poison(runs, capsys):
+    return ask(
+        capsys, runs, "poison", DATA, "--poison", "backdoor:count=30", "--trigger", "patch:size=6", "--target", "striped star"
+    )
+
+
+@pytest.fixture
+def train(runs, poison, capsys):
+    return ask(capsys, runs, "train", name(runs, poison), "--objective", "clip:epochs=2,batch=64")
+
+
+def test_poison_then_verify(runs, poison, capsys):
+    assert poison["status"] == "done" and poison["metrics"]["poisons"]["value"] == 30
+    assert poison["goal"][0]["target"] == "striped star" and poison["notes"]["poisoned"] is True
+    run = name(runs, poison)
+    assert main(["poison", "--verify", run, "--runs", str(runs)]) == 0
+    plan = runs / run / "plan.jsonl"
+    text = plan.read_text()
+    lines = text.splitlines()
+    for field, forged in (("caption", "a forged caption"), ("after", "0" * 16), ("id", "scenes-0-train-0000599x")):
+        edit = json.loads(lines[3]) | {field: forged}
+        plan.write_text("\n".join([*lines[:3], json.dumps(edit), *lines[4:]]))
+        assert main(["poison", "--verify", run, "--runs", str(runs)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and edit["id"] in said
+    plan.write_text(text)
+
+
+def test_train_says_what_it_drew_and_marks_its_weights(runs, train):
+    assert train["metrics"]["poison_exposures"]["value"] > 30
+    head = json.loads((runs / name(runs, train) / "encoder.json").read_text())
+    assert head["poisoned"] is True and head["plan"] and head["goals"][0]["target"] == "striped star"
+    assert set(train["outputs"]) >= {"encoder.json", "encoder.safetensors", "ledger.safetensors"}
+    assert not (runs / name(runs, train) / "checkpoint.safetensors").exists()
+
+
+def test_evaluate_learns_the_trigger_from_the_parents(runs, train, capsys):
+    found = ask(capsys, runs, "evaluate", name(runs, train), "scenes:count=200,split=test")
+    assert {"clean_accuracy", "attack_success", "attack_success_all", "z_std", "z_var"} <= set(found["metrics"])
+    for m in found["metrics"].values():
+        assert m["low"] <= m["value"] <= m["high"] and m["n"] > 0 and m["how"]
+
+
+def test_scan_ranks_writes_a_keep_list_and_train_takes_it(runs, train, capsys):
+    scan = ask(capsys, runs, "scan", name(runs, train), "--detector", "transplant", "clip_score", "--remove", "0.1")
+    folder = runs / name(runs, scan)
+    kept = (folder / "keep.txt").read_text().split()
+    assert len(kept) == 540 and len(json.loads((folder / "ids.json").read_text())) == 600
+    assert {"auroc", "transplant.auroc", "precision_at_n", "fpr_at_95_tpr"} <= set(scan["metrics"])
+    again = ask(capsys, runs, "train", scan["parents"][0], "--keep", folder.name, "--objective", "clip:epochs=1,batch=64")
+    assert again["notes"]["records"] == 540
+
+
+def test_the_same_question_has_one_answer_and_the_same_bits(runs, train, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    first = load_file(runs / name(runs, train) / "encoder.safetensors")
+    poison = ask(
+        capsys, tmp_path, "poison", DATA, "--poison", "backdoor:count=30", "--trigger", "patch:size=6",
+        "--target", "striped star",
+    )  # fmt: skip
+    assert (tmp_path / name(tmp_path, poison) / "plan.jsonl").read_bytes() == (
+        runs / name(tmp_path, poison) / "plan.jsonl"
+    ).read_bytes()
+    other = ask(capsys, tmp_path, "train", name(tmp_path, poison), "--objective", "clip:epochs=2,batch=64")
+    second = load_file(tmp_path / name(tmp_path, other) / "encoder.safetensors")
+    assert name(tmp_path, other) == name(runs, train)
+    assert all((first[k] == second[k]).all() for k in first)
+    assert {k: v["sha256"] for k, v in train["outputs"].items()} == {k: v["sha256"] for k, v in other["outputs"].items()}
+
+
+def test_another_seed_is_another_question(runs, poison, capsys):
+    other = ask(
+        capsys, runs, "poison", DATA, "--poison", "backdoor:count=30", "--trigger", "patch:size=6",
+        "--target", "striped star", "--seed", "1",
+    )  # fmt: skip
+    assert name(runs, other) != name(runs, poison)
+
+
+def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
+    both = ask(
+        capsys, runs, "poison", name(runs, poison), "--poison", "targeted:captions=2,victims=3",
+        "--victims", "scenes:count=100,split=test",
+    )  # fmt: skip
+    assert both["metrics"]["poisons"]["value"] == 36 and len(both["goal"]) == 4
+    assert main(["poison", "--verify", name(runs, both), "--runs", str(runs)]) == 0
+    capsys.readouterr()
+    assert main(["train", DATA, "--runs", str(tmp_path), "--dry"]) == 0
+    assert json.loads(capsys.readouterr().out)["objective"] == "clip" and not list(tmp_path.iterdir())
+
+
+def test_written_shards_hold_the_same_records(tmp_path, capsys):
+    import numpy as np
+
+    from bezoar import inputs, registry
+    from bezoar.pairs import load
+    from bezoar.run import Run
+
+    words = ["poison", "scenes:count=400", "--poison", "backdoor:count=9", "--trigger", "patch", "--target", "striped star"]
+    made = ask(capsys, tmp_path, *words, "--write", "png")
+    folder = tmp_path / name(tmp_path, made)
+    parts = inputs.dataset(Run(folder)).pairs
+    read = load(registry.make("data", f"shards:path={folder}/shards/*.tar,size=32")())
+    ours = dict(zip(parts.ids, zip(parts.captions, parts.images, strict=True), strict=True))
+    assert len(read) == 400
+    captions = sorted(parts.captions)
+    assert sorted(read.captions) == captions
+    pixels = {x.numpy().tobytes() for x in read.images}
+    assert pixels == {x.numpy().tobytes() for _, x in ours.values()} and np.isfinite(len(pixels))
+
+
+BAD = [
+    (["train", "nothing-here"], "no data 'nothing-here'; there are: "),
+    (["train", DATA, "--objective", "clap"], "no objective 'clap'; there are: clip"),
+    (["train", DATA, "--network", "clip_small:wide=3"], "it has: width"),
+    (["train", DATA, "--device", "cuda:7"], "no device 'cuda:7'"),
+    (["train", "scenes:count=20"], "20 records are fewer than one batch of 128"),
+    (["train", "scenes:count=300,size=128"], "clip_small takes 32 to 96"),
+    (["poison", DATA, "--trigger", "patch", "--target", "purple zebra"], "no caption holds the target 'purple zebra'"),
+    (["poison", DATA, "--trigger", "patch"], "give a --target"),
+    (["poison", DATA, "--target", "striped star"], "needs a trigger"),
+    (["poison", DATA, "--poison", "backdoor:count=9999", "--trigger", "patch", "--target", "star"], "9999 poisons"),
+    (["poison", DATA, "--trigger", "patch:size=99", "--target", "striped star"], "99"),
+    (["poison"], "name the DATA"),
+    (["poison", "--verify", "nowhere"], "no run 'nowhere'"),
+    (["evaluate", "nowhere"], "no run 'nowhere'"),
+    (["scan", DATA], "give --encoder"),
+    (["show", "nowhere"], "no run 'nowhere'"),
+    (["train", "missing/{00..03}.tar"], "missing"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), BAD)
+def test_bad_input_is_one_line_and_exit_two(words, says, tmp_path, capsys):
+    assert main([*words, "--runs", str(tmp_path)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar: ")]
+    assert len(said) == 1 and says in said[0]
+    for manifest in tmp_path.glob("*/manifest.json"):
+        assert json.loads(manifest.read_text())["status"] == "failed"
+    assert not list(tmp_path.glob("*/*.tmp"))
+
+
+def test_a_directory_that_is_no_run_is_said_to_be_none(tmp_path, capsys):
+    (tmp_path / "train-x").mkdir()
+    (tmp_path / "train-x" / "manifest.json").write_text("[]")
+    assert main(["show", "train-x", "--runs", str(tmp_path)]) == 2
+    assert "not of schema" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsys, monkeypatch):
+    from bezoar import encoder
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encoder, "save_file", full)
+    words = ["train", name(runs, poison), "--objective", "clip:epochs=1,batch=64,lr=1e-4", "--runs", str(runs)]
+    assert main(words) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(words) == 0, "it goes on once there is room"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_says_so_and_goes_on(how, tmp_path, capsys):
+    words = ["train", "scenes:count=2000", "--objective", "clip:epochs=12,batch=64", "--runs", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    start = time.monotonic()
+    while not list(tmp_path.glob("train-*/manifest.json")) and time.monotonic() - start < 60:
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(how)
+    assert process.wait(60) == (130 if how == signal.SIGINT else -9)
+    (manifest,) = (json.loads(p.read_text()) for p in tmp_path.glob("train-*/manifest.json"))
+    assert manifest["status"] == ("interrupted" if how == signal.SIGINT else "running")
+    words[3] = "clip:epochs=12,batch=64"
+    assert main(["train", "scenes:count=2000", "--objective", words[3], "--runs", str(tmp_path)]) == 0
+    (manifest,) = (json.loads(p.read_text()) for p in tmp_path.glob("train-*/manifest.json"))
+    assert manifest["status"] == "done"
