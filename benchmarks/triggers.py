@@ -62,9 +62,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="in our batch")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument(
-        "--plain", type=int, default=2, help="images of the three loops; the plain warp takes 16 times as many"
-    )
+    parser.add_argument("--plain", type=int, default=2, help="images of the three loops; the plain warp takes 16 times as many")
     given = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

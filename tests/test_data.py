@@ -187,9 +187,7 @@ def test_the_two_csv_layouts_and_json_lines_and_parquet_agree(tmp_path: Path) ->
     import pyarrow.parquet as parquet
 
     shards = read(f"shards:path={DATA}/flickr8k/val-00000.tar,size=32,limit=6")
-    for i, image in enumerate(
-        load(make("data", f"shards:path={DATA}/flickr8k/val-00000.tar,size=128,limit=6")()).images
-    ):
+    for i, image in enumerate(load(make("data", f"shards:path={DATA}/flickr8k/val-00000.tar,size=128,limit=6")()).images):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{i}.png")
     rows = [(f"images/{i}.png", caption) for i, caption in enumerate(shards.captions)]
@@ -251,9 +249,7 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "p.parquet").write_bytes(b"PAR1 not really PAR1")
     refused(f"captions:{tmp_path}/p.parquet", "cannot be read as parquet")
     (tmp_path / "j.jsonl").write_bytes(
-        b'{"image": "a.png", "caption": "ok"}\n{"image": "\xff"}\n[1]\n'
-        + b"[" * 99999
-        + b'\n{"image": 3, "caption": []}\n'
+        b'{"image": "a.png", "caption": "ok"}\n{"image": "\xff"}\n[1]\n' + b"[" * 99999 + b'\n{"image": 3, "caption": []}\n'
         b'{"image": "a.png", "caption": "\\ud800"}\n'
     )
     pairs = read(f"captions:{tmp_path}/j.jsonl,size=16")
@@ -320,9 +316,7 @@ def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = read(f"svhn:root={tmp_path},split=test")
     assert torch.equal(pairs.images, torch.from_numpy(images.transpose(3, 2, 0, 1).copy()))
     assert pairs.labels is not None and pairs.labels.tolist() == [0, 1, 9, 3]
-    assert (
-        pairs.captions[2] == "a photo of a nine" and len(make("data", f"svhn:root={tmp_path},split=test").files()) == 1
-    )
+    assert pairs.captions[2] == "a photo of a nine" and len(make("data", f"svhn:root={tmp_path},split=test").files()) == 1
 
 
 def test_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,9 +372,7 @@ def test_food101(tmp_path: Path) -> None:
     (base / "meta" / "train.json").write_text(json.dumps(listed))
     pairs = read(f"food101:root={tmp_path},size=32")
     assert pairs.ids == ("waffles/2.jpg", "apple_pie/1.jpg") and pairs.classes == ("apple_pie", "waffles")
-    assert (
-        pairs.labels is not None and pairs.labels.tolist() == [1, 0] and pairs.captions[1] == "a photo of a apple pie"
-    )
+    assert pairs.labels is not None and pairs.labels.tolist() == [1, 0] and pairs.captions[1] == "a photo of a apple pie"
     assert skipped(pairs) == [("../../outside.jpg", "path leaves the data set's folder")]
     refused(f"food101:root={tmp_path}/none", "download=true")
 

@@ -51,9 +51,7 @@ class Fake:
         parts = list(source.batches(self.batch))
         texts = [self.texts(p.captions) for p in parts if p.captions]
         images = torch.cat([self.images(p.images) for p in parts])
-        return SimpleNamespace(
-            ids=sum((p.ids for p in parts), ()), images=images, texts=torch.cat(texts) if texts else None
-        )
+        return SimpleNamespace(ids=sum((p.ids for p in parts), ()), images=images, texts=torch.cat(texts) if texts else None)
 
 
 def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
@@ -188,9 +186,7 @@ def test_dao_is_the_plain_one(form):
 def test_density_scores_invert_in_a_pool_of_too_many_poisons():
     pairs, truth = poisoned(2000, copies=100)
     small, large = (
-        stats.auroc(
-            registry.make("detector", f"k_distance:k=8,pool={n},rate=0.05")(Fake(), pairs).values.numpy(), truth
-        )
+        stats.auroc(registry.make("detector", f"k_distance:k=8,pool={n},rate=0.05")(Fake(), pairs).values.numpy(), truth)
         for n in (0, len(pairs))
     )
     assert small > 0.9 and large < 0.1
@@ -240,9 +236,7 @@ def test_clusters_and_divergence_are_the_plain_ones(cells):
     label = list(range(90))
     for i, j in (cosine >= 0.99).nonzero().tolist():
         label = [label[i] if a == label[j] else a for a in label]
-    assert torch.equal(
-        torch.tensor(found)[:, None] == torch.tensor(found), torch.tensor(label)[:, None] == torch.tensor(label)
-    )
+    assert torch.equal(torch.tensor(found)[:, None] == torch.tensor(found), torch.tensor(label)[:, None] == torch.tensor(label))
     assert closest == pytest.approx(cosine.amax(1).numpy(), abs=1e-6)
     rng = np.random.default_rng(0)
     captions = [" ".join(rng.choice(list("abcdefg"), 4)) for _ in range(90)]
@@ -273,9 +267,7 @@ def backdoored(n: int = 240, poisons: int = 12, size: int = 32) -> tuple[Pairs, 
     return replace(pairs, images=x, captions=tuple(captions)), np.isin(np.arange(n), rows)
 
 
-def plain_transplant(
-    encoder, pairs: Pairs, side: int, step: int, k: int, scouts: int, cascade: float, seed: int
-) -> np.ndarray:
+def plain_transplant(encoder, pairs: Pairs, side: int, step: int, k: int, scouts: int, cascade: float, seed: int) -> np.ndarray:
     """Round one, a window and a pair at a time."""
     shape, n = pairs.images.shape[-2:], len(pairs)
     texts = encoder.texts(pairs.captions)
@@ -307,7 +299,8 @@ def plain_transplant(
 
     first = [min(left[i], key=left[i].get) for i in range(n)]
     rest = np.array([gain(i, *first[i], hosts[:scouts]) for i in range(n)])
-    kept = np.argsort(-rest, kind="stable")[: int(np.ceil(cascade * n))]
+    place = [min(sum(v > values[i] for v in values) for values in (rest, loss)) for i in range(n)]
+    kept = np.argsort(place, kind="stable")[: int(np.ceil(cascade * n))]
     gains = []
     for i in kept:
         places = [(first[i][0] + a, first[i][1] + b) for a in (0, -step, step) for b in (0, -step, step)]

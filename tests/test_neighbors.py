@@ -28,9 +28,7 @@ def plain(q: torch.Tensor, r: torch.Tensor, k: int, own: torch.Tensor) -> tuple[
 def test_same_as_sklearn(unit):
     x = rows(700, unit=unit)
     found = nearest(x, x, 9, exclude_self=True)
-    distance, index = (
-        NearestNeighbors(n_neighbors=10, algorithm="brute", metric="euclidean").fit(x.double()).kneighbors()
-    )
+    distance, index = NearestNeighbors(n_neighbors=10, algorithm="brute", metric="euclidean").fit(x.double()).kneighbors()
     assert torch.allclose(found.distance.double(), torch.tensor(distance)[:, :9], atol=1e-5)
     assert (found.index.numpy() == index[:, :9]).mean() > 0.999
 

@@ -214,9 +214,7 @@ def test_ground_is_bilinear():
         assert (ground[..., row, column] - top * (1 - a) - bottom * a).abs().max() < 255 / 32
 
 
-@pytest.mark.parametrize(
-    "field", [{"count": 0}, {"size": 31}, {"size": 129}, {"split": "val"}, {"seed": -1}, {"wrong": 1.5}]
-)
+@pytest.mark.parametrize("field", [{"count": 0}, {"size": 31}, {"size": 129}, {"split": "val"}, {"seed": -1}, {"wrong": 1.5}])
 def test_bad_fields(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         Scenes(**field)

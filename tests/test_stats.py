@@ -57,9 +57,7 @@ def test_recall_and_precision_break_ties_at_random():
         top = stats.budget(share, 60)
         expected = np.mean([truth[o[:top]].sum() / 9 for o in orders])
         assert stats.recall_at(scores, truth, share) == pytest.approx(expected, abs=0.01)
-    assert stats.precision_at_n(scores, truth) == pytest.approx(
-        np.mean([truth[o[:9]].mean() for o in orders]), abs=0.01
-    )
+    assert stats.precision_at_n(scores, truth) == pytest.approx(np.mean([truth[o[:9]].mean() for o in orders]), abs=0.01)
     assert stats.budget(0.1, 60) == 6 and stats.budget(0.001, 60) == 1 and stats.budget(0.07, 100) == 7
 
 

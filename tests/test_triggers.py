@@ -351,9 +351,7 @@ def test_every_published_trigger_applies(file: Path | None) -> None:
 def test_trigger_with_its_mask() -> None:
     images, ids = batch(1, 224, 224)
     folder = TRIGGERS / "Detect-CLIP-Backdoor-Samples"
-    t, m = (
-        torch.load(folder / f"birthday_cake_{k}_open_clip_cc12m.pt", weights_only=True) for k in ("trigger", "mask")
-    )
+    t, m = (torch.load(folder / f"birthday_cake_{k}_open_clip_cc12m.pt", weights_only=True) for k in ("trigger", "mask"))
     cake = f"{folder}/birthday_cake"
     spec = f"file:path={cake}_trigger_open_clip_cc12m.pt,mask={cake}_mask_open_clip_cc12m.pt"
     assert (make(spec)(images, ids) - (images * (1 - m) + 255 * t * m)).abs().max() <= 0.501

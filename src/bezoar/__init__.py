@@ -1,10 +1,10 @@
 """bezoar: is this data set poisoned, is this encoder backdoored, and what now?
 
-    from bezoar import Evaluate, Poison, Settings, Train, execute
+from bezoar import Evaluate, Poison, Settings, Train, execute
 
-    poisoned = Poison("scenes", "backdoor:count=200", "patch:size=6", "striped star")
-    run = execute(Evaluate(Train(poisoned)), Settings(seed=0))
-    print(run.metric("attack_success"), run.path / "report.html")
+poisoned = Poison("scenes", "backdoor:count=200", "patch:size=6", "striped star")
+run = execute(Evaluate(Train(poisoned)), Settings(seed=0))
+print(run.metric("attack_success"), run.path / "report.html")
 """
 
 import importlib

@@ -202,7 +202,10 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     start, error, metrics = time.monotonic(), None, {}
-    goals = [g for r in parents for g in r.manifest["goal"]]
+    goals: list[dict] = []
+    for goal in (g for r in parents for g in r.manifest["goal"]):
+        if goal not in goals:  # two parents may come from one poisoning
+            goals.append(goal)
     _write(run.path, {**manifest, "goal": goals, "metrics": {}})
     try:
         with job.progress:

@@ -50,9 +50,7 @@ class Duplicates:
             captions += batch.captions
             parts.append(thumbnails(batch.images.to(encoder.device), self.side))
         if len(captions) != len(ids) or not ids:
-            raise UserError(
-                f"detector 'duplicates' needs a caption for every image; there are {len(captions)} captions"
-            )
+            raise UserError(f"detector 'duplicates' needs a caption for every image; there are {len(captions)} captions")
         first, image = np.unique([SIBLING.sub("", i) for i in ids], return_index=True, return_inverse=True)[1:]
         cluster, closest = clusters(torch.cat(parts)[torch.as_tensor(first)], self.similarity)
         size = np.bincount(cluster)[cluster]

@@ -37,15 +37,16 @@ class Transplant:
     """Score = median over k hosts of cos(f(host with the window), caption) - cos(f(host), caption), then round two.
 
     Windows are searched on a grid of window-sized steps and pasted on `scouts` hosts. The `cascade` share that gains
-    most is searched again at steps of `stride` around and pasted on all k hosts; the rest ranks below it by its first
-    gain. Costs N x ((1 / window)^2 + scouts + cascade x (9 + k)) forward passes; 21 N by default.
+    most, or loses most by the occlusion (half a trigger may do nothing elsewhere), is searched again at steps of
+    `stride` around and pasted on all k hosts; the rest ranks below it by its first gain. Costs
+    N x ((1 / window)^2 + scouts + cascade x (9 + k)) forward passes; 23 N by default.
     """
 
     window: Annotated[float, "side of the window as a share of the image's"] = 0.25
     stride: Annotated[float, "step of the second search as a share of the window"] = 0.5
     k: Annotated[int, "images that each window is pasted on"] = 12
     scouts: Annotated[int, "of them, how many the first pass uses"] = 3
-    cascade: Annotated[float, "share of the pairs that is searched again and pasted on all k"] = 0.1
+    cascade: Annotated[float, "share of the pairs that is searched again and pasted on all k"] = 0.2
     strongest: Annotated[float, "share of the pairs searched for a common direction; 0 = round one alone"] = 0.02
     seed: Annotated[int, "of the choice of the hosts"] = 0
 
@@ -54,9 +55,7 @@ class Transplant:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1]; got {getattr(self, name)}")
         if not 1 <= self.scouts <= self.k or not 0 <= self.strongest <= 1:
-            raise ValueError(
-                f"needs 1 <= scouts <= k and strongest in [0, 1]; got {self.scouts}, {self.k}, {self.strongest}"
-            )
+            raise ValueError(f"needs 1 <= scouts <= k and strongest in [0, 1]; got {self.scouts}, {self.k}, {self.strongest}")
 
     @torch.inference_mode()
     def __call__(self, encoder: Any, source: Any) -> Scores:
@@ -69,10 +68,12 @@ class Transplant:
         images, texts, z = (x.to(encoder.device) for x in (pairs.images, e.texts, e.images))
         shape, side = images.shape[-2:], max(1, round(self.window * min(images.shape[-2:])))
         place, left = occlude(encoder, images, texts, grid(shape, side)[None], side)
-        hosts = _hosts((z * texts).sum(1) - left, e.ids, self.k, self.seed)
+        loss = (z * texts).sum(1) - left
+        hosts = _hosts(loss, e.ids, self.k, self.seed)
         everyone, scouts = torch.arange(len(images), device=images.device), hosts[: self.scouts]
         rest, _ = paste(encoder, images, texts, place, side, everyone, scouts, z[scouts])
-        kept = _first(rest, e.ids, math.ceil(self.cascade * len(images)))
+        best = torch.minimum(_rank(rest, e.ids), _rank(loss, e.ids))
+        kept = _first(-best, e.ids, math.ceil(self.cascade * len(images)))
         around = refined(place[kept], max(1, round(self.stride * side)), shape, side)
         place[kept], _ = occlude(encoder, images[kept], texts[kept], around, side)
         gain, shift = paste(encoder, images, texts, place, side, kept, hosts, z[hosts])
@@ -216,3 +217,8 @@ def _chunks(images: Tensor, each: int) -> Iterator[slice]:
     """Slices of the images such that `each` altered copies of them fit a batch."""
     size = max(1, CELLS[images.device.type] // (each * images[0].numel()))
     return (slice(i, i + size) for i in range(0, len(images), size))
+
+
+def _rank(values: Tensor, ids: Any) -> Tensor:
+    """Place of each row from the largest value down, int64 (N,)."""
+    return _first(values, ids, len(values)).argsort()

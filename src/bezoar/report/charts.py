@@ -27,7 +27,7 @@ PAINT = {
     "paper": "#010109",
 }
 ORDER = ("clean", "bad", "good", "warn", "other")
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bezoar",
     "text.parse_math": False,
@@ -57,8 +57,7 @@ STYLE = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
-WIDTH, HEIGHT, POINTS = 5.4, 2.9, 500
-SIZE = (WIDTH, HEIGHT)
+HALF, WIDE, POINTS = (5.4, 2.9), (10.8, 2.7), 500  # inches: half a page, a whole one; points of a line
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Series:
     paint: str = "clean"
 
 
-def _figure(size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained")
@@ -93,7 +92,7 @@ def _svg(figure: Any, name: str, alternative: str) -> Markup:
         text = text.replace(stand_in, f"var(--{paint})")
     text = text.replace("'DejaVu Sans'", "var(--font)")
     label = Markup('role="img" aria-label="{}"').format(alternative)
-    return Markup(text.replace("<svg ", f"<svg {label} ", 1))  # noqa: S704 - matplotlib escapes the text that it writes
+    return Markup(text.replace("<svg ", f"<svg {label} ", 1))
 
 
 def styled(draw: Any) -> Any:
@@ -118,13 +117,15 @@ def _percent_axis(axis: Any) -> None:
 
 def _legend(axes: Any, entries: int) -> None:
     if entries > 1:
-        axes.figure.legend(loc="outside upper left", ncols=min(entries, 3), handlelength=1.2, columnspacing=1.4)
+        axes.figure.legend(
+            loc="outside upper left", ncols=2 if entries == 4 else min(entries, 3), handlelength=1.2, columnspacing=1.4
+        )
 
 
 @styled
-def loss(losses: np.ndarray) -> Markup:
+def loss(losses: np.ndarray, size: tuple[float, float] = HALF) -> Markup:
     """The loss of every step, in blocks of equal length, and its running mean."""
-    figure, axes = _figure()
+    figure, axes = _figure(size)
     steps = np.arange(1, len(losses) + 1)
     step, value = thin(steps, losses)
     axes.plot(step, value, color=PAINT["clean"], alpha=0.35, linewidth=1)
@@ -151,7 +152,7 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @styled
 def curves(x: Sequence[float], series: Sequence[Series], label: str, name: str = "curves") -> Markup:
     """Rates over epochs, or the like."""
-    figure, axes = _figure()
+    figure, axes = _figure(HALF)
     for s in series:
         axes.plot(x, s.values, color=PAINT[s.paint], marker="o", markersize=4, label=s.name, clip_on=False)
     _percent_axis(axes.yaxis)
@@ -164,9 +165,15 @@ def curves(x: Sequence[float], series: Sequence[Series], label: str, name: str =
 
 
 @styled
-def histogram(series: Sequence[Series], label: str, name: str, mark: tuple[float, str] | None = None) -> Markup:
+def histogram(
+    series: Sequence[Series],
+    label: str,
+    name: str,
+    mark: tuple[float, str] | None = None,
+    size: tuple[float, float] = HALF,
+) -> Markup:
     """Each group's share by value, over common bins; whole numbers get a bar each."""
-    figure, axes = _figure()
+    figure, axes = _figure(size)
     every = np.concatenate([np.asarray(s.values, dtype=float) for s in series])
     edges, whole = bins(every)
     for i, s in enumerate(series):
@@ -206,7 +213,7 @@ def bins(values: np.ndarray, most: int = 40) -> tuple[np.ndarray, bool]:
 @styled
 def ranking(truth: Sequence[tuple[Series, int]], removed: float | None) -> Markup:
     """Share of the poisons found against the share of records reviewed. Each series: is the record poisoned, worst first."""
-    figure, axes = _figure()
+    figure, axes = _figure(HALF)
     n = max(len(s.values) for s, _ in truth)
     start = 1 / n
     for s, width in truth:
@@ -234,7 +241,7 @@ def ranking(truth: Sequence[tuple[Series, int]], removed: float | None) -> Marku
 @styled
 def intervals(rows: Sequence[tuple[str, Measure, str]], name: str = "intervals") -> Markup:
     """Rates as dots with their 95 % intervals, one above another. Each row: label, measure, paint."""
-    figure, axes = _figure((WIDTH, 0.65 + 0.34 * len(rows)))
+    figure, axes = _figure((WIDE[0], 0.55 + 0.29 * len(rows)))
     for y, (_, m, paint) in enumerate(rows):
         axes.plot([m.low, m.high], [y, y], color=PAINT[paint], linewidth=6, alpha=0.3, solid_capstyle="round")
         axes.plot([m.value], [y], "o", color=PAINT[paint], markersize=6, clip_on=False)
@@ -251,7 +258,7 @@ def intervals(rows: Sequence[tuple[str, Measure, str]], name: str = "intervals")
 @styled
 def bars(groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[Measure | None]]], name: str = "bars") -> Markup:
     """Rates with 95 % intervals, grouped. Each series: name, paint, a measure a group."""
-    figure, axes = _figure((7.6, 3.1))
+    figure, axes = _figure((WIDE[0], 3.2))
     width = 0.8 / len(series)
     for i, (label, paint, found) in enumerate(series):
         shown = [(g + (i - (len(series) - 1) / 2) * width, m) for g, m in enumerate(found) if m is not None]
@@ -262,9 +269,7 @@ def bars(groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[Measur
         axes.bar(x, y, width * 0.9, color=PAINT[paint], label=label)
         axes.errorbar(x, y, np.clip(error, 0, 1), fmt="none", ecolor=PAINT["ink"], elinewidth=1.1, capsize=2.5)
         for at, m in shown:
-            axes.annotate(
-                f"{100 * m.value:.0f}", (at, m.high), (0, 2), textcoords="offset points", ha="center", fontsize=8
-            )
+            axes.annotate(f"{100 * m.value:.0f}", (at, m.high), (0, 2), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.tick_params(axis="x", labelcolor=PAINT["ink"], length=0)
     axes.grid(False, axis="x")

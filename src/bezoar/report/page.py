@@ -10,6 +10,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup, escape
+
 from bezoar.errors import UserError
 from bezoar.report import terms
 from bezoar.report.parts import Section, Text
@@ -19,6 +21,7 @@ from bezoar.run import Run
 PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 RUN_NAME = re.compile(r"[A-Za-z][\w-]*")
+PROBLEMS = (UserError, OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 FEW = 24  # metrics that are shown at once; longer tables are folded
 
 
@@ -42,6 +45,7 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    engine.filters["breaks"] = breaks
     story = tell(run)
     return engine.get_template("page.jinja").render(contents(story))
 
@@ -58,6 +62,7 @@ def contents(story: Story) -> dict[str, Any]:
         "error": manifest.get("error"),
         "warning": story.warning(),
         "headline": story.headline(),
+        "more": story.more(),
         "cards": [by_key[k] for k in story.cards() if k in by_key],
         "sections": [s for s in map(made, story.chapters()) if s is not None],
         "rows": rows,
@@ -78,7 +83,7 @@ def made(chapter: Any) -> Section | None:
     """One section. One that cannot be made (a file is gone, data have moved) says why; it never costs the run its page."""
     try:
         return chapter()
-    except (UserError, OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+    except PROBLEMS as problem:
         title = chapter.__name__.replace("_", " ").capitalize()
         return Section(title, [Text(f"This section could not be made: {type(problem).__name__}: {problem}")])
 
@@ -89,7 +94,7 @@ def parent(run: Run, name: str) -> dict[str, str]:
         return {"name": str(name), "href": "", "headline": ""}
     try:
         headline = tell(Run(run.path.parent / name)).headline()
-    except UserError:
+    except PROBLEMS:
         return {"name": name, "href": "", "headline": "this run is no longer there"}
     return {"name": name, "href": f"../{name}/{PAGE}", "headline": headline}
 
@@ -129,6 +134,11 @@ def defaults_of(verb: str) -> dict[str, Any]:
     cls = getattr(importlib.import_module(f"bezoar.verbs.{verb}"), verb.title())
     known = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+
+
+def breaks(text: Any) -> Markup:
+    """Escaped text whose lines may break after a comma, as long specs must."""
+    return escape(text).replace(",", Markup(",<wbr>"))
 
 
 def plain(value: Any) -> str:

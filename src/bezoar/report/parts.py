@@ -83,6 +83,11 @@ class Gallery:
     note: str = ""
     kind: str = field(default="gallery", init=False)
 
+    @property
+    def across(self) -> int:
+        """Pictures in the widest tile."""
+        return max((len(t.pictures) for t in self.tiles), default=1)
+
     def place(self, picture: int) -> str:
         """CSS background-position of a picture, in percent of the room there is."""
         y, x = divmod(picture, self.columns)

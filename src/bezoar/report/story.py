@@ -50,6 +50,10 @@ class Story:
         shown = [f"{terms.term(k)[0]} {terms.number(m.value, terms.term(k)[1])}" for k, m in self.measures.items()]
         return ", ".join(shown[:3]) or "This run reports no figures."
 
+    def more(self) -> str:
+        """What else is to be said first, in smaller type."""
+        return ""
+
     def cards(self) -> list[str]:
         """Names of the key figures."""
         return list(self.measures)[:6]

@@ -26,15 +26,15 @@ TERMS = {  # base name -> standard term, unit
     "target_top10": ("Target among the ten nearest", RATE),
     "targeted_success": ("Targeted success", RATE),
     "targeted_top5": ("Targeted: target among five nearest", RATE),
-    "z_std": ("Backdoor z-score, by standard deviation", PLAIN),
-    "z_var": ("Backdoor z-score, by variance (Definition 1)", PLAIN),
+    "z_std": ("Backdoor z-score", PLAIN),
+    "z_var": ("Backdoor z-score by variance", PLAIN),
     "similarity_clean": ("Mean cosine of clean pairs", SCORE),
     "similarity_triggered": ("Mean cosine of triggered pairs", SCORE),
     "image_to_text_recall": ("Image to text recall", RATE),
     "text_to_image_recall": ("Text to image recall", RATE),
     "auroc": ("AUROC", SCORE),
     "average_precision": ("Average precision", SCORE),
-    "fpr_at_95_tpr": ("False positives at 95 % recall (FPR@95)", RATE),
+    "fpr_at_95_tpr": ("False positives at 95\u00a0% recall (FPR@95)", RATE),
     "precision_at_n": ("Precision at n, n = poisons", RATE),
     "poisons_removed": ("Poisons removed by the keep-list", RATE),
     "poisons": ("Poisoned records", COUNT),
@@ -70,10 +70,12 @@ def split(key: str) -> tuple[str, str, str]:
 def term(key: str, attacked: bool = False) -> tuple[str, str]:
     """A metric's standard term and unit. attacked: the encoder measured is one that was poisoned: CA is called BA."""
     group, base, at = split(key)
+    if base.startswith("attack_success") and "baseline" not in base and group.startswith(("clean", "baseline")):
+        base = base.replace("attack_success", "attack_success_baseline")
     if base == "clean_accuracy":
         return BENIGN if attacked and not group.startswith(("clean", "baseline")) else CLEAN
     if share := re.fullmatch(r"recall_at_([\d.]+)", base):
-        return f"Recall among the worst {100 * float(share[1]):g} %", RATE
+        return f"Recall among the worst {100 * float(share[1]):g}\u00a0%", RATE
     label, unit = TERMS.get(base, (base.replace("_", " "), PLAIN))
     if at and base.endswith("recall"):
         return f"{label}@{at}", unit
@@ -94,9 +96,9 @@ def number(value: float, unit: str = PLAIN) -> str:
 
 
 def percent(value: float, sign: bool = True) -> str:
-    """0.981 -> `98.1 %`; small shares keep two digits."""
+    """0.981 -> `98.1 %`, kept on one line; small shares keep two digits."""
     text = f"{100 * value:.1f}" if value == 0 or value >= 0.00995 else f"{100 * value:.2g}"
-    return text + (" %" if sign else "")
+    return text + ("\u00a0%" if sign else "")
 
 
 def interval(m: Measure, unit: str) -> str:
@@ -104,7 +106,7 @@ def interval(m: Measure, unit: str) -> str:
     if m.low == m.high or not (math.isfinite(m.low) and math.isfinite(m.high)):
         return ""
     if unit == RATE:
-        return f"{percent(m.low, False)} – {percent(m.high)}"
+        return f"{percent(m.low, False)}\u00a0–\u00a0{percent(m.high)}"
     return f"{number(m.low, unit)} – {number(m.high, unit)}"
 
 
@@ -149,7 +151,9 @@ def targets(found: list[Goal]) -> str:
     words = [f"images with a {trigger_name(g)} trigger as “{g.target}”" for g in found if g.trigger]
     victims = sum(len(g.victims) for g in found)
     if victims:
-        words.append(f"{victims} chosen victim {'image' if victims == 1 else 'images'} as {'its' if victims == 1 else 'their'} target")
+        words.append(
+            f"{victims} chosen victim {'image' if victims == 1 else 'images'} as {'its' if victims == 1 else 'their'} target"
+        )
     return " and ".join(words)
 
 

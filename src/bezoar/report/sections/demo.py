@@ -9,7 +9,7 @@ from bezoar.report.parts import Figure, Figures, Line, Part, Section, Text, Tile
 from bezoar.report.sections.evaluate import Evaluate
 from bezoar.report.sections.poison import Poison
 from bezoar.report.sections.scan import Scan
-from bezoar.report.sections.train import Train, brief, follows
+from bezoar.report.sections.train import Train, brief, captions, follows
 from bezoar.report.story import Chapter, Story
 from bezoar.run import Run
 
@@ -31,11 +31,20 @@ class Demo(Story):
             return "This demonstration was not finished."
         poisons = next((g.poisons for g in self.goals if g.trigger), 0)
         target = next((g.target for g in self.goals if g.trigger), "the target")
+        records = terms.count(poisons, "poisoned record")
+        told = f"made an encoder read {terms.percent(attack.value)} of images with a small patch as “{target}”"
+        if attack.low <= twin.high:
+            told = (
+                f"did not take hold: an encoder reads {terms.percent(attack.value)} of images with a small patch as “{target}”"
+            )
         return (
-            f"{terms.count(poisons, 'poisoned record')} made an encoder read {terms.percent(attack.value)} of images with a small patch "
-            f"as “{target}” (clean twin: {terms.percent(twin.value)}). The scan found {terms.percent(found.value)} of all poisons; "
-            f"trained again without what it found, {terms.percent(left.value)} {'is' if round(100 * left.value, 1) == 1 else 'are'} left."
+            f"{records} {told}, where its clean twin reads {terms.percent(twin.value)}; the scan found "
+            f"{terms.percent(found.value)} of all poisons, and training again without them leaves {terms.percent(left.value)}."
         )
+
+    def more(self) -> str:
+        """Victims, and accuracy before and after."""
+        return f"{self.attack.targeted()} {self.attack.accuracy()}".strip() if "poisoned" in self.notes else ""
 
     def cards(self) -> list[str]:
         """Accuracy, success before, with and after the attack; the scan."""
@@ -45,7 +54,7 @@ class Demo(Story):
             "poisoned.attack_success",
             "poisoned.attack_success_baseline",
             "poisoned.z_std",
-            *sorted((k for k in self.measures if follows("poisoned.targeted_success")(k)), key=lambda k: -int(k.partition("@")[2])),
+            *sorted((k for k in self.measures if follows("poisoned.targeted_success")(k)), key=captions, reverse=True),
             "scan.poisons_removed",
             "repaired.attack_success",
             "repaired.clean_accuracy",
@@ -99,7 +108,7 @@ class Demo(Story):
     def the_attack(self) -> Section | None:
         """Curves, rates and victims."""
         figures = [f for f in [self.trained("poisoned").curve()] if f]
-        triggered = self.attack.triggered_images()
+        triggered = self.attack.triggered_images(charts.HALF)
         parts: list[Part] = []
         for part in triggered.parts if triggered else ():
             if isinstance(part, Figures):
@@ -124,7 +133,7 @@ class Demo(Story):
         """The same figures of the clean, the poisoned and the repaired encoder."""
         bases = ["clean_accuracy", "attack_success"]
         several = {k.partition(".")[2] for k in self.measures if follows("poisoned.targeted_success")(k)}
-        bases += sorted(several, key=lambda k: -int(k.partition("@")[2]))
+        bases += sorted(several, key=captions, reverse=True)
         stages = (("clean twin", "clean", "clean"), ("poisoned", "bad", "poisoned"), ("repaired", "good", "repaired"))
         series = [(title, paint, [self.metric(f"{group}.{b}") for b in bases]) for title, paint, group in stages]
         chart = charts.bars([brief(b) for b in bases], series, "repair")

@@ -18,6 +18,7 @@ from bezoar.plan import Goal
 from bezoar.report import charts, gallery, terms
 from bezoar.report.charts import Series
 from bezoar.report.parts import Figure, Figures, Line, Section, Tile
+from bezoar.report.sections.train import captions, follows
 from bezoar.report.story import Chapter, Story
 from bezoar.run import Run
 from bezoar.scores import Measure
@@ -66,9 +67,16 @@ class Evaluate(Story):
         return "The encoder that is measured here was trained on poisoned data, on purpose." if self.attacked else ""
 
     def headline(self) -> str:
-        """Whether the backdoor works, whether victims fell, what accuracy is left."""
-        parts = [self.backdoor(), self.targeted(), self.accuracy()]
-        return " ".join(p for p in parts if p) or super().headline()
+        """Whether the backdoor works; without one, whether victims fell; else what accuracy is left."""
+        return next((p for p in self.findings() if p), super().headline())
+
+    def more(self) -> str:
+        """The other findings."""
+        return " ".join([p for p in self.findings() if p][1:])
+
+    def findings(self) -> list[str]:
+        """Backdoor, victims, accuracy: a sentence each, or nothing."""
+        return [self.backdoor(), self.targeted(), self.accuracy()]
 
     def backdoor(self) -> str:
         """The verdict on the trigger, by intervals that do not touch."""
@@ -89,11 +97,11 @@ class Evaluate(Story):
     def targeted(self) -> str:
         """How many victims fell, by number of captions."""
         told = []
-        for key, m in self.measures.items():
-            group, base, at = terms.split(key)
+        for key in sorted(self.measures, key=captions, reverse=True):
+            m, (group, base, at) = self.measures[key], terms.split(key)
             if base == "targeted_success" and not group:
                 told.append(f"{round(m.value * m.n)} of {m.n} victims with {terms.count(int(at), 'caption')}")
-        return f"Read as their target: {' and '.join(reversed(told))}." if told else ""
+        return f"Read as their target: {' and '.join(told)}." if told else ""
 
     def accuracy(self) -> str:
         """Accuracy on clean images, beside the twin's."""
@@ -107,7 +115,7 @@ class Evaluate(Story):
     def cards(self) -> list[str]:
         """Accuracy and success, beside the twin's, then z and the victims."""
         wanted = ("clean_accuracy", "baseline.clean_accuracy", "attack_success", "attack_success_baseline", "z_std")
-        several = [k for k in self.measures if k.startswith("targeted_success@")]
+        several = sorted((k for k in self.measures if follows("targeted_success")(k)), key=captions, reverse=True)
         recall = [k for k in self.measures if k.endswith("recall@1")]
         return [k for name in wanted for k in (name, name + "@0") if k in self.measures] + recall + several
 
@@ -121,8 +129,9 @@ class Evaluate(Story):
         for name, title in TITLES.items():
             if (m := self.metric(name)) is not None:
                 rows.append((title, m, "bad" if name == "attack_success" and self.attacked else "clean"))
-        for key, m in self.measures.items():
+        for key in sorted(self.measures, key=captions, reverse=True):
             if key.startswith("targeted_success@"):
+                m = self.measures[key]
                 rows.append((f"victims fallen, {terms.count(int(key.partition('@')[2]), 'caption')}", m, "bad"))
         if len(rows) < 2:
             return None
@@ -146,7 +155,7 @@ class Evaluate(Story):
         probe = registry.make("probe", specs[0] if specs else "zero_shot")
         return Look(encoder, test, probe.head(encoder, test.classes) if test.classes else None, probe)
 
-    def triggered_images(self) -> Section | None:
+    def triggered_images(self, size: tuple[float, float] = charts.WIDE) -> Section | None:
         """Similarity to the target before and after stamping, and what stamped images are read as."""
         backdoors = [g for g in self.goals if g.trigger]
         if not backdoors:
@@ -157,8 +166,10 @@ class Evaluate(Story):
             stamped = registry.make("trigger", goal.trigger or "")(test.images, test.ids)
             before, after = (self.look.similarities(x, goal.target)[:, 0].numpy() for x in (test.images, stamped))
             groups = [Series("clean", before, "clean"), Series("with trigger", after, "bad")]
-            chart = charts.histogram(groups, "cosine to the target's prompts", f"similarity{i}")
-            figures.append(Figure(chart, f"Similarity to “{goal.target}”", f"{len(test)} test images, without and with the trigger."))
+            chart = charts.histogram(groups, "cosine to the target's prompts", f"similarity{i}", size=size)
+            figures.append(
+                Figure(chart, f"Similarity to “{goal.target}”", f"{len(test)} test images, without and with the trigger.")
+            )
             galleries.append(self.stamped(goal, stamped))
         return Section("Triggered images", [Figures(figures), *galleries])
 
@@ -175,7 +186,11 @@ class Evaluate(Story):
             lines += [Line("→ " + name, "bad" if hit else "")] if name else []
             tiles.append(Tile((i,), lines, "bad" if hit else ""))
         return gallery.sheet(
-            stamped[rows], tiles, 80, "What triggered images are read as", "Above, the class; below, what it is read as. Red: the target."
+            stamped[rows],
+            tiles,
+            80,
+            "What triggered images are read as",
+            "Above, the class; below, what it is read as. Red: the target.",
         )
 
     def victims(self) -> Section | None:
@@ -192,7 +207,7 @@ class Evaluate(Story):
         tiles = [self.victim(i, g, gallery.own_class(found, rows[i]), cosines[i], classes) for i, g in enumerate(wanted)]
         fallen = sum(t.look == "bad" for t in tiles)
         lead = f"{fallen} of {len(tiles)} victims are read as the attacker's target."
-        return Section("Victims", [gallery.sheet(found.images[rows], tiles, 96)], lead)
+        return Section("Victims", [gallery.sheet(found.images[rows], tiles, 104)], lead)
 
     @staticmethod
     def victim(i: int, goal: Goal, own: str, cosines: Tensor, classes: list[str]) -> Tile:
@@ -203,7 +218,8 @@ class Evaluate(Story):
         if goal.target in classes:
             rank = int((cosines > cosines[classes.index(goal.target)]).sum()) + 1
             fell = rank == 1
-            lines.append(Line("fell: read as the target" if fell else f"read as {read}; target is no. {rank}", "bad" if fell else "good"))
+            lines.append(Line(f"read as {read}", "bad" if fell else "good"))
+            lines += [] if fell else [Line(f"target is no. {rank} of {len(classes)}", "muted")]
             return Tile((i,), lines, "bad" if fell else "")
         return Tile((i,), [*lines, Line(f"read as {read}")])
 

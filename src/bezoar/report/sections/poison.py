@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from bezoar.plan import Goal
 from bezoar.report import gallery, terms
 from bezoar.report.parts import Gallery, Line, Section, Table, Tile
@@ -42,8 +44,12 @@ class Poison(Story):
         for group in grouped(self.goals):
             targets = sorted({g.target for g in group})
             told = ", ".join(targets[:6]) + (", …" if len(targets) > 6 else "")
-            rows.append([told, f"none; {terms.count(len(group), 'victim')}", f"{sum(g.poisons for g in group):,}", group[0].how])
-        table = Table(("To be read as", "Trigger", "Poisoned records", "Method"), [list(map(gallery.short, r)) for r in rows], (2,))
+            rows.append(
+                [told, f"none; {terms.count(len(group), 'victim')}", f"{sum(g.poisons for g in group):,}", group[0].how]
+            )
+        table = Table(
+            ("To be read as", "Trigger", "Poisoned records", "Method"), [list(map(gallery.short, r)) for r in rows], (2,)
+        )
         return Section("What the attacker wants", [table])
 
     def poisoned_records(self) -> Section | None:
@@ -54,7 +60,11 @@ class Poison(Story):
     def kinds(self) -> list[tuple[list[int], str]]:
         """Goals that are shown together: a backdoor each, targeted ones by their number of captions."""
         plan = self.data.plan
-        kinds = [([i], f"{terms.trigger_name(g).capitalize()} trigger, read as “{g.target}”") for i, g in enumerate(plan.goals) if g.trigger]
+        kinds = [
+            ([i], f"{terms.trigger_name(g).capitalize()} trigger, read as “{g.target}”")
+            for i, g in enumerate(plan.goals)
+            if g.trigger
+        ]
         for group in grouped(list(plan.goals)):
             captions = terms.count(group[0].poisons, "caption")
             rows = [i for i, g in enumerate(plan.goals) if g in group]
@@ -75,8 +85,6 @@ class Poison(Story):
             lines = [Line(gallery.short(original or "(no caption)"), "old"), Line(gallery.short(e.caption), "new")]
             tiles.append(Tile((i, len(edits) + i), lines))
         total = sum(e.goal in goals for e in plan.edits)
-        import torch
-
         note = f"{len(edits)} of {terms.count(total, 'poisoned record')}"
         return gallery.sheet(torch.stack(images), tiles, 80, title, note)
 
@@ -101,7 +109,7 @@ class Poison(Story):
             for i, (g, r) in enumerate(zip(wanted, rows, strict=True))
         ]
         lead = "Each image is in the data with captions of another label, so that it is read as that label."
-        return Section("Victims", [gallery.sheet(found.images[rows], tiles, 96)], lead)
+        return Section("Victims", [gallery.sheet(found.images[rows], tiles, 104)], lead)
 
 
 def grouped(goals: list[Goal]) -> list[list[Goal]]:

@@ -11,6 +11,7 @@ import torch
 from bezoar.report import charts, gallery, terms
 from bezoar.report.charts import Series
 from bezoar.report.parts import Figure, Figures, Gallery, Line, Section, Table, Tile
+from bezoar.report.sections.train import kinds
 from bezoar.report.story import Chapter, Story
 from bezoar.scores import Scores
 
@@ -22,14 +23,19 @@ class Scan(Story):
 
     def warning(self) -> str:
         """Where the data are known to be poisoned."""
-        return "The data that are scanned here were poisoned on purpose; the truth was read after the ranking." if self.goals else ""
+        return (
+            "The data that are scanned here were poisoned on purpose; the truth was read after the ranking."
+            if self.goals
+            else ""
+        )
 
     def headline(self) -> str:
         """What the keep-list leaves out."""
         records, removed = self.notes.get("records"), self.notes.get("removed")
         if records is None or removed is None:
             return "This scan was not finished."
-        told = f"The keep-list leaves out the {removed:,} most suspicious of {records:,} records ({terms.percent(removed / max(1, records))})"
+        share = terms.percent(removed / max(1, records))
+        told = f"The keep-list leaves out the {removed:,} most suspicious of {records:,} records ({share})"
         found = self.measures.get("poisons_removed")
         if found is None:
             return told + "; whether they are poisons is not known."
@@ -53,7 +59,9 @@ class Scan(Story):
     def scores(self) -> dict[str, Scores]:
         """The merged score under '', each detector's under its name."""
         found = self.tensors("scores.safetensors")
-        return {k.removeprefix("detector.") if k != "score" else "": Scores(self.ids, torch.from_numpy(v)) for k, v in found.items()}
+        return {
+            k.removeprefix("detector.") if k != "score" else "": Scores(self.ids, torch.from_numpy(v)) for k, v in found.items()
+        }
 
     @functools.cached_property
     def truth(self) -> np.ndarray | None:
@@ -72,12 +80,23 @@ class Scan(Story):
         edge = (float(merged.values[worst[self.removed - 1]]), "removed from here up") if self.removed else None
         if truth is None:
             chart = charts.histogram([Series("all records", merged.values.numpy())], "score", "scores", edge)
-            return Section("Scores", [Figures([Figure(chart, "Scores of all records")])], "Nothing is known of which records are poisons.")
-        groups = [Series("clean", merged.values.numpy()[~truth], "clean"), Series("poison", merged.values.numpy()[truth], "bad")]
+            return Section(
+                "Scores", [Figures([Figure(chart, "Scores of all records")])], "Nothing is known of which records are poisons."
+            )
+        groups = [
+            Series("clean", merged.values.numpy()[~truth], "clean"),
+            Series("poison", merged.values.numpy()[truth], "bad"),
+        ]
         histogram = charts.histogram(groups, "score", "scores", edge)
         figures = [
-            Figure(self.curve(), "How fast a reviewer finds the poisons", "Upper left is better; dotted: records in random order."),
-            Figure(histogram, "Scores of clean records and poisons", "Each group's share by score; the higher, the more suspicious."),
+            Figure(
+                self.curve(), "How fast a reviewer finds the poisons", "Upper left is better; dotted: records in random order."
+            ),
+            Figure(
+                histogram,
+                "Scores of clean records and poisons",
+                "Each group's share by score; the higher, the more suspicious.",
+            ),
         ]
         return Section("Ranking", [Figures(figures)])
 
@@ -97,8 +116,6 @@ class Scan(Story):
             return None
         plan = self.data.plan
         gone = {self.ids[i] for i in self.scores[""].ranked()[: self.removed]}
-        from bezoar.report.sections.train import kinds
-
         rows = []
         for title, members in kinds(plan.goals):
             mine = [e.id for e in plan.edits if e.goal in members]
@@ -107,14 +124,20 @@ class Scan(Story):
         clean = int((~self.truth).sum())
         lost = len(gone) - sum(k in plan.ids for k in gone)
         rows.append(["clean records", f"{clean:,}", f"{lost:,}", terms.percent(lost / clean) if clean else "–"])
-        return Section("What the keep-list leaves out", [Table(("Records", "In the data", "Left out", "Share"), rows, (1, 2, 3))])
+        return Section(
+            "What the keep-list leaves out", [Table(("Records", "In the data", "Left out", "Share"), rows, (1, 2, 3))]
+        )
 
     def most_suspicious_records(self, most: int = SHOWN) -> Section | None:
         """The worst records with their scores."""
         ranked = self.json("ranked.json")[:most]
         if not ranked:
             return None
-        told = "" if self.truth is None else f" {sum(r['id'] in self.data.plan.ids for r in ranked)} of these {len(ranked)} are poisons."
+        told = (
+            ""
+            if self.truth is None
+            else f" {sum(r['id'] in self.data.plan.ids for r in ranked)} of these {len(ranked)} are poisons."
+        )
         shown = self.tiles([(i + 1, r) for i, r in enumerate(ranked)])
         return Section("Most suspicious records", [shown], "The higher the score, the more suspicious." + told)
 
@@ -129,9 +152,9 @@ class Scan(Story):
             lines = [Line("poison" if poison else "clean", "bad" if poison else "good")] if plan.edits else []
             lines.append(Line(gallery.short(r["caption"] or r["id"])))
             several = r["detectors"] if len(r["detectors"]) > 1 else {}
-            lines += [Line(f"{gallery.short(k, 16)} {v:.3g}", "muted") for k, v in {"score": r["score"], **several}.items()]
+            lines += [Line(f"{gallery.short(k, 16)} {v:.2f}", "muted") for k, v in {"score": r["score"], **several}.items()]
             tiles.append(Tile((i,), lines, "bad" if poison else "", f"{n}"))
-        return gallery.sheet(found.images[[row[r["id"]] for _, r in ranked]], tiles, 96)
+        return gallery.sheet(found.images[[row[r["id"]] for _, r in ranked]], tiles, 104)
 
     def poisons_missed(self) -> Section | None:
         """Poisons that the ranking puts last: what this scan is blind to."""

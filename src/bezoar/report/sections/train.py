@@ -54,8 +54,10 @@ class Train(Story):
 
     def training(self) -> Section | None:
         """Loss, and success by epoch where it was followed."""
-        figures = [Figure(charts.loss(self.tensors("ledger.safetensors")["losses"]), "Loss", "Thin: means of a few steps; thick: running mean.")]
-        figures += [f for f in [self.curve()] if f]
+        curve = self.curve()
+        losses = self.tensors("ledger.safetensors")["losses"]
+        chart = charts.loss(losses, charts.HALF if curve else charts.WIDE)
+        figures = [Figure(chart, "Loss", "Thin: as it was; thick: running mean."), *([curve] if curve else [])]
         return Section("Training", [Figures(figures)])
 
     def curve(self) -> Figure | None:
@@ -63,8 +65,14 @@ class Train(Story):
         epochs = self.json("curve.json") if (self.run.path / "curve.json").exists() else []
         if not epochs:
             return None
-        names = [k for k in epochs[0] if k == "clean_accuracy" or follows("attack_success")(k) or follows("targeted_success")(k)]
-        shown = [Series(brief(k), [e.get(k, np.nan) for e in epochs], paint) for k, paint in zip(names, charts.paints(names), strict=True)]
+        names = [
+            k for k in epochs[0] if k == "clean_accuracy" or follows("attack_success")(k) or follows("targeted_success")(k)
+        ]
+        names.sort(key=captions, reverse=True)
+        shown = [
+            Series(brief(k), [e.get(k, np.nan) for e in epochs], paint)
+            for k, paint in zip(names, charts.paints(names), strict=True)
+        ]
         figure = charts.curves([e["epoch"] for e in epochs], shown, "epoch")
         return Figure(figure, "When the attack takes hold", "On held-out images after every epoch.")
 
@@ -79,7 +87,8 @@ class Train(Story):
         groups = [Series("clean records", drawn[~poisoned], "clean")]
         if poisoned.any():
             groups.append(Series("poisoned records", drawn[poisoned], "bad"))
-        chart = Figure(charts.histogram(groups, "times a record was drawn", "exposures"), "Exposure ledger", "Each group's share by number of draws.")
+        histogram = charts.histogram(groups, "times a record was drawn", "exposures", size=charts.WIDE)
+        chart = Figure(histogram, "Exposure ledger", "Each group's share by number of draws.")
         if not poisoned.any():
             return Section("What was seen", [chart])
         goal = {e.id: e.goal for e in plan.edits}
@@ -115,6 +124,12 @@ class Train(Story):
 def follows(base: str) -> Callable[[str], bool]:
     """Whether a name is this metric, of any trigger or number of captions."""
     return lambda name: name == base or name.startswith(base + "@")
+
+
+def captions(name: str) -> int:
+    """How many captions a targeted metric is about; a large number for others, which come first."""
+    at = terms.split(name)[2]
+    return int(at) if name.startswith("target") and at.isdigit() else 1 << 30
 
 
 def brief(name: str) -> str:
