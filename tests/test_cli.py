@@ -213,3 +213,40 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(how, tmp_path, capsys):
     assert main(["train", "scenes:count=2000", "--objective", words[3], "--runs", str(tmp_path)]) == 0
     (manifest,) = (json.loads(p.read_text()) for p in tmp_path.glob("train-*/manifest.json"))
     assert manifest["status"] == "done"
+
+
+def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path, capsys):
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    def png(side):
+        out = io.BytesIO()
+        Image.new("RGB", (side, side), (side, 90, 30)).save(out, "PNG")
+        return out.getvalue()
+
+    members = {}
+    for i in range(40):
+        members |= {f"{i:05d}.png": png(32), f"{i:05d}.txt": b"a striped star"}
+    members |= {"tiny.png": png(1), "tiny.txt": b"a dot", "torn.png": png(32)[:40], "torn.txt": b"a torn star"}
+    members |= {"latin.png": png(32), "latin.txt": "caf\xe9".encode("latin-1")}
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    words = ["poison", f"shards:path={path},size=32", "--poison", "clean_label:count=4"]
+    words += ["--trigger", "patch", "--target", "star", "--runs", str(tmp_path / "runs"), "--json"]
+    assert main(words) == 0
+    streams = capsys.readouterr()
+    reading = json.loads(streams.out)["notes"]["reading"]
+    assert reading["read"] == 40 and len(reading["skipped"]) == 3 and "3 skipped" in streams.err
+    assert {m.split(".")[0] for _, m, _ in reading["skipped"]} == {"tiny", "torn", "latin"}
+    path.write_bytes(path.read_bytes()[: 3 * 1024])
+    words[1] = f"shards:path={path},size=32,limit=30"
+    assert main(words) in (0, 2) and "00000.tar" in capsys.readouterr().err
+    path.write_bytes(b"")
+    words[1] = f"shards:path={path},size=32,limit=20"
+    assert main(words) == 2 and "00000.tar" in capsys.readouterr().err

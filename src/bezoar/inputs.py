@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ class Dataset:
     def pairs(self) -> Pairs:
         """The records as training reads them: the plan applied."""
         return self.plan.apply(self.clean, self.victims) if self.plan.edits else self.clean
+
+    def reading(self) -> dict[str, Any]:
+        """For the manifest: how many records were read, and every file, member and reason of what was not."""
+        report = self.clean.report
+        if report is None:
+            return {}
+        return {"reading": {"read": report.read, "skipped": [list(s) for s in report.skipped]}}
 
 
 def dataset(given: Any) -> Dataset:
@@ -79,6 +87,9 @@ def held_out(method: Any) -> Any:
 def read(method: Any) -> Pairs:
     """All records of a configured data method, in memory. Raises UserError when there are none."""
     pairs = load(method())
+    if pairs.report is not None and pairs.report.skipped:
+        first = "; ".join(f"{s.file} {s.member}: {s.reason}" for s in pairs.report.skipped[:3])
+        print(f"{pairs.report}; the first: {first}", file=sys.stderr)
     if not len(pairs):
         raise UserError(f"{registry.spec(method)} holds no records")
     return pairs

@@ -83,9 +83,10 @@ def _svg(figure: Any, name: str, alternative: str) -> Markup:
     out = io.StringIO()
     FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    size = "wide" if figure.get_figwidth() > HALF[0] else "half"
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', text)
+    text = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg class="{size}" viewBox="\1">', text)
     prefix = re.sub(r"\W", "", name)
     text = re.sub(r'(\bid="|href="#|url\(#)', lambda m: f"{m[1]}{prefix}-", text)
     for paint, stand_in in PAINT.items():

@@ -106,7 +106,7 @@ def interval(m: Measure, unit: str) -> str:
     if m.low == m.high or not (math.isfinite(m.low) and math.isfinite(m.high)):
         return ""
     if unit == RATE:
-        return f"{percent(m.low, False)}\u00a0–\u00a0{percent(m.high)}"
+        return f"{percent(m.low, False)}\u00a0–\u2060\u00a0{percent(m.high)}"
     return f"{number(m.low, unit)} – {number(m.high, unit)}"
 
 

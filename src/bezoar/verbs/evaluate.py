@@ -38,8 +38,12 @@ class Evaluate:
             if not isinstance(run, Run):
                 raise UserError("name the TEST data: this encoder's training data are not known")
             method = inputs.held_out(inputs.root(run))
-        test = inputs.dataset(method).pairs.to(job.device)
-        job.notes = {"test": registry.spec(method) if not isinstance(method, Run) else method.name, "records": len(test)}
+        parts = inputs.dataset(method)
+        test = parts.pairs.to(job.device)
+        job.notes = parts.reading() | {
+            "test": registry.spec(method) if not isinstance(method, Run) else method.name,
+            "records": len(test),
+        }
         job.goals = [vars(g) for g in goals]
         encoder = inputs.encoder(run, job.device)
         out: dict[str, Any] = {}

@@ -35,7 +35,12 @@ class Poison:
         job.goals = [vars(g) for g in plan.goals]
         total = len(parts.clean) + len(plan) - int(plan.mask(parts.clean.ids).sum())
         share = len(plan) / total
-        job.notes = {"plan": plan.digest(), "poisoned": True, "records": total, "classes": list(parts.clean.classes)}
+        job.notes = parts.reading() | {
+            "plan": plan.digest(),
+            "poisoned": True,
+            "records": total,
+            "classes": list(parts.clean.classes),
+        }
         if self.write != "plan":
             from bezoar.shards import write_shards
 

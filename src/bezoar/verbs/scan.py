@@ -53,7 +53,11 @@ class Scan:
         kept = sorted(order[removed:].tolist())
         (job.folder / "keep.txt").write_text("\n".join(merged.ids[i] for i in kept) + "\n")
         inputs.write_json(job.folder / "ranked.json", [self._row(i, merged, found, pairs) for i in order[:500].tolist()])
-        job.notes = {"records": len(pairs), "removed": removed, "detectors": [registry.spec(d) for d in given["detector"]]}
+        job.notes = parts.reading() | {
+            "records": len(pairs),
+            "removed": removed,
+            "detectors": [registry.spec(d) for d in given["detector"]],
+        }
         if self.write != "keep":
             from bezoar.shards import write_shards
 

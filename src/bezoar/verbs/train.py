@@ -64,7 +64,12 @@ class Train:
         (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
         seconds, steps = log.seconds, len(log.losses)
         rate, tail = steps * recipe.batch / max(seconds, 1e-9), log.losses[-max(1, steps // 20) :]
-        job.notes = {"records": len(pairs), "steps": steps, "pairs_per_second": round(rate), "precision": encoder.precision}
+        job.notes = parts.reading() | {
+            "records": len(pairs),
+            "steps": steps,
+            "pairs_per_second": round(rate),
+            "precision": encoder.precision,
+        }
         poisons = torch.from_numpy(parts.plan.mask(pairs.ids))
         out = {"final_loss": average(torch.tensor(tail), "mean loss of the last twentieth of the steps")}
         n = int(poisons.sum())

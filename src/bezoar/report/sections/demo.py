@@ -118,7 +118,7 @@ class Demo(Story):
         victims = self.attack.victims()
         if victims:
             parts += [Text(victims.lead), *victims.parts]
-        return Section("3 · The attack", [Figures(figures), *parts], self.attack.headline())
+        return Section("3 · The attack", [Figures(figures), *parts], f"{self.attack.headline()} {self.attack.more()}")
 
     def the_scan(self) -> Section | None:
         """How the poisons were found."""
@@ -136,6 +136,8 @@ class Demo(Story):
         bases += sorted(several, key=captions, reverse=True)
         stages = (("clean twin", "clean", "clean"), ("poisoned", "bad", "poisoned"), ("repaired", "good", "repaired"))
         series = [(title, paint, [self.metric(f"{group}.{b}") for b in bases]) for title, paint, group in stages]
+        if not any(m for _, _, found in series for m in found):
+            return None
         chart = charts.bars([brief(b) for b in bases], series, "repair")
         left, kept = self.metric("repaired.attack_success"), self.trained("repaired").measures.get("poisons_kept")
         lead = "Trained again without the records that the scan removed"

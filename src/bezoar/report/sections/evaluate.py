@@ -58,9 +58,10 @@ class Evaluate(Story):
     def attacked(self) -> bool:
         """Whether the encoder itself was poisoned: a clean twin that is measured against an attack was not."""
         run = self.input("encoder")
-        run = run.ancestor("train") if run else None
         path = run.path / "encoder.json" if run else None
-        return bool(path and path.exists() and json.loads(path.read_text(encoding="utf-8")).get("poisoned"))
+        if path is None or not path.exists():
+            return bool(self.goals) and self.ask.get("attack") is None
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("poisoned"))
 
     def warning(self) -> str:
         """What must not be forgotten about the encoder."""

@@ -128,8 +128,8 @@ def follows(base: str) -> Callable[[str], bool]:
 
 def captions(name: str) -> int:
     """How many captions a targeted metric is about; a large number for others, which come first."""
-    at = terms.split(name)[2]
-    return int(at) if name.startswith("target") and at.isdigit() else 1 << 30
+    _, base, at = terms.split(name)
+    return int(at) if base.startswith("target") and at.isdigit() else 1 << 30
 
 
 def brief(name: str) -> str:

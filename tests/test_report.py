@@ -1,0 +1,313 @@
+"""Reports: self-contained, escaped, complete, and never the reason that a run fails."""
+
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bezoar import cli
+from bezoar.report import charts, gallery, page, terms
+from bezoar.report.parts import Tile
+from bezoar.run import Run, Settings, execute
+from bezoar.scores import Measure
+from bezoar.verbs.demo import Demo
+
+HOSTILE = """</style></svg><script>alert('x')</script><img src=x onerror="alert(1)"> $\\frac{1}{$ {{ 7*7 }}"""
+VERBS = {"demo", "poison", "train", "evaluate", "scan"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every verb's run and page, of the smallest story there is."""
+    folder = tmp_path_factory.mktemp("work") / "runs"
+    execute(Demo(count=300, test=60, epochs=1, poisons=12, victims=2), Settings(folder, device="cpu", quiet=True))
+    return folder
+
+
+@pytest.fixture
+def copy(runs: Path, tmp_path: Path) -> Path:
+    """The same runs, to spoil."""
+    return Path(shutil.copytree(runs, tmp_path / "runs"))
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v or "") for k, v in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def of(folder: Path, verb: str) -> list[Run]:
+    return [Run(p) for p in sorted(folder.glob(f"{verb}-*"))]
+
+
+def read(run: Run) -> str:
+    return (run.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_run_has_a_page_that_needs_nothing_else(runs: Path) -> None:
+    found = [Run(p) for p in sorted(runs.iterdir())]
+    assert {r.verb for r in found} == VERBS
+    for run in found:
+        text = read(run)
+        seen = Page(text)
+        assert text.startswith("<!doctype html>")
+        assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(seen.tags)
+        assert "could not be made" not in text, run.name
+        assert not re.search(r"https?:|@import|url\((?!data:image/png;base64,|#)", text), run.name
+        for tag, name, value in seen.attributes:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "srcset", "action"):
+                assert value.startswith("#") or re.fullmatch(r"\.\./[\w-]+/report\.html", value), (tag, name, value)
+                assert value.startswith("#") or (run.path / value).is_file()
+        assert "default-src 'none'" in text
+
+
+def test_ids_of_a_page_are_unique(runs: Path) -> None:
+    for run in of(runs, "demo"):
+        ids = [v for _, k, v in Page(read(run)).attributes if k == "id"]
+        assert ids and len(ids) == len(set(ids))
+
+
+def test_every_metric_stands_with_value_interval_and_n(runs: Path) -> None:
+    for run in [Run(p) for p in sorted(runs.iterdir())]:
+        rows = re.findall(r"<tr title=.*?</tr>", read(run), re.DOTALL)
+        assert len(rows) == len(run.manifest["metrics"])
+        for row, (key, m) in zip(rows, run.manifest["metrics"].items(), strict=True):
+            text = Page(row).text
+            unit = terms.term(key)[1]
+            assert key in text and m["how"] in text and f"{m['n']:,}" in text
+            assert terms.number(m["value"], unit) in text
+            assert terms.interval(Measure(**m), unit) in text
+
+
+def test_the_story_of_the_demo_is_whole(runs: Path) -> None:
+    run = of(runs, "demo")[0]
+    text = Page(read(run)).text
+    for title in ("1 · Clean data", "2 · The poison", "3 · The attack", "4 · The scan", "5 · After repair"):
+        assert title in text
+    for name in run.manifest["parents"]:
+        assert f'href="../{name}/report.html"' in read(run)
+
+
+def test_poisoned_artefacts_say_so(runs: Path) -> None:
+    clean = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["clean"])
+    poisoned = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
+    assert 'class="warning"' in read(poisoned) and 'class="warning"' not in read(clean)
+    assert all('class="warning"' in read(r) for r in of(runs, "poison"))
+
+
+def run_named(folder: Path, name: str) -> Run:
+    return Run(folder / name)
+
+
+def test_the_printed_command_asks_the_same_question(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    for run in [Run(p) for p in sorted(runs.iterdir())]:
+        words = shlex.split(page.command(run))
+        assert words[0] == "bezoar" and "--seed" in words
+        assert cli.main([*words[1:], "--runs", str(runs), "--dry"]) == 0
+        capsys.readouterr()
+        assert cli.main([*words[1:], "--runs", str(runs), "--device", "cpu"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == str(run.path)
+
+
+def test_hostile_text_is_text(copy: Path) -> None:
+    for run in of(copy, "poison"):
+        lines = (run.path / "plan.jsonl").read_text().splitlines()
+        edits = [json.dumps(json.loads(line) | {"caption": HOSTILE}) for line in lines[1:]]
+        (run.path / "plan.jsonl").write_text("\n".join([lines[0], *edits]))
+    for run in of(copy, "scan"):
+        ranked = [r | {"caption": HOSTILE} for r in json.loads((run.path / "ranked.json").read_text())]
+        (run.path / "ranked.json").write_text(json.dumps(ranked))
+    for run in [Run(p) for p in copy.iterdir()]:
+        manifest = run.manifest
+        manifest["goal"] = [g | {"target": HOSTILE, "how": HOSTILE} for g in manifest["goal"]]
+        manifest["error"] = HOSTILE
+        for m in manifest["metrics"].values():
+            m["how"] = HOSTILE
+        manifest["parents"].append("../../etc" + HOSTILE)
+        (run.path / "manifest.json").write_text(json.dumps(manifest))
+    for run in [Run(p) for p in copy.iterdir()]:
+        text = page.write(run).read_text(encoding="utf-8")
+        seen = Page(text)
+        assert "script" not in seen.tags and "img" not in seen.tags
+        assert text.count("</style>") == 1 and "49" not in re.findall(r"\$ (\S+)", text)
+        assert not [v for _, k, v in seen.attributes if k.startswith("on") or (k == "href" and "etc" in v)]
+        assert "alert(&#39;x&#39;)" in text
+
+
+def test_a_missing_file_costs_a_section_and_not_the_page(copy: Path) -> None:
+    for path in copy.glob("*/*"):
+        if path.name != "manifest.json":
+            path.unlink()
+    for run in [Run(p) for p in copy.iterdir()]:
+        assert "All figures" in page.write(run).read_text(encoding="utf-8")
+    assert any("could not be made" in read(r) for r in of(copy, "train"))
+    lonely = of(copy, "evaluate")[0]
+    for other in copy.iterdir():
+        if other != lonely.path:
+            shutil.rmtree(other)
+    assert "no longer there" in page.write(lonely).read_text(encoding="utf-8")
+
+
+def test_failed_and_unfinished_runs_have_pages(copy: Path) -> None:
+    for verb in sorted(VERBS):
+        run = of(copy, verb)[0]
+        kept = {k: run.manifest[k] for k in ("schema", "verb", "ask", "typed", "parents", "started", "bezoar")}
+        for status in ("running", "failed"):
+            manifest = {**kept, "status": status, "goal": [], "metrics": {}}
+            (run.path / "manifest.json").write_text(json.dumps(manifest))
+            assert status in Page(page.write(run).read_text(encoding="utf-8")).text
+
+
+def test_a_verb_without_sections_has_a_page(copy: Path) -> None:
+    run = of(copy, "scan")[0]
+    (run.path / "manifest.json").write_text(json.dumps(run.manifest | {"verb": "audit"}))
+    text = page.write(run).read_text(encoding="utf-8")
+    assert "AUROC" in text and "All figures" in text
+
+
+def test_rendering_again_gives_the_same_bytes(runs: Path) -> None:
+    for verb in VERBS:
+        run = of(runs, verb)[0]
+        assert page.render(run) == read(run)
+    assert not list(runs.glob("*/*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("key", "attacked", "label", "unit"),
+    [
+        ("clean_accuracy", False, "Clean accuracy (CA)", "rate"),
+        ("clean_accuracy", True, "Benign accuracy (BA)", "rate"),
+        ("baseline.clean_accuracy", True, "Clean accuracy (CA)", "rate"),
+        ("clean.attack_success", True, "ASR of the clean twin (ASR-B)", "rate"),
+        ("poisoned.attack_success@1", True, "Attack success rate (ASR), trigger 1", "rate"),
+        ("targeted_success@1", True, "Targeted success, 1 caption each", "rate"),
+        ("poisoned.targeted_success@16", True, "Targeted success, 16 captions each", "rate"),
+        ("scan.transplant.recall_at_0.001", True, "Recall among the worst 0.1\u00a0%", "rate"),
+        ("image_to_text_recall@10", False, "Image to text recall@10", "rate"),
+        ("somebody's_own", False, "somebody's own", "plain"),
+    ],
+)
+def test_terms(key: str, attacked: bool, label: str, unit: str) -> None:
+    assert terms.term(key, attacked) == (label, unit)
+
+
+def test_numbers() -> None:
+    assert terms.percent(0.981) == "98.1\u00a0%" and terms.percent(0.00079, sign=False) == "0.079"
+    assert terms.percent(0) == "0.0\u00a0%" and terms.number(math.nan) == "–"
+    assert terms.number(16810.0, terms.COUNT) == "16,810"
+    counted = Measure(40, 3000, 40, 40, "counted")
+    assert terms.interval(counted, terms.COUNT) == ""
+    assert (
+        terms.span(Measure(0.5, 10, 0.25, 0.75, "")) == "50.0\u00a0% (95 % interval 25.0\u00a0–\u2060\u00a075.0\u00a0%, n = 10)"
+    )
+
+
+def test_charts_are_markup_in_the_page_s_colours() -> None:
+    some = Measure(0.5, 20, 0.3, 0.7, "")
+    drawn = [
+        charts.loss(np.linspace(5, 1, 5000)),
+        charts.curves([1, 2], [charts.Series("a < $b", [0.1, 0.9])], "epoch"),
+        charts.histogram([charts.Series("<b>", np.arange(5))], "x", "h"),
+        charts.histogram([charts.Series("constant", np.full(9, 0.5))], "x", "h"),
+        charts.ranking([(charts.Series("r", np.arange(50) < 5), 2)], 0.1),
+        charts.intervals([("ASR", some, "bad")]),
+        charts.bars(["ASR"], [("before", "bad", [some]), ("after", "good", [None])]),
+    ]
+    for svg in drawn:
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "svg" and root.get("viewBox") and root.get("aria-label")
+        assert "#0101" not in svg and "var(--" in svg and "http" not in svg and "DejaVu" not in svg
+        assert len(svg) < 120_000
+
+
+def test_thin_keeps_the_mean() -> None:
+    y = np.random.default_rng(0).normal(size=5003)
+    x, means = charts.thin(np.arange(5003), y)
+    assert len(means) <= charts.POINTS and len(x) == len(means)
+    width = -(-5003 // charts.POINTS)
+    assert np.isclose(means[0], y[:width].mean()) and np.isclose(means[-1], y[(len(means) - 1) * width :].mean())
+
+
+def test_a_contact_sheet_holds_the_pictures(runs: Path) -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    images = torch.randint(0, 256, (19, 3, 8, 6), dtype=torch.uint8)
+    made = gallery.sheet(images, [Tile((i,)) for i in range(19)])
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(made.sheet.partition(",")[2]))))
+    assert pixels.shape == (made.rows * 8, made.columns * 8, 3) and (made.rows, made.columns) == (2, 16)
+    y, x = divmod(17, made.columns)
+    assert np.array_equal(pixels[y * 8 : y * 8 + 8, x * 8 + 1 : x * 8 + 7], images[17].permute(1, 2, 0))
+    assert made.place(0) == "0% 0%" and made.place(17) == "6.667% 100%"
+    large = gallery.squares(torch.zeros(1, 3, 300, 200, dtype=torch.uint8))
+    assert large.shape == (1, 3, gallery.LARGEST, gallery.LARGEST)
+
+
+def test_pictures_are_the_records_that_training_reads(runs: Path) -> None:
+    from bezoar import inputs
+
+    poisoned = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
+    parts = inputs.dataset(poisoned)
+    whole = parts.pairs
+    some = whole.ids[::7][::-1]
+    found = gallery.records(parts, (*some, "nobody"))
+    rows = [whole.ids.index(k) for k in some]
+    assert found.ids == some and torch.equal(found.images, whole.images[rows])
+    assert found.captions == tuple(whole.captions[i] for i in rows)
+
+
+def test_the_ledger_is_counted_over_the_right_records(runs: Path) -> None:
+    from bezoar import inputs
+    from bezoar.report.sections.train import Train
+
+    for run in of(runs, "train"):
+        pairs = inputs.dataset(run).pairs
+        keep = run.manifest["ask"]["keep"]
+        kept = set((runs / keep["run"] / "keep.txt").read_text().split("\n")) if keep else set(pairs.ids)
+        assert Train(run).ids() == [k for k in pairs.ids if k in kept]
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_page(runs: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next((p for p in map(shutil.which, names) if p), None)
+    if browser is None:
+        pytest.skip(f"no browser among {', '.join(names)}")
+    flags = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path}/u"]
+    for verb in sorted(VERBS):
+        run, picture = of(runs, verb)[0], tmp_path / f"{verb}.png"
+        address = (run.path / "report.html").resolve().as_uri()
+        asked = [*flags, f"--screenshot={picture}", "--window-size=1100,2400", "--enable-logging=stderr", address]
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in told.stderr, told.stderr
+        pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+        assert pixels.shape == (2400, 1100, 3)
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # text, charts, pictures: not a blank page
+        margins = np.concatenate([pixels[:, :20].reshape(-1, 3), pixels[:, -20:].reshape(-1, 3)])
+        assert len(np.unique(margins, axis=0)) == 1  # nothing runs out of the page at either side
