@@ -148,3 +148,18 @@ def test_draws_are_uniform():
     u = draws(0, [str(i) for i in range(20000)], 2)
     assert kstest(u[:, 0], "uniform").pvalue > 1e-3 and kstest(u[:, 1], "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(u.T)[0, 1]) < 0.03
+
+
+def test_two_uses_of_one_seed_are_independent():
+    ids = [str(i) for i in range(20000)]
+    a, b = (draws(0, ids, 1, use)[:, 0] for use in ("", "backdoor"))
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.03
+
+
+def test_poisons_do_not_prefer_records_whose_caption_is_wrong():
+    scenes = registry.make("data", "scenes:count=4000")()
+    plan = plan_of("backdoor:count=200", scenes, "striped star", "patch")
+    row = {k: i for i, k in enumerate(scenes.ids)}
+    rows = [row[e.source] for e in plan.edits]
+    wrong = sum(not any(w in scenes.captions[i] for w in scenes.classes[int(scenes.labels[i])].split()) for i in rows)
+    assert wrong < 0.25 * len(rows)

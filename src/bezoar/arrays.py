@@ -275,7 +275,7 @@ def _pattern(path: str, _: Stamp, height: int, width: int) -> Tensor:
 
 def noise(seed: int, name: str, *shape: int) -> Tensor:
     """Uniform numbers in [0, 1), float32, that belong to (seed, name): the same on every machine and torch."""
-    return torch.from_numpy(draws(seed, (name,), math.prod(shape)).astype(np.float32).reshape(shape))
+    return torch.from_numpy(draws(seed, (name,), math.prod(shape), "noise").astype(np.float32).reshape(shape))
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -373,7 +373,7 @@ def spots(
         where = place if place == "centre" or "/" in place else f"{place} with margin {margin}"
         raise UserError(f"a trigger of {size[0]}x{size[1]} pixels at {where} exceeds images of {canvas[0]}x{canvas[1]}")
     if place == "random" and len(ids):
-        spot = spot + (draws(seed, ids, 2) * free).astype(np.int64)
+        spot = spot + (draws(seed, ids, 2, "place") * free).astype(np.int64)
     return np.broadcast_to(spot, (len(ids), 2))
 
 

@@ -57,7 +57,7 @@ def pool(ids: Sequence[str], size: int, seed: int) -> np.ndarray:
 
     The `size` records with the smallest draw: which they are depends on (seed, ids) and on nothing else.
     """
-    return np.lexsort((np.asarray(ids), draws(seed, ids, 1)[:, 0]))[:size]
+    return np.lexsort((np.asarray(ids), draws(seed, ids, 1, "pool")[:, 0]))[:size]
 
 
 def pool_size(k: int, rate: float, n: int) -> int:

@@ -110,14 +110,15 @@ def content_hash(image: Tensor, caption: str = "") -> str:
     return hashlib.sha256(head + pixels.tobytes() + caption.encode()).hexdigest()[:16]
 
 
-def draws(seed: int, ids: Sequence[str], count: int) -> np.ndarray:
+def draws(seed: int, ids: Sequence[str], count: int, use: str = "") -> np.ndarray:
     """Uniform numbers in [0, 1), float64 (len(ids), count), that belong to the records and not to the moment.
 
-    A record's row is a function of (seed, id) alone: order, batch size, worker and shard do not matter.
+    A record's row is a function of (seed, id) alone: order, batch size, worker and shard do not matter. `use` (at most
+    16 bytes) says what for: two uses of one seed are independent, so that, say, no poison prefers a wrong caption.
     Counter-based: SplitMix64 (Steele, Lea, Flood 2014) of a keyed BLAKE2b of the id.
     """
     key = seed.to_bytes(8, "little", signed=True)
-    digests = b"".join(hashlib.blake2b(i.encode(), digest_size=8, key=key).digest() for i in ids)
+    digests = b"".join(hashlib.blake2b(i.encode(), digest_size=8, key=key, person=use.encode()).digest() for i in ids)
     start = np.frombuffer(digests, dtype="<u8").reshape(-1, 1)
     with np.errstate(over="ignore"):
         x = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -16,7 +16,8 @@ class Progress:
         self.quiet, self.title = quiet, title
         self.bar: Any = None
         self.task: Any = None
-        self.start = self.said = time.monotonic()
+        self.start = self.said = self.began = time.monotonic()
+        self.phase = ("", 0)
 
     def __enter__(self) -> Progress:
         self.start = self.said = time.monotonic()
@@ -35,12 +36,14 @@ class Progress:
             print(f"{self.title}: {time.monotonic() - self.start:.1f} s", file=sys.stderr)
 
     def step(self, done: int, total: int, text: str = "") -> None:
-        """Say how far the work is, and how long it still takes."""
+        """Say how far the work is, and how long it still takes. Another total is another phase of the work."""
+        if self.phase[1] != total or done == 0:
+            self.phase, self.began = (text, total), time.monotonic()
         if self.bar is not None:
             if self.task is None or self.bar.tasks[-1].total != total:
                 self.task = self.bar.add_task(self.title, total=total)
             self.bar.update(self.task, completed=done, description=f"{self.title} {text}")
         elif not self.quiet and time.monotonic() - self.said > EVERY_SECONDS:
             self.said = time.monotonic()
-            left = (self.said - self.start) * (total - done) / max(done, 1)
+            left = (self.said - self.began) * (total - done) / max(done, 1)
             print(f"{self.title} {text}: {done}/{total}, about {left:.0f} s left", file=sys.stderr, flush=True)

@@ -289,7 +289,7 @@ def expand(text: str) -> tuple[Path, ...]:
         elif path.exists() or not glob.has_magic(one):
             paths.append(path)
         else:
-            paths += map(Path, sorted(glob.glob(str(path))))  # noqa: PTH207
+            paths += map(Path, sorted(glob.glob(str(path))))
     missing = [p for p in paths if not p.is_file()]
     if missing:
         raise UserError(f"shards {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}")

@@ -57,6 +57,10 @@ class Transplant:
         if not 1 <= self.scouts <= self.k or not 0 <= self.strongest <= 1:
             raise ValueError(f"needs 1 <= scouts <= k and strongest in [0, 1]; got {self.scouts}, {self.k}, {self.strongest}")
 
+    def passes(self, n: int) -> int:
+        """How many images a scan of n pairs puts through the encoder, for an estimate of the time."""
+        return round(n * (1 + math.ceil(1 / self.window) ** 2 + self.scouts + self.cascade * (9 + self.k)))
+
     @torch.inference_mode()
     def __call__(self, encoder: Any, source: Any) -> Scores:
         """-> Scores: median absolute deviations above the median of the cascade; round one's rest lies below it."""

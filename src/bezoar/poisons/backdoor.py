@@ -30,7 +30,7 @@ class Backdoor:
         free = [i for i in range(len(source)) if i not in own]
         if not 0 < count <= len(free):
             raise UserError(f"{count} poisons asked for, but {len(free)} of {len(source)} records can carry one")
-        u = draws(seed, source.ids, 2)
+        u = draws(seed, source.ids, 2, "backdoor")
         rows = sorted(free, key=lambda i: u[i, 0])[:count]
         edits = []
         for i in rows:

@@ -26,7 +26,7 @@ class CleanLabel:
         own = mentions(source.captions, goal.target)
         if not 0 < count <= len(own):
             raise UserError(f"{count} poisons asked for, but {len(own)} of {len(source)} captions hold {goal.target!r}")
-        u = draws(seed, source.ids, 1)[:, 0]
+        u = draws(seed, source.ids, 1, "clean label")[:, 0]
         rows = sorted(own, key=lambda i: u[i])[:count]
         edits = tuple(Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows)
         return Plan(edits, (Goal(goal.target, goal.trigger, (), count, spec(self)),), seed)

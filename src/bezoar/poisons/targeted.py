@@ -31,7 +31,7 @@ class Targeted:
             raise UserError("poison 'targeted' needs a target: these data have no classes to draw one from")
         if self.victims > len(pool):
             raise UserError(f"{self.victims} victims asked for, but there are {len(pool)} images to choose from")
-        u = draws(seed, pool.ids, 2)
+        u = draws(seed, pool.ids, 2, "targeted")
         chosen = np.argsort(u[:, 0], kind="stable")
         if goal.target:
             own = set(mentions(pool.captions, goal.target)) if pool.captions else set()
@@ -44,7 +44,7 @@ class Targeted:
             if target not in found:
                 found[target] = target_captions(source.captions, target, self.texts)
             texts, name = found[target], pool.ids[i]
-            order = np.argsort(draws(seed, [f"{name}|{j}" for j in range(len(texts))], 1)[:, 0], kind="stable")
+            order = np.argsort(draws(seed, [f"{name}|{j}" for j in range(len(texts))], 1, "caption order")[:, 0], kind="stable")
             for j in range(self.captions):
                 new = name if victims is None and j == 0 else f"{name}+poison{j}"
                 edits.append(Edit(new, name, texts[order[j % len(texts)]], False, len(goals)))

@@ -18,7 +18,7 @@ class Demo:
 
     count: Annotated[int, "clean pairs to train on"] = 20000
     test: Annotated[int, "held-out pairs"] = 2000
-    epochs: Annotated[int, "passes of each of the three trainings"] = 6
+    epochs: Annotated[int, "passes of each of the three trainings"] = 7
     poisons: Annotated[int, "records that carry the patch"] = 200
     victims: Annotated[int, "targeted victims, at 16 captions and again at one"] = 16
     target: Annotated[str, "what the patch is to be read as"] = "striped star"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -40,10 +42,10 @@ class Scan:
         parts = inputs.dataset(given["data"])
         pairs, encoder = parts.pairs, inputs.encoder(source, job.device)
         found: dict[str, Scores] = {}
-        for i, detector in enumerate(given["detector"]):
+        for detector in given["detector"]:
             name = registry.source_name(type(detector))
-            job.progress.step(i, len(given["detector"]), name)
-            found[name] = detector(encoder, pairs)
+            with counted(encoder, expected(detector, len(pairs)), job.progress, name):
+                found[name] = detector(encoder, pairs)
         merged = merge(list(found.values()))
         order = merged.ranked()
         tensors = {"score": merged.values, **{f"detector.{k}": s.of(merged.ids) for k, s in found.items()}}
@@ -75,6 +77,29 @@ class Scan:
         caption = pairs.captions[i] if pairs.captions else ""
         each = {k: float(s.values[i]) for k, s in found.items()}
         return {"id": merged.ids[i], "caption": caption, "score": float(merged.values[i]), "detectors": each}
+
+
+def expected(detector: Any, n: int) -> int:
+    """Images that a detector will embed: what it says itself, or each record once."""
+    return detector.passes(n) if hasattr(detector, "passes") else n
+
+
+@contextmanager
+def counted(encoder: Any, total: int, progress: Any, name: str) -> Iterator[None]:
+    """Report progress by the images that pass through the encoder's image tower."""
+    done = 0
+
+    def count(_: Any, given: Any, __: Any) -> None:
+        nonlocal done
+        done += len(given[0])
+        progress.step(min(done, total), total, name)
+
+    progress.step(0, total, name)
+    hook = encoder.image.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def merge(found: list[Any]) -> Any:
