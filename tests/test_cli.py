@@ -130,7 +130,7 @@ def test_written_shards_hold_the_same_records(tmp_path, capsys):
     from bezoar.run import Run
 
     words = ["poison", "scenes:count=400", "--poison", "backdoor:count=9", "--trigger", "patch", "--target", "striped star"]
-    made = ask(capsys, tmp_path, *words, "--write", "png")
+    made = ask(capsys, tmp_path, *words, "--write", "shards")
     folder = tmp_path / name(tmp_path, made)
     parts = inputs.dataset(Run(folder)).pairs
     read = load(registry.make("data", f"shards:path={folder}/shards/*.tar,size=32")())

@@ -285,7 +285,7 @@ def plain_transplant(encoder, pairs: Pairs, side: int, step: int, k: int, scouts
     whole = [agrees(pairs.images[i], i) for i in range(n)]
     left = [{(y, x): hidden(i, y, x) for y in starts[0] for x in starts[1]} for i in range(n)]
     loss = np.array([whole[i] - min(left[i].values()) for i in range(n)], np.float32)
-    drawn = np.lexsort((pairs.ids, draws(seed, pairs.ids, 1)[:, 0]))
+    drawn = np.lexsort((pairs.ids, draws(seed, pairs.ids, 1, "pool")[:, 0]))
     hosts = [i for i in drawn if loss[i] <= median(loss)][:k]
 
     def gain(i: int, y: int, x: int, hosts: list[int]) -> float:

@@ -121,8 +121,9 @@ def fit(
         log.exposures[chosen] += 1
         step += 1
         report(step, steps, log.losses[-1])
-        if step % (len(data) // batch) == 0 and each_epoch is not None:
-            log.epochs.append({"epoch": epoch + 1, **each_epoch(epoch + 1)})
+        if step % (len(data) // batch) == 0:
+            mean = sum(log.losses[-(len(data) // batch) :]) / (len(data) // batch)
+            log.epochs.append({"epoch": epoch + 1, "loss": mean, **(each_epoch(epoch + 1) if each_epoch else {})})
             loss.train()
         log.seconds = time.monotonic() - start
         if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS and step < steps:

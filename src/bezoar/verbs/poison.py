@@ -22,7 +22,8 @@ class Poison:
     victims: Annotated[Input, Takes("data"), "held-out data that targeted victims are drawn from; `test`: the test split"] = (
         None
     )
-    write: Annotated[Literal["plan", "png", "jpeg"], "the plan alone, or shards with it applied"] = "plan"
+    write: Annotated[Literal["plan", "shards"], "the plan alone, or webdataset shards with it applied"] = "plan"
+    stored: Annotated[Literal["png", "jpeg"], "how shards are written; jpeg alters small triggers"] = "png"
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> plan.jsonl, the ground truth; with `write`, poisoned shards beside it, marked as such."""
@@ -45,8 +46,8 @@ class Poison:
             from bezoar.shards import write_shards
 
             poisoned = replace(parts, plan=plan, victims=inputs.victims(plan)).pairs
-            write_shards(job.folder / "shards", poisoned, format=self.write)
-            job.notes["stored"] = self.write
+            write_shards(job.folder / "shards", poisoned, format=self.stored)
+            job.notes["stored"] = self.stored
         return {
             "poisons": Measure(len(plan), total, len(plan), len(plan), "poisoned records, counted"),
             "poison_rate": Measure(share, total, share, share, "poisoned records / all records, counted"),

@@ -20,7 +20,7 @@ class Scan:
     encoder: Annotated[Input, Takes("encoder"), "what embeds the records; without it, the train run's own"] = None
     detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = ("transplant", "duplicates")
     remove: Annotated[float, "share of the records, the worst first, that the keep-list leaves out"] = 0.03
-    write: Annotated[Literal["keep", "png", "jpeg"], "the keep-list alone, or shards of what is kept"] = "keep"
+    write: Annotated[Literal["keep-list", "shards"], "the keep-list alone, or shards (PNG) of what is kept"] = "keep-list"
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> scores.safetensors, ids.json, ranked.json (the worst 500 with their scores), keep.txt, and their figures.
@@ -60,10 +60,10 @@ class Scan:
             "removed": removed,
             "detectors": [registry.spec(d) for d in given["detector"]],
         }
-        if self.write != "keep":
+        if self.write == "shards":
             from bezoar.shards import write_shards
 
-            write_shards(job.folder / "shards", pairs.take(kept), format=self.write)
+            write_shards(job.folder / "shards", pairs.take(kept))
         if not parts.plan.edits:
             return {}
         truth = torch.from_numpy(parts.plan.mask(merged.ids))

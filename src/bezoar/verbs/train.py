@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -60,7 +61,7 @@ class Train:
         )
         encoder.save(job.folder)
         save_file({"exposures": log.exposures, "losses": torch.tensor(log.losses)}, job.folder / "ledger.safetensors")
-        inputs.write_json(job.folder / "curve.json", log.epochs)
+        (job.folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log.epochs))
         (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
         seconds, steps = log.seconds, len(log.losses)
         rate, tail = steps * recipe.batch / max(seconds, 1e-9), log.losses[-max(1, steps // 20) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -62,8 +63,9 @@ class Train(Story):
 
     def curve(self) -> Figure | None:
         """Accuracy, ASR and targeted success after every epoch."""
-        epochs = self.json("curve.json") if (self.run.path / "curve.json").exists() else []
-        if not epochs:
+        log = self.run.path / "log.jsonl"
+        epochs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if not epochs or len(epochs[0]) <= 2:
             return None
         names = [
             k for k in epochs[0] if k == "clean_accuracy" or follows("attack_success")(k) or follows("targeted_success")(k)
