@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bezoar.augment import Chance
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
 
@@ -111,7 +112,7 @@ def fit(
         for group in optim.param_groups:
             group["lr"] = rate(recipe, step, steps)
         index = chosen.to(tokens.device)
-        value = loss(data.images[index], tokens[index], generator(seed, 2, step))
+        value = loss(data.images[index], tokens[index], Chance(generator(seed, 2, step)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         optim.step()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar import augment
+from bezoar.augment import Chance
 from bezoar.encoder import Encoder
 from bezoar.registry import method
 
@@ -22,9 +23,9 @@ class Loss(nn.Module):
         self.encoder, self.recipe = encoder, recipe
         self.scale = nn.Parameter(torch.tensor(math.log(1 / recipe.temperature)))
 
-    def forward(self, images: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss."""
-        x = augment.flip(augment.shift(images, self.recipe.shift, generator), self.recipe.flip, generator)
+        x = augment.flip(augment.shift(images, self.recipe.shift, chance), self.recipe.flip, chance)
         logits = self.scale.clamp(max=math.log(100)).exp() * self.encoder.images(x) @ self.encoder.read(tokens).T
         truth = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2

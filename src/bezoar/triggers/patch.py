@@ -21,17 +21,17 @@ class Patch:
     """`patch:size=10,fill=white` on 32 pixels is BadEncoder's published trigger: rows and columns 21..30."""
 
     size: Annotated[int, "side in pixels of the stored image"] = 6
-    fill: Annotated[str, "white, checker (magenta and green), noise (fixed by the seed), or an image file"] = "checker"
+    fill: Annotated[str, "white, checker (magenta and green), blocks (colours by the seed), noise (by the seed), or an image file"] = "checker"
     place: Annotated[str, "corner (bottom right), upper_left, centre, random (per record), or Y/X"] = "corner"
     margin: Annotated[int, "pixels left free at the border: corner, upper_left and random"] = 1
-    cell: Annotated[int, "side in pixels of one block of the checker"] = 2
-    seed: Annotated[int, "of the noise and of random places"] = 0
+    cell: Annotated[int, "side in pixels of one block of checker or blocks"] = 2
+    seed: Annotated[int, "of noise, blocks and random places"] = 0
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.cell < 1 or self.margin < 0:
             raise ValueError("size and cell must be at least 1, margin at least 0")
-        if self.fill not in ("white", "checker", "noise") and Path(self.fill).suffix.lower() not in arrays.SUFFIXES:
-            raise ValueError(f"fill must be white, checker, noise or an image file; got {self.fill!r}")
+        if self.fill not in ("white", "checker", "blocks", "noise") and Path(self.fill).suffix.lower() not in arrays.SUFFIXES:
+            raise ValueError(f"fill must be white, checker, blocks, noise or an image file; got {self.fill!r}")
         arrays.check_place(self.place)
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
@@ -45,6 +45,8 @@ class Patch:
             return torch.full((3, self.size, self.size), 255, dtype=torch.uint8)
         if self.fill == "checker":
             return _checker(self.size, self.cell)
+        if self.fill == "blocks":
+            return _blocks(self.size, self.cell, self.seed)
         if self.fill == "noise":
             return _noise(self.size, self.seed)
         return arrays.to_uint8(arrays.pattern(self.fill, self.size, self.size))
@@ -55,6 +57,14 @@ def _checker(size: int, cell: int) -> Tensor:
     block = torch.arange(size) // cell
     odd = (block[:, None] + block[None]) % 2
     return torch.tensor([MAGENTA, GREEN], dtype=torch.uint8)[odd].permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(size: int, cell: int, seed: int) -> Tensor:
+    """Blocks of fully saturated colour: every seed is another trigger, as strong as the checker."""
+    cells = -(-size // cell)
+    bright = (arrays.noise(seed, "blocks", 3, cells, cells) < 0.5).to(torch.uint8) * 255
+    return bright.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :size, :size]
 
 
 @functools.lru_cache(maxsize=8)
