@@ -21,7 +21,7 @@ class Patch:
     """`patch:size=10,fill=white` on 32 pixels is BadEncoder's published trigger: rows and columns 21..30."""
 
     size: Annotated[int, "side in pixels of the stored image"] = 6
-    fill: Annotated[str, "white, checker (magenta and green), blocks (colours by the seed), noise (by the seed), or an image file"] = "checker"
+    fill: Annotated[str, "white, checker (magenta, green), blocks or noise (both by the seed), or an image file"] = "checker"
     place: Annotated[str, "corner (bottom right), upper_left, centre, random (per record), or Y/X"] = "corner"
     margin: Annotated[int, "pixels left free at the border: corner, upper_left and random"] = 1
     cell: Annotated[int, "side in pixels of one block of checker or blocks"] = 2
