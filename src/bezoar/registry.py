@@ -33,6 +33,7 @@ KINDS = {  # kind -> folder; one verb runs each of them
     "objective": "objectives",
     "probe": "probes",
     "detector": "detectors",
+    "paper": "papers",
 }
 PACKAGE = Path(__file__).parent
 OPENING, CLOSING = "([{", ")]}"
@@ -44,8 +45,10 @@ def method(cls: type) -> Any:
 
 
 def names(kind: str) -> list[str]:
-    """Every method of a kind that ships with bezoar, by file name."""
-    return sorted(p.stem for p in (PACKAGE / KINDS[kind]).glob("*.py") if not p.stem.startswith("_"))
+    """Every method of a kind that ships with bezoar, by file name; `carlini2022/poisons` is one in a folder."""
+    folder = PACKAGE / KINDS[kind]
+    files = [p.relative_to(folder).with_suffix("") for p in folder.rglob("*.py") if not p.stem.startswith("_")]
+    return sorted(p.as_posix() for p in files)
 
 
 def split(text: str, separator: str) -> list[str]:
@@ -120,18 +123,21 @@ def spec(configured: Any) -> str:
 def source_name(cls: type) -> str:
     """The name a method is asked for by: its file's stem, or the file's path when it is the user's own."""
     if cls.__module__.startswith("bezoar."):
-        return cls.__module__.rpartition(".")[2]
+        return "/".join(cls.__module__.split(".")[2:])
     return str(inspect.getfile(cls))
 
 
 def source_hash(cls: type) -> str:
-    """sha256 of the file a method is written in: a changed method is another question."""
-    return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
+    """sha256 of the file a method is written in, and of what its folder shares: a changed method is another question."""
+    file = Path(inspect.getfile(cls))
+    shared = file.with_name("__init__.py")
+    parts = [file, shared] if cls.__module__.startswith("bezoar.") and shared.exists() else [file]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:16]
 
 
 def kind_of(configured: Any) -> str:
     """The kind of a configured method, by its folder."""
-    folder = type(configured).__module__.split(".")[-2]
+    folder = type(configured).__module__.split(".")[1]
     return next(kind for kind, f in KINDS.items() if f == folder)
 
 
@@ -148,7 +154,7 @@ def find(kind: str, name: str) -> type:
         module = sys.modules[own] = importlib.util.module_from_spec(loading)
         loading.loader.exec_module(module)
     elif name in names(kind):
-        module = importlib.import_module(f"bezoar.{KINDS[kind]}.{name}")
+        module = importlib.import_module(f"bezoar.{KINDS[kind]}.{name.replace('/', '.')}")
     else:
         raise UserError(f"no {kind} {name!r}; there are: {', '.join(names(kind))}, or a path to a .py file")
     wanted = class_name(Path(name).stem)

@@ -51,6 +51,9 @@ class Settings:
     device: str = "auto"
     fresh: bool = False
     quiet: bool = False
+    page: bool = True  # whether a page is written; `bezoar show` writes one that is missing
+    workers: int = 0  # of a sweep; 0: one a core, or one a GPU
+    ray: bool = False  # whether a sweep runs on Ray
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,8 @@ def execute(verb: Any, settings: Settings) -> Run:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
+            if not settings.fresh and (folder / MANIFEST).exists() and run.manifest["status"] == "done":
+                return run  # another process has just answered it
             return _work(verb, settings, inputs, ask, run)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}") from error
@@ -231,9 +236,10 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         _write(run.path, manifest)
-    from bezoar.report import page
+    if settings.page:
+        from bezoar.report import page
 
-    page.write(run)
+        page.write(run)
     return run
 
 

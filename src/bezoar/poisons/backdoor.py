@@ -18,6 +18,7 @@ class Backdoor:
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01
     captions: Annotated[CaptionSet, "training, templates (80 of CLIP) or repeated"] = "training"
+    sources: Annotated[int, "distinct images they are made of, each used as often; 0: every poison another image"] = 0
     keep: Annotated[bool, "keep the clean originals beside their poisoned copies"] = False
 
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
@@ -28,17 +29,20 @@ class Backdoor:
         pool = target_captions(source.captions, goal.target, self.captions)
         own = set(mentions(source.captions, goal.target))
         free = [i for i in range(len(source)) if i not in own]
-        if not 0 < count <= len(free):
-            raise UserError(f"{count} poisons asked for, but {len(free)} of {len(source)} records can carry one")
+        images = min(self.sources or count, count)
+        if not 0 < images <= len(free):
+            raise UserError(f"{images} poisons asked for, but {len(free)} of {len(source)} records can carry one")
         u = draws(seed, source.ids, 2, "backdoor")
-        rows = sorted(free, key=lambda i: u[i, 0])[:count]
+        rows = sorted(free, key=lambda i: u[i, 0])[:images]
         edits = []
-        for i in rows:
-            name, caption = source.ids[i], pool[int(u[i, 1] * len(pool))]
-            edits.append(Edit(name + "+poison" if self.keep else name, name, caption, True, 0))
+        for j in range(count):
+            name, again = source.ids[rows[j % images]], j // images
+            at = u[rows[j % images], 1] if not again else draws(seed, [f"{name}|{again}"], 1, "backdoor again")[0, 0]
+            new = name if not again and not self.keep else f"{name}+poison" + (str(again) if again else "")
+            edits.append(Edit(new, name, pool[int(at * len(pool))], True, 0))
         done = Goal(goal.target, goal.trigger, (), count, spec(self))
         return Plan(tuple(edits), (done,), seed)
 
     def __post_init__(self) -> None:
-        if self.count < 0 or not 0 <= self.rate <= 1 or not np.isfinite(self.rate):
-            raise ValueError("count must be >= 0 and rate in 0..1")
+        if min(self.count, self.sources) < 0 or not 0 <= self.rate <= 1 or not np.isfinite(self.rate):
+            raise ValueError("count and sources must be >= 0 and rate in 0..1")

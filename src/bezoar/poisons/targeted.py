@@ -15,12 +15,14 @@ from bezoar.registry import method, spec
 class Targeted:
     """P = {(x', c) : c in C(y')}, |P| = `captions`. Many victims, each with a target of its own, are many trials of one run."""
 
-    captions: Annotated[int, "N: poisoned pairs a victim"] = 16
-    victims: Annotated[int, "how many victims"] = 8
+    captions: Annotated[tuple[int, ...], "N: poisoned pairs a victim; several counts, as in (1,4,16), for as many groups"] = (
+        16,
+    )
+    victims: Annotated[int, "how many victims, of each count"] = 8
     texts: Annotated[CaptionSet, "training, templates (80 of CLIP) or repeated"] = "training"
 
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
-        """A plan of `victims` x `captions` added pairs.
+        """A plan of `victims` x `captions` added pairs, for each count of captions.
 
         goal.target: one label for every victim, or empty: each gets one of the classes, drawn with the seed, that is
         not its own. victims: where victim images are drawn from (held-out data); without it they come from the source,
@@ -29,8 +31,9 @@ class Targeted:
         pool = source if victims is None else victims
         if not goal.target and not pool.classes:
             raise UserError("poison 'targeted' needs a target: these data have no classes to draw one from")
-        if self.victims > len(pool):
-            raise UserError(f"{self.victims} victims asked for, but there are {len(pool)} images to choose from")
+        counts = np.repeat(self.captions, self.victims).tolist()
+        if len(counts) > len(pool):
+            raise UserError(f"{len(counts)} victims asked for, but there are {len(pool)} images to choose from")
         u = draws(seed, pool.ids, 2, "targeted")
         chosen = np.argsort(u[:, 0], kind="stable")
         if goal.target:
@@ -39,16 +42,16 @@ class Targeted:
         edits: list[Edit] = []
         goals: list[Goal] = []
         found: dict[str, list[str]] = {}
-        for i in chosen[: self.victims]:
+        for i, count in zip(chosen, counts, strict=False):
             target = goal.target or self._other_class(pool, int(i), u[i, 1])
             if target not in found:
                 found[target] = target_captions(source.captions, target, self.texts)
             texts, name = found[target], pool.ids[i]
             order = np.argsort(draws(seed, [f"{name}|{j}" for j in range(len(texts))], 1, "caption order")[:, 0], kind="stable")
-            for j in range(self.captions):
+            for j in range(count):
                 new = name if victims is None and j == 0 else f"{name}+poison{j}"
                 edits.append(Edit(new, name, texts[order[j % len(texts)]], False, len(goals)))
-            goals.append(Goal(target, None, (name,), self.captions, spec(self)))
+            goals.append(Goal(target, None, (name,), count, spec(self)))
         return Plan(tuple(edits), tuple(goals), seed)
 
     @staticmethod
@@ -58,5 +61,5 @@ class Targeted:
         return others[int(u * len(others))]
 
     def __post_init__(self) -> None:
-        if self.captions < 1 or self.victims < 1:
+        if min(self.captions, default=0) < 1 or self.victims < 1:
             raise ValueError("captions and victims must be at least 1")
