@@ -1,0 +1,47 @@
+"""Backdoor success and z-score against the size of the patch (Carlini & Terzis 2022, section 5.2)."""
+
+from bezoar.laws import Contrast
+from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.registry import method
+from bezoar.tables import Cell, Claim, Results, Row, Table
+
+CELLS = {"z": "z_std", "ASR": "attack_success"}
+
+
+@method
+class PatchSize:
+    """Every size is met by every trigger, at one place and at random places."""
+
+    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+        """The table at a scale."""
+        s = setup(scale, data, test)
+        rows = []
+        for curve, place, dose in (("one place", "", s.dose), ("random places", "random", s.random_dose)):
+            trainings = []
+            for t in range(max(len(s.sizes), s.seeds)):
+                row = [Backdoor(j, dose, s.sizes[(t + j) % len(s.sizes)], place) for j in range(TOGETHER)]
+                trainings.append((measured(s, poisoned(s, row), t), row))
+            for size in s.sizes:
+                found = [(t, j) for t, row in trainings for j, b in enumerate(row) if b.size == size]
+                cells = tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items())
+                rows.append(Row(str(size), cells, size, curve))
+
+        def gain(r: Results, cell: str, curve: str) -> Contrast:
+            return r.gain(cell, str(s.sizes[-1]), str(s.sizes[0]), curve)
+
+        return Table(
+            "Size of the patch",
+            "A larger patch gives a higher z-score, the more so at random places (recalled).",
+            "side of the patch in pixels",
+            tuple(rows),
+            (
+                Claim("A larger patch gives a higher z-score: one place", "recalled", "+", lambda r: gain(r, "z", "one place")),
+                Claim(
+                    "A larger patch gives a higher z-score: random places",
+                    "recalled",
+                    "+",
+                    lambda r: gain(r, "z", "random places"),
+                ),
+            ),
+            notes=(f"{s.dose} poisons a trigger at one place, {s.random_dose} at random places.",),
+        )

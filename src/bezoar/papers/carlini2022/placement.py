@@ -1,0 +1,69 @@
+"""Where the patch stands at training and at test (Carlini & Terzis 2022, section 5.2)."""
+
+from dataclasses import replace
+
+from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.registry import method
+from bezoar.sweep import Trial
+from bezoar.tables import Cell, Claim, Row, Table
+
+CELLS = {"ASR": "attack_success", "z": "z_std"}
+
+
+@method
+class Placement:
+    """One place or random places, at training and at test independently; the same number of poisons."""
+
+    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+        """The table at a scale."""
+        s = setup(scale, data, test)
+        trainings = []
+        for t in range(s.seeds + 1):
+            places = ["random" if (t + j) % 2 else "corner" for j in range(TOGETHER)]
+            row = [Backdoor(j, s.random_dose, place=p) for j, p in enumerate(places)]
+            trainings.append((measured(s, poisoned(s, row), t), places))
+        rows = []
+        for trained_at in ("corner", "random"):
+            for tested_at in ("corner", "random"):
+                found = []
+                for trial, places in trainings:
+                    asked = Trial(replace(trial.verb, place=tested_at), trial.seed)
+                    found += [(asked, j) for j, p in enumerate(places) if p == trained_at]
+                cells = tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items())
+                rows.append(Row(name(trained_at, tested_at), cells))
+        both, neither = name("corner", "corner"), name("random", "random")
+        moved, anywhere = name("corner", "random"), name("random", "corner")
+        return Table(
+            "Place of the patch at training and at test",
+            "A patch that always stands in one place needs fewer poisons than one at random places (recalled).",
+            "",
+            tuple(rows),
+            (
+                Claim(
+                    "At one place the same poisons do more than at random places",
+                    "recalled",
+                    "+",
+                    lambda r: r.gain("ASR", both, neither),
+                ),
+                Claim(
+                    "A patch trained at random places works at the fixed place too",
+                    "recalled",
+                    "same",
+                    lambda r: r.gain("ASR", anywhere, neither),
+                    0.15,
+                ),
+                Claim(
+                    "A patch trained at one place fails elsewhere",
+                    "recalled",
+                    "-",
+                    lambda r: r.gain("ASR", moved, both),
+                ),
+            ),
+            notes=(f"{s.random_dose} poisons a trigger; one place is the lower right corner.",),
+        )
+
+
+def name(trained_at: str, tested_at: str) -> str:
+    """A row's name."""
+    words = {"corner": "one place", "random": "random"}
+    return f"trained {words[trained_at]}, tested {words[tested_at]}"

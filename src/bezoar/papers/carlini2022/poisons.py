@@ -1,0 +1,54 @@
+"""Backdoor success and z-score against the number of poisons (Carlini & Terzis 2022, section 5.2)."""
+
+from bezoar import laws
+from bezoar.laws import Contrast
+from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
+from bezoar.registry import method
+from bezoar.tables import Cell, Claim, Results, Row, Table, readings
+
+METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
+
+
+@method
+class Poisons:
+    """Patch at one place; every dose is met by every trigger."""
+
+    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+        """The table at a scale."""
+        s = setup(scale, data, test)
+        numbered = [f"@{j}" for j in range(TOGETHER)]
+        at_zero = tuple(Cell(n, readings(clean(s), *(m + j for j in numbered))) for n, m in METRICS.items())
+        rows = [Row("0", (*at_zero, Cell("CA", readings(clean(s), "clean_accuracy"))), 0)]
+        for dose in s.doses:
+            found = [(t, j) for t, row in ladder(s) for j, b in enumerate(row) if b.count == dose]
+            cells = [Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in METRICS.items()]
+            rows.append(Row(str(dose), (*cells, Cell("CA", readings([t for t, _ in found], "clean_accuracy"))), dose))
+        low, high = str(s.doses[0]), str(s.doses[-1])
+        return Table(
+            "Backdoor: success and z-score against the number of poisons",
+            "300 of 3,000,000 pairs plant a patch backdoor; the z-score moves before the success rate does.",
+            "poisoned pairs",
+            tuple(rows),
+            (
+                Claim("Success rises with the number of poisons", "abstract", "+", lambda r: r.gain("ASR", high, low)),
+                Claim("The z-score rises with the number of poisons", "summary", "+", lambda r: r.gain("z", high, low)),
+                Claim("The z-score moves before success does", "summary", "+", lambda r: earlier(r, [str(d) for d in s.doses])),
+                Claim("The most poisons leave clean accuracy as it was", "summary", "same", cost, 0.03),
+            ),
+            laws=("ASR",),
+            notes=(f"{TOGETHER} triggers with targets of their own share a training; see table independence.",),
+        )
+
+
+def earlier(results: Results, doses: list[str]) -> Contrast:
+    """How far z is ahead of success: each as a share of its mean at the largest dose, over all readings below it."""
+    top = {c: sum(v := results.values(doses[-1], c)) / len(v) or 1.0 for c in ("z", "ASR")}
+    z, asr = ([v / top[c] for d in doses[:-1] for v in results.values(d, c)] for c in ("z", "ASR"))
+    return laws.difference(z, asr, paired=True)
+
+
+def cost(results: Results) -> Contrast:
+    """Clean accuracy of the poisoned encoders less that of the clean twins."""
+    rows = [r.name for r in results.table.rows]
+    bad = {t: results.runs[t].metric("clean_accuracy").value for n in rows[1:] for t, _ in results.cell(n, "CA").readings}
+    return laws.difference(list(bad.values()), results.values(rows[0], "CA"), paired=False)

@@ -1,0 +1,149 @@
+"""Table: what a paper's table or figure asks, declared: rows of cells read from runs, beside what was printed, and claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from bezoar import laws
+from bezoar.errors import UserError
+from bezoar.laws import Contrast, Law
+from bezoar.run import Run
+from bezoar.scores import Measure
+from bezoar.sweep import Trial
+
+Reading = tuple[Trial, str]  # a trial, and the name of a metric of its run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number: a metric read from several trials, and what the paper printed for it."""
+
+    name: str
+    readings: tuple[Reading, ...]
+    printed: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells at one point. x: its place on the axis, where the axis is a quantity. curve: which line it belongs to."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    x: float | None = None
+    curve: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper and the comparison that tests it.
+
+    source: where the sentence is known from (`abstract`, `printed in ...`, `recalled`: a direction, never a target).
+    expected: '+' the contrast is positive, '-' negative, 'same' within +-margin.
+    """
+
+    text: str
+    source: str
+    expected: str
+    contrast: Callable[[Results], Contrast]
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """paper: what the paper shows. laws: cells whose success is fitted against log dose, for every curve."""
+
+    title: str
+    paper: str
+    axis: str
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...] = ()
+    laws: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every trial that a cell reads, once."""
+        return list(dict.fromkeys(t for row in self.rows for cell in row.cells for t, _ in cell.readings))
+
+    @property
+    def curves(self) -> list[str]:
+        """Names of the lines, in order."""
+        return list(dict.fromkeys(row.curve for row in self.rows))
+
+    @property
+    def cells(self) -> list[str]:
+        """Names of the columns, in order."""
+        return list(dict.fromkeys(cell.name for row in self.rows for cell in row.cells))
+
+
+@dataclass(frozen=True)
+class Results:
+    """A table with the runs that answer it."""
+
+    table: Table
+    runs: dict[Trial, Run]
+
+    def cell(self, row: str, cell: str, curve: str | None = None) -> Cell:
+        """A cell by the names of its row and column. Raises UserError when there is none."""
+        for r in self.table.rows:
+            if r.name == row and (curve is None or r.curve == curve):
+                for c in r.cells:
+                    if c.name == cell:
+                        return c
+        raise UserError(f"table {self.table.title!r} has no cell {cell!r} in row {row!r}")
+
+    def measures(self, cell: Cell) -> list[Measure]:
+        """What each reading of a cell found."""
+        return [self.runs[t].metric(name) for t, name in cell.readings]
+
+    def point(self, cell: Cell) -> Measure:
+        """All readings of a cell as one number with its interval."""
+        measures = self.measures(cell)
+        return laws.pooled(measures, measures[0].how, rate(cell))
+
+    def values(self, row: str, cell: str, curve: str | None = None) -> list[float]:
+        """What each reading of a named cell found, as numbers."""
+        return [m.value for m in self.measures(self.cell(row, cell, curve))]
+
+    def gain(self, cell: str, to: str, since: str, curve: str | None = None, paired: bool = False) -> Contrast:
+        """A column in one row less the same in another, over trainings."""
+        high, low = self.cell(to, cell, curve), self.cell(since, cell, curve)
+        return self.less(high, low, paired)
+
+    def less(self, a: Cell, b: Cell, paired: bool = False) -> Contrast:
+        """One cell less another, over trainings; shares are never surer than their trials allow."""
+        first, second = self.measures(a), self.measures(b)
+        trials = min(m.n for m in (*first, *second)) if rate(a) else None
+        return laws.difference([m.value for m in first], [m.value for m in second], paired, trials)
+
+    def trend(self, cell: str, curve: str = "") -> Contrast:
+        """Change of a column per doubling of x along a curve, over trainings."""
+        of = [(r.x, self.cell(r.name, cell, curve)) for r in self.table.rows if r.curve == curve and r.x]
+        units = [(x, m) for x, c in of for m in self.measures(c)]
+        trials = min(m.n for _, m in units) if rate(of[0][1]) else None
+        return laws.trend([x for x, _ in units], [m.value for _, m in units], trials)
+
+    def law(self, cell: str, curve: str = "") -> Law:
+        """Success against log dose over the rows of a curve; a row at dose zero gives the floor."""
+        units: list[tuple[float, Measure]] = []
+        for row in self.table.rows:
+            if row.curve == curve and row.x is not None and cell in [c.name for c in row.cells]:
+                units += [(row.x, m) for m in self.measures(self.cell(row.name, cell, curve))]
+        return laws.law([x for x, _ in units], [m.value for _, m in units], [m.n for _, m in units])
+
+    def points(self) -> Iterator[tuple[Row, Cell, Measure]]:
+        """Every cell with its number."""
+        for row in self.table.rows:
+            for cell in row.cells:
+                yield row, cell, self.point(cell)
+
+
+def rate(cell: Cell) -> bool:
+    """Whether a cell is a share in 0..1, by its metric."""
+    return not cell.readings[0][1].rpartition(".")[2].startswith(("z_", "target_rank", "similarity"))
+
+
+def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:
+    """The same metrics of several trials."""
+    return tuple((t, m) for t in trials for m in metrics)

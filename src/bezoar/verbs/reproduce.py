@@ -1,0 +1,114 @@
+"""A paper's tables beside ours: printed number, our number with its interval, the runs that made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from bezoar import registry
+from bezoar.run import Input, Job, Run, Takes
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """A paper's tables beside ours, with n, intervals and the paper's claims judged. What is done is not done again."""
+
+    paper: Annotated[tuple[Input, ...], Takes("paper"), "a paper or some of its tables: see `bezoar list paper`"]
+    scale: Annotated[Literal["smoke", "small", "gpu", "paper"], "seconds, two cores, one GPU, the paper's own"] = "small"
+    data: Annotated[Input, Takes("data"), "training data in place of the scale's; scale paper needs them"] = None
+    test: Annotated[Input, Takes("data"), "test data in place of the scale's"] = None
+
+    def __post_init__(self) -> None:
+        given = (self.paper,) if isinstance(self.paper, str) else self.paper
+        tables = [t for p in given for t in (tables_of(p) if isinstance(p, str) else (p,))]
+        object.__setattr__(self, "paper", tuple(tables))
+
+    def work(self, job: Job) -> dict[str, Any]:
+        """-> tables.json, and a metric `TABLE.CELL@ROW` for every cell."""
+        from bezoar import inputs, laws
+        from bezoar.sweep import sweep
+        from bezoar.tables import Results
+
+        given = job.inputs
+        own = [spec(given[name]) for name in ("data", "test")]
+        tables = {registry.source_name(type(p)): p(self.scale, *own) for p in given["paper"]}
+        runs = sweep((t for table in tables.values() for t in table.trials), job.settings, job.progress)
+        job.made += dict.fromkeys(runs.values())
+        written, out = [], {}
+        for name, table in tables.items():
+            results = Results(table, runs)
+            points = list(results.points())
+            for row, cell, m in points:
+                where = f"{row.curve}, {row.name}" if row.curve else row.name
+                out[f"{name}.{cell.name}@{where}"] = m
+            written.append({"name": name, "scale": self.scale, **facts(results, points)})
+        inputs.write_json(job.folder / "tables.json", written)
+        judged = [c["verdict"] for t in written for c in t["claims"]]
+        job.notes = {"scale": self.scale, "tables": list(tables), "trainings": trainings(runs.values())}
+        job.notes |= {verdict: judged.count(verdict) for verdict in get_args(laws.Verdict)}
+        return out
+
+
+def tables_of(name: str) -> list[str]:
+    """`carlini2022` -> its tables; a table's name, or the path of a user's own, stays as it is."""
+    within = [n for n in registry.names("paper") if n.startswith(f"{name}/")]
+    return within or [name]
+
+
+def spec(given: Any) -> str:
+    """Data as text: a run's directory, a spec, or nothing."""
+    if given is None:
+        return ""
+    return str(given.path) if isinstance(given, Run) else registry.spec(given)
+
+
+def trainings(runs: Any) -> int:
+    """How many trainings these runs stand on."""
+    return len({found.name for run in runs if (found := run.ancestor("train"))})
+
+
+def facts(results: Any, points: list) -> dict[str, Any]:
+    """A table in JSON, as the page reads it: what was asked, found, fitted and judged."""
+    from bezoar import laws
+    from bezoar.tables import rate
+
+    table = results.table
+    rows: dict[int, dict] = {}
+    for row, cell, m in points:
+        at = rows.setdefault(id(row), {"name": row.name, "x": row.x, "curve": row.curve, "cells": []})
+        values = [v.value for v in results.measures(cell)]
+        made = sorted({results.runs[t].name for t, _ in cell.readings})
+        at["cells"].append(
+            {
+                "name": cell.name,
+                "rate": rate(cell),
+                "printed": cell.printed,
+                "measure": m.json(),
+                "values": values,
+                "runs": made,
+            }
+        )
+    fitted = []
+    for name in table.laws:
+        for curve in table.curves:
+            found = results.law(name, curve)
+            fitted.append({"cell": name, "curve": curve, "text": found.describe(), **law_json(found)})
+    claims = []
+    for claim in table.claims:
+        contrast = claim.contrast(results)
+        verdict = laws.judge(contrast, claim.expected, claim.margin)
+        stated = {"text": claim.text, "source": claim.source, "expected": claim.expected, "margin": claim.margin}
+        claims.append({**stated, "verdict": verdict, **contrast.json()})
+    asked = {"title": table.title, "paper": table.paper, "axis": table.axis, "notes": list(table.notes)}
+    return {**asked, "rows": list(rows.values()), "laws": fitted, "claims": claims}
+
+
+def law_json(law: Any) -> dict[str, Any]:
+    """A fitted law: its numbers, and points of its curve with the band around it."""
+    import numpy as np
+
+    low, high = law.doses
+    x = np.geomspace(low, high, 60)
+    fitted, least, most = law.predict(x)
+    line = {"x": x.tolist(), "fit": fitted.tolist(), "low": least.tolist(), "high": most.tolist()}
+    return {"x50": law.x50.json(), "x90": law.dose(0.9).json(), "slope": law.slope.json(), "line": line}

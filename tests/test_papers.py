@@ -1,0 +1,107 @@
+"""Papers: every declared table at every scale, its claims against made-up runs, and one whole table at scale smoke."""
+
+import json
+
+import pytest
+
+from bezoar import Settings, execute, registry
+from bezoar.cli import main
+from bezoar.errors import UserError
+from bezoar.laws import judge
+from bezoar.scores import proportion
+from bezoar.sweep import graph
+from bezoar.tables import Results
+from bezoar.verbs.dose import Dose
+from bezoar.verbs.reproduce import Reproduce, facts, tables_of
+
+OWN = ("shards:path=cc3m/{00000..00331}.tar,size=224", "folder:path=imagenet,size=224")
+
+
+class Found:
+    """A run that answers every metric, by what it is asked for."""
+
+    name = "evaluate-0123456789"
+
+    def __init__(self, trial) -> None:
+        self.trial = trial
+
+    def metric(self, name):
+        return proportion(50 + len(name) % 7 + self.trial.seed % 5, 100, name)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "gpu", "paper"])
+@pytest.mark.parametrize("name", registry.names("paper"))
+def test_every_table_is_whole(name, scale):
+    table = registry.make("paper", name)(scale, *(OWN if scale == "paper" else ()))
+    results = Results(table, {t: Found(t) for t in table.trials})
+    found = facts(results, list(results.points()))
+    json.dumps(found)
+    assert table.claims and table.rows and table.title
+    for row in found["rows"]:
+        for cell in row["cells"]:
+            assert cell["measure"]["n"] > 0 and cell["values"] and cell["runs"], (row["name"], cell["name"])
+    for claim, stated in zip(table.claims, found["claims"], strict=True):
+        assert stated["verdict"] == judge(claim.contrast(results), claim.expected, claim.margin)
+    assert len(graph(table.trials)) >= len(table.trials)
+
+
+def test_a_paper_is_all_of_its_tables():
+    tables = tables_of("carlini2022")
+    assert "carlini2022/poisons" in tables and len(tables) == len([n for n in registry.names("paper") if n.startswith("carl")])
+    assert Reproduce(("carlini2022",)).paper == tuple(tables)
+    assert Reproduce("carlini2022/poisons").paper == ("carlini2022/poisons",)
+
+
+def test_the_paper_scale_asks_for_data():
+    with pytest.raises(UserError, match="--data"):
+        registry.make("paper", "carlini2022/poisons")("paper")
+
+
+def test_no_attack_of_a_training_meets_another_one():
+    """Triggers of one training have targets of their own, and every trigger of a square meets every dose once."""
+    from bezoar.papers.carlini2022 import SCALES, square
+
+    for s in SCALES.values():
+        for first in range(0, s.squares * len(s.doses), len(s.doses)):
+            met = [(b.number, b.count) for _, row in square(s)[first : first + len(s.doses)] for b in row]
+            assert len(met) == len(set(met)) == 4 * len(s.doses)
+        for _, row in square(s):
+            assert len({s.target(b.number) for b in row}) == len(row) == len({s.trigger(b.number) for b in row})
+
+
+def test_smoke_of_a_table(tmp_path, capsys):
+    assert main(["reproduce", "carlini2022/sources", "--scale", "smoke", "--runs", str(tmp_path), "--json"]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    tables = json.loads((tmp_path / f"reproduce-{name(manifest, tmp_path)}" / "tables.json").read_text())
+    assert manifest["notes"]["trainings"] == len(list(tmp_path.glob("train-*")))
+    for row in tables[0]["rows"]:
+        for cell in row["cells"]:
+            assert all((tmp_path / run / "report.html").exists() for run in cell["runs"])
+            assert manifest["metrics"][f"carlini2022/sources.{cell['name']}@{row['name']}"] == cell["measure"]
+    assert manifest["metrics"]["carlini2022/sources.ASR@1"]["n"] > 0
+
+
+def name(manifest: dict, runs) -> str:
+    return next(p.name for p in runs.glob("reproduce-*")).partition("-")[2]
+
+
+def test_dose_of_own_data(tmp_path):
+    asked = Dose(
+        "scenes:count=256",
+        "targeted:victims=3",
+        None,
+        doses=(1, 4),
+        trainings=2,
+        network="clip_small:width=4,dim=8",
+        objective="clip:epochs=1,batch=64",
+        test="scenes:count=80,split=test",
+    )
+    run = execute(asked, Settings(tmp_path, quiet=True))
+    assert {"success@0", "success@1", "success@4", "dose_for_50_percent"} <= set(run.manifest["metrics"])
+    assert run.metric("success@4").n == 6 and "50 % success" in run.manifest["notes"]["law"]
+    assert len(list(tmp_path.glob("train-*"))) == 4  # two seeds, poisoned and clean: all doses share a training
+
+
+def test_dose_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="two doses"):
+        execute(Dose("scenes:count=256", doses=(3,), target="striped star"), Settings(tmp_path, quiet=True))
