@@ -7,11 +7,13 @@ import bezoar
 from bezoar import registry
 
 SRC = Path(bezoar.__file__).parent
-LEVEL = {"errors": 0, "registry": 0, "stats": 0, "progress": 0}
-LEVEL |= dict.fromkeys(("pairs", "reading", "shards", "plan", "captions", "encoder", "scores", "run"), 1)
-LEVEL |= dict.fromkeys(("neighbors", "training", "augment", "inputs", "drawing", "arrays"), 2)
+LEVEL = {"errors": 0, "registry": 0, "stats": 0, "progress": 0, "ranks": 0}
+LEVEL |= dict.fromkeys(("pairs", "reading", "shards", "plan", "captions", "encoder", "scores", "laws", "run"), 1)
+LEVEL |= dict.fromkeys(("neighbors", "training", "augment", "inputs", "drawing", "arrays", "indexed", "feed", "success"), 2)
+LEVEL |= {"distributed": 2, "torchrun": 5}
 LEVEL |= dict.fromkeys(registry.KINDS.values(), 3)
-LEVEL |= {"verbs": 4, "report": 5, "cli": 5, "__main__": 6, "__init__": 6}
+LEVEL |= dict.fromkeys(("sweep", "tables"), 2)
+LEVEL |= {"papers": 5, "verbs": 4, "report": 5, "cli": 5, "__main__": 6, "__init__": 6}
 
 
 def imported(path: Path) -> set[str]:

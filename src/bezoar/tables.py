@@ -60,6 +60,7 @@ class Table:
     claims: tuple[Claim, ...] = ()
     laws: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unit: str = "poisons"  # of the axis, in a law's sentence
 
     @property
     def trials(self) -> list[Trial]:
@@ -124,13 +125,17 @@ class Results:
         trials = min(m.n for _, m in units) if rate(of[0][1]) else None
         return laws.trend([x for x, _ in units], [m.value for _, m in units], trials)
 
-    def law(self, cell: str, curve: str = "") -> Law:
-        """Success against log dose over the rows of a curve; a row at dose zero gives the floor."""
+    def units(self, cell: str, curve: str = "") -> tuple[list[float], list[float], list[int]]:
+        """Every reading along a curve: its x, its rate, and how many trials that is of; a law is fitted to these."""
         units: list[tuple[float, Measure]] = []
         for row in self.table.rows:
             if row.curve == curve and row.x is not None and cell in [c.name for c in row.cells]:
                 units += [(row.x, m) for m in self.measures(self.cell(row.name, cell, curve))]
-        return laws.law([x for x, _ in units], [m.value for _, m in units], [m.n for _, m in units])
+        return [x for x, _ in units], [m.value for _, m in units], [m.n for _, m in units]
+
+    def law(self, cell: str, curve: str = "") -> Law:
+        """Success against log dose over the rows of a curve; a row at dose zero gives the floor."""
+        return laws.law(*self.units(cell, curve))
 
     def points(self) -> Iterator[tuple[Row, Cell, Measure]]:
         """Every cell with its number."""
@@ -141,7 +146,7 @@ class Results:
 
 def rate(cell: Cell) -> bool:
     """Whether a cell is a share in 0..1, by its metric."""
-    return not cell.readings[0][1].rpartition(".")[2].startswith(("z_", "target_rank", "similarity"))
+    return not cell.readings[0][1].rpartition(".")[2].startswith(("z_", "target_rank", "targeted_rank", "similarity"))
 
 
 def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:

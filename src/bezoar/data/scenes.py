@@ -136,7 +136,8 @@ class Scenes:
         facts = _facts(true)
         other[:, 0] = _another(facts.label, other[:, 0], len(CLASSES))
         told = _facts(np.where(wrong < self.wrong, other, true))
-        images = draw(_sketch(facts, looks).to(device), self.size)
+        drawn_on = "cuda" if torch.cuda.is_available() else "cpu"  # the same pixels on either, see drawing
+        images = draw(_sketch(facts, looks).to(drawn_on), self.size).to(device)
         labels = torch.from_numpy(facts.label).to(device)
         return Pairs(images, tuple(_captions(told, words)), labels, tuple(ids), CLASSES)
 

@@ -69,14 +69,15 @@ class Series:
     paint: str = "clean"
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+def blank(size: tuple[float, float]) -> tuple[Any, Any]:
+    """An empty figure of a size in inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Any, name: str, alternative: str) -> Markup:
+def markup(figure: Any, name: str, alternative: str) -> Markup:
     """The figure as markup for a page: sized by it, coloured by it, named for those who do not see it."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -110,23 +111,24 @@ def styled(draw: Any) -> Any:
     return inside
 
 
-def _percent_axis(axis: Any) -> None:
+def percent_axis(axis: Any) -> None:
+    """Label an axis of shares in percent."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
 
 
-def _legend(axes: Any, entries: int) -> None:
+def legend(axes: Any, entries: int, columns: int | None = None) -> None:
+    """Above the axes, where there is more than one thing to tell apart."""
+    columns = columns or (2 if entries == 4 else min(entries, 3))
     if entries > 1:
-        axes.figure.legend(
-            loc="outside upper left", ncols=2 if entries == 4 else min(entries, 3), handlelength=1.2, columnspacing=1.4
-        )
+        axes.figure.legend(loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.4)
 
 
 @styled
 def loss(losses: np.ndarray, size: tuple[float, float] = HALF) -> Markup:
     """The loss of every step, in blocks of equal length, and its running mean."""
-    figure, axes = _figure(size)
+    figure, axes = blank(size)
     steps = np.arange(1, len(losses) + 1)
     step, value = thin(steps, losses)
     axes.plot(step, value, color=PAINT["clean"], alpha=0.35, linewidth=1)
@@ -137,7 +139,7 @@ def loss(losses: np.ndarray, size: tuple[float, float] = HALF) -> Markup:
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.margins(x=0.01)
-    return _svg(figure, "loss", f"Training loss over {len(losses)} steps")
+    return markup(figure, "loss", f"Training loss over {len(losses)} steps")
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -153,16 +155,16 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @styled
 def curves(x: Sequence[float], series: Sequence[Series], label: str, name: str = "curves") -> Markup:
     """Rates over epochs, or the like."""
-    figure, axes = _figure(HALF)
+    figure, axes = blank(HALF)
     for s in series:
         axes.plot(x, s.values, color=PAINT[s.paint], marker="o", markersize=4, label=s.name, clip_on=False)
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.set_ylim(0, 1)
     if len(x) <= 12:
         axes.set_xticks(list(x))
     axes.set_xlabel(label)
-    _legend(axes, len(series))
-    return _svg(figure, name, f"{', '.join(s.name for s in series)} by {label}")
+    legend(axes, len(series))
+    return markup(figure, name, f"{', '.join(s.name for s in series)} by {label}")
 
 
 @styled
@@ -174,7 +176,7 @@ def histogram(
     size: tuple[float, float] = HALF,
 ) -> Markup:
     """Each group's share by value, over common bins; whole numbers get a bar each."""
-    figure, axes = _figure(size)
+    figure, axes = blank(size)
     every = np.concatenate([np.asarray(s.values, dtype=float) for s in series])
     edges, whole = bins(every)
     for i, s in enumerate(series):
@@ -192,11 +194,11 @@ def histogram(
         axes.set_xticks((edges[:-1] + 0.5).round())
     if mark:
         axes.axvline(mark[0], color=PAINT["ink"], linewidth=1, linestyle=(0, (4, 3)), label=mark[1])
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.set_xlabel(label)
     axes.set_ylabel("share of the group")
-    _legend(axes, len(series) + bool(mark))
-    return _svg(figure, name, f"Histogram of {label}: {', '.join(s.name for s in series)}")
+    legend(axes, len(series) + bool(mark))
+    return markup(figure, name, f"Histogram of {label}: {', '.join(s.name for s in series)}")
 
 
 def bins(values: np.ndarray, most: int = 40) -> tuple[np.ndarray, bool]:
@@ -214,7 +216,7 @@ def bins(values: np.ndarray, most: int = 40) -> tuple[np.ndarray, bool]:
 @styled
 def ranking(truth: Sequence[tuple[Series, int]], removed: float | None) -> Markup:
     """Share of the poisons found against the share of records reviewed. Each series: is the record poisoned, worst first."""
-    figure, axes = _figure(HALF)
+    figure, axes = blank(HALF)
     n = max(len(s.values) for s, _ in truth)
     start = 1 / n
     for s, width in truth:
@@ -231,18 +233,18 @@ def ranking(truth: Sequence[tuple[Series, int]], removed: float | None) -> Marku
     axes.set_xlim(start, 1)
     axes.set_ylim(0, 1.01)
     axes.minorticks_off()
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.xaxis.set_major_formatter(lambda v, _: f"{100 * v:g} %")
     axes.set_xlabel("share of the records reviewed, most suspicious first (log scale)")
     axes.set_ylabel("poisons found")
-    _legend(axes, len(truth) + 1 + bool(removed))
-    return _svg(figure, "ranking", "Poisons found against records reviewed")
+    legend(axes, len(truth) + 1 + bool(removed))
+    return markup(figure, "ranking", "Poisons found against records reviewed")
 
 
 @styled
 def intervals(rows: Sequence[tuple[str, Measure, str]], name: str = "intervals") -> Markup:
     """Rates as dots with their 95 % intervals, one above another. Each row: label, measure, paint."""
-    figure, axes = _figure((WIDE[0], 0.55 + 0.29 * len(rows)))
+    figure, axes = blank((WIDE[0], 0.55 + 0.29 * len(rows)))
     for y, (_, m, paint) in enumerate(rows):
         axes.plot([m.low, m.high], [y, y], color=PAINT[paint], linewidth=6, alpha=0.3, solid_capstyle="round")
         axes.plot([m.value], [y], "o", color=PAINT[paint], markersize=6, clip_on=False)
@@ -252,14 +254,14 @@ def intervals(rows: Sequence[tuple[str, Measure, str]], name: str = "intervals")
     axes.set_xlim(-0.02, 1.02)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
-    _percent_axis(axes.xaxis)
-    return _svg(figure, name, "; ".join(f"{label}: {m.value:.3f}" for label, m, _ in rows))
+    percent_axis(axes.xaxis)
+    return markup(figure, name, "; ".join(f"{label}: {m.value:.3f}" for label, m, _ in rows))
 
 
 @styled
 def bars(groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[Measure | None]]], name: str = "bars") -> Markup:
     """Rates with 95 % intervals, grouped. Each series: name, paint, a measure a group."""
-    figure, axes = _figure((WIDE[0], 3.2))
+    figure, axes = blank((WIDE[0], 3.2))
     width = 0.8 / len(series)
     for i, (label, paint, found) in enumerate(series):
         shown = [(g + (i - (len(series) - 1) / 2) * width, m) for g, m in enumerate(found) if m is not None]
@@ -276,9 +278,9 @@ def bars(groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[Measur
     axes.grid(False, axis="x")
     axes.set_ylim(0, 1.06)
     axes.set_yticks(np.linspace(0, 1, 6))
-    _percent_axis(axes.yaxis)
-    _legend(axes, len(series))
-    return _svg(figure, name, f"{', '.join(s[0] for s in series)}: {', '.join(groups)}")
+    percent_axis(axes.yaxis)
+    legend(axes, len(series))
+    return markup(figure, name, f"{', '.join(s[0] for s in series)}: {', '.join(groups)}")
 
 
 def paints(names: Sequence[str]) -> list[str]:

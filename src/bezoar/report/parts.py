@@ -38,11 +38,18 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Links:
+    """A table's cell that links to pages of sibling runs, by number."""
+
+    runs: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Table:
     """head: column names. rows: cells of text. numbers: which columns are set flush right."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Links]]
     numbers: Sequence[int] = ()
     note: str = ""
     kind: str = field(default="table", init=False)

@@ -25,6 +25,7 @@ TERMS = {  # base name -> standard term, unit
     "target_top5": ("Target among the five nearest", RATE),
     "target_top10": ("Target among the ten nearest", RATE),
     "targeted_success": ("Targeted success", RATE),
+    "targeted_rank": ("Targeted: mean rank of the target", PLAIN),
     "targeted_top5": ("Targeted: target among five nearest", RATE),
     "z_std": ("Backdoor z-score", PLAIN),
     "z_var": ("Backdoor z-score by variance", PLAIN),
@@ -32,6 +33,8 @@ TERMS = {  # base name -> standard term, unit
     "similarity_triggered": ("Mean cosine of triggered pairs", SCORE),
     "image_to_text_recall": ("Image to text recall", RATE),
     "text_to_image_recall": ("Text to image recall", RATE),
+    "agreement_images": ("Agreement of the two image spaces (cosine)", SCORE),
+    "agreement_texts": ("Agreement of the two text spaces (cosine)", SCORE),
     "auroc": ("AUROC", SCORE),
     "average_precision": ("Average precision", SCORE),
     "fpr_at_95_tpr": ("False positives at 95\u00a0% recall (FPR@95)", RATE),
@@ -44,7 +47,21 @@ TERMS = {  # base name -> standard term, unit
     "final_loss": ("Final loss", PLAIN),
 }
 CLEAN, BENIGN = ("Clean accuracy (CA)", RATE), ("Benign accuracy (BA)", RATE)
-GROUPS = {"clean": "clean twin", "poisoned": "attacked", "scan": "scan", "repaired": "repaired", "baseline": "clean twin"}
+GROUPS = {
+    "clean": "clean twin",
+    "poisoned": "attacked",
+    "scan": "scan",
+    "repaired": "repaired",
+    "baseline": "clean twin",
+    "linear": "linear probe",
+    "knn": "nearest neighbours",
+    "branch_swap": "towers",
+    "neither": "both the clean twin's",
+    "vision": "its vision, the twin's text",
+    "text": "the twin's vision, its text",
+    "both": "both its own",
+}
+TWIN = ("clean", "baseline", "branch_swap.neither")  # groups that begin so measure an encoder that was not attacked
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,7 @@ class Figure:
 
 
 def split(key: str) -> tuple[str, str, str]:
-    """`scan.dao.recall_at_0.01` -> ('scan.dao', 'recall_at_0.01', ''); `poisoned.target_rank@16` -> (.., .., '16')."""
+    """`scan.dao.recall_at_0.01` -> ('scan.dao', 'recall_at_0.01', ''); `poisoned.targeted_rank@16` -> (.., .., '16')."""
     found = re.match(r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*)?)(?:@(\w+))?$", key)
     return (found[1] or "", found[2], found[3] or "") if found else ("", key, "")
 
@@ -70,16 +87,16 @@ def split(key: str) -> tuple[str, str, str]:
 def term(key: str, attacked: bool = False) -> tuple[str, str]:
     """A metric's standard term and unit. attacked: the encoder measured is one that was poisoned: CA is called BA."""
     group, base, at = split(key)
-    if base.startswith("attack_success") and "baseline" not in base and group.startswith(("clean", "baseline")):
+    if base.startswith("attack_success") and "baseline" not in base and group.startswith(TWIN):
         base = base.replace("attack_success", "attack_success_baseline")
     if base == "clean_accuracy":
-        return BENIGN if attacked and not group.startswith(("clean", "baseline")) else CLEAN
+        return BENIGN if attacked and not group.startswith(TWIN) else CLEAN
     if share := re.fullmatch(r"recall_at_([\d.]+)", base):
         return f"Recall among the worst {100 * float(share[1]):g}\u00a0%", RATE
     label, unit = TERMS.get(base, (base.replace("_", " "), PLAIN))
     if at and base.endswith("recall"):
         return f"{label}@{at}", unit
-    if at and (base.startswith("targeted") or base == "target_rank"):
+    if at and base.startswith("targeted"):
         return f"{label}, {at} {'caption' if at == '1' else 'captions'} each", unit
     return (f"{label}, trigger {at}" if at else label), unit
 

@@ -47,7 +47,7 @@ class Dose:
         points = list(results.points())
         inputs.write_json(job.folder / "tables.json", [{"name": "dose", "scale": "", **facts(results, points)}])
         law = results.law("success")
-        job.notes = {"law": law.describe(), "trainings": trainings(job.made)}
+        job.notes = {"law": law.describe(table.unit), "trainings": trainings(job.made)}
         found = {f"success@{row.name}": m for row, cell, m in points if cell.name == "success"}
         return found | {"dose_for_50_percent": law.x50, "dose_for_90_percent": law.dose(0.9)}
 
@@ -85,4 +85,5 @@ class Dose:
             "captions of one image" if targeted else "poisoned pairs",
             tuple(rows),
             laws=("success",),
+            unit="captions" if targeted else "poisons",
         )

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar.errors import UserError
 from bezoar.run import Input, Job, Run, Takes
+
+if TYPE_CHECKING:
+    from bezoar.inputs import Dataset
+    from bezoar.pairs import Pairs
+    from bezoar.plan import Goal
+
+LABELLED = 10_000  # records of a training split that is made to order
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,8 @@ class Evaluate:
     probe: Annotated[tuple[Input, ...], Takes("probe"), "one or more: see `bezoar list probe`"] = ("zero_shot", "z_score")
     baseline: Annotated[Input, Takes("encoder"), "the clean twin, for attack_success_baseline (ASR-B)"] = None
     attack: Annotated[Input, Takes("run"), "poison run whose goals are measured, when the encoder's parents have none"] = None
+    train: Annotated[Input, Takes("data"), "clean data for heads (linear, knn); without it, TEST's own training split"] = None
+    place: Annotated[str, "where patches are put, when not as in training: see the trigger's place"] = ""
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> the metrics of the manifest."""
@@ -26,13 +37,7 @@ class Evaluate:
         given = job.inputs
         run = given["encoder"]
         attack = given["attack"] or (run if isinstance(run, Run) else None)
-        goals = inputs.goals(attack)
-        poison = attack.ancestor("poison") if attack else None
-        victims = inputs.dataset(poison).victims if poison else None
-        if poison and victims is None and any(g.victims for g in goals):
-            parts = inputs.dataset(poison)
-            wanted = {v for g in goals for v in g.victims}
-            victims = parts.clean.take([i for i, k in enumerate(parts.clean.ids) if k in wanted])
+        goals, victims = [moved(g, self.place) for g in inputs.goals(attack)], chosen(attack)
         method = given["test"]
         if method is None:
             if not isinstance(run, Run):
@@ -46,15 +51,103 @@ class Evaluate:
         }
         job.goals = [vars(g) for g in goals]
         encoder = inputs.encoder(run, job.device)
+        twin = None if given["baseline"] is None else inputs.encoder(given["baseline"], job.device)
+        train = None
+        if any("train" in needs(p) for p in given["probe"]):
+            train = self._train(job, parts)
         out: dict[str, Any] = {}
         for i, probe in enumerate(given["probe"]):
             job.progress.step(i, len(given["probe"]), registry.source_name(type(probe)))
-            out |= probe(encoder, None, test, goals, victims)
-        if given["baseline"] is not None:
-            twin = inputs.encoder(given["baseline"], job.device)
+            more = {"baseline": twin} if "baseline" in needs(probe) else {}
+            found = probe(encoder, train, test, goals, victims, **more)
+            if clash := sorted(out.keys() & found.keys()):
+                raise UserError(f"two of the probes measure {clash[0]!r}; ask for them in two runs")
+            out |= found
+        if twin is not None:
             for probe in given["probe"]:
-                found = probe(twin, None, test, goals, victims)
-                renamed = {name.replace("attack_success", "attack_success_baseline", 1): m for name, m in found.items()}
-                out |= {k: m for k, m in renamed.items() if k.startswith("attack_success_baseline")}
-                out |= {"baseline." + k: m for k, m in found.items() if k == "clean_accuracy" or k.startswith("targeted_s")}
+                if "baseline" not in needs(probe):
+                    out |= of_twin(probe(twin, train, test, goals, victims))
         return out
+
+    def _train(self, job: Job, test: Dataset) -> Pairs:
+        """The clean records that heads are fitted on, on the CPU: as named, or the training split of the test data.
+
+        Raises UserError when there is no such split, or when it holds records that are tested on.
+        """
+        from bezoar import inputs, registry
+
+        named = job.inputs["train"]
+        found = inputs.dataset(training(test.method) if named is None else named)
+        clean = inputs.in_memory(found.clean)
+        if both := shared(clean, test.pairs):
+            raise UserError(f"{len(both)} labelled records are test records too, such as {both[0]!r}; name other train data")
+        job.notes |= {"train": named.name if isinstance(named, Run) else registry.spec(found.method), "labelled": len(clean)}
+        return clean
+
+
+def moved(goal: Goal, place: str) -> Goal:
+    """A goal whose trigger stands elsewhere than in training. Raises UserError for a trigger without a place."""
+    from bezoar import registry
+
+    if not place or goal.trigger is None:
+        return goal
+    trigger = registry.make("trigger", goal.trigger)
+    if "place" not in {f.name for f in dataclasses.fields(trigger)}:
+        raise UserError(f"trigger {goal.trigger!r} covers the image; it has no place to be moved from")
+    try:
+        return dataclasses.replace(goal, trigger=registry.spec(dataclasses.replace(trigger, place=place)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def needs(probe: Any) -> tuple[str, ...]:
+    """What a probe asks for: `train`, clean data for a head; `baseline`, the clean twin, as one more argument."""
+    return getattr(probe, "needs", ())
+
+
+def chosen(attack: Run | None) -> Pairs | None:
+    """The victims of an attack's targeted goals: added from elsewhere, or records of the data set itself."""
+    from bezoar import inputs
+
+    poison = attack.ancestor("poison") if attack else None
+    if poison is None:
+        return None
+    parts = inputs.dataset(poison)
+    wanted = {v for g in inputs.goals(attack) for v in g.victims}
+    if parts.victims is not None or not wanted:
+        return parts.victims
+    return parts.clean.take([i for i, k in enumerate(parts.clean.ids) if k in wanted])
+
+
+def training(method: Any) -> Any:
+    """The training split that belongs to test data, whole. Raises UserError where there is none."""
+    from bezoar import registry
+
+    if getattr(method, "split", None) in (None, "train"):
+        raise UserError(f"{registry.spec(method)} has no training split of its own; name the labelled data (train)")
+    fields = {f.name for f in dataclasses.fields(method)}
+    sizes = {"count": LABELLED} if "count" in fields else {"limit": None} if "limit" in fields else {}
+    return dataclasses.replace(method, split="train", **sizes)
+
+
+def shared(a: Pairs, b: Pairs) -> list[str]:
+    """Ids of the records that two sets share: the same id and the same pixels."""
+    row = {k: i for i, k in enumerate(b.ids)}
+    pairs = [(i, row[k]) for i, k in enumerate(a.ids) if k in row]
+    if not pairs or a.images.shape[1:] != b.images.shape[1:]:
+        return []
+    mine, theirs = (list(rows) for rows in zip(*pairs, strict=True))
+    same = (a.images[mine] == b.images[theirs]).flatten(1).all(1).tolist()
+    return [a.ids[i] for i, equal in zip(mine, same, strict=True) if equal]
+
+
+def of_twin(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of the clean twin: `linear.attack_success_baseline`, `baseline.linear.clean_accuracy`."""
+    out = {}
+    for key, m in found.items():
+        group, dot, name = key.rpartition(".")
+        if name.startswith("attack_success"):
+            out[group + dot + name.replace("attack_success", "attack_success_baseline", 1)] = m
+        elif name == "clean_accuracy" or name.startswith("targeted_s"):
+            out["baseline." + key] = m
+    return out

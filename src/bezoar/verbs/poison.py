@@ -45,7 +45,7 @@ class Poison:
         if self.write != "plan":
             from bezoar.shards import write_shards
 
-            poisoned = replace(parts, plan=plan, victims=inputs.victims(plan)).pairs
+            poisoned = replace(parts, plan=plan, victims=inputs.victims(plan)).records
             write_shards(job.folder / "shards", poisoned, format=self.stored)
             job.notes["stored"] = self.stored
         return {
@@ -56,15 +56,15 @@ class Poison:
 
 def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
     """The plan that a poison method makes of these data: a function of the inputs and the seed alone."""
-    from bezoar import inputs
+    from bezoar import indexed, inputs
     from bezoar.pairs import Pairs
     from bezoar.plan import Goal
 
-    clean: Pairs = parts.clean
+    clean: Pairs | indexed.Indexed = parts.clean
     if not clean.captions:
         raise UserError("these data have no captions to poison")
     free = [i for i, taken in enumerate(parts.plan.mask(clean.ids)) if not taken]
-    source = clean.take(free) if parts.plan.edits else clean
+    source = indexed.subset(clean, free) if parts.plan.edits else clean
     pool = inputs.read(given["victims"]) if given["victims"] is not None else None
     trigger = given["trigger"]
     goal = Goal(target, registry.spec(trigger) if trigger else None)
@@ -76,7 +76,9 @@ def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
     made = given["poison"](source, goal, seed, pool)
     stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals)
     made = replace(made, stamps=stamps, victims=registry.spec(given["victims"]) if pool is not None else None)
-    return made.hashed(source if pool is None else Pairs.concat([source, _same(pool, source)]))
+    wanted = {e.source for e in made.edits}
+    sources = source.take([i for i, k in enumerate(source.ids) if k in wanted])
+    return made.hashed(sources if pool is None else Pairs.concat([sources, _same(pool, sources)]))
 
 
 def _same(pool: Any, source: Any) -> Any:

@@ -92,23 +92,13 @@ def facts(results: Any, points: list) -> dict[str, Any]:
     for name in table.laws:
         for curve in table.curves:
             found = results.law(name, curve)
-            fitted.append({"cell": name, "curve": curve, "text": found.describe(), **law_json(found)})
+            told = {"text": found.describe(table.unit), "x50": found.x50.json(), "x90": found.dose(0.9).json()}
+            fitted.append({"cell": name, "curve": curve, "units": results.units(name, curve), **told})
     claims = []
     for claim in table.claims:
         contrast = claim.contrast(results)
         verdict = laws.judge(contrast, claim.expected, claim.margin)
         stated = {"text": claim.text, "source": claim.source, "expected": claim.expected, "margin": claim.margin}
         claims.append({**stated, "verdict": verdict, **contrast.json()})
-    asked = {"title": table.title, "paper": table.paper, "axis": table.axis, "notes": list(table.notes)}
+    asked = {"title": table.title, "paper": table.paper, "axis": table.axis, "unit": table.unit, "notes": list(table.notes)}
     return {**asked, "rows": list(rows.values()), "laws": fitted, "claims": claims}
-
-
-def law_json(law: Any) -> dict[str, Any]:
-    """A fitted law: its numbers, and points of its curve with the band around it."""
-    import numpy as np
-
-    low, high = law.doses
-    x = np.geomspace(low, high, 60)
-    fitted, least, most = law.predict(x)
-    line = {"x": x.tolist(), "fit": fitted.tolist(), "low": least.tolist(), "high": most.tolist()}
-    return {"x50": law.x50.json(), "x90": law.dose(0.9).json(), "slope": law.slope.json(), "line": line}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from bezoar import registry
 from bezoar.errors import UserError
@@ -14,6 +14,8 @@ from bezoar.run import Input, Job, Takes
 @dataclass(frozen=True)
 class Train:
     """Train an encoder. A checkpoint is kept: a run that was cut off goes on to the same bits."""
+
+    joint: ClassVar[bool] = True  # under torchrun every rank does this verb's work
 
     data: Annotated[Input, Takes("data"), "data set, or a poison run"]
     network: Annotated[Input, Takes("network"), "see `bezoar list network`"] = "clip_small"
@@ -26,17 +28,17 @@ class Train:
         import torch
         from safetensors.torch import save_file
 
-        from bezoar import inputs, training
+        from bezoar import distributed, feed, indexed, inputs, training
         from bezoar.encoder import precision_for
         from bezoar.scores import Measure, average
 
         given, parts = job.inputs, inputs.dataset(job.inputs["data"])
-        pairs = parts.pairs
+        pairs = parts.records
         if not pairs.captions:
             raise UserError("these data have no captions to train on")
         if given["keep"] is not None:
             kept = set(given["keep"].file("keep.txt").read_text().split("\n"))
-            pairs = pairs.take([i for i, k in enumerate(pairs.ids) if k in kept])
+            pairs = indexed.subset(pairs, [i for i, k in enumerate(pairs.ids) if k in kept])
         torch.manual_seed(job.seed)
         network, recipe = given["network"], given["objective"]
         try:
@@ -48,17 +50,24 @@ class Train:
         if parts.plan.edits:
             encoder.about |= {"plan": parts.plan.digest(), "goals": [vars(g) for g in parts.plan.goals]}
         loss = recipe(encoder).to(job.device)
-        tokens = encoder.tokens(pairs.captions)
-        log = training.fit(
-            loss,
-            recipe,
-            pairs.to(job.device),
-            tokens,
-            job.seed,
-            job.folder / "checkpoint.safetensors",
-            lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
-            self._follow(job, encoder, parts),
-        )
+        rank, world = distributed.place()
+
+        def order(epoch: int) -> torch.Tensor:
+            return distributed.own(training.order(job.seed, epoch, len(pairs), recipe.batch))
+
+        with feed.fed(pairs, job.device, order, recipe.epochs) as data:
+            log = training.fit(
+                loss,
+                recipe,
+                data,
+                indexed.tokens(encoder, pairs.captions),
+                job.seed,
+                job.folder / "checkpoint.safetensors",
+                lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
+                self._follow(job, encoder, parts),
+            )
+        if rank > 0:
+            return {}
         encoder.save(job.folder)
         save_file({"exposures": log.exposures, "losses": torch.tensor(log.losses)}, job.folder / "ledger.safetensors")
         (job.folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log.epochs))
@@ -70,6 +79,8 @@ class Train:
             "steps": steps,
             "pairs_per_second": round(rate),
             "precision": encoder.precision,
+            "ranks": world,
+            "images": data.told() if isinstance(data, feed.Feed) else "in memory",
         }
         poisons = torch.from_numpy(parts.plan.mask(pairs.ids))
         out = {"final_loss": average(torch.tensor(tail), "mean loss of the last twentieth of the steps")}

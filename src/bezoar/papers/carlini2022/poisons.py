@@ -1,5 +1,7 @@
 """Backdoor success and z-score against the number of poisons (Carlini & Terzis 2022, section 5.2)."""
 
+import math
+
 from bezoar import laws
 from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
@@ -41,10 +43,14 @@ class Poisons:
 
 
 def earlier(results: Results, doses: list[str]) -> Contrast:
-    """How far z is ahead of success: each as a share of its mean at the largest dose, over all readings below it."""
-    top = {c: sum(v := results.values(doses[-1], c)) / len(v) or 1.0 for c in ("z", "ASR")}
-    z, asr = ([v / top[c] for d in doses[:-1] for v in results.values(d, c)] for c in ("z", "ASR"))
-    return laws.difference(z, asr, paired=True)
+    """How far z is ahead of success: each as a share of its gain from no poison to the largest dose, over all readings."""
+    ahead = {}
+    for cell in ("z", "ASR"):
+        floor, top = (sum(v := results.values(d, cell)) / len(v) for d in ("0", doses[-1]))
+        if top <= floor:
+            return Contrast(0.0, -math.inf, math.inf, 0, math.inf, f"{cell} does not rise with the dose: nothing to compare")
+        ahead[cell] = [(v - floor) / (top - floor) for d in doses[:-1] for v in results.values(d, cell)]
+    return laws.difference(ahead["z"], ahead["ASR"], paired=True)
 
 
 def cost(results: Results) -> Contrast:

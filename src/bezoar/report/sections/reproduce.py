@@ -1,0 +1,155 @@
+"""The page of a reproduction: claims and their verdicts, then every table with its chart, laws and runs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from bezoar import laws
+from bezoar.report import charts, curves, terms
+from bezoar.report.parts import Figure, Figures, Links, Part, Section, Table, Text
+from bezoar.report.story import Chapter, Story
+from bezoar.scores import Measure
+
+VERDICTS = ("confirmed", "contradicted", "undecided")
+
+
+class Reproduce(Story):
+    """Tables of a paper, as `tables.json` holds them."""
+
+    @functools.cached_property
+    def tables(self) -> list[dict[str, Any]]:
+        """Everything that was asked, found, fitted and judged."""
+        return self.json("tables.json")
+
+    @property
+    def claims(self) -> list[dict[str, Any]]:
+        """The claims of all tables."""
+        return [claim for table in self.tables for claim in table["claims"]]
+
+    def headline(self) -> str:
+        """How the claims fared."""
+        if self.manifest["status"] != "done":
+            return "This reproduction was not finished; the same command goes on with it."
+        told = [f"{n} {v}" for v in VERDICTS if (n := sum(c["verdict"] == v for c in self.claims))]
+        return f"Of {terms.count(len(self.claims), 'claim')}: {', '.join(told)}."
+
+    def more(self) -> str:
+        """The scale, and on how much it stands."""
+        trainings = terms.count(int(self.notes.get("trainings", 0)), "training")
+        return f"Scale {self.notes.get('scale')}; {terms.count(len(self.tables), 'table')} from {trainings}."
+
+    def warning(self) -> str:
+        """What these encoders are."""
+        return "The encoders behind these figures were poisoned on purpose."
+
+    def cards(self) -> list[str]:
+        """None: the claims are the summary."""
+        return []
+
+    def chapters(self) -> list[Chapter]:
+        """The claims, then a chapter a table."""
+        return [self.all_claims, *(chapter(table, i) for i, table in enumerate(self.tables))]
+
+    def all_claims(self) -> Section | None:
+        """Every claim with its verdict, the effect, its interval and what could have been detected."""
+        if not self.claims:
+            return None
+        rows = []
+        for c in self.claims:
+            unit = terms.PLAIN
+            effect = f"{signed(c['value'])} ({signed(c['low'])} .. {signed(c['high'])})"
+            expected = {"+": "> 0", "-": "< 0", "same": f"within ±{c['margin']:g}"}[c["expected"]]
+            detectable = terms.number(c["detectable"], unit) if c["detectable"] < 1e6 else "unbounded"
+            rows.append((c["text"], c["source"], c["verdict"], effect, expected, detectable, str(c["n"])))
+        head = ("claim", "known from", "verdict", "effect (95 % interval)", "expected", "detectable", "n")
+        note = (
+            "Effects are differences of rates (1 = all) or of z-scores, over trainings; detectable: the least effect that this "
+            "many trainings find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
+        )
+        return Section("Claims", [Table(head, rows, (3, 4, 5, 6), note)])
+
+
+def chapter(table: dict[str, Any], place: int) -> Chapter:
+    """A table as a chapter: chart, laws, cells beside what was printed, notes."""
+
+    def tell() -> Section:
+        drawn = figures(table, place)
+        parts: list[Part] = [Figures(narrow)] if (narrow := [f for f in drawn if 'class="wide"' not in f.svg]) else []
+        parts += [f for f in drawn if f not in narrow]
+        parts += [Text(f"{law['cell']}{', ' + law['curve'] if law['curve'] else ''}: {law['text']}.") for law in table["laws"]]
+        parts += [cells(table), *(Text(note) for note in table["notes"])]
+        return Section(table["title"], parts, table["paper"])
+
+    tell.__name__ = table["title"]
+    return tell
+
+
+def columns(table: dict[str, Any]) -> list[str]:
+    """Names of a table's cells, in order."""
+    return list(dict.fromkeys(c["name"] for row in table["rows"] for c in row["cells"]))
+
+
+def figures(table: dict[str, Any], place: int) -> list[Figure]:
+    """A chart a column: over the axis where it is a quantity, else side by side."""
+    out = []
+    for i, column in enumerate(columns(table)):
+        lines: dict[str, list[tuple[dict, dict]]] = {}
+        for row in table["rows"]:
+            for c in row["cells"]:
+                if c["name"] == column:
+                    lines.setdefault(row["curve"], []).append((row, c))
+        fitted = {law["curve"]: laws.law(*law["units"]) for law in table["laws"] if law["cell"] == column}
+        share = all(c["rate"] for of in lines.values() for _, c in of)
+        name, paints = f"table{place}-{i}", charts.paints(list(lines))
+        if all(row["x"] is not None for of in lines.values() for row, _ in of):
+            drawn = [
+                curves.Curve(curve or column, [r["x"] for r, _ in of], points(of), paint, fitted.get(curve))
+                for (curve, of), paint in zip(lines.items(), paints, strict=True)
+            ]
+            svg = curves.dose(drawn, table["axis"], name, column, share, table["unit"])
+        else:
+            groups = [row["name"] for row, _ in next(iter(lines.values()))]
+            bars = [(curve or column, paint, points(of)) for (curve, of), paint in zip(lines.items(), paints, strict=True)]
+            svg = curves.levels(groups, bars, name, column, share)
+        out.append(Figure(svg, column))
+    return out
+
+
+def points(of: list[tuple[dict, dict]]) -> list[Measure]:
+    """The measures of a line."""
+    return [Measure(**c["measure"]) for _, c in of]
+
+
+def cells(table: dict[str, Any]) -> Table:
+    """The table itself: ours with its interval, the printed number where there is one, the runs."""
+    names = columns(table)
+    printed = {c["name"] for row in table["rows"] for c in row["cells"] if c["printed"] is not None}
+    several = any(row["curve"] for row in table["rows"])
+    head = [*(["curve"] if several else []), table["axis"] or "row"]
+    for name in names:
+        head += [name, *([f"{name}, printed"] if name in printed else [])]
+    rows = []
+    for row in table["rows"]:
+        found = {c["name"]: c for c in row["cells"]}
+        line: list[str | Links] = [*([row["curve"]] if several else []), row["name"]]
+        for name in names:
+            c = found.get(name)
+            line.append(shown(c) if c else "")
+            if name in printed:
+                line.append(terms.percent(c["printed"]) if c and c["printed"] is not None else "")
+        runs = dict.fromkeys(r for c in row["cells"] for r in c["runs"])
+        rows.append([*line, Links(list(runs))])
+    numbers = tuple(range(1, len(head)))
+    return Table([*head, "runs"], rows, numbers, "Mean over trainings, 95 % interval; in brackets, how many readings.")
+
+
+def shown(cell: dict[str, Any]) -> str:
+    """A number, its interval, and how many readings it is the mean of."""
+    m, unit = Measure(**cell["measure"]), terms.RATE if cell["rate"] else terms.PLAIN
+    return f"{terms.number(m.value, unit)} ({terms.interval(m, unit)}) [{len(cell['values'])}]"
+
+
+def signed(value: float) -> str:
+    """A difference."""
+    return f"{value:+.3f}" if abs(value) < 1e6 else ("−∞" if value < 0 else "∞")

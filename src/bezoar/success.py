@@ -1,0 +1,169 @@
+"""Success: what it means that an attack worked. One definition, for every probe that reads an image as one of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bezoar import registry
+from bezoar.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.neighbors import pool
+from bezoar.pairs import Pairs
+from bezoar.plan import Goal
+from bezoar.scores import Measure, average, proportion
+
+Head = Callable[[Tensor], Tensor]  # float32 (N, D) unit rows -> (N, C), higher = rather this class
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that success is measured on, as one encoder sees it; any number of heads can be measured on it.
+
+    labels: int64 (N,), -1 = unknown. clean: float32 (N, D), the test images. triggered: the same, stamped, one a goal of
+    `backdoors`. targeted: goals with a victim. victims: (V, D), theirs.
+    """
+
+    classes: tuple[str, ...]
+    labels: Tensor
+    clean: Tensor
+    backdoors: tuple[Goal, ...]
+    triggered: tuple[Tensor, ...]
+    targeted: tuple[Goal, ...]
+    victims: Tensor | None
+
+    @staticmethod
+    def of(encoder: Encoder, test: Pairs, goals: Sequence[Goal], victims: Pairs | None, batch: int = 512) -> Seen:
+        """Every image through the encoder. Raises UserError without classes or when a goal's target is none of them."""
+        if not test.classes or test.labels is None:
+            raise UserError("this probe needs a test set with classes; use the retrieval probe where there are none")
+        backdoors = tuple(g for g in goals if g.trigger)
+        targeted = tuple(g for g in goals if g.victims) if victims is not None else ()
+        for goal in (*backdoors, *targeted):
+            class_of(goal.target, test.classes)
+        chosen = None
+        if victims is not None and targeted:
+            row = {k: i for i, k in enumerate(victims.ids)}
+            chosen = features(encoder, victims.images[[row[g.victims[0]] for g in targeted]].split(batch))
+        clean = features(encoder, test.images.split(batch))
+        triggered = tuple(features(encoder, _stamped(test, g, batch)) for g in backdoors)
+        return Seen(test.classes, test.labels.to(clean.device), clean, backdoors, triggered, targeted, chosen)
+
+    def measures(self, head: Head, how: str = "") -> dict[str, Measure]:
+        """Accuracy; success of each goal that has a trigger; success on the victims, by number of captions.
+
+        how: what is said of the head, after each measure's own definition.
+        """
+        clean = head(self.clean).argmax(1)
+        known = self.labels >= 0
+        hits = int((clean == self.labels)[known].sum())
+        out = {"clean_accuracy": proportion(hits, int(known.sum()), "top-1 accuracy on clean test images")}
+        for i, (goal, z) in enumerate(zip(self.backdoors, self.triggered, strict=True)):
+            mark = "" if len(self.backdoors) == 1 else f"@{i}"
+            found = self._backdoor(class_of(goal.target, self.classes), clean, head(z))
+            out |= {name + mark: m for name, m in found.items()}
+        if self.victims is not None:
+            out |= self._targeted(head(self.victims))
+        return {name: replace(m, how=m.how + how) for name, m in out.items()}
+
+    def _backdoor(self, target: int, clean: Tensor, scores: Tensor) -> dict[str, Measure]:
+        """clean: int64 (N,), what the images are read as. scores: (N, C), the head's of the stamped ones."""
+        read, labels = scores.argmax(1), self.labels
+        known = labels >= 0
+        others = known & (labels != target)
+        n, all_known = int(others.sum()), int(known.sum())
+        rank = ranks(scores, torch.full_like(labels, target))[others]
+        return {
+            "attack_success": proportion(
+                int((read == target)[others].sum()), n, "triggered test images of other classes read as the target"
+            ),
+            "attack_success_all": proportion(
+                int((read == target).sum()), len(labels), "the same over all test images, the target's own included"
+            ),
+            "attack_success_without_trigger": proportion(
+                int((clean == target)[others].sum()), n, "test images of other classes read as the target, no trigger"
+            ),
+            "poisoned_accuracy": proportion(
+                int((read == labels)[known].sum()), all_known, "triggered test images read as their true class"
+            ),
+            "target_rank": average(rank.cpu(), "mean rank of the target, 1 = first, other classes"),
+            "target_top5": proportion(int((rank <= 5).sum()), n, "target among the five nearest classes"),
+        }
+
+    def _targeted(self, scores: Tensor) -> dict[str, Measure]:
+        """scores: (V, C), the head's of the victims."""
+        targets = torch.tensor([class_of(g.target, self.classes) for g in self.targeted], device=scores.device)
+        fell, rank = scores.argmax(1) == targets, ranks(scores, targets)
+        out = {}
+        for count in sorted({g.poisons for g in self.targeted}):
+            rows = [i for i, g in enumerate(self.targeted) if g.poisons == count]
+            how = f"victims read as their target, {count} poisoned captions each"
+            out[f"targeted_success@{count}"] = proportion(int(fell[rows].sum()), len(rows), how)
+            near = int((rank[rows] <= 5).sum())
+            out[f"targeted_top5@{count}"] = proportion(near, len(rows), how + ", among five nearest")
+            out[f"targeted_rank@{count}"] = average(rank[rows].cpu(), "mean rank of the target; " + how)
+        return out
+
+
+@torch.no_grad()
+def features(encoder: Encoder, batches: Iterable[Tensor]) -> Tensor:
+    """uint8 images, a batch at a time -> float32 (N, D), unit rows. Raises UserError on NaN."""
+    encoder.eval()
+    z = torch.cat([encoder.images(x) for x in batches])
+    if not torch.isfinite(z).all():
+        raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
+    return z
+
+
+def ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """Place of each row's target among the classes, 1 = first: float64 (N,). Equal scores share the mean of their places.
+
+    A vote leaves most classes at zero: were ties the target's, one without a single vote could be among the first five.
+    """
+    own = scores.gather(1, targets[:, None])
+    return 1 + (scores > own).sum(1).double() + ((scores == own).sum(1).double() - 1) / 2
+
+
+def labelled(train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None) -> Pairs:
+    """The records that a head is fitted on: those with a label, numbered as the test set numbers its classes.
+
+    limit: at most so many, a sample that belongs to the records. Raises UserError without labels, when the two sets'
+    classes differ, or when the head could not learn to tell classes apart or to say a goal's target.
+    """
+    if train is None or train.labels is None or not train.classes:
+        raise UserError("this probe fits a head on labelled data: give train data that have classes and labels")
+    if odd := sorted(set(train.classes) ^ set(test.classes)):
+        raise UserError(f"the labelled data and the test set must have the same classes; {odd[0]!r} is in one of them alone")
+    labels = train.labels.cpu()
+    rows = (labels >= 0).nonzero()[:, 0].numpy()
+    if limit is not None:
+        rows = np.sort(rows[pool([train.ids[i] for i in rows], limit, 0)])
+    if train.classes != test.classes:
+        order = torch.tensor([test.classes.index(c) for c in train.classes])
+        labels = torch.where(labels >= 0, order[labels], labels)
+    picked = replace(train, labels=labels).take(rows)
+    there = set(labels[rows].tolist())
+    if len(there) < 2:
+        raise UserError(f"a head needs labelled records of at least two classes; the {len(rows)} there are have {len(there)}")
+    for goal in goals:
+        if goal.target in test.classes and class_of(goal.target, test.classes) not in there:
+            raise UserError(f"none of the {len(rows)} labelled records is of the target {goal.target!r}: it could not be read")
+    return picked
+
+
+def class_of(target: str, classes: Sequence[str]) -> int:
+    """Row of a target among the classes. Raises UserError that lists them."""
+    if target not in classes:
+        listed = ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")
+        raise UserError(f"the target {target!r} is none of the test set's classes: {listed}")
+    return list(classes).index(target)
+
+
+def _stamped(test: Pairs, goal: Goal, batch: int) -> Iterator[Tensor]:
+    stamp = registry.make("trigger", goal.trigger or "")
+    for i in range(0, len(test), batch):
+        yield stamp(test.images[i : i + batch], test.ids[i : i + batch])
