@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bezoar import augment, registry, training
+from bezoar.augment import Chance
 from bezoar.encoder import Encoder, Words, words
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
@@ -33,7 +34,7 @@ def test_the_loss_is_symmetric_infonce():
     data = toy(8)
     encoder, loss, _, tokens = start(data, "clip:shift=0,temperature=0.1")
     encoder.train()
-    got = loss(data.images, tokens, training.generator(0))
+    got = loss(data.images, tokens, Chance(training.generator(0)))
     encoder.train()
     z, w = encoder.images(data.images).double(), encoder.read(tokens).double()
     plain = 0.0
@@ -93,7 +94,7 @@ def test_schedule_rises_and_falls_to_zero():
 
 def test_shift_is_one_draw_a_sample_and_a_plain_crop():
     x = toy(64).images
-    moved = augment.shift(x, 2, training.generator(0))
+    moved = augment.shift(x, 2, Chance(training.generator(0)))
     draws = torch.randint(0, 5, (64, 2), generator=training.generator(0))
     assert len({tuple(d) for d in draws.tolist()}) > 10
     for i in range(64):
@@ -104,7 +105,7 @@ def test_shift_is_one_draw_a_sample_and_a_plain_crop():
 
 def test_flip_mirrors_whole_samples():
     x = toy(64).images
-    out = augment.flip(x, 0.5, training.generator(0))
+    out = augment.flip(x, 0.5, Chance(training.generator(0)))
     same, mirrored = (out == x).flatten(1).all(1), (out == x.flip(-1)).flatten(1).all(1)
     assert (same | mirrored).all() and 10 < int(mirrored.sum()) < 54
 
@@ -114,6 +115,23 @@ def test_too_little_data_is_refused():
     _, loss, recipe, tokens = start(data)
     with pytest.raises(UserError, match="10 records are fewer than one batch of 16"):
         training.fit(loss, recipe, data, tokens, 0)
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_step():
+    with pytest.raises(UserError, match="became nan at step 8"):
+        training._read([torch.tensor(v) for v in (1.0, math.nan, math.inf)], 10)
+    unread = [torch.tensor(0.1), torch.tensor(2.0)]
+    assert training._read(unread, 2) == [float(torch.tensor(0.1)), 2.0] and unread == []
+
+
+def test_losses_of_a_gpu_are_read_together(monkeypatch):
+    data, said = toy(), []
+    _, loss, recipe, tokens = start(data, "clip:epochs=1,batch=16")
+    want = training.fit(loss, recipe, data, tokens, 0)
+    monkeypatch.setitem(training.UNREAD, "cpu", 4)
+    _, loss, recipe, tokens = start(data, "clip:epochs=1,batch=16")
+    log = training.fit(loss, recipe, data, tokens, 0, report=lambda step, steps, value: said.append(step))
+    assert log.losses == want.losses and said == [4, 6] and log.epochs == want.epochs
 
 
 def test_an_encoder_saves_loads_and_says_that_it_is_poisoned(tmp_path):
@@ -168,8 +186,8 @@ def test_open_clip_is_built_and_stepped(name, tmp_path):
     loss = objective(encoder)
     data = Pairs(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), ("a cat", "a dog"), None, ("0", "1"))
     optim = training.optimizer(loss, objective)
-    before = float(loss(data.images, encoder.tokens(data.captions), training.generator(0)))
-    value = loss(data.images, encoder.tokens(data.captions), training.generator(0))
+    before = float(loss(data.images, encoder.tokens(data.captions), Chance(training.generator(0))))
+    value = loss(data.images, encoder.tokens(data.captions), Chance(training.generator(0)))
     value.backward()
     optim.step()
     assert math.isfinite(before) and float(value) == pytest.approx(before, rel=0.2)

@@ -13,6 +13,12 @@ def run() -> int:
     if sys.platform == "linux" and any(key not in os.environ for key in ALLOCATION):
         os.environ.update(ALLOCATION)
         os.execv(sys.executable, [sys.executable, "-m", "bezoar", *sys.argv[1:]])
+    from bezoar import ranks
+
+    if ranks.world() > 1:
+        from bezoar import torchrun
+
+        return torchrun.run()
     from bezoar.cli import main
 
     return main()

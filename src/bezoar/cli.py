@@ -17,8 +17,16 @@ from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.run import Input, Settings, Takes, execute, find, typed, verb_name
 
-VERBS = ("poison", "train", "evaluate", "scan", "demo")
-POSITIONAL = {"poison": ("data",), "train": ("data",), "evaluate": ("encoder", "test"), "scan": ("data",)}
+VERBS = ("poison", "train", "evaluate", "scan", "reproduce", "dose", "demo")
+SWEEPS = ("reproduce", "dose")
+POSITIONAL = {
+    "poison": ("data",),
+    "train": ("data",),
+    "evaluate": ("encoder", "test"),
+    "scan": ("data",),
+    "reproduce": ("paper",),
+    "dose": ("data",),
+}
 
 
 def option(hint: Any, positional: bool) -> Any:
@@ -54,6 +62,11 @@ def command(name: str) -> type:
         ("fresh", Annotated[bool, tyro.conf.arg(help="run again even if a finished run answers this")], False),
         ("json", Annotated[bool, tyro.conf.arg(help="print the manifest as one JSON object")], False),
     ]
+    if name in SWEEPS:
+        common += [
+            ("workers", Annotated[int, tyro.conf.arg(help="trainings at a time; 0: one a core, or one a GPU")], 0),
+            ("ray", Annotated[bool, tyro.conf.arg(help="on Ray: the cluster RAY_ADDRESS names, or a local one")], False),
+        ]
     if name == "poison":
         fields = [(f[0], Annotated[str | None, *typing.get_args(f[1])[1:]], None) if f[0] == "data" else f for f in fields]
         common.append(
@@ -115,13 +128,14 @@ def carry_out(asked: Any) -> int:
     if getattr(asked, "verify", None):
         return verify(asked)
     values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked.verb)}
-    if values.get("data", "") is None:
+    if hasattr(asked, "verify") and values["data"] is None:
         raise UserError("name the DATA to poison, or --verify RUN")
     verb = asked.verb(**values)
     if asked.dry:
         print(json.dumps({"verb": verb_name(verb), **typed(verb)}, indent=1))
         return 0
-    run = execute(verb, Settings(asked.runs, asked.seed, asked.device, asked.fresh, quiet=False))
+    how = {name: getattr(asked, name) for name in ("workers", "ray") if hasattr(asked, name)}
+    run = execute(verb, Settings(asked.runs, asked.seed, asked.device, asked.fresh, **how))
     if asked.json:
         print(json.dumps(run.manifest, indent=1, ensure_ascii=False))
         return 0
@@ -154,6 +168,10 @@ def show_run(asked: Show) -> int:
         return 0
     print(f"{run.name}: {manifest['status']}" + (f" ({manifest['error']})" if manifest.get("error") else ""))
     table(manifest)
+    if manifest["status"] == "done" and not (run.path / "report.html").exists():
+        from bezoar.report import page
+
+        page.write(run)
     print(f"report: {run.path / 'report.html'}")
     return 0
 
@@ -173,7 +191,10 @@ def show_methods(asked: List) -> int:
     """`bezoar list [KIND]`."""
     kinds = [asked.kind] if asked.kind else list(registry.KINDS)
     found = {
-        kind: [registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{n}.py") for n in registry.names(kind)]
+        kind: [
+            dataclasses.replace(registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{n}.py"), name=n)
+            for n in registry.names(kind)
+        ]
         for kind in kinds
     }
     if asked.json:

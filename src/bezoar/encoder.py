@@ -110,9 +110,9 @@ class Encoder(nn.Module):
             z = self.text(tokens)
         return F.normalize(z.float(), dim=-1)
 
-    def texts(self, captions: Sequence[str]) -> Tensor:
-        """Strings -> float32 (B, D), unit rows."""
-        return self.read(self.tokens(captions))
+    def texts(self, captions: Sequence[str], batch: int = 1024) -> Tensor:
+        """Strings, any number -> float32 (B, D), unit rows; `batch` at a time."""
+        return torch.cat([self.read(part) for part in self.tokens(captions).split(batch)])
 
     @torch.inference_mode()
     def embed(self, source: Any, batch: int = 512) -> Embedded:

@@ -10,27 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bezoar import registry
+from bezoar import indexed, registry
 from bezoar.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.indexed import Indexed
 from bezoar.pairs import Pairs, load
 from bezoar.plan import Goal, Plan
 from bezoar.run import Run, fingerprint, named_files
+from bezoar.shards import Shards
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """clean: the records as they are. plan: what is poisoned in them. victims: images the plan adds from elsewhere."""
+    """clean: the records as they are, in memory or by index. plan: what is poisoned in them. victims: images it adds."""
 
     method: Any
-    clean: Pairs
+    clean: Pairs | Indexed
     plan: Plan
     victims: Pairs | None
 
     @functools.cached_property
     def pairs(self) -> Pairs:
-        """The records as training reads them: the plan applied."""
-        return self.plan.apply(self.clean, self.victims) if self.plan.edits else self.clean
+        """The records as training reads them, the plan applied, in memory."""
+        clean = in_memory(self.clean)
+        return self.plan.apply(clean, self.victims) if self.plan.edits else clean
+
+    @functools.cached_property
+    def records(self) -> Pairs | Indexed:
+        """The same, by index where the clean ones are."""
+        return self.clean.poisoned(self.plan, self.victims) if isinstance(self.clean, Indexed) else self.pairs
 
     def reading(self) -> dict[str, Any]:
         """For the manifest: how many records were read, and every file, member and reason of what was not."""
@@ -43,10 +51,10 @@ class Dataset:
 def dataset(given: Any) -> Dataset:
     """A configured data method, or a run: a poison run's data, or those that a train, scan or evaluate run was made from."""
     if not isinstance(given, Run):
-        return Dataset(given, read(given), Plan(), None)
+        return Dataset(given, opened(given), Plan(), None)
     poison = given.ancestor("poison")
     method = root(given)
-    clean = read(method)
+    clean = opened(method)
     if poison is None:
         return Dataset(method, clean, Plan(), None)
     plan = Plan.read(poison.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
@@ -57,7 +65,7 @@ def victims(plan: Plan) -> Pairs | None:
     """The images that a plan adds from outside the data set."""
     if plan.victims is None:
         return None
-    pool, wanted = read(registry.make("data", plan.victims)), {e.source for e in plan.edits}
+    pool, wanted = opened(registry.make("data", plan.victims)), {e.source for e in plan.edits}
     return pool.take([i for i, k in enumerate(pool.ids) if k in wanted])
 
 
@@ -84,15 +92,26 @@ def held_out(method: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=6)
-def read(method: Any) -> Pairs:
-    """All records of a configured data method, in memory. Raises UserError when there are none."""
-    pairs = load(method())
+def opened(method: Any) -> Pairs | Indexed:
+    """All records of a configured data method: in memory, or shards by index. Raises UserError when there are none."""
+    source = method()
+    pairs = indexed.opened(source) if isinstance(source, Shards) else load(source)
     if pairs.report is not None and pairs.report.skipped:
         first = "; ".join(f"{s.file} {s.member}: {s.reason}" for s in pairs.report.skipped[:3])
         print(f"{pairs.report}; the first: {first}", file=sys.stderr)
     if not len(pairs):
         raise UserError(f"{registry.spec(method)} holds no records")
     return pairs
+
+
+def read(method: Any) -> Pairs:
+    """All records of a configured data method, in memory. Raises UserError when there are none."""
+    return in_memory(opened(method))
+
+
+def in_memory(records: Pairs | Indexed) -> Pairs:
+    """The same records with their images at hand."""
+    return records if isinstance(records, Pairs) else records.take(range(len(records)))
 
 
 def encoder(given: Any, device: Any) -> Encoder:

@@ -221,6 +221,30 @@ def _tasks(records: Iterable[Record | Skipped]) -> Iterator[list[Record | Skippe
     yield items
 
 
+def kept(
+    records: Iterable[Record | Skipped], size: int | None, report: ReadReport, limit: int | None = None
+) -> Iterator[tuple[Record, int, np.ndarray]]:
+    """The records that a stream yields: (what was read, which of its ids and captions, its image), `limit` at most.
+
+    What cannot be decoded or has an id seen before goes to the report. With size None all images must be of one size.
+    """
+    seen: set[str] = set()
+    shape: tuple[int, ...] | None = None
+    for record, image in decoded(records, size, report):
+        if shape not in (None, image.shape):
+            raise UserError(f"{record.file}: images differ in size ({shape[1:]}, {image.shape[1:]}); give size=")
+        shape = image.shape
+        for row, key in enumerate(record.ids):
+            if key in seen:
+                report.skipped.append(Skipped(record.file, record.member, f"duplicate id: {key}"))
+                continue
+            seen.add(key)
+            report.read += 1
+            yield record, row, image
+            if report.read == limit:
+                return
+
+
 def batches(
     records: Iterable[Record | Skipped],
     size: int | None,
@@ -235,7 +259,6 @@ def batches(
     There are labels (-1 = unknown) when there are classes or `labelled`; an id seen before is skipped. Every batch
     carries the one `report`, which grows. With size None all images must be of one size.
     """
-    seen: set[str] = set()
     images: list[np.ndarray] = []
     ids: list[str] = []
     captions: list[str] = []
@@ -249,26 +272,13 @@ def batches(
             column.clear()
         return batch
 
-    shape: tuple[int, ...] | None = None
-    for record, image in decoded(records, size, report):
-        if shape not in (None, image.shape):
-            raise UserError(f"{record.file}: images differ in size ({shape[1:]}, {image.shape[1:]}); give size=")
-        shape = image.shape
-        for row, key in enumerate(record.ids):
-            if key in seen:
-                report.skipped.append(Skipped(record.file, record.member, f"duplicate id: {key}"))
-                continue
-            seen.add(key)
-            images.append(image)
-            ids.append(key)
-            captions.extend(record.captions[row : row + 1])
-            labels.append(record.label)
-            report.read += 1
-            full = limit is not None and report.read >= limit
-            if len(ids) == count or full:
-                yield flush()
-            if full:
-                return
+    for record, row, image in kept(records, size, report, limit):
+        images.append(image)
+        ids.append(record.ids[row])
+        captions.extend(record.captions[row : row + 1])
+        labels.append(record.label)
+        if len(ids) == count:
+            yield flush()
     if ids:
         yield flush()
 

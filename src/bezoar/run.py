@@ -26,6 +26,7 @@ from typing import Any
 from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.progress import Progress
+from bezoar.ranks import device, tell
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -155,21 +156,6 @@ class Job:
         return device(self.settings.device)
 
 
-def device(name: str) -> Any:
-    """`auto`, `cpu`, `cuda`, `cuda:1` -> torch.device. Raises UserError for one that is not there."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        wanted = torch.device(name)
-        torch.empty(1, device=wanted)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"no device {name!r} here; there are: {', '.join(there)}") from error
-    return wanted
-
-
 def execute(verb: Any, settings: Settings) -> Run:
     """Run a verb, or return the run that already answers it. Nested verbs are run first.
 
@@ -213,6 +199,10 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
             goals.append(goal)
     _write(run.path, {**manifest, "goal": goals, "metrics": {}})
     try:
+        if getattr(verb, "joint", False):  # the other ranks do their part of it: `torchrun.assist`
+            paths = {r.name: str(r.path) for r in parents}
+            common = {"seed": settings.seed, "device": settings.device, "runs": str(settings.runs)}
+            tell({"verb": verb_name(verb), "ask": ask, "paths": paths, "folder": str(run.path), **common})
         with job.progress:
             metrics = verb.work(job)
         status = "done"

@@ -29,13 +29,24 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 WANTED = (*IMAGES, "txt", "json")
 PATHS = 1_000_000  # shards a brace list may name
 BLOCK = 512
+Load = Literal["auto", "memory", "stream"]
 
 
 class Group(NamedTuple):
-    """The members of one record: extension -> content."""
+    """The members of one record: extension -> content, and where in the tar it begins."""
 
     key: str
     files: dict[str, bytes]
+    offsets: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed(Record):
+    """A record that says where its encoded image lies: `length` bytes from `offset` on, in the tar number `shard`."""
+
+    shard: int
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class Shards:
 
     paths: the tars. size: pixels a side (largest centred square, resized). captions: "first" takes an image's one
     caption (.txt, else json's), "all" makes a record `ID#0`, `ID#1` ... of each in json's `captions`. limit: records.
+    load: where whoever needs every record at hand is to keep the images, see bezoar.indexed.
 
     An id is json's `record_id` where there is one (write_shards puts it there), else `SHARD/KEY` with the shard's file
     name without .tar, and as many of its folders as it takes to tell the shards apart. It does not depend on order.
@@ -54,6 +66,7 @@ class Shards:
     size: int = 64
     captions: Literal["first", "all"] = "first"
     limit: int | None = None
+    load: Load = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_report", ReadReport())
@@ -111,18 +124,28 @@ class Shards:
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """The records in the order of the tars, `size` at a time. Raises UserError for a shard that yields nothing."""
-        report = ReadReport()
-        object.__setattr__(self, "_report", report)
-        _, _, labelled = self._names
-        yield from batches(self._records(), self.size, size, report, self.classes, self.limit, labelled)
+        report = self.begin()
+        yield from batches(self.records(), self.size, size, report, self.classes, self.limit, self.labelled)
         if not report.read:
             raise UserError(nothing(str(self.paths[0]), report))
 
-    def _records(self) -> Iterator[Record | Skipped]:
-        for path, stem in zip(self.paths, self.stems, strict=True):
+    def begin(self) -> ReadReport:
+        """The report of a new pass over the tars, to be filled by whoever makes it."""
+        report = ReadReport()
+        object.__setattr__(self, "_report", report)
+        return report
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any record has a class or a label."""
+        return self._names[2]
+
+    def records(self) -> Iterator[Placed | Skipped]:
+        """The records not decoded yet, in the order of the tars. Raises UserError for a shard that yields nothing."""
+        for shard, (path, stem) in enumerate(zip(self.paths, self.stems, strict=True)):
             found, problems = 0, ReadReport()
             for group in groups(path, WANTED):
-                item = group if isinstance(group, Skipped) else self._record(group, path, stem)
+                item = group if isinstance(group, Skipped) else self._record(group, path, stem, shard)
                 if isinstance(item, Skipped):
                     problems.skipped[:] = problems.skipped[:1] or [item]
                 found += isinstance(item, Record)
@@ -130,7 +153,7 @@ class Shards:
             if not found:
                 raise UserError(nothing(str(path), problems))
 
-    def _record(self, group: Group, path: Path, stem: str) -> Record | Skipped:
+    def _record(self, group: Group, path: Path, stem: str, shard: int) -> Placed | Skipped:
         """One record of a group of members, or why there is none."""
 
         def skip(reason: str) -> Skipped:
@@ -139,7 +162,7 @@ class Shards:
         fact = facts(group)
         if isinstance(fact, str):
             return skip(fact)
-        images = [group.files[e] for e in IMAGES if e in group.files]
+        images = [e for e in IMAGES if e in group.files]
         if len(images) != 1:
             return skip("several images of one key" if images else "no image")
         try:
@@ -153,7 +176,8 @@ class Shards:
         key = fact.id or f"{stem}/{group.key}"
         ids = tuple(f"{key}#{i}" for i in range(len(every))) if self.captions == "all" else (key,)
         label = self._names[1].get(fact.name, fact.label)
-        return Record(images[0], ids, every, label, str(path), group.key)
+        image, offset = group.files[images[0]], group.offsets[images[0]]
+        return Placed(image, ids, every, label, str(path), group.key, shard, offset, len(image))
 
 
 class Facts(NamedTuple):
@@ -203,28 +227,29 @@ def groups(path: Path, wanted: Sequence[str]) -> Iterator[Group | Skipped]:
     Raises UserError when the file is not there or is not a tar. A tar that breaks off is read up to the break and
     named; its last record is left out, since its other members may have been lost.
     """
-    key, files = "", dict[str, bytes]()
+    key, files, offsets = "", dict[str, bytes](), dict[str, int]()
     for item in members(path, wanted):
         if isinstance(item, Skipped):
             if not item.member and key:
                 yield Skipped(str(path), key, "record cut off where the tar breaks")
-                key, files = "", {}
+                key = ""
             yield item
             continue
-        name, extension, content = item
+        name, extension, content, offset = item
         if name != key:
             if key:
-                yield Group(key, files)
-            key, files = name, {}
+                yield Group(key, files, offsets)
+            key, files, offsets = name, {}, {}
         if extension in files:
             yield Skipped(str(path), f"{name}.{extension}", "duplicate member")
         files.setdefault(extension, content)
+        offsets.setdefault(extension, offset)
     if key:
-        yield Group(key, files)
+        yield Group(key, files, offsets)
 
 
-def members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, str, bytes] | Skipped]:
-    """(key, extension, content) of the wanted members of a tar in their order, and what cannot be read."""
+def members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, str, bytes, int] | Skipped]:
+    """(key, extension, content, its offset) of the wanted members of a tar in order, and what cannot be read."""
     try:
         with _Bounded(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             yield from _members(path, file, tar, wanted)
@@ -236,7 +261,7 @@ def members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, str, bytes
 
 def _members(
     path: Path, file: io.BufferedReader, tar: tarfile.TarFile, wanted: Sequence[str]
-) -> Iterator[tuple[str, str, bytes] | Skipped]:
+) -> Iterator[tuple[str, str, bytes, int] | Skipped]:
     while True:
         try:
             member = tar.next()
@@ -264,7 +289,7 @@ def _members(
             if len(content) < member.size:
                 yield Skipped(str(path), "", f"broken tar: it ends inside {member.name}")
                 return
-            yield folder + slash + stem, extension.lower(), content
+            yield folder + slash + stem, extension.lower(), content, member.offset_data
     file.seek(tar.offset)  # tarfile stops without a word at a header it cannot read
     if file.read(BLOCK) != bytes(BLOCK):
         yield Skipped(str(path), "", f"broken tar: no header and no end mark at byte {tar.offset}")

@@ -1,4 +1,4 @@
-"""The only training loop: steps, schedule, autocast, ledger, checkpoint, resume.
+"""The only training loop: steps, schedule, ranks, ledger, checkpoint, resume.
 
 Everything random is a function of (seed, step), so that a run that was cut off goes on to the same bits.
 """
@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bezoar import distributed
 from bezoar.augment import Chance
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
 
 CHECKPOINT_SECONDS = 20.0
+UNREAD = {"cpu": 1, "cuda": 50}  # losses left on a device before they are read: each reading makes the host wait for it
 
 
 class Recipe(Protocol):
@@ -90,48 +92,73 @@ def fit(
 ) -> Log:
     """Train in place. data.images uint8 and tokens int64 (N, L) lie on the device and are never copied.
 
-    checkpoint: where the state is kept while training; an existing one is gone on with. report(step, steps, loss).
-    each_epoch(epoch) -> facts for the log. Raises UserError when the data hold less than a batch or the loss is not finite.
+    checkpoint: where the state is kept while training; an existing one is gone on with. report(step, steps, loss), on a
+    GPU not at every step. each_epoch(epoch) -> facts for the log. On several ranks each has all data and trains on its
+    rows of every batch; the log is the global one, and only rank 0 keeps checkpoints and calls each_epoch.
+    Raises UserError when the data hold less than a batch, ranks do not divide it, or the loss is not finite.
     """
-    batch = recipe.batch
-    if len(data) < batch:
+    batch, each = recipe.batch, len(data) // recipe.batch
+    rank, world = distributed.place()
+    if not each:
         raise UserError(f"{len(data)} records are fewer than one batch of {batch}; give a smaller batch")
-    steps = recipe.epochs * (len(data) // batch)
+    if batch % world:
+        raise UserError(f"a batch of {batch} does not divide into {world} ranks; give a multiple of {world}")
+    steps, device = recipe.epochs * each, tokens.device
     optim = optimizer(loss, recipe)
     log, step = Log(exposures=torch.zeros(len(data), dtype=torch.long)), 0
     if checkpoint is not None and checkpoint.exists():
         step = _restore(checkpoint, loss, optim, log)
-    loss.train()
+    distributed.agree(len(data), step)
     start, saved = time.monotonic() - log.seconds, time.monotonic()
-    rows, drawn = torch.empty(0), -1
-    while step < steps:
-        epoch, place = divmod(step, len(data) // batch)
-        if epoch != drawn:
-            rows, drawn = order(seed, epoch, len(data), batch), epoch
-        chosen = rows[place]
-        for group in optim.param_groups:
-            group["lr"] = rate(recipe, step, steps)
-        index = chosen.to(tokens.device)
-        value = loss(data.images[index], tokens[index], Chance(generator(seed, 2, step)))
-        optim.zero_grad(set_to_none=True)
-        value.backward()
-        optim.step()
-        log.losses.append(float(value.detach()))
-        if not math.isfinite(log.losses[-1]):
-            raise UserError(f"the loss became {log.losses[-1]} at step {step}; try a lower learning rate")
-        log.exposures[chosen] += 1
-        step += 1
-        report(step, steps, log.losses[-1])
-        if step % (len(data) // batch) == 0:
-            mean = sum(log.losses[-(len(data) // batch) :]) / (len(data) // batch)
-            log.epochs.append({"epoch": epoch + 1, "loss": mean, **(each_epoch(epoch + 1) if each_epoch else {})})
-            loss.train()
-        log.seconds = time.monotonic() - start
-        if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS and step < steps:
-            _keep(checkpoint, loss, optim, log, step)
-            saved = time.monotonic()
+    unread: list[Tensor] = []
+    drawn = -1
+    with distributed.joined(loss) as model:
+        loss.train()
+        while step < steps:
+            epoch, at = divmod(step, each)
+            if epoch != drawn:
+                rows, drawn = order(seed, epoch, len(data), batch), epoch
+                own = distributed.own(rows).to(device)
+            chance = Chance(generator(seed, 2, step), rank, world)
+            unread.append(_descend(model, optim, rate(recipe, step, steps), data.images[own[at]], tokens[own[at]], chance))
+            log.exposures[rows[at]] += 1
+            step += 1
+            if step % each and len(unread) < UNREAD[device.type]:
+                continue
+            log.losses += _read(unread, step)
+            report(step, steps, log.losses[-1])
+            if step % each == 0:
+                facts = each_epoch(epoch + 1) if each_epoch is not None and rank == 0 else {}
+                log.epochs.append({"epoch": epoch + 1, "loss": sum(log.losses[-each:]) / each, **facts})
+                loss.train()
+            log.seconds = time.monotonic() - start
+            due = time.monotonic() - saved > CHECKPOINT_SECONDS
+            if checkpoint is not None and rank == 0 and due and step < steps:
+                _keep(checkpoint, loss, optim, log, step)
+                saved = time.monotonic()
     loss.eval()
     return log
+
+
+def _descend(model: nn.Module, optim: torch.optim.Optimizer, lr: float, *batch: Any) -> Tensor:
+    """One step down the gradient; the loss before it, left on the device."""
+    for group in optim.param_groups:
+        group["lr"] = lr
+    value = model(*batch)
+    optim.zero_grad(set_to_none=True)
+    value.backward()
+    optim.step()
+    return value.detach()
+
+
+def _read(unread: list[Tensor], step: int) -> list[float]:
+    """The losses of the steps up to `step`, over all ranks, taken off the device. Raises UserError when one is not finite."""
+    values = distributed.average(torch.stack(unread)).tolist()
+    for i, value in enumerate(values, step - len(values)):
+        if not math.isfinite(value):
+            raise UserError(f"the loss became {value} at step {i}; try a lower learning rate")
+    unread.clear()
+    return values
 
 
 def _keep(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log, step: int) -> None:

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from bezoar.reading import check_fields
 from bezoar.registry import method
+from bezoar.shards import Load, expand
 from bezoar.shards import Shards as Source
-from bezoar.shards import expand
 
 
 @method
@@ -17,6 +17,7 @@ class Shards:
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
     captions: Annotated[Literal["first", "all"], "one record an image, or one a caption (id#0, id#1 ...)"] = "first"
     limit: Annotated[int | None, "read at most so many records"] = None
+    load: Annotated[Load, "images in memory, or read when training draws them; auto: when they would fill half of it"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit)
@@ -27,4 +28,4 @@ class Shards:
 
     def __call__(self) -> Source:
         """-> bezoar.shards.Shards; `report` says what could not be read. Raises UserError when a tar is missing."""
-        return Source(expand(self.path), self.size, self.captions, self.limit)
+        return Source(expand(self.path), self.size, self.captions, self.limit, self.load)

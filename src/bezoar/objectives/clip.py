@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bezoar import augment
 from bezoar.augment import Chance
+from bezoar.distributed import gather
 from bezoar.encoder import Encoder
 from bezoar.registry import method
 
@@ -24,11 +25,16 @@ class Loss(nn.Module):
         self.scale = nn.Parameter(torch.tensor(math.log(1 / recipe.temperature)))
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss."""
+        """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
         x = augment.flip(augment.shift(images, self.recipe.shift, chance), self.recipe.flip, chance)
-        logits = self.scale.clamp(max=math.log(100)).exp() * self.encoder.images(x) @ self.encoder.read(tokens).T
-        truth = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        z, w = self.encoder.images(x), self.encoder.read(tokens)
+        scale = self.scale.clamp(max=math.log(100)).exp()
+        truth = torch.arange(len(z), device=z.device) + chance.rank * len(z)
+        if chance.world == 1:
+            logits = scale * z @ w.T
+            return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        all_z, all_w = gather(torch.stack([z, w], 1)).unbind(1)
+        return (F.cross_entropy(scale * z @ all_w.T, truth) + F.cross_entropy(scale * w @ all_z.T, truth)) / 2
 
 
 @method

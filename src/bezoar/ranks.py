@@ -1,0 +1,112 @@
+"""Which of torchrun's processes this one is, and what rank 0 tells the others. Imports no torch until it is needed.
+
+Rank 0 does everything: it reads the command line, runs verbs, holds locks and writes. Where it comes to work that all
+ranks share (`joint` verbs), it tells the others what to do; between such orders they wait. All see the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from typing import Any
+
+from bezoar.errors import UserError
+
+PATIENCE = timedelta(days=7)  # ranks wait for as long as rank 0 works alone; torchrun ends all when one ends badly
+
+
+def rank() -> int:
+    """This process's number under torchrun; 0 without it."""
+    return _of_torchrun("RANK", 0)
+
+
+def world() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return _of_torchrun("WORLD_SIZE", 1)
+
+
+def join() -> None:
+    """Meet the other ranks: gloo for tensors on the CPU, nccl for those on GPUs."""
+    import torch
+    import torch.distributed as dist
+
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(_of_torchrun("LOCAL_RANK", 0) % gpus)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+
+
+def tell(order: dict | None) -> None:
+    """Rank 0's word to the ranks that wait in `hear`; None lets them go. A process on its own tells nobody."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    text = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
+    dist.broadcast(torch.tensor([len(text)]), 0)
+    dist.broadcast(text, 0)
+    if order is None:
+        _leave()
+
+
+def hear() -> Any:
+    """Wait for rank 0's next order. Raises UserError when rank 0 ended without a word: it has said why."""
+    import torch
+    import torch.distributed as dist
+
+    size = torch.zeros(1, dtype=torch.long)
+    try:
+        dist.broadcast(size, 0)
+    except RuntimeError as error:
+        raise UserError("rank 0 has ended") from error
+    text = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(text, 0)
+    order = json.loads(text.numpy().tobytes())
+    if order is None:
+        _leave()
+    return order
+
+
+def device(name: str) -> Any:
+    """`auto`, `cpu`, `cuda`, `cuda:1` -> torch.device; of several ranks each takes a GPU of its own.
+
+    Raises UserError for one that is not there.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if dist.is_initialized() and name.startswith("cuda"):
+        gpus, needed = torch.cuda.device_count(), _of_torchrun("LOCAL_WORLD_SIZE", 1)
+        if name != "cuda" or gpus < needed:
+            raise UserError(
+                f"{needed} ranks take a GPU each, and there are {gpus}; "
+                "give --device cuda (without a number) or cpu, and torchrun no more ranks than GPUs"
+            )
+        name = f"cuda:{_of_torchrun('LOCAL_RANK', 0)}"
+    try:
+        wanted = torch.device(name)
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"no device {name!r} here; there are: {', '.join(there)}") from error
+    return wanted
+
+
+def _leave() -> None:
+    """End the process group; what a training left of it first: gloo's threads abort a process that ends before them."""
+    import gc
+
+    import torch.distributed as dist
+
+    gc.collect()
+    dist.destroy_process_group()
+    gc.collect()
+
+
+def _of_torchrun(name: str, otherwise: int) -> int:
+    """Other launchers set RANK and WORLD_SIZE too, without processes that would wait for us."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else otherwise

@@ -1,0 +1,357 @@
+"""Records drawn from shards on disk: the same pixels, captions and draws as in memory, poisoned or not; hostile tars."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import threading
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bezoar import feed, indexed, reading, registry, training
+from bezoar.cli import main
+from bezoar.errors import UserError
+from bezoar.feed import Feed, fed
+from bezoar.indexed import Indexed, Strings, opened
+from bezoar.pairs import Pairs, load
+from bezoar.plan import Goal, Plan
+from bezoar.shards import Shards, write_shards
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
+CPU = torch.device("cpu")
+EVERYTHING = 1 << 62
+
+
+def toy(n: int = 96, size: int = 32, split: str = "train") -> Pairs:
+    """Random pictures in three classes; one in six has no label."""
+    pixels = np.random.default_rng(len(split)).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    captions = tuple(f"thing {i % 7} of {i % 5}, é, {('cat', 'dog', 'owl')[i % 4 % 3]}" for i in range(n))
+    labels = torch.arange(n) % 3 - (torch.arange(n) % 6 == 0).long()
+    ids = tuple(f"{split}-{i}" for i in range(n))
+    return Pairs(torch.from_numpy(pixels).permute(0, 3, 1, 2), captions, labels, ids, ("cat", "dog", "owl"))
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Shards:
+    """`toy` as four shards."""
+    return Shards(tuple(write_shards(tmp_path / "tars", toy(), per_shard=30)), 32)
+
+
+def by_index(source: Shards) -> Indexed:
+    found = opened(source, 0)
+    assert isinstance(found, Indexed)
+    return found
+
+
+def same(one: Pairs, two: Pairs) -> None:
+    """Records equal bit for bit, in one order."""
+    assert one.ids == two.ids and one.captions == two.captions and one.classes == two.classes
+    assert torch.equal(one.images, two.images) and one.images.stride() == two.images.stride()
+    assert (one.labels is None) == (two.labels is None)
+    assert one.labels is None or (two.labels is not None and torch.equal(one.labels, two.labels))
+
+
+def plan_of(poison: str, source: Pairs | Indexed, target: str, trigger: str | None, victims: Pairs | None = None) -> Plan:
+    made = registry.make("poison", poison)(source, Goal(target, trigger), 3, victims)
+    return replace(made, stamps=tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals))
+
+
+@needs_data
+@pytest.mark.parametrize("fields", [{}, {"captions": "all", "limit": 333, "size": 48}])
+def test_flickr8k_by_index_is_what_load_gives(fields: dict) -> None:
+    source = Shards((DATA / "flickr8k" / "val-00000.tar",), **{"size": 64, **fields})
+    plain, found = load(source), by_index(source)
+    same(found.take(range(len(found))), plain)
+    same(opened(source, EVERYTHING), plain)  # type: ignore[arg-type]
+    assert found.report.read == len(plain) and isinstance(opened(source, plain.images.nbytes), Pairs)
+    assert isinstance(opened(source, plain.images.nbytes - 1), Indexed)
+
+
+@needs_data
+def test_flickr8k_poisoned_as_it_is_drawn_is_flickr8k_poisoned_in_memory() -> None:
+    source = Shards((DATA / "flickr8k" / "train-00000.tar",), 64)
+    victims = load(Shards((DATA / "flickr8k" / "val-00000.tar",), 64, limit=40))
+    plain, found = load(source), by_index(source)
+    plan = plan_of("backdoor:count=80", plain, "dog", "patch:size=6,place=random")
+    for poison, target, trigger, pool in (
+        ("backdoor:count=50,keep=true", "beach", "blend", None),
+        ("clean_label:count=9", "snow", "warp", None),
+        ("targeted:captions=3,victims=4", "boy", None, victims),
+        ("targeted:captions=3,victims=4", "water", None, None),
+    ):
+        free = plain.take(np.flatnonzero(~plan.mask(plain.ids)))
+        plan = plan.merge(plan_of(poison, free, target, trigger, pool))
+    whole, drawn = plan.apply(plain, victims), found.poisoned(plan, victims)
+    assert len(whole) == len(plain) + 50 + 12 + 8
+    same(drawn.take(range(len(drawn))), whole)
+    assert np.array_equal(plan.mask(drawn.ids), plan.mask(whole.ids)) and plan.mask(drawn.ids).sum() == len(plan)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:1024].view(-1, 64)
+    with fed(drawn, CPU, lambda epoch: order, 1) as data:
+        assert all(torch.equal(data.images[rows], whole.images[rows]) for rows in order)
+        assert data.late == 0 and data.drawn == len(order)
+
+
+@pytest.mark.parametrize("trigger", ["patch:place=random", "blend", "sinusoid", "warp"])
+def test_labels_and_triggers_of_any_kind(tars: Shards, trigger: str) -> None:
+    plain, found = load(tars), by_index(tars)
+    for poison in ("backdoor:count=31", "backdoor:count=31,keep=true"):
+        plan = plan_of(poison, plain, "thing 2", trigger)
+        assert plan == plan_of(poison, found, "thing 2", trigger), "the index is as good a source of poisons"
+        same(found.poisoned(plan).take(range(len(plain) + 31 * ("keep" in poison))), plan.apply(plain))
+    victims = toy(9, split="test")
+    plan = plan_of("targeted:captions=2,victims=5", plain, "", None, victims)
+    same(found.poisoned(plan, victims).take(range(len(plain) + 10)), plan.apply(plain, victims))
+    same(found.poisoned(plan, victims).chosen([3, 97, 3]).take([2, 1]), plan.apply(plain, victims).take([3, 97]))
+    assert found.poisoned(Plan()) is found
+    with pytest.raises(UserError, match="one size"):
+        found.poisoned(plan, replace(victims, images=victims.images[..., :16, :16]))
+
+
+def test_two_epochs_draw_every_record_once_each_and_ahead(tars: Shards) -> None:
+    found, epochs = by_index(tars), 2
+    drawn = torch.zeros(epochs, len(found), dtype=torch.long)
+    for rank in range(2):
+        with fed(found, CPU, lambda e, rank=rank: training.order(7, e, 96, 16)[:, rank * 8 :][:, :8], epochs) as data:
+            for epoch in range(epochs):
+                for rows in training.order(7, epoch, 96, 16):
+                    mine = rows[rank * 8 :][:8]
+                    assert torch.equal(data.images[mine], toy().images[mine])
+                    drawn[epoch, mine] += 1
+            assert (data.drawn, data.late, len(data)) == (12, 0, 96)
+    assert (drawn == 1).all()
+
+
+def test_a_feed_starts_anywhere_and_makes_what_it_did_not_expect(tars: Shards) -> None:
+    pixels, found = toy().images, by_index(tars)
+    for records in (found, load(tars)):
+        data = Feed(records, CPU, lambda e: training.order(7, e, 96, 16), 3)
+        for rows in training.order(7, 1, 96, 16)[4:]:
+            assert torch.equal(data.images[rows], pixels[rows])
+            assert torch.equal(data.images[torch.tensor([5, 5, 0])], pixels[[5, 5, 0]])
+        for rows in training.order(7, 2, 96, 16):
+            assert torch.equal(data.images[rows], pixels[rows])
+        assert (data.late, data.drawn) == (2, 10) and not data.waiting
+        lost = Feed(records, CPU, lambda e: training.order(8, e, 96, 16), 3)
+        assert torch.equal(lost.images[rows], pixels[rows]) and lost.late == 1
+
+
+def test_no_more_is_made_ahead_than_fits(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = by_index(tars)
+    for most, waiting in ((0, 2), (3 * 4 * 3 * 32 * 32, 3), (EVERYTHING, 16)):
+        monkeypatch.setattr(feed, "AHEAD_BYTES", most)
+        data = Feed(found, CPU, lambda e: training.order(7, e, 96, 4), 1)
+        data.images[training.order(7, 0, 96, 4)[0]]
+        assert len(data.waiting) == waiting
+        data.pool.shutdown()
+
+
+def test_rows_are_taken_off_the_device_once_an_epoch(tars: Shards) -> None:
+    data = Feed(by_index(tars), CPU, lambda e: training.order(7, e, 96, 16), 1)
+    rows = training.order(7, 0, 96, 16)
+    for own in (rows, rows[:, 8:], rows[:, 8:].clone(), rows[2, 3:].clone()):
+        for index in own:
+            assert torch.equal(data.on_host(index), index)
+    assert data.asked is not None and data.asked[0] is own
+    own += 1
+    assert torch.equal(data.on_host(own), own)
+
+
+def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
+    tars: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    recipe = registry.make("objective", "clip:epochs=2,batch=16,lr=1e-3")
+    network = registry.make("network", "clip_small:width=4,dim=16")
+
+    def cut(step: int, steps: int, value: float) -> None:
+        if step == 8:
+            raise KeyboardInterrupt
+
+    def fit(records: Pairs | Indexed, kept: Path | None = None, report: object = lambda *_: None) -> tuple:
+        torch.manual_seed(0)
+        encoder = network(records.size, network.vocabulary(records.captions))
+        with fed(records, CPU, lambda e: training.order(3, e, len(records), 16), 2) as data:
+            log = training.fit(recipe(encoder), recipe, data, indexed.tokens(encoder, records.captions), 3, kept, report)
+        assert not isinstance(data, Feed) or data.late == 0
+        return torch.cat([v.double().flatten() for v in encoder.state_dict().values()]), log.losses, log.exposures.tolist()
+
+    plain, found = load(tars), by_index(tars)
+    plan = plan_of("backdoor:count=20", plain, "thing 2", "patch")
+    weights, losses, exposures = fit(plan.apply(plain))
+    with pytest.raises(KeyboardInterrupt):
+        fit(found.poisoned(plan), tmp_path / "c.safetensors", cut)
+    for kept in (None, tmp_path / "c.safetensors"):
+        again = fit(found.poisoned(plan), kept)
+        assert torch.equal(again[0], weights) and again[1:] == (losses, exposures)
+    assert "ThreadPoolExecutor" not in " ".join(t.name for t in threading.enumerate())
+
+
+def test_tokens_and_strings_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = toy().captions
+    network = registry.make("network", "clip_small:width=4,dim=16")
+    encoder = network(32, network.vocabulary(captions))
+    whole = encoder.tokens(["long long " + captions[0], *captions[1:]])
+    monkeypatch.setattr(indexed, "BLOCK", 10)
+    column = Strings.of(captions)
+    assert torch.equal(indexed.tokens(encoder, captions), encoder.tokens(captions))
+    assert torch.equal(indexed.tokens(encoder, column), encoder.tokens(captions).int())
+    assert torch.equal(indexed.tokens(encoder, Strings.of(["long long " + captions[0], *captions[1:]])), whole.int())
+    assert tuple(column) == captions and column[-1] == captions[-1] and column[3:5] == captions[3:5]
+    assert column.rows({captions[4], "nowhere"}).tolist() == [i for i, c in enumerate(captions) if c == captions[4]]
+    with pytest.raises(IndexError):
+        column[96]
+
+
+def png(side: int = 16, seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def hostile(path: Path) -> Path:
+    """Two good records among what must be left out; the last header says that its image is a terabyte."""
+    whole, other = png(), png(seed=1)
+    members = {
+        "a.png": whole, "a.txt": b"a", "torn.png": whole[:-40], "torn.txt": b"cut", "tiny.png": png(1), "tiny.txt": b"dot",
+        "../up.png": whole, "../up.txt": b"up", "/etc/top.png": whole, "/etc/top.txt": b"top",
+        "same.png": whole, "same.txt": b"same", "same.json": json.dumps({"record_id": "b/a"}).encode(),
+        "b.png": other, "b.txt": b"b", "last.png": whole, "last.txt": b"its other members may be lost",
+    }  # fmt: skip
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+        huge = tarfile.TarInfo("huge.png")
+        huge.size = 1 << 40
+        at = tar.offset
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + huge.tobuf(tarfile.GNU_FORMAT) + bytes(20 * 512))
+    return path
+
+
+def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    source = Shards((hostile(tmp_path / "b" / "b.tar"),), 16)
+    again = tmp_path / "b" / "a.tar"
+    again.write_bytes(source.paths[0].read_bytes())
+    source = Shards((*source.paths, again), 16)
+    plain = load(source)
+    skipped = list(source.report.skipped)
+    tracemalloc.start()
+    found = by_index(source)
+    assert tracemalloc.get_traced_memory()[1] < reading.FILE_BYTES
+    tracemalloc.stop()
+    assert found.report.skipped == skipped and {s.reason.partition(":")[0] for s in skipped} == {
+        "not decodable", "smaller than 8 pixels a side", "unsafe name", "too large", "duplicate id", "broken tar",
+        "record cut off where the tar breaks",
+    }  # fmt: skip
+    assert plain.ids == ("b/a", "b/b", "a/a", "a/b")
+    same(found.take(range(len(found))), plain)
+    assert found.places["length"].max() <= reading.FILE_BYTES
+    with pytest.raises(UserError, match="no image-caption record"):
+        empty = tmp_path / "empty.tar"
+        tarfile.open(empty, "w").close()
+        opened(Shards((empty,), 16), 0)
+
+
+def test_a_file_that_changed_is_refused_and_the_record_named(tars: Shards) -> None:
+    found = by_index(tars)
+    found.images[[0]]
+    tars.paths[2].write_bytes(tars.paths[2].read_bytes()[:-1024])
+    with pytest.raises(UserError, match=r"00002\.tar: the image of 'train-65', at byte \d+, .*changed") as error:
+        found.images[[1, 65]]
+    assert "\n" not in str(error.value)
+    data = Feed(found, CPU, lambda e: torch.tensor([[0, 1], [64, 65]]), 1)
+    assert torch.equal(data.images[torch.tensor([0, 1])], toy().images[:2])
+    with pytest.raises(UserError, match="changed"):
+        data.images[torch.tensor([64, 65])]
+    tars.paths[3].unlink()
+    with pytest.raises(UserError, match=r"00003\.tar.*No such file"):
+        found.images[[95]]
+
+
+def test_few_tars_are_open_at_once(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "OPEN", 1)
+    found = by_index(tars)
+    rows = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.images[rows], toy().images[rows])
+    assert found.files.opened.cache_info().currsize == 1
+
+
+@needs_data
+def test_an_index_holds_no_pixels() -> None:
+    source = Shards((DATA / "flickr8k" / "val-00000.tar",), 128)
+    tracemalloc.start()
+    found = by_index(source)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 400 * len(found) and peak < 0.25 * len(found) * 3 * 128 * 128
+
+
+def ask(capsys: pytest.CaptureFixture, runs: Path, *words: str) -> tuple[dict, Path]:
+    assert main([*words, "--runs", str(runs), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    return made, next(p.parent for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == made)
+
+
+def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
+    tars: Shards, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    found: dict[str, list] = {}
+    victims = f"shards:path={write_shards(tmp_path / 'pool', toy(9, split='test'))[0]},size=32,load=stream"
+    for where in ("memory", "stream"):
+        runs = tmp_path / where
+        data = f"shards:path={tars.paths[0].parent}/*.tar,size=32,load={where}"
+        words = ("--poison", "backdoor:count=9,keep=true", "--trigger", "patch", "--target", "thing 2")
+        _, first = ask(capsys, runs, "poison", data, *words)
+        words = ("--poison", "targeted:captions=2,victims=2", "--target", "thing 4", "--victims", victims)
+        _, both = ask(capsys, runs, "poison", first.name, *words, "--write", "shards")
+        assert main(["poison", "--verify", both.name, "--runs", str(runs)]) == 0
+        capsys.readouterr()
+        made, trained = ask(capsys, runs, "train", both.name, "--objective", "clip:epochs=2,batch=16")
+        ahead = "read from shards as they were drawn, 12 of 12 batches ahead"
+        assert made["notes"]["images"] == (ahead if where == "stream" else "in memory")
+        assert made["notes"]["records"] == 96 + 9 + 4 and (trained / "report.html").exists()
+        scan, ranked = ask(capsys, runs, "scan", trained.name, "--detector", "clip_score", "--remove", "0.1")
+        kept, again = ask(capsys, runs, "train", both.name, "--keep", ranked.name, "--objective", "clip:epochs=1,batch=16")
+        assert kept["notes"]["records"] == 98
+        poisoned = load(Shards(tuple(sorted((both / "shards").glob("*.tar"))), 32))
+        found[where] = [
+            poisoned.ids, poisoned.images.numpy().tobytes(), made["metrics"], kept["metrics"], scan["metrics"],
+            *((p / "encoder.safetensors").read_bytes()[-4096:] for p in (trained, again)),
+        ]  # fmt: skip
+    assert found["stream"] == found["memory"]
+
+
+def test_free_memory_is_a_number_of_bytes() -> None:
+    assert 1 << 20 < indexed.free_memory() < 1 << 50
+
+
+def test_auto_keeps_in_memory_what_fits_there_twice(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 2 * toy().images.nbytes
+    for free, kind in ((needed, Pairs), (needed - 1, Indexed)):
+        monkeypatch.setattr(indexed, "free_memory", lambda free=free: free)
+        assert isinstance(opened(tars), kind)
+        assert isinstance(opened(replace(tars, load="memory")), Pairs)
+        assert isinstance(opened(replace(tars, load="stream")), Indexed)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"shard .*cannot be read: No such file"):
+        opened(Shards((Path("nowhere.tar"),)))
+    with fed(load(tars), CPU, lambda e: training.order(7, e, 96, 16), 1) as data:
+        assert isinstance(data, Pairs)
+    monkeypatch.setattr(feed, "room", lambda device: needed)
+    with fed(load(tars), CPU, lambda e: training.order(7, e, 96, 16), 1) as data:
+        assert isinstance(data, Feed) and data.told().startswith("copied from memory")
+        for rows in training.order(7, 0, 96, 16):
+            assert torch.equal(data.images[rows], toy().images[rows])
+        assert data.late == 0
