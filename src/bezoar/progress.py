@@ -45,5 +45,5 @@ class Progress:
             self.bar.update(self.task, completed=done, description=f"{self.title} {text}")
         elif not self.quiet and time.monotonic() - self.said > EVERY_SECONDS:
             self.said = time.monotonic()
-            left = (self.said - self.began) * (total - done) / max(done, 1)
-            print(f"{self.title} {text}: {done}/{total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            left = f", about {(self.said - self.began) * (total - done) / done:.0f} s left" if done else ""
+            print(f"{self.title} {text}: {done}/{total}{left}", file=sys.stderr, flush=True)
