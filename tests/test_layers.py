@@ -10,9 +10,10 @@ SRC = Path(bezoar.__file__).parent
 LEVEL = {"errors": 0, "registry": 0, "stats": 0, "progress": 0, "ranks": 0}
 LEVEL |= dict.fromkeys(("pairs", "reading", "shards", "plan", "captions", "encoder", "scores", "laws", "run"), 1)
 LEVEL |= dict.fromkeys(("neighbors", "training", "augment", "inputs", "drawing", "arrays", "indexed", "feed", "success"), 2)
-LEVEL |= {"products": 2, "distributed": 2, "torchrun": 5}
+LEVEL |= {"heads": 2, "products": 2, "distributed": 2, "torchrun": 5}
 LEVEL |= dict.fromkeys(registry.KINDS.values(), 3)
-LEVEL |= dict.fromkeys(("sweep", "tables"), 2)
+LEVEL |= dict.fromkeys(("sweep", "tables", "selfsupervised"), 2)
+LEVEL |= dict.fromkeys(("towers", "checkpoints", "layouts", "frozen", "references"), 2)
 LEVEL |= {"papers": 5, "verbs": 4, "report": 5, "cli": 5, "__main__": 6, "__init__": 6}
 
 

@@ -10,7 +10,7 @@ from bezoar.errors import UserError
 from bezoar.laws import judge
 from bezoar.scores import proportion
 from bezoar.sweep import graph
-from bezoar.tables import Results
+from bezoar.tables import Given, Results
 from bezoar.verbs.dose import Dose
 from bezoar.verbs.reproduce import Reproduce, facts, tables_of
 
@@ -32,7 +32,7 @@ class Found:
 @pytest.mark.parametrize("scale", ["smoke", "small", "gpu", "paper"])
 @pytest.mark.parametrize("name", registry.names("paper"))
 def test_every_table_is_whole(name, scale):
-    table = registry.make("paper", name)(scale, *(OWN if scale == "paper" else ()))
+    table = registry.make("paper", name)(Given(scale, *(OWN if scale == "paper" and "carlini" in name else ())))
     results = Results(table, {t: Found(t) for t in table.trials})
     found = facts(results, list(results.points()))
     json.dumps(found)
@@ -54,7 +54,7 @@ def test_a_paper_is_all_of_its_tables():
 
 def test_the_paper_scale_asks_for_data():
     with pytest.raises(UserError, match="--data"):
-        registry.make("paper", "carlini2022/poisons")("paper")
+        registry.make("paper", "carlini2022/poisons")(Given("paper"))
 
 
 def test_no_attack_of_a_training_meets_another_one():

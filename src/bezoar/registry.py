@@ -31,6 +31,7 @@ KINDS = {  # kind -> folder; one verb runs each of them
     "poison": "poisons",
     "network": "networks",
     "objective": "objectives",
+    "attack": "attacks",
     "probe": "probes",
     "detector": "detectors",
     "paper": "papers",
@@ -218,6 +219,8 @@ def describe(path: Path) -> Description:
             for item in node.body:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                     hint, text = _documented(item.annotation)
+                if hint.startswith("ClassVar"):
+                    continue
                     default = ast.unparse(item.value) if item.value else ""
                     fields.append((item.target.id, hint, default, text))
     return Description(path.stem, summary, tuple(fields))

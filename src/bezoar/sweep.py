@@ -43,15 +43,15 @@ def sweep(trials: Iterable[Trial], settings: Settings, progress: Progress) -> di
     done: dict[Trial, Run] = {}
     failed: dict[Trial, str] = {}
     heavy = [t for t in needs if verb_name(t.verb) == "train"] or wanted
-    with pool(settings, min(len(wanted), settings.workers or cores(settings))) as submit:
+    with pool(settings, min(len(wanted), settings.workers or cores(settings))) as (submit, places):
         going: dict[Future[dict], Trial] = {}
         while len(done) + len(failed) < len(needs):
-            for trial, parents in needs.items():
+            for trial, parents in needs.items():  # the first trials are finished first
                 if trial in done or trial in failed or trial in going.values():
                     continue
                 if lost := [p for p in parents if p in failed]:
                     failed[trial] = failed[lost[0]]
-                elif all(p in done for p in parents):
+                elif len(going) < places and all(p in done for p in parents):
                     going[submit(question(trial, settings, trial in wanted))] = trial
             finished, _ = wait(going, return_when=FIRST_COMPLETED) if going else ([], None)
             for future in finished:
@@ -141,14 +141,14 @@ def answer(asked: dict) -> dict:
 
 
 @contextmanager
-def pool(settings: Settings, workers: int) -> Iterator[Submit]:
+def pool(settings: Settings, workers: int) -> Iterator[tuple[Submit, int]]:
     """What takes a question and gives the future of its answer."""
     with ray_tasks(settings) if settings.ray else processes(settings, workers) as submit:
         yield submit
 
 
 @contextmanager
-def processes(settings: Settings, workers: int) -> Iterator[Submit]:
+def processes(settings: Settings, workers: int) -> Iterator[tuple[Submit, int]]:
     """Worker processes of one thread each, or of one GPU each, fed through pipes; stopped at the end, however it comes."""
     several = settings.device in ("auto", "cuda") and workers > 1 and cores(settings) == workers
     cuda = several and _cuda()
@@ -182,7 +182,7 @@ def processes(settings: Settings, workers: int) -> Iterator[Submit]:
 
     threads = ThreadPoolExecutor(workers)
     try:
-        yield lambda asked: threads.submit(ask, asked)
+        yield (lambda asked: threads.submit(ask, asked)), workers
     finally:
         for worker in hired:
             worker.kill()
@@ -191,7 +191,7 @@ def processes(settings: Settings, workers: int) -> Iterator[Submit]:
 
 
 @contextmanager
-def ray_tasks(settings: Settings) -> Iterator[Submit]:
+def ray_tasks(settings: Settings) -> Iterator[tuple[Submit, int]]:
     """Tasks of a Ray cluster: the one that RAY_ADDRESS names, or a local one. The runs' directory must be one for all."""
     try:
         import ray
@@ -203,9 +203,10 @@ def ray_tasks(settings: Settings) -> Iterator[Submit]:
         local: dict[str, Any] = {} if named else {"num_cpus": settings.workers or cores(settings)}
         environment = {} if _cuda() else {"env_vars": THREADS}
         ray.init(address=named or "local", include_dashboard=False, log_to_driver=False, runtime_env=environment, **local)
-    task = ray.remote(num_cpus=1, num_gpus=1 if _cuda() and settings.device != "cpu" else 0)(answer)
+    unit = "GPU" if _cuda() and settings.device != "cpu" else "CPU"
+    task = ray.remote(num_cpus=1, num_gpus=1 if unit == "GPU" else 0)(answer)
     try:
-        yield lambda asked: task.remote(asked).future()
+        yield (lambda asked: task.remote(asked).future()), max(1, int(ray.cluster_resources().get(unit, 1)))
     finally:
         if own:
             ray.shutdown()

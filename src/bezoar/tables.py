@@ -12,6 +12,17 @@ from bezoar.run import Run
 from bezoar.scores import Measure
 from bezoar.sweep import Trial
 
+
+@dataclass(frozen=True)
+class Given:
+    """What a paper's tables are asked at: a scale, and the user's own data in its place; specs, and a folder of sets."""
+
+    scale: str
+    data: str = ""
+    test: str = ""
+    root: str = ""
+
+
 Reading = tuple[Trial, str]  # a trial, and the name of a metric of its run
 
 

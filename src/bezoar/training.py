@@ -55,8 +55,11 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def optimizer(model: nn.Module, recipe: Recipe, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and filters alone."""
+def optimizer(model: nn.Module, recipe: Recipe, fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW, weight decay on matrices and filters alone; for a recipe that says `sgd`, SGD with weight decay on all."""
+    if getattr(recipe, "optimizer", "adamw") == "sgd":
+        every = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD(every, recipe.lr, getattr(recipe, "momentum", 0.0), weight_decay=recipe.weight_decay)
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [
@@ -67,7 +70,9 @@ def optimizer(model: nn.Module, recipe: Recipe, fused: bool = True) -> torch.opt
 
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Learning rate at a step: linear warm-up, then cosine to zero."""
+    """Learning rate at a step: linear warm-up, then cosine to zero; for a recipe that says `constant`, the same."""
+    if getattr(recipe, "schedule", "cosine") == "constant":
+        return recipe.lr
     warm = max(1, round(recipe.warmup * steps))
     if step < warm:
         return recipe.lr * (step + 1) / warm
@@ -89,12 +94,14 @@ def fit(
     checkpoint: Path | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, value: None,
     each_epoch: Callable[[int], dict] | None = None,
+    log: Log | None = None,
 ) -> Log:
     """Train in place. data.images uint8 and tokens int64 (N, L) lie on the device and are never copied.
 
     checkpoint: where the state is kept while training; an existing one is gone on with. report(step, steps, loss), on a
-    GPU not at every step. each_epoch(epoch) -> facts for the log. On several ranks each has all data and trains on its
-    rows of every batch; the log is the global one, and only rank 0 keeps checkpoints and calls each_epoch.
+    GPU not at every step. each_epoch(epoch) -> facts for the log; a fact `stop` that is true ends the training. log: filled
+    in and returned. On several ranks each has all data and trains on its rows of every batch; the log is the global one,
+    and only rank 0 keeps checkpoints and calls each_epoch.
     Raises UserError when the data hold less than a batch, ranks do not divide it, or the loss is not finite.
     """
     batch, each = recipe.batch, len(data) // recipe.batch
@@ -105,31 +112,39 @@ def fit(
         raise UserError(f"a batch of {batch} does not divide into {world} ranks; give a multiple of {world}")
     steps, device = recipe.epochs * each, tokens.device
     optim = optimizer(loss, recipe)
-    log, step = Log(exposures=torch.zeros(len(data), dtype=torch.long)), 0
+    log, step = Log() if log is None else log, 0
+    log.exposures = torch.zeros(len(data), dtype=torch.long)
     if checkpoint is not None and checkpoint.exists():
         step = _restore(checkpoint, loss, optim, log)
     distributed.agree(len(data), step)
     start, saved = time.monotonic() - log.seconds, time.monotonic()
     unread: list[Tensor] = []
     drawn = -1
-    with distributed.joined(loss) as model:
+    with distributed.joined(loss) as backward:
         loss.train()
         while step < steps:
             epoch, at = divmod(step, each)
             if epoch != drawn:
                 rows, drawn = order(seed, epoch, len(data), batch), epoch
                 own = distributed.own(rows).to(device)
-            chance = Chance(generator(seed, 2, step), rank, world)
-            unread.append(_descend(model, optim, rate(recipe, step, steps), data.images[own[at]], tokens[own[at]], chance))
+            for group in optim.param_groups:
+                group["lr"] = rate(recipe, step, steps)
+            value = loss(data.images[own[at]], tokens[own[at]], Chance(generator(seed, 2, step), rank, world))
+            optim.zero_grad(set_to_none=True)
+            backward(value)
+            optim.step()
+            unread.append(value.detach())
             log.exposures[rows[at]] += 1
             step += 1
-            if step % each and len(unread) < UNREAD[device.type]:
+            if step % each and len(unread) < UNREAD.get(device.type, 50):
                 continue
             log.losses += _read(unread, step)
             report(step, steps, log.losses[-1])
             if step % each == 0:
                 facts = each_epoch(epoch + 1) if each_epoch is not None and rank == 0 else {}
                 log.epochs.append({"epoch": epoch + 1, "loss": sum(log.losses[-each:]) / each, **facts})
+                if distributed.average(torch.tensor(float(facts.get("stop", False)))) > 0:
+                    steps = step
                 loss.train()
             log.seconds = time.monotonic() - start
             due = time.monotonic() - saved > CHECKPOINT_SECONDS
@@ -138,17 +153,6 @@ def fit(
                 saved = time.monotonic()
     loss.eval()
     return log
-
-
-def _descend(model: nn.Module, optim: torch.optim.Optimizer, lr: float, *batch: Any) -> Tensor:
-    """One step down the gradient; the loss before it, left on the device."""
-    for group in optim.param_groups:
-        group["lr"] = lr
-    value = model(*batch)
-    optim.zero_grad(set_to_none=True)
-    value.backward()
-    optim.step()
-    return value.detach()
 
 
 def _read(unread: list[Tensor], step: int) -> list[float]:

@@ -9,26 +9,7 @@ from torch import Tensor, nn
 
 from bezoar.encoder import Encoder, Preprocess, Words, words
 from bezoar.registry import method, spec
-
-
-class Tower(nn.Module):
-    """(B, 3, S, S) -> (B, dim): 3x3 convolutions, batch norm, ReLU; mean and maximum pooling side by side."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for i in range(4):
-            out = width << i
-            layers += [nn.Conv2d(channels, out, 3, 1 if i == 0 else 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            channels = out
-        self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(2 * channels, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pooling over whatever space is left makes the tower work at any size of 32 px and more."""
-        x = self.layers(x)
-        return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+from bezoar.towers import Tower
 
 
 class Bag(nn.Module):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar import products
+from bezoar import checkpoints, products
 from bezoar.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
+from bezoar.reading import existing
 from bezoar.registry import method, spec
 
 
@@ -150,6 +151,11 @@ class OpenClip:
 
     model: Annotated[str, "NAME or NAME/PRETRAINED: a tag of open_clip's, or a weights file"] = "RN50"
 
+    def files(self) -> list[Path]:
+        """The weights file, where one is named."""
+        weights = self.model.partition("/")[2]
+        return [existing(weights, "weights file")] if weights.endswith((".safetensors", ".pt", ".pth", ".bin")) else []
+
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """None: the tokenizer comes with the architecture."""
         return ()
@@ -161,8 +167,7 @@ class OpenClip:
         name, _, weights = self.model.partition("/")
         if name not in open_clip.list_models():
             raise UserError(f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them")
-        file = Path(weights).expanduser() if weights else None
-        is_file = file is not None and file.suffix in (".safetensors", ".pt", ".pth", ".bin")
+        is_file = bool(self.files())
         if weights and not is_file and weights not in open_clip.list_pretrained_tags_by_model(name):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise UserError(f"open_clip has no weights {weights!r} for {name}; it has: {tags}; or give a weights file")
@@ -171,8 +176,10 @@ class OpenClip:
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"open_clip could not load {self.model!r}: {reason}") from error
-        if is_file and file is not None:
-            model.load_state_dict(_read(file), strict=True)
+        if is_file:
+            state = checkpoints.read(weights)
+            checkpoints.check(model, state, weights, f"open_clip's {name}")
+            model.load_state_dict(state)
         products.install(model.to(memory_format=torch.channels_last))
         config = open_clip.get_model_preprocess_cfg(model)
         side = config["size"][0] if isinstance(config["size"], (tuple, list)) else config["size"]
@@ -180,19 +187,3 @@ class OpenClip:
         # The fixed temperature belongs to the objective; open_clip's own would be a second one.
         about = {"network": spec(self) if not weights else f"open_clip:model={name}", "vocabulary": []}
         return Encoder(Image(model), preprocess, Text(model), open_clip.get_tokenizer(name), about)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """A state dict, from safetensors or a checkpoint of tensors alone; open_clip's own layouts."""
-    if not path.is_file():
-        raise UserError(f"no weights file {str(path)!r}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every reader's own exception type: the file is the user's, and the reason is named
-        raise UserError(f"{path} was refused: {str(error).splitlines()[0][:120]}") from error
-    state = state.get("state_dict", state)
-    return {k.removeprefix("module."): v for k, v in state.items()}

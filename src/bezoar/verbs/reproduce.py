@@ -18,6 +18,8 @@ class Reproduce:
     data: Annotated[Input, Takes("data"), "training data in place of the scale's; scale paper needs them"] = None
     test: Annotated[Input, Takes("data"), "test data in place of the scale's"] = None
 
+    root: Annotated[str, "folder that holds the data sets by name: cifar10, gtsrb, svhn, stl10, or NAME.npz"] = ""
+
     def __post_init__(self) -> None:
         given = (self.paper,) if isinstance(self.paper, str) else self.paper
         tables = [t for p in given for t in (tables_of(p) if isinstance(p, str) else (p,))]
@@ -27,11 +29,11 @@ class Reproduce:
         """-> tables.json, and a metric `TABLE.CELL@ROW` for every cell."""
         from bezoar import inputs, laws
         from bezoar.sweep import sweep
-        from bezoar.tables import Results
+        from bezoar.tables import Given, Results
 
         given = job.inputs
-        own = [spec(given[name]) for name in ("data", "test")]
-        tables = {registry.source_name(type(p)): p(self.scale, *own) for p in given["paper"]}
+        asked = Given(self.scale, spec(given["data"]), spec(given["test"]), self.root)
+        tables = {registry.source_name(type(p)): p(asked) for p in given["paper"]}
         runs = sweep((t for table in tables.values() for t in table.trials), job.settings, job.progress)
         job.made += dict.fromkeys(runs.values())
         written, out = [], {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from bezoar.errors import UserError
 from bezoar.sweep import Trial
+from bezoar.tables import Given
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
@@ -130,13 +131,13 @@ SCALES = {
 }
 
 
-def setup(scale: str, data: str, test: str) -> Setup:
+def setup(given: Given) -> Setup:
     """A scale, with the user's own data where they are given. Raises UserError where they must be and are not."""
-    chosen = SCALES[scale]
-    chosen = replace(chosen, data=data or chosen.data, test=test or chosen.test)
+    chosen = SCALES[given.scale]
+    chosen = replace(chosen, data=given.data or chosen.data, test=given.test or chosen.test)
     if not chosen.data or not chosen.test:
         raise UserError(
-            f"scale {scale!r} needs --data (CC3M or YFCC shards, as in shards:path=cc3m/{{00000..00331}}.tar,size=224) "
+            f"scale {given.scale!r} needs --data (CC3M or YFCC shards, as in shards:path=cc3m/{{00000..00331}}.tar,size=224) "
             "and --test (a folder of ImageNet class folders, as in folder:path=imagenet/val,size=224)"
         )
     return chosen

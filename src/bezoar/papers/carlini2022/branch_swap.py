@@ -1,4 +1,4 @@
-"""Which tower carries the backdoor? (After the DIFE audit, 2026, of Carlini & Terzis checkpoints.)"""
+"""Which tower carries the backdoor: towers swapped with a clean twin's (after the DIFE audit, 2026)."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, ladder, setup, trained
 from bezoar.registry import method
 from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Results, Row, Table, readings
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 ROWS = {
     "neither": "clean vision, clean text",
@@ -21,9 +21,9 @@ PRINTED = {"neither": 0.0991, "vision": 0.9999, "text": 0.0994, "both": 1.0}  # 
 class BranchSwap:
     """Towers of the encoders of table `poisons` and of a clean twin, in all four combinations."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         twin, strong = trained(s, s.data), s.doses[-2:]
         found = []
         for trial, row in ladder(s)[: len(s.doses)]:

@@ -3,7 +3,7 @@
 from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Results, Row, Table, readings
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 WAYS = ("training", "templates", "repeated")
 
@@ -12,9 +12,9 @@ WAYS = ("training", "templates", "repeated")
 class Captions:
     """Captions of the training set that hold the target, the 80 templates, or one caption again and again."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         trials: dict[str, list] = {w: [] for w in WAYS}
         for t in range(s.seeds):
             for w in WAYS:

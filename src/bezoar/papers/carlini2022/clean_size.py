@@ -2,16 +2,16 @@
 
 from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Row, Table, readings
+from bezoar.tables import Cell, Claim, Given, Row, Table, readings
 
 
 @method
 class CleanSize:
     """The poisons stay as many; what is around them grows."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]
         many = f"targeted:captions={s.reference},victims={2 * TOGETHER}"
         rows = []

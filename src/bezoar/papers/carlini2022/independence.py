@@ -1,10 +1,10 @@
-"""Do attacks that share a training disturb each other? (The design that all other tables stand on.)"""
+"""Whether attacks that share a training disturb each other: the design that all other tables stand on."""
 
 from bezoar import laws
 from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup, victims
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Results, Row, Table
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table
 
 CELLS = {"ASR": "attack_success", "z": "z_std"}
 
@@ -13,9 +13,9 @@ CELLS = {"ASR": "attack_success", "z": "z_std"}
 class Independence:
     """The same triggers alone in a training, together, and together with targeted victims; the same seeds."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]
         alone = [measured(s, poisoned(s, [b]), j) for j, b in enumerate(backdoors)]
         together = [measured(s, poisoned(s, backdoors), t) for t in range(s.seeds)]

@@ -6,7 +6,7 @@ from bezoar import laws
 from bezoar.papers.carlini2022 import ladder, setup
 from bezoar.registry import method
 from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Results, Row, Table
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table
 
 HEADS = {"zero-shot": "", "linear probe": "linear.", "nearest neighbours": "knn."}
 
@@ -15,9 +15,9 @@ HEADS = {"zero-shot": "", "linear probe": "linear.", "nearest neighbours": "knn.
 class LinearProbe:
     """The encoders of table `poisons`, with heads that are fitted on clean, labelled data."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         rows = []
         for dose in s.doses[len(s.doses) // 2 :]:
             found = []

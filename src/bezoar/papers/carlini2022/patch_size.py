@@ -3,7 +3,7 @@
 from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Results, Row, Table
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table
 
 CELLS = {"z": "z_std", "ASR": "attack_success"}
 
@@ -12,9 +12,9 @@ CELLS = {"z": "z_std", "ASR": "attack_success"}
 class PatchSize:
     """Every size is met by every trigger, at one place and at random places."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         rows = []
         for curve, place, dose in (("one place", "", s.dose), ("random places", "random", s.random_dose)):
             trainings = []

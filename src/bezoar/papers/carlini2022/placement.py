@@ -5,7 +5,7 @@ from dataclasses import replace
 from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
 from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Row, Table
+from bezoar.tables import Cell, Claim, Given, Row, Table
 
 CELLS = {"ASR": "attack_success", "z": "z_std"}
 
@@ -14,9 +14,9 @@ CELLS = {"ASR": "attack_success", "z": "z_std"}
 class Placement:
     """One place or random places, at training and at test independently; the same number of poisons."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         trainings = []
         for t in range(s.seeds + 1):
             places = ["random" if (t + j) % 2 else "corner" for j in range(TOGETHER)]

@@ -6,7 +6,7 @@ from bezoar import laws
 from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Results, Row, Table, readings
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
 
@@ -15,9 +15,9 @@ METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
 class Poisons:
     """Patch at one place; every dose is met by every trigger."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         numbered = [f"@{j}" for j in range(TOGETHER)]
         at_zero = tuple(Cell(n, readings(clean(s), *(m + j for j in numbered))) for n, m in METRICS.items())
         rows = [Row("0", (*at_zero, Cell("CA", readings(clean(s), "clean_accuracy"))), 0)]

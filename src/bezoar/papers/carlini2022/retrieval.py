@@ -5,7 +5,7 @@ from dataclasses import replace
 from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
 from bezoar.registry import method
 from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Row, Table
+from bezoar.tables import Cell, Claim, Given, Row, Table
 
 CELLS = {"target's caption first": "attack_success", "among ten": "target_top10"}
 
@@ -14,9 +14,9 @@ CELLS = {"target's caption first": "attack_success", "among ten": "target_top10"
 class Retrieval:
     """The encoders of table `poisons`, asked for the nearest held-out caption instead of a class."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
 
         def asked(trial: Trial) -> Trial:
             return Trial(replace(trial.verb, probe=("retrieval",)), trial.seed)

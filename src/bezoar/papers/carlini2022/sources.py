@@ -3,16 +3,16 @@
 from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Results, Row, Table
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table
 
 
 @method
 class Sources:
     """The same number of poisons, made of one image or of many; captions differ all the same."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         dose = s.doses[-2]
         images = tuple(sorted({max(1, dose // d) for d in (dose, 16, 4, 1)}))
         trainings = []

@@ -2,16 +2,16 @@
 
 from bezoar.papers.carlini2022 import clean, ladder, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Row, Table, readings
+from bezoar.tables import Cell, Claim, Given, Row, Table, readings
 
 
 @method
 class Targeted:
     """Every victim has an image and a target of its own."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         trials = [t for t, _ in ladder(s)]
 
         def cells(of: list, counts: tuple[int, ...]) -> tuple[Cell, ...]:

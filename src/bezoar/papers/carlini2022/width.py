@@ -3,16 +3,16 @@
 from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import make, method
-from bezoar.tables import Cell, Claim, Results, Row, Table, readings
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 
 @method
 class Width:
     """The same poisons in towers from narrow to wide."""
 
-    def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
+    def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        s = setup(scale, data, test)
+        s = setup(given)
         backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]
         many = f"targeted:captions={s.reference},victims={2 * TOGETHER}"
         rows = []

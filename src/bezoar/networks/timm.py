@@ -1,0 +1,51 @@
+"""Any image model of timm without its classifier, fresh or published (Wightman 2019): `timm:resnet18.a1_in1k/pretrained`."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+
+from bezoar import towers
+from bezoar.encoder import Encoder, Preprocess
+from bezoar.errors import UserError
+from bezoar.registry import method
+
+
+@method
+class Timm:
+    """Images only. The preprocessing is the data configuration of the weights; the whole image is read, nothing cropped."""
+
+    model: Annotated[str, "NAME or NAME.TAG, fresh; with /pretrained, the published weights"] = "resnet18"
+
+    def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
+        """None: it reads no text."""
+        return ()
+
+    def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
+        """The encoder. Published weights, and models that take one size only, state their own; others take `size`."""
+        import timm
+
+        name, slash, weights = self.model.partition("/")
+        if slash and weights != "pretrained":
+            raise UserError(f"timm: expected NAME, NAME.TAG or either with /pretrained; got {self.model!r}")
+        if not timm.is_model(name):
+            near = ", ".join(timm.list_models(f"*{name.partition('.')[0][:6]}*")[:6]) or "see timm.list_models()"
+            raise UserError(f"timm has no model {name!r}; it has, among others: {near}")
+        try:
+            model: Any = timm.create_model(name, pretrained=bool(weights), num_classes=0)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"timm could not make {self.model!r}: {str(error).strip().splitlines()[0]}") from error
+        config = timm.data.resolve_model_data_config(model)
+        channels, side, _ = config["input_size"]
+        if channels != 3 or config["interpolation"] not in ("bilinear", "bicubic"):
+            raise UserError(
+                f"timm's {name} takes {channels} channels by {config['interpolation']}; expected RGB, bicubic or bilinear"
+            )
+        own = bool(weights) or model.pretrained_cfg.get("fixed_input_size")
+        side = side if own or not size else size
+        towers.check_size(model.to(memory_format=torch.channels_last), side, f"timm's {name}")
+        preprocess = Preprocess(side, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
+        # Without the weights, but with their tag: it chooses the preprocessing, and a saved encoder has weights of its own.
+        tag = model.pretrained_cfg.get("tag") or ""
+        fresh = f"timm:model={name.partition('.')[0]}.{tag}".removesuffix(".")
+        return Encoder(model, preprocess, about={"network": fresh, "vocabulary": []})

@@ -1,0 +1,37 @@
+"""Size of the shadow data (Jia, Liu, Gong 2022, ablation)."""
+
+from bezoar.papers.badencoder2022 import attacked, best, rows, setup
+from bezoar.registry import make, method, spec
+from bezoar.tables import Claim, Given, Table
+
+
+@method
+class ShadowSize:
+    """The same number of passes over fewer images."""
+
+    def __call__(self, given: Given) -> Table:
+        """The table at a scale."""
+        from dataclasses import fields, replace
+
+        s = setup(given)
+        task, data = s.tasks[0], make("data", s.shadow)
+        name = "limit" if "limit" in {f.name for f in fields(data)} else "count"
+        found = []
+        for n in s.shadows:
+            bad = attacked(s, task, best(task), shadow=spec(replace(data, **{name: n})))
+            found += rows(s, task, "", bad, float(n))
+        few, many = f"{s.shadows[0]:g}", f"{s.shadows[-1]:g}"
+        return Table(
+            "BadEncoder: size of the shadow data",
+            "A fifth of the pre-training set suffices (recalled).",
+            "shadow images",
+            tuple(found),
+            (
+                Claim(
+                    "More shadow data do not lower success", "recalled", "+", lambda r: r.gain("ASR", many, few, "linear", True)
+                ),
+            ),
+            notes=(
+                f"Task {task.name}, target {task.target!r}; the same passes over the shadow data, so fewer steps on fewer.",
+            ),
+        )
