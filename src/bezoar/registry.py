@@ -219,10 +219,9 @@ def describe(path: Path) -> Description:
             for item in node.body:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                     hint, text = _documented(item.annotation)
-                if hint.startswith("ClassVar"):
-                    continue
                     default = ast.unparse(item.value) if item.value else ""
-                    fields.append((item.target.id, hint, default, text))
+                    if not hint.startswith("ClassVar"):
+                        fields.append((item.target.id, hint, default, text))
     return Description(path.stem, summary, tuple(fields))
 
 
