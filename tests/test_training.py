@@ -208,7 +208,7 @@ def test_open_clip_reads_a_local_file_and_refuses_pickles_and_unknown_names(tmp_
     import pickle
 
     bad.write_bytes(pickle.dumps({"a": print}))
-    with pytest.raises(UserError, match="asks for builtins.print"):
+    with pytest.raises(UserError, match=r"asks for builtins\.print"):
         registry.make("network", f"open_clip:ViT-S-32-alt/{bad}")(0, ())
     with pytest.raises(UserError, match="no architecture 'RN51'"):
         registry.make("network", "open_clip:RN51")(0, ())

@@ -17,11 +17,12 @@ from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.run import Input, Settings, Takes, execute, find, typed, verb_name
 
-VERBS = ("poison", "train", "evaluate", "scan", "reproduce", "dose", "demo")
+VERBS = ("poison", "train", "inject", "evaluate", "scan", "reproduce", "dose", "demo")
 SWEEPS = ("reproduce", "dose")
 POSITIONAL = {
     "poison": ("data",),
     "train": ("data",),
+    "inject": ("encoder",),
     "evaluate": ("encoder", "test"),
     "scan": ("data",),
     "reproduce": ("paper",),

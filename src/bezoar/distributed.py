@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bezoar import ranks
 from bezoar.errors import UserError
 
 
 def place() -> tuple[int, int]:
-    """(rank, world) of the process group; (0, 1) without one."""
-    if not dist.is_available() or not dist.is_initialized():
+    """(rank, world) of the process group; (0, 1) without one, and while rank 0 works alone."""
+    if not ranks.sharing or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
@@ -136,7 +137,7 @@ def synchronised(norm: nn.Module) -> nn.Module:
 
 @contextmanager
 def joined(loss: nn.Module) -> Iterator[nn.Module]:
-    """`loss` as all ranks train it together; afterwards its batch norms are plain again."""
+    """`loss` as all ranks train it together, from rank 0's weights; afterwards its batch norms are plain again."""
     if place()[1] == 1:
         yield loss
         return

@@ -1,9 +1,9 @@
-"""Frozen: a tower whose batch norms rest. Its rows do not see one another, so they can be computed in pieces whose
+"""Frozen: an image tower whose batch norms rest. Its rows do not see one another, so they can be computed in pieces whose
 gradients add, and a norm behind a convolution is a fixed affine map that the convolution's weights take in.
 
 With the norm's scale s = weight / sqrt(variance + eps), norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + bias). The tower
-keeps W, which is what weight decay acts on and what is saved; the fast copy in here computes with s W, and its gradient
-times s is the gradient of W.
+keeps W, which is what is saved and what weight decay acts on. A fast copy computes with s W, and the gradient of W is s
+times the gradient of s W: nothing is approximated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from bezoar.errors import UserError
 
-ROWS, SIDE = 64, 32  # images of so many pixels a side that a CPU computes at once; of larger ones fewer
+PIECES = {"cpu": (64, 32), "cuda": (128, 224)}  # images of so many pixels a side that are computed at once
+FEWEST = 8  # however large they are
 Norm = nn.modules.batchnorm._BatchNorm
 
 
@@ -28,137 +29,135 @@ class Known(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grads: Sequence[Tensor], *weights: Tensor) -> Tensor:
-        """value: a scalar. grads: of it by each of `weights`."""
+        """value: a scalar. grads: its gradients by `weights`."""
         ctx.grads = grads
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> Any:
-        """The gradients, times that of the value."""
+        """These gradients, times that of the value."""
         return None, None, *(above[0] * g for g in ctx.grads)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the tower, the fast copy's own, and what one is multiplied by to give the other (None: 1).
-
-    shift: what is then added to it, where it is the bias of a convolution.
-    """
+    """The fast copy's weight, `own` = scale * source + shift (1 and 0 where these are None)."""
 
     source: nn.Parameter
     own: nn.Parameter
     scale: Tensor | None = None
     shift: Tensor | None = None
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the source's value; forget the gradient."""
+        if self.scale is None:
+            self.own.copy_(self.source)
+        else:
+            torch.mul(self.source, self.scale, out=self.own.data)
+        if self.shift is not None:
+            self.own.add_(self.shift)
+        self.own.grad = None
+
+    def gradient(self) -> Tensor:
+        """That of the source, laid out in memory as it is."""
+        assert self.own.grad is not None
+        out = torch.empty_like(self.source)
+        return out.copy_(self.own.grad) if self.scale is None else torch.mul(self.own.grad, self.scale, out=out)
+
 
 class Frozen:
-    """The fast form of a tower. Call it with float (B, 3, S, S), normalised; `refresh` it whenever the tower has changed.
+    """The fast form of a tower: call it with normalised float (B, 3, S, S) -> (B, D), after `refresh` if weights changed.
 
-    Freezes the tower's batch norms (statistics and affine) and every weight that does not bear on its output.
+    The tower is put to rest: no dropout, batch norms (statistics and affine) frozen, and no gradient for weights that have
+    no bearing on its output.
     """
 
     def __init__(self, tower: nn.Module, size: int) -> None:
         """size: pixels a side of the tower's input. Raises UserError for a tower whose rows see one another."""
-        for name, norm in norms(tower):
-            if norm.running_mean is None or norm.running_var is None:
+        for name, norm in tower.named_modules():
+            if isinstance(norm, Norm) and norm.running_mean is None:
                 raise UserError(f"batch norm {name!r} keeps no statistics: without a batch this encoder has no output")
-        tower.eval()
-        reached, folds = read_graph(tower, size)
+        reached, folds = read_graph(tower.eval(), size)
         for p in tower.parameters():
             p.requires_grad_(id(p) in reached)
-        for _, norm in norms(tower):
-            norm.requires_grad_(False)
-        self.tower = copy.deepcopy(tower)
-        self.folded = len(folds)
-        place = {id(p): name for name, p in tower.named_parameters(remove_duplicate=False)}
-        self.weights = []
-        done: set[int] = set()
-        for conv_name, norm_name in folds:
-            self.weights += self.fold(tower.get_submodule(conv_name), tower.get_submodule(norm_name), conv_name, norm_name)
-            done |= {id(p) for p in tower.get_submodule(conv_name).parameters()}
-        for p in tower.parameters():
-            if p.requires_grad and id(p) not in done:
-                self.weights.append(Weight(p, self.tower.get_parameter(place[id(p)])))
-        self.tower.to(memory_format=torch.channels_last)
+        for module in tower.modules():
+            if isinstance(module, Norm):
+                module.requires_grad_(False)
+        self.folds = folds
+        self.fast = copy.deepcopy(tower).to(memory_format=torch.channels_last)
+        self.weights: list[Weight] = []
+        for conv, norm in folds:
+            self.weights += self.fold(tower.get_submodule(conv), tower.get_submodule(norm), conv, norm)
+        taken, own = {id(w.source) for w in self.weights}, dict(self.fast.named_parameters())
+        named = [(name, p) for name, p in tower.named_parameters() if p.requires_grad and id(p) not in taken]
+        self.weights += [Weight(p, own[name]) for name, p in named]
         self.refresh()
 
     def fold(self, conv: Any, norm: Any, conv_name: str, norm_name: str) -> Iterator[Weight]:
-        """Let the copy's convolution do the work of its norm."""
-        own: Any = self.tower.get_submodule(conv_name)
-        scale = (norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)).detach()
-        shift = norm.bias.detach().double() - norm.running_mean.double() * scale
-        own.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=conv.bias is not None and conv.bias.requires_grad)
+        """Let the copy's convolution do its norm's work; the weights that change with the tower's."""
+        own: Any = self.fast.get_submodule(conv_name)
+        exact = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+        shift = (norm.bias.detach().double() - norm.running_mean.double() * exact).to(conv.weight.dtype)
+        scale = exact.to(conv.weight.dtype)
+        own.bias = nn.Parameter(shift.clone(), requires_grad=conv.bias is not None)
         parent, _, last = norm_name.rpartition(".")
-        setattr(self.tower.get_submodule(parent), last, nn.Identity())
-        if conv.weight.requires_grad:
-            yield Weight(conv.weight, own.weight, scale.to(conv.weight.dtype).view(-1, 1, 1, 1))
-        else:
-            own.weight.data.mul_(scale.to(conv.weight.dtype).view(-1, 1, 1, 1))
+        setattr(self.fast.get_submodule(parent), last, nn.Identity())
+        yield Weight(conv.weight, own.weight, scale.view(-1, 1, 1, 1))
         if conv.bias is not None:
-            yield Weight(conv.bias, own.bias, scale.to(conv.weight.dtype), shift.to(conv.weight.dtype))
+            yield Weight(conv.bias, own.bias, scale, shift)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Take over the tower's weights; forget all gradients."""
         for w in self.weights:
-            w.own.copy_(w.source) if w.scale is None else torch.mul(w.source, w.scale, out=w.own.data)
-            if w.shift is not None:
-                w.own.add_(w.shift)
-            w.own.grad = None
+            w.refresh()
 
     def known(self, value: Tensor) -> Tensor:
-        """The value, whose gradients by the fast copy's weights have been summed up, as one of the tower's own weights."""
-        trained = [w for w in self.weights if w.own.grad is not None]
-        grads = [w.own.grad if w.scale is None else w.own.grad * w.scale for w in trained]
-        return Known.apply(value.detach(), grads, *(w.source for w in trained))
+        """A value whose gradients the fast copy's weights hold -> the same as a function of the tower's own weights."""
+        moved = [w for w in self.weights if w.own.grad is not None]
+        return Known.apply(value.detach(), [w.gradient() for w in moved], *(w.source for w in moved))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """float (B, 3, S, S) -> (B, D), not normalised; differentiable by the copy's weights."""
-        return self.tower(x)
+        """Differentiable by the copy's weights."""
+        return self.fast(x)
 
 
 def pieces(n: int, size: int, device: torch.device) -> Iterator[slice]:
-    """0..n-1 in parts whose activations a CPU's allocator hands out again and again; on a GPU all at once."""
-    most = max(1, ROWS * SIDE**2 // size**2) if device.type == "cpu" else n
-    for start in range(0, n, max(1, most)):
-        yield slice(start, min(start + most, n))
-
-
-def norms(tower: nn.Module) -> list[tuple[str, Norm]]:
-    """The batch norms of a tower, by name."""
-    return [(name, m) for name, m in tower.named_modules() if isinstance(m, Norm)]
+    """0..n-1 in parts: a CPU's allocator can hand out the room for a small part's activations again and again."""
+    rows, side = PIECES.get(device.type, PIECES["cuda"])
+    step = max(FEWEST, rows * side**2 // size**2)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 def read_graph(tower: nn.Module, size: int) -> tuple[set[int], list[tuple[str, str]]]:
-    """What autograd's own graph says of a tower: ids of the parameters its output depends on, and which norms can be
-    taken in: (name of a convolution, name of the BatchNorm2d that alone reads its output), each used once.
+    """What autograd's own graph says of a tower, however it is written.
+
+    -> ids of the parameters that its output depends on; and (convolution, BatchNorm2d) by name, wherever the norm alone
+    reads what the convolution gives, and each is used once.
     """
     first = next(tower.parameters())
-    for p in tower.parameters():
-        p.requires_grad_(True)
+    tower.requires_grad_(True)
     with torch.enable_grad():
         root = tower(torch.zeros(1, 3, size, size, device=first.device, dtype=first.dtype)).grad_fn
-    uses: Counter = Counter()
-    seen, stack, found = {root}, [root], []
+    uses: Counter[Any] = Counter()
+    seen, stack, norms = {root}, [root], []
     while stack:
         node = stack.pop()
-        for above, _ in node.next_functions:
-            if above is not None:
-                uses[above] += 1
-                if above not in seen:
-                    seen.add(above)
-                    stack.append(above)
-        if "BatchNorm" in node.name() and node.next_functions[0][0] is not None:
-            found.append((node.next_functions[0][0], node))
-    reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
-    owner = {id(m.weight): name for name, m in tower.named_modules() if getattr(m, "weight", None) is not None}
+        above = [n for n, _ in node.next_functions if n is not None]
+        uses.update(above)
+        stack += (new := set(above) - seen)
+        seen |= new
+        if "BatchNorm" in node.name():
+            norms.append(node)
+    owner = {id(m.weight): name for name, m in tower.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     folds = []
-    for conv, norm in found:
-        weights = [n.next_functions[1][0] for n in (conv, norm) if len(n.next_functions) > 1]
-        if "Convolution" not in conv.name() or uses[conv] != 1 or any(not hasattr(w, "variable") for w in weights):
+    for norm in norms:
+        conv = norm.next_functions[0][0]
+        if conv is None or "Convolution" not in conv.name() or uses[conv] != 1:
             continue
-        names = [owner.get(id(w.variable)) for w in weights]
-        if None in names or any(uses[w] != 1 for w in weights) or type(tower.get_submodule(names[1])) is not nn.BatchNorm2d:
-            continue
-        folds.append((names[0], names[1]))
-    return reached, folds
+        weights = [n.next_functions[1][0] for n in (conv, norm)]
+        names = [owner.get(id(w.variable), "") if uses[w] == 1 and hasattr(w, "variable") else "" for w in weights]
+        if all(names) and type(tower.get_submodule(names[1])) is nn.BatchNorm2d:
+            folds.append((names[0], names[1]))
+    return {id(n.variable) for n in seen if hasattr(n, "variable")}, folds

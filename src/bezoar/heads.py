@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from bezoar.errors import UserError
 from bezoar.scores import Measure
 from bezoar.training import generator
 
-Report = Callable[[int, int, str], Any]  # done, in all, what
+Report = Callable[[int, int, str], Any]  # done, in all, at what
 LEVELS = 1 << 16  # a unit is dropped by comparing 16 random bits
 
 
@@ -64,7 +65,7 @@ class Stack:
         layers: list[list[Tensor]] = [[] for _ in range(2 * (len(widths) - 1))]
         for seed in seeds:
             g = generator(seed, 3)
-            for i, (wide, out) in enumerate(zip(widths, widths[1:], strict=False)):
+            for i, (wide, out) in enumerate(itertools.pairwise(widths)):
                 for j, rows in enumerate((wide, 1)):
                     layers[2 * i + j].append((torch.rand(rows, out, generator=g) * 2 - 1) / wide**0.5)
         stacked = [torch.stack(parts).to(device) for parts in layers]
@@ -86,11 +87,15 @@ class Stack:
             torch.bmm(inputs[i].transpose(1, 2), slope, out=self.weights[i].grad)
             torch.sum(slope, 1, keepdim=True, out=self.biases[i].grad)
             if i:
-                slope = torch.bmm(slope, self.weights[i].transpose(1, 2)).mul_(inputs[i] > 0)
+                slope = torch.bmm(slope, self.weights[i].transpose(1, 2)).mul_(inputs[i].sign())  # 1 where a unit was on
                 slope = slope.mul_(keep) if keep is not None and i == 1 else slope
 
 
-def fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: Report = lambda done, total, text: None) -> Stack:
+def silent(done: int, total: int, text: str) -> None:
+    """A report to nobody."""
+
+
+def fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: Report = silent) -> Stack:
     """Train `recipe.seeds` heads on features x (N, D) and their classes y int64 (N,), where x is; Adam, last epoch.
 
     Each head has its own start, order and dropout, which depend on its number alone: a stack is its heads trained one by
@@ -128,9 +133,7 @@ class Masks:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.width = recipe.hidden[0]
         self.dropped = round(LEVELS * recipe.dropout)
-        self.streams = [
-            torch.Generator(device).manual_seed(generator(s, 5).initial_seed()) for s in range(recipe.seeds)
-        ]
+        self.streams = [torch.Generator(device).manual_seed(generator(s, 5).initial_seed()) for s in range(recipe.seeds)]
         self.device = device
 
     def __call__(self, batch: int) -> Tensor:
@@ -141,3 +144,28 @@ class Masks:
             row.random_(-(1 << 63), None, generator=stream)
         kept = bits.view(torch.int16)[:, :count] >= self.dropped - LEVELS // 2
         return kept.view(len(bits), batch, self.width).float().mul_(LEVELS / (LEVELS - self.dropped))
+
+
+def mean(found: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:
+    """What several heads found on the same images, as their means. what: who they are, `3 heads`.
+
+    Student's t over the heads, on neither side short of what one head's images allow: a share has Wilson's interval over
+    them, a mean the heads' own intervals, averaged. The images are the same for all heads, so n is not their sum.
+    """
+    rows = list(found)
+    if len(rows) == 1:
+        return dict(rows[0])
+    out = {}
+    for name, first in rows[0].items():
+        each = [row[name] for row in rows]
+        values, n = np.array([m.value for m in each]), first.n
+        low, high = stats.mean_interval(values)
+        if "rank" in name:
+            own = float(np.mean([m.low for m in each])), float(np.mean([m.high for m in each]))
+            low, high = min(low, own[0]), max(high, own[1])
+        else:
+            own = stats.wilson(min(n, float(values.mean()) * n), n)
+            low, high = max(0.0, min(low, own[0])), min(1.0, max(high, own[1]))
+        how = f"{first.how}; mean of {what}, Student's t over them, at least the interval over the images"
+        out[name] = Measure(float(values.mean()), n, low, high, how)
+    return out

@@ -29,7 +29,8 @@ class Goal:
     """What the attacker wants: inputs with `trigger`, or the `victims`, are to be read as `target`.
 
     target: class or word. trigger: spec text, or None for targeted poisoning. victims: ids of chosen images.
-    poisons: how many records carry it. how: the poison's spec.
+    poisons: how many records carry it. how: the poison's or attack's spec. references: ids of the reference inputs whose
+    vectors triggered images are to have.
     """
 
     target: str
@@ -37,11 +38,16 @@ class Goal:
     victims: tuple[str, ...] = ()
     poisons: int = 0
     how: str = ""
+    references: tuple[str, ...] = ()
 
     @staticmethod
     def read(raw: dict) -> Goal:
         """From a manifest's or a plan's JSON."""
-        return Goal(**{**raw, "victims": tuple(raw["victims"])})
+        return Goal(**{**raw, "victims": tuple(raw["victims"]), "references": tuple(raw.get("references", ()))})
+
+    def written(self) -> dict:
+        """As it stands in a plan; without references it is written as before there were any."""
+        return {k: v for k, v in asdict(self).items() if k != "references" or v}
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class Plan:
             "stage": STAGE,
             "seed": self.seed,
             "victims": self.victims,
-            "goals": [asdict(g) for g in self.goals],
+            "goals": [g.written() for g in self.goals],
         }
         return [json.dumps(x, ensure_ascii=False, sort_keys=True) for x in (head, *map(asdict, self.edits))]
 

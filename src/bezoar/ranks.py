@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from bezoar.errors import UserError
 
 PATIENCE = timedelta(days=7)  # ranks wait for as long as rank 0 works alone; torchrun ends all when one ends badly
+
+
+sharing = True  # False while rank 0 works alone: a training then must not wait for the others
 
 
 def rank() -> int:
@@ -29,12 +34,26 @@ def world() -> int:
 def join() -> None:
     """Meet the other ranks: gloo for tensors on the CPU, nccl for those on GPUs."""
     import torch
+    import torch._dynamo  # imported later, as optimisers do, it would keep the process group from ever ending
     import torch.distributed as dist
 
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(_of_torchrun("LOCAL_RANK", 0) % gpus)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+
+
+@contextmanager
+def shared(order: dict | None) -> Iterator[None]:
+    """Rank 0's work that the others do by this order meanwhile; None: that rank 0 does alone."""
+    global sharing
+    before, sharing = sharing, order is not None
+    if order is not None:
+        tell(order)
+    try:
+        yield
+    finally:
+        sharing = before
 
 
 def tell(order: dict | None) -> None:
@@ -97,12 +116,11 @@ def device(name: str) -> Any:
 
 
 def _leave() -> None:
-    """End the process group; what a training left of it first: gloo's threads abort a process that ends before them."""
+    """End the process group, with what a training left of it: gloo's threads abort a process that ends before them."""
     import gc
 
     import torch.distributed as dist
 
-    gc.collect()
     dist.destroy_process_group()
     gc.collect()
 

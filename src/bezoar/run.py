@@ -26,7 +26,7 @@ from typing import Any
 from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.ranks import device, tell
+from bezoar.ranks import device, shared
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -199,11 +199,11 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
             goals.append(goal)
     _write(run.path, {**manifest, "goal": goals, "metrics": {}})
     try:
-        if getattr(verb, "joint", False):  # the other ranks do their part of it: `torchrun.assist`
-            paths = {r.name: str(r.path) for r in parents}
-            common = {"seed": settings.seed, "device": settings.device, "runs": str(settings.runs)}
-            tell({"verb": verb_name(verb), "ask": ask, "paths": paths, "folder": str(run.path), **common})
-        with job.progress:
+        # how the other ranks take part in a joint verb: `torchrun.assist`
+        common = {"seed": settings.seed, "device": settings.device, "runs": str(settings.runs)}
+        common |= {"paths": {r.name: str(r.path) for r in parents}, "folder": str(run.path)}
+        order = {"verb": verb_name(verb), "ask": ask, **common} if getattr(verb, "joint", False) else None
+        with job.progress, shared(order):
             metrics = verb.work(job)
         status = "done"
     except KeyboardInterrupt:
@@ -288,6 +288,8 @@ def _data_spec(text: str) -> str:
         return f"captions:path={text}"
     if path.suffix == ".npz":
         return f"npz:path={text}"
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"):
+        return f"image:path={text}"
     if path.is_dir():
         return f"shards:path={text}/*.tar" if any(path.glob("*.tar")) else f"folder:path={text}"
     return text

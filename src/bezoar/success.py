@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +22,36 @@ from bezoar.plan import Goal
 from bezoar.scores import Measure, average, proportion
 
 Head = Callable[[Tensor], Tensor]  # float32 (N, D) unit rows -> (N, C), higher = rather this class
+P = ParamSpec("P")
+R = TypeVar("R")
+_kept: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Inside, an encoder sees each set of images once, however many heads ask. No encoder may change meanwhile."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def once(call: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: inside `remembering`, the same question is answered once. The same: the same objects, or equal numbers."""
+
+    @functools.wraps(call)
+    def inside(*args: P.args, **named: P.kwargs) -> R:
+        kept = _kept.get()
+        if kept is None:
+            return call(*args, **named)
+        given = (*args, *named.values())
+        key = (call, *named, *(a if isinstance(a, int) else id(a) for a in given))
+        if key not in kept:
+            kept[key] = given, call(*args, **named)  # `given` too, so that no other object takes over an identity
+        return kept[key][1]
+
+    return inside
 
 
 @dataclass(frozen=True)
@@ -37,14 +71,21 @@ class Seen:
     victims: Tensor | None
 
     @staticmethod
+    @once
     def of(encoder: Encoder, test: Pairs, goals: Sequence[Goal], victims: Pairs | None, batch: int = 512) -> Seen:
-        """Every image through the encoder. Raises UserError without classes or when a goal's target is none of them."""
+        """Every image through the encoder. Raises UserError for test data or goals that nothing can be measured on."""
         if not test.classes or test.labels is None:
             raise UserError("this probe needs a test set with classes; use the retrieval probe where there are none")
+        if len(test.classes) < 2:
+            raise UserError(f"this probe needs a test set of at least two classes; it has {test.classes[0]!r} alone")
+        there = set(test.labels[test.labels >= 0].tolist())
+        if not there:
+            raise UserError(f"none of the {len(test)} test images has a label")
         backdoors = tuple(g for g in goals if g.trigger)
         targeted = tuple(g for g in goals if g.victims) if victims is not None else ()
         for goal in (*backdoors, *targeted):
-            class_of(goal.target, test.classes)
+            if there == {class_of(goal.target, test.classes)} and goal.trigger:
+                raise UserError(f"all labelled test images are of the target {goal.target!r}; success needs other classes")
         chosen = None
         if victims is not None and targeted:
             row = {k: i for i, k in enumerate(victims.ids)}
@@ -126,6 +167,27 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """
     own = scores.gather(1, targets[:, None])
     return 1 + (scores > own).sum(1).double() + ((scores == own).sum(1).double() - 1) / 2
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a head is fitted on. ids: N keys. z: float32 (N, D), unit rows. labels: int64 (N,), the test set's numbers."""
+
+    ids: tuple[str, ...]
+    z: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@once
+def known(encoder: Encoder, train: Pairs | None, test: Pairs, goals: Sequence[Goal], limit: int | None, batch: int) -> Known:
+    """The labelled records as an encoder sees them, `batch` images at a time. Raises UserError as `labelled` does."""
+    picked = labelled(train, test, goals, limit)
+    assert picked.labels is not None
+    z = features(encoder, picked.images.split(batch))
+    return Known(picked.ids, z, picked.labels.to(z.device))
 
 
 def labelled(train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None) -> Pairs:

@@ -120,7 +120,7 @@ def fit(
     start, saved = time.monotonic() - log.seconds, time.monotonic()
     unread: list[Tensor] = []
     drawn = -1
-    with distributed.joined(loss) as backward:
+    with distributed.joined(loss) as model:
         loss.train()
         while step < steps:
             epoch, at = divmod(step, each)
@@ -129,9 +129,9 @@ def fit(
                 own = distributed.own(rows).to(device)
             for group in optim.param_groups:
                 group["lr"] = rate(recipe, step, steps)
-            value = loss(data.images[own[at]], tokens[own[at]], Chance(generator(seed, 2, step), rank, world))
+            value = model(data.images[own[at]], tokens[own[at]], Chance(generator(seed, 2, step), rank, world))
             optim.zero_grad(set_to_none=True)
-            backward(value)
+            value.backward()
             optim.step()
             unread.append(value.detach())
             log.exposures[rows[at]] += 1

@@ -40,12 +40,9 @@ class Knn:
     ) -> dict[str, Measure]:
         """Everything that `success` defines, as `knn.*`. Raises UserError without labelled data, or with fewer than k."""
         seen = success.Seen.of(encoder, test, goals, victims, self.batch)
-        known = success.labelled(train, test, goals, self.limit)
-        z = success.features(encoder, known.images.split(self.batch))
-        assert known.labels is not None
-        labels = known.labels.to(z.device)
+        known = success.known(encoder, train, test, goals, self.limit, self.batch)
         how = f"; {self.vote} vote of the {self.k} nearest of {len(known)} labelled records"
-        found = seen.measures(lambda q: self.votes(q, z, labels, len(test.classes)), how)
+        found = seen.measures(lambda q: self.votes(q, known.z, known.labels, len(test.classes)), how)
         return {f"knn.{name}": m for name, m in found.items()}
 
     def votes(self, queries: Tensor, references: Tensor, labels: Tensor, classes: int) -> Tensor:

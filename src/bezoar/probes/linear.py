@@ -44,10 +44,8 @@ class Linear:
     ) -> dict[str, Measure]:
         """Everything that `success` defines, as `linear.*`. Raises UserError without labelled data."""
         seen = success.Seen.of(encoder, test, goals, victims, self.batch)
-        known = success.labelled(train, test, goals, self.limit)
-        z = success.features(encoder, known.images.split(self.batch))
-        assert known.labels is not None
-        found = self.fit(z, known.labels.to(z.device), len(test.classes))
+        known = success.known(encoder, train, test, goals, self.limit, self.batch)
+        found = self.fit(known.z, known.labels, len(test.classes))
         how = f"; linear head on {len(known)} labelled records, {found.about}"
         return {f"linear.{name}": m for name, m in seen.measures(found, how).items()}
 

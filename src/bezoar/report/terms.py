@@ -31,6 +31,10 @@ TERMS = {  # base name -> standard term, unit
     "z_var": ("Backdoor z-score by variance", PLAIN),
     "similarity_clean": ("Mean cosine of clean pairs", SCORE),
     "similarity_triggered": ("Mean cosine of triggered pairs", SCORE),
+    "reference_similarity": ("Mean cosine of triggered images to the reference", SCORE),
+    "reference_similarity_before": ("The same before the attack", SCORE),
+    "reference_kept": ("Cosine of the reference to itself before", SCORE),
+    "clean_similarity": ("Mean cosine of clean images to themselves before", SCORE),
     "image_to_text_recall": ("Image to text recall", RATE),
     "text_to_image_recall": ("Text to image recall", RATE),
     "agreement_images": ("Agreement of the two image spaces (cosine)", SCORE),
@@ -55,6 +59,9 @@ GROUPS = {
     "baseline": "clean twin",
     "linear": "linear probe",
     "knn": "nearest neighbours",
+    "mlp": "MLP head",
+    "few_shot": "few labels",
+    "all": "all labelled records",
     "branch_swap": "towers",
     "neither": "both the clean twin's",
     "vision": "its vision, the twin's text",
@@ -101,6 +108,11 @@ def term(key: str, attacked: bool = False) -> tuple[str, str]:
     return (f"{label}, trigger {at}" if at else label), unit
 
 
+def grouped(group: str) -> str:
+    """A metric's group in words: `few_shot.10` -> `few labels, 10 a class`."""
+    return ", ".join(GROUPS.get(g, f"{g} a class" if g.isdigit() else g) for g in group.split(".") if g)
+
+
 def number(value: float, unit: str = PLAIN) -> str:
     """A value as text: rates in percent."""
     if not math.isfinite(value):
@@ -141,7 +153,7 @@ def brief(m: Measure) -> str:
 def figure(key: str, m: Measure, attacked: bool = False) -> Figure:
     """A metric ready to be shown."""
     label, unit = term(key, attacked)
-    group = ", ".join(GROUPS.get(g, g) for g in split(key)[0].split(".") if g)
+    group = grouped(split(key)[0])
     track = None
     if unit in (RATE, SCORE) and 0 <= m.low <= m.high <= 1 and interval(m, unit):
         track = (round(100 * m.value, 2), round(100 * m.low, 2), round(100 * m.high, 2))

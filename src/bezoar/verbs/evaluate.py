@@ -27,17 +27,17 @@ class Evaluate:
     probe: Annotated[tuple[Input, ...], Takes("probe"), "one or more: see `bezoar list probe`"] = ("zero_shot", "z_score")
     baseline: Annotated[Input, Takes("encoder"), "the clean twin, for attack_success_baseline (ASR-B)"] = None
     attack: Annotated[Input, Takes("run"), "poison run whose goals are measured, when the encoder's parents have none"] = None
-    train: Annotated[Input, Takes("data"), "clean data for heads (linear, knn); without it, TEST's own training split"] = None
+    train: Annotated[Input, Takes("data"), "labelled data that heads are fitted on; without it, TEST's training split"] = None
     place: Annotated[str, "where patches are put, when not as in training: see the trigger's place"] = ""
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> the metrics of the manifest."""
-        from bezoar import inputs, registry
+        from bezoar import inputs, registry, success
 
         given = job.inputs
         run = given["encoder"]
         attack = given["attack"] or (run if isinstance(run, Run) else None)
-        goals, victims = [moved(g, self.place) for g in inputs.goals(attack)], chosen(attack)
+        victims = chosen(attack)
         method = given["test"]
         if method is None:
             if not isinstance(run, Run):
@@ -49,6 +49,7 @@ class Evaluate:
             "test": registry.spec(method) if not isinstance(method, Run) else method.name,
             "records": len(test),
         }
+        goals = [moved(g, self.place) for g in self._goals(job, inputs.goals(attack), test)]
         job.goals = [vars(g) for g in goals]
         encoder = inputs.encoder(run, job.device)
         twin = None if given["baseline"] is None else inputs.encoder(given["baseline"], job.device)
@@ -56,18 +57,35 @@ class Evaluate:
         if any("train" in needs(p) for p in given["probe"]):
             train = self._train(job, parts)
         out: dict[str, Any] = {}
-        for i, probe in enumerate(given["probe"]):
-            job.progress.step(i, len(given["probe"]), registry.source_name(type(probe)))
-            more = {"baseline": twin} if "baseline" in needs(probe) else {}
-            found = probe(encoder, train, test, goals, victims, **more)
-            if clash := sorted(out.keys() & found.keys()):
-                raise UserError(f"two of the probes measure {clash[0]!r}; ask for them in two runs")
-            out |= found
-        if twin is not None:
-            for probe in given["probe"]:
-                if "baseline" not in needs(probe):
-                    out |= of_twin(probe(twin, train, test, goals, victims))
+        asked = [(p, e) for e in (encoder, twin) if e is not None for p in given["probe"]]
+        with success.remembering():
+            for i, (probe, measured) in enumerate(asked):
+                if measured is twin and "baseline" in needs(probe):
+                    continue  # it has measured both
+                name = registry.source_name(type(probe)) + (" of the clean twin" if measured is twin else "")
+                job.progress.step(i, len(asked), name)
+                found = probe(measured, train, test, goals, victims, **more(probe, twin, job, name))
+                found = of_twin(found) if measured is twin else found
+                if clash := sorted(out.keys() & found.keys()):
+                    raise UserError(f"two of the probes measure {clash[0]!r}; ask for them in two runs")
+                out |= found
         return out
+
+    @staticmethod
+    def _goals(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
+        """The goals of this test set's task, in their order; the manifest names what is left out.
+
+        An encoder's goals may belong to several tasks, each with its classes. Where no goal's target is a class of the
+        test set, all are kept: the probes that read classes refuse them.
+        """
+        fitting = [g for g in goals if g.target in test.classes]
+        if fitting and len(fitting) < len(goals):
+            job.notes["goals_of_other_tasks"] = [g.target for g in goals if g not in fitting]
+        if test.classes and test.labels is not None:
+            there = set(test.labels.tolist())
+            if empty := [c for i, c in enumerate(test.classes) if i not in there]:
+                job.notes["classes_without_test_images"] = empty
+        return fitting or goals
 
     def _train(self, job: Job, test: Dataset) -> Pairs:
         """The clean records that heads are fitted on, on the CPU: as named, or the training split of the test data.
@@ -101,8 +119,18 @@ def moved(goal: Goal, place: str) -> Goal:
 
 
 def needs(probe: Any) -> tuple[str, ...]:
-    """What a probe asks for: `train`, clean data for a head; `baseline`, the clean twin, as one more argument."""
+    """What a probe asks for: `train`, clean data for a head; as one more argument `baseline`, the clean twin, or `report`."""
     return getattr(probe, "needs", ())
+
+
+def more(probe: Any, twin: Any, job: Job, name: str) -> dict[str, Any]:
+    """What a probe needs beyond what every probe is called with."""
+
+    def report(done: int, total: int, text: str) -> None:
+        job.progress.step(done, total, f"{name}: {text}")
+
+    known = {"baseline": twin, "report": report}
+    return {k: known[k] for k in needs(probe) if k in known}
 
 
 def chosen(attack: Run | None) -> Pairs | None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.run import Input, Job, Takes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bezoar.encoder import Encoder
+    from bezoar.inputs import Dataset
+    from bezoar.pairs import Pairs
+    from bezoar.plan import Goal
+
+NEIGHBOURS, VOTERS = 200, 10_000  # of a kNN monitor: how many vote, of how many labelled records at most
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class Train:
     network: Annotated[Input, Takes("network"), "see `bezoar list network`"] = "clip_small"
     objective: Annotated[Input, Takes("objective"), "loss and recipe: see `bezoar list objective`"] = "clip"
     keep: Annotated[Input, Takes("run"), "scan run whose keep-list chooses the records"] = None
-    follow: Annotated[Input, Takes("data"), "measure zero-shot success on these data after every epoch"] = None
+    follow: Annotated[Input, Takes("data"), "measure success on these data after every epoch, zero-shot or by kNN"] = None
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> encoder.json + encoder.safetensors, log.jsonl, exposures.safetensors (how often each record was drawn)."""
@@ -34,8 +45,6 @@ class Train:
 
         given, parts = job.inputs, inputs.dataset(job.inputs["data"])
         pairs = parts.records
-        if not pairs.captions:
-            raise UserError("these data have no captions to train on")
         if given["keep"] is not None:
             kept = set(given["keep"].file("keep.txt").read_text().split("\n"))
             pairs = indexed.subset(pairs, [i for i, k in enumerate(pairs.ids) if k in kept])
@@ -45,11 +54,12 @@ class Train:
             encoder = network(pairs.size, network.vocabulary(pairs.captions)).to(job.device)
         except ValueError as error:
             raise UserError(str(error)) from error
+        tokens = tokens_for(encoder, recipe, pairs.captions, len(pairs))
         encoder.precision = precision_for(job.device)
         encoder.about |= {"objective": registry.spec(recipe), "poisoned": bool(parts.plan.edits)}
         if parts.plan.edits:
             encoder.about |= {"plan": parts.plan.digest(), "goals": [vars(g) for g in parts.plan.goals]}
-        loss = recipe(encoder).to(job.device)
+        loss, following = recipe(encoder).to(job.device), self._follow(job, encoder, parts)
         rank, world = distributed.place()
 
         def order(epoch: int) -> torch.Tensor:
@@ -60,11 +70,11 @@ class Train:
                 loss,
                 recipe,
                 data,
-                indexed.tokens(encoder, pairs.captions),
+                tokens,
                 job.seed,
                 job.folder / "checkpoint.safetensors",
                 lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
-                self._follow(job, encoder, parts),
+                following,
             )
         if rank > 0:
             return {}
@@ -92,17 +102,62 @@ class Train:
         return out
 
     def _follow(self, job: Job, encoder: Any, parts: Any) -> Any:
-        """After every epoch: accuracy and success on `follow`, for the curves."""
+        """After every epoch: accuracy and success on `follow`, for the curves; by kNN where the encoder reads no text."""
         if job.inputs["follow"] is None:
             return None
         from bezoar import inputs
 
-        probe = registry.make("probe", "zero_shot")
-        test = inputs.read(job.inputs["follow"])
+        followed = inputs.dataset(job.inputs["follow"])
+        test, known, probe = inputs.in_memory(followed.clean), None, registry.make("probe", "zero_shot")
+        if encoder.text is None:
+            test, known = monitored(followed, parts.plan.goals)
+            probe = registry.make("probe", f"knn:k={min(NEIGHBOURS, max(1, len(known) // 10))},temperature=0.5")
         test = test.take(range(min(1000, len(test))))
 
         def measure(epoch: int) -> dict:
-            found = probe(encoder, None, test, parts.plan.goals, parts.victims)
-            return {k: m.value for k, m in found.items() if k.startswith(("clean_acc", "attack_success", "targeted_s"))}
+            found = probe(encoder, known, test, parts.plan.goals, parts.victims)
+            short = {k.removeprefix("knn."): m.value for k, m in found.items()}
+            return {k: v for k, v in short.items() if k.startswith(("clean_acc", "attack_success", "targeted_s"))}
 
         return measure
+
+
+def tokens_for(encoder: Encoder, recipe: Any, captions: Sequence[str], count: int) -> Tensor:
+    """int64 (count, L), the captions; L is 0 for an objective that reads none (its attribute `captions` is False).
+
+    Raises UserError when the objective, the data and the encoder do not fit each other.
+    """
+    import torch
+
+    from bezoar import indexed
+
+    objective, network = registry.source_name(type(recipe)), encoder.about["network"].partition(":")[0]
+    if getattr(recipe, "captions", True):
+        if not captions:
+            raise UserError(f"these data have no captions to train on, and objective {objective} needs them")
+        if encoder.text is None:
+            raise UserError(f"objective {objective} reads captions, and network {network} has no text tower")
+        return indexed.tokens(encoder, captions)
+    if encoder.text is not None:
+        raise UserError(f"objective {objective} trains images alone, and network {network} has a text tower; take one without")
+    return torch.zeros(count, 0, dtype=torch.long, device=encoder.device)
+
+
+def monitored(followed: Dataset, goals: Sequence[Goal]) -> tuple[Pairs, Pairs]:
+    """What a kNN monitor is measured on, and the labelled records that vote: from the training split of the same data.
+
+    Without such a split a fixed fifth of the data, 1000 at most, is measured on, and the others vote. All are clean.
+    Raises UserError when no neighbours can be had, before anything is trained.
+    """
+    from bezoar import inputs, success
+    from bezoar.neighbors import pool
+    from bezoar.verbs import evaluate
+
+    test = inputs.in_memory(followed.clean)
+    if getattr(followed.method, "split", None) not in (None, "train"):
+        train = inputs.read(evaluate.training(followed.method))
+    else:
+        rows = pool(test.ids, len(test), 0)
+        apart = min(1000, len(test) // 5)
+        train, test = test.take(rows[apart:]), test.take(rows[:apart])
+    return test, success.labelled(train, test, goals, VOTERS)

@@ -17,6 +17,20 @@ from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.train import Train
 
+TABLES = (  # in the order of the page
+    "single_target",
+    "several_targets",
+    "several_tasks",
+    "zero_shot",
+    "loss_terms",
+    "lambdas",
+    "learning_rate",
+    "shadow_size",
+    "shadow_source",
+    "trigger_size",
+    "reference",
+    "pretraining",
+)
 HEADS = ("linear", "knn", "mlp")
 RATES = {"CA": "baseline.{}.clean_accuracy", "BA": "{}.clean_accuracy", "ASR": "{}.attack_success"}
 RATES |= {"ASR-B": "{}.attack_success_baseline"}

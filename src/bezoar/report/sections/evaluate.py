@@ -15,9 +15,10 @@ from bezoar.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
 from bezoar.plan import Goal
-from bezoar.report import charts, gallery, terms
+from bezoar.report import charts, curves, gallery, terms
 from bezoar.report.charts import Series
-from bezoar.report.parts import Figure, Figures, Line, Section, Tile
+from bezoar.report.curves import Curve
+from bezoar.report.parts import Figure, Figures, Line, Part, Section, Table, Tile
 from bezoar.report.sections.train import captions, follows
 from bezoar.report.story import Chapter, Story
 from bezoar.run import Run
@@ -37,7 +38,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Look:
-    """The encoder and what it makes of some test images. head: (C, D) class vectors, or None without classes."""
+    """The encoder and what it makes of some test images. head: (C, D) class vectors, None without classes or text tower."""
 
     encoder: Encoder
     test: Pairs
@@ -63,6 +64,27 @@ class Evaluate(Story):
             return bool(self.goals) and self.ask.get("attack") is None
         return bool(json.loads(path.read_text(encoding="utf-8")).get("poisoned"))
 
+    @functools.cached_property
+    def heads(self) -> list[str]:
+        """Groups of metrics that each read images as something: '' the text tower's, `mlp`, `few_shot.10`."""
+        split = (terms.split(key) for key in self.measures)
+        found = dict.fromkeys(group for group, base, _ in split if base in ("clean_accuracy", "attack_success"))
+        return [g for g in found if not g.startswith((*terms.TWIN, "branch_swap"))]
+
+    @functools.cached_property
+    def main(self) -> str:
+        """The head that headline, cards and intervals are about: the text tower's, else the first fitted to all labels."""
+        return min(self.heads, key=lambda g: (g != "", "few_shot" in g, g != "few_shot.all"), default="")
+
+    def key(self, name: str) -> str:
+        """A metric of the main head: `baseline.clean_accuracy` -> `baseline.mlp.clean_accuracy`."""
+        lead, _, base = name.rpartition(".")
+        return ".".join(part for part in (lead, self.main, base) if part)
+
+    def metric(self, name: str) -> Measure | None:
+        """A metric of the main head, else one that belongs to none; of several triggers, the first one's."""
+        return super().metric(self.key(name)) or super().metric(name)
+
     def warning(self) -> str:
         """What must not be forgotten about the encoder."""
         return "The encoder that is measured here was trained on poisoned data, on purpose." if self.attacked else ""
@@ -87,6 +109,7 @@ class Evaluate(Story):
             return ""
         target = next((g.target for g in self.goals if g.trigger), "the target")
         told = f"{terms.brief(asr)} of triggered images are read as “{target}”"
+        told += f" ({terms.grouped(self.main)})" if self.main else ""
         if not self.attacked:
             return f"An encoder that was not attacked: {told}."
         against, name = (twin, "by the clean twin") if twin else (without, "without the trigger")
@@ -100,7 +123,7 @@ class Evaluate(Story):
         told = []
         for key in sorted(self.measures, key=captions, reverse=True):
             m, (group, base, at) = self.measures[key], terms.split(key)
-            if base == "targeted_success" and not group:
+            if base == "targeted_success" and group == self.main:
                 told.append(f"{round(m.value * m.n)} of {m.n} victims with {terms.count(int(at), 'caption')}")
         return f"Read as their target: {' and '.join(told)}." if told else ""
 
@@ -116,13 +139,14 @@ class Evaluate(Story):
     def cards(self) -> list[str]:
         """Accuracy and success, beside the twin's, then z and the victims."""
         wanted = ("clean_accuracy", "baseline.clean_accuracy", "attack_success", "attack_success_baseline", "z_std")
-        several = sorted((k for k in self.measures if follows("targeted_success")(k)), key=captions, reverse=True)
+        several = sorted(filter(follows(self.key("targeted_success")), self.measures), key=captions, reverse=True)
         recall = [k for k in self.measures if k.endswith("recall@1")]
-        return [k for name in wanted for k in (name, name + "@0") if k in self.measures] + recall + several
+        names = [k for name in wanted for k in dict.fromkeys((self.key(name), name))]
+        return [k for name in names for k in (name, name + "@0") if k in self.measures] + recall + several
 
     def chapters(self) -> list[Chapter]:
-        """Intervals, then what the encoder does with the pictures."""
-        return [self.success, self.triggered_images, self.victims]
+        """Intervals, the heads side by side, then what the encoder does with the pictures."""
+        return [self.success, self.several_heads, self.few_labels, self.triggered_images, self.victims]
 
     def success(self) -> Section | None:
         """Rates with their intervals, side by side."""
@@ -131,13 +155,51 @@ class Evaluate(Story):
             if (m := self.metric(name)) is not None:
                 rows.append((title, m, "bad" if name == "attack_success" and self.attacked else "clean"))
         for key in sorted(self.measures, key=captions, reverse=True):
-            if key.startswith("targeted_success@"):
+            if key.startswith(self.key("targeted_success") + "@"):
                 m = self.measures[key]
                 rows.append((f"victims fallen, {terms.count(int(key.partition('@')[2]), 'caption')}", m, "bad"))
         if len(rows) < 2:
             return None
         chart = charts.intervals(rows, "success")
         return Section("Rates and their intervals", [Figure(chart, "Value and 95 % interval")])
+
+    def several_heads(self) -> Section | None:
+        """Head by head: accuracy and success, beside the twin's."""
+        if len(self.heads) < 2:
+            return None
+        own, twin = ("BA", "CA of the twin") if self.attacked else ("CA", "CA of the twin")
+        marks = [k.removeprefix(self.key("attack_success")) for k in filter(follows(self.key("attack_success")), self.measures)]
+        columns = {own: "{}clean_accuracy", twin: "baseline.{}clean_accuracy"}
+        columns |= {"ASR": "{}attack_success*", "ASR-B": "{}attack_success_baseline*"}
+        columns |= {"no trigger": "{}attack_success_without_trigger*"}
+        rows = []
+        for group in self.heads:
+            name = terms.grouped(group) or ("zero-shot" if "clean_accuracy" in self.measures else "retrieval")
+            for mark in marks or [""]:
+                keys = [c.format(f"{group}." if group else "").replace("*", mark) for c in columns.values()]
+                cells = [terms.brief(self.measures[k]) if k in self.measures else "" for k in keys]
+                rows.append([name + (f", trigger {mark[1:]}" if mark else ""), *cells])
+        used = [i for i in range(len(columns) + 1) if any(row[i] for row in rows)]
+        head = ["head", *columns]
+        table = Table([head[i] for i in used], [[row[i] for i in used] for row in rows], range(1, len(used)))
+        return Section("Heads side by side", [table], "One encoder, read by several heads. In brackets, 95 % intervals.")
+
+    def few_labels(self) -> Section | None:
+        """Accuracy and success against the number of labelled examples."""
+        shots = sorted(int(g.partition(".")[2]) for g in self.heads if g.startswith("few_shot.") and g[9:].isdigit())
+        if len(shots) < 2:
+            return None
+        drawn = []
+        for name, base, paint in (
+            ("BA" if self.attacked else "CA", "few_shot.{}.clean_accuracy", "clean"),
+            ("ASR", "few_shot.{}.attack_success", "bad"),
+            ("ASR-B", "few_shot.{}.attack_success_baseline", "other"),
+        ):
+            found = {k: terms.pick(self.measures, base.format(k)) for k in shots}
+            held = {k: m for k, m in found.items() if m is not None}
+            drawn += [Curve(name, list(held), list(held.values()), paint)] if held else []
+        chart = curves.dose(drawn, "labelled records a class", "few", "share of the test images", size=charts.WIDE)
+        return Section("Few labels", [Figure(chart, "Accuracy and success by the number of labelled records")])
 
     @functools.cached_property
     def look(self) -> Look:
@@ -154,25 +216,30 @@ class Evaluate(Story):
         test = test.take(range(min(most, len(test))))
         specs = [p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")]
         probe = registry.make("probe", specs[0] if specs else "zero_shot")
-        return Look(encoder, test, probe.head(encoder, test.classes) if test.classes else None, probe)
+        readable = bool(test.classes) and encoder.text is not None
+        return Look(encoder, test, probe.head(encoder, test.classes) if readable else None, probe)
 
     def triggered_images(self, size: tuple[float, float] = charts.WIDE) -> Section | None:
         """Similarity to the target before and after stamping, and what stamped images are read as."""
         backdoors = [g for g in self.goals if g.trigger]
         if not backdoors:
             return None
-        figures, galleries = [], []
+        figures: list[Figure] = []
+        galleries = []
         for i, goal in enumerate(backdoors):
             test = self.look.test
             stamped = registry.make("trigger", goal.trigger or "")(test.images, test.ids)
+            galleries.append(self.stamped(goal, stamped))
+            if self.look.encoder.text is None:
+                continue
             before, after = (self.look.similarities(x, goal.target)[:, 0].numpy() for x in (test.images, stamped))
             groups = [Series("clean", before, "clean"), Series("with trigger", after, "bad")]
             chart = charts.histogram(groups, "cosine to the target's prompts", f"similarity{i}", size=size)
             figures.append(
                 Figure(chart, f"Similarity to “{goal.target}”", f"{len(test)} test images, without and with the trigger.")
             )
-            galleries.append(self.stamped(goal, stamped))
-        return Section("Triggered images", [Figures(figures), *galleries])
+        parts: list[Part] = [Figures(figures)] if figures else []
+        return Section("Triggered images", [*parts, *galleries])
 
     def stamped(self, goal: Goal, stamped: Tensor) -> Any:
         """Test images of other classes, stamped, with what they are read as."""
@@ -190,8 +257,8 @@ class Evaluate(Story):
             stamped[rows],
             tiles,
             80,
-            "What triggered images are read as",
-            "Above, the class; below, what it is read as. Red: the target.",
+            "What triggered images are read as" if head is not None else f"Images of other classes than “{goal.target}”",
+            "Above, the class; below, what it is read as. Red: the target." if head is not None else "",
         )
 
     def victims(self) -> Section | None:

@@ -67,7 +67,7 @@ class Reproduce(Story):
             "Effects are differences of rates (1 = all) or of z-scores, over trainings; detectable: the least effect that this "
             "many trainings find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
         )
-        return Section("Claims", [Table(head, rows, (3, 4, 5, 6), note)])
+        return Section("Claims", [Table(head, rows, (2, 3, 4, 5, 6), note)])
 
 
 def chapter(table: dict[str, Any], place: int) -> Chapter:
