@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -50,9 +51,10 @@ class Reproduce:
 
 
 def tables_of(name: str) -> list[str]:
-    """`carlini2022` -> its tables; a table's name, or the path of a user's own, stays as it is."""
-    within = [n for n in registry.names("paper") if n.startswith(f"{name}/")]
-    return within or [name]
+    """`carlini2022` -> its tables, in its own order; a table's name, or the path of a user's own, stays as it is."""
+    if not any(n.startswith(f"{name}/") for n in registry.names("paper")):
+        return [name]
+    return [f"{name}/{table}" for table in importlib.import_module(f"bezoar.papers.{name}").TABLES]
 
 
 def spec(given: Any) -> str:

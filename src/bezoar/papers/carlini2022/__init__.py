@@ -15,6 +15,20 @@ from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
+TABLES = (  # in the order of the page
+    "targeted",
+    "poisons",
+    "placement",
+    "patch_size",
+    "width",
+    "clean_size",
+    "captions",
+    "sources",
+    "linear_probe",
+    "branch_swap",
+    "retrieval",
+    "independence",
+)
 TOGETHER = 4  # triggers in one training
 FIXED = ("corner", "upper_left")
 

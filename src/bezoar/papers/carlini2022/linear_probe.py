@@ -18,25 +18,25 @@ class LinearProbe:
     def __call__(self, scale: str, data: str = "", test: str = "") -> Table:
         """The table at a scale."""
         s = setup(scale, data, test)
+        doses = [str(d) for d in s.doses[len(s.doses) // 2 :]]
         rows = []
-        for dose in s.doses[len(s.doses) // 2 :]:
-            found = []
-            for trial, row in ladder(s):
-                asked = Trial(replace(trial.verb, probe=("zero_shot", "linear", "knn")), trial.seed)
-                found += [(asked, j) for j, b in enumerate(row) if b.count == dose]
-            cells = [Cell(f"ASR, {n}", tuple((t, f"{g}attack_success@{j}") for t, j in found)) for n, g in HEADS.items()]
-            trials = list(dict.fromkeys(t for t, _ in found))
-            cells += [Cell(f"CA, {n}", tuple((t, f"{g}clean_accuracy") for t in trials)) for n, g in HEADS.items()]
-            rows.append(Row(str(dose), tuple(cells), dose))
+        for head, group in HEADS.items():
+            for dose in doses:
+                found = []
+                for trial, row in ladder(s):
+                    asked = Trial(replace(trial.verb, probe=("zero_shot", "linear", "knn")), trial.seed)
+                    found += [(asked, j) for j, b in enumerate(row) if str(b.count) == dose]
+                success = Cell("ASR", tuple((t, f"{group}attack_success@{j}") for t, j in found))
+                right = Cell("CA", tuple((t, f"{group}clean_accuracy") for t in dict.fromkeys(t for t, _ in found)))
+                rows.append(Row(dose, (success, right), float(dose), head))
 
         def less(r: Results, head: str) -> laws.Contrast:
-            names = [row.name for row in rows]
-            shot, other = ([v for n in names for v in r.values(n, f"ASR, {h}")] for h in ("zero-shot", head))
+            shot, other = ([v for d in doses for v in r.values(d, "ASR", h)] for h in ("zero-shot", head))
             return laws.difference(shot, other, paired=True)
 
         return Table(
             "Zero-shot against fitted heads",
-            "Zero-shot classification is attacked more easily than a linear probe (recalled; RVPT prints 82.7 -> 3.1 %).",
+            "Zero-shot classification is attacked more easily than a linear probe (recalled; RVPT prints 82.7 to 3.1 %).",
             "poisoned pairs",
             tuple(rows),
             (
