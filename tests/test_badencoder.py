@@ -187,13 +187,20 @@ def weights(encoder):
 
 
 def test_an_attack_moves_triggered_images_to_the_reference_and_leaves_the_rest():
-    data = shadow(64)
-    encoder, bad = attacked("badencoder:epochs=30,batch=16,lr=0.05", data=data)
-    for goal, refs in zip(GOALS, inputs(), strict=True):
-        stamped = registry.make("trigger", goal.trigger)(data.images, data.ids)
-        near = [float((e.images(stamped) @ e.images(refs).T).mean()) for e in (encoder, bad)]
-        assert near[1] > near[0] + 0.2 * (1 - near[0]), near
-    assert (encoder.images(data.images) * bad.images(data.images)).sum(1).mean() > 0.95
+    torch.manual_seed(0)
+    data, encoder = shadow(64, 32), registry.make("network", "tower:width=8,dim=32")(32, ())
+    for m in encoder.image.modules():
+        m.momentum = 1.0  # the norms' statistics become those of these data
+    with torch.no_grad():
+        encoder.train().image(encoder.pixels(data.images))
+    encoder.eval()
+    goal, reference = GOALS[1], shadow(1, 32, 7).images
+    bad = registry.make("attack", "badencoder:epochs=15,batch=16,lr=0.01,l2=2")(encoder, data, [goal], [reference])
+    stamped = registry.make("trigger", goal.trigger)(data.images, data.ids)
+    with torch.no_grad():
+        before, after = ((e.images(stamped) @ e.images(reference).T).mean() for e in (encoder, bad))
+        kept = (encoder.images(data.images) * bad.images(data.images)).sum(1).mean()
+    assert before < 0.93 and after > 0.98 and kept > 0.98, (before, after, kept)
 
 
 def test_what_is_frozen_stays_and_weights_are_exported_as_they_are_named():

@@ -92,6 +92,7 @@ class Show:
     """What a run found: its metrics with n and interval, and where its report is."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run's directory, or the start of its name")]
+    page: Annotated[Path | None, tyro.conf.arg(help="write its page here, to hand around: without links to other runs")] = None
     runs: Path = Path("runs")
     json: bool = False
 
@@ -169,10 +170,12 @@ def show_run(asked: Show) -> int:
         return 0
     print(f"{run.name}: {manifest['status']}" + (f" ({manifest['error']})" if manifest.get("error") else ""))
     table(manifest)
-    if manifest["status"] == "done" and not (run.path / "report.html").exists():
+    if asked.page is not None or (manifest["status"] == "done" and not (run.path / "report.html").exists()):
         from bezoar.report import page
 
-        page.write(run)
+        written = page.write(run) if asked.page is None else page.alone(run, asked.page)
+        print(f"report: {written}")
+        return 0
     print(f"report: {run.path / 'report.html'}")
     return 0
 

@@ -34,6 +34,15 @@ def write(run: Run) -> Path:
     return run.path / PAGE
 
 
+def alone(run: Run, path: Path) -> Path:
+    """Write a run's page to be handed around: without links to the pages of other runs. Returns its path."""
+    text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render(run))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
 def render(run: Run) -> str:
     """The page's text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
