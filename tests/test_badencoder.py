@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bezoar import augment, frozen, references, registry, training
+from bezoar import augment, frozen, ranks, references, registry, training
 from bezoar.attacks.badencoder import Loss
 from bezoar.augment import Chance
 from bezoar.cli import main
@@ -433,9 +437,6 @@ def test_inject_says_what_it_did(runs):
 
 def test_evaluate_learns_trigger_and_target_from_the_run(runs):
     test = f"npz:path={runs / 'set.npz'},split=test"
-    assert ask(
-        runs, "evaluate", made(runs).name, test, "--probe", "linear", "--train", f"npz:path={runs / 'set.npz'},limit=47"
-    ) in (0, 2)
     assert ask(runs, "evaluate", made(runs).name, test, "--probe", "linear", "zero_shot") == 0
     found = json.loads(next((runs / "runs").glob("evaluate-*/manifest.json")).read_text())
     assert {"attack_success@0", "attack_success@1", "linear.attack_success@1", "clean_accuracy"} <= found["metrics"].keys()
@@ -487,3 +488,20 @@ def test_goals_of_before_there_were_references_are_read_and_plans_keep_their_byt
     new = Goal.read(json.loads(json.dumps(vars(replace(goal, references=("r",))))))
     assert new.references == ("r",) and hash(new) != hash(goal)
     assert "references" not in Plan((), (goal,)).lines()[0] and '"references": ["r"]' in Plan((), (new,)).lines()[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_attack_as_one(tmp_path):
+    script = [__file__, tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, script)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    encoder, bad = attacked()
+    ends = [load_file(tmp_path / f"rank{rank}.safetensors")["weights"] for rank in (0, 1)]
+    moved = (weights(bad) - weights(encoder)).norm()
+    assert torch.equal(*ends) and moved > 0.01 and (ends[0] - weights(bad)).norm() < 1e-4 * moved
+
+
+if __name__ == "__main__":  # what the ranks of the last test run
+    ranks.join()
+    save_file({"weights": weights(attacked()[1])}, Path(sys.argv[1]) / f"rank{ranks.rank()}.safetensors")
+    ranks.tell(None)

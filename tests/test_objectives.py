@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10.npz"
 SMALL = "batch=16,hidden=8,dim=8"
 SPECS = {
     "simclr": f"simclr:{SMALL},temperature=0.2",
-    "moco": f"moco:{SMALL},queue=40,slow=0.7",
+    "moco": f"moco:{SMALL},queue=40,slow=0.7,groups=4",
     "simsiam": f"simsiam:{SMALL},bottleneck=4,layers=3",
 }
 
@@ -83,7 +84,7 @@ def test_simclr_projects_features_that_are_not_normalised():
     first, norm, _, last = twin.head
     h = norm(twin.encoder.image(x) @ first.weight.T).relu()
     z = F.normalize(h @ last.weight.T + last.bias, dim=1)
-    assert float(got) == pytest.approx(float(nt_xent(z, z, 0, 0.2)), rel=1e-5)
+    assert got.item() == pytest.approx(nt_xent(z, z, 0, 0.2).item(), rel=1e-5)
     assert recipe.colour == 0.5 and selfsupervised.views(recipe, 32) == Views(32)
 
 
@@ -112,7 +113,8 @@ def test_moco_against_a_plain_form_over_several_steps():
     _, loss, recipe = start("moco")
     data = toy(64)
     loss.train()
-    image, head, key = copy.deepcopy((loss.encoder.image, loss.head, loss.key))
+    image, head = copy.deepcopy((loss.encoder.image, loss.head))
+    key = copy.deepcopy(nn.Sequential(image, head))  # with plain batch norms
     queue = loss.queue.tolist()  # the oldest first
     optim = training.optimizer(loss, recipe)
     ours = torch.optim.SGD(loss.parameters(), 0.1)
@@ -121,15 +123,18 @@ def test_moco_against_a_plain_form_over_several_steps():
     for step in range(4):
         images = data.images[16 * step : 16 * step + 16]
         value = loss(images, without_captions(16), Chance(training.generator(5, step)))
-        # m key + (1 - m) query, parameters and running statistics alike, before the keys are computed
-        fast = [*image.state_dict().values(), *head.state_dict().values()]
-        for slow, new in zip(key.state_dict().values(), fast, strict=True):
-            slow.copy_(0.7 * slow + 0.3 * new if slow.is_floating_point() else new)
-        for a, b in zip(loss.key.state_dict().values(), key.state_dict().values(), strict=True):
+        with torch.no_grad():
+            for slow, fast in zip(key.parameters(), [*image.parameters(), *head.parameters()], strict=True):
+                slow.copy_(0.7 * slow + 0.3 * fast)
+        for a, b in zip(loss.key.parameters(), key.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), step
-        x = (selfsupervised.views(recipe, 32)(images, Chance(training.generator(5, step))) - 0.5) / 0.25
+        chance = Chance(training.generator(5, step))
+        x = (selfsupervised.views(recipe, 32)(images, chance) - 0.5) / 0.25
         q = F.normalize(head(image(x[:, 0])), dim=1)
-        k = F.normalize(key.eval()(x[:, 1]), dim=1).detach()
+        shuffled, k = torch.randperm(16, generator=chance.generator).tolist(), torch.zeros(16, 8)
+        for four in range(0, 16, 4):
+            rows = shuffled[four : four + 4]
+            k[rows] = F.normalize(key(x[rows, 1]), dim=1).detach()
         negatives = torch.tensor(queue)
         parts = []
         for i in range(16):
@@ -149,13 +154,6 @@ def test_moco_against_a_plain_form_over_several_steps():
     before = copy.deepcopy(loss.state_dict())
     loss(data.images[:16], without_captions(16), Chance(training.generator(5)))
     assert all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
-
-
-def test_the_slow_copy_takes_no_statistics_of_its_batch():
-    _, loss, _ = start("moco")
-    loss.eval()
-    loss.train()
-    assert loss.encoder.image.training and not any(m.training for m in loss.key.modules())
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -186,6 +184,7 @@ def test_width_changes_nothing():
         ("simclr:blur=2", "shares: 0..1"),
         ("moco:queue=100,batch=200", r"queue \(100\) must hold at least one batch \(200\)"),
         ("moco:slow=1.5", "slow in 0..1"),
+        ("moco:batch=20", "20 does not divide into 8 groups"),
         ("simsiam:layers=0", "layers >= 1"),
     ],
 )
@@ -228,15 +227,17 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(name, tmp_path, monkeyp
 
 
 def gradients(name):
-    """Those of one step, as a training takes it, with the module's state after it."""
-    _, loss, _ = start(name)
-    rows = distributed.own(training.order(3, 0, 96, 16))[0]
-    loss.train()
-    with distributed.joined(loss) as backward:
-        chance = Chance(training.generator(3, 2, 0), *distributed.place())
-        backward(loss(toy().images[rows], without_captions(len(rows)), chance))
-    found = torch.cat([p.grad.flatten() for p in loss.parameters() if p.requires_grad])
-    return {"gradients": found, **{k: v.clone() for k, v in loss.state_dict().items()}}
+    """Those of one step of a training, with the module's state after it: plain descent at rate 1 shows them."""
+    _, loss, recipe = start(name)
+    begun = {k: p.detach().clone() for k, p in loss.named_parameters() if p.requires_grad}
+    usual = training.optimizer
+    try:
+        training.optimizer = lambda model, recipe: torch.optim.SGD(model.parameters(), recipe.lr)
+        training.fit(loss, replace(recipe, lr=1.0), toy(16), without_captions(16), 3)
+    finally:
+        training.optimizer = usual
+    after = {k: v.clone() for k, v in loss.state_dict().items()}
+    return {"gradients": torch.cat([(v - after[k]).flatten() for k, v in begun.items()]), **after}
 
 
 def work_of_a_rank(folder):
@@ -279,7 +280,7 @@ def test_ranks_hold_the_same_queue(ranks_left):
 
 
 @pytest.mark.skipif(not CIFAR.exists(), reason="needs ../shared/data")
-@pytest.mark.parametrize("spec", ["simclr:lr=3e-3", "moco:lr=3e-3,queue=128", "simsiam:lr=3e-3"])
+@pytest.mark.parametrize("spec", ["simclr:lr=3e-3", "moco:lr=2e-3,queue=128", "simsiam:lr=3e-3"])
 def test_a_few_steps_lower_the_loss_and_tell_classes_apart(spec):
     data = registry.make("data", f"npz:path={CIFAR},limit=1500")()
     train, test = data.take(range(1024)), data.take(range(1024, 1500))

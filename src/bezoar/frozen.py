@@ -123,9 +123,10 @@ class Frozen:
 
 
 def pieces(n: int, size: int, device: torch.device) -> Iterator[slice]:
-    """0..n-1 in parts: a CPU's allocator can hand out the room for a small part's activations again and again."""
+    """0..n-1 in parts of one length: a CPU's allocator hands out the room for a small part's activations again and again."""
     rows, side = PIECES.get(device.type, PIECES["cuda"])
-    step = max(FEWEST, rows * side**2 // size**2)
+    most = max(FEWEST, rows * side**2 // size**2)
+    step = -(-n // -(-n // most)) if n else 1
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 

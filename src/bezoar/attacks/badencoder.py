@@ -32,9 +32,10 @@ class Loss(nn.Module):
     L2 = - mean s(f'(x), f(x)), over the images x, and in L0 and L1 over all pairs of a trigger and a reference.
 
     The same value and gradient as one pass for each of these six, from less work. f sees everything once, before the
-    first step. f'(reference) is computed once a step, for rows do not see one another; and triggered images once for all
-    references of a trigger. What is left is one batch: a row's loss is the negative cosine with a target of its own, and
-    the gradient by L0's second argument is known when all rows were seen.
+    first step. f'(reference) is computed once a step, for rows do not see one another, as are views that came out alike (a
+    fifth changes no colour); triggered images once for all references of a trigger. What is left is one batch: a row's
+    loss is the negative cosine with a target of its own, and the gradient by L0's second argument is known when all rows
+    were seen.
     """
 
     sums: Tensor
@@ -83,10 +84,10 @@ class Loss(nn.Module):
     def forward(self, images: Tensor, rows: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), rows int64 (B, 1): their places in the shadow data -> the loss, its gradients known."""
         self.tower.refresh()
-        x, counts = self.batch(images, rows[:, 0].tolist(), chance)
+        x, counts, of, times = self.batch(images, rows[:, 0].tolist(), chance)
         anchors = self.vectors(self.encoder.pixels(self.references))
         leaf = anchors.detach().requires_grad_()
-        weights, mix = self.terms(len(images), counts)
+        weights, mix = self.terms(len(images), counts, of, times)
         clean = self.clean[rows[:, 0].to(self.clean.device)][: counts[0]]
         cosines = []
         for p in self.pieces(len(x)):
@@ -103,19 +104,25 @@ class Loss(nn.Module):
         self.sums += torch.stack(plain)
         return self.tower.known(value)
 
-    def batch(self, images: Tensor, at: list[int], chance: Chance) -> tuple[Tensor, list[int]]:
-        """Pixels of all rows, normalised; and how many are clean, triggered (trigger by trigger), views (in turn)."""
+    def batch(self, images: Tensor, at: list[int], chance: Chance) -> tuple[Tensor, list[int], Tensor, Tensor]:
+        """Pixels of all rows, normalised; how many are clean, triggered (trigger by trigger) and distinct views; of these,
+        which reference they are of and how often they came up.
+        """
         keys, recipe = [self.ids[i] for i in at], self.recipe
         views = max(1, recipe.views // chance.world) if recipe.views else len(images)
         parts = [images] if recipe.l2 else []
         parts += [stamp(images, keys) for stamp in self.stamps]
-        counts = [len(images) if recipe.l2 else 0, len(images) * len(self.stamps), 0]
+        of = times = torch.zeros(0, dtype=torch.long, device=images.device)
         if recipe.l1:
-            parts.append(WHOLE(self.references.repeat(views, 1, 1, 1), chance, 1)[:, 0])
-            counts[2] = len(parts[-1])
-        return torch.cat([self.encoder.pixels(p) for p in parts]), counts
+            seen = WHOLE(self.references.repeat(views, 1, 1, 1), chance, 1)[:, 0]
+            flat, place, times = seen.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
+            parts.append(flat.view(-1, *seen.shape[1:]))
+            which = torch.arange(len(seen), device=seen.device) % len(self.references)
+            of = torch.zeros_like(times).scatter_(0, place, which)
+        counts = [len(images) if recipe.l2 else 0, len(images) * len(self.stamps), len(of)]
+        return torch.cat([self.encoder.pixels(p) for p in parts]), counts, of, times
 
-    def terms(self, b: int, counts: list[int]) -> tuple[Tensor, Tensor]:
+    def terms(self, b: int, counts: list[int], of: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (N,) of the rows' cosines, and (N, 2K): their targets as mixtures of f'(reference) and f(reference).
 
         Clean rows have targets of their own, f(x).
@@ -125,11 +132,11 @@ class Loss(nn.Module):
         clean, triggered, views = weights.split(counts)
         clean += self.recipe.l2 / b
         triggered += (size / (b * k)).expand(-1, b).flatten()
-        views += self.recipe.l1 / max(1, len(views))
+        views += self.recipe.l1 * times.to(views) / times.sum().clamp(min=1)
         mix = self.uses.new_zeros(sum(counts), 2 * k)
         _, first, last = mix.split(counts)
         first[:, :k] = (self.uses / size).repeat_interleave(b, 0)
-        last[:, k:] = torch.eye(k).to(mix).repeat(len(views) // k, 1)
+        last[:, k:] = F.one_hot(of, k)
         return weights, mix
 
     def means(self) -> dict[str, float]:
