@@ -156,6 +156,16 @@ def test_moco_against_a_plain_form_over_several_steps():
     assert all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
 
 
+def test_a_norm_that_moco_does_not_know_is_refused():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    encoder = registry.make("network", "tower:width=4,dim=16")(32)
+    encoder.image.layers[1] = Own(4)
+    with pytest.raises(UserError, match="cannot group what this network's Own normalises"):
+        registry.make("objective", SPECS["moco"])(encoder)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_heads_are_not_saved_with_the_encoder(name, tmp_path):
     encoder, loss, _ = start(name)

@@ -27,6 +27,8 @@ class Grouped(nn.Module):
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, rows: int) -> None:
         super().__init__()
+        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+            raise UserError(f"moco cannot group what this network's {type(norm).__name__} normalises; take simclr or simsiam")
         self.weight, self.bias, self.eps, self.rows = norm.weight, norm.bias, norm.eps, rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ class Loss(nn.Module):
         self.key = copy.deepcopy(self.query()).requires_grad_(False)
         for parent in list(self.key.modules()):
             for name, child in parent.named_children():
-                if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)) and type(child).__module__.startswith("torch."):
+                if isinstance(child, nn.modules.batchnorm._BatchNorm):
                     setattr(parent, name, Grouped(child, recipe.batch // recipe.groups))
         self.register_buffer("queue", F.normalize(torch.randn(recipe.queue, recipe.dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
