@@ -78,7 +78,7 @@ class Shortcut(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same numbers as nn.Conv2d's."""
-        return nn.functional.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
+        return nn.functional.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
 
 
 class Trunk(nn.Module):
