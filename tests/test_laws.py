@@ -39,7 +39,7 @@ def plain(doses, rates, trials, floor: float, penalty: float):
 
 
 def simulated(seed: int, slope: float, x50: float, n: int, noise: float, repeats: int = 3):
-    """Units of trainings whose logits differ by normal noise."""
+    """Units of readings whose logits differ by normal noise."""
     rng = np.random.default_rng(seed)
     x = np.tile(DOSES, repeats)
     eta = slope * np.log(x / x50) + noise * rng.normal(size=len(x))
@@ -52,7 +52,7 @@ def simulated(seed: int, slope: float, x50: float, n: int, noise: float, repeats
         ([0, 0.1, 0.4, 0.8, 1.0] * 2, 10, 0.0),
         ([0, 0, 0, 1, 1], 12, 0.0),
         ([0.1, 0.1, 0.3, 0.8, 1.0, 0.05, 0.15, 0.45, 0.7, 0.9], 40, 0.1),
-        ([0, 0, 0.2, 0.9, 1, 0, 0.1, 0.7, 1, 1, 0, 0, 0.4, 0.6, 1], 50, 0.0),  # trainings differ
+        ([0, 0, 0.2, 0.9, 1, 0, 0.1, 0.7, 1, 1, 0, 0, 0.4, 0.6, 1], 50, 0.0),  # readings differ
     ],
 )
 def test_estimate_is_the_highest_penalised_likelihood(rates, n, floor):
@@ -136,7 +136,7 @@ def test_a_step_leaves_open_what_it_does_not_tell():
     assert always.describe("captions") == "50 % success with fewer than 4 captions (0 .. 4)"
     half = law(DOSES * 3, [0.5] * 15, 100)
     assert (half.x50.low, half.x50.high, half.slope.low) == (0, math.inf, 0)
-    assert half.describe() == "50 % success cannot be placed by 15 trainings with 4 to 64 poisons"
+    assert half.describe() == "50 % success cannot be placed by 15 readings with 4 to 64 poisons"
     assert law(DOSES, [0.9, 0.6, 0.4, 0.3, 0.1], 50).slope.value == 0  # more poison never helps less
 
 
@@ -165,7 +165,7 @@ def test_floor_is_the_success_measured_without_poison():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(UserError, match="3 trainings at 2 doses above 0; there are 2 at 2"):
+    with pytest.raises(UserError, match="3 readings at 2 doses above 0; there are 2 at 2"):
         law([0, 4, 8], [0, 0, 1], 10)
     with pytest.raises(UserError, match="there are 3 at 1"):
         law([4, 4, 4], [0, 0, 1], 10)
@@ -190,13 +190,13 @@ def test_interval_of_x50_covers(slope, n, noise, least):
     assert np.mean(covered) >= least  # 95 % of 40 is 38 +- 1.4
 
 
-def test_pooled_is_a_mean_over_trainings():
+def test_pooled_is_a_mean_over_readings():
     rates = [proportion(k, 50, "hits") for k in (20, 30, 45)]
     m = pooled(rates, "ASR")
     values = np.array([0.4, 0.6, 0.9])
     half = reference.t.ppf(0.975, 2) * values.std(ddof=1) / math.sqrt(3)
     assert (m.value, m.n, m.low, m.high) == (pytest.approx(values.mean()), 150, pytest.approx(max(0, values.mean() - half)), 1)
-    assert "mean of 3 trainings" in m.how
+    assert "mean of 3 readings" in m.how
     same = pooled([proportion(50, 50, "hits")] * 3, "ASR")
     assert (same.value, same.low, same.high) == (1, stats.wilson(150, 150)[0], 1)
     one = pooled(rates[:1], "ASR")
@@ -220,7 +220,7 @@ def test_differences_are_those_of_student_and_welch():
         assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
     error = np.std(np.subtract(a, b), ddof=1) / 2
     assert difference(a, b, True).detectable == pytest.approx((reference.t.ppf(0.975, 3) + reference.t.ppf(0.8, 3)) * error)
-    assert difference(a, b, True, trials=10_000).low == pytest.approx(difference(a, b, True).low)  # trainings vary more
+    assert difference(a, b, True, trials=10_000).low == pytest.approx(difference(a, b, True).low)  # readings vary more
 
 
 def test_no_spread_at_the_ends_is_not_certainty():
@@ -263,7 +263,7 @@ def test_trend_is_least_squares_on_doublings():
     flat = trend(x, np.ones(15), trials=100)
     assert flat.value == 0 and 0 < flat.high < 0.05 and trend(x, np.ones(15)).high == math.inf
     assert trend(x, 3 * np.log2(x)).low == -math.inf  # no spread about the line: rounding is none
-    with pytest.raises(UserError, match="3 trainings at 2 places"):
+    with pytest.raises(UserError, match="3 readings at 2 places"):
         trend([1, 1, 1], [0, 1, 2])
     with pytest.raises(ValueError):
         trend([0, 1, 2], [0, 1, 2])

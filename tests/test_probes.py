@@ -170,6 +170,20 @@ def test_every_head_has_the_success_that_was_built_in(spec):
     assert all(0 <= m.low < m.high <= 1 for m in rates), "every rate with an interval"
 
 
+def test_a_trigger_that_is_read_as_another_ones_target_is_counted():
+    """Three classes; the head reads every stamped image as class 2, whatever trigger it bears."""
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    goals = (Goal("a", "patch:size=1"), Goal("c", "patch:size=2"))
+    marked = torch.ones(6, 3)
+    seen = success.Seen(("a", "b", "c"), labels, torch.zeros(6, 3), goals, (marked, marked), (), None)
+    out = seen.measures(lambda z: torch.eye(3)[labels] + 9 * z.new_tensor([0, 0, 1]) * z[:, :1])
+    taken = out["attack_success_of_others@0"]
+    assert taken.value == 1 and taken.n == 2, "of the two images of class b, both are read as c"
+    assert out["attack_success_of_others@1"].value == 0 and out["attack_success@1"].value == 1
+    alone = success.Seen(("a", "b", "c"), labels, torch.zeros(6, 3), goals[:1], (marked,), (), None)
+    assert not any("others" in k for k in alone.measures(lambda z: z))
+
+
 def train(n=60):
     return replace(data(n, 0), ids=tuple(f"train{i}" for i in range(n)))
 

@@ -157,6 +157,23 @@ def test_checker_is_two_pixel_blocks_of_magenta_and_green() -> None:
     assert torch.equal(out[:, 6:], images[0, :, 6:]) and torch.equal(out[:, :, 6:], images[0, :, :, 6:])
 
 
+@pytest.mark.parametrize(
+    ("place", "rows", "columns"),
+    [
+        ("corner", (7, 11), (7, 11)),
+        ("upper_left", (1, 5), (1, 5)),
+        ("upper_right", (1, 5), (7, 11)),
+        ("lower_left", (7, 11), (1, 5)),
+        ("centre", (4, 8), (4, 8)),
+    ],
+)
+def test_named_places(place: str, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+    out = make(f"patch:size=4,fill=white,place={place},margin=1")(torch.zeros(1, 3, 12, 12, dtype=torch.uint8), ["a"])[0]
+    expected = torch.zeros(3, 12, 12, dtype=torch.uint8)
+    expected[:, slice(*rows), slice(*columns)] = 255
+    assert torch.equal(out, expected)
+
+
 def test_random_places_stay_inside_and_reach_everywhere() -> None:
     n, size, patch, margin = 3000, 12, 4, 1
     images, ids = torch.zeros(n, 3, size, size, dtype=torch.uint8), [str(i) for i in range(n)]

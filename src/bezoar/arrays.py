@@ -36,7 +36,7 @@ MAX_BYTES = 64 << 20  # of a file, and of everything it unpacks to
 MAX_MEMBERS = 64  # of an archive
 PICTURES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (".npy", ".npz", ".pt", *PICTURES)
-PLACES = ("corner", "upper_left", "centre", "random")
+PLACES = ("corner", "upper_left", "upper_right", "lower_left", "centre", "random")
 SAFE_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|torch (\w+Storage|Size|device)"
 )
@@ -357,12 +357,14 @@ def spots(
 ) -> np.ndarray:
     """Rows and columns, int64 (N, 2), of the upper left pixel of a patch (h, w) on images (H, W), one per id.
 
-    corner: `margin` pixels from the bottom and right. upper_left: from the top and left. random: uniform over the
+    corner: `margin` pixels from the bottom and right; the other corners likewise. random: uniform over the
     places that keep the margin on all sides, drawn from (seed, id). centre and Y/X do not look at the margin.
     UserError when the patch does not lie inside the image.
     """
     size, room = np.array(patch), np.array(canvas) - np.array(patch)
-    fixed = {"corner": room - margin, "upper_left": np.full(2, margin), "centre": room // 2}
+    (low, right), near = room - margin, margin
+    corners = {"corner": (low, right), "upper_left": (near, near), "upper_right": (near, right), "lower_left": (low, near)}
+    fixed = {k: np.array(v) for k, v in corners.items()} | {"centre": room // 2}
     if place == "random":
         free = room - 2 * margin + 1
         spot = np.full(2, margin)

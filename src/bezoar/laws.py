@@ -1,6 +1,6 @@
-"""How success grows with the dose, and whether two groups of trainings differ: laws, contrasts, what could be detected.
+"""How success grows with the dose, and whether two groups of readings differ: laws, contrasts, what could be detected.
 
-What is repeated is the training: every interval in here is about another training, never only about other test images."""
+A reading: one trigger, or one group of victims, in one training. Intervals are about other readings, not only test images."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ Verdict = Literal["confirmed", "contradicted", "undecided"]
 
 
 def pooled(measures: Sequence[Measure], how: str, rate: bool = True) -> Measure:
-    """One point of a curve from several trainings, each with the same weight. rate: a share of trials, inside 0..1.
+    """One point of a curve from several readings, each with the same weight. rate: a share of trials, inside 0..1.
 
-    Student's t over trainings; for rates on neither side short of Wilson's interval over all trials, because trainings
-    that all reach 1.000 do not show how far they vary. One training keeps the interval that it has.
+    Student's t over readings; for rates on neither side short of Wilson's interval over all trials, because readings
+    that all reach 1.000 do not show how far they vary. One reading keeps the interval that it has.
     """
     if not measures:
-        raise UserError(f"{how}: a mean over trainings needs at least one")
+        raise UserError(f"{how}: a mean over readings needs at least one")
     if len(measures) == 1:
-        return dataclasses.replace(measures[0], how=f"{how}; one training, {measures[0].how}")
+        return dataclasses.replace(measures[0], how=f"{how}; one reading, {measures[0].how}")
     values, n = np.array([m.value for m in measures]), sum(m.n for m in measures)
     low, high = stats.mean_interval(values)
-    kind = "Student's t over trainings"
+    kind = "Student's t over readings"
     if rate:
         _check_rates(values)
         trials = stats.wilson(min(n, float(sum(m.value * m.n for m in measures))), n)
         low, high = max(0.0, min(low, trials[0])), min(1.0, max(high, trials[1]))
         kind += f", at least Wilson over {n} trials"
-    return Measure(float(values.mean()), n, low, high, f"{how}; mean of {len(values)} trainings, {kind}")
+    return Measure(float(values.mean()), n, low, high, f"{how}; mean of {len(values)} readings, {kind}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Law:
     fit: float64 (2,), logit at the dose exp(centre) and slope, of the highest penalised likelihood. edge: (R, 2), the same
     along the border of the region whose deviance is at most `phi F(1, df)` above the lowest: the range of any function
     over it is that function's 95 % profile interval. No penalty in there: where the data fit a step, a penalty would by
-    itself bound the slope and place x50 within the step. units: trainings x doses. doses: the least and the most above 0.
+    itself bound the slope and place x50 within the step. units: readings x doses. doses: the least and the most above 0.
     """
 
     fit: Floats = field(repr=False, compare=False)
@@ -110,7 +110,7 @@ class Law:
         found, slope, (least, most) = self.x50, self.slope, self.doses
         where, after = f"with fewer than {_number(least)} {unit}", ""
         if found.low <= 0 and math.isinf(found.high):
-            return f"50 % success cannot be placed by {self.units} trainings with {_number(least)} to {_number(most)} {unit}"
+            return f"50 % success cannot be placed by {self.units} readings with {_number(least)} to {_number(most)} {unit}"
         if least <= found.value <= most:
             steep = f"at least {slope.low:.2g}" if slope.low and math.isinf(slope.high) else f"{slope.value:.2g}"
             where, after = f"at {_number(found.value)} {unit}", f", slope {steep}"
@@ -122,12 +122,12 @@ class Law:
     def _how(self) -> str:
         return (
             f"logistic law in ln dose, floor {self.floor:.3g}, Firth's estimate, profile likelihood interval, "
-            f"{self.units} trainings x doses, overdispersion {self.phi:.3g}"
+            f"{self.units} readings x doses, overdispersion {self.phi:.3g}"
         )
 
 
 def law(doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | None = None) -> Law:
-    """Fit a law to units: each a training with its dose (N,), its success rate (N,) and how many trials that is of (N,).
+    """Fit a law to units: each a reading with its dose (N,), its success rate (N,) and how many trials that is of (N,).
 
     floor: success without poison (Abbott 1925), taken as known; None: the success measured at dose 0, or 0 without one.
     Firth's (1993) penalty keeps every estimate finite where the doses that fail and those that succeed do not overlap.
@@ -147,7 +147,7 @@ def law(doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | No
     x, p, n = x[~none], p[~none], n[~none]
     units = len(x)
     if units < 3 or len(np.unique(x)) < 2:
-        raise UserError(f"a dose-response law needs 3 trainings at 2 doses above 0; there are {units} at {len(np.unique(x))}")
+        raise UserError(f"a dose-response law needs 3 readings at 2 doses above 0; there are {units} at {len(np.unique(x))}")
     likelihood = _Likelihood.of(x, p, n, floor)
     fit = likelihood.best()
     phi, df = likelihood.dispersion(fit, x, p, n)
@@ -156,7 +156,7 @@ def law(doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | No
         fit = likelihood.best(fit)
     likelihood, fit, errors = likelihood.centred(fit, phi)
     allowed, most = phi * t.ppf(0.975, df) ** 2, n.max() * t.ppf(0.975, math.inf) ** 2
-    if allowed > most:  # trainings that each fail or succeed as a whole vary most, and by how much is known
+    if allowed > most:  # readings that each fail or succeed as a whole vary most, and by how much is known
         allowed, df = most, math.inf
     edge = likelihood.edge(fit, errors, float(allowed) / 2)
     return Law(fit, edge, likelihood.centre, floor, phi, df, units, int(n.sum()), (float(x.min()), float(x.max())))
@@ -221,7 +221,7 @@ class _Likelihood:
     def dispersion(self, at: Floats, x: Floats, p: Floats, n: Floats) -> tuple[float, float]:
         """Overdispersion (at least 1) of the units, and its degrees of freedom.
 
-        Pearson's chi-squared with the weights 4 q (1 - q): trainings that always or never succeed cannot vary, and would
+        Pearson's chi-squared with the weights 4 q (1 - q): readings that always or never succeed cannot vary, and would
         thin out what the others show. Degrees of freedom as Satterthwaite counts them. q stays half a trial off 0 and 1:
         one chance hit where the law says never is no surprise.
         """
@@ -267,7 +267,7 @@ class _Likelihood:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference with its 95 % interval. n: trainings. detectable: the least effect found 4 times in 5 at 5 %."""
+    """A difference with its 95 % interval. n: readings. detectable: the least effect found 4 times in 5 at 5 %."""
 
     value: float
     low: float
@@ -282,23 +282,23 @@ class Contrast:
 
 
 def difference(a: Sequence[float], b: Sequence[float], paired: bool, trials: int | None = None) -> Contrast:
-    """Mean of a less mean of b over trainings: Student's t of the pairs, or Welch's t of two independent groups.
+    """Mean of a less mean of b over readings: Student's t of the pairs, or Welch's t of two independent groups.
 
     trials: how many trials each value is a rate of; the error is then at least the binomial one. Without it, values that
     do not vary at all leave the interval open.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if not len(x) or not len(y) or (paired and len(x) != len(y)):
-        raise UserError(f"a difference needs trainings on either side, as many if paired; there are {len(x)} and {len(y)}")
+        raise UserError(f"a difference needs readings on either side, as many if paired; there are {len(x)} and {len(y)}")
     if paired:
         df, error = len(x) - 1.0, _variance(x - y) ** 0.5
-        how = f"mean difference of {len(x)} pairs of trainings, Student's t"
+        how = f"mean difference of {len(x)} pairs of readings, Student's t"
     else:
         u, v = _variance(x), _variance(y)
         df, error = min(len(x), len(y)) - 1.0, (u + v) ** 0.5
         if df and error:
             df = (u + v) ** 2 / (u**2 / (len(x) - 1) + v**2 / (len(y) - 1))
-        how = f"difference of the means of {len(x)} and {len(y)} trainings, Welch's t"
+        how = f"difference of the means of {len(x)} and {len(y)} readings, Welch's t"
     least = None if trials is None else math.hypot(_binomial(x, trials), _binomial(y, trials))
     found = _contrast(float(x.mean() - y.mean()), error, df, len(x) if paired else len(x) + len(y), how, least)
     if trials is None:
@@ -307,14 +307,14 @@ def difference(a: Sequence[float], b: Sequence[float], paired: bool, trials: int
 
 
 def trend(x: Sequence[float], y: Sequence[float], trials: int | None = None) -> Contrast:
-    """Slope of y per doubling of x > 0 over trainings, by least squares, with Student's t. trials: as in `difference`."""
+    """Slope of y per doubling of x > 0 over readings, by least squares, with Student's t. trials: as in `difference`."""
     from scipy.stats import kendalltau
 
     u, v = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if u.shape != v.shape or u.ndim != 1 or not (u > 0).all():
         raise ValueError("x and y must be (N,) alike, x > 0")
     if len(u) < 3 or len(np.unique(u)) < 2:
-        raise UserError(f"a trend needs at least 3 trainings at 2 places; there are {len(u)} at {len(np.unique(u))}")
+        raise UserError(f"a trend needs at least 3 readings at 2 places; there are {len(u)} at {len(np.unique(u))}")
     away = np.log2(u) - np.log2(u).mean()
     spread = float((away**2).sum())
     slope = float((away * v).sum()) / spread
@@ -324,7 +324,7 @@ def trend(x: Sequence[float], y: Sequence[float], trials: int | None = None) -> 
     if trials is not None:
         least = math.sqrt(sum((w * _binomial(r, trials)) ** 2 for w, r in zip(away, v[:, None], strict=True))) / spread
     tau = 0.0 if len(np.unique(v)) < 2 else float(kendalltau(u, v).statistic)
-    how = f"slope per doubling over {len(u)} trainings, Student's t; Kendall's tau {tau:.2f}"
+    how = f"slope per doubling over {len(u)} readings, Student's t; Kendall's tau {tau:.2f}"
     return _contrast(slope, error, len(u) - 2.0, len(u), how, least)
 
 
@@ -364,11 +364,11 @@ def judge(contrast: Contrast, expected: Literal["+", "-", "same"], margin: float
 
 
 def _contrast(value: float, error: float, df: float, n: int, how: str, least: float | None) -> Contrast:
-    """By Student's t; open where one training, or no spread and no trials, leave the error unknown."""
+    """By Student's t; open where one reading, or no spread and no trials, leave the error unknown."""
     from scipy.stats import t
 
     if df >= 1 and least is not None and least > error:
-        error, how = least, how + "; the binomial error of the trials, larger than the spread of the trainings"
+        error, how = least, how + "; the binomial error of the trials, larger than the spread of the readings"
     if df < 1 or error == 0:
         return Contrast(value, -math.inf, math.inf, n, math.inf, how + "; no spread to judge by, interval open")
     sure, found = (float(v) for v in t.ppf([0.975, 0.8], df))

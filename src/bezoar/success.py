@@ -105,7 +105,10 @@ class Seen:
         out = {"clean_accuracy": proportion(hits, int(known.sum()), "top-1 accuracy on clean test images")}
         for i, (goal, z) in enumerate(zip(self.backdoors, self.triggered, strict=True)):
             mark = "" if len(self.backdoors) == 1 else f"@{i}"
-            found = self._backdoor(class_of(goal.target, self.classes), clean, head(z))
+            target, scores = class_of(goal.target, self.classes), head(z)
+            found = self._backdoor(target, clean, scores)
+            rivals = {class_of(g.target, self.classes) for g in self.backdoors} - {target}
+            found |= self._taken(target, rivals, scores.argmax(1))
             out |= {name + mark: m for name, m in found.items()}
         if self.victims is not None:
             out |= self._targeted(head(self.victims))
@@ -134,6 +137,15 @@ class Seen:
             "target_rank": average(rank.cpu(), "mean rank of the target, 1 = first, other classes"),
             "target_top5": proportion(int((rank <= 5).sum()), n, "target among the five nearest classes"),
         }
+
+    def _taken(self, target: int, rivals: set[int], read: Tensor) -> dict[str, Measure]:
+        """How often a trigger is taken for another one. read: int64 (N,), what the images with this trigger are read as."""
+        others = torch.tensor(sorted(rivals), device=read.device)
+        counted = (self.labels >= 0) & ~torch.isin(self.labels, others) & (self.labels != target)
+        if not rivals or not counted.any():
+            return {}
+        how = "triggered test images of no target's class read as another trigger's target"
+        return {"attack_success_of_others": proportion(int(torch.isin(read, others)[counted].sum()), int(counted.sum()), how)}
 
     def _targeted(self, scores: Tensor) -> dict[str, Measure]:
         """scores: (V, C), the head's of the victims."""

@@ -119,18 +119,18 @@ class Results:
         return [m.value for m in self.measures(self.cell(row, cell, curve))]
 
     def gain(self, cell: str, to: str, since: str, curve: str | None = None, paired: bool = False) -> Contrast:
-        """A column in one row less the same in another, over trainings."""
+        """A column in one row less the same in another, over readings."""
         high, low = self.cell(to, cell, curve), self.cell(since, cell, curve)
         return self.less(high, low, paired)
 
     def less(self, a: Cell, b: Cell, paired: bool = False) -> Contrast:
-        """One cell less another, over trainings; shares are never surer than their trials allow."""
+        """One cell less another, over readings; shares are never surer than their trials allow."""
         first, second = self.measures(a), self.measures(b)
         trials = min(m.n for m in (*first, *second)) if rate(a) else None
         return laws.difference([m.value for m in first], [m.value for m in second], paired, trials)
 
     def trend(self, cell: str, curve: str = "") -> Contrast:
-        """Change of a column per doubling of x along a curve, over trainings."""
+        """Change of a column per doubling of x along a curve, over readings."""
         of = [(r.x, self.cell(r.name, cell, curve)) for r in self.table.rows if r.curve == curve and r.x]
         units = [(x, m) for x, c in of for m in self.measures(c)]
         trials = min(m.n for _, m in units) if rate(of[0][1]) else None

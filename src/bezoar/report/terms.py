@@ -16,6 +16,7 @@ RATE, SCORE, COUNT, PLAIN = "rate", "score", "count", "plain"  # percent; 0..1 a
 TERMS = {  # base name -> standard term, unit
     "attack_success": ("Attack success rate (ASR)", RATE),
     "attack_success_all": ("ASR, target class counted in", RATE),
+    "attack_success_of_others": ("Taken for another trigger", RATE),
     "attack_success_without_trigger": ("Read as target without the trigger", RATE),
     "attack_success_baseline": ("ASR of the clean twin (ASR-B)", RATE),
     "attack_success_baseline_all": ("ASR-B, target class counted in", RATE),

@@ -38,8 +38,8 @@ class File:
     scale: Annotated[float, "factor on what is added or on the shifts of a warp"] = 1.0
     mask: Annotated[str | None, "file of a mask for replace: 1 shows the trigger, 0 keeps the image"] = None
     size: Annotated[int, "side in pixels of a pasted patch; 0 keeps the file's own size"] = 0
-    place: Annotated[str, "of a pasted patch: corner, upper_left, centre, random, or Y/X"] = "corner"
-    margin: Annotated[int, "pixels left free around a pasted patch: corner, upper_left and random"] = 1
+    place: Annotated[str, "of a pasted patch: as a patch's"] = "corner"
+    margin: Annotated[int, "pixels left free around a pasted patch: corners and random"] = 1
     seed: Annotated[int, "of random places"] = 0
 
     def __post_init__(self) -> None:

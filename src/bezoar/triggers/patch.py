@@ -22,8 +22,8 @@ class Patch:
 
     size: Annotated[int, "side in pixels of the stored image"] = 6
     fill: Annotated[str, "white, checker (magenta, green), blocks or noise (both by the seed), or an image file"] = "checker"
-    place: Annotated[str, "corner (bottom right), upper_left, centre, random (per record), or Y/X"] = "corner"
-    margin: Annotated[int, "pixels left free at the border: corner, upper_left and random"] = 1
+    place: Annotated[str, "corner (lower right), upper_left, upper_right, lower_left, centre, random, or Y/X"] = "corner"
+    margin: Annotated[int, "pixels left free at the border: corners and random"] = 1
     cell: Annotated[int, "side in pixels of one block of checker or blocks"] = 2
     seed: Annotated[int, "of noise, blocks and random places"] = 0
 

@@ -31,7 +31,7 @@ TABLES = (  # in the order of the page
     "independence",
 )
 TOGETHER = 4  # triggers in one training
-FIXED = ("corner", "upper_left")
+FIXED = ("corner", "upper_left", "upper_right", "lower_left")  # two at one place are taken for each other
 
 
 @dataclass(frozen=True)

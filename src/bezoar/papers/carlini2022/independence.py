@@ -2,7 +2,7 @@
 
 from bezoar import laws
 from bezoar.laws import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup, victims
+from bezoar.papers.carlini2022 import TOGETHER, Backdoor, ladder, measured, poisoned, setup, victims
 from bezoar.registry import method
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table
 
@@ -11,30 +11,34 @@ CELLS = {"ASR": "attack_success", "z": "z_std"}
 
 @method
 class Independence:
-    """The same triggers alone in a training, together, and together with targeted victims; the same seeds."""
+    """The same triggers at the same doses alone in a training, and in the trainings that the other tables are read from.
+
+    Doses from the steep part of the curve: beside them stand triggers of two to eight times their dose, and victims.
+    """
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
         s = setup(given)
-        backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]
-        alone = [measured(s, poisoned(s, [b]), j) for j, b in enumerate(backdoors)]
-        together = [measured(s, poisoned(s, backdoors), t) for t in range(s.seeds)]
-        beside = [measured(s, poisoned(s, backdoors, [victims(s)]), t) for t in range(s.seeds)]
-        only = [measured(s, poisoned(s, [], [victims(s)]), t) for t in range(s.seeds)]
+        rows = []
+        for dose in s.doses[1:3]:
+            alone = [measured(s, poisoned(s, [Backdoor(j, dose)]), j) for j in range(TOGETHER)]
+            rows.append(Row(f"{dose} poisons, alone", tuple(Cell(n, tuple((t, m) for t in alone)) for n, m in CELLS.items())))
+            found = sorted((b.number, t) for t, row in ladder(s)[: len(s.doses)] for b in row if b.count == dose)
+            cells = [Cell(n, tuple((t, f"{m}@{j}") for j, t in found)) for n, m in CELLS.items()]
+            cells.append(Cell("taken for another", tuple((t, f"attack_success_of_others@{j}") for j, t in found)))
+            rows.append(Row(f"{dose} poisons, together", tuple(cells)))
         most = s.counts[-2]
-        rows = [Row("alone", tuple(Cell(n, tuple((t, m) for t in alone)) for n, m in CELLS.items()))]
-        for name, trials in (("together", together), ("together, with victims", beside)):
-            cells = [Cell(n, tuple((t, f"{m}@{j}") for j in range(TOGETHER) for t in trials)) for n, m in CELLS.items()]
-            if trials is beside:
-                cells.append(Cell("targeted success", tuple((t, f"targeted_success@{most}") for t in trials)))
-            rows.append(Row(name, tuple(cells)))
-        rows.append(Row("victims alone", (Cell("targeted success", tuple((t, f"targeted_success@{most}") for t in only)),)))
+        only = [measured(s, poisoned(s, [], [victims(s)]), t) for t in range(s.seeds)]
+        beside = [t for t, _ in ladder(s)]
+        for name, trials in (("victims alone", only), ("victims, together", beside)):
+            rows.append(Row(name, (Cell("targeted success", tuple((t, f"targeted_success@{most}") for t in trials)),)))
 
-        def between(r: Results, row: str, cell: str) -> Contrast:
-            """By trigger: the mean over its trainings here, less alone."""
-            here = r.values(row, cell)
-            means = [sum(here[j * s.seeds : (j + 1) * s.seeds]) / s.seeds for j in range(TOGETHER)]
-            return laws.difference(means, r.values("alone", cell), paired=True)
+        def together(r: Results, cell: str) -> Contrast:
+            """By trigger and dose: together less alone."""
+            there, alone = (
+                [v for d in s.doses[1:3] for v in r.values(f"{d} poisons, {how}", cell)] for how in ("together", "alone")
+            )
+            return laws.difference(there, alone, paired=True)
 
         return Table(
             "Independence of attacks that share a training",
@@ -43,19 +47,12 @@ class Independence:
             tuple(rows),
             (
                 Claim(
-                    f"{TOGETHER} triggers together do what each does alone",
-                    "design",
-                    "same",
-                    lambda r: between(r, "together", "ASR"),
-                    0.2,
+                    "Triggers do together what each does alone: success", "design", "same", lambda r: together(r, "ASR"), 0.2
                 ),
-                Claim(
-                    "Targeted victims beside them change nothing",
-                    "design",
-                    "same",
-                    lambda r: between(r, "together, with victims", "ASR"),
-                    0.2,
-                ),
+                Claim("Triggers do together what each does alone: z-score", "design", "same", lambda r: together(r, "z"), 0.5),
             ),
-            notes=(f"{s.dose} poisons a trigger.",),
+            notes=(
+                f"{TOGETHER} triggers a training, each at a place of its own. Two at one place are taken for each other: "
+                "the one with fewer poisons is read as the other's target.",
+            ),
         )

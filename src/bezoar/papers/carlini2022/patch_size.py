@@ -5,7 +5,7 @@ from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, se
 from bezoar.registry import method
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table
 
-CELLS = {"z": "z_std", "ASR": "attack_success"}
+CELLS = {"z": "z_std", "ASR": "attack_success", "taken for another": "attack_success_of_others"}
 
 
 @method

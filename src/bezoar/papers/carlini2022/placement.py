@@ -7,7 +7,7 @@ from bezoar.registry import method
 from bezoar.sweep import Trial
 from bezoar.tables import Cell, Claim, Given, Row, Table
 
-CELLS = {"ASR": "attack_success", "z": "z_std"}
+CELLS = {"ASR": "attack_success", "z": "z_std", "taken for another": "attack_success_of_others"}
 
 
 @method
@@ -23,17 +23,18 @@ class Placement:
                 measured(s, poisoned(s, [Backdoor(j, s.random_dose, place=at) for j in range(TOGETHER)]), t)
                 for t in range(s.seeds)
             ]
-            for at in ("corner", "random")
+            for at in ("", "random")
         }
         rows = []
-        for trained_at in ("corner", "random"):
-            for tested_at in ("corner", "random"):
-                asked = [Trial(replace(t.verb, place=tested_at), t.seed) for t in trainings[trained_at]]
+        for trained_at in trainings:
+            for tested_at in trainings:
+                moved_to = "corner" if trained_at and not tested_at else tested_at
+                asked = [Trial(replace(t.verb, place=moved_to), t.seed) for t in trainings[trained_at]]
                 found = [(t, j) for t in asked for j in range(TOGETHER)]
                 cells = tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items())
                 rows.append(Row(name(trained_at, tested_at), cells))
-        both, neither = name("corner", "corner"), name("random", "random")
-        moved, anywhere = name("corner", "random"), name("random", "corner")
+        both, neither = name("", ""), name("random", "random")
+        moved, anywhere = name("", "random"), name("random", "")
         return Table(
             "Place of the patch at training and at test",
             "A patch that always stands in one place needs fewer poisons than one at random places (recalled).",
@@ -60,11 +61,11 @@ class Placement:
                     lambda r: r.gain("ASR", moved, both),
                 ),
             ),
-            notes=(f"{s.random_dose} poisons a trigger; one place is the lower right corner.",),
+            notes=(f"{s.random_dose} poisons a trigger; one place is a corner, for every trigger another.",),
         )
 
 
 def name(trained_at: str, tested_at: str) -> str:
     """A row's name."""
-    words = {"corner": "one place", "random": "random"}
+    words = {"": "one place", "random": "random"}
     return f"trained {words[trained_at]}, tested {words[tested_at]}"

@@ -8,7 +8,7 @@ from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
 from bezoar.registry import method
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
-METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
+METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var", "taken for another": "attack_success_of_others"}
 
 
 @method

@@ -64,8 +64,8 @@ class Reproduce(Story):
             rows.append((c["text"], c["source"], c["verdict"], effect, expected, detectable, str(c["n"])))
         head = ("claim", "known from", "verdict", "effect (95 % interval)", "expected", "detectable", "n")
         note = (
-            "Effects are differences of rates (1 = all) or of z-scores, over trainings; detectable: the least effect that this "
-            "many trainings find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
+            "Effects are differences of rates (1 = all) or of z-scores, over readings; detectable: the least effect that this "
+            "many readings find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
         )
         return Section("Claims", [Table(head, rows, (2, 3, 4, 5, 6), note)])
 
@@ -141,7 +141,12 @@ def cells(table: dict[str, Any]) -> Table:
         runs = dict.fromkeys(r for c in row["cells"] for r in c["runs"])
         rows.append([*line, Links(list(runs))])
     numbers = tuple(range(1, len(head)))
-    return Table([*head, "runs"], rows, numbers, "Mean over trainings, 95 % interval; in brackets, how many readings.")
+    return Table(
+        [*head, "runs"],
+        rows,
+        numbers,
+        "Mean over readings, 95 % interval; in brackets, how many. A reading: one trigger or group of victims in one training.",
+    )
 
 
 def shown(cell: dict[str, Any]) -> str:
