@@ -117,7 +117,7 @@ def plain(student, teacher, recipe, goals, refs, images, ids, chance, centre=Non
         reference = reference - (f(student, views[:, j]) * f(teacher, repeated).detach()).sum(1).mean()
     utility = -(f(student, images) * f(teacher, images).detach()).sum(1).mean()
     parts = effect / k, reference / k, utility
-    return parts[0] + recipe.l1 * parts[1] + recipe.l2 * parts[2], parts
+    return recipe.l0 * parts[0] + recipe.l1 * parts[1] + recipe.l2 * parts[2], parts
 
 
 def both(encoder, size, spec, dtype=torch.float32, goals=GOALS, n=12):
@@ -136,7 +136,7 @@ def both(encoder, size, spec, dtype=torch.float32, goals=GOALS, n=12):
     want, parts = plain(encoder, teacher, recipe, goals, refs, data.images, data.ids, Chance(training.generator(3)), centre)
     want.backward()
     slow = {k: p.grad.clone() for k, p in encoder.named_parameters() if p.grad is not None}
-    wanted = [float(p.detach()) * (w > 0) for p, w in zip(parts, (1, recipe.l1, recipe.l2), strict=True)]
+    wanted = [float(p.detach()) * (w > 0) for p, w in zip(parts, (recipe.l0, recipe.l1, recipe.l2), strict=True)]
     assert list(module.means().values()) == pytest.approx(wanted, rel=1e-4)
     return float(value.detach()), fast, float(want.detach()), slow
 
@@ -149,7 +149,7 @@ def apart(fast, slow):
     return float((every[0] - every[1]).norm() / every[1].norm()), worst
 
 
-CASES = [("tiny", "badencoder"), ("tiny", "badencoder:l1=0.5,l2=2"), ("tiny", "badencoder:centred=true")]
+CASES = [("tiny", "badencoder"), ("tiny", "badencoder:l0=3,l1=0.5,l2=2"), ("tiny", "badencoder:centred=true")]
 
 
 @pytest.mark.parametrize(("tower", "spec"), [*CASES, ("resnet", "badencoder:l1=0.5")])
@@ -164,7 +164,7 @@ def test_loss_and_gradient_are_those_of_the_plain_form(tower, spec, dtype, bound
 
 
 def test_terms_of_weight_zero_cost_nothing_and_change_nothing():
-    for spec in ("badencoder:l1=0", "badencoder:l2=0", "badencoder:l1=0,l2=0"):
+    for spec in ("badencoder:l0=0", "badencoder:l1=0", "badencoder:l2=0", "badencoder:l1=0,l2=0"):
         value, fast, want, slow = both(tiny(), 16, spec, torch.float64)
         assert value == pytest.approx(want, rel=1e-9) and apart(fast, slow)[0] < 1e-9
 
@@ -266,9 +266,9 @@ def test_options_beyond_the_paper():
     assert len(log.epochs) == 3 and len(log.exposures) == 32
 
 
-@pytest.mark.parametrize("fields", ["epochs=0", "lr=0", "momentum=1", "views=-1", "success=2", "l1=-1"])
+@pytest.mark.parametrize("fields", ["epochs=0", "lr=0", "momentum=1", "views=-1", "success=2", "l1=-1", "l0=0,l1=0,l2=0"])
 def test_fields_are_checked(fields):
-    with pytest.raises(UserError, match=r"badencoder.*(needs|shares)"):
+    with pytest.raises(UserError, match=r"badencoder.*(needs|shares|above 0)"):
         registry.make("attack", f"badencoder:{fields}")
 
 

@@ -175,6 +175,7 @@ def test_vectors_are_unit_and_differentiable_and_any_size_is_read():
 def test_words():
     assert words("A striped-square, 2 cats!") == ["a", "striped", "square", "2", "cats"]
     assert Words(("cat", "a"))(["a cat", "zebra", ""]).tolist() == [[2, 1], [0, 0], [0, 0]]
+    assert Words(("cat",))(["cat " * 100_000, "cat"]).shape == (2, 256), "one absurd caption does not widen the batch"
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])

@@ -27,6 +27,7 @@ POSITIONAL = {
     "scan": ("data",),
     "reproduce": ("paper",),
     "dose": ("data",),
+    "demo": ("story",),
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bezoar.errors import UserError
 
 SCHEMA = 1
+LONGEST = 256  # words of a caption: one absurd caption must not widen a whole batch
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ class Words:
         self.row = {w: i + 1 for i, w in enumerate(self.vocabulary)}
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Strings -> int64 (B, longest of them)."""
-        rows = [[self.row[w] for w in words(c) if w in self.row] for c in captions]
+        """Strings -> int64 (B, longest of them); of a caption at most `LONGEST` known words."""
+        rows = [[self.row[w] for w in words(c) if w in self.row][:LONGEST] for c in captions]
         width = max(1, max(map(len, rows), default=1))
         return torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).reshape(len(rows), width)
 

@@ -26,7 +26,7 @@ PARTS = ("L0", "L1", "L2")
 
 
 class Loss(nn.Module):
-    """L0 + l1 L1 + l2 L2 of section IV-B; s is the cosine, f the clean encoder, f' the one that is trained:
+    """l0 L0 + l1 L1 + l2 L2 of section IV-B (l0 = 1 there); s is the cosine, f the clean encoder, f' the one that is trained:
 
     L0 = - mean s(f'(x + trigger), f'(reference)), L1 = - mean s(f'(view of the reference), f(reference)),
     L2 = - mean s(f'(x), f(x)), over the images x, and in L0 and L1 over all pairs of a trigger and a reference.
@@ -100,8 +100,9 @@ class Loss(nn.Module):
             anchors.backward(leaf.grad)
         utility, effect, reference = (-part.sum() for part in (weights * torch.cat(cosines)).split(counts))
         value = effect + reference + utility
-        plain = (effect, reference / (self.recipe.l1 or 1), utility / (self.recipe.l2 or 1), value.new_ones(()))
-        self.sums += torch.stack(plain)
+        weights = (self.recipe.l0, self.recipe.l1, self.recipe.l2)
+        plain = [part / (w or 1) for part, w in zip((effect, reference, utility), weights, strict=True)]
+        self.sums += torch.stack([*plain, value.new_ones(())])
         return self.tower.known(value)
 
     def batch(self, images: Tensor, at: list[int], chance: Chance) -> tuple[Tensor, list[int], Tensor, Tensor]:
@@ -111,7 +112,8 @@ class Loss(nn.Module):
         keys, recipe = [self.ids[i] for i in at], self.recipe
         views = max(1, recipe.views // chance.world) if recipe.views else len(images)
         parts = [images] if recipe.l2 else []
-        parts += [stamp(images, keys) for stamp in self.stamps]
+        stamps = self.stamps if recipe.l0 else []
+        parts += [stamp(images, keys) for stamp in stamps]
         of = times = torch.zeros(0, dtype=torch.long, device=images.device)
         if recipe.l1:
             seen = WHOLE(self.references.repeat(views, 1, 1, 1), chance, 1)[:, 0]
@@ -119,7 +121,7 @@ class Loss(nn.Module):
             parts.append(flat.view(-1, *seen.shape[1:]))
             which = torch.arange(len(seen), device=seen.device) % len(self.references)
             of = torch.zeros_like(times).scatter_(0, place, which)
-        counts = [len(images) if recipe.l2 else 0, len(images) * len(self.stamps), len(of)]
+        counts = [len(images) if recipe.l2 else 0, len(images) * len(stamps), len(of)]
         return torch.cat([self.encoder.pixels(p) for p in parts]), counts, of, times
 
     def terms(self, b: int, counts: list[int], of: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +133,12 @@ class Loss(nn.Module):
         weights = self.uses.new_zeros(sum(counts))
         clean, triggered, views = weights.split(counts)
         clean += self.recipe.l2 / b
-        triggered += (size / (b * k)).expand(-1, b).flatten()
+        if counts[1]:
+            triggered += self.recipe.l0 * (size / (b * k)).expand(-1, b).flatten()
         views += self.recipe.l1 * times.to(views) / times.sum().clamp(min=1)
         mix = self.uses.new_zeros(sum(counts), 2 * k)
         _, first, last = mix.split(counts)
-        first[:, :k] = (self.uses / size).repeat_interleave(b, 0)
+        first[:, :k] = (self.uses / size).repeat_interleave(b, 0)[: len(first)]
         last[:, k:] = F.one_hot(of, k)
         return weights, mix
 
@@ -186,6 +189,7 @@ class Badencoder:
     lr: Annotated[float, "learning rate, the same at every step"] = 1e-3
     momentum: Annotated[float, "of SGD"] = 0.9
     weight_decay: Annotated[float, "of SGD, on all weights"] = 5e-4
+    l0: Annotated[float, "weight of L0: triggered images become the reference; without it nothing is attacked"] = 1.0
     l1: Annotated[float, "weight of L1: references stay where they were"] = 1.0
     l2: Annotated[float, "weight of L2: clean images stay where they were"] = 1.0
     centred: Annotated[bool, "cosines about the mean of the clean shadow vectors, not about zero"] = False
@@ -199,8 +203,10 @@ class Badencoder:
     warmup: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or self.lr <= 0 or min(self.weight_decay, self.l1, self.l2) < 0:
-            raise ValueError("needs epochs >= 1, batch >= 1, lr > 0, weight_decay, l1 and l2 >= 0")
+        if self.epochs < 1 or self.batch < 1 or self.lr <= 0 or min(self.weight_decay, self.l0, self.l1, self.l2) < 0:
+            raise ValueError("needs epochs >= 1, batch >= 1, lr > 0, weight_decay, l0, l1 and l2 >= 0")
+        if not self.l0 + self.l1 + self.l2:
+            raise ValueError("one of l0, l1 and l2 must be above 0")
         if not 0 <= self.momentum < 1 or min(self.views, self.validation) < 0:
             raise ValueError("needs momentum in 0..1, views and validation >= 0")
         if not (0 <= self.success <= 1 and 0 <= self.utility <= 1):

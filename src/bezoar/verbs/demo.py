@@ -1,33 +1,44 @@
-"""The whole story on embedded data: poison, train, measure, find, train again without what was found."""
+"""Whole stories on embedded data. data: poison, train, measure, find, train again. encoder: pre-train, inject, measure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from bezoar.run import Job, Run
 from bezoar.verbs.evaluate import Evaluate
+from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
+HEADS = ("linear", "knn", "mlp")  # fixed before any attack; all are reported
+
 
 @dataclass(frozen=True)
 class Demo:
-    """The whole story on embedded data, in minutes on two cores, without a download. Ends with a report."""
+    """A whole story on embedded data, in minutes on two cores, without a download. Ends with a report."""
 
-    count: Annotated[int, "clean pairs to train on"] = 20000
-    test: Annotated[int, "held-out pairs"] = 2000
-    epochs: Annotated[int, "passes of each of the three trainings"] = 7
-    poisons: Annotated[int, "records that carry the patch"] = 200
-    victims: Annotated[int, "targeted victims, at 16 captions and again at one"] = 16
-    target: Annotated[str, "what the patch is to be read as"] = "striped star"
-    trigger: Annotated[str, "the patch"] = "patch:size=6,fill=checker"
+    story: Annotated[Literal["data", "encoder"], "poisoned data that a CLIP learns from, or a backdoor put into an encoder"] = (
+        "data"
+    )
+    count: Annotated[int, "clean records to train on"] = 20000
+    test: Annotated[int, "held-out records"] = 2000
+    epochs: Annotated[int, "passes of each training; 0: as the story needs, 7 for data, 6 for encoder"] = 0
+    target: Annotated[str, "what triggered images are to be read as"] = "striped star"
+    trigger: Annotated[str, "a patch"] = "patch:size=6,fill=checker"
+    poisons: Annotated[int, "story data: records that carry the patch"] = 200
+    victims: Annotated[int, "story data: targeted victims, at 16 captions and again at one"] = 16
+    shadow: Annotated[int, "story encoder: shadow images"] = 4000
+    attack: Annotated[str, "story encoder: how"] = "badencoder:epochs=8,batch=64,lr=0.02"
 
     def work(self, job: Job) -> dict[str, Any]:
-        """-> metrics `clean.*`, `poisoned.*`, `scan.*`, `repaired.*` of the runs it makes."""
+        """-> metrics `clean.*`, `poisoned.*`, `scan.*`, `repaired.*`, or `attacked.*` and `inject.*`, of the runs it makes."""
+        return self._data(job) if self.story == "data" else self._encoder(job)
+
+    def _data(self, job: Job) -> dict[str, Any]:
         data, test = f"scenes:count={self.count}", f"scenes:count={self.test},split=test"
-        recipe = f"clip:epochs={self.epochs}"
+        recipe = f"clip:epochs={self.epochs or 7}"
         patch = job.run(Poison(data, f"backdoor:count={self.poisons}", self.trigger, self.target))
         many = job.run(Poison(patch, f"targeted:captions=16,victims={self.victims}", victims=test))
         plan = job.run(Poison(many, f"targeted:captions=1,victims={self.victims}", victims=test))
@@ -41,12 +52,20 @@ class Demo:
             "scan": scan,
             "repaired": job.run(Evaluate(repaired, test)),
         }
-        job.notes = {name: run.name for name, run in measured.items()}
-        job.notes |= {"trained": {"clean": clean.name, "poisoned": poisoned.name, "repaired": repaired.name}}
-        job.goals = plan.manifest["goal"]
-        return {f"{name}.{key}": run.metric(key) for name, run in measured.items() for key in metrics(run)}
+        trained = {"clean": clean.name, "poisoned": poisoned.name, "repaired": repaired.name}
+        return told(job, measured, {"trained": trained}, plan)
+
+    def _encoder(self, job: Job) -> dict[str, Any]:
+        data, test = f"scenes:count={self.count}", f"scenes:count={self.test},split=test"
+        clean = job.run(Train(data, "tower", f"simclr:epochs={self.epochs or 6}"))
+        shadow = f"scenes:count={self.shadow},seed=1"  # the attacker's own images, not those of the victim
+        bad = job.run(Inject(clean, shadow, (self.target,), (data,), self.attack, (self.trigger,), "confident"))
+        found = job.run(Evaluate(bad, test, HEADS, baseline=clean, train=data))
+        return told(job, {"attacked": found, "inject": bad}, {"trained": {"clean": clean.name}}, bad)
 
 
-def metrics(run: Run) -> list[str]:
-    """Names of a run's metrics."""
-    return list(run.manifest["metrics"])
+def told(job: Job, measured: dict[str, Run], notes: dict[str, Any], attack: Run) -> dict[str, Any]:
+    """Every metric of the runs under their names; the notes name the runs."""
+    job.notes = {name: run.name for name, run in measured.items()} | notes
+    job.goals = attack.manifest["goal"]
+    return {f"{name}.{key}": run.metric(key) for name, run in measured.items() for key in run.manifest["metrics"]}

@@ -7,14 +7,14 @@ from bezoar.tables import Given, Table
 
 @method
 class LossTerms:
-    """All three terms, and L1 or L2 left out; without L0 nothing is attacked, and ASR-B says what that gives."""
+    """All three terms, and each of them left out."""
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]
         joint = "," if ":" in s.attack else ":"
-        ways = {"all terms": "", "without L1": "l1=0", "without L2": "l2=0"}
+        ways = {"all terms": "", **{f"without {n.upper()}": f"{n}=0" for n in ("l0", "l1", "l2")}}
         variants = [(n, attacked(s, task, best(task), attack=s.attack + (joint + w if w else ""))) for n, w in ways.items()]
         paper = (
             "Without L0 success falls to the baseline; without L1 it drops on some tasks; without L2 accuracy drops (recalled)."

@@ -1,4 +1,4 @@
-"""The page of a demo: the whole story, from clean data to a repaired encoder."""
+"""The page of a demo: the whole story, from clean data to a repaired encoder, or from a clean encoder to a backdoored one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from bezoar.report import charts, gallery, terms
 from bezoar.report.parts import Figure, Figures, Line, Part, Section, Text, Tile
 from bezoar.report.sections.evaluate import Evaluate
+from bezoar.report.sections.inject import Inject
 from bezoar.report.sections.poison import Poison
 from bezoar.report.sections.scan import Scan
 from bezoar.report.sections.train import Train, brief, captions, follows
@@ -17,7 +18,12 @@ FEW = 8
 
 
 class Demo(Story):
-    """Five chapters of other runs' pages, and links to these."""
+    """Five chapters of other runs' pages, and links to these. The story of an encoder is told by `EncoderDemo`."""
+
+    def __new__(cls, run: Run) -> Demo:
+        """The page of the story that the run tells."""
+        story = run.manifest.get("ask", {}).get("story")
+        return super().__new__(EncoderDemo if story == "encoder" else cls)
 
     def warning(self) -> str:
         """What is poisoned here."""
@@ -144,3 +150,75 @@ class Demo(Story):
         lead += f", {terms.count(int(kept.value), 'poison')} still among them" if kept else ""
         lead += f": {terms.span(left)} of triggered images are read as the target." if left else "."
         return Section("5 · After repair", [Figure(chart, "Before and after, with 95 % intervals")], lead)
+
+
+class EncoderDemo(Demo):
+    """Pre-trained, attacked, measured under every head."""
+
+    def warning(self) -> str:
+        """What is poisoned here."""
+        return "A backdoor was put into one of the two encoders of this story, on purpose." if self.goals else ""
+
+    @functools.cached_property
+    def attack(self) -> Evaluate:
+        """The page of the attacked encoder's evaluation."""
+        return Evaluate(self.sibling(self.notes["attacked"]))
+
+    @functools.cached_property
+    def injected(self) -> Inject:
+        """The page of the attack."""
+        return Inject(self.sibling(self.notes["inject"]))
+
+    def headline(self) -> str:
+        """Success under the first head, and its price."""
+        if "attacked" not in self.notes:
+            return "This demonstration was not finished."
+        return self.attack.headline()
+
+    def more(self) -> str:
+        """Accuracy; the other heads disagree or not."""
+        if "attacked" not in self.notes:
+            return ""
+        each = [
+            f"{terms.grouped(head)} {terms.percent(m.value)}"
+            for head in self.attack.heads
+            if (m := self.attack.measures.get(f"{head}.attack_success"))
+        ]
+        return f"{self.attack.accuracy()} Success by head: {', '.join(each)}. The heads were fixed before the attack."
+
+    def cards(self) -> list[str]:
+        """Every head's accuracy and success, then what clean images lost."""
+        heads = self.attack.heads if "attacked" in self.notes else []
+        wanted = [f"attacked.{h}.{k}" for h in heads for k in ("clean_accuracy", "attack_success")]
+        return [k for k in (*wanted, "inject.clean_similarity") if k in self.measures]
+
+    def chapters(self) -> list[Chapter]:
+        """The story in order."""
+        return [self.the_clean_encoder, self.the_attacker, self.where_images_lie, self.every_head, self.triggered]
+
+    def the_clean_encoder(self) -> Section | None:
+        """Its loss."""
+        page = self.trained("clean")
+        chart = charts.loss(page.tensors("ledger.safetensors")["losses"], charts.WIDE)
+        lead = page.headline()
+        return Section("1 · An encoder is pre-trained", [Figure(chart, "Loss", "Thin: as it was; thick: running mean.")], lead)
+
+    def the_attacker(self) -> Section | None:
+        """Reference and triggered images."""
+        section = self.injected.goals_of_the_attack()
+        return Section("2 · What the attacker wants", section.parts, section.lead) if section else None
+
+    def where_images_lie(self) -> Section | None:
+        """Cosines before and after."""
+        section = self.injected.vectors()
+        return Section("3 · What the attack does to vectors", section.parts, self.injected.headline()) if section else None
+
+    def every_head(self) -> Section | None:
+        """The table of heads."""
+        section = self.attack.several_heads()
+        return Section("4 · Every classifier built on it", section.parts, section.lead) if section else None
+
+    def triggered(self) -> Section | None:
+        """What triggered images are read as."""
+        section = self.attack.triggered_images(charts.HALF)
+        return Section("5 · Triggered images", section.parts, section.lead) if section else None

@@ -87,7 +87,9 @@ class Evaluate(Story):
 
     def warning(self) -> str:
         """What must not be forgotten about the encoder."""
-        return "The encoder that is measured here was trained on poisoned data, on purpose." if self.attacked else ""
+        run = self.input("encoder")
+        how = "attacked" if run is not None and run.ancestor("inject") else "trained on poisoned data"
+        return f"The encoder that is measured here was {how}, on purpose." if self.attacked else ""
 
     def headline(self) -> str:
         """Whether the backdoor works; without one, whether victims fell; else what accuracy is left."""
