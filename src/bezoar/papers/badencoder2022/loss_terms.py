@@ -1,7 +1,9 @@
 """Loss terms dropped (Jia, Liu, Gong 2022, ablation)."""
 
+from dataclasses import replace
+
 from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
-from bezoar.registry import method
+from bezoar.registry import make, method, spec
 from bezoar.tables import Given, Table
 
 
@@ -13,9 +15,9 @@ class LossTerms:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]
-        joint = "," if ":" in s.attack else ":"
-        ways = {"all terms": "", **{f"without {n.upper()}": f"{n}=0" for n in ("l0", "l1", "l2")}}
-        variants = [(n, attacked(s, task, best(task), attack=s.attack + (joint + w if w else ""))) for n, w in ways.items()]
+        usual = make("attack", s.attack)
+        ways = {"all terms": usual} | {f"without {n.upper()}": replace(usual, **{n: 0.0}) for n in ("l0", "l1", "l2")}
+        variants = [(name, attacked(s, task, best(task), attack=spec(attack))) for name, attack in ways.items()]
         paper = (
             "Without L0 success falls to the baseline; without L1 it drops on some tasks; without L2 accuracy drops (recalled)."
         )

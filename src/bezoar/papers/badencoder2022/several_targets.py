@@ -27,5 +27,5 @@ class SeveralTargets:
             "",
             tuple(found),
             tuple(Claim(f"The attack succeeds: {t}", "recalled", "+", gap(f"{t}, linear", "ASR", "ASR-B")) for t in targets),
-            notes=(f"Task {task.name}; heads {', '.join(HEADS)}.",),
+            notes=(f"Task {task.name}; heads {', '.join(HEADS)}.", *s.notes),
         )

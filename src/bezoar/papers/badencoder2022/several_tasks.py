@@ -37,5 +37,5 @@ class SeveralTasks:
                 )
                 for t in s.tasks
             ),
-            notes=("A trigger for each task, at a place of its own.",),
+            notes=("A trigger for each task, at a place of its own.", *s.notes),
         )

@@ -33,5 +33,6 @@ class ShadowSize:
             ),
             notes=(
                 f"Task {task.name}, target {task.target!r}; the same passes over the shadow data, so fewer steps on fewer.",
+                *s.notes,
             ),
         )

@@ -31,5 +31,6 @@ class SingleTarget:
             notes=(
                 "Printed numbers are epoch-500 values of the public logs, for the paper's MLP head and encoders pre-trained "
                 "for 1000 epochs; its ASR counts images of the target class in (all), ours leaves them out.",
+                *s.notes,
             ),
         )

@@ -24,5 +24,5 @@ class TriggerSize:
             "side of the trigger in pixels",
             tuple(found),
             (Claim("A larger trigger succeeds more", "recalled", "+", lambda r: r.gain("ASR", large, small, "linear", True)),),
-            notes=(f"Task {task.name}, target {task.target!r}.",),
+            notes=(f"Task {task.name}, target {task.target!r}.", *s.notes),
         )

@@ -24,7 +24,7 @@ class ZeroShot:
         s = setup(given)
         data, test, network, objective = SCENES.get(given.scale, SCENES["small"])
         clean = Train(data, network, objective)
-        shadow = data if given.scale == "smoke" else "scenes:count=4000"
+        shadow = data if given.scale == "smoke" else "scenes:count=10000,seed=1"
         found = []
         for target in ("striped star", "dotted heart"):
             bad = Inject(clean, shadow, (target,), (data,), s.attack, ("patch:size=10,fill=white,margin=1",), "central")
