@@ -337,6 +337,27 @@ def test_clips_image_tower_alone(name, prefix, clips, tmp_path):
         network(f"imported:path={tmp_path / 'model.pth'},size=64")
 
 
+def test_an_attacked_image_tower_is_joined_to_published_text(clips, tmp_path):
+    attacked, published, path = clips["tiny-rn"], jumbled(open_clip.create_model("tiny-rn")), tmp_path / "model.pth"
+    torch.save({"state_dict": {"visual." + k: v for k, v in attacked.visual.state_dict().items()}}, path)
+    torch.save(published.state_dict(), tmp_path / "published.pth")
+    made = network(f"imported:path={path},text=tiny-rn/{tmp_path / 'published.pth'}")
+    x, captions = torch.randn(2, 3, 32, 32), ["a dog", "a cat on a mat"]
+    with torch.no_grad():
+        torch.testing.assert_close(made.image(x), attacked.encode_image(x))
+        tokens = open_clip.get_tokenizer("tiny-rn")(captions)
+        torch.testing.assert_close(made.texts(captions), published.encode_text(tokens, normalize=True))
+    made.save(tmp_path)
+    again = Encoder.load(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again.images(x.sigmoid()), made.eval().images(x.sigmoid()))
+    with pytest.raises(UserError, match="text=tiny-vit is of another architecture"):
+        network(f"imported:path={path},text=tiny-vit")
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match="holds no image tower of CLIP"):
+        network(f"imported:path={tmp_path / 'resnet.pth'},text=tiny-rn")
+
+
 def test_both_towers_of_clip_ask_for_what_their_keys_do_not_say(clips, tmp_path):
     source, path = clips["tiny-rn"], tmp_path / "model.pth"
     numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(8), "vocab_size": torch.tensor(49408)}

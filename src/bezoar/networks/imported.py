@@ -28,6 +28,7 @@ class Imported:
     mean_std: Annotated[str, "normalisation: cifar, stl10, imagenet, clip, none; auto is the layout's"] = "auto"
     size: Annotated[int, "input side in pixels; 0 is the layout's: 32 of a 3x3 stem, 224 of a 7x7 one, CLIP's own"] = 0
     model: Annotated[str, "open_clip architecture, where the keys fit several"] = ""
+    text: Annotated[str, "to an image tower of CLIP: the text tower of NAME/PRETRAINED (open_clip's), for zero-shot"] = ""
 
     def files(self) -> list[Path]:
         """The weights."""
@@ -48,6 +49,8 @@ class Imported:
         else:
             trunk = layouts.trunk(kept, layout, self.path)
             clip = "attnpool.positional_embedding" in trunk or "class_embedding" in trunk
+            if self.text and not clip:
+                raise UserError(f"{self.path} holds no image tower of CLIP; text={self.text} cannot be joined to it")
             encoder, assumed = self._clip(trunk) if clip else self._resnet(trunk, layout, size)
         heads = [head.rstrip(".") for head in layout.heads if any(k.startswith(head) for k in left)]
         facts = {"file": Path(self.path).name, "layout": layout.name, "left_out": heads, "assumed": assumed}
@@ -81,10 +84,23 @@ class Imported:
         name = self.model or layouts.architecture(trunk, None, self.path)
         mean_std, assumed = self._mean_std("clip")
         checkpoints.check(_blank(name).visual, trunk, self.path, f"the image tower of open_clip's {name}")
+        if self.text:
+            return self._joined(name, trunk), []
         encoder: Encoder = registry.make("network", f"clip_image:model={name},mean_std={mean_std}")()
         self._same_size(encoder)
         encoder.image.load_state_dict(trunk)
         return encoder, assumed
+
+    def _joined(self, name: str, trunk: dict[str, Tensor]) -> Encoder:
+        """An image tower of CLIP with the text tower, and the preprocessing, of published weights of its architecture."""
+        if self.text.partition("/")[0] != name:
+            raise UserError(f"{self.path}: an image tower of open_clip's {name}; text={self.text} is of another architecture")
+        if self.mean_std != "auto":
+            raise UserError(f"{self.path}: the normalisation comes with text={self.text}; leave it out")
+        encoder: Encoder = registry.make("network", f"open_clip:{self.text}")()
+        self._same_size(encoder)
+        encoder.image.get_submodule("model.visual").load_state_dict(trunk)
+        return encoder
 
     def _both(self, tensors: dict[str, Tensor]) -> tuple[Encoder, list[str]]:
         """Both towers of CLIP -> `open_clip`, with the preprocessing that it states for the architecture."""
