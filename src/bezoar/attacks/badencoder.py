@@ -100,8 +100,8 @@ class Loss(nn.Module):
             anchors.backward(leaf.grad)
         utility, effect, reference = (-part.sum() for part in (weights * torch.cat(cosines)).split(counts))
         value = effect + reference + utility
-        weights = (self.recipe.l0, self.recipe.l1, self.recipe.l2)
-        plain = [part / (w or 1) for part, w in zip((effect, reference, utility), weights, strict=True)]
+        by = (self.recipe.l0, self.recipe.l1, self.recipe.l2)
+        plain = [part / (w or 1) for part, w in zip((effect, reference, utility), by, strict=True)]
         self.sums += torch.stack([*plain, value.new_ones(())])
         return self.tower.known(value)
 
