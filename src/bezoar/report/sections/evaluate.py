@@ -56,13 +56,18 @@ class Evaluate(Story):
     """Verdict, intervals, similarity to the target, pictures."""
 
     @functools.cached_property
-    def attacked(self) -> bool:
-        """Whether the encoder itself was poisoned: a clean twin that is measured against an attack was not."""
+    def facts(self) -> dict[str, Any]:
+        """What the encoder's own file says of it; nothing where there is none."""
         run = self.input("encoder")
         path = run.path / "encoder.json" if run else None
-        if path is None or not path.exists():
+        return terms.mapping(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else {}
+
+    @functools.cached_property
+    def attacked(self) -> bool:
+        """Whether the encoder itself was poisoned: a clean twin that is measured against an attack was not."""
+        if not self.facts:
             return bool(self.goals) and self.ask.get("attack") is None
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("poisoned"))
+        return bool(self.facts.get("poisoned"))
 
     @functools.cached_property
     def heads(self) -> list[str]:
@@ -87,8 +92,7 @@ class Evaluate(Story):
 
     def warning(self) -> str:
         """What must not be forgotten about the encoder."""
-        run = self.input("encoder")
-        how = "attacked" if run is not None and run.ancestor("inject") else "trained on poisoned data"
+        how = "attacked" if self.facts.get("attack") else "trained on poisoned data"
         return f"The encoder that is measured here was {how}, on purpose." if self.attacked else ""
 
     def headline(self) -> str:
