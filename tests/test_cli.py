@@ -10,6 +10,7 @@ import time
 import pytest
 
 from bezoar.cli import main
+from bezoar.corpora.corpus import scored
 
 DATA = "scenes:count=600"
 
@@ -78,7 +79,7 @@ def test_scan_ranks_writes_a_keep_list_and_train_takes_it(runs, train, capsys):
     scan = ask(capsys, runs, "scan", name(runs, train), "--detector", "transplant", "clip_score", "--remove", "0.1")
     folder = runs / name(runs, scan)
     kept = (folder / "keep.txt").read_text().split()
-    assert len(kept) == 540 and len(json.loads((folder / "ids.json").read_text())) == 600
+    assert len(kept) == 540 and len(scored(folder)) == 600
     assert {"auroc", "transplant.auroc", "precision_at_n", "fpr_at_95_tpr"} <= set(scan["metrics"])
     again = ask(capsys, runs, "train", scan["parents"][0], "--keep", folder.name, "--objective", "clip:epochs=1,batch=64")
     assert again["notes"]["records"] == 540

@@ -24,9 +24,9 @@ PATCH = torch.tensor([[255, 0, 255], [0, 255, 0]], dtype=torch.uint8)[
 
 
 class Fake:
-    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour. `backdoor`: PATCH makes it green."""
+    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour, or grey. `backdoor`: PATCH makes it green."""
 
-    device = torch.device("cpu")
+    device, text = torch.device("cpu"), True
 
     def __init__(self, backdoor: bool = False, batch: int = 64) -> None:
         self.backdoor, self.batch = backdoor, batch
@@ -43,8 +43,8 @@ class Fake:
         return F.normalize(z, dim=1).float()
 
     def texts(self, captions):
-        names = [next(w for w in re.findall("[a-z]+", c) if w in COLORS) for c in captions]
-        flat = torch.tensor([COLORS[n] for n in names], dtype=torch.float64)[:, :, None, None] / 255
+        names = [next((w for w in re.findall("[a-z]+", c) if w in COLORS), "") for c in captions]
+        flat = torch.tensor([COLORS.get(n, (128, 128, 128)) for n in names], dtype=torch.float64)[:, :, None, None] / 255
         return F.normalize(torch.tanh(flat.expand(-1, -1, 2, 2).flatten(1) - 0.4) @ self.map.tanh(), dim=1).float()
 
     def embed(self, source):
@@ -82,7 +82,20 @@ def poisoned(n: int = 240, copies: int = 6) -> tuple[Pairs, np.ndarray]:
     return pairs, np.array([i.startswith("p") for i in pairs.ids])
 
 
+def strays(n: int = 240, count: int = 6) -> tuple[Pairs, np.ndarray]:
+    """Strange pictures, each of its own kind."""
+    pairs, truth = poisoned(n, count)
+    corners = 255 * torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(3))
+    x = pairs.images.clone()
+    x[truth] = corners.to(torch.uint8).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    return replace(pairs, images=x), truth
+
+
 NAMES = registry.names("detector")
+SLOW = {"loss_trace", "safeclip", "cognitive_distillation", "repetition"}  # asked smaller questions in test_traces.py
+QUICK = [n for n in NAMES if n not in SLOW]
+# what a detector is to find, where it is not `poisoned`; copies lie in a place of no dimension
+PLANTED = {"lid": strays}
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +108,14 @@ def run(name: str, pairs: Pairs, batch: int = 64):
 
 
 def test_all_are_here():
-    assert {"k_distance", "slof", "dao", "clip_score", "duplicates", "transplant"} <= set(NAMES)
+    density = {"k_distance", "lid", "slof", "dao"}
+    within = {"spectral", "activation_clustering", "isolation_forest"}
+    assert density | within | {"clip_score", "duplicates", "transplant"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_contract_scores(name, data):
-    pairs, truth = data
+    pairs, truth = PLANTED[name]() if name in PLANTED else data
     scores = run(name, pairs)
     assert scores.ids == pairs.ids
     assert scores.values.dtype == torch.float32 and scores.values.shape == (len(pairs),)
@@ -108,13 +123,28 @@ def test_contract_scores(name, data):
     assert stats.auroc(scores.values.numpy(), truth) > 0.99
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_contract_order_and_batch_size_do_not_matter(name, data):
     pairs, _ = data
     scores = run(name, pairs)
     order = np.random.default_rng(0).permutation(len(pairs))
     turned = run(name, pairs.take(order), batch=7)
     assert torch.allclose(turned.of(pairs.ids), scores.values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("what", ["alike", "few"])
+def test_contract_identical_images_and_too_few_records(name, what):
+    """Scores, or one line that says what is missing."""
+    pairs = clean(140 if what == "alike" else 2)
+    if what == "alike":
+        pairs = replace(pairs, images=torch.full_like(pairs.images, 7))
+    try:
+        scores = run(name, pairs)
+    except UserError as error:
+        assert "\n" not in str(error) and re.search(r"\d", str(error))
+    else:
+        assert scores.ids == pairs.ids and torch.isfinite(scores.values).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,7 +160,8 @@ def test_contract_spec_and_docstring(name):
     "spec",
     ["k_distance:k=0", "slof:pool=-1", "dao:k=1", "dao:rate=0", "dao:form=sum", "duplicates:similarity=0",
      "duplicates:side=1", "transplant:window=0", "transplant:k=0", "transplant:cascade=2", "transplant:strongest=-1",
-     "transplant:scouts=13"],
+     "transplant:scouts=13", "lid:k=1", "isolation_forest:cut=1", "spectral:count=0", "spectral:classes=nouns",
+     "activation_clustering:dims=0"],
 )  # fmt: skip
 def test_bad_fields_are_refused(spec):
     with pytest.raises(UserError):

@@ -1,12 +1,13 @@
-"""Exact neighbours against scikit-learn and plain distances; densities against plain loops."""
+"""Exact neighbours against scikit-learn and plain distances."""
 
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
+from bezoar import neighbors
 from bezoar.errors import UserError
-from bezoar.neighbors import Density, nearest, pool, pool_size
+from bezoar.neighbors import Index, Picks, nearest, pool, pool_size
 
 
 def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
@@ -17,9 +18,8 @@ def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
 def plain(q: torch.Tensor, r: torch.Tensor, k: int, own: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """float64 differences, full sort, ties to the lower index."""
     distance = (q.double()[:, None] - r.double()).square().sum(-1).sqrt().float().numpy()
-    for i, j in enumerate(own.tolist()):
-        if j >= 0:
-            distance[i, j] = np.inf
+    for i, several in enumerate(own.view(len(q), -1).tolist()):
+        distance[i, [j for j in several if j >= 0]] = np.inf
     order = np.argsort(distance, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distance, order, 1), order
 
@@ -86,29 +86,133 @@ def test_pool_keeps_poisons_below_k():
     assert pool_size(16, 0.01, 300) == 300 and pool_size(16, 1.0, 300) == 32
 
 
-def test_density_is_the_plain_one():
-    z, ids, k = rows(120, d=6, seed=7), [f"r{i}" for i in range(120)], 5
-    density = Density.measure(z, ids, k, 60, seed=0)
-    members = pool(ids, 60, 0)
-    everything = torch.cdist(z.double(), z.double())
-
-    def around(i: int) -> list[tuple[float, int]]:
-        return sorted((float(everything[i, j]), int(j)) for j in members if j != i)[:k]
-
-    for i in range(120):
-        near = around(i)
-        ratios, lids = [], []
-        for _, y in near:
-            r = [d for d, _ in around(y)]
-            ratios.append(np.log(near[-1][0] / r[-1]))
-            lids.append(min(6, -k / sum(np.log(a / r[-1] + 1e-4) for a in r[:-1])))
-        assert density.log_ratio[i].numpy() == pytest.approx(ratios, abs=1e-5)
-        assert density.lid[i].numpy() == pytest.approx(lids, rel=1e-4)
+def test_several_references_can_be_left_out():
+    x = rows(120, seed=6)
+    own = torch.stack([torch.arange(120), (torch.arange(120) + 60) % 120, torch.full((120,), -1)], 1)
+    found = nearest(x, x, 5, own)
+    distance, index = plain(x, x, 5, own)
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+    with pytest.raises(UserError, match="119 nearest neighbours asked for; there are 118"):
+        nearest(x, x, 119, own)
 
 
-def test_density_of_copies_is_finite():
-    z = rows(1, d=4).expand(80, -1).clone()
-    z[-10:] = rows(10, d=4, seed=9)
-    density = Density.measure(z, [str(i) for i in range(80)], 6, 80, 0)
-    assert torch.isfinite(density.log_ratio).all() and torch.isfinite(density.lid).all()
-    assert (density.lid > 0).all() and (density.lid <= 4).all()
+@pytest.mark.parametrize("copies", [40, 390])
+def test_copies_beyond_k_are_dropped_and_nothing_changes(copies, monkeypatch):
+    x = rows(400, seed=8)
+    x[:copies] = x[0]
+    x[7:9] = x[399]  # copies of another
+    x[20] = -x[0]
+    turn = torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    x = x[turn]
+    monkeypatch.setattr(Index, "_plain", None)  # no need of it
+    assert Index(x, 6, 1).n == 400 - max(0, copies - 3 - 7)
+    found = nearest(x, x, 6, exclude_self=True)
+    distance, index = plain(x, x, 6, torch.arange(400))
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+
+
+def test_all_identical_and_equal_keys():
+    x = rows(1, d=8).expand(5000, -1)
+    found = nearest(x, x, 9, exclude_self=True)
+    assert (found.distance == 0).all()
+    assert found.index[100].tolist() == list(range(9)) and found.index[3].tolist() == [0, 1, 2, *range(4, 10)]
+    index = Index(rows(50), 2)
+    index._drop(np.zeros((50, 2), np.float32), 3)  # equal keys, different vectors
+    assert index.n == 50 and index.kept is None
+
+
+def test_near_copies_are_told_apart_by_a_product_in_float64(monkeypatch):
+    """More of them than the margin, closer than float32 resolves: but differences alone are not needed."""
+    x = rows(300, d=48, seed=1)
+    x[:200] = x[0] + 1e-4 * rows(200, d=48, seed=2)
+    monkeypatch.setattr(Index, "_plain", None)
+    found = nearest(x, x, 5, exclude_self=True)
+    distance, index = plain(x, x, 5, torch.arange(300))
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):
+    if not held:
+        monkeypatch.setattr(neighbors, "HELD", 0)
+        monkeypatch.setitem(neighbors.CELLS, "cpu", 10_000)
+    x = rows(600, d=12, seed=3)
+    x[100:140] = x[100]
+    x = x.numpy().astype(dtype)
+    np.save(tmp_path / "x.npy", x)
+    z = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
+    found = nearest(z, z[:500], 4, torch.arange(600).where(torch.arange(600) < 500, -1))
+    distance, index = plain(torch.tensor(x), torch.tensor(x[:500]), 4, torch.arange(600).where(torch.arange(600) < 500, -1))
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+
+
+def test_less_than_float32_products_asked_for_elsewhere_do_not_matter():
+    x = rows(400, d=64, seed=9)
+    expected = nearest(x, x, 5, True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = nearest(x, x, 5, True)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found.index, expected.index) and torch.equal(found.distance, expected.distance)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_vectors_that_are_not_finite_are_the_users_mistake(bad, side):
+    both = [rows(50), rows(50, seed=1)]
+    both[side][7, 3] = bad
+    with pytest.raises(UserError, match="NaN or infinite vectors"):
+        nearest(*both, 3)
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("width", "k"), [(16, 16), (48, 3), (640, 40), (2048, 16), (16, 40)])
+def test_picks_hold_every_value_that_may_be_among_the_smallest(width, k, across):
+    x = torch.randint(0, 900, (40, 3 * width), generator=torch.Generator().manual_seed(0)).float()  # with ties
+    x[7, :20] = torch.inf
+    picks = Picks(40, 3 * width, k, torch.full((40,), 5.0))
+    for start in range(0, 3 * width, width):
+        tile = x[:, start : start + width].contiguous()
+        if across:
+            tile = torch.cat([tile, torch.full((8, width), torch.inf)]).T.contiguous().T[:40]
+        picks.add(tile, start)
+    row, ref, crowded = picks.picked()
+    assert not crowded.any()
+    last = x.sort(1).values[:, min(k, 3 * width) - 1]
+    expected = ((x <= last[:, None] + 5) & x.isfinite()).nonzero().tolist()
+    found = torch.stack([row, ref], 1).tolist()
+    assert [f for f in found if f in expected] == expected and len(found) <= len(expected) + 2
+    assert torch.equal(picks.best.sort(1).values[:, : 3 * width], x.sort(1).values[:, :k])
+
+
+def test_rows_with_too_many_picks_are_named():
+    x = torch.rand(20, 1600, generator=torch.Generator().manual_seed(0))
+    x[3] = 0.001
+    picks = Picks(20, 1600, 5, torch.full((20,), 1e-6))
+    picks.add(x, 0)
+    row, _, crowded = picks.picked()
+    assert crowded.nonzero().tolist() == [[3]] and 3 not in row
+
+
+@pytest.mark.parametrize("n", [40, 333, 1200])
+@pytest.mark.parametrize("tile", [16 * 16, 100 * 100, 1 << 22])
+def test_products_that_serve_both_sides(n, tile, monkeypatch):
+    monkeypatch.setitem(neighbors.CELLS, "cpu", tile)
+    x = rows(n, seed=n)
+    x[3:6] = x[20]
+    found = nearest(x, x, 7, exclude_self=True)
+    distance, index = plain(x, x, 7, torch.arange(n))
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+
+
+def test_pool_of_a_column_of_ids():
+    from bezoar.indexed import Strings
+
+    ids = [f"r{i}" for i in range(700)]
+    for size in (0, 1, 300, 700, 900):
+        assert np.array_equal(pool(ids, size, 1), pool(Strings.of(ids), size, 1)) and len(pool(ids, size, 1)) == min(size, 700)

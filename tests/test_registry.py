@@ -27,7 +27,8 @@ def test_every_method_loads_describes_itself_and_cites(kind, name):
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_default_specs_make_the_same_method_again(kind, name):
     required = {"shards": "path=x.tar", "captions": "path=x.csv", "folder": "path=x", "npz": "path=x.npz"}
-    required |= {"image": "path=x.png", "file": "path=x.npz", "imported": "path=x.pth"}
+    required |= {"image": "path=x.png", "file": "path=x.npz", "imported": "path=x.pth", "embeddings": "path=x"}
+    required |= {"table": "path=x.csv"}
     made = registry.make(kind, f"{name}:{required.get(name, '')}")
     assert registry.make(kind, registry.spec(made)) == made
 

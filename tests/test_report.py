@@ -157,8 +157,8 @@ def test_hostile_text_is_text(copy: Path) -> None:
 
 
 def test_a_missing_file_costs_a_section_and_not_the_page(copy: Path) -> None:
-    for path in copy.glob("*/*"):
-        if path.name != "manifest.json":
+    for path in copy.rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
             path.unlink()
     for run in [Run(p) for p in copy.iterdir()]:
         assert "All figures" in page.write(run).read_text(encoding="utf-8")

@@ -17,14 +17,15 @@ from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.run import Input, Settings, Takes, execute, find, typed, verb_name
 
-VERBS = ("poison", "train", "inject", "evaluate", "scan", "reproduce", "dose", "demo")
-SWEEPS = ("reproduce", "dose")
+VERBS = ("poison", "train", "inject", "evaluate", "scan", "survive", "reproduce", "dose", "demo")
+SWEEPS = ("reproduce", "dose", "scan")
 POSITIONAL = {
     "poison": ("data",),
     "train": ("data",),
     "inject": ("encoder",),
     "evaluate": ("encoder", "test"),
     "scan": ("data",),
+    "survive": ("data",),
     "reproduce": ("paper",),
     "dose": ("data",),
     "demo": ("story",),
@@ -66,7 +67,7 @@ def command(name: str) -> type:
     ]
     if name in SWEEPS:
         common += [
-            ("workers", Annotated[int, tyro.conf.arg(help="trainings at a time; 0: one a core, or one a GPU")], 0),
+            ("workers", Annotated[int, tyro.conf.arg(help="processes at a time; 0: one a core, or one a GPU")], 0),
             ("ray", Annotated[bool, tyro.conf.arg(help="on Ray: the cluster RAY_ADDRESS names, or a local one")], False),
         ]
     if name == "poison":
@@ -99,7 +100,11 @@ class Show:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print. Returns the exit status: 0 done, 1 a bug, 2 the user's input, 130 interrupted."""
+    """Parse, run, print. Returns the exit status.
+
+    0: done. 1: a bug. 2: the user's input. 4: done, but for what could not be read or asked; the run's notes
+    (`incomplete`) say what. 130: interrupted.
+    """
     try:
         commands: dict[str, Any] = {name: command(name) for name in VERBS}
         asked = tyro.extras.subcommand_cli_from_dict(
@@ -139,13 +144,15 @@ def carry_out(asked: Any) -> int:
         return 0
     how = {name: getattr(asked, name) for name in ("workers", "ray") if hasattr(asked, name)}
     run = execute(verb, Settings(asked.runs, asked.seed, asked.device, asked.fresh, **how))
+    manifest = run.manifest
+    status = 4 if manifest["notes"].get("incomplete") else 0
     if asked.json:
-        print(json.dumps(run.manifest, indent=1, ensure_ascii=False))
-        return 0
-    table(run.manifest)
+        print(json.dumps(manifest, indent=1, ensure_ascii=False))
+        return status
+    table(manifest)
     print(f"report: {run.path / 'report.html'}")
     print(run.path)
-    return 0
+    return status
 
 
 def verify(asked: Any) -> int:

@@ -34,9 +34,12 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Embedded:
-    """ids: N keys. images: float32 (N, D) unit rows. texts: the same of the captions, or None."""
+    """ids: N keys. images: float32 (N, D) unit rows. texts: the same of the captions, or None.
 
-    ids: tuple[str, ...]
+    Of a corpus that was embedded to disk the ids are a column and the rows lie in mapped files: take blocks, not everything.
+    """
+
+    ids: Sequence[str]
     images: Tensor
     texts: Tensor | None
 
@@ -117,7 +120,12 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, source: Any, batch: int = 512) -> Embedded:
-        """Every record of a source: image and, where both sides have them, caption vectors. Raises UserError on NaN."""
+        """Every record of a source: image and, where both sides have them, caption vectors. Raises UserError on NaN.
+
+        A source that brings the vectors that this encoder made of it (`encoder`, `embedded`) is not embedded again.
+        """
+        if getattr(source, "encoder", None) is self:
+            return source.embedded
         self.eval()
         ids: list[str] = []
         images, texts = [], []

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 import pyarrow as pa
@@ -91,13 +91,23 @@ class _Tar(io.FileIO):
         self.close()
 
 
+class Reader(Protocol):
+    """What gives the encoded image at a place. Raises Unreadable or OSError where it can no longer be read."""
+
+    paths: tuple[Path, ...]
+
+    def read(self, shard: int, offset: int, length: int) -> bytes: ...
+
+
 class Files:
     """Tars that any thread reads anywhere; at most OPEN are open. One that was changed since it was indexed is refused."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], states: Sequence[Sequence[int] | None] | None = None) -> None:
+        """states: (size, time of change in ns) of each when it was indexed, None of one without records; None: as it is now."""
         self.paths = tuple(paths)
         try:
-            self.states = [_state(os.stat(p)) for p in paths]
+            known = [_state(os.stat(p)) for p in paths] if states is None else states
+            self.states = [s and (s[0], s[1]) for s in known]
         except OSError as error:
             raise UserError(f"shard {error.filename} cannot be read: {error.strerror}") from error
         self.opened = functools.lru_cache(OPEN)(self._open)
@@ -140,7 +150,7 @@ class Indexed:
     the image is row `offset` of `added`, uint8 (V, 3, S, S): poisons from outside the set. plan: what was applied.
     """
 
-    files: Files
+    files: Reader
     size: int
     places: np.ndarray
     ids: Strings

@@ -22,12 +22,20 @@ from bezoar.shards import Shards
 
 @dataclass(frozen=True)
 class Dataset:
-    """clean: the records as they are, in memory or by index. plan: what is poisoned in them. victims: images it adds."""
+    """A data set and what is poisoned in it. Nothing is read before it is asked for."""
 
     method: Any
-    clean: Pairs | Indexed
     plan: Plan
-    victims: Pairs | None
+
+    @functools.cached_property
+    def clean(self) -> Pairs | Indexed:
+        """The records as they are, in memory or by index."""
+        return opened(self.method)
+
+    @functools.cached_property
+    def victims(self) -> Pairs | None:
+        """The images that the plan adds."""
+        return victims(self.plan)
 
     @functools.cached_property
     def pairs(self) -> Pairs:
@@ -51,14 +59,11 @@ class Dataset:
 def dataset(given: Any) -> Dataset:
     """A configured data method, or a run: a poison run's data, or those that a train, scan or evaluate run was made from."""
     if not isinstance(given, Run):
-        return Dataset(given, opened(given), Plan(), None)
-    poison = given.ancestor("poison")
-    method = root(given)
-    clean = opened(method)
+        return Dataset(given, Plan())
+    poison, method = given.ancestor("poison"), root(given)
     if poison is None:
-        return Dataset(method, clean, Plan(), None)
-    plan = Plan.read(poison.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
-    return Dataset(method, clean, plan, victims(plan))
+        return Dataset(method, Plan())
+    return Dataset(method, Plan.read(poison.file("plan.jsonl"), functools.partial(registry.make, "trigger")))
 
 
 def victims(plan: Plan) -> Pairs | None:
@@ -92,10 +97,16 @@ def held_out(method: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=6)
+def source(method: Any) -> Any:
+    """What a configured data method gives: Pairs, or a source that is read as it goes."""
+    return method()
+
+
+@functools.lru_cache(maxsize=6)
 def opened(method: Any) -> Pairs | Indexed:
     """All records of a configured data method: in memory, or shards by index. Raises UserError when there are none."""
-    source = method()
-    pairs = indexed.opened(source) if isinstance(source, Shards) else load(source)
+    found = source(method)
+    pairs = indexed.opened(found) if isinstance(found, Shards) else load(found)
     if pairs.report is not None and pairs.report.skipped:
         first = "; ".join(f"{s.file} {s.member}: {s.reason}" for s in pairs.report.skipped[:3])
         print(f"{pairs.report}; the first: {first}", file=sys.stderr)

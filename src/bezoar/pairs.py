@@ -99,8 +99,9 @@ class Source(Protocol):
 
 
 def load(source: Any) -> Pairs:
-    """Every record of a source in memory."""
-    return source if isinstance(source, Pairs) else Pairs.concat(list(source.batches(1024)))
+    """Every record of a source in memory; where it holds them there already (`records`), those."""
+    held = source if isinstance(source, Pairs) else getattr(source, "records", None)
+    return held if isinstance(held, Pairs) else Pairs.concat(list(source.batches(1024)))
 
 
 def content_hash(image: Tensor, caption: str = "") -> str:

@@ -155,6 +155,17 @@ def confined(text: str) -> bool:
     return depth > 0
 
 
+def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
+    """What each file is called in ids: as few trailing parts of its path, less its ending, as tell all of them apart."""
+    parts = [p.absolute().with_suffix("").parts for p in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        stems = tuple("/".join(p[-depth:]) for p in parts)
+        if len(set(stems)) == len(stems):
+            return stems
+    twice = next(p for i, p in enumerate(paths) if p in paths[:i])
+    raise UserError(f"a file is named twice among {len(paths)}, such as {twice}")
+
+
 def threads() -> int:
     """Decoding threads: the cores this process may use, at most 8."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)

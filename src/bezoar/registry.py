@@ -3,7 +3,8 @@
 A *method* is one file that holds one frozen dataclass named like the file: `detectors/k_distance.py` holds `KDistance`.
 The file system is the registry. A *spec* is the one spelling of a configured method, `dao:k=16,pool=4096`: the name (or
 a path to a `.py` file of the user's own), then `field=value` pairs. A value that holds commas stands in (), [], {} or "".
-A first value without `=` goes to the method's first field: `open_clip:RN50`, `file:trigger.npz`.
+A first value without `=` goes to the method's first field: `open_clip:RN50`, `file:trigger.npz`. A value may be a spec
+itself, in brackets where it holds commas: `loss_trace:objective=(clip:epochs=2,batch=64)`.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def parse(kind: str, text: str) -> tuple[type, dict[str, str]]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     given: dict[str, str] = {}
     for i, part in enumerate(p for p in split(rest, ",") if p.strip()):
-        key, equals, value = part.partition("=")
+        key, equals, value = ("", "", "") if part.lstrip()[:1] in OPENING else part.partition("=")
         if not equals and i == 0 and fields:
             key, value = next(iter(fields)), part
         elif not equals:
@@ -242,6 +243,15 @@ def _write(value: Any) -> str:
         return "(" + ",".join(map(_write, value)) + ")"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and (any(c in value for c in ',"') and not (value[:1] == "(" and value[-1:] == ")")):
-        return f'"{value}"' if "{" not in value else value
+    if isinstance(value, str) and '"' in value:  # a spec with a quoted value
+        return f"({value})"
+    if isinstance(value, str) and (("," in value and "{" not in value) or not _whole(value)):
+        return f'"{value}"'
     return str(value)
+
+
+def _whole(text: str) -> bool:
+    try:
+        return len(split(text, ",")) == 1
+    except UserError:
+        return False

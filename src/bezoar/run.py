@@ -30,7 +30,7 @@ from bezoar.ranks import device, shared
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-UNHASHED = (MANIFEST, "report.html", "log.jsonl", ".lock", "checkpoint.safetensors")
+UNHASHED = {MANIFEST, "report.html", "log.jsonl", ".lock", "checkpoint.safetensors", "vectors"}  # files, and folders
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
         value = execute(value, settings)
     if what in ("data", "encoder", "run") and isinstance(value, (str, Path)):
         run = find(settings.runs, str(value))
-        if run is None and (what == "run" or (what == "encoder" and ":" not in str(value))):
+        if run is None and (what == "run" or (what == "encoder" and ":" not in str(value) and not str(value).endswith(".py"))):
             raise UserError(f"no run {str(value)!r} in {settings.runs}")
         value = run or registry.make("network" if what == "encoder" else "data", _data_spec(str(value)))
     elif isinstance(value, (str, Path)):
@@ -278,16 +278,18 @@ def named_files(configured: Any) -> list[Path]:
 
 
 def _data_spec(text: str) -> str:
-    """A bare path stands for the reader its looks call for: tars are shards, tables are captions, folders are folders."""
+    """A bare path stands for the reader its looks call for: tars are shards, .csv a table, .npy embeddings."""
     path = Path(text.partition(":")[0])
     if ":" in text or text in registry.names("data"):
         return text
     if text.endswith(".tar"):
         return f"shards:path={text}"
     if path.suffix in (".csv", ".tsv", ".jsonl", ".parquet"):
-        return f"captions:path={text}"
+        return f"table:path={text}"
     if path.suffix == ".npz":
         return f"npz:path={text}"
+    if path.suffix == ".npy" or (path / "img_emb").is_dir():
+        return f"embeddings:path={text}"
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"):
         return f"image:path={text}"
     if path.is_dir():
@@ -365,7 +367,8 @@ def _fields(verb: Any) -> dict[str, tuple[str | None, Any]]:
 
 
 def _outputs(folder: Path) -> dict[str, dict]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in UNHASHED and p.suffix != ".tmp")
+    every = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tmp")
+    files = sorted(p for p in every if UNHASHED.isdisjoint(p.relative_to(folder).parts))
     return {
         str(p.relative_to(folder)): {
             "bytes": p.stat().st_size,

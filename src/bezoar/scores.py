@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -17,15 +19,19 @@ from bezoar.errors import UserError
 class Scores:
     """How suspicious each record is: higher = more suspicious. No threshold, no NaN.
 
-    ids: N keys. values: float32 (N,), finite.
+    ids: N keys, a tuple or a column (`indexed.Strings`). values: float32 (N,), finite. boxes: of a detector that says where,
+    int64 (N, 4): top, left, height and width of a window in the image's pixels, -1 where there is none.
     """
 
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     values: Tensor
+    boxes: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.ids),):
             raise ValueError(f"{len(self.ids)} ids but scores of shape {tuple(self.values.shape)}")
+        if self.boxes is not None and self.boxes.shape != (len(self.ids), 4):
+            raise ValueError(f"{len(self.ids)} ids but boxes of shape {tuple(self.boxes.shape)}")
         if not torch.isfinite(self.values).all():
             raise ValueError("scores must be finite")
 
@@ -34,12 +40,17 @@ class Scores:
 
     def ranked(self) -> np.ndarray:
         """Rows from the most suspicious to the least; ties in the order of the ids."""
-        return np.lexsort((np.asarray(self.ids), -self.values.cpu().numpy()))
+        columns = pa.table({"score": self.values.cpu().numpy(), "id": _column(self.ids)})
+        return pc.sort_indices(columns, [("score", "descending"), ("id", "ascending")]).to_numpy().astype(np.int64)
 
     def of(self, ids: Sequence[str]) -> Tensor:
         """The values of the given records, in that order."""
-        row = {k: i for i, k in enumerate(self.ids)}
-        return self.values[torch.tensor([row[i] for i in ids], dtype=torch.long)]
+        if ids is self.ids:
+            return self.values
+        rows = pc.index_in(_column(ids), _column(self.ids))
+        if rows.null_count:
+            raise KeyError(next(i for i in ids if i not in self.ids))
+        return self.values[torch.from_numpy(rows.to_numpy().astype(np.int64))]
 
 
 @dataclass(frozen=True)
@@ -114,3 +125,8 @@ def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> di
 
 def _measure(value: float, n: int, interval: tuple[float, float], how: str) -> Measure:
     return Measure(value, n, interval[0], interval[1], how)
+
+
+def _column(ids: Sequence[str]) -> pa.Array:
+    """Ids as one Arrow column, which is sorted and searched without a Python object a record."""
+    return ids.column if hasattr(ids, "column") else pa.array(list(ids), pa.large_string())

@@ -23,7 +23,7 @@ from PIL import Image
 
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
-from bezoar.reading import FILE_BYTES, LABELS, TEXT_BYTES, ReadReport, Record, Skipped, batches, confined, nothing
+from bezoar.reading import FILE_BYTES, LABELS, TEXT_BYTES, ReadReport, Record, Skipped, batches, confined, nothing, told_apart
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 WANTED = (*IMAGES, "txt", "json")
@@ -42,11 +42,15 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placed(Record):
-    """A record that says where its encoded image lies: `length` bytes from `offset` on, in the tar number `shard`."""
+    """A record that says where its encoded image lies: `length` bytes from `offset` on, in the tar number `shard`.
+
+    url: where the image came from, when that is told.
+    """
 
     shard: int
     offset: int
     length: int
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,8 @@ class Shards:
 
     @cached_property
     def stems(self) -> tuple[str, ...]:
-        """What each shard is called in its ids: as few trailing parts of its path as tell all of them apart."""
-        parts = [p.absolute().with_suffix("").parts for p in self.paths]
-        for depth in range(1, max(map(len, parts)) + 1):
-            stems = tuple("/".join(p[-depth:]) for p in parts)
-            if len(set(stems)) == len(stems):
-                return stems
-        raise UserError(f"a shard is named twice among {len(self.paths)}, such as {_twice(self.paths)}")
+        """What each shard is called in its ids."""
+        return told_apart(self.paths)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -140,12 +139,18 @@ class Shards:
         """Whether any record has a class or a label."""
         return self._names[2]
 
-    def records(self) -> Iterator[Placed | Skipped]:
-        """The records not decoded yet, in the order of the tars. Raises UserError for a shard that yields nothing."""
+    def records(self, only: int | None = None) -> Iterator[Placed | Skipped]:
+        """The records not decoded yet, in the order of the tars. Raises UserError for a shard that yields nothing.
+
+        only: the number of one shard; its records then have the labels that their own json tells, and no more.
+        """
         for shard, (path, stem) in enumerate(zip(self.paths, self.stems, strict=True)):
+            if only not in (None, shard):
+                continue
+            numbers = self._names[1] if only is None else {}
             found, problems = 0, ReadReport()
             for group in groups(path, WANTED):
-                item = group if isinstance(group, Skipped) else self._record(group, path, stem, shard)
+                item = group if isinstance(group, Skipped) else self._record(group, path, stem, shard, numbers)
                 if isinstance(item, Skipped):
                     problems.skipped[:] = problems.skipped[:1] or [item]
                 found += isinstance(item, Record)
@@ -153,8 +158,8 @@ class Shards:
             if not found:
                 raise UserError(nothing(str(path), problems))
 
-    def _record(self, group: Group, path: Path, stem: str, shard: int) -> Placed | Skipped:
-        """One record of a group of members, or why there is none."""
+    def _record(self, group: Group, path: Path, stem: str, shard: int, numbers: dict[str, int]) -> Placed | Skipped:
+        """One record of a group of members, or why there is none. numbers: of classes that come without a label."""
 
         def skip(reason: str) -> Skipped:
             return Skipped(str(path), group.key, reason)
@@ -175,9 +180,9 @@ class Shards:
             return skip("no caption")
         key = fact.id or f"{stem}/{group.key}"
         ids = tuple(f"{key}#{i}" for i in range(len(every))) if self.captions == "all" else (key,)
-        label = self._names[1].get(fact.name, fact.label)
+        label = numbers.get(fact.name, fact.label)
         image, offset = group.files[images[0]], group.offsets[images[0]]
-        return Placed(image, ids, every, label, str(path), group.key, shard, offset, len(image))
+        return Placed(image, ids, every, label, str(path), group.key, shard, offset, len(image), fact.url)
 
 
 class Facts(NamedTuple):
@@ -187,6 +192,7 @@ class Facts(NamedTuple):
     captions: tuple[str, ...]
     label: int
     name: str
+    url: str = ""
 
 
 def facts(group: Group) -> Facts | str:
@@ -200,10 +206,10 @@ def facts(group: Group) -> Facts | str:
     one, many = told.get("caption"), told.get("captions")
     captions = [c for c in many if isinstance(c, str)] if isinstance(many, list) else []
     captions = captions or [one if isinstance(one, str) else ""]
-    label, name, key = told.get("label"), told.get("class"), told.get("record_id")
+    label, name, key, url = (told.get(k) for k in ("label", "class", "record_id", "url"))
     if label is not None and (not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < LABELS):
         return f"label is not a number from 0 to {LABELS - 1}"
-    texts = [t for t in (name, key, *captions) if isinstance(t, str)]
+    texts = [t for t in (name, key, url, *captions) if isinstance(t, str)]
     if any("\ud800" <= c <= "\udfff" for t in texts for c in t):  # JSON can spell half a character
         return "metadata is not Unicode"
     return Facts(
@@ -211,6 +217,7 @@ def facts(group: Group) -> Facts | str:
         tuple(captions),
         -1 if label is None else label,
         name if isinstance(name, str) else "",
+        url if isinstance(url, str) else "",
     )
 
 
@@ -295,31 +302,31 @@ def _members(
         yield Skipped(str(path), "", f"broken tar: no header and no end mark at byte {tar.offset}")
 
 
-def expand(text: str) -> tuple[Path, ...]:
-    """A path, a glob or a brace list (`cc/{00000..00331}.tar`, commas in braces too) -> the tars, each there.
+def expand(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path, ...]:
+    """A path, a glob or a brace list (`cc/{00000..00331}.tar`, commas in braces too) -> the files, each there.
 
     Globs are sorted; a folder means its *.tar. Raises UserError when something that is named is missing.
     """
     try:
         written = list(itertools.islice(braceexpand(text), PATHS + 1))
     except ValueError as error:
-        raise UserError(f"shards {text!r}: {error}") from error
+        raise UserError(f"{what} {text!r}: {error}") from error
     if len(written) > PATHS:
-        raise UserError(f"shards {text!r} names more than {PATHS} files")
+        raise UserError(f"{what} {text!r} names more than {PATHS} files")
     paths: list[Path] = []
     for one in written:
         path = Path(one).expanduser()
         if path.is_dir():
-            paths += sorted(path.glob("*.tar"))
+            paths += sorted(path.glob(f"*{ending}"))
         elif path.exists() or not glob.has_magic(one):
             paths.append(path)
         else:
             paths += map(Path, sorted(glob.glob(str(path))))
     missing = [p for p in paths if not p.is_file()]
     if missing:
-        raise UserError(f"shards {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}")
+        raise UserError(f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}")
     if not paths:
-        raise UserError(f"shards {text!r}: no such .tar file")
+        raise UserError(f"{what} {text!r}: no such {ending} file")
     return tuple(paths)
 
 
@@ -384,8 +391,3 @@ def _format(text: str) -> tuple[str, int]:
 def _shown(name: str) -> str:
     """A member's name, fit to print."""
     return name if name.isprintable() else ascii(name)
-
-
-def _twice(paths: Sequence[Path]) -> Path:
-    """The first path that was named before."""
-    return next(p for i, p in enumerate(paths) if p in paths[:i])

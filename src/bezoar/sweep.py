@@ -26,6 +26,7 @@ from bezoar.run import Run, Settings, execute, typed, verb_name
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Submit = Callable[[dict], "Future[dict]"]
+Answer = Callable[[dict], dict]
 
 
 @dataclass(frozen=True)
@@ -141,18 +142,18 @@ def answer(asked: dict) -> dict:
 
 
 @contextmanager
-def pool(settings: Settings, workers: int) -> Iterator[tuple[Submit, int]]:
-    """What takes a question and gives the future of its answer."""
-    with ray_tasks(settings) if settings.ray else processes(settings, workers) as submit:
+def pool(settings: Settings, workers: int, by: Answer = answer) -> Iterator[tuple[Submit, int]]:
+    """What takes a question and gives the future of its answer. by: who answers; a process runs its module for that."""
+    with ray_tasks(settings, by) if settings.ray else processes(settings, workers, by.__module__) as submit:
         yield submit
 
 
 @contextmanager
-def processes(settings: Settings, workers: int) -> Iterator[tuple[Submit, int]]:
+def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[Submit, int]]:
     """Worker processes of one thread each, or of one GPU each, fed through pipes; stopped at the end, however it comes."""
     several = settings.device in ("auto", "cuda") and workers > 1 and cores(settings) == workers
     cuda = several and _cuda()
-    command = [sys.executable, "-m", "bezoar.sweep"]
+    command = [sys.executable, "-m", "bezoar.sweep" if module == "__main__" else module]
     environment = os.environ if _cuda() else {**os.environ, **THREADS}
 
     def hire() -> subprocess.Popen[str]:
@@ -191,7 +192,7 @@ def processes(settings: Settings, workers: int) -> Iterator[tuple[Submit, int]]:
 
 
 @contextmanager
-def ray_tasks(settings: Settings) -> Iterator[tuple[Submit, int]]:
+def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
     """Tasks of a Ray cluster: the one that RAY_ADDRESS names, or a local one. The runs' directory must be one for all."""
     try:
         import ray
@@ -204,7 +205,7 @@ def ray_tasks(settings: Settings) -> Iterator[tuple[Submit, int]]:
         environment = {} if _cuda() else {"env_vars": THREADS}
         ray.init(address=named or "local", include_dashboard=False, log_to_driver=False, runtime_env=environment, **local)
     unit = "GPU" if _cuda() and settings.device != "cpu" else "CPU"
-    task = ray.remote(num_cpus=1, num_gpus=1 if unit == "GPU" else 0)(answer)
+    task = ray.remote(num_cpus=1, num_gpus=1 if unit == "GPU" else 0)(by)
     try:
         yield (lambda asked: task.remote(asked).future()), max(1, int(ray.cluster_resources().get(unit, 1)))
     finally:
@@ -218,12 +219,12 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def main() -> None:
+def main(by: Answer = answer) -> None:
     """A worker: a question a line on stdin, an answer a line on stdout; what verbs print goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=out, flush=True)
+        print(json.dumps(by(json.loads(line))), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,14 @@
 """A table of image paths and captions: CSV, TSV, JSON Lines or Parquet (open_clip's and CleanCLIP's layouts)."""
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from bezoar.errors import UserError
+from bezoar.corpora.tabular import CAPTION, IMAGE, column, readable, rows
 from bezoar.pairs import Pairs
-from bezoar.reading import TEXT_BYTES, Record, Skipped, check_fields, confined, existing, gather
+from bezoar.reading import Record, Skipped, check_fields, confined, existing, gather
 from bezoar.registry import method
-
-IMAGE = ("filepath", "image", "image_path", "filename", "file_name", "path")  # open_clip's name first
-CAPTION = ("title", "caption", "text")
-KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
-Row = dict[str, Any]
 
 
 @method
@@ -49,7 +42,7 @@ class Captions:
         table = existing(self.path, "table of captions")
         image = caption = ""
         repeats: Counter[str] = Counter()
-        for place, row in rows(table, (self.image, self.caption)):
+        for place, row in rows(table):
             if isinstance(row, str):
                 yield Skipped(self.path, place, row)
                 continue
@@ -69,69 +62,3 @@ class Captions:
                 key = f"{where}#{repeats[where]}" if repeats[where] else where
                 repeats[where] += 1
                 yield Record(table.parent / where, (key,), (text.strip(),), -1, self.path, place)
-
-
-def rows(table: Path, wanted: tuple[str | None, str | None]) -> Iterator[tuple[str, Row | str]]:
-    """(`row N`, the row or why it cannot be read), N from 1 after the header. Raises UserError for a broken table."""
-    if table.suffix not in KINDS:
-        raise UserError(f"a table of captions must be {', '.join(KINDS)}; got {str(table)!r}")
-    reader = {".jsonl": json_rows, ".parquet": parquet_rows}.get(table.suffix, csv_rows)
-    try:
-        for number, row in enumerate(reader(table), start=1):
-            yield f"row {number}", row
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{table} cannot be read as {table.suffix[1:]}: {reason}") from error
-
-
-def csv_rows(table: Path) -> Iterator[Row | str]:
-    """Comma or tab, by the header line; bytes that are not UTF-8 become lone surrogates, which `readable` refuses."""
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        tabs = table.suffix == ".tsv" or "\t" in file.readline(TEXT_BYTES)
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
-        try:
-            yield from reader
-        except csv.Error as error:  # a stray quote would swallow the lines after it
-            raise ValueError(f"row after line {reader.line_num}: {error}") from error
-
-
-def json_rows(table: Path) -> Iterator[Row | str]:
-    """One object a line."""
-    with table.open("rb") as file:
-        while line := file.readline(TEXT_BYTES):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                yield "not JSON in UTF-8"
-                continue
-            yield row if isinstance(row, dict) else "not a JSON object"
-
-
-def parquet_rows(table: Path) -> Iterator[Row | str]:
-    """Rows of the columns that hold text, a thousand at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(table) as file:
-            text = [f.name for f in file.schema_arrow if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-            for batch in file.iter_batches(1000, columns=[n for n in text if n in file.schema_arrow.names]):
-                yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(str(error)) from error
-
-
-def column(path: str, row: Row, given: str | None, known: tuple[str, ...]) -> str:
-    """The column that was asked for, or the first known one. Raises UserError that lists the table's columns."""
-    for name in (given,) if given else known:
-        if name in row:
-            return name
-    raise UserError(f"{path} has no column {given or ' or '.join(known)}; it has: {', '.join(map(str, row))}")
-
-
-def readable(text: str) -> bool:
-    """Whether text is Unicode: no lone surrogates."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)

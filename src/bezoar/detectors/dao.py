@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from bezoar.neighbors import Density, pool_size
+from torch import Tensor
+
+from bezoar import density
 from bezoar.registry import method
 from bezoar.scores import Scores
 
@@ -15,24 +17,26 @@ class Dao:
     """DAO(x) = mean over the k neighbours y of ( kdist(x) / kdist(y) ) ^ LID(y), arXiv 2502.01385.
 
     `form` is what is reported of it: `mean_log`, the mean of LID(y) log(kdist(x) / kdist(y)), is what the published
-    code scores; `log_mean`, the logarithm of DAO itself, is the formula. Neither overflows.
+    code scores; `log_mean`, the logarithm of DAO itself, is the formula. Neither overflows. The score inverts once more
+    than k poisons of one kind are in the pool; see `bezoar.neighbors.pool_size`.
     """
 
     k: Annotated[int, "neighbours"] = 16
     pool: Annotated[int, "records compared against; 0 = k / (2 rate), at least 2 k"] = 0
     rate: Annotated[float, "largest poison rate to plan for; sets the pool"] = 0.01
     form: Annotated[Literal["mean_log", "log_mean"], "mean of the logarithms, or logarithm of the mean"] = "mean_log"
+    texts: Annotated[bool, "captions among the references, as published for CLIP"] = False
+    compat: Annotated[bool, "equal the published code, faults included: batches of 2048, no pool"] = False
     seed: Annotated[int, "of the choice of the pool"] = 0
 
     def __post_init__(self) -> None:
-        if self.k < 2 or self.pool < 0 or not 0 < self.rate <= 1:
-            raise ValueError(f"needs k >= 2, pool >= 0, 0 < rate <= 1; got {self.k}, {self.pool}, {self.rate}")
+        density.check(self, least=2)
 
     def __call__(self, encoder: Any, source: Any) -> Scores:
         """-> Scores, about 0 in even density; a record in a thinner place than its neighbours is suspicious."""
-        e = encoder.embed(source)
-        size = self.pool or pool_size(self.k, self.rate, len(e.ids))
-        density = Density.measure(e.images.to(encoder.device), e.ids, self.k, size, self.seed)
-        powers = density.lid * density.log_ratio
-        score = powers.mean(1) if self.form == "mean_log" else powers.logsumexp(1) - math.log(self.k)
-        return Scores(e.ids, score.float().cpu())
+        return density.scores(self, encoder, source, self.formula)
+
+    def formula(self, near: density.Around) -> Tensor:
+        """(B,), in the chosen form."""
+        powers = near.lids * near.log_ratio
+        return powers.mean(1) if self.form == "mean_log" else powers.logsumexp(1) - math.log(self.k)

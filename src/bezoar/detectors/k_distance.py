@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from bezoar.neighbors import Density, pool_size
+from bezoar import density
 from bezoar.registry import method
 from bezoar.scores import Scores
 
@@ -19,15 +19,13 @@ class KDistance:
     k: Annotated[int, "which neighbour"] = 16
     pool: Annotated[int, "records compared against; 0 = k / (2 rate), at least 2 k"] = 0
     rate: Annotated[float, "largest poison rate to plan for; sets the pool"] = 0.01
+    texts: Annotated[bool, "captions among the references, as published for CLIP"] = False
+    compat: Annotated[bool, "equal the published code, faults included: batches of 2048, no pool"] = False
     seed: Annotated[int, "of the choice of the pool"] = 0
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.pool < 0 or not 0 < self.rate <= 1:
-            raise ValueError(f"needs k >= 1, pool >= 0, 0 < rate <= 1; got {self.k}, {self.pool}, {self.rate}")
+        density.check(self)
 
     def __call__(self, encoder: Any, source: Any) -> Scores:
         """-> Scores in [0, 2]; a lonely record is suspicious."""
-        e = encoder.embed(source)
-        size = self.pool or pool_size(self.k, self.rate, len(e.ids))
-        density = Density.measure(e.images.to(encoder.device), e.ids, self.k, size, self.seed)
-        return Scores(e.ids, density.distance[:, -1].float().cpu())
+        return density.scores(self, encoder, source, lambda near: near.reach)

@@ -50,6 +50,14 @@ TERMS = {  # base name -> standard term, unit
     "poisons_kept": ("Poisons trained on", COUNT),
     "poison_exposures": ("Times a poison was drawn", COUNT),
     "final_loss": ("Final loss", PLAIN),
+    "clean_kept": ("Clean records kept", RATE),
+    "poisons_pass": ("Poisons that pass", RATE),
+    "pattern_kept": ("Trigger's pattern left", RATE),
+    "energy_kept": ("Trigger's energy left", RATE),
+    "pattern_correlation": ("Correlation with the trigger's pattern", SCORE),
+    "shift_kept": ("Embedding's shift left", RATE),
+    "shift_cosine": ("Cosine of the shift to that untreated", SCORE),
+    "shift_length": ("Length of the shift over that untreated", PLAIN),
 }
 CLEAN, BENIGN = ("Clean accuracy (CA)", RATE), ("Benign accuracy (BA)", RATE)
 GROUPS = {
@@ -104,6 +112,8 @@ def term(key: str, attacked: bool = False) -> tuple[str, str]:
     label, unit = TERMS.get(base, (base.replace("_", " "), PLAIN))
     if at and base.endswith("recall"):
         return f"{label}@{at}", unit
+    if at and base in ("expected_ordinary", "expected_clean"):
+        return f"Expected to be {base.partition('_')[2]} among the worst {at}", COUNT
     if at and base.startswith("targeted"):
         return f"{label}, {at} {'caption' if at == '1' else 'captions'} each", unit
     return (f"{label}, trigger {at}" if at else label), unit

@@ -45,7 +45,7 @@ class Poison:
         if self.write != "plan":
             from bezoar.shards import write_shards
 
-            poisoned = replace(parts, plan=plan, victims=inputs.victims(plan)).records
+            poisoned = replace(parts, plan=plan).records
             write_shards(job.folder / "shards", poisoned, format=self.stored)
             job.notes["stored"] = self.stored
         return {

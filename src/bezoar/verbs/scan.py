@@ -2,81 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.run import Input, Job, Run, Takes
 
+if TYPE_CHECKING:
+    from bezoar.corpora.corpus import Corpus
+    from bezoar.scores import Scores
+
+RANKED = 500  # records of ranked.json
+
 
 @dataclass(frozen=True)
 class Scan:
-    """Rank a data set's records, most suspicious first, and write a keep-list. Several detectors are merged by rank."""
+    """Rank a data set's records, most suspicious first, and write a keep-list. Several detectors are merged by rank.
+
+    Shards, tables and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on with the
+    piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
+    """
 
     data: Annotated[Input, Takes("data"), "data set, poison run, or a train run: its data scanned with its encoder"]
     encoder: Annotated[Input, Takes("encoder"), "what embeds the records; without it, the train run's own"] = None
     detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = ("transplant", "duplicates")
     remove: Annotated[float, "share of the records, the worst first, that the keep-list leaves out"] = 0.03
-    write: Annotated[Literal["keep-list", "shards"], "the keep-list alone, or shards (PNG) of what is kept"] = "keep-list"
+    write: Annotated[Literal["keep-list", "shards"], "lists alone, or cleaned shards too (of shards: the same bytes)"] = (
+        "keep-list"
+    )
+    leaks: Annotated[bool, "can file sizes, headers, order, paths or caption templates alone tell poisons from the rest"] = (
+        False
+    )
+    trusted: Annotated[str, "file of ids of records known to be clean, a random sample: calibrates false discoveries"] = ""
 
     def work(self, job: Job) -> dict[str, Any]:
-        """-> scores.safetensors, ids.json, ranked.json (the worst 500 with their scores), keep.txt, and their figures.
+        """-> scores.parquet (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, skipped.jsonl, and figures.
 
         The plan of a poisoned set, where there is one, is read only after the ranking is written, to measure it.
         """
-        import torch
-        from safetensors.torch import save_file
-
-        from bezoar import inputs
-        from bezoar.scores import Scores, detection
+        from bezoar import ensemble, inputs, trust
+        from bezoar.corpora import corpus, keeping
 
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
-        given = job.inputs
-        source = given["encoder"] or given["data"]
-        if not isinstance(source, Run) and given["encoder"] is None:
-            raise UserError("give --encoder: what embeds the records (a train run, or a network with weights)")
-        parts = inputs.dataset(given["data"])
-        pairs, encoder = parts.pairs, inputs.encoder(source, job.device)
-        found: dict[str, Scores] = {}
-        for detector in given["detector"]:
-            name = registry.source_name(type(detector))
-            with counted(encoder, expected(detector, len(pairs)), job.progress, name):
-                found[name] = detector(encoder, pairs)
-        merged = merge(list(found.values()))
-        order = merged.ranked()
-        tensors = {"score": merged.values, **{f"detector.{k}": s.of(merged.ids) for k, s in found.items()}}
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, job.folder / "scores.safetensors")
-        inputs.write_json(job.folder / "ids.json", list(merged.ids))
-        removed = round(self.remove * len(pairs))
-        kept = sorted(order[removed:].tolist())
-        (job.folder / "keep.txt").write_text("\n".join(merged.ids[i] for i in kept) + "\n")
-        inputs.write_json(job.folder / "ranked.json", [self._row(i, merged, found, pairs) for i in order[:500].tolist()])
-        job.notes = parts.reading() | {
-            "records": len(pairs),
+        data = corpus.embedded(job.inputs["data"], self._by(job), job.folder, job.settings, job.progress)
+        if said := coarse(data):
+            print(f"scan: {said}", file=sys.stderr)
+        found, failed = detected(job.inputs["detector"], data, job)
+        merged = ensemble.merge(list(found.values()))
+        order, removed = merged.ranked(), round(self.remove * len(data))
+        corpus.write_scores(job.folder / corpus.SCORES, data, merged, found)
+        kept = order[removed:].copy()
+        kept.sort()
+        keeping.write_lists(job.folder, data, kept)
+        worst = [row(data, i, merged, found) for i in order[:RANKED].tolist()]
+        inputs.write_json(job.folder / "ranked.json", worst)
+        job.notes = data.reading() | {
+            "records": len(data),
             "removed": removed,
-            "detectors": [registry.spec(d) for d in given["detector"]],
+            "detectors": [registry.spec(d) for d in job.inputs["detector"]],
+            "incomplete": incomplete(data, failed),
         }
+        for line in job.notes["incomplete"]:
+            print(f"scan: {line}", file=sys.stderr)
         if self.write == "shards":
-            from bezoar.shards import write_shards
+            job.notes |= keeping.write_kept(job.folder / "shards", data, kept, job.progress)
+        parts = inputs.dataset(job.inputs["data"])
+        out = measured(parts.plan, merged, found, order[:removed]) if parts.plan.edits else {}
+        more, told = trust.measured(job.inputs["data"], parts, data, merged, found, order[:removed], self.leaks, self.trusted)
+        job.notes |= told
+        return out | more
 
-            write_shards(job.folder / "shards", pairs.take(kept))
-        if not parts.plan.edits:
-            return {}
-        truth = torch.from_numpy(parts.plan.mask(merged.ids))
-        out = detection(merged, truth)
-        for name, scores in found.items() if len(found) > 1 else ():
-            out |= {f"{name}.{k}": m for k, m in detection(scores, torch.from_numpy(parts.plan.mask(scores.ids))).items()}
-        return out | removal(parts.plan, set(merged.ids) - {merged.ids[i] for i in kept})
+    def _by(self, job: Job) -> Any:
+        """What embeds the records: a run or a method; None for ready embeddings. Raises UserError when it is not known."""
+        from bezoar import inputs
+        from bezoar.corpora.ready import Ready
 
-    @staticmethod
-    def _row(i: int, merged: Any, found: dict[str, Any], pairs: Any) -> dict:
-        caption = pairs.captions[i] if pairs.captions else ""
-        each = {k: float(s.values[i]) for k, s in found.items()}
-        return {"id": merged.ids[i], "caption": caption, "score": float(merged.values[i]), "detectors": each}
+        data, given = job.inputs["data"], job.inputs["encoder"]
+        if isinstance(inputs.source(inputs.dataset(data).method), Ready):
+            if given is not None:
+                raise UserError("these data are embeddings already; leave --encoder out")
+            return None
+        if given is None and not isinstance(data, Run):
+            raise UserError("give --encoder: what embeds the records (a train run, or a network with weights)")
+        return data if given is None else given
+
+
+def coarse(data: Corpus) -> str:
+    """What to tell whoever has images made smaller than the encoder takes them; nothing of others."""
+    size, wanted = getattr(data.source, "size", 0), getattr(data.encoder, "preprocess", None)
+    if not size or wanted is None or size >= wanted.size:
+        return ""
+    return f"images are read at {size} pixels a side, and the encoder takes {wanted.size}; size={wanted.size} reads them whole"
+
+
+def detected(detectors: Sequence[Any], data: Corpus, job: Job) -> tuple[dict[str, Scores], list[str]]:
+    """Each detector's scores by its name, or by its spec where a name is asked for twice; and a line for each that refused.
+
+    Raises UserError when none is left.
+    """
+    found: dict[str, Scores] = {}
+    failed: list[str] = []
+    names = [registry.source_name(type(d)) for d in detectors]
+    for detector, name in zip(detectors, names, strict=True):
+        name = name if Counter(names)[name] == 1 else registry.spec(detector)
+        try:
+            found[name] = scores(detector, name, data, job)
+        except UserError as error:
+            failed.append(f"detector {name}: {error}")
+            print(f"scan: {failed[-1]}", file=sys.stderr)
+    if not found:
+        raise UserError("; ".join(failed) or "give a --detector")
+    return found, failed
+
+
+def scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
+    """One detector's scores, its progress told by itself (`report`) or by the images that pass through the encoder."""
+
+    def report(done: int, total: int, text: str = "") -> None:
+        job.progress.step(done, total, f"{name}: {text}" if text else name)
+
+    if "report" in getattr(detector, "needs", ()):
+        return detector(data.encoder, data, report=report)
+    with counted(data.encoder, expected(detector, len(data)), job.progress, name):
+        return detector(data.encoder, data)
+
+
+def row(data: Corpus, i: int, merged: Scores, found: dict[str, Scores]) -> dict:
+    """A record as it stands in ranked.json."""
+    caption = data.captions[i] if len(data.captions) else ""
+    each = {k: float(s.values[i]) for k, s in found.items()}
+    return {"id": data.ids[i], "place": data.place(i), "caption": caption, "score": float(merged.values[i]), "detectors": each}
+
+
+def incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
+    """A line for each kind of what was asked and not done; none: everything was."""
+    told, lines = data.told, list(failed)
+    if told["unread"]:
+        why = ", ".join(f"{n} {reason}" for reason, n in list(told["reasons"].items())[:6])
+        lines.append(
+            f"{told['unread']} records or files could not be read, beside {len(data)} that were: {why}; see skipped.jsonl"
+        )
+    if told["doubles"]:
+        lines.append(f"{told['doubles']} records have an id that another has, and another name here; see skipped.jsonl")
+    return lines
+
+
+def measured(plan: Any, merged: Scores, found: dict[str, Scores], removed: Any) -> dict[str, Any]:
+    """How well the poisons of a known plan were found, by all detectors together and by each."""
+    import torch
+
+    from bezoar.scores import detection
+
+    truth = torch.from_numpy(plan.mask(merged.ids))
+    out = detection(merged, truth)
+    for name, one in found.items() if len(found) > 1 else ():
+        known = truth if one.ids is merged.ids else torch.from_numpy(plan.mask(one.ids))
+        out |= {f"{name}.{k}": m for k, m in detection(one, known).items()}
+    return out | removal(plan, {merged.ids[i] for i in removed})
 
 
 def expected(detector: Any, n: int) -> int:
@@ -87,6 +175,9 @@ def expected(detector: Any, n: int) -> int:
 @contextmanager
 def counted(encoder: Any, total: int, progress: Any, name: str) -> Iterator[None]:
     """Report progress by the images that pass through the encoder's image tower."""
+    if not hasattr(encoder, "image"):  # vectors without an encoder
+        yield
+        return
     done = 0
 
     def count(_: Any, given: Any, __: Any) -> None:
@@ -100,28 +191,6 @@ def counted(encoder: Any, total: int, progress: Any, name: str) -> Iterator[None
         yield
     finally:
         hook.remove()
-
-
-def merge(found: list[Any]) -> Any:
-    """Scores of several detectors over the same records -> one: the largest -log10 of a record's share of rank.
-
-    A record counts as suspicious as its most suspicious detector finds it; with one detector the order is its own.
-    """
-    import numpy as np
-    import torch
-
-    from bezoar.scores import Scores
-
-    first = found[0]
-    if len(found) == 1:
-        return first
-    best = np.full(len(first), -np.inf)
-    for scores in found:
-        aligned = Scores(first.ids, scores.of(first.ids).cpu())
-        surprise = np.empty(len(first))
-        surprise[aligned.ranked()] = -np.log10((np.arange(len(first)) + 1) / len(first))
-        best = np.maximum(best, surprise)
-    return Scores(first.ids, torch.from_numpy(best).float())
 
 
 def removal(plan: Any, removed: set[str]) -> dict[str, Any]:

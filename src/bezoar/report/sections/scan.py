@@ -8,26 +8,38 @@ from typing import Any
 import numpy as np
 import torch
 
-from bezoar.report import charts, gallery, terms
+from bezoar import ensemble
+from bezoar.corpora import corpus
+from bezoar.corpora.ready import Ready
+from bezoar.report import charts, gallery, resemblance, terms, trust, worst
 from bezoar.report.charts import Series
-from bezoar.report.parts import Figure, Figures, Gallery, Line, Section, Table, Tile
+from bezoar.report.parts import Figure, Figures, Part, Section, Table
 from bezoar.report.sections.train import kinds
 from bezoar.report.story import Chapter, Story
+from bezoar.report.worst import Box
 from bezoar.scores import Scores
+from bezoar.trust import windows
 
-SHOWN, MISSED = 40, 12
+SHOWN, MISSED, BESIDE = 40, 12, 8
+GROUPED, GROUPS, EACH = 300, 6, 8  # worst records that are grouped; groups that are shown, and records of each
 
 
 class Scan(Story):
     """Ranking and score charts, the worst records, what the keep-list leaves out."""
 
     def warning(self) -> str:
-        """Where the data are known to be poisoned."""
-        return (
-            "The data that are scanned here were poisoned on purpose; the truth was read after the ranking."
-            if self.goals
-            else ""
-        )
+        """Where the data are known to be poisoned, and where something else than a detector would tell."""
+        if not self.goals:
+            return ""
+        told = "The data that are scanned here were poisoned on purpose; the truth was read after the ranking."
+        bad = trust.leaking(self.measures, terms.mapping(self.notes.get("leaks")))
+        if bad:
+            name, m = bad[0]
+            told += (
+                f" {terms.count(len(bad), 'side channel')} (such as {name.replace('_', ' ')}, AUROC {m.value:.2f}) "
+                "can tell its poisons without a detector: every detector's figure here carries that doubt."
+            )
+        return told
 
     def headline(self) -> str:
         """What the keep-list leaves out."""
@@ -44,24 +56,61 @@ class Scan(Story):
 
     def cards(self) -> list[str]:
         """Ranking quality, then what was removed."""
-        return ["poisons_removed", "auroc", "average_precision", "recall_at_0.01", "precision_at_n", "fpr_at_95_tpr"]
+        return ["poisons_removed", "auroc", "average_precision", "recall_at_0.01", "precision_at_n"]
 
     def chapters(self) -> list[Chapter]:
         """Charts, then pictures."""
-        return [self.ranking, self.keep_list, self.most_suspicious_records, self.poisons_missed]
+        return [
+            self.false_discoveries,
+            self.ranking,
+            self.keep_list,
+            self.most_suspicious_records,
+            self.what_they_resemble,
+            self.groups_among_the_worst,
+            self.poisons_missed,
+            self.what_each_detector_adds,
+            self.todays_cleaning,
+            self.side_channels,
+        ]
 
     @functools.cached_property
-    def ids(self) -> tuple[str, ...]:
+    def scored(self) -> corpus.Scored:
+        """Every record that was scanned."""
+        return corpus.scored(self.run.path)
+
+    @functools.cached_property
+    def corpus(self) -> corpus.Corpus:
+        """The same records with images, where there are any, and vectors."""
+        return corpus.reopened(self.run)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether there are images to show."""
+        return not isinstance(self.corpus.source, Ready)
+
+    @property
+    def ids(self) -> Any:
         """Ids of all records scanned."""
-        return tuple(self.json("ids.json"))
+        return self.scored.ids
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """Rows, the worst first."""
+        return self.scores[""].ranked()
+
+    @functools.cached_property
+    def poisons(self) -> frozenset[str] | None:
+        """Ids of the poisons; None where nobody knows."""
+        return self.data.plan.ids if self.data.plan.edits else None
+
+    def worst(self, count: int) -> list[tuple[int, int]]:
+        """Rank from 1, and row."""
+        return [(n + 1, i) for n, i in enumerate(self.order[:count].tolist())]
 
     @functools.cached_property
     def scores(self) -> dict[str, Scores]:
         """The merged score under '', each detector's under its name."""
-        found = self.tensors("scores.safetensors")
-        return {
-            k.removeprefix("detector.") if k != "score" else "": Scores(self.ids, torch.from_numpy(v)) for k, v in found.items()
-        }
+        return {"": self.scored.merged, **self.scored.detectors}
 
     @functools.cached_property
     def truth(self) -> np.ndarray | None:
@@ -73,11 +122,16 @@ class Scan(Story):
         """How many records the keep-list leaves out."""
         return int(self.notes["removed"])
 
+    def false_discoveries(self) -> Section | None:
+        """How many of the worst are expected to be there by chance."""
+        truth = None if self.truth is None else self.truth[self.order]
+        told = terms.mapping(self.notes.get("discovery"))
+        return trust.discoveries(self.measures, told, truth, self.removed) if told else None
+
     def ranking(self) -> Section | None:
         """Poisons found against records reviewed, where the truth is known; the scores of both kinds."""
         merged, truth = self.scores[""], self.truth
-        worst = merged.ranked()
-        edge = (float(merged.values[worst[self.removed - 1]]), "removed from here up") if self.removed else None
+        edge = (float(merged.values[self.order[self.removed - 1]]), "removed from here up") if self.removed else None
         if truth is None:
             chart = charts.histogram([Series("all records", merged.values.numpy())], "score", "scores", edge)
             return Section(
@@ -104,7 +158,7 @@ class Scan(Story):
         """Recall against share reviewed, of every detector and of all together."""
         assert self.truth is not None
         single = [k for k in self.scores if k]
-        lines = [(Series("all together" if len(single) > 1 else "ranking", self.truth[self.scores[""].ranked()], "bad"), 2)]
+        lines = [(Series("all together" if len(single) > 1 else "ranking", self.truth[self.order], "bad"), 2)]
         others = [p for p in charts.ORDER if p != "bad"]
         for i, name in enumerate(single if len(single) > 1 else ()):
             lines.append((Series(gallery.short(name, 24), self.truth[self.scores[name].ranked()], others[i % len(others)]), 1))
@@ -115,7 +169,7 @@ class Scan(Story):
         if self.truth is None:
             return None
         plan = self.data.plan
-        gone = {self.ids[i] for i in self.scores[""].ranked()[: self.removed]}
+        gone = {self.ids[i] for i in self.order[: self.removed].tolist()}
         rows = []
         for title, members in kinds(plan.goals):
             mine = [e.id for e in plan.edits if e.goal in members]
@@ -130,46 +184,88 @@ class Scan(Story):
 
     def most_suspicious_records(self, most: int = SHOWN) -> Section | None:
         """The worst records with their scores."""
-        ranked = self.json("ranked.json")[:most]
+        ranked = self.worst(most)
         if not ranked:
             return None
-        told = (
-            ""
-            if self.truth is None
-            else f" {sum(r['id'] in self.data.plan.ids for r in ranked)} of these {len(ranked)} are poisons."
-        )
-        shown = self.tiles([(i + 1, r) for i, r in enumerate(ranked)])
-        return Section("Most suspicious records", [shown], "The higher the score, the more suspicious." + told)
+        told = "The higher the score, the more suspicious."
+        if self.poisons is not None:
+            told += f" {sum(self.ids[i] in self.poisons for _, i in ranked)} of these {len(ranked)} are poisons."
+        if self.windows:
+            told += " Framed: the part of the image that carries the caption."
+        return Section("Most suspicious records", [self.shown(ranked)], told)
 
-    def tiles(self, ranked: list[tuple[int, dict]]) -> Gallery:
-        """Rows of ranked.json with their ranks as pictures."""
-        found = gallery.records(self.data, [r["id"] for _, r in ranked])
-        row, plan = {k: i for i, k in enumerate(found.ids)}, self.data.plan
-        ranked = [(n, r) for n, r in ranked if r["id"] in row]
-        tiles = []
-        for i, (n, r) in enumerate(ranked):
-            poison = r["id"] in plan.ids
-            lines = [Line("poison" if poison else "clean", "bad" if poison else "good")] if plan.edits else []
-            lines.append(Line(gallery.short(r["caption"] or r["id"])))
-            several = r["detectors"] if len(r["detectors"]) > 1 else {}
-            lines += [Line(f"{gallery.short(k, 16)} {v:.2f}", "muted") for k, v in {"score": r["score"], **several}.items()]
-            tiles.append(Tile((i,), lines, "bad" if poison else "", f"{n}"))
-        return gallery.sheet(found.images[[row[r["id"]] for _, r in ranked]], tiles, 104)
+    @functools.cached_property
+    def windows(self) -> dict[str, Box]:
+        """The window of an image that a detector has found to carry its caption."""
+        return windows(self.run.path)
+
+    def shown(self, ranked: list[tuple[int, int]], title: str = "", scale: int = 104) -> Part:
+        """Records as pictures; as a table where there are no images."""
+        if self.pictures:
+            return worst.tiles(self.corpus, self.scored, ranked, self.poisons, self.windows, scale, title)
+        held = self.scored
+        rows = [
+            [f"{n}", gallery.short(held.captions[i] or held.ids[i]), f"{float(held.merged.values[i]):.3f}"] for n, i in ranked
+        ]
+        rows = [[*row, gallery.short(held.places[i], 80)] for row, (_, i) in zip(rows, ranked, strict=True)]
+        return Table(("Rank", "Record", "Score", "Place"), rows, (0, 2), title)
+
+    def what_they_resemble(self) -> Section | None:
+        """The very worst beside their nearest neighbours."""
+        beside = worst.neighbours(self.corpus, self.scored, self.worst(BESIDE)) if self.pictures else None
+        if beside is None:
+            return None
+        lead = "Each of the worst, and the records of the corpus that the encoder finds most like it, with the cosine."
+        return Section("What the worst resemble", [beside], lead)
+
+    def groups_among_the_worst(self) -> Section | None:
+        """Records of one kind among the worst: what a campaign looks like."""
+        rows = self.order[: min(GROUPED, max(self.removed, SHOWN))]
+        vectors = self.corpus.embedded.images[torch.from_numpy(rows.copy())]
+        captions = list(self.scored.captions.take(rows))
+        found = resemblance.groups(vectors, captions, resemblance.usual(self.scored.captions))[:GROUPS]
+        if not found:
+            return None
+        parts = []
+        for i, group in enumerate(found, 1):
+            mine = rows[group.members].tolist()
+            title = f"{i}: {len(mine)} records" + (f", “{' '.join(group.words)}”" if group.words else "")
+            if self.poisons is not None:
+                title += f", {sum(self.ids[r] in self.poisons for r in mine)} of them poisons"
+            parts.append(self.shown([(group.members[j] + 1, r) for j, r in enumerate(mine[:EACH])], title, 80))
+        lead = (
+            f"The worst {len(rows)}, grouped by their vectors and by the rarer words that their captions share. "
+            "A group of one target and many subjects is what a backdoor looks like; one subject, a rare or repeated one."
+        )
+        return Section("Groups among the worst", parts, lead)
+
+    def what_each_detector_adds(self) -> Section | None:
+        """Of the records that are removed, which would not be without it."""
+        if len(self.scored.detectors) < 2 or not self.removed:
+            return None
+        found = ensemble.adds(self.scored.detectors, self.removed)
+        rows = []
+        for name, share in found.items():
+            alike = ", ".join(f"{gallery.short(k, 24)} {v:+.2f}" for k, v in share.correlation.items())
+            rows.append([gallery.short(name, 40), f"{share.worst:,}", f"{share.alone:,}", alike])
+        head = ("Detector", "Of its own worst", "It alone brings", "Rank correlation with")
+        lead = f"Of the {self.removed:,} records that are removed."
+        return Section("What each detector adds", [Table(head, rows, (1, 2))], lead)
+
+    def todays_cleaning(self) -> Section | None:
+        """Which poisons pass the filters that people use."""
+        return trust.filters(self.measures, terms.mapping(self.notes.get("filters")))
+
+    def side_channels(self) -> Section | None:
+        """What tells poisons without looking at them."""
+        return trust.side_channels(self.measures, terms.mapping(self.notes.get("leaks")))
 
     def poisons_missed(self) -> Section | None:
         """Poisons that the ranking puts last: what this scan is blind to."""
         if self.truth is None:
             return None
-        order = self.scores[""].ranked()
-        last = [(n + 1, i) for n, i in enumerate(order.tolist()) if self.truth[i] and n >= self.removed][::-1]
+        last = [(n + 1, i) for n, i in enumerate(self.order.tolist()) if self.truth[i] and n >= self.removed][::-1]
         if not last:
             return Section("Poisons missed", (), "None: the keep-list leaves out every poison.")
-        captions = {e.id: e.caption for e in self.data.plan.edits}
-        rows = [(n, self.row(i, captions[self.ids[i]])) for n, i in last[:MISSED]]
         lead = f"{terms.count(len(last), 'poison')} of {int(self.truth.sum()):,} stay in the data; shown are those ranked last."
-        return Section("Poisons missed", [self.tiles(rows)], lead)
-
-    def row(self, i: int, caption: str) -> dict:
-        """A record as it would stand in ranked.json."""
-        each = {k: float(s.values[i]) for k, s in self.scores.items() if k}
-        return {"id": self.ids[i], "caption": caption, "score": float(self.scores[""].values[i]), "detectors": each}
+        return Section("Poisons missed", [self.shown(last[:MISSED])], lead)

@@ -1,0 +1,109 @@
+"""Keeping: what a scan leaves in the data, as lists that training code takes as they are, and as cleaned shards."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bezoar.corpora import vectors
+from bezoar.corpora.corpus import ROWS, Corpus, texts
+from bezoar.corpora.tabular import Table
+from bezoar.errors import UserError
+from bezoar.progress import Progress
+from bezoar.shards import WANTED, Group, Shards, groups, write_shards
+
+
+def write_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
+    """Rows kept, ascending -> keep.txt (an id a line), keep.parquet, and keep.csv where images are files of their own.
+
+    keep.parquet: id, shard, member (img2dataset's key), caption, url: what img2dataset takes as a list to fetch again.
+    keep.csv: filepath and title between tabs, as open_clip's `--train-data` of type csv wants it.
+    """
+    columns = ("id", "shard", "member", "caption", "url")
+    schema = pa.schema([(n, pa.large_string()) for n in columns])
+    text, table = vectors.partial(folder / "keep.txt"), vectors.partial(folder / "keep.parquet")
+    with text.open("w", encoding="utf-8") as lines, pq.ParquetWriter(table, schema) as out:
+        for part in _parts(corpus, kept):
+            lines.write("".join(f"{i}\n" for i in part.column("id").to_pylist()))
+            out.write_table(part.cast(schema))
+    os.replace(text, folder / "keep.txt")
+    os.replace(table, folder / "keep.parquet")
+    if isinstance(corpus.source, Table):
+        _write_csv(folder / "keep.csv", corpus, corpus.source, kept)
+
+
+def _parts(corpus: Corpus, kept: np.ndarray) -> Iterator[pa.Table]:
+    """The kept records, a bounded number at a time."""
+    for start, stop in vectors.blocks(len(corpus), ROWS):
+        mine = pa.array(kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)] - start)
+        urls = corpus.urls.column.slice(start, stop - start)
+        yield pa.table(texts(corpus, start, stop) | {"url": urls}).take(mine)
+
+
+def _write_csv(path: Path, corpus: Corpus, table: Table, kept: np.ndarray) -> None:
+    """open_clip's table of what is kept, with whole paths; nothing where the images are bytes in the table itself."""
+    if len(kept) and corpus.places["length"][kept[0]]:
+        return
+    where = {str(p): p for p in table.paths}
+    with vectors.partial(path).open("w", encoding="utf-8", newline="") as file:
+        out = csv.writer(file, delimiter="\t", lineterminator="\n")
+        out.writerow(("filepath", "title"))
+        for part in _parts(corpus, kept):
+            rows = part.to_pylist()
+            out.writerows((table.resolved(where[r["shard"]], r["member"]), r["caption"]) for r in rows)
+    os.replace(vectors.partial(path), path)
+
+
+def write_kept(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress) -> dict[str, int]:
+    """Cleaned shards: of shards the same tars less what is not kept, members byte for byte; else PNGs of the records.
+
+    An image with several captions stays when all of them do. Raises UserError without images, or without captions.
+    -> how many shards and records were written.
+    """
+    folder.mkdir(exist_ok=True)
+    for left in (*folder.glob("*.tar"), *folder.glob("*.part")):
+        left.unlink()
+    if not isinstance(corpus.source, Shards):
+        batches = (corpus.take(kept[i : i + 1000]) for i in range(0, len(kept), 1000))
+        return {"shards": len(write_shards(folder, batches)), "written": len(kept)}
+    source, written, done = corpus.source, 0, 0
+    place = corpus.places[["shard", "offset"]]
+    gone = np.ones(len(corpus), bool)
+    gone[kept] = False
+    order = np.argsort(place["shard"], kind="stable")
+    edges = np.searchsorted(place["shard"][order], np.arange(len(source.paths) + 1))
+    for shard, (path, stem) in enumerate(zip(source.paths, source.stems, strict=True)):
+        progress.step(shard, len(source.paths), "writing shards")
+        rows = order[edges[shard] : edges[shard + 1]]
+        offsets = set(place["offset"][rows].tolist()) - set(place["offset"][rows[gone[rows]]].tolist())
+        if offsets:
+            written += _copied(path, folder / f"{stem.replace('/', '_')}.tar", offsets)
+            done += 1
+    return {"shards": done, "written": written}
+
+
+def _copied(path: Path, target: Path, offsets: set[int]) -> int:
+    """Copy the records of a tar whose image begins at one of the offsets: members byte for byte, no owners, no times."""
+    count = 0
+    with tarfile.open(vectors.partial(target), "w", format=tarfile.PAX_FORMAT) as out:
+        for group in groups(path, WANTED):
+            if not isinstance(group, Group) or not offsets & set(group.offsets.values()):
+                continue
+            count += 1
+            for extension, content in group.files.items():
+                header = tarfile.TarInfo(f"{group.key}.{extension}")
+                header.size = len(content)
+                out.addfile(header, io.BytesIO(content))
+    if count < len(offsets):
+        vectors.partial(target).unlink()
+        raise UserError(f"{path} was changed while it was scanned: {len(offsets) - count} records are not there any more")
+    os.replace(vectors.partial(target), target)
+    return count

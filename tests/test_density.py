@@ -1,0 +1,335 @@
+"""Local densities against plain loops, their published form against a plain emulation, and detectors within classes."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn import cluster, decomposition
+
+from bezoar import density, pseudo_classes, registry, stats
+from bezoar.density import Density, published
+from bezoar.detectors import activation_clustering
+from bezoar.encoder import Embedded
+from bezoar.errors import UserError
+from bezoar.neighbors import pool
+from bezoar.pairs import Pairs
+
+
+def rows(n: int, d: int = 24, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+class Given:
+    """Stands for an encoder; gives the vectors that the source is. A word's vector is that of its first letter."""
+
+    device, text = torch.device("cpu"), True
+
+    def embed(self, source):
+        return source.e
+
+    def texts(self, captions):
+        return torch.eye(26)[[ord(c.removeprefix("a photo of a ")[0]) - ord("a") for c in captions]]
+
+
+def given(images, texts=None, captions=()):
+    ids = tuple(f"r{i:04d}" for i in range(len(images)))
+    return SimpleNamespace(e=Embedded(ids, images, texts), captions=captions)
+
+
+def scored(spec: str, images, texts=None, captions=()) -> np.ndarray:
+    return registry.make("detector", spec)(Given(), given(images, texts, captions)).values.double().numpy()
+
+
+def plain_lid(r: list[float], d: int) -> float:
+    return min(d, -len(r) / sum(np.log(a / r[-1] + 1e-4) for a in r[:-1]))
+
+
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_density_is_the_plain_one(with_texts):
+    z, ids, k = rows(120, d=6, seed=7), [f"r{i}" for i in range(120)], 5
+    t = rows(120, d=6, seed=8)
+    measured = Density.measure(z, ids, k, 60, 0, t if with_texts else None)
+    members = pool(ids, 60, 0)
+    kinds = [z.double(), t.double()][: 1 + with_texts]
+
+    def around(x: torch.Tensor, i: int) -> list[tuple[float, int, int]]:
+        """Distance, record and kind of the references nearest to a vector of record i."""
+        found = [(float((x - kind[j]).norm()), int(j), a) for a, kind in enumerate(kinds) for j in members if j != i]
+        return sorted(found)[:k]
+
+    parts = list(measured.around())
+    assert len(parts) == 1
+    for i in range(120):
+        near = around(z[i].double(), i)
+        beyond = [[r for r, *_ in around(kinds[a][j], j)] for _, j, a in near]
+        assert float(parts[0].reach[i]) == pytest.approx(near[-1][0], rel=1e-5)
+        assert parts[0].reaches[i].numpy() == pytest.approx([r[-1] for r in beyond], rel=1e-5)
+        assert float(parts[0].lid[i]) == pytest.approx(plain_lid([r for r, *_ in near], 6), rel=1e-3)
+        assert parts[0].lids[i].numpy() == pytest.approx([plain_lid(r, 6) for r in beyond], rel=1e-3)
+
+
+def test_density_of_copies_is_finite():
+    z = rows(1, d=4).expand(80, -1).clone()
+    z[-10:] = rows(10, d=4, seed=9)
+    part = next(Density.measure(z, [str(i) for i in range(80)], 6, 80, 0).around())
+    assert torch.isfinite(part.log_ratio).all()
+    assert (part.lids > 0).all() and (part.lids <= 4).all() and (part.lid > 0).all()
+
+
+def test_blocks_of_records_do_not_matter(monkeypatch):
+    z, ids = rows(300, d=6), [f"r{i}" for i in range(300)]
+    whole = Density.measure(z, ids, 4, 50, 0)
+    expected = next(whole.around()).lids
+    monkeypatch.setattr(density, "BLOCK", 37)
+    assert torch.equal(torch.cat([p.lids for p in whole.around()]), expected)
+
+
+def test_one_search_serves_every_density_detector(monkeypatch):
+    source, calls, measure = given(rows(200, d=6)), [], Density.measure
+    monkeypatch.setattr(Density, "measure", staticmethod(lambda *a: calls.append(a[2:5]) or measure(*a)))
+    for name in ("k_distance", "slof", "dao", "lid"):
+        registry.make("detector", name)(Given(), source)
+    assert calls == [(16, 200, 0)]
+    registry.make("detector", "slof:seed=1")(Given(), source)
+    assert calls[1:] == [(16, 200, 1)]
+    for k in (3, 4, 5):
+        registry.make("detector", f"slof:k={k}")(Given(), source)
+    assert len(density._recent) <= density.KEPT
+    before = len(density._recent)
+    del source
+    assert len(density._recent) < before  # nothing is remembered of vectors that are gone
+
+
+def plain_published(x: torch.Tensor, t: torch.Tensor | None, k: int) -> dict[str, np.ndarray]:
+    """One batch as the published code has it: whole matrices, full sorts, a row at a time."""
+    n = len(x)
+
+    def distances(a, b):
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+
+    kinds = [x] if t is None else [x, t]
+    d = np.concatenate([np.stack([np.delete(row, i) for i, row in enumerate(distances(x, kind))]) for kind in kinds], 1)
+    order = np.argsort(d, axis=1, kind="stable")
+    a = np.take_along_axis(d, order, 1)
+    whole = np.sort(distances(torch.cat(kinds), torch.cat(kinds)), axis=1)
+    out = {"k_distance": a[:, k]}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        out["lid"] = -k / np.log(a[:, :k] / a[:, k : k + 1] + 1e-4).sum(1)
+        lids = -k / np.log(whole[:, :k] / whole[:, k : k + 1] + 1e-4).sum(1)
+        slof, dao = np.empty(n), np.empty(n)
+        for i in range(n):
+            of = order[i, :k]  # places in the row that is one shorter, used on the whole
+            slof[i] = (a[i, k] / whole[of, k]).mean()
+            dao[i] = (lids[of] * np.log(a[i, k] / whole[of, k])).mean()
+    out |= {"slof": slof, "dao": dao}
+    return {name: np.nan_to_num(v, nan=1000.0, posinf=1000.0, neginf=0.0) for name, v in out.items()}
+
+
+@pytest.mark.parametrize("with_texts", [False, True])
+@pytest.mark.parametrize("copies", [1, 30])
+def test_compat_equals_the_published_code(with_texts, copies, monkeypatch):
+    monkeypatch.setattr(density.published, "__defaults__", (90,))
+    x, t = rows(200, d=5, seed=1), rows(200, d=5, seed=2)
+    x[40 : 40 + copies] = x[40]  # more copies than k: distances of 0, NaN and infinity
+    option = f"k=7,compat=true,texts={str(with_texts).lower()}"
+    for name in ("k_distance", "lid", "slof", "dao"):
+        parts = [
+            plain_published(x[b], t[b] if with_texts else None, 7)[name] for b in (slice(90), slice(90, 180), slice(180, 200))
+        ]
+        expected = np.concatenate(parts)
+        found = scored(f"{name}:{option}", x, t)
+        # where copies tie, which of them come first, and so whose columns are read, is a matter of the sort
+        alike = np.isclose(found, expected, rtol=2e-3, atol=1e-5)
+        assert alike.all() if copies == 1 else alike.mean() > 0.7, name
+        assert np.isfinite(found).all()
+    assert (found == 1000).any() or (found == 0).any() or copies == 1
+
+
+def test_half_of_the_published_look_ups_miss():
+    x = rows(400, d=16)
+    shifted = scored("slof:k=8,compat=true", x)
+    right = scored("slof:k=8,pool=400", x)
+    assert 0.5 < np.corrcoef(shifted.argsort().argsort(), right.argsort().argsort())[0, 1] < 0.98
+
+
+def test_a_last_batch_too_small_for_k_joins_the_one_before():
+    x, t = rows(130, d=5), rows(130, d=5, seed=1)
+    assert [len(p.reach) for p in published(x, None, 7, "cpu", 61)] == [61, 69]
+    assert [len(p.reach) for p in published(x, t, 7, "cpu", 61)] == [61, 61, 8]
+    assert [len(p.reach) for p in published(x[:131], None, 7, "cpu", 121)] == [121, 9]
+    with pytest.raises(UserError, match="nearest neighbours asked for"):
+        list(published(x[:8], None, 7, "cpu"))
+
+
+@pytest.mark.parametrize("name", ["k_distance", "lid", "slof", "dao", "isolation_forest"])
+def test_texts_need_captions(name):
+    with pytest.raises(UserError, match=f"detector '{name}' with texts=true needs captions"):
+        scored(f"{name}:texts=true", rows(60))
+    assert np.isfinite(scored(f"{name}:texts=true", rows(60), rows(60, seed=1))).all()
+
+
+def test_a_record_in_no_subspace_has_a_high_dimension():
+    z = torch.cat([rows(300, d=3), torch.zeros(300, 9)], 1)
+    z[:5] = rows(5, d=12, seed=1)
+    truth = np.arange(300) < 5
+    assert stats.auroc(scored("lid:k=8,pool=300", z), truth) > 0.9
+
+
+def captioned(n: int = 300) -> tuple[torch.Tensor, list[str]]:
+    """Three kinds of vectors, each near that of its word."""
+    kind = torch.arange(n) % 3
+    z = torch.eye(26)[kind] + 0.05 * rows(n, d=26)
+    return torch.nn.functional.normalize(z, dim=1), [f"A photo of the {('apple', 'bear', 'cat')[k]} in 3 x" for k in kind]
+
+
+def test_pseudo_classes_by_words_and_by_clusters_agree():
+    z, captions = captioned()
+    assert pseudo_classes.frequent([*captions, "bear bear"], 5) == ["bear", "apple", "cat"]
+    found = {}
+    for how, source in (
+        ("auto", given(z, z, captions)),
+        ("words", given(z, z, captions)),
+        ("clusters", given(z, None)),
+        ("auto", given(z, None)),
+    ):
+        label = pseudo_classes.labels(Given(), source, source.e, how, 3, 0)
+        found[how, source.e.texts is None] = label
+        assert all(len(label[i::3].unique()) == 1 for i in range(3)) and len(label.unique()) == 3
+    assert torch.equal(found["auto", False], found["words", False])
+    assert torch.equal(found["auto", True], found["clusters", True])
+    with pytest.raises(UserError, match="need captions and an encoder"):
+        pseudo_classes.labels(Given(), given(z), given(z).e, "words", 3, 0)
+    with pytest.raises(UserError, match="stop words"):
+        pseudo_classes.labels(Given(), given(z, z, ["the a"] * 300), given(z, z).e, "words", 3, 0)
+
+
+def test_captions_of_a_stream_are_those_at_hand():
+    _, captions = captioned(20)
+    picked = np.array([7, 2, 11])
+
+    class Stream:
+        def batches(self, size):
+            for a in range(0, 20, 6):
+                n = len(captions[a : a + 6])
+                images = torch.zeros(n, 3, 2, 2, dtype=torch.uint8)
+                yield Pairs(images, tuple(captions[a : a + 6]), None, tuple(map(str, range(n))))
+
+    streamed = list(pseudo_classes.captions(Stream(), picked))
+    assert sorted(streamed) == sorted(pseudo_classes.captions(SimpleNamespace(captions=captions), picked))
+
+
+def test_k_means_is_as_good_as_sklearns():
+    x = rows(500, d=4, seed=3)
+
+    def inertia(centres) -> float:
+        return float(torch.cdist(x.double(), torch.as_tensor(centres).double()).amin(1).square().sum())
+
+    theirs = cluster.KMeans(6, n_init=1, random_state=0).fit(x.numpy())
+    assert inertia(pseudo_classes.clusters(x, 6, 0)) < 1.1 * inertia(theirs.cluster_centers_)
+    assert len(pseudo_classes.clusters(x[:1].expand(50, -1), 6, 0)) == 1
+    assert len(pseudo_classes.clusters(x[:4], 6, 0)) == 4
+
+
+@pytest.mark.parametrize("matrices", [1, 1 << 26])
+def test_axes_and_projections_are_sklearns(matrices, monkeypatch):
+    monkeypatch.setattr(pseudo_classes, "MATRICES", matrices)
+    monkeypatch.setattr(pseudo_classes, "BLOCK", 57)
+    z, label = rows(200, d=7), torch.arange(200) % 3 * 2  # classes 1 and 3 are empty
+    mean, axis = pseudo_classes.axes(z, label, 2, "cpu")
+    y = pseudo_classes.projections(z, label, mean, axis)
+    for c in (0, 2, 4):
+        theirs = decomposition.PCA(2).fit(z[label == c].double().numpy())
+        assert mean[c].numpy() == pytest.approx(theirs.mean_)
+        expected = theirs.transform(z[label == c].double().numpy())
+        assert np.abs(y[label == c].numpy()) == pytest.approx(np.abs(expected), abs=1e-6)
+
+
+def test_spectral_is_the_plain_one():
+    z = rows(150, d=5)
+    source = given(z)
+    label = pseudo_classes.labels(Given(), source, source.e, "clusters", 4, 0).numpy()
+    expected = np.zeros(150)
+    for c in set(label):
+        x = z[label == c].double().numpy()
+        x = x - x.mean(0)
+        squared = (x @ np.linalg.svd(x)[2][0]) ** 2
+        expected[label == c] = squared / squared.mean()
+    assert scored("spectral:count=4", z) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_activation_clustering_is_the_plain_one():
+    z = rows(150, d=5)
+    z[:9] = torch.nn.functional.normalize(z[:9] * 0.1 + torch.tensor([0, 0, 0, 0, 1.0]), dim=1)
+    x = z.double().numpy()
+    y = decomposition.PCA(3).fit_transform(x)
+    theirs = cluster.KMeans(2, n_init=50, random_state=0).fit(y)
+    small = np.bincount(theirs.labels_).argmin()
+    to = np.linalg.norm(y[:, None] - theirs.cluster_centers_[None], axis=2)
+    nearness = (to[:, 1 - small] - to[:, small]) / to.max(1)
+    expected = nearness * np.abs(nearness).mean() * (1 - 2 * (theirs.labels_ == small).mean())
+    found = scored("activation_clustering:count=1,dims=3", z)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_two_means_is_no_worse_than_sklearns_best_of_fifty():
+    for seed in range(4):
+        y = rows(120, d=4, seed=seed).double()
+        centres = torch.stack(activation_clustering.halves(y))
+        theirs = cluster.KMeans(2, n_init=50, random_state=0).fit(y.numpy())
+        assert float(torch.cdist(y, centres).amin(1).square().sum()) < 1.02 * theirs.inertia_
+        sizes = torch.cdist(y, centres).argmin(1).bincount(minlength=2)
+        assert sizes[0] <= sizes[1]
+
+
+def test_a_planted_part_of_a_class_is_found_by_both():
+    z, captions = captioned(600)
+    truth = np.zeros(600, bool)
+    truth[np.arange(0, 120, 3)] = True  # 40 of the 200 apples
+    z[truth] = torch.nn.functional.normalize(z[truth] + 0.5 * torch.eye(26)[20], dim=1)
+    for name in ("spectral", "activation_clustering"):
+        assert stats.auroc(scored(f"{name}:count=3", z, z, captions), truth) > 0.95, name
+
+
+def test_isolation_forest_is_sklearns():
+    from sklearn.ensemble import IsolationForest
+
+    z = rows(300, d=6)
+    z[:4] *= 3
+    order = pool(given(z).e.ids, 300, 2)
+    theirs = IsolationForest(n_estimators=20, max_samples=64, random_state=2).fit(z[torch.as_tensor(order)].numpy())
+    found = scored("isolation_forest:trees=20,cut=64,seed=2", z)
+    assert found == pytest.approx(-theirs.score_samples(z.numpy()), abs=1e-6)
+    assert stats.auroc(found, np.arange(300) < 4) > 0.99
+    assert np.array_equal(found, scored("isolation_forest:trees=20,cut=64,seed=2", z))
+
+
+def test_device_and_files_do_not_matter(tmp_path):
+    z = rows(900, d=8)
+    np.save(tmp_path / "z.npy", z.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "z.npy", mmap_mode="c"))
+    for name in ("k_distance:pool=100", "slof:pool=100", "dao", "lid", "isolation_forest", "spectral:count=4"):
+        assert np.array_equal(scored(name, z), scored(name, mapped)), name
+
+
+def test_embedded_of_a_source_without_order():
+    z = rows(400, d=8)
+    source = given(z)
+    turn = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    turned = SimpleNamespace(e=replace(source.e, ids=tuple(source.e.ids[i] for i in turn), images=z[turn]))
+    for name in ("k_distance:pool=90", "slof", "dao:pool=300", "lid"):
+        made = registry.make("detector", name)
+        assert torch.equal(made(Given(), source).values[turn], made(Given(), turned).values), name
+
+
+@pytest.mark.parametrize("name", ["k_distance", "lid", "slof", "dao", "isolation_forest", "spectral", "activation_clustering"])
+@pytest.mark.parametrize("compat", [False, True])
+def test_identical_vectors_have_scores_and_too_few_a_line(name, compat):
+    z = rows(1, d=9).expand(70, -1)
+    within = name in ("isolation_forest", "spectral", "activation_clustering")
+    spec = f"{name}:compat=true" if compat and not within else name
+    assert np.isfinite(scored(spec, z)).all()
+    with pytest.raises(UserError, match=r"there (are|is) \d+"):
+        scored(spec, z[: 1 if within else 12])

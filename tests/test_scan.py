@@ -1,0 +1,543 @@
+"""Scans: any corpus, cut into units that are embedded by themselves; what is bad in it is named, the rest is scanned."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from bezoar import inputs, registry
+from bezoar.cli import main
+from bezoar.corpora import assembly, corpus, tabular, units, vectors
+from bezoar.pairs import load
+from bezoar.run import Run
+from bezoar.shards import Shards, expand, write_shards
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+NETWORK = '''"""Colours in a coarse grid, and words; NaN of a white image. Made for tests."""
+
+import os
+import time
+
+import torch
+from torch import nn
+
+from bezoar.encoder import Encoder, Preprocess, Words
+from bezoar.registry import method
+
+WORDS = ("red", "blue", "green", "star", "cross", "the", "a", "over", "wall", "square", "brown", "orange")
+
+
+class Image(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.map = nn.AdaptiveAvgPool2d(4), nn.Linear(48, 24)
+
+    def forward(self, x):
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        if abs(float(x[0, 0, 0, 0]) - float(os.environ.get("DEADLY", 9))) < 1e-4:
+            os.kill(os.getpid(), 9)
+        flat = self.pool(x).flatten(1)
+        return torch.where(flat.amin(1, keepdim=True) > 1.9, torch.nan, self.map(flat))
+
+
+@method
+class Tiny:
+    def __call__(self, size, vocabulary):
+        torch.manual_seed(0)
+        return Encoder(Image(), Preprocess(16), nn.EmbeddingBag(len(WORDS) + 1, 24), Words(WORDS), {"network": "tiny"})
+'''
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(NETWORK)
+    return path
+
+
+def picture(seed: int = 0, side: int = 16, white: bool = False) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(np.full_like(pixels, 255) if white else pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def tar_of(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items() if isinstance(members, dict) else members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def records(keys: range, **more: bytes) -> dict[str, bytes]:
+    """Good records, then other members."""
+    out: dict[str, bytes] = {}
+    for i in keys:
+        out |= {f"{i:05d}.png": picture(i), f"{i:05d}.txt": b"a red star", f"{i:05d}.json": b'{"url": "http://x/%d"}' % i}
+    return out | more
+
+
+def scan(runs: Path, *words: object, workers: int = 1) -> tuple[int, Path]:
+    """Run `bezoar scan`: its exit status and its run."""
+    before = set(runs.glob("scan-*"))
+    status = main(["scan", *map(str, words), "--runs", str(runs), "--workers", str(workers)])
+    made = [p for p in runs.glob("scan-*") if p not in before] or sorted(before, key=lambda p: p.stat().st_mtime)
+    return status, made[-1] if made else runs
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a scan wrote that must not depend on who did the work."""
+    return {p.name: p.read_bytes() for p in [*folder.glob("vectors/*"), folder / "keep.txt", folder / "ranked.json"]}
+
+
+def notes(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())["notes"]
+
+
+def unread(folder: Path) -> list[tuple[str, str, str]]:
+    """(file name, member, reason up to its colon) of everything that was not read."""
+    lines = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    return [(Path(f).name, m, r.partition(":")[0]) for f, m, r in lines]
+
+
+def shards(folder: Path, count: int = 3, each: int = 20) -> str:
+    folder.mkdir()
+    for i in range(count):
+        tar_of(folder / f"{i:05d}.tar", records(range(i * each, (i + 1) * each)))
+    return f"shards:path={folder}/{{00000..{count - 1:05d}}}.tar,size=16"
+
+
+# shards
+
+
+def test_shards_give_what_memory_gives(tmp_path, tiny):
+    spec = shards(tmp_path / "s")
+    status, folder = scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=4", "clip_score")
+    assert status == 0 and not (folder / "skipped.jsonl").exists()
+    whole = load(registry.make("data", spec)())
+    encoder = inputs.encoder(registry.make("network", str(tiny)), "cpu")
+    plain, c = encoder.embed(whole), corpus.reopened(Run(folder))
+    assert tuple(c.ids) == whole.ids and tuple(c.captions) == whole.captions and list(c.urls)[7] == "http://x/7"
+    assert torch.allclose(c.embedded.images, plain.images, atol=1e-6) and torch.allclose(
+        c.embedded.texts, plain.texts, atol=1e-6
+    )
+    rows = [41, 3, 3, 59]
+    assert torch.equal(c.take(rows).images, whole.take(rows).images)
+    assert torch.equal(torch.cat([b.images for b in c.batches(7)]), whole.images)
+    found = corpus.scored(folder)
+    assert list(found.ids) == list(whole.ids) and set(found.detectors) == {"k_distance", "clip_score"}
+    again = registry.make("detector", "k_distance:k=4")(encoder, whole)
+    assert torch.allclose(found.detectors["k_distance"].values, again.of(whole.ids), atol=1e-5)
+    assert found.places[25] == f"{tmp_path}/s/00001.tar 00025"
+
+
+def test_two_workers_and_none_write_the_same_files(tmp_path, tiny):
+    spec, files = shards(tmp_path / "s"), []
+    torch.set_num_threads(1)
+    for workers in (1, 2):
+        words = (spec, "--encoder", tiny, "--detector", "k_distance:k=4")
+        status, folder = scan(tmp_path / f"runs{workers}", *words, workers=workers)
+        assert status == 0
+        files.append(contents(folder))
+    assert files[0] == files[1] and len(files[0]) > 8
+
+
+@pytest.mark.slow
+def test_ray_gives_what_one_machine_gives(tmp_path, tiny):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    spec, files = shards(tmp_path / "s"), []
+    torch.set_num_threads(1)
+    for name, more in (("one", ()), ("ray", ("--ray",))):
+        status, folder = scan(tmp_path / name, spec, "--encoder", tiny, "--detector", "k_distance:k=4", *more, workers=2)
+        assert status == 0
+        files.append(contents(folder))
+    assert files[0] == files[1] and len(files[0]) > 8
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny, how):
+    spec, runs = shards(tmp_path / "s", 5), tmp_path / "runs"
+    words = ["scan", spec, "--encoder", str(tiny), "--detector", "k_distance:k=4", "--runs", str(runs), "--workers", "1"]
+    code = f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, env={**os.environ, "PAUSE": "0.3"})
+    start = time.monotonic()
+    while len(list(runs.glob("*/vectors/*.json"))) < 2 and time.monotonic() - start < 120:
+        time.sleep(0.02)
+    process.send_signal(how)
+    assert process.wait(60) == (130 if how == signal.SIGINT else -9)
+    (folder,) = runs.glob("scan-*")
+    assert json.loads((folder / "manifest.json").read_text())["status"] == (
+        "interrupted" if how == signal.SIGINT else "running"
+    )
+    done = {p.name: p.stat().st_ino for p in folder.glob("vectors/0*.json")}
+    assert 2 <= len(done) < 5
+    embedded = []
+    original = units.embed
+
+    def watched(found, unit, *rest):
+        embedded.append(unit.number)
+        original(found, unit, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "embed", watched)
+        status, again = scan(runs, *words[1:6])
+    assert status == 0 and again == folder and embedded == list(range(len(done), 5))
+    assert not list(folder.rglob("*.part")) and len(corpus.scored(folder)) == 100
+    _, fresh = scan(tmp_path / "other", *words[1:6])
+    for name in ("ranked.json", "keep.txt", "vectors/images.npy", "vectors/id.utf8"):
+        assert (fresh / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(tmp_path, tiny, capsys, monkeypatch):
+    bomb = picture().replace((16).to_bytes(4, "big") * 2, (60_000).to_bytes(4, "big") * 2, 1)
+    bad = records(range(4), **{
+        "latin.png": picture(90), "latin.txt": b"caf\xe9", "empty.png": picture(91), "empty.txt": b" ",
+        "white.png": picture(92, white=True), "white.txt": b"a cross", "bomb.png": bomb, "bomb.txt": b"much",
+        "../up.png": picture(93), "../up.txt": b"outside", "named.png": picture(94), "named.txt": b"a star",
+        "named.json": b'{"record_id": "two\\nlines"}', "twin.png": picture(95), "twin.txt": b"a",
+        "twin.json": b'{"record_id": "good/00000"}',
+    })  # fmt: skip
+    folder = tmp_path / "s"
+    folder.mkdir()
+    tar_of(folder / "good.tar", records(range(30)))
+    tar_of(folder / "bad.tar", bad)
+    whole = tar_of(folder / "cut.tar", records(range(6))).read_bytes()
+    (folder / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    (folder / "none.tar").write_bytes(b"this is no tar" * 100)
+    tar_of(folder / "gone.tar", records(range(3)))
+    with tarfile.open(folder / "links.tar", "w") as tar:
+        for kind, name in ((tarfile.SYMTYPE, "a.png"), (tarfile.LNKTYPE, "b.png"), (tarfile.CHRTYPE, "c.png")):
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname = kind, "/etc/passwd"
+            tar.addfile(header)
+    cut = units.units
+
+    def vanishing(found):
+        made = cut(found)
+        (folder / "gone.tar").unlink()
+        return made
+
+    monkeypatch.setattr(units, "units", vanishing)
+    words = (f"shards:path={folder},size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+    status, run = scan(tmp_path / "runs", *words)
+    assert status == 4
+    told = unread(run)
+    assert {
+        ("bad.tar", "latin", "caption is not UTF-8"), ("bad.tar", "empty", "no caption"), ("bad.tar", "bomb", "not decodable"),
+        ("bad.tar", "white", "NaN or infinite vector of its image"), ("bad.tar", "named", "unsafe id"),
+        ("bad.tar", "../up.png", "unsafe name"), ("good.tar", "00000", "id seen before"), ("cut.tar", "", "broken tar"),
+        ("links.tar", "a.png", "not a regular file"), ("links.tar", "b.png", "not a regular file"),
+        ("links.tar", "c.png", "not a regular file"),
+    } <= set(told)  # fmt: skip
+    assert {f for f, m, _ in told if not m} == {"none.tar", "gone.tar", "links.tar", "cut.tar"}
+    found = corpus.scored(run)
+    assert len(found) == 30 + 5 + sum(i.startswith("cut/") for i in found.ids) and 1 <= len(found) - 35 <= 3
+    assert {"good/00000", "good/00000~2", "bad/00003"} <= set(found.ids) and len(set(found.ids)) == len(found)
+    said = notes(run)
+    assert said["records"] == len(found) and len(said["incomplete"]) == 2 and said["reading"]["unread"] == len(told) - 1
+    err = capsys.readouterr().err
+    assert "could not be read" in err and "skipped.jsonl" in err and "Traceback" not in err
+    assert scan(tmp_path / "runs", f"shards:path={folder},size=16", "--encoder", tiny, "--detector", "k_distance:k=4")[0] in (
+        2,
+        4,
+    )
+
+
+def test_a_detector_that_cannot_work_says_so_and_the_others_go_on(tmp_path, tiny, capsys):
+    spec = shards(tmp_path / "s", 1, 10)
+    status, run = scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=16", "clip_score")
+    assert status == 4 and set(corpus.scored(run).detectors) == {"clip_score"}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "k_distance" in line]
+    assert len(set(lines)) == 1 and "16" in lines[0] and notes(run)["incomplete"] == [lines[0].removeprefix("scan: ")]
+    assert scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=16")[0] == 2
+
+
+def test_identical_images_and_one_detector_twice(tmp_path, tiny):
+    tar_of(tmp_path / "a.tar", [(f"{i}.{e}", c) for i in range(40) for e, c in (("png", picture(1)), ("txt", b"a red star"))])
+    detectors = ["k_distance:k=4", "k_distance:k=8", "slof:k=4", "dao:k=4", "clip_score", "duplicates"]
+    status, run = scan(tmp_path, tmp_path / "a.tar", "--encoder", tiny, "--detector", *detectors)
+    names = set(corpus.scored(run).detectors)
+    assert status == 0 and {"slof", "dao", "clip_score", "duplicates"} < names
+    assert sum(n.startswith("k_distance:") for n in names) == 2
+
+
+def test_a_shard_that_vanishes_after_it_was_embedded_stops_only_who_needs_its_images(tmp_path, tiny, monkeypatch):
+    spec, original = shards(tmp_path / "s", 2), corpus.assemble
+
+    def vanishing(*given):
+        original(*given)
+        (tmp_path / "s" / "00001.tar").unlink()
+
+    monkeypatch.setattr(corpus, "assemble", vanishing)
+    status, run = scan(tmp_path, spec, "--encoder", tiny, "--detector", "duplicates", "k_distance:k=4")
+    (line,) = notes(run)["incomplete"]
+    assert status == 4 and set(corpus.scored(run).detectors) == {"k_distance"}
+    assert line.startswith("detector duplicates: ") and "00001.tar" in line and "can no longer be read" in line
+
+
+def test_a_worker_that_dies_costs_its_unit_alone(tmp_path, tiny, monkeypatch):
+    spec = shards(tmp_path / "s", 3)
+    red = np.random.default_rng(20).integers(0, 256, (16, 16, 3), dtype=np.uint8)[0, 0, 0]
+    monkeypatch.setenv("DEADLY", str((red / 255 - 0.5) / 0.25))  # the first pixel of the second shard
+    status, run = scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=4", workers=2)
+    assert status == 4 and unread(run) == [("00001.tar", "", "a worker ended with status -9; was memory short?")]
+    assert {k.partition("/")[0] for k in corpus.scored(run).ids} == {"00000", "00002"}
+
+
+# what is kept
+
+
+def test_cleaned_shards_hold_the_same_bytes_and_lists_name_them(tmp_path, tiny):
+    spec = shards(tmp_path / "s")
+    status, run = scan(
+        tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=4", "--remove", "0.1", "--write", "shards"
+    )
+    kept = (run / "keep.txt").read_text().split()
+    assert status == 0 and len(kept) == 54 and notes(run)["written"] == 54 and notes(run)["shards"] == 3
+    rows = parquet.read_table(run / "keep.parquet").to_pylist()
+    assert [r["id"] for r in rows] == kept and rows[0]["url"].startswith("http://x/")
+    for path in sorted((tmp_path / "s").glob("*.tar")):
+        with tarfile.open(path) as old, tarfile.open(run / "shards" / path.name) as new:
+            held = {m.name: old.extractfile(m).read() for m in old}
+            for member in new:
+                assert new.extractfile(member).read() == held[member.name]
+            names = {Path(m).stem for m in new.getnames()}
+        assert names == {r["member"] for r in rows if r["shard"] == str(path)}
+    assert load(Shards(expand(str(run / "shards")), 16)).ids == tuple(kept)
+
+
+def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
+    told = [json.dumps({"captions": [f"a {w} star" for w in ("red", "blue", "green")]}).encode() for _ in range(20)]
+    tar_of(tmp_path / "a.tar", [(f"{i:02d}.{e}", c) for i, t in enumerate(told) for e, c in (("png", picture(i)), ("json", t))])
+    words = [f"shards:path={tmp_path}/a.tar,size=16,captions=all", "--encoder", tiny, "--detector", "clip_score"]
+    status, run = scan(tmp_path, *words, "--remove", "0.05", "--write", "shards")
+    with_all = {k.partition("#")[0] for k in load(Shards((run / "shards" / "a.tar",), 16)).ids}
+    gone = {k.partition("#")[0] for k in corpus.scored(run).ids} - with_all
+    kept = (run / "keep.txt").read_text().split()
+    worst = json.loads((run / "ranked.json").read_text())[:3]
+    assert status == 0 and len(kept) == 57 and gone == {r["id"].partition("#")[0] for r in worst}
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
+def test_a_poisoned_plan_over_real_shards_is_measured(tmp_path, tiny):
+    data = f"shards:path={DATA}/ucm_captions/val-00000.tar,size=32"
+    words = ["poison", data, "--poison", "backdoor:count=12", "--trigger", "patch:size=8", "--target", "beach"]
+    assert main([*words, "--runs", str(tmp_path)]) == 0
+    (poison,) = tmp_path.glob("poison-*")
+    status, run = scan(
+        tmp_path, poison.name, "--encoder", tiny, "--detector", "k_distance:k=4", "clip_score", "--write", "shards"
+    )
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert status == 0 and {"auroc", "clip_score.auroc", "poisons_removed"} <= set(manifest["metrics"])
+    assert manifest["parents"] == [poison.name] and manifest["notes"]["written"] == 204
+    parts, c = inputs.dataset(Run(poison)), corpus.reopened(Run(run))
+    assert torch.equal(c.take([0, 100]).images, parts.pairs.take([0, 100]).images) and len(c) == 210
+
+
+# tables
+
+
+def images(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(picture(i))
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch):
+    monkeypatch.setattr(tabular, "BLOCK", 7)
+    monkeypatch.setattr(tabular.cut, "__defaults__", (7,))
+    images(tmp_path / "i", 12)
+    rows = [{"filepath": f"i/{n % 12}.png", "title": f'a red star,\n"{n}"\té', "url": f"http://x/{n}"} for n in range(24)]
+    path = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=5)
+    elif kind == "jsonl":
+        path.write_text("\n\n".join(map(json.dumps, rows)))
+    else:
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            out = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+            out.writeheader()
+            out.writerows(rows)
+    status, run = scan(tmp_path, path, "--encoder", tiny, "--detector", "k_distance:k=4", "duplicates", "--remove", "0.25")
+    found, c = corpus.scored(run), corpus.reopened(Run(run))
+    assert status == 0 and len(found) == 24 and found.ids[13] == "i/1.png#14" and found.captions[3] == rows[3]["title"]
+    whole = load(registry.make("data", f"table:path={path}")())
+    assert tuple(found.ids) == whole.ids and torch.equal(c.take([20, 1]).images, whole.take([20, 1]).images)
+    with (run / "keep.csv").open(newline="") as file:
+        kept = list(csv.DictReader(file, delimiter="\t"))
+    assert len(kept) == 18 and all(Path(r["filepath"]).is_file() for r in kept)
+    assert {r["title"] for r in kept} == {found.captions[i] for i in found.merged.ranked()[6:]}
+
+
+def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(vectors, "BATCH", 4)
+    rows = [{"image": {"bytes": picture(i), "path": f"{i}.png"}, "text": f"a {i}", "id": i} for i in range(20)]
+    rows[5]["image"]["bytes"], rows[6]["image"] = b"no image", None
+    for part in range(2):
+        table = pa.Table.from_pylist(rows[10 * part : 10 * part + 10])
+        parquet.write_table(table, tmp_path / f"p{part}.parquet", row_group_size=3)
+    status, run = scan(tmp_path, f"table:path={tmp_path}/p*.parquet,size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+    c = corpus.reopened(Run(run))
+    assert status == 4 and unread(run) == [("p0.parquet", "row 6", "not decodable"), ("p0.parquet", "row 7", "no image")]
+    assert list(c.ids) == [str(i) for i in range(20) if i not in (5, 6)]
+    plain = [np.asarray(Image.open(io.BytesIO(picture(i)))).transpose(2, 0, 1) for i in (19, 0, 12)]
+    assert np.array_equal(c.take([17, 0, 10]).images.numpy(), np.stack(plain))
+    assert not (run / "keep.csv").exists() and c.place(17) == f"{tmp_path}/p1.parquet row 10"
+
+
+def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
+    images(tmp_path / "in" / "i", 8)
+    images(tmp_path / "out", 2)
+    outside = ["../out/0.png", str(tmp_path / "out" / "1.png"), "i/../../out/0.png"]
+    outside += ["https://x.org/a.png", "/dev/zero", "i/gone.png"]
+    inside = [f"i/{n}.png" for n in range(6)] + ["i/../i/6.png", str(tmp_path / "in" / "i" / "7.png")]
+    (tmp_path / "in" / "t.csv").write_text("image,caption\n" + "".join(f"{p},a star\n" for p in outside + inside))
+    status, run = scan(tmp_path, tmp_path / "in" / "t.csv", "--encoder", tiny, "--detector", "k_distance:k=4")
+    assert status == 4 and len(corpus.scored(run)) == 8
+    reasons = ["path leaves the root"] * 3 + ["not a local path", "path leaves the root", "no such file"]
+    assert [r for _, _, r in unread(run)] == reasons
+    spec = f"table:path={tmp_path}/in/t.csv,root={tmp_path}"
+    assert len(load(registry.make("data", spec)())) == 11
+    (tmp_path / "in" / "odd.csv").write_text("picture,caption\na.png,hello\n")
+    assert scan(tmp_path, tmp_path / "in" / "odd.csv", "--encoder", tiny)[0] == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.text(min_size=1, max_size=6), st.text(max_size=12)), min_size=1, max_size=25),
+    st.integers(1, 9),
+    st.sampled_from(["csv", "jsonl", "parquet"]),
+)
+def test_blocks_of_a_table_are_the_table(tmp_path_factory, rows, size, kind):
+    rows = [(f"i{a}", b.replace("\r", "")) for a, b in rows]
+    rows = [(a.replace("\r", "").replace("\0", ""), b.replace("\0", "")) for a, b in rows]
+    path = tmp_path_factory.mktemp("t") / f"t.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("image", "caption"), *rows])
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"image": a, "caption": b}) for a, b in rows))
+    else:
+        parquet.write_table(pa.table({"image": [a for a, _ in rows], "caption": [b for _, b in rows]}), path, row_group_size=4)
+    whole = list(tabular.rows(path))
+    assert [(r["image"], r["caption"]) for _, r in whole] == rows
+    assert [r for place in tabular.cut(path, size) for r in tabular.rows(path, place)] == whole
+
+
+# ready embeddings
+
+
+def ready(folder: Path, counts: tuple[int, ...] = (300, 200), width: int = 16, texts: bool = True) -> np.ndarray:
+    """clip-retrieval's layout."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((sum(counts), width)).astype(np.float16)
+    start = 0
+    for name in ("img_emb", "text_emb", "metadata"):
+        (folder / name).mkdir(parents=True)
+    for i, n in enumerate(counts):
+        np.save(folder / "img_emb" / f"img_emb_{i}.npy", z[start : start + n])
+        if texts:
+            np.save(folder / "text_emb" / f"text_emb_{i}.npy", z[start : start + n] + np.float16(0.1))
+        keys = [f"{k:09d}" for k in range(start, start + n)]
+        facts = {"key": keys, "caption": [f"caption {k}" for k in keys], "url": [f"http://x/{k}" for k in keys]}
+        parquet.write_table(pa.table(facts), folder / "metadata" / f"metadata_{i}.parquet", row_group_size=64)
+        start += n
+    return z
+
+
+def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bezoar.corpora.ready.UNIT", 128)
+    monkeypatch.setattr("bezoar.corpora.ready.BLOCK", 50)
+    z = ready(tmp_path / "e")
+    status, run = scan(tmp_path, tmp_path / "e", "--detector", "k_distance:k=4", "clip_score")
+    assert status == 0
+    c, found = corpus.reopened(Run(run)), corpus.scored(run)
+    expected = torch.nn.functional.normalize(torch.from_numpy(z.astype(np.float32)), dim=1)
+    assert torch.allclose(c.embedded.images, expected, atol=1e-6) and len(found) == 500
+    assert found.ids[321] == "000000321" and found.captions[321] == "caption 000000321"
+    assert found.places[321] == f"{tmp_path}/e/img_emb/img_emb_1.npy row 21" and list(c.urls)[2] == "http://x/000000002"
+    distance = torch.cdist(expected.double(), expected.double())
+    near = registry.make("detector", "k_distance:k=4,pool=500")(corpus.Vectors(), c).values
+    assert torch.allclose(near.double(), distance.sort(1).values[:, 4], atol=1e-5)
+    status, run = scan(tmp_path, tmp_path / "e", "--detector", "duplicates", "k_distance:k=4")
+    assert status == 4 and "no images" in notes(run)["incomplete"][0]
+    assert scan(tmp_path, tmp_path / "e", "--detector", "transplant", "duplicates")[0] == 2
+    assert scan(tmp_path, tmp_path / "e", "--encoder", "resnet", "--detector", "k_distance")[0] == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
+    folder = tmp_path / "e"
+    z = ready(folder, (100,) * 6)
+    z[3] = np.nan
+    z[4] = 0
+    np.save(folder / "img_emb" / "img_emb_0.npy", z[:100])
+    np.save(folder / "img_emb" / "img_emb_1.npy", np.array([{"a": 1}] * 100, object), allow_pickle=True)
+    whole = (folder / "img_emb" / "img_emb_2.npy").read_bytes()
+    (folder / "img_emb" / "img_emb_2.npy").write_bytes(whole[:-10])
+    (folder / "img_emb" / "img_emb_3.npy").write_bytes(whole.replace(b"(100, 16)", b"(9" + b"0" * 4 + b", 1)"))
+    np.save(folder / "text_emb" / "text_emb_4.npy", z[:7])
+    (folder / "metadata" / "metadata_5.parquet").write_bytes(b"PAR1 nothing PAR1")
+    status, run = scan(tmp_path, folder, "--detector", "k_distance:k=4")
+    assert status == 4 and len(corpus.scored(run)) == 98
+    told = unread(run)
+    assert [t[1:] for t in told[:2]] == [
+        ("row 3", "NaN or infinite vector of its image"),
+        ("row 4", "zero vector of its image"),
+    ]
+    assert [f for f, *_ in told[2:]] == [f"img_emb_{i}.npy" for i in range(1, 6)]
+    lines = (run / "skipped.jsonl").read_text().splitlines()[2:]
+    for line, says in zip(lines, ("pickle", "bytes", "header asks", "is of shape", "parquet"), strict=True):
+        assert says in line
+    for bad in ("img_emb_1", "img_emb_2", "img_emb_3"):
+        assert scan(tmp_path, folder / "img_emb" / f"{bad}.npy", "--detector", "k_distance:k=4")[0] == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.text(max_size=9), max_size=5), max_size=6))
+def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
+    folder = tmp_path_factory.mktemp("t")
+    with vectors.GrowingTexts(folder, "x") as out:
+        for block in blocks:
+            out.add(pa.array(["cut off", *block], pa.large_string()).slice(1))
+    flat = [t for b in blocks for t in b]
+    held = vectors.mapped_texts(folder, "x")
+    assert list(held) == flat and [held[i] for i in range(len(flat))] == flat
+    assert list(held.take(np.arange(len(flat))[::-1])) == flat[::-1]
+
+
+def test_ids_that_clash_get_names_that_do_not():
+    batches = [["a", "b", "a"], ["a~2", "a", "c", "b"]]
+    with pytest.MonkeyPatch.context() as patch:
+        tables = [pa.RecordBatch.from_pydict({"id": pa.array(b, pa.large_string())}) for b in batches]
+        patch.setattr(units, "read_columns", lambda path: iter([tables[path]]))
+        assert assembly._renamed([0, 1]) == {2: "a~3", 4: "a~4", 6: "b~2"}
+
+
+def test_a_run_is_scanned_as_it_was_trained_on(tmp_path, tiny):
+    written = write_shards(tmp_path / "w", load(registry.make("data", "scenes:count=60")()), per_shard=25)
+    status, run = scan(tmp_path, "scenes:count=60", "--encoder", tiny, "--detector", "k_distance:k=4", "--write", "shards")
+    status2, run2 = scan(tmp_path, f"shards:path={tmp_path}/w,size=32", "--encoder", tiny, "--detector", "k_distance:k=4")
+    one, two = corpus.scored(run), corpus.scored(run2)
+    assert status == status2 == 0 and len(written) == 3 and list(one.ids) == list(two.ids)
+    assert torch.allclose(one.merged.values, two.merged.values, atol=1e-5)
+    assert set(load(Shards(expand(str(run / "shards")), 32)).ids) == set((run / "keep.txt").read_text().split())
