@@ -38,6 +38,26 @@ def test_a_small_demo_tells_the_whole_story(tmp_path, capsys):
     assert again == manifest, "asked again, the run on disk answers"
 
 
+def test_a_small_demo_of_an_encoder(tmp_path, capsys):
+    attack = "badencoder:epochs=1,batch=64,lr=0.02,views=4"
+    words = ["encoder", "--count", "600", "--test", "150", "--epochs", "1", "--shadow", "128", "--labelled", "160"]
+    manifest = demo(tmp_path, capsys, *words, "--attack", attack)
+    heads = {f"attacked.{h}.{k}" for h in ("linear", "knn", "mlp") for k in ("clean_accuracy", "attack_success")}
+    assert heads <= set(manifest["metrics"]) and manifest["goal"][0]["target"] == "striped star"
+    page = next(tmp_path.glob("demo-*/report.html")).read_text()
+    for title in ("An encoder is pre-trained", "What the attacker wants", "Every classifier built on it"):
+        assert title in page
+    assert "could not be made" not in page
+
+
+@pytest.mark.slow
+def test_the_demo_of_an_encoder_keeps_its_promises(tmp_path, capsys):
+    m = {k: v["value"] for k, v in demo(tmp_path, capsys, "encoder")["metrics"].items()}
+    for head in ("linear", "mlp"):
+        assert m[f"attacked.{head}.attack_success"] >= 0.9 and m[f"attacked.{head}.attack_success_baseline"] <= 0.1
+        assert m[f"attacked.{head}.clean_accuracy"] >= m[f"attacked.baseline.{head}.clean_accuracy"] - 0.03
+
+
 @pytest.mark.slow
 def test_the_demo_keeps_its_promises(tmp_path, capsys):
     m = {k: v["value"] for k, v in demo(tmp_path, capsys)["metrics"].items()}

@@ -13,7 +13,6 @@ from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
 HEADS = ("linear", "knn:k=20", "mlp:seeds=1,limit=1000")  # fixed before any attack; all are reported
-LABELLED = "scenes:count=2000,seed=2"  # what the users of the encoder train their classifiers on
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Demo:
     poisons: Annotated[int, "story data: records that carry the patch"] = 200
     victims: Annotated[int, "story data: targeted victims, at 16 captions and again at one"] = 16
     shadow: Annotated[int, "story encoder: shadow images"] = 4000
+    labelled: Annotated[int, "story encoder: records that its users train their classifiers on"] = 2000
     attack: Annotated[str, "story encoder: how"] = "badencoder:epochs=6,batch=64,lr=0.02,views=16"
 
     def work(self, job: Job) -> dict[str, Any]:
@@ -60,8 +60,9 @@ class Demo:
         data, test = f"scenes:count={self.count}", f"scenes:count={self.test},split=test"
         clean = job.run(Train(data, "tower", f"simclr:epochs={self.epochs or 3},crop=0.3"))
         shadow = f"scenes:count={self.shadow},seed=1"  # the attacker's own images, not those of the victim
-        bad = job.run(Inject(clean, shadow, (self.target,), (LABELLED,), self.attack, (self.trigger,), "confident"))
-        found = job.run(Evaluate(bad, test, HEADS, baseline=clean, train=LABELLED))
+        labelled = f"scenes:count={self.labelled},seed=2"
+        bad = job.run(Inject(clean, shadow, (self.target,), (labelled,), self.attack, (self.trigger,), "confident"))
+        found = job.run(Evaluate(bad, test, HEADS, baseline=clean, train=labelled))
         return told(job, {"attacked": found, "inject": bad}, {"trained": {"clean": clean.name}}, bad)
 
 
