@@ -151,7 +151,7 @@ def test_what_cannot_be_trained_on_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["loss_trace:epochs=5", "loss_trace:epochs=0", "loss_trace:side=0", "clip_score:epoch=-1", "clip_score:epoch=9",
+    ["loss_trace:epochs=7", "loss_trace:epochs=0", "loss_trace:side=0", "clip_score:epoch=-1", "clip_score:epoch=9",
      "clip_score:epoch=1,encoder=x", "safeclip:drop=1", "safeclip:together=0", "cognitive_distillation:steps=0",
      "cognitive_distillation:gamma=-1", "repetition:least=1", "repetition:pool=8"],
 )  # fmt: skip

@@ -54,13 +54,14 @@ class Alike:
 def merge(found: Sequence[Scores]) -> Scores:
     """Scores of several detectors over the same records -> one; with one detector, its own scores.
 
-    The weighted sum of `surprise`: what one detector is sure of counts, and more so where another agrees. A detector's weight
-    is one over how many of them, itself included, say the same (rank correlations above 0): three densities have one vote.
+    The weighted sum of `surprise`: what one detector is sure of counts, and more so where another agrees. A detector's
+    weight is one over how many of them, itself included, say the same (rank correlations above 0): three densities have
+    one vote.
 
     Chosen among some 60 rules on six poisoned sets of scenes (four backdoors, taken or not, targeted victims, and both; two
-    to six of transplant, duplicates, clip_score, k_distance, slof, dao; 24 combinations). Mean average precision: ours 0.68; the
-    largest deviation from the median 0.62; the largest rarity, which was the rule before, 0.39. Fisher's and Stouffer's sums
-    fall below the best single detector where several count the same.
+    to six of transplant, duplicates, clip_score, k_distance, slof, dao; 24 combinations). Mean average precision: ours 0.68;
+    the largest deviation from the median 0.62; the largest rarity, which was the rule before, 0.39. Fisher's and Stouffer's
+    sums fall below the best single detector where several count the same.
     """
     if len(found) == 1:
         return found[0]

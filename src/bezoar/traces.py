@@ -19,7 +19,7 @@ from bezoar.neighbors import pool
 from bezoar.pairs import Pairs, load
 
 Report = Callable[[int, int, str], None]  # (done, total, what)
-NETWORK, OBJECTIVE = "clip_small", "clip:epochs=4"  # the small model and its schedule
+NETWORK, OBJECTIVE = "clip_small", "clip:epochs=6"  # the small model and its schedule
 SIDE = 64  # images are brought to this many pixels at most
 OTHERS = 256  # captions that a loss is measured against
 TEMPERATURE = 0.07  # of that loss: fixed, so that epochs compare and any objective will do

