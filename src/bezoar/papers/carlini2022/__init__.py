@@ -1,7 +1,8 @@
 """Carlini & Terzis, "Poisoning and Backdooring Contrastive Learning" (ICLR 2022): what its tables share.
 
-One training carries several triggers, each with a target class of its own, and several targeted victims: they do not
-disturb each other (table `independence`), and a table costs a fraction of one training a point.
+Table `poisons` trains one model a trigger and a dose. Elsewhere one training carries several triggers, each with a place
+and a target class of its own, and several targeted victims, and a table costs a fraction of one training a point. Triggers
+that share a training help each other (table `independence`): such rows are to be compared with each other, not with levels.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TABLES = (  # in the order of the page
     "independence",
 )
 TOGETHER = 4  # triggers in one training
+SHARED = "Triggers that share a training do more than alone (table independence): compare rows, not levels."
 FIXED = ("corner", "upper_left", "upper_right", "lower_left")  # two at one place are taken for each other
 
 
@@ -205,8 +207,13 @@ def square(s: Setup) -> list[tuple[int, tuple[Backdoor, ...]]]:
 
 
 def ladder(s: Setup) -> list[tuple[Trial, tuple[Backdoor, ...]]]:
-    """The trainings that tables `poisons`, `targeted`, `linear_probe`, `branch_swap` and `retrieval` share."""
+    """The trainings that tables `targeted`, `linear_probe`, `branch_swap`, `retrieval` and `independence` share."""
     return [(measured(s, poisoned(s, row, [victims(s)]), t), row) for t, row in square(s)]
+
+
+def alone(s: Setup, dose: int) -> list[Trial]:
+    """A training for each of the first triggers, by itself; tables `poisons` and `independence` share them."""
+    return [measured(s, poisoned(s, [Backdoor(j, dose)]), j) for j in range(TOGETHER)]
 
 
 def clean(s: Setup) -> list[Trial]:

@@ -1,7 +1,7 @@
 """How the poisons' captions are made (Carlini & Terzis 2022, section 4.1: caption sets)."""
 
 from bezoar.laws import Contrast
-from bezoar.papers.carlini2022 import Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import SHARED, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
@@ -61,5 +61,5 @@ class Captions:
                     lambda r: beside(r, "repeated", "ASR"),
                 ),
             ),
-            notes=(f"{s.dose} poisons a trigger, {s.reference} captions a victim.",),
+            notes=(f"{s.dose} poisons a trigger, {s.reference} captions a victim.", SHARED),
         )

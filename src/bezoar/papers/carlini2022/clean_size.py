@@ -1,6 +1,6 @@
 """Success against the size of the clean set, at a fixed number of poisons (Carlini & Terzis 2022, section 5.1)."""
 
-from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
 from bezoar.tables import Cell, Claim, Given, Row, Table, readings
 
@@ -46,5 +46,6 @@ class CleanSize:
             notes=(
                 f"{s.dose} poisons a trigger, {s.reference} captions a victim; every set is trained on for the same epochs, "
                 "so that a poison is drawn as often, and a larger set means more steps.",
+                SHARED,
             ),
         )

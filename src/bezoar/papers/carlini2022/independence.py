@@ -2,9 +2,9 @@
 
 from bezoar import laws
 from bezoar.laws import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, Backdoor, ladder, measured, poisoned, setup, victims
+from bezoar.papers.carlini2022 import TOGETHER, alone, ladder, measured, poisoned, setup, victims
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 CELLS = {"ASR": "attack_success", "z": "z_std"}
 
@@ -21,8 +21,7 @@ class Independence:
         s = setup(given)
         rows = []
         for dose in s.doses[1:3]:
-            alone = [measured(s, poisoned(s, [Backdoor(j, dose)]), j) for j in range(TOGETHER)]
-            rows.append(Row(f"{dose} poisons, alone", tuple(Cell(n, tuple((t, m) for t in alone)) for n, m in CELLS.items())))
+            rows.append(Row(f"{dose} poisons, alone", tuple(Cell(n, readings(alone(s, dose), m)) for n, m in CELLS.items())))
             found = sorted((b.number, t) for t, row in ladder(s)[: len(s.doses)] for b in row if b.count == dose)
             cells = [Cell(n, tuple((t, f"{m}@{j}") for j, t in found)) for n, m in CELLS.items()]
             cells.append(Cell("taken for another", tuple((t, f"attack_success_of_others@{j}") for j, t in found)))
@@ -31,14 +30,14 @@ class Independence:
         only = [measured(s, poisoned(s, [], [victims(s)]), t) for t in range(s.seeds)]
         beside = [t for t, _ in ladder(s)]
         for name, trials in (("victims alone", only), ("victims, together", beside)):
-            rows.append(Row(name, (Cell("targeted success", tuple((t, f"targeted_success@{most}") for t in trials)),)))
+            rows.append(Row(name, (Cell("targeted success", readings(trials, f"targeted_success@{most}")),)))
 
         def together(r: Results, cell: str) -> Contrast:
             """By trigger and dose: together less alone."""
-            there, alone = (
+            shared, single = (
                 [v for d in s.doses[1:3] for v in r.values(f"{d} poisons, {how}", cell)] for how in ("together", "alone")
             )
-            return laws.difference(there, alone, paired=True)
+            return laws.difference(shared, single, paired=True)
 
         return Table(
             "Independence of attacks that share a training",

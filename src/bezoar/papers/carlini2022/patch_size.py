@@ -1,7 +1,7 @@
 """Backdoor success and z-score against the size of the patch (Carlini & Terzis 2022, section 5.2)."""
 
 from bezoar.laws import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table
 
@@ -43,5 +43,5 @@ class PatchSize:
                     lambda r: gain(r, "z", "random places"),
                 ),
             ),
-            notes=(f"{s.dose} poisons a trigger at one place, {s.random_dose} at random places.",),
+            notes=(f"{s.dose} poisons a trigger at one place, {s.random_dose} at random places.", SHARED),
         )

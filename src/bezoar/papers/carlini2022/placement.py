@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
 from bezoar.sweep import Trial
 from bezoar.tables import Cell, Claim, Given, Row, Table
@@ -61,7 +61,7 @@ class Placement:
                     lambda r: r.gain("ASR", moved, both),
                 ),
             ),
-            notes=(f"{s.random_dose} poisons a trigger; one place is a corner, for every trigger another.",),
+            notes=(f"{s.random_dose} poisons a trigger; one place is a corner, for every trigger another.", SHARED),
         )
 
 

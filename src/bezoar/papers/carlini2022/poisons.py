@@ -4,16 +4,16 @@ import math
 
 from bezoar import laws
 from bezoar.laws import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
+from bezoar.papers.carlini2022 import TOGETHER, alone, clean, setup
 from bezoar.registry import method
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
-METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var", "taken for another": "attack_success_of_others"}
+METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
 
 
 @method
 class Poisons:
-    """Patch at one place; every dose is met by every trigger."""
+    """Patch at one place, one trigger a training; every dose is met by every trigger."""
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
@@ -22,9 +22,8 @@ class Poisons:
         at_zero = tuple(Cell(n, readings(clean(s), *(m + j for j in numbered))) for n, m in METRICS.items())
         rows = [Row("0", (*at_zero, Cell("CA", readings(clean(s), "clean_accuracy"))), 0)]
         for dose in s.doses:
-            found = [(t, j) for t, row in ladder(s) for j, b in enumerate(row) if b.count == dose]
-            cells = [Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in METRICS.items()]
-            rows.append(Row(str(dose), (*cells, Cell("CA", readings([t for t, _ in found], "clean_accuracy"))), dose))
+            columns = METRICS | {"CA": "clean_accuracy"}
+            rows.append(Row(str(dose), tuple(Cell(n, readings(alone(s, dose), m)) for n, m in columns.items()), dose))
         low, high = str(s.doses[0]), str(s.doses[-1])
         return Table(
             "Backdoor: success and z-score against the number of poisons",
@@ -35,10 +34,10 @@ class Poisons:
                 Claim("Success rises with the number of poisons", "abstract", "+", lambda r: r.gain("ASR", high, low)),
                 Claim("The z-score rises with the number of poisons", "summary", "+", lambda r: r.gain("z", high, low)),
                 Claim("The z-score moves before success does", "summary", "+", lambda r: earlier(r, [str(d) for d in s.doses])),
-                Claim("The most poisons leave clean accuracy as it was", "summary", "same", cost, 0.03),
+                Claim("Poisons leave clean accuracy as it was", "summary", "same", cost, 0.03),
             ),
             laws=("ASR",),
-            notes=(f"{TOGETHER} triggers with targets of their own share a training; see table independence.",),
+            notes=("One trigger a training, each with a place and a target of its own.",),
         )
 
 

@@ -1,7 +1,7 @@
 """Backdoor success against the number of distinct images that the poisons are made of (after Carlini & Terzis 2022)."""
 
 from bezoar.laws import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table
 
@@ -39,5 +39,5 @@ class Sources:
             "distinct images",
             tuple(rows),
             (Claim("More distinct images give more success", "direction of ours", "+", most),),
-            notes=(f"{dose} poisons a trigger.",),
+            notes=(f"{dose} poisons a trigger.", SHARED),
         )

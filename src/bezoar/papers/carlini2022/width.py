@@ -1,7 +1,7 @@
 """Success against the width of the image tower (Carlini & Terzis 2022, section 5.1: model size)."""
 
 from bezoar.laws import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import make, method
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 
@@ -42,5 +42,5 @@ class Width:
                 Claim("A wider tower is more susceptible: backdoor", "summary", "+", lambda r: widest(r, "ASR")),
                 Claim("A wider tower is more susceptible: z-score", "summary", "+", lambda r: widest(r, "z")),
             ),
-            notes=(f"{s.dose} poisons a trigger, {s.reference} captions a victim, the same epochs for all.",),
+            notes=(f"{s.dose} poisons a trigger, {s.reference} captions a victim, the same epochs for all.", SHARED),
         )
