@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test check slow browser bench clean
+.PHONY: demo test check slow long browser bench clean
 demo: $(VENV)/ready
 	$(BIN)/bezoar demo
 
@@ -17,6 +17,9 @@ check: $(VENV)/ready-dev
 
 slow: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m slow
+
+long: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -q -m long
 
 browser: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m browser

@@ -50,7 +50,7 @@ def test_a_small_demo_of_an_encoder(tmp_path, capsys):
     assert "could not be made" not in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_of_an_encoder_keeps_its_promises(tmp_path, capsys):
     m = {k: v["value"] for k, v in demo(tmp_path, capsys, "encoder")["metrics"].items()}
     for head in ("linear", "mlp"):
