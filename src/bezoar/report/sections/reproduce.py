@@ -12,6 +12,7 @@ from bezoar.report.story import Chapter, Story
 from bezoar.scores import Measure
 
 VERDICTS = ("confirmed", "contradicted", "undecided")
+MANY = 8  # rows that still fit side by side
 
 
 class Reproduce(Story):
@@ -110,6 +111,10 @@ def figures(table: dict[str, Any], place: int) -> list[Figure]:
             svg = curves.dose(drawn, table["axis"], name, column, share, table["unit"])
         else:
             groups = [row["name"] for row, _ in next(iter(lines.values()))]
+            if share and len(lines) == 1 and len(groups) > MANY:  # their names would not fit below an axis
+                rows = [(g, m, paints[0]) for g, m in zip(groups, points(next(iter(lines.values()))), strict=True)]
+                out.append(Figure(charts.intervals(rows, name), column))
+                continue
             bars = [(curve or column, paint, points(of)) for (curve, of), paint in zip(lines.items(), paints, strict=True)]
             svg = curves.levels(groups, bars, name, column, share)
         out.append(Figure(svg, column))
@@ -124,20 +129,13 @@ def points(of: list[tuple[dict, dict]]) -> list[Measure]:
 def cells(table: dict[str, Any]) -> Table:
     """The table itself: ours with its interval, the printed number where there is one, the runs."""
     names = columns(table)
-    printed = {c["name"] for row in table["rows"] for c in row["cells"] if c["printed"] is not None}
     several = any(row["curve"] for row in table["rows"])
-    head = [*(["curve"] if several else []), table["axis"] or "row"]
-    for name in names:
-        head += [name, *([f"{name}, printed"] if name in printed else [])]
+    head = [*(["curve"] if several else []), table["axis"] or "row", *names]
     rows = []
     for row in table["rows"]:
         found = {c["name"]: c for c in row["cells"]}
         line: list[str | Links] = [*([row["curve"]] if several else []), row["name"]]
-        for name in names:
-            c = found.get(name)
-            line.append(shown(c) if c else "")
-            if name in printed:
-                line.append(terms.percent(c["printed"]) if c and c["printed"] is not None else "")
+        line += [shown(found[name]) if name in found else "" for name in names]
         runs = dict.fromkeys(r for c in row["cells"] for r in c["runs"])
         rows.append([*line, Links(list(runs))])
     numbers = tuple(range(1, len(head)))
@@ -150,9 +148,10 @@ def cells(table: dict[str, Any]) -> Table:
 
 
 def shown(cell: dict[str, Any]) -> str:
-    """A number, its interval, and how many readings it is the mean of."""
+    """A number, its interval, how many readings it is the mean of, and what the paper printed."""
     m, unit = Measure(**cell["measure"]), terms.RATE if cell["rate"] else terms.PLAIN
-    return f"{terms.number(m.value, unit)} ({terms.interval(m, unit)}) [{len(cell['values'])}]"
+    told = f"{terms.number(m.value, unit)} ({terms.interval(m, unit)}) [{len(cell['values'])}]"
+    return told if cell["printed"] is None else f"{told}, paper {terms.number(cell['printed'], unit)}"
 
 
 def signed(value: float) -> str:
