@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +21,14 @@ class Scores:
     """How suspicious each record is: higher = more suspicious. No threshold, no NaN.
 
     ids: N keys, a tuple or a column (`indexed.Strings`). values: float32 (N,), finite. boxes: of a detector that says where,
-    int64 (N, 4): top, left, height and width of a window in the image's pixels, -1 where there is none.
+    int64 (N, 4): top, left, height and width of a window in the image's pixels, -1 where there is none. notes: what the
+    detector says of all of them, in words and numbers that JSON holds.
     """
 
     ids: Sequence[str]
     values: Tensor
     boxes: Tensor | None = None
+    notes: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.ids),):
