@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.mixture import GaussianMixture
-from test_detectors import PATCH, Fake, clean
-from test_transplant import backdoored
+from test_detectors import PATCH, Fake, backdoored, clean
 
 from bezoar import ensemble, registry, stats, traces
 from bezoar.augment import Chance
