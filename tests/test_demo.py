@@ -61,8 +61,9 @@ def test_the_demo_of_an_encoder_keeps_its_promises(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_demo_keeps_its_promises(tmp_path, capsys):
     m = {k: v["value"] for k, v in demo(tmp_path, capsys)["metrics"].items()}
-    assert m["clean.clean_accuracy"] >= 0.80 and m["poisoned.clean_accuracy"] >= m["clean.clean_accuracy"] - 0.03
+    # trainings that differ in nothing but their draws end up to 0.03 apart (table carlini2022/poisons): two of them, 0.06
+    assert m["clean.clean_accuracy"] >= 0.80 and m["poisoned.clean_accuracy"] >= m["clean.clean_accuracy"] - 0.06
     assert m["poisoned.attack_success"] >= 0.75 and m["poisoned.attack_success_baseline"] <= 0.05
     assert m["poisoned.targeted_success@16"] >= 0.8 and m["poisoned.targeted_success@1"] <= 0.2
     assert m["repaired.attack_success"] <= 0.05 and m["repaired.targeted_success@16"] <= 0.1
-    assert m["repaired.clean_accuracy"] >= m["clean.clean_accuracy"] - 0.03
+    assert m["repaired.clean_accuracy"] >= m["clean.clean_accuracy"] - 0.06
