@@ -35,6 +35,9 @@ KINDS = {  # kind -> folder; one verb runs each of them
     "attack": "attacks",
     "probe": "probes",
     "detector": "detectors",
+    "audit": "audits",
+    "repair": "repairs",
+    "check": "checks",
     "paper": "papers",
 }
 PACKAGE = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""Repairs: encoder in, encoder out, by clean data alone. Each is called with (encoder, clean records, seed)."""
