@@ -1,4 +1,4 @@
-"""Classifier: an encoder and a head that reads its vectors as classes. What Neural Cleanse inverts and a certificate certifies."""
+"""Classifier: an encoder and a head that reads its vectors as classes. Neural Cleanse inverts it, a certificate certifies it."""
 
 from __future__ import annotations
 
