@@ -1,4 +1,4 @@
-"""Classifier: an encoder and a head that reads its vectors as classes. Neural Cleanse inverts it, a certificate certifies it."""
+"""Classifier: an encoder and a head that reads its vectors as classes. Neural Cleanse inverts it, a certificate reads it."""
 
 from __future__ import annotations
 
