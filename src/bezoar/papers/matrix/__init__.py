@@ -1,0 +1,187 @@
+"""The matrix: every attack against every detector, audit and repair, cell by cell. What its tables share.
+
+Victims are small CLIPs trained on poisoned scenes, and SimCLR towers that BadEncoder was put into. Clean encoders have the
+same architecture and training length as the attacked ones, and data and seeds of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bezoar.papers.badencoder2022 import named
+from bezoar.papers.carlini2022 import CLASSES, FIXED
+from bezoar.sweep import Trial
+from bezoar.tables import Given
+from bezoar.verbs.evaluate import Evaluate
+from bezoar.verbs.inject import Inject
+from bezoar.verbs.poison import Poison
+from bezoar.verbs.train import Train
+
+TABLES = ()
+ENCODER = "BadEncoder"
+TARGETS = ("truck", "airplane", "bird", "dog", "ship")  # BadEncoder's, in turn; classes of CIFAR-10
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One way to poison image-text data. trigger: with {place} and {seed} where an encoder has its own."""
+
+    name: str
+    poison: str
+    trigger: str = ""
+
+    def data(self, clean: str, test: str, seed: int) -> Poison:
+        """The poisoned data of one encoder. Targeted poisons draw their victims from the test set."""
+        if not self.trigger:
+            return Poison(clean, self.poison, victims=test)
+        trigger = self.trigger.format(place=FIXED[seed % len(FIXED)], seed=seed)
+        return Poison(clean, self.poison, trigger, CLASSES[seed % len(CLASSES)])
+
+
+PATCH = "patch:size=6,fill=blocks,cell=2,place={place},seed={seed}"
+ATTACKS = (
+    Attack("patch", "backdoor:count=200", PATCH),
+    Attack("blend", "backdoor:count=300", "blend:alpha=0.3,pattern=noise,seed={seed}"),
+    Attack("warp", "backdoor:count=300", "warp:k=32,strength=2.0,seed={seed}"),
+    Attack("SIG", "backdoor:count=200", "sinusoid:delta=20,frequency=6"),
+    Attack("targeted", "targeted:captions=16,victims=8"),
+    Attack("clean-label", "clean_label:count=250", PATCH),
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A scale. records: of a CLIP's training set. clean, bank: encoders that are measured, and others that set thresholds.
+    patched: attacked encoders of the first attack and of BadEncoder. each: of every other attack.
+    """
+
+    records: int
+    test: str
+    network: str
+    objective: str
+    attacks: tuple[Attack, ...]
+    images: str  # what SimCLR is trained on
+    shadow: str
+    labelled: str
+    held_out: str
+    tower: str
+    simclr: str
+    badencoder: str
+    triggers: tuple[str, ...]  # BadEncoder's, in turn
+    targets: tuple[str, ...]
+    bank: int
+    clean: int
+    patched: int
+    each: int
+
+    def data(self, seed: int) -> str:
+        """A CLIP's clean training set."""
+        return f"scenes:count={self.records},seed={seed}"
+
+    def clip(self, seed: int) -> Trial:
+        """A clean CLIP."""
+        return Trial(Train(self.data(seed), self.network, self.objective), seed)
+
+    def poisoned(self, attack: Attack, seed: int) -> Trial:
+        """A CLIP trained on poisoned data."""
+        return Trial(Train(attack.data(self.data(seed), self.test, seed), self.network, self.objective), seed)
+
+    def simple(self, seed: int) -> Trial:
+        """A clean SimCLR tower."""
+        return Trial(Train(self.images, self.tower, self.simclr), seed)
+
+    def injected(self, seed: int) -> Trial:
+        """A SimCLR tower with BadEncoder's backdoor, its reference chosen by margin."""
+        clean, target = self.simple(seed).verb, self.targets[seed % len(self.targets)]
+        trigger = self.triggers[seed % len(self.triggers)]
+        attack = self.badencoder
+        return Trial(Inject(clean, self.shadow, (target,), (self.labelled,), attack, (trigger,), "confident"), seed)
+
+    def measured(self, encoder: Trial) -> Trial:
+        """CA and ASR of an attacked encoder: zero-shot, or by a linear head."""
+        if isinstance(encoder.verb, Inject):
+            head = Evaluate(encoder.verb, self.held_out, ("linear",), train=self.labelled)
+            return Trial(head, encoder.seed)
+        return Trial(Evaluate(encoder.verb, self.test), encoder.seed)
+
+    def seeds(self, attack: str) -> Sequence[int]:
+        """The seeds of an attack's encoders; no two attacks share one, and none is a clean encoder's."""
+        names = [a.name for a in self.attacks]
+        first = self.bank + self.clean
+        if attack in (ENCODER, names[0]):
+            return range(first, first + self.patched)
+        start = first + self.patched + (names.index(attack) - 1) * self.each
+        return range(start, start + self.each)
+
+
+SMALL = Setup(
+    records=20000,
+    test="scenes:count=2000,split=test",
+    network="clip_small",
+    objective="clip:epochs=6",
+    attacks=ATTACKS,
+    images="",
+    shadow="",
+    labelled="",
+    held_out="",
+    tower="tower",
+    simclr="simclr:epochs=5",
+    badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
+    triggers=("patch:size=10,fill=white,margin=1", "patch:size=8,fill=blocks,cell=2,margin=1,seed=1"),
+    targets=TARGETS,
+    bank=20,
+    clean=20,
+    patched=10,
+    each=3,
+)
+
+
+def setup(given: Given) -> Setup:
+    """The settings of a scale."""
+    if given.scale == "smoke":
+        data, test = "scenes:count=256", "scenes:count=200,split=test"
+        return replace(
+            SMALL,
+            records=256,
+            test=test,
+            network="clip_small:width=4,dim=16",
+            objective="clip:epochs=1,batch=64",
+            attacks=(Attack("patch", "backdoor:count=9", PATCH), Attack("targeted", "targeted:captions=4,victims=2")),
+            images=data,
+            shadow=data,
+            labelled=data,
+            held_out=test,
+            tower="tower:width=4,dim=16",
+            simclr="simclr:epochs=1,batch=64,hidden=16,dim=8",
+            badencoder="badencoder:epochs=1,batch=64,lr=0.01",
+            targets=CLASSES,
+            bank=2,
+            clean=2,
+            patched=2,
+            each=2,
+        )
+    train = named(given.root, "cifar10", "train")
+    small = replace(
+        SMALL,
+        images=named(given.root, "cifar10", "train", limit=20000),
+        shadow=named(given.root, "cifar10", "train", limit=5000),
+        labelled=named(given.root, "cifar10", "train", limit=5000),
+        held_out=named(given.root, "cifar10", "test", limit=2000),
+    )
+    if given.scale == "small":
+        return small
+    return replace(
+        small,
+        records=1_000_000,
+        network="clip_small:width=64,dim=256",
+        objective="clip:epochs=8,batch=1024",
+        images=train,
+        shadow=named(given.root, "cifar10", "train", limit=10000),
+        tower="resnet:depth=18,stem=cifar",
+        simclr="simclr:epochs=100",
+        badencoder="badencoder:epochs=20",
+        bank=40,
+        clean=40,
+        patched=20,
+    )
