@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bezoar import laws
+from bezoar import laws, stats
 from bezoar.errors import UserError
 from bezoar.laws import Contrast, Law
 from bezoar.run import Run
-from bezoar.scores import Measure
+from bezoar.scores import Measure, proportion
 from bezoar.sweep import Trial
 
 
@@ -24,15 +25,21 @@ class Given:
 
 
 Reading = tuple[Trial, str]  # a trial, and the name of a metric of its run
+Comparison = Callable[[Sequence[float], Sequence[float]], Measure]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number: a metric read from several trials, and what the paper printed for it."""
+    """One number: a metric read from several trials, and what the paper printed for it.
+
+    compare: makes one number of the readings' values and those of `against`, in place of their mean.
+    """
 
     name: str
     readings: tuple[Reading, ...]
     printed: float | None = None
+    against: tuple[Reading, ...] = ()
+    compare: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """paper: what the paper shows. laws: cells whose success is fitted against log dose, for every curve."""
+    """paper: what the paper shows. laws: cells whose success is fitted against log dose, for every curve. grid: a cell that is
+    drawn as a map of rows by curves, in place of a chart a cell.
+    """
 
     title: str
     paper: str
@@ -72,11 +81,13 @@ class Table:
     laws: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     unit: str = "poisons"  # of the axis, in a law's sentence
+    grid: str = ""
 
     @property
     def trials(self) -> list[Trial]:
         """Every trial that a cell reads, once."""
-        return list(dict.fromkeys(t for row in self.rows for cell in row.cells for t, _ in cell.readings))
+        cells = [cell for row in self.rows for cell in row.cells]
+        return list(dict.fromkeys(t for cell in cells for t, _ in (*cell.readings, *cell.against)))
 
     @property
     def curves(self) -> list[str]:
@@ -112,6 +123,9 @@ class Results:
     def point(self, cell: Cell) -> Measure:
         """All readings of a cell as one number with its interval."""
         measures = self.measures(cell)
+        if cell.compare is not None:
+            others = [self.runs[t].metric(name).value for t, name in cell.against]
+            return cell.compare([m.value for m in measures], others)
         return laws.pooled(measures, measures[0].how, rate(cell))
 
     def values(self, row: str, cell: str, curve: str | None = None) -> list[float]:
@@ -155,9 +169,32 @@ class Results:
                 yield row, cell, self.point(cell)
 
 
+def separation(values: Sequence[float], others: Sequence[float]) -> Measure:
+    """AUROC of values against others: 0.5 is a coin's."""
+    s, truth = [*values, *others], [True] * len(values) + [False] * len(others)
+    how = f"chance that one of {len(values)} attacked encoders outranks one of {len(others)} clean ones; DeLong interval"
+    low, high = stats.auroc_interval(s, truth)
+    return Measure(stats.auroc(s, truth), len(s), low, high, how)
+
+
+def exceeding(share: float) -> Comparison:
+    """How many values lie above a threshold that others set: the conformal quantile at a false-positive rate of `share`."""
+
+    def compare(values: Sequence[float], others: Sequence[float]) -> Measure:
+        place = math.ceil((len(others) + 1) * (1 - share))
+        threshold = math.inf if place > len(others) else sorted(others)[place - 1]
+        how = f"encoders above the threshold that {len(others)} others set at a false-positive rate of {share:g}"
+        return proportion(sum(v > threshold for v in values), len(values), how)
+
+    return compare
+
+
 def rate(cell: Cell) -> bool:
     """Whether a cell is a share in 0..1, by its metric."""
-    return not cell.readings[0][1].rpartition(".")[2].startswith(("z_", "target_rank", "targeted_rank", "similarity"))
+    if cell.compare is not None:
+        return True
+    name = cell.readings[0][1].rpartition(".")[2]
+    return not name.startswith(("z_", "target_rank", "targeted_rank", "similarity", "seconds"))
 
 
 def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:

@@ -104,5 +104,6 @@ def facts(results: Any, points: list) -> dict[str, Any]:
         verdict = laws.judge(contrast, claim.expected, claim.margin)
         stated = {"text": claim.text, "source": claim.source, "expected": claim.expected, "margin": claim.margin}
         claims.append({**stated, "verdict": verdict, **contrast.json()})
-    asked = {"title": table.title, "paper": table.paper, "axis": table.axis, "unit": table.unit, "notes": list(table.notes)}
+    asked = {"title": table.title, "paper": table.paper, "axis": table.axis, "unit": table.unit, "grid": table.grid}
+    asked["notes"] = list(table.notes)
     return {**asked, "rows": list(rows.values()), "laws": fitted, "claims": claims}

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from bezoar.papers.badencoder2022 import named
 from bezoar.papers.carlini2022 import CLASSES, FIXED
 from bezoar.sweep import Trial
-from bezoar.tables import Given
+from bezoar.tables import Cell, Given, Row, Table, readings
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison
+from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-TABLES = ()
+TABLES = ("detection", "flickr8k", "aerial", "retraining")  # in the order of the page
 ENCODER = "BadEncoder"
 TARGETS = ("truck", "airplane", "bird", "dog", "ship")  # BadEncoder's, in turn; classes of CIFAR-10
 
@@ -31,12 +32,13 @@ class Attack:
     poison: str
     trigger: str = ""
 
-    def data(self, clean: str, test: str, seed: int) -> Poison:
+    def data(self, clean: str, test: str, seed: int, targets: Sequence[str] = CLASSES) -> Poison:
         """The poisoned data of one encoder. Targeted poisons draw their victims from the test set."""
+        target = targets[seed % len(targets)]
         if not self.trigger:
-            return Poison(clean, self.poison, victims=test)
+            return Poison(clean, self.poison, target="" if targets is CLASSES else target, victims=test)
         trigger = self.trigger.format(place=FIXED[seed % len(FIXED)], seed=seed)
-        return Poison(clean, self.poison, trigger, CLASSES[seed % len(CLASSES)])
+        return Poison(clean, self.poison, trigger, target)
 
 
 PATCH = "patch:size=6,fill=blocks,cell=2,place={place},seed={seed}"
@@ -185,3 +187,103 @@ def setup(given: Given) -> Setup:
         clean=40,
         patched=20,
     )
+
+
+DETECTORS = (
+    "transplant",
+    "duplicates",
+    "k_distance",
+    "lid",
+    "slof",
+    "dao",
+    "isolation_forest",
+    "clip_score",
+    "loss_trace",
+    "safeclip",
+    "spectral",
+    "activation_clustering",
+)
+FOUND = {
+    "AUROC": "auroc",
+    "AP": "average_precision",
+    "recall, worst 0.1 %": "recall_at_0.001",
+    "worst 1 %": "recall_at_0.01",
+    "worst 10 %": "recall_at_0.1",
+    "precision at n": "precision_at_n",
+}
+REMOVED = 0.08  # share of the records that a keep-list leaves out, whatever the attack
+
+
+@dataclass(frozen=True)
+class Point:
+    """A poisoned set at a rate, trained on several times. probe: what measures success on its test data."""
+
+    name: str
+    encoders: tuple[Trial, ...]
+    test: str
+    probe: tuple[str, ...] = ("zero_shot", "z_score")
+
+    def scans(self) -> list[Trial]:
+        """Every encoder's training data, scanned with it by every detector."""
+        return [Trial(Scan(t.verb, detector=DETECTORS, remove=REMOVED), t.seed) for t in self.encoders]
+
+    def before(self) -> list[Trial]:
+        """The encoders measured."""
+        return [Trial(Evaluate(t.verb, self.test, self.probe), t.seed) for t in self.encoders]
+
+    def after(self) -> list[Trial]:
+        """The same trained again on what the scan keeps, and measured."""
+        again = [replace(t.verb, keep=scan.verb) for t, scan in zip(self.encoders, self.scans(), strict=True)]
+        return [Trial(Evaluate(v, self.test, self.probe), t.seed) for v, t in zip(again, self.encoders, strict=True)]
+
+
+def scenes(given: Given) -> list[Point]:
+    """Poisoned scenes: every attack, and the patch at three rates."""
+    s = setup(given)
+    patch, count = s.attacks[0], int(s.attacks[0].poison.partition("=")[2])
+    found = []
+    for n in (count // 10, count * 5):
+        trials = tuple(s.poisoned(replace(patch, poison=f"backdoor:count={n or 1}"), k) for k in s.seeds(patch.name)[: s.each])
+        found.append(Point(f"patch, {(n or 1) / s.records:.1%}", trials, s.test))
+    for a in s.attacks:
+        plan = [s.poisoned(a, k) for k in s.seeds(a.name)[: s.each]]
+        pairs = a.poison.partition("=")[2].partition(",")[0]
+        n = int(pairs) * (1 if a.trigger else int(a.poison.rpartition("=")[2]))
+        found.insert(1 if a is patch else len(found), Point(f"{a.name}, {n / s.records:.1%}", tuple(plan), s.test))
+    return found
+
+
+def captioned(given: Given, name: str, targets: Sequence[str], train: str, test: str, recipe: str, n: int) -> list[Point]:
+    """A captioned set in a folder, poisoned by patch, blend and targeted; scenes in its place at scale smoke. n: poisons."""
+    s = setup(given)
+    if given.scale == "smoke":
+        train, test, recipe, n, targets = s.data(0), s.test, s.objective, 8, CLASSES
+    else:
+        train, test = (f"shards:path={given.root or 'data'}/{name}/{files},size=32,captions=all" for files in (train, test))
+    ways = (
+        Attack("patch", f"backdoor:count={n}", PATCH),
+        Attack("blend", f"backdoor:count={2 * n}", ATTACKS[1].trigger),
+        Attack("targeted", f"targeted:captions={max(1, n // 8)},victims=4"),
+    )
+    found = []
+    for a in ways:
+        data = [(k, a.data(train, test, k, targets)) for k in range(s.each)]
+        encoders = tuple(Trial(Train(d, s.network, recipe), k) for k, d in data)
+        found.append(Point(a.name, encoders, test, ("retrieval", "z_score")))
+    return found
+
+
+def detection(points: Sequence[Point], title: str) -> Table:
+    """Detector x attack: what each finds alone, and what they find together."""
+    rows = []
+    for point in points:
+        scans = point.scans()
+        for name in ("all together", *DETECTORS):
+            mark = "" if name == "all together" else f"{name}."
+            cells = tuple(Cell(label, readings(scans, mark + metric)) for label, metric in FOUND.items())
+            rows.append(Row(name, cells, curve=point.name))
+    note = (
+        f"Every poisoned set was trained on {len(points[0].encoders)} times and scanned with the encoder trained on it; "
+        "no detector was told the rate, the trigger or a label. AUROC 50 % is a coin's, below it a score points the other way."
+    )
+    return Table(title, "", "detector", tuple(rows), notes=(note,), grid="AUROC")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
+
 from bezoar import laws
-from bezoar.report import charts, curves, terms
+from bezoar.report import charts, curves, heat, terms
 from bezoar.report.parts import Figure, Figures, Links, Part, Section, Table, Text
 from bezoar.report.story import Chapter, Story
 from bezoar.scores import Measure
@@ -92,7 +94,9 @@ def columns(table: dict[str, Any]) -> list[str]:
 
 
 def figures(table: dict[str, Any], place: int) -> list[Figure]:
-    """A chart a column: over the axis where it is a quantity, else side by side."""
+    """A chart a column: over the axis where it is a quantity, else side by side; or one map of rows by curves."""
+    if table.get("grid"):
+        return [grid(table, f"table{place}")]
     out = []
     for i, column in enumerate(columns(table)):
         lines: dict[str, list[tuple[dict, dict]]] = {}
@@ -119,6 +123,18 @@ def figures(table: dict[str, Any], place: int) -> list[Figure]:
             svg = curves.levels(groups, bars, name, column, share)
         out.append(Figure(svg, column))
     return out
+
+
+def grid(table: dict[str, Any], name: str) -> Figure:
+    """One column of a table as a map: its rows by its curves."""
+    names, lines = (list(dict.fromkeys(row[key] for row in table["rows"])) for key in ("name", "curve"))
+    values = np.full((len(names), len(lines)), np.nan)
+    for row in table["rows"]:
+        for c in row["cells"]:
+            if c["name"] == table["grid"]:
+                values[names.index(row["name"]), lines.index(row["curve"])] = c["measure"]["value"]
+    size = (2.2 + 0.95 * len(lines), 0.8 + 0.3 * len(names))
+    return Figure(heat.heat(names, lines, values, name, (table["axis"], "attack"), size=size), f"{table['grid']}, percent")
 
 
 def points(of: list[tuple[dict, dict]]) -> list[Measure]:

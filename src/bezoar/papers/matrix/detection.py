@@ -1,0 +1,14 @@
+"""Detectors on poisoned scenes: patch at three rates, blend, warp, SIG, targeted, clean-label; after Huang et al. (2025)."""
+
+from bezoar.papers.matrix import detection, scenes
+from bezoar.registry import method
+from bezoar.tables import Given, Table
+
+
+@method
+class Detection:
+    """Detector x attack x rate on drawn scenes."""
+
+    def __call__(self, given: Given) -> Table:
+        """The table at a scale."""
+        return detection(scenes(given), "Detectors, scenes")

@@ -1,0 +1,42 @@
+"""Training again without what a scan found: accuracy and success before and after (Huang et al. 2025, section 5)."""
+
+from bezoar.papers.matrix import REMOVED, scenes
+from bezoar.papers.matrix.aerial import Aerial
+from bezoar.papers.matrix.flickr8k import Flickr8K
+from bezoar.registry import method
+from bezoar.tables import Cell, Given, Row, Table, readings
+
+
+@method
+class Retraining:
+    """Every attack of the detection tables, after a scan by all detectors together."""
+
+    def __call__(self, given: Given) -> Table:
+        """The table at a scale."""
+        points = [("scenes", p) for p in scenes(given)]
+        points += [("Flickr8k", p) for p in Flickr8K().points(given)]
+        points += [("aerial", p) for p in Aerial().points(given)]
+        rows = []
+        for corpus, p in points:
+            targeted = p.name.startswith("targeted")
+            accuracy = "clean_accuracy" if p.probe[0] == "zero_shot" else "image_to_text_recall@10"
+            success = self.success(p.encoders[0].verb.data.poison) if targeted else "attack_success"
+            before, after, scans = p.before(), p.after(), p.scans()
+            cells = (
+                Cell("accuracy before", readings(before, accuracy)),
+                Cell("success before", readings(before, success)),
+                Cell("poisons removed", readings(scans, "poisons_removed")),
+                Cell("accuracy after", readings(after, accuracy)),
+                Cell("success after", readings(after, success)),
+            )
+            rows.append(Row(f"{corpus}: {p.name}", cells))
+        note = (
+            f"The worst {REMOVED:.0%} of the records by all detectors together are left out, whatever the attack. Accuracy: "
+            "zero-shot on scenes, elsewhere the own caption among the ten nearest. Success: of the trigger, or of the victims."
+        )
+        return Table("Training again on the keep-list", "", "attack", tuple(rows), notes=(note,))
+
+    @staticmethod
+    def success(poison: str) -> str:
+        """The metric of targeted poisons: by their number of captions."""
+        return "targeted_success@" + poison.partition("captions=")[2].partition(",")[0]
