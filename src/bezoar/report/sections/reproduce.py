@@ -34,6 +34,8 @@ class Reproduce(Story):
         """How the claims fared."""
         if self.manifest["status"] != "done":
             return "This reproduction was not finished; the same command goes on with it."
+        if not self.claims:
+            return f"{terms.count(len(self.tables), 'table')} at scale {self.notes.get('scale')}."
         told = [f"{n} {v}" for v in VERDICTS if (n := sum(c["verdict"] == v for c in self.claims))]
         return f"Of {terms.count(len(self.claims), 'claim')}: {', '.join(told)}."
 
