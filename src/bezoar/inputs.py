@@ -128,11 +128,18 @@ def in_memory(records: Pairs | Indexed) -> Pairs:
 def encoder(given: Any, device: Any) -> Encoder:
     """The encoder of a train, inject or repair run, or of a network with published weights."""
     if isinstance(given, Run):
-        trained = given if (given.path / "encoder.json").exists() else given.ancestor("train")
-        if trained is None:
+        holder = _holder(given)
+        if holder is None:
             raise UserError(f"run {given.name} holds no encoder")
-        return Encoder.load(trained.path, device)
+        return Encoder.load(holder.path, device)
     return given(0, ()).to(device).eval()
+
+
+def _holder(run: Run) -> Run | None:
+    """This run or the nearest one it was made from that holds an encoder."""
+    if (run.path / "encoder.json").exists():
+        return run
+    return next((found for parent in run.parents if (found := _holder(parent))), None)
 
 
 def goals(given: Any) -> list[Goal]:

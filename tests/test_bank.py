@@ -1,0 +1,311 @@
+"""Banks against closed forms, simulations and slow plain versions; hostile files; the words of a verdict."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bezoar import bank, registry, sarif, stats, wording
+from bezoar.bank import Bank, Calibration, Entry, Family, Sample, holm, read_value
+from bezoar.errors import UserError
+from bezoar.plan import Goal
+
+FAMILY = Family("clip_small:width=32", 32, "scenes:count=20000", "clip:epochs=6")
+SAMPLE = Sample("scenes:count=2000,split=test", 512)
+VALUES = st.lists(st.integers(0, 12).map(float), min_size=1, max_size=60)
+RATES = st.sampled_from([0.01, 0.05, 0.1, 0.2, 1 / 3, 0.5])
+
+
+def entries(values, attack=""):
+    return tuple(Entry(f"e{attack}{i}", float(v), 1.0, attack) for i, v in enumerate(values))
+
+
+def made(clean, attacked=(), audit="stub:k=1", code="c0de"):
+    return Calibration(audit, code, "", entries(clean), tuple(attacked))
+
+
+@given(VALUES, RATES, st.integers(-1, 13).map(float))
+def test_a_value_is_evidence_exactly_where_its_p_value_is_at_most_the_rate(values, rate, value):
+    held, n = made(values), len(values)
+    threshold = held.threshold(rate)
+    enough = n >= 1 / rate - 1 - 1e-9
+    assert (threshold is not None) == enough and held.smallest_rate == 1 / (n + 1)
+    p = (1 + sum(v >= value for v in values)) / (n + 1)
+    assert held.p_value(value) == p
+    assert (threshold is not None and value > threshold) == (p <= rate + 1e-12)
+    if threshold is not None:
+        share = sum(v <= threshold for v in values) / (n + 1)
+        assert share >= 1 - rate - 1e-9, "the smallest clean value that leaves at most this rate above it"
+        below = [v for v in values if v < threshold]
+        assert len(below) / (n + 1) < 1 - rate + 1e-9
+
+
+def test_the_rate_is_not_lost_to_rounding():
+    assert made(range(19)).threshold(0.05) == 18  # (19 + 1) (1 - 0.05) is 19.000000000000004 in floats
+    assert made(range(18)).threshold(0.05) is None
+    assert made(range(39)).threshold(0.05) == 37
+    with pytest.raises(UserError, match="rate"):
+        made([1.0]).threshold(1.0)
+
+
+def test_false_positives_of_a_threshold_have_the_law_of_an_order_statistic():
+    m = made(range(20)).false_positive_rate(0.05)
+    assert m.value == pytest.approx(1 / 21) and m.n == 20  # Beta(1, 20): its quantiles are 1 - (1 - q)^(1/20)
+    assert m.low == pytest.approx(1 - 0.975 ** (1 / 20)) and m.high == pytest.approx(1 - 0.025 ** (1 / 20))
+    assert made(range(5)).false_positive_rate(0.05) is None
+    rng = np.random.default_rng(0)
+    for n, rate in ((20, 0.05), (59, 0.1)):
+        m, k = made(range(n)).false_positive_rate(rate), made(range(n)).rank(rate)
+        own = 1 - np.sort(rng.random((20_000, n)), axis=1)[:, k - 1]  # of uniform values the rate is read off
+        assert own.mean() == pytest.approx(m.value, abs=0.002)
+        assert np.quantile(own, [0.025, 0.975]) == pytest.approx([m.low, m.high], abs=0.004)
+        assert own.mean() <= rate
+
+
+def test_sensitivity_is_a_share_with_wilsons_interval_of_attacks_that_worked():
+    bad = (*entries([25.0, 5.0, 30.0], "backdoor patch"), *entries([40.0], "badencoder patch"))
+    failed = dataclasses.replace(bad[1], name="failed", success=0.1)
+    held = made(range(20), (*bad, failed))
+    found = held.sensitivity(0.05)
+    assert set(found) == {"", "backdoor patch", "badencoder patch"}
+    assert (found[""].value, found[""].n) == (0.75, 4) and found["backdoor patch"].value == pytest.approx(2 / 3)
+    assert (found[""].low, found[""].high) == stats.wilson(3, 4)
+    assert held.sensitivity(0.01) == {} and made(range(20)).sensitivity(0.05) == {}
+    m = bank.auroc(held)
+    assert m.value == stats.auroc([25, 5, 30, 40, *range(20)], [True] * 4 + [False] * 20)
+    assert bank.auroc(made([1.0])) is None
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=8), st.floats(0.01, 0.5))
+def test_holm_rejects_where_the_step_down_does(p, rate):
+    adjusted = holm(p)
+    rejected, order = set(), sorted(range(len(p)), key=lambda i: p[i])
+    for place, i in enumerate(order):
+        if p[i] > rate / (len(p) - place):
+            break
+        rejected.add(i)
+    for i, value in enumerate(adjusted):
+        if abs(value - rate) > 1e-9:
+            assert (value <= rate) == (i in rejected)
+        assert p[i] <= value <= 1
+
+
+def test_only_encoders_of_one_family_fit():
+    held = Bank(FAMILY, SAMPLE, (made(range(20)),))
+    assert held.fits(FAMILY, SAMPLE) == []
+    other = {"network": "resnet:depth=18", "size": 64, "data": "cifar10", "objective": "simclr"}
+    for field, value in other.items():
+        said = held.fits(dataclasses.replace(FAMILY, **{field: value}), SAMPLE)
+        assert len(said) == 1 and field in said[0] and str(value) in said[0] and str(getattr(FAMILY, field)) in said[0]
+    assert "clean images" in held.fits(FAMILY, Sample("other", 512))[0]
+    assert "64 clean images" in held.fits(FAMILY, Sample(SAMPLE.data, 64))[0]
+    unknown = dataclasses.replace(FAMILY, data="", objective="")
+    assert held.fits(unknown, SAMPLE) == [] and len(held.assumed(unknown)) == 2 and held.assumed(FAMILY) == []
+
+
+def read(banks, value=0.0, rate=0.05, family=FAMILY, sample=SAMPLE, own=None, name=""):
+    return read_value(banks, family, sample, own or made(()), value, rate, name)
+
+
+def test_what_banks_say_of_a_value():
+    bad = entries([25.0, 5.0], "backdoor patch")
+    held = Bank(FAMILY, SAMPLE, (made(range(20), bad),))
+    high, low = read([held], 25.0), read([held], 3.0)
+    assert high.words == "evidence" and high.p == pytest.approx(1 / 21) and high.threshold == 19
+    assert "false-positive rate 0.05" in high.sentence() and "20 clean encoders" in high.sentence()
+    assert low.words == "no evidence" and "sensitivity 0.50" in low.sentence() and "backdoor patch" in low.sentence()
+    alone = read([Bank(FAMILY, SAMPLE, (made(range(20)),))], 3.0)
+    assert "sensitivity is not known" in alone.sentence()
+    told = {
+        "no bank": read([]),
+        "network": read([held], family=dataclasses.replace(FAMILY, network="tower")),
+        "version": read([held], own=made((), code="other")),
+        "another classifier": read([held], own=dataclasses.replace(made(()), classifier="linear")),
+        "not audited so": read([held], own=made((), audit="other")),
+        "0.01 takes 99": read([held], 25.0, 0.01),
+    }
+    for said, found in told.items():
+        assert found.words == "no calibration" and said in found.sentence()
+    for found in (high, low, alone, *told.values()):
+        assert "is clean" not in found.sentence() and found.sentence().count("\n") == 0
+
+
+def test_an_encoder_sets_no_threshold_for_itself_and_counts_once():
+    held = Bank(FAMILY, SAMPLE, (made(range(20)),))
+    twice = read([held, held], 30.0)
+    assert len(twice.calibration.clean) == 20
+    own = read([held], 19.0, 0.05, name="e19")
+    assert len(own.calibration.clean) == 19 and own.words == "evidence"
+
+
+def test_a_bank_is_written_and_read(tmp_path):
+    held = Bank(FAMILY, SAMPLE, (made([1.5, 2], [Entry("b", 3.0, 2.0, "backdoor patch", "patch:size=6", 0.9)]),))
+    held.write(tmp_path / "bank.json")
+    assert Bank.read(tmp_path / "bank.json") == held
+    assert registry.make("bank", f"file:path={tmp_path / 'bank.json'}")() == (held,)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_shipped_banks_are_of_this_code():
+    for held in registry.make("bank", "shipped")():
+        for c in held.audits:
+            made = registry.make("audit", c.audit)
+            assert registry.spec(made) == c.audit and bank.code(type(made)) == c.code, f"audit {c.name} has changed"
+            assert len(c.clean) >= 19, "the rate 0.05 needs them"
+
+
+@pytest.fixture
+def raw(tmp_path):
+    Bank(FAMILY, SAMPLE, (made([1.5, 2], [Entry("b", 3.0)]),)).write(tmp_path / "bank.json")
+    return json.loads((tmp_path / "bank.json").read_text())
+
+
+def put(raw, path, value):
+    at = raw
+    for key in path[:-1]:
+        at = at[key]
+    if value is None:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return json.dumps(raw)
+
+
+SPOILT = [
+    (("schema",), 2),
+    (("family",), []),
+    (("family", "size"), "32"),
+    (("family", "size"), True),
+    (("family", "size"), 1.5),
+    (("family", "size"), 10**400),
+    (("family", "network"), None),
+    (("family", "network"), "x" * 5000),
+    (("family", "colour"), "red"),
+    (("audits",), {}),
+    (("audits", 0, "clean"), "many"),
+    (("audits", 0, "clean", 0, "value"), "NaN"),
+    (("audits", 0, "clean", 0, "value"), math.nan),
+    (("audits", 0, "clean", 0, "value"), math.inf),
+    (("audits", 0, "clean", 0, "value"), None),
+    (("audits", 0, "clean", 0, "name"), 7),
+    (("audits", 0, "attacked", 0, "success"), "all"),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), SPOILT)
+def test_a_spoilt_bank_is_one_line(raw, tmp_path, path, value):
+    (tmp_path / "spoilt.json").write_text(put(raw, path, value))
+    with pytest.raises(UserError) as said:
+        Bank.read(tmp_path / "spoilt.json")
+    assert "spoilt.json" in str(said.value) and "\n" not in str(said.value) and len(str(said.value)) < 400
+
+
+def test_no_bank_at_all_is_one_line(tmp_path, monkeypatch):
+    bad = tmp_path / "bad.json"
+    for content in (b"", b"\xff\xfe", b"[" * 200_000, b"{", b"7", b'{"schema": 1}'):
+        bad.write_bytes(content)
+        with pytest.raises(UserError, match=r"bad\.json"):
+            Bank.read(bad)
+    monkeypatch.setattr(bank, "MAX_BYTES", 10)
+    bad.write_bytes(b" " * 11)
+    with pytest.raises(UserError, match="MiB"):
+        Bank.read(bad)
+    with pytest.raises(UserError, match="no bank"):
+        registry.make("bank", "file:path=missing.json")()
+
+
+def test_data_are_compared_without_seed_and_folder():
+    a = registry.spec(registry.make("data", "scenes:count=500,seed=3"))
+    b = registry.spec(registry.make("data", "scenes:count=500,seed=9"))
+    assert bank.described(a) == bank.described(b) != bank.described(a.replace("count=500", "count=501"))
+    one, two = (f"npz:path=/{folder}/cifar10.npz,split=test" for folder in ("here", "over/there"))
+    assert bank.described(one) == bank.described(two) == "npz:path=cifar10.npz,split=test"
+    assert bank.described("/evil.py:path=x") == "evil.py:path=x", (
+        "a spec out of a stranger's manifest is text, and runs nothing"
+    )
+
+
+SOURCE = '"""An audit."""\nfrom bezoar.registry import method\n\n@method\nclass Own:\n    """Doc."""\n    k: int = 1\n'
+
+
+def test_code_is_what_is_computed_not_what_is_said(tmp_path):
+    codes = []
+    for i, text in enumerate((SOURCE, SOURCE.replace("Doc.", "Other words."), SOURCE.replace("= 1", "= 2"))):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "own.py").write_text(text)
+        codes.append(bank.code(registry.find("audit", str(tmp_path / f"{i}" / "own.py"))))
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_attacks_have_names():
+    goals = [Goal("a", "patch:size=6", how="backdoor:count=40"), Goal("b", "warp", how="backdoor:count=40")]
+    assert bank.attack_of(goals) == ("backdoor patch + backdoor warp", "patch:size=6; warp")
+    assert bank.attack_of([Goal("a", victims=("x",), how="targeted")]) == ("targeted", "")
+
+
+def facts(words, sensitivity=None, p=0.05, name="decree", **more):
+    m = {"value": 0.9, "n": 10, "low": 0.6, "high": 1.0, "how": ""}
+    found = {"audit": f"{name}:steps=3", "name": name, "summary": "s", "words": words, "sentence": f"S {words}.", "p": p}
+    found |= {"value": 1.0, "threshold": 0.5, "rate": 0.05, "notes": {}, "assumed": []}
+    return found | {
+        "sensitivity": {"": m} if sensitivity else {},
+        "bank": {"clean": [], "attacked": [["backdoor patch", 1.0]]},
+        **more,
+    }
+
+
+def test_the_overall_line():
+    yes, no, none = facts("evidence", p=0.01), facts("no evidence", True, 0.5, "cleanse"), facts("no calibration", p=None)
+    assert wording.overall([yes], 0.05) == ("evidence", "S evidence.")
+    words, said = wording.overall([yes, no], 0.05)
+    assert words == "evidence" and "over all 2 audits together" in said and "p = 0.02" in said
+    words, said = wording.overall([facts("evidence", p=0.04), no], 0.05)
+    assert words == "evidence" and "not over all together" in said and "p = 0.08" in said and "at most 0.1" in said
+    words, said = wording.overall([no, facts("no evidence", False, 0.3, "other")], 0.05)
+    assert words == "no evidence" and "cleanse 0.90" in said and "p = 0.6" in said
+    words, said = wording.overall([none, no], 0.05)
+    assert words == "no evidence" and "No calibration for decree" in said
+    assert wording.overall([none, none | {"name": "x", "sentence": "T."}], 0.05)[0] == "no calibration"
+    for found in ([yes], [no], [yes, no], [none, no]):
+        assert "clean." not in wording.overall(found, 0.05)[1]
+
+
+def test_what_was_not_tested_is_said():
+    whole = {"audits": [facts("no evidence", notes={"limits": ["It cannot fly."]})], "few": "60 images", "text_tower": True}
+    said = "\n".join(wording.not_tested(whole, {"cleanse": "too few classes"}))
+    for words in (
+        "cleanse did not run: too few classes",
+        "backdoor warp",
+        "badencoder",
+        "It cannot fly",
+        "60 images",
+        "text tower",
+    ):
+        assert words in said
+    assert "backdoor patch" not in said and "mntd" in said
+    assert wording.few(512, 0) == "" and "calibrate with --images 60" in wording.few(60, 512) and wording.few(60, 0)
+
+
+def test_sarif_has_what_the_standard_requires():
+    audits = [facts("evidence"), facts("no evidence", True, name="./own"), facts("no calibration", p=None)]
+    log = sarif.document("train-1 é", "train-1 é/encoder.safetensors", audits, {"cleanse": "no classes"}, "S.")
+    assert json.loads(json.dumps(log, allow_nan=False)) == log
+    assert log["version"] == "2.1.0" and len(log["runs"]) == 1  # 3.13: version, runs
+    run = log["runs"][0]
+    driver = run["tool"]["driver"]  # 3.14: tool; 3.18: driver; 3.19: name
+    assert driver["name"] == "bezoar" and len(driver["rules"]) == len(run["results"]) == 3
+    for rule in driver["rules"]:  # 3.49: id; 3.12: a message string's text
+        assert rule["id"] and rule["shortDescription"]["text"] and rule["help"]["text"]
+        assert rule["defaultConfiguration"]["level"] in ("none", "note", "warning", "error")
+    for result, a in zip(run["results"], audits, strict=True):  # 3.27: message; ruleId as the rule's at ruleIndex
+        assert result["message"]["text"] and result["ruleId"] == driver["rules"][result["ruleIndex"]]["id"]
+        assert result["level"] == ("error" if a["words"] == "evidence" else "note")
+        uri = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+        assert uri == "train-1%20%C3%A9/encoder.safetensors"
+        assert all(isinstance(v, str) for v in result["partialFingerprints"].values())
+    invocation = run["invocations"][0]  # 3.20: executionSuccessful
+    assert invocation["executionSuccessful"] is False and "no classes" in json.dumps(invocation)
