@@ -38,6 +38,7 @@ KINDS = {  # kind -> folder; one verb runs each of them
     "audit": "audits",
     "repair": "repairs",
     "check": "checks",
+    "bank": "banks",
     "paper": "papers",
 }
 PACKAGE = Path(__file__).parent

@@ -35,7 +35,7 @@ UNHASHED = {MANIFEST, "report.html", "log.jsonl", ".lock", "checkpoint.safetenso
 
 @dataclass(frozen=True)
 class Takes:
-    """What a verb's field is given: `data`, `encoder`, `run`, or a kind of method."""
+    """What a verb's field is given: `data`, `encoder`, `run`, or a kind of method (of a `bank` too, a run may hold it)."""
 
     what: str
 
@@ -251,11 +251,12 @@ def resolve(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
 def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
     if dataclasses.is_dataclass(value) and hasattr(value, "work"):
         value = execute(value, settings)
-    if what in ("data", "encoder", "run") and isinstance(value, (str, Path)):
+    if what in ("data", "encoder", "run", "bank") and isinstance(value, (str, Path)):
         run = find(settings.runs, str(value))
         if run is None and (what == "run" or (what == "encoder" and ":" not in str(value) and not str(value).endswith(".py"))):
             raise UserError(f"no run {str(value)!r} in {settings.runs}")
-        value = run or registry.make("network" if what == "encoder" else "data", _data_spec(str(value)))
+        kind = "network" if what == "encoder" else what
+        value = run or registry.make(kind, _spec(kind, str(value)))
     elif isinstance(value, (str, Path)):
         value = registry.make(what, str(value))
     if isinstance(value, Run):
@@ -277,17 +278,16 @@ def named_files(configured: Any) -> list[Path]:
     return [Path(t) for t in texts if Path(t).suffix and Path(t).is_file()]
 
 
-def _data_spec(text: str) -> str:
-    """A bare path stands for the reader its looks call for: tars are shards, .csv a table, .npy embeddings."""
+def _spec(kind: str, text: str) -> str:
+    """A bare path stands for the reader its looks call for: tars are shards, .csv a table, .npy embeddings, .json a bank."""
     path = Path(text.partition(":")[0])
-    if ":" in text or text in registry.names("data"):
+    if ":" in text or text in registry.names(kind):
         return text
+    readers = dict.fromkeys((".csv", ".tsv", ".jsonl", ".parquet"), "table") | {".npz": "npz", ".json": "file"}
+    if path.suffix in readers:
+        return f"{readers[path.suffix]}:path={text}"
     if text.endswith(".tar"):
         return f"shards:path={text}"
-    if path.suffix in (".csv", ".tsv", ".jsonl", ".parquet"):
-        return f"table:path={text}"
-    if path.suffix == ".npz":
-        return f"npz:path={text}"
     if path.suffix == ".npy" or (path / "img_emb").is_dir():
         return f"embeddings:path={text}"
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"):

@@ -259,6 +259,31 @@ def intervals(rows: Sequence[tuple[str, Measure, str]], name: str = "intervals")
 
 
 @styled
+def strips(
+    rows: Sequence[tuple[str, Sequence[float], str]], marks: Sequence[tuple[float, str, str]], label: str, name: str = "strips"
+) -> Markup:
+    """Every value a dot, groups one above another. Each row: label, values, paint. marks: value, label, paint of a line."""
+    figure, axes = blank((WIDE[0], 0.95 + 0.42 * len(rows)))
+    for y, (_, values, paint) in enumerate(rows):
+        lift = [0.16 * ((i % 3) - 1) for i in range(len(values))]  # so that near ones are told apart
+        at = [y + up for up in lift]
+        axes.plot(sorted(values), at, "o", color=PAINT[paint], alpha=0.65, markersize=6, markeredgewidth=0)
+    for value, told, paint in marks:
+        dashes = "solid" if paint == "ink" else (0, (4, 3))
+        axes.axvline(value, color=PAINT[paint], linewidth=1.6, linestyle=dashes, label=told)
+    axes.set_yticks(range(len(rows)), [told for told, _, _ in rows])
+    axes.tick_params(axis="y", labelcolor=PAINT["ink"], length=0)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(label)
+    axes.margins(x=0.04)
+    if marks:
+        figure.legend(loc="outside upper left", ncols=len(marks), handlelength=1.6, columnspacing=1.4)
+    return markup(figure, name, f"{label} by group: {', '.join(told for told, _, _ in rows)}")
+
+
+@styled
 def bars(groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[Measure | None]]], name: str = "bars") -> Markup:
     """Rates with 95 % intervals, grouped. Each series: name, paint, a measure a group."""
     figure, axes = blank((WIDE[0], 3.2))
