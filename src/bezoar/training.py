@@ -70,7 +70,15 @@ def optimizer(model: nn.Module, recipe: Recipe, fused: bool = True) -> torch.opt
 
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Learning rate at a step: linear warm-up, then cosine to zero; for a recipe that says `constant`, the same."""
+    """Learning rate at a step: linear warm-up, then cosine to zero; for a recipe that says `constant`, the same.
+
+    A recipe may have a say of its own: `rates(step, steps)`, a factor on this.
+    """
+    own = getattr(recipe, "rates", None)
+    return _rate(recipe, step, steps) * (1.0 if own is None else own(step, steps))
+
+
+def _rate(recipe: Recipe, step: int, steps: int) -> float:
     if getattr(recipe, "schedule", "cosine") == "constant":
         return recipe.lr
     warm = max(1, round(recipe.warmup * steps))
@@ -101,7 +109,8 @@ def fit(
     checkpoint: where the state is kept while training; an existing one is gone on with. report(step, steps, loss), on a
     GPU not at every step. each_epoch(epoch) -> facts for the log; a fact `stop` that is true ends the training. log: filled
     in and returned. On several ranks each has all data and trains on its rows of every batch; the log is the global one,
-    and only rank 0 keeps checkpoints and calls each_epoch.
+    and only rank 0 keeps checkpoints and calls each_epoch. A loss that must know all records, or which of them are in a
+    batch, has `begin(data, tokens) -> tokens`, which is called before all else.
     Raises UserError when the data hold less than a batch, ranks do not divide it, or the loss is not finite.
     """
     batch, each = recipe.batch, len(data) // recipe.batch
@@ -111,6 +120,8 @@ def fit(
     if batch % world:
         raise UserError(f"a batch of {batch} does not divide into {world} ranks; give a multiple of {world}")
     steps, device = recipe.epochs * each, tokens.device
+    begin = getattr(loss, "begin", None)
+    tokens = tokens if begin is None else begin(data, tokens)
     optim = optimizer(loss, recipe)
     log, step = Log() if log is None else log, 0
     log.exposures = torch.zeros(len(data), dtype=torch.long)

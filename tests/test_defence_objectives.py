@@ -1,0 +1,357 @@
+"""cleanclip, par, roclip and safeclip against plain forms; EDA against a plain form; ranks, resuming, phases."""
+
+import copy
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_distributed import torchrun, weights
+from test_training import toy
+
+from bezoar import contrastive, distributed, registry, texts, training
+from bezoar.augment import Chance, Views
+from bezoar.encoder import Words
+from bezoar.errors import UserError
+from bezoar.objectives.safeclip import likely
+
+SPECS = {
+    "cleanclip": "cleanclip:batch=16,temperature=0.1",
+    "par": "par:batch=16,temperature=0.1",
+    "roclip": "roclip:batch=16,temperature=0.1,bank=0.4",
+    "safeclip": "safeclip:batch=16,temperature=0.1,apart=1",
+}
+
+
+def start(name, epochs=4, extra=""):
+    """A fresh encoder, the objective's module, the recipe, tokens of the toy data."""
+    torch.manual_seed(0)
+    data = toy()
+    network, recipe = registry.make("network", "clip_small:width=4,dim=16"), registry.make("objective", SPECS[name] + extra)
+    encoder = network(data.size, network.vocabulary(data.captions))
+    recipe = replace(recipe, epochs=epochs, lr=1e-3)
+    return encoder, recipe(encoder), recipe, encoder.tokens(data.captions)
+
+
+def chance(*key):
+    return Chance(training.generator(*(key or (5,))))
+
+
+def infonce(a, b, scale):
+    """Row by row, in double precision."""
+    total = 0.0
+    for i in range(len(a)):
+        logits = [float(scale * (a[i].detach().double() @ b[j].detach().double())) for j in range(len(b))]
+        total += math.log(sum(math.exp(x) for x in logits)) - logits[i]
+    return total / len(a)
+
+
+def clip(z, w, scale):
+    return (infonce(z, w, scale) + infonce(w, z, scale)) / 2
+
+
+# EDA
+
+
+def eda_by_hand(rows, changes, places, gone, share, first):
+    """One caption at a time, as lists of words; the draws are given."""
+    out, width = [], len(rows[0])
+    for row, change, place, lost in zip(rows, changes, places, gone, strict=True):
+        words = [t for t in row if t]
+        head, body, tail = words[:first], words[first : len(words) - first], words[len(words) - first :]
+        n = len(body)
+        m = max(1, int(share * n)) if n else 0
+        if change == texts.INSERT and len(words) + m > width:
+            change = texts.SWAP
+        if change == texts.SWAP and n > 1:
+            for k in range(m):
+                i = int(place[0][k] * n)
+                j = (i + 1 + int(place[1][k] * (n - 1))) % n
+                body[i], body[j] = body[j], body[i]
+        elif change == texts.INSERT:
+            new = [(int(place[1][k] * (n + 1)), body[int(place[0][k] * n)]) for k in range(m)]
+            longer = []
+            for at in range(n + 1):
+                longer += [word for where, word in new if where == at] + body[at : at + 1]
+            body = longer
+        elif change == texts.DELETE and n:
+            own = lost[first : first + n]
+            last = max(range(n), key=lambda i: own[i])
+            body = [word for i, word in enumerate(body) if own[i] >= share or i == last]
+        words = head + body + tail
+        out.append(words + [0] * (width - len(words)))
+    return out
+
+
+@pytest.mark.parametrize("marks", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.9])
+def test_eda_is_what_lists_of_words_give(marks, share):
+    g = torch.Generator().manual_seed(3)
+    b, width, first = 300, 14, int(marks)
+    rows = []
+    for _ in range(b):
+        n = int(torch.randint(0 if not marks else 2, width + 1, (1,), generator=g))
+        words = torch.randint(1, 50, (n,), generator=g).tolist()
+        if marks:
+            words[0], words[-1] = 98, 99
+        rows.append(words + [0] * (width - n))
+    tokens = torch.tensor(rows)
+    drawn, most = chance(7), max(1, int(share * width))
+    changes, places, gone = drawn.integers(3, b), drawn.uniform(b, 2, most), drawn.uniform(b, width)
+    expected = eda_by_hand(rows, changes.tolist(), places.tolist(), gone.tolist(), share, first)
+    found = texts.eda(tokens, chance(7), share, marks)
+    assert found.tolist() == expected
+    assert (found != tokens).any(1).float().mean() > 0.5
+    assert not marks or ((found[:, 0] == 98).all() and ((found == 99).sum(1) == 1).all())
+
+
+def test_two_ranks_draw_the_same_views_of_captions():
+    tokens = torch.arange(1, 49).view(8, 6)
+    halves = [texts.eda(tokens[4 * r : 4 * r + 4], Chance(training.generator(2), r, 2), 0.3) for r in (0, 1)]
+    assert torch.equal(torch.cat(halves), texts.eda(tokens, chance(2), 0.3))
+
+
+def test_whole_words_have_no_marks():
+    encoder = start("cleanclip")[0]
+    assert isinstance(encoder.tokenize, Words) and not texts.marked(encoder)
+
+
+# The losses
+
+
+def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
+    encoder, loss, _, tokens = start("cleanclip", extra=",weight=3,crop=0.4,words=0.3")
+    images, tokens = toy(8).images, tokens[:8]
+    loss.train()
+    twin = copy.deepcopy(encoder).train()
+    got = loss(images, tokens, chance())
+    drawn = chance()
+    own = contrastive.moved(images, 2, drawn)
+    seen = Views(32, (0.4, 1.0))(images, drawn, 1)[:, 0]
+    told = texts.eda(tokens, drawn, 0.3)
+    z, z2 = twin.images(torch.cat([own, seen])).chunk(2)
+    w, w2 = twin.read(tokens), twin.read(told)
+    expected = clip(z, w, 10) + 3 / 2 * (infonce(z, z2, 10) + infonce(w, w2, 10))
+    assert got.item() == pytest.approx(expected, rel=1e-4)
+    plain = registry.make("objective", "cleanclip:weight=0,shift=0,temperature=0.1")(encoder).eval()
+    ours = registry.make("objective", "clip:shift=0,temperature=0.1")(encoder).eval()
+    assert plain(images, tokens, chance()).item() == pytest.approx(ours(images, tokens, chance()).item(), rel=1e-6)
+
+
+def test_par_pushes_from_where_it_began_as_far_as_tau():
+    encoder, loss, _, tokens = start("par", extra=",shift=0")
+    images, tokens = toy(8).images, tokens[:8]
+    before = copy.deepcopy(encoder).eval().requires_grad_(False)
+    with torch.no_grad():
+        encoder.text.head[3].bias += torch.randn(16, generator=torch.Generator().manual_seed(0))
+    loss.train()
+    twin = copy.deepcopy(encoder).train()
+    got = loss(images, tokens, chance())
+    with torch.no_grad():
+        z, w = twin.images(images), twin.read(tokens)
+    moved = [float((2 - 2 * (a * b).sum(1)).mean()) for a, b in ((z, before.images(images)), (w, before.read(tokens)))]
+    assert min(moved) > 0.01
+    assert got.item() == pytest.approx(clip(z, w, 10) - sum(moved) / 2, rel=1e-4)
+    got.backward()
+    assert all(p.grad is None for p in loss.start.parameters()) and not any(m.training for m in loss.start.modules())
+    near = registry.make("objective", f"par:temperature=0.1,shift=0,tau={sum(moved) / 2}")(before)
+    near.encoder = encoder  # one of the two is further than tau
+    value = near.train()(images, tokens, chance()).item()
+    assert value == pytest.approx(clip(z, w, 10) - min(moved) / 2, rel=1e-3)
+
+
+def test_par_remembers_its_start_when_it_goes_on():
+    _, loss, recipe, tokens = start("par")
+    first = {k: v.clone() for k, v in loss.start.state_dict().items()}
+    training.fit(loss, recipe, toy(), tokens, 3)
+    assert all(torch.equal(v, loss.state_dict()[f"start.{k}"]) for k, v in first.items())
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_roclip_compares_with_the_nearest_of_the_captions_it_saw(compat):
+    encoder, loss, _, tokens = start("roclip", extra=f",compat={compat},words=0,crop=1")
+    data = toy()
+    loss.begin(data, tokens)
+    assert len(loss.bank) == 38 and loss.each == 6  # 0.4 of 96 records, 6 steps an epoch
+    loss.train()
+    ring = [(tokens[i], encoder.read(tokens[i : i + 1])[0].detach()) for i in range(38)]
+    at = 0
+    for step in range(12):
+        rows = torch.arange(16) + 16 * (step % 6)
+        twin = copy.deepcopy(encoder).train()
+        loss.zero_grad()
+        got = loss(data.images[rows], tokens[rows], chance(step))
+        z = twin.images(Views(32, (1.0, 1.0), flip=0, jitter=0, gray=0)(data.images[rows], chance(step), 1)[:, 0])
+        own, matching = twin.read(tokens[rows]).detach(), step >= 6
+        if matching:
+            near = (z @ torch.stack([v for _, v in ring]).T).argmax(1).tolist()
+            w = torch.stack([ring[i][1] for i in near]) if compat else twin.read(torch.stack([ring[i][0] for i in near]))
+        else:
+            w = own
+        assert got.item() == pytest.approx(clip(z, w, 10), rel=1e-4), step
+        got.backward()
+        moves = any(p.grad is not None and p.grad.any() for p in encoder.text.parameters())
+        assert moves != (matching and compat)
+        for token, vector in zip(tokens[rows], own, strict=True):
+            ring[at], at = (token, vector), (at + 1) % 38
+        assert torch.equal(loss.bank, torch.stack([t for t, _ in ring])) and int(loss.position) == at
+        assert torch.allclose(loss.vectors, torch.stack([v for _, v in ring]), atol=1e-6)
+
+
+def test_safeclip_has_three_phases_and_a_set_that_grows(monkeypatch):
+    _, loss, recipe, tokens = start("safeclip", epochs=6, extra=",more=0.1,most=0.6")
+    data, calls, sizes = toy(), [], []
+    for name in ("apart", "clip"):
+        plain = getattr(loss, name)
+        monkeypatch.setattr(loss, name, lambda x, t, c, name=name, plain=plain: calls.append((name, len(x))) or plain(x, t, c))
+    first = torch.linspace(0, 1, 96) > 0.7
+    monkeypatch.setattr(sys.modules[type(loss).__module__], "likely", lambda values: first.numpy() * 0.99)
+
+    def look(epoch):
+        sizes.append(int(loss.safe.sum()))
+        return {}
+
+    training.fit(loss, recipe, data, tokens, 3, each_epoch=look)
+    assert [name for name, _ in calls[:12]] == ["apart"] * 6 + ["clip"] * 6 and {n for _, n in calls[:12]} == {16}
+    share = int(first.sum()) / 96
+    assert sizes == [0, 0, *(round(min(0.6, share + 0.1 * k) * 96) for k in range(4))]
+    mixed = calls[12:]
+    assert sum(n for name, n in mixed) <= 24 * 16 and {name for name, _ in mixed} == {"apart", "clip"}
+    agreement = loss.agreement()
+    loss.split(3)
+    assert agreement[loss.safe].min() >= agreement[~loss.safe].max()
+
+
+def test_safeclip_looks_at_risky_pairs_apart():
+    _, loss, _, tokens = start("safeclip", extra=",shift=0")
+    data = toy()
+    rows = loss.begin(data, tokens)[:16]
+    loss.train()
+    loss.step.fill_(13)  # within the third epoch, the split made
+    loss.safe[:10] = True
+    twin = copy.deepcopy(loss)
+    got = loss(data.images[:16], rows, chance())
+    drawn = chance()
+    safe, risky = data.images[:10], data.images[10:16]
+    expected = clip(twin.encoder.images(safe), twin.encoder.read(tokens[:10]), 10)
+    x = twin.seen(risky, drawn), twin.seen(risky, drawn)
+    z, z2 = twin.encoder.images(torch.cat(x)).chunk(2)
+    w, w2 = (twin.encoder.read(texts.eda(tokens[10:16], drawn)) for _ in range(2))
+    # the safe pairs are drawn for first, though their images are not moved
+    assert got.item() == pytest.approx(expected + (clip(z, z2, 10) + clip(w, w2, 10)) / 2, rel=1e-4)
+
+
+def test_safeclip_takes_its_low_rate_in_one_epoch():
+    recipe = registry.make("objective", "safeclip:epochs=8,apart=3,lr=1e-2,together=1e-4")
+    rates = [training.rate(recipe, step, 80) for step in range(80)]
+    usual = [training.rate(registry.make("objective", "clip:epochs=8,lr=1e-2"), step, 80) for step in range(80)]
+    assert [a == b for a, b in zip(rates, usual, strict=True)] == [not 30 <= step < 40 for step in range(80)]
+    assert rates[35] == pytest.approx(usual[35] / 100)
+
+
+def test_two_gaussians_are_told_apart():
+    g = torch.Generator().manual_seed(0)
+    low, high = torch.randn(300, generator=g) * 0.1, 1 + torch.randn(700, generator=g) * 0.2
+    values = torch.cat([low, high])
+    p = likely(values)
+    # the mixture that they were drawn from
+    density = [share / sd * torch.exp(-((values - m) ** 2) / (2 * sd**2)) for share, m, sd in ((0.3, 0, 0.1), (0.7, 1, 0.2))]
+    truth = density[1] / (density[0] + density[1])
+    assert ((torch.from_numpy(p) > 0.9) == (truth > 0.9)).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "spec, what",
+    [
+        ("cleanclip:weight=-1", "weight >= 0"),
+        ("cleanclip:crop=0", "crop in 0..1"),
+        ("cleanclip:words=1", "words in 0..1"),
+        ("cleanclip:shift=-1", "shift >= 0"),
+        ("par:tau=5", "tau in 0..4"),
+        ("par:temperature=0", "temperature > 0"),
+        ("roclip:every=0", "every >= 1"),
+        ("roclip:bank=2", "bank in 0..1"),
+        ("safeclip:epochs=6", "apart [+] 2"),
+        ("safeclip:together=0", "together > 0"),
+        ("safeclip:sure=2", "sure and more in 0..1"),
+    ],
+)
+def test_fields_that_make_no_sense_are_refused(spec, what):
+    with pytest.raises(UserError, match=what):
+        registry.make("objective", spec)
+
+
+# The loop
+
+
+def trained(name, folder=None, until=None):
+    """A training of the toy data: weights, the module's state, losses."""
+    encoder, loss, recipe, tokens = start(name)
+
+    def cut(step, steps, value):
+        if step == until:
+            raise KeyboardInterrupt
+
+    file = folder and folder / f"{name}.safetensors"
+    try:
+        log = training.fit(loss, recipe, toy(), tokens, 3, file, cut)
+    except KeyboardInterrupt:
+        return {}
+    return {
+        "weights": weights(encoder),
+        "losses": torch.tensor(log.losses),
+        **{k: v.clone() for k, v in loss.state_dict().items()},
+    }
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
+    whole = trained(name)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    trained(name, tmp_path, until=16)
+    resumed = trained(name, tmp_path)
+    assert whole.keys() == resumed.keys() and all(torch.equal(v, resumed[k]) for k, v in whole.items())
+    assert torch.isfinite(whole["losses"]).all()
+
+
+def stepped(name):
+    """The module's state after steps of plain descent, which shows gradients as they are."""
+    _, loss, recipe, tokens = start(name, epochs=3 if name == "safeclip" else 2)
+    usual = training.optimizer
+    try:
+        training.optimizer = lambda model, recipe: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
+        training.fit(loss, recipe, toy(32), tokens[:32], 3)
+    finally:
+        training.optimizer = usual
+    return {k: v.clone().contiguous() for k, v in loss.state_dict().items()}
+
+
+def work_of_a_rank(folder):
+    """What each of the two ranks does."""
+    from bezoar import ranks
+
+    ranks.join()
+    out = {f"{name}.{k}": v for name in SPECS if name != "safeclip" for k, v in stepped(name).items()}
+    save_file(out, folder / f"rank{distributed.place()[0]}.safetensors")
+    with pytest.raises(UserError, match="start one process"):
+        stepped("safeclip")
+    ranks.tell(None) if distributed.place()[0] == 0 else ranks.hear()
+
+
+def test_two_ranks_are_one(tmp_path):
+    end = torchrun(__file__, tmp_path)
+    _, err = end.communicate(timeout=300)
+    assert end.returncode == 0, err
+    for rank in (0, 1):
+        left = load_file(tmp_path / f"rank{rank}.safetensors")
+        for name in ("cleanclip", "par", "roclip"):
+            for key, value in stepped(name).items():
+                scale = value.abs().max().clamp(min=1e-2) if value.is_floating_point() else 1
+                assert ((left[f"{name}.{key}"] - value).abs() <= 2e-4 * scale).all(), (name, key)
+
+
+if __name__ == "__main__":
+    work_of_a_rank(Path(sys.argv[1]))
