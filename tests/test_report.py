@@ -182,7 +182,7 @@ def test_failed_and_unfinished_runs_have_pages(copy: Path) -> None:
 
 def test_a_verb_without_sections_has_a_page(copy: Path) -> None:
     run = of(copy, "scan")[0]
-    (run.path / "manifest.json").write_text(json.dumps(run.manifest | {"verb": "audit"}))
+    (run.path / "manifest.json").write_text(json.dumps(run.manifest | {"verb": "weigh"}))
     text = page.write(run).read_text(encoding="utf-8")
     assert "AUROC" in text and "All figures" in text
 

@@ -1,4 +1,4 @@
-"""Weights out of foreign files that may be hostile: safetensors, and what `torch.save` writes (zip, or older than 1.6).
+"""Weights out of foreign files that may be hostile: safetensors, .npz, and what `torch.save` writes (zip, or before 1.6).
 
 Nothing in a file is executed: which functions a pickle asks for is read off its opcodes first and named where they are
 not those that rebuild tensors, then `torch.load(weights_only=True)` refuses them again. Shapes are looked at on the meta
@@ -8,14 +8,16 @@ device before anything is allocated, and no tensor may claim more than its file 
 from __future__ import annotations
 
 import io
+import math
 import pickletools
 import re
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,7 +30,8 @@ MAX_BYTES = 8 << 30  # of a file, and so of every member of it
 MAX_PICKLE = 16 << 20  # of the part of a checkpoint that says what its tensors are
 MAX_MEMBERS = 100_000
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
-WRAPPERS = ("state_dict", "model")  # keys under which checkpoints keep their weights
+WRAPPERS = ("state_dict", "model", "net", "netC", "network", "model_state_dict")  # keys under which weights are kept
+FREE, RATIO = 64 << 20, 100  # an archive may unpack to FREE bytes, or to RATIO times its own
 SAFE = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections OrderedDict"
     r"|torch (\w+Storage|Size|device|b?float\d*|u?int\d*|bool|half|double|long)"
@@ -53,13 +56,13 @@ def read(path: str) -> dict[str, Tensor]:
         start = stream.read(9)
     try:
         if start.startswith(b"PK\x03\x04"):
-            found = _torch(file, size, zipped=True)
+            found = _plain(_arrays(file, size)) if _is_npz(file) else _torch(file, size, zipped=True)
+        elif start[8:] == b"{":  # before pickles: the length of its header may begin with their first byte
+            found = _plain(load_file(file))
         elif start.startswith(b"\x80"):
             found = _torch(file, size, zipped=False)
-        elif start[8:] == b"{":
-            found = _plain(load_file(file))
         else:
-            raise UserError("not a checkpoint: expected safetensors, or what torch.save writes")
+            raise UserError("not a checkpoint: expected safetensors, .npz, or what torch.save writes")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (*BROKEN, SafetensorError, MemoryError) as error:
@@ -111,6 +114,41 @@ def _torch(file: Path, size: int, zipped: bool) -> dict[str, Tensor]:
         if max(reach, total // 2) > size:  # tied weights may be named twice
             raise UserError(f"{key} claims {max(reach, total)} bytes of a file of {size}")
     return _state(torch.load(file, map_location="cpu", weights_only=True, mmap=zipped))
+
+
+def _is_npz(file: Path) -> bool:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    return bool(names) and all(n.endswith(".npy") for n in names)
+
+
+def _arrays(file: Path, size: int) -> dict[str, Tensor]:
+    """The arrays of an .npz file by name. What the archive and each header claim is compared before it is unpacked."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        total = sum(m.file_size for m in members)
+        if len(members) > MAX_MEMBERS or total > min(MAX_BYTES, max(FREE, RATIO * size)):
+            raise UserError(f"{len(members)} arrays of {total >> 20} MiB together, packed in {size >> 10} KiB, are too many")
+        found = {}
+        for member in members:
+            with archive.open(member) as stream:
+                found[member.filename.removesuffix(".npy")] = torch.from_numpy(_array(stream, member.file_size))
+    return found
+
+
+def _array(stream: IO[bytes], size: int) -> np.ndarray:
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(stream)
+    if version not in headers:
+        raise UserError(f"npy version {version} is not supported; 1.0 and 2.0 are")
+    shape, fortran, dtype = headers[version](stream)
+    if dtype.hasobject:
+        raise UserError("expected arrays of numbers; one holds pickled objects, which are never read")
+    claimed = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or claimed > size:
+        raise UserError(f"an array of shape {shape} claims {claimed} bytes of the {size} that its member has")
+    data = np.frombuffer(bytearray(stream.read(claimed)), dtype).reshape(shape, order="F" if fortran else "C")
+    return data.astype(dtype.newbyteorder("="), order="C", copy=False)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

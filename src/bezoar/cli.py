@@ -17,8 +17,22 @@ from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.run import Input, Settings, Takes, execute, find, typed, verb_name
 
-VERBS = ("poison", "train", "inject", "evaluate", "scan", "survive", "reproduce", "dose", "demo")
-SWEEPS = ("reproduce", "dose", "scan")
+VERBS = (
+    "poison",
+    "train",
+    "inject",
+    "evaluate",
+    "scan",
+    "survive",
+    "audit",
+    "calibrate",
+    "repair",
+    "check",
+    "reproduce",
+    "dose",
+    "demo",
+)
+SWEEPS = ("reproduce", "dose", "scan", "calibrate")
 POSITIONAL = {
     "poison": ("data",),
     "train": ("data",),
@@ -26,6 +40,10 @@ POSITIONAL = {
     "evaluate": ("encoder", "test"),
     "scan": ("data",),
     "survive": ("data",),
+    "audit": ("encoder",),
+    "calibrate": ("encoder",),
+    "repair": ("encoder",),
+    "check": ("encoder", "images"),
     "reproduce": ("paper",),
     "dose": ("data",),
     "demo": ("story",),
@@ -70,6 +88,11 @@ def command(name: str) -> type:
             ("workers", Annotated[int, tyro.conf.arg(help="processes at a time; 0: one a core, or one a GPU")], 0),
             ("ray", Annotated[bool, tyro.conf.arg(help="on Ray: the cluster RAY_ADDRESS names, or a local one")], False),
         ]
+    if name == "audit":
+        levels = Literal["never", "evidence", "unknown"]
+        common.append(
+            ("fail_on", Annotated[levels, tyro.conf.arg(help="exit with 3 on it; unknown: or without calibration")], "never")
+        )
     if name == "poison":
         fields = [(f[0], Annotated[str | None, *typing.get_args(f[1])[1:]], None) if f[0] == "data" else f for f in fields]
         common.append(
@@ -102,8 +125,8 @@ class Show:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print. Returns the exit status.
 
-    0: done. 1: a bug. 2: the user's input. 4: done, but for what could not be read or asked; the run's notes
-    (`incomplete`) say what. 130: interrupted.
+    0: done. 1: a bug. 2: the user's input. 3: `--fail-on` found its case. 4: done, but for what could not be read or
+    asked; the run's notes (`incomplete`) say what. 130: interrupted.
     """
     try:
         commands: dict[str, Any] = {name: command(name) for name in VERBS}
@@ -145,7 +168,7 @@ def carry_out(asked: Any) -> int:
     how = {name: getattr(asked, name) for name in ("workers", "ray") if hasattr(asked, name)}
     run = execute(verb, Settings(asked.runs, asked.seed, asked.device, asked.fresh, **how))
     manifest = run.manifest
-    status = 4 if manifest["notes"].get("incomplete") else 0
+    status = 3 if fails(asked, manifest["notes"]) else 4 if manifest["notes"].get("incomplete") else 0
     if asked.json:
         print(json.dumps(manifest, indent=1, ensure_ascii=False))
         return status
@@ -153,6 +176,13 @@ def carry_out(asked: Any) -> int:
     print(f"report: {run.path / 'report.html'}")
     print(run.path)
     return status
+
+
+def fails(asked: Any, notes: dict) -> bool:
+    """Whether an audit is to end a build: on evidence; with `unknown` also where an audit has no calibration or did not run."""
+    wanted = getattr(asked, "fail_on", "never")
+    unknown = bool(notes.get("uncalibrated") or notes.get("incomplete"))
+    return wanted != "never" and (notes.get("words") == "evidence" or (wanted == "unknown" and unknown))
 
 
 def verify(asked: Any) -> int:
@@ -189,9 +219,12 @@ def show_run(asked: Show) -> int:
 
 
 def table(manifest: dict) -> None:
-    """Metrics with n and 95 % interval."""
+    """The verdict where there is one; metrics with n and 95 % interval."""
     from rich.console import Console
     from rich.table import Table
+
+    if verdict := manifest.get("notes", {}).get("verdict"):
+        print(verdict)
 
     rows = Table("metric", "value", "95 % interval", "n", box=None, pad_edge=False)
     for name, m in manifest["metrics"].items():

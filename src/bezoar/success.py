@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,15 @@ from bezoar.scores import Measure, average, proportion
 
 Head = Callable[[Tensor], Tensor]  # float32 (N, D) unit rows -> (N, C), higher = rather this class
 P = ParamSpec("P")
+
+
+class Sees(Protocol):
+    """What images are seen through: an encoder, or a classifier whose vectors are its logits (`probes/own.py`)."""
+
+    def eval(self) -> Any: ...
+    def images(self, x: Tensor) -> Tensor: ...
+
+
 R = TypeVar("R")
 _kept: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
 
@@ -72,7 +81,7 @@ class Seen:
 
     @staticmethod
     @once
-    def of(encoder: Encoder, test: Pairs, goals: Sequence[Goal], victims: Pairs | None, batch: int = 512) -> Seen:
+    def of(encoder: Sees, test: Pairs, goals: Sequence[Goal], victims: Pairs | None, batch: int = 512) -> Seen:
         """Every image through the encoder. Raises UserError for test data or goals that nothing can be measured on."""
         if not test.classes or test.labels is None:
             raise UserError("this probe needs a test set with classes; use the retrieval probe where there are none")
@@ -163,8 +172,8 @@ class Seen:
 
 
 @torch.no_grad()
-def features(encoder: Encoder, batches: Iterable[Tensor]) -> Tensor:
-    """uint8 images, a batch at a time -> float32 (N, D), unit rows. Raises UserError on NaN."""
+def features(encoder: Sees, batches: Iterable[Tensor]) -> Tensor:
+    """uint8 images, a batch at a time -> float32 (N, D), of an encoder unit rows. Raises UserError on NaN."""
     encoder.eval()
     z = torch.cat([encoder.images(x) for x in batches])
     if not torch.isfinite(z).all():
