@@ -194,7 +194,7 @@ def rate(cell: Cell) -> bool:
     if cell.compare is not None:
         return True
     name = cell.readings[0][1].rpartition(".")[2]
-    return not name.startswith(("z_", "target_rank", "targeted_rank", "similarity", "seconds"))
+    return not name.startswith(("z_", "target_rank", "targeted_rank", "similarity", "seconds", "anomaly", "value"))
 
 
 def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:

@@ -31,6 +31,7 @@ TABLES = (  # in the order of the page
     "trigger_size",
     "reference",
     "pretraining",
+    "defences",
 )
 HEADS = ("linear", "knn", "mlp")
 DEVIATIONS = (

@@ -19,7 +19,7 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-TABLES = ("detection", "flickr8k", "aerial", "retraining")  # in the order of the page
+TABLES = ("detection", "flickr8k", "aerial", "retraining", "audits", "repairs")  # in the order of the page
 ENCODER = "BadEncoder"
 TARGETS = ("truck", "airplane", "bird", "dog", "ship")  # BadEncoder's, in turn; classes of CIFAR-10
 
@@ -72,6 +72,12 @@ class Setup:
     badencoder: str
     triggers: tuple[str, ...]  # BadEncoder's, in turn
     targets: tuple[str, ...]
+    audits: tuple[str, ...]
+    image_audits: tuple[str, ...]  # of encoders without a text tower
+    repairs: tuple[str, ...]
+    image_repairs: tuple[str, ...]
+    fresh: str  # clean records that a repair is given
+    fresh_images: str
     bank: int
     clean: int
     patched: int
@@ -132,6 +138,19 @@ SMALL = Setup(
     badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
     triggers=("patch:size=10,fill=white,margin=1", "patch:size=8,fill=blocks,cell=2,margin=1,seed=1"),
     targets=TARGETS,
+    audits=("decree", "cleanse", "ssl_cleanse", "whitening"),
+    image_audits=("decree", "cleanse", "ssl_cleanse", "whitening"),
+    repairs=(
+        "finetune",
+        "finetune:objective=(par:epochs=8)",
+        "finetune:objective=(clip:epochs=8)",
+        "prune",
+        "distill",
+        "unlearn",
+    ),
+    image_repairs=("finetune:objective=(simclr:epochs=8)", "prune", "distill", "unlearn"),
+    fresh="scenes:count=4000,seed=9000",
+    fresh_images="",
     bank=20,
     clean=20,
     patched=10,
@@ -158,6 +177,12 @@ def setup(given: Given) -> Setup:
             simclr="simclr:epochs=1,batch=64,hidden=16,dim=8",
             badencoder="badencoder:epochs=1,batch=64,lr=0.01",
             targets=CLASSES,
+            audits=("decree:steps=3", "cleanse:steps=3"),
+            image_audits=("decree:steps=3",),
+            repairs=("finetune:objective=(cleanclip:epochs=1,batch=64),lrs=(1e-3)", "prune"),
+            image_repairs=("distill:epochs=1",),
+            fresh="scenes:count=300,seed=9000",
+            fresh_images=data,
             bank=2,
             clean=2,
             patched=2,
@@ -168,6 +193,7 @@ def setup(given: Given) -> Setup:
         SMALL,
         images=named(given.root, "cifar10", "train", limit=20000),
         shadow=named(given.root, "cifar10", "train", limit=5000),
+        fresh_images=named(given.root, "cifar10", "train", limit=4000),
         labelled=named(given.root, "cifar10", "train", limit=5000),
         held_out=named(given.root, "cifar10", "test", limit=2000),
     )

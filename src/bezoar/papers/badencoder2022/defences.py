@@ -1,0 +1,75 @@
+"""Defences against BadEncoder: Neural Cleanse, a certificate (Jia, Liu, Gong 2022, section VI), DECREE (Feng et al. 2023)."""
+
+from collections.abc import Callable
+
+from bezoar import laws
+from bezoar.laws import Contrast
+from bezoar.papers.badencoder2022 import Setup, Task, attacked, best, clean, setup
+from bezoar.registry import method
+from bezoar.sweep import Trial
+from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.verbs.audit import Audit
+from bezoar.verbs.evaluate import Evaluate
+
+FLAGGED = 2.0  # the anomaly index from which Neural Cleanse calls a classifier backdoored
+PATCH = 10  # pixels: the trigger's side, which the certificate is for
+QUICK, USUAL = ("cleanse:steps=3", "decree:steps=3"), ("cleanse", "decree")
+
+
+@method
+class Defences:
+    """Each task's linear classifier on the attacked encoder and on the clean one: is it found, is it certified?"""
+
+    def __call__(self, given: Given) -> Table:
+        """The table at a scale."""
+        s = setup(given)
+        audits = QUICK if given.scale == "smoke" else USUAL
+        found, claims = [], []
+        for task in s.tasks:
+            for kind in ("clean", "attacked"):
+                found.append(Row(f"{task.name}, {kind}", self.cells(s, task, kind, audits)))
+            name = f"{task.name}, attacked"
+            claims.append(Claim(f"Neural Cleanse misses it: {name}", "recalled", "-", over(name, "anomaly index", FLAGGED)))
+            claims.append(Claim(f"Nothing is certified: {name}", "recalled", "same", over(name, "certified accuracy", 0), 0.05))
+        return Table(
+            "BadEncoder: defences",
+            "Neural Cleanse, MNTD and PatchGuard are insufficient (abstract); the index stays under 2, and next to nothing is "
+            "certified (recalled).",
+            "",
+            tuple(found),
+            tuple(claims),
+            notes=(
+                "Neural Cleanse and the certificate read a linear head. PatchCleanser stands for PatchGuard: both mask; it "
+                f"certifies against any patch of {PATCH} px. DECREE is later than the paper. MNTD needs a bank of shadow "
+                "encoders (`mntd.fit`) and has no row.",
+                *s.notes,
+            ),
+        )
+
+    @staticmethod
+    def cells(s: Setup, task: Task, kind: str, audits: tuple[str, ...]) -> tuple[Cell, ...]:
+        """Anomaly index, PL1, certified accuracy, and success behind the masks, of one encoder a seed."""
+        bad = attacked(s, task, best(task))
+        verb = clean(s) if kind == "clean" else bad
+        seeds = range(s.seeds)
+        cleanse, decree = ([Trial(Audit(verb, task.test, (a,), "linear", bank=()), k) for k in seeds] for a in audits)
+        probe = (f"patch_cleanser:patch={PATCH},head=linear,limit=200",)
+        masked = [Trial(Evaluate(verb, task.test, probe, train=task.train), k) for k in seeds]
+        out = (
+            Cell("anomaly index", readings(cleanse, "cleanse.anomaly_index")),
+            Cell("DECREE, PL1", readings(decree, "decree.pl1")),
+            Cell("certified accuracy", readings(masked, "patch_cleanser.certified_accuracy")),
+            Cell("accuracy behind masks", readings(masked, "patch_cleanser.clean_accuracy")),
+        )
+        success = Cell("ASR behind masks", readings(masked, "patch_cleanser.attack_success"))
+        return out if kind == "clean" else (*out, success)
+
+
+def over(row: str, cell: str, bound: float) -> Callable[[Results], Contrast]:
+    """A cell's readings less a number."""
+
+    def contrast(r: Results) -> Contrast:
+        values = r.values(row, cell)
+        return laws.difference(values, [bound] * len(values), True)
+
+    return contrast
