@@ -13,9 +13,9 @@ from PIL import Image
 from sklearn.neighbors import LocalOutlierFactor
 
 from bezoar import registry, stats
-from bezoar.detectors import duplicates, transplant
+from bezoar.detectors import duplicates
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs, draws
+from bezoar.pairs import Pairs
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
 PATCH = torch.tensor([[255, 0, 255], [0, 255, 0]], dtype=torch.uint8)[
@@ -91,11 +91,23 @@ def strays(n: int = 240, count: int = 6) -> tuple[Pairs, np.ndarray]:
     return replace(pairs, images=x), truth
 
 
+def backdoored(n: int = 240, poisons: int = 12, size: int = 32) -> tuple[Pairs, np.ndarray]:
+    """PATCH at a random place of different images that are not green, captioned as green."""
+    pairs, g = clean(n, seed=5, size=size), torch.Generator().manual_seed(6)
+    rows = (pairs.labels != 1).nonzero()[:, 0][:poisons].tolist()
+    x, captions = pairs.images.clone(), list(pairs.captions)
+    for i in rows:
+        y, z = torch.randint(0, size - 5, (2,), generator=g).tolist()
+        x[i, :, y : y + 6, z : z + 6] = PATCH
+        captions[i] = f"a green wall seen {i} times"
+    return replace(pairs, images=x, captions=tuple(captions)), np.isin(np.arange(n), rows)
+
+
 NAMES = registry.names("detector")
 SLOW = {"loss_trace", "safeclip", "cognitive_distillation", "repetition"}  # asked smaller questions in test_traces.py
 QUICK = [n for n in NAMES if n not in SLOW]
-# what a detector is to find, where it is not `poisoned`; copies lie in a place of no dimension
-PLANTED = {"lid": strays}
+# what a detector is to find, where it is not `poisoned`: copies lie in a place of no dimension, and are one picture
+PLANTED = {"lid": strays, "transplant": backdoored}
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +171,9 @@ def test_contract_spec_and_docstring(name):
 @pytest.mark.parametrize(
     "spec",
     ["k_distance:k=0", "slof:pool=-1", "dao:k=1", "dao:rate=0", "dao:form=sum", "duplicates:similarity=0",
-     "duplicates:side=1", "transplant:window=0", "transplant:k=0", "transplant:cascade=2", "transplant:strongest=-1",
-     "transplant:scouts=13", "lid:k=1", "isolation_forest:cut=1", "spectral:count=0", "spectral:classes=nouns",
-     "activation_clustering:dims=0"],
+     "duplicates:side=1", "transplant:cells=()", "transplant:cells=1", "transplant:k=1", "transplant:cascade=2",
+     "transplant:rounds=1", "transplant:scouts=13", "transplant:groups=-1", "lid:k=1", "isolation_forest:cut=1",
+     "spectral:count=0", "spectral:classes=nouns", "activation_clustering:dims=0"],
 )  # fmt: skip
 def test_bad_fields_are_refused(spec):
     with pytest.raises(UserError):
@@ -284,124 +296,3 @@ def test_duplicates_of_flat_images_is_finite():
     pairs = clean(20)
     values = run("duplicates", replace(pairs, images=torch.full_like(pairs.images, 7))).values
     assert (values < 0).all()
-
-
-def backdoored(n: int = 240, poisons: int = 12, size: int = 32) -> tuple[Pairs, np.ndarray]:
-    """PATCH at a random place of different images that are not green, captioned as green."""
-    pairs, g = clean(n, seed=5, size=size), torch.Generator().manual_seed(6)
-    rows = (pairs.labels != 1).nonzero()[:, 0][:poisons].tolist()
-    x, captions = pairs.images.clone(), list(pairs.captions)
-    for i in rows:
-        y, z = torch.randint(0, size - 5, (2,), generator=g).tolist()
-        x[i, :, y : y + 6, z : z + 6] = PATCH
-        captions[i] = f"a green wall seen {i} times"
-    return replace(pairs, images=x, captions=tuple(captions)), np.isin(np.arange(n), rows)
-
-
-def plain_transplant(encoder, pairs: Pairs, side: int, step: int, k: int, scouts: int, cascade: float, seed: int) -> np.ndarray:
-    """Round one, a window and a pair at a time."""
-    shape, n = pairs.images.shape[-2:], len(pairs)
-    texts = encoder.texts(pairs.captions)
-
-    def agrees(image: torch.Tensor, i: int) -> float:
-        return float(encoder.images(image[None])[0] @ texts[i])
-
-    def hidden(i: int, y: int, x: int) -> float:
-        image = pairs.images[i].clone()
-        for c in range(3):
-            image[c, y : y + side, x : x + side] = int(torch.round(pairs.images[i, c].float().mean()))
-        return agrees(image, i)
-
-    starts = [[round(j * (s - side) / max(1, -(-s // side) - 1)) for j in range(-(-s // side))] for s in shape]
-    whole = [agrees(pairs.images[i], i) for i in range(n)]
-    left = [{(y, x): hidden(i, y, x) for y in starts[0] for x in starts[1]} for i in range(n)]
-    loss = np.array([whole[i] - min(left[i].values()) for i in range(n)], np.float32)
-    drawn = np.lexsort((pairs.ids, draws(seed, pairs.ids, 1, "pool")[:, 0]))
-    hosts = [i for i in drawn if loss[i] <= median(loss)][:k]
-
-    def gain(i: int, y: int, x: int, hosts: list[int]) -> float:
-        gains = []
-        for h in hosts:
-            image = pairs.images[h].clone()
-            image[:, y : y + side, x : x + side] = pairs.images[i, :, y : y + side, x : x + side]
-            if h != i:
-                gains.append(agrees(image, i) - agrees(pairs.images[h], i))
-        return median(gains)
-
-    first = [min(left[i], key=left[i].get) for i in range(n)]
-    rest = np.array([gain(i, *first[i], hosts[:scouts]) for i in range(n)])
-    place = [min(sum(v > values[i] for v in values) for values in (rest, loss)) for i in range(n)]
-    kept = np.argsort(place, kind="stable")[: int(np.ceil(cascade * n))]
-    gains = []
-    for i in kept:
-        places = [(first[i][0] + a, first[i][1] + b) for a in (0, -step, step) for b in (0, -step, step)]
-        places = [(min(max(a, 0), shape[0] - side), min(max(b, 0), shape[1] - side)) for a, b in places]
-        gains.append(gain(i, *min(places, key=lambda p: hidden(i, *p)), hosts))
-    score = np.array(gains) - median(gains)
-    score /= 1.4826 * median(np.abs(score))
-    values = rest - rest.max() + score.min()
-    values[kept] = score
-    return values
-
-
-def median(values) -> float:
-    """The lower one of two middle values, as torch has it."""
-    return sorted(values)[(len(values) - 1) // 2]
-
-
-@pytest.mark.parametrize(("size", "window", "cascade"), [(32, 0.25, 0.5), (20, 0.3, 1.0)])
-def test_transplant_is_the_plain_one(size, window, cascade, monkeypatch):
-    monkeypatch.setitem(transplant.CELLS, "cpu", 100_000)
-    pairs, _ = backdoored(24, 3, size)
-    made = transplant.Transplant(window=window, stride=0.5, k=5, cascade=cascade, scouts=2, strongest=0, seed=1)
-    side = round(window * size)
-    expected = plain_transplant(Fake(True), pairs, side, round(0.5 * side), 5, 2, cascade, 1)
-    assert made(Fake(True), pairs).values.numpy() == pytest.approx(expected, rel=1e-3, abs=1e-3)
-
-
-@pytest.mark.parametrize("strongest", [0, 0.05, 0.2])
-def test_transplant_finds_a_planted_backdoor(strongest):
-    pairs, truth = backdoored()
-    scores = transplant.Transplant(strongest=strongest)(Fake(True), pairs)
-    assert stats.auroc(scores.values.numpy(), truth) > 0.99
-    assert stats.precision_at_n(scores.values.numpy(), truth) > 0.9
-
-
-def test_windows_cover_the_image_and_stay_inside():
-    for shape, side in (((32, 32), 8), ((30, 41), 8), ((8, 8), 8), ((9, 20), 8)):
-        corners = transplant.grid(shape, side)
-        covered = transplant.inside(corners[None], side, shape)[0].any(0)[0]
-        assert covered.all() and (transplant.inside(corners[None], side, shape).sum((3, 4)) == side * side).all()
-        around = transplant.refined(corners, 5, shape, side)
-        assert (around >= 0).all() and (around <= torch.tensor(shape) - side).all()
-        assert torch.equal(around[:, 0], corners)
-
-
-def test_crop_and_correlation_are_the_plain_ones():
-    x = torch.randint(0, 256, (6, 3, 20, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    place = torch.tensor([[0, 0], [3, 9], [14, 18], [5, 5], [1, 2], [7, 0]])
-    windows = transplant.crop(x, place, 6)
-    for i, (a, b) in enumerate(place.tolist()):
-        assert torch.equal(windows[i], x[i, :, a : a + 6, b : b + 6])
-    found = transplant.correlation(windows)
-    for i in range(6):
-        for j in range(6):
-            a = windows[i].double() - windows[i].double().mean()
-            b = windows[j].double() - windows[j].double().mean()
-            turned = [float((a * b.roll((p, q), (1, 2))).sum()) for p in range(6) for q in range(6)]
-            assert float(found[i, j]) == pytest.approx(max(turned) / float(a.norm() * b.norm()), abs=1e-4)
-
-
-def test_a_direction_needs_like_windows_on_different_pictures():
-    g = torch.Generator().manual_seed(0)
-    shift = 0.03 * torch.randn(60, 16, generator=g)
-    windows = torch.randint(0, 256, (60, 3, 8, 8), generator=g).to(torch.uint8)
-    pictures = torch.randint(0, 256, (60, 3, 32, 32), generator=g).to(torch.uint8)
-    assert transplant.common(shift, windows, pictures) is None
-    shift[:9] += torch.eye(16)[3]
-    assert transplant.common(shift, windows, pictures) is None  # one direction, nine different patterns
-    windows[:9] = windows[0]
-    direction = transplant.common(shift, windows, pictures)
-    assert direction is not None and float(direction[3]) > 0.9
-    pictures[:9] = pictures[0]
-    assert transplant.common(shift, windows, pictures) is None  # one picture nine times

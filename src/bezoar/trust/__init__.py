@@ -5,6 +5,7 @@ False discoveries for every ranking; where the truth is known, side channels tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
 
     boxes: int (M, 4): top, left, height, width in pixels of the images as they are scanned, of these records.
     """
-    told = torch.from_numpy(np.frombuffer("\n".join(ids).encode(), np.uint8).copy())
+    told = torch.from_numpy(np.frombuffer(json.dumps(list(ids)).encode(), np.uint8).copy())
     save_file({"ids": told, "boxes": boxes.to(torch.int32).cpu().contiguous()}, folder / WINDOWS)
 
 
@@ -86,11 +87,11 @@ def windows(folder: Path) -> dict[str, tuple[int, int, int, int]]:
         return {}
     try:
         held = load_file(path)
-        ids, boxes = bytes(held["ids"].numpy()).decode().split("\n"), held["boxes"]
+        ids, boxes = json.loads(bytes(held["ids"].numpy())), held["boxes"]
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} holds no windows: {error}") from error
-    if boxes.shape != (len(ids), 4):
-        raise UserError(f"{path}: {len(ids)} ids but boxes of shape {tuple(boxes.shape)}")
+    if not isinstance(ids, list) or boxes.shape != (len(ids), 4) or not all(isinstance(k, str) for k in ids):
+        raise UserError(f"{path} holds no list of ids with a box each; boxes are of shape {tuple(boxes.shape)}")
     return {k: (int(b[0]), int(b[1]), int(b[2]), int(b[3])) for k, b in zip(ids, boxes.tolist(), strict=True)}
 
 

@@ -62,10 +62,13 @@ class Scan:
         keeping.write_lists(job.folder, data, kept)
         worst = [row(data, i, merged, found) for i in order[:RANKED].tolist()]
         inputs.write_json(job.folder / "ranked.json", worst)
+        if any(s.boxes is not None for s in found.values()):
+            trust.write_windows(job.folder, *framed(found, order[: max(RANKED, removed)]))
         job.notes = data.reading() | {
             "records": len(data),
             "removed": removed,
             "detectors": [registry.spec(d) for d in job.inputs["detector"]],
+            "told": {k: s.notes for k, s in found.items() if s.notes},
             "incomplete": incomplete(data, failed),
         }
         for line in job.notes["incomplete"]:
@@ -131,6 +134,18 @@ def scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
         return detector(data.encoder, data, report=report)
     with counted(data.encoder, expected(detector, len(data)), job.progress, name):
         return detector(data.encoder, data)
+
+
+def framed(found: dict[str, Scores], rows: Any) -> tuple[list[str], Any]:
+    """Ids and windows, int64 (M, 4), of those of the rows for which a detector says where; of several, the first that does."""
+    import torch
+
+    ids, boxes = next(iter(found.values())).ids, torch.full((len(rows), 4), -1)
+    for one in found.values():
+        if one.boxes is not None:
+            boxes = torch.where(boxes[:, 2:3] > 0, boxes, one.boxes.cpu()[torch.from_numpy(rows)])
+    known = (boxes[:, 2] > 0).nonzero()[:, 0].tolist()
+    return [ids[rows[i]] for i in known], boxes[known]
 
 
 def row(data: Corpus, i: int, merged: Scores, found: dict[str, Scores]) -> dict:
