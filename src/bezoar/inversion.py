@@ -33,11 +33,43 @@ from bezoar.verdict import Inversion
 BETAS, TINY = (0.5, 0.9), 1e-8  # Adam's, as published for all three audits
 LOOK = 5  # steps between two looks at who is done; a look makes the host wait for the device
 BETTER = 0.99  # a mask of more than this share of the best one's norm is no progress
+MANY = 1 << 20  # images: a part of so many is as large as parts get
 SAME = 1e-2  # pixels, or a hundredth in logarithms: a spread of norms below this is none
 CONSISTENT = 1.4826  # times the median absolute deviation = the standard deviation of normal numbers
 FEWEST = 10  # norms that a median absolute deviation says something of
 
-See = Callable[[Tensor], Tensor]  # float 0..1 (B, 3, H, W) -> vectors float32 (B, D), differentiable
+
+@dataclass(frozen=True)
+class See:
+    """What an encoder sees: float 0..1 (B, 3, H, W) -> vectors (B, D), differentiable by the pixels alone.
+
+    encoder: gives pixels and arithmetic. tower: its image tower, or a faster form of it. raw: its vectors as they come, not
+    unit rows.
+    """
+
+    encoder: Encoder
+    tower: Callable[[Tensor], Tensor]
+    raw: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The vectors in full precision, whatever the tower computes in."""
+        with self.encoder.autocast():
+            z = self.tower(self.encoder.pixels(x))
+        return z.to(self.dtype) if self.raw else F.normalize(z.to(self.dtype), dim=-1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors, and of what leads to them: float32, or double where the weights are."""
+        return torch.promote_types(next(self.encoder.parameters()).dtype, torch.float32)
+
+    def pieces(self, n: int) -> Iterator[slice]:
+        """n images in parts that are computed together; what counts is the size that they are looked at in."""
+        return frozen.pieces(n, self.encoder.preprocess.size, self.device)
 
 
 class Aim(Protocol):
@@ -131,18 +163,11 @@ def resting(encoder: Encoder, raw: bool = False) -> Iterator[See]:
     flags = [(p, p.requires_grad) for p in encoder.parameters()]
     try:
         encoder.eval()
-        tower = encoder.image
+        tower: nn.Module = encoder.image
         if any(isinstance(m, frozen.Norm) for m in tower.modules()):
             tower = Frozen(tower, encoder.preprocess.size).fast.eval().requires_grad_(False)
         encoder.requires_grad_(False)
-
-        def see(x: Tensor) -> Tensor:
-            with encoder.autocast():
-                z = tower(encoder.pixels(x))
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
-            return z if raw else F.normalize(z, dim=-1)
-
-        yield see
+        yield See(encoder, tower, raw)
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
@@ -172,8 +197,7 @@ def plain(value: float, n: int, how: str) -> Measure:
 
 def start(count: int, height: int, width: int, seed: int, centred: bool = False) -> Tensor:
     """Free numbers (count, 4, H, W), the mask first: uniform masks and patterns; an inversion's depend on its number alone."""
-    drawn = [torch.rand(4, height, width, generator=generator(seed, 11, i)) for i in range(count)]
-    u = torch.stack(drawn)
+    u = torch.stack([torch.rand(4, height, width, generator=generator(seed, 11, i)) for i in range(count)])
     if centred:
         u[:, 0] = 0.01
         u[:, 0, height // 4 : height - height // 4, width // 4 : width - width // 4] = 0.99
@@ -198,7 +222,7 @@ def slope(u: Tensor, which: Tensor, weight: Tensor, x: Tensor, see: See, aim: Ai
     Computed some inversions at a time, so that memory does not grow with their number.
     """
     grad, success, norm = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(weight)
-    for p in pieces(len(u), x):
+    for p in together(len(u), len(x), see):
         part = u[p].detach().requires_grad_()
         z = see(stamped(part, x))
         loss, success[p] = aim(z.view(len(part), len(x), -1), which[p])
@@ -208,11 +232,10 @@ def slope(u: Tensor, which: Tensor, weight: Tensor, x: Tensor, see: See, aim: Ai
     return grad, success, norm
 
 
-def pieces(count: int, x: Tensor) -> Iterator[slice]:
-    """Inversions that are computed together: as many as `frozen.PIECES` has room for, each on all of x (n, 3, H, W)."""
-    rows, side = frozen.PIECES.get(x.device.type, frozen.PIECES["cuda"])
-    most = max(1, rows * side**2 // (len(x) * x.shape[2] * x.shape[3]))
-    step = -(-count // -(-count // most)) if count else 1
+def together(count: int, n: int, see: See) -> Iterator[slice]:
+    """`count` inversions in parts that are computed together: as many as there is room for, each on all of n images."""
+    most = max(1, next(see.pieces(MANY)).stop // n)
+    step = -(-count // -(-count // most))
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
 
@@ -220,17 +243,15 @@ def pieces(count: int, x: Tensor) -> Iterator[slice]:
 class Search:
     """The inversions that are not done: their numbers, free numbers, Adam's moments, weights and counts; and the best yet."""
 
-    def __init__(self, count: int, side: tuple[int, int], recipe: Descent, seed: int, device: torch.device) -> None:
-        self.recipe = recipe
-        self.u = start(count, *side, seed, recipe.centred).to(device)
-        self.first, self.second = torch.zeros_like(self.u), torch.zeros_like(self.u)
-        self.which = torch.arange(count, device=device)
-        self.weight = torch.full((count,), recipe.weight, device=device)
-        self.hits, self.misses, self.low, self.idle = torch.zeros(4, count, device=device)
-        self.turned = torch.zeros(count, 2, dtype=torch.bool, device=device)  # has the weight gone up, has it gone down
-        self.best, self.smallest = self.u.clone(), torch.full((count,), torch.inf, device=device)
-        self.most = torch.full((count,), -1.0, device=device)
-        self.steps = torch.zeros(count, dtype=torch.long, device=device)
+    def __init__(self, u: Tensor, recipe: Descent) -> None:
+        """u: where to start, (G, 4, H, W)."""
+        self.u, self.recipe = u, recipe
+        self.first, self.second, self.best = torch.zeros_like(u), torch.zeros_like(u), u.clone()
+        self.which, none = torch.arange(len(u), device=u.device), u.new_zeros(len(u))
+        self.weight, self.smallest, self.most = none + recipe.weight, none + torch.inf, none - 1
+        self.hits, self.misses, self.low, self.idle = none, none, none, none
+        self.turned = torch.zeros(len(u), 2, dtype=torch.bool, device=u.device)  # has the weight gone up, has it gone down
+        self.steps = torch.zeros(len(u), dtype=torch.long, device=u.device)
 
     def keep(self, success: Tensor, norm: Tensor) -> None:
         """Take note of what the triggers as they stand do: the smallest that succeeds, until then the most successful."""
@@ -268,7 +289,7 @@ class Search:
         self.steps[self.which] = step + 1
 
     def halve(self) -> None:
-        """The worse half goes: those with the larger mask, after them those that never succeeded, the least successful last."""
+        """The worse half goes: the larger masks, and before them those that never succeeded, the least successful first."""
         smallest, most = self.smallest[self.which], self.most[self.which]
         order = torch.where(smallest.isinf(), 1e9 - most, smallest).argsort(stable=True)
         stay = torch.zeros_like(order, dtype=torch.bool)
@@ -277,9 +298,7 @@ class Search:
 
     def leave(self) -> None:
         """Those that are done go."""
-        stay = (self.idle < self.recipe.wait) | ~self.turned.all(1) | self.smallest[self.which].isinf()
-        if not bool(stay.all()):
-            self.only(stay)
+        self.only((self.idle < self.recipe.wait) | ~self.turned.all(1) | self.smallest[self.which].isinf())
 
     def only(self, stay: Tensor) -> None:
         """The others leave the batch."""
@@ -287,17 +306,16 @@ class Search:
             setattr(self, name, getattr(self, name)[stay])
 
 
-def invert(
-    see: See, clean: Pairs, aim: Aim, count: int, recipe: Descent, seed: int, device: torch.device, report: Report = silent
-) -> Found:
+def invert(see: See, clean: Pairs, aim: Aim, count: int, recipe: Descent, seed: int, report: Report = silent) -> Found:
     """`count` triggers, each for its own aim. clean: images of any size; masks have theirs. Deterministic for a seed.
 
     Raises UserError when the encoder gives NaN.
     """
-    search = Search(count, (clean.images.shape[2], clean.images.shape[3]), recipe, seed, device)
+    height, width = clean.images.shape[2:]
+    search = Search(start(count, height, width, seed, recipe.centred).to(see.device, see.dtype), recipe)
     for step in range(recipe.steps):
         rows = torch.randperm(len(clean), generator=generator(seed, 12, step))[: recipe.batch].sort().values
-        x = clean.images[rows.to(clean.images.device)].to(device).float() / 255
+        x = clean.images[rows.to(clean.images.device)].to(search.u) / 255
         grad, success, norm = slope(search.u, search.which, search.weight, x, see, aim)
         if not step and not bool(torch.isfinite(grad).all()):
             raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
@@ -310,16 +328,15 @@ def invert(
             search.leave()
             if not len(search.which):
                 break
-    report(recipe.steps, recipe.steps, f"{count} triggers looked for")
     mask, pattern = trigger(search.best)
     success = verify(see, search.best, clean, aim)
     return Found(mask, pattern, mask.sum((1, 2, 3)), success, search.smallest.isfinite(), search.steps)
 
 
 @torch.no_grad()
-def vectors(see: See, images: Tensor, device: torch.device) -> Tensor:
+def vectors(see: See, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 (N, D). Raises UserError on NaN."""
-    z = torch.cat([see(part.to(device).float() / 255) for part in images.split(256)])
+    z = torch.cat([see(images[p].to(see.device, see.dtype) / 255) for p in see.pieces(len(images))])
     if not torch.isfinite(z).all():
         raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
     return z
@@ -330,7 +347,8 @@ def verify(see: See, u: Tensor, clean: Pairs, aim: Aim) -> Tensor:
     """Success (G,) of triggers over all clean images, one trigger after the other."""
     found = []
     for i in range(len(u)):
-        z = torch.cat([see(stamped(u[i : i + 1], part.to(u.device).float() / 255)) for part in clean.images.split(256)])
+        parts = (clean.images[p].to(u) / 255 for p in see.pieces(len(clean)))
+        z = torch.cat([see(stamped(u[i : i + 1], x)) for x in parts])
         found.append(aim(z[None], torch.tensor([i], device=u.device))[1])
     return torch.cat(found)
 
@@ -346,9 +364,10 @@ def anomaly(norms: Tensor) -> Tensor:
     return torch.where(x < middle, away / (CONSISTENT * away.quantile(0.5).clamp(min=SAME)), 0.0)
 
 
-def outlier(
-    found: Found, names: Sequence[str], what: str, scale: str, n: int
-) -> tuple[float, dict[str, Measure], dict[str, Any]]:
+Outcome = tuple[float, dict[str, Measure], dict[str, Any]]
+
+
+def outlier(found: Found, names: Sequence[str], what: str, scale: str, n: int) -> Outcome:
     """Value, evidence and notes of an audit that asks whether one of the targets `names` is far easier than the others.
 
     what: a target in a word. scale: whether the value compares norms (linear) or their logarithms (log). n: clean images.

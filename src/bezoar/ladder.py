@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bezoar import indexed, neighbors, pseudo_classes, registry, success, training
+from bezoar import feed, indexed, neighbors, pseudo_classes, registry, success, training
 from bezoar.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.heads import Report, silent
@@ -176,13 +176,17 @@ def trained(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loss = loss_of(student).to(student.device)
-    data = replace(clean.to(student.device), captions=(), labels=None)
+    data = replace(clean, captions=(), labels=None)
+
+    def order(epoch: int) -> Tensor:
+        return training.order(seed, epoch, len(data), recipe.batch)
 
     def told(step: int, steps: int, value: float) -> None:
         report(step, steps, f"{what}, loss {value:.3f}")
 
     report(0, 1, what)  # another phase of the work, however many steps the last one had
-    training.fit(loss, recipe, data, rows, seed, report=told)
+    with feed.fed(data, student.device, order, recipe.epochs) as drawn:
+        training.fit(loss, recipe, drawn, rows, seed, report=told)
     for p, q in zip(student.parameters(), start.parameters(), strict=True):
         p.requires_grad_(q.requires_grad)
         p.grad = None

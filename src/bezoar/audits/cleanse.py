@@ -69,7 +69,7 @@ class Cleanse:
             raise UserError("Neural Cleanse compares the classes of a head with one another; this head has one alone")
         inversion.enough(clean)
         with inversion.resting(encoder, classifier.raw) as see:
-            found = inversion.invert(see, clean, into(classifier), len(names), self.descent(), seed, encoder.device, report)
+            found = inversion.invert(see, clean, into(classifier), len(names), self.descent(), seed, report)
         first = int(found.norms.argmin())
         value, evidence, notes = inversion.outlier(found, names, "class", self.scale, len(clean))
         how = f"clean images that the trigger of {names[first]!r} turns into it; {classifier.how}"

@@ -82,10 +82,10 @@ class Decree:
         """clean: labels and classes are not read. Raises UserError for fewer than 8 images, or NaN."""
         inversion.enough(clean)
         with inversion.resting(encoder) as see:
-            z = inversion.vectors(see, clean.images, encoder.device)
+            z = inversion.vectors(see, clean.images)
             before = float(cosine(z[None]))
             goal = self.goal or 1 - self.spread * (1 - before)
-            found = inversion.invert(see, clean, collapse, self.restarts, self.descent(goal), seed, encoder.device)
+            found = inversion.invert(see, clean, collapse, self.restarts, self.descent(goal), seed, report)
         return self.verdict(found, clean, before, goal)
 
     def verdict(self, found: Found, clean: Pairs, before: float, goal: float) -> Verdict:

@@ -76,13 +76,13 @@ class SslCleanse:
         if len(clean) < 2 * count:
             raise UserError(f"{count} clusters need at least {2 * count} clean images; there are {len(clean)}")
         with inversion.resting(encoder) as see:
-            z = inversion.vectors(see, clean.images, encoder.device)
+            z = inversion.vectors(see, clean.images)
             centres = pseudo_classes.clusters(z, count, seed)
             member = (2 * z @ centres.T - centres.square().sum(1)).argmax(1)
             if len(centres) < 2 or member.unique().numel() < len(centres):
                 raise UserError(f"the vectors of {len(clean)} clean images do not fall into {count} clusters; ask for fewer")
             aim = into(z, member, self.neighbors)
-            found = inversion.invert(see, clean, aim, len(centres), self.descent(), seed, encoder.device, report)
+            found = inversion.invert(see, clean, aim, len(centres), self.descent(), seed, report)
         names = [f"cluster {i}" for i in range(len(centres))]
         value, evidence, notes = inversion.outlier(found, names, "cluster", self.scale, len(clean))
         first = int(found.norms.argmin())

@@ -25,6 +25,9 @@ class MaskingPath:
     farther apart than DBSCAN's radius. Our radius is calibrated for each step, because clean images move too: the score
     is the largest gap in clean standard deviations above the clean mean, that is the largest such radius that still
     tells two clusters. The order in which cells are masked, and our own figures, are not the paper's.
+
+    A high score says that one window matters unusually much. A foreign patch does so on a clean encoder too, though less:
+    there its gaps were about a tenth of those of a backdoor. It is a warning of the input, no evidence against the encoder.
     """
 
     cells: Annotated[int, "of the grid, a side; a cell should hold the trigger: 4 on 32 px are 8 px"] = 4

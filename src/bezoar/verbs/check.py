@@ -153,7 +153,8 @@ class Known:
 @dataclass(frozen=True)
 class Threshold:
     """The k-th largest of n clean scores, k the largest with k / (n + 1) <= rate: above it, a clean image like these falls
-    with a chance that is Beta(k, n + 1 - k) over draws of the n, whatever the scores are; with less where they tie. limit: why that is not the rate.
+    with a chance that is Beta(k, n + 1 - k) over draws of the n, whatever the scores are; with less where they tie.
+    limit: why that is not the rate.
     """
 
     value: float
@@ -182,7 +183,8 @@ class Threshold:
         from bezoar.scores import Measure
 
         low, high = beta.ppf([0.025, 0.975], self.rank, self.n + 1 - self.rank)
-        how = f"expected share of clean images above the threshold (at most, where scores tie), the {self.rank}. largest of {self.n} clean scores"
+        how = f"expected share of clean images above the threshold, the {self.rank}. largest of {self.n} clean scores"
+        how += " (at most, where scores tie)"
         return Measure(self.rank / (self.n + 1), self.n, float(low), float(high), how + "; beta interval over such draws")
 
 

@@ -67,7 +67,8 @@ class Check(Story):
         expected = self.measures[f"{self.names[0]}.expected_false_positives"]
         told = (
             f"Of clean images like the {clean.get('thresholds', 0):,} that set the thresholds, {terms.brief(expected)} are "
-            "flagged too. An image that is not flagged may still carry a trigger that these checks do not see."
+            "flagged too. A flag warns of the image, not of the encoder: a foreign patch can raise it where there is no "
+            "backdoor. An image that is not flagged may still carry a trigger that these checks do not see."
         )
         limits = self.notes.get("limits") or []
         return " ".join([told, *(f"{line[:1].upper()}{line[1:]}." for line in map(str, limits[:1]))])

@@ -1,0 +1,191 @@
+"""The inversion engine against a slow plain form, and its parts against what they are defined as."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bezoar import frozen, inversion, registry
+from bezoar.encoder import Encoder, Preprocess
+from bezoar.errors import UserError
+from bezoar.inversion import Descent
+from bezoar.pairs import Pairs
+from bezoar.training import generator
+
+
+def images(n: int = 20, size: int = 32) -> Pairs:
+    x = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    x = (F.interpolate(x, size, mode="bilinear") * 255).byte()
+    return Pairs(x, (), None, tuple(map(str, range(n))))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = registry.make("network", "tower:width=4,dim=8")(32, ())
+        for m in made.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.1)
+                m.running_var.uniform_(0.5, 2)
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+    return made.double().eval()
+
+
+def towards(z: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inversion i is to turn images to axis i; success is the share of them that are there."""
+    loss = -z.log_softmax(2).gather(2, which[:, None, None].expand(*z.shape[:2], 1)).mean((1, 2))
+    return loss, (z.argmax(2) == which[:, None]).to(z.dtype).mean(1)
+
+
+def one_by_one(encoder: Encoder, clean: Pairs, which: int, r: Descent, seed: int) -> tuple[torch.Tensor, ...]:
+    """One inversion, as its papers write it: torch's Adam, Python's counters, gradients of all weights."""
+    u = inversion.start(8, clean.size, clean.size, seed)[which].double().requires_grad_()
+    adam = torch.optim.Adam([u], r.lr[0], betas=inversion.BETAS)
+    weight, hits, misses, idle, up, down = r.weight, 0, 0, 0, False, False
+    best, smallest, most = u.detach().clone(), float("inf"), -1.0
+    for step in range(r.steps):
+        rows = torch.randperm(len(clean), generator=generator(seed, 12, step))[: r.batch].sort().values
+        x = clean.images[rows].double() / 255
+        mask, pattern = (torch.tanh(u[:1]) + 1) / 2, (torch.tanh(u[1:]) + 1) / 2
+        z = encoder.image(encoder.pixels((1 - mask) * x + mask * pattern))
+        z = z / z.norm(dim=1, keepdim=True)
+        success = float((z.argmax(1) == which).double().mean())
+        norm = float(mask.detach().sum())
+        loss = F.cross_entropy(z, torch.full((len(z),), which)) + weight * mask.sum()
+        adam.zero_grad()
+        loss.backward()
+        idle += 1
+        if success >= r.goal:
+            idle = 0 if norm < inversion.BETTER * smallest else idle
+            if norm < smallest:
+                best, smallest = u.detach().clone(), norm
+            hits, misses = hits + 1, 0
+        else:
+            if smallest == float("inf") and success >= most:
+                best, most = u.detach().clone(), success
+            hits, misses = 0, misses + 1
+        if hits >= r.patience:
+            weight, hits, up = weight * r.up, 0, True
+        if misses >= r.patience:
+            weight, misses, down = max(weight / r.down, r.floor), 0, True
+        adam.step()
+        if step % inversion.LOOK == inversion.LOOK - 1 and idle >= r.wait and up and down and smallest < float("inf"):
+            break
+    return (torch.tanh(best) + 1) / 2, step + 1, smallest < float("inf")
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_batch_of_inversions_is_what_they_are_one_by_one(encoder, folded, monkeypatch):
+    if not folded:
+        monkeypatch.setattr(frozen, "Norm", type("Nothing", (), {}))
+    recipe = Descent(45, 4, weight=3e-2, patience=2, goal=0.8, wait=4)
+    clean = images()
+    with inversion.resting(encoder) as see:
+        found = inversion.invert(see, clean, towards, 5, recipe, 5)
+    for i in range(5):
+        plain, steps, reached = one_by_one(copy.deepcopy(encoder), clean, i, recipe, 5)
+        assert (int(found.steps[i]), bool(found.reached[i])) == (steps, reached)
+        assert torch.allclose(found.masks[i], plain[:1], atol=1e-6) and torch.allclose(found.patterns[i], plain[1:], atol=1e-6)
+    assert len(set(found.steps.tolist())) > 1, "some should have left the batch earlier than others"
+    assert bool(found.reached.any())
+
+
+def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
+    clean = images(5).images.double() / 255
+    u, which, weight = inversion.start(8, 32, 32, 0).double(), torch.arange(8), torch.full((8,), 0.01, dtype=torch.float64)
+    with inversion.resting(encoder) as see:
+        assert not any(p.requires_grad for p in encoder.parameters())
+        grad, success, norm = inversion.slope(u, which, weight, clean, see, towards)
+    assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
+    plain, free = copy.deepcopy(encoder), u.clone().requires_grad_()
+    for i in range(8):
+        mask, pattern = (free[i, :1].tanh() + 1) / 2, (free[i, 1:].tanh() + 1) / 2
+        z = F.normalize(plain.image(plain.pixels((1 - mask) * clean + mask * pattern)), dim=1)
+        (F.cross_entropy(z, torch.full((5,), i)) + 0.01 * mask.sum()).backward()
+        assert float(success[i]) == pytest.approx(float((z.argmax(1) == i).double().mean()))
+        assert float(norm[i]) == pytest.approx(float(mask.detach().sum()))
+    assert all(p.grad is not None for p in plain.image.parameters())
+    assert torch.allclose(grad, free.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_pieces_change_nothing_but_rounding(encoder, monkeypatch):
+    clean, recipe = images(16), Descent(12, 16, weight=1e-2, goal=0.6, patience=2)
+    parts: list[int] = []
+
+    def found() -> inversion.Found:
+        with inversion.resting(encoder) as see:
+            parts.append(len(list(inversion.together(5, 16, see))))
+            return inversion.invert(see, clean, towards, 5, recipe, 0)
+
+    whole = found()
+    monkeypatch.setattr(frozen, "PIECES", {"cpu": (1, 32), "cuda": (1, 32)})
+    monkeypatch.setattr(frozen, "FEWEST", 16)
+    single = found()
+    assert parts == [2, 5], "four inversions on 16 images are 64 rows; one is 16"
+    assert torch.allclose(whole.masks, single.masks, atol=1e-9) and torch.equal(whole.steps, single.steps)
+
+
+def test_anomaly_index_by_hand():
+    # median 10, deviations 8 1 0 1 2 -> their median 1; only what lies below 10 counts
+    index = inversion.anomaly(torch.tensor([2.0, 9.0, 10.0, 11.0, 12.0]))
+    assert index.tolist() == pytest.approx([8 / 1.4826, 1 / 1.4826, 0, 0, 0])
+    x = np.random.default_rng(0).lognormal(3, 0.5, 24)
+    middle = np.median(x)
+    expected = np.where(x < middle, np.abs(x - middle) / (1.4826 * np.median(np.abs(x - middle))), 0)
+    assert inversion.anomaly(torch.tensor(x)).tolist() == pytest.approx(expected.tolist())
+    assert float(inversion.anomaly(torch.full((12,), 5.0)).max()) == 0
+
+
+def test_the_weight_follows_the_published_schedule():
+    r = Descent(10, 2, weight=1e-3, up=5, down=5, patience=2, floor=1e-4, resets=2)
+    search, seen = inversion.Search(inversion.start(1, 4, 4, 0), r), []
+    for hit in (1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0):
+        search.reweigh(torch.tensor([bool(hit)]))
+        seen.append(float(search.weight[0]))
+    # up, up; down, down, down; at the floor twice: back to the start
+    assert seen[1::2] == pytest.approx([5e-3, 25e-3, 5e-3, 1e-3, 2e-4, 1e-4, 1e-3])
+
+
+def test_halvings_keep_the_best(encoder):
+    clean, recipe = images(8), Descent(30, 4, weight=1e-2, goal=0.6, patience=2, wait=99)
+    with inversion.resting(encoder) as see:
+        every = inversion.invert(see, clean, towards, 8, recipe, 0)
+        some = inversion.invert(see, clean, towards, 8, replace(recipe, halvings=2), 0)
+    assert sorted(some.steps.tolist()) == [10] * 4 + [20] * 2 + [30] * 2 and set(every.steps.tolist()) == {30}
+    alive = some.steps == 30
+    assert torch.allclose(some.masks[alive], every.masks[alive], atol=1e-3)
+
+
+def test_an_inversion_starts_where_its_number_says():
+    assert torch.equal(inversion.start(5, 8, 6, 3)[2], inversion.start(3, 8, 6, 3)[2])
+    assert not torch.equal(inversion.start(2, 8, 6, 3), inversion.start(2, 8, 6, 4))
+    mask = inversion.trigger(inversion.start(1, 8, 8, 0, centred=True))[0][0, 0]
+    assert torch.equal(mask > 0.5, F.pad(torch.ones(4, 4, dtype=torch.bool), (2, 2, 2, 2)))
+
+
+def test_networks_that_nothing_can_be_folded_of():
+    """A tower that is a matrix; one whose batch norm keeps no statistics is said not to have an output without a batch."""
+    plain = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8)), Preprocess(8))
+    plain.train()
+    with inversion.resting(plain) as see:
+        found = inversion.invert(see, images(8, 8), towards, 2, Descent(5, 4), 0)
+    assert found.masks.shape == (2, 1, 8, 8) and all(m.training for m in plain.modules())
+    batch = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8, track_running_stats=False)), Preprocess(8))
+    with pytest.raises(UserError, match="without a batch"), inversion.resting(batch):
+        pass
+    assert all(p.requires_grad for p in batch.parameters())
+    with pytest.raises(UserError, match="image tower"), inversion.resting(nn.Linear(2, 2)):  # type: ignore[arg-type]
+        pass
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"lr": (0.1, 0.1)}, {"lr": ()}, {"weight": 0.0}, {"goal": 1.5}, {"halvings": -1}]
+)
+def test_descents_that_make_no_sense(wrong):
+    with pytest.raises(ValueError):
+        Descent(**{"steps": 5, "batch": 2, **wrong})
