@@ -145,7 +145,7 @@ def test_written_shards_hold_the_same_records(tmp_path, capsys):
 
 BAD = [
     (["train", "nothing-here"], "no data 'nothing-here'; there are: "),
-    (["train", DATA, "--objective", "clap"], "no objective 'clap'; there are: clip"),
+    (["train", DATA, "--objective", "clap"], "no objective 'clap'; there are: cleanclip, clip"),
     (["train", DATA, "--network", "clip_small:wide=3"], "it has: width"),
     (["train", DATA, "--device", "cuda:7"], "no device 'cuda:7'"),
     (["train", "scenes:count=20"], "20 records are fewer than one batch of 128"),
