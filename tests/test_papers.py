@@ -36,7 +36,7 @@ def test_every_table_is_whole(name, scale):
     results = Results(table, {t: Found(t) for t in table.trials})
     found = facts(results, list(results.points()))
     json.dumps(found)
-    assert table.claims and table.rows and table.title
+    assert table.rows and table.title and (table.claims or name.startswith("matrix/"))  # the matrix is nobody's paper
     for row in found["rows"]:
         for cell in row["cells"]:
             assert cell["measure"]["n"] > 0 and cell["values"] and cell["runs"], (row["name"], cell["name"])

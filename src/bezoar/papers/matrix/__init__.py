@@ -270,12 +270,12 @@ def scenes(given: Given) -> list[Point]:
     found = []
     for n in (count // 10, count * 5):
         trials = tuple(s.poisoned(replace(patch, poison=f"backdoor:count={n or 1}"), k) for k in s.seeds(patch.name)[: s.each])
-        found.append(Point(f"patch, {(n or 1) / s.records:.1%}", trials, s.test))
+        found.append(Point(f"patch, {100 * (n or 1) / s.records:.3g} %", trials, s.test))
     for a in s.attacks:
         plan = [s.poisoned(a, k) for k in s.seeds(a.name)[: s.each]]
         pairs = a.poison.partition("=")[2].partition(",")[0]
         n = int(pairs) * (1 if a.trigger else int(a.poison.rpartition("=")[2]))
-        found.insert(1 if a is patch else len(found), Point(f"{a.name}, {n / s.records:.1%}", tuple(plan), s.test))
+        found.insert(1 if a is patch else len(found), Point(f"{a.name}, {100 * n / s.records:.3g} %", tuple(plan), s.test))
     return found
 
 
@@ -299,7 +299,7 @@ def captioned(given: Given, name: str, targets: Sequence[str], train: str, test:
     return found
 
 
-def detection(points: Sequence[Point], title: str) -> Table:
+def searched(points: Sequence[Point], title: str) -> Table:
     """Detector x attack: what each finds alone, and what they find together."""
     rows = []
     for point in points:

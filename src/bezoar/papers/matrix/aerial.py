@@ -1,6 +1,6 @@
 """Detectors on poisoned UCM-Captions, aerial images with five captions each (Qu et al. 2016)."""
 
-from bezoar.papers.matrix import Point, captioned, detection
+from bezoar.papers.matrix import Point, captioned, searched
 from bezoar.registry import method
 from bezoar.tables import Given, Table
 
@@ -11,7 +11,7 @@ class Aerial:
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        return detection(self.points(given), "Detectors, aerial images")
+        return searched(self.points(given), "Detectors, aerial images")
 
     def points(self, given: Given) -> list[Point]:
         """84 poisons of a patch, 168 of a blend, four victims at ten captions."""

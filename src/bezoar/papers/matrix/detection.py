@@ -1,6 +1,6 @@
 """Detectors on poisoned scenes: patch at three rates, blend, warp, SIG, targeted, clean-label; after Huang et al. (2025)."""
 
-from bezoar.papers.matrix import detection, scenes
+from bezoar.papers.matrix import scenes, searched
 from bezoar.registry import method
 from bezoar.tables import Given, Table
 
@@ -11,4 +11,4 @@ class Detection:
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        return detection(scenes(given), "Detectors, scenes")
+        return searched(scenes(given), "Detectors, scenes")

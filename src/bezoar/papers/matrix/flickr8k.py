@@ -1,6 +1,6 @@
 """Detectors on poisoned Flickr8k, photographs with five captions each (Hodosh, Young, Hockenmaier 2013)."""
 
-from bezoar.papers.matrix import Point, captioned, detection
+from bezoar.papers.matrix import Point, captioned, searched
 from bezoar.registry import method
 from bezoar.tables import Given, Table
 
@@ -11,7 +11,7 @@ class Flickr8K:
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        return detection(self.points(given), "Detectors, Flickr8k")
+        return searched(self.points(given), "Detectors, Flickr8k")
 
     def points(self, given: Given) -> list[Point]:
         """300 poisons of a patch, 600 of a blend, four victims at 37 captions."""
