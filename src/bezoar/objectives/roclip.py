@@ -14,6 +14,8 @@ from bezoar.distributed import gather
 from bezoar.encoder import Encoder
 from bezoar.registry import method
 
+LEAST = 40  # batches in the bank, as published (21,845 captions, batches of 512): with few, many images share a caption
+
 
 class Loss(ViewedModule):
     """CLIP's loss of views of images and captions; in matching epochs of images and the captions nearest to them.
@@ -34,9 +36,9 @@ class Loss(ViewedModule):
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=encoder.device))
 
     def begin(self, data: Any, tokens: Tensor) -> Tensor:
-        """Make room for the bank: a share of the records, one batch at least. It begins with the first of them."""
+        """Make room for the bank: a share of the records, `LEAST` batches at least. It begins with the first of them."""
         self.each = len(data) // self.recipe.batch
-        size = min(len(data), max(self.recipe.batch, round(self.recipe.bank * len(data))))
+        size = min(len(data), max(LEAST * self.recipe.batch, round(self.recipe.bank * len(data))))
         self.register_buffer("bank", tokens[:size].clone())
         with torch.no_grad():
             self.register_buffer("vectors", self.encoder.read(self.bank))
@@ -88,7 +90,7 @@ class Roclip:
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "at the start"] = 0.07
     every: Annotated[int, "which epochs match: the 2nd, 4th, ..."] = 2
-    bank: Annotated[float, "captions of the bank, as a share of the records; one batch at least"] = 0.02
+    bank: Annotated[float, "captions of the bank, as a share of the records; 40 batches at least"] = 0.02
     compat: Annotated[bool, "the text tower stands still in matching epochs, as in the published code"] = False
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5
     flip: Annotated[float, "views: share of them mirrored"] = 0.0
