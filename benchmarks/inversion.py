@@ -5,9 +5,9 @@
 Both look for the same triggers from the same starts on the same images. The plain form is the published one: one trigger
 after the other, the gradient reaching every weight (which nobody reads), batch norms computed at rest, NCHW, torch's Adam,
 a process without allocator settings. bezoar's is a step of `inversion.invert`, in a process with the settings that the
-command sets. `apart` is the largest difference of a gradient at the first step, as a share of the largest gradient. The sides take turns. Medians over
-`--repeats` of the seconds that the processor worked on them: other programs on the machine disturb them less than a clock
-on the wall.
+command sets. `apart` is the largest difference of a gradient at the first step, as a share of the largest gradient. The
+sides take turns. Medians over `--repeats` of the seconds that the processor worked on them: other programs on the machine
+disturb them less than a clock on the wall.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_distributed import torchrun, weights
 from test_training import toy
+from torch import nn
 
 from bezoar import contrastive, distributed, registry, texts, training
 from bezoar.augment import Chance, Views
@@ -20,7 +21,7 @@ from bezoar.objectives import roclip
 from bezoar.objectives.safeclip import likely
 
 SPECS = {
-    "cleanclip": "cleanclip:batch=16,temperature=0.1",
+    "cleanclip": "cleanclip:batch=16,temperature=0.1,anchor=1",
     "par": "par:batch=16,temperature=0.1",
     "roclip": "roclip:batch=16,temperature=0.1,bank=0.4",
     "safeclip": "safeclip:batch=16,temperature=0.1,apart=1",
@@ -124,7 +125,7 @@ def test_whole_words_have_no_marks():
 
 
 def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
-    encoder, loss, _, tokens = start("cleanclip", extra=",weight=3,crop=0.4,words=0.3")
+    encoder, loss, _, tokens = start("cleanclip", extra=",weight=3,crop=0.4,words=0.3", anchor=0)
     images, tokens = toy(8).images, tokens[:8]
     loss.train()
     twin = copy.deepcopy(encoder).train()
@@ -137,6 +138,17 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     w, w2 = twin.read(tokens), twin.read(told)
     expected = clip(z, w, 10) + 3 / 2 * (infonce(z, z2, 10) + infonce(w, w2, 10))
     assert got.item() == pytest.approx(expected, rel=1e-4)
+    held = registry.make("objective", "cleanclip:weight=3,crop=0.4,words=0.3,anchor=2,temperature=0.1")(copy.deepcopy(encoder))
+    start = copy.deepcopy(encoder).eval()
+    nn.init.normal_(held.encoder.image.head.bias, generator=torch.Generator().manual_seed(0))
+    other = copy.deepcopy(held).train()
+    other.start = None
+    anchored, drawn = held.train()(images, tokens, chance()), other(images, tokens, chance())
+    with torch.no_grad():
+        now = copy.deepcopy(held.encoder).train().images(torch.cat([own, seen]))[:8]
+        before, rows = start.images(own), (twin.read(tokens) * start.read(tokens)).sum(1)
+    moved = float((1 - (now * before).sum(1)).mean() + (1 - rows).mean())
+    assert (anchored - drawn).item() == pytest.approx(2 * moved, abs=1e-3) and moved > 0.05
     plain = registry.make("objective", "cleanclip:weight=0,shift=0,temperature=0.1")(encoder).eval()
     ours = registry.make("objective", "clip:shift=0,temperature=0.1")(encoder).eval()
     assert plain(images, tokens, chance()).item() == pytest.approx(ours(images, tokens, chance()).item(), rel=1e-6)
@@ -268,7 +280,7 @@ def test_two_gaussians_are_told_apart():
 @pytest.mark.parametrize(
     "spec, what",
     [
-        ("cleanclip:weight=-1", "weight >= 0"),
+        ("cleanclip:weight=-1", "weight and anchor >= 0"),
         ("cleanclip:crop=0", "crop in 0..1"),
         ("cleanclip:words=1", "words in 0..1"),
         ("cleanclip:shift=-1", "shift >= 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Protocol
 
@@ -81,6 +82,27 @@ class Module(nn.Module):
     def scale(self) -> Tensor:
         """What cosines are multiplied by, at most 100."""
         return self.logarithm.clamp(max=math.log(100)).exp()
+
+
+class Start(nn.Module):
+    """Both towers as they are now, frozen and at rest; in the state dict, so that a training goes on with the same ones."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        assert encoder.text is not None
+        towers = {"image": encoder.image, "text": encoder.text}
+        self.towers = nn.ModuleDict(copy.deepcopy(towers)).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, encoder: Encoder, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, as `encoder.images` takes them, and tokens (B, L) -> float32 (B, D) each, unit rows."""
+        with encoder.autocast():
+            z, w = self.towers["image"](encoder.pixels(x)), self.towers["text"](tokens)
+        return F.normalize(z.float(), dim=1), F.normalize(w.float(), dim=1)
+
+    def train(self, mode: bool = True) -> Start:
+        """They rest."""
+        return super().train(False)
 
 
 class ViewedModule(Module):

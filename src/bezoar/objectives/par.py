@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Annotated
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bezoar import contrastive
 from bezoar.augment import Chance
-from bezoar.contrastive import Module, moved, symmetric
+from bezoar.contrastive import Module, Start, moved, symmetric
 from bezoar.distributed import gather
 from bezoar.encoder import Encoder
 from bezoar.registry import method
@@ -19,36 +17,24 @@ from bezoar.registry import method
 class Loss(Module):
     """L_CLIP - 1/2 ( S_I 1[S_I <= tau] + S_T 1[S_T <= tau] ), S the batch's mean squared distance of unit vectors to those
     that the encoder gave at the start: 2 - 2 cos, 0..4.
-
-    start: frozen copies of both towers, in the state dict, at rest.
     """
 
     def __init__(self, encoder: Encoder, recipe: Par) -> None:
         super().__init__(encoder, recipe)
-        self.recipe = recipe
-        assert encoder.text is not None
-        towers = {"image": encoder.image, "text": encoder.text}
-        self.start = nn.ModuleDict(copy.deepcopy(towers)).requires_grad_(False)
+        self.recipe, self.start = recipe, Start(encoder)
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
         x = moved(images, self.recipe.shift, chance)
         z, w = self.encoder.images(x), self.encoder.read(tokens)
-        with torch.no_grad(), self.encoder.autocast():
-            before = self.start["image"](self.encoder.pixels(x)), self.start["text"](tokens)
-        pushes = [self.push(now, then.float()) for now, then in zip((z, w), before, strict=True)]
+        before = self.start(self.encoder, x, tokens)
+        pushes = [self.push(now, then) for now, then in zip((z, w), before, strict=True)]
         return symmetric(z, w, self.scale, chance) - (pushes[0] + pushes[1]) / 2
 
     def push(self, now: Tensor, then: Tensor) -> Tensor:
-        """S 1[S <= tau] of unit rows (B, D) and the start's rows, as they come."""
-        distance = gather((now - nn.functional.normalize(then, dim=1)).square().sum(1)).mean()
+        """S 1[S <= tau] of unit rows (B, D), and the start's."""
+        distance = gather((now - then).square().sum(1)).mean()
         return distance * (distance.detach() <= self.recipe.tau)
-
-    def train(self, mode: bool = True) -> Loss:
-        """The copies stay at rest."""
-        super().train(mode)
-        self.start.eval()
-        return self
 
 
 @method

@@ -19,7 +19,7 @@ class Finetune:
     CleanCLIP (ICCV 2023) where the objective is `cleanclip`, PAR (arXiv 2412.00727) where it is `par`.
     """
 
-    objective: Annotated[str, "loss and recipe: see `bezoar list objective`"] = "cleanclip:epochs=16"
+    objective: Annotated[str, "loss and recipe: see `bezoar list objective`"] = "cleanclip:epochs=12,anchor=4"
     lrs: Annotated[tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"] = (8e-3, 4e-3, 2e-3, 1e-3)
     tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
 
