@@ -125,7 +125,7 @@ def test_whole_words_have_no_marks():
 
 
 def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
-    encoder, loss, _, tokens = start("cleanclip", extra=",weight=3,crop=0.4,words=0.3", anchor=0)
+    encoder, loss, _, tokens = start("cleanclip", extra=",weight=3,crop=0.4,words=0.3,anchor=0")
     images, tokens = toy(8).images, tokens[:8]
     loss.train()
     twin = copy.deepcopy(encoder).train()

@@ -40,6 +40,7 @@ class Audit:
     encoder: Annotated[Input, Takes("encoder"), "what is suspected: a run, or a network with published weights"]
     data: Annotated[Input, Takes("data"), "clean images; without them, the test split of its training data"] = None
     audit: Annotated[tuple[Input, ...], Takes("audit"), "see `bezoar list audit`; a parent adds the audit `parent`"] = (
+        "whitening",
         "decree",
         "cleanse",
     )

@@ -31,6 +31,7 @@ class Calibrate:
     encoder: Annotated[tuple[Input, ...], Takes("encoder"), "encoders known to be clean, all of one kind"] = ()
     data: Annotated[Input, Takes("data"), "clean images; without them, the test split of the training data"] = None
     audit: Annotated[tuple[Input, ...], Takes("audit"), "see `bezoar list audit`; a parent adds the audit `parent`"] = (
+        "whitening",
         "decree",
         "cleanse",
     )
