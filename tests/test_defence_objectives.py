@@ -139,14 +139,14 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     expected = clip(z, w, 10) + 3 / 2 * (infonce(z, z2, 10) + infonce(w, w2, 10))
     assert got.item() == pytest.approx(expected, rel=1e-4)
     held = registry.make("objective", "cleanclip:weight=3,crop=0.4,words=0.3,anchor=2,temperature=0.1")(copy.deepcopy(encoder))
-    start = copy.deepcopy(encoder).eval()
+    began = copy.deepcopy(encoder).eval()
     nn.init.normal_(held.encoder.image.head.bias, generator=torch.Generator().manual_seed(0))
     other = copy.deepcopy(held).train()
     other.start = None
     anchored, drawn = held.train()(images, tokens, chance()), other(images, tokens, chance())
     with torch.no_grad():
         now = copy.deepcopy(held.encoder).train().images(torch.cat([own, seen]))[:8]
-        before, rows = start.images(own), (twin.read(tokens) * start.read(tokens)).sum(1)
+        before, rows = began.images(own), (twin.read(tokens) * began.read(tokens)).sum(1)
     moved = float((1 - (now * before).sum(1)).mean() + (1 - rows).mean())
     assert (anchored - drawn).item() == pytest.approx(2 * moved, abs=1e-3) and moved > 0.05
     plain = registry.make("objective", "cleanclip:weight=0,shift=0,temperature=0.1")(encoder).eval()
