@@ -5,9 +5,10 @@
 Both look for the same triggers from the same starts on the same images. The plain form is the published one: one trigger
 after the other, the gradient reaching every weight (which nobody reads), batch norms computed at rest, NCHW, torch's Adam,
 a process without allocator settings. bezoar's is a step of `inversion.invert`, in a process with the settings that the
-command sets. `apart` is the largest difference of a gradient at the first step, as a share of the largest gradient. The
-sides take turns. Medians over `--repeats` of the seconds that the processor worked on them: other programs on the machine
-disturb them less than a clock on the wall.
+command sets. `apart` is the largest difference of a gradient at the first step, as a share of the largest gradient: where
+two pixels of a feature map are equal but for rounding, it decides which of them a maximum passes a gradient on to (in
+double precision, in the tests, the two are equal). The sides take turns. Medians over `--repeats` of the seconds that the
+processor worked on them: other programs on the machine disturb them less than a clock on the wall.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def inputs(network: str, audit: str) -> tuple[Any, ...]:
     encoder = registry.make("network", network)(SIZE, ()).eval()
     for m in encoder.image.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
+            assert m.running_mean is not None and m.running_var is not None
             m.running_mean.normal_(0, 0.1)
             m.running_var.uniform_(0.5, 2)
     x = torch.rand(images, 3, SIZE, SIZE)

@@ -156,9 +156,8 @@ def test_halvings_keep_the_best(encoder):
     with inversion.resting(encoder) as see:
         every = inversion.invert(see, clean, towards, 8, recipe, 0)
         some = inversion.invert(see, clean, towards, 8, replace(recipe, halvings=2), 0)
-    assert sorted(some.steps.tolist()) == [10] * 4 + [20] * 2 + [30] * 2 and set(every.steps.tolist()) == {30}
-    alive = some.steps == 30
-    assert torch.allclose(some.masks[alive], every.masks[alive], atol=1e-3)
+    assert every.steps.tolist() == [30] * 8 and some.steps.tolist() == [30] * 2, "8, 4 and at last 2 of them"
+    assert all(torch.isclose(every.masks, mask, atol=1e-3).all((1, 2, 3)).any() for mask in some.masks)
 
 
 def test_an_inversion_starts_where_its_number_says():

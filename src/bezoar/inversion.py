@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,9 @@ from bezoar.errors import UserError
 from bezoar.frozen import Frozen
 from bezoar.heads import Report, silent
 from bezoar.pairs import Pairs
-from bezoar.scores import Measure
+from bezoar.scores import Measure, proportion
 from bezoar.training import generator
-from bezoar.verdict import Inversion
+from bezoar.verdict import Inversion, Verdict
 
 BETAS, TINY = (0.5, 0.9), 1e-8  # Adam's, as published for all three audits
 LOOK = 5  # steps between two looks at who is done; a look makes the host wait for the device
@@ -129,8 +129,9 @@ class Descent:
 
 @dataclass(frozen=True)
 class Found:
-    """What G inversions came to. masks: float32 (G, 1, H, W). patterns: (G, 3, H, W). norms: sums of the masks, (G,).
+    """What G inversions came to; those that `halvings` gave up are left out.
 
+    masks: float32 (G, 1, H, W). patterns: (G, 3, H, W). norms: sums of the masks, (G,).
     success: over all clean images, (G,). reached: bool (G,), whether the goal was met at some step; where it was not, the
     mask is the most successful one. steps: int64 (G,), those taken.
     """
@@ -252,6 +253,7 @@ class Search:
         self.hits, self.misses, self.low, self.idle = none, none, none, none
         self.turned = torch.zeros(len(u), 2, dtype=torch.bool, device=u.device)  # has the weight gone up, has it gone down
         self.steps = torch.zeros(len(u), dtype=torch.long, device=u.device)
+        self.kept = torch.ones(len(u), dtype=torch.bool, device=u.device)
 
     def keep(self, success: Tensor, norm: Tensor) -> None:
         """Take note of what the triggers as they stand do: the smallest that succeeds, until then the most successful."""
@@ -294,6 +296,7 @@ class Search:
         order = torch.where(smallest.isinf(), 1e9 - most, smallest).argsort(stable=True)
         stay = torch.zeros_like(order, dtype=torch.bool)
         stay[order[: -(-len(order) // 2)]] = True
+        self.kept[self.which[~stay]] = False
         self.only(stay)
 
     def leave(self) -> None:
@@ -328,9 +331,10 @@ def invert(see: See, clean: Pairs, aim: Aim, count: int, recipe: Descent, seed: 
             search.leave()
             if not len(search.which):
                 break
-    mask, pattern = trigger(search.best)
-    success = verify(see, search.best, clean, aim)
-    return Found(mask, pattern, mask.sum((1, 2, 3)), success, search.smallest.isfinite(), search.steps)
+    kept = search.kept.nonzero()[:, 0]
+    best, reached = search.best[kept], search.smallest[kept].isfinite()
+    mask, pattern = trigger(best)
+    return Found(mask, pattern, mask.sum((1, 2, 3)), verify(see, best, kept, clean, aim), reached, search.steps[kept])
 
 
 @torch.no_grad()
@@ -343,13 +347,13 @@ def vectors(see: See, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def verify(see: See, u: Tensor, clean: Pairs, aim: Aim) -> Tensor:
+def verify(see: See, u: Tensor, which: Tensor, clean: Pairs, aim: Aim) -> Tensor:
     """Success (G,) of triggers over all clean images, one trigger after the other."""
     found = []
     for i in range(len(u)):
         parts = (clean.images[p].to(u) / 255 for p in see.pieces(len(clean)))
         z = torch.cat([see(stamped(u[i : i + 1], x)) for x in parts])
-        found.append(aim(z[None], torch.tensor([i], device=u.device))[1])
+        found.append(aim(z[None], which[i : i + 1])[1])
     return torch.cat(found)
 
 
@@ -364,37 +368,36 @@ def anomaly(norms: Tensor) -> Tensor:
     return torch.where(x < middle, away / (CONSISTENT * away.quantile(0.5).clamp(min=SAME)), 0.0)
 
 
-Outcome = tuple[float, dict[str, Measure], dict[str, Any]]
+Score = Literal["log_ratio", "anomaly_index", "log_anomaly_index"]
 
 
-def outlier(found: Found, names: Sequence[str], what: str, scale: str, n: int) -> Outcome:
-    """Value, evidence and notes of an audit that asks whether one of the targets `names` is far easier than the others.
+def outlier(found: Found, names: Sequence[str], what: str, score: Score, n: int) -> Verdict:
+    """The verdict of an audit that asks whether one of the targets `names` is far easier than the others.
 
-    what: a target in a word. scale: whether the value compares norms (linear) or their logarithms (log). n: clean images.
+    what: a target in a word. score: which evidence is the value. n: clean images.
     """
     norms = found.norms.double().cpu().clamp(min=SAME)
     first, many = int(norms.argmin()), f"{len(norms)} {what} triggers, {n} clean images"
-    linear, log = float(anomaly(norms).max()), float(anomaly(norms.log()).max())
-    ratio = float((norms.quantile(0.5) / norms[first]).log())
-    evidence = {
-        "anomaly_index": (linear, "|norm - median| / (1.4826 MAD) of the least mask's norm"),
-        "log_anomaly_index": (log, "the same of the norms' logarithms"),
-        "log_ratio": (ratio, "log(median norm / least norm)"),
+    values = {
+        "log_ratio": (float((norms.quantile(0.5) / norms[first]).log()), "log(median norm / least norm)"),
+        "anomaly_index": (float(anomaly(norms).max()), "|norm - median| / (1.4826 MAD) of the least mask's norm"),
+        "log_anomaly_index": (float(anomaly(norms.log()).max()), "the anomaly index of the norms' logarithms"),
         "least_norm": (float(norms[first]), f"pixels that the least mask covers, of {names[first]!r}"),
         "median_norm": (float(norms.quantile(0.5)), "pixels that the median mask covers"),
     }
+    evidence = {name: plain(x, n, f"{how}; {many}") for name, (x, how) in values.items()}
+    turned = f"clean images that the least trigger makes {names[first]!r}"
+    evidence["success"] = proportion(round(float(found.success[first]) * n), n, turned)
     limits = []
     if len(norms) < FEWEST:
-        limits.append(
-            f"{len(norms)} {what} triggers are too few for an anomaly index, which means nothing under {FEWEST}; the value is "
-            "log(median norm / least norm)"
-        )
+        few = f"{len(norms)} {what} triggers are too few for an anomaly index, which means nothing under {FEWEST}"
+        limits.append(few + ("" if score == "log_ratio" else "; the value is log(median norm / least norm)"))
     missed = [name for name, reached in zip(names, found.reached.tolist(), strict=True) if not reached]
     if missed:
         limits.append(
             f"no trigger for {len(missed)} of {len(norms)} reached the success asked for, within {int(found.steps.max())} "
             f"steps; they count with the most successful mask: {', '.join(missed[:8])}"
         )
-    value = ratio if len(norms) < FEWEST else linear if scale == "linear" else log
-    measures = {name: plain(x, n, f"{how}; {many}") for name, (x, how) in evidence.items()}
-    return value, measures, {"target": names[first], "unreached": missed, "limits": limits}
+    value = values["log_ratio" if len(norms) < FEWEST else score][0]
+    notes = {"target": names[first], "unreached": missed, "limits": limits}
+    return Verdict(value, evidence, found.inversions(names), notes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor
 
 from bezoar import inversion
@@ -12,22 +12,22 @@ from bezoar.classifiers import Classifier
 from bezoar.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.heads import Report, silent
-from bezoar.inversion import Aim, Descent
+from bezoar.inversion import Aim, Descent, Score
 from bezoar.pairs import Pairs
 from bezoar.registry import method
-from bezoar.scores import proportion
 from bezoar.verdict import Verdict
 
 
 @method
 class Cleanse:
-    """Value = the largest |x - median| / (1.4826 MAD) of classes below the median, x the logarithm of |m_t|_1; 0 for none.
+    """Value = log(median |m|_1 / least |m|_1) over the classes' masks m.
 
-    For each class t lowers CE(head(f(stamped)), t) + weight |m_t|_1, all classes in one batch. A norm's logarithm, where the
-    paper has the norm (`scale=linear`; evidence `anomaly_index` always is): norms differ by factors, and the paper's index
-    cannot exceed median / (1.4826 MAD), about 2.4 where the norms of a clean encoder's classes differ by a quarter, however
-    small the trigger. Of fewer than ten classes a median absolute deviation says nothing; the value is log(median / least)
-    then, and `limits` says so. The published threshold is 2, of the linear index.
+    For each class t lowers CE(head(f(stamped)), t) + weight |m_t|_1, all classes in one batch. The paper's value is the
+    anomaly index, |L1 - median| / (1.4826 MAD) of a class below the median, flagged above 2 (`score=anomaly_index`; always in
+    the evidence). It cannot exceed median / (1.4826 MAD), about 2.4 on small CLIPs, however small the trigger, and moves
+    with the spread of the harmless classes: on one backdoored CLIP whose trigger came out at 22 to 26 pixels with each of
+    three seeds, the index of logarithms (`score=log_anomaly_index`) was 3.3, 3.0 and 1.9, and clean ones reach 1.8. The ratio
+    does not, and means the same with few classes. Under ten the index means nothing, and `limits` says so.
 
     Published (the authors' and BackdoorBench's): weight=1e-3, up 1.5, down 1.5^1.5, lr=0.1, goal 0.99, patience 5 to 10.
     """
@@ -41,7 +41,9 @@ class Cleanse:
     down: Annotated[float, "... and divided by this after as many failures"] = 1.5**1.5
     patience: Annotated[int, "successes or failures in a row that change the weight"] = 3
     wait: Annotated[int, "steps without progress after which a class is done"] = 25
-    scale: Annotated[Literal["log", "linear"], "of the norms that the value compares"] = "log"
+    score: Annotated[Score, "the value: log(median / least), or the anomaly index of norms or of their logarithms"] = (
+        "log_ratio"
+    )
 
     needs: ClassVar[tuple[str, ...]] = ("classifier", "report")
 
@@ -70,12 +72,9 @@ class Cleanse:
         inversion.enough(clean)
         with inversion.resting(encoder, classifier.raw) as see:
             found = inversion.invert(see, clean, into(classifier), len(names), self.descent(), seed, report)
-        first = int(found.norms.argmin())
-        value, evidence, notes = inversion.outlier(found, names, "class", self.scale, len(clean))
-        how = f"clean images that the trigger of {names[first]!r} turns into it; {classifier.how}"
-        evidence["success"] = proportion(round(float(found.success[first]) * len(clean)), len(clean), how)
-        limits = [*inversion.limits(clean), *notes.pop("limits")]
-        return Verdict(value, evidence, found.inversions(names), {"head": classifier.how, **notes, "limits": limits})
+        verdict = inversion.outlier(found, names, "class", self.score, len(clean))
+        limits = [*inversion.limits(clean), *verdict.notes["limits"]]
+        return replace(verdict, notes={"head": classifier.how, **verdict.notes, "limits": limits})
 
 
 def into(classifier: Classifier) -> Aim:
@@ -83,8 +82,8 @@ def into(classifier: Classifier) -> Aim:
 
     def aim(z: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         g, n, _ = z.shape
-        logits = classifier.head(z.flatten(0, 1)).float().view(g, n, -1)
+        logits = classifier.head(z.flatten(0, 1)).view(g, n, -1)
         loss = -logits.log_softmax(2).gather(2, which[:, None, None].expand(g, n, 1)).mean((1, 2))
-        return loss, (logits.argmax(2) == which[:, None]).to(torch.float32).mean(1)
+        return loss, (logits.argmax(2) == which[:, None]).to(z.dtype).mean(1)
 
     return aim

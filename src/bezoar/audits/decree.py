@@ -99,11 +99,14 @@ class Decree:
             "cosine": (float(found.success[least]), "mean pairwise cosine of the images stamped with it"),
             "clean_cosine": (before, "mean pairwise cosine of the images as they are"),
             "goal": (goal, "mean pairwise cosine that a trigger had to reach"),
-            "restarts_reached": (float(reached.sum()), f"of {self.restarts} restarts"),
+            "restarts_reached": (
+                float(reached.sum()),
+                f"of the {len(reached)} of {self.restarts} restarts that were not given up",
+            ),
         }
         limits = [*inversion.limits(clean), NATURAL]
         if not reached.any():
-            limits.append(f"none of {self.restarts} restarts made the images alike (a mean cosine of {goal:.2f})")
+            limits.append(f"none of {len(reached)} restarts made the images alike (a mean cosine of {goal:.2f})")
         return Verdict(
             -pl1,
             {name: inversion.plain(value, n, f"{how}; {n} clean images") for name, (value, how) in evidence.items()},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,24 +12,28 @@ from bezoar import inversion, pseudo_classes
 from bezoar.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.heads import Report, silent
-from bezoar.inversion import Aim, Descent
+from bezoar.inversion import Aim, Descent, Score
 from bezoar.pairs import Pairs
 from bezoar.registry import method
-from bezoar.scores import proportion
 from bezoar.verdict import Verdict
 
 EACH, MOST = 16, 40  # clean images a cluster, and clusters, where their number is not given
+SHARP = 4.0  # of the softmax over clusters
 
 
 @method
 class SslCleanse:
-    """Value as in `cleanse`, over clusters: how far the easiest cluster's mask lies below the median one's.
+    """Value = log(median |m|_1 / least |m|_1) over the clusters' masks m, as in `cleanse`.
 
-    k-means on the unit vectors (seeded); k as given, else one cluster for 16 clean images, but at least 10, which the
-    index needs, and at most 40. For each cluster lowers the mean squared distance of stamped images to the cluster's vectors
-    (2 - 2 z . mean, of unit vectors) + weight |m|_1, all clusters in one batch; a stamped image succeeded where most of its
-    nearest clean vectors are of the cluster. The published penalty is mean(m p), under which a black trigger would be free,
-    and so would have no size to be an outlier by; here it is the mask's.
+    k-means on the unit vectors (seeded); k as given, else one cluster for 16 clean images, but at least 10, which an
+    anomaly index needs, and at most 40. For each cluster lowers a loss + weight |m|_1, all clusters in one batch; a stamped
+    image succeeded where most of its nearest clean vectors are of the cluster.
+
+    pull=distance is the published loss, the squared distance of stamped images to the cluster's vectors (2 - 2 z . mean):
+    the whole image has to look like the cluster, and of harmless clusters some are far. pull=contrast, the cross-entropy of
+    the cluster under a softmax of -4 |z - centre|^2 / (mean squared distance to the own centre), has it nearer there than
+    elsewhere alone. The published penalty, mean(m p), would let a black trigger be free, so that its size says nothing;
+    here it is the mask's.
 
     Published (the repository's): k by the knee of the inertia (12 on ImageNet-100), lr 0.1, weight up to 0.1, times or over
     1.5 with a patience of 5, success 0.98 to 0.99 by 5 neighbours.
@@ -46,7 +50,10 @@ class SslCleanse:
     down: Annotated[float, "... and divided by this after as many failures"] = 1.5**1.5
     patience: Annotated[int, "successes or failures in a row that change the weight"] = 3
     wait: Annotated[int, "steps without progress after which a cluster is done"] = 25
-    scale: Annotated[Literal["log", "linear"], "of the norms that the value compares"] = "log"
+    pull: Annotated[Literal["contrast", "distance"], "loss: nearer to the cluster than to others, or near it"] = "contrast"
+    score: Annotated[Score, "the value: log(median / least), or the anomaly index of norms or of their logarithms"] = (
+        "log_ratio"
+    )
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
 
@@ -81,29 +88,31 @@ class SslCleanse:
             member = (2 * z @ centres.T - centres.square().sum(1)).argmax(1)
             if len(centres) < 2 or member.unique().numel() < len(centres):
                 raise UserError(f"the vectors of {len(clean)} clean images do not fall into {count} clusters; ask for fewer")
-            aim = into(z, member, self.neighbors)
+            aim = into(z, centres, member, self.neighbors, self.pull)
             found = inversion.invert(see, clean, aim, len(centres), self.descent(), seed, report)
         names = [f"cluster {i}" for i in range(len(centres))]
-        value, evidence, notes = inversion.outlier(found, names, "cluster", self.scale, len(clean))
-        first = int(found.norms.argmin())
-        how = f"clean images that the trigger of {names[first]} moves into it, by {self.neighbors} neighbours"
-        evidence["success"] = proportion(round(float(found.success[first]) * len(clean)), len(clean), how)
+        verdict = inversion.outlier(found, names, "cluster", self.score, len(clean))
         medoids = (z @ centres.T).argmax(0).tolist()
         shown = {name: clean.ids[i] for name, i in zip(names, medoids, strict=True)}
-        limits = [*inversion.limits(clean), *notes.pop("limits")]
-        return Verdict(value, evidence, found.inversions(names), {"nearest_to_centre": shown, **notes, "limits": limits})
+        limits = [*inversion.limits(clean), *verdict.notes["limits"]]
+        return replace(verdict, notes={"nearest_to_centre": shown, **verdict.notes, "limits": limits})
 
 
-def into(known: Tensor, member: Tensor, neighbors: int) -> Aim:
-    """The aim of inversion c: images among the members of cluster c. known: unit rows (N, D); member: int64 (N,)."""
-    share = F.one_hot(member).to(known)
-    means = share.T @ known / share.sum(0)[:, None]
-    k = min(neighbors, len(known))
+def into(known: Tensor, centres: Tensor, member: Tensor, neighbors: int, pull: str) -> Aim:
+    """The aim of inversion c: images among the members of cluster c.
+
+    known: unit rows (N, D); centres: (C, D), their clusters' means; member: int64 (N,), the cluster of each.
+    """
+    k, spread = min(neighbors, len(known)), (known - centres[member]).square().sum(1).mean().clamp(min=1e-6)
 
     def aim(z: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        loss = 2 - 2 * (z.mean(1) * means[which]).sum(1)
-        near = (z.detach() @ known.T).topk(k, 2).indices
-        votes = F.one_hot(member[near], share.shape[1]).sum(2)
-        return loss, (votes.argmax(2) == which[:, None]).to(torch.float32).mean(1)
+        if pull == "distance":
+            loss = 2 - 2 * (z.mean(1) * centres[which]).sum(1)
+        else:
+            near = SHARP / spread * (2 * z @ centres.T - centres.square().sum(1))
+            loss = -near.log_softmax(2).gather(2, which[:, None, None].expand(*z.shape[:2], 1)).mean((1, 2))
+        around = (z.detach() @ known.T).topk(k, 2).indices
+        votes = F.one_hot(member[around], len(centres)).sum(2)
+        return loss, (votes.argmax(2) == which[:, None]).to(z.dtype).mean(1)
 
     return aim
