@@ -147,8 +147,8 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     with torch.no_grad():
         now = copy.deepcopy(held.encoder).train().images(torch.cat([own, seen]))[:8]
         before, rows = began.images(own), (twin.read(tokens) * began.read(tokens)).sum(1)
-    moved = float((1 - (now * before).sum(1)).mean() + (1 - rows).mean())
-    assert (anchored - drawn).item() == pytest.approx(2 * moved, abs=1e-3) and moved > 0.05
+    away = float((1 - (now * before).sum(1)).mean() + (1 - rows).mean())
+    assert (anchored - drawn).item() == pytest.approx(2 * away, abs=1e-3) and away > 0.05
     plain = registry.make("objective", "cleanclip:weight=0,shift=0,temperature=0.1")(encoder).eval()
     ours = registry.make("objective", "clip:shift=0,temperature=0.1")(encoder).eval()
     assert plain(images, tokens, chance()).item() == pytest.approx(ours(images, tokens, chance()).item(), rel=1e-6)
@@ -290,7 +290,7 @@ def test_two_gaussians_are_told_apart():
         ("roclip:bank=2", "bank in 0..1"),
         ("safeclip:epochs=6", "apart [+] 2"),
         ("safeclip:together=0", "together > 0"),
-        ("safeclip:sure=2", "sure and more in 0..1"),
+        ("safeclip:sure=2", "sure, least and more in 0..1"),
     ],
 )
 def test_fields_that_make_no_sense_are_refused(spec, what):

@@ -69,11 +69,12 @@ class Loss(ViewedModule):
     def split(self, epochs: int) -> None:
         """Which records are safe, from the encoder as it stands; `epochs`: trained on the split so far.
 
-        At first where the mixture says so with `sure`; later the same share, and `more` an epoch, those that agree best.
+        At first where the mixture says so with `sure`, but `least` of them; later the same share, and `more` an epoch: those
+        that agree best.
         """
         agreement = self.agreement()
         if epochs == 0:
-            self.first.fill_(float((likely(agreement) > self.recipe.sure).mean()))
+            self.first.fill_(max(self.recipe.least, float((likely(agreement) > self.recipe.sure).mean())))
         share = min(max(self.recipe.most, float(self.first)), float(self.first) + epochs * self.recipe.more)
         best = agreement.argsort(descending=True, stable=True)[: max(2, round(share * len(agreement)))]
         self.safe.zero_()
@@ -118,6 +119,7 @@ class Safeclip:
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "at the start"] = 0.07
     sure: Annotated[float, "a pair is safe where the mixture's upper component has this chance"] = 0.9
+    least: Annotated[float, "share of the records that are called safe at first, at least; the paper's rule alone: 0"] = 0.2
     more: Annotated[float, "share of the records by which the safe ones grow each epoch"] = 0.01
     most: Annotated[float, "share of the records that they grow to, at most"] = 0.85
     shift: Annotated[int, "augmentation of CLIP's loss: images moved by up to this many pixels"] = 2
@@ -131,8 +133,8 @@ class Safeclip:
         contrastive.check_views(self)
         if not 0 <= self.apart < self.epochs - 1 or self.together <= 0:
             raise ValueError("needs apart >= 0, epochs of at least apart + 2, together > 0")
-        if not (0 <= self.sure <= 1 and 0 <= self.more <= 1 and 0 < self.most <= 1):
-            raise ValueError("needs sure and more in 0..1, most in 0..1 and above 0")
+        if not (0 <= self.sure <= 1 and 0 <= self.least <= 1 and 0 <= self.more <= 1 and 0 < self.most <= 1):
+            raise ValueError("needs sure, least and more in 0..1, most in 0..1 and above 0")
 
     def rates(self, step: int, steps: int) -> float:
         """The factor on the learning rate: low in the one epoch after those apart."""
