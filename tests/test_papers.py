@@ -8,9 +8,10 @@ from bezoar import Settings, execute, registry
 from bezoar.cli import main
 from bezoar.errors import UserError
 from bezoar.laws import judge
+from bezoar.papers.matrix.audits import halves
 from bezoar.scores import proportion
 from bezoar.sweep import graph
-from bezoar.tables import Given, Results
+from bezoar.tables import Given, Results, exceeding, separation
 from bezoar.verbs.dose import Dose
 from bezoar.verbs.reproduce import Reproduce, facts, tables_of
 
@@ -84,6 +85,17 @@ def test_smoke_of_a_table(tmp_path, capsys):
 
 def name(manifest: dict, runs) -> str:
     return next(p.name for p in runs.glob("reproduce-*")).partition("-")[2]
+
+
+def test_attacked_encoders_are_held_against_clean_ones():
+    clean = list(range(20))
+    found = exceeding(0.05)([19, 19.5, 30], clean)  # ceil(21 x 0.95) = 20: the largest of 20
+    assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
+    assert exceeding(0.05)([1e9], clean[:18]).value == 0, "18 encoders support no rate of 1 in 20"
+    assert exceeding(0.5)([10, 11], clean).value == 0.5  # ceil(21 x 0.5) = 11: above the eleventh
+    assert separation([3, 1], [2, 0]).value == 0.75
+    assert halves(clean, clean).value == 1 / 20  # 19 lies above 18, the other half's largest, and nothing lies above 19
+    assert halves([0, 5, 1, 6], []).value == 0.5
 
 
 def test_dose_of_own_data(tmp_path):

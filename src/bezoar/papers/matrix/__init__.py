@@ -54,8 +54,10 @@ ATTACKS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """A scale. records: of a CLIP's training set. clean, bank: encoders that are measured, and others that set thresholds.
-    patched: attacked encoders of the first attack and of BadEncoder. each: of every other attack.
+    """A scale. records: of a CLIP's training set. clean: encoders without an attack; they set the thresholds.
+
+    patched: attacked encoders of the first attack and of BadEncoder. each: of every other attack. cured: of those that are
+    repaired; of the first attack and of BadEncoder `each` are.
     """
 
     records: int
@@ -78,10 +80,10 @@ class Setup:
     image_repairs: tuple[str, ...]
     fresh: str  # clean records that a repair is given
     fresh_images: str
-    bank: int
     clean: int
     patched: int
     each: int
+    cured: int
 
     def data(self, seed: int) -> str:
         """A CLIP's clean training set."""
@@ -116,7 +118,7 @@ class Setup:
     def seeds(self, attack: str) -> Sequence[int]:
         """The seeds of an attack's encoders; no two attacks share one, and none is a clean encoder's."""
         names = [a.name for a in self.attacks]
-        first = self.bank + self.clean
+        first = 2 * self.clean
         if attack in (ENCODER, names[0]):
             return range(first, first + self.patched)
         start = first + self.patched + (names.index(attack) - 1) * self.each
@@ -151,10 +153,10 @@ SMALL = Setup(
     image_repairs=("finetune:objective=(simclr:epochs=8)", "prune", "distill", "unlearn"),
     fresh="scenes:count=4000,seed=9000",
     fresh_images="",
-    bank=20,
     clean=20,
     patched=10,
     each=3,
+    cured=1,
 )
 
 
@@ -183,10 +185,10 @@ def setup(given: Given) -> Setup:
             image_repairs=("distill:epochs=1",),
             fresh="scenes:count=300,seed=9000",
             fresh_images=data,
-            bank=2,
             clean=2,
             patched=2,
             each=2,
+            cured=1,
         )
     train = named(given.root, "cifar10", "train")
     small = replace(
@@ -209,9 +211,9 @@ def setup(given: Given) -> Setup:
         tower="resnet:depth=18,stem=cifar",
         simclr="simclr:epochs=100",
         badencoder="badencoder:epochs=20",
-        bank=40,
         clean=40,
         patched=20,
+        cured=3,
     )
 
 

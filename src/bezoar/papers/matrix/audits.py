@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from bezoar.papers.matrix import ENCODER, setup
 from bezoar.registry import method
+from bezoar.scores import Measure, proportion
 from bezoar.sweep import Trial
-from bezoar.tables import Cell, Given, Reading, Row, Table, exceeding, readings, separation
+from bezoar.tables import Cell, Given, Row, Table, exceeding, readings, separation
 from bezoar.verbs.audit import Audit
 
 RATE = 0.05  # of false positives, at which thresholds are set
@@ -18,21 +19,20 @@ class Audits:
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
         s = setup(given)
-        numbers = range(s.bank), range(s.bank, s.bank + s.clean)
-        clips, towers = ([[make(k) for k in part] for part in numbers] for make in (s.clip, s.simple))
+        clips, towers = ([make(k) for k in range(s.clean)] for make in (s.clip, s.simple))
         rows = []
         for attack in (*s.attacks, None):
             name = attack.name if attack else ENCODER
             victims = [s.poisoned(attack, k) if attack else s.injected(k) for k in s.seeds(name)]
-            bank, clean = clips if attack else towers
+            clean = clips if attack else towers
             for audit in s.audits if attack else s.image_audits:
                 data = s.test if attack else s.held_out
-                cells = columns(audit, *([self.audited(t, data, audit) for t in part] for part in (victims, clean, bank)))
+                cells = columns(audit, *([self.audited(t, data, audit) for t in part] for part in (victims, clean)))
                 rows.append(Row(audit.partition(":")[0], cells, curve=name))
         note = (
-            f"Thresholds are set by {s.bank} clean encoders at a false-positive rate of {RATE:.0%}; `found` and "
-            f"`false positives` are measured on attacked encoders and on {s.clean} clean ones, none of which set one. "
-            "AUROC: against all clean ones."
+            f"AUROC and `found`: against {s.clean} clean encoders, which set the threshold at a false-positive rate of "
+            f"{RATE:.0%}. `false positives`: clean encoders above every one of the other half, which happens to one in "
+            f"{s.clean // 2 + 1} where nothing is wrong."
         )
         return Table("Audits", "", "audit", tuple(rows), notes=(note,), grid="AUROC")
 
@@ -42,16 +42,20 @@ class Audits:
         return Trial(Audit(encoder.verb, data, (audit,), bank=()), encoder.seed)
 
 
-def columns(audit: str, bad: Sequence[Trial], clean: Sequence[Trial], bank: Sequence[Trial]) -> tuple[Cell, ...]:
-    """An audit's cells from audit runs of attacked encoders, of clean ones, and of those that set thresholds."""
+def columns(audit: str, bad: Sequence[Trial], clean: Sequence[Trial]) -> tuple[Cell, ...]:
+    """An audit's cells from audit runs of attacked encoders and of clean ones."""
     name = audit.partition(":")[0]
-
-    def values(trials: Sequence[Trial]) -> tuple[Reading, ...]:
-        return readings(trials, f"{name}.value")
-
+    values, others = readings(bad, f"{name}.value"), readings(clean, f"{name}.value")
     return (
-        Cell("AUROC", values(bad), against=values([*clean, *bank]), compare=separation),
-        Cell("found", values(bad), against=values(bank), compare=exceeding(RATE)),
-        Cell("false positives", values(clean), against=values(bank), compare=exceeding(RATE)),
+        Cell("AUROC", values, against=others, compare=separation),
+        Cell("found", values, against=others, compare=exceeding(RATE)),
+        Cell("false positives", others, against=others, compare=halves),
         Cell("seconds", readings(bad, f"{name}.seconds")),
     )
+
+
+def halves(values: Sequence[float], _: Sequence[float]) -> Measure:
+    """How many of clean encoders lie above all of the other half of them."""
+    parts = values[::2], values[1::2]
+    above = sum(v > max(other) for own, other in zip(parts, parts[::-1], strict=True) for v in own)
+    return proportion(above, len(values), "clean encoders above the largest value of the other half")
