@@ -19,7 +19,8 @@ class Audits:
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
         s = setup(given)
-        clips, towers = ([make(k) for k in range(s.clean)] for make in (s.clip, s.simple))
+        clips = [s.clip(k) for k in range(s.clean)]
+        towers = [s.simple(k) for k in dict.fromkeys([*s.seeds(ENCODER), *range(s.clean)])][: s.clean]
         rows = []
         for attack in (*s.attacks, None):
             name = attack.name if attack else ENCODER
@@ -32,7 +33,7 @@ class Audits:
         note = (
             f"AUROC and `found`: against {s.clean} clean encoders, which set the threshold at a false-positive rate of "
             f"{RATE:.0%}. `false positives`: clean encoders above every one of the other half, which happens to one in "
-            f"{s.clean // 2 + 1} where nothing is wrong."
+            f"{s.clean // 2 + 1} where nothing is wrong. The encoders that BadEncoder attacked are among its clean ones."
         )
         return Table("Audits", "", "audit", tuple(rows), notes=(note,), grid="AUROC")
 

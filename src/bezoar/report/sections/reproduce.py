@@ -35,7 +35,7 @@ class Reproduce(Story):
         if self.manifest["status"] != "done":
             return "This reproduction was not finished; the same command goes on with it."
         if not self.claims:
-            return f"{terms.count(len(self.tables), 'table')} at scale {self.notes.get('scale')}."
+            return f"{', '.join(table['title'] for table in self.tables)}."
         told = [f"{n} {v}" for v in VERDICTS if (n := sum(c["verdict"] == v for c in self.claims))]
         return f"Of {terms.count(len(self.claims), 'claim')}: {', '.join(told)}."
 
@@ -148,7 +148,7 @@ def cells(table: dict[str, Any]) -> Table:
     """The table itself: ours with its interval, the printed number where there is one, the runs."""
     names = columns(table)
     several = any(row["curve"] for row in table["rows"])
-    head = [*(["curve"] if several else []), table["axis"] or "row", *names]
+    head = [*(["attack" if table.get("grid") else "curve"] if several else []), table["axis"] or "row", *names]
     rows = []
     for row in table["rows"]:
         found = {c["name"]: c for c in row["cells"]}
@@ -168,7 +168,8 @@ def cells(table: dict[str, Any]) -> Table:
 def shown(cell: dict[str, Any]) -> str:
     """A number, its interval, how many readings it is the mean of, and what the paper printed."""
     m, unit = Measure(**cell["measure"]), terms.RATE if cell["rate"] else terms.PLAIN
-    told = f"{terms.number(m.value, unit)} ({terms.interval(m, unit)}) [{len(cell['values'])}]"
+    about = f" ({terms.interval(m, unit)})" if m.low < m.high else ""
+    told = f"{terms.number(m.value, unit)}{about} [{len(cell['values'])}]"
     return told if cell["printed"] is None else f"{told}, paper {terms.number(cell['printed'], unit)}"
 
 
