@@ -3,10 +3,8 @@
 A trigger is a mask m and a pattern p, x -> (1 - m) x + m p, both (tanh(u) + 1) / 2 of free numbers u. Adam lowers
 loss(f(stamped images)) + weight |m|_1, where the weight grows while the trigger does what is wanted and falls while it
 does not; what is kept is the smallest mask that did. Each of the inversions has its own weight, stopping and best result,
-and sees the same images at the same step: a batch of them is what they would be one by one, but for rounding.
-
-An audit never changes an encoder. So no gradient of a weight is computed, which is a third of a plain step, and batch
-norms rest and are folded into their convolutions (`frozen`).
+and sees the same images at the same step: a batch of them is what they would be one by one, but for rounding. No gradient
+of a weight is computed, and batch norms rest and are folded into their convolutions (`frozen`).
 """
 
 from __future__ import annotations
@@ -77,8 +75,7 @@ class Aim(Protocol):
 
     def __call__(self, z: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """z: float32 (g, n, D), the stamped images of g inversions, which: int64 (g,), their numbers -> loss (g,),
-        differentiable, and success (g,), 0..1, of each.
-        """
+        differentiable, and success (g,), 0..1, of each."""
 
 
 @dataclass(frozen=True)
