@@ -1,11 +1,15 @@
 """Sweeps: order, what travels to a worker, what is done and what failed."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from bezoar import Evaluate, Poison, Settings, Train
+from bezoar import sweep as sweeping
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.run import typed, verb_name
@@ -59,6 +63,38 @@ def test_the_rest_is_run_when_one_trial_fails(tmp_path):
     with pytest.raises(UserError, match=r"1 of 2 trials failed.*no such thing"):
         sweep(trials, Settings(tmp_path, quiet=True, workers=1), Progress(True, "sweep"))
     assert [p.parent.name for p in tmp_path.glob("evaluate-*/manifest.json")]
+
+
+ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
+
+
+@pytest.mark.parametrize(("there", "workers", "devices"), [(2, 3, {"cuda:0", "cuda:1"}), (1, 2, {"auto"}), (0, 2, {"auto"})])
+def test_workers_are_spread_over_the_gpus_however_many_of_either(monkeypatch, there, workers, devices):
+    settings = Settings(device="auto")
+    monkeypatch.setattr(sweeping, "gpus", lambda _: there)
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **more: start([sys.executable, "-c", ECHO], **more))
+    with sweeping.processes(settings, workers, "any") as (submit, places):
+        futures = [submit({"device": settings.device, "number": i}) for i in range(12)]
+        told = [f.result() for f in futures]
+    assert places == workers and [a["number"] for a in told] == list(range(12))
+    assert {a["device"] for a in told} <= devices
+
+
+def test_a_sweep_that_is_broken_off_hires_nobody_any_more(monkeypatch):
+    start, hired = subprocess.Popen, []
+
+    def hire(_, **more):
+        hired.append(start([sys.executable, "-c", "import time; time.sleep(60)"], **more))
+        return hired[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", hire)
+    with pytest.raises(KeyboardInterrupt), sweeping.processes(Settings(device="cpu"), 2, "any") as (submit, _):
+        waiting = [submit({}), submit({})]
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+    assert all("status -9" in f.result(10)["error"] for f in waiting)
+    assert len(hired) == 2 and all(w.poll() is not None for w in hired)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from bezoar.errors import UserError
 
 PATIENCE = timedelta(days=7)  # ranks wait for as long as rank 0 works alone; torchrun ends all when one ends badly
 
-
 sharing = True  # False while rank 0 works alone: a training then must not wait for the others
 
 
@@ -29,6 +28,11 @@ def rank() -> int:
 def world() -> int:
     """How many processes torchrun started; 1 without it."""
     return _of_torchrun("WORLD_SIZE", 1)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def join() -> None:
@@ -91,7 +95,7 @@ def hear() -> Any:
 def device(name: str) -> Any:
     """`auto`, `cpu`, `cuda`, `cuda:1` -> torch.device; of several ranks each takes a GPU of its own.
 
-    Raises UserError for one that is not there.
+    Raises UserError for one that is not there, and for kinds of devices that bezoar has not been made for.
     """
     import torch
     import torch.distributed as dist
@@ -108,6 +112,8 @@ def device(name: str) -> Any:
         name = f"cuda:{_of_torchrun('LOCAL_RANK', 0)}"
     try:
         wanted = torch.device(name)
+        if wanted.type not in ("cpu", "cuda"):
+            raise NotImplementedError(name)
         torch.empty(1, device=wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

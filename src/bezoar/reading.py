@@ -7,7 +7,6 @@ a record that cannot be read is counted and named, never dropped quietly.
 from __future__ import annotations
 
 import io
-import os
 import stat
 import struct
 import zlib
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bezoar import ranks
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
 
@@ -168,8 +168,7 @@ def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
 
 def threads() -> int:
     """Decoding threads: the cores this process may use, at most 8."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return min(8, len(usable))
+    return min(8, ranks.cores())
 
 
 def decoded(records: Iterable[Record | Skipped], size: int | None, report: ReadReport) -> Iterator[tuple[Record, np.ndarray]]:

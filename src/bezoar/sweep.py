@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from bezoar import ranks
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.run import Run, Settings, execute, typed, verb_name
@@ -94,13 +96,15 @@ def inside(verb: Any) -> list[Any]:
 
 def cores(settings: Settings) -> int:
     """How many workers: one a GPU, or one a core."""
-    from bezoar.run import device
+    return gpus(settings) or ranks.cores()
 
-    if device(settings.device).type == "cuda":
-        import torch
 
-        return torch.cuda.device_count() if settings.device in ("auto", "cuda") else 1
-    return len(os.sched_getaffinity(0))
+def gpus(settings: Settings) -> int:
+    """How many GPUs workers are spread over: all, the one that is named, or none."""
+    import torch
+
+    chosen = ranks.device(settings.device)
+    return 0 if chosen.type != "cuda" else torch.cuda.device_count() if chosen.index is None else 1
 
 
 def question(trial: Trial, settings: Settings, page: bool) -> dict:
@@ -150,11 +154,10 @@ def pool(settings: Settings, workers: int, by: Answer = answer) -> Iterator[tupl
 
 @contextmanager
 def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[Submit, int]]:
-    """Worker processes of one thread each, or of one GPU each, fed through pipes; stopped at the end, however it comes."""
-    several = settings.device in ("auto", "cuda") and workers > 1 and cores(settings) == workers
-    cuda = several and _cuda()
+    """Worker processes of one thread each, or spread over the GPUs, fed through pipes; stopped at the end, however it comes."""
+    many, ended = gpus(settings), threading.Event()
     command = [sys.executable, "-m", "bezoar.sweep" if module == "__main__" else module]
-    environment = os.environ if _cuda() else {**os.environ, **THREADS}
+    environment = os.environ if many else {**os.environ, **THREADS}
 
     def hire() -> subprocess.Popen[str]:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -169,7 +172,7 @@ def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[S
         worker = hired[i]
         assert worker.stdin and worker.stdout
         try:
-            line = json.dumps({**asked, "device": f"cuda:{i}"} if cuda else asked)
+            line = json.dumps({**asked, "device": f"cuda:{i % many}"} if many > 1 else asked)
             worker.stdin.write(line + "\n")
             worker.stdin.flush()
             said = worker.stdout.readline()
@@ -177,7 +180,8 @@ def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[S
             said = ""
         if not said:
             said = json.dumps({"error": f"a worker ended with status {worker.wait()}; was memory short?"})
-            hired[i] = hire()
+            if not ended.is_set():
+                hired[i] = hire()
         free.put(i)
         return json.loads(said)
 
@@ -185,6 +189,7 @@ def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[S
     try:
         yield (lambda asked: threads.submit(ask, asked)), workers
     finally:
+        ended.set()
         for worker in hired:
             worker.kill()
             worker.wait()
@@ -202,21 +207,15 @@ def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
     if own:
         named = os.environ.get("RAY_ADDRESS")
         local: dict[str, Any] = {} if named else {"num_cpus": settings.workers or cores(settings)}
-        environment = {} if _cuda() else {"env_vars": THREADS}
+        environment = {} if gpus(settings) else {"env_vars": THREADS}
         ray.init(address=named or "local", include_dashboard=False, log_to_driver=False, runtime_env=environment, **local)
-    unit = "GPU" if _cuda() and settings.device != "cpu" else "CPU"
+    unit = "GPU" if gpus(settings) else "CPU"
     task = ray.remote(num_cpus=1, num_gpus=1 if unit == "GPU" else 0)(by)
     try:
         yield (lambda asked: task.remote(asked).future()), max(1, int(ray.cluster_resources().get(unit, 1)))
     finally:
         if own:
             ray.shutdown()
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def main(by: Answer = answer) -> None:
