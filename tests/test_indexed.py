@@ -280,6 +280,15 @@ def test_a_file_that_changed_is_refused_and_the_record_named(tars: Shards) -> No
         found.images[[95]]
 
 
+def test_rows_are_numbers_of_any_kind_and_never_a_mask(tars: Shards) -> None:
+    for records in (by_index(tars), toy()):
+        for rows in ([3, 1], range(3, 0, -2), np.array([3, 1]), torch.tensor([3, 1])):
+            assert records.take(rows).ids == ("train-3", "train-1")
+        for mask in (np.arange(96) < 2, torch.arange(96) < 2, [True, False]):
+            with pytest.raises(ValueError, match="mask"):
+                records.take(mask)
+
+
 def test_few_tars_are_open_at_once(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexed, "OPEN", 1)
     found = by_index(tars)

@@ -31,7 +31,7 @@ from torch import Tensor
 from bezoar import ranks
 from bezoar.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
+from bezoar.pairs import Pairs, numbers
 from bezoar.plan import Plan
 from bezoar.reading import ReadReport, Unreadable, decode, kept, nothing, threads
 from bezoar.shards import Placed, Shards
@@ -139,7 +139,7 @@ class Images:
 
     def __getitem__(self, rows: Sequence[int] | Tensor | np.ndarray) -> Tensor:
         """B rows -> uint8 (B, 3, S, S) on the CPU."""
-        return self.records.read(torch.as_tensor(rows, dtype=torch.long).cpu().numpy())
+        return self.records.read(numbers(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,16 +169,16 @@ class Indexed:
         """The images; `images[rows]` makes them."""
         return Images(self)
 
-    def chosen(self, rows: Sequence[int] | np.ndarray) -> Indexed:
+    def chosen(self, rows: Sequence[int] | Tensor | np.ndarray) -> Indexed:
         """The records at the given rows, in that order, still on disk."""
-        index = np.asarray(rows, dtype=np.int64)
+        index = numbers(rows)
         labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
         ids, captions = self.ids.take(index), self.captions.take(index)
         return replace(self, places=self.places[index], ids=ids, captions=captions, labels=labels)
 
     def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
         """The records at the given rows, in that order, in memory."""
-        part = self.chosen(np.asarray(rows, dtype=np.int64))
+        part = self.chosen(rows)
         images = part.read(np.arange(len(part)))
         return Pairs(images, tuple(part.captions), part.labels, tuple(part.ids), self.classes, self.report)
 

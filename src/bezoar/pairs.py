@@ -52,7 +52,7 @@ class Pairs:
 
     def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
         """The records at the given rows, in that order."""
-        index = torch.as_tensor(np.asarray(rows), dtype=torch.long)
+        index = torch.from_numpy(numbers(rows))
         picked = index.tolist()
         return replace(
             self,
@@ -86,6 +86,14 @@ class Pairs:
             next((p.classes for p in parts if p.classes), ()),
             reports[0].merged(reports[1:]) if len(reports) > 1 else next(iter(reports), None),
         )
+
+
+def numbers(rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
+    """Rows, wherever they lie, as int64 (B,) on the CPU. Raises ValueError for a mask: it would be read as rows 0 and 1."""
+    found = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+    if found.dtype == bool:
+        raise ValueError("rows are asked for by number; this is a mask")
+    return found.astype(np.int64)
 
 
 class Source(Protocol):

@@ -165,7 +165,7 @@ def shared(a: Pairs, b: Pairs) -> list[str]:
     if not pairs or a.images.shape[1:] != b.images.shape[1:]:
         return []
     mine, theirs = (list(rows) for rows in zip(*pairs, strict=True))
-    same = (a.images[mine] == b.images[theirs]).flatten(1).all(1).tolist()
+    same = (a.images[mine].cpu() == b.images[theirs].cpu()).flatten(1).all(1).tolist()
     return [a.ids[i] for i, equal in zip(mine, same, strict=True) if equal]
 
 
