@@ -1,6 +1,7 @@
 """The plan: the same records over an array and a stream; verified bit for bit."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -116,12 +117,32 @@ def test_one_wrong_bit_is_named():
         ("clean_label:count=50", "cat", "50 poisons asked for, but 15 of 60"),
         ("backdoor:count=5", "zebra", "no caption holds the target 'zebra'"),
         ("backdoor:count=5", "ca", "no caption holds"),
-        ("targeted:victims=99", "cat", "99 victims asked for"),
+        ("targeted:victims=99", "cat", "99 victims asked for, but there are 45"),
+        ("targeted:victims=50", "cat", "50 victims asked for, but there are 45"),
     ],
 )
 def test_impossible_poisonings_are_refused(poison, target, says):
     with pytest.raises(UserError, match=says):
         plan_of(poison, toy(), target=target)
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "value", "says"),
+    [
+        (0, "seed", None, "KeyError: 'seed'"),
+        (0, "goals", 3, "is not a poison plan"),
+        (0, "schema", 9, "plan schema 9, this bezoar reads 1"),
+        (1, "goal", 7, "is of goal 7; the plan has 1"),
+        (1, "goal", -1, "is of goal -1"),
+        (2, "caption", None, "is not a poison plan"),
+    ],
+)
+def test_a_spoilt_plan_is_one_line(tmp_path, row, field, value, says):
+    rows = [json.loads(line) for line in plan_of("backdoor:count=3", toy()).lines()]
+    rows[row] = {k: v for k, v in rows[row].items() if k != field} | ({field: value} if value is not None else {})
+    (tmp_path / "plan.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=says):
+        Plan.read(tmp_path / "plan.jsonl", lambda spec: registry.make("trigger", spec))
 
 
 def test_words_not_substrings():

@@ -184,13 +184,15 @@ class Plan:
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             head, edits = rows[0], tuple(Edit(**row) for row in rows[1:])
-            goals = tuple(Goal.read(g) for g in head["goals"])
-        except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, IndexError) as error:
-            raise UserError(f"{path} is not a poison plan: {error}") from error
+            goals, seed, victims = tuple(map(Goal.read, head["goals"])), head["seed"], head["victims"]
+        except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+            raise UserError(f"{path} is not a poison plan: {type(error).__name__}: {error}") from error
         if head.get("schema") != SCHEMA:
             raise UserError(f"{path}: plan schema {head.get('schema')!r}, this bezoar reads {SCHEMA}")
+        if odd := next((e for e in edits if e.goal not in range(len(goals))), None):
+            raise UserError(f"{path}: record {odd.id!r} is of goal {odd.goal!r}; the plan has {len(goals)}, from 0 on")
         stamps = tuple(stamp(g.trigger) if g.trigger else None for g in goals)
-        return Plan(edits, goals, head["seed"], head["victims"], stamps)
+        return Plan(edits, goals, seed, victims, stamps)
 
 
 def differences(written: Plan, derived: Plan) -> list[str]:

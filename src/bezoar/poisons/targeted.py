@@ -32,13 +32,13 @@ class Targeted:
         if not goal.target and not pool.classes:
             raise UserError("poison 'targeted' needs a target: these data have no classes to draw one from")
         counts = np.repeat(self.captions, self.victims).tolist()
-        if len(counts) > len(pool):
-            raise UserError(f"{len(counts)} victims asked for, but there are {len(pool)} images to choose from")
         u = draws(seed, pool.ids, 2, "targeted")
         chosen = np.argsort(u[:, 0], kind="stable")
         if goal.target:
             own = set(mentions(pool.captions, goal.target)) if pool.captions else set()
-            chosen = np.array([i for i in chosen if i not in own])
+            chosen = np.array([i for i in chosen if i not in own], dtype=np.int64)
+        if len(counts) > len(chosen):
+            raise UserError(f"{len(counts)} victims asked for, but there are {len(chosen)} images to choose from")
         edits: list[Edit] = []
         goals: list[Goal] = []
         found: dict[str, list[str]] = {}
