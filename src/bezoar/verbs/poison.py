@@ -19,9 +19,7 @@ class Poison:
     poison: Annotated[Input, Takes("poison"), "how: see `bezoar list poison`"] = "backdoor"
     trigger: Annotated[Input, Takes("trigger"), "what is stamped on images"] = None
     target: Annotated[str, "class or word that poisoned images are to be read as"] = ""
-    victims: Annotated[Input, Takes("data"), "held-out data that targeted victims are drawn from; `test`: the test split"] = (
-        None
-    )
+    victims: Annotated[Input, Takes("data"), "held-out data that targeted victims are drawn from"] = None
     write: Annotated[Literal["plan", "shards"], "the plan alone, or webdataset shards with it applied"] = "plan"
     stored: Annotated[Literal["png", "jpeg"], "how shards are written; jpeg alters small triggers"] = "png"
 
@@ -65,6 +63,8 @@ def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
         raise UserError("these data have no captions to poison")
     free = [i for i, taken in enumerate(parts.plan.mask(clean.ids)) if not taken]
     source = indexed.subset(clean, free) if parts.plan.edits else clean
+    if isinstance(given["victims"], Run):
+        raise UserError(f"victims are drawn from a data set, not from run {given['victims'].name}; name its test data")
     pool = inputs.read(given["victims"]) if given["victims"] is not None else None
     trigger = given["trigger"]
     goal = Goal(target, registry.spec(trigger) if trigger else None)
