@@ -111,6 +111,25 @@ def test_another_seed_is_another_question(runs, poison, capsys):
     assert name(runs, other) != name(runs, poison)
 
 
+@pytest.mark.parametrize("seed", ["-1", str(1 << 32), "99999999999999999999"])
+def test_a_seed_that_no_generator_takes_is_one_line(tmp_path, capsys, seed):
+    words = ["poison", DATA, "--poison", "backdoor:count=3", "--trigger", "patch", "--target", "striped star"]
+    assert main([*words, "--seed", seed, "--runs", str(tmp_path)]) == 2
+    assert "below 2**32" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "cuda:99", "tpu"])
+def test_a_device_that_is_not_there_is_one_line_that_names_those_that_are(tmp_path, capsys, device):
+    assert main(["poison", DATA, "--device", device, "--runs", str(tmp_path)]) == 2
+    assert f"no device '{device}' here; there are: cpu" in capsys.readouterr().err
+
+
+def test_victims_are_drawn_from_data_not_from_a_run(runs, poison, capsys):
+    words = ["poison", DATA, "--poison", "targeted:captions=2,victims=3", "--victims", name(runs, poison)]
+    assert main([*words, "--runs", str(runs)]) == 2
+    assert "victims are drawn from a data set" in capsys.readouterr().err
+
+
 def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
     both = ask(
         capsys, runs, "poison", name(runs, poison), "--poison", "targeted:captions=2,victims=3",

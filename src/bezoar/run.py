@@ -162,6 +162,8 @@ def execute(verb: Any, settings: Settings) -> Run:
     A run that was cut off is gone on with; one that failed starts over.
     """
     device(settings.device)
+    if not 0 <= settings.seed < 1 << 32:  # what every generator that is used takes
+        raise UserError(f"seed must be 0 or more, below 2**32; got {settings.seed}")
     inputs, ask = resolve(verb, settings)
     name = f"{verb_name(verb)}-{hashlib.sha256(json.dumps(ask, sort_keys=True).encode()).hexdigest()[:10]}"
     folder = settings.runs / name
@@ -175,7 +177,7 @@ def execute(verb: Any, settings: Settings) -> Run:
                 return run  # another process has just answered it
             return _work(verb, settings, inputs, ask, run)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
 def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run: Run) -> Run:
@@ -367,15 +369,13 @@ def _fields(verb: Any) -> dict[str, tuple[str | None, Any]]:
 
 
 def _outputs(folder: Path) -> dict[str, dict]:
-    every = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tmp")
-    files = sorted(p for p in every if UNHASHED.isdisjoint(p.relative_to(folder).parts))
-    return {
-        str(p.relative_to(folder)): {
-            "bytes": p.stat().st_size,
-            "sha256": hashlib.file_digest(p.open("rb"), "sha256").hexdigest(),
-        }
-        for p in files
-    }
+    out = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tmp"):
+        if UNHASHED.isdisjoint(path.relative_to(folder).parts):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            out[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return out
 
 
 def _write(folder: Path, manifest: dict) -> None:
