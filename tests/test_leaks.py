@@ -15,7 +15,7 @@ from bezoar import inputs, registry, stats
 from bezoar.encoder import Embedded
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
-from bezoar.shards import Shards
+from bezoar.shards import Placed, Shards
 from bezoar.trust import cleaning, leaks
 
 N, POISONS = 240, 60
@@ -171,6 +171,13 @@ def test_a_vanished_shard_is_a_user_error(shards: tuple[Path, np.ndarray]) -> No
     source = Shards((shards[0] / "00000.tar", shards[0] / "gone.tar"), 32)
     with pytest.raises(UserError, match=r"gone\.tar"):
         leaks.of_files(source.records())
+
+
+def test_a_shard_that_vanishes_between_two_looks_is_a_user_error(shards: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    files = [str(shards[0] / "00000.tar"), str(tmp_path / "gone.tar")]
+    records = [Placed(b"\x89PNG", (str(i),), ("x",), -1, file, "m", i, 512, 4) for i, file in enumerate(files)]
+    with pytest.raises(UserError, match=r"gone\.tar"):
+        leaks.of_files(records)
 
 
 def corpus() -> Pairs:

@@ -203,9 +203,9 @@ def of_files(records: Iterable[Record | Skipped]) -> Channels:
             if isinstance(record, Skipped):
                 continue
             if isinstance(record, Placed) and record.file != tar[0]:
-                if tar[1] >= 0:
-                    os.close(tar[1])
-                tar = record.file, os.open(record.file, os.O_RDONLY)
+                before, tar = tar[1], (record.file, os.open(record.file, os.O_RDONLY))
+                if before >= 0:
+                    os.close(before)
             found = stored(record, tar[1])
             if found is None:
                 continue
