@@ -123,6 +123,7 @@ def test_every_repair_keeps_the_contract(name, suspect, clean):
         ({0.1: 0.85, 0.01: 0.89, 0.001: 0.9}, 0.01, True),  # the largest that falls by no more than 0.02
         ({0.1: 0.93, 0.01: 0.9, 0.001: 0.9}, 0.1, True),
         ({0.1: 0.2, 0.01: 0.8, 0.001: 0.7}, 0.01, False),  # none: what lost least
+        ({0.1: 0.8, 0.01: 0.8, 0.001: 0.7}, 0.1, False),  # as bad at two: one of them is taken, and is said to be
         ({0.1: None, 0.01: 0.88, 0.001: 0.9}, 0.01, True),  # one at which training breaks down
     ],
 )

@@ -119,7 +119,7 @@ def climb(
     not hold. Raises UserError where all of them break down. log: gains `ladder`, what JSON holds.
     """
     before, rungs = ruler.score(start), []
-    kept: tuple[float, Encoder] | None = None
+    kept: tuple[float, float, Encoder] | None = None
     problem: UserError | None = None
     for lr in sorted(set(lrs), reverse=True):
         try:
@@ -131,20 +131,19 @@ def climb(
             continue
         rungs.append({"lr": lr, "score": score, "fall": before - score})
         if kept is None or score > kept[0]:
-            kept = score, made
+            kept = score, lr, made
         if before - score <= tolerance + 1e-9:
-            kept = score, made
             break
     if kept is None:
         assert problem is not None
         raise problem
     for rung in rungs:
-        rung["chosen"] = rung["score"] == kept[0]
+        rung["chosen"] = rung["lr"] == kept[1]
     if log is not None:
         holds = before - kept[0] <= tolerance + 1e-9
         told = {"score": ruler.how, "start": before, "tolerance": tolerance, "held": holds, "rungs": rungs}
         log.setdefault("ladder", []).append(told)
-    return kept[1]
+    return kept[2]
 
 
 def tokens(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
