@@ -101,6 +101,7 @@ def test_only_encoders_of_one_family_fit():
     for field, value in other.items():
         said = held.fits(dataclasses.replace(FAMILY, **{field: value}), SAMPLE)
         assert len(said) == 1 and field in said[0] and str(value) in said[0] and str(getattr(FAMILY, field)) in said[0]
+    assert held.fits(dataclasses.replace(FAMILY, network=""), SAMPLE), "what network it is must be known"
     assert "clean images" in held.fits(FAMILY, Sample("other", 512))[0]
     assert "64 clean images" in held.fits(FAMILY, Sample(SAMPLE.data, 64))[0]
     unknown = dataclasses.replace(FAMILY, data="", objective="")

@@ -10,7 +10,7 @@ from scipy.optimize import brentq, minimize, minimize_scalar
 
 from bezoar import laws, stats
 from bezoar.errors import UserError
-from bezoar.laws import Contrast, difference, judge, law, pooled, ratio_of_doses, trend
+from bezoar.laws import Contrast, difference, judge, law, pooled, trend
 from bezoar.report import curves
 from bezoar.report.curves import Curve
 from bezoar.scores import Measure, proportion
@@ -267,25 +267,6 @@ def test_trend_is_least_squares_on_doublings():
         trend([1, 1, 1], [0, 1, 2])
     with pytest.raises(ValueError):
         trend([0, 1, 2], [0, 1, 2])
-
-
-def test_ratio_of_doses():
-    near, far = (law(*simulated(s, 3.0, x50, 200, 0.3), 200) for s, x50 in ((0, 9.0), (1, 30.0)))
-    found, back = ratio_of_doses(near, far), ratio_of_doses(far, near)
-    assert found.value == pytest.approx(math.log(near.x50.value / far.x50.value))
-    assert found.low < math.log(9 / 30) < found.high < 0 and judge(found, "-") == "confirmed"
-    assert (back.low, back.high) == (pytest.approx(-found.high), pytest.approx(-found.low))
-    a, b = near.x50, far.x50
-    low = found.value - math.hypot(math.log(a.value / a.low), math.log(b.high / b.value))
-    assert found.low == pytest.approx(low) and found.detectable > (found.high - found.low) / 2
-    same = ratio_of_doses(near, near)
-    assert same.value == 0 and same.low < 0 < same.high
-    never = law(DOSES * 3, [0] * 15, 100)
-    open_ended = ratio_of_doses(never, near)
-    assert open_ended.value == math.inf == open_ended.high == open_ended.detectable
-    assert open_ended.low == pytest.approx(math.log(64 / near.x50.high), abs=0.01) and judge(open_ended, "+") == "confirmed"
-    both = ratio_of_doses(never, never)
-    assert (both.low, both.high) == (-math.inf, math.inf) and judge(both, "same", 1) == "undecided"
 
 
 @pytest.mark.parametrize(

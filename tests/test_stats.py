@@ -56,15 +56,15 @@ def test_recall_and_precision_break_ties_at_random():
     for share in (0.001, 0.1, 0.5, 1.0):
         top = stats.budget(share, 60)
         expected = np.mean([truth[o[:top]].sum() / 9 for o in orders])
-        assert stats.recall_at(scores, truth, share) == pytest.approx(expected, abs=0.01)
-    assert stats.precision_at_n(scores, truth) == pytest.approx(np.mean([truth[o[:9]].mean() for o in orders]), abs=0.01)
+        assert stats.hits(scores, truth, top) / 9 == pytest.approx(expected, abs=0.01)
+    assert stats.hits(scores, truth, 9) / 9 == pytest.approx(np.mean([truth[o[:9]].mean() for o in orders]), abs=0.01)
     assert stats.budget(0.1, 60) == 6 and stats.budget(0.001, 60) == 1 and stats.budget(0.07, 100) == 7
 
 
 def test_measures_do_not_depend_on_order():
     scores, truth = ranking(3)
     order = np.random.default_rng(5).permutation(len(scores))
-    for measure in (stats.auroc, stats.average_precision, stats.fpr_at_tpr, stats.precision_at_n, stats.auroc_interval,
+    for measure in (stats.auroc, stats.average_precision, stats.fpr_at_tpr, stats.auroc_interval,
                     stats.average_precision_interval, stats.fpr_interval):  # fmt: skip
         assert measure(scores, truth) == pytest.approx(measure(scores[order], truth[order]), abs=1e-12)
 

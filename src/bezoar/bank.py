@@ -88,11 +88,10 @@ class Calibration:
         return dataclasses.replace(self, clean=clean, attacked=attacked)
 
     def rank(self, rate: float) -> int | None:
-        """k = ceil((n + 1)(1 - rate)): the k-th smallest clean value is the threshold. None where n is too small."""
+        """k: the k-th smallest clean value is the threshold (`stats.conformal_rank`). None where n is too small."""
         if not 0 < rate < 1:
             raise UserError(f"the false-positive rate must be inside 0..1; got {rate}")
-        k = math.ceil(round((len(self.clean) + 1) * (1 - rate), 9))
-        return k if k <= len(self.clean) else None
+        return stats.conformal_rank(len(self.clean), rate)
 
     @property
     def smallest_rate(self) -> float:
@@ -144,13 +143,13 @@ class Bank:
     def fits(self, family: Family, sample: Sample) -> list[str]:
         """How an encoder differs from those of the bank, a phrase a field; none: it is one of their kind.
 
-        What is not known of the encoder (its training data, its objective) does not differ: `assumed` names it.
+        Training data and objective that are not known of the encoder do not differ: `assumed` names them. A network does.
         """
         out = []
         for name in ("network", "size", "data", "objective"):
             own, theirs = getattr(family, name), getattr(self.family, name)
-            if own != theirs and own != "":
-                out.append(f"{name} {own}, not {theirs}")
+            if own != theirs and (own != "" or name == "network"):
+                out.append(f"{name} {own or 'not known'}, not {theirs}")
         if sample.data != self.sample.data:
             out.append(f"clean images {sample.data}, not {self.sample.data}")
         if sample.images != self.sample.images:

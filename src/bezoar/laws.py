@@ -328,28 +328,6 @@ def trend(x: Sequence[float], y: Sequence[float], trials: int | None = None) -> 
     return _contrast(slope, error, len(u) - 2.0, len(u), how, least)
 
 
-def ratio_of_doses(a: Law, b: Law, success: float = 0.5) -> Contrast:
-    """ln of the dose law a needs less ln of the dose law b needs, for the same success: below 0 when a needs fewer.
-
-    The profile intervals of both are combined by the distances of their limits (Zou and Donner 2008), which keeps them
-    lopsided; where a limit is open, by the limits themselves, which is never narrower.
-    """
-    from scipy.stats import t
-
-    first, second = a.dose(success), b.dose(success)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        (v, v_low, v_high), (w, w_low, w_high) = (np.log([m.value, m.low, m.high]) for m in (first, second))
-        value = v - w
-        low, high = value - np.hypot(v - v_low, w_high - w), value + np.hypot(v_high - v, w - w_low)
-        outer = v_low - w_high, v_high - w_low
-        errors = (v_high - v_low) / t.ppf(0.975, a.df) / 2, (w_high - w_low) / t.ppf(0.975, b.df) / 2
-    low, high = (float(e if math.isfinite(e) else o) for e, o in zip((low, high), outer, strict=True))
-    low, high = -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high
-    detectable = float(t.ppf([0.975, 0.8], a.df + b.df).sum() * np.hypot(*errors))
-    how = f"ln of the ratio of the doses with {success:.0%} success, profile intervals combined by their distances"
-    return Contrast(float(value), low, high, a.units + b.units, detectable, how)
-
-
 def judge(contrast: Contrast, expected: Literal["+", "-", "same"], margin: float = 0.0) -> Verdict:
     """Whether an interval bears a claim out: '+' above 0, '-' below 0, 'same' within +-margin; contradicted: beyond."""
     low, high = contrast.low, contrast.high

@@ -39,19 +39,6 @@ def fpr_at_tpr(scores: ArrayLike, truth: ArrayLike, tpr: float = 0.95) -> float:
     return float(_fpr_at_tpr(positives[None], negatives[None], tpr)[0])
 
 
-def recall_at(scores: ArrayLike, truth: ArrayLike, share: float) -> float:
-    """Share of the poisons among the worst ceil(share x N) records (at least one record)."""
-    s, t = _checked(scores, truth)
-    return hits(s, t, budget(share, len(s))) / int(t.sum())
-
-
-def precision_at_n(scores: ArrayLike, truth: ArrayLike, n: int | None = None) -> float:
-    """Share of poisons among the worst n records; n defaults to the number of poisons."""
-    s, t = _checked(scores, truth)
-    n = int(t.sum()) if n is None else n
-    return hits(s, t, n) / n
-
-
 def budget(share: float, n: int) -> int:
     """How many of n records a share of them is: rounded up, at least one."""
     return max(1, math.ceil(round(share * n, 9)))
@@ -65,6 +52,15 @@ def hits(scores: ArrayLike, truth: ArrayLike, n: int) -> float:
     cut = np.partition(s, len(s) - n)[len(s) - n]
     above, tied = s > cut, s == cut
     return float(t[above].sum() + t[tied].sum() * (n - above.sum()) / tied.sum())
+
+
+def conformal_rank(n: int, rate: float) -> int | None:
+    """k = ceil((n + 1)(1 - rate)): a value like these n exceeds their k-th smallest at most at this rate (Vovk et al. 2005).
+
+    None where n < 1 / rate - 1: so few values support no such rate.
+    """
+    k = math.ceil(round((n + 1) * (1 - rate), 9))
+    return k if k <= n else None
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> Interval:

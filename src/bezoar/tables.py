@@ -181,8 +181,8 @@ def exceeding(share: float) -> Comparison:
     """How many values lie above a threshold that others set: the conformal quantile at a false-positive rate of `share`."""
 
     def compare(values: Sequence[float], others: Sequence[float]) -> Measure:
-        place = math.ceil((len(others) + 1) * (1 - share))
-        threshold = math.inf if place > len(others) else sorted(others)[place - 1]
+        place = stats.conformal_rank(len(others), share)
+        threshold = math.inf if place is None else sorted(others)[place - 1]
         how = f"encoders above the threshold that {len(others)} others set at a false-positive rate of {share:g}"
         return proportion(sum(v > threshold for v in values), len(values), how)
 
