@@ -59,6 +59,12 @@ def test_the_paper_scale_asks_for_data():
         registry.make("paper", "carlini2022/poisons")(Given("paper"))
 
 
+def test_a_smaller_clean_set_of_ones_own_shards_is_a_part_of_them():
+    table = registry.make("paper", "carlini2022/clean_size")(Given("paper", *OWN))
+    data = {t.verb.data for t in graph(table.trials) if type(t.verb).__name__ == "Poison" and isinstance(t.verb.data, str)}
+    assert {registry.make("data", d).limit for d in data} == {375000, 750000, 1500000, 3000000}
+
+
 def test_no_attack_of_a_training_meets_another_one():
     """Triggers of one training have targets of their own, and every trigger of a square meets every dose once."""
     from bezoar.papers.carlini2022 import SCALES, square

@@ -1,5 +1,7 @@
 """Learning rate of the injection (Jia, Liu, Gong 2022, ablation)."""
 
+from dataclasses import replace
+
 from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
 from bezoar.registry import make, method, spec
 from bezoar.tables import Given, Table
@@ -11,8 +13,6 @@ class LearningRate:
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        from dataclasses import replace
-
         s = setup(given)
         task, usual = s.tasks[0], make("attack", s.attack)
         rates = (usual.lr, usual.lr / 10, usual.lr * 10)

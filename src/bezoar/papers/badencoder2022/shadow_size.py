@@ -1,5 +1,7 @@
 """Size of the shadow data (Jia, Liu, Gong 2022, ablation)."""
 
+from dataclasses import replace
+
 from bezoar.papers.badencoder2022 import attacked, best, rows, setup
 from bezoar.registry import make, method, spec
 from bezoar.tables import Claim, Given, Table
@@ -11,11 +13,9 @@ class ShadowSize:
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
-        from dataclasses import fields, replace
-
         s = setup(given)
         task, data = s.tasks[0], make("data", s.shadow)
-        name = "limit" if "limit" in {f.name for f in fields(data)} else "count"
+        name = "limit" if hasattr(data, "limit") else "count"
         found = []
         for n in s.shadows:
             bad = attacked(s, task, best(task), shadow=spec(replace(data, **{name: n})))

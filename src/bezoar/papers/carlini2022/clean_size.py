@@ -1,7 +1,9 @@
 """Success against the size of the clean set, at a fixed number of poisons (Carlini & Terzis 2022, section 5.1)."""
 
+from dataclasses import replace
+
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
-from bezoar.registry import method
+from bezoar.registry import make, method, spec
 from bezoar.tables import Cell, Claim, Given, Row, Table, readings
 
 
@@ -14,10 +16,11 @@ class CleanSize:
         s = setup(given)
         backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]
         many = f"targeted:captions={s.reference},victims={2 * TOGETHER}"
+        data = make("data", s.data)
+        size = "limit" if hasattr(data, "limit") else "count"
         rows = []
         for count in s.sets:
-            part = f"{s.data.partition(',count=')[0].partition(':count=')[0]}"
-            part += ("," if ":" in part else ":") + f"count={count}"
+            part = spec(replace(data, **{size: count}))
             trials = [measured(s, poisoned(s, backdoors, [many], part), t) for t in range(s.seeds)]
             each = [f"@{j}" for j in range(TOGETHER)]
             cells = (
