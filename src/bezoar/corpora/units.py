@@ -117,16 +117,19 @@ def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: S
             table.write_table(_table(block, unit))
             count += len(block.images)
     os.replace(records, unit.file(folder, "parquet"))
-    told = {"read": count, "skipped": report.skipped, "state": state, **made}
-    last = vectors.partial(unit.file(folder, "json"))
-    last.write_text(json.dumps(told))
-    os.replace(last, unit.file(folder, "json"))
+    tell(unit, folder, {"read": count, "skipped": report.skipped, "state": state, **made})
 
 
 def refuse(unit: Unit, folder: Path, reason: str) -> None:
     """Set a whole unit aside."""
-    told = {"read": 0, "skipped": [(unit.name, "", reason)], "state": None, "images": 0, "texts": 0}
-    unit.file(folder, "json").write_text(json.dumps(told))
+    tell(unit, folder, {"read": 0, "skipped": [(unit.name, "", reason)], "state": None, "images": 0, "texts": 0})
+
+
+def tell(unit: Unit, folder: Path, told: dict[str, Any]) -> None:
+    """A unit's last file, with which it is whole; it appears under its name only when complete."""
+    last = vectors.partial(unit.file(folder, "json"))
+    last.write_text(json.dumps(told))
+    os.replace(last, unit.file(folder, "json"))
 
 
 def embed_all(given: Any, by: Any, todo: Sequence[Unit], folder: Path, settings: Settings, progress: Progress) -> None:
