@@ -31,6 +31,7 @@ MAX_PICKLE = 16 << 20  # of the part of a checkpoint that says what its tensors 
 MAX_MEMBERS = 100_000
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 WRAPPERS = ("state_dict", "model", "net", "netC", "network", "model_state_dict")  # keys under which weights are kept
+COUNTERS = ("total_ops", "total_params")  # that thop leaves in the modules it counted
 FREE, RATIO = 64 << 20, 100  # an archive may unpack to FREE bytes, or to RATIO times its own
 SAFE = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections OrderedDict"
@@ -42,7 +43,7 @@ NOTES = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "FRAME")  # opcodes that lea
 
 
 def read(path: str) -> dict[str, Tensor]:
-    """The named tensors of a weights file, on the CPU, unwrapped and without the `module.` of DataParallel.
+    """The named tensors of a weights file, on the CPU, unwrapped, without the `module.` of DataParallel and thop's counters.
 
     Raises UserError, one line, for whatever is missing, too large, broken, not a checkpoint, or more than tensors.
     """
@@ -69,7 +70,8 @@ def read(path: str) -> dict[str, Tensor]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: not a checkpoint that can be read ({reason})") from error
     parallel = all(key.startswith("module.") for key in found)
-    return {key.removeprefix("module.") if parallel else key: tensor for key, tensor in found.items()}
+    named = {key.removeprefix("module.") if parallel else key: tensor for key, tensor in found.items()}
+    return {key: tensor for key, tensor in named.items() if key.rpartition(".")[2] not in COUNTERS}
 
 
 def check(module: nn.Module, tensors: Mapping[str, Tensor], name: str, what: str) -> None:

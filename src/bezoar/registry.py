@@ -141,12 +141,6 @@ def source_hash(cls: type) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:16]
 
 
-def kind_of(configured: Any) -> str:
-    """The kind of a configured method, by its folder."""
-    folder = type(configured).__module__.split(".")[1]
-    return next(kind for kind, f in KINDS.items() if f == folder)
-
-
 @functools.cache
 def find(kind: str, name: str) -> type:
     """The class of a method, by name or by path of a file. Raises UserError that lists the known ones."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from bezoar import feed, indexed, registry, training
 from bezoar.encoder import Encoder, precision_for
 from bezoar.errors import UserError
+from bezoar.heads import Report, silent
 from bezoar.indexed import Indexed
 from bezoar.neighbors import pool
 from bezoar.pairs import Pairs, load
 
-Report = Callable[[int, int, str], None]  # (done, total, what)
 NETWORK, OBJECTIVE = "clip_small", "clip:epochs=6"  # the small model and its schedule
 SIDE = 64  # images are brought to this many pixels at most
 OTHERS = 256  # captions that a loss is measured against
@@ -39,10 +39,6 @@ class Trace:
     ids: Sequence[str]
     agreement: Tensor
     loss: Tensor
-
-
-def silent(done: int, total: int, what: str) -> None:
-    """The report of who reports nothing."""
 
 
 def trace(

@@ -30,11 +30,16 @@ UNREAD = {"cpu": 1, "cuda": 50}  # losses left on a device before they are read:
 class Recipe(Protocol):
     """What the loop reads of an objective's fields."""
 
-    epochs: int
-    batch: int
-    lr: float
-    weight_decay: float
-    warmup: float
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def warmup(self) -> float: ...
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -233,7 +233,7 @@ class Badencoder:
         student.about["goals"] = [*encoder.about.get("goals", []), *map(vars, goals)]
         loss = Loss(student, self, goals, references)
         held: Any = neighbors.pool(list(shadow.ids), self.validation, seed) if self.validation else ()
-        out, recipe = set(map(int, held)), cast(Any, self)
+        out = set(map(int, held))
         if len(shadow) - len(out) < self.batch:
             raise UserError(f"{len(shadow)} shadow images, {len(out)} held out, are fewer than one batch of {self.batch}")
         trained = indexed.subset(shadow, [i for i in range(len(shadow)) if i not in out]) if out else shadow
@@ -248,7 +248,7 @@ class Badencoder:
             return loss.means() | (test(self.success, self.utility) if test is not None else {})
 
         with feed.fed(trained, student.device, order, self.epochs) as data:
-            training.fit(loss, recipe, data, rows, seed, checkpoint, report, each_epoch, log)
+            training.fit(loss, self, data, rows, seed, checkpoint, report, each_epoch, log)
         for p, q in zip(student.parameters(), encoder.parameters(), strict=True):
             p.requires_grad_(q.requires_grad)
             p.grad = None

@@ -7,7 +7,6 @@ stay apart. Two Gaussians are fitted to the cosines of all pairs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -18,22 +17,12 @@ from bezoar import registry, traces
 from bezoar.augment import Chance, Views
 from bezoar.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.ladder import Recipe
 from bezoar.registry import method
 from bezoar.scores import Scores
 from bezoar.traces import Report, Study
 
 ROUNDS, NARROWEST = 1000, 1e-6  # of the mixture: most rounds, least variance
-
-
-@dataclass
-class Recipe:
-    """What `training.fit` reads of the warm-up."""
-
-    epochs: int
-    batch: int
-    lr: float
-    weight_decay: float = 0.1
-    warmup: float = 0.05
 
 
 class Apart(nn.Module):
@@ -92,7 +81,7 @@ class Safeclip:
         study = Study.of(source, self.network, self.seed, encoder.device, self.side)
         if self.epochs:
             apart = Apart(study.encoder, self.temperature, self.drop)
-            study.train(apart, Recipe(self.epochs, self.batch, self.lr), report, "safeclip: warm-up")
+            study.train(apart, Recipe(self.epochs, self.batch, self.lr, weight_decay=0.1), report, "safeclip: warm-up")
         clip = registry.make("objective", f"clip:epochs=1,batch={self.batch},lr={self.together}")
         study.train(clip(study.encoder), clip, report, "safeclip: one epoch together")
         agreement, _ = study.look()

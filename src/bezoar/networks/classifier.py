@@ -12,8 +12,6 @@ from bezoar.errors import UserError
 from bezoar.reading import existing
 from bezoar.registry import method
 
-ADDED = ("total_ops", "total_params")  # counters that thop leaves in the modules it counted
-
 
 @method
 class Classifier:
@@ -43,8 +41,7 @@ class Classifier:
             raise UserError("network 'classifier': give path=, a file of weights")
         found = None
         if self.path:
-            tensors = {k: v for k, v in checkpoints.read(self.path).items() if k.rpartition(".")[2] not in ADDED}
-            found = trunks.describe(tensors, self.path)
+            found = trunks.describe(checkpoints.read(self.path), self.path)
         shape = trunks.parse(self.architecture) if found is None else found.architecture
         name = self.path or "classifier"
         side, assumed = self._side(shape.side, size, name)

@@ -13,8 +13,6 @@ from bezoar.errors import UserError
 from bezoar.reading import existing
 from bezoar.registry import method
 
-ADDED = ("total_ops", "total_params")  # counters that thop leaves in the modules it counted
-
 
 @method
 class Imported:
@@ -40,7 +38,7 @@ class Imported:
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """The encoder; `size` 0 or the input side. Raises UserError for a file, layout or size that does not fit."""
-        tensors = {k: v for k, v in checkpoints.read(self.path).items() if k.rpartition(".")[2] not in ADDED}
+        tensors = checkpoints.read(self.path)
         layout = layouts.recognise(tensors, self.path)
         left = {k for k in tensors if k.startswith(layout.heads)}
         kept = {k: v for k, v in tensors.items() if k not in left}
