@@ -111,6 +111,16 @@ def test_another_seed_is_another_question(runs, poison, capsys):
     assert name(runs, other) != name(runs, poison)
 
 
+def test_runs_that_lie_in_several_directories(runs, poison, tmp_path, capsys):
+    tiny = ("--network", "clip_small:width=4,dim=8", "--objective", "clip:epochs=1,batch=64")
+    trained = ask(capsys, tmp_path / "b", "train", runs / name(runs, poison), *tiny)
+    encoder = tmp_path / "b" / name(tmp_path / "b", trained)
+    found = ask(capsys, tmp_path / "c", "evaluate", encoder, "scenes:count=80,split=test")
+    assert found["goal"] == poison["goal"] and "attack_success" in found["metrics"]
+    page = (tmp_path / "c" / name(tmp_path / "c", found) / "report.html").read_text()
+    assert "could not be made" not in page and "no longer there" not in page
+
+
 @pytest.mark.parametrize("seed", ["-1", str(1 << 32), "99999999999999999999"])
 def test_a_seed_that_no_generator_takes_is_one_line(tmp_path, capsys, seed):
     words = ["poison", DATA, "--poison", "backdoor:count=3", "--trigger", "patch", "--target", "striped star"]

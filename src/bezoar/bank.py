@@ -271,7 +271,7 @@ def family(encoder: Any, given: Any) -> Family:
         while trained is not None:
             asked = trained.manifest["ask"].get("data") or {}
             data = described(asked["spec"]) if "spec" in asked else ""
-            trained = dataclasses.replace(trained, path=trained.path.parent / asked["run"]) if "run" in asked else None
+            trained = trained.beside(asked["run"]) if "run" in asked else None
     except UserError:
         data = ""
     about = encoder.about

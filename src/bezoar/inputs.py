@@ -78,7 +78,7 @@ def root(run: Run) -> Any:
     """The data method that a run goes back to, its files unchanged. Raises UserError when they are not."""
     asked = run.manifest["ask"].get("data")
     if asked is None or "run" in asked:
-        above = Run(run.path.parent / asked["run"]) if asked else next(iter(run.parents), None)
+        above = run.beside(asked["run"]) if asked else next(iter(run.parents), None)
         if above is None:
             raise UserError(f"run {run.name} goes back to no data set")
         return root(above)

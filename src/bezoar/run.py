@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -103,14 +104,17 @@ class Run:
     @property
     def parents(self) -> list[Run]:
         """The runs this one was made from."""
-        return [Run(self.path.parent / name) for name in self.manifest["parents"]]
+        return [self.beside(name) for name in self.manifest["parents"]]
+
+    def beside(self, name: str) -> Run:
+        """A run that this one was made from: in the same directory, or where the manifest says that it lay."""
+        here = self.path.parent / name
+        return Run(here if here.exists() else Path(self.manifest.get("elsewhere", {}).get(name, here)))
 
     def ancestor(self, verb: str) -> Run | None:
         """This run or the nearest one it was made from, of the given verb."""
-        if self.verb == verb:
-            return self
-        found = (parent.ancestor(verb) for parent in self.parents)
-        return next((run for run in found if run), None)
+        above = (parent.ancestor(verb) for parent in self.parents)
+        return self if self.verb == verb else next(filter(None, above), None)
 
 
 def find(runs: Path, text: str) -> Run | None:
@@ -120,7 +124,7 @@ def find(runs: Path, text: str) -> Run | None:
         return Run(path)
     if not text or "/" in text or ":" in text:
         return None
-    matches = sorted(p.parent for p in runs.glob(f"{_literal(text)}*/{MANIFEST}"))
+    matches = sorted(p.parent for p in runs.glob(f"{glob.escape(text)}*/{MANIFEST}"))
     if len(matches) > 1:
         raise UserError(f"{text!r} begins the names of {len(matches)} runs: {', '.join(p.name for p in matches[:4])}")
     return Run(matches[0]) if matches else None
@@ -192,6 +196,7 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
         "ask": ask,
         "typed": {f.name: typed(getattr(verb, f.name)) for f in dataclasses.fields(verb)},
         "parents": [r.name for r in parents],
+        "elsewhere": {r.name: str(r.path.absolute()) for r in parents if not r.path.parent.samefile(settings.runs)},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     start, error, metrics = time.monotonic(), None, {}
@@ -361,11 +366,8 @@ def _commit() -> dict:
 
 def _fields(verb: Any) -> dict[str, tuple[str | None, Any]]:
     hints = typing.get_type_hints(type(verb), include_extras=True)
-    out = {}
-    for f in dataclasses.fields(verb):
-        marks = getattr(hints[f.name], "__metadata__", ())
-        out[f.name] = (next((m.what for m in marks if isinstance(m, Takes)), None), getattr(verb, f.name))
-    return out
+    marks = {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(verb)}
+    return {k: (next((m.what for m in own if isinstance(m, Takes)), None), getattr(verb, k)) for k, own in marks.items()}
 
 
 def _outputs(folder: Path) -> dict[str, dict]:
@@ -394,7 +396,3 @@ def _alone(folder: Path) -> Iterator[None]:
             print(f"waiting for another process in {folder}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _literal(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

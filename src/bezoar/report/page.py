@@ -102,10 +102,11 @@ def parent(run: Run, name: str) -> dict[str, str]:
     if not RUN_NAME.fullmatch(str(name)):
         return {"name": str(name), "href": "", "headline": ""}
     try:
-        headline = tell(Run(run.path.parent / name)).headline()
+        found = run.beside(name)
+        headline = tell(found).headline()
     except PROBLEMS:
         return {"name": name, "href": "", "headline": "this run is no longer there"}
-    return {"name": name, "href": f"../{name}/{PAGE}", "headline": headline}
+    return {"name": name, "href": f"../{name}/{PAGE}" if found.path.parent == run.path.parent else "", "headline": headline}
 
 
 def command(run: Run) -> str:

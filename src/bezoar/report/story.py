@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bezoar import inputs
+from bezoar import inputs, registry
+from bezoar.pairs import Pairs
 from bezoar.plan import Goal
 from bezoar.report import terms
 from bezoar.report.parts import Section
@@ -69,7 +70,13 @@ class Story:
     def input(self, name: str) -> Run | None:
         """The run that was given as an input, if it was a run."""
         asked = self.ask.get(name)
-        return Run(self.run.path.parent / asked["run"]) if isinstance(asked, dict) and "run" in asked else None
+        return self.run.beside(asked["run"]) if isinstance(asked, dict) and "run" in asked else None
+
+    @functools.cached_property
+    def tested(self) -> Pairs:
+        """The test data, of a run or a spec, as they were measured on."""
+        run = self.input("test")
+        return inputs.read(registry.make("data", self.notes["test"])) if run is None else inputs.dataset(run).pairs
 
     def json(self, name: str) -> Any:
         """A JSON file of the run."""

@@ -113,7 +113,7 @@ def known_clean(given: Any) -> Any:
 def known_attacked(given: Run) -> tuple[Run, float | None]:
     """An attacked encoder's run, and what its attack was measured at: by the evaluate run given, or by one beside it."""
     asked = given.manifest["ask"].get("encoder")
-    run = Run(given.path.parent / asked["run"]) if given.verb == "evaluate" and asked and "run" in asked else given
+    run = given.beside(asked["run"]) if given.verb == "evaluate" and asked and "run" in asked else given
     if not run.manifest["goal"]:
         raise UserError(f"run {run.name} was not attacked; --attacked takes train or inject runs that were")
     return run, success(given) if given.verb == "evaluate" else known_success(run)

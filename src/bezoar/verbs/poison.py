@@ -103,7 +103,7 @@ def verify(run: Run) -> dict[str, Any]:
     ask = manifest["ask"]
     written = Plan.read(run.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
     above = ask["data"].get("run")
-    parts = inputs.dataset(Run(run.path.parent / above)) if above else inputs.dataset(inputs.root(run))
+    parts = inputs.dataset(run.beside(above)) if above else inputs.dataset(inputs.root(run))
     made = {k: registry.make(k if k != "victims" else "data", ask[k]["spec"]) if ask[k] else None for k in KINDS}
     derived = parts.plan.merge(derive(made, parts, ask["target"], ask["seed"]))
     if found := differences(written, derived):

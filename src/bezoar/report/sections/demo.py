@@ -77,7 +77,7 @@ class Demo(Story):
 
     def sibling(self, name: str) -> Run:
         """A run beside this one."""
-        return Run(self.run.path.parent / name)
+        return self.run.beside(name)
 
     @functools.cached_property
     def attack(self) -> Evaluate:

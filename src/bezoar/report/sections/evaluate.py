@@ -214,12 +214,8 @@ class Evaluate(Story):
         if run is None:
             raise UserError("pictures are shown for encoders of runs; this one has published weights")
         encoder = inputs.encoder(run, "cpu")
-        name = self.notes["test"]
-        asked = self.ask.get("test")
-        is_run = isinstance(asked, dict) and "run" in asked
-        test = inputs.dataset(Run(self.run.path.parent / name)).pairs if is_run else inputs.read(registry.make("data", name))
         most = SAMPLE if encoder.preprocess.size <= 64 else LARGE_SAMPLE
-        test = test.take(range(min(most, len(test))))
+        test = self.tested.take(range(min(most, len(self.tested))))
         specs = [p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")]
         probe = registry.make("probe", specs[0] if specs else "zero_shot")
         readable = bool(test.classes) and encoder.text is not None

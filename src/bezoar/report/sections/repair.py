@@ -6,12 +6,11 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from bezoar import inputs, registry
+from bezoar import registry
 from bezoar.pairs import Pairs
 from bezoar.report import charts, gallery, terms
 from bezoar.report.parts import Figure, Line, Part, Section, Table, Text, Tile
 from bezoar.report.story import Chapter, Story
-from bezoar.run import Run
 
 STAGES = {
     "before": "Before",
@@ -154,9 +153,7 @@ class Repair(Story):
         found = self.json("readings.json")
         if not found:
             return None
-        name, asked = self.notes["test"], self.ask.get("test")
-        is_run = isinstance(asked, dict) and "run" in asked
-        test = inputs.dataset(Run(self.run.path.parent / name)).pairs if is_run else inputs.read(registry.make("data", name))
+        test = self.tested
         row = {k: i for i, k in enumerate(test.ids)}
         sheets = [self.stamped(f, test.take([row[k] for k in f["ids"]])) for f in found]
         lead = "Under each image its class, then what it was and what it is read as when stamped. Red: the target."
