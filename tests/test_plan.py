@@ -44,6 +44,10 @@ def records(pairs):
 POISONS = ["backdoor:count=7", "backdoor:count=7,keep=true", "clean_label:count=5", "targeted:captions=3,victims=4"]
 
 
+def test_every_poison_is_here():
+    assert {p.partition(":")[0] for p in POISONS} == set(registry.names("poison"))
+
+
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("batch", [1, 7, 60])
 def test_array_and_stream_in_any_order_give_the_same_records(poison, batch):
