@@ -153,7 +153,17 @@ def test_an_encoder_saves_loads_and_says_that_it_is_poisoned(tmp_path):
 def test_an_encoder_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no encoder"):
         Encoder.load(tmp_path)
-    (tmp_path / "encoder.json").write_text('{"network": "clip_small", "preprocess": {"size": 32}, "vocabulary": []}')
+    encoder, _, _, _ = start(toy(16))
+    encoder.save(tmp_path)
+    head = json.loads((tmp_path / "encoder.json").read_text())
+    spoilt = ({"network": 5}, {"vocabulary": None}, {"vocabulary": [1]}, {"preprocess": []}, {"preprocess": {"size": "32"}})
+    fields = ({"precision": None}, {"network": "clip_small:width=3"}, {"network": "clip_small:width=3,dim"})
+    for wrong in ([], 3, None, {}, *(head | field for field in (*spoilt, *fields))):
+        (tmp_path / "encoder.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError) as said:
+            Encoder.load(tmp_path)
+        assert "\n" not in str(said.value)
+    (tmp_path / "encoder.json").write_text(json.dumps(head))
     (tmp_path / "encoder.safetensors").write_bytes(b"\x80\x04\x95pickle")
     with pytest.raises(UserError, match="holds no encoder"):
         Encoder.load(tmp_path)

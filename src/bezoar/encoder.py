@@ -158,12 +158,15 @@ class Encoder(nn.Module):
         from bezoar import registry
 
         try:
-            head = json.loads((folder / "encoder.json").read_text())
-            network = registry.make("network", head["network"])
-            encoder = network(head["preprocess"]["size"], tuple(head["vocabulary"]))
-            encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} holds no encoder that bezoar wrote: {str(error).splitlines()[0]}") from error
+            head, weights = json.loads((folder / "encoder.json").read_text()), load_file(folder / "encoder.safetensors")
+            network, size, words = head["network"], head["preprocess"]["size"], tuple(head["vocabulary"])
+            if not isinstance(size, int) or not all(isinstance(text, str) for text in (network, head["precision"], *words)):
+                raise ValueError("network, precision and vocabulary must be texts, and size a whole number")
+            encoder = registry.make("network", network)(size, words)
+            encoder.load_state_dict(weights)
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{folder} holds no encoder that bezoar wrote: {reason}") from error
         encoder.about = {k: v for k, v in head.items() if k not in ("schema", "preprocess", "precision")}
         encoder = encoder.to(device).eval()
         encoder.precision = precision_for(encoder.device) if head["precision"] == "bf16" else "fp32"
