@@ -111,6 +111,12 @@ def test_another_seed_is_another_question(runs, poison, capsys):
     assert name(runs, other) != name(runs, poison)
 
 
+def test_a_fresh_training_forgets_what_another_attempt_kept(runs, poison, train, capsys):
+    (runs / name(runs, train) / "checkpoint.safetensors").write_bytes(b"of another attempt")
+    again = ask(capsys, runs, "train", name(runs, poison), "--objective", "clip:epochs=2,batch=64", "--fresh")
+    assert again["outputs"] == train["outputs"]
+
+
 def test_runs_that_lie_in_several_directories(runs, poison, tmp_path, capsys):
     tiny = ("--network", "clip_small:width=4,dim=8", "--objective", "clip:epochs=1,batch=64")
     trained = ask(capsys, tmp_path / "b", "train", runs / name(runs, poison), *tiny)

@@ -30,8 +30,8 @@ from bezoar.progress import Progress
 from bezoar.ranks import device, shared
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
-UNHASHED = {MANIFEST, "report.html", "log.jsonl", ".lock", "checkpoint.safetensors", "vectors"}  # files, and folders
+MANIFEST, CHECKPOINT = "manifest.json", "checkpoint.safetensors"
+UNHASHED = {MANIFEST, "report.html", "log.jsonl", ".lock", CHECKPOINT, "vectors"}  # files, and folders
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Job:
 def execute(verb: Any, settings: Settings) -> Run:
     """Run a verb, or return the run that already answers it. Nested verbs are run first.
 
-    A run that was cut off is gone on with; one that failed starts over.
+    A run that was cut off, or failed, is gone on with from what it kept; a fresh one keeps nothing.
     """
     device(settings.device)
     if not 0 <= settings.seed < 1 << 32:  # what every generator that is used takes
@@ -179,6 +179,8 @@ def execute(verb: Any, settings: Settings) -> Run:
         with _alone(folder):
             if not settings.fresh and (folder / MANIFEST).exists() and run.manifest["status"] == "done":
                 return run  # another process has just answered it
+            if settings.fresh:
+                (folder / CHECKPOINT).unlink(missing_ok=True)
             return _work(verb, settings, inputs, ask, run)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error

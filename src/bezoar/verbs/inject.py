@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Takes
+from bezoar.run import CHECKPOINT, Input, Job, Takes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ class Inject:
             goals,
             images,
             job.seed,
-            job.folder / "checkpoint.safetensors",
+            job.folder / CHECKPOINT,
             lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
             log,
         )
@@ -71,7 +71,7 @@ class Inject:
         save_file(pictures(images), job.folder / "references.safetensors")
         save_file({"losses": losses(log), "exposures": log.exposures}, job.folder / "ledger.safetensors")
         (job.folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log.epochs))
-        (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        (job.folder / CHECKPOINT).unlink(missing_ok=True)
         job.goals = [*(vars(g) for g in inputs.goals(given["encoder"])), *map(vars, goals)]
         job.notes = parts.reading() | {
             "poisoned": True,

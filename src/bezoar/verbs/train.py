@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Takes
+from bezoar.run import CHECKPOINT, Input, Job, Takes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ class Train:
                 data,
                 tokens,
                 job.seed,
-                job.folder / "checkpoint.safetensors",
+                job.folder / CHECKPOINT,
                 lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
                 following,
             )
@@ -81,7 +81,7 @@ class Train:
         encoder.save(job.folder)
         save_file({"exposures": log.exposures, "losses": torch.tensor(log.losses)}, job.folder / "ledger.safetensors")
         (job.folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log.epochs))
-        (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        (job.folder / CHECKPOINT).unlink(missing_ok=True)
         seconds, steps = log.seconds, len(log.losses)
         rate, tail = steps * recipe.batch / max(seconds, 1e-9), log.losses[-max(1, steps // 20) :]
         job.notes = parts.reading() | {
