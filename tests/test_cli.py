@@ -11,6 +11,7 @@ import pytest
 
 from bezoar.cli import main
 from bezoar.corpora.corpus import scored
+from bezoar.environment import commit
 
 DATA = "scenes:count=600"
 
@@ -109,6 +110,26 @@ def test_another_seed_is_another_question(runs, poison, capsys):
         "--target", "striped star", "--seed", "1",
     )  # fmt: skip
     assert name(runs, other) != name(runs, poison)
+
+
+def test_the_commit_is_that_of_this_code_or_none(tmp_path):
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    code = tmp_path / "package" / "code.py"
+    code.parent.mkdir()
+    code.write_text("x = 1")
+    assert commit(code) == {}
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "somebody's own")
+    assert commit(code) == {}, "it lies in a repository that does not track it"
+    git("add", ".")
+    git("commit", "-q", "-m", "ours")
+    assert len(commit(code)["commit"]) == 40 and commit(code)["dirty"] is False
+    code.write_text("x = 2")
+    assert commit(code)["dirty"] is True
 
 
 def test_a_fresh_training_forgets_what_another_attempt_kept(runs, poison, train, capsys):

@@ -8,7 +8,7 @@ from bezoar import registry
 
 SRC = Path(bezoar.__file__).parent
 LEVEL = {"errors": 0, "registry": 0, "stats": 0, "progress": 0, "ranks": 0}
-LEVEL |= dict.fromkeys(("pairs", "reading", "shards", "plan", "captions", "encoder", "scores", "laws", "run"), 1)
+LEVEL |= dict.fromkeys(("pairs", "reading", "shards", "plan", "captions", "encoder", "scores", "laws", "run", "environment"), 1)
 LEVEL |= dict.fromkeys(("neighbors", "training", "augment", "inputs", "drawing", "arrays", "indexed", "feed", "success"), 2)
 LEVEL |= {"heads": 2, "products": 2, "distributed": 2, "torchrun": 5}
 LEVEL |= dict.fromkeys(registry.KINDS.values(), 3)

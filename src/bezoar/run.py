@@ -11,9 +11,7 @@ import glob
 import hashlib
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
 import time
 import typing
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bezoar import registry
+from bezoar.environment import environment
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.ranks import device, shared
@@ -230,7 +229,7 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
             "metrics": {k: m.json() for k, m in metrics.items()},
             "notes": job.notes,
             "outputs": _outputs(run.path) if status == "done" else {},
-            "environment": environment(settings),
+            "environment": environment(job.device),
             "seconds": round(time.monotonic() - start, 2),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
@@ -336,34 +335,6 @@ def typed(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and hasattr(value, "work"):
         return {"verb": verb_name(value), **{f.name: typed(getattr(value, f.name)) for f in dataclasses.fields(value)}}
     return value if isinstance(value, (str, int, float, bool, type(None))) else registry.spec(value)
-
-
-def environment(settings: Settings) -> dict:
-    """Versions, commit and device: what a figure depends on beside the question."""
-    import torch
-
-    chosen = device(settings.device)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": version("numpy"),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "deterministic": chosen.type == "cpu",
-        **_commit(),
-    }
-
-
-def _commit() -> dict:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=registry.PACKAGE, capture_output=True, text=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--", "."))} if commit else {}
-    except OSError:
-        return {}
 
 
 def _fields(verb: Any) -> dict[str, tuple[str | None, Any]]:
