@@ -215,7 +215,7 @@ BAD = [
     (["poison", "--verify", "nowhere"], "no run 'nowhere'"),
     (["evaluate", "nowhere"], "no run 'nowhere'"),
     (["scan", DATA], "give --encoder"),
-    (["show", "nowhere"], "no run 'nowhere'"),
+    (["show", "nowhere"], "there are: none"),
     (["train", "missing/{00..03}.tar"], "missing"),
 ]
 
@@ -235,6 +235,8 @@ def test_a_directory_that_is_no_run_is_said_to_be_none(tmp_path, capsys):
     (tmp_path / "train-x" / "manifest.json").write_text("[]")
     assert main(["show", "train-x", "--runs", str(tmp_path)]) == 2
     assert "not of schema" in capsys.readouterr().err
+    assert main(["show", "nowhere", "--runs", str(tmp_path)]) == 2
+    assert "there are: train-x" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsys, monkeypatch):

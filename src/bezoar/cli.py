@@ -15,7 +15,7 @@ import tyro
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Settings, Takes, execute, find, typed, verb_name
+from bezoar.run import Input, Settings, Takes, execute, named, typed, verb_name
 
 VERBS = (
     "poison",
@@ -189,9 +189,7 @@ def verify(asked: Any) -> int:
     """`bezoar poison --verify RUN`."""
     from bezoar.verbs.poison import verify as derive_again
 
-    run = find(asked.runs, asked.verify)
-    if run is None:
-        raise UserError(f"no run {asked.verify!r} in {asked.runs}")
+    run = named(asked.runs, asked.verify)
     found = derive_again(run)
     print(json.dumps(found) if asked.json else f"{run.name} verifies: {found['records']} records, plan {found['plan']}")
     return 0
@@ -199,9 +197,7 @@ def verify(asked: Any) -> int:
 
 def show_run(asked: Show) -> int:
     """`bezoar show RUN`."""
-    run = find(asked.runs, asked.run)
-    if run is None:
-        raise UserError(f"no run {asked.run!r} in {asked.runs}")
+    run = named(asked.runs, asked.run)
     manifest = run.manifest
     if asked.json:
         print(json.dumps(manifest, indent=1, ensure_ascii=False))

@@ -129,6 +129,15 @@ def find(runs: Path, text: str) -> Run | None:
     return Run(matches[0]) if matches else None
 
 
+def named(runs: Path, text: str) -> Run:
+    """A run that must be there. Raises UserError that names the newest ones that are."""
+    if run := find(runs, text):
+        return run
+    there = [p.parent.name for p in sorted(runs.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime, reverse=True)]
+    told = ", ".join(there[:6]) + (f", ... ({len(there)})" if len(there) > 6 else "")
+    raise UserError(f"no run {text!r} in {runs}; there are: {told or 'none'}")
+
+
 @dataclass
 class Job:
     """One verb at work: where its files go, what it was given, and how to say how far it is."""
@@ -260,9 +269,8 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
     if dataclasses.is_dataclass(value) and hasattr(value, "work"):
         value = execute(value, settings)
     if what in ("data", "encoder", "run", "bank") and isinstance(value, (str, Path)):
-        run = find(settings.runs, str(value))
-        if run is None and (what == "run" or (what == "encoder" and ":" not in str(value) and not str(value).endswith(".py"))):
-            raise UserError(f"no run {str(value)!r} in {settings.runs}")
+        must = what == "run" or (what == "encoder" and ":" not in str(value) and not str(value).endswith(".py"))
+        run = (named if must else find)(settings.runs, str(value))
         kind = "network" if what == "encoder" else what
         value = run or registry.make(kind, _spec(kind, str(value)))
     elif isinstance(value, (str, Path)):
