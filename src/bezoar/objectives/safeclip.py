@@ -131,6 +131,8 @@ class Safeclip:
 
     def __post_init__(self) -> None:
         contrastive.check_views(self)
+        if self.batch < 3:
+            raise ValueError("needs batch >= 3: of two pairs, a safe and a risky one, neither has another to be told from")
         if not 0 <= self.apart < self.epochs - 1 or self.together <= 0:
             raise ValueError("needs apart >= 0, epochs of at least apart + 2, together > 0")
         if not (0 <= self.sure <= 1 and 0 <= self.least <= 1 and 0 <= self.more <= 1 and 0 < self.most <= 1):

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bezoar.encoder import Encoder
+    from bezoar.indexed import Indexed
     from bezoar.inputs import Dataset
     from bezoar.pairs import Pairs
-    from bezoar.plan import Goal
+    from bezoar.plan import Goal, Plan
+    from bezoar.run import Run
+    from bezoar.scores import Measure
+    from bezoar.training import Log
 
 NEIGHBOURS, VOTERS = 200, 10_000  # of a kNN monitor: how many vote, of how many labelled records at most
 
@@ -35,19 +39,15 @@ class Train:
     follow: Annotated[Input, Takes("data"), "measure success on these data after every epoch, zero-shot or by kNN"] = None
 
     def work(self, job: Job) -> dict[str, Any]:
-        """-> encoder.json + encoder.safetensors, log.jsonl, exposures.safetensors (how often each record was drawn)."""
+        """-> encoder.json + encoder.safetensors, log.jsonl, ledger.safetensors (losses; how often each record was drawn)."""
         import torch
         from safetensors.torch import save_file
 
-        from bezoar import distributed, feed, indexed, inputs, training
+        from bezoar import distributed, feed, inputs, training
         from bezoar.encoder import precision_for
-        from bezoar.scores import Measure, average
 
         given, parts = job.inputs, inputs.dataset(job.inputs["data"])
-        pairs = parts.records
-        if given["keep"] is not None:
-            kept = set(given["keep"].file("keep.txt").read_text().split("\n"))
-            pairs = indexed.subset(pairs, [i for i, k in enumerate(pairs.ids) if k in kept])
+        pairs = parts.records if given["keep"] is None else kept(parts.records, given["keep"])
         torch.manual_seed(job.seed)
         network, recipe = given["network"], given["objective"]
         try:
@@ -82,24 +82,15 @@ class Train:
         save_file({"exposures": log.exposures, "losses": torch.tensor(log.losses)}, job.folder / "ledger.safetensors")
         (job.folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log.epochs))
         (job.folder / CHECKPOINT).unlink(missing_ok=True)
-        seconds, steps = log.seconds, len(log.losses)
-        rate, tail = steps * recipe.batch / max(seconds, 1e-9), log.losses[-max(1, steps // 20) :]
         job.notes = parts.reading() | {
             "records": len(pairs),
-            "steps": steps,
-            "pairs_per_second": round(rate),
+            "steps": len(log.losses),
+            "pairs_per_second": round(len(log.losses) * recipe.batch / max(log.seconds, 1e-9)),
             "precision": encoder.precision,
             "ranks": world,
             "images": data.told() if isinstance(data, feed.Feed) else "in memory",
         }
-        poisons = torch.from_numpy(parts.plan.mask(pairs.ids))
-        out = {"final_loss": average(torch.tensor(tail), "mean loss of the last twentieth of the steps")}
-        n = int(poisons.sum())
-        if parts.plan.edits:
-            drawn = int(log.exposures[poisons].sum())
-            out["poisons_kept"] = Measure(n, len(pairs), n, n, "poisons among the records trained on, counted")
-            out["poison_exposures"] = Measure(drawn, n, drawn, drawn, "times that training drew a poison, counted")
-        return out
+        return measured(log, parts.plan, pairs.ids)
 
     def _follow(self, job: Job, encoder: Any, parts: Any) -> Any:
         """After every epoch: accuracy and success on `follow`, for the curves; by kNN where the encoder reads no text."""
@@ -120,6 +111,30 @@ class Train:
             return {k: v for k, v in short.items() if k.startswith(("clean_acc", "attack_success", "targeted_s"))}
 
         return measure
+
+
+def kept(records: Pairs | Indexed, scan: Run) -> Pairs | Indexed:
+    """The records that a scan's keep-list names."""
+    from bezoar import indexed
+
+    names = set(scan.file("keep.txt").read_text(encoding="utf-8").split("\n"))
+    return indexed.subset(records, [i for i, k in enumerate(records.ids) if k in names])
+
+
+def measured(log: Log, plan: Plan, ids: Sequence[str]) -> dict[str, Measure]:
+    """The last loss; of a poisoned set, how many poisons were trained on, and how often one was drawn."""
+    import torch
+
+    from bezoar.scores import Measure, average
+
+    tail = torch.tensor(log.losses[-max(1, len(log.losses) // 20) :])
+    out = {"final_loss": average(tail, "mean loss of the last twentieth of the steps")}
+    if plan.edits:
+        poisons = torch.from_numpy(plan.mask(ids))
+        n, drawn = int(poisons.sum()), int(log.exposures[poisons].sum())
+        out["poisons_kept"] = Measure(n, len(ids), n, n, "poisons among the records trained on, counted")
+        out["poison_exposures"] = Measure(drawn, n, drawn, drawn, "times that training drew a poison, counted")
+    return out
 
 
 def tokens_for(encoder: Encoder, recipe: Any, captions: Sequence[str], count: int) -> Tensor:
