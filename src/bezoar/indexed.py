@@ -173,7 +173,7 @@ class Indexed:
         """The records at the given rows, in that order, still on disk."""
         index = numbers(rows)
         labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
-        ids, captions = self.ids.take(index), self.captions.take(index)
+        ids, captions = self.ids.take(index), self.captions.take(index) if len(self.captions) else self.captions
         return replace(self, places=self.places[index], ids=ids, captions=captions, labels=labels)
 
     def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:

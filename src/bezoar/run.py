@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -286,8 +286,8 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
     return value, asked
 
 
-def named_files(configured: Any) -> list[Path]:
-    """The files a method reads: those it lists itself, or those that its text fields name."""
+def named_files(configured: Any) -> Any:
+    """The files a method reads: those it lists itself (a path, or a name and a path), or those that its text fields name."""
     if hasattr(configured, "files"):
         return configured.files()
     texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
@@ -313,12 +313,12 @@ def _spec(kind: str, text: str) -> str:
     return text
 
 
-def fingerprint(files: list[Path]) -> str:
+def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
     """sha256 over names, sizes and contents; of files beyond 64 MiB, 64 pieces of a MiB, evenly spread, stand for the whole."""
     total = hashlib.sha256()
-    for path in files:
+    for name, path in ((f.name, f) if isinstance(f, Path) else f for f in files):
         size = path.stat().st_size
-        total.update(f"{path.name}:{size}:".encode())
+        total.update(f"{name}:{size}:".encode("utf-8", "surrogateescape"))
         with path.open("rb") as f:
             if size <= 64 << 20:
                 total.update(f.read())

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bezoar.corpora import units, vectors
 from bezoar.corpora.assembly import SKIPPED, assemble
+from bezoar.corpora.folders import Folder, Named
 from bezoar.corpora.ready import Ready
 from bezoar.corpora.tabular import Cells, Table
 from bezoar.encoder import Embedded, Encoder
@@ -90,16 +91,19 @@ class Corpus:
         """The same records with their images, in memory or read as they are asked for. Raises UserError without images."""
         if isinstance(self.source, Ready):
             next(self.source.batches(1))
-        if isinstance(self.source, (Shards, Table)):
-            files: Files | Cells
+        if isinstance(self.source, (Shards, Table, Folder)):
+            files: Files | Cells | Named
             places = np.array(self.places)
+            labels, classes = None, self.classes
             if isinstance(self.source, Shards):
                 files = Files(self.source.paths, self.told["states"])
-            else:
-                files = Cells(self.source, self.members)
-                named = places["length"] == 0  # images that are files of their own are found by their name
+            else:  # images that are files of their own are found by their name
+                named = places["length"] == 0
                 places["offset"][named] = np.flatnonzero(named)
-            return Indexed(files, self.source.size, places, self.ids, Strings.of(self.captions), None)
+                files = Cells(self.source, self.members) if isinstance(self.source, Table) else Named(self.source, self.members)
+            if isinstance(self.source, Folder):
+                labels, classes = self.source.labels(self.members), self.source.classes
+            return Indexed(files, self.source.size, places, self.ids, Strings.of(self.captions), labels, classes)
         rows = self.places["offset"]
         if len(rows) == len(self.source) and not self.told["doubles"]:
             return self.source

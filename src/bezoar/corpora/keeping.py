@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from bezoar.corpora import vectors
 from bezoar.corpora.corpus import ROWS, Corpus, texts
+from bezoar.corpora.folders import Folder
 from bezoar.corpora.tabular import Table
 from bezoar.errors import UserError
+from bezoar.indexed import Indexed
 from bezoar.progress import Progress
+from bezoar.reading import BROKEN, FORMATS, Unreadable, decode
 from bezoar.shards import WANTED, Group, Shards, groups, write_shards
+
+PACKED = 1000  # records of a shard
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def write_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
@@ -36,7 +45,7 @@ def write_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
             out.write_table(part.cast(schema))
     os.replace(text, folder / "keep.txt")
     os.replace(table, folder / "keep.parquet")
-    if isinstance(corpus.source, Table):
+    if isinstance(corpus.source, (Table, Folder)):
         _write_csv(folder / "keep.csv", corpus, corpus.source, kept)
 
 
@@ -48,7 +57,7 @@ def _parts(corpus: Corpus, kept: np.ndarray) -> Iterator[pa.Table]:
         yield pa.table(texts(corpus, start, stop) | {"url": urls}).take(mine)
 
 
-def _write_csv(path: Path, corpus: Corpus, table: Table, kept: np.ndarray) -> None:
+def _write_csv(path: Path, corpus: Corpus, table: Table | Folder, kept: np.ndarray) -> None:
     """open_clip's table of what is kept, with whole paths; nothing where the images are bytes in the table itself."""
     if len(kept) and corpus.places["length"][kept[0]]:
         return
@@ -63,7 +72,8 @@ def _write_csv(path: Path, corpus: Corpus, table: Table, kept: np.ndarray) -> No
 
 
 def write_kept(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress) -> dict[str, int]:
-    """Cleaned shards: of shards the same tars less what is not kept, members byte for byte; else PNGs of the records.
+    """Cleaned shards: of shards the same tars less what is not kept, members byte for byte; of folders and tables shards of
+    the same images, byte for byte where they are JPEG, PNG or WebP; else PNGs of the records.
 
     An image with several captions stays when all of them do. Raises UserError without images, or without captions.
     -> how many shards and records were written.
@@ -71,6 +81,8 @@ def write_kept(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progres
     folder.mkdir(exist_ok=True)
     for left in (*folder.glob("*.tar"), *folder.glob("*.part")):
         left.unlink()
+    if isinstance(corpus.source, (Table, Folder)):
+        return _packed(folder, corpus, kept, progress)
     if not isinstance(corpus.source, Shards):
         batches = (corpus.take(kept[i : i + 1000]) for i in range(0, len(kept), 1000))
         return {"shards": len(write_shards(folder, batches)), "written": len(kept)}
@@ -107,3 +119,45 @@ def _copied(path: Path, target: Path, offsets: set[int]) -> int:
         raise UserError(f"{path} was changed while it was scanned: {len(offsets) - count} records are not there any more")
     os.replace(vectors.partial(target), target)
     return count
+
+
+def _packed(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress) -> dict[str, int]:
+    """The kept records of files or cells as tars in img2dataset's layout, with the images' own bytes."""
+    if not len(corpus.captions):
+        raise UserError("records without captions cannot be written as shards; keep.txt and keep.csv name what is kept")
+    records = corpus.records
+    assert isinstance(records, Indexed)
+    count = 0
+    for count, (start, stop) in enumerate(vectors.blocks(len(kept), PACKED), 1):
+        progress.step(start, len(kept), "writing shards")
+        target = folder / f"{count - 1:05d}.tar"
+        with tarfile.open(vectors.partial(target), "w", format=tarfile.USTAR_FORMAT) as out:
+            for number, row in enumerate(kept[start:stop].tolist()):
+                for name, content in _members(records, corpus, row, f"{count - 1:05d}{number:04d}"):
+                    header = tarfile.TarInfo(name)
+                    header.size = len(content)
+                    out.addfile(header, io.BytesIO(content))
+        os.replace(vectors.partial(target), target)
+    return {"shards": count, "written": len(kept)}
+
+
+def _members(records: Indexed, corpus: Corpus, row: int, key: str) -> Iterator[tuple[str, bytes]]:
+    """Image, metadata and caption of a record, as the members KEY.jpg, KEY.json and KEY.txt."""
+    shard, offset, length, _ = records.places[row].tolist()
+    try:
+        content = records.files.read(shard, offset, length)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            extension = EXTENSIONS.get(opened.format or "", "")
+        if not extension:  # what readers of shards do not look for
+            buffer, extension = io.BytesIO(), "png"
+            Image.fromarray(decode(content, None).transpose(1, 2, 0)).save(buffer, "PNG")
+            content = buffer.getvalue()
+    except (Unreadable, *BROKEN) as error:
+        raise UserError(f"{corpus.place(row)} can no longer be read: {error}") from error
+    told: dict[str, Any] = {"key": key, "record_id": corpus.ids[row], "caption": corpus.captions[row]}
+    told |= {"url": corpus.urls[row]} if corpus.urls[row] else {}
+    if records.labels is not None and (label := int(records.labels[row])) >= 0:
+        told |= {"label": label, "class": records.classes[label]}
+    yield f"{key}.{extension}", content
+    yield f"{key}.json", json.dumps(told).encode()
+    yield f"{key}.txt", corpus.captions[row].encode()

@@ -30,6 +30,7 @@ CAPTION = ("title", "caption", "text")
 KEY = ("id", "key", "image_id", "uid")
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 BLOCK = 4096  # rows of a unit of work
+FIRST = 100  # rows that are looked at before any other
 Row = dict[str, Any]
 Place = tuple[int, int, int]  # a block of rows: how many rows come before it, the byte where it begins, how many it has
 
@@ -83,6 +84,31 @@ def column(path: str, held: Iterable[Any], given: str | None, known: Sequence[st
         if name in held:
             return name
     raise UserError(f"{path} has no column {given or ' or '.join(known)}; it has: {', '.join(map(str, held))}")
+
+
+def inside(table: Path, root: Path | None, told: str) -> Path | None:
+    """Where a path that a table names leads, when that is inside the root (None: the table's folder); by its text, links are
+    the user's own."""
+    path = Path(os.path.abspath(table.parent / told))
+    return path if path.is_relative_to(os.path.abspath(root or table.parent)) else None
+
+
+def refuse_outside(table: Path, root: Path | None, image: str) -> None:
+    """Raises UserError where the first rows name local images and all of these lie outside the root."""
+    if table.suffix == ".parquet":
+        with vectors.parquet(table) as file:
+            kind = file.schema_arrow.field(image).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            return
+    named = ((place, row.get(image)) for place, row in rows(table, (0, 0, FIRST), [image]) if isinstance(row, dict))
+    local = [(place, told) for place, told in named if isinstance(told, str) and told.strip() and "://" not in told]
+    if local and not any(inside(table, root, told) for _, told in local):
+        place, told = local[0]
+        allowed = os.path.abspath(root or table.parent)
+        raise UserError(
+            f"{table} {place}: image {told[:200]!r} lies outside {allowed}, where this table's images must lie; "
+            f"if the table is trusted, root=FOLDER allows another folder"
+        )
 
 
 def readable(text: str) -> bool:
@@ -213,6 +239,7 @@ class Table:
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """The records in the order of the tables, `size` at a time. Raises UserError when there are none."""
+        self.confine()
         report = ReadReport()
         object.__setattr__(self, "_report", report)
         every = (r for i in range(len(self.paths)) for r in self.records(i))
@@ -272,10 +299,17 @@ class Table:
         return (path, told) if path else f"path leaves the root: {told[:200]}"
 
     def resolved(self, table: Path, told: str) -> Path | None:
-        """Where a path that a table names leads, when that is inside the root; by its text, links are the user's own."""
-        root = Path(os.path.abspath(self.root or table.parent))
-        path = Path(os.path.abspath(table.parent / told))
-        return path if path.is_relative_to(root) else None
+        """Where a path that a table names leads, when that is inside the root."""
+        return inside(table, self.root, told)
+
+    def confine(self) -> None:
+        """Raises UserError for a table whose images lie outside the root, as its first rows say."""
+        for number, path in enumerate(self.paths):
+            try:
+                image = self.held(number)[0]
+            except UserError:  # it is named when it is its turn
+                continue
+            refuse_outside(path, self.root, image)
 
 
 class Cells:

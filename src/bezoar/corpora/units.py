@@ -1,6 +1,6 @@
 """Units: a corpus cut into pieces, each embedded by itself: without state, with the same result each time, in any order.
 
-A unit is a shard, or a block of a table, of ready embeddings or of records in memory. What is made of it lies in files
+A unit is a shard, or a block of a table, a folder, ready embeddings or records in memory. What is made of it lies in files
 of its own, the last of which says that it is whole; a scan that was cut off goes on with the units that are missing.
 Units are done in this process, in worker processes, or as Ray tasks; the files are the same.
 """
@@ -24,6 +24,7 @@ import torch
 
 from bezoar import inputs, reading, registry, sweep
 from bezoar.corpora import vectors
+from bezoar.corpora.folders import Folder
 from bezoar.corpora.ready import Block, Ready
 from bezoar.corpora.tabular import Table, cut
 from bezoar.encoder import Encoder
@@ -68,11 +69,11 @@ class Unit:
 
 @functools.lru_cache(1)
 def source(given: Any) -> Any:
-    """What is cut: shards, tables and ready embeddings as they are, unless a plan or a limit goes over them; else the records
-    of the data set, in memory or by index."""
+    """What is cut: shards, tables, folders and ready embeddings as they are, unless a plan or a limit goes over them; else the
+    records of the data set, in memory or by index."""
     parts = inputs.dataset(given)
     found = inputs.source(parts.method)
-    if isinstance(found, (Shards, Table, Ready)) and not parts.plan.edits and getattr(found, "limit", None) is None:
+    if isinstance(found, (Shards, Table, Folder, Ready)) and not parts.plan.edits and getattr(found, "limit", None) is None:
         return found
     if isinstance(found, Ready):
         raise UserError("ready embeddings cannot be poisoned: there is no image to change")
@@ -85,7 +86,10 @@ def units(found: Any) -> list[Unit]:
     if isinstance(found, Shards):
         pieces = [(str(p), _size(p), (i,)) for i, p in enumerate(found.paths)]
     elif isinstance(found, Table):
+        found.confine()
         pieces = [(str(p), n, (i, *place)) for i, p in enumerate(found.paths) for place in cut(p) if (n := place[2])]
+    elif isinstance(found, Folder):
+        pieces = [(str(found.root), place[3], (0, *place)) for place in found.cut()]
     elif isinstance(found, Ready):
         pieces = [(str(p), stop - start, (i, start, stop)) for i, p in enumerate(found.images) for start, stop in found.cut(i)]
     else:
@@ -144,7 +148,7 @@ def embed_all(given: Any, by: Any, todo: Sequence[Unit], folder: Path, settings:
     missing = [u for u in todo if u.told(folder) is None]
     total, done = sum(u.weight for u in missing), 0
     found = source(given)
-    streamed = isinstance(found, (Shards, Table, Ready))
+    streamed = isinstance(found, (Shards, Table, Folder, Ready))
     text = "embedding, KiB" if isinstance(found, Shards) else "embedding"
     progress.step(0, total, text)
     workers = min(len(missing), settings.workers or sweep.cores(settings)) if streamed and by is not None else 1
@@ -256,7 +260,7 @@ def _survived(items: Iterable[T], unit: Unit, report: ReadReport) -> Iterator[T]
 Batch = tuple[dict[str, list], torch.Tensor, list[int], float]
 
 
-def _streamed(found: Shards | Table, unit: Unit, report: ReadReport) -> Iterator[Batch]:
+def _streamed(found: Shards | Table | Folder, unit: Unit, report: ReadReport) -> Iterator[Batch]:
     """Columns of some records, the images they are of (uint8 (n, 3, S, S)), which is whose, and the share that is done."""
     most = max(8, min(MOST, CELLS // (3 * found.size**2)))
     columns: dict[str, list] = {n: [] for n in FIELDS.names}

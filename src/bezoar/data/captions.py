@@ -5,15 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from bezoar.corpora.tabular import CAPTION, IMAGE, column, readable, rows
+from bezoar.corpora.tabular import CAPTION, IMAGE, column, inside, readable, refuse_outside, rows
 from bezoar.pairs import Pairs
-from bezoar.reading import Record, Skipped, check_fields, confined, existing, gather
+from bezoar.reading import Record, Skipped, check_fields, existing, gather
 from bezoar.registry import method
 
 
 @method
 class Captions:
-    """A relative image path starts at the table's folder and may not leave it; an absolute one is taken as it is.
+    """Held in memory; `table` reads the same files as it goes. A relative image path starts at the table's folder, and none
+    may leave `root`.
 
     open_clip's tables (filepath, title, tabs) and CleanCLIP's (image, caption) are known by their header. An id is the
     image's path as the table writes it; further rows of the same image add #1, #2 ... to it.
@@ -24,6 +25,7 @@ class Captions:
     image: Annotated[str | None, "column of image paths; found by name when not given"] = None
     caption: Annotated[str | None, "column of captions; found by name when not given"] = None
     limit: Annotated[int | None, "read at most so many records"] = None
+    root: Annotated[str | None, "folder that images must lie in; none: the table's own"] = None
 
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit)
@@ -40,6 +42,7 @@ class Captions:
     def records(self) -> Iterator[Record | Skipped]:
         """The rows of the table in order, images not opened yet."""
         table = existing(self.path, "table of captions")
+        root = Path(self.root).expanduser() if self.root else None
         image = caption = ""
         repeats: Counter[str] = Counter()
         for place, row in rows(table):
@@ -49,6 +52,7 @@ class Captions:
             if not image:
                 image = column(self.path, row, self.image, IMAGE)
                 caption = column(self.path, row, self.caption, CAPTION)
+                refuse_outside(table, root, image)
             where, text = row.get(image), row.get(caption)
             if not isinstance(where, str) or not where.strip():
                 yield Skipped(self.path, place, "no image")
@@ -56,9 +60,9 @@ class Captions:
                 yield Skipped(self.path, place, "no caption")
             elif not readable(where + text):
                 yield Skipped(self.path, place, "caption is not UTF-8")
-            elif not Path(where).is_absolute() and not confined(where):
-                yield Skipped(self.path, place, f"path leaves the table's folder: {where}")
+            elif (path := inside(table, root, where)) is None:
+                yield Skipped(self.path, place, f"path leaves the root: {where[:200]}")
             else:
                 key = f"{where}#{repeats[where]}" if repeats[where] else where
                 repeats[where] += 1
-                yield Record(table.parent / where, (key,), (text.strip(),), -1, self.path, place)
+                yield Record(path, (key,), (text.strip(),), -1, self.path, place)

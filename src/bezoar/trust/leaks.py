@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from bezoar import inputs, stats
+from bezoar.corpora.folders import Folder
 from bezoar.corpora.tabular import Table
 from bezoar.encoder import words
 from bezoar.errors import UserError
@@ -119,11 +120,11 @@ def audit(given: Any, parts: Dataset, ids: Sequence[str], captions: Sequence[str
 def undecoded(method: Any) -> Iterable[Record | Skipped] | None:
     """The records of a data method that reads files, images not decoded; None for others."""
     if hasattr(method, "records"):
-        return method.records(method.classes()) if callable(getattr(method, "classes", None)) else method.records()
+        return method.records()
     found = inputs.source(method)
     if isinstance(found, Shards):
         return found.records()
-    if isinstance(found, Table):
+    if isinstance(found, (Table, Folder)):
         return itertools.chain.from_iterable(found.records(i) for i in range(len(found.paths)))
     return None
 
@@ -202,7 +203,7 @@ def of_files(records: Iterable[Record | Skipped]) -> Channels:
         for record in records:
             if isinstance(record, Skipped):
                 continue
-            if isinstance(record, Placed) and record.file != tar[0]:
+            if isinstance(record, Placed) and isinstance(record.image, bytes) and record.file != tar[0]:
                 before, tar = tar[1], (record.file, os.open(record.file, os.O_RDONLY))
                 if before >= 0:
                     os.close(before)
