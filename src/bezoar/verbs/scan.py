@@ -24,17 +24,15 @@ RANKED = 500  # records of ranked.json
 class Scan:
     """Rank a data set's records, most suspicious first, and write a keep-list. Several detectors are merged by rank.
 
-    Shards, tables and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on with the
-    piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
+    Shards, tables, folders and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on with
+    the piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
     """
 
     data: Annotated[Input, Takes("data"), "data set, poison run, or a train run: its data scanned with its encoder"]
     encoder: Annotated[Input, Takes("encoder"), "what embeds the records; without it, the train run's own"] = None
     detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = ("transplant", "duplicates")
     remove: Annotated[float, "share of the records, the worst first, that the keep-list leaves out"] = 0.03
-    write: Annotated[Literal["keep-list", "shards"], "lists alone, or cleaned shards too (of shards: the same bytes)"] = (
-        "keep-list"
-    )
+    write: Annotated[Literal["keep-list", "shards"], "lists alone, or cleaned shards too (of files: their bytes)"] = "keep-list"
     leaks: Annotated[bool, "can file sizes, headers, order, paths or caption templates alone tell poisons from the rest"] = (
         False
     )
