@@ -12,6 +12,7 @@ import pytest
 from bezoar.cli import main
 from bezoar.corpora.corpus import scored
 from bezoar.environment import commit
+from bezoar.scores import Measure
 
 DATA = "scenes:count=600"
 
@@ -25,7 +26,7 @@ def ask(capsys, runs, *words):
     """Run a command with --json; the manifest."""
     assert main([*map(str, words), "--runs", str(runs), "--json"]) == 0
     out = capsys.readouterr().out
-    return json.loads(out)
+    return json.loads(out, parse_constant=pytest.fail)  # JSON has no Infinity
 
 
 def name(runs, manifest):
@@ -73,7 +74,7 @@ def test_evaluate_learns_the_trigger_from_the_parents(runs, train, capsys):
     found = ask(capsys, runs, "evaluate", name(runs, train), "scenes:count=200,split=test")
     assert {"clean_accuracy", "attack_success", "attack_success_all", "z_std", "z_var"} <= set(found["metrics"])
     for m in found["metrics"].values():
-        assert m["low"] <= m["value"] <= m["high"] and m["n"] > 0 and m["how"]
+        assert Measure(**m).low <= m["value"] <= Measure(**m).high and m["n"] > 0 and m["how"]
 
 
 def test_scan_ranks_writes_a_keep_list_and_train_takes_it(runs, train, capsys):

@@ -1,5 +1,6 @@
 """Ranking measures against plain loops, scikit-learn and closed forms; intervals by their coverage."""
 
+import json
 import math
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from scipy.stats import binomtest
 
 from bezoar import stats
 from bezoar.errors import UserError
-from bezoar.scores import Scores, average, detection, proportion
+from bezoar.scores import Measure, Scores, average, detection, proportion
 
 
 def ranking(seed: int = 0, n: int = 300, poisons: int = 40, shift: float = 1.0, ties: bool = True):
@@ -20,6 +21,13 @@ def ranking(seed: int = 0, n: int = 300, poisons: int = 40, shift: float = 1.0, 
     truth[rng.choice(n, poisons, replace=False)] = True
     scores = rng.normal(size=n) + shift * truth
     return (scores.round(1) if ties else scores), truth
+
+
+@pytest.mark.parametrize("ends", [(0.5, 0.1, 0.9), (1.0, -math.inf, math.inf), (math.inf, 3.0, math.inf), (7, 7, 7)])
+def test_a_measure_is_strict_json_and_comes_back(ends):
+    value, low, high = ends
+    m = Measure(value, 3, low, high, "how")
+    assert Measure(**json.loads(json.dumps(m.json(), allow_nan=False))) == m
 
 
 def test_imports_no_torch_and_no_sklearn():

@@ -224,7 +224,8 @@ def table(manifest: dict) -> None:
 
     rows = Table("metric", "value", "95 % interval", "n", box=None, pad_edge=False)
     for name, m in manifest["metrics"].items():
-        rows.add_row(name, f"{m['value']:.4g}", f"{m['low']:.4g} .. {m['high']:.4g}", str(m["n"]))
+        value, low, high = (float(m[k]) for k in ("value", "low", "high"))
+        rows.add_row(name, f"{value:.4g}", f"{low:.4g} .. {high:.4g}", str(m["n"]))
     Console(soft_wrap=True).print(rows)
 
 

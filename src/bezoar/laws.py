@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from bezoar import stats
 from bezoar.errors import UserError
-from bezoar.scores import Measure
+from bezoar.scores import Measure, strict
 from bezoar.stats import Floats
 
 RAYS = 360  # directions in which the edge of a law's 95 % region is sought
@@ -278,7 +278,7 @@ class Contrast:
 
     def json(self) -> dict:
         """As it stands in a manifest."""
-        return asdict(self)
+        return strict(asdict(self))
 
 
 def difference(a: Sequence[float], b: Sequence[float], paired: bool, trials: int | None = None) -> Contrast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,7 +59,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Measure:
-    """A reported number: its value, the number of trials n, a 95 % interval, and how it was computed."""
+    """A reported number: its value, the number of trials n, a 95 % interval, and how it was computed.
+
+    Of what is read from JSON (`Measure(**raw)`) the texts that `strict` wrote become numbers again.
+    """
 
     value: float
     n: int
@@ -66,9 +70,21 @@ class Measure:
     high: float
     how: str
 
+    def __post_init__(self) -> None:
+        for name in ("value", "low", "high"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, float(getattr(self, name)))
+
     def json(self) -> dict:
         """As it stands in a manifest."""
-        return asdict(self)
+        return strict(asdict(self))
+
+
+def strict(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same, every number that is not finite as text: JSON has none, and `float` reads `Infinity`, `-Infinity`, `NaN`."""
+    names = {math.inf: "Infinity", -math.inf: "-Infinity"}
+    odd = {k: names.get(v, "NaN") for k, v in raw.items() if isinstance(v, float) and not math.isfinite(v)}
+    return raw | odd
 
 
 def proportion(successes: float, n: int, how: str) -> Measure:

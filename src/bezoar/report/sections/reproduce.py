@@ -63,9 +63,10 @@ class Reproduce(Story):
         rows = []
         for c in self.claims:
             unit = terms.PLAIN
-            effect = f"{signed(c['value'])} ({signed(c['low'])} .. {signed(c['high'])})"
+            value, low, high, least = (float(c[k]) for k in ("value", "low", "high", "detectable"))
+            effect = f"{signed(value)} ({signed(low)} .. {signed(high)})"
             expected = {"+": "> 0", "-": "< 0", "same": f"within ±{c['margin']:g}"}[c["expected"]]
-            detectable = terms.number(c["detectable"], unit) if c["detectable"] < 1e6 else "unbounded"
+            detectable = terms.number(least, unit) if least < 1e6 else "unbounded"
             rows.append((c["text"], c["source"], c["verdict"], effect, expected, detectable, str(c["n"])))
         head = ("claim", "known from", "verdict", "effect (95 % interval)", "expected", "detectable", "n")
         note = (
