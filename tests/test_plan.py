@@ -149,6 +149,13 @@ def test_a_spoilt_plan_is_one_line(tmp_path, row, field, value, says):
         Plan.read(tmp_path / "plan.jsonl", lambda spec: registry.make("trigger", spec))
 
 
+def test_victims_of_two_sets_do_not_go_into_one_plan():
+    first = plan_of("targeted:captions=2,victims=2", toy(), target="", trigger=None, victims=toy(8, "test", seed=4))
+    with pytest.raises(UserError, match="one such set"):
+        first.merge(dataclasses.replace(first, edits=(), victims="scenes:split=test,seed=1"))
+    assert first.merge(dataclasses.replace(first, edits=())).victims == first.victims
+
+
 def test_words_not_substrings():
     assert mentions(["a cat", "cattle", "Cat!", "red-car", "a red  car", "redcar"], "cat") == [0, 2]
     assert mentions(["red-car", "a red  car", "redcar"], "red car") == [0, 1]

@@ -97,6 +97,10 @@ class Plan:
         """This plan followed by another one over the same data."""
         if clash := self.ids & other.ids:
             raise UserError(f"two poisonings edit the same record {min(clash)!r}")
+        if self.victims and other.victims and self.victims != other.victims:
+            raise UserError(
+                f"victims are drawn from {self.victims} already, and a plan has one such set; not from {other.victims}"
+            )
         shifted = tuple(replace(e, goal=e.goal + len(self.goals)) for e in other.edits)
         return Plan(
             self.edits + shifted,
