@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bezoar import registry
 from bezoar.errors import UserError
+from bezoar.plan import Goal
 
 ALL = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
 
@@ -93,3 +94,27 @@ def test_list_json_names_every_method():
     out = subprocess.run([sys.executable, "-m", "bezoar", "list", "--json"], capture_output=True, check=True).stdout
     found = json.loads(out)
     assert {k: [d["name"] for d in v] for k, v in found.items()} == {k: registry.names(k) for k in registry.KINDS}
+
+
+def test_code_named_by_a_file_runs_only_where_the_user_named_it_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    mine, evil = tmp_path / "mine.py", tmp_path / "evil.py"
+    for file in (mine, evil):
+        text = f"class {file.stem.title()}:\n    def __call__(self):\n        return 1\n"
+        file.write_text(
+            f"from bezoar.registry import method\n(open({str(tmp_path / 'ran')!r}, 'a')).write('ran')\n\n\n@method\n{text}"
+        )
+    registry.make("detector", f"{mine}")  # the user's own word
+    assert registry.recorded(f"{mine}:k=3") == f"{mine}:k=3" and registry.recorded("patch:size=6") == "patch:size=6"
+    ran = (tmp_path / "ran").read_text()
+    monkeypatch.chdir(tmp_path)
+    for text in (f"{evil}", "./evil.py:k=1", "finetune:objective=(evil.py:epochs=1)", 'x:y="evil.py"', "zero_shot/../evil.py"):
+        with pytest.raises(UserError, match="would run the code of"):
+            registry.recorded(text)
+    with pytest.raises(UserError, match="would run the code of"):
+        Goal.read({"target": "red", "trigger": "evil.py", "victims": []})
+    assert (tmp_path / "ran").read_text() == ran
+    monkeypatch.setattr(registry, "_named", set())  # another process
+    assert registry.recorded(f"{mine}") and str(mine) in (tmp_path / "state" / "bezoar" / "methods").read_text()
+    monkeypatch.setenv("BEZOAR_METHODS", f"{evil}")
+    assert registry.recorded(f"{evil}")

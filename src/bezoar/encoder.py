@@ -162,7 +162,7 @@ class Encoder(nn.Module):
             network, size, words = head["network"], head["preprocess"]["size"], tuple(head["vocabulary"])
             if not isinstance(size, int) or not all(isinstance(text, str) for text in (network, head["precision"], *words)):
                 raise ValueError("network, precision and vocabulary must be texts, and size a whole number")
-            encoder = registry.make("network", network)(size, words)
+            encoder = registry.make("network", registry.recorded(network))(size, words)
             encoder.load_state_dict(weights)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,12 +10,14 @@ itself, in brackets where it holds commas: `loss_trace:objective=(clip:epochs=2,
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import types
@@ -153,6 +155,7 @@ def find(kind: str, name: str) -> type:
         assert loading and loading.loader
         module = sys.modules[own] = importlib.util.module_from_spec(loading)
         loading.loader.exec_module(module)
+        trust(path)
     elif name in names(kind):
         module = importlib.import_module(f"bezoar.{KINDS[kind]}.{name.replace('/', '.')}")
     else:
@@ -162,6 +165,46 @@ def find(kind: str, name: str) -> type:
     if not dataclasses.is_dataclass(found) or not isinstance(found, type):
         raise UserError(f"{kind} {name!r}: the file must define a method class named {wanted}")
     return found
+
+
+def trusted() -> set[str]:
+    """Files of methods that the user has named before, in this process or an earlier one, and those in BEZOAR_METHODS."""
+    listed = _listed().read_text().splitlines() if _listed().is_file() else []
+    given = os.environ.get("BEZOAR_METHODS", "").split(os.pathsep)
+    return _named | set(listed) | {str(Path(p).expanduser().resolve()) for p in given if p}
+
+
+def trust(path: Path) -> None:
+    """Note that the user has named a file of a method. Where there is no home to note it in, it holds for this process."""
+    if str(path) not in trusted():
+        _named.add(str(path))
+        with contextlib.suppress(OSError):
+            _listed().parent.mkdir(parents=True, exist_ok=True)
+            with _listed().open("a") as file:
+                file.write(f"{path}\n")
+
+
+_named: set[str] = set()
+
+
+def _listed() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "bezoar" / "methods"
+
+
+def recorded(text: str) -> str:
+    """A spec that a file holds, not the user: its methods may be bezoar's, or files that the user has named before.
+
+    Raises UserError that names the file whose code would run.
+    """
+    for found in re.finditer(r"([^\s\"'()\[\]{},=:]*)\.py(?!\w)", text):
+        path = str(Path(found[0]).expanduser().resolve())
+        if path not in trusted():
+            raise UserError(
+                f"{text!r} was read from a file, not given by you, and would run the code of {path}; if you trust that code, "
+                f"set BEZOAR_METHODS={path}"
+            )
+    return text
 
 
 def class_name(stem: str) -> str:

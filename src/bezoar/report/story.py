@@ -76,7 +76,11 @@ class Story:
     def tested(self) -> Pairs:
         """The test data, of a run or a spec, as they were measured on."""
         run = self.input("test")
-        return inputs.read(registry.make("data", self.notes["test"])) if run is None else inputs.dataset(run).pairs
+        return (
+            inputs.read(registry.make("data", registry.recorded(self.notes["test"])))
+            if run is None
+            else inputs.dataset(run).pairs
+        )
 
     def json(self, name: str) -> Any:
         """A JSON file of the run."""

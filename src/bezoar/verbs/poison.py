@@ -104,7 +104,8 @@ def verify(run: Run) -> dict[str, Any]:
     written = Plan.read(run.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
     above = ask["data"].get("run")
     parts = inputs.dataset(run.beside(above)) if above else inputs.dataset(inputs.root(run))
-    made = {k: registry.make(k if k != "victims" else "data", ask[k]["spec"]) if ask[k] else None for k in KINDS}
+    said = {k: registry.recorded(ask[k]["spec"]) if ask[k] else "" for k in KINDS}
+    made = {k: registry.make(k if k != "victims" else "data", spec) if spec else None for k, spec in said.items()}
     derived = parts.plan.merge(derive(made, parts, ask["target"], ask["seed"]))
     if found := differences(written, derived):
         raise UserError(f"{run.name} does not verify, {len(found)} differences; the first: {found[0]}")
