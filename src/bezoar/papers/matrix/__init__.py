@@ -21,6 +21,7 @@ from bezoar.verbs.train import Train
 
 TABLES = ("detection", "flickr8k", "aerial", "retraining", "audits", "repairs")  # in the order of the page
 ENCODER = "BadEncoder"
+SPACE = 3  # seeds that every attack but the first has for itself
 TARGETS = ("truck", "airplane", "bird", "dog", "ship")  # BadEncoder's, in turn; classes of CIFAR-10
 
 
@@ -56,8 +57,8 @@ ATTACKS = (
 class Setup:
     """A scale. records: of a CLIP's training set. clean: encoders without an attack; they set the thresholds.
 
-    patched: attacked encoders of the first attack and of BadEncoder. each: of every other attack. cured: of those that are
-    repaired; of the first attack and of BadEncoder `each` are.
+    patched: attacked encoders of the first attack and of BadEncoder, that are audited. each: of every other attack, and of
+    every attack that are scanned or repaired; SPACE at most.
     """
 
     records: int
@@ -83,7 +84,6 @@ class Setup:
     clean: int
     patched: int
     each: int
-    cured: int
 
     def data(self, seed: int) -> str:
         """A CLIP's clean training set."""
@@ -121,7 +121,7 @@ class Setup:
         first = 2 * self.clean
         if attack in (ENCODER, names[0]):
             return range(first, first + self.patched)
-        start = first + self.patched + (names.index(attack) - 1) * self.each
+        start = first + self.patched + (names.index(attack) - 1) * SPACE
         return range(start, start + self.each)
 
 
@@ -155,8 +155,7 @@ SMALL = Setup(
     fresh_images="",
     clean=20,
     patched=10,
-    each=3,
-    cured=1,
+    each=1,
 )
 
 
@@ -188,7 +187,6 @@ def setup(given: Given) -> Setup:
             clean=2,
             patched=2,
             each=2,
-            cured=1,
         )
     train = named(given.root, "cifar10", "train")
     small = replace(
@@ -213,7 +211,7 @@ def setup(given: Given) -> Setup:
         badencoder="badencoder:epochs=20",
         clean=40,
         patched=20,
-        cured=3,
+        each=3,
     )
 
 
@@ -311,7 +309,7 @@ def searched(points: Sequence[Point], title: str) -> Table:
             cells = tuple(Cell(label, readings(scans, mark + metric)) for label, metric in FOUND.items())
             rows.append(Row(name, cells, curve=point.name))
     note = (
-        f"Every poisoned set was trained on {len(points[0].encoders)} times and scanned with the encoder trained on it; "
-        "no detector was told the rate, the trigger or a label. AUROC 50 % is a coin's, below it a score points the other way."
+        f"Poisoned sets of every attack: {len(points[0].encoders)}, each scanned with the encoder trained on it; no "
+        "detector was told the rate, the trigger or a label. AUROC 50 % is a coin's, below it a score points the other way."
     )
     return Table(title, "", "detector", tuple(rows), notes=(note,), grid="AUROC")

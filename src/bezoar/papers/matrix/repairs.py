@@ -27,8 +27,7 @@ class Repairs:
         rows = []
         for attack in (*(a for a in s.attacks if a.trigger), None):
             name = attack.name if attack else ENCODER
-            many = s.each if name in (s.attacks[0].name, ENCODER) else s.cured
-            victims = [s.poisoned(attack, k) if attack else s.injected(k) for k in s.seeds(name)[:many]]
+            victims = [s.poisoned(attack, k) if attack else s.injected(k) for k in s.seeds(name)[: s.each]]
             for repair in s.repairs if attack else s.image_repairs:
                 trials = [Trial(repaired(s, t, repair, attack is None), t.seed) for t in victims]
                 group = "" if attack else "linear."
