@@ -60,10 +60,29 @@ def dataset(given: Any) -> Dataset:
     """A configured data method, or a run: a poison run's data, or those that a train, scan or evaluate run was made from."""
     if not isinstance(given, Run):
         return Dataset(given, Plan())
-    poison, method = given.ancestor("poison"), root(given)
+    poison, method = poisoning(given), root(given)
     if poison is None:
         return Dataset(method, Plan())
     return Dataset(method, Plan.read(poison.file("plan.jsonl"), functools.partial(registry.make, "trigger")))
+
+
+def above(run: Run) -> Run | None:
+    """The run that a run's records come from: the one given as its data, else the first it was made from.
+
+    None where it begins with a data set. A scan's encoder, say, brings its weights and not its own poisoned records.
+    """
+    asked = run.manifest["ask"].get("data")
+    if asked is None:
+        return next(iter(run.parents), None)
+    return run.beside(asked["run"]) if "run" in asked else None
+
+
+def poisoning(run: Run) -> Run | None:
+    """The poison run whose plan is in a run's records; None where there is none."""
+    if run.verb == "poison":
+        return run
+    source = above(run)
+    return poisoning(source) if source else None
 
 
 def victims(plan: Plan) -> Pairs | None:
@@ -78,10 +97,10 @@ def root(run: Run) -> Any:
     """The data method that a run goes back to, its files unchanged. Raises UserError when they are not."""
     asked = run.manifest["ask"].get("data")
     if asked is None or "run" in asked:
-        above = run.beside(asked["run"]) if asked else next(iter(run.parents), None)
-        if above is None:
+        source = above(run)
+        if source is None:
             raise UserError(f"run {run.name} goes back to no data set")
-        return root(above)
+        return root(source)
     method = registry.make("data", registry.recorded(asked["spec"]))
     if "files" in asked and fingerprint(named_files(method)) != asked["files"]:
         raise UserError(f"the files of {asked['spec']} are not those that run {run.name} was made from")
