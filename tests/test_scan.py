@@ -541,3 +541,33 @@ def test_a_run_is_scanned_as_it_was_trained_on(tmp_path, tiny):
     assert status == status2 == 0 and len(written) == 3 and list(one.ids) == list(two.ids)
     assert torch.allclose(one.merged.values, two.merged.values, atol=1e-5)
     assert set(load(Shards(expand(str(run / "shards")), 32)).ids) == set((run / "keep.txt").read_text().split())
+
+
+def test_what_could_not_be_read_is_said_again_by_a_scan_that_is_at_hand(tmp_path, tiny, capsys):
+    (tmp_path / "f" / "a").mkdir(parents=True)
+    for i in range(20):
+        (tmp_path / "f" / "a" / f"{i}.png").write_bytes(picture(i))
+    (tmp_path / "f" / "a" / "broken.png").write_bytes(b"broken")
+    (tmp_path / "f" / "a" / "notes.txt").write_bytes(b"notes")
+    for _ in range(2):
+        status, run = scan(tmp_path, tmp_path / "f", "--encoder", tiny, "--detector", "k_distance:k=4")
+        said = capsys.readouterr()
+        assert status == 4 and "scan: 1 records or files could not be read, beside 20" in said.err
+        assert "keep.txt leaves out the 1 most suspicious of 20 records" in said.out and "metric" not in said.out
+    assert unread(run) == [("f", "a/broken.png", "not decodable")]
+
+
+def test_an_encoder_of_poisoned_data_does_not_make_other_data_poisoned(tmp_path, capsys):
+    words = ["poison", "scenes:count=300", "--poison", "backdoor:count=9", "--trigger", "patch", "--target", "striped star"]
+    assert main([*words, "--runs", str(tmp_path)]) == 0
+    assert main(["train", "poison-", "--objective", "clip:epochs=1,batch=64", "--runs", str(tmp_path)]) == 0
+    plan = next(tmp_path.glob("poison-*"))
+    train = next(tmp_path.glob("train-*"))
+    status, run = scan(tmp_path, "scenes:count=60,seed=9", "--encoder", train.name, "--detector", "k_distance:k=4")
+    page, manifest = (run / "report.html").read_text(), json.loads((run / "manifest.json").read_text())
+    assert status == 0 and manifest["goal"] == [] and not manifest["metrics"] and "poisoned on purpose" not in page
+    assert inputs.poisoning(Run(run)) is None and inputs.poisoning(Run(train)) == Run(plan)
+    status, own = scan(tmp_path, train.name, "--detector", "k_distance:k=4")
+    assert (
+        json.loads((own / "manifest.json").read_text())["goal"] and "poisoned on purpose" in (own / "report.html").read_text()
+    )

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import os
 import sys
 import typing
 from pathlib import Path
@@ -50,15 +51,19 @@ POSITIONAL = {
 }
 
 
-def option(hint: Any, positional: bool) -> Any:
-    """A verb's annotated field -> the same for tyro: inputs are texts, the note is the help."""
+def option(hint: Any, positional: bool, required: bool) -> Any:
+    """A verb's annotated field -> the same for tyro: inputs are texts, named as README names them; the note is the help."""
     base, *marks = typing.get_args(hint)
     note = next((m for m in marks if isinstance(m, str)), "")
-    takes = any(isinstance(m, Takes) for m in marks)
-    if takes:
-        base = tuple[str, ...] if base == tuple[Input, ...] else str
+    takes = next((m.what.upper() for m in marks if isinstance(m, Takes)), None)
+    if takes and base == tuple[Input, ...]:
+        base, takes = tuple[str, ...], f"{takes} ..."
+    elif takes:
+        base = str
+    if takes and positional and not required:
+        takes = f"[{takes}]"
     conf = [tyro.conf.Positional] if positional else []
-    return Annotated[base, *conf, tyro.conf.arg(help=note)]
+    return Annotated[base, *conf, tyro.conf.arg(help=note, metavar=takes)]
 
 
 def command(name: str) -> type:
@@ -67,8 +72,8 @@ def command(name: str) -> type:
     hints = typing.get_type_hints(verb, include_extras=True)
     fields: list[tuple] = []
     for f in dataclasses.fields(verb):
-        kind = option(hints[f.name], f.name in POSITIONAL.get(name, ()))
         default = f.default
+        kind = option(hints[f.name], f.name in POSITIONAL.get(name, ()), default is dataclasses.MISSING)
         if default is None:
             base, *rest = typing.get_args(kind)
             kind = Annotated[base | None, *rest]
@@ -96,7 +101,11 @@ def command(name: str) -> type:
     if name == "poison":
         fields = [(f[0], Annotated[str | None, *typing.get_args(f[1])[1:]], None) if f[0] == "data" else f for f in fields]
         common.append(
-            ("verify", Annotated[str | None, tyro.conf.arg(help="RUN: derive its plan anew, compare bit by bit")], None)
+            (
+                "verify",
+                Annotated[str | None, tyro.conf.arg(help="derive its plan anew, compare bit by bit", metavar="RUN")],
+                None,
+            )
         )
     made = dataclasses.make_dataclass(name.title(), fields + common, frozen=True)
     made.__doc__ = verb.__doc__
@@ -108,25 +117,29 @@ def command(name: str) -> type:
 class List:
     """What there is, with every field: all methods, or those of one kind."""
 
-    kind: Annotated[Literal[tuple(registry.KINDS)] | None, tyro.conf.Positional] = None  # type: ignore[valid-type]
-    json: bool = False
+    kind: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(help=f"of {', '.join(registry.KINDS)}", metavar="[KIND]")
+    ] = None
+    json: Annotated[bool, tyro.conf.arg(help="print it as one JSON object")] = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Show:
     """What a run found: its metrics with n and interval, and where its report is."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run's directory, or the start of its name")]
-    page: Annotated[Path | None, tyro.conf.arg(help="write its page here, to hand around: without links to other runs")] = None
-    runs: Path = Path("runs")
-    json: bool = False
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run's directory, or the start of its name", metavar="RUN")]
+    page: Annotated[
+        Path | None, tyro.conf.arg(help="write its page here, to hand around: without links to other runs", metavar="FILE")
+    ] = None
+    runs: Annotated[Path, tyro.conf.arg(help="directory of the runs")] = Path("runs")
+    json: Annotated[bool, tyro.conf.arg(help="print the manifest as one JSON object")] = False
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print. Returns the exit status.
 
     0: done. 1: a bug. 2: the user's input. 3: `--fail-on` found its case. 4: done, but for what could not be read or
-    asked; the run's notes (`incomplete`) say what. 130: interrupted.
+    asked; the run's notes (`incomplete`) say what. 130: interrupted. 141: nobody reads what it prints.
     """
     try:
         commands: dict[str, Any] = {name: command(name) for name in VERBS}
@@ -135,6 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
             prog="bezoar",
             description="Is this data set poisoned, is this encoder backdoored, and what now?",
             args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
         if isinstance(asked, List):
             return show_methods(asked)
@@ -147,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bezoar: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read has seen enough: `bezoar list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             print(f"bezoar: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
@@ -168,7 +185,10 @@ def carry_out(asked: Any) -> int:
     how = {name: getattr(asked, name) for name in ("workers", "ray") if hasattr(asked, name)}
     run = execute(verb, Settings(asked.runs, asked.seed, asked.device, asked.fresh, **how))
     manifest = run.manifest
-    status = 3 if fails(asked, manifest["notes"]) else 4 if manifest["notes"].get("incomplete") else 0
+    incomplete = manifest["notes"].get("incomplete") or []
+    for line in incomplete:  # of a run that is at hand already, too
+        print(f"{verb_name(verb)}: {line}", file=sys.stderr)
+    status = 3 if fails(asked, manifest["notes"]) else 4 if incomplete else 0
     if asked.json:
         print(json.dumps(manifest, indent=1, ensure_ascii=False))
         return status
@@ -226,11 +246,14 @@ def table(manifest: dict) -> None:
     for name, m in manifest["metrics"].items():
         value, low, high = (float(m[k]) for k in ("value", "low", "high"))
         rows.add_row(name, f"{value:.4g}", f"{low:.4g} .. {high:.4g}", str(m["n"]))
-    Console(soft_wrap=True).print(rows)
+    if rows.rows:
+        Console(soft_wrap=True, width=200).print(rows)  # a name that is cut off cannot be asked for
 
 
 def show_methods(asked: List) -> int:
     """`bezoar list [KIND]`."""
+    if asked.kind not in (None, *registry.KINDS):
+        raise UserError(f"no kind {asked.kind!r} of methods; there are: {', '.join(registry.KINDS)}")
     kinds = [asked.kind] if asked.kind else list(registry.KINDS)
     found = {
         kind: [

@@ -58,9 +58,11 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
                 unread.add(unit.name, "", f"vectors of another width: {t['images']}, the first are {width} wide")
         good = [u for u, t in zip(todo, told, strict=True) if t["read"] and t["images"] == width]
         if not good:
-            first = "; first: " + " ".join(filter(None, unread.first[0])) if unread.first else ""
+            where, *rest = unread.first[0] if unread.first else ("there is none",)
+            why = " ".join(filter(None, rest if any(w.startswith(where) for w in rest) else (where, *rest)))
+            more = f"; and {n - 1} more" if (n := unread.reasons.total()) > 1 else ""
             shutil.rmtree(folder)
-            raise UserError(f"nothing to scan: no record could be read and embedded, {unread.reasons.total()} problems{first}")
+            raise UserError(f"nothing to scan: no record could be read and embedded: {why}{more}")
         deep = {t["texts"] for t in told if t["read"] and t["images"] == width}
         texts = deep.pop() if len(deep) == 1 else 0
         renamed = _renamed([u.file(folder, "parquet") for u in good])

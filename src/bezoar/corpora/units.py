@@ -41,6 +41,7 @@ CELLS = 1 << 25  # pixel values that are embedded at a time
 MOST = 512  # images that are
 LONGEST = 1024  # characters of an id
 TEXTS = ("id", "caption", "member", "url")
+STRAY = ("not an image by its name", "not in a class folder", "no file in the class folder")  # what is no record at all
 FIELDS = pa.schema(
     [(n, pa.large_string()) for n in TEXTS] + [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
 )
@@ -103,6 +104,8 @@ def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: S
     What cannot be read, and what the encoder gives no finite vector of, is named in the last; nothing of it is kept.
     """
     report, made, count = ReadReport(), {"images": 0, "texts": 0}, 0
+    if isinstance(found, (Pairs, Indexed)) and found.report is not None and unit.number == 0:
+        report.skipped += [s for s in found.report.skipped if s.reason not in STRAY]  # read whole, before it was cut
     state = _state(Path(unit.name)) if isinstance(found, Shards) else None
     records = vectors.partial(unit.file(folder, "parquet"))
     with ExitStack() as stack:

@@ -65,7 +65,6 @@ class Check:
                 found[name] = Found(method(encoder, images, **more), clean, Threshold.of(clean.values, self.rate))
             except UserError as error:
                 failed.append(f"check {name}: {error}")
-                print(failed[-1], file=sys.stderr)
         if not found:
             raise UserError("; ".join(failed) or "give a --check")
         limits = [f"{n}: {f.threshold.limit}" for n, f in found.items() if f.threshold.limit]

@@ -45,9 +45,12 @@ class Scan:
         """
         from bezoar import ensemble, inputs, trust
         from bezoar.corpora import corpus, keeping
+        from bezoar.reading import existing
 
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
+        if self.trusted:
+            existing(self.trusted, "list of clean records")  # better now than when all is scored
         data = corpus.embedded(job.inputs["data"], self._by(job), job.folder, job.settings, job.progress)
         if said := coarse(data):
             print(f"scan: {said}", file=sys.stderr)
@@ -65,15 +68,15 @@ class Scan:
         job.notes = data.reading() | {
             "records": len(data),
             "removed": removed,
+            "verdict": f"keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records; ranked.json names them",
             "detectors": [registry.spec(d) for d in job.inputs["detector"]],
             "told": {k: s.notes for k, s in found.items() if s.notes},
             "incomplete": incomplete(data, failed),
         }
-        for line in job.notes["incomplete"]:
-            print(f"scan: {line}", file=sys.stderr)
         if self.write == "shards":
             job.notes |= keeping.write_kept(job.folder / "shards", data, kept, job.progress)
         parts = inputs.dataset(job.inputs["data"])
+        job.goals = [vars(g) for g in parts.plan.goals]  # the encoder's own are no attack on these data
         out = measured(parts.plan, merged, found, order[:removed]) if parts.plan.edits else {}
         more, told = trust.measured(job.inputs["data"], parts, data, merged, found, order[:removed], self.leaks, self.trusted)
         job.notes |= told
@@ -116,7 +119,6 @@ def detected(detectors: Sequence[Any], data: Corpus, job: Job) -> tuple[dict[str
             found[name] = scores(detector, name, data, job)
         except UserError as error:
             failed.append(f"detector {name}: {error}")
-            print(f"scan: {failed[-1]}", file=sys.stderr)
     if not found:
         raise UserError("; ".join(failed) or "give a --detector")
     return found, failed
