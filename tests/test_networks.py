@@ -1,6 +1,7 @@
 """Image towers: fresh, of timm's and torchvision's, and published checkpoints, hostile ones among them."""
 
 import json
+import logging
 import os
 import pickle
 import zipfile
@@ -168,7 +169,8 @@ def test_the_same_seed_gives_the_same_fresh_weights(text):
         ("resnet:depth=20", 32, "depth must be one of 18, 34, 50, 101"),
         ("resnet:mean_std=mnist", 32, "mean_std must be one of cifar, stl10"),
         ("timm:resnet1x8", 32, "timm has no model 'resnet1x8'"),
-        ("timm:resnet18/weights.pth", 32, "either with /pretrained"),
+        ("timm:resnet18/openai", 32, "either with /pretrained"),
+        ("timm:resnet18/weights.pth", 32, "no weights file 'weights.pth'"),
         ("torchvision:resnet19", 32, "torchvision has no classifier 'resnet19'"),
         ("torchvision:resnet18/V9", 32, "has no weights 'V9' for resnet18; it has: IMAGENET1K_V1, DEFAULT"),
         ("torchvision:squeezenet1_1", 32, "does not end in one linear layer"),
@@ -535,3 +537,28 @@ def test_a_small_file_cannot_ask_for_a_large_network(tmp_path):
 def test_layouts_are_told_apart_by_one_key_each():
     firsts = [layout.first for layout in layouts.LAYOUTS]
     assert len(set(firsts)) == len(firsts) - 1, "open_clip and visual share theirs; text keys tell them apart"
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_weights_of_timm_come_out_of_a_file_with_or_without_their_classifier(classes, tmp_path):
+    import timm
+
+    model = timm.create_model("resnet10t", num_classes=classes).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    encoder = network(f"timm:resnet10t/{tmp_path}/w.safetensors", 32).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        whole = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert torch.allclose(encoder.image(x), whole, atol=1e-5)
+    assert registry.make("network", f"timm:resnet10t/{tmp_path}/w.safetensors").files() == [tmp_path / "w.safetensors"]
+    with pytest.raises(UserError, match="expected the weights of timm's resnet18"):
+        network(f"timm:resnet18/{tmp_path}/w.safetensors", 32)
+
+
+def test_open_clip_does_not_warn_of_random_weights_that_a_file_replaces(tmp_path, caplog):
+    with checkpoints.filled():
+        model = open_clip.create_model("ViT-S-32-alt")
+    assert logging.root.manager.disable == logging.NOTSET
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    network(f"open_clip:ViT-S-32-alt/{tmp_path}/w.safetensors", 32)
+    assert "randomly" not in caplog.text

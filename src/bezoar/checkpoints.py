@@ -8,12 +8,14 @@ device before anything is allocated, and no tensor may claim more than its file 
 from __future__ import annotations
 
 import io
+import logging
 import math
 import pickletools
 import re
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,7 @@ from bezoar.errors import UserError
 MAX_BYTES = 8 << 30  # of a file, and so of every member of it
 MAX_PICKLE = 16 << 20  # of the part of a checkpoint that says what its tensors are
 MAX_MEMBERS = 100_000
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 WRAPPERS = ("state_dict", "model", "net", "netC", "network", "model_state_dict")  # keys under which weights are kept
 COUNTERS = ("total_ops", "total_params")  # that thop leaves in the modules it counted
@@ -91,6 +94,17 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], name: str, what: str
     bad = [k for k, v in tensors.items() if not torch.isfinite(v).all()]
     if bad:
         raise UserError(f"{name}: expected finite weights; {'; '.join(_some('NaN or infinite', bad))}")
+
+
+@contextmanager
+def filled() -> Iterator[None]:
+    """Inside, a network is made to be filled with weights: open_clip does not warn that it has none yet."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def listed(keys: Iterable[str], most: int = 3) -> str:

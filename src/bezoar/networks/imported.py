@@ -84,7 +84,8 @@ class Imported:
         checkpoints.check(_blank(name).visual, trunk, self.path, f"the image tower of open_clip's {name}")
         if self.text:
             return self._joined(name, trunk), []
-        encoder: Encoder = registry.make("network", f"clip_image:model={name},mean_std={mean_std}")()
+        with checkpoints.filled():
+            encoder: Encoder = registry.make("network", f"clip_image:model={name},mean_std={mean_std}")()
         self._same_size(encoder)
         encoder.image.load_state_dict(trunk)
         return encoder, assumed
@@ -109,7 +110,8 @@ class Imported:
         trunk = {k.removeprefix("visual."): v for k, v in tensors.items() if k.startswith("visual.")}
         name = self.model or layouts.architecture(trunk, tensors, self.path)
         checkpoints.check(_blank(name), tensors, self.path, f"open_clip's {name}")
-        encoder: Encoder = registry.make("network", f"open_clip:{name}")()
+        with checkpoints.filled():
+            encoder: Encoder = registry.make("network", f"open_clip:{name}")()
         self._same_size(encoder)
         encoder.image.get_submodule("model").load_state_dict(tensors)
         mean = encoder.preprocess.mean[0]
@@ -136,5 +138,5 @@ def _blank(name: str) -> Any:
 
     if name not in open_clip.list_models():
         raise UserError(f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them")
-    with torch.device("meta"):
+    with torch.device("meta"), checkpoints.filled():
         return open_clip.create_model(name, device="meta")

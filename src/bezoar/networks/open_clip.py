@@ -1,6 +1,7 @@
 """Any open_clip architecture, with fresh or published weights (Ilharco et al. 2021): `open_clip:RN50/cc12m`."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,7 +155,7 @@ class OpenClip:
     def files(self) -> list[Path]:
         """The weights file, where one is named."""
         weights = self.model.partition("/")[2]
-        return [existing(weights, "weights file")] if weights.endswith((".safetensors", ".pt", ".pth", ".bin")) else []
+        return [existing(weights, "weights file")] if Path(weights).suffix in checkpoints.SUFFIXES else []
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """None: the tokenizer comes with the architecture."""
@@ -172,7 +173,8 @@ class OpenClip:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise UserError(f"open_clip has no weights {weights!r} for {name}; it has: {tags}; or give a weights file")
         try:
-            model = open_clip.create_model(name, pretrained=None if is_file else weights or None)
+            with checkpoints.filled() if is_file else nullcontext():
+                model = open_clip.create_model(name, pretrained=None if is_file else weights or None)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"open_clip could not load {self.model!r}: {reason}") from error

@@ -1,13 +1,15 @@
-"""Any image model of timm without its classifier, fresh or published (Wightman 2019): `timm:resnet18.a1_in1k/pretrained`."""
+"""Any image model of timm without its classifier, fresh, published or from a file: `timm:resnet18/FILE` (Wightman 2019)."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
-from bezoar import towers
+from bezoar import checkpoints, towers
 from bezoar.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
+from bezoar.reading import existing
 from bezoar.registry import method
 
 
@@ -15,7 +17,12 @@ from bezoar.registry import method
 class Timm:
     """Images only. The preprocessing is the data configuration of the weights; the whole image is read, nothing cropped."""
 
-    model: Annotated[str, "NAME or NAME.TAG, fresh; with /pretrained, the published weights"] = "resnet18"
+    model: Annotated[str, "NAME or NAME.TAG, fresh; with /pretrained, the published weights; or with /FILE"] = "resnet18"
+
+    def files(self) -> list[Path]:
+        """The weights file, where one is named."""
+        weights = self.model.partition("/")[2]
+        return [existing(weights, "weights file")] if Path(weights).suffix in checkpoints.SUFFIXES else []
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """None: it reads no text."""
@@ -26,15 +33,22 @@ class Timm:
         import timm
 
         name, slash, weights = self.model.partition("/")
-        if slash and weights != "pretrained":
-            raise UserError(f"timm: expected NAME, NAME.TAG or either with /pretrained; got {self.model!r}")
+        file = bool(self.files())
+        if slash and weights != "pretrained" and not file:
+            raise UserError(f"timm: expected NAME, NAME.TAG or either with /pretrained or /FILE of weights; got {self.model!r}")
         if not timm.is_model(name):
             near = ", ".join(timm.list_models(f"*{name.partition('.')[0][:6]}*")[:6]) or "see timm.list_models()"
             raise UserError(f"timm has no model {name!r}; it has, among others: {near}")
         try:
-            model: Any = timm.create_model(name, pretrained=bool(weights), num_classes=0)
+            model: Any = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"timm could not make {self.model!r}: {str(error).strip().splitlines()[0]}") from error
+        if file:
+            head = model.pretrained_cfg.get("classifier") or ()
+            heads = tuple(f"{h}." for h in ([head] if isinstance(head, str) else head))
+            state = {k: v for k, v in checkpoints.read(weights).items() if not k.startswith(heads)}
+            checkpoints.check(model, state, weights, f"timm's {name} without its classifier")
+            model.load_state_dict(state, strict=False)  # batch norm's counters may be missing, as `check` says
         config = timm.data.resolve_model_data_config(model)
         channels, side, _ = config["input_size"]
         if channels != 3 or config["interpolation"] not in ("bilinear", "bicubic"):
