@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs, load
+from bezoar.pairs import Pairs, each_image, load
 from bezoar.registry import make, spec
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -386,3 +386,16 @@ def test_fields_are_checked(text: str) -> None:
     for bad, match in (("size=4", "size must lie"), ("size=100000", "size must lie"), ("limit=0", "limit must be")):
         with pytest.raises(UserError, match=match):
             make("data", text + comma + bad)
+
+
+def test_a_flat_folder_of_images_is_read_without_classes_and_captions(tmp_path: Path) -> None:
+    for name in ("b.png", "a.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("notes")
+    pairs = read(f"folder:path={tmp_path},size=16")
+    assert pairs.ids == ("a.jpg", "b.png") and pairs.classes == () and pairs.captions == () and pairs.labels is None
+    assert len(make("data", f"folder:path={tmp_path}").files()) == 3
+
+
+def test_each_image_once_however_many_captions() -> None:
+    assert each_image(["a#0", "a#1", "b", "c#0", "b#1"]) == [0, 2, 3]

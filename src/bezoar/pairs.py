@@ -135,3 +135,11 @@ def draws(seed: int, ids: Sequence[str], count: int, use: str = "") -> np.ndarra
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
     return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def each_image(ids: Sequence[str]) -> list[int]:
+    """Rows of the first record of each image, in order: several captions of one have ids that differ after '#' alone."""
+    first: dict[str, int] = {}
+    for row, key in enumerate(ids):
+        first.setdefault(key.partition("#")[0], row)
+    return list(first.values())

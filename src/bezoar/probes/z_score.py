@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.encoder import Encoder
-from bezoar.pairs import Pairs
+from bezoar.pairs import Pairs, each_image
 from bezoar.plan import Goal
 from bezoar.registry import method
 from bezoar.scores import Measure
@@ -35,7 +35,7 @@ class ZScore:
         """similarity_clean, similarity_triggered, z_std and z_var for each goal with a trigger; jackknife intervals."""
         backdoors = [g for g in goals if g.trigger]
         out: dict[str, Measure] = {}
-        part = test.take(range(min(self.images, len(test))))
+        part = test.take(each_image(test.ids)[: self.images])  # an image counted for each caption would narrow the interval
         for i, goal in enumerate(backdoors):
             assert goal.trigger
             suffix = "" if len(backdoors) == 1 else f"@{i}"

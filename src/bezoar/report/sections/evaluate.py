@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bezoar import inputs, registry
+from bezoar.captions import mentions
 from bezoar.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
+from bezoar.pairs import Pairs, each_image
 from bezoar.plan import Goal
 from bezoar.report import charts, curves, gallery, terms
 from bezoar.report.charts import Series
@@ -215,7 +216,7 @@ class Evaluate(Story):
             raise UserError("pictures are shown for encoders of runs; this one has published weights")
         encoder = inputs.encoder(run, "cpu")
         most = SAMPLE if encoder.preprocess.size <= 64 else LARGE_SAMPLE
-        test = self.tested.take(range(min(most, len(self.tested))))
+        test = self.tested.take(each_image(self.tested.ids)[:most])
         specs = [p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")]
         probe = registry.make("probe", registry.recorded(specs[0]) if specs else "zero_shot")
         readable = bool(test.classes) and encoder.text is not None
@@ -246,20 +247,24 @@ class Evaluate(Story):
     def stamped(self, goal: Goal, stamped: Tensor) -> Any:
         """Test images of other classes, stamped, with what they are read as."""
         test, head = self.look.test, self.look.head
-        rows = [i for i in range(len(test)) if gallery.own_class(test, i) != goal.target][:SHOWN]
+        named = set() if test.classes else set(mentions(test.captions, goal.target))
+        rows = [i for i in range(len(test)) if gallery.own_class(test, i) != goal.target and i not in named][:SHOWN]
         read = self.look.similarities(stamped[rows]).argmax(1).tolist() if head is not None else [-1] * len(rows)
         tiles = []
         for i, (row, label) in enumerate(zip(rows, read, strict=True)):
             name = test.classes[label] if label >= 0 else ""
             hit = name == goal.target
-            lines = [Line(gallery.own_class(test, row) or gallery.short(test.ids[row]), "muted")]
+            own = gallery.own_class(test, row) or (test.captions[row] if test.captions else test.ids[row])
+            lines = [Line(gallery.short(own, 60), "muted")]
             lines += [Line("→ " + name, "bad" if hit else "")] if name else []
             tiles.append(Tile((i,), lines, "bad" if hit else ""))
         return gallery.sheet(
             stamped[rows],
             tiles,
             80,
-            "What triggered images are read as" if head is not None else f"Images of other classes than “{goal.target}”",
+            "What triggered images are read as"
+            if head is not None
+            else f"Triggered images; “{goal.target}” is not in the caption",
             "Above, the class; below, what it is read as. Red: the target." if head is not None else "",
         )
 
