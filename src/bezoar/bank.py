@@ -149,9 +149,9 @@ class Bank:
         for name in ("network", "size", "data", "objective"):
             own, theirs = getattr(family, name), getattr(self.family, name)
             if own != theirs and (own != "" or name == "network"):
-                out.append(f"{name} {own or 'not known'}, not {theirs}")
+                out.append(f"{name} {unlike(str(own) or 'not known', str(theirs))}")
         if sample.data != self.sample.data:
-            out.append(f"clean images {sample.data}, not {self.sample.data}")
+            out.append(f"clean images {unlike(sample.data, self.sample.data)}")
         if sample.images != self.sample.images:
             out.append(f"{sample.images} clean images, not {self.sample.images}")
         return out
@@ -220,6 +220,17 @@ class Reading:
             f"No evidence at sensitivity {s.value:.2f} (95 % interval {s.low:.2f} to {s.high:.2f}, {s.n} attacked encoders; "
             f"against: {against}) and false-positive rate {self.rate:g} ({told})."
         )
+
+
+def unlike(own: str, theirs: str) -> str:
+    """Two specs that differ, told by what differs: the methods' names, or the fields of one method."""
+    name, _, mine = own.partition(":")
+    other, _, others = theirs.partition(":")
+    if name != other:
+        return f"{name}, not {other}"
+    first, second = registry.split(mine, ","), registry.split(others, ",")
+    left, right = (",".join(f for f in a if f not in b) for a, b in ((first, second), (second, first)))
+    return f"{name}:{left}, not {right}"
 
 
 def read_value(
