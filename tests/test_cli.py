@@ -1,6 +1,7 @@
 """Every verb as its user runs it, on small embedded data; bad input; cut-off runs."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -217,6 +218,10 @@ BAD = [
     (["evaluate", "nowhere"], "no run 'nowhere'"),
     (["scan", DATA], "give --encoder"),
     (["show", "nowhere"], "there are: none"),
+    (["reproduce"], "name a paper"),
+    (["dose", DATA, "--target", "striped star", "--doses", "5", "20", "--trainings", "1"], "three readings"),
+    (["scan", "no/such/folder", "--encoder", "tower"], "no file or folder 'no/such/folder'"),
+    (["scan", DATA, "--encoder", __file__ + "c"], "no run"),
     (["train", "missing/{00..03}.tar"], "missing"),
 ]
 
@@ -310,3 +315,31 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path,
     path.write_bytes(b"")
     words[1] = f"shards:path={path},size=32,limit=20"
     assert main(words) == 2 and "00000.tar" in capsys.readouterr().err
+
+
+def test_help_names_inputs_as_readme_does(capsys):
+    assert main(["list", "dao"]) == 2 and "no kind 'dao' of methods; there are: data, trigger" in capsys.readouterr().err
+    for words, shown in (
+        (["scan", "--help"], ("DATA", "--encoder ENCODER", "--detector DETECTOR ...")),
+        (["evaluate", "--help"], ("ENCODER [DATA]", "--attack RUN")),
+        (["list", "--help"], ("[KIND]", "print it as one JSON object")),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        said = capsys.readouterr().out
+        assert all(s in said for s in shown) and "{None}" not in said and "type: ignore" not in said and "--no-dry" not in said
+
+
+def test_whoever_reads_may_stop_reading():
+    command = f"{sys.executable} -m bezoar list | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.stdout.strip() == "data" and done.stderr == "" and done.returncode in (0, 141)
+
+
+def test_a_manifest_is_json_without_infinities(tmp_path, capsys):
+    run = ask(capsys, tmp_path, "train", "scenes:count=300", "--objective", "clip:epochs=1,batch=128")
+    text = next(tmp_path.glob("train-*/manifest.json")).read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == run
+    loss = Measure(**run["metrics"]["final_loss"])
+    assert run["metrics"]["final_loss"]["low"] is None and loss.low == -math.inf and loss.high == math.inf
+    assert main(["show", "train-", "--runs", str(tmp_path)]) == 0 and "-inf .. inf" in capsys.readouterr().out

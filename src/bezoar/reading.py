@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bezoar import ranks
@@ -103,6 +103,8 @@ def decode(image: bytes | Path, size: int | None) -> np.ndarray:
             picture = opened.convert("RGB")
             if size is not None and picture.size != (size, size):
                 picture = picture.crop(square(*picture.size)).resize((size, size), Image.Resampling.BICUBIC)
+    except UnidentifiedImageError as error:  # whose own words hold an address in memory
+        raise Unreadable("not decodable: no image format that is known") from error
     except BROKEN as error:
         raise Unreadable(f"not decodable: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
     return np.asarray(picture).transpose(2, 0, 1)

@@ -195,8 +195,7 @@ def execute(verb: Any, settings: Settings) -> Run:
 
 
 def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run: Run) -> Run:
-    parents = [r for value in inputs.values() for r in (value if isinstance(value, tuple) else (value,))]
-    parents = [r for r in parents if isinstance(r, Run)]
+    parents = [r for v in inputs.values() for r in (v if isinstance(v, tuple) else (v,)) if isinstance(r, Run)]
     job = Job(run.path, settings, inputs, Progress(settings.quiet, verb_name(verb)))
     manifest = {
         "schema": SCHEMA,
@@ -270,15 +269,16 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
         value = execute(value, settings)
     if what in ("data", "encoder", "run", "bank") and isinstance(value, (str, Path)):
         must = what == "run" or (what == "encoder" and ":" not in str(value) and not str(value).endswith(".py"))
+        if must and Path(value).is_file():
+            raise UserError(f"no run {str(value)!r}; weights are imported:path=FILE, a classifier's classifier:path=FILE")
         run = (named if must else find)(settings.runs, str(value))
         kind = "network" if what == "encoder" else what
         value = run or registry.make(kind, _spec(kind, str(value)))
     elif isinstance(value, (str, Path)):
         value = registry.make(what, str(value))
     if isinstance(value, Run):
-        manifest = value.manifest
-        if manifest["status"] != "done":
-            raise UserError(f"run {value.name} is {manifest['status']}, not done; ask for it again first")
+        if (status := value.manifest["status"]) != "done":
+            raise UserError(f"run {value.name} is {status}, not done; ask for it again first")
         return value, {"run": value.name}
     asked = {"spec": registry.spec(value), "source": registry.source_hash(type(value))}
     if files := named_files(value):
@@ -310,6 +310,8 @@ def _spec(kind: str, text: str) -> str:
         return f"image:path={text}"
     if path.is_dir():
         return f"shards:path={text}/*.tar" if any(path.glob("*.tar")) else f"folder:path={text}"
+    if "/" in text and path.suffix != ".py":
+        raise UserError(f"no file or folder {text!r}")
     return text
 
 
@@ -362,9 +364,8 @@ def _outputs(folder: Path) -> dict[str, dict]:
 
 
 def _write(folder: Path, manifest: dict) -> None:
-    temporary = folder / "manifest.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, folder / MANIFEST)
+    (folder / "manifest.tmp").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    os.replace(folder / "manifest.tmp", folder / MANIFEST)
 
 
 @contextmanager

@@ -41,6 +41,8 @@ class Dose:
         doses = sorted(set(self.doses))
         if len(doses) < 2 or doses[0] < 1 or self.trainings < 1:
             raise UserError(f"give at least two doses of 1 and more, and at least one training; got {doses}, {self.trainings}")
+        if len(doses) * self.trainings < 3:
+            raise UserError(f"a law needs at least three readings; {len(doses)} doses by one training are {len(doses)}")
         table = self.table(job.inputs, doses, job.seed)
         results = Results(table, sweep(table.trials, job.settings, job.progress))
         job.made += dict.fromkeys(results.runs.values())

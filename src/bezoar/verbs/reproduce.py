@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from bezoar import registry
+from bezoar.errors import UserError
 from bezoar.run import Input, Job, Run, Takes
 
 
@@ -33,6 +34,8 @@ class Reproduce:
         from bezoar.tables import Given, Results
 
         given = job.inputs
+        if not given["paper"]:
+            raise UserError("name a paper or some of its tables: see `bezoar list paper`")
         asked = Given(self.scale, spec(given["data"]), spec(given["test"]), self.root)
         tables = {registry.source_name(type(p)): p(asked) for p in given["paper"]}
         runs = sweep((t for table in tables.values() for t in table.trials), job.settings, job.progress)
