@@ -118,3 +118,10 @@ def test_code_named_by_a_file_runs_only_where_the_user_named_it_before(tmp_path,
     assert registry.recorded(f"{mine}") and str(mine) in (tmp_path / "state" / "bezoar" / "methods").read_text()
     monkeypatch.setenv("BEZOAR_METHODS", f"{evil}")
     assert registry.recorded(f"{evil}")
+
+
+def test_a_default_named_elsewhere_is_told_as_it_is():
+    fields = {f[0]: f for f in registry.describe(registry.PACKAGE / "detectors" / "loss_trace.py").fields}
+    assert fields["network"][2] == "'clip_small'" and fields["side"][2] == "64"
+    fields = {f[0]: f for f in registry.describe(registry.PACKAGE / "data" / "shards.py").fields}
+    assert fields["load"][1] == "Literal['auto', 'memory', 'stream']"

@@ -263,8 +263,26 @@ def describe(path: Path) -> Description:
                     hint, text = _documented(item.annotation)
                     default = ast.unparse(item.value) if item.value else ""
                     if not hint.startswith("ClassVar"):
-                        fields.append((item.target.id, hint, default, text))
+                        fields.append((item.target.id, _spelt(hint, tree), _spelt(default, tree), text))
     return Description(path.stem, summary, tuple(fields))
+
+
+def _spelt(text: str, own: ast.Module) -> str:
+    """`traces.NETWORK` -> what stands there: a constant or a type, named in the file itself or in a module of bezoar's."""
+    module, _, name = text.rpartition(".")
+    path = PACKAGE / f"{module}.py"
+    tree = own if not module else ast.parse(path.read_text()) if module.isidentifier() and path.is_file() else None
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bezoar.") and not module:
+            if name in [a.name for a in node.names]:
+                return _spelt(f"{str(node.module).removeprefix('bezoar.')}.{name}", own)
+        elif isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            for left, right in zip(target.elts, value.elts, strict=True) if several else [(target, value)]:  # type: ignore[attr-defined]
+                if isinstance(left, ast.Name) and left.id == name:
+                    return ast.unparse(right)
+    return text
 
 
 def _documented(hint: ast.expr) -> tuple[str, str]:
