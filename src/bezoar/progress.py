@@ -18,6 +18,7 @@ class Progress:
         self.task: Any = None
         self.start = self.said = self.began = time.monotonic()
         self.phase = ("", 0)
+        self.first = 0  # what was done already when this phase began to be told
 
     def __enter__(self) -> Progress:
         self.start = self.said = time.monotonic()
@@ -38,12 +39,13 @@ class Progress:
     def step(self, done: int, total: int, text: str = "") -> None:
         """Say how far the work is, and how long it still takes. Another total is another phase of the work."""
         if self.phase[1] != total or done == 0:
-            self.phase, self.began = (text, total), time.monotonic()
+            self.phase, self.began, self.first = (text, total), time.monotonic(), done
         if self.bar is not None:
             if self.task is None or self.bar.tasks[-1].total != total:
                 self.task = self.bar.add_task(self.title, total=total)
             self.bar.update(self.task, completed=done, description=f"{self.title} {text}")
         elif not self.quiet and time.monotonic() - self.said > EVERY_SECONDS:
             self.said = time.monotonic()
-            left = f", about {(self.said - self.began) * (total - done) / done:.0f} s left" if done else ""
+            pace = (self.said - self.began) / (done - self.first) if done > self.first else 0.0
+            left = f", about {pace * (total - done):.0f} s left" if pace else ""
             print(f"{self.title} {text}: {done}/{total}{left}", file=sys.stderr, flush=True)
