@@ -55,6 +55,10 @@ class Story:
         """What else is to be said first, in smaller type."""
         return ""
 
+    def undone(self) -> str:
+        """What was asked and could not be done, in sentences; nothing where everything was."""
+        return " ".join(f"{line[:1].upper()}{line[1:]}." for line in map(str, self.notes.get("incomplete") or ()))
+
     def cards(self) -> list[str]:
         """Names of the key figures."""
         return list(self.measures)[:6]

@@ -71,7 +71,7 @@ class Check(Story):
             "backdoor. An image that is not flagged may still carry a trigger that these checks do not see."
         )
         limits = self.notes.get("limits") or []
-        return " ".join([told, *(f"{line[:1].upper()}{line[1:]}." for line in map(str, limits[:1]))])
+        return " ".join([told, *(f"{line[:1].upper()}{line[1:]}." for line in map(str, limits[:1])), self.undone()]).strip()
 
     def cards(self) -> list[str]:
         """The first check's share flagged, and how well it tells."""

@@ -45,9 +45,11 @@ class Repair(Story):
             key = f"{self.main}{name}" if name != "inverted" else f"inverted.{self.main}attack_success"
             before, after = self.metric(f"before.{key}"), self.metric(f"after.{key}")
             if before is not None and after is not None:
-                parts.append(
-                    f"{said} worked on {terms.percent(before.value)} of images, and works on {terms.percent(after.value)}"
-                )
+                told = f"{said} worked on {terms.percent(before.value)} of images, and works on {terms.percent(after.value)}"
+                without = self.metric(f"after.{key}_without_trigger")
+                if without is not None and without.high > after.low:  # what is left is no work of the trigger's
+                    told += f", no more than without it ({terms.percent(without.value)})"
+                parts.append(told)
         before, after = (self.metric(f"{stage}.{self.main}clean_accuracy") for stage in ("before", "after"))
         if before is None or after is None:
             return "This repair was not finished."

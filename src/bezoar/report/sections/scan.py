@@ -54,6 +54,10 @@ class Scan(Story):
         hits = round(found.value * found.n)
         return f"{told}; among them are {hits:,} of the {found.n:,} poisons: {terms.brief(found)}."
 
+    def more(self) -> str:
+        """Records that could not be read, and detectors that could not work."""
+        return self.undone()
+
     def cards(self) -> list[str]:
         """Ranking quality, then what was removed."""
         return ["poisons_removed", "auroc", "average_precision", "recall_at_0.01", "precision_at_n"]
