@@ -229,8 +229,8 @@ def show_run(asked: Show) -> int:
 
         written = page.write(run) if asked.page is None else page.alone(run, asked.page)
         print(f"report: {written}")
-        return 0
-    print(f"report: {run.path / 'report.html'}")
+    elif (run.path / "report.html").exists():
+        print(f"report: {run.path / 'report.html'}")
     return 0
 
 
