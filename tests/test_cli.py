@@ -341,5 +341,5 @@ def test_a_manifest_is_json_without_infinities(tmp_path, capsys):
     text = next(tmp_path.glob("train-*/manifest.json")).read_text()
     assert json.loads(text, parse_constant=pytest.fail) == run
     loss = Measure(**run["metrics"]["final_loss"])
-    assert run["metrics"]["final_loss"]["low"] is None and loss.low == -math.inf and loss.high == math.inf
+    assert run["metrics"]["final_loss"]["low"] == "-Infinity" and loss.low == -math.inf and loss.high == math.inf
     assert main(["show", "train-", "--runs", str(tmp_path)]) == 0 and "-inf .. inf" in capsys.readouterr().out
