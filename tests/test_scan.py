@@ -552,7 +552,7 @@ def test_what_could_not_be_read_is_said_again_by_a_scan_that_is_at_hand(tmp_path
     for _ in range(2):
         status, run = scan(tmp_path, tmp_path / "f", "--encoder", tiny, "--detector", "k_distance:k=4")
         said = capsys.readouterr()
-        assert status == 4 and "scan: 1 records or files could not be read, beside 20" in said.err
+        assert status == 4 and "scan: 2 records or files could not be read, beside 20" in said.err
         assert "keep.txt leaves out the 1 most suspicious of 20 records" in said.out and "metric" not in said.out
         assert "1 not decodable; see skipped.jsonl." in (run / "report.html").read_text()
     assert unread(run) == [("f", "a/broken.png", "not decodable")]
