@@ -554,8 +554,9 @@ def test_what_could_not_be_read_is_said_again_by_a_scan_that_is_at_hand(tmp_path
         said = capsys.readouterr()
         assert status == 4 and "scan: 2 records or files could not be read, beside 20" in said.err
         assert "keep.txt leaves out the 1 most suspicious of 20 records" in said.out and "metric" not in said.out
-        assert "1 not decodable; see skipped.jsonl." in (run / "report.html").read_text()
-    assert unread(run) == [("f", "a/broken.png", "not decodable")]
+        assert "1 not decodable, 1 not an image by its name; see skipped.jsonl." in (run / "report.html").read_text()
+    found = [("f", "a/broken.png", "not decodable"), ("f", "a/notes.txt", "not an image by its name")]
+    assert sorted(unread(run)) == found
 
 
 def test_an_encoder_of_poisoned_data_does_not_make_other_data_poisoned(tmp_path, capsys):
