@@ -113,6 +113,16 @@ def test_code_named_by_a_file_runs_only_where_the_user_named_it_before(tmp_path,
             registry.recorded(text)
     with pytest.raises(UserError, match="would run the code of"):
         Goal.read({"target": "red", "trigger": "evil.py", "victims": []})
+    for text in (
+        "x mine.py",
+        f"{tmp_path}/a=mine.py",
+        f"{tmp_path}/a b.py:k=(1,2)",
+        f"finetune:objective=({tmp_path}/c,mine.py)",
+    ):
+        with pytest.raises(UserError, match="would run the code of"):
+            registry.recorded(text)  # a file whose name ends in that of a trusted one is another file
+    for text in (f"finetune:objective=({mine}:k=(1,2))", f"retrieval:k={mine}", f"{mine}:k=3"):
+        assert registry.recorded(text) == text
     assert (tmp_path / "ran").read_text() == ran
     monkeypatch.setattr(registry, "_named", set())  # another process
     assert registry.recorded(f"{mine}") and str(mine) in (tmp_path / "state" / "bezoar" / "methods").read_text()

@@ -197,14 +197,33 @@ def recorded(text: str) -> str:
 
     Raises UserError that names the file whose code would run.
     """
-    for found in re.finditer(r"([^\s\"'()\[\]{},=:]*)\.py(?!\w)", text):
-        path = str(Path(found[0]).expanduser().resolve())
+    for name in _files(text):
+        path = str(Path(name).expanduser().resolve())
         if path not in trusted():
             raise UserError(
                 f"{text!r} was read from a file, not given by you, and would run the code of {path}; if you trust that code, "
                 f"set BEZOAR_METHODS={path}"
             )
     return text
+
+
+def _files(text: str) -> list[str]:
+    """Every file that a spec or a spec within it names as a method, as `parse` and `convert` would take it apart."""
+    found, seen, left = [], set(), [text]
+    while left:
+        spec = left.pop().strip()
+        if ".py" not in spec or spec in seen:
+            continue
+        seen.add(spec)
+        name, _, rest = spec.partition(":")
+        if name.endswith(".py"):
+            found.append(name)
+        for part in map(str.strip, split(rest, ",")):
+            _, equals, value = ("", "", "") if part[:1] in OPENING else part.partition("=")
+            inner = (value if equals else part).strip()
+            inner = inner[1:-1] if inner[:1] in (*OPENING, '"') else inner
+            left += [inner, *split(inner, ",")]
+    return found
 
 
 def class_name(stem: str) -> str:
