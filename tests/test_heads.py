@@ -116,6 +116,27 @@ def test_a_head_does_not_know_how_many_there_are_and_repeats_itself():
         assert torch.allclose(a[0], b[0], atol=1e-6) and torch.equal(b, c)
 
 
+def test_inside_one_evaluation_the_same_numbers_are_fitted_once_and_others_anew(monkeypatch):
+    x, y = clouds()
+    recipe, other = (registry.make("probe", f"mlp:hidden=(16,8),epochs=2,lr={lr}") for lr in (0.001, 0.002))
+    fitted = []
+    monkeypatch.setattr(heads, "_kept", heads.OrderedDict())
+    monkeypatch.setattr(heads, "_fit", lambda *given, inner=heads._fit: fitted.append(given) or inner(*given))
+    apart = heads.fit(x, y, 4, recipe), heads.fit(x, y, 4, recipe)
+    assert len(fitted) == 2 and torch.equal(apart[0].weights[0], apart[1].weights[0]), "a timing outside is a timing"
+    with success.remembering():
+        first = heads.fit(x, y, 4, recipe)
+    with success.remembering():
+        again = heads.fit(x.clone(), y.clone(), 4, registry.make("probe", "mlp:hidden=(16,8),epochs=2,lr=0.001"))
+        assert again is first and len(fitted) == 3 and torch.equal(first.weights[0], apart[0].weights[0])
+        for given in ((x + 1e-3, y, 4, recipe), (x, y.roll(1), 4, recipe), (x, y, 5, recipe), (x, y, 4, other)):
+            assert heads.fit(*given) is not first
+        assert len(fitted) == 7
+        for i in range(heads.KEPT):
+            heads.fit(x + 1 + i, y, 4, recipe)
+        assert len(heads._kept) == heads.KEPT and heads.fit(x, y, 4, recipe) is not first, "the longest unasked goes first"
+
+
 @torch.no_grad()
 def test_a_start_is_that_of_a_linear_layer():
     stack, layer = heads.Stack.draw([7], (400, 300), torch.device("cpu")), nn.Linear(400, 300)

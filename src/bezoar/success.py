@@ -46,6 +46,11 @@ def remembering() -> Iterator[None]:
         _kept.reset(token)
 
 
+def remembers() -> bool:
+    """Whether this is inside `remembering`."""
+    return _kept.get() is not None
+
+
 def once(call: Callable[P, R]) -> Callable[P, R]:
     """Decorator: inside `remembering`, the same question is answered once. The same: the same objects, or equal numbers."""
 
