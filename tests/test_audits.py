@@ -26,6 +26,7 @@ QUICK = {  # enough steps to run; what the audits find is tested below
     "decree": "decree:steps=12,restarts=4",
     "ssl_cleanse": "ssl_cleanse:steps=12,clusters=5",
     "whitening": "whitening:probes=2,images=24",
+    "whole_image": "whole_image:probes=2,images=24",
     "parent": "parent:probes=2,images=24",
 }
 

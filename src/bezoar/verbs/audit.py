@@ -41,6 +41,7 @@ class Audit:
     data: Annotated[Input, Takes("data"), "clean images; without them, the test split of its training data"] = None
     audit: Annotated[tuple[Input, ...], Takes("audit"), "see `bezoar list audit`; a parent adds the audit `parent`"] = (
         "whitening",
+        "whole_image",
         "decree",
         "cleanse",
     )

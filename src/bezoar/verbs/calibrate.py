@@ -32,6 +32,7 @@ class Calibrate:
     data: Annotated[Input, Takes("data"), "clean images; without them, the test split of the training data"] = None
     audit: Annotated[tuple[Input, ...], Takes("audit"), "see `bezoar list audit`; a parent adds the audit `parent`"] = (
         "whitening",
+        "whole_image",
         "decree",
         "cleanse",
     )

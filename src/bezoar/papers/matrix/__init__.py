@@ -57,8 +57,8 @@ ATTACKS = (
 class Setup:
     """A scale. records: of a CLIP's training set. clean: encoders without an attack; they set the thresholds.
 
-    patched: attacked encoders of the first attack and of BadEncoder, that are audited. each: of every other attack, and of
-    every attack that are scanned or repaired; SPACE at most.
+    patched: attacked encoders of the first attack and of BadEncoder, that are audited; others: of every other attack. each:
+    of every attack, that are scanned or repaired. others and each: SPACE at most.
     """
 
     records: int
@@ -83,6 +83,7 @@ class Setup:
     fresh_images: str
     clean: int
     patched: int
+    others: int
     each: int
 
     def data(self, seed: int) -> str:
@@ -122,7 +123,7 @@ class Setup:
         if attack in (ENCODER, names[0]):
             return range(first, first + self.patched)
         start = first + self.patched + (names.index(attack) - 1) * SPACE
-        return range(start, start + self.each)
+        return range(start, start + self.others)
 
 
 SMALL = Setup(
@@ -140,8 +141,8 @@ SMALL = Setup(
     badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
     triggers=("patch:size=10,fill=white,margin=1", "patch:size=8,fill=blocks,cell=2,margin=1,seed=1"),
     targets=TARGETS,
-    audits=("decree", "cleanse", "ssl_cleanse", "whitening"),
-    image_audits=("decree", "cleanse", "ssl_cleanse", "whitening"),
+    audits=("decree", "cleanse", "ssl_cleanse", "whitening", "whole_image"),
+    image_audits=("decree", "cleanse", "ssl_cleanse", "whitening", "whole_image"),
     repairs=(
         "finetune",
         "finetune:objective=(par:epochs=8)",
@@ -155,6 +156,7 @@ SMALL = Setup(
     fresh_images="",
     clean=20,
     patched=10,
+    others=3,
     each=1,
 )
 
@@ -186,6 +188,7 @@ def setup(given: Given) -> Setup:
             fresh_images=data,
             clean=2,
             patched=2,
+            others=2,
             each=2,
         )
     train = named(given.root, "cifar10", "train")
@@ -211,6 +214,7 @@ def setup(given: Given) -> Setup:
         badencoder="badencoder:epochs=20",
         clean=40,
         patched=20,
+        others=3,
         each=3,
     )
 
