@@ -253,6 +253,13 @@ class Point:
     test: str
     probe: tuple[str, ...] = ("zero_shot", "z_score")
 
+    @property
+    def success(self) -> str:
+        """The metric that says whether the attack took: of the trigger, or of the victims by their number of captions."""
+        if not self.name.startswith("targeted"):
+            return "attack_success"
+        return "targeted_success@" + self.encoders[0].verb.data.poison.partition("captions=")[2].partition(",")[0]
+
     def scans(self) -> list[Trial]:
         """Every encoder's training data, scanned with it by every detector."""
         return [Trial(Scan(t.verb, detector=DETECTORS, remove=REMOVED), t.seed) for t in self.encoders]
@@ -307,13 +314,14 @@ def searched(points: Sequence[Point], title: str) -> Table:
     """Detector x attack: what each finds alone, and what they find together."""
     rows = []
     for point in points:
-        scans = point.scans()
+        scans, took = point.scans(), Cell("ASR", readings(point.before(), point.success))
         for name in ("all together", *DETECTORS):
             mark = "" if name == "all together" else f"{name}."
             cells = tuple(Cell(label, readings(scans, mark + metric)) for label, metric in FOUND.items())
-            rows.append(Row(name, cells, curve=point.name))
+            rows.append(Row(name, cells if mark else (*cells, took), curve=point.name))
     note = (
         f"Poisoned sets of every attack: {len(points[0].encoders)}, each scanned with the encoder trained on it; no "
-        "detector was told the rate, the trigger or a label. AUROC 50 % is a coin's, below it a score points the other way."
+        "detector was told the rate, the trigger or a label. AUROC 50 % is a coin's, below it a score points the other way. ASR: "
+        "whether the attack took, of the trigger or of the victims; where it did not, there is no backdoor to transplant."
     )
     return Table(title, "", "detector", tuple(rows), notes=(note,), grid="AUROC")

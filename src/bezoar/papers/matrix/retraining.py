@@ -18,16 +18,14 @@ class Retraining:
         points += [("aerial", p) for p in Aerial().points(given)]
         rows = []
         for corpus, p in points:
-            targeted = p.name.startswith("targeted")
             accuracy = "clean_accuracy" if p.probe[0] == "zero_shot" else "image_to_text_recall@10"
-            success = self.success(p.encoders[0].verb.data.poison) if targeted else "attack_success"
             before, after, scans = p.before(), p.after(), p.scans()
             cells = (
                 Cell("accuracy before", readings(before, accuracy)),
-                Cell("success before", readings(before, success)),
+                Cell("success before", readings(before, p.success)),
                 Cell("poisons removed", readings(scans, "poisons_removed")),
                 Cell("accuracy after", readings(after, accuracy)),
-                Cell("success after", readings(after, success)),
+                Cell("success after", readings(after, p.success)),
             )
             rows.append(Row(f"{corpus}: {p.name}", cells))
         note = (
@@ -35,8 +33,3 @@ class Retraining:
             "zero-shot on scenes, elsewhere the own caption among the ten nearest. Success: of the trigger, or of the victims."
         )
         return Table("Training again on the keep-list", "", "attack", tuple(rows), notes=(note,))
-
-    @staticmethod
-    def success(poison: str) -> str:
-        """The metric of targeted poisons: by their number of captions."""
-        return "targeted_success@" + poison.partition("captions=")[2].partition(",")[0]
