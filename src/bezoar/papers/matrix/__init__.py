@@ -321,7 +321,7 @@ def searched(points: Sequence[Point], title: str) -> Table:
             rows.append(Row(name, cells if mark else (*cells, took), curve=point.name))
     note = (
         f"Poisoned sets of every attack: {len(points[0].encoders)}, each scanned with the encoder trained on it; no "
-        "detector was told the rate, the trigger or a label. AUROC 50 % is a coin's, below it a score points the other way. ASR "
-        "says whether the attack took (targeted: on its victims); where it did not, there is no backdoor to transplant."
+        "detector was told the rate, the trigger or a label. AUROC 50 % is a coin's, below it a score points the other way. "
+        "ASR says whether the attack took (targeted: on its victims); where it did not, there is no backdoor to transplant."
     )
     return Table(title, "", "detector", tuple(rows), notes=(note,), grid="AUROC")
