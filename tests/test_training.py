@@ -163,6 +163,15 @@ def test_an_encoder_that_is_none_is_refused(tmp_path):
         with pytest.raises(UserError) as said:
             Encoder.load(tmp_path)
         assert "\n" not in str(said.value)
+    huge = (
+        {"network": f"clip_small:width={1 << 24},dim=8"},
+        {"network": f"resnet:width={1 << 24}"},
+        {"network": "tower:dim=9999999"},
+    )
+    for claim in (*huge, {"preprocess": head["preprocess"] | {"size": 1 << 20}}):  # memory that no weight in the file asks for
+        (tmp_path / "encoder.json").write_text(json.dumps(head | claim))
+        with pytest.raises(UserError, match=r"more weights than|1 to 4096 pixels"):
+            Encoder.load(tmp_path)
     (tmp_path / "encoder.json").write_text(json.dumps(head))
     (tmp_path / "encoder.safetensors").write_bytes(b"\x80\x04\x95pickle")
     with pytest.raises(UserError, match="holds no encoder"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bezoar.errors import UserError
 
 SCHEMA = 1
+LARGEST = 4096  # pixels of an input's side
 LONGEST = 256  # words of a caption: one absurd caption must not widen a whole batch
 
 
@@ -162,7 +163,9 @@ class Encoder(nn.Module):
             network, size, words = head["network"], head["preprocess"]["size"], tuple(head["vocabulary"])
             if not isinstance(size, int) or not all(isinstance(text, str) for text in (network, head["precision"], *words)):
                 raise ValueError("network, precision and vocabulary must be texts, and size a whole number")
-            encoder = registry.make("network", registry.recorded(network))(size, words)
+            made = registry.make("network", registry.recorded(network))
+            _bound(vars(made), size, sum(w.numel() for w in weights.values()))
+            encoder = made(size, words)
             encoder.load_state_dict(weights)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -171,6 +174,17 @@ class Encoder(nn.Module):
         encoder = encoder.to(device).eval()
         encoder.precision = precision_for(encoder.device) if head["precision"] == "bf16" else "fp32"
         return encoder
+
+
+def _bound(fields: dict[str, Any], size: int, numbers: int) -> None:
+    """Raises ValueError for a network that is larger than its file: it has a matrix of width x width, one of width x dim."""
+    width, dim = (fields.get(name, 0) for name in ("width", "dim"))
+    if not 1 <= size <= LARGEST:
+        raise ValueError(f"size must be 1 to {LARGEST} pixels, not {size}")
+    if width * max(width, dim) > numbers:
+        raise ValueError(
+            f"a network of width {width} and {dim} axes has more weights than the {numbers:,} that are in the file"
+        )
 
 
 @dataclass
