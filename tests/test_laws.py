@@ -223,6 +223,26 @@ def test_differences_are_those_of_student_and_welch():
     assert difference(a, b, True, trials=10_000).low == pytest.approx(difference(a, b, True).low)  # readings vary more
 
 
+@pytest.mark.parametrize("between", [0.0, 0.01, 0.05])
+def test_an_interval_of_few_readings_of_many_trials_holds_the_truth(between):
+    rng, trials, held, widths = np.random.default_rng(3), 2000, 0, []
+    for _ in range(400):
+        a, b = (rng.binomial(trials, np.clip(0.6 + between * rng.normal(size=3), 0, 1)) / trials for _ in range(2))
+        found = difference(list(a), list(b), True, trials=trials)
+        held += found.low <= 0 <= found.high
+        widths.append(found.high - found.low)
+    assert held >= 0.94 * 400, "never short of Student's t, nor of the binomial error"
+    floor = 2 * 1.96 * math.sqrt(2 * 0.24 / (3 * trials))
+    assert min(widths) >= 0.97 * floor
+
+
+def test_readings_that_happen_to_agree_leave_the_binomial_error_and_no_more():
+    found = difference([0.5, 0.501, 0.499], [0.5, 0.501, 0.499], True, trials=5000)
+    low, high = stats.wilson(7500, 15000)
+    assert found.high == pytest.approx((high - low) / math.sqrt(2), rel=1e-3) and "allows for more" in found.how
+    assert judge(found, "same", 0.02) == "confirmed"
+
+
 def test_no_spread_at_the_ends_is_not_certainty():
     sure = difference([1.0] * 3, [1.0] * 3, True, trials=200)
     assert sure.value == 0 and -0.1 < sure.low < 0 < sure.high < 0.1 and sure.detectable > 0 and "binomial" in sure.how

@@ -284,8 +284,8 @@ class Contrast:
 def difference(a: Sequence[float], b: Sequence[float], paired: bool, trials: int | None = None) -> Contrast:
     """Mean of a less mean of b over readings: Student's t of the pairs, or Welch's t of two independent groups.
 
-    trials: how many trials each value is a rate of; the error is then at least the binomial one. Without it, values that
-    do not vary at all leave the interval open.
+    trials: how many trials each value is a rate of; the interval is then at least that of their binomial error. Without it,
+    values that do not vary at all leave the interval open.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if not len(x) or not len(y) or (paired and len(x) != len(y)):
@@ -342,15 +342,21 @@ def judge(contrast: Contrast, expected: Literal["+", "-", "same"], margin: float
 
 
 def _contrast(value: float, error: float, df: float, n: int, how: str, least: float | None) -> Contrast:
-    """By Student's t; open where one reading, or no spread and no trials, leave the error unknown."""
-    from scipy.stats import t
+    """By Student's t of the readings, on neither side short of what the trials' binomial error allows, as in `pooled`.
 
-    if df >= 1 and least is not None and least > error:
-        error, how = least, how + "; the binomial error of the trials, larger than the spread of the readings"
-    if df < 1 or error == 0:
+    Readings that happen to agree do not show how far they vary, and how far the trials vary is known. Open where one reading,
+    or no spread and no trials, leave the error unknown.
+    """
+    from scipy.stats import norm, t
+
+    floor = least or 0.0
+    if df < 1 or max(error, floor) == 0:
         return Contrast(value, -math.inf, math.inf, n, math.inf, how + "; no spread to judge by, interval open")
-    sure, found = (float(v) for v in t.ppf([0.975, 0.8], df))
-    return Contrast(value, value - sure * error, value + sure * error, n, (sure + found) * error, how)
+    (sure, found), (known, seen) = (law.ppf([0.975, 0.8]) for law in (t(df), norm))
+    if known * floor > sure * error:
+        how += "; the binomial error of the trials, which allows for more than the readings' spread"
+    wide, least_found = max(sure * error, known * floor), max((sure + found) * error, (known + seen) * floor)
+    return Contrast(value, float(value - wide), float(value + wide), n, float(least_found), how)
 
 
 def _variance(values: Floats) -> float:
