@@ -40,7 +40,15 @@ class Takes:
     what: str
 
 
-Input = typing.Any  # a spec, the start of a run's name, a Run, or a verb that stands for its run
+Input = typing.Any  # a spec, the start of a run's name, a Run, or a verb (or a Trial) that stands for its run
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A verb, and the seed that it and all it is made from are run with; what it is made from may be trials with their own."""
+
+    verb: Any
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,8 @@ def resolve(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
 
 
 def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
+    if isinstance(value, Trial):
+        value, settings = value.verb, dataclasses.replace(settings, seed=value.seed)
     if dataclasses.is_dataclass(value) and hasattr(value, "work"):
         value = execute(value, settings)
     if what in ("data", "encoder", "run", "bank") and isinstance(value, (str, Path)):
@@ -342,6 +352,8 @@ def typed(value: Any) -> Any:
         return value.name
     if isinstance(value, (tuple, list)):
         return [typed(v) for v in value]
+    if isinstance(value, Trial):
+        return {**typed(value.verb), "seed": value.seed}
     if dataclasses.is_dataclass(value) and hasattr(value, "work"):
         return {"verb": verb_name(value), **{f.name: typed(getattr(value, f.name)) for f in dataclasses.fields(value)}}
     return value if isinstance(value, (str, int, float, bool, type(None))) else registry.spec(value)

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,19 +23,11 @@ from typing import Any
 from bezoar import ranks
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.run import Run, Settings, execute, typed, verb_name
+from bezoar.run import Run, Settings, Trial, execute, typed, verb_name
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Submit = Callable[[dict], "Future[dict]"]
 Answer = Callable[[dict], dict]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A verb, and the seed that it and all it is made from are run with."""
-
-    verb: Any
-    seed: int = 0
 
 
 def sweep(trials: Iterable[Trial], settings: Settings, progress: Progress) -> dict[Trial, Run]:
@@ -77,7 +68,7 @@ def graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
     def add(trial: Trial) -> None:
         if trial in out:
             return
-        parents = tuple(Trial(v, trial.seed) for v in inside(trial.verb))
+        parents = tuple(v if isinstance(v, Trial) else Trial(v, trial.seed) for v in inside(trial.verb))
         for parent in parents:
             add(parent)
         out[trial] = parents
@@ -88,10 +79,10 @@ def graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
 
 
 def inside(verb: Any) -> list[Any]:
-    """The verbs that a verb's fields hold."""
+    """The verbs and trials that a verb's fields hold."""
     values = [getattr(verb, f.name) for f in dataclasses.fields(verb)]
     flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [v for v in flat if dataclasses.is_dataclass(v) and hasattr(v, "work")]
+    return [v for v in flat if isinstance(v, Trial) or (dataclasses.is_dataclass(v) and hasattr(v, "work"))]
 
 
 def cores(settings: Settings) -> int:
@@ -120,14 +111,15 @@ def question(trial: Trial, settings: Settings, page: bool) -> dict:
 
 
 def read(raw: Any) -> Any:
-    """A verb out of what `typed` made of it."""
+    """A verb, or a trial, out of what `typed` made of it."""
     if isinstance(raw, list):
         return tuple(map(read, raw))
     if not isinstance(raw, dict):
         return raw
     name = raw["verb"]
     verb = getattr(importlib.import_module(f"bezoar.verbs.{name}"), name.title())
-    return verb(**{k: read(v) for k, v in raw.items() if k != "verb"})
+    made = verb(**{k: read(v) for k, v in raw.items() if k not in ("verb", "seed")})
+    return Trial(made, raw["seed"]) if "seed" in raw else made
 
 
 def answer(asked: dict) -> dict:
