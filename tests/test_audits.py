@@ -92,7 +92,7 @@ def images(n: int = 48, size: int = SIDE, seed: int = 1) -> Pairs:
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("mntd") / "bank.safetensors"
-    shadows = [encoder(i % 2 == 1, i) for i in range(8)]
+    shadows = [encoder(i % 2 == 1, 10 + i) for i in range(8)]  # others than those that are audited
     mntd.save(mntd.fit(shadows, [i % 2 == 1 for i in range(8)], images(12), queries=3, steps=2), path)
     return str(path)
 

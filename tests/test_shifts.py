@@ -189,8 +189,10 @@ def test_mntd_learns_queries_and_tells_new_encoders(clean, tmp_path):
     audit = registry.make("audit", f"mntd:bank={tmp_path / 'bank.safetensors'}")
     values = [audit(encoder(100 + k, s), clean, 0).value for s in (0.0, 4.0) for k in range(8)]
     assert stats.auroc(values, [False] * 8 + [True] * 8) >= 0.9
-    found = audit(encoder(), clean, 0)
+    found = audit(encoder(200), clean, 0)
     assert found.notes["shadows"] == 24 and any("few" in line for line in found.notes["limits"])
+    with pytest.raises(UserError, match="one of the 24 shadow encoders"):
+        audit(encoder(3), clean, 0)
 
 
 def test_mntd_without_a_good_bank_is_one_line(clean, tmp_path):
@@ -208,10 +210,13 @@ def test_mntd_without_a_good_bank_is_one_line(clean, tmp_path):
         {"queries": torch.full((4, 3, SIZE, SIZE), 300, dtype=torch.int32)},
         {"queries": torch.zeros(4, 3, dtype=torch.int32)},
         {"extra": torch.zeros(1)},
+        {"prints": torch.zeros(8, 7, dtype=torch.int32)},
+        {"held_out": torch.zeros(7)},
+        {"labels": torch.ones(8, dtype=torch.int32)},
     ):
         save_file(stored | spoil, path)
         with pytest.raises(UserError, match=r"bad\.safetensors"):
-            registry.make("audit", f"mntd:bank={path}")(encoder(), clean, 0)
+            registry.make("audit", f"mntd:bank={path}")(encoder(100), clean, 0)
     path.write_bytes(b"junk")
     with pytest.raises(UserError, match=r"bad\.safetensors"):
-        registry.make("audit", f"mntd:bank={path}")(encoder(), clean, 0)
+        registry.make("audit", f"mntd:bank={path}")(encoder(100), clean, 0)
