@@ -19,6 +19,7 @@ _WHERE = {
     "Survive": "verbs.survive",
     "Audit": "verbs.audit",
     "Calibrate": "verbs.calibrate",
+    "Shadows": "verbs.shadows",
     "Repair": "verbs.repair",
     "Check": "verbs.check",
     "Reproduce": "verbs.reproduce",

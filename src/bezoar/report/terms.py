@@ -41,6 +41,8 @@ TERMS = {  # base name -> standard term, unit
     "agreement_images": ("Agreement of the two image spaces (cosine)", SCORE),
     "agreement_texts": ("Agreement of the two text spaces (cosine)", SCORE),
     "auroc": ("AUROC", SCORE),
+    "shadows_auroc": ("AUROC of its shadow encoders, cross-validated", SCORE),
+    "accuracy": ("Accuracy", RATE),
     "average_precision": ("Average precision", SCORE),
     "fpr_at_95_tpr": ("False positives at 95\u00a0% recall (FPR@95)", RATE),
     "precision_at_n": ("Precision at n, n = poisons", RATE),

@@ -111,12 +111,18 @@ def known_clean(given: Any) -> Any:
     return given
 
 
-def known_attacked(given: Run) -> tuple[Run, float | None]:
-    """An attacked encoder's run, and what its attack was measured at: by the evaluate run given, or by one beside it."""
+def attacked_run(given: Run) -> Run:
+    """An attacked encoder's run: itself, or the one that an evaluate run measured. Raises UserError for one that was not."""
     asked = given.manifest["ask"].get("encoder")
     run = given.beside(asked["run"]) if given.verb == "evaluate" and asked and "run" in asked else given
     if not run.manifest["goal"]:
         raise UserError(f"run {run.name} was not attacked; --attacked takes train or inject runs that were")
+    return run
+
+
+def known_attacked(given: Run) -> tuple[Run, float | None]:
+    """An attacked encoder's run, and what its attack was measured at: by the evaluate run given, or by one beside it."""
+    run = attacked_run(given)
     return run, success(given) if given.verb == "evaluate" else known_success(run)
 
 
