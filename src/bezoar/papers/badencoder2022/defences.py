@@ -1,18 +1,22 @@
-"""Defences against BadEncoder: Neural Cleanse, a certificate (Jia, Liu, Gong 2022, section VI), DECREE (Feng et al. 2023)."""
+"""Defences against BadEncoder: Neural Cleanse, MNTD, a certificate (Jia, Liu, Gong 2022, section VI), DECREE (CVPR 2023)."""
 
 from collections.abc import Callable
 
 from bezoar import laws
 from bezoar.laws import Contrast
+from bezoar.papers import matrix
 from bezoar.papers.badencoder2022 import Setup, Task, attacked, best, clean, setup
 from bezoar.registry import method
 from bezoar.sweep import Trial
 from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
 from bezoar.verbs.audit import Audit
 from bezoar.verbs.evaluate import Evaluate
+from bezoar.verbs.shadows import Shadows
 
 FLAGGED = 2.0  # the anomaly index from which Neural Cleanse calls a classifier backdoored
 PATCH = 10  # pixels: the trigger's side, which the certificate is for
+SURE, OFTEN = 1.96, 0.84  # normal quantiles of a 95 % interval, and of an effect that is found 4 times in 5
+SHADOWS, META = 5, "MNTD, shadow encoders"  # of each kind at least: 4 are fitted on when one is held out
 QUICK, USUAL = ("cleanse:steps=3", "decree:steps=3"), ("cleanse", "decree")
 
 
@@ -31,6 +35,8 @@ class Defences:
             name = f"{task.name}, attacked"
             claims.append(Claim(f"Neural Cleanse misses it: {name}", "recalled", "-", over(name, "anomaly index", FLAGGED)))
             claims.append(Claim(f"Nothing is certified: {name}", "recalled", "same", over(name, "certified accuracy", 0), 0.05))
+        found.append(Row(META, (Cell("MNTD AUROC", ((self.shadows(given), "auroc"),)),)))
+        claims.append(Claim("MNTD does no better than chance", "recalled", "same", chance, 0.1))
         return Table(
             "BadEncoder: defences",
             "Neural Cleanse, MNTD and PatchGuard are insufficient (abstract); the index stays under 2, and next to nothing is "
@@ -40,11 +46,21 @@ class Defences:
             tuple(claims),
             notes=(
                 "Neural Cleanse and the certificate read a linear head. PatchCleanser stands for PatchGuard: both mask; it "
-                f"certifies against any patch of {PATCH} px. DECREE is later than the paper. MNTD needs a bank of shadow "
-                "encoders (`mntd.fit`) and has no row.",
+                f"certifies against any patch of {PATCH} px. DECREE is later than the paper.",
+                "MNTD is fitted on encoders, not on classifiers, those of table `matrix/audits`: clean ones, and attacked ones "
+                "made from some of them. AUROC by cross-validation: each is judged by a meta-classifier that saw neither it "
+                "nor its lineage, but others with the same attack; the published form takes hundreds of shadows.",
                 *s.notes,
             ),
         )
+
+    @staticmethod
+    def shadows(given: Given) -> Trial:
+        """A meta-classifier over encoders, each with a seed of its own."""
+        s = matrix.setup(given)
+        good, bad = s.towers(SHADOWS)
+        quick = {"queries": 4, "steps": 3} if given.scale == "smoke" else {}
+        return Trial(Shadows(tuple(good), tuple(bad), s.held_out, **quick))
 
     @staticmethod
     def cells(s: Setup, task: Task, kind: str, audits: tuple[str, ...]) -> tuple[Cell, ...]:
@@ -63,6 +79,13 @@ class Defences:
         )
         success = Cell("ASR behind masks", readings(masked, "patch_cleanser.attack_success"))
         return out if kind == "clean" else (*out, success)
+
+
+def chance(r: Results) -> Contrast:
+    """MNTD's AUROC less that of a coin, by its own interval."""
+    m = r.point(r.cell(META, "MNTD AUROC"))
+    error = (m.high - m.low) / (2 * SURE)
+    return Contrast(m.value - 0.5, m.low - 0.5, m.high - 0.5, m.n, (SURE + OFTEN) * error, m.how)
 
 
 def over(row: str, cell: str, bound: float) -> Callable[[Results], Contrast]:

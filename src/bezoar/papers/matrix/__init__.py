@@ -109,6 +109,13 @@ class Setup:
         attack = self.badencoder
         return Trial(Inject(clean, self.shadow, (target,), (self.labelled,), attack, (trigger,), "confident"), seed)
 
+    def towers(self, least: int = 0) -> tuple[list[Trial], list[Trial]]:
+        """Clean SimCLR towers, and those with BadEncoder's backdoor, whose parents are among the clean ones first."""
+        seeds = self.seeds(ENCODER)
+        bad = range(seeds[0], seeds[0] + max(len(seeds), least))
+        clean = list(dict.fromkeys([*bad, *range(self.clean)]))[: max(self.clean, least)]
+        return [self.simple(k) for k in clean], [self.injected(k) for k in bad]
+
     def measured(self, encoder: Trial) -> Trial:
         """CA and ASR of an attacked encoder: zero-shot, or by a linear head."""
         if isinstance(encoder.verb, Inject):

@@ -20,11 +20,11 @@ class Audits:
         """The table at a scale."""
         s = setup(given)
         clips = [s.clip(k) for k in range(s.clean)]
-        towers = [s.simple(k) for k in dict.fromkeys([*s.seeds(ENCODER), *range(s.clean)])][: s.clean]
+        towers, injected = s.towers()
         rows = []
         for attack in (*s.attacks, None):
             name = attack.name if attack else ENCODER
-            victims = [s.poisoned(attack, k) if attack else s.injected(k) for k in s.seeds(name)]
+            victims = [s.poisoned(attack, k) for k in s.seeds(name)] if attack else injected
             clean = clips if attack else towers
             for audit in s.audits if attack else s.image_audits:
                 data = s.test if attack else s.held_out
