@@ -69,7 +69,7 @@ class Mntd:
         ranks = float((own < value).double().mean())
         evidence = {"above_shadows": Measure(ranks, len(own), ranks, ranks, told)}
         limits = [
-            "It knows attacks that its shadow encoders carry; of others it was taught nothing.",
+            "It knows what sets its attacked shadow encoders apart, be it their tuning alone; of other attacks nothing.",
             "A relative of a shadow encoder (its parent, one tuned from it) is not recognised and is drawn to its label.",
         ]
         if tested:

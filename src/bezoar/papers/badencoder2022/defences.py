@@ -49,7 +49,8 @@ class Defences:
                 f"certifies against any patch of {PATCH} px. DECREE is later than the paper.",
                 "MNTD is fitted on encoders, not on classifiers, those of table `matrix/audits`: clean ones, and attacked ones "
                 "made from some of them. AUROC by cross-validation: each is judged by a meta-classifier that saw neither it "
-                "nor its lineage, but others with the same attack; the published form takes hundreds of shadows.",
+                "nor its lineage, but others with the same attack. The clean ones were not tuned further: it may be the tuning "
+                "that it tells. The published form takes hundreds of shadows.",
                 *s.notes,
             ),
         )

@@ -47,8 +47,8 @@ class Shadows(Story):
         lineages = terms.count(int(self.notes["lineages"]), "lineage")
         return (
             f"{terms.count(int(self.notes['folds']), 'fold')}, {lineages}: an encoder and what was tuned from it stay in one "
-            f"fold. All of them carry attacks that the others carry too; of other attacks this says nothing. Ask it of others "
-            f"by --audit mntd:bank={self.run.name}; these encoders it refuses to judge."
+            f"fold. What is held out carries attacks that the rest carries too; of others this says nothing. `bezoar audit "
+            f"--audit mntd:bank=RUN`, with the path of this run, asks it of other encoders; these it refuses to judge."
         )
 
     def cards(self) -> list[str]:
