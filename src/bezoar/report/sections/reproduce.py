@@ -148,7 +148,7 @@ def points(of: list[tuple[dict, dict]]) -> list[Measure]:
 def cells(table: dict[str, Any]) -> Table:
     """The table itself: ours with its interval, the printed number where there is one, the runs."""
     names = columns(table)
-    several = any(row["curve"] for row in table["rows"])
+    several = any(row["curve"] for row in table["rows"])  # a column more of names
     head = [*(["attack" if table.get("grid") else "curve"] if several else []), table["axis"] or "row", *names]
     rows = []
     for row in table["rows"]:
@@ -157,7 +157,7 @@ def cells(table: dict[str, Any]) -> Table:
         line += [shown(found[name]) if name in found else "" for name in names]
         runs = dict.fromkeys(r for c in row["cells"] for r in c["runs"])
         rows.append([*line, Links(list(runs))])
-    numbers = tuple(range(1, len(head)))
+    numbers = tuple(range(1 + several, len(head)))
     return Table(
         [*head, "runs"],
         rows,
