@@ -83,6 +83,15 @@ def test_every_run_has_a_page_that_needs_nothing_else(runs: Path) -> None:
         assert "default-src 'none'" in text
 
 
+def test_a_page_to_hand_around_leads_nowhere_and_says_no_folder_of_this_machine(runs: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "some where" / "kept"
+    shutil.copytree(runs, moved)
+    run = of(moved, "demo")[0]
+    assert str(moved) in page.render(run) and "../train-" in page.render(run)
+    text = page.alone(run, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and "../train-" not in text and "bezoar demo" in text
+
+
 def test_ids_of_a_page_are_unique(runs: Path) -> None:
     for run in of(runs, "demo"):
         ids = [v for _, k, v in Page(read(run)).attributes if k == "id"]

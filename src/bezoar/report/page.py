@@ -35,8 +35,9 @@ def write(run: Run) -> Path:
 
 
 def alone(run: Run, path: Path) -> Path:
-    """Write a run's page to be handed around: without links to the pages of other runs. Returns its path."""
+    """Write a run's page to be handed around: without links to other runs, or where they lie. Returns its path."""
     text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render(run))
+    text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
