@@ -5,9 +5,10 @@ The heads are fixed before the attack and all of them are reported, over three p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from bezoar.laws import Contrast
@@ -219,8 +220,18 @@ def gap(row: str, to: str, since: str) -> Callable[[Results], Contrast]:
     return lambda r: r.less(r.cell(row, to), r.cell(row, since), paired=True)
 
 
-def ablation(s: Setup, title: str, paper: str, variants: Sequence[tuple[str, Inject]], notes: tuple[str, ...] = ()) -> Table:
-    """The first task under each variant, all heads; the first variant is the published one, and the others are held to it."""
+def ablation(
+    s: Setup,
+    title: str,
+    paper: str,
+    variants: Sequence[tuple[str, Inject]],
+    notes: tuple[str, ...] = (),
+    falls: Mapping[str, str] = MappingProxyType({}),
+) -> Table:
+    """The first task under each variant, all heads; the first variant is the published one, and the others are held to it.
+
+    falls: by variant what the paper says that it lowers, ASR or BA; of the others both stay.
+    """
     task = s.tasks[0]
     found = [row for name, bad in variants for row in rows(s, task, name, bad)]
     usual = variants[0][0]
@@ -230,6 +241,10 @@ def ablation(s: Setup, title: str, paper: str, variants: Sequence[tuple[str, Inj
 
     claims = [Claim(f"{usual}: the attack succeeds", "printed", "+", gap(f"{usual}, linear", "ASR", "ASR-B"))]
     for name, _ in variants[1:]:
+        if name in falls:
+            what = {"ASR": "success", "BA": "accuracy"}[falls[name]]
+            claims.append(Claim(f"{name}: {what} falls", "recalled", "-", against(name, falls[name])))
+            continue
         claims.append(Claim(f"{name}: success stays as it was", "recalled", "same", against(name, "ASR"), 0.1))
         claims.append(Claim(f"{name}: accuracy stays as it was", "recalled", "same", against(name, "BA"), 0.02))
     return Table(

@@ -17,4 +17,5 @@ class LearningRate:
         task, usual = s.tasks[0], make("attack", s.attack)
         rates = (usual.lr, usual.lr / 10, usual.lr * 10)
         variants = [(f"lr {lr:g}", attacked(s, task, best(task), attack=spec(replace(usual, lr=lr)))) for lr in rates]
-        return ablation(s, "BadEncoder: learning rate", "A large learning rate harms accuracy (recalled).", variants)
+        paper, large = "A large learning rate harms accuracy (recalled).", variants[-1][0]
+        return ablation(s, "BadEncoder: learning rate", paper, variants, falls={large: "BA"})

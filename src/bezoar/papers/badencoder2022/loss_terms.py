@@ -21,4 +21,5 @@ class LossTerms:
         paper = (
             "Without L0 success falls to the baseline; without L1 it drops on some tasks; without L2 accuracy drops (recalled)."
         )
-        return ablation(s, "BadEncoder: loss terms", paper, variants)
+        falls = {"without L0": "ASR", "without L1": "ASR", "without L2": "BA"}
+        return ablation(s, "BadEncoder: loss terms", paper, variants, falls=falls)
