@@ -89,6 +89,27 @@ def test_smoke_of_a_table(tmp_path, capsys):
     assert manifest["metrics"]["carlini2022/sources.ASR@1"]["n"] > 0
 
 
+@pytest.mark.parametrize("names", [("loss_terms",), ("loss_terms", "lambdas")])
+def test_claims_of_several_tables_name_theirs(names, tmp_path):
+    from bezoar.report.sections import reproduce
+    from bezoar.run import MANIFEST, Run
+
+    made = [registry.make("paper", f"badencoder2022/{n}")(Given("smoke")) for n in names]
+    results = [Results(t, {x: Found(x) for x in t.trials}) for t in made]
+    (tmp_path / "tables.json").write_text(json.dumps([facts(r, list(r.points())) for r in results]))
+    manifest = {"schema": 1, "verb": "reproduce", "status": "done", "goal": [], "metrics": {}, "notes": {}, "ask": {}}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    part = reproduce.Reproduce(Run(tmp_path)).all_claims().parts[0]
+    claims = [(t.title, c.text) for t in made for c in t.claims]
+    assert all(len(row) == len(part.head) for row in part.rows) and len(part.rows) == len(claims)
+    if len(names) == 1:
+        assert part.head[0] == "claim" and [row[0] for row in part.rows] == [text for _, text in claims]
+    else:
+        assert part.head[:2] == ("table", "claim")
+        assert [tuple(row[:2]) for row in part.rows] == [(t.removeprefix("BadEncoder: "), text) for t, text in claims]
+    assert [part.head[i] for i in part.numbers] == ["verdict", "effect (95 % interval)", "expected", "detectable", "n"]
+
+
 def name(manifest: dict, runs) -> str:
     return next(p.name for p in runs.glob("reproduce-*")).partition("-")[2]
 

@@ -60,20 +60,22 @@ class Reproduce(Story):
         """Every claim with its verdict, the effect, its interval and what could have been detected."""
         if not self.claims:
             return None
-        rows = []
-        for c in self.claims:
-            unit = terms.PLAIN
+        rows, several = [], len(self.tables) > 1
+        for table, c in ((t, c) for t in self.tables for c in t["claims"]):
+            unit, title = terms.PLAIN, table["title"]
             value, low, high, least = (float(c[k]) for k in ("value", "low", "high", "detectable"))
             effect = f"{signed(value)} ({signed(low)} .. {signed(high)})"
             expected = {"+": "> 0", "-": "< 0", "same": f"within ±{c['margin']:g}"}[c["expected"]]
             detectable = terms.number(least, unit) if least < 1e6 else "unbounded"
-            rows.append((c["text"], c["source"], c["verdict"], effect, expected, detectable, str(c["n"])))
+            line = (c["text"], c["source"], c["verdict"], effect, expected, detectable, str(c["n"]))
+            rows.append((title.partition(": ")[2] or title, *line) if several else line)
         head = ("claim", "known from", "verdict", "effect (95 % interval)", "expected", "detectable", "n")
+        numbers = tuple(range(2 + several, len(head) + several))
         note = (
             "Effects are differences of rates (1 = all) or of z-scores, over readings; detectable: the least effect that this "
             "many readings find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
         )
-        return Section("Claims", [Table(head, rows, (2, 3, 4, 5, 6), note)])
+        return Section("Claims", [Table(("table", *head) if several else head, rows, numbers, note)])
 
 
 def chapter(table: dict[str, Any], place: int) -> Chapter:
