@@ -1,10 +1,13 @@
 """Loss terms dropped (Jia, Liu, Gong 2022, ablation)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
+from bezoar.papers.badencoder2022 import Expected, ablation, attacked, best, setup
 from bezoar.registry import make, method, spec
 from bezoar.tables import Given, Table
+
+FAILS: Mapping[str, Expected] = {"ASR": "-"}
 
 
 @method
@@ -19,7 +22,12 @@ class LossTerms:
         ways = {"all terms": usual} | {f"without {n.upper()}": replace(usual, **{n: 0.0}) for n in ("l0", "l1", "l2")}
         variants = [(name, attacked(s, task, best(task), attack=spec(attack))) for name, attack in ways.items()]
         paper = (
-            "Without L0 success falls to the baseline; without L1 it drops on some tasks; without L2 accuracy drops (recalled)."
+            "Without L0 success falls to the baseline; without L1 it drops on some tasks; without L2 accuracy drops and "
+            "success stays (recalled)."
         )
-        falls = {"without L0": "ASR", "without L1": "ASR", "without L2": "BA"}
-        return ablation(s, "BadEncoder: loss terms", paper, variants, falls=falls)
+        expected: dict[str, Mapping[str, Expected]] = {
+            "without L0": FAILS,
+            "without L1": FAILS,
+            "without L2": {"ASR": "same", "BA": "-"},
+        }
+        return ablation(s, "BadEncoder: loss terms", paper, variants, expected=expected)
