@@ -118,10 +118,10 @@ def test_one_training_serves_several_detectors_while_the_data_live(monkeypatch):
 
     def fit(*_, each_epoch, report, **__):
         trained.append([each_epoch(epoch) for epoch in (1, 2, 3)])
-        report(1, 1, 0.5)
+        report(3, 3, 0.5)
 
     monkeypatch.setattr(traces.training, "fit", fit)
-    run = [f"loss_trace:when={w},{SMALL}" for w in ("early", "late", "rise")] + [f"clip_score:epoch=1,{SMALL}"]
+    run = [f"loss_trace:when={w},{SMALL}" for w in ("late", "early", "rise")] + [f"clip_score:epoch=1,{SMALL}"]
     for text in run:
         make(text)(Fake(), pairs, report=lambda *a: told.append(a))
     assert len(trained) == len(told) == 1 and id(pairs) in traces._kept
@@ -131,6 +131,15 @@ def test_one_training_serves_several_detectors_while_the_data_live(monkeypatch):
     del pairs
     gc.collect()
     assert place not in traces._kept
+
+
+def test_a_trace_ends_where_nothing_more_is_asked_and_begins_as_a_longer_one(traced):
+    pairs, told = clean(100), []
+    short = traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU, report=lambda *a: told.append(a), upto=2)
+    assert torch.equal(short.loss, traced.loss[:2]) and torch.equal(short.agreement, traced.agreement[:2])
+    assert told[-1][0] == told[-1][1] and len(told) == told[-1][1]
+    assert traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU, upto=1) is short
+    assert torch.equal(traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU).loss, traced.loss)
 
 
 def test_progress_is_reported():

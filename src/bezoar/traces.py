@@ -42,25 +42,38 @@ class Trace:
 
 
 def trace(
-    source: Any, network: str, objective: str, seed: int, device: torch.device, side: int = SIDE, report: Report = silent
+    source: Any,
+    network: str,
+    objective: str,
+    seed: int,
+    device: torch.device,
+    side: int = SIDE,
+    report: Report = silent,
+    upto: int = 0,
 ) -> Trace:
     """Train `network` with `objective` (specs) on a source, and look at every pair after every epoch.
 
+    upto: the epoch after which nothing more is asked; 0: the last. The training ends there, on its way through the whole
+    schedule, so that a trace is the beginning of a longer one, bit for bit, and a longer one may be what is given.
     A function of the records and the arguments: the records' order has no say. The last trace of a source is kept while
     the source lives. Raises UserError for a source without captions, and as `training.fit` does.
     """
     recipe = registry.make("objective", objective)
+    wanted = upto or recipe.epochs
     asked = (registry.spec(registry.make("network", network)), recipe, seed, device, side)
-    if id(source) in _kept and _kept[id(source)][0] == asked:
+    if id(source) in _kept and _kept[id(source)][0] == asked and len(_kept[id(source)][1].loss) >= wanted:
         return _kept[id(source)][1]
     study = Study.of(source, network, seed, device, side)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def look(epoch: int) -> dict:
         seen.append(study.look())
-        return {}
+        return {"stop": epoch >= wanted}
 
-    study.train(recipe(study.encoder), recipe, report, "training traces", look)
+    def told(step: int, steps: int, text: str = "") -> None:
+        report(step, steps * wanted // recipe.epochs, text)
+
+    study.train(recipe(study.encoder), recipe, told, "training traces", look)
     found = Trace(study.ids, *(torch.stack(part) for part in zip(*seen, strict=True)))
     if id(source) not in _kept:
         weakref.finalize(source, _kept.pop, id(source), None)

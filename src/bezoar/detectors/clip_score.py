@@ -54,7 +54,8 @@ class ClipScore:
     def __call__(self, encoder: Any, source: Any, report: Report = traces.silent) -> Scores:
         """-> Scores in [0, 2]; a caption that does not fit its image is suspicious."""
         if self.epoch:
-            trace = traces.trace(source, self.network, self.objective, self.seed, encoder.device, self.side, report)
+            how = (self.network, self.objective, self.seed, encoder.device, self.side, report)
+            trace = traces.trace(source, *how, upto=self.epoch)
             return Scores(trace.ids, 1 - trace.agreement[self.epoch - 1])
         judge = self.independent(encoder.device) if self.encoder else encoder
         e = judge.embed(source)

@@ -47,7 +47,8 @@ class LossTrace:
 
     def __call__(self, encoder: Any, source: Any, report: Report = traces.silent) -> Scores:
         """-> Scores: nats, or cosines; only the device is taken of the encoder."""
-        trace = traces.trace(source, self.network, self.objective, self.seed, encoder.device, self.side, report)
+        upto = self.epochs if self.when == "early" else 0
+        trace = traces.trace(source, self.network, self.objective, self.seed, encoder.device, self.side, report, upto)
         value = self.value(trace)
         return Scores(trace.ids, value if self.direction == "high" else -value)
 
