@@ -177,6 +177,27 @@ def test_the_meta_classifier_is_scikit_learns():
     assert float(bias) == pytest.approx(float(fitted.intercept_[0]), abs=1e-4)
 
 
+def test_mntd_learns_its_queries_as_one_graph_over_all_shadows_would(clean):
+    shadows, truth = [encoder(k, 4.0 * (k % 2)) for k in range(10)], torch.arange(10) % 2 == 1
+    k, steps, penalty = 4, 5, 0.3
+    g = torch.Generator().manual_seed(7)
+    start = clean.images[torch.randperm(len(clean), generator=g)[:k]].float() / 255
+    start[::2] = torch.rand(start[::2].shape, generator=g)
+    free = torch.logit(start.clamp(0.02, 0.98)).requires_grad_()
+    weight, bias = torch.zeros(6, requires_grad=True), torch.zeros(1, requires_grad=True)
+    adam = torch.optim.Adam([{"params": [free], "lr": 0.05}, {"params": [weight, bias], "lr": 0.1}])
+    for _ in range(steps):
+        adam.zero_grad()
+        x = torch.stack([mntd.outputs(e.images(free.sigmoid())) for e in shadows])
+        z = ((x - x.detach().mean(0)) / (x.detach().std(0) + 1e-3)) @ weight + bias
+        loss = nn.functional.binary_cross_entropy_with_logits(z, truth.float()) + penalty * weight.square().sum() / 20
+        loss.backward(inputs=[free, weight, bias])
+        adam.step()
+    expected = (free.detach().sigmoid() * 255).round()
+    found = mntd.fit(shadows, truth.tolist(), clean, 7, queries=k, steps=steps, penalty=penalty)["queries"]
+    assert (found.float() - expected).abs().max() <= 1 and (found != start.mul(255).round()).float().mean() > 0.5
+
+
 def test_mntd_learns_queries_and_tells_new_encoders(clean, tmp_path):
     shadows, labels = [encoder(k, 4.0 * (k % 2)) for k in range(24)], [k % 2 == 1 for k in range(24)]
     before = copy.deepcopy(shadows[0].state_dict())

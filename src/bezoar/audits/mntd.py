@@ -115,13 +115,17 @@ def fit(
     bias = torch.zeros(1, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([{"params": [free], "lr": lr}, {"params": [weight, bias], "lr": 0.1}])
     for step in range(steps):
-        x = torch.stack([outputs(e.eval().images(free.sigmoid())) for e in shadows])
-        std = x.detach().std(0) + 1e-3
-        z = ((x - x.detach().mean(0)) / std) @ weight + bias
+        optimizer.zero_grad()
+        with torch.no_grad():
+            x = torch.stack([outputs(e.eval().images(free.sigmoid())) for e in shadows])
+        mean, std = x.mean(0), x.std(0) + 1e-3
+        x.requires_grad_()
+        z = ((x - mean) / std) @ weight + bias
         loss = balanced(z, truth.to(device)) + penalty * weight.square().sum() / (2 * len(truth))
-        grads = torch.autograd.grad(loss, [free, weight, bias])
-        for leaf, grad in zip((free, weight, bias), grads, strict=True):
-            leaf.grad = grad
+        pulls = torch.autograd.grad(loss, x, retain_graph=True)[0]
+        loss.backward(inputs=[weight, bias])
+        for e, pull in zip(shadows, pulls, strict=True):  # once more, one by one: the memory of one encoder, not of all
+            outputs(e.images(free.sigmoid())).backward(pull, inputs=[free])
         optimizer.step()
         report(step + 1, steps)
     made = (free.detach().sigmoid() * 255).round().byte()
