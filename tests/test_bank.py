@@ -136,6 +136,16 @@ def test_what_banks_say_of_a_value():
         assert "is clean" not in found.sentence() and found.sentence().count("\n") == 0
 
 
+def test_banks_of_several_kinds_are_not_thrown_together():
+    one = Bank(FAMILY, SAMPLE, (made(range(20)),))
+    other = Bank(dataclasses.replace(FAMILY, data="photos"), SAMPLE, (made(range(100, 120)),))
+    unknown = dataclasses.replace(FAMILY, data="")
+    assert read([one], 25.0, family=unknown).words == "evidence"
+    both = read([one, other], 25.0, family=unknown)
+    assert both.words == "no calibration" and "photos" in both.sentence() and FAMILY.data in both.sentence()
+    assert read([one, other], 25.0).words == "evidence"  # what it was trained on is known, and one bank is of that kind
+
+
 def test_an_encoder_sets_no_threshold_for_itself_and_counts_once():
     held = Bank(FAMILY, SAMPLE, (made(range(20)),))
     twice = read([held, held], 30.0)

@@ -195,3 +195,18 @@ def test_poisons_do_not_prefer_records_whose_caption_is_wrong():
     rows = [row[e.source] for e in plan.edits]
     wrong = sum(not any(w in scenes.captions[i] for w in scenes.classes[int(scenes.labels[i])].split()) for i in rows)
     assert wrong < 0.25 * len(rows)
+
+
+def test_victims_that_are_called_as_records_are_refused(tmp_path):
+    from PIL import Image
+
+    from bezoar import Poison, Settings, execute
+
+    for split, shade in (("train", 20), ("val", 220)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(12):
+                Image.new("RGB", (16, 16), (shade, i, i)).save(tmp_path / split / name / f"{i}.png")
+    verb = Poison(f"folder:path={tmp_path}/train", "targeted:captions=2,victims=2", victims=f"folder:path={tmp_path}/val")
+    with pytest.raises(UserError, match=r"victim '.*' has the id of a record of the data"):
+        execute(verb, Settings(runs=tmp_path / "runs", quiet=True))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,19 @@ def test_records_are_held_apart_by_what_they_are():
     assert len(held) == 20 and not set(train.ids) & set(held.ids)
     shuffled = data.take(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
     assert set(ladder.apart(shuffled, 0.2, 0)[1].ids) == set(held.ids)
+    several = replace(data, ids=tuple(f"{i // 5}#{i % 5}" for i in range(100)))
+    sides = [{key.partition("#")[0] for key in part.ids} for part in ladder.apart(several, 0.2, 0)]
+    assert len(sides[1]) == 4 and len(sides[0]) == 16 and not sides[0] & sides[1]
+
+
+def test_an_encoder_that_says_nothing_finds_no_captions(suspect):
+    held = replace(toy(60), captions=tuple(f"number {i % 20}" for i in range(60)))
+    mute = copy.deepcopy(suspect)
+    mute.texts = lambda captions: torch.ones(len(captions), 3) / 3**0.5
+    assert ladder._found(mute, held) == pytest.approx(1 / 20)
+    mute.texts = lambda captions: torch.full((len(captions), 3), math.nan)
+    with pytest.raises(UserError, match="NaN"):
+        ladder._found(mute, held)
 
 
 # Parts of repairs
@@ -359,7 +373,7 @@ def test_a_receipt_says_what_the_probes_say(suspect, clean, tmp_path):
     assert {"clean_accuracy", "attack_success", "linear.attack_success", "z_std", "inverted.attack_success"} <= set(found)
     assert found["inverted.attack_success"].value == found["attack_success"].value
     same = receipt.lost(case, first, first)
-    assert (same.value, same.n) == (0, len(TEST))
+    assert (same.value, same.n) == (0, len(TEST)) and same.low < 0 < same.high  # nothing lost of so many images
     read = receipt.readings(case, first, first)
     assert [r["inverted"] for r in read] == [None, 0] and "red" not in read[0]["own"]
     assert np.mean([name == "red" for name in read[0]["before"]]) > 0.8

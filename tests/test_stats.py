@@ -124,9 +124,61 @@ def test_bootstrap_is_the_plain_one(name):
     for _ in range(1500):
         rows = np.r_[rng.choice(pos, len(pos)), rng.choice(neg, len(neg))]
         values.append(measure(scores[rows], truth[rows]))
-    expected = np.quantile(values, [0.025, 0.975])
-    assert interval(scores, truth) == pytest.approx(tuple(expected), abs=0.03)
+    low, high = np.quantile(values, [0.025, 0.975])
+    if name == "average_precision":
+        least = stats.wilson(measure(scores, truth) * 30, 30)
+        low, high = min(low, least[0]), max(high, least[1])
+    assert interval(scores, truth) == pytest.approx((low, high), abs=0.03)
     assert interval(scores, truth) == interval(scores, truth)
+
+
+@pytest.mark.parametrize("poisons", [1, 2, 5, 199])
+def test_intervals_cover_with_a_handful_of_poisons(poisons):
+    drawn = [ranking(seed, 200, poisons, ties=False) for seed in range(150)]
+    found = [stats.auroc_interval(*one) for one in drawn]
+    assert np.mean([low <= 0.7602 <= high for low, high in found]) >= 0.9
+    mean = np.mean([stats.average_precision(*ranking(seed, 200, poisons, ties=False)) for seed in range(600)])
+    found = [stats.average_precision_interval(*one, draws=100) for one in drawn[:60]]
+    assert np.mean([low <= mean <= high for low, high in found]) >= 0.9
+
+
+def test_differences_of_shares_of_the_same_trials():
+    assert stats.discordance_interval(0, 0, 200) == pytest.approx((-stats.wilson(0, 200)[1], stats.wilson(0, 200)[1]))
+    low, high = stats.discordance_interval(30, 10, 200)
+    v = np.r_[np.ones(30), -np.ones(10), np.zeros(160)]
+    assert low <= stats.mean_interval(v)[0] and high >= stats.mean_interval(v)[1] and high - low < 0.15
+    assert stats.discordance_interval(10, 30, 200) == pytest.approx((-high, -low))
+    assert stats.discordance_interval(1, 0, 1) == (-1.0, 1.0)
+    rng = np.random.default_rng(0)
+    for lost, won in ((0.002, 0.0), (0.05, 0.01), (0.2, 0.2)):
+        counts = rng.multinomial(300, [lost, won, 1 - lost - won], 1000)
+        found = [stats.discordance_interval(int(a), int(b), 300) for a, b, _ in counts]
+        assert np.mean([low <= lost - won <= high for low, high in found]) >= 0.94
+
+
+@pytest.mark.parametrize("ids", ["a test image+poison{}", "z{}"])
+def test_a_detector_that_says_nothing_finds_nothing_by_the_names_of_the_records(ids):
+    names = [f"m{i}" for i in range(2000)] + [ids.format(i) for i in range(100)]
+    scores = Scores(tuple(names), torch.zeros(2100))
+    order = scores.ranked()
+    assert sorted(order.tolist()) == list(range(2100))
+    assert (order[:210] >= 2000).sum() < 25  # 10 by chance
+    turned = np.random.default_rng(0).permutation(2100)
+    again = Scores(tuple(names[i] for i in turned), torch.zeros(2100)).ranked()
+    assert [names[turned[i]] for i in again] == [names[i] for i in order]
+
+
+def test_a_ranking_is_a_plain_sort_with_drawn_ties(monkeypatch):
+    from bezoar import scores as module
+    from bezoar.pairs import draws
+
+    monkeypatch.setattr(module, "DRAWN", 7)
+    values = np.random.default_rng(0).integers(-3, 4, 60).astype(np.float32)
+    ids = tuple(f"r{i}" for i in range(60))
+    drawn = draws(0, ids, 1, "ties")[:, 0]
+    plain = sorted(range(60), key=lambda i: (-values[i], drawn[i]))
+    assert Scores(ids, torch.from_numpy(values)).ranked().tolist() == plain
+    assert Scores((), torch.zeros(0)).ranked().tolist() == []
 
 
 def test_mistakes_are_refused():
@@ -159,5 +211,7 @@ def test_measures_of_shares_and_means():
     assert (m.value, m.n, (m.low, m.high), m.how) == (0.3, 10, stats.wilson(3, 10), "hits")
     m = average(torch.tensor([1.0, 2.0, 3.0]), "z")
     assert (m.value, m.n, (m.low, m.high)) == (2.0, 3, stats.mean_interval([1.0, 2.0, 3.0]))
+    same = average([1.0, 1.0], "rank")  # two that agree do not show how far they vary
+    assert (same.value, same.low, same.high) == (1.0, -math.inf, math.inf) and average([2.0] * 5, "rank").low == 2
     with pytest.raises(UserError, match="at least one"):
         proportion(0, 0, "hits")

@@ -243,6 +243,13 @@ def read_value(
     if not fitting:
         nearest = min((b.fits(family, sample) for b in banks), key=len)
         return Reading("no calibration", rate, why=f"no bank has encoders like this; the nearest differs: {'; '.join(nearest)}")
+    fitting = [b for b in fitting if not b.assumed(family)] or fitting
+    if len(kinds := list(dict.fromkeys(b.family for b in fitting))) > 1:
+        theirs = "; or ".join(", ".join(b.assumed(family)) for b in fitting[:3])
+        why = (
+            f"what this encoder was trained on is not known, and banks of {len(kinds)} kinds fit ({theirs}); name the right one"
+        )
+        return Reading("no calibration", rate, why=why)
     found = [c for b in fitting for c in b.audits if c.audit == own.audit]
     same = [c for c in found if c.code == own.code and c.classifier == own.classifier]
     if not same:
@@ -325,7 +332,7 @@ def auroc(found: Calibration) -> Measure | None:
     if not bad or not found.clean:
         return None
     values, truth = [*bad, *(e.value for e in found.clean)], [True] * len(bad) + [False] * len(found.clean)
-    how = f"chance that one of {len(bad)} attacked encoders is above one of {len(found.clean)} clean ones; DeLong interval"
+    how = f"chance that one of {len(bad)} attacked encoders is above one of {len(found.clean)} clean ones; {stats.OF_AUROC}"
     return Measure(stats.auroc(values, truth), len(values), *stats.auroc_interval(values, truth), how)
 
 

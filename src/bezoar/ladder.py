@@ -69,10 +69,16 @@ def _accuracy(encoder: Encoder, train: Pairs | None, validation: Pairs, probe: s
 
 @torch.no_grad()
 def _found(encoder: Encoder, validation: Pairs) -> float:
-    """Captions that are the same text are all an image's own."""
+    """Captions that are the same text are one; of captions that are equally near, each is an image's as likely."""
     z = success.features(encoder, validation.images.split(512))
-    cosines = z @ encoder.eval().texts(validation.captions).T
-    return float((cosines.diagonal() >= cosines.amax(1)).float().mean())
+    texts = {text: i for i, text in enumerate(dict.fromkeys(validation.captions))}
+    w = encoder.eval().texts(list(texts))
+    if not torch.isfinite(w).all():
+        raise UserError("the encoder gives NaN or infinite vectors of captions")
+    cosines = z @ w.T
+    nearest = cosines == cosines.amax(1, keepdim=True)
+    own = torch.tensor([texts[text] for text in validation.captions], device=z.device)
+    return float((nearest.gather(1, own[:, None])[:, 0] / nearest.sum(1)).mean())
 
 
 class _Clusters:
@@ -93,10 +99,16 @@ class _Clusters:
 
 
 def apart(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Clean records -> those that are trained on, and a share of them held apart to choose by; it belongs to the records."""
-    rows = neighbors.pool(clean.ids, len(clean), seed)
-    held = round(share * len(rows))
-    return clean.take(sorted(rows[held:])), clean.take(sorted(rows[:held]))
+    """Clean records -> those that are trained on, and a share of the images held apart to choose by; it belongs to the records.
+
+    Several captions of one image (ids that differ after '#' alone) stay together.
+    """
+    owners = [i.partition("#")[0] for i in clean.ids]
+    images = list(dict.fromkeys(owners))
+    order = neighbors.pool(images, len(images), seed)
+    held = {images[i] for i in order[: round(share * len(images))]}
+    out = [i for i, owner in enumerate(owners) if owner in held]
+    return clean.take([i for i, owner in enumerate(owners) if owner not in held]), clean.take(out)
 
 
 def check(lrs: Sequence[float], tolerance: float) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bezoar import classifiers, ladder, neighbors, registry, success
+from bezoar import classifiers, ladder, neighbors, registry, stats, success
 from bezoar.classifiers import Classifier
 from bezoar.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.heads import Report, silent
 from bezoar.pairs import Pairs
 from bezoar.plan import Goal
-from bezoar.scores import Measure, average
+from bezoar.scores import Measure
 from bezoar.verdict import Inversion
 
 POISONS = 10  # of the fine-tune that is to bring the backdoor back
@@ -100,8 +100,13 @@ def lost(case: Case, before: Reader, after: Reader) -> Measure:
     assert case.test.labels is not None
     known = case.test.labels >= 0
     right = [r.classifier.read(case.test.images[known]) == case.test.labels[known] for r in (before, after)]
-    how = "accuracy on clean test images lost, the same images before and after; Student's t over their differences"
-    return average(right[0].float() - right[1].float(), how)
+    lost, won = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    n = len(right[0])
+    how = (
+        "accuracy on clean test images lost, the same images before and after; Student's t over their differences, at least "
+        f"Wilson over {n} images"
+    )
+    return Measure((lost - won) / n, n, *stats.discordance_interval(lost, won, n), how)
 
 
 def readings(case: Case, before: Reader, after: Reader) -> list[dict[str, Any]]:

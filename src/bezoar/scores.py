@@ -15,6 +15,10 @@ from torch import Tensor
 
 from bezoar import stats
 from bezoar.errors import UserError
+from bezoar.pairs import draws
+
+FEW = 5  # values that are all equal do not show how far they vary
+DRAWN = 1 << 16  # records that are drawn for at a time
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,22 @@ class Scores:
         return len(self.ids)
 
     def ranked(self) -> np.ndarray:
-        """Rows from the most suspicious to the least; ties in the order of the ids."""
-        columns = pa.table({"score": self.values.cpu().numpy(), "id": _column(self.ids)})
-        return pc.sort_indices(columns, [("score", "descending"), ("id", "ascending")]).to_numpy().astype(np.int64)
+        """Rows int64 (N,), from the most suspicious to the least; ties in an order that is drawn and belongs to the records.
+
+        Not in the order of their ids: added poisons are named after test images or clean ones, and a detector that says
+        nothing would then find them by their names.
+        """
+        values = self.values.cpu().numpy()
+        order = np.argsort(-values, kind="stable")
+        level = values[order]
+        same = np.concatenate([[False], level[1:] == level[:-1], [False]])
+        tied = np.flatnonzero(same[1:] | same[:-1])
+        rows = order[tied]
+        if len(rows):
+            parts = np.array_split(rows, len(rows) // DRAWN + 1)
+            drawn = [draws(0, [self.ids[i] for i in part.tolist()], 1, "ties")[:, 0] for part in parts]
+            order[tied] = rows[np.lexsort((np.concatenate(drawn), -values[rows]))]
+        return order.astype(np.int64)
 
     def of(self, ids: Sequence[str]) -> Tensor:
         """The values of the given records, in that order."""
@@ -95,10 +112,12 @@ def proportion(successes: float, n: int, how: str) -> Measure:
 
 
 def average(values: Sequence[float] | Tensor, how: str) -> Measure:
-    """A mean of values, with Student's t interval."""
+    """A mean of values, with Student's t interval; open where fewer than `FEW` values are all equal."""
     v = torch.as_tensor(values).double().cpu().numpy()
     if len(v) < 1:
         raise UserError(f"{how}: a mean needs at least one value")
+    if len(v) < FEW and v.min() == v.max():
+        return Measure(float(v[0]), len(v), -math.inf, math.inf, how)
     return _measure(float(v.mean()), len(v), stats.mean_interval(v), how)
 
 
@@ -116,13 +135,14 @@ def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> di
             stats.auroc(s, t),
             len(s),
             stats.auroc_interval(s, t),
-            f"chance that one of {poisons} poisons outranks one of {clean} clean records; DeLong interval, logit scale",
+            f"chance that one of {poisons} poisons outranks one of {clean} clean records; {stats.OF_AUROC}",
         ),
         "average_precision": _measure(
             stats.average_precision(s, t),
             len(s),
             stats.average_precision_interval(s, t),
-            f"area under the precision-recall steps at a poison rate of {poisons / len(s):.2g}; stratified bootstrap",
+            f"area under the precision-recall steps at a poison rate of {poisons / len(s):.2g}; "
+            "stratified bootstrap, at least Wilson over the poisons",
         ),
         "fpr_at_95_tpr": _measure(
             stats.fpr_at_tpr(s, t),

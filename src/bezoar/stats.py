@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
 Interval = tuple[float, float]
+OF_AUROC = "DeLong interval, at least Newcombe's"  # what `auroc_interval` is, in words
 
 
 def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
@@ -89,16 +90,31 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     return float(v.mean()) - half, float(v.mean()) + half
 
 
+def discordance_interval(lost: int, won: int, n: int, level: float = 0.95) -> Interval:
+    """Of (lost - won) / n, a difference of two shares of the same n trials: Student's t of the n differences of -1, 0 and 1,
+    never narrower than Wilson's intervals of the two shares combined (MOVER; Newcombe 1998)."""
+    a, b = lost / n, won / n
+    (a_low, a_high), (b_low, b_high) = wilson(lost, n, level), wilson(won, n, level)
+    low, high = mean_interval(np.repeat([1.0, -1.0, 0.0], [lost, won, n - lost - won]), level) if n > 1 else (-1.0, 1.0)
+    low = min(low, a - b - math.hypot(a - a_low, b_high - b))
+    return max(-1.0, low), min(1.0, max(high, a - b + math.hypot(a_high - a, b - b_low)))
+
+
 def auroc_interval(scores: ArrayLike, truth: ArrayLike, level: float = 0.95) -> Interval:
-    """DeLong's (1988) variance on the logit scale; Newcombe's (2006) method 5 where that variance is zero."""
+    """DeLong's (1988) variance on the logit scale, never narrower than Newcombe's (2006) method 5.
+
+    DeLong's variance is estimated from the placements of each class: of one to ten poisons, which happen to stand alike, it
+    is far too small (nominal 95 % covered 7 in 10 times with two of them), and of perfect scores it is zero.
+    """
     s, t = _checked(scores, truth)
     value = auroc(s, t)
+    low, high = _newcombe(value, int(t.sum()), int((~t).sum()), level)
     variance = delong_variance(s, t)
     if variance > 0 and 0 < value < 1:
         half = _z(level) * math.sqrt(variance) / (value * (1 - value))
         logit = math.log(value / (1 - value))
-        return _logistic(logit - half), _logistic(logit + half)
-    return _newcombe(value, int(t.sum()), int((~t).sum()), level)
+        low, high = min(low, _logistic(logit - half)), max(high, _logistic(logit + half))
+    return low, high
 
 
 def delong_variance(scores: ArrayLike, truth: ArrayLike) -> float:
@@ -116,8 +132,13 @@ def delong_variance(scores: ArrayLike, truth: ArrayLike) -> float:
 def average_precision_interval(
     scores: ArrayLike, truth: ArrayLike, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> Interval:
-    """Percentile interval by stratified bootstrap (poisons and clean records resampled apart)."""
-    return bootstrap(_average_precision, scores, truth, level, draws, seed)
+    """The stratified bootstrap's percentiles (poisons and clean records resampled apart), never narrower than Wilson's
+    interval of a share of the poisons: a few of them, resampled, are the same few."""
+    s, t = _checked(scores, truth)
+    low, high = bootstrap(_average_precision, s, t, level, draws, seed)
+    poisons = int(t.sum())
+    fixed = wilson(min(average_precision(s, t), 1.0) * poisons, poisons, level)
+    return min(low, fixed[0]), max(high, fixed[1])
 
 
 def fpr_interval(

@@ -113,19 +113,19 @@ class Seen:
 
         how: what is said of the head, after each measure's own definition.
         """
-        clean = head(self.clean).argmax(1)
+        clean = _said(head, self.clean).argmax(1)
         known = self.labels >= 0
         hits = int((clean == self.labels)[known].sum())
         out = {"clean_accuracy": proportion(hits, int(known.sum()), "top-1 accuracy on clean test images")}
         for i, (goal, z) in enumerate(zip(self.backdoors, self.triggered, strict=True)):
             mark = "" if len(self.backdoors) == 1 else f"@{i}"
-            target, scores = class_of(goal.target, self.classes), head(z)
+            target, scores = class_of(goal.target, self.classes), _said(head, z)
             found = self._backdoor(target, clean, scores)
             rivals = {class_of(g.target, self.classes) for g in self.backdoors} - {target}
             found |= self._taken(target, rivals, scores.argmax(1))
             out |= {name + mark: m for name, m in found.items()}
         if self.victims is not None:
-            out |= self._targeted(head(self.victims))
+            out |= self._targeted(_said(head, self.victims))
         return {name: replace(m, how=m.how + how) for name, m in out.items()}
 
     def _backdoor(self, target: int, clean: Tensor, scores: Tensor) -> dict[str, Measure]:
@@ -184,6 +184,14 @@ def features(encoder: Sees, batches: Iterable[Tensor]) -> Tensor:
     if not torch.isfinite(z).all():
         raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
     return z
+
+
+def _said(head: Head, z: Tensor) -> Tensor:
+    """A head's scores (N, C). Raises UserError on NaN, which has no rank and no place among the first."""
+    scores = head(z)
+    if torch.isnan(scores).any():
+        raise UserError("the head gives NaN; the weights of its text tower or its fit are wrong")
+    return scores
 
 
 def ranks(scores: Tensor, targets: Tensor) -> Tensor:

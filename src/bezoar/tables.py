@@ -24,6 +24,7 @@ class Given:
     root: str = ""
 
 
+SURE, OFTEN = 1.96, 0.84  # normal quantiles of a 95 % interval, and of an effect that is found 4 times in 5
 Reading = tuple[Trial, str]  # a trial, and the name of a metric of its run
 Comparison = Callable[[Sequence[float], Sequence[float]], Measure]
 
@@ -137,11 +138,18 @@ class Results:
         high, low = self.cell(to, cell, curve), self.cell(since, cell, curve)
         return self.less(high, low, paired)
 
-    def less(self, a: Cell, b: Cell, paired: bool = False) -> Contrast:
-        """One cell less another, over readings; shares are never surer than their trials allow."""
-        first, second = self.measures(a), self.measures(b)
-        trials = min(m.n for m in (*first, *second)) if rate(a) else None
+    def less(self, a: Cell | Sequence[Cell], b: Cell | Sequence[Cell], paired: bool = False) -> Contrast:
+        """One cell, or all of several, less another, over readings; shares are never surer than their trials allow."""
+        left, right = ([c] if isinstance(c, Cell) else list(c) for c in (a, b))
+        first, second = ([m for c in cells for m in self.measures(c)] for cells in (left, right))
+        trials = min(m.n for m in (*first, *second)) if rate(left[0]) else None
         return laws.difference([m.value for m in first], [m.value for m in second], paired, trials)
+
+    def beyond(self, cell: Cell, bound: float) -> Contrast:
+        """A cell less a number, by the cell's own interval."""
+        m = self.point(cell)
+        error = (m.high - m.low) / (2 * SURE)
+        return Contrast(m.value - bound, m.low - bound, m.high - bound, len(cell.readings), (SURE + OFTEN) * error, m.how)
 
     def trend(self, cell: str, curve: str = "") -> Contrast:
         """Change of a column per doubling of x along a curve, over readings."""
@@ -172,7 +180,7 @@ class Results:
 def separation(values: Sequence[float], others: Sequence[float]) -> Measure:
     """AUROC of values against others: 0.5 is a coin's."""
     s, truth = [*values, *others], [True] * len(values) + [False] * len(others)
-    how = f"chance that one of {len(values)} attacked encoders outranks one of {len(others)} clean ones; DeLong interval"
+    how = f"chance that one of {len(values)} attacked encoders outranks one of {len(others)} clean ones; {stats.OF_AUROC}"
     low, high = stats.auroc_interval(s, truth)
     return Measure(stats.auroc(s, truth), len(s), low, high, how)
 

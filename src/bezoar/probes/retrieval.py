@@ -44,7 +44,7 @@ class Retrieval:
         belongs = torch.tensor([owner[k] for k in owners], device=encoder.device)
         with torch.inference_mode():
             encoder.eval()
-            texts = torch.cat([encoder.texts(test.captions[i : i + 512]) for i in range(0, len(test), 512)])
+            texts = _finite(torch.cat([encoder.texts(test.captions[i : i + 512]) for i in range(0, len(test), 512)]))
             z = self._embed(encoder, images.images)
             out = self._recall(z @ texts.T, belongs)
             for name, goal in _named([g for g in goals if g.trigger], "@"):
@@ -54,21 +54,26 @@ class Retrieval:
         return out
 
     def _embed(self, encoder: Encoder, images: Tensor) -> Tensor:
-        return torch.cat([encoder.images(x) for x in images.split(self.batch)])
+        return _finite(torch.cat([encoder.images(x) for x in images.split(self.batch)]))
 
     @staticmethod
     def _recall(cosines: Tensor, belongs: Tensor) -> dict[str, Measure]:
+        """cosines: (images, captions). belongs: int64 (captions,), whose image a caption's is."""
         n, m = cosines.shape
-        rows = torch.arange(n, device=cosines.device)
-        own = torch.where(belongs[None] == rows[:, None], cosines, torch.full_like(cosines, -9)).amax(1)
-        image_rank = (cosines > own[:, None]).sum(1)
-        text_rank = (cosines > cosines[belongs, torch.arange(m, device=cosines.device)][None]).sum(0)
+        mine = belongs[None] == torch.arange(n, device=cosines.device)[:, None]
+        best = cosines.masked_fill(~mine, -9).amax(1, keepdim=True)
+        own = cosines[belongs, torch.arange(m, device=cosines.device)]
+        found = {
+            "image_to_text": ((cosines > best).sum(1), ((cosines == best) & ~mine).sum(1), f"{m} held-out captions"),
+            "text_to_image": ((cosines > own).sum(0), (cosines == own).sum(0) - 1, f"{n} held-out images"),
+        }
         out = {}
         for k in (1, 5, 10):
-            how = f"own caption among the {k} nearest of {m} held-out captions"
-            out[f"image_to_text_recall@{k}"] = proportion(int((image_rank < k).sum()), n, how)
-            how = f"own image among the {k} nearest of {n} held-out images"
-            out[f"text_to_image_recall@{k}"] = proportion(int((text_rank < k).sum()), m, how)
+            for name, (above, beside, of) in found.items():
+                what = "caption" if name == "image_to_text" else "image"
+                hits = float(((k - above) / (beside + 1)).clamp(0, 1).sum())
+                how = f"own {what} among the {k} nearest of {of}, ties by their expectation"
+                out[f"{name}_recall@{k}"] = proportion(hits, len(above), how)
         return out
 
     def _backdoor(
@@ -100,6 +105,12 @@ class Retrieval:
             how = f"victims whose nearest held-out caption holds their target, {count} poisoned captions each"
             out[f"targeted_success@{count}"] = proportion(hits, len(group), how)
         return out
+
+
+def _finite(z: Tensor) -> Tensor:
+    if not torch.isfinite(z).all():
+        raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
+    return z
 
 
 def _holding(test: Pairs, target: str) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.encoder import Encoder
+from bezoar.neighbors import pool
 from bezoar.pairs import Pairs, each_image
 from bezoar.plan import Goal
 from bezoar.registry import method
@@ -22,7 +23,7 @@ class ZScore:
     `z_var` divides by the variance, as the paper's definition is read; `z_std` by the standard deviation.
     """
 
-    images: Annotated[int, "how many test images"] = 500
+    images: Annotated[int, "how many test images, a sample that belongs to the records"] = 500
 
     def __call__(
         self,
@@ -35,7 +36,8 @@ class ZScore:
         """similarity_clean, similarity_triggered, z_std and z_var for each goal with a trigger; jackknife intervals."""
         backdoors = [g for g in goals if g.trigger]
         out: dict[str, Measure] = {}
-        part = test.take(each_image(test.ids)[: self.images])  # an image counted for each caption would narrow the interval
+        rows = each_image(test.ids)  # an image counted for each caption would narrow the interval
+        part = test.take([rows[i] for i in pool([test.ids[i] for i in rows], self.images, 0)])
         for i, goal in enumerate(backdoors):
             assert goal.trigger
             suffix = "" if len(backdoors) == 1 else f"@{i}"

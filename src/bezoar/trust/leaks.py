@@ -354,7 +354,7 @@ def measured(channels: Channels, truth: np.ndarray, what: str = "poisons") -> li
         value, (low, high) = stats.auroc(s, here), stats.auroc_interval(s, here)
         how = (
             f"{TOLD[name]}, alone; {int(here.sum())} {what} and {int((~here).sum())} others; direction chosen on the other "
-            f"half of the records, DeLong interval"
+            f"half of the records, {stats.OF_AUROC}"
         )
         sure = value >= SEPARATES and stats.auroc_interval(s, here, level)[0] > 0.5
         out.append(Leak(name, Measure(value, len(s), low, high, how), sure))

@@ -112,11 +112,13 @@ class Check:
 
         from bezoar import inputs
         from bezoar.neighbors import pool
+        from bezoar.pairs import each_image
         from bezoar.verbs.evaluate import shared
 
         if job.inputs["clean"] is None:
             raise UserError("give --clean: images known to be clean, of which checks and thresholds are made")
         clean = inputs.in_memory(inputs.dataset(job.inputs["clean"]).clean)
+        clean = clean.take(each_image(clean.ids))  # an image counted for each caption would stand on both sides
         if both := shared(clean, images):
             raise UserError(f"{len(both)} of the images are among the clean ones too, such as {both[0]!r}; give others")
         if len(clean) < 4:

@@ -74,6 +74,11 @@ def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
         used = {e.source for e in parts.plan.edits}
         pool = pool.take([i for i, k in enumerate(pool.ids) if k not in used])
     made = given["poison"](source, goal, seed, pool)
+    if pool is not None and (both := {e.source for e in made.edits}.intersection(clean.ids)):
+        raise UserError(
+            f"victim {min(both)!r} has the id of a record of the data, so that a plan cannot tell their images apart; "
+            "give one of the two sets ids of its own"
+        )
     stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals)
     made = replace(made, stamps=stamps, victims=registry.spec(given["victims"]) if pool is not None else None)
     wanted = {e.source for e in made.edits}

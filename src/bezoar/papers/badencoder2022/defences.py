@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from bezoar import laws
 from bezoar.laws import Contrast
 from bezoar.papers import matrix
 from bezoar.papers.badencoder2022 import Setup, Task, attacked, best, clean, setup
@@ -15,7 +14,6 @@ from bezoar.verbs.shadows import Shadows
 
 FLAGGED = 2.0  # the anomaly index from which Neural Cleanse calls a classifier backdoored
 PATCH = 10  # pixels: the trigger's side, which the certificate is for
-SURE, OFTEN = 1.96, 0.84  # normal quantiles of a 95 % interval, and of an effect that is found 4 times in 5
 SHADOWS, META = 5, "MNTD, shadow encoders"  # of each kind at least: 4 are fitted on when one is held out
 QUICK, USUAL = ("cleanse:steps=3", "decree:steps=3"), ("cleanse", "decree")
 
@@ -36,7 +34,7 @@ class Defences:
             claims.append(Claim(f"Neural Cleanse misses it: {name}", "recalled", "-", over(name, "anomaly index", FLAGGED)))
             claims.append(Claim(f"Nothing is certified: {name}", "recalled", "same", over(name, "certified accuracy", 0), 0.05))
         found.append(Row(META, (Cell("MNTD AUROC", ((self.shadows(given), "auroc"),)),)))
-        claims.append(Claim("MNTD does no better than chance", "recalled", "same", chance, 0.1))
+        claims.append(Claim("MNTD does no better than chance", "recalled", "same", over(META, "MNTD AUROC", 0.5), 0.1))
         return Table(
             "BadEncoder: defences",
             "Neural Cleanse, MNTD and PatchGuard are insufficient (abstract); the index stays under 2, and next to nothing is "
@@ -82,18 +80,6 @@ class Defences:
         return out if kind == "clean" else (*out, success)
 
 
-def chance(r: Results) -> Contrast:
-    """MNTD's AUROC less that of a coin, by its own interval."""
-    m = r.point(r.cell(META, "MNTD AUROC"))
-    error = (m.high - m.low) / (2 * SURE)
-    return Contrast(m.value - 0.5, m.low - 0.5, m.high - 0.5, m.n, (SURE + OFTEN) * error, m.how)
-
-
 def over(row: str, cell: str, bound: float) -> Callable[[Results], Contrast]:
-    """A cell's readings less a number."""
-
-    def contrast(r: Results) -> Contrast:
-        values = r.values(row, cell)
-        return laws.difference(values, [bound] * len(values), True)
-
-    return contrast
+    """A cell less a number."""
+    return lambda r: r.beyond(r.cell(row, cell), bound)

@@ -20,7 +20,7 @@ class ShadowSize:
         for n in s.shadows:
             bad = attacked(s, task, best(task), shadow=spec(replace(data, **{name: n})))
             found += rows(s, task, "", bad, float(n))
-        few, many = f"{s.shadows[0]:g}", f"{s.shadows[-1]:g}"
+        fifth, most = s.shadows[-2:]  # of the pre-training set, and as many as there are
         return Table(
             "BadEncoder: size of the shadow data",
             "A fifth of the pre-training set suffices (recalled).",
@@ -28,7 +28,11 @@ class ShadowSize:
             tuple(found),
             (
                 Claim(
-                    "More shadow data do not lower success", "recalled", "+", lambda r: r.gain("ASR", many, few, "linear", True)
+                    f"{fifth:,} shadow images do as well as {most:,}: success",
+                    "recalled",
+                    "same",
+                    lambda r: r.gain("ASR", f"{fifth:g}", f"{most:g}", "linear", True),
+                    0.1,
                 ),
             ),
             notes=(

@@ -1,6 +1,5 @@
 """Whether attacks that share a training disturb each other: the design that all other tables stand on."""
 
-from bezoar import laws
 from bezoar.laws import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, alone, ladder, measured, poisoned, setup, victims
 from bezoar.registry import method
@@ -34,10 +33,8 @@ class Independence:
 
         def together(r: Results, cell: str) -> Contrast:
             """By trigger and dose: together less alone."""
-            shared, single = (
-                [v for d in s.doses[1:3] for v in r.values(f"{d} poisons, {how}", cell)] for how in ("together", "alone")
-            )
-            return laws.difference(shared, single, paired=True)
+            shared, single = ([r.cell(f"{d} poisons, {how}", cell) for d in s.doses[1:3]] for how in ("together", "alone"))
+            return r.less(shared, single, paired=True)
 
         return Table(
             "Independence of attacks that share a training",

@@ -31,8 +31,8 @@ class LinearProbe:
                 rows.append(Row(dose, (success, right), float(dose), head))
 
         def less(r: Results, head: str) -> laws.Contrast:
-            shot, other = ([v for d in doses for v in r.values(d, "ASR", h)] for h in ("zero-shot", head))
-            return laws.difference(shot, other, paired=True)
+            shot, other = ([r.cell(d, "ASR", h) for d in doses] for h in ("zero-shot", head))
+            return r.less(shot, other, paired=True)
 
         return Table(
             "Zero-shot against fitted heads",

@@ -55,5 +55,5 @@ def earlier(results: Results, doses: list[str]) -> Contrast:
 def cost(results: Results) -> Contrast:
     """Clean accuracy of the poisoned encoders less that of the clean twins."""
     rows = [r.name for r in results.table.rows]
-    bad = {t: results.runs[t].metric("clean_accuracy").value for n in rows[1:] for t, _ in results.cell(n, "CA").readings}
-    return laws.difference(list(bad.values()), results.values(rows[0], "CA"), paired=False)
+    every = tuple(dict.fromkeys(found for name in rows[1:] for found in results.cell(name, "CA").readings))
+    return results.less(Cell("CA", every), results.cell(rows[0], "CA"))
