@@ -191,9 +191,9 @@ def test_records_are_held_apart_by_what_they_are():
 def test_an_encoder_that_says_nothing_finds_no_captions(suspect):
     held = replace(toy(60), captions=tuple(f"number {i % 20}" for i in range(60)))
     mute = copy.deepcopy(suspect)
-    mute.texts = lambda captions: torch.ones(len(captions), 3) / 3**0.5
+    mute.texts = lambda captions: torch.ones(len(captions), 16) / 4
     assert ladder._found(mute, held) == pytest.approx(1 / 20)
-    mute.texts = lambda captions: torch.full((len(captions), 3), math.nan)
+    mute.texts = lambda captions: torch.full((len(captions), 16), math.nan)
     with pytest.raises(UserError, match="NaN"):
         ladder._found(mute, held)
 
