@@ -24,7 +24,8 @@ from bezoar.errors import UserError
 from bezoar.indexed import Indexed
 from bezoar.progress import Progress
 from bezoar.reading import BROKEN, FORMATS, Unreadable, decode
-from bezoar.shards import WANTED, Group, Shards, groups, write_shards
+from bezoar.shards import WANTED, Shards, write_shards
+from bezoar.tars import Group, groups
 
 PACKED = 1000  # records of a shard
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
