@@ -188,7 +188,7 @@ class Plan:
     def read(path: Path, stamp: Callable[[str], Stamp]) -> Plan:
         """Read a plan; `stamp` makes a trigger of a spec. Raises UserError that names the line at fault."""
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             head, edits = rows[0], tuple(Edit(**row) for row in rows[1:])
             goals, seed, victims = tuple(map(Goal.read, head["goals"])), head["seed"], head["victims"]
             registry.recorded(victims or "")
