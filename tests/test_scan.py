@@ -22,7 +22,7 @@ from PIL import Image
 
 from bezoar import inputs, registry
 from bezoar.cli import main
-from bezoar.corpora import assembly, corpus, tabular, units, vectors
+from bezoar.corpora import assembly, corpus, pages, tabular, units, vectors
 from bezoar.pairs import load
 from bezoar.run import Run
 from bezoar.shards import Shards, expand, write_shards
@@ -401,6 +401,30 @@ def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkey
     plain = [np.asarray(Image.open(io.BytesIO(picture(i)))).transpose(2, 0, 1) for i in (19, 0, 12)]
     assert np.array_equal(c.take([17, 0, 10]).images.numpy(), np.stack(plain))
     assert not (run / "keep.csv").exists() and c.place(17) == f"{tmp_path}/p1.parquet row 10"
+
+
+def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
+    """A dictionary of one entry of 4 MiB, and 256 rows that point at it: 1 GiB unpacked, 4 MiB on disk."""
+    cell = pa.array([os.urandom(4 << 20)], pa.binary())
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), cell)
+    table = pa.table({"image": shared, "caption": ["a"] * 256})
+    parquet.write_table(table, tmp_path / "t.parquet", store_schema=False, dictionary_pagesize_limit=1 << 30)
+    batches = list(vectors.parquet_rows(tmp_path / "t.parquet", ["image", "caption"]))
+    assert max(b.nbytes for b in batches) < 40 << 20 and sum(map(len, batches)) == 256
+    assert len(next(vectors.parquet_rows(tmp_path / "t.parquet", ["caption"]))) == 256, "what is not read costs nothing"
+    cells = tabular.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
+    assert cells.read(0, 200, 4 << 20) == cells.read(0, 3, 4 << 20) == cell[0].as_py()
+    assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (vectors.HELD + (4 << 20))
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_pages_are_found_where_arrow_writes_them(tmp_path, version):
+    table = pa.table({"image": [os.urandom(1 << 12) for _ in range(500)], "n": list(range(500))})
+    for compression in ("none", "zstd"):
+        parquet.write_table(table, tmp_path / "t.parquet", data_page_version=version, compression=compression)
+        chunk = parquet.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).column(0)
+        with (tmp_path / "t.parquet").open("rb") as raw:
+            assert 1 << 20 <= pages._largest(raw, chunk) < chunk.total_uncompressed_size
 
 
 def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
