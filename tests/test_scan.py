@@ -403,6 +403,28 @@ def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkey
     assert not (run / "keep.csv").exists() and c.place(17) == f"{tmp_path}/p1.parquet row 10"
 
 
+def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
+    table = pa.table({"image": [picture(i) for i in range(20)], "text": ["a"] * 20})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    parquet.write_table(table.rename_columns(["image", "caption"]), tmp_path / "c.parquet", store_schema=False)
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "c.parquet").read_bytes().replace(b"caption", b"cap\xffion"))
+    twice = pa.Table.from_arrays([table["image"], table["text"], table["image"]], names=["image", "text", "image"])
+    parquet.write_table(twice, tmp_path / "d.parquet")
+    days = pa.array([2**31 - 1, *range(19)], pa.int32()).cast(pa.date32())
+    parquet.write_table(table.append_column("id", days), tmp_path / "e.parquet")
+    images(tmp_path / "i", 3)
+    lines = ["filepath,title", *(f"i/{i}.png,{i}" for i in range(3)), 'i/0.png,"a stray quote']
+    (tmp_path / "f.csv").write_text("\n".join(lines) + "\n")
+    spec = f"table:path={tmp_path}/{{a.parquet,b.parquet,c.parquet,d.parquet,e.parquet,f.csv}},size=16"
+    status, run = scan(tmp_path / "runs", spec, "--encoder", tiny, "--detector", "k_distance:k=4")
+    assert status == 4 and len(corpus.scored(run)) == 20 + 19 + 3
+    assert [(f, m) for f, m, _ in unread(run)] == [
+        ("b.parquet", ""), ("c.parquet", ""), ("d.parquet", ""), ("e.parquet", "row 1"), ("f.csv", "")
+    ]  # fmt: skip
+
+
 def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
     """A dictionary of one entry of 4 MiB, and 256 rows that point at it: 1 GiB unpacked, 4 MiB on disk."""
     cell = pa.array([os.urandom(4 << 20)], pa.binary())

@@ -14,6 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,7 +103,9 @@ def refuse_outside(table: Path, root: Path | None, image: str) -> None:
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             return
     named = ((place, row.get(image)) for place, row in rows(table, (0, 0, FIRST), [image]) if isinstance(row, dict))
-    local = [(place, told) for place, told in named if isinstance(told, str) and told.strip() and "://" not in told]
+    local: list[tuple[str, str]] = []
+    with suppress(UserError):  # a table that breaks off is named when it is its turn
+        local += ((place, told) for place, told in named if isinstance(told, str) and told.strip() and "://" not in told)
     if local and not any(inside(table, root, told) for _, told in local):
         place, told = local[0]
         allowed = os.path.abspath(root or table.parent)
@@ -193,7 +196,7 @@ def _parquet_rows(table: Path, before: int, _: int, count: int | None, columns: 
     for batch in vectors.parquet_rows(table, columns, before, None if count is None else before + count):
         try:
             yield from batch.to_pylist()
-        except UnicodeDecodeError:
+        except (ValueError, OverflowError):
             yield from (_python(row) for row in (batch.slice(i, 1) for i in range(len(batch))))
 
 
@@ -202,6 +205,8 @@ def _python(row: pa.RecordBatch) -> Row | str:
         return row.to_pylist()[0]
     except UnicodeDecodeError:
         return "caption is not UTF-8"
+    except (ValueError, OverflowError) as error:  # a date beyond those that Python has
+        return f"a value out of range: {error}"
 
 
 @dataclass(frozen=True)

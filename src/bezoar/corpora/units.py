@@ -88,7 +88,7 @@ def units(found: Any) -> list[Unit]:
         pieces = [(str(p), _size(p), (i,)) for i, p in enumerate(found.paths)]
     elif isinstance(found, Table):
         found.confine()
-        pieces = [(str(p), n, (i, *place)) for i, p in enumerate(found.paths) for place in cut(p) if (n := place[2])]
+        pieces = [(str(p), n, (i, *place)) for i, p in enumerate(found.paths) for n, place in _cut(p)]
     elif isinstance(found, Folder):
         pieces = [(str(found.root), place[3], (0, *place)) for place in found.cut()]
     elif isinstance(found, Ready):
@@ -96,6 +96,14 @@ def units(found: Any) -> list[Unit]:
     else:
         pieces = [("", stop - start, (start, stop)) for start, stop in vectors.blocks(len(found), HELD)]
     return [Unit(i, *piece) for i, piece in enumerate(pieces)]
+
+
+def _cut(table: Path) -> list[tuple[int, tuple[int, ...]]]:
+    """(rows, place) of a table's blocks; a broken table is one unit, read up to where it breaks and named."""
+    try:
+        return [(place[2], place) for place in cut(table) if place[2]]
+    except UserError:
+        return [(1, ())]
 
 
 def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: Step = lambda _: None) -> None:

@@ -178,10 +178,13 @@ def parquet(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path, memory_map=False)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    except (OSError, pa.ArrowException) as error:
+        names = file.schema_arrow.names
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a name that is not UTF-8
         raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
     if any(not 0 <= g.total_byte_size <= GROUP_BYTES or g.num_rows < 0 for g in groups):
         raise UserError(f"{path}: a row group unpacks to more than {GROUP_BYTES >> 30} GiB; write it in smaller ones")
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns are called {max(names, key=names.count)!r}")
     return file
 
 
@@ -202,7 +205,7 @@ def parquet_rows(path: Path, columns: Sequence[str], start: int = 0, stop: int |
                 place += len(batch)
                 if high > low:
                     yield batch.slice(low, high - low)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
 
 
