@@ -323,6 +323,16 @@ def test_cleaned_shards_hold_the_same_bytes_and_lists_name_them(tmp_path, tiny):
     assert load(Shards(expand(str(run / "shards")), 16)).ids == tuple(kept)
 
 
+def test_cleaned_shards_of_folders_and_names_that_read_alike_are_all_there(tmp_path, tiny):
+    for i, name in enumerate(("a_b/c", "a/b_c", "q/c")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        tar_of(tmp_path / f"{name}.tar", records(range(10 * i, 10 * i + 10)))
+    words = (f"shards:path={tmp_path}/*/*.tar,size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+    status, run = scan(tmp_path / "runs", *words, "--write", "shards", "--remove", "0")
+    assert status == 0 and notes(run)["written"] == 30
+    assert len(load(Shards(expand(str(run / "shards")), 16))) == 30
+
+
 def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
     told = [json.dumps({"captions": [f"a {w} star" for w in ("red", "blue", "green")]}).encode() for _ in range(20)]
     tar_of(tmp_path / "a.tar", [(f"{i:02d}.{e}", c) for i, t in enumerate(told) for e, c in (("png", picture(i)), ("json", t))])
@@ -423,6 +433,16 @@ def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
     assert [(f, m) for f, m, _ in unread(run)] == [
         ("b.parquet", ""), ("c.parquet", ""), ("d.parquet", ""), ("e.parquet", "row 1"), ("f.csv", "")
     ]  # fmt: skip
+
+
+def test_a_table_of_paths_and_bytes_leaves_no_list_of_paths(tmp_path, tiny):
+    images(tmp_path, 1)
+    cells = [{"bytes": None, "path": "0.png"}, *({"bytes": picture(i), "path": None} for i in range(1, 12))]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    parquet.write_table(pa.table({"image": pa.array(cells, kind), "text": ["a"] * 12}), tmp_path / "t.parquet")
+    words = (f"table:path={tmp_path}/t.parquet,size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+    status, run = scan(tmp_path / "runs", *words, "--remove", "0")
+    assert status == 0 and len(corpus.scored(run)) == 12 and not (run / "keep.csv").exists()
 
 
 def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
