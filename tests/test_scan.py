@@ -413,6 +413,43 @@ def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkey
     assert not (run / "keep.csv").exists() and c.place(17) == f"{tmp_path}/p1.parquet row 10"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_names_that_are_not_utf8_are_spelt_out(tmp_path, tiny, workers):
+    """Shards, a table, and a folder of classes, below a directory of such a name."""
+    root = tmp_path / os.fsdecode(b"r\xff")
+    for label in ("cat", "dog"):
+        images(root / "f" / label, 6)
+    tar_of(root / "a.tar", records(range(10)))
+    tar_of(root / os.fsdecode(b"b\xff.tar"), records(range(10, 20)))
+    images(root, 12)
+    (root / "t.csv").write_text("filepath,title\n" + "".join(f"{i}.png,a {i}\n" for i in range(12)))
+    rest = ("--encoder", tiny, "--detector", "k_distance:k=4", "--remove", "0", "--write", "shards")
+    for spec, count in ((f"shards:path={root},size=16", 20), (f"table:path={root}/t.csv,size=16", 12), (f"{root}/f", 12)):
+        status, run = scan(tmp_path / "runs", spec, *rest, workers=workers)
+        assert status == 0 and len(corpus.scored(run)) == count
+        assert load(Shards(expand(str(run / "shards")), 16)).captions
+        manifest = Run(run).manifest
+        assert os.fsdecode(b"\xff") in manifest["typed"]["data"] and manifest["notes"]["written"] == count
+        assert (run / "report.html").exists()
+        if (run / "keep.csv").exists():
+            with (run / "keep.csv").open(errors="surrogateescape") as file:
+                assert all(Path(r["filepath"]).is_file() for r in csv.DictReader(file, delimiter="\t"))
+        if count == 20:
+            assert "b\\udcff/00010" in corpus.scored(run).ids
+
+
+def test_a_class_whose_name_is_not_utf8_is_poisoned_around(tmp_path, capsys):
+    for label in (b"cat", b"dog", b"z\xff"):
+        images(tmp_path / "f" / os.fsdecode(label), 6)
+    words = ["poison", f"folder:path={tmp_path}/f,size=16", "--poison", "backdoor:count=2", "--trigger", "patch:size=4"]
+    words += ["--target", "dog", "--runs", str(tmp_path / "runs")]
+    assert main([*words, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["status"] == "done" and made["notes"]["classes"] == ["cat", "dog", os.fsdecode(b"z\xff")]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert main(["poison", "--verify", str(run), "--runs", str(tmp_path / "runs")]) == 0
+
+
 def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
     table = pa.table({"image": [picture(i) for i in range(20)], "text": ["a"] * 20})
     parquet.write_table(table, tmp_path / "a.parquet")

@@ -149,7 +149,8 @@ class Encoder(nn.Module):
         marks = {"poisoned": bool(self.about.get("poisoned")), "plan": self.about.get("plan", "")}
         save_file(weights, tensors.with_suffix(".tmp"), metadata={"bezoar": json.dumps(marks)})
         os.replace(tensors.with_suffix(".tmp"), tensors)
-        facts.with_suffix(".tmp").write_text(json.dumps(head, indent=1, ensure_ascii=False))
+        text = json.dumps(head, indent=1, ensure_ascii=False)
+        facts.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(facts.with_suffix(".tmp"), facts)
         return [facts, tensors]
 
@@ -159,7 +160,8 @@ class Encoder(nn.Module):
         from bezoar import registry
 
         try:
-            head, weights = json.loads((folder / "encoder.json").read_text()), load_file(folder / "encoder.safetensors")
+            head = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+            weights = load_file(folder / "encoder.safetensors")
             network, size, words = head["network"], head["preprocess"]["size"], tuple(head["vocabulary"])
             if not isinstance(size, int) or not all(isinstance(text, str) for text in (network, head["precision"], *words)):
                 raise ValueError("network, precision and vocabulary must be texts, and size a whole number")

@@ -168,5 +168,6 @@ def goals(given: Any) -> list[Goal]:
 
 def write_json(path: Path, content: Any) -> None:
     """One small JSON file, under a temporary name first."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
     path.with_suffix(".tmp").replace(path)

@@ -176,12 +176,12 @@ class Plan:
 
     def digest(self) -> str:
         """sha256 (16 hex digits) of the written plan; every artefact made with it carries this."""
-        return hashlib.sha256("\n".join(self.lines()).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(self.lines()).encode(errors="backslashreplace")).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
         """Write as JSON Lines, under a temporary name first."""
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("\n".join(self.lines()) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(self.lines()) + "\n", encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
 
     @staticmethod

@@ -159,13 +159,18 @@ def confined(text: str) -> bool:
 
 def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
     """What each file is called in ids: as few trailing parts of its path, less its ending, as tell all of them apart."""
-    parts = [p.absolute().with_suffix("").parts for p in paths]
+    parts = [tuple(map(written, p.absolute().with_suffix("").parts)) for p in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         stems = tuple("/".join(p[-depth:]) for p in parts)
         if len(set(stems)) == len(stems):
             return stems
     twice = next(p for i, p in enumerate(paths) if p in paths[:i])
     raise UserError(f"a file is named twice among {len(paths)}, such as {twice}")
+
+
+def written(name: str) -> str:
+    """A file's name as text that can be written: bytes that are not UTF-8 are spelt out."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def threads() -> int:

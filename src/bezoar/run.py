@@ -80,7 +80,7 @@ class Run:
     def manifest(self) -> dict:
         """The manifest as it stands. Raises UserError when the directory is no run."""
         try:
-            raw = json.loads((self.path / MANIFEST).read_text())
+            raw = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} is not a run directory: no readable {MANIFEST} in it") from error
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or "verb" not in raw:
@@ -376,7 +376,9 @@ def _outputs(folder: Path) -> dict[str, dict]:
 
 
 def _write(folder: Path, manifest: dict) -> None:
-    (folder / "manifest.tmp").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    # what is not UTF-8 in a file's name is a lone surrogate, and so stands as JSON spells it
+    (folder / "manifest.tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(folder / "manifest.tmp", folder / MANIFEST)
 
 

@@ -23,7 +23,7 @@ from bezoar.corpora.tabular import Table
 from bezoar.errors import UserError
 from bezoar.indexed import Indexed
 from bezoar.progress import Progress
-from bezoar.reading import BROKEN, FORMATS, Unreadable, decode
+from bezoar.reading import BROKEN, FORMATS, Unreadable, decode, written
 from bezoar.shards import WANTED, Shards, write_shards
 from bezoar.tars import Group, groups
 
@@ -62,8 +62,8 @@ def _write_csv(path: Path, corpus: Corpus, table: Table | Folder, kept: np.ndarr
     """open_clip's table of what is kept, with whole paths; nothing where images are bytes in the table itself."""
     if corpus.places["length"][kept].any():
         return
-    where = {str(p): p for p in table.paths}
-    with vectors.partial(path).open("w", encoding="utf-8", newline="") as file:
+    where = {written(str(p)): p for p in table.paths}
+    with vectors.partial(path).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         out.writerow(("filepath", "title"))
         for part in _parts(corpus, kept):

@@ -95,7 +95,7 @@ def units(found: Any) -> list[Unit]:
         pieces = [(str(p), stop - start, (i, start, stop)) for i, p in enumerate(found.images) for start, stop in found.cut(i)]
     else:
         pieces = [("", stop - start, (start, stop)) for start, stop in vectors.blocks(len(found), HELD)]
-    return [Unit(i, *piece) for i, piece in enumerate(pieces)]
+    return [Unit(i, reading.written(name), weight, place) for i, (name, weight, place) in enumerate(pieces)]
 
 
 def _cut(table: Path) -> list[tuple[int, tuple[int, ...]]]:
@@ -114,7 +114,7 @@ def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: S
     report, made, count = ReadReport(), {"images": 0, "texts": 0}, 0
     if isinstance(found, (Pairs, Indexed)) and found.report is not None and unit.number == 0:
         report.skipped += [s for s in found.report.skipped if s.reason not in STRAY]  # read whole, before it was cut
-    state = _state(Path(unit.name)) if isinstance(found, Shards) else None
+    state = _state(found.paths[unit.place[0]]) if isinstance(found, Shards) else None
     records = vectors.partial(unit.file(folder, "parquet"))
     with ExitStack() as stack:
         growing: dict[str, vectors.Growing] = {}
