@@ -245,6 +245,15 @@ BAD = [
     (["scan", "no/such/folder", "--encoder", "tower"], "no file or folder 'no/such/folder'"),
     (["scan", DATA, "--encoder", __file__ + "c"], "no run"),
     (["train", "missing/{00..03}.tar"], "missing"),
+    (["scan", "a" * 300, "--encoder", "tower"], "no data 'aaaaaaa"),
+    (["scan", "a" * 300 + ".tar", "--encoder", "tower"], "1 of 1 are missing"),
+    (["scan", "shards:path={" + ",".join(f"part-{i:05d}.tar" for i in range(30)) + "}", "--encoder", "tower"], "30 of 30 are"),
+    (["scan", "table:path=" + "a" * 300 + ".csv", "--encoder", "tower"], "1 of 1 are missing"),
+    (["scan", "folder:path=" + "a" * 300, "--encoder", "tower"], "no folder of images"),
+    (["scan", DATA, "--encoder", "a" * 300], "no run"),
+    (["scan", DATA, "--encoder", "imported:path=" + "a" * 300 + ".pth"], "no weights file"),
+    (["scan", DATA, "--encoder", "a" * 300 + ".py"], "no file"),
+    (["scan", DATA, "--encoder", "resnet:depth=18"], "it is not trained; name a train run, or weights: imported:path=FILE"),
 ]
 
 

@@ -7,6 +7,7 @@ a record that cannot be read is counted and named, never dropped quietly.
 from __future__ import annotations
 
 import io
+import os
 import stat
 import struct
 import zlib
@@ -134,7 +135,7 @@ def file_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
 def existing(path: str, what: str) -> Path:
     """The path of a file that is there. Raises UserError."""
     found = Path(path).expanduser()
-    if not found.is_file():
+    if not os.path.isfile(found):
         raise UserError(f"no {what} {path!r}")
     return found
 
@@ -142,7 +143,7 @@ def existing(path: str, what: str) -> Path:
 def existing_folder(path: str, what: str) -> Path:
     """The path of a folder that is there. Raises UserError."""
     found = Path(path).expanduser()
-    if not found.is_dir():
+    if not os.path.isdir(found):
         raise UserError(f"no {what} {path!r}")
     return found
 

@@ -9,6 +9,7 @@ import glob
 import io
 import itertools
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -224,13 +225,13 @@ def expand(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path,
     paths: list[Path] = []
     for one in written:
         path = Path(one).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             paths += sorted(path.glob(f"*{ending}"))
-        elif path.exists() or not glob.has_magic(one):
+        elif os.path.exists(path) or not glob.has_magic(one):
             paths.append(path)
         else:
             paths += map(Path, sorted(glob.glob(str(path))))
-    missing = [p for p in paths if not p.is_file()]
+    missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
         raise UserError(f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}")
     if not paths:

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -368,7 +369,7 @@ def named_classes(text: str, count: int, owner: str) -> tuple[str, ...]:
     file = Path(text).expanduser()
     names: Iterable[object] = text.split("+")
     if file.suffix in (".txt", ".json"):
-        if not file.is_file() or file.stat().st_size > 1 << 20:
+        if not os.path.isfile(file) or file.stat().st_size > 1 << 20:
             raise UserError(f"no file of class names of at most 1 MiB at {text!r}")
         try:
             raw = file.read_text(encoding="utf-8")
