@@ -130,6 +130,15 @@ def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
         load(Shards((paths[0], paths[0])))
 
 
+def test_files_are_told_apart_by_their_endings_where_nothing_else_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reading.told_apart([Path("a.csv"), Path("a.parquet")]) == ("a.csv", "a.parquet")
+    assert reading.told_apart([Path("x/a.tar"), Path("y/a.tar")]) == ("x/a", "y/a")
+    monkeypatch.chdir(tmp_path)
+    for twice in ([Path("a.tar"), tmp_path / "a.tar"], [Path("a.tar"), Path("a.tar"), Path("b.tar")]):
+        with pytest.raises(UserError, match=r"named twice among \d, such as .*a\.tar"):
+            reading.told_apart(twice)
+
+
 def test_hostile_members_are_named(tmp_path: Path) -> None:
     bomb = picture(16).replace((16).to_bytes(4, "big") * 2, (60_000).to_bytes(4, "big") * 2, 1)
     jpeg = picture(64, name="JPEG")

@@ -159,13 +159,16 @@ def confined(text: str) -> bool:
 
 
 def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
-    """What each file is called in ids: as few trailing parts of its path, less its ending, as tell all of them apart."""
-    parts = [tuple(map(written, p.absolute().with_suffix("").parts)) for p in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        stems = tuple("/".join(p[-depth:]) for p in parts)
-        if len(set(stems)) == len(stems):
-            return stems
-    twice = next(p for i, p in enumerate(paths) if p in paths[:i])
+    """What each file is called in ids: as few trailing parts of its path as tell all of them apart, less its ending where that
+    is not all that does."""
+    whole = [p.absolute() for p in paths]
+    for ended in ([p.with_suffix("") for p in whole], whole):
+        parts = [tuple(map(written, p.parts)) for p in ended]
+        for depth in range(1, max(map(len, parts)) + 1):
+            stems = tuple("/".join(p[-depth:]) for p in parts)
+            if len(set(stems)) == len(stems):
+                return stems
+    twice = Counter(whole).most_common(1)[0][0]
     raise UserError(f"a file is named twice among {len(paths)}, such as {twice}")
 
 
