@@ -1,6 +1,7 @@
 """Scans: any corpus, cut into units that are embedded by themselves; what is bad in it is named, the rest is scanned."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -24,8 +25,9 @@ from bezoar import inputs, registry
 from bezoar.cli import main
 from bezoar.corpora import assembly, corpus, pages, tabular, units, vectors
 from bezoar.pairs import load
-from bezoar.run import Run
+from bezoar.run import Run, Settings, resolve
 from bezoar.shards import Shards, expand, write_shards
+from bezoar.verbs.scan import Scan
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NETWORK = '''"""Colours in a coarse grid, and words; NaN of a white image. Made for tests."""
@@ -585,6 +587,23 @@ def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
     assert scan(tmp_path, tmp_path / "e", "--detector", "transplant", "duplicates")[0] == 2
     assert scan(tmp_path, tmp_path / "e", "--encoder", "resnet", "--detector", "k_distance")[0] == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_changed_list_of_trusted_records_is_another_question(tmp_path, capsys):
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(200, 8)).astype("f4"))
+    words = (tmp_path / "v.npy", "--detector", "k_distance:k=2", "--trusted", tmp_path / "clean.txt")
+    folders = []
+    for count in (100, 120, 120):
+        (tmp_path / "clean.txt").write_text("\n".join(f"v/{i}" for i in range(count)))
+        status, run = scan(tmp_path / "runs", *words)
+        assert status == 0
+        folders.append(run)
+    assert folders[0] != folders[1] == folders[2]
+    (tmp_path / "clean.txt").unlink()
+    assert main(["scan", *map(str, words), "--runs", str(tmp_path / "runs")]) == 2
+    assert "no list of clean records" in capsys.readouterr().err
+    fields = {f.name for f in dataclasses.fields(Scan)}
+    assert set(resolve(Scan(str(tmp_path / "v.npy")), Settings())[1]) == fields | {"verb", "seed", "version"}, "as ever"
 
 
 def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):

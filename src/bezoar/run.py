@@ -269,6 +269,8 @@ def resolve(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
             inputs[name], ask[name] = tuple(p[0] for p in parts), [p[1] for p in parts]
         else:
             inputs[name], ask[name] = _resolve(value, what, settings)
+    if hasattr(verb, "files") and (files := verb.files()):  # that its plain fields name
+        ask["files"] = fingerprint(files)
     return inputs, ask
 
 
