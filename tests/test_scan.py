@@ -589,6 +589,14 @@ def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "says"), [("img_emb_00.npy", "are both number 0"), ("extra.npy", "ends in no number")])
+def test_no_file_of_ready_embeddings_is_left_out_without_a_word(tmp_path, capsys, name, says):
+    ready(tmp_path / "e", (100,))
+    np.save(tmp_path / "e" / "img_emb" / name, np.ones((7, 16), "f4"))
+    assert main(["scan", str(tmp_path / "e"), "--detector", "k_distance", "--runs", str(tmp_path / "runs")]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_changed_list_of_trusted_records_is_another_question(tmp_path, capsys):
     np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(200, 8)).astype("f4"))
     words = (tmp_path / "v.npy", "--detector", "k_distance:k=2", "--trusted", tmp_path / "clean.txt")
