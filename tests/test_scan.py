@@ -24,6 +24,7 @@ from PIL import Image
 from bezoar import inputs, registry
 from bezoar.cli import main
 from bezoar.corpora import assembly, corpus, pages, tabular, units, vectors
+from bezoar.errors import UserError
 from bezoar.pairs import load
 from bezoar.run import Run, Settings, resolve
 from bezoar.shards import Shards, expand, write_shards
@@ -493,6 +494,10 @@ def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
     batches = list(vectors.parquet_rows(tmp_path / "t.parquet", ["image", "caption"]))
     assert max(b.nbytes for b in batches) < 40 << 20 and sum(map(len, batches)) == 256
     assert len(next(vectors.parquet_rows(tmp_path / "t.parquet", ["caption"]))) == 256, "what is not read costs nothing"
+    parquet.write_table(pa.table({"image": pa.array([[b"a", b"b"]] * 3), "text": ["a"] * 3}), tmp_path / "lists.parquet")
+    with pytest.raises(UserError, match=r"column image\.list\.element holds lists"):
+        list(vectors.parquet_rows(tmp_path / "lists.parquet", ["image", "text"]))
+    assert len(next(vectors.parquet_rows(tmp_path / "lists.parquet", ["text"]))) == 3
     cells = tabular.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
     assert cells.read(0, 200, 4 << 20) == cells.read(0, 3, 4 << 20) == cell[0].as_py()
     assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (vectors.HELD + (4 << 20))

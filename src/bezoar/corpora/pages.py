@@ -12,6 +12,8 @@ from typing import IO, Any
 
 import pyarrow.parquet as pq
 
+from bezoar.errors import UserError
+
 UNPACKED = 32 << 20  # bytes of rows that Arrow unpacks at a time
 MOST = 1 << 16  # pages of a column chunk that are looked at
 WHOLE, TEXT, STRUCT = (4, 5, 6), 8, 12  # kinds of fields, as Thrift's compact protocol numbers them
@@ -19,7 +21,11 @@ FIXED = {1: 0, 2: 0, 3: 1, 7: 8}  # those of so many bytes
 
 
 def rows(file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Sequence[str], most: int) -> int:
-    """How many rows of some columns may be unpacked at a time, at most `most`."""
+    """How many rows of some columns may be unpacked at a time, at most `most`. Raises UserError for columns of lists."""
+    leaves = (file.schema.column(i) for i in range(len(file.schema)))
+    for name in (leaf.path for leaf in leaves if leaf.max_repetition_level):
+        if any(name == c or name.startswith(f"{c}.") for c in columns):
+            raise UserError(f"{path}: column {name} holds lists; expected a value a row")
     found = (file.metadata.row_group(i) for i in groups)
     chunks = (group.column(i) for group in found for i in range(group.num_columns))
     with path.open("rb") as raw:
