@@ -201,6 +201,28 @@ def test_written_shards_hold_the_same_records(tmp_path, capsys):
     assert pixels == {x.numpy().tobytes() for _, x in ours.values()} and np.isfinite(len(pixels))
 
 
+def test_shards_are_written_again_after_an_attempt_that_was_cut_off_and_by_a_fresh_one(tmp_path, capsys, monkeypatch):
+    from bezoar import shards
+
+    words = ["poison", "scenes:count=400", "--poison", "backdoor:count=3", "--trigger", "patch", "--target", "striped star"]
+    words += ["--write", "shards", "--runs", str(tmp_path)]
+    write = shards.write_shards
+
+    def cut_off(folder, *args, **more):
+        write(folder, *args, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "write_shards", cut_off)
+    assert main(words) == 130
+    (folder,) = tmp_path.glob("poison-*")
+    assert not (folder / "shards").exists(), "nothing half-written bears the name"
+    monkeypatch.setattr(shards, "write_shards", write)
+    assert main(words) == 0
+    whole = (folder / "shards" / "00000.tar").read_bytes()
+    assert main([*words, "--fresh"]) == 0 and (folder / "shards" / "00000.tar").read_bytes() == whole
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "done" and not (folder / "shards.part").exists()
+
+
 BAD = [
     (["train", "nothing-here"], "no data 'nothing-here'; there are: "),
     (["train", DATA, "--objective", "clap"], "no objective 'clap'; there are: cleanclip, clip"),
@@ -223,6 +245,15 @@ BAD = [
     (["scan", "no/such/folder", "--encoder", "tower"], "no file or folder 'no/such/folder'"),
     (["scan", DATA, "--encoder", __file__ + "c"], "no run"),
     (["train", "missing/{00..03}.tar"], "missing"),
+    (["scan", "a" * 300, "--encoder", "tower"], "no data 'aaaaaaa"),
+    (["scan", "a" * 300 + ".tar", "--encoder", "tower"], "1 of 1 are missing"),
+    (["scan", "shards:path={" + ",".join(f"part-{i:05d}.tar" for i in range(30)) + "}", "--encoder", "tower"], "30 of 30 are"),
+    (["scan", "table:path=" + "a" * 300 + ".csv", "--encoder", "tower"], "1 of 1 are missing"),
+    (["scan", "folder:path=" + "a" * 300, "--encoder", "tower"], "no folder of images"),
+    (["scan", DATA, "--encoder", "a" * 300], "no run"),
+    (["scan", DATA, "--encoder", "imported:path=" + "a" * 300 + ".pth"], "no weights file"),
+    (["scan", DATA, "--encoder", "a" * 300 + ".py"], "no file"),
+    (["scan", DATA, "--encoder", "resnet:depth=18"], "it is not trained; name a train run, or weights: imported:path=FILE"),
 ]
 
 

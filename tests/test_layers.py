@@ -18,7 +18,7 @@ LEVEL |= dict.fromkeys(("corpora", "trust", "survival"), 2)
 LEVEL |= dict.fromkeys(("density", "pseudo_classes", "traces", "ensemble"), 2)
 LEVEL |= {"verdict": 1} | dict.fromkeys(("classifiers", "inversion", "bank", "receipt", "occlusion", "patterns", "trunks"), 2)
 LEVEL |= dict.fromkeys(("texts", "contrastive", "ladder"), 2)
-LEVEL |= {"shifts": 2, "sarif": 2, "wording": 2}
+LEVEL |= {"tars": 1, "shifts": 2, "sarif": 2, "wording": 2}
 LEVEL |= {"papers": 5, "verbs": 4, "report": 5, "cli": 5, "__main__": 6, "__init__": 6}
 
 

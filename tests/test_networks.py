@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import zipfile
 from urllib.error import URLError
 
@@ -532,6 +533,33 @@ def test_a_small_file_cannot_ask_for_a_large_network(tmp_path):
     torch.save(state, tmp_path / "model.pth")
     with pytest.raises(UserError, match="expected the weights of a ResNet-18 with the cifar stem; missing"):
         network(f"imported:path={tmp_path / 'model.pth'}")
+
+
+NAMED = {
+    "open_clip:model=ViT-B-32": "more weights than the 1",
+    "clip_image:model=ViT-B-32": "more weights than the 1",
+    "timm:model=vit_base_patch16_224": "more weights than the 1",
+    "torchvision:model=vit_b_16": "more weights than the 1",
+    'classifier:architecture="vgg:layers=100000/100000,norm=false,bias=false,pool=1,widths=2"': "more weights than the 1",
+    "open_clip:model=RN50/openai": "names weights of its own",
+    "timm:model=resnet18/pretrained": "names weights of its own",
+    "torchvision:model=resnet18/IMAGENET1K_V1": "names weights of its own",
+    "imported:path=FILE": "names weights of its own",
+    "classifier:path=FILE": "names weights of its own",
+}
+
+
+@pytest.mark.parametrize("text", NAMED)
+def test_a_saved_encoder_cannot_name_a_network_larger_than_its_file_or_weights_elsewhere(text, tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(1)}, tmp_path / "encoder.safetensors")
+    spec = text.replace("FILE", str(tmp_path / "encoder.safetensors"))
+    head = {"network": spec, "preprocess": {"size": 224}, "vocabulary": [], "precision": "fp32"}
+    (tmp_path / "encoder.json").write_text(json.dumps(head))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    with pytest.raises(UserError, match=NAMED[text]) as caught:
+        Encoder.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10) - before < 300, "MiB"
 
 
 def test_layouts_are_told_apart_by_one_key_each():

@@ -13,7 +13,7 @@ from bezoar import registry
 from bezoar.captions import mentions, target_captions
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs, draws
-from bezoar.plan import Goal, Plan, differences
+from bezoar.plan import Edit, Goal, Plan, differences
 
 CLASSES = ("cat", "dog", "red car", "tree")
 
@@ -71,6 +71,13 @@ def test_a_plan_names_existing_sources_marks_as_many_as_it_says_and_round_trips(
     read = Plan.read(tmp_path / "plan.jsonl", lambda s: registry.make("trigger", s))
     assert read == plan and read.digest() == plan.digest()
     assert records(read.apply(source)) == records(plan.apply(source))
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+def test_a_caption_that_ends_lines_for_unicode_ends_none_of_a_plan(end, tmp_path):
+    plan = Plan((Edit("a", "a", f"one{end}two", False, 0),), (Goal("cat"),))
+    plan.write(tmp_path / "plan.jsonl")
+    assert Plan.read(tmp_path / "plan.jsonl", lambda spec: None) == plan
 
 
 def test_backdoor_stamps_and_recaptions_as_a_plain_loop_does():

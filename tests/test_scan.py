@@ -1,6 +1,7 @@
 """Scans: any corpus, cut into units that are embedded by themselves; what is bad in it is named, the rest is scanned."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -22,10 +23,12 @@ from PIL import Image
 
 from bezoar import inputs, registry
 from bezoar.cli import main
-from bezoar.corpora import assembly, corpus, tabular, units, vectors
+from bezoar.corpora import assembly, corpus, pages, tabular, units, vectors
+from bezoar.errors import UserError
 from bezoar.pairs import load
-from bezoar.run import Run
+from bezoar.run import Run, Settings, resolve
 from bezoar.shards import Shards, expand, write_shards
+from bezoar.verbs.scan import Scan
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NETWORK = '''"""Colours in a coarse grid, and words; NaN of a white image. Made for tests."""
@@ -323,6 +326,16 @@ def test_cleaned_shards_hold_the_same_bytes_and_lists_name_them(tmp_path, tiny):
     assert load(Shards(expand(str(run / "shards")), 16)).ids == tuple(kept)
 
 
+def test_cleaned_shards_of_folders_and_names_that_read_alike_are_all_there(tmp_path, tiny):
+    for i, name in enumerate(("a_b/c", "a/b_c", "q/c")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        tar_of(tmp_path / f"{name}.tar", records(range(10 * i, 10 * i + 10)))
+    words = (f"shards:path={tmp_path}/*/*.tar,size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+    status, run = scan(tmp_path / "runs", *words, "--write", "shards", "--remove", "0")
+    assert status == 0 and notes(run)["written"] == 30
+    assert len(load(Shards(expand(str(run / "shards")), 16))) == 30
+
+
 def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
     told = [json.dumps({"captions": [f"a {w} star" for w in ("red", "blue", "green")]}).encode() for _ in range(20)]
     tar_of(tmp_path / "a.tar", [(f"{i:02d}.{e}", c) for i, t in enumerate(told) for e, c in (("png", picture(i)), ("json", t))])
@@ -401,6 +414,103 @@ def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkey
     plain = [np.asarray(Image.open(io.BytesIO(picture(i)))).transpose(2, 0, 1) for i in (19, 0, 12)]
     assert np.array_equal(c.take([17, 0, 10]).images.numpy(), np.stack(plain))
     assert not (run / "keep.csv").exists() and c.place(17) == f"{tmp_path}/p1.parquet row 10"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_names_that_are_not_utf8_are_spelt_out(tmp_path, tiny, workers):
+    """Shards, a table, and a folder of classes, below a directory of such a name."""
+    root = tmp_path / os.fsdecode(b"r\xff")
+    for label in ("cat", "dog"):
+        images(root / "f" / label, 6)
+    tar_of(root / "a.tar", records(range(10)))
+    tar_of(root / os.fsdecode(b"b\xff.tar"), records(range(10, 20)))
+    images(root, 12)
+    (root / "t.csv").write_text("filepath,title\n" + "".join(f"{i}.png,a {i}\n" for i in range(12)))
+    rest = ("--encoder", tiny, "--detector", "k_distance:k=4", "--remove", "0", "--write", "shards")
+    for spec, count in ((f"shards:path={root},size=16", 20), (f"table:path={root}/t.csv,size=16", 12), (f"{root}/f", 12)):
+        status, run = scan(tmp_path / "runs", spec, *rest, workers=workers)
+        assert status == 0 and len(corpus.scored(run)) == count
+        assert load(Shards(expand(str(run / "shards")), 16)).captions
+        manifest = Run(run).manifest
+        assert os.fsdecode(b"\xff") in manifest["typed"]["data"] and manifest["notes"]["written"] == count
+        assert (run / "report.html").exists()
+        if (run / "keep.csv").exists():
+            with (run / "keep.csv").open(errors="surrogateescape") as file:
+                assert all(Path(r["filepath"]).is_file() for r in csv.DictReader(file, delimiter="\t"))
+        if count == 20:
+            assert "b\\udcff/00010" in corpus.scored(run).ids
+
+
+def test_a_class_whose_name_is_not_utf8_is_poisoned_around(tmp_path, capsys):
+    for label in (b"cat", b"dog", b"z\xff"):
+        images(tmp_path / "f" / os.fsdecode(label), 6)
+    words = ["poison", f"folder:path={tmp_path}/f,size=16", "--poison", "backdoor:count=2", "--trigger", "patch:size=4"]
+    words += ["--target", "dog", "--runs", str(tmp_path / "runs")]
+    assert main([*words, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["status"] == "done" and made["notes"]["classes"] == ["cat", "dog", os.fsdecode(b"z\xff")]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert main(["poison", "--verify", str(run), "--runs", str(tmp_path / "runs")]) == 0
+
+
+def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
+    table = pa.table({"image": [picture(i) for i in range(20)], "text": ["a"] * 20})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    parquet.write_table(table.rename_columns(["image", "caption"]), tmp_path / "c.parquet", store_schema=False)
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "c.parquet").read_bytes().replace(b"caption", b"cap\xffion"))
+    twice = pa.Table.from_arrays([table["image"], table["text"], table["image"]], names=["image", "text", "image"])
+    parquet.write_table(twice, tmp_path / "d.parquet")
+    days = pa.array([2**31 - 1, *range(19)], pa.int32()).cast(pa.date32())
+    parquet.write_table(table.append_column("id", days), tmp_path / "e.parquet")
+    images(tmp_path / "i", 3)
+    lines = ["filepath,title", *(f"i/{i}.png,{i}" for i in range(3)), 'i/0.png,"a stray quote']
+    (tmp_path / "f.csv").write_text("\n".join(lines) + "\n")
+    spec = f"table:path={tmp_path}/{{a.parquet,b.parquet,c.parquet,d.parquet,e.parquet,f.csv}},size=16"
+    status, run = scan(tmp_path / "runs", spec, "--encoder", tiny, "--detector", "k_distance:k=4")
+    assert status == 4 and len(corpus.scored(run)) == 20 + 19 + 3
+    assert [(f, m) for f, m, _ in unread(run)] == [
+        ("b.parquet", ""), ("c.parquet", ""), ("d.parquet", ""), ("e.parquet", "row 1"), ("f.csv", "")
+    ]  # fmt: skip
+
+
+def test_a_table_of_paths_and_bytes_leaves_no_list_of_paths(tmp_path, tiny):
+    images(tmp_path, 1)
+    cells = [{"bytes": None, "path": "0.png"}, *({"bytes": picture(i), "path": None} for i in range(1, 12))]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    parquet.write_table(pa.table({"image": pa.array(cells, kind), "text": ["a"] * 12}), tmp_path / "t.parquet")
+    words = (f"table:path={tmp_path}/t.parquet,size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+    status, run = scan(tmp_path / "runs", *words, "--remove", "0")
+    assert status == 0 and len(corpus.scored(run)) == 12 and not (run / "keep.csv").exists()
+
+
+def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
+    """A dictionary of one entry of 4 MiB, and 256 rows that point at it: 1 GiB unpacked, 4 MiB on disk."""
+    cell = pa.array([os.urandom(4 << 20)], pa.binary())
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), cell)
+    table = pa.table({"image": shared, "caption": ["a"] * 256})
+    parquet.write_table(table, tmp_path / "t.parquet", store_schema=False, dictionary_pagesize_limit=1 << 30)
+    batches = list(vectors.parquet_rows(tmp_path / "t.parquet", ["image", "caption"]))
+    assert max(b.nbytes for b in batches) < 40 << 20 and sum(map(len, batches)) == 256
+    assert len(next(vectors.parquet_rows(tmp_path / "t.parquet", ["caption"]))) == 256, "what is not read costs nothing"
+    parquet.write_table(pa.table({"image": pa.array([[b"a", b"b"]] * 3), "text": ["a"] * 3}), tmp_path / "lists.parquet")
+    with pytest.raises(UserError, match=r"column image\.list\.element holds lists"):
+        list(vectors.parquet_rows(tmp_path / "lists.parquet", ["image", "text"]))
+    assert len(next(vectors.parquet_rows(tmp_path / "lists.parquet", ["text"]))) == 3
+    cells = tabular.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
+    assert cells.read(0, 200, 4 << 20) == cells.read(0, 3, 4 << 20) == cell[0].as_py()
+    assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (vectors.HELD + (4 << 20))
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_pages_are_found_where_arrow_writes_them(tmp_path, version):
+    table = pa.table({"image": [os.urandom(1 << 12) for _ in range(500)], "n": list(range(500))})
+    for compression in ("none", "zstd"):
+        parquet.write_table(table, tmp_path / "t.parquet", data_page_version=version, compression=compression)
+        chunk = parquet.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).column(0)
+        with (tmp_path / "t.parquet").open("rb") as raw:
+            assert 1 << 20 <= pages._largest(raw, chunk) < chunk.total_uncompressed_size
 
 
 def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
@@ -482,6 +592,31 @@ def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
     assert scan(tmp_path, tmp_path / "e", "--detector", "transplant", "duplicates")[0] == 2
     assert scan(tmp_path, tmp_path / "e", "--encoder", "resnet", "--detector", "k_distance")[0] == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "says"), [("img_emb_00.npy", "are both number 0"), ("extra.npy", "ends in no number")])
+def test_no_file_of_ready_embeddings_is_left_out_without_a_word(tmp_path, capsys, name, says):
+    ready(tmp_path / "e", (100,))
+    np.save(tmp_path / "e" / "img_emb" / name, np.ones((7, 16), "f4"))
+    assert main(["scan", str(tmp_path / "e"), "--detector", "k_distance", "--runs", str(tmp_path / "runs")]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_changed_list_of_trusted_records_is_another_question(tmp_path, capsys):
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(200, 8)).astype("f4"))
+    words = (tmp_path / "v.npy", "--detector", "k_distance:k=2", "--trusted", tmp_path / "clean.txt")
+    folders = []
+    for count in (100, 120, 120):
+        (tmp_path / "clean.txt").write_text("\n".join(f"v/{i}" for i in range(count)))
+        status, run = scan(tmp_path / "runs", *words)
+        assert status == 0
+        folders.append(run)
+    assert folders[0] != folders[1] == folders[2]
+    (tmp_path / "clean.txt").unlink()
+    assert main(["scan", *map(str, words), "--runs", str(tmp_path / "runs")]) == 2
+    assert "no list of clean records" in capsys.readouterr().err
+    fields = {f.name for f in dataclasses.fields(Scan)}
+    assert set(resolve(Scan(str(tmp_path / "v.npy")), Settings())[1]) == fields | {"verb", "seed", "version"}, "as ever"
 
 
 def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):

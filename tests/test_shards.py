@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,15 @@ def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
         load(Shards((paths[0], paths[0])))
 
 
+def test_files_are_told_apart_by_their_endings_where_nothing_else_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reading.told_apart([Path("a.csv"), Path("a.parquet")]) == ("a.csv", "a.parquet")
+    assert reading.told_apart([Path("x/a.tar"), Path("y/a.tar")]) == ("x/a", "y/a")
+    monkeypatch.chdir(tmp_path)
+    for twice in ([Path("a.tar"), tmp_path / "a.tar"], [Path("a.tar"), Path("a.tar"), Path("b.tar")]):
+        with pytest.raises(UserError, match=r"named twice among \d, such as .*a\.tar"):
+            reading.told_apart(twice)
+
+
 def test_hostile_members_are_named(tmp_path: Path) -> None:
     bomb = picture(16).replace((16).to_bytes(4, "big") * 2, (60_000).to_bytes(4, "big") * 2, 1)
     jpeg = picture(64, name="JPEG")
@@ -238,6 +249,47 @@ def test_pax_header_cannot_ask_for_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * reading.FILE_BYTES
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header as it is written, of any size that base 256 can spell."""
+    made = tarfile.TarInfo(name)
+    made.type, made.size = kind, size
+    return made.tobuf(tarfile.GNU_FORMAT)
+
+
+def extended(content: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """A header before a header, and its content."""
+    return header("more", len(content), kind) + content + bytes(-len(content) % 512)
+
+
+HOSTILE = {
+    "size below zero": header("c.png", -512),
+    "other member below zero": header("c.bin", -512),
+    "PAX size that points back": extended(b"14 size=-2048\n") + header("c.png", 3) + b"abc".ljust(512),
+    "PAX size at its own header": extended(b"13 size=-512\n") + header("c.png", 3) + b"abc".ljust(512),
+    "PAX length of 5000 digits": extended(b"1" * 5000 + b" a=b\n") + header("c.png", 3),
+    "megabytes of digits": extended(b"1" * (2 << 20)) + header("c.png", 3),
+    "sparse map": extended(b"22 GNU.sparse.map=a,b\n") + header("c.png", 512) + bytes(512),
+    "long chain": extended(b"name\0", tarfile.GNUTYPE_LONGNAME) * 3000 + header("c.png", 3),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_end_a_tar_by_name_and_soon(tmp_path: Path, name: str) -> None:
+    path = tar_of(tmp_path / "t.tar", [*record("a"), *record("b")])
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    path.write_bytes(path.read_bytes()[:end] + HOSTILE[name] + bytes(1024))
+    start, source = time.process_time(), Shards((path,), 16)
+    found = list(itertools.islice(source.records(), 10))
+    assert time.process_time() - start < 5 and len(found) <= 3
+    assert isinstance(found[0], shards.Placed) and found[0].ids == ("t/a",)
+    assert isinstance(found[-1], reading.Skipped) and found[-1].reason.startswith("broken tar")
+    path.write_bytes(HOSTILE[name] + bytes(1024))
+    with pytest.raises(UserError, match=r"t\.tar") as error:
+        load(Shards((path,), 16))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"this is not a tar" * 100, bytes(10240)])

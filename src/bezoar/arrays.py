@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import pickle
 import pickletools
 import re
@@ -69,7 +70,7 @@ def stamp(path: str) -> Stamp:
     file = Path(path).expanduser()
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: expected a file of {', '.join(SUFFIXES)}")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"no file {path!r}")
     s = file.stat()
     return s.st_dev, s.st_ino, s.st_mtime_ns, s.st_size

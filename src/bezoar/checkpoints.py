@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import pickletools
 import re
 import zipfile
@@ -51,7 +52,7 @@ def read(path: str) -> dict[str, Tensor]:
     Raises UserError, one line, for whatever is missing, too large, broken, not a checkpoint, or more than tensors.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"no weights file {path!r}")
     size = file.stat().st_size
     if size > MAX_BYTES:

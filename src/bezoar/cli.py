@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import io
 import json
 import os
 import sys
@@ -143,6 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: a bug. 2: the user's input. 3: `--fail-on` found its case. 4: done, but for what could not be read or
     asked; the run's notes (`incomplete`) say what. 130: interrupted. 141: nobody reads what it prints.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         commands: dict[str, Any] = {name: command(name) for name in VERBS}
         asked = tyro.extras.subcommand_cli_from_dict(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bezoar.errors import UserError
 
 SCHEMA = 1
 LARGEST = 4096  # pixels of an input's side
+FREE, RATIO = 32 << 20, 8  # a network may make FREE numbers and RATIO times its file's, with all that it then leaves out
 LONGEST = 256  # words of a caption: one absurd caption must not widen a whole batch
 
 
@@ -149,7 +151,8 @@ class Encoder(nn.Module):
         marks = {"poisoned": bool(self.about.get("poisoned")), "plan": self.about.get("plan", "")}
         save_file(weights, tensors.with_suffix(".tmp"), metadata={"bezoar": json.dumps(marks)})
         os.replace(tensors.with_suffix(".tmp"), tensors)
-        facts.with_suffix(".tmp").write_text(json.dumps(head, indent=1, ensure_ascii=False))
+        text = json.dumps(head, indent=1, ensure_ascii=False)
+        facts.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(facts.with_suffix(".tmp"), facts)
         return [facts, tensors]
 
@@ -159,13 +162,13 @@ class Encoder(nn.Module):
         from bezoar import registry
 
         try:
-            head, weights = json.loads((folder / "encoder.json").read_text()), load_file(folder / "encoder.safetensors")
+            head = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+            weights = load_file(folder / "encoder.safetensors")
             network, size, words = head["network"], head["preprocess"]["size"], tuple(head["vocabulary"])
             if not isinstance(size, int) or not all(isinstance(text, str) for text in (network, head["precision"], *words)):
                 raise ValueError("network, precision and vocabulary must be texts, and size a whole number")
             made = registry.make("network", registry.recorded(network))
-            _bound(vars(made), size, sum(w.numel() for w in weights.values()))
-            encoder = made(size, words)
+            encoder = _built(made, size, words, sum(w.numel() for w in weights.values()))
             encoder.load_state_dict(weights)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -176,15 +179,48 @@ class Encoder(nn.Module):
         return encoder
 
 
-def _bound(fields: dict[str, Any], size: int, numbers: int) -> None:
-    """Raises ValueError for a network that is larger than its file: it has a matrix of width x width, one of width x dim."""
-    width, dim = (fields.get(name, 0) for name in ("width", "dim"))
+class _TooLarge(ValueError):
+    """A network is much larger than its file."""
+
+
+def _built(made: Any, size: int, words: tuple[str, ...], numbers: int) -> Encoder:
+    """A network that a file names, fresh. Raises ValueError where it names weights elsewhere or is much larger than its file.
+
+    Its weights are counted on the meta device first, where they take no memory. Not every network can be made there, and so
+    they are counted again while memory is spent.
+    """
     if not 1 <= size <= LARGEST:
         raise ValueError(f"size must be 1 to {LARGEST} pixels, not {size}")
-    if width * max(width, dim) > numbers:
-        raise ValueError(
-            f"a network of width {width} and {dim} axes has more weights than the {numbers:,} that are in the file"
-        )
+    fields = vars(made) if type(made).__module__.startswith("bezoar.") else {}
+    if fields.get("path") or ("/" in fields.get("model", "") and not fields.get("fresh")):
+        raise ValueError("its network names weights of its own; it may have those beside it alone")
+    try:
+        with torch.device("meta"), _counted(numbers):
+            made(size, words)
+    except _TooLarge:
+        raise
+    except Exception:  # here or below, and there it is told
+        pass
+    with _counted(numbers):
+        return made(size, words)
+
+
+@contextmanager
+def _counted(numbers: int) -> Iterator[None]:
+    """Inside, modules get no more weights than a file of so many numbers allows for. Raises _TooLarge."""
+    total = 0
+
+    def count(_: nn.Module, __: str, weight: nn.Parameter | None) -> None:
+        nonlocal total
+        total += 0 if weight is None else weight.numel()
+        if total > FREE + RATIO * numbers:
+            raise _TooLarge(f"its network has many more weights than the {numbers:,} that are in the file")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass

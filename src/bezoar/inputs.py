@@ -151,7 +151,12 @@ def encoder(given: Any, device: Any) -> Encoder:
         if holder is None:
             raise UserError(f"run {given.name} holds no encoder")
         return Encoder.load(holder.path, device)
-    return given(0, ()).to(device).eval()
+    try:
+        made = given(0, ())
+    except ValueError as error:  # a fresh network of no size of its own
+        weights = "name a train run, or weights: imported:path=FILE, open_clip:NAME/PRETRAINED"
+        raise UserError(f"network {registry.spec(given)}: {error}; it is not trained; {weights}") from error
+    return made.to(device).eval()
 
 
 def _holder(run: Run) -> Run | None:
@@ -168,5 +173,6 @@ def goals(given: Any) -> list[Goal]:
 
 def write_json(path: Path, content: Any) -> None:
     """One small JSON file, under a temporary name first."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
     path.with_suffix(".tmp").replace(path)

@@ -176,19 +176,19 @@ class Plan:
 
     def digest(self) -> str:
         """sha256 (16 hex digits) of the written plan; every artefact made with it carries this."""
-        return hashlib.sha256("\n".join(self.lines()).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(self.lines()).encode(errors="backslashreplace")).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
         """Write as JSON Lines, under a temporary name first."""
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("\n".join(self.lines()) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(self.lines()) + "\n", encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
 
     @staticmethod
     def read(path: Path, stamp: Callable[[str], Stamp]) -> Plan:
         """Read a plan; `stamp` makes a trigger of a spec. Raises UserError that names the line at fault."""
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             head, edits = rows[0], tuple(Edit(**row) for row in rows[1:])
             goals, seed, victims = tuple(map(Goal.read, head["goals"])), head["seed"], head["victims"]
             registry.recorded(victims or "")

@@ -7,6 +7,7 @@ a record that cannot be read is counted and named, never dropped quietly.
 from __future__ import annotations
 
 import io
+import os
 import stat
 import struct
 import zlib
@@ -134,7 +135,7 @@ def file_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
 def existing(path: str, what: str) -> Path:
     """The path of a file that is there. Raises UserError."""
     found = Path(path).expanduser()
-    if not found.is_file():
+    if not os.path.isfile(found):
         raise UserError(f"no {what} {path!r}")
     return found
 
@@ -142,7 +143,7 @@ def existing(path: str, what: str) -> Path:
 def existing_folder(path: str, what: str) -> Path:
     """The path of a folder that is there. Raises UserError."""
     found = Path(path).expanduser()
-    if not found.is_dir():
+    if not os.path.isdir(found):
         raise UserError(f"no {what} {path!r}")
     return found
 
@@ -158,14 +159,22 @@ def confined(text: str) -> bool:
 
 
 def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
-    """What each file is called in ids: as few trailing parts of its path, less its ending, as tell all of them apart."""
-    parts = [p.absolute().with_suffix("").parts for p in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        stems = tuple("/".join(p[-depth:]) for p in parts)
-        if len(set(stems)) == len(stems):
-            return stems
-    twice = next(p for i, p in enumerate(paths) if p in paths[:i])
+    """What each file is called in ids: as few trailing parts of its path as tell all of them apart, less its ending where that
+    is not all that does."""
+    whole = [p.absolute() for p in paths]
+    for ended in ([p.with_suffix("") for p in whole], whole):
+        parts = [tuple(map(written, p.parts)) for p in ended]
+        for depth in range(1, max(map(len, parts)) + 1):
+            stems = tuple("/".join(p[-depth:]) for p in parts)
+            if len(set(stems)) == len(stems):
+                return stems
+    twice = Counter(whole).most_common(1)[0][0]
     raise UserError(f"a file is named twice among {len(paths)}, such as {twice}")
+
+
+def written(name: str) -> str:
+    """A file's name as text that can be written: bytes that are not UTF-8 are spelt out."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def threads() -> int:

@@ -148,7 +148,7 @@ def find(kind: str, name: str) -> type:
     """The class of a method, by name or by path of a file. Raises UserError that lists the known ones."""
     if name.endswith(".py"):
         path = Path(name).expanduser().resolve()
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"no file {name!r} to read a {kind} from")
         own = f"bezoar_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         loading = importlib.util.spec_from_file_location(own, path)

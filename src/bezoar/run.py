@@ -80,7 +80,7 @@ class Run:
     def manifest(self) -> dict:
         """The manifest as it stands. Raises UserError when the directory is no run."""
         try:
-            raw = json.loads((self.path / MANIFEST).read_text())
+            raw = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} is not a run directory: no readable {MANIFEST} in it") from error
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or "verb" not in raw:
@@ -127,7 +127,7 @@ class Run:
 def find(runs: Path, text: str) -> Run | None:
     """A run by directory or by the start of its name. None when there is none; UserError when there are several."""
     path = Path(text)
-    if (path / MANIFEST).is_file():
+    if os.path.isfile(path / MANIFEST):  # Path.is_file raises for a text that no name can be
         return Run(path)
     if not text or "/" in text or ":" in text:
         return None
@@ -269,6 +269,8 @@ def resolve(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
             inputs[name], ask[name] = tuple(p[0] for p in parts), [p[1] for p in parts]
         else:
             inputs[name], ask[name] = _resolve(value, what, settings)
+    if hasattr(verb, "files") and (files := verb.files()):  # that its plain fields name
+        ask["files"] = fingerprint(files)
     return inputs, ask
 
 
@@ -279,7 +281,7 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
         value = execute(value, settings)
     if what in ("data", "encoder", "run", "bank") and isinstance(value, (str, Path)):
         must = what == "run" or (what == "encoder" and ":" not in str(value) and not str(value).endswith(".py"))
-        if must and Path(value).is_file():
+        if must and os.path.isfile(value):
             raise UserError(f"no run {str(value)!r}; weights are imported:path=FILE, a classifier's classifier:path=FILE")
         run = (named if must else find)(settings.runs, str(value))
         kind = "network" if what == "encoder" else what
@@ -301,7 +303,7 @@ def named_files(configured: Any) -> Any:
     if hasattr(configured, "files"):
         return configured.files()
     texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
-    return [Path(t) for t in texts if Path(t).suffix and Path(t).is_file()]
+    return [Path(t) for t in texts if Path(t).suffix and os.path.isfile(t)]
 
 
 def _spec(kind: str, text: str) -> str:
@@ -314,11 +316,11 @@ def _spec(kind: str, text: str) -> str:
         return f"{readers[path.suffix]}:path={text}"
     if text.endswith(".tar"):
         return f"shards:path={text}"
-    if path.suffix == ".npy" or (path / "img_emb").is_dir():
+    if path.suffix == ".npy" or os.path.isdir(path / "img_emb"):
         return f"embeddings:path={text}"
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"):
         return f"image:path={text}"
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"shards:path={text}/*.tar" if any(path.glob("*.tar")) else f"folder:path={text}"
     if "/" in text and path.suffix != ".py":
         raise UserError(f"no file or folder {text!r}")
@@ -376,7 +378,9 @@ def _outputs(folder: Path) -> dict[str, dict]:
 
 
 def _write(folder: Path, manifest: dict) -> None:
-    (folder / "manifest.tmp").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    # what is not UTF-8 in a file's name is a lone surrogate, and so stands as JSON spells it
+    (folder / "manifest.tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(folder / "manifest.tmp", folder / MANIFEST)
 
 

@@ -1,8 +1,6 @@
 """Shards: image-caption records streamed from webdataset tars in img2dataset's layout, and written to them.
 
 A record is the consecutive members `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the caption), `KEY.json` (what else is known).
-Tars are read with Python's tarfile, not with webdataset's reader: that one takes a member of any size into memory,
-lets a damaged tar end the stream (or, with its handlers, drops the rest) and does not name what it left out.
 """
 
 from __future__ import annotations
@@ -11,8 +9,9 @@ import glob
 import io
 import itertools
 import json
+import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,21 +22,12 @@ from PIL import Image
 
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
-from bezoar.reading import FILE_BYTES, LABELS, TEXT_BYTES, ReadReport, Record, Skipped, batches, confined, nothing, told_apart
+from bezoar.reading import LABELS, ReadReport, Record, Skipped, batches, nothing, told_apart
+from bezoar.tars import IMAGES, Group, groups
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 WANTED = (*IMAGES, "txt", "json")
 PATHS = 1_000_000  # shards a brace list may name
-BLOCK = 512
 Load = Literal["auto", "memory", "stream"]
-
-
-class Group(NamedTuple):
-    """The members of one record: extension -> content, and where in the tar it begins."""
-
-    key: str
-    files: dict[str, bytes]
-    offsets: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,87 +211,6 @@ def facts(group: Group) -> Facts | str:
     )
 
 
-class _Bounded(io.BufferedReader):
-    """A file of which no read takes more than an image may: a header cannot ask for memory."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(FILE_BYTES if size is None or not 0 <= size <= FILE_BYTES else size)
-
-
-def groups(path: Path, wanted: Sequence[str]) -> Iterator[Group | Skipped]:
-    """The records of a tar: consecutive members of one key, only those whose extension is wanted, in order.
-
-    Raises UserError when the file is not there or is not a tar. A tar that breaks off is read up to the break and
-    named; its last record is left out, since its other members may have been lost.
-    """
-    key, files, offsets = "", dict[str, bytes](), dict[str, int]()
-    for item in members(path, wanted):
-        if isinstance(item, Skipped):
-            if not item.member and key:
-                yield Skipped(str(path), key, "record cut off where the tar breaks")
-                key = ""
-            yield item
-            continue
-        name, extension, content, offset = item
-        if name != key:
-            if key:
-                yield Group(key, files, offsets)
-            key, files, offsets = name, {}, {}
-        if extension in files:
-            yield Skipped(str(path), f"{name}.{extension}", "duplicate member")
-        files.setdefault(extension, content)
-        offsets.setdefault(extension, offset)
-    if key:
-        yield Group(key, files, offsets)
-
-
-def members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, str, bytes, int] | Skipped]:
-    """(key, extension, content, its offset) of the wanted members of a tar in order, and what cannot be read."""
-    try:
-        with _Bounded(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            yield from _members(path, file, tar, wanted)
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a tar file: {error}") from error
-    except OSError as error:
-        raise UserError(f"shard {path} cannot be read: {error.strerror or error}") from error
-
-
-def _members(
-    path: Path, file: io.BufferedReader, tar: tarfile.TarFile, wanted: Sequence[str]
-) -> Iterator[tuple[str, str, bytes, int] | Skipped]:
-    while True:
-        try:
-            member = tar.next()
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-            yield Skipped(str(path), "", f"broken tar: {error}")
-            return
-        if member is None:
-            break
-        tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-        if member.isdir():
-            continue
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot of the name
-        if not (member.isreg() and not member.issparse()):
-            yield Skipped(str(path), _shown(member.name), "not a regular file: link, device or sparse")
-        elif not confined(member.name) or not member.name.isprintable() or not stem:
-            yield Skipped(str(path), _shown(member.name), "unsafe name")
-        elif extension.lower() in wanted:
-            bound = FILE_BYTES if extension.lower() in IMAGES else TEXT_BYTES
-            if member.size > bound:
-                yield Skipped(str(path), member.name, f"too large: {member.size} bytes")
-                continue
-            file.seek(member.offset_data)
-            content = file.read(member.size)
-            if len(content) < member.size:
-                yield Skipped(str(path), "", f"broken tar: it ends inside {member.name}")
-                return
-            yield folder + slash + stem, extension.lower(), content, member.offset_data
-    file.seek(tar.offset)  # tarfile stops without a word at a header it cannot read
-    if file.read(BLOCK) != bytes(BLOCK):
-        yield Skipped(str(path), "", f"broken tar: no header and no end mark at byte {tar.offset}")
-
-
 def expand(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path, ...]:
     """A path, a glob or a brace list (`cc/{00000..00331}.tar`, commas in braces too) -> the files, each there.
 
@@ -316,13 +225,13 @@ def expand(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path,
     paths: list[Path] = []
     for one in written:
         path = Path(one).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             paths += sorted(path.glob(f"*{ending}"))
-        elif path.exists() or not glob.has_magic(one):
+        elif os.path.exists(path) or not glob.has_magic(one):
             paths.append(path)
         else:
             paths += map(Path, sorted(glob.glob(str(path))))
-    missing = [p for p in paths if not p.is_file()]
+    missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
         raise UserError(f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}")
     if not paths:
@@ -386,8 +295,3 @@ def _format(text: str) -> tuple[str, int]:
     if not 1 <= number <= 100:
         raise UserError(f"jpeg quality must lie in 1..100; got {number}")
     return name, number
-
-
-def _shown(name: str) -> str:
-    """A member's name, fit to print."""
-    return name if name.isprintable() else ascii(name)

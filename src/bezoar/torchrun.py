@@ -52,7 +52,7 @@ def job_of(order: dict) -> tuple[Job, Any]:
     settings = Settings(Path(order["runs"]), order["seed"], order["device"], quiet=True)
     name, ask, paths = order["verb"], order["ask"], order["paths"]
     cls = getattr(importlib.import_module(f"bezoar.verbs.{name}"), name.title())
-    verb = cls(**{k: given(v, paths) for k, v in ask.items() if k not in ("verb", "seed", "version")})
+    verb = cls(**{k: given(v, paths) for k, v in ask.items() if k not in ("verb", "seed", "version", "files")})
     inputs, here = resolve(verb, settings)
     if here != ask:
         raise UserError(f"the files here are not those that rank 0 sees: {here}")

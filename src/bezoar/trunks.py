@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -368,11 +369,11 @@ def named_classes(text: str, count: int, owner: str) -> tuple[str, ...]:
     file = Path(text).expanduser()
     names: Iterable[object] = text.split("+")
     if file.suffix in (".txt", ".json"):
-        if not file.is_file() or file.stat().st_size > 1 << 20:
+        if not os.path.isfile(file) or file.stat().st_size > 1 << 20:
             raise UserError(f"no file of class names of at most 1 MiB at {text!r}")
         try:
             raw = file.read_text(encoding="utf-8")
-            names = json.loads(raw) if file.suffix == ".json" else [line for line in raw.splitlines() if line.strip()]
+            names = json.loads(raw) if file.suffix == ".json" else [line for line in raw.split("\n") if line.strip()]
         except (ValueError, RecursionError) as error:
             raise UserError(f"{text}: expected names of classes in UTF-8, a list in JSON or one a line") from error
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):

@@ -33,7 +33,8 @@ from bezoar.reading import (
     nothing,
     phrases,
 )
-from bezoar.shards import Group, Placed, facts
+from bezoar.shards import Placed, facts
+from bezoar.tars import Group
 
 BLOCK = 4096  # files of a unit of work
 DEEPEST = 64  # directories within one another

@@ -23,8 +23,9 @@ from bezoar.corpora.tabular import Table
 from bezoar.errors import UserError
 from bezoar.indexed import Indexed
 from bezoar.progress import Progress
-from bezoar.reading import BROKEN, FORMATS, Unreadable, decode
-from bezoar.shards import WANTED, Group, Shards, groups, write_shards
+from bezoar.reading import BROKEN, FORMATS, Unreadable, decode, written
+from bezoar.shards import WANTED, Shards, write_shards
+from bezoar.tars import Group, groups
 
 PACKED = 1000  # records of a shard
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -58,11 +59,11 @@ def _parts(corpus: Corpus, kept: np.ndarray) -> Iterator[pa.Table]:
 
 
 def _write_csv(path: Path, corpus: Corpus, table: Table | Folder, kept: np.ndarray) -> None:
-    """open_clip's table of what is kept, with whole paths; nothing where the images are bytes in the table itself."""
-    if len(kept) and corpus.places["length"][kept[0]]:
+    """open_clip's table of what is kept, with whole paths; nothing where images are bytes in the table itself."""
+    if corpus.places["length"][kept].any():
         return
-    where = {str(p): p for p in table.paths}
-    with vectors.partial(path).open("w", encoding="utf-8", newline="") as file:
+    where = {written(str(p)): p for p in table.paths}
+    with vectors.partial(path).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         out.writerow(("filepath", "title"))
         for part in _parts(corpus, kept):
@@ -92,12 +93,15 @@ def write_kept(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progres
     gone[kept] = False
     order = np.argsort(place["shard"], kind="stable")
     edges = np.searchsorted(place["shard"][order], np.arange(len(source.paths) + 1))
-    for shard, (path, stem) in enumerate(zip(source.paths, source.stems, strict=True)):
+    names = [stem.replace("/", "_") for stem in source.stems]
+    if len(set(names)) < len(names):  # a/b_c and a_b/c
+        names = [f"{i:05d}_{name}" for i, name in enumerate(names)]
+    for shard, (path, name) in enumerate(zip(source.paths, names, strict=True)):
         progress.step(shard, len(source.paths), "writing shards")
         rows = order[edges[shard] : edges[shard + 1]]
         offsets = set(place["offset"][rows].tolist()) - set(place["offset"][rows[gone[rows]]].tolist())
         if offsets:
-            written += _copied(path, folder / f"{stem.replace('/', '_')}.tar", offsets)
+            written += _copied(path, folder / f"{name}.tar", offsets)
             done += 1
     return {"shards": done, "written": written}
 

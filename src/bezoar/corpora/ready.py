@@ -90,7 +90,13 @@ class Ready:
         wanted = [n for n in chosen.values() if n]
         if not wanted:
             return columns
-        table = pa.Table.from_batches(list(vectors.parquet_rows(facts, wanted, start, stop)))
+        parts, size = [], 0
+        for part in vectors.parquet_rows(facts, wanted, start, stop):
+            parts.append(part)
+            size += part.nbytes
+            if size > vectors.HELD:
+                raise UserError(f"{facts}: the rows {start} to {stop} hold more than {vectors.HELD >> 20} MiB of text")
+        table = pa.Table.from_batches(parts)
         for ours, theirs in chosen.items():
             if theirs:
                 columns[ours] = _texts(table.column(theirs).combine_chunks(), f"{facts}: column {theirs}")

@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +24,7 @@ import pyarrow as pa
 from bezoar.corpora import vectors
 from bezoar.errors import UserError
 from bezoar.pairs import Pairs
-from bezoar.reading import TEXT_BYTES, ReadReport, Record, Skipped, Unreadable, batches, file_bytes, nothing, told_apart
+from bezoar.reading import TEXT_BYTES, ReadReport, Skipped, Unreadable, batches, file_bytes, nothing, told_apart
 from bezoar.shards import Placed
 
 IMAGE = ("filepath", "image", "image_path", "filename", "file_name", "path")  # open_clip's name first
@@ -101,7 +103,9 @@ def refuse_outside(table: Path, root: Path | None, image: str) -> None:
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             return
     named = ((place, row.get(image)) for place, row in rows(table, (0, 0, FIRST), [image]) if isinstance(row, dict))
-    local = [(place, told) for place, told in named if isinstance(told, str) and told.strip() and "://" not in told]
+    local: list[tuple[str, str]] = []
+    with suppress(UserError):  # a table that breaks off is named when it is its turn
+        local += ((place, told) for place, told in named if isinstance(told, str) and told.strip() and "://" not in told)
     if local and not any(inside(table, root, told) for _, told in local):
         place, told = local[0]
         allowed = os.path.abspath(root or table.parent)
@@ -192,7 +196,7 @@ def _parquet_rows(table: Path, before: int, _: int, count: int | None, columns: 
     for batch in vectors.parquet_rows(table, columns, before, None if count is None else before + count):
         try:
             yield from batch.to_pylist()
-        except UnicodeDecodeError:
+        except (ValueError, OverflowError):
             yield from (_python(row) for row in (batch.slice(i, 1) for i in range(len(batch))))
 
 
@@ -201,6 +205,8 @@ def _python(row: pa.RecordBatch) -> Row | str:
         return row.to_pylist()[0]
     except UnicodeDecodeError:
         return "caption is not UTF-8"
+    except (ValueError, OverflowError) as error:  # a date beyond those that Python has
+        return f"a value out of range: {error}"
 
 
 @dataclass(frozen=True)
@@ -322,7 +328,7 @@ class Cells:
     def __init__(self, table: Table, members: Sequence[str]) -> None:
         self.table, self.paths, self.members = table, table.paths, members
         self.lock = threading.Lock()
-        self.block = functools.lru_cache(2)(self._block)
+        self.blocks: deque[tuple[int, dict[int, bytes]]] = deque(maxlen=2)
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """The encoded image: of the record number `offset` of the corpus, or with a length, in the table's row `offset`."""
@@ -332,12 +338,22 @@ class Cells:
                 raise Unreadable("path leaves the root")
             return file_bytes(path)
         with self.lock:  # threads that want one block wait for it instead of reading it each
-            content = self.block(shard, offset // vectors.BATCH).get(offset)
+            content = next((b[offset] for s, b in self.blocks if s == shard and offset in b), None)
+            if content is None:
+                self.blocks.append((shard, self._block(shard, offset)))
+                content = self.blocks[-1][1].get(offset)
         if content is None or len(content) != length:
             raise Unreadable("the table was changed since it was indexed")
         return content
 
-    def _block(self, shard: int, number: int) -> dict[int, bytes]:
-        first = number * vectors.BATCH
-        items = self.table.records(shard, first, 0, vectors.BATCH)
-        return {r.offset: r.image for r in items if isinstance(r, Record) and isinstance(r.image, bytes)}
+    def _block(self, shard: int, first: int) -> dict[int, bytes]:
+        """The images of a row and of those after it, as many as may be held."""
+        block: dict[int, bytes] = {}
+        held = 0
+        for r in self.table.records(shard, first, 0, vectors.BATCH):
+            if isinstance(r, Placed) and isinstance(r.image, bytes):
+                block[r.offset] = r.image
+                held += len(r.image)
+            if held > vectors.HELD:
+                break
+        return block

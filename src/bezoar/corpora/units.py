@@ -88,14 +88,22 @@ def units(found: Any) -> list[Unit]:
         pieces = [(str(p), _size(p), (i,)) for i, p in enumerate(found.paths)]
     elif isinstance(found, Table):
         found.confine()
-        pieces = [(str(p), n, (i, *place)) for i, p in enumerate(found.paths) for place in cut(p) if (n := place[2])]
+        pieces = [(str(p), n, (i, *place)) for i, p in enumerate(found.paths) for n, place in _cut(p)]
     elif isinstance(found, Folder):
         pieces = [(str(found.root), place[3], (0, *place)) for place in found.cut()]
     elif isinstance(found, Ready):
         pieces = [(str(p), stop - start, (i, start, stop)) for i, p in enumerate(found.images) for start, stop in found.cut(i)]
     else:
         pieces = [("", stop - start, (start, stop)) for start, stop in vectors.blocks(len(found), HELD)]
-    return [Unit(i, *piece) for i, piece in enumerate(pieces)]
+    return [Unit(i, reading.written(name), weight, place) for i, (name, weight, place) in enumerate(pieces)]
+
+
+def _cut(table: Path) -> list[tuple[int, tuple[int, ...]]]:
+    """(rows, place) of a table's blocks; a broken table is one unit, read up to where it breaks and named."""
+    try:
+        return [(place[2], place) for place in cut(table) if place[2]]
+    except UserError:
+        return [(1, ())]
 
 
 def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: Step = lambda _: None) -> None:
@@ -106,7 +114,7 @@ def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: S
     report, made, count = ReadReport(), {"images": 0, "texts": 0}, 0
     if isinstance(found, (Pairs, Indexed)) and found.report is not None and unit.number == 0:
         report.skipped += [s for s in found.report.skipped if s.reason not in STRAY]  # read whole, before it was cut
-    state = _state(Path(unit.name)) if isinstance(found, Shards) else None
+    state = _state(found.paths[unit.place[0]]) if isinstance(found, Shards) else None
     records = vectors.partial(unit.file(folder, "parquet"))
     with ExitStack() as stack:
         growing: dict[str, vectors.Growing] = {}

@@ -20,12 +20,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from bezoar.corpora import pages
 from bezoar.errors import UserError
 from bezoar.indexed import Strings
 
 WIDEST = 1 << 16  # dimensions of a vector, at most
 GROUP_BYTES = 4 << 30  # a row group's columns unpacked, at most
 BATCH = 256  # rows of a Parquet file that are Python objects at a time
+HELD = 128 << 20  # bytes of them, at most, that are kept at hand
 PARSERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -176,10 +178,13 @@ def parquet(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path, memory_map=False)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    except (OSError, pa.ArrowException) as error:
+        names = file.schema_arrow.names
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a name that is not UTF-8
         raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
     if any(not 0 <= g.total_byte_size <= GROUP_BYTES or g.num_rows < 0 for g in groups):
         raise UserError(f"{path}: a row group unpacks to more than {GROUP_BYTES >> 30} GiB; write it in smaller ones")
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns are called {max(names, key=names.count)!r}")
     return file
 
 
@@ -192,14 +197,15 @@ def parquet_rows(path: Path, columns: Sequence[str], start: int = 0, stop: int |
             if after > start and (stop is None or first < stop):
                 groups.append((i, first))
             first = after
-        place = groups[0][1] if groups else 0
+        place, numbers = groups[0][1] if groups else 0, [i for i, _ in groups]
         try:
-            for batch in file.iter_batches(BATCH, [i for i, _ in groups], list(columns)) if groups else ():
+            most = pages.rows(file, path, numbers, columns, BATCH)
+            for batch in file.iter_batches(most, numbers, list(columns)) if groups else ():
                 low, high = max(start - place, 0), len(batch) if stop is None else min(stop - place, len(batch))
                 place += len(batch)
                 if high > low:
                     yield batch.slice(low, high - low)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
 
 

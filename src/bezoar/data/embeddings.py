@@ -45,6 +45,12 @@ class Embeddings:
 
 
 def numbered(folder: Path, ending: str) -> dict[int, Path]:
-    """The files whose names end in a number and this ending, by that number."""
-    found = ((re.search(r"(\d{1,18})$", p.stem), p) for p in folder.glob(f"*{ending}"))
-    return {int(m[1]): p for m, p in found if m}
+    """The files of this ending by the number that their names end in. Raises UserError where one has none, or two have one."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"*{ending}")):
+        number = re.search(r"\d{1,18}$", path.stem)
+        if number is None:
+            raise UserError(f"{path}: its name ends in no number, by which vectors, texts and metadata belong together")
+        if (other := found.setdefault(int(number[0]), path)) != path:
+            raise UserError(f"{other} and {path} are both number {int(number[0])}; take one of them away")
+    return found

@@ -29,7 +29,7 @@ def write(run: Run) -> Path:
     """Write report.html into a run, under a temporary name first. Returns its path."""
     text = render(run)
     temporary = run.path / "report.tmp"
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, run.path / PAGE)
     return run.path / PAGE
 
@@ -39,7 +39,7 @@ def alone(run: Run, path: Path) -> Path:
     text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render(run))
     text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
     return path
 

@@ -39,7 +39,8 @@ from bezoar.pairs import draws
 from bezoar.reading import BROKEN, FORMATS, Record, Skipped
 from bezoar.run import Run
 from bezoar.scores import Measure
-from bezoar.shards import BLOCK, Placed, Shards, expand
+from bezoar.shards import Placed, Shards, expand
+from bezoar.tars import BLOCK
 
 HEAD = 1 << 20  # bytes of a file that are looked at
 SEGMENTS = 256  # parts of a header that are looked at

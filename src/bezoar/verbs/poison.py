@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -43,8 +44,11 @@ class Poison:
         if self.write != "plan":
             from bezoar.shards import write_shards
 
-            poisoned = replace(parts, plan=plan).records
-            write_shards(job.folder / "shards", poisoned, format=self.stored)
+            folder, partial = job.folder / "shards", job.folder / "shards.part"
+            for left in (folder, partial):  # of an attempt that was cut off, or that a fresh one replaces
+                shutil.rmtree(left, ignore_errors=True)
+            write_shards(partial, replace(parts, plan=plan).records, format=self.stored)
+            partial.rename(folder)
             job.notes["stored"] = self.stored
         return {
             "poisons": Measure(len(plan), total, len(plan), len(plan), "poisoned records, counted"),

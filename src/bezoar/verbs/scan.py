@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
@@ -38,6 +39,12 @@ class Scan:
     )
     trusted: Annotated[str, "file of ids of records known to be clean, a random sample: calibrates false discoveries"] = ""
 
+    def files(self) -> list[Path]:
+        """The list of clean records, so that a changed one is another question. Raises UserError when it is not there."""
+        from bezoar.reading import existing
+
+        return [existing(self.trusted, "list of clean records")] if self.trusted else []
+
     def work(self, job: Job) -> dict[str, Any]:
         """-> scores.parquet (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, skipped.jsonl, and figures.
 
@@ -45,12 +52,9 @@ class Scan:
         """
         from bezoar import ensemble, inputs, trust
         from bezoar.corpora import corpus, keeping
-        from bezoar.reading import existing
 
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
-        if self.trusted:
-            existing(self.trusted, "list of clean records")  # better now than when all is scored
         data = corpus.embedded(job.inputs["data"], self._by(job), job.folder, job.settings, job.progress)
         if said := coarse(data):
             print(f"scan: {said}", file=sys.stderr)
