@@ -2,7 +2,8 @@
 
 Every float operation here is one that IEEE 754 rounds correctly (+ - * / sqrt, min, max, floor), the only product of
 matrices is over whole numbers that float32 holds exactly, and noise is an integer hash of (record, pixel). So a
-record's pixels do not depend on its batch, its order, the number of threads or the processor's vector width.
+record's pixels do not depend on its batch, its order, the number of threads or the processor's vector width. Nothing on
+the device is divided by a number of the host, unless by a power of two: CUDA multiplies by the reciprocal instead.
 
 Frame coordinates: x to the right, y up, both -1..1 over the image. A shape lives in object coordinates: moved to its
 centre, turned, and divided by its scale, in which it reaches to about 0.9.
@@ -65,7 +66,7 @@ def draw(sketch: Sketch, size: int) -> Tensor:
 def _draw(s: Sketch, size: int) -> Tensor:
     """One chunk. Pixels are one axis of P = size**2 until the end."""
     device = s.shape.device
-    line = (2 * torch.arange(size, device=device, dtype=torch.float32) + 1) / size - 1
+    line = ((2 * torch.arange(size, dtype=torch.float32) + 1) / size - 1).to(device)
     x, y = line.repeat(size), (-line).repeat_interleave(size)
     canvas = _ground(s.ground, size)
     for box, paint in zip(s.boxes.unbind(1), s.box_paint.unbind(1), strict=True):
@@ -187,7 +188,7 @@ def _crescent(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _diamond(x: Tensor, y: Tensor, wide: float = 0.56, high: float = 0.95) -> Tensor:
-    return (x.abs() * high + y.abs() * wide - wide * high) / math.hypot(wide, high)
+    return (x.abs() * high + y.abs() * wide - wide * high) / x.new_tensor(math.hypot(wide, high))
 
 
 def _hourglass(x: Tensor, y: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ def hear() -> Any:
 def device(name: str) -> Any:
     """`auto`, `cpu`, `cuda`, `cuda:1` -> torch.device; of several ranks each takes a GPU of its own.
 
+    A GPU with a number becomes the current one, or pinned memory and the like would take up room on the first GPU too.
     Raises UserError for one that is not there, and for kinds of devices that bezoar has not been made for.
     """
     import torch
@@ -115,6 +116,8 @@ def device(name: str) -> Any:
         if wanted.type not in ("cpu", "cuda"):
             raise NotImplementedError(name)
         torch.empty(1, device=wanted)
+        if wanted.type == "cuda" and wanted.index is not None:
+            torch.cuda.set_device(wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise UserError(f"no device {name!r} here; there are: {', '.join(there)}") from error
