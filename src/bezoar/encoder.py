@@ -50,7 +50,7 @@ class Embedded:
 def precision_for(device: torch.device) -> str:
     """`bf16` where the device multiplies bfloat16 in hardware, else `fp32`."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
