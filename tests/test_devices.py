@@ -152,6 +152,15 @@ class Pretend(TorchFunctionMode):
         return Moved.apply(out, on) if given else put(out, on)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products this small wait for one another longer than they take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     autocast = torch.autocast
@@ -347,10 +356,10 @@ def test_checks(gpu):
         assert check(encoder, images, **needed).values.device == HOST
 
 
-@pytest.mark.parametrize("size", [32, 40, 48, 96])
-def test_scenes_have_the_same_pixels_wherever_they_are_drawn(gpu, monkeypatch, size):
+@pytest.mark.parametrize(("size", "count"), [(40, 300), (96, 60)])
+def test_scenes_have_the_same_pixels_wherever_they_are_drawn(gpu, monkeypatch, size, count):
     """CUDA multiplies by the reciprocal where the CPU divides by a number: of 8,000 scenes of 40 px 180 were others."""
-    data = registry.make("data", f"scenes:count=600,size={size}")
+    data = registry.make("data", f"scenes:count={count},size={size}")
     here = data().images
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     drawn = data.render(data.ids, "cuda").images
