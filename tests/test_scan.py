@@ -503,6 +503,17 @@ def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
     assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (vectors.HELD + (4 << 20))
 
 
+def test_rows_of_a_small_table_are_unpacked_once_in_whatever_order_they_are_asked(tmp_path, monkeypatch):
+    images = [os.urandom(64) for _ in range(400)]
+    parquet.write_table(pa.table({"image": images, "caption": ["a"] * 400}), tmp_path / "t.parquet")
+    cells, read = tabular.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), []), []
+    unpack = cells._block
+    monkeypatch.setattr(cells, "_block", lambda *at: read.append(at) or unpack(*at))
+    for row in np.random.default_rng(0).permutation(400).tolist():
+        assert cells.read(0, row, 64) == images[row]
+    assert len(read) == 2
+
+
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_pages_are_found_where_arrow_writes_them(tmp_path, version):
     table = pa.table({"image": [os.urandom(1 << 12) for _ in range(500)], "n": list(range(500))})

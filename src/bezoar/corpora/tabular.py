@@ -339,9 +339,10 @@ class Cells:
             return file_bytes(path)
         with self.lock:  # threads that want one block wait for it instead of reading it each
             content = next((b[offset] for s, b in self.blocks if s == shard and offset in b), None)
-            if content is None:
-                self.blocks.append((shard, self._block(shard, offset)))
-                content = self.blocks[-1][1].get(offset)
+            for first in (offset // vectors.BATCH * vectors.BATCH, offset):  # the same blocks in whatever order rows are asked
+                if content is None:
+                    self.blocks.append((shard, self._block(shard, first)))
+                    content = self.blocks[-1][1].get(offset)
         if content is None or len(content) != length:
             raise Unreadable("the table was changed since it was indexed")
         return content
