@@ -213,6 +213,7 @@ def test_rendering_again_gives_the_same_bytes(runs: Path) -> None:
         ("poisoned.attack_success@1", True, "Attack success rate (ASR), trigger 1", "rate"),
         ("targeted_success@1", True, "Targeted success, 1 caption each", "rate"),
         ("poisoned.targeted_success@16", True, "Targeted success, 16 captions each", "rate"),
+        ("transplant.recall_at_1.5n", False, "Recall among the worst 1.5 n, n = poisons", "rate"),
         ("scan.transplant.recall_at_0.001", True, "Recall among the worst 0.1\u00a0%", "rate"),
         ("image_to_text_recall@10", False, "Image to text recall@10", "rate"),
         ("somebody's_own", False, "somebody's own", "plain"),

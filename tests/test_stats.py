@@ -197,11 +197,12 @@ def test_detection_names_and_intervals():
     scores = Scores(tuple(map(str, range(2000))), torch.tensor(values, dtype=torch.float32))
     measures = detection(scores, truth)
     assert list(measures) == ["auroc", "average_precision", "fpr_at_95_tpr", "recall_at_0.001", "recall_at_0.01",
-                              "recall_at_0.1", "precision_at_n"]  # fmt: skip
+                              "recall_at_0.1", "recall_at_1.5n", "precision_at_n"]  # fmt: skip
     for name, m in measures.items():
         assert 0 <= m.low <= m.value <= m.high <= 1, name
         assert m.low < m.high and m.n in (50, 1950, 2000) and m.how
     assert measures == detection(scores, torch.tensor(truth))
+    assert measures["recall_at_1.5n"].value == stats.hits(values.astype(np.float32), truth, 75) / 50
     with pytest.raises(UserError, match="there are 0 of 2000"):
         detection(scores, np.zeros(2000, bool))
 

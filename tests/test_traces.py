@@ -484,6 +484,29 @@ def test_merge_has_no_order_and_gives_copies_one_vote():
         ensemble.merge([a, scored(np.zeros(80), tuple(f"q{i}" for i in range(80)))])
 
 
+def test_what_a_detector_decided_comes_before_all_that_is_only_ranked():
+    rng = np.random.default_rng(3)
+    many, odd = rng.normal(size=(2, 400))
+    poisons = np.arange(400) < 80
+    many[poisons] += 6  # a fifth of all: not rare
+    odd[390:] = 40.0
+    a, b = scored(many), scored(odd)
+    assert not poisons[ensemble.merge([a, b]).ranked()[:10]].any()
+    sure = Scores(a.ids, a.values, raised=torch.from_numpy(poisons))
+    merged = ensemble.merge([sure, b])
+    assert set(merged.ranked()[:80].tolist()) == set(range(80))
+    assert np.array_equal(merged.ranked()[80:], [i for i in ensemble.merge([a, b]).ranked() if i >= 80])
+    turned = tuple(reversed(range(400)))
+    other = sure.ordered([a.ids[i] for i in turned])
+    assert other.raised[-80:].all() and other.raised.sum() == 80
+    assert np.array_equal(ensemble.merge([other, b]).ordered(a.ids).values, merged.values)
+    assert ensemble.adds({"sure": sure, "odd": b}, 80)["odd"].alone == 0 < ensemble.adds({"odd": b, "a": a}, 80)["odd"].alone
+    none = Scores(a.ids, a.values, raised=torch.zeros(400, dtype=torch.bool))
+    assert np.array_equal(ensemble.merge([none, b]).values, ensemble.merge([a, b]).values)
+    with pytest.raises(ValueError, match="raised must be bool"):
+        Scores(a.ids, a.values, raised=torch.zeros(400))
+
+
 def test_adds_says_what_is_lost_without_each_detector():
     rng = np.random.default_rng(2)
     first, second, third = rng.normal(size=(3, 200))

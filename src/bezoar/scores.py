@@ -27,17 +27,21 @@ class Scores:
 
     ids: N keys, a tuple or a column (`indexed.Strings`). values: float32 (N,), finite. boxes: of a detector that says where,
     int64 (N, 4): top, left, height and width of a window in the image's pixels, -1 where there is none. notes: what the
-    detector says of all of them, in words and numbers that JSON holds.
+    detector says of all of them, in words and numbers that JSON holds. raised: of a detector that decides, bool (N,): the
+    records that show an attack which it found and tested.
     """
 
     ids: Sequence[str]
     values: Tensor
     boxes: Tensor | None = None
     notes: dict[str, Any] | None = None
+    raised: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.ids),):
             raise ValueError(f"{len(self.ids)} ids but scores of shape {tuple(self.values.shape)}")
+        if self.raised is not None and (self.raised.shape != self.values.shape or self.raised.dtype != torch.bool):
+            raise ValueError(f"raised must be bool {tuple(self.values.shape)}")
         if self.boxes is not None and self.boxes.shape != (len(self.ids), 4):
             raise ValueError(f"{len(self.ids)} ids but boxes of shape {tuple(self.boxes.shape)}")
         if not torch.isfinite(self.values).all():
@@ -66,12 +70,18 @@ class Scores:
 
     def of(self, ids: Sequence[str]) -> Tensor:
         """The values of the given records, in that order."""
+        return self.ordered(ids).values
+
+    def ordered(self, ids: Sequence[str]) -> Scores:
+        """The scores of the given records, in that order. Raises KeyError for one that has none."""
         if ids is self.ids:
-            return self.values
+            return self
         rows = pc.index_in(_column(ids), _column(self.ids))
         if rows.null_count:
             raise KeyError(next(i for i in ids if i not in self.ids))
-        return self.values[torch.from_numpy(rows.to_numpy().astype(np.int64))]
+        at = torch.from_numpy(rows.to_numpy().astype(np.int64))
+        boxes, raised = (None if x is None else x[at] for x in (self.boxes, self.raised))
+        return Scores(ids, self.values[at], boxes, self.notes, raised)
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,10 @@ def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> di
         measures[f"recall_at_{share}"] = proportion(
             stats.hits(s, t, budget), poisons, f"share of the poisons among the worst {budget} of {len(s)} records"
         )
+    budget = min(len(s), math.ceil(1.5 * poisons))
+    measures["recall_at_1.5n"] = proportion(
+        stats.hits(s, t, budget), poisons, f"share of the poisons among the worst {budget} records, 1.5 times their number"
+    )
     measures["precision_at_n"] = proportion(
         stats.hits(s, t, poisons), poisons, f"share of poisons among the worst {poisons} records, as many as poisons"
     )

@@ -36,7 +36,7 @@ from bezoar.scores import Scores
 from bezoar.shards import Shards
 
 FOLDER = "vectors"
-SCORES = "scores.parquet"
+SCORES, RAISED = "scores.parquet", ".raised"
 FIXED = ("id", "shard", "member", "caption", "score")  # every other column is a detector's
 ROWS = 1 << 16  # records of a row group
 
@@ -201,20 +201,30 @@ def scored(folder: Path) -> Scored:
 
     ids = Strings(text("id"))
     joined = pc.binary_join_element_wise(text("shard"), text("member"), pa.scalar(" ", pa.large_string()))
+    raised = {f.name for f in table.schema if pa.types.is_boolean(f.type)}
+
+    def column(name: str) -> torch.Tensor:
+        return torch.from_numpy(table.column(name).to_numpy().copy())
+
     scores = {
-        n: Scores(ids, torch.from_numpy(table.column(n).to_numpy().astype(np.float32)))
+        n: Scores(ids, column(n).float(), raised=column(n + RAISED) if n + RAISED in raised else None)
         for n in table.column_names
-        if n not in FIXED[:-1]
+        if n not in FIXED[:-1] and n not in raised
     }
     merged = scores.pop("score")
     return Scored(ids, Strings(text("caption")), Strings(pc.utf8_trim_whitespace(joined)), merged, scores)
 
 
 def write_scores(path: Path, corpus: Corpus, merged: Scores, detectors: dict[str, Scores]) -> None:
-    """One row a record, in the order of the corpus; whatever is not known of a record is an empty text."""
-    values = {"score": merged.of(corpus.ids).cpu().numpy()}
-    values |= {k: s.of(corpus.ids).cpu().numpy() for k, s in detectors.items()}
-    schema = pa.schema([(n, pa.large_string()) for n in FIXED[:-1]] + [(n, pa.float32()) for n in values])
+    """One row a record, in the order of the corpus; whatever is not known of a record is an empty text.
+
+    Columns: those of `FIXED`, the score of each detector, and of one that decides which records it raised.
+    """
+    same = {"score": merged.ordered(corpus.ids)} | {k: s.ordered(corpus.ids) for k, s in detectors.items()}
+    values = {k: s.values.float().cpu().numpy() for k, s in same.items()}
+    values |= {k + RAISED: s.raised.cpu().numpy() for k, s in same.items() if k in detectors and s.raised is not None}
+    told = [(n, pa.from_numpy_dtype(v.dtype)) for n, v in values.items()]
+    schema = pa.schema([(n, pa.large_string()) for n in FIXED[:-1]] + told)
     with pq.ParquetWriter(path.with_suffix(".tmp"), schema, compression="zstd") as out:
         for start, stop in vectors.blocks(len(corpus), ROWS):
             out.write_table(pa.table(texts(corpus, start, stop) | {n: v[start:stop] for n, v in values.items()}, schema))

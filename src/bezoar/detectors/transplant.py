@@ -166,7 +166,8 @@ class Transplant:
             notes.append(note | {"raised": int(own.sum()), "new": int(new.sum()), "missed": int((own & missed).sum())})
         told = {"passes": self.passes(len(values)), "kept": len(kept), "raised": int(every.sum())}
         told |= {"missed": int((every & missed).sum()), "candidates": len(notes)}
-        return Scores(e.ids, values.float(), boxes, told | {"triggers": [n for n in notes if n["new"] >= SUPPORT]})
+        triggers = [n for n in notes if n["new"] >= SUPPORT]
+        return Scores(e.ids, values.float(), boxes, told | {"triggers": triggers}, every)
 
     def hosts(self, encoder: Any, source: Any, order: np.ndarray) -> Hosts:
         """The first records in the drawn order. A host that shows a trigger is moved by it no more: give calm ones."""

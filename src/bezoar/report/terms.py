@@ -45,7 +45,9 @@ TERMS = {  # base name -> standard term, unit
     "accuracy": ("Accuracy", RATE),
     "average_precision": ("Average precision", SCORE),
     "fpr_at_95_tpr": ("False positives at 95\u00a0% recall (FPR@95)", RATE),
+    "recall_at_1.5n": ("Recall among the worst 1.5 n, n = poisons", RATE),
     "precision_at_n": ("Precision at n, n = poisons", RATE),
+    "raised": ("Records said to show a trigger", RATE),
     "poisons_removed": ("Poisons removed by the keep-list", RATE),
     "poisons": ("Poisoned records", COUNT),
     "poison_rate": ("Poison rate", RATE),
@@ -115,7 +117,7 @@ class Figure:
 
 def split(key: str) -> tuple[str, str, str]:
     """`scan.dao.recall_at_0.01` -> ('scan.dao', 'recall_at_0.01', ''); `poisoned.targeted_rank@16` -> (.., .., '16')."""
-    found = re.match(r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*)?)(?:@(\w+))?$", key)
+    found = re.match(r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*n?)?)(?:@(\w+))?$", key)
     return (found[1] or "", found[2], found[3] or "") if found else ("", key, "")
 
 

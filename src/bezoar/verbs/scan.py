@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bezoar.scores import Scores
 
 RANKED = 500  # records of ranked.json
+DEFAULT = ("transplant", "duplicates", "clip_score")  # backdoors that took, targeted poisons, captions that do not fit
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Scan:
 
     data: Annotated[Input, Takes("data"), "data set, poison run, or a train run: its data scanned with its encoder"]
     encoder: Annotated[Input, Takes("encoder"), "what embeds the records; without it, the train run's own"] = None
-    detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = ("transplant", "duplicates")
+    detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = DEFAULT
     remove: Annotated[float, "share of the records, the worst first, that the keep-list leaves out"] = 0.03
     write: Annotated[Literal["keep-list", "shards"], "lists alone, or cleaned shards too (of files: their bytes)"] = "keep-list"
     leaks: Annotated[bool, "can file sizes, headers, order, paths or caption templates alone tell poisons from the rest"] = (
@@ -58,7 +60,7 @@ class Scan:
         data = corpus.embedded(job.inputs["data"], self._by(job), job.folder, job.settings, job.progress)
         if said := coarse(data):
             print(f"scan: {said}", file=sys.stderr)
-        found, failed = detected(job.inputs["detector"], data, job)
+        found, failed, seconds = detected(job.inputs["detector"], data, job)
         merged = ensemble.merge(list(found.values()))
         order, removed = merged.ranked(), round(self.remove * len(data))
         corpus.write_scores(job.folder / corpus.SCORES, data, merged, found)
@@ -75,6 +77,7 @@ class Scan:
             "verdict": f"keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records; ranked.json names them",
             "detectors": [registry.spec(d) for d in job.inputs["detector"]],
             "told": {k: s.notes for k, s in found.items() if s.notes},
+            "seconds": seconds,
             "incomplete": incomplete(data, failed),
         }
         if self.write == "shards":
@@ -84,7 +87,7 @@ class Scan:
         out = measured(parts.plan, merged, found, order[:removed]) if parts.plan.edits else {}
         more, told = trust.measured(job.inputs["data"], parts, data, merged, found, order[:removed], self.leaks, self.trusted)
         job.notes |= told
-        return out | more
+        return out | decided(found) | more
 
     def _by(self, job: Job) -> Any:
         """What embeds the records: a run or a method; None for ready embeddings. Raises UserError when it is not known."""
@@ -109,23 +112,26 @@ def coarse(data: Corpus) -> str:
     return f"images are read at {size} pixels a side, and the encoder takes {wanted.size}; size={wanted.size} reads them whole"
 
 
-def detected(detectors: Sequence[Any], data: Corpus, job: Job) -> tuple[dict[str, Scores], list[str]]:
-    """Each detector's scores by its name, or by its spec where a name is asked for twice; and a line for each that refused.
+def detected(detectors: Sequence[Any], data: Corpus, job: Job) -> tuple[dict[str, Scores], list[str], dict[str, float]]:
+    """Each detector's scores by its name, by its spec where a name is asked for twice; a line for each that refused; seconds.
 
-    Raises UserError when none is left.
+    What several share (neighbours, a short training) is in the seconds of the first. Raises UserError when none is left.
     """
     found: dict[str, Scores] = {}
     failed: list[str] = []
+    seconds: dict[str, float] = {}
     names = [registry.source_name(type(d)) for d in detectors]
     for detector, name in zip(detectors, names, strict=True):
         name = name if Counter(names)[name] == 1 else registry.spec(detector)
+        start = time.perf_counter()
         try:
             found[name] = scores(detector, name, data, job)
         except UserError as error:
             failed.append(f"detector {name}: {error}")
+        seconds[name] = round(time.perf_counter() - start, 2)
     if not found:
         raise UserError("; ".join(failed) or "give a --detector")
-    return found, failed
+    return found, failed, seconds
 
 
 def scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
@@ -184,6 +190,14 @@ def measured(plan: Any, merged: Scores, found: dict[str, Scores], removed: Any) 
         known = truth if one.ids is merged.ids else torch.from_numpy(plan.mask(one.ids))
         out |= {f"{name}.{k}": m for k, m in detection(one, known).items()}
     return out | removal(plan, {merged.ids[i] for i in removed})
+
+
+def decided(found: dict[str, Scores]) -> dict[str, Any]:
+    """Of detectors that say which records show an attack: their share. On clean data all of these are false."""
+    from bezoar.scores import proportion
+
+    how = "share of the records that are said to show a trigger; of clean data, false alarms"
+    return {f"{k}.raised": proportion(int(s.raised.sum()), len(s), how) for k, s in found.items() if s.raised is not None}
 
 
 def expected(detector: Any, n: int) -> int:

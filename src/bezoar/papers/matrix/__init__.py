@@ -19,7 +19,7 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-TABLES = ("detection", "flickr8k", "aerial", "retraining", "audits", "repairs")  # in the order of the page
+TABLES = ("detection", "default_scan", "flickr8k", "aerial", "retraining", "audits", "repairs")  # in the order of the page
 ENCODER = "BadEncoder"
 SPACE = 3  # seeds that every attack but the first has for itself
 TARGETS = ("truck", "airplane", "bird", "dog", "ship")  # BadEncoder's, in turn; classes of CIFAR-10
@@ -246,6 +246,7 @@ FOUND = {
     "recall, worst 0.1 %": "recall_at_0.001",
     "worst 1 %": "recall_at_0.01",
     "worst 10 %": "recall_at_0.1",
+    "worst 1.5 n": "recall_at_1.5n",
     "precision at n": "precision_at_n",
 }
 REMOVED = 0.08  # share of the records that a keep-list leaves out, whatever the attack
@@ -282,15 +283,20 @@ class Point:
 
 
 def scenes(given: Given) -> list[Point]:
-    """Poisoned scenes: every attack, and the patch at three rates."""
+    """Poisoned scenes, a set an attack as often as the scale says."""
     s = setup(given)
+    return rated(s, s.each)
+
+
+def rated(s: Setup, each: int) -> list[Point]:
+    """Poisoned scenes: every attack, and the patch at three rates. each: sets of each."""
     patch, count = s.attacks[0], int(s.attacks[0].poison.partition("=")[2])
     found = []
     for n in (count // 10, count * 5):
-        trials = tuple(s.poisoned(replace(patch, poison=f"backdoor:count={n or 1}"), k) for k in s.seeds(patch.name)[: s.each])
+        trials = tuple(s.poisoned(replace(patch, poison=f"backdoor:count={n or 1}"), k) for k in s.seeds(patch.name)[:each])
         found.append(Point(f"patch, {100 * (n or 1) / s.records:.3g} %", trials, s.test))
     for a in s.attacks:
-        plan = [s.poisoned(a, k) for k in s.seeds(a.name)[: s.each]]
+        plan = [s.poisoned(a, k) for k in s.seeds(a.name)[:each]]
         pairs = a.poison.partition("=")[2].partition(",")[0]
         n = int(pairs) * (1 if a.trigger else int(a.poison.rpartition("=")[2]))
         found.insert(1 if a is patch else len(found), Point(f"{a.name}, {100 * n / s.records:.3g} %", tuple(plan), s.test))

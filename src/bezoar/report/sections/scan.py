@@ -247,14 +247,15 @@ class Scan(Story):
         """Of the records that are removed, which would not be without it."""
         if len(self.scored.detectors) < 2 or not self.removed:
             return None
-        found = ensemble.adds(self.scored.detectors, self.removed)
+        found, seconds = ensemble.adds(self.scored.detectors, self.removed), terms.mapping(self.notes.get("seconds"))
         rows = []
         for name, share in found.items():
             alike = ", ".join(f"{gallery.short(k, 24)} {v:+.2f}" for k, v in share.correlation.items())
-            rows.append([gallery.short(name, 40), f"{share.worst:,}", f"{share.alone:,}", alike])
-        head = ("Detector", "Of its own worst", "It alone brings", "Rank correlation with")
-        lead = f"Of the {self.removed:,} records that are removed."
-        return Section("What each detector adds", [Table(head, rows, (1, 2))], lead)
+            took = f"{seconds[name]:,.0f}" if name in seconds else "–"
+            rows.append([gallery.short(name, 40), f"{share.worst:,}", f"{share.alone:,}", took, alike])
+        head = ("Detector", "Of its own worst", "It alone brings", "Seconds", "Rank correlation with")
+        lead = f"Of the {self.removed:,} records that are removed. What several share is in the seconds of the first."
+        return Section("What each detector adds", [Table(head, rows, (1, 2, 3))], lead)
 
     def todays_cleaning(self) -> Section | None:
         """Which poisons pass the filters that people use."""
