@@ -30,8 +30,8 @@ class DefaultScan:
             )
             rows.append(Row(point.name, cells))
         note = (
-            f"Each attack: {s.others} sets, each with a trigger, place and target of its own, scanned with the encoder trained on "
-            "it. Where ASR is low there is no backdoor to transplant. What is said to show a trigger is poison or, on the "
+            f"Each attack: {s.others} sets, each with a trigger, place and target of its own, scanned with the encoder trained "
+            "on it. Where ASR is low there is no backdoor to transplant. What is said to show a trigger is poison or, on the "
             "sets without an attack, a false alarm."
         )
         return Table("The default scan", "", "attack", tuple(rows), notes=(note,))
