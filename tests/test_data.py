@@ -171,6 +171,16 @@ def test_npz_that_is_none(tmp_path: Path) -> None:
     refused(f"npz:path={tmp_path}/b.npz", "no .npz file")
     np.savez(tmp_path / "c.npz", z=np.zeros(1))
     refused(f"npz:path={tmp_path}/c.npz,split=val", "holds no array val_jpeg, val_images or x; it holds: z")
+    np.savez(tmp_path / "v.npz", x=pixels(4, 8, 8, 3))
+    good = (tmp_path / "v.npz").read_bytes()
+    directory = good.rindex(b"PK\x01\x02")
+    for at, value in ((6, 99), (9, 8), (42, 255)):  # version needed, Unicode names, where the member lies
+        broken = bytearray(good)
+        broken[directory + at] = value
+        if at == 9:
+            broken[directory + 46] = 255
+        (tmp_path / "v.npz").write_bytes(broken)
+        refused(f"npz:path={tmp_path}/v.npz", "v.npz")
     np.savez_compressed(tmp_path / "d.npz", x=pixels(4, 8, 8, 3))
     content = bytearray((tmp_path / "d.npz").read_bytes())
     content[300:320] = bytes(20)

@@ -10,6 +10,7 @@ checked against the size of what is stored.
 
 import lzma
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ class Npz:
         path = existing(self.path, ".npz file")
         try:
             archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except (*BROKEN, ValueError, struct.error) as error:  # ValueError: names that are no text, places before the file
             raise UserError(f"{self.path} cannot be read as .npz: {error}") from error
         with archive:
             return self.read(archive)
