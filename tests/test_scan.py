@@ -151,6 +151,33 @@ def test_shards_give_what_memory_gives(tmp_path, tiny):
     assert found.places[25] == f"{tmp_path}/s/00001.tar 00025"
 
 
+MINE = """
+import torch
+from bezoar.registry import method
+from bezoar.scores import Scores
+@method
+class Mine:
+    def __call__(self, encoder, source):
+        e = encoder.embed(source)
+        odd = torch.tensor([i.endswith("7") for i in e.ids])
+        return Scores(e.ids, torch.zeros(len(e.ids)), raised=odd)
+"""
+
+
+def test_what_a_detector_raises_comes_first_and_is_kept(tmp_path, tiny):
+    (tmp_path / "mine.py").write_text(MINE)
+    spec = shards(tmp_path / "s")
+    status, folder = scan(tmp_path, spec, "--encoder", tiny, "--detector", tmp_path / "mine.py", "clip_score", "--remove", 0.1)
+    found = corpus.scored(folder)
+    (name,) = found.detectors.keys() - {"clip_score"}
+    raised = found.detectors[name].raised
+    assert status == 0 and int(raised.sum()) == 6 and found.detectors["clip_score"].raised is None
+    assert set(found.merged.ranked()[:6].tolist()) == set(raised.nonzero()[:, 0].tolist())
+    assert len((folder / "keep.txt").read_text().splitlines()) == 54
+    assert Run(folder).metric(f"{name}.raised").value == 0.1 and notes(folder)["seconds"].keys() == {name, "clip_score"}
+    assert "Seconds" in (folder / "report.html").read_text()
+
+
 def test_two_workers_and_none_write_the_same_files(tmp_path, tiny):
     spec, files = shards(tmp_path / "s"), []
     torch.set_num_threads(1)
