@@ -288,18 +288,18 @@ def scenes(given: Given) -> list[Point]:
     return rated(s, s.each)
 
 
-def rated(s: Setup, each: int) -> list[Point]:
-    """Poisoned scenes: every attack, and the patch at three rates. each: sets of each."""
+def rated(s: Setup, each: int, times: Sequence[float] = (0.1, 5)) -> list[Point]:
+    """Poisoned scenes: every attack, and the patch with so many times its poisons. each: sets of each."""
     patch, count = s.attacks[0], int(s.attacks[0].poison.partition("=")[2])
     found = []
-    for n in (count // 10, count * 5):
-        trials = tuple(s.poisoned(replace(patch, poison=f"backdoor:count={n or 1}"), k) for k in s.seeds(patch.name)[:each])
-        found.append(Point(f"patch, {100 * (n or 1) / s.records:.3g} %", trials, s.test))
+    for n in dict.fromkeys(max(1, round(count * t)) for t in times):
+        trials = tuple(s.poisoned(replace(patch, poison=f"backdoor:count={n}"), k) for k in s.seeds(patch.name)[:each])
+        found.append(Point(f"patch, {100 * n / s.records:.3g} %", trials, s.test))
     for a in s.attacks:
         plan = [s.poisoned(a, k) for k in s.seeds(a.name)[:each]]
         pairs = a.poison.partition("=")[2].partition(",")[0]
         n = int(pairs) * (1 if a.trigger else int(a.poison.rpartition("=")[2]))
-        found.insert(1 if a is patch else len(found), Point(f"{a.name}, {100 * n / s.records:.3g} %", tuple(plan), s.test))
+        found.insert(len(found) - 1 if a is patch else len(found), Point(f"{a.name}, {100 * n / s.records:.3g} %", tuple(plan), s.test))
     return found
 
 

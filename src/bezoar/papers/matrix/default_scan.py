@@ -9,14 +9,14 @@ from bezoar.verbs.scan import Scan
 
 @method
 class DefaultScan:
-    """Triggers that nobody chose for it: the patch at three rates, blend, warp, SIG; targeted and clean-label; no attack."""
+    """Triggers that nobody chose for it: the patch at five rates, blend, warp, SIG; targeted and clean-label; no attack."""
 
     def __call__(self, given: Given) -> Table:
         """The table at a scale."""
         s = setup(given)
         clean = [Trial(Scan(t.verb), t.seed) for t in map(s.clip, range(s.others))]
         rows = [Row("none", (Cell("said to show a trigger", readings(clean, "transplant.raised")),))]
-        for point in rated(s, s.others):
+        for point in rated(s, s.others, (0.05, 0.1, 0.25, 5)):
             scans = [Trial(Scan(t.verb), t.seed) for t in point.encoders]
             cells = (
                 Cell("ASR", readings(point.before(), point.success)),
