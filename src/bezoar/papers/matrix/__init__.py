@@ -299,7 +299,8 @@ def rated(s: Setup, each: int, times: Sequence[float] = (0.1, 5)) -> list[Point]
         plan = [s.poisoned(a, k) for k in s.seeds(a.name)[:each]]
         pairs = a.poison.partition("=")[2].partition(",")[0]
         n = int(pairs) * (1 if a.trigger else int(a.poison.rpartition("=")[2]))
-        found.insert(len(found) - 1 if a is patch else len(found), Point(f"{a.name}, {100 * n / s.records:.3g} %", tuple(plan), s.test))
+        place = len(found) - 1 if a is patch else len(found)
+        found.insert(place, Point(f"{a.name}, {100 * n / s.records:.3g} %", tuple(plan), s.test))
     return found
 
 
