@@ -175,7 +175,9 @@ def test_what_a_detector_raises_comes_first_and_is_kept(tmp_path, tiny):
     assert set(found.merged.ranked()[:6].tolist()) == set(raised.nonzero()[:, 0].tolist())
     assert len((folder / "keep.txt").read_text().splitlines()) == 54
     assert Run(folder).metric(f"{name}.raised").value == 0.1 and notes(folder)["seconds"].keys() == {name, "clip_score"}
-    assert "Seconds" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "Seconds" in page and f"{name} found a trigger in 6 records." in page
+    assert notes(folder)["verdict"].startswith(f"{name} found a trigger in 6 records; keep.txt leaves out the 6 most")
 
 
 def test_two_workers_and_none_write_the_same_files(tmp_path, tiny):

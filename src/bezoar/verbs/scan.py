@@ -58,8 +58,8 @@ class Scan:
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
         data = corpus.embedded(job.inputs["data"], self._by(job), job.folder, job.settings, job.progress)
-        if said := coarse(data):
-            print(f"scan: {said}", file=sys.stderr)
+        if small := coarse(data):
+            print(f"scan: {small}", file=sys.stderr)
         found, failed, seconds = detected(job.inputs["detector"], data, job)
         merged = ensemble.merge(list(found.values()))
         order, removed = merged.ranked(), round(self.remove * len(data))
@@ -74,7 +74,8 @@ class Scan:
         job.notes = data.reading() | {
             "records": len(data),
             "removed": removed,
-            "verdict": f"keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records; ranked.json names them",
+            "verdict": f"{said(found)}keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records; "
+            "ranked.json names them",
             "detectors": [registry.spec(d) for d in job.inputs["detector"]],
             "told": {k: s.notes for k, s in found.items() if s.notes},
             "seconds": seconds,
@@ -198,6 +199,13 @@ def decided(found: dict[str, Scores]) -> dict[str, Any]:
 
     how = "share of the records that are said to show a trigger; of clean data, false alarms"
     return {f"{k}.raised": proportion(int(s.raised.sum()), len(s), how) for k, s in found.items() if s.raised is not None}
+
+
+def said(found: dict[str, Scores]) -> str:
+    """What detectors decided, in words; that nothing was found says nothing of what there is."""
+    deciding = {k: int(s.raised.sum()) for k, s in found.items() if s.raised is not None}
+    words = [f"{k} found a trigger in {n:,} records; " for k, n in deciding.items() if n]
+    return "".join(words) or "".join(f"{k} found no trigger, which is no proof that there is none; " for k in deciding)
 
 
 def expected(detector: Any, n: int) -> int:

@@ -55,8 +55,11 @@ class Scan(Story):
         return f"{told}; among them are {hits:,} of the {found.n:,} poisons: {terms.brief(found)}."
 
     def more(self) -> str:
-        """Records that could not be read, and detectors that could not work."""
-        return self.undone()
+        """What detectors decided, records that could not be read, and detectors that could not work."""
+        found = {k.removesuffix(corpus.RAISED): m for k, m in self.measures.items() if k.endswith(corpus.RAISED)}
+        told = [f"{k} found a trigger in {terms.count(round(m.value * m.n), 'record')}." for k, m in found.items() if m.value]
+        none = [f"{k} found no trigger, which is no proof that there is none." for k, m in found.items() if not m.value]
+        return " ".join([*(told or none), self.undone()]).strip()
 
     def cards(self) -> list[str]:
         """Ranking quality, then what was removed."""
