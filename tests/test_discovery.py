@@ -130,7 +130,14 @@ def test_several_detectors_count_each_record_for_its_worst_one() -> None:
         [m.value for m in many.counts]
     )  # a detector that finds all alike finds nobody worst
     steps = found | {"two": Scores(ids, torch.from_numpy(two).round())}
-    assert discovery.expected(merge(list(steps.values())), steps).why.startswith("two: ")
+    merged = merge(list(steps.values()))
+    half = discovery.expected(merged, steps, [180])
+    assert not half.why and half.mute[0].startswith("two: ") and "What two finds worst counts as ordinary" in half.assumption
+    order = merged.ranked()
+    for at, m in zip(half.n, half.counts, strict=True):
+        assert m.low - 1e-9 <= int((~truth[order[:at]]).sum()) <= m.high + 1e-9
+    none = {k: Scores(ids, torch.from_numpy(np.round(s.values.numpy()))) for k, s in steps.items()}
+    assert discovery.expected(merge(list(none.values())), none).why.count("one and the same score") == 2
 
 
 def test_trusted_records_come_from_a_file(tmp_path: Path) -> None:

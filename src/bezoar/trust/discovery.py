@@ -43,18 +43,23 @@ REFERENCED = "Assumes that the reference is a random sample of records like the 
 class Expected:
     """Of the worst n[i] records, counts[i] are expected to be ordinary, or clean where there is a reference.
 
-    how: "tail" or "reference". why: when nothing can be said, the reason; n and counts are empty then.
+    how: "tail" or "reference". why: when nothing can be said, the reason; n and counts are empty then. mute: detectors, each
+    with the reason, by which nothing can be said; what they find worst counts as ordinary.
     """
 
     how: str
     n: tuple[int, ...] = ()
     counts: tuple[Measure, ...] = ()
     why: str = ""
+    mute: tuple[str, ...] = ()
 
     @property
     def assumption(self) -> str:
-        """On what it rests, in a sentence or two."""
-        return ASSUMPTION if self.how == "tail" else REFERENCED
+        """On what it rests, in a sentence or three."""
+        if self.how == "reference":
+            return REFERENCED
+        parts = [m.partition(": ") for m in self.mute]
+        return ASSUMPTION + "".join(f" What {name} finds worst counts as ordinary: {why}." for name, _, why in parts)
 
 
 def depths(total: int, more: Sequence[int] = ()) -> tuple[int, ...]:
@@ -66,7 +71,8 @@ def expected(merged: Scores, detectors: Mapping[str, Scores], more: Sequence[int
     """Without a reference. Several detectors merged: each record counts for the one that finds it worst.
 
     A record of the worst n that ranks r-th by its own detector is one of that detector's worst r, of which so and so many
-    are ordinary; the sum over the detectors is the answer. A merged score itself may hold nothing but ranks.
+    are ordinary; the sum over the detectors is the answer. A merged score itself may hold nothing but ranks. Where a
+    detector's own tail allows no answer, between none and all of what it finds worst are ordinary.
     """
     from scipy.stats import rankdata
 
@@ -79,7 +85,7 @@ def expected(merged: Scores, detectors: Mapping[str, Scores], more: Sequence[int
     for row, scores in zip(rank, parts, strict=True):
         row[:] = rankdata(-scores.of(merged.ids).cpu().numpy(), method="max")
     best = rank.argmin(0)
-    total = np.zeros((len(ns), 3))
+    total, mute, heard = np.zeros((len(ns), 3)), [], False
     for d, scores in enumerate(parts):
         mine = [order[:n][best[order[:n]] == d] for n in ns]
         deep = tuple(int(rank[d, rows].max()) if len(rows) else 0 for rows in mine)
@@ -88,13 +94,18 @@ def expected(merged: Scores, detectors: Mapping[str, Scores], more: Sequence[int
             continue
         found = by_tail(scores.of(merged.ids).double().cpu().numpy(), at)
         if found.why:
-            return Expected("tail", why=f"{list(detectors)[d]}: {found.why}")
-        known = dict(zip(found.n, found.counts, strict=True))
+            mute.append(f"{list(detectors)[d]}: {found.why}")
+            total += [(len(rows), 0, len(rows)) for rows in mine]
+            continue
+        heard, known = True, dict(zip(found.n, found.counts, strict=True))
         for i, (rows, r) in enumerate(zip(mine, deep, strict=True)):
             if r:
                 m, gap = known[r], r - len(rows)
                 total[i] += min(m.value, len(rows)), max(0.0, m.low - gap), min(m.high, len(rows))
-    return Expected("tail", ns, tuple(_count(v, low, high, n) for (v, low, high), n in zip(total, ns, strict=True)))
+    if mute and not heard:
+        return Expected("tail", why="; ".join(mute))
+    counts = tuple(_count(v, low, high, n) for (v, low, high), n in zip(total, ns, strict=True))
+    return Expected("tail", ns, counts, mute=tuple(mute))
 
 
 def by_reference(values: Floats, known: NDArray[np.bool_], ns: Sequence[int], level: float = 0.95) -> Expected:
