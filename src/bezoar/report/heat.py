@@ -34,7 +34,7 @@ def heat(
         axes.text(x, y, f"{round(100 * float(values[y, x]))}", ha="center", va="center", color=PAINT["ink"])
     axes.set_xlim(-0.55, len(columns) - 0.45)
     axes.set_ylim(len(rows) - 0.45, -0.55)
-    axes.set_xticks(range(len(columns)), list(columns))
+    axes.set_xticks(range(len(columns)), [c.replace(", ", "\n") for c in columns])
     axes.set_yticks(range(len(rows)), list(rows))
     axes.tick_params(length=0, labelcolor=PAINT["ink"])
     axes.grid(False)
