@@ -101,6 +101,11 @@ def command(name: str) -> type:
         common.append(
             ("fail_on", Annotated[levels, tyro.conf.arg(help="exit with 3 on it; unknown: or without calibration")], "never")
         )
+    if name == "scan":
+        cases = Literal["never", "trigger"]
+        common.append(
+            ("fail_on", Annotated[cases, tyro.conf.arg(help="exit with 3 where a detector has found a trigger")], "never")
+        )
     if name == "poison":
         fields = [(f[0], Annotated[str | None, *typing.get_args(f[1])[1:]], None) if f[0] == "data" else f for f in fields]
         common.append(
@@ -193,7 +198,7 @@ def carry_out(asked: Any) -> int:
     incomplete = manifest["notes"].get("incomplete") or []
     for line in incomplete:  # of a run that is at hand already, too
         print(f"{verb_name(verb)}: {line}", file=sys.stderr)
-    status = 3 if fails(asked, manifest["notes"]) else 4 if incomplete else 0
+    status = 3 if fails(asked, manifest) else 4 if incomplete else 0
     if asked.json:
         print(json.dumps(manifest, indent=1, ensure_ascii=False))
         return status
@@ -203,9 +208,15 @@ def carry_out(asked: Any) -> int:
     return status
 
 
-def fails(asked: Any, notes: dict) -> bool:
-    """Whether an audit is to end a build: on evidence; with `unknown` also where an audit has no calibration or did not run."""
-    wanted = getattr(asked, "fail_on", "never")
+def fails(asked: Any, manifest: dict) -> bool:
+    """Whether a scan or an audit is to end a build.
+
+    A scan: where a detector that decides has found a trigger. An audit: on evidence; with `unknown` also where one has no
+    calibration or did not run.
+    """
+    wanted, notes = getattr(asked, "fail_on", "never"), manifest["notes"]
+    if wanted == "trigger":
+        return any(m["value"] for k, m in manifest["metrics"].items() if k.endswith(".raised"))
     unknown = bool(notes.get("uncalibrated") or notes.get("incomplete"))
     return wanted != "never" and (notes.get("words") == "evidence" or (wanted == "unknown" and unknown))
 
