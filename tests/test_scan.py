@@ -180,7 +180,7 @@ def test_what_a_detector_raises_comes_first_and_is_kept(tmp_path, tiny):
     assert notes(folder)["verdict"].startswith(f"{name} found a trigger in 6 records; keep.txt leaves out the 6 most")
     words = (spec, "--encoder", tiny, "--fail-on", "trigger", "--detector")
     assert scan(tmp_path, *words, tmp_path / "mine.py", "clip_score")[0] == 3
-    assert scan(tmp_path, *words, "clip_score")[0] == 0
+    assert scan(tmp_path, *words, "clip_score")[0] == 2  # it would pass whatever there is
 
 
 def test_two_workers_and_none_write_the_same_files(tmp_path, tiny):

@@ -211,12 +211,15 @@ def carry_out(asked: Any) -> int:
 def fails(asked: Any, manifest: dict) -> bool:
     """Whether a scan or an audit is to end a build.
 
-    A scan: where a detector that decides has found a trigger. An audit: on evidence; with `unknown` also where one has no
-    calibration or did not run.
+    A scan: where a detector that decides has found a trigger; raises UserError where none of those asked for decides, because
+    that would pass whatever there is. An audit: on evidence; with `unknown` also where one has no calibration or did not run.
     """
     wanted, notes = getattr(asked, "fail_on", "never"), manifest["notes"]
     if wanted == "trigger":
-        return any(m["value"] for k, m in manifest["metrics"].items() if k.endswith(".raised"))
+        decided = [m["value"] for k, m in manifest["metrics"].items() if k.endswith(".raised")]
+        if not decided and not notes.get("incomplete"):
+            raise UserError("--fail-on trigger: no detector asked for says whether there is one; --detector transplant does")
+        return any(decided)
     unknown = bool(notes.get("uncalibrated") or notes.get("incomplete"))
     return wanted != "never" and (notes.get("words") == "evidence" or (wanted == "unknown" and unknown))
 

@@ -78,7 +78,7 @@ def merge(found: Sequence[Scores]) -> Scores:
 
 
 def adds(found: Mapping[str, Scores], worst: int) -> dict[str, Share]:
-    """What each detector does for the `worst` n of the merged ranking, ties in the order of the ids."""
+    """What each detector does for the `worst` n of the merged ranking."""
     names, scores = list(found), list(found.values())
     ids, alike = scores[0].ids, Alike.of(scores)
 

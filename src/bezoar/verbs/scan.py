@@ -74,8 +74,11 @@ class Scan:
         job.notes = data.reading() | {
             "records": len(data),
             "removed": removed,
-            "verdict": f"{said(found)}keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records; "
-            "ranked.json names them",
+            "decided": said(found),
+            "verdict": "; ".join(
+                [*said(found), f"keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records"]
+            )
+            + "; ranked.json names them",
             "detectors": [registry.spec(d) for d in job.inputs["detector"]],
             "told": {k: s.notes for k, s in found.items() if s.notes},
             "seconds": seconds,
@@ -201,11 +204,11 @@ def decided(found: dict[str, Scores]) -> dict[str, Any]:
     return {f"{k}.raised": proportion(int(s.raised.sum()), len(s), how) for k, s in found.items() if s.raised is not None}
 
 
-def said(found: dict[str, Scores]) -> str:
-    """What detectors decided, in words; that nothing was found says nothing of what there is."""
+def said(found: dict[str, Scores]) -> list[str]:
+    """What detectors decided, a line each; that nothing was found says nothing of what there is."""
     deciding = {k: int(s.raised.sum()) for k, s in found.items() if s.raised is not None}
-    words = [f"{k} found a trigger in {n:,} records; " for k, n in deciding.items() if n]
-    return "".join(words) or "".join(f"{k} found no trigger, which is no proof that there is none; " for k in deciding)
+    lines = [f"{k} found a trigger in {n:,} record{'s' * (n != 1)}" for k, n in deciding.items() if n]
+    return lines or [f"{k} found no trigger, which is no proof that there is none" for k in deciding]
 
 
 def expected(detector: Any, n: int) -> int:

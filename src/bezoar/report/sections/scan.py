@@ -56,10 +56,8 @@ class Scan(Story):
 
     def more(self) -> str:
         """What detectors decided, records that could not be read, and detectors that could not work."""
-        found = {k.removesuffix(corpus.RAISED): m for k, m in self.measures.items() if k.endswith(corpus.RAISED)}
-        told = [f"{k} found a trigger in {terms.count(round(m.value * m.n), 'record')}." for k, m in found.items() if m.value]
-        none = [f"{k} found no trigger, which is no proof that there is none." for k, m in found.items() if not m.value]
-        return " ".join([*(told or none), self.undone()]).strip()
+        told = [f"{line}." for line in map(str, self.notes.get("decided") or ())]
+        return " ".join([*told, self.undone()]).strip()
 
     def cards(self) -> list[str]:
         """Ranking quality, then what was removed."""
