@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.plan import Goal
 
 ALL = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
 
@@ -73,6 +72,7 @@ def test_a_file_of_the_users_own_is_a_method(tmp_path):
         '"""Mine."""\nfrom bezoar.registry import method\n@method\nclass Mine:\n    k: int = 3\n'
         "    def __call__(self, encoder, source):\n        return self.k\n"
     )
+    registry.allow(f"{mine}")
     made = registry.make("detector", f"{mine}:k=8")
     assert made.k == 8 and made(None, None) == 8
     assert registry.make("detector", registry.spec(made)) == made
@@ -96,38 +96,43 @@ def test_list_json_names_every_method():
     assert {k: [d["name"] for d in v] for k, v in found.items()} == {k: registry.names(k) for k in registry.KINDS}
 
 
-def test_code_named_by_a_file_runs_only_where_the_user_named_it_before(tmp_path, monkeypatch):
+def write_method(file, log) -> None:
+    """A detector that notes in `log` that its file has been run."""
+    body = f"class {file.stem.title()}:\n    k: int = 1\n\n    def __call__(self):\n        return 1\n"
+    file.write_text(f"from bezoar.registry import method\nopen({str(log)!r}, 'a').write('ran')\n\n\n@method\n{body}")
+
+
+def test_a_file_of_code_is_loaded_only_where_the_user_has_named_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    mine, evil = tmp_path / "mine.py", tmp_path / "evil.py"
+    monkeypatch.setattr(registry, "_named", set())
+    mine, evil, log = tmp_path / "mine.py", tmp_path / "evil.py", tmp_path / "log"
     for file in (mine, evil):
-        text = f"class {file.stem.title()}:\n    def __call__(self):\n        return 1\n"
-        file.write_text(
-            f"from bezoar.registry import method\n(open({str(tmp_path / 'ran')!r}, 'a')).write('ran')\n\n\n@method\n{text}"
-        )
-    registry.make("detector", f"{mine}")  # the user's own word
-    assert registry.recorded(f"{mine}:k=3") == f"{mine}:k=3" and registry.recorded("patch:size=6") == "patch:size=6"
-    ran = (tmp_path / "ran").read_text()
+        write_method(file, log)
     monkeypatch.chdir(tmp_path)
-    for text in (f"{evil}", "./evil.py:k=1", "finetune:objective=(evil.py:epochs=1)", 'x:y="evil.py"', "zero_shot/../evil.py"):
+    for text in (f"{mine}", f"{evil}:k=2", "./evil.py", "evil.py:k=1"):
         with pytest.raises(UserError, match="would run the code of"):
-            registry.recorded(text)
-    with pytest.raises(UserError, match="would run the code of"):
-        Goal.read({"target": "red", "trigger": "evil.py", "victims": []})
-    for text in (
-        "x mine.py",
-        f"{tmp_path}/a=mine.py",
-        f"{tmp_path}/a b.py:k=(1,2)",
-        f"finetune:objective=({tmp_path}/c,mine.py)",
-    ):
-        with pytest.raises(UserError, match="would run the code of"):
-            registry.recorded(text)  # a file whose name ends in that of a trusted one is another file
-    for text in (f"finetune:objective=({mine}:k=(1,2))", f"retrieval:k={mine}", f"{mine}:k=3"):
-        assert registry.recorded(text) == text
-    assert (tmp_path / "ran").read_text() == ran
+            registry.make("detector", text)
+    assert not log.exists() and not (tmp_path / "state").exists(), "reading a spec neither runs code nor widens what may run"
+    registry.allow(f"{mine}:k=3")
+    assert registry.make("detector", f"{mine}:k=3").k == 3
     monkeypatch.setattr(registry, "_named", set())  # another process
-    assert registry.recorded(f"{mine}") and str(mine) in (tmp_path / "state" / "bezoar" / "methods").read_text()
+    assert registry.make("detector", f"{mine}:k=4").k == 4 and registry.allowed() == {str(mine)}
+    with pytest.raises(UserError, match="would run the code of"):
+        registry.make("detector", f"{evil}")
     monkeypatch.setenv("BEZOAR_METHODS", f"{evil}")
-    assert registry.recorded(f"{evil}")
+    assert registry.make("detector", f"{evil}").k == 1
+
+
+def test_a_spec_within_a_spec_names_files_too(tmp_path):
+    for text, files in (
+        ("patch:size=6", []),
+        ("finetune:objective=(evil.py:epochs=1)", ["evil.py"]),
+        ('x:y="evil.py"', ["evil.py"]),
+        ("x mine.py", ["x mine.py"]),
+        (f"{tmp_path}/a b.py:k=(1,2)", [f"{tmp_path}/a b.py"]),
+        ("a.py:objective=(b.py:network=c.py)", ["a.py", "b.py", "c.py"]),
+    ):
+        assert sorted(registry.method_files(text)) == files
 
 
 def test_a_default_named_elsewhere_is_told_as_it_is():

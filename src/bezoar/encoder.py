@@ -167,7 +167,7 @@ class Encoder(nn.Module):
             network, size, words = head["network"], head["preprocess"]["size"], tuple(head["vocabulary"])
             if not isinstance(size, int) or not all(isinstance(text, str) for text in (network, head["precision"], *words)):
                 raise ValueError("network, precision and vocabulary must be texts, and size a whole number")
-            made = registry.make("network", registry.recorded(network))
+            made = registry.make("network", network)
             encoder = _built(made, size, words, sum(w.numel() for w in weights.values()))
             encoder.load_state_dict(weights)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:

@@ -101,7 +101,7 @@ def root(run: Run) -> Any:
         if source is None:
             raise UserError(f"run {run.name} goes back to no data set")
         return root(source)
-    method = registry.make("data", registry.recorded(asked["spec"]))
+    method = registry.make("data", asked["spec"])
     if "files" in asked and fingerprint(named_files(method)) != asked["files"]:
         raise UserError(f"the files of {asked['spec']} are not those that run {run.name} was made from")
     return method

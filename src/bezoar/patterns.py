@@ -76,10 +76,14 @@ def correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor,
 
     windows: uint8 (N, 3, s, s). first, second: int64 (P,). -> float32 (P,), int64 (P, 2) rows and columns.
     """
+    if len(first) == 0:  # an inverse FFT of no signals is an error in torch 2.14
+        empty = torch.empty(0, device=windows.device)
+        return empty, empty.long().reshape(0, 2)
     x = windows.float().flatten(1)
     x = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-3).view(windows.shape)
     spectrum, size = torch.fft.rfft2(x), tuple(windows.shape[-2:])
-    best, offset = [torch.empty(0, device=x.device)], [torch.empty(0, dtype=torch.long, device=x.device)]
+    best: list[Tensor] = []
+    offset: list[Tensor] = []
     for a, b in zip(first.split(step := max(1, PAIRS // x[0].numel())), second.split(step), strict=True):
         turned = torch.fft.irfft2((spectrum[a] * spectrum[b].conj()).sum(1), s=size).flatten(1)
         value, where = turned.max(1)

@@ -145,17 +145,26 @@ def source_hash(cls: type) -> str:
 
 @functools.cache
 def find(kind: str, name: str) -> type:
-    """The class of a method, by name or by path of a file. Raises UserError that lists the known ones."""
+    """The class of a method, by name or by path of a file.
+
+    A file is loaded, which runs its code, only where the user has named it (`allow`, BEZOAR_METHODS): specs also come out
+    of plans, manifests and saved encoders, which anybody may have written. Raises UserError that names the file, or lists
+    the known methods.
+    """
     if name.endswith(".py"):
         path = Path(name).expanduser().resolve()
         if not os.path.isfile(path):
             raise UserError(f"no file {name!r} to read a {kind} from")
+        if str(path) not in allowed():
+            raise UserError(
+                f"{kind} {name!r} would run the code of {path}, which you have not named yourself; if you trust that code, "
+                f"set BEZOAR_METHODS={path}"
+            )
         own = f"bezoar_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         loading = importlib.util.spec_from_file_location(own, path)
         assert loading and loading.loader
         module = sys.modules[own] = importlib.util.module_from_spec(loading)
         loading.loader.exec_module(module)
-        trust(path)
     elif name in names(kind):
         module = importlib.import_module(f"bezoar.{KINDS[kind]}.{name.replace('/', '.')}")
     else:
@@ -167,49 +176,39 @@ def find(kind: str, name: str) -> type:
     return found
 
 
-def trusted() -> set[str]:
-    """Files of methods that the user has named before, in this process or an earlier one, and those in BEZOAR_METHODS."""
-    listed = _listed().read_text().splitlines() if _listed().is_file() else []
-    given = os.environ.get("BEZOAR_METHODS", "").split(os.pathsep)
-    return _named | set(listed) | {str(Path(p).expanduser().resolve()) for p in given if p}
+def allowed() -> set[str]:
+    """Method files that the user has named, in this process or an earlier one, and those in BEZOAR_METHODS."""
+    recorded = _record().read_text().splitlines() if _record().is_file() else []
+    variable = os.environ.get("BEZOAR_METHODS", "").split(os.pathsep)
+    return _named | set(recorded) | {str(Path(p).expanduser().resolve()) for p in variable if p}
 
 
-def trust(path: Path) -> None:
-    """Note that the user has named a file of a method. Where there is no home to note it in, it holds for this process."""
-    if str(path) not in trusted():
-        _named.add(str(path))
-        with contextlib.suppress(OSError):
-            _listed().parent.mkdir(parents=True, exist_ok=True)
-            with _listed().open("a") as file:
-                file.write(f"{path}\n")
+def allow(text: str) -> None:
+    """Let the method files that a spec names be loaded. Call it with what the user wrote, never with what a file holds.
+
+    The files are remembered for later processes; without a home to remember them in, for this process.
+    """
+    for name in method_files(text):
+        path = str(Path(name).expanduser().resolve())
+        if os.path.isfile(path) and path not in allowed():
+            _named.add(path)
+            with contextlib.suppress(OSError):
+                _record().parent.mkdir(parents=True, exist_ok=True)
+                with _record().open("a") as file:
+                    file.write(f"{path}\n")
 
 
 _named: set[str] = set()
 
 
-def _listed() -> Path:
+def _record() -> Path:
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "bezoar" / "methods"
 
 
-def recorded(text: str) -> str:
-    """A spec that a file holds, not the user: its methods may be bezoar's, or files that the user has named before.
-
-    Raises UserError that names the file whose code would run.
-    """
-    for name in _files(text):
-        path = str(Path(name).expanduser().resolve())
-        if path not in trusted():
-            raise UserError(
-                f"{text!r} was read from a file, not given by you, and would run the code of {path}; if you trust that code, "
-                f"set BEZOAR_METHODS={path}"
-            )
-    return text
-
-
-def _files(text: str) -> list[str]:
-    """Every file that a spec or a spec within it names as a method, as `parse` and `convert` would take it apart."""
-    found, seen, left = [], set(), [text]
+def method_files(text: str) -> list[str]:
+    """Every file that a spec, or a spec within it, names as a method."""
+    files, seen, left = [], set(), [text]
     while left:
         spec = left.pop().strip()
         if ".py" not in spec or spec in seen:
@@ -217,13 +216,13 @@ def _files(text: str) -> list[str]:
         seen.add(spec)
         name, _, rest = spec.partition(":")
         if name.endswith(".py"):
-            found.append(name)
+            files.append(name)
         for part in map(str.strip, split(rest, ",")):
             _, equals, value = ("", "", "") if part[:1] in OPENING else part.partition("=")
             inner = (value if equals else part).strip()
             inner = inner[1:-1] if inner[:1] in (*OPENING, '"') else inner
             left += [inner, *split(inner, ",")]
-    return found
+    return files
 
 
 def class_name(stem: str) -> str:

@@ -279,6 +279,8 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
         value, settings = value.verb, dataclasses.replace(settings, seed=value.seed)
     if dataclasses.is_dataclass(value) and hasattr(value, "work"):
         value = execute(value, settings)
+    if isinstance(value, (str, Path)):
+        registry.allow(str(value))  # the user's own word, unlike a spec that a file holds
     if what in ("data", "encoder", "run", "bank") and isinstance(value, (str, Path)):
         must = what == "run" or (what == "encoder" and ":" not in str(value) and not str(value).endswith(".py"))
         if must and os.path.isfile(value):

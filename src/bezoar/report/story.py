@@ -81,7 +81,7 @@ class Story:
         """The test data, of a run or a spec, as they were measured on."""
         run = self.input("test")
         return (
-            inputs.read(registry.make("data", registry.recorded(self.notes["test"])))
+            inputs.read(registry.make("data", self.notes["test"]))
             if run is None
             else inputs.dataset(run).pairs
         )

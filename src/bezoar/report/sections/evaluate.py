@@ -218,7 +218,7 @@ class Evaluate(Story):
         most = SAMPLE if encoder.preprocess.size <= 64 else LARGE_SAMPLE
         test = self.tested.take(each_image(self.tested.ids)[:most])
         specs = [p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")]
-        probe = registry.make("probe", registry.recorded(specs[0]) if specs else "zero_shot")
+        probe = registry.make("probe", specs[0] if specs else "zero_shot")
         readable = bool(test.classes) and encoder.text is not None
         return Look(encoder, test, probe.head(encoder, test.classes) if readable else None, probe)
 
