@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from bezoar.augment import Chance, Views
+from bezoar.training.augmentation import Chance, Views
 
 
 def published(size: int) -> transforms.Compose:

@@ -36,8 +36,8 @@ def inputs(batch: int) -> tuple:
     import torch
 
     from bezoar import registry
-    from bezoar.pairs import Pairs
-    from bezoar.plan import Goal
+    from bezoar.data.pairs import Pairs
+    from bezoar.attacks.plan import Goal
 
     torch.manual_seed(0)
     encoder = registry.make("network", "resnet")(32, ()).eval()
@@ -52,7 +52,8 @@ def peer(batch: int) -> Callable[[int], float]:
     import torch
     import torch.nn.functional as F
 
-    from bezoar import augment, registry, training
+    from bezoar.training import augmentation, loop
+    from bezoar import registry
 
     encoder, recipe, goal, data, reference = inputs(batch)
     encoder.to(memory_format=torch.contiguous_format)
@@ -63,14 +64,14 @@ def peer(batch: int) -> Callable[[int], float]:
             m.eval().requires_grad_(False)
     weights = [p for p in student.parameters() if p.requires_grad]
     optim = torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-    views = augment.Views(scale=(1, 1), ratio=(1, 1))
+    views = augmentation.Views(scale=(1, 1), ratio=(1, 1))
     stamp, batches = registry.make("trigger", goal.trigger), []
 
     def pixels(x: torch.Tensor) -> torch.Tensor:
         return encoder.pixels(x).contiguous()
 
     for i, part in enumerate(data.batches(batch)):
-        chance = augment.Chance(training.generator(0, 2, i))
+        chance = augmentation.Chance(loop.generator(0, 2, i))
         repeated = reference.repeat(batch, 1, 1, 1)
         parts = (part.images, stamp(part.images, part.ids), repeated, views(repeated, chance, 1)[:, 0])
         batches.append([pixels(x) for x in parts])
@@ -91,7 +92,7 @@ def peer(batch: int) -> Callable[[int], float]:
 
 def attack(batch: int) -> tuple:
     """Loss, recipe, shadow data."""
-    from bezoar.attacks.badencoder import Loss
+    from bezoar.attacks.encoder_attacks.badencoder import Loss
 
     encoder, recipe, goal, data, reference = inputs(batch)
     loss = Loss(encoder, recipe, [goal], [reference])
@@ -103,15 +104,15 @@ def ours(batch: int) -> Callable[[int], float]:
     """bezoar's step, as `training.fit` takes it."""
     import torch
 
-    from bezoar import training
-    from bezoar.augment import Chance
+    from bezoar.training import loop
+    from bezoar.training.augmentation import Chance
 
     loss, recipe, data = attack(batch)
-    optim, rows = training.optimizer(loss, recipe), torch.arange(len(data))[:, None]
+    optim, rows = loop.optimizer(loss, recipe), torch.arange(len(data))[:, None]
 
     def step(which: int) -> float:
         part = slice(which * batch, (which + 1) * batch)
-        value = loss(data.images[part], rows[part], Chance(training.generator(0, 2, which)))
+        value = loss(data.images[part], rows[part], Chance(loop.generator(0, 2, which)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         optim.step()
@@ -124,12 +125,13 @@ def convolutions(batch: int) -> Callable[[int], float]:
     """The convolutions of a step's rows, forward and backward, one after the other."""
     import torch
 
-    from bezoar import frozen, training
-    from bezoar.augment import Chance
+    from bezoar.encoders import folded_norms
+    from bezoar.training import loop
+    from bezoar.training.augmentation import Chance
 
     loss, _, data = attack(batch)
     encoder, device, seen = loss.encoder, torch.device("cpu"), []
-    total = len(loss.batch(data.images[:batch], list(range(batch)), Chance(training.generator(0, 2, 0)))[0]) + 1
+    total = len(loss.batch(data.images[:batch], list(range(batch)), Chance(loop.generator(0, 2, 0)))[0]) + 1
 
     def keep(module: torch.nn.Module, given: tuple) -> None:
         seen.append((module, torch.randn_like(given[0]).requires_grad_(bool(seen))))
@@ -137,7 +139,7 @@ def convolutions(batch: int) -> Callable[[int], float]:
     for m in encoder.image.modules():
         if isinstance(m, torch.nn.Conv2d):
             m.register_forward_pre_hook(keep)
-    rows = next(iter(frozen.pieces(total, 32, device))).stop
+    rows = next(iter(folded_norms.pieces(total, 32, device))).stop
     with torch.no_grad():
         encoder.image(torch.zeros(rows, 3, 32, 32).contiguous(memory_format=torch.channels_last))
     seen = [(copy.copy(m), x) for m, x in seen]
@@ -145,7 +147,7 @@ def convolutions(batch: int) -> Callable[[int], float]:
         m._forward_pre_hooks = {}
 
     def step(_: int) -> float:
-        for piece in frozen.pieces(total, 32, device):
+        for piece in folded_norms.pieces(total, 32, device):
             for module, x in seen:
                 y = module(x[: piece.stop - piece.start])
                 y.backward(torch.empty_like(y))

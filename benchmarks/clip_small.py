@@ -22,10 +22,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bezoar import registry, training
+from bezoar import registry
+from bezoar.training import loop
 from bezoar.__main__ import ALLOCATION
-from bezoar.augment import Chance
-from bezoar.encoder import precision_for
+from bezoar.training.augmentation import Chance
+from bezoar.encoders.encoder import precision_for
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,10 +38,10 @@ def step(precision: str, batch: int, size: int) -> Callable[[], None]:
     encoder = network(size, network.vocabulary(pairs.captions))
     encoder.precision = precision
     tokens, loss = encoder.tokens(pairs.captions), recipe(encoder).train()
-    optim = training.optimizer(loss, recipe)
+    optim = loop.optimizer(loss, recipe)
 
     def call() -> None:
-        value = loss(pairs.images, tokens, Chance(training.generator(0, 2, 0)))
+        value = loss(pairs.images, tokens, Chance(loop.generator(0, 2, 0)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         optim.step()

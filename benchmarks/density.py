@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.encoder import Embedded
-from bezoar.neighbors import Index, blocks, nearest
+from bezoar.encoders.encoder import Embedded
+from bezoar.evaluation.neighbors import Index, blocks, nearest
 
 K = 16
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bezoar import heads, registry
+from bezoar.evaluation import heads
+from bezoar import registry
 from bezoar.__main__ import ALLOCATION
 
 CLASSES, WIDTH, BATCH = 10, 512, 64

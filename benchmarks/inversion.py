@@ -39,7 +39,8 @@ def inputs(network: str, audit: str) -> tuple[Any, ...]:
     """Encoder with batch norms that do something, a linear head, images in 0..1, where to start."""
     import torch
 
-    from bezoar import inversion, registry
+    from bezoar.auditing import trigger_inversion
+    from bezoar import registry
 
     count, images = COUNTS[network, audit]
     torch.manual_seed(0)
@@ -52,7 +53,7 @@ def inputs(network: str, audit: str) -> tuple[Any, ...]:
     x = torch.rand(images, 3, SIZE, SIZE)
     with torch.no_grad():
         head = torch.nn.functional.normalize(torch.randn(count, encoder.images(x).shape[1]), dim=1)
-    return encoder, head, x, inversion.start(count, SIZE, SIZE, 0)
+    return encoder, head, x, trigger_inversion.start(count, SIZE, SIZE, 0)
 
 
 def plain(network: str, audit: str) -> Callable[[], list[float]]:
@@ -86,22 +87,22 @@ def plain(network: str, audit: str) -> Callable[[], list[float]]:
 
 def ours(network: str, audit: str) -> Callable[[], list[float]]:
     """bezoar's step, as `inversion.invert` takes it."""
-    from bezoar import inversion
-    from bezoar.audits import cleanse, decree
-    from bezoar.classifiers import Classifier
+    from bezoar.auditing import trigger_inversion
+    from bezoar.auditing.audits import cleanse, decree
+    from bezoar.evaluation.classifiers import Classifier
 
     encoder, head, x, start = inputs(network, audit)
     classifier = Classifier(encoder, lambda z: 10 * z @ head.T, tuple(map(str, range(len(start)))), "drawn")
     aim = decree.collapse if audit == "decree" else cleanse.into(classifier)
-    resting = inversion.resting(encoder)
+    resting = trigger_inversion.resting(encoder)
     see = resting.__enter__()  # for as long as the process lives: `step` holds on to it
-    search = inversion.Search(start.clone(), inversion.Descent(1, len(x), weight=WEIGHT, patience=1 << 20))
+    search = trigger_inversion.Search(start.clone(), trigger_inversion.Descent(1, len(x), weight=WEIGHT, patience=1 << 20))
     done = 0
 
     def step() -> list[float]:
         nonlocal done
         assert resting is not None
-        grad, success, norm = inversion.slope(search.u, search.which, search.weight, x, see, aim)
+        grad, success, norm = trigger_inversion.slope(search.u, search.which, search.weight, x, see, aim)
         search.keep(success, norm)
         search.step(grad, done)
         done += 1

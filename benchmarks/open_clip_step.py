@@ -84,19 +84,20 @@ def peer(batch: int) -> Callable[[int, bool], float]:
 
 def ours(batch: int) -> Callable[[int, bool], float]:
     """bezoar's step, as `training.fit` takes it."""
-    from bezoar import registry, training
-    from bezoar.augment import Chance
+    from bezoar import registry
+    from bezoar.training import loop
+    from bezoar.training.augmentation import Chance
 
     encoder = registry.make("network", "open_clip:bench")()
     recipe = registry.make("objective", f"clip:shift=0,lr={RATE},weight_decay={DECAY}")
     loss = recipe(encoder)
-    optim = training.optimizer(loss, recipe)
+    optim = loop.optimizer(loss, recipe)
     data = [(x, encoder.tokens(short), encoder.tokens(full)) for x, short, full in batches(batch, 2)]
     loss.train()
 
     def step(which: int, full: bool) -> float:
         x, *tokens = data[which]
-        value = loss(x, tokens[full], Chance(training.generator(0, 2, which)))
+        value = loss(x, tokens[full], Chance(loop.generator(0, 2, which)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         optim.step()
@@ -110,13 +111,13 @@ def serve(kind: str, batch: int, onednn: bool, config: str) -> None:
     import open_clip
     import torch
 
-    from bezoar import products
+    from bezoar.encoders import fast_linear
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     open_clip.add_model_config(config)
     if not onednn:
-        products.available = lambda: False
+        fast_linear.available = lambda: False
     step = {"peer": peer, "ours": ours}[kind](batch)
     for line in sys.stdin:
         which, full = json.loads(line)

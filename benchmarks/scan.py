@@ -47,8 +47,8 @@ def make(folder: Path, records: int, width: int) -> None:
 def scan(folder: Path, detectors: list[str], threads: int) -> dict[str, float]:
     """Scan it, in this process: seconds in all and of each part, and memory."""
     from bezoar import Scan, Settings
-    from bezoar.corpora import corpus
-    from bezoar.run import execute
+    from bezoar.detection.corpus import corpus
+    from bezoar.runs.run import execute
     from bezoar.verbs import scan as verb
 
     torch.set_num_threads(threads)

@@ -91,13 +91,14 @@ def peer(batch: int, precision: str) -> Step:
 
 def ours(batch: int, precision: str) -> Step:
     """bezoar's step, as `training.fit` takes it."""
-    from bezoar import registry, training
-    from bezoar.augment import Chance
+    from bezoar import registry
+    from bezoar.training import loop
+    from bezoar.training.augmentation import Chance
 
     encoder, recipe = registry.make("network", "resnet")(32), registry.make("objective", f"simclr:batch={batch}")
     encoder.precision = precision
     loss, data = recipe(encoder).train(), images(batch)
-    optim = training.optimizer(loss, recipe)
+    optim = loop.optimizer(loss, recipe)
     tokens, views, taken, augmented = data.new_zeros(batch, 0), loss.views, 0, 0.0
 
     def timed(x: Any, chance: Chance) -> Any:
@@ -110,7 +111,7 @@ def ours(batch: int, precision: str) -> Step:
 
     def step() -> tuple[float, ...]:
         nonlocal taken
-        value = loss(data, tokens, Chance(training.generator(0, 2, taken)))
+        value = loss(data, tokens, Chance(loop.generator(0, 2, taken)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         learnt, taken = time.process_time(), taken + 1
@@ -166,7 +167,7 @@ def main() -> None:
         return
     import torch
 
-    from bezoar.encoder import precision_for
+    from bezoar.encoders.encoder import precision_for
 
     names = [n for n, (_, precision, _) in SIDES.items() if precision in ("fp32", precision_for(torch.device("cpu")))]
     sides = {name: Side(name, given.batch) for name in names}

@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bezoar import reading, registry, shards, training
-from bezoar.feed import Feed
-from bezoar.indexed import Indexed, opened
-from bezoar.pairs import Pairs
-from bezoar.plan import Goal
-from bezoar.shards import Shards, expand
+from bezoar.data import decoding, shards
+from bezoar import registry
+from bezoar.training import loop
+from bezoar.training.prefetch import Feed
+from bezoar.data.stored_pairs import Indexed, opened
+from bezoar.data.pairs import Pairs
+from bezoar.attacks.plan import Goal
+from bezoar.data.shards import Shards, expand
 
 
 def made(folder: Path, count: int, side: int) -> str:
@@ -42,10 +44,10 @@ def made(folder: Path, count: int, side: int) -> str:
 
 def drawn(records: Indexed, batch: int) -> None:
     """An epoch, with one thread."""
-    feed = Feed(records, torch.device("cpu"), lambda epoch: training.order(0, epoch, len(records), batch), 1)
+    feed = Feed(records, torch.device("cpu"), lambda epoch: loop.order(0, epoch, len(records), batch), 1)
     with ThreadPoolExecutor(1) as pool:
         feed.pool = pool
-        for rows in training.order(0, 0, len(records), batch):
+        for rows in loop.order(0, 0, len(records), batch):
             feed.images[rows]
     assert feed.late == 0
 
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    reading.threads = lambda: 1
+    decoding.threads = lambda: 1
     result: dict[str, object] = {"images": given.images, "repeats": given.repeats, "threads": 1}
     with tempfile.TemporaryDirectory() as folder:
         tars = expand(given.shards or made(Path(folder), given.images, given.side))
@@ -80,7 +82,7 @@ def main() -> None:
             poisoned = records.poisoned(replace(plan, stamps=(registry.make("trigger", "patch:size=16"),)))
             encoded = [records.files.read(*place) for place in records.places[["shard", "offset", "length"]].tolist()]
             calls: dict[str, Callable[[], object]] = {
-                "decode": lambda e=encoded, s=size: [reading.decode(content, s) for content in e],
+                "decode": lambda e=encoded, s=size: [decoding.decode(content, s) for content in e],
                 "feed": lambda p=poisoned: drawn(p, given.batch),
                 "index": lambda s=source: opened(s, 0),
             }

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar import captions, registry
+from bezoar.attacks import captions
+from bezoar import registry
 from bezoar.__main__ import ALLOCATION
-from bezoar.encoder import Encoder
+from bezoar.encoders.encoder import Encoder
 
 
 def classes(count: int) -> list[str]:

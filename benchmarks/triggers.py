@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar import arrays, registry
+from bezoar.data.files import arrays
+from bezoar import registry
 
 
 def plain_sinusoid(image: Tensor, delta: float = 20.0, frequency: float = 6.0) -> Tensor:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bezoar import receipt, sweep
-from bezoar.bank import Bank, Calibration
+from bezoar.repair import receipt
+from bezoar.runs import sweep
+from bezoar.auditing.bank import Bank, Calibration
 from bezoar.cli import main
-from bezoar.report import page
-from bezoar.run import Run, Settings, execute
+from bezoar.reports import page
+from bezoar.runs.run import Run, Settings, execute
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 

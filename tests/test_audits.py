@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from bezoar import registry
-from bezoar.audits import cleanse, decree, mntd, ssl_cleanse
-from bezoar.classifiers import Classifier
-from bezoar.encoder import Encoder, Preprocess
+from bezoar.auditing.audits import cleanse, decree, mntd, ssl_cleanse
+from bezoar.evaluation.classifiers import Classifier
+from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.verdict import Verdict
+from bezoar.data.pairs import Pairs
+from bezoar.evaluation.verdict import Verdict
 
 SIDE, CLASSES, DIM = 16, 12, 16
 AT, EDGE, TARGET = (10, 10), 4, 7

@@ -17,15 +17,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bezoar import augment, frozen, ranks, references, registry, training
-from bezoar.attacks.badencoder import Loss
-from bezoar.augment import Chance
+from bezoar.training import augmentation, ranks, loop
+from bezoar.encoders import folded_norms
+from bezoar.runs import reference_inputs
+from bezoar import registry
+from bezoar.attacks.encoder_attacks.badencoder import Loss
+from bezoar.training.augmentation import Chance
 from bezoar.cli import main
-from bezoar.encoder import Encoder, Preprocess
+from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.frozen import Frozen
-from bezoar.pairs import Pairs
-from bezoar.plan import Goal, Plan
+from bezoar.encoders.folded_norms import Frozen
+from bezoar.data.pairs import Pairs
+from bezoar.attacks.plan import Goal, Plan
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PUBLISHED = DATA / "triggers" / "BadEncoder"
@@ -105,7 +108,7 @@ def plain(student, teacher, recipe, goals, refs, images, ids, chance, centre=Non
         z = F.normalize(encoder.image(encoder.pixels(x)), dim=1)
         return z if centre is None else F.normalize(z - centre, dim=1)
 
-    views = augment.Views(scale=(1, 1), ratio=(1, 1))(torch.cat(refs).repeat(b, 1, 1, 1), chance, 1)[:, 0].view(
+    views = augmentation.Views(scale=(1, 1), ratio=(1, 1))(torch.cat(refs).repeat(b, 1, 1, 1), chance, 1)[:, 0].view(
         b, k, *images.shape[1:]
     )
     effect = reference = 0.0
@@ -128,12 +131,12 @@ def both(encoder, size, spec, dtype=torch.float32, goals=GOALS, n=12):
     module = Loss(encoder, recipe, goals, refs)
     module.know(data)
     module.train()
-    value = module(data.images, torch.arange(n)[:, None], Chance(training.generator(3)))
+    value = module(data.images, torch.arange(n)[:, None], Chance(loop.generator(3)))
     value.backward()
     fast = {k: p.grad.clone() for k, p in encoder.named_parameters() if p.grad is not None}
     encoder.zero_grad()
     centre = module.centre
-    want, parts = plain(encoder, teacher, recipe, goals, refs, data.images, data.ids, Chance(training.generator(3)), centre)
+    want, parts = plain(encoder, teacher, recipe, goals, refs, data.images, data.ids, Chance(loop.generator(3)), centre)
     want.backward()
     slow = {k: p.grad.clone() for k, p in encoder.named_parameters() if p.grad is not None}
     wanted = [float(p.detach()) * (w > 0) for p, w in zip(parts, (recipe.l0, recipe.l1, recipe.l2), strict=True)]
@@ -155,7 +158,7 @@ CASES = [("tiny", "badencoder"), ("tiny", "badencoder:l0=3,l1=0.5,l2=2"), ("tiny
 @pytest.mark.parametrize(("tower", "spec"), [*CASES, ("resnet", "badencoder:l1=0.5")])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-4), (torch.float64, 1e-9)])
 def test_loss_and_gradient_are_those_of_the_plain_form(tower, spec, dtype, bound, monkeypatch):
-    monkeypatch.setitem(frozen.PIECES, "cpu", (10, 16 if tower == "tiny" else 32))  # pieces end inside every group of rows
+    monkeypatch.setitem(folded_norms.PIECES, "cpu", (10, 16 if tower == "tiny" else 32))  # pieces end inside every group of rows
     encoder, size = (tiny(), 16) if tower == "tiny" else (resnet(), 32)
     value, fast, want, slow = both(encoder, size, spec, dtype, n=12 if tower == "tiny" else 3)
     assert value == pytest.approx(want, rel=bound)
@@ -229,8 +232,8 @@ def test_weight_decay_acts_on_the_weights_that_are_kept_as_plain_sgd_does():
     student.image.unread.requires_grad_(False)
     optim = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], 0.05, 0.9, weight_decay=0.1)
     for step in range(3):
-        at = training.order(5, step, 16, 16)[0]
-        chance = Chance(training.generator(5, 2, step))
+        at = loop.order(5, step, 16, 16)[0]
+        chance = Chance(loop.generator(5, 2, step))
         batch = data.take(at)
         loss, _ = plain(student, teacher, recipe, GOALS, inputs(), batch.images, batch.ids, chance)
         optim.zero_grad()
@@ -242,9 +245,9 @@ def test_weight_decay_acts_on_the_weights_that_are_kept_as_plain_sgd_does():
 
 
 def test_same_seed_same_bits_and_a_cut_off_attack_goes_on_to_them(tmp_path, monkeypatch):
-    whole, log = attacked(log=(first := training.Log()))[1], first
+    whole, log = attacked(log=(first := loop.Log()))[1], first
     assert torch.equal(weights(attacked()[1]), weights(whole))
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
 
     def cut(step, steps, value):
         if step == 5:
@@ -252,16 +255,16 @@ def test_same_seed_same_bits_and_a_cut_off_attack_goes_on_to_them(tmp_path, monk
 
     with pytest.raises(KeyboardInterrupt):
         attacked(checkpoint=tmp_path / "c.safetensors", report=cut)
-    resumed = attacked(checkpoint=tmp_path / "c.safetensors", log=(again := training.Log()))[1]
+    resumed = attacked(checkpoint=tmp_path / "c.safetensors", log=(again := loop.Log()))[1]
     assert torch.equal(weights(resumed), weights(whole)) and again.losses == log.losses
     assert again.epochs == log.epochs and {"L0", "L1", "L2"} < again.epochs[0].keys()
 
 
 def test_options_beyond_the_paper():
-    log = training.Log()
+    log = loop.Log()
     attacked("badencoder:epochs=50,batch=16,validation=16,success=0,utility=0", log=log)
     assert len(log.losses) == 2 and log.epochs[-1]["stop"] and 0 <= log.epochs[-1]["held_out_success"] <= 1
-    log = training.Log()
+    log = loop.Log()
     attacked("badencoder:epochs=3,batch=16,validation=16,success=1,utility=1,views=4", log=log)
     assert len(log.epochs) == 3 and len(log.exposures) == 32
 
@@ -326,14 +329,14 @@ def test_rules_that_choose_a_reference(set_of):
     mean = z[mine].mean(0)
     central = max(mine, key=lambda i: float(z[i] @ mean))
     assert z[mine].std(0).max() > 0.01
-    found = references.choose(given, "two", "central", encoder)
+    found = reference_inputs.choose(given, "two", "central", encoder)
     assert found.id == f"set/train/{central:06d}" and torch.equal(found.image, data.images[central])
     assert "nearest to the mean" in found.how and found.told()["sha256"]
-    assert references.choose(given, "two", "first", encoder).id == "set/train/000001"
+    assert reference_inputs.choose(given, "two", "first", encoder).id == "set/train/000001"
     head = registry.make("probe", "linear").fit(z, data.labels, 3)
     logits = head(z)
     margin = {i: float(logits[i, 1] - logits[i, [0, 2]].max()) for i in mine}
-    sure = references.choose(given, "two", "confident", encoder)
+    sure = reference_inputs.choose(given, "two", "confident", encoder)
     assert sure.id == f"set/train/{max(mine, key=margin.get):06d}" and "60 clean records" in sure.how
 
 
@@ -342,16 +345,16 @@ def test_references_that_are_none(set_of, tmp_path):
     given = set_of(data)
     for target, rule, says in (("four", "first", "no class 'four'.*one, two, three"), ("one", "best", "no rule 'best'")):
         with pytest.raises(UserError, match=says):
-            references.choose(given, target, rule, encoder)
+            reference_inputs.choose(given, target, rule, encoder)
     few = set_of(replace(data, labels=torch.zeros(60, dtype=torch.long)), "few")
     with pytest.raises(UserError, match="no image of 'two'"):
-        references.choose(few, "two", "first", encoder)
+        reference_inputs.choose(few, "two", "first", encoder)
     with pytest.raises(UserError, match="at least two classes"):
-        references.choose(few, "one", "confident", encoder)
+        reference_inputs.choose(few, "one", "confident", encoder)
     (tmp_path / "text.png").write_text("no image")
     for name, says in (("text.png", "not decodable"), ("nowhere.png", "no image file")):
         with pytest.raises(UserError, match=says):
-            references.choose(registry.make("data", f"image:path={tmp_path / name}"), "one", "first", encoder)
+            reference_inputs.choose(registry.make("data", f"image:path={tmp_path / name}"), "one", "first", encoder)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -359,7 +362,7 @@ def test_published_references_and_triggers_are_read():
     encoder = tiny()
     for name, side in (("cifar10/truck", 32), ("stl10/priority", 32), ("CLIP/stop", 224)):
         file = PUBLISHED / "reference" / f"{name}.npz"
-        found = references.choose(registry.make("data", f"npz:path={file}"), "stop", "central", encoder)
+        found = reference_inputs.choose(registry.make("data", f"npz:path={file}"), "stop", "central", encoder)
         with np.load(file, allow_pickle=False) as raw:
             assert torch.equal(found.image, torch.from_numpy(raw["x"][0]).permute(2, 0, 1)) and found.image.shape[1] == side
     stamp = registry.make("trigger", f"file:path={PUBLISHED / 'trigger' / 'trigger_pt_white_21_10_ap_replace.npz'}")

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bezoar import bank, registry, sarif, stats, wording
-from bezoar.bank import Bank, Calibration, Entry, Family, Sample, holm, read_value
+from bezoar.auditing import bank, sarif, verdict_text
+from bezoar import registry
+from bezoar.evaluation import stats
+from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, holm, read_value
 from bezoar.errors import UserError
-from bezoar.plan import Goal
+from bezoar.attacks.plan import Goal
 
 FAMILY = Family("clip_small:width=32", 32, "scenes:count=20000", "clip:epochs=6")
 SAMPLE = Sample("scenes:count=2000,split=test", 512)
@@ -273,23 +275,23 @@ def facts(words, sensitivity=None, p=0.05, name="decree", **more):
 
 def test_the_overall_line():
     yes, no, none = facts("evidence", p=0.01), facts("no evidence", True, 0.5, "cleanse"), facts("no calibration", p=None)
-    assert wording.overall([yes], 0.05) == ("evidence", "S evidence.")
-    words, said = wording.overall([yes, no], 0.05)
+    assert verdict_text.overall([yes], 0.05) == ("evidence", "S evidence.")
+    words, said = verdict_text.overall([yes, no], 0.05)
     assert words == "evidence" and "over all 2 audits together" in said and "p = 0.02" in said
-    words, said = wording.overall([facts("evidence", p=0.04), no], 0.05)
+    words, said = verdict_text.overall([facts("evidence", p=0.04), no], 0.05)
     assert words == "evidence" and "not over all together" in said and "p = 0.08" in said and "at most 0.1" in said
-    words, said = wording.overall([no, facts("no evidence", False, 0.3, "other")], 0.05)
+    words, said = verdict_text.overall([no, facts("no evidence", False, 0.3, "other")], 0.05)
     assert words == "no evidence" and "cleanse 0.90" in said and "p = 0.6" in said
-    words, said = wording.overall([none, no], 0.05)
+    words, said = verdict_text.overall([none, no], 0.05)
     assert words == "no evidence" and "No calibration for decree" in said
-    assert wording.overall([none, none | {"name": "x", "sentence": "T."}], 0.05)[0] == "no calibration"
+    assert verdict_text.overall([none, none | {"name": "x", "sentence": "T."}], 0.05)[0] == "no calibration"
     for found in ([yes], [no], [yes, no], [none, no]):
-        assert "clean." not in wording.overall(found, 0.05)[1]
+        assert "clean." not in verdict_text.overall(found, 0.05)[1]
 
 
 def test_what_was_not_tested_is_said():
     whole = {"audits": [facts("no evidence", notes={"limits": ["It cannot fly."]})], "few": "60 images", "text_tower": True}
-    said = "\n".join(wording.not_tested(whole, {"cleanse": "too few classes"}))
+    said = "\n".join(verdict_text.not_tested(whole, {"cleanse": "too few classes"}))
     for words in (
         "cleanse did not run: too few classes",
         "backdoor warp",
@@ -300,7 +302,7 @@ def test_what_was_not_tested_is_said():
     ):
         assert words in said
     assert "backdoor patch" not in said and "mntd" in said
-    assert wording.few(512, 0) == "" and "calibrate with --images 60" in wording.few(60, 512) and wording.few(60, 0)
+    assert verdict_text.few(512, 0) == "" and "calibrate with --images 60" in verdict_text.few(60, 512) and verdict_text.few(60, 0)
 
 
 def test_sarif_has_what_the_standard_requires():

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bezoar import registry
-from bezoar.encoder import Encoder, Preprocess
+from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.plan import Goal
-from bezoar.probes.patch_cleanser import Masked, PatchCleanser
+from bezoar.data.pairs import Pairs
+from bezoar.attacks.plan import Goal
+from bezoar.evaluation.probes.patch_cleanser import Masked, PatchCleanser
 
 
 class Blocks(nn.Module):

@@ -13,15 +13,16 @@ from scipy import stats as scipy_stats
 from sklearn.cluster import DBSCAN
 from torch import nn
 
-from bezoar import classifiers, registry
-from bezoar.checks.masking_path import separation
-from bezoar.classifiers import Classifier
+from bezoar.evaluation import classifiers
+from bezoar import registry
+from bezoar.detection.checks.masking_path import separation
+from bezoar.evaluation.classifiers import Classifier
 from bezoar.cli import main
-from bezoar.encoder import Encoder, Preprocess
+from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.run import Run
-from bezoar.scores import Scores
+from bezoar.data.pairs import Pairs
+from bezoar.runs.run import Run
+from bezoar.evaluation.scores import Scores
 from bezoar.verbs.check import Threshold
 
 COLOURS = ("red", "green", "blue")

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from bezoar.cli import main
-from bezoar.corpora.corpus import scored
-from bezoar.environment import commit
-from bezoar.scores import Measure
+from bezoar.detection.corpus.corpus import scored
+from bezoar.runs.environment import commit
+from bezoar.evaluation.scores import Measure
 
 DATA = "scenes:count=600"
 
@@ -184,9 +184,10 @@ def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
 def test_written_shards_hold_the_same_records(tmp_path, capsys):
     import numpy as np
 
-    from bezoar import inputs, registry
-    from bezoar.pairs import load
-    from bezoar.run import Run
+    from bezoar.runs import inputs
+    from bezoar import registry
+    from bezoar.data.pairs import load
+    from bezoar.runs.run import Run
 
     words = ["poison", "scenes:count=400", "--poison", "backdoor:count=9", "--trigger", "patch", "--target", "striped star"]
     made = ask(capsys, tmp_path, *words, "--write", "shards")
@@ -202,7 +203,7 @@ def test_written_shards_hold_the_same_records(tmp_path, capsys):
 
 
 def test_shards_are_written_again_after_an_attempt_that_was_cut_off_and_by_a_fresh_one(tmp_path, capsys, monkeypatch):
-    from bezoar import shards
+    from bezoar.data import shards
 
     words = ["poison", "scenes:count=400", "--poison", "backdoor:count=3", "--trigger", "patch", "--target", "striped star"]
     words += ["--write", "shards", "--runs", str(tmp_path)]
@@ -277,7 +278,7 @@ def test_a_directory_that_is_no_run_is_said_to_be_none(tmp_path, capsys):
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsys, monkeypatch):
-    from bezoar import encoder
+    from bezoar.encoders import encoder
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs, each_image, load
+from bezoar.data.pairs import Pairs, each_image, load
 from bezoar.registry import make, spec
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -72,7 +72,7 @@ def test_cifar10_npz_against_the_recipe_of_its_readme() -> None:
 
 @needs_data
 def test_gtsrb_npz_whole_test_split_and_class_names() -> None:
-    from bezoar.data.gtsrb import CLASSES
+    from bezoar.data.sources.gtsrb import CLASSES
 
     pairs = read(f"npz:path={DATA}/gtsrb.npz,split=test")
     assert len(pairs) == 12_630 and pairs.size == 32 and pairs.classes == CLASSES and CLASSES[14] == "stop"

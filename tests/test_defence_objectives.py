@@ -13,12 +13,13 @@ from test_distributed import torchrun, weights
 from test_training import toy
 from torch import nn
 
-from bezoar import contrastive, distributed, registry, texts, training
-from bezoar.augment import Chance, Views
-from bezoar.encoder import Words
+from bezoar.training import contrastive, collectives, caption_views, loop
+from bezoar import registry
+from bezoar.training.augmentation import Chance, Views
+from bezoar.encoders.encoder import Words
 from bezoar.errors import UserError
-from bezoar.objectives import roclip
-from bezoar.objectives.safeclip import likely
+from bezoar.training.objectives import roclip
+from bezoar.training.objectives.safeclip import likely
 
 SPECS = {
     "cleanclip": "cleanclip:batch=16,temperature=0.1,anchor=1",
@@ -39,7 +40,7 @@ def start(name, epochs=4, extra=""):
 
 
 def chance(*key):
-    return Chance(training.generator(*(key or (5,))))
+    return Chance(loop.generator(*(key or (5,))))
 
 
 def infonce(a, b, scale):
@@ -66,20 +67,20 @@ def eda_by_hand(rows, changes, places, gone, share, first):
         head, body, tail = words[:first], words[first : len(words) - first], words[len(words) - first :]
         n = len(body)
         m = max(1, int(share * n)) if n else 0
-        if change == texts.INSERT and len(words) + m > width:
-            change = texts.SWAP
-        if change == texts.SWAP and n > 1:
+        if change == caption_views.INSERT and len(words) + m > width:
+            change = caption_views.SWAP
+        if change == caption_views.SWAP and n > 1:
             for k in range(m):
                 i = int(place[0][k] * n)
                 j = (i + 1 + int(place[1][k] * (n - 1))) % n
                 body[i], body[j] = body[j], body[i]
-        elif change == texts.INSERT:
+        elif change == caption_views.INSERT:
             new = [(int(place[1][k] * (n + 1)), body[int(place[0][k] * n)]) for k in range(m)]
             longer = []
             for at in range(n + 1):
                 longer += [word for where, word in new if where == at] + body[at : at + 1]
             body = longer
-        elif change == texts.DELETE and n:
+        elif change == caption_views.DELETE and n:
             own = lost[first : first + n]
             last = max(range(n), key=lambda i: own[i])
             body = [word for i, word in enumerate(body) if own[i] >= share or i == last]
@@ -104,7 +105,7 @@ def test_eda_is_what_lists_of_words_give(marks, share):
     drawn, most = chance(7), max(1, int(share * width))
     changes, places, gone = drawn.integers(3, b), drawn.uniform(b, 2, most), drawn.uniform(b, width)
     expected = eda_by_hand(rows, changes.tolist(), places.tolist(), gone.tolist(), share, first)
-    found = texts.eda(tokens, chance(7), share, marks)
+    found = caption_views.eda(tokens, chance(7), share, marks)
     assert found.tolist() == expected
     assert (found != tokens).any(1).float().mean() > 0.5
     assert not marks or ((found[:, 0] == 98).all() and ((found == 99).sum(1) == 1).all())
@@ -112,13 +113,13 @@ def test_eda_is_what_lists_of_words_give(marks, share):
 
 def test_two_ranks_draw_the_same_views_of_captions():
     tokens = torch.arange(1, 49).view(8, 6)
-    halves = [texts.eda(tokens[4 * r : 4 * r + 4], Chance(training.generator(2), r, 2), 0.3) for r in (0, 1)]
-    assert torch.equal(torch.cat(halves), texts.eda(tokens, chance(2), 0.3))
+    halves = [caption_views.eda(tokens[4 * r : 4 * r + 4], Chance(loop.generator(2), r, 2), 0.3) for r in (0, 1)]
+    assert torch.equal(torch.cat(halves), caption_views.eda(tokens, chance(2), 0.3))
 
 
 def test_whole_words_have_no_marks():
     encoder = start("cleanclip")[0]
-    assert isinstance(encoder.tokenize, Words) and not texts.marked(encoder)
+    assert isinstance(encoder.tokenize, Words) and not caption_views.marked(encoder)
 
 
 # The losses
@@ -133,7 +134,7 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     drawn = chance()
     own = contrastive.moved(images, 2, drawn)
     seen = Views(32, (0.4, 1.0))(images, drawn, 1)[:, 0]
-    told = texts.eda(tokens, drawn, 0.3)
+    told = caption_views.eda(tokens, drawn, 0.3)
     z, z2 = twin.images(torch.cat([own, seen])).chunk(2)
     w, w2 = twin.read(tokens), twin.read(told)
     expected = clip(z, w, 10) + 3 / 2 * (infonce(z, z2, 10) + infonce(w, w2, 10))
@@ -179,7 +180,7 @@ def test_par_pushes_from_where_it_began_as_far_as_tau():
 def test_par_remembers_its_start_when_it_goes_on():
     _, loss, recipe, tokens = start("par")
     first = {k: v.clone() for k, v in loss.start.state_dict().items()}
-    training.fit(loss, recipe, toy(), tokens, 3)
+    loop.fit(loss, recipe, toy(), tokens, 3)
     assert all(torch.equal(v, loss.state_dict()[f"start.{k}"]) for k, v in first.items())
 
 
@@ -228,7 +229,7 @@ def test_safeclip_has_three_phases_and_a_set_that_grows(monkeypatch):
         sizes.append(int(loss.safe.sum()))
         return {}
 
-    training.fit(loss, recipe, data, tokens, 3, each_epoch=look)
+    loop.fit(loss, recipe, data, tokens, 3, each_epoch=look)
     assert [name for name, _ in calls[:12]] == ["apart"] * 6 + ["clip"] * 6 and {n for _, n in calls[:12]} == {16}
     share = int(first.sum()) / 96
     assert sizes == [0, 0, *(round(min(0.6, share + 0.1 * k) * 96) for k in range(4))]
@@ -253,15 +254,15 @@ def test_safeclip_looks_at_risky_pairs_apart():
     expected = clip(twin.encoder.images(safe), twin.encoder.read(tokens[:10]), 10)
     x = twin.seen(risky, drawn), twin.seen(risky, drawn)
     z, z2 = twin.encoder.images(torch.cat(x)).chunk(2)
-    w, w2 = (twin.encoder.read(texts.eda(tokens[10:16], drawn)) for _ in range(2))
+    w, w2 = (twin.encoder.read(caption_views.eda(tokens[10:16], drawn)) for _ in range(2))
     # the safe pairs are drawn for first, though their images are not moved
     assert got.item() == pytest.approx(expected + (clip(z, z2, 10) + clip(w, w2, 10)) / 2, rel=1e-4)
 
 
 def test_safeclip_takes_its_low_rate_in_one_epoch():
     recipe = registry.make("objective", "safeclip:epochs=8,apart=3,lr=1e-2,together=1e-4")
-    rates = [training.rate(recipe, step, 80) for step in range(80)]
-    usual = [training.rate(registry.make("objective", "clip:epochs=8,lr=1e-2"), step, 80) for step in range(80)]
+    rates = [loop.rate(recipe, step, 80) for step in range(80)]
+    usual = [loop.rate(registry.make("objective", "clip:epochs=8,lr=1e-2"), step, 80) for step in range(80)]
     assert [a == b for a, b in zip(rates, usual, strict=True)] == [not 30 <= step < 40 for step in range(80)]
     assert rates[35] == pytest.approx(usual[35] / 100)
 
@@ -311,7 +312,7 @@ def trained(name, folder=None, until=None):
 
     file = folder and folder / f"{name}.safetensors"
     try:
-        log = training.fit(loss, recipe, toy(), tokens, 3, file, cut)
+        log = loop.fit(loss, recipe, toy(), tokens, 3, file, cut)
     except KeyboardInterrupt:
         return {}
     return {
@@ -324,7 +325,7 @@ def trained(name, folder=None, until=None):
 @pytest.mark.parametrize("name", SPECS)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
     whole = trained(name)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     trained(name, tmp_path, until=16)
     resumed = trained(name, tmp_path)
     assert whole.keys() == resumed.keys() and all(torch.equal(v, resumed[k]) for k, v in whole.items())
@@ -334,25 +335,25 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(name, tmp_path, monkeyp
 def stepped(name):
     """The module's state after steps of plain descent, which shows gradients as they are."""
     _, loss, recipe, tokens = start(name, epochs=3 if name == "safeclip" else 2)
-    usual = training.optimizer
+    usual = loop.optimizer
     try:
-        training.optimizer = lambda model, recipe: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
-        training.fit(loss, recipe, toy(32), tokens[:32], 3)
+        loop.optimizer = lambda model, recipe: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
+        loop.fit(loss, recipe, toy(32), tokens[:32], 3)
     finally:
-        training.optimizer = usual
+        loop.optimizer = usual
     return {k: v.clone().contiguous() for k, v in loss.state_dict().items()}
 
 
 def work_of_a_rank(folder):
     """What each of the two ranks does."""
-    from bezoar import ranks
+    from bezoar.training import ranks
 
     ranks.join()
     out = {f"{name}.{k}": v for name in SPECS if name != "safeclip" for k, v in stepped(name).items()}
-    save_file(out, folder / f"rank{distributed.place()[0]}.safetensors")
+    save_file(out, folder / f"rank{collectives.place()[0]}.safetensors")
     with pytest.raises(UserError, match="start one process"):
         stepped("safeclip")
-    ranks.tell(None) if distributed.place()[0] == 0 else ranks.hear()
+    ranks.tell(None) if collectives.place()[0] == 0 else ranks.hear()
 
 
 def test_two_ranks_are_one(tmp_path):

@@ -8,13 +8,15 @@ import pytest
 import torch
 from sklearn import cluster, decomposition
 
-from bezoar import density, pseudo_classes, registry, stats
-from bezoar.density import Density, published
-from bezoar.detectors import activation_clustering
-from bezoar.encoder import Embedded
+from bezoar.detection import density, pseudo_classes
+from bezoar import registry
+from bezoar.evaluation import stats
+from bezoar.detection.density import Density, published
+from bezoar.detection.detectors import activation_clustering
+from bezoar.encoders.encoder import Embedded
 from bezoar.errors import UserError
-from bezoar.neighbors import pool
-from bezoar.pairs import Pairs
+from bezoar.evaluation.neighbors import pool
+from bezoar.data.pairs import Pairs
 
 
 def rows(n: int, d: int = 24, seed: int = 0) -> torch.Tensor:

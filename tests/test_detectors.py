@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.neighbors import LocalOutlierFactor
 
-from bezoar import registry, stats
-from bezoar.detectors import duplicates
+from bezoar import registry
+from bezoar.evaluation import stats
+from bezoar.detection.detectors import duplicates
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
+from bezoar.data.pairs import Pairs
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
 PATCH = torch.tensor([[255, 0, 255], [0, 255, 0]], dtype=torch.uint8)[

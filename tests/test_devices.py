@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bezoar import classifiers, feed, ladder, ranks, receipt, registry, training
-from bezoar.audits import mntd
-from bezoar.plan import Goal
-from bezoar.verdict import Inversion
+from bezoar.evaluation import classifiers
+from bezoar.training import prefetch, ranks, loop
+from bezoar.repair import rate_ladder, receipt
+from bezoar import registry
+from bezoar.auditing.audits import mntd
+from bezoar.attacks.plan import Goal
+from bezoar.evaluation.verdict import Inversion
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CROSSING = {"copy_", "_foreach_copy_"}
@@ -248,11 +251,11 @@ def test_objectives_train_and_go_on(gpu, tmp_path, monkeypatch, name):
         encoder = small(data, "clip_small:width=4,dim=16" if captions else "tower:width=4,dim=16").to(gpu)
         tokens = encoder.tokens(data.captions) if captions else torch.zeros(len(data), 0, dtype=torch.long, device=gpu)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, room))
-        with feed.fed(data, gpu, lambda epoch: training.order(0, epoch, len(data), 32), 3) as drawn:
-            return training.fit(recipe(encoder).to(gpu), recipe, drawn, tokens, 0, tmp_path / "checkpoint", report)
+        with prefetch.fed(data, gpu, lambda epoch: loop.order(0, epoch, len(data), 32), 3) as drawn:
+            return loop.fit(recipe(encoder).to(gpu), recipe, drawn, tokens, 0, tmp_path / "checkpoint", report)
 
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setitem(training.UNREAD, "cuda", 1)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setitem(loop.UNREAD, "cuda", 1)
     with pytest.raises(Broken):
         fitted(stop, 1 << 40)
     assert len(fitted(lambda *given: None, 0).losses) == 6
@@ -277,7 +280,7 @@ DETECTORS = {
 
 @pytest.mark.parametrize("name", registry.names("detector"))
 def test_detectors(gpu, monkeypatch, name):
-    from bezoar.detectors import cognitive_distillation
+    from bezoar.detection.detectors import cognitive_distillation
 
     monkeypatch.setitem(cognitive_distillation.CELLS, "cuda", 1 << 16)
     data = pairs(100)
@@ -336,11 +339,11 @@ def test_audits(gpu, tmp_path):
 
 
 def test_repairs(gpu):
-    train, held = ladder.apart(pairs(120), 0.5, 0)
+    train, held = rate_ladder.apart(pairs(120), 0.5, 0)
     found = [Inversion(torch.rand(1, 32, 32), torch.rand(3, 32, 32), "striped star", 3.0, 1.0)]
     for name in registry.names("repair"):
         of = "objective=(clip:epochs=1,batch=32)" if name in ("finetune", "prune") else "epochs=1,batch=32"
-        with mock.patch("bezoar.repairs.prune.TRIES", 3):
+        with mock.patch("bezoar.repair.repairs.prune.TRIES", 3):
             repair = registry.make("repair", f"{name}:{of},lrs=1e-2")
             made, _ = receipt.apply([repair], small(train).to(gpu), train, held, found, 0)
         assert made.device == gpu

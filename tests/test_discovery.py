@@ -8,13 +8,13 @@ import scipy.stats
 import torch
 from sklearn.linear_model import PoissonRegressor
 
-from bezoar import trust
-from bezoar.encoder import Embedded
+from bezoar.detection import reliability
+from bezoar.encoders.encoder import Embedded
 from bezoar.errors import UserError
-from bezoar.indexed import Strings
-from bezoar.report import resemblance, worst
-from bezoar.scores import Scores
-from bezoar.trust import discovery
+from bezoar.data.stored_pairs import Strings
+from bezoar.reports import similar_records, record_tiles
+from bezoar.evaluation.scores import Scores
+from bezoar.detection.reliability import false_discoveries
 
 NULLS = {  # clean records' scores: light, exponential and bounded tails, skewed either way
     "normal": scipy.stats.norm(),
@@ -40,7 +40,7 @@ def test_by_tail_holds_the_truth_over_mixtures(name: str) -> None:
         for n, rate in ((4000, 0.0), (4000, 0.01), (12000, 0.003), (12000, 0.03)):
             values, truth = mixture(name, n, rate, seed)
             order = np.argsort(-values)
-            found = discovery.by_tail(values, discovery.depths(n))
+            found = false_discoveries.by_tail(values, false_discoveries.depths(n))
             assert not found.why
             for at, m in zip(found.n, found.counts, strict=True):
                 clean = int((~truth[order[:at]]).sum())
@@ -53,42 +53,42 @@ def test_by_tail_holds_the_truth_over_mixtures(name: str) -> None:
 def test_by_tail_tells_a_flood_from_chance() -> None:
     clean, flooded = (mixture("gumbel", 20000, rate, 0)[0] for rate in (0.0, 0.03))
     at = (200,)
-    assert discovery.by_tail(clean, at).counts[0].high == 200
-    assert discovery.by_tail(flooded, at).counts[0].high < 60
+    assert false_discoveries.by_tail(clean, at).counts[0].high == 200
+    assert false_discoveries.by_tail(flooded, at).counts[0].high < 60
 
 
 def test_by_tail_does_not_depend_on_order_or_scale() -> None:
     values, _ = mixture("gamma", 3000, 0.01, 1)
-    one = discovery.by_tail(values, (30, 90)).counts
-    other = discovery.by_tail(7 * np.random.default_rng(0).permutation(values) - 3, (30, 90)).counts
+    one = false_discoveries.by_tail(values, (30, 90)).counts
+    other = false_discoveries.by_tail(7 * np.random.default_rng(0).permutation(values) - 3, (30, 90)).counts
     for a, b in zip(one, other, strict=True):
         assert [a.value, a.low, a.high] == pytest.approx([b.value, b.low, b.high], rel=0.02, abs=0.5)
 
 
 def test_by_tail_says_when_it_cannot_say() -> None:
     rng = np.random.default_rng(0)
-    assert "needs 1000" in discovery.by_tail(rng.normal(size=500), (5,)).why
-    assert "one and the same" in discovery.by_tail(rng.integers(0, 9, 5000).astype(float), (5,)).why
-    assert "one and the same" in discovery.by_tail(np.ones(5000), (5,)).why
-    assert discovery.by_tail(np.concatenate([rng.normal(size=4600), np.full(400, 9.0)]), (5,)).why
-    assert "heavier" in discovery.by_tail(np.exp(rng.exponential(0.8, 20000)), (20,)).why
-    assert "%" in discovery.Expected("tail").assumption and "random sample" in discovery.Expected("reference").assumption
+    assert "needs 1000" in false_discoveries.by_tail(rng.normal(size=500), (5,)).why
+    assert "one and the same" in false_discoveries.by_tail(rng.integers(0, 9, 5000).astype(float), (5,)).why
+    assert "one and the same" in false_discoveries.by_tail(np.ones(5000), (5,)).why
+    assert false_discoveries.by_tail(np.concatenate([rng.normal(size=4600), np.full(400, 9.0)]), (5,)).why
+    assert "heavier" in false_discoveries.by_tail(np.exp(rng.exponential(0.8, 20000)), (20,)).why
+    assert "%" in false_discoveries.Expected("tail").assumption and "random sample" in false_discoveries.Expected("reference").assumption
 
 
 def test_the_fit_is_a_poisson_regression() -> None:
     counts = np.random.default_rng(0).poisson(50 * np.exp(-2 * np.linspace(0, 1, 30)))[None].astype(float)
     x = (np.arange(30) + 0.5) / 30
-    beta, variance = discovery.fitted(counts, x, 2)
-    model = PoissonRegressor(alpha=0, tol=1e-10, max_iter=5000).fit(discovery.powers(x, 2)[:, 1:], counts[0])
+    beta, variance = false_discoveries.fitted(counts, x, 2)
+    model = PoissonRegressor(alpha=0, tol=1e-10, max_iter=5000).fit(false_discoveries.powers(x, 2)[:, 1:], counts[0])
     assert beta[0] == pytest.approx([model.intercept_, *model.coef_], rel=1e-3, abs=1e-3)
     assert (np.diag(variance[0]) > 0).all()
 
 
 def test_beyond_is_the_integral_of_the_density() -> None:
-    counts = np.concatenate([np.exp(5 - 3 * (np.arange(discovery.BINS) + 0.5) / discovery.BINS)[None]] * 2)
-    shoulder = discovery.Shoulder(0.0, 1.0, counts)
+    counts = np.concatenate([np.exp(5 - 3 * (np.arange(false_discoveries.BINS) + 0.5) / false_discoveries.BINS)[None]] * 2)
+    shoulder = false_discoveries.Shoulder(0.0, 1.0, counts)
     at = np.array([1.0, 1.5, 2.0])
-    exact = np.exp(5 - 3 * at) / 3 * discovery.BINS
+    exact = np.exp(5 - 3 * at) / 3 * false_discoveries.BINS
     for degree in (1, 2, 3):
         assert shoulder.beyond(degree, at)[0] == pytest.approx(exact, rel=0.02)
 
@@ -99,13 +99,13 @@ def test_a_reference_bounds_the_clean_among_the_worst() -> None:
         rng = np.random.default_rng(seed)
         values = np.concatenate([rng.standard_t(2, 5200), rng.normal(6, 1, 50)])
         known = np.arange(5250) < 200
-        found = discovery.by_reference(values, known, (60,))
+        found = false_discoveries.by_reference(values, known, (60,))
         worst_rows = 200 + np.argsort(-values[200:])[:60]
         held += int((worst_rows < 5200).sum()) <= found.counts[0].high + 1e-9
     assert held >= 38
-    few = discovery.by_reference(values, np.arange(5250) < 5, (60,))
+    few = false_discoveries.by_reference(values, np.arange(5250) < 5, (60,))
     assert "at least 20" in few.why
-    m = discovery.by_reference(np.arange(1000.0), np.arange(1000) % 2 == 0, (100,)).counts[0]
+    m = false_discoveries.by_reference(np.arange(1000.0), np.arange(1000) % 2 == 0, (100,)).counts[0]
     low, high = scipy.stats.binomtest(100, 500).proportion_ci(method="exact")
     assert (m.low, m.high) == pytest.approx((500 * low, min(100, 500 * high)), rel=0.03)
 
@@ -115,72 +115,72 @@ def test_several_detectors_count_each_record_for_its_worst_one() -> None:
     one, truth = mixture("gumbel", 6000, 0.02, 0)
     two = np.random.default_rng(5).normal(size=6000)
     found = {"one": Scores(ids, torch.from_numpy(one).float()), "two": Scores(ids, torch.from_numpy(two).float())}
-    from bezoar.ensemble import merge
+    from bezoar.detection.merging import merge
 
     merged = merge(list(found.values()))
-    many = discovery.expected(merged, found, [180])
+    many = false_discoveries.expected(merged, found, [180])
     assert 180 in many.n and not many.why
     order = merged.ranked()
     for at, m in zip(many.n, many.counts, strict=True):
         assert m.low - 1e-9 <= int((~truth[order[:at]]).sum()) <= m.high + 1e-9
-    alone = discovery.expected(found["one"], {"one": found["one"]})
-    assert alone == discovery.by_tail(found["one"].values.double().numpy(), discovery.depths(6000))
+    alone = false_discoveries.expected(found["one"], {"one": found["one"]})
+    assert alone == false_discoveries.by_tail(found["one"].values.double().numpy(), false_discoveries.depths(6000))
     coarse = found | {"flat": Scores(ids, torch.zeros(6000))}
-    assert [m.value for m in discovery.expected(merge(list(coarse.values())), coarse, [180]).counts] == pytest.approx(
+    assert [m.value for m in false_discoveries.expected(merge(list(coarse.values())), coarse, [180]).counts] == pytest.approx(
         [m.value for m in many.counts]
     )  # a detector that finds all alike finds nobody worst
     steps = found | {"two": Scores(ids, torch.from_numpy(two).round())}
     merged = merge(list(steps.values()))
-    half = discovery.expected(merged, steps, [180])
+    half = false_discoveries.expected(merged, steps, [180])
     assert not half.why and half.mute[0].startswith("two: ") and "What two finds worst counts as ordinary" in half.assumption
     order = merged.ranked()
     for at, m in zip(half.n, half.counts, strict=True):
         assert m.low - 1e-9 <= int((~truth[order[:at]]).sum()) <= m.high + 1e-9
     none = {k: Scores(ids, torch.from_numpy(np.round(s.values.numpy()))) for k, s in steps.items()}
-    assert discovery.expected(merge(list(none.values())), none).why.count("one and the same score") == 2
+    assert false_discoveries.expected(merge(list(none.values())), none).why.count("one and the same score") == 2
 
 
 def test_trusted_records_come_from_a_file(tmp_path: Path) -> None:
     ids = tuple(f"r{i}" for i in range(2000))
     merged = Scores(ids, torch.randn(2000, generator=torch.Generator().manual_seed(0)))
     (tmp_path / "clean.txt").write_text("\n".join(ids[:300]) + "\nunknown\n")
-    metrics, told = trust.discoveries(merged, {}, str(tmp_path / "clean.txt"))
+    metrics, told = reliability.discoveries(merged, {}, str(tmp_path / "clean.txt"))
     assert told["discovery"]["how"] == "reference" and all(k.startswith("expected_clean@") for k in metrics)
     (tmp_path / "none.txt").write_text("somebody else\n")
     for name, match in (("none.txt", "names none"), ("gone.txt", "no list of clean records")):
         with pytest.raises(UserError, match=match):
-            trust.discoveries(merged, {}, str(tmp_path / name))
+            reliability.discoveries(merged, {}, str(tmp_path / name))
 
 
 def test_windows_are_kept_and_drawn(tmp_path: Path) -> None:
-    assert trust.windows(tmp_path) == {}
-    trust.write_windows(tmp_path, ("a", "ü"), torch.tensor([[1, 2, 4, 3], [-5, 0, 99, 99]]))
-    held = trust.windows(tmp_path)
+    assert reliability.windows(tmp_path) == {}
+    reliability.write_windows(tmp_path, ("a", "ü"), torch.tensor([[1, 2, 4, 3], [-5, 0, 99, 99]]))
+    held = reliability.windows(tmp_path)
     assert held == {"a": (1, 2, 4, 3), "ü": (-5, 0, 99, 99)}
     image = torch.zeros(3, 10, 10, dtype=torch.uint8)
-    drawn = worst.framed(image, held["a"])
+    drawn = record_tiles.framed(image, held["a"])
     frame = torch.zeros(10, 10, dtype=torch.bool)
     frame[1:5, 2:5] = True
     frame[2:4, 3:4] = False
-    assert torch.equal(drawn[0] > 0, frame) and not image.any() and worst.framed(image, None) is image
-    assert worst.framed(image, held["ü"]).shape == image.shape
+    assert torch.equal(drawn[0] > 0, frame) and not image.any() and record_tiles.framed(image, None) is image
+    assert record_tiles.framed(image, held["ü"]).shape == image.shape
     (tmp_path / "windows.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="holds no windows"):
-        trust.windows(tmp_path)
+        reliability.windows(tmp_path)
 
 
 def test_nearest_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.nn.functional.normalize(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    monkeypatch.setattr(resemblance, "ROWS", 7)
-    near, cosine = resemblance.nearest(Embedded(tuple(map(str, range(50))), z, None), [3, 49], 4)
+    monkeypatch.setattr(similar_records, "ROWS", 7)
+    near, cosine = similar_records.nearest(Embedded(tuple(map(str, range(50))), z, None), [3, 49], 4)
     plain = z @ z.T
     plain.fill_diagonal_(-2)
     assert np.array_equal(near, plain[[3, 49]].topk(4).indices) and np.allclose(cosine, plain[[3, 49]].topk(4).values)
     captions = ["a red striped star"] * 4 + ["some blue ring"] * 3 + [f"thing{i}" for i in range(5)]
     vectors = torch.cat([z[:1] + 0.1 * z[1:5], z[5:6] + 0.1 * z[6:9], z[20:25]])
-    usual = resemblance.usual(Strings.of(["a dog", "a cat", "the star", "a tree", "a sea"]))
+    usual = similar_records.usual(Strings.of(["a dog", "a cat", "the star", "a tree", "a sea"]))
     assert usual["a"] == 0.8 and usual["star"] == 0.2
-    found = resemblance.groups(vectors, captions, usual)
+    found = similar_records.groups(vectors, captions, usual)
     assert [g.members for g in found] == [[0, 1, 2, 3], [4, 5, 6]]
     assert set(found[1].words) == {"some", "blue", "ring"} and "a" not in found[0].words
-    assert resemblance.groups(vectors[:2], captions[:2], usual) == [] and resemblance.usual(Strings.of([])) == {}
+    assert similar_records.groups(vectors[:2], captions[:2], usual) == [] and similar_records.usual(Strings.of([])) == {}

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_training import start, toy
 from torch import nn
 
-from bezoar import Poison, Settings, distributed, execute, training
-from bezoar.augment import Chance
+from bezoar import Poison, Settings, execute
+from bezoar.training import collectives, loop
+from bezoar.training.augmentation import Chance
 from bezoar.cli import main
 from bezoar.errors import UserError
 
@@ -24,7 +25,7 @@ SHAPES = {"flat": (8, 6), "image": (8, 6, 5, 3)}
 def torchrun(*words):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"CUDA_VISIBLE_DEVICES": ""}
-    source = str(Path(training.__file__).parents[1])
+    source = str(Path(loop.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -66,7 +67,7 @@ def trained(folder=None, until=None, unused=False):
             raise KeyboardInterrupt
 
     try:
-        log = training.fit(loss, recipe, toy(), tokens, 3, folder and folder / "c.safetensors", cut)
+        log = loop.fit(loss, recipe, toy(), tokens, 3, folder and folder / "c.safetensors", cut)
     except KeyboardInterrupt:
         return {}
     assert type(encoder.image.layers[1]) is nn.BatchNorm2d
@@ -82,10 +83,10 @@ def trained(folder=None, until=None, unused=False):
 def gradients():
     """Those of one step, as a training takes it."""
     _, loss, _, tokens = start(toy(), RECIPE)
-    rows = distributed.own(training.order(3, 0, 96, 16))[0]
+    rows = collectives.own(loop.order(3, 0, 96, 16))[0]
     loss.train()
-    with distributed.joined(loss) as model:
-        model(toy().images[rows], tokens[rows], Chance(training.generator(3, 2, 0), *distributed.place())).backward()
+    with collectives.joined(loss) as model:
+        model(toy().images[rows], tokens[rows], Chance(loop.generator(3, 2, 0), *collectives.place())).backward()
     return torch.cat([p.grad.flatten() for p in loss.parameters()])
 
 
@@ -99,35 +100,35 @@ def refused(work):
 
 def work_of_a_rank(folder):
     """What each of the two ranks does; the tests hold what it leaves behind against one process."""
-    from bezoar import ranks
+    from bezoar.training import ranks
 
     ranks.join()
-    rank, world = distributed.place()
+    rank, world = collectives.place()
     own = slice(rank * 8 // world, (rank + 1) * 8 // world)
     out = {}
     x = normal(8, 3, seed=1)[own].requires_grad_()
-    whole = distributed.gather(x)
+    whole = collectives.gather(x)
     (whole**3 * normal(8, 3, seed=2 + rank)).sum().backward()
     out |= {"gather": whole.detach(), "gather.x": x.grad}
     for name, shape in SHAPES.items():
         x, ct = normal(*shape, seed=4) * 3 + 5, normal(*shape, seed=5)
-        found = normed(distributed.synchronised(norm_of(x)), x[own], ct[own])
+        found = normed(collectives.synchronised(norm_of(x)), x[own], ct[own])
         out |= {f"{name}.{k}": v for k, v in found.items()}
     out["gradients"] = gradients()
     out |= {f"fit.{k}": v for k, v in trained(unused=True).items()}
     plain = trained()
-    training.CHECKPOINT_SECONDS = 0.0
+    loop.CHECKPOINT_SECONDS = 0.0
     trained(folder, until=8)
     out |= {f"plain.{k}": v for k, v in plain.items()}
     out |= {f"resumed.{k}": v for k, v in trained(folder).items()}
     save_file({k: v.contiguous() for k, v in out.items()}, folder / f"rank{rank}.safetensors")
     with ranks.shared(None):  # as in a verb that rank 0 runs by itself
-        assert distributed.place() == (0, 1) and distributed.gather(x) is x
+        assert collectives.place() == (0, 1) and collectives.gather(x) is x
     _, loss, recipe, tokens = start(toy(), "clip:batch=15")
     said = [
-        refused(lambda: training.fit(loss, recipe, toy(), tokens, 0)),
-        refused(lambda: distributed.agree(5, rank)),
-        refused(lambda: distributed.synchronised(nn.BatchNorm2d(3, momentum=None))),
+        refused(lambda: loop.fit(loss, recipe, toy(), tokens, 0)),
+        refused(lambda: collectives.agree(5, rank)),
+        refused(lambda: collectives.synchronised(nn.BatchNorm2d(3, momentum=None))),
     ]
     (folder / f"rank{rank}.json").write_text(json.dumps(said))
     assert ranks.hear() == {"a": "ü"} if rank else ranks.tell({"a": "ü"}) is None
@@ -242,16 +243,16 @@ def test_a_mistake_is_said_once_and_ends_all_ranks(launched):
 
 def test_one_process_is_its_own_world():
     x = normal(4, 3, seed=0)
-    assert distributed.place() == (0, 1) and distributed.gather(x) is x and distributed.average(x) is x
-    assert torch.equal(distributed.own(torch.arange(6).view(2, 3)), torch.arange(6).view(2, 3))
-    distributed.agree(1, 2)
-    with distributed.joined(nn.Linear(2, 2)) as model:
+    assert collectives.place() == (0, 1) and collectives.gather(x) is x and collectives.average(x) is x
+    assert torch.equal(collectives.own(torch.arange(6).view(2, 3)), torch.arange(6).view(2, 3))
+    collectives.agree(1, 2)
+    with collectives.joined(nn.Linear(2, 2)) as model:
         assert type(model) is nn.Linear
 
 
 def test_draws_of_two_ranks_are_those_of_one():
-    one = Chance(training.generator(4)).integers(9, 8, 2)
-    assert torch.equal(torch.cat([Chance(training.generator(4), rank, 2).integers(9, 4, 2) for rank in (0, 1)]), one)
+    one = Chance(loop.generator(4)).integers(9, 8, 2)
+    assert torch.equal(torch.cat([Chance(loop.generator(4), rank, 2).integers(9, 4, 2) for rank in (0, 1)]), one)
 
 
 if __name__ == "__main__":

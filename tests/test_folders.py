@@ -22,12 +22,15 @@ import torch
 from PIL import Image
 from test_scan import NETWORK, contents, notes, picture, scan, unread
 
-from bezoar import inputs, reading, registry, run
-from bezoar.corpora import corpus, folders, units
-from bezoar.pairs import Pairs, load
-from bezoar.reading import SUFFIXES, Record, gather
-from bezoar.run import Run
-from bezoar.shards import Shards, expand
+from bezoar.runs import inputs, run
+from bezoar.data import decoding
+from bezoar import registry
+from bezoar.detection.corpus import corpus, units
+from bezoar.data import folders
+from bezoar.data.pairs import Pairs, load
+from bezoar.data.decoding import SUFFIXES, Record, gather
+from bezoar.runs.run import Run
+from bezoar.data.shards import Shards, expand
 
 WORDS = ("--detector", "k_distance:k=4")
 
@@ -105,7 +108,7 @@ def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monke
 def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(folders, "BLOCK", 100)
     monkeypatch.setattr(units, "MOST", 16)
-    original, alive, most = reading.decode, [0], [0]
+    original, alive, most = decoding.decode, [0], [0]
 
     def gone():
         alive[0] -= 1
@@ -117,8 +120,8 @@ def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatc
         weakref.finalize(image, gone)
         return image
 
-    monkeypatch.setattr(reading, "decode", decode)
-    bound = 16 + 16 * (2 * reading.threads() + 3)  # a batch, and the tasks that are decoded ahead
+    monkeypatch.setattr(decoding, "decode", decode)
+    bound = 16 + 16 * (2 * decoding.threads() + 3)  # a batch, and the tasks that are decoded ahead
     for count in (40, 700):
         folder, most[0] = tmp_path / str(count), 0
         folder.mkdir()
@@ -244,7 +247,7 @@ def test_captions_beside_images_as_img2dataset_writes_them(tmp_path, tiny):
     (folder / "000000004.txt").symlink_to(tmp_path / "secret")
     (folder / "000000005.json").write_text('{"record_id": "own"}')
     (folder / "000000006.jpg").unlink()
-    (folder / "000000007.txt").write_text("a" * (reading.TEXT_BYTES + 1))
+    (folder / "000000007.txt").write_text("a" * (decoding.TEXT_BYTES + 1))
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
     found = corpus.scored(made)
     assert (

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from bezoar import heads, registry, stats, success
-from bezoar.encoder import Encoder
+from bezoar.evaluation import heads, stats, success
+from bezoar import registry
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.plan import Goal
-from bezoar.probes import few_shot
-from bezoar.report import page, terms
-from bezoar.report.sections import evaluate as sections
-from bezoar.run import Settings, execute
-from bezoar.scores import proportion
+from bezoar.data.pairs import Pairs
+from bezoar.attacks.plan import Goal
+from bezoar.evaluation.probes import few_shot
+from bezoar.reports import page, metric_names
+from bezoar.reports.sections import evaluate as sections
+from bezoar.runs.run import Settings, execute
+from bezoar.evaluation.scores import proportion
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
@@ -207,11 +208,11 @@ def test_several_triggers_and_shots_have_names_of_their_own():
     other = replace(BLUE, target="red")
     out = registry.make("probe", "few_shot:shots=(5),draws=2")(Color(), data(60, 0, "train"), data(), [BLUE, other])
     assert {"few_shot.5.attack_success@0", "few_shot.5.attack_success@1", "few_shot.all.clean_accuracy"} <= set(out)
-    assert terms.split("few_shot.5.attack_success@1") == ("few_shot.5", "attack_success", "1")
-    assert terms.term("few_shot.5.attack_success@1", True)[0] == "Attack success rate (ASR), trigger 1"
-    assert terms.term("baseline.few_shot.5.clean_accuracy", True) == terms.CLEAN
-    assert terms.figure("few_shot.5.attack_success@1", out["few_shot.5.attack_success@1"]).group == "few labels, 5 a class"
-    assert terms.figure("few_shot.all.clean_accuracy", out["few_shot.all.clean_accuracy"]).group.endswith(
+    assert metric_names.split("few_shot.5.attack_success@1") == ("few_shot.5", "attack_success", "1")
+    assert metric_names.term("few_shot.5.attack_success@1", True)[0] == "Attack success rate (ASR), trigger 1"
+    assert metric_names.term("baseline.few_shot.5.clean_accuracy", True) == metric_names.CLEAN
+    assert metric_names.figure("few_shot.5.attack_success@1", out["few_shot.5.attack_success@1"]).group == "few labels, 5 a class"
+    assert metric_names.figure("few_shot.all.clean_accuracy", out["few_shot.all.clean_accuracy"]).group.endswith(
         "all labelled records"
     )
 

@@ -15,14 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar import feed, indexed, reading, registry, training
+from bezoar.training import prefetch, loop
+from bezoar.data import stored_pairs, decoding
+from bezoar import registry
 from bezoar.cli import main
 from bezoar.errors import UserError
-from bezoar.feed import Feed, fed
-from bezoar.indexed import Indexed, Strings, opened
-from bezoar.pairs import Pairs, load
-from bezoar.plan import Goal, Plan
-from bezoar.shards import Shards, write_shards
+from bezoar.training.prefetch import Feed, fed
+from bezoar.data.stored_pairs import Indexed, Strings, opened
+from bezoar.data.pairs import Pairs, load
+from bezoar.attacks.plan import Goal, Plan
+from bezoar.data.shards import Shards, write_shards
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -119,9 +121,9 @@ def test_two_epochs_draw_every_record_once_each_and_ahead(tars: Shards) -> None:
     found, epochs = by_index(tars), 2
     drawn = torch.zeros(epochs, len(found), dtype=torch.long)
     for rank in range(2):
-        with fed(found, CPU, lambda e, rank=rank: training.order(7, e, 96, 16)[:, rank * 8 :][:, :8], epochs) as data:
+        with fed(found, CPU, lambda e, rank=rank: loop.order(7, e, 96, 16)[:, rank * 8 :][:, :8], epochs) as data:
             for epoch in range(epochs):
-                for rows in training.order(7, epoch, 96, 16):
+                for rows in loop.order(7, epoch, 96, 16):
                     mine = rows[rank * 8 :][:8]
                     assert torch.equal(data.images[mine], toy().images[mine])
                     drawn[epoch, mine] += 1
@@ -132,30 +134,30 @@ def test_two_epochs_draw_every_record_once_each_and_ahead(tars: Shards) -> None:
 def test_a_feed_starts_anywhere_and_makes_what_it_did_not_expect(tars: Shards) -> None:
     pixels, found = toy().images, by_index(tars)
     for records in (found, load(tars)):
-        data = Feed(records, CPU, lambda e: training.order(7, e, 96, 16), 3)
-        for rows in training.order(7, 1, 96, 16)[4:]:
+        data = Feed(records, CPU, lambda e: loop.order(7, e, 96, 16), 3)
+        for rows in loop.order(7, 1, 96, 16)[4:]:
             assert torch.equal(data.images[rows], pixels[rows])
             assert torch.equal(data.images[torch.tensor([5, 5, 0])], pixels[[5, 5, 0]])
-        for rows in training.order(7, 2, 96, 16):
+        for rows in loop.order(7, 2, 96, 16):
             assert torch.equal(data.images[rows], pixels[rows])
         assert (data.late, data.drawn) == (2, 10) and not data.waiting
-        lost = Feed(records, CPU, lambda e: training.order(8, e, 96, 16), 3)
+        lost = Feed(records, CPU, lambda e: loop.order(8, e, 96, 16), 3)
         assert torch.equal(lost.images[rows], pixels[rows]) and lost.late == 1
 
 
 def test_no_more_is_made_ahead_than_fits(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     found = by_index(tars)
     for most, waiting in ((0, 2), (3 * 4 * 3 * 32 * 32, 3), (EVERYTHING, 16)):
-        monkeypatch.setattr(feed, "AHEAD_BYTES", most)
-        data = Feed(found, CPU, lambda e: training.order(7, e, 96, 4), 1)
-        data.images[training.order(7, 0, 96, 4)[0]]
+        monkeypatch.setattr(prefetch, "AHEAD_BYTES", most)
+        data = Feed(found, CPU, lambda e: loop.order(7, e, 96, 4), 1)
+        data.images[loop.order(7, 0, 96, 4)[0]]
         assert len(data.waiting) == waiting
         data.pool.shutdown()
 
 
 def test_rows_are_taken_off_the_device_once_an_epoch(tars: Shards) -> None:
-    data = Feed(by_index(tars), CPU, lambda e: training.order(7, e, 96, 16), 1)
-    rows = training.order(7, 0, 96, 16)
+    data = Feed(by_index(tars), CPU, lambda e: loop.order(7, e, 96, 16), 1)
+    rows = loop.order(7, 0, 96, 16)
     for own in (rows, rows[:, 8:], rows[:, 8:].clone(), rows[2, 3:].clone()):
         for index in own:
             assert torch.equal(data.on_host(index), index)
@@ -167,7 +169,7 @@ def test_rows_are_taken_off_the_device_once_an_epoch(tars: Shards) -> None:
 def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
     tars: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     recipe = registry.make("objective", "clip:epochs=2,batch=16,lr=1e-3")
     network = registry.make("network", "clip_small:width=4,dim=16")
 
@@ -178,8 +180,8 @@ def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
     def fit(records: Pairs | Indexed, kept: Path | None = None, report: object = lambda *_: None) -> tuple:
         torch.manual_seed(0)
         encoder = network(records.size, network.vocabulary(records.captions))
-        with fed(records, CPU, lambda e: training.order(3, e, len(records), 16), 2) as data:
-            log = training.fit(recipe(encoder), recipe, data, indexed.tokens(encoder, records.captions), 3, kept, report)
+        with fed(records, CPU, lambda e: loop.order(3, e, len(records), 16), 2) as data:
+            log = loop.fit(recipe(encoder), recipe, data, stored_pairs.tokens(encoder, records.captions), 3, kept, report)
         assert not isinstance(data, Feed) or data.late == 0
         return torch.cat([v.double().flatten() for v in encoder.state_dict().values()]), log.losses, log.exposures.tolist()
 
@@ -199,11 +201,11 @@ def test_tokens_and_strings_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     network = registry.make("network", "clip_small:width=4,dim=16")
     encoder = network(32, network.vocabulary(captions))
     whole = encoder.tokens(["long long " + captions[0], *captions[1:]])
-    monkeypatch.setattr(indexed, "BLOCK", 10)
+    monkeypatch.setattr(stored_pairs, "BLOCK", 10)
     column = Strings.of(captions)
-    assert torch.equal(indexed.tokens(encoder, captions), encoder.tokens(captions))
-    assert torch.equal(indexed.tokens(encoder, column), encoder.tokens(captions).int())
-    assert torch.equal(indexed.tokens(encoder, Strings.of(["long long " + captions[0], *captions[1:]])), whole.int())
+    assert torch.equal(stored_pairs.tokens(encoder, captions), encoder.tokens(captions))
+    assert torch.equal(stored_pairs.tokens(encoder, column), encoder.tokens(captions).int())
+    assert torch.equal(stored_pairs.tokens(encoder, Strings.of(["long long " + captions[0], *captions[1:]])), whole.int())
     assert tuple(column) == captions and column[-1] == captions[-1] and column[3:5] == captions[3:5]
     assert column.rows({captions[4], "nowhere"}).tolist() == [i for i, c in enumerate(captions) if c == captions[4]]
     with pytest.raises(IndexError):
@@ -249,7 +251,7 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     skipped = list(source.report.skipped)
     tracemalloc.start()
     found = by_index(source)
-    assert tracemalloc.get_traced_memory()[1] < reading.FILE_BYTES
+    assert tracemalloc.get_traced_memory()[1] < decoding.FILE_BYTES
     tracemalloc.stop()
     assert found.report.skipped == skipped and {s.reason.partition(":")[0] for s in skipped} == {
         "not decodable", "smaller than 8 pixels a side", "unsafe name", "too large", "duplicate id", "broken tar",
@@ -257,7 +259,7 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     }  # fmt: skip
     assert plain.ids == ("b/a", "b/b", "a/a", "a/b")
     same(found.take(range(len(found))), plain)
-    assert found.places["length"].max() <= reading.FILE_BYTES
+    assert found.places["length"].max() <= decoding.FILE_BYTES
     with pytest.raises(UserError, match="no image-caption record"):
         empty = tmp_path / "empty.tar"
         tarfile.open(empty, "w").close()
@@ -290,7 +292,7 @@ def test_rows_are_numbers_of_any_kind_and_never_a_mask(tars: Shards) -> None:
 
 
 def test_few_tars_are_open_at_once(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexed, "OPEN", 1)
+    monkeypatch.setattr(stored_pairs, "OPEN", 1)
     found = by_index(tars)
     rows = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found.images[rows], toy().images[rows])
@@ -343,24 +345,24 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:
-    assert 1 << 20 < indexed.free_memory() < 1 << 50
+    assert 1 << 20 < stored_pairs.free_memory() < 1 << 50
 
 
 def test_auto_keeps_in_memory_what_fits_there_twice(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 2 * toy().images.nbytes
     for free, kind in ((needed, Pairs), (needed - 1, Indexed)):
-        monkeypatch.setattr(indexed, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(stored_pairs, "free_memory", lambda free=free: free)
         assert isinstance(opened(tars), kind)
         assert isinstance(opened(replace(tars, load="memory")), Pairs)
         assert isinstance(opened(replace(tars, load="stream")), Indexed)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"shard .*cannot be read: No such file"):
         opened(Shards((Path("nowhere.tar"),)))
-    with fed(load(tars), CPU, lambda e: training.order(7, e, 96, 16), 1) as data:
+    with fed(load(tars), CPU, lambda e: loop.order(7, e, 96, 16), 1) as data:
         assert isinstance(data, Pairs)
-    monkeypatch.setattr(feed, "room", lambda device: needed)
-    with fed(load(tars), CPU, lambda e: training.order(7, e, 96, 16), 1) as data:
+    monkeypatch.setattr(prefetch, "room", lambda device: needed)
+    with fed(load(tars), CPU, lambda e: loop.order(7, e, 96, 16), 1) as data:
         assert isinstance(data, Feed) and data.told().startswith("copied from memory")
-        for rows in training.order(7, 0, 96, 16):
+        for rows in loop.order(7, 0, 96, 16):
             assert torch.equal(data.images[rows], toy().images[rows])
         assert data.late == 0

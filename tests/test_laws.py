@@ -8,12 +8,12 @@ import pytest
 from scipy import stats as reference
 from scipy.optimize import brentq, minimize, minimize_scalar
 
-from bezoar import laws, stats
+from bezoar.evaluation import dose_response, stats
 from bezoar.errors import UserError
-from bezoar.laws import Contrast, difference, judge, law, pooled, trend
-from bezoar.report import curves
-from bezoar.report.curves import Curve
-from bezoar.scores import Measure, proportion
+from bezoar.evaluation.dose_response import Contrast, difference, judge, law, pooled, trend
+from bezoar.reports import dose_charts
+from bezoar.reports.dose_charts import Curve
+from bezoar.evaluation.scores import Measure, proportion
 
 DOSES = [4.0, 8.0, 16.0, 32.0, 64.0]
 
@@ -324,7 +324,7 @@ def points(rates: list[float]) -> list[Measure]:
 
 def test_charts_of_doses_are_well_formed_and_escaped():
     step, soft = [0.02, 0, 0, 0, 1, 1], [0.1, 0.1, 0.12, 0.5, 0.9, 1]
-    drawn = curves.dose(
+    drawn = dose_charts.dose(
         [Curve(HOSTILE, [0, *DOSES], points(step), "bad", law([0, *DOSES], step, 300)), Curve("b", [0, *DOSES], points(soft))],
         f"poisons {HOSTILE}",
         "chart",
@@ -332,19 +332,19 @@ def test_charts_of_doses_are_well_formed_and_escaped():
     ElementTree.fromstring(drawn)
     assert "<script" not in drawn and "aria-label=" in drawn and "50 % success" in drawn and "var(--bad)" in drawn
     z = [Measure(v, 3, -math.inf if v > 3 else v - 1, math.inf if v > 3 else v + 1, "z") for v in (0.1, 2, 4.0)]
-    ElementTree.fromstring(curves.dose([Curve("z", [0, 8, 64], z)], "poisons", "z", label="z", percent=False))
+    ElementTree.fromstring(dose_charts.dose([Curve("z", [0, 8, 64], z)], "poisons", "z", label="z", percent=False))
     never = law(DOSES, [0] * 5, 300)
-    ElementTree.fromstring(curves.dose([Curve("never", DOSES, points([0.0] * 5), law=never)], "poisons", "never"))
+    ElementTree.fromstring(dose_charts.dose([Curve("never", DOSES, points([0.0] * 5), law=never)], "poisons", "never"))
 
 
 def test_charts_of_levels_are_well_formed_and_escaped():
     series = [(HOSTILE, "bad", points([0.1, 0.5])), ("b", "clean", [None, *points([0.9])])]
-    drawn = curves.levels([HOSTILE, "x" * 40], series, "levels", mark=(0.1, "chance"))
+    drawn = dose_charts.levels([HOSTILE, "x" * 40], series, "levels", mark=(0.1, "chance"))
     ElementTree.fromstring(drawn)
     assert "<script" not in drawn and "chance" in drawn
     z = [Measure(v, 3, v - 1, math.inf, "z") for v in (-1.0, 7.0)]
-    ElementTree.fromstring(curves.levels(["a", "b"], [("z", "good", z)], "z", label="z", percent=False))
+    ElementTree.fromstring(dose_charts.levels(["a", "b"], [("z", "good", z)], "z", label="z", percent=False))
 
 
 def test_numbers_are_for_reading():
-    assert [laws._number(v) for v in (math.inf, 1e48, 1234.4, 41.2, 0.034)] == ["∞", "over 10 million", "1,234", "41", "0.034"]
+    assert [dose_response._number(v) for v in (math.inf, 1e48, 1234.4, 41.2, 0.034)] == ["∞", "over 10 million", "1,234", "41", "0.034"]

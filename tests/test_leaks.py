@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar import inputs, registry, stats
-from bezoar.encoder import Embedded
+from bezoar.runs import inputs
+from bezoar import registry
+from bezoar.evaluation import stats
+from bezoar.encoders.encoder import Embedded
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.shards import Placed, Shards
-from bezoar.trust import cleaning, leaks
+from bezoar.data.pairs import Pairs
+from bezoar.data.shards import Placed, Shards
+from bezoar.detection.reliability import usual_filters, side_channels
 
 N, POISONS = 240, 60
 
@@ -58,8 +60,8 @@ def test_planted_leaks_are_found_and_named_worst_first(shards: tuple[Path, np.nd
     folder, truth = shards
     method = registry.make("data", f"shards:path={folder},size=32")
     pairs = inputs.read(method)
-    channels = leaks.audit(method, inputs.dataset(method), pairs.ids, pairs.captions)
-    found = leaks.measured(channels, truth)
+    channels = side_channels.audit(method, inputs.dataset(method), pairs.ids, pairs.captions)
+    found = side_channels.measured(channels, truth)
     values = {x.name: x.auroc.value for x in found}
     assert list(values.values()) == sorted(values.values(), reverse=True)
     for name in ("jpeg_tables", "layout", "shape", "file_time", "key_pattern", "aspect"):
@@ -69,9 +71,9 @@ def test_planted_leaks_are_found_and_named_worst_first(shards: tuple[Path, np.nd
     assert values["file_owner"] == values["extension"] == values["format"] == 0.5
     assert not {x.name for x in found if x.separates} & {"file_owner", "extension", "format"}
     assert channels.sides is not None and channels.sides[100].tolist() == [64, 64]
-    told = leaks.notes(channels, found)
+    told = side_channels.notes(channels, found)
     assert "jpeg_tables" in told["separates"] and json.dumps(told)
-    assert all(k.startswith("leak.") for k in leaks.metrics(found))
+    assert all(k.startswith("leak.") for k in side_channels.metrics(found))
 
 
 def test_noise_is_no_leak_and_the_split_is_unbiased() -> None:
@@ -79,10 +81,10 @@ def test_noise_is_no_leak_and_the_split_is_unbiased() -> None:
     for run in range(40):
         truth = np.zeros(400, bool)
         truth[rng.permutation(400)[:40]] = True
-        channels = leaks.Channels([f"{run}/{i}" for i in range(400)])
+        channels = side_channels.Channels([f"{run}/{i}" for i in range(400)])
         channels.numbers["file_size"] = rng.normal(size=400)
         channels.kinds["shape"] = rng.integers(0, 6, 400)
-        found = leaks.measured(channels, truth)
+        found = side_channels.measured(channels, truth)
         values += [x.auroc.value for x in found]
         flags += sum(x.separates for x in found)
     spread = np.std(values) / np.sqrt(len(values))
@@ -94,19 +96,19 @@ def test_noise_is_no_leak_and_the_split_is_unbiased() -> None:
 def test_a_leak_of_kinds_is_the_rate_of_the_other_half() -> None:
     truth, chosen = np.array([1, 0, 1, 0, 1, 1, 0, 0] * 20, bool), np.arange(160) % 2 == 0
     kind = np.repeat([5, 9], 80)
-    score = leaks.poisoned(kind, truth, chosen)
+    score = side_channels.poisoned(kind, truth, chosen)
     for k in (5, 9):
         mine = truth[chosen & (kind == k)]
         assert np.allclose(score[kind == k], (mine.sum() + truth[chosen].mean()) / (len(mine) + 1))
-    rare = leaks.poisoned(np.arange(160), truth, chosen)
+    rare = side_channels.poisoned(np.arange(160), truth, chosen)
     assert len(np.unique(rare)) == 1  # kinds of one record each say nothing
     values = np.random.default_rng(0).normal(size=160) - truth
-    assert stats.auroc(leaks.directed(values, truth, chosen)[chosen], truth[chosen]) >= 0.5
+    assert stats.auroc(side_channels.directed(values, truth, chosen)[chosen], truth[chosen]) >= 0.5
 
 
 def test_too_few_poisons_are_not_measured() -> None:
-    channels = leaks.of_records([str(i) for i in range(50)], ())
-    assert leaks.measured(channels, np.arange(50) < 2) == []
+    channels = side_channels.of_records([str(i) for i in range(50)], ())
+    assert side_channels.measured(channels, np.arange(50) < 2) == []
     assert channels.absent["caption_length"] == "no captions"
 
 
@@ -114,25 +116,25 @@ def test_too_few_poisons_are_not_measured() -> None:
 def test_jpeg_headers_against_pillow(options: dict) -> None:
     image = picture(3, (57, 23))
     content = encoded(image, **options)
-    form, layout, tables, shape = leaks.header(content)
+    form, layout, tables, shape = side_channels.header(content)
     assert (form, shape) == ("JPEG", image.size)
-    assert tables and tables == leaks.header(encoded(picture(9, (8, 8)), **options))[2]
-    assert tables != leaks.header(encoded(image, quality=51))[2] and layout
+    assert tables and tables == side_channels.header(encoded(picture(9, (8, 8)), **options))[2]
+    assert tables != side_channels.header(encoded(image, quality=51))[2] and layout
 
 
 def test_other_headers_against_pillow() -> None:
     for name in ("PNG", "WEBP", "BMP", "PPM"):
-        form, _, tables, shape = leaks.header(encoded(picture(1, (30, 20)), name))
+        form, _, tables, shape = side_channels.header(encoded(picture(1, (30, 20)), name))
         assert (form, shape, tables) == (name, (30, 20), "")
 
 
 def test_hostile_headers_are_bounded() -> None:
     fill = b"\xff\xd8" + b"\xff\xfe\x00\x02" * 10_000
-    assert len(leaks.header(fill)[1].split()) <= leaks.SEGMENTS
+    assert len(side_channels.header(fill)[1].split()) <= side_channels.SEGMENTS
     lying = b"\xff\xd8\xff\xdb\xff\xff" + b"\x00" * 10
-    assert leaks.header(lying)[3] == (0, 0)
+    assert side_channels.header(lying)[3] == (0, 0)
     chunks = b"\x89PNG\r\n\x1a\n" + (struct.pack(">I", 0) + b"tEXt" + b"\0" * 4) * 10_000
-    assert len(leaks.header(chunks)[1].split()) <= leaks.SEGMENTS + 1
+    assert len(side_channels.header(chunks)[1].split()) <= side_channels.SEGMENTS + 1
     for junk in (
         b"",
         b"\xff\xd8",
@@ -142,11 +144,11 @@ def test_hostile_headers_are_bounded() -> None:
         b"BM" + b"\xff" * 60,
         b"\0" * 99,
     ):
-        assert [type(x) for x in leaks.header(junk)] == [str, str, str, tuple]
+        assert [type(x) for x in side_channels.header(junk)] == [str, str, str, tuple]
     for seed in range(200):
         noise = np.random.default_rng(seed).bytes(120)
-        leaks.header(b"\xff\xd8\xff" + noise), leaks.header(b"\x89PNG\r\n\x1a\n" + noise), leaks.member(noise)
-    assert leaks.member(b"\0" * 512) == ("", 0.0, "")
+        side_channels.header(b"\xff\xd8\xff" + noise), side_channels.header(b"\x89PNG\r\n\x1a\n" + noise), side_channels.member(noise)
+    assert side_channels.member(b"\0" * 512) == ("", 0.0, "")
 
 
 def test_folders_and_data_in_memory(tmp_path: Path) -> None:
@@ -156,28 +158,28 @@ def test_folders_and_data_in_memory(tmp_path: Path) -> None:
         picture(i).save(path)
     method = registry.make("data", f"folder:path={tmp_path},size=32")
     pairs = inputs.read(method)
-    channels = leaks.audit(method, inputs.dataset(method), pairs.ids, pairs.captions)
+    channels = side_channels.audit(method, inputs.dataset(method), pairs.ids, pairs.captions)
     truth = np.array([k.endswith("png") for k in pairs.ids])
-    values = {x.name: x.auroc.value for x in leaks.measured(channels, truth)}
+    values = {x.name: x.auroc.value for x in side_channels.measured(channels, truth)}
     assert values["extension"] == values["format"] == 1.0
     assert channels.absent["shard"] == "not in shards"
     scenes = registry.make("data", "scenes:count=50")
     some = inputs.read(scenes)
-    told = leaks.audit(scenes, inputs.dataset(scenes), some.ids, some.captions).absent
+    told = side_channels.audit(scenes, inputs.dataset(scenes), some.ids, some.captions).absent
     assert told["file_size"] == "these data are not read from files"
 
 
 def test_a_vanished_shard_is_a_user_error(shards: tuple[Path, np.ndarray]) -> None:
     source = Shards((shards[0] / "00000.tar", shards[0] / "gone.tar"), 32)
     with pytest.raises(UserError, match=r"gone\.tar"):
-        leaks.of_files(source.records())
+        side_channels.of_files(source.records())
 
 
 def test_a_shard_that_vanishes_between_two_looks_is_a_user_error(shards: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     files = [str(shards[0] / "00000.tar"), str(tmp_path / "gone.tar")]
     records = [Placed(b"\x89PNG", (str(i),), ("x",), -1, file, "m", i, 512, 4) for i, file in enumerate(files)]
     with pytest.raises(UserError, match=r"gone\.tar"):
-        leaks.of_files(records)
+        side_channels.of_files(records)
 
 
 def corpus() -> Pairs:
@@ -198,7 +200,7 @@ def test_filters_against_what_they_say() -> None:
     z = torch.nn.functional.normalize(torch.eye(6, 8), dim=1)
     t = torch.nn.functional.normalize(torch.eye(6, 8) * torch.arange(1.0, 7)[:, None] + 1, dim=1)
     sides = np.array([[300, 300], [100, 300], [900, 250], [300, 300], [300, 300], [300, 299]], float)
-    found = {f.name: f for f in cleaning.filters(pairs, Embedded(pairs.ids, z, t), sides)}
+    found = {f.name: f for f in usual_filters.filters(pairs, Embedded(pairs.ids, z, t), sides)}
 
     def passes(name: str) -> list[bool]:
         assert found[name].passes is not None
@@ -211,25 +213,25 @@ def test_filters_against_what_they_say() -> None:
     assert passes("resolution") == [True, False, True, True, True, True]
     assert passes("aspect") == [True, False, False, True, True, True]
     cosine = (z * t).sum(1).numpy()
-    for name, share in cleaning.SHARES.items():
+    for name, share in usual_filters.SHARES.items():
         assert passes(name) == (cosine >= np.quantile(cosine, 1 - share)).tolist()
     assert (
         passes("datacomp_basic")
         == np.logical_and.reduce([found[n].passes for n in ("language", "caption_length", "resolution", "aspect")]).tolist()
     )
     truth = np.array([True, True, False, False, False, False])
-    measured = cleaning.measured(list(found.values()), truth)
+    measured = usual_filters.measured(list(found.values()), truth)
     assert measured["filter.caption_duplicates.poisons_pass"].value == 0.5
     assert measured["filter.caption_length.clean_kept"].value == 0.5 and measured["filter.caption_length.clean_kept"].n == 4
-    assert cleaning.measured(list(found.values()), np.zeros(6, bool)) == {}
+    assert usual_filters.measured(list(found.values()), np.zeros(6, bool)) == {}
 
 
 def test_filters_say_what_they_cannot_look_at() -> None:
     pairs = corpus()
     bare = Pairs(pairs.images, (), ids=pairs.ids)
-    found = cleaning.filters(bare)
-    assert set(cleaning.notes(found)) >= {"clip_score_30", "caption_length", "resolution", "datacomp_basic"}
+    found = usual_filters.filters(bare)
+    assert set(usual_filters.notes(found)) >= {"clip_score_30", "caption_length", "resolution", "datacomp_basic"}
     flat = Pairs(torch.full((3, 3, 16, 16), 90, dtype=torch.uint8), ("x", "y", "z"), ids=("a", "b", "c"))
-    assert next(f for f in cleaning.filters(flat) if f.name == "image_duplicates").passes.all()
+    assert next(f for f in usual_filters.filters(flat) if f.name == "image_duplicates").passes.all()
     with pytest.raises(UserError, match="in their order"):
-        cleaning.filters(pairs, Embedded(pairs.ids[::-1], torch.eye(6), torch.eye(6)))
+        usual_filters.filters(pairs, Embedded(pairs.ids[::-1], torch.eye(6), torch.eye(6)))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from bezoar import neighbors
+from bezoar.evaluation import neighbors
 from bezoar.errors import UserError
-from bezoar.neighbors import Index, Picks, nearest, pool, pool_size
+from bezoar.evaluation.neighbors import Index, Picks, nearest, pool, pool_size
 
 
 def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
@@ -211,7 +211,7 @@ def test_products_that_serve_both_sides(n, tile, monkeypatch):
 
 
 def test_pool_of_a_column_of_ids():
-    from bezoar.indexed import Strings
+    from bezoar.data.stored_pairs import Strings
 
     ids = [f"r{i}" for i in range(700)]
     for size in (0, 1, 300, 700, 900):

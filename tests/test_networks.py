@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from bezoar import checkpoints, layouts, registry
-from bezoar.encoder import Encoder
+from bezoar.data.files import checkpoints
+from bezoar.encoders import checkpoint_layouts
+from bezoar import registry
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.towers import MEAN_STD
+from bezoar.encoders.small_towers import MEAN_STD
 
 TINY = {
     "embed_dim": 16,
@@ -563,7 +565,7 @@ def test_a_saved_encoder_cannot_name_a_network_larger_than_its_file_or_weights_e
 
 
 def test_layouts_are_told_apart_by_one_key_each():
-    firsts = [layout.first for layout in layouts.LAYOUTS]
+    firsts = [layout.first for layout in checkpoint_layouts.LAYOUTS]
     assert len(set(firsts)) == len(firsts) - 1, "open_clip and visual share theirs; text keys tell them apart"
 
 

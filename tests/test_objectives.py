@@ -16,12 +16,13 @@ from test_distributed import normal, torchrun, weights
 from test_training import toy
 from torch import nn
 
-from bezoar import Settings, Train, distributed, execute, registry, selfsupervised, training
-from bezoar.augment import Chance, Views
-from bezoar.encoder import Encoder
+from bezoar import Settings, Train, execute, registry
+from bezoar.training import collectives, selfsupervised, loop
+from bezoar.training.augmentation import Chance, Views
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.objectives.simclr import nt_xent
-from bezoar.objectives.simsiam import apart
+from bezoar.training.objectives.simclr import nt_xent
+from bezoar.training.objectives.simsiam import apart
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10.npz"
 SMALL = "batch=16,hidden=8,dim=8"
@@ -78,8 +79,8 @@ def test_simclr_projects_features_that_are_not_normalised():
     images = toy(8).images
     loss.train()
     twin = copy.deepcopy(loss)
-    got = loss(images, without_captions(8), Chance(training.generator(5)))
-    views = Views(32)(images, Chance(training.generator(5)))
+    got = loss(images, without_captions(8), Chance(loop.generator(5)))
+    views = Views(32)(images, Chance(loop.generator(5)))
     x = (views.flatten(0, 1) - 0.5) / 0.25
     first, norm, _, last = twin.head
     h = norm(twin.encoder.image(x) @ first.weight.T).relu()
@@ -105,7 +106,7 @@ def test_simsiam_gradients_reach_the_encoder_through_the_predictor_alone():
     loss.train()
     for p in loss.predictor.parameters():
         nn.init.zeros_(p)
-    loss(images, without_captions(8), Chance(training.generator(5))).backward()
+    loss(images, without_captions(8), Chance(loop.generator(5))).backward()
     assert not any(p.grad.any() for p in [*loss.encoder.image.parameters(), *loss.head.parameters()])
 
 
@@ -116,19 +117,19 @@ def test_moco_against_a_plain_form_over_several_steps():
     image, head = copy.deepcopy((loss.encoder.image, loss.head))
     key = copy.deepcopy(nn.Sequential(image, head))  # with plain batch norms
     queue = loss.queue.tolist()  # the oldest first
-    optim = training.optimizer(loss, recipe)
+    optim = loop.optimizer(loss, recipe)
     ours = torch.optim.SGD(loss.parameters(), 0.1)
     plain = torch.optim.SGD([*image.parameters(), *head.parameters()], 0.1)
     assert not {id(p) for p in loss.key.parameters()} & {id(p) for g in optim.param_groups for p in g["params"]}
     for step in range(4):
         images = data.images[16 * step : 16 * step + 16]
-        value = loss(images, without_captions(16), Chance(training.generator(5, step)))
+        value = loss(images, without_captions(16), Chance(loop.generator(5, step)))
         with torch.no_grad():
             for slow, fast in zip(key.parameters(), [*image.parameters(), *head.parameters()], strict=True):
                 slow.copy_(0.7 * slow + 0.3 * fast)
         for a, b in zip(loss.key.parameters(), key.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), step
-        chance = Chance(training.generator(5, step))
+        chance = Chance(loop.generator(5, step))
         x = (selfsupervised.views(recipe, 32)(images, chance) - 0.5) / 0.25
         q = F.normalize(head(image(x[:, 0])), dim=1)
         shuffled, k = torch.randperm(16, generator=chance.generator).tolist(), torch.zeros(16, 8)
@@ -152,7 +153,7 @@ def test_moco_against_a_plain_form_over_several_steps():
             optimizer.step()
     loss.eval()
     before = copy.deepcopy(loss.state_dict())
-    loss(data.images[:16], without_captions(16), Chance(training.generator(5)))
+    loss(data.images[:16], without_captions(16), Chance(loop.generator(5)))
     assert all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
 
 
@@ -216,7 +217,7 @@ def trained(name, folder=None, until=None, epochs=2):
 
     file = folder and folder / f"{name}.safetensors"
     try:
-        log = training.fit(loss, recipe, toy(), without_captions(96), 3, file, cut)
+        log = loop.fit(loss, recipe, toy(), without_captions(96), 3, file, cut)
     except KeyboardInterrupt:
         return {}
     return {
@@ -229,7 +230,7 @@ def trained(name, folder=None, until=None, epochs=2):
 @pytest.mark.parametrize("name", SPECS)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
     whole = trained(name)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     trained(name, tmp_path, until=8)
     resumed = trained(name, tmp_path)
     assert whole.keys() == resumed.keys() and all(torch.equal(v, resumed[k]) for k, v in whole.items())
@@ -240,25 +241,25 @@ def gradients(name):
     """Those of one step of a training, with the module's state after it: plain descent at rate 1 shows them."""
     _, loss, recipe = start(name)
     begun = {k: p.detach().clone() for k, p in loss.named_parameters() if p.requires_grad}
-    usual = training.optimizer
+    usual = loop.optimizer
     try:
-        training.optimizer = lambda model, recipe: torch.optim.SGD(model.parameters(), recipe.lr)
-        training.fit(loss, replace(recipe, lr=1.0), toy(16), without_captions(16), 3)
+        loop.optimizer = lambda model, recipe: torch.optim.SGD(model.parameters(), recipe.lr)
+        loop.fit(loss, replace(recipe, lr=1.0), toy(16), without_captions(16), 3)
     finally:
-        training.optimizer = usual
+        loop.optimizer = usual
     after = {k: v.clone() for k, v in loss.state_dict().items()}
     return {"gradients": torch.cat([(v - after[k]).flatten() for k, v in begun.items()]), **after}
 
 
 def work_of_a_rank(folder):
     """What each of the two ranks does."""
-    from bezoar import ranks
+    from bezoar.training import ranks
 
     ranks.join()
     out = {f"{name}.{k}": v.contiguous() for name in SPECS for k, v in gradients(name).items()}
     out |= {f"fit.{k}": v.contiguous() for k, v in trained("moco", epochs=1).items()}
-    save_file(out, folder / f"rank{distributed.place()[0]}.safetensors")
-    ranks.tell(None) if distributed.place()[0] == 0 else ranks.hear()
+    save_file(out, folder / f"rank{collectives.place()[0]}.safetensors")
+    ranks.tell(None) if collectives.place()[0] == 0 else ranks.hear()
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +300,7 @@ def test_a_few_steps_lower_the_loss_and_tell_classes_apart(spec):
         registry.make("network", "tower:width=8,dim=32")(32),
         registry.make("objective", f"{spec},epochs=3,batch=64"),
     )
-    log = training.fit(recipe(encoder), recipe, train, without_captions(1024), 0)
+    log = loop.fit(recipe(encoder), recipe, train, without_captions(1024), 0)
     # moco's queue starts with random vectors, which are easy to tell from: they are gone after two steps
     assert sum(log.losses[-8:]) / 8 < sum(log.losses[2:6]) / 4 - 0.05
     found = registry.make("probe", "knn:k=100")(encoder, train, test)["knn.clean_accuracy"]

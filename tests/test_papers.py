@@ -7,11 +7,11 @@ import pytest
 from bezoar import Settings, execute, registry
 from bezoar.cli import main
 from bezoar.errors import UserError
-from bezoar.laws import judge
+from bezoar.evaluation.dose_response import judge
 from bezoar.papers.matrix.audits import halves
-from bezoar.scores import proportion
-from bezoar.sweep import graph
-from bezoar.tables import Given, Results, exceeding, separation
+from bezoar.evaluation.scores import proportion
+from bezoar.runs.sweep import graph
+from bezoar.runs.tables import Given, Results, exceeding, separation
 from bezoar.verbs.dose import Dose
 from bezoar.verbs.reproduce import Reproduce, facts, tables_of
 
@@ -91,8 +91,8 @@ def test_smoke_of_a_table(tmp_path, capsys):
 
 @pytest.mark.parametrize("names", [("loss_terms",), ("loss_terms", "lambdas")])
 def test_claims_of_several_tables_name_theirs(names, tmp_path):
-    from bezoar.report.sections import reproduce
-    from bezoar.run import MANIFEST, Run
+    from bezoar.reports.sections import reproduce
+    from bezoar.runs.run import MANIFEST, Run
 
     made = [registry.make("paper", f"badencoder2022/{n}")(Given("smoke")) for n in names]
     results = [Results(t, {x: Found(x) for x in t.trials}) for t in made]

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bezoar import registry
-from bezoar.captions import mentions, target_captions
+from bezoar.attacks.captions import mentions, target_captions
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs, draws
-from bezoar.plan import Edit, Goal, Plan, differences
+from bezoar.data.pairs import Pairs, draws
+from bezoar.attacks.plan import Edit, Goal, Plan, differences
 
 CLASSES = ("cat", "dog", "red car", "tree")
 

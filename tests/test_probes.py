@@ -8,16 +8,18 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import LogisticRegression
 
-from bezoar import inputs, registry, success
-from bezoar.encoder import Encoder
+from bezoar.runs import inputs
+from bezoar import registry
+from bezoar.evaluation import success
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.plan import Goal
-from bezoar.probes import linear
-from bezoar.probes.branch_swap import procrustes
-from bezoar.probes.z_score import z_scores
-from bezoar.report import terms
-from bezoar.run import Settings, execute
+from bezoar.data.pairs import Pairs
+from bezoar.attacks.plan import Goal
+from bezoar.evaluation.probes import linear
+from bezoar.evaluation.probes.branch_swap import procrustes
+from bezoar.evaluation.probes.z_score import z_scores
+from bezoar.reports import metric_names
+from bezoar.runs.run import Settings, execute
 from bezoar.verbs import evaluate
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
@@ -352,12 +354,12 @@ def test_branch_swap_says_what_is_missing():
 
 
 def test_names_are_told_in_standard_terms():
-    assert terms.term("linear.attack_success_baseline") == terms.TERMS["attack_success_baseline"]
-    assert terms.term("baseline.linear.clean_accuracy", True) == terms.CLEAN
-    assert terms.term("knn.clean_accuracy", True) == terms.term("branch_swap.both.clean_accuracy", True) == terms.BENIGN
-    assert terms.term("branch_swap.neither.clean_accuracy", True) == terms.CLEAN
-    assert terms.term("linear.targeted_rank@16")[0].endswith("16 captions each")
-    assert terms.term("target_rank@1")[0].endswith("trigger 1")
+    assert metric_names.term("linear.attack_success_baseline") == metric_names.TERMS["attack_success_baseline"]
+    assert metric_names.term("baseline.linear.clean_accuracy", True) == metric_names.CLEAN
+    assert metric_names.term("knn.clean_accuracy", True) == metric_names.term("branch_swap.both.clean_accuracy", True) == metric_names.BENIGN
+    assert metric_names.term("branch_swap.neither.clean_accuracy", True) == metric_names.CLEAN
+    assert metric_names.term("linear.targeted_rank@16")[0].endswith("16 captions each")
+    assert metric_names.term("target_rank@1")[0].endswith("trigger 1")
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,21 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from bezoar import Settings, execute, inputs, ladder, receipt, registry, training
-from bezoar.encoder import Encoder, Preprocess
+from bezoar import Settings, execute, registry
+from bezoar.runs import inputs
+from bezoar.repair import rate_ladder, receipt
+from bezoar.training import loop
+from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.plan import Goal
-from bezoar.repairs.distill import forget
-from bezoar.repairs.prune import dormant
-from bezoar.repairs.unlearn import Loss as Unlearning
-from bezoar.report import page
+from bezoar.data.pairs import Pairs
+from bezoar.attacks.plan import Goal
+from bezoar.repair.repairs.distill import forget
+from bezoar.repair.repairs.prune import dormant
+from bezoar.repair.repairs.unlearn import Loss as Unlearning
+from bezoar.reports import page
 from bezoar.verbs import repair as made_to_order
 from bezoar.verbs.repair import Repair
-from bezoar.verdict import Inversion
+from bezoar.evaluation.verdict import Inversion
 
 PAINTS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200), "yellow": (200, 200, 60)}
 TRIGGER = "patch:size=8,fill=checker"
@@ -58,7 +61,7 @@ def suspect():
     network = registry.make("network", "clip_small:width=4,dim=16")
     encoder = network(32, network.vocabulary(data.captions))
     recipe = registry.make("objective", "clip:epochs=24,batch=50,lr=5e-3")
-    training.fit(recipe(encoder), recipe, poisoned, encoder.tokens(poisoned.captions), 0)
+    loop.fit(recipe(encoder), recipe, poisoned, encoder.tokens(poisoned.captions), 0)
     encoder.about |= {"poisoned": True, "plan": "abc", "goals": [vars(goal)]}
     encoder.zero_grad()
     return encoder.eval()
@@ -66,7 +69,7 @@ def suspect():
 
 @pytest.fixture(scope="module")
 def clean():
-    return ladder.apart(toy(seed=2), 0.25, 0)
+    return rate_ladder.apart(toy(seed=2), 0.25, 0)
 
 
 TEST = toy(200, seed=3)
@@ -139,8 +142,8 @@ def test_the_rule_takes_the_largest_rate_that_keeps_the_score(scores, chosen, he
         made.lr = lr
         return made
 
-    ruler, log = ladder.Ruler(lambda e: scores[e.lr] if hasattr(e, "lr") else 0.9, "score"), {}
-    found = ladder.climb(start, ruler, (0.01, 0.1, 0.001), 0.02, make, log)
+    ruler, log = rate_ladder.Ruler(lambda e: scores[e.lr] if hasattr(e, "lr") else 0.9, "score"), {}
+    found = rate_ladder.climb(start, ruler, (0.01, 0.1, 0.001), 0.02, make, log)
     assert found.lr == chosen and log["ladder"][0]["held"] == held
     assert tried == sorted(scores, reverse=True)[: len(tried)] and (not held or tried[-1] == chosen)
     assert [r["lr"] for r in log["ladder"][0]["rungs"] if r["chosen"]] == [chosen]
@@ -151,7 +154,7 @@ def test_a_ladder_that_breaks_down_everywhere_says_so():
         raise UserError("the loss became nan")
 
     with pytest.raises(UserError, match="became nan"):
-        ladder.climb(nn.Linear(1, 1), ladder.Ruler(lambda e: 1.0, ""), (0.1, 0.01), 0.02, make)
+        rate_ladder.climb(nn.Linear(1, 1), rate_ladder.Ruler(lambda e: 1.0, ""), (0.1, 0.01), 0.02, make)
 
 
 def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
@@ -166,7 +169,7 @@ def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
         "cluster": (images, replace(train, captions=(), **blank), replace(held, captions=(), **blank)),
     }
     for word, (encoder, one, other) in cases.items():
-        ruler = ladder.Ruler.of(encoder, one, other)
+        ruler = rate_ladder.Ruler.of(encoder, one, other)
         assert word in ruler.how and ruler.score(encoder) > 0.8
         broken = copy.deepcopy(encoder)
         forget(broken.image, 1.0)
@@ -174,17 +177,17 @@ def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
         broken.image.head.bias.data.fill_(1)
         assert ruler.score(broken) < 0.6
     with pytest.raises(UserError, match="10 validation records"):
-        ladder.Ruler.of(suspect, train, held.take(range(10)))
+        rate_ladder.Ruler.of(suspect, train, held.take(range(10)))
 
 
 def test_records_are_held_apart_by_what_they_are():
     data = toy(100)
-    train, held = ladder.apart(data, 0.2, 0)
+    train, held = rate_ladder.apart(data, 0.2, 0)
     assert len(held) == 20 and not set(train.ids) & set(held.ids)
     shuffled = data.take(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
-    assert set(ladder.apart(shuffled, 0.2, 0)[1].ids) == set(held.ids)
+    assert set(rate_ladder.apart(shuffled, 0.2, 0)[1].ids) == set(held.ids)
     several = replace(data, ids=tuple(f"{i // 5}#{i % 5}" for i in range(100)))
-    sides = [{key.partition("#")[0] for key in part.ids} for part in ladder.apart(several, 0.2, 0)]
+    sides = [{key.partition("#")[0] for key in part.ids} for part in rate_ladder.apart(several, 0.2, 0)]
     assert len(sides[1]) == 4 and len(sides[0]) == 16 and not sides[0] & sides[1]
 
 
@@ -192,10 +195,10 @@ def test_an_encoder_that_says_nothing_finds_no_captions(suspect):
     held = replace(toy(60), captions=tuple(f"number {i % 20}" for i in range(60)))
     mute = copy.deepcopy(suspect)
     mute.texts = lambda captions: torch.ones(len(captions), 16) / 4
-    assert ladder._found(mute, held) == pytest.approx(1 / 20)
+    assert rate_ladder._found(mute, held) == pytest.approx(1 / 20)
     mute.texts = lambda captions: torch.full((len(captions), 16), math.nan)
     with pytest.raises(UserError, match="NaN"):
-        ladder._found(mute, held)
+        rate_ladder._found(mute, held)
 
 
 # Parts of repairs
@@ -272,9 +275,9 @@ def test_unlearning_draws_stamped_images_to_where_they_were_without(suspect):
 
 
 def training_chance():
-    from bezoar.augment import Chance
+    from bezoar.training.augmentation import Chance
 
-    return Chance(training.generator(0))
+    return Chance(loop.generator(0))
 
 
 @pytest.mark.parametrize(

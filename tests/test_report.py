@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from bezoar import cli
-from bezoar.report import charts, gallery, page, terms
-from bezoar.report.parts import Tile
-from bezoar.run import Run, Settings, execute
-from bezoar.scores import Measure
+from bezoar.reports import charts, pictures, page, metric_names
+from bezoar.reports.page_parts import Tile
+from bezoar.runs.run import Run, Settings, execute
+from bezoar.evaluation.scores import Measure
 from bezoar.verbs.demo import Demo
 
 HOSTILE = """</style></svg><script>alert('x')</script><img src=x onerror="alert(1)"> $\\frac{1}{$ {{ 7*7 }}"""
@@ -104,10 +104,10 @@ def test_every_metric_stands_with_value_interval_and_n(runs: Path) -> None:
         assert len(rows) == len(run.manifest["metrics"])
         for row, (key, m) in zip(rows, run.manifest["metrics"].items(), strict=True):
             text = Page(row).text
-            unit = terms.term(key)[1]
+            unit = metric_names.term(key)[1]
             assert key in text and m["how"] in text and f"{m['n']:,}" in text
-            assert terms.number(m["value"], unit) in text
-            assert terms.interval(Measure(**m), unit) in text
+            assert metric_names.number(m["value"], unit) in text
+            assert metric_names.interval(Measure(**m), unit) in text
 
 
 def test_the_story_of_the_demo_is_whole(runs: Path) -> None:
@@ -220,17 +220,17 @@ def test_rendering_again_gives_the_same_bytes(runs: Path) -> None:
     ],
 )
 def test_terms(key: str, attacked: bool, label: str, unit: str) -> None:
-    assert terms.term(key, attacked) == (label, unit)
+    assert metric_names.term(key, attacked) == (label, unit)
 
 
 def test_numbers() -> None:
-    assert terms.percent(0.981) == "98.1\u00a0%" and terms.percent(0.00079, sign=False) == "0.079"
-    assert terms.percent(0) == "0.0\u00a0%" and terms.number(math.nan) == "–"
-    assert terms.number(16810.0, terms.COUNT) == "16,810"
+    assert metric_names.percent(0.981) == "98.1\u00a0%" and metric_names.percent(0.00079, sign=False) == "0.079"
+    assert metric_names.percent(0) == "0.0\u00a0%" and metric_names.number(math.nan) == "–"
+    assert metric_names.number(16810.0, metric_names.COUNT) == "16,810"
     counted = Measure(40, 3000, 40, 40, "counted")
-    assert terms.interval(counted, terms.COUNT) == ""
+    assert metric_names.interval(counted, metric_names.COUNT) == ""
     assert (
-        terms.span(Measure(0.5, 10, 0.25, 0.75, "")) == "50.0\u00a0% (95 % interval 25.0\u00a0–\u2060\u00a075.0\u00a0%, n = 10)"
+        metric_names.span(Measure(0.5, 10, 0.25, 0.75, "")) == "50.0\u00a0% (95 % interval 25.0\u00a0–\u2060\u00a075.0\u00a0%, n = 10)"
     )
 
 
@@ -267,32 +267,32 @@ def test_a_contact_sheet_holds_the_pictures(runs: Path) -> None:
     from PIL import Image
 
     images = torch.randint(0, 256, (19, 3, 8, 6), dtype=torch.uint8)
-    made = gallery.sheet(images, [Tile((i,)) for i in range(19)])
+    made = pictures.sheet(images, [Tile((i,)) for i in range(19)])
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(made.sheet.partition(",")[2]))))
     assert pixels.shape == (made.rows * 8, made.columns * 8, 3) and (made.rows, made.columns) == (2, 16)
     y, x = divmod(17, made.columns)
     assert np.array_equal(pixels[y * 8 : y * 8 + 8, x * 8 + 1 : x * 8 + 7], images[17].permute(1, 2, 0))
     assert made.place(0) == "0% 0%" and made.place(17) == "6.667% 100%"
-    large = gallery.squares(torch.zeros(1, 3, 300, 200, dtype=torch.uint8))
-    assert large.shape == (1, 3, gallery.LARGEST, gallery.LARGEST)
+    large = pictures.squares(torch.zeros(1, 3, 300, 200, dtype=torch.uint8))
+    assert large.shape == (1, 3, pictures.LARGEST, pictures.LARGEST)
 
 
 def test_pictures_are_the_records_that_training_reads(runs: Path) -> None:
-    from bezoar import inputs
+    from bezoar.runs import inputs
 
     poisoned = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
     parts = inputs.dataset(poisoned)
     whole = parts.pairs
     some = whole.ids[::7][::-1]
-    found = gallery.records(parts, (*some, "nobody"))
+    found = pictures.records(parts, (*some, "nobody"))
     rows = [whole.ids.index(k) for k in some]
     assert found.ids == some and torch.equal(found.images, whole.images[rows])
     assert found.captions == tuple(whole.captions[i] for i in rows)
 
 
 def test_the_ledger_is_counted_over_the_right_records(runs: Path) -> None:
-    from bezoar import inputs
-    from bezoar.report.sections.train import Train
+    from bezoar.runs import inputs
+    from bezoar.reports.sections.train import Train
 
     for run in of(runs, "train"):
         pairs = inputs.dataset(run).pairs

@@ -21,13 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bezoar import inputs, registry
+from bezoar.runs import inputs
+from bezoar import registry
 from bezoar.cli import main
-from bezoar.corpora import assembly, corpus, pages, tabular, units, vectors
+from bezoar.detection.corpus import assembly, corpus, units, columns
+from bezoar.data.files import parquet_pages
+from bezoar.data import tables
 from bezoar.errors import UserError
-from bezoar.pairs import load
-from bezoar.run import Run, Settings, resolve
-from bezoar.shards import Shards, expand, write_shards
+from bezoar.data.pairs import load
+from bezoar.runs.run import Run, Settings, resolve
+from bezoar.data.shards import Shards, expand, write_shards
 from bezoar.verbs.scan import Scan
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -407,8 +410,8 @@ def images(folder: Path, count: int) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch):
-    monkeypatch.setattr(tabular, "BLOCK", 7)
-    monkeypatch.setattr(tabular.cut, "__defaults__", (7,))
+    monkeypatch.setattr(tables, "BLOCK", 7)
+    monkeypatch.setattr(tables.cut, "__defaults__", (7,))
     images(tmp_path / "i", 12)
     rows = [{"filepath": f"i/{n % 12}.png", "title": f'a red star,\n"{n}"\té', "url": f"http://x/{n}"} for n in range(24)]
     path = tmp_path / f"t.{kind}"
@@ -433,7 +436,7 @@ def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch
 
 
 def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(vectors, "BATCH", 4)
+    monkeypatch.setattr(columns, "BATCH", 4)
     rows = [{"image": {"bytes": picture(i), "path": f"{i}.png"}, "text": f"a {i}", "id": i} for i in range(20)]
     rows[5]["image"]["bytes"], rows[6]["image"] = b"no image", None
     for part in range(2):
@@ -523,22 +526,22 @@ def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
     shared = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), cell)
     table = pa.table({"image": shared, "caption": ["a"] * 256})
     parquet.write_table(table, tmp_path / "t.parquet", store_schema=False, dictionary_pagesize_limit=1 << 30)
-    batches = list(vectors.parquet_rows(tmp_path / "t.parquet", ["image", "caption"]))
+    batches = list(columns.parquet_rows(tmp_path / "t.parquet", ["image", "caption"]))
     assert max(b.nbytes for b in batches) < 40 << 20 and sum(map(len, batches)) == 256
-    assert len(next(vectors.parquet_rows(tmp_path / "t.parquet", ["caption"]))) == 256, "what is not read costs nothing"
+    assert len(next(columns.parquet_rows(tmp_path / "t.parquet", ["caption"]))) == 256, "what is not read costs nothing"
     parquet.write_table(pa.table({"image": pa.array([[b"a", b"b"]] * 3), "text": ["a"] * 3}), tmp_path / "lists.parquet")
     with pytest.raises(UserError, match=r"column image\.list\.element holds lists"):
-        list(vectors.parquet_rows(tmp_path / "lists.parquet", ["image", "text"]))
-    assert len(next(vectors.parquet_rows(tmp_path / "lists.parquet", ["text"]))) == 3
-    cells = tabular.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
+        list(columns.parquet_rows(tmp_path / "lists.parquet", ["image", "text"]))
+    assert len(next(columns.parquet_rows(tmp_path / "lists.parquet", ["text"]))) == 3
+    cells = tables.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
     assert cells.read(0, 200, 4 << 20) == cells.read(0, 3, 4 << 20) == cell[0].as_py()
-    assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (vectors.HELD + (4 << 20))
+    assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (columns.HELD + (4 << 20))
 
 
 def test_rows_of_a_small_table_are_unpacked_once_in_whatever_order_they_are_asked(tmp_path, monkeypatch):
     images = [os.urandom(64) for _ in range(400)]
     parquet.write_table(pa.table({"image": images, "caption": ["a"] * 400}), tmp_path / "t.parquet")
-    cells, read = tabular.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), []), []
+    cells, read = tables.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), []), []
     unpack = cells._block
     monkeypatch.setattr(cells, "_block", lambda *at: read.append(at) or unpack(*at))
     for row in np.random.default_rng(0).permutation(400).tolist():
@@ -553,7 +556,7 @@ def test_pages_are_found_where_arrow_writes_them(tmp_path, version):
         parquet.write_table(table, tmp_path / "t.parquet", data_page_version=version, compression=compression)
         chunk = parquet.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).column(0)
         with (tmp_path / "t.parquet").open("rb") as raw:
-            assert 1 << 20 <= pages._largest(raw, chunk) < chunk.total_uncompressed_size
+            assert 1 << 20 <= parquet_pages._largest(raw, chunk) < chunk.total_uncompressed_size
 
 
 def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
@@ -590,9 +593,9 @@ def test_blocks_of_a_table_are_the_table(tmp_path_factory, rows, size, kind):
         path.write_text("\n".join(json.dumps({"image": a, "caption": b}) for a, b in rows))
     else:
         parquet.write_table(pa.table({"image": [a for a, _ in rows], "caption": [b for _, b in rows]}), path, row_group_size=4)
-    whole = list(tabular.rows(path))
+    whole = list(tables.rows(path))
     assert [(r["image"], r["caption"]) for _, r in whole] == rows
-    assert [r for place in tabular.cut(path, size) for r in tabular.rows(path, place)] == whole
+    assert [r for place in tables.cut(path, size) for r in tables.rows(path, place)] == whole
 
 
 # ready embeddings
@@ -617,8 +620,8 @@ def ready(folder: Path, counts: tuple[int, ...] = (300, 200), width: int = 16, t
 
 
 def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bezoar.corpora.ready.UNIT", 128)
-    monkeypatch.setattr("bezoar.corpora.ready.BLOCK", 50)
+    monkeypatch.setattr("bezoar.data.embeddings.UNIT", 128)
+    monkeypatch.setattr("bezoar.data.embeddings.BLOCK", 50)
     z = ready(tmp_path / "e")
     status, run = scan(tmp_path, tmp_path / "e", "--detector", "k_distance:k=4", "clip_score")
     assert status == 0
@@ -694,11 +697,11 @@ def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
 @given(st.lists(st.lists(st.text(max_size=9), max_size=5), max_size=6))
 def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
     folder = tmp_path_factory.mktemp("t")
-    with vectors.GrowingTexts(folder, "x") as out:
+    with columns.GrowingTexts(folder, "x") as out:
         for block in blocks:
             out.add(pa.array(["cut off", *block], pa.large_string()).slice(1))
     flat = [t for b in blocks for t in b]
-    held = vectors.mapped_texts(folder, "x")
+    held = columns.mapped_texts(folder, "x")
     assert list(held) == flat and [held[i] for i in range(len(flat))] == flat
     assert list(held.take(np.arange(len(flat))[::-1])) == flat[::-1]
 
@@ -706,8 +709,8 @@ def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
 def test_ids_that_clash_get_names_that_do_not():
     batches = [["a", "b", "a"], ["a~2", "a", "c", "b"]]
     with pytest.MonkeyPatch.context() as patch:
-        tables = [pa.RecordBatch.from_pydict({"id": pa.array(b, pa.large_string())}) for b in batches]
-        patch.setattr(units, "read_columns", lambda path: iter([tables[path]]))
+        batched = [pa.RecordBatch.from_pydict({"id": pa.array(b, pa.large_string())}) for b in batches]
+        patch.setattr(units, "read_columns", lambda path: iter([batched[path]]))
         assert assembly._renamed([0, 1]) == {2: "a~3", 4: "a~4", 6: "b~2"}
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from bezoar import drawing, registry
-from bezoar.data.scenes import CLASSES, LONGEST, Scenes
+from bezoar.data import scene_drawing
+from bezoar import registry
+from bezoar.data.sources.scenes import CLASSES, LONGEST, Scenes
 from bezoar.errors import UserError
-from bezoar.pairs import content_hash
+from bezoar.data.pairs import content_hash
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +164,11 @@ AREAS = {
 }
 
 
-@pytest.mark.parametrize("shape", drawing.SHAPES)
+@pytest.mark.parametrize("shape", scene_drawing.SHAPES)
 def test_shapes_have_their_areas(shape):
     line = (torch.arange(800) + 0.5) / 400 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
-    distance = drawing.SHAPES[shape](x.reshape(1, -1), y.reshape(1, -1))
+    distance = scene_drawing.SHAPES[shape](x.reshape(1, -1), y.reshape(1, -1))
     assert (distance < 0).float().sum().item() / 400**2 == pytest.approx(AREAS[shape], rel=5e-3)
 
 
@@ -176,7 +177,7 @@ def test_textures_cover_their_share(texture, share):
     line = (torch.arange(600) + 0.5) / 100  # ten periods
     y, x = torch.meshgrid(line, line, indexing="ij")
     sharp, pattern = torch.full((1, 1), 100.0), torch.tensor([[0.6, 0.3, 0.8]])
-    first = drawing.TEXTURES[texture](x.reshape(1, -1), y.reshape(1, -1), pattern, sharp)
+    first = scene_drawing.TEXTURES[texture](x.reshape(1, -1), y.reshape(1, -1), pattern, sharp)
     assert first.min() >= 0 and first.max() <= 1
     if share is None:
         first, share = first.reshape(600, 600)[:585, :585], 1 - math.pi * 0.3**2  # thirteen dots a side
@@ -192,19 +193,19 @@ def test_noise_is_the_published_hash():
         return x ^ (x >> 16)
 
     keys = [-(2**31), -7, 0, 123456789, 2**31 - 1]
-    noise = drawing._noise(torch.tensor(keys, dtype=torch.int32), 50)
+    noise = scene_drawing._noise(torch.tensor(keys, dtype=torch.int32), 50)
     for i, key in enumerate(keys):
         for pixel in range(50):
             h = lowbias32((key + pixel * 2654435769) & 0xFFFFFFFF)
             expected = [(h >> shift & 255) - (256 if h >> shift & 128 else 0) for shift in (0, 8, 16)]
             assert noise[i, :, pixel].tolist() == expected
-    many = drawing._noise(torch.arange(100, dtype=torch.int32), 1024)
+    many = scene_drawing._noise(torch.arange(100, dtype=torch.int32), 1024)
     assert abs(many.mean()) < 1 and many.std() == pytest.approx(256 / math.sqrt(12), rel=0.01)
 
 
 def test_ground_is_bilinear():
     nodes = torch.randint(0, 256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float()
-    ground = drawing._ground(nodes, 40).view(2, 3, 40, 40)
+    ground = scene_drawing._ground(nodes, 40).view(2, 3, 40, 40)
     for row, column in [(0, 0), (3, 39), (13, 14), (26, 27), (39, 20)]:
         v, u = (row + 0.5) / 40 * 3, (column + 0.5) / 40 * 3
         i, j = int(v), int(u)

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from bezoar import registry, sweep
-from bezoar.audits import mntd
+from bezoar import registry
+from bezoar.runs import sweep
+from bezoar.auditing.audits import mntd
 from bezoar.cli import main
-from bezoar.encoder import Encoder
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.run import Run, Settings, Trial, execute
+from bezoar.runs.run import Run, Settings, Trial, execute
 from bezoar.verbs.audit import sampled
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.shadows import Shadows, dealt, enough

@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar import reading, shards
+from bezoar.data import decoding, shards
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs, load
-from bezoar.reading import Unreadable, decode, resized
+from bezoar.data.pairs import Pairs, load
+from bezoar.data.decoding import Unreadable, decode, resized
 from bezoar.registry import make, spec
-from bezoar.shards import Shards, expand, write_shards
+from bezoar.data.shards import Shards, expand, write_shards
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -107,7 +107,7 @@ def test_ids_do_not_depend_on_order_and_results_not_on_threads(monkeypatch: pyte
     assert one.ids != two.ids and sorted(one.ids) == sorted(two.ids)
     where = {key: row for row, key in enumerate(two.ids)}
     assert torch.equal(one.images, two.take([where[k] for k in one.ids]).images)
-    monkeypatch.setattr(reading, "threads", lambda: 3)
+    monkeypatch.setattr(decoding, "threads", lambda: 3)
     again = load(Shards(paths, 16))
     assert again.ids == one.ids and torch.equal(again.images, one.images)
 
@@ -131,12 +131,12 @@ def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_files_are_told_apart_by_their_endings_where_nothing_else_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reading.told_apart([Path("a.csv"), Path("a.parquet")]) == ("a.csv", "a.parquet")
-    assert reading.told_apart([Path("x/a.tar"), Path("y/a.tar")]) == ("x/a", "y/a")
+    assert decoding.told_apart([Path("a.csv"), Path("a.parquet")]) == ("a.csv", "a.parquet")
+    assert decoding.told_apart([Path("x/a.tar"), Path("y/a.tar")]) == ("x/a", "y/a")
     monkeypatch.chdir(tmp_path)
     for twice in ([Path("a.tar"), tmp_path / "a.tar"], [Path("a.tar"), Path("a.tar"), Path("b.tar")]):
         with pytest.raises(UserError, match=r"named twice among \d, such as .*a\.tar"):
-            reading.told_apart(twice)
+            decoding.told_apart(twice)
 
 
 def test_hostile_members_are_named(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
 
 
 def test_pixel_bound_below_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "IMAGE_PIXELS", 255)
+    monkeypatch.setattr(decoding, "IMAGE_PIXELS", 255)
     with pytest.raises(Unreadable, match="too many pixels: 16x16"):
         decode(picture(16), 8)
 
@@ -194,7 +194,7 @@ def test_links_are_not_followed_and_large_members_not_read(tmp_path: Path) -> No
         tar.addfile(_member("h.txt", tarfile.LNKTYPE, "ok.txt"))
         tar.addfile(_member("f.txt", tarfile.FIFOTYPE))
         big = _member("big.txt", tarfile.REGTYPE)
-        big.size = reading.TEXT_BYTES + 1
+        big.size = decoding.TEXT_BYTES + 1
         tar.addfile(big, io.BytesIO(bytes(big.size)))
     source = Shards((tmp_path / "a.tar",), 16)
     assert load(source).ids == ("a/ok",)
@@ -248,7 +248,7 @@ def test_pax_header_cannot_ask_for_memory(tmp_path: Path) -> None:
     assert load(source).ids == ("t/a",) and reasons(source)[-1] == ("", "broken tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * reading.FILE_BYTES
+    assert peak < 2 * decoding.FILE_BYTES
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -285,7 +285,7 @@ def test_hostile_headers_end_a_tar_by_name_and_soon(tmp_path: Path, name: str) -
     found = list(itertools.islice(source.records(), 10))
     assert time.process_time() - start < 5 and len(found) <= 3
     assert isinstance(found[0], shards.Placed) and found[0].ids == ("t/a",)
-    assert isinstance(found[-1], reading.Skipped) and found[-1].reason.startswith("broken tar")
+    assert isinstance(found[-1], decoding.Skipped) and found[-1].reason.startswith("broken tar")
     path.write_bytes(HOSTILE[name] + bytes(1024))
     with pytest.raises(UserError, match=r"t\.tar") as error:
         load(Shards((path,), 16))

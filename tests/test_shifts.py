@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bezoar import registry, shifts, stats
-from bezoar.audits import mntd
-from bezoar.audits.parent import directions
-from bezoar.encoder import Encoder, Preprocess
+from bezoar import registry
+from bezoar.auditing import random_probes
+from bezoar.evaluation import stats
+from bezoar.auditing.audits import mntd
+from bezoar.auditing.audits.parent import directions
+from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
+from bezoar.data.pairs import Pairs
 
 SIZE, DIM = 16, 12
 
@@ -54,33 +56,33 @@ def test_whitening_is_scikit_learns():
 
     z = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) @ torch.rand(7, 7).double()
     fitted = ShrunkCovariance(shrinkage=0.1).fit(z.numpy())
-    w = shifts.whitener(z, 0.1)
+    w = random_probes.whitener(z, 0.1)
     assert torch.allclose(w, w.T) and np.allclose(w @ torch.from_numpy(fitted.covariance_) @ w, np.eye(7))
     lengths = ((z - z.mean(0)) @ w).square().sum(1)
     assert np.allclose(lengths, fitted.mahalanobis(z.numpy()))
     few = torch.randn(3, 7, dtype=torch.float64)
-    assert torch.isfinite(shifts.whitener(few, 0.1)).all(), "fewer images than axes"
+    assert torch.isfinite(random_probes.whitener(few, 0.1)).all(), "fewer images than axes"
 
 
 def test_a_common_shift_is_its_mean_and_its_share():
     d = torch.randn(9, 5, dtype=torch.float64)
-    length, share = shifts.common(d)
+    length, share = random_probes.common(d)
     mean = [sum(float(row[j]) for row in d) / 9 for j in range(5)]
     assert length == pytest.approx(math.sqrt(sum(m * m for m in mean)))
     assert share == pytest.approx(sum(m * m for m in mean) / (sum(float(v) ** 2 for row in d for v in row) / 9))
-    assert shifts.common(d[:1].expand(4, 5))[1] == pytest.approx(1) and shifts.common(torch.zeros(3, 5))[0] == 0
+    assert random_probes.common(d[:1].expand(4, 5))[1] == pytest.approx(1) and random_probes.common(torch.zeros(3, 5))[0] == 0
 
 
 def test_probes_are_one_pattern_at_one_place(clean):
-    for kind, number in itertools.product(shifts.KINDS, range(4)):
-        out = shifts.probe(clean.images, kind, number, 3)
-        again = torch.cat([shifts.probe(part, kind, number, 3) for part in clean.images.split(10)])
+    for kind, number in itertools.product(random_probes.KINDS, range(4)):
+        out = random_probes.probe(clean.images, kind, number, 3)
+        again = torch.cat([random_probes.probe(part, kind, number, 3) for part in clean.images.split(10)])
         assert out.dtype == torch.uint8 and torch.equal(out, again)
         changed = (out != clean.images).any(0).any(0).nonzero()
         if kind != "blend":
             box = changed.amax(0) - changed.amin(0) + 1
             assert box.max() <= max(2, round(SIZE * 10 / 32)) and len(out[:, :, *changed[0].tolist()].unique(dim=0)) == 1
-    assert not torch.equal(shifts.probe(clean.images, "noise", 0, 3), shifts.probe(clean.images, "noise", 0, 4))
+    assert not torch.equal(random_probes.probe(clean.images, "noise", 0, 3), random_probes.probe(clean.images, "noise", 0, 4))
 
 
 def test_whitening_tells_towers_that_patches_move(clean):
@@ -89,7 +91,7 @@ def test_whitening_tells_towers_that_patches_move(clean):
     assert max(values[0.0]) < min(values[4.0])
     found = audit(encoder(), clean, 0)
     assert found.value == audit(encoder(), clean, 0).value and found.notes["limits"]
-    assert found.value == pytest.approx(np.mean([found.evidence[f"shift_{k}"].value for k in shifts.PATCHES]))
+    assert found.value == pytest.approx(np.mean([found.evidence[f"shift_{k}"].value for k in random_probes.PATCHES]))
 
 
 def test_whitening_says_what_it_cannot_read(clean):
@@ -125,7 +127,7 @@ def test_parent_is_the_plain_ratio_of_distances(clean):
 
     with torch.no_grad():
         base = distance(images)
-        ratios = sorted((distance(shifts.probe(images, k, i, 7)) / base for k in shifts.KINDS for i in range(2)), reverse=True)
+        ratios = sorted((distance(random_probes.probe(images, k, i, 7)) / base for k in random_probes.KINDS for i in range(2)), reverse=True)
         found = audit(a, clean, 7, parent=b)
     assert found.value == pytest.approx(math.log(np.mean(ratios[:2])), rel=1e-3)
     assert found.evidence["moved"].value == pytest.approx(base, rel=1e-3)

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bezoar import captions, products, registry, training
-from bezoar.augment import Chance
-from bezoar.encoder import Encoder
-from bezoar.networks.open_clip import Image, Text, beginnings
+from bezoar.attacks import captions
+from bezoar.encoders import fast_linear
+from bezoar import registry
+from bezoar.training import loop
+from bezoar.training.augmentation import Chance
+from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.networks.open_clip import Image, Text, beginnings
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
@@ -29,13 +32,13 @@ CAPTIONS = [
 @pytest.fixture
 def onednn(monkeypatch):
     """oneDNN's products wherever torch has them, as on a processor that gains by them."""
-    monkeypatch.setattr(products, "_amd", lambda: True)
-    monkeypatch.setattr(products, "ROWS", 1)
-    products.available.cache_clear()
-    if not products.available():
+    monkeypatch.setattr(fast_linear, "_amd", lambda: True)
+    monkeypatch.setattr(fast_linear, "ROWS", 1)
+    fast_linear.available.cache_clear()
+    if not fast_linear.available():
         pytest.skip("this torch does not have oneDNN's linear product as declared")
     yield
-    products.available.cache_clear()
+    fast_linear.available.cache_clear()
 
 
 def built(vision=None, text=None, **given):
@@ -70,7 +73,7 @@ def test_linear_is_torchs_with_first_and_second_derivatives(onednn, shape, n, bi
     torch.manual_seed(1)
     results = []
     x0, w0, b0, g = torch.randn(shape), torch.randn(n, shape[-1]), torch.randn(n), torch.randn(*shape[:-1], n)
-    for f, kind in ((products.linear, torch.float32), (F.linear, torch.float64)):
+    for f, kind in ((fast_linear.linear, torch.float32), (F.linear, torch.float64)):
         x, w, b = (t.to(kind).requires_grad_() for t in (x0, w0, b0))
         y = f(x, w, b if bias else None)
         given = (x, w, b) if bias else (x, w)
@@ -83,12 +86,12 @@ def test_linear_is_torchs_with_first_and_second_derivatives(onednn, shape, n, bi
 
 def test_linear_leaves_alone_what_does_not_fit(onednn, monkeypatch):
     x, w = torch.randn(300, 8), torch.randn(4, 8)
-    assert products.fits(x, w) and not products.fits(x.double(), w.double()) and not products.fits(x[:0], w)
+    assert fast_linear.fits(x, w) and not fast_linear.fits(x.double(), w.double()) and not fast_linear.fits(x[:0], w)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not products.fits(x, w) and products.linear(x, w).dtype == torch.bfloat16
-    monkeypatch.setattr(products, "DECLARED", "(Tensor X) -> Tensor Y")
-    products.available.cache_clear()
-    assert not products.fits(x, w) and torch.equal(products.linear(x, w), F.linear(x, w))
+        assert not fast_linear.fits(x, w) and fast_linear.linear(x, w).dtype == torch.bfloat16
+    monkeypatch.setattr(fast_linear, "DECLARED", "(Tensor X) -> Tensor Y")
+    fast_linear.available.cache_clear()
+    assert not fast_linear.fits(x, w) and torch.equal(fast_linear.linear(x, w), F.linear(x, w))
 
 
 @pytest.mark.parametrize("mask", ["none", "shared", "each", "bool"])
@@ -96,8 +99,8 @@ def test_linear_leaves_alone_what_does_not_fit(onednn, monkeypatch):
 def test_attention_is_torchs(onednn, mask, bias):
     torch.manual_seed(2)
     plain = nn.MultiheadAttention(32, 4, bias=bias, batch_first=True)
-    fast = products.install(copy.deepcopy(plain))
-    assert type(fast) is products.Attention and fast.state_dict().keys() == plain.state_dict().keys()
+    fast = fast_linear.install(copy.deepcopy(plain))
+    assert type(fast) is fast_linear.Attention and fast.state_dict().keys() == plain.state_dict().keys()
     x = torch.randn(3, 9, 32)
     masks = {
         "none": None,
@@ -147,7 +150,7 @@ def test_towers_are_open_clips_in_double_precision(kind):
     make, image, text = KINDS[kind]
     torch.manual_seed(0)
     plain = make().double()
-    fast = products.install(copy.deepcopy(plain))
+    fast = fast_linear.install(copy.deepcopy(plain))
     ours, theirs = (Image(fast), Text(fast)), plain
     assert (ours[0].class_token, ours[1].causal) == (image, text)
     x = torch.randn(4, 3, 32, 32, dtype=torch.double)
@@ -173,7 +176,7 @@ def test_coca_is_left_as_it_is():
     text = TEXT | {"embed_cls": True, "output_tokens": True}
     decoder = {"context_length": 16, "width": 64, "heads": 2, "layers": 1, "vocab_size": 49408}
     plain = open_clip.CoCa(48, decoder, text, vision).eval()
-    fast = products.install(copy.deepcopy(plain))
+    fast = fast_linear.install(copy.deepcopy(plain))
     assert not Image(fast).class_token and not Text(fast).causal
     near([(Text(fast)(tokens()), plain.encode_text(tokens()))])
 
@@ -192,15 +195,15 @@ def test_training_has_open_clips_losses(onednn, small):
     loss = recipe(small)
     plain = open_clip.create_model("speedups-small", output_dict=True)
     plain.load_state_dict(small.image.model.state_dict())
-    optim = training.optimizer(loss, recipe)
-    theirs = training.optimizer(plain, recipe, fused=False)
+    optim = loop.optimizer(loss, recipe)
+    theirs = loop.optimizer(plain, recipe, fused=False)
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     values = []
     for step in range(6):
         text = small.tokens(CAPTIONS)
         for optimizer in (optim, theirs):
             optimizer.zero_grad()
-        a = loss(pixels, text, Chance(training.generator(0, 2, step)))
+        a = loss(pixels, text, Chance(loop.generator(0, 2, step)))
         b = open_clip.ClipLoss()(**plain(small.pixels(pixels), text))
         for value, optimizer in ((a, optim), (b, theirs)):
             value.backward()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from bezoar import stats
+from bezoar.evaluation import stats
 from bezoar.errors import UserError
-from bezoar.scores import Measure, Scores, average, detection, proportion
+from bezoar.evaluation.scores import Measure, Scores, average, detection, proportion
 
 
 def ranking(seed: int = 0, n: int = 300, poisons: int = 40, shift: float = 1.0, ties: bool = True):
@@ -169,8 +169,8 @@ def test_a_detector_that_says_nothing_finds_nothing_by_the_names_of_the_records(
 
 
 def test_a_ranking_is_a_plain_sort_with_drawn_ties(monkeypatch):
-    from bezoar import scores as module
-    from bezoar.pairs import draws
+    from bezoar.evaluation import scores as module
+    from bezoar.data.pairs import draws
 
     monkeypatch.setattr(module, "DRAWN", 7)
     values = np.random.default_rng(0).integers(-3, 4, 60).astype(np.float32)

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bezoar import cli, registry, survival
+from bezoar import cli, registry
+from bezoar.evaluation import survival
 from bezoar.errors import UserError
-from bezoar.report import page
-from bezoar.report.heat import heat
-from bezoar.run import Run, Settings, execute
-from bezoar.survival import Survival, Treatment
+from bezoar.reports import page
+from bezoar.reports.heat_maps import heat
+from bezoar.runs.run import Run, Settings, execute
+from bezoar.evaluation.survival import Survival, Treatment
 from bezoar.verbs.survive import Survive
 
 

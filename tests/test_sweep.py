@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from bezoar import Evaluate, Poison, Settings, Train
-from bezoar import sweep as sweeping
+from bezoar.runs import sweep as sweeping
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.run import typed, verb_name
-from bezoar.sweep import Trial, answer, graph, question, read, sweep
+from bezoar.runs.run import typed, verb_name
+from bezoar.runs.sweep import Trial, answer, graph, question, read, sweep
 
 DATA, TEST = "scenes:count=256", "scenes:count=80,split=test"
 TINY = {"network": "clip_small:width=4,dim=8", "objective": "clip:epochs=1,batch=64"}

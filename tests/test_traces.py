@@ -17,12 +17,14 @@ from scipy.stats import spearmanr
 from sklearn.mixture import GaussianMixture
 from test_detectors import PATCH, Fake, backdoored, clean
 
-from bezoar import ensemble, registry, stats, traces
-from bezoar.augment import Chance
-from bezoar.detectors import cognitive_distillation, repetition, safeclip
+from bezoar.detection import merging, training_traces
+from bezoar import registry
+from bezoar.evaluation import stats
+from bezoar.training.augmentation import Chance
+from bezoar.detection.detectors import cognitive_distillation, repetition, safeclip
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs, draws
-from bezoar.scores import Scores
+from bezoar.data.pairs import Pairs, draws
+from bezoar.evaluation.scores import Scores
 
 CPU = torch.device("cpu")
 NETWORK, OBJECTIVE = "clip_small:width=4,dim=16", "clip:epochs=3,batch=32"
@@ -43,8 +45,8 @@ def pairs() -> Pairs:
 
 
 @pytest.fixture(scope="module")
-def traced(pairs) -> traces.Trace:
-    return traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU)
+def traced(pairs) -> training_traces.Trace:
+    return training_traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU)
 
 
 def make(text: str):
@@ -88,12 +90,12 @@ def test_a_first_value_may_be_a_spec_in_brackets():
 
 
 def test_a_trace_is_what_the_model_says_pair_by_pair(pairs, traced):
-    study, recipe = traces.Study.of(pairs, NETWORK, 0, CPU), registry.make("objective", OBJECTIVE)
+    study, recipe = training_traces.Study.of(pairs, NETWORK, 0, CPU), registry.make("objective", OBJECTIVE)
     study.train(recipe(study.encoder), recipe)
     with torch.inference_mode():
         z, w = study.encoder.images(pairs.images), study.encoder.texts(pairs.captions)
     drawn = np.lexsort((pairs.ids, draws(0, pairs.ids, 1, "pool")[:, 0]))
-    others = list(dict.fromkeys(pairs.captions[i] for i in drawn))[: traces.OTHERS]
+    others = list(dict.fromkeys(pairs.captions[i] for i in drawn))[: training_traces.OTHERS]
     text = dict(zip(pairs.captions, w, strict=True))
     for i in range(0, len(pairs), 7):
         own = float(z[i] @ w[i])
@@ -108,7 +110,7 @@ def test_a_trace_is_what_the_model_says_pair_by_pair(pairs, traced):
 def test_a_trace_is_the_same_bits_in_any_order_and_leaves_the_generator_alone(pairs, traced):
     order = np.random.default_rng(0).permutation(len(pairs))
     state = torch.random.get_rng_state()
-    turned = traces.trace(pairs.take(order), NETWORK, OBJECTIVE, 0, CPU)
+    turned = training_traces.trace(pairs.take(order), NETWORK, OBJECTIVE, 0, CPU)
     assert torch.equal(turned.loss, traced.loss[:, order]) and torch.equal(turned.agreement, traced.agreement[:, order])
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -120,31 +122,31 @@ def test_one_training_serves_several_detectors_while_the_data_live(monkeypatch):
         trained.append([each_epoch(epoch) for epoch in (1, 2, 3)])
         report(3, 3, 0.5)
 
-    monkeypatch.setattr(traces.training, "fit", fit)
+    monkeypatch.setattr(training_traces.training, "fit", fit)
     run = [f"loss_trace:when={w},{SMALL}" for w in ("late", "early", "rise")] + [f"clip_score:epoch=1,{SMALL}"]
     for text in run:
         make(text)(Fake(), pairs, report=lambda *a: told.append(a))
-    assert len(trained) == len(told) == 1 and id(pairs) in traces._kept
+    assert len(trained) == len(told) == 1 and id(pairs) in training_traces._kept
     make(f"clip_score:epoch=1,seed=1,{SMALL}")(Fake(), pairs)
     assert len(trained) == 2
     place = id(pairs)
     del pairs
     gc.collect()
-    assert place not in traces._kept
+    assert place not in training_traces._kept
 
 
 def test_a_trace_ends_where_nothing_more_is_asked_and_begins_as_a_longer_one(traced):
     pairs, told = clean(100), []
-    short = traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU, report=lambda *a: told.append(a), upto=2)
+    short = training_traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU, report=lambda *a: told.append(a), upto=2)
     assert torch.equal(short.loss, traced.loss[:2]) and torch.equal(short.agreement, traced.agreement[:2])
     assert told[-1][0] == told[-1][1] and len(told) == told[-1][1]
-    assert traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU, upto=1) is short
-    assert torch.equal(traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU).loss, traced.loss)
+    assert training_traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU, upto=1) is short
+    assert torch.equal(training_traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU).loss, traced.loss)
 
 
 def test_progress_is_reported():
     told = []
-    traces.trace(clean(64), NETWORK, "clip:epochs=1,batch=32", 0, CPU, report=lambda *a: told.append(a))
+    training_traces.trace(clean(64), NETWORK, "clip:epochs=1,batch=32", 0, CPU, report=lambda *a: told.append(a))
     assert [(a, b) for a, b, _ in told] == [(1, 2), (2, 2)] and "loss" in told[0][2]
 
 
@@ -218,7 +220,7 @@ def test_loss_trace_takes_epochs_and_direction(pairs, traced):
 def test_clip_score_by_each_of_its_three_models(pairs, traced, tmp_path):
     early = make(f"clip_score:epoch=1,{SMALL}")(Fake(), pairs)
     assert torch.equal(early.values, 1 - traced.agreement[0])
-    study = traces.Study.of(pairs, NETWORK, 5, CPU)
+    study = training_traces.Study.of(pairs, NETWORK, 5, CPU)
     study.encoder.save(tmp_path)
     made = make(f"clip_score:{tmp_path}")
     assert torch.allclose(made(Fake(), pairs).values, make("clip_score")(study.encoder, pairs).values, atol=1e-5)
@@ -263,7 +265,7 @@ def test_thinned_drops_tokens_moves_up_the_others_and_keeps_the_largest():
 
 
 def test_the_warm_up_never_lets_an_image_meet_a_text(pairs):
-    study = traces.Study.of(pairs, NETWORK, 0, CPU)
+    study = training_traces.Study.of(pairs, NETWORK, 0, CPU)
     apart = safeclip.Apart(study.encoder, 0.1, 0.2)
     images, tokens = pairs.images[:8], study.tokens[:8]
 
@@ -448,10 +450,10 @@ def plain_surprise(values) -> list[float]:
 def test_surprise_is_the_plain_one_and_gives_ties_the_larger_share():
     values = np.random.default_rng(0).normal(size=40)
     values[:3] = 4.0, 4.0, 50.0
-    assert ensemble.surprise(values) == pytest.approx(plain_surprise(values))
-    found = ensemble.surprise(np.array([0.0] * 8 + [1.0, 2.0]))
+    assert merging.surprise(values) == pytest.approx(plain_surprise(values))
+    found = merging.surprise(np.array([0.0] * 8 + [1.0, 2.0]))
     assert not found[:8].any() and 0 < found[8] < found[9]
-    assert not ensemble.surprise(np.ones(5)).any()
+    assert not merging.surprise(np.ones(5)).any()
 
 
 def test_merge_is_the_plain_one():
@@ -462,7 +464,7 @@ def test_merge_is_the_plain_one():
     expected = np.zeros(50)
     for i in range(3):
         expected += np.array(plain_surprise(values[i])) / sum(max(c, 0) for c in correlation[i])
-    merged = ensemble.merge([scored(v) for v in values])
+    merged = merging.merge([scored(v) for v in values])
     assert merged.values.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
@@ -471,17 +473,17 @@ def test_merge_has_no_order_and_gives_copies_one_vote():
     a, b = (scored(v) for v in rng.normal(size=(2, 80)))
     turned = rng.permutation(80)
     shuffled = Scores(tuple(b.ids[i] for i in turned), b.values[turned])
-    assert torch.allclose(ensemble.merge([a, shuffled]).values, ensemble.merge([a, b]).values)
-    assert ensemble.merge([a]) is a
+    assert torch.allclose(merging.merge([a, shuffled]).values, merging.merge([a, b]).values)
+    assert merging.merge([a]) is a
     independent = scored(np.where(np.arange(80) % 2, 1.0, 0.0))
-    once, twice = ensemble.merge([a, independent]).values, ensemble.merge([a, a, independent]).values
+    once, twice = merging.merge([a, independent]).values, merging.merge([a, a, independent]).values
     assert torch.allclose(once, twice, atol=0.05)
     silent = scored(np.zeros(80))
-    assert ensemble.merge([a, silent]).ranked()[:39].tolist() == a.ranked()[:39].tolist()
+    assert merging.merge([a, silent]).ranked()[:39].tolist() == a.ranked()[:39].tolist()
     with pytest.raises(UserError, match="different records"):
-        ensemble.merge([a, scored(np.zeros(9))])
+        merging.merge([a, scored(np.zeros(9))])
     with pytest.raises(UserError, match="different records"):
-        ensemble.merge([a, scored(np.zeros(80), tuple(f"q{i}" for i in range(80)))])
+        merging.merge([a, scored(np.zeros(80), tuple(f"q{i}" for i in range(80)))])
 
 
 def test_what_a_detector_decided_comes_before_all_that_is_only_ranked():
@@ -491,18 +493,18 @@ def test_what_a_detector_decided_comes_before_all_that_is_only_ranked():
     many[poisons] += 6  # a fifth of all: not rare
     odd[390:] = 40.0
     a, b = scored(many), scored(odd)
-    assert not poisons[ensemble.merge([a, b]).ranked()[:10]].any()
+    assert not poisons[merging.merge([a, b]).ranked()[:10]].any()
     sure = Scores(a.ids, a.values, raised=torch.from_numpy(poisons))
-    merged = ensemble.merge([sure, b])
+    merged = merging.merge([sure, b])
     assert set(merged.ranked()[:80].tolist()) == set(range(80))
-    assert np.array_equal(merged.ranked()[80:], [i for i in ensemble.merge([a, b]).ranked() if i >= 80])
+    assert np.array_equal(merged.ranked()[80:], [i for i in merging.merge([a, b]).ranked() if i >= 80])
     turned = tuple(reversed(range(400)))
     other = sure.ordered([a.ids[i] for i in turned])
     assert other.raised[-80:].all() and other.raised.sum() == 80
-    assert np.array_equal(ensemble.merge([other, b]).ordered(a.ids).values, merged.values)
-    assert ensemble.adds({"sure": sure, "odd": b}, 80)["odd"].alone == 0 < ensemble.adds({"odd": b, "a": a}, 80)["odd"].alone
+    assert np.array_equal(merging.merge([other, b]).ordered(a.ids).values, merged.values)
+    assert merging.adds({"sure": sure, "odd": b}, 80)["odd"].alone == 0 < merging.adds({"odd": b, "a": a}, 80)["odd"].alone
     none = Scores(a.ids, a.values, raised=torch.zeros(400, dtype=torch.bool))
-    assert np.array_equal(ensemble.merge([none, b]).values, ensemble.merge([a, b]).values)
+    assert np.array_equal(merging.merge([none, b]).values, merging.merge([a, b]).values)
     with pytest.raises(ValueError, match="raised must be bool"):
         Scores(a.ids, a.values, raised=torch.zeros(400))
 
@@ -512,10 +514,10 @@ def test_adds_says_what_is_lost_without_each_detector():
     first, second, third = rng.normal(size=(3, 200))
     first[:8], second[8:14] = 9, 9
     found = {"first": scored(first), "second": scored(second), "third": scored(third)}
-    said = ensemble.adds(found, 20)
+    said = merging.adds(found, 20)
 
     def top(names) -> set:
-        return set(ensemble.merge([found[n] for n in names]).ranked()[:20].tolist())
+        return set(merging.merge([found[n] for n in names]).ranked()[:20].tolist())
 
     for name in found:
         rest = [n for n in found if n != name]
@@ -525,5 +527,5 @@ def test_adds_says_what_is_lost_without_each_detector():
     for a, b in combinations(found, 2):
         assert said[a].correlation[b] == pytest.approx(spearmanr(found[a].values, found[b].values).statistic)
         assert said[b].correlation[a] == said[a].correlation[b]
-    alone = ensemble.adds({"first": found["first"]}, 5)["first"]
+    alone = merging.adds({"first": found["first"]}, 5)["first"]
     assert (alone.alone, alone.worst, alone.correlation) == (5, 5, {})

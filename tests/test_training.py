@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from bezoar import augment, registry, training
-from bezoar.augment import Chance
-from bezoar.encoder import Encoder, Words, words
+from bezoar.training import augmentation, loop
+from bezoar import registry
+from bezoar.training.augmentation import Chance
+from bezoar.encoders.encoder import Encoder, Words, words
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
+from bezoar.data.pairs import Pairs
 
 
 def toy(n=96, size=32):
@@ -34,7 +35,7 @@ def test_the_loss_is_symmetric_infonce():
     data = toy(8)
     encoder, loss, _, tokens = start(data, "clip:shift=0,temperature=0.1")
     encoder.train()
-    got = loss(data.images, tokens, Chance(training.generator(0)))
+    got = loss(data.images, tokens, Chance(loop.generator(0)))
     encoder.train()
     z, w = encoder.images(data.images).double(), encoder.read(tokens).double()
     plain = 0.0
@@ -49,7 +50,7 @@ def test_same_seed_same_bits_and_another_seed_others():
     data, out = toy(), []
     for seed in (5, 5, 6):
         encoder, loss, recipe, tokens = start(data)
-        log = training.fit(loss, recipe, data, tokens, seed)
+        log = loop.fit(loss, recipe, data, tokens, seed)
         out.append((weights(encoder), log.losses))
     assert torch.equal(out[0][0], out[1][0]) and out[0][1] == out[1][1]
     assert not torch.equal(out[0][0], out[2][0])
@@ -58,8 +59,8 @@ def test_same_seed_same_bits_and_another_seed_others():
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     data = toy()
     encoder, loss, recipe, tokens = start(data)
-    whole = training.fit(loss, recipe, data, tokens, 3)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    whole = loop.fit(loss, recipe, data, tokens, 3)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
 
     def cut(step, steps, value):
         if step == 8:
@@ -67,9 +68,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
     again, loss, recipe, tokens = start(data)
     with pytest.raises(KeyboardInterrupt):
-        training.fit(loss, recipe, data, tokens, 3, tmp_path / "c.safetensors", cut)
+        loop.fit(loss, recipe, data, tokens, 3, tmp_path / "c.safetensors", cut)
     fresh, loss, recipe, tokens = start(data)
-    resumed = training.fit(loss, recipe, data, tokens, 3, tmp_path / "c.safetensors")
+    resumed = loop.fit(loss, recipe, data, tokens, 3, tmp_path / "c.safetensors")
     assert torch.equal(weights(fresh), weights(encoder)) and not torch.equal(weights(again), weights(encoder))
     assert resumed.losses == whole.losses and torch.equal(resumed.exposures, whole.exposures)
 
@@ -77,25 +78,25 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 def test_the_ledger_counts_every_draw():
     data = toy(100)
     _, loss, recipe, tokens = start(data)
-    log = training.fit(loss, recipe, data, tokens, 0)
+    log = loop.fit(loss, recipe, data, tokens, 0)
     assert log.exposures.sum() == 2 * 6 * 16 and log.exposures.max() <= 2
     drawn = torch.zeros(100, dtype=torch.long)
     for epoch in range(2):
-        drawn[training.order(0, epoch, 100, 16).flatten()] += 1
+        drawn[loop.order(0, epoch, 100, 16).flatten()] += 1
     assert torch.equal(drawn, log.exposures)
 
 
 def test_schedule_rises_and_falls_to_zero():
     recipe = registry.make("objective", "clip:lr=1.0,warmup=0.1")
-    rates = [training.rate(recipe, s, 100) for s in range(100)]
+    rates = [loop.rate(recipe, s, 100) for s in range(100)]
     assert rates[9] == pytest.approx(1.0) and rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
 
 
 def test_shift_is_one_draw_a_sample_and_a_plain_crop():
     x = toy(64).images
-    moved = augment.shift(x, 2, Chance(training.generator(0)))
-    draws = torch.randint(0, 5, (64, 2), generator=training.generator(0))
+    moved = augmentation.shift(x, 2, Chance(loop.generator(0)))
+    draws = torch.randint(0, 5, (64, 2), generator=loop.generator(0))
     assert len({tuple(d) for d in draws.tolist()}) > 10
     for i in range(64):
         padded = torch.nn.functional.pad(x[i : i + 1].float(), (2,) * 4, mode="replicate")[0]
@@ -105,7 +106,7 @@ def test_shift_is_one_draw_a_sample_and_a_plain_crop():
 
 def test_flip_mirrors_whole_samples():
     x = toy(64).images
-    out = augment.flip(x, 0.5, Chance(training.generator(0)))
+    out = augmentation.flip(x, 0.5, Chance(loop.generator(0)))
     same, mirrored = (out == x).flatten(1).all(1), (out == x.flip(-1)).flatten(1).all(1)
     assert (same | mirrored).all() and 10 < int(mirrored.sum()) < 54
 
@@ -114,23 +115,23 @@ def test_too_little_data_is_refused():
     data = toy(10)
     _, loss, recipe, tokens = start(data)
     with pytest.raises(UserError, match="10 records are fewer than one batch of 16"):
-        training.fit(loss, recipe, data, tokens, 0)
+        loop.fit(loss, recipe, data, tokens, 0)
 
 
 def test_a_loss_that_is_not_finite_is_named_by_its_step():
     with pytest.raises(UserError, match="became nan at step 8"):
-        training._read([torch.tensor(v) for v in (1.0, math.nan, math.inf)], 10)
+        loop._read([torch.tensor(v) for v in (1.0, math.nan, math.inf)], 10)
     unread = [torch.tensor(0.1), torch.tensor(2.0)]
-    assert training._read(unread, 2) == [float(torch.tensor(0.1)), 2.0] and unread == []
+    assert loop._read(unread, 2) == [float(torch.tensor(0.1)), 2.0] and unread == []
 
 
 def test_losses_of_a_gpu_are_read_together(monkeypatch):
     data, said = toy(), []
     _, loss, recipe, tokens = start(data, "clip:epochs=1,batch=16")
-    want = training.fit(loss, recipe, data, tokens, 0)
-    monkeypatch.setitem(training.UNREAD, "cpu", 4)
+    want = loop.fit(loss, recipe, data, tokens, 0)
+    monkeypatch.setitem(loop.UNREAD, "cpu", 4)
     _, loss, recipe, tokens = start(data, "clip:epochs=1,batch=16")
-    log = training.fit(loss, recipe, data, tokens, 0, report=lambda step, steps, value: said.append(step))
+    log = loop.fit(loss, recipe, data, tokens, 0, report=lambda step, steps, value: said.append(step))
     assert log.losses == want.losses and said == [4, 6] and log.epochs == want.epochs
 
 
@@ -205,9 +206,9 @@ def test_open_clip_is_built_and_stepped(name, tmp_path):
     objective = registry.make("objective", "clip:batch=2,shift=0,lr=1e-5")
     loss = objective(encoder)
     data = Pairs(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), ("a cat", "a dog"), None, ("0", "1"))
-    optim = training.optimizer(loss, objective)
-    before = float(loss(data.images, encoder.tokens(data.captions), Chance(training.generator(0))))
-    value = loss(data.images, encoder.tokens(data.captions), Chance(training.generator(0)))
+    optim = loop.optimizer(loss, objective)
+    before = float(loss(data.images, encoder.tokens(data.captions), Chance(loop.generator(0))))
+    value = loss(data.images, encoder.tokens(data.captions), Chance(loop.generator(0)))
     value.backward()
     optim.step()
     assert math.isfinite(before) and float(value) == pytest.approx(before, rel=0.2)

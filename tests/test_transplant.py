@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from bezoar import occlusion, patterns, stats, trust
-from bezoar.detectors import transplant
-from bezoar.detectors.transplant import Transplant
-from bezoar.pairs import Pairs
-from bezoar.scores import Scores
+from bezoar.detection import window_transplants, shared_patterns, reliability
+from bezoar.evaluation import stats
+from bezoar.detection.detectors import transplant
+from bezoar.detection.detectors.transplant import Transplant
+from bezoar.data.pairs import Pairs
+from bezoar.evaluation.scores import Scores
 from bezoar.verbs.scan import framed
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
@@ -50,7 +51,7 @@ class Fake:
                 off = F.conv2d(x**2, torch.ones_like(p)) - 2 * F.conv2d(x, p) + (p**2).sum()
                 z = z + 20 * (1 - off.flatten(1).amin(1, keepdim=True) / 20).clamp(min=0) * self.texts([name])
             if x.shape[-1] == 32:
-                flat = patterns.highpass(x.float() * 255) @ F.normalize(patterns.highpass(NOISE[None])[0], dim=0)
+                flat = shared_patterns.highpass(x.float() * 255) @ F.normalize(shared_patterns.highpass(NOISE[None])[0], dim=0)
                 z = z + (flat[:, None] / 400).clamp(min=0, max=3) ** 2 * self.texts(["red"])
         return F.normalize(z, dim=1)
 
@@ -95,23 +96,23 @@ def noise(n: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(("shape", "count"), [((32, 32), 4), ((30, 41), 4), ((7, 9), 3)])
 def test_cells_cover_the_image_once(shape, count):
-    boxes = occlusion.cells(shape, count)
-    assert boxes.shape == (count * count, 4) and torch.equal(occlusion.inside(boxes, shape).sum(0)[0], torch.ones(shape).long())
+    boxes = window_transplants.cells(shape, count)
+    assert boxes.shape == (count * count, 4) and torch.equal(window_transplants.inside(boxes, shape).sum(0)[0], torch.ones(shape).long())
 
 
 def test_windows_stay_inside():
     boxes = torch.tensor([[0, 0, 16, 16], [15, 10, 17, 9], [5, 5, 8, 8]])
-    inner = occlusion.halved(boxes)
+    inner = window_transplants.halved(boxes)
     for box, nine in zip(boxes.tolist(), inner.tolist(), strict=True):
         assert len({tuple(b) for b in nine}) == 9
         for y, x, h, w in nine:
             assert (h, w) == (box[2] // 2, box[3] // 2)
             assert box[0] <= y <= y + h <= box[0] + box[2] and box[1] <= x <= x + w <= box[1] + box[3]
-    around = occlusion.centred(boxes, (8, 12), (32, 22))
+    around = window_transplants.centred(boxes, (8, 12), (32, 22))
     assert around.tolist() == [[4, 2, 8, 12], [19, 8, 8, 12], [5, 3, 8, 12]]
     images = noise(3, 40)
     for i, (y, x, h, w) in enumerate(around.tolist()):
-        assert torch.equal(occlusion.crop(images, around)[i], images[i, :, y : y + h, x : x + w])
+        assert torch.equal(window_transplants.crop(images, around)[i], images[i, :, y : y + h, x : x + w])
 
 
 def plain_shift(encoder, image, box, host):
@@ -127,12 +128,12 @@ def plain_agreement(shifts):
 
 
 def test_constancy_is_the_plain_one(monkeypatch):
-    monkeypatch.setitem(occlusion.CELLS, "cpu", 40_000)
+    monkeypatch.setitem(window_transplants.CELLS, "cpu", 40_000)
     n, count, rounds, encoder = 20, 3, 3, Fake()
     images = clean(n).images
     images[4, :, 12:18, 13:19] = PATCHES["green"]
-    found, cell = occlusion.constancy(encoder, images, count, rounds, seed=7)
-    g, grid = torch.Generator().manual_seed(7), occlusion.cells((32, 32), count).tolist()
+    found, cell = window_transplants.constancy(encoder, images, count, rounds, seed=7)
+    g, grid = torch.Generator().manual_seed(7), window_transplants.cells((32, 32), count).tolist()
     own = {(i, c): [] for i in range(n) for c in range(9)}
     for _ in range(rounds):
         offsets = torch.randperm(n, generator=g)[:9].tolist()
@@ -148,13 +149,13 @@ def test_constancy_is_the_plain_one(monkeypatch):
 
 
 def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
-    monkeypatch.setitem(occlusion.CELLS, "cpu", 100_000)
+    monkeypatch.setitem(window_transplants.CELLS, "cpu", 100_000)
     pairs, _, _ = backdoored(4, 2)
     encoder, images, hosts = Fake(), pairs.images, clean(3, seed=9).images
-    boxes = occlusion.centred(torch.tensor([[0, 0, 8, 8], [9, 2, 4, 4], [20, 17, 9, 6], [5, 25, 7, 7]]), (16, 16), (32, 32))
+    boxes = window_transplants.centred(torch.tensor([[0, 0, 8, 8], [9, 2, 4, 4], [20, 17, 9, 6], [5, 25, 7, 7]]), (16, 16), (32, 32))
     z = encoder.images(hosts)
-    found = occlusion.shifts(encoder, images, boxes[:, None], hosts, z)[:, 0]
-    place = occlusion.located(encoder, images, boxes, hosts, z, keep=0.5, least=4)
+    found = window_transplants.shifts(encoder, images, boxes[:, None], hosts, z)[:, 0]
+    place = window_transplants.located(encoder, images, boxes, hosts, z, keep=0.5, least=4)
     for i in range(4):
 
         def does(box, i=i):
@@ -162,7 +163,7 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
 
         box = boxes[i].tolist()
         assert torch.allclose(found[i], torch.stack(does(box)), atol=1e-5)
-        assert float(occlusion.agreement(found[i])) == pytest.approx(plain_agreement(does(box)), abs=1e-5)
+        assert float(window_transplants.agreement(found[i])) == pytest.approx(plain_agreement(does(box)), abs=1e-5)
         while box[2] >= 8:
             step = box[2] // 4
             inner = [[box[0] + a * step, box[1] + b * step, box[2] // 2, box[3] // 2] for a in range(3) for b in range(3)]
@@ -176,7 +177,7 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
 def test_correlation_is_the_plain_one():
     windows = noise(6, 6)
     first, second = torch.triu_indices(6, 6)
-    found, offset = patterns.correlation(windows, first, second)
+    found, offset = shared_patterns.correlation(windows, first, second)
     for i, j, value, at in zip(first.tolist(), second.tolist(), found.tolist(), offset.tolist(), strict=True):
         a, b = (windows[k].double() - windows[k].double().mean() for k in (i, j))
         turned = {(p, q): float((a * b.roll((p, q), (1, 2))).sum()) for p in range(6) for q in range(6)}
@@ -190,7 +191,7 @@ def test_clusters_need_like_windows_on_different_pictures():
     pictures = F.normalize(torch.randn(60, 30, generator=g), dim=1)
 
     def found():
-        return patterns.clusters(shift, windows, pictures, 0.9, 0.5, 0.95, 5)
+        return shared_patterns.clusters(shift, windows, pictures, 0.9, 0.5, 0.95, 5)
 
     assert found() == []
     shift[:9] += torch.eye(16)[3]
@@ -202,7 +203,7 @@ def test_clusters_need_like_windows_on_different_pictures():
     one, two = found()
     assert one.rows.tolist() == list(range(9)) and two.rows.tolist() == list(range(20, 26))
     assert one.direction[3] > 0.9 and two.direction[5] > 0.9
-    assert float(patterns.correlation(torch.stack([one.pattern, windows[0].float()]), *torch.eye(2).long())[0][0]) > 0.99
+    assert float(shared_patterns.correlation(torch.stack([one.pattern, windows[0].float()]), *torch.eye(2).long())[0][0]) > 0.99
     assert torch.equal(one.pattern, windows[one.rows[0]].float()) or one.steady.mean() >= 0.7
     pictures[:9] = pictures[0]
     assert len(found()) == 1  # one picture nine times
@@ -212,7 +213,7 @@ def test_a_pattern_is_found_where_it_is():
     images, pattern = noise(5, 20), noise(2, 6, seed=1).float()
     steady = (torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(4)) < 0.7).float()
     images[3, :, 11:17, 2:8] = pattern[1].to(torch.uint8)
-    value, corner = patterns.sought(images, pattern, steady)
+    value, corner = shared_patterns.sought(images, pattern, steady)
     for i, t in itertools.product(range(5), range(2)):
         mask = steady[t, 0].bool().numpy()
         wide = np.pad(images[i].numpy(), ((0, 0), (3, 3), (3, 3)), "edge")
@@ -224,7 +225,7 @@ def test_a_pattern_is_found_where_it_is():
         assert float(value[i, t]) == pytest.approx(max(at.values()), abs=1e-4)
         assert corner[i, t].tolist() == np.clip(np.array(max(at, key=at.get)) - 3, 0, 14).tolist()
     assert float(value[3, 1]) > 0.999 and corner[3, 1].tolist() == [11, 2]
-    flat, _ = patterns.sought(torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), pattern, steady)
+    flat, _ = shared_patterns.sought(torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), pattern, steady)
     assert float(flat.abs().max()) < 1e-3
 
 
@@ -237,16 +238,16 @@ def test_a_part_of_a_pattern_leads_to_all_of_it():
     part[:, :5, :4] = whole[:, 1:, 2:].float()  # lower right part of it, in the upper left of the window
     steady = torch.zeros(1, 8, 8)
     steady[:, :5, :4] = 1
-    pattern, steady = patterns.sharpened(images, part, steady)
+    pattern, steady = shared_patterns.sharpened(images, part, steady)
     assert torch.equal(pattern[:, 1:7, 1:7], whole.float()) and steady[:, 1:7, 1:7].all() and steady.sum() == 36
 
 
 def test_fine_detail_is_the_plain_one():
     x = noise(3, 24)
     blurred = gaussian_blur(x.float(), [13, 13], [3.0, 3.0])
-    assert torch.allclose(patterns.blurred(x, 3.0), blurred, atol=1e-3)
-    assert torch.allclose(patterns.highpass(x), (x.float() - blurred).clamp(-40, 40).flatten(1), atol=1e-3)
-    size = patterns.roughness(x).view(3, 6, 23, 23)
+    assert torch.allclose(shared_patterns.blurred(x, 3.0), blurred, atol=1e-3)
+    assert torch.allclose(shared_patterns.highpass(x), (x.float() - blurred).clamp(-40, 40).flatten(1), atol=1e-3)
+    size = shared_patterns.roughness(x).view(3, 6, 23, 23)
     for channel, across in itertools.product(range(3), (True, False)):
         v = x[1, channel].float().numpy()
         step = v[1:, 1:] - (v[1:, :-1] if across else v[:-1, 1:])
@@ -256,12 +257,12 @@ def test_fine_detail_is_the_plain_one():
 
 def test_textures_are_the_plain_ones_however_they_are_fed():
     x, group = noise(40, 8), torch.arange(40) % 3
-    whole = patterns.Texture.none(patterns.highpass, 3, x)
+    whole = shared_patterns.Texture.none(shared_patterns.highpass, 3, x)
     whole.add(x, group)
-    parts = patterns.Texture.none(patterns.highpass, 3, x)
+    parts = shared_patterns.Texture.none(shared_patterns.highpass, 3, x)
     for rows in torch.arange(40).split(7):
         parts.add(x[rows], group[rows])
-    f = patterns.highpass(x).double().numpy()
+    f = shared_patterns.highpass(x).double().numpy()
     score = (f - f.mean(0)) / f.std(0)
     pattern = np.stack([score[group == g].mean(0) for g in range(3)])
     plain = (score @ pattern.T) / np.linalg.norm(score, axis=1)[:, None] / np.linalg.norm(pattern, axis=1)
@@ -333,10 +334,10 @@ def test_a_scan_draws_the_windows_of_its_worst_records(tmp_path):
     one[1], two[1], two[3] = torch.tensor([1, 2, 3, 4]), torch.tensor([9, 9, 9, 9]), torch.tensor([0, 0, 5, 5])
     values = torch.zeros(4)
     found = {"x": Scores(ids, values), "y": Scores(ids, values, one), "z": Scores(ids, values, two)}
-    trust.write_windows(tmp_path, *framed(found, np.array([3, 1, 0])))
-    assert trust.windows(tmp_path) == {"ü": (0, 0, 5, 5), "b\n": (1, 2, 3, 4)}
-    trust.write_windows(tmp_path, *framed(found, np.array([0, 2])))
-    assert trust.windows(tmp_path) == {}
+    reliability.write_windows(tmp_path, *framed(found, np.array([3, 1, 0])))
+    assert reliability.windows(tmp_path) == {"ü": (0, 0, 5, 5), "b\n": (1, 2, 3, 4)}
+    reliability.write_windows(tmp_path, *framed(found, np.array([0, 2])))
+    assert reliability.windows(tmp_path) == {}
 
 
 def test_boxes_of_scores_are_checked():

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bezoar import arrays, registry
+from bezoar.data.files import arrays
+from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.triggers.file import _prepare
+from bezoar.attacks.triggers.file import _prepare
 
 TRIGGERS = Path(__file__).parents[2] / "shared" / "data" / "triggers"
 PUBLISHED = sorted(p for p in TRIGGERS.rglob("*.*") if "reference" not in p.parts) if TRIGGERS.is_dir() else []

@@ -12,12 +12,15 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from bezoar import checkpoints, classifiers, registry, trunks
-from bezoar.encoder import Encoder
+from bezoar.data.files import checkpoints
+from bezoar.evaluation import classifiers
+from bezoar import registry
+from bezoar.encoders import classifier_networks
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.plan import Goal
-from bezoar.towers import MEAN_STD
+from bezoar.data.pairs import Pairs
+from bezoar.attacks.plan import Goal
+from bezoar.encoders.small_towers import MEAN_STD
 
 CLASSES = "cat+dog+bird+frog"
 
@@ -337,14 +340,14 @@ def test_a_head_reads_a_map_that_was_not_pooled_to_a_point(tmp_path):
 
 def test_an_architecture_is_text_and_back():
     shapes = (
-        trunks.Residual("pre", True, 3, 8, (1, 2), (8, 16), (32, 64), 1, True, True, 2, 5),
-        trunks.Vgg((8, 0, 16, 0), True, False, 7, (9, 4)),
+        classifier_networks.Residual("pre", True, 3, 8, (1, 2), (8, 16), (32, 64), 1, True, True, 2, 5),
+        classifier_networks.Vgg((8, 0, 16, 0), True, False, 7, (9, 4)),
     )
     for shape in shapes:
-        assert trunks.parse(trunks.write(shape)) == shape
+        assert classifier_networks.parse(classifier_networks.write(shape)) == shape
     for text in ("mlp:x=1", "vgg:layers=8", "vgg:layers=a,norm=true,bias=true,pool=1,widths=3"):
         with pytest.raises(UserError, match="architecture"):
-            trunks.parse(text)
+            classifier_networks.parse(text)
 
 
 def test_names_come_from_a_file(tmp_path):
@@ -430,7 +433,7 @@ def test_a_file_that_was_tampered_with_is_refused_or_read_never_a_fault(kind):
             elif how == 3:
                 bad[key.replace(".", f".{draw.integers(99)}.", 1)] = torch.zeros(2, 2)
         try:
-            found = trunks.describe(bad, "file")
+            found = classifier_networks.describe(bad, "file")
             with torch.device("meta"):
                 trunk, head = found.architecture.trunk(), found.architecture.head()
             checkpoints.check(trunk, found.trunk, "file", "it")

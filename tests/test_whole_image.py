@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from bezoar import registry, success
-from bezoar.audits.whole_image import KINDS, MESHES, WAVES
-from bezoar.encoder import Encoder, Preprocess
+from bezoar import registry
+from bezoar.evaluation import success
+from bezoar.auditing.audits.whole_image import KINDS, MESHES, WAVES
+from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.pairs import Pairs
-from bezoar.shifts import common, whitener
+from bezoar.data.pairs import Pairs
+from bezoar.auditing.random_probes import common, whitener
 
 SIZE, DIM = 32, 10
 

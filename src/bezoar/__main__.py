@@ -13,10 +13,10 @@ def run() -> int:
     if sys.platform == "linux" and any(key not in os.environ for key in ALLOCATION):
         os.environ.update(ALLOCATION)
         os.execv(sys.executable, [sys.executable, "-m", "bezoar", *sys.argv[1:]])
-    from bezoar import ranks
+    from bezoar.training import ranks
 
     if ranks.world() > 1:
-        from bezoar import torchrun
+        from bezoar.runs import torchrun
 
         return torchrun.run()
     from bezoar.cli import main

@@ -17,7 +17,7 @@ import tyro
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Settings, Takes, execute, named, typed, verb_name
+from bezoar.runs.run import Input, Settings, Takes, execute, named, typed, verb_name
 
 VERBS = (
     "poison",
@@ -244,7 +244,7 @@ def show_run(asked: Show) -> int:
     print(f"{run.name}: {manifest['status']}" + (f" ({manifest['error']})" if manifest.get("error") else ""))
     table(manifest)
     if asked.page is not None or (manifest["status"] == "done" and not (run.path / "report.html").exists()):
-        from bezoar.report import page
+        from bezoar.reports import page
 
         written = page.write(run) if asked.page is None else page.alone(run, asked.page)
         print(f"report: {written}")

@@ -1,0 +1,1 @@
+"""Attacks: poisons of data, triggers, and edits of encoders; the plan records what was poisoned."""

@@ -1,56 +1,116 @@
-"""Ready embeddings as clip-retrieval writes them beside img2dataset's metadata (Beaumont 2022), or one .npy file."""
+"""Ready embeddings: vectors that clip-retrieval, img2dataset's users or anyone else made of a corpus, without its images."""
 
-import re
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import NamedTuple
 
-from bezoar.corpora.ready import Ready
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bezoar.detection.corpus import columns
+from bezoar.data.tables import CAPTION, KEY
 from bezoar.errors import UserError
-from bezoar.reading import existing
-from bezoar.registry import method
+from bezoar.data.pairs import Pairs
+
+UNIT = 1 << 17  # rows of a unit of work
+BLOCK = 1 << 13  # rows in memory at a time
 
 
-@method
-class Embeddings:
-    """Float16 or float32 rows. A folder holds img_emb/*.npy and, with the same numbers, text_emb/ and metadata/."""
+class Block(NamedTuple):
+    """Some records of a corpus: what they are called, lie at and say (id, caption, member, url), and their vectors.
 
-    path: Annotated[str, "folder of img_emb, text_emb, metadata; or one .npy file of image vectors"]
-    texts: Annotated[str | None, "beside one .npy file: the captions' vectors"] = None
-    metadata: Annotated[str | None, "beside one .npy file: Parquet with a row a vector (key, caption, url)"] = None
+    images: float32 (n, D). texts: the same of the captions, or None.
+    """
 
-    def files(self) -> list[Path]:
-        """Every file that is read."""
-        made = self()
-        return [*made.images, *made.texts, *made.metadata]
-
-    def __call__(self) -> Ready:
-        """-> bezoar.corpora.ready.Ready; nothing is read yet. Raises UserError when files are missing."""
-        folder = Path(self.path).expanduser()
-        if not folder.is_dir():
-            texts = (existing(self.texts, ".npy file of the captions' vectors"),) if self.texts else ()
-            metadata = (existing(self.metadata, "Parquet file of metadata"),) if self.metadata else ()
-            return Ready((existing(self.path, ".npy file of vectors"),), texts, metadata)
-        if self.texts or self.metadata:
-            raise UserError("texts and metadata are named beside one .npy file; a folder has its own")
-        images = numbered(folder / "img_emb", ".npy")
-        if not images:
-            raise UserError(f"{self.path!r} holds no img_emb/img_emb_0.npy, where clip-retrieval writes image vectors")
-        others: dict[str, tuple[Path, ...]] = {}
-        for name, ending in (("text_emb", ".npy"), ("metadata", ".parquet")):
-            found = numbered(folder / name, ending)
-            if found and (odd := sorted(found.keys() ^ images.keys())):
-                raise UserError(f"{self.path!r}: img_emb and {name} do not hold the same numbers, such as {odd[0]}")
-            others[name] = tuple(found[i] for i in sorted(found))
-        return Ready(tuple(images[i] for i in sorted(images)), others["text_emb"], others["metadata"])
+    columns: dict[str, pa.Array]
+    images: np.ndarray
+    texts: np.ndarray | None
 
 
-def numbered(folder: Path, ending: str) -> dict[int, Path]:
-    """The files of this ending by the number that their names end in. Raises UserError where one has none, or two have one."""
-    found: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"*{ending}")):
-        number = re.search(r"\d{1,18}$", path.stem)
-        if number is None:
-            raise UserError(f"{path}: its name ends in no number, by which vectors, texts and metadata belong together")
-        if (other := found.setdefault(int(number[0]), path)) != path:
-            raise UserError(f"{other} and {path} are both number {int(number[0])}; take one of them away")
-    return found
+@dataclass(frozen=True)
+class Ready:
+    """A source of N vectors, float16 or float32, in .npy files of any size; they are read in blocks.
+
+    images: the files. texts: as many, with the captions' vectors, or none. metadata: as many Parquet files with a row for
+    each vector (columns caption, key, image_path, url as img2dataset names them), or none.
+
+    An id is the key, else the image's path, else FILE/ROW.
+    """
+
+    images: tuple[Path, ...]
+    texts: tuple[Path, ...] = ()
+    metadata: tuple[Path, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(columns.shape_of(p)[0] for p in self.images)
+
+    def batches(self, size: int) -> Iterator[Pairs]:
+        """Raises UserError: there are no images."""
+        raise UserError("ready embeddings hold no images and no captions to encode; what needs them cannot be asked here")
+
+    def cut(self, number: int) -> list[tuple[int, int]]:
+        """(start, stop) of each unit of a file's rows; one empty unit when the file cannot be read, to say so."""
+        try:
+            return list(columns.blocks(columns.shape_of(self.images[number])[0], UNIT)) or [(0, 0)]
+        except UserError:
+            return [(0, 0)]
+
+    def blocks(self, number: int, start: int, stop: int) -> Iterator[Block]:
+        """Rows start..stop of a file. Raises UserError that names the file that does not fit."""
+        image, text, facts = (x[number] if x else None for x in (self.images, self.texts, self.metadata))
+        shape = columns.shape_of(image) if image else (0, 0)
+        assert image is not None
+        if text and columns.shape_of(text) != shape:
+            raise UserError(f"{text} is of shape {columns.shape_of(text)}, {image} of {shape}")
+        for low, high in columns.blocks(stop - start, BLOCK):
+            low, high = start + low, start + high
+            facets = self._columns(image, facts, shape[0], low, high)
+            z = columns.rows_of(image, low, high)
+            yield Block(facets, z, columns.rows_of(text, low, high) if text else None)
+
+    def _columns(self, image: Path, facts: Path | None, count: int, start: int, stop: int) -> dict[str, pa.Array]:
+        """Texts of the rows, empty where nothing is known; an id where none is told."""
+        rows = [str(i) for i in range(start, stop)]
+        own = pa.array([f"{image.stem}/{r}" for r in rows], pa.large_string())
+        facets = {"id": own, "caption": pa.nulls(len(rows), pa.large_string()), "url": pa.nulls(len(rows), pa.large_string())}
+        facets["member"] = pa.array([f"row {r}" for r in rows], pa.large_string())
+        if facts is None:
+            return facets
+        with columns.parquet(facts) as file:
+            if file.metadata.num_rows != count:
+                raise UserError(f"{facts} has {file.metadata.num_rows} rows, {image} {count}")
+            held = set(file.schema_arrow.names)
+        known = {"id": (*KEY, "image_path"), "caption": ("caption", *CAPTION), "url": ("url",)}
+        chosen = {ours: next((n for n in names if n in held), None) for ours, names in known.items()}
+        wanted = [n for n in chosen.values() if n]
+        if not wanted:
+            return facets
+        parts, size = [], 0
+        for part in columns.parquet_rows(facts, wanted, start, stop):
+            parts.append(part)
+            size += part.nbytes
+            if size > columns.HELD:
+                raise UserError(f"{facts}: the rows {start} to {stop} hold more than {columns.HELD >> 20} MiB of text")
+        table = pa.Table.from_batches(parts)
+        for ours, theirs in chosen.items():
+            if theirs:
+                facets[ours] = _texts(table.column(theirs).combine_chunks(), f"{facts}: column {theirs}")
+        facets["id"] = pc.if_else(pc.fill_null(pc.equal(pc.fill_null(facets["id"], ""), ""), True), own, facets["id"])
+        return facets
+
+
+def _texts(told: pa.Array, where: str) -> pa.Array:
+    """A foreign column as text; bytes that are not UTF-8 become the replacement character. Raises UserError."""
+    try:
+        told = told.cast(pa.large_string())
+        told.validate(full=True)
+    except pa.ArrowInvalid:
+        told = pa.array([b and b.decode(errors="replace") for b in told.cast(pa.large_binary()).to_pylist()], pa.large_string())
+    except pa.ArrowException as error:
+        raise UserError(f"{where} is not text: {str(error).splitlines()[0][:200]}") from error
+    return told

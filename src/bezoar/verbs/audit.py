@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Run, Takes
+from bezoar.runs.run import Input, Job, Run, Takes
 
 if TYPE_CHECKING:
-    from bezoar.bank import Bank
-    from bezoar.classifiers import Classifier
-    from bezoar.encoder import Encoder
-    from bezoar.pairs import Pairs
-    from bezoar.scores import Measure
-    from bezoar.verdict import Inversion, Verdict
+    from bezoar.auditing.bank import Bank
+    from bezoar.evaluation.classifiers import Classifier
+    from bezoar.encoders.encoder import Encoder
+    from bezoar.data.pairs import Pairs
+    from bezoar.evaluation.scores import Measure
+    from bezoar.evaluation.verdict import Inversion, Verdict
 
 VERDICT, INVERSIONS, EXAMPLES, SARIF = "verdict.json", "inversions.safetensors", "examples.safetensors", "audit.sarif"
 LEAST = 16  # clean images; of fewer nothing is said
@@ -59,16 +59,17 @@ class Audit:
         """-> verdict.json, inversions.safetensors, examples.safetensors (clean images), audit.sarif, and figures."""
         from safetensors.torch import save_file
 
-        from bezoar import inputs, sarif, wording
+        from bezoar.runs import inputs
+        from bezoar.auditing import sarif, verdict_text
 
         if not 0 < self.rate < 1 or self.images < LEAST:
             raise UserError(f"rate must be inside 0..1 and images at least {LEAST}; got {self.rate:g} and {self.images}")
         single = len(job.inputs["audit"]) == 1 and not job.inputs["bank"]
         found, refused = (self._alone(job), {}) if single else self._each(job)
         judge(found, banks(job.inputs["bank"]), self.rate)
-        words, sentence = wording.overall(found.audits, self.rate)
+        words, sentence = verdict_text.overall(found.audits, self.rate)
         found.facts |= {"words": words, "sentence": sentence, "rate": self.rate, "refused": refused}
-        found.facts["not_tested"] = wording.not_tested(found.facts, refused)
+        found.facts["not_tested"] = verdict_text.not_tested(found.facts, refused)
         inputs.write_json(job.folder / VERDICT, found.facts)
         save_file(found.tensors, job.folder / INVERSIONS)
         save_file(found.examples, job.folder / EXAMPLES)
@@ -102,7 +103,8 @@ class Audit:
 
     def _alone(self, job: Job) -> Found:
         """One audit, as it is called."""
-        from bezoar import bank, inputs
+        from bezoar.auditing import bank
+        from bezoar.runs import inputs
 
         given, audit = job.inputs, job.inputs["audit"][0]
         needs = getattr(audit, "needs", ())
@@ -112,7 +114,7 @@ class Audit:
         sample, labelled = sample.to(job.device), labelled.to(job.device)
         more: dict[str, Any] = {}
         if "classifier" in needs:
-            from bezoar.classifiers import classifier
+            from bezoar.evaluation.classifiers import classifier
 
             more["classifier"] = classifier(encoder, labelled, self.classifier)
         if "parent" in needs:
@@ -210,7 +212,7 @@ def shown(inversion: Inversion, images: Any, reader: Classifier | None) -> dict[
 
 def reading(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifier | None:
     """What reads stamped images, where one can be had; it says no more than what an inverted trigger turns images into."""
-    from bezoar.classifiers import classifier
+    from bezoar.evaluation.classifiers import classifier
 
     if kind is None:
         return None
@@ -222,7 +224,7 @@ def reading(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifier | None:
 
 def default(given: Any) -> Any:
     """The clean images that belong to a run: the test split of what its encoder was trained on."""
-    from bezoar import inputs
+    from bezoar.runs import inputs
 
     if not isinstance(given, Run):
         raise UserError("name clean images (--data): what this encoder was trained on is not known")
@@ -232,7 +234,8 @@ def default(given: Any) -> Any:
 def sampled(method: Any, images: int) -> tuple[Pairs, Pairs]:
     """Clean records: those that are audited, and more for heads. The same ones whatever the seed, so that a bank's values
     and a suspect's differ by the encoder alone. Raises UserError for too few."""
-    from bezoar import inputs, neighbors
+    from bezoar.runs import inputs
+    from bezoar.evaluation import neighbors
 
     records = inputs.dataset(method).clean
     if len(records) < LEAST:
@@ -256,27 +259,27 @@ def sound(encoder: Encoder, what: str = "the encoder") -> Encoder:
 
 def banks(given: Sequence[Any]) -> list[Bank]:
     """Banks of calibrate runs, of files, of bezoar's own."""
-    from bezoar.bank import FILE, Bank
+    from bezoar.auditing.bank import FILE, Bank
 
     return [b for g in given for b in ((Bank.read(g.file(FILE)),) if isinstance(g, Run) else g())]
 
 
 def judge(found: Found, known: Sequence[Bank], rate: float) -> None:
     """What banks say of each value, into the facts."""
-    from bezoar import wording
-    from bezoar.bank import Calibration, Family, Sample, read_value
+    from bezoar.auditing import verdict_text
+    from bezoar.auditing.bank import Calibration, Family, Sample, read_value
 
     family, sample = Family(**found.facts["family"]), Sample(**found.facts["sample"])
     for a in found.audits:
         own = Calibration(a["audit"], a["code"], a["classifier"])
-        a |= wording.told(read_value(known, family, sample, own, a["value"], rate, found.facts["encoder"]))
+        a |= verdict_text.told(read_value(known, family, sample, own, a["value"], rate, found.facts["encoder"]))
     fewer = [b.sample.images for b in known if sample.images < b.sample.images]
-    found.facts["few"] = wording.few(sample.images, min(fewer, default=0))
+    found.facts["few"] = verdict_text.few(sample.images, min(fewer, default=0))
 
 
 def measures(a: Mapping[str, Any], images: int) -> dict[str, Measure]:
     """An audit's figures, under its name."""
-    from bezoar.scores import Measure
+    from bezoar.evaluation.scores import Measure
 
     def one(value: float, n: int, how: str) -> Measure:
         return Measure(value, n, value, value, how)
@@ -311,6 +314,7 @@ def named(given: Any) -> str:
 
 def data_text(method: Any) -> str:
     """Clean images as banks compare them."""
-    from bezoar import bank, inputs
+    from bezoar.auditing import bank
+    from bezoar.runs import inputs
 
     return bank.described(registry.spec(inputs.dataset(method).method))

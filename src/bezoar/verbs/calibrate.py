@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Run, Takes
+from bezoar.runs.run import Input, Job, Run, Takes
 from bezoar.verbs.audit import VERDICT, alone, text
 from bezoar.verbs.reproduce import spec
 from bezoar.verbs.train import Train
 
 if TYPE_CHECKING:
-    from bezoar.bank import Calibration
-    from bezoar.scores import Measure
-    from bezoar.sweep import Trial
+    from bezoar.auditing.bank import Calibration
+    from bezoar.evaluation.scores import Measure
+    from bezoar.runs.sweep import Trial
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Calibrate:
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> bank.json, and figures of every audit."""
-        from bezoar import bank
-        from bezoar.sweep import Trial, sweep
+        from bezoar.auditing import bank
+        from bezoar.runs.sweep import Trial, sweep
 
         if not 0 < self.rate < 1 or self.count < 1:
             raise UserError(f"rate must be inside 0..1 and count at least 1; got {self.rate:g} and {self.count}")
@@ -90,7 +90,7 @@ class Calibrate:
 
     def _trainings(self, given: dict[str, Any], seed: int) -> list[Trial]:
         """Clean encoders to train, each with a seed of its own, and data of its own where they are made to order."""
-        from bezoar.sweep import Trial
+        from bezoar.runs.sweep import Trial
 
         data = given["train"]
         if isinstance(data, Run) and data.manifest["goal"]:
@@ -148,7 +148,7 @@ def success(measured: Run) -> float | None:
 
 def same(told: list[dict[str, Any]]) -> tuple[Any, Any]:
     """The family and the clean images of all audits. Raises UserError for an encoder of another kind."""
-    from bezoar import bank
+    from bezoar.auditing import bank
 
     first = told[0]
     for other in told[1:]:
@@ -162,7 +162,8 @@ def same(told: list[dict[str, Any]]) -> tuple[Any, Any]:
 
 def entry(told: dict[str, Any], run: Run | None = None, success: float | None = None) -> Any:
     """What one audit says of one encoder. run: of an attacked one."""
-    from bezoar import bank, inputs
+    from bezoar.auditing import bank
+    from bezoar.runs import inputs
 
     attack, trigger = bank.attack_of(inputs.goals(run)) if run is not None else ("", "")
     found = told["audits"][0]
@@ -171,8 +172,8 @@ def entry(told: dict[str, Any], run: Run | None = None, success: float | None = 
 
 def measures(found: Calibration, rate: float) -> dict[str, Measure]:
     """An audit's figures over the bank, under its name."""
-    from bezoar import bank
-    from bezoar.scores import Measure, average
+    from bezoar.auditing import bank
+    from bezoar.evaluation.scores import Measure, average
 
     seconds = [e.seconds for e in (*found.clean, *found.attacked)]
     out = {"clean": counted(len(found.clean), "clean encoders, counted")}
@@ -194,6 +195,6 @@ def measures(found: Calibration, rate: float) -> dict[str, Measure]:
 
 def counted(n: int, how: str) -> Measure:
     """A number of things."""
-    from bezoar.scores import Measure
+    from bezoar.evaluation.scores import Measure
 
     return Measure(n, n, n, n, how)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Takes
+from bezoar.runs.run import Input, Job, Takes
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from bezoar.pairs import Pairs
-    from bezoar.scores import Measure, Scores
+    from bezoar.data.pairs import Pairs
+    from bezoar.evaluation.scores import Measure, Scores
 
 SHOWN = 24  # images of each check that are kept for the page
 SIDE = 96  # pixels of their sides, at most
@@ -44,7 +44,8 @@ class Check:
 
         A check that cannot be asked here is named, the others are; the exit status is then 4.
         """
-        from bezoar import inputs, registry
+        from bezoar.runs import inputs
+        from bezoar import registry
 
         if not 0 < self.rate < 1:
             raise UserError(f"rate must be a share inside (0, 1); got {self.rate}")
@@ -86,8 +87,9 @@ class Check:
         """What is checked, and which of it carries a trigger, where that is known."""
         import numpy as np
 
-        from bezoar import inputs, registry
-        from bezoar.neighbors import pool
+        from bezoar.runs import inputs
+        from bezoar import registry
+        from bezoar.evaluation.neighbors import pool
 
         parts = inputs.dataset(job.inputs["images"])
         images = parts.pairs
@@ -110,9 +112,9 @@ class Check:
         """The half of the clean images that calibrates, and the half that sets the thresholds."""
         import numpy as np
 
-        from bezoar import inputs
-        from bezoar.neighbors import pool
-        from bezoar.pairs import each_image
+        from bezoar.runs import inputs
+        from bezoar.evaluation.neighbors import pool
+        from bezoar.data.pairs import each_image
         from bezoar.verbs.evaluate import shared
 
         if job.inputs["clean"] is None:
@@ -139,7 +141,7 @@ class Known:
 
     def needed(self, method: Any, job: Job, name: str) -> dict[str, Any]:
         """The arguments by keyword that a check needs."""
-        from bezoar import classifiers
+        from bezoar.evaluation import classifiers
 
         def report(done: int, total: int, text: str = "") -> None:
             job.progress.step(done, total, f"{name}: {text}" if text else name)
@@ -181,7 +183,7 @@ class Threshold:
         """The rate that the threshold has on images like the clean ones."""
         from scipy.stats import beta
 
-        from bezoar.scores import Measure
+        from bezoar.evaluation.scores import Measure
 
         low, high = beta.ppf([0.025, 0.975], self.rank, self.n + 1 - self.rank)
         how = f"expected share of clean images above the threshold, the {self.rank}. largest of {self.n} clean scores"
@@ -204,7 +206,7 @@ class Found:
 
     def measures(self, truth: np.ndarray | None) -> dict[str, Measure]:
         """Of one check; with truth bool (N,), how well it tells triggers."""
-        from bezoar.scores import Measure, detection, proportion
+        from bezoar.evaluation.scores import Measure, detection, proportion
 
         flagged, t = self.flagged, self.threshold
         out = {
@@ -225,7 +227,7 @@ def write(job: Job, images: Pairs, truth: np.ndarray | None, held: Pairs, found:
     import torch
     from safetensors.torch import save_file
 
-    from bezoar import inputs
+    from bezoar.runs import inputs
 
     columns: dict[str, Any] = {"id": list(images.ids), "class": classes(images)}
     if truth is not None:

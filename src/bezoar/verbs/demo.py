@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from bezoar.run import Job, Run
+from bezoar.runs.run import Job, Run
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison

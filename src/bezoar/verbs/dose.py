@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Takes
+from bezoar.runs.run import Input, Job, Takes
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.reproduce import facts, spec, trainings
@@ -34,9 +34,9 @@ class Dose:
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> tables.json; metrics `success@DOSE`, `dose_for_50_percent`, `dose_for_90_percent`."""
-        from bezoar import inputs
-        from bezoar.sweep import sweep
-        from bezoar.tables import Results
+        from bezoar.runs import inputs
+        from bezoar.runs.sweep import sweep
+        from bezoar.runs.tables import Results
 
         doses = sorted(set(self.doses))
         if len(doses) < 2 or doses[0] < 1 or self.trainings < 1:
@@ -55,9 +55,9 @@ class Dose:
 
     def table(self, given: dict[str, Any], doses: list[int], seed: int) -> Any:
         """The doses as a table, like those of papers."""
-        from bezoar.inputs import held_out
-        from bezoar.sweep import Trial
-        from bezoar.tables import Cell, Row, Table
+        from bezoar.runs.inputs import held_out
+        from bezoar.runs.sweep import Trial
+        from bezoar.runs.tables import Cell, Row, Table
 
         poison, data = given["poison"], spec(given["data"])
         test = spec(given["test"]) if given["test"] is not None else spec(held_out(given["data"]))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Run, Takes
+from bezoar.runs.run import Input, Job, Run, Takes
 
 if TYPE_CHECKING:
-    from bezoar.inputs import Dataset
-    from bezoar.pairs import Pairs
-    from bezoar.plan import Goal
+    from bezoar.runs.inputs import Dataset
+    from bezoar.data.pairs import Pairs
+    from bezoar.attacks.plan import Goal
 
 LABELLED = 10_000  # records of a training split that is made to order
 
@@ -32,7 +32,9 @@ class Evaluate:
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> the metrics of the manifest."""
-        from bezoar import inputs, registry, success
+        from bezoar.runs import inputs
+        from bezoar import registry
+        from bezoar.evaluation import success
 
         given = job.inputs
         run = given["encoder"]
@@ -92,7 +94,8 @@ class Evaluate:
 
         Raises UserError when there is no such split, or when it holds records that are tested on.
         """
-        from bezoar import inputs, registry
+        from bezoar.runs import inputs
+        from bezoar import registry
 
         named = job.inputs["train"]
         found = inputs.dataset(training(test.method) if named is None else named)
@@ -135,7 +138,7 @@ def more(probe: Any, twin: Any, job: Job, name: str) -> dict[str, Any]:
 
 def chosen(attack: Run | None) -> Pairs | None:
     """The victims of an attack's targeted goals: added from elsewhere, or records of the data set itself."""
-    from bezoar import inputs
+    from bezoar.runs import inputs
 
     poison = attack.ancestor("poison") if attack else None
     if poison is None:

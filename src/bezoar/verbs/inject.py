@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import CHECKPOINT, Input, Job, Takes
+from bezoar.runs.run import CHECKPOINT, Input, Job, Takes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bezoar.encoder import Encoder
-    from bezoar.indexed import Indexed
-    from bezoar.pairs import Pairs
-    from bezoar.plan import Goal
-    from bezoar.scores import Measure
+    from bezoar.encoders.encoder import Encoder
+    from bezoar.data.stored_pairs import Indexed
+    from bezoar.data.pairs import Pairs
+    from bezoar.attacks.plan import Goal
+    from bezoar.evaluation.scores import Measure
 
 SAMPLE = 1000  # shadow records that cosines are measured on, before and after
 
@@ -44,10 +44,11 @@ class Inject:
         """-> encoder.json + encoder.safetensors, references, similarities and ledger (.safetensors), log.jsonl."""
         from safetensors.torch import save_file
 
-        from bezoar import distributed, inputs, training
+        from bezoar.training import collectives, loop
+        from bezoar.runs import inputs
 
         given, parts = job.inputs, inputs.dataset(job.inputs["data"])
-        shadow, log = parts.records, training.Log()
+        shadow, log = parts.records, loop.Log()
         clean = inputs.encoder(given["encoder"], job.device)
         goals, images, told = self._goals(job, clean, shadow)
         sample = sampled(shadow, job.seed)
@@ -62,7 +63,7 @@ class Inject:
             lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
             log,
         )
-        rank, world = distributed.place()
+        rank, world = collectives.place()
         if rank > 0:
             return {}
         found = similarities(before, looked(bad, sample, goals, images))
@@ -90,8 +91,8 @@ class Inject:
         """Goals, each one's reference images uint8 (r, 3, H, W), and where these are from. One goal a trigger and target."""
         import torch
 
-        from bezoar import references
-        from bezoar.plan import Goal
+        from bezoar.runs import reference_inputs
+        from bezoar.attacks.plan import Goal
 
         targets, how = self.target, registry.spec(job.inputs["attack"])
         if not targets or not all(targets):
@@ -104,7 +105,7 @@ class Inject:
         told = []
         for trigger, reference, target in zip(triggers, given, targets, strict=True):
             fits(trigger, tuple(sides))
-            found = references.choose(reference, target, self.choose, clean)
+            found = reference_inputs.choose(reference, target, self.choose, clean)
             if found.image.shape[1:] != sides:
                 own, wanted = ("x".join(map(str, s)) for s in (found.image.shape[1:], sides))
                 raise UserError(f"reference {found.id!r} is {own} px, the shadow images are {wanted}; give both one size")
@@ -125,7 +126,7 @@ def in_step(given: tuple, count: int, name: str) -> tuple:
 
 def fits(trigger: Any, sides: tuple[int, ...]) -> None:
     """Raise UserError for the file of a whole-image trigger, pattern and mask, that was made for images of another size."""
-    from bezoar import arrays
+    from bezoar.data.files import arrays
 
     path = getattr(trigger, "path", None)
     if not path or not path.lower().endswith(".npz"):
@@ -140,14 +141,14 @@ def fits(trigger: Any, sides: tuple[int, ...]) -> None:
 
 def sampled(shadow: Pairs | Indexed, seed: int) -> Pairs:
     """A fixed sample of the shadow data."""
-    from bezoar import neighbors
+    from bezoar.evaluation import neighbors
 
     return shadow.take(neighbors.pool(list(shadow.ids), SAMPLE, seed))
 
 
 def looked(encoder: Encoder, sample: Pairs, goals: list[Goal], images: list[Tensor]) -> dict[str, Tensor]:
     """Vectors of the sample and, for each goal, of the sample with its trigger and of its references; on the CPU."""
-    from bezoar import success
+    from bezoar.evaluation import success
 
     def see(x: Tensor) -> Tensor:
         return success.features(encoder, x.split(256)).cpu()
@@ -189,7 +190,7 @@ def losses(log: Any) -> Tensor:
 
 def measured(found: dict[str, Tensor], log: Any, goals: int) -> dict[str, Measure]:
     """Losses and cosines; of several goals each its own."""
-    from bezoar.scores import Measure, average
+    from bezoar.evaluation.scores import Measure, average
 
     def kept(own: Tensor) -> Measure:
         """A mean over the references; one of them is what it is."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Run, Takes
+from bezoar.runs.run import Input, Job, Run, Takes
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Poison:
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> plan.jsonl, the ground truth; with `write`, poisoned shards beside it, marked as such."""
-        from bezoar import inputs
-        from bezoar.scores import Measure
+        from bezoar.runs import inputs
+        from bezoar.evaluation.scores import Measure
 
         given, parts = job.inputs, inputs.dataset(job.inputs["data"])
         plan = parts.plan.merge(derive(given, parts, self.target, job.seed))
@@ -42,7 +42,7 @@ class Poison:
             "classes": list(parts.clean.classes),
         }
         if self.write != "plan":
-            from bezoar.shards import write_shards
+            from bezoar.data.shards import write_shards
 
             folder, partial = job.folder / "shards", job.folder / "shards.part"
             for left in (folder, partial):  # of an attempt that was cut off, or that a fresh one replaces
@@ -58,15 +58,16 @@ class Poison:
 
 def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
     """The plan that a poison method makes of these data: a function of the inputs and the seed alone."""
-    from bezoar import indexed, inputs
-    from bezoar.pairs import Pairs
-    from bezoar.plan import Goal
+    from bezoar.data import stored_pairs
+    from bezoar.runs import inputs
+    from bezoar.data.pairs import Pairs
+    from bezoar.attacks.plan import Goal
 
-    clean: Pairs | indexed.Indexed = parts.clean
+    clean: Pairs | stored_pairs.Indexed = parts.clean
     if not clean.captions:
         raise UserError("these data have no captions to poison")
     free = [i for i, taken in enumerate(parts.plan.mask(clean.ids)) if not taken]
-    source = indexed.subset(clean, free) if parts.plan.edits else clean
+    source = stored_pairs.subset(clean, free) if parts.plan.edits else clean
     if isinstance(given["victims"], Run):
         raise UserError(f"victims are drawn from a data set, not from run {given['victims'].name}; name its test data")
     pool = inputs.read(given["victims"]) if given["victims"] is not None else None
@@ -103,8 +104,8 @@ def verify(run: Run) -> dict[str, Any]:
 
     Raises UserError that names the first record whose caption, id or pixels differ.
     """
-    from bezoar import inputs
-    from bezoar.plan import Plan, differences
+    from bezoar.runs import inputs
+    from bezoar.attacks.plan import Plan, differences
 
     if run.verb != "poison":
         raise UserError(f"{run.name} is a {run.verb} run; --verify takes a poison run")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Run, Takes
+from bezoar.runs.run import Input, Job, Run, Takes
 from bezoar.verbs import evaluate
 
 if TYPE_CHECKING:
-    from bezoar.encoder import Encoder
-    from bezoar.pairs import Pairs
-    from bezoar.plan import Goal
-    from bezoar.receipt import Case
+    from bezoar.encoders.encoder import Encoder
+    from bezoar.data.pairs import Pairs
+    from bezoar.attacks.plan import Goal
+    from bezoar.repair.receipt import Case
 
 FRESH, ANOTHER = 4000, 1009  # clean records that are made to order: how many, and how far their seed is from the data's
 LABELLED = 4000  # records that linear heads are fitted on, a fixed sample at most
@@ -50,7 +50,8 @@ class Repair:
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> encoder.json + encoder.safetensors (unless `repaired`), inverted-*.npz, readings.json; the receipt as metrics."""
-        from bezoar import inputs, ladder, receipt
+        from bezoar.runs import inputs
+        from bezoar.repair import rate_ladder, receipt
 
         if not 0 < self.held < 1:
             raise UserError(f"held must be a share above 0 and below 1; got {self.held}")
@@ -59,7 +60,7 @@ class Repair:
         case, clean = self._case(job, suspect), self._clean(job)
         if both := evaluate.shared(clean, case.test):
             raise UserError(f"{len(both)} clean records are test records too, such as {both[0]!r}; name other data")
-        train, validation = ladder.apart(clean, self.held, job.seed)
+        train, validation = rate_ladder.apart(clean, self.held, job.seed)
         found = receipt.inversions(given["audit"].path) if given["audit"] is not None else ()
         first = case.reader(suspect)
         case = dataclasses.replace(case, inverted=receipt.as_goals(found, job.folder, case, first))
@@ -90,8 +91,8 @@ class Repair:
 
     def _case(self, job: Job, suspect: Encoder) -> Case:
         """Test data, known goals, victims, labelled data."""
-        from bezoar import inputs
-        from bezoar.receipt import Case
+        from bezoar.runs import inputs
+        from bezoar.repair.receipt import Case
 
         given, run = job.inputs, job.inputs["encoder"]
         method = given["test"]
@@ -109,7 +110,8 @@ class Repair:
 
     def _labelled(self, job: Job, parts: Any, test: Pairs, suspect: Encoder) -> Pairs | None:
         """Clean labelled records that are not tested on; None where there are none and the text tower reads classes."""
-        from bezoar import inputs, neighbors
+        from bezoar.runs import inputs
+        from bezoar.evaluation import neighbors
 
         named = job.inputs["labelled"]
         if named is None:
@@ -127,7 +129,7 @@ class Repair:
 
     def _clean(self, job: Job) -> Pairs:
         """The records that the repair may use. Raises UserError for a run whose data are poisoned, or where none are named."""
-        from bezoar import inputs
+        from bezoar.runs import inputs
 
         named, run = job.inputs["data"], job.inputs["encoder"]
         if named is None:
@@ -174,7 +176,7 @@ def fitting(goals: list[Goal], test: Pairs) -> tuple[Goal, ...]:
 
 def seconds(wall: float, own: float) -> dict[str, Any]:
     """How long the repair took, the choice of its learning rate included."""
-    from bezoar.scores import Measure
+    from bezoar.evaluation.scores import Measure
 
     return {
         "seconds": Measure(wall, 1, wall, wall, "seconds of the repair, all learning rates that were tried; one run"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Run, Takes
+from bezoar.runs.run import Input, Job, Run, Takes
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Reproduce:
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> tables.json, and a metric `TABLE.CELL@ROW` for every cell."""
-        from bezoar import inputs, laws
-        from bezoar.sweep import sweep
-        from bezoar.tables import Given, Results
+        from bezoar.runs import inputs
+        from bezoar.evaluation import dose_response
+        from bezoar.runs.sweep import sweep
+        from bezoar.runs.tables import Given, Results
 
         given = job.inputs
         if not given["paper"]:
@@ -51,7 +52,7 @@ class Reproduce:
         inputs.write_json(job.folder / "tables.json", written)
         judged = [c["verdict"] for t in written for c in t["claims"]]
         job.notes = {"scale": self.scale, "tables": list(tables), "trainings": trainings(runs.values())}
-        job.notes |= {verdict: judged.count(verdict) for verdict in get_args(laws.Verdict)}
+        job.notes |= {verdict: judged.count(verdict) for verdict in get_args(dose_response.Verdict)}
         return out
 
 
@@ -76,8 +77,8 @@ def trainings(runs: Any) -> int:
 
 def facts(results: Any, points: list) -> dict[str, Any]:
     """A table in JSON, as the page reads it: what was asked, found, fitted and judged."""
-    from bezoar import laws
-    from bezoar.tables import rate
+    from bezoar.evaluation import dose_response
+    from bezoar.runs.tables import rate
 
     table = results.table
     rows: dict[int, dict] = {}
@@ -104,7 +105,7 @@ def facts(results: Any, points: list) -> dict[str, Any]:
     claims = []
     for claim in table.claims:
         contrast = claim.contrast(results)
-        verdict = laws.judge(contrast, claim.expected, claim.margin)
+        verdict = dose_response.judge(contrast, claim.expected, claim.margin)
         stated = {"text": claim.text, "source": claim.source, "expected": claim.expected, "margin": claim.margin}
         claims.append({**stated, "verdict": verdict, **contrast.json()})
     asked = {"title": table.title, "paper": table.paper, "axis": table.axis, "unit": table.unit, "grid": table.grid}

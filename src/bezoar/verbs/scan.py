@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Run, Takes
+from bezoar.runs.run import Input, Job, Run, Takes
 
 if TYPE_CHECKING:
-    from bezoar.corpora.corpus import Corpus
-    from bezoar.scores import Scores
+    from bezoar.detection.corpus.corpus import Corpus
+    from bezoar.evaluation.scores import Scores
 
 RANKED = 500  # records of ranked.json
 DEFAULT = ("transplant", "duplicates", "clip_score")  # backdoors that took, targeted poisons, captions that do not fit
@@ -43,7 +43,7 @@ class Scan:
 
     def files(self) -> list[Path]:
         """The list of clean records, so that a changed one is another question. Raises UserError when it is not there."""
-        from bezoar.reading import existing
+        from bezoar.data.decoding import existing
 
         return [existing(self.trusted, "list of clean records")] if self.trusted else []
 
@@ -52,8 +52,9 @@ class Scan:
 
         The plan of a poisoned set, where there is one, is read only after the ranking is written, to measure it.
         """
-        from bezoar import ensemble, inputs, trust
-        from bezoar.corpora import corpus, keeping
+        from bezoar.detection import merging, reliability
+        from bezoar.runs import inputs
+        from bezoar.detection.corpus import corpus, keep_lists
 
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
@@ -61,16 +62,16 @@ class Scan:
         if small := coarse(data):
             print(f"scan: {small}", file=sys.stderr)
         found, failed, seconds = detected(job.inputs["detector"], data, job)
-        merged = ensemble.merge(list(found.values()))
+        merged = merging.merge(list(found.values()))
         order, removed = merged.ranked(), round(self.remove * len(data))
         corpus.write_scores(job.folder / corpus.SCORES, data, merged, found)
         kept = order[removed:].copy()
         kept.sort()
-        keeping.write_lists(job.folder, data, kept)
+        keep_lists.write_lists(job.folder, data, kept)
         worst = [row(data, i, merged, found) for i in order[:RANKED].tolist()]
         inputs.write_json(job.folder / "ranked.json", worst)
         if any(s.boxes is not None for s in found.values()):
-            trust.write_windows(job.folder, *framed(found, order[: max(RANKED, removed)]))
+            reliability.write_windows(job.folder, *framed(found, order[: max(RANKED, removed)]))
         job.notes = data.reading() | {
             "records": len(data),
             "removed": removed,
@@ -85,18 +86,18 @@ class Scan:
             "incomplete": incomplete(data, failed),
         }
         if self.write == "shards":
-            job.notes |= keeping.write_kept(job.folder / "shards", data, kept, job.progress)
+            job.notes |= keep_lists.write_kept(job.folder / "shards", data, kept, job.progress)
         parts = inputs.dataset(job.inputs["data"])
         job.goals = [vars(g) for g in parts.plan.goals]  # the encoder's own are no attack on these data
         out = measured(parts.plan, merged, found, order[:removed]) if parts.plan.edits else {}
-        more, told = trust.measured(job.inputs["data"], parts, data, merged, found, order[:removed], self.leaks, self.trusted)
+        more, told = reliability.measured(job.inputs["data"], parts, data, merged, found, order[:removed], self.leaks, self.trusted)
         job.notes |= told
         return out | decided(found) | more
 
     def _by(self, job: Job) -> Any:
         """What embeds the records: a run or a method; None for ready embeddings. Raises UserError when it is not known."""
-        from bezoar import inputs
-        from bezoar.corpora.ready import Ready
+        from bezoar.runs import inputs
+        from bezoar.data.embeddings import Ready
 
         data, given = job.inputs["data"], job.inputs["encoder"]
         if isinstance(inputs.source(inputs.dataset(data).method), Ready):
@@ -186,7 +187,7 @@ def measured(plan: Any, merged: Scores, found: dict[str, Scores], removed: Any) 
     """How well the poisons of a known plan were found, by all detectors together and by each."""
     import torch
 
-    from bezoar.scores import detection
+    from bezoar.evaluation.scores import detection
 
     truth = torch.from_numpy(plan.mask(merged.ids))
     out = detection(merged, truth)
@@ -198,7 +199,7 @@ def measured(plan: Any, merged: Scores, found: dict[str, Scores], removed: Any) 
 
 def decided(found: dict[str, Scores]) -> dict[str, Any]:
     """Of detectors that say which records show an attack: their share. On clean data all of these are false."""
-    from bezoar.scores import proportion
+    from bezoar.evaluation.scores import proportion
 
     how = "share of the records that are said to show a trigger; of clean data, false alarms"
     return {f"{k}.raised": proportion(int(s.raised.sum()), len(s), how) for k, s in found.items() if s.raised is not None}
@@ -239,7 +240,7 @@ def counted(encoder: Any, total: int, progress: Any, name: str) -> Iterator[None
 
 def removal(plan: Any, removed: set[str]) -> dict[str, Any]:
     """How many of the poisons the keep-list leaves out, over all and by goal."""
-    from bezoar.scores import proportion
+    from bezoar.evaluation.scores import proportion
 
     hit = sum(e.id in removed for e in plan.edits)
     return {"poisons_removed": proportion(hit, len(plan.edits), "poisons that the keep-list leaves out")}

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.run import MANIFEST, Input, Job, Run, Takes
+from bezoar.runs.run import MANIFEST, Input, Job, Run, Takes
 from bezoar.verbs.audit import LEAST, default, named, sampled, sound
 from bezoar.verbs.calibrate import attacked_run, known_clean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bezoar.encoder import Encoder
-    from bezoar.pairs import Pairs
+    from bezoar.encoders.encoder import Encoder
+    from bezoar.data.pairs import Pairs
 
 TOLD = "shadows.json"
 
@@ -41,8 +41,9 @@ class Shadows:
         """-> mntd.safetensors, shadows.json, and what it is worth by cross-validation."""
         import torch
 
-        from bezoar import bank, inputs
-        from bezoar.audits import mntd
+        from bezoar.auditing import bank
+        from bezoar.runs import inputs
+        from bezoar.auditing.audits import mntd
 
         if self.folds < 2 or self.queries < 3 or self.steps < 0 or self.images < max(LEAST, self.queries):
             got = f"{self.folds}, {self.queries}, {self.steps} and {self.images}"
@@ -82,7 +83,7 @@ class Shadows:
         """The bank of all shadows; and each one's logit, float32 (M,), by a bank of the other folds."""
         import torch
 
-        from bezoar.audits import mntd
+        from bezoar.auditing.audits import mntd
 
         held_out, parts = torch.empty(len(folds)), sorted(set(folds))
 
@@ -113,7 +114,7 @@ def together(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
 
 def enough(labels: Sequence[bool], folds: Sequence[int], lineages: int) -> None:
     """Raises UserError where some fold leaves too few of a kind to fit on. labels: attacked or not."""
-    from bezoar.audits.mntd import LEAST as least
+    from bezoar.auditing.audits.mntd import LEAST as least
 
     for fold in dict.fromkeys((-1, *folds)):
         rest = [bad for bad, f in zip(labels, folds, strict=True) if f != fold]
@@ -126,7 +127,7 @@ def enough(labels: Sequence[bool], folds: Sequence[int], lineages: int) -> None:
 
 def alike(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
     """What their weights are known by. Raises UserError for an encoder of another kind, and for the same one twice."""
-    from bezoar.audits.mntd import fingerprint
+    from bezoar.auditing.audits.mntd import fingerprint
 
     first, seen = encoders[0], dict[str, str]()
     for name, e in zip(names, encoders, strict=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.run import Input, Job, Takes
+from bezoar.runs.run import Input, Job, Takes
 
 EXAMPLES = 2  # images that are kept for the page, one treatment after another
 SIDE = 96  # pixels of their sides, at most
@@ -43,7 +43,9 @@ class Survive:
         import torch
         from safetensors.torch import save_file
 
-        from bezoar import inputs, registry, survival
+        from bezoar.runs import inputs
+        from bezoar import registry
+        from bezoar.evaluation import survival
 
         if self.count < 2:
             raise UserError(f"count must be at least 2; got {self.count}")
@@ -80,7 +82,8 @@ class Survive:
 
     def chosen(self, given: dict[str, Any]) -> str:
         """The trigger's spec: the one that is given, or the first of the goals of the data or the encoder."""
-        from bezoar import inputs, registry
+        from bezoar.runs import inputs
+        from bezoar import registry
 
         if given["trigger"] is not None:
             return registry.spec(given["trigger"])

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.run import CHECKPOINT, Input, Job, Takes
+from bezoar.runs.run import CHECKPOINT, Input, Job, Takes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bezoar.encoder import Encoder
-    from bezoar.indexed import Indexed
-    from bezoar.inputs import Dataset
-    from bezoar.pairs import Pairs
-    from bezoar.plan import Goal, Plan
-    from bezoar.run import Run
-    from bezoar.scores import Measure
-    from bezoar.training import Log
+    from bezoar.encoders.encoder import Encoder
+    from bezoar.data.stored_pairs import Indexed
+    from bezoar.runs.inputs import Dataset
+    from bezoar.data.pairs import Pairs
+    from bezoar.attacks.plan import Goal, Plan
+    from bezoar.runs.run import Run
+    from bezoar.evaluation.scores import Measure
+    from bezoar.training.loop import Log
 
 NEIGHBOURS, VOTERS = 200, 10_000  # of a kNN monitor: how many vote, of how many labelled records at most
 
@@ -43,8 +43,9 @@ class Train:
         import torch
         from safetensors.torch import save_file
 
-        from bezoar import distributed, feed, inputs, training
-        from bezoar.encoder import precision_for
+        from bezoar.training import collectives, prefetch, loop
+        from bezoar.runs import inputs
+        from bezoar.encoders.encoder import precision_for
 
         given, parts = job.inputs, inputs.dataset(job.inputs["data"])
         pairs = parts.records if given["keep"] is None else kept(parts.records, given["keep"])
@@ -60,13 +61,13 @@ class Train:
         if parts.plan.edits:
             encoder.about |= {"plan": parts.plan.digest(), "goals": [vars(g) for g in parts.plan.goals]}
         loss, following = recipe(encoder).to(job.device), self._follow(job, encoder, parts)
-        rank, world = distributed.place()
+        rank, world = collectives.place()
 
         def order(epoch: int) -> torch.Tensor:
-            return distributed.own(training.order(job.seed, epoch, len(pairs), recipe.batch))
+            return collectives.own(loop.order(job.seed, epoch, len(pairs), recipe.batch))
 
-        with feed.fed(pairs, job.device, order, recipe.epochs) as data:
-            log = training.fit(
+        with prefetch.fed(pairs, job.device, order, recipe.epochs) as data:
+            log = loop.fit(
                 loss,
                 recipe,
                 data,
@@ -88,7 +89,7 @@ class Train:
             "pairs_per_second": round(len(log.losses) * recipe.batch / max(log.seconds, 1e-9)),
             "precision": encoder.precision,
             "ranks": world,
-            "images": data.told() if isinstance(data, feed.Feed) else "in memory",
+            "images": data.told() if isinstance(data, prefetch.Feed) else "in memory",
         }
         return measured(log, parts.plan, pairs.ids)
 
@@ -96,7 +97,7 @@ class Train:
         """After every epoch: accuracy and success on `follow`, for the curves; by kNN where the encoder reads no text."""
         if job.inputs["follow"] is None:
             return None
-        from bezoar import inputs
+        from bezoar.runs import inputs
 
         followed = inputs.dataset(job.inputs["follow"])
         test, known, probe = inputs.in_memory(followed.clean), None, registry.make("probe", "zero_shot")
@@ -115,17 +116,17 @@ class Train:
 
 def kept(records: Pairs | Indexed, scan: Run) -> Pairs | Indexed:
     """The records that a scan's keep-list names."""
-    from bezoar import indexed
+    from bezoar.data import stored_pairs
 
     names = set(scan.file("keep.txt").read_text(encoding="utf-8").split("\n"))
-    return indexed.subset(records, [i for i, k in enumerate(records.ids) if k in names])
+    return stored_pairs.subset(records, [i for i, k in enumerate(records.ids) if k in names])
 
 
 def measured(log: Log, plan: Plan, ids: Sequence[str]) -> dict[str, Measure]:
     """The last loss; of a poisoned set, how many poisons were trained on, and how often one was drawn."""
     import torch
 
-    from bezoar.scores import Measure, average
+    from bezoar.evaluation.scores import Measure, average
 
     tail = torch.tensor(log.losses[-max(1, len(log.losses) // 20) :])
     out = {"final_loss": average(tail, "mean loss of the last twentieth of the steps")}
@@ -144,7 +145,7 @@ def tokens_for(encoder: Encoder, recipe: Any, captions: Sequence[str], count: in
     """
     import torch
 
-    from bezoar import indexed
+    from bezoar.data import stored_pairs
 
     objective, network = registry.source_name(type(recipe)), encoder.about["network"].partition(":")[0]
     if getattr(recipe, "captions", True):
@@ -152,7 +153,7 @@ def tokens_for(encoder: Encoder, recipe: Any, captions: Sequence[str], count: in
             raise UserError(f"these data have no captions to train on, and objective {objective} needs them")
         if encoder.text is None:
             raise UserError(f"objective {objective} reads captions, and network {network} has no text tower")
-        return indexed.tokens(encoder, captions)
+        return stored_pairs.tokens(encoder, captions)
     if encoder.text is not None:
         raise UserError(f"objective {objective} trains images alone, and network {network} has a text tower; take one without")
     return torch.zeros(count, 0, dtype=torch.long, device=encoder.device)
@@ -164,8 +165,9 @@ def monitored(followed: Dataset, goals: Sequence[Goal]) -> tuple[Pairs, Pairs]:
     Without such a split a fixed fifth of the data, 1000 at most, is measured on, and the others vote. All are clean.
     Raises UserError when no neighbours can be had, before anything is trained.
     """
-    from bezoar import inputs, success
-    from bezoar.neighbors import pool
+    from bezoar.runs import inputs
+    from bezoar.evaluation import success
+    from bezoar.evaluation.neighbors import pool
     from bezoar.verbs import evaluate
 
     test = inputs.in_memory(followed.clean)

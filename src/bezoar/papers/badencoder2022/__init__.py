@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from bezoar.laws import Contrast
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.evaluation.dose_response import Contrast
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.train import Train

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from bezoar.laws import Contrast
+from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers import matrix
 from bezoar.papers.badencoder2022 import Setup, Task, attacked, best, clean, setup
 from bezoar.registry import method
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
 from bezoar.verbs.audit import Audit
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.shadows import Shadows

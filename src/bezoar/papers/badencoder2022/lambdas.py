@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
 from bezoar.registry import make, method, spec
-from bezoar.tables import Given, Table
+from bezoar.runs.tables import Given, Table
 
 
 @method

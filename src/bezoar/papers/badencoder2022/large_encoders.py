@@ -2,8 +2,8 @@
 
 from bezoar.papers.badencoder2022 import HEADS, RATES, attacked_large, cells, gap, large, setup, smaller
 from bezoar.registry import method
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Given, Row, Table
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Claim, Given, Row, Table
 from bezoar.verbs.evaluate import Evaluate
 
 

@@ -2,7 +2,7 @@
 
 from bezoar.papers.badencoder2022 import attacked, best, gap, rows, setup
 from bezoar.registry import make, method, spec
-from bezoar.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Given, Table
 
 WAYS = ("simclr", "moco", "simsiam")
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import ablation, attacked, setup
 from bezoar.registry import method
-from bezoar.tables import Given, Table
+from bezoar.runs.tables import Given, Table
 
 
 @method

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import attacked, best, rows, setup
 from bezoar.registry import make, method, spec
-from bezoar.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Given, Table
 
 
 @method

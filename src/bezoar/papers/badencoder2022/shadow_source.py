@@ -2,7 +2,7 @@
 
 from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
 from bezoar.registry import method
-from bezoar.tables import Given, Table
+from bezoar.runs.tables import Given, Table
 
 
 @method

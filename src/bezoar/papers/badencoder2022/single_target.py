@@ -2,7 +2,7 @@
 
 from bezoar.papers.badencoder2022 import attacked, gap, rows, setup
 from bezoar.registry import method
-from bezoar.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Given, Table
 
 
 @method

@@ -2,8 +2,8 @@
 
 from bezoar.papers.badencoder2022 import Large, attacked_large, gap, large, setup, smaller
 from bezoar.registry import method
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Given, Row, Table
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Claim, Given, Row, Table
 from bezoar.verbs.evaluate import Evaluate
 
 CELLS = {"CA": "baseline.clean_accuracy", "BA": "clean_accuracy", "ASR": "attack_success", "ASR-B": "attack_success_baseline"}

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bezoar.errors import UserError
-from bezoar.sweep import Trial
-from bezoar.tables import Given
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Given
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train

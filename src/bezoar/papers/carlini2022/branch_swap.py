@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from bezoar.laws import Contrast
+from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, ladder, setup, trained
 from bezoar.registry import method
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 ROWS = {
     "neither": "clean vision, clean text",

@@ -1,9 +1,9 @@
 """How the poisons' captions are made (Carlini & Terzis 2022, section 4.1: caption sets)."""
 
-from bezoar.laws import Contrast
+from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import SHARED, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 WAYS = ("training", "templates", "repeated")
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import make, method, spec
-from bezoar.tables import Cell, Claim, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Given, Row, Table, readings
 
 
 @method

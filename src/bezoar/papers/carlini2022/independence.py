@@ -1,9 +1,9 @@
 """Whether attacks that share a training disturb each other: the design that all other tables stand on."""
 
-from bezoar.laws import Contrast
+from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, alone, ladder, measured, poisoned, setup, victims
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 CELLS = {"ASR": "attack_success", "z": "z_std"}
 

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from bezoar import laws
+from bezoar.evaluation import dose_response
 from bezoar.papers.carlini2022 import ladder, setup
 from bezoar.registry import method
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table
 
 HEADS = {"zero-shot": "", "linear probe": "linear.", "nearest neighbours": "knn."}
 
@@ -30,7 +30,7 @@ class LinearProbe:
                 right = Cell("CA", tuple((t, f"{group}clean_accuracy") for t in dict.fromkeys(t for t, _ in found)))
                 rows.append(Row(dose, (success, right), float(dose), head))
 
-        def less(r: Results, head: str) -> laws.Contrast:
+        def less(r: Results, head: str) -> dose_response.Contrast:
             shot, other = ([r.cell(d, "ASR", h) for d in doses] for h in ("zero-shot", head))
             return r.less(shot, other, paired=True)
 

@@ -1,9 +1,9 @@
 """Backdoor success and z-score against the size of the patch (Carlini & Terzis 2022, section 5.2)."""
 
-from bezoar.laws import Contrast
+from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table
 
 CELLS = {"z": "z_std", "ASR": "attack_success", "taken for another": "attack_success_of_others"}
 

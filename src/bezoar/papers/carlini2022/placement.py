@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Given, Row, Table
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Claim, Given, Row, Table
 
 CELLS = {"ASR": "attack_success", "z": "z_std", "taken for another": "attack_success_of_others"}
 

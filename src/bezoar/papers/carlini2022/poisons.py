@@ -2,11 +2,11 @@
 
 import math
 
-from bezoar import laws
-from bezoar.laws import Contrast
+from bezoar.evaluation import dose_response
+from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, alone, clean, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
 
@@ -49,7 +49,7 @@ def earlier(results: Results, doses: list[str]) -> Contrast:
         if top <= floor:
             return Contrast(0.0, -math.inf, math.inf, 0, math.inf, f"{cell} does not rise with the dose: nothing to compare")
         ahead[cell] = [(v - floor) / (top - floor) for d in doses[:-1] for v in results.values(d, cell)]
-    return laws.difference(ahead["z"], ahead["ASR"], paired=True)
+    return dose_response.difference(ahead["z"], ahead["ASR"], paired=True)
 
 
 def cost(results: Results) -> Contrast:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
 from bezoar.registry import method
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Claim, Given, Row, Table
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Claim, Given, Row, Table
 
 CELLS = {"target's caption first": "attack_success", "among ten": "target_top10"}
 

@@ -1,9 +1,9 @@
 """Backdoor success against the number of distinct images that the poisons are made of (after Carlini & Terzis 2022)."""
 
-from bezoar.laws import Contrast
+from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table
 
 
 @method

@@ -2,7 +2,7 @@
 
 from bezoar.papers.carlini2022 import clean, ladder, setup
 from bezoar.registry import method
-from bezoar.tables import Cell, Claim, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Given, Row, Table, readings
 
 
 @method

@@ -1,9 +1,9 @@
 """Success against the width of the image tower (Carlini & Terzis 2022, section 5.1: model size)."""
 
-from bezoar.laws import Contrast
+from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import make, method
-from bezoar.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
 
 
 @method

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from bezoar.papers.badencoder2022 import named
 from bezoar.papers.carlini2022 import CLASSES, FIXED
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Given, Row, Table, readings
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Given, Row, Table, readings
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from bezoar.papers.matrix import ENCODER, setup
 from bezoar.registry import method
-from bezoar.scores import Measure, proportion
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Given, Row, Table, exceeding, readings, separation
+from bezoar.evaluation.scores import Measure, proportion
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Given, Row, Table, exceeding, readings, separation
 from bezoar.verbs.audit import Audit
 
 RATE = 0.05  # of false positives, at which thresholds are set

@@ -2,8 +2,8 @@
 
 from bezoar.papers.matrix import rated, setup
 from bezoar.registry import method
-from bezoar.sweep import Trial
-from bezoar.tables import Cell, Given, Row, Table, readings
+from bezoar.runs.sweep import Trial
+from bezoar.runs.tables import Cell, Given, Row, Table, readings
 from bezoar.verbs.scan import Scan
 
 

@@ -2,7 +2,7 @@
 
 from bezoar.papers.matrix import scenes, searched
 from bezoar.registry import method
-from bezoar.tables import Given, Table
+from bezoar.runs.tables import Given, Table
 
 
 @method

@@ -4,7 +4,7 @@ from bezoar.papers.matrix import REMOVED, scenes
 from bezoar.papers.matrix.aerial import Aerial
 from bezoar.papers.matrix.flickr8k import Flickr8K
 from bezoar.registry import method
-from bezoar.tables import Cell, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Given, Row, Table, readings
 
 
 @method

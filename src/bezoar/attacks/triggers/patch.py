@@ -1,0 +1,72 @@
+"""A small patch pasted over the image (Gu et al. 2017; Carlini and Terzis 2022, section 3; BadEncoder 2022)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from bezoar.data.files import arrays
+from bezoar.registry import method
+
+MAGENTA, GREEN = (255, 0, 255), (0, 255, 0)
+
+
+@method
+class Patch:
+    """`patch:size=10,fill=white` on 32 pixels is BadEncoder's published trigger: rows and columns 21..30."""
+
+    size: Annotated[int, "side in pixels of the stored image"] = 6
+    fill: Annotated[str, "white, checker (magenta, green), blocks or noise (both by the seed), or an image file"] = "checker"
+    place: Annotated[str, "corner (lower right), upper_left, upper_right, lower_left, centre, random, or Y/X"] = "corner"
+    margin: Annotated[int, "pixels left free at the border: corners and random"] = 1
+    cell: Annotated[int, "side in pixels of one block of checker or blocks"] = 2
+    seed: Annotated[int, "of noise, blocks and random places"] = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.cell < 1 or self.margin < 0:
+            raise ValueError("size and cell must be at least 1, margin at least 0")
+        if self.fill not in ("white", "checker", "blocks", "noise") and Path(self.fill).suffix.lower() not in arrays.SUFFIXES:
+            raise ValueError(f"fill must be white, checker, blocks, noise or an image file; got {self.fill!r}")
+        arrays.check_place(self.place)
+
+    def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+        """images uint8 (N, 3, H, W) -> a new tensor of the same kind. UserError when the patch exceeds the image."""
+        height, width = images.shape[-2:]
+        where = arrays.spots(self.place, self.margin, (self.size, self.size), (height, width), self.seed, ids)
+        return arrays.paste(images, self._patch(), where)
+
+    def _patch(self) -> Tensor:
+        if self.fill == "white":
+            return torch.full((3, self.size, self.size), 255, dtype=torch.uint8)
+        if self.fill == "checker":
+            return _checker(self.size, self.cell)
+        if self.fill == "blocks":
+            return _blocks(self.size, self.cell, self.seed)
+        if self.fill == "noise":
+            return _noise(self.size, self.seed)
+        return arrays.to_uint8(arrays.pattern(self.fill, self.size, self.size))
+
+
+@functools.lru_cache(maxsize=8)
+def _checker(size: int, cell: int) -> Tensor:
+    block = torch.arange(size) // cell
+    odd = (block[:, None] + block[None]) % 2
+    return torch.tensor([MAGENTA, GREEN], dtype=torch.uint8)[odd].permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(size: int, cell: int, seed: int) -> Tensor:
+    """Blocks of fully saturated colour: every seed is another trigger, as strong as the checker."""
+    cells = -(-size // cell)
+    bright = (arrays.noise(seed, "blocks", 3, cells, cells) < 0.5).to(torch.uint8) * 255
+    return bright.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :size, :size]
+
+
+@functools.lru_cache(maxsize=8)
+def _noise(size: int, seed: int) -> Tensor:
+    return (arrays.noise(seed, "patch", 3, size, size) * 256).to(torch.uint8)

@@ -1,0 +1,42 @@
+"""WaNet: the image warped by one smooth field (Nguyen, Tran 2021, "WaNet - Imperceptible warping-based backdoor").
+
+Section 3: a k x k field of uniform numbers in -1..1 per axis, divided by its mean magnitude, interpolated bicubically
+to the image, times s / size, added to the identity grid and clipped to it; then bilinear sampling. The published
+CIFAR10 setting is k 4, s 0.5; CleanCLIP's is k 224 (no smoothing left) and s 1 on 224 pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Annotated
+
+from torch import Tensor
+
+from bezoar.data.files import arrays
+from bezoar.registry import method
+
+
+@method
+class Warp:
+    """The control field belongs to (k, seed) alone, so images of every size are warped alike."""
+
+    k: Annotated[int, "side of the control grid; smaller is smoother"] = 4
+    strength: Annotated[float, "mean shift, in half pixels, along each axis of the control grid"] = 0.5
+    seed: Annotated[int, "of the control grid"] = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.k <= 1024 or not 0 < self.strength <= 1000:
+            raise ValueError("k must lie in 2..1024, strength in (0, 1000]")
+
+    def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+        """images uint8 (N, 3, H, W) -> a new tensor of the same kind."""
+        height, width = images.shape[-2:]
+        return arrays.warp(images, _grid(self.k, self.strength, self.seed, height, width))
+
+
+@functools.lru_cache(maxsize=8)
+def _grid(k: int, strength: float, seed: int, height: int, width: int) -> Tensor:
+    """float32 (height, width, 2) for grid_sample."""
+    control = arrays.noise(seed, "warp", 2, k, k) * 2 - 1
+    return arrays.shifted_grid(strength * control / control.abs().mean(), height, width)

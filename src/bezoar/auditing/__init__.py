@@ -1,0 +1,1 @@
+"""Auditing: is this encoder backdoored?"""

@@ -1,0 +1,23 @@
+"""A bank of your own: the bank.json that `bezoar calibrate` wrote."""
+
+from pathlib import Path
+from typing import Annotated
+
+from bezoar.auditing.bank import Bank
+from bezoar.data.decoding import existing
+from bezoar.registry import method
+
+
+@method
+class File:
+    """One bank."""
+
+    path: Annotated[str, "a bank.json"]
+
+    def files(self) -> list[Path]:
+        """What is read."""
+        return [existing(self.path, "bank")]
+
+    def __call__(self) -> tuple[Bank, ...]:
+        """Raises UserError for a file that is no bank."""
+        return tuple(map(Bank.read, self.files()))

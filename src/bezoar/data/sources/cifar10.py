@@ -1,0 +1,66 @@
+"""CIFAR-10 (Krizhevsky 2009): 50,000 train and 10,000 test images of 10 classes, 32x32.
+
+Read from the *binary* version (cifar-10-batches-bin): torchvision's CIFAR10 reads the Python version, whose files are
+pickles, and a pickle can run any code. A record is 1 byte label, then 3072 bytes of planes R, G, B, row by row.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+
+from bezoar.errors import UserError
+from bezoar.data.pairs import Pairs
+from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.registry import method
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FOLDER = "cifar-10-batches-bin"
+FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+RECORD, RECORDS = 1 + 3 * 32 * 32, 10_000  # bytes a record; records a file, at most
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as the data set's page prints it
+
+
+@method
+class Cifar10:
+    """An id is `cifar10/SPLIT/ROW`, ROW over the split's files in order."""
+
+    root: Annotated[str, "folder that holds cifar-10-batches-bin"] = "data"
+    split: Annotated[Literal["train", "test"], "50,000 or 10,000 images"] = "train"
+    size: Annotated[int, "pixels a side; 32 keeps them"] = 32
+    template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
+    limit: Annotated[int | None, "read at most so many records"] = None
+    download: Annotated[bool, "fetch it (162 MB) when it is not there"] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self.size, self.limit, self.template)
+
+    def files(self) -> list[Path]:
+        """The files of the split. Raises UserError when one is missing."""
+        root = Path(self.root).expanduser()
+        paths = [root / FOLDER / name for name in FILES[self.split]]
+        if self.download and not all(p.is_file() for p in paths):
+            from torchvision.datasets.utils import download_and_extract_archive
+
+            fetched("cifar10", self.root, True, lambda: download_and_extract_archive(URL, str(root), md5=MD5))
+        missing = [p for p in paths if not p.is_file()]
+        if missing:
+            raise UserError(f"cifar10: no file {str(missing[0])!r}; download=true fetches the binary version")
+        return paths
+
+    def __call__(self) -> Pairs:
+        """-> Pairs. Raises UserError when a file is missing or is not what it should be."""
+        images, labels = [], []
+        for path in self.files():
+            bytes_held = path.stat().st_size
+            if bytes_held == 0 or bytes_held % RECORD or bytes_held > RECORD * RECORDS:
+                raise UserError(f"{path} must hold 1 to {RECORDS} records of {RECORD} bytes; it has {bytes_held} bytes")
+            rows = np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD)
+            if rows[:, 0].max() >= len(CLASSES):
+                raise UserError(f"{path}: a label is {rows[:, 0].max()}; they must lie in 0..9")
+            images.append(rows[:, 1:].reshape(-1, 3, 32, 32))
+            labels.append(rows[:, 0])
+        pixels, known = np.concatenate(images)[: self.limit], np.concatenate(labels)[: self.limit]
+        ids = [f"cifar10/{self.split}/{i:05d}" for i in range(len(pixels))]
+        return array_pairs(pixels, known, ids, CLASSES, self.template, self.size)

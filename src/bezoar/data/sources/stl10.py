@@ -1,0 +1,44 @@
+"""STL-10 (Coates, Ng, Lee 2011): 5,000 train, 8,000 test and 100,000 unlabelled images of 10 classes, 96x96.
+
+Through torchvision, which checks every file's md5 and reads plain bytes (no pickle).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from bezoar.data.pairs import Pairs
+from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.registry import method
+
+CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+
+@method
+class Stl10:
+    """An id is `stl10/SPLIT/ROW`. The unlabelled split has labels -1 and no captions."""
+
+    root: Annotated[str, "folder that holds stl10_binary"] = "data"
+    split: Annotated[Literal["train", "test", "unlabeled"], "which part"] = "train"
+    size: Annotated[int, "pixels a side; 96 keeps them"] = 96
+    template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
+    limit: Annotated[int | None, "read at most so many records"] = None
+    download: Annotated[bool, "fetch it (2.6 GB) when it is not there"] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self.size, self.limit, self.template)
+
+    def files(self) -> list[Path]:
+        """The files of the split that are there."""
+        folder = Path(self.root).expanduser() / "stl10_binary"
+        return [p for p in (folder / f"{self.split}_X.bin", folder / f"{self.split}_y.bin") if p.is_file()]
+
+    def __call__(self) -> Pairs:
+        """-> Pairs. Raises UserError that says how to get it when it is missing."""
+        from torchvision.datasets import STL10
+
+        root = str(Path(self.root).expanduser())
+        found = fetched("stl10", self.root, self.download, lambda: STL10(root, self.split, download=self.download))
+        images, labels = found.data[: self.limit], found.labels[: self.limit].astype("int64")
+        labels[(labels < 0) | (labels >= len(CLASSES))] = -1  # as bytes, torchvision's "0 - 1" is 255
+        ids = [f"stl10/{self.split}/{i:06d}" for i in range(len(images))]
+        return array_pairs(images, labels, ids, CLASSES, self.template, self.size)

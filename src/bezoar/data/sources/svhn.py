@@ -1,0 +1,42 @@
+"""SVHN, house numbers cut to digits (Netzer et al. 2011): 73,257 train, 26,032 test, 531,131 extra images, 32x32.
+
+Through torchvision, which checks the file's md5 and reads MATLAB arrays with SciPy (no pickle).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from bezoar.data.pairs import Pairs
+from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.registry import method
+
+CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@method
+class Svhn:
+    """An id is `svhn/SPLIT/ROW`."""
+
+    root: Annotated[str, "folder that holds SPLIT_32x32.mat"] = "data"
+    split: Annotated[Literal["train", "test", "extra"], "which part"] = "train"
+    size: Annotated[int, "pixels a side; 32 keeps them"] = 32
+    template: Annotated[str, "caption; {c} is the digit in words"] = "a photo of a {c}"
+    limit: Annotated[int | None, "read at most so many records"] = None
+    download: Annotated[bool, "fetch it (180, 64 or 1,300 MB) when it is not there"] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self.size, self.limit, self.template)
+
+    def files(self) -> list[Path]:
+        """The file of the split, when it is there."""
+        return [p for p in [Path(self.root).expanduser() / f"{self.split}_32x32.mat"] if p.is_file()]
+
+    def __call__(self) -> Pairs:
+        """-> Pairs. Raises UserError that says how to get it when it is missing."""
+        from torchvision.datasets import SVHN
+
+        root = str(Path(self.root).expanduser())
+        found = fetched("svhn", self.root, self.download, lambda: SVHN(root, self.split, download=self.download))
+        images, labels = found.data[: self.limit], found.labels[: self.limit]
+        ids = [f"svhn/{self.split}/{i:06d}" for i in range(len(images))]
+        return array_pairs(images, labels, ids, CLASSES, self.template, self.size)

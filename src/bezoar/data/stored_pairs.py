@@ -1,0 +1,327 @@
+"""Indexed: records of shards that do not fit in memory, each image read and decoded when it is asked for.
+
+One pass over the tars decodes every image once. The index therefore holds exactly the records that `pairs.load` would
+hold, what cannot be read is in the report as it is there, and no image fails in the middle of a training unless its file
+has changed. After the pass a record costs 20 bytes, its id, its caption and 8 bytes for its label.
+
+Webdataset's way, a shuffle buffer over a stream, draws a record 0, 1 or several times an epoch, which is fatal where the
+number of poisons seen is what is measured. With random access the order is training's own permutation, and ranks are
+slices of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bezoar.training import ranks
+from bezoar.encoders.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.data.pairs import Pairs, numbers
+from bezoar.attacks.plan import Plan
+from bezoar.data.decoding import ReadReport, Unreadable, decode, kept, nothing, threads
+from bezoar.data.shards import Placed, Shards
+
+PLACE = np.dtype([("shard", "i4"), ("offset", "i8"), ("length", "i4"), ("goal", "i4")])
+BLOCK = 1 << 14  # strings that are Python objects at a time
+OPEN = 256  # tars kept open
+TASK = 16  # images that a thread makes at once
+
+
+class Strings(Sequence[str]):
+    """N strings in one Arrow column: they cost their text and 8 bytes each, not a Python object each."""
+
+    def __init__(self, column: pa.Array) -> None:
+        self.column = column
+
+    @staticmethod
+    def of(texts: Sequence[str]) -> Strings:
+        """The same strings as a column."""
+        return texts if isinstance(texts, Strings) else Strings(pa.array(list(texts), pa.large_string()))
+
+    @staticmethod
+    def concat(parts: Sequence[Strings]) -> Strings:
+        """All strings of several columns, in order."""
+        return Strings(pa.concat_arrays([p.column for p in parts]))
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, row: int | slice) -> str | tuple[str, ...]:
+        return tuple(self.column[row].to_pylist()) if isinstance(row, slice) else self.column[int(row)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self.blocks())
+
+    def blocks(self) -> Iterator[list[str]]:
+        """The strings in order, a bounded number at a time."""
+        return (self.column.slice(start, BLOCK).to_pylist() for start in range(0, len(self), BLOCK))
+
+    def take(self, rows: np.ndarray) -> Strings:
+        """The strings at the given rows, in that order."""
+        return Strings(self.column.take(pa.array(rows)))
+
+    def rows(self, wanted: Collection[str]) -> np.ndarray:
+        """int64: the rows that hold one of the wanted strings, ascending."""
+        return np.flatnonzero(pc.is_in(self.column, pa.array(list(wanted), pa.large_string())).to_numpy(zero_copy_only=False))
+
+
+class _Tar(io.FileIO):
+    """An open file that closes itself when the last thread that reads it lets it go."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Reader(Protocol):
+    """What gives the encoded image at a place. Raises Unreadable or OSError where it can no longer be read."""
+
+    paths: tuple[Path, ...]
+
+    def read(self, shard: int, offset: int, length: int) -> bytes: ...
+
+
+class Files:
+    """Tars that any thread reads anywhere; at most OPEN are open. One that was changed since it was indexed is refused."""
+
+    def __init__(self, paths: Sequence[Path], states: Sequence[Sequence[int] | None] | None = None) -> None:
+        """states: (size, time of change in ns) of each when it was indexed, None of one without records; None: as it is now."""
+        self.paths = tuple(paths)
+        try:
+            known = [_state(os.stat(p)) for p in paths] if states is None else states
+            self.states = [s and (s[0], s[1]) for s in known]
+        except OSError as error:
+            raise UserError(f"shard {error.filename} cannot be read: {error.strerror}") from error
+        self.opened = functools.lru_cache(OPEN)(self._open)
+
+    def _open(self, shard: int) -> _Tar:
+        file = _Tar(self.paths[shard])
+        if _state(os.fstat(file.fileno())) != self.states[shard]:
+            raise Unreadable("the file was changed since it was indexed")
+        return file
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on; no position is shared, so threads do not wait for one another."""
+        file = self.opened(shard)
+        content = os.pread(file.fileno(), length, offset)
+        if len(content) < length:
+            raise Unreadable("the file ends before its end")
+        return content
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of an index, made when they are asked for: what `Pairs.images` is to Pairs."""
+
+    records: Indexed
+
+    def __getitem__(self, rows: Sequence[int] | Tensor | np.ndarray) -> Tensor:
+        """B rows -> uint8 (B, 3, S, S) on the CPU."""
+        return self.records.read(numbers(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Indexed:
+    """N records of tars. It can stand where Pairs stand, but for `images`, which are made as they are asked for.
+
+    places: N of PLACE: tar, where the image lies in it, and the goal whose trigger is put on it (-1: none). With shard -1
+    the image is row `offset` of `added`, uint8 (V, 3, S, S): poisons from outside the set. plan: what was applied.
+    """
+
+    files: Reader
+    size: int
+    places: np.ndarray
+    ids: Strings
+    captions: Strings
+    labels: Tensor | None
+    classes: tuple[str, ...] = ()
+    report: ReadReport = field(default_factory=ReadReport)
+    plan: Plan = field(default_factory=Plan)
+    added: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def images(self) -> Images:
+        """The images; `images[rows]` makes them."""
+        return Images(self)
+
+    def chosen(self, rows: Sequence[int] | Tensor | np.ndarray) -> Indexed:
+        """The records at the given rows, in that order, still on disk."""
+        index = numbers(rows)
+        labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
+        ids, captions = self.ids.take(index), self.captions.take(index) if len(self.captions) else self.captions
+        return replace(self, places=self.places[index], ids=ids, captions=captions, labels=labels)
+
+    def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
+        """The records at the given rows, in that order, in memory."""
+        part = self.chosen(rows)
+        images = part.read(np.arange(len(part)))
+        return Pairs(images, tuple(part.captions), part.labels, tuple(part.ids), self.classes, self.report)
+
+    def batches(self, size: int) -> Iterator[Pairs]:
+        """The records in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """int64 (B,) -> uint8 (B, 3, S, S): decoded, resized and poisoned as in memory."""
+        out = self.blank(len(rows))
+        with ThreadPoolExecutor(threads()) as pool:
+            for task in started(pool, self.fill, rows, out):
+                task.result()
+        return out
+
+    def blank(self, n: int, pinned: bool = False) -> Tensor:
+        """Room for n images, uint8 (n, 3, S, S); channels last, as decoded images lie in memory. pinned: for a GPU."""
+        return torch.empty(n, self.size, self.size, 3, dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
+
+    def fill(self, rows: np.ndarray, out: Tensor) -> None:
+        """The images of a few rows into `out`, in this thread. Raises UserError that names the file and the record."""
+        pixels, places = out.numpy(), self.places[rows]
+        for i, (shard, offset, length, _) in enumerate(places.tolist()):
+            if shard < 0:
+                assert self.added is not None
+                out[i] = self.added[offset]
+                continue
+            try:
+                pixels[i] = decode(self.files.read(shard, offset, length), self.size)
+            except (Unreadable, OSError) as error:
+                where = f"{self.files.paths[shard]}: the image of {self.ids[rows[i]]!r}, at byte {offset}"
+                raise UserError(f"{where}, can no longer be read: {error}") from error
+        for goal in np.unique(places["goal"][places["goal"] >= 0]).tolist():
+            mine, stamp = np.flatnonzero(places["goal"] == goal), self.plan.stamps[goal]
+            assert stamp is not None
+            out[mine] = stamp(out[mine], [self.ids[r] for r in rows[mine].tolist()])
+
+    def poisoned(self, plan: Plan, victims: Pairs | None = None) -> Indexed:
+        """The same records in the same order as `plan.apply` gives of Pairs: a poison is another place to read from."""
+        if not plan.edits:
+            return self
+        names = {e.source for e in plan.edits} | {e.id for e in plan.edits}
+        found = self.ids.rows(names)
+        row = dict(zip(self.ids.take(found), found.tolist(), strict=True))
+        edits = [e for e in plan.edits if e.source in row]
+        made = self.chosen([row[e.source] for e in edits])
+        stamped = {goal for goal, stamp in enumerate(plan.stamps) if stamp is not None}
+        made.places["goal"] = [e.goal if e.triggered and e.goal in stamped else -1 for e in edits]
+        outside = plan.apply(self.take([]), victims)
+        places = np.zeros(len(outside), PLACE)
+        places["shard"], places["goal"], places["offset"] = -1, -1, np.arange(len(outside))
+        # row r of the result is row order[r] of: the records, what the edits make of some, the images from outside
+        n, order = len(self), np.arange(len(self) + len(edits) + len(outside))
+        inside = [i for i, e in enumerate(edits) if e.id in row]
+        order[[row[edits[i].id] for i in inside]] = n + np.array(inside, dtype=np.int64)
+        order = np.delete(order, n + np.array(inside, dtype=np.int64))
+        ids = [self.ids, Strings.of([e.id for e in edits]), Strings.of(outside.ids)]
+        captions = [self.captions, Strings.of([e.caption for e in edits]), Strings.of(outside.captions)]
+        labels = self.labels
+        if labels is not None and made.labels is not None and outside.labels is not None:
+            own = np.concatenate([np.arange(n), order[n:]])  # a record that is replaced keeps its label
+            labels = torch.cat([labels, made.labels, outside.labels])[torch.from_numpy(own)]
+        return replace(
+            self,
+            places=np.concatenate([self.places, made.places, places])[order],
+            ids=Strings.concat(ids).take(order),
+            captions=Strings.concat(captions).take(order),
+            labels=labels,
+            plan=plan,
+            added=outside.images,
+        )
+
+
+def opened(source: Shards, most: int | None = None) -> Pairs | Indexed:
+    """Every record of the tars, in one pass: in memory while their pixels take at most `most` bytes, else by index.
+
+    most: by `source.load` when None; `auto` is a rank's share of half of the memory that is free, since the pixels are
+    held twice while they are put together. Raises UserError for a shard that yields nothing.
+    """
+    if most is None:
+        most = {"memory": 1 << 62, "stream": 0, "auto": free_memory() // (2 * ranks.world())}[source.load]
+    report, files = source.begin(), Files(source.paths)
+    images: list[np.ndarray] | None = []
+    blocks: list[tuple[np.ndarray, Strings, Strings, np.ndarray]] = []
+    labelled = bool(source.classes) or source.labelled
+
+    def rows() -> Iterator[tuple[tuple[int, int, int, int], str, str, int]]:
+        nonlocal images
+        for record, i, image in kept(source.records(), source.size, report, source.limit):
+            assert isinstance(record, Placed)
+            if images is not None:
+                images.append(image)
+                images = images if len(images) * image.nbytes <= most else None
+            yield (record.shard, record.offset, record.length, -1), record.ids[i], record.captions[i], record.label
+
+    stream = rows()
+    while block := list(itertools.islice(stream, BLOCK)):
+        where, names, texts, known = zip(*block, strict=True)
+        blocks.append((np.array(list(where), PLACE), Strings.of(names), Strings.of(texts), np.array(known, np.int64)))
+    if not blocks:
+        raise UserError(nothing(str(source.paths[0]), report))
+    places, labels = (np.concatenate([b[i] for b in blocks]) for i in (0, 3))
+    ids, captions = Strings.concat([b[1] for b in blocks]), Strings.concat([b[2] for b in blocks])
+    truth = torch.from_numpy(labels) if labelled else None
+    if images is not None:
+        pixels = torch.from_numpy(np.stack(images))
+        return Pairs(pixels, tuple(captions), truth, tuple(ids), source.classes, report)
+    return Indexed(files, source.size, places, ids, captions, truth, source.classes, report)
+
+
+def subset(records: Pairs | Indexed, rows: Sequence[int]) -> Pairs | Indexed:
+    """Some of the records, kept where they are: in memory or on disk."""
+    return records.take(rows) if isinstance(records, Pairs) else records.chosen(rows)
+
+
+def tokens(encoder: Encoder, captions: Sequence[str]) -> Tensor:
+    """`encoder.tokens`; of a column int32 (N, L), made in blocks. Both give the same vectors."""
+    if not isinstance(captions, Strings):
+        return encoder.tokens(captions)
+    parts = [encoder.tokens(block).int().cpu() for block in captions.blocks()]
+    widest = max(p.shape[1] for p in parts)
+    return torch.cat([F.pad(p, (0, widest - p.shape[1])) for p in parts]).to(encoder.device)
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take, as the system and its control group say. 0 when neither says."""
+    said = []
+    if (system := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":") for line in system.read_text().splitlines())
+        said.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        said.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        said.append(int(limit) - int(held["anon"]))
+    return max(0, min(said, default=0))
+
+
+Fill = Callable[[np.ndarray, Tensor], None]
+
+
+def started(pool: ThreadPoolExecutor, fill: Fill, rows: np.ndarray, out: Tensor) -> list[Future[None]]:
+    """Let threads fill `out` with the images of `rows`."""
+    return [pool.submit(fill, rows[i : i + TASK], out[i : i + TASK]) for i in range(0, len(rows), TASK)]

@@ -1,0 +1,99 @@
+"""BDetCLIP: a triggered image cares little for what a text says beside the class's name (Niu et al. 2025, ICML)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bezoar.attacks import captions
+from bezoar.encoders.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.data.pairs import Pairs
+from bezoar.data.decoding import existing
+from bezoar.registry import method
+from bezoar.evaluation.scores import Scores
+from bezoar.training.loop import generator
+
+BATCH = 512
+LARGEST = 16 << 20  # bytes of a file of descriptions
+WORDS = (
+    "account airport balance bottle bridge budget carpet ceiling chapter climate committee copper corner debt delay diagram "
+    "engine estimate evening factory fence finance folder friday garage harbour hour invoice island keyboard ladder lecture "
+    "letter market meeting memory method minister month morning novel office opinion orchestra parcel pavement pension petrol "
+    "planet policy printer promise quarter railway receipt recipe report rumour season sentence signal silence station storm "
+    "strategy sunday surface symphony tariff theory ticket tunnel twelve union valley vote weather yesterday"
+)
+
+
+@method
+class Bdetclip:
+    """omega(x) = sum over the classes c of cos(x, b_c - m_c); b_c is the mean of texts that describe c, m_c of texts that
+    name c among random words. Low omega: the image is as near to nonsense that names a class. The score is -omega.
+
+    The paper's texts are a language model's (7 a class): give them as a file. Without it the descriptions are templates.
+    Random words are drawn from the encoder's own vocabulary where it has one, else from a list of 80.
+    """
+
+    texts: Annotated[str, "a .json file, class -> list of descriptions; else templates"] = ""
+    templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "openai"
+    classes: Annotated[str, "names a+b, where the images have none"] = ""
+    nonsense: Annotated[int, "texts of random words a class"] = 16
+    words: Annotated[int, "random words in each, beside the class's name"] = 6
+    seed: Annotated[int, "of the random words"] = 0
+
+    def files(self) -> list[Path]:
+        """The descriptions."""
+        return [existing(self.texts, "file of descriptions")] if self.texts else []
+
+    def __call__(self, encoder: Encoder, images: Pairs) -> Scores:
+        """-> Scores. Raises UserError for an encoder that reads no text, or without classes."""
+        names = tuple(self.classes.split("+")) if self.classes else images.classes
+        if not names and not self.texts:
+            raise UserError("bdetclip needs the names of classes; these images have none: say classes=a+b, or texts=FILE")
+        direction = self.direction(encoder, names)
+        with torch.inference_mode():
+            omega = torch.cat([encoder.images(part.images) @ direction for part in images.batches(BATCH)])
+        return Scores(images.ids, -omega.float().cpu(), notes={"classes": len(names)})
+
+    @torch.inference_mode()
+    def direction(self, encoder: Encoder, names: Sequence[str]) -> Tensor:
+        """float32 (D,): the sum of the classes' unit differences; omega is an image's product with it."""
+        encoder.eval()
+        described = self.described(names)
+        benign = [encoder.texts(texts).mean(0) for texts in described.values()]
+        nonsense = [encoder.texts(self.perturbed(encoder, c, i)).mean(0) for i, c in enumerate(described)]
+        return F.normalize(torch.stack(benign) - torch.stack(nonsense), dim=1).sum(0)
+
+    def described(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Texts that describe each class."""
+        if not self.texts:
+            return {c: [t.format(c) for t in captions.templates(self.templates)] for c in names}
+        file = existing(self.texts, "file of descriptions")
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"{self.texts}: a file of descriptions may have {LARGEST >> 20} MiB")
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.texts}: expected JSON, class -> list of descriptions") from error
+        fine = isinstance(found, dict) and all(isinstance(v, list) and v for v in found.values())
+        if not fine or not all(isinstance(t, str) for v in found.values() for t in v):
+            raise UserError(f"{self.texts}: expected JSON, class -> list of descriptions, at least one each")
+        if missing := [c for c in names if c not in found]:
+            raise UserError(f"{self.texts} describes no class {missing[0]!r}")
+        return {c: found[c] for c in names or found}
+
+    def perturbed(self, encoder: Encoder, name: str, row: int) -> list[str]:
+        """Texts that name a class among random words."""
+        known = encoder.about.get("vocabulary") or WORDS.split()
+        draw = generator(self.seed, row)
+        picked = torch.randint(len(known), (self.nonsense, self.words), generator=draw).tolist()
+        return [" ".join([name, *(known[i] for i in row)]) for row in picked]
+
+    def __post_init__(self) -> None:
+        if self.nonsense < 1 or self.words < 1:
+            raise ValueError("needs nonsense >= 1, words >= 1")
+        captions.templates(self.templates)

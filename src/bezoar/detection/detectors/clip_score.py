@@ -1,0 +1,72 @@
+"""Disagreement of image and caption: one minus their cosine (CLIPScore, Hessel et al., EMNLP 2021)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+
+from bezoar.runs import inputs
+from bezoar import registry
+from bezoar.detection import training_traces
+from bezoar.errors import UserError
+from bezoar.registry import method
+from bezoar.runs.run import Run, named_files
+from bezoar.evaluation.scores import Scores
+from bezoar.detection.training_traces import Report
+
+ROWS = 1 << 16  # vectors in memory at a time
+
+
+@method
+class ClipScore:
+    """1 - cos(f_I(x), f_T(t)), by one of three models.
+
+    By default the scan's encoder. Is that the model trained on the suspect data, the sign turns while it is trained: poisons
+    agree least early and, once they have taken, most late. `encoder`: an independent one, which is what the field uses.
+    `epoch`: a small model trained on the scanned data as it was after so many epochs, before it has learnt the poisons.
+    """
+
+    encoder: Annotated[str, "an independent encoder: a run's directory or a network's spec; none: the scan's"] = ""
+    epoch: Annotated[int, "of a training on the scanned data; 0: no such training"] = 0
+    network: Annotated[str, "the model of that training: a spec"] = training_traces.NETWORK
+    objective: Annotated[str, "how it is trained: a spec"] = training_traces.OBJECTIVE
+    side: Annotated[int, "images are brought to this many pixels at most in that training"] = training_traces.SIDE
+    seed: Annotated[int, "of that training"] = 0
+
+    needs: ClassVar[tuple[str, ...]] = ("report",)
+
+    def __post_init__(self) -> None:
+        if self.epoch < 0 or self.side < 1:
+            raise ValueError(f"needs epoch >= 0 and side >= 1; got {self.epoch}, {self.side}")
+        if self.epoch and self.encoder:
+            raise ValueError("give either an independent encoder or an epoch of the own one")
+        registry.make("network", self.network)
+        if self.epoch > registry.make("objective", self.objective).epochs:
+            raise ValueError(f"epoch={self.epoch} is more than objective {self.objective!r} trains for")
+
+    def files(self) -> list[Path]:
+        """What the scan's question depends on besides the fields: the weights of the independent encoder."""
+        if not self.encoder:
+            return []
+        weights = Path(self.encoder) / "encoder.safetensors"
+        return [weights] if weights.is_file() else named_files(registry.make("network", self.encoder))
+
+    def __call__(self, encoder: Any, source: Any, report: Report = training_traces.silent) -> Scores:
+        """-> Scores in [0, 2]; a caption that does not fit its image is suspicious."""
+        if self.epoch:
+            how = (self.network, self.objective, self.seed, encoder.device, self.side, report)
+            trace = training_traces.trace(source, *how, upto=self.epoch)
+            return Scores(trace.ids, 1 - trace.agreement[self.epoch - 1])
+        judge = self.independent(encoder.device) if self.encoder else encoder
+        e = judge.embed(source)
+        if e.texts is None:
+            raise UserError("detector 'clip_score' needs captions; the scanned data or the encoder has none")
+        parts = zip(e.images.split(ROWS), e.texts.split(ROWS), strict=True)
+        return Scores(e.ids, torch.cat([1 - (z * w.to(z.device)).sum(1).float().cpu() for z, w in parts]))
+
+    def independent(self, device: Any) -> Any:
+        """The encoder that the field names. Raises UserError when it is neither a run nor a network."""
+        path = Path(self.encoder)
+        return inputs.encoder(Run(path) if path.is_dir() else registry.make("network", self.encoder), device)

@@ -1,0 +1,50 @@
+"""Isolation forest (Liu, Ting, Zhou, ICDM 2008) on image embeddings: records that few random cuts set apart."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+
+from bezoar.errors import UserError
+from bezoar.evaluation.neighbors import blocks, pool
+from bezoar.registry import method
+from bezoar.evaluation.scores import Scores
+
+BLOCK = 1 << 14  # records scored at a time
+
+
+@method
+class IsolationForest:
+    """2^( -mean depth at which a tree isolates x / expected depth ), scikit-learn's forest, to a fixed pool of the records."""
+
+    trees: Annotated[int, "in the forest"] = 100
+    cut: Annotated[int, "records that a tree is grown on"] = 256
+    pool: Annotated[int, "records that the trees draw theirs from"] = 16384
+    texts: Annotated[bool, "captions among them, as published for CLIP"] = False
+    seed: Annotated[int, "of the choice of the pool and of the trees"] = 0
+
+    def __post_init__(self) -> None:
+        if self.trees < 1 or self.cut < 2 or self.pool < 2:
+            raise ValueError(f"needs trees >= 1, cut >= 2, pool >= 2; got {self.trees}, {self.cut}, {self.pool}")
+
+    def __call__(self, encoder: Any, source: Any) -> Scores:
+        """-> Scores in (0, 1); a record that is set apart early is suspicious."""
+        from sklearn import ensemble
+
+        e = encoder.embed(source)
+        if self.texts and e.texts is None:
+            raise UserError(
+                "detector 'isolation_forest' with texts=true needs captions; the scanned data or the encoder has none"
+            )
+        if len(e.ids) < 2:
+            raise UserError(f"detector 'isolation_forest' needs at least 2 records; there are {len(e.ids)}")
+        rows = torch.as_tensor(pool(e.ids, self.pool, self.seed))
+        kinds = (e.images, e.texts) if self.texts else (e.images,)
+        sample = np.concatenate([z[rows.to(z.device)].float().cpu().numpy() for z in kinds])
+        forest = ensemble.IsolationForest(
+            n_estimators=self.trees, max_samples=min(self.cut, len(sample)), random_state=self.seed % 2**32
+        ).fit(sample)
+        parts = [-forest.score_samples(e.images[b].float().cpu().numpy()) for b in blocks(len(e.ids), BLOCK)]
+        return Scores(e.ids, torch.as_tensor(np.concatenate(parts), dtype=torch.float32))

@@ -1,0 +1,31 @@
+"""Distance to the k-th nearest image: poisons sit alone (k-dist in Huang et al., ICLR 2025, arXiv 2502.01385)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from bezoar.detection import density
+from bezoar.registry import method
+from bezoar.evaluation.scores import Scores
+
+
+@method
+class KDistance:
+    """k-dist(x) = r_k(x), Euclidean between image embeddings (unit rows), to a fixed pool of the scanned records.
+
+    The score inverts once more than k poisons of one kind are in the pool; see `bezoar.neighbors.pool_size`.
+    """
+
+    k: Annotated[int, "which neighbour"] = 16
+    pool: Annotated[int, "records compared against; 0 = k / (2 rate), at least 2 k"] = 0
+    rate: Annotated[float, "largest poison rate to plan for; sets the pool"] = 0.01
+    texts: Annotated[bool, "captions among the references, as published for CLIP"] = False
+    compat: Annotated[bool, "equal the published code, faults included: batches of 2048, no pool"] = False
+    seed: Annotated[int, "of the choice of the pool"] = 0
+
+    def __post_init__(self) -> None:
+        density.check(self)
+
+    def __call__(self, encoder: Any, source: Any) -> Scores:
+        """-> Scores in [0, 2]; a lonely record is suspicious."""
+        return density.scores(self, encoder, source, lambda near: near.reach)

@@ -1,0 +1,52 @@
+"""A small CLIP for CPUs: four plain strided convolutions and a bag of words (after Radford et al. 2021)."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from bezoar.encoders.encoder import Encoder, Preprocess, Words, words
+from bezoar.registry import method, spec
+from bezoar.encoders.small_towers import Tower
+
+
+class Bag(nn.Module):
+    """(B, L) tokens, 0 = padding -> (B, dim): mean of word vectors, then a two-layer perceptron."""
+
+    def __init__(self, vocabulary: int, width: int, dim: int) -> None:
+        super().__init__()
+        self.words = nn.EmbeddingBag(vocabulary + 1, width, mode="mean", padding_idx=0)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """A caption without a known word is read as the zero vector."""
+        return self.head(self.words(tokens))
+
+
+@method
+class ClipSmall:
+    """The best small CLIP we measured per second of CPU time: 17 MFLOP an image at 32 px."""
+
+    width: Annotated[int, "channels of the first convolution; doubled three times"] = 32
+    dim: Annotated[int, "size of the joint embedding"] = 128
+    words: Annotated[int, "largest vocabulary, the most frequent words first"] = 8192
+
+    def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
+        """The words that the text tower will know, most frequent first, ties in alphabetical order."""
+        counts = Counter(w for c in captions for w in words(c))
+        return tuple(w for w, _ in sorted(counts.items(), key=lambda p: (-p[1], p[0]))[: self.words])
+
+    def __call__(self, size: int, vocabulary: tuple[str, ...] = ()) -> Encoder:
+        """A fresh encoder for images of `size` pixels, 32..96. Weights come from torch's generator."""
+        if not 32 <= size <= 96:
+            raise ValueError(f"images of {size} px: clip_small takes 32 to 96")
+        image = Tower(self.width, self.dim).to(memory_format=torch.channels_last)
+        text = Bag(len(vocabulary), self.dim, self.dim)
+        about = {"network": spec(self), "vocabulary": list(vocabulary)}
+        return Encoder(image, Preprocess(size), text, Words(vocabulary), about)
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.dim, self.words) < 1:
+            raise ValueError("width, dim and words must be at least 1")

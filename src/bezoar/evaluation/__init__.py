@@ -1,0 +1,1 @@
+"""Evaluation: what an attack's success is, heads on features, statistics."""

@@ -1,0 +1,1 @@
+"""Repair: an encoder without its backdoor, by clean data alone."""

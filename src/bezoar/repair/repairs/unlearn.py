@@ -1,0 +1,115 @@
+"""Unlearning an inverted trigger: stamped images get the vectors that the suspect gives to them unstamped (SSL-Cleanse)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bezoar.training import augmentation
+from bezoar.repair import rate_ladder
+from bezoar.training.augmentation import Chance
+from bezoar.encoders.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.evaluation.heads import Report, silent
+from bezoar.data.pairs import Pairs
+from bezoar.registry import method, spec
+from bezoar.evaluation.verdict import Inversion
+
+
+class Loss(nn.Module):
+    """Mean of 1 - cos(f'(stamp(x)), f(x)), and `keep` times that of 1 - cos(f'(x), f(x)), f the suspect at rest.
+
+    masks: (K, 1, H, W). patterns: (K, 3, H, W). Each image gets one of the K triggers, moved by up to `shift` pixels.
+    """
+
+    masks: Tensor
+    patterns: Tensor
+
+    def __init__(self, student: Encoder, suspect: Encoder, inversions: Sequence[Inversion], keep: float, shift: int) -> None:
+        super().__init__()
+        self.encoder, self.keep, self.shift = student, keep, shift
+        self.suspect = copy.deepcopy(suspect).requires_grad_(False)
+        self.register_buffer("masks", torch.stack([i.mask for i in inversions]).float())
+        self.register_buffer("patterns", torch.stack([i.pattern for i in inversions]).float())
+
+    def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
+        """images uint8 (B, 3, H, W), tokens not read -> scalar."""
+        which = chance.integers(len(self.masks), len(images)).to(images.device)
+        layers = torch.cat([self.masks[which], self.patterns[which]], 1)
+        mask, pattern = augmentation.shift(layers, self.shift, chance).split([1, 3], 1)
+        x = images.float() / 255
+        with torch.no_grad():
+            wanted = self.suspect.images(x)
+        both = self.encoder.images(torch.cat([x, (1 - mask) * x + mask * pattern]))
+        clean, stamped = (1 - (z * wanted).sum(1).mean() for z in both.chunk(2))
+        return stamped + self.keep * clean
+
+    def train(self, mode: bool = True) -> Loss:
+        """The suspect rests, and so do batch norms: half of what they would see is stamped."""
+        super().train(mode)
+        self.suspect.eval()
+        for module in self.encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+@method
+class Unlearn:
+    """With the triggers that an audit inverted. What was not inverted is not unlearnt.
+
+    SSL-Cleanse does it with BYOL's loss for 500 epochs; here the suspect itself says where clean images belong.
+    """
+
+    count: Annotated[int, "how many of the audit's triggers, the most suspicious first"] = 4
+    epochs: Annotated[int, "passes over the clean images"] = 5
+    batch: Annotated[int, "images a step"] = 128
+    keep: Annotated[float, "weight of: clean images stay where they are"] = 1.0
+    shift: Annotated[int, "triggers are moved by up to this many pixels"] = 2
+    weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms)"] = 0.0
+    warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
+    lrs: Annotated[tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"] = (4e-3, 2e-3, 1e-3, 3e-4)
+    tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
+
+    needs: ClassVar[tuple[str, ...]] = ("inversions", "validation", "report", "log")
+
+    def __post_init__(self) -> None:
+        rate_ladder.check(self.lrs, self.tolerance)
+        if min(self.count, self.epochs, self.batch) < 1 or min(self.keep, self.shift, self.weight_decay) < 0:
+            raise ValueError("needs count, epochs and batch >= 1, keep, shift and weight_decay >= 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError("needs warmup in 0..1")
+
+    def __call__(
+        self,
+        encoder: Encoder,
+        clean: Pairs,
+        seed: int,
+        inversions: Sequence[Inversion],
+        validation: Pairs,
+        report: Report = silent,
+        log: dict[str, Any] | None = None,
+    ) -> Encoder:
+        """A copy that does not tell stamped images from others. Raises UserError without triggers, or of another size."""
+        chosen = list(inversions)[: self.count]
+        if not chosen:
+            raise UserError("repair 'unlearn' needs the triggers of an audit: name its run (audit)")
+        sides = tuple(clean.images.shape[2:])
+        if other := next((i for i in chosen if tuple(i.mask.shape[1:]) != sides), None):
+            made, given = ("x".join(map(str, s)) for s in (other.mask.shape[1:], sides))
+            raise UserError(f"the audit's triggers are of {made} px, the clean images of {given}; give both one size")
+        rows = torch.zeros(len(clean), 0, dtype=torch.long, device=encoder.device)
+
+        def loss_of(student: Encoder) -> nn.Module:
+            return Loss(student, encoder, chosen, self.keep, self.shift)
+
+        def make(lr: float) -> Encoder:
+            recipe = rate_ladder.Recipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
+            return rate_ladder.trained(encoder, recipe, loss_of, clean, rows, seed, report, f"unlearn at {lr:g}")
+
+        ruler = rate_ladder.Ruler.of(encoder, clean, validation)
+        return rate_ladder.repaired(rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self))

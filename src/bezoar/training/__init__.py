@@ -1,0 +1,1 @@
+"""Training: the loop, augmentation, objectives, and how several ranks share the work."""

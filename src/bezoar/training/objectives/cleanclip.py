@@ -1,0 +1,75 @@
+"""CleanCLIP: CLIP, and in either modality views that find each other (Bansal et al., ICCV 2023). A repair on clean pairs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from bezoar.training import contrastive
+from bezoar.training.augmentation import Chance
+from bezoar.training.contrastive import Start, ViewedModule, moved, symmetric, toward
+from bezoar.encoders.encoder import Encoder
+from bezoar.registry import method
+
+
+class Loss(ViewedModule):
+    """L_CLIP(I, T) + weight / 2 [ InfoNCE(I, I~) + InfoNCE(T, T~) ], all with one learnt temperature.
+
+    InfoNCE looks one way, from the original to the views, as in the published code. I and I~ are one batch to the tower.
+    With an anchor also anchor [ mean 1 - cos(f(I), f_0(I)) + mean 1 - cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as
+    they were at the start.
+    """
+
+    def __init__(self, encoder: Encoder, recipe: Cleanclip) -> None:
+        super().__init__(encoder, recipe)
+        self.recipe, self.start = recipe, Start(encoder) if recipe.anchor else None
+
+    def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
+        """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
+        x = moved(images, self.recipe.shift, chance)
+        z, z2 = self.together(x, self.seen(images, chance))
+        w, w2 = self.encoder.read(tokens), self.encoder.read(self.told(tokens, chance))
+        own = toward(z, z2, self.scale, chance) + toward(w, w2, self.scale, chance)
+        loss = symmetric(z, w, self.scale, chance) + self.recipe.weight * own / 2
+        if self.start is None:
+            return loss
+        pairs = zip((z, w), self.start(self.encoder, x, tokens), strict=True)
+        return loss + self.recipe.anchor * torch.stack([1 - (now * then).sum(1).mean() for now, then in pairs]).sum()
+
+
+@method
+class Cleanclip:
+    """To train with, or to repair with on clean pairs: what is only in the trigger is of no use to any of its terms.
+
+    Published for repair: 100,000 clean pairs, 10 epochs, batch 64, learning rate 1e-5, 50 steps of warm-up, weight 1, and
+    AutoAugment for I~, where here images are cropped and coloured. The learning rate must be found for each architecture.
+
+    On few clean pairs a rate that takes the backdoor away takes accuracy too. The anchor holds clean vectors and leaves
+    triggered ones free: on 3,200 scenes it let a small CLIP keep its accuracy at a rate at which it had lost 2 points.
+    """
+
+    epochs: Annotated[int, "passes over the data"] = 10
+    batch: Annotated[int, "pairs a step; the negatives of each other"] = 64
+    lr: Annotated[float, "highest learning rate"] = 2e-3
+    weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms, temperature)"] = 0.1
+    warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
+    temperature: Annotated[float, "at the start"] = 0.07
+    weight: Annotated[float, "lambda: of the views' terms, beside CLIP's"] = 1.0
+    anchor: Annotated[float, "weight of: clean pairs keep their vectors; to repair with, beyond the paper"] = 0.0
+    shift: Annotated[int, "augmentation of I: images moved by up to this many pixels"] = 2
+    crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5
+    flip: Annotated[float, "views: share of them mirrored"] = 0.5
+    jitter: Annotated[float, "views: share of them whose colours change"] = 0.8
+    gray: Annotated[float, "views: share of them without colours"] = 0.2
+    words: Annotated[float, "views of captions: share of the words that change"] = 0.1
+
+    def __post_init__(self) -> None:
+        contrastive.check_views(self)
+        if self.weight < 0 or self.anchor < 0:
+            raise ValueError("needs weight and anchor >= 0")
+
+    def __call__(self, encoder: Encoder) -> Loss:
+        """The loss as a module that owns the encoder and the temperature."""
+        return Loss(encoder, self)

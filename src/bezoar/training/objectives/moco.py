@@ -1,0 +1,149 @@
+"""MoCo v2: find an image's other view, seen by a slow copy, in a queue of older ones (He et al. 2020, Chen et al. 2020).
+
+Where a key's batch norm sees the whole batch, its vector tells which batch that was, and the positive is found by that.
+So keys are shuffled and normalised in groups, as the papers do with GPUs for groups (He et al. 2020, section 3.3); here
+groups do not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bezoar.training import selfsupervised
+from bezoar.training.augmentation import Chance
+from bezoar.training.collectives import gather, place
+from bezoar.encoders.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.registry import method
+
+
+class Grouped(nn.Module):
+    """A batch norm that normalises `rows` rows at a time, by their own statistics, and keeps none."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, rows: int) -> None:
+        super().__init__()
+        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+            raise UserError(f"moco cannot group what this network's {type(norm).__name__} normalises; take simclr or simsiam")
+        self.weight, self.bias, self.eps, self.rows = norm.weight, norm.bias, norm.eps, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> the same shape and dtype."""
+        return torch.cat([F.batch_norm(g, None, None, self.weight, self.bias, True, 0.0, self.eps) for g in x.split(self.rows)])
+
+
+class Loss(nn.Module):
+    """-log [ exp(q.k / t) / (exp(q.k / t) + sum over the queue of exp(q.n / t)) ], k and n without gradient.
+
+    key: image tower and head that follow the trained ones. queue: float32 (K, dim), unit rows, a ring whose oldest row is
+    at `position`. All three are in the state dict, and the same on every rank.
+    """
+
+    queue: Tensor
+    position: Tensor
+
+    def __init__(self, encoder: Encoder, recipe: Moco) -> None:
+        super().__init__()
+        self.encoder, self.recipe = encoder, recipe
+        if recipe.groups % (world := place()[1]):
+            raise UserError(f"{recipe.groups} groups of keys do not divide into {world} ranks; give a multiple of {world}")
+        self.views = selfsupervised.views(recipe, encoder.preprocess.size)
+        self.head = selfsupervised.perceptron(selfsupervised.width(encoder), recipe.hidden, recipe.dim, norm=False)
+        self.key = copy.deepcopy(self.query()).requires_grad_(False)
+        for parent in list(self.key.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                    setattr(parent, name, Grouped(child, recipe.batch // recipe.groups))
+        self.register_buffer("queue", F.normalize(torch.randn(recipe.queue, recipe.dim), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    def query(self) -> nn.Sequential:
+        """What is trained: image tower and head."""
+        return nn.Sequential(self.encoder.image, self.head)
+
+    def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
+        """images uint8 (B, 3, H, W), tokens not read -> scalar loss.
+
+        In training the slow copy moves before it is computed, and the queue after.
+        """
+        if self.training:
+            self.follow()
+        x = self.views(images, chance)
+        q = F.normalize(selfsupervised.project(self.encoder, self.query(), x[:, 0]), dim=1)
+        keys = self.keys(x[:, 1], chance)
+        k = keys[chance.rank * len(q) :][: len(q)]
+        # a copy: backward needs the queue as it was
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone().T], 1) / self.recipe.temperature
+        if self.training:
+            self.enqueue(keys)
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+    @torch.no_grad()
+    def keys(self, x: Tensor, chance: Chance) -> Tensor:
+        """Views (B, 3, S, S) of this rank -> float32 (world B, dim), unit rows: the keys of all ranks' views, in their order.
+
+        Each rank sees its part of all views, shuffled.
+        """
+        every = gather(x)
+        shuffled = torch.randperm(len(every), generator=chance.generator).to(x.device)
+        own = shuffled.chunk(chance.world)[chance.rank]
+        return gather(F.normalize(selfsupervised.project(self.encoder, self.key, every[own]), dim=1))[shuffled.argsort()]
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The slow copy's parameters: key <- m key + (1 - m) query, m = `slow`."""
+        for slow, fast in zip(self.key.parameters(), self.query().parameters(), strict=True):
+            slow.lerp_(fast, 1 - self.recipe.slow)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """float32 (n, dim), n <= K: over the oldest rows, in order."""
+        at = (self.position + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[at] = keys
+        self.position.add_(len(keys)).remainder_(len(self.queue))
+
+
+@method
+class Moco:
+    """Images alone, for networks without a text tower. AdamW, warm-up and cosine.
+
+    The papers train on ImageNet with a queue of 65,536, m = 0.999 and SGD; short trainings need a copy that is less
+    slow. crop and blur are theirs for ImageNet where they are 0.2 and 0.5.
+    """
+
+    epochs: Annotated[int, "passes over the data"] = 10
+    batch: Annotated[int, "images a step"] = 256
+    lr: Annotated[float, "highest learning rate"] = 1e-3
+    weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms)"] = 1e-4
+    warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
+    temperature: Annotated[float, "of the softmax"] = 0.2
+    slow: Annotated[float, "share of itself that the slow copy keeps at each step; the papers' momentum m"] = 0.99
+    groups: Annotated[int, "groups of keys, each with a batch norm of its own"] = 8
+    queue: Annotated[int, "vectors of older batches, the negatives"] = 4096
+    hidden: Annotated[int, "units of the projection head"] = 512
+    dim: Annotated[int, "size of the vectors that are compared"] = 128
+    crop: Annotated[float, "augmentation: least share of the image's area that a crop keeps"] = 0.2
+    flip: Annotated[float, "augmentation: share of the views mirrored"] = 0.5
+    jitter: Annotated[float, "augmentation: share of the views whose colours change"] = 0.8
+    colour: Annotated[float, "augmentation: how strongly; SimCLR's s"] = 0.5
+    gray: Annotated[float, "augmentation: share of the views without colours"] = 0.2
+    blur: Annotated[float, "augmentation: share of the views blurred; 0.5 for ImageNet"] = 0.0
+
+    captions = False
+
+    def __call__(self, encoder: Encoder) -> Loss:
+        """The loss as a module that owns the encoder, a head, the slow copies of both, and the queue."""
+        return Loss(encoder, self)
+
+    def __post_init__(self) -> None:
+        selfsupervised.check(self)
+        if self.temperature <= 0 or not 0 <= self.slow <= 1:
+            raise ValueError("needs temperature > 0, slow in 0..1")
+        if self.groups < 1 or self.batch % self.groups or self.batch < 2 * self.groups:
+            raise ValueError(f"a batch of {self.batch} does not divide into {self.groups} groups of two and more")
+        if self.queue < self.batch:
+            raise ValueError(f"the queue ({self.queue}) must hold at least one batch ({self.batch})")

@@ -1,0 +1,73 @@
+"""SimSiam: predict an image's other view from one, without negatives; gradients pass on one side alone (Chen & He 2021)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bezoar.training import selfsupervised
+from bezoar.training.augmentation import Chance
+from bezoar.encoders.encoder import Encoder
+from bezoar.registry import method
+
+
+def apart(p: Tensor, z: Tensor) -> Tensor:
+    """-[ cos(p1, z2) + cos(p2, z1) ] / 2, a mean over images; z counts as a constant. Both (2N, D), views side by side."""
+    p, z = (F.normalize(v, dim=1).unflatten(0, (-1, 2)) for v in (p, z.detach()))
+    return -(p * z.flip(1)).sum(2).mean()
+
+
+class Loss(nn.Module):
+    """Owns the encoder, the projection head and the predictor; the last two are not part of the encoder that is saved."""
+
+    def __init__(self, encoder: Encoder, recipe: Simsiam) -> None:
+        super().__init__()
+        self.encoder, self.recipe = encoder, recipe
+        self.views = selfsupervised.views(recipe, encoder.preprocess.size)
+        sizes = (selfsupervised.width(encoder), *[recipe.hidden] * (recipe.layers - 1), recipe.dim)
+        self.head = selfsupervised.perceptron(*sizes, last_norm=True)
+        self.predictor = selfsupervised.perceptron(recipe.dim, recipe.bottleneck, recipe.dim)
+
+    def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
+        """images uint8 (B, 3, H, W), tokens not read -> scalar loss in -1..1; -1 where every view is predicted."""
+        x = self.views(images, chance).flatten(0, 1)
+        z = selfsupervised.project(self.encoder, nn.Sequential(self.encoder.image, self.head), x)
+        return apart(self.predictor(z), z)
+
+
+@method
+class Simsiam:
+    """Images alone, for networks without a text tower. AdamW, warm-up and cosine, the predictor's rate included.
+
+    The paper's head has three layers of 2048 (two for CIFAR-10), its predictor a bottleneck of 512, its optimiser is SGD.
+    Both views go through the network as one batch.
+    """
+
+    epochs: Annotated[int, "passes over the data"] = 10
+    batch: Annotated[int, "images a step"] = 256
+    lr: Annotated[float, "highest learning rate"] = 1e-3
+    weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms)"] = 1e-4
+    warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
+    layers: Annotated[int, "of the projection head"] = 2
+    hidden: Annotated[int, "units of the projection head"] = 512
+    dim: Annotated[int, "size of the vectors that are compared"] = 512
+    bottleneck: Annotated[int, "units of the predictor"] = 128
+    crop: Annotated[float, "augmentation: least share of the image's area that a crop keeps"] = 0.2
+    flip: Annotated[float, "augmentation: share of the views mirrored"] = 0.5
+    jitter: Annotated[float, "augmentation: share of the views whose colours change"] = 0.8
+    colour: Annotated[float, "augmentation: how strongly; SimCLR's s"] = 0.5
+    gray: Annotated[float, "augmentation: share of the views without colours"] = 0.2
+    blur: Annotated[float, "augmentation: share of the views blurred; 0.5 for ImageNet"] = 0.0
+
+    captions = False
+
+    def __call__(self, encoder: Encoder) -> Loss:
+        """The loss as a module that owns the encoder and both heads."""
+        return Loss(encoder, self)
+
+    def __post_init__(self) -> None:
+        selfsupervised.check(self)
+        if min(self.layers, self.bottleneck) < 1:
+            raise ValueError("needs layers >= 1, bottleneck >= 1")
