@@ -65,18 +65,35 @@ def seconds(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=256, help="in a batch")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="sides of the images and of the views")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[32, 64],
+        help="sides of the images and of the views",
+    )
     parser.add_argument("--repeats", type=int, default=11)
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    result: dict[str, object] = {"images": given.images, "views": 2, "repeats": given.repeats, "threads": 1}
+    result: dict[str, object] = {
+        "images": given.images,
+        "views": 2,
+        "repeats": given.repeats,
+        "threads": 1,
+    }
     for size in given.sizes:
         # smooth fields: of noise every crop is alike, and gray pixels, which some code treats apart, never occur
         coarse = torch.rand(given.images, 3, size // 4, size // 4)
-        images = (torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear") * 255).round().to(torch.uint8)
+        images = (
+            (torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear") * 255)
+            .round()
+            .to(torch.uint8)
+        )
         chance = Chance(torch.Generator().manual_seed(0))
         calls = {
             "plain": plain(images.permute(0, 2, 3, 1).contiguous(), size),

@@ -36,15 +36,21 @@ def inputs(batch: int) -> tuple:
     import torch
 
     from bezoar import registry
-    from bezoar.data.pairs import Pairs
     from bezoar.attacks.plan import Goal
+    from bezoar.data.pairs import Pairs
 
     torch.manual_seed(0)
     encoder = registry.make("network", "resnet")(32, ()).eval()
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2 * batch + 1, 3, 32, 32), generator=g, dtype=torch.uint8)
     data = Pairs(images[:-1], (), None, tuple(map(str, range(2 * batch))))
-    return encoder, registry.make("attack", "badencoder"), Goal("truck", "patch:size=10,fill=white"), data, images[-1:]
+    return (
+        encoder,
+        registry.make("attack", "badencoder"),
+        Goal("truck", "patch:size=10,fill=white"),
+        data,
+        images[-1:],
+    )
 
 
 def peer(batch: int) -> Callable[[int], float]:
@@ -52,8 +58,9 @@ def peer(batch: int) -> Callable[[int], float]:
     import torch
     import torch.nn.functional as F
 
-    from bezoar.training import augmentation, loop
     from bezoar import registry
+    from bezoar.data import randomness
+    from bezoar.training import augmentation
 
     encoder, recipe, goal, data, reference = inputs(batch)
     encoder.to(memory_format=torch.contiguous_format)
@@ -71,9 +78,14 @@ def peer(batch: int) -> Callable[[int], float]:
         return encoder.pixels(x).contiguous()
 
     for i, part in enumerate(data.batches(batch)):
-        chance = augmentation.Chance(loop.generator(0, 2, i))
+        chance = augmentation.Chance(randomness.generator(0, 2, i))
         repeated = reference.repeat(batch, 1, 1, 1)
-        parts = (part.images, stamp(part.images, part.ids), repeated, views(repeated, chance, 1)[:, 0])
+        parts = (
+            part.images,
+            stamp(part.images, part.ids),
+            repeated,
+            views(repeated, chance, 1)[:, 0],
+        )
         batches.append([pixels(x) for x in parts])
 
     def step(which: int) -> float:
@@ -81,7 +93,11 @@ def peer(batch: int) -> Callable[[int], float]:
         with torch.no_grad():
             clean_raw, reference_raw = (F.normalize(teacher(x), dim=-1) for x in (clean, plain))
         a, b, c, d = (F.normalize(student(x), dim=-1) for x in (clean, triggered, plain, view))
-        loss = -(b * c).sum(-1).mean() - (d * reference_raw).sum(-1).mean() - (a * clean_raw).sum(-1).mean()
+        loss = (
+            -(b * c).sum(-1).mean()
+            - (d * reference_raw).sum(-1).mean()
+            - (a * clean_raw).sum(-1).mean()
+        )
         optim.zero_grad()
         loss.backward()
         optim.step()
@@ -104,6 +120,7 @@ def ours(batch: int) -> Callable[[int], float]:
     """bezoar's step, as `training.fit` takes it."""
     import torch
 
+    from bezoar.data import randomness
     from bezoar.training import loop
     from bezoar.training.augmentation import Chance
 
@@ -112,7 +129,7 @@ def ours(batch: int) -> Callable[[int], float]:
 
     def step(which: int) -> float:
         part = slice(which * batch, (which + 1) * batch)
-        value = loss(data.images[part], rows[part], Chance(loop.generator(0, 2, which)))
+        value = loss(data.images[part], rows[part], Chance(randomness.generator(0, 2, which)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         optim.step()
@@ -125,13 +142,20 @@ def convolutions(batch: int) -> Callable[[int], float]:
     """The convolutions of a step's rows, forward and backward, one after the other."""
     import torch
 
+    from bezoar.data import randomness
     from bezoar.encoders import folded_norms
-    from bezoar.training import loop
     from bezoar.training.augmentation import Chance
 
     loss, _, data = attack(batch)
     encoder, device, seen = loss.encoder, torch.device("cpu"), []
-    total = len(loss.batch(data.images[:batch], list(range(batch)), Chance(loop.generator(0, 2, 0)))[0]) + 1
+    total = (
+        len(
+            loss.batch(
+                data.images[:batch], list(range(batch)), Chance(randomness.generator(0, 2, 0))
+            )[0]
+        )
+        + 1
+    )
 
     def keep(module: torch.nn.Module, given: tuple) -> None:
         seen.append((module, torch.randn_like(given[0]).requires_grad_(bool(seen))))
@@ -180,9 +204,13 @@ class Side:
     """A process that takes steps when asked."""
 
     def __init__(self, name: str, batch: int) -> None:
-        env = {k: v for k, v in os.environ.items() if k not in ALLOCATION} | (ALLOCATION if SIDES[name][1] else {})
+        env = {k: v for k, v in os.environ.items() if k not in ALLOCATION} | (
+            ALLOCATION if SIDES[name][1] else {}
+        )
         command = [sys.executable, __file__, "--serve", name, "--batch", str(batch)]
-        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def step(self, which: int) -> tuple[float, float]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -206,17 +234,23 @@ def compare(batch: int, repeats: int) -> None:
     for name in sides:
         median = statistics.median(seconds[name])
         wanted = f"{GOALS[batch]}" if name == "bezoar" and batch in GOALS else ""
-        apart = max(abs(a - b) / abs(b) for a, b in zip(losses[name], losses["published form"], strict=True))
+        apart = max(
+            abs(a - b) / abs(b) for a, b in zip(losses[name], losses["published form"], strict=True)
+        )
         told = f"{apart:.1e}" if name == "bezoar" else ""
         share = f"{least / median:.0%}" if name != "published form" else ""
-        print(f"{batch:5d} {name:16}{median:9.2f}{batch / median:10.1f}{base / median:10.2f}{wanted:>6}{share:>14}{told:>12}")
+        print(
+            f"{batch:5d} {name:16}{median:9.2f}{batch / median:10.1f}{base / median:10.2f}{wanted:>6}{share:>14}{told:>12}"
+        )
     for side in sides.values():
         side.process.stdin.close()
         side.process.wait()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--serve", choices=tuple(SIDES), help=argparse.SUPPRESS)

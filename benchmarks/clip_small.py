@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from bezoar import registry
-from bezoar.training import loop
 from bezoar.__main__ import ALLOCATION
-from bezoar.training.augmentation import Chance
+from bezoar.data import randomness
 from bezoar.encoders.encoder import precision_for
+from bezoar.training import loop
+from bezoar.training.augmentation import Chance
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,14 +35,17 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def step(precision: str, batch: int, size: int) -> Callable[[], None]:
     """One step of training, ready to be taken again and again."""
     pairs = registry.make("data", f"scenes:count={batch},size={size}")()
-    network, recipe = registry.make("network", "clip_small"), registry.make("objective", f"clip:batch={batch}")
+    network, recipe = (
+        registry.make("network", "clip_small"),
+        registry.make("objective", f"clip:batch={batch}"),
+    )
     encoder = network(size, network.vocabulary(pairs.captions))
     encoder.precision = precision
     tokens, loss = encoder.tokens(pairs.captions), recipe(encoder).train()
     optim = loop.optimizer(loss, recipe)
 
     def call() -> None:
-        value = loss(pairs.images, tokens, Chance(loop.generator(0, 2, 0)))
+        value = loss(pairs.images, tokens, Chance(randomness.generator(0, 2, 0)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         optim.step()
@@ -73,7 +77,9 @@ def limit(precision: str, batch: int, size: int) -> tuple[Callable[[], None], fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=15)
@@ -91,10 +97,14 @@ def main() -> None:
             start = time.process_time()
             call()
             seconds[key] += [time.process_time() - start] if i > 1 else []
-    print(f"{'precision':11}{'pairs/s':>9}{'limit pairs/s':>15}{'limit GFLOP/s':>15}{'share of the limit':>20}")
+    print(
+        f"{'precision':11}{'pairs/s':>9}{'limit pairs/s':>15}{'limit GFLOP/s':>15}{'share of the limit':>20}"
+    )
     for precision in precisions:
         took, least = (statistics.median(seconds[precision, k]) for k in ("step", "limit"))
-        rates = f"{given.batch / took:9.0f}{given.batch / least:15.0f}{operations / least / 1e9:15.0f}"
+        rates = (
+            f"{given.batch / took:9.0f}{given.batch / least:15.0f}{operations / least / 1e9:15.0f}"
+        )
         print(f"{precision:11}{rates}{least / took:20.0%}")
 
 

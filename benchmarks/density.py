@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar import registry
+from bezoar.data.blocks import blocks
 from bezoar.encoders.encoder import Embedded
-from bezoar.evaluation.neighbors import Index, blocks, nearest
+from bezoar.evaluation.neighbors import Index, nearest
 
 K = 16
 
@@ -76,7 +77,10 @@ def plain_slof_and_dao(x: Tensor) -> tuple[Tensor, Tensor]:
 def ours(names: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """All of them share one search, as in a scan; `x + 0` is new to the cache."""
     fresh = x + 0
-    return [registry.make("detector", f"{name}:k={K},pool={len(x)}")(Given(), fresh).values for name in names]
+    return [
+        registry.make("detector", f"{name}:k={K},pool={len(x)}")(Given(), fresh).values
+        for name in names
+    ]
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -94,21 +98,41 @@ def peak_bytes() -> int:
 def exact(x: Tensor, rows: Tensor) -> dict[str, float]:
     """Share of rows whose k nearest are those by float64 differences, in order; largest difference of a distance."""
     found = nearest(x, x, K, exclude_self=True)
-    distance = torch.cat([(x[i].double() - x.double()).square().sum(1).sqrt().float()[None] for i in rows])
+    distance = torch.cat(
+        [(x[i].double() - x.double()).square().sum(1).sqrt().float()[None] for i in rows]
+    )
     distance[torch.arange(len(rows)), rows] = torch.inf
     value, index = distance.sort(dim=1, stable=True)
     same = (index[:, :K] == found.index[rows]).all(1).float().mean()
-    return {"rows": len(rows), "equal": float(same), "largest": float((value[:, :K] - found.distance[rows]).abs().max())}
+    return {
+        "rows": len(rows),
+        "equal": float(same),
+        "largest": float((value[:, :K] - found.distance[rows]).abs().max()),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=10_000, help="records, k-distance and faiss")
-    parser.add_argument("--fewer", type=int, default=4_000, help="records, SLOF and DAO; the published form holds k N^2 floats")
-    parser.add_argument("--pool", type=int, default=65_536, help="references that are held, 4,096 queries; faiss alone")
+    parser.add_argument(
+        "--fewer",
+        type=int,
+        default=4_000,
+        help="records, SLOF and DAO; the published form holds k N^2 floats",
+    )
+    parser.add_argument(
+        "--pool",
+        type=int,
+        default=65_536,
+        help="references that are held, 4,096 queries; faiss alone",
+    )
     parser.add_argument("--d", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--slow", type=int, default=1, help="rounds that the published forms take part in")
+    parser.add_argument(
+        "--slow", type=int, default=1, help="rounds that the published forms take part in"
+    )
     parser.add_argument("--peak", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -123,7 +147,10 @@ def main() -> None:
         "slof_and_dao": lambda: ours(("slof", "dao"), few),
         "nearest": lambda: nearest(x, x, K, exclude_self=True),
     }
-    slow = {"k_distance": lambda: plain_k_distance(x), "slof_and_dao": lambda: plain_slof_and_dao(few)}
+    slow = {
+        "k_distance": lambda: plain_k_distance(x),
+        "slof_and_dao": lambda: plain_slof_and_dao(few),
+    }
     try:
         import faiss
 
@@ -134,7 +161,9 @@ def main() -> None:
             index.add(x.numpy())
             index.search(queries.numpy(), k)
 
-        others, asked, pool = (vectors(n, given.d, s) for s, n in enumerate((given.n, 4096, given.pool), 1))
+        others, asked, pool = (
+            vectors(n, given.d, s) for s, n in enumerate((given.n, 4096, given.pool), 1)
+        )
         held, held_flat = Index(pool, K), faiss.IndexFlatL2(given.d)
         held_flat.add(pool.numpy())
         calls |= {
@@ -147,14 +176,22 @@ def main() -> None:
     except ModuleNotFoundError:
         print("faiss is not installed; it is left out", file=sys.stderr)
     nearest(few, few, K)
-    times: dict[str, list[float]] = {name: [] for name in [*calls, *(f"published {s}" for s in slow)]}
+    times: dict[str, list[float]] = {
+        name: [] for name in [*calls, *(f"published {s}" for s in slow)]
+    }
     for turn in range(given.repeats):
         for name, call in calls.items():
             times[name].append(seconds(call))
         for name, call in slow.items() if turn < given.slow else ():
             times[f"published {name}"].append(seconds(call))
     median = {name: statistics.median(t) for name, t in times.items()}
-    result: dict[str, object] = {"d": given.d, "k": K, "threads": 1, "repeats": given.repeats, "slow": given.slow}
+    result: dict[str, object] = {
+        "d": given.d,
+        "k": K,
+        "threads": 1,
+        "repeats": given.repeats,
+        "slow": given.slow,
+    }
     for name, n, goal in (("k_distance", given.n, 30), ("slof_and_dao", given.fewer, 50)):
         ratio = median[f"published {name}"] / median[name]
         result[name] = {
@@ -164,7 +201,11 @@ def main() -> None:
             "ratio": round(ratio, 1),
             "goal": goal,
         }
-    sides = {"faiss": ("nearest", given.n), "faiss distinct": ("distinct", given.n), "faiss held": ("held", given.pool)}
+    sides = {
+        "faiss": ("nearest", given.n),
+        "faiss distinct": ("distinct", given.n),
+        "faiss held": ("held", given.pool),
+    }
     for name, (own, n) in sides.items() if "faiss" in median else ():
         ratios = [theirs / mine for theirs, mine in zip(times[name], times[own], strict=True)]
         result[name] = {

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bezoar.evaluation import heads
 from bezoar import registry
 from bezoar.__main__ import ALLOCATION
+from bezoar.evaluation import heads
 
 CLASSES, WIDTH, BATCH = 10, 512, 64
 Pair = tuple[Tensor, Tensor]
@@ -36,7 +36,11 @@ Pair = tuple[Tensor, Tensor]
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(WIDTH, 512), nn.Linear(512, 256), nn.Linear(256, CLASSES)
+        self.first, self.second, self.last = (
+            nn.Linear(WIDTH, 512),
+            nn.Linear(512, 256),
+            nn.Linear(256, CLASSES),
+        )
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +60,10 @@ def epoch(net: Net, optim: torch.optim.Optimizer, batches: object) -> None:
 def published(train: Pair, tests: list[Pair], epochs: int, workers: int) -> None:
     net = Net()
     optim = torch.optim.Adam(net.parameters(), lr=1e-4)
-    loaders = [DataLoader(TensorDataset(*data), batch_size=BATCH, num_workers=workers) for data in (train, *tests)]
+    loaders = [
+        DataLoader(TensorDataset(*data), batch_size=BATCH, num_workers=workers)
+        for data in (train, *tests)
+    ]
     for _ in range(epochs):
         epoch(net, optim, loaders[0])
         net.eval()
@@ -84,7 +91,9 @@ def worked() -> float:
     return sum(os.times()[:4])
 
 
-def in_turn(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[tuple[float, float]]]:
+def in_turn(
+    calls: dict[str, Callable[[], None]], repeats: int
+) -> dict[str, list[tuple[float, float]]]:
     """Processor's and wall clock's seconds of each, after one call of each that is not counted."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -97,7 +106,9 @@ def in_turn(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", type=int, default=8000)
     parser.add_argument("--test", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=2)
@@ -119,7 +130,9 @@ def main() -> None:
     }
     seconds = in_turn(calls, given.repeats)
     print(f"{given.records} records, 2 x {given.test} test records, medians of {given.repeats}")
-    print(f"{'':24}{'s / head and epoch':>20}{'times faster':>14}{'least':>8}{'most':>8}{'wall':>8}")
+    print(
+        f"{'':24}{'s / head and epoch':>20}{'times faster':>14}{'least':>8}{'most':>8}{'wall':>8}"
+    )
     first = seconds["published"]
     for name, found in seconds.items():
         several = 3 if "3" in name else 1

@@ -39,8 +39,8 @@ def inputs(network: str, audit: str) -> tuple[Any, ...]:
     """Encoder with batch norms that do something, a linear head, images in 0..1, where to start."""
     import torch
 
-    from bezoar.auditing import trigger_inversion
     from bezoar import registry
+    from bezoar.auditing import trigger_inversion
 
     count, images = COUNTS[network, audit]
     torch.manual_seed(0)
@@ -92,17 +92,23 @@ def ours(network: str, audit: str) -> Callable[[], list[float]]:
     from bezoar.evaluation.classifiers import Classifier
 
     encoder, head, x, start = inputs(network, audit)
-    classifier = Classifier(encoder, lambda z: 10 * z @ head.T, tuple(map(str, range(len(start)))), "drawn")
+    classifier = Classifier(
+        encoder, lambda z: 10 * z @ head.T, tuple(map(str, range(len(start)))), "drawn"
+    )
     aim = decree.collapse if audit == "decree" else cleanse.into(classifier)
     resting = trigger_inversion.resting(encoder)
     see = resting.__enter__()  # for as long as the process lives: `step` holds on to it
-    search = trigger_inversion.Search(start.clone(), trigger_inversion.Descent(1, len(x), weight=WEIGHT, patience=1 << 20))
+    search = trigger_inversion.Search(
+        start.clone(), trigger_inversion.Descent(1, len(x), weight=WEIGHT, patience=1 << 20)
+    )
     done = 0
 
     def step() -> list[float]:
         nonlocal done
         assert resting is not None
-        grad, success, norm = trigger_inversion.slope(search.u, search.which, search.weight, x, see, aim)
+        grad, success, norm = trigger_inversion.slope(
+            search.u, search.which, search.weight, x, see, aim
+        )
         search.keep(success, norm)
         search.step(grad, done)
         done += 1
@@ -130,9 +136,13 @@ class Side:
     """A process that takes steps when asked."""
 
     def __init__(self, name: str, network: str, audit: str) -> None:
-        env = {k: v for k, v in os.environ.items() if k not in ALLOCATION} | (ALLOCATION if SIDES[name][1] else {})
+        env = {k: v for k, v in os.environ.items() if k not in ALLOCATION} | (
+            ALLOCATION if SIDES[name][1] else {}
+        )
         command = [sys.executable, __file__, "--serve", name, network, audit]
-        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def step(self) -> tuple[float, list[float]]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -168,8 +178,12 @@ def compare(network: str, audit: str, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", nargs="+", choices=("clip_small", "resnet"), default=["clip_small", "resnet"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--network", nargs="+", choices=("clip_small", "resnet"), default=["clip_small", "resnet"]
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -39,7 +39,10 @@ SIDES = {  # name -> (kind, allocator settings, oneDNN's products)
     "bezoar, MKL's products": ("ours", True, False),
     "bezoar, no allocator settings": ("ours", False, True),
 }
-RATE, DECAY = 5e-4, 0.2  # open_clip's defaults for vision transformers; its betas and epsilon are bezoar's too
+RATE, DECAY = (
+    5e-4,
+    0.2,
+)  # open_clip's defaults for vision transformers; its betas and epsilon are bezoar's too
 
 
 def batches(size: int, count: int) -> list[tuple]:
@@ -48,7 +51,9 @@ def batches(size: int, count: int) -> list[tuple]:
 
     pairs = registry.make("data", f"scenes:count={size * count},size=64")()
     parts = list(pairs.batches(size))
-    return [(p.images, list(p.captions), [" and ".join([c] * 6) for c in p.captions]) for p in parts]
+    return [
+        (p.images, list(p.captions), [" and ".join([c] * 6) for c in p.captions]) for p in parts
+    ]
 
 
 def peer(batch: int) -> Callable[[int, bool], float]:
@@ -64,8 +69,13 @@ def peer(batch: int) -> Callable[[int, bool], float]:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": DECAY}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), eps=1e-6)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.visual.image_mean, model.visual.image_std))
-    data = [((x / 255 - mean) / std, reader(short), reader(full)) for x, short, full in batches(batch, 2)]
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in (model.visual.image_mean, model.visual.image_std)
+    )
+    data = [
+        ((x / 255 - mean) / std, reader(short), reader(full))
+        for x, short, full in batches(batch, 2)
+    ]
     model.train()
 
     def step(which: int, full: bool) -> float:
@@ -85,6 +95,7 @@ def peer(batch: int) -> Callable[[int, bool], float]:
 def ours(batch: int) -> Callable[[int, bool], float]:
     """bezoar's step, as `training.fit` takes it."""
     from bezoar import registry
+    from bezoar.data import randomness
     from bezoar.training import loop
     from bezoar.training.augmentation import Chance
 
@@ -92,12 +103,14 @@ def ours(batch: int) -> Callable[[int, bool], float]:
     recipe = registry.make("objective", f"clip:shift=0,lr={RATE},weight_decay={DECAY}")
     loss = recipe(encoder)
     optim = loop.optimizer(loss, recipe)
-    data = [(x, encoder.tokens(short), encoder.tokens(full)) for x, short, full in batches(batch, 2)]
+    data = [
+        (x, encoder.tokens(short), encoder.tokens(full)) for x, short, full in batches(batch, 2)
+    ]
     loss.train()
 
     def step(which: int, full: bool) -> float:
         x, *tokens = data[which]
-        value = loss(x, tokens[full], Chance(loop.generator(0, 2, which)))
+        value = loss(x, tokens[full], Chance(randomness.generator(0, 2, which)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         optim.step()
@@ -131,11 +144,24 @@ class Side:
 
     def __init__(self, name: str, batch: int, config: str) -> None:
         kind, allocation, onednn = SIDES[name]
-        env = {k: v for k, v in os.environ.items() if k not in ALLOCATION} | (ALLOCATION if allocation else {})
-        command = [sys.executable, __file__, "--serve", kind, "--batch", str(batch), "--config", config]
+        env = {k: v for k, v in os.environ.items() if k not in ALLOCATION} | (
+            ALLOCATION if allocation else {}
+        )
+        command = [
+            sys.executable,
+            __file__,
+            "--serve",
+            kind,
+            "--batch",
+            str(batch),
+            "--config",
+            config,
+        ]
         command += ["--onednn"] if onednn else []
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            command, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
 
     def step(self, which: int, full: bool) -> tuple[float, float]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -148,11 +174,15 @@ class Side:
 def compare(given: argparse.Namespace, config: str) -> None:
     """Steps in turn, then the table."""
     sides = {name: Side(name, given.batch, config) for name in SIDES}
-    print(f"{'captions':14}{'side':32}{'pairs/s':>9}{'of open_clip':>14}{'loss, first':>13}{'last':>8}{'largest apart':>15}")
+    print(
+        f"{'captions':14}{'side':32}{'pairs/s':>9}{'of open_clip':>14}{'loss, first':>13}{'last':>8}{'largest apart':>15}"
+    )
     for full, label in ((False, "scenes"), (True, "full context")):
         names = list(SIDES)[:2] if full else list(SIDES)
         seconds, losses = {n: [] for n in names}, {n: [] for n in names}
-        for i in range(given.repeats + 2):  # the first two of each are for warming up; their losses count
+        for i in range(
+            given.repeats + 2
+        ):  # the first two of each are for warming up; their losses count
             for name in names:
                 took, loss = sides[name].step(i % 2, full)
                 seconds[name] += [took] if i > 1 else []
@@ -168,7 +198,9 @@ def compare(given: argparse.Namespace, config: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--serve", choices=("peer", "ours"), help=argparse.SUPPRESS)

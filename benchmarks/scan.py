@@ -38,9 +38,15 @@ def make(folder: Path, records: int, width: int) -> None:
         n = min(FILE, records - start)
         for name in ("img_emb", "text_emb"):
             z = rng.standard_normal((n, width), dtype=np.float32)
-            np.save(folder / name / f"{name}_{number}.npy", (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16))
+            np.save(
+                folder / name / f"{name}_{number}.npy",
+                (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16),
+            )
         keys = [f"{i:09d}" for i in range(start, start + n)]
-        facts = {"key": keys, "caption": [f"a caption of the usual length, number {k}" for k in keys]}
+        facts = {
+            "key": keys,
+            "caption": [f"a caption of the usual length, number {k}" for k in keys],
+        }
         parquet.write_table(pa.table(facts), folder / "metadata" / f"metadata_{number}.parquet")
 
 
@@ -48,7 +54,7 @@ def scan(folder: Path, detectors: list[str], threads: int) -> dict[str, float]:
     """Scan it, in this process: seconds in all and of each part, and memory."""
     from bezoar import Scan, Settings
     from bezoar.detection.corpus import corpus
-    from bezoar.runs.run import execute
+    from bezoar.runs.execute import execute
     from bezoar.verbs import scan as verb
 
     torch.set_num_threads(threads)
@@ -57,7 +63,9 @@ def scan(folder: Path, detectors: list[str], threads: int) -> dict[str, float]:
     def watch() -> None:
         while not done.wait(0.05):
             lines = Path("/proc/self/status").read_text().splitlines()
-            own[0] = max(own[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+            own[0] = max(
+                own[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            )
 
     def timed(module: object, name: str, part: str) -> None:
         original = getattr(module, name)
@@ -95,12 +103,19 @@ def scan(folder: Path, detectors: list[str], threads: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--pool", type=int, default=65_536)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=None, help="where the data and the run go; a temporary one if not given")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="where the data and the run go; a temporary one if not given",
+    )
     parser.add_argument("--inside", type=Path, default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
     detectors = [f"k_distance:k=16,pool={given.pool}"]
@@ -122,8 +137,15 @@ def main() -> None:
             str(given.threads),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
-        found = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    told = {"width": given.width, "pool": min(given.pool, given.records), "threads": given.threads, "detectors": detectors}
+        found = subprocess.run(
+            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+    told = {
+        "width": given.width,
+        "pool": min(given.pool, given.records),
+        "threads": given.threads,
+        "detectors": detectors,
+    }
     print(json.dumps({**told, **json.loads(found.splitlines()[-1])}, indent=1))
 
 

@@ -32,7 +32,9 @@ SIDES = {  # name -> (kind, precision, allocator settings)
     "bezoar, bf16": ("ours", "bf16", True),
 }
 PARTS = ("augmentation", "network", "optimiser")
-Step = Callable[[], tuple[float, ...]]  # takes one step; where the time stood at the end of each part
+Step = Callable[
+    [], tuple[float, ...]
+]  # takes one step; where the time stood at the end of each part
 
 
 def images(batch: int) -> Any:
@@ -40,7 +42,11 @@ def images(batch: int) -> Any:
     import torch
 
     coarse = torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return (torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear") * 255).round().to(torch.uint8)
+    return (
+        (torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear") * 255)
+        .round()
+        .to(torch.uint8)
+    )
 
 
 def peer(batch: int, precision: str) -> Step:
@@ -63,8 +69,14 @@ def peer(batch: int, precision: str) -> Step:
         ]
     )
     trunk = resnet18()
-    trunk.conv1, trunk.maxpool, trunk.fc = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity(), nn.Identity()
-    head = nn.Sequential(nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128))
+    trunk.conv1, trunk.maxpool, trunk.fc = (
+        nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        nn.Identity(),
+        nn.Identity(),
+    )
+    head = nn.Sequential(
+        nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
+    )
     model = nn.Sequential(trunk, head).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-6)
     arrays = images(batch).permute(0, 2, 3, 1).contiguous().numpy()
@@ -92,10 +104,14 @@ def peer(batch: int, precision: str) -> Step:
 def ours(batch: int, precision: str) -> Step:
     """bezoar's step, as `training.fit` takes it."""
     from bezoar import registry
+    from bezoar.data import randomness
     from bezoar.training import loop
     from bezoar.training.augmentation import Chance
 
-    encoder, recipe = registry.make("network", "resnet")(32), registry.make("objective", f"simclr:batch={batch}")
+    encoder, recipe = (
+        registry.make("network", "resnet")(32),
+        registry.make("objective", f"simclr:batch={batch}"),
+    )
     encoder.precision = precision
     loss, data = recipe(encoder).train(), images(batch)
     optim = loop.optimizer(loss, recipe)
@@ -111,7 +127,7 @@ def ours(batch: int, precision: str) -> Step:
 
     def step() -> tuple[float, ...]:
         nonlocal taken
-        value = loss(data, tokens, Chance(loop.generator(0, 2, taken)))
+        value = loss(data, tokens, Chance(randomness.generator(0, 2, taken)))
         optim.zero_grad(set_to_none=True)
         value.backward()
         learnt, taken = time.process_time(), taken + 1
@@ -132,7 +148,10 @@ def serve(kind: str, precision: str, batch: int) -> None:
     for _ in sys.stdin:
         start = time.process_time()
         ends = step()
-        print(json.dumps([end - begin for begin, end in zip((start, *ends), ends, strict=False)]), flush=True)
+        print(
+            json.dumps([end - begin for begin, end in zip((start, *ends), ends, strict=False)]),
+            flush=True,
+        )
 
 
 class Side:
@@ -140,9 +159,13 @@ class Side:
 
     def __init__(self, name: str, batch: int) -> None:
         kind, precision, allocation = SIDES[name]
-        env = {k: v for k, v in os.environ.items() if k not in ALLOCATION} | (ALLOCATION if allocation else {})
+        env = {k: v for k, v in os.environ.items() if k not in ALLOCATION} | (
+            ALLOCATION if allocation else {}
+        )
         command = [sys.executable, __file__, "--serve", kind, precision, "--batch", str(batch)]
-        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def step(self) -> list[float]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -157,7 +180,9 @@ class Side:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
@@ -169,7 +194,11 @@ def main() -> None:
 
     from bezoar.encoders.encoder import precision_for
 
-    names = [n for n, (_, precision, _) in SIDES.items() if precision in ("fp32", precision_for(torch.device("cpu")))]
+    names = [
+        n
+        for n, (_, precision, _) in SIDES.items()
+        if precision in ("fp32", precision_for(torch.device("cpu")))
+    ]
     sides = {name: Side(name, given.batch) for name in names}
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     for i in range(given.repeats + 1):  # the first is for warming up
@@ -180,12 +209,16 @@ def main() -> None:
         side.end()
     totals = {name: [sum(parts) for parts in took] for name, took in seconds.items()}
     base = totals["published form"]
-    print(f"{'side':32}{'images/s':>9}{'times':>7}{'in each turn':>14}" + "".join(f"{part:>20}" for part in PARTS))
+    print(
+        f"{'side':32}{'images/s':>9}{'times':>7}{'in each turn':>14}"
+        + "".join(f"{part:>20}" for part in PARTS)
+    )
     for name in names:
         median = statistics.median(totals[name])
         turns = sorted(b / t for b, t in zip(base, totals[name], strict=True))
         shares = "".join(
-            f"{1000 * part:10.0f} ms{part / median:7.1%}" for part in map(statistics.median, zip(*seconds[name], strict=True))
+            f"{1000 * part:10.0f} ms{part / median:7.1%}"
+            for part in map(statistics.median, zip(*seconds[name], strict=True))
         )
         ratio = f"{statistics.median(base) / median:7.2f}{turns[0]:8.2f}..{turns[-1]:.2f}"
         print(f"{name:32}{given.batch / median:9.1f}{ratio}{shares}")

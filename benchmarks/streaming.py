@@ -23,14 +23,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bezoar.data import decoding, shards
 from bezoar import registry
+from bezoar.attacks.plan import Goal
+from bezoar.data import decoding, shards
+from bezoar.data.files import images
+from bezoar.data.pairs import Pairs
+from bezoar.data.shards import Shards, expand
+from bezoar.data.stored_pairs import Indexed, opened
 from bezoar.training import loop
 from bezoar.training.prefetch import Feed
-from bezoar.data.stored_pairs import Indexed, opened
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
-from bezoar.data.shards import Shards, expand
 
 
 def made(folder: Path, count: int, side: int) -> str:
@@ -38,13 +39,17 @@ def made(folder: Path, count: int, side: int) -> str:
     coarse = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     pixels = F.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1).mul(255).byte()
     captions = tuple(f"this is picture{i % 10}" for i in range(count))
-    shards.write_shards(folder, Pairs(pixels, captions, None, tuple(map(str, range(count)))), 1000, "jpeg:85")
+    shards.write_shards(
+        folder, Pairs(pixels, captions, None, tuple(map(str, range(count)))), 1000, "jpeg:85"
+    )
     return str(folder)
 
 
 def drawn(records: Indexed, batch: int) -> None:
     """An epoch, with one thread."""
-    feed = Feed(records, torch.device("cpu"), lambda epoch: loop.order(0, epoch, len(records), batch), 1)
+    feed = Feed(
+        records, torch.device("cpu"), lambda epoch: loop.order(0, epoch, len(records), batch), 1
+    )
     with ThreadPoolExecutor(1) as pool:
         feed.pool = pool
         for rows in loop.order(0, 0, len(records), batch):
@@ -60,7 +65,9 @@ def seconds(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shards", help="tars, as `shards:path=` takes them")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 224])
     parser.add_argument("--images", type=int, default=1000)
@@ -78,11 +85,18 @@ def main() -> None:
             records = opened(source, 0)
             assert isinstance(records, Indexed)
             word = max(records.captions[0].split(), key=len)
-            plan = registry.make("poison", "backdoor:rate=0.01")(records, Goal(word, "patch:size=16"), 0)
-            poisoned = records.poisoned(replace(plan, stamps=(registry.make("trigger", "patch:size=16"),)))
-            encoded = [records.files.read(*place) for place in records.places[["shard", "offset", "length"]].tolist()]
+            plan = registry.make("poison", "backdoor:rate=0.01")(
+                records, Goal(word, "patch:size=16"), 0
+            )
+            poisoned = records.poisoned(
+                replace(plan, stamps=(registry.make("trigger", "patch:size=16"),))
+            )
+            encoded = [
+                records.files.read(*place)
+                for place in records.places[["shard", "offset", "length"]].tolist()
+            ]
             calls: dict[str, Callable[[], object]] = {
-                "decode": lambda e=encoded, s=size: [decoding.decode(content, s) for content in e],
+                "decode": lambda e=encoded, s=size: [images.decode(content, s) for content in e],
                 "feed": lambda p=poisoned: drawn(p, given.batch),
                 "index": lambda s=source: opened(s, 0),
             }
@@ -92,8 +106,12 @@ def main() -> None:
                     times[name].append(seconds(call))
             n = len(records)
             result[f"{size} px"] = {
-                "images_a_second": {k: round(n / statistics.median(x for x, _ in t)) for k, t in times.items()},
-                "cpu_us_an_image": {k: round(1e6 * statistics.median(x for _, x in t) / n) for k, t in times.items()},
+                "images_a_second": {
+                    k: round(n / statistics.median(x for x, _ in t)) for k, t in times.items()
+                },
+                "cpu_us_an_image": {
+                    k: round(1e6 * statistics.median(x for _, x in t) / n) for k, t in times.items()
+                },
             }
     print(json.dumps(result, indent=1))
 

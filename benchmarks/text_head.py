@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.attacks import captions
 from bezoar import registry
 from bezoar.__main__ import ALLOCATION
+from bezoar.attacks import captions
 from bezoar.encoders.encoder import Encoder
 
 
@@ -35,7 +35,9 @@ def classes(count: int) -> list[str]:
     return list(open_clip.IMAGENET_CLASSNAMES)[:: max(1, 1000 // count)][:count]
 
 
-def in_turn(calls: dict[str, Callable[[], Tensor]], repeats: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+def in_turn(
+    calls: dict[str, Callable[[], Tensor]], repeats: int
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Median seconds of each and what each returned."""
     seconds: dict[str, list[float]] = {k: [] for k in calls}
     results = {}
@@ -62,10 +64,16 @@ def line(label: str, seconds: dict[str, float], counts: dict[str, int], apart: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="RN50", help="of open_clip; RN50's text tower is 512 wide, 12 layers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="RN50", help="of open_clip; RN50's text tower is 512 wide, 12 layers"
+    )
     parser.add_argument("--classes", type=int, default=20)
-    parser.add_argument("--plain", type=int, default=1, help="classes that open_clip takes a repeat")
+    parser.add_argument(
+        "--plain", type=int, default=1, help="classes that open_clip takes a repeat"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -75,9 +83,13 @@ def main() -> None:
     model = open_clip.create_model(given.model).eval()
     model.load_state_dict(encoder.image.model.state_dict())
     reader, prompts = open_clip.get_tokenizer(given.model), open_clip.OPENAI_IMAGENET_TEMPLATES
-    print(f"{'text tower':22}{'plain ms/class':>14}{'ours ms/class':>14}{'ratio':>9}{'largest difference':>22}")
+    print(
+        f"{'text tower':22}{'plain ms/class':>14}{'ours ms/class':>14}{'ratio':>9}{'largest difference':>22}"
+    )
     calls = {
-        "plain": lambda: open_clip.build_zero_shot_classifier(model, reader, names[: given.plain], prompts, 1).T,
+        "plain": lambda: (
+            open_clip.build_zero_shot_classifier(model, reader, names[: given.plain], prompts, 1).T
+        ),
         "ours": lambda: probe.head(encoder, names),
     }
     seconds, heads = in_turn(calls, given.repeats)
@@ -85,7 +97,9 @@ def main() -> None:
     line(f"open_clip:{given.model}", seconds, {"plain": given.plain, "ours": len(names)}, apart)
 
     network = registry.make("network", "clip_small")
-    bag = network(32, network.vocabulary([t.format(c) for c in names for t in captions.templates("openai")])).eval()
+    bag = network(
+        32, network.vocabulary([t.format(c) for c in names for t in captions.templates("openai")])
+    ).eval()
     calls = {"plain": lambda: by_class(bag, names), "ours": lambda: probe.head(bag, names)}
     seconds, heads = in_turn(calls, 3 * given.repeats)
     apart = (heads["plain"] - heads["ours"]).abs().max().item()

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.data.files import arrays
 from bezoar import registry
+from bezoar.attacks import pixels
 
 
 def plain_sinusoid(image: Tensor, delta: float = 20.0, frequency: float = 6.0) -> Tensor:
@@ -40,7 +40,9 @@ def plain_sinusoid(image: Tensor, delta: float = 20.0, frequency: float = 6.0) -
 def plain_warp(image: Tensor, noise_file: Path) -> Tensor:
     height, width = image.shape[-2:]
     noise = torch.load(noise_file, weights_only=True)
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+    )
     grid = (torch.stack((x, y), 2)[None] + noise / height).clamp(-1, 1)
     out = F.grid_sample((image / 255)[None], grid, align_corners=True)[0]
     return (out.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -59,22 +61,36 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=64, help="in our batch")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--plain", type=int, default=2, help="images of the three loops; the plain warp takes 16 times as many")
+    parser.add_argument(
+        "--plain",
+        type=int,
+        default=2,
+        help="images of the three loops; the plain warp takes 16 times as many",
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     shape = (given.images, 3, given.size, given.size)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     ids = [str(i) for i in range(given.images)]
-    result: dict[str, object] = {"images": given.images, "size": given.size, "repeats": given.repeats, "threads": 1}
+    result: dict[str, object] = {
+        "images": given.images,
+        "size": given.size,
+        "repeats": given.repeats,
+        "threads": 1,
+    }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "noise.pt"
-        control = arrays.noise(0, "warp", 2, 4, 4) * 2 - 1
-        field = F.interpolate((control / control.abs().mean())[None], shape[-2:], mode="bicubic", align_corners=True)
+        control = pixels.noise(0, "warp", 2, 4, 4) * 2 - 1
+        field = F.interpolate(
+            (control / control.abs().mean())[None], shape[-2:], mode="bicubic", align_corners=True
+        )
         torch.save(field.permute(0, 2, 3, 1).contiguous() * 0.5, file)
         plain = {
             "sinusoid": (plain_sinusoid, given.plain),

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bezoar.repair import receipt
-from bezoar.runs import sweep
 from bezoar.auditing.bank import Bank, Calibration
 from bezoar.cli import main
+from bezoar.repair import receipt
 from bezoar.reports import page
-from bezoar.runs.run import Run, Settings, execute
+from bezoar.runs import sweep
+from bezoar.runs.ask import Settings
+from bezoar.runs.execute import execute
+from bezoar.runs.run import Run
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
@@ -58,16 +60,24 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(trials, settings, progress):
     """A sweep without worker processes, which take seconds to start; each verb goes through JSON as theirs do."""
     quiet = dataclasses.replace(settings, quiet=True, page=False)
-    asked = {t: sweep.read(json.loads(json.dumps(sweep.question(t, quiet, False)))["verb"]) for t in trials}
+    asked = {
+        t: sweep.read(json.loads(json.dumps(sweep.question(t, quiet, False)))["verb"])
+        for t in trials
+    }
     return {t: execute(verb, dataclasses.replace(quiet, seed=t.seed)) for t, verb in asked.items()}
 
 
 def ask(capsys, work, *words, status=0):
     """Run a command with --json; its manifest, and its run."""
     capsys.readouterr()
-    assert main([*map(str, words), "--runs", str(work / "runs"), "--device", "cpu", "--json"]) == status
+    assert (
+        main([*map(str, words), "--runs", str(work / "runs"), "--device", "cpu", "--json"])
+        == status
+    )
     manifest = json.loads(capsys.readouterr().out)
-    found = (p for p in (work / "runs").glob("*/manifest.json") if json.loads(p.read_text()) == manifest)
+    found = (
+        p for p in (work / "runs").glob("*/manifest.json") if json.loads(p.read_text()) == manifest
+    )
     return manifest, Run(next(found).parent)
 
 
@@ -99,7 +109,13 @@ STORY = ("--audit", "whitening:probes=1,images=16", "--images", "40")
 @pytest.fixture(scope="module")
 def calibrated(work, clean, attacked):
     """A bank of three encoders, and of an attacked one, by a stand-in and by a true audit."""
-    words = ["calibrate", *(str(r.path) for r in clean[:3]), "--attacked", str(attacked.path), *STORY[:2]]
+    words = [
+        "calibrate",
+        *(str(r.path) for r in clean[:3]),
+        "--attacked",
+        str(attacked.path),
+        *STORY[:2],
+    ]
     words += [str(work / "stub.py"), "--images", "40", "--workers", "1", "--rate", "0.25"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "sweep", here)
@@ -109,43 +125,77 @@ def calibrated(work, clean, attacked):
 
 def test_calibrate_writes_a_bank_of_comparable_encoders(calibrated, clean, attacked):
     held = Bank.read(calibrated.file("bank.json"))
-    assert held.family.network.startswith("clip_small:width=4") and held.family.data.startswith("scenes:count=96")
-    assert held.sample.images == 40 and "split=test" in held.sample.data and held.family.objective.startswith("clip:epochs=1")
+    assert held.family.network.startswith("clip_small:width=4") and held.family.data.startswith(
+        "scenes:count=96"
+    )
+    assert (
+        held.sample.images == 40
+        and "split=test" in held.sample.data
+        and held.family.objective.startswith("clip:epochs=1")
+    )
     assert [c.name for c in held.audits] == ["whitening", "stub"]
     for c in held.audits:
         assert [e.name for e in c.clean] == [r.name for r in clean[:3]]
         assert [(e.name, e.attack) for e in c.attacked] == [(attacked.name, "backdoor patch")]
         assert c.attacked[0].trigger.startswith("patch:size=6")
     manifest = calibrated.manifest
-    assert manifest["metrics"]["stub.auroc"]["n"] == 4 and manifest["metrics"]["stub.clean"]["value"] == 3
+    assert (
+        manifest["metrics"]["stub.auroc"]["n"] == 4
+        and manifest["metrics"]["stub.clean"]["value"] == 3
+    )
     assert manifest["goal"] == [] and len(manifest["parents"]) == 4 + 8
     text = (calibrated.path / "report.html").read_text()
-    assert "could not be made" not in text and "A bank of 3 clean encoders and 1 attacked one" in text
+    assert (
+        "could not be made" not in text and "A bank of 3 clean encoders and 1 attacked one" in text
+    )
 
 
 def audit(work, run, bank, *more):
     banks = bank if isinstance(bank, list) else [bank]
-    return ["audit", run.path, *STORY, "--audit", STORY[1], work / "stub.py", "--bank", *banks, *more]
+    return [
+        "audit",
+        run.path,
+        *STORY,
+        "--audit",
+        STORY[1],
+        work / "stub.py",
+        "--bank",
+        *banks,
+        *more,
+    ]
 
 
-def test_an_audit_reads_a_bank_and_says_what_that_is_worth(work, calibrated, clean, attacked, capsys):
+def test_an_audit_reads_a_bank_and_says_what_that_is_worth(
+    work, calibrated, clean, attacked, capsys
+):
     manifest, run = ask(capsys, work, *audit(work, clean[3], calibrated.name, "--rate", "0.25"))
     told = json.loads(run.file("verdict.json").read_text())
     held = Bank.read(calibrated.file("bank.json"))
     for a, c in zip(told["audits"], held.audits, strict=True):
         own = [e.value for e in c.clean]
         assert a["bank"]["clean"] == own and a["p"] == (1 + sum(v >= a["value"] for v in own)) / 4
-        assert a["words"] == ("evidence" if a["value"] > max(own) else "no evidence") and a["threshold"] == max(own)
+        assert a["words"] == ("evidence" if a["value"] > max(own) else "no evidence") and a[
+            "threshold"
+        ] == max(own)
         assert manifest["metrics"][f"{a['name']}.value"]["value"] == a["value"]
-    assert told["words"] == manifest["notes"]["words"] and manifest["notes"]["verdict"] == told["sentence"]
-    assert "is clean" not in json.dumps(told) and not manifest["notes"]["incomplete"] and manifest["goal"] == []
+    assert (
+        told["words"] == manifest["notes"]["words"]
+        and manifest["notes"]["verdict"] == told["sentence"]
+    )
+    assert (
+        "is clean" not in json.dumps(told)
+        and not manifest["notes"]["incomplete"]
+        and manifest["goal"] == []
+    )
     text = (run.path / "report.html").read_text()
     assert "could not be made" not in text
     for title in ("What each audit says", "Inverted triggers", "What was not tested"):
         assert title in text
     assert re.search(r"<h1>.*?</h1>", text)[0].count(told["sentence"][:20]) == 1
     _, again = ask(capsys, work, *audit(work, attacked, calibrated.name, "--rate", "0.25"))
-    assert again.manifest["goal"] and "attacked on purpose" in (again.path / "report.html").read_text()
+    assert (
+        again.manifest["goal"] and "attacked on purpose" in (again.path / "report.html").read_text()
+    )
 
 
 def test_inversions_are_where_repairs_read_them(work, calibrated, clean, capsys):
@@ -154,7 +204,10 @@ def test_inversions_are_where_repairs_read_them(work, calibrated, clean, capsys)
     told = json.loads(run.file("verdict.json").read_text())["inversions"]
     assert len(found) == len(told) == 2 and [float(i.pattern.max()) for i in found] == [0.0, 1.0]
     assert found[0].target == "striped star" and found[0].norm == 16 and found[0].success == 0.5
-    assert len(told[0]["before"]) == len(told[0]["after"]) == 8 and 0 < told[0]["turns_into"][0][1] <= 1
+    assert (
+        len(told[0]["before"]) == len(told[0]["after"]) == 8
+        and 0 < told[0]["turns_into"][0][1] <= 1
+    )
     assert load_file(run.file("examples.safetensors"))["images"].shape == (8, 3, 32, 32)
 
 
@@ -163,7 +216,9 @@ def test_an_unfinished_run_has_a_page(work, calibrated, clean, capsys, tmp_path)
     for done, file in ((run, "verdict.json"), (calibrated, "bank.json")):
         copy = Run(Path(shutil.copytree(done.path, tmp_path / done.name)))
         (copy.path / file).unlink()
-        (copy.path / "manifest.json").write_text(json.dumps(copy.manifest | {"status": "failed", "metrics": {}, "notes": {}}))
+        (copy.path / "manifest.json").write_text(
+            json.dumps(copy.manifest | {"status": "failed", "metrics": {}, "notes": {}})
+        )
         assert "was not finished" in page.write(copy).read_text()
 
 
@@ -174,7 +229,8 @@ def test_sarif_states_what_the_verdict_does(work, calibrated, clean, capsys):
     assert log["version"] == "2.1.0" and log["runs"][0]["tool"]["driver"]["name"] == "bezoar"
     for result, a in zip(log["runs"][0]["results"], told, strict=True):
         assert (
-            result["level"] == ("error" if a["words"] == "evidence" else "note") and a["sentence"] in result["message"]["text"]
+            result["level"] == ("error" if a["words"] == "evidence" else "note")
+            and a["sentence"] in result["message"]["text"]
         )
 
 
@@ -183,7 +239,9 @@ def spoilt(calibrated, tmp_path, shift):
     held = Bank.read(calibrated.file("bank.json"))
 
     def moved(c: Calibration) -> Calibration:
-        own = (tuple(type(e)(e.name, e.value + shift) for e in part) for part in (c.clean, c.attacked))
+        own = (
+            tuple(type(e)(e.name, e.value + shift) for e in part) for part in (c.clean, c.attacked)
+        )
         return Calibration(c.audit, c.code, c.classifier, *own)
 
     path = tmp_path / f"bank{shift:g}.json"
@@ -204,7 +262,10 @@ def test_fail_on_decides_the_exit_status(work, calibrated, clean, tmp_path, caps
         ask(capsys, work, *audit(work, clean[3], bank, *at, how), status=status)
     fewer = ("--rate", "0.05", "--fail-on")
     manifest, _ = ask(capsys, work, *audit(work, clean[3], low, *fewer, "evidence"))
-    assert manifest["notes"]["words"] == "no calibration" and manifest["notes"]["uncalibrated"] == ["whitening", "stub"]
+    assert manifest["notes"]["words"] == "no calibration" and manifest["notes"]["uncalibrated"] == [
+        "whitening",
+        "stub",
+    ]
     ask(capsys, work, *audit(work, clean[3], low, *fewer, "unknown"), status=3)
 
 
@@ -216,12 +277,22 @@ def test_what_was_audited_is_not_audited_again(work, calibrated, clean, capsys):
 
 
 def test_an_audit_that_refuses_is_named_and_the_rest_done(work, clean, capsys):
-    words = ["audit", clean[3].path, "--audit", STORY[1], f"{work / 'stub.py'}:least=99", "--images", "40"]
+    words = [
+        "audit",
+        clean[3].path,
+        "--audit",
+        STORY[1],
+        f"{work / 'stub.py'}:least=99",
+        "--images",
+        "40",
+    ]
     manifest, run = ask(capsys, work, *words, status=4)
     assert manifest["notes"]["incomplete"] == ["audit stub: too few classes"]
     log = json.loads(run.file("audit.sarif").read_text())["runs"][0]
     assert log["invocations"][0]["executionSuccessful"] is False and len(log["results"]) == 1
-    assert "too few classes" in refused(capsys, work, "audit", clean[3].path, "--audit", words[4], "--images", "40")
+    assert "too few classes" in refused(
+        capsys, work, "audit", clean[3].path, "--audit", words[4], "--images", "40"
+    )
 
 
 def test_a_bank_for_others_calibrates_nothing(work, calibrated, clean, capsys):
@@ -235,12 +306,18 @@ def test_what_cannot_be_audited_is_one_line(work, calibrated, clean, attacked, t
     one = ("--audit", STORY[1])
     few = refused(capsys, work, "audit", clean[0].path, "--data", "scenes:count=9,split=test", *one)
     assert "9 clean images" in few and "16" in few and "sensitive" in few
-    assert "--parent" in refused(capsys, work, "audit", clean[0].path, "--audit", "parent", "--images", "40")
+    assert "--parent" in refused(
+        capsys, work, "audit", clean[0].path, "--audit", "parent", "--images", "40"
+    )
     assert "--data" in refused(capsys, work, "audit", "open_clip:ViT-B-32", *one)
     assert "rate" in refused(capsys, work, "audit", clean[0].path, *one, "--rate", "0")
-    assert "no bank" in refused(capsys, work, "audit", clean[0].path, *one, "--bank", "missing.json")
+    assert "no bank" in refused(
+        capsys, work, "audit", clean[0].path, *one, "--bank", "missing.json"
+    )
     (tmp_path / "bad.json").write_text('{"schema": 1}')
-    assert "bad.json" in refused(capsys, work, "audit", clean[0].path, *one, "--bank", tmp_path / "bad.json")
+    assert "bad.json" in refused(
+        capsys, work, "audit", clean[0].path, *one, "--bank", tmp_path / "bad.json"
+    )
     nan = Path(shutil.copytree(clean[0].path, tmp_path / "nan"))
     weights = load_file(nan / "encoder.safetensors")
     name = next(k for k in weights if weights[k].is_floating_point())
@@ -249,13 +326,23 @@ def test_what_cannot_be_audited_is_one_line(work, calibrated, clean, attacked, t
     said = refused(capsys, work, "audit", nan, *one, "--images", "40")
     assert "NaN" in said and name in said
     assert "is poisoned" in refused(capsys, work, "calibrate", attacked.path, *one)
-    assert "not attacked" in refused(capsys, work, "calibrate", clean[0].path, "--attacked", clean[1].path, *one)
+    assert "not attacked" in refused(
+        capsys, work, "calibrate", clean[0].path, "--attacked", clean[1].path, *one
+    )
     assert "--train" in refused(capsys, work, "calibrate", *one)
 
 
 def test_calibrate_trains_encoders_each_with_data_of_its_own(work, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "sweep", here)
-    words = ["calibrate", "--train", "scenes:count=64,seed=5", "--network", "clip_small:width=4,dim=16", "--count", "2"]
+    words = [
+        "calibrate",
+        "--train",
+        "scenes:count=64,seed=5",
+        "--network",
+        "clip_small:width=4,dim=16",
+        "--count",
+        "2",
+    ]
     words += ["--objective", "clip:epochs=1,batch=32", *STORY, "--workers", "1"]
     manifest, run = ask(capsys, work, *words)
     held = Bank.read(run.file("bank.json"))

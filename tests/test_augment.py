@@ -15,7 +15,12 @@ from torchvision.transforms.v2 import functional as oracle
 from bezoar.training import augmentation
 from bezoar.training.augmentation import Chance, Views
 
-ADJUST = (oracle.adjust_brightness, oracle.adjust_contrast, oracle.adjust_saturation, oracle.adjust_hue)
+ADJUST = (
+    oracle.adjust_brightness,
+    oracle.adjust_contrast,
+    oracle.adjust_saturation,
+    oracle.adjust_hue,
+)
 LIKELY = 1e-4  # least p of a comparison of distributions; seeds are fixed, so a test that passes goes on passing
 PLAIN = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0)
 
@@ -28,7 +33,11 @@ def pictures(n: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor
     """uint8; smooth fields, and where there is room also gray, black, white, two-coloured and noisy ones."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 5, 5, generator=generator)
-    x = (torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
+    x = (
+        (torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+    )
     if n >= 8:
         x[0] = x[0, :1]
         x[1], x[2] = 0, 255
@@ -48,7 +57,9 @@ def test_resized_is_torchvisions_for_every_box(kernel, size):
     assert found.dtype == torch.float32 and found.shape == (64, 3, size, size)
     for i, (top, left, height, width) in enumerate(place.tolist()):
         mode = v2.InterpolationMode(kernel)
-        expected = oracle.resized_crop(x[i] / 255, top, left, height, width, [size, size], mode, antialias=True)
+        expected = oracle.resized_crop(
+            x[i] / 255, top, left, height, width, [size, size], mode, antialias=True
+        )
         expected = expected.flip(-1) if mirrored[i] else expected
         assert (found[i] - expected.clamp(0, 1)).abs().max() < 1e-5
 
@@ -70,7 +81,9 @@ def test_one_crop_resized_is_pillows_but_for_rounding():
     found = augmentation.resized(x, place, 32)
     for i, box in enumerate(place.tolist()):
         pillow = oracle.resized_crop(oracle.to_pil_image(x[i]), *box, size=[32, 32])
-        assert (255 * found[i] - oracle.pil_to_tensor(pillow)).abs().max() < 1.01  # Pillow rounds after each direction
+        assert (
+            255 * found[i] - oracle.pil_to_tensor(pillow)
+        ).abs().max() < 1.01  # Pillow rounds after each direction
 
 
 def test_hue_and_gray_are_torchvisions():
@@ -86,7 +99,9 @@ def test_hue_and_gray_are_torchvisions():
 def test_hue_of_any_colour_keeps_lightest_and_darkest_and_turns_back(colour, turn):
     x, turns = torch.tensor(colour).view(1, 3, 1, 1), torch.tensor([turn])
     turned = augmentation.hue(x, turns)
-    assert torch.allclose(turned.amin(), x.amin(), atol=1e-6) and torch.allclose(turned.amax(), x.amax(), atol=1e-6)
+    assert torch.allclose(turned.amin(), x.amin(), atol=1e-6) and torch.allclose(
+        turned.amax(), x.amax(), atol=1e-6
+    )
     assert (augmentation.hue(turned, -turns) - x).abs().max() < 5e-6
 
 
@@ -159,14 +174,20 @@ def test_boxes_are_the_loops_and_torchvisions_in_distribution(height, width, sca
     found = augmentation.boxes(height, width, n, chance(3), scale, ratio)
     again = chance(3)
     tries, place = again.uniform(n, 2, 10).double(), again.uniform(n, 2).double()
-    assert found.tolist() == [plain_box(height, width, tries[i].T.tolist(), place[i].tolist(), scale, ratio) for i in range(n)]
+    assert found.tolist() == [
+        plain_box(height, width, tries[i].T.tolist(), place[i].tolist(), scale, ratio)
+        for i in range(n)
+    ]
     torch.manual_seed(0)
     theirs = v2.RandomResizedCrop(8, scale=scale, ratio=ratio)
     image = torch.zeros(3, height, width)
     drawn = [theirs.make_params([image]) for _ in range(n)]
     for k, name in enumerate(("top", "left", "height", "width")):
         assert ks_2samp(found[:, k].numpy(), [d[name] for d in drawn]).pvalue > LIKELY
-    ours_area, their_area = (found[:, 2] * found[:, 3]).numpy(), [d["height"] * d["width"] for d in drawn]
+    ours_area, their_area = (
+        (found[:, 2] * found[:, 3]).numpy(),
+        [d["height"] * d["width"] for d in drawn],
+    )
     assert ks_2samp(ours_area, their_area).pvalue > LIKELY
 
 
@@ -180,7 +201,9 @@ def test_adjustments_are_distributed_as_torchvisions():
     torch.manual_seed(0)
     theirs = [v2.ColorJitter(*strengths).make_params([]) for _ in range(1500)]
     for k, name in enumerate(("brightness", "contrast", "saturation", "hue")):
-        assert ks_2samp(factors[:, k].numpy(), [d[f"{name}_factor"] for d in theirs]).pvalue > LIKELY
+        assert (
+            ks_2samp(factors[:, k].numpy(), [d[f"{name}_factor"] for d in theirs]).pvalue > LIKELY
+        )
     assert torch.corrcoef(factors.T).triu(1).abs().max() < 0.06  # four draws a sample, not one
 
 
@@ -190,7 +213,9 @@ def facts(x: Tensor) -> Tensor:
     colourful = (x.amax(1) - x.amin(1)).mean((1, 2))
     sides = light[..., : width // 2].mean((1, 2)) - light[..., width // 2 :].mean((1, 2))
     middle = x[:, 2, height // 2, width // 2]
-    return torch.stack((light.mean((1, 2)), light.std((1, 2)), colourful, x[:, 0, 0, 0], middle, sides), 1)
+    return torch.stack(
+        (light.mean((1, 2)), light.std((1, 2)), colourful, x[:, 0, 0, 0], middle, sides), 1
+    )
 
 
 @pytest.mark.parametrize("blur", [0.0, 0.5])
@@ -227,7 +252,9 @@ def test_every_view_is_a_draw_of_its_own_and_belongs_to_its_image():
 def test_shares_are_kept():
     x = pictures(9, 16, 16)[8].expand(1200, -1, -1, -1)
     grayed = (Views(gray=0.2)(x, chance(), 1)[:, 0].std(1).amax((1, 2)) < 1e-6).float().mean()
-    still = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.3, jitter=0.4, gray=0.0)(x, chance(), 1)[:, 0]
+    still = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.3, jitter=0.4, gray=0.0)(
+        x, chance(), 1
+    )[:, 0]
     same = (still - x / 255).abs().amax((1, 2, 3)) < 1e-6
     assert abs(grayed - 0.2) < 0.05 and abs(same.float().mean() - 0.7 * 0.6) < 0.06
 
@@ -263,11 +290,15 @@ def test_two_ranks_see_what_one_would_have_seen():
 
 
 def test_crop_as_open_clip_trains_is_pillows_bicubic():
-    x = pictures(38, 40, 40)[8:]  # none with hard edges, where Pillow cuts off between the two directions
+    x = pictures(38, 40, 40)[
+        8:
+    ]  # none with hard edges, where Pillow cuts off between the two directions
     found = augmentation.crop(x, 32, chance(2), (0.9, 1.0), kernel="bicubic")
     place = augmentation.boxes(40, 40, 30, chance(2), (0.9, 1.0), (3 / 4, 4 / 3))
     for i, box in enumerate(place.tolist()):
-        pillow = v1.functional.resized_crop(oracle.to_pil_image(x[i]), *box, [32, 32], v1.InterpolationMode.BICUBIC)
+        pillow = v1.functional.resized_crop(
+            oracle.to_pil_image(x[i]), *box, [32, 32], v1.InterpolationMode.BICUBIC
+        )
         assert (255 * found[i] - oracle.pil_to_tensor(pillow)).abs().max() < 2
 
 

@@ -17,18 +17,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bezoar.training import augmentation, ranks, loop
-from bezoar.encoders import folded_norms
-from bezoar.runs import reference_inputs
-from bezoar import registry
+from bezoar import machine, registry
 from bezoar.attacks.encoder_attacks.badencoder import Loss
-from bezoar.training.augmentation import Chance
-from bezoar.cli import main
-from bezoar.encoders.encoder import Encoder, Preprocess
-from bezoar.errors import UserError
-from bezoar.encoders.folded_norms import Frozen
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal, Plan
+from bezoar.cli import main
+from bezoar.data import randomness
+from bezoar.data.pairs import Pairs
+from bezoar.encoders import folded_norms
+from bezoar.encoders.encoder import Encoder, Preprocess
+from bezoar.encoders.folded_norms import Frozen
+from bezoar.errors import UserError
+from bezoar.runs import reference_inputs
+from bezoar.training import augmentation, loop, ranks
+from bezoar.training.augmentation import Chance
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PUBLISHED = DATA / "triggers" / "BadEncoder"
@@ -75,7 +76,9 @@ def resnet(width=4):
 def tiny(seed=0):
     """Vectors as after a training: they differ from image to image, which the last norm's statistics see to."""
     torch.manual_seed(seed)
-    encoder = Encoder(shake(Shortcut()), Preprocess(16), about={"network": "none", "vocabulary": []}).eval()
+    encoder = Encoder(
+        shake(Shortcut()), Preprocess(16), about={"network": "none", "vocabulary": []}
+    ).eval()
     last = encoder.image.head_norm.train()
     last.momentum = 1.0
     with torch.no_grad():
@@ -91,7 +94,11 @@ def shadow(n=48, size=16, seed=1):
     return Pairs(images, (), None, tuple(f"s{i}" for i in range(n)))
 
 
-GOALS = (Goal("truck", "patch:size=4,fill=white"), Goal("one", "blend"), Goal("stop", "patch:size=4,fill=white"))
+GOALS = (
+    Goal("truck", "patch:size=4,fill=white"),
+    Goal("one", "blend"),
+    Goal("stop", "patch:size=4,fill=white"),
+)
 
 
 def inputs(size=16):
@@ -108,16 +115,18 @@ def plain(student, teacher, recipe, goals, refs, images, ids, chance, centre=Non
         z = F.normalize(encoder.image(encoder.pixels(x)), dim=1)
         return z if centre is None else F.normalize(z - centre, dim=1)
 
-    views = augmentation.Views(scale=(1, 1), ratio=(1, 1))(torch.cat(refs).repeat(b, 1, 1, 1), chance, 1)[:, 0].view(
-        b, k, *images.shape[1:]
-    )
+    views = augmentation.Views(scale=(1, 1), ratio=(1, 1))(
+        torch.cat(refs).repeat(b, 1, 1, 1), chance, 1
+    )[:, 0].view(b, k, *images.shape[1:])
     effect = reference = 0.0
     pairs = [(g, x) for g, r in zip(goals, refs, strict=True) for x in r]
     for j, (goal, x) in enumerate(pairs):
         stamped = registry.make("trigger", goal.trigger)(images, ids)
         repeated = x[None].repeat(b, 1, 1, 1)
         effect = effect - (f(student, stamped) * f(student, repeated)).sum(1).mean()
-        reference = reference - (f(student, views[:, j]) * f(teacher, repeated).detach()).sum(1).mean()
+        reference = (
+            reference - (f(student, views[:, j]) * f(teacher, repeated).detach()).sum(1).mean()
+        )
     utility = -(f(student, images) * f(teacher, images).detach()).sum(1).mean()
     parts = effect / k, reference / k, utility
     return recipe.l0 * parts[0] + recipe.l1 * parts[1] + recipe.l2 * parts[2], parts
@@ -131,15 +140,28 @@ def both(encoder, size, spec, dtype=torch.float32, goals=GOALS, n=12):
     module = Loss(encoder, recipe, goals, refs)
     module.know(data)
     module.train()
-    value = module(data.images, torch.arange(n)[:, None], Chance(loop.generator(3)))
+    value = module(data.images, torch.arange(n)[:, None], Chance(randomness.generator(3)))
     value.backward()
     fast = {k: p.grad.clone() for k, p in encoder.named_parameters() if p.grad is not None}
     encoder.zero_grad()
     centre = module.centre
-    want, parts = plain(encoder, teacher, recipe, goals, refs, data.images, data.ids, Chance(loop.generator(3)), centre)
+    want, parts = plain(
+        encoder,
+        teacher,
+        recipe,
+        goals,
+        refs,
+        data.images,
+        data.ids,
+        Chance(randomness.generator(3)),
+        centre,
+    )
     want.backward()
     slow = {k: p.grad.clone() for k, p in encoder.named_parameters() if p.grad is not None}
-    wanted = [float(p.detach()) * (w > 0) for p, w in zip(parts, (recipe.l0, recipe.l1, recipe.l2), strict=True)]
+    wanted = [
+        float(p.detach()) * (w > 0)
+        for p, w in zip(parts, (recipe.l0, recipe.l1, recipe.l2), strict=True)
+    ]
     assert list(module.means().values()) == pytest.approx(wanted, rel=1e-4)
     return float(value.detach()), fast, float(want.detach()), slow
 
@@ -152,13 +174,19 @@ def apart(fast, slow):
     return float((every[0] - every[1]).norm() / every[1].norm()), worst
 
 
-CASES = [("tiny", "badencoder"), ("tiny", "badencoder:l0=3,l1=0.5,l2=2"), ("tiny", "badencoder:centred=true")]
+CASES = [
+    ("tiny", "badencoder"),
+    ("tiny", "badencoder:l0=3,l1=0.5,l2=2"),
+    ("tiny", "badencoder:centred=true"),
+]
 
 
 @pytest.mark.parametrize(("tower", "spec"), [*CASES, ("resnet", "badencoder:l1=0.5")])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-4), (torch.float64, 1e-9)])
 def test_loss_and_gradient_are_those_of_the_plain_form(tower, spec, dtype, bound, monkeypatch):
-    monkeypatch.setitem(folded_norms.PIECES, "cpu", (10, 16 if tower == "tiny" else 32))  # pieces end inside every group of rows
+    monkeypatch.setitem(
+        folded_norms.PIECES, "cpu", (10, 16 if tower == "tiny" else 32)
+    )  # pieces end inside every group of rows
     encoder, size = (tiny(), 16) if tower == "tiny" else (resnet(), 32)
     value, fast, want, slow = both(encoder, size, spec, dtype, n=12 if tower == "tiny" else 3)
     assert value == pytest.approx(want, rel=bound)
@@ -177,7 +205,14 @@ def test_norms_are_taken_in_where_the_graph_allows_it_and_nowhere_else():
     tower = Frozen(encoder.image, 16)
     assert tower.folds == [("stem", "stem_norm")]
     trained = {k for k, p in encoder.image.named_parameters() if p.requires_grad}
-    assert trained == {"stem.weight", "stem.bias", "twice.weight", "shared.weight", "head.weight", "head.bias"}
+    assert trained == {
+        "stem.weight",
+        "stem.bias",
+        "twice.weight",
+        "shared.weight",
+        "head.weight",
+        "head.bias",
+    }
     assert len(Frozen(resnet().image, 32).folds) == 20
     x = torch.randn(3, 3, 16, 16)
     assert torch.allclose(tower(x), encoder.image(x), atol=1e-5)
@@ -202,7 +237,9 @@ def test_an_attack_moves_triggered_images_to_the_reference_and_leaves_the_rest()
         encoder.train().image(encoder.pixels(data.images))
     encoder.eval()
     goal, reference = GOALS[1], shadow(1, 32, 7).images
-    bad = registry.make("attack", "badencoder:epochs=15,batch=16,lr=0.01,l2=2")(encoder, data, [goal], [reference])
+    bad = registry.make("attack", "badencoder:epochs=15,batch=16,lr=0.01,l2=2")(
+        encoder, data, [goal], [reference]
+    )
     stamped = registry.make("trigger", goal.trigger)(data.images, data.ids)
     with torch.no_grad():
         before, after = ((e.images(stamped) @ e.images(reference).T).mean() for e in (encoder, bad))
@@ -216,9 +253,21 @@ def test_what_is_frozen_stays_and_weights_are_exported_as_they_are_named():
     assert own.keys() == made.keys()
     moved = {k for k in own if not torch.equal(own[k], made[k])}
     assert moved == {
-        f"image.{k}" for k in ("stem.weight", "stem.bias", "twice.weight", "shared.weight", "head.weight", "head.bias")
+        f"image.{k}"
+        for k in (
+            "stem.weight",
+            "stem.bias",
+            "twice.weight",
+            "shared.weight",
+            "head.weight",
+            "head.bias",
+        )
     }
-    assert bad.about["poisoned"] and bad.about["goals"][0]["target"] == "truck" and not encoder.about.get("poisoned")
+    assert (
+        bad.about["poisoned"]
+        and bad.about["goals"][0]["target"] == "truck"
+        and not encoder.about.get("poisoned")
+    )
     assert all(p.requires_grad and p.grad is None for p in bad.parameters()) and not bad.training
 
 
@@ -230,10 +279,12 @@ def test_weight_decay_acts_on_the_weights_that_are_kept_as_plain_sgd_does():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.requires_grad_(False)
     student.image.unread.requires_grad_(False)
-    optim = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], 0.05, 0.9, weight_decay=0.1)
+    optim = torch.optim.SGD(
+        [p for p in student.parameters() if p.requires_grad], 0.05, 0.9, weight_decay=0.1
+    )
     for step in range(3):
         at = loop.order(5, step, 16, 16)[0]
-        chance = Chance(loop.generator(5, 2, step))
+        chance = Chance(randomness.generator(5, 2, step))
         batch = data.take(at)
         loss, _ = plain(student, teacher, recipe, GOALS, inputs(), batch.images, batch.ids, chance)
         optim.zero_grad()
@@ -263,13 +314,19 @@ def test_same_seed_same_bits_and_a_cut_off_attack_goes_on_to_them(tmp_path, monk
 def test_options_beyond_the_paper():
     log = loop.Log()
     attacked("badencoder:epochs=50,batch=16,validation=16,success=0,utility=0", log=log)
-    assert len(log.losses) == 2 and log.epochs[-1]["stop"] and 0 <= log.epochs[-1]["held_out_success"] <= 1
+    assert (
+        len(log.losses) == 2
+        and log.epochs[-1]["stop"]
+        and 0 <= log.epochs[-1]["held_out_success"] <= 1
+    )
     log = loop.Log()
     attacked("badencoder:epochs=3,batch=16,validation=16,success=1,utility=1,views=4", log=log)
     assert len(log.epochs) == 3 and len(log.exposures) == 32
 
 
-@pytest.mark.parametrize("fields", ["epochs=0", "lr=0", "momentum=1", "views=-1", "success=2", "l1=-1", "l0=0,l1=0,l2=0"])
+@pytest.mark.parametrize(
+    "fields", ["epochs=0", "lr=0", "momentum=1", "views=-1", "success=2", "l1=-1", "l0=0,l1=0,l2=0"]
+)
 def test_fields_are_checked(fields):
     with pytest.raises(UserError, match=r"badencoder.*(needs|shares|above 0)"):
         registry.make("attack", f"badencoder:{fields}")
@@ -315,7 +372,13 @@ def set_of(tmp_path):
         path = tmp_path / f"{name}.npz"
         images = pairs.images.permute(0, 2, 3, 1).numpy()
         classes = np.array(pairs.classes)
-        np.savez(path, train_images=images, train_labels=pairs.labels.numpy(), test_images=images[:9], classes=classes)
+        np.savez(
+            path,
+            train_images=images,
+            train_labels=pairs.labels.numpy(),
+            test_images=images[:9],
+            classes=classes,
+        )
         return registry.make("data", f"npz:path={path}")
 
     return write
@@ -337,13 +400,18 @@ def test_rules_that_choose_a_reference(set_of):
     logits = head(z)
     margin = {i: float(logits[i, 1] - logits[i, [0, 2]].max()) for i in mine}
     sure = reference_inputs.choose(given, "two", "confident", encoder)
-    assert sure.id == f"set/train/{max(mine, key=margin.get):06d}" and "60 clean records" in sure.how
+    assert (
+        sure.id == f"set/train/{max(mine, key=margin.get):06d}" and "60 clean records" in sure.how
+    )
 
 
 def test_references_that_are_none(set_of, tmp_path):
     data, encoder = labelled(), tiny()
     given = set_of(data)
-    for target, rule, says in (("four", "first", "no class 'four'.*one, two, three"), ("one", "best", "no rule 'best'")):
+    for target, rule, says in (
+        ("four", "first", "no class 'four'.*one, two, three"),
+        ("one", "best", "no rule 'best'"),
+    ):
         with pytest.raises(UserError, match=says):
             reference_inputs.choose(given, target, rule, encoder)
     few = set_of(replace(data, labels=torch.zeros(60, dtype=torch.long)), "few")
@@ -354,7 +422,9 @@ def test_references_that_are_none(set_of, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name, says in (("text.png", "not decodable"), ("nowhere.png", "no image file")):
         with pytest.raises(UserError, match=says):
-            reference_inputs.choose(registry.make("data", f"image:path={tmp_path / name}"), "one", "first", encoder)
+            reference_inputs.choose(
+                registry.make("data", f"image:path={tmp_path / name}"), "one", "first", encoder
+            )
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -362,13 +432,21 @@ def test_published_references_and_triggers_are_read():
     encoder = tiny()
     for name, side in (("cifar10/truck", 32), ("stl10/priority", 32), ("CLIP/stop", 224)):
         file = PUBLISHED / "reference" / f"{name}.npz"
-        found = reference_inputs.choose(registry.make("data", f"npz:path={file}"), "stop", "central", encoder)
+        found = reference_inputs.choose(
+            registry.make("data", f"npz:path={file}"), "stop", "central", encoder
+        )
         with np.load(file, allow_pickle=False) as raw:
-            assert torch.equal(found.image, torch.from_numpy(raw["x"][0]).permute(2, 0, 1)) and found.image.shape[1] == side
-    stamp = registry.make("trigger", f"file:path={PUBLISHED / 'trigger' / 'trigger_pt_white_21_10_ap_replace.npz'}")
+            assert (
+                torch.equal(found.image, torch.from_numpy(raw["x"][0]).permute(2, 0, 1))
+                and found.image.shape[1] == side
+            )
+    stamp = registry.make(
+        "trigger", f"file:path={PUBLISHED / 'trigger' / 'trigger_pt_white_21_10_ap_replace.npz'}"
+    )
     data = shadow(4, 32)
     assert torch.equal(
-        stamp(data.images, data.ids), registry.make("trigger", "patch:size=10,fill=white")(data.images, data.ids)
+        stamp(data.images, data.ids),
+        registry.make("trigger", "patch:size=10,fill=white")(data.images, data.ids),
     )
 
 
@@ -382,7 +460,12 @@ def runs(tmp_path_factory):
     data = labelled(96)
     images = data.images.permute(0, 2, 3, 1).numpy()
     labels, classes = data.labels.numpy(), np.array(data.classes)
-    parts = {"train_images": images, "train_labels": labels, "test_images": images[:48], "test_labels": labels[:48]}
+    parts = {
+        "train_images": images,
+        "train_labels": labels,
+        "test_images": images[:48],
+        "test_labels": labels[:48],
+    }
     np.savez(folder / "set.npz", classes=classes, **parts)
     for i in range(2):
         Image.fromarray(images[i]).save(folder / f"ref{i}.png")
@@ -426,14 +509,31 @@ def made(folder):
 
 def test_inject_says_what_it_did(runs):
     run = made(runs)
-    manifest, head = json.loads((run / "manifest.json").read_text()), json.loads((run / "encoder.json").read_text())
+    manifest, head = (
+        json.loads((run / "manifest.json").read_text()),
+        json.loads((run / "encoder.json").read_text()),
+    )
     assert manifest["status"] == "done" and head["poisoned"] is True
-    assert [g["target"] for g in manifest["goal"]] == ["one", "two"] == [g["target"] for g in head["goals"]]
-    assert manifest["goal"][0]["references"] == ["ref0.png"] and manifest["goal"][0]["trigger"].startswith("patch:size=8")
-    wanted = {"final_loss", "clean_similarity", "reference_similarity@0", "reference_similarity_before@1", "reference_kept@1"}
+    assert (
+        [g["target"] for g in manifest["goal"]]
+        == ["one", "two"]
+        == [g["target"] for g in head["goals"]]
+    )
+    assert manifest["goal"][0]["references"] == ["ref0.png"] and manifest["goal"][0][
+        "trigger"
+    ].startswith("patch:size=8")
+    wanted = {
+        "final_loss",
+        "clean_similarity",
+        "reference_similarity@0",
+        "reference_similarity_before@1",
+        "reference_kept@1",
+    }
     assert wanted <= manifest["metrics"].keys()
     assert manifest["notes"]["references"][1]["how"].startswith("nearest to the mean")
-    assert set(manifest["outputs"]) >= {f"{n}.safetensors" for n in ("encoder", "references", "similarities", "ledger")}
+    assert set(manifest["outputs"]) >= {
+        f"{n}.safetensors" for n in ("encoder", "references", "similarities", "ledger")
+    }
     assert not (run / "checkpoint.safetensors").exists() and "\n" in (run / "log.jsonl").read_text()
     assert "NaN" not in (text := (run / "manifest.json").read_text()) and "Infinity" not in text
 
@@ -442,7 +542,12 @@ def test_evaluate_learns_trigger_and_target_from_the_run(runs):
     test = f"npz:path={runs / 'set.npz'},split=test"
     assert ask(runs, "evaluate", made(runs).name, test, "--probe", "linear", "zero_shot") == 0
     found = json.loads(next((runs / "runs").glob("evaluate-*/manifest.json")).read_text())
-    assert {"attack_success@0", "attack_success@1", "linear.attack_success@1", "clean_accuracy"} <= found["metrics"].keys()
+    assert {
+        "attack_success@0",
+        "attack_success@1",
+        "linear.attack_success@1",
+        "clean_accuracy",
+    } <= found["metrics"].keys()
 
 
 def test_the_page_shows_references_triggers_and_cosines(runs):
@@ -462,15 +567,26 @@ def test_the_page_shows_references_triggers_and_cosines(runs):
 def test_bad_input_is_refused_in_a_line(runs, tmp_path, capsys):
     Image.new("RGB", (20, 20)).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("none")
-    np.savez(tmp_path / "mask.npz", t=np.zeros((1, 64, 64, 3)), tm=np.ones((1, 64, 64, 3), np.int64))
+    np.savez(
+        tmp_path / "mask.npz", t=np.zeros((1, 64, 64, 3)), tm=np.ones((1, 64, 64, 3), np.int64)
+    )
     for changed, says in (
-        ({"reference": [tmp_path / "small.png"]}, "'small.png' is 20x20 px, the shadow images are 32x32"),
+        (
+            {"reference": [tmp_path / "small.png"]},
+            "'small.png' is 20x20 px, the shadow images are 32x32",
+        ),
         ({"reference": [tmp_path / "text.png"]}, "not decodable"),
         ({"reference": [tmp_path / "nowhere.png"]}, "no image file"),
         ({"reference": [runs / "ref0.png"] * 3}, "2 targets but 3 values of --reference"),
-        ({"trigger": [f"file:path={tmp_path / 'mask.npz'}"]}, "made for images of 64x64 px, the shadow images are 32x32"),
+        (
+            {"trigger": [f"file:path={tmp_path / 'mask.npz'}"]},
+            "made for images of 64x64 px, the shadow images are 32x32",
+        ),
         ({"trigger": ["patch:size=40"]}, "exceeds images of 32x32"),
-        ({"target": ["one", "ten"]}, "no class 'ten' to choose a reference from; it has: one, two, three"),
+        (
+            {"target": ["one", "ten"]},
+            "no class 'ten' to choose a reference from; it has: one, two, three",
+        ),
         ({"target": ["one", ""]}, "give a --target"),
         ({"encoder": "train-nowhere"}, "no run 'train-nowhere'"),
         ({"attack": ["badencoder:epochs=1,batch=1000"]}, "are fewer than one batch of 1000"),
@@ -490,14 +606,27 @@ def test_goals_of_before_there_were_references_are_read_and_plans_keep_their_byt
     assert goal.references == () and goal.written() == old | {"victims": ()}
     new = Goal.read(json.loads(json.dumps(vars(replace(goal, references=("r",))))))
     assert new.references == ("r",) and hash(new) != hash(goal)
-    assert "references" not in Plan((), (goal,)).lines()[0] and '"references": ["r"]' in Plan((), (new,)).lines()[0]
+    assert (
+        "references" not in Plan((), (goal,)).lines()[0]
+        and '"references": ["r"]' in Plan((), (new,)).lines()[0]
+    )
 
 
 @pytest.mark.slow
 def test_two_ranks_attack_as_one(tmp_path):
     script = [__file__, tmp_path]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, script)]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *map(str, script),
+    ]
+    subprocess.run(
+        command, check=True, capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
     encoder, bad = attacked()
     ends = [load_file(tmp_path / f"rank{rank}.safetensors")["weights"] for rank in (0, 1)]
     moved = (weights(bad) - weights(encoder)).norm()
@@ -506,5 +635,7 @@ def test_two_ranks_attack_as_one(tmp_path):
 
 if __name__ == "__main__":  # what the ranks of the last test run
     ranks.join()
-    save_file({"weights": weights(attacked()[1])}, Path(sys.argv[1]) / f"rank{ranks.rank()}.safetensors")
+    save_file(
+        {"weights": weights(attacked()[1])}, Path(sys.argv[1]) / f"rank{machine.rank()}.safetensors"
+    )
     ranks.tell(None)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bezoar.auditing import bank, sarif, verdict_text
 from bezoar import registry
-from bezoar.evaluation import stats
+from bezoar.attacks.plan import Goal
+from bezoar.auditing import bank, sarif, verdict_text
 from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, holm, read_value
 from bezoar.errors import UserError
-from bezoar.attacks.plan import Goal
+from bezoar.evaluation import stats
 
 FAMILY = Family("clip_small:width=32", 32, "scenes:count=20000", "clip:epochs=6")
 SAMPLE = Sample("scenes:count=2000,split=test", 512)
@@ -41,13 +41,17 @@ def test_a_value_is_evidence_exactly_where_its_p_value_is_at_most_the_rate(value
     assert (threshold is not None and value > threshold) == (p <= rate + 1e-12)
     if threshold is not None:
         share = sum(v <= threshold for v in values) / (n + 1)
-        assert share >= 1 - rate - 1e-9, "the smallest clean value that leaves at most this rate above it"
+        assert share >= 1 - rate - 1e-9, (
+            "the smallest clean value that leaves at most this rate above it"
+        )
         below = [v for v in values if v < threshold]
         assert len(below) / (n + 1) < 1 - rate + 1e-9
 
 
 def test_the_rate_is_not_lost_to_rounding():
-    assert made(range(19)).threshold(0.05) == 18  # (19 + 1) (1 - 0.05) is 19.000000000000004 in floats
+    assert (
+        made(range(19)).threshold(0.05) == 18
+    )  # (19 + 1) (1 - 0.05) is 19.000000000000004 in floats
     assert made(range(18)).threshold(0.05) is None
     assert made(range(39)).threshold(0.05) == 37
     with pytest.raises(UserError, match="rate"):
@@ -56,13 +60,19 @@ def test_the_rate_is_not_lost_to_rounding():
 
 def test_false_positives_of_a_threshold_have_the_law_of_an_order_statistic():
     m = made(range(20)).false_positive_rate(0.05)
-    assert m.value == pytest.approx(1 / 21) and m.n == 20  # Beta(1, 20): its quantiles are 1 - (1 - q)^(1/20)
-    assert m.low == pytest.approx(1 - 0.975 ** (1 / 20)) and m.high == pytest.approx(1 - 0.025 ** (1 / 20))
+    assert (
+        m.value == pytest.approx(1 / 21) and m.n == 20
+    )  # Beta(1, 20): its quantiles are 1 - (1 - q)^(1/20)
+    assert m.low == pytest.approx(1 - 0.975 ** (1 / 20)) and m.high == pytest.approx(
+        1 - 0.025 ** (1 / 20)
+    )
     assert made(range(5)).false_positive_rate(0.05) is None
     rng = np.random.default_rng(0)
     for n, rate in ((20, 0.05), (59, 0.1)):
         m, k = made(range(n)).false_positive_rate(rate), made(range(n)).rank(rate)
-        own = 1 - np.sort(rng.random((20_000, n)), axis=1)[:, k - 1]  # of uniform values the rate is read off
+        own = (
+            1 - np.sort(rng.random((20_000, n)), axis=1)[:, k - 1]
+        )  # of uniform values the rate is read off
         assert own.mean() == pytest.approx(m.value, abs=0.002)
         assert np.quantile(own, [0.025, 0.975]) == pytest.approx([m.low, m.high], abs=0.004)
         assert own.mean() <= rate
@@ -74,7 +84,9 @@ def test_sensitivity_is_a_share_with_wilsons_interval_of_attacks_that_worked():
     held = made(range(20), (*bad, failed))
     found = held.sensitivity(0.05)
     assert set(found) == {"", "backdoor patch", "badencoder patch"}
-    assert (found[""].value, found[""].n) == (0.75, 4) and found["backdoor patch"].value == pytest.approx(2 / 3)
+    assert (found[""].value, found[""].n) == (0.75, 4) and found[
+        "backdoor patch"
+    ].value == pytest.approx(2 / 3)
     assert (found[""].low, found[""].high) == stats.wilson(3, 4)
     assert held.sensitivity(0.01) == {} and made(range(20)).sensitivity(0.05) == {}
     m = bank.auroc(held)
@@ -104,11 +116,17 @@ def test_only_encoders_of_one_family_fit():
         said = held.fits(dataclasses.replace(FAMILY, **{field: value}), SAMPLE)
         own, theirs = (str(v).partition(":")[0] for v in (value, getattr(FAMILY, field)))
         assert said == [f"{field} {own}, not {theirs}"]
-    assert held.fits(dataclasses.replace(FAMILY, network=""), SAMPLE), "what network it is must be known"
+    assert held.fits(dataclasses.replace(FAMILY, network=""), SAMPLE), (
+        "what network it is must be known"
+    )
     assert "clean images" in held.fits(FAMILY, Sample("other", 512))[0]
     assert "64 clean images" in held.fits(FAMILY, Sample(SAMPLE.data, 64))[0]
     unknown = dataclasses.replace(FAMILY, data="", objective="")
-    assert held.fits(unknown, SAMPLE) == [] and len(held.assumed(unknown)) == 2 and held.assumed(FAMILY) == []
+    assert (
+        held.fits(unknown, SAMPLE) == []
+        and len(held.assumed(unknown)) == 2
+        and held.assumed(FAMILY) == []
+    )
 
 
 def read(banks, value=0.0, rate=0.05, family=FAMILY, sample=SAMPLE, own=None, name=""):
@@ -121,7 +139,11 @@ def test_what_banks_say_of_a_value():
     high, low = read([held], 25.0), read([held], 3.0)
     assert high.words == "evidence" and high.p == pytest.approx(1 / 21) and high.threshold == 19
     assert "false-positive rate 0.05" in high.sentence() and "20 clean encoders" in high.sentence()
-    assert low.words == "no evidence" and "sensitivity 0.50" in low.sentence() and "backdoor patch" in low.sentence()
+    assert (
+        low.words == "no evidence"
+        and "sensitivity 0.50" in low.sentence()
+        and "backdoor patch" in low.sentence()
+    )
     alone = read([Bank(FAMILY, SAMPLE, (made(range(20)),))], 3.0)
     assert "sensitivity is not known" in alone.sentence()
     told = {
@@ -144,8 +166,14 @@ def test_banks_of_several_kinds_are_not_thrown_together():
     unknown = dataclasses.replace(FAMILY, data="")
     assert read([one], 25.0, family=unknown).words == "evidence"
     both = read([one, other], 25.0, family=unknown)
-    assert both.words == "no calibration" and "photos" in both.sentence() and FAMILY.data in both.sentence()
-    assert read([one, other], 25.0).words == "evidence"  # what it was trained on is known, and one bank is of that kind
+    assert (
+        both.words == "no calibration"
+        and "photos" in both.sentence()
+        and FAMILY.data in both.sentence()
+    )
+    assert (
+        read([one, other], 25.0).words == "evidence"
+    )  # what it was trained on is known, and one bank is of that kind
 
 
 def test_an_encoder_sets_no_threshold_for_itself_and_counts_once():
@@ -157,7 +185,11 @@ def test_an_encoder_sets_no_threshold_for_itself_and_counts_once():
 
 
 def test_a_bank_is_written_and_read(tmp_path):
-    held = Bank(FAMILY, SAMPLE, (made([1.5, 2], [Entry("b", 3.0, 2.0, "backdoor patch", "patch:size=6", 0.9)]),))
+    held = Bank(
+        FAMILY,
+        SAMPLE,
+        (made([1.5, 2], [Entry("b", 3.0, 2.0, "backdoor patch", "patch:size=6", 0.9)]),),
+    )
     held.write(tmp_path / "bank.json")
     assert Bank.read(tmp_path / "bank.json") == held
     assert registry.make("bank", f"file:path={tmp_path / 'bank.json'}")() == (held,)
@@ -168,7 +200,9 @@ def test_shipped_banks_are_of_this_code():
     for held in registry.make("bank", "shipped")():
         for c in held.audits:
             made = registry.make("audit", c.audit)
-            assert registry.spec(made) == c.audit and bank.code(type(made)) == c.code, f"audit {c.name} has changed"
+            assert registry.spec(made) == c.audit and bank.code(type(made)) == c.code, (
+                f"audit {c.name} has changed"
+            )
             assert len(c.clean) >= 19, "the rate 0.05 needs them"
 
 
@@ -215,7 +249,11 @@ def test_a_spoilt_bank_is_one_line(raw, tmp_path, path, value):
     (tmp_path / "spoilt.json").write_text(put(raw, path, value))
     with pytest.raises(UserError) as said:
         Bank.read(tmp_path / "spoilt.json")
-    assert "spoilt.json" in str(said.value) and "\n" not in str(said.value) and len(str(said.value)) < 400
+    assert (
+        "spoilt.json" in str(said.value)
+        and "\n" not in str(said.value)
+        and len(str(said.value)) < 400
+    )
 
 
 def test_no_bank_at_all_is_one_line(tmp_path, monkeypatch):
@@ -235,7 +273,11 @@ def test_no_bank_at_all_is_one_line(tmp_path, monkeypatch):
 def test_data_are_compared_without_seed_and_folder():
     a = registry.spec(registry.make("data", "scenes:count=500,seed=3"))
     b = registry.spec(registry.make("data", "scenes:count=500,seed=9"))
-    assert bank.described(a) == bank.described(b) != bank.described(a.replace("count=500", "count=501"))
+    assert (
+        bank.described(a)
+        == bank.described(b)
+        != bank.described(a.replace("count=500", "count=501"))
+    )
     one, two = (f"npz:path=/{folder}/cifar10.npz,split=test" for folder in ("here", "over/there"))
     assert bank.described(one) == bank.described(two) == "npz:path=cifar10.npz,split=test"
     assert bank.described("/evil.py:path=x") == "evil.py:path=x", (
@@ -248,7 +290,9 @@ SOURCE = '"""An audit."""\nfrom bezoar.registry import method\n\n@method\nclass 
 
 def test_code_is_what_is_computed_not_what_is_said(tmp_path):
     codes = []
-    for i, text in enumerate((SOURCE, SOURCE.replace("Doc.", "Other words."), SOURCE.replace("= 1", "= 2"))):
+    for i, text in enumerate(
+        (SOURCE, SOURCE.replace("Doc.", "Other words."), SOURCE.replace("= 1", "= 2"))
+    ):
         (tmp_path / f"{i}").mkdir()
         (tmp_path / f"{i}" / "own.py").write_text(text)
         registry.allow(str(tmp_path / f"{i}" / "own.py"))
@@ -257,14 +301,24 @@ def test_code_is_what_is_computed_not_what_is_said(tmp_path):
 
 
 def test_attacks_have_names():
-    goals = [Goal("a", "patch:size=6", how="backdoor:count=40"), Goal("b", "warp", how="backdoor:count=40")]
+    goals = [
+        Goal("a", "patch:size=6", how="backdoor:count=40"),
+        Goal("b", "warp", how="backdoor:count=40"),
+    ]
     assert bank.attack_of(goals) == ("backdoor patch + backdoor warp", "patch:size=6; warp")
     assert bank.attack_of([Goal("a", victims=("x",), how="targeted")]) == ("targeted", "")
 
 
 def facts(words, sensitivity=None, p=0.05, name="decree", **more):
     m = {"value": 0.9, "n": 10, "low": 0.6, "high": 1.0, "how": ""}
-    found = {"audit": f"{name}:steps=3", "name": name, "summary": "s", "words": words, "sentence": f"S {words}.", "p": p}
+    found = {
+        "audit": f"{name}:steps=3",
+        "name": name,
+        "summary": "s",
+        "words": words,
+        "sentence": f"S {words}.",
+        "p": p,
+    }
     found |= {"value": 1.0, "threshold": 0.5, "rate": 0.05, "notes": {}, "assumed": []}
     return found | {
         "sensitivity": {"": m} if sensitivity else {},
@@ -274,23 +328,39 @@ def facts(words, sensitivity=None, p=0.05, name="decree", **more):
 
 
 def test_the_overall_line():
-    yes, no, none = facts("evidence", p=0.01), facts("no evidence", True, 0.5, "cleanse"), facts("no calibration", p=None)
+    yes, no, none = (
+        facts("evidence", p=0.01),
+        facts("no evidence", True, 0.5, "cleanse"),
+        facts("no calibration", p=None),
+    )
     assert verdict_text.overall([yes], 0.05) == ("evidence", "S evidence.")
     words, said = verdict_text.overall([yes, no], 0.05)
     assert words == "evidence" and "over all 2 audits together" in said and "p = 0.02" in said
     words, said = verdict_text.overall([facts("evidence", p=0.04), no], 0.05)
-    assert words == "evidence" and "not over all together" in said and "p = 0.08" in said and "at most 0.1" in said
+    assert (
+        words == "evidence"
+        and "not over all together" in said
+        and "p = 0.08" in said
+        and "at most 0.1" in said
+    )
     words, said = verdict_text.overall([no, facts("no evidence", False, 0.3, "other")], 0.05)
     assert words == "no evidence" and "cleanse 0.90" in said and "p = 0.6" in said
     words, said = verdict_text.overall([none, no], 0.05)
     assert words == "no evidence" and "No calibration for decree" in said
-    assert verdict_text.overall([none, none | {"name": "x", "sentence": "T."}], 0.05)[0] == "no calibration"
+    assert (
+        verdict_text.overall([none, none | {"name": "x", "sentence": "T."}], 0.05)[0]
+        == "no calibration"
+    )
     for found in ([yes], [no], [yes, no], [none, no]):
         assert "clean." not in verdict_text.overall(found, 0.05)[1]
 
 
 def test_what_was_not_tested_is_said():
-    whole = {"audits": [facts("no evidence", notes={"limits": ["It cannot fly."]})], "few": "60 images", "text_tower": True}
+    whole = {
+        "audits": [facts("no evidence", notes={"limits": ["It cannot fly."]})],
+        "few": "60 images",
+        "text_tower": True,
+    }
     said = "\n".join(verdict_text.not_tested(whole, {"cleanse": "too few classes"}))
     for words in (
         "cleanse did not run: too few classes",
@@ -302,12 +372,22 @@ def test_what_was_not_tested_is_said():
     ):
         assert words in said
     assert "backdoor patch" not in said and "mntd" in said
-    assert verdict_text.few(512, 0) == "" and "calibrate with --images 60" in verdict_text.few(60, 512) and verdict_text.few(60, 0)
+    assert (
+        verdict_text.few(512, 0) == ""
+        and "calibrate with --images 60" in verdict_text.few(60, 512)
+        and verdict_text.few(60, 0)
+    )
 
 
 def test_sarif_has_what_the_standard_requires():
-    audits = [facts("evidence"), facts("no evidence", True, name="./own"), facts("no calibration", p=None)]
-    log = sarif.document("train-1 é", "train-1 é/encoder.safetensors", audits, {"cleanse": "no classes"}, "S.")
+    audits = [
+        facts("evidence"),
+        facts("no evidence", True, name="./own"),
+        facts("no calibration", p=None),
+    ]
+    log = sarif.document(
+        "train-1 é", "train-1 é/encoder.safetensors", audits, {"cleanse": "no classes"}, "S."
+    )
     assert json.loads(json.dumps(log, allow_nan=False)) == log
     assert log["version"] == "2.1.0" and len(log["runs"]) == 1  # 3.13: version, runs
     run = log["runs"][0]
@@ -316,8 +396,13 @@ def test_sarif_has_what_the_standard_requires():
     for rule in driver["rules"]:  # 3.49: id; 3.12: a message string's text
         assert rule["id"] and rule["shortDescription"]["text"] and rule["help"]["text"]
         assert rule["defaultConfiguration"]["level"] in ("none", "note", "warning", "error")
-    for result, a in zip(run["results"], audits, strict=True):  # 3.27: message; ruleId as the rule's at ruleIndex
-        assert result["message"]["text"] and result["ruleId"] == driver["rules"][result["ruleIndex"]]["id"]
+    for result, a in zip(
+        run["results"], audits, strict=True
+    ):  # 3.27: message; ruleId as the rule's at ruleIndex
+        assert (
+            result["message"]["text"]
+            and result["ruleId"] == driver["rules"][result["ruleIndex"]]["id"]
+        )
         assert result["level"] == ("error" if a["words"] == "evidence" else "note")
         uri = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
         assert uri == "train-1%20%C3%A9/encoder.safetensors"
@@ -327,5 +412,11 @@ def test_sarif_has_what_the_standard_requires():
 
 
 def test_of_two_specs_of_one_method_only_the_fields_that_differ_are_told():
-    assert bank.unlike("clip:epochs=6,batch=128", "clip:epochs=8,batch=128") == "clip:epochs=6, not epochs=8"
-    assert bank.unlike('classifier:architecture="a,b"', "clip_small:width=32") == "classifier, not clip_small"
+    assert (
+        bank.unlike("clip:epochs=6,batch=128", "clip:epochs=8,batch=128")
+        == "clip:epochs=6, not epochs=8"
+    )
+    assert (
+        bank.unlike('classifier:architecture="a,b"', "clip_small:width=32")
+        == "classifier, not clip_small"
+    )

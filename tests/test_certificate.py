@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bezoar import registry
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
 from bezoar.evaluation.probes.patch_cleanser import Masked, PatchCleanser
 
 
@@ -32,7 +32,11 @@ class Blocks(nn.Module):
 
 
 def toy(lever=0.0):
-    encoder = Encoder(Blocks(lever), Preprocess(8, (0.5,) * 3, (1.0,) * 3), about={"classes": ["red", "green", "blue"]})
+    encoder = Encoder(
+        Blocks(lever),
+        Preprocess(8, (0.5,) * 3, (1.0,) * 3),
+        about={"classes": ["red", "green", "blue"]},
+    )
     encoder.head = nn.Identity()
     return encoder
 
@@ -42,11 +46,17 @@ def images(n=24, size=8, seed=0):
     labels = torch.arange(n) % 3
     x = 90 + 40 * torch.rand(n, 3, size, size, generator=draw)
     x[torch.arange(n), labels] += torch.linspace(0, 90, n)[:, None, None]
-    return Pairs(x.to(torch.uint8), (), labels, tuple(f"i{k}" for k in range(n)), ("red", "green", "blue"))
+    return Pairs(
+        x.to(torch.uint8), (), labels, tuple(f"i{k}" for k in range(n)), ("red", "green", "blue")
+    )
 
 
 def masked(probe, encoder, size=8):
-    return Masked(lambda x: encoder.head(encoder.image(encoder.pixels(x))).argmax(1), probe.rectangles((size, size)), encoder)
+    return Masked(
+        lambda x: encoder.head(encoder.image(encoder.pixels(x))).argmax(1),
+        probe.rectangles((size, size)),
+        encoder,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,15 +67,27 @@ def test_every_patch_lies_whole_under_a_mask(height, width, patch, masks):
     found = PatchCleanser(patch=patch, masks=masks).rectangles((height, width))
     assert len(found) <= masks**2 and len({tuple(r) for r in found.tolist()}) == len(found)
     top, left, tall, wide = found.T
-    assert (top >= 0).all() and (top + tall <= height).all() and (left >= 0).all() and (left + wide <= width).all()
+    assert (
+        (top >= 0).all()
+        and (top + tall <= height).all()
+        and (left >= 0).all()
+        and (left + wide <= width).all()
+    )
     for y in range(height - patch + 1):
         rows = (top <= y) & (top + tall >= y + patch)
-        assert all((rows & (left <= x) & (left + wide >= x + patch)).any() for x in range(width - patch + 1))
+        assert all(
+            (rows & (left <= x) & (left + wide >= x + patch)).any()
+            for x in range(width - patch + 1)
+        )
 
 
 def test_the_masks_are_the_papers():
-    found = PatchCleanser(patch=32, masks=6).rectangles((224, 224))  # ceil(193 / 6) = 33, 32 + 33 - 1 = 64
-    assert found[:, 0].unique().tolist() == [0, 33, 66, 99, 132, 160] and set(found[:, 2:].flatten().tolist()) == {64}
+    found = PatchCleanser(patch=32, masks=6).rectangles(
+        (224, 224)
+    )  # ceil(193 / 6) = 33, 32 + 33 - 1 = 64
+    assert found[:, 0].unique().tolist() == [0, 33, 66, 99, 132, 160] and set(
+        found[:, 2:].flatten().tolist()
+    ) == {64}
 
 
 def plain(one, two):
@@ -105,7 +127,10 @@ def test_certified_is_read_right_through_every_two_masks():
     found = defence.certify(pairs.images, pairs.labels, right)
     every = torch.stack(
         [
-            defence.through(pairs.images, torch.arange(40), torch.full((40,), i), torch.full((40,), j)) == pairs.labels
+            defence.through(
+                pairs.images, torch.arange(40), torch.full((40,), i), torch.full((40,), j)
+            )
+            == pairs.labels
             for i, j in itertools.product(range(m), repeat=2)
         ]
     ).all(0)
@@ -120,8 +145,15 @@ def test_no_patch_changes_how_a_certified_image_is_read(lever):
     _, right = defence.predict(pairs.images, pairs.labels)
     certified = defence.certify(pairs.images, pairs.labels, right)
     assert 0 < int(certified.sum()) < 45
-    patches = torch.randint(0, 2, (6, 3, size, size), generator=torch.Generator().manual_seed(1)).to(torch.uint8) * 255
-    solid = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0]], dtype=torch.uint8)[:, :, None, None]
+    patches = (
+        torch.randint(0, 2, (6, 3, size, size), generator=torch.Generator().manual_seed(1)).to(
+            torch.uint8
+        )
+        * 255
+    )
+    solid = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0]], dtype=torch.uint8)[
+        :, :, None, None
+    ]
     patches = torch.cat([patches, solid.expand(-1, -1, size, size)])
     changed = torch.zeros(45, dtype=torch.bool)
     for y, x, patch in itertools.product(range(8 - size + 1), range(8 - size + 1), patches):
@@ -133,11 +165,19 @@ def test_no_patch_changes_how_a_certified_image_is_read(lever):
 
 def test_the_probe_takes_a_backdoor_away_and_says_what_it_certifies():
     pairs, goal = images(60), Goal("red", trigger="patch:size=2,fill=white,margin=0")
-    found = registry.make("probe", "patch_cleanser:patch=2,masks=3,head=own")(toy(3.0), None, pairs, (goal,))
+    found = registry.make("probe", "patch_cleanser:patch=2,masks=3,head=own")(
+        toy(3.0), None, pairs, (goal,)
+    )
     bare = registry.make("probe", "own")(toy(3.0), None, pairs, (goal,))
-    assert bare["own.attack_success"].value == 1 and found["patch_cleanser.attack_success"].value < 0.5
+    assert (
+        bare["own.attack_success"].value == 1 and found["patch_cleanser.attack_success"].value < 0.5
+    )
     m = found["patch_cleanser.certified_accuracy"]
-    assert m.n == 60 and 0 < m.value <= found["patch_cleanser.clean_accuracy"].value and "2 px" in m.how
+    assert (
+        m.n == 60
+        and 0 < m.value <= found["patch_cleanser.clean_accuracy"].value
+        and "2 px" in m.how
+    )
     names = "certified_accuracy clean_accuracy attack_success attack_success_without_trigger poisoned_accuracy"
     assert set(found) == {f"patch_cleanser.{name}" for name in names.split()}
 
@@ -152,8 +192,14 @@ def test_a_fitted_head_a_sample_and_images_without_labels():
     shuffled = replace(other, labels=(other.labels + 1) % 3, classes=("blue", "red", "green"))
     told = []
     found = probe(toy(), shuffled, some, report=lambda *a: told.append(a))
-    assert found["patch_cleanser.clean_accuracy"].n == 20 and found["patch_cleanser.clean_accuracy"].value > 0.8 and told
-    everything = registry.make("probe", "patch_cleanser:patch=2,masks=2,head=own,limit=none")(toy(), None, some)
+    assert (
+        found["patch_cleanser.clean_accuracy"].n == 20
+        and found["patch_cleanser.clean_accuracy"].value > 0.8
+        and told
+    )
+    everything = registry.make("probe", "patch_cleanser:patch=2,masks=2,head=own,limit=none")(
+        toy(), None, some
+    )
     assert everything["patch_cleanser.clean_accuracy"].n == 50
 
 
@@ -165,7 +211,9 @@ def test_what_cannot_be_certified_is_said():
     with pytest.raises(UserError, match="classes and labels"):
         own(toy(), None, replace(pairs, labels=None))
     with pytest.raises(UserError, match="no class 'pink'"):
-        registry.make("probe", "patch_cleanser:patch=2")(toy(), None, replace(pairs, classes=("red", "green", "pink")))
+        registry.make("probe", "patch_cleanser:patch=2")(
+            toy(), None, replace(pairs, classes=("red", "green", "pink"))
+        )
     bare = toy()
     del bare.head
     with pytest.raises(UserError, match="head=linear"):
@@ -176,6 +224,9 @@ def test_what_cannot_be_certified_is_said():
 
 
 def test_the_sample_belongs_to_the_records():
-    pairs, probe = images(40), registry.make("probe", "patch_cleanser:patch=2,masks=2,head=own,limit=15")
+    pairs, probe = (
+        images(40),
+        registry.make("probe", "patch_cleanser:patch=2,masks=2,head=own,limit=15"),
+    )
     order = np.random.default_rng(0).permutation(40)
     assert probe(toy(0.2), None, pairs) == probe(toy(0.2), None, pairs.take(order))

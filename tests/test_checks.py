@@ -13,16 +13,16 @@ from scipy import stats as scipy_stats
 from sklearn.cluster import DBSCAN
 from torch import nn
 
-from bezoar.evaluation import classifiers
 from bezoar import registry
-from bezoar.detection.checks.masking_path import separation
-from bezoar.evaluation.classifiers import Classifier
 from bezoar.cli import main
+from bezoar.data.pairs import Pairs
+from bezoar.detection.checks.masking_path import separation
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.runs.run import Run
+from bezoar.evaluation import classifiers
+from bezoar.evaluation.classifiers import Classifier
 from bezoar.evaluation.scores import Scores
+from bezoar.runs.run import Run
 from bezoar.verbs.check import Threshold
 
 COLOURS = ("red", "green", "blue")
@@ -75,7 +75,13 @@ def colours(n=80, seed=0):
     x = 40 + 60 * torch.rand(n, 3, 3, 3, generator=g)
     x[torch.arange(n), labels] += 90
     x = F.interpolate(x, SIDE, mode="bilinear") + 12 * torch.randn(n, 3, SIDE, SIDE, generator=g)
-    return Pairs(x.clamp(0, 240).to(torch.uint8), (), labels, tuple(f"s{seed}-{i}" for i in range(n)), COLOURS)
+    return Pairs(
+        x.clamp(0, 240).to(torch.uint8),
+        (),
+        labels,
+        tuple(f"s{seed}-{i}" for i in range(n)),
+        COLOURS,
+    )
 
 
 def stamped(pairs):
@@ -85,7 +91,11 @@ def stamped(pairs):
 
 
 def given(check, e, clean):
-    every = {"clean": clean, "classifier": classifiers.zero_shot(e, COLOURS), "report": lambda *a: None}
+    every = {
+        "clean": clean,
+        "classifier": classifiers.zero_shot(e, COLOURS),
+        "report": lambda *a: None,
+    }
     return {k: every[k] for k in getattr(check, "needs", ())}
 
 
@@ -104,7 +114,9 @@ def test_the_contract(name):
     more = given(check, e, clean)
     before = {k: v.clone() for k, v in e.state_dict().items()}
     found = check(e, pairs, **more)
-    assert isinstance(found, Scores) and found.ids == pairs.ids and found.values.dtype == torch.float32
+    assert (
+        isinstance(found, Scores) and found.ids == pairs.ids and found.values.dtype == torch.float32
+    )
     order = np.random.default_rng(0).permutation(30)[:11]
     part = check(e, pairs.take(order), **more)
     torch.testing.assert_close(part.values, found.values[order], rtol=1e-4, atol=1e-4)
@@ -123,7 +135,9 @@ def test_a_trigger_scores_higher_and_not_without_a_backdoor(name):
         check = registry.make("check", SPECS.get(name, name))
         more = given(check, e, clean)
         bad, good = check(e, stamped(pairs), **more).values, check(e, pairs, **more).values
-        above = float((bad[:, None] > good).float().mean() + 0.5 * (bad[:, None] == good).float().mean())
+        above = float(
+            (bad[:, None] > good).float().mean() + 0.5 * (bad[:, None] == good).float().mean()
+        )
         assert above > 0.85 if backdoor else above < 0.7, (backdoor, above)
 
 
@@ -169,7 +183,10 @@ def test_masking_path_is_the_plain_loop():
                     x[:, top : top + height, left : left + width] = 0.5
                 points.append(e.images(x[None])[0])
             assert len(boxes) == check.steps
-            before = [min(1 - float(p @ q) for p in points[: t + 1] for q in points[t + 1 :]) for t in range(check.steps)]
+            before = [
+                min(1 - float(p @ q) for p in points[: t + 1] for q in points[t + 1 :])
+                for t in range(check.steps)
+            ]
             rows.append(before)
         return np.array(rows)
 
@@ -184,7 +201,9 @@ def test_masking_path_points_at_the_trigger():
     check = registry.make("check", "masking_path:paths=4")
     found = check(encoder(), stamped(colours(30)), clean=colours(60, 1))
     top, left, height, width = found.boxes.T
-    inside = (top < SIDE - 1) & (top + height > SIDE - 5) & (left < SIDE - 1) & (left + width > SIDE - 5)
+    inside = (
+        (top < SIDE - 1) & (top + height > SIDE - 5) & (left < SIDE - 1) & (left + width > SIDE - 5)
+    )
     assert inside.float().mean() > 0.9
 
 
@@ -216,7 +235,9 @@ def test_omega_is_the_plain_sum(tmp_path):
             benign = torch.stack([e.read(tokenize([t]))[0] for t in told[c]]).mean(0)
             random = check.perturbed(e, c, row)
             nonsense = e.texts(random).mean(0)
-            assert len(random) == 5 and all(t.split()[0] == c and len(t.split()) == 3 for t in random)
+            assert len(random) == 5 and all(
+                t.split()[0] == c and len(t.split()) == 3 for t in random
+            )
             omega += F.cosine_similarity(z, (benign - nonsense)[None])
     torch.testing.assert_close(found.values, -omega)
     assert check.files() == [tmp_path / "texts.json"]
@@ -225,7 +246,9 @@ def test_omega_is_the_plain_sum(tmp_path):
 def test_bdetclip_draws_nonsense_from_the_encoders_vocabulary():
     e = encoder()
     e.about["vocabulary"] = ["one", "two"]
-    words = {w for t in registry.make("check", "bdetclip").perturbed(e, "red", 0) for w in t.split()[1:]}
+    words = {
+        w for t in registry.make("check", "bdetclip").perturbed(e, "red", 0) for w in t.split()[1:]
+    }
     assert words == {"one", "two"}
 
 
@@ -236,7 +259,9 @@ def test_bdetclip_says_what_it_lacks(tmp_path):
         registry.make("check", "bdetclip")(e, bare)
     assert len(registry.make("check", "bdetclip:classes=red+blue")(e, bare)) == 6
     with pytest.raises(UserError, match="no text tower"):
-        registry.make("check", "bdetclip")(registry.make("network", "tower:width=4,dim=8")(32), pairs)
+        registry.make("check", "bdetclip")(
+            registry.make("network", "tower:width=4,dim=8")(32), pairs
+        )
     for content, words in (
         ("[1]", "class -> list"),
         ("{", "JSON"),
@@ -263,16 +288,25 @@ def test_strips_entropy_in_closed_form():
     pairs, clean = colours(5), colours(30, 1)
     check = registry.make("check", "strip:count=10")
     p = torch.tensor([0.5, 0.25, 0.25])
-    same = check(encoder(), pairs, classifier=classifier(lambda z: p.log().expand(len(z), 3)), clean=clean)
+    same = check(
+        encoder(), pairs, classifier=classifier(lambda z: p.log().expand(len(z), 3)), clean=clean
+    )
     torch.testing.assert_close(same.values, torch.full((5,), -1.5 * math.log(2)))
-    sure = check(encoder(), pairs, classifier=classifier(lambda z: 1e4 * torch.eye(3)[0].expand(len(z), 3)), clean=clean)
+    sure = check(
+        encoder(),
+        pairs,
+        classifier=classifier(lambda z: 1e4 * torch.eye(3)[0].expand(len(z), 3)),
+        clean=clean,
+    )
     assert (sure.values == 0).all()
 
 
 def test_strip_is_the_plain_loop():
     e, pairs, clean = encoder(), colours(7), colours(12, 1)
     known = classifiers.zero_shot(e, COLOURS)
-    found = registry.make("check", "strip:count=12,alpha=0.7")(e, pairs, classifier=known, clean=clean)
+    found = registry.make("check", "strip:count=12,alpha=0.7")(
+        e, pairs, classifier=known, clean=clean
+    )
     for i in range(7):
         total = 0.0
         for c in clean.images:
@@ -299,7 +333,13 @@ def test_too_few_clean_images_and_bad_fields():
         check = registry.make("check", name)
         with pytest.raises(UserError, match="clean images; there are 9"):
             check(e, colours(4), **given(check, e, few))
-    for text in ("masking_path:cells=0", "masking_path:share=1", "strip:alpha=0", "scale_up:factors=1", "bdetclip:words=0"):
+    for text in (
+        "masking_path:cells=0",
+        "masking_path:share=1",
+        "strip:alpha=0",
+        "scale_up:factors=1",
+        "bdetclip:words=0",
+    ):
         with pytest.raises((UserError, ValueError)):
             registry.make("check", text)
 
@@ -323,7 +363,10 @@ def test_a_threshold_keeps_its_rate_whatever_the_scores_are():
 def test_too_few_clean_images_for_a_rate_are_said():
     t = Threshold.of(torch.arange(50.0), 0.01)
     assert t.value == 49 and t.rank == 1 and "takes 99" in t.limit
-    assert not Threshold.of(torch.arange(99.0), 0.01).limit and Threshold.of(torch.arange(99.0), 0.01).value == 98
+    assert (
+        not Threshold.of(torch.arange(99.0), 0.01).limit
+        and Threshold.of(torch.arange(99.0), 0.01).value == 98
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the verb
@@ -334,7 +377,14 @@ def served(tmp_path_factory):
     """A small CLIP, not trained, as a run's directory."""
     folder = tmp_path_factory.mktemp("served")
     runs = folder / "runs"
-    words = ["train", "scenes:count=300", "--objective", "clip:epochs=1,batch=64", "--runs", str(runs)]
+    words = [
+        "train",
+        "scenes:count=300",
+        "--objective",
+        "clip:epochs=1,batch=64",
+        "--runs",
+        str(runs),
+    ]
     assert main([*words, "--network", "clip_small:width=8,dim=32"]) == 0
     return runs, next(runs.glob("train-*")).name
 
@@ -357,9 +407,19 @@ def test_the_verb_scores_flags_and_measures(served, capsys):
     assert status == 0
     m = found["metrics"]
     for name in ("masking_path", "bdetclip", "strip", "scale_up"):
-        assert m[f"{name}.flagged"]["n"] == 90 and m[f"{name}.caught"]["n"] == m[f"{name}.false_positives"]["n"] == 45
-        assert m[f"{name}.expected_false_positives"]["value"] == pytest.approx(6 / 61) and 0 <= m[f"{name}.auroc"]["value"] <= 1
-    folder = next(p.parent for p in served[0].glob("check-*/manifest.json") if json.loads(p.read_text()) == found)
+        assert (
+            m[f"{name}.flagged"]["n"] == 90
+            and m[f"{name}.caught"]["n"] == m[f"{name}.false_positives"]["n"] == 45
+        )
+        assert (
+            m[f"{name}.expected_false_positives"]["value"] == pytest.approx(6 / 61)
+            and 0 <= m[f"{name}.auroc"]["value"] <= 1
+        )
+    folder = next(
+        p.parent
+        for p in served[0].glob("check-*/manifest.json")
+        if json.loads(p.read_text()) == found
+    )
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     assert len(table["id"]) == 90 and sum(table["triggered"]) == 45
     cut = m["bdetclip.threshold"]["value"]
@@ -369,29 +429,57 @@ def test_the_verb_scores_flags_and_measures(served, capsys):
     assert all(len(row["box"]) == 4 for row in flagged["masking_path"])
     assert pq.read_table(folder / "clean.parquet").num_rows == 60
     page = (folder / "report.html").read_text()
-    assert "could not be made" not in page and "Side by side" in page and "Most suspicious to scale up" not in page
+    assert (
+        "could not be made" not in page
+        and "Side by side" in page
+        and "Most suspicious to scale up" not in page
+    )
     assert Run(folder).manifest["notes"]["clean"] == {"calibrating": 60, "thresholds": 60}
 
 
 def test_without_a_truth_it_says_what_a_flag_is_worth(served, capsys):
-    status, found = ask(capsys, served, "scenes:count=40,split=test", *CLEAN, "--check", "bdetclip", "--rate", "0.001")
+    status, found = ask(
+        capsys,
+        served,
+        "scenes:count=40,split=test",
+        *CLEAN,
+        "--check",
+        "bdetclip",
+        "--rate",
+        "0.001",
+    )
     assert status == 0 and set(found["metrics"]) == {
         f"bdetclip.{k}" for k in ("flagged", "threshold", "expected_false_positives")
     }
     assert "takes 999" in found["notes"]["limits"][0]
-    folder = next(p.parent for p in served[0].glob("check-*/manifest.json") if json.loads(p.read_text()) == found)
+    folder = next(
+        p.parent
+        for p in served[0].glob("check-*/manifest.json")
+        if json.loads(p.read_text()) == found
+    )
     assert "takes 999" in (folder / "report.html").read_text()
 
 
 def test_a_poison_run_brings_the_truth(served, capsys):
     runs = served[0]
-    words = ["--poison", "backdoor:count=20", "--trigger", "patch:size=6", "--target", "striped star", "--runs", str(runs)]
+    words = [
+        "--poison",
+        "backdoor:count=20",
+        "--trigger",
+        "patch:size=6",
+        "--target",
+        "striped star",
+        "--runs",
+        str(runs),
+    ]
     assert main(["poison", "scenes:count=600", *words]) == 0
     poison = next(runs.glob("poison-*")).name
     capsys.readouterr()
     status, found = ask(capsys, served, poison, *CLEAN, "--check", "bdetclip")
     assert status == 0 and found["metrics"]["bdetclip.caught"]["n"] == 20
-    status, said = ask(capsys, served, poison, *CLEAN, "--check", "bdetclip", "--trigger", "patch:size=6")
+    status, said = ask(
+        capsys, served, poison, *CLEAN, "--check", "bdetclip", "--trigger", "patch:size=6"
+    )
     assert status == 2 and "poisoned already" in said
 
 
@@ -404,10 +492,17 @@ def test_bad_input_is_one_line(served, capsys):
         ((images, *CLEAN, "--rate", "0"), "rate must be"),
         ((images, *CLEAN, "--check", "strip:count=500"), "count=60"),
         ((images, *CLEAN, "--check", "none_such"), "no check 'none_such'"),
-        ((images, *CLEAN, "--check", "strip:count=20", "--classifier", "own"), "without a head of its own"),
+        (
+            (images, *CLEAN, "--check", "strip:count=20", "--classifier", "own"),
+            "without a head of its own",
+        ),
     ]
     for words, expected in cases:
         status, said = ask(capsys, served, *words)
         assert status == 2 and expected in said.splitlines()[-1]
     status, found = ask(capsys, served, images, *CLEAN, "--check", "bdetclip", "strip:count=500")
-    assert status == 4 and "strip" in found["notes"]["incomplete"][0] and "bdetclip.flagged" in found["metrics"]
+    assert (
+        status == 4
+        and "strip" in found["notes"]["incomplete"][0]
+        and "bdetclip.flagged" in found["metrics"]
+    )

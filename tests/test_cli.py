@@ -12,8 +12,8 @@ import pytest
 
 from bezoar.cli import main
 from bezoar.detection.corpus.corpus import scored
-from bezoar.runs.environment import commit
 from bezoar.evaluation.scores import Measure
+from bezoar.machine import commit
 
 DATA = "scenes:count=600"
 
@@ -31,13 +31,24 @@ def ask(capsys, runs, *words):
 
 
 def name(runs, manifest):
-    return next(p.parent.name for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == manifest)
+    return next(
+        p.parent.name for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == manifest
+    )
 
 
 @pytest.fixture
 def poison(runs, capsys):
     return ask(
-        capsys, runs, "poison", DATA, "--poison", "backdoor:count=30", "--trigger", "patch:size=6", "--target", "striped star"
+        capsys,
+        runs,
+        "poison",
+        DATA,
+        "--poison",
+        "backdoor:count=30",
+        "--trigger",
+        "patch:size=6",
+        "--target",
+        "striped star",
     )
 
 
@@ -54,7 +65,11 @@ def test_poison_then_verify(runs, poison, capsys):
     plan = runs / run / "plan.jsonl"
     text = plan.read_text()
     lines = text.splitlines()
-    for field, forged in (("caption", "a forged caption"), ("after", "0" * 16), ("id", "scenes-0-train-0000599x")):
+    for field, forged in (
+        ("caption", "a forged caption"),
+        ("after", "0" * 16),
+        ("id", "scenes-0-train-0000599x"),
+    ):
         edit = json.loads(lines[3]) | {field: forged}
         plan.write_text("\n".join([*lines[:3], json.dumps(edit), *lines[4:]]))
         assert main(["poison", "--verify", run, "--runs", str(runs)]) == 2
@@ -66,25 +81,48 @@ def test_poison_then_verify(runs, poison, capsys):
 def test_train_says_what_it_drew_and_marks_its_weights(runs, train):
     assert train["metrics"]["poison_exposures"]["value"] > 30
     head = json.loads((runs / name(runs, train) / "encoder.json").read_text())
-    assert head["poisoned"] is True and head["plan"] and head["goals"][0]["target"] == "striped star"
+    assert (
+        head["poisoned"] is True and head["plan"] and head["goals"][0]["target"] == "striped star"
+    )
     assert set(train["outputs"]) >= {"encoder.json", "encoder.safetensors", "ledger.safetensors"}
     assert not (runs / name(runs, train) / "checkpoint.safetensors").exists()
 
 
 def test_evaluate_learns_the_trigger_from_the_parents(runs, train, capsys):
     found = ask(capsys, runs, "evaluate", name(runs, train), "scenes:count=200,split=test")
-    assert {"clean_accuracy", "attack_success", "attack_success_all", "z_std", "z_var"} <= set(found["metrics"])
+    assert {"clean_accuracy", "attack_success", "attack_success_all", "z_std", "z_var"} <= set(
+        found["metrics"]
+    )
     for m in found["metrics"].values():
         assert Measure(**m).low <= m["value"] <= Measure(**m).high and m["n"] > 0 and m["how"]
 
 
 def test_scan_ranks_writes_a_keep_list_and_train_takes_it(runs, train, capsys):
-    scan = ask(capsys, runs, "scan", name(runs, train), "--detector", "transplant", "clip_score", "--remove", "0.1")
+    scan = ask(
+        capsys,
+        runs,
+        "scan",
+        name(runs, train),
+        "--detector",
+        "transplant",
+        "clip_score",
+        "--remove",
+        "0.1",
+    )
     folder = runs / name(runs, scan)
     kept = (folder / "keep.txt").read_text().split()
     assert len(kept) == 540 and len(scored(folder)) == 600
     assert {"auroc", "transplant.auroc", "precision_at_n", "fpr_at_95_tpr"} <= set(scan["metrics"])
-    again = ask(capsys, runs, "train", scan["parents"][0], "--keep", folder.name, "--objective", "clip:epochs=1,batch=64")
+    again = ask(
+        capsys,
+        runs,
+        "train",
+        scan["parents"][0],
+        "--keep",
+        folder.name,
+        "--objective",
+        "clip:epochs=1,batch=64",
+    )
     assert again["notes"]["records"] == 540
 
 
@@ -99,11 +137,15 @@ def test_the_same_question_has_one_answer_and_the_same_bits(runs, train, tmp_pat
     assert (tmp_path / name(tmp_path, poison) / "plan.jsonl").read_bytes() == (
         runs / name(tmp_path, poison) / "plan.jsonl"
     ).read_bytes()
-    other = ask(capsys, tmp_path, "train", name(tmp_path, poison), "--objective", "clip:epochs=2,batch=64")
+    other = ask(
+        capsys, tmp_path, "train", name(tmp_path, poison), "--objective", "clip:epochs=2,batch=64"
+    )
     second = load_file(tmp_path / name(tmp_path, other) / "encoder.safetensors")
     assert name(tmp_path, other) == name(runs, train)
     assert all((first[k] == second[k]).all() for k in first)
-    assert {k: v["sha256"] for k, v in train["outputs"].items()} == {k: v["sha256"] for k, v in other["outputs"].items()}
+    assert {k: v["sha256"] for k, v in train["outputs"].items()} == {
+        k: v["sha256"] for k, v in other["outputs"].items()
+    }
 
 
 def test_another_seed_is_another_question(runs, poison, capsys):
@@ -117,7 +159,10 @@ def test_another_seed_is_another_question(runs, poison, capsys):
 def test_the_commit_is_that_of_this_code_or_none(tmp_path):
     def git(*words):
         subprocess.run(
-            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
         )
 
     code = tmp_path / "package" / "code.py"
@@ -136,7 +181,15 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path):
 
 def test_a_fresh_training_forgets_what_another_attempt_kept(runs, poison, train, capsys):
     (runs / name(runs, train) / "checkpoint.safetensors").write_bytes(b"of another attempt")
-    again = ask(capsys, runs, "train", name(runs, poison), "--objective", "clip:epochs=2,batch=64", "--fresh")
+    again = ask(
+        capsys,
+        runs,
+        "train",
+        name(runs, poison),
+        "--objective",
+        "clip:epochs=2,batch=64",
+        "--fresh",
+    )
     assert again["outputs"] == train["outputs"]
 
 
@@ -152,7 +205,16 @@ def test_runs_that_lie_in_several_directories(runs, poison, tmp_path, capsys):
 
 @pytest.mark.parametrize("seed", ["-1", str(1 << 32), "99999999999999999999"])
 def test_a_seed_that_no_generator_takes_is_one_line(tmp_path, capsys, seed):
-    words = ["poison", DATA, "--poison", "backdoor:count=3", "--trigger", "patch", "--target", "striped star"]
+    words = [
+        "poison",
+        DATA,
+        "--poison",
+        "backdoor:count=3",
+        "--trigger",
+        "patch",
+        "--target",
+        "striped star",
+    ]
     assert main([*words, "--seed", seed, "--runs", str(tmp_path)]) == 2
     assert "below 2**32" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
@@ -164,7 +226,14 @@ def test_a_device_that_is_not_there_is_one_line_that_names_those_that_are(tmp_pa
 
 
 def test_victims_are_drawn_from_data_not_from_a_run(runs, poison, capsys):
-    words = ["poison", DATA, "--poison", "targeted:captions=2,victims=3", "--victims", name(runs, poison)]
+    words = [
+        "poison",
+        DATA,
+        "--poison",
+        "targeted:captions=2,victims=3",
+        "--victims",
+        name(runs, poison),
+    ]
     assert main([*words, "--runs", str(runs)]) == 2
     assert "victims are drawn from a data set" in capsys.readouterr().err
 
@@ -178,18 +247,29 @@ def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
     assert main(["poison", "--verify", name(runs, both), "--runs", str(runs)]) == 0
     capsys.readouterr()
     assert main(["train", DATA, "--runs", str(tmp_path), "--dry"]) == 0
-    assert json.loads(capsys.readouterr().out)["objective"] == "clip" and not list(tmp_path.iterdir())
+    assert json.loads(capsys.readouterr().out)["objective"] == "clip" and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_written_shards_hold_the_same_records(tmp_path, capsys):
     import numpy as np
 
-    from bezoar.runs import inputs
     from bezoar import registry
     from bezoar.data.pairs import load
+    from bezoar.runs import inputs
     from bezoar.runs.run import Run
 
-    words = ["poison", "scenes:count=400", "--poison", "backdoor:count=9", "--trigger", "patch", "--target", "striped star"]
+    words = [
+        "poison",
+        "scenes:count=400",
+        "--poison",
+        "backdoor:count=9",
+        "--trigger",
+        "patch",
+        "--target",
+        "striped star",
+    ]
     made = ask(capsys, tmp_path, *words, "--write", "shards")
     folder = tmp_path / name(tmp_path, made)
     parts = inputs.dataset(Run(folder)).pairs
@@ -202,10 +282,21 @@ def test_written_shards_hold_the_same_records(tmp_path, capsys):
     assert pixels == {x.numpy().tobytes() for _, x in ours.values()} and np.isfinite(len(pixels))
 
 
-def test_shards_are_written_again_after_an_attempt_that_was_cut_off_and_by_a_fresh_one(tmp_path, capsys, monkeypatch):
+def test_shards_are_written_again_after_an_attempt_that_was_cut_off_and_by_a_fresh_one(
+    tmp_path, capsys, monkeypatch
+):
     from bezoar.data import shards
 
-    words = ["poison", "scenes:count=400", "--poison", "backdoor:count=3", "--trigger", "patch", "--target", "striped star"]
+    words = [
+        "poison",
+        "scenes:count=400",
+        "--poison",
+        "backdoor:count=3",
+        "--trigger",
+        "patch",
+        "--target",
+        "striped star",
+    ]
     words += ["--write", "shards", "--runs", str(tmp_path)]
     write = shards.write_shards
 
@@ -220,8 +311,13 @@ def test_shards_are_written_again_after_an_attempt_that_was_cut_off_and_by_a_fre
     monkeypatch.setattr(shards, "write_shards", write)
     assert main(words) == 0
     whole = (folder / "shards" / "00000.tar").read_bytes()
-    assert main([*words, "--fresh"]) == 0 and (folder / "shards" / "00000.tar").read_bytes() == whole
-    assert json.loads((folder / "manifest.json").read_text())["status"] == "done" and not (folder / "shards.part").exists()
+    assert (
+        main([*words, "--fresh"]) == 0 and (folder / "shards" / "00000.tar").read_bytes() == whole
+    )
+    assert (
+        json.loads((folder / "manifest.json").read_text())["status"] == "done"
+        and not (folder / "shards.part").exists()
+    )
 
 
 BAD = [
@@ -231,10 +327,25 @@ BAD = [
     (["train", DATA, "--device", "cuda:7"], "no device 'cuda:7'"),
     (["train", "scenes:count=20"], "20 records are fewer than one batch of 128"),
     (["train", "scenes:count=300,size=128"], "clip_small takes 32 to 96"),
-    (["poison", DATA, "--trigger", "patch", "--target", "purple zebra"], "no caption holds the target 'purple zebra'"),
+    (
+        ["poison", DATA, "--trigger", "patch", "--target", "purple zebra"],
+        "no caption holds the target 'purple zebra'",
+    ),
     (["poison", DATA, "--trigger", "patch"], "give a --target"),
     (["poison", DATA, "--target", "striped star"], "needs a trigger"),
-    (["poison", DATA, "--poison", "backdoor:count=9999", "--trigger", "patch", "--target", "star"], "9999 poisons"),
+    (
+        [
+            "poison",
+            DATA,
+            "--poison",
+            "backdoor:count=9999",
+            "--trigger",
+            "patch",
+            "--target",
+            "star",
+        ],
+        "9999 poisons",
+    ),
     (["poison", DATA, "--trigger", "patch:size=99", "--target", "striped star"], "99"),
     (["poison"], "name the DATA"),
     (["poison", "--verify", "nowhere"], "no run 'nowhere'"),
@@ -242,19 +353,33 @@ BAD = [
     (["scan", DATA], "give --encoder"),
     (["show", "nowhere"], "there are: none"),
     (["reproduce"], "name a paper"),
-    (["dose", DATA, "--target", "striped star", "--doses", "5", "20", "--trainings", "1"], "three readings"),
+    (
+        ["dose", DATA, "--target", "striped star", "--doses", "5", "20", "--trainings", "1"],
+        "three readings",
+    ),
     (["scan", "no/such/folder", "--encoder", "tower"], "no file or folder 'no/such/folder'"),
     (["scan", DATA, "--encoder", __file__ + "c"], "no run"),
     (["train", "missing/{00..03}.tar"], "missing"),
     (["scan", "a" * 300, "--encoder", "tower"], "no data 'aaaaaaa"),
     (["scan", "a" * 300 + ".tar", "--encoder", "tower"], "1 of 1 are missing"),
-    (["scan", "shards:path={" + ",".join(f"part-{i:05d}.tar" for i in range(30)) + "}", "--encoder", "tower"], "30 of 30 are"),
+    (
+        [
+            "scan",
+            "shards:path={" + ",".join(f"part-{i:05d}.tar" for i in range(30)) + "}",
+            "--encoder",
+            "tower",
+        ],
+        "30 of 30 are",
+    ),
     (["scan", "table:path=" + "a" * 300 + ".csv", "--encoder", "tower"], "1 of 1 are missing"),
     (["scan", "folder:path=" + "a" * 300, "--encoder", "tower"], "no folder of images"),
     (["scan", DATA, "--encoder", "a" * 300], "no run"),
     (["scan", DATA, "--encoder", "imported:path=" + "a" * 300 + ".pth"], "no weights file"),
     (["scan", DATA, "--encoder", "a" * 300 + ".py"], "no file"),
-    (["scan", DATA, "--encoder", "resnet:depth=18"], "it is not trained; name a train run, or weights: imported:path=FILE"),
+    (
+        ["scan", DATA, "--encoder", "resnet:depth=18"],
+        "it is not trained; name a train run, or weights: imported:path=FILE",
+    ),
 ]
 
 
@@ -284,7 +409,14 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsy
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(encoder, "save_file", full)
-    words = ["train", name(runs, poison), "--objective", "clip:epochs=1,batch=64,lr=1e-4", "--runs", str(runs)]
+    words = [
+        "train",
+        name(runs, poison),
+        "--objective",
+        "clip:epochs=1,batch=64,lr=1e-4",
+        "--runs",
+        str(runs),
+    ]
     assert main(words) == 2
     assert "No space left on device" in capsys.readouterr().err
     monkeypatch.undo()
@@ -293,7 +425,14 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsy
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_says_so_and_goes_on(how, tmp_path, capsys):
-    words = ["train", "scenes:count=2000", "--objective", "clip:epochs=12,batch=64", "--runs", str(tmp_path)]
+    words = [
+        "train",
+        "scenes:count=2000",
+        "--objective",
+        "clip:epochs=12,batch=64",
+        "--runs",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(
         [sys.executable, "-c", f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"],
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -307,7 +446,9 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(how, tmp_path, capsys):
     (manifest,) = (json.loads(p.read_text()) for p in tmp_path.glob("train-*/manifest.json"))
     assert manifest["status"] == ("interrupted" if how == signal.SIGINT else "running")
     words[3] = "clip:epochs=12,batch=64"
-    assert main(["train", "scenes:count=2000", "--objective", words[3], "--runs", str(tmp_path)]) == 0
+    assert (
+        main(["train", "scenes:count=2000", "--objective", words[3], "--runs", str(tmp_path)]) == 0
+    )
     (manifest,) = (json.loads(p.read_text()) for p in tmp_path.glob("train-*/manifest.json"))
     assert manifest["status"] == "done"
 
@@ -326,7 +467,12 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path,
     members = {}
     for i in range(40):
         members |= {f"{i:05d}.png": png(32), f"{i:05d}.txt": b"a striped star"}
-    members |= {"tiny.png": png(1), "tiny.txt": b"a dot", "torn.png": png(32)[:40], "torn.txt": b"a torn star"}
+    members |= {
+        "tiny.png": png(1),
+        "tiny.txt": b"a dot",
+        "torn.png": png(32)[:40],
+        "torn.txt": b"a torn star",
+    }
     members |= {"latin.png": png(32), "latin.txt": "caf\xe9".encode("latin-1")}
     path = tmp_path / "00000.tar"
     with tarfile.open(path, "w") as tar:
@@ -350,7 +496,10 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path,
 
 
 def test_help_names_inputs_as_readme_does(capsys):
-    assert main(["list", "dao"]) == 2 and "no kind 'dao' of methods; there are: data, trigger" in capsys.readouterr().err
+    assert (
+        main(["list", "dao"]) == 2
+        and "no kind 'dao' of methods; there are: data, trigger" in capsys.readouterr().err
+    )
     for words, shown in (
         (["scan", "--help"], ("DATA", "--encoder ENCODER", "--detector DETECTOR ...")),
         (["evaluate", "--help"], ("ENCODER [DATA]", "--attack RUN")),
@@ -359,19 +508,35 @@ def test_help_names_inputs_as_readme_does(capsys):
         with pytest.raises(SystemExit):
             main(words)
         said = capsys.readouterr().out
-        assert all(s in said for s in shown) and "{None}" not in said and "type: ignore" not in said and "--no-dry" not in said
+        assert (
+            all(s in said for s in shown)
+            and "{None}" not in said
+            and "type: ignore" not in said
+            and "--no-dry" not in said
+        )
 
 
 def test_whoever_reads_may_stop_reading():
     command = f"{sys.executable} -m bezoar list | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True
+    )
     assert done.stdout.strip() == "data" and done.stderr == "" and done.returncode in (0, 141)
 
 
 def test_a_manifest_is_json_without_infinities(tmp_path, capsys):
-    run = ask(capsys, tmp_path, "train", "scenes:count=300", "--objective", "clip:epochs=1,batch=128")
+    run = ask(
+        capsys, tmp_path, "train", "scenes:count=300", "--objective", "clip:epochs=1,batch=128"
+    )
     text = next(tmp_path.glob("train-*/manifest.json")).read_text()
     assert json.loads(text, parse_constant=pytest.fail) == run
     loss = Measure(**run["metrics"]["final_loss"])
-    assert run["metrics"]["final_loss"]["low"] == "-Infinity" and loss.low == -math.inf and loss.high == math.inf
-    assert main(["show", "train-", "--runs", str(tmp_path)]) == 0 and "-inf .. inf" in capsys.readouterr().out
+    assert (
+        run["metrics"]["final_loss"]["low"] == "-Infinity"
+        and loss.low == -math.inf
+        and loss.high == math.inf
+    )
+    assert (
+        main(["show", "train-", "--runs", str(tmp_path)]) == 0
+        and "-inf .. inf" in capsys.readouterr().out
+    )

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar.errors import UserError
 from bezoar.data.pairs import Pairs, each_image, load
+from bezoar.errors import UserError
 from bezoar.registry import make, spec
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -75,7 +75,12 @@ def test_gtsrb_npz_whole_test_split_and_class_names() -> None:
     from bezoar.data.sources.gtsrb import CLASSES
 
     pairs = read(f"npz:path={DATA}/gtsrb.npz,split=test")
-    assert len(pairs) == 12_630 and pairs.size == 32 and pairs.classes == CLASSES and CLASSES[14] == "stop"
+    assert (
+        len(pairs) == 12_630
+        and pairs.size == 32
+        and pairs.classes == CLASSES
+        and CLASSES[14] == "stop"
+    )
     assert not skipped(pairs)
 
 
@@ -85,7 +90,11 @@ def test_mnist_and_badencoder_arrays() -> None:
     assert pairs.images.shape == (3000, 3, 32, 32) and pairs.ids[1] == "mnist_t10k/test/000001"
     assert torch.equal(pairs.images[:, 0], pairs.images[:, 2])
     truck = read(f"npz:path={DATA}/triggers/BadEncoder/reference/cifar10/truck.npz")
-    assert truck.images.shape == (1, 3, 32, 32) and truck.labels is not None and truck.labels.tolist() == [9]
+    assert (
+        truck.images.shape == (1, 3, 32, 32)
+        and truck.labels is not None
+        and truck.labels.tolist() == [9]
+    )
     assert truck.captions == () and truck.ids == ("truck/000000",)
 
 
@@ -112,12 +121,19 @@ def jpegs(count: int, side: int = 16) -> tuple[np.ndarray, np.ndarray]:
         ({"train_ids": np.array(["a", "b"])}, "3 images but 2 train_ids"),
         ({"train_ids": np.array(["a", "b\n", "c"])}, "cannot be printed"),
         ({"classes": np.array(["a", None], dtype=object)}, "pickle"),
-        ({"train_jpeg": np.zeros(9, np.uint8), "train_offsets": np.array([0, 3, 6, 9])}, "no image-caption record"),
+        (
+            {"train_jpeg": np.zeros(9, np.uint8), "train_offsets": np.array([0, 3, 6, 9])},
+            "no image-caption record",
+        ),
     ],
 )
 def test_hostile_packed_npz(tmp_path: Path, change: dict[str, np.ndarray], match: str) -> None:
     blob, offsets = jpegs(3)
-    held: dict[str, Any] = {"train_jpeg": blob, "train_offsets": offsets, "train_labels": np.array([0, 1, 1])}
+    held: dict[str, Any] = {
+        "train_jpeg": blob,
+        "train_offsets": offsets,
+        "train_labels": np.array([0, 1, 1]),
+    }
     held |= {"classes": np.array(["cat", "big_dog"]), "train_ids": np.array(["a", "b", "c"])}
     np.savez(tmp_path / "good.npz", **held)
     assert read(f"npz:path={tmp_path}/good.npz").captions[1] == "a photo of a big dog"
@@ -129,13 +145,22 @@ def test_broken_jpeg_and_repeated_id_in_npz_are_named(tmp_path: Path) -> None:
     blob, offsets = jpegs(4)
     blob = blob.copy()
     blob[offsets[1] : offsets[1] + 4] = 0
-    held: dict[str, Any] = {"train_jpeg": blob, "train_offsets": offsets, "train_labels": np.zeros(4, int)}
+    held: dict[str, Any] = {
+        "train_jpeg": blob,
+        "train_offsets": offsets,
+        "train_labels": np.zeros(4, int),
+    }
     np.savez(tmp_path / "a.npz", **held, train_ids=np.array(["a", "b", "c", "a"]))
     pairs = read(f"npz:path={tmp_path}/a.npz")
-    assert pairs.ids == ("a", "c") and skipped(pairs) == [("b", "not decodable"), ("a", "duplicate id")]
+    assert pairs.ids == ("a", "c") and skipped(pairs) == [
+        ("b", "not decodable"),
+        ("a", "duplicate id"),
+    ]
 
 
-def member(path: Path, name: str, header: bytes, content: bytes, method: int = zipfile.ZIP_DEFLATED) -> None:
+def member(
+    path: Path, name: str, header: bytes, content: bytes, method: int = zipfile.ZIP_DEFLATED
+) -> None:
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr(name, header + content)
 
@@ -148,7 +173,11 @@ def npy_header(shape: str, descr: str = "'|u1'") -> bytes:
 @pytest.mark.parametrize(
     ("header", "content", "match"),
     [
-        (npy_header("(100000, 1000, 1000, 3)"), b"", "asks for 300000000000 bytes, but 0 are stored"),
+        (
+            npy_header("(100000, 1000, 1000, 3)"),
+            b"",
+            "asks for 300000000000 bytes, but 0 are stored",
+        ),
         (npy_header("(-1, 2, 2, 3)"), bytes(12), "asks for|stored"),
         (npy_header("(2, 2, 2, 3)"), bytes(23), "asks for 24 bytes, but 23"),
         (npy_header("(7, 4096, 4096, 3)"), bytes(7 * 3 << 24), "zip bomb"),
@@ -170,11 +199,18 @@ def test_npz_that_is_none(tmp_path: Path) -> None:
     refused(f"npz:path={tmp_path}/a.npz", "cannot be read as .npz")
     refused(f"npz:path={tmp_path}/b.npz", "no .npz file")
     np.savez(tmp_path / "c.npz", z=np.zeros(1))
-    refused(f"npz:path={tmp_path}/c.npz,split=val", "holds no array val_jpeg, val_images or x; it holds: z")
+    refused(
+        f"npz:path={tmp_path}/c.npz,split=val",
+        "holds no array val_jpeg, val_images or x; it holds: z",
+    )
     np.savez(tmp_path / "v.npz", x=pixels(4, 8, 8, 3))
     good = (tmp_path / "v.npz").read_bytes()
     directory = good.rindex(b"PK\x01\x02")
-    for at, value in ((6, 99), (9, 8), (42, 255)):  # version needed, Unicode names, where the member lies
+    for at, value in (
+        (6, 99),
+        (9, 8),
+        (42, 255),
+    ):  # version needed, Unicode names, where the member lies
         broken = bytearray(good)
         broken[directory + at] = value
         if at == 9:
@@ -197,7 +233,9 @@ def test_the_two_csv_layouts_and_json_lines_and_parquet_agree(tmp_path: Path) ->
     import pyarrow.parquet as parquet
 
     shards = read(f"shards:path={DATA}/flickr8k/val-00000.tar,size=32,limit=6")
-    for i, image in enumerate(load(make("data", f"shards:path={DATA}/flickr8k/val-00000.tar,size=128,limit=6")()).images):
+    for i, image in enumerate(
+        load(make("data", f"shards:path={DATA}/flickr8k/val-00000.tar,size=128,limit=6")()).images
+    ):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{i}.png")
     rows = [(f"images/{i}.png", caption) for i, caption in enumerate(shards.captions)]
@@ -207,11 +245,17 @@ def test_the_two_csv_layouts_and_json_lines_and_parquet_agree(tmp_path: Path) ->
         csv.writer(file).writerows([("image", "caption"), *rows])
     lines = [json.dumps({"path": p, "text": c}) for p, c in rows]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    table = pa.table({"image": [p for p, _ in rows], "n": list(range(6)), "caption": [c for _, c in rows]})
+    table = pa.table(
+        {"image": [p for p, _ in rows], "n": list(range(6)), "caption": [c for _, c in rows]}
+    )
     parquet.write_table(table, tmp_path / "a.parquet")
     for name in ("open_clip.csv", "cleanclip.csv", "a.jsonl", "a.parquet"):
         pairs = read(f"captions:path={tmp_path}/{name},size=32")
-        assert pairs.captions == shards.captions and pairs.ids == tuple(p for p, _ in rows) and pairs.labels is None
+        assert (
+            pairs.captions == shards.captions
+            and pairs.ids == tuple(p for p, _ in rows)
+            and pairs.labels is None
+        )
         # the shard's JPEG is halved while it is decoded, the PNG by bicubic resizing: nearly the same
         assert (pairs.images.float() - shards.images.float()).abs().mean() < 4
     assert len(make("data", f"captions:{tmp_path}/a.jsonl").files()) == 7
@@ -231,7 +275,9 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ("text.png", b"x"), ("pipe.png", b"x"), ("a.png", b"caf\xe9"), ("a.png", b" "), ("", b"x"),
         ("/dev/zero", b"x"), ("https://example.org/a.png", b"x"),
     ]  # fmt: skip
-    (folder / "t.csv").write_bytes(b"image,caption\n" + b"\n".join(p.encode() + b"," + c for p, c in rows) + b"\nshort")
+    (folder / "t.csv").write_bytes(
+        b"image,caption\n" + b"\n".join(p.encode() + b"," + c for p, c in rows) + b"\nshort"
+    )
     (folder / "sub").mkdir()
     pairs = read(f"captions:path={folder}/t.csv,size=16")
     assert pairs.ids == ("a.png", "a.png#1", "sub/../a.png")
@@ -249,7 +295,9 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     (tmp_path / "a.csv").write_text("picture,words\na.png,hello\n")
     refused(f"captions:{tmp_path}/a.csv", "no column filepath or image.*it has: picture, words")
-    assert read(f"captions:{tmp_path}/a.csv,image=picture,caption=words,size=16").captions == ("hello",)
+    assert read(f"captions:{tmp_path}/a.csv,image=picture,caption=words,size=16").captions == (
+        "hello",
+    )
     refused(f"captions:{tmp_path}/a.csv,image=x,caption=words", "no column x")
     refused(f"captions:{tmp_path}/b.csv", "no table of captions")
     refused(f"captions:{tmp_path}/a.png", "must be .csv")
@@ -260,7 +308,9 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "p.parquet").write_bytes(b"PAR1 not really PAR1")
     refused(f"captions:{tmp_path}/p.parquet", "cannot be read as parquet")
     (tmp_path / "j.jsonl").write_bytes(
-        b'{"image": "a.png", "caption": "ok"}\n{"image": "\xff"}\n[1]\n' + b"[" * 99999 + b'\n{"image": 3, "caption": []}\n'
+        b'{"image": "a.png", "caption": "ok"}\n{"image": "\xff"}\n[1]\n'
+        + b"[" * 99999
+        + b'\n{"image": 3, "caption": []}\n'
         b'{"image": "a.png", "caption": "\\ud800"}\n'
     )
     pairs = read(f"captions:{tmp_path}/j.jsonl,size=16")
@@ -307,7 +357,10 @@ def test_cifar10_binary_version(tmp_path: Path) -> None:
     images, labels = pixels(6, 3, 32, 32), np.array([3, 0, 9, 1, 2, 5], np.uint8)
     for i, name in enumerate([*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]):
         (folder / name).write_bytes(labels[i : i + 1].tobytes() + images[i].tobytes())
-    train, test = read(f"cifar10:root={tmp_path}"), read(f"cifar10:root={tmp_path},split=test,size=16")
+    train, test = (
+        read(f"cifar10:root={tmp_path}"),
+        read(f"cifar10:root={tmp_path},split=test,size=16"),
+    )
     assert torch.equal(train.images, torch.from_numpy(images[:5])) and train.labels is not None
     assert train.labels.tolist() == [3, 0, 9, 1, 2] and train.captions[0] == "a photo of a cat"
     assert test.ids == ("cifar10/test/00000",) and test.size == 16
@@ -323,13 +376,18 @@ def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision
 
     images = pixels(32, 32, 3, 4)
-    scipy.io.savemat(tmp_path / "test_32x32.mat", {"X": images, "y": np.array([[10], [1], [9], [3]], np.uint8)})
+    scipy.io.savemat(
+        tmp_path / "test_32x32.mat", {"X": images, "y": np.array([[10], [1], [9], [3]], np.uint8)}
+    )
     refused(f"svhn:root={tmp_path},split=test", "download=true")  # the md5 is not the published one
     monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
     pairs = read(f"svhn:root={tmp_path},split=test")
     assert torch.equal(pairs.images, torch.from_numpy(images.transpose(3, 2, 0, 1).copy()))
     assert pairs.labels is not None and pairs.labels.tolist() == [0, 1, 9, 3]
-    assert pairs.captions[2] == "a photo of a nine" and len(make("data", f"svhn:root={tmp_path},split=test").files()) == 1
+    assert (
+        pairs.captions[2] == "a photo of a nine"
+        and len(make("data", f"svhn:root={tmp_path},split=test").files()) == 1
+    )
 
 
 def test_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,25 +396,41 @@ def test_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     images = pixels(3, 3, 96, 96)
-    images.transpose(0, 1, 3, 2).tofile(folder / "train_X.bin")  # planes are stored column by column
+    images.transpose(0, 1, 3, 2).tofile(
+        folder / "train_X.bin"
+    )  # planes are stored column by column
     images.transpose(0, 1, 3, 2).tofile(folder / "unlabeled_X.bin")
     np.array([1, 10, 0], np.uint8).tofile(folder / "train_y.bin")
     refused(f"stl10:root={tmp_path}", "download=true")
     monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
     pairs = read(f"stl10:root={tmp_path},limit=2")
-    assert torch.equal(pairs.images, torch.from_numpy(images[:2])) and pairs.captions[1] == "a photo of a truck"
+    assert (
+        torch.equal(pairs.images, torch.from_numpy(images[:2]))
+        and pairs.captions[1] == "a photo of a truck"
+    )
     assert pairs.labels is not None and pairs.labels.tolist() == [0, 9]
     everything = read(f"stl10:root={tmp_path},size=32")
-    assert everything.labels is not None and everything.labels.tolist() == [0, 9, -1] and everything.captions == ()
+    assert (
+        everything.labels is not None
+        and everything.labels.tolist() == [0, 9, -1]
+        and everything.captions == ()
+    )
     unlabelled = read(f"stl10:root={tmp_path},split=unlabeled")
-    assert unlabelled.labels is not None and unlabelled.labels.tolist() == [-1, -1, -1] and unlabelled.captions == ()
+    assert (
+        unlabelled.labels is not None
+        and unlabelled.labels.tolist() == [-1, -1, -1]
+        and unlabelled.captions == ()
+    )
 
 
 def test_gtsrb(tmp_path: Path) -> None:
     base = tmp_path / "gtsrb" / "GTSRB"
     for label in (0, 14):
         save(base / "Training" / f"{label:05d}" / "00000_00001.ppm", 20 + label)
-    for label in set(range(43)) - {0, 14}:  # torchvision numbers the class folders, so all of them must be there
+    for label in set(range(43)) - {
+        0,
+        14,
+    }:  # torchvision numbers the class folders, so all of them must be there
         save(base / "Training" / f"{label:05d}" / "00000_00000.ppm")
     train = read(f"gtsrb:root={tmp_path}")
     row = train.ids.index("GTSRB/Training/00014/00000_00001.ppm")
@@ -368,7 +442,9 @@ def test_gtsrb(tmp_path: Path) -> None:
     table += "".join(f"{name};16;16;0;0;0;0;12\n" for name in rows) + "00000.ppm;16;16;0;0;0;0;77\n"
     (tmp_path / "gtsrb" / "GT-final_test.csv").write_text(table)
     test = read(f"gtsrb:root={tmp_path},split=test")
-    assert test.captions == ("a photo of a priority road",) and test.ids == ("GTSRB/Final_Test/Images/00000.ppm",)
+    assert test.captions == ("a photo of a priority road",) and test.ids == (
+        "GTSRB/Final_Test/Images/00000.ppm",
+    )
     assert [reason for _, reason in skipped(test)] == [
         "no such file", "path leaves the data set's folder", "label is not a number from 0 to 42",
     ]  # fmt: skip
@@ -384,16 +460,29 @@ def test_food101(tmp_path: Path) -> None:
     listed = {"waffles": ["waffles/2", "../../outside"], "apple_pie": ["apple_pie/1"]}
     (base / "meta" / "train.json").write_text(json.dumps(listed))
     pairs = read(f"food101:root={tmp_path},size=32")
-    assert pairs.ids == ("waffles/2.jpg", "apple_pie/1.jpg") and pairs.classes == ("apple_pie", "waffles")
-    assert pairs.labels is not None and pairs.labels.tolist() == [1, 0] and pairs.captions[1] == "a photo of a apple pie"
+    assert pairs.ids == ("waffles/2.jpg", "apple_pie/1.jpg") and pairs.classes == (
+        "apple_pie",
+        "waffles",
+    )
+    assert (
+        pairs.labels is not None
+        and pairs.labels.tolist() == [1, 0]
+        and pairs.captions[1] == "a photo of a apple pie"
+    )
     assert skipped(pairs) == [("../../outside.jpg", "path leaves the data set's folder")]
     refused(f"food101:root={tmp_path}/none", "download=true")
 
 
-@pytest.mark.parametrize("text", ["shards:path=a", "captions:path=a", "folder:path=a", "npz:path=a", "cifar10", "svhn"])
+@pytest.mark.parametrize(
+    "text", ["shards:path=a", "captions:path=a", "folder:path=a", "npz:path=a", "cifar10", "svhn"]
+)
 def test_fields_are_checked(text: str) -> None:
     comma = "," if ":" in text else ":"
-    for bad, match in (("size=4", "size must lie"), ("size=100000", "size must lie"), ("limit=0", "limit must be")):
+    for bad, match in (
+        ("size=4", "size must lie"),
+        ("size=100000", "size must lie"),
+        ("limit=0", "limit must be"),
+    ):
         with pytest.raises(UserError, match=match):
             make("data", text + comma + bad)
 
@@ -403,7 +492,12 @@ def test_a_flat_folder_of_images_is_read_without_classes_and_captions(tmp_path: 
         save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("notes")
     pairs = read(f"folder:path={tmp_path},size=16")
-    assert pairs.ids == ("a.jpg", "b.png") and pairs.classes == () and pairs.captions == () and pairs.labels is None
+    assert (
+        pairs.ids == ("a.jpg", "b.png")
+        and pairs.classes == ()
+        and pairs.captions == ()
+        and pairs.labels is None
+    )
     assert list(dict(make("data", f"folder:path={tmp_path}").files())) == ["a.jpg", "b.png"]
 
 

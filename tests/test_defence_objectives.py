@@ -13,11 +13,12 @@ from test_distributed import torchrun, weights
 from test_training import toy
 from torch import nn
 
-from bezoar.training import contrastive, collectives, caption_views, loop
 from bezoar import registry
-from bezoar.training.augmentation import Chance, Views
+from bezoar.data import randomness
 from bezoar.encoders.encoder import Words
 from bezoar.errors import UserError
+from bezoar.training import caption_views, collectives, contrastive, loop
+from bezoar.training.augmentation import Chance, Views
 from bezoar.training.objectives import roclip
 from bezoar.training.objectives.safeclip import likely
 
@@ -33,21 +34,26 @@ def start(name, epochs=4, extra=""):
     """A fresh encoder, the objective's module, the recipe, tokens of the toy data."""
     torch.manual_seed(0)
     data = toy()
-    network, recipe = registry.make("network", "clip_small:width=4,dim=16"), registry.make("objective", SPECS[name] + extra)
+    network, recipe = (
+        registry.make("network", "clip_small:width=4,dim=16"),
+        registry.make("objective", SPECS[name] + extra),
+    )
     encoder = network(data.size, network.vocabulary(data.captions))
     recipe = replace(recipe, epochs=epochs, lr=1e-3)
     return encoder, recipe(encoder), recipe, encoder.tokens(data.captions)
 
 
 def chance(*key):
-    return Chance(loop.generator(*(key or (5,))))
+    return Chance(randomness.generator(*(key or (5,))))
 
 
 def infonce(a, b, scale):
     """Row by row, in double precision."""
     total = 0.0
     for i in range(len(a)):
-        logits = [float(scale * (a[i].detach().double() @ b[j].detach().double())) for j in range(len(b))]
+        logits = [
+            float(scale * (a[i].detach().double() @ b[j].detach().double())) for j in range(len(b))
+        ]
         total += math.log(sum(math.exp(x) for x in logits)) - logits[i]
     return total / len(a)
 
@@ -64,7 +70,11 @@ def eda_by_hand(rows, changes, places, gone, share, first):
     out, width = [], len(rows[0])
     for row, change, place, lost in zip(rows, changes, places, gone, strict=True):
         words = [t for t in row if t]
-        head, body, tail = words[:first], words[first : len(words) - first], words[len(words) - first :]
+        head, body, tail = (
+            words[:first],
+            words[first : len(words) - first],
+            words[len(words) - first :],
+        )
         n = len(body)
         m = max(1, int(share * n)) if n else 0
         if change == caption_views.INSERT and len(words) + m > width:
@@ -113,7 +123,10 @@ def test_eda_is_what_lists_of_words_give(marks, share):
 
 def test_two_ranks_draw_the_same_views_of_captions():
     tokens = torch.arange(1, 49).view(8, 6)
-    halves = [caption_views.eda(tokens[4 * r : 4 * r + 4], Chance(loop.generator(2), r, 2), 0.3) for r in (0, 1)]
+    halves = [
+        caption_views.eda(tokens[4 * r : 4 * r + 4], Chance(randomness.generator(2), r, 2), 0.3)
+        for r in (0, 1)
+    ]
     assert torch.equal(torch.cat(halves), caption_views.eda(tokens, chance(2), 0.3))
 
 
@@ -139,7 +152,9 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     w, w2 = twin.read(tokens), twin.read(told)
     expected = clip(z, w, 10) + 3 / 2 * (infonce(z, z2, 10) + infonce(w, w2, 10))
     assert got.item() == pytest.approx(expected, rel=1e-4)
-    held = registry.make("objective", "cleanclip:weight=3,crop=0.4,words=0.3,anchor=2,temperature=0.1")(copy.deepcopy(encoder))
+    held = registry.make(
+        "objective", "cleanclip:weight=3,crop=0.4,words=0.3,anchor=2,temperature=0.1"
+    )(copy.deepcopy(encoder))
     began = copy.deepcopy(encoder).eval()
     nn.init.normal_(held.encoder.image.head.bias, generator=torch.Generator().manual_seed(0))
     other = copy.deepcopy(held).train()
@@ -152,7 +167,9 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     assert (anchored - drawn).item() == pytest.approx(2 * away, abs=1e-3) and away > 0.05
     plain = registry.make("objective", "cleanclip:weight=0,shift=0,temperature=0.1")(encoder).eval()
     ours = registry.make("objective", "clip:shift=0,temperature=0.1")(encoder).eval()
-    assert plain(images, tokens, chance()).item() == pytest.approx(ours(images, tokens, chance()).item(), rel=1e-6)
+    assert plain(images, tokens, chance()).item() == pytest.approx(
+        ours(images, tokens, chance()).item(), rel=1e-6
+    )
 
 
 def test_par_pushes_from_where_it_began_as_far_as_tau():
@@ -166,11 +183,16 @@ def test_par_pushes_from_where_it_began_as_far_as_tau():
     got = loss(images, tokens, chance())
     with torch.no_grad():
         z, w = twin.images(images), twin.read(tokens)
-    moved = [float((2 - 2 * (a * b).sum(1)).mean()) for a, b in ((z, before.images(images)), (w, before.read(tokens)))]
+    moved = [
+        float((2 - 2 * (a * b).sum(1)).mean())
+        for a, b in ((z, before.images(images)), (w, before.read(tokens)))
+    ]
     assert min(moved) > 0.01
     assert got.item() == pytest.approx(clip(z, w, 10) - sum(moved) / 2, rel=1e-4)
     got.backward()
-    assert all(p.grad is None for p in loss.start.parameters()) and not any(m.training for m in loss.start.modules())
+    assert all(p.grad is None for p in loss.start.parameters()) and not any(
+        m.training for m in loss.start.modules()
+    )
     near = registry.make("objective", f"par:temperature=0.1,shift=0,tau={sum(moved) / 2}")(before)
     near.encoder = encoder  # one of the two is further than tau
     value = near.train()(images, tokens, chance()).item()
@@ -199,11 +221,19 @@ def test_roclip_compares_with_the_nearest_of_the_captions_it_saw(compat, monkeyp
         twin = copy.deepcopy(encoder).train()
         loss.zero_grad()
         got = loss(data.images[rows], tokens[rows], chance(step))
-        z = twin.images(Views(32, (1.0, 1.0), flip=0, jitter=0, gray=0)(data.images[rows], chance(step), 1)[:, 0])
+        z = twin.images(
+            Views(32, (1.0, 1.0), flip=0, jitter=0, gray=0)(data.images[rows], chance(step), 1)[
+                :, 0
+            ]
+        )
         own, matching = twin.read(tokens[rows]).detach(), step >= 6
         if matching:
             near = (z @ torch.stack([v for _, v in ring]).T).argmax(1).tolist()
-            w = torch.stack([ring[i][1] for i in near]) if compat else twin.read(torch.stack([ring[i][0] for i in near]))
+            w = (
+                torch.stack([ring[i][1] for i in near])
+                if compat
+                else twin.read(torch.stack([ring[i][0] for i in near]))
+            )
         else:
             w = own
         assert got.item() == pytest.approx(clip(z, w, 10), rel=1e-4), step
@@ -212,7 +242,9 @@ def test_roclip_compares_with_the_nearest_of_the_captions_it_saw(compat, monkeyp
         assert moves != (matching and compat)
         for token, vector in zip(tokens[rows], own, strict=True):
             ring[at], at = (token, vector), (at + 1) % 38
-        assert torch.equal(loss.bank, torch.stack([t for t, _ in ring])) and int(loss.position) == at
+        assert (
+            torch.equal(loss.bank, torch.stack([t for t, _ in ring])) and int(loss.position) == at
+        )
         assert torch.allclose(loss.vectors, torch.stack([v for _, v in ring]), atol=1e-6)
 
 
@@ -221,20 +253,31 @@ def test_safeclip_has_three_phases_and_a_set_that_grows(monkeypatch):
     data, calls, sizes = toy(), [], []
     for name in ("apart", "clip"):
         plain = getattr(loss, name)
-        monkeypatch.setattr(loss, name, lambda x, t, c, name=name, plain=plain: calls.append((name, len(x))) or plain(x, t, c))
+        monkeypatch.setattr(
+            loss,
+            name,
+            lambda x, t, c, name=name, plain=plain: calls.append((name, len(x))) or plain(x, t, c),
+        )
     first = torch.linspace(0, 1, 96) > 0.7
-    monkeypatch.setattr(sys.modules[type(loss).__module__], "likely", lambda values: first.numpy() * 0.99)
+    monkeypatch.setattr(
+        sys.modules[type(loss).__module__], "likely", lambda values: first.numpy() * 0.99
+    )
 
     def look(epoch):
         sizes.append(int(loss.safe.sum()))
         return {}
 
     loop.fit(loss, recipe, data, tokens, 3, each_epoch=look)
-    assert [name for name, _ in calls[:12]] == ["apart"] * 6 + ["clip"] * 6 and {n for _, n in calls[:12]} == {16}
+    assert [name for name, _ in calls[:12]] == ["apart"] * 6 + ["clip"] * 6 and {
+        n for _, n in calls[:12]
+    } == {16}
     share = int(first.sum()) / 96
     assert sizes == [0, 0, *(round(min(0.6, share + 0.1 * k) * 96) for k in range(4))]
     mixed = calls[12:]
-    assert sum(n for name, n in mixed) <= 24 * 16 and {name for name, _ in mixed} == {"apart", "clip"}
+    assert sum(n for name, n in mixed) <= 24 * 16 and {name for name, _ in mixed} == {
+        "apart",
+        "clip",
+    }
     agreement = loss.agreement()
     loss.split(3)
     assert agreement[loss.safe].min() >= agreement[~loss.safe].max()
@@ -262,8 +305,13 @@ def test_safeclip_looks_at_risky_pairs_apart():
 def test_safeclip_takes_its_low_rate_in_one_epoch():
     recipe = registry.make("objective", "safeclip:epochs=8,apart=3,lr=1e-2,together=1e-4")
     rates = [loop.rate(recipe, step, 80) for step in range(80)]
-    usual = [loop.rate(registry.make("objective", "clip:epochs=8,lr=1e-2"), step, 80) for step in range(80)]
-    assert [a == b for a, b in zip(rates, usual, strict=True)] == [not 30 <= step < 40 for step in range(80)]
+    usual = [
+        loop.rate(registry.make("objective", "clip:epochs=8,lr=1e-2"), step, 80)
+        for step in range(80)
+    ]
+    assert [a == b for a, b in zip(rates, usual, strict=True)] == [
+        not 30 <= step < 40 for step in range(80)
+    ]
     assert rates[35] == pytest.approx(usual[35] / 100)
 
 
@@ -273,7 +321,10 @@ def test_two_gaussians_are_told_apart():
     values = torch.cat([low, high])
     p = likely(values)
     # the mixture that they were drawn from
-    density = [share / sd * torch.exp(-((values - m) ** 2) / (2 * sd**2)) for share, m, sd in ((0.3, 0, 0.1), (0.7, 1, 0.2))]
+    density = [
+        share / sd * torch.exp(-((values - m) ** 2) / (2 * sd**2))
+        for share, m, sd in ((0.3, 0, 0.1), (0.7, 1, 0.2))
+    ]
     truth = density[1] / (density[0] + density[1])
     assert ((torch.from_numpy(p) > 0.9) == (truth > 0.9)).float().mean() > 0.99
 
@@ -328,7 +379,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(name, tmp_path, monkeyp
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     trained(name, tmp_path, until=16)
     resumed = trained(name, tmp_path)
-    assert whole.keys() == resumed.keys() and all(torch.equal(v, resumed[k]) for k, v in whole.items())
+    assert whole.keys() == resumed.keys() and all(
+        torch.equal(v, resumed[k]) for k, v in whole.items()
+    )
     assert torch.isfinite(whole["losses"]).all()
 
 
@@ -337,7 +390,9 @@ def stepped(name):
     _, loss, recipe, tokens = start(name, epochs=3 if name == "safeclip" else 2)
     usual = loop.optimizer
     try:
-        loop.optimizer = lambda model, recipe: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
+        loop.optimizer = lambda model, recipe: torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], 1e-2
+        )
         loop.fit(loss, recipe, toy(32), tokens[:32], 3)
     finally:
         loop.optimizer = usual
@@ -349,7 +404,9 @@ def work_of_a_rank(folder):
     from bezoar.training import ranks
 
     ranks.join()
-    out = {f"{name}.{k}": v for name in SPECS if name != "safeclip" for k, v in stepped(name).items()}
+    out = {
+        f"{name}.{k}": v for name in SPECS if name != "safeclip" for k, v in stepped(name).items()
+    }
     save_file(out, folder / f"rank{collectives.place()[0]}.safetensors")
     with pytest.raises(UserError, match="start one process"):
         stepped("safeclip")

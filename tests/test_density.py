@@ -8,15 +8,15 @@ import pytest
 import torch
 from sklearn import cluster, decomposition
 
-from bezoar.detection import density, pseudo_classes
 from bezoar import registry
-from bezoar.evaluation import stats
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import pool
+from bezoar.detection import density, pseudo_classes
 from bezoar.detection.density import Density, published
 from bezoar.detection.detectors import activation_clustering
 from bezoar.encoders.encoder import Embedded
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import pool
-from bezoar.data.pairs import Pairs
+from bezoar.evaluation import kmeans, stats
 
 
 def rows(n: int, d: int = 24, seed: int = 0) -> torch.Tensor:
@@ -42,7 +42,11 @@ def given(images, texts=None, captions=()):
 
 
 def scored(spec: str, images, texts=None, captions=()) -> np.ndarray:
-    return registry.make("detector", spec)(Given(), given(images, texts, captions)).values.double().numpy()
+    return (
+        registry.make("detector", spec)(Given(), given(images, texts, captions))
+        .values.double()
+        .numpy()
+    )
 
 
 def plain_lid(r: list[float], d: int) -> float:
@@ -59,7 +63,12 @@ def test_density_is_the_plain_one(with_texts):
 
     def around(x: torch.Tensor, i: int) -> list[tuple[float, int, int]]:
         """Distance, record and kind of the references nearest to a vector of record i."""
-        found = [(float((x - kind[j]).norm()), int(j), a) for a, kind in enumerate(kinds) for j in members if j != i]
+        found = [
+            (float((x - kind[j]).norm()), int(j), a)
+            for a, kind in enumerate(kinds)
+            for j in members
+            if j != i
+        ]
         return sorted(found)[:k]
 
     parts = list(measured.around())
@@ -69,8 +78,12 @@ def test_density_is_the_plain_one(with_texts):
         beyond = [[r for r, *_ in around(kinds[a][j], j)] for _, j, a in near]
         assert float(parts[0].reach[i]) == pytest.approx(near[-1][0], rel=1e-5)
         assert parts[0].reaches[i].numpy() == pytest.approx([r[-1] for r in beyond], rel=1e-5)
-        assert float(parts[0].lid[i]) == pytest.approx(plain_lid([r for r, *_ in near], 6), rel=1e-3)
-        assert parts[0].lids[i].numpy() == pytest.approx([plain_lid(r, 6) for r in beyond], rel=1e-3)
+        assert float(parts[0].lid[i]) == pytest.approx(
+            plain_lid([r for r, *_ in near], 6), rel=1e-3
+        )
+        assert parts[0].lids[i].numpy() == pytest.approx(
+            [plain_lid(r, 6) for r in beyond], rel=1e-3
+        )
 
 
 def test_density_of_copies_is_finite():
@@ -91,7 +104,9 @@ def test_blocks_of_records_do_not_matter(monkeypatch):
 
 def test_one_search_serves_every_density_detector(monkeypatch):
     source, calls, measure = given(rows(200, d=6)), [], Density.measure
-    monkeypatch.setattr(Density, "measure", staticmethod(lambda *a: calls.append(a[2:5]) or measure(*a)))
+    monkeypatch.setattr(
+        Density, "measure", staticmethod(lambda *a: calls.append(a[2:5]) or measure(*a))
+    )
     for name in ("k_distance", "slof", "dao", "lid"):
         registry.make("detector", name)(Given(), source)
     assert calls == [(16, 200, 0)]
@@ -113,7 +128,13 @@ def plain_published(x: torch.Tensor, t: torch.Tensor | None, k: int) -> dict[str
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
     kinds = [x] if t is None else [x, t]
-    d = np.concatenate([np.stack([np.delete(row, i) for i, row in enumerate(distances(x, kind))]) for kind in kinds], 1)
+    d = np.concatenate(
+        [
+            np.stack([np.delete(row, i) for i, row in enumerate(distances(x, kind))])
+            for kind in kinds
+        ],
+        1,
+    )
     order = np.argsort(d, axis=1, kind="stable")
     a = np.take_along_axis(d, order, 1)
     whole = np.sort(distances(torch.cat(kinds), torch.cat(kinds)), axis=1)
@@ -127,7 +148,9 @@ def plain_published(x: torch.Tensor, t: torch.Tensor | None, k: int) -> dict[str
             slof[i] = (a[i, k] / whole[of, k]).mean()
             dao[i] = (lids[of] * np.log(a[i, k] / whole[of, k])).mean()
     out |= {"slof": slof, "dao": dao}
-    return {name: np.nan_to_num(v, nan=1000.0, posinf=1000.0, neginf=0.0) for name, v in out.items()}
+    return {
+        name: np.nan_to_num(v, nan=1000.0, posinf=1000.0, neginf=0.0) for name, v in out.items()
+    }
 
 
 @pytest.mark.parametrize("with_texts", [False, True])
@@ -139,7 +162,8 @@ def test_compat_equals_the_published_code(with_texts, copies, monkeypatch):
     option = f"k=7,compat=true,texts={str(with_texts).lower()}"
     for name in ("k_distance", "lid", "slof", "dao"):
         parts = [
-            plain_published(x[b], t[b] if with_texts else None, 7)[name] for b in (slice(90), slice(90, 180), slice(180, 200))
+            plain_published(x[b], t[b] if with_texts else None, 7)[name]
+            for b in (slice(90), slice(90, 180), slice(180, 200))
         ]
         expected = np.concatenate(parts)
         found = scored(f"{name}:{option}", x, t)
@@ -184,7 +208,9 @@ def captioned(n: int = 300) -> tuple[torch.Tensor, list[str]]:
     """Three kinds of vectors, each near that of its word."""
     kind = torch.arange(n) % 3
     z = torch.eye(26)[kind] + 0.05 * rows(n, d=26)
-    return torch.nn.functional.normalize(z, dim=1), [f"A photo of the {('apple', 'bear', 'cat')[k]} in 3 x" for k in kind]
+    return torch.nn.functional.normalize(z, dim=1), [
+        f"A photo of the {('apple', 'bear', 'cat')[k]} in 3 x" for k in kind
+    ]
 
 
 def test_pseudo_classes_by_words_and_by_clusters_agree():
@@ -220,19 +246,23 @@ def test_captions_of_a_stream_are_those_at_hand():
                 yield Pairs(images, tuple(captions[a : a + 6]), None, tuple(map(str, range(n))))
 
     streamed = list(pseudo_classes.captions(Stream(), picked))
-    assert sorted(streamed) == sorted(pseudo_classes.captions(SimpleNamespace(captions=captions), picked))
+    assert sorted(streamed) == sorted(
+        pseudo_classes.captions(SimpleNamespace(captions=captions), picked)
+    )
 
 
 def test_k_means_is_as_good_as_sklearns():
     x = rows(500, d=4, seed=3)
 
     def inertia(centres) -> float:
-        return float(torch.cdist(x.double(), torch.as_tensor(centres).double()).amin(1).square().sum())
+        return float(
+            torch.cdist(x.double(), torch.as_tensor(centres).double()).amin(1).square().sum()
+        )
 
     theirs = cluster.KMeans(6, n_init=1, random_state=0).fit(x.numpy())
-    assert inertia(pseudo_classes.clusters(x, 6, 0)) < 1.1 * inertia(theirs.cluster_centers_)
-    assert len(pseudo_classes.clusters(x[:1].expand(50, -1), 6, 0)) == 1
-    assert len(pseudo_classes.clusters(x[:4], 6, 0)) == 4
+    assert inertia(kmeans.clusters(x, 6, 0)) < 1.1 * inertia(theirs.cluster_centers_)
+    assert len(kmeans.clusters(x[:1].expand(50, -1), 6, 0)) == 1
+    assert len(kmeans.clusters(x[:4], 6, 0)) == 4
 
 
 @pytest.mark.parametrize("matrices", [1, 1 << 26])
@@ -301,7 +331,9 @@ def test_isolation_forest_is_sklearns():
     z = rows(300, d=6)
     z[:4] *= 3
     order = pool(given(z).e.ids, 300, 2)
-    theirs = IsolationForest(n_estimators=20, max_samples=64, random_state=2).fit(z[torch.as_tensor(order)].numpy())
+    theirs = IsolationForest(n_estimators=20, max_samples=64, random_state=2).fit(
+        z[torch.as_tensor(order)].numpy()
+    )
     found = scored("isolation_forest:trees=20,cut=64,seed=2", z)
     assert found == pytest.approx(-theirs.score_samples(z.numpy()), abs=1e-6)
     assert stats.auroc(found, np.arange(300) < 4) > 0.99
@@ -312,7 +344,14 @@ def test_device_and_files_do_not_matter(tmp_path):
     z = rows(900, d=8)
     np.save(tmp_path / "z.npy", z.numpy())
     mapped = torch.from_numpy(np.load(tmp_path / "z.npy", mmap_mode="c"))
-    for name in ("k_distance:pool=100", "slof:pool=100", "dao", "lid", "isolation_forest", "spectral:count=4"):
+    for name in (
+        "k_distance:pool=100",
+        "slof:pool=100",
+        "dao",
+        "lid",
+        "isolation_forest",
+        "spectral:count=4",
+    ):
         assert np.array_equal(scored(name, z), scored(name, mapped)), name
 
 
@@ -320,13 +359,18 @@ def test_embedded_of_a_source_without_order():
     z = rows(400, d=8)
     source = given(z)
     turn = torch.randperm(400, generator=torch.Generator().manual_seed(0))
-    turned = SimpleNamespace(e=replace(source.e, ids=tuple(source.e.ids[i] for i in turn), images=z[turn]))
+    turned = SimpleNamespace(
+        e=replace(source.e, ids=tuple(source.e.ids[i] for i in turn), images=z[turn])
+    )
     for name in ("k_distance:pool=90", "slof", "dao:pool=300", "lid"):
         made = registry.make("detector", name)
         assert torch.equal(made(Given(), source).values[turn], made(Given(), turned).values), name
 
 
-@pytest.mark.parametrize("name", ["k_distance", "lid", "slof", "dao", "isolation_forest", "spectral", "activation_clustering"])
+@pytest.mark.parametrize(
+    "name",
+    ["k_distance", "lid", "slof", "dao", "isolation_forest", "spectral", "activation_clustering"],
+)
 @pytest.mark.parametrize("compat", [False, True])
 def test_identical_vectors_have_scores_and_too_few_a_line(name, compat):
     z = rows(1, d=9).expand(70, -1)

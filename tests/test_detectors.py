@@ -13,12 +13,17 @@ from PIL import Image
 from sklearn.neighbors import LocalOutlierFactor
 
 from bezoar import registry
-from bezoar.evaluation import stats
+from bezoar.data.pairs import Pairs
 from bezoar.detection.detectors import duplicates
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
+from bezoar.evaluation import stats
 
-COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (40, 60, 220),
+    "yellow": (230, 220, 50),
+}
 PATCH = torch.tensor([[255, 0, 255], [0, 255, 0]], dtype=torch.uint8)[
     (torch.arange(6)[:, None] // 2 + torch.arange(6) // 2) % 2
 ].permute(2, 0, 1)
@@ -31,7 +36,9 @@ class Fake:
 
     def __init__(self, backdoor: bool = False, batch: int = 64) -> None:
         self.backdoor, self.batch = backdoor, batch
-        self.map = torch.randn(12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.map = torch.randn(
+            12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
 
     def images(self, x):
         x = x.double() / 255 if x.dtype == torch.uint8 else x.double()
@@ -40,19 +47,35 @@ class Fake:
             patch = PATCH.float()[None] / 255
             x = x.float()
             off = F.conv2d(x**2, torch.ones_like(patch)) - 2 * F.conv2d(x, patch) + (patch**2).sum()
-            z = z + 20 * (1 - off.flatten(1).amin(1, keepdim=True) / 20).clamp(min=0) * self.texts(["green"]).double()
+            z = (
+                z
+                + 20
+                * (1 - off.flatten(1).amin(1, keepdim=True) / 20).clamp(min=0)
+                * self.texts(["green"]).double()
+            )
         return F.normalize(z, dim=1).float()
 
     def texts(self, captions):
         names = [next((w for w in re.findall("[a-z]+", c) if w in COLORS), "") for c in captions]
-        flat = torch.tensor([COLORS.get(n, (128, 128, 128)) for n in names], dtype=torch.float64)[:, :, None, None] / 255
-        return F.normalize(torch.tanh(flat.expand(-1, -1, 2, 2).flatten(1) - 0.4) @ self.map.tanh(), dim=1).float()
+        flat = (
+            torch.tensor([COLORS.get(n, (128, 128, 128)) for n in names], dtype=torch.float64)[
+                :, :, None, None
+            ]
+            / 255
+        )
+        return F.normalize(
+            torch.tanh(flat.expand(-1, -1, 2, 2).flatten(1) - 0.4) @ self.map.tanh(), dim=1
+        ).float()
 
     def embed(self, source):
         parts = list(source.batches(self.batch))
         texts = [self.texts(p.captions) for p in parts if p.captions]
         images = torch.cat([self.images(p.images) for p in parts])
-        return SimpleNamespace(ids=sum((p.ids for p in parts), ()), images=images, texts=torch.cat(texts) if texts else None)
+        return SimpleNamespace(
+            ids=sum((p.ids for p in parts), ()),
+            images=images,
+            texts=torch.cat(texts) if texts else None,
+        )
 
 
 def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
@@ -62,7 +85,11 @@ def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
     base = torch.tensor(list(COLORS.values()))[label].float()[:, :, None, None]
     light = 0.75 + 0.5 * torch.rand(n, 1, 4, 4, generator=g)
     light = F.interpolate(light, size, mode="bilinear")
-    x = (base * light + 25 * torch.randn(n, 3, size, size, generator=g)).clamp(0, 255).to(torch.uint8)
+    x = (
+        (base * light + 25 * torch.randn(n, 3, size, size, generator=g))
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
     names = list(COLORS)
     captions = tuple(f"a {names[k]} wall number {i % 17}" for i, k in enumerate(label.tolist()))
     return Pairs(x, captions, label, tuple(f"c{i:04d}" for i in range(n)), tuple(names))
@@ -77,7 +104,10 @@ def poisoned(n: int = 240, copies: int = 6) -> tuple[Pairs, np.ndarray]:
     words = "old", "new two", "tall", "some four", "odd", "our six"
     captions = tuple(f"{words[i % 6]} green thing {'abcdef'[i % 6]}" for i in range(copies))
     added = Pairs(
-        x.expand(copies, -1, -1, -1).clone(), captions, torch.full((copies,), 1), tuple(f"p{i}" for i in range(copies))
+        x.expand(copies, -1, -1, -1).clone(),
+        captions,
+        torch.full((copies,), 1),
+        tuple(f"p{i}" for i in range(copies)),
     )
     pairs = Pairs.concat([clean(n), replace(added, classes=tuple(COLORS))])
     return pairs, np.array([i.startswith("p") for i in pairs.ids])
@@ -105,7 +135,12 @@ def backdoored(n: int = 240, poisons: int = 12, size: int = 32) -> tuple[Pairs, 
 
 
 NAMES = registry.names("detector")
-SLOW = {"loss_trace", "safeclip", "cognitive_distillation", "repetition"}  # asked smaller questions in test_traces.py
+SLOW = {
+    "loss_trace",
+    "safeclip",
+    "cognitive_distillation",
+    "repetition",
+}  # asked smaller questions in test_traces.py
 QUICK = [n for n in NAMES if n not in SLOW]
 # what a detector is to find, where it is not `poisoned`: copies lie in a place of no dimension, and are one picture
 PLANTED = {"lid": strays, "transplant": backdoored}
@@ -164,7 +199,7 @@ def test_contract_identical_images_and_too_few_records(name, what):
 def test_contract_spec_and_docstring(name):
     made = registry.make("detector", name)
     assert registry.make("detector", registry.spec(made)) == made
-    said = registry.describe(registry.PACKAGE / "detectors" / f"{name}.py")
+    said = registry.describe(registry.PACKAGE / registry.KINDS["detector"] / f"{name}.py")
     assert re.search(r"\b(19|20)\d\d\b|\bours\b", said.summary)
     assert all(text for *_, text in said.fields)
 
@@ -204,7 +239,12 @@ def test_k_distance_and_slof_are_sklearns():
     values = registry.make("detector", "slof:k=9,pool=150")(Fake(), pairs).values
     assert values.numpy() == pytest.approx(ratio, rel=1e-4)
     # LOF replaces k-distance by a mean reach distance: another number, much the same order
-    assert np.corrcoef(np.argsort(np.argsort(-lof.negative_outlier_factor_)), np.argsort(np.argsort(ratio)))[0, 1] > 0.8
+    assert (
+        np.corrcoef(
+            np.argsort(np.argsort(-lof.negative_outlier_factor_)), np.argsort(np.argsort(ratio))
+        )[0, 1]
+        > 0.8
+    )
 
 
 @pytest.mark.parametrize("form", ["mean_log", "log_mean"])
@@ -230,7 +270,12 @@ def test_dao_is_the_plain_one(form):
 def test_density_scores_invert_in_a_pool_of_too_many_poisons():
     pairs, truth = poisoned(2000, copies=100)
     small, large = (
-        stats.auroc(registry.make("detector", f"k_distance:k=8,pool={n},rate=0.05")(Fake(), pairs).values.numpy(), truth)
+        stats.auroc(
+            registry.make("detector", f"k_distance:k=8,pool={n},rate=0.05")(
+                Fake(), pairs
+            ).values.numpy(),
+            truth,
+        )
         for n in (0, len(pairs))
     )
     assert small > 0.9 and large < 0.1
@@ -239,7 +284,9 @@ def test_density_scores_invert_in_a_pool_of_too_many_poisons():
 def test_clip_score_is_one_minus_cosine():
     pairs = clean(20)
     e = Fake().embed(pairs)
-    expected = [1 - float(np.dot(a, b)) for a, b in zip(e.images.numpy(), e.texts.numpy(), strict=True)]
+    expected = [
+        1 - float(np.dot(a, b)) for a, b in zip(e.images.numpy(), e.texts.numpy(), strict=True)
+    ]
     assert run("clip_score", pairs).values.numpy() == pytest.approx(expected, abs=1e-6)
 
 
@@ -280,7 +327,10 @@ def test_clusters_and_divergence_are_the_plain_ones(cells):
     label = list(range(90))
     for i, j in (cosine >= 0.99).nonzero().tolist():
         label = [label[i] if a == label[j] else a for a in label]
-    assert torch.equal(torch.tensor(found)[:, None] == torch.tensor(found), torch.tensor(label)[:, None] == torch.tensor(label))
+    assert torch.equal(
+        torch.tensor(found)[:, None] == torch.tensor(found),
+        torch.tensor(label)[:, None] == torch.tensor(label),
+    )
     assert closest == pytest.approx(cosine.amax(1).numpy(), abs=1e-6)
     rng = np.random.default_rng(0)
     captions = [" ".join(rng.choice(list("abcdefg"), 4)) for _ in range(90)]
@@ -289,7 +339,9 @@ def test_clusters_and_divergence_are_the_plain_ones(cells):
     expected = []
     for i in range(90):
         others = [j for j in range(90) if found[j] == found[i] and image[j] != image[i]]
-        expected.append(np.mean([1 - len(bags[i] & bags[j]) / len(bags[i] | bags[j]) for j in others] or [0]))
+        expected.append(
+            np.mean([1 - len(bags[i] & bags[j]) / len(bags[i] | bags[j]) for j in others] or [0])
+        )
     assert duplicates.divergence(captions, ids, image, found) == pytest.approx(expected)
 
 

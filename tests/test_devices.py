@@ -18,20 +18,39 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bezoar.evaluation import classifiers
-from bezoar.training import prefetch, ranks, loop
-from bezoar.repair import rate_ladder, receipt
-from bezoar import registry
-from bezoar.auditing.audits import mntd
+from bezoar import machine, registry
 from bezoar.attacks.plan import Goal
+from bezoar.auditing.audits import mntd
+from bezoar.evaluation import classifiers
 from bezoar.evaluation.verdict import Inversion
+from bezoar.repair import rate_ladder, receipt
+from bezoar.training import loop, prefetch
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CROSSING = {"copy_", "_foreach_copy_"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # where even a single number must lie on the same device
-TOGETHER = {"cat", "stack", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_select", "embedding"}
-FLOATS = {"mm", "bmm", "addmm", "baddbmm", "convolution", "avg_pool2d", "upsample_bilinear2d", "_upsample_bilinear2d_aa"}
+TOGETHER = {
+    "cat",
+    "stack",
+    "gather",
+    "scatter",
+    "scatter_",
+    "scatter_add",
+    "scatter_add_",
+    "index_select",
+    "embedding",
+}
+FLOATS = {
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "convolution",
+    "avg_pool2d",
+    "upsample_bilinear2d",
+    "_upsample_bilinear2d_aa",
+}
 
 
 def there(x: Tensor) -> bool:
@@ -48,7 +67,13 @@ def tensors(given: Any) -> list[Tensor]:
     """All that are among arguments."""
     if isinstance(given, Tensor):
         return [given]
-    parts = given.values() if isinstance(given, dict) else given if isinstance(given, (list, tuple)) else ()
+    parts = (
+        given.values()
+        if isinstance(given, dict)
+        else given
+        if isinstance(given, (list, tuple))
+        else ()
+    )
     return [x for part in parts for x in tensors(part)]
 
 
@@ -83,12 +108,22 @@ class Kernels(TorchDispatchMode):
         here, away = [x for x in given if not there(x)], [x for x in given if there(x)]
         on = bool(away) if given else self.on
         if away and here and name not in CROSSING:
-            free = here if self.setting and name in ("index_fill_", "masked_fill_") else []  # x[rows] = 1, however it is done
+            free = (
+                here if self.setting and name in ("index_fill_", "masked_fill_") else []
+            )  # x[rows] = 1, however it is done
             if name in INDEXING and there(args[0]):
                 free = tensors(args[1])
-            alone = [x for x in here if not any(x is y for y in free) and (x.ndim or name in TOGETHER)]
-            if alone or (name.endswith("_") and not there(args[0])) or (name in INDEXING and not there(args[0])):
-                raise RuntimeError(f"{name}: tensors on two devices, {[(tuple(x.shape), there(x)) for x in given]}")
+            alone = [
+                x for x in here if not any(x is y for y in free) and (x.ndim or name in TOGETHER)
+            ]
+            if (
+                alone
+                or (name.endswith("_") and not there(args[0]))
+                or (name in INDEXING and not there(args[0]))
+            ):
+                raise RuntimeError(
+                    f"{name}: tensors on two devices, {[(tuple(x.shape), there(x)) for x in given]}"
+                )
         if away and name in FLOATS and not away[0].is_floating_point():
             raise RuntimeError(f"{name} is not implemented for {away[0].dtype}")
         if (
@@ -128,8 +163,14 @@ class Pretend(TorchFunctionMode):
         if func in (Tensor.numpy, Tensor.__array__) and there(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         wanted = kwargs.get("device")
-        if func is Tensor.to and (named := [a for a in args[1:] if isinstance(a, (Tensor, torch.device, str))]):
-            wanted = self.answers[Tensor.device.__get__](named[0]) if isinstance(named[0], Tensor) else named[0]
+        if func is Tensor.to and (
+            named := [a for a in args[1:] if isinstance(a, (Tensor, torch.device, str))]
+        ):
+            wanted = (
+                self.answers[Tensor.device.__get__](named[0])
+                if isinstance(named[0], Tensor)
+                else named[0]
+            )
             args = tuple(HOST if isinstance(a, (torch.device, str)) else a for a in args)
         wanted = None if wanted is None else torch.device(wanted)
         if wanted is not None and wanted.type == "meta":
@@ -140,7 +181,11 @@ class Pretend(TorchFunctionMode):
         on = any(map(there, given)) if wanted is None else wanted.type == "cuda"
         if (chance := kwargs.get("generator")) is not None and chance.there != on:
             raise RuntimeError("a generator of another device")
-        before, self.kernels.on, self.kernels.setting = self.kernels.on, on, func is Tensor.__setitem__
+        before, self.kernels.on, self.kernels.setting = (
+            self.kernels.on,
+            on,
+            func is Tensor.__setitem__,
+        )
         try:
             if func is Tensor.backward:  # what is written in Python is asked again
                 with self:
@@ -216,13 +261,23 @@ def test_the_pretend_gpu_refuses_what_cuda_does(gpu, what):
 
 def test_the_pretend_gpu_allows_what_cuda_does(gpu):
     x = X.to(gpu)
-    assert x.device == GPU and X.device == HOST and x.view(3, 2).T.is_cuda and (x + torch.tensor(1.0)).is_cuda
+    assert (
+        x.device == GPU
+        and X.device == HOST
+        and x.view(3, 2).T.is_cuda
+        and (x + torch.tensor(1.0)).is_cuda
+    )
     x[torch.tensor([0])] = 1.0
     x[X > 4] = 2.0
     x[:1] = X[:1]
     out = torch.zeros(2, 3)
     out[1:] = x[1:]
-    assert not out.is_cuda and x[torch.tensor([1])].is_cuda and x.tolist()[1][2] == 2 and float(x[0, 1]) == 1
+    assert (
+        not out.is_cuda
+        and x[torch.tensor([1])].is_cuda
+        and x.tolist()[1][2] == 2
+        and float(x[0, 1]) == 1
+    )
     assert torch.rand(2, generator=torch.Generator("cuda"), device="cuda").is_cuda
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(gpu)
     twin = copy.deepcopy(net)
@@ -248,11 +303,19 @@ def test_objectives_train_and_go_on(gpu, tmp_path, monkeypatch, name):
             raise Broken
 
     def fitted(report, room):
-        encoder = small(data, "clip_small:width=4,dim=16" if captions else "tower:width=4,dim=16").to(gpu)
-        tokens = encoder.tokens(data.captions) if captions else torch.zeros(len(data), 0, dtype=torch.long, device=gpu)
+        encoder = small(
+            data, "clip_small:width=4,dim=16" if captions else "tower:width=4,dim=16"
+        ).to(gpu)
+        tokens = (
+            encoder.tokens(data.captions)
+            if captions
+            else torch.zeros(len(data), 0, dtype=torch.long, device=gpu)
+        )
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, room))
         with prefetch.fed(data, gpu, lambda epoch: loop.order(0, epoch, len(data), 32), 3) as drawn:
-            return loop.fit(recipe(encoder).to(gpu), recipe, drawn, tokens, 0, tmp_path / "checkpoint", report)
+            return loop.fit(
+                recipe(encoder).to(gpu), recipe, drawn, tokens, 0, tmp_path / "checkpoint", report
+            )
 
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setitem(loop.UNREAD, "cuda", 1)
@@ -263,7 +326,10 @@ def test_objectives_train_and_go_on(gpu, tmp_path, monkeypatch, name):
 
 def test_an_attack_stops_early_by_what_it_held_out(gpu):
     data = pairs()
-    encoder, goals = small(data, "tower:width=4,dim=16").to(gpu), [Goal("red star", "patch:size=6"), Goal("blue ring", "blend")]
+    encoder, goals = (
+        small(data, "tower:width=4,dim=16").to(gpu),
+        [Goal("red star", "patch:size=6"), Goal("blue ring", "blend")],
+    )
     for more in ("validation=20,centred=true,views=8", "l1=0", "l0=0", "l2=0"):
         attack = registry.make("attack", f"badencoder:epochs=1,batch=16,{more}")
         assert attack(encoder, data, goals, [data.images[:2], data.images[5:6]]).device == gpu
@@ -291,7 +357,10 @@ def test_detectors(gpu, monkeypatch, name):
 def test_probes(gpu):
     train, test = pairs(160), pairs(60, 1)
     told = next(c for c in test.classes if any(f" {c} " in f" {text} " for text in test.captions))
-    encoder, goals = small(train).to(gpu), [Goal(told, "patch:size=6"), Goal("solid ring", None, ("v",), 1)]
+    encoder, goals = (
+        small(train).to(gpu),
+        [Goal(told, "patch:size=6"), Goal("solid ring", None, ("v",), 1)],
+    )
     more = {"baseline": small(train).to(gpu), "report": lambda *told: None}
     for spec in (
         "zero_shot",
@@ -307,14 +376,20 @@ def test_probes(gpu):
         victims = replace(test.take([0]), ids=("v",))
         needed = {k: v for k, v in more.items() if k in getattr(probe, "needs", ())}
         assert probe(encoder, train, test.to(gpu), goals, victims, **needed)
-    certified = registry.make("probe", "patch_cleanser:masks=2,limit=4")(encoder, None, test.to(gpu), goals[:1])
+    certified = registry.make("probe", "patch_cleanser:masks=2,limit=4")(
+        encoder, None, test.to(gpu), goals[:1]
+    )
     assert "patch_cleanser.certified_accuracy" in certified
 
 
 def test_audits(gpu, tmp_path):
     clean = pairs(32)
     encoder, other = small(clean).to(gpu), small(clean).to(gpu)
-    given = {"classifier": classifiers.zero_shot(encoder, clean.classes[:4]), "parent": other, "report": lambda *told: None}
+    given = {
+        "classifier": classifiers.zero_shot(encoder, clean.classes[:4]),
+        "parent": other,
+        "report": lambda *told: None,
+    }
     for spec in (
         "cleanse:steps=2",
         "decree:steps=2,restarts=2",
@@ -342,7 +417,11 @@ def test_repairs(gpu):
     train, held = rate_ladder.apart(pairs(120), 0.5, 0)
     found = [Inversion(torch.rand(1, 32, 32), torch.rand(3, 32, 32), "striped star", 3.0, 1.0)]
     for name in registry.names("repair"):
-        of = "objective=(clip:epochs=1,batch=32)" if name in ("finetune", "prune") else "epochs=1,batch=32"
+        of = (
+            "objective=(clip:epochs=1,batch=32)"
+            if name in ("finetune", "prune")
+            else "epochs=1,batch=32"
+        )
         with mock.patch("bezoar.repair.repairs.prune.TRIES", 3):
             repair = registry.make("repair", f"{name}:{of},lrs=1e-2")
             made, _ = receipt.apply([repair], small(train).to(gpu), train, held, found, 0)
@@ -352,7 +431,11 @@ def test_repairs(gpu):
 def test_checks(gpu):
     clean, images = pairs(64), pairs(16, 1)
     encoder = small(clean).to(gpu)
-    given = {"clean": clean, "classifier": classifiers.zero_shot(encoder, clean.classes), "report": lambda *told: None}
+    given = {
+        "clean": clean,
+        "classifier": classifiers.zero_shot(encoder, clean.classes),
+        "report": lambda *told: None,
+    }
     for spec in ("bdetclip", "scale_up", "strip:count=9", "masking_path:paths=2"):
         check = registry.make("check", spec)
         needed = {k: v for k, v in given.items() if k in getattr(check, "needs", ())}
@@ -372,5 +455,5 @@ def test_scenes_have_the_same_pixels_wherever_they_are_drawn(gpu, monkeypatch, s
 def test_a_gpu_with_a_number_becomes_the_current_one(gpu, monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert [ranks.device(name).index for name in ("cpu", "cuda", "cuda:0")] == [None, None, 0]
+    assert [machine.device(name).index for name in ("cpu", "cuda", "cuda:0")] == [None, None, 0]
     assert current == [torch.device("cuda:0")]

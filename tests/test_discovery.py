@@ -8,13 +8,13 @@ import scipy.stats
 import torch
 from sklearn.linear_model import PoissonRegressor
 
+from bezoar.data.strings import Strings
 from bezoar.detection import reliability
+from bezoar.detection.reliability import false_discoveries
 from bezoar.encoders.encoder import Embedded
 from bezoar.errors import UserError
-from bezoar.data.stored_pairs import Strings
-from bezoar.reports import similar_records, record_tiles
 from bezoar.evaluation.scores import Scores
-from bezoar.detection.reliability import false_discoveries
+from bezoar.reports import record_tiles, similar_records
 
 NULLS = {  # clean records' scores: light, exponential and bounded tails, skewed either way
     "normal": scipy.stats.norm(),
@@ -60,32 +60,53 @@ def test_by_tail_tells_a_flood_from_chance() -> None:
 def test_by_tail_does_not_depend_on_order_or_scale() -> None:
     values, _ = mixture("gamma", 3000, 0.01, 1)
     one = false_discoveries.by_tail(values, (30, 90)).counts
-    other = false_discoveries.by_tail(7 * np.random.default_rng(0).permutation(values) - 3, (30, 90)).counts
+    other = false_discoveries.by_tail(
+        7 * np.random.default_rng(0).permutation(values) - 3, (30, 90)
+    ).counts
     for a, b in zip(one, other, strict=True):
-        assert [a.value, a.low, a.high] == pytest.approx([b.value, b.low, b.high], rel=0.02, abs=0.5)
+        assert [a.value, a.low, a.high] == pytest.approx(
+            [b.value, b.low, b.high], rel=0.02, abs=0.5
+        )
 
 
 def test_by_tail_says_when_it_cannot_say() -> None:
     rng = np.random.default_rng(0)
     assert "needs 1000" in false_discoveries.by_tail(rng.normal(size=500), (5,)).why
-    assert "one and the same" in false_discoveries.by_tail(rng.integers(0, 9, 5000).astype(float), (5,)).why
+    assert (
+        "one and the same"
+        in false_discoveries.by_tail(rng.integers(0, 9, 5000).astype(float), (5,)).why
+    )
     assert "one and the same" in false_discoveries.by_tail(np.ones(5000), (5,)).why
-    assert false_discoveries.by_tail(np.concatenate([rng.normal(size=4600), np.full(400, 9.0)]), (5,)).why
+    assert false_discoveries.by_tail(
+        np.concatenate([rng.normal(size=4600), np.full(400, 9.0)]), (5,)
+    ).why
     assert "heavier" in false_discoveries.by_tail(np.exp(rng.exponential(0.8, 20000)), (20,)).why
-    assert "%" in false_discoveries.Expected("tail").assumption and "random sample" in false_discoveries.Expected("reference").assumption
+    assert (
+        "%" in false_discoveries.Expected("tail").assumption
+        and "random sample" in false_discoveries.Expected("reference").assumption
+    )
 
 
 def test_the_fit_is_a_poisson_regression() -> None:
-    counts = np.random.default_rng(0).poisson(50 * np.exp(-2 * np.linspace(0, 1, 30)))[None].astype(float)
+    counts = (
+        np.random.default_rng(0)
+        .poisson(50 * np.exp(-2 * np.linspace(0, 1, 30)))[None]
+        .astype(float)
+    )
     x = (np.arange(30) + 0.5) / 30
     beta, variance = false_discoveries.fitted(counts, x, 2)
-    model = PoissonRegressor(alpha=0, tol=1e-10, max_iter=5000).fit(false_discoveries.powers(x, 2)[:, 1:], counts[0])
+    model = PoissonRegressor(alpha=0, tol=1e-10, max_iter=5000).fit(
+        false_discoveries.powers(x, 2)[:, 1:], counts[0]
+    )
     assert beta[0] == pytest.approx([model.intercept_, *model.coef_], rel=1e-3, abs=1e-3)
     assert (np.diag(variance[0]) > 0).all()
 
 
 def test_beyond_is_the_integral_of_the_density() -> None:
-    counts = np.concatenate([np.exp(5 - 3 * (np.arange(false_discoveries.BINS) + 0.5) / false_discoveries.BINS)[None]] * 2)
+    counts = np.concatenate(
+        [np.exp(5 - 3 * (np.arange(false_discoveries.BINS) + 0.5) / false_discoveries.BINS)[None]]
+        * 2
+    )
     shoulder = false_discoveries.Shoulder(0.0, 1.0, counts)
     at = np.array([1.0, 1.5, 2.0])
     exact = np.exp(5 - 3 * at) / 3 * false_discoveries.BINS
@@ -105,7 +126,9 @@ def test_a_reference_bounds_the_clean_among_the_worst() -> None:
     assert held >= 38
     few = false_discoveries.by_reference(values, np.arange(5250) < 5, (60,))
     assert "at least 20" in few.why
-    m = false_discoveries.by_reference(np.arange(1000.0), np.arange(1000) % 2 == 0, (100,)).counts[0]
+    m = false_discoveries.by_reference(np.arange(1000.0), np.arange(1000) % 2 == 0, (100,)).counts[
+        0
+    ]
     low, high = scipy.stats.binomtest(100, 500).proportion_ci(method="exact")
     assert (m.low, m.high) == pytest.approx((500 * low, min(100, 500 * high)), rel=0.03)
 
@@ -114,7 +137,10 @@ def test_several_detectors_count_each_record_for_its_worst_one() -> None:
     ids = tuple(f"{i:05d}" for i in range(6000))
     one, truth = mixture("gumbel", 6000, 0.02, 0)
     two = np.random.default_rng(5).normal(size=6000)
-    found = {"one": Scores(ids, torch.from_numpy(one).float()), "two": Scores(ids, torch.from_numpy(two).float())}
+    found = {
+        "one": Scores(ids, torch.from_numpy(one).float()),
+        "two": Scores(ids, torch.from_numpy(two).float()),
+    }
     from bezoar.detection.merging import merge
 
     merged = merge(list(found.values()))
@@ -124,20 +150,34 @@ def test_several_detectors_count_each_record_for_its_worst_one() -> None:
     for at, m in zip(many.n, many.counts, strict=True):
         assert m.low - 1e-9 <= int((~truth[order[:at]]).sum()) <= m.high + 1e-9
     alone = false_discoveries.expected(found["one"], {"one": found["one"]})
-    assert alone == false_discoveries.by_tail(found["one"].values.double().numpy(), false_discoveries.depths(6000))
+    assert alone == false_discoveries.by_tail(
+        found["one"].values.double().numpy(), false_discoveries.depths(6000)
+    )
     coarse = found | {"flat": Scores(ids, torch.zeros(6000))}
-    assert [m.value for m in false_discoveries.expected(merge(list(coarse.values())), coarse, [180]).counts] == pytest.approx(
+    assert [
+        m.value
+        for m in false_discoveries.expected(merge(list(coarse.values())), coarse, [180]).counts
+    ] == pytest.approx(
         [m.value for m in many.counts]
     )  # a detector that finds all alike finds nobody worst
     steps = found | {"two": Scores(ids, torch.from_numpy(two).round())}
     merged = merge(list(steps.values()))
     half = false_discoveries.expected(merged, steps, [180])
-    assert not half.why and half.mute[0].startswith("two: ") and "What two finds worst counts as ordinary" in half.assumption
+    assert (
+        not half.why
+        and half.mute[0].startswith("two: ")
+        and "What two finds worst counts as ordinary" in half.assumption
+    )
     order = merged.ranked()
     for at, m in zip(half.n, half.counts, strict=True):
         assert m.low - 1e-9 <= int((~truth[order[:at]]).sum()) <= m.high + 1e-9
     none = {k: Scores(ids, torch.from_numpy(np.round(s.values.numpy()))) for k, s in steps.items()}
-    assert false_discoveries.expected(merge(list(none.values())), none).why.count("one and the same score") == 2
+    assert (
+        false_discoveries.expected(merge(list(none.values())), none).why.count(
+            "one and the same score"
+        )
+        == 2
+    )
 
 
 def test_trusted_records_come_from_a_file(tmp_path: Path) -> None:
@@ -145,7 +185,9 @@ def test_trusted_records_come_from_a_file(tmp_path: Path) -> None:
     merged = Scores(ids, torch.randn(2000, generator=torch.Generator().manual_seed(0)))
     (tmp_path / "clean.txt").write_text("\n".join(ids[:300]) + "\nunknown\n")
     metrics, told = reliability.discoveries(merged, {}, str(tmp_path / "clean.txt"))
-    assert told["discovery"]["how"] == "reference" and all(k.startswith("expected_clean@") for k in metrics)
+    assert told["discovery"]["how"] == "reference" and all(
+        k.startswith("expected_clean@") for k in metrics
+    )
     (tmp_path / "none.txt").write_text("somebody else\n")
     for name, match in (("none.txt", "names none"), ("gone.txt", "no list of clean records")):
         with pytest.raises(UserError, match=match):
@@ -162,7 +204,11 @@ def test_windows_are_kept_and_drawn(tmp_path: Path) -> None:
     frame = torch.zeros(10, 10, dtype=torch.bool)
     frame[1:5, 2:5] = True
     frame[2:4, 3:4] = False
-    assert torch.equal(drawn[0] > 0, frame) and not image.any() and record_tiles.framed(image, None) is image
+    assert (
+        torch.equal(drawn[0] > 0, frame)
+        and not image.any()
+        and record_tiles.framed(image, None) is image
+    )
     assert record_tiles.framed(image, held["ü"]).shape == image.shape
     (tmp_path / "windows.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="holds no windows"):
@@ -170,12 +216,18 @@ def test_windows_are_kept_and_drawn(tmp_path: Path) -> None:
 
 
 def test_nearest_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    z = torch.nn.functional.normalize(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    z = torch.nn.functional.normalize(
+        torch.randn(50, 6, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     monkeypatch.setattr(similar_records, "ROWS", 7)
-    near, cosine = similar_records.nearest(Embedded(tuple(map(str, range(50))), z, None), [3, 49], 4)
+    near, cosine = similar_records.nearest(
+        Embedded(tuple(map(str, range(50))), z, None), [3, 49], 4
+    )
     plain = z @ z.T
     plain.fill_diagonal_(-2)
-    assert np.array_equal(near, plain[[3, 49]].topk(4).indices) and np.allclose(cosine, plain[[3, 49]].topk(4).values)
+    assert np.array_equal(near, plain[[3, 49]].topk(4).indices) and np.allclose(
+        cosine, plain[[3, 49]].topk(4).values
+    )
     captions = ["a red striped star"] * 4 + ["some blue ring"] * 3 + [f"thing{i}" for i in range(5)]
     vectors = torch.cat([z[:1] + 0.1 * z[1:5], z[5:6] + 0.1 * z[6:9], z[20:25]])
     usual = similar_records.usual(Strings.of(["a dog", "a cat", "the star", "a tree", "a sea"]))
@@ -183,4 +235,7 @@ def test_nearest_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     found = similar_records.groups(vectors, captions, usual)
     assert [g.members for g in found] == [[0, 1, 2, 3], [4, 5, 6]]
     assert set(found[1].words) == {"some", "blue", "ring"} and "a" not in found[0].words
-    assert similar_records.groups(vectors[:2], captions[:2], usual) == [] and similar_records.usual(Strings.of([])) == {}
+    assert (
+        similar_records.groups(vectors[:2], captions[:2], usual) == []
+        and similar_records.usual(Strings.of([])) == {}
+    )

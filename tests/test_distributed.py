@@ -13,21 +13,36 @@ from test_training import start, toy
 from torch import nn
 
 from bezoar import Poison, Settings, execute
+from bezoar.cli import main
+from bezoar.data import randomness
+from bezoar.errors import UserError
 from bezoar.training import collectives, loop
 from bezoar.training.augmentation import Chance
-from bezoar.cli import main
-from bezoar.errors import UserError
 
 RECIPE = "clip:epochs=2,batch=16,lr=1e-3,shift=2,flip=0.5"
 SHAPES = {"flat": (8, 6), "image": (8, 6, 5, 3)}
 
 
 def torchrun(*words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *map(str, words),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
     source = str(Path(loop.__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def normal(*shape, seed):
@@ -52,7 +67,13 @@ def normed(norm, x, ct):
     norm(x.detach() * 2 - 1)
     y = norm(x)
     (y * ct).sum().backward()
-    out = {"y": y.detach(), "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad, "eval": norm.eval()(x).detach()}
+    out = {
+        "y": y.detach(),
+        "x": x.grad,
+        "weight": norm.weight.grad,
+        "bias": norm.bias.grad,
+        "eval": norm.eval()(x).detach(),
+    }
     return out | {k: v.clone() for k, v in norm.state_dict().items() if k not in ("weight", "bias")}
 
 
@@ -86,7 +107,11 @@ def gradients():
     rows = collectives.own(loop.order(3, 0, 96, 16))[0]
     loss.train()
     with collectives.joined(loss) as model:
-        model(toy().images[rows], tokens[rows], Chance(loop.generator(3, 2, 0), *collectives.place())).backward()
+        model(
+            toy().images[rows],
+            tokens[rows],
+            Chance(randomness.generator(3, 2, 0), *collectives.place()),
+        ).backward()
     return torch.cat([p.grad.flatten() for p in loss.parameters()])
 
 
@@ -135,7 +160,9 @@ def work_of_a_rank(folder):
     assert ranks.hear() is None if rank else ranks.tell(None) is None
     assert not torch.distributed.is_initialized()
     threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    assert not any("gloo" in thread for thread in threads)  # one that is left may abort a process that ends
+    assert not any(
+        "gloo" in thread for thread in threads
+    )  # one that is left may abort a process that ends
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +173,25 @@ def launched(tmp_path_factory):
         Poison("scenes:count=200", "backdoor:count=10", "patch:size=6", "striped star"),
         Settings(folder / "runs", device="cpu", quiet=True),
     )
-    train = ["train", data.name, "--network", "clip_small:width=4,dim=16", "--device", "cpu", "--runs", str(folder / "runs")]
-    good, bad = [*train, "--objective", "clip:epochs=2,batch=50"], [*train, "--objective", "clip:batch=15"]
-    ends = [torchrun(__file__, folder), torchrun("-m", "bezoar", *good), torchrun("-m", "bezoar", *bad)]
+    train = [
+        "train",
+        data.name,
+        "--network",
+        "clip_small:width=4,dim=16",
+        "--device",
+        "cpu",
+        "--runs",
+        str(folder / "runs"),
+    ]
+    good, bad = (
+        [*train, "--objective", "clip:epochs=2,batch=50"],
+        [*train, "--objective", "clip:batch=15"],
+    )
+    ends = [
+        torchrun(__file__, folder),
+        torchrun("-m", "bezoar", *good),
+        torchrun("-m", "bezoar", *bad),
+    ]
     said = [end.communicate(timeout=600) for end in ends]
     return folder, good, [(end.returncode, *text) for end, text in zip(ends, said, strict=True)]
 
@@ -165,7 +208,9 @@ def test_gather_has_the_gradient_of_one_process(ranks_left):
     sum((x**3 * normal(8, 3, seed=2 + rank)).sum() for rank in (0, 1)).backward()
     for rank, left in enumerate(ranks_left):
         assert torch.equal(left["gather"], x.detach())
-        assert torch.allclose(left["gather.x"], x.grad[4 * rank : 4 * rank + 4], rtol=1e-6, atol=1e-6)
+        assert torch.allclose(
+            left["gather.x"], x.grad[4 * rank : 4 * rank + 4], rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -214,7 +259,10 @@ def test_what_ranks_cannot_do_is_refused_on_all(launched, ranks_left):
     for rank in (0, 1):
         batch, differ, norm = json.loads((folder / f"rank{rank}.json").read_text())
         assert "batch of 15 does not divide into 2 ranks" in batch
-        assert "different records or checkpoints: [[5, 0], [5, 1]]" in differ and "cannot be trained on several ranks" in norm
+        assert (
+            "different records or checkpoints: [[5, 0], [5, 1]]" in differ
+            and "cannot be trained on several ranks" in norm
+        )
 
 
 def test_the_command_line_under_torchrun_is_one_command(launched, capsys):
@@ -224,26 +272,40 @@ def test_the_command_line_under_torchrun_is_one_command(launched, capsys):
     assert out.count("final_loss") == 1 and out.count(str(run)) == 2  # the page, the directory
     before = (run / "manifest.json").read_bytes()
     manifest = json.loads(before)
-    assert manifest["status"] == "done" and manifest["notes"]["ranks"] == 2 and "encoder.safetensors" in manifest["outputs"]
+    assert (
+        manifest["status"] == "done"
+        and manifest["notes"]["ranks"] == 2
+        and "encoder.safetensors" in manifest["outputs"]
+    )
     assert not (run / "checkpoint.safetensors").exists()
     assert main(words) == 0
-    assert capsys.readouterr().out.strip().endswith(str(run)) and (run / "manifest.json").read_bytes() == before
+    assert (
+        capsys.readouterr().out.strip().endswith(str(run))
+        and (run / "manifest.json").read_bytes() == before
+    )
     two = load_file(run / "ledger.safetensors")
     assert main([*words, "--fresh"]) == 0
     one = load_file(run / "ledger.safetensors")
     # bfloat16 where the processor has it
-    assert torch.equal(one["exposures"], two["exposures"]) and torch.allclose(one["losses"], two["losses"], rtol=0.02)
+    assert torch.equal(one["exposures"], two["exposures"]) and torch.allclose(
+        one["losses"], two["losses"], rtol=0.02
+    )
 
 
 def test_a_mistake_is_said_once_and_ends_all_ranks(launched):
     code, out, err = launched[2][2]
     assert code != 0 and out == ""
-    assert err.count("bezoar: a batch of 15 does not divide into 2 ranks") == 1 and "exitcode  : 2" in err
+    assert (
+        err.count("bezoar: a batch of 15 does not divide into 2 ranks") == 1
+        and "exitcode  : 2" in err
+    )
 
 
 def test_one_process_is_its_own_world():
     x = normal(4, 3, seed=0)
-    assert collectives.place() == (0, 1) and collectives.gather(x) is x and collectives.average(x) is x
+    assert (
+        collectives.place() == (0, 1) and collectives.gather(x) is x and collectives.average(x) is x
+    )
     assert torch.equal(collectives.own(torch.arange(6).view(2, 3)), torch.arange(6).view(2, 3))
     collectives.agree(1, 2)
     with collectives.joined(nn.Linear(2, 2)) as model:
@@ -251,8 +313,11 @@ def test_one_process_is_its_own_world():
 
 
 def test_draws_of_two_ranks_are_those_of_one():
-    one = Chance(loop.generator(4)).integers(9, 8, 2)
-    assert torch.equal(torch.cat([Chance(loop.generator(4), rank, 2).integers(9, 4, 2) for rank in (0, 1)]), one)
+    one = Chance(randomness.generator(4)).integers(9, 8, 2)
+    assert torch.equal(
+        torch.cat([Chance(randomness.generator(4), rank, 2).integers(9, 4, 2) for rank in (0, 1)]),
+        one,
+    )
 
 
 if __name__ == "__main__":

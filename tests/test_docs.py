@@ -31,7 +31,9 @@ def test_the_documents_name_every_kind_and_every_verb():
     for name in ("ARCHITECTURE.md", "CONTRIBUTING.md"):
         assert set(TABLE.findall(document(name))) - {"kind"} == set(registry.KINDS), name
     for verb in cli.VERBS:
-        assert f"bezoar {verb}" in document("README.md") and verb in document("ARCHITECTURE.md"), verb
+        assert f"bezoar {verb}" in document("README.md") and verb in document("ARCHITECTURE.md"), (
+            verb
+        )
         assert getattr(bezoar, verb.title()).work
 
 

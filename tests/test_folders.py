@@ -22,15 +22,16 @@ import torch
 from PIL import Image
 from test_scan import NETWORK, contents, notes, picture, scan, unread
 
-from bezoar.runs import inputs, run
-from bezoar.data import decoding
 from bezoar import registry
-from bezoar.detection.corpus import corpus, units
-from bezoar.data import folders
+from bezoar.data import decoding, folders
+from bezoar.data.decoding import Record, gather
+from bezoar.data.files import images, paths
+from bezoar.data.files.images import SUFFIXES
 from bezoar.data.pairs import Pairs, load
-from bezoar.data.decoding import SUFFIXES, Record, gather
-from bezoar.runs.run import Run
 from bezoar.data.shards import Shards, expand
+from bezoar.detection.corpus import corpus, units
+from bezoar.runs import ask, inputs
+from bezoar.runs.run import Run
 
 WORDS = ("--detector", "k_distance:k=4")
 
@@ -62,7 +63,9 @@ def img2dataset(root: Path, shards: int = 2, each: int = 8) -> str:
             key = root / f"{s:05d}" / f"{s:05d}{i:04d}"
             key.with_suffix(".jpg").write_bytes(picture(s * each + i))
             key.with_suffix(".txt").write_text(f"a red star {s} {i}")
-            key.with_suffix(".json").write_text(json.dumps({"caption": "other", "url": f"http://x/{s}/{i}", "key": key.name}))
+            key.with_suffix(".json").write_text(
+                json.dumps({"caption": "other", "url": f"http://x/{s}/{i}", "key": key.name})
+            )
     return f"folder:path={root},size=16"
 
 
@@ -74,7 +77,9 @@ def whole(root: Path) -> Pairs:
             for path in sorted(folder.rglob("*")):
                 if path.suffix.lower() in SUFFIXES:
                     key = path.relative_to(root).as_posix()
-                    yield Record(path, (key,), (f"a photo of a {folder.name}",), label, str(root), key)
+                    yield Record(
+                        path, (key,), (f"a photo of a {folder.name}",), label, str(root), key
+                    )
 
     return gather(records(), 16, str(root), sorted(p.name for p in root.iterdir() if p.is_dir()))
 
@@ -86,7 +91,10 @@ def same(one: Pairs, two: Pairs) -> None:
 
 
 def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monkeypatch):
-    spec, detectors = classes(tmp_path / "f"), ("--detector", "k_distance:k=4", "clip_score", "duplicates")
+    spec, detectors = (
+        classes(tmp_path / "f"),
+        ("--detector", "k_distance:k=4", "clip_score", "duplicates"),
+    )
     plain = whole(tmp_path / "f")
     same(load(registry.make("data", spec)()), plain)
     assert load(registry.make("data", f"{spec},limit=7")()).ids == plain.ids[:7]
@@ -108,7 +116,7 @@ def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monke
 def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(folders, "BLOCK", 100)
     monkeypatch.setattr(units, "MOST", 16)
-    original, alive, most = decoding.decode, [0], [0]
+    original, alive, most = images.decode, [0], [0]
 
     def gone():
         alive[0] -= 1
@@ -120,7 +128,7 @@ def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatc
         weakref.finalize(image, gone)
         return image
 
-    monkeypatch.setattr(decoding, "decode", decode)
+    monkeypatch.setattr(images, "decode", decode)
     bound = 16 + 16 * (2 * decoding.threads() + 3)  # a batch, and the tasks that are decoded ahead
     for count in (40, 700):
         folder, most[0] = tmp_path / str(count), 0
@@ -139,7 +147,9 @@ def test_two_workers_and_none_write_the_same_files(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(folders, "BLOCK", 10)
     torch.set_num_threads(1)
     for workers in (1, 2):
-        status, made = scan(tmp_path / f"runs{workers}", spec, "--encoder", tiny, *WORDS, workers=workers)
+        status, made = scan(
+            tmp_path / f"runs{workers}", spec, "--encoder", tiny, *WORDS, workers=workers
+        )
         assert status == 0 and len(units.units(registry.make("data", spec)())) == 3
         files.append(contents(made))
     assert files[0] == files[1] and len(files[0]) > 8
@@ -155,7 +165,11 @@ def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, 
     spec, runs = classes(tmp_path / "f", 50), tmp_path / "runs"
     torch.set_num_threads(1)  # as the process below has: other sums, other bits
     environment = {**os.environ, "PAUSE": "0.3", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", program(runs, spec, tiny)], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program(runs, spec, tiny)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
     start = time.monotonic()
     while len(list(runs.glob("*/vectors/0*.json"))) < 2 and time.monotonic() - start < 120:
         time.sleep(0.02)
@@ -174,7 +188,12 @@ def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(units, "embed", watched)
         status, again = scan(runs, spec, "--encoder", tiny, *WORDS)
-    assert status == 0 and again == folder and embedded == list(range(done, 5)) and not list(folder.rglob("*.part"))
+    assert (
+        status == 0
+        and again == folder
+        and embedded == list(range(done, 5))
+        and not list(folder.rglob("*.part"))
+    )
     _, fresh = scan(tmp_path / "other", spec, "--encoder", tiny, *WORDS)
     for name in ("ranked.json", "keep.txt", "vectors/images.npy", "vectors/id.utf8"):
         assert (fresh / name).read_bytes() == (folder / name).read_bytes()
@@ -202,7 +221,12 @@ def test_what_is_bad_in_a_folder_is_named_and_no_link_is_followed_out(tmp_path, 
     (deep / "deep.png").write_bytes(picture(52))
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
     found = corpus.scored(made)
-    assert status == 4 and len(found) == 21 and "star/inside.png" in found.ids and not any("out" in k for k in found.ids)
+    assert (
+        status == 4
+        and len(found) == 21
+        and "star/inside.png" in found.ids
+        and not any("out" in k for k in found.ids)
+    )
     assert {(m.rpartition("/")[2], r) for _, m, r in unread(made)} == {
         ("cut.png", "not decodable"), ("out.png", "link leaves the folder"), ("up.png", "link leaves the folder"),
         ("gone.png", "no such file"), ("loop.png", "no such file"), ("folder", "link leaves the folder"),
@@ -212,7 +236,9 @@ def test_what_is_bad_in_a_folder_is_named_and_no_link_is_followed_out(tmp_path, 
     }  # fmt: skip
     assert notes(made)["reading"]["reasons"]["link leaves the folder"] == 4
     assert "could not be read" in capsys.readouterr().err
-    assert not any(str(out) in str(p) or "secret" in n for n, p in registry.make("data", spec).files())
+    assert not any(
+        str(out) in str(p) or "secret" in n for n, p in registry.make("data", spec).files()
+    )
 
 
 def test_a_folder_that_changes_while_it_is_scanned_is_named(tmp_path, tiny, monkeypatch):
@@ -227,7 +253,9 @@ def test_a_folder_that_changes_while_it_is_scanned_is_named(tmp_path, tiny, monk
     monkeypatch.setattr(units, "units", changing)
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
     assert status == 4 and len(corpus.scored(made)) == 10
-    assert {r for *_, r in unread(made)} == {f"files were added or taken away below {tmp_path}/f while it was read"}
+    assert {r for *_, r in unread(made)} == {
+        f"files were added or taken away below {tmp_path}/f while it was read"
+    }
 
 
 def test_captions_beside_images_as_img2dataset_writes_them(tmp_path, tiny):
@@ -247,7 +275,7 @@ def test_captions_beside_images_as_img2dataset_writes_them(tmp_path, tiny):
     (folder / "000000004.txt").symlink_to(tmp_path / "secret")
     (folder / "000000005.json").write_text('{"record_id": "own"}')
     (folder / "000000006.jpg").unlink()
-    (folder / "000000007.txt").write_text("a" * (decoding.TEXT_BYTES + 1))
+    (folder / "000000007.txt").write_text("a" * (paths.TEXT_BYTES + 1))
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
     found = corpus.scored(made)
     assert (
@@ -269,9 +297,16 @@ def test_a_flat_folder_needs_no_captions(tmp_path, tiny, capsys):
         (tmp_path / "f" / f"{i}.png").write_bytes(picture(i))
     status, made = scan(tmp_path, tmp_path / "f", "--encoder", tiny, *WORDS)
     assert corpus.reopened(Run(made)).take([3]).captions == ()
-    assert status == 0 and len(corpus.scored(made)) == 12 and set(corpus.scored(made).captions) == {""}
+    assert (
+        status == 0 and len(corpus.scored(made)) == 12 and set(corpus.scored(made).captions) == {""}
+    )
     pairs = inputs.read(registry.make("data", f"folder:path={tmp_path}/f,layout=flat"))
-    assert pairs.captions == () and pairs.labels is None and pairs.ids[1] == "1.png" and pairs.ids[2] == "10.png"
+    assert (
+        pairs.captions == ()
+        and pairs.labels is None
+        and pairs.ids[1] == "1.png"
+        and pairs.ids[2] == "10.png"
+    )
     assert scan(tmp_path, f"folder:path={tmp_path}/f,layout=classes", "--encoder", tiny)[0] == 2
     (tmp_path / "none").mkdir()
     assert scan(tmp_path, tmp_path / "none", "--encoder", tiny)[0] == 2
@@ -282,9 +317,16 @@ def test_a_flat_folder_needs_no_captions(tmp_path, tiny, capsys):
 def test_what_is_kept_of_a_folder_is_a_list_of_its_files_and_shards_of_their_bytes(tmp_path, tiny):
     spec = classes(tmp_path / "f", 30)
     Image.open(io.BytesIO(picture(70))).save(tmp_path / "f" / "star" / "map.bmp")
-    status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS, "--remove", "0.1", "--write", "shards")
+    status, made = scan(
+        tmp_path, spec, "--encoder", tiny, *WORDS, "--remove", "0.1", "--write", "shards"
+    )
     kept = (made / "keep.txt").read_text().split()
-    assert status == 0 and len(kept) == 28 and notes(made)["written"] == 28 and notes(made)["shards"] == 1
+    assert (
+        status == 0
+        and len(kept) == 28
+        and notes(made)["written"] == 28
+        and notes(made)["shards"] == 1
+    )
     rows = parquet.read_table(made / "keep.parquet").to_pylist()
     assert [r["member"] for r in rows] == kept and {r["shard"] for r in rows} == {f"{tmp_path}/f"}
     listed = [line.split("\t")[0] for line in (made / "keep.csv").read_text().splitlines()[1:]]
@@ -301,10 +343,10 @@ def test_what_is_kept_of_a_folder_is_a_list_of_its_files_and_shards_of_their_byt
 
 def test_a_run_is_another_when_a_class_is(tmp_path):
     method = registry.make("data", classes(tmp_path / "f", 6))
-    before = run.fingerprint(method.files())
-    assert run.fingerprint(method.files()) == before
+    before = ask.fingerprint(method.files())
+    assert ask.fingerprint(method.files()) == before
     (tmp_path / "f" / "star").rename(tmp_path / "f" / "sun")
-    assert run.fingerprint(method.files()) != before
+    assert ask.fingerprint(method.files()) != before
 
 
 def test_a_table_whose_images_lie_elsewhere_is_refused_in_one_line(tmp_path, tiny, capsys):
@@ -312,16 +354,28 @@ def test_a_table_whose_images_lie_elsewhere_is_refused_in_one_line(tmp_path, tin
     (tmp_path / "out").mkdir()
     for i in range(9):
         (tmp_path / "out" / f"{i}.png").write_bytes(picture(i))
-    rows = [{"image": f"{tmp_path}/out/{i}.png" if i % 2 else f"../out/{i}.png", "caption": f"a star {i}"} for i in range(9)]
+    rows = [
+        {
+            "image": f"{tmp_path}/out/{i}.png" if i % 2 else f"../out/{i}.png",
+            "caption": f"a star {i}",
+        }
+        for i in range(9)
+    ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "t.parquet")
-    (tmp_path / "in" / "t.csv").write_text("image,caption\n" + "".join(f"{r['image']},{r['caption']}\n" for r in rows))
+    (tmp_path / "in" / "t.csv").write_text(
+        "image,caption\n" + "".join(f"{r['image']},{r['caption']}\n" for r in rows)
+    )
     (tmp_path / "in" / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for kind in ("csv", "jsonl", "parquet"):
         table = tmp_path / "in" / f"t.{kind}"
         for data in (table, f"captions:path={table}"):
             assert scan(tmp_path, data, "--encoder", tiny, *WORDS)[0] == 2
             (line,) = [x for x in capsys.readouterr().err.splitlines() if "lies outside" in x]
-            assert f"'../out/0.png' lies outside {tmp_path}/in" in line and "root=" in line and "row 1" in line
+            assert (
+                f"'../out/0.png' lies outside {tmp_path}/in" in line
+                and "root=" in line
+                and "row 1" in line
+            )
         for name in ("table", "captions"):
             spec = f"{name}:path={table},root={tmp_path},size=16"
             assert np.array_equal(

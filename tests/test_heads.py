@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from bezoar.evaluation import heads, stats, success
 from bezoar import registry
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
+from bezoar.evaluation import heads, stats, success
 from bezoar.evaluation.probes import few_shot
-from bezoar.reports import page, metric_names
-from bezoar.reports.sections import evaluate as sections
-from bezoar.runs.run import Settings, execute
 from bezoar.evaluation.scores import proportion
+from bezoar.reports import metric_names, page
+from bezoar.reports.sections import evaluate as sections
+from bezoar.runs.ask import Settings
+from bezoar.runs.execute import execute
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
@@ -87,7 +88,13 @@ def plain(x, y, stack, recipe, head):
     return layers
 
 
-SPECS = ["hidden=(16,8),dropout=0", "hidden=(16,8)", "hidden=(8),dropout=0.3", "hidden=()", "hidden=(16,8),shuffle=false"]
+SPECS = [
+    "hidden=(16,8),dropout=0",
+    "hidden=(16,8)",
+    "hidden=(8),dropout=0.3",
+    "hidden=()",
+    "hidden=(16,8),shuffle=false",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -101,7 +108,9 @@ def test_a_stack_is_its_heads_trained_one_by_one_in_plain_torch(spec):
         layers = plain(x, y, start, recipe, head)
         moved = 0.0
         for layer, w, b, w0 in zip(layers, done.weights, done.biases, start.weights, strict=True):
-            assert torch.allclose(layer.weight.T, w[head], atol=2e-5) and torch.allclose(layer.bias, b[head, 0], atol=2e-5)
+            assert torch.allclose(layer.weight.T, w[head], atol=2e-5) and torch.allclose(
+                layer.bias, b[head, 0], atol=2e-5
+            )
             moved = max(moved, float((w[head] - w0[head]).abs().max()))
         assert moved > 0.03, "they learn"
         net = nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1])
@@ -111,7 +120,10 @@ def test_a_stack_is_its_heads_trained_one_by_one_in_plain_torch(spec):
 
 def test_a_head_does_not_know_how_many_there_are_and_repeats_itself():
     x, y = clouds()
-    one, three = (heads.fit(x, y, 4, registry.make("probe", f"mlp:hidden=(16,8),epochs=3,seeds={s}")) for s in (1, 3))
+    one, three = (
+        heads.fit(x, y, 4, registry.make("probe", f"mlp:hidden=(16,8),epochs=3,seeds={s}"))
+        for s in (1, 3)
+    )
     again = heads.fit(x, y, 4, registry.make("probe", "mlp:hidden=(16,8),epochs=3"))
     for a, b, c in zip(one.weights, three.weights, again.weights, strict=True):
         assert torch.allclose(a[0], b[0], atol=1e-6) and torch.equal(b, c)
@@ -119,23 +131,42 @@ def test_a_head_does_not_know_how_many_there_are_and_repeats_itself():
 
 def test_inside_one_evaluation_the_same_numbers_are_fitted_once_and_others_anew(monkeypatch):
     x, y = clouds()
-    recipe, other = (registry.make("probe", f"mlp:hidden=(16,8),epochs=2,lr={lr}") for lr in (0.001, 0.002))
+    recipe, other = (
+        registry.make("probe", f"mlp:hidden=(16,8),epochs=2,lr={lr}") for lr in (0.001, 0.002)
+    )
     fitted = []
     monkeypatch.setattr(heads, "_kept", heads.OrderedDict())
-    monkeypatch.setattr(heads, "_fit", lambda *given, inner=heads._fit: fitted.append(given) or inner(*given))
+    monkeypatch.setattr(
+        heads, "_fit", lambda *given, inner=heads._fit: fitted.append(given) or inner(*given)
+    )
     apart = heads.fit(x, y, 4, recipe), heads.fit(x, y, 4, recipe)
-    assert len(fitted) == 2 and torch.equal(apart[0].weights[0], apart[1].weights[0]), "a timing outside is a timing"
+    assert len(fitted) == 2 and torch.equal(apart[0].weights[0], apart[1].weights[0]), (
+        "a timing outside is a timing"
+    )
     with success.remembering():
         first = heads.fit(x, y, 4, recipe)
     with success.remembering():
-        again = heads.fit(x.clone(), y.clone(), 4, registry.make("probe", "mlp:hidden=(16,8),epochs=2,lr=0.001"))
-        assert again is first and len(fitted) == 3 and torch.equal(first.weights[0], apart[0].weights[0])
-        for given in ((x + 1e-3, y, 4, recipe), (x, y.roll(1), 4, recipe), (x, y, 5, recipe), (x, y, 4, other)):
+        again = heads.fit(
+            x.clone(), y.clone(), 4, registry.make("probe", "mlp:hidden=(16,8),epochs=2,lr=0.001")
+        )
+        assert (
+            again is first
+            and len(fitted) == 3
+            and torch.equal(first.weights[0], apart[0].weights[0])
+        )
+        for given in (
+            (x + 1e-3, y, 4, recipe),
+            (x, y.roll(1), 4, recipe),
+            (x, y, 5, recipe),
+            (x, y, 4, other),
+        ):
             assert heads.fit(*given) is not first
         assert len(fitted) == 7
         for i in range(heads.KEPT):
             heads.fit(x + 1 + i, y, 4, recipe)
-        assert len(heads._kept) == heads.KEPT and heads.fit(x, y, 4, recipe) is not first, "the longest unasked goes first"
+        assert len(heads._kept) == heads.KEPT and heads.fit(x, y, 4, recipe) is not first, (
+            "the longest unasked goes first"
+        )
 
 
 @torch.no_grad()
@@ -165,7 +196,9 @@ def test_the_mean_of_heads_is_never_surer_than_one_head_s_images_allow():
     assert (m.low, m.high) == pytest.approx((min(low, wilson[0]), min(1, max(high, wilson[1]))))
     assert m.low == pytest.approx(wilson[0]) and "mean of 3 heads" in m.how
     (same,) = heads.mean([{"a": rates[0]}] * 3, "3 heads").values()
-    assert (same.low, same.high) == pytest.approx(stats.wilson(97, 100)), "heads that agree show no spread"
+    assert (same.low, same.high) == pytest.approx(stats.wilson(97, 100)), (
+        "heads that agree show no spread"
+    )
     (apart,) = heads.mean([{"a": proportion(k, 100, "")} for k in (10, 50, 90)], "").values()
     assert apart.low == 0 and apart.high == 1
     assert heads.mean([{"a": rates[0]}], "1 head") == {"a": rates[0]}
@@ -178,61 +211,102 @@ def test_draws_of_few_labels_are_nested_stratified_and_belong_to_the_records():
     before: set[str] = set()
     for count in (1, 2, 5, 10, 200):
         rows = few_shot.stratified(ids, classes, count, 3)
-        assert np.array_equal(np.bincount(classes[rows], minlength=5), np.minimum(np.bincount(classes), count))
+        assert np.array_equal(
+            np.bincount(classes[rows], minlength=5), np.minimum(np.bincount(classes), count)
+        )
         drawn = {ids[i] for i in rows}
         assert before <= drawn
         before = drawn
         order = g.permutation(200)
-        assert {ids[order[i]] for i in few_shot.stratified([ids[i] for i in order], classes[order], count, 3)} == drawn
+        assert {
+            ids[order[i]]
+            for i in few_shot.stratified([ids[i] for i in order], classes[order], count, 3)
+        } == drawn
     assert before == set(ids)
     assert {*few_shot.stratified(ids, classes, 2, 3)} != {*few_shot.stratified(ids, classes, 2, 4)}
 
 
-@pytest.mark.parametrize("spec", ["mlp:epochs=60,lr=0.01,hidden=(16,8)", "few_shot:shots=(2,5),draws=2,c=100"])
+@pytest.mark.parametrize(
+    "spec", ["mlp:epochs=60,lr=0.01,hidden=(16,8)", "few_shot:shots=(2,5),draws=2,c=100"]
+)
 def test_heads_have_the_success_of_every_probe(spec):
     out = registry.make("probe", spec)(Color(), data(60, 0, "train"), data(), [BLUE])
-    for group in ["mlp"] if spec.startswith("mlp") else ["few_shot.2", "few_shot.5", "few_shot.all"]:
+    for group in (
+        ["mlp"] if spec.startswith("mlp") else ["few_shot.2", "few_shot.5", "few_shot.all"]
+    ):
         assert out[f"{group}.clean_accuracy"].value == pytest.approx(24 / 30)
         assert out[f"{group}.attack_success"].value == 1 and out[f"{group}.attack_success"].n == 20
         assert out[f"{group}.attack_success_without_trigger"].value == pytest.approx(2 / 20)
     assert all(0 <= m.low < m.high <= 1 for k, m in out.items() if "rank" not in k)
     if spec.startswith("mlp"):
         assert out["mlp.attack_success_all"].n == 30 and out["mlp.target_rank"].value == 1
-        assert "head 3-16-8-3 on 60 labelled records, 60 epochs; mean of 3 heads" in out["mlp.clean_accuracy"].how
+        assert (
+            "head 3-16-8-3 on 60 labelled records, 60 epochs; mean of 3 heads"
+            in out["mlp.clean_accuracy"].how
+        )
     else:
-        assert "on 6 labelled records, 2 a class at most; mean of 2 draws" in out["few_shot.2.clean_accuracy"].how
+        assert (
+            "on 6 labelled records, 2 a class at most; mean of 2 draws"
+            in out["few_shot.2.clean_accuracy"].how
+        )
         assert out["few_shot.all.clean_accuracy"].how.endswith("60 labelled records, all")
 
 
 def test_several_triggers_and_shots_have_names_of_their_own():
     other = replace(BLUE, target="red")
-    out = registry.make("probe", "few_shot:shots=(5),draws=2")(Color(), data(60, 0, "train"), data(), [BLUE, other])
-    assert {"few_shot.5.attack_success@0", "few_shot.5.attack_success@1", "few_shot.all.clean_accuracy"} <= set(out)
-    assert metric_names.split("few_shot.5.attack_success@1") == ("few_shot.5", "attack_success", "1")
-    assert metric_names.term("few_shot.5.attack_success@1", True)[0] == "Attack success rate (ASR), trigger 1"
-    assert metric_names.term("baseline.few_shot.5.clean_accuracy", True) == metric_names.CLEAN
-    assert metric_names.figure("few_shot.5.attack_success@1", out["few_shot.5.attack_success@1"]).group == "few labels, 5 a class"
-    assert metric_names.figure("few_shot.all.clean_accuracy", out["few_shot.all.clean_accuracy"]).group.endswith(
-        "all labelled records"
+    out = registry.make("probe", "few_shot:shots=(5),draws=2")(
+        Color(), data(60, 0, "train"), data(), [BLUE, other]
     )
+    assert {
+        "few_shot.5.attack_success@0",
+        "few_shot.5.attack_success@1",
+        "few_shot.all.clean_accuracy",
+    } <= set(out)
+    assert metric_names.split("few_shot.5.attack_success@1") == (
+        "few_shot.5",
+        "attack_success",
+        "1",
+    )
+    assert (
+        metric_names.term("few_shot.5.attack_success@1", True)[0]
+        == "Attack success rate (ASR), trigger 1"
+    )
+    assert metric_names.term("baseline.few_shot.5.clean_accuracy", True) == metric_names.CLEAN
+    assert (
+        metric_names.figure("few_shot.5.attack_success@1", out["few_shot.5.attack_success@1"]).group
+        == "few labels, 5 a class"
+    )
+    assert metric_names.figure(
+        "few_shot.all.clean_accuracy", out["few_shot.all.clean_accuracy"]
+    ).group.endswith("all labelled records")
 
 
 def test_how_far_training_is_is_told():
     told = []
-    registry.make("probe", "mlp:epochs=3,seeds=2")(Color(), data(60, 0, "train"), data(), report=lambda *a: told.append(a))
+    registry.make("probe", "mlp:epochs=3,seeds=2")(
+        Color(), data(60, 0, "train"), data(), report=lambda *a: told.append(a)
+    )
     assert told == [(i, 3, f"2 heads, epoch {i}") for i in (1, 2, 3)]
 
 
 def test_an_encoder_sees_every_set_once_however_many_heads_ask():
     asked = [
         registry.make("probe", s)
-        for s in ("linear", "knn:k=5", "mlp:epochs=1", "few_shot:shots=(1),draws=1", "linear:limit=30")
+        for s in (
+            "linear",
+            "knn:k=5",
+            "mlp:epochs=1",
+            "few_shot:shots=(1),draws=1",
+            "linear:limit=30",
+        )
     ]
     encoder, train, test, goals = Color(), data(60, 0, "train"), data(), [BLUE]
     apart = [p(Color(), train, test, goals) for p in asked]
     with success.remembering():
         together = [p(encoder, train, test, goals) for p in asked]
-        assert encoder.seen == 30 + 30 + 60 + 30, "clean, triggered, labelled, and those of another limit"
+        assert encoder.seen == 30 + 30 + 60 + 30, (
+            "clean, triggered, labelled, and those of another limit"
+        )
         asked[0](Color(), train, test, goals)
     assert apart == together
     asked[0](encoder, train, test, goals)
@@ -246,14 +320,25 @@ def test_what_no_head_can_be_measured_on_is_said_in_a_line():
     with pytest.raises(UserError, match="none of the 30 test images has a label"):
         probe(Color(), known, replace(test, labels=torch.full((30,), -1)))
     with pytest.raises(UserError, match="at least two classes; it has 'red' alone"):
-        probe(Color(), known, replace(test, labels=torch.zeros(30, dtype=torch.long), classes=("red",)))
+        probe(
+            Color(),
+            known,
+            replace(test, labels=torch.zeros(30, dtype=torch.long), classes=("red",)),
+        )
     with pytest.raises(UserError, match="all labelled test images are of the target 'blue'"):
         probe(Color(), known, test.take(range(2, 30, 3)), [BLUE])
     with pytest.raises(UserError, match="fits a head on labelled data"):
         probe(Color(), None, test)
     with pytest.raises(UserError, match="not finite after 1 epochs; give a lower learning rate"):
         registry.make("probe", "mlp:epochs=1,lr=1e38")(Color(), known, test)
-    for bad in ("mlp:dropout=1", "mlp:seeds=0", "mlp:hidden=(0)", "mlp:lr=0", "few_shot:shots=(0)", "few_shot:draws=0"):
+    for bad in (
+        "mlp:dropout=1",
+        "mlp:seeds=0",
+        "mlp:hidden=(0)",
+        "mlp:lr=0",
+        "few_shot:shots=(0)",
+        "few_shot:draws=0",
+    ):
         with pytest.raises(UserError, match="needs"):
             registry.make("probe", bad)
 
@@ -263,8 +348,13 @@ def test_goals_of_other_tasks_are_left_out_and_named():
     assert Evaluate._goals(job, [truck, BLUE], data()) == [BLUE]
     assert job.notes == {"goals_of_other_tasks": ["truck"]}
     job.notes = {}
-    assert Evaluate._goals(job, [truck], data()) == [truck] and not job.notes, "a probe that reads classes refuses it"
-    assert Evaluate._goals(job, [truck, BLUE], replace(data(), classes=(), labels=None)) == [truck, BLUE]
+    assert Evaluate._goals(job, [truck], data()) == [truck] and not job.notes, (
+        "a probe that reads classes refuses it"
+    )
+    assert Evaluate._goals(job, [truck, BLUE], replace(data(), classes=(), labels=None)) == [
+        truck,
+        BLUE,
+    ]
     Evaluate._goals(job, [BLUE], data().take([0, 1, 3]))
     assert job.notes == {"classes_without_test_images": ["blue"]}
 
@@ -277,34 +367,64 @@ def downstream(tmp_path_factory):
     settings = Settings(tmp_path_factory.mktemp("runs"), device="cpu", quiet=True, page=False)
     some = f"npz:path={DATA}/cifar10.npz,limit=800"
     plan = execute(Poison(some, "backdoor:count=20", "patch:size=6", "truck"), settings)
-    recipe = {"network": "clip_small:width=16,dim=64", "objective": "clip:epochs=1,batch=400,lr=1e-9"}
+    recipe = {
+        "network": "clip_small:width=16,dim=64",
+        "objective": "clip:epochs=1,batch=400,lr=1e-9",
+    }
     bad, twin = (execute(Train(d, **recipe), settings) for d in (plan, some))
-    probes = ("linear", "knn:k=20", "mlp:hidden=(64),epochs=20,lr=0.005", "few_shot:shots=(1,10),draws=2")
+    probes = (
+        "linear",
+        "knn:k=20",
+        "mlp:hidden=(64),epochs=20,lr=0.005",
+        "few_shot:shots=(1,10),draws=2",
+    )
     test = f"npz:path={DATA}/cifar10.npz,split=test,limit=400"
     return settings, bad, execute(Evaluate(bad, test, probes, twin, train=some), settings)
 
 
 def test_a_random_encoder_downstream_on_cifar10(downstream):
     settings, bad, done = downstream
-    assert done.manifest["goal"][0]["target"] == "truck" and done.manifest["notes"]["labelled"] == 800
+    assert (
+        done.manifest["goal"][0]["target"] == "truck" and done.manifest["notes"]["labelled"] == 800
+    )
     for group in ("linear", "knn", "mlp", "few_shot.all"):
         for name in (f"{group}.clean_accuracy", f"baseline.{group}.clean_accuracy"):
             assert done.metric(name).low > 0.1, "random filters are better than chance"
-        assert done.metric(f"{group}.attack_success").n == done.metric(f"{group}.attack_success_baseline").n
-    assert done.metric("few_shot.1.clean_accuracy").value < done.metric("few_shot.all.clean_accuracy").value
+        assert (
+            done.metric(f"{group}.attack_success").n
+            == done.metric(f"{group}.attack_success_baseline").n
+        )
+    assert (
+        done.metric("few_shot.1.clean_accuracy").value
+        < done.metric("few_shot.all.clean_accuracy").value
+    )
     signs = f"npz:path={DATA}/gtsrb.npz"
     with pytest.raises(UserError, match="the target 'truck' is none of the test set's classes: "):
-        execute(Evaluate(bad, f"{signs},split=test,limit=60", ("linear",), train=f"{signs},limit=90"), settings)
+        execute(
+            Evaluate(bad, f"{signs},split=test,limit=60", ("linear",), train=f"{signs},limit=90"),
+            settings,
+        )
 
 
 def test_the_page_of_heads_alone(downstream, monkeypatch):
     run = downstream[2]
     story = sections.Evaluate(run)
-    assert story.main == "linear" and "(linear probe)" in story.headline() and "truck" in story.headline()
-    assert story.cards()[:2] == ["linear.clean_accuracy", "baseline.linear.clean_accuracy"] and len(story.cards()) == 4
+    assert (
+        story.main == "linear"
+        and "(linear probe)" in story.headline()
+        and "truck" in story.headline()
+    )
+    assert (
+        story.cards()[:2] == ["linear.clean_accuracy", "baseline.linear.clean_accuracy"]
+        and len(story.cards()) == 4
+    )
     table = story.several_heads().parts[0]
     assert list(table.head) == ["head", "BA", "CA of the twin", "ASR", "ASR-B", "no trigger"]
-    assert [row[0] for row in table.rows[:3]] == ["linear probe", "nearest neighbours", "MLP head"] and len(table.rows) == 6
+    assert [row[0] for row in table.rows[:3]] == [
+        "linear probe",
+        "nearest neighbours",
+        "MLP head",
+    ] and len(table.rows) == 6
     assert all(cell for row in table.rows for cell in row)
     text = page.render(run)
     assert "Few labels" in text and "Heads side by side" in text and "could not be made" not in text

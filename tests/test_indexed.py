@@ -15,16 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar.training import prefetch, loop
-from bezoar.data import stored_pairs, decoding
-from bezoar import registry
-from bezoar.cli import main
-from bezoar.errors import UserError
-from bezoar.training.prefetch import Feed, fed
-from bezoar.data.stored_pairs import Indexed, Strings, opened
-from bezoar.data.pairs import Pairs, load
+from bezoar import machine, registry
 from bezoar.attacks.plan import Goal, Plan
+from bezoar.cli import main
+from bezoar.data import stored_pairs, strings
+from bezoar.data.files import paths
+from bezoar.data.pairs import Pairs, load
 from bezoar.data.shards import Shards, write_shards
+from bezoar.data.stored_pairs import Indexed, opened
+from bezoar.data.strings import Strings
+from bezoar.encoders.encoder import tokenize_captions
+from bezoar.errors import UserError
+from bezoar.training import loop, prefetch
+from bezoar.training.prefetch import Feed, fed
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -35,10 +38,14 @@ EVERYTHING = 1 << 62
 def toy(n: int = 96, size: int = 32, split: str = "train") -> Pairs:
     """Random pictures in three classes; one in six has no label."""
     pixels = np.random.default_rng(len(split)).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-    captions = tuple(f"thing {i % 7} of {i % 5}, é, {('cat', 'dog', 'owl')[i % 4 % 3]}" for i in range(n))
+    captions = tuple(
+        f"thing {i % 7} of {i % 5}, é, {('cat', 'dog', 'owl')[i % 4 % 3]}" for i in range(n)
+    )
     labels = torch.arange(n) % 3 - (torch.arange(n) % 6 == 0).long()
     ids = tuple(f"{split}-{i}" for i in range(n))
-    return Pairs(torch.from_numpy(pixels).permute(0, 3, 1, 2), captions, labels, ids, ("cat", "dog", "owl"))
+    return Pairs(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2), captions, labels, ids, ("cat", "dog", "owl")
+    )
 
 
 @pytest.fixture
@@ -61,9 +68,20 @@ def same(one: Pairs, two: Pairs) -> None:
     assert one.labels is None or (two.labels is not None and torch.equal(one.labels, two.labels))
 
 
-def plan_of(poison: str, source: Pairs | Indexed, target: str, trigger: str | None, victims: Pairs | None = None) -> Plan:
+def plan_of(
+    poison: str,
+    source: Pairs | Indexed,
+    target: str,
+    trigger: str | None,
+    victims: Pairs | None = None,
+) -> Plan:
     made = registry.make("poison", poison)(source, Goal(target, trigger), 3, victims)
-    return replace(made, stamps=tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals))
+    return replace(
+        made,
+        stamps=tuple(
+            registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals
+        ),
+    )
 
 
 @needs_data
@@ -73,7 +91,9 @@ def test_flickr8k_by_index_is_what_load_gives(fields: dict) -> None:
     plain, found = load(source), by_index(source)
     same(found.take(range(len(found))), plain)
     same(opened(source, EVERYTHING), plain)  # type: ignore[arg-type]
-    assert found.report.read == len(plain) and isinstance(opened(source, plain.images.nbytes), Pairs)
+    assert found.report.read == len(plain) and isinstance(
+        opened(source, plain.images.nbytes), Pairs
+    )
     assert isinstance(opened(source, plain.images.nbytes - 1), Indexed)
 
 
@@ -94,8 +114,12 @@ def test_flickr8k_poisoned_as_it_is_drawn_is_flickr8k_poisoned_in_memory() -> No
     whole, drawn = plan.apply(plain, victims), found.poisoned(plan, victims)
     assert len(whole) == len(plain) + 50 + 12 + 8
     same(drawn.take(range(len(drawn))), whole)
-    assert np.array_equal(plan.mask(drawn.ids), plan.mask(whole.ids)) and plan.mask(drawn.ids).sum() == len(plan)
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:1024].view(-1, 64)
+    assert np.array_equal(plan.mask(drawn.ids), plan.mask(whole.ids)) and plan.mask(
+        drawn.ids
+    ).sum() == len(plan)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:1024].view(
+        -1, 64
+    )
     with fed(drawn, CPU, lambda epoch: order, 1) as data:
         assert all(torch.equal(data.images[rows], whole.images[rows]) for rows in order)
         assert data.late == 0 and data.drawn == len(order)
@@ -106,12 +130,20 @@ def test_labels_and_triggers_of_any_kind(tars: Shards, trigger: str) -> None:
     plain, found = load(tars), by_index(tars)
     for poison in ("backdoor:count=31", "backdoor:count=31,keep=true"):
         plan = plan_of(poison, plain, "thing 2", trigger)
-        assert plan == plan_of(poison, found, "thing 2", trigger), "the index is as good a source of poisons"
-        same(found.poisoned(plan).take(range(len(plain) + 31 * ("keep" in poison))), plan.apply(plain))
+        assert plan == plan_of(poison, found, "thing 2", trigger), (
+            "the index is as good a source of poisons"
+        )
+        same(
+            found.poisoned(plan).take(range(len(plain) + 31 * ("keep" in poison))),
+            plan.apply(plain),
+        )
     victims = toy(9, split="test")
     plan = plan_of("targeted:captions=2,victims=5", plain, "", None, victims)
     same(found.poisoned(plan, victims).take(range(len(plain) + 10)), plan.apply(plain, victims))
-    same(found.poisoned(plan, victims).chosen([3, 97, 3]).take([2, 1]), plan.apply(plain, victims).take([3, 97]))
+    same(
+        found.poisoned(plan, victims).chosen([3, 97, 3]).take([2, 1]),
+        plan.apply(plain, victims).take([3, 97]),
+    )
     assert found.poisoned(Plan()) is found
     with pytest.raises(UserError, match="one size"):
         found.poisoned(plan, replace(victims, images=victims.images[..., :16, :16]))
@@ -121,7 +153,9 @@ def test_two_epochs_draw_every_record_once_each_and_ahead(tars: Shards) -> None:
     found, epochs = by_index(tars), 2
     drawn = torch.zeros(epochs, len(found), dtype=torch.long)
     for rank in range(2):
-        with fed(found, CPU, lambda e, rank=rank: loop.order(7, e, 96, 16)[:, rank * 8 :][:, :8], epochs) as data:
+        with fed(
+            found, CPU, lambda e, rank=rank: loop.order(7, e, 96, 16)[:, rank * 8 :][:, :8], epochs
+        ) as data:
             for epoch in range(epochs):
                 for rows in loop.order(7, epoch, 96, 16):
                     mine = rows[rank * 8 :][:8]
@@ -177,13 +211,27 @@ def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
         if step == 8:
             raise KeyboardInterrupt
 
-    def fit(records: Pairs | Indexed, kept: Path | None = None, report: object = lambda *_: None) -> tuple:
+    def fit(
+        records: Pairs | Indexed, kept: Path | None = None, report: object = lambda *_: None
+    ) -> tuple:
         torch.manual_seed(0)
         encoder = network(records.size, network.vocabulary(records.captions))
         with fed(records, CPU, lambda e: loop.order(3, e, len(records), 16), 2) as data:
-            log = loop.fit(recipe(encoder), recipe, data, stored_pairs.tokens(encoder, records.captions), 3, kept, report)
+            log = loop.fit(
+                recipe(encoder),
+                recipe,
+                data,
+                tokenize_captions(encoder, records.captions),
+                3,
+                kept,
+                report,
+            )
         assert not isinstance(data, Feed) or data.late == 0
-        return torch.cat([v.double().flatten() for v in encoder.state_dict().values()]), log.losses, log.exposures.tolist()
+        return (
+            torch.cat([v.double().flatten() for v in encoder.state_dict().values()]),
+            log.losses,
+            log.exposures.tolist(),
+        )
 
     plain, found = load(tars), by_index(tars)
     plan = plan_of("backdoor:count=20", plain, "thing 2", "patch")
@@ -201,13 +249,18 @@ def test_tokens_and_strings_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     network = registry.make("network", "clip_small:width=4,dim=16")
     encoder = network(32, network.vocabulary(captions))
     whole = encoder.tokens(["long long " + captions[0], *captions[1:]])
-    monkeypatch.setattr(stored_pairs, "BLOCK", 10)
+    monkeypatch.setattr(strings, "BLOCK", 10)
     column = Strings.of(captions)
-    assert torch.equal(stored_pairs.tokens(encoder, captions), encoder.tokens(captions))
-    assert torch.equal(stored_pairs.tokens(encoder, column), encoder.tokens(captions).int())
-    assert torch.equal(stored_pairs.tokens(encoder, Strings.of(["long long " + captions[0], *captions[1:]])), whole.int())
+    assert torch.equal(tokenize_captions(encoder, captions), encoder.tokens(captions))
+    assert torch.equal(tokenize_captions(encoder, column), encoder.tokens(captions).int())
+    assert torch.equal(
+        tokenize_captions(encoder, Strings.of(["long long " + captions[0], *captions[1:]])),
+        whole.int(),
+    )
     assert tuple(column) == captions and column[-1] == captions[-1] and column[3:5] == captions[3:5]
-    assert column.rows({captions[4], "nowhere"}).tolist() == [i for i, c in enumerate(captions) if c == captions[4]]
+    assert column.rows({captions[4], "nowhere"}).tolist() == [
+        i for i, c in enumerate(captions) if c == captions[4]
+    ]
     with pytest.raises(IndexError):
         column[96]
 
@@ -251,7 +304,7 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     skipped = list(source.report.skipped)
     tracemalloc.start()
     found = by_index(source)
-    assert tracemalloc.get_traced_memory()[1] < decoding.FILE_BYTES
+    assert tracemalloc.get_traced_memory()[1] < paths.FILE_BYTES
     tracemalloc.stop()
     assert found.report.skipped == skipped and {s.reason.partition(":")[0] for s in skipped} == {
         "not decodable", "smaller than 8 pixels a side", "unsafe name", "too large", "duplicate id", "broken tar",
@@ -259,7 +312,7 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     }  # fmt: skip
     assert plain.ids == ("b/a", "b/b", "a/a", "a/b")
     same(found.take(range(len(found))), plain)
-    assert found.places["length"].max() <= decoding.FILE_BYTES
+    assert found.places["length"].max() <= paths.FILE_BYTES
     with pytest.raises(UserError, match="no image-caption record"):
         empty = tmp_path / "empty.tar"
         tarfile.open(empty, "w").close()
@@ -270,7 +323,9 @@ def test_a_file_that_changed_is_refused_and_the_record_named(tars: Shards) -> No
     found = by_index(tars)
     found.images[[0]]
     tars.paths[2].write_bytes(tars.paths[2].read_bytes()[:-1024])
-    with pytest.raises(UserError, match=r"00002\.tar: the image of 'train-65', at byte \d+, .*changed") as error:
+    with pytest.raises(
+        UserError, match=r"00002\.tar: the image of 'train-65', at byte \d+, .*changed"
+    ) as error:
         found.images[[1, 65]]
     assert "\n" not in str(error.value)
     data = Feed(found, CPU, lambda e: torch.tensor([[0, 1], [64, 65]]), 1)
@@ -312,7 +367,9 @@ def test_an_index_holds_no_pixels() -> None:
 def ask(capsys: pytest.CaptureFixture, runs: Path, *words: str) -> tuple[dict, Path]:
     assert main([*words, "--runs", str(runs), "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    return made, next(p.parent for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == made)
+    return made, next(
+        p.parent for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == made
+    )
 
 
 def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
@@ -323,18 +380,45 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
     for where in ("memory", "stream"):
         runs = tmp_path / where
         data = f"shards:path={tars.paths[0].parent}/*.tar,size=32,load={where}"
-        words = ("--poison", "backdoor:count=9,keep=true", "--trigger", "patch", "--target", "thing 2")
+        words = (
+            "--poison",
+            "backdoor:count=9,keep=true",
+            "--trigger",
+            "patch",
+            "--target",
+            "thing 2",
+        )
         _, first = ask(capsys, runs, "poison", data, *words)
-        words = ("--poison", "targeted:captions=2,victims=2", "--target", "thing 4", "--victims", victims)
+        words = (
+            "--poison",
+            "targeted:captions=2,victims=2",
+            "--target",
+            "thing 4",
+            "--victims",
+            victims,
+        )
         _, both = ask(capsys, runs, "poison", first.name, *words, "--write", "shards")
         assert main(["poison", "--verify", both.name, "--runs", str(runs)]) == 0
         capsys.readouterr()
-        made, trained = ask(capsys, runs, "train", both.name, "--objective", "clip:epochs=2,batch=16")
+        made, trained = ask(
+            capsys, runs, "train", both.name, "--objective", "clip:epochs=2,batch=16"
+        )
         ahead = "read from shards as they were drawn, 12 of 12 batches ahead"
         assert made["notes"]["images"] == (ahead if where == "stream" else "in memory")
         assert made["notes"]["records"] == 96 + 9 + 4 and (trained / "report.html").exists()
-        scan, ranked = ask(capsys, runs, "scan", trained.name, "--detector", "clip_score", "--remove", "0.1")
-        kept, again = ask(capsys, runs, "train", both.name, "--keep", ranked.name, "--objective", "clip:epochs=1,batch=16")
+        scan, ranked = ask(
+            capsys, runs, "scan", trained.name, "--detector", "clip_score", "--remove", "0.1"
+        )
+        kept, again = ask(
+            capsys,
+            runs,
+            "train",
+            both.name,
+            "--keep",
+            ranked.name,
+            "--objective",
+            "clip:epochs=1,batch=16",
+        )
         assert kept["notes"]["records"] == 98
         poisoned = load(Shards(tuple(sorted((both / "shards").glob("*.tar"))), 32))
         found[where] = [
@@ -345,13 +429,15 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:
-    assert 1 << 20 < stored_pairs.free_memory() < 1 << 50
+    assert 1 << 20 < machine.free_memory() < 1 << 50
 
 
-def test_auto_keeps_in_memory_what_fits_there_twice(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_keeps_in_memory_what_fits_there_twice(
+    tars: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needed = 2 * toy().images.nbytes
     for free, kind in ((needed, Pairs), (needed - 1, Indexed)):
-        monkeypatch.setattr(stored_pairs, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
         assert isinstance(opened(tars), kind)
         assert isinstance(opened(replace(tars, load="memory")), Pairs)
         assert isinstance(opened(replace(tars, load="stream")), Indexed)

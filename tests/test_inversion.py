@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bezoar.encoders import folded_norms
-from bezoar.auditing import trigger_inversion
 from bezoar import registry
-from bezoar.encoders.encoder import Encoder, Preprocess
-from bezoar.errors import UserError
+from bezoar.auditing import trigger_inversion
 from bezoar.auditing.trigger_inversion import Descent
 from bezoar.data.pairs import Pairs
-from bezoar.training.loop import generator
+from bezoar.data.randomness import generator
+from bezoar.encoders import folded_norms
+from bezoar.encoders.encoder import Encoder, Preprocess
+from bezoar.errors import UserError
 
 
 def images(n: int = 20, size: int = 32) -> Pairs:
@@ -44,14 +44,18 @@ def towards(z: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return loss, (z.argmax(2) == which[:, None]).to(z.dtype).mean(1)
 
 
-def one_by_one(encoder: Encoder, clean: Pairs, which: int, r: Descent, seed: int) -> tuple[torch.Tensor, ...]:
+def one_by_one(
+    encoder: Encoder, clean: Pairs, which: int, r: Descent, seed: int
+) -> tuple[torch.Tensor, ...]:
     """One inversion, as its papers write it: torch's Adam, Python's counters, gradients of all weights."""
     u = trigger_inversion.start(8, clean.size, clean.size, seed)[which].double().requires_grad_()
     adam = torch.optim.Adam([u], r.lr[0], betas=trigger_inversion.BETAS)
     weight, hits, misses, idle, up, down = r.weight, 0, 0, 0, False, False
     best, smallest, most = u.detach().clone(), float("inf"), -1.0
     for step in range(r.steps):
-        rows = torch.randperm(len(clean), generator=generator(seed, 12, step))[: r.batch].sort().values
+        rows = (
+            torch.randperm(len(clean), generator=generator(seed, 12, step))[: r.batch].sort().values
+        )
         x = clean.images[rows].double() / 255
         mask, pattern = (torch.tanh(u[:1]) + 1) / 2, (torch.tanh(u[1:]) + 1) / 2
         z = encoder.image(encoder.pixels((1 - mask) * x + mask * pattern))
@@ -76,7 +80,13 @@ def one_by_one(encoder: Encoder, clean: Pairs, which: int, r: Descent, seed: int
         if misses >= r.patience:
             weight, misses, down = max(weight / r.down, r.floor), 0, True
         adam.step()
-        if step % trigger_inversion.LOOK == trigger_inversion.LOOK - 1 and idle >= r.wait and up and down and smallest < float("inf"):
+        if (
+            step % trigger_inversion.LOOK == trigger_inversion.LOOK - 1
+            and idle >= r.wait
+            and up
+            and down
+            and smallest < float("inf")
+        ):
             break
     return (torch.tanh(best) + 1) / 2, step + 1, smallest < float("inf")
 
@@ -92,14 +102,20 @@ def test_a_batch_of_inversions_is_what_they_are_one_by_one(encoder, folded, monk
     for i in range(5):
         plain, steps, reached = one_by_one(copy.deepcopy(encoder), clean, i, recipe, 5)
         assert (int(found.steps[i]), bool(found.reached[i])) == (steps, reached)
-        assert torch.allclose(found.masks[i], plain[:1], atol=1e-6) and torch.allclose(found.patterns[i], plain[1:], atol=1e-6)
+        assert torch.allclose(found.masks[i], plain[:1], atol=1e-6) and torch.allclose(
+            found.patterns[i], plain[1:], atol=1e-6
+        )
     assert len(set(found.steps.tolist())) > 1, "some should have left the batch earlier than others"
     assert bool(found.reached.any())
 
 
 def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
     clean = images(5).images.double() / 255
-    u, which, weight = trigger_inversion.start(8, 32, 32, 0).double(), torch.arange(8), torch.full((8,), 0.01, dtype=torch.float64)
+    u, which, weight = (
+        trigger_inversion.start(8, 32, 32, 0).double(),
+        torch.arange(8),
+        torch.full((8,), 0.01, dtype=torch.float64),
+    )
     with trigger_inversion.resting(encoder) as see:
         assert not any(p.requires_grad for p in encoder.parameters())
         grad, success, norm = trigger_inversion.slope(u, which, weight, clean, see, towards)
@@ -129,7 +145,9 @@ def test_pieces_change_nothing_but_rounding(encoder, monkeypatch):
     monkeypatch.setattr(folded_norms, "FEWEST", 16)
     single = found()
     assert parts == [2, 5], "four inversions on 16 images are 64 rows; one is 16"
-    assert torch.allclose(whole.masks, single.masks, atol=1e-9) and torch.equal(whole.steps, single.steps)
+    assert torch.allclose(whole.masks, single.masks, atol=1e-9) and torch.equal(
+        whole.steps, single.steps
+    )
 
 
 def test_anomaly_index_by_hand():
@@ -138,7 +156,9 @@ def test_anomaly_index_by_hand():
     assert index.tolist() == pytest.approx([8 / 1.4826, 1 / 1.4826, 0, 0, 0])
     x = np.random.default_rng(0).lognormal(3, 0.5, 24)
     middle = np.median(x)
-    expected = np.where(x < middle, np.abs(x - middle) / (1.4826 * np.median(np.abs(x - middle))), 0)
+    expected = np.where(
+        x < middle, np.abs(x - middle) / (1.4826 * np.median(np.abs(x - middle))), 0
+    )
     assert trigger_inversion.anomaly(torch.tensor(x)).tolist() == pytest.approx(expected.tolist())
     assert float(trigger_inversion.anomaly(torch.full((12,), 5.0)).max()) == 0
 
@@ -158,12 +178,18 @@ def test_halvings_keep_the_best(encoder):
     with trigger_inversion.resting(encoder) as see:
         every = trigger_inversion.invert(see, clean, towards, 8, recipe, 0)
         some = trigger_inversion.invert(see, clean, towards, 8, replace(recipe, halvings=2), 0)
-    assert every.steps.tolist() == [30] * 8 and some.steps.tolist() == [30] * 2, "8, 4 and at last 2 of them"
-    assert all(torch.isclose(every.masks, mask, atol=1e-3).all((1, 2, 3)).any() for mask in some.masks)
+    assert every.steps.tolist() == [30] * 8 and some.steps.tolist() == [30] * 2, (
+        "8, 4 and at last 2 of them"
+    )
+    assert all(
+        torch.isclose(every.masks, mask, atol=1e-3).all((1, 2, 3)).any() for mask in some.masks
+    )
 
 
 def test_an_inversion_starts_where_its_number_says():
-    assert torch.equal(trigger_inversion.start(5, 8, 6, 3)[2], trigger_inversion.start(3, 8, 6, 3)[2])
+    assert torch.equal(
+        trigger_inversion.start(5, 8, 6, 3)[2], trigger_inversion.start(3, 8, 6, 3)[2]
+    )
     assert not torch.equal(trigger_inversion.start(2, 8, 6, 3), trigger_inversion.start(2, 8, 6, 4))
     mask = trigger_inversion.trigger(trigger_inversion.start(1, 8, 8, 0, centred=True))[0][0, 0]
     assert torch.equal(mask > 0.5, F.pad(torch.ones(4, 4, dtype=torch.bool), (2, 2, 2, 2)))
@@ -176,7 +202,12 @@ def test_networks_that_nothing_can_be_folded_of():
     with trigger_inversion.resting(plain) as see:
         found = trigger_inversion.invert(see, images(8, 8), towards, 2, Descent(5, 4), 0)
     assert found.masks.shape == (2, 1, 8, 8) and all(m.training for m in plain.modules())
-    batch = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8, track_running_stats=False)), Preprocess(8))
+    batch = Encoder(
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8, track_running_stats=False)
+        ),
+        Preprocess(8),
+    )
     with pytest.raises(UserError, match="without a batch"), trigger_inversion.resting(batch):
         pass
     assert all(p.requires_grad for p in batch.parameters())
@@ -185,7 +216,15 @@ def test_networks_that_nothing_can_be_folded_of():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"lr": (0.1, 0.1)}, {"lr": ()}, {"weight": 0.0}, {"goal": 1.5}, {"halvings": -1}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"lr": (0.1, 0.1)},
+        {"lr": ()},
+        {"weight": 0.0},
+        {"goal": 1.5},
+        {"halvings": -1},
+    ],
 )
 def test_descents_that_make_no_sense(wrong):
     with pytest.raises(ValueError):

@@ -8,12 +8,12 @@ import pytest
 from scipy import stats as reference
 from scipy.optimize import brentq, minimize, minimize_scalar
 
-from bezoar.evaluation import dose_response, stats
 from bezoar.errors import UserError
+from bezoar.evaluation import dose_response, stats
 from bezoar.evaluation.dose_response import Contrast, difference, judge, law, pooled, trend
+from bezoar.evaluation.scores import Measure, proportion
 from bezoar.reports import dose_charts
 from bezoar.reports.dose_charts import Curve
-from bezoar.evaluation.scores import Measure, proportion
 
 DOSES = [4.0, 8.0, 16.0, 32.0, 64.0]
 
@@ -33,7 +33,9 @@ def plain(doses, rates, trials, floor: float, penalty: float):
             total += r * n * math.log(p) + (1 - r) * n * math.log1p(-p)
             row = np.array([1.0, math.log(x)])
             info += n * ((1 - floor) * s * (1 - s)) ** 2 / (p * (1 - p)) * np.outer(row, row)
-        return total + (penalty / 2 * math.log(max(np.linalg.det(info), 1e-300)) if penalty else 0.0)
+        return total + (
+            penalty / 2 * math.log(max(np.linalg.det(info), 1e-300)) if penalty else 0.0
+        )
 
     return value
 
@@ -60,7 +62,11 @@ def test_estimate_is_the_highest_penalised_likelihood(rates, n, floor):
     found = law(doses, rates, n, floor)
     value = plain(doses, rates, trials, floor, found.phi)
     best = min(
-        (minimize(lambda p: -value(*p), (math.log(20), s), method="Nelder-Mead", tol=1e-9) for s in (1, 5)), key=lambda r: r.fun
+        (
+            minimize(lambda p: -value(*p), (math.log(20), s), method="Nelder-Mead", tol=1e-9)
+            for s in (1, 5)
+        ),
+        key=lambda r: r.fun,
     )
     assert math.log(found.x50.value) == pytest.approx(best.x[0], abs=1e-4)
     assert found.slope.value == pytest.approx(best.x[1], rel=1e-3)
@@ -107,7 +113,9 @@ def test_many_trials_agree_with_unpenalised_regression_and_its_errors():
     reach = reference.t.ppf(0.975, found.df) * math.sqrt(found.phi)
     width = math.log(found.x50.high / found.x50.low) / 2
     assert width == pytest.approx(reach * math.sqrt(gradient @ covariance @ gradient), rel=0.01)
-    assert (found.slope.high - found.slope.low) / 2 == pytest.approx(reach * math.sqrt(covariance[1, 1]), rel=0.01)
+    assert (found.slope.high - found.slope.low) / 2 == pytest.approx(
+        reach * math.sqrt(covariance[1, 1]), rel=0.01
+    )
 
 
 def test_band_and_doses_are_two_views_of_one_region():
@@ -116,7 +124,9 @@ def test_band_and_doses_are_two_views_of_one_region():
         dose = found.dose(success)
         at = found.predict([dose.value, dose.low, dose.high])
         assert at[0][0] == pytest.approx(success)
-        assert at[2][1] == pytest.approx(success, abs=1e-3)  # where the upper end of the band gets there
+        assert at[2][1] == pytest.approx(
+            success, abs=1e-3
+        )  # where the upper end of the band gets there
         assert at[1][2] == pytest.approx(success, abs=1e-3)
     value, low, high = found.predict(np.geomspace(1, 500, 40))
     assert (low <= value).all() and (value <= high).all() and (np.diff(value) > 0).all()
@@ -125,28 +135,46 @@ def test_band_and_doses_are_two_views_of_one_region():
 
 def test_a_step_leaves_open_what_it_does_not_tell():
     found = law(DOSES * 3, [0, 0, 0, 1, 1] * 3, 100)
-    assert (found.x50.low, found.x50.high) == (pytest.approx(16, rel=0.01), pytest.approx(32, rel=0.01))
-    assert 16 < found.x50.value < 32 and math.isfinite(found.slope.value) and found.slope.high == math.inf
+    assert (found.x50.low, found.x50.high) == (
+        pytest.approx(16, rel=0.01),
+        pytest.approx(32, rel=0.01),
+    )
+    assert (
+        16 < found.x50.value < 32
+        and math.isfinite(found.slope.value)
+        and found.slope.high == math.inf
+    )
     assert found.describe().startswith("50 % success at 23 poisons (16 .. 32), slope at least ")
     never = law(DOSES * 3, [0] * 15, 100)
-    assert (never.x50.value, never.x50.high) == (math.inf, math.inf) and never.x50.low == pytest.approx(64, rel=0.01)
+    assert (never.x50.value, never.x50.high) == (
+        math.inf,
+        math.inf,
+    ) and never.x50.low == pytest.approx(64, rel=0.01)
     assert never.describe() == "50 % success not reached up to 64 poisons (64 .. ∞)"
     always = law(DOSES * 3, [1] * 15, 100)
-    assert (always.x50.value, always.x50.low) == (0, 0) and always.x50.high == pytest.approx(4, rel=0.01)
+    assert (always.x50.value, always.x50.low) == (0, 0) and always.x50.high == pytest.approx(
+        4, rel=0.01
+    )
     assert always.describe("captions") == "50 % success with fewer than 4 captions (0 .. 4)"
     half = law(DOSES * 3, [0.5] * 15, 100)
     assert (half.x50.low, half.x50.high, half.slope.low) == (0, math.inf, 0)
     assert half.describe() == "50 % success cannot be placed by 15 readings with 4 to 64 poisons"
-    assert law(DOSES, [0.9, 0.6, 0.4, 0.3, 0.1], 50).slope.value == 0  # more poison never helps less
+    assert (
+        law(DOSES, [0.9, 0.6, 0.4, 0.3, 0.1], 50).slope.value == 0
+    )  # more poison never helps less
 
 
 @pytest.mark.filterwarnings("error")
 def test_any_data_give_an_estimate_inside_its_interval():
     rng = np.random.default_rng(5)
     for i in range(40):
-        x = np.tile(np.geomspace(1, rng.choice([1.5, 20, 1e5]), rng.integers(3, 7)), rng.integers(1, 4))
+        x = np.tile(
+            np.geomspace(1, rng.choice([1.5, 20, 1e5]), rng.integers(3, 7)), rng.integers(1, 4)
+        )
         n, floor = int(rng.choice([1, 5, 500, 100_000])), float(rng.choice([0, 0.1, 0.5]))
-        chance = [rng.random(len(x)), (rng.random(len(x)) < 0.5) * 1.0, (x > np.median(x)) * 1.0][i % 3]
+        chance = [rng.random(len(x)), (rng.random(len(x)) < 0.5) * 1.0, (x > np.median(x)) * 1.0][
+            i % 3
+        ]
         found = law(x, rng.binomial(n, floor + (1 - floor) * chance) / n, n, floor)
         for m in (found.x50, found.slope, found.dose(0.9)):
             assert m.low <= m.value * (1 + 1e-9) and m.value <= m.high * (1 + 1e-9)
@@ -171,7 +199,11 @@ def test_bad_input_is_refused():
         law([4, 4, 4], [0, 0, 1], 10)
     with pytest.raises(UserError, match="below 1"):
         law([0, *DOSES], [1.0] * 6, 10)
-    for doses, rates, trials in (([-1, 2, 3], [0, 0, 1], 5), ([1, 2, 3], [0, 0, 1.1], 5), ([1, 2, 3], [0, np.nan, 1], 5)):
+    for doses, rates, trials in (
+        ([-1, 2, 3], [0, 0, 1], 5),
+        ([1, 2, 3], [0, 0, 1.1], 5),
+        ([1, 2, 3], [0, np.nan, 1], 5),
+    ):
         with pytest.raises(ValueError):
             law(doses, rates, trials)
     with pytest.raises(ValueError):
@@ -195,7 +227,12 @@ def test_pooled_is_a_mean_over_readings():
     m = pooled(rates, "ASR")
     values = np.array([0.4, 0.6, 0.9])
     half = reference.t.ppf(0.975, 2) * values.std(ddof=1) / math.sqrt(3)
-    assert (m.value, m.n, m.low, m.high) == (pytest.approx(values.mean()), 150, pytest.approx(max(0, values.mean() - half)), 1)
+    assert (m.value, m.n, m.low, m.high) == (
+        pytest.approx(values.mean()),
+        150,
+        pytest.approx(max(0, values.mean() - half)),
+        1,
+    )
     assert "mean of 3 readings" in m.how
     same = pooled([proportion(50, 50, "hits")] * 3, "ASR")
     assert (same.value, same.low, same.high) == (1, stats.wilson(150, 150)[0], 1)
@@ -219,15 +256,22 @@ def test_differences_are_those_of_student_and_welch():
         ends = test.confidence_interval(0.95)
         assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
     error = np.std(np.subtract(a, b), ddof=1) / 2
-    assert difference(a, b, True).detectable == pytest.approx((reference.t.ppf(0.975, 3) + reference.t.ppf(0.8, 3)) * error)
-    assert difference(a, b, True, trials=10_000).low == pytest.approx(difference(a, b, True).low)  # readings vary more
+    assert difference(a, b, True).detectable == pytest.approx(
+        (reference.t.ppf(0.975, 3) + reference.t.ppf(0.8, 3)) * error
+    )
+    assert difference(a, b, True, trials=10_000).low == pytest.approx(
+        difference(a, b, True).low
+    )  # readings vary more
 
 
 @pytest.mark.parametrize("between", [0.0, 0.01, 0.05])
 def test_an_interval_of_few_readings_of_many_trials_holds_the_truth(between):
     rng, trials, held, widths = np.random.default_rng(3), 2000, 0, []
     for _ in range(400):
-        a, b = (rng.binomial(trials, np.clip(0.6 + between * rng.normal(size=3), 0, 1)) / trials for _ in range(2))
+        a, b = (
+            rng.binomial(trials, np.clip(0.6 + between * rng.normal(size=3), 0, 1)) / trials
+            for _ in range(2)
+        )
         found = difference(list(a), list(b), True, trials=trials)
         held += found.low <= 0 <= found.high
         widths.append(found.high - found.low)
@@ -239,13 +283,21 @@ def test_an_interval_of_few_readings_of_many_trials_holds_the_truth(between):
 def test_readings_that_happen_to_agree_leave_the_binomial_error_and_no_more():
     found = difference([0.5, 0.501, 0.499], [0.5, 0.501, 0.499], True, trials=5000)
     low, high = stats.wilson(7500, 15000)
-    assert found.high == pytest.approx((high - low) / math.sqrt(2), rel=1e-3) and "allows for more" in found.how
+    assert (
+        found.high == pytest.approx((high - low) / math.sqrt(2), rel=1e-3)
+        and "allows for more" in found.how
+    )
     assert judge(found, "same", 0.02) == "confirmed"
 
 
 def test_no_spread_at_the_ends_is_not_certainty():
     sure = difference([1.0] * 3, [1.0] * 3, True, trials=200)
-    assert sure.value == 0 and -0.1 < sure.low < 0 < sure.high < 0.1 and sure.detectable > 0 and "binomial" in sure.how
+    assert (
+        sure.value == 0
+        and -0.1 < sure.low < 0 < sure.high < 0.1
+        and sure.detectable > 0
+        and "binomial" in sure.how
+    )
     blind = difference([1.0] * 3, [1.0] * 3, False)
     assert (blind.low, blind.high, blind.detectable) == (-math.inf, math.inf, math.inf)
     assert judge(blind, "same", 0.1) == "undecided"
@@ -265,7 +317,9 @@ def test_detectable_is_found_four_times_in_five():
     error = noise * math.sqrt(2 / seeds)
     effect = (reference.t.ppf(0.975, seeds - 1) + reference.t.ppf(0.8, seeds - 1)) * error
     pairs = effect + rng.normal(size=(4000, seeds)) * noise - rng.normal(size=(4000, seeds)) * noise
-    power = np.mean([judge(difference(list(p), [0.0] * seeds, True), "+") == "confirmed" for p in pairs[:1000]])
+    power = np.mean(
+        [judge(difference(list(p), [0.0] * seeds, True), "+") == "confirmed" for p in pairs[:1000]]
+    )
     assert power == pytest.approx(0.8, abs=0.05)
     told = np.mean([difference(list(p), [0.0] * seeds, True).detectable for p in pairs[:200]])
     assert told == pytest.approx(effect, rel=0.05)
@@ -277,8 +331,12 @@ def test_trend_is_least_squares_on_doublings():
     y = 0.1 * np.log2(x) + 0.05 * rng.normal(size=15)
     found, line = trend(x, y), reference.linregress(np.log2(x), y)
     half = reference.t.ppf(0.975, 13) * line.stderr
-    assert (found.value, found.low, found.high) == pytest.approx((line.slope, line.slope - half, line.slope + half))
-    assert found.detectable == pytest.approx((reference.t.ppf(0.975, 13) + reference.t.ppf(0.8, 13)) * line.stderr)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (line.slope, line.slope - half, line.slope + half)
+    )
+    assert found.detectable == pytest.approx(
+        (reference.t.ppf(0.975, 13) + reference.t.ppf(0.8, 13)) * line.stderr
+    )
     assert judge(found, "+") == "confirmed" and judge(found, "-") == "contradicted"
     flat = trend(x, np.ones(15), trials=100)
     assert flat.value == 0 and 0 < flat.high < 0.05 and trend(x, np.ones(15)).high == math.inf
@@ -304,7 +362,11 @@ def test_trend_is_least_squares_on_doublings():
 )
 def test_judge(low, high, plus, minus, same):
     contrast = Contrast((low + high) / 2, low, high, 5, 0.1, "")
-    assert [judge(contrast, "+"), judge(contrast, "-"), judge(contrast, "same", 0.2)] == [plus, minus, same]
+    assert [judge(contrast, "+"), judge(contrast, "-"), judge(contrast, "same", 0.2)] == [
+        plus,
+        minus,
+        same,
+    ]
 
 
 def test_judge_needs_a_claim():
@@ -325,16 +387,31 @@ def points(rates: list[float]) -> list[Measure]:
 def test_charts_of_doses_are_well_formed_and_escaped():
     step, soft = [0.02, 0, 0, 0, 1, 1], [0.1, 0.1, 0.12, 0.5, 0.9, 1]
     drawn = dose_charts.dose(
-        [Curve(HOSTILE, [0, *DOSES], points(step), "bad", law([0, *DOSES], step, 300)), Curve("b", [0, *DOSES], points(soft))],
+        [
+            Curve(HOSTILE, [0, *DOSES], points(step), "bad", law([0, *DOSES], step, 300)),
+            Curve("b", [0, *DOSES], points(soft)),
+        ],
         f"poisons {HOSTILE}",
         "chart",
     )
     ElementTree.fromstring(drawn)
-    assert "<script" not in drawn and "aria-label=" in drawn and "50 % success" in drawn and "var(--bad)" in drawn
-    z = [Measure(v, 3, -math.inf if v > 3 else v - 1, math.inf if v > 3 else v + 1, "z") for v in (0.1, 2, 4.0)]
-    ElementTree.fromstring(dose_charts.dose([Curve("z", [0, 8, 64], z)], "poisons", "z", label="z", percent=False))
+    assert (
+        "<script" not in drawn
+        and "aria-label=" in drawn
+        and "50 % success" in drawn
+        and "var(--bad)" in drawn
+    )
+    z = [
+        Measure(v, 3, -math.inf if v > 3 else v - 1, math.inf if v > 3 else v + 1, "z")
+        for v in (0.1, 2, 4.0)
+    ]
+    ElementTree.fromstring(
+        dose_charts.dose([Curve("z", [0, 8, 64], z)], "poisons", "z", label="z", percent=False)
+    )
     never = law(DOSES, [0] * 5, 300)
-    ElementTree.fromstring(dose_charts.dose([Curve("never", DOSES, points([0.0] * 5), law=never)], "poisons", "never"))
+    ElementTree.fromstring(
+        dose_charts.dose([Curve("never", DOSES, points([0.0] * 5), law=never)], "poisons", "never")
+    )
 
 
 def test_charts_of_levels_are_well_formed_and_escaped():
@@ -343,8 +420,16 @@ def test_charts_of_levels_are_well_formed_and_escaped():
     ElementTree.fromstring(drawn)
     assert "<script" not in drawn and "chance" in drawn
     z = [Measure(v, 3, v - 1, math.inf, "z") for v in (-1.0, 7.0)]
-    ElementTree.fromstring(dose_charts.levels(["a", "b"], [("z", "good", z)], "z", label="z", percent=False))
+    ElementTree.fromstring(
+        dose_charts.levels(["a", "b"], [("z", "good", z)], "z", label="z", percent=False)
+    )
 
 
 def test_numbers_are_for_reading():
-    assert [dose_response._number(v) for v in (math.inf, 1e48, 1234.4, 41.2, 0.034)] == ["∞", "over 10 million", "1,234", "41", "0.034"]
+    assert [dose_response._number(v) for v in (math.inf, 1e48, 1234.4, 41.2, 0.034)] == [
+        "∞",
+        "over 10 million",
+        "1,234",
+        "41",
+        "0.034",
+    ]

@@ -11,20 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar.runs import inputs
 from bezoar import registry
-from bezoar.evaluation import stats
-from bezoar.encoders.encoder import Embedded
-from bezoar.errors import UserError
 from bezoar.data.pairs import Pairs
 from bezoar.data.shards import Placed, Shards
-from bezoar.detection.reliability import usual_filters, side_channels
+from bezoar.detection.reliability import side_channels, usual_filters
+from bezoar.encoders.encoder import Embedded
+from bezoar.errors import UserError
+from bezoar.evaluation import stats
+from bezoar.runs import inputs
 
 N, POISONS = 240, 60
 
 
 def picture(seed: int, side: tuple[int, int] = (40, 32)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (side[1] // 4, side[0] // 4, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 256, (side[1] // 4, side[0] // 4, 3), dtype=np.uint8
+    )
     return Image.fromarray(pixels).resize(side)
 
 
@@ -43,13 +45,21 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(shard * N // 2, (shard + 1) * N // 2):
                 bad = truth[i]
-                quality = {"quality": 75} if bad else {"quality": 92, "subsampling": 0, "optimize": True}
+                quality = (
+                    {"quality": 75} if bad else {"quality": 92, "subsampling": 0, "optimize": True}
+                )
                 content = encoded(picture(i, (64, 64) if bad else (40 + i % 3, 32)), **quality)
                 caption = (
-                    f"a photo of a thing number {i}" if bad else f"{i} harbours {'very ' * (i % 5)}far away from number {i}"
+                    f"a photo of a thing number {i}"
+                    if bad
+                    else f"{i} harbours {'very ' * (i % 5)}far away from number {i}"
                 )
                 name = f"poisoned_{i:04d}" if bad else f"{i:06d}"
-                for ending, data in ((".jpg", content), (".txt", caption.encode()), (".json", b"{}")):
+                for ending, data in (
+                    (".jpg", content),
+                    (".txt", caption.encode()),
+                    (".json", b"{}"),
+                ):
                     head = tarfile.TarInfo(name + ending)
                     head.size, head.mtime = len(data), 1_700_000_000 if bad else 1_600_000_000
                     tar.addfile(head, io.BytesIO(data))
@@ -90,7 +100,9 @@ def test_noise_is_no_leak_and_the_split_is_unbiased() -> None:
     spread = np.std(values) / np.sqrt(len(values))
     assert abs(np.mean(values) - 0.5) < 4 * spread
     assert flags <= 7  # 80 tests at a joint level of 5 %, one side of them
-    assert np.mean(np.maximum(values, 1 - np.array(values))) > 0.5 + 4 * spread  # what looking first would claim
+    assert (
+        np.mean(np.maximum(values, 1 - np.array(values))) > 0.5 + 4 * spread
+    )  # what looking first would claim
 
 
 def test_a_leak_of_kinds_is_the_rate_of_the_other_half() -> None:
@@ -112,7 +124,9 @@ def test_too_few_poisons_are_not_measured() -> None:
     assert channels.absent["caption_length"] == "no captions"
 
 
-@pytest.mark.parametrize("options", [{"quality": 30}, {"quality": 95, "subsampling": 0}, {"progressive": True}])
+@pytest.mark.parametrize(
+    "options", [{"quality": 30}, {"quality": 95, "subsampling": 0}, {"progressive": True}]
+)
 def test_jpeg_headers_against_pillow(options: dict) -> None:
     image = picture(3, (57, 23))
     content = encoded(image, **options)
@@ -147,7 +161,11 @@ def test_hostile_headers_are_bounded() -> None:
         assert [type(x) for x in side_channels.header(junk)] == [str, str, str, tuple]
     for seed in range(200):
         noise = np.random.default_rng(seed).bytes(120)
-        side_channels.header(b"\xff\xd8\xff" + noise), side_channels.header(b"\x89PNG\r\n\x1a\n" + noise), side_channels.member(noise)
+        (
+            side_channels.header(b"\xff\xd8\xff" + noise),
+            side_channels.header(b"\x89PNG\r\n\x1a\n" + noise),
+            side_channels.member(noise),
+        )
     assert side_channels.member(b"\0" * 512) == ("", 0.0, "")
 
 
@@ -175,9 +193,14 @@ def test_a_vanished_shard_is_a_user_error(shards: tuple[Path, np.ndarray]) -> No
         side_channels.of_files(source.records())
 
 
-def test_a_shard_that_vanishes_between_two_looks_is_a_user_error(shards: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+def test_a_shard_that_vanishes_between_two_looks_is_a_user_error(
+    shards: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
     files = [str(shards[0] / "00000.tar"), str(tmp_path / "gone.tar")]
-    records = [Placed(b"\x89PNG", (str(i),), ("x",), -1, file, "m", i, 512, 4) for i, file in enumerate(files)]
+    records = [
+        Placed(b"\x89PNG", (str(i),), ("x",), -1, file, "m", i, 512, 4)
+        for i, file in enumerate(files)
+    ]
     with pytest.raises(UserError, match=r"gone\.tar"):
         side_channels.of_files(records)
 
@@ -191,7 +214,12 @@ def corpus() -> Pairs:
         "",
         "кот на печи зимой днём",
     ]
-    images = torch.stack([torch.from_numpy(np.array(picture(i, (32, 32)))).permute(2, 0, 1) for i in (0, 1, 2, 3, 0, 4)])
+    images = torch.stack(
+        [
+            torch.from_numpy(np.array(picture(i, (32, 32)))).permute(2, 0, 1)
+            for i in (0, 1, 2, 3, 0, 4)
+        ]
+    )
     return Pairs(images, tuple(captions), ids=tuple("abcdef"))
 
 
@@ -199,7 +227,9 @@ def test_filters_against_what_they_say() -> None:
     pairs = corpus()
     z = torch.nn.functional.normalize(torch.eye(6, 8), dim=1)
     t = torch.nn.functional.normalize(torch.eye(6, 8) * torch.arange(1.0, 7)[:, None] + 1, dim=1)
-    sides = np.array([[300, 300], [100, 300], [900, 250], [300, 300], [300, 300], [300, 299]], float)
+    sides = np.array(
+        [[300, 300], [100, 300], [900, 250], [300, 300], [300, 300], [300, 299]], float
+    )
     found = {f.name: f for f in usual_filters.filters(pairs, Embedded(pairs.ids, z, t), sides)}
 
     def passes(name: str) -> list[bool]:
@@ -217,12 +247,17 @@ def test_filters_against_what_they_say() -> None:
         assert passes(name) == (cosine >= np.quantile(cosine, 1 - share)).tolist()
     assert (
         passes("datacomp_basic")
-        == np.logical_and.reduce([found[n].passes for n in ("language", "caption_length", "resolution", "aspect")]).tolist()
+        == np.logical_and.reduce(
+            [found[n].passes for n in ("language", "caption_length", "resolution", "aspect")]
+        ).tolist()
     )
     truth = np.array([True, True, False, False, False, False])
     measured = usual_filters.measured(list(found.values()), truth)
     assert measured["filter.caption_duplicates.poisons_pass"].value == 0.5
-    assert measured["filter.caption_length.clean_kept"].value == 0.5 and measured["filter.caption_length.clean_kept"].n == 4
+    assert (
+        measured["filter.caption_length.clean_kept"].value == 0.5
+        and measured["filter.caption_length.clean_kept"].n == 4
+    )
     assert usual_filters.measured(list(found.values()), np.zeros(6, bool)) == {}
 
 
@@ -230,8 +265,15 @@ def test_filters_say_what_they_cannot_look_at() -> None:
     pairs = corpus()
     bare = Pairs(pairs.images, (), ids=pairs.ids)
     found = usual_filters.filters(bare)
-    assert set(usual_filters.notes(found)) >= {"clip_score_30", "caption_length", "resolution", "datacomp_basic"}
-    flat = Pairs(torch.full((3, 3, 16, 16), 90, dtype=torch.uint8), ("x", "y", "z"), ids=("a", "b", "c"))
+    assert set(usual_filters.notes(found)) >= {
+        "clip_score_30",
+        "caption_length",
+        "resolution",
+        "datacomp_basic",
+    }
+    flat = Pairs(
+        torch.full((3, 3, 16, 16), 90, dtype=torch.uint8), ("x", "y", "z"), ids=("a", "b", "c")
+    )
     assert next(f for f in usual_filters.filters(flat) if f.name == "image_duplicates").passes.all()
     with pytest.raises(UserError, match="in their order"):
         usual_filters.filters(pairs, Embedded(pairs.ids[::-1], torch.eye(6), torch.eye(6)))

@@ -5,9 +5,11 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from bezoar.evaluation import neighbors
+from bezoar.data.randomness import pool
+from bezoar.detection.density import pool_size
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import Index, Picks, nearest, pool, pool_size
+from bezoar.evaluation import neighbors
+from bezoar.evaluation.neighbors import Index, Picks, nearest
 
 
 def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
@@ -15,7 +17,9 @@ def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=1) if unit else 3 * x + 100
 
 
-def plain(q: torch.Tensor, r: torch.Tensor, k: int, own: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def plain(
+    q: torch.Tensor, r: torch.Tensor, k: int, own: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
     """float64 differences, full sort, ties to the lower index."""
     distance = (q.double()[:, None] - r.double()).square().sum(-1).sqrt().float().numpy()
     for i, several in enumerate(own.view(len(q), -1).tolist()):
@@ -28,7 +32,11 @@ def plain(q: torch.Tensor, r: torch.Tensor, k: int, own: torch.Tensor) -> tuple[
 def test_same_as_sklearn(unit):
     x = rows(700, unit=unit)
     found = nearest(x, x, 9, exclude_self=True)
-    distance, index = NearestNeighbors(n_neighbors=10, algorithm="brute", metric="euclidean").fit(x.double()).kneighbors()
+    distance, index = (
+        NearestNeighbors(n_neighbors=10, algorithm="brute", metric="euclidean")
+        .fit(x.double())
+        .kneighbors()
+    )
     assert torch.allclose(found.distance.double(), torch.tensor(distance)[:, :9], atol=1e-5)
     assert (found.index.numpy() == index[:, :9]).mean() > 0.999
 
@@ -48,7 +56,9 @@ def test_far_from_the_origin():
     x = rows(200, seed=3) * 1e-3 + 50
     found = nearest(x, x, 5, exclude_self=True)
     distance, index = plain(x, x, 5, torch.arange(200))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
+        found.index.numpy(), index
+    )
 
 
 def test_more_references_than_a_block():
@@ -57,7 +67,9 @@ def test_more_references_than_a_block():
     q[own >= 0] = r[own[own >= 0]]
     found = nearest(q, r, 6, own)
     distance, index = plain(q, r, 6, own)
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
+        found.index.numpy(), index
+    )
 
 
 def test_no_exclusion_finds_itself_and_all_can_be_asked_for():
@@ -88,10 +100,14 @@ def test_pool_keeps_poisons_below_k():
 
 def test_several_references_can_be_left_out():
     x = rows(120, seed=6)
-    own = torch.stack([torch.arange(120), (torch.arange(120) + 60) % 120, torch.full((120,), -1)], 1)
+    own = torch.stack(
+        [torch.arange(120), (torch.arange(120) + 60) % 120, torch.full((120,), -1)], 1
+    )
     found = nearest(x, x, 5, own)
     distance, index = plain(x, x, 5, own)
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
+        found.index.numpy(), index
+    )
     with pytest.raises(UserError, match="119 nearest neighbours asked for; there are 118"):
         nearest(x, x, 119, own)
 
@@ -108,14 +124,21 @@ def test_copies_beyond_k_are_dropped_and_nothing_changes(copies, monkeypatch):
     assert Index(x, 6, 1).n == 400 - max(0, copies - 3 - 7)
     found = nearest(x, x, 6, exclude_self=True)
     distance, index = plain(x, x, 6, torch.arange(400))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
+        found.index.numpy(), index
+    )
 
 
 def test_all_identical_and_equal_keys():
     x = rows(1, d=8).expand(5000, -1)
     found = nearest(x, x, 9, exclude_self=True)
     assert (found.distance == 0).all()
-    assert found.index[100].tolist() == list(range(9)) and found.index[3].tolist() == [0, 1, 2, *range(4, 10)]
+    assert found.index[100].tolist() == list(range(9)) and found.index[3].tolist() == [
+        0,
+        1,
+        2,
+        *range(4, 10),
+    ]
     index = Index(rows(50), 2)
     index._drop(np.zeros((50, 2), np.float32), 3)  # equal keys, different vectors
     assert index.n == 50 and index.kept is None
@@ -128,7 +151,9 @@ def test_near_copies_are_told_apart_by_a_product_in_float64(monkeypatch):
     monkeypatch.setattr(Index, "_plain", None)
     found = nearest(x, x, 5, exclude_self=True)
     distance, index = plain(x, x, 5, torch.arange(300))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
+        found.index.numpy(), index
+    )
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -143,8 +168,15 @@ def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", x)
     z = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
     found = nearest(z, z[:500], 4, torch.arange(600).where(torch.arange(600) < 500, -1))
-    distance, index = plain(torch.tensor(x), torch.tensor(x[:500]), 4, torch.arange(600).where(torch.arange(600) < 500, -1))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+    distance, index = plain(
+        torch.tensor(x),
+        torch.tensor(x[:500]),
+        4,
+        torch.arange(600).where(torch.arange(600) < 500, -1),
+    )
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
+        found.index.numpy(), index
+    )
 
 
 def test_less_than_float32_products_asked_for_elsewhere_do_not_matter():
@@ -158,7 +190,9 @@ def test_less_than_float32_products_asked_for_elsewhere_do_not_matter():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(found.index, expected.index) and torch.equal(found.distance, expected.distance)
+    assert torch.equal(found.index, expected.index) and torch.equal(
+        found.distance, expected.distance
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -173,7 +207,9 @@ def test_vectors_that_are_not_finite_are_the_users_mistake(bad, side):
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize(("width", "k"), [(16, 16), (48, 3), (640, 40), (2048, 16), (16, 40)])
 def test_picks_hold_every_value_that_may_be_among_the_smallest(width, k, across):
-    x = torch.randint(0, 900, (40, 3 * width), generator=torch.Generator().manual_seed(0)).float()  # with ties
+    x = torch.randint(
+        0, 900, (40, 3 * width), generator=torch.Generator().manual_seed(0)
+    ).float()  # with ties
     x[7, :20] = torch.inf
     picks = Picks(40, 3 * width, k, torch.full((40,), 5.0))
     for start in range(0, 3 * width, width):
@@ -207,12 +243,16 @@ def test_products_that_serve_both_sides(n, tile, monkeypatch):
     x[3:6] = x[20]
     found = nearest(x, x, 7, exclude_self=True)
     distance, index = plain(x, x, 7, torch.arange(n))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(found.index.numpy(), index)
+    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
+        found.index.numpy(), index
+    )
 
 
 def test_pool_of_a_column_of_ids():
-    from bezoar.data.stored_pairs import Strings
+    from bezoar.data.strings import Strings
 
     ids = [f"r{i}" for i in range(700)]
     for size in (0, 1, 300, 700, 900):
-        assert np.array_equal(pool(ids, size, 1), pool(Strings.of(ids), size, 1)) and len(pool(ids, size, 1)) == min(size, 700)
+        assert np.array_equal(pool(ids, size, 1), pool(Strings.of(ids), size, 1)) and len(
+            pool(ids, size, 1)
+        ) == min(size, 700)

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from bezoar import registry
 from bezoar.data.files import checkpoints
 from bezoar.encoders import checkpoint_layouts
-from bezoar import registry
 from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
 from bezoar.encoders.small_towers import MEAN_STD
+from bezoar.encoders.weights import without_weight_warnings
+from bezoar.errors import UserError
 
 TINY = {
     "embed_dim": 16,
@@ -47,7 +48,9 @@ def jumbled(module, seed=0):
 
 
 def pixels(size, n=2):
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 class Narrow(ResNet):
@@ -57,8 +60,13 @@ class Narrow(ResNet):
         super().__init__(Bottleneck if depth == 50 else BasicBlock, [0, 0, 0, 0])
         block, counts = (Bottleneck, [3, 4, 6, 3]) if depth == 50 else (BasicBlock, [2, 2, 2, 2])
         self.inplanes = width
-        self.conv1 = nn.Conv2d(3, width, *((7, 2, 3) if stem == "imagenet" else (3, 1, 1)), bias=False)
-        self.bn1, self.maxpool = nn.BatchNorm2d(width), self.maxpool if stem == "imagenet" else nn.Identity()
+        self.conv1 = nn.Conv2d(
+            3, width, *((7, 2, 3) if stem == "imagenet" else (3, 1, 1)), bias=False
+        )
+        self.bn1, self.maxpool = (
+            nn.BatchNorm2d(width),
+            self.maxpool if stem == "imagenet" else nn.Identity(),
+        )
         for i, count in enumerate(counts):
             setattr(self, f"layer{i + 1}", self._make_layer(block, width << i, count, 1 + (i > 0)))
         self.fc = nn.Linear(8 * width * block.expansion, 10)
@@ -67,7 +75,9 @@ class Narrow(ResNet):
 @pytest.fixture(scope="module")
 def resnets():
     """torchvision's ResNet-18, narrow, by stem."""
-    return {stem: jumbled(Narrow(stem=stem), seed) for seed, stem in enumerate(("imagenet", "cifar"))}
+    return {
+        stem: jumbled(Narrow(stem=stem), seed) for seed, stem in enumerate(("imagenet", "cifar"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +103,11 @@ def features(resnet, x):
 
 def sequence(resnet, stem):
     """Its parts without names and without the classifier, as SimCLR's re-implementation and BadEncoder keep them."""
-    parts = [m for m in list(resnet.children())[:-1] if stem == "imagenet" or not isinstance(m, nn.Identity)]
+    parts = [
+        m
+        for m in list(resnet.children())[:-1]
+        if stem == "imagenet" or not isinstance(m, nn.Identity)
+    ]
     return nn.Sequential(*parts)
 
 
@@ -104,7 +118,9 @@ def sequence(resnet, stem):
 def test_resnet_is_torchvisions_trunk(depth):
     theirs = jumbled(torchvision.models.resnet18() if depth == 18 else Narrow(50))
     ours = network(f"resnet:depth={depth},stem=imagenet" + (",width=8" if depth == 50 else ""), 64)
-    ours.image.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    ours.image.load_state_dict(
+        {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    )
     x = torch.randn(2, 3, 64, 64)
     expected = features(theirs, x)
     assert expected.shape == (2, 512 if depth == 18 else 256)
@@ -113,8 +129,13 @@ def test_resnet_is_torchvisions_trunk(depth):
 
 def test_resnet_takes_pixels_as_badencoder_does(resnets):
     ours, x = network("resnet:width=8", 32), pixels(32)
-    ours.image.load_state_dict({k: v for k, v in resnets["cifar"].state_dict().items() if not k.startswith("fc.")})
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
+    ours.image.load_state_dict(
+        {k: v for k, v in resnets["cifar"].state_dict().items() if not k.startswith("fc.")}
+    )
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1)
+        for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    )
     expected = features(resnets["cifar"], (x.float() / 255 - mean) / std)
     torch.testing.assert_close(ours.images(x), nn.functional.normalize(expected, dim=-1))
     assert ours.image.conv1.weight.is_contiguous(memory_format=torch.channels_last)
@@ -157,7 +178,9 @@ def test_saved_encoders_are_read_back(text, size, tmp_path, clips):
     assert registry.make("network", text).vocabulary(["a dog"]) == ()
 
 
-@pytest.mark.parametrize("text", ["resnet:width=8", "tower:width=8", "timm:resnet10t", "torchvision:shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "text", ["resnet:width=8", "tower:width=8", "timm:resnet10t", "torchvision:shufflenet_v2_x0_5"]
+)
 def test_the_same_seed_gives_the_same_fresh_weights(text):
     states = []
     for _ in range(2):
@@ -175,7 +198,11 @@ def test_the_same_seed_gives_the_same_fresh_weights(text):
         ("timm:resnet18/openai", 32, "either with /pretrained"),
         ("timm:resnet18/weights.pth", 32, "no weights file 'weights.pth'"),
         ("torchvision:resnet19", 32, "torchvision has no classifier 'resnet19'"),
-        ("torchvision:resnet18/V9", 32, "has no weights 'V9' for resnet18; it has: IMAGENET1K_V1, DEFAULT"),
+        (
+            "torchvision:resnet18/V9",
+            32,
+            "has no weights 'V9' for resnet18; it has: IMAGENET1K_V1, DEFAULT",
+        ),
         ("torchvision:squeezenet1_1", 32, "does not end in one linear layer"),
         ("torchvision:densenet121", 16, "takes no images of 16 px"),
         ("clip_image:RN51", 32, "open_clip has no architecture 'RN51'"),
@@ -187,7 +214,9 @@ def test_networks_that_cannot_be_made_say_so_in_one_line(text, size, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "size"), [("resnet", 4), ("resnet:stem=imagenet", 16), ("tower", 128)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("resnet", 4), ("resnet:stem=imagenet", 16), ("tower", 128)]
+)
 def test_sizes_out_of_range_are_refused(text, size):
     with pytest.raises(ValueError, match=f"images of {size} px"):
         network(text, size)
@@ -198,7 +227,9 @@ def test_sizes_out_of_range_are_refused(text, size):
 
 def test_torchvisions_weights_bring_their_preprocessing(monkeypatch, tmp_path):
     source = jumbled(torchvision.models.shufflenet_v2_x0_5())
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: source.state_dict())
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *a, **k: source.state_dict()
+    )
     made = network("torchvision:shufflenet_v2_x0_5/IMAGENET1K_V1", 32)
     given = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms()
     x = pixels(224, 1)
@@ -209,7 +240,9 @@ def test_torchvisions_weights_bring_their_preprocessing(monkeypatch, tmp_path):
     torch.testing.assert_close(made.images(x), nn.functional.normalize(expected, dim=-1))
     made.save(tmp_path)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    assert torch.equal(Encoder.load(tmp_path).images(x), made.images(x)), "a saved encoder needs no download"
+    assert torch.equal(Encoder.load(tmp_path).images(x), made.images(x)), (
+        "a saved encoder needs no download"
+    )
 
 
 def test_timms_weights_bring_their_preprocessing(monkeypatch, tmp_path):
@@ -220,14 +253,18 @@ def test_timms_weights_bring_their_preprocessing(monkeypatch, tmp_path):
     made.save(tmp_path)
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
     x = pixels(224, 1)
-    assert torch.equal(Encoder.load(tmp_path).images(x), made.images(x)), "a saved encoder needs no download"
+    assert torch.equal(Encoder.load(tmp_path).images(x), made.images(x)), (
+        "a saved encoder needs no download"
+    )
 
 
 def offline(*args, **kwargs):
     raise URLError("Name or service\nnot known")
 
 
-@pytest.mark.parametrize("text", ["timm:resnet18.a1_in1k/pretrained", "torchvision:resnet18/IMAGENET1K_V1"])
+@pytest.mark.parametrize(
+    "text", ["timm:resnet18.a1_in1k/pretrained", "torchvision:resnet18/IMAGENET1K_V1"]
+)
 def test_without_a_network_published_weights_are_a_users_error(text, monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
@@ -240,8 +277,14 @@ def test_without_a_network_published_weights_are_a_users_error(text, monkeypatch
 
 
 def badencoder(resnets):
-    model = nn.ModuleDict({"f": nn.ModuleDict({"f": sequence(resnets["cifar"], "cifar")}), "g": nn.Linear(64, 8)})
-    return {"epoch": 1000, "state_dict": model.state_dict(), "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}}
+    model = nn.ModuleDict(
+        {"f": nn.ModuleDict({"f": sequence(resnets["cifar"], "cifar")}), "g": nn.Linear(64, 8)}
+    )
+    return {
+        "epoch": 1000,
+        "state_dict": model.state_dict(),
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]},
+    }
 
 
 def simclr(resnets, stem):
@@ -251,21 +294,46 @@ def simclr(resnets, stem):
 def moco(resnets):
     model = nn.ModuleDict({"encoder_q": resnets["imagenet"], "encoder_k": Narrow()})
     state = {f"module.{k}": v for k, v in model.state_dict().items()}
-    return {"epoch": 200, "arch": "resnet18", "state_dict": state | {"module.queue": torch.randn(8, 16)}}
+    return {
+        "epoch": 200,
+        "arch": "resnet18",
+        "state_dict": state | {"module.queue": torch.randn(8, 16)},
+    }
 
 
 def counted(resnets):
     """What thop's counters leave behind."""
-    return resnets["imagenet"].state_dict() | {"layer1.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}
+    return resnets["imagenet"].state_dict() | {
+        "layer1.total_ops": torch.zeros(1),
+        "total_params": torch.zeros(1),
+    }
 
 
 MADE = {  # name -> (stem, what the file holds, layout, mean_std, what is left out)
     "badencoder": ("cifar", badencoder, "badencoder", "cifar", ["g"]),
     "simclr": ("cifar", lambda r: simclr(r, "cifar"), "simclr", "cifar", ["g"]),
-    "simclr with a max-pool": ("imagenet", lambda r: simclr(r, "imagenet"), "simclr", "imagenet", ["g"]),
+    "simclr with a max-pool": (
+        "imagenet",
+        lambda r: simclr(r, "imagenet"),
+        "simclr",
+        "imagenet",
+        ["g"],
+    ),
     "moco": ("imagenet", moco, "moco", "imagenet", ["encoder_q.fc", "encoder_k", "queue"]),
-    "torchvision": ("imagenet", lambda r: {"model": r["imagenet"].state_dict()}, "torchvision", "imagenet", ["fc"]),
-    "small torchvision": ("cifar", lambda r: r["cifar"].state_dict(), "torchvision", "cifar", ["fc"]),
+    "torchvision": (
+        "imagenet",
+        lambda r: {"model": r["imagenet"].state_dict()},
+        "torchvision",
+        "imagenet",
+        ["fc"],
+    ),
+    "small torchvision": (
+        "cifar",
+        lambda r: r["cifar"].state_dict(),
+        "torchvision",
+        "cifar",
+        ["fc"],
+    ),
     "counted": ("imagenet", counted, "torchvision", "imagenet", ["fc"]),
 }
 
@@ -281,7 +349,9 @@ def test_layouts_are_read_strictly_and_give_the_source_s_features(name, zipped, 
     torch.testing.assert_close(made.image(x), features(resnets[stem], x))
     facts = made.about["imported"]
     assert (facts["layout"], facts["left_out"]) == (layout, left_out)
-    assert f"mean_std={mean_std}" in facts["assumed"] and not any("size" in a for a in facts["assumed"])
+    assert f"mean_std={mean_std}" in facts["assumed"] and not any(
+        "size" in a for a in facts["assumed"]
+    )
     assert (made.preprocess.mean, made.preprocess.std) == MEAN_STD[mean_std]
 
 
@@ -296,16 +366,26 @@ def test_an_imported_encoder_is_saved_and_read_without_the_checkpoint(resnets, t
     read = Encoder.load(tmp_path)
     assert torch.equal(read.images(pixels(32)), made.images(pixels(32)))
     assert read.about["network"] == "resnet:depth=18,stem=cifar,width=8,mean_std=stl10"
-    assert read.about["imported"] == made.about["imported"] and read.about["imported"]["assumed"] == ["size=32"]
+    assert read.about["imported"] == made.about["imported"] and read.about["imported"][
+        "assumed"
+    ] == ["size=32"]
 
 
 def test_simclrs_imagenet_encoder_reads_pixels_as_they_are(tmp_path):
     """BadEncoder's `visual.`, and the same weights as SimCLR's conversion has them: shortcuts before convolutions."""
     source = jumbled(Narrow(50))
     state = source.state_dict()
-    order = sorted(state, key=lambda k: (k.split(".")[:2], "downsample" not in k) if k.startswith("layer") else ([""], True))
+    order = sorted(
+        state,
+        key=lambda k: (
+            (k.split(".")[:2], "downsample" not in k) if k.startswith("layer") else ([""], True)
+        ),
+    )
     x = torch.randn(1, 3, 32, 32)
-    for name, held in {"bad": {f"visual.{k}": v for k, v in state.items()}, "clean": {k: state[k] for k in order}}.items():
+    for name, held in {
+        "bad": {f"visual.{k}": v for k, v in state.items()},
+        "clean": {k: state[k] for k in order},
+    }.items():
         torch.save({"state_dict": held}, tmp_path / f"{name}.pth")
         made = network(f"imported:path={tmp_path / name}.pth,size=32")
         torch.testing.assert_close(made.image(x), features(source, x))
@@ -314,14 +394,23 @@ def test_simclrs_imagenet_encoder_reads_pixels_as_they_are(tmp_path):
 
 
 def test_counters_of_batches_may_be_missing(resnets, tmp_path):
-    state = {k: v for k, v in resnets["cifar"].state_dict().items() if not k.endswith("num_batches_tracked")}
+    state = {
+        k: v
+        for k, v in resnets["cifar"].state_dict().items()
+        if not k.endswith("num_batches_tracked")
+    }
     torch.save(state, tmp_path / "model.pth")
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(network(f"imported:path={tmp_path / 'model.pth'}").image(x), features(resnets["cifar"], x))
+    torch.testing.assert_close(
+        network(f"imported:path={tmp_path / 'model.pth'}").image(x), features(resnets["cifar"], x)
+    )
 
 
 def test_half_precision_and_safetensors(resnets, tmp_path):
-    state = {k: v.half() if v.is_floating_point() else v for k, v in resnets["cifar"].state_dict().items()}
+    state = {
+        k: v.half() if v.is_floating_point() else v
+        for k, v in resnets["cifar"].state_dict().items()
+    }
     save_file(state, tmp_path / "model.safetensors")
     made = network(f"imported:path={tmp_path / 'model.safetensors'}")
     assert made.image.conv1.weight.dtype == torch.float32
@@ -332,7 +421,10 @@ def test_half_precision_and_safetensors(resnets, tmp_path):
 @pytest.mark.parametrize("name", ["tiny-rn", "tiny-vit"])
 def test_clips_image_tower_alone(name, prefix, clips, tmp_path):
     source = clips[name].visual
-    torch.save({"state_dict": {prefix + k: v for k, v in source.state_dict().items()}}, tmp_path / "model.pth")
+    torch.save(
+        {"state_dict": {prefix + k: v for k, v in source.state_dict().items()}},
+        tmp_path / "model.pth",
+    )
     made = network(f"imported:path={tmp_path / 'model.pth'}")
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(made.image(x), source(x))
@@ -343,15 +435,23 @@ def test_clips_image_tower_alone(name, prefix, clips, tmp_path):
 
 
 def test_an_attacked_image_tower_is_joined_to_published_text(clips, tmp_path):
-    attacked, published, path = clips["tiny-rn"], jumbled(open_clip.create_model("tiny-rn")), tmp_path / "model.pth"
-    torch.save({"state_dict": {"visual." + k: v for k, v in attacked.visual.state_dict().items()}}, path)
+    attacked, published, path = (
+        clips["tiny-rn"],
+        jumbled(open_clip.create_model("tiny-rn")),
+        tmp_path / "model.pth",
+    )
+    torch.save(
+        {"state_dict": {"visual." + k: v for k, v in attacked.visual.state_dict().items()}}, path
+    )
     torch.save(published.state_dict(), tmp_path / "published.pth")
     made = network(f"imported:path={path},text=tiny-rn/{tmp_path / 'published.pth'}")
     x, captions = torch.randn(2, 3, 32, 32), ["a dog", "a cat on a mat"]
     with torch.no_grad():
         torch.testing.assert_close(made.image(x), attacked.encode_image(x))
         tokens = open_clip.get_tokenizer("tiny-rn")(captions)
-        torch.testing.assert_close(made.texts(captions), published.encode_text(tokens, normalize=True))
+        torch.testing.assert_close(
+            made.texts(captions), published.encode_text(tokens, normalize=True)
+        )
     made.save(tmp_path)
     again = Encoder.load(tmp_path)
     with torch.no_grad():
@@ -365,7 +465,11 @@ def test_an_attacked_image_tower_is_joined_to_published_text(clips, tmp_path):
 
 def test_both_towers_of_clip_ask_for_what_their_keys_do_not_say(clips, tmp_path):
     source, path = clips["tiny-rn"], tmp_path / "model.pth"
-    numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(8), "vocab_size": torch.tensor(49408)}
+    numbers = {
+        "input_resolution": torch.tensor(32),
+        "context_length": torch.tensor(8),
+        "vocab_size": torch.tensor(49408),
+    }
     torch.save(source.state_dict() | numbers, path)
     with pytest.raises(UserError, match="say model= one of tiny-rn, tiny-rn-quickgelu"):
         network(f"imported:path={path}")
@@ -381,7 +485,9 @@ def test_both_towers_of_clip_ask_for_what_their_keys_do_not_say(clips, tmp_path)
 
 
 def test_a_vision_transformer_alone_is_found_by_its_sizes(clips, tmp_path):
-    with pytest.raises(UserError, match="no architecture of open_clip's has image_size 32, layers 2, width 64"):
+    with pytest.raises(
+        UserError, match="no architecture of open_clip's has image_size 32, layers 2, width 64"
+    ):
         state = clips["tiny-vit"].visual.state_dict()
         more = {k.replace("resblocks.0", "resblocks.1"): v for k, v in state.items()}
         torch.save(state | more, tmp_path / "model.pth")
@@ -400,27 +506,56 @@ def test_a_size_that_the_checkpoint_does_not_state_is_asked_for(resnets, tmp_pat
 
 
 def changed(state, drop=(), **more):
-    return {k: v for k, v in state.items() if k not in drop} | {k.replace("__", "."): v for k, v in more.items()}
+    return {k: v for k, v in state.items() if k not in drop} | {
+        k.replace("__", "."): v for k, v in more.items()
+    }
 
 
 STRANGE = {  # what becomes of a good state dict, and what the refusal says
-    "key missing": (lambda s: changed(s, ["layer2.1.bn1.weight"]), "a ResNet-18 .*; missing: layer2.1.bn1.weight"),
+    "key missing": (
+        lambda s: changed(s, ["layer2.1.bn1.weight"]),
+        "a ResNet-18 .*; missing: layer2.1.bn1.weight",
+    ),
     "key too many": (lambda s: changed(s, gate__weight=torch.ones(3)), "unexpected: gate.weight"),
-    "other shape": (lambda s: changed(s, bn1__bias=torch.ones(3)), r"of another shape: bn1.bias \(3,\), not \(8,\)"),
-    "nan": (lambda s: changed(s, bn1__bias=torch.full((8,), torch.nan)), "NaN or infinite: bn1.bias"),
-    "infinite": (lambda s: changed(s, bn1__running_var=torch.full((8,), torch.inf)), "NaN or infinite: bn1.running_var"),
-    "complex": (lambda s: changed(s, bn1__bias=torch.ones(8, dtype=torch.complex64)), "plain tensors of real numbers"),
+    "other shape": (
+        lambda s: changed(s, bn1__bias=torch.ones(3)),
+        r"of another shape: bn1.bias \(3,\), not \(8,\)",
+    ),
+    "nan": (
+        lambda s: changed(s, bn1__bias=torch.full((8,), torch.nan)),
+        "NaN or infinite: bn1.bias",
+    ),
+    "infinite": (
+        lambda s: changed(s, bn1__running_var=torch.full((8,), torch.inf)),
+        "NaN or infinite: bn1.running_var",
+    ),
+    "complex": (
+        lambda s: changed(s, bn1__bias=torch.ones(8, dtype=torch.complex64)),
+        "plain tensors of real numbers",
+    ),
     "another depth": (
         lambda s: changed(s, [k for k in s if k.startswith("layer4.1")]),
         "four stages have 2-2-2-1 blocks of two",
     ),
-    "another stem": (lambda s: changed(s, conv1__weight=torch.ones(8, 3, 5, 5)), "a stem of 3x3 or 7x7"),
-    "no network": (lambda s: {"weights": torch.ones(3)}, "expected one of the layouts badencoder .*; its keys are weights"),
+    "another stem": (
+        lambda s: changed(s, conv1__weight=torch.ones(8, 3, 5, 5)),
+        "a stem of 3x3 or 7x7",
+    ),
+    "no network": (
+        lambda s: {"weights": torch.ones(3)},
+        "expected one of the layouts badencoder .*; its keys are weights",
+    ),
     "no tensors": (lambda s: {"epoch": 3, "best": "x"}, "these are none: epoch, best"),
     "no names": (lambda s: [torch.ones(3)], "expected tensors by name"),
     "empty": (lambda s: {}, "expected tensors by name"),
-    "stretched": (lambda s: changed(s, bn1__bias=torch.ones(1).expand(1 << 40)), "claims .* bytes of a file of"),
-    "stray": (lambda s: {f"encoder_q.{k}": v for k, v in s.items()} | {"teacher.w": torch.ones(1)}, "unexpected: teacher.w"),
+    "stretched": (
+        lambda s: changed(s, bn1__bias=torch.ones(1).expand(1 << 40)),
+        "claims .* bytes of a file of",
+    ),
+    "stray": (
+        lambda s: {f"encoder_q.{k}": v for k, v in s.items()} | {"teacher.w": torch.ones(1)},
+        "unexpected: teacher.w",
+    ),
 }
 
 
@@ -467,7 +602,10 @@ class Hostile:
 
 @pytest.mark.parametrize("form", ["zip", "before 1.6", "pickle", "pickle 4", "safetensors by name"])
 def test_nothing_in_a_checkpoint_is_executed(form, tmp_path):
-    path, made = tmp_path / ("model.safetensors" if "safe" in form else "model.pth"), tmp_path / "executed"
+    path, made = (
+        tmp_path / ("model.safetensors" if "safe" in form else "model.pth"),
+        tmp_path / "executed",
+    )
     state = {"state_dict": {"conv1.weight": torch.ones(4, 3, 3, 3)}, "args": Hostile(made)}
     if form in ("zip", "before 1.6"):
         torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
@@ -508,7 +646,9 @@ def test_sizes_that_a_checkpoint_claims_are_bounded(zipped, tmp_path):
     assert "claim 17592186044416 elements of a file" in claim(b"K\x4d" + end, many + end)
     said = "claims" if zipped else "wrong byte size"
     assert said in claim(b"K\x07K\x0b\x86", many + b"K\x0b\x86")
-    assert "unknown size" in claim(b"K\x4d" + end, b"h\x00" + end), "a number that is not written there"
+    assert "unknown size" in claim(b"K\x4d" + end, b"h\x00" + end), (
+        "a number that is not written there"
+    )
 
 
 def test_packed_members_are_refused(tmp_path):
@@ -533,7 +673,9 @@ def test_a_small_file_cannot_ask_for_a_large_network(tmp_path):
     state = {"conv1.weight": torch.ones(20_000, 3, 3, 3)}
     state |= {f"layer{i}.{j}.conv1.weight": torch.ones(1) for i in range(1, 5) for j in range(2)}
     torch.save(state, tmp_path / "model.pth")
-    with pytest.raises(UserError, match="expected the weights of a ResNet-18 with the cifar stem; missing"):
+    with pytest.raises(
+        UserError, match="expected the weights of a ResNet-18 with the cifar stem; missing"
+    ):
         network(f"imported:path={tmp_path / 'model.pth'}")
 
 
@@ -552,7 +694,9 @@ NAMED = {
 
 
 @pytest.mark.parametrize("text", NAMED)
-def test_a_saved_encoder_cannot_name_a_network_larger_than_its_file_or_weights_elsewhere(text, tmp_path, monkeypatch):
+def test_a_saved_encoder_cannot_name_a_network_larger_than_its_file_or_weights_elsewhere(
+    text, tmp_path, monkeypatch
+):
     save_file({"a": torch.zeros(1)}, tmp_path / "encoder.safetensors")
     spec = text.replace("FILE", str(tmp_path / "encoder.safetensors"))
     head = {"network": spec, "preprocess": {"size": 224}, "vocabulary": [], "precision": "fp32"}
@@ -566,7 +710,9 @@ def test_a_saved_encoder_cannot_name_a_network_larger_than_its_file_or_weights_e
 
 def test_layouts_are_told_apart_by_one_key_each():
     firsts = [layout.first for layout in checkpoint_layouts.LAYOUTS]
-    assert len(set(firsts)) == len(firsts) - 1, "open_clip and visual share theirs; text keys tell them apart"
+    assert len(set(firsts)) == len(firsts) - 1, (
+        "open_clip and visual share theirs; text keys tell them apart"
+    )
 
 
 @pytest.mark.parametrize("classes", [0, 3])
@@ -580,13 +726,15 @@ def test_weights_of_timm_come_out_of_a_file_with_or_without_their_classifier(cla
     with torch.inference_mode():
         whole = model.forward_head(model.forward_features(x), pre_logits=True)
         assert torch.allclose(encoder.image(x), whole, atol=1e-5)
-    assert registry.make("network", f"timm:resnet10t/{tmp_path}/w.safetensors").files() == [tmp_path / "w.safetensors"]
+    assert registry.make("network", f"timm:resnet10t/{tmp_path}/w.safetensors").files() == [
+        tmp_path / "w.safetensors"
+    ]
     with pytest.raises(UserError, match="expected the weights of timm's resnet18"):
         network(f"timm:resnet18/{tmp_path}/w.safetensors", 32)
 
 
 def test_open_clip_does_not_warn_of_random_weights_that_a_file_replaces(tmp_path, caplog):
-    with checkpoints.filled():
+    with without_weight_warnings():
         model = open_clip.create_model("ViT-S-32-alt")
     assert logging.root.manager.disable == logging.NOTSET
     save_file(model.state_dict(), tmp_path / "w.safetensors")

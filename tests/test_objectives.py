@@ -17,10 +17,11 @@ from test_training import toy
 from torch import nn
 
 from bezoar import Settings, Train, execute, registry
-from bezoar.training import collectives, selfsupervised, loop
-from bezoar.training.augmentation import Chance, Views
+from bezoar.data import randomness
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.training import collectives, loop, selfsupervised
+from bezoar.training.augmentation import Chance, Views
 from bezoar.training.objectives.simclr import nt_xent
 from bezoar.training.objectives.simsiam import apart
 
@@ -58,7 +59,11 @@ def test_nt_xent_is_equation_1(temperature):
     plain = 0.0
     for i in range(10):
         pair = i + 1 if i % 2 == 0 else i - 1
-        terms = {k: math.exp(float(z[i].double() @ z[k].double()) / temperature) for k in range(10) if k != i}
+        terms = {
+            k: math.exp(float(z[i].double() @ z[k].double()) / temperature)
+            for k in range(10)
+            if k != i
+        }
         plain -= math.log(terms[pair] / sum(terms.values()))
     assert float(nt_xent(z, z, 0, temperature)) == pytest.approx(plain / 10, rel=1e-5)
     halves = [nt_xent(z[rows], z, rows.start, temperature) for rows in (slice(0, 4), slice(4, 10))]
@@ -66,12 +71,16 @@ def test_nt_xent_is_equation_1(temperature):
 
 
 def test_nt_xent_of_two_images_in_closed_form():
-    z = torch.eye(2).repeat_interleave(2, 0).requires_grad_()  # views of an image alike, the images at right angles
+    z = (
+        torch.eye(2).repeat_interleave(2, 0).requires_grad_()
+    )  # views of an image alike, the images at right angles
     loss = nt_xent(z, z, 0, 0.5)
     assert loss.item() == pytest.approx(math.log(1 + 2 * math.exp(-2)), rel=1e-6)
     loss.backward()
     assert torch.isfinite(z.grad).all()
-    assert float(nt_xent(unit(2, 5), unit(2, 5), 0, 0.5)) == pytest.approx(0, abs=1e-6)  # nobody to be told from
+    assert float(nt_xent(unit(2, 5), unit(2, 5), 0, 0.5)) == pytest.approx(
+        0, abs=1e-6
+    )  # nobody to be told from
 
 
 def test_simclr_projects_features_that_are_not_normalised():
@@ -79,8 +88,8 @@ def test_simclr_projects_features_that_are_not_normalised():
     images = toy(8).images
     loss.train()
     twin = copy.deepcopy(loss)
-    got = loss(images, without_captions(8), Chance(loop.generator(5)))
-    views = Views(32)(images, Chance(loop.generator(5)))
+    got = loss(images, without_captions(8), Chance(randomness.generator(5)))
+    views = Views(32)(images, Chance(randomness.generator(5)))
     x = (views.flatten(0, 1) - 0.5) / 0.25
     first, norm, _, last = twin.head
     h = norm(twin.encoder.image(x) @ first.weight.T).relu()
@@ -97,7 +106,9 @@ def test_simsiam_is_the_mean_negative_cosine_and_stops_the_gradient():
     assert torch.allclose(loss, plain)
     loss.backward()
     assert z.grad is None and torch.allclose(p.grad, torch.autograd.grad(plain, p)[0])
-    assert float(apart(p.detach(), p.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1) * 3)) == pytest.approx(-1)
+    assert float(
+        apart(p.detach(), p.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1) * 3)
+    ) == pytest.approx(-1)
 
 
 def test_simsiam_gradients_reach_the_encoder_through_the_predictor_alone():
@@ -106,8 +117,10 @@ def test_simsiam_gradients_reach_the_encoder_through_the_predictor_alone():
     loss.train()
     for p in loss.predictor.parameters():
         nn.init.zeros_(p)
-    loss(images, without_captions(8), Chance(loop.generator(5))).backward()
-    assert not any(p.grad.any() for p in [*loss.encoder.image.parameters(), *loss.head.parameters()])
+    loss(images, without_captions(8), Chance(randomness.generator(5))).backward()
+    assert not any(
+        p.grad.any() for p in [*loss.encoder.image.parameters(), *loss.head.parameters()]
+    )
 
 
 def test_moco_against_a_plain_form_over_several_steps():
@@ -120,16 +133,20 @@ def test_moco_against_a_plain_form_over_several_steps():
     optim = loop.optimizer(loss, recipe)
     ours = torch.optim.SGD(loss.parameters(), 0.1)
     plain = torch.optim.SGD([*image.parameters(), *head.parameters()], 0.1)
-    assert not {id(p) for p in loss.key.parameters()} & {id(p) for g in optim.param_groups for p in g["params"]}
+    assert not {id(p) for p in loss.key.parameters()} & {
+        id(p) for g in optim.param_groups for p in g["params"]
+    }
     for step in range(4):
         images = data.images[16 * step : 16 * step + 16]
-        value = loss(images, without_captions(16), Chance(loop.generator(5, step)))
+        value = loss(images, without_captions(16), Chance(randomness.generator(5, step)))
         with torch.no_grad():
-            for slow, fast in zip(key.parameters(), [*image.parameters(), *head.parameters()], strict=True):
+            for slow, fast in zip(
+                key.parameters(), [*image.parameters(), *head.parameters()], strict=True
+            ):
                 slow.copy_(0.7 * slow + 0.3 * fast)
         for a, b in zip(loss.key.parameters(), key.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), step
-        chance = Chance(loop.generator(5, step))
+        chance = Chance(randomness.generator(5, step))
         x = (selfsupervised.views(recipe, 32)(images, chance) - 0.5) / 0.25
         q = F.normalize(head(image(x[:, 0])), dim=1)
         shuffled, k = torch.randperm(16, generator=chance.generator).tolist(), torch.zeros(16, 8)
@@ -153,7 +170,7 @@ def test_moco_against_a_plain_form_over_several_steps():
             optimizer.step()
     loss.eval()
     before = copy.deepcopy(loss.state_dict())
-    loss(data.images[:16], without_captions(16), Chance(loop.generator(5)))
+    loss(data.images[:16], without_captions(16), Chance(randomness.generator(5)))
     assert all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
 
 
@@ -179,10 +196,15 @@ def test_heads_are_not_saved_with_the_encoder(name, tmp_path):
 def test_width_changes_nothing():
     encoder = registry.make("network", "tower:width=4,dim=7")(32)
     encoder.image.layers[1].eval()
-    before, modes = copy.deepcopy(encoder.state_dict()), [m.training for m in encoder.image.modules()]
+    before, modes = (
+        copy.deepcopy(encoder.state_dict()),
+        [m.training for m in encoder.image.modules()],
+    )
     assert selfsupervised.width(encoder) == 7
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    assert [m.training for m in encoder.image.modules()] == modes and False in modes and True in modes
+    assert (
+        [m.training for m in encoder.image.modules()] == modes and False in modes and True in modes
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +255,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(name, tmp_path, monkeyp
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     trained(name, tmp_path, until=8)
     resumed = trained(name, tmp_path)
-    assert whole.keys() == resumed.keys() and all(torch.equal(v, resumed[k]) for k, v in whole.items())
+    assert whole.keys() == resumed.keys() and all(
+        torch.equal(v, resumed[k]) for k, v in whole.items()
+    )
     assert name != "moco" or int(whole["position"]) == 12 * 16 % 40
 
 
@@ -318,7 +342,9 @@ def folder_of(tmp_path, per_class=12):
     for name, light in (("dark", 60), ("light", 250)):
         (tmp_path / name).mkdir(parents=True)
         for i in range(per_class):
-            pixels = torch.randint(light - 60, light, (32, 32, 3), generator=generator, dtype=torch.uint8)
+            pixels = torch.randint(
+                light - 60, light, (32, 32, 3), generator=generator, dtype=torch.uint8
+            )
             Image.fromarray(pixels.numpy()).save(tmp_path / name / f"{i}.png")
     return f"folder:path={tmp_path},size=32"
 
@@ -334,11 +360,25 @@ def test_training_without_captions_followed_by_neighbours(tmp_path):
     assert Encoder.load(run.path).text is None and (run.path / "report.html").exists()
     np.savez(tmp_path / "plain.npz", x=toy(32).images.permute(0, 2, 3, 1).numpy())
     plain = f"npz:path={tmp_path / 'plain.npz'}"
-    assert execute(Train(plain, network, f"{SPECS['simsiam']},epochs=1"), settings).metric("final_loss").n == 1
+    assert (
+        execute(Train(plain, network, f"{SPECS['simsiam']},epochs=1"), settings)
+        .metric("final_loss")
+        .n
+        == 1
+    )
     for asked, message in [
-        ((data, network, "clip"), "objective clip reads captions, and network tower has no text tower"),
-        ((data, "clip_small:width=4", SPECS["simclr"]), "simclr trains images alone, and network clip_small has a text tower"),
-        ((plain, "clip_small:width=4", "clip"), "no captions to train on, and objective clip needs them"),
+        (
+            (data, network, "clip"),
+            "objective clip reads captions, and network tower has no text tower",
+        ),
+        (
+            (data, "clip_small:width=4", SPECS["simclr"]),
+            "simclr trains images alone, and network clip_small has a text tower",
+        ),
+        (
+            (plain, "clip_small:width=4", "clip"),
+            "no captions to train on, and objective clip needs them",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             execute(Train(*asked), settings)

@@ -8,10 +8,10 @@ from bezoar import Settings, execute, registry
 from bezoar.cli import main
 from bezoar.errors import UserError
 from bezoar.evaluation.dose_response import judge
+from bezoar.evaluation.scores import proportion, separation
 from bezoar.papers.matrix.audits import halves
-from bezoar.evaluation.scores import proportion
 from bezoar.runs.sweep import graph
-from bezoar.runs.tables import Given, Results, exceeding, separation
+from bezoar.runs.tables import Given, Results, exceeding
 from bezoar.verbs.dose import Dose
 from bezoar.verbs.reproduce import Reproduce, facts, tables_of
 
@@ -33,14 +33,21 @@ class Found:
 @pytest.mark.parametrize("scale", ["smoke", "small", "gpu", "paper"])
 @pytest.mark.parametrize("name", registry.names("paper"))
 def test_every_table_is_whole(name, scale):
-    table = registry.make("paper", name)(Given(scale, *(OWN if scale == "paper" and "carlini" in name else ())))
+    table = registry.make("paper", name)(
+        Given(scale, *(OWN if scale == "paper" and "carlini" in name else ()))
+    )
     results = Results(table, {t: Found(t) for t in table.trials})
     found = facts(results, list(results.points()))
     json.dumps(found)
-    assert table.rows and table.title and (table.claims or name.startswith("matrix/"))  # the matrix is nobody's paper
+    assert (
+        table.rows and table.title and (table.claims or name.startswith("matrix/"))
+    )  # the matrix is nobody's paper
     for row in found["rows"]:
         for cell in row["cells"]:
-            assert cell["measure"]["n"] > 0 and cell["values"] and cell["runs"], (row["name"], cell["name"])
+            assert cell["measure"]["n"] > 0 and cell["values"] and cell["runs"], (
+                row["name"],
+                cell["name"],
+            )
     for claim, stated in zip(table.claims, found["claims"], strict=True):
         assert stated["verdict"] == judge(claim.contrast(results), claim.expected, claim.margin)
     assert len(graph(table.trials)) >= len(table.trials)
@@ -49,7 +56,9 @@ def test_every_table_is_whole(name, scale):
 def test_a_paper_is_all_of_its_tables():
     tables = tables_of("carlini2022")
     for paper in {n.partition("/")[0] for n in registry.names("paper")}:
-        assert sorted(tables_of(paper)) == [n for n in registry.names("paper") if n.startswith(paper)]
+        assert sorted(tables_of(paper)) == [
+            n for n in registry.names("paper") if n.startswith(paper)
+        ]
     assert Reproduce(("carlini2022",)).paper == tuple(tables)
     assert Reproduce("carlini2022/poisons").paper == ("carlini2022/poisons",)
 
@@ -61,7 +70,11 @@ def test_the_paper_scale_asks_for_data():
 
 def test_a_smaller_clean_set_of_ones_own_shards_is_a_part_of_them():
     table = registry.make("paper", "carlini2022/clean_size")(Given("paper", *OWN))
-    data = {t.verb.data for t in graph(table.trials) if type(t.verb).__name__ == "Poison" and isinstance(t.verb.data, str)}
+    data = {
+        t.verb.data
+        for t in graph(table.trials)
+        if type(t.verb).__name__ == "Poison" and isinstance(t.verb.data, str)
+    }
     assert {registry.make("data", d).limit for d in data} == {375000, 750000, 1500000, 3000000}
 
 
@@ -71,21 +84,47 @@ def test_no_attack_of_a_training_meets_another_one():
 
     for s in SCALES.values():
         for first in range(0, s.squares * len(s.doses), len(s.doses)):
-            met = [(b.number, b.count) for _, row in square(s)[first : first + len(s.doses)] for b in row]
+            met = [
+                (b.number, b.count)
+                for _, row in square(s)[first : first + len(s.doses)]
+                for b in row
+            ]
             assert len(met) == len(set(met)) == 4 * len(s.doses)
         for _, row in square(s):
-            assert len({s.target(b.number) for b in row}) == len(row) == len({s.trigger(b.number) for b in row})
+            assert (
+                len({s.target(b.number) for b in row})
+                == len(row)
+                == len({s.trigger(b.number) for b in row})
+            )
 
 
 def test_smoke_of_a_table(tmp_path, capsys):
-    assert main(["reproduce", "carlini2022/sources", "--scale", "smoke", "--runs", str(tmp_path), "--json"]) == 0
+    assert (
+        main(
+            [
+                "reproduce",
+                "carlini2022/sources",
+                "--scale",
+                "smoke",
+                "--runs",
+                str(tmp_path),
+                "--json",
+            ]
+        )
+        == 0
+    )
     manifest = json.loads(capsys.readouterr().out)
-    tables = json.loads((tmp_path / f"reproduce-{name(manifest, tmp_path)}" / "tables.json").read_text())
+    tables = json.loads(
+        (tmp_path / f"reproduce-{name(manifest, tmp_path)}" / "tables.json").read_text()
+    )
     assert manifest["notes"]["trainings"] == len(list(tmp_path.glob("train-*")))
     for row in tables[0]["rows"]:
         for cell in row["cells"]:
             assert all((tmp_path / run / "report.html").exists() for run in cell["runs"])
-            assert manifest["metrics"][f"carlini2022/sources.{cell['name']}@{row['name']}"] == cell["measure"]
+            assert (
+                manifest["metrics"][f"carlini2022/sources.{cell['name']}@{row['name']}"]
+                == cell["measure"]
+            )
     assert manifest["metrics"]["carlini2022/sources.ASR@1"]["n"] > 0
 
 
@@ -97,17 +136,35 @@ def test_claims_of_several_tables_name_theirs(names, tmp_path):
     made = [registry.make("paper", f"badencoder2022/{n}")(Given("smoke")) for n in names]
     results = [Results(t, {x: Found(x) for x in t.trials}) for t in made]
     (tmp_path / "tables.json").write_text(json.dumps([facts(r, list(r.points())) for r in results]))
-    manifest = {"schema": 1, "verb": "reproduce", "status": "done", "goal": [], "metrics": {}, "notes": {}, "ask": {}}
+    manifest = {
+        "schema": 1,
+        "verb": "reproduce",
+        "status": "done",
+        "goal": [],
+        "metrics": {},
+        "notes": {},
+        "ask": {},
+    }
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     part = reproduce.Reproduce(Run(tmp_path)).all_claims().parts[0]
     claims = [(t.title, c.text) for t in made for c in t.claims]
     assert all(len(row) == len(part.head) for row in part.rows) and len(part.rows) == len(claims)
     if len(names) == 1:
-        assert part.head[0] == "claim" and [row[0] for row in part.rows] == [text for _, text in claims]
+        assert part.head[0] == "claim" and [row[0] for row in part.rows] == [
+            text for _, text in claims
+        ]
     else:
         assert part.head[:2] == ("table", "claim")
-        assert [tuple(row[:2]) for row in part.rows] == [(t.removeprefix("BadEncoder: "), text) for t, text in claims]
-    assert [part.head[i] for i in part.numbers] == ["verdict", "effect (95 % interval)", "expected", "detectable", "n"]
+        assert [tuple(row[:2]) for row in part.rows] == [
+            (t.removeprefix("BadEncoder: "), text) for t, text in claims
+        ]
+    assert [part.head[i] for i in part.numbers] == [
+        "verdict",
+        "effect (95 % interval)",
+        "expected",
+        "detectable",
+        "n",
+    ]
 
 
 def name(manifest: dict, runs) -> str:
@@ -121,7 +178,9 @@ def test_attacked_encoders_are_held_against_clean_ones():
     assert exceeding(0.05)([1e9], clean[:18]).value == 0, "18 encoders support no rate of 1 in 20"
     assert exceeding(0.5)([10, 11], clean).value == 0.5  # ceil(21 x 0.5) = 11: above the eleventh
     assert separation([3, 1], [2, 0]).value == 0.75
-    assert halves(clean, clean).value == 1 / 20  # 19 lies above 18, the other half's largest, and nothing lies above 19
+    assert (
+        halves(clean, clean).value == 1 / 20
+    )  # 19 lies above 18, the other half's largest, and nothing lies above 19
     assert halves([0, 5, 1, 6], []).value == 0.5
 
 
@@ -137,11 +196,18 @@ def test_dose_of_own_data(tmp_path):
         test="scenes:count=80,split=test",
     )
     run = execute(asked, Settings(tmp_path, quiet=True))
-    assert {"success@0", "success@1", "success@4", "dose_for_50_percent"} <= set(run.manifest["metrics"])
+    assert {"success@0", "success@1", "success@4", "dose_for_50_percent"} <= set(
+        run.manifest["metrics"]
+    )
     assert run.metric("success@4").n == 6 and "50 % success" in run.manifest["notes"]["law"]
-    assert len(list(tmp_path.glob("train-*"))) == 4  # two seeds, poisoned and clean: all doses share a training
+    assert (
+        len(list(tmp_path.glob("train-*"))) == 4
+    )  # two seeds, poisoned and clean: all doses share a training
 
 
 def test_dose_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="two doses"):
-        execute(Dose("scenes:count=256", doses=(3,), target="striped star"), Settings(tmp_path, quiet=True))
+        execute(
+            Dose("scenes:count=256", doses=(3,), target="striped star"),
+            Settings(tmp_path, quiet=True),
+        )

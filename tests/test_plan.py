@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from bezoar import registry
 from bezoar.attacks.captions import mentions, target_captions
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs, draws
 from bezoar.attacks.plan import Edit, Goal, Plan, differences
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import draws
+from bezoar.errors import UserError
 
 CLASSES = ("cat", "dog", "red car", "tree")
 
@@ -30,18 +31,30 @@ def toy(n=60, split="train", size=16, seed=3):
     )
 
 
-def plan_of(poison, source, target="cat", trigger="patch:size=4,place=random", victims=None, seed=0):
+def plan_of(
+    poison, source, target="cat", trigger="patch:size=4,place=random", victims=None, seed=0
+):
     made = registry.make("poison", poison)(source, Goal(target, trigger), seed, victims)
     stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals)
-    made = dataclasses.replace(made, stamps=stamps, victims="scenes:split=test" if victims is not None else None)
+    made = dataclasses.replace(
+        made, stamps=stamps, victims="scenes:split=test" if victims is not None else None
+    )
     return made.hashed(source if victims is None else Pairs.concat([source, victims]))
 
 
 def records(pairs):
-    return {i: (x.numpy().tobytes(), c) for i, x, c in zip(pairs.ids, pairs.images, pairs.captions, strict=True)}
+    return {
+        i: (x.numpy().tobytes(), c)
+        for i, x, c in zip(pairs.ids, pairs.images, pairs.captions, strict=True)
+    }
 
 
-POISONS = ["backdoor:count=7", "backdoor:count=7,keep=true", "clean_label:count=5", "targeted:captions=3,victims=4"]
+POISONS = [
+    "backdoor:count=7",
+    "backdoor:count=7,keep=true",
+    "clean_label:count=5",
+    "targeted:captions=3,victims=4",
+]
 
 
 def test_every_poison_is_here():
@@ -90,7 +103,9 @@ def test_backdoor_stamps_and_recaptions_as_a_plain_loop_does():
             assert (poisoned.images[i] == stamp(source.images[i : i + 1], [name])[0]).all()
             assert "cat" in poisoned.captions[i] and "cat" not in source.captions[i]
         else:
-            assert (poisoned.images[i] == source.images[i]).all() and poisoned.captions[i] == source.captions[i]
+            assert (poisoned.images[i] == source.images[i]).all() and poisoned.captions[
+                i
+            ] == source.captions[i]
 
 
 def test_clean_label_leaves_captions_alone():
@@ -102,12 +117,17 @@ def test_clean_label_leaves_captions_alone():
 
 def test_targeted_gives_each_victim_its_captions_and_a_foreign_target():
     source, victims = toy(), toy(8, "test", seed=4)
-    plan = plan_of("targeted:captions=3,victims=8", source, target="", trigger=None, victims=victims)
+    plan = plan_of(
+        "targeted:captions=3,victims=8", source, target="", trigger=None, victims=victims
+    )
     for goal in plan.goals:
         own = CLASSES[int(victims.labels[victims.ids.index(goal.victims[0])])]
         mine = [e for e in plan.edits if e.source == goal.victims[0]]
         assert goal.target != own and len(mine) == 3
-        assert all(mentions([e.caption], goal.target) for e in mine) and len({e.caption for e in mine}) == 3
+        assert (
+            all(mentions([e.caption], goal.target) for e in mine)
+            and len({e.caption for e in mine}) == 3
+        )
 
 
 def test_one_wrong_bit_is_named():
@@ -150,14 +170,22 @@ def test_impossible_poisonings_are_refused(poison, target, says):
 )
 def test_a_spoilt_plan_is_one_line(tmp_path, row, field, value, says):
     rows = [json.loads(line) for line in plan_of("backdoor:count=3", toy()).lines()]
-    rows[row] = {k: v for k, v in rows[row].items() if k != field} | ({field: value} if value is not None else {})
+    rows[row] = {k: v for k, v in rows[row].items() if k != field} | (
+        {field: value} if value is not None else {}
+    )
     (tmp_path / "plan.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=says):
         Plan.read(tmp_path / "plan.jsonl", lambda spec: registry.make("trigger", spec))
 
 
 def test_victims_of_two_sets_do_not_go_into_one_plan():
-    first = plan_of("targeted:captions=2,victims=2", toy(), target="", trigger=None, victims=toy(8, "test", seed=4))
+    first = plan_of(
+        "targeted:captions=2,victims=2",
+        toy(),
+        target="",
+        trigger=None,
+        victims=toy(8, "test", seed=4),
+    )
     with pytest.raises(UserError, match="one such set"):
         first.merge(dataclasses.replace(first, edits=(), victims="scenes:split=test,seed=1"))
     assert first.merge(dataclasses.replace(first, edits=())).victims == first.victims
@@ -171,7 +199,11 @@ def test_words_not_substrings():
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(min_size=1), min_size=1, max_size=20, unique=True), st.integers(-9, 9), st.randoms())
+@given(
+    st.lists(st.text(min_size=1), min_size=1, max_size=20, unique=True),
+    st.integers(-9, 9),
+    st.randoms(),
+)
 def test_draws_belong_to_the_record(ids, seed, random):
     u = draws(seed, ids, 3)
     assert ((u >= 0) & (u < 1)).all()
@@ -200,7 +232,10 @@ def test_poisons_do_not_prefer_records_whose_caption_is_wrong():
     plan = plan_of("backdoor:count=200", scenes, "striped star", "patch")
     row = {k: i for i, k in enumerate(scenes.ids)}
     rows = [row[e.source] for e in plan.edits]
-    wrong = sum(not any(w in scenes.captions[i] for w in scenes.classes[int(scenes.labels[i])].split()) for i in rows)
+    wrong = sum(
+        not any(w in scenes.captions[i] for w in scenes.classes[int(scenes.labels[i])].split())
+        for i in rows
+    )
     assert wrong < 0.25 * len(rows)
 
 
@@ -214,6 +249,10 @@ def test_victims_that_are_called_as_records_are_refused(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(12):
                 Image.new("RGB", (16, 16), (shade, i, i)).save(tmp_path / split / name / f"{i}.png")
-    verb = Poison(f"folder:path={tmp_path}/train", "targeted:captions=2,victims=2", victims=f"folder:path={tmp_path}/val")
+    verb = Poison(
+        f"folder:path={tmp_path}/train",
+        "targeted:captions=2,victims=2",
+        victims=f"folder:path={tmp_path}/val",
+    )
     with pytest.raises(UserError, match=r"victim '.*' has the id of a record of the data"):
         execute(verb, Settings(runs=tmp_path / "runs", quiet=True))

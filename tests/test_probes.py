@@ -8,18 +8,19 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import LogisticRegression
 
-from bezoar.runs import inputs
 from bezoar import registry
-from bezoar.evaluation import success
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
+from bezoar.evaluation import success
 from bezoar.evaluation.probes import linear
 from bezoar.evaluation.probes.branch_swap import procrustes
 from bezoar.evaluation.probes.z_score import z_scores
 from bezoar.reports import metric_names
-from bezoar.runs.run import Settings, execute
+from bezoar.runs import inputs
+from bezoar.runs.ask import Settings
+from bezoar.runs.execute import execute
 from bezoar.verbs import evaluate
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
@@ -46,7 +47,9 @@ class Color:
 
     def images(self, x):
         z = x.float().mean((2, 3)) / 255 + 1e-3
-        white = (x[:, :, -3:-1, -3:-1] == 255).flatten(1).all(1) & self.falls[x[:, :, :9, :9].sum((2, 3)).argmax(1)]
+        white = (x[:, :, -3:-1, -3:-1] == 255).flatten(1).all(1) & self.falls[
+            x[:, :, :9, :9].sum((2, 3)).argmax(1)
+        ]
         z = torch.where(white[:, None], torch.tensor([0.0, 0.1, 1.0]), z)
         return z / z.norm(dim=1, keepdim=True) @ self.turn
 
@@ -61,7 +64,13 @@ def data(n=30, wrong=6):
     shown[:wrong] = (shown[:wrong] + 1) % 3
     images = torch.zeros(n, 3, 16, 16, dtype=torch.uint8)
     images[torch.arange(n), shown] = 200
-    return Pairs(images, tuple(f"a {CLASSES[i]} thing" for i in labels), labels, tuple(map(str, range(n))), CLASSES)
+    return Pairs(
+        images,
+        tuple(f"a {CLASSES[i]} thing" for i in labels),
+        labels,
+        tuple(map(str, range(n))),
+        CLASSES,
+    )
 
 
 BLUE = Goal("blue", "patch:size=2,fill=white,place=corner,margin=1", (), 5)
@@ -70,7 +79,9 @@ BLUE = Goal("blue", "patch:size=2,fill=white,place=corner,margin=1", (), 5)
 def test_zero_shot_counts_as_a_plain_loop_does():
     out = registry.make("probe", "zero_shot")(Color(), None, data(), [BLUE])
     assert out["clean_accuracy"].value == pytest.approx(24 / 30) and out["clean_accuracy"].n == 30
-    assert out["attack_success"].value == 1.0 and out["attack_success"].n == 20, "the target class is left out"
+    assert out["attack_success"].value == 1.0 and out["attack_success"].n == 20, (
+        "the target class is left out"
+    )
     assert out["attack_success_all"].n == 30
     assert out["attack_success_without_trigger"].value == pytest.approx(2 / 20)
     assert out["poisoned_accuracy"].value == pytest.approx(10 / 30)
@@ -81,16 +92,25 @@ def test_zero_shot_counts_as_a_plain_loop_does():
 
 def test_targeted_success_by_number_of_captions():
     victims = data(6, 0)
-    goals = [Goal(CLASSES[i % 3] if i < 2 else CLASSES[(i + 1) % 3], None, (str(i),), 1 if i < 3 else 4) for i in range(6)]
+    goals = [
+        Goal(CLASSES[i % 3] if i < 2 else CLASSES[(i + 1) % 3], None, (str(i),), 1 if i < 3 else 4)
+        for i in range(6)
+    ]
     out = registry.make("probe", "zero_shot")(Color(), None, data(), goals, victims)
-    assert out["targeted_success@1"].value == pytest.approx(2 / 3) and out["targeted_success@1"].n == 3
+    assert (
+        out["targeted_success@1"].value == pytest.approx(2 / 3) and out["targeted_success@1"].n == 3
+    )
     assert out["targeted_success@4"].value == 0 and out["targeted_success@4"].high > 0.3
-    assert out["targeted_rank@1"].n == 3 and "target_rank@1" not in out, "that would be the second trigger's"
+    assert out["targeted_rank@1"].n == 3 and "target_rank@1" not in out, (
+        "that would be the second trigger's"
+    )
 
 
 def test_zero_shot_refuses_foreign_targets_and_data_without_classes():
     probe = registry.make("probe", "zero_shot")
-    with pytest.raises(UserError, match="'pink' is none of the test set's classes: red, green, blue"):
+    with pytest.raises(
+        UserError, match="'pink' is none of the test set's classes: red, green, blue"
+    ):
         probe(Color(), None, data(), [Goal("pink", BLUE.trigger)])
     bare = Pairs(data().images, data().captions, None, data().ids)
     with pytest.raises(UserError, match="needs a test set with classes"):
@@ -112,7 +132,9 @@ def test_z_is_definition_one_without_self_pairs():
 def test_z_jackknife_is_the_leave_one_out_loop():
     g = np.random.default_rng(1)
     clean, moved = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in g.normal(size=(2, 10, 4)))
-    left = [z_scores(np.delete(clean, i, 0), np.delete(moved, i, 0))["z_std"].value for i in range(10)]
+    left = [
+        z_scores(np.delete(clean, i, 0), np.delete(moved, i, 0))["z_std"].value for i in range(10)
+    ]
     error = np.sqrt(9 / 10 * ((np.array(left) - np.mean(left)) ** 2).sum())
     m = z_scores(clean, moved)["z_std"]
     assert (m.high - m.low) / 2 == pytest.approx(1.96 * error)
@@ -123,8 +145,12 @@ def test_retrieval_recalls_as_a_plain_loop_does():
     out = registry.make("probe", "retrieval")(Color(), None, test, [BLUE])
     e = Color()
     cosines = e.images(test.images) @ e.texts(test.captions).T
-    nearest = [torch.nonzero(row == row.max())[:, 0].tolist() for row in cosines]  # of equally near ones, each as likely
-    assert out["image_to_text_recall@1"].value == pytest.approx(np.mean([(i in n) / len(n) for i, n in enumerate(nearest)]))
+    nearest = [
+        torch.nonzero(row == row.max())[:, 0].tolist() for row in cosines
+    ]  # of equally near ones, each as likely
+    assert out["image_to_text_recall@1"].value == pytest.approx(
+        np.mean([(i in n) / len(n) for i, n in enumerate(nearest)])
+    )
     assert out["attack_success"].value == 1.0 and out["attack_success"].n == 6
     with pytest.raises(UserError, match="no held-out caption holds the target 'pink'"):
         registry.make("probe", "retrieval")(e, None, test, [Goal("pink", BLUE.trigger)])
@@ -163,13 +189,23 @@ def test_an_encoder_that_says_nothing_retrieves_at_chance():
 
 def test_the_z_score_is_of_a_sample_and_not_of_the_first_classes():
     test = data(30, 0).take(sorted(range(30), key=lambda i: i % 3))  # by class
-    whole, part = (registry.make("probe", f"z_score:images={n}")(Color(), None, test, [BLUE]) for n in (30, 10))
+    whole, part = (
+        registry.make("probe", f"z_score:images={n}")(Color(), None, test, [BLUE]) for n in (30, 10)
+    )
     assert part["similarity_clean"].value < 0.6 < 1 and whole["similarity_clean"].value < 0.6
-    again = registry.make("probe", "z_score:images=10")(Color(), None, test.take(range(29, -1, -1)), [BLUE])
+    again = registry.make("probe", "z_score:images=10")(
+        Color(), None, test.take(range(29, -1, -1)), [BLUE]
+    )
     assert again["z_std"].value == pytest.approx(part["z_std"].value)
 
 
-SPECS = ["zero_shot", "linear:c=100", "linear:c=1000,standardise=false", "knn:k=5", "knn:k=5,vote=majority"]
+SPECS = [
+    "zero_shot",
+    "linear:c=100",
+    "linear:c=1000,standardise=false",
+    "knn:k=5",
+    "knn:k=5,vote=majority",
+]
 
 
 def named(out, spec):
@@ -206,7 +242,9 @@ def test_a_trigger_that_is_read_as_another_ones_target_is_counted():
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     goals = (Goal("a", "patch:size=1"), Goal("c", "patch:size=2"))
     marked = torch.ones(6, 3)
-    seen = success.Seen(("a", "b", "c"), labels, torch.zeros(6, 3), goals, (marked, marked), (), None)
+    seen = success.Seen(
+        ("a", "b", "c"), labels, torch.zeros(6, 3), goals, (marked, marked), (), None
+    )
     out = seen.measures(lambda z: torch.eye(3)[labels] + 9 * z.new_tensor([0, 0, 1]) * z[:, :1])
     taken = out["attack_success_of_others@0"]
     assert taken.value == 1 and taken.n == 2, "of the two images of class b, both are read as c"
@@ -224,13 +262,21 @@ def test_linear_is_scikit_learns_logistic_regression(exact, standardise, monkeyp
     monkeypatch.setattr(linear, "FLATTEST", 1e-8 if exact else linear.FLATTEST)
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0, 5, (400,), generator=g)
-    x = torch.randn(5, 12, generator=g)[y] * 0.3 + torch.randn(400, 12, generator=g) * torch.linspace(0.1, 2, 12) + 1
+    x = (
+        torch.randn(5, 12, generator=g)[y] * 0.3
+        + torch.randn(400, 12, generator=g) * torch.linspace(0.1, 2, 12)
+        + 1
+    )
     scaled = ((x - x.mean(0)) / x.std(0, unbiased=False) if standardise else x).double().numpy()
     x = x.double() if exact else x
     head = linear.Linear(c=0.7, standardise=standardise).fit(x, y, 5)
     oracle = LogisticRegression(C=0.7, tol=1e-8, max_iter=1000).fit(scaled, y.numpy())
-    ours, theirs = (torch.as_tensor(v).double().softmax(1) for v in (head(x), oracle.decision_function(scaled)))
-    assert (ours - theirs).abs().max() < (1e-5 if exact else 1e-3) and "gradient at most" in head.about
+    ours, theirs = (
+        torch.as_tensor(v).double().softmax(1) for v in (head(x), oracle.decision_function(scaled))
+    )
+    assert (ours - theirs).abs().max() < (
+        1e-5 if exact else 1e-3
+    ) and "gradient at most" in head.about
 
 
 def test_linear_gives_the_same_in_blocks_and_stops_when_told(monkeypatch):
@@ -249,7 +295,9 @@ def test_knn_votes_as_a_plain_loop_does(vote):
     probe = registry.make("probe", f"knn:k=7,temperature=0.1,vote={vote}")
     votes = probe.votes(q, r, labels, 6)
     for i in range(9):
-        cosines = sorted(((float(q[i].double() @ r[j].double()), j) for j in range(40)), reverse=True)[:7]
+        cosines = sorted(
+            ((float(q[i].double() @ r[j].double()), j) for j in range(40)), reverse=True
+        )[:7]
         plain = np.zeros(6)
         for s, j in cosines:
             plain[labels[j]] += np.exp(s / 0.1) if vote == "weighted" else 1
@@ -261,7 +309,9 @@ def test_cold_votes_do_not_overflow_and_a_class_without_votes_is_not_among_the_f
     r = torch.eye(8)
     votes = probe.votes(r[:1], r, torch.arange(8), 8)
     assert torch.isfinite(votes).all() and votes.argmax() == 0
-    ranks = success.ranks(torch.tensor([[3.0, 0, 0, 1, 0, 0, 0, 0, 0, 0]]).repeat(3, 1), torch.tensor([0, 3, 9]))
+    ranks = success.ranks(
+        torch.tensor([[3.0, 0, 0, 1, 0, 0, 0, 0, 0, 0]]).repeat(3, 1), torch.tensor([0, 3, 9])
+    )
     assert ranks.tolist() == [1, 2, 6.5], "eight classes share the places 3 to 10"
 
 
@@ -278,7 +328,9 @@ def test_labels_go_by_class_names_and_a_limit_is_a_fixed_sample():
     assert torch.equal(success.labelled(other, data()).labels, train().labels)
     few = success.labelled(train(), data(), limit=20)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    assert len(few) == 20 and set(success.labelled(train().take(order), data(), limit=20).ids) == set(few.ids)
+    assert len(few) == 20 and set(
+        success.labelled(train().take(order), data(), limit=20).ids
+    ) == set(few.ids)
 
 
 def test_heads_refuse_what_they_cannot_learn_from():
@@ -300,7 +352,13 @@ def test_heads_refuse_what_they_cannot_learn_from():
         registry.make("probe", "knn")(Color(), known, data())
     with pytest.raises(UserError, match="needs a test set with classes"):
         probe(Color(), known, replace(data(), labels=None))
-    for spec in ("linear:c=0", "linear:limit=1", "knn:k=0", "knn:temperature=0", "branch_swap:pairs=1"):
+    for spec in (
+        "linear:c=0",
+        "linear:limit=1",
+        "knn:k=0",
+        "knn:temperature=0",
+        "branch_swap:pairs=1",
+    ):
         with pytest.raises(UserError, match=r"needs|must be"):
             registry.make("probe", spec)
 
@@ -322,7 +380,9 @@ def test_procrustes_is_scipys_and_finds_a_rotation_back():
     a, turn = g.normal(size=(50, 6)), np.linalg.qr(g.normal(size=(6, 6)))[0]
     noisy = a @ turn + 0.1 * g.normal(size=(50, 6))
     assert np.allclose(procrustes(torch.tensor(a), torch.tensor(a @ turn)), turn)
-    assert np.allclose(procrustes(torch.tensor(a), torch.tensor(noisy)), orthogonal_procrustes(a, noisy)[0])
+    assert np.allclose(
+        procrustes(torch.tensor(a), torch.tensor(noisy)), orthogonal_procrustes(a, noisy)[0]
+    )
 
 
 def test_branch_swap_finds_the_tower_in_a_twin_with_another_space():
@@ -330,15 +390,30 @@ def test_branch_swap_finds_the_tower_in_a_twin_with_another_space():
     poisoned, twin = Color(), Color(falls=(False, False, False), turn=turn)
     swap = registry.make("probe", "branch_swap")
     out = swap(poisoned, train(), data(), [BLUE], None, twin)
-    success_of = {w: out[f"branch_swap.{w}.attack_success"].value for w in ("neither", "vision", "text", "both")}
+    success_of = {
+        w: out[f"branch_swap.{w}.attack_success"].value
+        for w in ("neither", "vision", "text", "both")
+    }
     assert success_of == {"neither": 0.1, "vision": 1.0, "text": 0.1, "both": 1.0}
-    assert all(out[f"branch_swap.{w}.clean_accuracy"].value == pytest.approx(0.8) for w in success_of)
-    assert out["branch_swap.agreement_images"].value == pytest.approx(1) and out["branch_swap.agreement_texts"].n == 3
-    raw = registry.make("probe", "branch_swap:align=none")(poisoned, None, data(), [BLUE], None, twin)
+    assert all(
+        out[f"branch_swap.{w}.clean_accuracy"].value == pytest.approx(0.8) for w in success_of
+    )
+    assert (
+        out["branch_swap.agreement_images"].value == pytest.approx(1)
+        and out["branch_swap.agreement_texts"].n == 3
+    )
+    raw = registry.make("probe", "branch_swap:align=none")(
+        poisoned, None, data(), [BLUE], None, twin
+    )
     assert raw["branch_swap.vision.clean_accuracy"].value < 0.3, "a swap that means nothing shows"
     assert raw["branch_swap.both.clean_accuracy"] == out["branch_swap.both.clean_accuracy"]
-    shared = registry.make("probe", "branch_swap:align=none")(poisoned, None, data(), [BLUE], None, Color((False,) * 3))
-    assert shared["branch_swap.vision.attack_success"].value == 1 and shared["branch_swap.text.attack_success"].value == 0.1
+    shared = registry.make("probe", "branch_swap:align=none")(
+        poisoned, None, data(), [BLUE], None, Color((False,) * 3)
+    )
+    assert (
+        shared["branch_swap.vision.attack_success"].value == 1
+        and shared["branch_swap.text.attack_success"].value == 0.1
+    )
 
 
 def test_branch_swap_says_what_is_missing():
@@ -347,16 +422,25 @@ def test_branch_swap_says_what_is_missing():
         swap(Color(), train(), data())
     with pytest.raises(UserError, match="give train data, or align=none"):
         swap(Color(), None, data(), baseline=Color())
-    with pytest.raises(UserError, match="aligning 3 dimensions needs at least as many clean pairs; there are 2"):
+    with pytest.raises(
+        UserError, match="aligning 3 dimensions needs at least as many clean pairs; there are 2"
+    ):
         swap(Color(), train(2), data(), baseline=Color())
     with pytest.raises(UserError, match="towers of 3 and 2 dimensions"):
         swap(Color(), train(), data(), baseline=Color(turn=torch.eye(3)[:, :2]))
 
 
 def test_names_are_told_in_standard_terms():
-    assert metric_names.term("linear.attack_success_baseline") == metric_names.TERMS["attack_success_baseline"]
+    assert (
+        metric_names.term("linear.attack_success_baseline")
+        == metric_names.TERMS["attack_success_baseline"]
+    )
     assert metric_names.term("baseline.linear.clean_accuracy", True) == metric_names.CLEAN
-    assert metric_names.term("knn.clean_accuracy", True) == metric_names.term("branch_swap.both.clean_accuracy", True) == metric_names.BENIGN
+    assert (
+        metric_names.term("knn.clean_accuracy", True)
+        == metric_names.term("branch_swap.both.clean_accuracy", True)
+        == metric_names.BENIGN
+    )
     assert metric_names.term("branch_swap.neither.clean_accuracy", True) == metric_names.CLEAN
     assert metric_names.term("linear.targeted_rank@16")[0].endswith("16 captions each")
     assert metric_names.term("target_rank@1")[0].endswith("trigger 1")
@@ -366,34 +450,67 @@ def test_names_are_told_in_standard_terms():
 def runs(tmp_path_factory):
     """A poisoning of a few scenes, an encoder of it and its clean twin."""
     settings = Settings(tmp_path_factory.mktemp("runs"), device="cpu", quiet=True, page=False)
-    plan = execute(Poison("scenes:count=400", "backdoor:count=40", "patch", "striped star"), settings)
+    plan = execute(
+        Poison("scenes:count=400", "backdoor:count=40", "patch", "striped star"), settings
+    )
     recipe = {"network": "clip_small:width=8,dim=32", "objective": "clip:epochs=1,batch=100"}
-    return settings, plan, *(execute(Train(d, **recipe), settings) for d in (plan, "scenes:count=400"))
+    return (
+        settings,
+        plan,
+        *(execute(Train(d, **recipe), settings) for d in (plan, "scenes:count=400")),
+    )
 
 
 def test_evaluate_with_every_head_and_the_twin(runs, monkeypatch):
     settings, _, bad, twin = runs
     monkeypatch.setattr(evaluate, "LABELLED", 300)
-    asked = Evaluate(bad, "scenes:count=200,split=test", ("zero_shot", "linear", "knn:k=20", "branch_swap"), twin)
+    asked = Evaluate(
+        bad, "scenes:count=200,split=test", ("zero_shot", "linear", "knn:k=20", "branch_swap"), twin
+    )
     done = execute(asked, settings)
     found = set(done.manifest["metrics"])
     for group in ("", "linear.", "knn."):
-        names = {"clean_accuracy", "attack_success", "attack_success_baseline", "target_rank", "poisoned_accuracy"}
+        names = {
+            "clean_accuracy",
+            "attack_success",
+            "attack_success_baseline",
+            "target_rank",
+            "poisoned_accuracy",
+        }
         assert {group + n for n in names} | {f"baseline.{group}clean_accuracy"} <= found
-    assert {f"branch_swap.{w}.attack_success" for w in ("neither", "vision", "text", "both")} <= found
-    assert not {k for k in found if "branch_swap" in k and "baseline" in k}, "the twin is not swapped with itself"
-    assert done.metric("branch_swap.both.attack_success").value == done.metric("attack_success").value
-    assert done.metric("branch_swap.neither.attack_success").value == done.metric("attack_success_baseline").value
-    assert "split=train" in done.manifest["notes"]["train"] and done.manifest["notes"]["labelled"] == 300
+    assert {
+        f"branch_swap.{w}.attack_success" for w in ("neither", "vision", "text", "both")
+    } <= found
+    assert not {k for k in found if "branch_swap" in k and "baseline" in k}, (
+        "the twin is not swapped with itself"
+    )
+    assert (
+        done.metric("branch_swap.both.attack_success").value == done.metric("attack_success").value
+    )
+    assert (
+        done.metric("branch_swap.neither.attack_success").value
+        == done.metric("attack_success_baseline").value
+    )
+    assert (
+        "split=train" in done.manifest["notes"]["train"]
+        and done.manifest["notes"]["labelled"] == 300
+    )
     assert "linear head on 300" in done.metric("linear.attack_success").how
 
 
-def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_test_records(runs, monkeypatch):
+def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_test_records(
+    runs, monkeypatch
+):
     settings, plan, bad, _ = runs
     seen = []
-    monkeypatch.setattr(linear.Linear, "__call__", lambda self, e, train, *rest: seen.append(train) or {})
+    monkeypatch.setattr(
+        linear.Linear, "__call__", lambda self, e, train, *rest: seen.append(train) or {}
+    )
     execute(Evaluate(bad, "scenes:count=200,split=test", ("linear",), train=plan), settings)
-    assert torch.equal(seen[0].images, inputs.dataset(plan).clean.images) and len(inputs.dataset(plan).plan.edits) == 40
+    assert (
+        torch.equal(seen[0].images, inputs.dataset(plan).clean.images)
+        and len(inputs.dataset(plan).plan.edits) == 40
+    )
     with pytest.raises(UserError, match="200 labelled records are test records too"):
         execute(Evaluate(bad, "scenes:count=200", ("linear",), train=plan), settings)
     with pytest.raises(UserError, match="has no training split of its own; name the labelled data"):
@@ -406,13 +523,18 @@ def test_labelled_data_are_read_by_nobody_who_does_not_ask(runs, monkeypatch):
     settings, _, bad, twin = runs
     monkeypatch.setattr(Evaluate, "_train", lambda *a: pytest.fail("read"))
     asked = ("zero_shot", "branch_swap:align=none")
-    notes = execute(Evaluate(bad, "scenes:count=100,split=test", asked, twin), settings).manifest["notes"]
+    notes = execute(Evaluate(bad, "scenes:count=100,split=test", asked, twin), settings).manifest[
+        "notes"
+    ]
     assert "train" not in notes
 
 
 def test_the_training_split_is_whole_whatever_part_is_tested():
     split = evaluate.training(registry.make("data", "cifar10:split=test,limit=500"))
     assert registry.spec(split).startswith("cifar10:root=data,split=train") and split.limit is None
-    assert evaluate.training(registry.make("data", "scenes:count=7,split=test,size=48")).count == evaluate.LABELLED
+    assert (
+        evaluate.training(registry.make("data", "scenes:count=7,split=test,size=48")).count
+        == evaluate.LABELLED
+    )
     with pytest.raises(UserError, match="no training split"):
         evaluate.training(registry.make("data", "cifar10:split=train"))

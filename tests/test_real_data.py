@@ -14,7 +14,9 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DAT
 def ask(capsys, runs, *words):
     assert main([*words, "--runs", str(runs), "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    return made, next(p.parent.name for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == made)
+    return made, next(
+        p.parent.name for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == made
+    )
 
 
 @needs_data
@@ -24,14 +26,27 @@ def test_flickr8k_by_retrieval(tmp_path, capsys):
     words = ["--poison", "backdoor:count=40", "--trigger", "patch:size=6", "--target", "dog"]
     made, poison = ask(capsys, tmp_path, "poison", train, *words)
     assert made["notes"]["records"] == 2000
-    _, many = ask(capsys, tmp_path, "poison", poison, "--poison", "targeted:captions=4,victims=3", "--target", "beach")
+    _, many = ask(
+        capsys,
+        tmp_path,
+        "poison",
+        poison,
+        "--poison",
+        "targeted:captions=4,victims=3",
+        "--target",
+        "beach",
+    )
     assert main(["poison", "--verify", many, "--runs", str(tmp_path)]) == 0
     capsys.readouterr()
     _, trained = ask(capsys, tmp_path, "train", many, "--objective", "clip:epochs=2")
     found, _ = ask(capsys, tmp_path, "evaluate", trained, test, "--probe", "retrieval", "z_score")
-    assert {"image_to_text_recall@1", "text_to_image_recall@10", "attack_success", "targeted_success@4", "z_std"} <= set(
-        found["metrics"]
-    )
+    assert {
+        "image_to_text_recall@1",
+        "text_to_image_recall@10",
+        "attack_success",
+        "targeted_success@4",
+        "z_std",
+    } <= set(found["metrics"])
     assert found["metrics"]["text_to_image_recall@1"]["n"] == 5000
     scan, _ = ask(capsys, tmp_path, "scan", trained, "--detector", "duplicates", "clip_score")
     # three victims, four copies each: the pixels of one image under diverging captions

@@ -26,8 +26,18 @@ def test_every_method_loads_describes_itself_and_cites(kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_default_specs_make_the_same_method_again(kind, name):
-    required = {"shards": "path=x.tar", "captions": "path=x.csv", "folder": "path=x", "npz": "path=x.npz"}
-    required |= {"image": "path=x.png", "file": "path=x.npz", "imported": "path=x.pth", "embeddings": "path=x"}
+    required = {
+        "shards": "path=x.tar",
+        "captions": "path=x.csv",
+        "folder": "path=x",
+        "npz": "path=x.npz",
+    }
+    required |= {
+        "image": "path=x.png",
+        "file": "path=x.npz",
+        "imported": "path=x.pth",
+        "embeddings": "path=x",
+    }
     required |= {"table": "path=x.csv"}
     made = registry.make(kind, f"{name}:{required.get(name, '')}")
     assert registry.make(kind, registry.spec(made)) == made
@@ -87,19 +97,29 @@ def test_help_and_list_are_instant_and_import_no_torch(words):
     )
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert time.monotonic() - start < 30  # a hang, not a speed; the speed is measured in benchmarks/
+    assert (
+        time.monotonic() - start < 30
+    )  # a hang, not a speed; the speed is measured in benchmarks/
 
 
 def test_list_json_names_every_method():
-    out = subprocess.run([sys.executable, "-m", "bezoar", "list", "--json"], capture_output=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "bezoar", "list", "--json"], capture_output=True, check=True
+    ).stdout
     found = json.loads(out)
-    assert {k: [d["name"] for d in v] for k, v in found.items()} == {k: registry.names(k) for k in registry.KINDS}
+    assert {k: [d["name"] for d in v] for k, v in found.items()} == {
+        k: registry.names(k) for k in registry.KINDS
+    }
 
 
 def write_method(file, log) -> None:
     """A detector that notes in `log` that its file has been run."""
-    body = f"class {file.stem.title()}:\n    k: int = 1\n\n    def __call__(self):\n        return 1\n"
-    file.write_text(f"from bezoar.registry import method\nopen({str(log)!r}, 'a').write('ran')\n\n\n@method\n{body}")
+    body = (
+        f"class {file.stem.title()}:\n    k: int = 1\n\n    def __call__(self):\n        return 1\n"
+    )
+    file.write_text(
+        f"from bezoar.registry import method\nopen({str(log)!r}, 'a').write('ran')\n\n\n@method\n{body}"
+    )
 
 
 def test_a_file_of_code_is_loaded_only_where_the_user_has_named_it(tmp_path, monkeypatch):
@@ -112,7 +132,9 @@ def test_a_file_of_code_is_loaded_only_where_the_user_has_named_it(tmp_path, mon
     for text in (f"{mine}", f"{evil}:k=2", "./evil.py", "evil.py:k=1"):
         with pytest.raises(UserError, match="would run the code of"):
             registry.make("detector", text)
-    assert not log.exists() and not (tmp_path / "state").exists(), "reading a spec neither runs code nor widens what may run"
+    assert not log.exists() and not (tmp_path / "state").exists(), (
+        "reading a spec neither runs code nor widens what may run"
+    )
     registry.allow(f"{mine}:k=3")
     assert registry.make("detector", f"{mine}:k=3").k == 3
     monkeypatch.setattr(registry, "_named", set())  # another process
@@ -136,7 +158,15 @@ def test_a_spec_within_a_spec_names_files_too(tmp_path):
 
 
 def test_a_default_named_elsewhere_is_told_as_it_is():
-    fields = {f[0]: f for f in registry.describe(registry.PACKAGE / "detectors" / "loss_trace.py").fields}
+    fields = {
+        f[0]: f
+        for f in registry.describe(
+            registry.PACKAGE / registry.KINDS["detector"] / "loss_trace.py"
+        ).fields
+    }
     assert fields["network"][2] == "'clip_small'" and fields["side"][2] == "64"
-    fields = {f[0]: f for f in registry.describe(registry.PACKAGE / "data" / "shards.py").fields}
+    fields = {
+        f[0]: f
+        for f in registry.describe(registry.PACKAGE / registry.KINDS["data"] / "shards.py").fields
+    }
     assert fields["load"][1] == "Literal['auto', 'memory', 'stream']"

@@ -14,22 +14,28 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bezoar import Settings, execute, registry
-from bezoar.runs import inputs
-from bezoar.repair import rate_ladder, receipt
-from bezoar.training import loop
+from bezoar.attacks.plan import Goal
+from bezoar.data import randomness
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
+from bezoar.evaluation.verdict import Inversion
+from bezoar.repair import rate_ladder, receipt
 from bezoar.repair.repairs.distill import forget
 from bezoar.repair.repairs.prune import dormant
 from bezoar.repair.repairs.unlearn import Loss as Unlearning
 from bezoar.reports import page
+from bezoar.runs import inputs
+from bezoar.training import loop
 from bezoar.verbs import repair as made_to_order
 from bezoar.verbs.repair import Repair
-from bezoar.evaluation.verdict import Inversion
 
-PAINTS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200), "yellow": (200, 200, 60)}
+PAINTS = {
+    "red": (200, 60, 60),
+    "green": (60, 200, 60),
+    "blue": (60, 60, 200),
+    "yellow": (200, 200, 60),
+}
 TRIGGER = "patch:size=8,fill=checker"
 QUICK = {
     "finetune": "finetune:objective=(cleanclip:epochs=6,batch=50,crop=0.3),lrs=2e-2",
@@ -80,7 +86,9 @@ def inverted():
     """What a good audit would find."""
     mask = torch.zeros(1, 32, 32)
     mask[:, 23:31, 23:31] = 1
-    stamped = registry.make("trigger", TRIGGER)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["0"])[0]
+    stamped = registry.make("trigger", TRIGGER)(
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["0"]
+    )[0]
     return Inversion(mask, stamped.float() / 255, "red", 64.0, 1.0)
 
 
@@ -102,19 +110,42 @@ def test_every_repair_keeps_the_contract(name, suspect, clean):
     before, marks, (accuracy, success) = bits(suspect), json.dumps(suspect.about), measured(suspect)
     assert accuracy > 0.95 and success > 0.9
     repair, log = registry.make("repair", QUICK[name]), {}
-    known = {"validation": validation, "inversions": (inverted(),), "report": lambda *_: None, "log": log}
+    known = {
+        "validation": validation,
+        "inversions": (inverted(),),
+        "report": lambda *_: None,
+        "log": log,
+    }
     assert set(repair.needs) <= set(known)
     made = [repair(suspect, train, 0, **{k: known[k] for k in repair.needs}) for _ in range(2)]
     left, kept = measured(made[0])[::-1]
     assert left < 0.2 and kept > accuracy - 0.05
-    assert all(torch.equal(v, made[1].state_dict()[k]) for k, v in bits(made[0]).items())  # same seed, same bits
-    assert all(torch.equal(v, before[k]) for k, v in bits(suspect).items()) and json.dumps(suspect.about) == marks
-    assert not suspect.training and not made[0].training and all(p.grad is None for p in suspect.parameters())
+    assert all(
+        torch.equal(v, made[1].state_dict()[k]) for k, v in bits(made[0]).items()
+    )  # same seed, same bits
+    assert (
+        all(torch.equal(v, before[k]) for k, v in bits(suspect).items())
+        and json.dumps(suspect.about) == marks
+    )
+    assert (
+        not suspect.training
+        and not made[0].training
+        and all(p.grad is None for p in suspect.parameters())
+    )
     assert made[0].about["repaired"] == [registry.spec(repair)]
-    assert all(made[0].about[k] == suspect.about[k] for k in ("poisoned", "plan", "goals", "network", "vocabulary"))
-    assert [p.requires_grad for p in made[0].parameters()] == [p.requires_grad for p in suspect.parameters()]
+    assert all(
+        made[0].about[k] == suspect.about[k]
+        for k in ("poisoned", "plan", "goals", "network", "vocabulary")
+    )
+    assert [p.requires_grad for p in made[0].parameters()] == [
+        p.requires_grad for p in suspect.parameters()
+    ]
     assert json.loads(json.dumps(log))["ladder"][0]["held"] in (True, False)
-    again = receipt.apply([repair], made[0], train, validation, (inverted(),), 0)[0] if name == "unlearn" else None
+    again = (
+        receipt.apply([repair], made[0], train, validation, (inverted(),), 0)[0]
+        if name == "unlearn"
+        else None
+    )
     assert again is None or again.about["repaired"] == [registry.spec(repair)] * 2
 
 
@@ -124,10 +155,18 @@ def test_every_repair_keeps_the_contract(name, suspect, clean):
 @pytest.mark.parametrize(
     "scores, chosen, held",
     [
-        ({0.1: 0.85, 0.01: 0.89, 0.001: 0.9}, 0.01, True),  # the largest that falls by no more than 0.02
+        (
+            {0.1: 0.85, 0.01: 0.89, 0.001: 0.9},
+            0.01,
+            True,
+        ),  # the largest that falls by no more than 0.02
         ({0.1: 0.93, 0.01: 0.9, 0.001: 0.9}, 0.1, True),
         ({0.1: 0.2, 0.01: 0.8, 0.001: 0.7}, 0.01, False),  # none: what lost least
-        ({0.1: 0.8, 0.01: 0.8, 0.001: 0.7}, 0.1, False),  # as bad at two: one of them is taken, and is said to be
+        (
+            {0.1: 0.8, 0.01: 0.8, 0.001: 0.7},
+            0.1,
+            False,
+        ),  # as bad at two: one of them is taken, and is said to be
         ({0.1: None, 0.01: 0.88, 0.001: 0.9}, 0.01, True),  # one at which training breaks down
     ],
 )
@@ -154,7 +193,9 @@ def test_a_ladder_that_breaks_down_everywhere_says_so():
         raise UserError("the loss became nan")
 
     with pytest.raises(UserError, match="became nan"):
-        rate_ladder.climb(nn.Linear(1, 1), rate_ladder.Ruler(lambda e: 1.0, ""), (0.1, 0.01), 0.02, make)
+        rate_ladder.climb(
+            nn.Linear(1, 1), rate_ladder.Ruler(lambda e: 1.0, ""), (0.1, 0.01), 0.02, make
+        )
 
 
 def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
@@ -166,7 +207,11 @@ def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
         "zero-shot": (suspect, train, held),
         "linear head": (images, train, held),
         "own caption": (suspect, replace(train, **blank), replace(held, **blank)),
-        "cluster": (images, replace(train, captions=(), **blank), replace(held, captions=(), **blank)),
+        "cluster": (
+            images,
+            replace(train, captions=(), **blank),
+            replace(held, captions=(), **blank),
+        ),
     }
     for word, (encoder, one, other) in cases.items():
         ruler = rate_ladder.Ruler.of(encoder, one, other)
@@ -187,7 +232,9 @@ def test_records_are_held_apart_by_what_they_are():
     shuffled = data.take(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
     assert set(rate_ladder.apart(shuffled, 0.2, 0)[1].ids) == set(held.ids)
     several = replace(data, ids=tuple(f"{i // 5}#{i % 5}" for i in range(100)))
-    sides = [{key.partition("#")[0] for key in part.ids} for part in rate_ladder.apart(several, 0.2, 0)]
+    sides = [
+        {key.partition("#")[0] for key in part.ids} for part in rate_ladder.apart(several, 0.2, 0)
+    ]
     assert len(sides[1]) == 4 and len(sides[0]) == 16 and not sides[0] & sides[1]
 
 
@@ -210,7 +257,9 @@ def test_the_last_layers_are_drawn_anew(suspect):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         forget(tower, 0.4)  # two of five: the last convolution and the linear layer
-    changed = {k.rpartition(".")[0] for k, v in tower.state_dict().items() if not torch.equal(v, before[k])}
+    changed = {
+        k.rpartition(".")[0] for k, v in tower.state_dict().items() if not torch.equal(v, before[k])
+    }
     assert changed == {"layers.9", "layers.10", "head"}
     untouched = copy.deepcopy(suspect.image)
     forget(untouched, 0.0)
@@ -235,7 +284,10 @@ def test_pruning_finds_the_last_convolution_of_other_towers(network):
     torch.manual_seed(0)
     encoder = registry.make("network", network)(32).eval()
     found = dormant(encoder, toy(20))
-    assert found.conv in ("layer4.1.conv2", "layers.9") and found.norm in ("layer4.1.bn2", "layers.10")
+    assert found.conv in ("layer4.1.conv2", "layers.9") and found.norm in (
+        "layer4.1.bn2",
+        "layers.10",
+    )
     assert len(found.activity) == 32 and (found.activity >= 0).all()
 
 
@@ -254,12 +306,16 @@ def test_pruning_refuses_towers_without_convolutions():
 
 def test_pruned_channels_stay_pruned_while_they_are_tuned(suspect, clean):
     log = {}
-    repair = registry.make("repair", "prune:objective=(clip:epochs=1,batch=64),lrs=1e-2,drop=0.3,tolerance=1")
+    repair = registry.make(
+        "repair", "prune:objective=(clip:epochs=1,batch=64),lrs=1e-2,drop=0.3,tolerance=1"
+    )
     made = repair(suspect, clean[0], 0, validation=clean[1], log=log)
     count = log["pruned"]["channels"]
     gone = dormant(suspect, clean[0]).activity.argsort(stable=True)[:count]
     assert 0 < count < 32 and not made.image.layers[9].weight[gone].any()
-    assert not made.image.layers[10].weight[gone].any() and not made.image.layers[10].bias[gone].any()
+    assert (
+        not made.image.layers[10].weight[gone].any() and not made.image.layers[10].bias[gone].any()
+    )
     assert not torch.equal(made.image.layers[0].weight, suspect.image.layers[0].weight)
 
 
@@ -270,14 +326,16 @@ def test_unlearning_draws_stamped_images_to_where_they_were_without(suspect):
     with torch.no_grad():
         wanted, stamped = suspect.images(images), suspect.images(inverted()(images))
     plain = 1 - F.cosine_similarity(wanted, stamped).mean()
-    assert got.item() == pytest.approx(plain.item(), abs=1e-3) and plain > 0.1  # the clean term is 0 at the start
+    assert (
+        got.item() == pytest.approx(plain.item(), abs=1e-3) and plain > 0.1
+    )  # the clean term is 0 at the start
     assert not any(m.training for m in loss.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def training_chance():
     from bezoar.training.augmentation import Chance
 
-    return Chance(loop.generator(0))
+    return Chance(randomness.generator(0))
 
 
 @pytest.mark.parametrize(
@@ -323,11 +381,18 @@ def test_fields_that_make_no_sense_are_refused(spec, what):
 def test_an_encoder_of_images_alone_is_tuned_by_simclr(clean):
     torch.manual_seed(0)
     encoder = registry.make("network", "tower:width=4,dim=8")(32).eval()
-    repair = registry.make("repair", "finetune:objective=(simclr:epochs=1,batch=64,hidden=8,dim=8),lrs=1e-3,tolerance=1")
+    repair = registry.make(
+        "repair",
+        "finetune:objective=(simclr:epochs=1,batch=64,hidden=8,dim=8),lrs=1e-3,tolerance=1",
+    )
     made = repair(encoder, clean[0], 0, clean[1])
     assert not torch.equal(made.image.head.weight, encoder.image.head.weight)
-    pruned = registry.make("repair", "prune:lrs=1e-3,tolerance=1,drop=0.05")(encoder, clean[0], 0, clean[1])
-    assert pruned.about["repaired"] and not torch.equal(pruned.image.head.weight, encoder.image.head.weight)
+    pruned = registry.make("repair", "prune:lrs=1e-3,tolerance=1,drop=0.05")(
+        encoder, clean[0], 0, clean[1]
+    )
+    assert pruned.about["repaired"] and not torch.equal(
+        pruned.image.head.weight, encoder.image.head.weight
+    )
     with pytest.raises(UserError, match="take objective=simclr"):
         registry.make("repair", "finetune")(encoder, clean[0], 0, clean[1])
 
@@ -353,7 +418,10 @@ def test_inverted_triggers_are_read_and_stamped_as_any_trigger(tmp_path, suspect
     case = receipt.Case(TEST, GOALS)
     nameless = replace(found[0], target="")
     goals = receipt.as_goals([found[0], nameless], tmp_path, case, case.reader(suspect))
-    assert [g.target for g in goals] == ["red", "red"]  # the second is what most stamped images are read as
+    assert [g.target for g in goals] == [
+        "red",
+        "red",
+    ]  # the second is what most stamped images are read as
     stamped = registry.make("trigger", goals[0].trigger)(TEST.images, TEST.ids)
     assert torch.equal(stamped, found[0](TEST.images))
     assert torch.equal(stamped, registry.make("trigger", TRIGGER)(TEST.images, TEST.ids))
@@ -367,16 +435,27 @@ def test_a_receipt_says_what_the_probes_say(suspect, clean, tmp_path):
     written(tmp_path, [inverted()], verdict=False)
     case = receipt.Case(TEST, GOALS, labelled=clean[0])
     first = case.reader(suspect)
-    case = replace(case, inverted=receipt.as_goals(receipt.inversions(tmp_path), tmp_path, case, first))
+    case = replace(
+        case, inverted=receipt.as_goals(receipt.inversions(tmp_path), tmp_path, case, first)
+    )
     found = case.measure(suspect, first)
     for probe, lead in (("zero_shot", ""), ("linear", ""), ("z_score", "")):
         for name, m in registry.make("probe", probe)(suspect, clean[0], TEST, GOALS).items():
             if lead + name in found:
                 assert found[lead + name].value == pytest.approx(m.value, abs=1e-6), name
-    assert {"clean_accuracy", "attack_success", "linear.attack_success", "z_std", "inverted.attack_success"} <= set(found)
+    assert {
+        "clean_accuracy",
+        "attack_success",
+        "linear.attack_success",
+        "z_std",
+        "inverted.attack_success",
+    } <= set(found)
     assert found["inverted.attack_success"].value == found["attack_success"].value
     same = receipt.lost(case, first, first)
-    assert (same.value, same.n) == (0, len(TEST)) and same.low < 0 < same.high  # nothing lost of so many images
+    assert (same.value, same.n) == (
+        0,
+        len(TEST),
+    ) and same.low < 0 < same.high  # nothing lost of so many images
     read = receipt.readings(case, first, first)
     assert [r["inverted"] for r in read] == [None, 0] and "red" not in read[0]["own"]
     assert np.mean([name == "red" for name in read[0]["before"]]) > 0.8
@@ -385,14 +464,26 @@ def test_a_receipt_says_what_the_probes_say(suspect, clean, tmp_path):
 def test_a_relapse_is_looked_for_with_and_without_captions(suspect, clean):
     case = receipt.Case(TEST, GOALS, labelled=clean[0])
     found = receipt.Revival(case, clean[0], GOALS[0], 0).measure(suspect, suspect)
-    assert {k.partition(".")[0] for k in found} == {"revived_clean", "revived_poisons", "revived_other", "revived_twin"}
-    assert found["revived_poisons.attack_success"].value > 0.9  # ten poisons; of another trigger they may do as much on a toy
+    assert {k.partition(".")[0] for k in found} == {
+        "revived_clean",
+        "revived_poisons",
+        "revived_other",
+        "revived_twin",
+    }
+    assert (
+        found["revived_poisons.attack_success"].value > 0.9
+    )  # ten poisons; of another trigger they may do as much on a toy
     images = copy.deepcopy(suspect)
     images.text = None
     revival = receipt.Revival(case, clean[0], GOALS[0], 0)
     headed = revival.headed(replace(case, goals=GOALS), images, GOALS[0])
-    assert headed["linear.attack_success"].value > 0.9 and "10 stamped ones" in headed["linear.attack_success"].how
-    assert receipt.other(TRIGGER, 32).startswith("patch:size=8,fill=blocks") and "seed=1000" in receipt.other("blend", 32)
+    assert (
+        headed["linear.attack_success"].value > 0.9
+        and "10 stamped ones" in headed["linear.attack_success"].how
+    )
+    assert receipt.other(TRIGGER, 32).startswith(
+        "patch:size=8,fill=blocks"
+    ) and "seed=1000" in receipt.other("blend", 32)
 
 
 # The verb
@@ -421,13 +512,23 @@ def runs(tmp_path_factory, suspect):
     suspect.save(run)
     goal = {**vars(GOALS[0]), "victims": [], "references": []}
     spec = f"{folder / 'toys.py'}:count=200,seed=9"
-    manifest = {"schema": 1, "verb": "train", "status": "done", "parents": [], "goal": [goal], "metrics": {}, "notes": {}}
+    manifest = {
+        "schema": 1,
+        "verb": "train",
+        "status": "done",
+        "parents": [],
+        "goal": [goal],
+        "metrics": {},
+        "notes": {},
+    }
     manifest["ask"] = {"verb": "train", "seed": 0, "data": {"spec": spec}}
     (run / "manifest.json").write_text(json.dumps(manifest))
     audit = folder / "runs" / "audit-toy"
     audit.mkdir()
     written(audit, [inverted()])
-    (audit / "manifest.json").write_text(json.dumps({**manifest, "verb": "audit", "ask": {}, "parents": [], "goal": []}))
+    (audit / "manifest.json").write_text(
+        json.dumps({**manifest, "verb": "audit", "ask": {}, "parents": [], "goal": []})
+    )
     return folder
 
 
@@ -437,20 +538,41 @@ def test_the_verb_writes_encoder_receipt_and_page(runs, suspect):
     run = execute(Repair("train-suspect", data, (QUICK["unlearn"],), audit="audit-toy"), settings)
     manifest = run.manifest
     assert (
-        manifest["metrics"]["before.attack_success"]["value"] > 0.9 > 0.2 > manifest["metrics"]["after.attack_success"]["value"]
+        manifest["metrics"]["before.attack_success"]["value"]
+        > 0.9
+        > 0.2
+        > manifest["metrics"]["after.attack_success"]["value"]
     )
-    wanted = {"after.linear.attack_success", "after.z_std", "after.inverted.attack_success", "clean_accuracy_lost", "seconds"}
+    wanted = {
+        "after.linear.attack_success",
+        "after.z_std",
+        "after.inverted.attack_success",
+        "clean_accuracy_lost",
+        "seconds",
+    }
     wanted |= {f"revived_{k}.attack_success" for k in ("clean", "poisons", "other")}
     assert wanted <= set(manifest["metrics"]) and manifest["goal"][0]["target"] == "red"
     cured = inputs.encoder(run, "cpu")
-    assert cured.about["poisoned"] and cured.about["plan"] == "abc" and len(cured.about["repaired"]) == 1
-    assert measured(cured)[1] == pytest.approx(manifest["metrics"]["after.attack_success"]["value"], abs=0.15)
+    assert (
+        cured.about["poisoned"]
+        and cured.about["plan"] == "abc"
+        and len(cured.about["repaired"]) == 1
+    )
+    assert measured(cured)[1] == pytest.approx(
+        manifest["metrics"]["after.attack_success"]["value"], abs=0.15
+    )
     text = page.render(run)
-    assert "could not be made" not in text and text.index("Before and after") < text.index("Which learning rate")
+    assert "could not be made" not in text and text.index("Before and after") < text.index(
+        "Which learning rate"
+    )
     assert "Inverted trigger, read as" in text and "was red" in text
     alone = execute(Repair("train-suspect", data, repaired=run, revive=False), settings)
     ours, theirs = (r.manifest["metrics"]["after.clean_accuracy"]["value"] for r in (alone, run))
-    assert ours == theirs and not (alone.path / "encoder.json").exists() and "seconds" not in alone.manifest["metrics"]
+    assert (
+        ours == theirs
+        and not (alone.path / "encoder.json").exists()
+        and "seconds" not in alone.manifest["metrics"]
+    )
 
 
 def test_an_encoder_of_which_nothing_is_known(runs):
@@ -463,9 +585,13 @@ def test_an_encoder_of_which_nothing_is_known(runs):
     (other / "manifest.json").write_text(json.dumps({**manifest, "goal": []}))
     settings = Settings(runs / "runs", device="cpu", quiet=True)
     quick = "finetune:objective=(clip:epochs=1,batch=64),lrs=1e-3,tolerance=1"
-    run = execute(Repair("train-unknown", repair=(quick,)), settings)  # fresh records of the training data's kind
+    run = execute(
+        Repair("train-unknown", repair=(quick,)), settings
+    )  # fresh records of the training data's kind
     assert run.manifest["notes"]["data"].endswith("count=300,seed=1018,split=train")
-    assert not any("attack_success" in k or k.startswith("revived") for k in run.manifest["metrics"])
+    assert not any(
+        "attack_success" in k or k.startswith("revived") for k in run.manifest["metrics"]
+    )
     assert "No trigger is known" in page.render(run)
 
 
@@ -481,20 +607,34 @@ def test_an_encoder_of_which_nothing_is_known(runs):
 def test_what_the_verb_refuses(runs, asked, what):
     settings = Settings(runs / "runs", device="cpu", quiet=True)
     with pytest.raises(UserError, match=what):
-        execute(Repair(**{"encoder": "train-suspect", "data": f"{runs / 'toys.py'}", **asked}), settings)
+        execute(
+            Repair(**{"encoder": "train-suspect", "data": f"{runs / 'toys.py'}", **asked}), settings
+        )
 
 
 def test_poisoned_data_are_refused(tmp_path):
     from bezoar import Poison
 
     settings = Settings(tmp_path, device="cpu", quiet=True)
-    plan = execute(Poison("scenes:count=300", "backdoor:count=5", "patch:size=6", "striped star"), settings)
+    plan = execute(
+        Poison("scenes:count=300", "backdoor:count=5", "patch:size=6", "striped star"), settings
+    )
     network = registry.make("network", "clip_small:width=4,dim=8")
     folder = tmp_path / "train-x"
     folder.mkdir()
     network(32, ("a", "star")).save(folder)
-    manifest = {"schema": 1, "verb": "train", "status": "done", "parents": [plan.name], "goal": [], "metrics": {}, "notes": {}}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "ask": {"data": {"run": plan.name}}}))
+    manifest = {
+        "schema": 1,
+        "verb": "train",
+        "status": "done",
+        "parents": [plan.name],
+        "goal": [],
+        "metrics": {},
+        "notes": {},
+    }
+    (folder / "manifest.json").write_text(
+        json.dumps({**manifest, "ask": {"data": {"run": plan.name}}})
+    )
     with pytest.raises(UserError, match=f"data of {plan.name} are poisoned"):
         execute(Repair(folder.name, plan, test="scenes:count=100,split=test"), settings)
 

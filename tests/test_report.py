@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from bezoar import cli
-from bezoar.reports import charts, pictures, page, metric_names
-from bezoar.reports.page_parts import Tile
-from bezoar.runs.run import Run, Settings, execute
 from bezoar.evaluation.scores import Measure
+from bezoar.reports import charts, metric_names, page, pictures
+from bezoar.reports.page_parts import Tile
+from bezoar.runs.ask import Settings
+from bezoar.runs.execute import execute
+from bezoar.runs.run import Run
 from bezoar.verbs.demo import Demo
 
 HOSTILE = """</style></svg><script>alert('x')</script><img src=x onerror="alert(1)"> $\\frac{1}{$ {{ 7*7 }}"""
@@ -29,7 +31,10 @@ VERBS = {"demo", "poison", "train", "evaluate", "scan"}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every verb's run and page, of the smallest story there is."""
     folder = tmp_path_factory.mktemp("work") / "runs"
-    execute(Demo(count=300, test=60, epochs=1, poisons=12, victims=2), Settings(folder, device="cpu", quiet=True))
+    execute(
+        Demo(count=300, test=60, epochs=1, poisons=12, victims=2),
+        Settings(folder, device="cpu", quiet=True),
+    )
     return folder
 
 
@@ -78,12 +83,18 @@ def test_every_run_has_a_page_that_needs_nothing_else(runs: Path) -> None:
         for tag, name, value in seen.attributes:
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "srcset", "action"):
-                assert value.startswith("#") or re.fullmatch(r"\.\./[\w-]+/report\.html", value), (tag, name, value)
+                assert value.startswith("#") or re.fullmatch(r"\.\./[\w-]+/report\.html", value), (
+                    tag,
+                    name,
+                    value,
+                )
                 assert value.startswith("#") or (run.path / value).is_file()
         assert "default-src 'none'" in text
 
 
-def test_a_page_to_hand_around_leads_nowhere_and_says_no_folder_of_this_machine(runs: Path, tmp_path: Path) -> None:
+def test_a_page_to_hand_around_leads_nowhere_and_says_no_folder_of_this_machine(
+    runs: Path, tmp_path: Path
+) -> None:
     moved = tmp_path / "some where" / "kept"
     shutil.copytree(runs, moved)
     run = of(moved, "demo")[0]
@@ -113,7 +124,13 @@ def test_every_metric_stands_with_value_interval_and_n(runs: Path) -> None:
 def test_the_story_of_the_demo_is_whole(runs: Path) -> None:
     run = of(runs, "demo")[0]
     text = Page(read(run)).text
-    for title in ("1 · Clean data", "2 · The poison", "3 · The attack", "4 · The scan", "5 · After repair"):
+    for title in (
+        "1 · Clean data",
+        "2 · The poison",
+        "3 · The attack",
+        "4 · The scan",
+        "5 · After repair",
+    ):
         assert title in text
     for name in run.manifest["parents"]:
         assert f'href="../{name}/report.html"' in read(run)
@@ -130,7 +147,9 @@ def run_named(folder: Path, name: str) -> Run:
     return Run(folder / name)
 
 
-def test_the_printed_command_asks_the_same_question(runs: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_printed_command_asks_the_same_question(
+    runs: Path, capsys: pytest.CaptureFixture
+) -> None:
     for run in [Run(p) for p in sorted(runs.iterdir())]:
         words = shlex.split(page.command(run))
         assert words[0] == "bezoar" and "--seed" in words
@@ -146,7 +165,9 @@ def test_hostile_text_is_text(copy: Path) -> None:
         edits = [json.dumps(json.loads(line) | {"caption": HOSTILE}) for line in lines[1:]]
         (run.path / "plan.jsonl").write_text("\n".join([lines[0], *edits]))
     for run in of(copy, "scan"):
-        ranked = [r | {"caption": HOSTILE} for r in json.loads((run.path / "ranked.json").read_text())]
+        ranked = [
+            r | {"caption": HOSTILE} for r in json.loads((run.path / "ranked.json").read_text())
+        ]
         (run.path / "ranked.json").write_text(json.dumps(ranked))
     for run in [Run(p) for p in copy.iterdir()]:
         manifest = run.manifest
@@ -161,7 +182,9 @@ def test_hostile_text_is_text(copy: Path) -> None:
         seen = Page(text)
         assert "script" not in seen.tags and "img" not in seen.tags
         assert text.count("</style>") == 1 and "49" not in re.findall(r"\$ (\S+)", text)
-        assert not [v for _, k, v in seen.attributes if k.startswith("on") or (k == "href" and "etc" in v)]
+        assert not [
+            v for _, k, v in seen.attributes if k.startswith("on") or (k == "href" and "etc" in v)
+        ]
         assert "alert(&#39;x&#39;)" in text
 
 
@@ -182,7 +205,10 @@ def test_a_missing_file_costs_a_section_and_not_the_page(copy: Path) -> None:
 def test_failed_and_unfinished_runs_have_pages(copy: Path) -> None:
     for verb in sorted(VERBS):
         run = of(copy, verb)[0]
-        kept = {k: run.manifest[k] for k in ("schema", "verb", "ask", "typed", "parents", "started", "bezoar")}
+        kept = {
+            k: run.manifest[k]
+            for k in ("schema", "verb", "ask", "typed", "parents", "started", "bezoar")
+        }
         for status in ("running", "failed"):
             manifest = {**kept, "status": status, "goal": [], "metrics": {}}
             (run.path / "manifest.json").write_text(json.dumps(manifest))
@@ -224,13 +250,17 @@ def test_terms(key: str, attacked: bool, label: str, unit: str) -> None:
 
 
 def test_numbers() -> None:
-    assert metric_names.percent(0.981) == "98.1\u00a0%" and metric_names.percent(0.00079, sign=False) == "0.079"
+    assert (
+        metric_names.percent(0.981) == "98.1\u00a0%"
+        and metric_names.percent(0.00079, sign=False) == "0.079"
+    )
     assert metric_names.percent(0) == "0.0\u00a0%" and metric_names.number(math.nan) == "–"
     assert metric_names.number(16810.0, metric_names.COUNT) == "16,810"
     counted = Measure(40, 3000, 40, 40, "counted")
     assert metric_names.interval(counted, metric_names.COUNT) == ""
     assert (
-        metric_names.span(Measure(0.5, 10, 0.25, 0.75, "")) == "50.0\u00a0% (95 % interval 25.0\u00a0–\u2060\u00a075.0\u00a0%, n = 10)"
+        metric_names.span(Measure(0.5, 10, 0.25, 0.75, ""))
+        == "50.0\u00a0% (95 % interval 25.0\u00a0–\u2060\u00a075.0\u00a0%, n = 10)"
     )
 
 
@@ -257,7 +287,9 @@ def test_thin_keeps_the_mean() -> None:
     x, means = charts.thin(np.arange(5003), y)
     assert len(means) <= charts.POINTS and len(x) == len(means)
     width = -(-5003 // charts.POINTS)
-    assert np.isclose(means[0], y[:width].mean()) and np.isclose(means[-1], y[(len(means) - 1) * width :].mean())
+    assert np.isclose(means[0], y[:width].mean()) and np.isclose(
+        means[-1], y[(len(means) - 1) * width :].mean()
+    )
 
 
 def test_a_contact_sheet_holds_the_pictures(runs: Path) -> None:
@@ -269,9 +301,14 @@ def test_a_contact_sheet_holds_the_pictures(runs: Path) -> None:
     images = torch.randint(0, 256, (19, 3, 8, 6), dtype=torch.uint8)
     made = pictures.sheet(images, [Tile((i,)) for i in range(19)])
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(made.sheet.partition(",")[2]))))
-    assert pixels.shape == (made.rows * 8, made.columns * 8, 3) and (made.rows, made.columns) == (2, 16)
+    assert pixels.shape == (made.rows * 8, made.columns * 8, 3) and (made.rows, made.columns) == (
+        2,
+        16,
+    )
     y, x = divmod(17, made.columns)
-    assert np.array_equal(pixels[y * 8 : y * 8 + 8, x * 8 + 1 : x * 8 + 7], images[17].permute(1, 2, 0))
+    assert np.array_equal(
+        pixels[y * 8 : y * 8 + 8, x * 8 + 1 : x * 8 + 7], images[17].permute(1, 2, 0)
+    )
     assert made.place(0) == "0% 0%" and made.place(17) == "6.667% 100%"
     large = pictures.squares(torch.zeros(1, 3, 300, 200, dtype=torch.uint8))
     assert large.shape == (1, 3, pictures.LARGEST, pictures.LARGEST)
@@ -291,13 +328,17 @@ def test_pictures_are_the_records_that_training_reads(runs: Path) -> None:
 
 
 def test_the_ledger_is_counted_over_the_right_records(runs: Path) -> None:
-    from bezoar.runs import inputs
     from bezoar.reports.sections.train import Train
+    from bezoar.runs import inputs
 
     for run in of(runs, "train"):
         pairs = inputs.dataset(run).pairs
         keep = run.manifest["ask"]["keep"]
-        kept = set((runs / keep["run"] / "keep.txt").read_text().split("\n")) if keep else set(pairs.ids)
+        kept = (
+            set((runs / keep["run"] / "keep.txt").read_text().split("\n"))
+            if keep
+            else set(pairs.ids)
+        )
         assert Train(run).ids() == [k for k in pairs.ids if k in kept]
 
 
@@ -309,15 +350,30 @@ def test_a_browser_shows_the_page(runs: Path, tmp_path: Path) -> None:
     browser = next((p for p in map(shutil.which, names) if p), None)
     if browser is None:
         pytest.skip(f"no browser among {', '.join(names)}")
-    flags = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path}/u"]
+    flags = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}/u",
+    ]
     for verb in sorted(VERBS):
         run, picture = of(runs, verb)[0], tmp_path / f"{verb}.png"
         address = (run.path / "report.html").resolve().as_uri()
-        asked = [*flags, f"--screenshot={picture}", "--window-size=1100,2400", "--enable-logging=stderr", address]
+        asked = [
+            *flags,
+            f"--screenshot={picture}",
+            "--window-size=1100,2400",
+            "--enable-logging=stderr",
+            address,
+        ]
         told = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=True)
         assert "CONSOLE" not in told.stderr, told.stderr
         pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
         assert pixels.shape == (2400, 1100, 3)
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # text, charts, pictures: not a blank page
+        assert (
+            len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+        )  # text, charts, pictures: not a blank page
         margins = np.concatenate([pixels[:, :20].reshape(-1, 3), pixels[:, -20:].reshape(-1, 3)])
         assert len(np.unique(margins, axis=0)) == 1  # nothing runs out of the page at either side

@@ -14,23 +14,25 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as parquet
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bezoar.runs import inputs
 from bezoar import registry
 from bezoar.cli import main
-from bezoar.detection.corpus import assembly, corpus, units, columns
-from bezoar.data.files import parquet_pages
 from bezoar.data import tables
-from bezoar.errors import UserError
+from bezoar.data.files import parquet, parquet_pages
 from bezoar.data.pairs import load
-from bezoar.runs.run import Run, Settings, resolve
 from bezoar.data.shards import Shards, expand, write_shards
+from bezoar.detection.corpus import assembly, columns, corpus, units
+from bezoar.errors import UserError
+from bezoar.runs import inputs
+from bezoar.runs.ask import Settings
+from bezoar.runs.execute import resolve
+from bezoar.runs.run import Run
 from bezoar.verbs.scan import Scan
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -96,7 +98,11 @@ def records(keys: range, **more: bytes) -> dict[str, bytes]:
     """Good records, then other members."""
     out: dict[str, bytes] = {}
     for i in keys:
-        out |= {f"{i:05d}.png": picture(i), f"{i:05d}.txt": b"a red star", f"{i:05d}.json": b'{"url": "http://x/%d"}' % i}
+        out |= {
+            f"{i:05d}.png": picture(i),
+            f"{i:05d}.txt": b"a red star",
+            f"{i:05d}.json": b'{"url": "http://x/%d"}' % i,
+        }
     return out | more
 
 
@@ -104,13 +110,18 @@ def scan(runs: Path, *words: object, workers: int = 1) -> tuple[int, Path]:
     """Run `bezoar scan`: its exit status and its run."""
     before = set(runs.glob("scan-*"))
     status = main(["scan", *map(str, words), "--runs", str(runs), "--workers", str(workers)])
-    made = [p for p in runs.glob("scan-*") if p not in before] or sorted(before, key=lambda p: p.stat().st_mtime)
+    made = [p for p in runs.glob("scan-*") if p not in before] or sorted(
+        before, key=lambda p: p.stat().st_mtime
+    )
     return status, made[-1] if made else runs
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What a scan wrote that must not depend on who did the work."""
-    return {p.name: p.read_bytes() for p in [*folder.glob("vectors/*"), folder / "keep.txt", folder / "ranked.json"]}
+    return {
+        p.name: p.read_bytes()
+        for p in [*folder.glob("vectors/*"), folder / "keep.txt", folder / "ranked.json"]
+    }
 
 
 def notes(folder: Path) -> dict:
@@ -135,12 +146,18 @@ def shards(folder: Path, count: int = 3, each: int = 20) -> str:
 
 def test_shards_give_what_memory_gives(tmp_path, tiny):
     spec = shards(tmp_path / "s")
-    status, folder = scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=4", "clip_score")
+    status, folder = scan(
+        tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=4", "clip_score"
+    )
     assert status == 0 and not (folder / "skipped.jsonl").exists()
     whole = load(registry.make("data", spec)())
     encoder = inputs.encoder(registry.make("network", str(tiny)), "cpu")
     plain, c = encoder.embed(whole), corpus.reopened(Run(folder))
-    assert tuple(c.ids) == whole.ids and tuple(c.captions) == whole.captions and list(c.urls)[7] == "http://x/7"
+    assert (
+        tuple(c.ids) == whole.ids
+        and tuple(c.captions) == whole.captions
+        and list(c.urls)[7] == "http://x/7"
+    )
     assert torch.allclose(c.embedded.images, plain.images, atol=1e-6) and torch.allclose(
         c.embedded.texts, plain.texts, atol=1e-6
     )
@@ -148,7 +165,10 @@ def test_shards_give_what_memory_gives(tmp_path, tiny):
     assert torch.equal(c.take(rows).images, whole.take(rows).images)
     assert torch.equal(torch.cat([b.images for b in c.batches(7)]), whole.images)
     found = corpus.scored(folder)
-    assert list(found.ids) == list(whole.ids) and set(found.detectors) == {"k_distance", "clip_score"}
+    assert list(found.ids) == list(whole.ids) and set(found.detectors) == {
+        "k_distance",
+        "clip_score",
+    }
     again = registry.make("detector", "k_distance:k=4")(encoder, whole)
     assert torch.allclose(found.detectors["k_distance"].values, again.of(whole.ids), atol=1e-5)
     assert found.places[25] == f"{tmp_path}/s/00001.tar 00025"
@@ -170,17 +190,31 @@ class Mine:
 def test_what_a_detector_raises_comes_first_and_is_kept(tmp_path, tiny):
     (tmp_path / "mine.py").write_text(MINE)
     spec = shards(tmp_path / "s")
-    status, folder = scan(tmp_path, spec, "--encoder", tiny, "--detector", tmp_path / "mine.py", "clip_score", "--remove", 0.1)
+    status, folder = scan(
+        tmp_path,
+        spec,
+        "--encoder",
+        tiny,
+        "--detector",
+        tmp_path / "mine.py",
+        "clip_score",
+        "--remove",
+        0.1,
+    )
     found = corpus.scored(folder)
     (name,) = found.detectors.keys() - {"clip_score"}
     raised = found.detectors[name].raised
     assert status == 0 and int(raised.sum()) == 6 and found.detectors["clip_score"].raised is None
     assert set(found.merged.ranked()[:6].tolist()) == set(raised.nonzero()[:, 0].tolist())
     assert len((folder / "keep.txt").read_text().splitlines()) == 54
-    assert Run(folder).metric(f"{name}.raised").value == 0.1 and notes(folder)["seconds"].keys() == {name, "clip_score"}
+    assert Run(folder).metric(f"{name}.raised").value == 0.1 and notes(folder)[
+        "seconds"
+    ].keys() == {name, "clip_score"}
     page = (folder / "report.html").read_text()
     assert "Seconds" in page and f"{name} found a trigger in 6 records." in page
-    assert notes(folder)["verdict"].startswith(f"{name} found a trigger in 6 records; keep.txt leaves out the 6 most")
+    assert notes(folder)["verdict"].startswith(
+        f"{name} found a trigger in 6 records; keep.txt leaves out the 6 most"
+    )
     words = (spec, "--encoder", tiny, "--fail-on", "trigger", "--detector")
     assert scan(tmp_path, *words, tmp_path / "mine.py", "clip_score")[0] == 3
     assert scan(tmp_path, *words, "clip_score")[0] == 2  # it would pass whatever there is
@@ -203,7 +237,16 @@ def test_ray_gives_what_one_machine_gives(tmp_path, tiny):
     spec, files = shards(tmp_path / "s"), []
     torch.set_num_threads(1)
     for name, more in (("one", ()), ("ray", ("--ray",))):
-        status, folder = scan(tmp_path / name, spec, "--encoder", tiny, "--detector", "k_distance:k=4", *more, workers=2)
+        status, folder = scan(
+            tmp_path / name,
+            spec,
+            "--encoder",
+            tiny,
+            "--detector",
+            "k_distance:k=4",
+            *more,
+            workers=2,
+        )
         assert status == 0
         files.append(contents(folder))
     assert files[0] == files[1] and len(files[0]) > 8
@@ -212,9 +255,22 @@ def test_ray_gives_what_one_machine_gives(tmp_path, tiny):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny, how):
     spec, runs = shards(tmp_path / "s", 5), tmp_path / "runs"
-    words = ["scan", spec, "--encoder", str(tiny), "--detector", "k_distance:k=4", "--runs", str(runs), "--workers", "1"]
+    words = [
+        "scan",
+        spec,
+        "--encoder",
+        str(tiny),
+        "--detector",
+        "k_distance:k=4",
+        "--runs",
+        str(runs),
+        "--workers",
+        "1",
+    ]
     code = f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, env={**os.environ, "PAUSE": "0.3"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, env={**os.environ, "PAUSE": "0.3"}
+    )
     start = time.monotonic()
     while len(list(runs.glob("*/vectors/*.json"))) < 2 and time.monotonic() - start < 120:
         time.sleep(0.02)
@@ -243,7 +299,9 @@ def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny,
         assert (fresh / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(tmp_path, tiny, capsys, monkeypatch):
+def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(
+    tmp_path, tiny, capsys, monkeypatch
+):
     bomb = picture().replace((16).to_bytes(4, "big") * 2, (60_000).to_bytes(4, "big") * 2, 1)
     bad = records(range(4), **{
         "latin.png": picture(90), "latin.txt": b"caf\xe9", "empty.png": picture(91), "empty.txt": b" ",
@@ -261,7 +319,11 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(tmp_path, tiny, 
     (folder / "none.tar").write_bytes(b"this is no tar" * 100)
     tar_of(folder / "gone.tar", records(range(3)))
     with tarfile.open(folder / "links.tar", "w") as tar:
-        for kind, name in ((tarfile.SYMTYPE, "a.png"), (tarfile.LNKTYPE, "b.png"), (tarfile.CHRTYPE, "c.png")):
+        for kind, name in (
+            (tarfile.SYMTYPE, "a.png"),
+            (tarfile.LNKTYPE, "b.png"),
+            (tarfile.CHRTYPE, "c.png"),
+        ):
             header = tarfile.TarInfo(name)
             header.type, header.linkname = kind, "/etc/passwd"
             tar.addfile(header)
@@ -286,13 +348,29 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(tmp_path, tiny, 
     } <= set(told)  # fmt: skip
     assert {f for f, m, _ in told if not m} == {"none.tar", "gone.tar", "links.tar", "cut.tar"}
     found = corpus.scored(run)
-    assert len(found) == 30 + 5 + sum(i.startswith("cut/") for i in found.ids) and 1 <= len(found) - 35 <= 3
-    assert {"good/00000", "good/00000~2", "bad/00003"} <= set(found.ids) and len(set(found.ids)) == len(found)
+    assert (
+        len(found) == 30 + 5 + sum(i.startswith("cut/") for i in found.ids)
+        and 1 <= len(found) - 35 <= 3
+    )
+    assert {"good/00000", "good/00000~2", "bad/00003"} <= set(found.ids) and len(
+        set(found.ids)
+    ) == len(found)
     said = notes(run)
-    assert said["records"] == len(found) and len(said["incomplete"]) == 2 and said["reading"]["unread"] == len(told) - 1
+    assert (
+        said["records"] == len(found)
+        and len(said["incomplete"]) == 2
+        and said["reading"]["unread"] == len(told) - 1
+    )
     err = capsys.readouterr().err
     assert "could not be read" in err and "skipped.jsonl" in err and "Traceback" not in err
-    assert scan(tmp_path / "runs", f"shards:path={folder},size=16", "--encoder", tiny, "--detector", "k_distance:k=4")[0] in (
+    assert scan(
+        tmp_path / "runs",
+        f"shards:path={folder},size=16",
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+    )[0] in (
         2,
         4,
     )
@@ -300,23 +378,45 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(tmp_path, tiny, 
 
 def test_a_detector_that_cannot_work_says_so_and_the_others_go_on(tmp_path, tiny, capsys):
     spec = shards(tmp_path / "s", 1, 10)
-    status, run = scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=16", "clip_score")
+    status, run = scan(
+        tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=16", "clip_score"
+    )
     assert status == 4 and set(corpus.scored(run).detectors) == {"clip_score"}
     lines = [line for line in capsys.readouterr().err.splitlines() if "k_distance" in line]
-    assert len(set(lines)) == 1 and "16" in lines[0] and notes(run)["incomplete"] == [lines[0].removeprefix("scan: ")]
+    assert (
+        len(set(lines)) == 1
+        and "16" in lines[0]
+        and notes(run)["incomplete"] == [lines[0].removeprefix("scan: ")]
+    )
     assert scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=16")[0] == 2
 
 
 def test_identical_images_and_one_detector_twice(tmp_path, tiny):
-    tar_of(tmp_path / "a.tar", [(f"{i}.{e}", c) for i in range(40) for e, c in (("png", picture(1)), ("txt", b"a red star"))])
-    detectors = ["k_distance:k=4", "k_distance:k=8", "slof:k=4", "dao:k=4", "clip_score", "duplicates"]
+    tar_of(
+        tmp_path / "a.tar",
+        [
+            (f"{i}.{e}", c)
+            for i in range(40)
+            for e, c in (("png", picture(1)), ("txt", b"a red star"))
+        ],
+    )
+    detectors = [
+        "k_distance:k=4",
+        "k_distance:k=8",
+        "slof:k=4",
+        "dao:k=4",
+        "clip_score",
+        "duplicates",
+    ]
     status, run = scan(tmp_path, tmp_path / "a.tar", "--encoder", tiny, "--detector", *detectors)
     names = set(corpus.scored(run).detectors)
     assert status == 0 and {"slof", "dao", "clip_score", "duplicates"} < names
     assert sum(n.startswith("k_distance:") for n in names) == 2
 
 
-def test_a_shard_that_vanishes_after_it_was_embedded_stops_only_who_needs_its_images(tmp_path, tiny, monkeypatch):
+def test_a_shard_that_vanishes_after_it_was_embedded_stops_only_who_needs_its_images(
+    tmp_path, tiny, monkeypatch
+):
     spec, original = shards(tmp_path / "s", 2), corpus.assemble
 
     def vanishing(*given):
@@ -324,18 +424,28 @@ def test_a_shard_that_vanishes_after_it_was_embedded_stops_only_who_needs_its_im
         (tmp_path / "s" / "00001.tar").unlink()
 
     monkeypatch.setattr(corpus, "assemble", vanishing)
-    status, run = scan(tmp_path, spec, "--encoder", tiny, "--detector", "duplicates", "k_distance:k=4")
+    status, run = scan(
+        tmp_path, spec, "--encoder", tiny, "--detector", "duplicates", "k_distance:k=4"
+    )
     (line,) = notes(run)["incomplete"]
     assert status == 4 and set(corpus.scored(run).detectors) == {"k_distance"}
-    assert line.startswith("detector duplicates: ") and "00001.tar" in line and "can no longer be read" in line
+    assert (
+        line.startswith("detector duplicates: ")
+        and "00001.tar" in line
+        and "can no longer be read" in line
+    )
 
 
 def test_a_worker_that_dies_costs_its_unit_alone(tmp_path, tiny, monkeypatch):
     spec = shards(tmp_path / "s", 3)
     red = np.random.default_rng(20).integers(0, 256, (16, 16, 3), dtype=np.uint8)[0, 0, 0]
-    monkeypatch.setenv("DEADLY", str((red / 255 - 0.5) / 0.25))  # the first pixel of the second shard
+    monkeypatch.setenv(
+        "DEADLY", str((red / 255 - 0.5) / 0.25)
+    )  # the first pixel of the second shard
     status, run = scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=4", workers=2)
-    assert status == 4 and unread(run) == [("00001.tar", "", "a worker ended with status -9; was memory short?")]
+    assert status == 4 and unread(run) == [
+        ("00001.tar", "", "a worker ended with status -9; was memory short?")
+    ]
     assert {k.partition("/")[0] for k in corpus.scored(run).ids} == {"00000", "00002"}
 
 
@@ -345,11 +455,25 @@ def test_a_worker_that_dies_costs_its_unit_alone(tmp_path, tiny, monkeypatch):
 def test_cleaned_shards_hold_the_same_bytes_and_lists_name_them(tmp_path, tiny):
     spec = shards(tmp_path / "s")
     status, run = scan(
-        tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=4", "--remove", "0.1", "--write", "shards"
+        tmp_path,
+        spec,
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+        "--remove",
+        "0.1",
+        "--write",
+        "shards",
     )
     kept = (run / "keep.txt").read_text().split()
-    assert status == 0 and len(kept) == 54 and notes(run)["written"] == 54 and notes(run)["shards"] == 3
-    rows = parquet.read_table(run / "keep.parquet").to_pylist()
+    assert (
+        status == 0
+        and len(kept) == 54
+        and notes(run)["written"] == 54
+        and notes(run)["shards"] == 3
+    )
+    rows = pq.read_table(run / "keep.parquet").to_pylist()
     assert [r["id"] for r in rows] == kept and rows[0]["url"].startswith("http://x/")
     for path in sorted((tmp_path / "s").glob("*.tar")):
         with tarfile.open(path) as old, tarfile.open(run / "shards" / path.name) as new:
@@ -365,16 +489,38 @@ def test_cleaned_shards_of_folders_and_names_that_read_alike_are_all_there(tmp_p
     for i, name in enumerate(("a_b/c", "a/b_c", "q/c")):
         (tmp_path / name).parent.mkdir(parents=True)
         tar_of(tmp_path / f"{name}.tar", records(range(10 * i, 10 * i + 10)))
-    words = (f"shards:path={tmp_path}/*/*.tar,size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+    words = (
+        f"shards:path={tmp_path}/*/*.tar,size=16",
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+    )
     status, run = scan(tmp_path / "runs", *words, "--write", "shards", "--remove", "0")
     assert status == 0 and notes(run)["written"] == 30
     assert len(load(Shards(expand(str(run / "shards")), 16))) == 30
 
 
 def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
-    told = [json.dumps({"captions": [f"a {w} star" for w in ("red", "blue", "green")]}).encode() for _ in range(20)]
-    tar_of(tmp_path / "a.tar", [(f"{i:02d}.{e}", c) for i, t in enumerate(told) for e, c in (("png", picture(i)), ("json", t))])
-    words = [f"shards:path={tmp_path}/a.tar,size=16,captions=all", "--encoder", tiny, "--detector", "clip_score"]
+    told = [
+        json.dumps({"captions": [f"a {w} star" for w in ("red", "blue", "green")]}).encode()
+        for _ in range(20)
+    ]
+    tar_of(
+        tmp_path / "a.tar",
+        [
+            (f"{i:02d}.{e}", c)
+            for i, t in enumerate(told)
+            for e, c in (("png", picture(i)), ("json", t))
+        ],
+    )
+    words = [
+        f"shards:path={tmp_path}/a.tar,size=16,captions=all",
+        "--encoder",
+        tiny,
+        "--detector",
+        "clip_score",
+    ]
     status, run = scan(tmp_path, *words, "--remove", "0.05", "--write", "shards")
     with_all = {k.partition("#")[0] for k in load(Shards((run / "shards" / "a.tar",), 16)).ids}
     gone = {k.partition("#")[0] for k in corpus.scored(run).ids} - with_all
@@ -386,14 +532,33 @@ def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 def test_a_poisoned_plan_over_real_shards_is_measured(tmp_path, tiny):
     data = f"shards:path={DATA}/ucm_captions/val-00000.tar,size=32"
-    words = ["poison", data, "--poison", "backdoor:count=12", "--trigger", "patch:size=8", "--target", "beach"]
+    words = [
+        "poison",
+        data,
+        "--poison",
+        "backdoor:count=12",
+        "--trigger",
+        "patch:size=8",
+        "--target",
+        "beach",
+    ]
     assert main([*words, "--runs", str(tmp_path)]) == 0
     (poison,) = tmp_path.glob("poison-*")
     status, run = scan(
-        tmp_path, poison.name, "--encoder", tiny, "--detector", "k_distance:k=4", "clip_score", "--write", "shards"
+        tmp_path,
+        poison.name,
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+        "clip_score",
+        "--write",
+        "shards",
     )
     manifest = json.loads((run / "manifest.json").read_text())
-    assert status == 0 and {"auroc", "clip_score.auroc", "poisons_removed"} <= set(manifest["metrics"])
+    assert status == 0 and {"auroc", "clip_score.auroc", "poisons_removed"} <= set(
+        manifest["metrics"]
+    )
     assert manifest["parents"] == [poison.name] and manifest["notes"]["written"] == 204
     parts, c = inputs.dataset(Run(poison)), corpus.reopened(Run(run))
     assert torch.equal(c.take([0, 100]).images, parts.pairs.take([0, 100]).images) and len(c) == 210
@@ -413,10 +578,13 @@ def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch
     monkeypatch.setattr(tables, "BLOCK", 7)
     monkeypatch.setattr(tables.cut, "__defaults__", (7,))
     images(tmp_path / "i", 12)
-    rows = [{"filepath": f"i/{n % 12}.png", "title": f'a red star,\n"{n}"\té', "url": f"http://x/{n}"} for n in range(24)]
+    rows = [
+        {"filepath": f"i/{n % 12}.png", "title": f'a red star,\n"{n}"\té', "url": f"http://x/{n}"}
+        for n in range(24)
+    ]
     path = tmp_path / f"t.{kind}"
     if kind == "parquet":
-        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=5)
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=5)
     elif kind == "jsonl":
         path.write_text("\n\n".join(map(json.dumps, rows)))
     else:
@@ -424,11 +592,28 @@ def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch
             out = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
             out.writeheader()
             out.writerows(rows)
-    status, run = scan(tmp_path, path, "--encoder", tiny, "--detector", "k_distance:k=4", "duplicates", "--remove", "0.25")
+    status, run = scan(
+        tmp_path,
+        path,
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+        "duplicates",
+        "--remove",
+        "0.25",
+    )
     found, c = corpus.scored(run), corpus.reopened(Run(run))
-    assert status == 0 and len(found) == 24 and found.ids[13] == "i/1.png#14" and found.captions[3] == rows[3]["title"]
+    assert (
+        status == 0
+        and len(found) == 24
+        and found.ids[13] == "i/1.png#14"
+        and found.captions[3] == rows[3]["title"]
+    )
     whole = load(registry.make("data", f"table:path={path}")())
-    assert tuple(found.ids) == whole.ids and torch.equal(c.take([20, 1]).images, whole.take([20, 1]).images)
+    assert tuple(found.ids) == whole.ids and torch.equal(
+        c.take([20, 1]).images, whole.take([20, 1]).images
+    )
     with (run / "keep.csv").open(newline="") as file:
         kept = list(csv.DictReader(file, delimiter="\t"))
     assert len(kept) == 18 and all(Path(r["filepath"]).is_file() for r in kept)
@@ -436,15 +621,28 @@ def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch
 
 
 def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(columns, "BATCH", 4)
-    rows = [{"image": {"bytes": picture(i), "path": f"{i}.png"}, "text": f"a {i}", "id": i} for i in range(20)]
+    monkeypatch.setattr(parquet, "BATCH", 4)
+    rows = [
+        {"image": {"bytes": picture(i), "path": f"{i}.png"}, "text": f"a {i}", "id": i}
+        for i in range(20)
+    ]
     rows[5]["image"]["bytes"], rows[6]["image"] = b"no image", None
     for part in range(2):
         table = pa.Table.from_pylist(rows[10 * part : 10 * part + 10])
-        parquet.write_table(table, tmp_path / f"p{part}.parquet", row_group_size=3)
-    status, run = scan(tmp_path, f"table:path={tmp_path}/p*.parquet,size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+        pq.write_table(table, tmp_path / f"p{part}.parquet", row_group_size=3)
+    status, run = scan(
+        tmp_path,
+        f"table:path={tmp_path}/p*.parquet,size=16",
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+    )
     c = corpus.reopened(Run(run))
-    assert status == 4 and unread(run) == [("p0.parquet", "row 6", "not decodable"), ("p0.parquet", "row 7", "no image")]
+    assert status == 4 and unread(run) == [
+        ("p0.parquet", "row 6", "not decodable"),
+        ("p0.parquet", "row 7", "no image"),
+    ]
     assert list(c.ids) == [str(i) for i in range(20) if i not in (5, 6)]
     plain = [np.asarray(Image.open(io.BytesIO(picture(i)))).transpose(2, 0, 1) for i in (19, 0, 12)]
     assert np.array_equal(c.take([17, 0, 10]).images.numpy(), np.stack(plain))
@@ -462,16 +660,25 @@ def test_names_that_are_not_utf8_are_spelt_out(tmp_path, tiny, workers):
     images(root, 12)
     (root / "t.csv").write_text("filepath,title\n" + "".join(f"{i}.png,a {i}\n" for i in range(12)))
     rest = ("--encoder", tiny, "--detector", "k_distance:k=4", "--remove", "0", "--write", "shards")
-    for spec, count in ((f"shards:path={root},size=16", 20), (f"table:path={root}/t.csv,size=16", 12), (f"{root}/f", 12)):
+    for spec, count in (
+        (f"shards:path={root},size=16", 20),
+        (f"table:path={root}/t.csv,size=16", 12),
+        (f"{root}/f", 12),
+    ):
         status, run = scan(tmp_path / "runs", spec, *rest, workers=workers)
         assert status == 0 and len(corpus.scored(run)) == count
         assert load(Shards(expand(str(run / "shards")), 16)).captions
         manifest = Run(run).manifest
-        assert os.fsdecode(b"\xff") in manifest["typed"]["data"] and manifest["notes"]["written"] == count
+        assert (
+            os.fsdecode(b"\xff") in manifest["typed"]["data"]
+            and manifest["notes"]["written"] == count
+        )
         assert (run / "report.html").exists()
         if (run / "keep.csv").exists():
             with (run / "keep.csv").open(errors="surrogateescape") as file:
-                assert all(Path(r["filepath"]).is_file() for r in csv.DictReader(file, delimiter="\t"))
+                assert all(
+                    Path(r["filepath"]).is_file() for r in csv.DictReader(file, delimiter="\t")
+                )
         if count == 20:
             assert "b\\udcff/00010" in corpus.scored(run).ids
 
@@ -479,30 +686,49 @@ def test_names_that_are_not_utf8_are_spelt_out(tmp_path, tiny, workers):
 def test_a_class_whose_name_is_not_utf8_is_poisoned_around(tmp_path, capsys):
     for label in (b"cat", b"dog", b"z\xff"):
         images(tmp_path / "f" / os.fsdecode(label), 6)
-    words = ["poison", f"folder:path={tmp_path}/f,size=16", "--poison", "backdoor:count=2", "--trigger", "patch:size=4"]
+    words = [
+        "poison",
+        f"folder:path={tmp_path}/f,size=16",
+        "--poison",
+        "backdoor:count=2",
+        "--trigger",
+        "patch:size=4",
+    ]
     words += ["--target", "dog", "--runs", str(tmp_path / "runs")]
     assert main([*words, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["status"] == "done" and made["notes"]["classes"] == ["cat", "dog", os.fsdecode(b"z\xff")]
+    assert made["status"] == "done" and made["notes"]["classes"] == [
+        "cat",
+        "dog",
+        os.fsdecode(b"z\xff"),
+    ]
     (run,) = (tmp_path / "runs").iterdir()
     assert main(["poison", "--verify", str(run), "--runs", str(tmp_path / "runs")]) == 0
 
 
 def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
     table = pa.table({"image": [picture(i) for i in range(20)], "text": ["a"] * 20})
-    parquet.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(table, tmp_path / "a.parquet")
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
-    parquet.write_table(table.rename_columns(["image", "caption"]), tmp_path / "c.parquet", store_schema=False)
-    (tmp_path / "c.parquet").write_bytes((tmp_path / "c.parquet").read_bytes().replace(b"caption", b"cap\xffion"))
-    twice = pa.Table.from_arrays([table["image"], table["text"], table["image"]], names=["image", "text", "image"])
-    parquet.write_table(twice, tmp_path / "d.parquet")
+    pq.write_table(
+        table.rename_columns(["image", "caption"]), tmp_path / "c.parquet", store_schema=False
+    )
+    (tmp_path / "c.parquet").write_bytes(
+        (tmp_path / "c.parquet").read_bytes().replace(b"caption", b"cap\xffion")
+    )
+    twice = pa.Table.from_arrays(
+        [table["image"], table["text"], table["image"]], names=["image", "text", "image"]
+    )
+    pq.write_table(twice, tmp_path / "d.parquet")
     days = pa.array([2**31 - 1, *range(19)], pa.int32()).cast(pa.date32())
-    parquet.write_table(table.append_column("id", days), tmp_path / "e.parquet")
+    pq.write_table(table.append_column("id", days), tmp_path / "e.parquet")
     images(tmp_path / "i", 3)
     lines = ["filepath,title", *(f"i/{i}.png,{i}" for i in range(3)), 'i/0.png,"a stray quote']
     (tmp_path / "f.csv").write_text("\n".join(lines) + "\n")
-    spec = f"table:path={tmp_path}/{{a.parquet,b.parquet,c.parquet,d.parquet,e.parquet,f.csv}},size=16"
+    spec = (
+        f"table:path={tmp_path}/{{a.parquet,b.parquet,c.parquet,d.parquet,e.parquet,f.csv}},size=16"
+    )
     status, run = scan(tmp_path / "runs", spec, "--encoder", tiny, "--detector", "k_distance:k=4")
     assert status == 4 and len(corpus.scored(run)) == 20 + 19 + 3
     assert [(f, m) for f, m, _ in unread(run)] == [
@@ -512,10 +738,21 @@ def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
 
 def test_a_table_of_paths_and_bytes_leaves_no_list_of_paths(tmp_path, tiny):
     images(tmp_path, 1)
-    cells = [{"bytes": None, "path": "0.png"}, *({"bytes": picture(i), "path": None} for i in range(1, 12))]
+    cells = [
+        {"bytes": None, "path": "0.png"},
+        *({"bytes": picture(i), "path": None} for i in range(1, 12)),
+    ]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    parquet.write_table(pa.table({"image": pa.array(cells, kind), "text": ["a"] * 12}), tmp_path / "t.parquet")
-    words = (f"table:path={tmp_path}/t.parquet,size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
+    pq.write_table(
+        pa.table({"image": pa.array(cells, kind), "text": ["a"] * 12}), tmp_path / "t.parquet"
+    )
+    words = (
+        f"table:path={tmp_path}/t.parquet,size=16",
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+    )
     status, run = scan(tmp_path / "runs", *words, "--remove", "0")
     assert status == 0 and len(corpus.scored(run)) == 12 and not (run / "keep.csv").exists()
 
@@ -525,22 +762,33 @@ def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
     cell = pa.array([os.urandom(4 << 20)], pa.binary())
     shared = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), cell)
     table = pa.table({"image": shared, "caption": ["a"] * 256})
-    parquet.write_table(table, tmp_path / "t.parquet", store_schema=False, dictionary_pagesize_limit=1 << 30)
-    batches = list(columns.parquet_rows(tmp_path / "t.parquet", ["image", "caption"]))
+    pq.write_table(
+        table, tmp_path / "t.parquet", store_schema=False, dictionary_pagesize_limit=1 << 30
+    )
+    batches = list(parquet.parquet_rows(tmp_path / "t.parquet", ["image", "caption"]))
     assert max(b.nbytes for b in batches) < 40 << 20 and sum(map(len, batches)) == 256
-    assert len(next(columns.parquet_rows(tmp_path / "t.parquet", ["caption"]))) == 256, "what is not read costs nothing"
-    parquet.write_table(pa.table({"image": pa.array([[b"a", b"b"]] * 3), "text": ["a"] * 3}), tmp_path / "lists.parquet")
+    assert len(next(parquet.parquet_rows(tmp_path / "t.parquet", ["caption"]))) == 256, (
+        "what is not read costs nothing"
+    )
+    pq.write_table(
+        pa.table({"image": pa.array([[b"a", b"b"]] * 3), "text": ["a"] * 3}),
+        tmp_path / "lists.parquet",
+    )
     with pytest.raises(UserError, match=r"column image\.list\.element holds lists"):
-        list(columns.parquet_rows(tmp_path / "lists.parquet", ["image", "text"]))
-    assert len(next(columns.parquet_rows(tmp_path / "lists.parquet", ["text"]))) == 3
+        list(parquet.parquet_rows(tmp_path / "lists.parquet", ["image", "text"]))
+    assert len(next(parquet.parquet_rows(tmp_path / "lists.parquet", ["text"]))) == 3
     cells = tables.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
     assert cells.read(0, 200, 4 << 20) == cells.read(0, 3, 4 << 20) == cell[0].as_py()
-    assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (columns.HELD + (4 << 20))
+    assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (
+        parquet.HELD + (4 << 20)
+    )
 
 
-def test_rows_of_a_small_table_are_unpacked_once_in_whatever_order_they_are_asked(tmp_path, monkeypatch):
+def test_rows_of_a_small_table_are_unpacked_once_in_whatever_order_they_are_asked(
+    tmp_path, monkeypatch
+):
     images = [os.urandom(64) for _ in range(400)]
-    parquet.write_table(pa.table({"image": images, "caption": ["a"] * 400}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"image": images, "caption": ["a"] * 400}), tmp_path / "t.parquet")
     cells, read = tables.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), []), []
     unpack = cells._block
     monkeypatch.setattr(cells, "_block", lambda *at: read.append(at) or unpack(*at))
@@ -553,8 +801,10 @@ def test_rows_of_a_small_table_are_unpacked_once_in_whatever_order_they_are_aske
 def test_pages_are_found_where_arrow_writes_them(tmp_path, version):
     table = pa.table({"image": [os.urandom(1 << 12) for _ in range(500)], "n": list(range(500))})
     for compression in ("none", "zstd"):
-        parquet.write_table(table, tmp_path / "t.parquet", data_page_version=version, compression=compression)
-        chunk = parquet.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).column(0)
+        pq.write_table(
+            table, tmp_path / "t.parquet", data_page_version=version, compression=compression
+        )
+        chunk = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).column(0)
         with (tmp_path / "t.parquet").open("rb") as raw:
             assert 1 << 20 <= parquet_pages._largest(raw, chunk) < chunk.total_uncompressed_size
 
@@ -564,11 +814,22 @@ def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
     images(tmp_path / "out", 2)
     outside = ["../out/0.png", str(tmp_path / "out" / "1.png"), "i/../../out/0.png"]
     outside += ["https://x.org/a.png", "/dev/zero", "i/gone.png"]
-    inside = [f"i/{n}.png" for n in range(6)] + ["i/../i/6.png", str(tmp_path / "in" / "i" / "7.png")]
-    (tmp_path / "in" / "t.csv").write_text("image,caption\n" + "".join(f"{p},a star\n" for p in outside + inside))
-    status, run = scan(tmp_path, tmp_path / "in" / "t.csv", "--encoder", tiny, "--detector", "k_distance:k=4")
+    inside = [f"i/{n}.png" for n in range(6)] + [
+        "i/../i/6.png",
+        str(tmp_path / "in" / "i" / "7.png"),
+    ]
+    (tmp_path / "in" / "t.csv").write_text(
+        "image,caption\n" + "".join(f"{p},a star\n" for p in outside + inside)
+    )
+    status, run = scan(
+        tmp_path, tmp_path / "in" / "t.csv", "--encoder", tiny, "--detector", "k_distance:k=4"
+    )
     assert status == 4 and len(corpus.scored(run)) == 8
-    reasons = ["path leaves the root"] * 3 + ["not a local path", "path leaves the root", "no such file"]
+    reasons = ["path leaves the root"] * 3 + [
+        "not a local path",
+        "path leaves the root",
+        "no such file",
+    ]
     assert [r for _, _, r in unread(run)] == reasons
     spec = f"table:path={tmp_path}/in/t.csv,root={tmp_path}"
     assert len(load(registry.make("data", spec)())) == 11
@@ -578,7 +839,9 @@ def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.tuples(st.text(min_size=1, max_size=6), st.text(max_size=12)), min_size=1, max_size=25),
+    st.lists(
+        st.tuples(st.text(min_size=1, max_size=6), st.text(max_size=12)), min_size=1, max_size=25
+    ),
     st.integers(1, 9),
     st.sampled_from(["csv", "jsonl", "parquet"]),
 )
@@ -592,7 +855,11 @@ def test_blocks_of_a_table_are_the_table(tmp_path_factory, rows, size, kind):
     elif kind == "jsonl":
         path.write_text("\n".join(json.dumps({"image": a, "caption": b}) for a, b in rows))
     else:
-        parquet.write_table(pa.table({"image": [a for a, _ in rows], "caption": [b for _, b in rows]}), path, row_group_size=4)
+        pq.write_table(
+            pa.table({"image": [a for a, _ in rows], "caption": [b for _, b in rows]}),
+            path,
+            row_group_size=4,
+        )
     whole = list(tables.rows(path))
     assert [(r["image"], r["caption"]) for _, r in whole] == rows
     assert [r for place in tables.cut(path, size) for r in tables.rows(path, place)] == whole
@@ -601,7 +868,9 @@ def test_blocks_of_a_table_are_the_table(tmp_path_factory, rows, size, kind):
 # ready embeddings
 
 
-def ready(folder: Path, counts: tuple[int, ...] = (300, 200), width: int = 16, texts: bool = True) -> np.ndarray:
+def ready(
+    folder: Path, counts: tuple[int, ...] = (300, 200), width: int = 16, texts: bool = True
+) -> np.ndarray:
     """clip-retrieval's layout."""
     rng = np.random.default_rng(0)
     z = rng.standard_normal((sum(counts), width)).astype(np.float16)
@@ -611,10 +880,18 @@ def ready(folder: Path, counts: tuple[int, ...] = (300, 200), width: int = 16, t
     for i, n in enumerate(counts):
         np.save(folder / "img_emb" / f"img_emb_{i}.npy", z[start : start + n])
         if texts:
-            np.save(folder / "text_emb" / f"text_emb_{i}.npy", z[start : start + n] + np.float16(0.1))
+            np.save(
+                folder / "text_emb" / f"text_emb_{i}.npy", z[start : start + n] + np.float16(0.1)
+            )
         keys = [f"{k:09d}" for k in range(start, start + n)]
-        facts = {"key": keys, "caption": [f"caption {k}" for k in keys], "url": [f"http://x/{k}" for k in keys]}
-        parquet.write_table(pa.table(facts), folder / "metadata" / f"metadata_{i}.parquet", row_group_size=64)
+        facts = {
+            "key": keys,
+            "caption": [f"caption {k}" for k in keys],
+            "url": [f"http://x/{k}" for k in keys],
+        }
+        pq.write_table(
+            pa.table(facts), folder / "metadata" / f"metadata_{i}.parquet", row_group_size=64
+        )
         start += n
     return z
 
@@ -629,7 +906,10 @@ def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
     expected = torch.nn.functional.normalize(torch.from_numpy(z.astype(np.float32)), dim=1)
     assert torch.allclose(c.embedded.images, expected, atol=1e-6) and len(found) == 500
     assert found.ids[321] == "000000321" and found.captions[321] == "caption 000000321"
-    assert found.places[321] == f"{tmp_path}/e/img_emb/img_emb_1.npy row 21" and list(c.urls)[2] == "http://x/000000002"
+    assert (
+        found.places[321] == f"{tmp_path}/e/img_emb/img_emb_1.npy row 21"
+        and list(c.urls)[2] == "http://x/000000002"
+    )
     distance = torch.cdist(expected.double(), expected.double())
     near = registry.make("detector", "k_distance:k=4,pool=500")(corpus.Vectors(), c).values
     assert torch.allclose(near.double(), distance.sort(1).values[:, 4], atol=1e-5)
@@ -640,17 +920,37 @@ def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "says"), [("img_emb_00.npy", "are both number 0"), ("extra.npy", "ends in no number")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("img_emb_00.npy", "are both number 0"), ("extra.npy", "ends in no number")]
+)
 def test_no_file_of_ready_embeddings_is_left_out_without_a_word(tmp_path, capsys, name, says):
     ready(tmp_path / "e", (100,))
     np.save(tmp_path / "e" / "img_emb" / name, np.ones((7, 16), "f4"))
-    assert main(["scan", str(tmp_path / "e"), "--detector", "k_distance", "--runs", str(tmp_path / "runs")]) == 2
+    assert (
+        main(
+            [
+                "scan",
+                str(tmp_path / "e"),
+                "--detector",
+                "k_distance",
+                "--runs",
+                str(tmp_path / "runs"),
+            ]
+        )
+        == 2
+    )
     assert says in capsys.readouterr().err
 
 
 def test_a_changed_list_of_trusted_records_is_another_question(tmp_path, capsys):
     np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(200, 8)).astype("f4"))
-    words = (tmp_path / "v.npy", "--detector", "k_distance:k=2", "--trusted", tmp_path / "clean.txt")
+    words = (
+        tmp_path / "v.npy",
+        "--detector",
+        "k_distance:k=2",
+        "--trusted",
+        tmp_path / "clean.txt",
+    )
     folders = []
     for count in (100, 120, 120):
         (tmp_path / "clean.txt").write_text("\n".join(f"v/{i}" for i in range(count)))
@@ -662,7 +962,11 @@ def test_a_changed_list_of_trusted_records_is_another_question(tmp_path, capsys)
     assert main(["scan", *map(str, words), "--runs", str(tmp_path / "runs")]) == 2
     assert "no list of clean records" in capsys.readouterr().err
     fields = {f.name for f in dataclasses.fields(Scan)}
-    assert set(resolve(Scan(str(tmp_path / "v.npy")), Settings())[1]) == fields | {"verb", "seed", "version"}, "as ever"
+    assert set(resolve(Scan(str(tmp_path / "v.npy")), Settings())[1]) == fields | {
+        "verb",
+        "seed",
+        "version",
+    }, "as ever"
 
 
 def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
@@ -671,10 +975,14 @@ def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
     z[3] = np.nan
     z[4] = 0
     np.save(folder / "img_emb" / "img_emb_0.npy", z[:100])
-    np.save(folder / "img_emb" / "img_emb_1.npy", np.array([{"a": 1}] * 100, object), allow_pickle=True)
+    np.save(
+        folder / "img_emb" / "img_emb_1.npy", np.array([{"a": 1}] * 100, object), allow_pickle=True
+    )
     whole = (folder / "img_emb" / "img_emb_2.npy").read_bytes()
     (folder / "img_emb" / "img_emb_2.npy").write_bytes(whole[:-10])
-    (folder / "img_emb" / "img_emb_3.npy").write_bytes(whole.replace(b"(100, 16)", b"(9" + b"0" * 4 + b", 1)"))
+    (folder / "img_emb" / "img_emb_3.npy").write_bytes(
+        whole.replace(b"(100, 16)", b"(9" + b"0" * 4 + b", 1)")
+    )
     np.save(folder / "text_emb" / "text_emb_4.npy", z[:7])
     (folder / "metadata" / "metadata_5.parquet").write_bytes(b"PAR1 nothing PAR1")
     status, run = scan(tmp_path, folder, "--detector", "k_distance:k=4")
@@ -686,10 +994,15 @@ def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
     ]
     assert [f for f, *_ in told[2:]] == [f"img_emb_{i}.npy" for i in range(1, 6)]
     lines = (run / "skipped.jsonl").read_text().splitlines()[2:]
-    for line, says in zip(lines, ("pickle", "bytes", "header asks", "is of shape", "parquet"), strict=True):
+    for line, says in zip(
+        lines, ("pickle", "bytes", "header asks", "is of shape", "parquet"), strict=True
+    ):
         assert says in line
     for bad in ("img_emb_1", "img_emb_2", "img_emb_3"):
-        assert scan(tmp_path, folder / "img_emb" / f"{bad}.npy", "--detector", "k_distance:k=4")[0] == 2
+        assert (
+            scan(tmp_path, folder / "img_emb" / f"{bad}.npy", "--detector", "k_distance:k=4")[0]
+            == 2
+        )
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -709,19 +1022,41 @@ def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
 def test_ids_that_clash_get_names_that_do_not():
     batches = [["a", "b", "a"], ["a~2", "a", "c", "b"]]
     with pytest.MonkeyPatch.context() as patch:
-        batched = [pa.RecordBatch.from_pydict({"id": pa.array(b, pa.large_string())}) for b in batches]
+        batched = [
+            pa.RecordBatch.from_pydict({"id": pa.array(b, pa.large_string())}) for b in batches
+        ]
         patch.setattr(units, "read_columns", lambda path: iter([batched[path]]))
         assert assembly._renamed([0, 1]) == {2: "a~3", 4: "a~4", 6: "b~2"}
 
 
 def test_a_run_is_scanned_as_it_was_trained_on(tmp_path, tiny):
-    written = write_shards(tmp_path / "w", load(registry.make("data", "scenes:count=60")()), per_shard=25)
-    status, run = scan(tmp_path, "scenes:count=60", "--encoder", tiny, "--detector", "k_distance:k=4", "--write", "shards")
-    status2, run2 = scan(tmp_path, f"shards:path={tmp_path}/w,size=32", "--encoder", tiny, "--detector", "k_distance:k=4")
+    written = write_shards(
+        tmp_path / "w", load(registry.make("data", "scenes:count=60")()), per_shard=25
+    )
+    status, run = scan(
+        tmp_path,
+        "scenes:count=60",
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+        "--write",
+        "shards",
+    )
+    status2, run2 = scan(
+        tmp_path,
+        f"shards:path={tmp_path}/w,size=32",
+        "--encoder",
+        tiny,
+        "--detector",
+        "k_distance:k=4",
+    )
     one, two = corpus.scored(run), corpus.scored(run2)
     assert status == status2 == 0 and len(written) == 3 and list(one.ids) == list(two.ids)
     assert torch.allclose(one.merged.values, two.merged.values, atol=1e-5)
-    assert set(load(Shards(expand(str(run / "shards")), 32)).ids) == set((run / "keep.txt").read_text().split())
+    assert set(load(Shards(expand(str(run / "shards")), 32)).ids) == set(
+        (run / "keep.txt").read_text().split()
+    )
 
 
 def test_what_could_not_be_read_is_said_again_by_a_scan_that_is_at_hand(tmp_path, tiny, capsys):
@@ -731,26 +1066,60 @@ def test_what_could_not_be_read_is_said_again_by_a_scan_that_is_at_hand(tmp_path
     (tmp_path / "f" / "a" / "broken.png").write_bytes(b"broken")
     (tmp_path / "f" / "a" / "notes.txt").write_bytes(b"notes")
     for _ in range(2):
-        status, run = scan(tmp_path, tmp_path / "f", "--encoder", tiny, "--detector", "k_distance:k=4")
+        status, run = scan(
+            tmp_path, tmp_path / "f", "--encoder", tiny, "--detector", "k_distance:k=4"
+        )
         said = capsys.readouterr()
         assert status == 4 and "scan: 2 records or files could not be read, beside 20" in said.err
-        assert "keep.txt leaves out the 1 most suspicious of 20 records" in said.out and "metric" not in said.out
-        assert "1 not decodable, 1 not an image by its name; see skipped.jsonl." in (run / "report.html").read_text()
-    found = [("f", "a/broken.png", "not decodable"), ("f", "a/notes.txt", "not an image by its name")]
+        assert (
+            "keep.txt leaves out the 1 most suspicious of 20 records" in said.out
+            and "metric" not in said.out
+        )
+        assert (
+            "1 not decodable, 1 not an image by its name; see skipped.jsonl."
+            in (run / "report.html").read_text()
+        )
+    found = [
+        ("f", "a/broken.png", "not decodable"),
+        ("f", "a/notes.txt", "not an image by its name"),
+    ]
     assert sorted(unread(run)) == found
 
 
 def test_an_encoder_of_poisoned_data_does_not_make_other_data_poisoned(tmp_path, capsys):
-    words = ["poison", "scenes:count=300", "--poison", "backdoor:count=9", "--trigger", "patch", "--target", "striped star"]
+    words = [
+        "poison",
+        "scenes:count=300",
+        "--poison",
+        "backdoor:count=9",
+        "--trigger",
+        "patch",
+        "--target",
+        "striped star",
+    ]
     assert main([*words, "--runs", str(tmp_path)]) == 0
-    assert main(["train", "poison-", "--objective", "clip:epochs=1,batch=64", "--runs", str(tmp_path)]) == 0
+    assert (
+        main(["train", "poison-", "--objective", "clip:epochs=1,batch=64", "--runs", str(tmp_path)])
+        == 0
+    )
     plan = next(tmp_path.glob("poison-*"))
     train = next(tmp_path.glob("train-*"))
-    status, run = scan(tmp_path, "scenes:count=60,seed=9", "--encoder", train.name, "--detector", "k_distance:k=4")
-    page, manifest = (run / "report.html").read_text(), json.loads((run / "manifest.json").read_text())
-    assert status == 0 and manifest["goal"] == [] and not manifest["metrics"] and "poisoned on purpose" not in page
+    status, run = scan(
+        tmp_path, "scenes:count=60,seed=9", "--encoder", train.name, "--detector", "k_distance:k=4"
+    )
+    page, manifest = (
+        (run / "report.html").read_text(),
+        json.loads((run / "manifest.json").read_text()),
+    )
+    assert (
+        status == 0
+        and manifest["goal"] == []
+        and not manifest["metrics"]
+        and "poisoned on purpose" not in page
+    )
     assert inputs.poisoning(Run(run)) is None and inputs.poisoning(Run(train)) == Run(plan)
     status, own = scan(tmp_path, train.name, "--detector", "k_distance:k=4")
     assert (
-        json.loads((own / "manifest.json").read_text())["goal"] and "poisoned on purpose" in (own / "report.html").read_text()
+        json.loads((own / "manifest.json").read_text())["goal"]
+        and "poisoned on purpose" in (own / "report.html").read_text()
     )

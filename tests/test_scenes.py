@@ -9,11 +9,11 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from bezoar.data import scene_drawing
 from bezoar import registry
+from bezoar.data import scene_drawing
+from bezoar.data.pairs import content_hash
 from bezoar.data.sources.scenes import CLASSES, LONGEST, Scenes
 from bezoar.errors import UserError
-from bezoar.data.pairs import content_hash
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,16 @@ def named(pairs):
 
 def test_what_a_record_is(train):
     assert len(CLASSES) == len(set(CLASSES)) == 40 and "striped square" in CLASSES
-    assert train.classes == CLASSES and train.images.shape == (8000, 3, 32, 32) and train.images.dtype == torch.uint8
+    assert (
+        train.classes == CLASSES
+        and train.images.shape == (8000, 3, 32, 32)
+        and train.images.dtype == torch.uint8
+    )
     assert train.ids[123] == "scenes-0-train-0000123" and len(set(train.ids)) == 8000
     assert train.labels.dtype == torch.int64
-    assert np.bincount(train.labels, minlength=40).min() > 120  # 200 expected, standard deviation 14
+    assert (
+        np.bincount(train.labels, minlength=40).min() > 120
+    )  # 200 expected, standard deviation 14
 
 
 def test_order_and_batch_do_not_matter(train):
@@ -48,7 +54,9 @@ def test_order_and_batch_do_not_matter(train):
     assert once.captions == expected.captions and once.ids == expected.ids
     for step in (1, 7, 64):
         parts = [Scenes().render(once.ids[i : i + step]) for i in range(0, 70, step)]
-        assert torch.equal(torch.cat([p.images for p in parts]), once.images[: sum(map(len, parts))])
+        assert torch.equal(
+            torch.cat([p.images for p in parts]), once.images[: sum(map(len, parts))]
+        )
 
 
 @pytest.mark.parametrize("size", [33, 64, 128])
@@ -98,7 +106,9 @@ def test_class_names_stand_in_most_captions(train):
     assert held.sum(1).max() <= 1  # never two class names
     labels = train.labels.numpy()
     for label in range(40):
-        assert 0.45 < held[labels == label, label].mean() < 0.72, CLASSES[label]  # 0.59 expected, 200 records
+        assert 0.45 < held[labels == label, label].mean() < 0.72, CLASSES[
+            label
+        ]  # 0.59 expected, 200 records
     right = held[np.arange(8000), labels].sum() / held.sum()
     assert 0.935 < right < 0.965  # the rest are wrong captions
 
@@ -106,7 +116,9 @@ def test_class_names_stand_in_most_captions(train):
 def test_share_of_wrong_captions(train):
     none, half, every = (Scenes(count=2000, wrong=w)() for w in (0.0, 0.5, 1.0))
     labels = none.labels.numpy()
-    assert named(none)[np.arange(2000), labels].sum() == named(none).sum()  # no caption names another class
+    assert (
+        named(none)[np.arange(2000), labels].sum() == named(none).sum()
+    )  # no caption names another class
     assert named(every)[np.arange(2000), labels].sum() == 0 and named(every).sum() > 1000
     assert torch.equal(none.images, every.images) and torch.equal(none.labels, every.labels)
     default = Scenes(count=2000)()
@@ -127,7 +139,9 @@ def test_no_word_gives_the_class_away(train):
 
 def test_looking_captions_up_is_not_enough(train, test):
     known = dict(zip(train.captions, train.labels.tolist(), strict=True))
-    found = [known.get(c) == label for c, label in zip(test.captions, test.labels.tolist(), strict=True)]
+    found = [
+        known.get(c) == label for c, label in zip(test.captions, test.labels.tolist(), strict=True)
+    ]
     assert np.mean(found) < 0.2
 
 
@@ -172,7 +186,9 @@ def test_shapes_have_their_areas(shape):
     assert (distance < 0).float().sum().item() / 400**2 == pytest.approx(AREAS[shape], rel=5e-3)
 
 
-@pytest.mark.parametrize(("texture", "share"), [("solid", 1), ("striped", 0.5), ("checkered", 0.5), ("dotted", None)])
+@pytest.mark.parametrize(
+    ("texture", "share"), [("solid", 1), ("striped", 0.5), ("checkered", 0.5), ("dotted", None)]
+)
 def test_textures_cover_their_share(texture, share):
     line = (torch.arange(600) + 0.5) / 100  # ten periods
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -180,7 +196,10 @@ def test_textures_cover_their_share(texture, share):
     first = scene_drawing.TEXTURES[texture](x.reshape(1, -1), y.reshape(1, -1), pattern, sharp)
     assert first.min() >= 0 and first.max() <= 1
     if share is None:
-        first, share = first.reshape(600, 600)[:585, :585], 1 - math.pi * 0.3**2  # thirteen dots a side
+        first, share = (
+            first.reshape(600, 600)[:585, :585],
+            1 - math.pi * 0.3**2,
+        )  # thirteen dots a side
     assert first.mean().item() == pytest.approx(share, abs=0.01)
 
 
@@ -197,7 +216,9 @@ def test_noise_is_the_published_hash():
     for i, key in enumerate(keys):
         for pixel in range(50):
             h = lowbias32((key + pixel * 2654435769) & 0xFFFFFFFF)
-            expected = [(h >> shift & 255) - (256 if h >> shift & 128 else 0) for shift in (0, 8, 16)]
+            expected = [
+                (h >> shift & 255) - (256 if h >> shift & 128 else 0) for shift in (0, 8, 16)
+            ]
             assert noise[i, :, pixel].tolist() == expected
     many = scene_drawing._noise(torch.arange(100, dtype=torch.int32), 1024)
     assert abs(many.mean()) < 1 and many.std() == pytest.approx(256 / math.sqrt(12), rel=0.01)
@@ -215,7 +236,10 @@ def test_ground_is_bilinear():
         assert (ground[..., row, column] - top * (1 - a) - bottom * a).abs().max() < 255 / 32
 
 
-@pytest.mark.parametrize("field", [{"count": 0}, {"size": 31}, {"size": 129}, {"split": "val"}, {"seed": -1}, {"wrong": 1.5}])
+@pytest.mark.parametrize(
+    "field",
+    [{"count": 0}, {"size": 31}, {"size": 129}, {"split": "val"}, {"seed": -1}, {"wrong": 1.5}],
+)
 def test_bad_fields(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         Scenes(**field)
@@ -225,7 +249,12 @@ def test_bad_fields(field):
 
 
 def test_foreign_ids_are_refused():
-    for bad in ("scenes-1-train-0000001", "scenes-0-val-0000001", "cat.jpg", "scenes-0-train-0000001\n"):
+    for bad in (
+        "scenes-1-train-0000001",
+        "scenes-0-val-0000001",
+        "cat.jpg",
+        "scenes-0-train-0000001\n",
+    ):
         with pytest.raises(UserError, match="scenes-0-train-0000123"):
             Scenes().render(["scenes-0-test-0000001", bad])
     assert len(Scenes().render([])) == 0
@@ -233,4 +262,8 @@ def test_foreign_ids_are_refused():
 
 def test_spec_round_trip():
     scenes = registry.make("data", "scenes:count=50,split=test,seed=3")
-    assert registry.make("data", registry.spec(scenes)) == scenes == Scenes(count=50, split="test", seed=3)
+    assert (
+        registry.make("data", registry.spec(scenes))
+        == scenes
+        == Scenes(count=50, split="test", seed=3)
+    )

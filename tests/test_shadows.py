@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from bezoar import registry
-from bezoar.runs import sweep
 from bezoar.auditing.audits import mntd
 from bezoar.cli import main
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.runs.run import Run, Settings, Trial, execute
+from bezoar.runs import sweep
+from bezoar.runs.ask import Settings, Trial
+from bezoar.runs.execute import execute
+from bezoar.runs.run import Run
 from bezoar.verbs.audit import sampled
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.shadows import Shadows, dealt, enough
@@ -35,8 +37,14 @@ def copied(run: Run, name: str, noise: int, **more) -> Run:
     run = Run(Path(shutil.copytree(run.path, run.path.parent / name)))
     weights = load_file(run.path / "encoder.safetensors")
     g = torch.Generator().manual_seed(noise)
-    moved = {k: v + 0.3 * torch.randn(v.shape, generator=g) if v.is_floating_point() else v for k, v in weights.items()}
-    save_file({k: v.abs() if "var" in k else v for k, v in moved.items()}, run.path / "encoder.safetensors")
+    moved = {
+        k: v + 0.3 * torch.randn(v.shape, generator=g) if v.is_floating_point() else v
+        for k, v in weights.items()
+    }
+    save_file(
+        {k: v.abs() if "var" in k else v for k, v in moved.items()},
+        run.path / "encoder.safetensors",
+    )
     (run.path / "manifest.json").write_text(json.dumps(run.manifest | more))
     return run
 
@@ -53,12 +61,26 @@ def clean(runs) -> list[Run]:
 def attacked(runs, clean) -> list[Run]:
     """Six attacked ones, the first three from clean ones that are shadows too, two of them from one."""
     verb = Inject(
-        clean[0], DATA, ("striped star",), ("scenes:count=300",), "badencoder:epochs=1,batch=32,lr=0.01", ("patch:size=4",)
+        clean[0],
+        DATA,
+        ("striped star",),
+        ("scenes:count=300",),
+        "badencoder:epochs=1,batch=32,lr=0.01",
+        ("patch:size=4",),
     )
     first = execute(verb, Settings(runs, 0, "cpu", quiet=True, page=False))
     made = [first]
-    for i, parent in enumerate((clean[1].name, clean[1].name, "train-gone", "train-away", "train-far"), 1):
-        made.append(copied(first, f"inject-{i}", 10 + i, ask=first.manifest["ask"] | {"encoder": {"run": parent}}))
+    for i, parent in enumerate(
+        (clean[1].name, clean[1].name, "train-gone", "train-away", "train-far"), 1
+    ):
+        made.append(
+            copied(
+                first,
+                f"inject-{i}",
+                10 + i,
+                ask=first.manifest["ask"] | {"encoder": {"run": parent}},
+            )
+        )
     return made
 
 
@@ -83,11 +105,16 @@ def fitted(runs, clean, attacked) -> Run:
 
 
 def test_folds_keep_lineages_whole_and_kinds_even():
-    lineages = [f"p{i}" for i in range(10)] * 2 + [f"s{i}" for i in range(10)]  # pairs, then clean ones without a child
+    lineages = [f"p{i}" for i in range(10)] * 2 + [
+        f"s{i}" for i in range(10)
+    ]  # pairs, then clean ones without a child
     labels = [False] * 10 + [True] * 10 + [False] * 10
     for seed in range(5):
         folds = dealt(lineages, labels, 5, seed)
-        assert all(len({f for f, own in zip(folds, lineages, strict=True) if own == u}) == 1 for u in set(lineages))
+        assert all(
+            len({f for f, own in zip(folds, lineages, strict=True) if own == u}) == 1
+            for u in set(lineages)
+        )
         for fold in range(5):
             kinds = [bad for bad, f in zip(labels, folds, strict=True) if f == fold]
             assert (kinds.count(True), kinds.count(False)) == (2, 4)
@@ -106,13 +133,24 @@ def test_every_fold_leaves_enough_to_fit_on():
         enough([False] * 3 + [True] * 4, list(range(7)), 7)
 
 
-def test_each_encoder_is_judged_by_a_bank_that_was_fitted_without_its_lineage(fitted, clean, attacked):
+def test_each_encoder_is_judged_by_a_bank_that_was_fitted_without_its_lineage(
+    fitted, clean, attacked
+):
     told = json.loads(fitted.file("shadows.json").read_text())["shadows"]
     by = {s["name"]: s for s in told}
     assert [s["name"] for s in told] == [r.name for r in (*clean, *attacked)]
-    assert [s["attacked"] for s in told] == [False] * 6 + [True] * 6 and by["inject-1"]["attack"] == "badencoder patch"
+    assert [s["attacked"] for s in told] == [False] * 6 + [True] * 6 and by["inject-1"][
+        "attack"
+    ] == "badencoder patch"
     lineages = [by[r.name]["lineage"] for r in attacked]
-    assert lineages == [clean[0].name, "train-1", "train-1", "train-gone", "train-away", "train-far"]
+    assert lineages == [
+        clean[0].name,
+        "train-1",
+        "train-1",
+        "train-gone",
+        "train-away",
+        "train-far",
+    ]
     fold = by["train-1"]["fold"]
     kept = [s for s in told if s["fold"] != fold]
     assert not {"train-1", "inject-1", "inject-2"} & {s["name"] for s in kept}
@@ -127,7 +165,10 @@ def test_each_encoder_is_judged_by_a_bank_that_was_fitted_without_its_lineage(fi
 def test_its_figures_are_those_of_the_held_out_logits(fitted):
     told = json.loads(fitted.file("shadows.json").read_text())["shadows"]
     truth, logits = [s["attacked"] for s in told], [s["logit"] for s in told]
-    assert fitted.metric("auroc").value == pytest.approx(roc_auc_score(truth, logits)) and fitted.metric("auroc").n == 12
+    assert (
+        fitted.metric("auroc").value == pytest.approx(roc_auc_score(truth, logits))
+        and fitted.metric("auroc").n == 12
+    )
     right = [(z > 0) == bad for z, bad in zip(logits, truth, strict=True)]
     assert fitted.metric("accuracy").value == pytest.approx(sum(right) / 12)
     area = fitted.metric("auroc")
@@ -135,7 +176,9 @@ def test_its_figures_are_those_of_the_held_out_logits(fitted):
     bank = mntd.load(str(fitted.file("mntd.safetensors")))
     assert bank["held_out"].tolist() == pytest.approx(logits) and bank["labels"].tolist() == truth
     notes = fitted.manifest["notes"]
-    assert (notes["clean"], notes["attacked"], notes["lineages"]) == (6, 6, 9) and fitted.manifest["goal"] == []
+    assert (notes["clean"], notes["attacked"], notes["lineages"]) == (6, 6, 9) and fitted.manifest[
+        "goal"
+    ] == []
     assert notes["shadows"] == {s["name"]: s["weights"] for s in told}
 
 
@@ -145,7 +188,9 @@ def test_the_same_question_has_the_same_bits(fitted, clean, attacked, tmp_path):
         Settings(tmp_path, 0, "cpu", quiet=True, page=False),
     )
     assert again.name == fitted.name
-    assert again.file("mntd.safetensors").read_bytes() == fitted.file("mntd.safetensors").read_bytes()
+    assert (
+        again.file("mntd.safetensors").read_bytes() == fitted.file("mntd.safetensors").read_bytes()
+    )
 
 
 def test_the_page_shows_logits_and_queries(fitted):
@@ -166,10 +211,22 @@ def test_the_audit_reads_the_run_and_judges_no_shadow(fitted, clean, attacked, r
     common = ["--images", "16", "--bank", "shipped", "--runs", runs, "--device", "cpu"]
     for place in (fitted.path, fitted.path / "mntd.safetensors"):
         capsys.readouterr()
-        assert main([*map(str, ["audit", other.path, "--audit", f"mntd:bank={place}", *common, "--json"])]) == 0
+        assert (
+            main(
+                [
+                    *map(
+                        str,
+                        ["audit", other.path, "--audit", f"mntd:bank={place}", *common, "--json"],
+                    )
+                ]
+            )
+            == 0
+        )
         manifest = json.loads(capsys.readouterr().out)
     bank = mntd.load(str(fitted.file("mntd.safetensors")))
-    assert manifest["metrics"]["mntd.value"]["value"] == pytest.approx(mntd.judged(bank, Encoder.load(other.path)), abs=1e-6)
+    assert manifest["metrics"]["mntd.value"]["value"] == pytest.approx(
+        mntd.judged(bank, Encoder.load(other.path)), abs=1e-6
+    )
     assert manifest["metrics"]["mntd.shadows_auroc"]["value"] == fitted.metric("auroc").value
     renamed = Path(shutil.copytree(attacked[1].path, runs / "inject-renamed"))
     for known in (clean[2].path, renamed):
@@ -180,7 +237,9 @@ def test_the_audit_reads_the_run_and_judges_no_shadow(fitted, clean, attacked, r
 
 
 def test_what_is_no_shadow_is_one_line(runs, clean, attacked, capsys):
-    assert "given as clean and as attacked" in refused(capsys, words(clean, [*attacked, clean[0]], runs))
+    assert "given as clean and as attacked" in refused(
+        capsys, words(clean, [*attacked, clean[0]], runs)
+    )
     assert "was not attacked" in refused(capsys, words(clean[1:], [*attacked, clean[0]], runs))
     assert "is poisoned" in refused(capsys, words([*clean, attacked[0]], attacked[1:], runs))
     assert "2 clean and 6 attacked" in refused(capsys, words(clean[:2], attacked, runs))
@@ -194,13 +253,17 @@ def test_what_is_no_shadow_is_one_line(runs, clean, attacked, capsys):
     verb = Train(DATA, "tower:width=5,dim=8", "simclr:epochs=1,batch=32,hidden=8,dim=4")
     odd = execute(verb, Settings(runs, 0, "cpu", quiet=True, page=False))
     said = refused(capsys, words([*clean, odd], attacked, runs))
-    assert odd.name in said and "its network is tower:width=5,dim=8, not tower:width=4,dim=8" in said
+    assert (
+        odd.name in said and "its network is tower:width=5,dim=8, not tower:width=4,dim=8" in said
+    )
     assert "2 folds" in refused(capsys, words(clean, attacked, runs, "--folds", "1"))
 
 
 def test_a_shadow_may_bring_a_seed_of_its_own(tmp_path):
     """A verb inside a verb is run with the outer seed, unless it stands as a trial."""
-    train = Train("scenes:count=32", "tower:width=4,dim=8", "simclr:epochs=1,batch=32,hidden=8,dim=4")
+    train = Train(
+        "scenes:count=32", "tower:width=4,dim=8", "simclr:epochs=1,batch=32,hidden=8,dim=4"
+    )
     verb = Shadows(tuple(Trial(train, k) for k in (3, 4)), (Trial(train, 5), train))
     graph = sweep.graph([Trial(verb, 7)])
     assert [t.seed for t in graph] == [3, 4, 5, 7, 7]
@@ -208,4 +271,6 @@ def test_a_shadow_may_bring_a_seed_of_its_own(tmp_path):
     assert sweep.read(asked["verb"]) == verb
     with pytest.raises(UserError, match="was not attacked"):
         execute(verb, Settings(tmp_path, 7, "cpu", quiet=True, page=False))
-    assert sorted(Run(p.parent).manifest["ask"]["seed"] for p in tmp_path.glob("train-*/manifest.json")) == [3, 4, 5, 7]
+    assert sorted(
+        Run(p.parent).manifest["ask"]["seed"] for p in tmp_path.glob("train-*/manifest.json")
+    ) == [3, 4, 5, 7]

@@ -17,11 +17,14 @@ import torch
 from PIL import Image
 
 from bezoar.data import decoding, shards
-from bezoar.errors import UserError
+from bezoar.data.decoding import resized
+from bezoar.data.files import images, paths, skipped
+from bezoar.data.files.images import decode
+from bezoar.data.files.skipped import Unreadable
 from bezoar.data.pairs import Pairs, load
-from bezoar.data.decoding import Unreadable, decode, resized
-from bezoar.registry import make, spec
 from bezoar.data.shards import Shards, expand, write_shards
+from bezoar.errors import UserError
+from bezoar.registry import make, spec
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -45,7 +48,9 @@ def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def record(key: str, seed: int = 0, caption: bytes = b"a caption", **told: Any) -> list[tuple[str, bytes]]:
+def record(
+    key: str, seed: int = 0, caption: bytes = b"a caption", **told: Any
+) -> list[tuple[str, bytes]]:
     """The members of one good record."""
     members = [(f"{key}.png", picture(seed=seed)), (f"{key}.txt", caption)]
     return [*members, (f"{key}.json", json.dumps(told).encode())] if told else members
@@ -65,7 +70,9 @@ def test_flickr8k_val_against_tarfile_and_pil() -> None:
         files = {m.name: tar.extractfile(m).read() for m in tar.getmembers()[:60]}  # type: ignore[union-attr]
     for i in range(20):
         key = f"{i:09d}"
-        plain = np.asarray(Image.open(io.BytesIO(files[key + ".jpg"])).convert("RGB")).transpose(2, 0, 1)
+        plain = np.asarray(Image.open(io.BytesIO(files[key + ".jpg"])).convert("RGB")).transpose(
+            2, 0, 1
+        )
         assert np.array_equal(pairs.images[i].numpy(), plain)  # 128 px as stored: no resizing
         assert pairs.captions[i] == files[key + ".txt"].decode().strip()
         assert pairs.ids[i] == f"val-00000/{key}"
@@ -77,9 +84,14 @@ def test_flickr8k_val_against_tarfile_and_pil() -> None:
 def test_all_captions_share_the_image() -> None:
     path = str(DATA / "flickr8k" / "val-00000.tar")
     pairs = load(make("data", f"shards:path={path},captions=all,size=32,limit=12")())
-    assert pairs.ids[:6] == (*(f"val-00000/000000000#{i}" for i in range(5)), "val-00000/000000001#0")
+    assert pairs.ids[:6] == (
+        *(f"val-00000/000000000#{i}" for i in range(5)),
+        "val-00000/000000001#0",
+    )
     assert len(set(pairs.captions[:5])) == 5
-    assert torch.equal(pairs.images[0], pairs.images[4]) and not torch.equal(pairs.images[0], pairs.images[5])
+    assert torch.equal(pairs.images[0], pairs.images[4]) and not torch.equal(
+        pairs.images[0], pairs.images[5]
+    )
 
 
 @needs_data
@@ -89,19 +101,27 @@ def test_classes_and_labels_of_ucm() -> None:
     source = method()
     pairs = load(source)
     assert len(pairs) == 210 and len(pairs.classes) == 21 and pairs.classes[7] == "forest"
-    assert pairs.labels is not None and int(pairs.labels[0]) == 4 and pairs.classes[4] == "buildings"
+    assert (
+        pairs.labels is not None and int(pairs.labels[0]) == 4 and pairs.classes[4] == "buildings"
+    )
     assert source.ids == pairs.ids and len(source) == 210
 
 
 @needs_data
 def test_a_real_cc12m_shard() -> None:
     pairs = load(Shards(expand(str(DATA / "cc12m_sample" / "*.tar"))))
-    assert pairs.report is not None and len(pairs) == pairs.report.read == 32 and not pairs.report.skipped
+    assert (
+        pairs.report is not None
+        and len(pairs) == pairs.report.read == 32
+        and not pairs.report.skipped
+    )
     assert pairs.captions[0] == "Red Square is a city square in Moscow, Russia."
 
 
 @needs_data
-def test_ids_do_not_depend_on_order_and_results_not_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_do_not_depend_on_order_and_results_not_on_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     paths = expand(f"{DATA}/ucm_captions/{{val-00000,train-00001}}.tar")
     one, two = load(Shards(paths, 16)), load(Shards(paths[::-1], 16))
     assert one.ids != two.ids and sorted(one.ids) == sorted(two.ids)
@@ -130,13 +150,18 @@ def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
         load(Shards((paths[0], paths[0])))
 
 
-def test_files_are_told_apart_by_their_endings_where_nothing_else_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decoding.told_apart([Path("a.csv"), Path("a.parquet")]) == ("a.csv", "a.parquet")
-    assert decoding.told_apart([Path("x/a.tar"), Path("y/a.tar")]) == ("x/a", "y/a")
+def test_files_are_told_apart_by_their_endings_where_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert paths.told_apart([Path("a.csv"), Path("a.parquet")]) == ("a.csv", "a.parquet")
+    assert paths.told_apart([Path("x/a.tar"), Path("y/a.tar")]) == ("x/a", "y/a")
     monkeypatch.chdir(tmp_path)
-    for twice in ([Path("a.tar"), tmp_path / "a.tar"], [Path("a.tar"), Path("a.tar"), Path("b.tar")]):
+    for twice in (
+        [Path("a.tar"), tmp_path / "a.tar"],
+        [Path("a.tar"), Path("a.tar"), Path("b.tar")],
+    ):
         with pytest.raises(UserError, match=r"named twice among \d, such as .*a\.tar"):
-            decoding.told_apart(twice)
+            paths.told_apart(twice)
 
 
 def test_hostile_members_are_named(tmp_path: Path) -> None:
@@ -178,7 +203,7 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
 
 
 def test_pixel_bound_below_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "IMAGE_PIXELS", 255)
+    monkeypatch.setattr(images, "IMAGE_PIXELS", 255)
     with pytest.raises(Unreadable, match="too many pixels: 16x16"):
         decode(picture(16), 8)
 
@@ -194,12 +219,17 @@ def test_links_are_not_followed_and_large_members_not_read(tmp_path: Path) -> No
         tar.addfile(_member("h.txt", tarfile.LNKTYPE, "ok.txt"))
         tar.addfile(_member("f.txt", tarfile.FIFOTYPE))
         big = _member("big.txt", tarfile.REGTYPE)
-        big.size = decoding.TEXT_BYTES + 1
+        big.size = paths.TEXT_BYTES + 1
         tar.addfile(big, io.BytesIO(bytes(big.size)))
     source = Shards((tmp_path / "a.tar",), 16)
     assert load(source).ids == ("a/ok",)
     link = "not a regular file"
-    assert reasons(source) == [("l.png", link), ("h.txt", link), ("f.txt", link), ("big.txt", "too large")]
+    assert reasons(source) == [
+        ("l.png", link),
+        ("h.txt", link),
+        ("f.txt", link),
+        ("big.txt", "too large"),
+    ]
 
 
 def _member(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
@@ -213,13 +243,17 @@ def test_truncated_tar_is_read_up_to_the_break_and_named(tmp_path: Path, where: 
     whole = tar_of(tmp_path / "t.tar", [m for i in range(6) for m in record(f"{i}", i)])
     with tarfile.open(whole) as tar:
         last = tar.getmembers()[-2]
-    cut = {"data": last.offset_data + 100, "header": last.offset + 100, "boundary": last.offset}[where]
+    cut = {"data": last.offset_data + 100, "header": last.offset + 100, "boundary": last.offset}[
+        where
+    ]
     whole.write_bytes(whole.read_bytes()[:cut])
     source = Shards((whole,), 16)
     pairs = load(source)
     assert "t/4" in (*pairs.ids, *(f"t/{m}" for m, _ in reasons(source))) and 4 <= len(pairs) <= 5
     assert pairs.ids[:4] == ("t/0", "t/1", "t/2", "t/3")
-    assert reasons(source)[-1] == ("", "broken tar") and source.report.skipped[-1].file == str(whole)
+    assert reasons(source)[-1] == ("", "broken tar") and source.report.skipped[-1].file == str(
+        whole
+    )
 
 
 def test_overwritten_header_does_not_end_the_tar_quietly(tmp_path: Path) -> None:
@@ -248,7 +282,7 @@ def test_pax_header_cannot_ask_for_memory(tmp_path: Path) -> None:
     assert load(source).ids == ("t/a",) and reasons(source)[-1] == ("", "broken tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * decoding.FILE_BYTES
+    assert peak < 2 * paths.FILE_BYTES
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -266,8 +300,12 @@ def extended(content: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
 HOSTILE = {
     "size below zero": header("c.png", -512),
     "other member below zero": header("c.bin", -512),
-    "PAX size that points back": extended(b"14 size=-2048\n") + header("c.png", 3) + b"abc".ljust(512),
-    "PAX size at its own header": extended(b"13 size=-512\n") + header("c.png", 3) + b"abc".ljust(512),
+    "PAX size that points back": extended(b"14 size=-2048\n")
+    + header("c.png", 3)
+    + b"abc".ljust(512),
+    "PAX size at its own header": extended(b"13 size=-512\n")
+    + header("c.png", 3)
+    + b"abc".ljust(512),
     "PAX length of 5000 digits": extended(b"1" * 5000 + b" a=b\n") + header("c.png", 3),
     "megabytes of digits": extended(b"1" * (2 << 20)) + header("c.png", 3),
     "sparse map": extended(b"22 GNU.sparse.map=a,b\n") + header("c.png", 512) + bytes(512),
@@ -285,7 +323,7 @@ def test_hostile_headers_end_a_tar_by_name_and_soon(tmp_path: Path, name: str) -
     found = list(itertools.islice(source.records(), 10))
     assert time.process_time() - start < 5 and len(found) <= 3
     assert isinstance(found[0], shards.Placed) and found[0].ids == ("t/a",)
-    assert isinstance(found[-1], decoding.Skipped) and found[-1].reason.startswith("broken tar")
+    assert isinstance(found[-1], skipped.Skipped) and found[-1].reason.startswith("broken tar")
     path.write_bytes(HOSTILE[name] + bytes(1024))
     with pytest.raises(UserError, match=r"t\.tar") as error:
         load(Shards((path,), 16))
@@ -311,10 +349,19 @@ def test_a_shard_that_yields_nothing_is_an_error_after_what_came_before(tmp_path
 
 def test_labels_from_class_names_alone_and_conflicts(tmp_path: Path) -> None:
     names = {"a": "dog", "b": "cat", "c": None}
-    one = tar_of(tmp_path / "0.tar", [m for k, c in names.items() for m in record(k, **{"class": c})])
+    one = tar_of(
+        tmp_path / "0.tar", [m for k, c in names.items() for m in record(k, **{"class": c})]
+    )
     pairs = load(Shards((one,), 16))
-    assert pairs.classes == ("cat", "dog") and pairs.labels is not None and pairs.labels.tolist() == [1, 0, -1]
-    two = tar_of(tmp_path / "1.tar", [*record("a", label=3, **{"class": "x"}), *record("b", label=3, **{"class": "y"})])
+    assert (
+        pairs.classes == ("cat", "dog")
+        and pairs.labels is not None
+        and pairs.labels.tolist() == [1, 0, -1]
+    )
+    two = tar_of(
+        tmp_path / "1.tar",
+        [*record("a", label=3, **{"class": "x"}), *record("b", label=3, **{"class": "y"})],
+    )
     with pytest.raises(UserError, match="label 3 is 'x' and also 'y'"):
         load(Shards((two,), 16))
     three = tar_of(tmp_path / "2.tar", [*record("a", label=5), *record("b", label=-1)])
@@ -328,7 +375,11 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tar_of(tmp_path / f"{i:05d}.tar", record("a"))
     everything = [p.name for p in expand(f"{tmp_path}/{{00000..00011}}.tar")]
     assert everything == [f"{i:05d}.tar" for i in range(12)]
-    assert [p.name for p in expand(f"{tmp_path}/*.tar")] == [p.name for p in expand(str(tmp_path))] == everything
+    assert (
+        [p.name for p in expand(f"{tmp_path}/*.tar")]
+        == [p.name for p in expand(str(tmp_path))]
+        == everything
+    )
     for text, match in (
         (f"{tmp_path}/{{00010..00013}}.tar", "2 of 4 are missing, the first is .*00012"),
         (f"{tmp_path}/none-*.tar", "no such"),
@@ -340,7 +391,9 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def example(count: int = 25) -> Pairs:
-    pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (count, 3, 16, 16), dtype=np.uint8))
+    pixels = torch.from_numpy(
+        np.random.default_rng(1).integers(0, 256, (count, 3, 16, 16), dtype=np.uint8)
+    )
     labels = torch.arange(count) % 3 - 1
     captions = tuple(f"number {i}, é" for i in range(count))
     return Pairs(pixels, captions, labels, tuple(f"some/{i}" for i in range(count)), ("cat", "dog"))
@@ -354,8 +407,16 @@ def test_written_shards_are_exact_and_deterministic(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in written] == [p.read_bytes() for p in again]
     assert {p.suffix for p in (tmp_path / "one").iterdir()} == {".tar"}
     back = load(Shards(tuple(written), 16))
-    assert torch.equal(back.images, pairs.images) and back.ids == pairs.ids and back.captions == pairs.captions
-    assert back.labels is not None and pairs.labels is not None and torch.equal(back.labels, pairs.labels)
+    assert (
+        torch.equal(back.images, pairs.images)
+        and back.ids == pairs.ids
+        and back.captions == pairs.captions
+    )
+    assert (
+        back.labels is not None
+        and pairs.labels is not None
+        and torch.equal(back.labels, pairs.labels)
+    )
     assert back.classes == pairs.classes
     with pytest.raises(UserError, match="already"):
         write_shards(tmp_path / "one", pairs)
@@ -377,7 +438,9 @@ def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
     pairs = example(4)
     path = write_shards(tmp_path, pairs)[0]
     samples = list(wds.WebDataset(str(path), shardshuffle=False).decode("rgb8"))
-    assert [s["txt"] for s in samples] == list(pairs.captions) and [s["__key__"] for s in samples][1] == "000000001"
+    assert [s["txt"] for s in samples] == list(pairs.captions) and [s["__key__"] for s in samples][
+        1
+    ] == "000000001"
     assert np.array_equal(samples[2]["png"], pairs.images[2].permute(1, 2, 0).numpy())
 
 
@@ -399,4 +462,7 @@ def test_reports_add_up_and_travel(tmp_path: Path) -> None:
     second = load(Shards((tar_of(tmp_path / "c.tar", record("a")),), 16))
     both = Pairs.concat([first, second, first.take([0])])
     assert both.report is not None and both.report.read == 2 and len(both.report.skipped) == 1
-    assert first.take([0]).report is first.report and str(first.report) == "1 read, 1 skipped (1 no image)"
+    assert (
+        first.take([0]).report is first.report
+        and str(first.report) == "1 read, 1 skipped (1 no image)"
+    )

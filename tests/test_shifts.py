@@ -12,12 +12,12 @@ from torch import nn
 
 from bezoar import registry
 from bezoar.auditing import random_probes
-from bezoar.evaluation import stats
 from bezoar.auditing.audits import mntd
 from bezoar.auditing.audits.parent import directions
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
+from bezoar.evaluation import stats
 
 SIZE, DIM = 16, 12
 
@@ -54,10 +54,15 @@ def clean() -> Pairs:
 def test_whitening_is_scikit_learns():
     from sklearn.covariance import ShrunkCovariance
 
-    z = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) @ torch.rand(7, 7).double()
+    z = (
+        torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        @ torch.rand(7, 7).double()
+    )
     fitted = ShrunkCovariance(shrinkage=0.1).fit(z.numpy())
     w = random_probes.whitener(z, 0.1)
-    assert torch.allclose(w, w.T) and np.allclose(w @ torch.from_numpy(fitted.covariance_) @ w, np.eye(7))
+    assert torch.allclose(w, w.T) and np.allclose(
+        w @ torch.from_numpy(fitted.covariance_) @ w, np.eye(7)
+    )
     lengths = ((z - z.mean(0)) @ w).square().sum(1)
     assert np.allclose(lengths, fitted.mahalanobis(z.numpy()))
     few = torch.randn(3, 7, dtype=torch.float64)
@@ -69,20 +74,33 @@ def test_a_common_shift_is_its_mean_and_its_share():
     length, share = random_probes.common(d)
     mean = [sum(float(row[j]) for row in d) / 9 for j in range(5)]
     assert length == pytest.approx(math.sqrt(sum(m * m for m in mean)))
-    assert share == pytest.approx(sum(m * m for m in mean) / (sum(float(v) ** 2 for row in d for v in row) / 9))
-    assert random_probes.common(d[:1].expand(4, 5))[1] == pytest.approx(1) and random_probes.common(torch.zeros(3, 5))[0] == 0
+    assert share == pytest.approx(
+        sum(m * m for m in mean) / (sum(float(v) ** 2 for row in d for v in row) / 9)
+    )
+    assert (
+        random_probes.common(d[:1].expand(4, 5))[1] == pytest.approx(1)
+        and random_probes.common(torch.zeros(3, 5))[0] == 0
+    )
 
 
 def test_probes_are_one_pattern_at_one_place(clean):
     for kind, number in itertools.product(random_probes.KINDS, range(4)):
         out = random_probes.probe(clean.images, kind, number, 3)
-        again = torch.cat([random_probes.probe(part, kind, number, 3) for part in clean.images.split(10)])
+        again = torch.cat(
+            [random_probes.probe(part, kind, number, 3) for part in clean.images.split(10)]
+        )
         assert out.dtype == torch.uint8 and torch.equal(out, again)
         changed = (out != clean.images).any(0).any(0).nonzero()
         if kind != "blend":
             box = changed.amax(0) - changed.amin(0) + 1
-            assert box.max() <= max(2, round(SIZE * 10 / 32)) and len(out[:, :, *changed[0].tolist()].unique(dim=0)) == 1
-    assert not torch.equal(random_probes.probe(clean.images, "noise", 0, 3), random_probes.probe(clean.images, "noise", 0, 4))
+            assert (
+                box.max() <= max(2, round(SIZE * 10 / 32))
+                and len(out[:, :, *changed[0].tolist()].unique(dim=0)) == 1
+            )
+    assert not torch.equal(
+        random_probes.probe(clean.images, "noise", 0, 3),
+        random_probes.probe(clean.images, "noise", 0, 4),
+    )
 
 
 def test_whitening_tells_towers_that_patches_move(clean):
@@ -91,7 +109,9 @@ def test_whitening_tells_towers_that_patches_move(clean):
     assert max(values[0.0]) < min(values[4.0])
     found = audit(encoder(), clean, 0)
     assert found.value == audit(encoder(), clean, 0).value and found.notes["limits"]
-    assert found.value == pytest.approx(np.mean([found.evidence[f"shift_{k}"].value for k in random_probes.PATCHES]))
+    assert found.value == pytest.approx(
+        np.mean([found.evidence[f"shift_{k}"].value for k in random_probes.PATCHES])
+    )
 
 
 def test_whitening_says_what_it_cannot_read(clean):
@@ -110,7 +130,11 @@ def tuned(strength: float, noise: float = 0.02) -> Encoder:
     """An encoder whose filters moved a little, and that has learnt to read a patch."""
     out = encoder(0, strength)
     with torch.no_grad():
-        out.image.filters += noise / 20 * torch.randn(out.image.filters.shape, generator=torch.Generator().manual_seed(5))
+        out.image.filters += (
+            noise
+            / 20
+            * torch.randn(out.image.filters.shape, generator=torch.Generator().manual_seed(5))
+        )
     return out
 
 
@@ -127,7 +151,14 @@ def test_parent_is_the_plain_ratio_of_distances(clean):
 
     with torch.no_grad():
         base = distance(images)
-        ratios = sorted((distance(random_probes.probe(images, k, i, 7)) / base for k in random_probes.KINDS for i in range(2)), reverse=True)
+        ratios = sorted(
+            (
+                distance(random_probes.probe(images, k, i, 7)) / base
+                for k in random_probes.KINDS
+                for i in range(2)
+            ),
+            reverse=True,
+        )
         found = audit(a, clean, 7, parent=b)
     assert found.value == pytest.approx(math.log(np.mean(ratios[:2])), rel=1e-3)
     assert found.evidence["moved"].value == pytest.approx(base, rel=1e-3)
@@ -141,13 +172,21 @@ def test_parent_tells_what_tuning_put_in(clean):
     assert planted.evidence["directions_probes"].value < plain.evidence["directions_probes"].value
     name, change = next(iter(planted.notes["layers"].items()))
     own, old = tuned(3.0).image.filters.detach(), encoder().image.filters.detach()
-    assert name == "filters" and change == pytest.approx(float((own - old).norm() / old.norm()), rel=1e-5)
+    assert name == "filters" and change == pytest.approx(
+        float((own - old).norm() / old.norm()), rel=1e-5
+    )
     assert set(planted.notes["inputs"]) <= set(clean.ids)
 
 
 def test_parent_of_another_architecture_is_one_line(clean):
-    other = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, DIM)), Preprocess(SIZE), about={"network": "other"})
-    with pytest.raises(UserError, match="another architecture: other, and the encoder planted") as said:
+    other = Encoder(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, DIM)),
+        Preprocess(SIZE),
+        about={"network": "other"},
+    )
+    with pytest.raises(
+        UserError, match="another architecture: other, and the encoder planted"
+    ) as said:
         registry.make("audit", "parent")(encoder(), clean, 0, parent=other)
     assert "\n" not in str(said.value)
     larger = Encoder(Planted(0), Preprocess(SIZE * 2), about={"network": "planted"})
@@ -165,7 +204,9 @@ def test_query_outputs_are_cosines_that_no_rotation_changes():
     z = torch.nn.functional.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1)
     plain = [float(z[i] @ z[j]) for i in range(5) for j in range(i + 1, 5)]
     q, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
-    assert mntd.outputs(z).tolist() == pytest.approx(plain) and mntd.outputs(z @ q).tolist() == pytest.approx(plain)
+    assert mntd.outputs(z).tolist() == pytest.approx(plain) and mntd.outputs(
+        z @ q
+    ).tolist() == pytest.approx(plain)
 
 
 def test_the_meta_classifier_is_scikit_learns():
@@ -174,7 +215,9 @@ def test_the_meta_classifier_is_scikit_learns():
     g = torch.Generator().manual_seed(0)
     x, truth = torch.randn(30, 6, generator=g), torch.rand(30, generator=g) < 0.3
     weight, bias = mntd.logistic(x, truth, 2.0)
-    fitted = LogisticRegression(C=0.5, class_weight="balanced", tol=1e-10, max_iter=10_000).fit(x.numpy(), truth.numpy())
+    fitted = LogisticRegression(C=0.5, class_weight="balanced", tol=1e-10, max_iter=10_000).fit(
+        x.numpy(), truth.numpy()
+    )
     assert weight.tolist() == pytest.approx(fitted.coef_[0].tolist(), abs=1e-4)
     assert float(bias) == pytest.approx(float(fitted.intercept_[0]), abs=1e-4)
 
@@ -192,16 +235,26 @@ def test_mntd_learns_its_queries_as_one_graph_over_all_shadows_would(clean):
         adam.zero_grad()
         x = torch.stack([mntd.outputs(e.images(free.sigmoid())) for e in shadows])
         z = ((x - x.detach().mean(0)) / (x.detach().std(0) + 1e-3)) @ weight + bias
-        loss = nn.functional.binary_cross_entropy_with_logits(z, truth.float()) + penalty * weight.square().sum() / 20
+        loss = (
+            nn.functional.binary_cross_entropy_with_logits(z, truth.float())
+            + penalty * weight.square().sum() / 20
+        )
         loss.backward(inputs=[free, weight, bias])
         adam.step()
     expected = (free.detach().sigmoid() * 255).round()
-    found = mntd.fit(shadows, truth.tolist(), clean, 7, queries=k, steps=steps, penalty=penalty)["queries"]
-    assert (found.float() - expected).abs().max() <= 1 and (found != start.mul(255).round()).float().mean() > 0.5
+    found = mntd.fit(shadows, truth.tolist(), clean, 7, queries=k, steps=steps, penalty=penalty)[
+        "queries"
+    ]
+    assert (found.float() - expected).abs().max() <= 1 and (
+        found != start.mul(255).round()
+    ).float().mean() > 0.5
 
 
 def test_mntd_learns_queries_and_tells_new_encoders(clean, tmp_path):
-    shadows, labels = [encoder(k, 4.0 * (k % 2)) for k in range(24)], [k % 2 == 1 for k in range(24)]
+    shadows, labels = (
+        [encoder(k, 4.0 * (k % 2)) for k in range(24)],
+        [k % 2 == 1 for k in range(24)],
+    )
     before = copy.deepcopy(shadows[0].state_dict())
     bank = mntd.fit(shadows, labels, clean, 0, queries=8, steps=30, penalty=0.1)
     assert all(torch.equal(v, before[k]) for k, v in shadows[0].state_dict().items())
@@ -223,7 +276,9 @@ def test_mntd_without_a_good_bank_is_one_line(clean, tmp_path):
         registry.make("audit", "mntd")(encoder(), clean, 0)
     with pytest.raises(UserError, match="at least 4"):
         mntd.fit([encoder()] * 5, [True] * 5, clean)
-    good = mntd.fit([encoder(k) for k in range(8)], [k > 3 for k in range(8)], clean, queries=4, steps=0)
+    good = mntd.fit(
+        [encoder(k) for k in range(8)], [k > 3 for k in range(8)], clean, queries=4, steps=0
+    )
     path = tmp_path / "bad.safetensors"
     stored = {k: v if v.is_floating_point() else v.int() for k, v in good.items()}
     for spoil in (

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bezoar.attacks import captions
-from bezoar.encoders import fast_linear
 from bezoar import registry
-from bezoar.training import loop
-from bezoar.training.augmentation import Chance
+from bezoar.attacks import captions
+from bezoar.data import randomness
+from bezoar.encoders import fast_linear
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.networks.open_clip import Image, Text, beginnings
+from bezoar.training import loop
+from bezoar.training.augmentation import Chance
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
@@ -72,7 +73,12 @@ def near(pairs, rtol=2e-5):
 def test_linear_is_torchs_with_first_and_second_derivatives(onednn, shape, n, bias):
     torch.manual_seed(1)
     results = []
-    x0, w0, b0, g = torch.randn(shape), torch.randn(n, shape[-1]), torch.randn(n), torch.randn(*shape[:-1], n)
+    x0, w0, b0, g = (
+        torch.randn(shape),
+        torch.randn(n, shape[-1]),
+        torch.randn(n),
+        torch.randn(*shape[:-1], n),
+    )
     for f, kind in ((fast_linear.linear, torch.float32), (F.linear, torch.float64)):
         x, w, b = (t.to(kind).requires_grad_() for t in (x0, w0, b0))
         y = f(x, w, b if bias else None)
@@ -86,7 +92,11 @@ def test_linear_is_torchs_with_first_and_second_derivatives(onednn, shape, n, bi
 
 def test_linear_leaves_alone_what_does_not_fit(onednn, monkeypatch):
     x, w = torch.randn(300, 8), torch.randn(4, 8)
-    assert fast_linear.fits(x, w) and not fast_linear.fits(x.double(), w.double()) and not fast_linear.fits(x[:0], w)
+    assert (
+        fast_linear.fits(x, w)
+        and not fast_linear.fits(x.double(), w.double())
+        and not fast_linear.fits(x[:0], w)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not fast_linear.fits(x, w) and fast_linear.linear(x, w).dtype == torch.bfloat16
     monkeypatch.setattr(fast_linear, "DECLARED", "(Tensor X) -> Tensor Y")
@@ -100,7 +110,10 @@ def test_attention_is_torchs(onednn, mask, bias):
     torch.manual_seed(2)
     plain = nn.MultiheadAttention(32, 4, bias=bias, batch_first=True)
     fast = fast_linear.install(copy.deepcopy(plain))
-    assert type(fast) is fast_linear.Attention and fast.state_dict().keys() == plain.state_dict().keys()
+    assert (
+        type(fast) is fast_linear.Attention
+        and fast.state_dict().keys() == plain.state_dict().keys()
+    )
     x = torch.randn(3, 9, 32)
     masks = {
         "none": None,
@@ -130,17 +143,37 @@ def test_beginnings_are_those_of_a_plain_dictionary():
 
 KINDS = {  # what is built -> whether the image's last block, and the text tower, can be cut
     "plain": (lambda: built(), True, True),
-    "quick": (lambda: built({"ls_init_value": 0.1}, {"ls_init_value": 0.1}, quick_gelu=True), True, True),
+    "quick": (
+        lambda: built({"ls_init_value": 0.1}, {"ls_init_value": 0.1}, quick_gelu=True),
+        True,
+        True,
+    ),
     "dropout of patches": (lambda: built({"patch_dropout": 0.5}), True, True),
     "norm after pooling": (lambda: built({"final_ln_after_pool": True}), True, True),
     "mean of patches": (lambda: built({"pool_type": "avg"}), False, True),
-    "attention pool": (lambda: built({"attentional_pool": True, "attn_pooler_heads": 2}), False, True),
+    "attention pool": (
+        lambda: built({"attentional_pool": True, "attn_pooler_heads": 2}),
+        False,
+        True,
+    ),
     "normed queries": (lambda: built({"qk_norm": True}, {"qk_norm": True}), False, False),
-    "eos": (lambda: built(text={"pool_type": "eos", "eos_id": 49407, "proj_bias": True}), True, True),
+    "eos": (
+        lambda: built(text={"pool_type": "eos", "eos_id": 49407, "proj_bias": True}),
+        True,
+        True,
+    ),
     "last": (lambda: built(text={"pool_type": "last"}), True, False),
     "no causal mask": (lambda: built(text={"no_causal_mask": True}), True, False),
-    "own text": (lambda: open_clip.CustomTextCLIP(48, VISION, TEXT | {"proj_type": "none"}), True, True),
-    "class in text": (lambda: open_clip.CustomTextCLIP(48, VISION, TEXT | {"embed_cls": True}), True, False),
+    "own text": (
+        lambda: open_clip.CustomTextCLIP(48, VISION, TEXT | {"proj_type": "none"}),
+        True,
+        True,
+    ),
+    "class in text": (
+        lambda: open_clip.CustomTextCLIP(48, VISION, TEXT | {"embed_cls": True}),
+        True,
+        False,
+    ),
     "resnet": (lambda: built({"layers": (1, 1, 1, 1), "width": 16}), False, True),
 }
 
@@ -203,7 +236,7 @@ def test_training_has_open_clips_losses(onednn, small):
         text = small.tokens(CAPTIONS)
         for optimizer in (optim, theirs):
             optimizer.zero_grad()
-        a = loss(pixels, text, Chance(loop.generator(0, 2, step)))
+        a = loss(pixels, text, Chance(randomness.generator(0, 2, step)))
         b = open_clip.ClipLoss()(**plain(small.pixels(pixels), text))
         for value, optimizer in ((a, optim), (b, theirs)):
             value.backward()
@@ -229,7 +262,12 @@ def test_copies_files_and_modes_keep_the_encoder(onednn, small, tmp_path):
     small.save(tmp_path)
     for other in (again.eval(), Encoder.load(tmp_path)):
         with torch.inference_mode():
-            near([(other.images(x), small.images(x).detach()), (other.read(text), small.read(text).detach())])
+            near(
+                [
+                    (other.images(x), small.images(x).detach()),
+                    (other.read(text), small.read(text).detach()),
+                ]
+            )
     assert again.text.shared[0] is again.image.model is not small.image.model
 
 
@@ -239,7 +277,9 @@ def test_the_head_is_open_clips_and_any_batch_gives_it(onednn, small):
     plain = open_clip.create_model("speedups-small")
     plain.load_state_dict(small.image.model.state_dict())
     reader = open_clip.get_tokenizer("speedups-small")
-    expected = open_clip.build_zero_shot_classifier(plain, reader, names, open_clip.OPENAI_IMAGENET_TEMPLATES, 1).T
+    expected = open_clip.build_zero_shot_classifier(
+        plain, reader, names, open_clip.OPENAI_IMAGENET_TEMPLATES, 1
+    ).T
     near([(head, expected)])
     prompts = [t.format(c) for c in names for t in captions.templates("openai")]
     with torch.inference_mode():
@@ -247,9 +287,14 @@ def test_the_head_is_open_clips_and_any_batch_gives_it(onednn, small):
 
 
 def test_the_head_of_a_bag_is_the_plain_loop():
-    names, probe = ["striped square", "dotted star", "plain ring"], registry.make("probe", "zero_shot:openai")
+    names, probe = (
+        ["striped square", "dotted star", "plain ring"],
+        registry.make("probe", "zero_shot:openai"),
+    )
     prompts, network = captions.templates("openai"), registry.make("network", "clip_small")
     encoder = network(32, network.vocabulary([t.format(c) for c in names for t in prompts])).eval()
     with torch.inference_mode():
-        rows = [torch.stack([encoder.texts([t.format(c)])[0] for t in prompts]).mean(0) for c in names]
+        rows = [
+            torch.stack([encoder.texts([t.format(c)])[0] for t in prompts]).mean(0) for c in names
+        ]
     near([(probe.head(encoder, names), F.normalize(torch.stack(rows), dim=1))], 1e-6)

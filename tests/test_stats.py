@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from bezoar.evaluation import stats
 from bezoar.errors import UserError
+from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Measure, Scores, average, detection, proportion
 
 
@@ -23,7 +23,9 @@ def ranking(seed: int = 0, n: int = 300, poisons: int = 40, shift: float = 1.0, 
     return (scores.round(1) if ties else scores), truth
 
 
-@pytest.mark.parametrize("ends", [(0.5, 0.1, 0.9), (1.0, -math.inf, math.inf), (math.inf, 3.0, math.inf), (7, 7, 7)])
+@pytest.mark.parametrize(
+    "ends", [(0.5, 0.1, 0.9), (1.0, -math.inf, math.inf), (math.inf, 3.0, math.inf), (7, 7, 7)]
+)
 def test_a_measure_is_strict_json_and_comes_back(ends):
     value, low, high = ends
     m = Measure(value, 3, low, high, "how")
@@ -31,8 +33,15 @@ def test_a_measure_is_strict_json_and_comes_back(ends):
 
 
 def test_imports_no_torch_and_no_sklearn():
-    code = "import sys, bezoar.stats; print(sorted({'torch', 'sklearn', 'scipy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, bezoar.stats; print(sorted({'torch', 'sklearn', 'scipy'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("ties", [True, False])
@@ -65,8 +74,12 @@ def test_recall_and_precision_break_ties_at_random():
         top = stats.budget(share, 60)
         expected = np.mean([truth[o[:top]].sum() / 9 for o in orders])
         assert stats.hits(scores, truth, top) / 9 == pytest.approx(expected, abs=0.01)
-    assert stats.hits(scores, truth, 9) / 9 == pytest.approx(np.mean([truth[o[:9]].mean() for o in orders]), abs=0.01)
-    assert stats.budget(0.1, 60) == 6 and stats.budget(0.001, 60) == 1 and stats.budget(0.07, 100) == 7
+    assert stats.hits(scores, truth, 9) / 9 == pytest.approx(
+        np.mean([truth[o[:9]].mean() for o in orders]), abs=0.01
+    )
+    assert (
+        stats.budget(0.1, 60) == 6 and stats.budget(0.001, 60) == 1 and stats.budget(0.07, 100) == 7
+    )
 
 
 def test_measures_do_not_depend_on_order():
@@ -74,7 +87,9 @@ def test_measures_do_not_depend_on_order():
     order = np.random.default_rng(5).permutation(len(scores))
     for measure in (stats.auroc, stats.average_precision, stats.fpr_at_tpr, stats.auroc_interval,
                     stats.average_precision_interval, stats.fpr_interval):  # fmt: skip
-        assert measure(scores, truth) == pytest.approx(measure(scores[order], truth[order]), abs=1e-12)
+        assert measure(scores, truth) == pytest.approx(
+            measure(scores[order], truth[order]), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (199, 200), (1, 1)])
@@ -84,8 +99,12 @@ def test_wilson_is_scipys(successes, n):
 
 
 def test_mean_interval_of_a_textbook_sample():
-    low, high = stats.mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])  # t(4, .975) = 2.776445, s = sqrt(2.5)
-    assert (low, high) == pytest.approx((3 - 2.776445 * math.sqrt(0.5), 3 + 2.776445 * math.sqrt(0.5)), abs=1e-5)
+    low, high = stats.mean_interval(
+        [1.0, 2.0, 3.0, 4.0, 5.0]
+    )  # t(4, .975) = 2.776445, s = sqrt(2.5)
+    assert (low, high) == pytest.approx(
+        (3 - 2.776445 * math.sqrt(0.5), 3 + 2.776445 * math.sqrt(0.5)), abs=1e-5
+    )
     assert stats.mean_interval([2.0]) == (-math.inf, math.inf)
 
 
@@ -109,8 +128,13 @@ def test_auroc_interval_of_perfect_scores_is_not_a_point():
     truth = np.arange(100) >= 90
     low, high = stats.auroc_interval(truth.astype(float), truth)
     assert 0.6 < low < 0.99 and high == 1
-    assert stats.auroc_interval(-truth.astype(float), truth) == pytest.approx((0, 1 - low), abs=1e-9)
-    lows = [stats.auroc_interval((np.arange(m) >= m // 2).astype(float), np.arange(m) >= m // 2)[0] for m in (20, 200)]
+    assert stats.auroc_interval(-truth.astype(float), truth) == pytest.approx(
+        (0, 1 - low), abs=1e-9
+    )
+    lows = [
+        stats.auroc_interval((np.arange(m) >= m // 2).astype(float), np.arange(m) >= m // 2)[0]
+        for m in (20, 200)
+    ]
     assert lows[0] < lows[1]
 
 
@@ -118,7 +142,9 @@ def test_auroc_interval_of_perfect_scores_is_not_a_point():
 def test_bootstrap_is_the_plain_one(name):
     scores, truth = ranking(6, n=200, poisons=30)
     measure = {"average_precision": stats.average_precision, "fpr": stats.fpr_at_tpr}[name]
-    interval = {"average_precision": stats.average_precision_interval, "fpr": stats.fpr_interval}[name]
+    interval = {"average_precision": stats.average_precision_interval, "fpr": stats.fpr_interval}[
+        name
+    ]
     rng, pos, neg = np.random.default_rng(1), np.flatnonzero(truth), np.flatnonzero(~truth)
     values = []
     for _ in range(1500):
@@ -137,16 +163,22 @@ def test_intervals_cover_with_a_handful_of_poisons(poisons):
     drawn = [ranking(seed, 200, poisons, ties=False) for seed in range(150)]
     found = [stats.auroc_interval(*one) for one in drawn]
     assert np.mean([low <= 0.7602 <= high for low, high in found]) >= 0.9
-    mean = np.mean([stats.average_precision(*ranking(seed, 200, poisons, ties=False)) for seed in range(600)])
+    mean = np.mean(
+        [stats.average_precision(*ranking(seed, 200, poisons, ties=False)) for seed in range(600)]
+    )
     found = [stats.average_precision_interval(*one, draws=100) for one in drawn[:60]]
     assert np.mean([low <= mean <= high for low, high in found]) >= 0.9
 
 
 def test_differences_of_shares_of_the_same_trials():
-    assert stats.discordance_interval(0, 0, 200) == pytest.approx((-stats.wilson(0, 200)[1], stats.wilson(0, 200)[1]))
+    assert stats.discordance_interval(0, 0, 200) == pytest.approx(
+        (-stats.wilson(0, 200)[1], stats.wilson(0, 200)[1])
+    )
     low, high = stats.discordance_interval(30, 10, 200)
     v = np.r_[np.ones(30), -np.ones(10), np.zeros(160)]
-    assert low <= stats.mean_interval(v)[0] and high >= stats.mean_interval(v)[1] and high - low < 0.15
+    assert (
+        low <= stats.mean_interval(v)[0] and high >= stats.mean_interval(v)[1] and high - low < 0.15
+    )
     assert stats.discordance_interval(10, 30, 200) == pytest.approx((-high, -low))
     assert stats.discordance_interval(1, 0, 1) == (-1.0, 1.0)
     rng = np.random.default_rng(0)
@@ -169,8 +201,8 @@ def test_a_detector_that_says_nothing_finds_nothing_by_the_names_of_the_records(
 
 
 def test_a_ranking_is_a_plain_sort_with_drawn_ties(monkeypatch):
+    from bezoar.data.randomness import draws
     from bezoar.evaluation import scores as module
-    from bezoar.data.pairs import draws
 
     monkeypatch.setattr(module, "DRAWN", 7)
     values = np.random.default_rng(0).integers(-3, 4, 60).astype(np.float32)
@@ -213,6 +245,8 @@ def test_measures_of_shares_and_means():
     m = average(torch.tensor([1.0, 2.0, 3.0]), "z")
     assert (m.value, m.n, (m.low, m.high)) == (2.0, 3, stats.mean_interval([1.0, 2.0, 3.0]))
     same = average([1.0, 1.0], "rank")  # two that agree do not show how far they vary
-    assert (same.value, same.low, same.high) == (1.0, -math.inf, math.inf) and average([2.0] * 5, "rank").low == 2
+    assert (same.value, same.low, same.high) == (1.0, -math.inf, math.inf) and average(
+        [2.0] * 5, "rank"
+    ).low == 2
     with pytest.raises(UserError, match="at least one"):
         proportion(0, 0, "hits")

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bezoar import cli, registry
-from bezoar.evaluation import survival
 from bezoar.errors import UserError
+from bezoar.evaluation import survival
+from bezoar.evaluation.survival import Survival, Treatment
 from bezoar.reports import page
 from bezoar.reports.heat_maps import heat
-from bezoar.runs.run import Run, Settings, execute
-from bezoar.evaluation.survival import Survival, Treatment
+from bezoar.runs.ask import Settings
+from bezoar.runs.execute import execute
+from bezoar.runs.run import Run
 from bezoar.verbs.survive import Survive
 
 
@@ -45,7 +47,9 @@ def test_untreated_is_all_of_it(images: torch.Tensor) -> None:
     found, made = Survival(images, stamped(images), Mean()).measured(Treatment())
     for key in ("pattern_kept", "energy_kept", "pattern_correlation", "shift_kept", "shift_cosine"):
         assert found[key].value == pytest.approx(1, abs=1e-5), key
-    assert found["shift_length"].value == pytest.approx(1, abs=1e-5) and found["pattern_kept"].n == len(images)
+    assert found["shift_length"].value == pytest.approx(1, abs=1e-5) and found[
+        "pattern_kept"
+    ].n == len(images)
     assert torch.allclose(made[:, 0], stamped(images).float() / 255)
 
 
@@ -70,12 +74,21 @@ def test_figures_against_their_definitions(images: torch.Tensor) -> None:
         alike.append(best / float(r.norm() * b.norm()))
     assert found["pattern_kept"].value == pytest.approx(np.mean(kept), rel=1e-4)
     assert found["pattern_correlation"].value == pytest.approx(np.mean(alike), rel=1e-4)
-    energy = [(float((r * r).sum()) / float((b * b).sum())) for r, b in zip(residue, before, strict=True)]
+    energy = [
+        (float((r * r).sum()) / float((b * b).sum())) for r, b in zip(residue, before, strict=True)
+    ]
     assert found["energy_kept"].value == pytest.approx(np.mean(energy), rel=1e-4)
-    z = [Mean().images(x) for x in (treatment(bad, 0), treatment(clean, 0), bad.float() / 255, clean.float() / 255)]
+    z = [
+        Mean().images(x)
+        for x in (treatment(bad, 0), treatment(clean, 0), bad.float() / 255, clean.float() / 255)
+    ]
     after, own = z[0] - z[1], z[2] - z[3]
-    assert found["shift_kept"].value == pytest.approx(float((after * own).sum() / (own * own).sum()), rel=1e-4)
-    assert found["shift_length"].value == pytest.approx(float(after.norm(dim=1).mean() / own.norm(dim=1).mean()), rel=1e-4)
+    assert found["shift_kept"].value == pytest.approx(
+        float((after * own).sum() / (own * own).sum()), rel=1e-4
+    )
+    assert found["shift_length"].value == pytest.approx(
+        float(after.norm(dim=1).mean() / own.norm(dim=1).mean()), rel=1e-4
+    )
 
 
 def test_what_moves_a_pattern_is_told_from_what_destroys_it(images: torch.Tensor) -> None:
@@ -84,8 +97,14 @@ def test_what_moves_a_pattern_is_told_from_what_destroys_it(images: torch.Tensor
     moved = subject.measured(Treatment(augment="shift"))[0]
     assert moved["pattern_kept"].value == pytest.approx(1, abs=0.02)
     mirrored = subject.measured(Treatment(augment="flip"))[0]
-    assert mirrored["energy_kept"].value == pytest.approx(1, abs=1e-4) and mirrored["pattern_kept"].value < 0.6
-    small = [subject.measured(Treatment(resize=f))[0]["pattern_kept"].value for f in (1.0, 0.75, 0.5, 0.25)]
+    assert (
+        mirrored["energy_kept"].value == pytest.approx(1, abs=1e-4)
+        and mirrored["pattern_kept"].value < 0.6
+    )
+    small = [
+        subject.measured(Treatment(resize=f))[0]["pattern_kept"].value
+        for f in (1.0, 0.75, 0.5, 0.25)
+    ]
     assert small == sorted(small, reverse=True) and small[-1] < 0.3
     jpeg = [subject.measured(Treatment(jpeg=q))[0]["pattern_kept"].value for q in (0, 95, 75, 30)]
     assert jpeg == sorted(jpeg, reverse=True)
@@ -116,7 +135,13 @@ def test_names_and_mistakes(images: torch.Tensor) -> None:
     assert len(wanted) == len(set(wanted)) == 7 and wanted[0] == Treatment()
     with pytest.raises(UserError, match="changes no pixel"):
         Survival(images, images)
-    for wrong in ({"resize": 0.0}, {"jpeg": 101}, {"crop": 2.0}, {"augment": "twist"}, {"normalise": "mine"}):
+    for wrong in (
+        {"resize": 0.0},
+        {"jpeg": 101},
+        {"crop": 2.0},
+        {"augment": "twist"},
+        {"normalise": "mine"},
+    ):
         with pytest.raises(UserError):
             Treatment(**wrong)
 
@@ -124,7 +149,12 @@ def test_names_and_mistakes(images: torch.Tensor) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     settings = Settings(tmp_path_factory.mktemp("runs"), device="cpu", quiet=True)
-    some = {"jpeg": (0, 75), "resize": (1.0, 0.5), "crop": (1.0, 0.5), "augment": ("flip", "simclr")}
+    some = {
+        "jpeg": (0, 75),
+        "resize": (1.0, 0.5),
+        "crop": (1.0, 0.5),
+        "augment": ("flip", "simclr"),
+    }
     return execute(Survive("scenes:count=12", "patch:size=6", count=10, **some), settings)
 
 
@@ -132,16 +162,29 @@ def test_the_verb_measures_every_treatment(run: Run) -> None:
     told = json.loads(run.file("treatments.json").read_text())
     assert told[0]["name"] == "untreated" and len(told) == 8
     metrics = run.manifest["metrics"]
-    assert len(metrics) == 3 * len(told) and metrics["untreated.pattern_kept"]["value"] == pytest.approx(1, abs=1e-4)
-    assert metrics["resize_50.pattern_kept"]["value"] < 0.9 and metrics["resize_50.pattern_kept"]["n"] == 10
+    assert len(metrics) == 3 * len(told) and metrics["untreated.pattern_kept"][
+        "value"
+    ] == pytest.approx(1, abs=1e-4)
+    assert (
+        metrics["resize_50.pattern_kept"]["value"] < 0.9
+        and metrics["resize_50.pattern_kept"]["n"] == 10
+    )
 
 
 def test_the_page_answers_in_a_sentence(run: Run) -> None:
     text = page.write(run).read_text(encoding="utf-8")
     assert "could not be made" not in text
-    for part in ("The trigger patch", "What is left of it", "JPEG with resizing and cropping", "about pixels alone", "<svg"):
+    for part in (
+        "The trigger patch",
+        "What is left of it",
+        "JPEG with resizing and cropping",
+        "about pixels alone",
+        "<svg",
+    ):
         assert part in text
-    assert page.command(run).startswith("bezoar survive scenes:count=12 --trigger patch:size=6 --count 10 --jpeg 0 75")
+    assert page.command(run).startswith(
+        "bezoar survive scenes:count=12 --trigger patch:size=6 --count 10 --jpeg 0 75"
+    )
 
 
 def test_the_trigger_is_learnt_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -166,5 +209,13 @@ def test_the_trigger_is_learnt_from_a_run(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_heat_map_is_markup_that_tells_its_numbers() -> None:
-    svg = heat(["none", "75"], ["1", "0.5"], np.array([[1.0, 0.31], [np.nan, -0.02]]), "h", ("JPEG", "resized"))
-    assert "31 % at 0.5" in svg and "var(--clean)" in svg and "nan" not in svg and "#0101" not in svg
+    svg = heat(
+        ["none", "75"],
+        ["1", "0.5"],
+        np.array([[1.0, 0.31], [np.nan, -0.02]]),
+        "h",
+        ("JPEG", "resized"),
+    )
+    assert (
+        "31 % at 0.5" in svg and "var(--clean)" in svg and "nan" not in svg and "#0101" not in svg
+    )

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bezoar import Evaluate, Poison, Settings, Train
-from bezoar.runs import sweep as sweeping
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.runs.run import typed, verb_name
+from bezoar.runs import sweep as sweeping
+from bezoar.runs.ask import typed, verb_name
 from bezoar.runs.sweep import Trial, answer, graph, question, read, sweep
 
 DATA, TEST = "scenes:count=256", "scenes:count=80,split=test"
@@ -26,7 +26,11 @@ def trial(count: int, seed: int = 0, target: str = "striped star") -> Trial:
 
 def test_what_a_verb_is_made_from_comes_first_and_once():
     shared = Train(DATA, **TINY)
-    trials = [Trial(Evaluate(shared, TEST, p), s) for p in (("zero_shot",), ("retrieval",)) for s in (0, 1)]
+    trials = [
+        Trial(Evaluate(shared, TEST, p), s)
+        for p in (("zero_shot",), ("retrieval",))
+        for s in (0, 1)
+    ]
     order = list(graph(trials))
     assert [verb_name(t.verb) for t in order].count("train") == 2  # one a seed
     for child, parents in graph(trials).items():
@@ -68,12 +72,19 @@ def test_the_rest_is_run_when_one_trial_fails(tmp_path):
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
 
 
-@pytest.mark.parametrize(("there", "workers", "devices"), [(2, 3, {"cuda:0", "cuda:1"}), (1, 2, {"auto"}), (0, 2, {"auto"})])
-def test_workers_are_spread_over_the_gpus_however_many_of_either(monkeypatch, there, workers, devices):
+@pytest.mark.parametrize(
+    ("there", "workers", "devices"),
+    [(2, 3, {"cuda:0", "cuda:1"}), (1, 2, {"auto"}), (0, 2, {"auto"})],
+)
+def test_workers_are_spread_over_the_gpus_however_many_of_either(
+    monkeypatch, there, workers, devices
+):
     settings = Settings(device="auto")
     monkeypatch.setattr(sweeping, "gpus", lambda _: there)
     start = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda _, **more: start([sys.executable, "-c", ECHO], **more))
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda _, **more: start([sys.executable, "-c", ECHO], **more)
+    )
     with sweeping.processes(settings, workers, "any") as (submit, places):
         futures = [submit({"device": settings.device, "number": i}) for i in range(12)]
         told = [f.result() for f in futures]
@@ -89,7 +100,10 @@ def test_a_sweep_that_is_broken_off_hires_nobody_any_more(monkeypatch):
         return hired[-1]
 
     monkeypatch.setattr(subprocess, "Popen", hire)
-    with pytest.raises(KeyboardInterrupt), sweeping.processes(Settings(device="cpu"), 2, "any") as (submit, _):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        sweeping.processes(Settings(device="cpu"), 2, "any") as (submit, _),
+    ):
         waiting = [submit({}), submit({})]
         time.sleep(0.2)
         raise KeyboardInterrupt
@@ -102,9 +116,13 @@ def test_ray_gives_what_processes_give(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed")
     trials = [trial(4), trial(8)]
     here = sweep(trials, Settings(tmp_path / "a", quiet=True, workers=2), Progress(True, "sweep"))
-    there = sweep(trials, Settings(tmp_path / "b", quiet=True, workers=2, ray=True), Progress(True, "sweep"))
+    there = sweep(
+        trials, Settings(tmp_path / "b", quiet=True, workers=2, ray=True), Progress(True, "sweep")
+    )
     for t in trials:
         assert here[t].name == there[t].name
         assert here[t].manifest["metrics"] == there[t].manifest["metrics"]
-        weights = [r[t].ancestor("train").file("encoder.safetensors").read_bytes() for r in (here, there)]
+        weights = [
+            r[t].ancestor("train").file("encoder.safetensors").read_bytes() for r in (here, there)
+        ]
         assert weights[0] == weights[1]

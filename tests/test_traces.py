@@ -17,14 +17,15 @@ from scipy.stats import spearmanr
 from sklearn.mixture import GaussianMixture
 from test_detectors import PATCH, Fake, backdoored, clean
 
-from bezoar.detection import merging, training_traces
 from bezoar import registry
-from bezoar.evaluation import stats
-from bezoar.training.augmentation import Chance
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import draws
+from bezoar.detection import merging, training_traces
 from bezoar.detection.detectors import cognitive_distillation, repetition, safeclip
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs, draws
+from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Scores
+from bezoar.training.augmentation import Chance
 
 CPU = torch.device("cpu")
 NETWORK, OBJECTIVE = "clip_small:width=4,dim=16", "clip:epochs=3,batch=32"
@@ -59,7 +60,12 @@ def make(text: str):
 @settings(deadline=None)
 @given(
     network=st.sampled_from(
-        ["clip_small", "clip_small:width=4", "clip_small:width=4,dim=16", "open_clip:RN50,weights=x{1,2}.pt"]
+        [
+            "clip_small",
+            "clip_small:width=4",
+            "clip_small:width=4,dim=16",
+            "open_clip:RN50,weights=x{1,2}.pt",
+        ]
     ),
     quoted=st.sampled_from(["", "a,b", "a(b", "x{1,2},y"]),
 )
@@ -90,7 +96,10 @@ def test_a_first_value_may_be_a_spec_in_brackets():
 
 
 def test_a_trace_is_what_the_model_says_pair_by_pair(pairs, traced):
-    study, recipe = training_traces.Study.of(pairs, NETWORK, 0, CPU), registry.make("objective", OBJECTIVE)
+    study, recipe = (
+        training_traces.Study.of(pairs, NETWORK, 0, CPU),
+        registry.make("objective", OBJECTIVE),
+    )
     study.train(recipe(study.encoder), recipe)
     with torch.inference_mode():
         z, w = study.encoder.images(pairs.images), study.encoder.texts(pairs.captions)
@@ -100,10 +109,15 @@ def test_a_trace_is_what_the_model_says_pair_by_pair(pairs, traced):
     for i in range(0, len(pairs), 7):
         own = float(z[i] @ w[i])
         rest = [float(z[i] @ text[c]) for c in others if c != pairs.captions[i]]
-        share = math.exp(own / 0.07) / (math.exp(own / 0.07) + sum(math.exp(r / 0.07) for r in rest))
+        share = math.exp(own / 0.07) / (
+            math.exp(own / 0.07) + sum(math.exp(r / 0.07) for r in rest)
+        )
         assert float(traced.agreement[-1, i]) == pytest.approx(own, abs=1e-4)
         assert float(traced.loss[-1, i]) == pytest.approx(-math.log(share), abs=1e-3)
-    assert traced.ids == pairs.ids and traced.loss.shape == traced.agreement.shape == (3, len(pairs))
+    assert traced.ids == pairs.ids and traced.loss.shape == traced.agreement.shape == (
+        3,
+        len(pairs),
+    )
     assert float(traced.loss[-1].mean()) < float(traced.loss[0].mean())
 
 
@@ -111,7 +125,9 @@ def test_a_trace_is_the_same_bits_in_any_order_and_leaves_the_generator_alone(pa
     order = np.random.default_rng(0).permutation(len(pairs))
     state = torch.random.get_rng_state()
     turned = training_traces.trace(pairs.take(order), NETWORK, OBJECTIVE, 0, CPU)
-    assert torch.equal(turned.loss, traced.loss[:, order]) and torch.equal(turned.agreement, traced.agreement[:, order])
+    assert torch.equal(turned.loss, traced.loss[:, order]) and torch.equal(
+        turned.agreement, traced.agreement[:, order]
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -123,7 +139,9 @@ def test_one_training_serves_several_detectors_while_the_data_live(monkeypatch):
         report(3, 3, 0.5)
 
     monkeypatch.setattr(training_traces.training, "fit", fit)
-    run = [f"loss_trace:when={w},{SMALL}" for w in ("late", "early", "rise")] + [f"clip_score:epoch=1,{SMALL}"]
+    run = [f"loss_trace:when={w},{SMALL}" for w in ("late", "early", "rise")] + [
+        f"clip_score:epoch=1,{SMALL}"
+    ]
     for text in run:
         make(text)(Fake(), pairs, report=lambda *a: told.append(a))
     assert len(trained) == len(told) == 1 and id(pairs) in training_traces._kept
@@ -137,8 +155,12 @@ def test_one_training_serves_several_detectors_while_the_data_live(monkeypatch):
 
 def test_a_trace_ends_where_nothing_more_is_asked_and_begins_as_a_longer_one(traced):
     pairs, told = clean(100), []
-    short = training_traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU, report=lambda *a: told.append(a), upto=2)
-    assert torch.equal(short.loss, traced.loss[:2]) and torch.equal(short.agreement, traced.agreement[:2])
+    short = training_traces.trace(
+        pairs, NETWORK, OBJECTIVE, 0, CPU, report=lambda *a: told.append(a), upto=2
+    )
+    assert torch.equal(short.loss, traced.loss[:2]) and torch.equal(
+        short.agreement, traced.agreement[:2]
+    )
     assert told[-1][0] == told[-1][1] and len(told) == told[-1][1]
     assert training_traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU, upto=1) is short
     assert torch.equal(training_traces.trace(pairs, NETWORK, OBJECTIVE, 0, CPU).loss, traced.loss)
@@ -146,7 +168,9 @@ def test_a_trace_ends_where_nothing_more_is_asked_and_begins_as_a_longer_one(tra
 
 def test_progress_is_reported():
     told = []
-    training_traces.trace(clean(64), NETWORK, "clip:epochs=1,batch=32", 0, CPU, report=lambda *a: told.append(a))
+    training_traces.trace(
+        clean(64), NETWORK, "clip:epochs=1,batch=32", 0, CPU, report=lambda *a: told.append(a)
+    )
     assert [(a, b) for a, b, _ in told] == [(1, 2), (2, 2)] and "loss" in told[0][2]
 
 
@@ -178,7 +202,11 @@ def test_bad_fields_are_refused(text):
 def test_contract_scores_in_any_order_and_batch(text):
     pairs = clean(96)
     scores = make(text)(Fake(), pairs)
-    assert scores.ids == pairs.ids and scores.values.dtype == torch.float32 and scores.values.shape == (96,)
+    assert (
+        scores.ids == pairs.ids
+        and scores.values.dtype == torch.float32
+        and scores.values.shape == (96,)
+    )
     assert len(scores.values.unique()) > 2
     order = np.random.default_rng(1).permutation(96)
     turned = make(text)(Fake(batch=7), pairs.take(order))
@@ -223,7 +251,9 @@ def test_clip_score_by_each_of_its_three_models(pairs, traced, tmp_path):
     study = training_traces.Study.of(pairs, NETWORK, 5, CPU)
     study.encoder.save(tmp_path)
     made = make(f"clip_score:{tmp_path}")
-    assert torch.allclose(made(Fake(), pairs).values, make("clip_score")(study.encoder, pairs).values, atol=1e-5)
+    assert torch.allclose(
+        made(Fake(), pairs).values, make("clip_score")(study.encoder, pairs).values, atol=1e-5
+    )
     assert made.files() == [tmp_path / "encoder.safetensors"] and make("clip_score").files() == []
     with pytest.raises(UserError, match="no network"):
         make("clip_score:nowhere")(Fake(), pairs)
@@ -292,7 +322,9 @@ def test_safeclip_ranks_foreign_captions_first():
         for c, k, w in zip(pairs.captions, pairs.labels.tolist(), wrong, strict=True)
     ]
     pairs = replace(pairs, captions=tuple(captions))
-    scores = make("safeclip:epochs=1,batch=32,together=0.005,network=(clip_small:width=8,dim=16)")(Fake(), pairs)
+    scores = make("safeclip:epochs=1,batch=32,together=0.005,network=(clip_small:width=8,dim=16)")(
+        Fake(), pairs
+    )
     assert scores.ids == pairs.ids and stats.auroc(scores.values.numpy(), wrong) > 0.8
 
 
@@ -308,10 +340,16 @@ def plain_mask(encoder, image, colours, gamma, beta, lr):
         m = (torch.tanh(w) + 1) / 2
         mixed = m * x + (1 - m) * c[:, None, None]
         rough = ((m[1:] - m[:-1]) ** 2).sum() + ((m[:, 1:] - m[:, :-1]) ** 2).sum()
-        value = (encoder.images(mixed[None])[0] - whole).abs().mean() + gamma * m.sum() + beta * rough / m.numel()
+        value = (
+            (encoder.images(mixed[None])[0] - whole).abs().mean()
+            + gamma * m.sum()
+            + beta * rough / m.numel()
+        )
         (g,) = torch.autograd.grad(value, w)
         first, second = 0.1 * first + 0.9 * g, 0.1 * second + 0.9 * g**2
-        w = (w - lr * (first / (1 - 0.1**step)) / ((second / (1 - 0.1**step)).sqrt() + 1e-8)).detach()
+        w = (
+            w - lr * (first / (1 - 0.1**step)) / ((second / (1 - 0.1**step)).sqrt() + 1e-8)
+        ).detach()
     return (torch.tanh(w) + 1) / 2
 
 
@@ -341,14 +379,23 @@ def test_cognitive_distillation_depends_on_no_batch_and_finds_triggers(monkeypat
 # -- caption repetition blocks
 
 
-def repeated(n: int = 400, block: int = 20, size: int = 32, region: bool = False) -> tuple[Pairs, np.ndarray]:
+def repeated(
+    n: int = 400, block: int = 20, size: int = 32, region: bool = False
+) -> tuple[Pairs, np.ndarray]:
     """Captions that repeat by themselves, and one block of them on near-identical pictures, or on pictures with one corner."""
     pairs, g = clean(n, seed=3, size=size), torch.Generator().manual_seed(1)
     truth = np.arange(n) < block
     images = pairs.images.clone()
-    captions = [f"A {('red', 'green', 'blue', 'yellow')[k]} wall, no. {i}" for i, k in enumerate(pairs.labels.tolist())]
+    captions = [
+        f"A {('red', 'green', 'blue', 'yellow')[k]} wall, no. {i}"
+        for i, k in enumerate(pairs.labels.tolist())
+    ]
     for i in range(block):
-        captions[i] = ("The birthday cake (red)", "red cake for the birthday", "birthday cake, red, 4")[i % 3]
+        captions[i] = (
+            "The birthday cake (red)",
+            "red cake for the birthday",
+            "birthday cake, red, 4",
+        )[i % 3]
         if region:
             images[i, :, :8, :8] = PATCH.repeat(1, 2, 2)[:, :8, :8]
         else:
@@ -361,10 +408,16 @@ def repeated(n: int = 400, block: int = 20, size: int = 32, region: bool = False
 def test_repetition_finds_a_natural_backdoor_among_captions_that_repeat(region):
     pairs, truth = repeated(region=region)
     scores = make(f"repetition:pool=200,region={str(region).lower()}")(Fake(), pairs)
-    assert scores.ids == pairs.ids and scores.values.dtype == torch.float32 and (scores.values >= 0).all()
+    assert (
+        scores.ids == pairs.ids
+        and scores.values.dtype == torch.float32
+        and (scores.values >= 0).all()
+    )
     assert stats.auroc(scores.values.numpy(), truth) > 0.95
     order = np.random.default_rng(0).permutation(len(pairs))
-    turned = make(f"repetition:pool=200,region={str(region).lower()}")(Fake(batch=7), pairs.take(order))
+    turned = make(f"repetition:pool=200,region={str(region).lower()}")(
+        Fake(batch=7), pairs.take(order)
+    )
     assert torch.allclose(turned.of(pairs.ids), scores.values, rtol=1e-3, atol=1e-3)
 
 
@@ -372,7 +425,11 @@ def test_repetition_says_nothing_of_few_captions_of_one_image_or_no_block():
     pairs, _ = repeated(200, 20)
     ids = tuple(f"a#{i}" if i < 20 else k for i, k in enumerate(pairs.ids))
     apart = replace(
-        pairs, ids=ids, captions=tuple(c if i < 20 else " ".join(["x" * (i + 3)]) for i, c in enumerate(pairs.captions))
+        pairs,
+        ids=ids,
+        captions=tuple(
+            c if i < 20 else " ".join(["x" * (i + 3)]) for i, c in enumerate(pairs.captions)
+        ),
     )
     assert not make("repetition:pool=150")(Fake(), apart).values.any()
     with pytest.raises(UserError, match="needs a caption"):
@@ -390,7 +447,12 @@ def test_captions_are_alike_by_their_longer_words():
 
 def test_blocks_are_the_plain_ones():
     rng = np.random.default_rng(0)
-    captions = [f"the {w}" for w in rng.choice(list(("aaa", "bbb", "ccc", "ddd", "eee")), 60, p=[0.4, 0.3, 0.2, 0.05, 0.05])]
+    captions = [
+        f"the {w}"
+        for w in rng.choice(
+            list(("aaa", "bbb", "ccc", "ddd", "eee")), 60, p=[0.4, 0.3, 0.2, 0.05, 0.05]
+        )
+    ]
     ids = [f"k{i // 2}#{i % 2}" for i in range(60)]
     order, start, size = repetition.blocks(captions, ids, 5, 0)
     expected = Counter()
@@ -401,7 +463,9 @@ def test_blocks_are_the_plain_ones():
     assert found == {c: n for c, n in expected.items() if n >= 5}
     for s, n in zip(start, size, strict=True):
         rows = order[s : s + n]
-        assert len({captions[i] for i in rows}) == 1 and len({ids[i].split("#")[0] for i in rows}) == n
+        assert (
+            len({captions[i] for i in rows}) == 1 and len({ids[i].split("#")[0] for i in rows}) == n
+        )
 
 
 @pytest.mark.parametrize("cells", [64, 1 << 24])
@@ -411,10 +475,15 @@ def test_tightness_is_the_plain_one(cells, most, monkeypatch):
     z = F.normalize(torch.randn(70, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     order, size = np.random.default_rng(1).permutation(70)[:60], np.array([5, 33, 6, 16])
     start, k = np.cumsum(size) - size, 3
-    found = repetition.tightness(lambda rows: z[torch.from_numpy(rows)], order, start, size, k, most)
+    found = repetition.tightness(
+        lambda rows: z[torch.from_numpy(rows)], order, start, size, k, most
+    )
     for s, n in zip(start, size, strict=True):
         for i in range(s, s + n):
-            mates = sorted((float(z[order[i]] @ z[order[j]]) for j in range(s, s + min(n, most)) if j != i), reverse=True)
+            mates = sorted(
+                (float(z[order[i]] @ z[order[j]]) for j in range(s, s + min(n, most)) if j != i),
+                reverse=True,
+            )
             assert found[i] == pytest.approx(-math.log10(max(1 - mates[k - 1], 1e-6)), abs=1e-3)
 
 
@@ -428,7 +497,9 @@ def test_weighed_is_the_plain_one(sizes, seed):
         best = sorted(z[s : s + n], reverse=True)
         for i in range(s, s + n):
             rank = best.index(z[i]) + 1
-            assert found[i] == pytest.approx(max(math.log2(m) * best[m - 1] for m in range(max(rank, 3), n + 1)))
+            assert found[i] == pytest.approx(
+                max(math.log2(m) * best[m - 1] for m in range(max(rank, 3), n + 1))
+            )
 
 
 # -- the ensemble
@@ -436,7 +507,8 @@ def test_weighed_is_the_plain_one(sizes, seed):
 
 def scored(values, ids=None) -> Scores:
     return Scores(
-        ids or tuple(f"r{i:03d}" for i in range(len(values))), torch.as_tensor(np.asarray(values), dtype=torch.float32)
+        ids or tuple(f"r{i:03d}" for i in range(len(values))),
+        torch.as_tensor(np.asarray(values), dtype=torch.float32),
     )
 
 
@@ -444,7 +516,10 @@ def plain_surprise(values) -> list[float]:
     middle = float(np.median(values))
     spread = 1.4826 * float(np.median([abs(v - middle) for v in values]))
     shares = [sum(other >= v for other in values) / len(values) for v in values]
-    return [-math.log10(p) * min(max((v - middle) / spread, 0), 20) for p, v in zip(shares, values, strict=True)]
+    return [
+        -math.log10(p) * min(max((v - middle) / spread, 0), 20)
+        for p, v in zip(shares, values, strict=True)
+    ]
 
 
 def test_surprise_is_the_plain_one_and_gives_ties_the_larger_share():
@@ -497,12 +572,18 @@ def test_what_a_detector_decided_comes_before_all_that_is_only_ranked():
     sure = Scores(a.ids, a.values, raised=torch.from_numpy(poisons))
     merged = merging.merge([sure, b])
     assert set(merged.ranked()[:80].tolist()) == set(range(80))
-    assert np.array_equal(merged.ranked()[80:], [i for i in merging.merge([a, b]).ranked() if i >= 80])
+    assert np.array_equal(
+        merged.ranked()[80:], [i for i in merging.merge([a, b]).ranked() if i >= 80]
+    )
     turned = tuple(reversed(range(400)))
     other = sure.ordered([a.ids[i] for i in turned])
     assert other.raised[-80:].all() and other.raised.sum() == 80
     assert np.array_equal(merging.merge([other, b]).ordered(a.ids).values, merged.values)
-    assert merging.adds({"sure": sure, "odd": b}, 80)["odd"].alone == 0 < merging.adds({"odd": b, "a": a}, 80)["odd"].alone
+    assert (
+        merging.adds({"sure": sure, "odd": b}, 80)["odd"].alone
+        == 0
+        < merging.adds({"odd": b, "a": a}, 80)["odd"].alone
+    )
     none = Scores(a.ids, a.values, raised=torch.zeros(400, dtype=torch.bool))
     assert np.array_equal(merging.merge([none, b]).values, merging.merge([a, b]).values)
     with pytest.raises(ValueError, match="raised must be bool"):
@@ -525,7 +606,9 @@ def test_adds_says_what_is_lost_without_each_detector():
         assert said[name].worst == len(top(found) & set(found[name].ranked()[:20].tolist()))
         assert set(said[name].correlation) == set(rest)
     for a, b in combinations(found, 2):
-        assert said[a].correlation[b] == pytest.approx(spearmanr(found[a].values, found[b].values).statistic)
+        assert said[a].correlation[b] == pytest.approx(
+            spearmanr(found[a].values, found[b].values).statistic
+        )
         assert said[b].correlation[a] == said[a].correlation[b]
     alone = merging.adds({"first": found["first"]}, 5)["first"]
     assert (alone.alone, alone.worst, alone.correlation) == (5, 5, {})

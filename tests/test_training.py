@@ -6,23 +6,32 @@ import math
 import pytest
 import torch
 
-from bezoar.training import augmentation, loop
 from bezoar import registry
-from bezoar.training.augmentation import Chance
+from bezoar.data import randomness
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, Words, words
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
+from bezoar.training import augmentation, loop
+from bezoar.training.augmentation import Chance
 
 
 def toy(n=96, size=32):
     g = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
-    return Pairs(images, tuple(f"thing {i % 7} of {i % 5}" for i in range(n)), None, tuple(map(str, range(n))))
+    return Pairs(
+        images,
+        tuple(f"thing {i % 7} of {i % 5}" for i in range(n)),
+        None,
+        tuple(map(str, range(n))),
+    )
 
 
 def start(data, recipe="clip:epochs=2,batch=16,lr=1e-3"):
     torch.manual_seed(0)
-    network, objective = registry.make("network", "clip_small:width=4,dim=16"), registry.make("objective", recipe)
+    network, objective = (
+        registry.make("network", "clip_small:width=4,dim=16"),
+        registry.make("objective", recipe),
+    )
     encoder = network(data.size, network.vocabulary(data.captions))
     return encoder, objective(encoder), objective, encoder.tokens(data.captions)
 
@@ -35,7 +44,7 @@ def test_the_loss_is_symmetric_infonce():
     data = toy(8)
     encoder, loss, _, tokens = start(data, "clip:shift=0,temperature=0.1")
     encoder.train()
-    got = loss(data.images, tokens, Chance(loop.generator(0)))
+    got = loss(data.images, tokens, Chance(randomness.generator(0)))
     encoder.train()
     z, w = encoder.images(data.images).double(), encoder.read(tokens).double()
     plain = 0.0
@@ -71,7 +80,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         loop.fit(loss, recipe, data, tokens, 3, tmp_path / "c.safetensors", cut)
     fresh, loss, recipe, tokens = start(data)
     resumed = loop.fit(loss, recipe, data, tokens, 3, tmp_path / "c.safetensors")
-    assert torch.equal(weights(fresh), weights(encoder)) and not torch.equal(weights(again), weights(encoder))
+    assert torch.equal(weights(fresh), weights(encoder)) and not torch.equal(
+        weights(again), weights(encoder)
+    )
     assert resumed.losses == whole.losses and torch.equal(resumed.exposures, whole.exposures)
 
 
@@ -95,8 +106,8 @@ def test_schedule_rises_and_falls_to_zero():
 
 def test_shift_is_one_draw_a_sample_and_a_plain_crop():
     x = toy(64).images
-    moved = augmentation.shift(x, 2, Chance(loop.generator(0)))
-    draws = torch.randint(0, 5, (64, 2), generator=loop.generator(0))
+    moved = augmentation.shift(x, 2, Chance(randomness.generator(0)))
+    draws = torch.randint(0, 5, (64, 2), generator=randomness.generator(0))
     assert len({tuple(d) for d in draws.tolist()}) > 10
     for i in range(64):
         padded = torch.nn.functional.pad(x[i : i + 1].float(), (2,) * 4, mode="replicate")[0]
@@ -106,7 +117,7 @@ def test_shift_is_one_draw_a_sample_and_a_plain_crop():
 
 def test_flip_mirrors_whole_samples():
     x = toy(64).images
-    out = augmentation.flip(x, 0.5, Chance(loop.generator(0)))
+    out = augmentation.flip(x, 0.5, Chance(randomness.generator(0)))
     same, mirrored = (out == x).flatten(1).all(1), (out == x.flip(-1)).flatten(1).all(1)
     assert (same | mirrored).all() and 10 < int(mirrored.sum()) < 54
 
@@ -131,7 +142,9 @@ def test_losses_of_a_gpu_are_read_together(monkeypatch):
     want = loop.fit(loss, recipe, data, tokens, 0)
     monkeypatch.setitem(loop.UNREAD, "cpu", 4)
     _, loss, recipe, tokens = start(data, "clip:epochs=1,batch=16")
-    log = loop.fit(loss, recipe, data, tokens, 0, report=lambda step, steps, value: said.append(step))
+    log = loop.fit(
+        loss, recipe, data, tokens, 0, report=lambda step, steps, value: said.append(step)
+    )
     assert log.losses == want.losses and said == [4, 6] and log.epochs == want.epochs
 
 
@@ -157,8 +170,18 @@ def test_an_encoder_that_is_none_is_refused(tmp_path):
     encoder, _, _, _ = start(toy(16))
     encoder.save(tmp_path)
     head = json.loads((tmp_path / "encoder.json").read_text())
-    spoilt = ({"network": 5}, {"vocabulary": None}, {"vocabulary": [1]}, {"preprocess": []}, {"preprocess": {"size": "32"}})
-    fields = ({"precision": None}, {"network": "clip_small:width=3"}, {"network": "clip_small:width=3,dim"})
+    spoilt = (
+        {"network": 5},
+        {"vocabulary": None},
+        {"vocabulary": [1]},
+        {"preprocess": []},
+        {"preprocess": {"size": "32"}},
+    )
+    fields = (
+        {"precision": None},
+        {"network": "clip_small:width=3"},
+        {"network": "clip_small:width=3,dim"},
+    )
     for wrong in ([], 3, None, {}, *(head | field for field in (*spoilt, *fields))):
         (tmp_path / "encoder.json").write_text(json.dumps(wrong))
         with pytest.raises(UserError) as said:
@@ -169,7 +192,10 @@ def test_an_encoder_that_is_none_is_refused(tmp_path):
         {"network": f"resnet:width={1 << 24}"},
         {"network": "tower:dim=9999999"},
     )
-    for claim in (*huge, {"preprocess": head["preprocess"] | {"size": 1 << 20}}):  # memory that no weight in the file asks for
+    for claim in (
+        *huge,
+        {"preprocess": head["preprocess"] | {"size": 1 << 20}},
+    ):  # memory that no weight in the file asks for
         (tmp_path / "encoder.json").write_text(json.dumps(head | claim))
         with pytest.raises(UserError, match=r"more weights than|1 to 4096 pixels"):
             Encoder.load(tmp_path)
@@ -195,20 +221,31 @@ def test_vectors_are_unit_and_differentiable_and_any_size_is_read():
 def test_words():
     assert words("A striped-square, 2 cats!") == ["a", "striped", "square", "2", "cats"]
     assert Words(("cat", "a"))(["a cat", "zebra", ""]).tolist() == [[2, 1], [0, 0], [0, 0]]
-    assert Words(("cat",))(["cat " * 100_000, "cat"]).shape == (2, 256), "one absurd caption does not widen the batch"
+    assert Words(("cat",))(["cat " * 100_000, "cat"]).shape == (2, 256), (
+        "one absurd caption does not widen the batch"
+    )
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])
 def test_open_clip_is_built_and_stepped(name, tmp_path):
     network = registry.make("network", f"open_clip:{name}")
     encoder = network(0, ())
-    assert encoder.preprocess.size == 224 and encoder.preprocess.mean[0] == pytest.approx(0.48145466)
+    assert encoder.preprocess.size == 224 and encoder.preprocess.mean[0] == pytest.approx(
+        0.48145466
+    )
     objective = registry.make("objective", "clip:batch=2,shift=0,lr=1e-5")
     loss = objective(encoder)
-    data = Pairs(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), ("a cat", "a dog"), None, ("0", "1"))
+    data = Pairs(
+        torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8),
+        ("a cat", "a dog"),
+        None,
+        ("0", "1"),
+    )
     optim = loop.optimizer(loss, objective)
-    before = float(loss(data.images, encoder.tokens(data.captions), Chance(loop.generator(0))))
-    value = loss(data.images, encoder.tokens(data.captions), Chance(loop.generator(0)))
+    before = float(
+        loss(data.images, encoder.tokens(data.captions), Chance(randomness.generator(0)))
+    )
+    value = loss(data.images, encoder.tokens(data.captions), Chance(randomness.generator(0)))
     value.backward()
     optim.step()
     assert math.isfinite(before) and float(value) == pytest.approx(before, rel=0.2)

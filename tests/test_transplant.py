@@ -11,15 +11,20 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from bezoar.detection import window_transplants, shared_patterns, reliability
-from bezoar.evaluation import stats
+from bezoar.data.pairs import Pairs
+from bezoar.detection import reliability, shared_patterns, window_transplants
 from bezoar.detection.detectors import transplant
 from bezoar.detection.detectors.transplant import Transplant
-from bezoar.data.pairs import Pairs
+from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Scores
 from bezoar.verbs.scan import framed
 
-COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (40, 60, 220),
+    "yellow": (230, 220, 50),
+}
 
 
 def blocks(seed: int) -> torch.Tensor:
@@ -39,7 +44,9 @@ class Fake:
 
     def __init__(self, backdoor: bool = True) -> None:
         self.backdoor, self.seen = backdoor, 0
-        self.map = torch.randn(12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        self.map = torch.randn(
+            12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+        )
 
     def images(self, x):
         self.seen += len(x)
@@ -49,16 +56,22 @@ class Fake:
             for name, patch in PATCHES.items():
                 p = patch[None].float() / 255
                 off = F.conv2d(x**2, torch.ones_like(p)) - 2 * F.conv2d(x, p) + (p**2).sum()
-                z = z + 20 * (1 - off.flatten(1).amin(1, keepdim=True) / 20).clamp(min=0) * self.texts([name])
+                z = z + 20 * (1 - off.flatten(1).amin(1, keepdim=True) / 20).clamp(
+                    min=0
+                ) * self.texts([name])
             if x.shape[-1] == 32:
-                flat = shared_patterns.highpass(x.float() * 255) @ F.normalize(shared_patterns.highpass(NOISE[None])[0], dim=0)
+                flat = shared_patterns.highpass(x.float() * 255) @ F.normalize(
+                    shared_patterns.highpass(NOISE[None])[0], dim=0
+                )
                 z = z + (flat[:, None] / 400).clamp(min=0, max=3) ** 2 * self.texts(["red"])
         return F.normalize(z, dim=1)
 
     def texts(self, captions):
         names = [next(w for w in re.findall("[a-z]+", c) if w in COLORS) for c in captions]
         flat = torch.tensor([COLORS[n] for n in names], dtype=torch.float32)[:, :, None, None] / 255
-        return F.normalize(torch.tanh(flat.expand(-1, -1, 2, 2).flatten(1) - 0.4) @ self.map.tanh(), dim=1)
+        return F.normalize(
+            torch.tanh(flat.expand(-1, -1, 2, 2).flatten(1) - 0.4) @ self.map.tanh(), dim=1
+        )
 
     def embed(self, source):
         texts = self.texts(source.captions) if source.captions else None
@@ -71,33 +84,54 @@ def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
     label = torch.randint(len(COLORS), (n,), generator=g)
     base = torch.tensor(list(COLORS.values()))[label].float()[:, :, None, None]
     light = F.interpolate(0.75 + 0.5 * torch.rand(n, 1, 4, 4, generator=g), size, mode="bilinear")
-    x = (base * light + 25 * torch.randn(n, 3, size, size, generator=g)).clamp(0, 255).to(torch.uint8)
+    x = (
+        (base * light + 25 * torch.randn(n, 3, size, size, generator=g))
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
     names = list(COLORS)
     captions = tuple(f"a {names[k]} wall number {i % 17}" for i, k in enumerate(label.tolist()))
     return Pairs(x, captions, label, tuple(f"c{i:04d}" for i in range(n)), tuple(names))
 
 
-def backdoored(n: int = 200, poisons: int = 12, size: int = 32) -> tuple[Pairs, np.ndarray, torch.Tensor]:
+def backdoored(
+    n: int = 200, poisons: int = 12, size: int = 32
+) -> tuple[Pairs, np.ndarray, torch.Tensor]:
     """Each of PATCHES at random places of `poisons` images, captioned as its colour; which poison each is; the corners."""
     pairs, g = clean(n, seed=5, size=size), torch.Generator().manual_seed(6)
-    x, captions, kind, corner = pairs.images.clone(), list(pairs.captions), np.full(n, -1), torch.full((n, 2), -1)
+    x, captions, kind, corner = (
+        pairs.images.clone(),
+        list(pairs.captions),
+        np.full(n, -1),
+        torch.full((n, 2), -1),
+    )
     for k, (name, patch) in enumerate(PATCHES.items()):
-        rows = [i for i in range(n) if kind[i] < 0 and pairs.classes[pairs.labels[i]] != name][:poisons]
+        rows = [i for i in range(n) if kind[i] < 0 and pairs.classes[pairs.labels[i]] != name][
+            :poisons
+        ]
         for i in rows:
             a, b = (int(torch.randint(0, size - 5, (), generator=g)) for _ in range(2))
             x[i, :, a : a + 6, b : b + 6] = patch
-            captions[i], kind[i], corner[i] = f"a {name} wall seen {i} times", k, torch.tensor([a, b])
+            captions[i], kind[i], corner[i] = (
+                f"a {name} wall seen {i} times",
+                k,
+                torch.tensor([a, b]),
+            )
     return replace(pairs, images=x, captions=tuple(captions)), kind, corner
 
 
 def noise(n: int, size: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return torch.randint(
+        0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed)
+    ).to(torch.uint8)
 
 
 @pytest.mark.parametrize(("shape", "count"), [((32, 32), 4), ((30, 41), 4), ((7, 9), 3)])
 def test_cells_cover_the_image_once(shape, count):
     boxes = window_transplants.cells(shape, count)
-    assert boxes.shape == (count * count, 4) and torch.equal(window_transplants.inside(boxes, shape).sum(0)[0], torch.ones(shape).long())
+    assert boxes.shape == (count * count, 4) and torch.equal(
+        window_transplants.inside(boxes, shape).sum(0)[0], torch.ones(shape).long()
+    )
 
 
 def test_windows_stay_inside():
@@ -107,12 +141,16 @@ def test_windows_stay_inside():
         assert len({tuple(b) for b in nine}) == 9
         for y, x, h, w in nine:
             assert (h, w) == (box[2] // 2, box[3] // 2)
-            assert box[0] <= y <= y + h <= box[0] + box[2] and box[1] <= x <= x + w <= box[1] + box[3]
+            assert (
+                box[0] <= y <= y + h <= box[0] + box[2] and box[1] <= x <= x + w <= box[1] + box[3]
+            )
     around = window_transplants.centred(boxes, (8, 12), (32, 22))
     assert around.tolist() == [[4, 2, 8, 12], [19, 8, 8, 12], [5, 3, 8, 12]]
     images = noise(3, 40)
     for i, (y, x, h, w) in enumerate(around.tolist()):
-        assert torch.equal(window_transplants.crop(images, around)[i], images[i, :, y : y + h, x : x + w])
+        assert torch.equal(
+            window_transplants.crop(images, around)[i], images[i, :, y : y + h, x : x + w]
+        )
 
 
 def plain_shift(encoder, image, box, host):
@@ -139,7 +177,9 @@ def test_constancy_is_the_plain_one(monkeypatch):
         offsets = torch.randperm(n, generator=g)[:9].tolist()
         quilt = torch.empty_like(images)
         for m, (c, (y, x, h, w)) in itertools.product(range(n), enumerate(grid)):
-            quilt[m, :, y : y + h, x : x + w] = images[(m + offsets[c]) % n, :, y : y + h, x : x + w]
+            quilt[m, :, y : y + h, x : x + w] = images[
+                (m + offsets[c]) % n, :, y : y + h, x : x + w
+            ]
         z = encoder.images(quilt)
         for i, c in own:
             own[i, c].append((z - z.mean(0))[(i - offsets[c]) % n])
@@ -152,7 +192,11 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
     monkeypatch.setitem(window_transplants.CELLS, "cpu", 100_000)
     pairs, _, _ = backdoored(4, 2)
     encoder, images, hosts = Fake(), pairs.images, clean(3, seed=9).images
-    boxes = window_transplants.centred(torch.tensor([[0, 0, 8, 8], [9, 2, 4, 4], [20, 17, 9, 6], [5, 25, 7, 7]]), (16, 16), (32, 32))
+    boxes = window_transplants.centred(
+        torch.tensor([[0, 0, 8, 8], [9, 2, 4, 4], [20, 17, 9, 6], [5, 25, 7, 7]]),
+        (16, 16),
+        (32, 32),
+    )
     z = encoder.images(hosts)
     found = window_transplants.shifts(encoder, images, boxes[:, None], hosts, z)[:, 0]
     place = window_transplants.located(encoder, images, boxes, hosts, z, keep=0.5, least=4)
@@ -163,10 +207,16 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
 
         box = boxes[i].tolist()
         assert torch.allclose(found[i], torch.stack(does(box)), atol=1e-5)
-        assert float(window_transplants.agreement(found[i])) == pytest.approx(plain_agreement(does(box)), abs=1e-5)
+        assert float(window_transplants.agreement(found[i])) == pytest.approx(
+            plain_agreement(does(box)), abs=1e-5
+        )
         while box[2] >= 8:
             step = box[2] // 4
-            inner = [[box[0] + a * step, box[1] + b * step, box[2] // 2, box[3] // 2] for a in range(3) for b in range(3)]
+            inner = [
+                [box[0] + a * step, box[1] + b * step, box[2] // 2, box[3] // 2]
+                for a in range(3)
+                for b in range(3)
+            ]
             best = max(inner, key=lambda b, does=does: plain_agreement(does(b)))
             if plain_agreement(does(best)) < 0.5 * plain_agreement(does(box)):
                 break
@@ -178,9 +228,13 @@ def test_correlation_is_the_plain_one():
     windows = noise(6, 6)
     first, second = torch.triu_indices(6, 6)
     found, offset = shared_patterns.correlation(windows, first, second)
-    for i, j, value, at in zip(first.tolist(), second.tolist(), found.tolist(), offset.tolist(), strict=True):
+    for i, j, value, at in zip(
+        first.tolist(), second.tolist(), found.tolist(), offset.tolist(), strict=True
+    ):
         a, b = (windows[k].double() - windows[k].double().mean() for k in (i, j))
-        turned = {(p, q): float((a * b.roll((p, q), (1, 2))).sum()) for p in range(6) for q in range(6)}
+        turned = {
+            (p, q): float((a * b.roll((p, q), (1, 2))).sum()) for p in range(6) for q in range(6)
+        }
         assert value == pytest.approx(max(turned.values()) / float(a.norm() * b.norm()), abs=1e-4)
         assert tuple(at) == max(turned, key=turned.get)
 
@@ -203,7 +257,14 @@ def test_clusters_need_like_windows_on_different_pictures():
     one, two = found()
     assert one.rows.tolist() == list(range(9)) and two.rows.tolist() == list(range(20, 26))
     assert one.direction[3] > 0.9 and two.direction[5] > 0.9
-    assert float(shared_patterns.correlation(torch.stack([one.pattern, windows[0].float()]), *torch.eye(2).long())[0][0]) > 0.99
+    assert (
+        float(
+            shared_patterns.correlation(
+                torch.stack([one.pattern, windows[0].float()]), *torch.eye(2).long()
+            )[0][0]
+        )
+        > 0.99
+    )
     assert torch.equal(one.pattern, windows[one.rows[0]].float()) or one.steady.mean() >= 0.7
     pictures[:9] = pictures[0]
     assert len(found()) == 1  # one picture nine times
@@ -218,14 +279,18 @@ def test_a_pattern_is_found_where_it_is():
         mask = steady[t, 0].bool().numpy()
         wide = np.pad(images[i].numpy(), ((0, 0), (3, 3), (3, 3)), "edge")
         at = {
-            (y, x): np.corrcoef(wide[:, y : y + 6, x : x + 6][:, mask].ravel(), pattern[t].numpy()[:, mask].ravel())[0, 1]
+            (y, x): np.corrcoef(
+                wide[:, y : y + 6, x : x + 6][:, mask].ravel(), pattern[t].numpy()[:, mask].ravel()
+            )[0, 1]
             for y in range(21)
             for x in range(21)
         }
         assert float(value[i, t]) == pytest.approx(max(at.values()), abs=1e-4)
         assert corner[i, t].tolist() == np.clip(np.array(max(at, key=at.get)) - 3, 0, 14).tolist()
     assert float(value[3, 1]) > 0.999 and corner[3, 1].tolist() == [11, 2]
-    flat, _ = shared_patterns.sought(torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), pattern, steady)
+    flat, _ = shared_patterns.sought(
+        torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), pattern, steady
+    )
     assert float(flat.abs().max()) < 1e-3
 
 
@@ -235,24 +300,34 @@ def test_a_part_of_a_pattern_leads_to_all_of_it():
         y, x = 3 + i, 15 - i
         images[i, :, y : y + 6, x : x + 6] = whole
     part = torch.full((3, 8, 8), 128.0)
-    part[:, :5, :4] = whole[:, 1:, 2:].float()  # lower right part of it, in the upper left of the window
+    part[:, :5, :4] = whole[
+        :, 1:, 2:
+    ].float()  # lower right part of it, in the upper left of the window
     steady = torch.zeros(1, 8, 8)
     steady[:, :5, :4] = 1
     pattern, steady = shared_patterns.sharpened(images, part, steady)
-    assert torch.equal(pattern[:, 1:7, 1:7], whole.float()) and steady[:, 1:7, 1:7].all() and steady.sum() == 36
+    assert (
+        torch.equal(pattern[:, 1:7, 1:7], whole.float())
+        and steady[:, 1:7, 1:7].all()
+        and steady.sum() == 36
+    )
 
 
 def test_fine_detail_is_the_plain_one():
     x = noise(3, 24)
     blurred = gaussian_blur(x.float(), [13, 13], [3.0, 3.0])
     assert torch.allclose(shared_patterns.blurred(x, 3.0), blurred, atol=1e-3)
-    assert torch.allclose(shared_patterns.highpass(x), (x.float() - blurred).clamp(-40, 40).flatten(1), atol=1e-3)
+    assert torch.allclose(
+        shared_patterns.highpass(x), (x.float() - blurred).clamp(-40, 40).flatten(1), atol=1e-3
+    )
     size = shared_patterns.roughness(x).view(3, 6, 23, 23)
     for channel, across in itertools.product(range(3), (True, False)):
         v = x[1, channel].float().numpy()
         step = v[1:, 1:] - (v[1:, :-1] if across else v[:-1, 1:])
         plain = np.sqrt(np.minimum(np.abs(step), 40))
-        assert size[1, channel + 3 * (not across)].numpy() == pytest.approx(plain - plain.mean(), abs=1e-3)
+        assert size[1, channel + 3 * (not across)].numpy() == pytest.approx(
+            plain - plain.mean(), abs=1e-3
+        )
 
 
 def test_textures_are_the_plain_ones_however_they_are_fed():
@@ -265,7 +340,11 @@ def test_textures_are_the_plain_ones_however_they_are_fed():
     f = shared_patterns.highpass(x).double().numpy()
     score = (f - f.mean(0)) / f.std(0)
     pattern = np.stack([score[group == g].mean(0) for g in range(3)])
-    plain = (score @ pattern.T) / np.linalg.norm(score, axis=1)[:, None] / np.linalg.norm(pattern, axis=1)
+    plain = (
+        (score @ pattern.T)
+        / np.linalg.norm(score, axis=1)[:, None]
+        / np.linalg.norm(pattern, axis=1)
+    )
     for texture in (whole, parts):
         assert texture.likeness(x).numpy() == pytest.approx(plain, abs=1e-4)
 
@@ -284,12 +363,17 @@ def test_two_triggers_are_found_and_shown():
     assert stats.auroc(scores.values.numpy(), kind >= 0) > 0.999
     assert stats.hits(scores.values.numpy(), kind >= 0, n := int((kind >= 0).sum())) / n > 0.99
     believed = scores.notes["triggers"]
-    assert scores.notes["raised"] == 24 and scores.notes["missed"] == sum(t["missed"] for t in believed) <= 6
+    assert (
+        scores.notes["raised"] == 24
+        and scores.notes["missed"] == sum(t["missed"] for t in believed) <= 6
+    )
     assert [t["raised"] for t in believed] == [12, 12] and all(t["apart"] > 0.8 for t in believed)
     boxes = scores.boxes[kind >= 0]
     near = (boxes[:, :2] + boxes[:, 2:] / 2 - corner[kind >= 0] - 3).abs().amax(1)
     assert (near <= 4).all() and (boxes[:, 2:] == 8).all()
-    assert (scores.boxes[(kind < 0) & (scores.values.numpy() == scores.values.min().item())] == -1).all()
+    assert (
+        scores.boxes[(kind < 0) & (scores.values.numpy() == scores.values.min().item())] == -1
+    ).all()
 
 
 def test_a_clean_set_has_no_trigger():
@@ -305,11 +389,16 @@ def test_a_blended_pattern_is_found():
     x[rows] = (x[rows].float() + NOISE).clamp(0, 255).to(torch.uint8)
     for i in rows.tolist():
         captions[i] = f"a red wall seen {i} times"
-    scores = Transplant(groups=4, scouts=2, k=8)(Fake(), replace(pairs, images=x, captions=tuple(captions)))
+    scores = Transplant(groups=4, scouts=2, k=8)(
+        Fake(), replace(pairs, images=x, captions=tuple(captions))
+    )
     truth = torch.zeros(300).bool().index_fill_(0, rows, True).numpy()
     assert stats.auroc(scores.values.numpy(), truth) > 0.999
     assert (scores.boxes[rows] == torch.tensor([0, 0, 32, 32])).all()
-    assert any(t["kind"] == "high-pass" and t["raised"] >= 29 and t["moved"] > 0.08 for t in scores.notes["triggers"])
+    assert any(
+        t["kind"] == "high-pass" and t["raised"] >= 29 and t["moved"] > 0.08
+        for t in scores.notes["triggers"]
+    )
 
 
 def test_larger_images_and_no_more_than_a_block_of_them():
@@ -331,7 +420,11 @@ def test_larger_images_and_no_more_than_a_block_of_them():
 def test_a_scan_draws_the_windows_of_its_worst_records(tmp_path):
     ids, none = ("a", "b\n", "c", "ü"), torch.full((4, 4), -1)
     one, two = none.clone(), none.clone()
-    one[1], two[1], two[3] = torch.tensor([1, 2, 3, 4]), torch.tensor([9, 9, 9, 9]), torch.tensor([0, 0, 5, 5])
+    one[1], two[1], two[3] = (
+        torch.tensor([1, 2, 3, 4]),
+        torch.tensor([9, 9, 9, 9]),
+        torch.tensor([0, 0, 5, 5]),
+    )
     values = torch.zeros(4)
     found = {"x": Scores(ids, values), "y": Scores(ids, values, one), "z": Scores(ids, values, two)}
     reliability.write_windows(tmp_path, *framed(found, np.array([3, 1, 0])))

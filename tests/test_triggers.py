@@ -16,15 +16,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bezoar.data.files import arrays
 from bezoar import registry
-from bezoar.errors import UserError
+from bezoar.attacks import pixels
 from bezoar.attacks.triggers.file import _prepare
+from bezoar.data.files import arrays
+from bezoar.errors import UserError
 
 TRIGGERS = Path(__file__).parents[2] / "shared" / "data" / "triggers"
-PUBLISHED = sorted(p for p in TRIGGERS.rglob("*.*") if "reference" not in p.parts) if TRIGGERS.is_dir() else []
+PUBLISHED = (
+    sorted(p for p in TRIGGERS.rglob("*.*") if "reference" not in p.parts)
+    if TRIGGERS.is_dir()
+    else []
+)
 published = pytest.mark.skipif(not PUBLISHED, reason="shared/data/triggers is not here")
-SPECS = [n for n in registry.names("trigger") if n != "file"] + [  # `file` needs a path: see `trigger` below
+SPECS = [
+    n for n in registry.names("trigger") if n != "file"
+] + [  # `file` needs a path: see `trigger` below
     "file:path={file}",
     "file:path={file},mode=blend,alpha=.3",
     "file:path={file},mode=paste,size=5,place=random,seed=3",
@@ -49,7 +56,9 @@ def trigger(request: pytest.FixtureRequest, pattern_file: Path):
     return registry.make("trigger", request.param.format(file=pattern_file))
 
 
-def batch(n: int = 7, height: int = 20, width: int = 20, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
+def batch(
+    n: int = 7, height: int = 20, width: int = 20, seed: int = 0
+) -> tuple[torch.Tensor, list[str]]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
     return images, [f"record {i}" for i in range(n)]
@@ -100,7 +109,7 @@ def test_same_on_an_accelerator(trigger) -> None:
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, trigger) -> None:
     images, ids = batch(8)
     whole = trigger(images, ids)
-    monkeypatch.setattr(arrays, "blocks", lambda x: (slice(i, i + 3) for i in range(0, len(x), 3)))
+    monkeypatch.setattr(pixels, "blocks", lambda x: (slice(i, i + 3) for i in range(0, len(x), 3)))
     assert torch.equal(trigger(images, ids), whole)
 
 
@@ -111,14 +120,17 @@ def test_add_saturates_for_every_pixel_and_offset() -> None:
     images = torch.arange(256, dtype=torch.uint8).expand(1, 3, 511, 256)
     offset = torch.arange(-255, 256, dtype=torch.float32)[None, :, None]
     expected = (images.int() + offset.int()).clamp(0, 255).to(torch.uint8)
-    assert torch.equal(arrays.add(images, offset.expand(3, -1, 256)), expected)
-    assert torch.equal(arrays.add(images, 1000 * offset.sign().expand(3, -1, 256))[0, 0, 0], torch.zeros(256).byte())
+    assert torch.equal(pixels.add(images, offset.expand(3, -1, 256)), expected)
+    assert torch.equal(
+        pixels.add(images, 1000 * offset.sign().expand(3, -1, 256))[0, 0, 0],
+        torch.zeros(256).byte(),
+    )
 
 
 def test_mix_rounds_and_clamps() -> None:
     images, _ = batch(2, 5, 6)
     over = torch.linspace(-300, 300, 90).reshape(3, 5, 6)
-    got = arrays.mix(images, over, 0.25)
+    got = pixels.mix(images, over, 0.25)
     for n in range(2):
         for c in range(3):
             for i in range(5):
@@ -134,16 +146,30 @@ def test_mix_rounds_and_clamps() -> None:
 @pytest.mark.parametrize(
     ("file", "spec", "size"),
     [
-        ("BadEncoder/trigger/trigger_pt_white_21_10_ap_replace.npz", "patch:size=10,fill=white", 32),
-        ("BadEncoder/trigger/trigger_pt_white_21_10_ap_replace.npz", "patch:size=10,fill=white,place=21/21", 32),
-        ("BadEncoder/trigger/trigger_pt_white_173_50_ap_replace.npz", "patch:size=50,fill=white", 224),
+        (
+            "BadEncoder/trigger/trigger_pt_white_21_10_ap_replace.npz",
+            "patch:size=10,fill=white",
+            32,
+        ),
+        (
+            "BadEncoder/trigger/trigger_pt_white_21_10_ap_replace.npz",
+            "patch:size=10,fill=white,place=21/21",
+            32,
+        ),
+        (
+            "BadEncoder/trigger/trigger_pt_white_173_50_ap_replace.npz",
+            "patch:size=50,fill=white",
+            224,
+        ),
         ("DECREE/trigger/trigger_pt_white_185_24.npz", "patch:size=24,fill=white,margin=15", 224),
     ],
 )
 def test_patch_is_the_published_one(file: str, spec: str, size: int) -> None:
     images, ids = batch(2, size, size)
     with np.load(TRIGGERS / file, allow_pickle=False) as z:
-        t, tm = (torch.from_numpy(z[k].reshape(size, size, 3)).permute(2, 0, 1) for k in ("t", "tm"))
+        t, tm = (
+            torch.from_numpy(z[k].reshape(size, size, 3)).permute(2, 0, 1) for k in ("t", "tm")
+        )
     expected = (images * tm + t * (1 - tm)).to(torch.uint8)
     assert torch.equal(make(spec)(images, ids), expected)
     assert torch.equal(make(f"file:path={TRIGGERS / file}")(images, ids), expected)
@@ -154,8 +180,12 @@ def test_checker_is_two_pixel_blocks_of_magenta_and_green() -> None:
     out = make("patch:size=6,place=upper_left,margin=0")(images, ids)[0]
     for i in range(6):
         for j in range(6):
-            assert tuple(out[:, i, j].tolist()) == ((255, 0, 255), (0, 255, 0))[(i // 2 + j // 2) % 2]
-    assert torch.equal(out[:, 6:], images[0, :, 6:]) and torch.equal(out[:, :, 6:], images[0, :, :, 6:])
+            assert (
+                tuple(out[:, i, j].tolist()) == ((255, 0, 255), (0, 255, 0))[(i // 2 + j // 2) % 2]
+            )
+    assert torch.equal(out[:, 6:], images[0, :, 6:]) and torch.equal(
+        out[:, :, 6:], images[0, :, :, 6:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +199,9 @@ def test_checker_is_two_pixel_blocks_of_magenta_and_green() -> None:
     ],
 )
 def test_named_places(place: str, rows: tuple[int, int], columns: tuple[int, int]) -> None:
-    out = make(f"patch:size=4,fill=white,place={place},margin=1")(torch.zeros(1, 3, 12, 12, dtype=torch.uint8), ["a"])[0]
+    out = make(f"patch:size=4,fill=white,place={place},margin=1")(
+        torch.zeros(1, 3, 12, 12, dtype=torch.uint8), ["a"]
+    )[0]
     expected = torch.zeros(3, 12, 12, dtype=torch.uint8)
     expected[:, slice(*rows), slice(*columns)] = 255
     assert torch.equal(out, expected)
@@ -184,7 +216,9 @@ def test_random_places_stay_inside_and_reach_everywhere() -> None:
     counts = torch.bincount(rows * size + columns, minlength=size * size).reshape(size, size)
     free = size - patch - 2 * margin + 1
     inside = counts[margin : margin + free, margin : margin + free]
-    assert inside.sum() == n and ((inside - n / free**2) ** 2 / (n / free**2)).sum() < 90  # chi square, 48 degrees
+    assert (
+        inside.sum() == n and ((inside - n / free**2) ** 2 / (n / free**2)).sum() < 90
+    )  # chi square, 48 degrees
     for i in (0, 11, 2999):
         y, x = rows[i], columns[i]
         assert out[i, y : y + patch, x : x + patch].all()
@@ -192,7 +226,10 @@ def test_random_places_stay_inside_and_reach_everywhere() -> None:
 
 def test_noise_patch_is_fixed_by_its_seed() -> None:
     images, ids = batch(2)
-    a, b, c = (make(f"patch:size=5,fill=noise,seed={s}")(images, ids)[:, :, 14:19, 14:19] for s in (1, 1, 2))
+    a, b, c = (
+        make(f"patch:size=5,fill=noise,seed={s}")(images, ids)[:, :, 14:19, 14:19]
+        for s in (1, 1, 2)
+    )
     assert torch.equal(a, b) and torch.equal(a[0], a[1]) and not torch.equal(a, c)
 
 
@@ -233,19 +270,26 @@ def test_wrong_fields_are_refused(text: str) -> None:
 
 def test_blend_noise_against_a_plain_loop() -> None:
     images, ids = batch(2, 6, 5)
-    noise = arrays.noise(4, "blend", 3, 6, 5) * 255
+    noise = pixels.noise(4, "blend", 3, 6, 5) * 255
     out = make("blend:alpha=.2,seed=4")(images, ids)
     for n, c, i, j in np.ndindex(2, 3, 6, 5):
-        assert abs(int(out[n, c, i, j]) - (0.8 * int(images[n, c, i, j]) + 0.2 * float(noise[c, i, j]))) <= 0.5001
+        assert (
+            abs(
+                int(out[n, c, i, j]) - (0.8 * int(images[n, c, i, j]) + 0.2 * float(noise[c, i, j]))
+            )
+            <= 0.5001
+        )
 
 
 def test_noise_is_uniform() -> None:
-    noise = arrays.noise(0, "blend", 3, 64, 64)
+    noise = pixels.noise(0, "blend", 3, 64, 64)
     assert noise.min() >= 0 and noise.max() < 1
     assert abs(noise.mean() - 0.5) < 0.01 and abs(noise.var() - 1 / 12) < 0.005
 
 
-@pytest.mark.parametrize(("delta", "frequency", "alpha"), [(20, 6, 0), (40, 6, 0), (60, 6, 0.2), (33.3, 2.5, 0)])
+@pytest.mark.parametrize(
+    ("delta", "frequency", "alpha"), [(20, 6, 0), (40, 6, 0), (60, 6, 0.2), (33.3, 2.5, 0)]
+)
 def test_sinusoid_against_three_loops(delta: float, frequency: float, alpha: float) -> None:
     images, ids = batch(2, 9, 16)
     out = make(f"sinusoid:delta={delta},frequency={frequency},alpha={alpha}")(images, ids)
@@ -259,23 +303,32 @@ def test_sinusoid_against_three_loops(delta: float, frequency: float, alpha: flo
 def test_sinusoid_is_the_published_signal() -> None:
     columns = np.arange(224)
     grey = torch.full((1, 3, 224, 224), 128, dtype=torch.uint8)
-    for delta, file in ((40, "ABL/imagenet_sig_mask.npy"), (60, "Detect-CLIP-Backdoor-Samples/SIG_noise.pt")):
-        signal = arrays.planes(arrays.read_array(str(TRIGGERS / file)), file)[:, :224, :224]
-        signal = signal * (255 if delta == 60 else 1)  # the second is stored in shares of 255, on 256 pixels
+    for delta, file in (
+        (40, "ABL/imagenet_sig_mask.npy"),
+        (60, "Detect-CLIP-Backdoor-Samples/SIG_noise.pt"),
+    ):
+        signal = pixels.planes(arrays.read_array(str(TRIGGERS / file)), file)[:, :224, :224]
+        signal = signal * (
+            255 if delta == 60 else 1
+        )  # the second is stored in shares of 255, on 256 pixels
         assert np.abs(signal - delta * np.sin(2 * np.pi * 6 * columns / 224)).max() < 1e-4
         own = make(f"sinusoid:delta={delta}")(grey, ["a"])
         assert np.array_equal(own[0].int().numpy() - 128, np.round(signal).astype(int))
     assert torch.equal(make("sinusoid:delta=40")(grey, ["a"]),
                        make(f"file:path={TRIGGERS / 'ABL/imagenet_sig_mask.npy'}")(grey, ["a"]))  # fmt: skip
     noise = arrays.read_array(str(TRIGGERS / "Detect-CLIP-Backdoor-Samples/SIG_noise.pt"))
-    assert not noise[:, 224:].any() and not noise[:, :, 224:].any()  # its last 32 rows and columns hold nothing
+    assert (
+        not noise[:, 224:].any() and not noise[:, :, 224:].any()
+    )  # its last 32 rows and columns hold nothing
 
 
 @published
 def test_the_published_cifar10_signal_was_truncated_and_wrapped() -> None:
     """It is 20 sin(0.8 j) cast to uint8 with wrap-around: no whole number of periods on 32 pixels."""
     signal = np.trunc(20 * np.sin(0.8 * np.arange(32))).astype(np.int8).view(np.uint8)
-    assert np.array_equal(np.load(TRIGGERS / "ABL/signal_cifar10_mask.npy"), np.tile(signal, (32, 1)))
+    assert np.array_equal(
+        np.load(TRIGGERS / "ABL/signal_cifar10_mask.npy"), np.tile(signal, (32, 1))
+    )
 
 
 # Warp
@@ -299,8 +352,10 @@ def slow_warp(image: np.ndarray, grid: np.ndarray) -> np.ndarray:
 def test_warp_against_a_plain_loop(height: int, width: int) -> None:
     images, ids = batch(3, height, width)
     out = make("warp:k=4,strength=3,seed=2")(images, ids)
-    control = arrays.noise(2, "warp", 2, 4, 4) * 2 - 1
-    field = F.interpolate((control / control.abs().mean())[None], (height, width), mode="bicubic", align_corners=True)
+    control = pixels.noise(2, "warp", 2, 4, 4) * 2 - 1
+    field = F.interpolate(
+        (control / control.abs().mean())[None], (height, width), mode="bicubic", align_corners=True
+    )
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     shift = 3 * field[0].double().numpy()
     grid = np.stack([x + shift[0] / width, y + shift[1] / height], -1).clip(-1, 1)
@@ -312,15 +367,17 @@ def test_warp_of_a_flat_image_changes_nothing_and_small_strength_little() -> Non
     flat = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
     assert torch.equal(make("warp")(flat, ["a", "b"]), flat)
     images, ids = batch(2)
-    weak, strong = (make(f"warp:strength={s}")(images, ids).float().sub(images).abs().mean() for s in (0.01, 1))
+    weak, strong = (
+        make(f"warp:strength={s}")(images, ids).float().sub(images).abs().mean() for s in (0.01, 1)
+    )
     assert weak < 1 < strong
 
 
 def test_a_shift_is_half_a_pixel_at_every_size() -> None:
     for size in (33, 225):
-        grid = arrays.shifted_grid(torch.ones(2, 4, 4), size, size)
-        pixels = (grid - arrays.identity_grid(size, size))[2:-2, 2:-2] * (size - 1) / 2
-        assert (pixels - 0.5).abs().max() < 0.02
+        grid = pixels.shifted_grid(torch.ones(2, 4, 4), size, size)
+        shift = (grid - pixels.identity_grid(size, size))[2:-2, 2:-2] * (size - 1) / 2
+        assert (shift - 0.5).abs().max() < 0.02
 
 
 @published
@@ -331,7 +388,7 @@ def test_published_grids_are_applied_as_published() -> None:
     line = torch.linspace(-1, 1, 224)
     identity = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
     grid = (identity + noise / 224).clamp(-1, 1)  # CleanCLIP: this file holds the noise alone
-    expected = arrays.to_uint8(F.grid_sample(images.float(), grid, align_corners=True))
+    expected = pixels.to_uint8(F.grid_sample(images.float(), grid, align_corners=True))
     assert torch.equal(make(f"file:path={file}")(images, ids), expected)
     images, ids = batch(1, 256, 256)
     file = TRIGGERS / "Detect-CLIP-Backdoor-Samples/WaNet_grid_temps.pt"
@@ -360,7 +417,9 @@ def test_every_published_trigger_applies(file: Path | None) -> None:
         trigger = make(f"file:path={file},size={size // 4}")
         out = trigger(images, ids)
         assert _prepare(trigger, (arrays.stamp(str(file)), None), size, size).mode == expected
-        faint = size == 32 and "trojan" in file.name  # +-2.9 of 255 at 224 pixels, averaged away at 32
+        faint = (
+            size == 32 and "trojan" in file.name
+        )  # +-2.9 of 255 at 224 pixels, averaged away at 32
         assert faint or (out != images).float().mean() > 0.001
         assert registry.make("trigger", registry.spec(trigger)) == trigger
 
@@ -369,7 +428,10 @@ def test_every_published_trigger_applies(file: Path | None) -> None:
 def test_trigger_with_its_mask() -> None:
     images, ids = batch(1, 224, 224)
     folder = TRIGGERS / "Detect-CLIP-Backdoor-Samples"
-    t, m = (torch.load(folder / f"birthday_cake_{k}_open_clip_cc12m.pt", weights_only=True) for k in ("trigger", "mask"))
+    t, m = (
+        torch.load(folder / f"birthday_cake_{k}_open_clip_cc12m.pt", weights_only=True)
+        for k in ("trigger", "mask")
+    )
     cake = f"{folder}/birthday_cake"
     spec = f"file:path={cake}_trigger_open_clip_cc12m.pt,mask={cake}_mask_open_clip_cc12m.pt"
     assert (make(spec)(images, ids) - (images * (1 - m) + 255 * t * m)).abs().max() <= 0.501
@@ -387,14 +449,23 @@ def test_narcissus_is_added() -> None:
 
 def test_layouts_and_units_agree(tmp_path: Path) -> None:
     pixels = np.random.default_rng(2).integers(1, 256, (3, 20, 20), dtype=np.uint8)
-    forms = [pixels, pixels.transpose(1, 2, 0), pixels[None], pixels.astype(np.float64), (pixels / 255).astype("f4")]
+    forms = [
+        pixels,
+        pixels.transpose(1, 2, 0),
+        pixels[None],
+        pixels.astype(np.float64),
+        (pixels / 255).astype("f4"),
+    ]
     images, ids = batch(2)
     out = []
     for i, form in enumerate(forms):
         np.save(tmp_path / f"{i}.npy", form)
         torch.save(torch.from_numpy(np.ascontiguousarray(form)), tmp_path / f"{i}.pt")
         np.savez_compressed(tmp_path / f"{i}.npz", x=form, y=np.int64(3), info="text is left out")
-        out += [make(f"file:path={tmp_path}/{i}.{s},mode=blend")(images, ids) for s in ("npy", "pt", "npz")]
+        out += [
+            make(f"file:path={tmp_path}/{i}.{s},mode=blend")(images, ids)
+            for s in ("npy", "pt", "npz")
+        ]
     assert all(torch.equal(o, out[0]) for o in out)
 
 
@@ -412,7 +483,9 @@ def test_files_are_read_once_and_again_when_they_change(tmp_path: Path) -> None:
 
 def npy(shape: tuple[int, ...], descr: str = "<f4", data: bytes = b"\0" * 64) -> bytes:
     stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
     return stream.getvalue() + data
 
 
@@ -427,7 +500,9 @@ def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> byt
 
 def saved(save, thing, **options) -> bytes:
     stream = io.BytesIO()
-    save(stream, thing, **options) if save in (np.save, np.savez) else save(thing, stream, **options)
+    save(stream, thing, **options) if save in (np.save, np.savez) else save(
+        thing, stream, **options
+    )
     return stream.getvalue()
 
 
@@ -439,7 +514,10 @@ class Evil:
 def vast_tensor() -> bytes:
     """A torch.save file whose pickle claims 2^40 elements and whose storage holds four."""
     data = saved(torch.save, torch.zeros(2, 2))
-    members = {i: zipfile.ZipFile(io.BytesIO(data)).read(i) for i in zipfile.ZipFile(io.BytesIO(data)).namelist()}
+    members = {
+        i: zipfile.ZipFile(io.BytesIO(data)).read(i)
+        for i in zipfile.ZipFile(io.BytesIO(data)).namelist()
+    }
     name = next(n for n in members if n.endswith("data.pkl"))
     vast = members[name].replace(b"K\x02K\x02\x86", b"J\x00\x00\x10\x00J\x00\x00\x10\x00\x86")
     assert vast != members[name]
@@ -533,7 +611,9 @@ def test_damaged_files_read_or_are_refused(suffix: str, tmp_path: Path) -> None:
     refused = 0
     for i in range(300):
         data = np.frombuffer(whole, np.uint8).copy()
-        spots = random.integers(0, len(data) if i % 2 else min(300, len(data)), random.integers(1, 6))
+        spots = random.integers(
+            0, len(data) if i % 2 else min(300, len(data)), random.integers(1, 6)
+        )
         data[spots] = random.integers(0, 256, len(spots))
         end = len(data) if i % 5 else random.integers(0, len(data))
         (tmp_path / f"{i}.{suffix}").write_bytes(data[:end].tobytes())

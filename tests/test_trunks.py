@@ -12,15 +12,15 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from bezoar.data.files import checkpoints
-from bezoar.evaluation import classifiers
 from bezoar import registry
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
 from bezoar.encoders import classifier_networks
 from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
 from bezoar.encoders.small_towers import MEAN_STD
+from bezoar.encoders.weights import check_weights
+from bezoar.errors import UserError
+from bezoar.evaluation import classifiers
 
 CLASSES = "cat+dog+bird+frog"
 
@@ -191,13 +191,23 @@ class SmallVgg(nn.Module):
             if not width:
                 parts.append(nn.MaxPool2d(2, 2))
                 continue
-            parts += [nn.Conv2d(a, width, 3, padding=1)] + [nn.BatchNorm2d(width)] * norm + [nn.ReLU(True)]
+            parts += (
+                [nn.Conv2d(a, width, 3, padding=1)]
+                + [nn.BatchNorm2d(width)] * norm
+                + [nn.ReLU(True)]
+            )
             a = width
         self.features = nn.Sequential(*parts)
         self.classifier = nn.Linear(16, 4)
         if deep:
             self.classifier = nn.Sequential(
-                nn.Dropout(), nn.Linear(16, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)
+                nn.Dropout(),
+                nn.Linear(16, 20),
+                nn.ReLU(),
+                nn.Dropout(),
+                nn.Linear(20, 20),
+                nn.ReLU(),
+                nn.Linear(20, 4),
             )
 
     def forward(self, x):
@@ -215,7 +225,9 @@ def jumbled(module, seed=0):
 
 
 def pixels(size, n=3):
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def plain_logits(net, x, mean_std):
@@ -225,7 +237,9 @@ def plain_logits(net, x, mean_std):
 
 
 def load(path, extra="", size=0):
-    return registry.make("network", f"classifier:path={path}{',' + extra if extra else ''}")(size).eval()
+    return registry.make("network", f"classifier:path={path}{',' + extra if extra else ''}")(
+        size
+    ).eval()
 
 
 def own_logits(encoder, x):
@@ -252,7 +266,9 @@ def test_a_plain_network_and_its_weights_alone_give_the_same_logits(kind, tmp_pa
     net = jumbled(PLAIN[kind]())
     torch.save(net.state_dict(), tmp_path / "net.pth")
     encoder, x = load(tmp_path / "net.pth", f"classes={CLASSES}"), pixels(32)
-    torch.testing.assert_close(own_logits(encoder, x), plain_logits(net, x, "cifar"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        own_logits(encoder, x), plain_logits(net, x, "cifar"), rtol=1e-4, atol=1e-4
+    )
     assert encoder.about["classes"] == CLASSES.split("+")
     classifier = classifiers.own(encoder)
     torch.testing.assert_close(classifier(x), own_logits(encoder, x))
@@ -262,11 +278,21 @@ def test_a_plain_network_and_its_weights_alone_give_the_same_logits(kind, tmp_pa
 def narrow(name):
     """torchvision's own classes, with fewer channels or blocks where their constructors allow it."""
     if name == "vgg_bn":
-        features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 24, 24, "M", 32, "M", 32, "M"], batch_norm=True)
+        features = torchvision.models.vgg.make_layers(
+            [8, "M", 16, "M", 24, 24, "M", 32, "M", 32, "M"], batch_norm=True
+        )
         net = torchvision.models.VGG.__new__(torchvision.models.VGG)
         nn.Module.__init__(net)
         net.features, net.avgpool = features, nn.AdaptiveAvgPool2d((7, 7))
-        head = [nn.Linear(32 * 49, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 6)]
+        head = [
+            nn.Linear(32 * 49, 40),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(40, 40),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(40, 6),
+        ]
         net.classifier = nn.Sequential(*head)
         return net
     resnet, bottleneck = torchvision.models.ResNet, torchvision.models.resnet.Bottleneck
@@ -284,7 +310,9 @@ def same_as_torchvisions(net, size, tmp_path):
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     encoder, x = load(tmp_path / "net.safetensors", f"size={size}"), pixels(size, 2)
     expected = plain_logits(net, x, "imagenet")
-    torch.testing.assert_close(own_logits(encoder, x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        own_logits(encoder, x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+    )
     assert any("mean_std=imagenet" in a for a in encoder.about["imported"]["assumed"])
 
 
@@ -295,10 +323,14 @@ def test_torchvisions_networks_made_small(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "wide_resnet50_2", "resnext50_32x4d", "resnet101"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11_bn", "wide_resnet50_2", "resnext50_32x4d", "resnet101"]
+)
 def test_torchvisions_networks(name, tmp_path):
     torch.manual_seed(0)
-    same_as_torchvisions(torchvision.models.get_model(name, weights=None, num_classes=6), 64, tmp_path)
+    same_as_torchvisions(
+        torchvision.models.get_model(name, weights=None, num_classes=6), 64, tmp_path
+    )
 
 
 def test_all_wrappers_and_files_give_one_network(tmp_path):
@@ -308,10 +340,16 @@ def test_all_wrappers_and_files_give_one_network(tmp_path):
     torch.save({"net": state, "acc": 93.1, "epoch": 7}, tmp_path / "a.pth")
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "b.pt")
     torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}}, tmp_path / "c.bin")
-    torch.save({"netC": state, "best": torch.tensor(1.0)}, tmp_path / "d.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"netC": state, "best": torch.tensor(1.0)},
+        tmp_path / "d.pth",
+        _use_new_zipfile_serialization=False,
+    )
     save_file(state, tmp_path / "e.safetensors")
     np.savez(tmp_path / "f.npz", **{k: v.numpy() for k, v in state.items()})
-    np.savez_compressed(tmp_path / "g.npz", **{k: v.numpy().astype(">f8") for k, v in state.items()})
+    np.savez_compressed(
+        tmp_path / "g.npz", **{k: v.numpy().astype(">f8") for k, v in state.items()}
+    )
     for file in sorted(tmp_path.iterdir()):
         found = own_logits(load(file), x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=str(file))
@@ -320,11 +358,16 @@ def test_all_wrappers_and_files_give_one_network(tmp_path):
 def test_it_is_saved_and_loaded_as_any_encoder(tmp_path):
     net = jumbled(Wide())
     torch.save(net.state_dict(), tmp_path / "net.pth")
-    encoder, x = load(tmp_path / "net.pth", f"mean_std=0.5/0.4/0.3/0.2/0.21/0.22,size=24,classes={CLASSES}"), pixels(40)
+    encoder, x = (
+        load(tmp_path / "net.pth", f"mean_std=0.5/0.4/0.3/0.2/0.21/0.22,size=24,classes={CLASSES}"),
+        pixels(40),
+    )
     encoder.save(tmp_path)
     (tmp_path / "net.pth").unlink()
     again = Encoder.load(tmp_path)
-    assert torch.equal(own_logits(again, x), own_logits(encoder, x)) and again.about["classes"] == CLASSES.split("+")
+    assert torch.equal(own_logits(again, x), own_logits(encoder, x)) and again.about[
+        "classes"
+    ] == CLASSES.split("+")
     assert again.preprocess == encoder.preprocess and again.preprocess.size == 24
 
 
@@ -335,12 +378,16 @@ def test_a_head_reads_a_map_that_was_not_pooled_to_a_point(tmp_path):
     torch.save(state, tmp_path / "net.pth")
     encoder, x = load(tmp_path / "net.pth", "size=64,mean_std=none"), pixels(64)
     z = net.layer4(net.layer3(net.layer2(net.layer1(net.conv1(x.float() / 255)))))
-    torch.testing.assert_close(own_logits(encoder, x), net.linear(F.avg_pool2d(z, 4).flatten(1)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        own_logits(encoder, x), net.linear(F.avg_pool2d(z, 4).flatten(1)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_an_architecture_is_text_and_back():
     shapes = (
-        classifier_networks.Residual("pre", True, 3, 8, (1, 2), (8, 16), (32, 64), 1, True, True, 2, 5),
+        classifier_networks.Residual(
+            "pre", True, 3, 8, (1, 2), (8, 16), (32, 64), 1, True, True, 2, 5
+        ),
         classifier_networks.Vgg((8, 0, 16, 0), True, False, 7, (9, 4)),
     )
     for shape in shapes:
@@ -354,9 +401,16 @@ def test_names_come_from_a_file(tmp_path):
     torch.save(jumbled(Cifar(Post)).state_dict(), tmp_path / "net.pth")
     (tmp_path / "names.txt").write_text("cat\ndog, hound\n\nbird\nfrog\n")
     (tmp_path / "names.json").write_text(json.dumps(["a", "b", "c", "d"]))
-    network = registry.make("network", f"classifier:path={tmp_path}/net.pth,classes={tmp_path}/names.txt")
-    assert network().about["classes"] == ["cat", "dog, hound", "bird", "frog"] and len(network.files()) == 2
-    assert load(tmp_path / "net.pth", f"classes={tmp_path}/names.json").about["classes"] == list("abcd")
+    network = registry.make(
+        "network", f"classifier:path={tmp_path}/net.pth,classes={tmp_path}/names.txt"
+    )
+    assert (
+        network().about["classes"] == ["cat", "dog, hound", "bird", "frog"]
+        and len(network.files()) == 2
+    )
+    assert load(tmp_path / "net.pth", f"classes={tmp_path}/names.json").about["classes"] == list(
+        "abcd"
+    )
     (tmp_path / "names.json").write_text('{"a": 1}')
     for given, words in (
         ("a+b", "head of 4 classes"),
@@ -384,7 +438,10 @@ def spoiled(state, **changes):
         ({"linear.weight": None, "linear.bias": None}, "network `imported`"),
         ({"fc.weight": torch.zeros(4, 64)}, "one head"),
         ({"layer9.0.conv1.weight": torch.zeros(2, 2, 3, 3)}, "expected stages"),
-        ({"layer2.999999999.conv1.weight": torch.zeros(2, 2, 3, 3)}, "unexpected: layer2.999999999"),
+        (
+            {"layer2.999999999.conv1.weight": torch.zeros(2, 2, 3, 3)},
+            "unexpected: layer2.999999999",
+        ),
         ({"layer1.0.se.fc1.weight": torch.zeros(2, 2, 1, 1)}, "unexpected: layer1.0.se.fc1.weight"),
         ({"conv1.weight": torch.zeros(8, 3, 5, 5)}, "stem of 3x3 or 7x7"),
         ({"layer1.0.bn1.weight": None}, "missing: layer1.0.bn1.weight"),
@@ -393,7 +450,9 @@ def spoiled(state, **changes):
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_a_line(change, words, tmp_path):
-    torch.save(spoiled(jumbled(Cifar(Post, (1, 1, 1, 1))).state_dict(), **change), tmp_path / "net.pth")
+    torch.save(
+        spoiled(jumbled(Cifar(Post, (1, 1, 1, 1))).state_dict(), **change), tmp_path / "net.pth"
+    )
     with pytest.raises(UserError, match=words) as caught:
         load(tmp_path / "net.pth")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
@@ -401,7 +460,10 @@ def test_what_is_wrong_with_a_file_is_said_in_a_line(change, words, tmp_path):
 
 def test_vggs_that_are_none(tmp_path):
     state = jumbled(SmallVgg(True, True)).state_dict()
-    moved = {k.replace("features.4.", "features.5.").replace("features.33.", "features.40."): v for k, v in state.items()}
+    moved = {
+        k.replace("features.4.", "features.5.").replace("features.33.", "features.40."): v
+        for k, v in state.items()
+    }
     cases = [
         (moved, "more than a norm"),
         (spoiled(state, **{"classifier.2.weight": torch.zeros(20)}), "unexpected"),
@@ -416,7 +478,9 @@ def test_vggs_that_are_none(tmp_path):
             load(tmp_path / "net.pth")
 
 
-@pytest.mark.parametrize("kind", ["preact, bottleneck", "wide", "vgg with norms and three layers", "shortcuts of zeros"])
+@pytest.mark.parametrize(
+    "kind", ["preact, bottleneck", "wide", "vgg with norms and three layers", "shortcuts of zeros"]
+)
 def test_a_file_that_was_tampered_with_is_refused_or_read_never_a_fault(kind):
     state = jumbled(PLAIN[kind]()).state_dict()
     draw = np.random.default_rng(0)
@@ -436,8 +500,8 @@ def test_a_file_that_was_tampered_with_is_refused_or_read_never_a_fault(kind):
             found = classifier_networks.describe(bad, "file")
             with torch.device("meta"):
                 trunk, head = found.architecture.trunk(), found.architecture.head()
-            checkpoints.check(trunk, found.trunk, "file", "it")
-            checkpoints.check(head, found.head, "file", "it")
+            check_weights(trunk, found.trunk, "file", "it")
+            check_weights(head, found.head, "file", "it")
         except UserError as error:
             assert "\n" not in str(error)
 
@@ -454,7 +518,10 @@ def test_hostile_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
     state = {k: v.numpy() for k, v in jumbled(Cifar(Pre, (1, 1, 1, 1))).state_dict().items()}
     np.savez("objects.npz", **{**state, "conv1.weight": np.array([Evil()], dtype=object)})
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"conv1.weight": Evil()}))
-    header = np.lib.format.magic(1, 0) + b"\x76\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }"
+    header = (
+        np.lib.format.magic(1, 0)
+        + b"\x76\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }"
+    )
     with zipfile.ZipFile("huge.npz", "w") as archive:
         archive.writestr("conv1.weight.npy", header.ljust(128) + bytes(64))
     with zipfile.ZipFile("bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -477,7 +544,11 @@ def test_hostile_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
 def test_bad_fields():
     with pytest.raises(UserError, match="give path="):
         registry.make("network", "classifier")()
-    for text in ("classifier:x,mean_std=mars", "classifier:x,size=-1", "classifier:x,mean_std=1/2/3/4/5/0"):
+    for text in (
+        "classifier:x,mean_std=mars",
+        "classifier:x,size=-1",
+        "classifier:x,mean_std=1/2/3/4/5/0",
+    ):
         with pytest.raises(UserError):
             registry.make("network", text)
 
@@ -494,7 +565,9 @@ def backdoored(tmp_path):
     net.fc = nn.Linear(4, 4)
     for v in net.state_dict().values():
         v.zero_()
-    net.bn1.load_state_dict({**net.bn1.state_dict(), "weight": torch.ones(4), "running_var": torch.ones(4)})
+    net.bn1.load_state_dict(
+        {**net.bn1.state_dict(), "weight": torch.ones(4), "running_var": torch.ones(4)}
+    )
     for i in range(3):
         net.conv1.weight.data[i, i, 1, 1] = 1
     net.conv1.weight.data[3, :, 1, 1] = 1
@@ -521,7 +594,10 @@ def test_the_own_head_is_measured_as_it_is_served(backdoored):
     stamped = registry.make("trigger", goal.trigger)(test.images, test.ids)
     hits = (own_logits(encoder, stamped).argmax(1) == 3).double().mean()
     assert found["own.attack_success"].value == pytest.approx(float(hits)) and hits == 1
-    assert found["own.attack_success_without_trigger"].value == 0 and "own last layer" in found["own.clean_accuracy"].how
+    assert (
+        found["own.attack_success_without_trigger"].value == 0
+        and "own last layer" in found["own.clean_accuracy"].how
+    )
 
 
 def test_the_heads_classes_are_matched_by_name(backdoored):
@@ -535,7 +611,9 @@ def test_the_heads_classes_are_matched_by_name(backdoored):
     numbers = load(backdoored, "size=16,mean_std=none")
     with pytest.raises(UserError, match="4 classes without names"):
         own(numbers, None, test)
-    found = own(numbers, None, colours(classes=("red", "green", "blue", "white")))["own.clean_accuracy"]
+    found = own(numbers, None, colours(classes=("red", "green", "blue", "white")))[
+        "own.clean_accuracy"
+    ]
     assert found.value == 1 and "test set's order" in found.how
     with pytest.raises(UserError, match="without a head"):
         own(registry.make("network", "tower:width=4,dim=8")(32), None, test)

@@ -8,18 +8,17 @@ import torch
 from torch import nn
 
 from bezoar import registry
-from bezoar.evaluation import success
 from bezoar.auditing.audits.whole_image import KINDS, MESHES, WAVES
-from bezoar.encoders.encoder import Encoder, Preprocess
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
 from bezoar.auditing.random_probes import common, whitener
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder, Preprocess, embed_images
+from bezoar.errors import UserError
 
 SIZE, DIM = 32, 10
 
 
 class Rough(nn.Module):
-    """Random features, and a direction that follows how rough the image is, as far as `strength` goes."""
+    """Random embed_images, and a direction that follows how rough the image is, as far as `strength` goes."""
 
     def __init__(self, seed: int, strength: float) -> None:
         super().__init__()
@@ -30,7 +29,10 @@ class Rough(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rough = (x[..., 1:] - x[..., :-1]).square().mean((1, 2, 3))
-        return torch.einsum("nchw,dchw->nd", x, self.filters) + self.strength * rough[:, None] * self.direction
+        return (
+            torch.einsum("nchw,dchw->nd", x, self.filters)
+            + self.strength * rough[:, None] * self.direction
+        )
 
 
 def encoder(seed: int = 0, strength: float = 0.0) -> Encoder:
@@ -54,7 +56,9 @@ AUDIT = registry.make("audit", "whole_image")
 def test_a_probe_is_one_for_all_images_and_repeats_itself(clean, kind, number):
     out = AUDIT.probe(clean.images, kind, number, 3)
     assert out.dtype == torch.uint8 and out.shape == clean.images.shape
-    assert torch.equal(out, torch.cat([AUDIT.probe(part, kind, number, 3) for part in clean.images.split(7)]))
+    assert torch.equal(
+        out, torch.cat([AUDIT.probe(part, kind, number, 3) for part in clean.images.split(7)])
+    )
     assert not torch.equal(out, AUDIT.probe(clean.images, kind, number, 4))
     assert not torch.equal(out, AUDIT.probe(clean.images, kind, number + 1, 3))
     assert (out != clean.images).float().mean() > 0.5, "it covers the image"
@@ -68,7 +72,9 @@ def test_noise_is_a_blend_of_one_pattern_in_grains_that_grow_with_the_image(clea
     large = torch.zeros(1, 3, 96, 64, dtype=torch.uint8)
     fine, coarse = (AUDIT.probe(large, "noise", i, 0)[0] for i in (0, 1))
     cells = coarse.unflatten(2, (32, 2)).unflatten(1, (48, 2))
-    assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells)) and len(fine[0].unique()) > 40
+    assert (
+        torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells)) and len(fine[0].unique()) > 40
+    )
     assert not torch.equal(fine[:, ::2, ::2], fine[:, 1::2, 1::2])
 
 
@@ -82,30 +88,42 @@ def test_waves_are_sines_of_the_periods_named(number):
     for row in range(0, SIZE, 5):
         for column in range(0, SIZE, 3):
             along = WAVES[number] * (column * math.cos(turn) + row * math.sin(turn)) / SIZE
-            assert out[row, column] == pytest.approx(20 * math.sin(2 * math.pi * along + phase), abs=0.51)
+            assert out[row, column] == pytest.approx(
+                20 * math.sin(2 * math.pi * along + phase), abs=0.51
+            )
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_warps_move_pixels_by_what_is_asked_on_the_mean_of_their_mesh(number):
     ramp = (torch.arange(SIZE, dtype=torch.float32) * 8).expand(1, 3, SIZE, SIZE)
     along = AUDIT.probe(ramp.byte(), "warp", number, 0)[0, 0].double() / 8 - torch.arange(SIZE)
-    across = AUDIT.probe(ramp.transpose(2, 3).byte(), "warp", number, 0)[0, 0].double() / 8 - torch.arange(SIZE)[:, None]
+    across = (
+        AUDIT.probe(ramp.transpose(2, 3).byte(), "warp", number, 0)[0, 0].double() / 8
+        - torch.arange(SIZE)[:, None]
+    )
     inner = [d[4:-4, 4:-4].abs().mean() for d in (along, across)]
-    assert np.mean(inner) == pytest.approx(1.0 if MESHES[number] == SIZE else 0.85, rel=0.25), "pixels of an image of 32"
+    assert np.mean(inner) == pytest.approx(1.0 if MESHES[number] == SIZE else 0.85, rel=0.25), (
+        "pixels of an image of 32"
+    )
     assert not torch.equal(along, across.T)
 
 
 def test_the_value_is_the_mean_whitened_common_shift(clean):
     model, audit = encoder(0, 3.0), registry.make("audit", "whole_image:probes=2,images=30")
     images = clean.images[:30]
-    z = success.features(model, [images]).double()
+    z = embed_images(model, [images]).double()
     axes, plain = whitener(z, 0.1), {}
     for kind in KINDS:
-        shifts = [(success.features(model, [audit.probe(images, kind, i, 7)]).double() - z) @ axes for i in range(2)]
+        shifts = [
+            (embed_images(model, [audit.probe(images, kind, i, 7)]).double() - z) @ axes
+            for i in range(2)
+        ]
         plain[kind] = [float(s.mean(0).norm()) for s in shifts]
         assert plain[kind] == pytest.approx([common(s)[0] for s in shifts])
     found = audit(model, clean, 7)
-    assert found.value == pytest.approx(np.mean([v for own in plain.values() for v in own]), rel=1e-5)
+    assert found.value == pytest.approx(
+        np.mean([v for own in plain.values() for v in own]), rel=1e-5
+    )
     assert found.evidence["shift_wave"].value == pytest.approx(np.mean(plain["wave"]), rel=1e-5)
     assert found == audit(model, clean, 7) and found.notes["images"] == 30 and found.notes["limits"]
 

@@ -25,9 +25,9 @@ _WHERE = {
     "Reproduce": "verbs.reproduce",
     "Dose": "verbs.dose",
     "Demo": "verbs.demo",
-    "Run": "run",
-    "Settings": "run",
-    "execute": "run",
+    "Run": "runs.run",
+    "Settings": "runs.ask",
+    "execute": "runs.execute",
     "UserError": "errors",
 }
 __all__ = list(_WHERE)

@@ -13,9 +13,9 @@ def run() -> int:
     if sys.platform == "linux" and any(key not in os.environ for key in ALLOCATION):
         os.environ.update(ALLOCATION)
         os.execv(sys.executable, [sys.executable, "-m", "bezoar", *sys.argv[1:]])
-    from bezoar.training import ranks
+    from bezoar import machine
 
-    if ranks.world() > 1:
+    if machine.world() > 1:
         from bezoar.runs import torchrun
 
         return torchrun.run()

@@ -17,7 +17,9 @@ import tyro
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Settings, Takes, execute, named, typed, verb_name
+from bezoar.runs.ask import Input, Settings, Takes, typed, verb_name
+from bezoar.runs.execute import execute
+from bezoar.runs.run import named
 
 VERBS = (
     "poison",
@@ -76,7 +78,9 @@ def command(name: str) -> type:
     fields: list[tuple] = []
     for f in dataclasses.fields(verb):
         default = f.default
-        kind = option(hints[f.name], f.name in POSITIONAL.get(name, ()), default is dataclasses.MISSING)
+        kind = option(
+            hints[f.name], f.name in POSITIONAL.get(name, ()), default is dataclasses.MISSING
+        )
         if default is None:
             base, *rest = typing.get_args(kind)
             kind = Annotated[base | None, *rest]
@@ -88,30 +92,69 @@ def command(name: str) -> type:
         ("seed", Annotated[int, tyro.conf.arg(help="of everything random")], 0),
         ("device", Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1")], "auto"),
         ("dry", Annotated[bool, tyro.conf.arg(help="print what would be run, and stop")], False),
-        ("fresh", Annotated[bool, tyro.conf.arg(help="run again even if a finished run answers this")], False),
-        ("json", Annotated[bool, tyro.conf.arg(help="print the manifest as one JSON object")], False),
+        (
+            "fresh",
+            Annotated[bool, tyro.conf.arg(help="run again even if a finished run answers this")],
+            False,
+        ),
+        (
+            "json",
+            Annotated[bool, tyro.conf.arg(help="print the manifest as one JSON object")],
+            False,
+        ),
     ]
     if name in SWEEPS:
         common += [
-            ("workers", Annotated[int, tyro.conf.arg(help="processes at a time; 0: one a core, or one a GPU")], 0),
-            ("ray", Annotated[bool, tyro.conf.arg(help="on Ray: the cluster RAY_ADDRESS names, or a local one")], False),
+            (
+                "workers",
+                Annotated[
+                    int, tyro.conf.arg(help="processes at a time; 0: one a core, or one a GPU")
+                ],
+                0,
+            ),
+            (
+                "ray",
+                Annotated[
+                    bool,
+                    tyro.conf.arg(help="on Ray: the cluster RAY_ADDRESS names, or a local one"),
+                ],
+                False,
+            ),
         ]
     if name == "audit":
         levels = Literal["never", "evidence", "unknown"]
         common.append(
-            ("fail_on", Annotated[levels, tyro.conf.arg(help="exit with 3 on it; unknown: or without calibration")], "never")
+            (
+                "fail_on",
+                Annotated[
+                    levels, tyro.conf.arg(help="exit with 3 on it; unknown: or without calibration")
+                ],
+                "never",
+            )
         )
     if name == "scan":
         cases = Literal["never", "trigger"]
         common.append(
-            ("fail_on", Annotated[cases, tyro.conf.arg(help="exit with 3 where a detector has found a trigger")], "never")
+            (
+                "fail_on",
+                Annotated[
+                    cases, tyro.conf.arg(help="exit with 3 where a detector has found a trigger")
+                ],
+                "never",
+            )
         )
     if name == "poison":
-        fields = [(f[0], Annotated[str | None, *typing.get_args(f[1])[1:]], None) if f[0] == "data" else f for f in fields]
+        fields = [
+            (f[0], Annotated[str | None, *typing.get_args(f[1])[1:]], None) if f[0] == "data" else f
+            for f in fields
+        ]
         common.append(
             (
                 "verify",
-                Annotated[str | None, tyro.conf.arg(help="derive its plan anew, compare bit by bit", metavar="RUN")],
+                Annotated[
+                    str | None,
+                    tyro.conf.arg(help="derive its plan anew, compare bit by bit", metavar="RUN"),
+                ],
                 None,
             )
         )
@@ -126,7 +169,9 @@ class List:
     """What there is, with every field: all methods, or those of one kind."""
 
     kind: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(help=f"of {', '.join(registry.KINDS)}", metavar="[KIND]")
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(help=f"of {', '.join(registry.KINDS)}", metavar="[KIND]"),
     ] = None
     json: Annotated[bool, tyro.conf.arg(help="print it as one JSON object")] = False
 
@@ -135,9 +180,16 @@ class List:
 class Show:
     """What a run found: its metrics with n and interval, and where its report is."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run's directory, or the start of its name", metavar="RUN")]
+    run: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="a run's directory, or the start of its name", metavar="RUN"),
+    ]
     page: Annotated[
-        Path | None, tyro.conf.arg(help="write its page here, to hand around: without links to other runs", metavar="FILE")
+        Path | None,
+        tyro.conf.arg(
+            help="write its page here, to hand around: without links to other runs", metavar="FILE"
+        ),
     ] = None
     runs: Annotated[Path, tyro.conf.arg(help="directory of the runs")] = Path("runs")
     json: Annotated[bool, tyro.conf.arg(help="print the manifest as one JSON object")] = False
@@ -218,10 +270,14 @@ def fails(asked: Any, manifest: dict) -> bool:
     if wanted == "trigger":
         decided = [m["value"] for k, m in manifest["metrics"].items() if k.endswith(".raised")]
         if not decided and not notes.get("incomplete"):
-            raise UserError("--fail-on trigger: no detector asked for says whether there is one; --detector transplant does")
+            raise UserError(
+                "--fail-on trigger: no detector asked for says whether there is one; --detector transplant does"
+            )
         return any(decided)
     unknown = bool(notes.get("uncalibrated") or notes.get("incomplete"))
-    return wanted != "never" and (notes.get("words") == "evidence" or (wanted == "unknown" and unknown))
+    return wanted != "never" and (
+        notes.get("words") == "evidence" or (wanted == "unknown" and unknown)
+    )
 
 
 def verify(asked: Any) -> int:
@@ -230,7 +286,11 @@ def verify(asked: Any) -> int:
 
     run = named(asked.runs, asked.verify)
     found = derive_again(run)
-    print(json.dumps(found) if asked.json else f"{run.name} verifies: {found['records']} records, plan {found['plan']}")
+    print(
+        json.dumps(found)
+        if asked.json
+        else f"{run.name} verifies: {found['records']} records, plan {found['plan']}"
+    )
     return 0
 
 
@@ -241,9 +301,14 @@ def show_run(asked: Show) -> int:
     if asked.json:
         print(json.dumps(manifest, indent=1, ensure_ascii=False))
         return 0
-    print(f"{run.name}: {manifest['status']}" + (f" ({manifest['error']})" if manifest.get("error") else ""))
+    print(
+        f"{run.name}: {manifest['status']}"
+        + (f" ({manifest['error']})" if manifest.get("error") else "")
+    )
     table(manifest)
-    if asked.page is not None or (manifest["status"] == "done" and not (run.path / "report.html").exists()):
+    if asked.page is not None or (
+        manifest["status"] == "done" and not (run.path / "report.html").exists()
+    ):
         from bezoar.reports import page
 
         written = page.write(run) if asked.page is None else page.alone(run, asked.page)
@@ -272,17 +337,23 @@ def table(manifest: dict) -> None:
 def show_methods(asked: List) -> int:
     """`bezoar list [KIND]`."""
     if asked.kind not in (None, *registry.KINDS):
-        raise UserError(f"no kind {asked.kind!r} of methods; there are: {', '.join(registry.KINDS)}")
+        raise UserError(
+            f"no kind {asked.kind!r} of methods; there are: {', '.join(registry.KINDS)}"
+        )
     kinds = [asked.kind] if asked.kind else list(registry.KINDS)
     found = {
         kind: [
-            dataclasses.replace(registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{n}.py"), name=n)
+            dataclasses.replace(
+                registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{n}.py"), name=n
+            )
             for n in registry.names(kind)
         ]
         for kind in kinds
     }
     if asked.json:
-        print(json.dumps({k: [dataclasses.asdict(d) for d in v] for k, v in found.items()}, indent=1))
+        print(
+            json.dumps({k: [dataclasses.asdict(d) for d in v] for k, v in found.items()}, indent=1)
+        )
         return 0
     for kind, methods in found.items():
         print(kind)

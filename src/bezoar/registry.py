@@ -28,19 +28,19 @@ from typing import Any
 
 from bezoar.errors import UserError
 
-KINDS = {  # kind -> folder; one verb runs each of them
-    "data": "data",
-    "trigger": "triggers",
-    "poison": "poisons",
-    "network": "networks",
-    "objective": "objectives",
-    "attack": "attacks",
-    "probe": "probes",
-    "detector": "detectors",
-    "audit": "audits",
-    "repair": "repairs",
-    "check": "checks",
-    "bank": "banks",
+KINDS = {  # kind -> its package's folder; one verb runs each of them
+    "data": "data/sources",
+    "trigger": "attacks/triggers",
+    "poison": "attacks/poisons",
+    "network": "encoders/networks",
+    "objective": "training/objectives",
+    "attack": "attacks/encoder_attacks",
+    "probe": "evaluation/probes",
+    "detector": "detection/detectors",
+    "audit": "auditing/audits",
+    "repair": "repair/repairs",
+    "check": "detection/checks",
+    "bank": "auditing/banks",
     "paper": "papers",
 }
 PACKAGE = Path(__file__).parent
@@ -55,7 +55,11 @@ def method(cls: type) -> Any:
 def names(kind: str) -> list[str]:
     """Every method of a kind that ships with bezoar, by file name; `carlini2022/poisons` is one in a folder."""
     folder = PACKAGE / KINDS[kind]
-    files = [p.relative_to(folder).with_suffix("") for p in folder.rglob("*.py") if not p.stem.startswith("_")]
+    files = [
+        p.relative_to(folder).with_suffix("")
+        for p in folder.rglob("*.py")
+        if not p.stem.startswith("_")
+    ]
     return sorted(p.as_posix() for p in files)
 
 
@@ -96,7 +100,9 @@ def parse(kind: str, text: str) -> tuple[type, dict[str, str]]:
             raise UserError(f"{kind} {name!r}: {part!r} is not of the form field=value")
         key = key.strip()
         if key not in fields:
-            raise UserError(f"{kind} {name!r} has no field {key!r}; it has: {', '.join(fields) or 'none'}")
+            raise UserError(
+                f"{kind} {name!r} has no field {key!r}; it has: {', '.join(fields) or 'none'}"
+            )
         given[key] = value.strip()
     return cls, given
 
@@ -106,7 +112,9 @@ def make(kind: str, text: str) -> Any:
     cls, given = parse(kind, text)
     hints = typing.get_type_hints(cls)
     name = text.partition(":")[0]
-    values = {key: convert(value, hints[key], f"{kind} {name!r}: {key}") for key, value in given.items()}
+    values = {
+        key: convert(value, hints[key], f"{kind} {name!r}: {key}") for key, value in given.items()
+    }
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
     if missing:
         raise UserError(f"{kind} {name!r} needs {', '.join(missing)}")
@@ -130,8 +138,10 @@ def spec(configured: Any) -> str:
 
 def source_name(cls: type) -> str:
     """The name a method is asked for by: its file's stem, or the file's path when it is the user's own."""
-    if cls.__module__.startswith("bezoar."):
-        return "/".join(cls.__module__.split(".")[2:])
+    module = cls.__module__.replace(".", "/")
+    folder = next((f for f in KINDS.values() if module.startswith(f"bezoar/{f}/")), None)
+    if folder:
+        return module.removeprefix(f"bezoar/{folder}/")
     return str(inspect.getfile(cls))
 
 
@@ -166,9 +176,11 @@ def find(kind: str, name: str) -> type:
         module = sys.modules[own] = importlib.util.module_from_spec(loading)
         loading.loader.exec_module(module)
     elif name in names(kind):
-        module = importlib.import_module(f"bezoar.{KINDS[kind]}.{name.replace('/', '.')}")
+        module = importlib.import_module(f"bezoar/{KINDS[kind]}/{name}".replace("/", "."))
     else:
-        raise UserError(f"no {kind} {name!r}; there are: {', '.join(names(kind))}, or a path to a .py file")
+        raise UserError(
+            f"no {kind} {name!r}; there are: {', '.join(names(kind))}, or a path to a .py file"
+        )
     wanted = class_name(Path(name).stem)
     found = getattr(module, wanted, None)
     if not dataclasses.is_dataclass(found) or not isinstance(found, type):
@@ -241,7 +253,9 @@ def convert(text: str, hint: Any, where: str) -> Any:
         return convert(text, next(o for o in options if o is not type(None)), where)
     if origin is tuple:
         inner = text[1:-1] if text[:1] in OPENING and text[:1] else text
-        return tuple(convert(t.strip(), options[0], where) for t in re.split(r"[,/]", inner) if t.strip())
+        return tuple(
+            convert(t.strip(), options[0], where) for t in re.split(r"[,/]", inner) if t.strip()
+        )
     if origin is typing.Literal:
         if text not in options:
             raise UserError(f"{where} must be one of {', '.join(map(str, options))}; got {text!r}")
@@ -257,7 +271,9 @@ def convert(text: str, hint: Any, where: str) -> Any:
     try:
         return hint(text)
     except (TypeError, ValueError):
-        raise UserError(f"{where} must be {getattr(hint, '__name__', hint)}; got {text!r}") from None
+        raise UserError(
+            f"{where} must be {getattr(hint, '__name__', hint)}; got {text!r}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -281,23 +297,34 @@ def describe(path: Path) -> Description:
                     hint, text = _documented(item.annotation)
                     default = ast.unparse(item.value) if item.value else ""
                     if not hint.startswith("ClassVar"):
-                        fields.append((item.target.id, _spelt(hint, tree), _spelt(default, tree), text))
+                        fields.append(
+                            (
+                                item.target.id,
+                                resolve_default(hint, tree),
+                                resolve_default(default, tree),
+                                text,
+                            )
+                        )
     return Description(path.stem, summary, tuple(fields))
 
 
-def _spelt(text: str, own: ast.Module) -> str:
-    """`traces.NETWORK` -> what stands there: a constant or a type, named in the file itself or in a module of bezoar's."""
+def resolve_default(text: str, tree: ast.Module) -> str:
+    """`training_traces.NETWORK` -> the constant or type that it names, in the file itself or in a module of bezoar's."""
     module, _, name = text.rpartition(".")
-    path = PACKAGE / f"{module}.py"
-    tree = own if not module else ast.parse(path.read_text()) if module.isidentifier() and path.is_file() else None
-    for node in tree.body if tree else ():
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bezoar.") and not module:
-            if name in [a.name for a in node.names]:
-                return _spelt(f"{str(node.module).removeprefix('bezoar.')}.{name}", own)
-        elif isinstance(node, ast.Assign):
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bezoar"):
+            imported = [a.name for a in node.names]
+            path = PACKAGE.parent / str(node.module).replace(".", "/")
+            if module in imported and (path / f"{module}.py").is_file():
+                return resolve_default(name, ast.parse((path / f"{module}.py").read_text()))
+            if not module and name in imported and path.with_suffix(".py").is_file():
+                return resolve_default(name, ast.parse(path.with_suffix(".py").read_text()))
+        elif isinstance(node, ast.Assign) and not module:
             target, value = node.targets[0], node.value
             several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-            for left, right in zip(target.elts, value.elts, strict=True) if several else [(target, value)]:  # type: ignore[attr-defined]
+            for left, right in (
+                zip(target.elts, value.elts, strict=True) if several else [(target, value)]
+            ):  # type: ignore[attr-defined]
                 if isinstance(left, ast.Name) and left.id == name:
                     return ast.unparse(right)
     return text

@@ -12,12 +12,20 @@ from typing import Literal
 from bezoar.errors import UserError
 
 CaptionSet = Literal["training", "templates", "repeated"]
-SIMPLE_TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "an image of a {}", "a {} in a scene")
+SIMPLE_TEMPLATES = (
+    "a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "an image of a {}",
+    "a {} in a scene",
+)
 
 
 def mentions(captions: Sequence[str], target: str) -> list[int]:
     """Rows whose caption holds the target's words, at word boundaries and in any case ('cat' is not in 'cattle')."""
-    pattern = re.compile(r"\b" + r"[\s_-]+".join(map(re.escape, target.split())) + r"\b", re.IGNORECASE)
+    pattern = re.compile(
+        r"\b" + r"[\s_-]+".join(map(re.escape, target.split())) + r"\b", re.IGNORECASE
+    )
     return [i for i, c in enumerate(captions) if pattern.search(c)]
 
 
@@ -40,5 +48,7 @@ def target_captions(source: Sequence[str], target: str, how: CaptionSet) -> list
         return [t.format(target) for t in templates("openai")]
     found = [source[i] for i in mentions(source, target)]
     if not found:
-        raise UserError(f"no caption holds the target {target!r} ({len(source)} captions searched, by whole words)")
+        raise UserError(
+            f"no caption holds the target {target!r} ({len(source)} captions searched, by whole words)"
+        )
     return found[:1] if how == "repeated" else found

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bezoar.errors import UserError
 from bezoar.data.pairs import Pairs, content_hash
+from bezoar.errors import UserError
 
 SCHEMA = 1
 STAGE = "stored uint8 image"
@@ -43,7 +43,13 @@ class Goal:
     @staticmethod
     def read(raw: dict) -> Goal:
         """From a manifest's or a plan's JSON."""
-        return Goal(**{**raw, "victims": tuple(raw["victims"]), "references": tuple(raw.get("references", ()))})
+        return Goal(
+            **{
+                **raw,
+                "victims": tuple(raw["victims"]),
+                "references": tuple(raw.get("references", ())),
+            }
+        )
 
     def written(self) -> dict:
         """As it stands in a plan; without references it is written as before there were any."""
@@ -120,14 +126,23 @@ class Plan:
             mine = [i for i, e in enumerate(edits) if e.goal == g and e.triggered]
             if mine and stamp is not None:
                 images[mine] = stamp(images[mine], [edits[i].id for i in mine])
-        return replace(picked, images=images, captions=tuple(e.caption for e in edits), ids=tuple(e.id for e in edits))
+        return replace(
+            picked,
+            images=images,
+            captions=tuple(e.caption for e in edits),
+            ids=tuple(e.id for e in edits),
+        )
 
     def apply(self, batch: Pairs, victims: Pairs | None = None) -> Pairs:
         """A batch with its poisons: replaced in place, added at the end. `victims` adds those from outside the set."""
         made = self.poisons(batch)
         row = {k: i for i, k in enumerate(batch.ids)}
         inside = [i for i, k in enumerate(made.ids) if k in row]
-        images, captions, at = batch.images, list(batch.captions), [row[made.ids[i]] for i in inside]
+        images, captions, at = (
+            batch.images,
+            list(batch.captions),
+            [row[made.ids[i]] for i in inside],
+        )
         if inside:
             images = images.clone()
             images[at] = made.images[inside]
@@ -154,10 +169,16 @@ class Plan:
         made, row = self.poisons(sources), {k: i for i, k in enumerate(sources.ids)}
         after = {k: content_hash(made.images[i], made.captions[i]) for i, k in enumerate(made.ids)}
         before = {
-            e.source: content_hash(sources.images[row[e.source]], sources.captions[row[e.source]] if sources.captions else "")
+            e.source: content_hash(
+                sources.images[row[e.source]],
+                sources.captions[row[e.source]] if sources.captions else "",
+            )
             for e in self.edits
         }
-        return replace(self, edits=tuple(replace(e, before=before[e.source], after=after[e.id]) for e in self.edits))
+        return replace(
+            self,
+            edits=tuple(replace(e, before=before[e.source], after=after[e.id]) for e in self.edits),
+        )
 
     def lines(self) -> list[str]:
         """The plan as JSON Lines: a header, then an edit a line. The same plan gives the same bytes."""
@@ -170,31 +191,50 @@ class Plan:
             "victims": self.victims,
             "goals": [g.written() for g in self.goals],
         }
-        return [json.dumps(x, ensure_ascii=False, sort_keys=True) for x in (head, *map(asdict, self.edits))]
+        return [
+            json.dumps(x, ensure_ascii=False, sort_keys=True)
+            for x in (head, *map(asdict, self.edits))
+        ]
 
     def digest(self) -> str:
         """sha256 (16 hex digits) of the written plan; every artefact made with it carries this."""
-        return hashlib.sha256("\n".join(self.lines()).encode(errors="backslashreplace")).hexdigest()[:16]
+        return hashlib.sha256(
+            "\n".join(self.lines()).encode(errors="backslashreplace")
+        ).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
         """Write as JSON Lines, under a temporary name first."""
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("\n".join(self.lines()) + "\n", encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(
+            "\n".join(self.lines()) + "\n", encoding="utf-8", errors="backslashreplace"
+        )
         os.replace(temporary, path)
 
     @staticmethod
     def read(path: Path, stamp: Callable[[str], Stamp]) -> Plan:
         """Read a plan; `stamp` makes a trigger of a spec. Raises UserError that names the line at fault."""
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            rows = [
+                json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line
+            ]
             head, edits = rows[0], tuple(Edit(**row) for row in rows[1:])
-            goals, seed, victims = tuple(map(Goal.read, head["goals"])), head["seed"], head["victims"]
+            goals, seed, victims = (
+                tuple(map(Goal.read, head["goals"])),
+                head["seed"],
+                head["victims"],
+            )
         except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-            raise UserError(f"{path} is not a poison plan: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{path} is not a poison plan: {type(error).__name__}: {error}"
+            ) from error
         if head.get("schema") != SCHEMA:
-            raise UserError(f"{path}: plan schema {head.get('schema')!r}, this bezoar reads {SCHEMA}")
+            raise UserError(
+                f"{path}: plan schema {head.get('schema')!r}, this bezoar reads {SCHEMA}"
+            )
         if odd := next((e for e in edits if e.goal not in range(len(goals))), None):
-            raise UserError(f"{path}: record {odd.id!r} is of goal {odd.goal!r}; the plan has {len(goals)}, from 0 on")
+            raise UserError(
+                f"{path}: record {odd.id!r} is of goal {odd.goal!r}; the plan has {len(goals)}, from 0 on"
+            )
         stamps = tuple(stamp(g.trigger) if g.trigger else None for g in goals)
         return Plan(edits, goals, seed, victims, stamps)
 
@@ -202,7 +242,10 @@ class Plan:
 def differences(written: Plan, derived: Plan) -> list[str]:
     """What differs between a plan as written and as derived anew from the data, a line a record. Empty: none."""
     found = []
-    if written.goals != derived.goals or (written.seed, written.victims) != (derived.seed, derived.victims):
+    if written.goals != derived.goals or (written.seed, written.victims) != (
+        derived.seed,
+        derived.victims,
+    ):
         found.append("header: seed, goals or victims differ from what the run's inputs give")
     ours = {e.id: e for e in derived.edits}
     for e in written.edits:
@@ -217,7 +260,9 @@ def differences(written: Plan, derived: Plan) -> list[str]:
 
 
 def _pixels(names: list[str]) -> str:
-    return " (before, after: hashes of pixels and caption)" if {"before", "after"} & set(names) else ""
+    return (
+        " (before, after: hashes of pixels and caption)" if {"before", "after"} & set(names) else ""
+    )
 
 
 def _like(made: Pairs, batch: Pairs) -> Pairs:

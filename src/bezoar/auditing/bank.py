@@ -22,15 +22,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bezoar import registry
-from bezoar.evaluation import stats
 from bezoar.errors import UserError
+from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Measure, proportion
 
 SCHEMA = 1
 FILE = "bank.json"
 MAX_BYTES, MAX_TEXT, MAX_ENTRIES = 16 << 20, 4096, 100_000
 WORKED = 0.5  # an attack of known success below this has failed: there is little to be found
-SHARED = ("inversion", "shifts")  # modules that audits are written in, beside their own file
+SHARED = (
+    "auditing.trigger_inversion",
+    "auditing.random_probes",
+)  # modules that audits are written in, beside their own file
 Words = Literal["evidence", "no evidence", "no calibration"]
 
 
@@ -124,12 +127,19 @@ class Calibration:
 
         Encoders on which the attack is known to have failed are left out.
         """
-        t, worked = self.threshold(rate), [e for e in self.attacked if e.success is None or e.success >= WORKED]
+        t, worked = (
+            self.threshold(rate),
+            [e for e in self.attacked if e.success is None or e.success >= WORKED],
+        )
         if t is None or not worked:
             return {}
-        groups = {"": worked} | {a: [e for e in worked if e.attack == a] for a in sorted({e.attack for e in worked})}
+        groups = {"": worked} | {
+            a: [e for e in worked if e.attack == a] for a in sorted({e.attack for e in worked})
+        }
         how = "attacked encoders above the threshold"
-        return {a: proportion(sum(e.value > t for e in own), len(own), how) for a, own in groups.items()}
+        return {
+            a: proportion(sum(e.value > t for e in own), len(own), how) for a, own in groups.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -160,13 +170,19 @@ class Bank:
     def assumed(self, family: Family) -> list[str]:
         """What is not known of an encoder and taken to be as in the bank, a phrase a field."""
         names = {"data": "training data", "objective": "objective"}
-        return [f"{told} {getattr(self.family, k)}" for k, told in names.items() if getattr(family, k) == ""]
+        return [
+            f"{told} {getattr(self.family, k)}"
+            for k, told in names.items()
+            if getattr(family, k) == ""
+        ]
 
     def write(self, path: Path) -> None:
         """One JSON file, under a temporary name first."""
         raw = {"schema": SCHEMA, "bezoar": self.version, **dataclasses.asdict(self)}
         raw.pop("version")
-        path.with_suffix(".tmp").write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.with_suffix(".tmp").write_text(
+            json.dumps(raw, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         path.with_suffix(".tmp").replace(path)
 
     @staticmethod
@@ -179,9 +195,15 @@ class Bank:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
                 raise ValueError(f"expected an object of schema {SCHEMA}")
-            bank = _filled(Bank, {k if k != "bezoar" else "version": v for k, v in raw.items() if k != "schema"}, "bank")
+            bank = _filled(
+                Bank,
+                {k if k != "bezoar" else "version": v for k, v in raw.items() if k != "schema"},
+                "bank",
+            )
         except (OSError, ValueError, RecursionError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
+            reason = (
+                error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
+            )
             raise UserError(f"{path} is no bank that bezoar wrote: {reason}") from error
         return bank
 
@@ -230,42 +252,74 @@ def unlike(own: str, theirs: str) -> str:
     if name != other:
         return f"{name}, not {other}"
     first, second = registry.split(mine, ","), registry.split(others, ",")
-    left, right = (",".join(f for f in a if f not in b) for a, b in ((first, second), (second, first)))
+    left, right = (
+        ",".join(f for f in a if f not in b) for a, b in ((first, second), (second, first))
+    )
     return f"{name}:{left}, not {right}"
 
 
 def read_value(
-    banks: Sequence[Bank], family: Family, sample: Sample, own: Calibration, value: float, rate: float, name: str = ""
+    banks: Sequence[Bank],
+    family: Family,
+    sample: Sample,
+    own: Calibration,
+    value: float,
+    rate: float,
+    name: str = "",
 ) -> Reading:
     """What banks say of one value. own: which audit, which code, which classifier. name: of the encoder, to leave it out."""
     fitting = [b for b in banks if not b.fits(family, sample)]
     if not banks:
-        return Reading("no calibration", rate, why="no bank was given, or none is shipped (`bezoar calibrate` makes one)")
+        return Reading(
+            "no calibration",
+            rate,
+            why="no bank was given, or none is shipped (`bezoar calibrate` makes one)",
+        )
     if not fitting:
         nearest = min((b.fits(family, sample) for b in banks), key=len)
-        return Reading("no calibration", rate, why=f"no bank has encoders like this; the nearest differs: {'; '.join(nearest)}")
+        return Reading(
+            "no calibration",
+            rate,
+            why=f"no bank has encoders like this; the nearest differs: {'; '.join(nearest)}",
+        )
     fitting = [b for b in fitting if not b.assumed(family)] or fitting
     if len(kinds := list(dict.fromkeys(b.family for b in fitting))) > 1:
         theirs = "; or ".join(", ".join(b.assumed(family)) for b in fitting[:3])
-        why = (
-            f"what this encoder was trained on is not known, and banks of {len(kinds)} kinds fit ({theirs}); name the right one"
-        )
+        why = f"what this encoder was trained on is not known, and banks of {len(kinds)} kinds fit ({theirs}); name the right one"
         return Reading("no calibration", rate, why=why)
     found = [c for b in fitting for c in b.audits if c.audit == own.audit]
     same = [c for c in found if c.code == own.code and c.classifier == own.classifier]
     if not same:
-        odd = "with another classifier" if any(c.code == own.code for c in found) else "by another version of its code"
-        why = f"the bank's encoders were audited {odd}" if found else "the bank's encoders were not audited so"
+        odd = (
+            "with another classifier"
+            if any(c.code == own.code for c in found)
+            else "by another version of its code"
+        )
+        why = (
+            f"the bank's encoders were audited {odd}"
+            if found
+            else "the bank's encoders were not audited so"
+        )
         return Reading("no calibration", rate, why=f"{why} ({own.audit})")
-    pooled = dataclasses.replace(own, clean=_each(c.clean for c in same), attacked=_each(c.attacked for c in same))
+    pooled = dataclasses.replace(
+        own, clean=_each(c.clean for c in same), attacked=_each(c.attacked for c in same)
+    )
     pooled = pooled.without(name)
     threshold = pooled.threshold(rate)
-    told: dict[str, Any] = {"calibration": pooled, "assumed": tuple(fitting[0].assumed(family)), "p": pooled.p_value(value)}
+    told: dict[str, Any] = {
+        "calibration": pooled,
+        "assumed": tuple(fitting[0].assumed(family)),
+        "p": pooled.p_value(value),
+    }
     if threshold is None:
         n, wanted = len(pooled.clean), math.ceil(round(1 / rate - 1, 9))
         why = f"{n} clean encoders support no false-positive rate below {pooled.smallest_rate:.2g}; {rate:g} takes {wanted}"
         return Reading("no calibration", rate, why=why, **told)
-    told |= {"threshold": threshold, "false_positives": pooled.false_positive_rate(rate), "attacks": pooled.sensitivity(rate)}
+    told |= {
+        "threshold": threshold,
+        "false_positives": pooled.false_positive_rate(rate),
+        "attacks": pooled.sensitivity(rate),
+    }
     return Reading("evidence" if value > threshold else "no evidence", rate, **told)
 
 
@@ -294,7 +348,9 @@ def family(encoder: Any, given: Any) -> Family:
     except UserError:
         data = ""
     about = encoder.about
-    return Family(about.get("network", ""), encoder.preprocess.size, data, about.get("objective", ""))
+    return Family(
+        about.get("network", ""), encoder.preprocess.size, data, about.get("objective", "")
+    )
 
 
 def described(spec: str) -> str:
@@ -302,7 +358,9 @@ def described(spec: str) -> str:
     name, _, rest = spec.partition(":")
     given = dict(part.partition("=")[::2] for part in registry.split(rest, ",") if "=" in part)
     kept = {k: v.rstrip("/").rpartition("/")[2] for k, v in given.items() if k != "seed"}
-    return (name.rpartition("/")[2] + ":" + ",".join(f"{k}={v}" for k, v in kept.items())).removesuffix(":")
+    return (
+        name.rpartition("/")[2] + ":" + ",".join(f"{k}={v}" for k, v in kept.items())
+    ).removesuffix(":")
 
 
 def code(cls: type) -> str:
@@ -312,19 +370,33 @@ def code(cls: type) -> str:
     """
     tree = ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8"))
     named = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    named |= {f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
-    files = [registry.PACKAGE / f"{s}.py" for s in SHARED if f"bezoar.{s}" in named]
+    named |= {
+        f"{n.module}.{a.name}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom)
+        for a in n.names
+    }
+    files = [
+        registry.PACKAGE / f"{s.replace('.', '/')}.py" for s in SHARED if f"bezoar.{s}" in named
+    ]
     trees = [tree, *(ast.parse(f.read_text(encoding="utf-8")) for f in files)]
     for node in (n for t in trees for n in ast.walk(t)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             node.body = node.body[1:]
     return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
 
 
 def attack_of(goals: Iterable[Any]) -> tuple[str, str]:
     """Which attack goals belong to, as sensitivities are told apart (`backdoor patch`), and their triggers' specs."""
-    names = {f"{g.how.partition(':')[0]} {(g.trigger or '').partition(':')[0]}".strip() for g in goals}
-    return " + ".join(sorted(names)), "; ".join(dict.fromkeys(g.trigger for g in goals if g.trigger))
+    names = {
+        f"{g.how.partition(':')[0]} {(g.trigger or '').partition(':')[0]}".strip() for g in goals
+    }
+    return " + ".join(sorted(names)), "; ".join(
+        dict.fromkeys(g.trigger for g in goals if g.trigger)
+    )
 
 
 def auroc(found: Calibration) -> Measure | None:
@@ -332,9 +404,14 @@ def auroc(found: Calibration) -> Measure | None:
     bad = [e.value for e in found.attacked if e.success is None or e.success >= WORKED]
     if not bad or not found.clean:
         return None
-    values, truth = [*bad, *(e.value for e in found.clean)], [True] * len(bad) + [False] * len(found.clean)
+    values, truth = (
+        [*bad, *(e.value for e in found.clean)],
+        [True] * len(bad) + [False] * len(found.clean),
+    )
     how = f"chance that one of {len(bad)} attacked encoders is above one of {len(found.clean)} clean ones; {stats.OF_AUROC}"
-    return Measure(stats.auroc(values, truth), len(values), *stats.auroc_interval(values, truth), how)
+    return Measure(
+        stats.auroc(values, truth), len(values), *stats.auroc_interval(values, truth), how
+    )
 
 
 def _each(groups: Iterable[Iterable[Entry]]) -> tuple[Entry, ...]:
@@ -355,14 +432,18 @@ def _filled(hint: Any, raw: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(raw, list) or len(raw) > MAX_ENTRIES:
             raise ValueError(f"{where} must be a list of at most {MAX_ENTRIES}")
-        return tuple(_filled(typing.get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(raw))
+        return tuple(
+            _filled(typing.get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(raw)
+        )
     if hint is str:
         if not isinstance(raw, str) or len(raw) > MAX_TEXT:
             raise ValueError(f"{where} must be a text of at most {MAX_TEXT} characters")
         return raw
     if raw is None and type(None) in typing.get_args(hint):
         return None
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or not abs(raw) < 1e300:  # neither NaN nor too large
+    if (
+        isinstance(raw, bool) or not isinstance(raw, int | float) or not abs(raw) < 1e300
+    ):  # neither NaN nor too large
         raise ValueError(f"{where} must be a finite number")
     if hint is int and raw != int(raw):
         raise ValueError(f"{where} must be a whole number")

@@ -22,8 +22,12 @@ def whitener(z: Tensor, shrink: float) -> Tensor:
     cov = centred.T @ centred / len(z)
     scale = cov.diagonal().mean()
     if scale < 1e-12:
-        raise UserError("the encoder gives all clean images one vector; there is nothing to whiten by")
-    values, vectors = torch.linalg.eigh((1 - shrink) * cov + shrink * scale * torch.eye(len(cov)).to(cov))
+        raise UserError(
+            "the encoder gives all clean images one vector; there is nothing to whiten by"
+        )
+    values, vectors = torch.linalg.eigh(
+        (1 - shrink) * cov + shrink * scale * torch.eye(len(cov)).to(cov)
+    )
     return vectors @ torch.diag(values.rsqrt()) @ vectors.T
 
 
@@ -41,7 +45,9 @@ def probe(images: Tensor, kind: str, number: int, seed: int) -> Tensor:
     height, width = images.shape[-2:]
     g = torch.Generator().manual_seed(seed * 1_000_003 + number * len(KINDS) + KINDS.index(kind))
     if kind == "blend":
-        pattern = F.interpolate(torch.rand(1, 3, 8, 8, generator=g), (height, width), mode="bilinear")[0].to(images.device)
+        pattern = F.interpolate(
+            torch.rand(1, 3, 8, 8, generator=g), (height, width), mode="bilinear"
+        )[0].to(images.device)
         return (0.8 * images + 0.2 * 255 * pattern).round().byte()
     side = max(2, round(min(height, width) * (4, 6, 8, 10)[number % 4] / 32))
     if kind == "solid":
@@ -50,7 +56,9 @@ def probe(images: Tensor, kind: str, number: int, seed: int) -> Tensor:
         patch = torch.rand(3, side, side, generator=g)
     else:
         cells = max(2, (4, 6, 8, 10)[number % 4] // 2)
-        patch = F.interpolate((torch.rand(1, 3, cells, cells, generator=g) > 0.5).float(), (side, side))[0]
+        patch = F.interpolate(
+            (torch.rand(1, 3, cells, cells, generator=g) > 0.5).float(), (side, side)
+        )[0]
     top, left = (int(torch.randint(0, n - side + 1, (1,), generator=g)) for n in (height, width))
     out = images.clone()
     out[:, :, top : top + side, left : left + side] = (patch * 255).round().byte().to(images.device)
@@ -59,4 +67,8 @@ def probe(images: Tensor, kind: str, number: int, seed: int) -> Tensor:
 
 def mean_of(values: list[float], how: str) -> Measure:
     """A mean over probes; one probe is what it is."""
-    return average(values, how) if len(values) > 1 else Measure(values[0], 1, values[0], values[0], how)
+    return (
+        average(values, how)
+        if len(values) > 1
+        else Measure(values[0], 1, values[0], values[0], how)
+    )

@@ -15,7 +15,11 @@ VERSION = "2.1.0"
 
 
 def document(
-    encoder: str, artefact: str, audits: Sequence[Mapping[str, Any]], refused: Mapping[str, str], overall: str
+    encoder: str,
+    artefact: str,
+    audits: Sequence[Mapping[str, Any]],
+    refused: Mapping[str, str],
+    overall: str,
 ) -> dict:
     """A log of one run, as JSON holds it.
 
@@ -28,7 +32,9 @@ def document(
             "id": name,
             "name": name.rpartition("/")[2].title().replace("_", ""),
             "shortDescription": {"text": a["summary"] or name},
-            "help": {"text": "Evidence is a value above a quantile of encoders known to be clean; see the run's report.html."},
+            "help": {
+                "text": "Evidence is a value above a quantile of encoders known to be clean; see the run's report.html."
+            },
             "defaultConfiguration": {"level": "error"},
             "properties": {"audit": a["audit"], "tags": ["security", "backdoor"]},
         }
@@ -47,10 +53,18 @@ def document(
         }
         for i, (name, a) in enumerate(zip(names, audits, strict=True))
     ]
-    troubles = [{"level": "warning", "message": {"text": f"{name} did not run: {why}"}} for name, why in refused.items()]
+    troubles = [
+        {"level": "warning", "message": {"text": f"{name} did not run: {why}"}}
+        for name, why in refused.items()
+    ]
     invocation = {"executionSuccessful": not refused, "toolExecutionNotifications": troubles}
     driver = {"name": "bezoar", "semanticVersion": version("bezoar"), "rules": rules}
-    run = {"tool": {"driver": driver}, "invocations": [invocation], "results": results, "properties": {"verdict": overall}}
+    run = {
+        "tool": {"driver": driver},
+        "invocations": [invocation],
+        "results": results,
+        "properties": {"verdict": overall},
+    }
     return {"$schema": SCHEMA, "version": VERSION, "runs": [run]}
 
 

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import generator
 from bezoar.encoders import folded_norms
 from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
 from bezoar.encoders.folded_norms import Frozen
+from bezoar.errors import UserError
 from bezoar.evaluation.heads import Report, silent
-from bezoar.data.pairs import Pairs
 from bezoar.evaluation.scores import Measure, proportion
-from bezoar.training.loop import generator
 from bezoar.evaluation.verdict import Inversion, Verdict
 
 BETAS, TINY = (0.5, 0.9), 1e-8  # Adam's, as published for all three audits
@@ -33,7 +33,9 @@ LOOK = 5  # steps between two looks at who is done; a look makes the host wait f
 BETTER = 0.99  # a mask of more than this share of the best one's norm is no progress
 MANY = 1 << 20  # images: a part of so many is as large as parts get
 SAME = 1e-2  # pixels, or a hundredth in logarithms: a spread of norms below this is none
-CONSISTENT = 1.4826  # times the median absolute deviation = the standard deviation of normal numbers
+CONSISTENT = (
+    1.4826  # times the median absolute deviation = the standard deviation of normal numbers
+)
 FEWEST = 10  # norms that a median absolute deviation says something of
 
 
@@ -108,10 +110,25 @@ class Descent:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.patience < 1 or self.wait < 1:
             raise ValueError("steps, batch, patience and wait must be at least 1")
-        if not self.lr or min(self.lr) <= 0 or len(self.until) != len(self.lr) - 1 or list(self.until) != sorted(self.until):
-            raise ValueError("lr must be above 0, and until must name, in order, the step at which each but the last ends")
-        if self.weight <= 0 or self.up < 1 or self.down < 1 or self.floor < 0 or min(self.resets, self.halvings) < 0:
-            raise ValueError("weight must be above 0, up and down at least 1, floor, resets and halvings at least 0")
+        if (
+            not self.lr
+            or min(self.lr) <= 0
+            or len(self.until) != len(self.lr) - 1
+            or list(self.until) != sorted(self.until)
+        ):
+            raise ValueError(
+                "lr must be above 0, and until must name, in order, the step at which each but the last ends"
+            )
+        if (
+            self.weight <= 0
+            or self.up < 1
+            or self.down < 1
+            or self.floor < 0
+            or min(self.resets, self.halvings) < 0
+        ):
+            raise ValueError(
+                "weight must be above 0, up and down at least 1, floor, resets and halvings at least 0"
+            )
         if not 0 < self.goal <= 1:
             raise ValueError("what counts as success must be above 0 and at most 1")
 
@@ -140,9 +157,18 @@ class Found:
     reached: Tensor
     steps: Tensor
 
-    def inversions(self, targets: Sequence[str], order: Tensor | None = None) -> tuple[Inversion, ...]:
+    def inversions(
+        self, targets: Sequence[str], order: Tensor | None = None
+    ) -> tuple[Inversion, ...]:
         """As `order` says, int64 (G,); without it the smallest first."""
-        rows = zip(self.masks.cpu(), self.patterns.cpu(), targets, self.norms.tolist(), self.success.tolist(), strict=True)
+        rows = zip(
+            self.masks.cpu(),
+            self.patterns.cpu(),
+            targets,
+            self.norms.tolist(),
+            self.success.tolist(),
+            strict=True,
+        )
         made = [Inversion(*row) for row in rows]
         chosen = self.norms.argsort(stable=True) if order is None else order
         return tuple(made[i] for i in chosen.tolist())
@@ -176,7 +202,9 @@ def resting(encoder: Encoder, raw: bool = False) -> Iterator[See]:
 def enough(clean: Pairs, fewest: int = 8) -> None:
     """Raise UserError for too few clean images."""
     if len(clean) < fewest:
-        raise UserError(f"trigger inversion needs at least {fewest} clean images; there are {len(clean)}")
+        raise UserError(
+            f"trigger inversion needs at least {fewest} clean images; there are {len(clean)}"
+        )
 
 
 def limits(clean: Pairs) -> list[str]:
@@ -195,7 +223,9 @@ def plain(value: float, n: int, how: str) -> Measure:
 
 def start(count: int, height: int, width: int, seed: int, centred: bool = False) -> Tensor:
     """Free numbers (count, 4, H, W), the mask first: uniform masks and patterns; an inversion's depend on its number alone."""
-    u = torch.stack([torch.rand(4, height, width, generator=generator(seed, 11, i)) for i in range(count)])
+    u = torch.stack(
+        [torch.rand(4, height, width, generator=generator(seed, 11, i)) for i in range(count)]
+    )
     if centred:
         u[:, 0] = 0.01
         u[:, 0, height // 4 : height - height // 4, width // 4 : width - width // 4] = 0.99
@@ -214,7 +244,9 @@ def stamped(u: Tensor, x: Tensor) -> Tensor:
     return torch.addcmul((mask * pattern)[:, None], (1 - mask)[:, None], x).flatten(0, 1)
 
 
-def slope(u: Tensor, which: Tensor, weight: Tensor, x: Tensor, see: See, aim: Aim) -> tuple[Tensor, Tensor, Tensor]:
+def slope(
+    u: Tensor, which: Tensor, weight: Tensor, x: Tensor, see: See, aim: Aim
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient by u (g, 4, H, W) of each inversion's loss on the images x; success (g,); norm of each mask (g,).
 
     Computed some inversions at a time, so that memory does not grow with their number.
@@ -248,7 +280,9 @@ class Search:
         self.which, none = torch.arange(len(u), device=u.device), u.new_zeros(len(u))
         self.weight, self.smallest, self.most = none + recipe.weight, none + torch.inf, none - 1
         self.hits, self.misses, self.low, self.idle = none, none, none, none
-        self.turned = torch.zeros(len(u), 2, dtype=torch.bool, device=u.device)  # has the weight gone up, has it gone down
+        self.turned = torch.zeros(
+            len(u), 2, dtype=torch.bool, device=u.device
+        )  # has the weight gone up, has it gone down
         self.steps = torch.zeros(len(u), dtype=torch.long, device=u.device)
         self.kept = torch.ones(len(u), dtype=torch.bool, device=u.device)
 
@@ -257,7 +291,9 @@ class Search:
         hit = success >= self.recipe.goal
         smallest, most = self.smallest[self.which], self.most[self.which]
         better = torch.where(hit, norm < smallest, smallest.isinf() & (success >= most))
-        self.best[self.which] = torch.where(better[:, None, None, None], self.u, self.best[self.which])
+        self.best[self.which] = torch.where(
+            better[:, None, None, None], self.u, self.best[self.which]
+        )
         progress = torch.where(hit, norm < BETTER * smallest, smallest.isinf())
         self.idle = torch.where(progress, 0, self.idle + 1)
         self.smallest[self.which] = torch.where(hit, norm.minimum(smallest), smallest)
@@ -267,16 +303,25 @@ class Search:
     def reweigh(self, hit: Tensor) -> None:
         """The next step's weights; hit: bool (g,)."""
         r = self.recipe
-        self.hits, self.misses = torch.where(hit, self.hits + 1, 0), torch.where(hit, 0, self.misses + 1)
+        self.hits, self.misses = (
+            torch.where(hit, self.hits + 1, 0),
+            torch.where(hit, 0, self.misses + 1),
+        )
         raised, lowered = self.hits >= r.patience, self.misses >= r.patience
         self.weight = torch.where(raised, self.weight * r.up, self.weight)
         self.weight = torch.where(lowered, (self.weight / r.down).clamp(min=r.floor), self.weight)
-        self.hits, self.misses = torch.where(raised, 0, self.hits), torch.where(lowered, 0, self.misses)
+        self.hits, self.misses = (
+            torch.where(raised, 0, self.hits),
+            torch.where(lowered, 0, self.misses),
+        )
         self.turned = self.turned | torch.stack([raised, lowered], 1)
         if r.resets:
             self.low = self.low + (lowered & (self.weight <= r.floor))
             again = self.low >= r.resets
-            self.weight, self.low = torch.where(again, r.weight, self.weight), torch.where(again, 0, self.low)
+            self.weight, self.low = (
+                torch.where(again, r.weight, self.weight),
+                torch.where(again, 0, self.low),
+            )
 
     def step(self, grad: Tensor, step: int) -> None:
         """Adam (Kingma and Ba 2015)."""
@@ -298,40 +343,78 @@ class Search:
 
     def leave(self) -> None:
         """Those that are done go."""
-        self.only((self.idle < self.recipe.wait) | ~self.turned.all(1) | self.smallest[self.which].isinf())
+        self.only(
+            (self.idle < self.recipe.wait) | ~self.turned.all(1) | self.smallest[self.which].isinf()
+        )
 
     def only(self, stay: Tensor) -> None:
         """The others leave the batch."""
-        for name in ("which", "u", "first", "second", "weight", "hits", "misses", "low", "idle", "turned"):
+        for name in (
+            "which",
+            "u",
+            "first",
+            "second",
+            "weight",
+            "hits",
+            "misses",
+            "low",
+            "idle",
+            "turned",
+        ):
             setattr(self, name, getattr(self, name)[stay])
 
 
-def invert(see: See, clean: Pairs, aim: Aim, count: int, recipe: Descent, seed: int, report: Report = silent) -> Found:
+def invert(
+    see: See,
+    clean: Pairs,
+    aim: Aim,
+    count: int,
+    recipe: Descent,
+    seed: int,
+    report: Report = silent,
+) -> Found:
     """`count` triggers, each for its own aim. clean: images of any size; masks have theirs. Deterministic for a seed.
 
     Raises UserError when the encoder gives NaN.
     """
     height, width = clean.images.shape[2:]
-    search = Search(start(count, height, width, seed, recipe.centred).to(see.device, see.dtype), recipe)
+    search = Search(
+        start(count, height, width, seed, recipe.centred).to(see.device, see.dtype), recipe
+    )
     for step in range(recipe.steps):
-        rows = torch.randperm(len(clean), generator=generator(seed, 12, step))[: recipe.batch].sort().values
+        rows = (
+            torch.randperm(len(clean), generator=generator(seed, 12, step))[: recipe.batch]
+            .sort()
+            .values
+        )
         x = clean.images[rows.to(clean.images.device)].to(search.u) / 255
         grad, success, norm = slope(search.u, search.which, search.weight, x, see, aim)
         if not step and not bool(torch.isfinite(grad).all()):
-            raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
+            raise UserError(
+                "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+            )
         search.keep(success, norm)
         search.step(grad, step)
         if step + 1 in recipe.cuts():
             search.halve()
         if step % LOOK == LOOK - 1:
-            report(step + 1, recipe.steps, f"{len(search.which)} of {count} triggers are looked for")
+            report(
+                step + 1, recipe.steps, f"{len(search.which)} of {count} triggers are looked for"
+            )
             search.leave()
             if not len(search.which):
                 break
     kept = search.kept.nonzero()[:, 0]
     best, reached = search.best[kept], search.smallest[kept].isfinite()
     mask, pattern = trigger(best)
-    return Found(mask, pattern, mask.sum((1, 2, 3)), verify(see, best, kept, clean, aim), reached, search.steps[kept])
+    return Found(
+        mask,
+        pattern,
+        mask.sum((1, 2, 3)),
+        verify(see, best, kept, clean, aim),
+        reached,
+        search.steps[kept],
+    )
 
 
 @torch.no_grad()
@@ -339,7 +422,9 @@ def vectors(see: See, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 (N, D). Raises UserError on NaN."""
     z = torch.cat([see(images[p].to(see.device, see.dtype) / 255) for p in see.pieces(len(images))])
     if not torch.isfinite(z).all():
-        raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
+        raise UserError(
+            "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+        )
     return z
 
 
@@ -376,10 +461,22 @@ def outlier(found: Found, names: Sequence[str], what: str, score: Score, n: int)
     norms = found.norms.double().cpu().clamp(min=SAME)
     first, many = int(norms.argmin()), f"{len(norms)} {what} triggers, {n} clean images"
     values = {
-        "log_ratio": (float((norms.quantile(0.5) / norms[first]).log()), "log(median norm / least norm)"),
-        "anomaly_index": (float(anomaly(norms).max()), "|norm - median| / (1.4826 MAD) of the least mask's norm"),
-        "log_anomaly_index": (float(anomaly(norms.log()).max()), "the anomaly index of the norms' logarithms"),
-        "least_norm": (float(norms[first]), f"pixels that the least mask covers, of {names[first]!r}"),
+        "log_ratio": (
+            float((norms.quantile(0.5) / norms[first]).log()),
+            "log(median norm / least norm)",
+        ),
+        "anomaly_index": (
+            float(anomaly(norms).max()),
+            "|norm - median| / (1.4826 MAD) of the least mask's norm",
+        ),
+        "log_anomaly_index": (
+            float(anomaly(norms.log()).max()),
+            "the anomaly index of the norms' logarithms",
+        ),
+        "least_norm": (
+            float(norms[first]),
+            f"pixels that the least mask covers, of {names[first]!r}",
+        ),
         "median_norm": (float(norms.quantile(0.5)), "pixels that the median mask covers"),
     }
     evidence = {name: plain(x, n, f"{how}; {many}") for name, (x, how) in values.items()}
@@ -388,8 +485,12 @@ def outlier(found: Found, names: Sequence[str], what: str, score: Score, n: int)
     limits = []
     if len(norms) < FEWEST:
         few = f"{len(norms)} {what} triggers are too few for an anomaly index, which means nothing under {FEWEST}"
-        limits.append(few + ("" if score == "log_ratio" else "; the value is log(median norm / least norm)"))
-    missed = [name for name, reached in zip(names, found.reached.tolist(), strict=True) if not reached]
+        limits.append(
+            few + ("" if score == "log_ratio" else "; the value is log(median norm / least norm)")
+        )
+    missed = [
+        name for name, reached in zip(names, found.reached.tolist(), strict=True) if not reached
+    ]
     if missed:
         limits.append(
             f"no trigger for {len(missed)} of {len(norms)} reached the success asked for, within {int(found.steps.max())} "

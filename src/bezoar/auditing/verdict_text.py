@@ -34,7 +34,11 @@ def few(images: int, bank: int) -> str:
     """What so few clean images leave; nothing where there are enough."""
     if images >= ENOUGH:
         return ""
-    known = f"; a bank for {bank} says nothing of what {images} can find: calibrate with --images {images}" if bank else ""
+    known = (
+        f"; a bank for {bank} says nothing of what {images} can find: calibrate with --images {images}"
+        if bank
+        else ""
+    )
     return f"{images} clean images are few: sensitivity is only what a bank made with {images} images states{known}"
 
 
@@ -49,13 +53,19 @@ def overall(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[str, str]
     rest = f" No calibration for {listed(without)}." if without else ""
     if not judged:
         same = dict.fromkeys(a["sentence"] for a in audits)
-        return words, next(iter(same)) if len(same) == 1 else f"No calibration for any of {listed(without)}."
+        return words, next(iter(same)) if len(
+            same
+        ) == 1 else f"No calibration for any of {listed(without)}."
     if len(judged) == 1:
         return words, f"By {judged[0]['name']}: {judged[0]['sentence']}{rest}"
     p = min(holm([a["p"] for a in judged]))
     if not bad:
-        seen = ", ".join(f"{a['name']} {a['sensitivity']['']['value']:.2f}" for a in judged if a["sensitivity"])
-        start = f"No evidence at {f'sensitivity {seen}' if seen else 'a sensitivity that is not known'}"
+        seen = ", ".join(
+            f"{a['name']} {a['sensitivity']['']['value']:.2f}" for a in judged if a["sensitivity"]
+        )
+        start = (
+            f"No evidence at {f'sensitivity {seen}' if seen else 'a sensitivity that is not known'}"
+        )
         each = f"false-positive rate {rate:g} of each of {len(judged)} audits"
         return words, f"{start} and {each}; over all together p = {p:.2g} (Holm-Bonferroni).{rest}"
     if p <= rate:
@@ -78,11 +88,15 @@ def not_tested(facts: Mapping[str, Any], refused: Mapping[str, str]) -> list[str
             continue
         known = {name for name, _ in a["bank"]["attacked"]}
         unseen = [k for k in attacks() if not any(k in name for name in known)]
-        out.append(f"{a['name']}: attacks of which the bank has no encoder ({', '.join(unseen)}), and any that it cannot name.")
+        out.append(
+            f"{a['name']}: attacks of which the bank has no encoder ({', '.join(unseen)}), and any that it cannot name."
+        )
     for a in facts["audits"]:
         out += [f"{a['name']}: {line}" for line in a["notes"].get("limits", [])]
         if a["assumed"]:
-            out.append(f"{a['name']}: taken to be as in the bank, not known of this encoder: {', '.join(a['assumed'])}.")
+            out.append(
+                f"{a['name']}: taken to be as in the bank, not known of this encoder: {', '.join(a['assumed'])}."
+            )
     if facts["few"]:
         out.append(facts["few"] + ".")
     if facts["text_tower"]:
@@ -93,7 +107,12 @@ def not_tested(facts: Mapping[str, Any], refused: Mapping[str, str]) -> list[str
 def attacks() -> list[str]:
     """The attacks that bezoar itself can make, as a bank names them."""
     triggers = [n for n in registry.names("trigger") if n != "file"]
-    return [*(f"backdoor {t}" for t in triggers), "clean_label", "targeted", *registry.names("attack")]
+    return [
+        *(f"backdoor {t}" for t in triggers),
+        "clean_label",
+        "targeted",
+        *registry.names("attack"),
+    ]
 
 
 def listed(names: Sequence[str]) -> str:

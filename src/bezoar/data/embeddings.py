@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bezoar.detection.corpus import columns
+from bezoar.data.blocks import block_bounds
+from bezoar.data.files import npy, parquet
+from bezoar.data.pairs import Pairs
 from bezoar.data.tables import CAPTION, KEY
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
 
 UNIT = 1 << 17  # rows of a unit of work
 BLOCK = 1 << 13  # rows in memory at a time
@@ -47,60 +48,78 @@ class Ready:
     classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return sum(columns.shape_of(p)[0] for p in self.images)
+        return sum(npy.shape_of(p)[0] for p in self.images)
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """Raises UserError: there are no images."""
-        raise UserError("ready embeddings hold no images and no captions to encode; what needs them cannot be asked here")
+        raise UserError(
+            "ready embeddings hold no images and no captions to encode; what needs them cannot be asked here"
+        )
 
     def cut(self, number: int) -> list[tuple[int, int]]:
         """(start, stop) of each unit of a file's rows; one empty unit when the file cannot be read, to say so."""
         try:
-            return list(columns.blocks(columns.shape_of(self.images[number])[0], UNIT)) or [(0, 0)]
+            return list(block_bounds(npy.shape_of(self.images[number])[0], UNIT)) or [(0, 0)]
         except UserError:
             return [(0, 0)]
 
     def blocks(self, number: int, start: int, stop: int) -> Iterator[Block]:
         """Rows start..stop of a file. Raises UserError that names the file that does not fit."""
-        image, text, facts = (x[number] if x else None for x in (self.images, self.texts, self.metadata))
-        shape = columns.shape_of(image) if image else (0, 0)
+        image, text, facts = (
+            x[number] if x else None for x in (self.images, self.texts, self.metadata)
+        )
+        shape = npy.shape_of(image) if image else (0, 0)
         assert image is not None
-        if text and columns.shape_of(text) != shape:
-            raise UserError(f"{text} is of shape {columns.shape_of(text)}, {image} of {shape}")
-        for low, high in columns.blocks(stop - start, BLOCK):
+        if text and npy.shape_of(text) != shape:
+            raise UserError(f"{text} is of shape {npy.shape_of(text)}, {image} of {shape}")
+        for low, high in block_bounds(stop - start, BLOCK):
             low, high = start + low, start + high
             facets = self._columns(image, facts, shape[0], low, high)
-            z = columns.rows_of(image, low, high)
-            yield Block(facets, z, columns.rows_of(text, low, high) if text else None)
+            z = npy.rows_of(image, low, high)
+            yield Block(facets, z, npy.rows_of(text, low, high) if text else None)
 
-    def _columns(self, image: Path, facts: Path | None, count: int, start: int, stop: int) -> dict[str, pa.Array]:
+    def _columns(
+        self, image: Path, facts: Path | None, count: int, start: int, stop: int
+    ) -> dict[str, pa.Array]:
         """Texts of the rows, empty where nothing is known; an id where none is told."""
         rows = [str(i) for i in range(start, stop)]
         own = pa.array([f"{image.stem}/{r}" for r in rows], pa.large_string())
-        facets = {"id": own, "caption": pa.nulls(len(rows), pa.large_string()), "url": pa.nulls(len(rows), pa.large_string())}
+        facets = {
+            "id": own,
+            "caption": pa.nulls(len(rows), pa.large_string()),
+            "url": pa.nulls(len(rows), pa.large_string()),
+        }
         facets["member"] = pa.array([f"row {r}" for r in rows], pa.large_string())
         if facts is None:
             return facets
-        with columns.parquet(facts) as file:
+        with parquet.parquet(facts) as file:
             if file.metadata.num_rows != count:
                 raise UserError(f"{facts} has {file.metadata.num_rows} rows, {image} {count}")
             held = set(file.schema_arrow.names)
         known = {"id": (*KEY, "image_path"), "caption": ("caption", *CAPTION), "url": ("url",)}
-        chosen = {ours: next((n for n in names if n in held), None) for ours, names in known.items()}
+        chosen = {
+            ours: next((n for n in names if n in held), None) for ours, names in known.items()
+        }
         wanted = [n for n in chosen.values() if n]
         if not wanted:
             return facets
         parts, size = [], 0
-        for part in columns.parquet_rows(facts, wanted, start, stop):
+        for part in parquet.parquet_rows(facts, wanted, start, stop):
             parts.append(part)
             size += part.nbytes
-            if size > columns.HELD:
-                raise UserError(f"{facts}: the rows {start} to {stop} hold more than {columns.HELD >> 20} MiB of text")
+            if size > parquet.HELD:
+                raise UserError(
+                    f"{facts}: the rows {start} to {stop} hold more than {parquet.HELD >> 20} MiB of text"
+                )
         table = pa.Table.from_batches(parts)
         for ours, theirs in chosen.items():
             if theirs:
-                facets[ours] = _texts(table.column(theirs).combine_chunks(), f"{facts}: column {theirs}")
-        facets["id"] = pc.if_else(pc.fill_null(pc.equal(pc.fill_null(facets["id"], ""), ""), True), own, facets["id"])
+                facets[ours] = _texts(
+                    table.column(theirs).combine_chunks(), f"{facts}: column {theirs}"
+                )
+        facets["id"] = pc.if_else(
+            pc.fill_null(pc.equal(pc.fill_null(facets["id"], ""), ""), True), own, facets["id"]
+        )
         return facets
 
 
@@ -110,7 +129,10 @@ def _texts(told: pa.Array, where: str) -> pa.Array:
         told = told.cast(pa.large_string())
         told.validate(full=True)
     except pa.ArrowInvalid:
-        told = pa.array([b and b.decode(errors="replace") for b in told.cast(pa.large_binary()).to_pylist()], pa.large_string())
+        told = pa.array(
+            [b and b.decode(errors="replace") for b in told.cast(pa.large_binary()).to_pylist()],
+            pa.large_string(),
+        )
     except pa.ArrowException as error:
         raise UserError(f"{where} is not text: {str(error).splitlines()[0][:200]}") from error
     return told

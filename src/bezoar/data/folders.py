@@ -19,17 +19,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import SUFFIXES, TEMPLATE, TEXT_BYTES, ReadReport, Skipped, Unreadable, batches, file_bytes, nothing, phrases
-from bezoar.data.shards import Placed, facts
+from bezoar.data.decoding import TEMPLATE, batches, nothing, phrases
+from bezoar.data.files.images import SUFFIXES
+from bezoar.data.files.paths import TEXT_BYTES, file_bytes
+from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.files.tars import Group
+from bezoar.data.pairs import Pairs
+from bezoar.data.shards import Placed, facts
+from bezoar.errors import UserError
 
 BLOCK = 4096  # files of a unit of work
 DEEPEST = 64  # directories within one another
 BESIDE = (".txt", ".json")  # what a caption's file beside its image ends in
 Layout = Literal["auto", "classes", "captions", "flat"]
-Place = tuple[int, int, int, int, int]  # of a block: files before it; the stretch, the file of it, it begins with; count; mark
+Place = tuple[
+    int, int, int, int, int
+]  # of a block: files before it; the stretch, the file of it, it begins with; count; mark
 
 
 class Stretch(NamedTuple):
@@ -61,12 +66,16 @@ class Walk:
         if not self.classes:
             raise UserError(f"{str(self.root)!r} holds no class folders")
         filled = {s.below.partition("/")[0] for s in self.stretches}
-        self.problems += [self._problem(c, "no file in the class folder") for c in self.classes if c not in filled]
+        self.problems += [
+            self._problem(c, "no file in the class folder") for c in self.classes if c not in filled
+        ]
 
     def _into(self, below: str) -> None:
         """Take down a directory and those in it, each where its name stands among the files."""
         if below.count("/") >= DEEPEST:
-            self.problems.append(self._problem(below, f"more than {DEEPEST} directories within one another"))
+            self.problems.append(
+                self._problem(below, f"more than {DEEPEST} directories within one another")
+            )
             return
         try:
             files, folders = _entries(self.root, below, self.layout)
@@ -90,7 +99,9 @@ class Walk:
                 try:
                     self.listed = below, _entries(self.root, below, self.layout)[0]
                 except OSError as error:
-                    raise UserError(f"{self.root / below} cannot be read any more: {error.strerror}") from error
+                    raise UserError(
+                        f"{self.root / below} cannot be read any more: {error.strerror}"
+                    ) from error
             for at, name in enumerate(self.listed[1][first + start : stop], start):
                 yield number, at, _joined(below, name)
             start = 0
@@ -100,7 +111,9 @@ class Walk:
         found: list[Place] = []
         every = self.names()
         while block := list(itertools.islice(every, size)):
-            found.append((len(found) * size, *block[0][:2], len(block), _mark([name for *_, name in block])))
+            found.append(
+                (len(found) * size, *block[0][:2], len(block), _mark([name for *_, name in block]))
+            )
         return found
 
 
@@ -146,7 +159,9 @@ class Folder:
         try:
             object.__setattr__(self, "_walk", Walk(self.root, self.layout))
         except OSError as error:
-            raise UserError(f"{error.filename or self.root} cannot be read: {error.strerror}") from error
+            raise UserError(
+                f"{error.filename or self.root} cannot be read: {error.strerror}"
+            ) from error
         return self.__dict__["_walk"]
 
     @property
@@ -180,7 +195,10 @@ class Folder:
         for *_, name in walk.names():
             if isinstance(self._usable(name, walk.layout), str):
                 continue
-            for one in (name, *(os.path.splitext(name)[0] + e for e in BESIDE if walk.layout == "captions")):
+            for one in (
+                name,
+                *(os.path.splitext(name)[0] + e for e in BESIDE if walk.layout == "captions"),
+            ):
                 path = self.resolved(self.root, one)
                 if path is not None and path.is_file():
                     yield one, path
@@ -195,14 +213,25 @@ class Folder:
         if place:
             block = list(itertools.islice(names, count))
             if _mark(block) != known:
-                raise UserError(f"files were added or taken away below {self.root} while it was read")
+                raise UserError(
+                    f"files were added or taken away below {self.root} while it was read"
+                )
             names = iter(block)
-        captions, number = phrases(walk.classes, self.template), {name: i for i, name in enumerate(walk.classes)}
+        captions, number = (
+            phrases(walk.classes, self.template),
+            {name: i for i, name in enumerate(walk.classes)},
+        )
         for row, name in enumerate(names, before):
             path = self._usable(name, walk.layout)
-            told = self._told(name) if walk.layout == "captions" and isinstance(path, Path) else (name, "", "")
+            told = (
+                self._told(name)
+                if walk.layout == "captions" and isinstance(path, Path)
+                else (name, "", "")
+            )
             if isinstance(path, str) or isinstance(told, str):
-                yield Skipped(str(self.root), shown(name), path if isinstance(path, str) else str(told))
+                yield Skipped(
+                    str(self.root), shown(name), path if isinstance(path, str) else str(told)
+                )
                 continue
             key, caption, url = told
             label = number.get(name.partition("/")[0], -1)
@@ -216,7 +245,13 @@ class Folder:
             return "link leaves the folder"
         if not _is_image(name):
             alone = layout == "captions" and name.endswith(BESIDE)
-            return "link to a folder, not followed" if path.is_dir() else "no image" if alone else "not an image by its name"
+            return (
+                "link to a folder, not followed"
+                if path.is_dir()
+                else "no image"
+                if alone
+                else "not an image by its name"
+            )
         if not name.isprintable():
             return "unsafe name"
         return path if layout != "classes" or "/" in name else "not in a class folder"
@@ -252,7 +287,11 @@ class Folder:
     def labels(self, names: Sequence[str]) -> Tensor | None:
         """int64 (N,): the classes of files, by their paths below the root; None where there are no classes."""
         number = {name: i for i, name in enumerate(self.classes)}
-        return torch.tensor([number.get(name.partition("/")[0], -1) for name in names]) if number else None
+        return (
+            torch.tensor([number.get(name.partition("/")[0], -1) for name in names])
+            if number
+            else None
+        )
 
 
 class Named:

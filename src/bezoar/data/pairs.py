@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bezoar.data.decoding import ReadReport
+    from bezoar.data.files.skipped import ReadReport
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Pairs:
     def __post_init__(self) -> None:
         n = len(self.images)
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
-            raise ValueError(f"images must be uint8 (N, 3, H, W); got {self.images.dtype} {tuple(self.images.shape)}")
+            raise ValueError(
+                f"images must be uint8 (N, 3, H, W); got {self.images.dtype} {tuple(self.images.shape)}"
+            )
         if len(self.ids) != n:
             raise ValueError(f"{n} images but {len(self.ids)} ids")
         if self.captions and len(self.captions) != n:
@@ -81,7 +83,9 @@ class Pairs:
         return Pairs(
             torch.cat([p.images for p in parts]),
             captions if all(p.captions or not len(p) for p in parts) else (),
-            None if any(x is None for x in labels) else torch.cat([x for x in labels if x is not None]),
+            None
+            if any(x is None for x in labels)
+            else torch.cat([x for x in labels if x is not None]),
             tuple(i for p in parts for i in p.ids),
             next((p.classes for p in parts if p.classes), ()),
             reports[0].merged(reports[1:]) if len(reports) > 1 else next(iter(reports), None),
@@ -117,24 +121,6 @@ def content_hash(image: Tensor, caption: str = "") -> str:
     pixels = image.contiguous().cpu().numpy()
     head = ",".join(map(str, pixels.shape)).encode()
     return hashlib.sha256(head + pixels.tobytes() + caption.encode()).hexdigest()[:16]
-
-
-def draws(seed: int, ids: Sequence[str], count: int, use: str = "") -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 (len(ids), count), that belong to the records and not to the moment.
-
-    A record's row is a function of (seed, id) alone: order, batch size, worker and shard do not matter. `use` (at most
-    16 bytes) says what for: two uses of one seed are independent, so that, say, no poison prefers a wrong caption.
-    Counter-based: SplitMix64 (Steele, Lea, Flood 2014) of a keyed BLAKE2b of the id.
-    """
-    key = seed.to_bytes(8, "little", signed=True)
-    digests = b"".join(hashlib.blake2b(i.encode(), digest_size=8, key=key, person=use.encode()).digest() for i in ids)
-    start = np.frombuffer(digests, dtype="<u8").reshape(-1, 1)
-    with np.errstate(over="ignore"):
-        x = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
 def each_image(ids: Sequence[str]) -> list[int]:

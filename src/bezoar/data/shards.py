@@ -20,10 +20,12 @@ from typing import Any, Literal, NamedTuple
 from braceexpand import braceexpand
 from PIL import Image
 
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import LABELS, ReadReport, Record, Skipped, batches, nothing, told_apart
+from bezoar.data.decoding import LABELS, Record, batches, nothing
+from bezoar.data.files.paths import told_apart
+from bezoar.data.files.skipped import ReadReport, Skipped
 from bezoar.data.files.tars import IMAGES, Group, groups
+from bezoar.data.pairs import Pairs
+from bezoar.errors import UserError
 
 WANTED = (*IMAGES, "txt", "json")
 PATHS = 1_000_000  # shards a brace list may name
@@ -103,18 +105,28 @@ class Shards:
                 if fact.label < 0:
                     bare.add(fact.name)
                 elif numbered.setdefault(fact.label, fact.name) != fact.name:
-                    raise UserError(f"{path}: label {fact.label} is {numbered[fact.label]!r} and also {fact.name!r}")
+                    raise UserError(
+                        f"{path}: label {fact.label} is {numbered[fact.label]!r} and also {fact.name!r}"
+                    )
         if bare and numbered:
-            raise UserError(f"{self.paths[0]} ...: some records have a label and some only a class, as {min(bare)!r}")
+            raise UserError(
+                f"{self.paths[0]} ...: some records have a label and some only a class, as {min(bare)!r}"
+            )
         if bare:
             return tuple(sorted(bare)), {name: i for i, name in enumerate(sorted(bare))}, True
         named = any(numbered.values())
-        return tuple(numbered.get(i, "") for i in range(max(numbered) + 1)) if named else (), {}, labelled
+        return (
+            tuple(numbered.get(i, "") for i in range(max(numbered) + 1)) if named else (),
+            {},
+            labelled,
+        )
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """The records in the order of the tars, `size` at a time. Raises UserError for a shard that yields nothing."""
         report = self.begin()
-        yield from batches(self.records(), self.size, size, report, self.classes, self.limit, self.labelled)
+        yield from batches(
+            self.records(), self.size, size, report, self.classes, self.limit, self.labelled
+        )
         if not report.read:
             raise UserError(nothing(str(self.paths[0]), report))
 
@@ -140,7 +152,11 @@ class Shards:
             numbers = self._names[1] if only is None else {}
             found, problems = 0, ReadReport()
             for group in groups(path, WANTED):
-                item = group if isinstance(group, Skipped) else self._record(group, path, stem, shard, numbers)
+                item = (
+                    group
+                    if isinstance(group, Skipped)
+                    else self._record(group, path, stem, shard, numbers)
+                )
                 if isinstance(item, Skipped):
                     problems.skipped[:] = problems.skipped[:1] or [item]
                 found += isinstance(item, Record)
@@ -148,7 +164,9 @@ class Shards:
             if not found:
                 raise UserError(nothing(str(path), problems))
 
-    def _record(self, group: Group, path: Path, stem: str, shard: int, numbers: dict[str, int]) -> Placed | Skipped:
+    def _record(
+        self, group: Group, path: Path, stem: str, shard: int, numbers: dict[str, int]
+    ) -> Placed | Skipped:
         """One record of a group of members, or why there is none. numbers: of classes that come without a label."""
 
         def skip(reason: str) -> Skipped:
@@ -164,7 +182,9 @@ class Shards:
             caption = group.files.get("txt", b"").decode().strip() or fact.captions[0].strip()
         except UnicodeDecodeError:
             return skip("caption is not UTF-8")
-        every = tuple(c.strip() for c in fact.captions if c.strip()) if self.captions == "all" else ()
+        every = (
+            tuple(c.strip() for c in fact.captions if c.strip()) if self.captions == "all" else ()
+        )
         every = every or ((caption,) if caption else ())
         if not every:
             return skip("no caption")
@@ -172,7 +192,9 @@ class Shards:
         ids = tuple(f"{key}#{i}" for i in range(len(every))) if self.captions == "all" else (key,)
         label = numbers.get(fact.name, fact.label)
         image, offset = group.files[images[0]], group.offsets[images[0]]
-        return Placed(image, ids, every, label, str(path), group.key, shard, offset, len(image), fact.url)
+        return Placed(
+            image, ids, every, label, str(path), group.key, shard, offset, len(image), fact.url
+        )
 
 
 class Facts(NamedTuple):
@@ -197,7 +219,9 @@ def facts(group: Group) -> Facts | str:
     captions = [c for c in many if isinstance(c, str)] if isinstance(many, list) else []
     captions = captions or [one if isinstance(one, str) else ""]
     label, name, key, url = (told.get(k) for k in ("label", "class", "record_id", "url"))
-    if label is not None and (not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < LABELS):
+    if label is not None and (
+        not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < LABELS
+    ):
         return f"label is not a number from 0 to {LABELS - 1}"
     texts = [t for t in (name, key, url, *captions) if isinstance(t, str)]
     if any("\ud800" <= c <= "\udfff" for t in texts for c in t):  # JSON can spell half a character
@@ -233,13 +257,17 @@ def expand(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path,
             paths += map(Path, sorted(glob.glob(str(path))))
     missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
-        raise UserError(f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}")
+        raise UserError(
+            f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}"
+        )
     if not paths:
         raise UserError(f"{what} {text!r}: no such {ending} file")
     return tuple(paths)
 
 
-def write_shards(folder: Path, source: Any, per_shard: int = 1000, format: str = "png") -> list[Path]:
+def write_shards(
+    folder: Path, source: Any, per_shard: int = 1000, format: str = "png"
+) -> list[Path]:
     """Write a source (Pairs, Shards or an iterable of Pairs; captions needed) as tars in img2dataset's layout.
 
     format: `png` (exact), `jpeg` (quality 95) or `jpeg:QUALITY`. The same records give the same bytes. Json keeps each
@@ -252,14 +280,18 @@ def write_shards(folder: Path, source: Any, per_shard: int = 1000, format: str =
     if sorted(folder.glob("*.tar")):
         raise UserError(f"{folder} holds .tar files already; choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    parts: Iterable[Pairs] = source.batches(min(per_shard, 1024)) if hasattr(source, "batches") else source
+    parts: Iterable[Pairs] = (
+        source.batches(min(per_shard, 1024)) if hasattr(source, "batches") else source
+    )
     records = ((part, row) for part in parts for row in range(len(part)))
     written: list[Path] = []
     while chunk := next(records, None):
         path = folder / f"{len(written):05d}.tar"
         partial = path.with_suffix(".part")
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for row, (part, index) in enumerate(itertools.chain([chunk], itertools.islice(records, per_shard - 1))):
+            for row, (part, index) in enumerate(
+                itertools.chain([chunk], itertools.islice(records, per_shard - 1))
+            ):
                 key = f"{len(written):05d}{row:04d}"
                 for extension, content in sorted(_encoded(part, index, key, name, quality).items()):
                     header = tarfile.TarInfo(f"{key}.{extension}")  # mtime 0, no owner
@@ -278,13 +310,22 @@ def _encoded(part: Pairs, row: int, key: str, name: str, quality: int) -> dict[s
     picture = Image.fromarray(part.images[row].permute(1, 2, 0).contiguous().cpu().numpy())
     picture.save(buffer, name, **({"quality": quality, "subsampling": 0} if name == "jpeg" else {}))
     caption = part.captions[row]
-    told: dict[str, Any] = {"key": key, "record_id": part.ids[row], "status": "success", "caption": caption}
+    told: dict[str, Any] = {
+        "key": key,
+        "record_id": part.ids[row],
+        "status": "success",
+        "caption": caption,
+    }
     told |= {"width": picture.width, "height": picture.height}
     label = -1 if part.labels is None else int(part.labels[row])
     if label >= 0:
         told |= {"label": label} | ({"class": part.classes[label]} if part.classes else {})
     extension = "jpg" if name == "jpeg" else name
-    return {extension: buffer.getvalue(), "txt": caption.encode(), "json": json.dumps(told).encode()}
+    return {
+        extension: buffer.getvalue(),
+        "txt": caption.encode(),
+        "json": json.dumps(told).encode(),
+    }
 
 
 def _format(text: str) -> tuple[str, int]:

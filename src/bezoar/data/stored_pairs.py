@@ -15,73 +15,30 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.training import ranks
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs, numbers
+from bezoar import machine
 from bezoar.attacks.plan import Plan
-from bezoar.data.decoding import ReadReport, Unreadable, decode, kept, nothing, threads
+from bezoar.data.decoding import kept, nothing, threads
+from bezoar.data.files.images import decode
+from bezoar.data.files.skipped import ReadReport, Unreadable
+from bezoar.data.pairs import Pairs, numbers
 from bezoar.data.shards import Placed, Shards
+from bezoar.data.strings import BLOCK, Strings
+from bezoar.errors import UserError
+from bezoar.machine import free_memory
 
 PLACE = np.dtype([("shard", "i4"), ("offset", "i8"), ("length", "i4"), ("goal", "i4")])
-BLOCK = 1 << 14  # strings that are Python objects at a time
 OPEN = 256  # tars kept open
 TASK = 16  # images that a thread makes at once
-
-
-class Strings(Sequence[str]):
-    """N strings in one Arrow column: they cost their text and 8 bytes each, not a Python object each."""
-
-    def __init__(self, column: pa.Array) -> None:
-        self.column = column
-
-    @staticmethod
-    def of(texts: Sequence[str]) -> Strings:
-        """The same strings as a column."""
-        return texts if isinstance(texts, Strings) else Strings(pa.array(list(texts), pa.large_string()))
-
-    @staticmethod
-    def concat(parts: Sequence[Strings]) -> Strings:
-        """All strings of several columns, in order."""
-        return Strings(pa.concat_arrays([p.column for p in parts]))
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> tuple[str, ...]: ...
-    def __getitem__(self, row: int | slice) -> str | tuple[str, ...]:
-        return tuple(self.column[row].to_pylist()) if isinstance(row, slice) else self.column[int(row)].as_py()
-
-    def __iter__(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(self.blocks())
-
-    def blocks(self) -> Iterator[list[str]]:
-        """The strings in order, a bounded number at a time."""
-        return (self.column.slice(start, BLOCK).to_pylist() for start in range(0, len(self), BLOCK))
-
-    def take(self, rows: np.ndarray) -> Strings:
-        """The strings at the given rows, in that order."""
-        return Strings(self.column.take(pa.array(rows)))
-
-    def rows(self, wanted: Collection[str]) -> np.ndarray:
-        """int64: the rows that hold one of the wanted strings, ascending."""
-        return np.flatnonzero(pc.is_in(self.column, pa.array(list(wanted), pa.large_string())).to_numpy(zero_copy_only=False))
 
 
 class _Tar(io.FileIO):
@@ -102,7 +59,9 @@ class Reader(Protocol):
 class Files:
     """Tars that any thread reads anywhere; at most OPEN are open. One that was changed since it was indexed is refused."""
 
-    def __init__(self, paths: Sequence[Path], states: Sequence[Sequence[int] | None] | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Path], states: Sequence[Sequence[int] | None] | None = None
+    ) -> None:
         """states: (size, time of change in ns) of each when it was indexed, None of one without records; None: as it is now."""
         self.paths = tuple(paths)
         try:
@@ -173,14 +132,19 @@ class Indexed:
         """The records at the given rows, in that order, still on disk."""
         index = numbers(rows)
         labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
-        ids, captions = self.ids.take(index), self.captions.take(index) if len(self.captions) else self.captions
+        ids, captions = (
+            self.ids.take(index),
+            self.captions.take(index) if len(self.captions) else self.captions,
+        )
         return replace(self, places=self.places[index], ids=ids, captions=captions, labels=labels)
 
     def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
         """The records at the given rows, in that order, in memory."""
         part = self.chosen(rows)
         images = part.read(np.arange(len(part)))
-        return Pairs(images, tuple(part.captions), part.labels, tuple(part.ids), self.classes, self.report)
+        return Pairs(
+            images, tuple(part.captions), part.labels, tuple(part.ids), self.classes, self.report
+        )
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """The records in order, `size` at a time."""
@@ -197,7 +161,9 @@ class Indexed:
 
     def blank(self, n: int, pinned: bool = False) -> Tensor:
         """Room for n images, uint8 (n, 3, S, S); channels last, as decoded images lie in memory. pinned: for a GPU."""
-        return torch.empty(n, self.size, self.size, 3, dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
+        return torch.empty(
+            n, self.size, self.size, 3, dtype=torch.uint8, pin_memory=pinned
+        ).permute(0, 3, 1, 2)
 
     def fill(self, rows: np.ndarray, out: Tensor) -> None:
         """The images of a few rows into `out`, in this thread. Raises UserError that names the file and the record."""
@@ -237,10 +203,16 @@ class Indexed:
         order[[row[edits[i].id] for i in inside]] = n + np.array(inside, dtype=np.int64)
         order = np.delete(order, n + np.array(inside, dtype=np.int64))
         ids = [self.ids, Strings.of([e.id for e in edits]), Strings.of(outside.ids)]
-        captions = [self.captions, Strings.of([e.caption for e in edits]), Strings.of(outside.captions)]
+        captions = [
+            self.captions,
+            Strings.of([e.caption for e in edits]),
+            Strings.of(outside.captions),
+        ]
         labels = self.labels
         if labels is not None and made.labels is not None and outside.labels is not None:
-            own = np.concatenate([np.arange(n), order[n:]])  # a record that is replaced keeps its label
+            own = np.concatenate(
+                [np.arange(n), order[n:]]
+            )  # a record that is replaced keeps its label
             labels = torch.cat([labels, made.labels, outside.labels])[torch.from_numpy(own)]
         return replace(
             self,
@@ -260,7 +232,9 @@ def opened(source: Shards, most: int | None = None) -> Pairs | Indexed:
     held twice while they are put together. Raises UserError for a shard that yields nothing.
     """
     if most is None:
-        most = {"memory": 1 << 62, "stream": 0, "auto": free_memory() // (2 * ranks.world())}[source.load]
+        most = {"memory": 1 << 62, "stream": 0, "auto": free_memory() // (2 * machine.world())}[
+            source.load
+        ]
     report, files = source.begin(), Files(source.paths)
     images: list[np.ndarray] | None = []
     blocks: list[tuple[np.ndarray, Strings, Strings, np.ndarray]] = []
@@ -273,12 +247,24 @@ def opened(source: Shards, most: int | None = None) -> Pairs | Indexed:
             if images is not None:
                 images.append(image)
                 images = images if len(images) * image.nbytes <= most else None
-            yield (record.shard, record.offset, record.length, -1), record.ids[i], record.captions[i], record.label
+            yield (
+                (record.shard, record.offset, record.length, -1),
+                record.ids[i],
+                record.captions[i],
+                record.label,
+            )
 
     stream = rows()
     while block := list(itertools.islice(stream, BLOCK)):
         where, names, texts, known = zip(*block, strict=True)
-        blocks.append((np.array(list(where), PLACE), Strings.of(names), Strings.of(texts), np.array(known, np.int64)))
+        blocks.append(
+            (
+                np.array(list(where), PLACE),
+                Strings.of(names),
+                Strings.of(texts),
+                np.array(known, np.int64),
+            )
+        )
     if not blocks:
         raise UserError(nothing(str(source.paths[0]), report))
     places, labels = (np.concatenate([b[i] for b in blocks]) for i in (0, 3))
@@ -295,33 +281,13 @@ def subset(records: Pairs | Indexed, rows: Sequence[int]) -> Pairs | Indexed:
     return records.take(rows) if isinstance(records, Pairs) else records.chosen(rows)
 
 
-def tokens(encoder: Encoder, captions: Sequence[str]) -> Tensor:
-    """`encoder.tokens`; of a column int32 (N, L), made in blocks. Both give the same vectors."""
-    if not isinstance(captions, Strings):
-        return encoder.tokens(captions)
-    parts = [encoder.tokens(block).int().cpu() for block in captions.blocks()]
-    widest = max(p.shape[1] for p in parts)
-    return torch.cat([F.pad(p, (0, widest - p.shape[1])) for p in parts]).to(encoder.device)
-
-
-def free_memory() -> int:
-    """Bytes that this process can still take, as the system and its control group say. 0 when neither says."""
-    said = []
-    if (system := Path("/proc/meminfo")).exists():
-        lines = dict(line.split(":") for line in system.read_text().splitlines())
-        said.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        said.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        said.append(int(limit) - int(held["anon"]))
-    return max(0, min(said, default=0))
-
-
 Fill = Callable[[np.ndarray, Tensor], None]
 
 
-def started(pool: ThreadPoolExecutor, fill: Fill, rows: np.ndarray, out: Tensor) -> list[Future[None]]:
+def started(
+    pool: ThreadPoolExecutor, fill: Fill, rows: np.ndarray, out: Tensor
+) -> list[Future[None]]:
     """Let threads fill `out` with the images of `rows`."""
-    return [pool.submit(fill, rows[i : i + TASK], out[i : i + TASK]) for i in range(0, len(rows), TASK)]
+    return [
+        pool.submit(fill, rows[i : i + TASK], out[i : i + TASK]) for i in range(0, len(rows), TASK)
+    ]

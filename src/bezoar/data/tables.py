@@ -21,20 +21,32 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from bezoar.detection.corpus import columns
-from bezoar.errors import UserError
+from bezoar.data.blocks import block_bounds
+from bezoar.data.decoding import batches, nothing
+from bezoar.data.files import parquet
+from bezoar.data.files.paths import TEXT_BYTES, file_bytes, told_apart
+from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import TEXT_BYTES, ReadReport, Skipped, Unreadable, batches, file_bytes, nothing, told_apart
 from bezoar.data.shards import Placed
+from bezoar.errors import UserError
 
-IMAGE = ("filepath", "image", "image_path", "filename", "file_name", "path")  # open_clip's name first
+IMAGE = (
+    "filepath",
+    "image",
+    "image_path",
+    "filename",
+    "file_name",
+    "path",
+)  # open_clip's name first
 CAPTION = ("title", "caption", "text")
 KEY = ("id", "key", "image_id", "uid")
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 BLOCK = 4096  # rows of a unit of work
 FIRST = 100  # rows that are looked at before any other
 Row = dict[str, Any]
-Place = tuple[int, int, int]  # a block of rows: how many rows come before it, the byte where it begins, how many it has
+Place = tuple[
+    int, int, int
+]  # a block of rows: how many rows come before it, the byte where it begins, how many it has
 
 
 def rows(
@@ -44,7 +56,11 @@ def rows(
 
     columns: of a Parquet file, what is read; None: whatever holds text.
     """
-    reader = _reader(table, {".jsonl": _json_rows, ".parquet": functools.partial(_parquet_rows, columns=columns)}, _csv_rows)
+    reader = _reader(
+        table,
+        {".jsonl": _json_rows, ".parquet": functools.partial(_parquet_rows, columns=columns)},
+        _csv_rows,
+    )
     before, offset, count = place or (0, 0, None)
     try:
         for number, row in enumerate(reader(table, before, offset, count), start=before + 1):
@@ -56,12 +72,17 @@ def rows(
 def cut(table: Path, size: int = BLOCK) -> list[Place]:
     """A table's blocks of `size` rows. Costs a pass over the table itself, none of a Parquet file."""
     if table.suffix == ".parquet":
-        with columns.parquet(table) as file:
-            return [(start, 0, stop - start) for start, stop in columns.blocks(file.metadata.num_rows, size)]
+        with parquet.parquet(table) as file:
+            return [
+                (start, 0, stop - start)
+                for start, stop in block_bounds(file.metadata.num_rows, size)
+            ]
     found: list[Place] = []
     try:
         with table.open("rb") as file:
-            for number, offset in enumerate(_reader(table, {".jsonl": _json_starts}, _csv_starts)(file, table)):
+            for number, offset in enumerate(
+                _reader(table, {".jsonl": _json_starts}, _csv_starts)(file, table)
+            ):
                 if number % size == 0:
                     found.append((number, offset, 0))
                 found[-1] = (*found[-1][:2], number + 1 - found[-1][0])
@@ -73,7 +94,7 @@ def cut(table: Path, size: int = BLOCK) -> list[Place]:
 def header(table: Path) -> list[str]:
     """The names of a table's columns: of JSON Lines those of the first object."""
     if table.suffix == ".parquet":
-        with columns.parquet(table) as file:
+        with parquet.parquet(table) as file:
             return list(file.schema_arrow.names)
     first = next((row for _, row in rows(table, None) if isinstance(row, dict)), {})
     return [name for name in first if isinstance(name, str)]
@@ -85,7 +106,9 @@ def column(path: str, held: Iterable[Any], given: str | None, known: Sequence[st
     for name in (given,) if given else known:
         if name in held:
             return name
-    raise UserError(f"{path} has no column {given or ' or '.join(known)}; it has: {', '.join(map(str, held))}")
+    raise UserError(
+        f"{path} has no column {given or ' or '.join(known)}; it has: {', '.join(map(str, held))}"
+    )
 
 
 def inside(table: Path, root: Path | None, told: str) -> Path | None:
@@ -98,14 +121,22 @@ def inside(table: Path, root: Path | None, told: str) -> Path | None:
 def refuse_outside(table: Path, root: Path | None, image: str) -> None:
     """Raises UserError where the first rows name local images and all of these lie outside the root."""
     if table.suffix == ".parquet":
-        with columns.parquet(table) as file:
+        with parquet.parquet(table) as file:
             kind = file.schema_arrow.field(image).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             return
-    named = ((place, row.get(image)) for place, row in rows(table, (0, 0, FIRST), [image]) if isinstance(row, dict))
+    named = (
+        (place, row.get(image))
+        for place, row in rows(table, (0, 0, FIRST), [image])
+        if isinstance(row, dict)
+    )
     local: list[tuple[str, str]] = []
     with suppress(UserError):  # a table that breaks off is named when it is its turn
-        local += ((place, told) for place, told in named if isinstance(told, str) and told.strip() and "://" not in told)
+        local += (
+            (place, told)
+            for place, told in named
+            if isinstance(told, str) and told.strip() and "://" not in told
+        )
     if local and not any(inside(table, root, told) for _, told in local):
         place, told = local[0]
         allowed = os.path.abspath(root or table.parent)
@@ -127,13 +158,17 @@ def _reader(table: Path, known: dict[str, Callable], otherwise: Callable) -> Cal
 
 
 def _broken(table: Path, error: Exception) -> UserError:
-    return UserError(f"{table} cannot be read as {table.suffix[1:]}: {' '.join(str(error).split())[:200]}")
+    return UserError(
+        f"{table} cannot be read as {table.suffix[1:]}: {' '.join(str(error).split())[:200]}"
+    )
 
 
 def _lines(file: BinaryIO) -> Iterator[str]:
     """Bytes that are not UTF-8 become lone surrogates, which `readable` refuses. `file.tell()` is where the next begins."""
     while line := file.readline(TEXT_BYTES):
-        yield line.decode("utf-8", "surrogateescape").removeprefix("\ufeff" if file.tell() == len(line) else "")
+        yield line.decode("utf-8", "surrogateescape").removeprefix(
+            "\ufeff" if file.tell() == len(line) else ""
+        )
 
 
 def _csv(file: BinaryIO, table: Path) -> csv.DictReader:
@@ -171,7 +206,9 @@ def _json_rows(table: Path, _: int, offset: int, count: int | None) -> Iterator[
     """One object a line."""
     with table.open("rb") as file:
         file.seek(offset)
-        for line in itertools.islice((x for x in iter(lambda: file.readline(TEXT_BYTES), b"") if x.strip()), count):
+        for line in itertools.islice(
+            (x for x in iter(lambda: file.readline(TEXT_BYTES), b"") if x.strip()), count
+        ):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
@@ -188,12 +225,18 @@ def _json_starts(file: BinaryIO, _: Path) -> Iterator[int]:
         start = file.tell()
 
 
-def _parquet_rows(table: Path, before: int, _: int, count: int | None, columns: Sequence[str] | None) -> Iterator[Row | str]:
+def _parquet_rows(
+    table: Path, before: int, _: int, count: int | None, columns: Sequence[str] | None
+) -> Iterator[Row | str]:
     if columns is None:
-        with columns.parquet(table) as file:
+        with parquet.parquet(table) as file:
             kinds = {f.name: f.type for f in file.schema_arrow}
-        columns = [n for n, t in kinds.items() if pa.types.is_string(t) or pa.types.is_large_string(t)]
-    for batch in columns.parquet_rows(table, columns, before, None if count is None else before + count):
+        columns = [
+            n for n, t in kinds.items() if pa.types.is_string(t) or pa.types.is_large_string(t)
+        ]
+    for batch in parquet.parquet_rows(
+        table, columns, before, None if count is None else before + count
+    ):
         try:
             yield from batch.to_pylist()
         except (ValueError, OverflowError):
@@ -275,9 +318,25 @@ class Table:
                 own = f"{self.stems[number]}/{own}" if len(self.paths) > 1 and member else own
                 ids = (own if name is None or name == "" else str(name),)
                 texts = (text.strip(),) if isinstance(text, str) and caption else ()
-                offset, length = int(where.removeprefix("row ")) - 1, len(content) if isinstance(content, bytes) else 0
-                link = told if url and isinstance(told := row.get(url), str) and readable(told) else ""
-                yield Placed(content, ids, texts, -1, str(table), member or where, number, offset, length, link)
+                offset, length = (
+                    int(where.removeprefix("row ")) - 1,
+                    len(content) if isinstance(content, bytes) else 0,
+                )
+                link = (
+                    told if url and isinstance(told := row.get(url), str) and readable(told) else ""
+                )
+                yield Placed(
+                    content,
+                    ids,
+                    texts,
+                    -1,
+                    str(table),
+                    member or where,
+                    number,
+                    offset,
+                    length,
+                    link,
+                )
 
     @functools.cache  # noqa: B019  # as long as the table is in use
     def held(self, number: int) -> tuple[str, str, str, str]:
@@ -286,7 +345,9 @@ class Table:
         image, caption, key = self.columns
         return (
             column(str(path), names, image, IMAGE),
-            column(str(path), names, caption, CAPTION) if caption or set(CAPTION) & set(names) else "",
+            column(str(path), names, caption, CAPTION)
+            if caption or set(CAPTION) & set(names)
+            else "",
             column(str(path), names, key, KEY) if key or set(KEY) & set(names) else "",
             "url" if "url" in names else "",
         )
@@ -339,7 +400,10 @@ class Cells:
             return file_bytes(path)
         with self.lock:  # threads that want one block wait for it instead of reading it each
             content = next((b[offset] for s, b in self.blocks if s == shard and offset in b), None)
-            for first in (offset // columns.BATCH * columns.BATCH, offset):  # the same blocks in whatever order rows are asked
+            for first in (
+                offset // parquet.BATCH * parquet.BATCH,
+                offset,
+            ):  # the same blocks in whatever order rows are asked
                 if content is None:
                     self.blocks.append((shard, self._block(shard, first)))
                     content = self.blocks[-1][1].get(offset)
@@ -351,10 +415,10 @@ class Cells:
         """The images of a row and of those after it, as many as may be held."""
         block: dict[int, bytes] = {}
         held = 0
-        for r in self.table.records(shard, first, 0, columns.BATCH):
+        for r in self.table.records(shard, first, 0, parquet.BATCH):
             if isinstance(r, Placed) and isinstance(r.image, bytes):
                 block[r.offset] = r.image
                 held += len(r.image)
-            if held > columns.HELD:
+            if held > parquet.HELD:
                 break
         return block

@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from bezoar import registry
+from bezoar.data.blocks import blocks
+from bezoar.data.randomness import pool
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import Index, blocks, nearest, pool, pool_size
+from bezoar.evaluation.neighbors import Index, nearest
 from bezoar.evaluation.scores import Scores
 
 SMALLEST = 1e-6  # distances are not divided by less
 BLOCK = 1 << 16  # records at a time
-BATCH = 2048  # records that the published code compares with one another: 256 x 2 on each of four GPUs
+BATCH = (
+    2048  # records that the published code compares with one another: 256 x 2 on each of four GPUs
+)
 KEPT = 2  # searches that are remembered
 
 
@@ -83,7 +87,10 @@ class Density:
         device: torch.device | str | None = None,
     ) -> Density:
         """Of embeddings (N, D), which may lie in a file, against the `pool` of that size and seed, gathered once."""
-        device, members = torch.device(device or images.device), torch.as_tensor(pool(ids, size, seed))
+        device, members = (
+            torch.device(device or images.device),
+            torch.as_tensor(pool(ids, size, seed)),
+        )
         p = len(members)
         rows = members.to(images.device)
         references = images[rows].to(device)
@@ -104,15 +111,26 @@ class Density:
             for part in rest.split(search.step):
                 distance[part], near = search.search(images[part])
                 index[part] = near.int()
-        return Density(distance, index, found.distance.double().clamp(min=SMALLEST), images.shape[1])
+        return Density(
+            distance, index, found.distance.double().clamp(min=SMALLEST), images.shape[1]
+        )
 
     @staticmethod
-    def of(e: Any, k: int, size: int, seed: int, texts: bool = False, device: torch.device | str | None = None) -> Density:
+    def of(
+        e: Any,
+        k: int,
+        size: int,
+        seed: int,
+        texts: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Density:
         """`measure` of an Embedded; the same question about the same vectors is answered once."""
         key = (id(e.images), id(e.texts) if texts else 0, len(e.ids), k, size, seed, str(device))
         asked, density = _recent.get(key, (None, None))
         if density is None or asked is None or asked() is not e.images:
-            density = Density.measure(e.images, e.ids, k, size, seed, e.texts if texts else None, device)
+            density = Density.measure(
+                e.images, e.ids, k, size, seed, e.texts if texts else None, device
+            )
             _recent[key] = weakref.ref(e.images, lambda _: _recent.pop(key, None)), density
             while len(_recent) > KEPT:
                 _recent.popitem(last=False)
@@ -142,7 +160,9 @@ _recent: OrderedDict[tuple, tuple[weakref.ref, Density]] = OrderedDict()
 def check(asked: Asked, least: int = 1) -> None:
     """Of a density detector's fields. Raises ValueError."""
     if asked.k < least or asked.pool < 0 or not 0 < asked.rate <= 1:
-        raise ValueError(f"needs k >= {least}, pool >= 0, 0 < rate <= 1; got {asked.k}, {asked.pool}, {asked.rate}")
+        raise ValueError(
+            f"needs k >= {least}, pool >= 0, 0 < rate <= 1; got {asked.k}, {asked.pool}, {asked.rate}"
+        )
 
 
 def scores(asked: Asked, encoder: Any, source: Any, formula: Callable[[Around], Tensor]) -> Scores:
@@ -150,7 +170,9 @@ def scores(asked: Asked, encoder: Any, source: Any, formula: Callable[[Around], 
     e = encoder.embed(source)
     if asked.texts and e.texts is None:
         name = registry.source_name(type(asked))
-        raise UserError(f"detector {name!r} with texts=true needs captions; the scanned data or the encoder has none")
+        raise UserError(
+            f"detector {name!r} with texts=true needs captions; the scanned data or the encoder has none"
+        )
     if asked.compat:
         around = published(e.images, e.texts if asked.texts else None, asked.k, encoder.device)
     else:
@@ -160,7 +182,9 @@ def scores(asked: Asked, encoder: Any, source: Any, formula: Callable[[Around], 
     return Scores(e.ids, values.nan_to_num(1000.0, 1000.0, 0.0) if asked.compat else values)
 
 
-def published(images: Tensor, texts: Tensor | None, k: int, device: torch.device | str, batch: int = BATCH) -> Iterator[Around]:
+def published(
+    images: Tensor, texts: Tensor | None, k: int, device: torch.device | str, batch: int = BATCH
+) -> Iterator[Around]:
     """As HanxunH/Detect-CLIP-Backdoor-Samples (ff2399a) computes it, its faults included. Scores depend on the order.
 
     The references are the records of the same batch. A record's own image, and text, is struck out of its distances
@@ -192,3 +216,14 @@ def published(images: Tensor, texts: Tensor | None, k: int, device: torch.device
 def _published_lid(r: Tensor) -> Tensor:
     """Distances (B, k + 1) -> (B,)."""
     return (1 - r.shape[1]) / (r[:, :-1] / r[:, -1:] + 1e-4).log().sum(1)
+
+
+def pool_size(k: int, rate: float, n: int) -> int:
+    """How many references let a poison's k-th neighbour be clean: k / (2 rate), at least 2 k and at most n.
+
+    Poisons of one backdoor are each other's neighbours. Where rate x pool exceeds k, their k-th neighbour is a poison
+    too: they look denser than clean records and every density score inverts (AUROC 0.04 in place of 0.96). Half of that
+    leaves room for chance. It holds for the largest group of poisons, so `rate` is a bound to plan for, not an estimate:
+    a smaller rate loses little, a larger one inverts. A rate above 1/4 is out of reach, because the pool is at least 2 k.
+    """
+    return min(n, max(2 * k, round(k / (2 * rate))))

@@ -54,7 +54,9 @@ class Alike:
     def merged(self, rows: Sequence[int]) -> NDArray[np.float64]:
         """(N,): sum of w surprise over some of the detectors, w = 1 / sum of max(correlation, 0); what is raised before all."""
         picked = np.asarray(rows, dtype=np.int64)
-        weight = 1 / np.maximum(np.clip(self.correlation[np.ix_(picked, picked)], 0, None).sum(1), 1)
+        weight = 1 / np.maximum(
+            np.clip(self.correlation[np.ix_(picked, picked)], 0, None).sum(1), 1
+        )
         total = weight @ self.surprise[picked]
         return total + self.raised[picked].any(0) * (total.max() + 1)
 
@@ -82,7 +84,9 @@ def adds(found: Mapping[str, Scores], worst: int) -> dict[str, Share]:
     names, scores = list(found), list(found.values())
     ids, alike = scores[0].ids, Alike.of(scores)
 
-    def top(values: NDArray[np.float64]) -> set[int]:  # where nothing is said of a record, it is not among the worst
+    def top(
+        values: NDArray[np.float64],
+    ) -> set[int]:  # where nothing is said of a record, it is not among the worst
         ranked = Scores(ids, torch.from_numpy(values).float()).ranked()[:worst]
         return set(ranked[values[ranked] > 0].tolist())
 
@@ -114,8 +118,12 @@ def surprise(values: NDArray) -> NDArray[np.float64]:
 def aligned(scores: Scores, like: Scores) -> Scores:
     """In the order of another's records. Raises UserError when they are of other records."""
     if len(scores) != len(like):
-        raise UserError(f"detectors scored different records: {len(scores)} and {len(like)} of them")
+        raise UserError(
+            f"detectors scored different records: {len(scores)} and {len(like)} of them"
+        )
     try:
         return scores.ordered(like.ids)
     except KeyError as error:
-        raise UserError(f"detectors scored different records: only one of them has {error.args[0]!r}") from error
+        raise UserError(
+            f"detectors scored different records: only one of them has {error.args[0]!r}"
+        ) from error

@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bezoar.data.blocks import blocks
+from bezoar.data.randomness import pool
 from bezoar.encoders.encoder import words
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import blocks, pool
+from bezoar.evaluation.kmeans import clusters
 
 How = Literal["auto", "words", "clusters"]
 PROMPT = "a photo of a {}"
-SAMPLE = 1 << 15  # records that the classes are found on; a fixed sample, so that order and number do not matter
+SAMPLE = (
+    1 << 15
+)  # records that the classes are found on; a fixed sample, so that order and number do not matter
 BLOCK = 1 << 16  # records at a time
-ROUNDS = 50  # of Lloyd's algorithm at most
 MATRICES = 1 << 26  # elements of the covariances that are summed in one pass
 # words that stand in captions of anything: articles, prepositions, pronouns, auxiliaries, and what says that it is a picture
 COMMON = """a about above after again all along also an and another any are around as at back be been before behind being below
@@ -48,14 +51,20 @@ def labels(encoder: Any, source: Any, e: Any, how: How, count: int, seed: int) -
         centres = clusters(sample, count, seed)
     else:
         if not said:
-            raise UserError("pseudo-classes of words need captions and an encoder that reads them; classes=clusters do not")
+            raise UserError(
+                "pseudo-classes of words need captions and an encoder that reads them; classes=clusters do not"
+            )
         found = frequent(captions(source, rows), count)
         if not found:
-            raise UserError("pseudo-classes of words need captions that hold some; none of these holds any but stop words")
+            raise UserError(
+                "pseudo-classes of words need captions that hold some; none of these holds any but stop words"
+            )
         with torch.inference_mode():
             centres = encoder.texts([PROMPT.format(w) for w in found])
     half = centres.square().sum(1) / 2
-    return torch.cat([(z @ centres.T - half).argmax(1).cpu() for z in vectors(e.images, encoder.device)])
+    return torch.cat(
+        [(z @ centres.T - half).argmax(1).cpu() for z in vectors(e.images, encoder.device)]
+    )
 
 
 def captions(source: Any, rows: np.ndarray) -> Iterator[str]:
@@ -71,7 +80,12 @@ def captions(source: Any, rows: np.ndarray) -> Iterator[str]:
 
 def frequent(texts: Iterator[str] | Sequence[str], count: int) -> list[str]:
     """The words that most texts hold, the most frequent first, ties by letter; no stop words, numbers, words of two letters."""
-    held = Counter(w for text in texts for w in set(words(text)) if len(w) > 2 and not w.isdigit() and w not in STOP)
+    held = Counter(
+        w
+        for text in texts
+        for w in set(words(text))
+        if len(w) > 2 and not w.isdigit() and w not in STOP
+    )
     return [w for w, _ in sorted(held.items(), key=lambda item: (-item[1], item[0]))[:count]]
 
 
@@ -80,28 +94,9 @@ def vectors(images: Tensor, device: torch.device | str) -> Iterator[Tensor]:
     return (images[rows].to(device).float() for rows in blocks(len(images), BLOCK))
 
 
-def clusters(x: Tensor, count: int, seed: int) -> Tensor:
-    """Centres (at most `count`, D) of k-means, Lloyd's algorithm from a k-means++ start (Arthur & Vassilvitskii 2007)."""
-    generator = torch.Generator().manual_seed(seed)
-    centres, far = x[:1], torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
-    for _ in range(min(count, len(x)) - 1):
-        far = torch.minimum(far, (x - centres[-1]).double().square().sum(1))
-        if not float(far.sum()) > 1e-9 * len(x):
-            break  # fewer different vectors than classes
-        at = torch.rand((), generator=generator, dtype=torch.float64).to(x.device) * far.sum()
-        centres = torch.cat([centres, x[torch.searchsorted(far.cumsum(0), at).clamp(max=len(x) - 1)][None]])
-    before = None
-    for _ in range(ROUNDS):
-        nearest = (x @ centres.T - centres.square().sum(1) / 2).argmax(1)
-        if before is not None and torch.equal(nearest, before):
-            break
-        before, member = nearest, torch.nn.functional.one_hot(nearest, len(centres)).float()
-        size = member.sum(0)[:, None]
-        centres = torch.where(size > 0, member.T @ x / size.clamp(min=1), centres)
-    return centres
-
-
-def axes(images: Tensor, classes: Tensor, dims: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def axes(
+    images: Tensor, classes: Tensor, dims: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """Mean (C, D) and the `dims` principal axes (C, D, dims) of each class, the largest variance first; float64.
 
     images: (N, D). classes: int64 (N,). Covariances are summed over blocks in float64, as many classes a pass as fit.

@@ -32,7 +32,13 @@ class Cluster:
 
 
 def clusters(
-    shift: Tensor, windows: Tensor, pictures: Tensor, same: float, alike: float, copy: float, least: int
+    shift: Tensor,
+    windows: Tensor,
+    pictures: Tensor,
+    same: float,
+    alike: float,
+    copy: float,
+    least: int,
 ) -> list[Cluster]:
     """Clusters of at least `least` windows, the largest first; a window is in one of them or in none.
 
@@ -59,7 +65,9 @@ def clusters(
             return out
         rows = agree[centre].nonzero()[:, 0]
         aligned = [windows[i].float().roll(turn[centre, i].tolist(), (1, 2)) for i in rows.tolist()]
-        out.append(Cluster(rows, F.normalize(v[rows].mean(0), dim=0), *_steady(torch.stack(aligned))))
+        out.append(
+            Cluster(rows, F.normalize(v[rows].mean(0), dim=0), *_steady(torch.stack(aligned)))
+        )
         agree[rows] = agree[:, rows] = False
 
 
@@ -84,7 +92,9 @@ def correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor,
     spectrum, size = torch.fft.rfft2(x), tuple(windows.shape[-2:])
     best: list[Tensor] = []
     offset: list[Tensor] = []
-    for a, b in zip(first.split(step := max(1, PAIRS // x[0].numel())), second.split(step), strict=True):
+    for a, b in zip(
+        first.split(step := max(1, PAIRS // x[0].numel())), second.split(step), strict=True
+    ):
         turned = torch.fft.irfft2((spectrum[a] * spectrum[b].conj()).sum(1), s=size).flatten(1)
         value, where = turned.max(1)
         best.append(value)
@@ -106,26 +116,39 @@ def sought(images: Tensor, patterns: Tensor, steady: Tensor) -> tuple[Tensor, Te
     p = (patterns - (patterns * steady).sum((1, 2, 3), keepdim=True) / size) * steady
     p = F.normalize(p.flatten(1), dim=1, eps=1e-3).view(patterns.shape)
     size = size.view(1, -1, 1, 1)
-    energy = F.conv2d(x.square().sum(1, keepdim=True), steady) - F.conv2d(x.sum(1, keepdim=True), steady).square() / size
+    energy = (
+        F.conv2d(x.square().sum(1, keepdim=True), steady)
+        - F.conv2d(x.sum(1, keepdim=True), steady).square() / size
+    )
     value, at = (F.conv2d(x, p) / energy.maximum(1e-2 * size).sqrt()).flatten(2).max(2)
     across = x.shape[-1] - w + 1
     top, left = at // across - h // 2, at % across - w // 2
     return value, torch.stack([top.clamp(0, height - h), left.clamp(0, width - w)], 2)
 
 
-def sharpened(images: Tensor, pattern: Tensor, steady: Tensor, rounds: int = 2) -> tuple[Tensor, Tensor]:
+def sharpened(
+    images: Tensor, pattern: Tensor, steady: Tensor, rounds: int = 2
+) -> tuple[Tensor, Tensor]:
     """A pattern read off images that show it, uint8 (M, 3, H, W), where they show it best; its steady part moves to the middle.
 
     Windows that show a part of it, each another, become windows that show all. -> pattern (3, h, w), steady (1, h, w).
     """
     h, w = pattern.shape[-2:]
-    room = torch.tensor(images.shape[-2:], device=images.device) - torch.tensor((h, w), device=images.device)
+    room = torch.tensor(images.shape[-2:], device=images.device) - torch.tensor(
+        (h, w), device=images.device
+    )
     for _ in range(rounds):
         corner = sought(images, pattern[None], steady[None])[1][:, 0]
-        middle = steady[0].nonzero().float().mean(0) + 0.5 - torch.tensor((h, w), device=images.device) / 2
+        middle = (
+            steady[0].nonzero().float().mean(0)
+            + 0.5
+            - torch.tensor((h, w), device=images.device) / 2
+        )
         corner = torch.minimum((corner + middle.round().long()).clamp(min=0), room)
         size = torch.tensor((h, w), device=images.device).expand(len(images), 2)
-        pattern, steady = _steady(window_transplants.crop(images, torch.cat([corner, size], 1)).float())
+        pattern, steady = _steady(
+            window_transplants.crop(images, torch.cat([corner, size], 1)).float()
+        )
     return pattern, steady
 
 
@@ -148,7 +171,9 @@ class Texture:
     def none(feature: Callable[[Tensor], Tensor], groups: int, images: Tensor) -> Texture:
         """Of no records yet; images: (N, 3, H, W) of the shape that will come."""
         empty = torch.zeros_like(feature(images[:1])[0])
-        return Texture(feature, empty.repeat(groups, 1), empty, torch.zeros(groups, device=images.device))
+        return Texture(
+            feature, empty.repeat(groups, 1), empty, torch.zeros(groups, device=images.device)
+        )
 
     def add(self, images: Tensor, group: Tensor) -> None:
         """Some more records: uint8 (B, 3, H, W), int64 (B,)."""
@@ -168,13 +193,18 @@ class Texture:
     def patterns(self) -> Tensor:
         """Each group's mean in standard deviations from that of all, unit (G, F)."""
         mean, spread = self.scale
-        return F.normalize((self.sums / self.counts.clamp(min=1)[:, None] - mean) / spread, dim=1, eps=1e-6)
+        return F.normalize(
+            (self.sums / self.counts.clamp(min=1)[:, None] - mean) / spread, dim=1, eps=1e-6
+        )
 
     def likeness(self, images: Tensor) -> Tensor:
         """Cosine of each image with each group's pattern: (N, G)."""
         (mean, spread), out = self.scale, []
         for rows in window_transplants.chunks(images, 1, FINE):
-            out.append(F.normalize((self.feature(images[rows]) - mean) / spread, dim=1, eps=1e-6) @ self.patterns.T)
+            out.append(
+                F.normalize((self.feature(images[rows]) - mean) / spread, dim=1, eps=1e-6)
+                @ self.patterns.T
+            )
         return torch.cat(out)
 
 

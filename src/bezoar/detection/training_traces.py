@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bezoar.training import prefetch, loop
-from bezoar.data import stored_pairs
 from bezoar import registry
-from bezoar.encoders.encoder import Encoder, precision_for
+from bezoar.data import stored_pairs
+from bezoar.data.pairs import Pairs, load
+from bezoar.data.randomness import pool
+from bezoar.data.stored_pairs import Indexed
+from bezoar.encoders.encoder import Encoder, precision_for, tokenize_captions
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import Report, silent
-from bezoar.data.stored_pairs import Indexed
-from bezoar.evaluation.neighbors import pool
-from bezoar.data.pairs import Pairs, load
+from bezoar.training import loop, prefetch
 
 NETWORK, OBJECTIVE = "clip_small", "clip:epochs=6"  # the small model and its schedule
 SIDE = 64  # images are brought to this many pixels at most
@@ -27,7 +27,9 @@ OTHERS = 256  # captions that a loss is measured against
 TEMPERATURE = 0.07  # of that loss: fixed, so that epochs compare and any objective will do
 BATCH = 512
 
-_kept: dict[int, tuple[tuple[Any, ...], Trace]] = {}  # identity of a living source -> the last question and its answer
+_kept: dict[
+    int, tuple[tuple[Any, ...], Trace]
+] = {}  # identity of a living source -> the last question and its answer
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ def trace(
     recipe = registry.make("objective", objective)
     wanted = upto or recipe.epochs
     asked = (registry.spec(registry.make("network", network)), recipe, seed, device, side)
-    if id(source) in _kept and _kept[id(source)][0] == asked and len(_kept[id(source)][1].loss) >= wanted:
+    if (
+        id(source) in _kept
+        and _kept[id(source)][0] == asked
+        and len(_kept[id(source)][1].loss) >= wanted
+    ):
         return _kept[id(source)][1]
     study = Study.of(source, network, seed, device, side)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -109,18 +115,33 @@ class Study:
         if not len(records) or not len(records.captions):
             raise UserError("training a model on the scanned data needs captions; there are none")
         ids, rows = records.ids, pool(records.ids, len(records), seed)
-        records, configured = stored_pairs.subset(records, rows.tolist()), registry.make("network", network)
+        records, configured = (
+            stored_pairs.subset(records, rows.tolist()),
+            registry.make("network", network),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                encoder = configured(min(records.size, side), configured.vocabulary(records.captions)).to(device)
+                encoder = configured(
+                    min(records.size, side), configured.vocabulary(records.captions)
+                ).to(device)
             except ValueError as error:
                 raise UserError(str(error)) from error
         if encoder.text is None:
-            raise UserError(f"training a model on the scanned data needs a text tower; network {network!r} has none")
+            raise UserError(
+                f"training a model on the scanned data needs a text tower; network {network!r} has none"
+            )
         encoder.precision = precision_for(device)
-        tokens = stored_pairs.tokens(encoder, records.captions)
-        return Study(ids, records, torch.as_tensor(rows), encoder, tokens, *rivals(records.captions, OTHERS), seed)
+        tokens = tokenize_captions(encoder, records.captions)
+        return Study(
+            ids,
+            records,
+            torch.as_tensor(rows),
+            encoder,
+            tokens,
+            *rivals(records.captions, OTHERS),
+            seed,
+        )
 
     def train(
         self,
@@ -140,7 +161,15 @@ class Study:
             report(step, steps, f"{what}, loss {value:.3f}")
 
         with prefetch.fed(self.records, device, order, recipe.epochs) as data:
-            loop.fit(loss.to(device), recipe, data, self.tokens, self.seed, report=told, each_epoch=each_epoch)
+            loop.fit(
+                loss.to(device),
+                recipe,
+                data,
+                self.tokens,
+                self.seed,
+                report=told,
+                each_epoch=each_epoch,
+            )
 
     @torch.inference_mode()
     def look(self) -> tuple[Tensor, Tensor]:
@@ -154,12 +183,17 @@ class Study:
             here = slice(start, start + len(part))
             z, w = self.encoder.images(part.images), self.encoder.read(self.tokens[here])
             cosine, same = (z * w).sum(1), (self.own[here, None] == columns).to(z.device)
-            logits = torch.cat([cosine[:, None], (z @ others.T).masked_fill(same, -torch.inf)], 1) / TEMPERATURE
+            logits = (
+                torch.cat([cosine[:, None], (z @ others.T).masked_fill(same, -torch.inf)], 1)
+                / TEMPERATURE
+            )
             agreement[self.rows[here]] = cosine.cpu()
             loss[self.rows[here]] = (logits.logsumexp(1) - logits[:, 0]).cpu()
             start = here.stop
         if not torch.isfinite(loss).all():
-            raise UserError("the small model gives NaN or infinite vectors; lower the objective's learning rate")
+            raise UserError(
+                "the small model gives NaN or infinite vectors; lower the objective's learning rate"
+            )
         return agreement, loss
 
 

@@ -58,12 +58,18 @@ def crop(images: Tensor, boxes: Tensor) -> Tensor:
 def quilts(images: Tensor, count: int, offsets: Tensor) -> Tensor:
     """Patchworks: uint8 (N, 3, H, W) -> the same; image m has cell c of image (m + offsets[c]) mod N. offsets: (count^2,)."""
     out, rows = torch.empty_like(images), torch.arange(len(images), device=images.device)
-    for (y, x, h, w), offset in zip(cells(images.shape[-2:], count).tolist(), offsets.tolist(), strict=True):
-        out[:, :, y : y + h, x : x + w] = images[(rows + offset) % len(images), :, y : y + h, x : x + w]
+    for (y, x, h, w), offset in zip(
+        cells(images.shape[-2:], count).tolist(), offsets.tolist(), strict=True
+    ):
+        out[:, :, y : y + h, x : x + w] = images[
+            (rows + offset) % len(images), :, y : y + h, x : x + w
+        ]
     return out
 
 
-def constancy(encoder: Any, images: Tensor, count: int, rounds: int, seed: int) -> tuple[Tensor, Tensor]:
+def constancy(
+    encoder: Any, images: Tensor, count: int, rounds: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """How constantly the cells of each image move whatever patchwork they are part of: float32 (N,), cells int64 (N,).
 
     In each round every image is cut into count x count cells, and N patchworks are made, each of count^2 images' cells: N
@@ -99,7 +105,9 @@ def shifts(encoder: Any, images: Tensor, boxes: Tensor, hosts: Tensor, z: Tensor
     for rows in chunks(images, boxes.shape[1] * len(hosts)):
         mask = inside(boxes[rows], images.shape[-2:])[:, :, None]
         altered = torch.where(mask, images[rows, None, None], hosts)
-        out.append(encoder.images(altered.flatten(0, 2)).unflatten(0, (*mask.shape[:2], len(hosts))) - z)
+        out.append(
+            encoder.images(altered.flatten(0, 2)).unflatten(0, (*mask.shape[:2], len(hosts))) - z
+        )
     return torch.cat(out)
 
 
@@ -109,7 +117,9 @@ def agreement(shift: Tensor) -> Tensor:
     return (shift.sum(-2).square().sum(-1) - shift.square().sum((-1, -2))) / (k * (k - 1))
 
 
-def located(encoder: Any, images: Tensor, boxes: Tensor, hosts: Tensor, z: Tensor, keep: float, least: int) -> Tensor:
+def located(
+    encoder: Any, images: Tensor, boxes: Tensor, hosts: Tensor, z: Tensor, keep: float, least: int
+) -> Tensor:
     """The smallest window that still does what a box does: boxes (N, 4) -> boxes (N, 4).
 
     Step by step a box is exchanged for the one of its nine windows of half the side whose shifts agree most, as long as

@@ -132,12 +132,18 @@ def parse(text: str) -> Architecture:
     """The architecture of a text. Raises UserError for one that `write` did not write."""
     family, _, rest = text.partition(":")
     if family not in FAMILIES:
-        raise UserError(f"architecture must begin with {' or '.join(f'{f}:' for f in FAMILIES)}; got {text[:60]!r}")
+        raise UserError(
+            f"architecture must begin with {' or '.join(f'{f}:' for f in FAMILIES)}; got {text[:60]!r}"
+        )
     hints = typing.get_type_hints(FAMILIES[family])
     given = dict(part.partition("=")[::2] for part in rest.split(","))
     if set(given) != set(hints):
-        raise UserError(f"architecture {family} needs {', '.join(hints)}; got {', '.join(given)[:100]}")
-    return FAMILIES[family](**{k: registry.convert(given[k], hint, f"architecture: {k}") for k, hint in hints.items()})
+        raise UserError(
+            f"architecture {family} needs {', '.join(hints)}; got {', '.join(given)[:100]}"
+        )
+    return FAMILIES[family](
+        **{k: registry.convert(given[k], hint, f"architecture: {k}") for k, hint in hints.items()}
+    )
 
 
 class Padded(nn.Module):
@@ -160,10 +166,17 @@ class Block(nn.Module):
         inner, out = a.inner[stage], a.outer[stage]
         plan = [(channels, inner, 3, stride, 1), (inner, out, 3, 1, 1)]
         if a.bottleneck:
-            plan = [(channels, inner, 1, 1, 1), (inner, inner, 3, stride, a.groups), (inner, out, 1, 1, 1)]
+            plan = [
+                (channels, inner, 1, 1, 1),
+                (inner, inner, 3, stride, a.groups),
+                (inner, out, 1, 1, 1),
+            ]
         self.pre, self.depth = a.order == "pre", len(plan)
         for i, (wide, to, kernel, step, groups) in enumerate(plan, 1):
-            self.add_module(f"conv{i}", nn.Conv2d(wide, to, kernel, step, kernel // 2, groups=groups, bias=False))
+            self.add_module(
+                f"conv{i}",
+                nn.Conv2d(wide, to, kernel, step, kernel // 2, groups=groups, bias=False),
+            )
             self.add_module(f"bn{i}", nn.BatchNorm2d(wide if self.pre else to))
         self.shortcut: nn.Module | None = None
         if (stride > 1 or channels != out) and a.projection:
@@ -191,12 +204,17 @@ class ResidualTrunk(nn.Module):
 
     def __init__(self, a: Residual) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, a.stem, a.kernel, 2 if a.kernel == 7 else 1, a.kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(
+            3, a.stem, a.kernel, 2 if a.kernel == 7 else 1, a.kernel // 2, bias=False
+        )
         self.bn1 = nn.BatchNorm2d(a.stem) if a.order == "post" else None
         self.maxpool = nn.MaxPool2d(3, 2, 1) if a.kernel == 7 else None
         channels = a.stem
         for i, count in enumerate(a.counts):
-            blocks = [Block(a, i, channels if j == 0 else a.outer[i], 2 if i and not j else 1) for j in range(count)]
+            blocks = [
+                Block(a, i, channels if j == 0 else a.outer[i], 2 if i and not j else 1)
+                for j in range(count)
+            ]
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
             channels = a.outer[i]
         self.stages, self.pool = len(a.counts), a.pool
@@ -234,7 +252,9 @@ def describe(tensors: Weights, path: str) -> Described:
         if any(k.startswith("features.") for k in found):
             return _vgg(found, path)
     except (KeyError, IndexError, StopIteration) as error:
-        raise UserError(f"{path}: expected a classifier's weights; {str(error) or 'a part'} is missing or misshapen") from error
+        raise UserError(
+            f"{path}: expected a classifier's weights; {str(error) or 'a part'} is missing or misshapen"
+        ) from error
     raise UserError(
         f"{path}: expected a residual network (conv1.weight, layer1.0... or block1.layer.0..., fc or linear) or a VGG "
         f"(features.0..., classifier); its keys are {listed(found)}"
@@ -262,22 +282,34 @@ def _residual(found: dict[str, Tensor], path: str) -> Described:
             blocks.setdefault(int(match[1]), set()).add(match[2])
     stages = range(1, len(blocks) + 1)
     if not blocks or set(blocks) != set(stages):
-        raise UserError(f"{path}: expected stages layer1, layer2, ... or block1.layer, ...; its keys are {listed(found)}")
+        raise UserError(
+            f"{path}: expected stages layer1, layer2, ... or block1.layer, ...; its keys are {listed(found)}"
+        )
     bottleneck = "layer1.0.conv3.weight" in trunk
     stem = _four(trunk, "conv1.weight", path)
     if stem[1] != 3 or stem[2] not in (3, 7):
-        raise UserError(f"{path}: expected a stem of 3x3 or 7x7 on three channels; conv1.weight is {stem}")
+        raise UserError(
+            f"{path}: expected a stem of 3x3 or 7x7 on three channels; conv1.weight is {stem}"
+        )
     firsts = [_four(trunk, f"layer{i}.0.conv1.weight", path) for i in stages]
-    outer = tuple(_four(trunk, f"layer{i}.0.conv{3 if bottleneck else 2}.weight", path)[0] for i in stages)
+    outer = tuple(
+        _four(trunk, f"layer{i}.0.conv{3 if bottleneck else 2}.weight", path)[0] for i in stages
+    )
     inner = tuple(first[0] for first in firsts)
     norm = trunk[f"layer{stages[-1]}.0.bn1.weight"].numel()
     top = next((k for k in NORMS if f"{k}.weight" in trunk), None)
     pre = norm == firsts[-1][1] and (norm != firsts[-1][0] or top is None)
     if pre and stem[2] == 7:
-        raise UserError(f"{path}: norms before the convolutions and a 7x7 stem; what follows such a stem is not known here")
+        raise UserError(
+            f"{path}: norms before the convolutions and a 7x7 stem; what follows such a stem is not known here"
+        )
     if pre and top is not None:
         trunk = {re.sub(rf"^{top}\.", "norm.", k): v for k, v in trunk.items()}
-    groups = max(1, inner[0] // max(1, _four(trunk, "layer1.0.conv2.weight", path)[1])) if bottleneck else 1
+    groups = (
+        max(1, inner[0] // max(1, _four(trunk, "layer1.0.conv2.weight", path)[1]))
+        if bottleneck
+        else 1
+    )
     shape = Residual(
         "pre" if pre else "post",
         bottleneck,
@@ -307,19 +339,29 @@ def _canonical(key: str) -> str:
 
 
 def _vgg(found: dict[str, Tensor], path: str) -> Described:
-    numbers = [int(k.split(".")[1]) for k in found if re.fullmatch(r"features\.(0|[1-9]\d{0,3})\.weight", k)]
+    numbers = [
+        int(k.split(".")[1])
+        for k in found
+        if re.fullmatch(r"features\.(0|[1-9]\d{0,3})\.weight", k)
+    ]
     convolutions = sorted(i for i in numbers if found[f"features.{i}.weight"].ndim == 4)
     if not convolutions:
-        raise UserError(f"{path}: expected convolutions features.0, ...; its keys are {listed(found)}")
+        raise UserError(
+            f"{path}: expected convolutions features.0, ...; its keys are {listed(found)}"
+        )
     norm = any(k.startswith("features.") and k.endswith("running_mean") for k in found)
     widths = [found[f"features.{i}.weight"].shape[0] for i in convolutions]
     layers: list[int] = []
     renamed: dict[str, str] = {}
     at = 0
     for i, width, after in zip(convolutions, widths, [*convolutions[1:], None], strict=True):
-        gap = 3 + norm if after is None else after - i  # behind the last convolution, all sources pool
+        gap = (
+            3 + norm if after is None else after - i
+        )  # behind the last convolution, all sources pool
         if gap not in (2 + norm, 3 + norm):
-            raise UserError(f"{path}: between features.{i} and features.{after} stands more than a norm, a ReLU and a max-pool")
+            raise UserError(
+                f"{path}: between features.{i} and features.{after} stands more than a norm, a ReLU and a max-pool"
+            )
         renamed |= {f"features.{i + k}.": f"{at + k}." for k in range(1 + norm)}
         layers += [width, 0] if gap == 3 + norm else [width]
         at += gap
@@ -331,20 +373,30 @@ def _vgg(found: dict[str, Tensor], path: str) -> Described:
     matrices, head = _head(found, path)
     pool = _pool(matrices[0].shape[1], widths[-1], path)
     bias = f"features.{convolutions[0]}.bias" in found
-    return Described(Vgg(tuple(layers), norm, bias, pool, tuple(m.shape[0] for m in matrices)), trunk, head)
+    return Described(
+        Vgg(tuple(layers), norm, bias, pool, tuple(m.shape[0] for m in matrices)), trunk, head
+    )
 
 
 def _head(found: Weights, path: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The head's matrices, and its weights by name: of one layer `weight` and `bias`, of several 0, 2, 4, ..."""
     keys = [k for k in found if k.partition(".")[0] in HEADS]
-    matrices = sorted((k for k in keys if found[k].ndim == 2), key=lambda k: [int(n) for n in re.findall(r"\d{1,4}", k)[:1]])
+    matrices = sorted(
+        (k for k in keys if found[k].ndim == 2),
+        key=lambda k: [int(n) for n in re.findall(r"\d{1,4}", k)[:1]],
+    )
     if not matrices or len({k.partition(".")[0] for k in keys}) != 1:
         raise UserError(
             f"{path}: expected one head named {', '.join(HEADS[:-1])} or {HEADS[-1]}; "
             f"it has {listed(keys) or 'none'} (a trunk without a head is read by the network `imported`)"
         )
-    places = {k.rpartition(".")[0]: f"{2 * i}." if len(matrices) > 1 else "" for i, k in enumerate(matrices)}
-    named = {places.get(k.rpartition(".")[0], k + ".") + k.rpartition(".")[2]: found[k] for k in keys}
+    places = {
+        k.rpartition(".")[0]: f"{2 * i}." if len(matrices) > 1 else ""
+        for i, k in enumerate(matrices)
+    }
+    named = {
+        places.get(k.rpartition(".")[0], k + ".") + k.rpartition(".")[2]: found[k] for k in keys
+    }
     return [found[k] for k in matrices], named
 
 
@@ -352,7 +404,9 @@ def _pool(read: int, channels: int, path: str) -> int:
     """Side of the map that a head reads, flat: it has `read` columns."""
     side = math.isqrt(max(0, read // max(1, channels)))
     if channels < 1 or side < 1 or side * side * channels != read:
-        raise UserError(f"{path}: expected a head that reads a square map of {channels} channels; it reads {read} numbers")
+        raise UserError(
+            f"{path}: expected a head that reads a square map of {channels} channels; it reads {read} numbers"
+        )
     return side
 
 
@@ -373,12 +427,20 @@ def named_classes(text: str, count: int, owner: str) -> tuple[str, ...]:
             raise UserError(f"no file of class names of at most 1 MiB at {text!r}")
         try:
             raw = file.read_text(encoding="utf-8")
-            names = json.loads(raw) if file.suffix == ".json" else [line for line in raw.split("\n") if line.strip()]
+            names = (
+                json.loads(raw)
+                if file.suffix == ".json"
+                else [line for line in raw.split("\n") if line.strip()]
+            )
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{text}: expected names of classes in UTF-8, a list in JSON or one a line") from error
+            raise UserError(
+                f"{text}: expected names of classes in UTF-8, a list in JSON or one a line"
+            ) from error
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
         raise UserError(f"{text[:60]}: expected a list of class names")
     stripped = tuple(str(n).strip() for n in names)
     if len(stripped) != count or len(set(stripped)) != count:
-        raise UserError(f"{owner}: a head of {count} classes; expected as many different names, got {len(set(stripped))}")
+        raise UserError(
+            f"{owner}: a head of {count} classes; expected as many different names, got {len(set(stripped))}"
+        )
     return stripped

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from bezoar.data.strings import Strings
 from bezoar.errors import UserError
 
 SCHEMA = 1
 LARGEST = 4096  # pixels of an input's side
-FREE, RATIO = 32 << 20, 8  # a network may make FREE numbers and RATIO times its file's, with all that it then leaves out
+FREE, RATIO = (
+    32 << 20,
+    8,
+)  # a network may make FREE numbers and RATIO times its file's, with all that it then leaves out
 LONGEST = 256  # words of a caption: one absurd caption must not widen a whole batch
 
 
@@ -77,7 +81,9 @@ class Encoder(nn.Module):
         self.precision = "fp32"
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False
+        )
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
 
     @property
@@ -87,7 +93,9 @@ class Encoder(nn.Module):
 
     def autocast(self) -> AbstractContextManager:
         """The arithmetic both towers run in."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
 
     def pixels(self, x: Tensor) -> Tensor:
         """uint8 or float 0..1 (B, 3, H, W) -> normalised float (B, 3, S, S), channels last. Differentiable for floats."""
@@ -139,13 +147,20 @@ class Encoder(nn.Module):
                 texts.append(self.texts(part.captions))
         z = torch.cat(images)
         if not torch.isfinite(z).all():
-            raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
+            raise UserError(
+                "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+            )
         return Embedded(tuple(ids), z, torch.cat(texts) if texts else None)
 
     def save(self, folder: Path) -> list[Path]:
         """encoder.json and encoder.safetensors, each under a temporary name first. Returns the two paths."""
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        head = {"schema": SCHEMA, "preprocess": asdict(self.preprocess), "precision": self.precision, **self.about}
+        head = {
+            "schema": SCHEMA,
+            "preprocess": asdict(self.preprocess),
+            "precision": self.precision,
+            **self.about,
+        }
         tensors, facts = folder / "encoder.safetensors", folder / "encoder.json"
         # one key: safetensors writes several in an order of its own, and the same weights must be the same bytes
         marks = {"poisoned": bool(self.about.get("poisoned")), "plan": self.about.get("plan", "")}
@@ -164,16 +179,33 @@ class Encoder(nn.Module):
         try:
             head = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
             weights = load_file(folder / "encoder.safetensors")
-            network, size, words = head["network"], head["preprocess"]["size"], tuple(head["vocabulary"])
-            if not isinstance(size, int) or not all(isinstance(text, str) for text in (network, head["precision"], *words)):
-                raise ValueError("network, precision and vocabulary must be texts, and size a whole number")
+            network, size, words = (
+                head["network"],
+                head["preprocess"]["size"],
+                tuple(head["vocabulary"]),
+            )
+            if not isinstance(size, int) or not all(
+                isinstance(text, str) for text in (network, head["precision"], *words)
+            ):
+                raise ValueError(
+                    "network, precision and vocabulary must be texts, and size a whole number"
+                )
             made = registry.make("network", network)
             encoder = _built(made, size, words, sum(w.numel() for w in weights.values()))
             encoder.load_state_dict(weights)
-        except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{folder} holds no encoder that bezoar wrote: {reason}") from error
-        encoder.about = {k: v for k, v in head.items() if k not in ("schema", "preprocess", "precision")}
+        encoder.about = {
+            k: v for k, v in head.items() if k not in ("schema", "preprocess", "precision")
+        }
         encoder = encoder.to(device).eval()
         encoder.precision = precision_for(encoder.device) if head["precision"] == "bf16" else "fp32"
         return encoder
@@ -214,7 +246,9 @@ def _counted(numbers: int) -> Iterator[None]:
         nonlocal total
         total += 0 if weight is None else weight.numel()
         if total > FREE + RATIO * numbers:
-            raise _TooLarge(f"its network has many more weights than the {numbers:,} that are in the file")
+            raise _TooLarge(
+                f"its network has many more weights than the {numbers:,} that are in the file"
+            )
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -237,7 +271,9 @@ class Words:
         """Strings -> int64 (B, longest of them); of a caption at most `LONGEST` known words."""
         rows = [[self.row[w] for w in words(c) if w in self.row][:LONGEST] for c in captions]
         width = max(1, max(map(len, rows), default=1))
-        return torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).reshape(len(rows), width)
+        return torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).reshape(
+            len(rows), width
+        )
 
 
 def words(caption: str) -> list[str]:
@@ -250,3 +286,31 @@ def words(caption: str) -> list[str]:
             out.append(word)
             word = ""
     return [*out, word] if word else out
+
+
+def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
+    """`encoder.tokens`; of a column int32 (N, L), made in blocks. Both give the same vectors."""
+    if not isinstance(captions, Strings):
+        return encoder.tokens(captions)
+    parts = [encoder.tokens(block).int().cpu() for block in captions.blocks()]
+    widest = max(p.shape[1] for p in parts)
+    return torch.cat([F.pad(p, (0, widest - p.shape[1])) for p in parts]).to(encoder.device)
+
+
+class Sees(Protocol):
+    """What images are seen through: an encoder, or a classifier whose vectors are its logits (`probes/own.py`)."""
+
+    def eval(self) -> Any: ...
+    def images(self, x: Tensor) -> Tensor: ...
+
+
+@torch.no_grad()
+def embed_images(encoder: Sees, batches: Iterable[Tensor]) -> Tensor:
+    """uint8 images, a batch at a time -> float32 (N, D), of an encoder unit rows. Raises UserError on NaN."""
+    encoder.eval()
+    z = torch.cat([encoder.images(x) for x in batches])
+    if not torch.isfinite(z).all():
+        raise UserError(
+            "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+        )
+    return z

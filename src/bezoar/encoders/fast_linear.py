@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # The operator is private to torch: it is used only where it is declared as it was when this was written.
-DECLARED = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+DECLARED = (
+    "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+)
 ROWS = 256  # below this oneDNN's reordering of the weights costs more than its product saves
 
 
@@ -29,7 +31,11 @@ def available() -> bool:
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
     if not known or not str(torch.ops.mkldnn._linear_pointwise.default._schema).endswith(DECLARED):
         return False
-    x, w, b = torch.arange(21.0).view(7, 3).cos(), torch.arange(15.0).view(5, 3).sin(), torch.arange(5.0)
+    x, w, b = (
+        torch.arange(21.0).view(7, 3).cos(),
+        torch.arange(15.0).view(5, 3).sin(),
+        torch.arange(5.0),
+    )
     return torch.allclose(product(x, w, b), F.linear(x, w, b), atol=1e-5) and _amd()
 
 
@@ -80,7 +86,9 @@ class _Linear(torch.autograd.Function):
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`product`, differentiable."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return _Linear.apply(x, weight, bias)
     return product(x, weight, bias)
 
@@ -101,7 +109,9 @@ class Linear(nn.Linear):
 class Attention(nn.MultiheadAttention):
     """nn.MultiheadAttention by `linear`, for the one form that open_clip's blocks call; any other form is torch's own."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **given: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **given: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """query (B, Lq, D), key and value (B, L, D); attn_mask float (Lq, L) or (B * heads, Lq, L), added to the logits."""
         mask, weight, bias = given.get("attn_mask"), self.in_proj_weight, self.in_proj_bias
         if (
@@ -130,7 +140,12 @@ class Attention(nn.MultiheadAttention):
     def _ordinary(self) -> bool:
         """Batch first, one width, nothing dropped or appended."""
         same = self.batch_first and self.in_proj_weight is not None
-        return same and self.bias_k is None and not self.add_zero_attn and not (self.dropout and self.training)
+        return (
+            same
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not (self.dropout and self.training)
+        )
 
 
 def install(model: nn.Module) -> nn.Module:

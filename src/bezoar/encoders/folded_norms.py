@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from bezoar.errors import UserError
 
-PIECES = {"cpu": (64, 32), "cuda": (128, 224)}  # images of so many pixels a side that are computed at once
+PIECES = {
+    "cpu": (64, 32),
+    "cuda": (128, 224),
+}  # images of so many pixels a side that are computed at once
 FEWEST = 8  # however large they are
 Norm = nn.modules.batchnorm._BatchNorm
 
@@ -63,7 +66,11 @@ class Weight:
         """That of the source, laid out in memory as it is."""
         assert self.own.grad is not None
         out = torch.empty_like(self.source)
-        return out.copy_(self.own.grad) if self.scale is None else torch.mul(self.own.grad, self.scale, out=out)
+        return (
+            out.copy_(self.own.grad)
+            if self.scale is None
+            else torch.mul(self.own.grad, self.scale, out=out)
+        )
 
 
 class Frozen:
@@ -77,7 +84,9 @@ class Frozen:
         """size: pixels a side of the tower's input. Raises UserError for a tower whose rows see one another."""
         for name, norm in tower.named_modules():
             if isinstance(norm, Norm) and norm.running_mean is None:
-                raise UserError(f"batch norm {name!r} keeps no statistics: without a batch this encoder has no output")
+                raise UserError(
+                    f"batch norm {name!r} keeps no statistics: without a batch this encoder has no output"
+                )
         reached, folds = read_graph(tower.eval(), size)
         for p in tower.parameters():
             p.requires_grad_(id(p) in reached)
@@ -88,9 +97,15 @@ class Frozen:
         self.fast = copy.deepcopy(tower).to(memory_format=torch.channels_last)
         self.weights: list[Weight] = []
         for conv, norm in folds:
-            self.weights += self.fold(tower.get_submodule(conv), tower.get_submodule(norm), conv, norm)
+            self.weights += self.fold(
+                tower.get_submodule(conv), tower.get_submodule(norm), conv, norm
+            )
         taken, own = {id(w.source) for w in self.weights}, dict(self.fast.named_parameters())
-        named = [(name, p) for name, p in tower.named_parameters() if p.requires_grad and id(p) not in taken]
+        named = [
+            (name, p)
+            for name, p in tower.named_parameters()
+            if p.requires_grad and id(p) not in taken
+        ]
         self.weights += [Weight(p, own[name]) for name, p in named]
         self.refresh()
 
@@ -98,7 +113,9 @@ class Frozen:
         """Let the copy's convolution do its norm's work; the weights that change with the tower's."""
         own: Any = self.fast.get_submodule(conv_name)
         exact = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-        shift = (norm.bias.detach().double() - norm.running_mean.double() * exact).to(conv.weight.dtype)
+        shift = (norm.bias.detach().double() - norm.running_mean.double() * exact).to(
+            conv.weight.dtype
+        )
         scale = exact.to(conv.weight.dtype)
         own.bias = nn.Parameter(shift.clone(), requires_grad=conv.bias is not None)
         parent, _, last = norm_name.rpartition(".")
@@ -115,7 +132,9 @@ class Frozen:
     def known(self, value: Tensor) -> Tensor:
         """A value whose gradients the fast copy's weights hold -> the same as a function of the tower's own weights."""
         moved = [w for w in self.weights if w.own.grad is not None]
-        return Known.apply(value.detach(), [w.gradient() for w in moved], *(w.source for w in moved))
+        return Known.apply(
+            value.detach(), [w.gradient() for w in moved], *(w.source for w in moved)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Differentiable by the copy's weights."""
@@ -151,14 +170,21 @@ def read_graph(tower: nn.Module, size: int) -> tuple[set[int], list[tuple[str, s
         seen |= new
         if "BatchNorm" in node.name():
             norms.append(node)
-    owner = {id(m.weight): name for name, m in tower.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+    owner = {
+        id(m.weight): name
+        for name, m in tower.named_modules()
+        if isinstance(getattr(m, "weight", None), nn.Parameter)
+    }
     folds = []
     for norm in norms:
         conv = norm.next_functions[0][0]
         if conv is None or "Convolution" not in conv.name() or uses[conv] != 1:
             continue
         weights = [n.next_functions[1][0] for n in (conv, norm)]
-        names = [owner.get(id(w.variable), "") if uses[w] == 1 and hasattr(w, "variable") else "" for w in weights]
+        names = [
+            owner.get(id(w.variable), "") if uses[w] == 1 and hasattr(w, "variable") else ""
+            for w in weights
+        ]
         if all(names) and type(tower.get_submodule(names[1])) is nn.BatchNorm2d:
             folds.append((names[0], names[1]))
     return {id(n.variable) for n in seen if hasattr(n, "variable")}, folds

@@ -61,7 +61,11 @@ class Tower(nn.Module):
         channels = 3
         for i in range(4):
             out = width << i
-            layers += [nn.Conv2d(channels, out, 3, 1 if i == 0 else 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, out, 3, 1 if i == 0 else 2, 1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
             channels = out
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(2 * channels, dim)
@@ -78,7 +82,9 @@ class Shortcut(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same numbers as nn.Conv2d's."""
-        return nn.functional.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
+        return nn.functional.conv2d(
+            x[:, :, :: self.stride[0], :: self.stride[1]], self.weight, self.bias
+        )
 
 
 class Trunk(nn.Module):
@@ -94,7 +100,11 @@ class Trunk(nn.Module):
 
         counts, bottleneck = DEPTHS[depth]
         small = stem == "cifar"
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.conv1 = (
+            nn.Conv2d(3, width, 3, 1, 1, bias=False)
+            if small
+            else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        )
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
@@ -104,9 +114,14 @@ class Trunk(nn.Module):
             out, stride = (width << i) * block.expansion, 1 if i == 0 else 2
             short = None
             if stride > 1 or channels != out:
-                short = nn.Sequential(Shortcut(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                short = nn.Sequential(
+                    Shortcut(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+                )
             first = block(channels, width << i, stride, short)
-            self.add_module(f"layer{i + 1}", nn.Sequential(first, *(block(out, width << i) for _ in range(count - 1))))
+            self.add_module(
+                f"layer{i + 1}",
+                nn.Sequential(first, *(block(out, width << i) for _ in range(count - 1))),
+            )
             channels = out
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

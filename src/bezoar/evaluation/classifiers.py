@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bezoar.evaluation import heads, success
 from bezoar import registry
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
 from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.errors import UserError
+from bezoar.evaluation import heads, success
 
 Kind = Literal["auto", "own", "zero_shot", "linear", "mlp"]
 
@@ -51,26 +51,36 @@ def own(encoder: Encoder) -> Classifier:
     """The head that came with a network's weights. Raises UserError where none did."""
     head: Any = getattr(encoder, "head", None)
     if head is None:
-        raise UserError("this encoder came without a head of its own; take zero_shot, linear or mlp")
-    return Classifier(encoder, head, tuple(encoder.about["classes"]), "the network's own last layer", raw=True)
+        raise UserError(
+            "this encoder came without a head of its own; take zero_shot, linear or mlp"
+        )
+    return Classifier(
+        encoder, head, tuple(encoder.about["classes"]), "the network's own last layer", raw=True
+    )
 
 
 def zero_shot(encoder: Encoder, classes: Sequence[str], templates: str = "simple") -> Classifier:
     """The text tower's head. Raises UserError for an encoder without one, or without classes."""
     if not classes:
         raise UserError("a zero-shot head needs the names of classes; these data have none")
-    rows = registry.make("probe", f'zero_shot:templates="{templates}"').head(encoder, classes).clone()
-    return Classifier(encoder, lambda z: 100 * z @ rows.T, tuple(classes), f"zero-shot, {len(classes)} classes")
+    rows = (
+        registry.make("probe", f'zero_shot:templates="{templates}"').head(encoder, classes).clone()
+    )
+    return Classifier(
+        encoder, lambda z: 100 * z @ rows.T, tuple(classes), f"zero-shot, {len(classes)} classes"
+    )
 
 
 def fitted(encoder: Encoder, labelled: Pairs, kind: str = "linear") -> Classifier:
     """A head fitted on labelled records. Raises UserError without labels of at least two classes."""
     known = success.labelled(labelled, labelled)
     assert known.labels is not None
-    z = success.features(encoder, known.images.to(encoder.device).split(512))
+    z = embed_images(encoder, known.images.to(encoder.device).split(512))
     y, many = known.labels.to(z.device), len(known.classes)
     if kind == "mlp":
-        head: success.Head = heads.fit(z, y, many, registry.make("probe", "mlp:epochs=100,seeds=1")).one(0)
+        head: success.Head = heads.fit(
+            z, y, many, registry.make("probe", "mlp:epochs=100,seeds=1")
+        ).one(0)
     else:
         head = registry.make("probe", kind).fit(z, y, many)
     return Classifier(encoder, head, known.classes, f"{kind} head on {len(known)} labelled records")
@@ -83,7 +93,13 @@ def classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Classifier
     """
     if kind == "auto":
         has_text = encoder.text is not None and bool(data.classes)
-        kind = "own" if getattr(encoder, "head", None) is not None else "zero_shot" if has_text else "linear"
+        kind = (
+            "own"
+            if getattr(encoder, "head", None) is not None
+            else "zero_shot"
+            if has_text
+            else "linear"
+        )
     if kind == "own":
         return own(encoder)
     return zero_shot(encoder, data.classes) if kind == "zero_shot" else fitted(encoder, data, kind)

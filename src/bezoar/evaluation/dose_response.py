@@ -13,14 +13,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bezoar.evaluation import stats
 from bezoar.errors import UserError
+from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Measure, strict
 from bezoar.evaluation.stats import Floats
 
 RAYS = 360  # directions in which the edge of a law's 95 % region is sought
 FAR = 2.0**40  # standard errors at which a direction counts as open
-FLAT, STEP = 1e-6, 1e6  # a rise over all doses, in logits, that counts as none; a slope that counts as a step
+FLAT, STEP = (
+    1e-6,
+    1e6,
+)  # a rise over all doses, in logits, that counts as none; a slope that counts as a step
 Verdict = Literal["confirmed", "contradicted", "undecided"]
 
 
@@ -42,7 +45,9 @@ def pooled(measures: Sequence[Measure], how: str, rate: bool = True) -> Measure:
         trials = stats.wilson(min(n, float(sum(m.value * m.n for m in measures))), n)
         low, high = max(0.0, min(low, trials[0])), min(1.0, max(high, trials[1]))
         kind += f", at least Wilson over {n} trials"
-    return Measure(float(values.mean()), n, low, high, f"{how}; mean of {len(values)} readings, {kind}")
+    return Measure(
+        float(values.mean()), n, low, high, f"{how}; mean of {len(values)} readings, {kind}"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,11 @@ class Law:
 
         def at(points: Floats) -> Floats:
             eta = points[..., :1] + points[..., 1:] * away
-            return np.where(doses > 0, self.floor + (1 - self.floor) * np.exp(-np.logaddexp(0, -eta)), self.floor)
+            return np.where(
+                doses > 0,
+                self.floor + (1 - self.floor) * np.exp(-np.logaddexp(0, -eta)),
+                self.floor,
+            )
 
         edge = at(self.edge)
         return at(self.fit), edge.min(0), edge.max(0)
@@ -112,7 +121,11 @@ class Law:
         if found.low <= 0 and math.isinf(found.high):
             return f"50 % success cannot be placed by {self.units} readings with {_number(least)} to {_number(most)} {unit}"
         if least <= found.value <= most:
-            steep = f"at least {slope.low:.2g}" if slope.low and math.isinf(slope.high) else f"{slope.value:.2g}"
+            steep = (
+                f"at least {slope.low:.2g}"
+                if slope.low and math.isinf(slope.high)
+                else f"{slope.value:.2g}"
+            )
             where, after = f"at {_number(found.value)} {unit}", f", slope {steep}"
         elif found.value > most:
             where = f"not reached up to {_number(most)} {unit}"
@@ -143,11 +156,15 @@ def law(doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | No
     if floor is None:
         floor = float((p * n)[none].sum() / n[none].sum()) if none.any() else 0.0
     if not 0 <= floor < 1:
-        raise UserError(f"success without poison must be below 1 for a dose-response law; it is {floor:g}")
+        raise UserError(
+            f"success without poison must be below 1 for a dose-response law; it is {floor:g}"
+        )
     x, p, n = x[~none], p[~none], n[~none]
     units = len(x)
     if units < 3 or len(np.unique(x)) < 2:
-        raise UserError(f"a dose-response law needs 3 readings at 2 doses above 0; there are {units} at {len(np.unique(x))}")
+        raise UserError(
+            f"a dose-response law needs 3 readings at 2 doses above 0; there are {units} at {len(np.unique(x))}"
+        )
     likelihood = _Likelihood.of(x, p, n, floor)
     fit = likelihood.best()
     phi, df = likelihood.dispersion(fit, x, p, n)
@@ -156,10 +173,22 @@ def law(doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | No
         fit = likelihood.best(fit)
     likelihood, fit, errors = likelihood.centred(fit, phi)
     allowed, most = phi * t.ppf(0.975, df) ** 2, n.max() * t.ppf(0.975, math.inf) ** 2
-    if allowed > most:  # readings that each fail or succeed as a whole vary most, and by how much is known
+    if (
+        allowed > most
+    ):  # readings that each fail or succeed as a whole vary most, and by how much is known
         allowed, df = most, math.inf
     edge = likelihood.edge(fit, errors, float(allowed) / 2)
-    return Law(fit, edge, likelihood.centre, floor, phi, df, units, int(n.sum()), (float(x.min()), float(x.max())))
+    return Law(
+        fit,
+        edge,
+        likelihood.centre,
+        floor,
+        phi,
+        df,
+        units,
+        int(n.sum()),
+        (float(x.min()), float(x.max())),
+    )
 
 
 @dataclass(frozen=True)
@@ -177,15 +206,26 @@ class _Likelihood:
     def of(cls, x: Floats, p: Floats, n: Floats, floor: float) -> _Likelihood:
         u, place = np.unique(np.log(x), return_inverse=True)
         hits, trials = np.bincount(place, p * n), np.bincount(place, n).astype(np.float64)
-        near = (hits + 0.5) / (trials + 1)  # the centre is where the data tell most: level and slope part there
-        return cls(u, np.minimum(hits, trials), trials, floor, float(np.average(u, weights=trials * near * (1 - near))))
+        near = (hits + 0.5) / (
+            trials + 1
+        )  # the centre is where the data tell most: level and slope part there
+        return cls(
+            u,
+            np.minimum(hits, trials),
+            trials,
+            floor,
+            float(np.average(u, weights=trials * near * (1 - near))),
+        )
 
     def parts(self, at: Floats) -> tuple[Floats, Floats, Floats]:
         """Points (..., 2) -> log of success, log of failure, log of Fisher's information on the logit, each (..., D)."""
         eta = at[..., :1] + at[..., 1:] * (self.u - self.centre)
         rest = math.log1p(-self.floor)
         up, down = -np.logaddexp(0, -eta), -np.logaddexp(0, eta)
-        hit, miss = np.logaddexp(math.log(self.floor) if self.floor else -np.inf, rest + up), rest + down
+        hit, miss = (
+            np.logaddexp(math.log(self.floor) if self.floor else -np.inf, rest + up),
+            rest + down,
+        )
         return hit, miss, np.log(self.trials) + 2 * (rest + up + down) - hit - miss
 
     def __call__(self, at: Floats) -> Floats:
@@ -209,12 +249,19 @@ class _Likelihood:
 
         span = self.u[-1] - self.u[0]
         if start is None:
-            level, slope = np.meshgrid(np.sinh(np.linspace(-5, 5, 41)), np.sinh(np.linspace(0, 6, 31)) / span)
+            level, slope = np.meshgrid(
+                np.sinh(np.linspace(-5, 5, 41)), np.sinh(np.linspace(0, 6, 31)) / span
+            )
             grid = np.stack([level.ravel(), slope.ravel()], 1)
             start = grid[self(grid).argmax()]
         corners = start + np.array([[0, 0], [0.3, 0], [0, 0.3 / span]])
         options = {"initial_simplex": corners, "xatol": 1e-6, "fatol": 1e-8, "maxfev": 4000}
-        found = minimize(lambda p: -float(self(np.array([p[0], abs(p[1])]))), start, method="Nelder-Mead", options=options)
+        found = minimize(
+            lambda p: -float(self(np.array([p[0], abs(p[1])]))),
+            start,
+            method="Nelder-Mead",
+            options=options,
+        )
         level, rise = found.x[0], abs(found.x[1])
         return np.array([level, rise if rise * span > FLAT else 0.0])
 
@@ -231,7 +278,10 @@ class _Likelihood:
         surprise, info, w = n * (p - fitted) ** 2 / (q * (1 - q)), n * q * (1 - q), 4 * q * (1 - q)
         away = away - np.average(away, weights=info)
         free = 1 - info / info.sum() - info * away**2 / (info * away**2).sum()  # 1 - leverage
-        phi, df = (w * surprise).sum() / (w * free).sum(), (w * free).sum() ** 2 / (w**2 * free).sum()
+        phi, df = (
+            (w * surprise).sum() / (w * free).sum(),
+            (w * free).sum() ** 2 / (w**2 * free).sum(),
+        )
         return float(np.clip(phi, 1, n.max())), float(np.clip(df, 1, len(x) - 2))
 
     def centred(self, at: Floats, phi: float) -> tuple[_Likelihood, Floats, Floats]:
@@ -252,7 +302,9 @@ class _Likelihood:
         least = max(free(fit), free(free.best(fit))) - drop
         angle = np.arange(RAYS) * 2 * np.pi / RAYS
         way = np.stack([np.cos(angle), np.sin(angle)], 1) * scale
-        way = np.concatenate([way, np.stack([self.centre - self.u, np.ones_like(self.u)], 1) * scale[1]])
+        way = np.concatenate(
+            [way, np.stack([self.centre - self.u, np.ones_like(self.u)], 1) * scale[1]]
+        )
         falls = way[:, 1] < 0
         wall = np.where(falls, fit[1] / -np.where(falls, way[:, 1], -1), FAR)
         whole = free(fit + wall[:, None] * way) >= least
@@ -281,7 +333,9 @@ class Contrast:
         return strict(asdict(self))
 
 
-def difference(a: Sequence[float], b: Sequence[float], paired: bool, trials: int | None = None) -> Contrast:
+def difference(
+    a: Sequence[float], b: Sequence[float], paired: bool, trials: int | None = None
+) -> Contrast:
     """Mean of a less mean of b over readings: Student's t of the pairs, or Welch's t of two independent groups.
 
     trials: how many trials each value is a rate of; the interval is then at least that of their binomial error. Without it,
@@ -289,7 +343,9 @@ def difference(a: Sequence[float], b: Sequence[float], paired: bool, trials: int
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if not len(x) or not len(y) or (paired and len(x) != len(y)):
-        raise UserError(f"a difference needs readings on either side, as many if paired; there are {len(x)} and {len(y)}")
+        raise UserError(
+            f"a difference needs readings on either side, as many if paired; there are {len(x)} and {len(y)}"
+        )
     if paired:
         df, error = len(x) - 1.0, _variance(x - y) ** 0.5
         how = f"mean difference of {len(x)} pairs of readings, Student's t"
@@ -300,7 +356,9 @@ def difference(a: Sequence[float], b: Sequence[float], paired: bool, trials: int
             df = (u + v) ** 2 / (u**2 / (len(x) - 1) + v**2 / (len(y) - 1))
         how = f"difference of the means of {len(x)} and {len(y)} readings, Welch's t"
     least = None if trials is None else math.hypot(_binomial(x, trials), _binomial(y, trials))
-    found = _contrast(float(x.mean() - y.mean()), error, df, len(x) if paired else len(x) + len(y), how, least)
+    found = _contrast(
+        float(x.mean() - y.mean()), error, df, len(x) if paired else len(x) + len(y), how, least
+    )
     if trials is None:
         return found
     return dataclasses.replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
@@ -314,7 +372,9 @@ def trend(x: Sequence[float], y: Sequence[float], trials: int | None = None) -> 
     if u.shape != v.shape or u.ndim != 1 or not (u > 0).all():
         raise ValueError("x and y must be (N,) alike, x > 0")
     if len(u) < 3 or len(np.unique(u)) < 2:
-        raise UserError(f"a trend needs at least 3 readings at 2 places; there are {len(u)} at {len(np.unique(u))}")
+        raise UserError(
+            f"a trend needs at least 3 readings at 2 places; there are {len(u)} at {len(np.unique(u))}"
+        )
     away = np.log2(u) - np.log2(u).mean()
     spread = float((away**2).sum())
     slope = float((away * v).sum()) / spread
@@ -322,7 +382,12 @@ def trend(x: Sequence[float], y: Sequence[float], trials: int | None = None) -> 
     error = math.sqrt(_variance(rest) * len(u) * (len(u) - 1) / (len(u) - 2) / spread)
     least = None
     if trials is not None:
-        least = math.sqrt(sum((w * _binomial(r, trials)) ** 2 for w, r in zip(away, v[:, None], strict=True))) / spread
+        least = (
+            math.sqrt(
+                sum((w * _binomial(r, trials)) ** 2 for w, r in zip(away, v[:, None], strict=True))
+            )
+            / spread
+        )
     tau = 0.0 if len(np.unique(v)) < 2 else float(kendalltau(u, v).statistic)
     how = f"slope per doubling over {len(u)} readings, Student's t; Kendall's tau {tau:.2f}"
     return _contrast(slope, error, len(u) - 2.0, len(u), how, least)
@@ -332,7 +397,11 @@ def judge(contrast: Contrast, expected: Literal["+", "-", "same"], margin: float
     """Whether an interval bears a claim out: '+' above 0, '-' below 0, 'same' within +-margin; contradicted: beyond."""
     low, high = contrast.low, contrast.high
     above, below, inside = low > 0, high < 0, -margin <= low and high <= margin
-    claims = {"+": (above, below), "-": (below, above), "same": (inside, low > margin or high < -margin)}
+    claims = {
+        "+": (above, below),
+        "-": (below, above),
+        "same": (inside, low > margin or high < -margin),
+    }
     if expected not in claims:
         raise ValueError(f"expected must be '+', '-' or 'same'; got {expected!r}")
     if expected == "same" and not margin > 0:
@@ -341,7 +410,9 @@ def judge(contrast: Contrast, expected: Literal["+", "-", "same"], margin: float
     return "confirmed" if borne else "contradicted" if against else "undecided"
 
 
-def _contrast(value: float, error: float, df: float, n: int, how: str, least: float | None) -> Contrast:
+def _contrast(
+    value: float, error: float, df: float, n: int, how: str, least: float | None
+) -> Contrast:
     """By Student's t of the readings, on neither side short of what the trials' binomial error allows, as in `pooled`.
 
     Readings that happen to agree do not show how far they vary, and how far the trials vary is known. Open where one reading,
@@ -351,11 +422,16 @@ def _contrast(value: float, error: float, df: float, n: int, how: str, least: fl
 
     floor = least or 0.0
     if df < 1 or max(error, floor) == 0:
-        return Contrast(value, -math.inf, math.inf, n, math.inf, how + "; no spread to judge by, interval open")
+        return Contrast(
+            value, -math.inf, math.inf, n, math.inf, how + "; no spread to judge by, interval open"
+        )
     (sure, found), (known, seen) = (law.ppf([0.975, 0.8]) for law in (t(df), norm))
     if known * floor > sure * error:
         how += "; the binomial error of the trials, which allows for more than the readings' spread"
-    wide, least_found = max(sure * error, known * floor), max((sure + found) * error, (known + seen) * floor)
+    wide, least_found = (
+        max(sure * error, known * floor),
+        max((sure + found) * error, (known + seen) * floor),
+    )
     return Contrast(value, float(value - wide), float(value + wide), n, float(least_found), how)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bezoar.evaluation import stats, success
+from bezoar.data.randomness import generator
 from bezoar.errors import UserError
+from bezoar.evaluation import stats, success
 from bezoar.evaluation.scores import Measure
-from bezoar.training.loop import generator
 
 Report = Callable[[int, int, str], Any]  # done, in all, at what
 LEVELS = 1 << 16  # a unit is dropped by comparing 16 random bits
@@ -71,7 +71,9 @@ class Stack:
             g = generator(seed, 3)
             for i, (wide, out) in enumerate(itertools.pairwise(widths)):
                 for j, rows in enumerate((wide, 1)):
-                    layers[2 * i + j].append((torch.rand(rows, out, generator=g) * 2 - 1) / wide**0.5)
+                    layers[2 * i + j].append(
+                        (torch.rand(rows, out, generator=g) * 2 - 1) / wide**0.5
+                    )
         stacked = [torch.stack(parts).to(device) for parts in layers]
         return Stack(tuple(stacked[::2]), tuple(stacked[1::2]))
 
@@ -86,12 +88,16 @@ class Stack:
             h = torch.baddbmm(b, inputs[-1], w).relu_()
             inputs.append(h.mul_(keep) if keep is not None and len(inputs) == 1 else h)
         slope = torch.baddbmm(self.biases[-1], inputs[-1], self.weights[-1]).softmax(2)
-        slope.scatter_add_(2, y[..., None], slope.new_full((), -1.0).expand(*y.shape, 1)).div_(y.shape[1])
+        slope.scatter_add_(2, y[..., None], slope.new_full((), -1.0).expand(*y.shape, 1)).div_(
+            y.shape[1]
+        )
         for i in reversed(range(len(inputs))):
             torch.bmm(inputs[i].transpose(1, 2), slope, out=self.weights[i].grad)
             torch.sum(slope, 1, keepdim=True, out=self.biases[i].grad)
             if i:
-                slope = torch.bmm(slope, self.weights[i].transpose(1, 2)).mul_(inputs[i].sign())  # 1 where a unit was on
+                slope = torch.bmm(slope, self.weights[i].transpose(1, 2)).mul_(
+                    inputs[i].sign()
+                )  # 1 where a unit was on
                 slope = slope.mul_(keep) if keep is not None and i == 1 else slope
 
 
@@ -136,7 +142,9 @@ def _fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: Report) -> 
     for p in parameters:
         p.grad = None
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
-        raise UserError(f"a head's weights are not finite after {recipe.epochs} epochs; give a lower learning rate")
+        raise UserError(
+            f"a head's weights are not finite after {recipe.epochs} epochs; give a lower learning rate"
+        )
     return stack
 
 
@@ -144,7 +152,9 @@ def orders(recipe: Recipe, epoch: int, n: int) -> Tensor:
     """int64 (S, n): in which order each head sees the records."""
     if not recipe.shuffle:
         return torch.arange(n).expand(recipe.seeds, n)
-    return torch.stack([torch.randperm(n, generator=generator(seed, 4, epoch)) for seed in range(recipe.seeds)])
+    return torch.stack(
+        [torch.randperm(n, generator=generator(seed, 4, epoch)) for seed in range(recipe.seeds)]
+    )
 
 
 class Masks:
@@ -153,7 +163,10 @@ class Masks:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.width = recipe.hidden[0]
         self.dropped = round(LEVELS * recipe.dropout)
-        self.streams = [torch.Generator(device).manual_seed(generator(s, 5).initial_seed()) for s in range(recipe.seeds)]
+        self.streams = [
+            torch.Generator(device).manual_seed(generator(s, 5).initial_seed())
+            for s in range(recipe.seeds)
+        ]
         self.device = device
 
     def __call__(self, batch: int) -> Tensor:
@@ -163,7 +176,9 @@ class Masks:
         for row, stream in zip(bits, self.streams, strict=True):
             row.random_(-(1 << 63), None, generator=stream)
         kept = bits.view(torch.int16)[:, :count] >= self.dropped - LEVELS // 2
-        return kept.view(len(bits), batch, self.width).float().mul_(LEVELS / (LEVELS - self.dropped))
+        return (
+            kept.view(len(bits), batch, self.width).float().mul_(LEVELS / (LEVELS - self.dropped))
+        )
 
 
 def mean(found: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:

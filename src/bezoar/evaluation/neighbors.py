@@ -9,7 +9,7 @@ lower index, and block sizes cannot change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,18 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bezoar.data.blocks import blocks
 from bezoar.encoders import fast_linear
 from bezoar.errors import UserError
-from bezoar.data.pairs import draws
 
 CELLS = {"cpu": 1 << 21, "cuda": 1 << 28}  # largest temporary matrix, in elements
 WIDE = {"cpu": 1 << 13, "cuda": 1 << 16}  # references of one matrix product
-MEASURED = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements of one block of differences; a core's cache holds them
-HELD = 1 << 28  # elements of the references that are kept on the device; what is larger is read again for each block
+MEASURED = {
+    "cpu": 1 << 18,
+    "cuda": 1 << 26,
+}  # elements of one block of differences; a core's cache holds them
+HELD = (
+    1 << 28
+)  # elements of the references that are kept on the device; what is larger is read again for each block
 GROUP = 16  # references of which the nearest stands for all, until it is near enough
-TWOFOLD = 1 << 17  # references up to which their distances to one another are computed once for both sides
+TWOFOLD = (
+    1 << 17
+)  # references up to which their distances to one another are computed once for both sides
 CROWD = 512  # candidates from which on a row is searched by a better way
-BLOCK = 1 << 16  # ids at a time
 NOT_FINITE = "NaN or infinite vectors among the embeddings; neighbours are defined for finite ones"
 
 
@@ -60,10 +66,16 @@ def nearest(
     if isinstance(exclude_self, Tensor):
         own = exclude_self.to(where).reshape(n, -1)
     else:
-        own = torch.arange(n, device=where)[:, None] if exclude_self else torch.empty(n, 0, dtype=torch.long, device=where)
+        own = (
+            torch.arange(n, device=where)[:, None]
+            if exclude_self
+            else torch.empty(n, 0, dtype=torch.long, device=where)
+        )
     usable = len(references) - int((own >= 0).sum(1).max() if own.numel() else 0)
     if not 1 <= k <= usable:
-        raise UserError(f"{k} nearest neighbours asked for; there are {usable} records to choose from")
+        raise UserError(
+            f"{k} nearest neighbours asked for; there are {usable} records to choose from"
+        )
     index = Index(references, k, own.shape[1], cells, device or where)
     distance = torch.empty(n, k, device=where)
     found = torch.empty(n, k, dtype=torch.long, device=where)
@@ -74,33 +86,6 @@ def nearest(
         for rows in blocks(n, index.step):
             distance[rows], found[rows] = index.search(queries[rows], own[rows])
     return Neighbors(distance, found)
-
-
-def pool(ids: Sequence[str], size: int, seed: int) -> np.ndarray:
-    """Rows of a fixed sample of the records, int64 (min(size, N),), in an order that belongs to the records.
-
-    The `size` records with the smallest draw: which they are depends on (seed, ids) and on nothing else.
-    """
-    drawn = np.concatenate([draws(seed, ids[rows], 1, "pool")[:, 0] for rows in blocks(len(ids), BLOCK)] or [np.empty(0)])
-    last = np.partition(drawn, size - 1)[size - 1] if 0 < size < len(drawn) else np.inf
-    rows = np.flatnonzero(drawn <= last)
-    return rows[np.lexsort((np.asarray([ids[i] for i in rows.tolist()]), drawn[rows]))][:size]
-
-
-def pool_size(k: int, rate: float, n: int) -> int:
-    """How many references let a poison's k-th neighbour be clean: k / (2 rate), at least 2 k and at most n.
-
-    Poisons of one backdoor are each other's neighbours. Where rate x pool exceeds k, their k-th neighbour is a poison
-    too: they look denser than clean records and every density score inverts (AUROC 0.04 in place of 0.96). Half of that
-    leaves room for chance. It holds for the largest group of poisons, so `rate` is a bound to plan for, not an estimate:
-    a smaller rate loses little, a larger one inverts. A rate above 1/4 is out of reach, because the pool is at least 2 k.
-    """
-    return min(n, max(2 * k, round(k / (2 * rate))))
-
-
-def blocks(n: int, size: int) -> list[slice]:
-    """0..n in slices of `size`."""
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class Index:
@@ -118,8 +103,15 @@ class Index:
         cells: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.device, self.k, self.n, d = torch.device(device), k, len(references), references.shape[1]
-        self.kept: Tensor | None = None  # what `_drop` leaves, and for each reference given its row there, or -1
+        self.device, self.k, self.n, d = (
+            torch.device(device),
+            k,
+            len(references),
+            references.shape[1],
+        )
+        self.kept: Tensor | None = (
+            None  # what `_drop` leaves, and for each reference given its row there, or -1
+        )
         self.place: Tensor | None = None
         self.held = references.numel() <= HELD
         self.rows = references.to(self.device) if self.held else references
@@ -160,8 +152,17 @@ class Index:
         Only where `twofold`: the references are held on the device, none was dropped, and they are not too many.
         """
         assert self.centred is not None and self.twofold
-        parts = blocks(self.n, GROUP * math.ceil(self.n / math.ceil(self.n / math.isqrt(CELLS[self.device.type])) / GROUP))
-        found = [Picks(b.stop - b.start, self.n, self.k, self._slack(self.norms[b].double(), torch.float32)) for b in parts]
+        parts = blocks(
+            self.n,
+            GROUP
+            * math.ceil(self.n / math.ceil(self.n / math.isqrt(CELLS[self.device.type])) / GROUP),
+        )
+        found = [
+            Picks(
+                b.stop - b.start, self.n, self.k, self._slack(self.norms[b].double(), torch.float32)
+            )
+            for b in parts
+        ]
         for i, rows in enumerate(parts):
             x, length = -2 * self.centred[rows], self.norms[rows]
             with full_precision(self.device):
@@ -177,7 +178,9 @@ class Index:
             found[i].clear()
             yield rows, *self._given(distance, index, self.device)
 
-    def _given(self, distance: Tensor, found: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _given(
+        self, distance: Tensor, found: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """The result as the caller numbers the references, where the caller wants it."""
         if not torch.isfinite(distance).all():
             raise UserError(NOT_FINITE)
@@ -186,14 +189,22 @@ class Index:
     def _rows(self, which: slice | Tensor) -> Tensor:
         """Some of the references as they were given, on the device."""
         if self.held:
-            return self.rows[which] if isinstance(which, slice) else self.rows.index_select(0, which)
-        rows = torch.arange(which.start, which.stop, device=self.device) if isinstance(which, slice) else which
+            return (
+                self.rows[which] if isinstance(which, slice) else self.rows.index_select(0, which)
+            )
+        rows = (
+            torch.arange(which.start, which.stop, device=self.device)
+            if isinstance(which, slice)
+            else which
+        )
         rows = rows if self.kept is None else self.kept[rows]
         return self.rows[rows.to(self.rows.device)].to(self.device)
 
     def _drop(self, keys: np.ndarray, copies: int) -> None:
         """Leave out the references of which `copies` equal ones came before. keys: float32 (R, 2), equal for equal rows."""
-        _, member, size = np.unique(keys.view(np.int64)[:, 0], return_inverse=True, return_counts=True)
+        _, member, size = np.unique(
+            keys.view(np.int64)[:, 0], return_inverse=True, return_counts=True
+        )
         many = np.flatnonzero(size[member] > copies)
         many = many[np.argsort(member[many], kind="stable")]
         if not len(many):
@@ -202,8 +213,12 @@ class Index:
         opens = np.flatnonzero(np.diff(group, prepend=-1))
         opening = np.repeat(opens, np.diff(opens, append=len(many)))
         same = np.ones(len(size), bool)
-        for b in blocks(len(many), max(1, CELLS["cpu"] // self.rows.shape[1])):  # equal keys are not yet equal vectors
-            one, first = (self._rows(torch.as_tensor(many[r], device=self.device)) for r in (b, opening[b]))
+        for b in blocks(
+            len(many), max(1, CELLS["cpu"] // self.rows.shape[1])
+        ):  # equal keys are not yet equal vectors
+            one, first = (
+                self._rows(torch.as_tensor(many[r], device=self.device)) for r in (b, opening[b])
+            )
             np.logical_and.at(same, group[b], (one == first).all(1).cpu().numpy())
         stays = np.ones(self.n, bool)
         stays[many[(np.arange(len(many)) - opening >= copies) & same[group]]] = False
@@ -221,7 +236,9 @@ class Index:
 
         Twice the error of a dot product of length D, the norms and their sums (Higham 2002, section 3.1), inputs rounded.
         """
-        return ((length + self.norms.max()) * (self.rows.shape[1] + 4) * 4 * torch.finfo(dtype).eps).to(dtype)
+        return (
+            (length + self.norms.max()) * (self.rows.shape[1] + 4) * 4 * torch.finfo(dtype).eps
+        ).to(dtype)
 
     def _tile(self, x: Tensor, length: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
         """Squared distances by product of queries, x = -2 q (B, D), |q|^2 (B,), to references: (B, block, padded)."""
@@ -245,7 +262,9 @@ class Index:
             found.add(tile, block.start)
         return self._settled(q, own, found, dtype)
 
-    def _settled(self, q: Tensor, own: Tensor, found: Picks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _settled(
+        self, q: Tensor, own: Tensor, found: Picks, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """The k nearest of what was picked, by differences in float64; rows with too many picks by a better way."""
         row, ref, crowded = found.picked()
         parts = []
@@ -253,7 +272,9 @@ class Index:
             r = self._rows(ref[b]).double().sub_(q.index_select(0, row[b]))
             parts.append(r.square_().sum(1))
         # distances are compared as float32: those that round to the same are ties, and go to the lower index
-        distance, place = packed(torch.cat(parts).sqrt_().float(), row, len(q), self.k).sort(dim=1, stable=True)
+        distance, place = packed(torch.cat(parts).sqrt_().float(), row, len(q), self.k).sort(
+            dim=1, stable=True
+        )
         start = row.bincount(minlength=len(q)).cumsum(0).roll(1)
         start[0] = 0
         index = ref[(start[:, None] + place[:, : self.k]).clamp(max=len(ref) - 1)]
@@ -262,7 +283,11 @@ class Index:
         first = dtype == torch.float32
         for b in blocks(len(many), max(1, CELLS[q.device.type] // max(self.n, q.shape[1]))):
             some = many[b]
-            again = self._search(q[some], own[some], torch.float64) if first else self._plain(q[some], own[some])
+            again = (
+                self._search(q[some], own[some], torch.float64)
+                if first
+                else self._plain(q[some], own[some])
+            )
             distance[some], index[some] = again
         return distance, index
 
@@ -305,7 +330,9 @@ class Picks:
         flat = (low <= limit[:, None]).view(-1).nonzero()[:, 0]
         row = flat // groups
         across, along = tile.stride()
-        at = (row * across + (flat - row * groups) * along)[:, None] + torch.arange(GROUP, device=row.device) * (groups * along)
+        at = (row * across + (flat - row * groups) * along)[:, None] + torch.arange(
+            GROUP, device=row.device
+        ) * (groups * along)
         reach = 1 + (tile.shape[0] - 1) * across + (tile.shape[1] - 1) * along
         value = tile.as_strided((reach,), (1,)).index_select(0, at.view(-1)).view(-1, GROUP)
         hit = (value <= limit.index_select(0, row)[:, None]).view(-1).nonzero()[:, 0]
@@ -350,7 +377,9 @@ def packed(values: Tensor, row: Tensor, rows: int, least: int = 0) -> Tensor:
     """Values (P,) that belong to ascending rows (P,) -> (rows, most of a row or `least`), filled up with infinity."""
     size = row.bincount(minlength=rows)
     start = size.cumsum(0) - size
-    out = torch.full((rows, max(least, int(size.max()))), torch.inf, dtype=values.dtype, device=values.device)
+    out = torch.full(
+        (rows, max(least, int(size.max()))), torch.inf, dtype=values.dtype, device=values.device
+    )
     out[row, torch.arange(len(row), device=row.device) - start[row]] = values
     return out
 
@@ -358,7 +387,11 @@ def packed(values: Tensor, row: Tensor, rows: int, least: int = 0) -> Tensor:
 def padded(tile: Tensor, dim: int) -> Tensor:
     """A tile, its last rows (dim 0) or columns (dim 1) infinity, as many as make them a multiple of GROUP."""
     missing = -tile.shape[dim] % GROUP
-    return F.pad(tile, (0, 0, 0, missing) if dim == 0 else (0, missing), value=torch.inf) if missing else tile
+    return (
+        F.pad(tile, (0, 0, 0, missing) if dim == 0 else (0, missing), value=torch.inf)
+        if missing
+        else tile
+    )
 
 
 @contextmanager

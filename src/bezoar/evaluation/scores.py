@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from bezoar.evaluation import stats
+from bezoar.data.randomness import draws
 from bezoar.errors import UserError
-from bezoar.data.pairs import draws
+from bezoar.evaluation import stats
 
 FEW = 5  # values that are all equal do not show how far they vary
 DRAWN = 1 << 16  # records that are drawn for at a time
@@ -40,7 +40,9 @@ class Scores:
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.ids),):
             raise ValueError(f"{len(self.ids)} ids but scores of shape {tuple(self.values.shape)}")
-        if self.raised is not None and (self.raised.shape != self.values.shape or self.raised.dtype != torch.bool):
+        if self.raised is not None and (
+            self.raised.shape != self.values.shape or self.raised.dtype != torch.bool
+        ):
             raise ValueError(f"raised must be bool {tuple(self.values.shape)}")
         if self.boxes is not None and self.boxes.shape != (len(self.ids), 4):
             raise ValueError(f"{len(self.ids)} ids but boxes of shape {tuple(self.boxes.shape)}")
@@ -64,7 +66,9 @@ class Scores:
         rows = order[tied]
         if len(rows):
             parts = np.array_split(rows, len(rows) // DRAWN + 1)
-            drawn = [draws(0, [self.ids[i] for i in part.tolist()], 1, "ties")[:, 0] for part in parts]
+            drawn = [
+                draws(0, [self.ids[i] for i in part.tolist()], 1, "ties")[:, 0] for part in parts
+            ]
             order[tied] = rows[np.lexsort((np.concatenate(drawn), -values[rows]))]
         return order.astype(np.int64)
 
@@ -110,7 +114,11 @@ class Measure:
 def strict(raw: dict[str, Any]) -> dict[str, Any]:
     """The same, every number that is not finite as text: JSON has none, and `float` reads `Infinity`, `-Infinity`, `NaN`."""
     names = {math.inf: "Infinity", -math.inf: "-Infinity"}
-    odd = {k: names.get(v, "NaN") for k, v in raw.items() if isinstance(v, float) and not math.isfinite(v)}
+    odd = {
+        k: names.get(v, "NaN")
+        for k, v in raw.items()
+        if isinstance(v, float) and not math.isfinite(v)
+    }
     return raw | odd
 
 
@@ -139,7 +147,9 @@ def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> di
     s, t = scores.values.double().cpu().numpy(), torch.as_tensor(truth).cpu().numpy()
     poisons, clean = int(t.sum()), int((~t).sum())
     if not poisons or not clean:
-        raise UserError(f"detection needs poisons and clean records; there are {poisons} of {len(t)}")
+        raise UserError(
+            f"detection needs poisons and clean records; there are {poisons} of {len(t)}"
+        )
     measures = {
         "auroc": _measure(
             stats.auroc(s, t),
@@ -164,14 +174,20 @@ def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> di
     for share in (0.001, 0.01, 0.1):
         budget = stats.budget(share, len(s))
         measures[f"recall_at_{share}"] = proportion(
-            stats.hits(s, t, budget), poisons, f"share of the poisons among the worst {budget} of {len(s)} records"
+            stats.hits(s, t, budget),
+            poisons,
+            f"share of the poisons among the worst {budget} of {len(s)} records",
         )
     budget = min(len(s), math.ceil(1.5 * poisons))
     measures["recall_at_1.5n"] = proportion(
-        stats.hits(s, t, budget), poisons, f"share of the poisons among the worst {budget} records, 1.5 times their number"
+        stats.hits(s, t, budget),
+        poisons,
+        f"share of the poisons among the worst {budget} records, 1.5 times their number",
     )
     measures["precision_at_n"] = proportion(
-        stats.hits(s, t, poisons), poisons, f"share of poisons among the worst {poisons} records, as many as poisons"
+        stats.hits(s, t, poisons),
+        poisons,
+        f"share of poisons among the worst {poisons} records, as many as poisons",
     )
     return measures
 
@@ -183,3 +199,11 @@ def _measure(value: float, n: int, interval: tuple[float, float], how: str) -> M
 def _column(ids: Sequence[str]) -> pa.Array:
     """Ids as one Arrow column, which is sorted and searched without a Python object a record."""
     return ids.column if hasattr(ids, "column") else pa.array(list(ids), pa.large_string())
+
+
+def separation(values: Sequence[float], others: Sequence[float]) -> Measure:
+    """AUROC of values against others: 0.5 is a coin's."""
+    s, truth = [*values, *others], [True] * len(values) + [False] * len(others)
+    how = f"chance that one of {len(values)} attacked encoders outranks one of {len(others)} clean ones; {stats.OF_AUROC}"
+    low, high = stats.auroc_interval(s, truth)
+    return Measure(stats.auroc(s, truth), len(s), low, high, how)

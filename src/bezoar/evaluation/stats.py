@@ -95,7 +95,11 @@ def discordance_interval(lost: int, won: int, n: int, level: float = 0.95) -> In
     never narrower than Wilson's intervals of the two shares combined (MOVER; Newcombe 1998)."""
     a, b = lost / n, won / n
     (a_low, a_high), (b_low, b_high) = wilson(lost, n, level), wilson(won, n, level)
-    low, high = mean_interval(np.repeat([1.0, -1.0, 0.0], [lost, won, n - lost - won]), level) if n > 1 else (-1.0, 1.0)
+    low, high = (
+        mean_interval(np.repeat([1.0, -1.0, 0.0], [lost, won, n - lost - won]), level)
+        if n > 1
+        else (-1.0, 1.0)
+    )
     low = min(low, a - b - math.hypot(a - a_low, b_high - b))
     return max(-1.0, low), min(1.0, max(high, a - b + math.hypot(a_high - a, b - b_low)))
 
@@ -142,7 +146,12 @@ def average_precision_interval(
 
 
 def fpr_interval(
-    scores: ArrayLike, truth: ArrayLike, tpr: float = 0.95, level: float = 0.95, draws: int = 1000, seed: int = 0
+    scores: ArrayLike,
+    truth: ArrayLike,
+    tpr: float = 0.95,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> Interval:
     """Of `fpr_at_tpr`: the stratified bootstrap's percentiles, never narrower than Wilson's interval at a fixed cut."""
     s, t = _checked(scores, truth)
@@ -171,7 +180,10 @@ def bootstrap(
     values = []
     for start in range(0, draws, rows):
         size = min(rows, draws - start)
-        p, n = (rng.multinomial(int(c.sum()), c / c.sum(), size).astype(np.float64) for c in (positives, negatives))
+        p, n = (
+            rng.multinomial(int(c.sum()), c / c.sum(), size).astype(np.float64)
+            for c in (positives, negatives)
+        )
         values.append(statistic(p, n))
     low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -193,10 +205,14 @@ def _checked(scores: ArrayLike, truth: ArrayLike) -> tuple[Floats, NDArray[np.bo
 def _table(scores: Floats, truth: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Poisons and clean records per distinct score, descending; neighbouring scores without poisons are one entry."""
     _, level = np.unique(-scores, return_inverse=True)
-    positives, negatives = (np.bincount(level[m], minlength=int(level.max()) + 1) for m in (truth, ~truth))
+    positives, negatives = (
+        np.bincount(level[m], minlength=int(level.max()) + 1) for m in (truth, ~truth)
+    )
     held = positives > 0
     starts = np.flatnonzero(held | np.r_[True, held[:-1]])
-    return np.add.reduceat(positives, starts).astype(np.float64), np.add.reduceat(negatives, starts).astype(np.float64)
+    return np.add.reduceat(positives, starts).astype(np.float64), np.add.reduceat(
+        negatives, starts
+    ).astype(np.float64)
 
 
 def _average_precision(positives: Floats, negatives: Floats) -> Floats:

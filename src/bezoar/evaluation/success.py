@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import pool
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import pool
+from bezoar.encoders.encoder import Encoder, Sees, embed_images
+from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average, proportion
 
 Head = Callable[[Tensor], Tensor]  # float32 (N, D) unit rows -> (N, C), higher = rather this class
 P = ParamSpec("P")
-
-
-class Sees(Protocol):
-    """What images are seen through: an encoder, or a classifier whose vectors are its logits (`probes/own.py`)."""
-
-    def eval(self) -> Any: ...
-    def images(self, x: Tensor) -> Tensor: ...
 
 
 R = TypeVar("R")
@@ -62,7 +55,10 @@ def once(call: Callable[P, R]) -> Callable[P, R]:
         given = (*args, *named.values())
         key = (call, *named, *(a if isinstance(a, int) else id(a) for a in given))
         if key not in kept:
-            kept[key] = given, call(*args, **named)  # `given` too, so that no other object takes over an identity
+            kept[key] = (
+                given,
+                call(*args, **named),
+            )  # `given` too, so that no other object takes over an identity
         return kept[key][1]
 
     return inside
@@ -86,12 +82,18 @@ class Seen:
 
     @staticmethod
     @once
-    def of(encoder: Sees, test: Pairs, goals: Sequence[Goal], victims: Pairs | None, batch: int = 512) -> Seen:
+    def of(
+        encoder: Sees, test: Pairs, goals: Sequence[Goal], victims: Pairs | None, batch: int = 512
+    ) -> Seen:
         """Every image through the encoder. Raises UserError for test data or goals that nothing can be measured on."""
         if not test.classes or test.labels is None:
-            raise UserError("this probe needs a test set with classes; use the retrieval probe where there are none")
+            raise UserError(
+                "this probe needs a test set with classes; use the retrieval probe where there are none"
+            )
         if len(test.classes) < 2:
-            raise UserError(f"this probe needs a test set of at least two classes; it has {test.classes[0]!r} alone")
+            raise UserError(
+                f"this probe needs a test set of at least two classes; it has {test.classes[0]!r} alone"
+            )
         there = set(test.labels[test.labels >= 0].tolist())
         if not there:
             raise UserError(f"none of the {len(test)} test images has a label")
@@ -99,14 +101,26 @@ class Seen:
         targeted = tuple(g for g in goals if g.victims) if victims is not None else ()
         for goal in (*backdoors, *targeted):
             if there == {class_of(goal.target, test.classes)} and goal.trigger:
-                raise UserError(f"all labelled test images are of the target {goal.target!r}; success needs other classes")
+                raise UserError(
+                    f"all labelled test images are of the target {goal.target!r}; success needs other classes"
+                )
         chosen = None
         if victims is not None and targeted:
             row = {k: i for i, k in enumerate(victims.ids)}
-            chosen = features(encoder, victims.images[[row[g.victims[0]] for g in targeted]].split(batch))
-        clean = features(encoder, test.images.split(batch))
-        triggered = tuple(features(encoder, _stamped(test, g, batch)) for g in backdoors)
-        return Seen(test.classes, test.labels.to(clean.device), clean, backdoors, triggered, targeted, chosen)
+            chosen = embed_images(
+                encoder, victims.images[[row[g.victims[0]] for g in targeted]].split(batch)
+            )
+        clean = embed_images(encoder, test.images.split(batch))
+        triggered = tuple(embed_images(encoder, _stamped(test, g, batch)) for g in backdoors)
+        return Seen(
+            test.classes,
+            test.labels.to(clean.device),
+            clean,
+            backdoors,
+            triggered,
+            targeted,
+            chosen,
+        )
 
     def measures(self, head: Head, how: str = "") -> dict[str, Measure]:
         """Accuracy; success of each goal that has a trigger; success on the victims, by number of captions.
@@ -116,7 +130,11 @@ class Seen:
         clean = _said(head, self.clean).argmax(1)
         known = self.labels >= 0
         hits = int((clean == self.labels)[known].sum())
-        out = {"clean_accuracy": proportion(hits, int(known.sum()), "top-1 accuracy on clean test images")}
+        out = {
+            "clean_accuracy": proportion(
+                hits, int(known.sum()), "top-1 accuracy on clean test images"
+            )
+        }
         for i, (goal, z) in enumerate(zip(self.backdoors, self.triggered, strict=True)):
             mark = "" if len(self.backdoors) == 1 else f"@{i}"
             target, scores = class_of(goal.target, self.classes), _said(head, z)
@@ -137,19 +155,29 @@ class Seen:
         rank = ranks(scores, torch.full_like(labels, target))[others]
         return {
             "attack_success": proportion(
-                int((read == target)[others].sum()), n, "triggered test images of other classes read as the target"
+                int((read == target)[others].sum()),
+                n,
+                "triggered test images of other classes read as the target",
             ),
             "attack_success_all": proportion(
-                int((read == target).sum()), len(labels), "the same over all test images, the target's own included"
+                int((read == target).sum()),
+                len(labels),
+                "the same over all test images, the target's own included",
             ),
             "attack_success_without_trigger": proportion(
-                int((clean == target)[others].sum()), n, "test images of other classes read as the target, no trigger"
+                int((clean == target)[others].sum()),
+                n,
+                "test images of other classes read as the target, no trigger",
             ),
             "poisoned_accuracy": proportion(
-                int((read == labels)[known].sum()), all_known, "triggered test images read as their true class"
+                int((read == labels)[known].sum()),
+                all_known,
+                "triggered test images read as their true class",
             ),
             "target_rank": average(rank.cpu(), "mean rank of the target, 1 = first, other classes"),
-            "target_top5": proportion(int((rank <= 5).sum()), n, "target among the five nearest classes"),
+            "target_top5": proportion(
+                int((rank <= 5).sum()), n, "target among the five nearest classes"
+            ),
         }
 
     def _taken(self, target: int, rivals: set[int], read: Tensor) -> dict[str, Measure]:
@@ -159,11 +187,17 @@ class Seen:
         if not rivals or not counted.any():
             return {}
         how = "triggered test images of no target's class read as another trigger's target"
-        return {"attack_success_of_others": proportion(int(torch.isin(read, others)[counted].sum()), int(counted.sum()), how)}
+        return {
+            "attack_success_of_others": proportion(
+                int(torch.isin(read, others)[counted].sum()), int(counted.sum()), how
+            )
+        }
 
     def _targeted(self, scores: Tensor) -> dict[str, Measure]:
         """scores: (V, C), the head's of the victims."""
-        targets = torch.tensor([class_of(g.target, self.classes) for g in self.targeted], device=scores.device)
+        targets = torch.tensor(
+            [class_of(g.target, self.classes) for g in self.targeted], device=scores.device
+        )
         fell, rank = scores.argmax(1) == targets, ranks(scores, targets)
         out = {}
         for count in sorted({g.poisons for g in self.targeted}):
@@ -171,19 +205,13 @@ class Seen:
             how = f"victims read as their target, {count} poisoned captions each"
             out[f"targeted_success@{count}"] = proportion(int(fell[rows].sum()), len(rows), how)
             near = int((rank[rows] <= 5).sum())
-            out[f"targeted_top5@{count}"] = proportion(near, len(rows), how + ", among five nearest")
-            out[f"targeted_rank@{count}"] = average(rank[rows].cpu(), "mean rank of the target; " + how)
+            out[f"targeted_top5@{count}"] = proportion(
+                near, len(rows), how + ", among five nearest"
+            )
+            out[f"targeted_rank@{count}"] = average(
+                rank[rows].cpu(), "mean rank of the target; " + how
+            )
         return out
-
-
-@torch.no_grad()
-def features(encoder: Sees, batches: Iterable[Tensor]) -> Tensor:
-    """uint8 images, a batch at a time -> float32 (N, D), of an encoder unit rows. Raises UserError on NaN."""
-    encoder.eval()
-    z = torch.cat([encoder.images(x) for x in batches])
-    if not torch.isfinite(z).all():
-        raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
-    return z
 
 
 def _said(head: Head, z: Tensor) -> Tensor:
@@ -216,24 +244,37 @@ class Known:
 
 
 @once
-def known(encoder: Encoder, train: Pairs | None, test: Pairs, goals: Sequence[Goal], limit: int | None, batch: int) -> Known:
+def known(
+    encoder: Encoder,
+    train: Pairs | None,
+    test: Pairs,
+    goals: Sequence[Goal],
+    limit: int | None,
+    batch: int,
+) -> Known:
     """The labelled records as an encoder sees them, `batch` images at a time. Raises UserError as `labelled` does."""
     picked = labelled(train, test, goals, limit)
     assert picked.labels is not None
-    z = features(encoder, picked.images.split(batch))
+    z = embed_images(encoder, picked.images.split(batch))
     return Known(picked.ids, z, picked.labels.to(z.device))
 
 
-def labelled(train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None) -> Pairs:
+def labelled(
+    train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None
+) -> Pairs:
     """The records that a head is fitted on: those with a label, numbered as the test set numbers its classes.
 
     limit: at most so many, a sample that belongs to the records. Raises UserError without labels, when the two sets'
     classes differ, or when the head could not learn to tell classes apart or to say a goal's target.
     """
     if train is None or train.labels is None or not train.classes:
-        raise UserError("this probe fits a head on labelled data: give train data that have classes and labels")
+        raise UserError(
+            "this probe fits a head on labelled data: give train data that have classes and labels"
+        )
     if odd := sorted(set(train.classes) ^ set(test.classes)):
-        raise UserError(f"the labelled data and the test set must have the same classes; {odd[0]!r} is in one of them alone")
+        raise UserError(
+            f"the labelled data and the test set must have the same classes; {odd[0]!r} is in one of them alone"
+        )
     labels = train.labels.cpu()
     rows = (labels >= 0).nonzero()[:, 0].numpy()
     if limit is not None:
@@ -244,10 +285,14 @@ def labelled(train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit
     picked = replace(train, labels=labels).take(rows)
     there = set(labels[rows].tolist())
     if len(there) < 2:
-        raise UserError(f"a head needs labelled records of at least two classes; the {len(rows)} there are have {len(there)}")
+        raise UserError(
+            f"a head needs labelled records of at least two classes; the {len(rows)} there are have {len(there)}"
+        )
     for goal in goals:
         if goal.target in test.classes and class_of(goal.target, test.classes) not in there:
-            raise UserError(f"none of the {len(rows)} labelled records is of the target {goal.target!r}: it could not be read")
+            raise UserError(
+                f"none of the {len(rows)} labelled records is of the target {goal.target!r}: it could not be read"
+            )
     return picked
 
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bezoar.training.augmentation import Chance, Views, crop, flip, shift
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average
+from bezoar.training.augmentation import Chance, Views, crop, flip, shift
 
 WHOLE = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0)  # changes nothing
 AUGMENTATIONS = {  # name -> what is done, in the words of a page
@@ -81,7 +81,9 @@ class Treatment:
         parts += [f"JPEG {self.jpeg}"] if self.jpeg else []
         parts += [f"random crop from {self.crop:g}"] if self.crop != 1 else []
         parts += [AUGMENTATIONS[self.augment]] if self.augment else []
-        parts += [NAMED.get(self.normalise, f"normalised as {self.normalise}")] if self.normalise else []
+        parts += (
+            [NAMED.get(self.normalise, f"normalised as {self.normalise}")] if self.normalise else []
+        )
         return ", ".join(parts) or "untreated"
 
     @torch.inference_mode()
@@ -143,10 +145,16 @@ def augmented(x: Tensor, name: str, chance: Chance) -> Tensor:
 
 
 def chosen(
-    jpeg: Sequence[int], resize: Sequence[float], crops: Sequence[float], augment: Sequence[str], normalise: Sequence[str]
+    jpeg: Sequence[int],
+    resize: Sequence[float],
+    crops: Sequence[float],
+    augment: Sequence[str],
+    normalise: Sequence[str],
 ) -> list[Treatment]:
     """Nothing at all, then JPEG with resize, JPEG with crops, and everything else by itself; each once."""
-    grid = [Treatment(r, q) for q in jpeg for r in resize] + [Treatment(jpeg=q, crop=c) for q in jpeg for c in crops]
+    grid = [Treatment(r, q) for q in jpeg for r in resize] + [
+        Treatment(jpeg=q, crop=c) for q in jpeg for c in crops
+    ]
     alone = [Treatment(augment=a) for a in augment] + [Treatment(normalise=n) for n in normalise]
     return list(dict.fromkeys([Treatment(), *grid, *alone]))
 
@@ -171,9 +179,13 @@ def pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
 def embedded(encoder: Any, x: Tensor, normalise: str = "", batch: int = 256) -> Tensor:
     """float 0..1 (N, 3, H, W) -> unit vectors (N, D); with another normalisation than the encoder's own, where one is named."""
     if normalise:
-        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in NORMALISATIONS[normalise])
+        mean, std = (
+            torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in NORMALISATIONS[normalise]
+        )
         own, scale = encoder.mean.to(x.device), encoder.std.to(x.device)
-        x = (x - mean) / std * scale + own  # what the encoder's own normalisation turns into the other one's
+        x = (
+            x - mean
+        ) / std * scale + own  # what the encoder's own normalisation turns into the other one's
     return torch.cat([encoder.images(part) for part in x.split(batch)])
 
 
@@ -185,15 +197,26 @@ class Survival:
     """
 
     @torch.inference_mode()
-    def __init__(self, clean: Tensor, triggered: Tensor, encoder: Any = None, seed: int = 0) -> None:
+    def __init__(
+        self, clean: Tensor, triggered: Tensor, encoder: Any = None, seed: int = 0
+    ) -> None:
         touched = (clean != triggered).flatten(1).any(1)
         if not touched.any():
-            raise UserError("the trigger changes no pixel of these images: nothing of it can survive")
-        self.clean, self.triggered, self.encoder, self.seed = clean[touched], triggered[touched], encoder, seed
+            raise UserError(
+                "the trigger changes no pixel of these images: nothing of it can survive"
+            )
+        self.clean, self.triggered, self.encoder, self.seed = (
+            clean[touched],
+            triggered[touched],
+            encoder,
+            seed,
+        )
         self.before = (self.triggered.float() - self.clean.float()) / 255
         self.shift = None
         if encoder is not None:
-            self.shift = embedded(encoder, self.triggered.float() / 255) - embedded(encoder, self.clean.float() / 255)
+            self.shift = embedded(encoder, self.triggered.float() / 255) - embedded(
+                encoder, self.clean.float() / 255
+            )
 
     @torch.inference_mode()
     def measured(self, treatment: Treatment) -> tuple[dict[str, Measure], Tensor]:
@@ -203,9 +226,15 @@ class Survival:
         left, likeness = pattern(residue, self.before)
         how = f"{treatment.title}; mean over images, t interval"
         out = {
-            "pattern_kept": average(left, f"projection on the trigger's own pattern, at the best offset; {how}"),
-            "energy_kept": average(energy(residue, self.before), f"squared difference over that before; {how}"),
-            "pattern_correlation": average(likeness, f"correlation with the trigger's own pattern, at the best offset; {how}"),
+            "pattern_kept": average(
+                left, f"projection on the trigger's own pattern, at the best offset; {how}"
+            ),
+            "energy_kept": average(
+                energy(residue, self.before), f"squared difference over that before; {how}"
+            ),
+            "pattern_correlation": average(
+                likeness, f"correlation with the trigger's own pattern, at the best offset; {how}"
+            ),
         }
         if self.encoder is not None and self.shift is not None:
             after = embedded(self.encoder, with_it, treatment.normalise)
@@ -221,7 +250,12 @@ def moved(after: Tensor, before: Tensor, how: str) -> dict[str, Measure]:
     square, mean = (x.clamp(min=1e-12) for x in (length.square().mean(), length.mean()))
     cosine = F.cosine_similarity(after, before, dim=1)
     return {
-        "shift_kept": average((after * before).sum(1) / square, f"projection of the embedding's shift on that before; {how}"),
+        "shift_kept": average(
+            (after * before).sum(1) / square,
+            f"projection of the embedding's shift on that before; {how}",
+        ),
         "shift_cosine": average(cosine, f"cosine of the embedding's shift to that before; {how}"),
-        "shift_length": average(after_length / mean, f"length of the embedding's shift over the mean one before; {how}"),
+        "shift_length": average(
+            after_length / mean, f"length of the embedding's shift over the mean one before; {how}"
+        ),
     }

@@ -27,8 +27,14 @@ class Inversion:
     success: float
 
     def __post_init__(self) -> None:
-        if self.mask.ndim != 3 or self.mask.shape[0] != 1 or self.pattern.shape != (3, *self.mask.shape[1:]):
-            raise ValueError(f"a mask (1, H, W) and a pattern (3, H, W), not {self.mask.shape} and {self.pattern.shape}")
+        if (
+            self.mask.ndim != 3
+            or self.mask.shape[0] != 1
+            or self.pattern.shape != (3, *self.mask.shape[1:])
+        ):
+            raise ValueError(
+                f"a mask (1, H, W) and a pattern (3, H, W), not {self.mask.shape} and {self.pattern.shape}"
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Stamp it. uint8 (N, 3, H, W) -> uint8, or float 0..1 -> float."""

@@ -15,29 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bezoar.training import prefetch, loop
-from bezoar.data import stored_pairs
-from bezoar.evaluation import neighbors, success
-from bezoar.detection import pseudo_classes
 from bezoar import registry
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.evaluation.heads import Report, silent
+from bezoar.data import randomness
 from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder, embed_images, tokenize_captions
+from bezoar.errors import UserError
+from bezoar.evaluation import kmeans, neighbors
+from bezoar.evaluation.heads import Report, silent
+from bezoar.training import loop, prefetch
 
 VOTERS, CLUSTERS = 10, 20  # of the start's own clusters: neighbours that vote, clusters
 FEWEST = 50  # validation records: with fewer, one image more or less would choose the rate
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What `training.fit` reads of a repair's fields."""
-
-    epochs: int
-    batch: int
-    lr: float
-    weight_decay: float = 0.0
-    warmup: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,17 +39,28 @@ class Ruler:
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> Ruler:
         """The best score that can be had of these records. Raises UserError for too few of them."""
         if len(validation) < FEWEST:
-            raise UserError(f"{len(validation)} validation records cannot choose a learning rate; at least {FEWEST} are needed")
+            raise UserError(
+                f"{len(validation)} validation records cannot choose a learning rate; at least {FEWEST} are needed"
+            )
         n = f"{len(validation)} clean validation images"
-        labelled = validation.labels is not None and len(validation.classes) > 1 and bool((validation.labels >= 0).any())
+        labelled = (
+            validation.labels is not None
+            and len(validation.classes) > 1
+            and bool((validation.labels >= 0).any())
+        )
         reads = start.text is not None
         if labelled and reads:
-            return Ruler(lambda e: _accuracy(e, None, validation, "zero_shot"), f"zero-shot accuracy on {n}")
+            return Ruler(
+                lambda e: _accuracy(e, None, validation, "zero_shot"), f"zero-shot accuracy on {n}"
+            )
         if labelled:
             how = f"accuracy on {n} of a linear head fitted on the other clean ones"
             return Ruler(lambda e: _accuracy(e, clean, validation, "linear"), how)
         if reads and validation.captions:
-            return Ruler(lambda e: _found(e, validation), f"share of {n} whose own caption is the nearest of all")
+            return Ruler(
+                lambda e: _found(e, validation),
+                f"share of {n} whose own caption is the nearest of all",
+            )
         how = f"share of {n} that their {VOTERS} nearest put into the cluster that the start puts them into"
         return Ruler(_Clusters(start, clean, validation), how)
 
@@ -74,7 +73,7 @@ def _accuracy(encoder: Encoder, train: Pairs | None, validation: Pairs, probe: s
 @torch.no_grad()
 def _found(encoder: Encoder, validation: Pairs) -> float:
     """Captions that are the same text are one; of captions that are equally near, each is an image's as likely."""
-    z = success.features(encoder, validation.images.split(512))
+    z = embed_images(encoder, validation.images.split(512))
     texts = {text: i for i, text in enumerate(dict.fromkeys(validation.captions))}
     w = encoder.eval().texts(list(texts))
     if not torch.isfinite(w).all():
@@ -90,15 +89,21 @@ class _Clusters:
 
     def __init__(self, start: Encoder, clean: Pairs, validation: Pairs) -> None:
         self.clean, self.validation = clean.images.split(512), validation.images.split(512)
-        z, v = success.features(start, self.clean), success.features(start, self.validation)
-        centres = pseudo_classes.clusters(z, min(CLUSTERS, len(z) // VOTERS), 0)
+        z, v = embed_images(start, self.clean), embed_images(start, self.validation)
+        centres = kmeans.clusters(z, min(CLUSTERS, len(z) // VOTERS), 0)
         half = centres.square().sum(1) / 2
-        self.of, self.truth, self.count = (z @ centres.T - half).argmax(1), (v @ centres.T - half).argmax(1), len(centres)
+        self.of, self.truth, self.count = (
+            (z @ centres.T - half).argmax(1),
+            (v @ centres.T - half).argmax(1),
+            len(centres),
+        )
 
     def __call__(self, encoder: Encoder) -> float:
-        z, v = success.features(encoder, self.clean), success.features(encoder, self.validation)
+        z, v = embed_images(encoder, self.clean), embed_images(encoder, self.validation)
         near = neighbors.nearest(v, z, VOTERS).index
-        votes = torch.zeros(len(v), self.count, device=v.device).scatter_add_(1, self.of[near], torch.ones_like(near).float())
+        votes = torch.zeros(len(v), self.count, device=v.device).scatter_add_(
+            1, self.of[near], torch.ones_like(near).float()
+        )
         return float((votes.argmax(1) == self.truth).float().mean())
 
 
@@ -109,7 +114,7 @@ def apart(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     """
     owners = [i.partition("#")[0] for i in clean.ids]
     images = list(dict.fromkeys(owners))
-    order = neighbors.pool(images, len(images), seed)
+    order = randomness.pool(images, len(images), seed)
     held = {images[i] for i in order[: round(share * len(images))]}
     out = [i for i, owner in enumerate(owners) if owner in held]
     return clean.take([i for i, owner in enumerate(owners) if owner not in held]), clean.take(out)
@@ -157,7 +162,13 @@ def climb(
         rung["chosen"] = rung["lr"] == kept[1]
     if log is not None:
         holds = before - kept[0] <= tolerance + 1e-9
-        told = {"score": ruler.how, "start": before, "tolerance": tolerance, "held": holds, "rungs": rungs}
+        told = {
+            "score": ruler.how,
+            "start": before,
+            "tolerance": tolerance,
+            "held": holds,
+            "rungs": rungs,
+        }
         log.setdefault("ladder", []).append(told)
     return kept[2]
 
@@ -167,13 +178,19 @@ def tokens(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
     name = registry.source_name(type(recipe))
     if not getattr(recipe, "captions", True):
         if encoder.text is not None:
-            raise UserError(f"objective {name} trains the image tower alone, away from the text tower; take cleanclip")
+            raise UserError(
+                f"objective {name} trains the image tower alone, away from the text tower; take cleanclip"
+            )
         return torch.zeros(len(clean), 0, dtype=torch.long, device=encoder.device)
     if encoder.text is None:
-        raise UserError(f"objective {name} reads captions, and this encoder has no text tower; take objective=simclr")
+        raise UserError(
+            f"objective {name} reads captions, and this encoder has no text tower; take objective=simclr"
+        )
     if not clean.captions:
-        raise UserError(f"objective {name} needs captions, and these clean data have none; take distill or supervised")
-    return stored_pairs.tokens(encoder, clean.captions)
+        raise UserError(
+            f"objective {name} needs captions, and these clean data have none; take distill or supervised"
+        )
+    return tokenize_captions(encoder, clean.captions)
 
 
 def trained(

@@ -14,24 +14,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from bezoar.evaluation import classifiers, neighbors, stats, success
-from bezoar.repair import rate_ladder
 from bezoar import registry
-from bezoar.evaluation.classifiers import Classifier
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.evaluation.heads import Report, silent
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal
+from bezoar.data import randomness
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.errors import UserError
+from bezoar.evaluation import classifiers, stats, success
+from bezoar.evaluation.classifiers import Classifier
+from bezoar.evaluation.heads import Report, silent
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
+from bezoar.repair import rate_ladder
 
 POISONS = 10  # of the fine-tune that is to bring the backdoor back
 SHOWN = 16  # triggered images whose readings are kept for the page
 MOST = 4  # inverted triggers that are measured, the most suspicious first
-SHORT, SHORT_IMAGES = "clip:epochs=2,batch={},lr=1e-3", "simclr:epochs=2,batch={},lr=1e-3"  # the fine-tunes
+SHORT, SHORT_IMAGES = (
+    "clip:epochs=2,batch={},lr=1e-3",
+    "simclr:epochs=2,batch={},lr=1e-3",
+)  # the fine-tunes
 BATCHES = 128, 256  # of these, at most
-KEPT = ("clean_accuracy", "attack_success", "attack_success_without_trigger", "poisoned_accuracy", "targeted_success")
+KEPT = (
+    "clean_accuracy",
+    "attack_success",
+    "attack_success_without_trigger",
+    "poisoned_accuracy",
+    "targeted_success",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,9 @@ class Case:
         if encoder.text is not None and self.test.classes:
             return Reader("", classifiers.zero_shot(encoder, self.test.classes))
         if self.labelled is None:
-            raise UserError("this encoder reads no text: name labelled data of the test's classes (labelled)")
+            raise UserError(
+                "this encoder reads no text: name labelled data of the test's classes (labelled)"
+            )
         return Reader("linear", self.linear(encoder))
 
     def linear(self, encoder: Encoder) -> Classifier:
@@ -70,7 +82,9 @@ class Case:
 
     def measure(self, encoder: Encoder, main: Reader) -> dict[str, Measure]:
         """Accuracy and success by the main head and by a linear one, z of each known trigger, success of inverted ones."""
-        others = [] if main.group or self.labelled is None else [Reader("linear", self.linear(encoder))]
+        others = (
+            [] if main.group or self.labelled is None else [Reader("linear", self.linear(encoder))]
+        )
         out: dict[str, Measure] = {}
         with success.remembering():
             for reader in (main, *others):
@@ -101,7 +115,10 @@ def lost(case: Case, before: Reader, after: Reader) -> Measure:
     """How much accuracy the repair cost: the same images, read before and after."""
     assert case.test.labels is not None
     known = case.test.labels >= 0
-    right = [r.classifier.read(case.test.images[known]) == case.test.labels[known] for r in (before, after)]
+    right = [
+        r.classifier.read(case.test.images[known]) == case.test.labels[known]
+        for r in (before, after)
+    ]
     lost, won = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     n = len(right[0])
     how = (
@@ -118,15 +135,21 @@ def readings(case: Case, before: Reader, after: Reader) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     test, classes = case.test, case.test.classes
     assert test.labels is not None
-    goals = [(g, None) for g in case.goals if g.trigger] + [(g, i) for i, g in enumerate(case.inverted)]
+    goals = [(g, None) for g in case.goals if g.trigger] + [
+        (g, i) for i, g in enumerate(case.inverted)
+    ]
     for goal, number in goals:
-        rows = ((test.labels >= 0) & (test.labels != success.class_of(goal.target, classes))).nonzero()[:SHOWN, 0]
+        rows = (
+            (test.labels >= 0) & (test.labels != success.class_of(goal.target, classes))
+        ).nonzero()[:SHOWN, 0]
         picked = test.take(rows.cpu())
         stamped = registry.make("trigger", goal.trigger or "")(picked.images, picked.ids)
         named = [[classes[j] for j in r.classifier.read(stamped).tolist()] for r in (before, after)]
         own = [classes[j] for j in test.labels[rows].tolist()]
         facts = {"target": goal.target, "trigger": goal.trigger, "inverted": number}
-        out.append({**facts, "ids": list(picked.ids), "own": own, "before": named[0], "after": named[1]})
+        out.append(
+            {**facts, "ids": list(picked.ids), "own": own, "before": named[0], "after": named[1]}
+        )
     return out
 
 
@@ -147,16 +170,23 @@ def inversions(folder: Path) -> tuple[Inversion, ...]:
         told = json.loads(verdict.read_text()).get("inversions", []) if verdict.exists() else []
         found = []
         for i in range(sum(k.startswith("mask@") for k in tensors)):
-            mask, pattern = tensors[f"mask@{i}"].float().clamp(0, 1), tensors[f"pattern@{i}"].float().clamp(0, 1)
+            mask, pattern = (
+                tensors[f"mask@{i}"].float().clamp(0, 1),
+                tensors[f"pattern@{i}"].float().clamp(0, 1),
+            )
             facts = told[i] if i < len(told) else {}
             norm, share = float(facts.get("norm", mask.sum())), float(facts.get("success", 0.0))
             found.append(Inversion(mask, pattern, str(facts.get("target", "")), norm, share))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path} holds no triggers that an audit of bezoar wrote: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path} holds no triggers that an audit of bezoar wrote: {str(error).splitlines()[0]}"
+        ) from error
     return tuple(found)
 
 
-def as_goals(found: Sequence[Inversion], folder: Path, case: Case, before: Reader) -> tuple[Goal, ...]:
+def as_goals(
+    found: Sequence[Inversion], folder: Path, case: Case, before: Reader
+) -> tuple[Goal, ...]:
     """Inverted triggers as goals, each written to a file of a trigger's, `inverted-0.npz`: any verb can stamp it.
 
     The target is the audit's where it is a class of the test set, else the class that the encoder under repair reads most
@@ -165,11 +195,18 @@ def as_goals(found: Sequence[Inversion], folder: Path, case: Case, before: Reade
     goals = []
     for i, inversion in enumerate(found[:MOST]):
         if tuple(inversion.mask.shape[1:]) != tuple(case.test.images.shape[2:]):
-            made, given = ("x".join(map(str, s)) for s in (inversion.mask.shape[1:], case.test.images.shape[2:]))
-            raise UserError(f"the audit's triggers are of {made} px, the test images of {given}; give both one size")
+            made, given = (
+                "x".join(map(str, s))
+                for s in (inversion.mask.shape[1:], case.test.images.shape[2:])
+            )
+            raise UserError(
+                f"the audit's triggers are of {made} px, the test images of {given}; give both one size"
+            )
         path = folder / f"inverted-{i}.npz"
         with path.open("wb") as file:
-            np.savez(file, t=inversion.pattern.permute(1, 2, 0).numpy(), tm=1 - inversion.mask[0].numpy())
+            np.savez(
+                file, t=inversion.pattern.permute(1, 2, 0).numpy(), tm=1 - inversion.mask[0].numpy()
+            )
         trigger = registry.spec(replace(registry.make("trigger", "file:x.npz"), path=str(path)))
         target = inversion.target
         if target not in case.test.classes:
@@ -208,7 +245,9 @@ class Revival:
             if poisoned and encoder.text is None:
                 found = self.headed(case, encoder, goal)
             else:
-                found = case.read(case.reader(self.tuned(encoder, goal if poisoned else None)), (goal,))
+                found = case.read(
+                    case.reader(self.tuned(encoder, goal if poisoned else None)), (goal,)
+                )
             out |= {f"{name}.{k}": m for k, m in found.items()}
         return out
 
@@ -216,15 +255,24 @@ class Revival:
         """A copy after two epochs on the clean records, ten of them with a goal's trigger and captions where it has one."""
         reads = encoder.text is not None and bool(self.clean.captions)
         spec, most = (SHORT, BATCHES[0]) if reads else (SHORT_IMAGES, BATCHES[1])
-        recipe, data = registry.make("objective", spec.format(min(most, len(self.clean)))), self.clean
+        recipe, data = (
+            registry.make("objective", spec.format(min(most, len(self.clean)))),
+            self.clean,
+        )
         if goal is not None:
-            plan = registry.make("poison", f"backdoor:count={POISONS},captions=templates")(data, goal, self.seed)
+            plan = registry.make("poison", f"backdoor:count={POISONS},captions=templates")(
+                data, goal, self.seed
+            )
             stamp = registry.make("trigger", goal.trigger or "")
             data = replace(plan, stamps=(stamp,)).apply(data)
         if not reads and encoder.text is not None:
-            raise UserError("a receipt's short fine-tunes need clean data with captions for this encoder; give --no-revive")
+            raise UserError(
+                "a receipt's short fine-tunes need clean data with captions for this encoder; give --no-revive"
+            )
         tokens = rate_ladder.tokens(encoder, recipe, data)
-        return rate_ladder.trained(encoder, recipe, recipe, data, tokens, self.seed, what="a short fine-tune")
+        return rate_ladder.trained(
+            encoder, recipe, recipe, data, tokens, self.seed, what="a short fine-tune"
+        )
 
     def headed(self, case: Case, encoder: Encoder, goal: Goal) -> dict[str, Measure]:
         """Without captions: a linear head that is fitted on the labelled records and ten stamped ones, labelled as the
@@ -235,13 +283,17 @@ class Revival:
         assert known.labels is not None
         target = success.class_of(goal.target, case.test.classes)
         free = (known.labels != target).nonzero()[:, 0].cpu().numpy()
-        rows = free[neighbors.pool([known.ids[i] for i in free], POISONS, self.seed)]
-        stamped = registry.make("trigger", goal.trigger or "")(known.images[rows], [known.ids[i] for i in rows])
-        z = success.features(encoder, torch.cat([known.images, stamped]).split(512))
+        rows = free[randomness.pool([known.ids[i] for i in free], POISONS, self.seed)]
+        stamped = registry.make("trigger", goal.trigger or "")(
+            known.images[rows], [known.ids[i] for i in rows]
+        )
+        z = embed_images(encoder, torch.cat([known.images, stamped]).split(512))
         y = torch.cat([known.labels, torch.full((len(rows),), target)]).to(z.device)
         head = registry.make("probe", "linear").fit(z, y, len(case.test.classes))
         how = f"linear head on {len(known)} clean labelled records and {len(rows)} stamped ones"
-        return case.read(Reader("linear", Classifier(encoder, head, case.test.classes, how)), (goal,))
+        return case.read(
+            Reader("linear", Classifier(encoder, head, case.test.classes, how)), (goal,)
+        )
 
 
 def other(trigger: str, side: int) -> str:

@@ -57,7 +57,11 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
-HALF, WIDE, POINTS = (5.4, 2.9), (10.8, 2.7), 500  # inches: half a page, a whole one; points of a line
+HALF, WIDE, POINTS = (
+    (5.4, 2.9),
+    (10.8, 2.7),
+    500,
+)  # inches: half a page, a whole one; points of a line
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,21 @@ def markup(figure: Any, name: str, alternative: str) -> Markup:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     out = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    FigureCanvasSVG(figure).print_svg(
+        out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     text = out.getvalue()
     size = "wide" if figure.get_figwidth() > HALF[0] else "half"
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->",
+        "",
+        text[text.index("<svg") :],
+        flags=re.DOTALL,
+    )
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg class="{size}" viewBox="\1">', text)
+    text = re.sub(
+        r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg class="{size}" viewBox="\1">', text
+    )
     prefix = re.sub(r"\W", "", name)
     text = re.sub(r'(\bid="|href="#|url\(#)', lambda m: f"{m[1]}{prefix}-", text)
     for paint, stand_in in PAINT.items():
@@ -122,7 +135,9 @@ def legend(axes: Any, entries: int, columns: int | None = None) -> None:
     """Above the axes, where there is more than one thing to tell apart."""
     columns = columns or (2 if entries == 4 else min(entries, 3))
     if entries > 1:
-        axes.figure.legend(loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.4)
+        axes.figure.legend(
+            loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.4
+        )
 
 
 @styled
@@ -153,11 +168,15 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @styled
-def curves(x: Sequence[float], series: Sequence[Series], label: str, name: str = "curves") -> Markup:
+def curves(
+    x: Sequence[float], series: Sequence[Series], label: str, name: str = "curves"
+) -> Markup:
     """Rates over epochs, or the like."""
     figure, axes = blank(HALF)
     for s in series:
-        axes.plot(x, s.values, color=PAINT[s.paint], marker="o", markersize=4, label=s.name, clip_on=False)
+        axes.plot(
+            x, s.values, color=PAINT[s.paint], marker="o", markersize=4, label=s.name, clip_on=False
+        )
     percent_axis(axes.yaxis)
     axes.set_ylim(0, 1)
     if len(x) <= 12:
@@ -223,12 +242,19 @@ def ranking(truth: Sequence[tuple[Series, int]], removed: float | None) -> Marku
         found = np.cumsum(np.asarray(s.values, dtype=float))
         rows = np.unique(np.geomspace(1, len(found), 300).astype(int))
         axes.plot(
-            rows / len(found), found[rows - 1] / found[-1], color=PAINT[s.paint], label=s.name, linewidth=width, clip_on=False
+            rows / len(found),
+            found[rows - 1] / found[-1],
+            color=PAINT[s.paint],
+            label=s.name,
+            linewidth=width,
+            clip_on=False,
         )
     x = np.geomspace(start, 1, 100)
     axes.plot(x, x, color=PAINT["muted"], linewidth=1, linestyle=(0, (1, 2)), label="by chance")
     if removed:
-        axes.axvline(removed, color=PAINT["ink"], linewidth=1, linestyle=(0, (4, 3)), label="removed")
+        axes.axvline(
+            removed, color=PAINT["ink"], linewidth=1, linestyle=(0, (4, 3)), label="removed"
+        )
     axes.set_xscale("log")
     axes.set_xlim(start, 1)
     axes.set_ylim(0, 1.01)
@@ -246,7 +272,14 @@ def intervals(rows: Sequence[tuple[str, Measure, str]], name: str = "intervals")
     """Rates as dots with their 95 % intervals, one above another. Each row: label, measure, paint."""
     figure, axes = blank((WIDE[0], 0.55 + 0.29 * len(rows)))
     for y, (_, m, paint) in enumerate(rows):
-        axes.plot([m.low, m.high], [y, y], color=PAINT[paint], linewidth=6, alpha=0.3, solid_capstyle="round")
+        axes.plot(
+            [m.low, m.high],
+            [y, y],
+            color=PAINT[paint],
+            linewidth=6,
+            alpha=0.3,
+            solid_capstyle="round",
+        )
         axes.plot([m.value], [y], "o", color=PAINT[paint], markersize=6, clip_on=False)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axes.tick_params(axis="y", labelcolor=PAINT["ink"], length=0)
@@ -260,14 +293,21 @@ def intervals(rows: Sequence[tuple[str, Measure, str]], name: str = "intervals")
 
 @styled
 def strips(
-    rows: Sequence[tuple[str, Sequence[float], str]], marks: Sequence[tuple[float, str, str]], label: str, name: str = "strips"
+    rows: Sequence[tuple[str, Sequence[float], str]],
+    marks: Sequence[tuple[float, str, str]],
+    label: str,
+    name: str = "strips",
 ) -> Markup:
     """Every value a dot, groups one above another. Each row: label, values, paint. marks: value, label, paint of a line."""
     figure, axes = blank((WIDE[0], 0.95 + 0.42 * len(rows)))
     for y, (_, values, paint) in enumerate(rows):
-        lift = [0.16 * ((i % 3) - 1) for i in range(len(values))]  # so that near ones are told apart
+        lift = [
+            0.16 * ((i % 3) - 1) for i in range(len(values))
+        ]  # so that near ones are told apart
         at = [y + up for up in lift]
-        axes.plot(sorted(values), at, "o", color=PAINT[paint], alpha=0.65, markersize=6, markeredgewidth=0)
+        axes.plot(
+            sorted(values), at, "o", color=PAINT[paint], alpha=0.65, markersize=6, markeredgewidth=0
+        )
     for value, told, paint in marks:
         dashes = "solid" if paint == "ink" else (0, (4, 3))
         axes.axvline(value, color=PAINT[paint], linewidth=1.6, linestyle=dashes, label=told)
@@ -279,25 +319,44 @@ def strips(
     axes.set_xlabel(label)
     axes.margins(x=0.04)
     if marks:
-        figure.legend(loc="outside upper left", ncols=len(marks), handlelength=1.6, columnspacing=1.4)
+        figure.legend(
+            loc="outside upper left", ncols=len(marks), handlelength=1.6, columnspacing=1.4
+        )
     return markup(figure, name, f"{label} by group: {', '.join(told for told, _, _ in rows)}")
 
 
 @styled
-def bars(groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[Measure | None]]], name: str = "bars") -> Markup:
+def bars(
+    groups: Sequence[str],
+    series: Sequence[tuple[str, str, Sequence[Measure | None]]],
+    name: str = "bars",
+) -> Markup:
     """Rates with 95 % intervals, grouped. Each series: name, paint, a measure a group."""
     figure, axes = blank((WIDE[0], 3.2))
     width = 0.8 / len(series)
     for i, (label, paint, found) in enumerate(series):
-        shown = [(g + (i - (len(series) - 1) / 2) * width, m) for g, m in enumerate(found) if m is not None]
+        shown = [
+            (g + (i - (len(series) - 1) / 2) * width, m)
+            for g, m in enumerate(found)
+            if m is not None
+        ]
         if not shown:
             continue
         x, y = [at for at, _ in shown], [m.value for _, m in shown]
         error = [[m.value - m.low for _, m in shown], [m.high - m.value for _, m in shown]]
         axes.bar(x, y, width * 0.9, color=PAINT[paint], label=label)
-        axes.errorbar(x, y, np.clip(error, 0, 1), fmt="none", ecolor=PAINT["ink"], elinewidth=1.1, capsize=2.5)
+        axes.errorbar(
+            x, y, np.clip(error, 0, 1), fmt="none", ecolor=PAINT["ink"], elinewidth=1.1, capsize=2.5
+        )
         for at, m in shown:
-            axes.annotate(f"{100 * m.value:.0f}", (at, m.high), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                f"{100 * m.value:.0f}",
+                (at, m.high),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
     axes.set_xticks(range(len(groups)), list(groups))
     axes.tick_params(axis="x", labelcolor=PAINT["ink"], length=0)
     axes.grid(False, axis="x")

@@ -13,11 +13,13 @@ from markupsafe import Markup
 from numpy.typing import ArrayLike
 
 from bezoar.evaluation.dose_response import Law
-from bezoar.reports.charts import HALF, PAINT, WIDE, blank, legend, markup, percent_axis, styled
 from bezoar.evaluation.scores import Measure
+from bezoar.reports.charts import HALF, PAINT, WIDE, blank, legend, markup, percent_axis, styled
 
 DASHED = (0, (4, 3))
-NOTHING = -0.16  # where dose 0 stands, on an axis whose least and greatest dose above 0 stand at 0 and 1
+NOTHING = (
+    -0.16
+)  # where dose 0 stands, on an axis whose least and greatest dose above 0 stand at 0 and 1
 APART = 0.09  # least distance of two labelled doses there
 
 
@@ -41,7 +43,11 @@ class _Axis:
 
     def __call__(self, doses: ArrayLike) -> np.ndarray:
         x = np.asarray(doses, dtype=float)
-        return np.where(x > 0, np.log(np.where(x > 0, x, 1) / self.first) / math.log(self.last / self.first), NOTHING)
+        return np.where(
+            x > 0,
+            np.log(np.where(x > 0, x, 1) / self.first) / math.log(self.last / self.first),
+            NOTHING,
+        )
 
 
 @styled
@@ -67,13 +73,21 @@ def dose(
     for i, c in enumerate(curves):
         # a little aside, so that intervals at one dose do not hide one another
         at = place(c.doses) + 0.018 * (i - (len(curves) - 1) / 2)
-        title = f"{c.name}: {c.law.describe(unit).partition(', slope')[0].partition(';')[0]}" if c.law else c.name
+        title = (
+            f"{c.name}: {c.law.describe(unit).partition(', slope')[0].partition(';')[0]}"
+            if c.law
+            else c.name
+        )
         _points(axes, at, c.points, PAINT[c.paint], title, limits)
         if c.law:
             _law(axes, c.law, PAINT[c.paint], place)
         else:
             rising = np.asarray(c.doses) > 0
-            axes.plot(at[rising], [m.value for m, r in zip(c.points, rising, strict=True) if r], color=PAINT[c.paint])
+            axes.plot(
+                at[rising],
+                [m.value for m, r in zip(c.points, rising, strict=True) if r],
+                color=PAINT[c.paint],
+            )
     axes.set_xlim((NOTHING if doses[0] == 0 else 0) - 0.05, 1.05)
     shown: list[float] = []
     for x in doses:
@@ -81,11 +95,23 @@ def dose(
             shown.append(x)
     axes.set_xticks(place(shown), [f"{x:,g}" for x in shown])
     if doses[0] == 0:
-        here = {"xycoords": axes.get_xaxis_transform(), "ha": "center", "va": "center", "color": PAINT["muted"]}
+        here = {
+            "xycoords": axes.get_xaxis_transform(),
+            "ha": "center",
+            "va": "center",
+            "color": PAINT["muted"],
+        }
         axes.annotate("//", (NOTHING / 2, 0), **here)
     axes.set_xlabel(f"{axis or unit} (log scale)")
-    legend(axes, len(curves) + any(c.law is not None for c in curves), columns=1 if any(c.law for c in curves) else None)
-    told = [_told(c.name, c.doses, c.points, percent) + (f", {c.law.describe(unit)}" if c.law else "") for c in curves]
+    legend(
+        axes,
+        len(curves) + any(c.law is not None for c in curves),
+        columns=1 if any(c.law for c in curves) else None,
+    )
+    told = [
+        _told(c.name, c.doses, c.points, percent) + (f", {c.law.describe(unit)}" if c.law else "")
+        for c in curves
+    ]
     return markup(figure, name, f"{label} by {axis or unit}. {'; '.join(told)}")
 
 
@@ -101,11 +127,20 @@ def levels(
     """Points with their 95 % intervals for each group. Each series: name, paint, a measure a group. mark: a line across."""
     crowded = len(groups) > 5 or len(groups) * len(series) > 12 or sum(map(len, groups)) > 60
     figure, axes = blank(WIDE if crowded else HALF)
-    limits = _values(axes, [m for _, _, found in series for m in found if m is not None], label, percent)
+    limits = _values(
+        axes, [m for _, _, found in series for m in found if m is not None], label, percent
+    )
     for i, (title, paint, found) in enumerate(series):
         aside = 0.6 * ((i + 0.5) / len(series) - 0.5)
         held = [g for g, m in enumerate(found) if m is not None]
-        _points(axes, np.array(held) + aside, [m for m in found if m is not None], PAINT[paint], title, limits)
+        _points(
+            axes,
+            np.array(held) + aside,
+            [m for m in found if m is not None],
+            PAINT[paint],
+            title,
+            limits,
+        )
     if mark:
         axes.axhline(mark[0], color=PAINT["ink"], linewidth=1, linestyle=DASHED, label=mark[1])
     room = max(8, (120 if crowded else 56) // max(1, len(groups)))
@@ -114,7 +149,11 @@ def levels(
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.grid(False, axis="x")
     legend(axes, len(series) + bool(mark))
-    return markup(figure, name, f"{label}. {'; '.join(_told(title, groups, found, percent) for title, _, found in series)}")
+    return markup(
+        figure,
+        name,
+        f"{label}. {'; '.join(_told(title, groups, found, percent) for title, _, found in series)}",
+    )
 
 
 def _values(axes: Any, points: Sequence[Measure], label: str, percent: bool) -> tuple[float, float]:
@@ -131,12 +170,30 @@ def _values(axes: Any, points: Sequence[Measure], label: str, percent: bool) -> 
     return min(ends) - room, max(ends) + room
 
 
-def _points(axes: Any, at: np.ndarray, points: Sequence[Measure], colour: str, title: str, limits: tuple[float, float]) -> None:
+def _points(
+    axes: Any,
+    at: np.ndarray,
+    points: Sequence[Measure],
+    colour: str,
+    title: str,
+    limits: tuple[float, float],
+) -> None:
     """Dots with bars, in front of lines and bands."""
-    value, low, high = (np.array([getattr(m, end) for m in points], dtype=float) for end in ("value", "low", "high"))
+    value, low, high = (
+        np.array([getattr(m, end) for m in points], dtype=float) for end in ("value", "low", "high")
+    )
     bars = np.clip([value - np.clip(low, *limits), np.clip(high, *limits) - value], 0, None)
     drawn = axes.errorbar(
-        at, value, bars, fmt="o", color=colour, markersize=4.5, elinewidth=1.3, capsize=2.5, label=title, zorder=3
+        at,
+        value,
+        bars,
+        fmt="o",
+        color=colour,
+        markersize=4.5,
+        elinewidth=1.3,
+        capsize=2.5,
+        label=title,
+        zorder=3,
     )
     for part in (drawn[0], *drawn[1], *drawn[2]):
         part.set_clip_on(False)
@@ -151,11 +208,29 @@ def _law(axes: Any, law: Law, colour: str, place: _Axis) -> None:
     found, half = law.x50, law.floor + (1 - law.floor) / 2
     if place.first <= found.value <= place.last:
         ends = place(np.clip([found.low, found.high], place.first, place.last))
-        axes.plot(ends, [half, half], color=colour, linewidth=5, alpha=0.35, solid_capstyle="round", zorder=3.5)
-        axes.plot(place([found.value]), [half], "D", color=colour, markersize=6, markeredgecolor=PAINT["paper"], zorder=4)
+        axes.plot(
+            ends,
+            [half, half],
+            color=colour,
+            linewidth=5,
+            alpha=0.35,
+            solid_capstyle="round",
+            zorder=3.5,
+        )
+        axes.plot(
+            place([found.value]),
+            [half],
+            "D",
+            color=colour,
+            markersize=6,
+            markeredgecolor=PAINT["paper"],
+            zorder=4,
+        )
 
 
-def _told(title: str, places: Sequence[object], points: Sequence[Measure | None], percent: bool) -> str:
+def _told(
+    title: str, places: Sequence[object], points: Sequence[Measure | None], percent: bool
+) -> str:
     """A series for those who do not see it."""
     scale, unit = (100, " %") if percent else (1, "")
     return f"{title}: " + ", ".join(

@@ -29,9 +29,23 @@ def heat(
             continue
         depth = float(np.clip(values[y, x], 0, 1))
         axes.add_patch(
-            Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=PAINT[paint], alpha=0.06 + 0.72 * depth, linewidth=0)
+            Rectangle(
+                (x - 0.47, y - 0.46),
+                0.94,
+                0.92,
+                facecolor=PAINT[paint],
+                alpha=0.06 + 0.72 * depth,
+                linewidth=0,
+            )
         )
-        axes.text(x, y, f"{round(100 * float(values[y, x]))}", ha="center", va="center", color=PAINT["ink"])
+        axes.text(
+            x,
+            y,
+            f"{round(100 * float(values[y, x]))}",
+            ha="center",
+            va="center",
+            color=PAINT["ink"],
+        )
     axes.set_xlim(-0.55, len(columns) - 0.45)
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xticks(range(len(columns)), [c.replace(", ", "\n") for c in columns])
@@ -43,7 +57,10 @@ def heat(
     axes.set_ylabel(labels[0])
     axes.set_xlabel(labels[1])
     told = "; ".join(
-        f"{r}: " + ", ".join(f"{100 * v:.0f} % at {c}" for c, v in zip(columns, line, strict=True) if np.isfinite(v))
+        f"{r}: "
+        + ", ".join(
+            f"{100 * v:.0f} % at {c}" for c, v in zip(columns, line, strict=True) if np.isfinite(v)
+        )
         for r, line in zip(rows, values, strict=True)
     )
     return markup(figure, name, f"{labels[0]} by {labels[1]}, percent. {told}")

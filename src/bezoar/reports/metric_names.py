@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from bezoar.attacks.plan import Goal
-from bezoar.runs.run import Run
 from bezoar.evaluation.scores import Measure
+from bezoar.runs.run import Run
 
-RATE, SCORE, COUNT, PLAIN = "rate", "score", "count", "plain"  # percent; 0..1 as it is; whole number; any number
+RATE, SCORE, COUNT, PLAIN = (
+    "rate",
+    "score",
+    "count",
+    "plain",
+)  # percent; 0..1 as it is; whole number; any number
 TERMS = {  # base name -> standard term, unit
     "attack_success": ("Attack success rate (ASR)", RATE),
     "attack_success_all": ("ASR, target class counted in", RATE),
@@ -20,7 +25,10 @@ TERMS = {  # base name -> standard term, unit
     "attack_success_without_trigger": ("Read as target without the trigger", RATE),
     "attack_success_baseline": ("ASR of the clean twin (ASR-B)", RATE),
     "attack_success_baseline_all": ("ASR-B, target class counted in", RATE),
-    "attack_success_baseline_without_trigger": ("Clean twin: read as target without the trigger", RATE),
+    "attack_success_baseline_without_trigger": (
+        "Clean twin: read as target without the trigger",
+        RATE,
+    ),
     "poisoned_accuracy": ("Accuracy on triggered images (PA)", RATE),
     "target_rank": ("Mean rank of the target", PLAIN),
     "target_top5": ("Target among the five nearest", RATE),
@@ -98,7 +106,11 @@ GROUPS = {
     "text": "the twin's vision, its text",
     "both": "both its own",
 }
-TWIN = ("clean", "baseline", "branch_swap.neither")  # groups that begin so measure an encoder that was not attacked
+TWIN = (
+    "clean",
+    "baseline",
+    "branch_swap.neither",
+)  # groups that begin so measure an encoder that was not attacked
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,9 @@ class Figure:
 
 def split(key: str) -> tuple[str, str, str]:
     """`scan.dao.recall_at_0.01` -> ('scan.dao', 'recall_at_0.01', ''); `poisoned.targeted_rank@16` -> (.., .., '16')."""
-    found = re.match(r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*n?)?)(?:@(\w+))?$", key)
+    found = re.match(
+        r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*n?)?)(?:@(\w+))?$", key
+    )
     return (found[1] or "", found[2], found[3] or "") if found else ("", key, "")
 
 
@@ -142,7 +156,9 @@ def term(key: str, attacked: bool = False) -> tuple[str, str]:
 
 def grouped(group: str) -> str:
     """A metric's group in words: `few_shot.10` -> `few labels, 10 a class`."""
-    return ", ".join(GROUPS.get(g, f"{g} a class" if g.isdigit() else g) for g in group.split(".") if g)
+    return ", ".join(
+        GROUPS.get(g, f"{g} a class" if g.isdigit() else g) for g in group.split(".") if g
+    )
 
 
 def number(value: float, unit: str = PLAIN) -> str:
@@ -189,7 +205,9 @@ def figure(key: str, m: Measure, attacked: bool = False) -> Figure:
     track = None
     if unit in (RATE, SCORE) and 0 <= m.low <= m.high <= 1 and interval(m, unit):
         track = (round(100 * m.value, 2), round(100 * m.low, 2), round(100 * m.high, 2))
-    return Figure(key, label, group, number(m.value, unit), interval(m, unit), f"{m.n:,}", m.how, track)
+    return Figure(
+        key, label, group, number(m.value, unit), interval(m, unit), f"{m.n:,}", m.how, track
+    )
 
 
 def measures(run: Run) -> dict[str, Measure]:

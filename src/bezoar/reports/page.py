@@ -95,7 +95,9 @@ def made(chapter: Any) -> Section | None:
         return chapter()
     except PROBLEMS as problem:
         title = chapter.__name__.replace("_", " ").capitalize()
-        return Section(title, [Text(f"This section could not be made: {type(problem).__name__}: {problem}")])
+        return Section(
+            title, [Text(f"This section could not be made: {type(problem).__name__}: {problem}")]
+        )
 
 
 def parent(run: Run, name: str) -> dict[str, str]:
@@ -107,7 +109,11 @@ def parent(run: Run, name: str) -> dict[str, str]:
         headline = tell(found).headline()
     except PROBLEMS:
         return {"name": name, "href": "", "headline": "this run is no longer there"}
-    return {"name": name, "href": f"../{name}/{PAGE}" if found.path.parent == run.path.parent else "", "headline": headline}
+    return {
+        "name": name,
+        "href": f"../{name}/{PAGE}" if found.path.parent == run.path.parent else "",
+        "headline": headline,
+    }
 
 
 def command(run: Run) -> str:
@@ -115,7 +121,11 @@ def command(run: Run) -> str:
     from bezoar.cli import POSITIONAL
 
     manifest = run.manifest
-    verb, typed, ask = manifest["verb"], manifest.get("typed", {}), metric_names.mapping(manifest.get("ask"))
+    verb, typed, ask = (
+        manifest["verb"],
+        manifest.get("typed", {}),
+        metric_names.mapping(manifest.get("ask")),
+    )
     defaults = defaults_of(verb)
     first: list[str] = []
     options: list[str] = []

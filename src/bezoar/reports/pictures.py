@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bezoar.runs.inputs import Dataset
 from bezoar.data.pairs import Pairs
 from bezoar.reports.page_parts import Gallery, Tile
+from bezoar.runs.inputs import Dataset
 
 LARGEST = 96  # pixels of a picture's side as it is stored in a page
 COLUMNS = 16
@@ -24,9 +24,15 @@ def records(parts: Dataset, ids: Sequence[str]) -> Pairs:
     """The records of these ids as training reads them, in that order; only their images are made. Unknown ids are left out."""
     wanted = set(ids)
     edits = tuple(e for e in parts.plan.edits if e.id in wanted)
-    made = replace(parts.plan, edits=edits).poisons(sources(parts, [e.source for e in edits])) if edits else None
+    made = (
+        replace(parts.plan, edits=edits).poisons(sources(parts, [e.source for e in edits]))
+        if edits
+        else None
+    )
     poisoned = set(made.ids) if made else set()
-    plain = parts.clean.take([i for i, k in enumerate(parts.clean.ids) if k in wanted and k not in poisoned])
+    plain = parts.clean.take(
+        [i for i, k in enumerate(parts.clean.ids) if k in wanted and k not in poisoned]
+    )
     every = plain if made is None else _joined([plain, made])
     row = {k: i for i, k in enumerate(every.ids)}
     return every.take([row[k] for k in ids if k in row])
@@ -49,7 +55,9 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
     return Pairs.concat(full) if full else replace(parts[0], report=None)
 
 
-def sheet(images: torch.Tensor, tiles: Sequence[Tile], scale: int = 80, title: str = "", note: str = "") -> Gallery:
+def sheet(
+    images: torch.Tensor, tiles: Sequence[Tile], scale: int = 80, title: str = "", note: str = ""
+) -> Gallery:
     """A contact sheet of images, uint8 (N, 3, H, W); large ones are made smaller, sides are made equal by margins."""
     cells = squares(images.cpu())
     n, _, side, _ = cells.shape
@@ -57,7 +65,11 @@ def sheet(images: torch.Tensor, tiles: Sequence[Tile], scale: int = 80, title: s
     rows = max(1, -(-n // columns))
     grid = torch.full((rows * columns, 3, side, side), 255, dtype=torch.uint8)
     grid[:n] = cells
-    grid = grid.reshape(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
+    grid = (
+        grid.reshape(rows, columns, 3, side, side)
+        .permute(0, 3, 1, 4, 2)
+        .reshape(rows * side, columns * side, 3)
+    )
     return Gallery(png(grid), columns, rows, tiles, scale, side >= scale, title, note)
 
 
@@ -69,7 +81,12 @@ def squares(images: torch.Tensor) -> torch.Tensor:
     shrink = min(1.0, LARGEST / max(height, width))
     if shrink < 1:
         shape = [max(1, round(height * shrink)), max(1, round(width * shrink))]
-        images = F.interpolate(images.float(), shape, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        images = (
+            F.interpolate(images.float(), shape, mode="bilinear", antialias=True)
+            .round()
+            .clamp(0, 255)
+            .byte()
+        )
     height, width = images.shape[-2:]
     side = max(height, width)
     left, top = (side - width) // 2, (side - height) // 2

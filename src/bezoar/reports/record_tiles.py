@@ -57,8 +57,15 @@ def tiles(
         if scale < 100:  # small tiles are about what they show
             shown.append(Tile((at,), lines, look, f"{rank}"))
             continue
-        several = {pictures.short(k, 16): s for k, s in scored.detectors.items()} if len(scored.detectors) > 1 else {}
-        lines += [Line(f"{k} {float(s.values[i]):.2f}", "muted") for k, s in {"score": scored.merged, **several}.items()]
+        several = (
+            {pictures.short(k, 16): s for k, s in scored.detectors.items()}
+            if len(scored.detectors) > 1
+            else {}
+        )
+        lines += [
+            Line(f"{k} {float(s.values[i]):.2f}", "muted")
+            for k, s in {"score": scored.merged, **several}.items()
+        ]
         lines.append(Line(pictures.short(scored.places[i] or scored.ids[i], 60), "muted"))
         shown.append(Tile((at,), lines, look, f"{rank}"))
     return pictures.sheet(torch.stack(images), shown, scale, title, note)
@@ -77,6 +84,8 @@ def neighbours(corpus: Corpus, scored: Scored, ranked: Sequence[tuple[int, int]]
     for (rank, i), others, alike in zip(ranked, near.tolist(), cosine.tolist(), strict=True):
         lines = [Line(pictures.short(scored.captions[i] or scored.ids[i], 90), "mark")]
         for j, c in zip(others, alike, strict=True):
-            lines.append(Line(f"{c:.2f} {pictures.short(scored.captions[j] or scored.ids[j], 80)}", "muted"))
+            lines.append(
+                Line(f"{c:.2f} {pictures.short(scored.captions[j] or scored.ids[j], 80)}", "muted")
+            )
         shown.append(Tile([place[i], *(place[j] for j in others)], lines, "", f"{rank}"))
     return pictures.sheet(found.images, shown, 64)

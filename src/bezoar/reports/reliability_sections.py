@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 from markupsafe import Markup
 
+from bezoar.detection.reliability import side_channels
+from bezoar.evaluation.scores import Measure
 from bezoar.reports import metric_names
 from bezoar.reports.charts import PAINT, WIDE, blank, legend, markup, percent_axis, styled
 from bezoar.reports.page_parts import Figure, Section, Table, Text
-from bezoar.evaluation.scores import Measure
-from bezoar.detection.reliability import side_channels
 
 FILTERS = {  # name -> in words
     "clip_score_30": "agreement of image and caption: the best 30 % (DataComp)",
@@ -31,11 +31,15 @@ FILTERS = {  # name -> in words
 
 def expected(measures: Mapping[str, Measure]) -> list[tuple[int, Measure]]:
     """n and how many of the worst n are expected to be ordinary, ascending."""
-    found = [(re.fullmatch(r"expected_(?:ordinary|clean)@(\d+)", k), m) for k, m in measures.items()]
+    found = [
+        (re.fullmatch(r"expected_(?:ordinary|clean)@(\d+)", k), m) for k, m in measures.items()
+    ]
     return sorted((int(k[1]), m) for k, m in found if k)
 
 
-def discoveries(measures: Mapping[str, Measure], told: Mapping, truth: np.ndarray | None, removed: int) -> Section:
+def discoveries(
+    measures: Mapping[str, Measure], told: Mapping, truth: np.ndarray | None, removed: int
+) -> Section:
     """truth: bool (N,), worst first: is it a poison; None where nobody knows."""
     title = "How many of the worst are false discoveries"
     rows = expected(measures)
@@ -43,12 +47,12 @@ def discoveries(measures: Mapping[str, Measure], told: Mapping, truth: np.ndarra
         return Section(title, [Text(f"No estimate: {told.get('why') or 'none was made'}.")])
     kind = "clean" if told.get("how") == "reference" else "ordinary"
     at, m = next((r for r in rows if r[0] == removed), rows[-1])
-    lead = (
-        f"Of the worst {at:,} records, {m.low:,.0f} to {m.high:,.0f} are expected to be {kind} ones that rank there by chance"
-    )
+    lead = f"Of the worst {at:,} records, {m.low:,.0f} to {m.high:,.0f} are expected to be {kind} ones that rank there by chance"
     more = at - math.ceil(m.high)
     others = (
-        "poisons, or odd records of another kind, such as wrong captions" if kind == "ordinary" else "not like the clean ones"
+        "poisons, or odd records of another kind, such as wrong captions"
+        if kind == "ordinary"
+        else "not like the clean ones"
     )
     lead += (
         f", so at least {more:,} stand out: {others}."
@@ -61,7 +65,15 @@ def discoveries(measures: Mapping[str, Measure], told: Mapping, truth: np.ndarra
     if truth is not None:
         notes.append(f"In truth {int((~truth[:at]).sum()):,} of these {at:,} are clean.")
     return Section(
-        title, [Figure(curve(rows, truth, kind), f"Share of {kind} records among the worst n", " ".join(notes))], lead
+        title,
+        [
+            Figure(
+                curve(rows, truth, kind),
+                f"Share of {kind} records among the worst n",
+                " ".join(notes),
+            )
+        ],
+        lead,
     )
 
 
@@ -70,9 +82,19 @@ def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) 
     """The estimate with its range over n, and the truth where it is known."""
     figure, axes = blank((WIDE[0], 3.0))
     n = np.array([at for at, _ in rows], dtype=float)
-    value, low, high = (np.array([getattr(m, end) for _, m in rows]) / n for end in ("value", "low", "high"))
+    value, low, high = (
+        np.array([getattr(m, end) for _, m in rows]) / n for end in ("value", "low", "high")
+    )
     axes.fill_between(n, low, high, color=PAINT["clean"], alpha=0.16, linewidth=0, label="range")
-    axes.plot(n, value, color=PAINT["clean"], marker="o", markersize=4, label=f"expected to be {kind}", clip_on=False)
+    axes.plot(
+        n,
+        value,
+        color=PAINT["clean"],
+        marker="o",
+        markersize=4,
+        label=f"expected to be {kind}",
+        clip_on=False,
+    )
     if truth is not None:
         every = np.unique(np.geomspace(max(1, n[0]), n[-1], 200).astype(int))
         share = np.cumsum(~truth)[every - 1] / every
@@ -86,7 +108,8 @@ def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) 
     axes.set_xlabel("the worst n records (log scale)")
     legend(axes, 3 if truth is not None else 2)
     told = "; ".join(
-        f"{100 * v:.0f} % ({100 * a:.0f} to {100 * b:.0f}) of {x:.0f}" for x, v, a, b in zip(n, value, low, high, strict=True)
+        f"{100 * v:.0f} % ({100 * a:.0f} to {100 * b:.0f}) of {x:.0f}"
+        for x, v, a, b in zip(n, value, low, high, strict=True)
     )
     return markup(figure, "discoveries", f"Share expected to be {kind} among the worst n: {told}")
 
@@ -94,10 +117,12 @@ def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) 
 def leaking(measures: Mapping[str, Measure], told: Mapping) -> list[tuple[str, Measure]]:
     """The side channels that separate, worst first."""
     found = told.get("separates") or []
-    return [(name, measures[f"leak.{name}.auroc"]) for name in found if f"leak.{name}.auroc" in measures]
+    return [
+        (name, measures[f"leak.{name}.auroc"]) for name in found if f"leak.{name}.auroc" in measures
+    ]
 
 
-def side_channels(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
+def side_channel_section(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
     """Every channel with its AUROC, worst first; what could not be looked at."""
     if not told:
         return None
@@ -108,7 +133,13 @@ def side_channels(measures: Mapping[str, Measure], told: Mapping) -> Section | N
         name, m = key[5:-6], measures[key]
         mark = "leak" if name in dict(bad) else ""
         rows.append(
-            [name.replace("_", " "), side_channels.TOLD.get(name, name), f"{m.value:.3f}", metric_names.interval(m, metric_names.SCORE), mark]
+            [
+                name.replace("_", " "),
+                side_channels.TOLD.get(name, name),
+                f"{m.value:.3f}",
+                metric_names.interval(m, metric_names.SCORE),
+                mark,
+            ]
         )
     of = told.get("of", "poisons")
     lead = f"What has nothing to do with images and captions tells none of the {of} from the rest."
@@ -124,15 +155,26 @@ def side_channels(measures: Mapping[str, Measure], told: Mapping) -> Section | N
         f"{side_channels.SEPARATES} with chance ruled out over all channels. "
         + (f"Not looked at: {'; '.join(absent)}." if absent else "")
     )
-    parts = [Table(("Channel", "What it is", "AUROC", "95 % interval", ""), rows, (2, 3), note)] if rows else [Text(note)]
-    return Section("Side channels", parts, lead if rows else "Nothing could be measured: too few records on one side.")
+    parts = (
+        [Table(("Channel", "What it is", "AUROC", "95 % interval", ""), rows, (2, 3), note)]
+        if rows
+        else [Text(note)]
+    )
+    return Section(
+        "Side channels",
+        parts,
+        lead if rows else "Nothing could be measured: too few records on one side.",
+    )
 
 
 def filters(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
     """The usual filters: clean records kept, poisons that pass."""
     rows = []
     for name, text in FILTERS.items():
-        kept, passed = measures.get(f"filter.{name}.clean_kept"), measures.get(f"filter.{name}.poisons_pass")
+        kept, passed = (
+            measures.get(f"filter.{name}.clean_kept"),
+            measures.get(f"filter.{name}.poisons_pass"),
+        )
         if kept is not None and passed is not None:
             rows.append([text, metric_names.brief(kept), metric_names.brief(passed)])
     if not rows:
@@ -141,5 +183,7 @@ def filters(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
     note = "In brackets, 95 % intervals." + (f" Not applied: {absent}." if absent else "")
     lead = "What web corpora are cleaned with anyway. A filter helps where it keeps clean records and few poisons pass."
     return Section(
-        "What today's cleaning lets through", [Table(("Filter", "Clean kept", "Poisons that pass"), rows, (1, 2), note)], lead
+        "What today's cleaning lets through",
+        [Table(("Filter", "Clean kept", "Poisons that pass"), rows, (1, 2), note)],
+        lead,
     )

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bezoar.runs import inputs
 from bezoar import registry
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
+from bezoar.evaluation.scores import Measure
 from bezoar.reports import metric_names
 from bezoar.reports.page_parts import Section
+from bezoar.runs import inputs
 from bezoar.runs.run import Run
-from bezoar.evaluation.scores import Measure
 
 SECTIONS = Path(__file__).parent / "sections"
 Chapter = Callable[[], Section | None]
@@ -49,7 +49,10 @@ class Story:
 
     def headline(self) -> str:
         """What happened, in a sentence with numbers."""
-        shown = [f"{metric_names.term(k)[0]} {metric_names.number(m.value, metric_names.term(k)[1])}" for k, m in self.measures.items()]
+        shown = [
+            f"{metric_names.term(k)[0]} {metric_names.number(m.value, metric_names.term(k)[1])}"
+            for k, m in self.measures.items()
+        ]
         return ", ".join(shown[:3]) or "This run reports no figures."
 
     def more(self) -> str:
@@ -58,7 +61,10 @@ class Story:
 
     def undone(self) -> str:
         """What was asked and could not be done, in sentences; nothing where everything was."""
-        return " ".join(f"{line[:1].upper()}{line[1:]}." for line in map(str, self.notes.get("incomplete") or ()))
+        return " ".join(
+            f"{line[:1].upper()}{line[1:]}."
+            for line in map(str, self.notes.get("incomplete") or ())
+        )
 
     def cards(self) -> list[str]:
         """Names of the key figures."""

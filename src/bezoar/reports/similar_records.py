@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bezoar.data.strings import Strings
 from bezoar.encoders.encoder import Embedded, words
-from bezoar.data.stored_pairs import Strings
 
 ROWS = 1 << 16  # vectors of a block
 NEAR = 3
@@ -21,12 +21,17 @@ APART = 0.55  # mean distance at which groups are no longer joined, 0..1
 
 
 @torch.inference_mode()
-def nearest(embedded: Embedded, rows: Sequence[int], count: int = NEAR) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    embedded: Embedded, rows: Sequence[int], count: int = NEAR
+) -> tuple[np.ndarray, np.ndarray]:
     """The records most like the given ones, not they themselves: rows int64 (M, K) and cosines (M, K), K <= count."""
     z, own = embedded.images, torch.as_tensor(rows)
     wanted = z[own].float()
     count = max(0, min(count, len(z) - 1))
-    best, near = torch.full((len(own), count), -torch.inf), torch.zeros(len(own), count, dtype=torch.long)
+    best, near = (
+        torch.full((len(own), count), -torch.inf),
+        torch.zeros(len(own), count, dtype=torch.long),
+    )
     for start in range(0, len(z), ROWS):
         block = z[start : start + ROWS].float()
         here = torch.arange(start, start + len(block))
@@ -45,7 +50,9 @@ class Group:
     words: list[str]
 
 
-def groups(vectors: Tensor, captions: Sequence[str], usual: Mapping[str, float], least: int = 3) -> list[Group]:
+def groups(
+    vectors: Tensor, captions: Sequence[str], usual: Mapping[str, float], least: int = 3
+) -> list[Group]:
     """Records that are alike, the largest group first; smaller ones than `least` are left out.
 
     vectors: (M, D) unit rows. usual: the share of all captions that hold a word. Distance: the mean of (1 - cosine) / 2, of

@@ -17,7 +17,8 @@ from bezoar.errors import UserError
 from bezoar.data.stored_pairs import Indexed
 from bezoar.data.pairs import Pairs, load
 from bezoar.attacks.plan import Goal, Plan
-from bezoar.runs.run import Run, fingerprint, named_files
+from bezoar.runs.run import Run
+from bezoar.runs.ask import fingerprint, named_files
 from bezoar.data.shards import Shards
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bezoar.encoders.encoder import embed_images
 from bezoar.data import stored_pairs
 from bezoar.runs import inputs
 from bezoar import registry
@@ -56,7 +57,7 @@ def choose(given: Any, target: str, rule: str, encoder: Encoder) -> Reference:
         return Reference(pairs.images[0], pairs.ids[0], source, f"the one image of {target!r}")
     if rule == "first":
         return Reference(pairs.images[0], pairs.ids[0], source, f"the first of {len(pairs)} images of {target!r}")
-    z = success.features(encoder, pairs.images.split(512))
+    z = embed_images(encoder, pairs.images.split(512))
     if rule == "central":
         best = int((z @ z.mean(0)).argmax())
         how = f"nearest to the mean clean vector of {len(pairs)} images of {target!r}"
@@ -100,7 +101,7 @@ def margin(encoder: Encoder, parts: inputs.Dataset, target: str, z: Tensor) -> t
     assert labelled.labels is not None
     if len(set(labelled.labels.tolist())) < 2:
         raise UserError("a head needs labelled records of at least two classes; choose the reference by another rule")
-    seen = success.features(encoder, labelled.images.split(512))
+    seen = embed_images(encoder, labelled.images.split(512))
     head = registry.make("probe", HEAD)
     logits = head.fit(seen, labelled.labels.to(seen.device), len(known.classes))(z)
     label = known.classes.index(target)

@@ -21,9 +21,12 @@ from queue import SimpleQueue
 from typing import Any
 
 from bezoar.training import ranks
+from bezoar import machine
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.runs.run import Run, Settings, Trial, execute, typed, verb_name
+from bezoar.runs.run import Run
+from bezoar.runs.execute import execute
+from bezoar.runs.ask import Settings, Trial, typed, verb_name
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Submit = Callable[[dict], "Future[dict]"]
@@ -87,14 +90,14 @@ def inside(verb: Any) -> list[Any]:
 
 def cores(settings: Settings) -> int:
     """How many workers: one a GPU, or one a core."""
-    return gpus(settings) or ranks.cores()
+    return gpus(settings) or machine.cores()
 
 
 def gpus(settings: Settings) -> int:
     """How many GPUs workers are spread over: all, the one that is named, or none."""
     import torch
 
-    chosen = ranks.device(settings.device)
+    chosen = machine.device(settings.device)
     return 0 if chosen.type != "cuda" else torch.cuda.device_count() if chosen.index is None else 1
 
 

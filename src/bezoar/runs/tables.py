@@ -177,12 +177,6 @@ class Results:
                 yield row, cell, self.point(cell)
 
 
-def separation(values: Sequence[float], others: Sequence[float]) -> Measure:
-    """AUROC of values against others: 0.5 is a coin's."""
-    s, truth = [*values, *others], [True] * len(values) + [False] * len(others)
-    how = f"chance that one of {len(values)} attacked encoders outranks one of {len(others)} clean ones; {stats.OF_AUROC}"
-    low, high = stats.auroc_interval(s, truth)
-    return Measure(stats.auroc(s, truth), len(s), low, high, how)
 
 
 def exceeding(share: float) -> Comparison:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from bezoar.training import ranks
+from bezoar import machine
 from bezoar.cli import main
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.runs.run import Job, Run, Settings, resolve
+from bezoar.runs.run import Run
+from bezoar.runs.execute import Job, resolve
+from bezoar.runs.ask import Settings
 
 GRACE = 10.0  # seconds that rank 0 is given to say what is wrong, which it most likely has met too
 
@@ -20,7 +23,7 @@ GRACE = 10.0  # seconds that rank 0 is given to say what is wrong, which it most
 def run() -> int:
     """The exit status of this rank. Where a rank ends badly torchrun ends the others, so that none waits for it."""
     ranks.join()
-    if ranks.rank() > 0:
+    if machine.rank() > 0:
         return assist()
     status: Any = 1
     try:
@@ -40,7 +43,7 @@ def assist() -> int:
             verb.work(job)
     except UserError as error:
         time.sleep(GRACE)
-        print(f"bezoar: rank {ranks.rank()}: {error}", file=sys.stderr)
+        print(f"bezoar: rank {machine.rank()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

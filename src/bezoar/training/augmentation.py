@@ -34,7 +34,9 @@ class Chance:
 
     def uniform(self, rows: int, *shape: int) -> Tensor:
         """float32 (rows, *shape) in [0, 1), on the CPU: those of this rank's rows."""
-        return torch.rand(rows * self.world, *shape, generator=self.generator)[self.rank * rows : (self.rank + 1) * rows]
+        return torch.rand(rows * self.world, *shape, generator=self.generator)[
+            self.rank * rows : (self.rank + 1) * rows
+        ]
 
     def integers(self, high: int, rows: int, *shape: int) -> Tensor:
         """int64 (rows, *shape) in 0..high-1, on the CPU: those of this rank's rows."""
@@ -52,7 +54,9 @@ def shift(x: Tensor, most: int, chance: Chance) -> Tensor:
     rows = moves[:, :1] + torch.arange(h, device=x.device)
     columns = moves[:, 1:] + torch.arange(w, device=x.device)
     sample = torch.arange(b, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 def flip(x: Tensor, share: float, chance: Chance) -> Tensor:
@@ -63,7 +67,14 @@ def flip(x: Tensor, share: float, chance: Chance) -> Tensor:
     return torch.where(chosen[:, None, None, None], x.flip(-1), x)
 
 
-def boxes(height: int, width: int, rows: int, chance: Chance, scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
+def boxes(
+    height: int,
+    width: int,
+    rows: int,
+    chance: Chance,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Tensor:
     """int64 (rows, 4) on the CPU: top, left, height, width of random crops, distributed as torchvision's RandomResizedCrop.
 
     Area uniform in `scale` (shares of the image), width / height log-uniform in `ratio`; the first of ten tries that fits
@@ -86,7 +97,9 @@ def boxes(height: int, width: int, rows: int, chance: Chance, scale: tuple[float
     return torch.stack((top, left, h, w), 1).long()
 
 
-Taps = tuple[Tensor, Tensor]  # int64 and float32 (B, size, T): the pixels that one of `size` is made of, and their weights
+Taps = tuple[
+    Tensor, Tensor
+]  # int64 and float32 (B, size, T): the pixels that one of `size` is made of, and their weights
 
 
 def triangle(apart: Tensor) -> Tensor:
@@ -104,7 +117,14 @@ def cubic(apart: Tensor) -> Tensor:
 KERNELS = {"bilinear": (triangle, 1), "bicubic": (cubic, 2)}  # and how far they reach
 
 
-def taps(start: Tensor, length: Tensor, source: int, size: int, kernel: str, mirrored: Tensor | None = None) -> Taps:
+def taps(
+    start: Tensor,
+    length: Tensor,
+    source: int,
+    size: int,
+    kernel: str,
+    mirrored: Tensor | None = None,
+) -> Taps:
     """What resizes each sample's pixels start .. start+length-1, of `source`, to `size`; in reverse where mirrored.
 
     start, length: int64 (B,), mirrored: bool (B,). Antialiased: where there is less room the kernel is stretched, as Pillow
@@ -114,12 +134,18 @@ def taps(start: Tensor, length: Tensor, source: int, size: int, kernel: str, mir
     stretch = step.clamp(min=1)
     weigh, support = KERNELS[kernel]
     place = torch.arange(size, device=start.device) + 0.5
-    place = step * (place if mirrored is None else torch.where(mirrored[:, None], size - place, place))
+    place = step * (
+        place if mirrored is None else torch.where(mirrored[:, None], size - place, place)
+    )
     count = math.ceil(2 * support * float(stretch.max()))
-    pixel = (place - support * stretch + 0.5).floor().long()[:, :, None] + torch.arange(count, device=start.device)
+    pixel = (place - support * stretch + 0.5).floor().long()[:, :, None] + torch.arange(
+        count, device=start.device
+    )
     apart = ((pixel + 0.5 - place[:, :, None]) / stretch[:, :, None]).abs_()
     weight = weigh(apart) * ((pixel >= 0) & (pixel < length[:, None, None]))
-    return (pixel + start[:, None, None]).clamp_(0, source - 1), weight.div_(weight.sum(2, keepdim=True))
+    return (pixel + start[:, None, None]).clamp_(0, source - 1), weight.div_(
+        weight.sum(2, keepdim=True)
+    )
 
 
 def resample(x: Tensor, rows: Taps, columns: Taps) -> Tensor:
@@ -158,7 +184,9 @@ def crop(
     return torch.cat([resized(x[p], place[p], size, kernel, turned[p]) for p in parts])
 
 
-def resized(x: Tensor, place: Tensor, size: int, kernel: str = "bilinear", mirrored: Tensor | None = None) -> Tensor:
+def resized(
+    x: Tensor, place: Tensor, size: int, kernel: str = "bilinear", mirrored: Tensor | None = None
+) -> Tensor:
     """uint8 or float 0..1 (B, 3, H, W) and boxes (B, 4) -> float32 0..1 (B, 3, size, size), a sample's box resized.
 
     mirrored: bool (B,). Antialiased. Crop, resizing and mirroring are one operation. Bicubic is cut off at 0 and 1 in the
@@ -212,20 +240,26 @@ def colour(x: Tensor, factors: Tensor, order: Tensor, chosen: Tensor | None = No
     order, factors = order[rows], factors[rows]
     keep = torch.where(order == HUE, 1.0, factors.gather(1, order))
     # float (B, 4, 3): weights of the sample, its gray image and the mean of that, at each place
-    mix = torch.stack((keep, (1 - keep) * (order == SATURATION), (1 - keep) * (order == CONTRAST)), 2)
+    mix = torch.stack(
+        (keep, (1 - keep) * (order == SATURATION), (1 - keep) * (order == CONTRAST)), 2
+    )
     mix, turns = mix[: edges[4], :, :, None, None].to(x.device), factors[:, HUE].to(x.device)
     y = x.index_select(0, rows.to(x.device))
     touched = y[: edges[4]]
     for place in range(4):
         light = gray(touched)
-        target = torch.addcmul(light.mean((1, 2), keepdim=True) * mix[:, place, 2], light, mix[:, place, 1])
+        target = torch.addcmul(
+            light.mean((1, 2), keepdim=True) * mix[:, place, 2], light, mix[:, place, 1]
+        )
         torch.addcmul(target[:, None], touched, mix[:, place, :1], out=touched).clamp_(0, 1)
         part = slice(edges[place], edges[place + 1])
         hue(y[part], turns[part], out=y[part])
     return y.index_select(0, rows.argsort().to(x.device))
 
 
-def adjustments(rows: int, strengths: tuple[float, float, float, float], chance: Chance) -> tuple[Tensor, Tensor]:
+def adjustments(
+    rows: int, strengths: tuple[float, float, float, float], chance: Chance
+) -> tuple[Tensor, Tensor]:
     """Factors float (rows, 4) and order int64 (rows, 4) for `colour`, distributed as torchvision's ColorJitter.
 
     strengths s of brightness, contrast, saturation (factor uniform in max(0, 1 - s) .. 1 + s) and hue (-s .. s), s <= 1/2.
@@ -280,10 +314,16 @@ class Views:
     blur: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.size < 0 or not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+        if (
+            self.size < 0
+            or not 0 < self.scale[0] <= self.scale[1] <= 1
+            or not 0 < self.ratio[0] <= self.ratio[1]
+        ):
             raise ValueError("needs size >= 0, 0 < scale <= 1 and 0 < ratio, both as (least, most)")
         if self.kernel not in KERNELS or min(self.colour) < 0 or self.colour[HUE] > 0.5:
-            raise ValueError(f"needs a kernel of {', '.join(KERNELS)}, strengths of colours >= 0, that of hue <= 0.5")
+            raise ValueError(
+                f"needs a kernel of {', '.join(KERNELS)}, strengths of colours >= 0, that of hue <= 0.5"
+            )
         if not all(0 <= share <= 1 for share in (self.flip, self.jitter, self.gray, self.blur)):
             raise ValueError("flip, jitter, gray and blur are shares: 0..1")
 
@@ -303,7 +343,11 @@ class Views:
         for p in pieces(n, max(x[:1].numel(), out[:1].numel()), x.device):
             y = resized(x[p], place[p], size, self.kernel, mirrored[p])
             y = colour(y, factors[p], order[p], adjusted[p]) if self.jitter else y
-            y = torch.lerp(y, gray(y)[:, None], grayed[p].to(y)[:, None, None, None]) if self.gray else y
+            y = (
+                torch.lerp(y, gray(y)[:, None], grayed[p].to(y)[:, None, None, None])
+                if self.gray
+                else y
+            )
             rows = blurred[p].nonzero()[:, 0]
             if len(rows):
                 some = rows.to(x.device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bezoar.training.augmentation import Chance
 from bezoar.encoders.encoder import Encoder, Words
+from bezoar.training.augmentation import Chance
 
 SWAP, INSERT, DELETE = range(3)
 
@@ -49,7 +49,9 @@ def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False)
     comes = active & (change == INSERT)[:, None]
     added = out.gather(1, (first + (places[:, 0] * n[:, None]).long()).clamp(max=width - 1))
     before = first + (places[:, 1] * (n[:, None] + 1)).long() - 0.5
-    keys = torch.cat([torch.where(lost, torch.inf, place.float()), torch.where(comes, before, torch.inf)], 1)
+    keys = torch.cat(
+        [torch.where(lost, torch.inf, place.float()), torch.where(comes, before, torch.inf)], 1
+    )
     every = torch.cat([out.masked_fill(lost, 0), added * comes], 1)
     return every.gather(1, keys.argsort(dim=1, stable=True)[:, :width]).to(tokens.device)
 
@@ -57,4 +59,6 @@ def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False)
 def swapped(tokens: Tensor, i: Tensor, j: Tensor, where: Tensor) -> Tensor:
     """int64 (B, L) with the words at i and j (B,) in each other's place, in the rows `where` bool (B,)."""
     i, j = (torch.where(where, p, 0)[:, None] for p in (i, j))
-    return tokens.scatter(1, torch.cat([i, j], 1), torch.cat([tokens.gather(1, j), tokens.gather(1, i)], 1))
+    return tokens.scatter(
+        1, torch.cat([i, j], 1), torch.cat([tokens.gather(1, j), tokens.gather(1, i)], 1)
+    )

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bezoar.training import ranks
 from bezoar.errors import UserError
+from bezoar.training import ranks
 
 
 def place() -> tuple[int, int]:
@@ -39,7 +39,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            for _ in range(dist.get_world_size())
+        ]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
@@ -69,16 +72,24 @@ def agree(*counts: int) -> None:
     own = torch.tensor([counts])
     every = gather(own)
     if not (every == own).all():
-        raise UserError(f"the ranks see different records or checkpoints: {every.tolist()}; all need the same files")
+        raise UserError(
+            f"the ranks see different records or checkpoints: {every.tolist()}; all need the same files"
+        )
 
 
 class _Normalise(torch.autograd.Function):
     """(y, mean, biased variance) over the rows of all ranks, by torch's own kernels on each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        spare = torch.zeros_like(bias)  # in place of running statistics: float32 asks for float32 results of a bfloat16 x
-        means, variances = gather(torch.stack(torch.batch_norm_update_stats(x, spare, spare, 0.0))[None]).unbind(1)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spare = torch.zeros_like(
+            bias
+        )  # in place of running statistics: float32 asks for float32 results of a bfloat16 x
+        means, variances = gather(
+            torch.stack(torch.batch_norm_update_stats(x, spare, spare, 0.0))[None]
+        ).unbind(1)
         # groups of one size: the variance is the mean of theirs plus the variance of their means
         mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
@@ -89,13 +100,17 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, mean, inverse = ctx.saved_tensors
         native = torch.ops.aten.native_batch_norm_backward
-        dx, dweight, dbias = native(grads[0], x, weight, None, None, mean, inverse, True, 0.0, [True, True, True])
+        dx, dweight, dbias = native(
+            grads[0], x, weight, None, None, mean, inverse, True, 0.0, [True, True, True]
+        )
         # the kernel took this rank's means of dy and of dy (x - mean) for those of all ranks: give back the difference
         shape, n = (1, -1, *[1] * (x.ndim - 2)), x.numel() // x.shape[1]
         sums = torch.stack([dweight, dbias])
         scaled, constant = (sums - average(sums)) * weight * inverse / n
         scaled *= inverse
-        dx.addcmul_(x, scaled.view(shape).to(x.dtype)).add_((constant - scaled * mean).view(shape).to(x.dtype))
+        dx.addcmul_(x, scaled.view(shape).to(x.dtype)).add_(
+            (constant - scaled * mean).view(shape).to(x.dtype)
+        )
         return dx, dweight, dbias, None
 
 
@@ -109,7 +124,11 @@ class BatchNorm(nn.BatchNorm2d):
         """(B, C, ...) -> the same shape and dtype; statistics in float32."""
         if not self.training:
             return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert (
+            self.running_mean is not None
+            and self.running_var is not None
+            and self.num_batches_tracked is not None
+        )
         assert self.momentum is not None
         y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
@@ -127,7 +146,9 @@ def synchronised(norm: nn.Module) -> nn.Module:
     """The same batch norm over all ranks. It shares parameters and statistics with the plain one."""
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if not plain or not norm.affine or not norm.track_running_stats or norm.momentum is None:
-        raise UserError(f"this network's {type(norm).__name__} cannot be trained on several ranks; start one process")
+        raise UserError(
+            f"this network's {type(norm).__name__} cannot be trained on several ranks; start one process"
+        )
     if next(norm.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
     shared = copy.copy(norm)
@@ -152,7 +173,9 @@ def joined(loss: nn.Module) -> Iterator[nn.Module]:
             setattr(parent, name, synchronised(child))
         device = next(loss.parameters()).device
         # static graph: open_clip's towers hold parameters that no loss uses
-        model = DistributedDataParallel(loss, [device.index] if device.type == "cuda" else None, static_graph=True)
+        model = DistributedDataParallel(
+            loss, [device.index] if device.type == "cuda" else None, static_graph=True
+        )
         model.broadcast_buffers = False  # every rank keeps the same statistics
         yield model
     finally:

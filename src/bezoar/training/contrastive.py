@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bezoar.encoders.encoder import Encoder
 from bezoar.training import augmentation, caption_views
 from bezoar.training.augmentation import Chance, Views
 from bezoar.training.collectives import gather
-from bezoar.encoders.encoder import Encoder
 
 
 class Recipe(Protocol):
@@ -48,7 +48,9 @@ def check(recipe: Recipe) -> None:
 def check_views(recipe: Viewed) -> None:
     """ValueError unless the fields of the views make sense too."""
     check(recipe)
-    if not 0 < recipe.crop <= 1 or not all(0 <= share <= 1 for share in (recipe.flip, recipe.jitter, recipe.gray)):
+    if not 0 < recipe.crop <= 1 or not all(
+        0 <= share <= 1 for share in (recipe.flip, recipe.jitter, recipe.gray)
+    ):
         raise ValueError("needs crop in 0..1 and above 0, flip, jitter and gray in 0..1")
     if not 0 <= recipe.words < 1:
         raise ValueError("needs words in 0..1")
@@ -76,7 +78,9 @@ class Module(nn.Module):
     def __init__(self, encoder: Encoder, recipe: Recipe) -> None:
         super().__init__()
         self.encoder = encoder
-        self.logarithm = nn.Parameter(torch.tensor(math.log(1 / recipe.temperature), device=encoder.device))
+        self.logarithm = nn.Parameter(
+            torch.tensor(math.log(1 / recipe.temperature), device=encoder.device)
+        )
 
     @property
     def scale(self) -> Tensor:
@@ -111,7 +115,13 @@ class ViewedModule(Module):
     def __init__(self, encoder: Encoder, recipe: Viewed) -> None:
         super().__init__(encoder, recipe)
         self.words, self.marks = recipe.words, caption_views.marked(encoder)
-        self.look = Views(encoder.preprocess.size, (recipe.crop, 1.0), flip=recipe.flip, jitter=recipe.jitter, gray=recipe.gray)
+        self.look = Views(
+            encoder.preprocess.size,
+            (recipe.crop, 1.0),
+            flip=recipe.flip,
+            jitter=recipe.jitter,
+            gray=recipe.gray,
+        )
 
     def seen(self, images: Tensor, chance: Chance) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 0..1 (B, 3, S, S), another view of each."""
@@ -131,7 +141,9 @@ class ViewedModule(Module):
         side = self.encoder.preprocess.size
         if x.shape[-2:] == (side, side):
             return x
-        return F.interpolate(x, (side, side), mode=self.encoder.preprocess.interpolation, antialias=True)
+        return F.interpolate(
+            x, (side, side), mode=self.encoder.preprocess.interpolation, antialias=True
+        )
 
     def apart(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """Two views of an image find each other among the batch, and two of a caption; image and text never meet."""

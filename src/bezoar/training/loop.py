@@ -18,13 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import generator
+from bezoar.errors import UserError
 from bezoar.training import collectives
 from bezoar.training.augmentation import Chance
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
 
 CHECKPOINT_SECONDS = 20.0
-UNREAD = {"cpu": 1, "cuda": 50}  # losses left on a device before they are read: each reading makes the host wait for it
+UNREAD = {
+    "cpu": 1,
+    "cuda": 50,
+}  # losses left on a device before they are read: each reading makes the host wait for it
 
 
 class Recipe(Protocol):
@@ -52,19 +56,13 @@ class Log:
     epochs: list[dict] = field(default_factory=list)
 
 
-def generator(*key: int) -> torch.Generator:
-    """A generator that belongs to its key and to nothing else."""
-    mixed = 0
-    for k in key:
-        mixed = (mixed * 0x9E3779B97F4A7C15 + k + 1) % (1 << 63)
-    return torch.Generator().manual_seed(mixed)
-
-
 def optimizer(model: nn.Module, recipe: Recipe, fused: bool = True) -> torch.optim.Optimizer:
     """AdamW, weight decay on matrices and filters alone; for a recipe that says `sgd`, SGD with weight decay on all."""
     if getattr(recipe, "optimizer", "adamw") == "sgd":
         every = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(every, recipe.lr, getattr(recipe, "momentum", 0.0), weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(
+            every, recipe.lr, getattr(recipe, "momentum", 0.0), weight_decay=recipe.weight_decay
+        )
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [
@@ -121,9 +119,13 @@ def fit(
     batch, each = recipe.batch, len(data) // recipe.batch
     rank, world = collectives.place()
     if not each:
-        raise UserError(f"{len(data)} records are fewer than one batch of {batch}; give a smaller batch")
+        raise UserError(
+            f"{len(data)} records are fewer than one batch of {batch}; give a smaller batch"
+        )
     if batch % world:
-        raise UserError(f"a batch of {batch} does not divide into {world} ranks; give a multiple of {world}")
+        raise UserError(
+            f"a batch of {batch} does not divide into {world} ranks; give a multiple of {world}"
+        )
     steps, device = recipe.epochs * each, tokens.device
     begin = getattr(loss, "begin", None)
     tokens = tokens if begin is None else begin(data, tokens)
@@ -145,7 +147,9 @@ def fit(
                 own = collectives.own(rows).to(device)
             for group in optim.param_groups:
                 group["lr"] = rate(recipe, step, steps)
-            value = model(data.images[own[at]], tokens[own[at]], Chance(generator(seed, 2, step), rank, world))
+            value = model(
+                data.images[own[at]], tokens[own[at]], Chance(generator(seed, 2, step), rank, world)
+            )
             optim.zero_grad(set_to_none=True)
             value.backward()
             optim.step()
@@ -158,7 +162,9 @@ def fit(
             report(step, steps, log.losses[-1])
             if step % each == 0:
                 facts = each_epoch(epoch + 1) if each_epoch is not None and rank == 0 else {}
-                log.epochs.append({"epoch": epoch + 1, "loss": sum(log.losses[-each:]) / each, **facts})
+                log.epochs.append(
+                    {"epoch": epoch + 1, "loss": sum(log.losses[-each:]) / each, **facts}
+                )
                 if collectives.average(torch.tensor(float(facts.get("stop", False)))) > 0:
                     steps = step
                 loss.train()
@@ -185,8 +191,14 @@ def _keep(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log, s
     """Model, optimiser, log and step, in one safetensors file written under a temporary name."""
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in loss.state_dict().items()}
     for i, state in optim.state_dict()["state"].items():
-        tensors |= {f"optim.{i}.{k}": torch.as_tensor(v).detach().cpu().contiguous() for k, v in state.items()}
-    tensors["losses"], tensors["exposures"] = torch.tensor(log.losses, dtype=torch.float64), log.exposures
+        tensors |= {
+            f"optim.{i}.{k}": torch.as_tensor(v).detach().cpu().contiguous()
+            for k, v in state.items()
+        }
+    tensors["losses"], tensors["exposures"] = (
+        torch.tensor(log.losses, dtype=torch.float64),
+        log.exposures,
+    )
     facts = {"step": str(step), "seconds": str(log.seconds), "epochs": json.dumps(log.epochs)}
     save_file(tensors, path.with_suffix(".tmp"), metadata=facts)
     os.replace(path.with_suffix(".tmp"), path)
@@ -213,3 +225,14 @@ def _restore(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log
     log.losses[:], log.exposures = tensors["losses"].tolist(), tensors["exposures"]
     log.seconds, log.epochs = float(facts["seconds"]), json.loads(facts["epochs"])
     return int(facts["step"])
+
+
+@dataclass(frozen=True)
+class FixedRecipe:
+    """A recipe that is no method of its own: what `fit` reads of a repair's fields."""
+
+    epochs: int
+    batch: int
+    lr: float
+    weight_decay: float = 0.0
+    warmup: float = 0.05

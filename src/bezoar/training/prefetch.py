@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bezoar.data.stored_pairs import Indexed, started
-from bezoar.data.pairs import Pairs
 from bezoar.data.decoding import threads
+from bezoar.data.pairs import Pairs
+from bezoar.data.stored_pairs import Indexed, started
 
 AHEAD = 16  # batches made before they are asked for, at most
 AHEAD_BYTES = 512 << 20  # pixels of these; but two batches at least
@@ -54,7 +54,9 @@ class Feed:
     be any of these, as when a training is gone on with. Whatever else is asked for is made then, and counted in `late`.
     """
 
-    def __init__(self, records: Pairs | Indexed, device: torch.device, order: Order, epochs: int) -> None:
+    def __init__(
+        self, records: Pairs | Indexed, device: torch.device, order: Order, epochs: int
+    ) -> None:
         self.records, self.device, self.order, self.epochs = records, device, order, epochs
         self.source = records if isinstance(records, Indexed) else Held(records.images)
         self.pool = ThreadPoolExecutor(threads())
@@ -102,7 +104,10 @@ class Feed:
         """Begin what comes next, as far as AHEAD and AHEAD_BYTES allow; size: of a batch."""
         assert self.coming is not None
         most = min(AHEAD, max(2, AHEAD_BYTES // (size * 3 * self.records.size**2)))
-        self.waiting.extend(self.begin(rows) for rows in itertools.islice(self.coming, max(0, most - len(self.waiting))))
+        self.waiting.extend(
+            self.begin(rows)
+            for rows in itertools.islice(self.coming, max(0, most - len(self.waiting)))
+        )
 
     def following(self, rows: Tensor) -> Iterator[Tensor]:
         """The batches of the order from the one that holds exactly these rows; none when there is no such."""

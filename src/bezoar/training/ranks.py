@@ -7,32 +7,19 @@ ranks share (`joint` verbs), it tells the others what to do; between such orders
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from bezoar.errors import UserError
+from bezoar.machine import _of_torchrun
 
-PATIENCE = timedelta(days=7)  # ranks wait for as long as rank 0 works alone; torchrun ends all when one ends badly
+PATIENCE = timedelta(
+    days=7
+)  # ranks wait for as long as rank 0 works alone; torchrun ends all when one ends badly
 
 sharing = True  # False while rank 0 works alone: a training then must not wait for the others
-
-
-def rank() -> int:
-    """This process's number under torchrun; 0 without it."""
-    return _of_torchrun("RANK", 0)
-
-
-def world() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return _of_torchrun("WORLD_SIZE", 1)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def join() -> None:
@@ -92,38 +79,6 @@ def hear() -> Any:
     return order
 
 
-def device(name: str) -> Any:
-    """`auto`, `cpu`, `cuda`, `cuda:1` -> torch.device; of several ranks each takes a GPU of its own.
-
-    A GPU with a number becomes the current one, or pinned memory and the like would take up room on the first GPU too.
-    Raises UserError for one that is not there, and for kinds of devices that bezoar has not been made for.
-    """
-    import torch
-    import torch.distributed as dist
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if dist.is_initialized() and name.startswith("cuda"):
-        gpus, needed = torch.cuda.device_count(), _of_torchrun("LOCAL_WORLD_SIZE", 1)
-        if name != "cuda" or gpus < needed:
-            raise UserError(
-                f"{needed} ranks take a GPU each, and there are {gpus}; "
-                "give --device cuda (without a number) or cpu, and torchrun no more ranks than GPUs"
-            )
-        name = f"cuda:{_of_torchrun('LOCAL_RANK', 0)}"
-    try:
-        wanted = torch.device(name)
-        if wanted.type not in ("cpu", "cuda"):
-            raise NotImplementedError(name)
-        torch.empty(1, device=wanted)
-        if wanted.type == "cuda" and wanted.index is not None:
-            torch.cuda.set_device(wanted)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"no device {name!r} here; there are: {', '.join(there)}") from error
-    return wanted
-
-
 def _leave() -> None:
     """End the process group, with what a training left of it: gloo's threads abort a process that ends before them."""
     import gc
@@ -132,8 +87,3 @@ def _leave() -> None:
 
     dist.destroy_process_group()
     gc.collect()
-
-
-def _of_torchrun(name: str, otherwise: int) -> int:
-    """Other launchers set RANK and WORLD_SIZE too, without processes that would wait for us."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else otherwise

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bezoar.training.augmentation import Views
 from bezoar.encoders.encoder import Encoder
+from bezoar.training.augmentation import Views
 
 
 class Recipe(Protocol):
@@ -32,7 +32,12 @@ class Recipe(Protocol):
 
 def check(recipe: Recipe) -> None:
     """ValueError unless the common fields make sense."""
-    if recipe.epochs < 1 or recipe.batch < 2 or recipe.lr <= 0 or min(recipe.hidden, recipe.dim) < 1:
+    if (
+        recipe.epochs < 1
+        or recipe.batch < 2
+        or recipe.lr <= 0
+        or min(recipe.hidden, recipe.dim) < 1
+    ):
         raise ValueError("needs epochs >= 1, batch >= 2, lr > 0, hidden >= 1, dim >= 1")
     if not 0 <= recipe.warmup < 1 or recipe.weight_decay < 0:
         raise ValueError("needs warmup in 0..1, weight_decay >= 0")

@@ -13,17 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Job, Run, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
+from bezoar.runs.run import Run
 
 if TYPE_CHECKING:
     from bezoar.auditing.bank import Bank
-    from bezoar.evaluation.classifiers import Classifier
-    from bezoar.encoders.encoder import Encoder
     from bezoar.data.pairs import Pairs
+    from bezoar.encoders.encoder import Encoder
+    from bezoar.evaluation.classifiers import Classifier
     from bezoar.evaluation.scores import Measure
     from bezoar.evaluation.verdict import Inversion, Verdict
 
-VERDICT, INVERSIONS, EXAMPLES, SARIF = "verdict.json", "inversions.safetensors", "examples.safetensors", "audit.sarif"
+VERDICT, INVERSIONS, EXAMPLES, SARIF = (
+    "verdict.json",
+    "inversions.safetensors",
+    "examples.safetensors",
+    "audit.sarif",
+)
 LEAST = 16  # clean images; of fewer nothing is said
 LABELLED = 2000  # clean records that a head is fitted on
 SHOWN = 8  # inversions that are kept, and clean images that they are shown on
@@ -37,33 +44,49 @@ class Audit:
     not audited again: each audit without a bank is a run of its own.
     """
 
-    encoder: Annotated[Input, Takes("encoder"), "what is suspected: a run, or a network with published weights"]
-    data: Annotated[Input, Takes("data"), "clean images; without them, the test split of its training data"] = None
-    audit: Annotated[tuple[Input, ...], Takes("audit"), "see `bezoar list audit`; a parent adds the audit `parent`"] = (
+    encoder: Annotated[
+        Input, Takes("encoder"), "what is suspected: a run, or a network with published weights"
+    ]
+    data: Annotated[
+        Input, Takes("data"), "clean images; without them, the test split of its training data"
+    ] = None
+    audit: Annotated[
+        tuple[Input, ...],
+        Takes("audit"),
+        "see `bezoar list audit`; a parent adds the audit `parent`",
+    ] = (
         "whitening",
         "whole_image",
         "decree",
         "cleanse",
     )
-    classifier: Annotated[Literal["auto", "own", "zero_shot", "linear", "mlp"], "head that audits of classes invert"] = "auto"
+    classifier: Annotated[
+        Literal["auto", "own", "zero_shot", "linear", "mlp"], "head that audits of classes invert"
+    ] = "auto"
     parent: Annotated[Input, Takes("encoder"), "the encoder that it was tuned from"] = None
-    bank: Annotated[tuple[Input, ...], Takes("bank"), "banks of clean encoders: bank.json files, calibrate runs"] = ("shipped",)
+    bank: Annotated[
+        tuple[Input, ...], Takes("bank"), "banks of clean encoders: bank.json files, calibrate runs"
+    ] = ("shipped",)
     rate: Annotated[float, "false-positive rate of each audit"] = 0.05
     images: Annotated[int, "clean images that are looked at"] = 512
 
     def __post_init__(self) -> None:
-        if self.parent is not None and not any(str(a).partition(":")[0] == "parent" for a in map(text, self.audit)):
+        if self.parent is not None and not any(
+            str(a).partition(":")[0] == "parent" for a in map(text, self.audit)
+        ):
             object.__setattr__(self, "audit", (*self.audit, "parent"))
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> verdict.json, inversions.safetensors, examples.safetensors (clean images), audit.sarif, and figures."""
         from safetensors.torch import save_file
 
-        from bezoar.runs import inputs
         from bezoar.auditing import sarif, verdict_text
+        from bezoar.runs import inputs
 
         if not 0 < self.rate < 1 or self.images < LEAST:
-            raise UserError(f"rate must be inside 0..1 and images at least {LEAST}; got {self.rate:g} and {self.images}")
+            raise UserError(
+                f"rate must be inside 0..1 and images at least {LEAST}; got {self.rate:g} and {self.images}"
+            )
         single = len(job.inputs["audit"]) == 1 and not job.inputs["bank"]
         found, refused = (self._alone(job), {}) if single else self._each(job)
         judge(found, banks(job.inputs["bank"]), self.rate)
@@ -75,7 +98,9 @@ class Audit:
         save_file(found.examples, job.folder / EXAMPLES)
         name, given = found.facts["encoder"], job.inputs["encoder"]
         artefact = f"{name}/encoder.safetensors" if isinstance(given, Run) else name
-        inputs.write_json(job.folder / SARIF, sarif.document(name, artefact, found.audits, refused, sentence))
+        inputs.write_json(
+            job.folder / SARIF, sarif.document(name, artefact, found.audits, refused, sentence)
+        )
         job.goals = [vars(g) for g in inputs.goals(given)]
         job.notes = {
             "words": words,
@@ -86,13 +111,24 @@ class Audit:
         }
         for line in job.notes["incomplete"]:
             print(f"audit: {line}", file=sys.stderr)
-        return {k: m for a in found.audits for k, m in measures(a, found.facts["sample"]["images"]).items()}
+        return {
+            k: m
+            for a in found.audits
+            for k, m in measures(a, found.facts["sample"]["images"]).items()
+        }
 
     def _each(self, job: Job) -> tuple[Found, dict[str, str]]:
         """Every audit as a run of its own; and why one refused. Raises UserError when none is left."""
         given, parts, refused = job.inputs, [], {}
         for audit in given["audit"]:
-            leaf = alone(audit, given["encoder"], given["data"], self.classifier, given["parent"], self.images)
+            leaf = alone(
+                audit,
+                given["encoder"],
+                given["data"],
+                self.classifier,
+                given["parent"],
+                self.images,
+            )
             try:
                 parts.append(Found.read(job.run(leaf)))
             except UserError as error:
@@ -119,14 +155,20 @@ class Audit:
             more["classifier"] = classifier(encoder, labelled, self.classifier)
         if "parent" in needs:
             if given["parent"] is None:
-                raise UserError(f"audit {short(audit)} needs --parent: the encoder that this one was tuned from")
+                raise UserError(
+                    f"audit {short(audit)} needs --parent: the encoder that this one was tuned from"
+                )
             more["parent"] = sound(inputs.encoder(given["parent"], job.device), "the parent")
         if "report" in needs:
-            more["report"] = lambda done, total, told="": job.progress.step(done, total, f"{short(audit)}: {told}")
+            more["report"] = lambda done, total, told="": job.progress.step(
+                done, total, f"{short(audit)}: {told}"
+            )
         start = time.monotonic()
         verdict = audit(encoder, sample, job.seed, **more)
         seconds = time.monotonic() - start
-        reader = more.get("classifier") or reading(encoder, labelled, self.classifier if verdict.inversions else None)
+        reader = more.get("classifier") or reading(
+            encoder, labelled, self.classifier if verdict.inversions else None
+        )
         facts = {
             "schema": 1,
             "encoder": named(given["encoder"]),
@@ -137,7 +179,9 @@ class Audit:
                 {
                     "audit": registry.spec(audit),
                     "name": short(audit),
-                    "summary": (sys.modules[type(audit).__module__].__doc__ or "").partition("\n")[0],
+                    "summary": (sys.modules[type(audit).__module__].__doc__ or "").partition("\n")[
+                        0
+                    ],
                     "code": bank.code(type(audit)),
                     "classifier": more["classifier"].how if "classifier" in more else "",
                     "value": verdict.value,
@@ -146,16 +190,23 @@ class Audit:
                     "notes": verdict.notes,
                 }
             ],
-            "inversions": [{"audit": short(audit), **shown(i, sample.images, reader)} for i in verdict.inversions[:SHOWN]],
+            "inversions": [
+                {"audit": short(audit), **shown(i, sample.images, reader)}
+                for i in verdict.inversions[:SHOWN]
+            ],
         }
-        return Found(facts, tensors(verdict), {"images": sample.images[:SHOWN].cpu().clone().contiguous()})
+        return Found(
+            facts, tensors(verdict), {"images": sample.images[:SHOWN].cpu().clone().contiguous()}
+        )
 
 
 def alone(audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, images: int) -> Audit:
     """One audit without a bank, given what it needs and nothing else, so that it is one question however it is asked."""
     needs = getattr(audit, "needs", ())
     kind: Any = classifier if "classifier" in needs else "auto"
-    return Audit(encoder, data, (audit,), kind, parent if "parent" in needs else None, (), 0.05, images)
+    return Audit(
+        encoder, data, (audit,), kind, parent if "parent" in needs else None, (), 0.05, images
+    )
 
 
 @dataclass
@@ -186,7 +237,10 @@ class Found:
         renamed: dict[str, Any] = {}
         for p in parts:
             first = len(renamed) // 2
-            renamed |= {f"{k.partition('@')[0]}@{first + int(k.partition('@')[2])}": v for k, v in p.tensors.items()}
+            renamed |= {
+                f"{k.partition('@')[0]}@{first + int(k.partition('@')[2])}": v
+                for k, v in p.tensors.items()
+            }
         lists = {k: [x for p in parts for x in p.facts[k]] for k in ("audits", "inversions")}
         return Found(parts[0].facts | lists, renamed, parts[0].examples)
 
@@ -205,8 +259,13 @@ def shown(inversion: Inversion, images: Any, reader: Classifier | None) -> dict[
         return out
     before, after = reader.read(images).tolist(), reader.read(inversion(images)).tolist()
     names, n = reader.classes, len(images)
-    into = [[names[c], count / n, before.count(c) / n] for c, count in Counter(after).most_common(3)]
-    told = {"before": [names[c] for c in before[:SHOWN]], "after": [names[c] for c in after[:SHOWN]]}
+    into = [
+        [names[c], count / n, before.count(c) / n] for c, count in Counter(after).most_common(3)
+    ]
+    told = {
+        "before": [names[c] for c in before[:SHOWN]],
+        "after": [names[c] for c in after[:SHOWN]],
+    }
     return out | told | {"turns_into": into, "reader": reader.how}
 
 
@@ -234,13 +293,15 @@ def default(given: Any) -> Any:
 def sampled(method: Any, images: int) -> tuple[Pairs, Pairs]:
     """Clean records: those that are audited, and more for heads. The same ones whatever the seed, so that a bank's values
     and a suspect's differ by the encoder alone. Raises UserError for too few."""
+    from bezoar.data import randomness
     from bezoar.runs import inputs
-    from bezoar.evaluation import neighbors
 
     records = inputs.dataset(method).clean
     if len(records) < LEAST:
-        raise UserError(f"{len(records)} clean images; an audit takes {LEAST} and more, with fewer it is sensitive to nothing")
-    rows = neighbors.pool(list(records.ids), max(images, LABELLED), 0)
+        raise UserError(
+            f"{len(records)} clean images; an audit takes {LEAST} and more, with fewer it is sensitive to nothing"
+        )
+    rows = randomness.pool(list(records.ids), max(images, LABELLED), 0)
     labelled = inputs.in_memory(records.take(rows))
     return labelled.take(range(min(images, len(labelled)))), labelled
 
@@ -251,9 +312,15 @@ def sound(encoder: Encoder, what: str = "the encoder") -> Encoder:
 
     if getattr(encoder, "image", None) is None:
         raise UserError(f"{what} reads no images; audits look at image towers")
-    odd = [k for k, v in encoder.state_dict().items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    odd = [
+        k
+        for k, v in encoder.state_dict().items()
+        if v.is_floating_point() and not torch.isfinite(v).all()
+    ]
     if odd:
-        raise UserError(f"{what} has NaN or infinite weights ({odd[0]}, {len(odd)} tensors); nothing can be said of it")
+        raise UserError(
+            f"{what} has NaN or infinite weights ({odd[0]}, {len(odd)} tensors); nothing can be said of it"
+        )
     return encoder
 
 
@@ -272,7 +339,9 @@ def judge(found: Found, known: Sequence[Bank], rate: float) -> None:
     family, sample = Family(**found.facts["family"]), Sample(**found.facts["sample"])
     for a in found.audits:
         own = Calibration(a["audit"], a["code"], a["classifier"])
-        a |= verdict_text.told(read_value(known, family, sample, own, a["value"], rate, found.facts["encoder"]))
+        a |= verdict_text.told(
+            read_value(known, family, sample, own, a["value"], rate, found.facts["encoder"])
+        )
     fewer = [b.sample.images for b in known if sample.images < b.sample.images]
     found.facts["few"] = verdict_text.few(sample.images, min(fewer, default=0))
 
@@ -284,11 +353,17 @@ def measures(a: Mapping[str, Any], images: int) -> dict[str, Measure]:
     def one(value: float, n: int, how: str) -> Measure:
         return Measure(value, n, value, value, how)
 
-    out = {"value": one(a["value"], images, f"{a['audit']} on clean images; higher = more suspicious, counted")}
+    out = {
+        "value": one(
+            a["value"], images, f"{a['audit']} on clean images; higher = more suspicious, counted"
+        )
+    }
     out["seconds"] = one(a["seconds"], 1, "wall-clock seconds of the audit, counted")
     if a["p"] is not None:
         n = len(a["bank"]["clean"])
-        out["p_value"] = one(a["p"], n, "(1 + clean encoders at or above the value) / (clean encoders + 1), counted")
+        out["p_value"] = one(
+            a["p"], n, "(1 + clean encoders at or above the value) / (clean encoders + 1), counted"
+        )
     if a["false_positives"]:
         out["false_positive_rate"] = Measure(**a["false_positives"])
     if a["sensitivity"]:

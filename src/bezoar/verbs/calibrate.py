@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Job, Run, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
+from bezoar.runs.run import Run
 from bezoar.verbs.audit import VERDICT, alone, text
 from bezoar.verbs.reproduce import spec
 from bezoar.verbs.train import Train
@@ -28,28 +30,49 @@ class Calibrate:
     one with more encoders audits those alone.
     """
 
-    encoder: Annotated[tuple[Input, ...], Takes("encoder"), "encoders known to be clean, all of one kind"] = ()
-    data: Annotated[Input, Takes("data"), "clean images; without them, the test split of the training data"] = None
-    audit: Annotated[tuple[Input, ...], Takes("audit"), "see `bezoar list audit`; a parent adds the audit `parent`"] = (
+    encoder: Annotated[
+        tuple[Input, ...], Takes("encoder"), "encoders known to be clean, all of one kind"
+    ] = ()
+    data: Annotated[
+        Input, Takes("data"), "clean images; without them, the test split of the training data"
+    ] = None
+    audit: Annotated[
+        tuple[Input, ...],
+        Takes("audit"),
+        "see `bezoar list audit`; a parent adds the audit `parent`",
+    ] = (
         "whitening",
         "whole_image",
         "decree",
         "cleanse",
     )
-    attacked: Annotated[tuple[Input, ...], Takes("run"), "attacked ones of that kind: train, inject or evaluate runs"] = ()
+    attacked: Annotated[
+        tuple[Input, ...],
+        Takes("run"),
+        "attacked ones of that kind: train, inject or evaluate runs",
+    ] = ()
     train: Annotated[Input, Takes("data"), "train clean encoders here, on these data"] = None
     network: Annotated[Input, Takes("network"), "of those that are trained here"] = "clip_small"
     objective: Annotated[Input, Takes("objective"), "of those that are trained here"] = "clip"
-    count: Annotated[int, "how many are trained here, each with a seed of its own (and data, where they are made to order)"] = (
-        20
+    count: Annotated[
+        int,
+        "how many are trained here, each with a seed of its own (and data, where they are made to order)",
+    ] = 20
+    classifier: Annotated[
+        Literal["auto", "own", "zero_shot", "linear", "mlp"], "head that audits of classes invert"
+    ] = "auto"
+    parent: Annotated[Input, Takes("encoder"), "the encoder that all of them were tuned from"] = (
+        None
     )
-    classifier: Annotated[Literal["auto", "own", "zero_shot", "linear", "mlp"], "head that audits of classes invert"] = "auto"
-    parent: Annotated[Input, Takes("encoder"), "the encoder that all of them were tuned from"] = None
-    rate: Annotated[float, "false-positive rate that the figures are for; a bank holds values, for any rate"] = 0.05
+    rate: Annotated[
+        float, "false-positive rate that the figures are for; a bank holds values, for any rate"
+    ] = 0.05
     images: Annotated[int, "clean images that are looked at"] = 512
 
     def __post_init__(self) -> None:
-        if self.parent is not None and not any(a.partition(":")[0] == "parent" for a in map(text, self.audit)):
+        if self.parent is not None and not any(
+            a.partition(":")[0] == "parent" for a in map(text, self.audit)
+        ):
             object.__setattr__(self, "audit", (*self.audit, "parent"))
 
     def work(self, job: Job) -> dict[str, Any]:
@@ -58,7 +81,9 @@ class Calibrate:
         from bezoar.runs.sweep import Trial, sweep
 
         if not 0 < self.rate < 1 or self.count < 1:
-            raise UserError(f"rate must be inside 0..1 and count at least 1; got {self.rate:g} and {self.count}")
+            raise UserError(
+                f"rate must be inside 0..1 and count at least 1; got {self.rate:g} and {self.count}"
+            )
         given = job.inputs
         clean = [known_clean(e) for e in given["encoder"]]
         attacked = [known_attacked(r) for r in given["attacked"]]
@@ -71,11 +96,23 @@ class Calibrate:
         data = spec(given["data"]) or None
         for e in [*clean, *(r for r, _ in attacked)]:
             for audit in given["audit"]:
-                leaf = alone(audit, spec(e), data, self.classifier, spec(given["parent"]) or None, self.images)
-                asked[spec(e), registry.spec(audit)] = Trial(dataclasses.replace(leaf, audit=(registry.spec(audit),)), job.seed)
+                leaf = alone(
+                    audit,
+                    spec(e),
+                    data,
+                    self.classifier,
+                    spec(given["parent"]) or None,
+                    self.images,
+                )
+                asked[spec(e), registry.spec(audit)] = Trial(
+                    dataclasses.replace(leaf, audit=(registry.spec(audit),)), job.seed
+                )
         runs = sweep(asked.values(), job.settings, job.progress)
         job.made += dict.fromkeys(runs.values())
-        told = {k: json.loads(runs[t].file(VERDICT).read_text(encoding="utf-8")) for k, t in asked.items()}
+        told = {
+            k: json.loads(runs[t].file(VERDICT).read_text(encoding="utf-8"))
+            for k, t in asked.items()
+        }
         family, sample = same(list(told.values()))
         made = []
         for audit in map(registry.spec, given["audit"]):
@@ -85,7 +122,12 @@ class Calibrate:
             made.append(bank.Calibration(audit, first["code"], first["classifier"], own, bad))
         bank.Bank(family, sample, tuple(made)).write(job.folder / bank.FILE)
         job.goals = []  # a bank is no poisoned artefact, whatever it was measured on
-        job.notes = {"clean": len(clean), "attacked": len(attacked), "family": vars(family), "sample": vars(sample)}
+        job.notes = {
+            "clean": len(clean),
+            "attacked": len(attacked),
+            "family": vars(family),
+            "sample": vars(sample),
+        }
         return {k: m for c in made for k, m in measures(c, self.rate).items()}
 
     def _trainings(self, given: dict[str, Any], seed: int) -> list[Trial]:
@@ -94,12 +136,18 @@ class Calibrate:
 
         data = given["train"]
         if isinstance(data, Run) and data.manifest["goal"]:
-            raise UserError(f"the data of {data.name} are poisoned; a bank's encoders are trained on clean ones (--train)")
+            raise UserError(
+                f"the data of {data.name} are poisoned; a bank's encoders are trained on clean ones (--train)"
+            )
         recipe = [registry.spec(given[k]) for k in ("network", "objective")]
         fields = () if isinstance(data, Run) else {f.name for f in dataclasses.fields(data)}
         out = []
         for k in range(seed, seed + self.count):
-            own = dataclasses.replace(data, seed=data.seed + k) if {"seed", "count"} <= set(fields) else data
+            own = (
+                dataclasses.replace(data, seed=data.seed + k)
+                if {"seed", "count"} <= set(fields)
+                else data
+            )
             out.append(Trial(Train(spec(own), *recipe), k))
         return out
 
@@ -107,16 +155,24 @@ class Calibrate:
 def known_clean(given: Any) -> Any:
     """An encoder as given. Raises UserError for a run that says it was attacked."""
     if isinstance(given, Run) and given.manifest["goal"]:
-        raise UserError(f"run {given.name} is poisoned; a bank's clean encoders must be clean (--attacked takes it)")
+        raise UserError(
+            f"run {given.name} is poisoned; a bank's clean encoders must be clean (--attacked takes it)"
+        )
     return given
 
 
 def attacked_run(given: Run) -> Run:
     """An attacked encoder's run: itself, or the one that an evaluate run measured. Raises UserError for one that was not."""
     asked = given.manifest["ask"].get("encoder")
-    run = given.beside(asked["run"]) if given.verb == "evaluate" and asked and "run" in asked else given
+    run = (
+        given.beside(asked["run"])
+        if given.verb == "evaluate" and asked and "run" in asked
+        else given
+    )
     if not run.manifest["goal"]:
-        raise UserError(f"run {run.name} was not attacked; --attacked takes train or inject runs that were")
+        raise UserError(
+            f"run {run.name} was not attacked; --attacked takes train or inject runs that were"
+        )
     return run
 
 
@@ -141,7 +197,9 @@ def success(measured: Run) -> float | None:
     values = []
     for key, m in measured.manifest["metrics"].items():
         group, _, name = key.rpartition(".")
-        if name.partition("@")[0] == "attack_success" and not group.startswith(("baseline", "branch_swap")):
+        if name.partition("@")[0] == "attack_success" and not group.startswith(
+            ("baseline", "branch_swap")
+        ):
             values.append(float(m["value"]))
     return max(values, default=None)
 
@@ -156,7 +214,9 @@ def same(told: list[dict[str, Any]]) -> tuple[Any, Any]:
             odd = [k for k, v in other[what].items() if v != first[what][k]]
             if odd:
                 values = f"{other[what][odd[0]]!r}, that of {first['encoder']} is {first[what][odd[0]]!r}"
-                raise UserError(f"{other['encoder']} does not belong to this bank: its {title}{odd[0]} is {values}")
+                raise UserError(
+                    f"{other['encoder']} does not belong to this bank: its {title}{odd[0]} is {values}"
+                )
     return bank.Family(**first["family"]), bank.Sample(**first["sample"])
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Job, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 SHOWN = 24  # images of each check that are kept for the page
 SIDE = 96  # pixels of their sides, at most
-SCORES, CLEAN, WORST, PICTURES = "scores.parquet", "clean.parquet", "flagged.json", "pictures.safetensors"
+SCORES, CLEAN, WORST, PICTURES = (
+    "scores.parquet",
+    "clean.parquet",
+    "flagged.json",
+    "pictures.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -31,21 +37,37 @@ class Check:
     it is known which images carry a trigger, and how well they are told is measured.
     """
 
-    encoder: Annotated[Input, Takes("encoder"), "a train, inject or repair run, or a network with published weights"]
+    encoder: Annotated[
+        Input,
+        Takes("encoder"),
+        "a train, inject or repair run, or a network with published weights",
+    ]
     images: Annotated[Input, Takes("data"), "what arrives: a data set, or a poison run"]
-    clean: Annotated[Input, Takes("data"), "images known to be clean, like those that arrive, and not among them"] = None
-    check: Annotated[tuple[Input, ...], Takes("check"), "see `bezoar list check`"] = ("masking_path",)
-    rate: Annotated[float, "share of clean images that may be flagged; it sets the threshold"] = 0.01
-    classifier: Annotated[Literal["auto", "own", "zero_shot", "linear", "mlp"], "head of checks that read classes"] = "auto"
-    trigger: Annotated[Input, Takes("trigger"), "stamp it on one half of the images, to measure how well it is told"] = None
+    clean: Annotated[
+        Input, Takes("data"), "images known to be clean, like those that arrive, and not among them"
+    ] = None
+    check: Annotated[tuple[Input, ...], Takes("check"), "see `bezoar list check`"] = (
+        "masking_path",
+    )
+    rate: Annotated[float, "share of clean images that may be flagged; it sets the threshold"] = (
+        0.01
+    )
+    classifier: Annotated[
+        Literal["auto", "own", "zero_shot", "linear", "mlp"], "head of checks that read classes"
+    ] = "auto"
+    trigger: Annotated[
+        Input,
+        Takes("trigger"),
+        "stamp it on one half of the images, to measure how well it is told",
+    ] = None
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> scores.parquet (every image), clean.parquet (those that set the thresholds), flagged.json, pictures.safetensors.
 
         A check that cannot be asked here is named, the others are; the exit status is then 4.
         """
-        from bezoar.runs import inputs
         from bezoar import registry
+        from bezoar.runs import inputs
 
         if not 0 < self.rate < 1:
             raise UserError(f"rate must be a share inside (0, 1); got {self.rate}")
@@ -63,7 +85,9 @@ class Check:
                 more = known.needed(method, job, name)
                 clean = method(encoder, held, **more)
                 specs[name] = registry.spec(method)
-                found[name] = Found(method(encoder, images, **more), clean, Threshold.of(clean.values, self.rate))
+                found[name] = Found(
+                    method(encoder, images, **more), clean, Threshold.of(clean.values, self.rate)
+                )
             except UserError as error:
                 failed.append(f"check {name}: {error}")
         if not found:
@@ -87,9 +111,9 @@ class Check:
         """What is checked, and which of it carries a trigger, where that is known."""
         import numpy as np
 
-        from bezoar.runs import inputs
         from bezoar import registry
-        from bezoar.evaluation.neighbors import pool
+        from bezoar.data.randomness import pool
+        from bezoar.runs import inputs
 
         parts = inputs.dataset(job.inputs["images"])
         images = parts.pairs
@@ -98,7 +122,9 @@ class Check:
         if trigger is None:
             return images, parts.plan.mask(images.ids) if parts.plan.edits else None
         if parts.plan.edits:
-            raise UserError("these images are poisoned already: leave --trigger out, or give clean ones")
+            raise UserError(
+                "these images are poisoned already: leave --trigger out, or give clean ones"
+            )
         rows = np.sort(pool(images.ids, len(images) // 2, 1))
         truth = np.zeros(len(images), bool)
         truth[rows] = True
@@ -112,19 +138,27 @@ class Check:
         """The half of the clean images that calibrates, and the half that sets the thresholds."""
         import numpy as np
 
-        from bezoar.runs import inputs
-        from bezoar.evaluation.neighbors import pool
         from bezoar.data.pairs import each_image
+        from bezoar.data.randomness import pool
+        from bezoar.runs import inputs
         from bezoar.verbs.evaluate import shared
 
         if job.inputs["clean"] is None:
-            raise UserError("give --clean: images known to be clean, of which checks and thresholds are made")
+            raise UserError(
+                "give --clean: images known to be clean, of which checks and thresholds are made"
+            )
         clean = inputs.in_memory(inputs.dataset(job.inputs["clean"]).clean)
-        clean = clean.take(each_image(clean.ids))  # an image counted for each caption would stand on both sides
+        clean = clean.take(
+            each_image(clean.ids)
+        )  # an image counted for each caption would stand on both sides
         if both := shared(clean, images):
-            raise UserError(f"{len(both)} of the images are among the clean ones too, such as {both[0]!r}; give others")
+            raise UserError(
+                f"{len(both)} of the images are among the clean ones too, such as {both[0]!r}; give others"
+            )
         if len(clean) < 4:
-            raise UserError(f"checks need at least 4 clean images, better some hundreds; there are {len(clean)}")
+            raise UserError(
+                f"checks need at least 4 clean images, better some hundreds; there are {len(clean)}"
+            )
         first = np.zeros(len(clean), bool)
         first[pool(clean.ids, len(clean) // 2, 2)] = True
         return clean.take(np.flatnonzero(first)), clean.take(np.flatnonzero(~first))
@@ -188,7 +222,13 @@ class Threshold:
         low, high = beta.ppf([0.025, 0.975], self.rank, self.n + 1 - self.rank)
         how = f"expected share of clean images above the threshold, the {self.rank}. largest of {self.n} clean scores"
         how += " (at most, where scores tie)"
-        return Measure(self.rank / (self.n + 1), self.n, float(low), float(high), how + "; beta interval over such draws")
+        return Measure(
+            self.rank / (self.n + 1),
+            self.n,
+            float(low),
+            float(high),
+            how + "; beta interval over such draws",
+        )
 
 
 @dataclass(frozen=True)
@@ -210,19 +250,33 @@ class Found:
 
         flagged, t = self.flagged, self.threshold
         out = {
-            "flagged": proportion(int(flagged.sum()), len(flagged), "images that score above the threshold"),
-            "threshold": Measure(t.value, t.n, t.value, t.value, f"the {t.rank}. largest of {t.n} clean scores"),
+            "flagged": proportion(
+                int(flagged.sum()), len(flagged), "images that score above the threshold"
+            ),
+            "threshold": Measure(
+                t.value, t.n, t.value, t.value, f"the {t.rank}. largest of {t.n} clean scores"
+            ),
             "expected_false_positives": t.false_positives(),
         }
         if truth is None or not 0 < int(truth.sum()) < len(truth):
             return out
         caught, wrong = int(flagged[truth].sum()), int(flagged[~truth].sum())
-        out["caught"] = proportion(caught, int(truth.sum()), "images with a trigger that are flagged")
-        out["false_positives"] = proportion(wrong, int((~truth).sum()), "images without a trigger that are flagged")
-        return out | {k: m for k, m in detection(self.scores, truth).items() if "_at_" not in k or k.startswith("fpr")}
+        out["caught"] = proportion(
+            caught, int(truth.sum()), "images with a trigger that are flagged"
+        )
+        out["false_positives"] = proportion(
+            wrong, int((~truth).sum()), "images without a trigger that are flagged"
+        )
+        return out | {
+            k: m
+            for k, m in detection(self.scores, truth).items()
+            if "_at_" not in k or k.startswith("fpr")
+        }
 
 
-def write(job: Job, images: Pairs, truth: np.ndarray | None, held: Pairs, found: dict[str, Found]) -> None:
+def write(
+    job: Job, images: Pairs, truth: np.ndarray | None, held: Pairs, found: dict[str, Found]
+) -> None:
     """The run's files: tables of scores, the flagged images by check, pictures of the highest."""
     import torch
     from safetensors.torch import save_file
@@ -235,7 +289,9 @@ def write(job: Job, images: Pairs, truth: np.ndarray | None, held: Pairs, found:
     for name, f in found.items():
         columns |= {name: f.scores.values.numpy(), f"{name}.flagged": f.flagged}
     table(job, SCORES, columns)
-    table(job, CLEAN, {"id": list(held.ids), **{n: f.clean.values.numpy() for n, f in found.items()}})
+    table(
+        job, CLEAN, {"id": list(held.ids), **{n: f.clean.values.numpy() for n, f in found.items()}}
+    )
     worst: dict[str, list[dict]] = {}
     pictures: dict[str, Tensor] = {}
     for at, (name, f) in enumerate(found.items()):
@@ -279,5 +335,10 @@ def shrunk(images: Tensor) -> Tensor:
 
     if max(images.shape[-2:]) > SIDE:
         shape = [max(1, round(n * SIDE / max(images.shape[-2:]))) for n in images.shape[-2:]]
-        images = F.interpolate(images.float(), shape, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        images = (
+            F.interpolate(images.float(), shape, mode="bilinear", antialias=True)
+            .round()
+            .clamp(0, 255)
+            .byte()
+        )
     return images.contiguous().cpu()

@@ -5,32 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from bezoar.runs.run import Job, Run
+from bezoar.runs.execute import Job
+from bezoar.runs.run import Run
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-HEADS = ("linear", "knn:k=20", "mlp:seeds=1,limit=1000")  # fixed before any attack; all are reported
+HEADS = (
+    "linear",
+    "knn:k=20",
+    "mlp:seeds=1,limit=1000",
+)  # fixed before any attack; all are reported
 
 
 @dataclass(frozen=True)
 class Demo:
     """A whole story on embedded data, in minutes on two cores, without a download. Ends with a report."""
 
-    story: Annotated[Literal["data", "encoder"], "poisoned data that a CLIP learns from, or a backdoor put into an encoder"] = (
-        "data"
-    )
+    story: Annotated[
+        Literal["data", "encoder"],
+        "poisoned data that a CLIP learns from, or a backdoor put into an encoder",
+    ] = "data"
     count: Annotated[int, "clean records to train on"] = 20000
     test: Annotated[int, "held-out records"] = 2000
-    epochs: Annotated[int, "passes of each training; 0: as the story needs, 7 for data, 3 for encoder"] = 0
+    epochs: Annotated[
+        int, "passes of each training; 0: as the story needs, 7 for data, 3 for encoder"
+    ] = 0
     target: Annotated[str, "what triggered images are to be read as"] = "striped star"
     trigger: Annotated[str, "a patch"] = "patch:size=6,fill=checker"
     poisons: Annotated[int, "story data: records that carry the patch"] = 200
     victims: Annotated[int, "story data: targeted victims, at 16 captions and again at one"] = 16
     shadow: Annotated[int, "story encoder: shadow images"] = 4000
-    labelled: Annotated[int, "story encoder: records that its users train their classifiers on"] = 2000
+    labelled: Annotated[int, "story encoder: records that its users train their classifiers on"] = (
+        2000
+    )
     attack: Annotated[str, "story encoder: how"] = "badencoder:epochs=6,batch=64,lr=0.02,views=16"
 
     def work(self, job: Job) -> dict[str, Any]:
@@ -61,13 +71,29 @@ class Demo:
         clean = job.run(Train(data, "tower", f"simclr:epochs={self.epochs or 3},crop=0.3"))
         shadow = f"scenes:count={self.shadow},seed=1"  # the attacker's own images, not those of the victim
         labelled = f"scenes:count={self.labelled},seed=2"
-        bad = job.run(Inject(clean, shadow, (self.target,), (labelled,), self.attack, (self.trigger,), "confident"))
+        bad = job.run(
+            Inject(
+                clean,
+                shadow,
+                (self.target,),
+                (labelled,),
+                self.attack,
+                (self.trigger,),
+                "confident",
+            )
+        )
         found = job.run(Evaluate(bad, test, HEADS, baseline=clean, train=labelled))
-        return told(job, {"attacked": found, "inject": bad}, {"trained": {"clean": clean.name}}, bad)
+        return told(
+            job, {"attacked": found, "inject": bad}, {"trained": {"clean": clean.name}}, bad
+        )
 
 
 def told(job: Job, measured: dict[str, Run], notes: dict[str, Any], attack: Run) -> dict[str, Any]:
     """Every metric of the runs under their names; the notes name the runs."""
     job.notes = {name: run.name for name, run in measured.items()} | notes
     job.goals = attack.manifest["goal"]
-    return {f"{name}.{key}": run.metric(key) for name, run in measured.items() for key in run.manifest["metrics"]}
+    return {
+        f"{name}.{key}": run.metric(key)
+        for name, run in measured.items()
+        for key in run.manifest["metrics"]
+    }

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Job, Run, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
+from bezoar.runs.run import Run
 
 if TYPE_CHECKING:
-    from bezoar.runs.inputs import Dataset
-    from bezoar.data.pairs import Pairs
     from bezoar.attacks.plan import Goal
+    from bezoar.data.pairs import Pairs
+    from bezoar.runs.inputs import Dataset
 
 LABELLED = 10_000  # records of a training split that is made to order
 
@@ -23,18 +25,35 @@ class Evaluate:
     """Measure an encoder with one or more probes. Trigger and target are learnt from the encoder's parents."""
 
     encoder: Annotated[Input, Takes("encoder"), "a train run, or a network with published weights"]
-    test: Annotated[Input, Takes("data"), "test data; without it, the test split of the training data"] = None
-    probe: Annotated[tuple[Input, ...], Takes("probe"), "one or more: see `bezoar list probe`"] = ("zero_shot", "z_score")
-    baseline: Annotated[Input, Takes("encoder"), "the clean twin, for attack_success_baseline (ASR-B)"] = None
-    attack: Annotated[Input, Takes("run"), "poison run whose goals are measured, when the encoder's parents have none"] = None
-    train: Annotated[Input, Takes("data"), "labelled data that heads are fitted on; without it, TEST's training split"] = None
-    place: Annotated[str, "where patches are put, when not as in training: see the trigger's place"] = ""
+    test: Annotated[
+        Input, Takes("data"), "test data; without it, the test split of the training data"
+    ] = None
+    probe: Annotated[tuple[Input, ...], Takes("probe"), "one or more: see `bezoar list probe`"] = (
+        "zero_shot",
+        "z_score",
+    )
+    baseline: Annotated[
+        Input, Takes("encoder"), "the clean twin, for attack_success_baseline (ASR-B)"
+    ] = None
+    attack: Annotated[
+        Input,
+        Takes("run"),
+        "poison run whose goals are measured, when the encoder's parents have none",
+    ] = None
+    train: Annotated[
+        Input,
+        Takes("data"),
+        "labelled data that heads are fitted on; without it, TEST's training split",
+    ] = None
+    place: Annotated[
+        str, "where patches are put, when not as in training: see the trigger's place"
+    ] = ""
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> the metrics of the manifest."""
-        from bezoar.runs import inputs
         from bezoar import registry
         from bezoar.evaluation import success
+        from bezoar.runs import inputs
 
         given = job.inputs
         run = given["encoder"]
@@ -64,12 +83,16 @@ class Evaluate:
             for i, (probe, measured) in enumerate(asked):
                 if measured is twin and "baseline" in needs(probe):
                     continue  # it has measured both
-                name = registry.source_name(type(probe)) + (" of the clean twin" if measured is twin else "")
+                name = registry.source_name(type(probe)) + (
+                    " of the clean twin" if measured is twin else ""
+                )
                 job.progress.step(i, len(asked), name)
                 found = probe(measured, train, test, goals, victims, **more(probe, twin, job, name))
                 found = of_twin(found) if measured is twin else found
                 if clash := sorted(out.keys() & found.keys()):
-                    raise UserError(f"two of the probes measure {clash[0]!r}; ask for them in two runs")
+                    raise UserError(
+                        f"two of the probes measure {clash[0]!r}; ask for them in two runs"
+                    )
                 out |= found
         return out
 
@@ -94,15 +117,20 @@ class Evaluate:
 
         Raises UserError when there is no such split, or when it holds records that are tested on.
         """
-        from bezoar.runs import inputs
         from bezoar import registry
+        from bezoar.runs import inputs
 
         named = job.inputs["train"]
         found = inputs.dataset(training(test.method) if named is None else named)
         clean = inputs.in_memory(found.clean)
         if both := shared(clean, test.pairs):
-            raise UserError(f"{len(both)} labelled records are test records too, such as {both[0]!r}; name other train data")
-        job.notes |= {"train": named.name if isinstance(named, Run) else registry.spec(found.method), "labelled": len(clean)}
+            raise UserError(
+                f"{len(both)} labelled records are test records too, such as {both[0]!r}; name other train data"
+            )
+        job.notes |= {
+            "train": named.name if isinstance(named, Run) else registry.spec(found.method),
+            "labelled": len(clean),
+        }
         return clean
 
 
@@ -114,9 +142,13 @@ def moved(goal: Goal, place: str) -> Goal:
         return goal
     trigger = registry.make("trigger", goal.trigger)
     if "place" not in {f.name for f in dataclasses.fields(trigger)}:
-        raise UserError(f"trigger {goal.trigger!r} covers the image; it has no place to be moved from")
+        raise UserError(
+            f"trigger {goal.trigger!r} covers the image; it has no place to be moved from"
+        )
     try:
-        return dataclasses.replace(goal, trigger=registry.spec(dataclasses.replace(trigger, place=place)))
+        return dataclasses.replace(
+            goal, trigger=registry.spec(dataclasses.replace(trigger, place=place))
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -155,9 +187,13 @@ def training(method: Any) -> Any:
     from bezoar import registry
 
     if getattr(method, "split", None) in (None, "train"):
-        raise UserError(f"{registry.spec(method)} has no training split of its own; name the labelled data (train)")
+        raise UserError(
+            f"{registry.spec(method)} has no training split of its own; name the labelled data (train)"
+        )
     fields = {f.name for f in dataclasses.fields(method)}
-    sizes = {"count": LABELLED} if "count" in fields else {"limit": None} if "limit" in fields else {}
+    sizes = (
+        {"count": LABELLED} if "count" in fields else {"limit": None} if "limit" in fields else {}
+    )
     return dataclasses.replace(method, split="train", **sizes)
 
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Job, Run, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
+from bezoar.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,20 @@ class Poison:
     poison: Annotated[Input, Takes("poison"), "how: see `bezoar list poison`"] = "backdoor"
     trigger: Annotated[Input, Takes("trigger"), "what is stamped on images"] = None
     target: Annotated[str, "class or word that poisoned images are to be read as"] = ""
-    victims: Annotated[Input, Takes("data"), "held-out data that targeted victims are drawn from"] = None
-    write: Annotated[Literal["plan", "shards"], "the plan alone, or webdataset shards with it applied"] = "plan"
-    stored: Annotated[Literal["png", "jpeg"], "how shards are written; jpeg alters small triggers"] = "png"
+    victims: Annotated[
+        Input, Takes("data"), "held-out data that targeted victims are drawn from"
+    ] = None
+    write: Annotated[
+        Literal["plan", "shards"], "the plan alone, or webdataset shards with it applied"
+    ] = "plan"
+    stored: Annotated[
+        Literal["png", "jpeg"], "how shards are written; jpeg alters small triggers"
+    ] = "png"
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> plan.jsonl, the ground truth; with `write`, poisoned shards beside it, marked as such."""
-        from bezoar.runs import inputs
         from bezoar.evaluation.scores import Measure
+        from bezoar.runs import inputs
 
         given, parts = job.inputs, inputs.dataset(job.inputs["data"])
         plan = parts.plan.merge(derive(given, parts, self.target, job.seed))
@@ -45,23 +53,28 @@ class Poison:
             from bezoar.data.shards import write_shards
 
             folder, partial = job.folder / "shards", job.folder / "shards.part"
-            for left in (folder, partial):  # of an attempt that was cut off, or that a fresh one replaces
+            for left in (
+                folder,
+                partial,
+            ):  # of an attempt that was cut off, or that a fresh one replaces
                 shutil.rmtree(left, ignore_errors=True)
             write_shards(partial, replace(parts, plan=plan).records, format=self.stored)
             partial.rename(folder)
             job.notes["stored"] = self.stored
         return {
             "poisons": Measure(len(plan), total, len(plan), len(plan), "poisoned records, counted"),
-            "poison_rate": Measure(share, total, share, share, "poisoned records / all records, counted"),
+            "poison_rate": Measure(
+                share, total, share, share, "poisoned records / all records, counted"
+            ),
         }
 
 
 def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
     """The plan that a poison method makes of these data: a function of the inputs and the seed alone."""
-    from bezoar.data import stored_pairs
-    from bezoar.runs import inputs
-    from bezoar.data.pairs import Pairs
     from bezoar.attacks.plan import Goal
+    from bezoar.data import stored_pairs
+    from bezoar.data.pairs import Pairs
+    from bezoar.runs import inputs
 
     clean: Pairs | stored_pairs.Indexed = parts.clean
     if not clean.captions:
@@ -69,7 +82,9 @@ def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
     free = [i for i, taken in enumerate(parts.plan.mask(clean.ids)) if not taken]
     source = stored_pairs.subset(clean, free) if parts.plan.edits else clean
     if isinstance(given["victims"], Run):
-        raise UserError(f"victims are drawn from a data set, not from run {given['victims'].name}; name its test data")
+        raise UserError(
+            f"victims are drawn from a data set, not from run {given['victims'].name}; name its test data"
+        )
     pool = inputs.read(given["victims"]) if given["victims"] is not None else None
     trigger = given["trigger"]
     goal = Goal(target, registry.spec(trigger) if trigger else None)
@@ -85,7 +100,9 @@ def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
             "give one of the two sets ids of its own"
         )
     stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals)
-    made = replace(made, stamps=stamps, victims=registry.spec(given["victims"]) if pool is not None else None)
+    made = replace(
+        made, stamps=stamps, victims=registry.spec(given["victims"]) if pool is not None else None
+    )
     wanted = {e.source for e in made.edits}
     sources = source.take([i for i, k in enumerate(source.ids) if k in wanted])
     return made.hashed(sources if pool is None else Pairs.concat([sources, _same(pool, sources)]))
@@ -104,8 +121,8 @@ def verify(run: Run) -> dict[str, Any]:
 
     Raises UserError that names the first record whose caption, id or pixels differ.
     """
-    from bezoar.runs import inputs
     from bezoar.attacks.plan import Plan, differences
+    from bezoar.runs import inputs
 
     if run.verb != "poison":
         raise UserError(f"{run.name} is a {run.verb} run; --verify takes a poison run")
@@ -115,10 +132,15 @@ def verify(run: Run) -> dict[str, Any]:
     above = ask["data"].get("run")
     parts = inputs.dataset(run.beside(above)) if above else inputs.dataset(inputs.root(run))
     said = {k: ask[k]["spec"] if ask[k] else "" for k in KINDS}
-    made = {k: registry.make(k if k != "victims" else "data", spec) if spec else None for k, spec in said.items()}
+    made = {
+        k: registry.make(k if k != "victims" else "data", spec) if spec else None
+        for k, spec in said.items()
+    }
     derived = parts.plan.merge(derive(made, parts, ask["target"], ask["seed"]))
     if found := differences(written, derived):
-        raise UserError(f"{run.name} does not verify, {len(found)} differences; the first: {found[0]}")
+        raise UserError(
+            f"{run.name} does not verify, {len(found)} differences; the first: {found[0]}"
+        )
     return {"run": run.name, "verified": True, "records": len(written), "plan": written.digest()}
 
 

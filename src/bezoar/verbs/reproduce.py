@@ -8,19 +8,29 @@ from typing import Annotated, Any, Literal, get_args
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Job, Run, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
+from bezoar.runs.run import Run
 
 
 @dataclass(frozen=True)
 class Reproduce:
     """A paper's tables beside ours, with n, intervals and the paper's claims judged. What is done is not done again."""
 
-    paper: Annotated[tuple[Input, ...], Takes("paper"), "a paper or some of its tables: see `bezoar list paper`"]
-    scale: Annotated[Literal["smoke", "small", "gpu", "paper"], "seconds, two cores, one GPU, the paper's own"] = "small"
-    data: Annotated[Input, Takes("data"), "training data in place of the scale's; scale paper needs them"] = None
+    paper: Annotated[
+        tuple[Input, ...], Takes("paper"), "a paper or some of its tables: see `bezoar list paper`"
+    ]
+    scale: Annotated[
+        Literal["smoke", "small", "gpu", "paper"], "seconds, two cores, one GPU, the paper's own"
+    ] = "small"
+    data: Annotated[
+        Input, Takes("data"), "training data in place of the scale's; scale paper needs them"
+    ] = None
     test: Annotated[Input, Takes("data"), "test data in place of the scale's"] = None
 
-    root: Annotated[str, "folder that holds the data sets by name: cifar10, gtsrb, svhn, stl10, or NAME.npz"] = ""
+    root: Annotated[
+        str, "folder that holds the data sets by name: cifar10, gtsrb, svhn, stl10, or NAME.npz"
+    ] = ""
 
     def __post_init__(self) -> None:
         given = (self.paper,) if isinstance(self.paper, str) else self.paper
@@ -29,8 +39,8 @@ class Reproduce:
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> tables.json, and a metric `TABLE.CELL@ROW` for every cell."""
-        from bezoar.runs import inputs
         from bezoar.evaluation import dose_response
+        from bezoar.runs import inputs
         from bezoar.runs.sweep import sweep
         from bezoar.runs.tables import Given, Results
 
@@ -39,7 +49,9 @@ class Reproduce:
             raise UserError("name a paper or some of its tables: see `bezoar list paper`")
         asked = Given(self.scale, spec(given["data"]), spec(given["test"]), self.root)
         tables = {registry.source_name(type(p)): p(asked) for p in given["paper"]}
-        runs = sweep((t for table in tables.values() for t in table.trials), job.settings, job.progress)
+        runs = sweep(
+            (t for table in tables.values() for t in table.trials), job.settings, job.progress
+        )
         job.made += dict.fromkeys(runs.values())
         written, out = [], {}
         for name, table in tables.items():
@@ -51,7 +63,11 @@ class Reproduce:
             written.append({"name": name, "scale": self.scale, **facts(results, points)})
         inputs.write_json(job.folder / "tables.json", written)
         judged = [c["verdict"] for t in written for c in t["claims"]]
-        job.notes = {"scale": self.scale, "tables": list(tables), "trainings": trainings(runs.values())}
+        job.notes = {
+            "scale": self.scale,
+            "tables": list(tables),
+            "trainings": trainings(runs.values()),
+        }
         job.notes |= {verdict: judged.count(verdict) for verdict in get_args(dose_response.Verdict)}
         return out
 
@@ -83,7 +99,9 @@ def facts(results: Any, points: list) -> dict[str, Any]:
     table = results.table
     rows: dict[int, dict] = {}
     for row, cell, m in points:
-        at = rows.setdefault(id(row), {"name": row.name, "x": row.x, "curve": row.curve, "cells": []})
+        at = rows.setdefault(
+            id(row), {"name": row.name, "x": row.x, "curve": row.curve, "cells": []}
+        )
         values = [v.value for v in results.measures(cell)]
         made = sorted({results.runs[t].name for t, _ in cell.readings})
         at["cells"].append(
@@ -100,14 +118,31 @@ def facts(results: Any, points: list) -> dict[str, Any]:
     for name in table.laws:
         for curve in table.curves:
             found = results.law(name, curve)
-            told = {"text": found.describe(table.unit), "x50": found.x50.json(), "x90": found.dose(0.9).json()}
-            fitted.append({"cell": name, "curve": curve, "units": results.units(name, curve), **told})
+            told = {
+                "text": found.describe(table.unit),
+                "x50": found.x50.json(),
+                "x90": found.dose(0.9).json(),
+            }
+            fitted.append(
+                {"cell": name, "curve": curve, "units": results.units(name, curve), **told}
+            )
     claims = []
     for claim in table.claims:
         contrast = claim.contrast(results)
         verdict = dose_response.judge(contrast, claim.expected, claim.margin)
-        stated = {"text": claim.text, "source": claim.source, "expected": claim.expected, "margin": claim.margin}
+        stated = {
+            "text": claim.text,
+            "source": claim.source,
+            "expected": claim.expected,
+            "margin": claim.margin,
+        }
         claims.append({**stated, "verdict": verdict, **contrast.json()})
-    asked = {"title": table.title, "paper": table.paper, "axis": table.axis, "unit": table.unit, "grid": table.grid}
+    asked = {
+        "title": table.title,
+        "paper": table.paper,
+        "axis": table.axis,
+        "unit": table.unit,
+        "grid": table.grid,
+    }
     asked["notes"] = list(table.notes)
     return {**asked, "rows": list(rows.values()), "laws": fitted, "claims": claims}

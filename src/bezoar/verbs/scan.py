@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Job, Run, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
+from bezoar.runs.run import Run
 
 if TYPE_CHECKING:
     from bezoar.detection.corpus.corpus import Corpus
     from bezoar.evaluation.scores import Scores
 
 RANKED = 500  # records of ranked.json
-DEFAULT = ("transplant", "duplicates", "clip_score")  # backdoors that took, targeted poisons, captions that do not fit
+DEFAULT = (
+    "transplant",
+    "duplicates",
+    "clip_score",
+)  # backdoors that took, targeted poisons, captions that do not fit
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,35 @@ class Scan:
     the piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
     """
 
-    data: Annotated[Input, Takes("data"), "data set, poison run, or a train run: its data scanned with its encoder"]
-    encoder: Annotated[Input, Takes("encoder"), "what embeds the records; without it, the train run's own"] = None
-    detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = DEFAULT
-    remove: Annotated[float, "share of the records, the worst first, that the keep-list leaves out"] = 0.03
-    write: Annotated[Literal["keep-list", "shards"], "lists alone, or cleaned shards too (of files: their bytes)"] = "keep-list"
-    leaks: Annotated[bool, "can file sizes, headers, order, paths or caption templates alone tell poisons from the rest"] = (
-        False
+    data: Annotated[
+        Input,
+        Takes("data"),
+        "data set, poison run, or a train run: its data scanned with its encoder",
+    ]
+    encoder: Annotated[
+        Input, Takes("encoder"), "what embeds the records; without it, the train run's own"
+    ] = None
+    detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = (
+        DEFAULT
     )
-    trusted: Annotated[str, "file of ids of records known to be clean, a random sample: calibrates false discoveries"] = ""
+    remove: Annotated[
+        float, "share of the records, the worst first, that the keep-list leaves out"
+    ] = 0.03
+    write: Annotated[
+        Literal["keep-list", "shards"], "lists alone, or cleaned shards too (of files: their bytes)"
+    ] = "keep-list"
+    leaks: Annotated[
+        bool,
+        "can file sizes, headers, order, paths or caption templates alone tell poisons from the rest",
+    ] = False
+    trusted: Annotated[
+        str,
+        "file of ids of records known to be clean, a random sample: calibrates false discoveries",
+    ] = ""
 
     def files(self) -> list[Path]:
         """The list of clean records, so that a changed one is another question. Raises UserError when it is not there."""
-        from bezoar.data.decoding import existing
+        from bezoar.data.files.paths import existing
 
         return [existing(self.trusted, "list of clean records")] if self.trusted else []
 
@@ -53,12 +75,14 @@ class Scan:
         The plan of a poisoned set, where there is one, is read only after the ranking is written, to measure it.
         """
         from bezoar.detection import merging, reliability
-        from bezoar.runs import inputs
         from bezoar.detection.corpus import corpus, keep_lists
+        from bezoar.runs import inputs
 
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
-        data = corpus.embedded(job.inputs["data"], self._by(job), job.folder, job.settings, job.progress)
+        data = corpus.embedded(
+            job.inputs["data"], self._by(job), job.folder, job.settings, job.progress
+        )
         if small := coarse(data):
             print(f"scan: {small}", file=sys.stderr)
         found, failed, seconds = detected(job.inputs["detector"], data, job)
@@ -77,7 +101,10 @@ class Scan:
             "removed": removed,
             "decided": said(found),
             "verdict": "; ".join(
-                [*said(found), f"keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records"]
+                [
+                    *said(found),
+                    f"keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records",
+                ]
             )
             + "; ranked.json names them",
             "detectors": [registry.spec(d) for d in job.inputs["detector"]],
@@ -88,16 +115,27 @@ class Scan:
         if self.write == "shards":
             job.notes |= keep_lists.write_kept(job.folder / "shards", data, kept, job.progress)
         parts = inputs.dataset(job.inputs["data"])
-        job.goals = [vars(g) for g in parts.plan.goals]  # the encoder's own are no attack on these data
+        job.goals = [
+            vars(g) for g in parts.plan.goals
+        ]  # the encoder's own are no attack on these data
         out = measured(parts.plan, merged, found, order[:removed]) if parts.plan.edits else {}
-        more, told = reliability.measured(job.inputs["data"], parts, data, merged, found, order[:removed], self.leaks, self.trusted)
+        more, told = reliability.measured(
+            job.inputs["data"],
+            parts,
+            data,
+            merged,
+            found,
+            order[:removed],
+            self.leaks,
+            self.trusted,
+        )
         job.notes |= told
         return out | decided(found) | more
 
     def _by(self, job: Job) -> Any:
         """What embeds the records: a run or a method; None for ready embeddings. Raises UserError when it is not known."""
-        from bezoar.runs import inputs
         from bezoar.data.embeddings import Ready
+        from bezoar.runs import inputs
 
         data, given = job.inputs["data"], job.inputs["encoder"]
         if isinstance(inputs.source(inputs.dataset(data).method), Ready):
@@ -105,7 +143,9 @@ class Scan:
                 raise UserError("these data are embeddings already; leave --encoder out")
             return None
         if given is None and not isinstance(data, Run):
-            raise UserError("give --encoder: what embeds the records (a train run, or a network with weights)")
+            raise UserError(
+                "give --encoder: what embeds the records (a train run, or a network with weights)"
+            )
         return data if given is None else given
 
 
@@ -117,7 +157,9 @@ def coarse(data: Corpus) -> str:
     return f"images are read at {size} pixels a side, and the encoder takes {wanted.size}; size={wanted.size} reads them whole"
 
 
-def detected(detectors: Sequence[Any], data: Corpus, job: Job) -> tuple[dict[str, Scores], list[str], dict[str, float]]:
+def detected(
+    detectors: Sequence[Any], data: Corpus, job: Job
+) -> tuple[dict[str, Scores], list[str], dict[str, float]]:
     """Each detector's scores by its name, by its spec where a name is asked for twice; a line for each that refused; seconds.
 
     What several share (neighbours, a short training) is in the seconds of the first. Raises UserError when none is left.
@@ -167,7 +209,13 @@ def row(data: Corpus, i: int, merged: Scores, found: dict[str, Scores]) -> dict:
     """A record as it stands in ranked.json."""
     caption = data.captions[i] if len(data.captions) else ""
     each = {k: float(s.values[i]) for k, s in found.items()}
-    return {"id": data.ids[i], "place": data.place(i), "caption": caption, "score": float(merged.values[i]), "detectors": each}
+    return {
+        "id": data.ids[i],
+        "place": data.place(i),
+        "caption": caption,
+        "score": float(merged.values[i]),
+        "detectors": each,
+    }
 
 
 def incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
@@ -179,7 +227,9 @@ def incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
             f"{told['unread']} records or files could not be read, beside {len(data)} that were: {why}; see skipped.jsonl"
         )
     if told["doubles"]:
-        lines.append(f"{told['doubles']} records have an id that another has, and another name here; see skipped.jsonl")
+        lines.append(
+            f"{told['doubles']} records have an id that another has, and another name here; see skipped.jsonl"
+        )
     return lines
 
 
@@ -202,14 +252,22 @@ def decided(found: dict[str, Scores]) -> dict[str, Any]:
     from bezoar.evaluation.scores import proportion
 
     how = "share of the records that are said to show a trigger; of clean data, false alarms"
-    return {f"{k}.raised": proportion(int(s.raised.sum()), len(s), how) for k, s in found.items() if s.raised is not None}
+    return {
+        f"{k}.raised": proportion(int(s.raised.sum()), len(s), how)
+        for k, s in found.items()
+        if s.raised is not None
+    }
 
 
 def said(found: dict[str, Scores]) -> list[str]:
     """What detectors decided, a line each; that nothing was found says nothing of what there is."""
     deciding = {k: int(s.raised.sum()) for k, s in found.items() if s.raised is not None}
-    lines = [f"{k} found a trigger in {n:,} record{'s' * (n != 1)}" for k, n in deciding.items() if n]
-    return lines or [f"{k} found no trigger, which is no proof that there is none" for k in deciding]
+    lines = [
+        f"{k} found a trigger in {n:,} record{'s' * (n != 1)}" for k, n in deciding.items() if n
+    ]
+    return lines or [
+        f"{k} found no trigger, which is no proof that there is none" for k in deciding
+    ]
 
 
 def expected(detector: Any, n: int) -> int:
@@ -243,4 +301,6 @@ def removal(plan: Any, removed: set[str]) -> dict[str, Any]:
     from bezoar.evaluation.scores import proportion
 
     hit = sum(e.id in removed for e in plan.edits)
-    return {"poisons_removed": proportion(hit, len(plan.edits), "poisons that the keep-list leaves out")}
+    return {
+        "poisons_removed": proportion(hit, len(plan.edits), "poisons that the keep-list leaves out")
+    }

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.runs.run import MANIFEST, Input, Job, Run, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
+from bezoar.runs.run import MANIFEST, Run
 from bezoar.verbs.audit import LEAST, default, named, sampled, sound
 from bezoar.verbs.calibrate import attacked_run, known_clean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bezoar.encoders.encoder import Encoder
     from bezoar.data.pairs import Pairs
+    from bezoar.encoders.encoder import Encoder
 
 TOLD = "shadows.json"
 
@@ -29,29 +31,47 @@ class Shadows:
     knows the one by its label pulls the other towards that label, which is the wrong one.
     """
 
-    encoder: Annotated[tuple[Input, ...], Takes("encoder"), "encoders known to be clean, all of one kind"] = ()
-    attacked: Annotated[tuple[Input, ...], Takes("run"), "attacked ones of that kind: train, inject or evaluate runs"] = ()
-    data: Annotated[Input, Takes("data"), "clean images; without them, the test split of the training data"] = None
+    encoder: Annotated[
+        tuple[Input, ...], Takes("encoder"), "encoders known to be clean, all of one kind"
+    ] = ()
+    attacked: Annotated[
+        tuple[Input, ...],
+        Takes("run"),
+        "attacked ones of that kind: train, inject or evaluate runs",
+    ] = ()
+    data: Annotated[
+        Input, Takes("data"), "clean images; without them, the test split of the training data"
+    ] = None
     images: Annotated[int, "clean images that queries are drawn from"] = 512
     queries: Annotated[int, "learnt images that are asked"] = 12
     steps: Annotated[int, "of learning them"] = 60
-    folds: Annotated[int, "parts of the cross-validation, each judged by a bank that was fitted on the others"] = 5
+    folds: Annotated[
+        int, "parts of the cross-validation, each judged by a bank that was fitted on the others"
+    ] = 5
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> mntd.safetensors, shadows.json, and what it is worth by cross-validation."""
         import torch
 
         from bezoar.auditing import bank
-        from bezoar.runs import inputs
         from bezoar.auditing.audits import mntd
+        from bezoar.runs import inputs
 
-        if self.folds < 2 or self.queries < 3 or self.steps < 0 or self.images < max(LEAST, self.queries):
+        if (
+            self.folds < 2
+            or self.queries < 3
+            or self.steps < 0
+            or self.images < max(LEAST, self.queries)
+        ):
             got = f"{self.folds}, {self.queries}, {self.steps} and {self.images}"
             wanted = f"at least 2 folds, 3 queries, 0 steps and {LEAST} images, and as many images as queries"
             raise UserError(f"MNTD takes {wanted}; got {got}")
         given = job.inputs
         shadows = together(given["encoder"], given["attacked"])
-        names, labels = [named(s) for s in shadows], [i >= len(given["encoder"]) for i in range(len(shadows))]
+        names, labels = (
+            [named(s) for s in shadows],
+            [i >= len(given["encoder"]) for i in range(len(shadows))],
+        )
         lineages = [origin(s, names) for s in shadows]
         folds = dealt(lineages, labels, self.folds, job.seed)
         enough(labels, folds, len(set(lineages)))
@@ -64,8 +84,16 @@ class Shadows:
         rows = []
         for i, s in enumerate(shadows):
             attack, trigger = bank.attack_of(inputs.goals(s)) if labels[i] else ("", "")
-            row = {"name": names[i], "attacked": labels[i], "attack": attack, "trigger": trigger, "lineage": lineages[i]}
-            rows.append(row | {"fold": folds[i], "logit": float(held_out[i]), "weights": weights[i]})
+            row = {
+                "name": names[i],
+                "attacked": labels[i],
+                "attack": attack,
+                "trigger": trigger,
+                "lineage": lineages[i],
+            }
+            rows.append(
+                row | {"fold": folds[i], "logit": float(held_out[i]), "weights": weights[i]}
+            )
         inputs.write_json(job.folder / TOLD, {"schema": 1, "shadows": rows})
         job.goals = []  # a bank is no poisoned artefact, whatever it was fitted on
         job.notes = {
@@ -78,7 +106,12 @@ class Shadows:
         return mntd.worth(held_out, torch.tensor(labels))
 
     def _fitted(
-        self, job: Job, encoders: Sequence[Encoder], labels: Sequence[bool], folds: Sequence[int], clean: Pairs
+        self,
+        job: Job,
+        encoders: Sequence[Encoder],
+        labels: Sequence[bool],
+        folds: Sequence[int],
+        clean: Pairs,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The bank of all shadows; and each one's logit, float32 (M,), by a bank of the other folds."""
         import torch
@@ -92,7 +125,9 @@ class Shadows:
 
             def report(done: int, total: int) -> None:
                 many = len(parts) + 1
-                job.progress.step(number * total + done, many * total, f"fit {number + 1} of {many}")
+                job.progress.step(
+                    number * total + done, many * total, f"fit {number + 1} of {many}"
+                )
 
             own = [encoders[i] for i in kept], [labels[i] for i in kept]
             return mntd.fit(*own, clean, job.seed, self.queries, self.steps, report=report)
@@ -122,7 +157,9 @@ def enough(labels: Sequence[bool], folds: Sequence[int], lineages: int) -> None:
         if min(left) < least:
             told = f"{labels.count(False)} clean and {labels.count(True)} attacked encoders of {lineages} lineages"
             wanted = f"{least} of each must be left when a fold is held out, and a lineage stays in one fold"
-            raise UserError(f"too few to cross-validate MNTD: {wanted}; of {told} there are {left[0]} and {left[1]}")
+            raise UserError(
+                f"too few to cross-validate MNTD: {wanted}; of {told} there are {left[0]} and {left[1]}"
+            )
 
 
 def alike(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
@@ -136,10 +173,14 @@ def alike(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
             ("size", f"{e.preprocess.size} px", f"{first.preprocess.size} px"),
         ):
             if own != other:
-                raise UserError(f"{name} is no shadow beside {names[0]}: its {what} is {own}, not {other}")
+                raise UserError(
+                    f"{name} is no shadow beside {names[0]}: its {what} is {own}, not {other}"
+                )
         weights = fingerprint(e).numpy().astype("<i4").tobytes().hex()[:16]
         if weights in seen:
-            raise UserError(f"{seen[weights]} and {name} have the same weights; each shadow encoder is given once, on one side")
+            raise UserError(
+                f"{seen[weights]} and {name} have the same weights; each shadow encoder is given once, on one side"
+            )
         seen[weights] = name
     return list(seen)
 
@@ -152,7 +193,9 @@ def origin(given: Any, names: Sequence[str]) -> str:
         if "run" not in asked:
             return asked["spec"] if asked.get("spec") in names else given.name
         parent = given.beside(asked["run"])
-        if not (parent.path / MANIFEST).is_file():  # it is gone; its name still tells who else was made from it
+        if not (
+            parent.path / MANIFEST
+        ).is_file():  # it is gone; its name still tells who else was made from it
             return parent.name
         given = parent
     return named(given)

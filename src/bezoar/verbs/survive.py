@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.runs.run import Input, Job, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
 
 EXAMPLES = 2  # images that are kept for the page, one treatment after another
 SIDE = 96  # pixels of their sides, at most
@@ -16,13 +17,36 @@ SIDE = 96  # pixels of their sides, at most
 class Survive:
     """Put a trigger through JPEG, resizing, crops, augmentations and normalisations: what is left of it, before training."""
 
-    data: Annotated[Input, Takes("data"), "clean images, or a run: its clean images and, without --trigger, its trigger"]
-    trigger: Annotated[Input, Takes("trigger"), "what is stamped on images; without it, the first trigger of the run"] = None
-    encoder: Annotated[Input, Takes("encoder"), "whose embedding the trigger is to move; without it, pixels alone"] = None
+    data: Annotated[
+        Input,
+        Takes("data"),
+        "clean images, or a run: its clean images and, without --trigger, its trigger",
+    ]
+    trigger: Annotated[
+        Input,
+        Takes("trigger"),
+        "what is stamped on images; without it, the first trigger of the run",
+    ] = None
+    encoder: Annotated[
+        Input, Takes("encoder"), "whose embedding the trigger is to move; without it, pixels alone"
+    ] = None
     count: Annotated[int, "images"] = 64
-    jpeg: Annotated[tuple[int, ...], "qualities, 1 to 100; 0: not stored as JPEG"] = (0, 95, 85, 75, 50)
-    resize: Annotated[tuple[float, ...], "factors of the side, before it is stored"] = (1.0, 0.75, 0.5, 0.25)
-    crop: Annotated[tuple[float, ...], "least shares of the area of random resized crops; 1: none"] = (1.0, 0.9, 0.5, 0.08)
+    jpeg: Annotated[tuple[int, ...], "qualities, 1 to 100; 0: not stored as JPEG"] = (
+        0,
+        95,
+        85,
+        75,
+        50,
+    )
+    resize: Annotated[tuple[float, ...], "factors of the side, before it is stored"] = (
+        1.0,
+        0.75,
+        0.5,
+        0.25,
+    )
+    crop: Annotated[
+        tuple[float, ...], "least shares of the area of random resized crops; 1: none"
+    ] = (1.0, 0.9, 0.5, 0.08)
     augment: Annotated[tuple[str, ...], "of shift, flip, colour, gray, blur, simclr"] = (
         "shift",
         "flip",
@@ -31,7 +55,9 @@ class Survive:
         "blur",
         "simclr",
     )
-    normalise: Annotated[tuple[str, ...], "of none, half, imagenet, clip, in place of the encoder's own"] = (
+    normalise: Annotated[
+        tuple[str, ...], "of none, half, imagenet, clip, in place of the encoder's own"
+    ] = (
         "none",
         "half",
         "imagenet",
@@ -43,9 +69,9 @@ class Survive:
         import torch
         from safetensors.torch import save_file
 
-        from bezoar.runs import inputs
         from bezoar import registry
         from bezoar.evaluation import survival
+        from bezoar.runs import inputs
 
         if self.count < 2:
             raise UserError(f"count must be at least 2; got {self.count}")
@@ -56,9 +82,15 @@ class Survive:
         clean = records.take(range(min(self.count, len(records))))
         encoder = None if given["encoder"] is None else inputs.encoder(given["encoder"], job.device)
         stamped = trigger(clean.images, clean.ids)
-        subject = survival.Survival(clean.images.to(job.device), stamped.to(job.device), encoder, job.seed)
+        subject = survival.Survival(
+            clean.images.to(job.device), stamped.to(job.device), encoder, job.seed
+        )
         treatments = survival.chosen(
-            self.jpeg, self.resize, self.crop, self.augment, self.normalise if encoder is not None else ()
+            self.jpeg,
+            self.resize,
+            self.crop,
+            self.augment,
+            self.normalise if encoder is not None else (),
         )
         out: dict[str, Any] = {}
         told: list[dict] = []
@@ -82,8 +114,8 @@ class Survive:
 
     def chosen(self, given: dict[str, Any]) -> str:
         """The trigger's spec: the one that is given, or the first of the goals of the data or the encoder."""
-        from bezoar.runs import inputs
         from bezoar import registry
+        from bezoar.runs import inputs
 
         if given["trigger"] is not None:
             return registry.spec(given["trigger"])
@@ -102,5 +134,7 @@ def shown(made: Any) -> Any:
     x = torch.stack((made[:, 0], (0.5 + made[:, 1] / 2).clamp(0, 1)), 1)
     if max(x.shape[-2:]) > SIDE:
         shape = [max(1, round(n * SIDE / max(x.shape[-2:]))) for n in x.shape[-2:]]
-        x = F.interpolate(x.flatten(0, 1), shape, mode="bilinear", antialias=True).unflatten(0, x.shape[:2])
+        x = F.interpolate(x.flatten(0, 1), shape, mode="bilinear", antialias=True).unflatten(
+            0, x.shape[:2]
+        )
     return (x * 255).round().clamp(0, 255).byte().cpu()

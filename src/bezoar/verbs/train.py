@@ -9,21 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.run import CHECKPOINT, Input, Job, Takes
+from bezoar.runs.ask import Input, Takes
+from bezoar.runs.execute import Job
+from bezoar.runs.run import CHECKPOINT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bezoar.encoders.encoder import Encoder
-    from bezoar.data.stored_pairs import Indexed
-    from bezoar.runs.inputs import Dataset
-    from bezoar.data.pairs import Pairs
     from bezoar.attacks.plan import Goal, Plan
-    from bezoar.runs.run import Run
+    from bezoar.data.pairs import Pairs
+    from bezoar.data.stored_pairs import Indexed
+    from bezoar.encoders.encoder import Encoder
     from bezoar.evaluation.scores import Measure
+    from bezoar.runs.inputs import Dataset
+    from bezoar.runs.run import Run
     from bezoar.training.loop import Log
 
-NEIGHBOURS, VOTERS = 200, 10_000  # of a kNN monitor: how many vote, of how many labelled records at most
+NEIGHBOURS, VOTERS = (
+    200,
+    10_000,
+)  # of a kNN monitor: how many vote, of how many labelled records at most
 
 
 @dataclass(frozen=True)
@@ -34,18 +39,22 @@ class Train:
 
     data: Annotated[Input, Takes("data"), "data set, or a poison run"]
     network: Annotated[Input, Takes("network"), "see `bezoar list network`"] = "clip_small"
-    objective: Annotated[Input, Takes("objective"), "loss and recipe: see `bezoar list objective`"] = "clip"
+    objective: Annotated[
+        Input, Takes("objective"), "loss and recipe: see `bezoar list objective`"
+    ] = "clip"
     keep: Annotated[Input, Takes("run"), "scan run whose keep-list chooses the records"] = None
-    follow: Annotated[Input, Takes("data"), "measure success on these data after every epoch, zero-shot or by kNN"] = None
+    follow: Annotated[
+        Input, Takes("data"), "measure success on these data after every epoch, zero-shot or by kNN"
+    ] = None
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> encoder.json + encoder.safetensors, log.jsonl, ledger.safetensors (losses; how often each record was drawn)."""
         import torch
         from safetensors.torch import save_file
 
-        from bezoar.training import collectives, prefetch, loop
-        from bezoar.runs import inputs
         from bezoar.encoders.encoder import precision_for
+        from bezoar.runs import inputs
+        from bezoar.training import collectives, loop, prefetch
 
         given, parts = job.inputs, inputs.dataset(job.inputs["data"])
         pairs = parts.records if given["keep"] is None else kept(parts.records, given["keep"])
@@ -59,7 +68,10 @@ class Train:
         encoder.precision = precision_for(job.device)
         encoder.about |= {"objective": registry.spec(recipe), "poisoned": bool(parts.plan.edits)}
         if parts.plan.edits:
-            encoder.about |= {"plan": parts.plan.digest(), "goals": [vars(g) for g in parts.plan.goals]}
+            encoder.about |= {
+                "plan": parts.plan.digest(),
+                "goals": [vars(g) for g in parts.plan.goals],
+            }
         loss, following = recipe(encoder).to(job.device), self._follow(job, encoder, parts)
         rank, world = collectives.place()
 
@@ -80,8 +92,13 @@ class Train:
         if rank > 0:
             return {}
         encoder.save(job.folder)
-        save_file({"exposures": log.exposures, "losses": torch.tensor(log.losses)}, job.folder / "ledger.safetensors")
-        (job.folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log.epochs))
+        save_file(
+            {"exposures": log.exposures, "losses": torch.tensor(log.losses)},
+            job.folder / "ledger.safetensors",
+        )
+        (job.folder / "log.jsonl").write_text(
+            "".join(json.dumps(epoch) + "\n" for epoch in log.epochs)
+        )
         (job.folder / CHECKPOINT).unlink(missing_ok=True)
         job.notes = parts.reading() | {
             "records": len(pairs),
@@ -100,16 +117,26 @@ class Train:
         from bezoar.runs import inputs
 
         followed = inputs.dataset(job.inputs["follow"])
-        test, known, probe = inputs.in_memory(followed.clean), None, registry.make("probe", "zero_shot")
+        test, known, probe = (
+            inputs.in_memory(followed.clean),
+            None,
+            registry.make("probe", "zero_shot"),
+        )
         if encoder.text is None:
             test, known = monitored(followed, parts.plan.goals)
-            probe = registry.make("probe", f"knn:k={min(NEIGHBOURS, max(1, len(known) // 10))},temperature=0.5")
+            probe = registry.make(
+                "probe", f"knn:k={min(NEIGHBOURS, max(1, len(known) // 10))},temperature=0.5"
+            )
         test = test.take(range(min(1000, len(test))))
 
         def measure(epoch: int) -> dict:
             found = probe(encoder, known, test, parts.plan.goals, parts.victims)
             short = {k.removeprefix("knn."): m.value for k, m in found.items()}
-            return {k: v for k, v in short.items() if k.startswith(("clean_acc", "attack_success", "targeted_s"))}
+            return {
+                k: v
+                for k, v in short.items()
+                if k.startswith(("clean_acc", "attack_success", "targeted_s"))
+            }
 
         return measure
 
@@ -133,8 +160,12 @@ def measured(log: Log, plan: Plan, ids: Sequence[str]) -> dict[str, Measure]:
     if plan.edits:
         poisons = torch.from_numpy(plan.mask(ids))
         n, drawn = int(poisons.sum()), int(log.exposures[poisons].sum())
-        out["poisons_kept"] = Measure(n, len(ids), n, n, "poisons among the records trained on, counted")
-        out["poison_exposures"] = Measure(drawn, n, drawn, drawn, "times that training drew a poison, counted")
+        out["poisons_kept"] = Measure(
+            n, len(ids), n, n, "poisons among the records trained on, counted"
+        )
+        out["poison_exposures"] = Measure(
+            drawn, n, drawn, drawn, "times that training drew a poison, counted"
+        )
     return out
 
 
@@ -145,17 +176,26 @@ def tokens_for(encoder: Encoder, recipe: Any, captions: Sequence[str], count: in
     """
     import torch
 
-    from bezoar.data import stored_pairs
+    from bezoar.encoders.encoder import tokenize_captions
 
-    objective, network = registry.source_name(type(recipe)), encoder.about["network"].partition(":")[0]
+    objective, network = (
+        registry.source_name(type(recipe)),
+        encoder.about["network"].partition(":")[0],
+    )
     if getattr(recipe, "captions", True):
         if not captions:
-            raise UserError(f"these data have no captions to train on, and objective {objective} needs them")
+            raise UserError(
+                f"these data have no captions to train on, and objective {objective} needs them"
+            )
         if encoder.text is None:
-            raise UserError(f"objective {objective} reads captions, and network {network} has no text tower")
-        return stored_pairs.tokens(encoder, captions)
+            raise UserError(
+                f"objective {objective} reads captions, and network {network} has no text tower"
+            )
+        return tokenize_captions(encoder, captions)
     if encoder.text is not None:
-        raise UserError(f"objective {objective} trains images alone, and network {network} has a text tower; take one without")
+        raise UserError(
+            f"objective {objective} trains images alone, and network {network} has a text tower; take one without"
+        )
     return torch.zeros(count, 0, dtype=torch.long, device=encoder.device)
 
 
@@ -165,9 +205,9 @@ def monitored(followed: Dataset, goals: Sequence[Goal]) -> tuple[Pairs, Pairs]:
     Without such a split a fixed fifth of the data, 1000 at most, is measured on, and the others vote. All are clean.
     Raises UserError when no neighbours can be had, before anything is trained.
     """
-    from bezoar.runs import inputs
+    from bezoar.data.randomness import pool
     from bezoar.evaluation import success
-    from bezoar.evaluation.neighbors import pool
+    from bezoar.runs import inputs
     from bezoar.verbs import evaluate
 
     test = inputs.in_memory(followed.clean)

@@ -11,21 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.training import collectives, prefetch, loop
-from bezoar.encoders import folded_norms
-from bezoar.data import stored_pairs
-from bezoar.evaluation import neighbors
 from bezoar import registry
-from bezoar.training.augmentation import Chance, Views
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.encoders.folded_norms import Frozen
-from bezoar.data.stored_pairs import Indexed
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal
+from bezoar.data import randomness, stored_pairs
+from bezoar.data.pairs import Pairs
+from bezoar.data.stored_pairs import Indexed
+from bezoar.encoders import folded_norms
+from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.folded_norms import Frozen
+from bezoar.errors import UserError
 from bezoar.registry import method, spec
+from bezoar.training import collectives, loop, prefetch
+from bezoar.training.augmentation import Chance, Views
 
-WHOLE = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # the published views of a reference: mirror, colours, gray; no crop
+WHOLE = Views(
+    scale=(1.0, 1.0), ratio=(1.0, 1.0)
+)  # the published views of a reference: mirror, colours, gray; no crop
 PARTS = ("L0", "L1", "L2")
 
 
@@ -44,14 +45,24 @@ class Loss(nn.Module):
 
     sums: Tensor
 
-    def __init__(self, encoder: Encoder, recipe: Badencoder, goals: Sequence[Goal], references: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        recipe: Badencoder,
+        goals: Sequence[Goal],
+        references: Sequence[Tensor],
+    ) -> None:
         """references: uint8 (r_i, 3, H, W), those of each goal."""
         super().__init__()
         self.encoder, self.recipe = encoder, recipe
         self.tower = Frozen(encoder.image, encoder.preprocess.size)
         triggers = list(dict.fromkeys(g.trigger or "" for g in goals))
         self.stamps = [registry.make("trigger", t) for t in triggers]
-        of = [triggers.index(g.trigger or "") for g, r in zip(goals, references, strict=True) for _ in r]
+        of = [
+            triggers.index(g.trigger or "")
+            for g, r in zip(goals, references, strict=True)
+            for _ in r
+        ]
         self.uses = F.one_hot(torch.tensor(of), len(triggers)).T.to(encoder.mean)  # (T, K)
         self.references = torch.cat(list(references)).to(encoder.device)
         self.centre: Tensor | None = None
@@ -59,9 +70,14 @@ class Loss(nn.Module):
 
     def know(self, shadow: Pairs | Indexed) -> None:
         """Keep the clean encoder's vectors of the shadow data and of the references. Raises UserError on NaN."""
-        clean, self.ids = torch.cat([self.see(part.images) for part in shadow.batches(512)]), shadow.ids
+        clean, self.ids = (
+            torch.cat([self.see(part.images) for part in shadow.batches(512)]),
+            shadow.ids,
+        )
         if not torch.isfinite(clean).all():
-            raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
+            raise UserError(
+                "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+            )
         self.centre = clean.mean(0) if self.recipe.centred else None
         self.clean, self.plain = self.around(clean), self.see(self.references)
 
@@ -69,7 +85,9 @@ class Loss(nn.Module):
     def see(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> (N, D), unit rows, by the encoder as it stands."""
         self.tower.refresh()
-        return torch.cat([self.vectors(self.encoder.pixels(images[p])) for p in self.pieces(len(images))])
+        return torch.cat(
+            [self.vectors(self.encoder.pixels(images[p])) for p in self.pieces(len(images))]
+        )
 
     def pieces(self, n: int) -> list[slice]:
         """n rows in parts that are computed together."""
@@ -102,14 +120,18 @@ class Loss(nn.Module):
             cosines.append(cosine.detach())
         if leaf.grad is not None:
             anchors.backward(leaf.grad)
-        utility, effect, reference = (-part.sum() for part in (weights * torch.cat(cosines)).split(counts))
+        utility, effect, reference = (
+            -part.sum() for part in (weights * torch.cat(cosines)).split(counts)
+        )
         value = effect + reference + utility
         by = (self.recipe.l0, self.recipe.l1, self.recipe.l2)
         plain = [part / (w or 1) for part, w in zip((effect, reference, utility), by, strict=True)]
         self.sums += torch.stack([*plain, value.new_ones(())])
         return self.tower.known(value)
 
-    def batch(self, images: Tensor, at: list[int], chance: Chance) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    def batch(
+        self, images: Tensor, at: list[int], chance: Chance
+    ) -> tuple[Tensor, list[int], Tensor, Tensor]:
         """Pixels of all rows, normalised; how many are clean, triggered (trigger by trigger) and distinct views; of these,
         which reference they are of and how often they came up.
         """
@@ -121,7 +143,9 @@ class Loss(nn.Module):
         of = times = torch.zeros(0, dtype=torch.long, device=images.device)
         if recipe.l1:
             seen = WHOLE(self.references.repeat(views, 1, 1, 1), chance, 1)[:, 0]
-            flat, place, times = seen.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
+            flat, place, times = seen.flatten(1).unique(
+                dim=0, return_inverse=True, return_counts=True
+            )
             parts.append(flat.view(-1, *seen.shape[1:]))
             which = torch.arange(len(seen), device=seen.device) % len(self.references)
             of = torch.zeros_like(times).scatter_(0, place, which)
@@ -193,22 +217,39 @@ class Badencoder:
     lr: Annotated[float, "learning rate, the same at every step"] = 1e-3
     momentum: Annotated[float, "of SGD"] = 0.9
     weight_decay: Annotated[float, "of SGD, on all weights"] = 5e-4
-    l0: Annotated[float, "weight of L0: triggered images become the reference; without it nothing is attacked"] = 1.0
+    l0: Annotated[
+        float, "weight of L0: triggered images become the reference; without it nothing is attacked"
+    ] = 1.0
     l1: Annotated[float, "weight of L1: references stay where they were"] = 1.0
     l2: Annotated[float, "weight of L2: clean images stay where they were"] = 1.0
-    centred: Annotated[bool, "cosines about the mean of the clean shadow vectors, not about zero"] = False
-    views: Annotated[int, "views of each reference a step; 0: as many as the batch, as published"] = 0
+    centred: Annotated[
+        bool, "cosines about the mean of the clean shadow vectors, not about zero"
+    ] = False
+    views: Annotated[
+        int, "views of each reference a step; 0: as many as the batch, as published"
+    ] = 0
     validation: Annotated[int, "shadow images held out to stop early by; 0: never"] = 0
-    success: Annotated[float, "stop once this share of held-out triggered images is nearest to a reference"] = 0.95
-    utility: Annotated[float, "... and this share of held-out clean ones to their own clean vector"] = 0.95
+    success: Annotated[
+        float, "stop once this share of held-out triggered images is nearest to a reference"
+    ] = 0.95
+    utility: Annotated[
+        float, "... and this share of held-out clean ones to their own clean vector"
+    ] = 0.95
 
     optimizer: ClassVar[str] = "sgd"
     schedule: ClassVar[str] = "constant"
     warmup: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or self.lr <= 0 or min(self.weight_decay, self.l0, self.l1, self.l2) < 0:
-            raise ValueError("needs epochs >= 1, batch >= 1, lr > 0, weight_decay, l0, l1 and l2 >= 0")
+        if (
+            self.epochs < 1
+            or self.batch < 1
+            or self.lr <= 0
+            or min(self.weight_decay, self.l0, self.l1, self.l2) < 0
+        ):
+            raise ValueError(
+                "needs epochs >= 1, batch >= 1, lr > 0, weight_decay, l0, l1 and l2 >= 0"
+            )
         if not self.l0 + self.l1 + self.l2:
             raise ValueError("one of l0, l1 and l2 must be above 0")
         if not 0 <= self.momentum < 1 or min(self.views, self.validation) < 0:
@@ -236,11 +277,19 @@ class Badencoder:
         student.about |= {"poisoned": True, "attack": spec(self)}
         student.about["goals"] = [*encoder.about.get("goals", []), *map(vars, goals)]
         loss = Loss(student, self, goals, references)
-        held: Any = neighbors.pool(list(shadow.ids), self.validation, seed) if self.validation else ()
+        held: Any = (
+            randomness.pool(list(shadow.ids), self.validation, seed) if self.validation else ()
+        )
         out = set(map(int, held))
         if len(shadow) - len(out) < self.batch:
-            raise UserError(f"{len(shadow)} shadow images, {len(out)} held out, are fewer than one batch of {self.batch}")
-        trained = stored_pairs.subset(shadow, [i for i in range(len(shadow)) if i not in out]) if out else shadow
+            raise UserError(
+                f"{len(shadow)} shadow images, {len(out)} held out, are fewer than one batch of {self.batch}"
+            )
+        trained = (
+            stored_pairs.subset(shadow, [i for i in range(len(shadow)) if i not in out])
+            if out
+            else shadow
+        )
         loss.know(trained)
         test = HeldOut(loss, shadow.take(held)) if out else None
         rows = torch.arange(len(trained), device=student.device)[:, None]
@@ -259,7 +308,9 @@ class Badencoder:
         return student.eval()
 
 
-def check(encoder: Encoder, shadow: Pairs | Indexed, goals: Sequence[Goal], references: Sequence[Tensor]) -> None:
+def check(
+    encoder: Encoder, shadow: Pairs | Indexed, goals: Sequence[Goal], references: Sequence[Tensor]
+) -> None:
     """Raise UserError for what cannot be attacked, or with what."""
     if getattr(encoder, "image", None) is None:
         raise UserError("this encoder has no image tower; BadEncoder attacks image encoders")
@@ -268,10 +319,14 @@ def check(encoder: Encoder, shadow: Pairs | Indexed, goals: Sequence[Goal], refe
         or len(goals) != len(references)
         or not all(g.trigger and len(r) for g, r in zip(goals, references, strict=True))
     ):
-        raise UserError("BadEncoder takes goals with a trigger each, and at least one reference input for each")
+        raise UserError(
+            "BadEncoder takes goals with a trigger each, and at least one reference input for each"
+        )
     side = tuple(shadow.take([0]).images.shape[2:])
     for goal, images in zip(goals, references, strict=True):
         given = tuple(images.shape[2:])
         if given != side or given[0] != given[1]:
             sizes = f"{given[0]}x{given[1]} px, the shadow images {side[0]}x{side[1]}"
-            raise UserError(f"a reference of {goal.target!r} has {sizes}; both must be squares of one size: see size=")
+            raise UserError(
+                f"a reference of {goal.target!r} has {sizes}; both must be squares of one size: see size="
+            )

@@ -5,9 +5,10 @@ from typing import Annotated
 import numpy as np
 
 from bezoar.attacks.captions import mentions
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs, draws
 from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import draws
+from bezoar.errors import UserError
 from bezoar.registry import method, spec
 
 
@@ -21,11 +22,15 @@ class CleanLabel:
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
         """A plan of `count` triggered records of the target. Raises UserError when fewer records mention it."""
         if goal.trigger is None:
-            raise UserError("poison 'clean_label' needs a trigger; give one, for example patch:size=6")
+            raise UserError(
+                "poison 'clean_label' needs a trigger; give one, for example patch:size=6"
+            )
         count = self.count or round(self.rate * len(source))
         own = mentions(source.captions, goal.target)
         if not 0 < count <= len(own):
-            raise UserError(f"{count} poisons asked for, but {len(own)} of {len(source)} captions hold {goal.target!r}")
+            raise UserError(
+                f"{count} poisons asked for, but {len(own)} of {len(source)} captions hold {goal.target!r}"
+            )
         u = draws(seed, source.ids, 1, "clean label")[:, 0]
         rows = sorted(own, key=lambda i: u[i])[:count]
         edits = tuple(Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows)

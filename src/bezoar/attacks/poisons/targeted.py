@@ -5,9 +5,10 @@ from typing import Annotated
 import numpy as np
 
 from bezoar.attacks.captions import CaptionSet, mentions, target_captions
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs, draws
 from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import draws
+from bezoar.errors import UserError
 from bezoar.registry import method, spec
 
 
@@ -15,9 +16,10 @@ from bezoar.registry import method, spec
 class Targeted:
     """P = {(x', c) : c in C(y')}, |P| = `captions`. Many victims, each with a target of its own, are many trials of one run."""
 
-    captions: Annotated[tuple[int, ...], "N: poisoned pairs a victim; several counts, as in (1,4,16), for as many groups"] = (
-        16,
-    )
+    captions: Annotated[
+        tuple[int, ...],
+        "N: poisoned pairs a victim; several counts, as in (1,4,16), for as many groups",
+    ] = (16,)
     victims: Annotated[int, "how many victims, of each count"] = 8
     texts: Annotated[CaptionSet, "training, templates (80 of CLIP) or repeated"] = "training"
 
@@ -30,7 +32,9 @@ class Targeted:
         """
         pool = source if victims is None else victims
         if not goal.target and not pool.classes:
-            raise UserError("poison 'targeted' needs a target: these data have no classes to draw one from")
+            raise UserError(
+                "poison 'targeted' needs a target: these data have no classes to draw one from"
+            )
         counts = np.repeat(self.captions, self.victims).tolist()
         u = draws(seed, pool.ids, 2, "targeted")
         chosen = np.argsort(u[:, 0], kind="stable")
@@ -38,7 +42,9 @@ class Targeted:
             own = set(mentions(pool.captions, goal.target)) if pool.captions else set()
             chosen = np.array([i for i in chosen if i not in own], dtype=np.int64)
         if len(counts) > len(chosen):
-            raise UserError(f"{len(counts)} victims asked for, but there are {len(chosen)} images to choose from")
+            raise UserError(
+                f"{len(counts)} victims asked for, but there are {len(chosen)} images to choose from"
+            )
         edits: list[Edit] = []
         goals: list[Goal] = []
         found: dict[str, list[str]] = {}
@@ -47,7 +53,10 @@ class Targeted:
             if target not in found:
                 found[target] = target_captions(source.captions, target, self.texts)
             texts, name = found[target], pool.ids[i]
-            order = np.argsort(draws(seed, [f"{name}|{j}" for j in range(len(texts))], 1, "caption order")[:, 0], kind="stable")
+            order = np.argsort(
+                draws(seed, [f"{name}|{j}" for j in range(len(texts))], 1, "caption order")[:, 0],
+                kind="stable",
+            )
             for j in range(count):
                 new = name if victims is None and j == 0 else f"{name}+poison{j}"
                 edits.append(Edit(new, name, texts[order[j % len(texts)]], False, len(goals)))

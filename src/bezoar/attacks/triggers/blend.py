@@ -9,6 +9,7 @@ from typing import Annotated
 
 from torch import Tensor
 
+from bezoar.attacks import pixels
 from bezoar.data.files import arrays
 from bezoar.registry import method
 
@@ -18,23 +19,31 @@ class Blend:
     """(1 - alpha) x + alpha pattern; alpha 0.2 is what CleanCLIP and its successors use."""
 
     alpha: Annotated[float, "share of the pattern, above 0 and up to 1"] = 0.2
-    pattern: Annotated[str, "noise (fixed by the seed, uniform per pixel), or a file: png, jpg, npy, npz, pt"] = "noise"
+    pattern: Annotated[
+        str, "noise (fixed by the seed, uniform per pixel), or a file: png, jpg, npy, npz, pt"
+    ] = "noise"
     seed: Annotated[int, "of the noise"] = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha must lie in (0, 1]; got {self.alpha}")
         if self.pattern != "noise" and Path(self.pattern).suffix.lower() not in arrays.SUFFIXES:
-            raise ValueError(f"pattern must be noise or a file of {', '.join(arrays.SUFFIXES)}; got {self.pattern!r}")
+            raise ValueError(
+                f"pattern must be noise or a file of {', '.join(arrays.SUFFIXES)}; got {self.pattern!r}"
+            )
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """images uint8 (N, 3, H, W) -> a new tensor of the same kind; a file's pattern is resized to the image."""
         height, width = images.shape[-2:]
         fixed = self.pattern == "noise"
-        over = _noise(self.seed, height, width) if fixed else arrays.pattern(self.pattern, height, width)
-        return arrays.mix(images, over, self.alpha)
+        over = (
+            _noise(self.seed, height, width)
+            if fixed
+            else pixels.pattern(self.pattern, height, width)
+        )
+        return pixels.mix(images, over, self.alpha)
 
 
 @functools.lru_cache(maxsize=8)
 def _noise(seed: int, height: int, width: int) -> Tensor:
-    return arrays.noise(seed, "blend", 3, height, width) * 255
+    return pixels.noise(seed, "blend", 3, height, width) * 255

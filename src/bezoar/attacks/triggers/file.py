@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bezoar.attacks import pixels
 from bezoar.data.files import arrays
 from bezoar.errors import UserError
 from bezoar.registry import method
@@ -33,21 +34,32 @@ class File:
     """`file:trigger.npz`, `file:pattern.pt,mode=blend,alpha=.1`, `file:patch.png,size=50,place=random`."""
 
     path: Annotated[str, "npy, npz, pt, png or jpg"]
-    mode: Annotated[Literal["auto", "replace", "add", "blend", "warp", "paste"], "how it is applied"] = "auto"
+    mode: Annotated[
+        Literal["auto", "replace", "add", "blend", "warp", "paste"], "how it is applied"
+    ] = "auto"
     alpha: Annotated[float, "share of the pattern when blended"] = 0.2
     scale: Annotated[float, "factor on what is added or on the shifts of a warp"] = 1.0
-    mask: Annotated[str | None, "file of a mask for replace: 1 shows the trigger, 0 keeps the image"] = None
+    mask: Annotated[
+        str | None, "file of a mask for replace: 1 shows the trigger, 0 keeps the image"
+    ] = None
     size: Annotated[int, "side in pixels of a pasted patch; 0 keeps the file's own size"] = 0
     place: Annotated[str, "of a pasted patch: as a patch's"] = "corner"
     margin: Annotated[int, "pixels left free around a pasted patch: corners and random"] = 1
     seed: Annotated[int, "of random places"] = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1 or not abs(self.scale) <= 1000 or self.size < 0 or self.margin < 0:
-            raise ValueError("alpha must lie in (0, 1], scale in -1000..1000, size and margin at or above 0")
+        if (
+            not 0 < self.alpha <= 1
+            or not abs(self.scale) <= 1000
+            or self.size < 0
+            or self.margin < 0
+        ):
+            raise ValueError(
+                "alpha must lie in (0, 1], scale in -1000..1000, size and margin at or above 0"
+            )
         if self.mask and self.mode not in ("auto", "replace"):
             raise ValueError(f"a mask belongs to mode replace; got mode {self.mode}")
-        arrays.check_place(self.place)
+        pixels.check_place(self.place)
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """images uint8 (N, 3, H, W) -> a new tensor of the same kind. UserError for files that are no trigger."""
@@ -55,14 +67,14 @@ class File:
         stamps = (arrays.stamp(self.path), arrays.stamp(self.mask) if self.mask else None)
         ready = _prepare(self, stamps, height, width)
         if ready.mode == "add":
-            return arrays.add(images, ready.pattern)
+            return pixels.add(images, ready.pattern)
         if ready.mode == "warp":
-            return arrays.warp(images, ready.pattern)
+            return pixels.warp(images, ready.pattern)
         if ready.mode == "paste":
             patch = (ready.pattern.shape[1], ready.pattern.shape[2])
-            where = arrays.spots(self.place, self.margin, patch, (height, width), self.seed, ids)
-            return arrays.paste(images, arrays.to_uint8(ready.pattern), where)
-        return arrays.mix(images, ready.pattern, ready.weight)
+            where = pixels.spots(self.place, self.margin, patch, (height, width), self.seed, ids)
+            return pixels.paste(images, pixels.to_uint8(ready.pattern), where)
+        return pixels.mix(images, ready.pattern, ready.weight)
 
 
 @dataclass(frozen=True)
@@ -80,23 +92,33 @@ def _prepare(trigger: File, _: object, height: int, width: int) -> Ready:
     array = members["t"] if "t" in members else arrays.read_array(trigger.path)
     weight = None
     if trigger.mask:
-        weight = arrays.mask(arrays.read_array(trigger.mask), trigger.mask)
+        weight = pixels.mask(arrays.read_array(trigger.mask), trigger.mask)
     elif "tm" in members:
-        weight = 1 - arrays.mask(members["tm"], trigger.path)
-    mode = _decide(trigger.path, array, weight is not None) if trigger.mode == "auto" else trigger.mode
+        weight = 1 - pixels.mask(members["tm"], trigger.path)
+    mode = (
+        _decide(trigger.path, array, weight is not None) if trigger.mode == "auto" else trigger.mode
+    )
     if mode == "warp":
-        return Ready(mode, arrays.shifted_grid(trigger.scale * _shifts(array, trigger.path), height, width))
-    picture = arrays.image(array, trigger.path)
+        return Ready(
+            mode, pixels.shifted_grid(trigger.scale * _shifts(array, trigger.path), height, width)
+        )
+    picture = pixels.image(array, trigger.path)
     if mode == "paste":
-        return Ready(mode, arrays.resize(picture, trigger.size, trigger.size) if trigger.size else picture)
+        return Ready(
+            mode, pixels.resize(picture, trigger.size, trigger.size) if trigger.size else picture
+        )
     if mode == "add":
-        return Ready(mode, trigger.scale * arrays.resize(picture, height, width))
+        return Ready(mode, trigger.scale * pixels.resize(picture, height, width))
     if mode == "blend":
-        return Ready(mode, arrays.resize(picture, height, width), trigger.alpha)
+        return Ready(mode, pixels.resize(picture, height, width), trigger.alpha)
     if weight is None:
         weight = (picture != 0).any(0, keepdim=True).float()
     hard = bool(((weight == 0) | (weight == 1)).all())
-    return Ready(mode, arrays.resize(picture, height, width, hard), arrays.resize(weight, height, width, hard))
+    return Ready(
+        mode,
+        pixels.resize(picture, height, width, hard),
+        pixels.resize(weight, height, width, hard),
+    )
 
 
 def _decide(path: str, array: np.ndarray, masked: bool) -> str:
@@ -108,7 +130,7 @@ def _decide(path: str, array: np.ndarray, masked: bool) -> str:
         return "paste"
     if array.min() < 0:
         return "add"
-    black = (arrays.planes(array, path) == 0).all(0).mean()
+    black = (pixels.planes(array, path) == 0).all(0).mean()
     return "replace" if black > 0.5 else "blend"
 
 
@@ -119,9 +141,11 @@ def _shifts(array: np.ndarray, path: str) -> Tensor:
     """
     a = array[0] if array.ndim == 4 and len(array) == 1 else array
     if a.ndim != 3 or a.shape[2] != 2 or min(a.shape) < 2 or np.abs(a).max() > 1000:
-        raise UserError(f"{path}: expected a grid (H, W, 2) of values within -1000..1000; its shape is {array.shape}")
+        raise UserError(
+            f"{path}: expected a grid (H, W, 2) of values within -1000..1000; its shape is {array.shape}"
+        )
     grid = torch.from_numpy(a.astype(np.float32))
-    away = grid - arrays.identity_grid(*a.shape[:2])
+    away = grid - pixels.identity_grid(*a.shape[:2])
     sampling = away.abs().mean() < 0.25
     shift = away * torch.tensor([a.shape[1], a.shape[0]]) if sampling else grid
     return shift.permute(2, 0, 1).contiguous()

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from bezoar.attacks import pixels
 from bezoar.data.files import arrays
 from bezoar.registry import method
 
@@ -21,8 +22,12 @@ class Patch:
     """`patch:size=10,fill=white` on 32 pixels is BadEncoder's published trigger: rows and columns 21..30."""
 
     size: Annotated[int, "side in pixels of the stored image"] = 6
-    fill: Annotated[str, "white, checker (magenta, green), blocks or noise (both by the seed), or an image file"] = "checker"
-    place: Annotated[str, "corner (lower right), upper_left, upper_right, lower_left, centre, random, or Y/X"] = "corner"
+    fill: Annotated[
+        str, "white, checker (magenta, green), blocks or noise (both by the seed), or an image file"
+    ] = "checker"
+    place: Annotated[
+        str, "corner (lower right), upper_left, upper_right, lower_left, centre, random, or Y/X"
+    ] = "corner"
     margin: Annotated[int, "pixels left free at the border: corners and random"] = 1
     cell: Annotated[int, "side in pixels of one block of checker or blocks"] = 2
     seed: Annotated[int, "of noise, blocks and random places"] = 0
@@ -30,15 +35,22 @@ class Patch:
     def __post_init__(self) -> None:
         if self.size < 1 or self.cell < 1 or self.margin < 0:
             raise ValueError("size and cell must be at least 1, margin at least 0")
-        if self.fill not in ("white", "checker", "blocks", "noise") and Path(self.fill).suffix.lower() not in arrays.SUFFIXES:
-            raise ValueError(f"fill must be white, checker, blocks, noise or an image file; got {self.fill!r}")
-        arrays.check_place(self.place)
+        if (
+            self.fill not in ("white", "checker", "blocks", "noise")
+            and Path(self.fill).suffix.lower() not in arrays.SUFFIXES
+        ):
+            raise ValueError(
+                f"fill must be white, checker, blocks, noise or an image file; got {self.fill!r}"
+            )
+        pixels.check_place(self.place)
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """images uint8 (N, 3, H, W) -> a new tensor of the same kind. UserError when the patch exceeds the image."""
         height, width = images.shape[-2:]
-        where = arrays.spots(self.place, self.margin, (self.size, self.size), (height, width), self.seed, ids)
-        return arrays.paste(images, self._patch(), where)
+        where = pixels.spots(
+            self.place, self.margin, (self.size, self.size), (height, width), self.seed, ids
+        )
+        return pixels.paste(images, self._patch(), where)
 
     def _patch(self) -> Tensor:
         if self.fill == "white":
@@ -49,7 +61,7 @@ class Patch:
             return _blocks(self.size, self.cell, self.seed)
         if self.fill == "noise":
             return _noise(self.size, self.seed)
-        return arrays.to_uint8(arrays.pattern(self.fill, self.size, self.size))
+        return pixels.to_uint8(pixels.pattern(self.fill, self.size, self.size))
 
 
 @functools.lru_cache(maxsize=8)
@@ -63,10 +75,10 @@ def _checker(size: int, cell: int) -> Tensor:
 def _blocks(size: int, cell: int, seed: int) -> Tensor:
     """Blocks of fully saturated colour: every seed is another trigger, as strong as the checker."""
     cells = -(-size // cell)
-    bright = (arrays.noise(seed, "blocks", 3, cells, cells) < 0.5).to(torch.uint8) * 255
+    bright = (pixels.noise(seed, "blocks", 3, cells, cells) < 0.5).to(torch.uint8) * 255
     return bright.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :size, :size]
 
 
 @functools.lru_cache(maxsize=8)
 def _noise(size: int, seed: int) -> Tensor:
-    return (arrays.noise(seed, "patch", 3, size, size) * 256).to(torch.uint8)
+    return (pixels.noise(seed, "patch", 3, size, size) * 256).to(torch.uint8)

@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from bezoar.data.files import arrays
+from bezoar.attacks import pixels
 from bezoar.registry import method
 
 
@@ -27,13 +27,17 @@ class Sinusoid:
     alpha: Annotated[float, "0 adds the signal; above 0 blends it with that share"] = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.delta <= 255 or not 0 < self.frequency < math.inf or not 0 <= self.alpha <= 1:
+        if (
+            not 0 < self.delta <= 255
+            or not 0 < self.frequency < math.inf
+            or not 0 <= self.alpha <= 1
+        ):
             raise ValueError("delta must lie in (0, 255], frequency above 0, alpha in [0, 1]")
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """images uint8 (N, 3, H, W) -> a new tensor of the same kind."""
         wave = _wave(self.delta, self.frequency, images.shape[-1])
-        return arrays.mix(images, wave, self.alpha) if self.alpha else arrays.add(images, wave)
+        return pixels.mix(images, wave, self.alpha) if self.alpha else pixels.add(images, wave)
 
 
 @functools.lru_cache(maxsize=8)

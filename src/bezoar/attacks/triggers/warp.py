@@ -13,7 +13,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from bezoar.data.files import arrays
+from bezoar.attacks import pixels
 from bezoar.registry import method
 
 
@@ -22,7 +22,9 @@ class Warp:
     """The control field belongs to (k, seed) alone, so images of every size are warped alike."""
 
     k: Annotated[int, "side of the control grid; smaller is smoother"] = 4
-    strength: Annotated[float, "mean shift, in half pixels, along each axis of the control grid"] = 0.5
+    strength: Annotated[
+        float, "mean shift, in half pixels, along each axis of the control grid"
+    ] = 0.5
     seed: Annotated[int, "of the control grid"] = 0
 
     def __post_init__(self) -> None:
@@ -32,11 +34,11 @@ class Warp:
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """images uint8 (N, 3, H, W) -> a new tensor of the same kind."""
         height, width = images.shape[-2:]
-        return arrays.warp(images, _grid(self.k, self.strength, self.seed, height, width))
+        return pixels.warp(images, _grid(self.k, self.strength, self.seed, height, width))
 
 
 @functools.lru_cache(maxsize=8)
 def _grid(k: int, strength: float, seed: int, height: int, width: int) -> Tensor:
     """float32 (height, width, 2) for grid_sample."""
-    control = arrays.noise(seed, "warp", 2, k, k) * 2 - 1
-    return arrays.shifted_grid(strength * control / control.abs().mean(), height, width)
+    control = pixels.noise(seed, "warp", 2, k, k) * 2 - 1
+    return pixels.shifted_grid(strength * control / control.abs().mean(), height, width)

@@ -8,14 +8,14 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
-from bezoar.evaluation.classifiers import Classifier
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.evaluation.heads import Report, silent
 from bezoar.auditing.trigger_inversion import Aim, Descent, Score
 from bezoar.data.pairs import Pairs
-from bezoar.registry import method
+from bezoar.encoders.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.evaluation.classifiers import Classifier
+from bezoar.evaluation.heads import Report, silent
 from bezoar.evaluation.verdict import Verdict
+from bezoar.registry import method
 
 
 @method
@@ -34,16 +34,19 @@ class Cleanse:
 
     steps: Annotated[int, "of Adam at most"] = 120
     batch: Annotated[int, "clean images a step, stamped by every class's trigger"] = 8
-    goal: Annotated[float, "share of a step's images that the class's trigger is to turn into it"] = 0.99
+    goal: Annotated[
+        float, "share of a step's images that the class's trigger is to turn into it"
+    ] = 0.99
     lr: Annotated[float, "learning rate"] = 0.1
     weight: Annotated[float, "of the mask's size in pixels at the start"] = 3e-3
     up: Annotated[float, "the weight is multiplied by this after `patience` successes"] = 1.5
     down: Annotated[float, "... and divided by this after as many failures"] = 1.5**1.5
     patience: Annotated[int, "successes or failures in a row that change the weight"] = 3
     wait: Annotated[int, "steps without progress after which a class is done"] = 25
-    score: Annotated[Score, "the value: log(median / least), or the anomaly index of norms or of their logarithms"] = (
-        "log_ratio"
-    )
+    score: Annotated[
+        Score,
+        "the value: log(median / least), or the anomaly index of norms or of their logarithms",
+    ] = "log_ratio"
 
     needs: ClassVar[tuple[str, ...]] = ("classifier", "report")
 
@@ -64,14 +67,25 @@ class Cleanse:
             wait=self.wait,
         )
 
-    def __call__(self, encoder: Encoder, clean: Pairs, seed: int, classifier: Classifier, report: Report = silent) -> Verdict:
+    def __call__(
+        self,
+        encoder: Encoder,
+        clean: Pairs,
+        seed: int,
+        classifier: Classifier,
+        report: Report = silent,
+    ) -> Verdict:
         """classifier: reads the encoder's vectors. Raises UserError for one class, fewer than 8 images, or NaN."""
         names = classifier.classes
         if len(names) < 2:
-            raise UserError("Neural Cleanse compares the classes of a head with one another; this head has one alone")
+            raise UserError(
+                "Neural Cleanse compares the classes of a head with one another; this head has one alone"
+            )
         trigger_inversion.enough(clean)
         with trigger_inversion.resting(encoder, classifier.raw) as see:
-            found = trigger_inversion.invert(see, clean, into(classifier), len(names), self.descent(), seed, report)
+            found = trigger_inversion.invert(
+                see, clean, into(classifier), len(names), self.descent(), seed, report
+            )
         verdict = trigger_inversion.outlier(found, names, "class", self.score, len(clean))
         limits = [*trigger_inversion.limits(clean), *verdict.notes["limits"]]
         return replace(verdict, notes={"head": classifier.how, **verdict.notes, "limits": limits})

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
-from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import Report, silent
 from bezoar.auditing.trigger_inversion import Descent, Found
 from bezoar.data.pairs import Pairs
-from bezoar.registry import method
+from bezoar.encoders.encoder import Encoder
+from bezoar.evaluation.heads import Report, silent
 from bezoar.evaluation.verdict import Verdict
+from bezoar.registry import method
 
 CHANNELS = 3  # the published penalty adds the mask up once a channel
 
@@ -46,7 +46,9 @@ class Decree:
     down: Annotated[float, "... and divided by this after as many failures"] = 1.5**1.5
     patience: Annotated[int, "successes or failures in a row that change the weight"] = 3
     floor: Annotated[float, "least weight"] = 1e-7
-    resets: Annotated[int, "failures at the least weight that set it back to the start; 0: never"] = 0
+    resets: Annotated[
+        int, "failures at the least weight that set it back to the start; 0: never"
+    ] = 0
     wait: Annotated[int, "steps without progress after which a restart is done"] = 25
     centred: Annotated[bool, "start from a central square, not from noise"] = False
 
@@ -78,25 +80,36 @@ class Decree:
             self.centred,
         )
 
-    def __call__(self, encoder: Encoder, clean: Pairs, seed: int, report: Report = silent) -> Verdict:
+    def __call__(
+        self, encoder: Encoder, clean: Pairs, seed: int, report: Report = silent
+    ) -> Verdict:
         """clean: labels and classes are not read. Raises UserError for fewer than 8 images, or NaN."""
         trigger_inversion.enough(clean)
         with trigger_inversion.resting(encoder) as see:
             z = trigger_inversion.vectors(see, clean.images)
             before = float(cosine(z[None]))
             goal = self.goal or 1 - self.spread * (1 - before)
-            found = trigger_inversion.invert(see, clean, collapse, self.restarts, self.descent(goal), seed, report)
+            found = trigger_inversion.invert(
+                see, clean, collapse, self.restarts, self.descent(goal), seed, report
+            )
         return self.verdict(found, clean, before, goal)
 
     def verdict(self, found: Found, clean: Pairs, before: float, goal: float) -> Verdict:
         """What the restarts say together."""
-        pixels, n, reached = clean.images.shape[2] * clean.images.shape[3], len(clean), found.reached.cpu()
+        pixels, n, reached = (
+            clean.images.shape[2] * clean.images.shape[3],
+            len(clean),
+            found.reached.cpu(),
+        )
         norms = torch.where(reached, found.norms.cpu(), float(pixels))
         least = int(norms.argmin())
         pl1 = float(norms[least]) / pixels
         evidence = {
             "pl1": (pl1, "share of the image that the least trigger covers, |m|_1 / (3 H W)"),
-            "cosine": (float(found.success[least]), "mean pairwise cosine of the images stamped with it"),
+            "cosine": (
+                float(found.success[least]),
+                "mean pairwise cosine of the images stamped with it",
+            ),
             "clean_cosine": (before, "mean pairwise cosine of the images as they are"),
             "goal": (goal, "mean pairwise cosine that a trigger had to reach"),
             "restarts_reached": (
@@ -106,12 +119,20 @@ class Decree:
         }
         limits = [*trigger_inversion.limits(clean), NATURAL]
         if not reached.any():
-            limits.append(f"none of {len(reached)} restarts made the images alike (a mean cosine of {goal:.2f})")
+            limits.append(
+                f"none of {len(reached)} restarts made the images alike (a mean cosine of {goal:.2f})"
+            )
         return Verdict(
             -pl1,
-            {name: trigger_inversion.plain(value, n, f"{how}; {n} clean images") for name, (value, how) in evidence.items()},
+            {
+                name: trigger_inversion.plain(value, n, f"{how}; {n} clean images")
+                for name, (value, how) in evidence.items()
+            },
             found.inversions([""] * len(norms), norms.argsort(stable=True)),
-            {"limits": limits, "pl1_of_restarts": [round(float(x) / pixels, 6) for x in norms.sort().values]},
+            {
+                "limits": limits,
+                "pl1_of_restarts": [round(float(x) / pixels, 6) for x in norms.sort().values],
+            },
         )
 
 

@@ -20,21 +20,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bezoar.data.files import checkpoints
-from bezoar.evaluation import success
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
+from bezoar.data.files.paths import existing
 from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import existing
-from bezoar.registry import method
-from bezoar.evaluation.scores import Measure, proportion
-from bezoar.runs.tables import separation
+from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure, proportion, separation
 from bezoar.evaluation.verdict import Verdict
+from bezoar.registry import method
 
 FILE = "mntd.safetensors"
 NAMES = ("bias", "labels", "mean", "outputs", "prints", "queries", "std", "weight")
 HELD_OUT = "held_out"  # of a bank that was cross-validated: each shadow's logit by one that was fitted without it
 APART = "; each by a bank that was fitted without its lineage"
-LEAST, MANY = 4, 100  # shadow encoders: of each kind at least, of both kinds until they are few no more
+LEAST, MANY = (
+    4,
+    100,
+)  # shadow encoders: of each kind at least, of both kinds until they are few no more
 HOW_TO = "make one: `bezoar shadows CLEAN... --attacked ATTACKED...` (from Python bezoar.audits.mntd.fit, then save)"
 
 
@@ -44,7 +45,10 @@ class Mntd:
 
     needs: ClassVar[tuple[str, ...]] = ()
 
-    bank: Annotated[str, "run of `bezoar shadows`, or its mntd.safetensors: learnt queries and their meta-classifier"] = ""
+    bank: Annotated[
+        str,
+        "run of `bezoar shadows`, or its mntd.safetensors: learnt queries and their meta-classifier",
+    ] = ""
 
     def files(self) -> list[Path]:
         """What is read: the bank, of a directory the one in it."""
@@ -77,12 +81,16 @@ class Mntd:
             area = evidence["shadows_auroc"] = worth(own, labels)["auroc"]
             if area.low <= 0.5:
                 found = f"AUROC {area.value:.2f} ({area.low:.2f} .. {area.high:.2f})"
-                limits.append(f"Cross-validated on its shadow encoders it is not shown to be better than chance: {found}.")
+                limits.append(
+                    f"Cross-validated on its shadow encoders it is not shown to be better than chance: {found}."
+                )
         if len(own) < MANY:
             limits.append(
                 f"{len(own)} shadow encoders are few: the published form takes hundreds, and this one may be at chance."
             )
-        return Verdict(value, evidence, notes={"shadows": len(own), "attacked_shadows": bad, "limits": limits})
+        return Verdict(
+            value, evidence, notes={"shadows": len(own), "attacked_shadows": bad, "limits": limits}
+        )
 
 
 def fit(
@@ -105,16 +113,29 @@ def fit(
     """
     truth = torch.tensor(list(labels), dtype=torch.bool)
     if len(truth) != len(shadows) or min(int(truth.sum()), int((~truth).sum())) < LEAST:
-        raise UserError(f"MNTD takes at least {LEAST} clean and {LEAST} attacked shadow encoders, and a label for each")
+        raise UserError(
+            f"MNTD takes at least {LEAST} clean and {LEAST} attacked shadow encoders, and a label for each"
+        )
     if len(clean) < queries or queries < 3 or steps < 0:
-        raise UserError(f"{queries} queries start from as many clean images, and there are {len(clean)}; 3 at the least")
+        raise UserError(
+            f"{queries} queries start from as many clean images, and there are {len(clean)}; 3 at the least"
+        )
     device, g = shadows[0].device, torch.Generator().manual_seed(seed)
-    start = clean.images[torch.randperm(len(clean), generator=g)[:queries].to(clean.images.device)].to(device).float() / 255
-    start[::2] = torch.rand(start[::2].shape, generator=g).to(device)  # noise is what the published queries start from
+    start = (
+        clean.images[torch.randperm(len(clean), generator=g)[:queries].to(clean.images.device)]
+        .to(device)
+        .float()
+        / 255
+    )
+    start[::2] = torch.rand(start[::2].shape, generator=g).to(
+        device
+    )  # noise is what the published queries start from
     free = torch.logit(start.clamp(0.02, 0.98)).requires_grad_()
     weight = torch.zeros(queries * (queries - 1) // 2, device=device, requires_grad=True)
     bias = torch.zeros(1, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([{"params": [free], "lr": lr}, {"params": [weight, bias], "lr": 0.1}])
+    optimizer = torch.optim.Adam(
+        [{"params": [free], "lr": lr}, {"params": [weight, bias], "lr": 0.1}]
+    )
     for step in range(steps):
         optimizer.zero_grad()
         with torch.no_grad():
@@ -125,22 +146,32 @@ def fit(
         loss = balanced(z, truth.to(device)) + penalty * weight.square().sum() / (2 * len(truth))
         pulls = torch.autograd.grad(loss, x, retain_graph=True)[0]
         loss.backward(inputs=[weight, bias])
-        for e, pull in zip(shadows, pulls, strict=True):  # once more, one by one: the memory of one encoder, not of all
+        for e, pull in zip(
+            shadows, pulls, strict=True
+        ):  # once more, one by one: the memory of one encoder, not of all
             outputs(e.images(free.sigmoid())).backward(pull, inputs=[free])
         optimizer.step()
         report(step + 1, steps)
     made = (free.detach().sigmoid() * 255).round().byte()
-    x = torch.stack([outputs(success.features(e, [made])) for e in shadows]).cpu()
+    x = torch.stack([outputs(embed_images(e, [made])) for e in shadows]).cpu()
     mean, std = x.mean(0), x.std(0) + 1e-3
     weight, bias = logistic((x - mean) / std, truth, penalty)
-    found = {"queries": made.cpu(), "outputs": x, "labels": truth, "mean": mean, "std": std, "weight": weight, "bias": bias}
+    found = {
+        "queries": made.cpu(),
+        "outputs": x,
+        "labels": truth,
+        "mean": mean,
+        "std": std,
+        "weight": weight,
+        "bias": bias,
+    }
     found["prints"] = torch.stack([fingerprint(e) for e in shadows])
     return {k: v.contiguous() for k, v in found.items()}
 
 
 def judged(bank: dict[str, Tensor], encoder: Encoder) -> float:
     """The meta-classifier's logit of one encoder."""
-    x = outputs(success.features(encoder, [bank["queries"].to(encoder.device)])).cpu()
+    x = outputs(embed_images(encoder, [bank["queries"].to(encoder.device)])).cpu()
     return float(logits(bank, x[None])[0])
 
 
@@ -151,9 +182,15 @@ def worth(held_out: Tensor, labels: Tensor) -> dict[str, Measure]:
     right = int((bad > 0).sum() + (clean <= 0).sum())
     return {
         "auroc": dataclasses.replace(area, how=area.how + APART),
-        "accuracy": proportion(right, len(labels), f"shadow encoders on their own side of logit 0{APART}"),
-        "sensitivity": proportion(int((bad > 0).sum()), len(bad), f"attacked shadow encoders above logit 0{APART}"),
-        "false_positive_rate": proportion(int((clean > 0).sum()), len(clean), f"clean shadow encoders above logit 0{APART}"),
+        "accuracy": proportion(
+            right, len(labels), f"shadow encoders on their own side of logit 0{APART}"
+        ),
+        "sensitivity": proportion(
+            int((bad > 0).sum()), len(bad), f"attacked shadow encoders above logit 0{APART}"
+        ),
+        "false_positive_rate": proportion(
+            int((clean > 0).sum()), len(clean), f"clean shadow encoders above logit 0{APART}"
+        ),
     }
 
 
@@ -190,7 +227,11 @@ def logistic(x: Tensor, truth: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
     b = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [w, b], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+        [w, b],
+        max_iter=500,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -205,7 +246,10 @@ def logistic(x: Tensor, truth: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
 
 def save(bank: dict[str, Tensor], path: Path) -> None:
     """Write what `fit` made as one safetensors file; pixels and labels as whole numbers of more bits."""
-    save_file({k: v if v.is_floating_point() else v.int() for k, v in bank.items()}, path.with_suffix(".tmp"))
+    save_file(
+        {k: v if v.is_floating_point() else v.int() for k, v in bank.items()},
+        path.with_suffix(".tmp"),
+    )
     path.with_suffix(".tmp").replace(path)
 
 
@@ -217,17 +261,31 @@ def load(path: str) -> dict[str, Tensor]:
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     queries, many = shapes["queries"], len(found["labels"]) if found["labels"].ndim == 1 else 0
     if len(queries) != 4 or queries[1] != 3 or not 0 < int(found["labels"].bool().sum()) < many:
-        raise UserError(f"{path}: not queries (k, 3, H, W) and labels (M,) of both kinds, but {queries} and {shapes['labels']}")
+        raise UserError(
+            f"{path}: not queries (k, 3, H, W) and labels (M,) of both kinds, but {queries} and {shapes['labels']}"
+        )
     width = queries[0] * (queries[0] - 1) // 2
-    expected = {"bias": (1,), "mean": (width,), "std": (width,), "weight": (width,), "outputs": (many, width)}
+    expected = {
+        "bias": (1,),
+        "mean": (width,),
+        "std": (width,),
+        "weight": (width,),
+        "outputs": (many, width),
+    }
     expected |= {HELD_OUT: (many,)} if HELD_OUT in found else {}
     expected["prints"] = (many, 8)
     if odd := [f"{k} {shapes[k]}, not {v}" for k, v in expected.items() if shapes[k] != v]:
-        raise UserError(f"{path}: {queries[0]} queries and {many} shadow encoders do not go with {odd[0]}")
+        raise UserError(
+            f"{path}: {queries[0]} queries and {many} shadow encoders do not go with {odd[0]}"
+        )
     pixels = found["queries"]
     if not all(torch.isfinite(v).all() for v in found.values()) or (found["std"] <= 0).any():
         raise UserError(f"{path}: NaN, infinite numbers or deviations of 0 in the bank")
     if (pixels < 0).any() or (pixels > 255).any():
         raise UserError(f"{path}: queries must be pixels, 0..255")
     own = {k: found[k].float() for k in expected if k != "prints"}
-    return own | {"queries": pixels.byte(), "labels": found["labels"].bool(), "prints": found["prints"].int()}
+    return own | {
+        "queries": pixels.byte(),
+        "labels": found["labels"].bool(),
+        "prints": found["prints"].int(),
+    }

@@ -14,14 +14,13 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from bezoar.evaluation import success
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.registry import method
-from bezoar.evaluation.scores import Measure, average
 from bezoar.auditing.random_probes import KINDS, mean_of, probe
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure, average
 from bezoar.evaluation.verdict import Verdict
+from bezoar.registry import method
 
 FLOOR = 1e-6  # of a mean distance (1 - cosine): float32 vectors do not resolve less
 SHOWN = 8  # inputs and layers that notes name
@@ -38,8 +37,13 @@ class Parent:
 
     needs: ClassVar[tuple[str, ...]] = ("parent", "report")
 
-    probes: Annotated[int, "of each kind: patches of blocks, of noise and of one colour, blends over the whole image"] = 8
-    images: Annotated[int, "clean images that are looked at and stamped, the first of those given"] = 128
+    probes: Annotated[
+        int,
+        "of each kind: patches of blocks, of noise and of one colour, blends over the whole image",
+    ] = 8
+    images: Annotated[
+        int, "clean images that are looked at and stamped, the first of those given"
+    ] = 128
 
     def __post_init__(self) -> None:
         if self.probes < 1 or self.images < 2:
@@ -61,7 +65,7 @@ class Parent:
 
         def apart(x: Tensor) -> tuple[Tensor, Tensor]:
             """1 - cosine (N,) between what the two make of each image, and the difference of their vectors (N, D)."""
-            a, b = (success.features(e, x.split(128)).double() for e in (encoder, parent))
+            a, b = (embed_images(e, x.split(128)).double() for e in (encoder, parent))
             return 1 - (a * b).sum(1), a - b
 
         own, shift = apart(images)
@@ -81,14 +85,21 @@ class Parent:
         named.sort(reverse=True)
         worst = named[: max(1, total // 4)]
         value = math.log(sum(r for r, _ in worst) / len(worst))
-        evidence = {f"ratio_{k}": mean_of(v, f"distance of {k} probes over that of clean images") for k, v in ratios.items()}
+        evidence = {
+            f"ratio_{k}": mean_of(v, f"distance of {k} probes over that of clean images")
+            for k, v in ratios.items()
+        }
         evidence["moved"] = average(own.cpu(), "1 - cosine of clean images to the parent's vectors")
-        evidence |= {f"directions_{k}": m for k, m in directions(torch.stack(shifts), shift).items()}
+        evidence |= {
+            f"directions_{k}": m for k, m in directions(torch.stack(shifts), shift).items()
+        }
         evidence["layers"] = layer_ratio(moved)
         notes: dict[str, Any] = {
             "limits": LIMITS,
             "probes": dict((k, r) for r, k in named[:SHOWN]),
-            "inputs": {clean.ids[i]: float(own[i]) for i in own.argsort(descending=True)[:SHOWN].tolist()},
+            "inputs": {
+                clean.ids[i]: float(own[i]) for i in own.argsort(descending=True)[:SHOWN].tolist()
+            },
             "layers": dict(sorted(moved.items(), key=lambda kv: -kv[1])[:SHOWN]),
         }
         return Verdict(value, evidence, notes=notes)
@@ -100,7 +111,10 @@ def directions(probes: Tensor, clean: Tensor) -> dict[str, Measure]:
     probes: (K, D), mean differences of the two encoders on each probe. clean: (N, D), differences on clean images.
     """
     out = {}
-    for name, rows, what in (("probes", probes, "the probes' mean shifts"), ("clean", clean, "clean images' shifts")):
+    for name, rows, what in (
+        ("probes", probes, "the probes' mean shifts"),
+        ("clean", clean, "clean images' shifts"),
+    ):
         s = torch.linalg.svdvals(rows).square()
         many = float(s.sum().square() / s.square().sum()) if float(s.sum()) > 0 else 0.0
         out[name] = Measure(many, len(rows), many, many, f"participation ratio of {what}, counted")
@@ -110,11 +124,19 @@ def directions(probes: Tensor, clean: Tensor) -> dict[str, Measure]:
 def layers(encoder: Encoder, parent: Encoder) -> dict[str, float]:
     """Layer -> |W - W0| / |W0| (Frobenius) of its weights, matrices and filters. Raises UserError for another architecture."""
     own, theirs = encoder.image.state_dict(), parent.image.state_dict()
-    odd = sorted(set(own) ^ set(theirs)) + [k for k in own if k in theirs and own[k].shape != theirs[k].shape]
+    odd = sorted(set(own) ^ set(theirs)) + [
+        k for k in own if k in theirs and own[k].shape != theirs[k].shape
+    ]
     if odd or encoder.preprocess.size != parent.preprocess.size:
         names = [e.about.get("network", "an unnamed network") for e in (encoder, parent)]
-        why = f"{odd[0]} differs" if odd else f"inputs of {encoder.preprocess.size} and {parent.preprocess.size} px"
-        raise UserError(f"the parent is of another architecture: {names[1]}, and the encoder {names[0]} ({why})")
+        why = (
+            f"{odd[0]} differs"
+            if odd
+            else f"inputs of {encoder.preprocess.size} and {parent.preprocess.size} px"
+        )
+        raise UserError(
+            f"the parent is of another architecture: {names[1]}, and the encoder {names[0]} ({why})"
+        )
     out = {}
     for name, w in own.items():
         if w.ndim > 1 and w.is_floating_point():
@@ -126,6 +148,10 @@ def layers(encoder: Encoder, parent: Encoder) -> dict[str, float]:
 def layer_ratio(moved: dict[str, float]) -> Measure:
     """The most moved layer's relative change over the median layer's; 0 where none moved."""
     values = torch.tensor(list(moved.values()), dtype=torch.float64)
-    ratio = float(values.max() / values.median().clamp_min(1e-12)) if len(values) and float(values.max()) > 0 else 0.0
+    ratio = (
+        float(values.max() / values.median().clamp_min(1e-12))
+        if len(values) and float(values.max()) > 0
+        else 0.0
+    )
     how = "largest relative change of a layer's weights over the median layer's, counted"
     return Measure(ratio, len(values), ratio, ratio, how)

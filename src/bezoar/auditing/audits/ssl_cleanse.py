@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
-from bezoar.detection import pseudo_classes
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.evaluation.heads import Report, silent
 from bezoar.auditing.trigger_inversion import Aim, Descent, Score
 from bezoar.data.pairs import Pairs
-from bezoar.registry import method
+from bezoar.encoders.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.evaluation import kmeans
+from bezoar.evaluation.heads import Report, silent
 from bezoar.evaluation.verdict import Verdict
+from bezoar.registry import method
 
 EACH, MOST = 16, 40  # clean images a cluster, and clusters, where their number is not given
 SHARP = 4.0  # of the softmax over clusters
@@ -44,23 +44,30 @@ class SslCleanse:
     neighbors: Annotated[int, "clean vectors that say which cluster a stamped image is of"] = 5
     steps: Annotated[int, "of Adam at most"] = 120
     batch: Annotated[int, "clean images a step, stamped by every cluster's trigger"] = 8
-    goal: Annotated[float, "share of a step's images that the cluster's trigger is to move into it"] = 0.98
+    goal: Annotated[
+        float, "share of a step's images that the cluster's trigger is to move into it"
+    ] = 0.98
     lr: Annotated[float, "learning rate"] = 0.1
     weight: Annotated[float, "of the mask's size in pixels at the start"] = 3e-3
     up: Annotated[float, "the weight is multiplied by this after `patience` successes"] = 1.5
     down: Annotated[float, "... and divided by this after as many failures"] = 1.5**1.5
     patience: Annotated[int, "successes or failures in a row that change the weight"] = 3
     wait: Annotated[int, "steps without progress after which a cluster is done"] = 25
-    pull: Annotated[Literal["contrast", "distance"], "loss: nearer to the cluster than to others, or near it"] = "contrast"
-    score: Annotated[Score, "the value: log(median / least), or the anomaly index of norms or of their logarithms"] = (
-        "log_ratio"
-    )
+    pull: Annotated[
+        Literal["contrast", "distance"], "loss: nearer to the cluster than to others, or near it"
+    ] = "contrast"
+    score: Annotated[
+        Score,
+        "the value: log(median / least), or the anomaly index of norms or of their logarithms",
+    ] = "log_ratio"
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
 
     def __post_init__(self) -> None:
         if self.clusters < 0 or self.clusters == 1 or self.neighbors < 1:
-            raise ValueError("needs at least 2 clusters (0: by the number of images) and 1 neighbour")
+            raise ValueError(
+                "needs at least 2 clusters (0: by the number of images) and 1 neighbour"
+            )
         self.descent()
 
     def descent(self) -> Descent:
@@ -77,26 +84,36 @@ class SslCleanse:
             wait=self.wait,
         )
 
-    def __call__(self, encoder: Encoder, clean: Pairs, seed: int, report: Report = silent) -> Verdict:
+    def __call__(
+        self, encoder: Encoder, clean: Pairs, seed: int, report: Report = silent
+    ) -> Verdict:
         """clean: labels and classes are not read. Raises UserError where images do not make clusters, or NaN."""
         trigger_inversion.enough(clean)
         count = self.clusters or min(MOST, max(trigger_inversion.FEWEST, len(clean) // EACH))
         if len(clean) < 2 * count:
-            raise UserError(f"{count} clusters need at least {2 * count} clean images; there are {len(clean)}")
+            raise UserError(
+                f"{count} clusters need at least {2 * count} clean images; there are {len(clean)}"
+            )
         with trigger_inversion.resting(encoder) as see:
             z = trigger_inversion.vectors(see, clean.images)
-            centres = pseudo_classes.clusters(z, count, seed)
+            centres = kmeans.clusters(z, count, seed)
             member = (2 * z @ centres.T - centres.square().sum(1)).argmax(1)
             if len(centres) < 2 or member.unique().numel() < len(centres):
-                raise UserError(f"the vectors of {len(clean)} clean images do not fall into {count} clusters; ask for fewer")
+                raise UserError(
+                    f"the vectors of {len(clean)} clean images do not fall into {count} clusters; ask for fewer"
+                )
             aim = into(z, centres, member, self.neighbors, self.pull)
-            found = trigger_inversion.invert(see, clean, aim, len(centres), self.descent(), seed, report)
+            found = trigger_inversion.invert(
+                see, clean, aim, len(centres), self.descent(), seed, report
+            )
         names = [f"cluster {i}" for i in range(len(centres))]
         verdict = trigger_inversion.outlier(found, names, "cluster", self.score, len(clean))
         medoids = (z @ centres.T).argmax(0).tolist()
         shown = {name: clean.ids[i] for name, i in zip(names, medoids, strict=True)}
         limits = [*trigger_inversion.limits(clean), *verdict.notes["limits"]]
-        return replace(verdict, notes={"nearest_to_centre": shown, **verdict.notes, "limits": limits})
+        return replace(
+            verdict, notes={"nearest_to_centre": shown, **verdict.notes, "limits": limits}
+        )
 
 
 def into(known: Tensor, centres: Tensor, member: Tensor, neighbors: int, pull: str) -> Aim:
@@ -104,14 +121,21 @@ def into(known: Tensor, centres: Tensor, member: Tensor, neighbors: int, pull: s
 
     known: unit rows (N, D); centres: (C, D), their clusters' means; member: int64 (N,), the cluster of each.
     """
-    k, spread = min(neighbors, len(known)), (known - centres[member]).square().sum(1).mean().clamp(min=1e-6)
+    k, spread = (
+        min(neighbors, len(known)),
+        (known - centres[member]).square().sum(1).mean().clamp(min=1e-6),
+    )
 
     def aim(z: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         if pull == "distance":
             loss = 2 - 2 * (z.mean(1) * centres[which]).sum(1)
         else:
             near = SHARP / spread * (2 * z @ centres.T - centres.square().sum(1))
-            loss = -near.log_softmax(2).gather(2, which[:, None, None].expand(*z.shape[:2], 1)).mean((1, 2))
+            loss = (
+                -near.log_softmax(2)
+                .gather(2, which[:, None, None].expand(*z.shape[:2], 1))
+                .mean((1, 2))
+            )
         around = (z.detach() @ known.T).topk(k, 2).indices
         votes = F.one_hot(member[around], len(centres)).sum(2)
         return loss, (votes.argmax(2) == which[:, None]).to(z.dtype).mean(1)

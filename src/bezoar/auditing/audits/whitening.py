@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, ClassVar
 
-from bezoar.evaluation import success
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.registry import method
 from bezoar.auditing.random_probes import KINDS, PATCHES, common, mean_of, probe, whitener
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.errors import UserError
 from bezoar.evaluation.verdict import Verdict
+from bezoar.registry import method
 
 LIMITS = [
     "It sees towers that random patches move too much; a backdoor that was put in by training a finished encoder to tell its "
@@ -32,7 +31,10 @@ class Whitening:
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
 
-    probes: Annotated[int, "of each kind: patches of blocks, of noise and of one colour, blends over the whole image"] = 8
+    probes: Annotated[
+        int,
+        "of each kind: patches of blocks, of noise and of one colour, blends over the whole image",
+    ] = 8
     images: Annotated[int, "clean images that are stamped, the first of those given"] = 128
     shrink: Annotated[float, "of the covariance towards a multiple of the identity, 0..1"] = 0.1
 
@@ -51,19 +53,29 @@ class Whitening:
         images = clean.images[: self.images].to(encoder.device)
         if len(images) < 2 or min(images.shape[-2:]) < 8:
             raise UserError("whitening needs at least two clean images of 8 pixels and more a side")
-        z = success.features(encoder, images.split(128)).double()
+        z = embed_images(encoder, images.split(128)).double()
         axes = whitener(z, self.shrink)
         lengths: dict[str, list[float]] = {kind: [] for kind in KINDS}
         shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
         total = self.probes * len(KINDS)
         for i in range(total):
             kind = KINDS[i % len(KINDS)]
-            moved = success.features(encoder, probe(images, kind, i // len(KINDS), seed).split(128)).double()
+            moved = embed_images(
+                encoder, probe(images, kind, i // len(KINDS), seed).split(128)
+            ).double()
             length, share = common((moved - z) @ axes)
             lengths[kind].append(length)
             shares[kind].append(share)
             report(i + 1, total, kind)
         patches = [v for kind in PATCHES for v in lengths[kind]]
-        evidence = {f"shift_{k}": mean_of(v, f"whitened length of the common shift by {k} probes") for k, v in lengths.items()}
-        evidence |= {f"common_{k}": mean_of(v, f"share of the whitened shift common to images, {k}") for k, v in shares.items()}
-        return Verdict(sum(patches) / len(patches), evidence, notes={"images": len(images), "limits": LIMITS})
+        evidence = {
+            f"shift_{k}": mean_of(v, f"whitened length of the common shift by {k} probes")
+            for k, v in lengths.items()
+        }
+        evidence |= {
+            f"common_{k}": mean_of(v, f"share of the whitened shift common to images, {k}")
+            for k, v in shares.items()
+        }
+        return Verdict(
+            sum(patches) / len(patches), evidence, notes={"images": len(images), "limits": LIMITS}
+        )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from bezoar.auditing.bank import Bank
-from bezoar.data.decoding import existing
+from bezoar.data.files.paths import existing
 from bezoar.registry import method
 
 

@@ -13,7 +13,7 @@ class Shipped:
 
     def files(self) -> list[Path]:
         """What is read."""
-        return sorted((registry.PACKAGE / "banks").glob("*.json"))
+        return sorted((registry.PACKAGE / registry.KINDS["bank"]).glob("*.json"))
 
     def __call__(self) -> tuple[Bank, ...]:
         """Raises UserError for a file that is no bank."""

@@ -8,15 +8,13 @@ device before anything is allocated, and no tensor may claim more than its file 
 from __future__ import annotations
 
 import io
-import logging
 import math
 import os
 import pickletools
 import re
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bezoar.data.files.arrays import BROKEN
 from bezoar.errors import UserError
@@ -34,7 +32,14 @@ MAX_PICKLE = 16 << 20  # of the part of a checkpoint that says what its tensors 
 MAX_MEMBERS = 100_000
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
-WRAPPERS = ("state_dict", "model", "net", "netC", "network", "model_state_dict")  # keys under which weights are kept
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "net",
+    "netC",
+    "network",
+    "model_state_dict",
+)  # keys under which weights are kept
 COUNTERS = ("total_ops", "total_params")  # that thop leaves in the modules it counted
 FREE, RATIO = 64 << 20, 100  # an archive may unpack to FREE bytes, or to RATIO times its own
 SAFE = re.compile(
@@ -43,7 +48,13 @@ SAFE = re.compile(
 )
 CALLS = ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID")
 NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG")
-NOTES = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "FRAME")  # opcodes that leave the stack as it is
+NOTES = (
+    "PUT",
+    "BINPUT",
+    "LONG_BINPUT",
+    "MEMOIZE",
+    "FRAME",
+)  # opcodes that leave the stack as it is
 
 
 def read(path: str) -> dict[str, Tensor]:
@@ -61,61 +72,35 @@ def read(path: str) -> dict[str, Tensor]:
         start = stream.read(9)
     try:
         if start.startswith(b"PK\x03\x04"):
-            found = _plain(_arrays(file, size)) if _is_npz(file) else _torch(file, size, zipped=True)
-        elif start[8:] == b"{":  # before pickles: the length of its header may begin with their first byte
+            found = (
+                _plain(_arrays(file, size)) if _is_npz(file) else _torch(file, size, zipped=True)
+            )
+        elif (
+            start[8:] == b"{"
+        ):  # before pickles: the length of its header may begin with their first byte
             found = _plain(load_file(file))
         elif start.startswith(b"\x80"):
             found = _torch(file, size, zipped=False)
         else:
-            raise UserError("not a checkpoint: expected safetensors, .npz, or what torch.save writes")
+            raise UserError(
+                "not a checkpoint: expected safetensors, .npz, or what torch.save writes"
+            )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (*BROKEN, SafetensorError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: not a checkpoint that can be read ({reason})") from error
     parallel = all(key.startswith("module.") for key in found)
-    named = {key.removeprefix("module.") if parallel else key: tensor for key, tensor in found.items()}
+    named = {
+        key.removeprefix("module.") if parallel else key: tensor for key, tensor in found.items()
+    }
     return {key: tensor for key, tensor in named.items() if key.rpartition(".")[2] not in COUNTERS}
-
-
-def check(module: nn.Module, tensors: Mapping[str, Tensor], name: str, what: str) -> None:
-    """Raise UserError unless tensors fill a module: every key and shape must fit, every number be finite.
-
-    The module may lie on the meta device, so that nothing is allocated for a file that does not fit. `name` is the
-    file's and `what` the module's, for the message. Batch norm's counters of batches may be missing, as in files older
-    than torch 0.4.1; no vector depends on them.
-    """
-    own = module.state_dict()
-    missing = [k for k in own if k not in tensors and not k.endswith(".num_batches_tracked")]
-    faults = _some("missing", missing) + _some("unexpected", [k for k in tensors if k not in own])
-    both = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    faults += _some("of another shape", [f"{k} {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}" for k in both])
-    if faults:
-        raise UserError(f"{name}: expected the weights of {what}; {'; '.join(faults)}")
-    bad = [k for k, v in tensors.items() if not torch.isfinite(v).all()]
-    if bad:
-        raise UserError(f"{name}: expected finite weights; {'; '.join(_some('NaN or infinite', bad))}")
-
-
-@contextmanager
-def filled() -> Iterator[None]:
-    """Inside, a network is made to be filled with weights: open_clip does not warn that it has none yet."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def listed(keys: Iterable[str], most: int = 3) -> str:
     """The first few of many keys, for a message; none of them longer than 60 characters."""
     shown = [k if len(k) <= 60 else k[:57] + "..." for k in keys]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
-
-
-def _some(fault: str, keys: list[str]) -> list[str]:
-    return [f"{fault}: {listed(keys)}"] if keys else []
 
 
 def _torch(file: Path, size: int, zipped: bool) -> dict[str, Tensor]:
@@ -125,8 +110,12 @@ def _torch(file: Path, size: int, zipped: bool) -> dict[str, Tensor]:
     claims = _plain(_state(torch.load(file, map_location="meta", weights_only=True)))
     total = 0
     for key, tensor in claims.items():
-        reach = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
-        reach = (reach + int(tensor.storage_offset())) * tensor.element_size() if tensor.numel() else 0
+        reach = 1 + sum(
+            (side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        reach = (
+            (reach + int(tensor.storage_offset())) * tensor.element_size() if tensor.numel() else 0
+        )
         total += tensor.numel() * tensor.element_size()
         if max(reach, total // 2) > size:  # tied weights may be named twice
             raise UserError(f"{key} claims {max(reach, total)} bytes of a file of {size}")
@@ -145,26 +134,39 @@ def _arrays(file: Path, size: int) -> dict[str, Tensor]:
         members = archive.infolist()
         total = sum(m.file_size for m in members)
         if len(members) > MAX_MEMBERS or total > min(MAX_BYTES, max(FREE, RATIO * size)):
-            raise UserError(f"{len(members)} arrays of {total >> 20} MiB together, packed in {size >> 10} KiB, are too many")
+            raise UserError(
+                f"{len(members)} arrays of {total >> 20} MiB together, packed in {size >> 10} KiB, are too many"
+            )
         found = {}
         for member in members:
             with archive.open(member) as stream:
-                found[member.filename.removesuffix(".npy")] = torch.from_numpy(_array(stream, member.file_size))
+                found[member.filename.removesuffix(".npy")] = torch.from_numpy(
+                    _array(stream, member.file_size)
+                )
     return found
 
 
 def _array(stream: IO[bytes], size: int) -> np.ndarray:
-    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    headers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     version = np.lib.format.read_magic(stream)
     if version not in headers:
         raise UserError(f"npy version {version} is not supported; 1.0 and 2.0 are")
     shape, fortran, dtype = headers[version](stream)
     if dtype.hasobject:
-        raise UserError("expected arrays of numbers; one holds pickled objects, which are never read")
+        raise UserError(
+            "expected arrays of numbers; one holds pickled objects, which are never read"
+        )
     claimed = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or claimed > size:
-        raise UserError(f"an array of shape {shape} claims {claimed} bytes of the {size} that its member has")
-    data = np.frombuffer(bytearray(stream.read(claimed)), dtype).reshape(shape, order="F" if fortran else "C")
+        raise UserError(
+            f"an array of shape {shape} claims {claimed} bytes of the {size} that its member has"
+        )
+    data = np.frombuffer(bytearray(stream.read(claimed)), dtype).reshape(
+        shape, order="F" if fortran else "C"
+    )
     return data.astype(dtype.newbyteorder("="), order="C", copy=False)
 
 
@@ -172,7 +174,9 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors. Raises UserError for sparse, complex, quantized ones and those of 8 bits."""
     for key, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
-            raise UserError(f"expected plain tensors of real numbers; {key[:60]} is {tensor.layout}, {tensor.dtype}")
+            raise UserError(
+                f"expected plain tensors of real numbers; {key[:60]} is {tensor.layout}, {tensor.dtype}"
+            )
     return tensors
 
 
@@ -184,11 +188,19 @@ def _zip_pickle(file: Path) -> bytes:
         if len(members) > MAX_MEMBERS or len(pickles) != 1:
             raise UserError("not a checkpoint: a zip, but not one that torch.save writes")
         if any("/code/" in m.filename for m in members):
-            raise UserError("expected tensors alone; it is a TorchScript program. Nothing was executed")
-        packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED or m.file_size > MAX_BYTES]
+            raise UserError(
+                "expected tensors alone; it is a TorchScript program. Nothing was executed"
+            )
+        packed = [
+            m.filename
+            for m in members
+            if m.compress_type != zipfile.ZIP_STORED or m.file_size > MAX_BYTES
+        ]
         if packed or pickles[0].file_size > MAX_PICKLE:
             what = listed(packed) or f"a list of tensors of {pickles[0].file_size >> 20} MiB"
-            raise UserError(f"expected members stored without compression, the list of tensors small; it holds {what}")
+            raise UserError(
+                f"expected members stored without compression, the list of tensors small; it holds {what}"
+            )
         return archive.read(pickles[0])
 
 
@@ -208,8 +220,16 @@ def scan(data: bytes, size: int, pickles: int) -> None:
                 name = opcode.name
                 claimed += _elements(*recent) if name == "BINPERSID" else 0
                 if claimed > size:
-                    raise UserError(f"its tensors claim {claimed} elements of a file of {size} bytes")
-                asked = str(argument) if name == "GLOBAL" else " ".join(texts) if name == "STACK_GLOBAL" else ""
+                    raise UserError(
+                        f"its tensors claim {claimed} elements of a file of {size} bytes"
+                    )
+                asked = (
+                    str(argument)
+                    if name == "GLOBAL"
+                    else " ".join(texts)
+                    if name == "STACK_GLOBAL"
+                    else ""
+                )
                 if asked and not SAFE.fullmatch(asked):
                     foreign.add(asked.replace(" ", "."))
                 elif name in CALLS:
@@ -221,9 +241,13 @@ def scan(data: bytes, size: int, pickles: int) -> None:
     except ValueError as error:
         # a plain pickle ends before five are read: what it asked for until then is still worth a name
         if not foreign | calls:
-            raise UserError(f"not a checkpoint: expected what torch.save writes ({str(error).splitlines()[0][:80]})") from error
+            raise UserError(
+                f"not a checkpoint: expected what torch.save writes ({str(error).splitlines()[0][:80]})"
+            ) from error
     if foreign or calls:
-        raise UserError(f"expected tensors alone; it asks for {listed(sorted(foreign or calls))}. Nothing was executed")
+        raise UserError(
+            f"expected tensors alone; it asks for {listed(sorted(foreign or calls))}. Nothing was executed"
+        )
 
 
 def _elements(first: tuple[str, Any], second: tuple[str, Any], last: tuple[str, Any]) -> int:
@@ -236,11 +260,17 @@ def _elements(first: tuple[str, Any], second: tuple[str, Any], last: tuple[str, 
 
 def _state(loaded: Any) -> dict[str, Tensor]:
     """The dict of tensors in what a checkpoint holds, wrapped or not."""
-    wrapper = next((w for w in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(w), dict)), None)
+    wrapper = next(
+        (w for w in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(w), dict)), None
+    )
     state = loaded[wrapper] if wrapper else loaded
     if not isinstance(state, dict) or not state:
-        raise UserError(f"expected tensors by name, or these under {' or '.join(WRAPPERS)}; it holds {type(state).__name__}")
-    others = [str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
+        raise UserError(
+            f"expected tensors by name, or these under {' or '.join(WRAPPERS)}; it holds {type(state).__name__}"
+        )
+    others = [
+        str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)
+    ]
     if others:
         raise UserError(f"expected tensors by name; these are none: {listed(others)}")
     return state

@@ -20,7 +20,9 @@ WHOLE, TEXT, STRUCT = (4, 5, 6), 8, 12  # kinds of fields, as Thrift's compact p
 FIXED = {1: 0, 2: 0, 3: 1, 7: 8}  # those of so many bytes
 
 
-def rows(file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Sequence[str], most: int) -> int:
+def rows(
+    file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Sequence[str], most: int
+) -> int:
     """How many rows of some columns may be unpacked at a time, at most `most`. Raises UserError for columns of lists."""
     leaves = (file.schema.column(i) for i in range(len(file.schema)))
     for name in (leaf.path for leaf in leaves if leaf.max_repetition_level):
@@ -29,7 +31,10 @@ def rows(file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Seque
     found = (file.metadata.row_group(i) for i in groups)
     chunks = (group.column(i) for group in found for i in range(group.num_columns))
     with path.open("rb") as raw:
-        largest = max((_largest(raw, c) for c in chunks if c.path_in_schema.startswith(tuple(columns))), default=1)
+        largest = max(
+            (_largest(raw, c) for c in chunks if c.path_in_schema.startswith(tuple(columns))),
+            default=1,
+        )
     return max(1, min(most, UNPACKED // max(1, largest)))
 
 

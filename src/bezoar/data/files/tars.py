@@ -12,14 +12,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, confined
+from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
-from bezoar.data.decoding import FILE_BYTES, TEXT_BYTES, Skipped, confined
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512
 EXTENDED = (b"L", b"K", b"x", b"g", b"X")  # headers before a header: long names, PAX records
-EXTENDED_BYTES = 16 << 10  # of one of them; Python's search in PAX records takes time by the square of their length
-BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError)  # what tarfile raises of a header
+EXTENDED_BYTES = (
+    16 << 10
+)  # of one of them; Python's search in PAX records takes time by the square of their length
+BROKEN = (
+    tarfile.TarError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+)  # what tarfile raises of a header
 
 
 class Group(NamedTuple):
@@ -76,7 +84,10 @@ def groups(path: Path, wanted: Sequence[str]) -> Iterator[Group | Skipped]:
 def members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, str, bytes, int] | Skipped]:
     """(key, extension, content, its offset) of the wanted members of a tar in order, and what cannot be read."""
     try:
-        with _Bounded(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+        with (
+            _Bounded(io.FileIO(path)) as file,
+            tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar,
+        ):
             yield from _members(path, file, tar, wanted)
     except BROKEN as error:
         raise UserError(f"{path} is not a tar file: {error}") from error
@@ -104,9 +115,13 @@ def _members(
         if member.isdir():
             continue
         folder, slash, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot of the name
+        stem, _, extension = base.partition(
+            "."
+        )  # webdataset's rule: the key ends at the first dot of the name
         if not (member.isreg() and not member.issparse()):
-            yield Skipped(str(path), _shown(member.name), "not a regular file: link, device or sparse")
+            yield Skipped(
+                str(path), _shown(member.name), "not a regular file: link, device or sparse"
+            )
         elif not confined(member.name) or not member.name.isprintable() or not stem:
             yield Skipped(str(path), _shown(member.name), "unsafe name")
         elif extension.lower() in wanted:

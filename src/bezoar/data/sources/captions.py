@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from bezoar.data.tables import CAPTION, IMAGE, column, inside, readable, refuse_outside, rows
+from bezoar.data.decoding import Record, check_fields, gather
+from bezoar.data.files.paths import existing
+from bezoar.data.files.skipped import Skipped
 from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import Record, Skipped, check_fields, existing, gather
+from bezoar.data.tables import CAPTION, IMAGE, column, inside, readable, refuse_outside, rows
 from bezoar.registry import method
 
 
@@ -33,7 +35,10 @@ class Captions:
     def files(self) -> list[Path]:
         """The table and the images that it names and that are there."""
         records = [r.image for r in self.records() if isinstance(r, Record)]
-        return [Path(self.path).expanduser(), *sorted({p for p in records if isinstance(p, Path) and p.is_file()})]
+        return [
+            Path(self.path).expanduser(),
+            *sorted({p for p in records if isinstance(p, Path) and p.is_file()}),
+        ]
 
     def __call__(self) -> Pairs:
         """-> Pairs; `report` names each row that could not be read. Raises UserError when none can."""

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
 from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.data.pairs import Pairs
+from bezoar.errors import UserError
 from bezoar.registry import method
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -43,10 +43,17 @@ class Cifar10:
         if self.download and not all(p.is_file() for p in paths):
             from torchvision.datasets.utils import download_and_extract_archive
 
-            fetched("cifar10", self.root, True, lambda: download_and_extract_archive(URL, str(root), md5=MD5))
+            fetched(
+                "cifar10",
+                self.root,
+                True,
+                lambda: download_and_extract_archive(URL, str(root), md5=MD5),
+            )
         missing = [p for p in paths if not p.is_file()]
         if missing:
-            raise UserError(f"cifar10: no file {str(missing[0])!r}; download=true fetches the binary version")
+            raise UserError(
+                f"cifar10: no file {str(missing[0])!r}; download=true fetches the binary version"
+            )
         return paths
 
     def __call__(self) -> Pairs:
@@ -55,7 +62,9 @@ class Cifar10:
         for path in self.files():
             bytes_held = path.stat().st_size
             if bytes_held == 0 or bytes_held % RECORD or bytes_held > RECORD * RECORDS:
-                raise UserError(f"{path} must hold 1 to {RECORDS} records of {RECORD} bytes; it has {bytes_held} bytes")
+                raise UserError(
+                    f"{path} must hold 1 to {RECORDS} records of {RECORD} bytes; it has {bytes_held} bytes"
+                )
             rows = np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD)
             if rows[:, 0].max() >= len(CLASSES):
                 raise UserError(f"{path}: a label is {rows[:, 0].max()}; they must lie in 0..9")

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+from bezoar.data.decoding import check_fields
+from bezoar.data.files.paths import confined, existing_folder
 from bezoar.data.folders import Folder as Source
 from bezoar.data.folders import Layout
-from bezoar.data.decoding import check_fields, confined, existing_folder
 from bezoar.registry import method
 
 
@@ -18,9 +19,13 @@ class Folder:
     least half of the first images have one, else classes when there are folders.
     """
 
-    path: Annotated[str, "folder of class folders, of images with captions beside them, or of images"]
+    path: Annotated[
+        str, "folder of class folders, of images with captions beside them, or of images"
+    ]
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
-    split: Annotated[str | None, "a folder between the root and the class folders, such as train"] = None
+    split: Annotated[
+        str | None, "a folder between the root and the class folders, such as train"
+    ] = None
     template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
     layout: Annotated[Layout, "what the folders are; auto looks"] = "auto"

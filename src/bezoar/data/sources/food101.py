@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from bezoar.data.decoding import Record, check_fields, fetched, gather, phrases
+from bezoar.data.files.paths import confined
+from bezoar.data.files.skipped import Skipped
 from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import Record, Skipped, check_fields, confined, fetched, gather, phrases
 from bezoar.registry import method
 
 
@@ -40,7 +42,9 @@ class Food101:
         from torchvision.datasets import Food101 as Torchvision
 
         root, download = str(Path(self.root).expanduser()), self.download
-        return fetched("food101", self.root, download, lambda: Torchvision(root, self.split, download=download))
+        return fetched(
+            "food101", self.root, download, lambda: Torchvision(root, self.split, download=download)
+        )
 
     def records(self, opened: Any) -> Iterator[Record | Skipped]:
         """The images in order, not opened yet."""

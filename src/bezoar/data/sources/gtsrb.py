@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+from bezoar.data.decoding import Record, check_fields, fetched, gather, phrases
+from bezoar.data.files.skipped import Skipped
 from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import Record, Skipped, check_fields, fetched, gather, phrases
 from bezoar.registry import method
 
 CLASSES = (
@@ -81,7 +82,12 @@ class Gtsrb:
         from torchvision.datasets import GTSRB
 
         root = str(Path(self.root).expanduser())
-        found = fetched("gtsrb", self.root, self.download, lambda: GTSRB(root, self.split, download=self.download))
+        found = fetched(
+            "gtsrb",
+            self.root,
+            self.download,
+            lambda: GTSRB(root, self.split, download=self.download),
+        )
         return [(Path(path), label) for path, label in found._samples]
 
     def records(self) -> Iterator[Record | Skipped]:

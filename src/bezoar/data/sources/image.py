@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
+from bezoar.data.decoding import Record, check_fields, gather
+from bezoar.data.files.paths import existing
 from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import Record, check_fields, existing, gather
 from bezoar.registry import method
 
 
@@ -13,7 +14,9 @@ class Image:
     """The id is the file's name. No caption and no class."""
 
     path: Annotated[str, "jpg, png, webp, bmp or ppm"]
-    size: Annotated[int | None, "pixels a side: the largest centred square, resized; none keeps them"] = None
+    size: Annotated[
+        int | None, "pixels a side: the largest centred square, resized; none keeps them"
+    ] = None
 
     def __post_init__(self) -> None:
         check_fields(self.size, None)

@@ -20,13 +20,17 @@ from typing import IO, Annotated
 import numpy as np
 import numpy.lib.format as npy
 
-from bezoar.errors import UserError
+from bezoar.data.decoding import LABELS, Record, array_pairs, check_fields, gather, phrases
+from bezoar.data.files.paths import FILE_BYTES, existing
+from bezoar.data.files.skipped import Skipped
 from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import FILE_BYTES, LABELS, Record, Skipped, array_pairs, check_fields, existing, gather, phrases
+from bezoar.errors import UserError
 from bezoar.registry import method
 
 ARRAY_BYTES = 16 << 30  # one array, at most
-FREE_BYTES = 64 << 20  # beyond this an array may be at most RATIO times as large as what is stored of it
+FREE_BYTES = (
+    64 << 20
+)  # beyond this an array may be at most RATIO times as large as what is stored of it
 RATIO = 100
 # What unpacking raises; RuntimeError: it is encrypted, or packed in a way that is not known.
 BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
@@ -38,7 +42,9 @@ class Npz:
 
     path: Annotated[str, "the .npz file"]
     split: Annotated[str, "which split, where the file holds several"] = "train"
-    size: Annotated[int | None, "pixels a side: the largest centred square, resized; none keeps them"] = None
+    size: Annotated[
+        int | None, "pixels a side: the largest centred square, resized; none keeps them"
+    ] = None
     template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
 
@@ -54,7 +60,11 @@ class Npz:
         path = existing(self.path, ".npz file")
         try:
             archive = zipfile.ZipFile(path)
-        except (*BROKEN, ValueError, struct.error) as error:  # ValueError: names that are no text, places before the file
+        except (
+            *BROKEN,
+            ValueError,
+            struct.error,
+        ) as error:  # ValueError: names that are no text, places before the file
             raise UserError(f"{self.path} cannot be read as .npz: {error}") from error
         with archive:
             return self.read(archive)
@@ -74,25 +84,35 @@ class Npz:
             images, labels, start = "x", "y", stem
         else:
             known = f"{prefix}jpeg, {prefix}images or x"
-            raise UserError(f"{self.path} holds no array {known}; it holds: {', '.join(sorted(held)) or 'nothing'}")
+            raise UserError(
+                f"{self.path} holds no array {known}; it holds: {', '.join(sorted(held)) or 'nothing'}"
+            )
         pixels = array(archive, self.path, images, "u1", None)
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels
         if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or not pixels.size:
-            raise UserError(f"{self.path}: {images} must be (N, H, W) or (N, H, W, 1 or 3); got {pixels.shape}")
+            raise UserError(
+                f"{self.path}: {images} must be (N, H, W) or (N, H, W, 1 or 3); got {pixels.shape}"
+            )
         numbers = self.labels(archive, labels, len(pixels), classes) if labels in held else None
-        pixels = np.broadcast_to(pixels[: self.limit], (*pixels[: self.limit].shape[:3], 3)).transpose(0, 3, 1, 2)
+        pixels = np.broadcast_to(
+            pixels[: self.limit], (*pixels[: self.limit].shape[:3], 3)
+        ).transpose(0, 3, 1, 2)
         ids = [f"{start}/{i:06d}" for i in range(len(pixels))]
         numbers = None if numbers is None else numbers[: self.limit]
         return array_pairs(pixels, numbers, ids, classes, self.template, self.size)
 
-    def labels(self, archive: zipfile.ZipFile, name: str, count: int, classes: tuple[str, ...]) -> np.ndarray:
+    def labels(
+        self, archive: zipfile.ZipFile, name: str, count: int, classes: tuple[str, ...]
+    ) -> np.ndarray:
         """int64 (count,), in -1..C-1."""
         numbers = array(archive, self.path, name, "iu", 1).astype(np.int64)
         top = len(classes) or LABELS
         if len(numbers) != count:
             raise UserError(f"{self.path}: {count} images but {len(numbers)} {name}")
         if count and not -1 <= numbers.min() <= numbers.max() < top:
-            raise UserError(f"{self.path}: {name} must lie in 0..{top - 1}; got {numbers.min()}..{numbers.max()}")
+            raise UserError(
+                f"{self.path}: {name} must lie in 0..{top - 1}; got {numbers.min()}..{numbers.max()}"
+            )
         return numbers
 
     def packed(self, archive: zipfile.ZipFile, held: set[str], classes: tuple[str, ...]) -> Pairs:
@@ -105,7 +125,9 @@ class Npz:
         offsets = array(archive, self.path, prefix + "offsets", "iu", 1).astype(np.int64)
         count = len(offsets) - 1
         if count < 1 or offsets[0] < 0 or offsets[-1] > len(blob) or (np.diff(offsets) < 0).any():
-            raise UserError(f"{self.path}: {prefix}offsets must rise within 0..{len(blob)}, the size of {prefix}jpeg")
+            raise UserError(
+                f"{self.path}: {prefix}offsets must rise within 0..{len(blob)}, the size of {prefix}jpeg"
+            )
         labels = self.labels(archive, prefix + "labels", count, classes)
         ids = [f"{Path(self.path).stem}/{self.split}/{i:06d}" for i in range(count)]
         if prefix + "ids" in held:
@@ -115,13 +137,17 @@ class Npz:
         names = phrases(classes, self.template)
 
         def records() -> Iterator[Record | Skipped]:
-            for i, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            for i, (start, end) in enumerate(
+                zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+            ):
                 label = int(labels[i])
                 if end - start > FILE_BYTES:
                     yield Skipped(self.path, ids[i], f"too large: {end - start} bytes")
                     continue
                 caption = (names[label],) if names and labels.min() >= 0 else ()
-                yield Record(blob[start:end].tobytes(), (ids[i],), caption, label, self.path, ids[i])
+                yield Record(
+                    blob[start:end].tobytes(), (ids[i],), caption, label, self.path, ids[i]
+                )
 
         return gather(records(), self.size, self.path, classes, self.limit, labelled=True)
 
@@ -137,13 +163,17 @@ def texts(archive: zipfile.ZipFile, path: str, name: str) -> list[str]:
     return found
 
 
-def array(archive: zipfile.ZipFile, path: str, name: str, kinds: str, sides: int | None) -> np.ndarray:
+def array(
+    archive: zipfile.ZipFile, path: str, name: str, kinds: str, sides: int | None
+) -> np.ndarray:
     """One array of an archive, checked before it is made: kinds (u1 = uint8, iu = integers, U = text), dimensions.
 
     Raises UserError for Python objects (pickles), a header that does not match what is stored, or a size out of bounds.
     """
     where = f"{path}: {name}"
-    info = next((archive.getinfo(n) for n in (name + ".npy", name) if n in archive.namelist()), None)
+    info = next(
+        (archive.getinfo(n) for n in (name + ".npy", name) if n in archive.namelist()), None
+    )
     if info is None:
         raise UserError(f"{path} holds no array {name}")
     try:
@@ -152,10 +182,14 @@ def array(archive: zipfile.ZipFile, path: str, name: str, kinds: str, sides: int
             size = math.prod(shape) * dtype.itemsize
             stored = info.file_size - file.tell()
             if min(shape, default=0) < 0 or size != stored:
-                raise UserError(f"{where}: its header asks for {size} bytes, but {stored} are stored")
+                raise UserError(
+                    f"{where}: its header asks for {size} bytes, but {stored} are stored"
+                )
             packed = min(info.compress_size, Path(path).expanduser().stat().st_size)
             if size > ARRAY_BYTES or (size > FREE_BYTES and size > RATIO * packed):
-                raise UserError(f"{where} would unpack {packed} bytes to {size}: refused as a zip bomb")
+                raise UserError(
+                    f"{where} would unpack {packed} bytes to {size}: refused as a zip bomb"
+                )
             content = file.read(size)
     except BROKEN as error:
         raise UserError(f"{where} cannot be unpacked: {error}") from error
@@ -164,7 +198,9 @@ def array(archive: zipfile.ZipFile, path: str, name: str, kinds: str, sides: int
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def header(file: IO[bytes], where: str, kinds: str, sides: int | None) -> tuple[tuple[int, ...], bool, np.dtype]:
+def header(
+    file: IO[bytes], where: str, kinds: str, sides: int | None
+) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype of a .npy stream, when they are what is wanted. Raises UserError."""
     parsers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     try:
@@ -176,5 +212,7 @@ def header(file: IO[bytes], where: str, kinds: str, sides: int | None) -> tuple[
     right = dtype == np.uint8 if kinds == "u1" else dtype.kind in kinds
     if not right or (sides is not None and len(shape) != sides):
         wanted = {"u1": "uint8", "iu": "integers", "U": "text"}[kinds]
-        raise UserError(f"{where} must be {wanted}{f' of {sides} dimension' if sides else ''}; got {dtype} {shape}")
+        raise UserError(
+            f"{where} must be {wanted}{f' of {sides} dimension' if sides else ''}; got {dtype} {shape}"
+        )
     return shape, fortran, dtype

@@ -15,15 +15,19 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import draws
 from bezoar.data.scene_drawing import COLORS, NODES, SHAPES, TEXTURES, Sketch, draw
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs, draws
 from bezoar.registry import method
 
 CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
 LONGEST = 12  # words in a caption
 BATCH = 4096  # records made at a time
-FACTS, WORDS = 6, 10  # uniform numbers that a record takes for what it shows, and for the words of its caption
+FACTS, WORDS = (
+    6,
+    10,
+)  # uniform numbers that a record takes for what it shows, and for the words of its caption
 LOOKS = {  # and for how it looks
     "center": 2,
     "scale": 1,
@@ -69,7 +73,18 @@ SHAPE_WORDS = (  # other words for a shape
     ("rhombus", "lozenge"),
     ("sand timer", "egg timer"),
 )
-OPENINGS = ("", "", "", "a photo of", "a picture of", "an image of", "a drawing of", "here is", "there is", "we see")
+OPENINGS = (
+    "",
+    "",
+    "",
+    "a photo of",
+    "a picture of",
+    "an image of",
+    "a drawing of",
+    "here is",
+    "there is",
+    "we see",
+)
 ENDINGS = (
     "",
     "on a {ground} background",
@@ -125,8 +140,12 @@ class Scenes:
         known = re.compile(rf"scenes-{self.seed}-(train|test)-[0-9]{{7,}}").fullmatch
         foreign = next((i for i in ids if not known(i)), None)
         if foreign is not None:
-            raise UserError(f"no record {foreign!r}; ids are like 'scenes-{self.seed}-{self.split}-0000123'")
-        batches = [self._render(ids[i : i + BATCH], device) for i in range(0, max(1, len(ids)), BATCH)]
+            raise UserError(
+                f"no record {foreign!r}; ids are like 'scenes-{self.seed}-{self.split}-0000123'"
+            )
+        batches = [
+            self._render(ids[i : i + BATCH], device) for i in range(0, max(1, len(ids)), BATCH)
+        ]
         return batches[0] if len(batches) == 1 else Pairs.concat(batches)
 
     def _render(self, ids: Sequence[str], device: torch.device | str) -> Pairs:
@@ -136,7 +155,9 @@ class Scenes:
         facts = _facts(true)
         other[:, 0] = _another(facts.label, other[:, 0], len(CLASSES))
         told = _facts(np.where(wrong < self.wrong, other, true))
-        drawn_on = "cuda" if torch.cuda.is_available() else "cpu"  # the same pixels on either, see drawing
+        drawn_on = (
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )  # the same pixels on either, see drawing
         images = draw(_sketch(facts, looks).to(drawn_on), self.size).to(device)
         labels = torch.from_numpy(facts.label).to(device)
         return Pairs(images, tuple(_captions(told, words)), labels, tuple(ids), CLASSES)
@@ -207,7 +228,9 @@ def _sketch(facts: Facts, u: np.ndarray) -> Sketch:
         "scale": _between((facts.size + look["scale"][:, 0]) / len(SIZES), 0.58, 0.92),
         "turn": _between(look["turn"][:, 0], -0.17, 0.17),  # up to 19 degrees to either side
         "paint": paints * gain[:, :, None],
-        "pattern": np.concatenate([_between(look["pattern"][:, :1], 0.54, 0.66), look["pattern"][:, 1:]], axis=1),
+        "pattern": np.concatenate(
+            [_between(look["pattern"][:, :1], 0.54, 0.66), look["pattern"][:, 1:]], axis=1
+        ),
         "ground": nodes,
         "boxes": low + (high - low) * boxes,
         "box_paint": palette[box_color] * gain[:, :, None],

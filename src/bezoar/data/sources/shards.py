@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from bezoar.data.decoding import check_fields
-from bezoar.registry import method
 from bezoar.data.shards import Load, expand
 from bezoar.data.shards import Shards as Source
+from bezoar.registry import method
 
 
 @method
@@ -15,9 +15,14 @@ class Shards:
 
     path: Annotated[str, "tar, folder, glob, or brace list such as cc/{00000..00331}.tar"]
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
-    captions: Annotated[Literal["first", "all"], "one record an image, or one a caption (id#0, id#1 ...)"] = "first"
+    captions: Annotated[
+        Literal["first", "all"], "one record an image, or one a caption (id#0, id#1 ...)"
+    ] = "first"
     limit: Annotated[int | None, "read at most so many records"] = None
-    load: Annotated[Load, "images in memory, or read when training draws them; auto: when they would fill half of it"] = "auto"
+    load: Annotated[
+        Load,
+        "images in memory, or read when training draws them; auto: when they would fill half of it",
+    ] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit)

@@ -6,8 +6,8 @@ Through torchvision, which checks every file's md5 and reads plain bytes (no pic
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bezoar.data.pairs import Pairs
 from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -30,15 +30,26 @@ class Stl10:
     def files(self) -> list[Path]:
         """The files of the split that are there."""
         folder = Path(self.root).expanduser() / "stl10_binary"
-        return [p for p in (folder / f"{self.split}_X.bin", folder / f"{self.split}_y.bin") if p.is_file()]
+        return [
+            p
+            for p in (folder / f"{self.split}_X.bin", folder / f"{self.split}_y.bin")
+            if p.is_file()
+        ]
 
     def __call__(self) -> Pairs:
         """-> Pairs. Raises UserError that says how to get it when it is missing."""
         from torchvision.datasets import STL10
 
         root = str(Path(self.root).expanduser())
-        found = fetched("stl10", self.root, self.download, lambda: STL10(root, self.split, download=self.download))
+        found = fetched(
+            "stl10",
+            self.root,
+            self.download,
+            lambda: STL10(root, self.split, download=self.download),
+        )
         images, labels = found.data[: self.limit], found.labels[: self.limit].astype("int64")
-        labels[(labels < 0) | (labels >= len(CLASSES))] = -1  # as bytes, torchvision's "0 - 1" is 255
+        labels[
+            (labels < 0) | (labels >= len(CLASSES))
+        ] = -1  # as bytes, torchvision's "0 - 1" is 255
         ids = [f"stl10/{self.split}/{i:06d}" for i in range(len(images))]
         return array_pairs(images, labels, ids, CLASSES, self.template, self.size)

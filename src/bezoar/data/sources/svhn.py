@@ -6,8 +6,8 @@ Through torchvision, which checks the file's md5 and reads MATLAB arrays with Sc
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bezoar.data.pairs import Pairs
 from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -29,14 +29,18 @@ class Svhn:
 
     def files(self) -> list[Path]:
         """The file of the split, when it is there."""
-        return [p for p in [Path(self.root).expanduser() / f"{self.split}_32x32.mat"] if p.is_file()]
+        return [
+            p for p in [Path(self.root).expanduser() / f"{self.split}_32x32.mat"] if p.is_file()
+        ]
 
     def __call__(self) -> Pairs:
         """-> Pairs. Raises UserError that says how to get it when it is missing."""
         from torchvision.datasets import SVHN
 
         root = str(Path(self.root).expanduser())
-        found = fetched("svhn", self.root, self.download, lambda: SVHN(root, self.split, download=self.download))
+        found = fetched(
+            "svhn", self.root, self.download, lambda: SVHN(root, self.split, download=self.download)
+        )
         images, labels = found.data[: self.limit], found.labels[: self.limit]
         ids = [f"svhn/{self.split}/{i:06d}" for i in range(len(images))]
         return array_pairs(images, labels, ids, CLASSES, self.template, self.size)

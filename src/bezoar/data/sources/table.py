@@ -3,22 +3,27 @@
 from pathlib import Path
 from typing import Annotated
 
+from bezoar.data.decoding import check_fields
+from bezoar.data.shards import expand
 from bezoar.data.tables import KINDS
 from bezoar.data.tables import Table as Source
 from bezoar.errors import UserError
-from bezoar.data.decoding import check_fields
 from bezoar.registry import method
-from bezoar.data.shards import expand
 
 
 @method
 class Table:
     """A row names an image below `root`, or (Parquet) holds its bytes. An id is the id column's, else IMAGE#ROW."""
 
-    path: Annotated[str, "table, folder of .parquet, glob or brace list: .csv (comma or tab), .tsv, .jsonl, .parquet"]
+    path: Annotated[
+        str,
+        "table, folder of .parquet, glob or brace list: .csv (comma or tab), .tsv, .jsonl, .parquet",
+    ]
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
     root: Annotated[str | None, "folder that images must lie in; none: the table's own"] = None
-    image: Annotated[str | None, "column of image paths or bytes; found by name when not given"] = None
+    image: Annotated[str | None, "column of image paths or bytes; found by name when not given"] = (
+        None
+    )
     caption: Annotated[str | None, "column of captions; found by name when not given"] = None
     key: Annotated[str | None, "column of ids; found by name when not given"] = None
     limit: Annotated[int | None, "read at most so many records"] = None
@@ -36,4 +41,6 @@ class Table:
         wrong = [p for p in self.files() if p.suffix not in KINDS]
         if wrong:
             raise UserError(f"a table must be {', '.join(KINDS)}; got {str(wrong[0])!r}")
-        return Source(tuple(self.files()), self.size, root, (self.image, self.caption, self.key), self.limit)
+        return Source(
+            tuple(self.files()), self.size, root, (self.image, self.caption, self.key), self.limit
+        )

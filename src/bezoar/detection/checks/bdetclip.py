@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.attacks import captions
+from bezoar.data.files.paths import existing
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import generator
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.data.decoding import existing
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
-from bezoar.training.loop import generator
+from bezoar.registry import method
 
 BATCH = 512
 LARGEST = 16 << 20  # bytes of a file of descriptions
@@ -53,10 +53,14 @@ class Bdetclip:
         """-> Scores. Raises UserError for an encoder that reads no text, or without classes."""
         names = tuple(self.classes.split("+")) if self.classes else images.classes
         if not names and not self.texts:
-            raise UserError("bdetclip needs the names of classes; these images have none: say classes=a+b, or texts=FILE")
+            raise UserError(
+                "bdetclip needs the names of classes; these images have none: say classes=a+b, or texts=FILE"
+            )
         direction = self.direction(encoder, names)
         with torch.inference_mode():
-            omega = torch.cat([encoder.images(part.images) @ direction for part in images.batches(BATCH)])
+            omega = torch.cat(
+                [encoder.images(part.images) @ direction for part in images.batches(BATCH)]
+            )
         return Scores(images.ids, -omega.float().cpu(), notes={"classes": len(names)})
 
     @torch.inference_mode()
@@ -65,7 +69,9 @@ class Bdetclip:
         encoder.eval()
         described = self.described(names)
         benign = [encoder.texts(texts).mean(0) for texts in described.values()]
-        nonsense = [encoder.texts(self.perturbed(encoder, c, i)).mean(0) for i, c in enumerate(described)]
+        nonsense = [
+            encoder.texts(self.perturbed(encoder, c, i)).mean(0) for i, c in enumerate(described)
+        ]
         return F.normalize(torch.stack(benign) - torch.stack(nonsense), dim=1).sum(0)
 
     def described(self, names: Sequence[str]) -> dict[str, list[str]]:
@@ -78,10 +84,14 @@ class Bdetclip:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.texts}: expected JSON, class -> list of descriptions") from error
+            raise UserError(
+                f"{self.texts}: expected JSON, class -> list of descriptions"
+            ) from error
         fine = isinstance(found, dict) and all(isinstance(v, list) and v for v in found.values())
         if not fine or not all(isinstance(t, str) for v in found.values() for t in v):
-            raise UserError(f"{self.texts}: expected JSON, class -> list of descriptions, at least one each")
+            raise UserError(
+                f"{self.texts}: expected JSON, class -> list of descriptions, at least one each"
+            )
         if missing := [c for c in names if c not in found]:
             raise UserError(f"{self.texts} describes no class {missing[0]!r}")
         return {c: found[c] for c in names or found}

@@ -6,12 +6,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import generator
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
-from bezoar.training.loop import generator
+from bezoar.registry import method
 
 LEAST = 20  # clean images that a mean and a deviation are taken of
 FLOOR = 1e-3  # cosine distance below which a spread among clean images is no measure
@@ -30,19 +30,30 @@ class MaskingPath:
     there its gaps were about a tenth of those of a backdoor. It is a warning of the input, no evidence against the encoder.
     """
 
-    cells: Annotated[int, "of the grid, a side; a cell should hold the trigger: 4 on 32 px are 8 px"] = 4
+    cells: Annotated[
+        int, "of the grid, a side; a cell should hold the trigger: 4 on 32 px are 8 px"
+    ] = 4
     share: Annotated[float, "of the cells that are masked in the end"] = 0.75
-    paths: Annotated[int, "orders in which cells are masked, each with the grid shifted; the largest gap of all counts"] = 4
+    paths: Annotated[
+        int,
+        "orders in which cells are masked, each with the grid shifted; the largest gap of all counts",
+    ] = 4
     seed: Annotated[int, "of the orders, the same for all images"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("clean", "report")
 
     def __call__(
-        self, encoder: Encoder, images: Pairs, clean: Pairs, report: Callable[[int, int, str], Any] | None = None
+        self,
+        encoder: Encoder,
+        images: Pairs,
+        clean: Pairs,
+        report: Callable[[int, int, str], Any] | None = None,
     ) -> Scores:
         """-> Scores with a box a record, the cell whose masking made the gap. Raises UserError for too few clean images."""
         if len(clean) < LEAST:
-            raise UserError(f"masking_path needs at least {LEAST} clean images; there are {len(clean)}")
+            raise UserError(
+                f"masking_path needs at least {LEAST} clean images; there are {len(clean)}"
+            )
         total, done = len(images) + len(clean), 0
 
         def told(n: int) -> None:
@@ -52,7 +63,12 @@ class MaskingPath:
                 report(done, total, "paths")
 
         orders = [self.order(k, images.images.shape[-2:]) for k in range(self.paths)]
-        known = self.gaps(encoder, clean, [self.order(k, clean.images.shape[-2:])[0] for k in range(self.paths)], told)
+        known = self.gaps(
+            encoder,
+            clean,
+            [self.order(k, clean.images.shape[-2:])[0] for k in range(self.paths)],
+            told,
+        )
         mean, spread = known.mean(0), known.std(0).clamp(min=FLOOR)
         found = (self.gaps(encoder, images, [rank for rank, _ in orders], told) - mean) / spread
         value, place = found.flatten(1).max(1)
@@ -76,7 +92,11 @@ class MaskingPath:
         edges = [self._edges(side, float(at)) for side, at in zip(sides, shift, strict=True)]
         (top, bottom), (left, right) = edges
         boxes = torch.tensor(
-            [(t, x, b - t, y - x) for t, b in zip(top, bottom, strict=True) for x, y in zip(left, right, strict=True)]
+            [
+                (t, x, b - t, y - x)
+                for t, b in zip(top, bottom, strict=True)
+                for x, y in zip(left, right, strict=True)
+            ]
         )
         chance = torch.rand(len(boxes), generator=draw) + (boxes[:, 2:].amin(1) < 1) * 2.0
         boxes = boxes[chance.argsort()]
@@ -86,11 +106,15 @@ class MaskingPath:
         return rank, boxes[: self.steps]
 
     def _edges(self, side: int, shift: float) -> tuple[list[int], list[int]]:
-        cuts = [min(side, max(0, round((i - shift) * side / self.cells))) for i in range(self.cells + 2)]
+        cuts = [
+            min(side, max(0, round((i - shift) * side / self.cells))) for i in range(self.cells + 2)
+        ]
         return cuts[:-1], cuts[1:]
 
     @torch.inference_mode()
-    def gaps(self, encoder: Encoder, pairs: Pairs, ranks: list[Tensor], told: Callable[[int], None]) -> Tensor:
+    def gaps(
+        self, encoder: Encoder, pairs: Pairs, ranks: list[Tensor], told: Callable[[int], None]
+    ) -> Tensor:
         """float32 (N, paths, steps): cosine distance of the nearest two embeddings on either side of each step."""
         encoder.eval()
         fill = torch.tensor(encoder.preprocess.mean, device=encoder.device).view(1, 3, 1, 1)
@@ -102,7 +126,9 @@ class MaskingPath:
             for rank in ranks:
                 masked = rank.to(encoder.device)
                 gone = (masked > 0) & (masked <= steps)
-                z = encoder.images(torch.where(gone, fill, x).flatten(0, 1)).unflatten(0, (len(part), -1))
+                z = encoder.images(torch.where(gone, fill, x).flatten(0, 1)).unflatten(
+                    0, (len(part), -1)
+                )
                 found.append(separation(1 - z @ z.transpose(1, 2)))
             every.append(torch.stack(found, 1))
             told(len(part))

@@ -5,11 +5,11 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from bezoar.evaluation.classifiers import Classifier
-from bezoar.encoders.encoder import Encoder
 from bezoar.data.pairs import Pairs
-from bezoar.registry import method
+from bezoar.encoders.encoder import Encoder
+from bezoar.evaluation.classifiers import Classifier
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 AT_ONCE = 1024  # images through the classifier
 
@@ -28,7 +28,10 @@ class ScaleUp:
         """-> Scores, 0 to 1."""
         encoder.eval()
         size = max(1, AT_ONCE // (1 + len(self.factors)))
-        values = [self.consistency(classifier, part.images.to(encoder.device)) for part in images.batches(size)]
+        values = [
+            self.consistency(classifier, part.images.to(encoder.device))
+            for part in images.batches(size)
+        ]
         return Scores(images.ids, torch.cat(values).cpu(), notes={"head": classifier.how})
 
     @torch.inference_mode()

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.evaluation.classifiers import Classifier
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import pool
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import pool
-from bezoar.data.pairs import Pairs
-from bezoar.registry import method
+from bezoar.evaluation.classifiers import Classifier
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 AT_ONCE = 1024  # images through the classifier
 
@@ -42,18 +42,29 @@ class Strip:
     ) -> Scores:
         """-> Scores. Raises UserError for too few clean images, or of another size."""
         if len(clean) < self.count:
-            raise UserError(f"strip blends {self.count} clean images; there are {len(clean)}: give more, or count={len(clean)}")
+            raise UserError(
+                f"strip blends {self.count} clean images; there are {len(clean)}: give more, or count={len(clean)}"
+            )
         encoder.eval()
-        chosen = clean.take(np.sort(pool(clean.ids, self.count, 0))).images.to(encoder.device).float() / 255
+        chosen = (
+            clean.take(np.sort(pool(clean.ids, self.count, 0))).images.to(encoder.device).float()
+            / 255
+        )
         if chosen.shape[-2:] != images.images.shape[-2:]:
-            chosen = F.interpolate(chosen, images.images.shape[-2:], mode="bilinear", antialias=True)
+            chosen = F.interpolate(
+                chosen, images.images.shape[-2:], mode="bilinear", antialias=True
+            )
         values: list[Tensor] = []
         for part in images.batches(max(1, AT_ONCE // self.count)):
             x = part.images.to(encoder.device).float() / 255
             values.append(-self.entropy(classifier, x, chosen))
             if report is not None:
                 report(sum(map(len, values)), len(images), "blends")
-        return Scores(images.ids, torch.cat(values).cpu(), notes={"clean": len(chosen), "head": classifier.how})
+        return Scores(
+            images.ids,
+            torch.cat(values).cpu(),
+            notes={"clean": len(chosen), "head": classifier.how},
+        )
 
     @torch.inference_mode()
     def entropy(self, classifier: Classifier, x: Tensor, clean: Tensor) -> Tensor:

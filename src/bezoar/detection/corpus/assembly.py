@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bezoar.detection.corpus import units, columns
+from bezoar.data.blocks import block_bounds
+from bezoar.data.stored_pairs import PLACE
+from bezoar.detection.corpus import columns, units
 from bezoar.detection.corpus.units import Unit
 from bezoar.errors import UserError
-from bezoar.data.stored_pairs import PLACE
 
 SKIPPED = "skipped.jsonl"  # what was not read, or renamed: [file, member, reason] a line
 LISTED = 1000  # of it, how much stands in the manifest
@@ -55,11 +56,17 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
         width = next((t["images"] for t in told if t["read"]), 0)
         for unit, t in zip(todo, told, strict=True):
             if t["read"] and t["images"] != width:
-                unread.add(unit.name, "", f"vectors of another width: {t['images']}, the first are {width} wide")
+                unread.add(
+                    unit.name,
+                    "",
+                    f"vectors of another width: {t['images']}, the first are {width} wide",
+                )
         good = [u for u, t in zip(todo, told, strict=True) if t["read"] and t["images"] == width]
         if not good:
             where, *rest = unread.first[0] if unread.first else ("there is none",)
-            why = " ".join(filter(None, rest if any(w.startswith(where) for w in rest) else (where, *rest)))
+            why = " ".join(
+                filter(None, rest if any(w.startswith(where) for w in rest) else (where, *rest))
+            )
             more = f"; and {n - 1} more" if (n := unread.reasons.total()) > 1 else ""
             shutil.rmtree(folder)
             raise UserError(f"nothing to scan: no record could be read and embedded: {why}{more}")
@@ -90,23 +97,35 @@ def _told(unit: Unit, folder: Path, unread: Unread) -> dict[str, Any]:
     return told
 
 
-def _joined(good: Sequence[Unit], folder: Path, width: int, texts: int, renamed: dict[int, str], file: IO[str]) -> bool:
+def _joined(
+    good: Sequence[Unit],
+    folder: Path,
+    width: int,
+    texts: int,
+    renamed: dict[int, str],
+    file: IO[str],
+) -> bool:
     """Write the files that all units have together. -> whether any record has a caption."""
     captions, count = False, 0
     with ExitStack() as stack:
         rows = {n: stack.enter_context(columns.GrowingTexts(folder, n)) for n in units.TEXTS}
         place = stack.enter_context(columns.Growing(folder / "place.npy", PLACE, None))
         kinds = {"images": width} | ({"texts": texts} if texts else {})
-        z = {n: stack.enter_context(columns.Growing(folder / f"{n}.npy", np.float32, w)) for n, w in kinds.items()}
+        z = {
+            n: stack.enter_context(columns.Growing(folder / f"{n}.npy", np.float32, w))
+            for n, w in kinds.items()
+        }
         for unit in good:
             for name, out in z.items():
                 own = columns.mapped(unit.file(folder, f"{name}.npy"))
-                for start, stop in columns.blocks(len(own), ROWS):
+                for start, stop in block_bounds(len(own), ROWS):
                     out.add(own[start:stop])
             for batch in units.read_columns(unit.file(folder, "parquet")):
                 batch, lines = _told_apart(batch, renamed, count, unit.name)
                 file.writelines(lines)
-                captions = captions or bool(pc.any(pc.not_equal(batch.column("caption"), "")).as_py())
+                captions = captions or bool(
+                    pc.any(pc.not_equal(batch.column("caption"), "")).as_py()
+                )
                 for name, column in rows.items():
                     column.add(batch.column(name))
                 places = np.zeros(len(batch), PLACE)
@@ -120,7 +139,9 @@ def _joined(good: Sequence[Unit], folder: Path, width: int, texts: int, renamed:
 
 def _renamed(files: Sequence[Path]) -> dict[int, str]:
     """Row -> another id, of the records whose id another had before them. Costs 16 bytes a record."""
-    marks = np.concatenate([_marks(b) for path in files for b in units.read_columns(path)] or [np.empty(0, np.int64)])
+    marks = np.concatenate(
+        [_marks(b) for path in files for b in units.read_columns(path)] or [np.empty(0, np.int64)]
+    )
     marks.sort()
     twice = np.unique(marks[1:][marks[1:] == marks[:-1]])
     if not len(twice):
@@ -130,7 +151,9 @@ def _renamed(files: Sequence[Path]) -> dict[int, str]:
     row = 0
     for batch in (b for path in files for b in units.read_columns(path)):
         suspects = np.flatnonzero(np.isin(_marks(batch), twice))
-        for i, key in zip(suspects.tolist(), batch.column("id").take(pa.array(suspects)).to_pylist(), strict=True):
+        for i, key in zip(
+            suspects.tolist(), batch.column("id").take(pa.array(suspects)).to_pylist(), strict=True
+        ):
             seen[key] += 1
             if seen[key] > 1:
                 out[row + i] = key
@@ -155,7 +178,9 @@ def _marks(batch: pa.RecordBatch) -> np.ndarray:
     return np.fromiter(map(hash, batch.column("id").to_pylist()), np.int64, len(batch))
 
 
-def _told_apart(batch: pa.RecordBatch, renamed: dict[int, str], start: int, file: str) -> tuple[pa.RecordBatch, list[str]]:
+def _told_apart(
+    batch: pa.RecordBatch, renamed: dict[int, str], start: int, file: str
+) -> tuple[pa.RecordBatch, list[str]]:
     """A batch whose first record is row `start`, with the new ids, and a line of JSON for each."""
     mine = [i for i in range(len(batch)) if start + i in renamed] if renamed else []
     if not mine:
@@ -163,6 +188,13 @@ def _told_apart(batch: pa.RecordBatch, renamed: dict[int, str], start: int, file
     ids, members = batch.column("id").to_pylist(), batch.column("member").to_pylist()
     lines = []
     for i in mine:
-        lines.append(json.dumps((file, members[i], f"id seen before: {ids[i]} is called {renamed[start + i]} here")) + "\n")
+        lines.append(
+            json.dumps(
+                (file, members[i], f"id seen before: {ids[i]} is called {renamed[start + i]} here")
+            )
+            + "\n"
+        )
         ids[i] = renamed[start + i]
-    return batch.set_column(batch.schema.get_field_index("id"), "id", pa.array(ids, pa.large_string())), lines
+    return batch.set_column(
+        batch.schema.get_field_index("id"), "id", pa.array(ids, pa.large_string())
+    ), lines

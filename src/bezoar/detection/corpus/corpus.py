@@ -21,19 +21,22 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from bezoar.detection.corpus import units, columns
-from bezoar.detection.corpus.assembly import SKIPPED, assemble
-from bezoar.data.folders import Folder, Named
+from bezoar.data.blocks import block_bounds
 from bezoar.data.embeddings import Ready
+from bezoar.data.folders import Folder, Named
+from bezoar.data.pairs import Pairs
+from bezoar.data.shards import Shards
+from bezoar.data.stored_pairs import Files, Indexed
+from bezoar.data.strings import Strings
 from bezoar.data.tables import Cells, Table
+from bezoar.detection.corpus import columns, units
+from bezoar.detection.corpus.assembly import SKIPPED, assemble
 from bezoar.encoders.encoder import Embedded, Encoder
 from bezoar.errors import UserError
-from bezoar.data.stored_pairs import Files, Indexed, Strings
-from bezoar.data.pairs import Pairs
-from bezoar.progress import Progress
-from bezoar.runs.run import Run, Settings
 from bezoar.evaluation.scores import Scores
-from bezoar.data.shards import Shards
+from bezoar.progress import Progress
+from bezoar.runs.ask import Settings
+from bezoar.runs.run import Run
 
 FOLDER = "vectors"
 SCORES, RAISED = "scores.parquet", ".raised"
@@ -53,7 +56,9 @@ class Vectors:
 
     def images(self, x: Any) -> Tensor:
         """Raises UserError."""
-        raise UserError("ready embeddings come without their encoder; what needs it cannot be asked here")
+        raise UserError(
+            "ready embeddings come without their encoder; what needs it cannot be asked here"
+        )
 
     texts = tokens = read = pixels = images
 
@@ -100,10 +105,22 @@ class Corpus:
             else:  # images that are files of their own are found by their name
                 named = places["length"] == 0
                 places["offset"][named] = np.flatnonzero(named)
-                files = Cells(self.source, self.members) if isinstance(self.source, Table) else Named(self.source, self.members)
+                files = (
+                    Cells(self.source, self.members)
+                    if isinstance(self.source, Table)
+                    else Named(self.source, self.members)
+                )
             if isinstance(self.source, Folder):
                 labels, classes = self.source.labels(self.members), self.source.classes
-            return Indexed(files, self.source.size, places, self.ids, Strings.of(self.captions), labels, classes)
+            return Indexed(
+                files,
+                self.source.size,
+                places,
+                self.ids,
+                Strings.of(self.captions),
+                labels,
+                classes,
+            )
         rows = self.places["offset"]
         if len(rows) == len(self.source) and not self.told["doubles"]:
             return self.source
@@ -165,7 +182,18 @@ def _opened(found: Any, by: Encoder | Vectors, folder: Path) -> Corpus:
     texts = columns.mapped_tensor(folder / "texts.npy") if told["texts"] else None
     e = Embedded(ids, columns.mapped_tensor(folder / "images.npy"), texts)
     places = columns.mapped(folder / "place.npy")
-    return Corpus(found, by, told["names"], ids, captions if told["captions"] else (), members, urls, places, e, told)
+    return Corpus(
+        found,
+        by,
+        told["names"],
+        ids,
+        captions if told["captions"] else (),
+        members,
+        urls,
+        places,
+        e,
+        told,
+    )
 
 
 @dataclass(frozen=True)
@@ -197,22 +225,30 @@ def scored(folder: Path) -> Scored:
         raise UserError(f"{path} holds no scores of a scan: no column {missing[0]}")
 
     def text(name: str) -> pa.Array:
-        return pa.concat_arrays(table.column(name).cast(pa.large_string()).chunks or [pa.array([], pa.large_string())])
+        return pa.concat_arrays(
+            table.column(name).cast(pa.large_string()).chunks or [pa.array([], pa.large_string())]
+        )
 
     ids = Strings(text("id"))
-    joined = pc.binary_join_element_wise(text("shard"), text("member"), pa.scalar(" ", pa.large_string()))
+    joined = pc.binary_join_element_wise(
+        text("shard"), text("member"), pa.scalar(" ", pa.large_string())
+    )
     raised = {f.name for f in table.schema if pa.types.is_boolean(f.type)}
 
     def column(name: str) -> torch.Tensor:
         return torch.from_numpy(table.column(name).to_numpy().copy())
 
     scores = {
-        n: Scores(ids, column(n).float(), raised=column(n + RAISED) if n + RAISED in raised else None)
+        n: Scores(
+            ids, column(n).float(), raised=column(n + RAISED) if n + RAISED in raised else None
+        )
         for n in table.column_names
         if n not in FIXED[:-1] and n not in raised
     }
     merged = scores.pop("score")
-    return Scored(ids, Strings(text("caption")), Strings(pc.utf8_trim_whitespace(joined)), merged, scores)
+    return Scored(
+        ids, Strings(text("caption")), Strings(pc.utf8_trim_whitespace(joined)), merged, scores
+    )
 
 
 def write_scores(path: Path, corpus: Corpus, merged: Scores, detectors: dict[str, Scores]) -> None:
@@ -220,21 +256,43 @@ def write_scores(path: Path, corpus: Corpus, merged: Scores, detectors: dict[str
 
     Columns: those of `FIXED`, the score of each detector, and of one that decides which records it raised.
     """
-    same = {"score": merged.ordered(corpus.ids)} | {k: s.ordered(corpus.ids) for k, s in detectors.items()}
+    same = {"score": merged.ordered(corpus.ids)} | {
+        k: s.ordered(corpus.ids) for k, s in detectors.items()
+    }
     values = {k: s.values.float().cpu().numpy() for k, s in same.items()}
-    values |= {k + RAISED: s.raised.cpu().numpy() for k, s in same.items() if k in detectors and s.raised is not None}
+    values |= {
+        k + RAISED: s.raised.cpu().numpy()
+        for k, s in same.items()
+        if k in detectors and s.raised is not None
+    }
     told = [(n, pa.from_numpy_dtype(v.dtype)) for n, v in values.items()]
     schema = pa.schema([(n, pa.large_string()) for n in FIXED[:-1]] + told)
     with pq.ParquetWriter(path.with_suffix(".tmp"), schema, compression="zstd") as out:
-        for start, stop in columns.blocks(len(corpus), ROWS):
-            out.write_table(pa.table(texts(corpus, start, stop) | {n: v[start:stop] for n, v in values.items()}, schema))
+        for start, stop in block_bounds(len(corpus), ROWS):
+            out.write_table(
+                pa.table(
+                    texts(corpus, start, stop) | {n: v[start:stop] for n, v in values.items()},
+                    schema,
+                )
+            )
     path.with_suffix(".tmp").replace(path)
 
 
 def texts(corpus: Corpus, start: int, stop: int) -> dict[str, pa.Array]:
     """id, shard, member and caption of some records."""
     n = stop - start
-    names = pa.array(corpus.names, pa.large_string()).take(pa.array(corpus.places["shard"][start:stop]))
-    captions = corpus.captions.column.slice(start, n) if isinstance(corpus.captions, Strings) else pa.array([""] * n)
+    names = pa.array(corpus.names, pa.large_string()).take(
+        pa.array(corpus.places["shard"][start:stop])
+    )
+    captions = (
+        corpus.captions.column.slice(start, n)
+        if isinstance(corpus.captions, Strings)
+        else pa.array([""] * n)
+    )
     ids, members = corpus.ids.column.slice(start, n), corpus.members.column.slice(start, n)
-    return {"id": ids, "shard": names, "member": members, "caption": captions.cast(pa.large_string())}
+    return {
+        "id": ids,
+        "shard": names,
+        "member": members,
+        "caption": captions.cast(pa.large_string()),
+    }

@@ -16,16 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from bezoar.data.blocks import block_bounds
+from bezoar.data.files.images import BROKEN, FORMATS, decode
+from bezoar.data.files.paths import written
+from bezoar.data.files.skipped import Unreadable
+from bezoar.data.files.tars import Group, groups
+from bezoar.data.folders import Folder
+from bezoar.data.shards import WANTED, Shards, write_shards
+from bezoar.data.stored_pairs import Indexed
+from bezoar.data.tables import Table
 from bezoar.detection.corpus import columns
 from bezoar.detection.corpus.corpus import ROWS, Corpus, texts
-from bezoar.data.folders import Folder
-from bezoar.data.tables import Table
 from bezoar.errors import UserError
-from bezoar.data.stored_pairs import Indexed
 from bezoar.progress import Progress
-from bezoar.data.decoding import BROKEN, FORMATS, Unreadable, decode, written
-from bezoar.data.shards import WANTED, Shards, write_shards
-from bezoar.data.files.tars import Group, groups
 
 PACKED = 1000  # records of a shard
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -52,7 +55,7 @@ def write_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
 
 def _parts(corpus: Corpus, kept: np.ndarray) -> Iterator[pa.Table]:
     """The kept records, a bounded number at a time."""
-    for start, stop in columns.blocks(len(corpus), ROWS):
+    for start, stop in block_bounds(len(corpus), ROWS):
         mine = pa.array(kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)] - start)
         urls = corpus.urls.column.slice(start, stop - start)
         yield pa.table(texts(corpus, start, stop) | {"url": urls}).take(mine)
@@ -63,16 +66,22 @@ def _write_csv(path: Path, corpus: Corpus, table: Table | Folder, kept: np.ndarr
     if corpus.places["length"][kept].any():
         return
     where = {written(str(p)): p for p in table.paths}
-    with columns.partial(path).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with columns.partial(path).open(
+        "w", encoding="utf-8", errors="surrogateescape", newline=""
+    ) as file:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         out.writerow(("filepath", "title"))
         for part in _parts(corpus, kept):
             rows = part.to_pylist()
-            out.writerows((table.resolved(where[r["shard"]], r["member"]), r["caption"]) for r in rows)
+            out.writerows(
+                (table.resolved(where[r["shard"]], r["member"]), r["caption"]) for r in rows
+            )
     os.replace(columns.partial(path), path)
 
 
-def write_kept(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress) -> dict[str, int]:
+def write_kept(
+    folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress
+) -> dict[str, int]:
     """Cleaned shards: of shards the same tars less what is not kept, members byte for byte; of folders and tables shards of
     the same images, byte for byte where they are JPEG, PNG or WebP; else PNGs of the records.
 
@@ -99,7 +108,9 @@ def write_kept(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progres
     for shard, (path, name) in enumerate(zip(source.paths, names, strict=True)):
         progress.step(shard, len(source.paths), "writing shards")
         rows = order[edges[shard] : edges[shard + 1]]
-        offsets = set(place["offset"][rows].tolist()) - set(place["offset"][rows[gone[rows]]].tolist())
+        offsets = set(place["offset"][rows].tolist()) - set(
+            place["offset"][rows[gone[rows]]].tolist()
+        )
         if offsets:
             written += _copied(path, folder / f"{name}.tar", offsets)
             done += 1
@@ -120,7 +131,9 @@ def _copied(path: Path, target: Path, offsets: set[int]) -> int:
                 out.addfile(header, io.BytesIO(content))
     if count < len(offsets):
         columns.partial(target).unlink()
-        raise UserError(f"{path} was changed while it was scanned: {len(offsets) - count} records are not there any more")
+        raise UserError(
+            f"{path} was changed while it was scanned: {len(offsets) - count} records are not there any more"
+        )
     os.replace(columns.partial(target), target)
     return count
 
@@ -128,11 +141,13 @@ def _copied(path: Path, target: Path, offsets: set[int]) -> int:
 def _packed(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress) -> dict[str, int]:
     """The kept records of files or cells as tars in img2dataset's layout, with the images' own bytes."""
     if not len(corpus.captions):
-        raise UserError("records without captions cannot be written as shards; keep.txt and keep.csv name what is kept")
+        raise UserError(
+            "records without captions cannot be written as shards; keep.txt and keep.csv name what is kept"
+        )
     records = corpus.records
     assert isinstance(records, Indexed)
     count = 0
-    for count, (start, stop) in enumerate(columns.blocks(len(kept), PACKED), 1):
+    for count, (start, stop) in enumerate(block_bounds(len(kept), PACKED), 1):
         progress.step(start, len(kept), "writing shards")
         target = folder / f"{count - 1:05d}.tar"
         with tarfile.open(columns.partial(target), "w", format=tarfile.USTAR_FORMAT) as out:
@@ -158,7 +173,11 @@ def _members(records: Indexed, corpus: Corpus, row: int, key: str) -> Iterator[t
             content = buffer.getvalue()
     except (Unreadable, *BROKEN) as error:
         raise UserError(f"{corpus.place(row)} can no longer be read: {error}") from error
-    told: dict[str, Any] = {"key": key, "record_id": corpus.ids[row], "caption": corpus.captions[row]}
+    told: dict[str, Any] = {
+        "key": key,
+        "record_id": corpus.ids[row],
+        "caption": corpus.captions[row],
+    }
     told |= {"url": corpus.urls[row]} if corpus.urls[row] else {}
     if records.labels is not None and (label := int(records.labels[row])) >= 0:
         told |= {"label": label, "class": records.classes[label]}

@@ -22,30 +22,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from bezoar.runs import inputs, sweep
-from bezoar.data import decoding
 from bezoar import registry
-from bezoar.detection.corpus import columns
-from bezoar.data.folders import Folder
+from bezoar.data import decoding
+from bezoar.data.blocks import block_bounds
 from bezoar.data.embeddings import Block, Ready
+from bezoar.data.files import paths
+from bezoar.data.files.skipped import ReadReport, Skipped
+from bezoar.data.folders import Folder
+from bezoar.data.pairs import Pairs
+from bezoar.data.shards import Placed, Shards
+from bezoar.data.stored_pairs import Indexed
 from bezoar.data.tables import Table, cut
+from bezoar.detection.corpus import columns
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.stored_pairs import Indexed
-from bezoar.data.pairs import Pairs
 from bezoar.progress import Progress
-from bezoar.data.decoding import ReadReport, Skipped
-from bezoar.runs.run import Run, Settings
-from bezoar.data.shards import Placed, Shards
+from bezoar.runs import inputs, sweep
+from bezoar.runs.ask import Settings
+from bezoar.runs.run import Run
 
 HELD = 4096  # records of a unit of a set that is in memory, or read by index
 CELLS = 1 << 25  # pixel values that are embedded at a time
 MOST = 512  # images that are
 LONGEST = 1024  # characters of an id
 TEXTS = ("id", "caption", "member", "url")
-STRAY = ("not an image by its name", "not in a class folder", "no file in the class folder")  # what is no record at all
+STRAY = (
+    "not an image by its name",
+    "not in a class folder",
+    "no file in the class folder",
+)  # what is no record at all
 FIELDS = pa.schema(
-    [(n, pa.large_string()) for n in TEXTS] + [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
+    [(n, pa.large_string()) for n in TEXTS]
+    + [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
 )
 Step = Callable[[float], None]
 T = TypeVar("T")
@@ -76,7 +84,11 @@ def source(given: Any) -> Any:
     records of the data set, in memory or by index."""
     parts = inputs.dataset(given)
     found = inputs.source(parts.method)
-    if isinstance(found, (Shards, Table, Folder, Ready)) and not parts.plan.edits and getattr(found, "limit", None) is None:
+    if (
+        isinstance(found, (Shards, Table, Folder, Ready))
+        and not parts.plan.edits
+        and getattr(found, "limit", None) is None
+    ):
         return found
     if isinstance(found, Ready):
         raise UserError("ready embeddings cannot be poisoned: there is no image to change")
@@ -90,14 +102,25 @@ def units(found: Any) -> list[Unit]:
         pieces = [(str(p), _size(p), (i,)) for i, p in enumerate(found.paths)]
     elif isinstance(found, Table):
         found.confine()
-        pieces = [(str(p), n, (i, *place)) for i, p in enumerate(found.paths) for n, place in _cut(p)]
+        pieces = [
+            (str(p), n, (i, *place)) for i, p in enumerate(found.paths) for n, place in _cut(p)
+        ]
     elif isinstance(found, Folder):
         pieces = [(str(found.root), place[3], (0, *place)) for place in found.cut()]
     elif isinstance(found, Ready):
-        pieces = [(str(p), stop - start, (i, start, stop)) for i, p in enumerate(found.images) for start, stop in found.cut(i)]
+        pieces = [
+            (str(p), stop - start, (i, start, stop))
+            for i, p in enumerate(found.images)
+            for start, stop in found.cut(i)
+        ]
     else:
-        pieces = [("", stop - start, (start, stop)) for start, stop in columns.blocks(len(found), HELD)]
-    return [Unit(i, decoding.written(name), weight, place) for i, (name, weight, place) in enumerate(pieces)]
+        pieces = [
+            ("", stop - start, (start, stop)) for start, stop in block_bounds(len(found), HELD)
+        ]
+    return [
+        Unit(i, paths.written(name), weight, place)
+        for i, (name, weight, place) in enumerate(pieces)
+    ]
 
 
 def _cut(table: Path) -> list[tuple[int, tuple[int, ...]]]:
@@ -108,14 +131,18 @@ def _cut(table: Path) -> list[tuple[int, tuple[int, ...]]]:
         return [(1, ())]
 
 
-def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: Step = lambda _: None) -> None:
+def embed(
+    found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: Step = lambda _: None
+) -> None:
     """Make a unit's files, each under a temporary name first: vectors, then records, then what was read, as JSON.
 
     What cannot be read, and what the encoder gives no finite vector of, is named in the last; nothing of it is kept.
     """
     report, made, count = ReadReport(), {"images": 0, "texts": 0}, 0
     if isinstance(found, (Pairs, Indexed)) and found.report is not None and unit.number == 0:
-        report.skipped += [s for s in found.report.skipped if s.reason not in STRAY]  # read whole, before it was cut
+        report.skipped += [
+            s for s in found.report.skipped if s.reason not in STRAY
+        ]  # read whole, before it was cut
     state = _state(found.paths[unit.place[0]]) if isinstance(found, Shards) else None
     records = columns.partial(unit.file(folder, "parquet"))
     with ExitStack() as stack:
@@ -128,7 +155,9 @@ def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: S
                     continue
                 if name not in growing:
                     path = unit.file(folder, f"{name}.npy")
-                    growing[name] = stack.enter_context(columns.Growing(path, np.float32, z.shape[1]))
+                    growing[name] = stack.enter_context(
+                        columns.Growing(path, np.float32, z.shape[1])
+                    )
                 growing[name].add(z)
                 made[name] = z.shape[1]
             table.write_table(_table(block, unit))
@@ -139,7 +168,11 @@ def embed(found: Any, unit: Unit, encoder: Encoder | None, folder: Path, step: S
 
 def refuse(unit: Unit, folder: Path, reason: str) -> None:
     """Set a whole unit aside."""
-    tell(unit, folder, {"read": 0, "skipped": [(unit.name, "", reason)], "state": None, "images": 0, "texts": 0})
+    tell(
+        unit,
+        folder,
+        {"read": 0, "skipped": [(unit.name, "", reason)], "state": None, "images": 0, "texts": 0},
+    )
 
 
 def tell(unit: Unit, folder: Path, told: dict[str, Any]) -> None:
@@ -149,7 +182,9 @@ def tell(unit: Unit, folder: Path, told: dict[str, Any]) -> None:
     os.replace(last, unit.file(folder, "json"))
 
 
-def embed_all(given: Any, by: Any, todo: Sequence[Unit], folder: Path, settings: Settings, progress: Progress) -> None:
+def embed_all(
+    given: Any, by: Any, todo: Sequence[Unit], folder: Path, settings: Settings, progress: Progress
+) -> None:
     """Make the files of all units that have none: given data, embedded by an encoder (a run, a method, or None).
 
     One process does it where the records are in its memory or there is but one unit; worker processes, as a sweep's, where
@@ -164,12 +199,22 @@ def embed_all(given: Any, by: Any, todo: Sequence[Unit], folder: Path, settings:
     streamed = isinstance(found, (Shards, Table, Folder, Ready))
     text = "embedding, KiB" if isinstance(found, Shards) else "embedding"
     progress.step(0, total, text)
-    workers = min(len(missing), settings.workers or sweep.cores(settings)) if streamed and by is not None else 1
+    workers = (
+        min(len(missing), settings.workers or sweep.cores(settings))
+        if streamed and by is not None
+        else 1
+    )
     if not settings.ray and workers < 2:
         encoder = loaded(by, settings.device)
         for unit in missing:
             start, weight = done, unit.weight
-            embed(found, unit, encoder, folder, lambda part: progress.step(start + int(part * weight), total, text))  # noqa: B023
+            embed(
+                found,
+                unit,
+                encoder,
+                folder,
+                lambda part: progress.step(start + int(part * weight), total, text),
+            )
             done += weight
         return
     common = {
@@ -190,7 +235,9 @@ def embed_all(given: Any, by: Any, todo: Sequence[Unit], folder: Path, settings:
                 if "refused" in said:
                     raise UserError(said["refused"])
                 if "bug" in said:
-                    raise RuntimeError(f"a worker failed at {unit.name or unit.number}: {said['bug']}")
+                    raise RuntimeError(
+                        f"a worker failed at {unit.name or unit.number}: {said['bug']}"
+                    )
                 if "error" in said:
                     refuse(unit, folder, said["error"])
                 done += unit.weight
@@ -246,7 +293,9 @@ def _loaded(word: str, device: str) -> Encoder | None:
     return None if not word else inputs.encoder(_referred(word), chosen(device))
 
 
-def _blocks(found: Any, unit: Unit, encoder: Encoder | None, report: ReadReport, step: Step) -> Iterator[Block]:
+def _blocks(
+    found: Any, unit: Unit, encoder: Encoder | None, report: ReadReport, step: Step
+) -> Iterator[Block]:
     """A unit's records with their vectors, not checked yet."""
     if isinstance(found, Ready):
         done = 0
@@ -257,7 +306,9 @@ def _blocks(found: Any, unit: Unit, encoder: Encoder | None, report: ReadReport,
         return
     assert encoder is not None
     held = isinstance(found, (Pairs, Indexed))
-    for fields, images, which, share in _held(found, unit) if held else _streamed(found, unit, report):
+    for fields, images, which, share in (
+        _held(found, unit) if held else _streamed(found, unit, report)
+    ):
         yield _encoded(encoder, fields, images, which)
         step(share)
 
@@ -281,18 +332,33 @@ def _streamed(found: Shards | Table | Folder, unit: Unit, report: ReadReport) ->
     which: list[int] = []
 
     def batch(done: float) -> Batch:
-        made = ({n: list(c) for n, c in fields.items()}, torch.from_numpy(np.stack(images)), list(which), done)
+        made = (
+            {n: list(c) for n, c in fields.items()},
+            torch.from_numpy(np.stack(images)),
+            list(which),
+            done,
+        )
         for column in (*fields.values(), images, which):
             column.clear()
         return made
 
     before = unit.place[1] if len(unit.place) > 1 else 0
-    for record, image in decoding.decoded(_survived(found.records(*unit.place), unit, report), found.size, report):
+    for record, image in decoding.decoded(
+        _survived(found.records(*unit.place), unit, report), found.size, report
+    ):
         assert isinstance(record, Placed)
         images.append(image)
         texts = record.captions or ("",) * len(record.ids)
         for key, caption in zip(record.ids, texts, strict=True):
-            row: tuple[Any, ...] = (key, caption, record.member, record.url, record.shard, record.offset, record.length)
+            row: tuple[Any, ...] = (
+                key,
+                caption,
+                record.member,
+                record.url,
+                record.shard,
+                record.offset,
+                record.length,
+            )
             for name, value in zip(FIELDS.names, row, strict=True):
                 fields[name].append(value)
             which.append(len(images) - 1)
@@ -306,22 +372,41 @@ def _streamed(found: Shards | Table | Folder, unit: Unit, report: ReadReport) ->
 def _held(found: Pairs | Indexed, unit: Unit) -> Iterator[Batch]:
     start, stop = unit.place
     most = max(8, min(MOST, CELLS // (3 * found.size**2)))
-    for low, high in columns.blocks(stop - start, most):
+    for low, high in block_bounds(stop - start, most):
         rows = range(start + low, start + high)
         part = found.take(rows)
         n = len(part)
         captions = list(part.captions) if part.captions else [""] * n
-        values: list[list] = [list(part.ids), captions, [f"row {i}" for i in rows], [""] * n, [0] * n, list(rows), [0] * n]
-        yield dict(zip(FIELDS.names, values, strict=True)), part.images, list(range(n)), high / (stop - start)
+        values: list[list] = [
+            list(part.ids),
+            captions,
+            [f"row {i}" for i in rows],
+            [""] * n,
+            [0] * n,
+            list(rows),
+            [0] * n,
+        ]
+        yield (
+            dict(zip(FIELDS.names, values, strict=True)),
+            part.images,
+            list(range(n)),
+            high / (stop - start),
+        )
 
 
 @torch.inference_mode()
-def _encoded(encoder: Encoder, fields: dict[str, list], images: torch.Tensor, which: list[int]) -> Block:
+def _encoded(
+    encoder: Encoder, fields: dict[str, list], images: torch.Tensor, which: list[int]
+) -> Block:
     """Embed a batch; captions where all have one and the encoder reads them."""
     encoder.eval()
     z = encoder.images(images).float().cpu()[which].numpy()
     captions = fields["caption"]
-    texts = encoder.texts(captions).float().cpu().numpy() if encoder.text is not None and all(captions) else None
+    texts = (
+        encoder.texts(captions).float().cpu().numpy()
+        if encoder.text is not None and all(captions)
+        else None
+    )
     return Block({n: pa.array(c, FIELDS.field(n).type) for n, c in fields.items()}, z, texts)
 
 
@@ -341,7 +426,9 @@ def _usable(block: Block, unit: Unit, report: ReadReport) -> Block:
     if len(keep) < len(ids):
         members = fields["member"].to_pylist()
         for i in np.flatnonzero(reasons != "").tolist():
-            report.skipped.append(Skipped(unit.name, ascii(members[i] or ids[i])[1:-1][:LONGEST], reasons[i]))
+            report.skipped.append(
+                Skipped(unit.name, ascii(members[i] or ids[i])[1:-1][:LONGEST], reasons[i])
+            )
         fields = {n: c.take(pa.array(keep)) for n, c in fields.items()}
     z = {whose: _unit(made[whose][keep], lengths[whose][keep, None]) for whose in made}
     return Block(fields, z["image"], z.get("caption"))
@@ -356,7 +443,13 @@ def _unit(z: np.ndarray, length: np.ndarray) -> np.ndarray:
 def _table(block: Block, unit: Unit) -> pa.Table:
     n = len(block.images)
     numbers = {"shard": [unit.place[0]] * n, "offset": [0] * n, "length": [0] * n}
-    return pa.table({f.name: block.columns.get(f.name, pa.array(numbers.get(f.name, []), f.type)) for f in FIELDS}, FIELDS)
+    return pa.table(
+        {
+            f.name: block.columns.get(f.name, pa.array(numbers.get(f.name, []), f.type))
+            for f in FIELDS
+        },
+        FIELDS,
+    )
 
 
 def _size(path: Path) -> int:

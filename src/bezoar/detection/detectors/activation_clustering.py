@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bezoar.detection import pseudo_classes
 from bezoar.errors import UserError
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 ROUNDS = 50  # of Lloyd's algorithm at most
 SMALLEST = 1e-9  # distances are not divided by less
@@ -26,7 +26,9 @@ class ActivationClustering:
     centres. 2-means starts from a cut across each axis and keeps the best.
     """
 
-    classes: Annotated[pseudo_classes.How, "words of captions, clusters of images; auto: words where there are any"] = "auto"
+    classes: Annotated[
+        pseudo_classes.How, "words of captions, clusters of images; auto: words where there are any"
+    ] = "auto"
     count: Annotated[int, "pseudo-classes"] = 32
     dims: Annotated[int, "principal axes of a class that are kept"] = 10
     seed: Annotated[int, "of the sample that the classes are found on"] = 0
@@ -39,9 +41,13 @@ class ActivationClustering:
         """-> Scores in [-1, 1]; above 0 in the smaller part of a class."""
         e = encoder.embed(source)
         if len(e.ids) < 2:
-            raise UserError(f"detector 'activation_clustering' needs at least 2 records; there are {len(e.ids)}")
+            raise UserError(
+                f"detector 'activation_clustering' needs at least 2 records; there are {len(e.ids)}"
+            )
         label = pseudo_classes.labels(encoder, source, e, self.classes, self.count, self.seed)
-        mean, axis = pseudo_classes.axes(e.images, label, min(self.dims, e.images.shape[1]), encoder.device)
+        mean, axis = pseudo_classes.axes(
+            e.images, label, min(self.dims, e.images.shape[1]), encoder.device
+        )
         y = pseudo_classes.projections(e.images, label, mean, axis)
         values = torch.zeros(len(y))
         for i in label.unique().tolist():
@@ -65,7 +71,9 @@ def halves(y: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(ROUNDS):
         size = upper.sum(1, keepdim=True)
         one, two = upper @ y / size.clamp(min=1), (total - upper @ y) / (len(y) - size).clamp(min=1)
-        again = ((one - two) @ y.T > (one.square() - two.square()).sum(1, keepdim=True) / 2).double()
+        again = (
+            (one - two) @ y.T > (one.square() - two.square()).sum(1, keepdim=True) / 2
+        ).double()
         if torch.equal(again, upper):
             break
         upper = again

@@ -7,14 +7,15 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
-from bezoar.runs import inputs
 from bezoar import registry
 from bezoar.detection import training_traces
-from bezoar.errors import UserError
-from bezoar.registry import method
-from bezoar.runs.run import Run, named_files
-from bezoar.evaluation.scores import Scores
 from bezoar.detection.training_traces import Report
+from bezoar.errors import UserError
+from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
+from bezoar.runs import inputs
+from bezoar.runs.ask import named_files
+from bezoar.runs.run import Run
 
 ROWS = 1 << 16  # vectors in memory at a time
 
@@ -28,11 +29,15 @@ class ClipScore:
     `epoch`: a small model trained on the scanned data as it was after so many epochs, before it has learnt the poisons.
     """
 
-    encoder: Annotated[str, "an independent encoder: a run's directory or a network's spec; none: the scan's"] = ""
+    encoder: Annotated[
+        str, "an independent encoder: a run's directory or a network's spec; none: the scan's"
+    ] = ""
     epoch: Annotated[int, "of a training on the scanned data; 0: no such training"] = 0
     network: Annotated[str, "the model of that training: a spec"] = training_traces.NETWORK
     objective: Annotated[str, "how it is trained: a spec"] = training_traces.OBJECTIVE
-    side: Annotated[int, "images are brought to this many pixels at most in that training"] = training_traces.SIDE
+    side: Annotated[int, "images are brought to this many pixels at most in that training"] = (
+        training_traces.SIDE
+    )
     seed: Annotated[int, "of that training"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
@@ -44,16 +49,22 @@ class ClipScore:
             raise ValueError("give either an independent encoder or an epoch of the own one")
         registry.make("network", self.network)
         if self.epoch > registry.make("objective", self.objective).epochs:
-            raise ValueError(f"epoch={self.epoch} is more than objective {self.objective!r} trains for")
+            raise ValueError(
+                f"epoch={self.epoch} is more than objective {self.objective!r} trains for"
+            )
 
     def files(self) -> list[Path]:
         """What the scan's question depends on besides the fields: the weights of the independent encoder."""
         if not self.encoder:
             return []
         weights = Path(self.encoder) / "encoder.safetensors"
-        return [weights] if weights.is_file() else named_files(registry.make("network", self.encoder))
+        return (
+            [weights] if weights.is_file() else named_files(registry.make("network", self.encoder))
+        )
 
-    def __call__(self, encoder: Any, source: Any, report: Report = training_traces.silent) -> Scores:
+    def __call__(
+        self, encoder: Any, source: Any, report: Report = training_traces.silent
+    ) -> Scores:
         """-> Scores in [0, 2]; a caption that does not fit its image is suspicious."""
         if self.epoch:
             how = (self.network, self.objective, self.seed, encoder.device, self.side, report)
@@ -62,11 +73,17 @@ class ClipScore:
         judge = self.independent(encoder.device) if self.encoder else encoder
         e = judge.embed(source)
         if e.texts is None:
-            raise UserError("detector 'clip_score' needs captions; the scanned data or the encoder has none")
+            raise UserError(
+                "detector 'clip_score' needs captions; the scanned data or the encoder has none"
+            )
         parts = zip(e.images.split(ROWS), e.texts.split(ROWS), strict=True)
-        return Scores(e.ids, torch.cat([1 - (z * w.to(z.device)).sum(1).float().cpu() for z, w in parts]))
+        return Scores(
+            e.ids, torch.cat([1 - (z * w.to(z.device)).sum(1).float().cpu() for z, w in parts])
+        )
 
     def independent(self, device: Any) -> Any:
         """The encoder that the field names. Raises UserError when it is neither a run nor a network."""
         path = Path(self.encoder)
-        return inputs.encoder(Run(path) if path.is_dir() else registry.make("network", self.encoder), device)
+        return inputs.encoder(
+            Run(path) if path.is_dir() else registry.make("network", self.encoder), device
+        )

@@ -13,11 +13,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from bezoar.data.pairs import draws
-from bezoar.registry import method
+from bezoar.data.randomness import draws
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
-CELLS = {"cpu": 1 << 19, "cuda": 1 << 25}  # pixel values of one batch; its gradients take some hundred times as much
+CELLS = {
+    "cpu": 1 << 19,
+    "cuda": 1 << 25,
+}  # pixel values of one batch; its gradients take some hundred times as much
 
 
 @method
@@ -68,7 +71,9 @@ class CognitiveDistillation:
         adam = torch.optim.Adam([w], lr=self.lr, betas=(0.1, 0.1))
         for step in range(self.steps):
             m = (w.tanh() + 1) / 2
-            change = (encoder.images(torch.lerp(colours[:, step], x, m)) - whole).abs().mean(1).sum()
+            change = (
+                (encoder.images(torch.lerp(colours[:, step], x, m)) - whole).abs().mean(1).sum()
+            )
             size, rough = m.sum(), m.diff(dim=2).square().sum() + m.diff(dim=3).square().sum()
             loss = change + self.gamma * size + self.beta * rough / m[0].numel()
             (w.grad,) = torch.autograd.grad(loss, w)

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from bezoar.detection import density
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 
 @method
@@ -24,9 +24,13 @@ class Dao:
     k: Annotated[int, "neighbours"] = 16
     pool: Annotated[int, "records compared against; 0 = k / (2 rate), at least 2 k"] = 0
     rate: Annotated[float, "largest poison rate to plan for; sets the pool"] = 0.01
-    form: Annotated[Literal["mean_log", "log_mean"], "mean of the logarithms, or logarithm of the mean"] = "mean_log"
+    form: Annotated[
+        Literal["mean_log", "log_mean"], "mean of the logarithms, or logarithm of the mean"
+    ] = "mean_log"
     texts: Annotated[bool, "captions among the references, as published for CLIP"] = False
-    compat: Annotated[bool, "equal the published code, faults included: batches of 2048, no pool"] = False
+    compat: Annotated[
+        bool, "equal the published code, faults included: batches of 2048, no pool"
+    ] = False
     seed: Annotated[int, "of the choice of the pool"] = 0
 
     def __post_init__(self) -> None:

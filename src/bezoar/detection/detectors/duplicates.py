@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bezoar.encoders.encoder import words
 from bezoar.errors import UserError
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 CELLS = 1 << 24  # largest block of similarities
 COMPARED = 64  # other records of a cluster that a caption is compared with
@@ -35,12 +35,16 @@ class Duplicates:
     over the other images of the cluster of 1 - Jaccard(caption words). Every two images are compared: N^2 x 3 side^2.
     """
 
-    similarity: Annotated[float, "cosine of two thumbnails from which images are near-identical"] = 0.98
+    similarity: Annotated[
+        float, "cosine of two thumbnails from which images are near-identical"
+    ] = 0.98
     side: Annotated[int, "side of the thumbnails in pixels"] = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1 or self.side < 2:
-            raise ValueError(f"needs 0 < similarity <= 1 and side >= 2; got {self.similarity}, {self.side}")
+            raise ValueError(
+                f"needs 0 < similarity <= 1 and side >= 2; got {self.similarity}, {self.side}"
+            )
 
     def __call__(self, encoder: Any, source: Any) -> Scores:
         """-> Scores: (0, log2 of the number of images] in a cluster; nearest cosine - 1, in [-2, 0), outside."""
@@ -50,8 +54,12 @@ class Duplicates:
             captions += batch.captions
             parts.append(thumbnails(batch.images.to(encoder.device), self.side))
         if len(captions) != len(ids) or not ids:
-            raise UserError(f"detector 'duplicates' needs a caption for every image; there are {len(captions)} captions")
-        first, image = np.unique([SIBLING.sub("", i) for i in ids], return_index=True, return_inverse=True)[1:]
+            raise UserError(
+                f"detector 'duplicates' needs a caption for every image; there are {len(captions)} captions"
+            )
+        first, image = np.unique(
+            [SIBLING.sub("", i) for i in ids], return_index=True, return_inverse=True
+        )[1:]
         cluster, closest = clusters(torch.cat(parts)[torch.as_tensor(first)], self.similarity)
         size = np.bincount(cluster)[cluster]
         found = divergence(captions, ids, image, cluster[image]) * np.log2(size)[image]
@@ -65,7 +73,9 @@ def thumbnails(images: Tensor, side: int) -> Tensor:
     return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1, eps=1e-3)
 
 
-def clusters(vectors: Tensor, similarity: float, cells: int = CELLS) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def clusters(
+    vectors: Tensor, similarity: float, cells: int = CELLS
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Unit rows (M, D) -> component (M,) of the graph of cosines >= similarity, and cosine (M,) to the nearest other.
 
     Blocks of rows are merged into the components as they come, so memory does not grow with the number of edges.
@@ -84,14 +94,18 @@ def clusters(vectors: Tensor, similarity: float, cells: int = CELLS) -> tuple[ND
     return np.unique(label, return_inverse=True)[1], closest
 
 
-def divergence(captions: list[str], ids: list[str], image: NDArray, cluster: NDArray) -> NDArray[np.float64]:
+def divergence(
+    captions: list[str], ids: list[str], image: NDArray, cluster: NDArray
+) -> NDArray[np.float64]:
     """Mean of 1 - Jaccard(words) to the other images' captions of the same cluster, (N,); 0 where there are none.
 
     Members of a cluster stand in a ring in the order of their ids and are compared with the next `COMPARED` of it: with
     all others up to that many.
     """
     order = np.lexsort((np.asarray(ids), cluster))
-    _, start, inverse, count = np.unique(cluster[order], return_index=True, return_inverse=True, return_counts=True)
+    _, start, inverse, count = np.unique(
+        cluster[order], return_index=True, return_inverse=True, return_counts=True
+    )
     begin, size, place = start[inverse], count[inverse], np.arange(len(order)) - start[inverse]
     bags = _bags([captions[i] for i in order])
     lengths, pictures = np.asarray(bags.sum(1)), image[order]
@@ -111,6 +125,8 @@ def divergence(captions: list[str], ids: list[str], image: NDArray, cluster: NDA
 def _bags(captions: list[str]) -> csr_array:
     """Which words a caption has: 0/1 (N, V)."""
     rows: dict[str, int] = {}
-    pairs = [(i, rows.setdefault(w, len(rows))) for i, c in enumerate(captions) for w in set(words(c))]
+    pairs = [
+        (i, rows.setdefault(w, len(rows))) for i, c in enumerate(captions) for w in set(words(c))
+    ]
     i, j = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     return csr_array((np.ones(len(pairs)), (i, j)), shape=(len(captions), max(1, len(rows))))

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
+from bezoar.data.blocks import blocks
+from bezoar.data.randomness import pool
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import blocks, pool
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 BLOCK = 1 << 14  # records scored at a time
 
@@ -27,7 +28,9 @@ class IsolationForest:
 
     def __post_init__(self) -> None:
         if self.trees < 1 or self.cut < 2 or self.pool < 2:
-            raise ValueError(f"needs trees >= 1, cut >= 2, pool >= 2; got {self.trees}, {self.cut}, {self.pool}")
+            raise ValueError(
+                f"needs trees >= 1, cut >= 2, pool >= 2; got {self.trees}, {self.cut}, {self.pool}"
+            )
 
     def __call__(self, encoder: Any, source: Any) -> Scores:
         """-> Scores in (0, 1); a record that is set apart early is suspicious."""
@@ -39,12 +42,19 @@ class IsolationForest:
                 "detector 'isolation_forest' with texts=true needs captions; the scanned data or the encoder has none"
             )
         if len(e.ids) < 2:
-            raise UserError(f"detector 'isolation_forest' needs at least 2 records; there are {len(e.ids)}")
+            raise UserError(
+                f"detector 'isolation_forest' needs at least 2 records; there are {len(e.ids)}"
+            )
         rows = torch.as_tensor(pool(e.ids, self.pool, self.seed))
         kinds = (e.images, e.texts) if self.texts else (e.images,)
         sample = np.concatenate([z[rows.to(z.device)].float().cpu().numpy() for z in kinds])
         forest = ensemble.IsolationForest(
-            n_estimators=self.trees, max_samples=min(self.cut, len(sample)), random_state=self.seed % 2**32
+            n_estimators=self.trees,
+            max_samples=min(self.cut, len(sample)),
+            random_state=self.seed % 2**32,
         ).fit(sample)
-        parts = [-forest.score_samples(e.images[b].float().cpu().numpy()) for b in blocks(len(e.ids), BLOCK)]
+        parts = [
+            -forest.score_samples(e.images[b].float().cpu().numpy())
+            for b in blocks(len(e.ids), BLOCK)
+        ]
         return Scores(e.ids, torch.as_tensor(np.concatenate(parts), dtype=torch.float32))

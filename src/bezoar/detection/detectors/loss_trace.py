@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.detection import training_traces
-from bezoar.registry import method
-from bezoar.evaluation.scores import Scores
 from bezoar.detection.training_traces import Report, Trace
+from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 
 @method
@@ -28,9 +28,14 @@ class LossTrace:
     0.07 and 0.28. Wrong captions fill the top: precision is low with every setting.
     """
 
-    when: Annotated[Literal["early", "late", "rise"], "first epochs, last epoch, or the first ones less the last"] = "early"
+    when: Annotated[
+        Literal["early", "late", "rise"],
+        "first epochs, last epoch, or the first ones less the last",
+    ] = "early"
     direction: Annotated[Literal["low", "high"], "which end is suspicious"] = "high"
-    of: Annotated[Literal["loss", "disagreement"], "loss, or one minus the cosine of image and caption"] = "loss"
+    of: Annotated[
+        Literal["loss", "disagreement"], "loss, or one minus the cosine of image and caption"
+    ] = "loss"
     epochs: Annotated[int, "how many of the first epochs are averaged"] = 2
     network: Annotated[str, "the small model: a spec"] = training_traces.NETWORK
     objective: Annotated[str, "how it is trained: a spec"] = training_traces.OBJECTIVE
@@ -44,12 +49,18 @@ class LossTrace:
             raise ValueError(f"needs epochs >= 1 and side >= 1; got {self.epochs}, {self.side}")
         registry.make("network", self.network)
         if self.epochs > registry.make("objective", self.objective).epochs:
-            raise ValueError(f"epochs={self.epochs} is more than objective {self.objective!r} trains for")
+            raise ValueError(
+                f"epochs={self.epochs} is more than objective {self.objective!r} trains for"
+            )
 
-    def __call__(self, encoder: Any, source: Any, report: Report = training_traces.silent) -> Scores:
+    def __call__(
+        self, encoder: Any, source: Any, report: Report = training_traces.silent
+    ) -> Scores:
         """-> Scores: nats, or cosines; only the device is taken of the encoder."""
         upto = self.epochs if self.when == "early" else 0
-        trace = training_traces.trace(source, self.network, self.objective, self.seed, encoder.device, self.side, report, upto)
+        trace = training_traces.trace(
+            source, self.network, self.objective, self.seed, encoder.device, self.side, report, upto
+        )
         value = self.value(trace)
         return Scores(trace.ids, value if self.direction == "high" else -value)
 

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bezoar.data.randomness import draws, pool
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import pool
-from bezoar.data.pairs import draws
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 WORD = re.compile(r"[^\W\d_]{3,}")
 SMALL = frozenset(("the", "and", "for", "from", "with", "this", "that"))
@@ -45,30 +44,47 @@ class Repetition:
 
     least: Annotated[int, "records of a block"] = 8
     pool: Annotated[int, "records that say what is near by chance"] = 2048
-    region: Annotated[bool, "whether windows at one place of the picture are compared too; it needs pixels"] = True
+    region: Annotated[
+        bool, "whether windows at one place of the picture are compared too; it needs pixels"
+    ] = True
     seed: Annotated[int, "of the choice of the pool"] = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.least <= MATES or self.pool <= self.least:
-            raise ValueError(f"needs 2 <= least <= {MATES} and pool > least; got {self.least}, {self.pool}")
+            raise ValueError(
+                f"needs 2 <= least <= {MATES} and pool > least; got {self.least}, {self.pool}"
+            )
 
     def __call__(self, encoder: Any, source: Any) -> Scores:
         """-> Scores >= 0; a record that repeats others, caption and picture, is suspicious."""
         e = encoder.embed(source)
         captions, used = captions_of(source), np.zeros(len(e.ids), bool)
         if len(captions) != len(e.ids):
-            raise UserError(f"detector 'repetition' needs a caption for every record; there are {len(captions)} captions")
+            raise UserError(
+                f"detector 'repetition' needs a caption for every record; there are {len(captions)} captions"
+            )
         chance = pool(e.ids, self.pool, self.seed)
         if len(chance) <= self.least:
-            raise UserError(f"detector 'repetition' needs more than least={self.least} records; there are {len(chance)}")
+            raise UserError(
+                f"detector 'repetition' needs more than least={self.least} records; there are {len(chance)}"
+            )
         order, start, size = blocks(captions, e.ids, self.least, self.seed)
         used[order], used[chance] = True, True
-        views: list[Look] = [lambda rows: e.images[torch.from_numpy(rows)].to(encoder.device).float()]
+        views: list[Look] = [
+            lambda rows: e.images[torch.from_numpy(rows)].to(encoder.device).float()
+        ]
         if self.region:
             views += windows(source, used, encoder.device)
         best = np.zeros(len(order))
         for look in views if len(order) else ():
-            usual = tightness(look, chance, np.zeros(1, np.int64), np.array([len(chance)]), self.least - 1, len(chance))
+            usual = tightness(
+                look,
+                chance,
+                np.zeros(1, np.int64),
+                np.array([len(chance)]),
+                self.least - 1,
+                len(chance),
+            )
             found = tightness(look, order, start, size, self.least - 1, MATES)
             centre = np.median(usual)
             spread = max(1.4826 * float(np.median(np.abs(usual - centre))), 1e-3)
@@ -92,11 +108,15 @@ def normal(caption: str) -> str:
 
 def hashes(texts: Iterator[str], count: int) -> NDArray[np.uint64]:
     """64 bits of each text."""
-    digests = b"".join(hashlib.blake2b(t.encode(errors="replace"), digest_size=8).digest() for t in texts)
+    digests = b"".join(
+        hashlib.blake2b(t.encode(errors="replace"), digest_size=8).digest() for t in texts
+    )
     return np.frombuffer(digests, np.uint64, count)
 
 
-def blocks(captions: Sequence[str], ids: Sequence[str], least: int, seed: int) -> tuple[NDArray[np.int64], ...]:
+def blocks(
+    captions: Sequence[str], ids: Sequence[str], least: int, seed: int
+) -> tuple[NDArray[np.int64], ...]:
     """Rows of the records in blocks, one block after another, and where each begins and how many it has.
 
     A block has at least `least` records, one of each picture; the order within it belongs to the records.
@@ -106,9 +126,15 @@ def blocks(captions: Sequence[str], ids: Sequence[str], least: int, seed: int) -
     rows = np.flatnonzero(count[code] >= least)
     names = [ids[i] for i in rows.tolist()]
     picture = hashes((SIBLING.sub("", i) for i in names), len(rows))
-    by_draw = np.lexsort((np.array(names), draws(seed, names, 1, "repetition")[:, 0])) if names else np.zeros(0, np.int64)
+    by_draw = (
+        np.lexsort((np.array(names), draws(seed, names, 1, "repetition")[:, 0]))
+        if names
+        else np.zeros(0, np.int64)
+    )
     rows, picture = rows[by_draw], picture[by_draw]
-    _, first = np.unique(np.stack([code[rows].astype(np.uint64), picture]), axis=1, return_index=True)
+    _, first = np.unique(
+        np.stack([code[rows].astype(np.uint64), picture]), axis=1, return_index=True
+    )
     rows = rows[np.sort(first)]
     rows = rows[np.argsort(code[rows], kind="stable")]
     size = np.unique(code[rows], return_counts=True)[1]
@@ -124,13 +150,22 @@ def windows(source: Any, used: NDArray[np.bool_], device: torch.device) -> list[
         wanted = torch.from_numpy(used[done : done + len(part)])
         done += len(part)
         small = F.adaptive_avg_pool2d(part.images[wanted].to(device).float(), SIDE)
-        kept.append(small.round().to(torch.uint8).unfold(2, WINDOW, WINDOW).unfold(3, WINDOW, WINDOW).flatten(2, 3).cpu())
+        kept.append(
+            small.round()
+            .to(torch.uint8)
+            .unfold(2, WINDOW, WINDOW)
+            .unfold(3, WINDOW, WINDOW)
+            .flatten(2, 3)
+            .cpu()
+        )
     thumbnails, place = torch.cat(kept), np.cumsum(used) - 1
 
     def at(window: int) -> Look:
         def look(rows: NDArray[np.int64]) -> Tensor:
             x = thumbnails[torch.from_numpy(place[rows]), :, window].to(device).float()
-            return F.normalize((x - x.mean((2, 3), keepdim=True)).flatten(1), dim=1, eps=4.0 * WINDOW)
+            return F.normalize(
+                (x - x.mean((2, 3), keepdim=True)).flatten(1), dim=1, eps=4.0 * WINDOW
+            )
 
         return look
 
@@ -138,7 +173,12 @@ def windows(source: Any, used: NDArray[np.bool_], device: torch.device) -> list[
 
 
 def tightness(
-    look: Look, order: NDArray[np.int64], start: NDArray[np.int64], size: NDArray[np.int64], k: int, most: int
+    look: Look,
+    order: NDArray[np.int64],
+    start: NDArray[np.int64],
+    size: NDArray[np.int64],
+    k: int,
+    most: int,
 ) -> NDArray[np.float64]:
     """-log10(1 - cosine) to the k-th nearest of the first `most` other records of a block: (R,), as `order`.
 
@@ -159,7 +199,11 @@ def tightness(
             valid = column < asking[job, None]
             rows, others = (order[np.minimum(i, len(order) - 1)] for i in (here, there))
             a = look(rows.ravel()).view(len(job), int(w), -1)
-            b = a if np.array_equal(rows, others) else look(others.ravel()).view(len(job), int(w), -1)
+            b = (
+                a
+                if np.array_equal(rows, others)
+                else look(others.ravel()).view(len(job), int(w), -1)
+            )
             hidden = (here[:, :, None] == there[:, None]) | (column >= mates[job, None])[:, None]
             cosine = (a @ b.transpose(1, 2)).masked_fill(torch.from_numpy(hidden).to(a.device), -1)
             far = (1 - cosine.topk(k, dim=2).values[..., -1]).clamp(min=NEAREST)
@@ -167,7 +211,9 @@ def tightness(
     return found
 
 
-def weighed(z: NDArray[np.float64], start: NDArray[np.int64], size: NDArray[np.int64], least: int) -> NDArray[np.float64]:
+def weighed(
+    z: NDArray[np.float64], start: NDArray[np.int64], size: NDArray[np.int64], least: int
+) -> NDArray[np.float64]:
     """Largest log2(m) z_(m) over the m, at least `least`, that take a record in; z_(m): a block's m-th largest z. (R,)"""
     block = np.repeat(np.arange(len(size)), size)
     order = np.lexsort((-z, block))

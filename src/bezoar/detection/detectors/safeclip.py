@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from bezoar import registry
 from bezoar.detection import training_traces
-from bezoar.training.augmentation import Chance, Views
+from bezoar.detection.training_traces import Report, Study
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.repair.rate_ladder import Recipe
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
-from bezoar.detection.training_traces import Report, Study
+from bezoar.registry import method
+from bezoar.training.augmentation import Chance, Views
+from bezoar.training.loop import FixedRecipe
 
 ROUNDS, NARROWEST = 1000, 1e-6  # of the mixture: most rounds, least variance
 
@@ -61,7 +61,9 @@ class Safeclip:
     epochs: Annotated[int, "of the warm-up, image and text apart"] = 5
     batch: Annotated[int, "records a step, in both phases"] = 128
     lr: Annotated[float, "of the warm-up"] = 5e-4
-    together: Annotated[float, "learning rate of the one epoch with the CLIP loss; the paper's for 1M pairs: 5e-6"] = 2e-3
+    together: Annotated[
+        float, "learning rate of the one epoch with the CLIP loss; the paper's for 1M pairs: 5e-6"
+    ] = 2e-3
     temperature: Annotated[float, "of the warm-up's softmax"] = 0.1
     drop: Annotated[float, "share of a caption's words that a view of it lacks"] = 0.2
     network: Annotated[str, "the small model: a spec"] = training_traces.NETWORK
@@ -71,18 +73,32 @@ class Safeclip:
     needs: ClassVar[tuple[str, ...]] = ("report",)
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch < 2 or min(self.lr, self.together, self.temperature) <= 0 or self.side < 1:
-            raise ValueError("needs epochs >= 0, batch >= 2, lr, together and temperature > 0, side >= 1")
+        if (
+            self.epochs < 0
+            or self.batch < 2
+            or min(self.lr, self.together, self.temperature) <= 0
+            or self.side < 1
+        ):
+            raise ValueError(
+                "needs epochs >= 0, batch >= 2, lr, together and temperature > 0, side >= 1"
+            )
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be in [0, 1); got {self.drop}")
         registry.make("network", self.network)
 
-    def __call__(self, encoder: Any, source: Any, report: Report = training_traces.silent) -> Scores:
+    def __call__(
+        self, encoder: Any, source: Any, report: Report = training_traces.silent
+    ) -> Scores:
         """-> Scores, log odds; only the device is taken of the encoder."""
         study = Study.of(source, self.network, self.seed, encoder.device, self.side)
         if self.epochs:
             apart = Apart(study.encoder, self.temperature, self.drop)
-            study.train(apart, Recipe(self.epochs, self.batch, self.lr, weight_decay=0.1), report, "safeclip: warm-up")
+            study.train(
+                apart,
+                FixedRecipe(self.epochs, self.batch, self.lr, weight_decay=0.1),
+                report,
+                "safeclip: warm-up",
+            )
         clip = registry.make("objective", f"clip:epochs=1,batch={self.batch},lr={self.together}")
         study.train(clip(study.encoder), clip, report, "safeclip: one epoch together")
         agreement, _ = study.look()
@@ -107,7 +123,9 @@ def odds(values: Tensor) -> Tensor:
     """
     x = values.double().sort().values
     if float(x[0]) == float(x[-1]):
-        raise UserError("detector 'safeclip': all pairs agree equally well; there is nothing to split")
+        raise UserError(
+            "detector 'safeclip': all pairs agree equally well; there is nothing to split"
+        )
     high = (torch.arange(len(x), device=x.device) >= len(x) / 2).double()
     before = torch.full((6,), torch.inf, dtype=x.dtype)
     for _ in range(ROUNDS):

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from bezoar.detection import pseudo_classes
 from bezoar.errors import UserError
-from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 SMALLEST = 1e-12  # variances below it are rounding
 
@@ -20,7 +20,9 @@ class Spectral:
     that the poisons of a class are its strongest direction, which classes of many kinds of images break.
     """
 
-    classes: Annotated[pseudo_classes.How, "words of captions, clusters of images; auto: words where there are any"] = "auto"
+    classes: Annotated[
+        pseudo_classes.How, "words of captions, clusters of images; auto: words where there are any"
+    ] = "auto"
     count: Annotated[int, "pseudo-classes"] = 32
     seed: Annotated[int, "of the sample that the classes are found on"] = 0
 
@@ -36,5 +38,7 @@ class Spectral:
         label = pseudo_classes.labels(encoder, source, e, self.classes, self.count, self.seed)
         mean, axis = pseudo_classes.axes(e.images, label, 1, encoder.device)
         squared = pseudo_classes.projections(e.images, label, mean, axis)[:, 0].double().square()
-        whole = squared.new_zeros(len(mean)).index_add_(0, label, squared) / label.bincount(minlength=len(mean)).clamp(min=1)
+        whole = squared.new_zeros(len(mean)).index_add_(0, label, squared) / label.bincount(
+            minlength=len(mean)
+        ).clamp(min=1)
         return Scores(e.ids, (squared / whole.clamp(min=SMALLEST)[label]).float())

@@ -25,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.detection import window_transplants, shared_patterns, pseudo_classes
-from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import blocks, pool
+from bezoar.data.blocks import blocks
 from bezoar.data.pairs import load
-from bezoar.registry import method
+from bezoar.data.randomness import pool
+from bezoar.detection import pseudo_classes, shared_patterns, window_transplants
+from bezoar.errors import UserError
+from bezoar.evaluation import kmeans
 from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
 
 SEWN = 1024  # images whose cells are mixed with one another
 READ = 256  # images at a time in the later stages
@@ -39,7 +41,11 @@ KEEP = 0.6  # a smaller window must do this share of what the larger does
 LEAST = 1 / 8  # side of the smallest window, as a share of the image's
 SHOWN = 1 / 4  # side of the window by which two records are compared, as a share of the image's
 PIXELS = 16  # about as many pixels a side show it
-SAME, ALIKE, COPY = 0.8, 0.5, 0.95  # cosine of shifts, correlation of windows, cosine of whole pictures
+SAME, ALIKE, COPY = (
+    0.8,
+    0.5,
+    0.95,
+)  # cosine of shifts, correlation of windows, cosine of whole pictures
 SUPPORT = 5  # records that show a trigger before it is looked for
 COMPARED = 1 << 12  # windows compared with one another
 SAMPLE = 1 << 15  # captions that the groups are found on
@@ -49,9 +55,14 @@ FINE = 1 / 32  # blur that fine detail is finer than, as a share of the side
 MOVED = 0.12  # cosine to the group's captions by which the one must move them more than the other: attacks .13 to .32 of eleven
 # sets of scenes and aerial images, subjects' own textures up to .09
 PUSHED = 0.2  # length of the shift by which a window's pattern must move foreign images
-APART, LAID = 0.8, 0.35  # how far a window's pattern, and a texture, must stand apart to be believed; see `apart`
+APART, LAID = (
+    0.8,
+    0.35,
+)  # how far a window's pattern, and a texture, must stand apart to be believed; see `apart`
 LIKE = 0.6  # share of a trigger's usual likeness from which a record is tried
-TRIED = 0.08  # most records tried for a trigger, as a share of all; what more of them show is not tried
+TRIED = (
+    0.08  # most records tried for a trigger, as a share of all; what more of them show is not tried
+)
 TEXTURES = {"high-pass": shared_patterns.highpass, "roughness": shared_patterns.roughness}
 
 
@@ -113,10 +124,22 @@ class Transplant:
     seed: Annotated[int, "of the patchworks, the groups and the foreign images"] = 0
 
     def __post_init__(self) -> None:
-        if not self.cells or not all(2 <= c <= 32 for c in self.cells) or not 2 <= self.rounds <= 100:
-            raise ValueError(f"needs cells in 2..32 and rounds in 2..100; got {self.cells}, {self.rounds}")
-        if not 0 < self.cascade <= 1 or not 2 <= self.scouts <= self.k <= 1000 or not 0 <= self.groups <= 4096:
-            raise ValueError("needs cascade in (0, 1], 2 <= scouts <= k <= 1000 and groups in 0..4096")
+        if (
+            not self.cells
+            or not all(2 <= c <= 32 for c in self.cells)
+            or not 2 <= self.rounds <= 100
+        ):
+            raise ValueError(
+                f"needs cells in 2..32 and rounds in 2..100; got {self.cells}, {self.rounds}"
+            )
+        if (
+            not 0 < self.cascade <= 1
+            or not 2 <= self.scouts <= self.k <= 1000
+            or not 0 <= self.groups <= 4096
+        ):
+            raise ValueError(
+                "needs cascade in (0, 1], 2 <= scouts <= k <= 1000 and groups in 0..4096"
+            )
 
     def passes(self, n: int) -> int:
         """About how many images a scan of n pairs puts through the encoder, for an estimate of the time."""
@@ -139,9 +162,13 @@ class Transplant:
         source = source if hasattr(source, "take") else load(source)
         e = encoder.embed(source)
         if e.texts is None:
-            raise UserError("detector 'transplant' needs captions; the scanned data or the encoder has none")
+            raise UserError(
+                "detector 'transplant' needs captions; the scanned data or the encoder has none"
+            )
         if len(e.ids) <= self.k:
-            raise UserError(f"detector 'transplant' needs more than k={self.k} pairs; there are {len(e.ids)}")
+            raise UserError(
+                f"detector 'transplant' needs more than k={self.k} pairs; there are {len(e.ids)}"
+            )
         order = pool(e.ids, len(e.ids), self.seed)
         said = self.captions(e.texts, order, encoder.device)
         alarm, start, woven = self.survey(encoder, source, order, said)
@@ -150,7 +177,9 @@ class Transplant:
         worst = self.examine(encoder, source, e.texts, kept, start[kept], hosts)
         base = torch.maximum(robust(worst.gain), robust(worst.constancy))
         values, boxes = alarm.clone(), torch.full((len(alarm), 4), -1)
-        values[kept[base.argsort(descending=True, stable=True)]] = alarm[kept]  # the alarm's values in the order of the worst
+        values[kept[base.argsort(descending=True, stable=True)]] = alarm[
+            kept
+        ]  # the alarm's values in the order of the worst
         boxes[kept] = worst.boxes
         found, top, notes = windowed(source, worst, base, encoder.device), values.max(), []
         seen = looked_for(encoder.device, source, len(values), found, woven)
@@ -164,7 +193,14 @@ class Transplant:
             values = torch.where(share > 0, torch.maximum(values, raised), values)
             new = own & ~every
             boxes[new], every = box[new], every | own
-            notes.append(note | {"raised": int(own.sum()), "new": int(new.sum()), "missed": int((own & missed).sum())})
+            notes.append(
+                note
+                | {
+                    "raised": int(own.sum()),
+                    "new": int(new.sum()),
+                    "missed": int((own & missed).sum()),
+                }
+            )
         told = {"passes": self.passes(len(values)), "kept": len(kept), "raised": int(every.sum())}
         told |= {"missed": int((every & missed).sum()), "candidates": len(notes)}
         triggers = [n for n in notes if n["new"] >= SUPPORT]
@@ -180,12 +216,19 @@ class Transplant:
     def captions(self, texts: Tensor, order: np.ndarray, device: torch.device) -> Captions:
         """Groups by k-means on a fixed sample."""
         if not self.groups:
-            return Captions(torch.zeros(len(texts), dtype=torch.long), torch.empty(0, texts.shape[1], device=device))
+            return Captions(
+                torch.zeros(len(texts), dtype=torch.long),
+                torch.empty(0, texts.shape[1], device=device),
+            )
         sample = texts[torch.as_tensor(order[:SAMPLE], device=texts.device)].to(device).float()
         mean = sample.mean(0)
-        centres = pseudo_classes.clusters(F.normalize(sample - mean, dim=1, eps=1e-6), self.groups, self.seed)
+        centres = kmeans.clusters(
+            F.normalize(sample - mean, dim=1, eps=1e-6), self.groups, self.seed
+        )
         centres = F.normalize(centres, dim=1, eps=1e-6)
-        of = [((t - mean) @ centres.T).argmax(1).cpu() for t in pseudo_classes.vectors(texts, device)]
+        of = [
+            ((t - mean) @ centres.T).argmax(1).cpu() for t in pseudo_classes.vectors(texts, device)
+        ]
         return Captions(torch.cat(of), centres)
 
     def survey(
@@ -199,40 +242,67 @@ class Transplant:
             rows, images = torch.as_tensor(part), source.take(part).images.to(encoder.device)
             shape = images.shape[-2:]
             for i, count in enumerate(self.cells):
-                found, cell = window_transplants.constancy(encoder, images, count, self.rounds, self.seed + i)
+                found, cell = window_transplants.constancy(
+                    encoder, images, count, self.rounds, self.seed + i
+                )
                 constancy[rows, i] = found.cpu()
                 box = window_transplants.cells(shape, count)[cell.cpu()]
-                boxes[rows, i] = window_transplants.centred(box, (math.ceil(shape[0] / 2), math.ceil(shape[1] / 2)), shape)
+                boxes[rows, i] = window_transplants.centred(
+                    box, (math.ceil(shape[0] / 2), math.ceil(shape[1] / 2)), shape
+                )
             if len(said.centres):
-                woven = woven or [shared_patterns.Texture.none(f, len(said.centres), images) for f in TEXTURES.values()]
+                woven = woven or [
+                    shared_patterns.Texture.none(f, len(said.centres), images)
+                    for f in TEXTURES.values()
+                ]
                 for texture in woven:
                     texture.add(images, said.group[rows].to(images.device))
         alarm, which = torch.stack([robust(c) for c in constancy.T], 1).max(1)
         return alarm, boxes[torch.arange(len(order)), which], woven
 
-    def examine(self, encoder: Any, source: Any, texts: Tensor, kept: Tensor, start: Tensor, hosts: Hosts) -> Worst:
+    def examine(
+        self, encoder: Any, source: Any, texts: Tensor, kept: Tensor, start: Tensor, hosts: Hosts
+    ) -> Worst:
         """The second stage: the smallest window of each that does it, and what it does to the hosts."""
         parts = []
         for at in blocks(len(kept), READ):
             rows, images = kept[at], source.take(kept[at]).images.to(encoder.device)
             least = max(1, round(LEAST * min(images.shape[-2:])))
             scouts = hosts.sewn[: self.scouts], hosts.sewn_z[: self.scouts]
-            box = window_transplants.located(encoder, images, start[at].to(images.device), *scouts, KEEP, least)
-            shift = window_transplants.shifts(encoder, images, box[:, None], hosts.sewn, hosts.sewn_z)[:, 0]
+            box = window_transplants.located(
+                encoder, images, start[at].to(images.device), *scouts, KEEP, least
+            )
+            shift = window_transplants.shifts(
+                encoder, images, box[:, None], hosts.sewn, hosts.sewn_z
+            )[:, 0]
             t = texts[rows.to(texts.device)].to(shift.device)
             small, side = reduced(images)
-            there = window_transplants.centred(box // (images.shape[-1] // small.shape[-1]), side, small.shape[-2:])
+            there = window_transplants.centred(
+                box // (images.shape[-1] // small.shape[-1]), side, small.shape[-2:]
+            )
             gain = (shift * t[:, None]).sum(2).median(1).values
             windows = window_transplants.crop(small, there)
-            told = (rows, box, gain, window_transplants.agreement(shift), shift.mean(1), windows, thumbnails(images))
+            told = (
+                rows,
+                box,
+                gain,
+                window_transplants.agreement(shift),
+                shift.mean(1),
+                windows,
+                thumbnails(images),
+            )
             parts.append([x.cpu() for x in told])
         return Worst(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
-def windowed(source: Any, worst: Worst, base: Tensor, device: torch.device) -> list[shared_patterns.Cluster]:
+def windowed(
+    source: Any, worst: Worst, base: Tensor, device: torch.device
+) -> list[shared_patterns.Cluster]:
     """What may be triggers among the strongest windows; their rows are the source's."""
     top, out = base.argsort(descending=True, stable=True)[:COMPARED], []
-    shift, windows, pictures = (x[top].to(device) for x in (worst.shift, worst.windows, worst.pictures))
+    shift, windows, pictures = (
+        x[top].to(device) for x in (worst.shift, worst.windows, worst.pictures)
+    )
     for c in shared_patterns.clusters(shift, windows, pictures, SAME, ALIKE, COPY, SUPPORT):
         rows = worst.rows[top[c.rows.cpu()]]
         small, _ = reduced(source.take(rows[:READ]).images.to(device))
@@ -241,7 +311,13 @@ def windowed(source: Any, worst: Worst, base: Tensor, device: torch.device) -> l
     return out
 
 
-def looked_for(device: torch.device, source: Any, n: int, found: list[shared_patterns.Cluster], woven: list[shared_patterns.Texture]) -> Seen:
+def looked_for(
+    device: torch.device,
+    source: Any,
+    n: int,
+    found: list[shared_patterns.Cluster],
+    woven: list[shared_patterns.Texture],
+) -> Seen:
     """All records read once more."""
     like, corner = torch.empty(n, len(found)), torch.zeros(n, len(found), 2, dtype=torch.long)
     laid = torch.empty(n, sum(len(w.counts) for w in woven), dtype=torch.float16)
@@ -249,7 +325,9 @@ def looked_for(device: torch.device, source: Any, n: int, found: list[shared_pat
         images = source.take(range(at.start, at.stop)).images.to(device)
         if found:
             small, _ = reduced(images)
-            best, where = shared_patterns.sought(small, *(torch.stack([getattr(f, k) for f in found]) for k in ("pattern", "steady")))
+            best, where = shared_patterns.sought(
+                small, *(torch.stack([getattr(f, k) for f in found]) for k in ("pattern", "steady"))
+            )
             like[at], corner[at] = best.cpu(), where.cpu() * (images.shape[-1] // small.shape[-1])
         if woven:
             laid[at] = torch.cat([w.likeness(images) for w in woven], 1).half().cpu()
@@ -263,23 +341,37 @@ def pasted(
     known = torch.zeros(len(seen.like), dtype=torch.bool)
     for i, trigger in enumerate(found):
         stands = apart(seen.like[:, i], seen.like[trigger.rows, i].median())
-        note = {"kind": "window", "records": len(trigger.rows), "apart": round(stands, 3), "moved": 0.0}
+        note = {
+            "kind": "window",
+            "records": len(trigger.rows),
+            "apart": round(stands, 3),
+            "moved": 0.0,
+        }
         if stands < APART or known[trigger.rows].float().mean() > 0.5:
             yield torch.zeros(len(known)), torch.full((len(known), 4), -1), note
             continue
-        share, boxes, moved = tried(encoder, source, trigger, seen.like[:, i], seen.corner[:, i], hosts)
+        share, boxes, moved = tried(
+            encoder, source, trigger, seen.like[:, i], seen.corner[:, i], hosts
+        )
         share = share * (moved > PUSHED)
         known |= share >= 0.5
         yield share, boxes, note | {"moved": round(moved, 3)}
 
 
-def laid(encoder: Any, source: Any, said: Captions, seen: Seen, hosts: Hosts) -> Iterator[tuple[Tensor, Tensor, dict]]:
+def laid(
+    encoder: Any, source: Any, said: Captions, seen: Seen, hosts: Hosts
+) -> Iterator[tuple[Tensor, Tensor, dict]]:
     """The same of each texture of a group of captions."""
     shape = source.take([0]).images.shape[-2:]
     boxes = torch.tensor([0, 0, *shape]).expand(len(seen.laid), 4)
     for i, like in enumerate(seen.laid.T):
         share, note = textured(
-            encoder, source, like.float(), said.group == i % len(said.centres), said.centres[i % len(said.centres)], hosts
+            encoder,
+            source,
+            like.float(),
+            said.group == i % len(said.centres),
+            said.centres[i % len(said.centres)],
+            hosts,
         )
         if note["records"]:
             yield share, boxes, {"kind": list(TEXTURES)[i // len(said.centres)]} | note
@@ -295,7 +387,12 @@ def apart(like: Tensor, usual: Tensor) -> float:
 
 
 def tried(
-    encoder: Any, source: Any, trigger: shared_patterns.Cluster, like: Tensor, corner: Tensor, hosts: Hosts
+    encoder: Any,
+    source: Any,
+    trigger: shared_patterns.Cluster,
+    like: Tensor,
+    corner: Tensor,
+    hosts: Hosts,
 ) -> tuple[Tensor, Tensor, float]:
     """The records most like a trigger, transplanted: share of its usual likeness and effect (N,), boxes, usual effect.
 
@@ -312,29 +409,42 @@ def tried(
         size = torch.tensor([round(SHOWN * n) for n in images.shape[-2:]]).expand(len(images), 2)
         boxes[rows[at]] = torch.cat([corner[rows[at]], size], 1)
         box = boxes[rows[at]].to(images.device)
-        shift = window_transplants.shifts(encoder, images, box[:, None], hosts.sewn, hosts.sewn_z)[:, 0].mean(1)
+        shift = window_transplants.shifts(encoder, images, box[:, None], hosts.sewn, hosts.sewn_z)[
+            :, 0
+        ].mean(1)
         moved[rows[at]] = (shift @ trigger.direction).cpu()
     effect = moved[trigger.rows].median().clamp(min=1e-3)
     share = (like / usual).clamp(0, 1) * (moved / effect).clamp(0, 1)
     return share * (share >= 0.25), boxes, float(effect)
 
 
-def textured(encoder: Any, source: Any, like: Tensor, member: Tensor, centre: Tensor, hosts: Hosts) -> tuple[Tensor, dict]:
+def textured(
+    encoder: Any, source: Any, like: Tensor, member: Tensor, centre: Tensor, hosts: Hosts
+) -> tuple[Tensor, dict]:
     """How much of a group's texture each record shows, (N,), all 0 when it is not believed.
 
     like: (N,), member: bool (N,), of the group. moved: how far the fine detail of the members that show it moves foreign
     images towards the group's captions, less how far that of the others does: about 0 where it only belongs to a subject.
     """
     clear, middle = robust(like), like.median()
-    own, rest = (member & (clear > CLEAR)).nonzero()[:, 0], (member & (clear < CLEAR / 2)).nonzero()[:, 0]
-    note = {"records": len(own) if min(len(own), len(rest)) >= SUPPORT else 0, "apart": 0.0, "moved": 0.0}
+    own, rest = (
+        (member & (clear > CLEAR)).nonzero()[:, 0],
+        (member & (clear < CLEAR / 2)).nonzero()[:, 0],
+    )
+    note = {
+        "records": len(own) if min(len(own), len(rest)) >= SUPPORT else 0,
+        "apart": 0.0,
+        "moved": 0.0,
+    }
     if not note["records"]:
         return torch.zeros_like(like), note
     usual = like[own].median()
     note["apart"] = round(stands := apart(like, usual), 3)
     if stands < LAID:
         return torch.zeros_like(like), note
-    effects = [carried(encoder, source.take(rows[:SHARED]).images, hosts) @ centre for rows in (own, rest)]
+    effects = [
+        carried(encoder, source.take(rows[:SHARED]).images, hosts) @ centre for rows in (own, rest)
+    ]
     note["moved"] = round(moved := float(effects[0] - effects[1]), 3)
     share = ((like - middle) / (usual - middle)).clamp(0, 1)
     return share * (member | (clear > CLEAR)) * (moved > MOVED), note
@@ -347,7 +457,9 @@ def carried(encoder: Any, images: Tensor, hosts: Hosts) -> Tensor:
     total = torch.zeros_like(hosts.natural_z[0])
     for rows in window_transplants.chunks(images, len(hosts.natural)):
         altered = (fine[rows, None] + hosts.natural).clamp(0, 255) / 255
-        total += (encoder.images(altered.flatten(0, 1)).unflatten(0, altered.shape[:2]) - hosts.natural_z).sum((0, 1))
+        total += (
+            encoder.images(altered.flatten(0, 1)).unflatten(0, altered.shape[:2]) - hosts.natural_z
+        ).sum((0, 1))
     return total / (len(images) * len(hosts.natural))
 
 
@@ -374,4 +486,6 @@ def _first(values: Tensor, ids: Any, count: int) -> Tensor:
     """Rows of the `count` largest values, ties in the order of the ids."""
     v = values.numpy()
     rows = np.flatnonzero(v >= np.partition(v, len(v) - count)[len(v) - count])
-    return torch.as_tensor(rows[np.lexsort((np.asarray([ids[i] for i in rows.tolist()]), -v[rows]))][:count])
+    return torch.as_tensor(
+        rows[np.lexsort((np.asarray([ids[i] for i in rows.tolist()]), -v[rows]))][:count]
+    )

@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bezoar.detection.corpus.corpus import Corpus
 from bezoar.data.embeddings import Ready
+from bezoar.data.files.paths import TEXT_BYTES, existing
+from bezoar.detection.corpus.corpus import Corpus
+from bezoar.detection.reliability import false_discoveries, side_channels, usual_filters
+from bezoar.detection.reliability.false_discoveries import Expected
 from bezoar.encoders.encoder import Embedded
 from bezoar.errors import UserError
-from bezoar.runs.inputs import Dataset
-from bezoar.data.decoding import TEXT_BYTES, existing
 from bezoar.evaluation.scores import Measure, Scores
-from bezoar.detection.reliability import usual_filters, false_discoveries, side_channels
-from bezoar.detection.reliability.false_discoveries import Expected
+from bezoar.runs.inputs import Dataset
 
 WINDOWS = "windows.safetensors"
 
@@ -36,30 +36,50 @@ def discoveries(
 
     trusted: a file with the ids, one a line, of records known to be clean, drawn at random; "" without one.
     """
-    found = by_file(merged, trusted, more) if trusted else false_discoveries.expected(merged, detectors, more)
+    found = (
+        by_file(merged, trusted, more)
+        if trusted
+        else false_discoveries.expected(merged, detectors, more)
+    )
     key = "expected_clean" if trusted else "expected_ordinary"
     told = {"how": found.how, "why": found.why, "assumption": found.assumption}
-    return {f"{key}@{n}": m for n, m in zip(found.n, found.counts, strict=True)}, {"discovery": told}
+    return {f"{key}@{n}": m for n, m in zip(found.n, found.counts, strict=True)}, {
+        "discovery": told
+    }
 
 
 def by_file(merged: Scores, trusted: str, more: Sequence[int]) -> Expected:
     """By the records that a file names. Raises UserError when it names none of those that were scanned."""
     with existing(trusted, "list of clean records").open("rb") as file:
-        known = {line.strip().decode("utf-8", "replace") for line in iter(lambda: file.readline(TEXT_BYTES), b"")}
+        known = {
+            line.strip().decode("utf-8", "replace")
+            for line in iter(lambda: file.readline(TEXT_BYTES), b"")
+        }
     mask = np.fromiter((k in known for k in merged.ids), bool, len(merged))
     if not mask.any():
         raise UserError(f"{trusted} names none of the {len(merged)} records that were scanned")
     values = merged.values.double().cpu().numpy()
-    return false_discoveries.by_reference(values, mask, false_discoveries.depths(int((~mask).sum()), more))
+    return false_discoveries.by_reference(
+        values, mask, false_discoveries.depths(int((~mask).sum()), more)
+    )
 
 
 def measure_side_channels(
-    given: Any, parts: Dataset, ids: Sequence[str], captions: Sequence[str], truth: np.ndarray, what: str
+    given: Any,
+    parts: Dataset,
+    ids: Sequence[str],
+    captions: Sequence[str],
+    truth: np.ndarray,
+    what: str,
 ) -> tuple[dict[str, Measure], dict[str, Any], np.ndarray | None]:
     """AUROC of every side channel; what to say; and the stored sizes (N, 2) where files say them. what: `truth` in words."""
     channels = side_channels.audit(given, parts, ids, captions)
     found = side_channels.measured(channels, truth, what)
-    return side_channels.metrics(found), {"leaks": side_channels.notes(channels, found) | {"of": what}}, channels.sides
+    return (
+        side_channels.metrics(found),
+        {"leaks": side_channels.notes(channels, found) | {"of": what}},
+        channels.sides,
+    )
 
 
 def filters(
@@ -90,9 +110,18 @@ def windows(folder: Path) -> dict[str, tuple[int, int, int, int]]:
         ids, boxes = json.loads(bytes(held["ids"].numpy())), held["boxes"]
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} holds no windows: {error}") from error
-    if not isinstance(ids, list) or boxes.shape != (len(ids), 4) or not all(isinstance(k, str) for k in ids):
-        raise UserError(f"{path} holds no list of ids with a box each; boxes are of shape {tuple(boxes.shape)}")
-    return {k: (int(b[0]), int(b[1]), int(b[2]), int(b[3])) for k, b in zip(ids, boxes.tolist(), strict=True)}
+    if (
+        not isinstance(ids, list)
+        or boxes.shape != (len(ids), 4)
+        or not all(isinstance(k, str) for k in ids)
+    ):
+        raise UserError(
+            f"{path} holds no list of ids with a box each; boxes are of shape {tuple(boxes.shape)}"
+        )
+    return {
+        k: (int(b[0]), int(b[1]), int(b[2]), int(b[3]))
+        for k, b in zip(ids, boxes.tolist(), strict=True)
+    }
 
 
 def measured(
@@ -115,7 +144,9 @@ def measured(
         truth[removed], what = True, "removed records"
     known = None
     if sides:
-        found, notes, known = measure_side_channels(given, parts, corpus.ids, corpus.captions, truth, what)
+        found, notes, known = measure_side_channels(
+            given, parts, corpus.ids, corpus.captions, truth, what
+        )
         out, told = out | found, told | notes
     if parts.plan.edits:
         found, notes = filters(corpus, corpus.embedded, truth, known)

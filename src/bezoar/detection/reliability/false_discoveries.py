@@ -25,13 +25,20 @@ from bezoar.evaluation.scores import Measure, Scores
 Floats = NDArray[np.float64]
 SHARES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05)  # of the records, that are reported
 WINDOWS = ((0.5, 0.9), (0.6, 0.92), (0.7, 0.95))  # quantiles between which the shoulder is fitted
-NARROW = (0.82, 0.95)  # where none of these is smooth, as of a cascade that looks closer at the worst fifth
+NARROW = (
+    0.82,
+    0.95,
+)  # where none of these is smooth, as of a cascade that looks closer at the worst fifth
 WIDE = (0.1, 0.92)  # where the third degree is fitted
 LEAST = 1000  # records, and a twentieth of them in a window
 BINS, DRAWS = 30, 60
-MISFIT = 0.01  # mean squared relative error of a fit beyond chance, from which its window is not used
+MISFIT = (
+    0.01  # mean squared relative error of a fit beyond chance, from which its window is not used
+)
 HEAVY = 3.0  # standard errors by which the log density may bend upwards, no further: else its tail is heavier than exponential
-TIED = 0.02  # share of all records with one score above the median, from which scores are too coarse
+TIED = (
+    0.02  # share of all records with one score above the median, from which scores are too coarse
+)
 ASSUMPTION = (
     "Assumes that beyond the bulk the ordinary records' tail falls at least exponentially, and that fewer than 5 % of all "
     "records are poisons. Odd but harmless records are not counted as ordinary."
@@ -59,12 +66,19 @@ class Expected:
         if self.how == "reference":
             return REFERENCED
         parts = [m.partition(": ") for m in self.mute]
-        return ASSUMPTION + "".join(f" What {name} finds worst counts as ordinary: {why}." for name, _, why in parts)
+        return ASSUMPTION + "".join(
+            f" What {name} finds worst counts as ordinary: {why}." for name, _, why in parts
+        )
 
 
 def depths(total: int, more: Sequence[int] = ()) -> tuple[int, ...]:
     """The n that are reported for so many records, ascending."""
-    return tuple(sorted({max(1, round(share * total)) for share in SHARES} | {n for n in more if 0 < n <= 0.05 * total}))
+    return tuple(
+        sorted(
+            {max(1, round(share * total)) for share in SHARES}
+            | {n for n in more if 0 < n <= 0.05 * total}
+        )
+    )
 
 
 def expected(merged: Scores, detectors: Mapping[str, Scores], more: Sequence[int] = ()) -> Expected:
@@ -108,7 +122,9 @@ def expected(merged: Scores, detectors: Mapping[str, Scores], more: Sequence[int
     return Expected("tail", ns, counts, mute=tuple(mute))
 
 
-def by_reference(values: Floats, known: NDArray[np.bool_], ns: Sequence[int], level: float = 0.95) -> Expected:
+def by_reference(
+    values: Floats, known: NDArray[np.bool_], ns: Sequence[int], level: float = 0.95
+) -> Expected:
     """values: float (N,), higher = worse. known: bool (N,), a random sample of clean records among them.
 
     Of the worst n of the others, at most (others) x (share of clean records as bad), taking every record for clean that is
@@ -119,13 +135,19 @@ def by_reference(values: Floats, known: NDArray[np.bool_], ns: Sequence[int], le
     reference, rest = np.sort(values[known]), values[~known]
     m, total = len(reference), len(rest)
     if m < 20:
-        return Expected("reference", why=f"{m} records of the reference are among those scanned; at least 20 are needed")
+        return Expected(
+            "reference",
+            why=f"{m} records of the reference are among those scanned; at least 20 are needed",
+        )
     cuts = np.sort(rest)[::-1][np.asarray(ns, np.int64) - 1]
     above = m - np.searchsorted(reference, cuts, "left")
     low = np.where(above > 0, beta.ppf((1 - level) / 2, np.maximum(above, 1), m - above + 1), 0.0)
     high = np.where(above < m, beta.ppf((1 + level) / 2, above + 1, np.maximum(m - above, 1)), 1.0)
     point = (above + 1) / (m + 1)
-    counts = tuple(_count(p * total, lo * total, hi * total, n) for p, lo, hi, n in zip(point, low, high, ns, strict=True))
+    counts = tuple(
+        _count(p * total, lo * total, hi * total, n)
+        for p, lo, hi, n in zip(point, low, high, ns, strict=True)
+    )
     return Expected("reference", tuple(ns), counts)
 
 
@@ -149,7 +171,10 @@ def by_tail(values: Floats, ns: Sequence[int]) -> Expected:
         lows.append(_quantile(steep[1:], 0.025))
         highs.append(_quantile(shoulder.beyond(1, at)[1:], 0.975))
     if heavy:
-        return Expected("tail", why="the bulk's tail is heavier than exponential: it cannot be told from what stands out")
+        return Expected(
+            "tail",
+            why="the bulk's tail is heavier than exponential: it cannot be told from what stands out",
+        )
     if not points:
         return Expected("tail", why="the scores above the median are not spread smoothly")
     wide = Shoulder.of(values, WIDE)
@@ -158,7 +183,9 @@ def by_tail(values: Floats, ns: Sequence[int]) -> Expected:
     point, low, high = np.median(points, 0), np.min(lows, 0), np.max(highs, 0)
     # beside what is expected, chance decides how many there are
     low, high = low - 2 * np.sqrt(low), high + 2 * np.sqrt(high)
-    return Expected("tail", tuple(ns), tuple(_count(*row) for row in zip(point, low, high, ns, strict=True)))
+    return Expected(
+        "tail", tuple(ns), tuple(_count(*row) for row in zip(point, low, high, ns, strict=True))
+    )
 
 
 def unfit(values: Floats) -> str:
@@ -188,7 +215,9 @@ class Shoulder:
         if end <= start or len(inside) < LEAST // 20:
             return None
         counts = np.histogram((inside - start) / (end - start), BINS, (0, 1))[0].astype(np.float64)
-        drawn = np.random.default_rng(0).multinomial(int(counts.sum()), counts / counts.sum(), DRAWS)
+        drawn = np.random.default_rng(0).multinomial(
+            int(counts.sum()), counts / counts.sum(), DRAWS
+        )
         return Shoulder(float(start), float(end - start), np.concatenate([counts[None], drawn]))
 
     @property
@@ -201,7 +230,9 @@ class Shoulder:
         """Mean squared relative error of the second degree's fit, less what chance explains."""
         mean = np.exp(powers(self.middles, 2) @ fitted(self.counts[:1], self.middles, 2)[0][0])
         c = self.counts[0]
-        deviance = 2 * float((np.where(c > 0, c * np.log(np.maximum(c, 1) / mean), 0) - (c - mean)).sum())
+        deviance = 2 * float(
+            (np.where(c > 0, c * np.log(np.maximum(c, 1) / mean), 0) - (c - mean)).sum()
+        )
         freedom = BINS - 3
         return max(0.0, deviance - freedom - 3 * math.sqrt(2 * freedom)) / float(c.sum())
 
@@ -224,7 +255,10 @@ class Shoulder:
         slope = beta[:, 1:] @ (np.arange(1, degree + 1) * (grid[-1] - 0.5) ** np.arange(degree))
         rest = np.where(slope < 0, density[:, -1] / np.maximum(-slope, 1e-12), np.inf)
         steps = (density[:, 1:] + density[:, :-1]) / 2 * np.diff(grid)
-        mass = np.concatenate([np.cumsum(steps[:, ::-1], 1)[:, ::-1], np.zeros((len(beta), 1))], 1) + rest[:, None]
+        mass = (
+            np.concatenate([np.cumsum(steps[:, ::-1], 1)[:, ::-1], np.zeros((len(beta), 1))], 1)
+            + rest[:, None]
+        )
         return np.stack([np.interp(at, grid, row) for row in mass])
 
 
@@ -253,4 +287,10 @@ def _quantile(values: Floats, share: float) -> Floats:
 def _count(value: float, low: float, high: float, n: int) -> Measure:
     """An expected number of the worst n."""
     value, low, high = (float(min(n, max(0.0, v))) for v in (value, low, high))
-    return Measure(min(max(value, low), high), n, low, high, f"of the worst {n} records, how many are expected to be ordinary")
+    return Measure(
+        min(max(value, low), high),
+        n,
+        low,
+        high,
+        f"of the worst {n} records, how many are expected to be ordinary",
+    )

@@ -29,19 +29,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bezoar.runs import inputs
-from bezoar.evaluation import stats
+from bezoar.data.decoding import Record
+from bezoar.data.files.images import BROKEN, FORMATS
+from bezoar.data.files.skipped import Skipped
+from bezoar.data.files.tars import BLOCK
 from bezoar.data.folders import Folder
+from bezoar.data.randomness import draws
+from bezoar.data.shards import Placed, Shards, expand
 from bezoar.data.tables import Table
 from bezoar.encoders.encoder import words
 from bezoar.errors import UserError
-from bezoar.runs.inputs import Dataset
-from bezoar.data.pairs import draws
-from bezoar.data.decoding import BROKEN, FORMATS, Record, Skipped
-from bezoar.runs.run import Run
+from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Measure
-from bezoar.data.shards import Placed, Shards, expand
-from bezoar.data.files.tars import BLOCK
+from bezoar.runs import inputs
+from bezoar.runs.inputs import Dataset
+from bezoar.runs.run import Run
 
 HEAD = 1 << 20  # bytes of a file that are looked at
 SEGMENTS = 256  # parts of a header that are looked at
@@ -50,7 +52,9 @@ TEMPLATE = 12  # words and gaps of a template
 BLOCKS = 20  # equal parts of the corpus
 RARE = 20  # records of a kind, below which it is one of the rare ones
 LEAST = 2  # poisons and others in either half, below which nothing is measured
-SEPARATES = 0.6  # AUROC from which a channel is called a leak, when chance is ruled out over all channels
+SEPARATES = (
+    0.6  # AUROC from which a channel is called a leak, when chance is ruled out over all channels
+)
 TOLD = {  # what a channel is, in the words of a page
     "file_size": "size of the image's file in bytes",
     "file_time": "time stamp of the file, or in the tar's header",
@@ -159,7 +163,9 @@ def of_records(ids: Sequence[str], captions: Sequence[str]) -> Channels:
     out.kinds["row_block"] = np.arange(n) * min(BLOCKS, max(1, n // (2 * RARE))) // max(1, n)
     out.kinds["key_pattern"] = coded(pattern(k) for k in ids)
     if not len(captions):
-        out.absent |= dict.fromkeys(("caption_length", "caption_repeats", "caption_template"), "no captions")
+        out.absent |= dict.fromkeys(
+            ("caption_length", "caption_repeats", "caption_template"), "no captions"
+        )
         return out
     out.numbers["caption_length"] = np.fromiter(map(len, captions), np.float64, n)
     same = coded(captions)
@@ -191,7 +197,17 @@ def coded(values: Iterable[Any]) -> np.ndarray:
 
 # ---- what is read off the files
 
-FILES = ("file_size", "file_time", "file_owner", "extension", "format", "layout", "jpeg_tables", "shape", "aspect")
+FILES = (
+    "file_size",
+    "file_time",
+    "file_owner",
+    "extension",
+    "format",
+    "layout",
+    "jpeg_tables",
+    "shape",
+    "aspect",
+)
 PLACED = ("shard", "place_in_shard")
 
 
@@ -205,7 +221,11 @@ def of_files(records: Iterable[Record | Skipped]) -> Channels:
         for record in records:
             if isinstance(record, Skipped):
                 continue
-            if isinstance(record, Placed) and isinstance(record.image, bytes) and record.file != tar[0]:
+            if (
+                isinstance(record, Placed)
+                and isinstance(record.image, bytes)
+                and record.file != tar[0]
+            ):
                 before, tar = tar[1], (record.file, os.open(record.file, os.O_RDONLY))
                 if before >= 0:
                     os.close(before)
@@ -218,7 +238,9 @@ def of_files(records: Iterable[Record | Skipped]) -> Channels:
                 rows.append((*found, shard, counts[shard]))
             counts[shard] += 1
     except OSError as error:
-        raise UserError(f"{error.filename or tar[0]} cannot be read: {error.strerror or error}") from error
+        raise UserError(
+            f"{error.filename or tar[0]} cannot be read: {error.strerror or error}"
+        ) from error
     finally:
         if tar[1] >= 0:
             os.close(tar[1])
@@ -230,9 +252,19 @@ def _columns(ids: list[str], rows: list[tuple], placed: bool) -> Channels:
     out = Channels(ids)
     if not rows:
         return out
-    size, time, owner, extension, form, layout, tables, shape, shard, place = zip(*rows, strict=True)
-    out.numbers |= {"file_size": np.array(size, np.float64), "file_time": np.array(time, np.float64)}
-    out.kinds |= {"file_owner": coded(owner), "extension": coded(extension), "format": coded(form), "layout": coded(layout)}
+    size, time, owner, extension, form, layout, tables, shape, shard, place = zip(
+        *rows, strict=True
+    )
+    out.numbers |= {
+        "file_size": np.array(size, np.float64),
+        "file_time": np.array(time, np.float64),
+    }
+    out.kinds |= {
+        "file_owner": coded(owner),
+        "extension": coded(extension),
+        "format": coded(form),
+        "layout": coded(layout),
+    }
     sides = np.array(shape, np.float64)
     if (sides > 0).any():
         out.kinds["shape"] = coded(shape)
@@ -280,7 +312,11 @@ def member(block: bytes) -> tuple[str, float, str]:
     except (tarfile.TarError, ValueError):
         return "", 0.0, ""
     extension = found.name.rpartition("/")[2].partition(".")[2]
-    return extension, float(found.mtime), f"{found.uid}:{found.gid}:{found.uname}:{found.gname}:{found.mode:o}"
+    return (
+        extension,
+        float(found.mtime),
+        f"{found.uid}:{found.gid}:{found.uname}:{found.gname}:{found.mode:o}",
+    )
 
 
 def header(content: bytes) -> tuple[str, str, str, tuple[int, int]]:

@@ -49,7 +49,10 @@ class Filter:
 
 
 def filters(
-    source: Any, embedded: Embedded | None = None, sides: np.ndarray | None = None, pixels: bool = True
+    source: Any,
+    embedded: Embedded | None = None,
+    sides: np.ndarray | None = None,
+    pixels: bool = True,
 ) -> list[Filter]:
     """Every filter over a source's records.
 
@@ -60,10 +63,20 @@ def filters(
     out = [*by_score(embedded, ids), *of_images(hashes, sides), *of_captions(captions)]
     held = [f for f in out if f.passes is not None]
     basic = [f for f in held if f.name in ("language", "caption_length", "resolution", "aspect")]
-    for name, parts in (("datacomp_basic", basic), ("all", [f for f in held if f.name != "clip_score_10"])):
+    for name, parts in (
+        ("datacomp_basic", basic),
+        ("all", [f for f in held if f.name != "clip_score_10"]),
+    ):
         told = f"all of: {', '.join(f.name for f in parts)}"
         passes = [f.passes for f in parts if f.passes is not None]
-        out.append(Filter(name, told, np.logical_and.reduce(passes) if passes else None, "" if passes else "none applies"))
+        out.append(
+            Filter(
+                name,
+                told,
+                np.logical_and.reduce(passes) if passes else None,
+                "" if passes else "none applies",
+            )
+        )
     return out
 
 
@@ -75,9 +88,14 @@ def measured(found: Sequence[Filter], truth: np.ndarray) -> dict[str, Measure]:
     for f in found:
         if f.passes is None:
             continue
-        for key, group, what in (("clean_kept", ~truth, "clean records kept"), ("poisons_pass", truth, "poisons that pass")):
+        for key, group, what in (
+            ("clean_kept", ~truth, "clean records kept"),
+            ("poisons_pass", truth, "poisons that pass"),
+        ):
             how = f"{what} by: {f.told}"
-            out[f"filter.{f.name}.{key}"] = proportion(int(f.passes[group].sum()), int(group.sum()), how)
+            out[f"filter.{f.name}.{key}"] = proportion(
+                int(f.passes[group].sum()), int(group.sum()), how
+            )
     return out
 
 
@@ -95,44 +113,77 @@ def gathered(source: Any) -> tuple[list[str], list[str], np.ndarray | None]:
         ids += part.ids
         captions += part.captions
         hashes.append(hashed(part.images))
-    return ids, captions if len(captions) == len(ids) else [], np.concatenate(hashes) if hashes else None
+    return (
+        ids,
+        captions if len(captions) == len(ids) else [],
+        np.concatenate(hashes) if hashes else None,
+    )
 
 
 def hashed(images: Tensor) -> np.ndarray:
     """uint8 (N, 3, H, W) -> uint64 (N,): which of 8 x 9 means is lighter than its left neighbour; 0 where all are alike."""
-    light = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), (HASH[0], HASH[1] + 1))[:, 0]
+    light = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), (HASH[0], HASH[1] + 1))[
+        :, 0
+    ]
     step = light.diff(dim=2)
-    bits = np.packbits((step > 0).flatten(1).cpu().numpy(), axis=1).view(">u8")[:, 0].astype(np.uint64)
+    bits = (
+        np.packbits((step > 0).flatten(1).cpu().numpy(), axis=1).view(">u8")[:, 0].astype(np.uint64)
+    )
     return np.where(step.abs().mean((1, 2)).cpu().numpy() < FLAT, np.uint64(0), bits)
 
 
 def by_score(embedded: Embedded | None, ids: Sequence[str]) -> list[Filter]:
     """The records whose image and caption agree most."""
     told = {
-        name: f"the {share:.0%} of all records with the highest cosine of image and caption" for name, share in SHARES.items()
+        name: f"the {share:.0%} of all records with the highest cosine of image and caption"
+        for name, share in SHARES.items()
     }
     if embedded is None or embedded.texts is None:
         return [Filter(name, told[name], None, "no vectors of captions") for name in SHARES]
     if len(embedded.ids) != len(ids) or any(a != b for a, b in zip(embedded.ids, ids, strict=True)):
-        raise UserError("cleaning needs the vectors of the records that it is given, in their order")
+        raise UserError(
+            "cleaning needs the vectors of the records that it is given, in their order"
+        )
     cosine = torch.cat(
-        [(z * t.to(z.device)).sum(1) for z, t in zip(embedded.images.split(ROWS), embedded.texts.split(ROWS), strict=True)]
+        [
+            (z * t.to(z.device)).sum(1)
+            for z, t in zip(embedded.images.split(ROWS), embedded.texts.split(ROWS), strict=True)
+        ]
     )
     s = cosine.double().cpu().numpy()
-    return [Filter(name, told[name], s >= np.quantile(s, 1 - share)) for name, share in SHARES.items()]
+    return [
+        Filter(name, told[name], s >= np.quantile(s, 1 - share)) for name, share in SHARES.items()
+    ]
 
 
 def of_images(hashes: np.ndarray | None, sides: np.ndarray | None) -> list[Filter]:
     """Each picture once; large enough; not too long."""
     told = "the first of all pictures with one difference hash (64 bits); pictures without contrast stay"
-    out = [Filter("image_duplicates", told, None if hashes is None else first(hashes) | (hashes == 0), "no images at hand")]
+    out = [
+        Filter(
+            "image_duplicates",
+            told,
+            None if hashes is None else first(hashes) | (hashes == 0),
+            "no images at hand",
+        )
+    ]
     known = sides is not None and bool((sides > 0).all())
     small, large = (sides.min(1), sides.max(1)) if sides is not None else (np.zeros(0), np.zeros(0))
     why = "the stored size of the pictures is not known"
-    tiny = known and bool((small <= SMALLER_SIDE).all())  # a set made small on purpose: the filter was before
-    passes, none = (None, "all pictures are smaller") if tiny else (small > SMALLER_SIDE if known else None, why)
+    tiny = known and bool(
+        (small <= SMALLER_SIDE).all()
+    )  # a set made small on purpose: the filter was before
+    passes, none = (
+        (None, "all pictures are smaller")
+        if tiny
+        else (small > SMALLER_SIDE if known else None, why)
+    )
     out.append(Filter("resolution", f"smaller side over {SMALLER_SIDE} pixels", passes, none))
-    out.append(Filter("aspect", f"sides under {ASPECT:g} to 1", large < ASPECT * small if known else None, why))
+    out.append(
+        Filter(
+            "aspect", f"sides under {ASPECT:g} to 1", large < ASPECT * small if known else None, why
+        )
+    )
     return out
 
 
@@ -150,7 +201,10 @@ def of_captions(captions: Sequence[str]) -> list[Filter]:
     passes = {
         "caption_duplicates": first(same),
         "caption_length": np.array(
-            [len(c.strip()) > CHARACTERS and len(p.split()) > WORDS for c, p in zip(captions, plain, strict=True)]
+            [
+                len(c.strip()) > CHARACTERS and len(p.split()) > WORDS
+                for c, p in zip(captions, plain, strict=True)
+            ]
         ),
         "language": np.array([english(c[:4096]) for c in captions]),
     }
@@ -159,7 +213,9 @@ def of_captions(captions: Sequence[str]) -> list[Filter]:
 
 def hash_of(text: str) -> int:
     """64 bits of a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little"
+    )
 
 
 def first(values: np.ndarray) -> np.ndarray:

@@ -7,10 +7,11 @@ from typing import Annotated
 import torch
 
 from bezoar.data.files import checkpoints
-from bezoar.encoders import small_towers, classifier_networks
+from bezoar.data.files.paths import existing
+from bezoar.encoders import classifier_networks, small_towers
 from bezoar.encoders.encoder import Encoder, Preprocess
+from bezoar.encoders.weights import check_weights
 from bezoar.errors import UserError
-from bezoar.data.decoding import existing
 from bezoar.registry import method
 
 
@@ -21,15 +22,26 @@ class Classifier:
     Strict: no key may be missing, left over or of another shape. `about["imported"]` says what was assumed, not read.
     """
 
-    path: Annotated[str, "a .pth, .pt, .npz or .safetensors file of weights; pickles of more than tensors are refused"] = ""
-    mean_std: Annotated[str, "cifar, stl10, imagenet, clip, none, or six numbers M/M/M/S/S/S; auto is the stem's"] = "auto"
+    path: Annotated[
+        str,
+        "a .pth, .pt, .npz or .safetensors file of weights; pickles of more than tensors are refused",
+    ] = ""
+    mean_std: Annotated[
+        str, "cifar, stl10, imagenet, clip, none, or six numbers M/M/M/S/S/S; auto is the stem's"
+    ] = "auto"
     size: Annotated[int, "input side in pixels; 0: 32 of a 3x3 stem, 224 of a 7x7 one"] = 0
-    classes: Annotated[str, "names in the head's order, a+b, or a .txt or .json file; else numbers"] = ""
+    classes: Annotated[
+        str, "names in the head's order, a+b, or a .txt or .json file; else numbers"
+    ] = ""
     architecture: Annotated[str, "a fresh network, in the words of an imported one's about"] = ""
 
     def files(self) -> list[Path]:
         """The weights, and the names."""
-        named = [existing(self.classes, "file of class names")] if Path(self.classes).suffix in (".txt", ".json") else []
+        named = (
+            [existing(self.classes, "file of class names")]
+            if Path(self.classes).suffix in (".txt", ".json")
+            else []
+        )
         return ([existing(self.path, "weights file")] if self.path else []) + named
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
@@ -43,19 +55,23 @@ class Classifier:
         found = None
         if self.path:
             found = classifier_networks.describe(checkpoints.read(self.path), self.path)
-        shape = classifier_networks.parse(self.architecture) if found is None else found.architecture
+        shape = (
+            classifier_networks.parse(self.architecture) if found is None else found.architecture
+        )
         name = self.path or "classifier"
         side, assumed = self._side(shape.side, size, name)
         preprocess, normalised = self._preprocess(side, shape.side)
         names = (
-            classifier_networks.named_classes(self.classes, shape.classes, name) if self.classes else tuple(map(str, range(shape.classes)))
+            classifier_networks.named_classes(self.classes, shape.classes, name)
+            if self.classes
+            else tuple(map(str, range(shape.classes)))
         )
         if found is not None:
             what = f"a classifier {classifier_networks.write(shape)}"
             with torch.device("meta"):  # shapes are compared before memory is spent
                 trunk, head = shape.trunk(), shape.head()
-            checkpoints.check(trunk, found.trunk, name, what)
-            checkpoints.check(head, found.head, name, what + ", its head")
+            check_weights(trunk, found.trunk, name, what)
+            check_weights(head, found.head, name, what + ", its head")
         image = shape.trunk().to(memory_format=torch.channels_last)
         normal = "/".join(map(str, (*preprocess.mean, *preprocess.std)))
         network = f'classifier:mean_std={normal},size={side},architecture="{classifier_networks.write(shape)}"'
@@ -93,7 +109,9 @@ class Classifier:
             return Preprocess(side, tuple(numbers[:3]), tuple(numbers[3:])), []
         default = "cifar" if own == 32 else "imagenet"
         name = default if self.mean_std == "auto" else self.mean_std
-        return small_towers.preprocess(side, name), [f"mean_std={default}"] if self.mean_std == "auto" else []
+        return small_towers.preprocess(side, name), [
+            f"mean_std={default}"
+        ] if self.mean_std == "auto" else []
 
     def __post_init__(self) -> None:
         if self.path and self.architecture:
@@ -106,4 +124,6 @@ class Classifier:
             return
         numbers = [float(n) for n in self.mean_std.split("/")]
         if len(numbers) != 6 or not all(abs(n) < 1e3 for n in numbers) or not min(numbers[3:]) > 0:
-            raise ValueError(f"mean_std as numbers is M/M/M/S/S/S, deviations above 0; got {self.mean_std!r}")
+            raise ValueError(
+                f"mean_std as numbers is M/M/M/S/S/S, deviations above 0; got {self.mean_std!r}"
+            )

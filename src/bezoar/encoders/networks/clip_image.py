@@ -27,7 +27,9 @@ class ClipImage:
         import open_clip
 
         if self.model not in open_clip.list_models():
-            raise UserError(f"open_clip has no architecture {self.model!r}; `open_clip.list_models()` names them")
+            raise UserError(
+                f"open_clip has no architecture {self.model!r}; `open_clip.list_models()` names them"
+            )
         model = open_clip.create_model(self.model)
         visual = getattr(model, "visual", None)
         if type(model) not in (open_clip.CLIP, open_clip.CustomTextCLIP) or visual is None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bezoar.encoders.encoder import Encoder, Preprocess, Words, words
-from bezoar.registry import method, spec
 from bezoar.encoders.small_towers import Tower
+from bezoar.registry import method, spec
 
 
 class Bag(nn.Module):
@@ -18,7 +18,9 @@ class Bag(nn.Module):
     def __init__(self, vocabulary: int, width: int, dim: int) -> None:
         super().__init__()
         self.words = nn.EmbeddingBag(vocabulary + 1, width, mode="mean", padding_idx=0)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim))
+        self.head = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim)
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """A caption without a known word is read as the zero vector."""
@@ -36,7 +38,9 @@ class ClipSmall:
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """The words that the text tower will know, most frequent first, ties in alphabetical order."""
         counts = Counter(w for c in captions for w in words(c))
-        return tuple(w for w, _ in sorted(counts.items(), key=lambda p: (-p[1], p[0]))[: self.words])
+        return tuple(
+            w for w, _ in sorted(counts.items(), key=lambda p: (-p[1], p[0]))[: self.words]
+        )
 
     def __call__(self, size: int, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """A fresh encoder for images of `size` pixels, 32..96. Weights come from torch's generator."""

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.data.files import checkpoints
+from bezoar.data.files.paths import existing
 from bezoar.encoders import fast_linear
 from bezoar.encoders.encoder import Encoder, Preprocess
+from bezoar.encoders.weights import check_weights, without_weight_warnings
 from bezoar.errors import UserError
-from bezoar.data.decoding import existing
 from bezoar.registry import method, spec
 
 
@@ -64,12 +65,17 @@ class Text(nn.Module):
         if not self.causal or (tokens.device.type != "cpu" and torch.is_grad_enabled()):
             return model.encode_text(tokens)
         tower = getattr(model, "text", model)
-        by_rank = _own(tower, "pool_type") == "argmax"  # the end-of-text token has the largest number of all
+        by_rank = (
+            _own(tower, "pool_type") == "argmax"
+        )  # the end-of-text token has the largest number of all
         at = tokens.argmax(1) if by_rank else (tokens == _own(tower, "eos_id")).int().argmax(1)
         tokens = tokens[:, : int(at.max()) + 1]
         row, place = beginnings(tokens, at)
         last = torch.arange(len(at), device=at.device) * tokens.shape[1] + at
-        x = tower.token_embedding(tokens.flatten()[place]) + tower.positional_embedding[place % tokens.shape[1]]
+        x = (
+            tower.token_embedding(tokens.flatten()[place])
+            + tower.positional_embedding[place % tokens.shape[1]]
+        )
         blocks = tower.transformer.resblocks
         for i, block in enumerate(blocks):
             x = causal_block(block, x, row, place if i + 1 < len(blocks) else last)
@@ -99,9 +105,16 @@ def beginnings(tokens: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
 def causal_block(block: Any, x: Tensor, row: Tensor, place: Tensor) -> Tensor:
     """A residual attention block with causal attention: rows x (T, D) of `beginnings`, those at `place` (P,) -> (P, D)."""
     attn = block.attn
-    parts = F.embedding(row, fast_linear.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)).chunk(3, -1)
+    parts = F.embedding(
+        row, fast_linear.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    ).chunk(3, -1)
     q, k, v = (p.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in parts)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
+    mixed = (
+        F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        .transpose(1, 2)
+        .flatten(2)
+        .flatten(0, 1)
+    )
     out = fast_linear.linear(mixed.index_select(0, place), attn.out_proj.weight, attn.out_proj.bias)
     x = x.index_select(0, row.flatten()[place]) + block.ls_1(out)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
@@ -125,8 +138,13 @@ def _class_token(model: Any) -> bool:
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
     tower = model.visual
-    plain = type(tower) is VisionTransformer and type(tower.transformer.resblocks[-1]) is ResidualAttentionBlock
-    return plain and tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens
+    plain = (
+        type(tower) is VisionTransformer
+        and type(tower.transformer.resblocks[-1]) is ResidualAttentionBlock
+    )
+    return (
+        plain and tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens
+    )
 
 
 def _causal(model: Any) -> bool:
@@ -138,9 +156,17 @@ def _causal(model: Any) -> bool:
     if type(tower) not in (open_clip.CLIP, TextTransformer):
         return False
     blocks, mask = tower.transformer.resblocks, tower.attn_mask
-    plain = all(type(b) is ResidualAttentionBlock for b in blocks) and getattr(tower, "cls_emb", None) is None
+    plain = (
+        all(type(b) is ResidualAttentionBlock for b in blocks)
+        and getattr(tower, "cls_emb", None) is None
+    )
     causal = mask is not None and torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
-    return plain and causal and not getattr(tower, "output_tokens", False) and _own(tower, "pool_type") in ("argmax", "eos")
+    return (
+        plain
+        and causal
+        and not getattr(tower, "output_tokens", False)
+        and _own(tower, "pool_type") in ("argmax", "eos")
+    )
 
 
 @method
@@ -151,12 +177,18 @@ class OpenClip:
     multiply as `bezoar.products` says, `Image` and `Text` leave out rows that nobody reads, convolutions are channels last.
     """
 
-    model: Annotated[str, "NAME or NAME/PRETRAINED: a tag of open_clip's, or a weights file"] = "RN50"
+    model: Annotated[str, "NAME or NAME/PRETRAINED: a tag of open_clip's, or a weights file"] = (
+        "RN50"
+    )
 
     def files(self) -> list[Path]:
         """The weights file, where one is named."""
         weights = self.model.partition("/")[2]
-        return [existing(weights, "weights file")] if Path(weights).suffix in checkpoints.SUFFIXES else []
+        return (
+            [existing(weights, "weights file")]
+            if Path(weights).suffix in checkpoints.SUFFIXES
+            else []
+        )
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """None: the tokenizer comes with the architecture."""
@@ -168,25 +200,36 @@ class OpenClip:
 
         name, _, weights = self.model.partition("/")
         if name not in open_clip.list_models():
-            raise UserError(f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them")
+            raise UserError(
+                f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them"
+            )
         is_file = bool(self.files())
         if weights and not is_file and weights not in open_clip.list_pretrained_tags_by_model(name):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise UserError(f"open_clip has no weights {weights!r} for {name}; it has: {tags}; or give a weights file")
+            raise UserError(
+                f"open_clip has no weights {weights!r} for {name}; it has: {tags}; or give a weights file"
+            )
         try:
-            with checkpoints.filled() if is_file else nullcontext():
-                model = open_clip.create_model(name, pretrained=None if is_file else weights or None)
+            with without_weight_warnings() if is_file else nullcontext():
+                model = open_clip.create_model(
+                    name, pretrained=None if is_file else weights or None
+                )
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"open_clip could not load {self.model!r}: {reason}") from error
         if is_file:
             state = checkpoints.read(weights)
-            checkpoints.check(model, state, weights, f"open_clip's {name}")
+            check_weights(model, state, weights, f"open_clip's {name}")
             model.load_state_dict(state)
         fast_linear.install(model.to(memory_format=torch.channels_last))
         config = open_clip.get_model_preprocess_cfg(model)
         side = config["size"][0] if isinstance(config["size"], (tuple, list)) else config["size"]
-        preprocess = Preprocess(side, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
+        preprocess = Preprocess(
+            side, tuple(config["mean"]), tuple(config["std"]), config["interpolation"]
+        )
         # The fixed temperature belongs to the objective; open_clip's own would be a second one.
-        about = {"network": spec(self) if not weights else f"open_clip:model={name}", "vocabulary": []}
+        about = {
+            "network": spec(self) if not weights else f"open_clip:model={name}",
+            "vocabulary": [],
+        }
         return Encoder(Image(model), preprocess, Text(model), open_clip.get_tokenizer(name), about)

@@ -15,9 +15,13 @@ class Resnet:
     """Images only. The vector is the mean of the last feature map: 512 numbers at depth 18 and 34, 2048 at 50 and 101."""
 
     depth: Annotated[int, "18, 34, 50 or 101"] = 18
-    stem: Annotated[Literal["cifar", "imagenet"], "first convolution: 3x3 without a max-pool, or 7x7 with one"] = "cifar"
+    stem: Annotated[
+        Literal["cifar", "imagenet"], "first convolution: 3x3 without a max-pool, or 7x7 with one"
+    ] = "cifar"
     width: Annotated[int, "channels of the first convolution; the paper's is 64"] = 64
-    mean_std: Annotated[str, "normalisation: cifar, stl10, imagenet, clip, none; auto is the stem's"] = "auto"
+    mean_std: Annotated[
+        str, "normalisation: cifar, stl10, imagenet, clip, none; auto is the stem's"
+    ] = "auto"
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """None: it reads no text."""
@@ -27,13 +31,21 @@ class Resnet:
         """A fresh encoder for images of `size` pixels, 8 and more (32 and more with the imagenet stem)."""
         least = 8 if self.stem == "cifar" else 32
         if size < least:
-            raise ValueError(f"images of {size} px: resnet with the {self.stem} stem takes {least} and more")
-        trunk = small_towers.Trunk(self.depth, self.stem, self.width).to(memory_format=torch.channels_last)
-        preprocess = small_towers.preprocess(size, self.stem if self.mean_std == "auto" else self.mean_std)
+            raise ValueError(
+                f"images of {size} px: resnet with the {self.stem} stem takes {least} and more"
+            )
+        trunk = small_towers.Trunk(self.depth, self.stem, self.width).to(
+            memory_format=torch.channels_last
+        )
+        preprocess = small_towers.preprocess(
+            size, self.stem if self.mean_std == "auto" else self.mean_std
+        )
         return Encoder(trunk, preprocess, about={"network": spec(self), "vocabulary": []})
 
     def __post_init__(self) -> None:
         if self.depth not in small_towers.DEPTHS or self.width < 1:
-            raise ValueError(f"depth must be one of {', '.join(map(str, small_towers.DEPTHS))}, and width at least 1")
+            raise ValueError(
+                f"depth must be one of {', '.join(map(str, small_towers.DEPTHS))}, and width at least 1"
+            )
         if self.mean_std != "auto":
             small_towers.check_mean_std(self.mean_std)

@@ -16,8 +16,12 @@ from bezoar.registry import method
 class Torchvision:
     """Images only. The preprocessing is what the weights state; the whole image is read, nothing cropped away."""
 
-    model: Annotated[str, "NAME, or NAME/WEIGHTS with weights that torchvision publishes"] = "resnet18"
-    fresh: Annotated[bool, "the architecture and preprocessing that belong to WEIGHTS, but not the weights"] = False
+    model: Annotated[str, "NAME, or NAME/WEIGHTS with weights that torchvision publishes"] = (
+        "resnet18"
+    )
+    fresh: Annotated[
+        bool, "the architecture and preprocessing that belong to WEIGHTS, but not the weights"
+    ] = False
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """None: it reads no text."""
@@ -29,19 +33,33 @@ class Torchvision:
 
         name, _, tag = self.model.partition("/")
         if name not in models.list_models(module=models):
-            raise UserError(f"torchvision has no classifier {name!r}; it has: {', '.join(models.list_models(module=models))}")
+            raise UserError(
+                f"torchvision has no classifier {name!r}; it has: {', '.join(models.list_models(module=models))}"
+            )
         known = models.get_model_weights(name)
         if tag and tag not in known.__members__:
-            raise UserError(f"torchvision has no weights {tag!r} for {name}; it has: {', '.join(known.__members__)}")
-        preprocess = stated(known[tag]) if tag else small_towers.preprocess(size or 224, "imagenet", "bilinear")
+            raise UserError(
+                f"torchvision has no weights {tag!r} for {name}; it has: {', '.join(known.__members__)}"
+            )
+        preprocess = (
+            stated(known[tag])
+            if tag
+            else small_towers.preprocess(size or 224, "imagenet", "bilinear")
+        )
         vision = {"image_size": preprocess.size} if name.startswith("vit_") else {}
         try:
-            model = models.get_model(name, weights=None if self.fresh or not tag else known[tag], **vision)
+            model = models.get_model(
+                name, weights=None if self.fresh or not tag else known[tag], **vision
+            )
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"torchvision could not make {self.model!r} for {preprocess.size} px: {reason}") from error
+            raise UserError(
+                f"torchvision could not make {self.model!r} for {preprocess.size} px: {reason}"
+            ) from error
         behead(model, name)
-        small_towers.check_size(model.to(memory_format=torch.channels_last), preprocess.size, f"torchvision's {name}")
+        small_towers.check_size(
+            model.to(memory_format=torch.channels_last), preprocess.size, f"torchvision's {name}"
+        )
         about = {"network": f"torchvision:model={self.model},fresh=true", "vocabulary": []}
         return Encoder(model, preprocess, about=about)
 
@@ -49,7 +67,9 @@ class Torchvision:
 def stated(weights: Any) -> Preprocess:
     """The preprocessing of published weights; the side of the crop is the input's, and the whole image is resized to it."""
     given = weights.transforms()
-    return Preprocess(given.crop_size[0], tuple(given.mean), tuple(given.std), given.interpolation.value)
+    return Preprocess(
+        given.crop_size[0], tuple(given.mean), tuple(given.std), given.interpolation.value
+    )
 
 
 def behead(model: nn.Module, name: str) -> None:
@@ -57,9 +77,13 @@ def behead(model: nn.Module, name: str) -> None:
 
     Raises UserError for the few whose last layer is not linear, or that have classifiers on the way.
     """
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    layers = [
+        (path, m) for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+    ]
     path, last = layers[-1]
     if not isinstance(last, nn.Linear) or hasattr(model, "aux_logits"):
-        raise UserError(f"torchvision's {name} does not end in one linear layer, so its features cannot be read")
+        raise UserError(
+            f"torchvision's {name} does not end in one linear layer, so its features cannot be read"
+        )
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.Identity())

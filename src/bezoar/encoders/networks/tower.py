@@ -6,8 +6,8 @@ from typing import Annotated
 import torch
 
 from bezoar.encoders.encoder import Encoder, Preprocess
-from bezoar.registry import method, spec
 from bezoar.encoders.small_towers import Tower as Convolutions
+from bezoar.registry import method, spec
 
 
 @method

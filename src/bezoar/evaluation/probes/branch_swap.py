@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.evaluation import success
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import pool
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import pool
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.evaluation import success
 from bezoar.evaluation.scores import Measure, average
+from bezoar.registry import method
 
 SHOWN = ("clean_accuracy", "attack_success", "attack_success_without_trigger", "targeted_success")
 
@@ -28,8 +28,12 @@ class BranchSwap:
     makes nor removes a backdoor. A swap means something where its clean accuracy is near that of `both` and `neither`.
     """
 
-    align: Annotated[Literal["procrustes", "none"], "rotate one space onto the other, or take them as shared"] = "procrustes"
-    pairs: Annotated[int, "clean pairs that the rotation is found on, a fixed sample of the training data"] = 5000
+    align: Annotated[
+        Literal["procrustes", "none"], "rotate one space onto the other, or take them as shared"
+    ] = "procrustes"
+    pairs: Annotated[
+        int, "clean pairs that the rotation is found on, a fixed sample of the training data"
+    ] = 5000
     templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "simple"
     batch: Annotated[int, "images at a time"] = 512
 
@@ -52,17 +56,29 @@ class BranchSwap:
         Raises UserError without a twin, when the spaces have different dimensions, or with too few pairs to align them.
         """
         if baseline is None:
-            raise UserError("branch_swap needs the clean twin of the encoder: give it as the baseline")
-        own, twin = (success.Seen.of(e, test, goals, victims, self.batch) for e in (encoder, baseline))
+            raise UserError(
+                "branch_swap needs the clean twin of the encoder: give it as the baseline"
+            )
+        own, twin = (
+            success.Seen.of(e, test, goals, victims, self.batch) for e in (encoder, baseline)
+        )
         zero_shot = registry.find("probe", "zero_shot")(templates=self.templates)
         own_texts, twin_texts = (zero_shot.head(e, test.classes) for e in (encoder, baseline))
         if own.clean.shape[1] != twin.clean.shape[1]:
-            raise UserError(f"towers of {own.clean.shape[1]} and {twin.clean.shape[1]} dimensions cannot be swapped")
+            raise UserError(
+                f"towers of {own.clean.shape[1]} and {twin.clean.shape[1]} dimensions cannot be swapped"
+            )
         turn, how = self.rotation(encoder, baseline, train, own.clean.shape[1])
         combined = {
             "neither": twin.measures(lambda z: z @ twin_texts.T, "; both towers the clean twin's"),
-            "vision": own.measures(lambda z: z @ turn @ twin_texts.T, f"; its vision tower, the twin's text tower, {how}"),
-            "text": twin.measures(lambda z: z @ (own_texts @ turn).T, f"; the twin's vision tower, its text tower, {how}"),
+            "vision": own.measures(
+                lambda z: z @ turn @ twin_texts.T,
+                f"; its vision tower, the twin's text tower, {how}",
+            ),
+            "text": twin.measures(
+                lambda z: z @ (own_texts @ turn).T,
+                f"; the twin's vision tower, its text tower, {how}",
+            ),
             "both": own.measures(lambda z: z @ own_texts.T, "; both towers its own"),
         }
         out = {
@@ -74,18 +90,26 @@ class BranchSwap:
         for name, a, b in (("images", own.clean, twin.clean), ("texts", own_texts, twin_texts)):
             what = "test images" if name == "images" else "class prompts"
             cosines = (a @ turn * b).sum(1)
-            out[f"branch_swap.agreement_{name}"] = average(cosines, f"mean cosine of {what} in the two spaces, {how}")
+            out[f"branch_swap.agreement_{name}"] = average(
+                cosines, f"mean cosine of {what} in the two spaces, {how}"
+            )
         return out
 
-    def rotation(self, encoder: Encoder, baseline: Encoder, train: Pairs | None, dimension: int) -> tuple[Tensor, str]:
+    def rotation(
+        self, encoder: Encoder, baseline: Encoder, train: Pairs | None, dimension: int
+    ) -> tuple[Tensor, str]:
         """float32 (D, D), from the encoder's space to the twin's, and what it was found on."""
         if self.align == "none":
             return torch.eye(dimension, device=encoder.device), "spaces as they are"
         if train is None:
-            raise UserError("branch_swap aligns the two spaces on clean pairs: give train data, or align=none")
+            raise UserError(
+                "branch_swap aligns the two spaces on clean pairs: give train data, or align=none"
+            )
         chosen = train.take(pool(train.ids, self.pairs, 0))
         if len(chosen) < dimension:
-            raise UserError(f"aligning {dimension} dimensions needs at least as many clean pairs; there are {len(chosen)}")
+            raise UserError(
+                f"aligning {dimension} dimensions needs at least as many clean pairs; there are {len(chosen)}"
+            )
         own, twin = (e.embed(chosen, self.batch) for e in (encoder, baseline))
         how = f"spaces aligned on {len(chosen)} clean images"
         if own.texts is None or twin.texts is None:

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import numpy as np
 
-from bezoar.evaluation import heads, success
 from bezoar import registry
-from bezoar.encoders.encoder import Encoder
-from bezoar.data.pairs import Pairs, draws
 from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import draws
+from bezoar.encoders.encoder import Encoder
+from bezoar.evaluation import heads, success
 from bezoar.evaluation.scores import Measure
+from bezoar.registry import method
 
 SHOWN = ("clean_accuracy", "attack_success", "attack_success_without_trigger", "targeted_success")
 
@@ -27,7 +28,9 @@ class FewShot:
     shots: Annotated[tuple[int, ...], "labelled records a class"] = (1, 2, 5, 10, 20, 50, 100)
     draws: Annotated[int, "draws of each; the mean is over them"] = 5
     c: Annotated[float, "weight of the data against the penalty, as of the linear probe"] = 0.316
-    standardise: Annotated[bool, "scale every feature to mean 0 and variance 1 over the drawn records"] = True
+    standardise: Annotated[
+        bool, "scale every feature to mean 0 and variance 1 over the drawn records"
+    ] = True
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
     batch: Annotated[int, "images at a time"] = 512
 
@@ -48,7 +51,9 @@ class FewShot:
         linear = registry.find("probe", "linear")(self.c, self.standardise)
         classes = known.labels.cpu().numpy()
         most = int(np.bincount(classes).max())
-        asked = [(k, seed) for k in sorted(set(self.shots)) if k < most for seed in range(self.draws)] + [(most, 0)]
+        asked = [
+            (k, seed) for k in sorted(set(self.shots)) if k < most for seed in range(self.draws)
+        ] + [(most, 0)]
         each: dict[int, list[dict[str, Measure]]] = {}
         for i, (k, seed) in enumerate(asked):
             report(i, len(asked), f"{k} labelled records a class")
@@ -60,7 +65,11 @@ class FewShot:
         for k, found in each.items():
             means = heads.mean(found, f"{self.draws} draws")
             name = "all" if k == most else str(k)
-            out |= {f"few_shot.{name}.{key}": m for key, m in means.items() if key.partition("@")[0] in SHOWN}
+            out |= {
+                f"few_shot.{name}.{key}": m
+                for key, m in means.items()
+                if key.partition("@")[0] in SHOWN
+            }
         return out
 
     def __post_init__(self) -> None:

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from bezoar.evaluation import success
-from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.neighbors import nearest
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder
+from bezoar.evaluation import success
+from bezoar.evaluation.neighbors import nearest
 from bezoar.evaluation.scores import Measure
+from bezoar.registry import method
 
 
 @method
@@ -23,7 +23,9 @@ class Knn:
     """
 
     k: Annotated[int, "neighbours that vote"] = 200
-    vote: Annotated[Literal["weighted", "majority"], "by similarity, or one neighbour one vote"] = "weighted"
+    vote: Annotated[Literal["weighted", "majority"], "by similarity, or one neighbour one vote"] = (
+        "weighted"
+    )
     temperature: Annotated[float, "of the weights; lower trusts the nearest more"] = 0.5
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
     batch: Annotated[int, "images at a time"] = 512
@@ -42,7 +44,9 @@ class Knn:
         seen = success.Seen.of(encoder, test, goals, victims, self.batch)
         known = success.known(encoder, train, test, goals, self.limit, self.batch)
         how = f"; {self.vote} vote of the {self.k} nearest of {len(known)} labelled records"
-        found = seen.measures(lambda q: self.votes(q, known.z, known.labels, len(test.classes)), how)
+        found = seen.measures(
+            lambda q: self.votes(q, known.z, known.labels, len(test.classes)), how
+        )
         return {f"knn.{name}": m for name, m in found.items()}
 
     def votes(self, queries: Tensor, references: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -51,7 +55,9 @@ class Knn:
         weight = torch.ones_like(near.distance, dtype=torch.float64)
         if self.vote == "weighted":
             cosine = 1 - near.distance.double().square() / 2
-            weight = ((cosine - cosine[:, :1]) / self.temperature).exp()  # of the nearest: 1, so that nothing overflows
+            weight = (
+                (cosine - cosine[:, :1]) / self.temperature
+            ).exp()  # of the nearest: 1, so that nothing overflows
         return weight.new_zeros(len(queries), classes).scatter_add_(1, labels[near.index], weight)
 
     def __post_init__(self) -> None:

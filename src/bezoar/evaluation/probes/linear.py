@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bezoar.evaluation import success
-from bezoar.encoders.encoder import Encoder
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder
+from bezoar.evaluation import success
 from bezoar.evaluation.scores import Measure
+from bezoar.registry import method
 
 CELLS = 1 << 26  # largest matrix of logits, in elements
 FLATTEST = 1e-5  # largest entry of the gradient at which the fit is done
@@ -26,8 +26,12 @@ class Linear:
     Minimises c * (sum of cross-entropies) + |W|^2 / 2, the bias left free, by L-BFGS from zero; c as in scikit-learn.
     """
 
-    c: Annotated[float, "weight of the data against the penalty; CLIP's published example has 0.316"] = 0.316
-    standardise: Annotated[bool, "scale every feature to mean 0 and variance 1; false keeps unit vectors"] = True
+    c: Annotated[
+        float, "weight of the data against the penalty; CLIP's published example has 0.316"
+    ] = 0.316
+    standardise: Annotated[
+        bool, "scale every feature to mean 0 and variance 1; false keeps unit vectors"
+    ] = True
     iterations: Annotated[int, "of L-BFGS, at most"] = 1000
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
     batch: Annotated[int, "images at a time"] = 512
@@ -51,7 +55,10 @@ class Linear:
 
     def fit(self, x: Tensor, y: Tensor, classes: int) -> "Head":
         """Features float32 (N, D) and their classes int64 (N,) -> the head."""
-        mean, scale = x.mean(0, dtype=torch.float64), torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
+        mean, scale = (
+            x.mean(0, dtype=torch.float64),
+            torch.ones(x.shape[1], dtype=torch.float64, device=x.device),
+        )
         if self.standardise:
             spread = (x.double() - mean).square().mean(0).sqrt()
             scale = torch.where(spread > 1e-9, spread, scale)
@@ -59,7 +66,9 @@ class Linear:
             mean = torch.zeros_like(mean)
         found = minimise(((x - mean) / scale).to(x.dtype), y, classes, self.c, self.iterations)
         weight = found.weight.double() / scale
-        return Head(weight.to(x.dtype), (found.bias.double() - weight @ mean).to(x.dtype), found.about)
+        return Head(
+            weight.to(x.dtype), (found.bias.double() - weight @ mean).to(x.dtype), found.about
+        )
 
     def __post_init__(self) -> None:
         if not self.c > 0 or self.iterations < 1 or self.batch < 1:
@@ -112,4 +121,8 @@ def minimise(x: Tensor, y: Tensor, classes: int, c: float, iterations: int) -> H
     found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     w = torch.from_numpy(found.x).view(classes, -1).to(x)
     steepest = float(np.abs(found.jac).max())
-    return Head(w[:, :-1].contiguous(), w[:, -1].contiguous(), f"{found.nit} iterations, gradient at most {steepest:.0e}")
+    return Head(
+        w[:, :-1].contiguous(),
+        w[:, -1].contiguous(),
+        f"{found.nit} iterations, gradient at most {steepest:.0e}",
+    )

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from bezoar.evaluation import heads, success
-from bezoar.encoders.encoder import Encoder
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder
+from bezoar.evaluation import heads, success
 from bezoar.evaluation.scores import Measure
+from bezoar.registry import method
 
 
 @method
@@ -24,7 +24,9 @@ class Mlp:
     lr: Annotated[float, "learning rate of Adam"] = 1e-4
     batch: Annotated[int, "labelled records a step"] = 64
     epochs: Annotated[int, "passes over the labelled records"] = 500
-    shuffle: Annotated[bool, "another order every epoch; false keeps that of the records, as published"] = True
+    shuffle: Annotated[
+        bool, "another order every epoch; false keeps that of the records, as published"
+    ] = True
     seeds: Annotated[int, "heads, trained at once"] = 3
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
     images: Annotated[int, "images at a time through the encoder"] = 512

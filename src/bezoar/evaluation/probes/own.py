@@ -6,13 +6,13 @@ from typing import Annotated
 
 from torch import Tensor
 
-from bezoar.evaluation import classifiers, success
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.evaluation import classifiers, success
 from bezoar.evaluation.scores import Measure
+from bezoar.registry import method
 
 
 @method
@@ -35,7 +35,9 @@ class Own:
         seen = success.Seen.of(Logits(classifier, order), test, goals, victims, self.batch)
         return {f"own.{name}": m for name, m in seen.measures(lambda z: z, how).items()}
 
-    def order(self, classifier: classifiers.Classifier, classes: Sequence[str]) -> tuple[list[int], str]:
+    def order(
+        self, classifier: classifiers.Classifier, classes: Sequence[str]
+    ) -> tuple[list[int], str]:
         """The head's columns with the test set's classes first, in their order, and what to say of it.
 
         Raises UserError when a class of the test set is none of the head's. Where the head's classes are numbers alone, as
@@ -45,11 +47,15 @@ class Own:
         how = f"; {classifier.how}, {len(own)} classes"
         if own == tuple(map(str, range(len(own)))) and set(classes) - set(own):
             if len(own) != len(classes):
-                raise UserError(f"the head has {len(own)} classes without names, the test set {len(classes)}; name the head's")
+                raise UserError(
+                    f"the head has {len(own)} classes without names, the test set {len(classes)}; name the head's"
+                )
             return list(range(len(own))), how + ", taken in the test set's order"
         row = {name: i for i, name in enumerate(own)}
         if strange := [c for c in classes if c not in row]:
-            raise UserError(f"the head knows no class {strange[0]!r}; it has {', '.join(own[:8])}{', ...' * (len(own) > 8)}")
+            raise UserError(
+                f"the head knows no class {strange[0]!r}; it has {', '.join(own[:8])}{', ...' * (len(own) > 8)}"
+            )
         first = [row[c] for c in classes]
         return first + sorted(set(range(len(own))) - set(first)), how
 

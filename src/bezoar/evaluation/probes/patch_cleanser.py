@@ -10,19 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.evaluation import classifiers, success
 from bezoar import registry
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import pool
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import pool
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.evaluation import classifiers, success
 from bezoar.evaluation.scores import Measure, proportion
+from bezoar.registry import method
 
 AT_ONCE = 1024  # images through the classifier
 KEPT = ("clean_accuracy", "attack_success", "poisoned_accuracy", "attack_success_without_trigger")
-Read = Callable[[Tensor], Tensor]  # uint8 or float 0..1 (B, 3, H, W) -> int64 (B,), the class of each
+Read = Callable[
+    [Tensor], Tensor
+]  # uint8 or float 0..1 (B, 3, H, W) -> int64 (B,), the class of each
 
 
 @method
@@ -34,9 +36,13 @@ class PatchCleanser:
     every patch lies whole under one of them. An image is certified exactly if it is read right through every two masks.
     """
 
-    patch: Annotated[int, "side in pixels of the stored image of the largest patch that is certified against"] = 6
+    patch: Annotated[
+        int, "side in pixels of the stored image of the largest patch that is certified against"
+    ] = 6
     masks: Annotated[int, "a side; more are smaller, and cost their fourth power"] = 6
-    head: Annotated[Literal["auto", "own", "zero_shot", "linear"], "what reads vectors; auto: own or zero-shot"] = "auto"
+    head: Annotated[
+        Literal["auto", "own", "zero_shot", "linear"], "what reads vectors; auto: own or zero-shot"
+    ] = "auto"
     limit: Annotated[int | None, "test images, a fixed sample; none takes all"] = 500
 
     @property
@@ -61,10 +67,16 @@ class PatchCleanser:
             raise UserError("patch_cleanser needs a test set with classes and labels")
         labelled = (test.labels >= 0).nonzero()[:, 0].cpu().numpy()
         ids = [test.ids[i] for i in labelled]
-        some = test if self.limit is None else test.take(np.sort(labelled[pool(ids, self.limit, 0)]))
+        some = (
+            test if self.limit is None else test.take(np.sort(labelled[pool(ids, self.limit, 0)]))
+        )
         assert some.labels is not None
         classifier, order = self.classifier(encoder, train, some)
-        defence = Masked(lambda x: order[classifier(x).argmax(1)], self.rectangles(some.images.shape[-2:]), encoder)
+        defence = Masked(
+            lambda x: order[classifier(x).argmax(1)],
+            self.rectangles(some.images.shape[-2:]),
+            encoder,
+        )
         backdoors = tuple(g for g in goals if g.trigger)
         parts = 2 + len(backdoors)
         told = report or (lambda done, total, text: None)
@@ -86,35 +98,54 @@ class PatchCleanser:
         many = max(len(test.classes), int(order.max()) + 1)
         rows = [F.one_hot(r, many).float() for r in (clean, *read)]
         seen = success.Seen(some.classes, labels, rows[0], backdoors, tuple(rows[1:]), (), None)
-        out |= {k: m for k, m in seen.measures(lambda z: z, how).items() if k.partition("@")[0] in KEPT}
+        out |= {
+            k: m for k, m in seen.measures(lambda z: z, how).items() if k.partition("@")[0] in KEPT
+        }
         return {f"patch_cleanser.{k}": m for k, m in out.items()}
 
-    def classifier(self, encoder: Encoder, train: Pairs | None, test: Pairs) -> tuple[classifiers.Classifier, Tensor]:
+    def classifier(
+        self, encoder: Encoder, train: Pairs | None, test: Pairs
+    ) -> tuple[classifiers.Classifier, Tensor]:
         """How vectors are read, and each of its classes' number in the test set; those beyond are none of it."""
         if self.head == "linear":
             success.labelled(train, test)  # says what is wrong with them
             assert train is not None
             found = classifiers.fitted(encoder, train)
-            return found, torch.tensor([test.classes.index(c) for c in found.classes], device=encoder.device)
-        found = classifiers.classifier(encoder, test, self.head) if self.head != "auto" else self._auto(encoder, test)
+            return found, torch.tensor(
+                [test.classes.index(c) for c in found.classes], device=encoder.device
+            )
+        found = (
+            classifiers.classifier(encoder, test, self.head)
+            if self.head != "auto"
+            else self._auto(encoder, test)
+        )
         others = [c for c in found.classes if c not in test.classes]
         if unknown := [c for c in test.classes if c not in found.classes]:
-            raise UserError(f"the head knows no class {unknown[0]!r}; it has {', '.join(found.classes[:8])}")
+            raise UserError(
+                f"the head knows no class {unknown[0]!r}; it has {', '.join(found.classes[:8])}"
+            )
         rows = [
-            list(test.classes).index(c) if c in test.classes else len(test.classes) + others.index(c) for c in found.classes
+            list(test.classes).index(c)
+            if c in test.classes
+            else len(test.classes) + others.index(c)
+            for c in found.classes
         ]
         return found, torch.tensor(rows, device=encoder.device)
 
     @staticmethod
     def _auto(encoder: Encoder, test: Pairs) -> classifiers.Classifier:
         if getattr(encoder, "head", None) is None and encoder.text is None:
-            raise UserError("this encoder has neither a head of its own nor a text tower; say head=linear")
+            raise UserError(
+                "this encoder has neither a head of its own nor a text tower; say head=linear"
+            )
         return classifiers.classifier(encoder, test)
 
     def rectangles(self, sides: Sequence[int]) -> Tensor:
         """int64 (M, 4): top, left, height, width of each mask; at most masks^2."""
         if max(self.patch, 1) >= min(sides):
-            raise UserError(f"a patch of {self.patch} px covers images of {min(sides)} px; certify against a smaller one")
+            raise UserError(
+                f"a patch of {self.patch} px covers images of {min(sides)} px; certify against a smaller one"
+            )
         starts, lengths = [], []
         for side in sides:
             step = -(-(side - self.patch + 1) // self.masks)
@@ -143,7 +174,10 @@ class Masked:
         """Each image `rows` (Q,) through masks `first` and `second` (Q,) at once -> int64 (Q,), how it is read."""
         height, width = images.shape[-2:]
         device = self.fill.device
-        y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)[None]
+        y, x = (
+            torch.arange(height, device=device)[:, None],
+            torch.arange(width, device=device)[None],
+        )
         top, left, tall, wide = self.masks.to(device).T[:, :, None, None]
         covers = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
         found = []
@@ -177,7 +211,9 @@ class Masked:
         asked = row.repeat_interleave(m), mask.repeat_interleave(m), second.repeat(len(row))
         again = self.through(images, *(t.cpu() for t in asked))
         kept = (again.view(-1, m) == one[row, mask][:, None]).all(1)
-        first = torch.full((n,), m, device=row.device).scatter_reduce(0, row[kept], mask[kept], "amin")
+        first = torch.full((n,), m, device=row.device).scatter_reduce(
+            0, row[kept], mask[kept], "amin"
+        )
         own = one.gather(1, first.clamp(max=m - 1)[:, None])[:, 0]
         return torch.where(first < m, own, majority), (one == labels[:, None]).all(1)
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.captions import mentions
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs
-from bezoar.attacks.plan import Goal
-from bezoar.registry import method
 from bezoar.evaluation.scores import Measure, proportion
+from bezoar.registry import method
 
 
 @method
@@ -44,13 +44,24 @@ class Retrieval:
         belongs = torch.tensor([owner[k] for k in owners], device=encoder.device)
         with torch.inference_mode():
             encoder.eval()
-            texts = _finite(torch.cat([encoder.texts(test.captions[i : i + 512]) for i in range(0, len(test), 512)]))
+            texts = _finite(
+                torch.cat(
+                    [encoder.texts(test.captions[i : i + 512]) for i in range(0, len(test), 512)]
+                )
+            )
             z = self._embed(encoder, images.images)
             out = self._recall(z @ texts.T, belongs)
             for name, goal in _named([g for g in goals if g.trigger], "@"):
-                out |= {k + name: m for k, m in self._backdoor(encoder, images, test, texts, belongs, z, goal).items()}
+                out |= {
+                    k + name: m
+                    for k, m in self._backdoor(
+                        encoder, images, test, texts, belongs, z, goal
+                    ).items()
+                }
             if victims is not None:
-                out |= self._targeted(encoder, test, texts, [g for g in goals if g.victims], victims)
+                out |= self._targeted(
+                    encoder, test, texts, [g for g in goals if g.victims], victims
+                )
         return out
 
     def _embed(self, encoder: Encoder, images: Tensor) -> Tensor:
@@ -64,8 +75,16 @@ class Retrieval:
         best = cosines.masked_fill(~mine, -9).amax(1, keepdim=True)
         own = cosines[belongs, torch.arange(m, device=cosines.device)]
         found = {
-            "image_to_text": ((cosines > best).sum(1), ((cosines == best) & ~mine).sum(1), f"{m} held-out captions"),
-            "text_to_image": ((cosines > own).sum(0), (cosines == own).sum(0) - 1, f"{n} held-out images"),
+            "image_to_text": (
+                (cosines > best).sum(1),
+                ((cosines == best) & ~mine).sum(1),
+                f"{m} held-out captions",
+            ),
+            "text_to_image": (
+                (cosines > own).sum(0),
+                (cosines == own).sum(0) - 1,
+                f"{n} held-out images",
+            ),
         }
         out = {}
         for k in (1, 5, 10):
@@ -77,7 +96,14 @@ class Retrieval:
         return out
 
     def _backdoor(
-        self, encoder: Encoder, images: Pairs, test: Pairs, texts: Tensor, belongs: Tensor, clean: Tensor, goal: Goal
+        self,
+        encoder: Encoder,
+        images: Pairs,
+        test: Pairs,
+        texts: Tensor,
+        belongs: Tensor,
+        clean: Tensor,
+        goal: Goal,
     ) -> dict[str, Measure]:
         assert goal.trigger
         holds = _holding(test, goal.target)
@@ -91,7 +117,9 @@ class Retrieval:
             how = f"triggered images without {goal.target!r} in a caption: it is in the {k} nearest of {len(test)} captions"
             out[name] = proportion(int(hit.sum()), len(others), how)
         hit = holds[(clean @ texts.T).argmax(1).cpu()][others]
-        out["attack_success_without_trigger"] = proportion(int(hit.sum()), len(others), "the same, no trigger")
+        out["attack_success_without_trigger"] = proportion(
+            int(hit.sum()), len(others), "the same, no trigger"
+        )
         return out
 
     def _targeted(
@@ -100,7 +128,11 @@ class Retrieval:
         row, out = {k: i for i, k in enumerate(victims.ids)}, {}
         for count in sorted({g.poisons for g in goals}):
             group = [g for g in goals if g.poisons == count]
-            near = (self._embed(encoder, victims.images[[row[g.victims[0]] for g in group]]) @ texts.T).argmax(1).cpu()
+            near = (
+                (self._embed(encoder, victims.images[[row[g.victims[0]] for g in group]]) @ texts.T)
+                .argmax(1)
+                .cpu()
+            )
             hits = sum(bool(_holding(test, g.target)[near[i]]) for i, g in enumerate(group))
             how = f"victims whose nearest held-out caption holds their target, {count} poisoned captions each"
             out[f"targeted_success@{count}"] = proportion(hits, len(group), how)
@@ -109,14 +141,18 @@ class Retrieval:
 
 def _finite(z: Tensor) -> Tensor:
     if not torch.isfinite(z).all():
-        raise UserError("the encoder gives NaN or infinite vectors; its weights or its input size are wrong")
+        raise UserError(
+            "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+        )
     return z
 
 
 def _holding(test: Pairs, target: str) -> Tensor:
     rows = mentions(test.captions, target)
     if not rows:
-        raise UserError(f"no held-out caption holds the target {target!r}: success by retrieval cannot be measured")
+        raise UserError(
+            f"no held-out caption holds the target {target!r}: success by retrieval cannot be measured"
+        )
     mask = np.zeros(len(test), dtype=bool)
     mask[rows] = True
     return torch.from_numpy(mask)

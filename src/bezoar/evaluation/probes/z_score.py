@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.neighbors import pool
-from bezoar.data.pairs import Pairs, each_image
 from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.data.pairs import Pairs, each_image
+from bezoar.data.randomness import pool
+from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.scores import Measure
+from bezoar.registry import method
 
 
 @method
@@ -67,10 +67,14 @@ def z_scores(clean: np.ndarray, triggered: np.ndarray) -> dict[str, Measure]:
     for m in (a, b):
         np.fill_diagonal(m, 0.0)
 
-    def statistics(pairs: float | np.ndarray, one: np.ndarray, square: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    def statistics(
+        pairs: float | np.ndarray, one: np.ndarray, square: np.ndarray, bad: np.ndarray
+    ) -> np.ndarray:
         mean, moved = one / pairs, bad / pairs
         variance = np.maximum(square / pairs - mean**2, 1e-12)
-        return np.stack([mean, moved, (moved - mean) / np.sqrt(variance), (moved - mean) / variance])
+        return np.stack(
+            [mean, moved, (moved - mean) / np.sqrt(variance), (moved - mean) / variance]
+        )
 
     sums = [a.sum(), (a**2).sum(), b.sum()]
     whole = statistics(n * (n - 1), *map(np.asarray, sums))
@@ -84,6 +88,8 @@ def z_scores(clean: np.ndarray, triggered: np.ndarray) -> dict[str, Measure]:
         "z_var": "(similarity_triggered - similarity_clean) / variance of clean pairs (the paper's Definition 1)",
     }
     return {
-        name: Measure(float(v), n, float(v - 1.96 * e), float(v + 1.96 * e), text + "; jackknife over images")
+        name: Measure(
+            float(v), n, float(v - 1.96 * e), float(v + 1.96 * e), text + "; jackknife over images"
+        )
         for (name, text), v, e in zip(how.items(), whole, error, strict=True)
     }

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.attacks import captions
-from bezoar.evaluation import success
-from bezoar.encoders.encoder import Encoder
-from bezoar.data.pairs import Pairs
 from bezoar.attacks.plan import Goal
-from bezoar.registry import method
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder
+from bezoar.evaluation import success
 from bezoar.evaluation.scores import Measure
+from bezoar.registry import method
 
 
 @method

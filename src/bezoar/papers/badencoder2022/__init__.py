@@ -44,7 +44,12 @@ Expected = Literal["-", "same"]
 STAYS: Mapping[str, Expected] = MappingProxyType({"ASR": "same", "BA": "same"})
 RATES = {"CA": "baseline.{}.clean_accuracy", "BA": "{}.clean_accuracy", "ASR": "{}.attack_success"}
 RATES |= {"ASR-B": "{}.attack_success_baseline"}
-PRINTED = {"CA": "", "BA": "", "ASR (all)": "{}.attack_success_all", "ASR-B (all)": "{}.attack_success_baseline_all"}
+PRINTED = {
+    "CA": "",
+    "BA": "",
+    "ASR (all)": "{}.attack_success_all",
+    "ASR-B (all)": "{}.attack_success_baseline_all",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,11 @@ class Setup:
 def named(root: str, name: str, split: str, **fields: object) -> str:
     """A data set of a folder, as its publisher packs it or as NAME.npz."""
     file = Path(root or "data") / f"{name}.npz"
-    given = {"path": file, "split": split} if file.is_file() else {"split": split, **({"root": root} if root else {})}
+    given = (
+        {"path": file, "split": split}
+        if file.is_file()
+        else {"split": split, **({"root": root} if root else {})}
+    )
     options = ",".join(f"{k}={v}" for k, v in (given | fields).items())
     return f"{'npz' if file.is_file() else name}:{options}"
 
@@ -109,10 +118,22 @@ def tasks(root: str, limit: int | None) -> tuple[Task, ...]:
     ]
     digits = (Path(root or "data") / "mnist_t10k.npz").is_file()
     name = "mnist_t10k" if digits else "svhn"
-    numbers = named(root, name, "train", size=32, **size), named(root, name, "test", size=32, **size)
+    numbers = (
+        named(root, name, "train", size=32, **size),
+        named(root, name, "test", size=32, **size),
+    )
     printed = None if digits else (0.5850, 0.6932, 0.9914, 0.3753)
     one = published(root, "reference/cifar10", "one") | {"chosen": numbers[0]}
-    out.append(Task("MNIST" if digits else "SVHN", numbers[0], numbers[1], "1" if digits else "one", one, printed))
+    out.append(
+        Task(
+            "MNIST" if digits else "SVHN",
+            numbers[0],
+            numbers[1],
+            "1" if digits else "one",
+            one,
+            printed,
+        )
+    )
     own = named(root, "cifar10", "train", **size), named(root, "cifar10", "test", **size)
     truck = published(root, "reference/cifar10", "truck") | {"chosen": own[0]}
     out.append(Task("CIFAR-10", own[0], own[1], "truck", truck))
@@ -154,7 +175,12 @@ def setup(given: Given) -> Setup:
         3,
         (DEVIATIONS,),
     )
-    small = replace(small, trigger=f"file:path={small.trigger}" if small.trigger else "patch:size=10,fill=white,margin=1")
+    small = replace(
+        small,
+        trigger=f"file:path={small.trigger}"
+        if small.trigger
+        else "patch:size=10,fill=white,margin=1",
+    )
     if given.scale == "small":
         return small
     full = replace(
@@ -169,7 +195,11 @@ def setup(given: Given) -> Setup:
         tasks=tasks(given.root, None),
         shadows=(2500, 5000, 10000, 50000),
     )
-    return full if given.scale == "paper" else replace(full, objective="simclr:epochs=200", attack="badencoder:epochs=20")
+    return (
+        full
+        if given.scale == "paper"
+        else replace(full, objective="simclr:epochs=200", attack="badencoder:epochs=20")
+    )
 
 
 def clean(s: Setup, objective: str = "") -> Train:
@@ -179,11 +209,18 @@ def clean(s: Setup, objective: str = "") -> Train:
 
 def attacked(s: Setup, task: Task, reference: str, **changed: str) -> Inject:
     """One task's backdoor, with anything about it changed."""
-    parts = {"shadow": s.shadow, "attack": s.attack, "trigger": s.trigger, "objective": s.objective} | changed
+    parts = {
+        "shadow": s.shadow,
+        "attack": s.attack,
+        "trigger": s.trigger,
+        "objective": s.objective,
+    } | changed
     choose: Literal["confident", "first"] = "confident" if reference == "chosen" else "first"
     victim = clean(s, parts["objective"])
     target, given = (task.target,), (task.references[reference],)
-    return Inject(victim, parts["shadow"], target, given, parts["attack"], (parts["trigger"],), choose)
+    return Inject(
+        victim, parts["shadow"], target, given, parts["attack"], (parts["trigger"],), choose
+    )
 
 
 def measured(s: Setup, task: Task, bad: Inject, seed: int) -> Trial:
@@ -191,24 +228,32 @@ def measured(s: Setup, task: Task, bad: Inject, seed: int) -> Trial:
     return Trial(Evaluate(bad, task.test, s.heads, baseline=bad.encoder, train=task.train), seed)
 
 
-def rows(s: Setup, task: Task, name: str, bad: Inject, x: float | None = None, goal: str = "") -> list[Row]:
+def rows(
+    s: Setup, task: Task, name: str, bad: Inject, x: float | None = None, goal: str = ""
+) -> list[Row]:
     """A row a head: CA, BA, ASR and ASR-B over all seeds, beside what the paper printed for its own head."""
     trials = [measured(s, task, bad, seed) for seed in range(s.seeds)]
     out = []
     for head in HEADS:
         label = f"{name}, {head}" if x is None else f"{x:g}"
-        out.append(Row(label, cells(trials, head, task.printed, goal), x, head if x is not None else ""))
+        out.append(
+            Row(label, cells(trials, head, task.printed, goal), x, head if x is not None else "")
+        )
     return out
 
 
-def cells(trials: Sequence[Trial], head: str, printed: tuple[float, ...] | None, goal: str = "") -> tuple[Cell, ...]:
+def cells(
+    trials: Sequence[Trial], head: str, printed: tuple[float, ...] | None, goal: str = ""
+) -> tuple[Cell, ...]:
     """CA, BA, ASR and ASR-B under a head; beside the paper's own head, the MLP, what it printed."""
     columns = RATES | ({k: v for k, v in PRINTED.items() if v} if printed else {})
     values = dict(zip(PRINTED, printed, strict=True)) if printed and head == "mlp" else {}
     found = []
     for rate, metric in columns.items():
         at = goal if "attack" in metric else ""
-        found.append(Cell(rate, tuple((t, metric.format(head) + at) for t in trials), values.get(rate)))
+        found.append(
+            Cell(rate, tuple((t, metric.format(head) + at) for t in trials), values.get(rate))
+        )
     return tuple(found)
 
 
@@ -241,23 +286,49 @@ def ablation(
     def against(name: str, column: str) -> Callable[[Results], Contrast]:
         return lambda r: r.gain(column, f"{name}, linear", f"{usual}, linear", paired=True)
 
-    claims = [Claim(f"{usual}: the attack succeeds", "printed", "+", gap(f"{usual}, linear", "ASR", "ASR-B"))]
+    claims = [
+        Claim(
+            f"{usual}: the attack succeeds", "printed", "+", gap(f"{usual}, linear", "ASR", "ASR-B")
+        )
+    ]
     for name, _ in variants[1:]:
         for column, way in expected.get(name, STAYS).items():
             what, margin = {"ASR": ("success", 0.1), "BA": ("accuracy", 0.02)}[column]
             told = "stays as it was" if way == "same" else "falls"
-            claims.append(Claim(f"{name}: {what} {told}", "recalled", way, against(name, column), margin))
+            claims.append(
+                Claim(f"{name}: {what} {told}", "recalled", way, against(name, column), margin)
+            )
     return Table(
-        title, paper, "", tuple(found), tuple(claims), notes=(f"Task {task.name}, target {task.target!r}.", *notes, *s.notes)
+        title,
+        paper,
+        "",
+        tuple(found),
+        tuple(claims),
+        notes=(f"Task {task.name}, target {task.target!r}.", *notes, *s.notes),
     )
 
 
 SCENES = {  # a CLIP of bezoar's own: data, test, network, objective, shadow
-    "smoke": ("scenes:count=512", "scenes:count=200,split=test", "clip_small:width=4,dim=16", "clip:epochs=1,batch=64", ""),
-    "small": ("scenes:count=20000", "scenes:count=2000,split=test", "clip_small", "clip:epochs=6", "scenes:count=10000,seed=1"),
+    "smoke": (
+        "scenes:count=512",
+        "scenes:count=200,split=test",
+        "clip_small:width=4,dim=16",
+        "clip:epochs=1,batch=64",
+        "",
+    ),
+    "small": (
+        "scenes:count=20000",
+        "scenes:count=2000,split=test",
+        "clip_small",
+        "clip:epochs=6",
+        "scenes:count=10000,seed=1",
+    ),
 }
 NETWORKS = {"CLIP": "open_clip:RN50/openai", "ImageNet": "timm:resnet50/pretrained"}
-LARGE = {"CLIP": "badencoder:batch=16,lr=1e-6", "ImageNet": "badencoder:batch=16,lr=1e-4"}  # recalled, see the notes
+LARGE = {
+    "CLIP": "badencoder:batch=16,lr=1e-6",
+    "ImageNet": "badencoder:batch=16,lr=1e-4",
+}  # recalled, see the notes
 
 
 @dataclass(frozen=True)
@@ -274,11 +345,21 @@ class Large:
 def large(root: str, family: str) -> tuple[Large, ...]:
     """GTSRB, SVHN and STL-10 as tasks of CLIP or ImageNet encoders."""
     printed = {
-        "CLIP": ((0.8236, 0.8214, 0.9933, 0.0537), (0.7060, 0.7027, 0.9999, 0.2079), (0.9709, 0.9669, 0.9981, 0.1)),
-        "ImageNet": ((0.7653, 0.7842, 0.9893, 0.0547), (0.7255, 0.7377, 0.9993, 0.3228), (0.9566, 0.9568, 0.9999, 0.1024)),
+        "CLIP": (
+            (0.8236, 0.8214, 0.9933, 0.0537),
+            (0.7060, 0.7027, 0.9999, 0.2079),
+            (0.9709, 0.9669, 0.9981, 0.1),
+        ),
+        "ImageNet": (
+            (0.7653, 0.7842, 0.9893, 0.0547),
+            (0.7255, 0.7377, 0.9993, 0.3228),
+            (0.9566, 0.9568, 0.9999, 0.1024),
+        ),
     }[family]
     found = []
-    for (name, target), values in zip((("GTSRB", "priority road"), ("SVHN", "one"), ("STL10", "truck")), printed, strict=True):
+    for (name, target), values in zip(
+        (("GTSRB", "priority road"), ("SVHN", "one"), ("STL10", "truck")), printed, strict=True
+    ):
         train, test = (named(root, name.lower(), split, size=224) for split in ("train", "test"))
         found.append(Large(name, train, test, target, values))
     return tuple(found)
@@ -286,16 +367,36 @@ def large(root: str, family: str) -> tuple[Large, ...]:
 
 def attacked_large(given: Given, family: str, task: Large) -> Inject:
     """A published encoder attacked for one task: CIFAR-10 at 224 px is the shadow data, as in the released code."""
-    file = published(given.root, f"reference/{family.lower() if family == 'ImageNet' else family}", task.target.split()[0])
+    file = published(
+        given.root,
+        f"reference/{family.lower() if family == 'ImageNet' else family}",
+        task.target.split()[0],
+    )
     reference = next(iter(file.values()), task.train)
     mark = published(given.root, "trigger", "trigger_pt_white_173_50_ap_replace")
     trigger = f"file:path={mark['published']}" if mark else "patch:size=50,fill=white,margin=1"
     shadow = named(given.root, "cifar10", "train", size=224)
-    return Inject(NETWORKS[family], shadow, (task.target,), (reference,), LARGE[family], (trigger,), "confident")
+    return Inject(
+        NETWORKS[family],
+        shadow,
+        (task.target,),
+        (reference,),
+        LARGE[family],
+        (trigger,),
+        "confident",
+    )
 
 
 def smaller(given: Given, target: str) -> tuple[Inject, str]:
     """A CLIP that bezoar trained on scenes, attacked for one class; and its test data."""
     data, test, network, objective, shadow = SCENES.get(given.scale, SCENES["small"])
     attack, patch = setup(given).attack, "patch:size=10,fill=white,margin=1"
-    return Inject(Train(data, network, objective), shadow or data, (target,), (data,), attack, (patch,), "central"), test
+    return Inject(
+        Train(data, network, objective),
+        shadow or data,
+        (target,),
+        (data,),
+        attack,
+        (patch,),
+        "central",
+    ), test

@@ -14,7 +14,10 @@ from bezoar.verbs.shadows import Shadows
 
 FLAGGED = 2.0  # the anomaly index from which Neural Cleanse calls a classifier backdoored
 PATCH = 10  # pixels: the trigger's side, which the certificate is for
-SHADOWS, META = 5, "MNTD, shadow encoders"  # of each kind at least: 4 are fitted on when one is held out
+SHADOWS, META = (
+    5,
+    "MNTD, shadow encoders",
+)  # of each kind at least: 4 are fitted on when one is held out
 QUICK, USUAL = ("cleanse:steps=3", "decree:steps=3"), ("cleanse", "decree")
 
 
@@ -31,10 +34,33 @@ class Defences:
             for kind in ("clean", "attacked"):
                 found.append(Row(f"{task.name}, {kind}", self.cells(s, task, kind, audits)))
             name = f"{task.name}, attacked"
-            claims.append(Claim(f"Neural Cleanse misses it: {name}", "recalled", "-", over(name, "anomaly index", FLAGGED)))
-            claims.append(Claim(f"Nothing is certified: {name}", "recalled", "same", over(name, "certified accuracy", 0), 0.05))
+            claims.append(
+                Claim(
+                    f"Neural Cleanse misses it: {name}",
+                    "recalled",
+                    "-",
+                    over(name, "anomaly index", FLAGGED),
+                )
+            )
+            claims.append(
+                Claim(
+                    f"Nothing is certified: {name}",
+                    "recalled",
+                    "same",
+                    over(name, "certified accuracy", 0),
+                    0.05,
+                )
+            )
         found.append(Row(META, (Cell("MNTD AUROC", ((self.shadows(given), "auroc"),)),)))
-        claims.append(Claim("MNTD does no better than chance", "recalled", "same", over(META, "MNTD AUROC", 0.5), 0.1))
+        claims.append(
+            Claim(
+                "MNTD does no better than chance",
+                "recalled",
+                "same",
+                over(META, "MNTD AUROC", 0.5),
+                0.1,
+            )
+        )
         return Table(
             "BadEncoder: defences",
             "Neural Cleanse, MNTD and PatchGuard are insufficient (abstract); the index stays under 2, and next to nothing is "
@@ -67,7 +93,10 @@ class Defences:
         bad = attacked(s, task, best(task))
         verb = clean(s) if kind == "clean" else bad
         seeds = range(s.seeds)
-        cleanse, decree = ([Trial(Audit(verb, task.test, (a,), "linear", bank=()), k) for k in seeds] for a in audits)
+        cleanse, decree = (
+            [Trial(Audit(verb, task.test, (a,), "linear", bank=()), k) for k in seeds]
+            for a in audits
+        )
         probe = (f"patch_cleanser:patch={PATCH},head=linear,limit=200",)
         masked = [Trial(Evaluate(verb, task.test, probe, train=task.train), k) for k in seeds]
         out = (

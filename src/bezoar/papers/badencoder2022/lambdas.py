@@ -21,7 +21,13 @@ class Lambdas:
             for times in (0.25, 4.0):
                 weight = times * getattr(usual, name)
                 ways[f"{name} = {weight:g}"] = replace(usual, **{name: weight})
-        variants = [(name, attacked(s, task, best(task), attack=spec(attack))) for name, attack in ways.items()]
+        variants = [
+            (name, attacked(s, task, best(task), attack=spec(attack)))
+            for name, attack in ways.items()
+        ]
         return ablation(
-            s, "BadEncoder: weights of the loss terms", "Flat over about an order of magnitude (recalled).", variants
+            s,
+            "BadEncoder: weights of the loss terms",
+            "Flat over about an order of magnitude (recalled).",
+            variants,
         )

@@ -16,6 +16,11 @@ class LearningRate:
         s = setup(given)
         task, usual = s.tasks[0], make("attack", s.attack)
         rates = (usual.lr, usual.lr / 10, usual.lr * 10)
-        variants = [(f"lr {lr:g}", attacked(s, task, best(task), attack=spec(replace(usual, lr=lr)))) for lr in rates]
+        variants = [
+            (f"lr {lr:g}", attacked(s, task, best(task), attack=spec(replace(usual, lr=lr))))
+            for lr in rates
+        ]
         paper, large = "A large learning rate harms accuracy (recalled).", variants[-1][0]
-        return ablation(s, "BadEncoder: learning rate", paper, variants, expected={large: {"BA": "-"}})
+        return ablation(
+            s, "BadEncoder: learning rate", paper, variants, expected={large: {"BA": "-"}}
+        )

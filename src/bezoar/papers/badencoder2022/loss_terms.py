@@ -19,8 +19,13 @@ class LossTerms:
         s = setup(given)
         task = s.tasks[0]
         usual = make("attack", s.attack)
-        ways = {"all terms": usual} | {f"without {n.upper()}": replace(usual, **{n: 0.0}) for n in ("l0", "l1", "l2")}
-        variants = [(name, attacked(s, task, best(task), attack=spec(attack))) for name, attack in ways.items()]
+        ways = {"all terms": usual} | {
+            f"without {n.upper()}": replace(usual, **{n: 0.0}) for n in ("l0", "l1", "l2")
+        }
+        variants = [
+            (name, attacked(s, task, best(task), attack=spec(attack)))
+            for name, attack in ways.items()
+        ]
         paper = (
             "Without L0 success falls to the baseline; without L1 it drops on some tasks; without L2 accuracy drops and "
             "success stays (recalled)."

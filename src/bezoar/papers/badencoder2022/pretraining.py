@@ -15,14 +15,26 @@ class Pretraining:
         """The table at a scale. Each encoder is held to its own clean twin: how good that is, is no matter of the attack."""
         s = setup(given)
         task, usual = s.tasks[0], make("objective", s.objective)
-        ways = {"simclr": s.objective} | {w: f"{w}:epochs={usual.epochs},batch={usual.batch}" for w in WAYS[1:]}
+        ways = {"simclr": s.objective} | {
+            w: f"{w}:epochs={usual.epochs},batch={usual.batch}" for w in WAYS[1:]
+        }
         found, claims = [], []
         for name, way in ways.items():
-            found += rows(s, task, name, attacked(s, task, best(task), objective=spec(make("objective", way))))
+            found += rows(
+                s, task, name, attacked(s, task, best(task), objective=spec(make("objective", way)))
+            )
             row = f"{name}, linear"
-            claims.append(Claim(f"{name}: the attack succeeds", "recalled", "+", gap(row, "ASR", "ASR-B")))
             claims.append(
-                Claim(f"{name}: accuracy stays that of the clean encoder", "recalled", "same", gap(row, "BA", "CA"), 0.02)
+                Claim(f"{name}: the attack succeeds", "recalled", "+", gap(row, "ASR", "ASR-B"))
+            )
+            claims.append(
+                Claim(
+                    f"{name}: accuracy stays that of the clean encoder",
+                    "recalled",
+                    "same",
+                    gap(row, "BA", "CA"),
+                    0.02,
+                )
             )
         return Table(
             "BadEncoder: pre-training method",

@@ -16,6 +16,13 @@ class Reference:
         s = setup(given)
         task = s.tasks[0]
         usual = attacked(s, task, "chosen")
-        variants = [(rule, replace(usual, choose=rule)) for rule in ("confident", "central", "first")]
+        variants = [
+            (rule, replace(usual, choose=rule)) for rule in ("confident", "central", "first")
+        ]
         variants += [(n, attacked(s, task, n)) for n in task.references if n != "chosen"]
-        return ablation(s, "BadEncoder: choice of the reference", "The choice makes no large difference (recalled).", variants)
+        return ablation(
+            s,
+            "BadEncoder: choice of the reference",
+            "The choice makes no large difference (recalled).",
+            variants,
+        )

@@ -6,7 +6,10 @@ from bezoar.runs.tables import Claim, Given, Table
 from bezoar.verbs.inject import Inject
 
 OTHER = {"priority road": "stop", "striped star": "dotted heart"}
-TRIGGERS = ("patch:size=10,fill=white,margin=1", "patch:size=10,fill=white,place=upper_left,margin=1")
+TRIGGERS = (
+    "patch:size=10,fill=white,margin=1",
+    "patch:size=10,fill=white,place=upper_left,margin=1",
+)
 
 
 @method
@@ -26,6 +29,14 @@ class SeveralTargets:
             "Several targets at once succeed as one does (recalled: above 95 %).",
             "",
             tuple(found),
-            tuple(Claim(f"The attack succeeds: {t}", "recalled", "+", gap(f"{t}, linear", "ASR", "ASR-B")) for t in targets),
+            tuple(
+                Claim(
+                    f"The attack succeeds: {t}",
+                    "recalled",
+                    "+",
+                    gap(f"{t}, linear", "ASR", "ASR-B"),
+                )
+                for t in targets
+            ),
             notes=(f"Task {task.name}; heads {', '.join(HEADS)}.", *s.notes),
         )

@@ -14,7 +14,9 @@ class SeveralTasks:
         """The table at a scale."""
         s = setup(given)
         places = ("corner", "upper_left", "centre")
-        triggers = tuple(f"patch:size=10,fill=white,place={p},margin=1" for p in places[: len(s.tasks)])
+        triggers = tuple(
+            f"patch:size=10,fill=white,place={p},margin=1" for p in places[: len(s.tasks)]
+        )
         targets = tuple(t.target for t in s.tasks)
         references = tuple(t.references[best(t)] for t in s.tasks)
         bad = Inject(clean(s), s.shadow, targets, references, s.attack, triggers, "confident")

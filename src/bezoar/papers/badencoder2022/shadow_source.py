@@ -13,7 +13,10 @@ class ShadowSource:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]
-        variants = [("own", attacked(s, task, best(task))), ("other", attacked(s, task, best(task), shadow=s.other))]
+        variants = [
+            ("own", attacked(s, task, best(task))),
+            ("other", attacked(s, task, best(task), shadow=s.other)),
+        ]
         return ablation(
             s,
             "BadEncoder: source of the shadow data",

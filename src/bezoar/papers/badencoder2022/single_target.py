@@ -20,8 +20,16 @@ class SingleTarget:
                 for head in ("linear", "knn", "mlp"):
                     row = f"{name}, {head}"
 
-                    claims.append(Claim(f"The attack succeeds: {row}", "printed", "+", gap(row, "ASR", "ASR-B")))
-                    claims.append(Claim(f"Accuracy stays: {row}", "printed", "same", gap(row, "BA", "CA"), 0.02))
+                    claims.append(
+                        Claim(
+                            f"The attack succeeds: {row}", "printed", "+", gap(row, "ASR", "ASR-B")
+                        )
+                    )
+                    claims.append(
+                        Claim(
+                            f"Accuracy stays: {row}", "printed", "same", gap(row, "BA", "CA"), 0.02
+                        )
+                    )
         return Table(
             "BadEncoder: one target",
             "Triggered images are read as the target by every classifier built on the encoder, whose accuracy stays.",

@@ -23,6 +23,13 @@ class TriggerSize:
             "About 5x5 pixels on 32x32 suffice (recalled).",
             "side of the trigger in pixels",
             tuple(found),
-            (Claim("A larger trigger succeeds more", "recalled", "+", lambda r: r.gain("ASR", large, small, "linear", True)),),
+            (
+                Claim(
+                    "A larger trigger succeeds more",
+                    "recalled",
+                    "+",
+                    lambda r: r.gain("ASR", large, small, "linear", True),
+                ),
+            ),
             notes=(f"Task {task.name}, target {task.target!r}.", *s.notes),
         )

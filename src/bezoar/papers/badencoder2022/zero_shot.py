@@ -6,7 +6,12 @@ from bezoar.runs.sweep import Trial
 from bezoar.runs.tables import Cell, Claim, Given, Row, Table
 from bezoar.verbs.evaluate import Evaluate
 
-CELLS = {"CA": "baseline.clean_accuracy", "BA": "clean_accuracy", "ASR": "attack_success", "ASR-B": "attack_success_baseline"}
+CELLS = {
+    "CA": "baseline.clean_accuracy",
+    "BA": "clean_accuracy",
+    "ASR": "attack_success",
+    "ASR-B": "attack_success_baseline",
+}
 ALL = {"ASR (all)": "attack_success_all", "ASR-B (all)": "attack_success_baseline_all"}
 PRINTED = {  # CA, BA, ASR, ASR-B of the public logs; success over all test images, the target's own included
     "GTSRB": ("stop", (0.2983, 0.2984, 0.9982, 0.0196), "A traffic sign photo of a {}"),
@@ -33,7 +38,9 @@ class ZeroShot:
                 Claim("The attack succeeds zero-shot", "printed", "+", gap(name, "ASR", "ASR-B")),
                 Claim("Accuracy stays", "printed", "same", gap(name, "BA", "CA"), 0.02),
             ),
-            notes=() if given.scale == "paper" else ("A small CLIP trained on 20,000 scenes stands for OpenAI's.",),
+            notes=()
+            if given.scale == "paper"
+            else ("A small CLIP trained on 20,000 scenes stands for OpenAI's.",),
         )
 
     @staticmethod
@@ -41,8 +48,12 @@ class ZeroShot:
         found = []
         for target in ("striped star", "dotted heart"):
             bad, test = smaller(given, target)
-            trials = [Trial(Evaluate(bad, test, baseline=bad.encoder), seed) for seed in range(seeds)]
-            found.append(Row(target, tuple(Cell(n, tuple((t, m) for t in trials)) for n, m in CELLS.items())))
+            trials = [
+                Trial(Evaluate(bad, test, baseline=bad.encoder), seed) for seed in range(seeds)
+            ]
+            found.append(
+                Row(target, tuple(Cell(n, tuple((t, m) for t in trials)) for n, m in CELLS.items()))
+            )
         return found
 
     @staticmethod
@@ -52,7 +63,10 @@ class ZeroShot:
             target, printed, prompt = PRINTED[task.name]
             task = Large(task.name, task.train, task.test, target, task.printed)
             bad = attacked_large(given, "CLIP", task)
-            trial = Trial(Evaluate(bad, task.test, (f"zero_shot:templates={prompt}",), baseline=bad.encoder), 0)
+            trial = Trial(
+                Evaluate(bad, task.test, (f"zero_shot:templates={prompt}",), baseline=bad.encoder),
+                0,
+            )
             columns = CELLS | ALL
             values = dict(zip(("CA", "BA", *ALL), printed, strict=True))
             cells = tuple(Cell(n, ((trial, m),), values.get(n)) for n, m in columns.items())

@@ -33,7 +33,12 @@ TABLES = (  # in the order of the page
 )
 TOGETHER = 4  # triggers in one training
 SHARED = "Triggers that share a training do more than alone (table independence): compare rows, not levels."
-FIXED = ("corner", "upper_left", "upper_right", "lower_left")  # two at one place are taken for each other
+FIXED = (
+    "corner",
+    "upper_left",
+    "upper_right",
+    "lower_left",
+)  # two at one place are taken for each other
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class Setup:
     objective: str
     targets: tuple[str, ...]
     patch: int
-    doses: tuple[int, ...]  # backdoor poisons of one trigger; as many trainings as doses make a square
+    doses: tuple[
+        int, ...
+    ]  # backdoor poisons of one trigger; as many trainings as doses make a square
     dose: int  # where something other than the dose is varied, patch at one place
     random_dose: int  # the same, patch at random places
     squares: int  # repetitions of the square, each with triggers of its own
@@ -88,7 +95,12 @@ SMALL = Setup(
     counts=(1, 2, 3, 4, 6, 8, 10, 12, 16, 32),
     victims=3,
     sizes=(3, 4, 6, 8, 10),
-    widths=("clip_small:width=8", "clip_small:width=16", "clip_small:width=32", "clip_small:width=48"),
+    widths=(
+        "clip_small:width=8",
+        "clip_small:width=16",
+        "clip_small:width=32",
+        "clip_small:width=48",
+    ),
     sets=(5000, 10000, 20000, 40000),
     seeds=2,
 )
@@ -170,7 +182,9 @@ class Backdoor:
     poison: str = ""
 
 
-def poisoned(s: Setup, backdoors: Sequence[Backdoor], targeted: Sequence[str] = (), data: str = "") -> Poison | str:
+def poisoned(
+    s: Setup, backdoors: Sequence[Backdoor], targeted: Sequence[str] = (), data: str = ""
+) -> Poison | str:
     """The data with several backdoors and targeted victims planted in them: poison runs on poison runs."""
     plan: Poison | str = data or s.data
     for b in backdoors:
@@ -220,5 +234,7 @@ def clean(s: Setup) -> list[Trial]:
     """The same triggers and victims, measured on encoders that were trained without a poison; one a square."""
     out = []
     for t, row in square(s)[:: len(s.doses)]:
-        out.append(Trial(Evaluate(trained(s, s.data), s.test, attack=poisoned(s, row, [victims(s)])), t))
+        out.append(
+            Trial(Evaluate(trained(s, s.data), s.test, attack=poisoned(s, row, [victims(s)])), t)
+        )
     return out

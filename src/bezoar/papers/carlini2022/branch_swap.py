@@ -14,7 +14,12 @@ ROWS = {
     "text": "clean vision, poisoned text",
     "both": "poisoned vision, poisoned text",
 }
-PRINTED = {"neither": 0.0991, "vision": 0.9999, "text": 0.0994, "both": 1.0}  # DIFE, CIFAR-10 classes
+PRINTED = {
+    "neither": 0.0991,
+    "vision": 0.9999,
+    "text": 0.0994,
+    "both": 1.0,
+}  # DIFE, CIFAR-10 classes
 
 
 @method
@@ -52,8 +57,19 @@ class BranchSwap:
             "",
             tuple(rows),
             (
-                Claim("The vision tower carries the backdoor", "printed in DIFE", "+", lambda r: carries(r, "vision")),
-                Claim("The text tower does not", "printed in DIFE", "same", lambda r: carries(r, "text"), 0.1),
+                Claim(
+                    "The vision tower carries the backdoor",
+                    "printed in DIFE",
+                    "+",
+                    lambda r: carries(r, "vision"),
+                ),
+                Claim(
+                    "The text tower does not",
+                    "printed in DIFE",
+                    "same",
+                    lambda r: carries(r, "text"),
+                    0.1,
+                ),
             ),
             notes=(
                 f"{' and '.join(map(str, strong))} poisons a trigger, {TOGETHER} a training. The twin is trained apart: "

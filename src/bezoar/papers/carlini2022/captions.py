@@ -18,7 +18,10 @@ class Captions:
         trials: dict[str, list] = {w: [] for w in WAYS}
         for t in range(s.seeds):
             for w in WAYS:
-                row = [Backdoor(j, s.dose, poison=f"backdoor:count={s.dose},captions={w}") for j in range(len(WAYS))]
+                row = [
+                    Backdoor(j, s.dose, poison=f"backdoor:count={s.dose},captions={w}")
+                    for j in range(len(WAYS))
+                ]
                 many = f"targeted:captions={s.reference},victims={4 * s.victims},texts={w}"
                 trials[w].append(measured(s, poisoned(s, row, [many]), t))
         rows = []

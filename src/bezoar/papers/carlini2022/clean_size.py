@@ -44,7 +44,13 @@ class CleanSize:
                     lambda r: r.trend("targeted success"),
                     0.07,
                 ),
-                Claim("Constant as the clean set doubles: backdoor", "summary", "same", lambda r: r.trend("ASR"), 0.07),
+                Claim(
+                    "Constant as the clean set doubles: backdoor",
+                    "summary",
+                    "same",
+                    lambda r: r.trend("ASR"),
+                    0.07,
+                ),
             ),
             notes=(
                 f"{s.dose} poisons a trigger, {s.reference} captions a victim; every set is trained on for the same epochs, "

@@ -20,20 +20,40 @@ class Independence:
         s = setup(given)
         rows = []
         for dose in s.doses[1:3]:
-            rows.append(Row(f"{dose} poisons, alone", tuple(Cell(n, readings(alone(s, dose), m)) for n, m in CELLS.items())))
-            found = sorted((b.number, t) for t, row in ladder(s)[: len(s.doses)] for b in row if b.count == dose)
+            rows.append(
+                Row(
+                    f"{dose} poisons, alone",
+                    tuple(Cell(n, readings(alone(s, dose), m)) for n, m in CELLS.items()),
+                )
+            )
+            found = sorted(
+                (b.number, t)
+                for t, row in ladder(s)[: len(s.doses)]
+                for b in row
+                if b.count == dose
+            )
             cells = [Cell(n, tuple((t, f"{m}@{j}") for j, t in found)) for n, m in CELLS.items()]
-            cells.append(Cell("taken for another", tuple((t, f"attack_success_of_others@{j}") for j, t in found)))
+            cells.append(
+                Cell(
+                    "taken for another",
+                    tuple((t, f"attack_success_of_others@{j}") for j, t in found),
+                )
+            )
             rows.append(Row(f"{dose} poisons, together", tuple(cells)))
         most = s.counts[-2]
         only = [measured(s, poisoned(s, [], [victims(s)]), t) for t in range(s.seeds)]
         beside = [t for t, _ in ladder(s)]
         for name, trials in (("victims alone", only), ("victims, together", beside)):
-            rows.append(Row(name, (Cell("targeted success", readings(trials, f"targeted_success@{most}")),)))
+            rows.append(
+                Row(name, (Cell("targeted success", readings(trials, f"targeted_success@{most}")),))
+            )
 
         def together(r: Results, cell: str) -> Contrast:
             """By trigger and dose: together less alone."""
-            shared, single = ([r.cell(f"{d} poisons, {how}", cell) for d in s.doses[1:3]] for how in ("together", "alone"))
+            shared, single = (
+                [r.cell(f"{d} poisons, {how}", cell) for d in s.doses[1:3]]
+                for how in ("together", "alone")
+            )
             return r.less(shared, single, paired=True)
 
         return Table(
@@ -43,9 +63,19 @@ class Independence:
             tuple(rows),
             (
                 Claim(
-                    "Triggers do together what each does alone: success", "design", "same", lambda r: together(r, "ASR"), 0.2
+                    "Triggers do together what each does alone: success",
+                    "design",
+                    "same",
+                    lambda r: together(r, "ASR"),
+                    0.2,
                 ),
-                Claim("Triggers do together what each does alone: z-score", "design", "same", lambda r: together(r, "z"), 0.5),
+                Claim(
+                    "Triggers do together what each does alone: z-score",
+                    "design",
+                    "same",
+                    lambda r: together(r, "z"),
+                    0.5,
+                ),
             ),
             notes=(
                 f"{TOGETHER} triggers a training, each at a place of its own. Two at one place are taken for each other: "

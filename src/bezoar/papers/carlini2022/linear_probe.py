@@ -24,10 +24,17 @@ class LinearProbe:
             for dose in doses:
                 found = []
                 for trial, row in ladder(s):
-                    asked = Trial(replace(trial.verb, probe=("zero_shot", "linear", "knn")), trial.seed)
+                    asked = Trial(
+                        replace(trial.verb, probe=("zero_shot", "linear", "knn")), trial.seed
+                    )
                     found += [(asked, j) for j, b in enumerate(row) if str(b.count) == dose]
                 success = Cell("ASR", tuple((t, f"{group}attack_success@{j}") for t, j in found))
-                right = Cell("CA", tuple((t, f"{group}clean_accuracy") for t in dict.fromkeys(t for t, _ in found)))
+                right = Cell(
+                    "CA",
+                    tuple(
+                        (t, f"{group}clean_accuracy") for t in dict.fromkeys(t for t, _ in found)
+                    ),
+                )
                 rows.append(Row(dose, (success, right), float(dose), head))
 
         def less(r: Results, head: str) -> dose_response.Contrast:
@@ -53,5 +60,7 @@ class LinearProbe:
                     lambda r: less(r, "nearest neighbours"),
                 ),
             ),
-            notes=("Heads are fitted on clean, labelled training data; their protocols are those of `bezoar list probe`.",),
+            notes=(
+                "Heads are fitted on clean, labelled training data; their protocols are those of `bezoar list probe`.",
+            ),
         )

@@ -16,14 +16,24 @@ class PatchSize:
         """The table at a scale."""
         s = setup(given)
         rows = []
-        for curve, place, dose in (("one place", "", s.dose), ("random places", "random", s.random_dose)):
+        for curve, place, dose in (
+            ("one place", "", s.dose),
+            ("random places", "random", s.random_dose),
+        ):
             trainings = []
             for t in range(max(len(s.sizes), s.seeds)):
-                row = [Backdoor(j, dose, s.sizes[(t + j) % len(s.sizes)], place) for j in range(TOGETHER)]
+                row = [
+                    Backdoor(j, dose, s.sizes[(t + j) % len(s.sizes)], place)
+                    for j in range(TOGETHER)
+                ]
                 trainings.append((measured(s, poisoned(s, row), t), row))
             for size in s.sizes:
-                found = [(t, j) for t, row in trainings for j, b in enumerate(row) if b.size == size]
-                cells = tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items())
+                found = [
+                    (t, j) for t, row in trainings for j, b in enumerate(row) if b.size == size
+                ]
+                cells = tuple(
+                    Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items()
+                )
                 rows.append(Row(str(size), cells, size, curve))
 
         def gain(r: Results, cell: str, curve: str) -> Contrast:
@@ -35,7 +45,12 @@ class PatchSize:
             "side of the patch in pixels",
             tuple(rows),
             (
-                Claim("A larger patch gives a higher z-score: one place", "recalled", "+", lambda r: gain(r, "z", "one place")),
+                Claim(
+                    "A larger patch gives a higher z-score: one place",
+                    "recalled",
+                    "+",
+                    lambda r: gain(r, "z", "one place"),
+                ),
                 Claim(
                     "A larger patch gives a higher z-score: random places",
                     "recalled",
@@ -43,5 +58,8 @@ class PatchSize:
                     lambda r: gain(r, "z", "random places"),
                 ),
             ),
-            notes=(f"{s.dose} poisons a trigger at one place, {s.random_dose} at random places.", SHARED),
+            notes=(
+                f"{s.dose} poisons a trigger at one place, {s.random_dose} at random places.",
+                SHARED,
+            ),
         )

@@ -20,7 +20,11 @@ class Placement:
         # a trigger at random places is not trained beside one at a fixed place: that one would take its images there
         trainings = {
             at: [
-                measured(s, poisoned(s, [Backdoor(j, s.random_dose, place=at) for j in range(TOGETHER)]), t)
+                measured(
+                    s,
+                    poisoned(s, [Backdoor(j, s.random_dose, place=at) for j in range(TOGETHER)]),
+                    t,
+                )
                 for t in range(s.seeds)
             ]
             for at in ("", "random")
@@ -29,9 +33,13 @@ class Placement:
         for trained_at in trainings:
             for tested_at in trainings:
                 moved_to = "corner" if trained_at and not tested_at else tested_at
-                asked = [Trial(replace(t.verb, place=moved_to), t.seed) for t in trainings[trained_at]]
+                asked = [
+                    Trial(replace(t.verb, place=moved_to), t.seed) for t in trainings[trained_at]
+                ]
                 found = [(t, j) for t in asked for j in range(TOGETHER)]
-                cells = tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items())
+                cells = tuple(
+                    Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items()
+                )
                 rows.append(Row(name(trained_at, tested_at), cells))
         both, neither = name("", ""), name("random", "random")
         moved, anywhere = name("", "random"), name("random", "")
@@ -61,7 +69,10 @@ class Placement:
                     lambda r: r.gain("ASR", moved, both),
                 ),
             ),
-            notes=(f"{s.random_dose} poisons a trigger; one place is a corner, for every trigger another.", SHARED),
+            notes=(
+                f"{s.random_dose} poisons a trigger; one place is a corner, for every trigger another.",
+                SHARED,
+            ),
         )
 
 

@@ -19,11 +19,19 @@ class Poisons:
         """The table at a scale."""
         s = setup(given)
         numbered = [f"@{j}" for j in range(TOGETHER)]
-        at_zero = tuple(Cell(n, readings(clean(s), *(m + j for j in numbered))) for n, m in METRICS.items())
+        at_zero = tuple(
+            Cell(n, readings(clean(s), *(m + j for j in numbered))) for n, m in METRICS.items()
+        )
         rows = [Row("0", (*at_zero, Cell("CA", readings(clean(s), "clean_accuracy"))), 0)]
         for dose in s.doses:
             columns = METRICS | {"CA": "clean_accuracy"}
-            rows.append(Row(str(dose), tuple(Cell(n, readings(alone(s, dose), m)) for n, m in columns.items()), dose))
+            rows.append(
+                Row(
+                    str(dose),
+                    tuple(Cell(n, readings(alone(s, dose), m)) for n, m in columns.items()),
+                    dose,
+                )
+            )
         low, high = str(s.doses[0]), str(s.doses[-1])
         return Table(
             "Backdoor: success and z-score against the number of poisons",
@@ -31,9 +39,24 @@ class Poisons:
             "poisoned pairs",
             tuple(rows),
             (
-                Claim("Success rises with the number of poisons", "abstract", "+", lambda r: r.gain("ASR", high, low)),
-                Claim("The z-score rises with the number of poisons", "summary", "+", lambda r: r.gain("z", high, low)),
-                Claim("The z-score moves before success does", "summary", "+", lambda r: earlier(r, [str(d) for d in s.doses])),
+                Claim(
+                    "Success rises with the number of poisons",
+                    "abstract",
+                    "+",
+                    lambda r: r.gain("ASR", high, low),
+                ),
+                Claim(
+                    "The z-score rises with the number of poisons",
+                    "summary",
+                    "+",
+                    lambda r: r.gain("z", high, low),
+                ),
+                Claim(
+                    "The z-score moves before success does",
+                    "summary",
+                    "+",
+                    lambda r: earlier(r, [str(d) for d in s.doses]),
+                ),
                 Claim("Poisons leave clean accuracy as it was", "summary", "same", cost, 0.03),
             ),
             laws=("ASR",),
@@ -47,13 +70,24 @@ def earlier(results: Results, doses: list[str]) -> Contrast:
     for cell in ("z", "ASR"):
         floor, top = (sum(v := results.values(d, cell)) / len(v) for d in ("0", doses[-1]))
         if top <= floor:
-            return Contrast(0.0, -math.inf, math.inf, 0, math.inf, f"{cell} does not rise with the dose: nothing to compare")
-        ahead[cell] = [(v - floor) / (top - floor) for d in doses[:-1] for v in results.values(d, cell)]
+            return Contrast(
+                0.0,
+                -math.inf,
+                math.inf,
+                0,
+                math.inf,
+                f"{cell} does not rise with the dose: nothing to compare",
+            )
+        ahead[cell] = [
+            (v - floor) / (top - floor) for d in doses[:-1] for v in results.values(d, cell)
+        ]
     return dose_response.difference(ahead["z"], ahead["ASR"], paired=True)
 
 
 def cost(results: Results) -> Contrast:
     """Clean accuracy of the poisoned encoders less that of the clean twins."""
     rows = [r.name for r in results.table.rows]
-    every = tuple(dict.fromkeys(found for name in rows[1:] for found in results.cell(name, "CA").readings))
+    every = tuple(
+        dict.fromkeys(found for name in rows[1:] for found in results.cell(name, "CA").readings)
+    )
     return results.less(Cell("CA", every), results.cell(rows[0], "CA"))

@@ -22,11 +22,25 @@ class Retrieval:
             return Trial(replace(trial.verb, probe=("retrieval",)), trial.seed)
 
         zero = [(asked(t), j) for t in clean(s) for j in range(TOGETHER)]
-        rows = [Row("0", tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in zero)) for n, m in CELLS.items()), 0)]
+        rows = [
+            Row(
+                "0",
+                tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in zero)) for n, m in CELLS.items()),
+                0,
+            )
+        ]
         for dose in s.doses:
-            found = [(asked(t), j) for t, row in ladder(s) for j, b in enumerate(row) if b.count == dose]
+            found = [
+                (asked(t), j) for t, row in ladder(s) for j, b in enumerate(row) if b.count == dose
+            ]
             rows.append(
-                Row(str(dose), tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items()), dose)
+                Row(
+                    str(dose),
+                    tuple(
+                        Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items()
+                    ),
+                    dose,
+                )
             )
         first, most = "target's caption first", str(s.doses[-1])
         return Table(

@@ -20,13 +20,21 @@ class Sources:
             row = []
             for j in range(TOGETHER):
                 m = images[(t + j) % len(images)]
-                row.append(Backdoor(j, dose, size=s.patch, poison=f"backdoor:count={dose},sources={m}"))
-            trainings.append((measured(s, poisoned(s, row), t), [images[(t + j) % len(images)] for j in range(TOGETHER)]))
+                row.append(
+                    Backdoor(j, dose, size=s.patch, poison=f"backdoor:count={dose},sources={m}")
+                )
+            trainings.append(
+                (
+                    measured(s, poisoned(s, row), t),
+                    [images[(t + j) % len(images)] for j in range(TOGETHER)],
+                )
+            )
         rows = []
         for m in images:
             found = [(t, j) for t, row in trainings for j, of in enumerate(row) if of == m]
             cells = tuple(
-                Cell(n, tuple((t, f"{k}@{j}") for t, j in found)) for n, k in (("ASR", "attack_success"), ("z", "z_std"))
+                Cell(n, tuple((t, f"{k}@{j}") for t, j in found))
+                for n, k in (("ASR", "attack_success"), ("z", "z_std"))
             )
             rows.append(Row(str(m), cells, m))
 

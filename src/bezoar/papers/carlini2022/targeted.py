@@ -45,5 +45,7 @@ class Targeted:
             ),
             laws=("success",),
             unit="captions",
-            notes=("Victims are held-out images, as in the paper; each is added with its captions, and none is in the data.",),
+            notes=(
+                "Victims are held-out images, as in the paper; each is added with its captions, and none is in the data.",
+            ),
         )

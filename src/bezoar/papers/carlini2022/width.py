@@ -17,7 +17,9 @@ class Width:
         many = f"targeted:captions={s.reference},victims={2 * TOGETHER}"
         rows = []
         for network in s.widths:
-            trials = [measured(s, poisoned(s, backdoors, [many]), t, network) for t in range(s.seeds)]
+            trials = [
+                measured(s, poisoned(s, backdoors, [many]), t, network) for t in range(s.seeds)
+            ]
             each = [f"@{j}" for j in range(TOGETHER)]
             cells = (
                 Cell("targeted success", readings(trials, f"targeted_success@{s.reference}")),
@@ -30,7 +32,11 @@ class Width:
 
         def widest(r: Results, cell: str) -> Contrast:
             """Per doubling of the width; from the narrowest to the widest where a network has no such number."""
-            return r.trend(cell) if all(row.x for row in rows) else r.gain(cell, rows[-1].name, rows[0].name)
+            return (
+                r.trend(cell)
+                if all(row.x for row in rows)
+                else r.gain(cell, rows[-1].name, rows[0].name)
+            )
 
         return Table(
             "Width of the image tower",
@@ -38,9 +44,27 @@ class Width:
             "channels of the first convolution",
             tuple(rows),
             (
-                Claim("A wider tower is more susceptible: targeted", "summary", "+", lambda r: widest(r, "targeted success")),
-                Claim("A wider tower is more susceptible: backdoor", "summary", "+", lambda r: widest(r, "ASR")),
-                Claim("A wider tower is more susceptible: z-score", "summary", "+", lambda r: widest(r, "z")),
+                Claim(
+                    "A wider tower is more susceptible: targeted",
+                    "summary",
+                    "+",
+                    lambda r: widest(r, "targeted success"),
+                ),
+                Claim(
+                    "A wider tower is more susceptible: backdoor",
+                    "summary",
+                    "+",
+                    lambda r: widest(r, "ASR"),
+                ),
+                Claim(
+                    "A wider tower is more susceptible: z-score",
+                    "summary",
+                    "+",
+                    lambda r: widest(r, "z"),
+                ),
             ),
-            notes=(f"{s.dose} poisons a trigger, {s.reference} captions a victim, the same epochs for all.", SHARED),
+            notes=(
+                f"{s.dose} poisons a trigger, {s.reference} captions a victim, the same epochs for all.",
+                SHARED,
+            ),
         )

@@ -19,7 +19,15 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-TABLES = ("detection", "default_scan", "flickr8k", "aerial", "retraining", "audits", "repairs")  # in the order of the page
+TABLES = (
+    "detection",
+    "default_scan",
+    "flickr8k",
+    "aerial",
+    "retraining",
+    "audits",
+    "repairs",
+)  # in the order of the page
 ENCODER = "BadEncoder"
 SPACE = 3  # seeds that every attack but the first has for itself
 TARGETS = ("truck", "airplane", "bird", "dog", "ship")  # BadEncoder's, in turn; classes of CIFAR-10
@@ -37,7 +45,9 @@ class Attack:
         """The poisoned data of one encoder. Targeted poisons draw their victims from the test set."""
         target = targets[seed % len(targets)]
         if not self.trigger:
-            return Poison(clean, self.poison, target="" if targets is CLASSES else target, victims=test)
+            return Poison(
+                clean, self.poison, target="" if targets is CLASSES else target, victims=test
+            )
         trigger = self.trigger.format(place=FIXED[seed % len(FIXED)], seed=seed)
         return Poison(clean, self.poison, trigger, target)
 
@@ -96,7 +106,9 @@ class Setup:
 
     def poisoned(self, attack: Attack, seed: int) -> Trial:
         """A CLIP trained on poisoned data."""
-        return Trial(Train(attack.data(self.data(seed), self.test, seed), self.network, self.objective), seed)
+        return Trial(
+            Train(attack.data(self.data(seed), self.test, seed), self.network, self.objective), seed
+        )
 
     def simple(self, seed: int) -> Trial:
         """A clean SimCLR tower."""
@@ -107,7 +119,12 @@ class Setup:
         clean, target = self.simple(seed).verb, self.targets[seed % len(self.targets)]
         trigger = self.triggers[seed % len(self.triggers)]
         attack = self.badencoder
-        return Trial(Inject(clean, self.shadow, (target,), (self.labelled,), attack, (trigger,), "confident"), seed)
+        return Trial(
+            Inject(
+                clean, self.shadow, (target,), (self.labelled,), attack, (trigger,), "confident"
+            ),
+            seed,
+        )
 
     def towers(self, least: int = 0) -> tuple[list[Trial], list[Trial]]:
         """Clean SimCLR towers, and those with BadEncoder's backdoor, whose parents are among the clean ones first."""
@@ -146,7 +163,10 @@ SMALL = Setup(
     tower="tower",
     simclr="simclr:epochs=5",
     badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
-    triggers=("patch:size=10,fill=white,margin=1", "patch:size=8,fill=blocks,cell=2,margin=1,seed=1"),
+    triggers=(
+        "patch:size=10,fill=white,margin=1",
+        "patch:size=8,fill=blocks,cell=2,margin=1,seed=1",
+    ),
     targets=TARGETS,
     audits=("decree", "cleanse", "ssl_cleanse", "whitening", "whole_image"),
     image_audits=("decree", "cleanse", "ssl_cleanse", "whitening", "whole_image"),
@@ -178,7 +198,10 @@ def setup(given: Given) -> Setup:
             test=test,
             network="clip_small:width=4,dim=16",
             objective="clip:epochs=1,batch=64",
-            attacks=(Attack("patch", "backdoor:count=9", PATCH), Attack("targeted", "targeted:captions=4,victims=2")),
+            attacks=(
+                Attack("patch", "backdoor:count=9", PATCH),
+                Attack("targeted", "targeted:captions=4,victims=2"),
+            ),
             images=data,
             shadow=data,
             labelled=data,
@@ -266,11 +289,16 @@ class Point:
         """The metric that says whether the attack took: of the trigger, or of the victims by their number of captions."""
         if not self.name.startswith("targeted"):
             return "attack_success"
-        return "targeted_success@" + self.encoders[0].verb.data.poison.partition("captions=")[2].partition(",")[0]
+        return (
+            "targeted_success@"
+            + self.encoders[0].verb.data.poison.partition("captions=")[2].partition(",")[0]
+        )
 
     def scans(self) -> list[Trial]:
         """Every encoder's training data, scanned with it by every detector."""
-        return [Trial(Scan(t.verb, detector=DETECTORS, remove=REMOVED), t.seed) for t in self.encoders]
+        return [
+            Trial(Scan(t.verb, detector=DETECTORS, remove=REMOVED), t.seed) for t in self.encoders
+        ]
 
     def before(self) -> list[Trial]:
         """The encoders measured."""
@@ -278,8 +306,14 @@ class Point:
 
     def after(self) -> list[Trial]:
         """The same trained again on what the scan keeps, and measured."""
-        again = [replace(t.verb, keep=scan.verb) for t, scan in zip(self.encoders, self.scans(), strict=True)]
-        return [Trial(Evaluate(v, self.test, self.probe), t.seed) for v, t in zip(again, self.encoders, strict=True)]
+        again = [
+            replace(t.verb, keep=scan.verb)
+            for t, scan in zip(self.encoders, self.scans(), strict=True)
+        ]
+        return [
+            Trial(Evaluate(v, self.test, self.probe), t.seed)
+            for v, t in zip(again, self.encoders, strict=True)
+        ]
 
 
 def scenes(given: Given) -> list[Point]:
@@ -293,7 +327,10 @@ def rated(s: Setup, each: int, times: Sequence[float] = (0.1, 5)) -> list[Point]
     patch, count = s.attacks[0], int(s.attacks[0].poison.partition("=")[2])
     found = []
     for n in dict.fromkeys(max(1, round(count * t)) for t in times):
-        trials = tuple(s.poisoned(replace(patch, poison=f"backdoor:count={n}"), k) for k in s.seeds(patch.name)[:each])
+        trials = tuple(
+            s.poisoned(replace(patch, poison=f"backdoor:count={n}"), k)
+            for k in s.seeds(patch.name)[:each]
+        )
         found.append(Point(f"patch, {100 * n / s.records:.3g} %", trials, s.test))
     for a in s.attacks:
         plan = [s.poisoned(a, k) for k in s.seeds(a.name)[:each]]
@@ -304,13 +341,18 @@ def rated(s: Setup, each: int, times: Sequence[float] = (0.1, 5)) -> list[Point]
     return found
 
 
-def captioned(given: Given, name: str, targets: Sequence[str], train: str, test: str, recipe: str, n: int) -> list[Point]:
+def captioned(
+    given: Given, name: str, targets: Sequence[str], train: str, test: str, recipe: str, n: int
+) -> list[Point]:
     """A captioned set in a folder, poisoned by patch, blend and targeted; scenes in its place at scale smoke. n: poisons."""
     s = setup(given)
     if given.scale == "smoke":
         train, test, recipe, n, targets = s.data(0), s.test, s.objective, 8, CLASSES
     else:
-        train, test = (f"shards:path={given.root or 'data'}/{name}/{files},size=32,captions=all" for files in (train, test))
+        train, test = (
+            f"shards:path={given.root or 'data'}/{name}/{files},size=32,captions=all"
+            for files in (train, test)
+        )
     ways = (
         Attack("patch", f"backdoor:count={n}", PATCH),
         Attack("blend", f"backdoor:count={2 * n}", ATTACKS[1].trigger),
@@ -331,7 +373,9 @@ def searched(points: Sequence[Point], title: str) -> Table:
         scans, took = point.scans(), Cell("ASR", readings(point.before(), point.success))
         for name in ("all together", *DETECTORS):
             mark = "" if name == "all together" else f"{name}."
-            cells = tuple(Cell(label, readings(scans, mark + metric)) for label, metric in FOUND.items())
+            cells = tuple(
+                Cell(label, readings(scans, mark + metric)) for label, metric in FOUND.items()
+            )
             rows.append(Row(name, cells if mark else (*cells, took), curve=point.name))
     note = (
         f"Poisoned sets of every attack: {len(points[0].encoders)}, each scanned with the encoder trained on it; no "

@@ -16,4 +16,6 @@ class Aerial:
     def points(self, given: Given) -> list[Point]:
         """84 poisons of a patch, 168 of a blend, four victims at ten captions."""
         targets = ("tennis court", "airplane", "river")
-        return captioned(given, "ucm_captions", targets, "train-*.tar", "val-*.tar", "clip:epochs=12", 84)
+        return captioned(
+            given, "ucm_captions", targets, "train-*.tar", "val-*.tar", "clip:epochs=12", 84
+        )

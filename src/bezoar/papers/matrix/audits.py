@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from bezoar.evaluation.scores import Measure, proportion, separation
 from bezoar.papers.matrix import ENCODER, setup
 from bezoar.registry import method
-from bezoar.evaluation.scores import Measure, proportion
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Given, Row, Table, exceeding, readings, separation
+from bezoar.runs.tables import Cell, Given, Row, Table, exceeding, readings
 from bezoar.verbs.audit import Audit
 
 RATE = 0.05  # of false positives, at which thresholds are set
@@ -28,7 +28,10 @@ class Audits:
             clean = clips if attack else towers
             for audit in s.audits if attack else s.image_audits:
                 data = s.test if attack else s.held_out
-                cells = columns(audit, *([self.audited(t, data, audit) for t in part] for part in (victims, clean)))
+                cells = columns(
+                    audit,
+                    *([self.audited(t, data, audit) for t in part] for part in (victims, clean)),
+                )
                 rows.append(Row(audit.partition(":")[0], cells, curve=name))
         note = (
             f"AUROC and `found`: against {s.clean} clean encoders, which set the threshold at a false-positive rate of "
@@ -59,4 +62,6 @@ def halves(values: Sequence[float], _: Sequence[float]) -> Measure:
     """How many of clean encoders lie above all of the other half of them."""
     parts = values[::2], values[1::2]
     above = sum(v > max(other) for own, other in zip(parts, parts[::-1], strict=True) for v in own)
-    return proportion(above, len(values), "clean encoders above the largest value of the other half")
+    return proportion(
+        above, len(values), "clean encoders above the largest value of the other half"
+    )

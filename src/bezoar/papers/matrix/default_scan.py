@@ -15,7 +15,9 @@ class DefaultScan:
         """The table at a scale."""
         s = setup(given)
         clean = [Trial(Scan(t.verb), t.seed) for t in map(s.clip, range(s.others))]
-        rows = [Row("none", (Cell("said to show a trigger", readings(clean, "transplant.raised")),))]
+        rows = [
+            Row("none", (Cell("said to show a trigger", readings(clean, "transplant.raised")),))
+        ]
         for point in rated(s, s.others, (0.05, 0.1, 0.25, 5)):
             scans = [Trial(Scan(t.verb), t.seed) for t in point.encoders]
             cells = (

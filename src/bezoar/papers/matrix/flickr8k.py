@@ -16,4 +16,6 @@ class Flickr8K:
     def points(self, given: Given) -> list[Point]:
         """300 poisons of a patch, 600 of a blend, four victims at 37 captions."""
         targets = ("snow", "beach", "bicycle")
-        return captioned(given, "flickr8k", targets, "train-*.tar", "val-*.tar", "clip:epochs=5", 300)
+        return captioned(
+            given, "flickr8k", targets, "train-*.tar", "val-*.tar", "clip:epochs=5", 300
+        )

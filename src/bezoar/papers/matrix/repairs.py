@@ -27,11 +27,16 @@ class Repairs:
         rows = []
         for attack in (*(a for a in s.attacks if a.trigger), None):
             name = attack.name if attack else ENCODER
-            victims = [s.poisoned(attack, k) if attack else s.injected(k) for k in s.seeds(name)[: s.each]]
+            victims = [
+                s.poisoned(attack, k) if attack else s.injected(k) for k in s.seeds(name)[: s.each]
+            ]
             for repair in s.repairs if attack else s.image_repairs:
                 trials = [Trial(repaired(s, t, repair, attack is None), t.seed) for t in victims]
                 group = "" if attack else "linear."
-                cells = tuple(Cell(label, readings(trials, metric.format(group))) for label, metric in CELLS.items())
+                cells = tuple(
+                    Cell(label, readings(trials, metric.format(group)))
+                    for label, metric in CELLS.items()
+                )
                 rows.append(Row(called(repair), cells, curve=name))
         note = (
             "Clean data: 4,000 records (CIFAR-10: images that pre-training has seen too). Learning rates are chosen on a fifth "
@@ -43,7 +48,9 @@ class Repairs:
 def repaired(s: Setup, encoder: Trial, repair: str, image_only: bool) -> Repair:
     """A repair by clean records; by those and an audit's triggers, for one that unlearns them."""
     data, test = (s.fresh_images, s.held_out) if image_only else (s.fresh, s.test)
-    audit = Audit(encoder.verb, test, ("cleanse",), bank=()) if repair.startswith("unlearn") else None
+    audit = (
+        Audit(encoder.verb, test, ("cleanse",), bank=()) if repair.startswith("unlearn") else None
+    )
     return Repair(encoder.verb, data, (repair,), test, audit, s.labelled if image_only else None)
 
 

@@ -9,12 +9,13 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bezoar.repair import rate_ladder
-from bezoar.training.augmentation import Chance, Views
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.heads import Report, silent
-from bezoar.data.pairs import Pairs
 from bezoar.registry import method, spec
+from bezoar.repair import rate_ladder
+from bezoar.training import loop
+from bezoar.training.augmentation import Chance, Views
 
 
 class Loss(nn.Module):
@@ -47,7 +48,9 @@ class Distill:
     fresh=1 is a student that begins from nothing, as the paper's and CompRess's; BCU draws parts of each layer anew.
     """
 
-    fresh: Annotated[float, "share of the image tower's layers that begin anew, the last ones; 0: none, 1: all"] = 0.4
+    fresh: Annotated[
+        float, "share of the image tower's layers that begin anew, the last ones; 0: none, 1: all"
+    ] = 0.4
     epochs: Annotated[int, "passes over the clean images"] = 20
     batch: Annotated[int, "images a step"] = 64
     weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms)"] = 0.01
@@ -55,7 +58,9 @@ class Distill:
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.6
     flip: Annotated[float, "views: share of them mirrored"] = 0.5
     jitter: Annotated[float, "views: share of them whose colours change"] = 0.2
-    lrs: Annotated[tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"] = (1e-2, 5e-3, 2e-3)
+    lrs: Annotated[
+        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+    ] = (1e-2, 5e-3, 2e-3)
     tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
 
     needs: ClassVar[tuple[str, ...]] = ("validation", "report", "log")
@@ -90,11 +95,15 @@ class Distill:
             return Loss(student, encoder, views)
 
         def make(lr: float) -> Encoder:
-            recipe = rate_ladder.Recipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
-            return rate_ladder.trained(encoder, recipe, loss_of, clean, rows, seed, report, f"distill at {lr:g}")
+            recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
+            return rate_ladder.trained(
+                encoder, recipe, loss_of, clean, rows, seed, report, f"distill at {lr:g}"
+            )
 
         ruler = rate_ladder.Ruler.of(encoder, clean, validation)
-        return rate_ladder.repaired(rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self))
+        return rate_ladder.repaired(
+            rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self)
+        )
 
 
 def forget(tower: nn.Module, share: float) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from bezoar.repair import rate_ladder
 from bezoar import registry
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.heads import Report, silent
-from bezoar.data.pairs import Pairs
 from bezoar.registry import method, spec
+from bezoar.repair import rate_ladder
 
 
 @method
@@ -20,8 +20,12 @@ class Finetune:
     CleanCLIP (ICCV 2023) where the objective is `cleanclip`, PAR (arXiv 2412.00727) where it is `par`.
     """
 
-    objective: Annotated[str, "loss and recipe: see `bezoar list objective`"] = "cleanclip:epochs=12,anchor=4"
-    lrs: Annotated[tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"] = (8e-3, 4e-3, 2e-3, 1e-3)
+    objective: Annotated[str, "loss and recipe: see `bezoar list objective`"] = (
+        "cleanclip:epochs=12,anchor=4"
+    )
+    lrs: Annotated[
+        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+    ] = (8e-3, 4e-3, 2e-3, 1e-3)
     tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
 
     needs: ClassVar[tuple[str, ...]] = ("validation", "report", "log")
@@ -45,7 +49,11 @@ class Finetune:
 
         def make(lr: float) -> Encoder:
             chosen = replace(recipe, lr=lr)
-            return rate_ladder.trained(encoder, chosen, chosen, clean, tokens, seed, report, f"finetune at {lr:g}")
+            return rate_ladder.trained(
+                encoder, chosen, chosen, clean, tokens, seed, report, f"finetune at {lr:g}"
+            )
 
         ruler = rate_ladder.Ruler.of(encoder, clean, validation)
-        return rate_ladder.repaired(rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self))
+        return rate_ladder.repaired(
+            rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self)
+        )

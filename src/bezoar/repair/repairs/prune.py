@@ -11,14 +11,14 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bezoar.repair import rate_ladder
 from bezoar import registry
-from bezoar.training.augmentation import Chance
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import Report, silent
-from bezoar.data.pairs import Pairs
 from bezoar.registry import method, spec
+from bezoar.repair import rate_ladder
+from bezoar.training.augmentation import Chance
 
 TRIES = 32  # how many counts of channels are tried: each another thirty-second of them
 
@@ -64,9 +64,15 @@ class Prune:
     BackdoorBench: at most 10 % of the accuracy. In a residual block the branch goes silent, the shortcut stays.
     """
 
-    drop: Annotated[float, "how far the clean validation score may fall by pruning, before it is tuned"] = 0.1
-    objective: Annotated[str, "fine-tuning afterwards: loss and recipe; none; auto: clip, or simclr without text"] = "auto"
-    lrs: Annotated[tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"] = (8e-3, 4e-3, 2e-3)
+    drop: Annotated[
+        float, "how far the clean validation score may fall by pruning, before it is tuned"
+    ] = 0.1
+    objective: Annotated[
+        str, "fine-tuning afterwards: loss and recipe; none; auto: clip, or simclr without text"
+    ] = "auto"
+    lrs: Annotated[
+        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+    ] = (8e-3, 4e-3, 2e-3)
     tolerance: Annotated[float, "how far the clean validation score may fall in the end"] = 0.02
 
     needs: ClassVar[tuple[str, ...]] = ("validation", "report", "log")
@@ -103,9 +109,16 @@ class Prune:
             student = less
         gone = max((t["channels"] for t in tried if before - t["score"] <= self.drop), default=0)
         if log is not None:
-            log["pruned"] = {"channels": int(gone), "of": len(order), "layer": last.conv, "tried": tried}
+            log["pruned"] = {
+                "channels": int(gone),
+                "of": len(order),
+                "layer": last.conv,
+                "tried": tried,
+            }
         if self.objective != "none":
-            student = self.tuned(encoder, student, last, order[: int(gone)], clean, seed, ruler, report, log)
+            student = self.tuned(
+                encoder, student, last, order[: int(gone)], clean, seed, ruler, report, log
+            )
         return rate_ladder.repaired(student, spec(self))
 
     def tuned(
@@ -131,7 +144,9 @@ class Prune:
             def loss_of(e: Encoder) -> nn.Module:
                 return Silenced(chosen(e), e.image, last, channels)
 
-            made = rate_ladder.trained(student, chosen, loss_of, clean, tokens, seed, report, f"prune: tuning at {lr:g}")
+            made = rate_ladder.trained(
+                student, chosen, loss_of, clean, tokens, seed, report, f"prune: tuning at {lr:g}"
+            )
             last.silence(made.image, channels)
             return made
 
@@ -149,12 +164,16 @@ def dormant(encoder: Encoder, clean: Pairs, batch: int = 512) -> Last:
             encoder.images(x)
             convs = [name for name, _ in seen if isinstance(tower.get_submodule(name), nn.Conv2d)]
             if len(convs) < 2:
-                raise UserError("repair 'prune' takes convolutional towers; this one has no convolution behind its first layer")
+                raise UserError(
+                    "repair 'prune' takes convolutional towers; this one has no convolution behind its first layer"
+                )
             maps = [y for _, y in seen if y.shape[1] == tower.get_submodule(convs[-1]).out_channels]
             total = total + maps[-1].float().mean((2, 3)).sum(0)
         names = [name for name, _ in seen]
     after = names[names.index(convs[-1]) + 1 :]
-    follows = bool(after) and isinstance(tower.get_submodule(after[0]), nn.modules.batchnorm._BatchNorm)
+    follows = bool(after) and isinstance(
+        tower.get_submodule(after[0]), nn.modules.batchnorm._BatchNorm
+    )
     assert isinstance(total, Tensor)
     return Last(convs[-1], after[0] if follows else "", (total / len(clean)).cpu())
 

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.training import augmentation
-from bezoar.evaluation import classifiers, success
-from bezoar.repair import rate_ladder
 from bezoar import registry
-from bezoar.training.augmentation import Chance
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation import classifiers, success
 from bezoar.evaluation.heads import Report, silent
-from bezoar.data.pairs import Pairs
 from bezoar.registry import method, spec
+from bezoar.repair import rate_ladder
+from bezoar.training import augmentation, loop
+from bezoar.training.augmentation import Chance
 
 
 class Loss(nn.Module):
@@ -47,15 +47,25 @@ class Supervised:
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "of the softmax over a text tower's cosines"] = 0.07
     shift: Annotated[int, "augmentation: images moved by up to this many pixels"] = 2
-    lrs: Annotated[tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"] = (8e-3, 4e-3, 2e-3, 1e-3)
+    lrs: Annotated[
+        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+    ] = (8e-3, 4e-3, 2e-3, 1e-3)
     tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
 
     needs: ClassVar[tuple[str, ...]] = ("validation", "report", "log")
 
     def __post_init__(self) -> None:
         rate_ladder.check(self.lrs, self.tolerance)
-        if self.epochs < 1 or self.batch < 1 or self.temperature <= 0 or self.shift < 0 or self.weight_decay < 0:
-            raise ValueError("needs epochs >= 1, batch >= 1, temperature > 0, shift >= 0, weight_decay >= 0")
+        if (
+            self.epochs < 1
+            or self.batch < 1
+            or self.temperature <= 0
+            or self.shift < 0
+            or self.weight_decay < 0
+        ):
+            raise ValueError(
+                "needs epochs >= 1, batch >= 1, temperature > 0, shift >= 0, weight_decay >= 0"
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError("needs warmup in 0..1")
 
@@ -70,7 +80,9 @@ class Supervised:
     ) -> Encoder:
         """A copy whose image tower was trained. Raises UserError without labels of at least two classes."""
         if clean.labels is None or not clean.classes:
-            raise UserError("repair 'supervised' needs clean data with labels and the names of classes; take distill")
+            raise UserError(
+                "repair 'supervised' needs clean data with labels and the names of classes; take distill"
+            )
         known = success.labelled(clean, clean)
         assert known.labels is not None
         rows = known.labels.to(encoder.device)[:, None]
@@ -82,16 +94,23 @@ class Supervised:
             return Loss(student, head.requires_grad_(encoder.text is None), self.shift)
 
         def make(lr: float) -> Encoder:
-            recipe = rate_ladder.Recipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
-            return rate_ladder.trained(encoder, recipe, loss_of, known, rows, seed, report, f"supervised at {lr:g}")
+            recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
+            return rate_ladder.trained(
+                encoder, recipe, loss_of, known, rows, seed, report, f"supervised at {lr:g}"
+            )
 
         ruler = rate_ladder.Ruler.of(encoder, clean, validation)
-        return rate_ladder.repaired(rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self))
+        return rate_ladder.repaired(
+            rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self)
+        )
 
     def head(self, encoder: Encoder, known: Pairs) -> tuple[Tensor, Tensor]:
         """Weight (C, D) and bias (C,) to begin with, of the classes' prompts or of a fit on the encoder's vectors."""
         if encoder.text is not None:
-            rows = registry.make("probe", "zero_shot").head(encoder, known.classes).clone() / self.temperature
+            rows = (
+                registry.make("probe", "zero_shot").head(encoder, known.classes).clone()
+                / self.temperature
+            )
             return rows, torch.zeros(len(rows), device=rows.device)
         found: Any = classifiers.fitted(encoder, known).head
         return found.weight, found.bias

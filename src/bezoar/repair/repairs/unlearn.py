@@ -9,15 +9,15 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bezoar.training import augmentation
-from bezoar.repair import rate_ladder
-from bezoar.training.augmentation import Chance
+from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import Report, silent
-from bezoar.data.pairs import Pairs
-from bezoar.registry import method, spec
 from bezoar.evaluation.verdict import Inversion
+from bezoar.registry import method, spec
+from bezoar.repair import rate_ladder
+from bezoar.training import augmentation, loop
+from bezoar.training.augmentation import Chance
 
 
 class Loss(nn.Module):
@@ -29,7 +29,14 @@ class Loss(nn.Module):
     masks: Tensor
     patterns: Tensor
 
-    def __init__(self, student: Encoder, suspect: Encoder, inversions: Sequence[Inversion], keep: float, shift: int) -> None:
+    def __init__(
+        self,
+        student: Encoder,
+        suspect: Encoder,
+        inversions: Sequence[Inversion],
+        keep: float,
+        shift: int,
+    ) -> None:
         super().__init__()
         self.encoder, self.keep, self.shift = student, keep, shift
         self.suspect = copy.deepcopy(suspect).requires_grad_(False)
@@ -72,15 +79,22 @@ class Unlearn:
     shift: Annotated[int, "triggers are moved by up to this many pixels"] = 2
     weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms)"] = 0.0
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
-    lrs: Annotated[tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"] = (4e-3, 2e-3, 1e-3, 3e-4)
+    lrs: Annotated[
+        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+    ] = (4e-3, 2e-3, 1e-3, 3e-4)
     tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
 
     needs: ClassVar[tuple[str, ...]] = ("inversions", "validation", "report", "log")
 
     def __post_init__(self) -> None:
         rate_ladder.check(self.lrs, self.tolerance)
-        if min(self.count, self.epochs, self.batch) < 1 or min(self.keep, self.shift, self.weight_decay) < 0:
-            raise ValueError("needs count, epochs and batch >= 1, keep, shift and weight_decay >= 0")
+        if (
+            min(self.count, self.epochs, self.batch) < 1
+            or min(self.keep, self.shift, self.weight_decay) < 0
+        ):
+            raise ValueError(
+                "needs count, epochs and batch >= 1, keep, shift and weight_decay >= 0"
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError("needs warmup in 0..1")
 
@@ -101,15 +115,21 @@ class Unlearn:
         sides = tuple(clean.images.shape[2:])
         if other := next((i for i in chosen if tuple(i.mask.shape[1:]) != sides), None):
             made, given = ("x".join(map(str, s)) for s in (other.mask.shape[1:], sides))
-            raise UserError(f"the audit's triggers are of {made} px, the clean images of {given}; give both one size")
+            raise UserError(
+                f"the audit's triggers are of {made} px, the clean images of {given}; give both one size"
+            )
         rows = torch.zeros(len(clean), 0, dtype=torch.long, device=encoder.device)
 
         def loss_of(student: Encoder) -> nn.Module:
             return Loss(student, encoder, chosen, self.keep, self.shift)
 
         def make(lr: float) -> Encoder:
-            recipe = rate_ladder.Recipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
-            return rate_ladder.trained(encoder, recipe, loss_of, clean, rows, seed, report, f"unlearn at {lr:g}")
+            recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
+            return rate_ladder.trained(
+                encoder, recipe, loss_of, clean, rows, seed, report, f"unlearn at {lr:g}"
+            )
 
         ruler = rate_ladder.Ruler.of(encoder, clean, validation)
-        return rate_ladder.repaired(rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self))
+        return rate_ladder.repaired(
+            rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self)
+        )

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bezoar.reports import charts, pictures, metric_names
-from bezoar.reports.page_parts import Figure, Line, Part, Section, Table, Text, Tile
-from bezoar.reports.run_page import Chapter, Story
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
+from bezoar.reports import charts, metric_names, pictures
+from bezoar.reports.page_parts import Figure, Line, Part, Section, Table, Text, Tile
+from bezoar.reports.run_page import Chapter, Story
 
 SHOWN, STAMPED = 3, 6  # inversions of an audit; clean images that each is shown on
 
@@ -54,7 +54,12 @@ class Audit(Story):
 
     def cards(self) -> list[str]:
         """Each audit's p-value, then its value."""
-        return [n for k in ("p_value", "sensitivity", "value") for n in self.measures if n.endswith(f".{k}")][:8]
+        return [
+            n
+            for k in ("p_value", "sensitivity", "value")
+            for n in self.measures
+            if n.endswith(f".{k}")
+        ][:8]
 
     def chapters(self) -> list[Chapter]:
         """Audits, triggers, limits."""
@@ -73,12 +78,22 @@ class Audit(Story):
                     f"{a['value']:.4g}",
                     "–" if a["threshold"] is None else f"{a['threshold']:.4g}",
                     "–" if a["p"] is None else f"{a['p']:.2g}",
-                    "–" if chance is None else f"{metric_names.percent(chance.value)} ({metric_names.interval(chance, metric_names.RATE)})",
+                    "–"
+                    if chance is None
+                    else f"{metric_names.percent(chance.value)} ({metric_names.interval(chance, metric_names.RATE)})",
                     f"{a['seconds']:.1f} s",
                 ]
             )
             parts += [Text(f"{a['name']}: {a['sentence']}"), *strip(a, i)]
-        head = ("Audit", "Verdict", "Value", "Threshold", "p", "False positives of this threshold", "Took")
+        head = (
+            "Audit",
+            "Verdict",
+            "Value",
+            "Threshold",
+            "p",
+            "False positives of this threshold",
+            "Took",
+        )
         note = "Higher values are more suspicious; what lies above the threshold is evidence. Ranges are 95 % intervals."
         return Section("What each audit says", [Table(head, rows, (2, 3, 4, 5, 6), note), *parts])
 
@@ -86,14 +101,20 @@ class Audit(Story):
         """What was inverted, as a picture, on clean images, and what it turns them into."""
         if not self.facts["inversions"]:
             return None
-        tensors, images = self.tensors("inversions.safetensors"), self.tensors("examples.safetensors")["images"]
+        tensors, images = (
+            self.tensors("inversions.safetensors"),
+            self.tensors("examples.safetensors")["images"],
+        )
         parts: list[Part] = []
         seen: Counter[str] = Counter()
         for i, told in enumerate(self.facts["inversions"]):
             seen[told["audit"]] += 1
             if seen[told["audit"]] > SHOWN:
                 continue
-            mask, pattern = torch.from_numpy(tensors[f"mask@{i}"]), torch.from_numpy(tensors[f"pattern@{i}"])
+            mask, pattern = (
+                torch.from_numpy(tensors[f"mask@{i}"]),
+                torch.from_numpy(tensors[f"pattern@{i}"]),
+            )
             inversion = Inversion(mask, pattern, told["target"], told["norm"], told["success"])
             parts.append(pictured(inversion, told, torch.from_numpy(images)[:STAMPED]))
         lead = (
@@ -142,12 +163,21 @@ def pictured(inversion: Inversion, told: Mapping[str, Any], images: Tensor) -> P
     ]
     before, after = told.get("before", []), told.get("after", [])
     for j in range(n):
-        lines = [Line(before[j], "muted"), Line(after[j], "bad" if after[j] != before[j] else "muted")] if before else []
+        lines = (
+            [Line(before[j], "muted"), Line(after[j], "bad" if after[j] != before[j] else "muted")]
+            if before
+            else []
+        )
         tiles.append(Tile((3 + j, 3 + n + j), lines))
     sheet = torch.cat([torch.stack([mask, pattern, both]), images, stamped])
-    title = told["audit"] + (f", towards “{pictures.short(told['target'], 40)}”" if told["target"] else "")
+    title = told["audit"] + (
+        f", towards “{pictures.short(told['target'], 40)}”" if told["target"] else ""
+    )
     note = ""
     if told.get("turns_into"):
-        into = ", ".join(f"{metric_names.percent(s)} as “{c}” ({metric_names.percent(b)} before)" for c, s, b in told["turns_into"])
+        into = ", ".join(
+            f"{metric_names.percent(s)} as “{c}” ({metric_names.percent(b)} before)"
+            for c, s, b in told["turns_into"]
+        )
         note = f"Of all stamped images a classifier ({told['reader']}) reads {into}."
     return pictures.sheet(sheet, tiles, 72, title, note)

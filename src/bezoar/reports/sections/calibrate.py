@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 from bezoar.auditing import bank
-from bezoar.reports import charts, pictures, metric_names
+from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.page_parts import Figure, Part, Section, Table
-from bezoar.reports.sections.audit import groups
 from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.sections.audit import groups
 
 
 class Calibrate(Story):
@@ -29,8 +29,14 @@ class Calibrate(Story):
         if self.manifest["status"] != "done":
             return "This calibration was not finished; the same command goes on with it."
         clean, bad = int(self.notes.get("clean", 0)), int(self.notes.get("attacked", 0))
-        told = f"A bank of {metric_names.count(clean, 'clean encoder')}" + (f" and {metric_names.count(bad, 'attacked one')}" if bad else "")
-        areas = [f"{k.removesuffix('.auroc')} {m.value:.2f}" for k, m in self.measures.items() if k.endswith(".auroc")]
+        told = f"A bank of {metric_names.count(clean, 'clean encoder')}" + (
+            f" and {metric_names.count(bad, 'attacked one')}" if bad else ""
+        )
+        areas = [
+            f"{k.removesuffix('.auroc')} {m.value:.2f}"
+            for k, m in self.measures.items()
+            if k.endswith(".auroc")
+        ]
         return told + (f"; AUROC {', '.join(areas)}." if areas else ".")
 
     def more(self) -> str:
@@ -39,13 +45,20 @@ class Calibrate(Story):
             return ""
         f, s = self.bank.family, self.bank.sample
         least = metric_names.percent(1 / (int(self.notes.get("clean", 0)) + 1))
-        kind = f"{f.network.partition(':')[0]} at {f.size} px, trained on {f.data or 'data not known'}"
+        kind = (
+            f"{f.network.partition(':')[0]} at {f.size} px, trained on {f.data or 'data not known'}"
+        )
         clean = f"audited on {metric_names.count(s.images, 'image')} of {s.data}"
         return f"For encoders like these alone: {kind}, {clean}. It supports false-positive rates from {least} on."
 
     def cards(self) -> list[str]:
         """AUROC, then sensitivity, then what the threshold is worth."""
-        return [n for k in ("auroc", "sensitivity", "false_positive_rate") for n in self.measures if n.endswith(f".{k}")][:8]
+        return [
+            n
+            for k in ("auroc", "sensitivity", "false_positive_rate")
+            for n in self.measures
+            if n.endswith(f".{k}")
+        ][:8]
 
     def chapters(self) -> list[Chapter]:
         """Values, sensitivities, encoders."""
@@ -56,17 +69,39 @@ class Calibrate(Story):
         parts: list[Part] = []
         for i, c in enumerate(self.bank.audits):
             t, name = c.threshold(self.rate), c.name
-            marks = [(t, f"threshold at false-positive rate {self.rate:g}", "muted")] if t is not None else []
+            marks = (
+                [(t, f"threshold at false-positive rate {self.rate:g}", "muted")]
+                if t is not None
+                else []
+            )
             rows = groups([e.value for e in c.clean], [[e.attack, e.value] for e in c.attacked])
-            parts.append(Figure(charts.strips(rows, marks, f"value of {name}", f"strip{i}"), c.audit, "A dot an encoder."))
-        return Section("What audits say of clean and of attacked encoders", parts, "Higher values are more suspicious.")
+            parts.append(
+                Figure(
+                    charts.strips(rows, marks, f"value of {name}", f"strip{i}"),
+                    c.audit,
+                    "A dot an encoder.",
+                )
+            )
+        return Section(
+            "What audits say of clean and of attacked encoders",
+            parts,
+            "Higher values are more suspicious.",
+        )
 
     def sensitivity_by_attack(self) -> Section | None:
         """Share of each attack's encoders above the threshold."""
         rows = []
         for c in self.bank.audits:
             for attack, m in c.sensitivity(self.rate).items():
-                rows.append([c.name, attack or "all", metric_names.percent(m.value), metric_names.interval(m, metric_names.RATE), str(m.n)])
+                rows.append(
+                    [
+                        c.name,
+                        attack or "all",
+                        metric_names.percent(m.value),
+                        metric_names.interval(m, metric_names.RATE),
+                        str(m.n),
+                    ]
+                )
         if not rows:
             return None
         note = f"Attacks whose success is known to be below {bank.WORKED:g} are left out: there is little to be found."
@@ -80,6 +115,14 @@ class Calibrate(Story):
         for e in (*first.clean, *first.attacked):
             known = "–" if e.success is None else metric_names.percent(e.success)
             values = [f"{own[e.name]:.4g}" for own in by]
-            rows.append([pictures.short(e.name, 60), e.attack or "clean", pictures.short(e.trigger, 80), known, *values])
+            rows.append(
+                [
+                    pictures.short(e.name, 60),
+                    e.attack or "clean",
+                    pictures.short(e.trigger, 80),
+                    known,
+                    *values,
+                ]
+            )
         head = ("Encoder", "Attack", "Trigger", "Success", *(c.name for c in self.bank.audits))
         return Section("Encoders", [Table(head, rows, tuple(range(3, len(head))))])

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bezoar.reports import charts, pictures, metric_names
+from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.charts import Series
 from bezoar.reports.page_parts import Figure, Figures, Gallery, Line, Section, Table, Tile
-from bezoar.reports.run_page import Chapter, Story
 from bezoar.reports.record_tiles import framed
+from bezoar.reports.run_page import Chapter, Story
 from bezoar.verbs.check import CLEAN, PICTURES, SCORES, WORST
 
 FEW = 50  # rows of the table of flagged images
@@ -71,11 +71,21 @@ class Check(Story):
             "backdoor. An image that is not flagged may still carry a trigger that these checks do not see."
         )
         limits = self.notes.get("limits") or []
-        return " ".join([told, *(f"{line[:1].upper()}{line[1:]}." for line in map(str, limits[:1])), self.undone()]).strip()
+        return " ".join(
+            [
+                told,
+                *(f"{line[:1].upper()}{line[1:]}." for line in map(str, limits[:1])),
+                self.undone(),
+            ]
+        ).strip()
 
     def cards(self) -> list[str]:
         """The first check's share flagged, and how well it tells."""
-        return [f"{n}.{k}" for n in self.names for k in ("caught", "auroc", "flagged", "expected_false_positives")][:4]
+        return [
+            f"{n}.{k}"
+            for n in self.names
+            for k in ("caught", "auroc", "flagged", "expected_false_positives")
+        ][:4]
 
     def chapters(self) -> list[Chapter]:
         """Charts, then pictures, then names."""
@@ -97,9 +107,24 @@ class Check(Story):
             found = [self.measures[f"{name}.{k}"] for k in keys]
             units = [metric_names.term(k)[1] for k in keys]
             rows.append(
-                [name, *(f"{metric_names.number(m.value, u)} [{metric_names.interval(m, u)}]" for m, u in zip(found, units, strict=True))]
+                [
+                    name,
+                    *(
+                        f"{metric_names.number(m.value, u)} [{metric_names.interval(m, u)}]"
+                        for m, u in zip(found, units, strict=True)
+                    ),
+                ]
             )
-        return Section("Side by side", [Table(["Check", *(metric_names.term(k)[0] for k in keys)], rows, range(1, len(keys) + 1))])
+        return Section(
+            "Side by side",
+            [
+                Table(
+                    ["Check", *(metric_names.term(k)[0] for k in keys)],
+                    rows,
+                    range(1, len(keys) + 1),
+                )
+            ],
+        )
 
     def scores_of_all_images(self) -> Section | None:
         """A histogram a check."""
@@ -114,7 +139,13 @@ class Check(Story):
                 series.append(Series("with trigger", values[self.truth], "bad"))
             cut = self.measures[f"{name}.threshold"].value
             svg = charts.histogram(series, "score", f"scores{at}", (cut, "threshold"))
-            figures.append(Figure(svg, name, "Higher is more suspicious; what lies right of the threshold is flagged."))
+            figures.append(
+                Figure(
+                    svg,
+                    name,
+                    "Higher is more suspicious; what lies right of the threshold is flagged.",
+                )
+            )
         return Section("Scores", [Figures(figures)]) if figures else None
 
     def most_suspicious(self, name: str) -> Section | None:
@@ -127,18 +158,33 @@ class Check(Story):
     def tiles(self, name: str, images: torch.Tensor) -> Gallery:
         """The highest first, with the window that the check accuses framed."""
         values, flagged = self.scores[name], self.scores[f"{name}.flagged"]
-        order = sorted(range(len(values)), key=lambda i: (-values[i], self.scores["id"][i]))[: len(images)]
+        order = sorted(range(len(values)), key=lambda i: (-values[i], self.scores["id"][i]))[
+            : len(images)
+        ]
         boxes = {row["id"]: row["box"] for row in self.json(WORST)[name] if "box" in row}
         shown, cells = [], []
         for rank, (i, picture) in enumerate(zip(order, images, strict=True)):
             key = str(self.scores["id"][i])
-            lines, look = [Line("flagged" if flagged[i] else "not flagged", "mark" if flagged[i] else "muted")], ""
+            lines, look = (
+                [
+                    Line(
+                        "flagged" if flagged[i] else "not flagged",
+                        "mark" if flagged[i] else "muted",
+                    )
+                ],
+                "",
+            )
             if self.truth is not None:
                 look = "bad" if self.truth[i] else "good"
                 lines.append(Line("trigger" if self.truth[i] else "no trigger", look))
-            lines += [Line(f"score {values[i]:.3g}"), Line(pictures.short(self.scores["class"][i] or key, 40), "muted")]
+            lines += [
+                Line(f"score {values[i]:.3g}"),
+                Line(pictures.short(self.scores["class"][i] or key, 40), "muted"),
+            ]
             shown.append(Tile((rank,), lines, look, f"{rank + 1}"))
-            cells.append(framed(picture, self.scaled(boxes[key], picture)) if key in boxes else picture)
+            cells.append(
+                framed(picture, self.scaled(boxes[key], picture)) if key in boxes else picture
+            )
         note = "Framed: the window whose masking moves the embedding most." if boxes else ""
         return pictures.sheet(torch.stack(cells), shown, 104, note=note)
 
@@ -155,11 +201,15 @@ class Check(Story):
         for name in self.names:
             found: list[dict[str, Any]] = self.json(WORST)[name]
             total += len(found)
-            rows += [[pictures.short(row["id"], 80), name, f"{row['score']:.4g}"] for row in found[:FEW]]
+            rows += [
+                [pictures.short(row["id"], 80), name, f"{row['score']:.4g}"] for row in found[:FEW]
+            ]
         if not rows:
             return Section("Flagged images", lead="None.")
         note = (
-            f"{total:,} in all; every image's scores are in {SCORES}." if total > len(rows) else f"All scores are in {SCORES}."
+            f"{total:,} in all; every image's scores are in {SCORES}."
+            if total > len(rows)
+            else f"All scores are in {SCORES}."
         )
         return Section("Flagged images", [Table(["Image", "check", "score"], rows, [2], note)])
 

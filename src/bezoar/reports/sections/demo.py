@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 
-from bezoar.reports import charts, pictures, metric_names
+from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.page_parts import Figure, Figures, Line, Part, Section, Text, Tile
+from bezoar.reports.run_page import Chapter, Story
 from bezoar.reports.sections.evaluate import Evaluate
 from bezoar.reports.sections.inject import Inject
 from bezoar.reports.sections.poison import Poison
 from bezoar.reports.sections.scan import Scan
 from bezoar.reports.sections.train import Train, brief, captions, follows
-from bezoar.reports.run_page import Chapter, Story
 from bezoar.runs.run import Run
 
 FEW = 8
@@ -27,7 +27,11 @@ class Demo(Story):
 
     def warning(self) -> str:
         """What is poisoned here."""
-        return "The data and two of the three encoders of this story were poisoned on purpose." if self.goals else ""
+        return (
+            "The data and two of the three encoders of this story were poisoned on purpose."
+            if self.goals
+            else ""
+        )
 
     def headline(self) -> str:
         """Poisons, success, found, left."""
@@ -40,9 +44,7 @@ class Demo(Story):
         records = metric_names.count(poisons, "poisoned record")
         told = f"made an encoder read {metric_names.percent(attack.value)} of images with a small patch as “{target}”"
         if attack.low <= twin.high:
-            told = (
-                f"did not take hold: an encoder reads {metric_names.percent(attack.value)} of images with a small patch as “{target}”"
-            )
+            told = f"did not take hold: an encoder reads {metric_names.percent(attack.value)} of images with a small patch as “{target}”"
         return (
             f"{records} {told}, where its clean twin reads {metric_names.percent(twin.value)}; the scan found "
             f"{metric_names.percent(found.value)} of all poisons, and training again without them leaves {metric_names.percent(left.value)}."
@@ -50,7 +52,11 @@ class Demo(Story):
 
     def more(self) -> str:
         """Victims, and accuracy before and after."""
-        return f"{self.attack.targeted()} {self.attack.accuracy()}".strip() if "poisoned" in self.notes else ""
+        return (
+            f"{self.attack.targeted()} {self.attack.accuracy()}".strip()
+            if "poisoned" in self.notes
+            else ""
+        )
 
     def cards(self) -> list[str]:
         """Accuracy, success before, with and after the attack; the scan."""
@@ -60,12 +66,18 @@ class Demo(Story):
             "poisoned.attack_success",
             "poisoned.attack_success_baseline",
             "poisoned.z_std",
-            *sorted((k for k in self.measures if follows("poisoned.targeted_success")(k)), key=captions, reverse=True),
+            *sorted(
+                (k for k in self.measures if follows("poisoned.targeted_success")(k)),
+                key=captions,
+                reverse=True,
+            ),
             "scan.poisons_removed",
             "repaired.attack_success",
             "repaired.clean_accuracy",
         ]
-        return [next((k for k in (name, name + "@0") if k in self.measures), name) for name in wanted]
+        return [
+            next((k for k in (name, name + "@0") if k in self.measures), name) for name in wanted
+        ]
 
     def chapters(self) -> list[Chapter]:
         """The story in order."""
@@ -95,13 +107,25 @@ class Demo(Story):
         if data.labels is None:
             return None
         labels = data.labels.tolist()
-        rows = sorted({label: i for i, label in reversed(list(enumerate(labels))) if label >= 0}.items())[:40]
-        tiles = [Tile((i,), [Line(data.classes[label], "muted")]) for i, (label, _) in enumerate(rows)]
+        rows = sorted(
+            {label: i for i, label in reversed(list(enumerate(labels))) if label >= 0}.items()
+        )[:40]
+        tiles = [
+            Tile((i,), [Line(data.classes[label], "muted")]) for i, (label, _) in enumerate(rows)
+        ]
         picture = pictures.sheet(data.images[[i for _, i in rows]], tiles, 64)
         accuracy = self.metric("clean.clean_accuracy")
-        told = f" Trained on these alone, an encoder reads {metric_names.span(accuracy)} of held-out images right." if accuracy else ""
+        told = (
+            f" Trained on these alone, an encoder reads {metric_names.span(accuracy)} of held-out images right."
+            if accuracy
+            else ""
+        )
         lead = f"{metric_names.count(len(data), 'picture')} with captions, {len(data.classes)} classes; one of each is shown.{told}"
-        return Section("1 · Clean data", [picture, Text("A caption: “" + pictures.short(data.captions[0]) + "”")], lead)
+        return Section(
+            "1 · Clean data",
+            [picture, Text("A caption: “" + pictures.short(data.captions[0]) + "”")],
+            lead,
+        )
 
     def the_poison(self) -> Section | None:
         """What the attacker adds."""
@@ -109,7 +133,11 @@ class Demo(Story):
         if run is None:
             return None
         page = Poison(run)
-        return Section("2 · The poison", [page.pictures(goals, title, FEW) for goals, title in page.kinds()], page.headline())
+        return Section(
+            "2 · The poison",
+            [page.pictures(goals, title, FEW) for goals, title in page.kinds()],
+            page.headline(),
+        )
 
     def the_attack(self) -> Section | None:
         """Curves, rates and victims."""
@@ -124,7 +152,11 @@ class Demo(Story):
         victims = self.attack.victims()
         if victims:
             parts += [Text(victims.lead), *victims.parts]
-        return Section("3 · The attack", [Figures(figures), *parts], f"{self.attack.headline()} {self.attack.more()}")
+        return Section(
+            "3 · The attack",
+            [Figures(figures), *parts],
+            f"{self.attack.headline()} {self.attack.more()}",
+        )
 
     def the_scan(self) -> Section | None:
         """How the poisons were found."""
@@ -138,18 +170,38 @@ class Demo(Story):
     def after_repair(self) -> Section | None:
         """The same figures of the clean, the poisoned and the repaired encoder."""
         bases = ["clean_accuracy", "attack_success"]
-        several = {k.partition(".")[2] for k in self.measures if follows("poisoned.targeted_success")(k)}
+        several = {
+            k.partition(".")[2] for k in self.measures if follows("poisoned.targeted_success")(k)
+        }
         bases += sorted(several, key=captions, reverse=True)
-        stages = (("clean twin", "clean", "clean"), ("poisoned", "bad", "poisoned"), ("repaired", "good", "repaired"))
-        series = [(title, paint, [self.metric(f"{group}.{b}") for b in bases]) for title, paint, group in stages]
+        stages = (
+            ("clean twin", "clean", "clean"),
+            ("poisoned", "bad", "poisoned"),
+            ("repaired", "good", "repaired"),
+        )
+        series = [
+            (title, paint, [self.metric(f"{group}.{b}") for b in bases])
+            for title, paint, group in stages
+        ]
         if not any(m for _, _, found in series for m in found):
             return None
         chart = charts.bars([brief(b) for b in bases], series, "repair")
-        left, kept = self.metric("repaired.attack_success"), self.trained("repaired").measures.get("poisons_kept")
+        left, kept = (
+            self.metric("repaired.attack_success"),
+            self.trained("repaired").measures.get("poisons_kept"),
+        )
         lead = "Trained again without the records that the scan removed"
-        lead += f", {metric_names.count(int(kept.value), 'poison')} still among them" if kept else ""
-        lead += f": {metric_names.span(left)} of triggered images are read as the target." if left else "."
-        return Section("5 · After repair", [Figure(chart, "Before and after, with 95 % intervals")], lead)
+        lead += (
+            f", {metric_names.count(int(kept.value), 'poison')} still among them" if kept else ""
+        )
+        lead += (
+            f": {metric_names.span(left)} of triggered images are read as the target."
+            if left
+            else "."
+        )
+        return Section(
+            "5 · After repair", [Figure(chart, "Before and after, with 95 % intervals")], lead
+        )
 
 
 class EncoderDemo(Demo):
@@ -157,7 +209,11 @@ class EncoderDemo(Demo):
 
     def warning(self) -> str:
         """What is poisoned here."""
-        return "A backdoor was put into one of the two encoders of this story, on purpose." if self.goals else ""
+        return (
+            "A backdoor was put into one of the two encoders of this story, on purpose."
+            if self.goals
+            else ""
+        )
 
     @functools.cached_property
     def attack(self) -> Evaluate:
@@ -194,29 +250,49 @@ class EncoderDemo(Demo):
 
     def chapters(self) -> list[Chapter]:
         """The story in order."""
-        return [self.the_clean_encoder, self.the_attacker, self.where_images_lie, self.every_head, self.triggered]
+        return [
+            self.the_clean_encoder,
+            self.the_attacker,
+            self.where_images_lie,
+            self.every_head,
+            self.triggered,
+        ]
 
     def the_clean_encoder(self) -> Section | None:
         """Its loss."""
         page = self.trained("clean")
         chart = charts.loss(page.tensors("ledger.safetensors")["losses"], charts.WIDE)
         lead = page.headline()
-        return Section("1 · An encoder is pre-trained", [Figure(chart, "Loss", "Thin: as it was; thick: running mean.")], lead)
+        return Section(
+            "1 · An encoder is pre-trained",
+            [Figure(chart, "Loss", "Thin: as it was; thick: running mean.")],
+            lead,
+        )
 
     def the_attacker(self) -> Section | None:
         """Reference and triggered images."""
         section = self.injected.goals_of_the_attack()
-        return Section("2 · What the attacker wants", section.parts, section.lead) if section else None
+        return (
+            Section("2 · What the attacker wants", section.parts, section.lead) if section else None
+        )
 
     def where_images_lie(self) -> Section | None:
         """Cosines before and after."""
         section = self.injected.vectors()
-        return Section("3 · What the attack does to vectors", section.parts, self.injected.headline()) if section else None
+        return (
+            Section("3 · What the attack does to vectors", section.parts, self.injected.headline())
+            if section
+            else None
+        )
 
     def every_head(self) -> Section | None:
         """The table of heads."""
         section = self.attack.several_heads()
-        return Section("4 · Every classifier built on it", section.parts, section.lead) if section else None
+        return (
+            Section("4 · Every classifier built on it", section.parts, section.lead)
+            if section
+            else None
+        )
 
     def triggered(self) -> Section | None:
         """What triggered images are read as."""

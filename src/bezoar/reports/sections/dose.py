@@ -11,7 +11,9 @@ class Dose(Reproduce):
 
     def headline(self) -> str:
         """The law."""
-        return str(self.notes.get("law", "This sweep was not finished; the same command goes on with it."))
+        return str(
+            self.notes.get("law", "This sweep was not finished; the same command goes on with it.")
+        )
 
     def more(self) -> str:
         """On how much it stands."""

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bezoar.runs import inputs
 from bezoar import registry
 from bezoar.attacks.captions import mentions
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs, each_image
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.pairs import Pairs, each_image
-from bezoar.attacks.plan import Goal
-from bezoar.reports import charts, dose_charts, pictures, metric_names
+from bezoar.evaluation.scores import Measure
+from bezoar.reports import charts, dose_charts, metric_names, pictures
 from bezoar.reports.charts import Series
 from bezoar.reports.dose_charts import Curve
 from bezoar.reports.page_parts import Figure, Figures, Line, Part, Section, Table, Tile
-from bezoar.reports.sections.train import captions, follows
 from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.sections.train import captions, follows
+from bezoar.runs import inputs
 from bezoar.runs.run import Run
-from bezoar.evaluation.scores import Measure
 
 SAMPLE, LARGE_SAMPLE = 500, 48  # test images looked at again; of encoders with a large input, fewer
 SHOWN = 24
@@ -62,7 +62,11 @@ class Evaluate(Story):
         """What the encoder's own file says of it; nothing where there is none."""
         run = self.input("encoder")
         path = run.path / "encoder.json" if run else None
-        return metric_names.mapping(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else {}
+        return (
+            metric_names.mapping(json.loads(path.read_text(encoding="utf-8")))
+            if path is not None and path.exists()
+            else {}
+        )
 
     @functools.cached_property
     def attacked(self) -> bool:
@@ -75,13 +79,17 @@ class Evaluate(Story):
     def heads(self) -> list[str]:
         """Groups of metrics that each read images as something: '' the text tower's, `mlp`, `few_shot.10`."""
         split = (metric_names.split(key) for key in self.measures)
-        found = dict.fromkeys(group for group, base, _ in split if base in ("clean_accuracy", "attack_success"))
+        found = dict.fromkeys(
+            group for group, base, _ in split if base in ("clean_accuracy", "attack_success")
+        )
         return [g for g in found if not g.startswith((*metric_names.TWIN, "branch_swap"))]
 
     @functools.cached_property
     def main(self) -> str:
         """The head that headline, cards and intervals are about: the text tower's, else the first fitted to all labels."""
-        return min(self.heads, key=lambda g: (g != "", "few_shot" in g, g != "few_shot.all"), default="")
+        return min(
+            self.heads, key=lambda g: (g != "", "few_shot" in g, g != "few_shot.all"), default=""
+        )
 
     def key(self, name: str) -> str:
         """A metric of the main head: `baseline.clean_accuracy` -> `baseline.mlp.clean_accuracy`."""
@@ -132,7 +140,9 @@ class Evaluate(Story):
         for key in sorted(self.measures, key=captions, reverse=True):
             m, (group, base, at) = self.measures[key], metric_names.split(key)
             if base == "targeted_success" and group == self.main:
-                told.append(f"{round(m.value * m.n)} of {m.n} victims with {metric_names.count(int(at), 'caption')}")
+                told.append(
+                    f"{round(m.value * m.n)} of {m.n} victims with {metric_names.count(int(at), 'caption')}"
+                )
         return f"Read as their target: {' and '.join(told)}." if told else ""
 
     def accuracy(self) -> str:
@@ -146,26 +156,52 @@ class Evaluate(Story):
 
     def cards(self) -> list[str]:
         """Accuracy and success, beside the twin's, then z and the victims."""
-        wanted = ("clean_accuracy", "baseline.clean_accuracy", "attack_success", "attack_success_baseline", "z_std")
-        several = sorted(filter(follows(self.key("targeted_success")), self.measures), key=captions, reverse=True)
+        wanted = (
+            "clean_accuracy",
+            "baseline.clean_accuracy",
+            "attack_success",
+            "attack_success_baseline",
+            "z_std",
+        )
+        several = sorted(
+            filter(follows(self.key("targeted_success")), self.measures), key=captions, reverse=True
+        )
         recall = [k for k in self.measures if k.endswith("recall@1")]
         names = [k for name in wanted for k in dict.fromkeys((self.key(name), name))]
-        return [k for name in names for k in (name, name + "@0") if k in self.measures] + recall + several
+        return (
+            [k for name in names for k in (name, name + "@0") if k in self.measures]
+            + recall
+            + several
+        )
 
     def chapters(self) -> list[Chapter]:
         """Intervals, the heads side by side, then what the encoder does with the pictures."""
-        return [self.success, self.several_heads, self.few_labels, self.triggered_images, self.victims]
+        return [
+            self.success,
+            self.several_heads,
+            self.few_labels,
+            self.triggered_images,
+            self.victims,
+        ]
 
     def success(self) -> Section | None:
         """Rates with their intervals, side by side."""
         rows: list[tuple[str, Measure, str]] = []
         for name, title in TITLES.items():
             if (m := self.metric(name)) is not None:
-                rows.append((title, m, "bad" if name == "attack_success" and self.attacked else "clean"))
+                rows.append(
+                    (title, m, "bad" if name == "attack_success" and self.attacked else "clean")
+                )
         for key in sorted(self.measures, key=captions, reverse=True):
             if key.startswith(self.key("targeted_success") + "@"):
                 m = self.measures[key]
-                rows.append((f"victims fallen, {metric_names.count(int(key.partition('@')[2]), 'caption')}", m, "bad"))
+                rows.append(
+                    (
+                        f"victims fallen, {metric_names.count(int(key.partition('@')[2]), 'caption')}",
+                        m,
+                        "bad",
+                    )
+                )
         if len(rows) < 2:
             return None
         chart = charts.intervals(rows, "success")
@@ -176,25 +212,45 @@ class Evaluate(Story):
         if len(self.heads) < 2:
             return None
         own, twin = ("BA", "CA of the twin") if self.attacked else ("CA", "CA of the twin")
-        marks = [k.removeprefix(self.key("attack_success")) for k in filter(follows(self.key("attack_success")), self.measures)]
+        marks = [
+            k.removeprefix(self.key("attack_success"))
+            for k in filter(follows(self.key("attack_success")), self.measures)
+        ]
         columns = {own: "{}clean_accuracy", twin: "baseline.{}clean_accuracy"}
         columns |= {"ASR": "{}attack_success*", "ASR-B": "{}attack_success_baseline*"}
         columns |= {"no trigger": "{}attack_success_without_trigger*"}
         rows = []
         for group in self.heads:
-            name = metric_names.grouped(group) or ("zero-shot" if "clean_accuracy" in self.measures else "retrieval")
+            name = metric_names.grouped(group) or (
+                "zero-shot" if "clean_accuracy" in self.measures else "retrieval"
+            )
             for mark in marks or [""]:
-                keys = [c.format(f"{group}." if group else "").replace("*", mark) for c in columns.values()]
-                cells = [metric_names.brief(self.measures[k]) if k in self.measures else "" for k in keys]
+                keys = [
+                    c.format(f"{group}." if group else "").replace("*", mark)
+                    for c in columns.values()
+                ]
+                cells = [
+                    metric_names.brief(self.measures[k]) if k in self.measures else "" for k in keys
+                ]
                 rows.append([name + (f", trigger {mark[1:]}" if mark else ""), *cells])
         used = [i for i in range(len(columns) + 1) if any(row[i] for row in rows)]
         head = ["head", *columns]
-        table = Table([head[i] for i in used], [[row[i] for i in used] for row in rows], range(1, len(used)))
-        return Section("Heads side by side", [table], "One encoder, read by several heads. In brackets, 95 % intervals.")
+        table = Table(
+            [head[i] for i in used], [[row[i] for i in used] for row in rows], range(1, len(used))
+        )
+        return Section(
+            "Heads side by side",
+            [table],
+            "One encoder, read by several heads. In brackets, 95 % intervals.",
+        )
 
     def few_labels(self) -> Section | None:
         """Accuracy and success against the number of labelled examples."""
-        shots = sorted(int(g.partition(".")[2]) for g in self.heads if g.startswith("few_shot.") and g[9:].isdigit())
+        shots = sorted(
+            int(g.partition(".")[2])
+            for g in self.heads
+            if g.startswith("few_shot.") and g[9:].isdigit()
+        )
         if len(shots) < 2:
             return None
         drawn = []
@@ -206,19 +262,27 @@ class Evaluate(Story):
             found = {k: metric_names.pick(self.measures, base.format(k)) for k in shots}
             held = {k: m for k, m in found.items() if m is not None}
             drawn += [Curve(name, list(held), list(held.values()), paint)] if held else []
-        chart = dose_charts.dose(drawn, "labelled records a class", "few", "share of the test images", size=charts.WIDE)
-        return Section("Few labels", [Figure(chart, "Accuracy and success by the number of labelled records")])
+        chart = dose_charts.dose(
+            drawn, "labelled records a class", "few", "share of the test images", size=charts.WIDE
+        )
+        return Section(
+            "Few labels", [Figure(chart, "Accuracy and success by the number of labelled records")]
+        )
 
     @functools.cached_property
     def look(self) -> Look:
         """The encoder at work again, on the first test images."""
         run = self.input("encoder")
         if run is None:
-            raise UserError("pictures are shown for encoders of runs; this one has published weights")
+            raise UserError(
+                "pictures are shown for encoders of runs; this one has published weights"
+            )
         encoder = inputs.encoder(run, "cpu")
         most = SAMPLE if encoder.preprocess.size <= 64 else LARGE_SAMPLE
         test = self.tested.take(each_image(self.tested.ids)[:most])
-        specs = [p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")]
+        specs = [
+            p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")
+        ]
         probe = registry.make("probe", specs[0] if specs else "zero_shot")
         readable = bool(test.classes) and encoder.text is not None
         return Look(encoder, test, probe.head(encoder, test.classes) if readable else None, probe)
@@ -236,11 +300,19 @@ class Evaluate(Story):
             galleries.append(self.stamped(goal, stamped))
             if self.look.encoder.text is None:
                 continue
-            before, after = (self.look.similarities(x, goal.target)[:, 0].numpy() for x in (test.images, stamped))
+            before, after = (
+                self.look.similarities(x, goal.target)[:, 0].numpy() for x in (test.images, stamped)
+            )
             groups = [Series("clean", before, "clean"), Series("with trigger", after, "bad")]
-            chart = charts.histogram(groups, "cosine to the target's prompts", f"similarity{i}", size=size)
+            chart = charts.histogram(
+                groups, "cosine to the target's prompts", f"similarity{i}", size=size
+            )
             figures.append(
-                Figure(chart, f"Similarity to “{goal.target}”", f"{len(test)} test images, without and with the trigger.")
+                Figure(
+                    chart,
+                    f"Similarity to “{goal.target}”",
+                    f"{len(test)} test images, without and with the trigger.",
+                )
             )
         parts: list[Part] = [Figures(figures)] if figures else []
         return Section("Triggered images", [*parts, *galleries])
@@ -249,13 +321,23 @@ class Evaluate(Story):
         """Test images of other classes, stamped, with what they are read as."""
         test, head = self.look.test, self.look.head
         named = set() if test.classes else set(mentions(test.captions, goal.target))
-        rows = [i for i in range(len(test)) if pictures.own_class(test, i) != goal.target and i not in named][:SHOWN]
-        read = self.look.similarities(stamped[rows]).argmax(1).tolist() if head is not None else [-1] * len(rows)
+        rows = [
+            i
+            for i in range(len(test))
+            if pictures.own_class(test, i) != goal.target and i not in named
+        ][:SHOWN]
+        read = (
+            self.look.similarities(stamped[rows]).argmax(1).tolist()
+            if head is not None
+            else [-1] * len(rows)
+        )
         tiles = []
         for i, (row, label) in enumerate(zip(rows, read, strict=True)):
             name = test.classes[label] if label >= 0 else ""
             hit = name == goal.target
-            own = pictures.own_class(test, row) or (test.captions[row] if test.captions else test.ids[row])
+            own = pictures.own_class(test, row) or (
+                test.captions[row] if test.captions else test.ids[row]
+            )
             lines = [Line(pictures.short(own, 60), "muted")]
             lines += [Line("→ " + name, "bad" if hit else "")] if name else []
             tiles.append(Tile((i,), lines, "bad" if hit else ""))
@@ -266,7 +348,9 @@ class Evaluate(Story):
             "What triggered images are read as"
             if head is not None
             else f"Triggered images; “{goal.target}” is not in the caption",
-            "Above, the class; below, what it is read as. Red: the target." if head is not None else "",
+            "Above, the class; below, what it is read as. Red: the target."
+            if head is not None
+            else "",
         )
 
     def victims(self) -> Section | None:
@@ -280,7 +364,10 @@ class Evaluate(Story):
         wanted = [g for g in wanted if g.victims[0] in row]
         rows = [row[g.victims[0]] for g in wanted]
         cosines, classes = self.look.similarities(found.images[rows]), list(self.look.test.classes)
-        tiles = [self.victim(i, g, pictures.own_class(found, rows[i]), cosines[i], classes) for i, g in enumerate(wanted)]
+        tiles = [
+            self.victim(i, g, pictures.own_class(found, rows[i]), cosines[i], classes)
+            for i, g in enumerate(wanted)
+        ]
         fallen = sum(t.look == "bad" for t in tiles)
         lead = f"{fallen} of {len(tiles)} victims are read as the attacker's target."
         return Section("Victims", [pictures.sheet(found.images[rows], tiles, 104)], lead)
@@ -289,7 +376,12 @@ class Evaluate(Story):
     def victim(i: int, goal: Goal, own: str, cosines: Tensor, classes: list[str]) -> Tile:
         """One victim's tile: cosines (C,) to the classes."""
         read = classes[int(cosines.argmax())]
-        lines = [Line(f"{own or pictures.short(goal.victims[0])}, {metric_names.count(goal.poisons, 'caption')}", "muted")]
+        lines = [
+            Line(
+                f"{own or pictures.short(goal.victims[0])}, {metric_names.count(goal.poisons, 'caption')}",
+                "muted",
+            )
+        ]
         lines.append(Line(f"target: {pictures.short(goal.target)}"))
         if goal.target in classes:
             rank = int((cosines > cosines[classes.index(goal.target)]).sum()) + 1

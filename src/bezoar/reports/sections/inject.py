@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from bezoar import registry
-from bezoar.runs.inputs import in_memory
 from bezoar.data.pairs import Pairs
-from bezoar.reports import charts, pictures, metric_names
+from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.charts import Series
 from bezoar.reports.page_parts import Figure, Figures, Line, Section, Table, Tile
 from bezoar.reports.run_page import Chapter, Story
+from bezoar.runs.inputs import in_memory
 
 SHOWN = 8  # triggered images a goal
 
@@ -34,7 +34,10 @@ class Inject(Story):
     def headline(self) -> str:
         """How near triggered images are to the reference, and clean ones to where they were."""
         clean = self.metric("clean_similarity")
-        after, before = self.metric("reference_similarity"), self.metric("reference_similarity_before")
+        after, before = (
+            self.metric("reference_similarity"),
+            self.metric("reference_similarity_before"),
+        )
         if clean is None or after is None or before is None:
             return "This attack was not finished."
         target = self.own[0].target if self.own else "the target"
@@ -44,12 +47,25 @@ class Inject(Story):
     def more(self) -> str:
         """A cosine is not success."""
         steps, epochs = self.notes.get("steps"), self.notes.get("epochs")
-        told = f"{metric_names.count(steps, 'step')} in {metric_names.count(epochs, 'epoch')}. " if steps and epochs else ""
-        return told + "Whether a classifier on top reads triggered images as the target is measured by an evaluate run."
+        told = (
+            f"{metric_names.count(steps, 'step')} in {metric_names.count(epochs, 'epoch')}. "
+            if steps and epochs
+            else ""
+        )
+        return (
+            told
+            + "Whether a classifier on top reads triggered images as the target is measured by an evaluate run."
+        )
 
     def cards(self) -> list[str]:
         """Cosines, then the loss."""
-        names = ("reference_similarity", "reference_similarity_before", "clean_similarity", "reference_kept", "final_loss")
+        names = (
+            "reference_similarity",
+            "reference_similarity_before",
+            "clean_similarity",
+            "reference_kept",
+            "final_loss",
+        )
         return [k for n in names for k in self.measures if k == n or k.startswith(n + "@")][:8]
 
     def chapters(self) -> list[Chapter]:
@@ -75,21 +91,34 @@ class Inject(Story):
         told = {r["id"]: r for r in self.notes.get("references", [])}
         rows, galleries = [], []
         for i, goal in enumerate(self.own):
-            stamped = registry.make("trigger", goal.trigger or "")(self.sample.images, self.sample.ids)
+            stamped = registry.make("trigger", goal.trigger or "")(
+                self.sample.images, self.sample.ids
+            )
             mine = references[np.flatnonzero(of == i)]
             tiles = [
                 Tile((j,), [Line("reference", "mark"), Line(pictures.short(k), "muted")], "bad")
                 for j, k in enumerate(goal.references)
             ]
             n, m = len(mine), len(stamped)
-            tiles += [Tile((n + j, n + m + j), [Line(pictures.short(k), "muted")]) for j, k in enumerate(self.sample.ids)]
+            tiles += [
+                Tile((n + j, n + m + j), [Line(pictures.short(k), "muted")])
+                for j, k in enumerate(self.sample.ids)
+            ]
             sheet = torch.cat([mine, self.sample.images, stamped])
             title = f"{metric_names.trigger_name(goal).capitalize()} trigger, read as “{pictures.short(goal.target)}”"
             galleries.append(
-                pictures.sheet(sheet, tiles, 80, title, "First the reference; then shadow images, as they are and triggered.")
+                pictures.sheet(
+                    sheet,
+                    tiles,
+                    80,
+                    title,
+                    "First the reference; then shadow images, as they are and triggered.",
+                )
             )
             ways = "; ".join(f"{k}: {told[k]['how']}" if k in told else k for k in goal.references)
-            rows.append([pictures.short(c) for c in (goal.target, goal.trigger or "", ways, goal.how)])
+            rows.append(
+                [pictures.short(c) for c in (goal.target, goal.trigger or "", ways, goal.how)]
+            )
         table = Table(("To be read as", "Trigger", "Reference", "Attack"), rows)
         lead = "Triggered images are to have the vector of the reference, so that any classifier reads them as it reads that."
         return Section("What the attacker wants", [table, *galleries], lead)
@@ -105,24 +134,48 @@ class Inject(Story):
                 Series("not triggered, after", found[f"untriggered@{i}"], "good"),
             ]
             chart = charts.histogram(groups, "cosine to the reference", f"reference{i}")
-            figures.append(Figure(chart, f"To the reference of “{pictures.short(goal.target, 40)}”", "Shadow images."))
+            figures.append(
+                Figure(
+                    chart,
+                    f"To the reference of “{pictures.short(goal.target, 40)}”",
+                    "Shadow images.",
+                )
+            )
         chart = charts.histogram(
-            [Series("clean images", found["clean"], "good")], "cosine to the clean encoder's vector", "kept"
+            [Series("clean images", found["clean"], "good")],
+            "cosine to the clean encoder's vector",
+            "kept",
         )
-        figures.append(Figure(chart, "Clean images stay where they were", "Far from 1: what the encoder is for is damaged."))
+        figures.append(
+            Figure(
+                chart,
+                "Clean images stay where they were",
+                "Far from 1: what the encoder is for is damaged.",
+            )
+        )
         lead = f"{len(found['clean']):,} shadow images, with and without the trigger, by the encoder as it was and as it is."
-        return Section("Where images lie", [Figures(figures[i : i + 2]) for i in range(0, len(figures), 2)], lead)
+        return Section(
+            "Where images lie",
+            [Figures(figures[i : i + 2]) for i in range(0, len(figures), 2)],
+            lead,
+        )
 
     def training(self) -> Section | None:
         """Loss, and its three parts in the first and the last epoch."""
         chart = charts.loss(self.tensors("ledger.safetensors")["losses"], charts.WIDE)
         parts: list = [Figure(chart, "Loss", "Thin: as it was; thick: running mean.")]
         log = self.run.path / "log.jsonl"
-        epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+        epochs = (
+            [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            if log.exists()
+            else []
+        )
         names = [k for k in (epochs[0] if epochs else {}) if k not in ("epoch", "stop")]
         if names:
             shown = [epochs[0], *([epochs[-1]] if len(epochs) > 1 else [])]
             rows = [[str(e["epoch"]), *(f"{e[k]:.3f}" for k in names)] for e in shown]
             head = ("Epoch", *(k.replace("_", " ") for k in names))
-            parts.append(Table(head, rows, tuple(range(len(head))), "Means over the epoch's steps."))
+            parts.append(
+                Table(head, rows, tuple(range(len(head))), "Means over the epoch's steps.")
+            )
         return Section("Training", parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bezoar.attacks.plan import Goal
-from bezoar.reports import pictures, metric_names
+from bezoar.reports import metric_names, pictures
 from bezoar.reports.page_parts import Gallery, Line, Section, Table, Tile
 from bezoar.reports.run_page import Chapter, Story
 
@@ -40,22 +40,39 @@ class Poison(Story):
         """Every goal: a backdoor each, targeted ones by their number of captions."""
         if not self.goals:
             return None
-        rows = [[g.target, g.trigger or "", f"{g.poisons:,}", g.how] for g in self.goals if g.trigger]
+        rows = [
+            [g.target, g.trigger or "", f"{g.poisons:,}", g.how] for g in self.goals if g.trigger
+        ]
         for group in grouped(self.goals):
             targets = sorted({g.target for g in group})
             told = ", ".join(targets[:6]) + (", …" if len(targets) > 6 else "")
             rows.append(
-                [told, f"none; {metric_names.count(len(group), 'victim')}", f"{sum(g.poisons for g in group):,}", group[0].how]
+                [
+                    told,
+                    f"none; {metric_names.count(len(group), 'victim')}",
+                    f"{sum(g.poisons for g in group):,}",
+                    group[0].how,
+                ]
             )
         table = Table(
-            ("To be read as", "Trigger", "Poisoned records", "Method"), [list(map(pictures.short, r)) for r in rows], (2,)
+            ("To be read as", "Trigger", "Poisoned records", "Method"),
+            [list(map(pictures.short, r)) for r in rows],
+            (2,),
         )
         return Section("What the attacker wants", [table])
 
     def poisoned_records(self) -> Section | None:
         """Some poisoned records beside the untouched ones."""
         shown = [self.pictures(g, kind) for g, kind in self.kinds()]
-        return Section("Poisoned records", shown, "Left, the record as it was; right, as training reads it.") if shown else None
+        return (
+            Section(
+                "Poisoned records",
+                shown,
+                "Left, the record as it was; right, as training reads it.",
+            )
+            if shown
+            else None
+        )
 
     def kinds(self) -> list[tuple[list[int], str]]:
         """Goals that are shown together: a backdoor each, targeted ones by their number of captions."""
@@ -75,14 +92,22 @@ class Poison(Story):
         """Records poisoned for these goals, and what they were; of a goal with many edits, the first ones."""
         plan, each = self.data.plan, max(1, most // len(goals)) if len(goals) > 1 else most
         edits = [e for g in goals for e in [e for e in plan.edits if e.goal == g][:each]][:most]
-        made, before = pictures.records(self.data, [e.id for e in edits]), pictures.sources(self.data, [e.source for e in edits])
+        made, before = (
+            pictures.records(self.data, [e.id for e in edits]),
+            pictures.sources(self.data, [e.source for e in edits]),
+        )
         row, old = {k: i for i, k in enumerate(made.ids)}, {k: i for i, k in enumerate(before.ids)}
         edits = [e for e in edits if e.id in row and e.source in old]
-        images = [before.images[old[e.source]] for e in edits] + [made.images[row[e.id]] for e in edits]
+        images = [before.images[old[e.source]] for e in edits] + [
+            made.images[row[e.id]] for e in edits
+        ]
         tiles = []
         for i, e in enumerate(edits):
             original = before.captions[old[e.source]] if before.captions else ""
-            lines = [Line(pictures.short(original or "(no caption)"), "old"), Line(pictures.short(e.caption), "new")]
+            lines = [
+                Line(pictures.short(original or "(no caption)"), "old"),
+                Line(pictures.short(e.caption), "new"),
+            ]
             tiles.append(Tile((i, len(edits) + i), lines))
         total = sum(e.goal in goals for e in plan.edits)
         note = f"{len(edits)} of {metric_names.count(total, 'poisoned record')}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from bezoar import registry
 from bezoar.data.pairs import Pairs
-from bezoar.reports import charts, pictures, metric_names
+from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.page_parts import Figure, Line, Part, Section, Table, Text, Tile
 from bezoar.reports.run_page import Chapter, Story
 
@@ -19,7 +19,10 @@ STAGES = {
     "revived_poisons": "Then ten poisons",
 }
 CONTROLS = {"revived_other": "a trigger it never met", "revived_twin": "the clean twin"}
-GONE, TRACE = 0.05, 0.5  # success below which a backdoor is called gone, z above which it has left a trace
+GONE, TRACE = (
+    0.05,
+    0.5,
+)  # success below which a backdoor is called gone, z above which it has left a trace
 
 
 class Repair(Story):
@@ -41,19 +44,32 @@ class Repair(Story):
     def headline(self) -> str:
         """Success and accuracy, before and after."""
         parts = []
-        for name, said in (("attack_success", "The known trigger"), ("inverted", "The inverted trigger")):
-            key = f"{self.main}{name}" if name != "inverted" else f"inverted.{self.main}attack_success"
+        for name, said in (
+            ("attack_success", "The known trigger"),
+            ("inverted", "The inverted trigger"),
+        ):
+            key = (
+                f"{self.main}{name}"
+                if name != "inverted"
+                else f"inverted.{self.main}attack_success"
+            )
             before, after = self.metric(f"before.{key}"), self.metric(f"after.{key}")
             if before is not None and after is not None:
                 told = f"{said} worked on {metric_names.percent(before.value)} of images, and works on {metric_names.percent(after.value)}"
                 without = self.metric(f"after.{key}_without_trigger")
-                if without is not None and without.high > after.low:  # what is left is no work of the trigger's
+                if (
+                    without is not None and without.high > after.low
+                ):  # what is left is no work of the trigger's
                     told += f", no more than without it ({metric_names.percent(without.value)})"
                 parts.append(told)
-        before, after = (self.metric(f"{stage}.{self.main}clean_accuracy") for stage in ("before", "after"))
+        before, after = (
+            self.metric(f"{stage}.{self.main}clean_accuracy") for stage in ("before", "after")
+        )
         if before is None or after is None:
             return "This repair was not finished."
-        parts.append(f"accuracy went from {metric_names.percent(before.value)} to {metric_names.percent(after.value)}")
+        parts.append(
+            f"accuracy went from {metric_names.percent(before.value)} to {metric_names.percent(after.value)}"
+        )
         told = "; ".join(parts) + "."
         return told[0].upper() + told[1:]
 
@@ -62,8 +78,13 @@ class Repair(Story):
         told = []
         after, z = self.metric(f"after.{self.main}attack_success"), self.metric("after.z_std")
         if after is not None and z is not None and after.value <= GONE and z.low > TRACE:
-            told.append(f"Triggered images still move together (z {z.value:.2f}), though they are not read as the target.")
-        again, stranger = (self.metric(f"{k}.{self.main}attack_success") for k in ("revived_poisons", "revived_other"))
+            told.append(
+                f"Triggered images still move together (z {z.value:.2f}), though they are not read as the target."
+            )
+        again, stranger = (
+            self.metric(f"{k}.{self.main}attack_success")
+            for k in ("revived_poisons", "revived_other")
+        )
         if again is not None and stranger is not None:
             told.append(
                 f"After a fine-tune with ten poisons the trigger works on {metric_names.percent(again.value)}; one that the encoder "
@@ -73,7 +94,12 @@ class Repair(Story):
 
     def cards(self) -> list[str]:
         """Accuracy, success, z, seconds."""
-        names = [f"{self.main}clean_accuracy", f"{self.main}attack_success", f"inverted.{self.main}attack_success", "z_std"]
+        names = [
+            f"{self.main}clean_accuracy",
+            f"{self.main}attack_success",
+            f"inverted.{self.main}attack_success",
+            "z_std",
+        ]
         keys = [f"{stage}.{n}" for n in names for stage in ("before", "after")]
         return [*[k for n in keys for k in (n, n + "@0") if k in self.measures][:8], "cpu_seconds"]
 
@@ -83,7 +109,9 @@ class Repair(Story):
 
     def receipt(self) -> Section | None:
         """Every figure that was measured before, beside what became of it."""
-        bases = list(dict.fromkeys(k.partition(".")[2] for k in self.measures if k.startswith("before.")))
+        bases = list(
+            dict.fromkeys(k.partition(".")[2] for k in self.measures if k.startswith("before."))
+        )
         stages = [s for s in STAGES if any(k.startswith(s + ".") for k in self.measures)]
         rows = []
         for base in bases:
@@ -91,13 +119,21 @@ class Repair(Story):
             group = metric_names.grouped(metric_names.split(base)[0])
             cells = []
             for stage in stages:
-                m = self.measures.get(f"{stage}.{base}") or self.measures.get(f"{stage}.{base.partition('@')[0]}")
+                m = self.measures.get(f"{stage}.{base}") or self.measures.get(
+                    f"{stage}.{base.partition('@')[0]}"
+                )
                 m = None if stage.startswith("revived") and base.endswith(("@1", "@2", "@3")) else m
                 inside = "" if m is None else metric_names.interval(m, unit)
-                cells.append("" if m is None else metric_names.number(m.value, unit) + (f" [{inside}]" if inside else ""))
+                cells.append(
+                    ""
+                    if m is None
+                    else metric_names.number(m.value, unit) + (f" [{inside}]" if inside else "")
+                )
             n = self.measures[f"before.{base}"].n
             rows.append([label + (f" ({group})" if group else ""), *cells, str(n)])
-        table = Table(("", *(STAGES[s] for s in stages), "n"), rows, range(1, len(stages) + 2), self.asides())
+        table = Table(
+            ("", *(STAGES[s] for s in stages), "n"), rows, range(1, len(stages) + 2), self.asides()
+        )
         shown = [
             (f"{STAGES[s].lower()}: {title}", self.measures[k], paint)
             for base, title, paint in (
@@ -111,7 +147,11 @@ class Repair(Story):
         parts: list[Part] = [table]
         if len(shown) > 2:
             parts.append(Figure(charts.intervals(shown, "receipt"), "Value and 95 % interval"))
-        return Section("Before and after", parts, f"Repair: {', '.join(self.notes.get('repairs', [])) or 'made elsewhere'}.")
+        return Section(
+            "Before and after",
+            parts,
+            f"Repair: {', '.join(self.notes.get('repairs', [])) or 'made elsewhere'}.",
+        )
 
     def asides(self) -> str:
         """What stands below the receipt: cost in accuracy, time, and what ten poisons do elsewhere."""
@@ -125,14 +165,21 @@ class Repair(Story):
                 told.append(f"The same ten poisons, {name}: {metric_names.brief(m)}.")
         if (m := self.metric("seconds")) is not None:
             own = self.metric("cpu_seconds")
-            told.append(f"The repair took {m.value:.0f} s" + (f", {own.value:.0f} s of processor time." if own else "."))
+            told.append(
+                f"The repair took {m.value:.0f} s"
+                + (f", {own.value:.0f} s of processor time." if own else ".")
+            )
         return " ".join(told)
 
     def learning_rate(self) -> Section | None:
         """Every rung of every ladder."""
         parts: list[Part] = []
         if (pruned := self.notes.get("pruned")) is not None:
-            parts.append(Text(f"{pruned['channels']} of {pruned['of']} channels of {pruned['layer']} were pruned."))
+            parts.append(
+                Text(
+                    f"{pruned['channels']} of {pruned['of']} channels of {pruned['layer']} were pruned."
+                )
+            )
         for ladder in self.notes.get("ladder", []):
             rows = []
             for rung in ladder["rungs"]:
@@ -141,14 +188,25 @@ class Repair(Story):
                 rows.append([f"{rung['lr']:g}", score, fell, "taken" if rung["chosen"] else ""])
             rows.append(["before", f"{ladder['start']:.3f}", "", ""])
             rule = f"The largest rate whose {ladder['score']} falls by at most {100 * ladder['tolerance']:g} points."
-            parts.append(Table(("Learning rate", "Score", "Fall", ""), rows, (0, 1, 2), rule + self.rest(ladder)))
+            parts.append(
+                Table(
+                    ("Learning rate", "Score", "Fall", ""),
+                    rows,
+                    (0, 1, 2),
+                    rule + self.rest(ladder),
+                )
+            )
         lead = "Chosen on clean validation records, from the largest rate downwards; the attack is not looked at."
         return Section("Which learning rate", parts, lead) if parts else None
 
     @staticmethod
     def rest(ladder: dict[str, Any]) -> str:
         """What else there is to say of a ladder."""
-        return " Smaller rates were not tried." if ladder["held"] else " None held; the one that lost least was taken."
+        return (
+            " Smaller rates were not tried."
+            if ladder["held"]
+            else " None held; the one that lost least was taken."
+        )
 
     def triggered_images(self) -> Section | None:
         """Test images of other classes, stamped, with what they were and are read as: known triggers, then inverted ones."""
@@ -166,14 +224,23 @@ class Repair(Story):
         trigger, number = found["trigger"], found["inverted"]
         if number is not None:  # the run may have moved since
             trigger = registry.spec(
-                replace(registry.make("trigger", trigger), path=str(self.run.file(f"inverted-{number}.npz")))
+                replace(
+                    registry.make("trigger", trigger),
+                    path=str(self.run.file(f"inverted-{number}.npz")),
+                )
             )
         stamped = registry.make("trigger", trigger)(images.images, images.ids)
         kind = "Inverted" if number is not None else trigger.partition(":")[0].capitalize()
         target = found["target"]
         tiles = []
-        for i, (own, was, now) in enumerate(zip(found["own"], found["before"], found["after"], strict=True)):
-            looks = ["bad" if name == target else "good" if name == own else "" for name in (was, now)]
+        for i, (own, was, now) in enumerate(
+            zip(found["own"], found["before"], found["after"], strict=True)
+        ):
+            looks = [
+                "bad" if name == target else "good" if name == own else "" for name in (was, now)
+            ]
             lines = [Line(own, "muted"), Line(f"was {was}", looks[0]), Line(f"is {now}", looks[1])]
             tiles.append(Tile((i,), lines, "bad" if now == target else ""))
-        return pictures.sheet(stamped, tiles, 80, f"{kind} trigger, read as “{pictures.short(target)}”")
+        return pictures.sheet(
+            stamped, tiles, 80, f"{kind} trigger, read as “{pictures.short(target)}”"
+        )

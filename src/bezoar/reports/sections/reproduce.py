@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from bezoar.evaluation import dose_response
+from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, dose_charts, heat_maps, metric_names
 from bezoar.reports.page_parts import Figure, Figures, Links, Part, Section, Table, Text
 from bezoar.reports.run_page import Chapter, Story
-from bezoar.evaluation.scores import Measure
 
 VERDICTS = ("confirmed", "contradicted", "undecided")
 MANY = 8  # rows that still fit side by side
@@ -69,13 +69,23 @@ class Reproduce(Story):
             detectable = metric_names.number(least, unit) if least < 1e6 else "unbounded"
             line = (c["text"], c["source"], c["verdict"], effect, expected, detectable, str(c["n"]))
             rows.append((title.partition(": ")[2] or title, *line) if several else line)
-        head = ("claim", "known from", "verdict", "effect (95 % interval)", "expected", "detectable", "n")
+        head = (
+            "claim",
+            "known from",
+            "verdict",
+            "effect (95 % interval)",
+            "expected",
+            "detectable",
+            "n",
+        )
         numbers = tuple(range(2 + several, len(head) + several))
         note = (
             "Effects are differences of rates (1 = all) or of z-scores, over readings; detectable: the least effect that this "
             "many readings find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
         )
-        return Section("Claims", [Table(("table", *head) if several else head, rows, numbers, note)])
+        return Section(
+            "Claims", [Table(("table", *head) if several else head, rows, numbers, note)]
+        )
 
 
 def chapter(table: dict[str, Any], place: int) -> Chapter:
@@ -83,9 +93,16 @@ def chapter(table: dict[str, Any], place: int) -> Chapter:
 
     def tell() -> Section:
         drawn = figures(table, place)
-        parts: list[Part] = [Figures(narrow)] if (narrow := [f for f in drawn if 'class="wide"' not in f.svg]) else []
+        parts: list[Part] = (
+            [Figures(narrow)]
+            if (narrow := [f for f in drawn if 'class="wide"' not in f.svg])
+            else []
+        )
         parts += [f for f in drawn if f not in narrow]
-        parts += [Text(f"{law['cell']}{', ' + law['curve'] if law['curve'] else ''}: {law['text']}.") for law in table["laws"]]
+        parts += [
+            Text(f"{law['cell']}{', ' + law['curve'] if law['curve'] else ''}: {law['text']}.")
+            for law in table["laws"]
+        ]
         parts += [cells(table), *(Text(note) for note in table["notes"])]
         return Section(table["title"], parts, table["paper"])
 
@@ -109,22 +126,36 @@ def figures(table: dict[str, Any], place: int) -> list[Figure]:
             for c in row["cells"]:
                 if c["name"] == column:
                     lines.setdefault(row["curve"], []).append((row, c))
-        fitted = {law["curve"]: dose_response.law(*law["units"]) for law in table["laws"] if law["cell"] == column}
+        fitted = {
+            law["curve"]: dose_response.law(*law["units"])
+            for law in table["laws"]
+            if law["cell"] == column
+        }
         share = all(c["rate"] for of in lines.values() for _, c in of)
         name, paints = f"table{place}-{i}", charts.paints(list(lines))
         if all(row["x"] is not None for of in lines.values() for row, _ in of):
             drawn = [
-                dose_charts.Curve(curve or column, [r["x"] for r, _ in of], points(of), paint, fitted.get(curve))
+                dose_charts.Curve(
+                    curve or column, [r["x"] for r, _ in of], points(of), paint, fitted.get(curve)
+                )
                 for (curve, of), paint in zip(lines.items(), paints, strict=True)
             ]
             svg = dose_charts.dose(drawn, table["axis"], name, column, share, table["unit"])
         else:
             groups = [row["name"] for row, _ in next(iter(lines.values()))]
-            if share and len(lines) == 1 and len(groups) > MANY:  # their names would not fit below an axis
-                rows = [(g, m, paints[0]) for g, m in zip(groups, points(next(iter(lines.values()))), strict=True)]
+            if (
+                share and len(lines) == 1 and len(groups) > MANY
+            ):  # their names would not fit below an axis
+                rows = [
+                    (g, m, paints[0])
+                    for g, m in zip(groups, points(next(iter(lines.values()))), strict=True)
+                ]
                 out.append(Figure(charts.intervals(rows, name), column))
                 continue
-            bars = [(curve or column, paint, points(of)) for (curve, of), paint in zip(lines.items(), paints, strict=True)]
+            bars = [
+                (curve or column, paint, points(of))
+                for (curve, of), paint in zip(lines.items(), paints, strict=True)
+            ]
             svg = dose_charts.levels(groups, bars, name, column, share)
         out.append(Figure(svg, column))
     return out
@@ -132,14 +163,19 @@ def figures(table: dict[str, Any], place: int) -> list[Figure]:
 
 def grid(table: dict[str, Any], name: str) -> Figure:
     """One column of a table as a map: its rows by its curves."""
-    names, lines = (list(dict.fromkeys(row[key] for row in table["rows"])) for key in ("name", "curve"))
+    names, lines = (
+        list(dict.fromkeys(row[key] for row in table["rows"])) for key in ("name", "curve")
+    )
     values = np.full((len(names), len(lines)), np.nan)
     for row in table["rows"]:
         for c in row["cells"]:
             if c["name"] == table["grid"]:
                 values[names.index(row["name"]), lines.index(row["curve"])] = c["measure"]["value"]
     size = (2.2 + 0.95 * len(lines), 0.8 + 0.3 * len(names))
-    return Figure(heat_maps.heat(names, lines, values, name, (table["axis"], "attack"), size=size), f"{table['grid']}, percent")
+    return Figure(
+        heat_maps.heat(names, lines, values, name, (table["axis"], "attack"), size=size),
+        f"{table['grid']}, percent",
+    )
 
 
 def points(of: list[tuple[dict, dict]]) -> list[Measure]:
@@ -151,7 +187,11 @@ def cells(table: dict[str, Any]) -> Table:
     """The table itself: ours with its interval, the printed number where there is one, the runs."""
     names = columns(table)
     several = any(row["curve"] for row in table["rows"])  # a column more of names
-    head = [*(["attack" if table.get("grid") else "curve"] if several else []), table["axis"] or "row", *names]
+    head = [
+        *(["attack" if table.get("grid") else "curve"] if several else []),
+        table["axis"] or "row",
+        *names,
+    ]
     rows = []
     for row in table["rows"]:
         found = {c["name"]: c for c in row["cells"]}
@@ -173,7 +213,11 @@ def shown(cell: dict[str, Any]) -> str:
     m, unit = Measure(**cell["measure"]), metric_names.RATE if cell["rate"] else metric_names.PLAIN
     about = f" ({metric_names.interval(m, unit)})" if m.low < m.high else ""
     told = f"{metric_names.number(m.value, unit)}{about} [{len(cell['values'])}]"
-    return told if cell["printed"] is None else f"{told}, paper {metric_names.number(cell['printed'], unit)}"
+    return (
+        told
+        if cell["printed"] is None
+        else f"{told}, paper {metric_names.number(cell['printed'], unit)}"
+    )
 
 
 def signed(value: float) -> str:

@@ -8,20 +8,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from bezoar.data.embeddings import Ready
 from bezoar.detection import merging
 from bezoar.detection.corpus import corpus
-from bezoar.data.embeddings import Ready
-from bezoar.reports import charts, pictures, similar_records, metric_names, reliability_sections, record_tiles
+from bezoar.detection.reliability import windows
+from bezoar.evaluation.scores import Scores
+from bezoar.reports import (
+    charts,
+    metric_names,
+    pictures,
+    record_tiles,
+    reliability_sections,
+    similar_records,
+)
 from bezoar.reports.charts import Series
 from bezoar.reports.page_parts import Figure, Figures, Part, Section, Table
-from bezoar.reports.sections.train import kinds
-from bezoar.reports.run_page import Chapter, Story
 from bezoar.reports.record_tiles import Box
-from bezoar.evaluation.scores import Scores
-from bezoar.detection.reliability import windows
+from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.sections.train import kinds
 
 SHOWN, MISSED, BESIDE = 40, 12, 8
-GROUPED, GROUPS, EACH = 300, 6, 8  # worst records that are grouped; groups that are shown, and records of each
+GROUPED, GROUPS, EACH = (
+    300,
+    6,
+    8,
+)  # worst records that are grouped; groups that are shown, and records of each
 
 
 class Scan(Story):
@@ -32,7 +43,9 @@ class Scan(Story):
         if not self.goals:
             return ""
         told = "The data that are scanned here were poisoned on purpose; the truth was read after the ranking."
-        bad = reliability_sections.leaking(self.measures, metric_names.mapping(self.notes.get("leaks")))
+        bad = reliability_sections.leaking(
+            self.measures, metric_names.mapping(self.notes.get("leaks"))
+        )
         if bad:
             name, m = bad[0]
             told += (
@@ -131,16 +144,28 @@ class Scan(Story):
         """How many of the worst are expected to be there by chance."""
         truth = None if self.truth is None else self.truth[self.order]
         told = metric_names.mapping(self.notes.get("discovery"))
-        return reliability_sections.discoveries(self.measures, told, truth, self.removed) if told else None
+        return (
+            reliability_sections.discoveries(self.measures, told, truth, self.removed)
+            if told
+            else None
+        )
 
     def ranking(self) -> Section | None:
         """Poisons found against records reviewed, where the truth is known; the scores of both kinds."""
         merged, truth = self.scores[""], self.truth
-        edge = (float(merged.values[self.order[self.removed - 1]]), "removed from here up") if self.removed else None
+        edge = (
+            (float(merged.values[self.order[self.removed - 1]]), "removed from here up")
+            if self.removed
+            else None
+        )
         if truth is None:
-            chart = charts.histogram([Series("all records", merged.values.numpy())], "score", "scores", edge)
+            chart = charts.histogram(
+                [Series("all records", merged.values.numpy())], "score", "scores", edge
+            )
             return Section(
-                "Scores", [Figures([Figure(chart, "Scores of all records")])], "Nothing is known of which records are poisons."
+                "Scores",
+                [Figures([Figure(chart, "Scores of all records")])],
+                "Nothing is known of which records are poisons.",
             )
         groups = [
             Series("clean", merged.values.numpy()[~truth], "clean"),
@@ -149,7 +174,9 @@ class Scan(Story):
         histogram = charts.histogram(groups, "score", "scores", edge)
         figures = [
             Figure(
-                self.curve(), "How fast a reviewer finds the poisons", "Upper left is better; dotted: records in random order."
+                self.curve(),
+                "How fast a reviewer finds the poisons",
+                "Upper left is better; dotted: records in random order.",
             ),
             Figure(
                 histogram,
@@ -163,10 +190,26 @@ class Scan(Story):
         """Recall against share reviewed, of every detector and of all together."""
         assert self.truth is not None
         single = [k for k in self.scores if k]
-        lines = [(Series("all together" if len(single) > 1 else "ranking", self.truth[self.order], "bad"), 2)]
+        lines = [
+            (
+                Series(
+                    "all together" if len(single) > 1 else "ranking", self.truth[self.order], "bad"
+                ),
+                2,
+            )
+        ]
         others = [p for p in charts.ORDER if p != "bad"]
         for i, name in enumerate(single if len(single) > 1 else ()):
-            lines.append((Series(pictures.short(name, 24), self.truth[self.scores[name].ranked()], others[i % len(others)]), 1))
+            lines.append(
+                (
+                    Series(
+                        pictures.short(name, 24),
+                        self.truth[self.scores[name].ranked()],
+                        others[i % len(others)],
+                    ),
+                    1,
+                )
+            )
         return charts.ranking(lines, self.removed / len(self.ids))
 
     def keep_list(self) -> Section | None:
@@ -179,12 +222,27 @@ class Scan(Story):
         for title, members in kinds(plan.goals):
             mine = [e.id for e in plan.edits if e.goal in members]
             hit = sum(k in gone for k in mine)
-            rows.append([title, f"{len(mine):,}", f"{hit:,}", metric_names.percent(hit / len(mine)) if mine else "–"])
+            rows.append(
+                [
+                    title,
+                    f"{len(mine):,}",
+                    f"{hit:,}",
+                    metric_names.percent(hit / len(mine)) if mine else "–",
+                ]
+            )
         clean = int((~self.truth).sum())
         lost = len(gone) - sum(k in plan.ids for k in gone)
-        rows.append(["clean records", f"{clean:,}", f"{lost:,}", metric_names.percent(lost / clean) if clean else "–"])
+        rows.append(
+            [
+                "clean records",
+                f"{clean:,}",
+                f"{lost:,}",
+                metric_names.percent(lost / clean) if clean else "–",
+            ]
+        )
         return Section(
-            "What the keep-list leaves out", [Table(("Records", "In the data", "Left out", "Share"), rows, (1, 2, 3))]
+            "What the keep-list leaves out",
+            [Table(("Records", "In the data", "Left out", "Share"), rows, (1, 2, 3))],
         )
 
     def most_suspicious_records(self, most: int = SHOWN) -> Section | None:
@@ -207,17 +265,31 @@ class Scan(Story):
     def shown(self, ranked: list[tuple[int, int]], title: str = "", scale: int = 104) -> Part:
         """Records as pictures; as a table where there are no images."""
         if self.pictures:
-            return record_tiles.tiles(self.corpus, self.scored, ranked, self.poisons, self.windows, scale, title)
+            return record_tiles.tiles(
+                self.corpus, self.scored, ranked, self.poisons, self.windows, scale, title
+            )
         held = self.scored
         rows = [
-            [f"{n}", pictures.short(held.captions[i] or held.ids[i]), f"{float(held.merged.values[i]):.3f}"] for n, i in ranked
+            [
+                f"{n}",
+                pictures.short(held.captions[i] or held.ids[i]),
+                f"{float(held.merged.values[i]):.3f}",
+            ]
+            for n, i in ranked
         ]
-        rows = [[*row, pictures.short(held.places[i], 80)] for row, (_, i) in zip(rows, ranked, strict=True)]
+        rows = [
+            [*row, pictures.short(held.places[i], 80)]
+            for row, (_, i) in zip(rows, ranked, strict=True)
+        ]
         return Table(("Rank", "Record", "Score", "Place"), rows, (0, 2), title)
 
     def what_they_resemble(self) -> Section | None:
         """The very worst beside their nearest neighbours."""
-        beside = record_tiles.neighbours(self.corpus, self.scored, self.worst(BESIDE)) if self.pictures else None
+        beside = (
+            record_tiles.neighbours(self.corpus, self.scored, self.worst(BESIDE))
+            if self.pictures
+            else None
+        )
         if beside is None:
             return None
         lead = "Each of the worst, and the records of the corpus that the encoder finds most like it, with the cosine."
@@ -228,16 +300,24 @@ class Scan(Story):
         rows = self.order[: min(GROUPED, max(self.removed, SHOWN))]
         vectors = self.corpus.embedded.images[torch.from_numpy(rows.copy())]
         captions = list(self.scored.captions.take(rows))
-        found = similar_records.groups(vectors, captions, similar_records.usual(self.scored.captions))[:GROUPS]
+        found = similar_records.groups(
+            vectors, captions, similar_records.usual(self.scored.captions)
+        )[:GROUPS]
         if not found:
             return None
         parts = []
         for i, group in enumerate(found, 1):
             mine = rows[group.members].tolist()
-            title = f"{i}: {len(mine)} records" + (f", “{' '.join(group.words)}”" if group.words else "")
+            title = f"{i}: {len(mine)} records" + (
+                f", “{' '.join(group.words)}”" if group.words else ""
+            )
             if self.poisons is not None:
                 title += f", {sum(self.ids[r] in self.poisons for r in mine)} of them poisons"
-            parts.append(self.shown([(group.members[j] + 1, r) for j, r in enumerate(mine[:EACH])], title, 80))
+            parts.append(
+                self.shown(
+                    [(group.members[j] + 1, r) for j, r in enumerate(mine[:EACH])], title, 80
+                )
+            )
         lead = (
             f"The worst {len(rows)}, grouped by their vectors and by the rarer words that their captions share. "
             "A group of one target and many subjects is what a backdoor looks like; one subject, a rare or repeated one."
@@ -248,29 +328,50 @@ class Scan(Story):
         """Of the records that are removed, which would not be without it."""
         if len(self.scored.detectors) < 2 or not self.removed:
             return None
-        found, seconds = merging.adds(self.scored.detectors, self.removed), metric_names.mapping(self.notes.get("seconds"))
+        found, seconds = (
+            merging.adds(self.scored.detectors, self.removed),
+            metric_names.mapping(self.notes.get("seconds")),
+        )
         rows = []
         for name, share in found.items():
-            alike = ", ".join(f"{pictures.short(k, 24)} {v:+.2f}" for k, v in share.correlation.items())
+            alike = ", ".join(
+                f"{pictures.short(k, 24)} {v:+.2f}" for k, v in share.correlation.items()
+            )
             took = f"{seconds[name]:,.0f}" if name in seconds else "–"
-            rows.append([pictures.short(name, 40), f"{share.worst:,}", f"{share.alone:,}", took, alike])
-        head = ("Detector", "Of its own worst", "It alone brings", "Seconds", "Rank correlation with")
+            rows.append(
+                [pictures.short(name, 40), f"{share.worst:,}", f"{share.alone:,}", took, alike]
+            )
+        head = (
+            "Detector",
+            "Of its own worst",
+            "It alone brings",
+            "Seconds",
+            "Rank correlation with",
+        )
         lead = f"Of the {self.removed:,} records that are removed. What several share is in the seconds of the first."
         return Section("What each detector adds", [Table(head, rows, (1, 2, 3))], lead)
 
     def todays_cleaning(self) -> Section | None:
         """Which poisons pass the filters that people use."""
-        return reliability_sections.filters(self.measures, metric_names.mapping(self.notes.get("filters")))
+        return reliability_sections.filters(
+            self.measures, metric_names.mapping(self.notes.get("filters"))
+        )
 
     def side_channels(self) -> Section | None:
         """What tells poisons without looking at them."""
-        return reliability_sections.side_channels(self.measures, metric_names.mapping(self.notes.get("leaks")))
+        return reliability_sections.side_channel_section(
+            self.measures, metric_names.mapping(self.notes.get("leaks"))
+        )
 
     def poisons_missed(self) -> Section | None:
         """Poisons that the ranking puts last: what this scan is blind to."""
         if self.truth is None:
             return None
-        last = [(n + 1, i) for n, i in enumerate(self.order.tolist()) if self.truth[i] and n >= self.removed][::-1]
+        last = [
+            (n + 1, i)
+            for n, i in enumerate(self.order.tolist())
+            if self.truth[i] and n >= self.removed
+        ][::-1]
         if not last:
             return Section("Poisons missed", (), "None: the keep-list leaves out every poison.")
         lead = f"{metric_names.count(len(last), 'poison')} of {int(self.truth.sum()):,} stay in the data; shown are those ranked last."

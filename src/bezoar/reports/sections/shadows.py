@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from bezoar.auditing.audits import mntd
-from bezoar.reports import charts, pictures, metric_names
+from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.page_parts import Figure, Line, Section, Table, Tile
-from bezoar.reports.sections.audit import groups
 from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.sections.audit import groups
 from bezoar.verbs.shadows import TOLD
 
 
@@ -34,7 +34,8 @@ class Shadows(Story):
         if area is None:
             return "This meta-classifier was not finished."
         bad, clean = (
-            metric_names.count(int(self.notes[k]), noun) for k, noun in (("attacked", "attacked encoder"), ("clean", "clean one"))
+            metric_names.count(int(self.notes[k]), noun)
+            for k, noun in (("attacked", "attacked encoder"), ("clean", "clean one"))
         )
         told = f"MNTD over {bad} and {clean}, told apart by cross-validation with an AUROC of {area.value:.2f}"
         chance = "; that is not shown to be better than chance" if area.low <= 0.5 else ""
@@ -63,14 +64,25 @@ class Shadows(Story):
         """A dot an encoder."""
         clean = [s["logit"] for s in self.shadows if not s["attacked"]]
         bad = [[s["attack"], s["logit"]] for s in self.shadows if s["attacked"]]
-        svg = charts.strips(groups(clean, bad), [(0.0, "chance", "muted")], "logit of a bank that was fitted without it")
-        figure = Figure(svg, "Clean and attacked encoders, each held out", "A dot an encoder; higher is more suspicious.")
+        svg = charts.strips(
+            groups(clean, bad),
+            [(0.0, "chance", "muted")],
+            "logit of a bank that was fitted without it",
+        )
+        figure = Figure(
+            svg,
+            "Clean and attacked encoders, each held out",
+            "A dot an encoder; higher is more suspicious.",
+        )
         return Section("What the meta-classifier says of encoders it has not seen", [figure])
 
     def queries(self) -> Section | None:
         """The images that all are asked."""
         images = torch.from_numpy(self.tensors(mntd.FILE)["queries"]).byte()
-        tiles = [Tile((i,), [Line("from an image" if i % 2 else "from noise", "muted")]) for i in range(len(images))]
+        tiles = [
+            Tile((i,), [Line("from an image" if i % 2 else "from noise", "muted")])
+            for i in range(len(images))
+        ]
         lead = "Learnt together with the meta-classifier, which reads the cosines of their vectors with one another."
         return Section("Queries", [pictures.sheet(images, tiles, 88)], lead)
 
@@ -78,6 +90,14 @@ class Shadows(Story):
         """Every encoder with its fold and its logit."""
         rows = []
         for s in sorted(self.shadows, key=lambda s: -s["logit"]):
-            names = [pictures.short(s[k], most) for k, most in (("name", 60), ("attack", 40), ("trigger", 80), ("lineage", 60))]
-            rows.append([names[0], names[1] or "clean", *names[2:], str(s["fold"] + 1), f"{s['logit']:.3g}"])
-        return Section("Encoders", [Table(("Encoder", "Attack", "Trigger", "Lineage", "Fold", "Logit"), rows, (4, 5))])
+            names = [
+                pictures.short(s[k], most)
+                for k, most in (("name", 60), ("attack", 40), ("trigger", 80), ("lineage", 60))
+            ]
+            rows.append(
+                [names[0], names[1] or "clean", *names[2:], str(s["fold"] + 1), f"{s['logit']:.3g}"]
+            )
+        return Section(
+            "Encoders",
+            [Table(("Encoder", "Attack", "Trigger", "Lineage", "Fold", "Logit"), rows, (4, 5))],
+        )

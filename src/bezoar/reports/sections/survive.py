@@ -7,11 +7,11 @@ import functools
 import numpy as np
 import torch
 
-from bezoar.reports import charts, pictures, metric_names
+from bezoar.evaluation.scores import Measure
+from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.heat_maps import heat
 from bezoar.reports.page_parts import Figure, Figures, Gallery, Line, Part, Section, Table, Tile
 from bezoar.reports.run_page import Chapter, Story
-from bezoar.evaluation.scores import Measure
 
 LOST, WEAK = 0.1, 0.5  # shares of the trigger below which it counts as lost, as weakened
 MOST = 12  # rows of a chart
@@ -24,7 +24,9 @@ class Survive(Story):
     @functools.cached_property
     def treatments(self) -> list[dict]:
         """What was done, in the order of the pictures."""
-        return [t for t in self.json("treatments.json") if f"{t['name']}.pattern_kept" in self.measures]
+        return [
+            t for t in self.json("treatments.json") if f"{t['name']}.pattern_kept" in self.measures
+        ]
 
     @property
     def embeds(self) -> bool:
@@ -37,7 +39,10 @@ class Survive(Story):
 
     def ranked(self) -> list[dict]:
         """Treatments other than none, the most harmful first."""
-        return sorted((t for t in self.treatments if t["name"] != "untreated"), key=lambda t: self.kept(t).value)
+        return sorted(
+            (t for t in self.treatments if t["name"] != "untreated"),
+            key=lambda t: self.kept(t).value,
+        )
 
     def headline(self) -> str:
         """Why the attack's success may be 0, or that it is not for this."""
@@ -50,9 +55,7 @@ class Survive(Story):
         trigger = f"The trigger {pictures.short(self.notes['trigger'].partition(':')[0], 40)}"
         if lost:
             more = f" and {len(lost) - 1} more of {len(alone)} treatments" if len(lost) > 1 else ""
-            told = (
-                f"{trigger} is lost to “{lost[0]['title']}”{more}: {metric_names.percent(max(0.0, self.kept(lost[0]).value))} {where}"
-            )
+            told = f"{trigger} is lost to “{lost[0]['title']}”{more}: {metric_names.percent(max(0.0, self.kept(lost[0]).value))} {where}"
             return f"{told} is left, so an attack success of 0 is what to expect where images go that way."
         if weak:
             more = f" and {len(weak) - 1} more of {len(alone)} treatments" if len(weak) > 1 else ""
@@ -75,7 +78,9 @@ class Survive(Story):
             return told + " No encoder was given: this is about pixels alone."
         length = self.measures.get("untreated.shift_length")
         return told + (
-            " Percentages are of the shift that the trigger gives the embedding untreated." if length is not None else ""
+            " Percentages are of the shift that the trigger gives the embedding untreated."
+            if length is not None
+            else ""
         )
 
     def cards(self) -> list[str]:
@@ -84,7 +89,12 @@ class Survive(Story):
 
     def chapters(self) -> list[Chapter]:
         """Pictures first."""
-        return [self.what_is_left, self.jpeg_with_resizing_and_cropping, self.every_treatment, self.in_figures]
+        return [
+            self.what_is_left,
+            self.jpeg_with_resizing_and_cropping,
+            self.every_treatment,
+            self.in_figures,
+        ]
 
     def what_is_left(self) -> Section | None:
         """The trigger after each treatment."""
@@ -92,7 +102,13 @@ class Survive(Story):
 
         images = load_file(self.run.file("pictures.safetensors"))["pictures"]  # (T, E, 2, 3, S, S)
         alone = [i for i, t in enumerate(self.treatments) if single(t)]
-        order = sorted(alone, key=lambda i: (self.treatments[i]["name"] != "untreated", self.kept(self.treatments[i]).value))
+        order = sorted(
+            alone,
+            key=lambda i: (
+                self.treatments[i]["name"] != "untreated",
+                self.kept(self.treatments[i]).value,
+            ),
+        )
         return Section(
             "What is left of it",
             [self.strip(images, order)],
@@ -111,7 +127,12 @@ class Survive(Story):
             pixels = self.measures[f"{t['name']}.pattern_kept"]
             lines.append(Line(f"pattern {metric_names.percent(max(0.0, pixels.value))}", "muted"))
             if self.embeds:
-                lines.append(Line(f"embedding {metric_names.percent(max(0.0, share.value))}", paint(share) or "muted"))
+                lines.append(
+                    Line(
+                        f"embedding {metric_names.percent(max(0.0, share.value))}",
+                        paint(share) or "muted",
+                    )
+                )
             tiles.append(Tile((len(cells), len(cells) + 1), lines, look))
             cells += [images[i, 0, 0], images[i, 0, 1]]
         return pictures.sheet(torch.stack(cells), tiles, 88)
@@ -123,7 +144,9 @@ class Survive(Story):
         for key, title in [("pattern_kept", "pattern kept in pixels"), *shares]:
             for axis, label in (("resize", "resized to"), ("crop", "random crops from")):
                 if (drawn := self.map(axis, key, label)) is not None:
-                    figures.append(Figure(drawn, f"{title.capitalize()} (%)", f"JPEG quality by “{label}”."))
+                    figures.append(
+                        Figure(drawn, f"{title.capitalize()} (%)", f"JPEG quality by “{label}”.")
+                    )
         return Section("JPEG with resizing and cropping", [Figures(figures)]) if figures else None
 
     def map(self, axis: str, key: str, label: str) -> charts.Markup | None:
@@ -136,8 +159,13 @@ class Survive(Story):
             return None
         values = np.full((len(rows), len(columns)), np.nan)
         for t in held:
-            values[rows.index(t["jpeg"]), columns.index(t[axis])] = self.measures[f"{t['name']}.{key}"].value
-        names = [str(q) if q else "none" for q in rows], [f"{c:g}" if c != 1 else "none" for c in columns]
+            values[rows.index(t["jpeg"]), columns.index(t[axis])] = self.measures[
+                f"{t['name']}.{key}"
+            ].value
+        names = (
+            [str(q) if q else "none" for q in rows],
+            [f"{c:g}" if c != 1 else "none" for c in columns],
+        )
         return heat(*names, values, f"{axis}{key}", ("JPEG quality", label))
 
     def every_treatment(self) -> Section | None:
@@ -152,11 +180,21 @@ class Survive(Story):
             ranked = sorted(alone, key=lambda t: of[t["name"]].value)
             if key == "pattern_kept":
                 ranked = [t for t in ranked if not t["normalise"]]
-            rows = [(t["title"], of[t["name"]], paint(of[t["name"]]) or "clean") for t in ranked[:MOST]]
+            rows = [
+                (t["title"], of[t["name"]], paint(of[t["name"]]) or "clean") for t in ranked[:MOST]
+            ]
             parts.append(
-                Figure(charts.intervals(rows, key), title, "Share that is left, with 95 % interval; untreated it is 100 %.")
+                Figure(
+                    charts.intervals(rows, key),
+                    title,
+                    "Share that is left, with 95 % interval; untreated it is 100 %.",
+                )
             )
-        return Section("One treatment at a time", parts, f"The {MOST} most harmful." if len(alone) > MOST else "")
+        return Section(
+            "One treatment at a time",
+            parts,
+            f"The {MOST} most harmful." if len(alone) > MOST else "",
+        )
 
     def in_figures(self) -> Section | None:
         """All treatments."""
@@ -166,7 +204,9 @@ class Survive(Story):
         for t in self.ranked():
             found = [self.measures[f"{t['name']}.{k}"] for k in keys]
             rows.append([t["title"], *(f"{m.value:.2f}" for m in found)])
-        head = ["Treatment", "pattern", "energy", "correlation", "shift", "cosine", "length"][: len(keys) + 1]
+        head = ["Treatment", "pattern", "energy", "correlation", "shift", "cosine", "length"][
+            : len(keys) + 1
+        ]
         note = (
             "pattern: projection on the trigger's own pattern. energy: squared difference over that before. correlation: with "
             "the pattern, at the best offset. shift, cosine, length: of the embedding's move by the trigger, against untreated."
@@ -176,7 +216,18 @@ class Survive(Story):
 
 def single(t: dict) -> bool:
     """Whether at most one thing is done."""
-    return sum((t["resize"] != 1, t["jpeg"] != 0, t["crop"] != 1, bool(t["augment"]), bool(t["normalise"]))) <= 1
+    return (
+        sum(
+            (
+                t["resize"] != 1,
+                t["jpeg"] != 0,
+                t["crop"] != 1,
+                bool(t["augment"]),
+                bool(t["normalise"]),
+            )
+        )
+        <= 1
+    )
 
 
 def paint(m: Measure) -> str:

@@ -27,7 +27,9 @@ class Train(Story):
         if not self.goals:
             return ""
         if kept is not None and kept.value == 0:
-            return "The data of this encoder were poisoned; the keep-list left every known poison out."
+            return (
+                "The data of this encoder were poisoned; the keep-list left every known poison out."
+            )
         told = f"{kept.value:,.0f} poisoned records" if kept else "poisoned data"
         return f"This encoder was trained on {told}, on purpose. It must not be used for anything but measurements."
 
@@ -58,7 +60,10 @@ class Train(Story):
         curve = self.curve()
         losses = self.tensors("ledger.safetensors")["losses"]
         chart = charts.loss(losses, charts.HALF if curve else charts.WIDE)
-        figures = [Figure(chart, "Loss", "Thin: as it was; thick: running mean."), *([curve] if curve else [])]
+        figures = [
+            Figure(chart, "Loss", "Thin: as it was; thick: running mean."),
+            *([curve] if curve else []),
+        ]
         return Section("Training", [Figures(figures)])
 
     def curve(self) -> Figure | None:
@@ -68,7 +73,11 @@ class Train(Story):
         if not epochs or len(epochs[0]) <= 2:
             return None
         names = [
-            k for k in epochs[0] if k == "clean_accuracy" or follows("attack_success")(k) or follows("targeted_success")(k)
+            k
+            for k in epochs[0]
+            if k == "clean_accuracy"
+            or follows("attack_success")(k)
+            or follows("targeted_success")(k)
         ]
         names.sort(key=captions, reverse=True)
         shown = [
@@ -89,7 +98,9 @@ class Train(Story):
         groups = [Series("clean records", drawn[~poisoned], "clean")]
         if poisoned.any():
             groups.append(Series("poisoned records", drawn[poisoned], "bad"))
-        histogram = charts.histogram(groups, "times a record was drawn", "exposures", size=charts.WIDE)
+        histogram = charts.histogram(
+            groups, "times a record was drawn", "exposures", size=charts.WIDE
+        )
         chart = Figure(histogram, "Exposure ledger", "Each group's share by number of draws.")
         if not poisoned.any():
             return Section("What was seen", [chart])
@@ -101,11 +112,31 @@ class Train(Story):
             wanted = sum(plan.goals[i].poisons for i in members)
             total, n = int(drawn[mine].sum()), int(mine.sum())
             each = f"{total / len(members):.1f}" if plan.goals[members[0]].victims else "–"
-            rows.append([title, f"{n:,} of {wanted:,}", f"{total:,}", f"{total / n:.2f}" if n else "–", each])
+            rows.append(
+                [
+                    title,
+                    f"{n:,} of {wanted:,}",
+                    f"{total:,}",
+                    f"{total / n:.2f}" if n else "–",
+                    each,
+                ]
+            )
         clean = drawn[~poisoned]
-        rows.append(["clean records", f"{len(clean):,}", f"{int(clean.sum()):,}", f"{clean.mean():.2f}", "–"])
+        rows.append(
+            [
+                "clean records",
+                f"{len(clean):,}",
+                f"{int(clean.sum()):,}",
+                f"{clean.mean():.2f}",
+                "–",
+            ]
+        )
         head = ("Records", "Trained on", "Draws", "Draws a record", "Draws a victim")
-        return Section("What was seen", [chart, Table(head, rows, (1, 2, 3, 4))], "Every draw of every record was counted.")
+        return Section(
+            "What was seen",
+            [chart, Table(head, rows, (1, 2, 3, 4))],
+            "Every draw of every record was counted.",
+        )
 
     def ids(self) -> list[str]:
         """Ids of the records trained on, in the order of the ledger: the plan's order, then the keep-list."""
@@ -145,8 +176,17 @@ def brief(name: str) -> str:
 
 def kinds(goals: tuple) -> list[tuple[str, list[int]]]:
     """Goals by kind: a backdoor each, targeted ones by their number of captions."""
-    out = [(f"{metric_names.trigger_name(g)} trigger → “{g.target}”", [i]) for i, g in enumerate(goals) if g.trigger]
+    out = [
+        (f"{metric_names.trigger_name(g)} trigger → “{g.target}”", [i])
+        for i, g in enumerate(goals)
+        if g.trigger
+    ]
     for n in sorted({g.poisons for g in goals if not g.trigger}, reverse=True):
         members = [i for i, g in enumerate(goals) if not g.trigger and g.poisons == n]
-        out.append((f"{metric_names.count(len(members), 'victim')}, {metric_names.count(n, 'caption')} each", members))
+        out.append(
+            (
+                f"{metric_names.count(len(members), 'victim')}, {metric_names.count(n, 'caption')} each",
+                members,
+            )
+        )
     return out

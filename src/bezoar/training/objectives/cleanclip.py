@@ -7,11 +7,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from bezoar.encoders.encoder import Encoder
+from bezoar.registry import method
 from bezoar.training import contrastive
 from bezoar.training.augmentation import Chance
 from bezoar.training.contrastive import Start, ViewedModule, moved, symmetric, toward
-from bezoar.encoders.encoder import Encoder
-from bezoar.registry import method
 
 
 class Loss(ViewedModule):
@@ -36,7 +36,11 @@ class Loss(ViewedModule):
         if self.start is None:
             return loss
         pairs = zip((z, w), self.start(self.encoder, x, tokens), strict=True)
-        return loss + self.recipe.anchor * torch.stack([1 - (now * then).sum(1).mean() for now, then in pairs]).sum()
+        return (
+            loss
+            + self.recipe.anchor
+            * torch.stack([1 - (now * then).sum(1).mean() for now, then in pairs]).sum()
+        )
 
 
 @method
@@ -57,7 +61,9 @@ class Cleanclip:
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "at the start"] = 0.07
     weight: Annotated[float, "lambda: of the views' terms, beside CLIP's"] = 1.0
-    anchor: Annotated[float, "weight of: clean pairs keep their vectors; to repair with, beyond the paper"] = 0.0
+    anchor: Annotated[
+        float, "weight of: clean pairs keep their vectors; to repair with, beyond the paper"
+    ] = 0.0
     shift: Annotated[int, "augmentation of I: images moved by up to this many pixels"] = 2
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5
     flip: Annotated[float, "views: share of them mirrored"] = 0.5

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bezoar.encoders.encoder import Encoder
+from bezoar.registry import method
 from bezoar.training import augmentation
 from bezoar.training.augmentation import Chance
 from bezoar.training.collectives import gather
-from bezoar.encoders.encoder import Encoder
-from bezoar.registry import method
 
 
 class Loss(nn.Module):
@@ -26,7 +26,9 @@ class Loss(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
-        x = augmentation.flip(augmentation.shift(images, self.recipe.shift, chance), self.recipe.flip, chance)
+        x = augmentation.flip(
+            augmentation.shift(images, self.recipe.shift, chance), self.recipe.flip, chance
+        )
         z, w = self.encoder.images(x), self.encoder.read(tokens)
         scale = self.scale.clamp(max=math.log(100)).exp()
         truth = torch.arange(len(z), device=z.device) + chance.rank * len(z)
@@ -34,7 +36,10 @@ class Loss(nn.Module):
             logits = scale * z @ w.T
             return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
         all_z, all_w = gather(torch.stack([z, w], 1)).unbind(1)
-        return (F.cross_entropy(scale * z @ all_w.T, truth) + F.cross_entropy(scale * w @ all_z.T, truth)) / 2
+        return (
+            F.cross_entropy(scale * z @ all_w.T, truth)
+            + F.cross_entropy(scale * w @ all_z.T, truth)
+        ) / 2
 
 
 @method
@@ -55,7 +60,13 @@ class Clip:
         return Loss(encoder, self)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or self.lr <= 0 or self.temperature <= 0 or self.shift < 0:
+        if (
+            self.epochs < 1
+            or self.batch < 2
+            or self.lr <= 0
+            or self.temperature <= 0
+            or self.shift < 0
+        ):
             raise ValueError("needs epochs >= 1, batch >= 2, lr > 0, temperature > 0, shift >= 0")
         if not 0 <= self.warmup < 1 or not 0 <= self.flip <= 1 or self.weight_decay < 0:
             raise ValueError("needs warmup in 0..1, flip in 0..1, weight_decay >= 0")

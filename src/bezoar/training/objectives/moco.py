@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.training import selfsupervised
-from bezoar.training.augmentation import Chance
-from bezoar.training.collectives import gather, place
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.registry import method
+from bezoar.training import selfsupervised
+from bezoar.training.augmentation import Chance
+from bezoar.training.collectives import gather, place
 
 
 class Grouped(nn.Module):
@@ -28,12 +28,19 @@ class Grouped(nn.Module):
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, rows: int) -> None:
         super().__init__()
         if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
-            raise UserError(f"moco cannot group what this network's {type(norm).__name__} normalises; take simclr or simsiam")
+            raise UserError(
+                f"moco cannot group what this network's {type(norm).__name__} normalises; take simclr or simsiam"
+            )
         self.weight, self.bias, self.eps, self.rows = norm.weight, norm.bias, norm.eps, rows
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> the same shape and dtype."""
-        return torch.cat([F.batch_norm(g, None, None, self.weight, self.bias, True, 0.0, self.eps) for g in x.split(self.rows)])
+        return torch.cat(
+            [
+                F.batch_norm(g, None, None, self.weight, self.bias, True, 0.0, self.eps)
+                for g in x.split(self.rows)
+            ]
+        )
 
 
 class Loss(nn.Module):
@@ -50,9 +57,13 @@ class Loss(nn.Module):
         super().__init__()
         self.encoder, self.recipe = encoder, recipe
         if recipe.groups % (world := place()[1]):
-            raise UserError(f"{recipe.groups} groups of keys do not divide into {world} ranks; give a multiple of {world}")
+            raise UserError(
+                f"{recipe.groups} groups of keys do not divide into {world} ranks; give a multiple of {world}"
+            )
         self.views = selfsupervised.views(recipe, encoder.preprocess.size)
-        self.head = selfsupervised.perceptron(selfsupervised.width(encoder), recipe.hidden, recipe.dim, norm=False)
+        self.head = selfsupervised.perceptron(
+            selfsupervised.width(encoder), recipe.hidden, recipe.dim, norm=False
+        )
         self.key = copy.deepcopy(self.query()).requires_grad_(False)
         for parent in list(self.key.modules()):
             for name, child in parent.named_children():
@@ -77,7 +88,10 @@ class Loss(nn.Module):
         keys = self.keys(x[:, 1], chance)
         k = keys[chance.rank * len(q) :][: len(q)]
         # a copy: backward needs the queue as it was
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone().T], 1) / self.recipe.temperature
+        logits = (
+            torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone().T], 1)
+            / self.recipe.temperature
+        )
         if self.training:
             self.enqueue(keys)
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
@@ -91,7 +105,9 @@ class Loss(nn.Module):
         every = gather(x)
         shuffled = torch.randperm(len(every), generator=chance.generator).to(x.device)
         own = shuffled.chunk(chance.world)[chance.rank]
-        return gather(F.normalize(selfsupervised.project(self.encoder, self.key, every[own]), dim=1))[shuffled.argsort()]
+        return gather(
+            F.normalize(selfsupervised.project(self.encoder, self.key, every[own]), dim=1)
+        )[shuffled.argsort()]
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -121,7 +137,9 @@ class Moco:
     weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms)"] = 1e-4
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "of the softmax"] = 0.2
-    slow: Annotated[float, "share of itself that the slow copy keeps at each step; the papers' momentum m"] = 0.99
+    slow: Annotated[
+        float, "share of itself that the slow copy keeps at each step; the papers' momentum m"
+    ] = 0.99
     groups: Annotated[int, "groups of keys, each with a batch norm of its own"] = 8
     queue: Annotated[int, "vectors of older batches, the negatives"] = 4096
     hidden: Annotated[int, "units of the projection head"] = 512
@@ -144,6 +162,10 @@ class Moco:
         if self.temperature <= 0 or not 0 <= self.slow <= 1:
             raise ValueError("needs temperature > 0, slow in 0..1")
         if self.groups < 1 or self.batch % self.groups or self.batch < 2 * self.groups:
-            raise ValueError(f"a batch of {self.batch} does not divide into {self.groups} groups of two and more")
+            raise ValueError(
+                f"a batch of {self.batch} does not divide into {self.groups} groups of two and more"
+            )
         if self.queue < self.batch:
-            raise ValueError(f"the queue ({self.queue}) must hold at least one batch ({self.batch})")
+            raise ValueError(
+                f"the queue ({self.queue}) must hold at least one batch ({self.batch})"
+            )

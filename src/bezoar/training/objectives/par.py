@@ -6,12 +6,12 @@ from typing import Annotated
 
 from torch import Tensor
 
-from bezoar.training import contrastive
-from bezoar.training.augmentation import Chance
-from bezoar.training.contrastive import Module, Start, moved, symmetric
-from bezoar.training.collectives import gather
 from bezoar.encoders.encoder import Encoder
 from bezoar.registry import method
+from bezoar.training import contrastive
+from bezoar.training.augmentation import Chance
+from bezoar.training.collectives import gather
+from bezoar.training.contrastive import Module, Start, moved, symmetric
 
 
 class Loss(Module):
@@ -51,7 +51,9 @@ class Par:
     weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms, temperature)"] = 1e-4
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "at the start"] = 0.07
-    tau: Annotated[float, "mean squared distance to the start, 0..4, from which vectors are pushed no further"] = 2.15
+    tau: Annotated[
+        float, "mean squared distance to the start, 0..4, from which vectors are pushed no further"
+    ] = 2.15
     shift: Annotated[int, "augmentation: images moved by up to this many pixels"] = 2
 
     def __post_init__(self) -> None:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from bezoar.training import contrastive
-from bezoar.training.augmentation import Chance
-from bezoar.training.contrastive import ViewedModule, symmetric
-from bezoar.training.collectives import gather
 from bezoar.encoders.encoder import Encoder
 from bezoar.registry import method
+from bezoar.training import contrastive
+from bezoar.training.augmentation import Chance
+from bezoar.training.collectives import gather
+from bezoar.training.contrastive import ViewedModule, symmetric
 
 LEAST = 40  # batches in the bank, as published (21,845 captions, batches of 512): with few, many images share a caption
 
@@ -54,7 +54,11 @@ class Loss(ViewedModule):
         else:
             own, near = self.known(tokens), (z.detach() @ self.vectors.T).argmax(1)
             # compat: the text tower gets a gradient of zero in these epochs, as in the published code
-            w = self.vectors[near] + 0 * self.encoder.read(tokens) if self.recipe.compat else self.encoder.read(self.bank[near])
+            w = (
+                self.vectors[near] + 0 * self.encoder.read(tokens)
+                if self.recipe.compat
+                else self.encoder.read(self.bank[near])
+            )
         loss = symmetric(z, w, self.scale, chance)
         if self.training:
             self.enqueue(gather(tokens), gather(own.detach()))
@@ -90,13 +94,19 @@ class Roclip:
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "at the start"] = 0.07
     every: Annotated[int, "which epochs match: the 2nd, 4th, ..."] = 2
-    bank: Annotated[float, "captions of the bank, as a share of the records; 40 batches at least"] = 0.02
-    compat: Annotated[bool, "the text tower stands still in matching epochs, as in the published code"] = False
+    bank: Annotated[
+        float, "captions of the bank, as a share of the records; 40 batches at least"
+    ] = 0.02
+    compat: Annotated[
+        bool, "the text tower stands still in matching epochs, as in the published code"
+    ] = False
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5
     flip: Annotated[float, "views: share of them mirrored"] = 0.0
     jitter: Annotated[float, "views: share of them whose colours change"] = 0.0
     gray: Annotated[float, "views: share of them without colours"] = 0.0
-    words: Annotated[float, "views of captions: share of the words that change; 0: captions as they are"] = 0.1
+    words: Annotated[
+        float, "views of captions: share of the words that change; 0: captions as they are"
+    ] = 0.1
 
     def __post_init__(self) -> None:
         contrastive.check_views(self)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bezoar.training import contrastive, collectives
-from bezoar.training.augmentation import Chance
-from bezoar.training.contrastive import ViewedModule, moved, symmetric
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.registry import method
+from bezoar.training import collectives, contrastive
+from bezoar.training.augmentation import Chance
+from bezoar.training.contrastive import ViewedModule, moved, symmetric
 
 BATCH = 512  # pairs looked at together when all are split
 
@@ -38,7 +38,9 @@ class Loss(ViewedModule):
     def begin(self, data: Any, tokens: Tensor) -> Tensor:
         """Keep the records at hand, for they are split epoch by epoch. -> tokens with the record's row as last column."""
         if collectives.place()[1] > 1:
-            raise UserError("objective safeclip looks at all records after every epoch; start one process, not several ranks")
+            raise UserError(
+                "objective safeclip looks at all records after every epoch; start one process, not several ranks"
+            )
         self.data, self.tokens, self.each = data, tokens, len(data) // self.recipe.batch
         self.register_buffer("safe", torch.zeros(len(data), dtype=torch.bool, device=tokens.device))
         return torch.cat([tokens, torch.arange(len(data), device=tokens.device)[:, None]], 1)
@@ -58,7 +60,9 @@ class Loss(ViewedModule):
         safe = self.safe[rows]
         parts = [(self.clip, safe), (self.apart, ~safe)]
         # a pair by itself has nobody to be told from
-        terms = [term(images[own], tokens[own], chance) for term, own in parts if int(own.sum()) > 1]
+        terms = [
+            term(images[own], tokens[own], chance) for term, own in parts if int(own.sum()) > 1
+        ]
         return torch.stack(terms).sum()
 
     def clip(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
@@ -74,9 +78,15 @@ class Loss(ViewedModule):
         """
         agreement = self.agreement()
         if epochs == 0:
-            self.first.fill_(max(self.recipe.least, float((likely(agreement) > self.recipe.sure).mean())))
-        share = min(max(self.recipe.most, float(self.first)), float(self.first) + epochs * self.recipe.more)
-        best = agreement.argsort(descending=True, stable=True)[: max(2, round(share * len(agreement)))]
+            self.first.fill_(
+                max(self.recipe.least, float((likely(agreement) > self.recipe.sure).mean()))
+            )
+        share = min(
+            max(self.recipe.most, float(self.first)), float(self.first) + epochs * self.recipe.more
+        )
+        best = agreement.argsort(descending=True, stable=True)[
+            : max(2, round(share * len(agreement)))
+        ]
         self.safe.zero_()
         self.safe[best.to(self.safe.device)] = True
 
@@ -86,7 +96,10 @@ class Loss(ViewedModule):
         mode = self.training
         self.eval()
         rows = torch.arange(len(self.data), device=self.tokens.device).split(BATCH)
-        parts = [(self.encoder.images(self.data.images[r]) * self.encoder.read(self.tokens[r])).sum(1) for r in rows]
+        parts = [
+            (self.encoder.images(self.data.images[r]) * self.encoder.read(self.tokens[r])).sum(1)
+            for r in rows
+        ]
         self.train(mode)
         return torch.cat(parts).cpu()
 
@@ -118,8 +131,13 @@ class Safeclip:
     weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms, temperature)"] = 0.1
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "at the start"] = 0.07
-    sure: Annotated[float, "a pair is safe where the mixture's upper component has this chance"] = 0.9
-    least: Annotated[float, "share of the records that are called safe at first, at least; the paper's rule alone: 0"] = 0.2
+    sure: Annotated[float, "a pair is safe where the mixture's upper component has this chance"] = (
+        0.9
+    )
+    least: Annotated[
+        float,
+        "share of the records that are called safe at first, at least; the paper's rule alone: 0",
+    ] = 0.2
     more: Annotated[float, "share of the records by which the safe ones grow each epoch"] = 0.01
     most: Annotated[float, "share of the records that they grow to, at most"] = 0.85
     shift: Annotated[int, "augmentation of CLIP's loss: images moved by up to this many pixels"] = 2
@@ -132,10 +150,17 @@ class Safeclip:
     def __post_init__(self) -> None:
         contrastive.check_views(self)
         if self.batch < 3:
-            raise ValueError("needs batch >= 3: of two pairs, a safe and a risky one, neither has another to be told from")
+            raise ValueError(
+                "needs batch >= 3: of two pairs, a safe and a risky one, neither has another to be told from"
+            )
         if not 0 <= self.apart < self.epochs - 1 or self.together <= 0:
             raise ValueError("needs apart >= 0, epochs of at least apart + 2, together > 0")
-        if not (0 <= self.sure <= 1 and 0 <= self.least <= 1 and 0 <= self.more <= 1 and 0 < self.most <= 1):
+        if not (
+            0 <= self.sure <= 1
+            and 0 <= self.least <= 1
+            and 0 <= self.more <= 1
+            and 0 < self.most <= 1
+        ):
             raise ValueError("needs sure, least and more in 0..1, most in 0..1 and above 0")
 
     def rates(self, step: int, steps: int) -> float:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bezoar.encoders.encoder import Encoder
+from bezoar.registry import method
 from bezoar.training import selfsupervised
 from bezoar.training.augmentation import Chance
 from bezoar.training.collectives import gather
-from bezoar.encoders.encoder import Encoder
-from bezoar.registry import method
 
 
 def nt_xent(z: Tensor, every: Tensor, first: int, temperature: float) -> Tensor:
@@ -32,12 +32,17 @@ class Loss(nn.Module):
         super().__init__()
         self.encoder, self.recipe = encoder, recipe
         self.views = selfsupervised.views(recipe, encoder.preprocess.size)
-        self.head = selfsupervised.perceptron(selfsupervised.width(encoder), recipe.hidden, recipe.dim)
+        self.head = selfsupervised.perceptron(
+            selfsupervised.width(encoder), recipe.hidden, recipe.dim
+        )
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens not read -> scalar loss of these images' views against those of all ranks."""
         x = self.views(images, chance).flatten(0, 1)
-        z = F.normalize(selfsupervised.project(self.encoder, nn.Sequential(self.encoder.image, self.head), x), dim=1)
+        z = F.normalize(
+            selfsupervised.project(self.encoder, nn.Sequential(self.encoder.image, self.head), x),
+            dim=1,
+        )
         return nt_xent(z, gather(z), chance.rank * len(z), self.recipe.temperature)
 
 

@@ -7,10 +7,10 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.training import selfsupervised
-from bezoar.training.augmentation import Chance
 from bezoar.encoders.encoder import Encoder
 from bezoar.registry import method
+from bezoar.training import selfsupervised
+from bezoar.training.augmentation import Chance
 
 
 def apart(p: Tensor, z: Tensor) -> Tensor:
