@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bezoar.data import stored_pairs
 from bezoar import registry
+from bezoar.attacks.plan import Goal, Plan
+from bezoar.data import stored_pairs
+from bezoar.data.pairs import Pairs, load
+from bezoar.data.shards import Shards
+from bezoar.data.stored_pairs import Indexed
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.data.stored_pairs import Indexed
-from bezoar.data.pairs import Pairs, load
-from bezoar.attacks.plan import Goal, Plan
-from bezoar.runs.run import Run
 from bezoar.runs.ask import fingerprint, named_files
-from bezoar.data.shards import Shards
+from bezoar.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ class Dataset:
     @functools.cached_property
     def records(self) -> Pairs | Indexed:
         """The same, by index where the clean ones are."""
-        return self.clean.poisoned(self.plan, self.victims) if isinstance(self.clean, Indexed) else self.pairs
+        return (
+            self.clean.poisoned(self.plan, self.victims)
+            if isinstance(self.clean, Indexed)
+            else self.pairs
+        )
 
     def reading(self) -> dict[str, Any]:
         """For the manifest: how many records were read, and every file, member and reason of what was not."""
@@ -65,7 +69,9 @@ def dataset(given: Any) -> Dataset:
     poison, method = poisoning(given), root(given)
     if poison is None:
         return Dataset(method, Plan())
-    return Dataset(method, Plan.read(poison.file("plan.jsonl"), functools.partial(registry.make, "trigger")))
+    return Dataset(
+        method, Plan.read(poison.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
+    )
 
 
 def above(run: Run) -> Run | None:
@@ -105,14 +111,18 @@ def root(run: Run) -> Any:
         return root(source)
     method = registry.make("data", asked["spec"])
     if "files" in asked and fingerprint(named_files(method)) != asked["files"]:
-        raise UserError(f"the files of {asked['spec']} are not those that run {run.name} was made from")
+        raise UserError(
+            f"the files of {asked['spec']} are not those that run {run.name} was made from"
+        )
     return method
 
 
 def held_out(method: Any) -> Any:
     """The test split that belongs to a data method. Raises UserError where it has none."""
     if "split" not in {f.name for f in dataclasses.fields(method)}:
-        raise UserError(f"{registry.source_name(type(method))} has no test split; name the test data")
+        raise UserError(
+            f"{registry.source_name(type(method))} has no test split; name the test data"
+        )
     made_to_order = {"count": min(2000, method.count)} if hasattr(method, "count") else {}
     return dataclasses.replace(method, split="test", **made_to_order)
 
@@ -157,7 +167,9 @@ def encoder(given: Any, device: Any) -> Encoder:
         made = given(0, ())
     except ValueError as error:  # a fresh network of no size of its own
         weights = "name a train run, or weights: imported:path=FILE, open_clip:NAME/PRETRAINED"
-        raise UserError(f"network {registry.spec(given)}: {error}; it is not trained; {weights}") from error
+        raise UserError(
+            f"network {registry.spec(given)}: {error}; it is not trained; {weights}"
+        ) from error
     return made.to(device).eval()
 
 

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bezoar.encoders.encoder import embed_images
-from bezoar.data import stored_pairs
-from bezoar.runs import inputs
 from bezoar import registry
-from bezoar.evaluation import success
-from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
-from bezoar.data.stored_pairs import Indexed
+from bezoar.data import stored_pairs
 from bezoar.data.pairs import Pairs, content_hash
+from bezoar.data.stored_pairs import Indexed
+from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.errors import UserError
+from bezoar.runs import inputs
 from bezoar.runs.run import Run
 
 RULES = ("central", "confident", "first")
@@ -40,7 +38,12 @@ class Reference:
 
     def told(self) -> dict[str, str]:
         """For the manifest."""
-        return {"id": self.id, "source": self.source, "how": self.how, "sha256": content_hash(self.image)}
+        return {
+            "id": self.id,
+            "source": self.source,
+            "how": self.how,
+            "sha256": content_hash(self.image),
+        }
 
 
 def choose(given: Any, target: str, rule: str, encoder: Encoder) -> Reference:
@@ -51,12 +54,16 @@ def choose(given: Any, target: str, rule: str, encoder: Encoder) -> Reference:
     source = given.name if isinstance(given, Run) else registry.spec(given)
     records = parts.clean
     if len(records) == 1 and not named(records, 0):
-        return Reference(records.take([0]).images[0], records.ids[0], source, "the one image there is")
+        return Reference(
+            records.take([0]).images[0], records.ids[0], source, "the one image there is"
+        )
     pairs = inputs.in_memory(stored_pairs.subset(records, rows_of(records, target, source)))
     if len(pairs) == 1:
         return Reference(pairs.images[0], pairs.ids[0], source, f"the one image of {target!r}")
     if rule == "first":
-        return Reference(pairs.images[0], pairs.ids[0], source, f"the first of {len(pairs)} images of {target!r}")
+        return Reference(
+            pairs.images[0], pairs.ids[0], source, f"the first of {len(pairs)} images of {target!r}"
+        )
     z = embed_images(encoder, pairs.images.split(512))
     if rule == "central":
         best = int((z @ z.mean(0)).argmax())
@@ -78,10 +85,16 @@ def named(records: Pairs | Indexed, row: int) -> str:
 def rows_of(records: Pairs | Indexed, target: str, source: str) -> list[int]:
     """The records of the target's class. Raises UserError where there is no such class, or no image of it."""
     if records.labels is None or not records.classes:
-        raise UserError(f"{source} holds {len(records)} images without classes; name one image as the reference")
+        raise UserError(
+            f"{source} holds {len(records)} images without classes; name one image as the reference"
+        )
     if target not in records.classes:
-        listed = ", ".join(records.classes[:8]) + (f", ... ({len(records.classes)})" if len(records.classes) > 8 else "")
-        raise UserError(f"{source} has no class {target!r} to choose a reference from; it has: {listed}")
+        listed = ", ".join(records.classes[:8]) + (
+            f", ... ({len(records.classes)})" if len(records.classes) > 8 else ""
+        )
+        raise UserError(
+            f"{source} has no class {target!r} to choose a reference from; it has: {listed}"
+        )
     rows = (records.labels == records.classes.index(target)).nonzero()[:, 0].tolist()
     if not rows:
         raise UserError(f"{source} holds no image of {target!r} to choose a reference from")
@@ -95,12 +108,16 @@ def margin(encoder: Encoder, parts: inputs.Dataset, target: str, z: Tensor) -> t
         method = dataclasses.replace(method, split="train")
     known = inputs.in_memory(inputs.dataset(method).clean)
     if known.labels is None or target not in known.classes:
-        raise UserError(f"{registry.spec(method)} does not name the class {target!r}; a head needs labelled training data")
+        raise UserError(
+            f"{registry.spec(method)} does not name the class {target!r}; a head needs labelled training data"
+        )
     rows = (known.labels >= 0).nonzero()[:, 0]
     labelled = known.take(rows)
     assert labelled.labels is not None
     if len(set(labelled.labels.tolist())) < 2:
-        raise UserError("a head needs labelled records of at least two classes; choose the reference by another rule")
+        raise UserError(
+            "a head needs labelled records of at least two classes; choose the reference by another rule"
+        )
     seen = embed_images(encoder, labelled.images.split(512))
     head = registry.make("probe", HEAD)
     logits = head.fit(seen, labelled.labels.to(seen.device), len(known.classes))(z)

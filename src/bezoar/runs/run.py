@@ -5,42 +5,25 @@ The directory's name is the verb and a hash of everything asked (`ask`): the sam
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import glob
-import hashlib
 import json
 import os
-import resource
-import sys
-import time
-import typing
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bezoar import registry
-from bezoar.machine import environment
 from bezoar.errors import UserError
-from bezoar.progress import Progress
-from bezoar.training.ranks import shared
-from bezoar.machine import device
-from bezoar.runs.ask import Settings, Trial, _fields, _spec, fingerprint, named_files, typed, verb_name
 
 SCHEMA = 1
 MANIFEST, CHECKPOINT = "manifest.json", "checkpoint.safetensors"
-UNHASHED = {MANIFEST, "report.html", "log.jsonl", ".lock", CHECKPOINT, "vectors"}  # files, and folders
-
-
-
-
-
-
-
-
+UNHASHED = {
+    MANIFEST,
+    "report.html",
+    "log.jsonl",
+    ".lock",
+    CHECKPOINT,
+    "vectors",
+}  # files, and folders
 
 
 @dataclass(frozen=True)
@@ -60,7 +43,9 @@ class Run:
         try:
             raw = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} is not a run directory: no readable {MANIFEST} in it") from error
+            raise UserError(
+                f"{self.path} is not a run directory: no readable {MANIFEST} in it"
+            ) from error
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or "verb" not in raw:
             raise UserError(f"{self.path}/{MANIFEST} is not of schema {SCHEMA}")
         return raw
@@ -83,7 +68,9 @@ class Run:
 
         metrics = self.manifest["metrics"]
         if name not in metrics:
-            raise UserError(f"run {self.name} has no metric {name!r}; it has: {', '.join(sorted(metrics)) or 'none'}")
+            raise UserError(
+                f"run {self.name} has no metric {name!r}; it has: {', '.join(sorted(metrics)) or 'none'}"
+            )
         return Measure(**metrics[name])
 
     @property
@@ -94,7 +81,9 @@ class Run:
     def beside(self, name: str) -> Run:
         """A run that this one was made from: in the same directory, or where the manifest says that it lay."""
         here = self.path.parent / name
-        return Run(here if here.exists() else Path(self.manifest.get("elsewhere", {}).get(name, here)))
+        return Run(
+            here if here.exists() else Path(self.manifest.get("elsewhere", {}).get(name, here))
+        )
 
     def ancestor(self, verb: str) -> Run | None:
         """This run or the nearest one it was made from, of the given verb."""
@@ -111,7 +100,9 @@ def find(runs: Path, text: str) -> Run | None:
         return None
     matches = sorted(p.parent for p in runs.glob(f"{glob.escape(text)}*/{MANIFEST}"))
     if len(matches) > 1:
-        raise UserError(f"{text!r} begins the names of {len(matches)} runs: {', '.join(p.name for p in matches[:4])}")
+        raise UserError(
+            f"{text!r} begins the names of {len(matches)} runs: {', '.join(p.name for p in matches[:4])}"
+        )
     return Run(matches[0]) if matches else None
 
 
@@ -119,34 +110,9 @@ def named(runs: Path, text: str) -> Run:
     """A run that must be there. Raises UserError that names the newest ones that are."""
     if run := find(runs, text):
         return run
-    there = [p.parent.name for p in sorted(runs.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime, reverse=True)]
+    there = [
+        p.parent.name
+        for p in sorted(runs.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime, reverse=True)
+    ]
     told = ", ".join(there[:6]) + (f", ... ({len(there)})" if len(there) > 6 else "")
     raise UserError(f"no run {text!r} in {runs}; there are: {told or 'none'}")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

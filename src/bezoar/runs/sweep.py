@@ -20,13 +20,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from bezoar.training import ranks
 from bezoar import machine
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.runs.run import Run
-from bezoar.runs.execute import execute
 from bezoar.runs.ask import Settings, Trial, typed, verb_name
+from bezoar.runs.execute import execute
+from bezoar.runs.run import Run
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Submit = Callable[[dict], "Future[dict]"]
@@ -57,10 +56,14 @@ def sweep(trials: Iterable[Trial], settings: Settings, progress: Progress) -> di
                     done[trial] = Run(settings.runs / answer["run"])
                 else:
                     failed[trial] = answer["error"]
-            progress.step(sum(t in done for t in heavy), len(heavy), f"{len(done)} of {len(needs)} runs")
+            progress.step(
+                sum(t in done for t in heavy), len(heavy), f"{len(done)} of {len(needs)} runs"
+            )
     if failed:
         broken = [t for t in wanted if t in failed]
-        raise UserError(f"{len(broken)} of {len(wanted)} trials failed; the first: {failed[broken[0]]}")
+        raise UserError(
+            f"{len(broken)} of {len(wanted)} trials failed; the first: {failed[broken[0]]}"
+        )
     return {t: done[t] for t in wanted}
 
 
@@ -71,7 +74,9 @@ def graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
     def add(trial: Trial) -> None:
         if trial in out:
             return
-        parents = tuple(v if isinstance(v, Trial) else Trial(v, trial.seed) for v in inside(trial.verb))
+        parents = tuple(
+            v if isinstance(v, Trial) else Trial(v, trial.seed) for v in inside(trial.verb)
+        )
         for parent in parents:
             add(parent)
         out[trial] = parents
@@ -84,8 +89,14 @@ def graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
 def inside(verb: Any) -> list[Any]:
     """The verbs and trials that a verb's fields hold."""
     values = [getattr(verb, f.name) for f in dataclasses.fields(verb)]
-    flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [v for v in flat if isinstance(v, Trial) or (dataclasses.is_dataclass(v) and hasattr(v, "work"))]
+    flat = [
+        v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    return [
+        v
+        for v in flat
+        if isinstance(v, Trial) or (dataclasses.is_dataclass(v) and hasattr(v, "work"))
+    ]
 
 
 def cores(settings: Settings) -> int:
@@ -127,7 +138,9 @@ def read(raw: Any) -> Any:
 
 def answer(asked: dict) -> dict:
     """Run what was asked: `{"run": name}`, or `{"error": one line}`."""
-    settings = Settings(Path(asked["runs"]), asked["seed"], asked["device"], quiet=True, page=asked["page"])
+    settings = Settings(
+        Path(asked["runs"]), asked["seed"], asked["device"], quiet=True, page=asked["page"]
+    )
     try:
         os.chdir(asked["folder"])
         return {"run": execute(read(asked["verb"]), settings).name}
@@ -143,7 +156,11 @@ def answer(asked: dict) -> dict:
 @contextmanager
 def pool(settings: Settings, workers: int, by: Answer = answer) -> Iterator[tuple[Submit, int]]:
     """What takes a question and gives the future of its answer. by: who answers; a process runs its module for that."""
-    with ray_tasks(settings, by) if settings.ray else processes(settings, workers, by.__module__) as submit:
+    with (
+        ray_tasks(settings, by)
+        if settings.ray
+        else processes(settings, workers, by.__module__) as submit
+    ):
         yield submit
 
 
@@ -155,7 +172,9 @@ def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[S
     environment = os.environ if many else {**os.environ, **THREADS}
 
     def hire() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     hired = [hire() for _ in range(workers)]
     free: SimpleQueue[int] = SimpleQueue()
@@ -174,7 +193,9 @@ def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[S
         except OSError:
             said = ""
         if not said:
-            said = json.dumps({"error": f"a worker ended with status {worker.wait()}; was memory short?"})
+            said = json.dumps(
+                {"error": f"a worker ended with status {worker.wait()}; was memory short?"}
+            )
             if not ended.is_set():
                 hired[i] = hire()
         free.put(i)
@@ -203,11 +224,20 @@ def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
         named = os.environ.get("RAY_ADDRESS")
         local: dict[str, Any] = {} if named else {"num_cpus": settings.workers or cores(settings)}
         environment = {} if gpus(settings) else {"env_vars": THREADS}
-        ray.init(address=named or "local", include_dashboard=False, log_to_driver=False, runtime_env=environment, **local)
+        ray.init(
+            address=named or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env=environment,
+            **local,
+        )
     unit = "GPU" if gpus(settings) else "CPU"
     task = ray.remote(num_cpus=1, num_gpus=1 if unit == "GPU" else 0)(by)
     try:
-        yield (lambda asked: task.remote(asked).future()), max(1, int(ray.cluster_resources().get(unit, 1)))
+        yield (
+            (lambda asked: task.remote(asked).future()),
+            max(1, int(ray.cluster_resources().get(unit, 1))),
+        )
     finally:
         if own:
             ray.shutdown()

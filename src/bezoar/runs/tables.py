@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bezoar.evaluation import dose_response, stats
 from bezoar.errors import UserError
+from bezoar.evaluation import dose_response, stats
 from bezoar.evaluation.dose_response import Contrast, Law
-from bezoar.runs.run import Run
 from bezoar.evaluation.scores import Measure, proportion
+from bezoar.runs.run import Run
 from bezoar.runs.sweep import Trial
 
 
@@ -24,7 +24,10 @@ class Given:
     root: str = ""
 
 
-SURE, OFTEN = 1.96, 0.84  # normal quantiles of a 95 % interval, and of an effect that is found 4 times in 5
+SURE, OFTEN = (
+    1.96,
+    0.84,
+)  # normal quantiles of a 95 % interval, and of an effect that is found 4 times in 5
 Reading = tuple[Trial, str]  # a trial, and the name of a metric of its run
 Comparison = Callable[[Sequence[float], Sequence[float]], Measure]
 
@@ -133,27 +136,44 @@ class Results:
         """What each reading of a named cell found, as numbers."""
         return [m.value for m in self.measures(self.cell(row, cell, curve))]
 
-    def gain(self, cell: str, to: str, since: str, curve: str | None = None, paired: bool = False) -> Contrast:
+    def gain(
+        self, cell: str, to: str, since: str, curve: str | None = None, paired: bool = False
+    ) -> Contrast:
         """A column in one row less the same in another, over readings."""
         high, low = self.cell(to, cell, curve), self.cell(since, cell, curve)
         return self.less(high, low, paired)
 
-    def less(self, a: Cell | Sequence[Cell], b: Cell | Sequence[Cell], paired: bool = False) -> Contrast:
+    def less(
+        self, a: Cell | Sequence[Cell], b: Cell | Sequence[Cell], paired: bool = False
+    ) -> Contrast:
         """One cell, or all of several, less another, over readings; shares are never surer than their trials allow."""
         left, right = ([c] if isinstance(c, Cell) else list(c) for c in (a, b))
         first, second = ([m for c in cells for m in self.measures(c)] for cells in (left, right))
         trials = min(m.n for m in (*first, *second)) if rate(left[0]) else None
-        return dose_response.difference([m.value for m in first], [m.value for m in second], paired, trials)
+        return dose_response.difference(
+            [m.value for m in first], [m.value for m in second], paired, trials
+        )
 
     def beyond(self, cell: Cell, bound: float) -> Contrast:
         """A cell less a number, by the cell's own interval."""
         m = self.point(cell)
         error = (m.high - m.low) / (2 * SURE)
-        return Contrast(m.value - bound, m.low - bound, m.high - bound, len(cell.readings), (SURE + OFTEN) * error, m.how)
+        return Contrast(
+            m.value - bound,
+            m.low - bound,
+            m.high - bound,
+            len(cell.readings),
+            (SURE + OFTEN) * error,
+            m.how,
+        )
 
     def trend(self, cell: str, curve: str = "") -> Contrast:
         """Change of a column per doubling of x along a curve, over readings."""
-        of = [(r.x, self.cell(r.name, cell, curve)) for r in self.table.rows if r.curve == curve and r.x]
+        of = [
+            (r.x, self.cell(r.name, cell, curve))
+            for r in self.table.rows
+            if r.curve == curve and r.x
+        ]
         units = [(x, m) for x, c in of for m in self.measures(c)]
         trials = min(m.n for _, m in units) if rate(of[0][1]) else None
         return dose_response.trend([x for x, _ in units], [m.value for _, m in units], trials)
@@ -177,8 +197,6 @@ class Results:
                 yield row, cell, self.point(cell)
 
 
-
-
 def exceeding(share: float) -> Comparison:
     """How many values lie above a threshold that others set: the conformal quantile at a false-positive rate of `share`."""
 
@@ -196,7 +214,9 @@ def rate(cell: Cell) -> bool:
     if cell.compare is not None:
         return True
     name = cell.readings[0][1].rpartition(".")[2]
-    return not name.startswith(("z_", "target_rank", "targeted_rank", "similarity", "seconds", "anomaly", "value"))
+    return not name.startswith(
+        ("z_", "target_rank", "targeted_rank", "similarity", "seconds", "anomaly", "value")
+    )
 
 
 def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:

@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bezoar.training import ranks
 from bezoar import machine
 from bezoar.cli import main
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.runs.run import Run
-from bezoar.runs.execute import Job, resolve
 from bezoar.runs.ask import Settings
+from bezoar.runs.execute import Job, resolve
+from bezoar.runs.run import Run
+from bezoar.training import ranks
 
 GRACE = 10.0  # seconds that rank 0 is given to say what is wrong, which it most likely has met too
 
@@ -55,7 +55,13 @@ def job_of(order: dict) -> tuple[Job, Any]:
     settings = Settings(Path(order["runs"]), order["seed"], order["device"], quiet=True)
     name, ask, paths = order["verb"], order["ask"], order["paths"]
     cls = getattr(importlib.import_module(f"bezoar.verbs.{name}"), name.title())
-    verb = cls(**{k: given(v, paths) for k, v in ask.items() if k not in ("verb", "seed", "version", "files")})
+    verb = cls(
+        **{
+            k: given(v, paths)
+            for k, v in ask.items()
+            if k not in ("verb", "seed", "version", "files")
+        }
+    )
     inputs, here = resolve(verb, settings)
     if here != ask:
         raise UserError(f"the files here are not those that rank 0 sees: {here}")

@@ -1,0 +1,1 @@
+"""Runs: a directory that answers one question, and how questions become runs."""
