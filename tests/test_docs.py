@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_layers import LEVEL
+from test_architecture import LEVEL
 
 import bezoar
 from bezoar import cli, registry

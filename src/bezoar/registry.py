@@ -321,10 +321,10 @@ def resolve_default(text: str, tree: ast.Module) -> str:
                 return resolve_default(name, ast.parse(path.with_suffix(".py").read_text()))
         elif isinstance(node, ast.Assign) and not module:
             target, value = node.targets[0], node.value
-            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-            for left, right in (
-                zip(target.elts, value.elts, strict=True) if several else [(target, value)]
-            ):  # type: ignore[attr-defined]
+            pairs = [(target, value)]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs = list(zip(target.elts, value.elts, strict=True))
+            for left, right in pairs:
                 if isinstance(left, ast.Name) and left.id == name:
                     return ast.unparse(right)
     return text

@@ -288,7 +288,7 @@ def _opened(word: str) -> Any:
 
 @functools.lru_cache(1)
 def _loaded(word: str, device: str) -> Encoder | None:
-    from bezoar.runs.run import device as chosen
+    from bezoar.machine import device as chosen
 
     return None if not word else inputs.encoder(_referred(word), chosen(device))
 

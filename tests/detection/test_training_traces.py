@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from detection.test_detectors import PATCH, Fake, backdoored, clean
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.mixture import GaussianMixture
-from test_detectors import PATCH, Fake, backdoored, clean
 
 from bezoar import registry
 from bezoar.data.pairs import Pairs

@@ -20,7 +20,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
-from test_scan import NETWORK, contents, notes, picture, scan, unread
+from verbs.test_scan import NETWORK, contents, notes, picture, scan, unread
 
 from bezoar import registry
 from bezoar.data import decoding, folders

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_distributed import normal, torchrun, weights
-from test_training import toy
 from torch import nn
+from training.test_loop import toy
+from training.test_ranks import normal, torchrun, weights
 
 from bezoar import Settings, Train, execute, registry
 from bezoar.data import randomness
@@ -25,7 +25,7 @@ from bezoar.training.augmentation import Chance, Views
 from bezoar.training.objectives.simclr import nt_xent
 from bezoar.training.objectives.simsiam import apart
 
-CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10.npz"
+CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10.npz"
 SMALL = "batch=16,hidden=8,dim=8"
 SPECS = {
     "simclr": f"simclr:{SMALL},temperature=0.2",

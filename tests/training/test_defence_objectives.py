@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_distributed import torchrun, weights
-from test_training import toy
 from torch import nn
+from training.test_loop import toy
+from training.test_ranks import torchrun, weights
 
 from bezoar import registry
 from bezoar.data import randomness

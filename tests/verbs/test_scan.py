@@ -35,7 +35,7 @@ from bezoar.runs.execute import resolve
 from bezoar.runs.run import Run
 from bezoar.verbs.scan import Scan
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 NETWORK = '''"""Colours in a coarse grid, and words; NaN of a white image. Made for tests."""
 
 import os

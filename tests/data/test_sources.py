@@ -20,7 +20,7 @@ from bezoar.data.pairs import Pairs, each_image, load
 from bezoar.errors import UserError
 from bezoar.registry import make, spec
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 RANDOM = np.random.default_rng(0)
 

@@ -22,7 +22,7 @@ from bezoar.attacks.triggers.file import _prepare
 from bezoar.data.files import arrays
 from bezoar.errors import UserError
 
-TRIGGERS = Path(__file__).parents[2] / "shared" / "data" / "triggers"
+TRIGGERS = Path(__file__).parents[3] / "shared" / "data" / "triggers"
 PUBLISHED = (
     sorted(p for p in TRIGGERS.rglob("*.*") if "reference" not in p.parts)
     if TRIGGERS.is_dir()

@@ -31,7 +31,7 @@ from bezoar.runs import reference_inputs
 from bezoar.training import augmentation, loop, ranks
 from bezoar.training.augmentation import Chance
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 PUBLISHED = DATA / "triggers" / "BadEncoder"
 SPEC = "badencoder:epochs=2,batch=16,lr=0.02"
 

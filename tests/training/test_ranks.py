@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_training import start, toy
 from torch import nn
+from training.test_loop import start, toy
 
 from bezoar import Poison, Settings, execute
 from bezoar.cli import main

@@ -29,7 +29,7 @@ from bezoar.errors import UserError
 from bezoar.training import loop, prefetch
 from bezoar.training.prefetch import Feed, fed
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 CPU = torch.device("cpu")
 EVERYTHING = 1 << 62

@@ -26,7 +26,7 @@ from bezoar.data.shards import Shards, expand, write_shards
 from bezoar.errors import UserError
 from bezoar.registry import make, spec
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 
 

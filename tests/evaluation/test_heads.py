@@ -26,7 +26,7 @@ from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 CLASSES = ("red", "green", "blue")
 BLUE = Goal("blue", "patch:size=2,fill=white,place=corner,margin=1", (), 5)
 
