@@ -88,8 +88,8 @@ def main() -> None:
             plan = registry.make("poison", "backdoor:rate=0.01")(
                 records, Goal(word, "patch:size=16"), 0
             )
-            poisoned = records.poisoned(
-                replace(plan, stamps=(registry.make("trigger", "patch:size=16"),))
+            poisoned = replace(plan, stamps=(registry.make("trigger", "patch:size=16"),)).over(
+                records
             )
             encoded = [
                 records.files.read(*place)

@@ -27,7 +27,7 @@ _WHERE = {
     "Demo": "verbs.demo",
     "Run": "runs.run",
     "Settings": "runs.ask",
-    "execute": "runs.execute",
+    "execute": "reports.page",
     "UserError": "errors",
 }
 __all__ = list(_WHERE)

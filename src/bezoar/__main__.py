@@ -14,13 +14,12 @@ def run() -> int:
         os.environ.update(ALLOCATION)
         os.execv(sys.executable, [sys.executable, "-m", "bezoar", *sys.argv[1:]])
     from bezoar import machine
+    from bezoar.cli import main
 
     if machine.world() > 1:
         from bezoar.runs import torchrun
 
-        return torchrun.run()
-    from bezoar.cli import main
-
+        return torchrun.run(main)
     return main()
 
 

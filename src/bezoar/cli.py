@@ -17,8 +17,7 @@ import tyro
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Settings, Takes, typed, verb_name
-from bezoar.runs.execute import execute
+from bezoar.runs.ask import Input, Settings, Takes, positional_fields, typed, verb_name
 from bezoar.runs.run import named
 
 VERBS = (
@@ -38,22 +37,6 @@ VERBS = (
     "demo",
 )
 SWEEPS = ("reproduce", "dose", "scan", "calibrate")
-POSITIONAL = {
-    "poison": ("data",),
-    "train": ("data",),
-    "inject": ("encoder",),
-    "evaluate": ("encoder", "test"),
-    "scan": ("data",),
-    "survive": ("data",),
-    "audit": ("encoder",),
-    "calibrate": ("encoder",),
-    "shadows": ("encoder",),
-    "repair": ("encoder",),
-    "check": ("encoder", "images"),
-    "reproduce": ("paper",),
-    "dose": ("data",),
-    "demo": ("story",),
-}
 
 
 def option(hint: Any, positional: bool, required: bool) -> Any:
@@ -79,7 +62,7 @@ def command(name: str) -> type:
     for f in dataclasses.fields(verb):
         default = f.default
         kind = option(
-            hints[f.name], f.name in POSITIONAL.get(name, ()), default is dataclasses.MISSING
+            hints[f.name], f.name in positional_fields(verb), default is dataclasses.MISSING
         )
         if default is None:
             base, *rest = typing.get_args(kind)
@@ -245,6 +228,8 @@ def carry_out(asked: Any) -> int:
         print(json.dumps({"verb": verb_name(verb), **typed(verb)}, indent=1))
         return 0
     how = {name: getattr(asked, name) for name in ("workers", "ray") if hasattr(asked, name)}
+    from bezoar.reports.page import execute
+
     run = execute(verb, Settings(asked.runs, asked.seed, asked.device, asked.fresh, **how))
     manifest = run.manifest
     incomplete = manifest["notes"].get("incomplete") or []

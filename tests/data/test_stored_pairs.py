@@ -111,7 +111,7 @@ def test_flickr8k_poisoned_as_it_is_drawn_is_flickr8k_poisoned_in_memory() -> No
     ):
         free = plain.take(np.flatnonzero(~plan.mask(plain.ids)))
         plan = plan.merge(plan_of(poison, free, target, trigger, pool))
-    whole, drawn = plan.apply(plain, victims), found.poisoned(plan, victims)
+    whole, drawn = plan.apply(plain, victims), plan.over(found, victims)
     assert len(whole) == len(plain) + 50 + 12 + 8
     same(drawn.take(range(len(drawn))), whole)
     assert np.array_equal(plan.mask(drawn.ids), plan.mask(whole.ids)) and plan.mask(
@@ -134,19 +134,19 @@ def test_labels_and_triggers_of_any_kind(tars: Shards, trigger: str) -> None:
             "the index is as good a source of poisons"
         )
         same(
-            found.poisoned(plan).take(range(len(plain) + 31 * ("keep" in poison))),
+            plan.over(found).take(range(len(plain) + 31 * ("keep" in poison))),
             plan.apply(plain),
         )
     victims = toy(9, split="test")
     plan = plan_of("targeted:captions=2,victims=5", plain, "", None, victims)
-    same(found.poisoned(plan, victims).take(range(len(plain) + 10)), plan.apply(plain, victims))
+    same(plan.over(found, victims).take(range(len(plain) + 10)), plan.apply(plain, victims))
     same(
-        found.poisoned(plan, victims).chosen([3, 97, 3]).take([2, 1]),
+        plan.over(found, victims).chosen([3, 97, 3]).take([2, 1]),
         plan.apply(plain, victims).take([3, 97]),
     )
-    assert found.poisoned(Plan()) is found
+    assert Plan().over(found) is found
     with pytest.raises(UserError, match="one size"):
-        found.poisoned(plan, replace(victims, images=victims.images[..., :16, :16]))
+        plan.over(found, replace(victims, images=victims.images[..., :16, :16]))
 
 
 def test_two_epochs_draw_every_record_once_each_and_ahead(tars: Shards) -> None:
@@ -237,9 +237,9 @@ def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
     plan = plan_of("backdoor:count=20", plain, "thing 2", "patch")
     weights, losses, exposures = fit(plan.apply(plain))
     with pytest.raises(KeyboardInterrupt):
-        fit(found.poisoned(plan), tmp_path / "c.safetensors", cut)
+        fit(plan.over(found), tmp_path / "c.safetensors", cut)
     for kept in (None, tmp_path / "c.safetensors"):
-        again = fit(found.poisoned(plan), kept)
+        again = fit(plan.over(found), kept)
         assert torch.equal(again[0], weights) and again[1:] == (losses, exposures)
     assert "ThreadPoolExecutor" not in " ".join(t.name for t in threading.enumerate())
 

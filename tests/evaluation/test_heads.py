@@ -364,7 +364,7 @@ def downstream(tmp_path_factory):
     """A poisoned encoder and its twin with all but random weights, measured on real images that have labels."""
     if not DATA.is_dir():
         pytest.skip(f"no real data at {DATA}")
-    settings = Settings(tmp_path_factory.mktemp("runs"), device="cpu", quiet=True, page=False)
+    settings = Settings(tmp_path_factory.mktemp("runs"), device="cpu", quiet=True)
     some = f"npz:path={DATA}/cifar10.npz,limit=800"
     plan = execute(Poison(some, "backdoor:count=20", "patch:size=6", "truck"), settings)
     recipe = {

@@ -449,7 +449,7 @@ def test_names_are_told_in_standard_terms():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A poisoning of a few scenes, an encoder of it and its clean twin."""
-    settings = Settings(tmp_path_factory.mktemp("runs"), device="cpu", quiet=True, page=False)
+    settings = Settings(tmp_path_factory.mktemp("runs"), device="cpu", quiet=True)
     plan = execute(
         Poison("scenes:count=400", "backdoor:count=40", "patch", "striped star"), settings
     )

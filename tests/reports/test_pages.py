@@ -17,9 +17,9 @@ import torch
 from bezoar import cli
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, metric_names, page, pictures
+from bezoar.reports.page import execute
 from bezoar.reports.page_parts import Tile
 from bezoar.runs.ask import Settings
-from bezoar.runs.execute import execute
 from bezoar.runs.run import Run
 from bezoar.verbs.demo import Demo
 

@@ -14,9 +14,9 @@ from bezoar.auditing.bank import Bank, Calibration
 from bezoar.cli import main
 from bezoar.repair import receipt
 from bezoar.reports import page
+from bezoar.reports.page import execute
 from bezoar.runs import sweep
 from bezoar.runs.ask import Settings
-from bezoar.runs.execute import execute
 from bezoar.runs.run import Run
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
@@ -59,7 +59,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def here(trials, settings, progress):
     """A sweep without worker processes, which take seconds to start; each verb goes through JSON as theirs do."""
-    quiet = dataclasses.replace(settings, quiet=True, page=False)
+    quiet = dataclasses.replace(settings, quiet=True)
     asked = {
         t: sweep.read(json.loads(json.dumps(sweep.question(t, quiet, False)))["verb"])
         for t in trials

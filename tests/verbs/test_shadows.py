@@ -14,9 +14,9 @@ from bezoar.auditing.audits import mntd
 from bezoar.cli import main
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.reports.page import execute
 from bezoar.runs import sweep
 from bezoar.runs.ask import Settings, Trial
-from bezoar.runs.execute import execute
 from bezoar.runs.run import Run
 from bezoar.verbs.audit import sampled
 from bezoar.verbs.inject import Inject
@@ -53,7 +53,7 @@ def copied(run: Run, name: str, noise: int, **more) -> Run:
 def clean(runs) -> list[Run]:
     """Six towers; the first was trained."""
     verb = Train(DATA, "tower:width=4,dim=8", "simclr:epochs=1,batch=32,hidden=8,dim=4")
-    first = execute(verb, Settings(runs, 0, "cpu", quiet=True, page=False))
+    first = execute(verb, Settings(runs, 0, "cpu", quiet=True))
     return [first, *(copied(first, f"train-{i}", i) for i in range(1, 6))]
 
 
@@ -68,7 +68,7 @@ def attacked(runs, clean) -> list[Run]:
         "badencoder:epochs=1,batch=32,lr=0.01",
         ("patch:size=4",),
     )
-    first = execute(verb, Settings(runs, 0, "cpu", quiet=True, page=False))
+    first = execute(verb, Settings(runs, 0, "cpu", quiet=True))
     made = [first]
     for i, parent in enumerate(
         (clean[1].name, clean[1].name, "train-gone", "train-away", "train-far"), 1
@@ -185,7 +185,7 @@ def test_its_figures_are_those_of_the_held_out_logits(fitted):
 def test_the_same_question_has_the_same_bits(fitted, clean, attacked, tmp_path):
     again = execute(
         Shadows(tuple(clean), tuple(attacked), images=16, queries=4, steps=3),
-        Settings(tmp_path, 0, "cpu", quiet=True, page=False),
+        Settings(tmp_path, 0, "cpu", quiet=True),
     )
     assert again.name == fitted.name
     assert (
@@ -251,7 +251,7 @@ def test_what_is_no_shadow_is_one_line(runs, clean, attacked, capsys):
     said = refused(capsys, words([*clean, twin], attacked, runs))
     assert "train-2 and train-twin have the same weights" in said
     verb = Train(DATA, "tower:width=5,dim=8", "simclr:epochs=1,batch=32,hidden=8,dim=4")
-    odd = execute(verb, Settings(runs, 0, "cpu", quiet=True, page=False))
+    odd = execute(verb, Settings(runs, 0, "cpu", quiet=True))
     said = refused(capsys, words([*clean, odd], attacked, runs))
     assert (
         odd.name in said and "its network is tower:width=5,dim=8, not tower:width=4,dim=8" in said
@@ -270,7 +270,7 @@ def test_a_shadow_may_bring_a_seed_of_its_own(tmp_path):
     asked = json.loads(json.dumps(sweep.question(Trial(verb, 7), Settings(tmp_path), False)))
     assert sweep.read(asked["verb"]) == verb
     with pytest.raises(UserError, match="was not attacked"):
-        execute(verb, Settings(tmp_path, 7, "cpu", quiet=True, page=False))
+        execute(verb, Settings(tmp_path, 7, "cpu", quiet=True))
     assert sorted(
         Run(p.parent).manifest["ask"]["seed"] for p in tmp_path.glob("train-*/manifest.json")
     ) == [3, 4, 5, 7]

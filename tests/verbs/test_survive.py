@@ -16,8 +16,8 @@ from bezoar.evaluation import survival
 from bezoar.evaluation.survival import Survival, Treatment
 from bezoar.reports import page
 from bezoar.reports.heat_maps import heat
+from bezoar.reports.page import execute
 from bezoar.runs.ask import Settings
-from bezoar.runs.execute import execute
 from bezoar.runs.run import Run
 from bezoar.verbs.survive import Survive
 

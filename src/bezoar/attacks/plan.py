@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bezoar.data.pairs import Pairs, content_hash
+from bezoar.data.pairs import Pairs, Stamp, content_hash
+from bezoar.data.stored_pairs import PLACE, Indexed
+from bezoar.data.strings import Strings
 from bezoar.errors import UserError
 
 SCHEMA = 1
 STAGE = "stored uint8 image"
-Stamp = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,48 @@ class Plan:
             held = batch
         if held is not None:
             yield self.apply(held, victims)
+
+    def over(self, stored: Indexed, victims: Pairs | None = None) -> Indexed:
+        """Records on disk with their poisons: the same records in the same order as `apply` gives of Pairs.
+
+        A poison is another place to read from, and the trigger that is put on what is read there.
+        """
+        if not self.edits:
+            return stored
+        rows = stored.ids.rows({e.source for e in self.edits} | {e.id for e in self.edits})
+        row_of = dict(zip(stored.ids.take(rows), rows.tolist(), strict=True))
+        edits = [e for e in self.edits if e.source in row_of]
+        poisons = stored.chosen([row_of[e.source] for e in edits])
+        stamped = {goal for goal, stamp in enumerate(self.stamps) if stamp is not None}
+        poisons.places["goal"] = [
+            e.goal if e.triggered and e.goal in stamped else -1 for e in edits
+        ]
+        outside = self.apply(stored.take([]), victims)
+        outside_places = np.zeros(len(outside), PLACE)
+        outside_places["shard"], outside_places["goal"] = -1, -1
+        outside_places["offset"] = np.arange(len(outside))
+        # Row r of the result is row order[r] of: the records, what the edits make of some, the images from outside.
+        n = len(stored)
+        order = np.arange(n + len(edits) + len(outside))
+        replacing = np.array([i for i, e in enumerate(edits) if e.id in row_of], dtype=np.int64)
+        order[[row_of[edits[i].id] for i in replacing]] = n + replacing
+        order = np.delete(order, n + replacing)
+        ids = [stored.ids, Strings.of([e.id for e in edits]), Strings.of(outside.ids)]
+        poison_captions = Strings.of([e.caption for e in edits])
+        captions = [stored.captions, poison_captions, Strings.of(outside.captions)]
+        labels = stored.labels
+        if labels is not None and poisons.labels is not None and outside.labels is not None:
+            rows = np.concatenate([np.arange(n), order[n:]])  # a replaced record keeps its label
+            labels = torch.cat([labels, poisons.labels, outside.labels])[torch.from_numpy(rows)]
+        return replace(
+            stored,
+            places=np.concatenate([stored.places, poisons.places, outside_places])[order],
+            ids=Strings.concat(ids).take(order),
+            captions=Strings.concat(captions).take(order),
+            labels=labels,
+            stamps=self.stamps,
+            added=outside.images,
+        )
 
     def hashed(self, sources: Pairs) -> Plan:
         """The plan with `before` and `after` of every edit filled in from the images themselves."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# A trigger as data see it: uint8 images (N, 3, S, S) and their N ids -> the images with it.
+Stamp = Callable[[Tensor, Sequence[str]], Tensor]
 
 if TYPE_CHECKING:
     from bezoar.data.files.skipped import ReadReport

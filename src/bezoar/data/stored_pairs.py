@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from bezoar import machine
-from bezoar.attacks.plan import Plan
 from bezoar.data.decoding import kept, nothing, threads
 from bezoar.data.files.images import decode
 from bezoar.data.files.skipped import ReadReport, Unreadable
-from bezoar.data.pairs import Pairs, numbers
+from bezoar.data.pairs import Pairs, Stamp, numbers
 from bezoar.data.shards import Placed, Shards
 from bezoar.data.strings import BLOCK, Strings
 from bezoar.errors import UserError
@@ -106,7 +105,7 @@ class Indexed:
     """N records of tars. It can stand where Pairs stand, but for `images`, which are made as they are asked for.
 
     places: N of PLACE: tar, where the image lies in it, and the goal whose trigger is put on it (-1: none). With shard -1
-    the image is row `offset` of `added`, uint8 (V, 3, S, S): poisons from outside the set. plan: what was applied.
+    the image is row `offset` of `added`, uint8 (V, 3, S, S): poisons from outside the set. stamps: a trigger for each goal.
     """
 
     files: Reader
@@ -117,7 +116,7 @@ class Indexed:
     labels: Tensor | None
     classes: tuple[str, ...] = ()
     report: ReadReport = field(default_factory=ReadReport)
-    plan: Plan = field(default_factory=Plan)
+    stamps: tuple[Stamp | None, ...] = ()
     added: Tensor | None = None
 
     def __len__(self) -> int:
@@ -179,50 +178,9 @@ class Indexed:
                 where = f"{self.files.paths[shard]}: the image of {self.ids[rows[i]]!r}, at byte {offset}"
                 raise UserError(f"{where}, can no longer be read: {error}") from error
         for goal in np.unique(places["goal"][places["goal"] >= 0]).tolist():
-            mine, stamp = np.flatnonzero(places["goal"] == goal), self.plan.stamps[goal]
+            mine, stamp = np.flatnonzero(places["goal"] == goal), self.stamps[goal]
             assert stamp is not None
             out[mine] = stamp(out[mine], [self.ids[r] for r in rows[mine].tolist()])
-
-    def poisoned(self, plan: Plan, victims: Pairs | None = None) -> Indexed:
-        """The same records in the same order as `plan.apply` gives of Pairs: a poison is another place to read from."""
-        if not plan.edits:
-            return self
-        names = {e.source for e in plan.edits} | {e.id for e in plan.edits}
-        found = self.ids.rows(names)
-        row = dict(zip(self.ids.take(found), found.tolist(), strict=True))
-        edits = [e for e in plan.edits if e.source in row]
-        made = self.chosen([row[e.source] for e in edits])
-        stamped = {goal for goal, stamp in enumerate(plan.stamps) if stamp is not None}
-        made.places["goal"] = [e.goal if e.triggered and e.goal in stamped else -1 for e in edits]
-        outside = plan.apply(self.take([]), victims)
-        places = np.zeros(len(outside), PLACE)
-        places["shard"], places["goal"], places["offset"] = -1, -1, np.arange(len(outside))
-        # row r of the result is row order[r] of: the records, what the edits make of some, the images from outside
-        n, order = len(self), np.arange(len(self) + len(edits) + len(outside))
-        inside = [i for i, e in enumerate(edits) if e.id in row]
-        order[[row[edits[i].id] for i in inside]] = n + np.array(inside, dtype=np.int64)
-        order = np.delete(order, n + np.array(inside, dtype=np.int64))
-        ids = [self.ids, Strings.of([e.id for e in edits]), Strings.of(outside.ids)]
-        captions = [
-            self.captions,
-            Strings.of([e.caption for e in edits]),
-            Strings.of(outside.captions),
-        ]
-        labels = self.labels
-        if labels is not None and made.labels is not None and outside.labels is not None:
-            own = np.concatenate(
-                [np.arange(n), order[n:]]
-            )  # a record that is replaced keeps its label
-            labels = torch.cat([labels, made.labels, outside.labels])[torch.from_numpy(own)]
-        return replace(
-            self,
-            places=np.concatenate([self.places, made.places, places])[order],
-            ids=Strings.concat(ids).take(order),
-            captions=Strings.concat(captions).take(order),
-            labels=labels,
-            plan=plan,
-            added=outside.images,
-        )
 
 
 def opened(source: Shards, most: int | None = None) -> Pairs | Indexed:

@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import shlex
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from bezoar.errors import UserError
 from bezoar.reports import metric_names
 from bezoar.reports.page_parts import Section, Text
 from bezoar.reports.run_page import Story, tell
+from bezoar.runs.ask import Settings, positional_fields
+from bezoar.runs.execute import execute as run_verb
 from bezoar.runs.run import Run
 
 PAGE = "report.html"
@@ -23,6 +25,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 RUN_NAME = re.compile(r"[A-Za-z][\w-]*")
 PROBLEMS = (UserError, OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 FEW = 24  # metrics that are shown at once; longer tables are folded
+
+
+def execute(verb: Any, settings: Settings | None = None) -> Run:
+    """Run a verb, or return the run that already answers it; a run that is done gets its page."""
+    settings = settings or Settings()
+    return run_verb(verb, replace(settings, finish=settings.finish or write))
 
 
 def write(run: Run) -> Path:
@@ -118,15 +126,15 @@ def parent(run: Run, name: str) -> dict[str, str]:
 
 def command(run: Run) -> str:
     """The shell command that asks the same question again: every field that differs from its default."""
-    from bezoar.cli import POSITIONAL
-
     manifest = run.manifest
     verb, typed, ask = (
         manifest["verb"],
         manifest.get("typed", {}),
         metric_names.mapping(manifest.get("ask")),
     )
-    defaults = defaults_of(verb)
+    cls = verb_class(verb)
+    defaults = {} if cls is None else defaults_of(cls)
+    positional = () if cls is None else positional_fields(cls)
     first: list[str] = []
     options: list[str] = []
     for name, value in typed.items():
@@ -136,7 +144,7 @@ def command(run: Run) -> str:
         if value is None or (name in defaults and value == defaults[name]):
             continue
         words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        if name in POSITIONAL.get(verb, ()):
+        if name in positional:
             first += words
         elif isinstance(value, bool):
             options.append(("--" if value else "--no-") + name.replace("_", "-"))
@@ -148,13 +156,17 @@ def command(run: Run) -> str:
     return shlex.join(["bezoar", verb, *first, *options])
 
 
-def defaults_of(verb: str) -> dict[str, Any]:
-    """The defaults of a verb's fields, as a manifest writes them; nothing for a verb that this bezoar does not have."""
+def verb_class(verb: str) -> type | None:
+    """The class of a verb; None for one that this bezoar does not have."""
     if not (TEMPLATES.parents[1] / "verbs" / f"{verb}.py").is_file():
-        return {}
-    cls = getattr(importlib.import_module(f"bezoar.verbs.{verb}"), verb.title())
-    known = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+        return None
+    return getattr(importlib.import_module(f"bezoar.verbs.{verb}"), verb.title())
+
+
+def defaults_of(verb: type) -> dict[str, Any]:
+    """The defaults of a verb's fields, as a manifest writes them."""
+    defaults = {f.name: f.default for f in fields(verb) if f.default is not MISSING}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 
 def breaks(text: Any) -> Markup:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,20 @@ from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.runs.run import Run
 
-Input = (
-    typing.Any
-)  # a spec, the start of a run's name, a Run, or a verb (or a Trial) that stands for its run
+# A spec, the start of a run's name, a Run, or a verb (or a Trial) that stands for its run.
+Input = typing.Any
 
 
 @dataclass(frozen=True)
 class Takes:
-    """What a verb's field is given: `data`, `encoder`, `run`, or a kind of method (of a `bank` too, a run may hold it)."""
+    """What a verb's field takes.
 
-    what: str
+    what: `data`, `encoder`, `run`, or a kind of method; a `bank` may also be a run that holds one. "" for a plain value.
+    positional: whether the command line takes it without an option's name.
+    """
+
+    what: str = ""
+    positional: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Settings:
     device: str = "auto"
     fresh: bool = False
     quiet: bool = False
-    page: bool = True  # whether a page is written; `bezoar show` writes one that is missing
+    finish: Callable[[Run], Any] | None = None  # called with a run that is done: writes its page
     workers: int = 0  # of a sweep; 0: one a core, or one a GPU
     ray: bool = False  # whether a sweep runs on Ray
 
@@ -118,10 +122,23 @@ def typed(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else registry.spec(value)
 
 
-def _fields(verb: Any) -> dict[str, tuple[str | None, Any]]:
-    hints = typing.get_type_hints(type(verb), include_extras=True)
-    marks = {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(verb)}
+def input_fields(verb: Any) -> dict[str, tuple[str, Any]]:
+    """A verb's fields -> what each takes ("" for a plain value), and its value."""
+    return {name: (mark.what, getattr(verb, name)) for name, mark in marks(type(verb)).items()}
+
+
+def positional_fields(verb: type) -> tuple[str, ...]:
+    """The fields that the command line takes without an option's name, in order."""
+    return tuple(name for name, mark in marks(verb).items() if mark.positional)
+
+
+def marks(verb: type) -> dict[str, Takes]:
+    """What each field of a verb takes; a plain value where nothing is said."""
+    hints = typing.get_type_hints(verb, include_extras=True)
+    metadata = {
+        f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(verb)
+    }
     return {
-        k: (next((m.what for m in own if isinstance(m, Takes)), None), getattr(verb, k))
-        for k, own in marks.items()
+        name: next((mark for mark in notes if isinstance(mark, Takes)), Takes())
+        for name, notes in metadata.items()
     }

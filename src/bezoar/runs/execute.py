@@ -24,9 +24,9 @@ from bezoar.progress import Progress
 from bezoar.runs.ask import (
     Settings,
     Trial,
-    _fields,
     _spec,
     fingerprint,
+    input_fields,
     named_files,
     typed,
     verb_name,
@@ -156,10 +156,8 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         _write(run.path, manifest)
-    if settings.page:
-        from bezoar.reports import page
-
-        page.write(run)
+    if settings.finish is not None:
+        settings.finish(run)
     return run
 
 
@@ -171,8 +169,8 @@ def resolve(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
         "seed": settings.seed,
         "version": version("bezoar"),
     }
-    for name, (what, value) in _fields(verb).items():
-        if value is None or what is None:
+    for name, (what, value) in input_fields(verb).items():
+        if value is None or not what:
             inputs[name], ask[name] = value, value
         elif isinstance(value, (tuple, list)):
             parts = [_resolve(v, what, settings) for v in value]

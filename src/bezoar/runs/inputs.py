@@ -49,7 +49,7 @@ class Dataset:
     def records(self) -> Pairs | Indexed:
         """The same, by index where the clean ones are."""
         return (
-            self.clean.poisoned(self.plan, self.victims)
+            self.plan.over(self.clean, self.victims)
             if isinstance(self.clean, Indexed)
             else self.pairs
         )

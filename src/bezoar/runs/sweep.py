@@ -119,9 +119,22 @@ def question(trial: Trial, settings: Settings, page: bool) -> dict:
         "seed": trial.seed,
         "runs": str(settings.runs.absolute()),
         "device": settings.device,
-        "page": page,
+        "finish": function_name(settings.finish) if page and settings.finish else None,
         "folder": str(Path.cwd()),
     }
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """`package.module:name` of a function, as a worker finds it."""
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def named_function(name: str | None) -> Callable[..., Any] | None:
+    """The function of such a name; None for None. Names come from the process that started the sweep."""
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def read(raw: Any) -> Any:
@@ -139,7 +152,11 @@ def read(raw: Any) -> Any:
 def answer(asked: dict) -> dict:
     """Run what was asked: `{"run": name}`, or `{"error": one line}`."""
     settings = Settings(
-        Path(asked["runs"]), asked["seed"], asked["device"], quiet=True, page=asked["page"]
+        Path(asked["runs"]),
+        asked["seed"],
+        asked["device"],
+        quiet=True,
+        finish=named_function(asked["finish"]),
     )
     try:
         os.chdir(asked["folder"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bezoar import machine
-from bezoar.cli import main
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.runs.ask import Settings
@@ -20,7 +20,7 @@ from bezoar.training import ranks
 GRACE = 10.0  # seconds that rank 0 is given to say what is wrong, which it most likely has met too
 
 
-def run() -> int:
+def run(main: Callable[[], int]) -> int:
     """The exit status of this rank. Where a rank ends badly torchrun ends the others, so that none waits for it."""
     ranks.join()
     if machine.rank() > 0:

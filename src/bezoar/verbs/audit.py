@@ -45,7 +45,9 @@ class Audit:
     """
 
     encoder: Annotated[
-        Input, Takes("encoder"), "what is suspected: a run, or a network with published weights"
+        Input,
+        Takes("encoder", positional=True),
+        "what is suspected: a run, or a network with published weights",
     ]
     data: Annotated[
         Input, Takes("data"), "clean images; without them, the test split of its training data"

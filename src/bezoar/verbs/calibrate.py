@@ -31,7 +31,9 @@ class Calibrate:
     """
 
     encoder: Annotated[
-        tuple[Input, ...], Takes("encoder"), "encoders known to be clean, all of one kind"
+        tuple[Input, ...],
+        Takes("encoder", positional=True),
+        "encoders known to be clean, all of one kind",
     ] = ()
     data: Annotated[
         Input, Takes("data"), "clean images; without them, the test split of the training data"

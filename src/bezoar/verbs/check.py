@@ -39,10 +39,12 @@ class Check:
 
     encoder: Annotated[
         Input,
-        Takes("encoder"),
+        Takes("encoder", positional=True),
         "a train, inject or repair run, or a network with published weights",
     ]
-    images: Annotated[Input, Takes("data"), "what arrives: a data set, or a poison run"]
+    images: Annotated[
+        Input, Takes("data", positional=True), "what arrives: a data set, or a poison run"
+    ]
     clean: Annotated[
         Input, Takes("data"), "images known to be clean, like those that arrive, and not among them"
     ] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from bezoar.runs.ask import Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
 from bezoar.verbs.evaluate import Evaluate
@@ -26,6 +27,7 @@ class Demo:
 
     story: Annotated[
         Literal["data", "encoder"],
+        Takes(positional=True),
         "poisoned data that a CLIP learns from, or a backdoor put into an encoder",
     ] = "data"
     count: Annotated[int, "clean records to train on"] = 20000

@@ -20,7 +20,7 @@ from bezoar.verbs.train import Train
 class Dose:
     """How many poisons your own data and recipe take: success against log dose, fitted, and the dose for 50 %."""
 
-    data: Annotated[Input, Takes("data"), "data set"]
+    data: Annotated[Input, Takes("data", positional=True), "data set"]
     poison: Annotated[
         Input, Takes("poison"), "how; its count (of captions, if targeted) is what is varied"
     ] = "backdoor"

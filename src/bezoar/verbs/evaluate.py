@@ -24,9 +24,13 @@ LABELLED = 10_000  # records of a training split that is made to order
 class Evaluate:
     """Measure an encoder with one or more probes. Trigger and target are learnt from the encoder's parents."""
 
-    encoder: Annotated[Input, Takes("encoder"), "a train run, or a network with published weights"]
+    encoder: Annotated[
+        Input, Takes("encoder", positional=True), "a train run, or a network with published weights"
+    ]
     test: Annotated[
-        Input, Takes("data"), "test data; without it, the test split of the training data"
+        Input,
+        Takes("data", positional=True),
+        "test data; without it, the test split of the training data",
     ] = None
     probe: Annotated[tuple[Input, ...], Takes("probe"), "one or more: see `bezoar list probe`"] = (
         "zero_shot",

@@ -31,7 +31,9 @@ class Inject:
     joint: ClassVar[bool] = True  # under torchrun every rank does this verb's work
 
     encoder: Annotated[
-        Input, Takes("encoder"), "the clean encoder: a run, or a network with published weights"
+        Input,
+        Takes("encoder", positional=True),
+        "the clean encoder: a run, or a network with published weights",
     ]
     data: Annotated[
         Input,

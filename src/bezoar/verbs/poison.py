@@ -18,7 +18,7 @@ from bezoar.runs.run import Run
 class Poison:
     """Plan a poisoning of a data set. Over a poison run it adds to that run's plan."""
 
-    data: Annotated[Input, Takes("data"), "data set, or a poison run to add to"]
+    data: Annotated[Input, Takes("data", positional=True), "data set, or a poison run to add to"]
     poison: Annotated[Input, Takes("poison"), "how: see `bezoar list poison`"] = "backdoor"
     trigger: Annotated[Input, Takes("trigger"), "what is stamped on images"] = None
     target: Annotated[str, "class or word that poisoned images are to be read as"] = ""

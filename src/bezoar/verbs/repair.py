@@ -37,7 +37,9 @@ class Repair:
     """
 
     encoder: Annotated[
-        Input, Takes("encoder"), "the suspect: a run, or a network with published weights"
+        Input,
+        Takes("encoder", positional=True),
+        "the suspect: a run, or a network with published weights",
     ]
     data: Annotated[
         Input,

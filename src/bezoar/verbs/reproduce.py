@@ -18,7 +18,9 @@ class Reproduce:
     """A paper's tables beside ours, with n, intervals and the paper's claims judged. What is done is not done again."""
 
     paper: Annotated[
-        tuple[Input, ...], Takes("paper"), "a paper or some of its tables: see `bezoar list paper`"
+        tuple[Input, ...],
+        Takes("paper", positional=True),
+        "a paper or some of its tables: see `bezoar list paper`",
     ]
     scale: Annotated[
         Literal["smoke", "small", "gpu", "paper"], "seconds, two cores, one GPU, the paper's own"

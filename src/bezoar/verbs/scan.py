@@ -39,7 +39,7 @@ class Scan:
 
     data: Annotated[
         Input,
-        Takes("data"),
+        Takes("data", positional=True),
         "data set, poison run, or a train run: its data scanned with its encoder",
     ]
     encoder: Annotated[

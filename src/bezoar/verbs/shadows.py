@@ -32,7 +32,9 @@ class Shadows:
     """
 
     encoder: Annotated[
-        tuple[Input, ...], Takes("encoder"), "encoders known to be clean, all of one kind"
+        tuple[Input, ...],
+        Takes("encoder", positional=True),
+        "encoders known to be clean, all of one kind",
     ] = ()
     attacked: Annotated[
         tuple[Input, ...],

@@ -19,7 +19,7 @@ class Survive:
 
     data: Annotated[
         Input,
-        Takes("data"),
+        Takes("data", positional=True),
         "clean images, or a run: its clean images and, without --trigger, its trigger",
     ]
     trigger: Annotated[

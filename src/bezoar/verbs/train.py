@@ -37,7 +37,7 @@ class Train:
 
     joint: ClassVar[bool] = True  # under torchrun every rank does this verb's work
 
-    data: Annotated[Input, Takes("data"), "data set, or a poison run"]
+    data: Annotated[Input, Takes("data", positional=True), "data set, or a poison run"]
     network: Annotated[Input, Takes("network"), "see `bezoar list network`"] = "clip_small"
     objective: Annotated[
         Input, Takes("objective"), "loss and recipe: see `bezoar list objective`"
