@@ -158,7 +158,7 @@ def test_two_workers_and_none_write_the_same_files(tmp_path, tiny, monkeypatch):
 def program(runs: Path, spec: str, tiny: Path) -> str:
     """A scan in units of ten files, for a process of its own."""
     words = ["scan", spec, "--encoder", str(tiny), *WORDS, "--runs", str(runs), "--workers", "1"]
-    return f"from bezoar.corpora import folders; folders.BLOCK = 10; from bezoar.cli import main; main({words!r}) and exit(1)"
+    return f"from bezoar.data import folders; folders.BLOCK = 10; from bezoar.cli import main; main({words!r}) and exit(1)"
 
 
 def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, monkeypatch):

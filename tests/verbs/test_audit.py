@@ -26,8 +26,8 @@ from typing import Annotated, ClassVar
 import torch
 from bezoar.errors import UserError
 from bezoar.registry import method
-from bezoar.scores import proportion
-from bezoar.verdict import Inversion, Verdict
+from bezoar.evaluation.scores import proportion
+from bezoar.evaluation.verdict import Inversion, Verdict
 
 @method
 class Stub:

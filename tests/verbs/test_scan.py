@@ -44,7 +44,7 @@ import time
 import torch
 from torch import nn
 
-from bezoar.encoder import Encoder, Preprocess, Words
+from bezoar.encoders.encoder import Encoder, Preprocess, Words
 from bezoar.registry import method
 
 WORDS = ("red", "blue", "green", "star", "cross", "the", "a", "over", "wall", "square", "brown", "orange")
@@ -177,7 +177,7 @@ def test_shards_give_what_memory_gives(tmp_path, tiny):
 MINE = """
 import torch
 from bezoar.registry import method
-from bezoar.scores import Scores
+from bezoar.evaluation.scores import Scores
 @method
 class Mine:
     def __call__(self, encoder, source):

@@ -26,7 +26,7 @@ class Embeddings:
         return [*made.images, *made.texts, *made.metadata]
 
     def __call__(self) -> Ready:
-        """-> bezoar.corpora.ready.Ready; nothing is read yet. Raises UserError when files are missing."""
+        """-> bezoar.data.embeddings.Ready; nothing is read yet. Raises UserError when files are missing."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             texts = (

@@ -40,6 +40,6 @@ class Folder:
         return self().files()
 
     def __call__(self) -> Source:
-        """-> bezoar.corpora.folders.Folder; `report` says what could not be read. Raises UserError without the folder."""
+        """-> bezoar.data.folders.Folder; `report` says what could not be read. Raises UserError without the folder."""
         root = existing_folder(str(Path(self.path, self.split or "")), "folder of images")
         return Source(root, self.size, self.layout, self.template, self.limit)

@@ -36,7 +36,7 @@ class Table:
         return list(expand(self.path, "tables", ".parquet"))
 
     def __call__(self) -> Source:
-        """-> bezoar.corpora.tabular.Table; `report` says what could not be read. Raises UserError when a table is missing."""
+        """-> bezoar.data.tables.Table; `report` says what could not be read. Raises UserError when a table is missing."""
         root = Path(self.root).expanduser() if self.root else None
         wrong = [p for p in self.files() if p.suffix not in KINDS]
         if wrong:
