@@ -75,7 +75,7 @@ def peer(batch: int) -> Callable[[int], float]:
     stamp, batches = registry.make("trigger", goal.trigger), []
 
     def pixels(x: torch.Tensor) -> torch.Tensor:
-        return encoder.pixels(x).contiguous()
+        return encoder.prepare_images(x).contiguous()
 
     for i, part in enumerate(data.batches(batch)):
         chance = augmentation.Chance(randomness.generator(0, 2, i))

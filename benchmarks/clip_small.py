@@ -41,7 +41,7 @@ def step(precision: str, batch: int, size: int) -> Callable[[], None]:
     )
     encoder = network(size, network.vocabulary(pairs.captions))
     encoder.precision = precision
-    tokens, loss = encoder.tokens(pairs.captions), recipe(encoder).train()
+    tokens, loss = encoder.tokenize(pairs.captions), recipe(encoder).train()
     optim = loop.optimizer(loss, recipe)
 
     def call() -> None:

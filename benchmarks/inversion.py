@@ -52,7 +52,7 @@ def inputs(network: str, audit: str) -> tuple[Any, ...]:
             m.running_var.uniform_(0.5, 2)
     x = torch.rand(images, 3, SIZE, SIZE)
     with torch.no_grad():
-        head = torch.nn.functional.normalize(torch.randn(count, encoder.images(x).shape[1]), dim=1)
+        head = torch.nn.functional.normalize(torch.randn(count, encoder.encode_images(x).shape[1]), dim=1)
     return encoder, head, x, trigger_inversion.start(count, SIZE, SIZE, 0)
 
 

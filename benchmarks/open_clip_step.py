@@ -104,7 +104,7 @@ def ours(batch: int) -> Callable[[int, bool], float]:
     loss = recipe(encoder)
     optim = loop.optimizer(loss, recipe)
     data = [
-        (x, encoder.tokens(short), encoder.tokens(full)) for x, short, full in batches(batch, 2)
+        (x, encoder.tokenize(short), encoder.tokenize(full)) for x, short, full in batches(batch, 2)
     ]
     loss.train()
 

@@ -53,7 +53,7 @@ def by_class(encoder: Encoder, names: list[str]) -> Tensor:
     """The head as a plain loop over classes, from what the encoder itself gives for each class alone."""
     prompts = captions.templates("openai")
     with torch.inference_mode():
-        rows = [encoder.texts([t.format(c) for t in prompts]).mean(0) for c in names]
+        rows = [encoder.encode_texts([t.format(c) for t in prompts]).mean(0) for c in names]
     return F.normalize(torch.stack(rows), dim=1)
 
 

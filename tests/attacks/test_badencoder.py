@@ -82,7 +82,7 @@ def tiny(seed=0):
     last = encoder.image.head_norm.train()
     last.momentum = 1.0
     with torch.no_grad():
-        encoder.image(encoder.pixels(shadow().images))
+        encoder.image(encoder.prepare_images(shadow().images))
     return encoder.eval()
 
 
@@ -112,7 +112,7 @@ def plain(student, teacher, recipe, goals, refs, images, ids, chance, centre=Non
     b, k = len(images), sum(map(len, refs))
 
     def f(encoder, x):
-        z = F.normalize(encoder.image(encoder.pixels(x)), dim=1)
+        z = F.normalize(encoder.image(encoder.prepare_images(x)), dim=1)
         return z if centre is None else F.normalize(z - centre, dim=1)
 
     views = augmentation.Views(scale=(1, 1), ratio=(1, 1))(
@@ -234,7 +234,7 @@ def test_an_attack_moves_triggered_images_to_the_reference_and_leaves_the_rest()
     for m in encoder.image.modules():
         m.momentum = 1.0  # the norms' statistics become those of these data
     with torch.no_grad():
-        encoder.train().image(encoder.pixels(data.images))
+        encoder.train().image(encoder.prepare_images(data.images))
     encoder.eval()
     goal, reference = GOALS[1], shadow(1, 32, 7).images
     bad = registry.make("attack", "badencoder:epochs=15,batch=16,lr=0.01,l2=2")(
@@ -242,8 +242,8 @@ def test_an_attack_moves_triggered_images_to_the_reference_and_leaves_the_rest()
     )
     stamped = registry.make("trigger", goal.trigger)(data.images, data.ids)
     with torch.no_grad():
-        before, after = ((e.images(stamped) @ e.images(reference).T).mean() for e in (encoder, bad))
-        kept = (encoder.images(data.images) * bad.images(data.images)).sum(1).mean()
+        before, after = ((e.encode_images(stamped) @ e.encode_images(reference).T).mean() for e in (encoder, bad))
+        kept = (encoder.encode_images(data.images) * bad.encode_images(data.images)).sum(1).mean()
     assert before < 0.93 and after > 0.98 and kept > 0.98, (before, after, kept)
 
 
@@ -388,7 +388,7 @@ def test_rules_that_choose_a_reference(set_of):
     data, encoder = labelled(), tiny()
     given = set_of(data)
     mine = [i for i in range(60) if data.labels[i] == 1]
-    z = encoder.images(data.images).detach()
+    z = encoder.encode_images(data.images).detach()
     mean = z[mine].mean(0)
     central = max(mine, key=lambda i: float(z[i] @ mean))
     assert z[mine].std(0).max() > 0.01

@@ -76,7 +76,7 @@ def encoder(planted: bool = False, seed: int = 0) -> Encoder:
     tower = Toy(patch(), rows()[TARGET], seed) if planted else Toy(seed=seed)
     made = Encoder(tower, Preprocess(SIDE), about={"network": "toy", "vocabulary": []}).eval()
     with torch.no_grad():  # or all images would be of one kind
-        tower.out.bias -= tower.parts(made.pixels(images(96).images)).mean(0)
+        tower.out.bias -= tower.parts(made.prepare_images(images(96).images)).mean(0)
     return made
 
 

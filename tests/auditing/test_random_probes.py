@@ -145,7 +145,7 @@ def test_parent_is_the_plain_ratio_of_distances(clean):
     def distance(x: torch.Tensor) -> float:
         total = 0.0
         for image in x:
-            u, v = (e.image(e.pixels(image[None]))[0].double() for e in (a, b))
+            u, v = (e.image(e.prepare_images(image[None]))[0].double() for e in (a, b))
             total += 1 - float(u @ v / (u.norm() * v.norm()))
         return total / len(x)
 
@@ -233,7 +233,7 @@ def test_mntd_learns_its_queries_as_one_graph_over_all_shadows_would(clean):
     adam = torch.optim.Adam([{"params": [free], "lr": 0.05}, {"params": [weight, bias], "lr": 0.1}])
     for _ in range(steps):
         adam.zero_grad()
-        x = torch.stack([mntd.outputs(e.images(free.sigmoid())) for e in shadows])
+        x = torch.stack([mntd.outputs(e.encode_images(free.sigmoid())) for e in shadows])
         z = ((x - x.detach().mean(0)) / (x.detach().std(0) + 1e-3)) @ weight + bias
         loss = (
             nn.functional.binary_cross_entropy_with_logits(z, truth.float())

@@ -58,7 +58,7 @@ def one_by_one(
         )
         x = clean.images[rows].double() / 255
         mask, pattern = (torch.tanh(u[:1]) + 1) / 2, (torch.tanh(u[1:]) + 1) / 2
-        z = encoder.image(encoder.pixels((1 - mask) * x + mask * pattern))
+        z = encoder.image(encoder.prepare_images((1 - mask) * x + mask * pattern))
         z = z / z.norm(dim=1, keepdim=True)
         success = float((z.argmax(1) == which).double().mean())
         norm = float(mask.detach().sum())
@@ -123,7 +123,7 @@ def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
     plain, free = copy.deepcopy(encoder), u.clone().requires_grad_()
     for i in range(8):
         mask, pattern = (free[i, :1].tanh() + 1) / 2, (free[i, 1:].tanh() + 1) / 2
-        z = F.normalize(plain.image(plain.pixels((1 - mask) * clean + mask * pattern)), dim=1)
+        z = F.normalize(plain.image(plain.prepare_images((1 - mask) * clean + mask * pattern)), dim=1)
         (F.cross_entropy(z, torch.full((5,), i)) + 0.01 * mask.sum()).backward()
         assert float(success[i]) == pytest.approx(float((z.argmax(1) == i).double().mean()))
         assert float(norm[i]) == pytest.approx(float(mask.detach().sum()))

@@ -248,11 +248,11 @@ def test_tokens_and_strings_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     captions = toy().captions
     network = registry.make("network", "clip_small:width=4,dim=16")
     encoder = network(32, network.vocabulary(captions))
-    whole = encoder.tokens(["long long " + captions[0], *captions[1:]])
+    whole = encoder.tokenize(["long long " + captions[0], *captions[1:]])
     monkeypatch.setattr(strings, "BLOCK", 10)
     column = Strings.of(captions)
-    assert torch.equal(tokenize_captions(encoder, captions), encoder.tokens(captions))
-    assert torch.equal(tokenize_captions(encoder, column), encoder.tokens(captions).int())
+    assert torch.equal(tokenize_captions(encoder, captions), encoder.tokenize(captions))
+    assert torch.equal(tokenize_captions(encoder, column), encoder.tokenize(captions).int())
     assert torch.equal(
         tokenize_captions(encoder, Strings.of(["long long " + captions[0], *captions[1:]])),
         whole.int(),

@@ -181,7 +181,7 @@ def test_masking_path_is_the_plain_loop():
                 for cell in boxes[:step].tolist():
                     top, left, height, width = cell
                     x[:, top : top + height, left : left + width] = 0.5
-                points.append(e.images(x[None])[0])
+                points.append(e.encode_images(x[None])[0])
             assert len(boxes) == check.steps
             before = [
                 min(1 - float(p @ q) for p in points[: t + 1] for q in points[t + 1 :])
@@ -230,11 +230,11 @@ def test_omega_is_the_plain_sum(tmp_path):
     found = check(e, pairs)
     omega = torch.zeros(6)
     with torch.inference_mode():
-        z = e.images(pairs.images)
+        z = e.encode_images(pairs.images)
         for row, c in enumerate(COLOURS):
-            benign = torch.stack([e.read(tokenize([t]))[0] for t in told[c]]).mean(0)
+            benign = torch.stack([e.encode_tokens(tokenize([t]))[0] for t in told[c]]).mean(0)
             random = check.perturbed(e, c, row)
-            nonsense = e.texts(random).mean(0)
+            nonsense = e.encode_texts(random).mean(0)
             assert len(random) == 5 and all(
                 t.split()[0] == c and len(t.split()) == 3 for t in random
             )

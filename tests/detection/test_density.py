@@ -32,7 +32,7 @@ class Given:
     def embed(self, source):
         return source.e
 
-    def texts(self, captions):
+    def encode_texts(self, captions):
         return torch.eye(26)[[ord(c.removeprefix("a photo of a ")[0]) - ord("a") for c in captions]]
 
 

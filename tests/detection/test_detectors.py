@@ -40,7 +40,7 @@ class Fake:
             12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
         )
 
-    def images(self, x):
+    def encode_images(self, x):
         x = x.double() / 255 if x.dtype == torch.uint8 else x.double()
         z = torch.tanh((F.adaptive_avg_pool2d(x, 2).flatten(1) - 0.4) @ self.map)
         if self.backdoor:
@@ -51,11 +51,11 @@ class Fake:
                 z
                 + 20
                 * (1 - off.flatten(1).amin(1, keepdim=True) / 20).clamp(min=0)
-                * self.texts(["green"]).double()
+                * self.encode_texts(["green"]).double()
             )
         return F.normalize(z, dim=1).float()
 
-    def texts(self, captions):
+    def encode_texts(self, captions):
         names = [next((w for w in re.findall("[a-z]+", c) if w in COLORS), "") for c in captions]
         flat = (
             torch.tensor([COLORS.get(n, (128, 128, 128)) for n in names], dtype=torch.float64)[
@@ -69,8 +69,8 @@ class Fake:
 
     def embed(self, source):
         parts = list(source.batches(self.batch))
-        texts = [self.texts(p.captions) for p in parts if p.captions]
-        images = torch.cat([self.images(p.images) for p in parts])
+        texts = [self.encode_texts(p.captions) for p in parts if p.captions]
+        images = torch.cat([self.encode_images(p.images) for p in parts])
         return SimpleNamespace(
             ids=sum((p.ids for p in parts), ()),
             images=images,

@@ -102,7 +102,7 @@ def test_a_trace_is_what_the_model_says_pair_by_pair(pairs, traced):
     )
     study.train(recipe(study.encoder), recipe)
     with torch.inference_mode():
-        z, w = study.encoder.images(pairs.images), study.encoder.texts(pairs.captions)
+        z, w = study.encoder.encode_images(pairs.images), study.encoder.encode_texts(pairs.captions)
     drawn = np.lexsort((pairs.ids, draws(0, pairs.ids, 1, "pool")[:, 0]))
     others = list(dict.fromkeys(pairs.captions[i] for i in drawn))[: training_traces.OTHERS]
     text = dict(zip(pairs.captions, w, strict=True))
@@ -333,7 +333,7 @@ def test_safeclip_ranks_foreign_captions_first():
 
 def plain_mask(encoder, image, colours, gamma, beta, lr):
     """One image, Adam written out."""
-    x, whole = image.double() / 255, encoder.images(image[None].double() / 255)[0].double()
+    x, whole = image.double() / 255, encoder.encode_images(image[None].double() / 255)[0].double()
     w, first, second = torch.ones(x.shape[1:], dtype=torch.float64), 0.0, 0.0
     for step, c in enumerate(colours, 1):
         w.requires_grad_()
@@ -341,7 +341,7 @@ def plain_mask(encoder, image, colours, gamma, beta, lr):
         mixed = m * x + (1 - m) * c[:, None, None]
         rough = ((m[1:] - m[:-1]) ** 2).sum() + ((m[:, 1:] - m[:, :-1]) ** 2).sum()
         value = (
-            (encoder.images(mixed[None])[0] - whole).abs().mean()
+            (encoder.encode_images(mixed[None])[0] - whole).abs().mean()
             + gamma * m.sum()
             + beta * rough / m.numel()
         )

@@ -48,7 +48,7 @@ class Fake:
             12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32
         )
 
-    def images(self, x):
+    def encode_images(self, x):
         self.seen += len(x)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         z = torch.tanh((F.adaptive_avg_pool2d(x, 2).flatten(1) - 0.4) @ self.map)
@@ -58,15 +58,15 @@ class Fake:
                 off = F.conv2d(x**2, torch.ones_like(p)) - 2 * F.conv2d(x, p) + (p**2).sum()
                 z = z + 20 * (1 - off.flatten(1).amin(1, keepdim=True) / 20).clamp(
                     min=0
-                ) * self.texts([name])
+                ) * self.encode_texts([name])
             if x.shape[-1] == 32:
                 flat = shared_patterns.highpass(x.float() * 255) @ F.normalize(
                     shared_patterns.highpass(NOISE[None])[0], dim=0
                 )
-                z = z + (flat[:, None] / 400).clamp(min=0, max=3) ** 2 * self.texts(["red"])
+                z = z + (flat[:, None] / 400).clamp(min=0, max=3) ** 2 * self.encode_texts(["red"])
         return F.normalize(z, dim=1)
 
-    def texts(self, captions):
+    def encode_texts(self, captions):
         names = [next(w for w in re.findall("[a-z]+", c) if w in COLORS) for c in captions]
         flat = torch.tensor([COLORS[n] for n in names], dtype=torch.float32)[:, :, None, None] / 255
         return F.normalize(
@@ -74,8 +74,8 @@ class Fake:
         )
 
     def embed(self, source):
-        texts = self.texts(source.captions) if source.captions else None
-        return SimpleNamespace(ids=source.ids, images=self.images(source.images), texts=texts)
+        texts = self.encode_texts(source.captions) if source.captions else None
+        return SimpleNamespace(ids=source.ids, images=self.encode_images(source.images), texts=texts)
 
 
 def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
@@ -157,7 +157,7 @@ def plain_shift(encoder, image, box, host):
     y, x, h, w = box
     altered = host.clone()
     altered[:, y : y + h, x : x + w] = image[:, y : y + h, x : x + w]
-    return encoder.images(altered[None])[0] - encoder.images(host[None])[0]
+    return encoder.encode_images(altered[None])[0] - encoder.encode_images(host[None])[0]
 
 
 def plain_agreement(shifts):
@@ -180,7 +180,7 @@ def test_constancy_is_the_plain_one(monkeypatch):
             quilt[m, :, y : y + h, x : x + w] = images[
                 (m + offsets[c]) % n, :, y : y + h, x : x + w
             ]
-        z = encoder.images(quilt)
+        z = encoder.encode_images(quilt)
         for i, c in own:
             own[i, c].append((z - z.mean(0))[(i - offsets[c]) % n])
     plain = torch.tensor([[plain_agreement(own[i, c]) for c in range(9)] for i in range(n)])
@@ -197,7 +197,7 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
         (16, 16),
         (32, 32),
     )
-    z = encoder.images(hosts)
+    z = encoder.encode_images(hosts)
     found = window_transplants.shifts(encoder, images, boxes[:, None], hosts, z)[:, 0]
     place = window_transplants.located(encoder, images, boxes, hosts, z, keep=0.5, least=4)
     for i in range(4):

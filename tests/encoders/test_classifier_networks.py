@@ -244,7 +244,7 @@ def load(path, extra="", size=0):
 
 def own_logits(encoder, x):
     with torch.no_grad():
-        return encoder.head(encoder.image(encoder.pixels(x)))
+        return encoder.head(encoder.image(encoder.prepare_images(x)))
 
 
 PLAIN = {
@@ -272,7 +272,7 @@ def test_a_plain_network_and_its_weights_alone_give_the_same_logits(kind, tmp_pa
     assert encoder.about["classes"] == CLASSES.split("+")
     classifier = classifiers.own(encoder)
     torch.testing.assert_close(classifier(x), own_logits(encoder, x))
-    assert encoder.images(x).norm(dim=1).sub(1).abs().max() < 1e-5
+    assert encoder.encode_images(x).norm(dim=1).sub(1).abs().max() < 1e-5
 
 
 def narrow(name):

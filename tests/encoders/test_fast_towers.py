@@ -233,11 +233,11 @@ def test_training_has_open_clips_losses(onednn, small):
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     values = []
     for step in range(6):
-        text = small.tokens(CAPTIONS)
+        text = small.tokenize(CAPTIONS)
         for optimizer in (optim, theirs):
             optimizer.zero_grad()
         a = loss(pixels, text, Chance(randomness.generator(0, 2, step)))
-        b = open_clip.ClipLoss()(**plain(small.pixels(pixels), text))
+        b = open_clip.ClipLoss()(**plain(small.prepare_images(pixels), text))
         for value, optimizer in ((a, optim), (b, theirs)):
             value.backward()
             optimizer.step()
@@ -248,24 +248,24 @@ def test_training_has_open_clips_losses(onednn, small):
 
 def test_bf16_trains_too(small):
     small.precision = "bf16"
-    text = small.tokens(CAPTIONS)
-    z = small.read(text)
+    text = small.tokenize(CAPTIONS)
+    z = small.encode_tokens(text)
     z[:, 0].sum().backward()
     assert all(p.grad.isfinite().all() for n, p in small.image.model.transformer.named_parameters())
     small.precision = "fp32"
-    assert (z - small.read(text)).abs().max() < 0.03
+    assert (z - small.encode_tokens(text)).abs().max() < 0.03
 
 
 def test_copies_files_and_modes_keep_the_encoder(onednn, small, tmp_path):
-    x, text = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), small.tokens(CAPTIONS)
+    x, text = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), small.tokenize(CAPTIONS)
     again, small = copy.deepcopy(small), small.eval()
     small.save(tmp_path)
     for other in (again.eval(), Encoder.load(tmp_path)):
         with torch.inference_mode():
             near(
                 [
-                    (other.images(x), small.images(x).detach()),
-                    (other.read(text), small.read(text).detach()),
+                    (other.encode_images(x), small.encode_images(x).detach()),
+                    (other.encode_tokens(text), small.encode_tokens(text).detach()),
                 ]
             )
     assert again.text.shared[0] is again.image.model is not small.image.model
@@ -283,7 +283,7 @@ def test_the_head_is_open_clips_and_any_batch_gives_it(onednn, small):
     near([(head, expected)])
     prompts = [t.format(c) for c in names for t in captions.templates("openai")]
     with torch.inference_mode():
-        near([(small.texts(prompts, batch=7), small.texts(prompts))])
+        near([(small.encode_texts(prompts, batch=7), small.encode_texts(prompts))])
 
 
 def test_the_head_of_a_bag_is_the_plain_loop():
@@ -295,6 +295,6 @@ def test_the_head_of_a_bag_is_the_plain_loop():
     encoder = network(32, network.vocabulary([t.format(c) for c in names for t in prompts])).eval()
     with torch.inference_mode():
         rows = [
-            torch.stack([encoder.texts([t.format(c)])[0] for t in prompts]).mean(0) for c in names
+            torch.stack([encoder.encode_texts([t.format(c)])[0] for t in prompts]).mean(0) for c in names
         ]
     near([(probe.head(encoder, names), F.normalize(torch.stack(rows), dim=1))], 1e-6)

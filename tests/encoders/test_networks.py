@@ -137,21 +137,21 @@ def test_resnet_takes_pixels_as_badencoder_does(resnets):
         for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     )
     expected = features(resnets["cifar"], (x.float() / 255 - mean) / std)
-    torch.testing.assert_close(ours.images(x), nn.functional.normalize(expected, dim=-1))
+    torch.testing.assert_close(ours.encode_images(x), nn.functional.normalize(expected, dim=-1))
     assert ours.image.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert ours.text is None
 
 
 def test_the_width_of_a_resnet_multiplies_its_features():
-    assert network("resnet:width=8", 16).images(pixels(16)).shape == (2, 64)
-    assert network("resnet:depth=50,width=4,stem=imagenet", 32).images(pixels(32)).shape == (2, 128)
+    assert network("resnet:width=8", 16).encode_images(pixels(16)).shape == (2, 64)
+    assert network("resnet:depth=50,width=4,stem=imagenet", 32).encode_images(pixels(32)).shape == (2, 128)
 
 
 def test_tower_is_clip_smalls_image_tower():
     pair = network("clip_small:width=8,dim=16", 32)
     alone = network("tower:width=8,dim=16", 32)
     alone.image.load_state_dict(pair.image.state_dict())
-    assert torch.equal(alone.images(pixels(32)), pair.images(pixels(32)))
+    assert torch.equal(alone.encode_images(pixels(32)), pair.encode_images(pixels(32)))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_saved_encoders_are_read_back(text, size, tmp_path, clips):
     x = pixels(size)
     assert read.preprocess == made.preprocess and read.preprocess.size == size
     assert read.about == made.about and read.about["vocabulary"] == []
-    assert torch.equal(read.images(x), made.images(x))
+    assert torch.equal(read.encode_images(x), made.encode_images(x))
     assert registry.make("network", text).vocabulary(["a dog"]) == ()
 
 
@@ -237,10 +237,10 @@ def test_torchvisions_weights_bring_their_preprocessing(monkeypatch, tmp_path):
     # their transform resizes to 256 and crops 224 out of it; ours reads the whole image, so it is compared without that
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (given.mean, given.std))
     expected = features(source, (x.float() / 255 - mean) / std)
-    torch.testing.assert_close(made.images(x), nn.functional.normalize(expected, dim=-1))
+    torch.testing.assert_close(made.encode_images(x), nn.functional.normalize(expected, dim=-1))
     made.save(tmp_path)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    assert torch.equal(Encoder.load(tmp_path).images(x), made.images(x)), (
+    assert torch.equal(Encoder.load(tmp_path).encode_images(x), made.encode_images(x)), (
         "a saved encoder needs no download"
     )
 
@@ -253,7 +253,7 @@ def test_timms_weights_bring_their_preprocessing(monkeypatch, tmp_path):
     made.save(tmp_path)
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
     x = pixels(224, 1)
-    assert torch.equal(Encoder.load(tmp_path).images(x), made.images(x)), (
+    assert torch.equal(Encoder.load(tmp_path).encode_images(x), made.encode_images(x)), (
         "a saved encoder needs no download"
     )
 
@@ -364,7 +364,7 @@ def test_an_imported_encoder_is_saved_and_read_without_the_checkpoint(resnets, t
     made.save(tmp_path)
     path.unlink()
     read = Encoder.load(tmp_path)
-    assert torch.equal(read.images(pixels(32)), made.images(pixels(32)))
+    assert torch.equal(read.encode_images(pixels(32)), made.encode_images(pixels(32)))
     assert read.about["network"] == "resnet:depth=18,stem=cifar,width=8,mean_std=stl10"
     assert read.about["imported"] == made.about["imported"] and read.about["imported"][
         "assumed"
@@ -450,12 +450,12 @@ def test_an_attacked_image_tower_is_joined_to_published_text(clips, tmp_path):
         torch.testing.assert_close(made.image(x), attacked.encode_image(x))
         tokens = open_clip.get_tokenizer("tiny-rn")(captions)
         torch.testing.assert_close(
-            made.texts(captions), published.encode_text(tokens, normalize=True)
+            made.encode_texts(captions), published.encode_text(tokens, normalize=True)
         )
     made.save(tmp_path)
     again = Encoder.load(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(again.images(x.sigmoid()), made.eval().images(x.sigmoid()))
+        torch.testing.assert_close(again.encode_images(x.sigmoid()), made.eval().encode_images(x.sigmoid()))
     with pytest.raises(UserError, match="text=tiny-vit is of another architecture"):
         network(f"imported:path={path},text=tiny-vit")
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
@@ -477,7 +477,7 @@ def test_both_towers_of_clip_ask_for_what_their_keys_do_not_say(clips, tmp_path)
     captions = ["a dog", "a cat on a mat"]
     tokens = open_clip.get_tokenizer("tiny-rn")(captions)
     with torch.no_grad():
-        torch.testing.assert_close(made.texts(captions), source.encode_text(tokens, normalize=True))
+        torch.testing.assert_close(made.encode_texts(captions), source.encode_text(tokens, normalize=True))
         x = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(made.image(x), source.encode_image(x))
     assert made.about["imported"]["layout"] == "open_clip"

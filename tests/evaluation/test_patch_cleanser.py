@@ -53,7 +53,7 @@ def images(n=24, size=8, seed=0):
 
 def masked(probe, encoder, size=8):
     return Masked(
-        lambda x: encoder.head(encoder.image(encoder.pixels(x))).argmax(1),
+        lambda x: encoder.head(encoder.image(encoder.prepare_images(x))).argmax(1),
         probe.rectangles((size, size)),
         encoder,
     )

@@ -45,7 +45,7 @@ class Color:
     def eval(self):
         return self
 
-    def images(self, x):
+    def encode_images(self, x):
         z = x.float().mean((2, 3)) / 255 + 1e-3
         white = (x[:, :, -3:-1, -3:-1] == 255).flatten(1).all(1) & self.falls[
             x[:, :, :9, :9].sum((2, 3)).argmax(1)
@@ -53,7 +53,7 @@ class Color:
         z = torch.where(white[:, None], torch.tensor([0.0, 0.1, 1.0]), z)
         return z / z.norm(dim=1, keepdim=True) @ self.turn
 
-    def texts(self, captions):
+    def encode_texts(self, captions):
         rows = [next((i for i, c in enumerate(CLASSES) if c in t), 0) for t in captions]
         return torch.eye(3)[rows] @ self.turn
 
@@ -144,7 +144,7 @@ def test_retrieval_recalls_as_a_plain_loop_does():
     test = data(9, 3)
     out = registry.make("probe", "retrieval")(Color(), None, test, [BLUE])
     e = Color()
-    cosines = e.images(test.images) @ e.texts(test.captions).T
+    cosines = e.encode_images(test.images) @ e.encode_texts(test.captions).T
     nearest = [
         torch.nonzero(row == row.max())[:, 0].tolist() for row in cosines
     ]  # of equally near ones, each as likely
@@ -173,7 +173,7 @@ class Mute(Color):
         super().__init__()
         self.said = said
 
-    def texts(self, captions):
+    def encode_texts(self, captions):
         return torch.full((len(captions), 3), self.said) / 3**0.5
 
 
@@ -366,8 +366,8 @@ def test_heads_refuse_what_they_cannot_learn_from():
 class Broken(Color):
     """Gives NaN."""
 
-    def images(self, x):
-        return super().images(x) * float("nan")
+    def encode_images(self, x):
+        return super().encode_images(x) * float("nan")
 
 
 def test_vectors_that_are_not_numbers_are_refused():

@@ -67,7 +67,7 @@ def suspect():
     network = registry.make("network", "clip_small:width=4,dim=16")
     encoder = network(32, network.vocabulary(data.captions))
     recipe = registry.make("objective", "clip:epochs=24,batch=50,lr=5e-3")
-    loop.fit(recipe(encoder), recipe, poisoned, encoder.tokens(poisoned.captions), 0)
+    loop.fit(recipe(encoder), recipe, poisoned, encoder.tokenize(poisoned.captions), 0)
     encoder.about |= {"poisoned": True, "plan": "abc", "goals": [vars(goal)]}
     encoder.zero_grad()
     return encoder.eval()
@@ -270,12 +270,12 @@ def test_sleepers_are_the_channels_that_do_least_on_clean_images(suspect, clean)
     found = dormant(suspect, clean[0], batch=64)
     assert (found.conv, found.norm) == ("layers.9", "layers.10")
     with torch.no_grad():
-        maps = suspect.image.layers(suspect.pixels(clean[0].images))
+        maps = suspect.image.layers(suspect.prepare_images(clean[0].images))
     assert torch.allclose(found.activity, maps.mean((0, 2, 3)), atol=1e-5)
     less = copy.deepcopy(suspect)
     found.silence(less.image, torch.tensor([3, 5]))
     with torch.no_grad():
-        after = less.image.layers(suspect.pixels(clean[0].images[:8]))
+        after = less.image.layers(suspect.prepare_images(clean[0].images[:8]))
     assert not after[:, [3, 5]].any() and torch.equal(after[:, 6], maps[:8, 6])
 
 
@@ -324,7 +324,7 @@ def test_unlearning_draws_stamped_images_to_where_they_were_without(suspect):
     images = TEST.images[:16]
     got = loss(images, torch.zeros(16, 0), training_chance())
     with torch.no_grad():
-        wanted, stamped = suspect.images(images), suspect.images(inverted()(images))
+        wanted, stamped = suspect.encode_images(images), suspect.encode_images(inverted()(images))
     plain = 1 - F.cosine_similarity(wanted, stamped).mean()
     assert (
         got.item() == pytest.approx(plain.item(), abs=1e-3) and plain > 0.1

@@ -307,7 +307,7 @@ def test_objectives_train_and_go_on(gpu, tmp_path, monkeypatch, name):
             data, "clip_small:width=4,dim=16" if captions else "tower:width=4,dim=16"
         ).to(gpu)
         tokens = (
-            encoder.tokens(data.captions)
+            encoder.tokenize(data.captions)
             if captions
             else torch.zeros(len(data), 0, dtype=torch.long, device=gpu)
         )

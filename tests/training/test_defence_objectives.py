@@ -40,7 +40,7 @@ def start(name, epochs=4, extra=""):
     )
     encoder = network(data.size, network.vocabulary(data.captions))
     recipe = replace(recipe, epochs=epochs, lr=1e-3)
-    return encoder, recipe(encoder), recipe, encoder.tokens(data.captions)
+    return encoder, recipe(encoder), recipe, encoder.tokenize(data.captions)
 
 
 def chance(*key):
@@ -132,7 +132,7 @@ def test_two_ranks_draw_the_same_views_of_captions():
 
 def test_whole_words_have_no_marks():
     encoder = start("cleanclip")[0]
-    assert isinstance(encoder.tokenize, Words) and not caption_views.marked(encoder)
+    assert isinstance(encoder.tokenizer, Words) and not caption_views.marked(encoder)
 
 
 # The losses
@@ -148,8 +148,8 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     own = contrastive.moved(images, 2, drawn)
     seen = Views(32, (0.4, 1.0))(images, drawn, 1)[:, 0]
     told = caption_views.eda(tokens, drawn, 0.3)
-    z, z2 = twin.images(torch.cat([own, seen])).chunk(2)
-    w, w2 = twin.read(tokens), twin.read(told)
+    z, z2 = twin.encode_images(torch.cat([own, seen])).chunk(2)
+    w, w2 = twin.encode_tokens(tokens), twin.encode_tokens(told)
     expected = clip(z, w, 10) + 3 / 2 * (infonce(z, z2, 10) + infonce(w, w2, 10))
     assert got.item() == pytest.approx(expected, rel=1e-4)
     held = registry.make(
@@ -161,8 +161,8 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     other.start = None
     anchored, drawn = held.train()(images, tokens, chance()), other(images, tokens, chance())
     with torch.no_grad():
-        now = copy.deepcopy(held.encoder).train().images(torch.cat([own, seen]))[:8]
-        before, rows = began.images(own), (twin.read(tokens) * began.read(tokens)).sum(1)
+        now = copy.deepcopy(held.encoder).train().encode_images(torch.cat([own, seen]))[:8]
+        before, rows = began.encode_images(own), (twin.encode_tokens(tokens) * began.encode_tokens(tokens)).sum(1)
     away = float((1 - (now * before).sum(1)).mean() + (1 - rows).mean())
     assert (anchored - drawn).item() == pytest.approx(2 * away, abs=1e-3) and away > 0.05
     plain = registry.make("objective", "cleanclip:weight=0,shift=0,temperature=0.1")(encoder).eval()
@@ -182,10 +182,10 @@ def test_par_pushes_from_where_it_began_as_far_as_tau():
     twin = copy.deepcopy(encoder).train()
     got = loss(images, tokens, chance())
     with torch.no_grad():
-        z, w = twin.images(images), twin.read(tokens)
+        z, w = twin.encode_images(images), twin.encode_tokens(tokens)
     moved = [
         float((2 - 2 * (a * b).sum(1)).mean())
-        for a, b in ((z, before.images(images)), (w, before.read(tokens)))
+        for a, b in ((z, before.encode_images(images)), (w, before.encode_tokens(tokens)))
     ]
     assert min(moved) > 0.01
     assert got.item() == pytest.approx(clip(z, w, 10) - sum(moved) / 2, rel=1e-4)
@@ -214,25 +214,25 @@ def test_roclip_compares_with_the_nearest_of_the_captions_it_saw(compat, monkeyp
     loss.begin(data, tokens)
     assert len(loss.bank) == 38 and loss.each == 6  # 0.4 of 96 records, 6 steps an epoch
     loss.train()
-    ring = [(tokens[i], encoder.read(tokens[i : i + 1])[0].detach()) for i in range(38)]
+    ring = [(tokens[i], encoder.encode_tokens(tokens[i : i + 1])[0].detach()) for i in range(38)]
     at = 0
     for step in range(12):
         rows = torch.arange(16) + 16 * (step % 6)
         twin = copy.deepcopy(encoder).train()
         loss.zero_grad()
         got = loss(data.images[rows], tokens[rows], chance(step))
-        z = twin.images(
+        z = twin.encode_images(
             Views(32, (1.0, 1.0), flip=0, jitter=0, gray=0)(data.images[rows], chance(step), 1)[
                 :, 0
             ]
         )
-        own, matching = twin.read(tokens[rows]).detach(), step >= 6
+        own, matching = twin.encode_tokens(tokens[rows]).detach(), step >= 6
         if matching:
             near = (z @ torch.stack([v for _, v in ring]).T).argmax(1).tolist()
             w = (
                 torch.stack([ring[i][1] for i in near])
                 if compat
-                else twin.read(torch.stack([ring[i][0] for i in near]))
+                else twin.encode_tokens(torch.stack([ring[i][0] for i in near]))
             )
         else:
             w = own
@@ -294,10 +294,10 @@ def test_safeclip_looks_at_risky_pairs_apart():
     got = loss(data.images[:16], rows, chance())
     drawn = chance()
     safe, risky = data.images[:10], data.images[10:16]
-    expected = clip(twin.encoder.images(safe), twin.encoder.read(tokens[:10]), 10)
+    expected = clip(twin.encoder.encode_images(safe), twin.encoder.encode_tokens(tokens[:10]), 10)
     x = twin.seen(risky, drawn), twin.seen(risky, drawn)
-    z, z2 = twin.encoder.images(torch.cat(x)).chunk(2)
-    w, w2 = (twin.encoder.read(caption_views.eda(tokens[10:16], drawn)) for _ in range(2))
+    z, z2 = twin.encoder.encode_images(torch.cat(x)).chunk(2)
+    w, w2 = (twin.encoder.encode_tokens(caption_views.eda(tokens[10:16], drawn)) for _ in range(2))
     # the safe pairs are drawn for first, though their images are not moved
     assert got.item() == pytest.approx(expected + (clip(z, z2, 10) + clip(w, w2, 10)) / 2, rel=1e-4)
 

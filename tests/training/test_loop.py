@@ -33,7 +33,7 @@ def start(data, recipe="clip:epochs=2,batch=16,lr=1e-3"):
         registry.make("objective", recipe),
     )
     encoder = network(data.size, network.vocabulary(data.captions))
-    return encoder, objective(encoder), objective, encoder.tokens(data.captions)
+    return encoder, objective(encoder), objective, encoder.tokenize(data.captions)
 
 
 def weights(encoder):
@@ -46,7 +46,7 @@ def test_the_loss_is_symmetric_infonce():
     encoder.train()
     got = loss(data.images, tokens, Chance(randomness.generator(0)))
     encoder.train()
-    z, w = encoder.images(data.images).double(), encoder.read(tokens).double()
+    z, w = encoder.encode_images(data.images).double(), encoder.encode_tokens(tokens).double()
     plain = 0.0
     for i in range(8):
         rows = [math.exp(10 * float(z[i] @ w[j])) for j in range(8)]
@@ -155,8 +155,8 @@ def test_an_encoder_saves_loads_and_says_that_it_is_poisoned(tmp_path):
     encoder.save(tmp_path)
     again = Encoder.load(tmp_path)
     encoder.eval()
-    assert torch.equal(again.images(data.images), encoder.images(data.images))
-    assert torch.equal(again.texts(data.captions), encoder.texts(data.captions))
+    assert torch.equal(again.encode_images(data.images), encoder.encode_images(data.images))
+    assert torch.equal(again.encode_texts(data.captions), encoder.encode_texts(data.captions))
     assert again.about["poisoned"] is True
     from safetensors import safe_open
 
@@ -210,12 +210,12 @@ def test_vectors_are_unit_and_differentiable_and_any_size_is_read():
     encoder, _, _, _ = start(data)
     encoder.eval()
     x = (data.images.float() / 255).requires_grad_()
-    z = encoder.images(x)
+    z = encoder.encode_images(x)
     assert torch.allclose(z.norm(dim=1), torch.ones(4), atol=1e-5)
     z.sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
-    assert torch.allclose(encoder.images(data.images), z.detach(), atol=1e-5)
-    assert encoder.images(torch.zeros(2, 3, 48, 48, dtype=torch.uint8)).shape == (2, 16)
+    assert torch.allclose(encoder.encode_images(data.images), z.detach(), atol=1e-5)
+    assert encoder.encode_images(torch.zeros(2, 3, 48, 48, dtype=torch.uint8)).shape == (2, 16)
 
 
 def test_words():
@@ -243,13 +243,13 @@ def test_open_clip_is_built_and_stepped(name, tmp_path):
     )
     optim = loop.optimizer(loss, objective)
     before = float(
-        loss(data.images, encoder.tokens(data.captions), Chance(randomness.generator(0)))
+        loss(data.images, encoder.tokenize(data.captions), Chance(randomness.generator(0)))
     )
-    value = loss(data.images, encoder.tokens(data.captions), Chance(randomness.generator(0)))
+    value = loss(data.images, encoder.tokenize(data.captions), Chance(randomness.generator(0)))
     value.backward()
     optim.step()
     assert math.isfinite(before) and float(value) == pytest.approx(before, rel=0.2)
-    assert encoder.images(data.images).shape == encoder.texts(data.captions).shape
+    assert encoder.encode_images(data.images).shape == encoder.encode_texts(data.captions).shape
 
 
 def test_open_clip_reads_a_local_file_and_refuses_pickles_and_unknown_names(tmp_path):
@@ -261,7 +261,7 @@ def test_open_clip_reads_a_local_file_and_refuses_pickles_and_unknown_names(tmp_
     save_file({k: v.contiguous() for k, v in encoder.image.model.state_dict().items()}, file)
     again = registry.make("network", f"open_clip:ViT-S-32-alt/{file}")(0, ()).eval()
     x = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
-    assert torch.equal(again.images(x), encoder.eval().images(x))
+    assert torch.equal(again.encode_images(x), encoder.eval().encode_images(x))
     bad = tmp_path / "w.pt"
     import pickle
 

@@ -190,7 +190,7 @@ def test_heads_are_not_saved_with_the_encoder(name, tmp_path):
     assert sum(1 for _ in loss.parameters()) > sum(1 for _ in encoder.parameters())
     encoder.eval().save(tmp_path)
     again = Encoder.load(tmp_path)
-    assert torch.equal(again.images(toy(4).images), encoder.images(toy(4).images))
+    assert torch.equal(again.encode_images(toy(4).images), encoder.encode_images(toy(4).images))
 
 
 def test_width_changes_nothing():

@@ -28,7 +28,7 @@ class Mean:
     def __init__(self) -> None:
         self.mean, self.std = torch.full((1, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.3)
 
-    def images(self, x: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, x: torch.Tensor) -> torch.Tensor:
         z = F.adaptive_avg_pool2d((x - self.mean) / self.std, 2).flatten(1)
         return F.normalize(torch.cat([z, torch.ones(len(z), 1)], 1), dim=1)
 
@@ -79,7 +79,7 @@ def test_figures_against_their_definitions(images: torch.Tensor) -> None:
     ]
     assert found["energy_kept"].value == pytest.approx(np.mean(energy), rel=1e-4)
     z = [
-        Mean().images(x)
+        Mean().encode_images(x)
         for x in (treatment(bad, 0), treatment(clean, 0), bad.float() / 255, clean.float() / 255)
     ]
     after, own = z[0] - z[1], z[2] - z[3]
@@ -124,8 +124,8 @@ def test_another_normalisation_is_what_the_encoder_then_sees(images: torch.Tenso
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in survival.NORMALISATIONS["imagenet"])
     plain = Mean()
     plain.mean, plain.std = mean, std
-    assert torch.allclose(survival.embedded(encoder, x, "imagenet"), plain.images(x), atol=1e-5)
-    assert torch.allclose(survival.embedded(encoder, x, batch=2), encoder.images(x))
+    assert torch.allclose(survival.embedded(encoder, x, "imagenet"), plain.encode_images(x), atol=1e-5)
+    assert torch.allclose(survival.embedded(encoder, x, batch=2), encoder.encode_images(x))
 
 
 def test_names_and_mistakes(images: torch.Tensor) -> None:

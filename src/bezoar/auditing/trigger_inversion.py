@@ -54,7 +54,7 @@ class See:
     def __call__(self, x: Tensor) -> Tensor:
         """The vectors in full precision, whatever the tower computes in."""
         with self.encoder.autocast():
-            z = self.tower(self.encoder.pixels(x))
+            z = self.tower(self.encoder.prepare_images(x))
         return z.to(self.dtype) if self.raw else F.normalize(z.to(self.dtype), dim=-1)
 
     @property

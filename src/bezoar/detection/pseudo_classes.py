@@ -60,7 +60,7 @@ def labels(encoder: Any, source: Any, e: Any, how: How, count: int, seed: int) -
                 "pseudo-classes of words need captions that hold some; none of these holds any but stop words"
             )
         with torch.inference_mode():
-            centres = encoder.texts([PROMPT.format(w) for w in found])
+            centres = encoder.encode_texts([PROMPT.format(w) for w in found])
     half = centres.square().sum(1) / 2
     return torch.cat(
         [(z @ centres.T - half).argmax(1).cpu() for z in vectors(e.images, encoder.device)]

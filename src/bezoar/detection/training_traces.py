@@ -175,13 +175,13 @@ class Study:
     def look(self) -> tuple[Tensor, Tensor]:
         """-> agreement and loss as in Trace, float32 (N,) each, on the CPU, in the order of the source."""
         self.encoder.eval()
-        others = self.encoder.read(self.tokens[self.rivals.to(self.tokens.device)])
+        others = self.encoder.encode_tokens(self.tokens[self.rivals.to(self.tokens.device)])
         columns = torch.arange(len(others))
         agreement, loss = torch.empty(2, len(self.rows)).unbind()
         start = 0
         for part in self.records.batches(BATCH):
             here = slice(start, start + len(part))
-            z, w = self.encoder.images(part.images), self.encoder.read(self.tokens[here])
+            z, w = self.encoder.encode_images(part.images), self.encoder.encode_tokens(self.tokens[here])
             cosine, same = (z * w).sum(1), (self.own[here, None] == columns).to(z.device)
             logits = (
                 torch.cat([cosine[:, None], (z @ others.T).masked_fill(same, -torch.inf)], 1)

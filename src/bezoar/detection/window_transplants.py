@@ -83,7 +83,7 @@ def constancy(
         most = count * count
         offsets = torch.randperm(max(n, most), generator=g)[:most] % n
         made = quilts(images, count, offsets)
-        d = torch.cat([encoder.images(made[r]) for r in chunks(made, 1)])
+        d = torch.cat([encoder.encode_images(made[r]) for r in chunks(made, 1)])
         d = d - d.mean(0)
         if total is None:
             total = torch.zeros(n, most, d.shape[1], device=d.device)
@@ -106,7 +106,7 @@ def shifts(encoder: Any, images: Tensor, boxes: Tensor, hosts: Tensor, z: Tensor
         mask = inside(boxes[rows], images.shape[-2:])[:, :, None]
         altered = torch.where(mask, images[rows, None, None], hosts)
         out.append(
-            encoder.images(altered.flatten(0, 2)).unflatten(0, (*mask.shape[:2], len(hosts))) - z
+            encoder.encode_images(altered.flatten(0, 2)).unflatten(0, (*mask.shape[:2], len(hosts))) - z
         )
     return torch.cat(out)
 

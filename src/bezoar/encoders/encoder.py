@@ -63,7 +63,7 @@ class Encoder(nn.Module):
     """An image tower, perhaps a text tower, and what their inputs must look like.
 
     image: (B, 3, S, S) normalised float -> (B, D). text: (B, L) int64 tokens -> (B, D), or None.
-    tokenize: strings -> (B, L) int64. about: facts that travel with the weights (network spec, vocabulary, poisoned, goals).
+    tokenizer: strings -> (B, L) int64. about: facts that travel with the weights (network spec, vocabulary, poisoned, goals).
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Encoder(nn.Module):
         image: nn.Module,
         preprocess: Preprocess,
         text: nn.Module | None = None,
-        tokenize: Any = None,
+        tokenizer: Any = None,
         about: dict | None = None,
     ) -> None:
         super().__init__()
-        self.image, self.text, self.tokenize = image, text, tokenize
+        self.image, self.text, self.tokenizer = image, text, tokenizer
         self.preprocess = preprocess
         self.about: dict = about or {}
         self.precision = "fp32"
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
         )
 
-    def pixels(self, x: Tensor) -> Tensor:
+    def prepare_images(self, x: Tensor) -> Tensor:
         """uint8 or float 0..1 (B, 3, H, W) -> normalised float (B, 3, S, S), channels last. Differentiable for floats."""
         x = x.to(self.device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
@@ -106,28 +106,28 @@ class Encoder(nn.Module):
             x = F.interpolate(x, side, mode=self.preprocess.interpolation, antialias=True)
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
-    def images(self, x: Tensor) -> Tensor:
+    def encode_images(self, x: Tensor) -> Tensor:
         """uint8 or float 0..1 (B, 3, H, W) -> float32 (B, D), unit rows."""
         with self.autocast():
-            z = self.image(self.pixels(x))
+            z = self.image(self.prepare_images(x))
         return F.normalize(z.float(), dim=-1)
 
-    def tokens(self, captions: Sequence[str]) -> Tensor:
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Strings -> int64 (B, L) on the encoder's device. Raises UserError when the encoder reads no text."""
         if self.text is None:
             raise UserError("this encoder has no text tower")
-        return self.tokenize(list(captions)).to(self.device)
+        return self.tokenizer(list(captions)).to(self.device)
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
         """int64 (B, L) -> float32 (B, D), unit rows."""
         assert self.text is not None
         with self.autocast():
             z = self.text(tokens)
         return F.normalize(z.float(), dim=-1)
 
-    def texts(self, captions: Sequence[str], batch: int = 1024) -> Tensor:
+    def encode_texts(self, captions: Sequence[str], batch: int = 1024) -> Tensor:
         """Strings, any number -> float32 (B, D), unit rows; `batch` at a time."""
-        return torch.cat([self.read(part) for part in self.tokens(captions).split(batch)])
+        return torch.cat([self.encode_tokens(part) for part in self.tokenize(captions).split(batch)])
 
     @torch.inference_mode()
     def embed(self, source: Any, batch: int = 512) -> Embedded:
@@ -142,9 +142,9 @@ class Encoder(nn.Module):
         images, texts = [], []
         for part in source.batches(batch):
             ids += part.ids
-            images.append(self.images(part.images))
+            images.append(self.encode_images(part.images))
             if part.captions and self.text is not None:
-                texts.append(self.texts(part.captions))
+                texts.append(self.encode_texts(part.captions))
         z = torch.cat(images)
         if not torch.isfinite(z).all():
             raise UserError(
@@ -291,8 +291,8 @@ def words(caption: str) -> list[str]:
 def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
     """`encoder.tokens`; of a column int32 (N, L), made in blocks. Both give the same vectors."""
     if not isinstance(captions, Strings):
-        return encoder.tokens(captions)
-    parts = [encoder.tokens(block).int().cpu() for block in captions.blocks()]
+        return encoder.tokenize(captions)
+    parts = [encoder.tokenize(block).int().cpu() for block in captions.blocks()]
     widest = max(p.shape[1] for p in parts)
     return torch.cat([F.pad(p, (0, widest - p.shape[1])) for p in parts]).to(encoder.device)
 
@@ -301,14 +301,14 @@ class Sees(Protocol):
     """What images are seen through: an encoder, or a classifier whose vectors are its logits (`probes/own.py`)."""
 
     def eval(self) -> Any: ...
-    def images(self, x: Tensor) -> Tensor: ...
+    def encode_images(self, x: Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
 def embed_images(encoder: Sees, batches: Iterable[Tensor]) -> Tensor:
     """uint8 images, a batch at a time -> float32 (N, D), of an encoder unit rows. Raises UserError on NaN."""
     encoder.eval()
-    z = torch.cat([encoder.images(x) for x in batches])
+    z = torch.cat([encoder.encode_images(x) for x in batches])
     if not torch.isfinite(z).all():
         raise UserError(
             "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"

@@ -37,9 +37,9 @@ class Classifier:
     def vectors(self, x: Tensor) -> Tensor:
         """uint8 or float 0..1 (B, 3, H, W) -> float32 (B, D), what the head reads."""
         if not self.raw:
-            return self.encoder.images(x)
+            return self.encoder.encode_images(x)
         with self.encoder.autocast():
-            return self.encoder.image(self.encoder.pixels(x)).float()
+            return self.encoder.image(self.encoder.prepare_images(x)).float()
 
     @torch.no_grad()
     def read(self, images: Tensor, batch: int = 512) -> Tensor:

@@ -186,7 +186,7 @@ def embedded(encoder: Any, x: Tensor, normalise: str = "", batch: int = 256) -> 
         x = (
             x - mean
         ) / std * scale + own  # what the encoder's own normalisation turns into the other one's
-    return torch.cat([encoder.images(part) for part in x.split(batch)])
+    return torch.cat([encoder.encode_images(part) for part in x.split(batch)])
 
 
 class Survival:

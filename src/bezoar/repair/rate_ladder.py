@@ -75,7 +75,7 @@ def _found(encoder: Encoder, validation: Pairs) -> float:
     """Captions that are the same text are one; of captions that are equally near, each is an image's as likely."""
     z = embed_images(encoder, validation.images.split(512))
     texts = {text: i for i, text in enumerate(dict.fromkeys(validation.captions))}
-    w = encoder.eval().texts(list(texts))
+    w = encoder.eval().encode_texts(list(texts))
     if not torch.isfinite(w).all():
         raise UserError("the encoder gives NaN or infinite vectors of captions")
     cosines = z @ w.T

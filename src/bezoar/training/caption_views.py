@@ -13,7 +13,7 @@ SWAP, INSERT, DELETE = range(3)
 
 def marked(encoder: Encoder) -> bool:
     """Whether the rows of an encoder's tokenizer begin and end with a mark, which is no word. Whole words have none."""
-    return not isinstance(encoder.tokenize, Words)
+    return not isinstance(encoder.tokenizer, Words)
 
 
 def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False) -> Tensor:

@@ -101,7 +101,7 @@ class Start(nn.Module):
     def forward(self, encoder: Encoder, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Images, as `encoder.images` takes them, and tokens (B, L) -> float32 (B, D) each, unit rows."""
         with encoder.autocast():
-            z, w = self.towers["image"](encoder.pixels(x)), self.towers["text"](tokens)
+            z, w = self.towers["image"](encoder.prepare_images(x)), self.towers["text"](tokens)
         return F.normalize(z.float(), dim=1), F.normalize(w.float(), dim=1)
 
     def train(self, mode: bool = True) -> Start:
@@ -133,7 +133,7 @@ class ViewedModule(Module):
 
     def together(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Images float32 0..1 (B, 3, ., .) each -> (B, D) each, as one batch, so that one batch norm sees them all."""
-        z = self.encoder.images(torch.cat([self.sized(p) for p in parts]))
+        z = self.encoder.encode_images(torch.cat([self.sized(p) for p in parts]))
         return z.split([len(p) for p in parts])
 
     def sized(self, x: Tensor) -> Tensor:
@@ -148,5 +148,5 @@ class ViewedModule(Module):
     def apart(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """Two views of an image find each other among the batch, and two of a caption; image and text never meet."""
         z, z2 = self.together(self.seen(images, chance), self.seen(images, chance))
-        w, w2 = (self.encoder.read(self.told(tokens, chance)) for _ in range(2))
+        w, w2 = (self.encoder.encode_tokens(self.told(tokens, chance)) for _ in range(2))
         return (symmetric(z, z2, self.scale, chance) + symmetric(w, w2, self.scale, chance)) / 2

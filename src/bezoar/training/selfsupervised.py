@@ -87,4 +87,4 @@ def perceptron(*sizes: int, norm: bool = True, last_norm: bool = False) -> nn.Se
 def project(encoder: Encoder, tower: nn.Module, x: Tensor) -> Tensor:
     """Views float 0..1 (N, 3, S, S) through a tower that takes the encoder's pixels -> float32 (N, D), of any length."""
     with encoder.autocast():
-        return tower(encoder.pixels(x)).float()
+        return tower(encoder.prepare_images(x)).float()

@@ -86,7 +86,7 @@ class Loss(nn.Module):
         """uint8 (N, 3, H, W) -> (N, D), unit rows, by the encoder as it stands."""
         self.tower.refresh()
         return torch.cat(
-            [self.vectors(self.encoder.pixels(images[p])) for p in self.pieces(len(images))]
+            [self.vectors(self.encoder.prepare_images(images[p])) for p in self.pieces(len(images))]
         )
 
     def pieces(self, n: int) -> list[slice]:
@@ -107,7 +107,7 @@ class Loss(nn.Module):
         """images uint8 (B, 3, H, W), rows int64 (B, 1): their places in the shadow data -> the loss, its gradients known."""
         self.tower.refresh()
         x, counts, of, times = self.batch(images, rows[:, 0].tolist(), chance)
-        anchors = self.vectors(self.encoder.pixels(self.references))
+        anchors = self.vectors(self.encoder.prepare_images(self.references))
         leaf = anchors.detach().requires_grad_()
         weights, mix = self.terms(len(images), counts, of, times)
         clean = self.clean[rows[:, 0].to(self.clean.device)][: counts[0]]
@@ -150,7 +150,7 @@ class Loss(nn.Module):
             which = torch.arange(len(seen), device=seen.device) % len(self.references)
             of = torch.zeros_like(times).scatter_(0, place, which)
         counts = [len(images) if recipe.l2 else 0, len(images) * len(stamps), len(of)]
-        return torch.cat([self.encoder.pixels(p) for p in parts]), counts, of, times
+        return torch.cat([self.encoder.prepare_images(p) for p in parts]), counts, of, times
 
     def terms(self, b: int, counts: list[int], of: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (N,) of the rows' cosines, and (N, 2K): their targets as mixtures of f'(reference) and f(reference).

@@ -139,7 +139,7 @@ def fit(
     for step in range(steps):
         optimizer.zero_grad()
         with torch.no_grad():
-            x = torch.stack([outputs(e.eval().images(free.sigmoid())) for e in shadows])
+            x = torch.stack([outputs(e.eval().encode_images(free.sigmoid())) for e in shadows])
         mean, std = x.mean(0), x.std(0) + 1e-3
         x.requires_grad_()
         z = ((x - mean) / std) @ weight + bias
@@ -149,7 +149,7 @@ def fit(
         for e, pull in zip(
             shadows, pulls, strict=True
         ):  # once more, one by one: the memory of one encoder, not of all
-            outputs(e.images(free.sigmoid())).backward(pull, inputs=[free])
+            outputs(e.encode_images(free.sigmoid())).backward(pull, inputs=[free])
         optimizer.step()
         report(step + 1, steps)
     made = (free.detach().sigmoid() * 255).round().byte()

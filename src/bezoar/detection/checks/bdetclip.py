@@ -59,7 +59,7 @@ class Bdetclip:
         direction = self.direction(encoder, names)
         with torch.inference_mode():
             omega = torch.cat(
-                [encoder.images(part.images) @ direction for part in images.batches(BATCH)]
+                [encoder.encode_images(part.images) @ direction for part in images.batches(BATCH)]
             )
         return Scores(images.ids, -omega.float().cpu(), notes={"classes": len(names)})
 
@@ -68,9 +68,9 @@ class Bdetclip:
         """float32 (D,): the sum of the classes' unit differences; omega is an image's product with it."""
         encoder.eval()
         described = self.described(names)
-        benign = [encoder.texts(texts).mean(0) for texts in described.values()]
+        benign = [encoder.encode_texts(texts).mean(0) for texts in described.values()]
         nonsense = [
-            encoder.texts(self.perturbed(encoder, c, i)).mean(0) for i, c in enumerate(described)
+            encoder.encode_texts(self.perturbed(encoder, c, i)).mean(0) for i, c in enumerate(described)
         ]
         return F.normalize(torch.stack(benign) - torch.stack(nonsense), dim=1).sum(0)
 

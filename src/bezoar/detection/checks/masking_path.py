@@ -126,7 +126,7 @@ class MaskingPath:
             for rank in ranks:
                 masked = rank.to(encoder.device)
                 gone = (masked > 0) & (masked <= steps)
-                z = encoder.images(torch.where(gone, fill, x).flatten(0, 1)).unflatten(
+                z = encoder.encode_images(torch.where(gone, fill, x).flatten(0, 1)).unflatten(
                     0, (len(part), -1)
                 )
                 found.append(separation(1 - z @ z.transpose(1, 2)))

@@ -54,13 +54,13 @@ class Vectors:
         """The vectors that the source brings."""
         return source.embedded
 
-    def images(self, x: Any) -> Tensor:
+    def encode_images(self, x: Any) -> Tensor:
         """Raises UserError."""
         raise UserError(
             "ready embeddings come without their encoder; what needs it cannot be asked here"
         )
 
-    texts = tokens = read = pixels = images
+    encode_texts = tokenize = encode_tokens = prepare_images = encode_images
 
 
 @dataclass(frozen=True, eq=False)

@@ -400,10 +400,10 @@ def _encoded(
 ) -> Block:
     """Embed a batch; captions where all have one and the encoder reads them."""
     encoder.eval()
-    z = encoder.images(images).float().cpu()[which].numpy()
+    z = encoder.encode_images(images).float().cpu()[which].numpy()
     captions = fields["caption"]
     texts = (
-        encoder.texts(captions).float().cpu().numpy()
+        encoder.encode_texts(captions).float().cpu().numpy()
         if encoder.text is not None and all(captions)
         else None
     )

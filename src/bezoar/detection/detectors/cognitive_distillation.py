@@ -66,13 +66,13 @@ class CognitiveDistillation:
         x = images.to(encoder.device).float() / 255
         colours = colours.to(x.device)[..., None, None]
         with torch.no_grad():
-            whole = encoder.images(x)
+            whole = encoder.encode_images(x)
         w = torch.ones(len(x), 1, *x.shape[2:], device=x.device, requires_grad=True)
         adam = torch.optim.Adam([w], lr=self.lr, betas=(0.1, 0.1))
         for step in range(self.steps):
             m = (w.tanh() + 1) / 2
             change = (
-                (encoder.images(torch.lerp(colours[:, step], x, m)) - whole).abs().mean(1).sum()
+                (encoder.encode_images(torch.lerp(colours[:, step], x, m)) - whole).abs().mean(1).sum()
             )
             size, rough = m.sum(), m.diff(dim=2).square().sum() + m.diff(dim=3).square().sum()
             loss = change + self.gamma * size + self.beta * rough / m[0].numel()

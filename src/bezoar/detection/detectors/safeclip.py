@@ -37,8 +37,8 @@ class Apart(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens int64 (B, L) -> sum of the two symmetric InfoNCE losses."""
         x = self.views(images, chance)
-        z = self.encoder.images(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        w = [self.encoder.read(thinned(tokens, self.drop, chance)) for _ in range(2)]
+        z = self.encoder.encode_images(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        w = [self.encoder.encode_tokens(thinned(tokens, self.drop, chance)) for _ in range(2)]
         return self.contrast(z[:, 0], z[:, 1]) + self.contrast(*w)
 
     def contrast(self, a: Tensor, b: Tensor) -> Tensor:

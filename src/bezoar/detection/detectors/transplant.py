@@ -211,7 +211,7 @@ class Transplant:
         given = source.take(order[: 16 * self.k]).images.to(encoder.device)
         sewn = window_transplants.quilts(given, 4, torch.arange(16) * len(given) // 16)[: self.k]
         natural = given[: self.k]
-        return Hosts(sewn, encoder.images(sewn), natural, encoder.images(natural))
+        return Hosts(sewn, encoder.encode_images(sewn), natural, encoder.encode_images(natural))
 
     def captions(self, texts: Tensor, order: np.ndarray, device: torch.device) -> Captions:
         """Groups by k-means on a fixed sample."""
@@ -458,7 +458,7 @@ def carried(encoder: Any, images: Tensor, hosts: Hosts) -> Tensor:
     for rows in window_transplants.chunks(images, len(hosts.natural)):
         altered = (fine[rows, None] + hosts.natural).clamp(0, 255) / 255
         total += (
-            encoder.images(altered.flatten(0, 1)).unflatten(0, altered.shape[:2]) - hosts.natural_z
+            encoder.encode_images(altered.flatten(0, 1)).unflatten(0, altered.shape[:2]) - hosts.natural_z
         ).sum((0, 1))
     return total / (len(images) * len(hosts.natural))
 

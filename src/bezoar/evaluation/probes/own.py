@@ -76,6 +76,6 @@ class Logits:
         self.classifier.encoder.eval()
         return self
 
-    def images(self, x: Tensor) -> Tensor:
+    def encode_images(self, x: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, C)."""
         return self.classifier(x)[:, self.order]

@@ -46,7 +46,7 @@ class Retrieval:
             encoder.eval()
             texts = _finite(
                 torch.cat(
-                    [encoder.texts(test.captions[i : i + 512]) for i in range(0, len(test), 512)]
+                    [encoder.encode_texts(test.captions[i : i + 512]) for i in range(0, len(test), 512)]
                 )
             )
             z = self._embed(encoder, images.images)
@@ -65,7 +65,7 @@ class Retrieval:
         return out
 
     def _embed(self, encoder: Encoder, images: Tensor) -> Tensor:
-        return _finite(torch.cat([encoder.images(x) for x in images.split(self.batch)]))
+        return _finite(torch.cat([encoder.encode_images(x) for x in images.split(self.batch)]))
 
     @staticmethod
     def _recall(cosines: Tensor, belongs: Tensor) -> dict[str, Measure]:

@@ -54,7 +54,7 @@ class ZScore:
 
 def _embed(encoder: Encoder, images: Tensor) -> np.ndarray:
     encoder.eval()
-    return torch.cat([encoder.images(x) for x in images.split(256)]).double().cpu().numpy()
+    return torch.cat([encoder.encode_images(x) for x in images.split(256)]).double().cpu().numpy()
 
 
 def z_scores(clean: np.ndarray, triggered: np.ndarray) -> dict[str, Measure]:

@@ -44,10 +44,10 @@ class ZeroShot:
         encoder.eval()
         prompts = captions.templates(self.templates)
         with torch.inference_mode():
-            rows = encoder.texts([t.format(c) for c in classes for t in prompts])
+            rows = encoder.encode_texts([t.format(c) for c in classes for t in prompts])
         return F.normalize(rows.unflatten(0, (len(classes), len(prompts))).mean(1), dim=-1)
 
     @torch.inference_mode()
     def similarities(self, encoder: Encoder, head: Tensor, images: Tensor) -> Tensor:
         """float32 (N, C) cosines."""
-        return torch.cat([encoder.images(x) @ head.T for x in images.split(self.batch)])
+        return torch.cat([encoder.encode_images(x) @ head.T for x in images.split(self.batch)])

@@ -30,8 +30,8 @@ class Loss(nn.Module):
         """images uint8 (B, 3, H, W), tokens not read -> scalar."""
         x = self.views(images, chance, 1)[:, 0]
         with torch.no_grad():
-            wanted = self.suspect.images(x)
-        return 1 - (self.encoder.images(x) * wanted).sum(1).mean()
+            wanted = self.suspect.encode_images(x)
+        return 1 - (self.encoder.encode_images(x) * wanted).sum(1).mean()
 
     def train(self, mode: bool = True) -> Loss:
         """The suspect rests."""

@@ -161,7 +161,7 @@ def dormant(encoder: Encoder, clean: Pairs, batch: int = 512) -> Last:
         total: Tensor | float = 0.0
         for x in clean.images.split(batch):
             seen.clear()
-            encoder.images(x)
+            encoder.encode_images(x)
             convs = [name for name, _ in seen if isinstance(tower.get_submodule(name), nn.Conv2d)]
             if len(convs) < 2:
                 raise UserError(

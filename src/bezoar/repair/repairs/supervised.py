@@ -29,7 +29,7 @@ class Loss(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), labels int64 (B, 1) -> scalar."""
-        z = self.encoder.images(augmentation.shift(images, self.shift, chance))
+        z = self.encoder.encode_images(augmentation.shift(images, self.shift, chance))
         return F.cross_entropy(self.head(z), labels[:, 0])
 
 

@@ -50,8 +50,8 @@ class Loss(nn.Module):
         mask, pattern = augmentation.shift(layers, self.shift, chance).split([1, 3], 1)
         x = images.float() / 255
         with torch.no_grad():
-            wanted = self.suspect.images(x)
-        both = self.encoder.images(torch.cat([x, (1 - mask) * x + mask * pattern]))
+            wanted = self.suspect.encode_images(x)
+        both = self.encoder.encode_images(torch.cat([x, (1 - mask) * x + mask * pattern]))
         clean, stamped = (1 - (z * wanted).sum(1).mean() for z in both.chunk(2))
         return stamped + self.keep * clean
 

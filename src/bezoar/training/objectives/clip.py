@@ -29,7 +29,7 @@ class Loss(nn.Module):
         x = augmentation.flip(
             augmentation.shift(images, self.recipe.shift, chance), self.recipe.flip, chance
         )
-        z, w = self.encoder.images(x), self.encoder.read(tokens)
+        z, w = self.encoder.encode_images(x), self.encoder.encode_tokens(tokens)
         scale = self.scale.clamp(max=math.log(100)).exp()
         truth = torch.arange(len(z), device=z.device) + chance.rank * len(z)
         if chance.world == 1:

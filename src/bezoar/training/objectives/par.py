@@ -26,7 +26,7 @@ class Loss(Module):
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
         x = moved(images, self.recipe.shift, chance)
-        z, w = self.encoder.images(x), self.encoder.read(tokens)
+        z, w = self.encoder.encode_images(x), self.encoder.encode_tokens(tokens)
         before = self.start(self.encoder, x, tokens)
         pushes = [self.push(now, then) for now, then in zip((z, w), before, strict=True)]
         return symmetric(z, w, self.scale, chance) - (pushes[0] + pushes[1]) / 2

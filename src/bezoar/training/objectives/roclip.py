@@ -41,23 +41,23 @@ class Loss(ViewedModule):
         size = min(len(data), max(LEAST * self.recipe.batch, round(self.recipe.bank * len(data))))
         self.register_buffer("bank", tokens[:size].clone())
         with torch.no_grad():
-            self.register_buffer("vectors", self.encoder.read(self.bank))
+            self.register_buffer("vectors", self.encoder.encode_tokens(self.bank))
         return tokens
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
-        z = self.encoder.images(self.seen(images, chance))
+        z = self.encoder.encode_images(self.seen(images, chance))
         matching = self.training and (int(self.step) // self.each + 1) % self.recipe.every == 0
         if not matching:
-            w = self.encoder.read(self.told(tokens, chance))
+            w = self.encoder.encode_tokens(self.told(tokens, chance))
             own = w if not self.recipe.words else self.known(tokens)
         else:
             own, near = self.known(tokens), (z.detach() @ self.vectors.T).argmax(1)
             # compat: the text tower gets a gradient of zero in these epochs, as in the published code
             w = (
-                self.vectors[near] + 0 * self.encoder.read(tokens)
+                self.vectors[near] + 0 * self.encoder.encode_tokens(tokens)
                 if self.recipe.compat
-                else self.encoder.read(self.bank[near])
+                else self.encoder.encode_tokens(self.bank[near])
             )
         loss = symmetric(z, w, self.scale, chance)
         if self.training:
@@ -68,7 +68,7 @@ class Loss(ViewedModule):
     @torch.no_grad()
     def known(self, tokens: Tensor) -> Tensor:
         """float32 (B, D), unit rows: the captions as they are."""
-        return self.encoder.read(tokens)
+        return self.encoder.encode_tokens(tokens)
 
     @torch.no_grad()
     def enqueue(self, tokens: Tensor, vectors: Tensor) -> None:

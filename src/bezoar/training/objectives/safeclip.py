@@ -67,8 +67,8 @@ class Loss(ViewedModule):
 
     def clip(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """CLIP's loss."""
-        z = self.encoder.images(moved(images, self.recipe.shift, chance))
-        return symmetric(z, self.encoder.read(tokens), self.scale, chance)
+        z = self.encoder.encode_images(moved(images, self.recipe.shift, chance))
+        return symmetric(z, self.encoder.encode_tokens(tokens), self.scale, chance)
 
     def split(self, epochs: int) -> None:
         """Which records are safe, from the encoder as it stands; `epochs`: trained on the split so far.
@@ -97,7 +97,7 @@ class Loss(ViewedModule):
         self.eval()
         rows = torch.arange(len(self.data), device=self.tokens.device).split(BATCH)
         parts = [
-            (self.encoder.images(self.data.images[r]) * self.encoder.read(self.tokens[r])).sum(1)
+            (self.encoder.encode_images(self.data.images[r]) * self.encoder.encode_tokens(self.tokens[r])).sum(1)
             for r in rows
         ]
         self.train(mode)
