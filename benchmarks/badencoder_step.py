@@ -163,7 +163,7 @@ def convolutions(batch: int) -> Callable[[int], float]:
     for m in encoder.image.modules():
         if isinstance(m, torch.nn.Conv2d):
             m.register_forward_pre_hook(keep)
-    rows = next(iter(folded_norms.pieces(total, 32, device))).stop
+    rows = next(iter(folded_norms.chunk_slices(total, 32, device))).stop
     with torch.no_grad():
         encoder.image(torch.zeros(rows, 3, 32, 32).contiguous(memory_format=torch.channels_last))
     seen = [(copy.copy(m), x) for m, x in seen]
@@ -171,7 +171,7 @@ def convolutions(batch: int) -> Callable[[int], float]:
         m._forward_pre_hooks = {}
 
     def step(_: int) -> float:
-        for piece in folded_norms.pieces(total, 32, device):
+        for piece in folded_norms.chunk_slices(total, 32, device):
             for module, x in seen:
                 y = module(x[: piece.stop - piece.start])
                 y.backward(torch.empty_like(y))

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.data.blocks import blocks
-from bezoar.encoders.encoder import Embedded
-from bezoar.evaluation.neighbors import Index, nearest
+from bezoar.encoders.encoder import EmbeddedRecords
+from bezoar.evaluation.neighbors import Index, nearest_neighbors
 
 K = 16
 
@@ -41,8 +41,8 @@ class Given:
 
     device, text = torch.device("cpu"), None
 
-    def embed(self, source: Tensor) -> Embedded:
-        return Embedded(tuple(map(str, range(len(source)))), source, None)
+    def embed(self, source: Tensor) -> EmbeddedRecords:
+        return EmbeddedRecords(tuple(map(str, range(len(source)))), source, None)
 
 
 def vectors(n: int, d: int, seed: int = 0) -> Tensor:
@@ -97,7 +97,7 @@ def peak_bytes() -> int:
 
 def exact(x: Tensor, rows: Tensor) -> dict[str, float]:
     """Share of rows whose k nearest are those by float64 differences, in order; largest difference of a distance."""
-    found = nearest(x, x, K, exclude_self=True)
+    found = nearest_neighbors(x, x, K, exclude_self=True)
     distance = torch.cat(
         [(x[i].double() - x.double()).square().sum(1).sqrt().float()[None] for i in rows]
     )
@@ -145,7 +145,7 @@ def main() -> None:
     calls: dict[str, Callable[[], object]] = {
         "k_distance": lambda: ours(("k_distance",), x),
         "slof_and_dao": lambda: ours(("slof", "dao"), few),
-        "nearest": lambda: nearest(x, x, K, exclude_self=True),
+        "nearest": lambda: nearest_neighbors(x, x, K, exclude_self=True),
     }
     slow = {
         "k_distance": lambda: plain_k_distance(x),
@@ -168,14 +168,14 @@ def main() -> None:
         held_flat.add(pool.numpy())
         calls |= {
             "faiss": lambda: flat(x, K + 1),
-            "distinct": lambda: nearest(others, x, K),
+            "distinct": lambda: nearest_neighbors(others, x, K),
             "faiss distinct": lambda: flat(others, K),
             "held": lambda: [held.search(asked[b]) for b in blocks(len(asked), held.step)],
             "faiss held": lambda: held_flat.search(asked.numpy(), K),
         }
     except ModuleNotFoundError:
         print("faiss is not installed; it is left out", file=sys.stderr)
-    nearest(few, few, K)
+    nearest_neighbors(few, few, K)
     times: dict[str, list[float]] = {
         name: [] for name in [*calls, *(f"published {s}" for s in slow)]
     }

@@ -52,8 +52,10 @@ def inputs(network: str, audit: str) -> tuple[Any, ...]:
             m.running_var.uniform_(0.5, 2)
     x = torch.rand(images, 3, SIZE, SIZE)
     with torch.no_grad():
-        head = torch.nn.functional.normalize(torch.randn(count, encoder.encode_images(x).shape[1]), dim=1)
-    return encoder, head, x, trigger_inversion.start(count, SIZE, SIZE, 0)
+        head = torch.nn.functional.normalize(
+            torch.randn(count, encoder.encode_images(x).shape[1]), dim=1
+        )
+    return encoder, head, x, trigger_inversion.initial_parameters(count, SIZE, SIZE, 0)
 
 
 def plain(network: str, audit: str) -> Callable[[], list[float]]:
@@ -96,17 +98,17 @@ def ours(network: str, audit: str) -> Callable[[], list[float]]:
         encoder, lambda z: 10 * z @ head.T, tuple(map(str, range(len(start)))), "drawn"
     )
     aim = decree.collapse if audit == "decree" else cleanse.into(classifier)
-    resting = trigger_inversion.resting(encoder)
+    resting = trigger_inversion.freeze_tower(encoder)
     see = resting.__enter__()  # for as long as the process lives: `step` holds on to it
-    search = trigger_inversion.Search(
-        start.clone(), trigger_inversion.Descent(1, len(x), weight=WEIGHT, patience=1 << 20)
+    search = trigger_inversion.TriggerSearch(
+        start.clone(), trigger_inversion.InversionRecipe(1, len(x), weight=WEIGHT, patience=1 << 20)
     )
     done = 0
 
     def step() -> list[float]:
         nonlocal done
         assert resting is not None
-        grad, success, norm = trigger_inversion.slope(
+        grad, success, norm = trigger_inversion.compute_gradients(
             search.u, search.which, search.weight, x, see, aim
         )
         search.keep(success, norm)

@@ -79,7 +79,7 @@ def scan(folder: Path, detectors: list[str], threads: int) -> dict[str, float]:
 
         setattr(module, name, call)
 
-    timed(corpus, "embedded", "vectors_s")
+    timed(corpus, "embed_corpus", "vectors_s")
     timed(verb, "detected", "detectors_s")
     watcher = threading.Thread(target=watch)
     watcher.start()

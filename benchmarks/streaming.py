@@ -28,10 +28,10 @@ from bezoar.attacks.plan import Goal
 from bezoar.data import decoding, shards
 from bezoar.data.files import images
 from bezoar.data.pairs import Pairs
-from bezoar.data.shards import Shards, expand
-from bezoar.data.stored_pairs import Indexed, opened
+from bezoar.data.shards import ShardSource, expand_paths
+from bezoar.data.stored_pairs import StoredPairs, open_records
 from bezoar.training import loop
-from bezoar.training.prefetch import Feed
+from bezoar.training.prefetch import Prefetcher
 
 
 def made(folder: Path, count: int, side: int) -> str:
@@ -45,14 +45,17 @@ def made(folder: Path, count: int, side: int) -> str:
     return str(folder)
 
 
-def drawn(records: Indexed, batch: int) -> None:
+def drawn(records: StoredPairs, batch: int) -> None:
     """An epoch, with one thread."""
-    feed = Feed(
-        records, torch.device("cpu"), lambda epoch: loop.order(0, epoch, len(records), batch), 1
+    feed = Prefetcher(
+        records,
+        torch.device("cpu"),
+        lambda epoch: loop.epoch_batches(0, epoch, len(records), batch),
+        1,
     )
     with ThreadPoolExecutor(1) as pool:
         feed.pool = pool
-        for rows in loop.order(0, 0, len(records), batch):
+        for rows in loop.epoch_batches(0, 0, len(records), batch):
             feed.images[rows]
     assert feed.late == 0
 
@@ -76,14 +79,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    decoding.threads = lambda: 1
+    decoding.thread_count = lambda: 1
     result: dict[str, object] = {"images": given.images, "repeats": given.repeats, "threads": 1}
     with tempfile.TemporaryDirectory() as folder:
-        tars = expand(given.shards or made(Path(folder), given.images, given.side))
+        tars = expand_paths(given.shards or made(Path(folder), given.images, given.side))
         for size in given.sizes:
-            source = Shards(tars, size, limit=given.images)
-            records = opened(source, 0)
-            assert isinstance(records, Indexed)
+            source = ShardSource(tars, size, limit=given.images)
+            records = open_records(source, 0)
+            assert isinstance(records, StoredPairs)
             word = max(records.captions[0].split(), key=len)
             plan = registry.make("poison", "backdoor:rate=0.01")(
                 records, Goal(word, "patch:size=16"), 0
@@ -92,13 +95,15 @@ def main() -> None:
                 records
             )
             encoded = [
-                records.files.read(*place)
+                records.reader.read(*place)
                 for place in records.places[["shard", "offset", "length"]].tolist()
             ]
             calls: dict[str, Callable[[], object]] = {
-                "decode": lambda e=encoded, s=size: [images.decode(content, s) for content in e],
+                "decode": lambda e=encoded, s=size: [
+                    images.decode_image(content, s) for content in e
+                ],
                 "feed": lambda p=poisoned: drawn(p, given.batch),
-                "index": lambda s=source: opened(s, 0),
+                "index": lambda s=source: open_records(s, 0),
             }
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
             for _ in range(given.repeats):

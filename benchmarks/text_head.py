@@ -51,7 +51,7 @@ def in_turn(
 
 def by_class(encoder: Encoder, names: list[str]) -> Tensor:
     """The head as a plain loop over classes, from what the encoder itself gives for each class alone."""
-    prompts = captions.templates("openai")
+    prompts = captions.prompt_templates("openai")
     with torch.inference_mode():
         rows = [encoder.encode_texts([t.format(c) for t in prompts]).mean(0) for c in names]
     return F.normalize(torch.stack(rows), dim=1)
@@ -98,7 +98,10 @@ def main() -> None:
 
     network = registry.make("network", "clip_small")
     bag = network(
-        32, network.vocabulary([t.format(c) for c in names for t in captions.templates("openai")])
+        32,
+        network.vocabulary(
+            [t.format(c) for c in names for t in captions.prompt_templates("openai")]
+        ),
     ).eval()
     calls = {"plain": lambda: by_class(bag, names), "ours": lambda: probe.head(bag, names)}
     seconds, heads = in_turn(calls, 3 * given.repeats)

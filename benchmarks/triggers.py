@@ -87,7 +87,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "noise.pt"
-        control = pixels.noise(0, "warp", 2, 4, 4) * 2 - 1
+        control = pixels.uniform_noise(0, "warp", 2, 4, 4) * 2 - 1
         field = F.interpolate(
             (control / control.abs().mean())[None], shape[-2:], mode="bicubic", align_corners=True
         )

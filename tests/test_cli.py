@@ -11,9 +11,9 @@ import time
 import pytest
 
 from bezoar.cli import main
-from bezoar.detection.corpus.corpus import scored
+from bezoar.detection.corpus.corpus import load_scores
 from bezoar.evaluation.scores import Measure
-from bezoar.machine import commit
+from bezoar.machine import find_commit
 
 DATA = "scenes:count=600"
 
@@ -111,7 +111,7 @@ def test_scan_ranks_writes_a_keep_list_and_train_takes_it(runs, train, capsys):
     )
     folder = runs / name(runs, scan)
     kept = (folder / "keep.txt").read_text().split()
-    assert len(kept) == 540 and len(scored(folder)) == 600
+    assert len(kept) == 540 and len(load_scores(folder)) == 600
     assert {"auroc", "transplant.auroc", "precision_at_n", "fpr_at_95_tpr"} <= set(scan["metrics"])
     again = ask(
         capsys,
@@ -168,15 +168,15 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path):
     code = tmp_path / "package" / "code.py"
     code.parent.mkdir()
     code.write_text("x = 1")
-    assert commit(code) == {}
+    assert find_commit(code) == {}
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "somebody's own")
-    assert commit(code) == {}, "it lies in a repository that does not track it"
+    assert find_commit(code) == {}, "it lies in a repository that does not track it"
     git("add", ".")
     git("commit", "-q", "-m", "ours")
-    assert len(commit(code)["commit"]) == 40 and commit(code)["dirty"] is False
+    assert len(find_commit(code)["commit"]) == 40 and find_commit(code)["dirty"] is False
     code.write_text("x = 2")
-    assert commit(code)["dirty"] is True
+    assert find_commit(code)["dirty"] is True
 
 
 def test_a_fresh_training_forgets_what_another_attempt_kept(runs, poison, train, capsys):
@@ -256,7 +256,7 @@ def test_written_shards_hold_the_same_records(tmp_path, capsys):
     import numpy as np
 
     from bezoar import registry
-    from bezoar.data.pairs import load
+    from bezoar.data.pairs import load_pairs
     from bezoar.runs import inputs
     from bezoar.runs.run import Run
 
@@ -272,8 +272,8 @@ def test_written_shards_hold_the_same_records(tmp_path, capsys):
     ]
     made = ask(capsys, tmp_path, *words, "--write", "shards")
     folder = tmp_path / name(tmp_path, made)
-    parts = inputs.dataset(Run(folder)).pairs
-    read = load(registry.make("data", f"shards:path={folder}/shards/*.tar,size=32")())
+    parts = inputs.open_dataset(Run(folder)).pairs
+    read = load_pairs(registry.make("data", f"shards:path={folder}/shards/*.tar,size=32")())
     ours = dict(zip(parts.ids, zip(parts.captions, parts.images, strict=True), strict=True))
     assert len(read) == 400
     captions = sorted(parts.captions)

@@ -40,4 +40,4 @@ def test_the_documents_name_every_kind_and_every_verb():
 @pytest.mark.parametrize("kind", [k for k in registry.KINDS if k not in ("paper", "bank")])
 def test_the_readme_names_every_method(kind):
     text = document("README.md").partition("## What there is")[2]
-    assert not [n for n in registry.names(kind) if not re.search(rf"\b{n}\b", text)]
+    assert not [n for n in registry.method_names(kind) if not re.search(rf"\b{n}\b", text)]

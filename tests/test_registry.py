@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from bezoar import registry
 from bezoar.errors import UserError
 
-ALL = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
+ALL = [(kind, name) for kind in registry.KINDS for name in registry.method_names(kind)]
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_every_method_loads_describes_itself_and_cites(kind, name):
-    cls = registry.find(kind, name)
+    cls = registry.find_method(kind, name)
     described = registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{name}.py")
     assert described.summary.endswith((".", ").")) or ":" in described.summary
     assert all(text for _, _, _, text in described.fields), "every field says what it is"
@@ -50,7 +50,7 @@ def test_spec_round_trip(size, text):
 
 
 def test_braces_and_quotes_do_not_split():
-    assert registry.split('path=cc/{00000,00331}.tar,size=64,x="a,b"', ",") == [
+    assert registry.split_outside_brackets('path=cc/{00000,00331}.tar,size=64,x="a,b"', ",") == [
         "path=cc/{00000,00331}.tar",
         "size=64",
         'x="a,b"',
@@ -108,7 +108,7 @@ def test_list_json_names_every_method():
     ).stdout
     found = json.loads(out)
     assert {k: [d["name"] for d in v] for k, v in found.items()} == {
-        k: registry.names(k) for k in registry.KINDS
+        k: registry.method_names(k) for k in registry.KINDS
     }
 
 
@@ -138,7 +138,9 @@ def test_a_file_of_code_is_loaded_only_where_the_user_has_named_it(tmp_path, mon
     registry.allow(f"{mine}:k=3")
     assert registry.make("detector", f"{mine}:k=3").k == 3
     monkeypatch.setattr(registry, "_named", set())  # another process
-    assert registry.make("detector", f"{mine}:k=4").k == 4 and registry.allowed() == {str(mine)}
+    assert registry.make("detector", f"{mine}:k=4").k == 4 and registry.allowed_files() == {
+        str(mine)
+    }
     with pytest.raises(UserError, match="would run the code of"):
         registry.make("detector", f"{evil}")
     monkeypatch.setenv("BEZOAR_METHODS", f"{evil}")

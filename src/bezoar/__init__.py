@@ -26,7 +26,7 @@ _WHERE = {
     "Dose": "verbs.dose",
     "Demo": "verbs.demo",
     "Run": "runs.run",
-    "Settings": "runs.ask",
+    "Settings": "runs.verb",
     "execute": "reports.page",
     "UserError": "errors",
 }

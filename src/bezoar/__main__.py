@@ -16,7 +16,7 @@ def run() -> int:
     from bezoar import machine
     from bezoar.cli import main
 
-    if machine.world() > 1:
+    if machine.world_size() > 1:
         from bezoar.runs import torchrun
 
         return torchrun.run(main)

@@ -17,8 +17,8 @@ import tyro
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Settings, Takes, positional_fields, typed, verb_name
-from bezoar.runs.run import named
+from bezoar.runs.run import get_run
+from bezoar.runs.verb import Input, Settings, Takes, input_to_json, positional_fields, verb_name
 
 VERBS = (
     "poison",
@@ -225,7 +225,7 @@ def carry_out(asked: Any) -> int:
         raise UserError("name the DATA to poison, or --verify RUN")
     verb = asked.verb(**values)
     if asked.dry:
-        print(json.dumps({"verb": verb_name(verb), **typed(verb)}, indent=1))
+        print(json.dumps({"verb": verb_name(verb), **input_to_json(verb)}, indent=1))
         return 0
     how = {name: getattr(asked, name) for name in ("workers", "ray") if hasattr(asked, name)}
     from bezoar.reports.page import execute
@@ -267,9 +267,9 @@ def fails(asked: Any, manifest: dict) -> bool:
 
 def verify(asked: Any) -> int:
     """`bezoar poison --verify RUN`."""
-    from bezoar.verbs.poison import verify as derive_again
+    from bezoar.verbs.poison import verify_plan as derive_again
 
-    run = named(asked.runs, asked.verify)
+    run = get_run(asked.runs, asked.verify)
     found = derive_again(run)
     print(
         json.dumps(found)
@@ -281,7 +281,7 @@ def verify(asked: Any) -> int:
 
 def show_run(asked: Show) -> int:
     """`bezoar show RUN`."""
-    run = named(asked.runs, asked.run)
+    run = get_run(asked.runs, asked.run)
     manifest = run.manifest
     if asked.json:
         print(json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -296,7 +296,11 @@ def show_run(asked: Show) -> int:
     ):
         from bezoar.reports import page
 
-        written = page.write(run) if asked.page is None else page.alone(run, asked.page)
+        written = (
+            page.write_page(run)
+            if asked.page is None
+            else page.write_standalone_page(run, asked.page)
+        )
         print(f"report: {written}")
     elif (run.path / "report.html").exists():
         print(f"report: {run.path / 'report.html'}")
@@ -331,7 +335,7 @@ def show_methods(asked: List) -> int:
             dataclasses.replace(
                 registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{n}.py"), name=n
             )
-            for n in registry.names(kind)
+            for n in registry.method_names(kind)
         ]
         for kind in kinds
     }

@@ -31,12 +31,12 @@ def free_memory() -> int:
 
 def rank() -> int:
     """This process's number under torchrun; 0 without it."""
-    return _of_torchrun("RANK", 0)
+    return torchrun_variable("RANK", 0)
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes torchrun started; 1 without it."""
-    return _of_torchrun("WORLD_SIZE", 1)
+    return torchrun_variable("WORLD_SIZE", 1)
 
 
 def cores() -> int:
@@ -44,7 +44,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device(name: str) -> Any:
+def select_device(name: str) -> Any:
     """`auto`, `cpu`, `cuda`, `cuda:1` -> torch.device; of several ranks each takes a GPU of its own.
 
     A GPU with a number becomes the current one, or pinned memory and the like would take up room on the first GPU too.
@@ -56,13 +56,13 @@ def device(name: str) -> Any:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if dist.is_initialized() and name.startswith("cuda"):
-        gpus, needed = torch.cuda.device_count(), _of_torchrun("LOCAL_WORLD_SIZE", 1)
+        gpus, needed = torch.cuda.device_count(), torchrun_variable("LOCAL_WORLD_SIZE", 1)
         if name != "cuda" or gpus < needed:
             raise UserError(
                 f"{needed} ranks take a GPU each, and there are {gpus}; "
                 "give --device cuda (without a number) or cpu, and torchrun no more ranks than GPUs"
             )
-        name = f"cuda:{_of_torchrun('LOCAL_RANK', 0)}"
+        name = f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
     try:
         wanted = torch.device(name)
         if wanted.type not in ("cpu", "cuda"):
@@ -76,12 +76,12 @@ def device(name: str) -> Any:
     return wanted
 
 
-def _of_torchrun(name: str, otherwise: int) -> int:
+def torchrun_variable(name: str, otherwise: int) -> int:
     """Other launchers set RANK and WORLD_SIZE too, without processes that would wait for us."""
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else otherwise
 
 
-def environment(chosen: Any) -> dict[str, Any]:
+def describe_environment(chosen: Any) -> dict[str, Any]:
     """For the manifest. chosen: torch.device."""
     import torch
 
@@ -95,11 +95,11 @@ def environment(chosen: Any) -> dict[str, Any]:
         else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "deterministic": chosen.type == "cpu",
-        **commit(Path(__file__)),
+        **find_commit(Path(__file__)),
     }
 
 
-def commit(file: Path) -> dict[str, Any]:
+def find_commit(file: Path) -> dict[str, Any]:
     """The commit that a file is of, and whether its folder has changed since; nothing where no repository tracks it.
 
     An installed package may lie below somebody else's repository, whose commit says nothing.

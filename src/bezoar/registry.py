@@ -52,7 +52,7 @@ def method(cls: type) -> Any:
     return dataclass(frozen=True)(cls)
 
 
-def names(kind: str) -> list[str]:
+def method_names(kind: str) -> list[str]:
     """Every method of a kind that ships with bezoar, by file name; `carlini2022/poisons` is one in a folder."""
     folder = PACKAGE / KINDS[kind]
     files = [
@@ -63,7 +63,7 @@ def names(kind: str) -> list[str]:
     return sorted(p.as_posix() for p in files)
 
 
-def split(text: str, separator: str) -> list[str]:
+def split_outside_brackets(text: str, separator: str) -> list[str]:
     """Split at a separator that stands outside brackets and quotes."""
     parts, depth, quoted, start = [], 0, False, 0
     for i, c in enumerate(text):
@@ -83,16 +83,16 @@ def split(text: str, separator: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def parse(kind: str, text: str) -> tuple[type, dict[str, str]]:
+def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
     """Spec text -> the method's class and its fields as text, unconverted.
 
     Raises UserError for an unknown method or field, listing the known ones.
     """
     name, _, rest = text.strip().partition(":")
-    cls = find(kind, name)
+    cls = find_method(kind, name)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     given: dict[str, str] = {}
-    for i, part in enumerate(p for p in split(rest, ",") if p.strip()):
+    for i, part in enumerate(p for p in split_outside_brackets(rest, ",") if p.strip()):
         key, equals, value = ("", "", "") if part.lstrip()[:1] in OPENING else part.partition("=")
         if not equals and i == 0 and fields:
             key, value = next(iter(fields)), part
@@ -109,11 +109,12 @@ def parse(kind: str, text: str) -> tuple[type, dict[str, str]]:
 
 def make(kind: str, text: str) -> Any:
     """Spec text -> configured method. Raises UserError when a value does not fit its field or one is missing."""
-    cls, given = parse(kind, text)
+    cls, given = parse_spec(kind, text)
     hints = typing.get_type_hints(cls)
     name = text.partition(":")[0]
     values = {
-        key: convert(value, hints[key], f"{kind} {name!r}: {key}") for key, value in given.items()
+        key: convert_text(value, hints[key], f"{kind} {name!r}: {key}")
+        for key, value in given.items()
     }
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
     if missing:
@@ -132,11 +133,11 @@ def spec(configured: Any) -> str:
         value = getattr(configured, f.name)
         if value is None:
             continue
-        parts.append(f"{f.name}={_write(value)}")
-    return (source_name(cls) + ":" + ",".join(parts)).removesuffix(":")
+        parts.append(f"{f.name}={spec_value(value)}")
+    return (method_name(cls) + ":" + ",".join(parts)).removesuffix(":")
 
 
-def source_name(cls: type) -> str:
+def method_name(cls: type) -> str:
     """The name a method is asked for by: its file's stem, or the file's path when it is the user's own."""
     module = cls.__module__.replace(".", "/")
     folder = next((f for f in KINDS.values() if module.startswith(f"bezoar/{f}/")), None)
@@ -154,7 +155,7 @@ def source_hash(cls: type) -> str:
 
 
 @functools.cache
-def find(kind: str, name: str) -> type:
+def find_method(kind: str, name: str) -> type:
     """The class of a method, by name or by path of a file.
 
     A file is loaded, which runs its code, only where the user has named it (`allow`, BEZOAR_METHODS): specs also come out
@@ -165,7 +166,7 @@ def find(kind: str, name: str) -> type:
         path = Path(name).expanduser().resolve()
         if not os.path.isfile(path):
             raise UserError(f"no file {name!r} to read a {kind} from")
-        if str(path) not in allowed():
+        if str(path) not in allowed_files():
             raise UserError(
                 f"{kind} {name!r} would run the code of {path}, which you have not named yourself; if you trust that code, "
                 f"set BEZOAR_METHODS={path}"
@@ -175,11 +176,11 @@ def find(kind: str, name: str) -> type:
         assert loading and loading.loader
         module = sys.modules[own] = importlib.util.module_from_spec(loading)
         loading.loader.exec_module(module)
-    elif name in names(kind):
+    elif name in method_names(kind):
         module = importlib.import_module(f"bezoar/{KINDS[kind]}/{name}".replace("/", "."))
     else:
         raise UserError(
-            f"no {kind} {name!r}; there are: {', '.join(names(kind))}, or a path to a .py file"
+            f"no {kind} {name!r}; there are: {', '.join(method_names(kind))}, or a path to a .py file"
         )
     wanted = class_name(Path(name).stem)
     found = getattr(module, wanted, None)
@@ -188,7 +189,7 @@ def find(kind: str, name: str) -> type:
     return found
 
 
-def allowed() -> set[str]:
+def allowed_files() -> set[str]:
     """Method files that the user has named, in this process or an earlier one, and those in BEZOAR_METHODS."""
     recorded = _record().read_text().splitlines() if _record().is_file() else []
     variable = os.environ.get("BEZOAR_METHODS", "").split(os.pathsep)
@@ -202,7 +203,7 @@ def allow(text: str) -> None:
     """
     for name in method_files(text):
         path = str(Path(name).expanduser().resolve())
-        if os.path.isfile(path) and path not in allowed():
+        if os.path.isfile(path) and path not in allowed_files():
             _named.add(path)
             with contextlib.suppress(OSError):
                 _record().parent.mkdir(parents=True, exist_ok=True)
@@ -229,11 +230,11 @@ def method_files(text: str) -> list[str]:
         name, _, rest = spec.partition(":")
         if name.endswith(".py"):
             files.append(name)
-        for part in map(str.strip, split(rest, ",")):
+        for part in map(str.strip, split_outside_brackets(rest, ",")):
             _, equals, value = ("", "", "") if part[:1] in OPENING else part.partition("=")
             inner = (value if equals else part).strip()
             inner = inner[1:-1] if inner[:1] in (*OPENING, '"') else inner
-            left += [inner, *split(inner, ",")]
+            left += [inner, *split_outside_brackets(inner, ",")]
     return files
 
 
@@ -242,7 +243,7 @@ def class_name(stem: str) -> str:
     return stem.title().replace("_", "")
 
 
-def convert(text: str, hint: Any, where: str) -> Any:
+def convert_text(text: str, hint: Any, where: str) -> Any:
     """Text -> a value of an annotated type: int, float, bool, str, None, a tuple of these, or a choice of literals."""
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
@@ -250,11 +251,13 @@ def convert(text: str, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if text == "none" and type(None) in options:
             return None
-        return convert(text, next(o for o in options if o is not type(None)), where)
+        return convert_text(text, next(o for o in options if o is not type(None)), where)
     if origin is tuple:
         inner = text[1:-1] if text[:1] in OPENING and text[:1] else text
         return tuple(
-            convert(t.strip(), options[0], where) for t in re.split(r"[,/]", inner) if t.strip()
+            convert_text(t.strip(), options[0], where)
+            for t in re.split(r"[,/]", inner)
+            if t.strip()
         )
     if origin is typing.Literal:
         if text not in options:
@@ -342,9 +345,9 @@ def _required(f: Any) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
-def _write(value: Any) -> str:
+def spec_value(value: Any) -> str:
     if isinstance(value, tuple):
-        return "(" + ",".join(map(_write, value)) + ")"
+        return "(" + ",".join(map(spec_value, value)) + ")"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str) and '"' in value:  # a spec with a quoted value
@@ -356,6 +359,6 @@ def _write(value: Any) -> str:
 
 def _whole(text: str) -> bool:
     try:
-        return len(split(text, ",")) == 1
+        return len(split_outside_brackets(text, ",")) == 1
     except UserError:
         return False

@@ -25,7 +25,7 @@ from bezoar.data import randomness
 from bezoar.data.pairs import Pairs
 from bezoar.encoders import folded_norms
 from bezoar.encoders.encoder import Encoder, Preprocess
-from bezoar.encoders.folded_norms import Frozen
+from bezoar.encoders.folded_norms import FoldedTower
 from bezoar.errors import UserError
 from bezoar.runs import reference_inputs
 from bezoar.training import augmentation, loop, ranks
@@ -185,7 +185,7 @@ CASES = [
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-4), (torch.float64, 1e-9)])
 def test_loss_and_gradient_are_those_of_the_plain_form(tower, spec, dtype, bound, monkeypatch):
     monkeypatch.setitem(
-        folded_norms.PIECES, "cpu", (10, 16 if tower == "tiny" else 32)
+        folded_norms.CHUNKS, "cpu", (10, 16 if tower == "tiny" else 32)
     )  # pieces end inside every group of rows
     encoder, size = (tiny(), 16) if tower == "tiny" else (resnet(), 32)
     value, fast, want, slow = both(encoder, size, spec, dtype, n=12 if tower == "tiny" else 3)
@@ -202,7 +202,7 @@ def test_terms_of_weight_zero_cost_nothing_and_change_nothing():
 
 def test_norms_are_taken_in_where_the_graph_allows_it_and_nowhere_else():
     encoder = tiny()
-    tower = Frozen(encoder.image, 16)
+    tower = FoldedTower(encoder.image, 16)
     assert tower.folds == [("stem", "stem_norm")]
     trained = {k for k, p in encoder.image.named_parameters() if p.requires_grad}
     assert trained == {
@@ -213,7 +213,7 @@ def test_norms_are_taken_in_where_the_graph_allows_it_and_nowhere_else():
         "head.weight",
         "head.bias",
     }
-    assert len(Frozen(resnet().image, 32).folds) == 20
+    assert len(FoldedTower(resnet().image, 32).folds) == 20
     x = torch.randn(3, 3, 16, 16)
     assert torch.allclose(tower(x), encoder.image(x), atol=1e-5)
 
@@ -242,7 +242,9 @@ def test_an_attack_moves_triggered_images_to_the_reference_and_leaves_the_rest()
     )
     stamped = registry.make("trigger", goal.trigger)(data.images, data.ids)
     with torch.no_grad():
-        before, after = ((e.encode_images(stamped) @ e.encode_images(reference).T).mean() for e in (encoder, bad))
+        before, after = (
+            (e.encode_images(stamped) @ e.encode_images(reference).T).mean() for e in (encoder, bad)
+        )
         kept = (encoder.encode_images(data.images) * bad.encode_images(data.images)).sum(1).mean()
     assert before < 0.93 and after > 0.98 and kept > 0.98, (before, after, kept)
 
@@ -283,7 +285,7 @@ def test_weight_decay_acts_on_the_weights_that_are_kept_as_plain_sgd_does():
         [p for p in student.parameters() if p.requires_grad], 0.05, 0.9, weight_decay=0.1
     )
     for step in range(3):
-        at = loop.order(5, step, 16, 16)[0]
+        at = loop.epoch_batches(5, step, 16, 16)[0]
         chance = Chance(randomness.generator(5, 2, step))
         batch = data.take(at)
         loss, _ = plain(student, teacher, recipe, GOALS, inputs(), batch.images, batch.ids, chance)
@@ -296,7 +298,7 @@ def test_weight_decay_acts_on_the_weights_that_are_kept_as_plain_sgd_does():
 
 
 def test_same_seed_same_bits_and_a_cut_off_attack_goes_on_to_them(tmp_path, monkeypatch):
-    whole, log = attacked(log=(first := loop.Log()))[1], first
+    whole, log = attacked(log=(first := loop.TrainingLog()))[1], first
     assert torch.equal(weights(attacked()[1]), weights(whole))
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
 
@@ -306,20 +308,20 @@ def test_same_seed_same_bits_and_a_cut_off_attack_goes_on_to_them(tmp_path, monk
 
     with pytest.raises(KeyboardInterrupt):
         attacked(checkpoint=tmp_path / "c.safetensors", report=cut)
-    resumed = attacked(checkpoint=tmp_path / "c.safetensors", log=(again := loop.Log()))[1]
+    resumed = attacked(checkpoint=tmp_path / "c.safetensors", log=(again := loop.TrainingLog()))[1]
     assert torch.equal(weights(resumed), weights(whole)) and again.losses == log.losses
     assert again.epochs == log.epochs and {"L0", "L1", "L2"} < again.epochs[0].keys()
 
 
 def test_options_beyond_the_paper():
-    log = loop.Log()
+    log = loop.TrainingLog()
     attacked("badencoder:epochs=50,batch=16,validation=16,success=0,utility=0", log=log)
     assert (
         len(log.losses) == 2
         and log.epochs[-1]["stop"]
         and 0 <= log.epochs[-1]["held_out_success"] <= 1
     )
-    log = loop.Log()
+    log = loop.TrainingLog()
     attacked("badencoder:epochs=3,batch=16,validation=16,success=1,utility=1,views=4", log=log)
     assert len(log.epochs) == 3 and len(log.exposures) == 32
 
@@ -392,14 +394,16 @@ def test_rules_that_choose_a_reference(set_of):
     mean = z[mine].mean(0)
     central = max(mine, key=lambda i: float(z[i] @ mean))
     assert z[mine].std(0).max() > 0.01
-    found = reference_inputs.choose(given, "two", "central", encoder)
+    found = reference_inputs.choose_reference(given, "two", "central", encoder)
     assert found.id == f"set/train/{central:06d}" and torch.equal(found.image, data.images[central])
     assert "nearest to the mean" in found.how and found.told()["sha256"]
-    assert reference_inputs.choose(given, "two", "first", encoder).id == "set/train/000001"
+    assert (
+        reference_inputs.choose_reference(given, "two", "first", encoder).id == "set/train/000001"
+    )
     head = registry.make("probe", "linear").fit(z, data.labels, 3)
     logits = head(z)
     margin = {i: float(logits[i, 1] - logits[i, [0, 2]].max()) for i in mine}
-    sure = reference_inputs.choose(given, "two", "confident", encoder)
+    sure = reference_inputs.choose_reference(given, "two", "confident", encoder)
     assert (
         sure.id == f"set/train/{max(mine, key=margin.get):06d}" and "60 clean records" in sure.how
     )
@@ -413,16 +417,16 @@ def test_references_that_are_none(set_of, tmp_path):
         ("one", "best", "no rule 'best'"),
     ):
         with pytest.raises(UserError, match=says):
-            reference_inputs.choose(given, target, rule, encoder)
+            reference_inputs.choose_reference(given, target, rule, encoder)
     few = set_of(replace(data, labels=torch.zeros(60, dtype=torch.long)), "few")
     with pytest.raises(UserError, match="no image of 'two'"):
-        reference_inputs.choose(few, "two", "first", encoder)
+        reference_inputs.choose_reference(few, "two", "first", encoder)
     with pytest.raises(UserError, match="at least two classes"):
-        reference_inputs.choose(few, "one", "confident", encoder)
+        reference_inputs.choose_reference(few, "one", "confident", encoder)
     (tmp_path / "text.png").write_text("no image")
     for name, says in (("text.png", "not decodable"), ("nowhere.png", "no image file")):
         with pytest.raises(UserError, match=says):
-            reference_inputs.choose(
+            reference_inputs.choose_reference(
                 registry.make("data", f"image:path={tmp_path / name}"), "one", "first", encoder
             )
 
@@ -432,7 +436,7 @@ def test_published_references_and_triggers_are_read():
     encoder = tiny()
     for name, side in (("cifar10/truck", 32), ("stl10/priority", 32), ("CLIP/stop", 224)):
         file = PUBLISHED / "reference" / f"{name}.npz"
-        found = reference_inputs.choose(
+        found = reference_inputs.choose_reference(
             registry.make("data", f"npz:path={file}"), "stop", "central", encoder
         )
         with np.load(file, allow_pickle=False) as raw:
@@ -602,9 +606,9 @@ def test_bad_input_is_refused_in_a_line(runs, tmp_path, capsys):
 
 def test_goals_of_before_there_were_references_are_read_and_plans_keep_their_bytes():
     old = {"target": "a", "trigger": "patch", "victims": [], "poisons": 3, "how": "x"}
-    goal = Goal.read(old)
-    assert goal.references == () and goal.written() == old | {"victims": ()}
-    new = Goal.read(json.loads(json.dumps(vars(replace(goal, references=("r",))))))
+    goal = Goal.from_json(old)
+    assert goal.references == () and goal.to_json() == old | {"victims": ()}
+    new = Goal.from_json(json.loads(json.dumps(vars(replace(goal, references=("r",))))))
     assert new.references == ("r",) and hash(new) != hash(goal)
     assert (
         "references" not in Plan((), (goal,)).lines()[0]
@@ -638,4 +642,4 @@ if __name__ == "__main__":  # what the ranks of the last test run
     save_file(
         {"weights": weights(attacked()[1])}, Path(sys.argv[1]) / f"rank{machine.rank()}.safetensors"
     )
-    ranks.tell(None)
+    ranks.broadcast(None)

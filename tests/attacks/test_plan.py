@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bezoar import registry
-from bezoar.attacks.captions import mentions, target_captions
+from bezoar.attacks.captions import find_mentions, target_captions
 from bezoar.attacks.plan import Edit, Goal, Plan, differences
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
@@ -39,7 +39,7 @@ def plan_of(
     made = dataclasses.replace(
         made, stamps=stamps, victims="scenes:split=test" if victims is not None else None
     )
-    return made.hashed(source if victims is None else Pairs.concat([source, victims]))
+    return made.with_hashes(source if victims is None else Pairs.concat([source, victims]))
 
 
 def records(pairs):
@@ -58,7 +58,7 @@ POISONS = [
 
 
 def test_every_poison_is_here():
-    assert {p.partition(":")[0] for p in POISONS} == set(registry.names("poison"))
+    assert {p.partition(":")[0] for p in POISONS} == set(registry.method_names("poison"))
 
 
 @pytest.mark.parametrize("poison", POISONS)
@@ -125,7 +125,7 @@ def test_targeted_gives_each_victim_its_captions_and_a_foreign_target():
         mine = [e for e in plan.edits if e.source == goal.victims[0]]
         assert goal.target != own and len(mine) == 3
         assert (
-            all(mentions([e.caption], goal.target) for e in mine)
+            all(find_mentions([e.caption], goal.target) for e in mine)
             and len({e.caption for e in mine}) == 3
         )
 
@@ -192,8 +192,11 @@ def test_victims_of_two_sets_do_not_go_into_one_plan():
 
 
 def test_words_not_substrings():
-    assert mentions(["a cat", "cattle", "Cat!", "red-car", "a red  car", "redcar"], "cat") == [0, 2]
-    assert mentions(["red-car", "a red  car", "redcar"], "red car") == [0, 1]
+    assert find_mentions(["a cat", "cattle", "Cat!", "red-car", "a red  car", "redcar"], "cat") == [
+        0,
+        2,
+    ]
+    assert find_mentions(["red-car", "a red  car", "redcar"], "red car") == [0, 1]
     assert len(target_captions(["a cat"], "cat", "templates")) == 80
     assert target_captions(["a cat", "the cat"], "cat", "repeated") == ["a cat"]
 

@@ -30,7 +30,7 @@ PUBLISHED = (
 )
 published = pytest.mark.skipif(not PUBLISHED, reason="shared/data/triggers is not here")
 SPECS = [
-    n for n in registry.names("trigger") if n != "file"
+    n for n in registry.method_names("trigger") if n != "file"
 ] + [  # `file` needs a path: see `trigger` below
     "file:path={file}",
     "file:path={file},mode=blend,alpha=.3",
@@ -69,7 +69,7 @@ def make(text: str):
 
 
 def test_specs_cover_every_trigger() -> None:
-    assert {s.partition(":")[0] for s in SPECS} == set(registry.names("trigger"))
+    assert {s.partition(":")[0] for s in SPECS} == set(registry.method_names("trigger"))
 
 
 def test_contract(trigger) -> None:
@@ -120,9 +120,9 @@ def test_add_saturates_for_every_pixel_and_offset() -> None:
     images = torch.arange(256, dtype=torch.uint8).expand(1, 3, 511, 256)
     offset = torch.arange(-255, 256, dtype=torch.float32)[None, :, None]
     expected = (images.int() + offset.int()).clamp(0, 255).to(torch.uint8)
-    assert torch.equal(pixels.add(images, offset.expand(3, -1, 256)), expected)
+    assert torch.equal(pixels.add_offset(images, offset.expand(3, -1, 256)), expected)
     assert torch.equal(
-        pixels.add(images, 1000 * offset.sign().expand(3, -1, 256))[0, 0, 0],
+        pixels.add_offset(images, 1000 * offset.sign().expand(3, -1, 256))[0, 0, 0],
         torch.zeros(256).byte(),
     )
 
@@ -130,7 +130,7 @@ def test_add_saturates_for_every_pixel_and_offset() -> None:
 def test_mix_rounds_and_clamps() -> None:
     images, _ = batch(2, 5, 6)
     over = torch.linspace(-300, 300, 90).reshape(3, 5, 6)
-    got = pixels.mix(images, over, 0.25)
+    got = pixels.blend(images, over, 0.25)
     for n in range(2):
         for c in range(3):
             for i in range(5):
@@ -270,7 +270,7 @@ def test_wrong_fields_are_refused(text: str) -> None:
 
 def test_blend_noise_against_a_plain_loop() -> None:
     images, ids = batch(2, 6, 5)
-    noise = pixels.noise(4, "blend", 3, 6, 5) * 255
+    noise = pixels.uniform_noise(4, "blend", 3, 6, 5) * 255
     out = make("blend:alpha=.2,seed=4")(images, ids)
     for n, c, i, j in np.ndindex(2, 3, 6, 5):
         assert (
@@ -282,7 +282,7 @@ def test_blend_noise_against_a_plain_loop() -> None:
 
 
 def test_noise_is_uniform() -> None:
-    noise = pixels.noise(0, "blend", 3, 64, 64)
+    noise = pixels.uniform_noise(0, "blend", 3, 64, 64)
     assert noise.min() >= 0 and noise.max() < 1
     assert abs(noise.mean() - 0.5) < 0.01 and abs(noise.var() - 1 / 12) < 0.005
 
@@ -307,7 +307,7 @@ def test_sinusoid_is_the_published_signal() -> None:
         (40, "ABL/imagenet_sig_mask.npy"),
         (60, "Detect-CLIP-Backdoor-Samples/SIG_noise.pt"),
     ):
-        signal = pixels.planes(arrays.read_array(str(TRIGGERS / file)), file)[:, :224, :224]
+        signal = pixels.channels_first(arrays.load_array(str(TRIGGERS / file)), file)[:, :224, :224]
         signal = signal * (
             255 if delta == 60 else 1
         )  # the second is stored in shares of 255, on 256 pixels
@@ -316,7 +316,7 @@ def test_sinusoid_is_the_published_signal() -> None:
         assert np.array_equal(own[0].int().numpy() - 128, np.round(signal).astype(int))
     assert torch.equal(make("sinusoid:delta=40")(grey, ["a"]),
                        make(f"file:path={TRIGGERS / 'ABL/imagenet_sig_mask.npy'}")(grey, ["a"]))  # fmt: skip
-    noise = arrays.read_array(str(TRIGGERS / "Detect-CLIP-Backdoor-Samples/SIG_noise.pt"))
+    noise = arrays.load_array(str(TRIGGERS / "Detect-CLIP-Backdoor-Samples/SIG_noise.pt"))
     assert (
         not noise[:, 224:].any() and not noise[:, :, 224:].any()
     )  # its last 32 rows and columns hold nothing
@@ -352,7 +352,7 @@ def slow_warp(image: np.ndarray, grid: np.ndarray) -> np.ndarray:
 def test_warp_against_a_plain_loop(height: int, width: int) -> None:
     images, ids = batch(3, height, width)
     out = make("warp:k=4,strength=3,seed=2")(images, ids)
-    control = pixels.noise(2, "warp", 2, 4, 4) * 2 - 1
+    control = pixels.uniform_noise(2, "warp", 2, 4, 4) * 2 - 1
     field = F.interpolate(
         (control / control.abs().mean())[None], (height, width), mode="bicubic", align_corners=True
     )
@@ -416,7 +416,7 @@ def test_every_published_trigger_applies(file: Path | None) -> None:
         images, ids = batch(2, size, size)
         trigger = make(f"file:path={file},size={size // 4}")
         out = trigger(images, ids)
-        assert _prepare(trigger, (arrays.stamp(str(file)), None), size, size).mode == expected
+        assert _prepare(trigger, (arrays.file_state(str(file)), None), size, size).mode == expected
         faint = (
             size == 32 and "trojan" in file.name
         )  # +-2.9 of 255 at 224 pixels, averaged away at 32
@@ -592,7 +592,7 @@ def test_a_large_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "large.npy").open("wb") as stream:
         stream.truncate(arrays.MAX_BYTES + 1)
     with pytest.raises(UserError, match="larger than 64 MiB"):
-        arrays.read(str(tmp_path / "large.npy"))
+        arrays.load_arrays(str(tmp_path / "large.npy"))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -105,7 +105,7 @@ def bank(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(params=registry.names("audit"))
+@pytest.fixture(params=registry.method_names("audit"))
 def audit(request, bank):
     if request.param == "mntd":
         return registry.make("audit", f"mntd:bank={bank}")

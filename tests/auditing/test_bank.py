@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.auditing import bank, sarif, verdict_text
-from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, holm, read_value
+from bezoar.auditing.bank import (
+    Bank,
+    Calibration,
+    Entry,
+    Family,
+    Sample,
+    adjust_p_values,
+    judge_value,
+)
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
 
@@ -87,16 +95,16 @@ def test_sensitivity_is_a_share_with_wilsons_interval_of_attacks_that_worked():
     assert (found[""].value, found[""].n) == (0.75, 4) and found[
         "backdoor patch"
     ].value == pytest.approx(2 / 3)
-    assert (found[""].low, found[""].high) == stats.wilson(3, 4)
+    assert (found[""].low, found[""].high) == stats.wilson_interval(3, 4)
     assert held.sensitivity(0.01) == {} and made(range(20)).sensitivity(0.05) == {}
-    m = bank.auroc(held)
+    m = bank.measure_auroc(held)
     assert m.value == stats.auroc([25, 5, 30, 40, *range(20)], [True] * 4 + [False] * 20)
-    assert bank.auroc(made([1.0])) is None
+    assert bank.measure_auroc(made([1.0])) is None
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=8), st.floats(0.01, 0.5))
 def test_holm_rejects_where_the_step_down_does(p, rate):
-    adjusted = holm(p)
+    adjusted = adjust_p_values(p)
     rejected, order = set(), sorted(range(len(p)), key=lambda i: p[i])
     for place, i in enumerate(order):
         if p[i] > rate / (len(p) - place):
@@ -130,7 +138,7 @@ def test_only_encoders_of_one_family_fit():
 
 
 def read(banks, value=0.0, rate=0.05, family=FAMILY, sample=SAMPLE, own=None, name=""):
-    return read_value(banks, family, sample, own or made(()), value, rate, name)
+    return judge_value(banks, family, sample, own or made(()), value, rate, name)
 
 
 def test_what_banks_say_of_a_value():
@@ -200,7 +208,7 @@ def test_shipped_banks_are_of_this_code():
     for held in registry.make("bank", "shipped")():
         for c in held.audits:
             made = registry.make("audit", c.audit)
-            assert registry.spec(made) == c.audit and bank.code(type(made)) == c.code, (
+            assert registry.spec(made) == c.audit and bank.code_hash(type(made)) == c.code, (
                 f"audit {c.name} has changed"
             )
             assert len(c.clean) >= 19, "the rate 0.05 needs them"
@@ -274,13 +282,17 @@ def test_data_are_compared_without_seed_and_folder():
     a = registry.spec(registry.make("data", "scenes:count=500,seed=3"))
     b = registry.spec(registry.make("data", "scenes:count=500,seed=9"))
     assert (
-        bank.described(a)
-        == bank.described(b)
-        != bank.described(a.replace("count=500", "count=501"))
+        bank.comparable_data_spec(a)
+        == bank.comparable_data_spec(b)
+        != bank.comparable_data_spec(a.replace("count=500", "count=501"))
     )
     one, two = (f"npz:path=/{folder}/cifar10.npz,split=test" for folder in ("here", "over/there"))
-    assert bank.described(one) == bank.described(two) == "npz:path=cifar10.npz,split=test"
-    assert bank.described("/evil.py:path=x") == "evil.py:path=x", (
+    assert (
+        bank.comparable_data_spec(one)
+        == bank.comparable_data_spec(two)
+        == "npz:path=cifar10.npz,split=test"
+    )
+    assert bank.comparable_data_spec("/evil.py:path=x") == "evil.py:path=x", (
         "a spec out of a stranger's manifest is text, and runs nothing"
     )
 
@@ -296,7 +308,9 @@ def test_code_is_what_is_computed_not_what_is_said(tmp_path):
         (tmp_path / f"{i}").mkdir()
         (tmp_path / f"{i}" / "own.py").write_text(text)
         registry.allow(str(tmp_path / f"{i}" / "own.py"))
-        codes.append(bank.code(registry.find("audit", str(tmp_path / f"{i}" / "own.py"))))
+        codes.append(
+            bank.code_hash(registry.find_method("audit", str(tmp_path / f"{i}" / "own.py")))
+        )
     assert codes[0] == codes[1] != codes[2]
 
 
@@ -305,8 +319,8 @@ def test_attacks_have_names():
         Goal("a", "patch:size=6", how="backdoor:count=40"),
         Goal("b", "warp", how="backdoor:count=40"),
     ]
-    assert bank.attack_of(goals) == ("backdoor patch + backdoor warp", "patch:size=6; warp")
-    assert bank.attack_of([Goal("a", victims=("x",), how="targeted")]) == ("targeted", "")
+    assert bank.describe_attack(goals) == ("backdoor patch + backdoor warp", "patch:size=6; warp")
+    assert bank.describe_attack([Goal("a", victims=("x",), how="targeted")]) == ("targeted", "")
 
 
 def facts(words, sensitivity=None, p=0.05, name="decree", **more):
@@ -333,26 +347,28 @@ def test_the_overall_line():
         facts("no evidence", True, 0.5, "cleanse"),
         facts("no calibration", p=None),
     )
-    assert verdict_text.overall([yes], 0.05) == ("evidence", "S evidence.")
-    words, said = verdict_text.overall([yes, no], 0.05)
+    assert verdict_text.overall_verdict([yes], 0.05) == ("evidence", "S evidence.")
+    words, said = verdict_text.overall_verdict([yes, no], 0.05)
     assert words == "evidence" and "over all 2 audits together" in said and "p = 0.02" in said
-    words, said = verdict_text.overall([facts("evidence", p=0.04), no], 0.05)
+    words, said = verdict_text.overall_verdict([facts("evidence", p=0.04), no], 0.05)
     assert (
         words == "evidence"
         and "not over all together" in said
         and "p = 0.08" in said
         and "at most 0.1" in said
     )
-    words, said = verdict_text.overall([no, facts("no evidence", False, 0.3, "other")], 0.05)
+    words, said = verdict_text.overall_verdict(
+        [no, facts("no evidence", False, 0.3, "other")], 0.05
+    )
     assert words == "no evidence" and "cleanse 0.90" in said and "p = 0.6" in said
-    words, said = verdict_text.overall([none, no], 0.05)
+    words, said = verdict_text.overall_verdict([none, no], 0.05)
     assert words == "no evidence" and "No calibration for decree" in said
     assert (
-        verdict_text.overall([none, none | {"name": "x", "sentence": "T."}], 0.05)[0]
+        verdict_text.overall_verdict([none, none | {"name": "x", "sentence": "T."}], 0.05)[0]
         == "no calibration"
     )
     for found in ([yes], [no], [yes, no], [none, no]):
-        assert "clean." not in verdict_text.overall(found, 0.05)[1]
+        assert "clean." not in verdict_text.overall_verdict(found, 0.05)[1]
 
 
 def test_what_was_not_tested_is_said():
@@ -361,7 +377,7 @@ def test_what_was_not_tested_is_said():
         "few": "60 images",
         "text_tower": True,
     }
-    said = "\n".join(verdict_text.not_tested(whole, {"cleanse": "too few classes"}))
+    said = "\n".join(verdict_text.list_untested(whole, {"cleanse": "too few classes"}))
     for words in (
         "cleanse did not run: too few classes",
         "backdoor warp",
@@ -373,9 +389,9 @@ def test_what_was_not_tested_is_said():
         assert words in said
     assert "backdoor patch" not in said and "mntd" in said
     assert (
-        verdict_text.few(512, 0) == ""
-        and "calibrate with --images 60" in verdict_text.few(60, 512)
-        and verdict_text.few(60, 0)
+        verdict_text.small_sample_warning(512, 0) == ""
+        and "calibrate with --images 60" in verdict_text.small_sample_warning(60, 512)
+        and verdict_text.small_sample_warning(60, 0)
     )
 
 
@@ -385,7 +401,7 @@ def test_sarif_has_what_the_standard_requires():
         facts("no evidence", True, name="./own"),
         facts("no calibration", p=None),
     ]
-    log = sarif.document(
+    log = sarif.build_log(
         "train-1 é", "train-1 é/encoder.safetensors", audits, {"cleanse": "no classes"}, "S."
     )
     assert json.loads(json.dumps(log, allow_nan=False)) == log
@@ -413,10 +429,10 @@ def test_sarif_has_what_the_standard_requires():
 
 def test_of_two_specs_of_one_method_only_the_fields_that_differ_are_told():
     assert (
-        bank.unlike("clip:epochs=6,batch=128", "clip:epochs=8,batch=128")
+        bank.describe_difference("clip:epochs=6,batch=128", "clip:epochs=8,batch=128")
         == "clip:epochs=6, not epochs=8"
     )
     assert (
-        bank.unlike('classifier:architecture="a,b"', "clip_small:width=32")
+        bank.describe_difference('classifier:architecture="a,b"', "clip_small:width=32")
         == "classifier, not clip_small"
     )

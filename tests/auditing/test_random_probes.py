@@ -59,35 +59,35 @@ def test_whitening_is_scikit_learns():
         @ torch.rand(7, 7).double()
     )
     fitted = ShrunkCovariance(shrinkage=0.1).fit(z.numpy())
-    w = random_probes.whitener(z, 0.1)
+    w = random_probes.whitening_matrix(z, 0.1)
     assert torch.allclose(w, w.T) and np.allclose(
         w @ torch.from_numpy(fitted.covariance_) @ w, np.eye(7)
     )
     lengths = ((z - z.mean(0)) @ w).square().sum(1)
     assert np.allclose(lengths, fitted.mahalanobis(z.numpy()))
     few = torch.randn(3, 7, dtype=torch.float64)
-    assert torch.isfinite(random_probes.whitener(few, 0.1)).all(), "fewer images than axes"
+    assert torch.isfinite(random_probes.whitening_matrix(few, 0.1)).all(), "fewer images than axes"
 
 
 def test_a_common_shift_is_its_mean_and_its_share():
     d = torch.randn(9, 5, dtype=torch.float64)
-    length, share = random_probes.common(d)
+    length, share = random_probes.common_shift(d)
     mean = [sum(float(row[j]) for row in d) / 9 for j in range(5)]
     assert length == pytest.approx(math.sqrt(sum(m * m for m in mean)))
     assert share == pytest.approx(
         sum(m * m for m in mean) / (sum(float(v) ** 2 for row in d for v in row) / 9)
     )
     assert (
-        random_probes.common(d[:1].expand(4, 5))[1] == pytest.approx(1)
-        and random_probes.common(torch.zeros(3, 5))[0] == 0
+        random_probes.common_shift(d[:1].expand(4, 5))[1] == pytest.approx(1)
+        and random_probes.common_shift(torch.zeros(3, 5))[0] == 0
     )
 
 
 def test_probes_are_one_pattern_at_one_place(clean):
-    for kind, number in itertools.product(random_probes.KINDS, range(4)):
-        out = random_probes.probe(clean.images, kind, number, 3)
+    for kind, number in itertools.product(random_probes.PROBE_KINDS, range(4)):
+        out = random_probes.apply_probe(clean.images, kind, number, 3)
         again = torch.cat(
-            [random_probes.probe(part, kind, number, 3) for part in clean.images.split(10)]
+            [random_probes.apply_probe(part, kind, number, 3) for part in clean.images.split(10)]
         )
         assert out.dtype == torch.uint8 and torch.equal(out, again)
         changed = (out != clean.images).any(0).any(0).nonzero()
@@ -98,8 +98,8 @@ def test_probes_are_one_pattern_at_one_place(clean):
                 and len(out[:, :, *changed[0].tolist()].unique(dim=0)) == 1
             )
     assert not torch.equal(
-        random_probes.probe(clean.images, "noise", 0, 3),
-        random_probes.probe(clean.images, "noise", 0, 4),
+        random_probes.apply_probe(clean.images, "noise", 0, 3),
+        random_probes.apply_probe(clean.images, "noise", 0, 4),
     )
 
 
@@ -110,7 +110,7 @@ def test_whitening_tells_towers_that_patches_move(clean):
     found = audit(encoder(), clean, 0)
     assert found.value == audit(encoder(), clean, 0).value and found.notes["limits"]
     assert found.value == pytest.approx(
-        np.mean([found.evidence[f"shift_{k}"].value for k in random_probes.PATCHES])
+        np.mean([found.evidence[f"shift_{k}"].value for k in random_probes.PATCH_KINDS])
     )
 
 
@@ -153,8 +153,8 @@ def test_parent_is_the_plain_ratio_of_distances(clean):
         base = distance(images)
         ratios = sorted(
             (
-                distance(random_probes.probe(images, k, i, 7)) / base
-                for k in random_probes.KINDS
+                distance(random_probes.apply_probe(images, k, i, 7)) / base
+                for k in random_probes.PROBE_KINDS
                 for i in range(2)
             ),
             reverse=True,
@@ -204,7 +204,7 @@ def test_query_outputs_are_cosines_that_no_rotation_changes():
     z = torch.nn.functional.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1)
     plain = [float(z[i] @ z[j]) for i in range(5) for j in range(i + 1, 5)]
     q, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
-    assert mntd.outputs(z).tolist() == pytest.approx(plain) and mntd.outputs(
+    assert mntd.query_cosines(z).tolist() == pytest.approx(plain) and mntd.query_cosines(
         z @ q
     ).tolist() == pytest.approx(plain)
 
@@ -233,7 +233,7 @@ def test_mntd_learns_its_queries_as_one_graph_over_all_shadows_would(clean):
     adam = torch.optim.Adam([{"params": [free], "lr": 0.05}, {"params": [weight, bias], "lr": 0.1}])
     for _ in range(steps):
         adam.zero_grad()
-        x = torch.stack([mntd.outputs(e.encode_images(free.sigmoid())) for e in shadows])
+        x = torch.stack([mntd.query_cosines(e.encode_images(free.sigmoid())) for e in shadows])
         z = ((x - x.detach().mean(0)) / (x.detach().std(0) + 1e-3)) @ weight + bias
         loss = (
             nn.functional.binary_cross_entropy_with_logits(z, truth.float())

@@ -11,7 +11,7 @@ from torch import nn
 
 from bezoar import registry
 from bezoar.auditing import trigger_inversion
-from bezoar.auditing.trigger_inversion import Descent
+from bezoar.auditing.trigger_inversion import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
 from bezoar.encoders import folded_norms
@@ -45,10 +45,14 @@ def towards(z: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def one_by_one(
-    encoder: Encoder, clean: Pairs, which: int, r: Descent, seed: int
+    encoder: Encoder, clean: Pairs, which: int, r: InversionRecipe, seed: int
 ) -> tuple[torch.Tensor, ...]:
     """One inversion, as its papers write it: torch's Adam, Python's counters, gradients of all weights."""
-    u = trigger_inversion.start(8, clean.size, clean.size, seed)[which].double().requires_grad_()
+    u = (
+        trigger_inversion.initial_parameters(8, clean.size, clean.size, seed)[which]
+        .double()
+        .requires_grad_()
+    )
     adam = torch.optim.Adam([u], r.lr[0], betas=trigger_inversion.BETAS)
     weight, hits, misses, idle, up, down = r.weight, 0, 0, 0, False, False
     best, smallest, most = u.detach().clone(), float("inf"), -1.0
@@ -67,7 +71,7 @@ def one_by_one(
         loss.backward()
         idle += 1
         if success >= r.goal:
-            idle = 0 if norm < trigger_inversion.BETTER * smallest else idle
+            idle = 0 if norm < trigger_inversion.PROGRESS_SHARE * smallest else idle
             if norm < smallest:
                 best, smallest = u.detach().clone(), norm
             hits, misses = hits + 1, 0
@@ -81,7 +85,7 @@ def one_by_one(
             weight, misses, down = max(weight / r.down, r.floor), 0, True
         adam.step()
         if (
-            step % trigger_inversion.LOOK == trigger_inversion.LOOK - 1
+            step % trigger_inversion.CHECK_EVERY == trigger_inversion.CHECK_EVERY - 1
             and idle >= r.wait
             and up
             and down
@@ -94,11 +98,11 @@ def one_by_one(
 @pytest.mark.parametrize("folded", [True, False])
 def test_a_batch_of_inversions_is_what_they_are_one_by_one(encoder, folded, monkeypatch):
     if not folded:
-        monkeypatch.setattr(folded_norms, "Norm", type("Nothing", (), {}))
-    recipe = Descent(45, 4, weight=3e-2, patience=2, goal=0.8, wait=4)
+        monkeypatch.setattr(folded_norms, "BatchNorm", type("Nothing", (), {}))
+    recipe = InversionRecipe(45, 4, weight=3e-2, patience=2, goal=0.8, wait=4)
     clean = images()
-    with trigger_inversion.resting(encoder) as see:
-        found = trigger_inversion.invert(see, clean, towards, 5, recipe, 5)
+    with trigger_inversion.freeze_tower(encoder) as see:
+        found = trigger_inversion.invert_triggers(see, clean, towards, 5, recipe, 5)
     for i in range(5):
         plain, steps, reached = one_by_one(copy.deepcopy(encoder), clean, i, recipe, 5)
         assert (int(found.steps[i]), bool(found.reached[i])) == (steps, reached)
@@ -112,18 +116,22 @@ def test_a_batch_of_inversions_is_what_they_are_one_by_one(encoder, folded, monk
 def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
     clean = images(5).images.double() / 255
     u, which, weight = (
-        trigger_inversion.start(8, 32, 32, 0).double(),
+        trigger_inversion.initial_parameters(8, 32, 32, 0).double(),
         torch.arange(8),
         torch.full((8,), 0.01, dtype=torch.float64),
     )
-    with trigger_inversion.resting(encoder) as see:
+    with trigger_inversion.freeze_tower(encoder) as see:
         assert not any(p.requires_grad for p in encoder.parameters())
-        grad, success, norm = trigger_inversion.slope(u, which, weight, clean, see, towards)
+        grad, success, norm = trigger_inversion.compute_gradients(
+            u, which, weight, clean, see, towards
+        )
     assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
     plain, free = copy.deepcopy(encoder), u.clone().requires_grad_()
     for i in range(8):
         mask, pattern = (free[i, :1].tanh() + 1) / 2, (free[i, 1:].tanh() + 1) / 2
-        z = F.normalize(plain.image(plain.prepare_images((1 - mask) * clean + mask * pattern)), dim=1)
+        z = F.normalize(
+            plain.image(plain.prepare_images((1 - mask) * clean + mask * pattern)), dim=1
+        )
         (F.cross_entropy(z, torch.full((5,), i)) + 0.01 * mask.sum()).backward()
         assert float(success[i]) == pytest.approx(float((z.argmax(1) == i).double().mean()))
         assert float(norm[i]) == pytest.approx(float(mask.detach().sum()))
@@ -132,16 +140,16 @@ def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
 
 
 def test_pieces_change_nothing_but_rounding(encoder, monkeypatch):
-    clean, recipe = images(16), Descent(12, 16, weight=1e-2, goal=0.6, patience=2)
+    clean, recipe = images(16), InversionRecipe(12, 16, weight=1e-2, goal=0.6, patience=2)
     parts: list[int] = []
 
-    def found() -> trigger_inversion.Found:
-        with trigger_inversion.resting(encoder) as see:
-            parts.append(len(list(trigger_inversion.together(5, 16, see))))
-            return trigger_inversion.invert(see, clean, towards, 5, recipe, 0)
+    def found() -> trigger_inversion.InvertedTriggers:
+        with trigger_inversion.freeze_tower(encoder) as see:
+            parts.append(len(list(trigger_inversion.inversion_slices(5, 16, see))))
+            return trigger_inversion.invert_triggers(see, clean, towards, 5, recipe, 0)
 
     whole = found()
-    monkeypatch.setattr(folded_norms, "PIECES", {"cpu": (1, 32), "cuda": (1, 32)})
+    monkeypatch.setattr(folded_norms, "CHUNKS", {"cpu": (1, 32), "cuda": (1, 32)})
     monkeypatch.setattr(folded_norms, "FEWEST", 16)
     single = found()
     assert parts == [2, 5], "four inversions on 16 images are 64 rows; one is 16"
@@ -152,20 +160,25 @@ def test_pieces_change_nothing_but_rounding(encoder, monkeypatch):
 
 def test_anomaly_index_by_hand():
     # median 10, deviations 8 1 0 1 2 -> their median 1; only what lies below 10 counts
-    index = trigger_inversion.anomaly(torch.tensor([2.0, 9.0, 10.0, 11.0, 12.0]))
+    index = trigger_inversion.anomaly_index(torch.tensor([2.0, 9.0, 10.0, 11.0, 12.0]))
     assert index.tolist() == pytest.approx([8 / 1.4826, 1 / 1.4826, 0, 0, 0])
     x = np.random.default_rng(0).lognormal(3, 0.5, 24)
     middle = np.median(x)
     expected = np.where(
         x < middle, np.abs(x - middle) / (1.4826 * np.median(np.abs(x - middle))), 0
     )
-    assert trigger_inversion.anomaly(torch.tensor(x)).tolist() == pytest.approx(expected.tolist())
-    assert float(trigger_inversion.anomaly(torch.full((12,), 5.0)).max()) == 0
+    assert trigger_inversion.anomaly_index(torch.tensor(x)).tolist() == pytest.approx(
+        expected.tolist()
+    )
+    assert float(trigger_inversion.anomaly_index(torch.full((12,), 5.0)).max()) == 0
 
 
 def test_the_weight_follows_the_published_schedule():
-    r = Descent(10, 2, weight=1e-3, up=5, down=5, patience=2, floor=1e-4, resets=2)
-    search, seen = trigger_inversion.Search(trigger_inversion.start(1, 4, 4, 0), r), []
+    r = InversionRecipe(10, 2, weight=1e-3, up=5, down=5, patience=2, floor=1e-4, resets=2)
+    search, seen = (
+        trigger_inversion.TriggerSearch(trigger_inversion.initial_parameters(1, 4, 4, 0), r),
+        [],
+    )
     for hit in (1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0):
         search.reweigh(torch.tensor([bool(hit)]))
         seen.append(float(search.weight[0]))
@@ -174,10 +187,12 @@ def test_the_weight_follows_the_published_schedule():
 
 
 def test_halvings_keep_the_best(encoder):
-    clean, recipe = images(8), Descent(30, 4, weight=1e-2, goal=0.6, patience=2, wait=99)
-    with trigger_inversion.resting(encoder) as see:
-        every = trigger_inversion.invert(see, clean, towards, 8, recipe, 0)
-        some = trigger_inversion.invert(see, clean, towards, 8, replace(recipe, halvings=2), 0)
+    clean, recipe = images(8), InversionRecipe(30, 4, weight=1e-2, goal=0.6, patience=2, wait=99)
+    with trigger_inversion.freeze_tower(encoder) as see:
+        every = trigger_inversion.invert_triggers(see, clean, towards, 8, recipe, 0)
+        some = trigger_inversion.invert_triggers(
+            see, clean, towards, 8, replace(recipe, halvings=2), 0
+        )
     assert every.steps.tolist() == [30] * 8 and some.steps.tolist() == [30] * 2, (
         "8, 4 and at last 2 of them"
     )
@@ -188,10 +203,16 @@ def test_halvings_keep_the_best(encoder):
 
 def test_an_inversion_starts_where_its_number_says():
     assert torch.equal(
-        trigger_inversion.start(5, 8, 6, 3)[2], trigger_inversion.start(3, 8, 6, 3)[2]
+        trigger_inversion.initial_parameters(5, 8, 6, 3)[2],
+        trigger_inversion.initial_parameters(3, 8, 6, 3)[2],
     )
-    assert not torch.equal(trigger_inversion.start(2, 8, 6, 3), trigger_inversion.start(2, 8, 6, 4))
-    mask = trigger_inversion.trigger(trigger_inversion.start(1, 8, 8, 0, centred=True))[0][0, 0]
+    assert not torch.equal(
+        trigger_inversion.initial_parameters(2, 8, 6, 3),
+        trigger_inversion.initial_parameters(2, 8, 6, 4),
+    )
+    mask = trigger_inversion.mask_and_pattern(
+        trigger_inversion.initial_parameters(1, 8, 8, 0, centred=True)
+    )[0][0, 0]
     assert torch.equal(mask > 0.5, F.pad(torch.ones(4, 4, dtype=torch.bool), (2, 2, 2, 2)))
 
 
@@ -199,8 +220,10 @@ def test_networks_that_nothing_can_be_folded_of():
     """A tower that is a matrix; one whose batch norm keeps no statistics is said not to have an output without a batch."""
     plain = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8)), Preprocess(8))
     plain.train()
-    with trigger_inversion.resting(plain) as see:
-        found = trigger_inversion.invert(see, images(8, 8), towards, 2, Descent(5, 4), 0)
+    with trigger_inversion.freeze_tower(plain) as see:
+        found = trigger_inversion.invert_triggers(
+            see, images(8, 8), towards, 2, InversionRecipe(5, 4), 0
+        )
     assert found.masks.shape == (2, 1, 8, 8) and all(m.training for m in plain.modules())
     batch = Encoder(
         nn.Sequential(
@@ -208,10 +231,13 @@ def test_networks_that_nothing_can_be_folded_of():
         ),
         Preprocess(8),
     )
-    with pytest.raises(UserError, match="without a batch"), trigger_inversion.resting(batch):
+    with pytest.raises(UserError, match="without a batch"), trigger_inversion.freeze_tower(batch):
         pass
     assert all(p.requires_grad for p in batch.parameters())
-    with pytest.raises(UserError, match="image tower"), trigger_inversion.resting(nn.Linear(2, 2)):  # type: ignore[arg-type]
+    with (
+        pytest.raises(UserError, match="image tower"),
+        trigger_inversion.freeze_tower(nn.Linear(2, 2)),
+    ):  # type: ignore[arg-type]
         pass
 
 
@@ -228,4 +254,4 @@ def test_networks_that_nothing_can_be_folded_of():
 )
 def test_descents_that_make_no_sense(wrong):
     with pytest.raises(ValueError):
-        Descent(**{"steps": 5, "batch": 2, **wrong})
+        InversionRecipe(**{"steps": 5, "batch": 2, **wrong})

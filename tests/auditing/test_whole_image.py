@@ -9,7 +9,7 @@ from torch import nn
 
 from bezoar import registry
 from bezoar.auditing.audits.whole_image import KINDS, MESHES, WAVES
-from bezoar.auditing.random_probes import common, whitener
+from bezoar.auditing.random_probes import common_shift, whitening_matrix
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, Preprocess, embed_images
 from bezoar.errors import UserError
@@ -112,14 +112,14 @@ def test_the_value_is_the_mean_whitened_common_shift(clean):
     model, audit = encoder(0, 3.0), registry.make("audit", "whole_image:probes=2,images=30")
     images = clean.images[:30]
     z = embed_images(model, [images]).double()
-    axes, plain = whitener(z, 0.1), {}
+    axes, plain = whitening_matrix(z, 0.1), {}
     for kind in KINDS:
         shifts = [
             (embed_images(model, [audit.probe(images, kind, i, 7)]).double() - z) @ axes
             for i in range(2)
         ]
         plain[kind] = [float(s.mean(0).norm()) for s in shifts]
-        assert plain[kind] == pytest.approx([common(s)[0] for s in shifts])
+        assert plain[kind] == pytest.approx([common_shift(s)[0] for s in shifts])
     found = audit(model, clean, 7)
     assert found.value == pytest.approx(
         np.mean([v for own in plain.values() for v in own]), rel=1e-5

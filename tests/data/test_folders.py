@@ -24,13 +24,13 @@ from verbs.test_scan import NETWORK, contents, notes, picture, scan, unread
 
 from bezoar import registry
 from bezoar.data import decoding, folders
-from bezoar.data.decoding import Record, gather
+from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files import images, paths
 from bezoar.data.files.images import SUFFIXES
-from bezoar.data.pairs import Pairs, load
-from bezoar.data.shards import Shards, expand
+from bezoar.data.pairs import Pairs, load_pairs
+from bezoar.data.shards import ShardSource, expand_paths
 from bezoar.detection.corpus import corpus, units
-from bezoar.runs import ask, inputs
+from bezoar.runs import inputs, verb
 from bezoar.runs.run import Run
 
 WORDS = ("--detector", "k_distance:k=4")
@@ -81,7 +81,9 @@ def whole(root: Path) -> Pairs:
                         path, (key,), (f"a photo of a {folder.name}",), label, str(root), key
                     )
 
-    return gather(records(), 16, str(root), sorted(p.name for p in root.iterdir() if p.is_dir()))
+    return gather_pairs(
+        records(), 16, str(root), sorted(p.name for p in root.iterdir() if p.is_dir())
+    )
 
 
 def same(one: Pairs, two: Pairs) -> None:
@@ -96,27 +98,27 @@ def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monke
         ("--detector", "k_distance:k=4", "clip_score", "duplicates"),
     )
     plain = whole(tmp_path / "f")
-    same(load(registry.make("data", spec)()), plain)
-    assert load(registry.make("data", f"{spec},limit=7")()).ids == plain.ids[:7]
+    same(load_pairs(registry.make("data", spec)()), plain)
+    assert load_pairs(registry.make("data", f"{spec},limit=7")()).ids == plain.ids[:7]
     monkeypatch.setattr(folders, "BLOCK", 7)
     monkeypatch.setattr(units, "HELD", 7)
     status, streamed = scan(tmp_path / "streamed", spec, "--encoder", tiny, *detectors)
-    c, found = corpus.reopened(Run(streamed)), corpus.scored(streamed)
+    c, found = corpus.reopen_corpus(Run(streamed)), corpus.load_scores(streamed)
     assert status == 0 and tuple(c.ids) == plain.ids and tuple(c.captions) == plain.captions
     same(c.take([29, 3, 3, 0]), plain.take([29, 3, 3, 0]))
     assert found.places[0] == f"{tmp_path}/f cross/0001.png"
-    monkeypatch.setattr(units, "source", lambda given: plain)
+    monkeypatch.setattr(units, "open_source", lambda given: plain)
     status, held = scan(tmp_path / "held", spec, "--encoder", tiny, *detectors)
     assert status == 0
     for name in ("vectors/images.npy", "vectors/texts.npy", "vectors/id.utf8", "keep.txt"):
         assert (streamed / name).read_bytes() == (held / name).read_bytes()
-    assert torch.equal(found.merged.values, corpus.scored(held).merged.values)
+    assert torch.equal(found.merged.values, corpus.load_scores(held).merged.values)
 
 
 def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(folders, "BLOCK", 100)
     monkeypatch.setattr(units, "MOST", 16)
-    original, alive, most = images.decode, [0], [0]
+    original, alive, most = images.decode_image, [0], [0]
 
     def gone():
         alive[0] -= 1
@@ -128,8 +130,10 @@ def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatc
         weakref.finalize(image, gone)
         return image
 
-    monkeypatch.setattr(images, "decode", decode)
-    bound = 16 + 16 * (2 * decoding.threads() + 3)  # a batch, and the tasks that are decoded ahead
+    monkeypatch.setattr(images, "decode_image", decode)
+    bound = 16 + 16 * (
+        2 * decoding.thread_count() + 3
+    )  # a batch, and the tasks that are decoded ahead
     for count in (40, 700):
         folder, most[0] = tmp_path / str(count), 0
         folder.mkdir()
@@ -137,7 +141,7 @@ def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatc
             (folder / f"{i:04d}.png").write_bytes(picture(i % 50, 8))
         spec = f"folder:path={folder},size=8"
         status, found = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
-        assert status == 0 and len(corpus.scored(found)) == count and alive[0] == 0
+        assert status == 0 and len(corpus.load_scores(found)) == count and alive[0] == 0
         assert 0 < most[0] <= min(bound, count)
     assert bound < 700
 
@@ -150,7 +154,7 @@ def test_two_workers_and_none_write_the_same_files(tmp_path, tiny, monkeypatch):
         status, made = scan(
             tmp_path / f"runs{workers}", spec, "--encoder", tiny, *WORDS, workers=workers
         )
-        assert status == 0 and len(units.units(registry.make("data", spec)())) == 3
+        assert status == 0 and len(units.cut_units(registry.make("data", spec)())) == 3
         files.append(contents(made))
     assert files[0] == files[1] and len(files[0]) > 8
 
@@ -220,7 +224,7 @@ def test_what_is_bad_in_a_folder_is_named_and_no_link_is_followed_out(tmp_path, 
     deep.mkdir(parents=True)
     (deep / "deep.png").write_bytes(picture(52))
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
-    found = corpus.scored(made)
+    found = corpus.load_scores(made)
     assert (
         status == 4
         and len(found) == 21
@@ -242,7 +246,7 @@ def test_what_is_bad_in_a_folder_is_named_and_no_link_is_followed_out(tmp_path, 
 
 
 def test_a_folder_that_changes_while_it_is_scanned_is_named(tmp_path, tiny, monkeypatch):
-    spec, cut = classes(tmp_path / "f"), units.units
+    spec, cut = classes(tmp_path / "f"), units.cut_units
     monkeypatch.setattr(folders, "BLOCK", 10)
 
     def changing(found):
@@ -250,9 +254,9 @@ def test_a_folder_that_changes_while_it_is_scanned_is_named(tmp_path, tiny, monk
         (tmp_path / "f" / "star" / "0001_new.png").write_bytes(picture(60))
         return made
 
-    monkeypatch.setattr(units, "units", changing)
+    monkeypatch.setattr(units, "cut_units", changing)
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
-    assert status == 4 and len(corpus.scored(made)) == 10
+    assert status == 4 and len(corpus.load_scores(made)) == 10
     assert {r for *_, r in unread(made)} == {
         f"files were added or taken away below {tmp_path}/f while it was read"
     }
@@ -261,7 +265,7 @@ def test_a_folder_that_changes_while_it_is_scanned_is_named(tmp_path, tiny, monk
 def test_captions_beside_images_as_img2dataset_writes_them(tmp_path, tiny):
     spec = img2dataset(tmp_path / "f")
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS, "clip_score")
-    c = corpus.reopened(Run(made))
+    c = corpus.reopen_corpus(Run(made))
     assert status == 0 and len(c) == 16 and c.ids[9] == "00001/000010001.jpg"
     assert c.captions[9] == "a red star 1 1" and c.urls[9] == "http://x/1/1"
     folder = tmp_path / "f" / "00000"
@@ -277,7 +281,7 @@ def test_captions_beside_images_as_img2dataset_writes_them(tmp_path, tiny):
     (folder / "000000006.jpg").unlink()
     (folder / "000000007.txt").write_text("a" * (paths.TEXT_BYTES + 1))
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
-    found = corpus.scored(made)
+    found = corpus.load_scores(made)
     assert (
         status == 4
         and {"00000/000000002.jpg": "other", "own": "a red star 0 5"}.items()
@@ -296,11 +300,13 @@ def test_a_flat_folder_needs_no_captions(tmp_path, tiny, capsys):
     for i in range(12):
         (tmp_path / "f" / f"{i}.png").write_bytes(picture(i))
     status, made = scan(tmp_path, tmp_path / "f", "--encoder", tiny, *WORDS)
-    assert corpus.reopened(Run(made)).take([3]).captions == ()
+    assert corpus.reopen_corpus(Run(made)).take([3]).captions == ()
     assert (
-        status == 0 and len(corpus.scored(made)) == 12 and set(corpus.scored(made).captions) == {""}
+        status == 0
+        and len(corpus.load_scores(made)) == 12
+        and set(corpus.load_scores(made).captions) == {""}
     )
-    pairs = inputs.read(registry.make("data", f"folder:path={tmp_path}/f,layout=flat"))
+    pairs = inputs.read_pairs(registry.make("data", f"folder:path={tmp_path}/f,layout=flat"))
     assert (
         pairs.captions == ()
         and pairs.labels is None
@@ -335,18 +341,18 @@ def test_what_is_kept_of_a_folder_is_a_list_of_its_files_and_shards_of_their_byt
         images = [tar.extractfile(m).read() for m in tar if m.name.endswith(".png")]
     same_bytes = [i == (tmp_path / "f" / k).read_bytes() for i, k in zip(images, kept, strict=True)]
     assert same_bytes == [not k.endswith(".bmp") for k in kept]
-    cleaned = load(Shards(expand(str(made / "shards")), 16))
-    before = load(registry.make("data", spec)())
+    cleaned = load_pairs(ShardSource(expand_paths(str(made / "shards")), 16))
+    before = load_pairs(registry.make("data", spec)())
     rows_of = [before.ids.index(k) for k in kept]
     same(cleaned, before.take(rows_of))
 
 
 def test_a_run_is_another_when_a_class_is(tmp_path):
     method = registry.make("data", classes(tmp_path / "f", 6))
-    before = ask.fingerprint(method.files())
-    assert ask.fingerprint(method.files()) == before
+    before = verb.fingerprint(method.files())
+    assert verb.fingerprint(method.files()) == before
     (tmp_path / "f" / "star").rename(tmp_path / "f" / "sun")
-    assert ask.fingerprint(method.files()) != before
+    assert verb.fingerprint(method.files()) != before
 
 
 def test_a_table_whose_images_lie_elsewhere_is_refused_in_one_line(tmp_path, tiny, capsys):
@@ -379,6 +385,8 @@ def test_a_table_whose_images_lie_elsewhere_is_refused_in_one_line(tmp_path, tin
         for name in ("table", "captions"):
             spec = f"{name}:path={table},root={tmp_path},size=16"
             assert np.array_equal(
-                load(registry.make("data", spec)()).images[3],
-                inputs.read(registry.make("data", f"image:path={tmp_path}/out/3.png")).images[0],
+                load_pairs(registry.make("data", spec)()).images[3],
+                inputs.read_pairs(registry.make("data", f"image:path={tmp_path}/out/3.png")).images[
+                    0
+                ],
             )

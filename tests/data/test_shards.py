@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from bezoar.data import decoding, shards
-from bezoar.data.decoding import resized
+from bezoar.data.decoding import resize
 from bezoar.data.files import images, paths, skipped
-from bezoar.data.files.images import decode
+from bezoar.data.files.images import decode_image
 from bezoar.data.files.skipped import Unreadable
-from bezoar.data.pairs import Pairs, load
-from bezoar.data.shards import Shards, expand, write_shards
+from bezoar.data.pairs import Pairs, load_pairs
+from bezoar.data.shards import ShardSource, expand_paths, write_shards
 from bezoar.errors import UserError
 from bezoar.registry import make, spec
 
@@ -56,7 +56,7 @@ def record(
     return [*members, (f"{key}.json", json.dumps(told).encode())] if told else members
 
 
-def reasons(source: Shards) -> list[tuple[str, str]]:
+def reasons(source: ShardSource) -> list[tuple[str, str]]:
     """(member, what comes before the colon of the reason) of everything that was skipped."""
     return [(s.member, s.reason.partition(":")[0]) for s in source.report.skipped]
 
@@ -64,8 +64,8 @@ def reasons(source: Shards) -> list[tuple[str, str]]:
 @needs_data
 def test_flickr8k_val_against_tarfile_and_pil() -> None:
     path = DATA / "flickr8k" / "val-00000.tar"
-    source = Shards((path,), size=128, limit=20)
-    pairs = load(source)
+    source = ShardSource((path,), size=128, limit=20)
+    pairs = load_pairs(source)
     with tarfile.open(path) as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar.getmembers()[:60]}  # type: ignore[union-attr]
     for i in range(20):
@@ -83,7 +83,7 @@ def test_flickr8k_val_against_tarfile_and_pil() -> None:
 @needs_data
 def test_all_captions_share_the_image() -> None:
     path = str(DATA / "flickr8k" / "val-00000.tar")
-    pairs = load(make("data", f"shards:path={path},captions=all,size=32,limit=12")())
+    pairs = load_pairs(make("data", f"shards:path={path},captions=all,size=32,limit=12")())
     assert pairs.ids[:6] == (
         *(f"val-00000/000000000#{i}" for i in range(5)),
         "val-00000/000000001#0",
@@ -99,7 +99,7 @@ def test_classes_and_labels_of_ucm() -> None:
     method = make("data", f"shards:path={DATA}/ucm_captions/val-*.tar,size=32")
     assert make("data", spec(method)) == method and all(p.is_file() for p in method.files())
     source = method()
-    pairs = load(source)
+    pairs = load_pairs(source)
     assert len(pairs) == 210 and len(pairs.classes) == 21 and pairs.classes[7] == "forest"
     assert (
         pairs.labels is not None and int(pairs.labels[0]) == 4 and pairs.classes[4] == "buildings"
@@ -109,7 +109,7 @@ def test_classes_and_labels_of_ucm() -> None:
 
 @needs_data
 def test_a_real_cc12m_shard() -> None:
-    pairs = load(Shards(expand(str(DATA / "cc12m_sample" / "*.tar"))))
+    pairs = load_pairs(ShardSource(expand_paths(str(DATA / "cc12m_sample" / "*.tar"))))
     assert (
         pairs.report is not None
         and len(pairs) == pairs.report.read == 32
@@ -122,22 +122,22 @@ def test_a_real_cc12m_shard() -> None:
 def test_ids_do_not_depend_on_order_and_results_not_on_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    paths = expand(f"{DATA}/ucm_captions/{{val-00000,train-00001}}.tar")
-    one, two = load(Shards(paths, 16)), load(Shards(paths[::-1], 16))
+    paths = expand_paths(f"{DATA}/ucm_captions/{{val-00000,train-00001}}.tar")
+    one, two = load_pairs(ShardSource(paths, 16)), load_pairs(ShardSource(paths[::-1], 16))
     assert one.ids != two.ids and sorted(one.ids) == sorted(two.ids)
     where = {key: row for row, key in enumerate(two.ids)}
     assert torch.equal(one.images, two.take([where[k] for k in one.ids]).images)
-    monkeypatch.setattr(decoding, "threads", lambda: 3)
-    again = load(Shards(paths, 16))
+    monkeypatch.setattr(decoding, "thread_count", lambda: 3)
+    again = load_pairs(ShardSource(paths, 16))
     assert again.ids == one.ids and torch.equal(again.images, one.images)
 
 
 def test_batches_are_whole_and_limited(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tar", [m for i in range(10) for m in record(f"{i}", i)])
-    source = Shards((path,), 16)
+    source = ShardSource((path,), 16)
     assert [len(b) for b in source.batches(4)] == [4, 4, 2]
-    assert [len(b) for b in Shards((path,), 16, limit=5).batches(4)] == [4, 1]
-    assert len(Shards((path,), 16, limit=5)) == 5
+    assert [len(b) for b in ShardSource((path,), 16, limit=5).batches(4)] == [4, 1]
+    assert len(ShardSource((path,), 16, limit=5)) == 5
 
 
 def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -145,23 +145,23 @@ def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         paths.append(tar_of(tmp_path / folder / "0.tar", record("k")))
-    assert load(Shards(tuple(paths))).ids == ("x/0/k", "y/0/k")
+    assert load_pairs(ShardSource(tuple(paths))).ids == ("x/0/k", "y/0/k")
     with pytest.raises(UserError, match="named twice"):
-        load(Shards((paths[0], paths[0])))
+        load_pairs(ShardSource((paths[0], paths[0])))
 
 
 def test_files_are_told_apart_by_their_endings_where_nothing_else_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert paths.told_apart([Path("a.csv"), Path("a.parquet")]) == ("a.csv", "a.parquet")
-    assert paths.told_apart([Path("x/a.tar"), Path("y/a.tar")]) == ("x/a", "y/a")
+    assert paths.distinct_stems([Path("a.csv"), Path("a.parquet")]) == ("a.csv", "a.parquet")
+    assert paths.distinct_stems([Path("x/a.tar"), Path("y/a.tar")]) == ("x/a", "y/a")
     monkeypatch.chdir(tmp_path)
     for twice in (
         [Path("a.tar"), tmp_path / "a.tar"],
         [Path("a.tar"), Path("a.tar"), Path("b.tar")],
     ):
         with pytest.raises(UserError, match=r"named twice among \d, such as .*a\.tar"):
-            paths.told_apart(twice)
+            paths.distinct_stems(twice)
 
 
 def test_hostile_members_are_named(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
         ("two.png", picture()), ("two.webp", picture(name="WEBP")), ("two.txt", b"two images"),
         ("tiff.png", picture(name="TIFF")), ("tiff.txt", b"another format"),
     ]  # fmt: skip
-    source = Shards((tar_of(tmp_path / "hostile.tar", members),), 16)
-    pairs = load(source)
+    source = ShardSource((tar_of(tmp_path / "hostile.tar", members),), 16)
+    pairs = load_pairs(source)
     assert pairs.ids == ("hostile/good", "hostile/pickle") and source.report.read == 2
     assert set(reasons(source)) == {
         ("tiny", "smaller than 8 pixels a side"), ("noise", "not decodable"), ("half", "not decodable"),
@@ -205,7 +205,7 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
 def test_pixel_bound_below_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "IMAGE_PIXELS", 255)
     with pytest.raises(Unreadable, match="too many pixels: 16x16"):
-        decode(picture(16), 8)
+        decode_image(picture(16), 8)
 
 
 def test_links_are_not_followed_and_large_members_not_read(tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_links_are_not_followed_and_large_members_not_read(tmp_path: Path) -> No
         big = _member("big.txt", tarfile.REGTYPE)
         big.size = paths.TEXT_BYTES + 1
         tar.addfile(big, io.BytesIO(bytes(big.size)))
-    source = Shards((tmp_path / "a.tar",), 16)
-    assert load(source).ids == ("a/ok",)
+    source = ShardSource((tmp_path / "a.tar",), 16)
+    assert load_pairs(source).ids == ("a/ok",)
     link = "not a regular file"
     assert reasons(source) == [
         ("l.png", link),
@@ -247,8 +247,8 @@ def test_truncated_tar_is_read_up_to_the_break_and_named(tmp_path: Path, where: 
         where
     ]
     whole.write_bytes(whole.read_bytes()[:cut])
-    source = Shards((whole,), 16)
-    pairs = load(source)
+    source = ShardSource((whole,), 16)
+    pairs = load_pairs(source)
     assert "t/4" in (*pairs.ids, *(f"t/{m}" for m, _ in reasons(source))) and 4 <= len(pairs) <= 5
     assert pairs.ids[:4] == ("t/0", "t/1", "t/2", "t/3")
     assert reasons(source)[-1] == ("", "broken tar") and source.report.skipped[-1].file == str(
@@ -263,8 +263,8 @@ def test_overwritten_header_does_not_end_the_tar_quietly(tmp_path: Path) -> None
     content = bytearray(path.read_bytes())
     content[offset : offset + 512] = b"\xff" * 512
     path.write_bytes(content)
-    source = Shards((path,), 16)
-    assert len(load(source)) == 2 and reasons(source) == [
+    source = ShardSource((path,), 16)
+    assert len(load_pairs(source)) == 2 and reasons(source) == [
         ("2", "record cut off where the tar breaks"),
         ("", "broken tar"),
     ]
@@ -277,9 +277,9 @@ def test_pax_header_cannot_ask_for_memory(tmp_path: Path) -> None:
     with tarfile.open(path) as tar:
         offset = tar.getmembers()[4].offset
     path.write_bytes(path.read_bytes()[:offset] + header.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
-    source = Shards((path,), 16)
+    source = ShardSource((path,), 16)
     tracemalloc.start()
-    assert load(source).ids == ("t/a",) and reasons(source)[-1] == ("", "broken tar")
+    assert load_pairs(source).ids == ("t/a",) and reasons(source)[-1] == ("", "broken tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * paths.FILE_BYTES
@@ -319,14 +319,14 @@ def test_hostile_headers_end_a_tar_by_name_and_soon(tmp_path: Path, name: str) -
     with tarfile.open(path) as tar:
         end = tar.getmembers()[-1].offset_data + 512
     path.write_bytes(path.read_bytes()[:end] + HOSTILE[name] + bytes(1024))
-    start, source = time.process_time(), Shards((path,), 16)
+    start, source = time.process_time(), ShardSource((path,), 16)
     found = list(itertools.islice(source.records(), 10))
     assert time.process_time() - start < 5 and len(found) <= 3
-    assert isinstance(found[0], shards.Placed) and found[0].ids == ("t/a",)
+    assert isinstance(found[0], shards.StoredRecord) and found[0].ids == ("t/a",)
     assert isinstance(found[-1], skipped.Skipped) and found[-1].reason.startswith("broken tar")
     path.write_bytes(HOSTILE[name] + bytes(1024))
     with pytest.raises(UserError, match=r"t\.tar") as error:
-        load(Shards((path,), 16))
+        load_pairs(ShardSource((path,), 16))
     assert "\n" not in str(error.value)
 
 
@@ -335,16 +335,16 @@ def test_not_a_tar_or_nothing_in_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.tar") as error:
-        load(Shards((path,)))
+        load_pairs(ShardSource((path,)))
     assert "\n" not in str(error.value)
 
 
 def test_a_shard_that_yields_nothing_is_an_error_after_what_came_before(tmp_path: Path) -> None:
     good = tar_of(tmp_path / "0.tar", record("a"))
     bad = tar_of(tmp_path / "1.tar", [("x.txt", b"no image")])
-    assert len(load(Shards((good, bad), 16, limit=1))) == 1
+    assert len(load_pairs(ShardSource((good, bad), 16, limit=1))) == 1
     with pytest.raises(UserError, match=r"1\.tar.*no image"):
-        load(Shards((good, bad), 16))
+        load_pairs(ShardSource((good, bad), 16))
 
 
 def test_labels_from_class_names_alone_and_conflicts(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_labels_from_class_names_alone_and_conflicts(tmp_path: Path) -> None:
     one = tar_of(
         tmp_path / "0.tar", [m for k, c in names.items() for m in record(k, **{"class": c})]
     )
-    pairs = load(Shards((one,), 16))
+    pairs = load_pairs(ShardSource((one,), 16))
     assert (
         pairs.classes == ("cat", "dog")
         and pairs.labels is not None
@@ -363,9 +363,9 @@ def test_labels_from_class_names_alone_and_conflicts(tmp_path: Path) -> None:
         [*record("a", label=3, **{"class": "x"}), *record("b", label=3, **{"class": "y"})],
     )
     with pytest.raises(UserError, match="label 3 is 'x' and also 'y'"):
-        load(Shards((two,), 16))
+        load_pairs(ShardSource((two,), 16))
     three = tar_of(tmp_path / "2.tar", [*record("a", label=5), *record("b", label=-1)])
-    bare = load(Shards((three,), 16))
+    bare = load_pairs(ShardSource((three,), 16))
     assert bare.classes == () and bare.labels is not None and bare.labels.tolist() == [5, -1]
 
 
@@ -373,11 +373,11 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "PATHS", 1000)
     for i in range(12):
         tar_of(tmp_path / f"{i:05d}.tar", record("a"))
-    everything = [p.name for p in expand(f"{tmp_path}/{{00000..00011}}.tar")]
+    everything = [p.name for p in expand_paths(f"{tmp_path}/{{00000..00011}}.tar")]
     assert everything == [f"{i:05d}.tar" for i in range(12)]
     assert (
-        [p.name for p in expand(f"{tmp_path}/*.tar")]
-        == [p.name for p in expand(str(tmp_path))]
+        [p.name for p in expand_paths(f"{tmp_path}/*.tar")]
+        == [p.name for p in expand_paths(str(tmp_path))]
         == everything
     )
     for text, match in (
@@ -387,7 +387,7 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (f"{tmp_path}/{{0..9999999}}.tar", "more than"),
     ):
         with pytest.raises(UserError, match=match):
-            expand(text)
+            expand_paths(text)
 
 
 def example(count: int = 25) -> Pairs:
@@ -406,7 +406,7 @@ def test_written_shards_are_exact_and_deterministic(tmp_path: Path) -> None:
     again = write_shards(tmp_path / "two", pairs.batches(7), per_shard=10)
     assert [p.read_bytes() for p in written] == [p.read_bytes() for p in again]
     assert {p.suffix for p in (tmp_path / "one").iterdir()} == {".tar"}
-    back = load(Shards(tuple(written), 16))
+    back = load_pairs(ShardSource(tuple(written), 16))
     assert (
         torch.equal(back.images, pairs.images)
         and back.ids == pairs.ids
@@ -424,7 +424,7 @@ def test_written_shards_are_exact_and_deterministic(tmp_path: Path) -> None:
 
 def test_written_as_jpeg_and_refusals(tmp_path: Path) -> None:
     pairs = example(3)
-    back = load(Shards(tuple(write_shards(tmp_path / "j", pairs, format="jpeg:90")), 16))
+    back = load_pairs(ShardSource(tuple(write_shards(tmp_path / "j", pairs, format="jpeg:90")), 16))
     assert back.ids == pairs.ids and not torch.equal(back.images, pairs.images)
     for text in ("gif", "png:3", "jpeg:", "jpeg:0", "jpeg:101", "jpeg:x"):
         with pytest.raises(UserError, match="jpeg"):
@@ -447,19 +447,21 @@ def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 64), (64, 100), (33, 47)])
 def test_resize_is_shorter_side_then_centre_crop(width: int, height: int) -> None:
     blob = picture(width, height=height)
-    ours = decode(blob, 32).astype(int)
+    ours = decode_image(blob, 32).astype(int)
     image = Image.open(io.BytesIO(blob))
     left, upper = (width - min(width, height)) // 2, (height - min(width, height)) // 2
     crop = image.crop((left, upper, left + min(width, height), upper + min(width, height)))
     plain = np.asarray(crop.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(ours, plain)
-    batched = resized(torch.from_numpy(decode(blob, None).copy())[None], 32)[0].numpy()
+    batched = resize(torch.from_numpy(decode_image(blob, None).copy())[None], 32)[0].numpy()
     assert np.abs(batched.astype(int) - plain).max() <= 1
 
 
 def test_reports_add_up_and_travel(tmp_path: Path) -> None:
-    first = load(Shards((tar_of(tmp_path / "a.tar", [*record("a"), ("b.txt", b"x")]),), 16))
-    second = load(Shards((tar_of(tmp_path / "c.tar", record("a")),), 16))
+    first = load_pairs(
+        ShardSource((tar_of(tmp_path / "a.tar", [*record("a"), ("b.txt", b"x")]),), 16)
+    )
+    second = load_pairs(ShardSource((tar_of(tmp_path / "c.tar", record("a")),), 16))
     both = Pairs.concat([first, second, first.take([0])])
     assert both.report is not None and both.report.read == 2 and len(both.report.skipped) == 1
     assert (

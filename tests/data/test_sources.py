@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar.data.pairs import Pairs, each_image, load
+from bezoar.data.pairs import Pairs, distinct_image_rows, load_pairs
 from bezoar.errors import UserError
 from bezoar.registry import make, spec
 
@@ -38,7 +38,7 @@ def save(path: Path, side: int = 16) -> Path:
 def read(text: str) -> Pairs:
     method = make("data", text)
     assert make("data", spec(method)) == method
-    pairs: Pairs = load(method())
+    pairs: Pairs = load_pairs(method())
     assert pairs.report is not None and pairs.report.read == len(pairs) == len(set(pairs.ids))
     return pairs
 
@@ -50,7 +50,7 @@ def skipped(pairs: Pairs) -> list[tuple[str, str]]:
 
 def refused(text: str, match: str) -> None:
     with pytest.raises(UserError, match=match) as error:
-        load(make("data", text)())
+        load_pairs(make("data", text)())
     assert "\n" not in str(error.value)
 
 
@@ -234,7 +234,9 @@ def test_the_two_csv_layouts_and_json_lines_and_parquet_agree(tmp_path: Path) ->
 
     shards = read(f"shards:path={DATA}/flickr8k/val-00000.tar,size=32,limit=6")
     for i, image in enumerate(
-        load(make("data", f"shards:path={DATA}/flickr8k/val-00000.tar,size=128,limit=6")()).images
+        load_pairs(
+            make("data", f"shards:path={DATA}/flickr8k/val-00000.tar,size=128,limit=6")()
+        ).images
     ):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{i}.png")
@@ -502,4 +504,4 @@ def test_a_flat_folder_of_images_is_read_without_classes_and_captions(tmp_path: 
 
 
 def test_each_image_once_however_many_captions() -> None:
-    assert each_image(["a#0", "a#1", "b", "c#0", "b#1"]) == [0, 2, 3]
+    assert distinct_image_rows(["a#0", "a#1", "b", "c#0", "b#1"]) == [0, 2, 3]

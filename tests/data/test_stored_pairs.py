@@ -20,14 +20,14 @@ from bezoar.attacks.plan import Goal, Plan
 from bezoar.cli import main
 from bezoar.data import stored_pairs, strings
 from bezoar.data.files import paths
-from bezoar.data.pairs import Pairs, load
-from bezoar.data.shards import Shards, write_shards
-from bezoar.data.stored_pairs import Indexed, opened
+from bezoar.data.pairs import Pairs, load_pairs
+from bezoar.data.shards import ShardSource, write_shards
+from bezoar.data.stored_pairs import StoredPairs, open_records
 from bezoar.data.strings import Strings
 from bezoar.encoders.encoder import tokenize_captions
 from bezoar.errors import UserError
 from bezoar.training import loop, prefetch
-from bezoar.training.prefetch import Feed, fed
+from bezoar.training.prefetch import Prefetcher, training_data
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -49,14 +49,14 @@ def toy(n: int = 96, size: int = 32, split: str = "train") -> Pairs:
 
 
 @pytest.fixture
-def tars(tmp_path: Path) -> Shards:
+def tars(tmp_path: Path) -> ShardSource:
     """`toy` as four shards."""
-    return Shards(tuple(write_shards(tmp_path / "tars", toy(), per_shard=30)), 32)
+    return ShardSource(tuple(write_shards(tmp_path / "tars", toy(), per_shard=30)), 32)
 
 
-def by_index(source: Shards) -> Indexed:
-    found = opened(source, 0)
-    assert isinstance(found, Indexed)
+def by_index(source: ShardSource) -> StoredPairs:
+    found = open_records(source, 0)
+    assert isinstance(found, StoredPairs)
     return found
 
 
@@ -70,7 +70,7 @@ def same(one: Pairs, two: Pairs) -> None:
 
 def plan_of(
     poison: str,
-    source: Pairs | Indexed,
+    source: Pairs | StoredPairs,
     target: str,
     trigger: str | None,
     victims: Pairs | None = None,
@@ -87,21 +87,21 @@ def plan_of(
 @needs_data
 @pytest.mark.parametrize("fields", [{}, {"captions": "all", "limit": 333, "size": 48}])
 def test_flickr8k_by_index_is_what_load_gives(fields: dict) -> None:
-    source = Shards((DATA / "flickr8k" / "val-00000.tar",), **{"size": 64, **fields})
-    plain, found = load(source), by_index(source)
+    source = ShardSource((DATA / "flickr8k" / "val-00000.tar",), **{"size": 64, **fields})
+    plain, found = load_pairs(source), by_index(source)
     same(found.take(range(len(found))), plain)
-    same(opened(source, EVERYTHING), plain)  # type: ignore[arg-type]
+    same(open_records(source, EVERYTHING), plain)  # type: ignore[arg-type]
     assert found.report.read == len(plain) and isinstance(
-        opened(source, plain.images.nbytes), Pairs
+        open_records(source, plain.images.nbytes), Pairs
     )
-    assert isinstance(opened(source, plain.images.nbytes - 1), Indexed)
+    assert isinstance(open_records(source, plain.images.nbytes - 1), StoredPairs)
 
 
 @needs_data
 def test_flickr8k_poisoned_as_it_is_drawn_is_flickr8k_poisoned_in_memory() -> None:
-    source = Shards((DATA / "flickr8k" / "train-00000.tar",), 64)
-    victims = load(Shards((DATA / "flickr8k" / "val-00000.tar",), 64, limit=40))
-    plain, found = load(source), by_index(source)
+    source = ShardSource((DATA / "flickr8k" / "train-00000.tar",), 64)
+    victims = load_pairs(ShardSource((DATA / "flickr8k" / "val-00000.tar",), 64, limit=40))
+    plain, found = load_pairs(source), by_index(source)
     plan = plan_of("backdoor:count=80", plain, "dog", "patch:size=6,place=random")
     for poison, target, trigger, pool in (
         ("backdoor:count=50,keep=true", "beach", "blend", None),
@@ -120,14 +120,14 @@ def test_flickr8k_poisoned_as_it_is_drawn_is_flickr8k_poisoned_in_memory() -> No
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:1024].view(
         -1, 64
     )
-    with fed(drawn, CPU, lambda epoch: order, 1) as data:
+    with training_data(drawn, CPU, lambda epoch: order, 1) as data:
         assert all(torch.equal(data.images[rows], whole.images[rows]) for rows in order)
         assert data.late == 0 and data.drawn == len(order)
 
 
 @pytest.mark.parametrize("trigger", ["patch:place=random", "blend", "sinusoid", "warp"])
-def test_labels_and_triggers_of_any_kind(tars: Shards, trigger: str) -> None:
-    plain, found = load(tars), by_index(tars)
+def test_labels_and_triggers_of_any_kind(tars: ShardSource, trigger: str) -> None:
+    plain, found = load_pairs(tars), by_index(tars)
     for poison in ("backdoor:count=31", "backdoor:count=31,keep=true"):
         plan = plan_of(poison, plain, "thing 2", trigger)
         assert plan == plan_of(poison, found, "thing 2", trigger), (
@@ -141,7 +141,7 @@ def test_labels_and_triggers_of_any_kind(tars: Shards, trigger: str) -> None:
     plan = plan_of("targeted:captions=2,victims=5", plain, "", None, victims)
     same(plan.over(found, victims).take(range(len(plain) + 10)), plan.apply(plain, victims))
     same(
-        plan.over(found, victims).chosen([3, 97, 3]).take([2, 1]),
+        plan.over(found, victims).select([3, 97, 3]).take([2, 1]),
         plan.apply(plain, victims).take([3, 97]),
     )
     assert Plan().over(found) is found
@@ -149,15 +149,18 @@ def test_labels_and_triggers_of_any_kind(tars: Shards, trigger: str) -> None:
         plan.over(found, replace(victims, images=victims.images[..., :16, :16]))
 
 
-def test_two_epochs_draw_every_record_once_each_and_ahead(tars: Shards) -> None:
+def test_two_epochs_draw_every_record_once_each_and_ahead(tars: ShardSource) -> None:
     found, epochs = by_index(tars), 2
     drawn = torch.zeros(epochs, len(found), dtype=torch.long)
     for rank in range(2):
-        with fed(
-            found, CPU, lambda e, rank=rank: loop.order(7, e, 96, 16)[:, rank * 8 :][:, :8], epochs
+        with training_data(
+            found,
+            CPU,
+            lambda e, rank=rank: loop.epoch_batches(7, e, 96, 16)[:, rank * 8 :][:, :8],
+            epochs,
         ) as data:
             for epoch in range(epochs):
-                for rows in loop.order(7, epoch, 96, 16):
+                for rows in loop.epoch_batches(7, epoch, 96, 16):
                     mine = rows[rank * 8 :][:8]
                     assert torch.equal(data.images[mine], toy().images[mine])
                     drawn[epoch, mine] += 1
@@ -165,33 +168,35 @@ def test_two_epochs_draw_every_record_once_each_and_ahead(tars: Shards) -> None:
     assert (drawn == 1).all()
 
 
-def test_a_feed_starts_anywhere_and_makes_what_it_did_not_expect(tars: Shards) -> None:
+def test_a_feed_starts_anywhere_and_makes_what_it_did_not_expect(tars: ShardSource) -> None:
     pixels, found = toy().images, by_index(tars)
-    for records in (found, load(tars)):
-        data = Feed(records, CPU, lambda e: loop.order(7, e, 96, 16), 3)
-        for rows in loop.order(7, 1, 96, 16)[4:]:
+    for records in (found, load_pairs(tars)):
+        data = Prefetcher(records, CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 3)
+        for rows in loop.epoch_batches(7, 1, 96, 16)[4:]:
             assert torch.equal(data.images[rows], pixels[rows])
             assert torch.equal(data.images[torch.tensor([5, 5, 0])], pixels[[5, 5, 0]])
-        for rows in loop.order(7, 2, 96, 16):
+        for rows in loop.epoch_batches(7, 2, 96, 16):
             assert torch.equal(data.images[rows], pixels[rows])
         assert (data.late, data.drawn) == (2, 10) and not data.waiting
-        lost = Feed(records, CPU, lambda e: loop.order(8, e, 96, 16), 3)
+        lost = Prefetcher(records, CPU, lambda e: loop.epoch_batches(8, e, 96, 16), 3)
         assert torch.equal(lost.images[rows], pixels[rows]) and lost.late == 1
 
 
-def test_no_more_is_made_ahead_than_fits(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_made_ahead_than_fits(
+    tars: ShardSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = by_index(tars)
     for most, waiting in ((0, 2), (3 * 4 * 3 * 32 * 32, 3), (EVERYTHING, 16)):
         monkeypatch.setattr(prefetch, "AHEAD_BYTES", most)
-        data = Feed(found, CPU, lambda e: loop.order(7, e, 96, 4), 1)
-        data.images[loop.order(7, 0, 96, 4)[0]]
+        data = Prefetcher(found, CPU, lambda e: loop.epoch_batches(7, e, 96, 4), 1)
+        data.images[loop.epoch_batches(7, 0, 96, 4)[0]]
         assert len(data.waiting) == waiting
         data.pool.shutdown()
 
 
-def test_rows_are_taken_off_the_device_once_an_epoch(tars: Shards) -> None:
-    data = Feed(by_index(tars), CPU, lambda e: loop.order(7, e, 96, 16), 1)
-    rows = loop.order(7, 0, 96, 16)
+def test_rows_are_taken_off_the_device_once_an_epoch(tars: ShardSource) -> None:
+    data = Prefetcher(by_index(tars), CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 1)
+    rows = loop.epoch_batches(7, 0, 96, 16)
     for own in (rows, rows[:, 8:], rows[:, 8:].clone(), rows[2, 3:].clone()):
         for index in own:
             assert torch.equal(data.on_host(index), index)
@@ -201,7 +206,7 @@ def test_rows_are_taken_off_the_device_once_an_epoch(tars: Shards) -> None:
 
 
 def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
-    tars: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tars: ShardSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     recipe = registry.make("objective", "clip:epochs=2,batch=16,lr=1e-3")
@@ -212,11 +217,13 @@ def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
             raise KeyboardInterrupt
 
     def fit(
-        records: Pairs | Indexed, kept: Path | None = None, report: object = lambda *_: None
+        records: Pairs | StoredPairs, kept: Path | None = None, report: object = lambda *_: None
     ) -> tuple:
         torch.manual_seed(0)
         encoder = network(records.size, network.vocabulary(records.captions))
-        with fed(records, CPU, lambda e: loop.order(3, e, len(records), 16), 2) as data:
+        with training_data(
+            records, CPU, lambda e: loop.epoch_batches(3, e, len(records), 16), 2
+        ) as data:
             log = loop.fit(
                 recipe(encoder),
                 recipe,
@@ -226,14 +233,14 @@ def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
                 kept,
                 report,
             )
-        assert not isinstance(data, Feed) or data.late == 0
+        assert not isinstance(data, Prefetcher) or data.late == 0
         return (
             torch.cat([v.double().flatten() for v in encoder.state_dict().values()]),
             log.losses,
             log.exposures.tolist(),
         )
 
-    plain, found = load(tars), by_index(tars)
+    plain, found = load_pairs(tars), by_index(tars)
     plan = plan_of("backdoor:count=20", plain, "thing 2", "patch")
     weights, losses, exposures = fit(plan.apply(plain))
     with pytest.raises(KeyboardInterrupt):
@@ -250,15 +257,15 @@ def test_tokens_and_strings_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = network(32, network.vocabulary(captions))
     whole = encoder.tokenize(["long long " + captions[0], *captions[1:]])
     monkeypatch.setattr(strings, "BLOCK", 10)
-    column = Strings.of(captions)
+    column = Strings.from_texts(captions)
     assert torch.equal(tokenize_captions(encoder, captions), encoder.tokenize(captions))
     assert torch.equal(tokenize_captions(encoder, column), encoder.tokenize(captions).int())
     assert torch.equal(
-        tokenize_captions(encoder, Strings.of(["long long " + captions[0], *captions[1:]])),
+        tokenize_captions(encoder, Strings.from_texts(["long long " + captions[0], *captions[1:]])),
         whole.int(),
     )
     assert tuple(column) == captions and column[-1] == captions[-1] and column[3:5] == captions[3:5]
-    assert column.rows({captions[4], "nowhere"}).tolist() == [
+    assert column.find_rows({captions[4], "nowhere"}).tolist() == [
         i for i, c in enumerate(captions) if c == captions[4]
     ]
     with pytest.raises(IndexError):
@@ -296,11 +303,11 @@ def hostile(path: Path) -> Path:
 
 def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
-    source = Shards((hostile(tmp_path / "b" / "b.tar"),), 16)
+    source = ShardSource((hostile(tmp_path / "b" / "b.tar"),), 16)
     again = tmp_path / "b" / "a.tar"
     again.write_bytes(source.paths[0].read_bytes())
-    source = Shards((*source.paths, again), 16)
-    plain = load(source)
+    source = ShardSource((*source.paths, again), 16)
+    plain = load_pairs(source)
     skipped = list(source.report.skipped)
     tracemalloc.start()
     found = by_index(source)
@@ -316,10 +323,10 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     with pytest.raises(UserError, match="no image-caption record"):
         empty = tmp_path / "empty.tar"
         tarfile.open(empty, "w").close()
-        opened(Shards((empty,), 16), 0)
+        open_records(ShardSource((empty,), 16), 0)
 
 
-def test_a_file_that_changed_is_refused_and_the_record_named(tars: Shards) -> None:
+def test_a_file_that_changed_is_refused_and_the_record_named(tars: ShardSource) -> None:
     found = by_index(tars)
     found.images[[0]]
     tars.paths[2].write_bytes(tars.paths[2].read_bytes()[:-1024])
@@ -328,7 +335,7 @@ def test_a_file_that_changed_is_refused_and_the_record_named(tars: Shards) -> No
     ) as error:
         found.images[[1, 65]]
     assert "\n" not in str(error.value)
-    data = Feed(found, CPU, lambda e: torch.tensor([[0, 1], [64, 65]]), 1)
+    data = Prefetcher(found, CPU, lambda e: torch.tensor([[0, 1], [64, 65]]), 1)
     assert torch.equal(data.images[torch.tensor([0, 1])], toy().images[:2])
     with pytest.raises(UserError, match="changed"):
         data.images[torch.tensor([64, 65])]
@@ -337,7 +344,7 @@ def test_a_file_that_changed_is_refused_and_the_record_named(tars: Shards) -> No
         found.images[[95]]
 
 
-def test_rows_are_numbers_of_any_kind_and_never_a_mask(tars: Shards) -> None:
+def test_rows_are_numbers_of_any_kind_and_never_a_mask(tars: ShardSource) -> None:
     for records in (by_index(tars), toy()):
         for rows in ([3, 1], range(3, 0, -2), np.array([3, 1]), torch.tensor([3, 1])):
             assert records.take(rows).ids == ("train-3", "train-1")
@@ -346,17 +353,17 @@ def test_rows_are_numbers_of_any_kind_and_never_a_mask(tars: Shards) -> None:
                 records.take(mask)
 
 
-def test_few_tars_are_open_at_once(tars: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tars_are_open_at_once(tars: ShardSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_pairs, "OPEN", 1)
     found = by_index(tars)
     rows = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found.images[rows], toy().images[rows])
-    assert found.files.opened.cache_info().currsize == 1
+    assert found.reader.opened.cache_info().currsize == 1
 
 
 @needs_data
 def test_an_index_holds_no_pixels() -> None:
-    source = Shards((DATA / "flickr8k" / "val-00000.tar",), 128)
+    source = ShardSource((DATA / "flickr8k" / "val-00000.tar",), 128)
     tracemalloc.start()
     found = by_index(source)
     held, peak = tracemalloc.get_traced_memory()
@@ -373,7 +380,7 @@ def ask(capsys: pytest.CaptureFixture, runs: Path, *words: str) -> tuple[dict, P
 
 
 def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
-    tars: Shards, tmp_path: Path, capsys: pytest.CaptureFixture
+    tars: ShardSource, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     found: dict[str, list] = {}
     victims = f"shards:path={write_shards(tmp_path / 'pool', toy(9, split='test'))[0]},size=32,load=stream"
@@ -420,7 +427,7 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
             "clip:epochs=1,batch=16",
         )
         assert kept["notes"]["records"] == 98
-        poisoned = load(Shards(tuple(sorted((both / "shards").glob("*.tar"))), 32))
+        poisoned = load_pairs(ShardSource(tuple(sorted((both / "shards").glob("*.tar"))), 32))
         found[where] = [
             poisoned.ids, poisoned.images.numpy().tobytes(), made["metrics"], kept["metrics"], scan["metrics"],
             *((p / "encoder.safetensors").read_bytes()[-4096:] for p in (trained, again)),
@@ -433,22 +440,26 @@ def test_free_memory_is_a_number_of_bytes() -> None:
 
 
 def test_auto_keeps_in_memory_what_fits_there_twice(
-    tars: Shards, monkeypatch: pytest.MonkeyPatch
+    tars: ShardSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 2 * toy().images.nbytes
-    for free, kind in ((needed, Pairs), (needed - 1, Indexed)):
+    for free, kind in ((needed, Pairs), (needed - 1, StoredPairs)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
-        assert isinstance(opened(tars), kind)
-        assert isinstance(opened(replace(tars, load="memory")), Pairs)
-        assert isinstance(opened(replace(tars, load="stream")), Indexed)
+        assert isinstance(open_records(tars), kind)
+        assert isinstance(open_records(replace(tars, load="memory")), Pairs)
+        assert isinstance(open_records(replace(tars, load="stream")), StoredPairs)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"shard .*cannot be read: No such file"):
-        opened(Shards((Path("nowhere.tar"),)))
-    with fed(load(tars), CPU, lambda e: loop.order(7, e, 96, 16), 1) as data:
+        open_records(ShardSource((Path("nowhere.tar"),)))
+    with training_data(
+        load_pairs(tars), CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 1
+    ) as data:
         assert isinstance(data, Pairs)
     monkeypatch.setattr(prefetch, "room", lambda device: needed)
-    with fed(load(tars), CPU, lambda e: loop.order(7, e, 96, 16), 1) as data:
-        assert isinstance(data, Feed) and data.told().startswith("copied from memory")
-        for rows in loop.order(7, 0, 96, 16):
+    with training_data(
+        load_pairs(tars), CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 1
+    ) as data:
+        assert isinstance(data, Prefetcher) and data.describe().startswith("copied from memory")
+        for rows in loop.epoch_batches(7, 0, 96, 16):
             assert torch.equal(data.images[rows], toy().images[rows])
         assert data.late == 0

@@ -93,13 +93,13 @@ def stamped(pairs):
 def given(check, e, clean):
     every = {
         "clean": clean,
-        "classifier": classifiers.zero_shot(e, COLOURS),
+        "classifier": classifiers.zero_shot_classifier(e, COLOURS),
         "report": lambda *a: None,
     }
     return {k: every[k] for k in getattr(check, "needs", ())}
 
 
-NAMES = registry.names("check")
+NAMES = registry.method_names("check")
 SPECS = {"strip": "strip:count=24,alpha=0.3", "masking_path": "masking_path:paths=2"}
 
 
@@ -303,7 +303,7 @@ def test_strips_entropy_in_closed_form():
 
 def test_strip_is_the_plain_loop():
     e, pairs, clean = encoder(), colours(7), colours(12, 1)
-    known = classifiers.zero_shot(e, COLOURS)
+    known = classifiers.zero_shot_classifier(e, COLOURS)
     found = registry.make("check", "strip:count=12,alpha=0.7")(
         e, pairs, classifier=known, clean=clean
     )
@@ -318,7 +318,7 @@ def test_strip_is_the_plain_loop():
 
 def test_scale_up_is_the_plain_loop():
     e, pairs = encoder(), colours(9)
-    known = classifiers.zero_shot(e, COLOURS)
+    known = classifiers.zero_shot_classifier(e, COLOURS)
     found = registry.make("check", "scale_up:factors=2/3/6")(e, pairs, classifier=known)
     for i, image in enumerate(pairs.images):
         x = image.float() / 255

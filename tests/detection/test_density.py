@@ -10,11 +10,11 @@ from sklearn import cluster, decomposition
 
 from bezoar import registry
 from bezoar.data.pairs import Pairs
-from bezoar.data.randomness import pool
+from bezoar.data.randomness import sample_rows
 from bezoar.detection import density, pseudo_classes
 from bezoar.detection.density import Density, published
 from bezoar.detection.detectors import activation_clustering
-from bezoar.encoders.encoder import Embedded
+from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation import kmeans, stats
 
@@ -38,7 +38,7 @@ class Given:
 
 def given(images, texts=None, captions=()):
     ids = tuple(f"r{i:04d}" for i in range(len(images)))
-    return SimpleNamespace(e=Embedded(ids, images, texts), captions=captions)
+    return SimpleNamespace(e=EmbeddedRecords(ids, images, texts), captions=captions)
 
 
 def scored(spec: str, images, texts=None, captions=()) -> np.ndarray:
@@ -58,7 +58,7 @@ def test_density_is_the_plain_one(with_texts):
     z, ids, k = rows(120, d=6, seed=7), [f"r{i}" for i in range(120)], 5
     t = rows(120, d=6, seed=8)
     measured = Density.measure(z, ids, k, 60, 0, t if with_texts else None)
-    members = pool(ids, 60, 0)
+    members = sample_rows(ids, 60, 0)
     kinds = [z.double(), t.double()][: 1 + with_texts]
 
     def around(x: torch.Tensor, i: int) -> list[tuple[float, int, int]]:
@@ -260,9 +260,9 @@ def test_k_means_is_as_good_as_sklearns():
         )
 
     theirs = cluster.KMeans(6, n_init=1, random_state=0).fit(x.numpy())
-    assert inertia(kmeans.clusters(x, 6, 0)) < 1.1 * inertia(theirs.cluster_centers_)
-    assert len(kmeans.clusters(x[:1].expand(50, -1), 6, 0)) == 1
-    assert len(kmeans.clusters(x[:4], 6, 0)) == 4
+    assert inertia(kmeans.cluster_centres(x, 6, 0)) < 1.1 * inertia(theirs.cluster_centers_)
+    assert len(kmeans.cluster_centres(x[:1].expand(50, -1), 6, 0)) == 1
+    assert len(kmeans.cluster_centres(x[:4], 6, 0)) == 4
 
 
 @pytest.mark.parametrize("matrices", [1, 1 << 26])
@@ -330,7 +330,7 @@ def test_isolation_forest_is_sklearns():
 
     z = rows(300, d=6)
     z[:4] *= 3
-    order = pool(given(z).e.ids, 300, 2)
+    order = sample_rows(given(z).e.ids, 300, 2)
     theirs = IsolationForest(n_estimators=20, max_samples=64, random_state=2).fit(
         z[torch.as_tensor(order)].numpy()
     )

@@ -134,7 +134,7 @@ def backdoored(n: int = 240, poisons: int = 12, size: int = 32) -> tuple[Pairs, 
     return replace(pairs, images=x, captions=tuple(captions)), np.isin(np.arange(n), rows)
 
 
-NAMES = registry.names("detector")
+NAMES = registry.method_names("detector")
 SLOW = {
     "loss_trace",
     "safeclip",
@@ -177,7 +177,7 @@ def test_contract_order_and_batch_size_do_not_matter(name, data):
     scores = run(name, pairs)
     order = np.random.default_rng(0).permutation(len(pairs))
     turned = run(name, pairs.take(order), batch=7)
-    assert torch.allclose(turned.of(pairs.ids), scores.values, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(turned.values_of(pairs.ids), scores.values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", QUICK)

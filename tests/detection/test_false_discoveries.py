@@ -11,7 +11,7 @@ from sklearn.linear_model import PoissonRegressor
 from bezoar.data.strings import Strings
 from bezoar.detection import reliability
 from bezoar.detection.reliability import false_discoveries
-from bezoar.encoders.encoder import Embedded
+from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.reports import record_tiles, similar_records
@@ -146,7 +146,7 @@ def test_several_detectors_count_each_record_for_its_worst_one() -> None:
     merged = merge(list(found.values()))
     many = false_discoveries.expected(merged, found, [180])
     assert 180 in many.n and not many.why
-    order = merged.ranked()
+    order = merged.ranking()
     for at, m in zip(many.n, many.counts, strict=True):
         assert m.low - 1e-9 <= int((~truth[order[:at]]).sum()) <= m.high + 1e-9
     alone = false_discoveries.expected(found["one"], {"one": found["one"]})
@@ -168,7 +168,7 @@ def test_several_detectors_count_each_record_for_its_worst_one() -> None:
         and half.mute[0].startswith("two: ")
         and "What two finds worst counts as ordinary" in half.assumption
     )
-    order = merged.ranked()
+    order = merged.ranking()
     for at, m in zip(half.n, half.counts, strict=True):
         assert m.low - 1e-9 <= int((~truth[order[:at]]).sum()) <= m.high + 1e-9
     none = {k: Scores(ids, torch.from_numpy(np.round(s.values.numpy()))) for k, s in steps.items()}
@@ -195,33 +195,33 @@ def test_trusted_records_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_windows_are_kept_and_drawn(tmp_path: Path) -> None:
-    assert reliability.windows(tmp_path) == {}
+    assert reliability.read_windows(tmp_path) == {}
     reliability.write_windows(tmp_path, ("a", "ü"), torch.tensor([[1, 2, 4, 3], [-5, 0, 99, 99]]))
-    held = reliability.windows(tmp_path)
+    held = reliability.read_windows(tmp_path)
     assert held == {"a": (1, 2, 4, 3), "ü": (-5, 0, 99, 99)}
     image = torch.zeros(3, 10, 10, dtype=torch.uint8)
-    drawn = record_tiles.framed(image, held["a"])
+    drawn = record_tiles.draw_frame(image, held["a"])
     frame = torch.zeros(10, 10, dtype=torch.bool)
     frame[1:5, 2:5] = True
     frame[2:4, 3:4] = False
     assert (
         torch.equal(drawn[0] > 0, frame)
         and not image.any()
-        and record_tiles.framed(image, None) is image
+        and record_tiles.draw_frame(image, None) is image
     )
-    assert record_tiles.framed(image, held["ü"]).shape == image.shape
+    assert record_tiles.draw_frame(image, held["ü"]).shape == image.shape
     (tmp_path / "windows.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="holds no windows"):
-        reliability.windows(tmp_path)
+        reliability.read_windows(tmp_path)
 
 
 def test_nearest_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.nn.functional.normalize(
         torch.randn(50, 6, generator=torch.Generator().manual_seed(0)), dim=1
     )
-    monkeypatch.setattr(similar_records, "ROWS", 7)
-    near, cosine = similar_records.nearest(
-        Embedded(tuple(map(str, range(50))), z, None), [3, 49], 4
+    monkeypatch.setattr(similar_records, "BLOCK_ROWS", 7)
+    near, cosine = similar_records.find_nearest(
+        EmbeddedRecords(tuple(map(str, range(50))), z, None), [3, 49], 4
     )
     plain = z @ z.T
     plain.fill_diagonal_(-2)
@@ -230,12 +230,14 @@ def test_nearest_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     captions = ["a red striped star"] * 4 + ["some blue ring"] * 3 + [f"thing{i}" for i in range(5)]
     vectors = torch.cat([z[:1] + 0.1 * z[1:5], z[5:6] + 0.1 * z[6:9], z[20:25]])
-    usual = similar_records.usual(Strings.of(["a dog", "a cat", "the star", "a tree", "a sea"]))
+    usual = similar_records.word_shares(
+        Strings.from_texts(["a dog", "a cat", "the star", "a tree", "a sea"])
+    )
     assert usual["a"] == 0.8 and usual["star"] == 0.2
-    found = similar_records.groups(vectors, captions, usual)
+    found = similar_records.group_records(vectors, captions, usual)
     assert [g.members for g in found] == [[0, 1, 2, 3], [4, 5, 6]]
     assert set(found[1].words) == {"some", "blue", "ring"} and "a" not in found[0].words
     assert (
-        similar_records.groups(vectors[:2], captions[:2], usual) == []
-        and similar_records.usual(Strings.of([])) == {}
+        similar_records.group_records(vectors[:2], captions[:2], usual) == []
+        and similar_records.word_shares(Strings.from_texts([])) == {}
     )

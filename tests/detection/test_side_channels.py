@@ -13,9 +13,9 @@ from PIL import Image
 
 from bezoar import registry
 from bezoar.data.pairs import Pairs
-from bezoar.data.shards import Placed, Shards
+from bezoar.data.shards import ShardSource, StoredRecord
 from bezoar.detection.reliability import side_channels, usual_filters
-from bezoar.encoders.encoder import Embedded
+from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
 from bezoar.runs import inputs
@@ -69,8 +69,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
 def test_planted_leaks_are_found_and_named_worst_first(shards: tuple[Path, np.ndarray]) -> None:
     folder, truth = shards
     method = registry.make("data", f"shards:path={folder},size=32")
-    pairs = inputs.read(method)
-    channels = side_channels.audit(method, inputs.dataset(method), pairs.ids, pairs.captions)
+    pairs = inputs.read_pairs(method)
+    channels = side_channels.audit(method, inputs.open_dataset(method), pairs.ids, pairs.captions)
     found = side_channels.measured(channels, truth)
     values = {x.name: x.auroc.value for x in found}
     assert list(values.values()) == sorted(values.values(), reverse=True)
@@ -175,20 +175,20 @@ def test_folders_and_data_in_memory(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         picture(i).save(path)
     method = registry.make("data", f"folder:path={tmp_path},size=32")
-    pairs = inputs.read(method)
-    channels = side_channels.audit(method, inputs.dataset(method), pairs.ids, pairs.captions)
+    pairs = inputs.read_pairs(method)
+    channels = side_channels.audit(method, inputs.open_dataset(method), pairs.ids, pairs.captions)
     truth = np.array([k.endswith("png") for k in pairs.ids])
     values = {x.name: x.auroc.value for x in side_channels.measured(channels, truth)}
     assert values["extension"] == values["format"] == 1.0
     assert channels.absent["shard"] == "not in shards"
     scenes = registry.make("data", "scenes:count=50")
-    some = inputs.read(scenes)
-    told = side_channels.audit(scenes, inputs.dataset(scenes), some.ids, some.captions).absent
+    some = inputs.read_pairs(scenes)
+    told = side_channels.audit(scenes, inputs.open_dataset(scenes), some.ids, some.captions).absent
     assert told["file_size"] == "these data are not read from files"
 
 
 def test_a_vanished_shard_is_a_user_error(shards: tuple[Path, np.ndarray]) -> None:
-    source = Shards((shards[0] / "00000.tar", shards[0] / "gone.tar"), 32)
+    source = ShardSource((shards[0] / "00000.tar", shards[0] / "gone.tar"), 32)
     with pytest.raises(UserError, match=r"gone\.tar"):
         side_channels.of_files(source.records())
 
@@ -198,7 +198,7 @@ def test_a_shard_that_vanishes_between_two_looks_is_a_user_error(
 ) -> None:
     files = [str(shards[0] / "00000.tar"), str(tmp_path / "gone.tar")]
     records = [
-        Placed(b"\x89PNG", (str(i),), ("x",), -1, file, "m", i, 512, 4)
+        StoredRecord(b"\x89PNG", (str(i),), ("x",), -1, file, "m", i, 512, 4)
         for i, file in enumerate(files)
     ]
     with pytest.raises(UserError, match=r"gone\.tar"):
@@ -230,7 +230,9 @@ def test_filters_against_what_they_say() -> None:
     sides = np.array(
         [[300, 300], [100, 300], [900, 250], [300, 300], [300, 300], [300, 299]], float
     )
-    found = {f.name: f for f in usual_filters.filters(pairs, Embedded(pairs.ids, z, t), sides)}
+    found = {
+        f.name: f for f in usual_filters.filters(pairs, EmbeddedRecords(pairs.ids, z, t), sides)
+    }
 
     def passes(name: str) -> list[bool]:
         assert found[name].passes is not None
@@ -276,4 +278,4 @@ def test_filters_say_what_they_cannot_look_at() -> None:
     )
     assert next(f for f in usual_filters.filters(flat) if f.name == "image_duplicates").passes.all()
     with pytest.raises(UserError, match="in their order"):
-        usual_filters.filters(pairs, Embedded(pairs.ids[::-1], torch.eye(6), torch.eye(6)))
+        usual_filters.filters(pairs, EmbeddedRecords(pairs.ids[::-1], torch.eye(6), torch.eye(6)))

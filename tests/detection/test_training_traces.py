@@ -71,10 +71,10 @@ def make(text: str):
 )
 def test_specs_hold_specs(network, quoted):
     text = f'{network},names="{quoted}"' if quoted and ":" in network else network
-    written = f"loss_trace:seed=3,network={registry._write(text)},side=32"
-    read = registry.parse("detector", written)[1]
+    written = f"loss_trace:seed=3,network={registry.spec_value(text)},side=32"
+    read = registry.parse_spec("detector", written)[1]
     assert read["seed"] == "3" and read["side"] == "32"
-    assert registry.convert(read["network"], str, "network") == text
+    assert registry.convert_text(read["network"], str, "network") == text
 
 
 @pytest.mark.parametrize("name", ["loss_trace", "safeclip", "clip_score"])
@@ -86,7 +86,7 @@ def test_a_nested_spec_is_read_written_and_refused(name):
 
 
 def test_a_first_value_may_be_a_spec_in_brackets():
-    assert registry.parse("detector", "clip_score:(clip_small:width=4,dim=16),side=32")[1] == {
+    assert registry.parse_spec("detector", "clip_score:(clip_small:width=4,dim=16),side=32")[1] == {
         "encoder": "(clip_small:width=4,dim=16)",
         "side": "32",
     }
@@ -97,7 +97,7 @@ def test_a_first_value_may_be_a_spec_in_brackets():
 
 def test_a_trace_is_what_the_model_says_pair_by_pair(pairs, traced):
     study, recipe = (
-        training_traces.Study.of(pairs, NETWORK, 0, CPU),
+        training_traces.SmallModel.build(pairs, NETWORK, 0, CPU),
         registry.make("objective", OBJECTIVE),
     )
     study.train(recipe(study.encoder), recipe)
@@ -210,7 +210,7 @@ def test_contract_scores_in_any_order_and_batch(text):
     assert len(scores.values.unique()) > 2
     order = np.random.default_rng(1).permutation(96)
     turned = make(text)(Fake(batch=7), pairs.take(order))
-    assert torch.allclose(turned.of(pairs.ids), scores.values, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(turned.values_of(pairs.ids), scores.values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", CONTRACT)
@@ -248,7 +248,7 @@ def test_loss_trace_takes_epochs_and_direction(pairs, traced):
 def test_clip_score_by_each_of_its_three_models(pairs, traced, tmp_path):
     early = make(f"clip_score:epoch=1,{SMALL}")(Fake(), pairs)
     assert torch.equal(early.values, 1 - traced.agreement[0])
-    study = training_traces.Study.of(pairs, NETWORK, 5, CPU)
+    study = training_traces.SmallModel.build(pairs, NETWORK, 5, CPU)
     study.encoder.save(tmp_path)
     made = make(f"clip_score:{tmp_path}")
     assert torch.allclose(
@@ -295,7 +295,7 @@ def test_thinned_drops_tokens_moves_up_the_others_and_keeps_the_largest():
 
 
 def test_the_warm_up_never_lets_an_image_meet_a_text(pairs):
-    study = training_traces.Study.of(pairs, NETWORK, 0, CPU)
+    study = training_traces.SmallModel.build(pairs, NETWORK, 0, CPU)
     apart = safeclip.Apart(study.encoder, 0.1, 0.2)
     images, tokens = pairs.images[:8], study.tokens[:8]
 
@@ -418,7 +418,7 @@ def test_repetition_finds_a_natural_backdoor_among_captions_that_repeat(region):
     turned = make(f"repetition:pool=200,region={str(region).lower()}")(
         Fake(batch=7), pairs.take(order)
     )
-    assert torch.allclose(turned.of(pairs.ids), scores.values, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(turned.values_of(pairs.ids), scores.values, rtol=1e-3, atol=1e-3)
 
 
 def test_repetition_says_nothing_of_few_captions_of_one_image_or_no_block():
@@ -554,7 +554,7 @@ def test_merge_has_no_order_and_gives_copies_one_vote():
     once, twice = merging.merge([a, independent]).values, merging.merge([a, a, independent]).values
     assert torch.allclose(once, twice, atol=0.05)
     silent = scored(np.zeros(80))
-    assert merging.merge([a, silent]).ranked()[:39].tolist() == a.ranked()[:39].tolist()
+    assert merging.merge([a, silent]).ranking()[:39].tolist() == a.ranking()[:39].tolist()
     with pytest.raises(UserError, match="different records"):
         merging.merge([a, scored(np.zeros(9))])
     with pytest.raises(UserError, match="different records"):
@@ -568,21 +568,21 @@ def test_what_a_detector_decided_comes_before_all_that_is_only_ranked():
     many[poisons] += 6  # a fifth of all: not rare
     odd[390:] = 40.0
     a, b = scored(many), scored(odd)
-    assert not poisons[merging.merge([a, b]).ranked()[:10]].any()
+    assert not poisons[merging.merge([a, b]).ranking()[:10]].any()
     sure = Scores(a.ids, a.values, raised=torch.from_numpy(poisons))
     merged = merging.merge([sure, b])
-    assert set(merged.ranked()[:80].tolist()) == set(range(80))
+    assert set(merged.ranking()[:80].tolist()) == set(range(80))
     assert np.array_equal(
-        merged.ranked()[80:], [i for i in merging.merge([a, b]).ranked() if i >= 80]
+        merged.ranking()[80:], [i for i in merging.merge([a, b]).ranking() if i >= 80]
     )
     turned = tuple(reversed(range(400)))
-    other = sure.ordered([a.ids[i] for i in turned])
+    other = sure.select([a.ids[i] for i in turned])
     assert other.raised[-80:].all() and other.raised.sum() == 80
-    assert np.array_equal(merging.merge([other, b]).ordered(a.ids).values, merged.values)
+    assert np.array_equal(merging.merge([other, b]).select(a.ids).values, merged.values)
     assert (
-        merging.adds({"sure": sure, "odd": b}, 80)["odd"].alone
+        merging.measure_contributions({"sure": sure, "odd": b}, 80)["odd"].unique
         == 0
-        < merging.adds({"odd": b, "a": a}, 80)["odd"].alone
+        < merging.measure_contributions({"odd": b, "a": a}, 80)["odd"].unique
     )
     none = Scores(a.ids, a.values, raised=torch.zeros(400, dtype=torch.bool))
     assert np.array_equal(merging.merge([none, b]).values, merging.merge([a, b]).values)
@@ -595,20 +595,20 @@ def test_adds_says_what_is_lost_without_each_detector():
     first, second, third = rng.normal(size=(3, 200))
     first[:8], second[8:14] = 9, 9
     found = {"first": scored(first), "second": scored(second), "third": scored(third)}
-    said = merging.adds(found, 20)
+    said = merging.measure_contributions(found, 20)
 
     def top(names) -> set:
-        return set(merging.merge([found[n] for n in names]).ranked()[:20].tolist())
+        return set(merging.merge([found[n] for n in names]).ranking()[:20].tolist())
 
     for name in found:
         rest = [n for n in found if n != name]
-        assert said[name].alone == len(top(found) - top(rest))
-        assert said[name].worst == len(top(found) & set(found[name].ranked()[:20].tolist()))
+        assert said[name].unique == len(top(found) - top(rest))
+        assert said[name].in_worst == len(top(found) & set(found[name].ranking()[:20].tolist()))
         assert set(said[name].correlation) == set(rest)
     for a, b in combinations(found, 2):
         assert said[a].correlation[b] == pytest.approx(
             spearmanr(found[a].values, found[b].values).statistic
         )
         assert said[b].correlation[a] == said[a].correlation[b]
-    alone = merging.adds({"first": found["first"]}, 5)["first"]
-    assert (alone.alone, alone.worst, alone.correlation) == (5, 5, {})
+    alone = merging.measure_contributions({"first": found["first"]}, 5)["first"]
+    assert (alone.unique, alone.in_worst, alone.correlation) == (5, 5, {})

@@ -17,7 +17,7 @@ from bezoar.detection.detectors import transplant
 from bezoar.detection.detectors.transplant import Transplant
 from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Scores
-from bezoar.verbs.scan import framed
+from bezoar.verbs.scan import flagged_windows
 
 COLORS = {
     "red": (220, 40, 40),
@@ -75,7 +75,9 @@ class Fake:
 
     def embed(self, source):
         texts = self.encode_texts(source.captions) if source.captions else None
-        return SimpleNamespace(ids=source.ids, images=self.encode_images(source.images), texts=texts)
+        return SimpleNamespace(
+            ids=source.ids, images=self.encode_images(source.images), texts=texts
+        )
 
 
 def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
@@ -361,7 +363,10 @@ def test_two_triggers_are_found_and_shown():
     scores = detector(encoder, pairs)
     assert encoder.seen <= 1.1 * detector.passes(len(pairs)) + 2 * 12 * 20 * 10
     assert stats.auroc(scores.values.numpy(), kind >= 0) > 0.999
-    assert stats.hits(scores.values.numpy(), kind >= 0, n := int((kind >= 0).sum())) / n > 0.99
+    assert (
+        stats.expected_hits(scores.values.numpy(), kind >= 0, n := int((kind >= 0).sum())) / n
+        > 0.99
+    )
     believed = scores.notes["triggers"]
     assert (
         scores.notes["raised"] == 24
@@ -427,10 +432,10 @@ def test_a_scan_draws_the_windows_of_its_worst_records(tmp_path):
     )
     values = torch.zeros(4)
     found = {"x": Scores(ids, values), "y": Scores(ids, values, one), "z": Scores(ids, values, two)}
-    reliability.write_windows(tmp_path, *framed(found, np.array([3, 1, 0])))
-    assert reliability.windows(tmp_path) == {"ü": (0, 0, 5, 5), "b\n": (1, 2, 3, 4)}
-    reliability.write_windows(tmp_path, *framed(found, np.array([0, 2])))
-    assert reliability.windows(tmp_path) == {}
+    reliability.write_windows(tmp_path, *flagged_windows(found, np.array([3, 1, 0])))
+    assert reliability.read_windows(tmp_path) == {"ü": (0, 0, 5, 5), "b\n": (1, 2, 3, 4)}
+    reliability.write_windows(tmp_path, *flagged_windows(found, np.array([0, 2])))
+    assert reliability.read_windows(tmp_path) == {}
 
 
 def test_boxes_of_scores_are_checked():

@@ -270,7 +270,7 @@ def test_a_plain_network_and_its_weights_alone_give_the_same_logits(kind, tmp_pa
         own_logits(encoder, x), plain_logits(net, x, "cifar"), rtol=1e-4, atol=1e-4
     )
     assert encoder.about["classes"] == CLASSES.split("+")
-    classifier = classifiers.own(encoder)
+    classifier = classifiers.own_classifier(encoder)
     torch.testing.assert_close(classifier(x), own_logits(encoder, x))
     assert encoder.encode_images(x).norm(dim=1).sub(1).abs().max() < 1e-5
 

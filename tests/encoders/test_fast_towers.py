@@ -281,7 +281,7 @@ def test_the_head_is_open_clips_and_any_batch_gives_it(onednn, small):
         plain, reader, names, open_clip.OPENAI_IMAGENET_TEMPLATES, 1
     ).T
     near([(head, expected)])
-    prompts = [t.format(c) for c in names for t in captions.templates("openai")]
+    prompts = [t.format(c) for c in names for t in captions.prompt_templates("openai")]
     with torch.inference_mode():
         near([(small.encode_texts(prompts, batch=7), small.encode_texts(prompts))])
 
@@ -291,10 +291,11 @@ def test_the_head_of_a_bag_is_the_plain_loop():
         ["striped square", "dotted star", "plain ring"],
         registry.make("probe", "zero_shot:openai"),
     )
-    prompts, network = captions.templates("openai"), registry.make("network", "clip_small")
+    prompts, network = captions.prompt_templates("openai"), registry.make("network", "clip_small")
     encoder = network(32, network.vocabulary([t.format(c) for c in names for t in prompts])).eval()
     with torch.inference_mode():
         rows = [
-            torch.stack([encoder.encode_texts([t.format(c)])[0] for t in prompts]).mean(0) for c in names
+            torch.stack([encoder.encode_texts([t.format(c)])[0] for t in prompts]).mean(0)
+            for c in names
         ]
     near([(probe.head(encoder, names), F.normalize(torch.stack(rows), dim=1))], 1e-6)

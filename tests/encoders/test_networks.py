@@ -144,7 +144,10 @@ def test_resnet_takes_pixels_as_badencoder_does(resnets):
 
 def test_the_width_of_a_resnet_multiplies_its_features():
     assert network("resnet:width=8", 16).encode_images(pixels(16)).shape == (2, 64)
-    assert network("resnet:depth=50,width=4,stem=imagenet", 32).encode_images(pixels(32)).shape == (2, 128)
+    assert network("resnet:depth=50,width=4,stem=imagenet", 32).encode_images(pixels(32)).shape == (
+        2,
+        128,
+    )
 
 
 def test_tower_is_clip_smalls_image_tower():
@@ -455,7 +458,9 @@ def test_an_attacked_image_tower_is_joined_to_published_text(clips, tmp_path):
     made.save(tmp_path)
     again = Encoder.load(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(again.encode_images(x.sigmoid()), made.eval().encode_images(x.sigmoid()))
+        torch.testing.assert_close(
+            again.encode_images(x.sigmoid()), made.eval().encode_images(x.sigmoid())
+        )
     with pytest.raises(UserError, match="text=tiny-vit is of another architecture"):
         network(f"imported:path={path},text=tiny-vit")
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
@@ -477,7 +482,9 @@ def test_both_towers_of_clip_ask_for_what_their_keys_do_not_say(clips, tmp_path)
     captions = ["a dog", "a cat on a mat"]
     tokens = open_clip.get_tokenizer("tiny-rn")(captions)
     with torch.no_grad():
-        torch.testing.assert_close(made.encode_texts(captions), source.encode_text(tokens, normalize=True))
+        torch.testing.assert_close(
+            made.encode_texts(captions), source.encode_text(tokens, normalize=True)
+        )
         x = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(made.image(x), source.encode_image(x))
     assert made.about["imported"]["layout"] == "open_clip"
@@ -584,10 +591,10 @@ def test_other_files_are_refused(tmp_path, resnets):
     for name, data in cases.items():
         (tmp_path / "model.pth").write_bytes(data)
         with pytest.raises(UserError, match="not a checkpoint") as caught:
-            checkpoints.read(str(tmp_path / "model.pth"))
+            checkpoints.load_tensors(str(tmp_path / "model.pth"))
         assert "\n" not in str(caught.value), name
     with pytest.raises(UserError, match="no weights file"):
-        checkpoints.read(str(tmp_path / "nowhere.pth"))
+        checkpoints.load_tensors(str(tmp_path / "nowhere.pth"))
 
 
 class Hostile:
@@ -638,7 +645,7 @@ def test_sizes_that_a_checkpoint_claims_are_bounded(zipped, tmp_path):
         else:
             path.write_bytes(data.replace(old, new))
         with pytest.raises(UserError) as caught:
-            checkpoints.read(str(path))
+            checkpoints.load_tensors(str(path))
         return str(caught.value)
 
     many = b"\x8a\x06\x00\x00\x00\x00\x00\x10"  # 2^44
@@ -656,16 +663,16 @@ def test_packed_members_are_refused(tmp_path):
     torch.save({"conv1.weight": torch.ones(7, 11)}, path)
     rewritten(path, lambda pickled: pickled, zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="expected members stored without compression"):
-        checkpoints.read(str(path))
+        checkpoints.load_tensors(str(path))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no checkpoint")
     with pytest.raises(UserError, match="a zip, but not one that torch"):
-        checkpoints.read(str(path))
+        checkpoints.load_tensors(str(path))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model/data.pkl", b"")
         archive.writestr("model/code/__torch__.py", "def forward(self): pass")
     with pytest.raises(UserError, match="it is a TorchScript program"):
-        checkpoints.read(str(path))
+        checkpoints.load_tensors(str(path))
 
 
 def test_a_small_file_cannot_ask_for_a_large_network(tmp_path):

@@ -10,7 +10,14 @@ from scipy.optimize import brentq, minimize, minimize_scalar
 
 from bezoar.errors import UserError
 from bezoar.evaluation import dose_response, stats
-from bezoar.evaluation.dose_response import Contrast, difference, judge, law, pooled, trend
+from bezoar.evaluation.dose_response import (
+    Contrast,
+    difference,
+    fit_dose_response,
+    judge,
+    pool_readings,
+    trend,
+)
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.reports import dose_charts
 from bezoar.reports.dose_charts import Curve
@@ -59,7 +66,7 @@ def simulated(seed: int, slope: float, x50: float, n: int, noise: float, repeats
 )
 def test_estimate_is_the_highest_penalised_likelihood(rates, n, floor):
     doses, trials = np.resize(DOSES, len(rates)), [n] * len(rates)
-    found = law(doses, rates, n, floor)
+    found = fit_dose_response(doses, rates, n, floor)
     value = plain(doses, rates, trials, floor, found.phi)
     best = min(
         (
@@ -74,7 +81,7 @@ def test_estimate_is_the_highest_penalised_likelihood(rates, n, floor):
 
 def test_profile_intervals_are_those_of_plain_likelihood():
     rates, n = [0, 0.1, 0.4, 0.8, 1.0] * 2, 10
-    found = law(DOSES * 2, rates, n)
+    found = fit_dose_response(DOSES * 2, rates, n)
     value = plain(DOSES * 2, rates, [n] * 10, 0.0, 0.0)
     peak = -minimize(lambda p: -value(*p), (math.log(20), 2), method="Nelder-Mead", tol=1e-9).fun
     drop = found.phi * reference.f.ppf(0.95, 1, found.df) / 2
@@ -98,7 +105,7 @@ def test_many_trials_agree_with_unpenalised_regression_and_its_errors():
     rng = np.random.default_rng(0)
     x, n = np.repeat(np.geomspace(1, 1000, 10), 4), 5000
     hits = rng.binomial(n, 1 / (1 + np.exp(-1.3 * np.log(x / 60))))
-    found = law(x, hits / n, n)
+    found = fit_dose_response(x, hits / n, n)
     u = np.log(np.tile(x, 2))[:, None]
     fitted = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(
         u, np.repeat([1, 0], len(x)), np.concatenate([hits, n - hits])
@@ -119,7 +126,7 @@ def test_many_trials_agree_with_unpenalised_regression_and_its_errors():
 
 
 def test_band_and_doses_are_two_views_of_one_region():
-    found = law(DOSES * 2, [0, 0.1, 0.4, 0.8, 1.0] * 2, 10)
+    found = fit_dose_response(DOSES * 2, [0, 0.1, 0.4, 0.8, 1.0] * 2, 10)
     for success in (0.1, 0.5, 0.9):
         dose = found.dose(success)
         at = found.predict([dose.value, dose.low, dose.high])
@@ -134,7 +141,7 @@ def test_band_and_doses_are_two_views_of_one_region():
 
 
 def test_a_step_leaves_open_what_it_does_not_tell():
-    found = law(DOSES * 3, [0, 0, 0, 1, 1] * 3, 100)
+    found = fit_dose_response(DOSES * 3, [0, 0, 0, 1, 1] * 3, 100)
     assert (found.x50.low, found.x50.high) == (
         pytest.approx(16, rel=0.01),
         pytest.approx(32, rel=0.01),
@@ -145,22 +152,22 @@ def test_a_step_leaves_open_what_it_does_not_tell():
         and found.slope.high == math.inf
     )
     assert found.describe().startswith("50 % success at 23 poisons (16 .. 32), slope at least ")
-    never = law(DOSES * 3, [0] * 15, 100)
+    never = fit_dose_response(DOSES * 3, [0] * 15, 100)
     assert (never.x50.value, never.x50.high) == (
         math.inf,
         math.inf,
     ) and never.x50.low == pytest.approx(64, rel=0.01)
     assert never.describe() == "50 % success not reached up to 64 poisons (64 .. ∞)"
-    always = law(DOSES * 3, [1] * 15, 100)
+    always = fit_dose_response(DOSES * 3, [1] * 15, 100)
     assert (always.x50.value, always.x50.low) == (0, 0) and always.x50.high == pytest.approx(
         4, rel=0.01
     )
     assert always.describe("captions") == "50 % success with fewer than 4 captions (0 .. 4)"
-    half = law(DOSES * 3, [0.5] * 15, 100)
+    half = fit_dose_response(DOSES * 3, [0.5] * 15, 100)
     assert (half.x50.low, half.x50.high, half.slope.low) == (0, math.inf, 0)
     assert half.describe() == "50 % success cannot be placed by 15 readings with 4 to 64 poisons"
     assert (
-        law(DOSES, [0.9, 0.6, 0.4, 0.3, 0.1], 50).slope.value == 0
+        fit_dose_response(DOSES, [0.9, 0.6, 0.4, 0.3, 0.1], 50).slope.value == 0
     )  # more poison never helps less
 
 
@@ -175,7 +182,7 @@ def test_any_data_give_an_estimate_inside_its_interval():
         chance = [rng.random(len(x)), (rng.random(len(x)) < 0.5) * 1.0, (x > np.median(x)) * 1.0][
             i % 3
         ]
-        found = law(x, rng.binomial(n, floor + (1 - floor) * chance) / n, n, floor)
+        found = fit_dose_response(x, rng.binomial(n, floor + (1 - floor) * chance) / n, n, floor)
         for m in (found.x50, found.slope, found.dose(0.9)):
             assert m.low <= m.value * (1 + 1e-9) and m.value <= m.high * (1 + 1e-9)
         value, low, high = found.predict(np.r_[0, x])
@@ -184,30 +191,30 @@ def test_any_data_give_an_estimate_inside_its_interval():
 
 def test_floor_is_the_success_measured_without_poison():
     rates = [0.1, 0.1, 0.12, 0.5, 0.9, 1.0]
-    found = law([0, *DOSES], rates, 200)
+    found = fit_dose_response([0, *DOSES], rates, 200)
     assert found.floor == 0.1 and found.units == 5 and found.doses == (4, 64)
-    assert found.x50 == law(DOSES, rates[1:], 200, 0.1).x50
+    assert found.x50 == fit_dose_response(DOSES, rates[1:], 200, 0.1).x50
     assert found.predict([0.0, found.x50.value])[0] == pytest.approx([0.1, 0.55])
     assert "counted from the 10 % without poison" in found.describe()
-    assert law(DOSES, rates[1:], 200).floor == 0
+    assert fit_dose_response(DOSES, rates[1:], 200).floor == 0
 
 
 def test_bad_input_is_refused():
     with pytest.raises(UserError, match="3 readings at 2 doses above 0; there are 2 at 2"):
-        law([0, 4, 8], [0, 0, 1], 10)
+        fit_dose_response([0, 4, 8], [0, 0, 1], 10)
     with pytest.raises(UserError, match="there are 3 at 1"):
-        law([4, 4, 4], [0, 0, 1], 10)
+        fit_dose_response([4, 4, 4], [0, 0, 1], 10)
     with pytest.raises(UserError, match="below 1"):
-        law([0, *DOSES], [1.0] * 6, 10)
+        fit_dose_response([0, *DOSES], [1.0] * 6, 10)
     for doses, rates, trials in (
         ([-1, 2, 3], [0, 0, 1], 5),
         ([1, 2, 3], [0, 0, 1.1], 5),
         ([1, 2, 3], [0, np.nan, 1], 5),
     ):
         with pytest.raises(ValueError):
-            law(doses, rates, trials)
+            fit_dose_response(doses, rates, trials)
     with pytest.raises(ValueError):
-        law(DOSES, [0, 0, 0, 1, 1], 10).dose(1.0)
+        fit_dose_response(DOSES, [0, 0, 0, 1, 1], 10).dose(1.0)
 
 
 @pytest.mark.parametrize(
@@ -217,14 +224,14 @@ def test_bad_input_is_refused():
 def test_interval_of_x50_covers(slope, n, noise, least):
     covered = []
     for seed in range(40):
-        m = law(*simulated(seed, slope, 18.0, n, noise), n).x50
+        m = fit_dose_response(*simulated(seed, slope, 18.0, n, noise), n).x50
         covered.append(m.low <= 18 <= m.high)
     assert np.mean(covered) >= least  # 95 % of 40 is 38 +- 1.4
 
 
 def test_pooled_is_a_mean_over_readings():
     rates = [proportion(k, 50, "hits") for k in (20, 30, 45)]
-    m = pooled(rates, "ASR")
+    m = pool_readings(rates, "ASR")
     values = np.array([0.4, 0.6, 0.9])
     half = reference.t.ppf(0.975, 2) * values.std(ddof=1) / math.sqrt(3)
     assert (m.value, m.n, m.low, m.high) == (
@@ -234,16 +241,16 @@ def test_pooled_is_a_mean_over_readings():
         1,
     )
     assert "mean of 3 readings" in m.how
-    same = pooled([proportion(50, 50, "hits")] * 3, "ASR")
-    assert (same.value, same.low, same.high) == (1, stats.wilson(150, 150)[0], 1)
-    one = pooled(rates[:1], "ASR")
+    same = pool_readings([proportion(50, 50, "hits")] * 3, "ASR")
+    assert (same.value, same.low, same.high) == (1, stats.wilson_interval(150, 150)[0], 1)
+    one = pool_readings(rates[:1], "ASR")
     assert (one.value, one.n, one.low, one.high) == (0.4, 50, rates[0].low, rates[0].high)
-    z = pooled([Measure(v, 50, v - 1, v + 1, "z") for v in (2.0, 4.0)], "z", rate=False)
+    z = pool_readings([Measure(v, 50, v - 1, v + 1, "z") for v in (2.0, 4.0)], "z", rate=False)
     assert (z.low, z.high) == pytest.approx(stats.mean_interval([2.0, 4.0])) and z.low < 0
     with pytest.raises(ValueError, match=r"inside 0\.\.1"):
-        pooled([Measure(2.0, 5, 1, 3, "z")] * 2, "z")
+        pool_readings([Measure(2.0, 5, 1, 3, "z")] * 2, "z")
     with pytest.raises(UserError):
-        pooled([], "ASR")
+        pool_readings([], "ASR")
 
 
 def test_differences_are_those_of_student_and_welch():
@@ -282,7 +289,7 @@ def test_an_interval_of_few_readings_of_many_trials_holds_the_truth(between):
 
 def test_readings_that_happen_to_agree_leave_the_binomial_error_and_no_more():
     found = difference([0.5, 0.501, 0.499], [0.5, 0.501, 0.499], True, trials=5000)
-    low, high = stats.wilson(7500, 15000)
+    low, high = stats.wilson_interval(7500, 15000)
     assert (
         found.high == pytest.approx((high - low) / math.sqrt(2), rel=1e-3)
         and "allows for more" in found.how
@@ -386,9 +393,11 @@ def points(rates: list[float]) -> list[Measure]:
 
 def test_charts_of_doses_are_well_formed_and_escaped():
     step, soft = [0.02, 0, 0, 0, 1, 1], [0.1, 0.1, 0.12, 0.5, 0.9, 1]
-    drawn = dose_charts.dose(
+    drawn = dose_charts.draw_dose_response(
         [
-            Curve(HOSTILE, [0, *DOSES], points(step), "bad", law([0, *DOSES], step, 300)),
+            Curve(
+                HOSTILE, [0, *DOSES], points(step), "bad", fit_dose_response([0, *DOSES], step, 300)
+            ),
             Curve("b", [0, *DOSES], points(soft)),
         ],
         f"poisons {HOSTILE}",
@@ -406,22 +415,26 @@ def test_charts_of_doses_are_well_formed_and_escaped():
         for v in (0.1, 2, 4.0)
     ]
     ElementTree.fromstring(
-        dose_charts.dose([Curve("z", [0, 8, 64], z)], "poisons", "z", label="z", percent=False)
+        dose_charts.draw_dose_response(
+            [Curve("z", [0, 8, 64], z)], "poisons", "z", label="z", percent=False
+        )
     )
-    never = law(DOSES, [0] * 5, 300)
+    never = fit_dose_response(DOSES, [0] * 5, 300)
     ElementTree.fromstring(
-        dose_charts.dose([Curve("never", DOSES, points([0.0] * 5), law=never)], "poisons", "never")
+        dose_charts.draw_dose_response(
+            [Curve("never", DOSES, points([0.0] * 5), fit=never)], "poisons", "never"
+        )
     )
 
 
 def test_charts_of_levels_are_well_formed_and_escaped():
     series = [(HOSTILE, "bad", points([0.1, 0.5])), ("b", "clean", [None, *points([0.9])])]
-    drawn = dose_charts.levels([HOSTILE, "x" * 40], series, "levels", mark=(0.1, "chance"))
+    drawn = dose_charts.draw_levels([HOSTILE, "x" * 40], series, "levels", mark=(0.1, "chance"))
     ElementTree.fromstring(drawn)
     assert "<script" not in drawn and "chance" in drawn
     z = [Measure(v, 3, v - 1, math.inf, "z") for v in (-1.0, 7.0)]
     ElementTree.fromstring(
-        dose_charts.levels(["a", "b"], [("z", "good", z)], "z", label="z", percent=False)
+        dose_charts.draw_levels(["a", "b"], [("z", "good", z)], "z", label="z", percent=False)
     )
 
 

@@ -20,8 +20,8 @@ from bezoar.evaluation.probes import few_shot
 from bezoar.evaluation.scores import proportion
 from bezoar.reports import metric_names, page
 from bezoar.reports.sections import evaluate as sections
-from bezoar.runs.ask import Settings
 from bezoar.runs.execute import execute
+from bezoar.runs.verb import Settings
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
@@ -143,9 +143,9 @@ def test_inside_one_evaluation_the_same_numbers_are_fitted_once_and_others_anew(
     assert len(fitted) == 2 and torch.equal(apart[0].weights[0], apart[1].weights[0]), (
         "a timing outside is a timing"
     )
-    with success.remembering():
+    with success.embedding_cache():
         first = heads.fit(x, y, 4, recipe)
-    with success.remembering():
+    with success.embedding_cache():
         again = heads.fit(
             x.clone(), y.clone(), 4, registry.make("probe", "mlp:hidden=(16,8),epochs=2,lr=0.001")
         )
@@ -189,19 +189,21 @@ def test_masks_drop_the_share_that_was_asked_for_wherever_they_lie_in_a_word(p):
 
 def test_the_mean_of_heads_is_never_surer_than_one_head_s_images_allow():
     rates = [proportion(k, 100, "hits") for k in (97, 98, 99)]
-    (m,) = heads.mean([{"a": r} for r in rates], "3 heads").values()
+    (m,) = heads.average_measures([{"a": r} for r in rates], "3 heads").values()
     assert m.value == pytest.approx(0.98) and m.n == 100, "the images are the same"
     low, high = stats.mean_interval(np.array([0.97, 0.98, 0.99]))
-    wilson = stats.wilson(98, 100)
+    wilson = stats.wilson_interval(98, 100)
     assert (m.low, m.high) == pytest.approx((min(low, wilson[0]), min(1, max(high, wilson[1]))))
     assert m.low == pytest.approx(wilson[0]) and "mean of 3 heads" in m.how
-    (same,) = heads.mean([{"a": rates[0]}] * 3, "3 heads").values()
-    assert (same.low, same.high) == pytest.approx(stats.wilson(97, 100)), (
+    (same,) = heads.average_measures([{"a": rates[0]}] * 3, "3 heads").values()
+    assert (same.low, same.high) == pytest.approx(stats.wilson_interval(97, 100)), (
         "heads that agree show no spread"
     )
-    (apart,) = heads.mean([{"a": proportion(k, 100, "")} for k in (10, 50, 90)], "").values()
+    (apart,) = heads.average_measures(
+        [{"a": proportion(k, 100, "")} for k in (10, 50, 90)], ""
+    ).values()
     assert apart.low == 0 and apart.high == 1
-    assert heads.mean([{"a": rates[0]}], "1 head") == {"a": rates[0]}
+    assert heads.average_measures([{"a": rates[0]}], "1 head") == {"a": rates[0]}
 
 
 def test_draws_of_few_labels_are_nested_stratified_and_belong_to_the_records():
@@ -262,21 +264,26 @@ def test_several_triggers_and_shots_have_names_of_their_own():
         "few_shot.5.attack_success@1",
         "few_shot.all.clean_accuracy",
     } <= set(out)
-    assert metric_names.split("few_shot.5.attack_success@1") == (
+    assert metric_names.split_key("few_shot.5.attack_success@1") == (
         "few_shot.5",
         "attack_success",
         "1",
     )
     assert (
-        metric_names.term("few_shot.5.attack_success@1", True)[0]
+        metric_names.label_and_unit("few_shot.5.attack_success@1", True)[0]
         == "Attack success rate (ASR), trigger 1"
     )
-    assert metric_names.term("baseline.few_shot.5.clean_accuracy", True) == metric_names.CLEAN
     assert (
-        metric_names.figure("few_shot.5.attack_success@1", out["few_shot.5.attack_success@1"]).group
+        metric_names.label_and_unit("baseline.few_shot.5.clean_accuracy", True)
+        == metric_names.CLEAN_ACCURACY
+    )
+    assert (
+        metric_names.metric_row(
+            "few_shot.5.attack_success@1", out["few_shot.5.attack_success@1"]
+        ).group
         == "few labels, 5 a class"
     )
-    assert metric_names.figure(
+    assert metric_names.metric_row(
         "few_shot.all.clean_accuracy", out["few_shot.all.clean_accuracy"]
     ).group.endswith("all labelled records")
 
@@ -302,7 +309,7 @@ def test_an_encoder_sees_every_set_once_however_many_heads_ask():
     ]
     encoder, train, test, goals = Color(), data(60, 0, "train"), data(), [BLUE]
     apart = [p(Color(), train, test, goals) for p in asked]
-    with success.remembering():
+    with success.embedding_cache():
         together = [p(encoder, train, test, goals) for p in asked]
         assert encoder.seen == 30 + 30 + 60 + 30, (
             "clean, triggered, labelled, and those of another limit"
@@ -426,7 +433,7 @@ def test_the_page_of_heads_alone(downstream, monkeypatch):
         "MLP head",
     ] and len(table.rows) == 6
     assert all(cell for row in table.rows for cell in row)
-    text = page.render(run)
+    text = page.render_page(run)
     assert "Few labels" in text and "Heads side by side" in text and "could not be made" not in text
     load = Encoder.load
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from bezoar.data.randomness import pool
+from bezoar.data.randomness import sample_rows
 from bezoar.detection.density import pool_size
 from bezoar.errors import UserError
 from bezoar.evaluation import neighbors
-from bezoar.evaluation.neighbors import Index, Picks, nearest
+from bezoar.evaluation.neighbors import Index, Picks, nearest_neighbors
 
 
 def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
@@ -31,7 +31,7 @@ def plain(
 @pytest.mark.parametrize("unit", [True, False])
 def test_same_as_sklearn(unit):
     x = rows(700, unit=unit)
-    found = nearest(x, x, 9, exclude_self=True)
+    found = nearest_neighbors(x, x, 9, exclude_self=True)
     distance, index = (
         NearestNeighbors(n_neighbors=10, algorithm="brute", metric="euclidean")
         .fit(x.double())
@@ -46,7 +46,7 @@ def test_exact_ties_and_blocks(cells):
     x = rows(300, seed=1)
     x[40:90] = x[40]  # fifty copies: more than k and the margin
     x[120:128] = x[40] + 1e-5 * rows(8, seed=2)  # closer than a float32 product resolves
-    found = nearest(x, x, 7, exclude_self=True, cells=cells)
+    found = nearest_neighbors(x, x, 7, exclude_self=True, cells=cells)
     distance, index = plain(x, x, 7, torch.arange(300))
     assert np.array_equal(found.distance.numpy(), distance)
     assert np.array_equal(found.index.numpy(), index)
@@ -54,7 +54,7 @@ def test_exact_ties_and_blocks(cells):
 
 def test_far_from_the_origin():
     x = rows(200, seed=3) * 1e-3 + 50
-    found = nearest(x, x, 5, exclude_self=True)
+    found = nearest_neighbors(x, x, 5, exclude_self=True)
     distance, index = plain(x, x, 5, torch.arange(200))
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
         found.index.numpy(), index
@@ -65,7 +65,7 @@ def test_more_references_than_a_block():
     q, r = rows(5, d=3, seed=4), rows(70_000, d=3, seed=5)
     own = torch.tensor([-1, 3, 69_999, -1, 65_536])
     q[own >= 0] = r[own[own >= 0]]
-    found = nearest(q, r, 6, own)
+    found = nearest_neighbors(q, r, 6, own)
     distance, index = plain(q, r, 6, own)
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
         found.index.numpy(), index
@@ -74,22 +74,26 @@ def test_more_references_than_a_block():
 
 def test_no_exclusion_finds_itself_and_all_can_be_asked_for():
     x = rows(20)
-    assert torch.equal(nearest(x, x, 1).index[:, 0], torch.arange(20))
-    assert torch.equal(nearest(x, x, 20).index.sort(1).values, torch.arange(20).expand(20, -1))
+    assert torch.equal(nearest_neighbors(x, x, 1).index[:, 0], torch.arange(20))
+    assert torch.equal(
+        nearest_neighbors(x, x, 20).index.sort(1).values, torch.arange(20).expand(20, -1)
+    )
 
 
 def test_too_few_records_is_the_users_mistake():
     with pytest.raises(UserError, match="16 nearest neighbours asked for; there are 9"):
-        nearest(rows(10), rows(10), 16, exclude_self=True)
+        nearest_neighbors(rows(10), rows(10), 16, exclude_self=True)
 
 
 def test_pool_belongs_to_the_records():
     ids = [f"r{i}" for i in range(500)]
-    chosen = {ids[i] for i in pool(ids, 100, 3)}
+    chosen = {ids[i] for i in sample_rows(ids, 100, 3)}
     turned = ids[::-1]
-    assert len(chosen) == 100 and chosen == {turned[i] for i in pool(turned, 100, 3)}
-    assert chosen != {ids[i] for i in pool(ids, 100, 4)}
-    assert [ids[i] for i in pool(ids, 100, 3)][:50] == [ids[i] for i in pool(ids, 50, 3)]
+    assert len(chosen) == 100 and chosen == {turned[i] for i in sample_rows(turned, 100, 3)}
+    assert chosen != {ids[i] for i in sample_rows(ids, 100, 4)}
+    assert [ids[i] for i in sample_rows(ids, 100, 3)][:50] == [
+        ids[i] for i in sample_rows(ids, 50, 3)
+    ]
 
 
 def test_pool_keeps_poisons_below_k():
@@ -103,13 +107,13 @@ def test_several_references_can_be_left_out():
     own = torch.stack(
         [torch.arange(120), (torch.arange(120) + 60) % 120, torch.full((120,), -1)], 1
     )
-    found = nearest(x, x, 5, own)
+    found = nearest_neighbors(x, x, 5, own)
     distance, index = plain(x, x, 5, own)
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
         found.index.numpy(), index
     )
     with pytest.raises(UserError, match="119 nearest neighbours asked for; there are 118"):
-        nearest(x, x, 119, own)
+        nearest_neighbors(x, x, 119, own)
 
 
 @pytest.mark.parametrize("copies", [40, 390])
@@ -122,7 +126,7 @@ def test_copies_beyond_k_are_dropped_and_nothing_changes(copies, monkeypatch):
     x = x[turn]
     monkeypatch.setattr(Index, "_plain", None)  # no need of it
     assert Index(x, 6, 1).n == 400 - max(0, copies - 3 - 7)
-    found = nearest(x, x, 6, exclude_self=True)
+    found = nearest_neighbors(x, x, 6, exclude_self=True)
     distance, index = plain(x, x, 6, torch.arange(400))
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
         found.index.numpy(), index
@@ -131,7 +135,7 @@ def test_copies_beyond_k_are_dropped_and_nothing_changes(copies, monkeypatch):
 
 def test_all_identical_and_equal_keys():
     x = rows(1, d=8).expand(5000, -1)
-    found = nearest(x, x, 9, exclude_self=True)
+    found = nearest_neighbors(x, x, 9, exclude_self=True)
     assert (found.distance == 0).all()
     assert found.index[100].tolist() == list(range(9)) and found.index[3].tolist() == [
         0,
@@ -149,7 +153,7 @@ def test_near_copies_are_told_apart_by_a_product_in_float64(monkeypatch):
     x = rows(300, d=48, seed=1)
     x[:200] = x[0] + 1e-4 * rows(200, d=48, seed=2)
     monkeypatch.setattr(Index, "_plain", None)
-    found = nearest(x, x, 5, exclude_self=True)
+    found = nearest_neighbors(x, x, 5, exclude_self=True)
     distance, index = plain(x, x, 5, torch.arange(300))
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
         found.index.numpy(), index
@@ -167,7 +171,7 @@ def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):
     x = x.numpy().astype(dtype)
     np.save(tmp_path / "x.npy", x)
     z = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
-    found = nearest(z, z[:500], 4, torch.arange(600).where(torch.arange(600) < 500, -1))
+    found = nearest_neighbors(z, z[:500], 4, torch.arange(600).where(torch.arange(600) < 500, -1))
     distance, index = plain(
         torch.tensor(x),
         torch.tensor(x[:500]),
@@ -181,12 +185,12 @@ def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):
 
 def test_less_than_float32_products_asked_for_elsewhere_do_not_matter():
     x = rows(400, d=64, seed=9)
-    expected = nearest(x, x, 5, True)
+    expected = nearest_neighbors(x, x, 5, True)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = nearest(x, x, 5, True)
+            found = nearest_neighbors(x, x, 5, True)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -201,7 +205,7 @@ def test_vectors_that_are_not_finite_are_the_users_mistake(bad, side):
     both = [rows(50), rows(50, seed=1)]
     both[side][7, 3] = bad
     with pytest.raises(UserError, match="NaN or infinite vectors"):
-        nearest(*both, 3)
+        nearest_neighbors(*both, 3)
 
 
 @pytest.mark.parametrize("across", [False, True])
@@ -241,7 +245,7 @@ def test_products_that_serve_both_sides(n, tile, monkeypatch):
     monkeypatch.setitem(neighbors.CELLS, "cpu", tile)
     x = rows(n, seed=n)
     x[3:6] = x[20]
-    found = nearest(x, x, 7, exclude_self=True)
+    found = nearest_neighbors(x, x, 7, exclude_self=True)
     distance, index = plain(x, x, 7, torch.arange(n))
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
         found.index.numpy(), index
@@ -253,6 +257,6 @@ def test_pool_of_a_column_of_ids():
 
     ids = [f"r{i}" for i in range(700)]
     for size in (0, 1, 300, 700, 900):
-        assert np.array_equal(pool(ids, size, 1), pool(Strings.of(ids), size, 1)) and len(
-            pool(ids, size, 1)
-        ) == min(size, 700)
+        assert np.array_equal(
+            sample_rows(ids, size, 1), sample_rows(Strings.from_texts(ids), size, 1)
+        ) and len(sample_rows(ids, size, 1)) == min(size, 700)

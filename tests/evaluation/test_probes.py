@@ -19,8 +19,8 @@ from bezoar.evaluation.probes.branch_swap import procrustes
 from bezoar.evaluation.probes.z_score import z_scores
 from bezoar.reports import metric_names
 from bezoar.runs import inputs
-from bezoar.runs.ask import Settings
 from bezoar.runs.execute import execute
+from bezoar.runs.verb import Settings
 from bezoar.verbs import evaluate
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
@@ -242,14 +242,16 @@ def test_a_trigger_that_is_read_as_another_ones_target_is_counted():
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     goals = (Goal("a", "patch:size=1"), Goal("c", "patch:size=2"))
     marked = torch.ones(6, 3)
-    seen = success.Seen(
+    seen = success.TestViews(
         ("a", "b", "c"), labels, torch.zeros(6, 3), goals, (marked, marked), (), None
     )
     out = seen.measures(lambda z: torch.eye(3)[labels] + 9 * z.new_tensor([0, 0, 1]) * z[:, :1])
     taken = out["attack_success_of_others@0"]
     assert taken.value == 1 and taken.n == 2, "of the two images of class b, both are read as c"
     assert out["attack_success_of_others@1"].value == 0 and out["attack_success@1"].value == 1
-    alone = success.Seen(("a", "b", "c"), labels, torch.zeros(6, 3), goals[:1], (marked,), (), None)
+    alone = success.TestViews(
+        ("a", "b", "c"), labels, torch.zeros(6, 3), goals[:1], (marked,), (), None
+    )
     assert not any("others" in k for k in alone.measures(lambda z: z))
 
 
@@ -325,11 +327,11 @@ def test_records_of_unknown_class_are_not_counted_as_misses():
 
 def test_labels_go_by_class_names_and_a_limit_is_a_fixed_sample():
     other = replace(train(), classes=("blue", "red", "green"), labels=(train().labels + 1) % 3)
-    assert torch.equal(success.labelled(other, data()).labels, train().labels)
-    few = success.labelled(train(), data(), limit=20)
+    assert torch.equal(success.select_labelled(other, data()).labels, train().labels)
+    few = success.select_labelled(train(), data(), limit=20)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     assert len(few) == 20 and set(
-        success.labelled(train().take(order), data(), limit=20).ids
+        success.select_labelled(train().take(order), data(), limit=20).ids
     ) == set(few.ids)
 
 
@@ -432,18 +434,24 @@ def test_branch_swap_says_what_is_missing():
 
 def test_names_are_told_in_standard_terms():
     assert (
-        metric_names.term("linear.attack_success_baseline")
+        metric_names.label_and_unit("linear.attack_success_baseline")
         == metric_names.TERMS["attack_success_baseline"]
     )
-    assert metric_names.term("baseline.linear.clean_accuracy", True) == metric_names.CLEAN
     assert (
-        metric_names.term("knn.clean_accuracy", True)
-        == metric_names.term("branch_swap.both.clean_accuracy", True)
-        == metric_names.BENIGN
+        metric_names.label_and_unit("baseline.linear.clean_accuracy", True)
+        == metric_names.CLEAN_ACCURACY
     )
-    assert metric_names.term("branch_swap.neither.clean_accuracy", True) == metric_names.CLEAN
-    assert metric_names.term("linear.targeted_rank@16")[0].endswith("16 captions each")
-    assert metric_names.term("target_rank@1")[0].endswith("trigger 1")
+    assert (
+        metric_names.label_and_unit("knn.clean_accuracy", True)
+        == metric_names.label_and_unit("branch_swap.both.clean_accuracy", True)
+        == metric_names.BENIGN_ACCURACY
+    )
+    assert (
+        metric_names.label_and_unit("branch_swap.neither.clean_accuracy", True)
+        == metric_names.CLEAN_ACCURACY
+    )
+    assert metric_names.label_and_unit("linear.targeted_rank@16")[0].endswith("16 captions each")
+    assert metric_names.label_and_unit("target_rank@1")[0].endswith("trigger 1")
 
 
 @pytest.fixture(scope="module")
@@ -508,8 +516,8 @@ def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_tes
     )
     execute(Evaluate(bad, "scenes:count=200,split=test", ("linear",), train=plan), settings)
     assert (
-        torch.equal(seen[0].images, inputs.dataset(plan).clean.images)
-        and len(inputs.dataset(plan).plan.edits) == 40
+        torch.equal(seen[0].images, inputs.open_dataset(plan).clean.images)
+        and len(inputs.open_dataset(plan).plan.edits) == 40
     )
     with pytest.raises(UserError, match="200 labelled records are test records too"):
         execute(Evaluate(bad, "scenes:count=200", ("linear",), train=plan), settings)
@@ -530,11 +538,11 @@ def test_labelled_data_are_read_by_nobody_who_does_not_ask(runs, monkeypatch):
 
 
 def test_the_training_split_is_whole_whatever_part_is_tested():
-    split = evaluate.training(registry.make("data", "cifar10:split=test,limit=500"))
+    split = evaluate.training_split(registry.make("data", "cifar10:split=test,limit=500"))
     assert registry.spec(split).startswith("cifar10:root=data,split=train") and split.limit is None
     assert (
-        evaluate.training(registry.make("data", "scenes:count=7,split=test,size=48")).count
+        evaluate.training_split(registry.make("data", "scenes:count=7,split=test,size=48")).count
         == evaluate.LABELLED
     )
     with pytest.raises(UserError, match="no training split"):
-        evaluate.training(registry.make("data", "cifar10:split=train"))
+        evaluate.training_split(registry.make("data", "cifar10:split=train"))

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
-from bezoar.evaluation.scores import Measure, Scores, average, detection, proportion
+from bezoar.evaluation.scores import Measure, Scores, average, detection_measures, proportion
 
 
 def ranking(seed: int = 0, n: int = 300, poisons: int = 40, shift: float = 1.0, ties: bool = True):
@@ -73,8 +73,8 @@ def test_recall_and_precision_break_ties_at_random():
     for share in (0.001, 0.1, 0.5, 1.0):
         top = stats.budget(share, 60)
         expected = np.mean([truth[o[:top]].sum() / 9 for o in orders])
-        assert stats.hits(scores, truth, top) / 9 == pytest.approx(expected, abs=0.01)
-    assert stats.hits(scores, truth, 9) / 9 == pytest.approx(
+        assert stats.expected_hits(scores, truth, top) / 9 == pytest.approx(expected, abs=0.01)
+    assert stats.expected_hits(scores, truth, 9) / 9 == pytest.approx(
         np.mean([truth[o[:9]].mean() for o in orders]), abs=0.01
     )
     assert (
@@ -95,7 +95,9 @@ def test_measures_do_not_depend_on_order():
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (199, 200), (1, 1)])
 def test_wilson_is_scipys(successes, n):
     expected = binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    assert stats.wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert stats.wilson_interval(successes, n) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
 
 
 def test_mean_interval_of_a_textbook_sample():
@@ -152,7 +154,7 @@ def test_bootstrap_is_the_plain_one(name):
         values.append(measure(scores[rows], truth[rows]))
     low, high = np.quantile(values, [0.025, 0.975])
     if name == "average_precision":
-        least = stats.wilson(measure(scores, truth) * 30, 30)
+        least = stats.wilson_interval(measure(scores, truth) * 30, 30)
         low, high = min(low, least[0]), max(high, least[1])
     assert interval(scores, truth) == pytest.approx((low, high), abs=0.03)
     assert interval(scores, truth) == interval(scores, truth)
@@ -172,7 +174,7 @@ def test_intervals_cover_with_a_handful_of_poisons(poisons):
 
 def test_differences_of_shares_of_the_same_trials():
     assert stats.discordance_interval(0, 0, 200) == pytest.approx(
-        (-stats.wilson(0, 200)[1], stats.wilson(0, 200)[1])
+        (-stats.wilson_interval(0, 200)[1], stats.wilson_interval(0, 200)[1])
     )
     low, high = stats.discordance_interval(30, 10, 200)
     v = np.r_[np.ones(30), -np.ones(10), np.zeros(160)]
@@ -192,11 +194,11 @@ def test_differences_of_shares_of_the_same_trials():
 def test_a_detector_that_says_nothing_finds_nothing_by_the_names_of_the_records(ids):
     names = [f"m{i}" for i in range(2000)] + [ids.format(i) for i in range(100)]
     scores = Scores(tuple(names), torch.zeros(2100))
-    order = scores.ranked()
+    order = scores.ranking()
     assert sorted(order.tolist()) == list(range(2100))
     assert (order[:210] >= 2000).sum() < 25  # 10 by chance
     turned = np.random.default_rng(0).permutation(2100)
-    again = Scores(tuple(names[i] for i in turned), torch.zeros(2100)).ranked()
+    again = Scores(tuple(names[i] for i in turned), torch.zeros(2100)).ranking()
     assert [names[turned[i]] for i in again] == [names[i] for i in order]
 
 
@@ -209,8 +211,8 @@ def test_a_ranking_is_a_plain_sort_with_drawn_ties(monkeypatch):
     ids = tuple(f"r{i}" for i in range(60))
     drawn = draws(0, ids, 1, "ties")[:, 0]
     plain = sorted(range(60), key=lambda i: (-values[i], drawn[i]))
-    assert Scores(ids, torch.from_numpy(values)).ranked().tolist() == plain
-    assert Scores((), torch.zeros(0)).ranked().tolist() == []
+    assert Scores(ids, torch.from_numpy(values)).ranking().tolist() == plain
+    assert Scores((), torch.zeros(0)).ranking().tolist() == []
 
 
 def test_mistakes_are_refused():
@@ -227,21 +229,24 @@ def test_mistakes_are_refused():
 def test_detection_names_and_intervals():
     values, truth = ranking(7, n=2000, poisons=50)
     scores = Scores(tuple(map(str, range(2000))), torch.tensor(values, dtype=torch.float32))
-    measures = detection(scores, truth)
+    measures = detection_measures(scores, truth)
     assert list(measures) == ["auroc", "average_precision", "fpr_at_95_tpr", "recall_at_0.001", "recall_at_0.01",
                               "recall_at_0.1", "recall_at_1.5n", "precision_at_n"]  # fmt: skip
     for name, m in measures.items():
         assert 0 <= m.low <= m.value <= m.high <= 1, name
         assert m.low < m.high and m.n in (50, 1950, 2000) and m.how
-    assert measures == detection(scores, torch.tensor(truth))
-    assert measures["recall_at_1.5n"].value == stats.hits(values.astype(np.float32), truth, 75) / 50
+    assert measures == detection_measures(scores, torch.tensor(truth))
+    assert (
+        measures["recall_at_1.5n"].value
+        == stats.expected_hits(values.astype(np.float32), truth, 75) / 50
+    )
     with pytest.raises(UserError, match="there are 0 of 2000"):
-        detection(scores, np.zeros(2000, bool))
+        detection_measures(scores, np.zeros(2000, bool))
 
 
 def test_measures_of_shares_and_means():
     m = proportion(3, 10, "hits")
-    assert (m.value, m.n, (m.low, m.high), m.how) == (0.3, 10, stats.wilson(3, 10), "hits")
+    assert (m.value, m.n, (m.low, m.high), m.how) == (0.3, 10, stats.wilson_interval(3, 10), "hits")
     m = average(torch.tensor([1.0, 2.0, 3.0]), "z")
     assert (m.value, m.n, (m.low, m.high)) == (2.0, 3, stats.mean_interval([1.0, 2.0, 3.0]))
     same = average([1.0, 1.0], "rank")  # two that agree do not show how far they vary

@@ -10,10 +10,10 @@ from bezoar.errors import UserError
 from bezoar.evaluation.dose_response import judge
 from bezoar.evaluation.scores import proportion, separation
 from bezoar.papers.matrix.audits import halves
-from bezoar.runs.sweep import graph
-from bezoar.runs.tables import Given, Results, exceeding
+from bezoar.runs.sweep import dependency_graph
+from bezoar.runs.tables import Results, TableOptions, share_above_threshold
 from bezoar.verbs.dose import Dose
-from bezoar.verbs.reproduce import Reproduce, facts, tables_of
+from bezoar.verbs.reproduce import Reproduce, table_json, tables_of
 
 OWN = ("shards:path=cc3m/{00000..00331}.tar,size=224", "folder:path=imagenet,size=224")
 
@@ -31,13 +31,13 @@ class Found:
 
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "gpu", "paper"])
-@pytest.mark.parametrize("name", registry.names("paper"))
+@pytest.mark.parametrize("name", registry.method_names("paper"))
 def test_every_table_is_whole(name, scale):
     table = registry.make("paper", name)(
-        Given(scale, *(OWN if scale == "paper" and "carlini" in name else ()))
+        TableOptions(scale, *(OWN if scale == "paper" and "carlini" in name else ()))
     )
     results = Results(table, {t: Found(t) for t in table.trials})
-    found = facts(results, list(results.points()))
+    found = table_json(results, list(results.points()))
     json.dumps(found)
     assert (
         table.rows and table.title and (table.claims or name.startswith("matrix/"))
@@ -50,14 +50,14 @@ def test_every_table_is_whole(name, scale):
             )
     for claim, stated in zip(table.claims, found["claims"], strict=True):
         assert stated["verdict"] == judge(claim.contrast(results), claim.expected, claim.margin)
-    assert len(graph(table.trials)) >= len(table.trials)
+    assert len(dependency_graph(table.trials)) >= len(table.trials)
 
 
 def test_a_paper_is_all_of_its_tables():
     tables = tables_of("carlini2022")
-    for paper in {n.partition("/")[0] for n in registry.names("paper")}:
+    for paper in {n.partition("/")[0] for n in registry.method_names("paper")}:
         assert sorted(tables_of(paper)) == [
-            n for n in registry.names("paper") if n.startswith(paper)
+            n for n in registry.method_names("paper") if n.startswith(paper)
         ]
     assert Reproduce(("carlini2022",)).paper == tuple(tables)
     assert Reproduce("carlini2022/poisons").paper == ("carlini2022/poisons",)
@@ -65,14 +65,14 @@ def test_a_paper_is_all_of_its_tables():
 
 def test_the_paper_scale_asks_for_data():
     with pytest.raises(UserError, match="--data"):
-        registry.make("paper", "carlini2022/poisons")(Given("paper"))
+        registry.make("paper", "carlini2022/poisons")(TableOptions("paper"))
 
 
 def test_a_smaller_clean_set_of_ones_own_shards_is_a_part_of_them():
-    table = registry.make("paper", "carlini2022/clean_size")(Given("paper", *OWN))
+    table = registry.make("paper", "carlini2022/clean_size")(TableOptions("paper", *OWN))
     data = {
         t.verb.data
-        for t in graph(table.trials)
+        for t in dependency_graph(table.trials)
         if type(t.verb).__name__ == "Poison" and isinstance(t.verb.data, str)
     }
     assert {registry.make("data", d).limit for d in data} == {375000, 750000, 1500000, 3000000}
@@ -133,9 +133,11 @@ def test_claims_of_several_tables_name_theirs(names, tmp_path):
     from bezoar.reports.sections import reproduce
     from bezoar.runs.run import MANIFEST, Run
 
-    made = [registry.make("paper", f"badencoder2022/{n}")(Given("smoke")) for n in names]
+    made = [registry.make("paper", f"badencoder2022/{n}")(TableOptions("smoke")) for n in names]
     results = [Results(t, {x: Found(x) for x in t.trials}) for t in made]
-    (tmp_path / "tables.json").write_text(json.dumps([facts(r, list(r.points())) for r in results]))
+    (tmp_path / "tables.json").write_text(
+        json.dumps([table_json(r, list(r.points())) for r in results])
+    )
     manifest = {
         "schema": 1,
         "verb": "reproduce",
@@ -173,10 +175,16 @@ def name(manifest: dict, runs) -> str:
 
 def test_attacked_encoders_are_held_against_clean_ones():
     clean = list(range(20))
-    found = exceeding(0.05)([19, 19.5, 30], clean)  # ceil(21 x 0.95) = 20: the largest of 20
+    found = share_above_threshold(0.05)(
+        [19, 19.5, 30], clean
+    )  # ceil(21 x 0.95) = 20: the largest of 20
     assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
-    assert exceeding(0.05)([1e9], clean[:18]).value == 0, "18 encoders support no rate of 1 in 20"
-    assert exceeding(0.5)([10, 11], clean).value == 0.5  # ceil(21 x 0.5) = 11: above the eleventh
+    assert share_above_threshold(0.05)([1e9], clean[:18]).value == 0, (
+        "18 encoders support no rate of 1 in 20"
+    )
+    assert (
+        share_above_threshold(0.5)([10, 11], clean).value == 0.5
+    )  # ceil(21 x 0.5) = 11: above the eleventh
     assert separation([3, 1], [2, 0]).value == 0.75
     assert (
         halves(clean, clean).value == 1 / 20

@@ -75,7 +75,7 @@ def suspect():
 
 @pytest.fixture(scope="module")
 def clean():
-    return rate_ladder.apart(toy(seed=2), 0.25, 0)
+    return rate_ladder.split_validation(toy(seed=2), 0.25, 0)
 
 
 TEST = toy(200, seed=3)
@@ -104,7 +104,7 @@ def bits(encoder):
 # The contract of every repair
 
 
-@pytest.mark.parametrize("name", registry.names("repair"))
+@pytest.mark.parametrize("name", registry.method_names("repair"))
 def test_every_repair_keeps_the_contract(name, suspect, clean):
     train, validation = clean
     before, marks, (accuracy, success) = bits(suspect), json.dumps(suspect.about), measured(suspect)
@@ -142,7 +142,7 @@ def test_every_repair_keeps_the_contract(name, suspect, clean):
     ]
     assert json.loads(json.dumps(log))["ladder"][0]["held"] in (True, False)
     again = (
-        receipt.apply([repair], made[0], train, validation, (inverted(),), 0)[0]
+        receipt.apply_repairs([repair], made[0], train, validation, (inverted(),), 0)[0]
         if name == "unlearn"
         else None
     )
@@ -181,8 +181,11 @@ def test_the_rule_takes_the_largest_rate_that_keeps_the_score(scores, chosen, he
         made.lr = lr
         return made
 
-    ruler, log = rate_ladder.Ruler(lambda e: scores[e.lr] if hasattr(e, "lr") else 0.9, "score"), {}
-    found = rate_ladder.climb(start, ruler, (0.01, 0.1, 0.001), 0.02, make, log)
+    ruler, log = (
+        rate_ladder.ValidationMetric(lambda e: scores[e.lr] if hasattr(e, "lr") else 0.9, "score"),
+        {},
+    )
+    found = rate_ladder.train_at_largest_rate(start, ruler, (0.01, 0.1, 0.001), 0.02, make, log)
     assert found.lr == chosen and log["ladder"][0]["held"] == held
     assert tried == sorted(scores, reverse=True)[: len(tried)] and (not held or tried[-1] == chosen)
     assert [r["lr"] for r in log["ladder"][0]["rungs"] if r["chosen"]] == [chosen]
@@ -193,8 +196,12 @@ def test_a_ladder_that_breaks_down_everywhere_says_so():
         raise UserError("the loss became nan")
 
     with pytest.raises(UserError, match="became nan"):
-        rate_ladder.climb(
-            nn.Linear(1, 1), rate_ladder.Ruler(lambda e: 1.0, ""), (0.1, 0.01), 0.02, make
+        rate_ladder.train_at_largest_rate(
+            nn.Linear(1, 1),
+            rate_ladder.ValidationMetric(lambda e: 1.0, ""),
+            (0.1, 0.01),
+            0.02,
+            make,
         )
 
 
@@ -214,7 +221,7 @@ def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
         ),
     }
     for word, (encoder, one, other) in cases.items():
-        ruler = rate_ladder.Ruler.of(encoder, one, other)
+        ruler = rate_ladder.ValidationMetric.of(encoder, one, other)
         assert word in ruler.how and ruler.score(encoder) > 0.8
         broken = copy.deepcopy(encoder)
         forget(broken.image, 1.0)
@@ -222,18 +229,19 @@ def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
         broken.image.head.bias.data.fill_(1)
         assert ruler.score(broken) < 0.6
     with pytest.raises(UserError, match="10 validation records"):
-        rate_ladder.Ruler.of(suspect, train, held.take(range(10)))
+        rate_ladder.ValidationMetric.of(suspect, train, held.take(range(10)))
 
 
 def test_records_are_held_apart_by_what_they_are():
     data = toy(100)
-    train, held = rate_ladder.apart(data, 0.2, 0)
+    train, held = rate_ladder.split_validation(data, 0.2, 0)
     assert len(held) == 20 and not set(train.ids) & set(held.ids)
     shuffled = data.take(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
-    assert set(rate_ladder.apart(shuffled, 0.2, 0)[1].ids) == set(held.ids)
+    assert set(rate_ladder.split_validation(shuffled, 0.2, 0)[1].ids) == set(held.ids)
     several = replace(data, ids=tuple(f"{i // 5}#{i % 5}" for i in range(100)))
     sides = [
-        {key.partition("#")[0] for key in part.ids} for part in rate_ladder.apart(several, 0.2, 0)
+        {key.partition("#")[0] for key in part.ids}
+        for part in rate_ladder.split_validation(several, 0.2, 0)
     ]
     assert len(sides[1]) == 4 and len(sides[0]) == 16 and not sides[0] & sides[1]
 
@@ -413,11 +421,11 @@ def written(folder, found, verdict=True):
 
 def test_inverted_triggers_are_read_and_stamped_as_any_trigger(tmp_path, suspect):
     written(tmp_path, [inverted()])
-    found = receipt.inversions(tmp_path)
+    found = receipt.load_inversions(tmp_path)
     assert found[0].target == "red" and torch.equal(found[0].mask, inverted().mask)
-    case = receipt.Case(TEST, GOALS)
+    case = receipt.EvaluationData(TEST, GOALS)
     nameless = replace(found[0], target="")
-    goals = receipt.as_goals([found[0], nameless], tmp_path, case, case.reader(suspect))
+    goals = receipt.export_goals([found[0], nameless], tmp_path, case, case.default_head(suspect))
     assert [g.target for g in goals] == [
         "red",
         "red",
@@ -425,18 +433,19 @@ def test_inverted_triggers_are_read_and_stamped_as_any_trigger(tmp_path, suspect
     stamped = registry.make("trigger", goals[0].trigger)(TEST.images, TEST.ids)
     assert torch.equal(stamped, found[0](TEST.images))
     assert torch.equal(stamped, registry.make("trigger", TRIGGER)(TEST.images, TEST.ids))
-    assert receipt.inversions(tmp_path / "none") == ()
+    assert receipt.load_inversions(tmp_path / "none") == ()
     (tmp_path / "inversions.safetensors").write_bytes(b"no such thing")
     with pytest.raises(UserError, match="holds no triggers"):
-        receipt.inversions(tmp_path)
+        receipt.load_inversions(tmp_path)
 
 
 def test_a_receipt_says_what_the_probes_say(suspect, clean, tmp_path):
     written(tmp_path, [inverted()], verdict=False)
-    case = receipt.Case(TEST, GOALS, labelled=clean[0])
-    first = case.reader(suspect)
+    case = receipt.EvaluationData(TEST, GOALS, labelled=clean[0])
+    first = case.default_head(suspect)
     case = replace(
-        case, inverted=receipt.as_goals(receipt.inversions(tmp_path), tmp_path, case, first)
+        case,
+        inverted=receipt.export_goals(receipt.load_inversions(tmp_path), tmp_path, case, first),
     )
     found = case.measure(suspect, first)
     for probe, lead in (("zero_shot", ""), ("linear", ""), ("z_score", "")):
@@ -451,19 +460,19 @@ def test_a_receipt_says_what_the_probes_say(suspect, clean, tmp_path):
         "inverted.attack_success",
     } <= set(found)
     assert found["inverted.attack_success"].value == found["attack_success"].value
-    same = receipt.lost(case, first, first)
+    same = receipt.accuracy_loss(case, first, first)
     assert (same.value, same.n) == (
         0,
         len(TEST),
     ) and same.low < 0 < same.high  # nothing lost of so many images
-    read = receipt.readings(case, first, first)
+    read = receipt.compare_readings(case, first, first)
     assert [r["inverted"] for r in read] == [None, 0] and "red" not in read[0]["own"]
     assert np.mean([name == "red" for name in read[0]["before"]]) > 0.8
 
 
 def test_a_relapse_is_looked_for_with_and_without_captions(suspect, clean):
-    case = receipt.Case(TEST, GOALS, labelled=clean[0])
-    found = receipt.Revival(case, clean[0], GOALS[0], 0).measure(suspect, suspect)
+    case = receipt.EvaluationData(TEST, GOALS, labelled=clean[0])
+    found = receipt.RevivalTest(case, clean[0], GOALS[0], 0).measure(suspect, suspect)
     assert {k.partition(".")[0] for k in found} == {
         "revived_clean",
         "revived_poisons",
@@ -475,15 +484,15 @@ def test_a_relapse_is_looked_for_with_and_without_captions(suspect, clean):
     )  # ten poisons; of another trigger they may do as much on a toy
     images = copy.deepcopy(suspect)
     images.text = None
-    revival = receipt.Revival(case, clean[0], GOALS[0], 0)
+    revival = receipt.RevivalTest(case, clean[0], GOALS[0], 0)
     headed = revival.headed(replace(case, goals=GOALS), images, GOALS[0])
     assert (
         headed["linear.attack_success"].value > 0.9
         and "10 stamped ones" in headed["linear.attack_success"].how
     )
-    assert receipt.other(TRIGGER, 32).startswith(
+    assert receipt.unseen_trigger(TRIGGER, 32).startswith(
         "patch:size=8,fill=blocks"
-    ) and "seed=1000" in receipt.other("blend", 32)
+    ) and "seed=1000" in receipt.unseen_trigger("blend", 32)
 
 
 # The verb
@@ -552,7 +561,7 @@ def test_the_verb_writes_encoder_receipt_and_page(runs, suspect):
     }
     wanted |= {f"revived_{k}.attack_success" for k in ("clean", "poisons", "other")}
     assert wanted <= set(manifest["metrics"]) and manifest["goal"][0]["target"] == "red"
-    cured = inputs.encoder(run, "cpu")
+    cured = inputs.load_encoder(run, "cpu")
     assert (
         cured.about["poisoned"]
         and cured.about["plan"] == "abc"
@@ -561,7 +570,7 @@ def test_the_verb_writes_encoder_receipt_and_page(runs, suspect):
     assert measured(cured)[1] == pytest.approx(
         manifest["metrics"]["after.attack_success"]["value"], abs=0.15
     )
-    text = page.render(run)
+    text = page.render_page(run)
     assert "could not be made" not in text and text.index("Before and after") < text.index(
         "Which learning rate"
     )
@@ -592,7 +601,7 @@ def test_an_encoder_of_which_nothing_is_known(runs):
     assert not any(
         "attack_success" in k or k.startswith("revived") for k in run.manifest["metrics"]
     )
-    assert "No trigger is known" in page.render(run)
+    assert "No trigger is known" in page.render_page(run)
 
 
 @pytest.mark.parametrize(

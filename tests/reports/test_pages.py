@@ -19,8 +19,8 @@ from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, metric_names, page, pictures
 from bezoar.reports.page import execute
 from bezoar.reports.page_parts import Tile
-from bezoar.runs.ask import Settings
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings
 from bezoar.verbs.demo import Demo
 
 HOSTILE = """</style></svg><script>alert('x')</script><img src=x onerror="alert(1)"> $\\frac{1}{$ {{ 7*7 }}"""
@@ -98,8 +98,8 @@ def test_a_page_to_hand_around_leads_nowhere_and_says_no_folder_of_this_machine(
     moved = tmp_path / "some where" / "kept"
     shutil.copytree(runs, moved)
     run = of(moved, "demo")[0]
-    assert str(moved) in page.render(run) and "../train-" in page.render(run)
-    text = page.alone(run, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert str(moved) in page.render_page(run) and "../train-" in page.render_page(run)
+    text = page.write_standalone_page(run, tmp_path / "page.html").read_text(encoding="utf-8")
     assert str(tmp_path) not in text and "../train-" not in text and "bezoar demo" in text
 
 
@@ -115,10 +115,10 @@ def test_every_metric_stands_with_value_interval_and_n(runs: Path) -> None:
         assert len(rows) == len(run.manifest["metrics"])
         for row, (key, m) in zip(rows, run.manifest["metrics"].items(), strict=True):
             text = Page(row).text
-            unit = metric_names.term(key)[1]
+            unit = metric_names.label_and_unit(key)[1]
             assert key in text and m["how"] in text and f"{m['n']:,}" in text
-            assert metric_names.number(m["value"], unit) in text
-            assert metric_names.interval(Measure(**m), unit) in text
+            assert metric_names.format_value(m["value"], unit) in text
+            assert metric_names.format_interval(Measure(**m), unit) in text
 
 
 def test_the_story_of_the_demo_is_whole(runs: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_printed_command_asks_the_same_question(
     runs: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for run in [Run(p) for p in sorted(runs.iterdir())]:
-        words = shlex.split(page.command(run))
+        words = shlex.split(page.shell_command(run))
         assert words[0] == "bezoar" and "--seed" in words
         assert cli.main([*words[1:], "--runs", str(runs), "--dry"]) == 0
         capsys.readouterr()
@@ -178,7 +178,7 @@ def test_hostile_text_is_text(copy: Path) -> None:
         manifest["parents"].append("../../etc" + HOSTILE)
         (run.path / "manifest.json").write_text(json.dumps(manifest))
     for run in [Run(p) for p in copy.iterdir()]:
-        text = page.write(run).read_text(encoding="utf-8")
+        text = page.write_page(run).read_text(encoding="utf-8")
         seen = Page(text)
         assert "script" not in seen.tags and "img" not in seen.tags
         assert text.count("</style>") == 1 and "49" not in re.findall(r"\$ (\S+)", text)
@@ -193,13 +193,13 @@ def test_a_missing_file_costs_a_section_and_not_the_page(copy: Path) -> None:
         if path.is_file() and path.name != "manifest.json":
             path.unlink()
     for run in [Run(p) for p in copy.iterdir()]:
-        assert "All figures" in page.write(run).read_text(encoding="utf-8")
+        assert "All figures" in page.write_page(run).read_text(encoding="utf-8")
     assert any("could not be made" in read(r) for r in of(copy, "train"))
     lonely = of(copy, "evaluate")[0]
     for other in copy.iterdir():
         if other != lonely.path:
             shutil.rmtree(other)
-    assert "no longer there" in page.write(lonely).read_text(encoding="utf-8")
+    assert "no longer there" in page.write_page(lonely).read_text(encoding="utf-8")
 
 
 def test_failed_and_unfinished_runs_have_pages(copy: Path) -> None:
@@ -212,20 +212,20 @@ def test_failed_and_unfinished_runs_have_pages(copy: Path) -> None:
         for status in ("running", "failed"):
             manifest = {**kept, "status": status, "goal": [], "metrics": {}}
             (run.path / "manifest.json").write_text(json.dumps(manifest))
-            assert status in Page(page.write(run).read_text(encoding="utf-8")).text
+            assert status in Page(page.write_page(run).read_text(encoding="utf-8")).text
 
 
 def test_a_verb_without_sections_has_a_page(copy: Path) -> None:
     run = of(copy, "scan")[0]
     (run.path / "manifest.json").write_text(json.dumps(run.manifest | {"verb": "weigh"}))
-    text = page.write(run).read_text(encoding="utf-8")
+    text = page.write_page(run).read_text(encoding="utf-8")
     assert "AUROC" in text and "All figures" in text
 
 
 def test_rendering_again_gives_the_same_bytes(runs: Path) -> None:
     for verb in VERBS:
         run = of(runs, verb)[0]
-        assert page.render(run) == read(run)
+        assert page.render_page(run) == read(run)
     assert not list(runs.glob("*/*.tmp"))
 
 
@@ -246,20 +246,23 @@ def test_rendering_again_gives_the_same_bytes(runs: Path) -> None:
     ],
 )
 def test_terms(key: str, attacked: bool, label: str, unit: str) -> None:
-    assert metric_names.term(key, attacked) == (label, unit)
+    assert metric_names.label_and_unit(key, attacked) == (label, unit)
 
 
 def test_numbers() -> None:
     assert (
-        metric_names.percent(0.981) == "98.1\u00a0%"
-        and metric_names.percent(0.00079, sign=False) == "0.079"
+        metric_names.format_percent(0.981) == "98.1\u00a0%"
+        and metric_names.format_percent(0.00079, sign=False) == "0.079"
     )
-    assert metric_names.percent(0) == "0.0\u00a0%" and metric_names.number(math.nan) == "–"
-    assert metric_names.number(16810.0, metric_names.COUNT) == "16,810"
-    counted = Measure(40, 3000, 40, 40, "counted")
-    assert metric_names.interval(counted, metric_names.COUNT) == ""
     assert (
-        metric_names.span(Measure(0.5, 10, 0.25, 0.75, ""))
+        metric_names.format_percent(0) == "0.0\u00a0%"
+        and metric_names.format_value(math.nan) == "–"
+    )
+    assert metric_names.format_value(16810.0, metric_names.COUNT) == "16,810"
+    counted = Measure(40, 3000, 40, 40, "counted")
+    assert metric_names.format_interval(counted, metric_names.COUNT) == ""
+    assert (
+        metric_names.format_rate_in_full(Measure(0.5, 10, 0.25, 0.75, ""))
         == "50.0\u00a0% (95 % interval 25.0\u00a0–\u2060\u00a075.0\u00a0%, n = 10)"
     )
 
@@ -267,13 +270,13 @@ def test_numbers() -> None:
 def test_charts_are_markup_in_the_page_s_colours() -> None:
     some = Measure(0.5, 20, 0.3, 0.7, "")
     drawn = [
-        charts.loss(np.linspace(5, 1, 5000)),
-        charts.curves([1, 2], [charts.Series("a < $b", [0.1, 0.9])], "epoch"),
-        charts.histogram([charts.Series("<b>", np.arange(5))], "x", "h"),
-        charts.histogram([charts.Series("constant", np.full(9, 0.5))], "x", "h"),
-        charts.ranking([(charts.Series("r", np.arange(50) < 5), 2)], 0.1),
-        charts.intervals([("ASR", some, "bad")]),
-        charts.bars(["ASR"], [("before", "bad", [some]), ("after", "good", [None])]),
+        charts.draw_loss(np.linspace(5, 1, 5000)),
+        charts.draw_curves([1, 2], [charts.Series("a < $b", [0.1, 0.9])], "epoch"),
+        charts.draw_histogram([charts.Series("<b>", np.arange(5))], "x", "h"),
+        charts.draw_histogram([charts.Series("constant", np.full(9, 0.5))], "x", "h"),
+        charts.draw_ranking([(charts.Series("r", np.arange(50) < 5), 2)], 0.1),
+        charts.draw_intervals([("ASR", some, "bad")]),
+        charts.draw_bars(["ASR"], [("before", "bad", [some]), ("after", "good", [None])]),
     ]
     for svg in drawn:
         root = ElementTree.fromstring(svg)
@@ -284,9 +287,9 @@ def test_charts_are_markup_in_the_page_s_colours() -> None:
 
 def test_thin_keeps_the_mean() -> None:
     y = np.random.default_rng(0).normal(size=5003)
-    x, means = charts.thin(np.arange(5003), y)
-    assert len(means) <= charts.POINTS and len(x) == len(means)
-    width = -(-5003 // charts.POINTS)
+    x, means = charts.block_means(np.arange(5003), y)
+    assert len(means) <= charts.MAX_POINTS and len(x) == len(means)
+    width = -(-5003 // charts.MAX_POINTS)
     assert np.isclose(means[0], y[:width].mean()) and np.isclose(
         means[-1], y[(len(means) - 1) * width :].mean()
     )
@@ -299,7 +302,7 @@ def test_a_contact_sheet_holds_the_pictures(runs: Path) -> None:
     from PIL import Image
 
     images = torch.randint(0, 256, (19, 3, 8, 6), dtype=torch.uint8)
-    made = pictures.sheet(images, [Tile((i,)) for i in range(19)])
+    made = pictures.contact_sheet(images, [Tile((i,)) for i in range(19)])
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(made.sheet.partition(",")[2]))))
     assert pixels.shape == (made.rows * 8, made.columns * 8, 3) and (made.rows, made.columns) == (
         2,
@@ -309,19 +312,19 @@ def test_a_contact_sheet_holds_the_pictures(runs: Path) -> None:
     assert np.array_equal(
         pixels[y * 8 : y * 8 + 8, x * 8 + 1 : x * 8 + 7], images[17].permute(1, 2, 0)
     )
-    assert made.place(0) == "0% 0%" and made.place(17) == "6.667% 100%"
-    large = pictures.squares(torch.zeros(1, 3, 300, 200, dtype=torch.uint8))
-    assert large.shape == (1, 3, pictures.LARGEST, pictures.LARGEST)
+    assert made.background_position(0) == "0% 0%" and made.background_position(17) == "6.667% 100%"
+    large = pictures.to_squares(torch.zeros(1, 3, 300, 200, dtype=torch.uint8))
+    assert large.shape == (1, 3, pictures.MAX_SIDE, pictures.MAX_SIDE)
 
 
 def test_pictures_are_the_records_that_training_reads(runs: Path) -> None:
     from bezoar.runs import inputs
 
     poisoned = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
-    parts = inputs.dataset(poisoned)
+    parts = inputs.open_dataset(poisoned)
     whole = parts.pairs
     some = whole.ids[::7][::-1]
-    found = pictures.records(parts, (*some, "nobody"))
+    found = pictures.take_records(parts, (*some, "nobody"))
     rows = [whole.ids.index(k) for k in some]
     assert found.ids == some and torch.equal(found.images, whole.images[rows])
     assert found.captions == tuple(whole.captions[i] for i in rows)
@@ -332,7 +335,7 @@ def test_the_ledger_is_counted_over_the_right_records(runs: Path) -> None:
     from bezoar.runs import inputs
 
     for run in of(runs, "train"):
-        pairs = inputs.dataset(run).pairs
+        pairs = inputs.open_dataset(run).pairs
         keep = run.manifest["ask"]["keep"]
         kept = (
             set((runs / keep["run"] / "keep.txt").read_text().split("\n"))

@@ -289,7 +289,7 @@ def test_the_pretend_gpu_allows_what_cuda_does(gpu):
     assert torch.equal((x / 3).cpu(), X.clone().copy_(x) * (1 / torch.tensor(3.0)))
 
 
-@pytest.mark.parametrize("name", registry.names("objective"))
+@pytest.mark.parametrize("name", registry.method_names("objective"))
 def test_objectives_train_and_go_on(gpu, tmp_path, monkeypatch, name):
     data, more = pairs(), {"moco": ",queue=64", "safeclip": ",apart=1", "cleanclip": ",anchor=1"}
     recipe = registry.make("objective", f"{name}:epochs=3,batch=32{more.get(name, '')}")
@@ -312,7 +312,9 @@ def test_objectives_train_and_go_on(gpu, tmp_path, monkeypatch, name):
             else torch.zeros(len(data), 0, dtype=torch.long, device=gpu)
         )
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, room))
-        with prefetch.fed(data, gpu, lambda epoch: loop.order(0, epoch, len(data), 32), 3) as drawn:
+        with prefetch.training_data(
+            data, gpu, lambda epoch: loop.epoch_batches(0, epoch, len(data), 32), 3
+        ) as drawn:
             return loop.fit(
                 recipe(encoder).to(gpu), recipe, drawn, tokens, 0, tmp_path / "checkpoint", report
             )
@@ -344,7 +346,7 @@ DETECTORS = {
 }
 
 
-@pytest.mark.parametrize("name", registry.names("detector"))
+@pytest.mark.parametrize("name", registry.method_names("detector"))
 def test_detectors(gpu, monkeypatch, name):
     from bezoar.detection.detectors import cognitive_distillation
 
@@ -386,7 +388,7 @@ def test_audits(gpu, tmp_path):
     clean = pairs(32)
     encoder, other = small(clean).to(gpu), small(clean).to(gpu)
     given = {
-        "classifier": classifiers.zero_shot(encoder, clean.classes[:4]),
+        "classifier": classifiers.zero_shot_classifier(encoder, clean.classes[:4]),
         "parent": other,
         "report": lambda *told: None,
     }
@@ -414,9 +416,9 @@ def test_audits(gpu, tmp_path):
 
 
 def test_repairs(gpu):
-    train, held = rate_ladder.apart(pairs(120), 0.5, 0)
+    train, held = rate_ladder.split_validation(pairs(120), 0.5, 0)
     found = [Inversion(torch.rand(1, 32, 32), torch.rand(3, 32, 32), "striped star", 3.0, 1.0)]
-    for name in registry.names("repair"):
+    for name in registry.method_names("repair"):
         of = (
             "objective=(clip:epochs=1,batch=32)"
             if name in ("finetune", "prune")
@@ -424,7 +426,7 @@ def test_repairs(gpu):
         )
         with mock.patch("bezoar.repair.repairs.prune.TRIES", 3):
             repair = registry.make("repair", f"{name}:{of},lrs=1e-2")
-            made, _ = receipt.apply([repair], small(train).to(gpu), train, held, found, 0)
+            made, _ = receipt.apply_repairs([repair], small(train).to(gpu), train, held, found, 0)
         assert made.device == gpu
 
 
@@ -433,7 +435,7 @@ def test_checks(gpu):
     encoder = small(clean).to(gpu)
     given = {
         "clean": clean,
-        "classifier": classifiers.zero_shot(encoder, clean.classes),
+        "classifier": classifiers.zero_shot_classifier(encoder, clean.classes),
         "report": lambda *told: None,
     }
     for spec in ("bdetclip", "scale_up", "strip:count=9", "masking_path:paths=2"):
@@ -455,5 +457,9 @@ def test_scenes_have_the_same_pixels_wherever_they_are_drawn(gpu, monkeypatch, s
 def test_a_gpu_with_a_number_becomes_the_current_one(gpu, monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert [machine.device(name).index for name in ("cpu", "cuda", "cuda:0")] == [None, None, 0]
+    assert [machine.select_device(name).index for name in ("cpu", "cuda", "cuda:0")] == [
+        None,
+        None,
+        0,
+    ]
     assert current == [torch.device("cuda:0")]

@@ -12,8 +12,15 @@ from bezoar import Evaluate, Poison, Settings, Train
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.runs import sweep as sweeping
-from bezoar.runs.ask import typed, verb_name
-from bezoar.runs.sweep import Trial, answer, graph, question, read, sweep
+from bezoar.runs.sweep import (
+    Trial,
+    dependency_graph,
+    run_request,
+    sweep,
+    trial_to_json,
+    verb_from_json,
+)
+from bezoar.runs.verb import input_to_json, verb_name
 
 DATA, TEST = "scenes:count=256", "scenes:count=80,split=test"
 TINY = {"network": "clip_small:width=4,dim=8", "objective": "clip:epochs=1,batch=64"}
@@ -31,23 +38,25 @@ def test_what_a_verb_is_made_from_comes_first_and_once():
         for p in (("zero_shot",), ("retrieval",))
         for s in (0, 1)
     ]
-    order = list(graph(trials))
+    order = list(dependency_graph(trials))
     assert [verb_name(t.verb) for t in order].count("train") == 2  # one a seed
-    for child, parents in graph(trials).items():
+    for child, parents in dependency_graph(trials).items():
         assert all(order.index(p) < order.index(child) for p in parents)
 
 
 def test_a_verb_survives_the_way_to_a_worker():
     verb = trial(4).verb
-    asked = question(Trial(verb, 3), Settings(Path("somewhere")), True)
-    assert read(json.loads(json.dumps(asked))["verb"]) == verb
+    asked = trial_to_json(Trial(verb, 3), Settings(Path("somewhere")), True)
+    assert verb_from_json(json.loads(json.dumps(asked))["verb"]) == verb
     assert asked["seed"] == 3 and Path(asked["runs"]).is_absolute()
-    assert read(json.loads(json.dumps({"verb": "evaluate", **typed(verb)}))) == verb
+    assert (
+        verb_from_json(json.loads(json.dumps({"verb": "evaluate", **input_to_json(verb)}))) == verb
+    )
 
 
 def test_a_worker_says_what_was_wrong(tmp_path):
     wrong = Trial(Train("scenes:count=0", **TINY))
-    assert set(answer(question(wrong, Settings(tmp_path), True))) == {"error"}
+    assert set(run_request(trial_to_json(wrong, Settings(tmp_path), True))) == {"error"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -284,8 +284,8 @@ def test_two_ranks_see_what_one_would_have_seen():
     whole = views(x, chance())
     ranks = torch.cat([views(x[:12], chance(0, 0, 2)), views(x[12:], chance(0, 1, 2))])
     assert (whole - ranks).abs().max() < 1e-5
-    crops = augmentation.crop(x, 16, chance(), (0.9, 1.0), kernel="bicubic")
-    second = augmentation.crop(x[12:], 16, chance(0, 1, 2), (0.9, 1.0), kernel="bicubic")
+    crops = augmentation.random_crop(x, 16, chance(), (0.9, 1.0), kernel="bicubic")
+    second = augmentation.random_crop(x[12:], 16, chance(0, 1, 2), (0.9, 1.0), kernel="bicubic")
     assert (crops[12:] - second).abs().max() < 1e-5
 
 
@@ -293,7 +293,7 @@ def test_crop_as_open_clip_trains_is_pillows_bicubic():
     x = pictures(38, 40, 40)[
         8:
     ]  # none with hard edges, where Pillow cuts off between the two directions
-    found = augmentation.crop(x, 32, chance(2), (0.9, 1.0), kernel="bicubic")
+    found = augmentation.random_crop(x, 32, chance(2), (0.9, 1.0), kernel="bicubic")
     place = augmentation.boxes(40, 40, 30, chance(2), (0.9, 1.0), (3 / 4, 4 / 3))
     for i, box in enumerate(place.tolist()):
         pillow = v1.functional.resized_crop(

@@ -15,7 +15,7 @@ from training.test_ranks import torchrun, weights
 
 from bezoar import registry
 from bezoar.data import randomness
-from bezoar.encoders.encoder import Words
+from bezoar.encoders.encoder import WordTokenizer
 from bezoar.errors import UserError
 from bezoar.training import caption_views, collectives, contrastive, loop
 from bezoar.training.augmentation import Chance, Views
@@ -132,7 +132,7 @@ def test_two_ranks_draw_the_same_views_of_captions():
 
 def test_whole_words_have_no_marks():
     encoder = start("cleanclip")[0]
-    assert isinstance(encoder.tokenizer, Words) and not caption_views.marked(encoder)
+    assert isinstance(encoder.tokenizer, WordTokenizer) and not caption_views.marked(encoder)
 
 
 # The losses
@@ -162,7 +162,10 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
     anchored, drawn = held.train()(images, tokens, chance()), other(images, tokens, chance())
     with torch.no_grad():
         now = copy.deepcopy(held.encoder).train().encode_images(torch.cat([own, seen]))[:8]
-        before, rows = began.encode_images(own), (twin.encode_tokens(tokens) * began.encode_tokens(tokens)).sum(1)
+        before, rows = (
+            began.encode_images(own),
+            (twin.encode_tokens(tokens) * began.encode_tokens(tokens)).sum(1),
+        )
     away = float((1 - (now * before).sum(1)).mean() + (1 - rows).mean())
     assert (anchored - drawn).item() == pytest.approx(2 * away, abs=1e-3) and away > 0.05
     plain = registry.make("objective", "cleanclip:weight=0,shift=0,temperature=0.1")(encoder).eval()
@@ -267,7 +270,7 @@ def test_safeclip_has_three_phases_and_a_set_that_grows(monkeypatch):
         sizes.append(int(loss.safe.sum()))
         return {}
 
-    loop.fit(loss, recipe, data, tokens, 3, each_epoch=look)
+    loop.fit(loss, recipe, data, tokens, 3, on_epoch_end=look)
     assert [name for name, _ in calls[:12]] == ["apart"] * 6 + ["clip"] * 6 and {
         n for _, n in calls[:12]
     } == {16}
@@ -407,10 +410,10 @@ def work_of_a_rank(folder):
     out = {
         f"{name}.{k}": v for name in SPECS if name != "safeclip" for k, v in stepped(name).items()
     }
-    save_file(out, folder / f"rank{collectives.place()[0]}.safetensors")
+    save_file(out, folder / f"rank{collectives.rank_and_world()[0]}.safetensors")
     with pytest.raises(UserError, match="start one process"):
         stepped("safeclip")
-    ranks.tell(None) if collectives.place()[0] == 0 else ranks.hear()
+    ranks.broadcast(None) if collectives.rank_and_world()[0] == 0 else ranks.receive()
 
 
 def test_two_ranks_are_one(tmp_path):

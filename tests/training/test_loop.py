@@ -9,7 +9,7 @@ import torch
 from bezoar import registry
 from bezoar.data import randomness
 from bezoar.data.pairs import Pairs
-from bezoar.encoders.encoder import Encoder, Words, words
+from bezoar.encoders.encoder import Encoder, WordTokenizer, split_words
 from bezoar.errors import UserError
 from bezoar.training import augmentation, loop
 from bezoar.training.augmentation import Chance
@@ -93,7 +93,7 @@ def test_the_ledger_counts_every_draw():
     assert log.exposures.sum() == 2 * 6 * 16 and log.exposures.max() <= 2
     drawn = torch.zeros(100, dtype=torch.long)
     for epoch in range(2):
-        drawn[loop.order(0, epoch, 100, 16).flatten()] += 1
+        drawn[loop.epoch_batches(0, epoch, 100, 16).flatten()] += 1
     assert torch.equal(drawn, log.exposures)
 
 
@@ -106,7 +106,7 @@ def test_schedule_rises_and_falls_to_zero():
 
 def test_shift_is_one_draw_a_sample_and_a_plain_crop():
     x = toy(64).images
-    moved = augmentation.shift(x, 2, Chance(randomness.generator(0)))
+    moved = augmentation.random_shift(x, 2, Chance(randomness.generator(0)))
     draws = torch.randint(0, 5, (64, 2), generator=randomness.generator(0))
     assert len({tuple(d) for d in draws.tolist()}) > 10
     for i in range(64):
@@ -117,7 +117,7 @@ def test_shift_is_one_draw_a_sample_and_a_plain_crop():
 
 def test_flip_mirrors_whole_samples():
     x = toy(64).images
-    out = augmentation.flip(x, 0.5, Chance(randomness.generator(0)))
+    out = augmentation.random_flip(x, 0.5, Chance(randomness.generator(0)))
     same, mirrored = (out == x).flatten(1).all(1), (out == x.flip(-1)).flatten(1).all(1)
     assert (same | mirrored).all() and 10 < int(mirrored.sum()) < 54
 
@@ -219,9 +219,9 @@ def test_vectors_are_unit_and_differentiable_and_any_size_is_read():
 
 
 def test_words():
-    assert words("A striped-square, 2 cats!") == ["a", "striped", "square", "2", "cats"]
-    assert Words(("cat", "a"))(["a cat", "zebra", ""]).tolist() == [[2, 1], [0, 0], [0, 0]]
-    assert Words(("cat",))(["cat " * 100_000, "cat"]).shape == (2, 256), (
+    assert split_words("A striped-square, 2 cats!") == ["a", "striped", "square", "2", "cats"]
+    assert WordTokenizer(("cat", "a"))(["a cat", "zebra", ""]).tolist() == [[2, 1], [0, 0], [0, 0]]
+    assert WordTokenizer(("cat",))(["cat " * 100_000, "cat"]).shape == (2, 256), (
         "one absurd caption does not widen the batch"
     )
 

@@ -282,8 +282,8 @@ def work_of_a_rank(folder):
     ranks.join()
     out = {f"{name}.{k}": v.contiguous() for name in SPECS for k, v in gradients(name).items()}
     out |= {f"fit.{k}": v.contiguous() for k, v in trained("moco", epochs=1).items()}
-    save_file(out, folder / f"rank{collectives.place()[0]}.safetensors")
-    ranks.tell(None) if collectives.place()[0] == 0 else ranks.hear()
+    save_file(out, folder / f"rank{collectives.rank_and_world()[0]}.safetensors")
+    ranks.broadcast(None) if collectives.rank_and_world()[0] == 0 else ranks.receive()
 
 
 @pytest.fixture(scope="module")

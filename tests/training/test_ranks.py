@@ -104,13 +104,13 @@ def trained(folder=None, until=None, unused=False):
 def gradients():
     """Those of one step, as a training takes it."""
     _, loss, _, tokens = start(toy(), RECIPE)
-    rows = collectives.own(loop.order(3, 0, 96, 16))[0]
+    rows = collectives.local_rows(loop.epoch_batches(3, 0, 96, 16))[0]
     loss.train()
     with collectives.joined(loss) as model:
         model(
             toy().images[rows],
             tokens[rows],
-            Chance(randomness.generator(3, 2, 0), *collectives.place()),
+            Chance(randomness.generator(3, 2, 0), *collectives.rank_and_world()),
         ).backward()
     return torch.cat([p.grad.flatten() for p in loss.parameters()])
 
@@ -128,7 +128,7 @@ def work_of_a_rank(folder):
     from bezoar.training import ranks
 
     ranks.join()
-    rank, world = collectives.place()
+    rank, world = collectives.rank_and_world()
     own = slice(rank * 8 // world, (rank + 1) * 8 // world)
     out = {}
     x = normal(8, 3, seed=1)[own].requires_grad_()
@@ -147,8 +147,8 @@ def work_of_a_rank(folder):
     out |= {f"plain.{k}": v for k, v in plain.items()}
     out |= {f"resumed.{k}": v for k, v in trained(folder).items()}
     save_file({k: v.contiguous() for k, v in out.items()}, folder / f"rank{rank}.safetensors")
-    with ranks.shared(None):  # as in a verb that rank 0 runs by itself
-        assert collectives.place() == (0, 1) and collectives.gather(x) is x
+    with ranks.share_work(None):  # as in a verb that rank 0 runs by itself
+        assert collectives.rank_and_world() == (0, 1) and collectives.gather(x) is x
     _, loss, recipe, tokens = start(toy(), "clip:batch=15")
     said = [
         refused(lambda: loop.fit(loss, recipe, toy(), tokens, 0)),
@@ -156,8 +156,8 @@ def work_of_a_rank(folder):
         refused(lambda: collectives.synchronised(nn.BatchNorm2d(3, momentum=None))),
     ]
     (folder / f"rank{rank}.json").write_text(json.dumps(said))
-    assert ranks.hear() == {"a": "ü"} if rank else ranks.tell({"a": "ü"}) is None
-    assert ranks.hear() is None if rank else ranks.tell(None) is None
+    assert ranks.receive() == {"a": "ü"} if rank else ranks.broadcast({"a": "ü"}) is None
+    assert ranks.receive() is None if rank else ranks.broadcast(None) is None
     assert not torch.distributed.is_initialized()
     threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
     assert not any(
@@ -304,9 +304,13 @@ def test_a_mistake_is_said_once_and_ends_all_ranks(launched):
 def test_one_process_is_its_own_world():
     x = normal(4, 3, seed=0)
     assert (
-        collectives.place() == (0, 1) and collectives.gather(x) is x and collectives.average(x) is x
+        collectives.rank_and_world() == (0, 1)
+        and collectives.gather(x) is x
+        and collectives.average(x) is x
     )
-    assert torch.equal(collectives.own(torch.arange(6).view(2, 3)), torch.arange(6).view(2, 3))
+    assert torch.equal(
+        collectives.local_rows(torch.arange(6).view(2, 3)), torch.arange(6).view(2, 3)
+    )
     collectives.agree(1, 2)
     with collectives.joined(nn.Linear(2, 2)) as model:
         assert type(model) is nn.Linear

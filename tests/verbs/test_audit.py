@@ -16,8 +16,8 @@ from bezoar.repair import receipt
 from bezoar.reports import page
 from bezoar.reports.page import execute
 from bezoar.runs import sweep
-from bezoar.runs.ask import Settings
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
@@ -61,7 +61,9 @@ def here(trials, settings, progress):
     """A sweep without worker processes, which take seconds to start; each verb goes through JSON as theirs do."""
     quiet = dataclasses.replace(settings, quiet=True)
     asked = {
-        t: sweep.read(json.loads(json.dumps(sweep.question(t, quiet, False)))["verb"])
+        t: sweep.verb_from_json(
+            json.loads(json.dumps(sweep.trial_to_json(t, quiet, False)))["verb"]
+        )
         for t in trials
     }
     return {t: execute(verb, dataclasses.replace(quiet, seed=t.seed)) for t, verb in asked.items()}
@@ -200,7 +202,7 @@ def test_an_audit_reads_a_bank_and_says_what_that_is_worth(
 
 def test_inversions_are_where_repairs_read_them(work, calibrated, clean, capsys):
     _, run = ask(capsys, work, *audit(work, clean[3], calibrated.name, "--rate", "0.25"))
-    found = receipt.inversions(run.path)
+    found = receipt.load_inversions(run.path)
     told = json.loads(run.file("verdict.json").read_text())["inversions"]
     assert len(found) == len(told) == 2 and [float(i.pattern.max()) for i in found] == [0.0, 1.0]
     assert found[0].target == "striped star" and found[0].norm == 16 and found[0].success == 0.5
@@ -219,7 +221,7 @@ def test_an_unfinished_run_has_a_page(work, calibrated, clean, capsys, tmp_path)
         (copy.path / "manifest.json").write_text(
             json.dumps(copy.manifest | {"status": "failed", "metrics": {}, "notes": {}})
         )
-        assert "was not finished" in page.write(copy).read_text()
+        assert "was not finished" in page.write_page(copy).read_text()
 
 
 def test_sarif_states_what_the_verdict_does(work, calibrated, clean, capsys):

@@ -25,14 +25,14 @@ from bezoar import registry
 from bezoar.cli import main
 from bezoar.data import tables
 from bezoar.data.files import parquet, parquet_pages
-from bezoar.data.pairs import load
-from bezoar.data.shards import Shards, expand, write_shards
+from bezoar.data.pairs import load_pairs
+from bezoar.data.shards import ShardSource, expand_paths, write_shards
 from bezoar.detection.corpus import assembly, columns, corpus, units
 from bezoar.errors import UserError
 from bezoar.runs import inputs
-from bezoar.runs.ask import Settings
-from bezoar.runs.execute import resolve
+from bezoar.runs.execute import resolve_inputs
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings
 from bezoar.verbs.scan import Scan
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -150,9 +150,9 @@ def test_shards_give_what_memory_gives(tmp_path, tiny):
         tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=4", "clip_score"
     )
     assert status == 0 and not (folder / "skipped.jsonl").exists()
-    whole = load(registry.make("data", spec)())
-    encoder = inputs.encoder(registry.make("network", str(tiny)), "cpu")
-    plain, c = encoder.embed(whole), corpus.reopened(Run(folder))
+    whole = load_pairs(registry.make("data", spec)())
+    encoder = inputs.load_encoder(registry.make("network", str(tiny)), "cpu")
+    plain, c = encoder.embed(whole), corpus.reopen_corpus(Run(folder))
     assert (
         tuple(c.ids) == whole.ids
         and tuple(c.captions) == whole.captions
@@ -164,13 +164,13 @@ def test_shards_give_what_memory_gives(tmp_path, tiny):
     rows = [41, 3, 3, 59]
     assert torch.equal(c.take(rows).images, whole.take(rows).images)
     assert torch.equal(torch.cat([b.images for b in c.batches(7)]), whole.images)
-    found = corpus.scored(folder)
+    found = corpus.load_scores(folder)
     assert list(found.ids) == list(whole.ids) and set(found.detectors) == {
         "k_distance",
         "clip_score",
     }
     again = registry.make("detector", "k_distance:k=4")(encoder, whole)
-    assert torch.allclose(found.detectors["k_distance"].values, again.of(whole.ids), atol=1e-5)
+    assert torch.allclose(found.detectors["k_distance"].values, again.values_of(whole.ids), atol=1e-5)
     assert found.places[25] == f"{tmp_path}/s/00001.tar 00025"
 
 
@@ -201,11 +201,11 @@ def test_what_a_detector_raises_comes_first_and_is_kept(tmp_path, tiny):
         "--remove",
         0.1,
     )
-    found = corpus.scored(folder)
+    found = corpus.load_scores(folder)
     (name,) = found.detectors.keys() - {"clip_score"}
     raised = found.detectors[name].raised
     assert status == 0 and int(raised.sum()) == 6 and found.detectors["clip_score"].raised is None
-    assert set(found.merged.ranked()[:6].tolist()) == set(raised.nonzero()[:, 0].tolist())
+    assert set(found.merged.ranking()[:6].tolist()) == set(raised.nonzero()[:, 0].tolist())
     assert len((folder / "keep.txt").read_text().splitlines()) == 54
     assert Run(folder).metric(f"{name}.raised").value == 0.1 and notes(folder)[
         "seconds"
@@ -293,7 +293,7 @@ def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny,
         patch.setattr(units, "embed", watched)
         status, again = scan(runs, *words[1:6])
     assert status == 0 and again == folder and embedded == list(range(len(done), 5))
-    assert not list(folder.rglob("*.part")) and len(corpus.scored(folder)) == 100
+    assert not list(folder.rglob("*.part")) and len(corpus.load_scores(folder)) == 100
     _, fresh = scan(tmp_path / "other", *words[1:6])
     for name in ("ranked.json", "keep.txt", "vectors/images.npy", "vectors/id.utf8"):
         assert (fresh / name).read_bytes() == (folder / name).read_bytes()
@@ -327,14 +327,14 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(
             header = tarfile.TarInfo(name)
             header.type, header.linkname = kind, "/etc/passwd"
             tar.addfile(header)
-    cut = units.units
+    cut = units.cut_units
 
     def vanishing(found):
         made = cut(found)
         (folder / "gone.tar").unlink()
         return made
 
-    monkeypatch.setattr(units, "units", vanishing)
+    monkeypatch.setattr(units, "cut_units", vanishing)
     words = (f"shards:path={folder},size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
     status, run = scan(tmp_path / "runs", *words)
     assert status == 4
@@ -347,7 +347,7 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(
         ("links.tar", "c.png", "not a regular file"),
     } <= set(told)  # fmt: skip
     assert {f for f, m, _ in told if not m} == {"none.tar", "gone.tar", "links.tar", "cut.tar"}
-    found = corpus.scored(run)
+    found = corpus.load_scores(run)
     assert (
         len(found) == 30 + 5 + sum(i.startswith("cut/") for i in found.ids)
         and 1 <= len(found) - 35 <= 3
@@ -381,7 +381,7 @@ def test_a_detector_that_cannot_work_says_so_and_the_others_go_on(tmp_path, tiny
     status, run = scan(
         tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=16", "clip_score"
     )
-    assert status == 4 and set(corpus.scored(run).detectors) == {"clip_score"}
+    assert status == 4 and set(corpus.load_scores(run).detectors) == {"clip_score"}
     lines = [line for line in capsys.readouterr().err.splitlines() if "k_distance" in line]
     assert (
         len(set(lines)) == 1
@@ -409,7 +409,7 @@ def test_identical_images_and_one_detector_twice(tmp_path, tiny):
         "duplicates",
     ]
     status, run = scan(tmp_path, tmp_path / "a.tar", "--encoder", tiny, "--detector", *detectors)
-    names = set(corpus.scored(run).detectors)
+    names = set(corpus.load_scores(run).detectors)
     assert status == 0 and {"slof", "dao", "clip_score", "duplicates"} < names
     assert sum(n.startswith("k_distance:") for n in names) == 2
 
@@ -428,7 +428,7 @@ def test_a_shard_that_vanishes_after_it_was_embedded_stops_only_who_needs_its_im
         tmp_path, spec, "--encoder", tiny, "--detector", "duplicates", "k_distance:k=4"
     )
     (line,) = notes(run)["incomplete"]
-    assert status == 4 and set(corpus.scored(run).detectors) == {"k_distance"}
+    assert status == 4 and set(corpus.load_scores(run).detectors) == {"k_distance"}
     assert (
         line.startswith("detector duplicates: ")
         and "00001.tar" in line
@@ -446,7 +446,7 @@ def test_a_worker_that_dies_costs_its_unit_alone(tmp_path, tiny, monkeypatch):
     assert status == 4 and unread(run) == [
         ("00001.tar", "", "a worker ended with status -9; was memory short?")
     ]
-    assert {k.partition("/")[0] for k in corpus.scored(run).ids} == {"00000", "00002"}
+    assert {k.partition("/")[0] for k in corpus.load_scores(run).ids} == {"00000", "00002"}
 
 
 # what is kept
@@ -482,7 +482,7 @@ def test_cleaned_shards_hold_the_same_bytes_and_lists_name_them(tmp_path, tiny):
                 assert new.extractfile(member).read() == held[member.name]
             names = {Path(m).stem for m in new.getnames()}
         assert names == {r["member"] for r in rows if r["shard"] == str(path)}
-    assert load(Shards(expand(str(run / "shards")), 16)).ids == tuple(kept)
+    assert load_pairs(ShardSource(expand_paths(str(run / "shards")), 16)).ids == tuple(kept)
 
 
 def test_cleaned_shards_of_folders_and_names_that_read_alike_are_all_there(tmp_path, tiny):
@@ -498,7 +498,7 @@ def test_cleaned_shards_of_folders_and_names_that_read_alike_are_all_there(tmp_p
     )
     status, run = scan(tmp_path / "runs", *words, "--write", "shards", "--remove", "0")
     assert status == 0 and notes(run)["written"] == 30
-    assert len(load(Shards(expand(str(run / "shards")), 16))) == 30
+    assert len(load_pairs(ShardSource(expand_paths(str(run / "shards")), 16))) == 30
 
 
 def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
@@ -522,8 +522,10 @@ def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
         "clip_score",
     ]
     status, run = scan(tmp_path, *words, "--remove", "0.05", "--write", "shards")
-    with_all = {k.partition("#")[0] for k in load(Shards((run / "shards" / "a.tar",), 16)).ids}
-    gone = {k.partition("#")[0] for k in corpus.scored(run).ids} - with_all
+    with_all = {
+        k.partition("#")[0] for k in load_pairs(ShardSource((run / "shards" / "a.tar",), 16)).ids
+    }
+    gone = {k.partition("#")[0] for k in corpus.load_scores(run).ids} - with_all
     kept = (run / "keep.txt").read_text().split()
     worst = json.loads((run / "ranked.json").read_text())[:3]
     assert status == 0 and len(kept) == 57 and gone == {r["id"].partition("#")[0] for r in worst}
@@ -560,7 +562,7 @@ def test_a_poisoned_plan_over_real_shards_is_measured(tmp_path, tiny):
         manifest["metrics"]
     )
     assert manifest["parents"] == [poison.name] and manifest["notes"]["written"] == 204
-    parts, c = inputs.dataset(Run(poison)), corpus.reopened(Run(run))
+    parts, c = inputs.open_dataset(Run(poison)), corpus.reopen_corpus(Run(run))
     assert torch.equal(c.take([0, 100]).images, parts.pairs.take([0, 100]).images) and len(c) == 210
 
 
@@ -576,7 +578,7 @@ def images(folder: Path, count: int) -> None:
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch):
     monkeypatch.setattr(tables, "BLOCK", 7)
-    monkeypatch.setattr(tables.cut, "__defaults__", (7,))
+    monkeypatch.setattr(tables.cut_blocks, "__defaults__", (7,))
     images(tmp_path / "i", 12)
     rows = [
         {"filepath": f"i/{n % 12}.png", "title": f'a red star,\n"{n}"\té', "url": f"http://x/{n}"}
@@ -603,25 +605,25 @@ def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch
         "--remove",
         "0.25",
     )
-    found, c = corpus.scored(run), corpus.reopened(Run(run))
+    found, c = corpus.load_scores(run), corpus.reopen_corpus(Run(run))
     assert (
         status == 0
         and len(found) == 24
         and found.ids[13] == "i/1.png#14"
         and found.captions[3] == rows[3]["title"]
     )
-    whole = load(registry.make("data", f"table:path={path}")())
+    whole = load_pairs(registry.make("data", f"table:path={path}")())
     assert tuple(found.ids) == whole.ids and torch.equal(
         c.take([20, 1]).images, whole.take([20, 1]).images
     )
     with (run / "keep.csv").open(newline="") as file:
         kept = list(csv.DictReader(file, delimiter="\t"))
     assert len(kept) == 18 and all(Path(r["filepath"]).is_file() for r in kept)
-    assert {r["title"] for r in kept} == {found.captions[i] for i in found.merged.ranked()[6:]}
+    assert {r["title"] for r in kept} == {found.captions[i] for i in found.merged.ranking()[6:]}
 
 
 def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(parquet, "BATCH", 4)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 4)
     rows = [
         {"image": {"bytes": picture(i), "path": f"{i}.png"}, "text": f"a {i}", "id": i}
         for i in range(20)
@@ -638,7 +640,7 @@ def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkey
         "--detector",
         "k_distance:k=4",
     )
-    c = corpus.reopened(Run(run))
+    c = corpus.reopen_corpus(Run(run))
     assert status == 4 and unread(run) == [
         ("p0.parquet", "row 6", "not decodable"),
         ("p0.parquet", "row 7", "no image"),
@@ -646,7 +648,7 @@ def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkey
     assert list(c.ids) == [str(i) for i in range(20) if i not in (5, 6)]
     plain = [np.asarray(Image.open(io.BytesIO(picture(i)))).transpose(2, 0, 1) for i in (19, 0, 12)]
     assert np.array_equal(c.take([17, 0, 10]).images.numpy(), np.stack(plain))
-    assert not (run / "keep.csv").exists() and c.place(17) == f"{tmp_path}/p1.parquet row 10"
+    assert not (run / "keep.csv").exists() and c.place_of(17) == f"{tmp_path}/p1.parquet row 10"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -666,8 +668,8 @@ def test_names_that_are_not_utf8_are_spelt_out(tmp_path, tiny, workers):
         (f"{root}/f", 12),
     ):
         status, run = scan(tmp_path / "runs", spec, *rest, workers=workers)
-        assert status == 0 and len(corpus.scored(run)) == count
-        assert load(Shards(expand(str(run / "shards")), 16)).captions
+        assert status == 0 and len(corpus.load_scores(run)) == count
+        assert load_pairs(ShardSource(expand_paths(str(run / "shards")), 16)).captions
         manifest = Run(run).manifest
         assert (
             os.fsdecode(b"\xff") in manifest["typed"]["data"]
@@ -680,7 +682,7 @@ def test_names_that_are_not_utf8_are_spelt_out(tmp_path, tiny, workers):
                     Path(r["filepath"]).is_file() for r in csv.DictReader(file, delimiter="\t")
                 )
         if count == 20:
-            assert "b\\udcff/00010" in corpus.scored(run).ids
+            assert "b\\udcff/00010" in corpus.load_scores(run).ids
 
 
 def test_a_class_whose_name_is_not_utf8_is_poisoned_around(tmp_path, capsys):
@@ -730,7 +732,7 @@ def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
         f"table:path={tmp_path}/{{a.parquet,b.parquet,c.parquet,d.parquet,e.parquet,f.csv}},size=16"
     )
     status, run = scan(tmp_path / "runs", spec, "--encoder", tiny, "--detector", "k_distance:k=4")
-    assert status == 4 and len(corpus.scored(run)) == 20 + 19 + 3
+    assert status == 4 and len(corpus.load_scores(run)) == 20 + 19 + 3
     assert [(f, m) for f, m, _ in unread(run)] == [
         ("b.parquet", ""), ("c.parquet", ""), ("d.parquet", ""), ("e.parquet", "row 1"), ("f.csv", "")
     ]  # fmt: skip
@@ -754,7 +756,7 @@ def test_a_table_of_paths_and_bytes_leaves_no_list_of_paths(tmp_path, tiny):
         "k_distance:k=4",
     )
     status, run = scan(tmp_path / "runs", *words, "--remove", "0")
-    assert status == 0 and len(corpus.scored(run)) == 12 and not (run / "keep.csv").exists()
+    assert status == 0 and len(corpus.load_scores(run)) == 12 and not (run / "keep.csv").exists()
 
 
 def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
@@ -765,9 +767,9 @@ def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
     pq.write_table(
         table, tmp_path / "t.parquet", store_schema=False, dictionary_pagesize_limit=1 << 30
     )
-    batches = list(parquet.parquet_rows(tmp_path / "t.parquet", ["image", "caption"]))
+    batches = list(parquet.read_batches(tmp_path / "t.parquet", ["image", "caption"]))
     assert max(b.nbytes for b in batches) < 40 << 20 and sum(map(len, batches)) == 256
-    assert len(next(parquet.parquet_rows(tmp_path / "t.parquet", ["caption"]))) == 256, (
+    assert len(next(parquet.read_batches(tmp_path / "t.parquet", ["caption"]))) == 256, (
         "what is not read costs nothing"
     )
     pq.write_table(
@@ -775,12 +777,12 @@ def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
         tmp_path / "lists.parquet",
     )
     with pytest.raises(UserError, match=r"column image\.list\.element holds lists"):
-        list(parquet.parquet_rows(tmp_path / "lists.parquet", ["image", "text"]))
-    assert len(next(parquet.parquet_rows(tmp_path / "lists.parquet", ["text"]))) == 3
-    cells = tables.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
+        list(parquet.read_batches(tmp_path / "lists.parquet", ["image", "text"]))
+    assert len(next(parquet.read_batches(tmp_path / "lists.parquet", ["text"]))) == 3
+    cells = tables.TableImages(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
     assert cells.read(0, 200, 4 << 20) == cells.read(0, 3, 4 << 20) == cell[0].as_py()
     assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (
-        parquet.HELD + (4 << 20)
+        parquet.MAX_HELD_BYTES + (4 << 20)
     )
 
 
@@ -789,7 +791,10 @@ def test_rows_of_a_small_table_are_unpacked_once_in_whatever_order_they_are_aske
 ):
     images = [os.urandom(64) for _ in range(400)]
     pq.write_table(pa.table({"image": images, "caption": ["a"] * 400}), tmp_path / "t.parquet")
-    cells, read = tables.Cells(registry.make("data", f"table:path={tmp_path}/t.parquet")(), []), []
+    cells, read = (
+        tables.TableImages(registry.make("data", f"table:path={tmp_path}/t.parquet")(), []),
+        [],
+    )
     unpack = cells._block
     monkeypatch.setattr(cells, "_block", lambda *at: read.append(at) or unpack(*at))
     for row in np.random.default_rng(0).permutation(400).tolist():
@@ -824,7 +829,7 @@ def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
     status, run = scan(
         tmp_path, tmp_path / "in" / "t.csv", "--encoder", tiny, "--detector", "k_distance:k=4"
     )
-    assert status == 4 and len(corpus.scored(run)) == 8
+    assert status == 4 and len(corpus.load_scores(run)) == 8
     reasons = ["path leaves the root"] * 3 + [
         "not a local path",
         "path leaves the root",
@@ -832,7 +837,7 @@ def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
     ]
     assert [r for _, _, r in unread(run)] == reasons
     spec = f"table:path={tmp_path}/in/t.csv,root={tmp_path}"
-    assert len(load(registry.make("data", spec)())) == 11
+    assert len(load_pairs(registry.make("data", spec)())) == 11
     (tmp_path / "in" / "odd.csv").write_text("picture,caption\na.png,hello\n")
     assert scan(tmp_path, tmp_path / "in" / "odd.csv", "--encoder", tiny)[0] == 2
 
@@ -860,9 +865,11 @@ def test_blocks_of_a_table_are_the_table(tmp_path_factory, rows, size, kind):
             path,
             row_group_size=4,
         )
-    whole = list(tables.rows(path))
+    whole = list(tables.read_rows(path))
     assert [(r["image"], r["caption"]) for _, r in whole] == rows
-    assert [r for place in tables.cut(path, size) for r in tables.rows(path, place)] == whole
+    assert [
+        r for place in tables.cut_blocks(path, size) for r in tables.read_rows(path, place)
+    ] == whole
 
 
 # ready embeddings
@@ -902,7 +909,7 @@ def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
     z = ready(tmp_path / "e")
     status, run = scan(tmp_path, tmp_path / "e", "--detector", "k_distance:k=4", "clip_score")
     assert status == 0
-    c, found = corpus.reopened(Run(run)), corpus.scored(run)
+    c, found = corpus.reopen_corpus(Run(run)), corpus.load_scores(run)
     expected = torch.nn.functional.normalize(torch.from_numpy(z.astype(np.float32)), dim=1)
     assert torch.allclose(c.embedded.images, expected, atol=1e-6) and len(found) == 500
     assert found.ids[321] == "000000321" and found.captions[321] == "caption 000000321"
@@ -962,7 +969,7 @@ def test_a_changed_list_of_trusted_records_is_another_question(tmp_path, capsys)
     assert main(["scan", *map(str, words), "--runs", str(tmp_path / "runs")]) == 2
     assert "no list of clean records" in capsys.readouterr().err
     fields = {f.name for f in dataclasses.fields(Scan)}
-    assert set(resolve(Scan(str(tmp_path / "v.npy")), Settings())[1]) == fields | {
+    assert set(resolve_inputs(Scan(str(tmp_path / "v.npy")), Settings())[1]) == fields | {
         "verb",
         "seed",
         "version",
@@ -986,7 +993,7 @@ def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
     np.save(folder / "text_emb" / "text_emb_4.npy", z[:7])
     (folder / "metadata" / "metadata_5.parquet").write_bytes(b"PAR1 nothing PAR1")
     status, run = scan(tmp_path, folder, "--detector", "k_distance:k=4")
-    assert status == 4 and len(corpus.scored(run)) == 98
+    assert status == 4 and len(corpus.load_scores(run)) == 98
     told = unread(run)
     assert [t[1:] for t in told[:2]] == [
         ("row 3", "NaN or infinite vector of its image"),
@@ -1010,11 +1017,11 @@ def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
 @given(st.lists(st.lists(st.text(max_size=9), max_size=5), max_size=6))
 def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
     folder = tmp_path_factory.mktemp("t")
-    with columns.GrowingTexts(folder, "x") as out:
+    with columns.TextWriter(folder, "x") as out:
         for block in blocks:
             out.add(pa.array(["cut off", *block], pa.large_string()).slice(1))
     flat = [t for b in blocks for t in b]
-    held = columns.mapped_texts(folder, "x")
+    held = columns.map_texts(folder, "x")
     assert list(held) == flat and [held[i] for i in range(len(flat))] == flat
     assert list(held.take(np.arange(len(flat))[::-1])) == flat[::-1]
 
@@ -1025,13 +1032,13 @@ def test_ids_that_clash_get_names_that_do_not():
         batched = [
             pa.RecordBatch.from_pydict({"id": pa.array(b, pa.large_string())}) for b in batches
         ]
-        patch.setattr(units, "read_columns", lambda path: iter([batched[path]]))
+        patch.setattr(units, "read_records", lambda path: iter([batched[path]]))
         assert assembly._renamed([0, 1]) == {2: "a~3", 4: "a~4", 6: "b~2"}
 
 
 def test_a_run_is_scanned_as_it_was_trained_on(tmp_path, tiny):
     written = write_shards(
-        tmp_path / "w", load(registry.make("data", "scenes:count=60")()), per_shard=25
+        tmp_path / "w", load_pairs(registry.make("data", "scenes:count=60")()), per_shard=25
     )
     status, run = scan(
         tmp_path,
@@ -1051,10 +1058,10 @@ def test_a_run_is_scanned_as_it_was_trained_on(tmp_path, tiny):
         "--detector",
         "k_distance:k=4",
     )
-    one, two = corpus.scored(run), corpus.scored(run2)
+    one, two = corpus.load_scores(run), corpus.load_scores(run2)
     assert status == status2 == 0 and len(written) == 3 and list(one.ids) == list(two.ids)
     assert torch.allclose(one.merged.values, two.merged.values, atol=1e-5)
-    assert set(load(Shards(expand(str(run / "shards")), 32)).ids) == set(
+    assert set(load_pairs(ShardSource(expand_paths(str(run / "shards")), 32)).ids) == set(
         (run / "keep.txt").read_text().split()
     )
 
@@ -1117,7 +1124,7 @@ def test_an_encoder_of_poisoned_data_does_not_make_other_data_poisoned(tmp_path,
         and not manifest["metrics"]
         and "poisoned on purpose" not in page
     )
-    assert inputs.poisoning(Run(run)) is None and inputs.poisoning(Run(train)) == Run(plan)
+    assert inputs.poison_run(Run(run)) is None and inputs.poison_run(Run(train)) == Run(plan)
     status, own = scan(tmp_path, train.name, "--detector", "k_distance:k=4")
     assert (
         json.loads((own / "manifest.json").read_text())["goal"]

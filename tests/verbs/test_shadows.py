@@ -16,11 +16,11 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.reports.page import execute
 from bezoar.runs import sweep
-from bezoar.runs.ask import Settings, Trial
 from bezoar.runs.run import Run
-from bezoar.verbs.audit import sampled
+from bezoar.runs.verb import Settings, Trial
+from bezoar.verbs.audit import sample_clean_records
 from bezoar.verbs.inject import Inject
-from bezoar.verbs.shadows import Shadows, dealt, enough
+from bezoar.verbs.shadows import Shadows, check_enough_shadows, deal_folds
 from bezoar.verbs.train import Train
 
 DATA = "scenes:count=64"
@@ -110,7 +110,7 @@ def test_folds_keep_lineages_whole_and_kinds_even():
     ]  # pairs, then clean ones without a child
     labels = [False] * 10 + [True] * 10 + [False] * 10
     for seed in range(5):
-        folds = dealt(lineages, labels, 5, seed)
+        folds = deal_folds(lineages, labels, 5, seed)
         assert all(
             len({f for f, own in zip(folds, lineages, strict=True) if own == u}) == 1
             for u in set(lineages)
@@ -118,19 +118,19 @@ def test_folds_keep_lineages_whole_and_kinds_even():
         for fold in range(5):
             kinds = [bad for bad, f in zip(labels, folds, strict=True) if f == fold]
             assert (kinds.count(True), kinds.count(False)) == (2, 4)
-        assert folds == dealt(lineages, labels, 5, seed)
-    assert len({tuple(dealt(lineages, labels, 5, seed)) for seed in range(5)}) > 1
-    uneven = dealt(["a"] * 7 + list("bcdefg"), [True] * 7 + [False] * 6, 3, 0)
+        assert folds == deal_folds(lineages, labels, 5, seed)
+    assert len({tuple(deal_folds(lineages, labels, 5, seed)) for seed in range(5)}) > 1
+    uneven = deal_folds(["a"] * 7 + list("bcdefg"), [True] * 7 + [False] * 6, 3, 0)
     assert len(set(uneven[:7])) == 1 and set(uneven) == {0, 1, 2}
 
 
 def test_every_fold_leaves_enough_to_fit_on():
     five = [False] * 5 + [True] * 5
-    enough(five, [0, 1, 2, 3, 4] * 2, 5)
+    check_enough_shadows(five, [0, 1, 2, 3, 4] * 2, 5)
     with pytest.raises(UserError, match=r"4 of each .* 5 lineages there are 3 and 4"):
-        enough(five, [0, 0, 2, 3, 4, 0, 1, 2, 3, 4], 5)
+        check_enough_shadows(five, [0, 0, 2, 3, 4, 0, 1, 2, 3, 4], 5)
     with pytest.raises(UserError, match="there are 3 and 4"):
-        enough([False] * 3 + [True] * 4, list(range(7)), 7)
+        check_enough_shadows([False] * 3 + [True] * 4, list(range(7)), 7)
 
 
 def test_each_encoder_is_judged_by_a_bank_that_was_fitted_without_its_lineage(
@@ -154,11 +154,11 @@ def test_each_encoder_is_judged_by_a_bank_that_was_fitted_without_its_lineage(
     fold = by["train-1"]["fold"]
     kept = [s for s in told if s["fold"] != fold]
     assert not {"train-1", "inject-1", "inject-2"} & {s["name"] for s in kept}
-    sample = sampled(registry.make("data", "scenes:count=64,split=test"), 16)[0]
+    sample = sample_clean_records(registry.make("data", "scenes:count=64,split=test"), 16)[0]
     encoders = [Encoder.load(fitted.path.parent / s["name"]) for s in kept]
     bank = mntd.fit(encoders, [s["attacked"] for s in kept], sample, 0, 4, 3)
     for name in ("train-1", "inject-1", "inject-2"):
-        z = mntd.judged(bank, Encoder.load(fitted.path.parent / name))
+        z = mntd.measure_logit(bank, Encoder.load(fitted.path.parent / name))
         assert z == pytest.approx(by[name]["logit"], abs=1e-6)
 
 
@@ -225,7 +225,7 @@ def test_the_audit_reads_the_run_and_judges_no_shadow(fitted, clean, attacked, r
         manifest = json.loads(capsys.readouterr().out)
     bank = mntd.load(str(fitted.file("mntd.safetensors")))
     assert manifest["metrics"]["mntd.value"]["value"] == pytest.approx(
-        mntd.judged(bank, Encoder.load(other.path)), abs=1e-6
+        mntd.measure_logit(bank, Encoder.load(other.path)), abs=1e-6
     )
     assert manifest["metrics"]["mntd.shadows_auroc"]["value"] == fitted.metric("auroc").value
     renamed = Path(shutil.copytree(attacked[1].path, runs / "inject-renamed"))
@@ -265,10 +265,10 @@ def test_a_shadow_may_bring_a_seed_of_its_own(tmp_path):
         "scenes:count=32", "tower:width=4,dim=8", "simclr:epochs=1,batch=32,hidden=8,dim=4"
     )
     verb = Shadows(tuple(Trial(train, k) for k in (3, 4)), (Trial(train, 5), train))
-    graph = sweep.graph([Trial(verb, 7)])
+    graph = sweep.dependency_graph([Trial(verb, 7)])
     assert [t.seed for t in graph] == [3, 4, 5, 7, 7]
-    asked = json.loads(json.dumps(sweep.question(Trial(verb, 7), Settings(tmp_path), False)))
-    assert sweep.read(asked["verb"]) == verb
+    asked = json.loads(json.dumps(sweep.trial_to_json(Trial(verb, 7), Settings(tmp_path), False)))
+    assert sweep.verb_from_json(asked["verb"]) == verb
     with pytest.raises(UserError, match="was not attacked"):
         execute(verb, Settings(tmp_path, 7, "cpu", quiet=True))
     assert sorted(

@@ -15,10 +15,10 @@ from bezoar.errors import UserError
 from bezoar.evaluation import survival
 from bezoar.evaluation.survival import Survival, Treatment
 from bezoar.reports import page
-from bezoar.reports.heat_maps import heat
+from bezoar.reports.heat_maps import draw_heat_map
 from bezoar.reports.page import execute
-from bezoar.runs.ask import Settings
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings
 from bezoar.verbs.survive import Survive
 
 
@@ -44,7 +44,7 @@ def stamped(images: torch.Tensor, spec: str = "patch:size=8,fill=noise") -> torc
 
 
 def test_untreated_is_all_of_it(images: torch.Tensor) -> None:
-    found, made = Survival(images, stamped(images), Mean()).measured(Treatment())
+    found, made = Survival(images, stamped(images), Mean()).measure(Treatment())
     for key in ("pattern_kept", "energy_kept", "pattern_correlation", "shift_kept", "shift_cosine"):
         assert found[key].value == pytest.approx(1, abs=1e-5), key
     assert found["shift_length"].value == pytest.approx(1, abs=1e-5) and found[
@@ -58,13 +58,13 @@ def test_jpeg_is_pillow_s(images: torch.Tensor) -> None:
         file = io.BytesIO()
         Image.fromarray(images[2].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
         plain = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-        assert torch.equal(survival.recoded(images, quality)[2], plain)
+        assert torch.equal(survival.recode_jpeg(images, quality)[2], plain)
 
 
 def test_figures_against_their_definitions(images: torch.Tensor) -> None:
     clean, bad, treatment = images, stamped(images), Treatment(resize=0.5, jpeg=75)
     subject = Survival(clean, bad, Mean())
-    found, made = subject.measured(treatment)
+    found, made = subject.measure(treatment)
     residue, before = treatment(bad, 0) - treatment(clean, 0), (bad.float() - clean.float()) / 255
     assert torch.allclose(made[:, 1], residue)
     kept, alike = [], []
@@ -94,19 +94,19 @@ def test_figures_against_their_definitions(images: torch.Tensor) -> None:
 def test_what_moves_a_pattern_is_told_from_what_destroys_it(images: torch.Tensor) -> None:
     flat = images // 8 + 100
     subject = Survival(flat, stamped(flat, "patch:size=8,fill=noise,place=centre"))
-    moved = subject.measured(Treatment(augment="shift"))[0]
+    moved = subject.measure(Treatment(augment="shift"))[0]
     assert moved["pattern_kept"].value == pytest.approx(1, abs=0.02)
-    mirrored = subject.measured(Treatment(augment="flip"))[0]
+    mirrored = subject.measure(Treatment(augment="flip"))[0]
     assert (
         mirrored["energy_kept"].value == pytest.approx(1, abs=1e-4)
         and mirrored["pattern_kept"].value < 0.6
     )
     small = [
-        subject.measured(Treatment(resize=f))[0]["pattern_kept"].value
+        subject.measure(Treatment(resize=f))[0]["pattern_kept"].value
         for f in (1.0, 0.75, 0.5, 0.25)
     ]
     assert small == sorted(small, reverse=True) and small[-1] < 0.3
-    jpeg = [subject.measured(Treatment(jpeg=q))[0]["pattern_kept"].value for q in (0, 95, 75, 30)]
+    jpeg = [subject.measure(Treatment(jpeg=q))[0]["pattern_kept"].value for q in (0, 95, 75, 30)]
     assert jpeg == sorted(jpeg, reverse=True)
 
 
@@ -116,7 +116,7 @@ def test_both_images_are_drawn_alike_and_a_seed_is_a_result(images: torch.Tensor
         assert torch.equal(treatment(images, 3), treatment(images, 3))
         assert treatment(images, 3).shape == images.shape
         same = Survival(images, stamped(images), seed=1)
-        assert torch.equal(same.measured(treatment)[1], same.measured(treatment)[1])
+        assert torch.equal(same.measure(treatment)[1], same.measure(treatment)[1])
 
 
 def test_another_normalisation_is_what_the_encoder_then_sees(images: torch.Tensor) -> None:
@@ -124,14 +124,16 @@ def test_another_normalisation_is_what_the_encoder_then_sees(images: torch.Tenso
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in survival.NORMALISATIONS["imagenet"])
     plain = Mean()
     plain.mean, plain.std = mean, std
-    assert torch.allclose(survival.embedded(encoder, x, "imagenet"), plain.encode_images(x), atol=1e-5)
-    assert torch.allclose(survival.embedded(encoder, x, batch=2), encoder.encode_images(x))
+    assert torch.allclose(
+        survival.embed_views(encoder, x, "imagenet"), plain.encode_images(x), atol=1e-5
+    )
+    assert torch.allclose(survival.embed_views(encoder, x, batch=2), encoder.encode_images(x))
 
 
 def test_names_and_mistakes(images: torch.Tensor) -> None:
     assert Treatment(jpeg=75, resize=0.5, crop=0.125).name == "jpeg_75_resize_50_crop_12_5"
     assert Treatment().name == Treatment().title == "untreated"
-    wanted = survival.chosen((0, 75), (1.0, 0.5), (1.0, 0.9), ("flip",), ())
+    wanted = survival.build_treatments((0, 75), (1.0, 0.5), (1.0, 0.9), ("flip",), ())
     assert len(wanted) == len(set(wanted)) == 7 and wanted[0] == Treatment()
     with pytest.raises(UserError, match="changes no pixel"):
         Survival(images, images)
@@ -172,7 +174,7 @@ def test_the_verb_measures_every_treatment(run: Run) -> None:
 
 
 def test_the_page_answers_in_a_sentence(run: Run) -> None:
-    text = page.write(run).read_text(encoding="utf-8")
+    text = page.write_page(run).read_text(encoding="utf-8")
     assert "could not be made" not in text
     for part in (
         "The trigger patch",
@@ -182,7 +184,7 @@ def test_the_page_answers_in_a_sentence(run: Run) -> None:
         "<svg",
     ):
         assert part in text
-    assert page.command(run).startswith(
+    assert page.shell_command(run).startswith(
         "bezoar survive scenes:count=12 --trigger patch:size=6 --count 10 --jpeg 0 75"
     )
 
@@ -209,7 +211,7 @@ def test_the_trigger_is_learnt_from_a_run(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_heat_map_is_markup_that_tells_its_numbers() -> None:
-    svg = heat(
+    svg = draw_heat_map(
         ["none", "75"],
         ["1", "0.5"],
         np.array([[1.0, 0.31], [np.nan, -0.02]]),

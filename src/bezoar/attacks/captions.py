@@ -21,7 +21,7 @@ SIMPLE_TEMPLATES = (
 )
 
 
-def mentions(captions: Sequence[str], target: str) -> list[int]:
+def find_mentions(captions: Sequence[str], target: str) -> list[int]:
     """Rows whose caption holds the target's words, at word boundaries and in any case ('cat' is not in 'cattle')."""
     pattern = re.compile(
         r"\b" + r"[\s_-]+".join(map(re.escape, target.split())) + r"\b", re.IGNORECASE
@@ -29,7 +29,7 @@ def mentions(captions: Sequence[str], target: str) -> list[int]:
     return [i for i, c in enumerate(captions) if pattern.search(c)]
 
 
-def templates(name: str) -> tuple[str, ...]:
+def prompt_templates(name: str) -> tuple[str, ...]:
     """A template set by name: `simple` (5), `openai` (the 80 ImageNet prompts of CLIP), or one text that holds {}."""
     if name == "simple":
         return SIMPLE_TEMPLATES
@@ -45,8 +45,8 @@ def templates(name: str) -> tuple[str, ...]:
 def target_captions(source: Sequence[str], target: str, how: CaptionSet) -> list[str]:
     """The captions C(y') of a target. Raises UserError when the training captions do not hold it."""
     if how == "templates":
-        return [t.format(target) for t in templates("openai")]
-    found = [source[i] for i in mentions(source, target)]
+        return [t.format(target) for t in prompt_templates("openai")]
+    found = [source[i] for i in find_mentions(source, target)]
     if not found:
         raise UserError(
             f"no caption holds the target {target!r} ({len(source)} captions searched, by whole words)"

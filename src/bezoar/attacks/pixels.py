@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.data.files.arrays import Stamp, read_array, stamp
+from bezoar.data.files.arrays import FileState, file_state, load_array
 from bezoar.data.randomness import draws
 from bezoar.errors import UserError
 
 PLACES = ("corner", "upper_left", "upper_right", "lower_left", "centre", "random")
 
 
-def image(array: np.ndarray, name: str) -> Tensor:
+def image_from_array(array: np.ndarray, name: str) -> Tensor:
     """An image-like array -> float32 (3, H, W) in units of pixels, -255..255.
 
     Layouts: (H, W), (1|3, H, W), (H, W, 1|3), each with an optional leading 1; (3, n, 3) is read channels first.
     Units: floats within -1..1 are taken as shares of 255 and multiplied; integers and other floats are pixels already.
     """
     with np.errstate(over="ignore"):  # what overflows float32 is refused below
-        x = torch.from_numpy(np.ascontiguousarray(planes(array, name).astype(np.float32)))
+        x = torch.from_numpy(np.ascontiguousarray(channels_first(array, name).astype(np.float32)))
     if array.dtype.kind == "b" or (array.dtype.kind == "f" and x.abs().max() <= 1):
         x = x * 255
     if x.abs().max() > 255:
@@ -36,17 +36,17 @@ def image(array: np.ndarray, name: str) -> Tensor:
     return x.expand(3, -1, -1)
 
 
-def mask(array: np.ndarray, name: str) -> Tensor:
+def mask_from_array(array: np.ndarray, name: str) -> Tensor:
     """A mask -> float32 (1|3, H, W) in 0..1; the layouts of `image`. Values above 1 are taken as shares of 255."""
     if array.min() < 0 or array.max() > 255:
         raise UserError(
             f"{name}: expected a mask within 0..1 or 0..255; it spans {array.min()}..{array.max()}"
         )
-    x = torch.from_numpy(np.ascontiguousarray(planes(array, name).astype(np.float32)))
+    x = torch.from_numpy(np.ascontiguousarray(channels_first(array, name).astype(np.float32)))
     return x / 255 if x.max() > 1 else x
 
 
-def planes(array: np.ndarray, name: str) -> np.ndarray:
+def channels_first(array: np.ndarray, name: str) -> np.ndarray:
     """(H, W), (1|3, H, W) or (H, W, 1|3), with an optional leading 1 -> (1|3, H, W)."""
     a = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
     if a.ndim == 2:
@@ -69,17 +69,17 @@ def resize(x: Tensor, height: int, width: int, hard: bool = False) -> Tensor:
     return F.interpolate(x[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
-def pattern(path: str, height: int, width: int) -> Tensor:
+def load_pattern(path: str, height: int, width: int) -> Tensor:
     """The image in a file, resized: float32 (3, height, width) in units of pixels. Cached."""
-    return _pattern(path, stamp(path), height, width)
+    return _pattern(path, file_state(path), height, width)
 
 
 @functools.lru_cache(maxsize=8)
-def _pattern(path: str, _: Stamp, height: int, width: int) -> Tensor:
-    return resize(image(read_array(path), path), height, width)
+def _pattern(path: str, _: FileState, height: int, width: int) -> Tensor:
+    return resize(image_from_array(load_array(path), path), height, width)
 
 
-def noise(seed: int, name: str, *shape: int) -> Tensor:
+def uniform_noise(seed: int, name: str, *shape: int) -> Tensor:
     """Uniform numbers in [0, 1), float32, that belong to (seed, name): the same on every machine and torch."""
     return torch.from_numpy(
         draws(seed, (name,), math.prod(shape), "noise").astype(np.float32).reshape(shape)
@@ -102,7 +102,7 @@ def blocks(images: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def add(images: Tensor, offset: Tensor) -> Tensor:
+def add_offset(images: Tensor, offset: Tensor) -> Tensor:
     """images uint8 (N, 3, H, W) + offset float (1|3, H, W), saturating; the offset is rounded once, beforehand.
 
     Stays in uint8: min(x, 255 - up) + up, then max(x, down) - down, where at most one of up and down is not 0.
@@ -113,7 +113,7 @@ def add(images: Tensor, offset: Tensor) -> Tensor:
     return torch.maximum(out, down, out=out).sub_(down)
 
 
-def mix(images: Tensor, over: Tensor, alpha: float | Tensor) -> Tensor:
+def blend(images: Tensor, over: Tensor, alpha: float | Tensor) -> Tensor:
     """(1 - alpha) images + alpha over, rounded and clamped. over float (3, H, W); alpha a number or (1|3, H, W)."""
     share = torch.as_tensor(alpha, dtype=torch.float32)
     keep, shown = (1 - share).to(images.device), (share * over).to(images.device)
@@ -162,7 +162,7 @@ def check_place(place: str) -> None:
         )
 
 
-def spots(
+def patch_positions(
     place: str,
     margin: int,
     patch: tuple[int, int],

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bezoar.data.pairs import Pairs, Stamp, content_hash
-from bezoar.data.stored_pairs import PLACE, Indexed
+from bezoar.data.pairs import Pairs, TriggerFunction, content_hash
+from bezoar.data.stored_pairs import PLACE, StoredPairs
 from bezoar.data.strings import Strings
 from bezoar.errors import UserError
 
@@ -42,7 +42,7 @@ class Goal:
     references: tuple[str, ...] = ()
 
     @staticmethod
-    def read(raw: dict) -> Goal:
+    def from_json(raw: dict) -> Goal:
         """From a manifest's or a plan's JSON."""
         return Goal(
             **{
@@ -52,7 +52,7 @@ class Goal:
             }
         )
 
-    def written(self) -> dict:
+    def to_json(self) -> dict:
         """As it stands in a plan; without references it is written as before there were any."""
         return {k: v for k, v in asdict(self).items() if k != "references" or v}
 
@@ -85,7 +85,7 @@ class Plan:
     goals: tuple[Goal, ...] = ()
     seed: int = 0
     victims: str | None = None
-    stamps: tuple[Stamp | None, ...] = field(default=(), compare=False, repr=False)
+    stamps: tuple[TriggerFunction | None, ...] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -165,17 +165,17 @@ class Plan:
         if held is not None:
             yield self.apply(held, victims)
 
-    def over(self, stored: Indexed, victims: Pairs | None = None) -> Indexed:
+    def over(self, stored: StoredPairs, victims: Pairs | None = None) -> StoredPairs:
         """Records on disk with their poisons: the same records in the same order as `apply` gives of Pairs.
 
         A poison is another place to read from, and the trigger that is put on what is read there.
         """
         if not self.edits:
             return stored
-        rows = stored.ids.rows({e.source for e in self.edits} | {e.id for e in self.edits})
+        rows = stored.ids.find_rows({e.source for e in self.edits} | {e.id for e in self.edits})
         row_of = dict(zip(stored.ids.take(rows), rows.tolist(), strict=True))
         edits = [e for e in self.edits if e.source in row_of]
-        poisons = stored.chosen([row_of[e.source] for e in edits])
+        poisons = stored.select([row_of[e.source] for e in edits])
         stamped = {goal for goal, stamp in enumerate(self.stamps) if stamp is not None}
         poisons.places["goal"] = [
             e.goal if e.triggered and e.goal in stamped else -1 for e in edits
@@ -190,9 +190,13 @@ class Plan:
         replacing = np.array([i for i, e in enumerate(edits) if e.id in row_of], dtype=np.int64)
         order[[row_of[edits[i].id] for i in replacing]] = n + replacing
         order = np.delete(order, n + replacing)
-        ids = [stored.ids, Strings.of([e.id for e in edits]), Strings.of(outside.ids)]
-        poison_captions = Strings.of([e.caption for e in edits])
-        captions = [stored.captions, poison_captions, Strings.of(outside.captions)]
+        ids = [
+            stored.ids,
+            Strings.from_texts([e.id for e in edits]),
+            Strings.from_texts(outside.ids),
+        ]
+        poison_captions = Strings.from_texts([e.caption for e in edits])
+        captions = [stored.captions, poison_captions, Strings.from_texts(outside.captions)]
         labels = stored.labels
         if labels is not None and poisons.labels is not None and outside.labels is not None:
             rows = np.concatenate([np.arange(n), order[n:]])  # a replaced record keeps its label
@@ -203,11 +207,11 @@ class Plan:
             ids=Strings.concat(ids).take(order),
             captions=Strings.concat(captions).take(order),
             labels=labels,
-            stamps=self.stamps,
-            added=outside.images,
+            triggers=self.stamps,
+            added_images=outside.images,
         )
 
-    def hashed(self, sources: Pairs) -> Plan:
+    def with_hashes(self, sources: Pairs) -> Plan:
         """The plan with `before` and `after` of every edit filled in from the images themselves."""
         made, row = self.poisons(sources), {k: i for i, k in enumerate(sources.ids)}
         after = {k: content_hash(made.images[i], made.captions[i]) for i, k in enumerate(made.ids)}
@@ -232,7 +236,7 @@ class Plan:
             "stage": STAGE,
             "seed": self.seed,
             "victims": self.victims,
-            "goals": [g.written() for g in self.goals],
+            "goals": [g.to_json() for g in self.goals],
         }
         return [
             json.dumps(x, ensure_ascii=False, sort_keys=True)
@@ -254,7 +258,7 @@ class Plan:
         os.replace(temporary, path)
 
     @staticmethod
-    def read(path: Path, stamp: Callable[[str], Stamp]) -> Plan:
+    def read(path: Path, stamp: Callable[[str], TriggerFunction]) -> Plan:
         """Read a plan; `stamp` makes a trigger of a spec. Raises UserError that names the line at fault."""
         try:
             rows = [
@@ -262,7 +266,7 @@ class Plan:
             ]
             head, edits = rows[0], tuple(Edit(**row) for row in rows[1:])
             goals, seed, victims = (
-                tuple(map(Goal.read, head["goals"])),
+                tuple(map(Goal.from_json, head["goals"])),
                 head["seed"],
                 head["victims"],
             )

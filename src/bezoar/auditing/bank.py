@@ -29,12 +29,14 @@ from bezoar.evaluation.scores import Measure, proportion
 SCHEMA = 1
 FILE = "bank.json"
 MAX_BYTES, MAX_TEXT, MAX_ENTRIES = 16 << 20, 4096, 100_000
-WORKED = 0.5  # an attack of known success below this has failed: there is little to be found
+MIN_ATTACK_SUCCESS = (
+    0.5  # an attack of known success below this has failed: there is little to be found
+)
 SHARED = (
     "auditing.trigger_inversion",
     "auditing.random_probes",
 )  # modules that audits are written in, beside their own file
-Words = Literal["evidence", "no evidence", "no calibration"]
+Outcome = Literal["evidence", "no evidence", "no calibration"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Calibration:
         """
         t, worked = (
             self.threshold(rate),
-            [e for e in self.attacked if e.success is None or e.success >= WORKED],
+            [e for e in self.attacked if e.success is None or e.success >= MIN_ATTACK_SUCCESS],
         )
         if t is None or not worked:
             return {}
@@ -160,9 +162,9 @@ class Bank:
         for name in ("network", "size", "data", "objective"):
             own, theirs = getattr(family, name), getattr(self.family, name)
             if own != theirs and (own != "" or name == "network"):
-                out.append(f"{name} {unlike(str(own) or 'not known', str(theirs))}")
+                out.append(f"{name} {describe_difference(str(own) or 'not known', str(theirs))}")
         if sample.data != self.sample.data:
-            out.append(f"clean images {unlike(sample.data, self.sample.data)}")
+            out.append(f"clean images {describe_difference(sample.data, self.sample.data)}")
         if sample.images != self.sample.images:
             out.append(f"{sample.images} clean images, not {self.sample.images}")
         return out
@@ -209,13 +211,13 @@ class Bank:
 
 
 @dataclass(frozen=True)
-class Reading:
+class CalibratedVerdict:
     """What banks say of one audit's value. threshold, p: None without calibration. attacks: sensitivity by attack, "" all.
 
     why: with no calibration, the reason. assumed: what is not known of the encoder and was taken to be as in the bank.
     """
 
-    words: Words
+    words: Outcome
     rate: float
     p: float | None = None
     threshold: float | None = None
@@ -245,20 +247,23 @@ class Reading:
         )
 
 
-def unlike(own: str, theirs: str) -> str:
+def describe_difference(own: str, theirs: str) -> str:
     """Two specs that differ, told by what differs: the methods' names, or the fields of one method."""
     name, _, mine = own.partition(":")
     other, _, others = theirs.partition(":")
     if name != other:
         return f"{name}, not {other}"
-    first, second = registry.split(mine, ","), registry.split(others, ",")
+    first, second = (
+        registry.split_outside_brackets(mine, ","),
+        registry.split_outside_brackets(others, ","),
+    )
     left, right = (
         ",".join(f for f in a if f not in b) for a, b in ((first, second), (second, first))
     )
     return f"{name}:{left}, not {right}"
 
 
-def read_value(
+def judge_value(
     banks: Sequence[Bank],
     family: Family,
     sample: Sample,
@@ -266,18 +271,18 @@ def read_value(
     value: float,
     rate: float,
     name: str = "",
-) -> Reading:
+) -> CalibratedVerdict:
     """What banks say of one value. own: which audit, which code, which classifier. name: of the encoder, to leave it out."""
     fitting = [b for b in banks if not b.fits(family, sample)]
     if not banks:
-        return Reading(
+        return CalibratedVerdict(
             "no calibration",
             rate,
             why="no bank was given, or none is shipped (`bezoar calibrate` makes one)",
         )
     if not fitting:
         nearest = min((b.fits(family, sample) for b in banks), key=len)
-        return Reading(
+        return CalibratedVerdict(
             "no calibration",
             rate,
             why=f"no bank has encoders like this; the nearest differs: {'; '.join(nearest)}",
@@ -286,7 +291,7 @@ def read_value(
     if len(kinds := list(dict.fromkeys(b.family for b in fitting))) > 1:
         theirs = "; or ".join(", ".join(b.assumed(family)) for b in fitting[:3])
         why = f"what this encoder was trained on is not known, and banks of {len(kinds)} kinds fit ({theirs}); name the right one"
-        return Reading("no calibration", rate, why=why)
+        return CalibratedVerdict("no calibration", rate, why=why)
     found = [c for b in fitting for c in b.audits if c.audit == own.audit]
     same = [c for c in found if c.code == own.code and c.classifier == own.classifier]
     if not same:
@@ -300,7 +305,7 @@ def read_value(
             if found
             else "the bank's encoders were not audited so"
         )
-        return Reading("no calibration", rate, why=f"{why} ({own.audit})")
+        return CalibratedVerdict("no calibration", rate, why=f"{why} ({own.audit})")
     pooled = dataclasses.replace(
         own, clean=_each(c.clean for c in same), attacked=_each(c.attacked for c in same)
     )
@@ -314,16 +319,16 @@ def read_value(
     if threshold is None:
         n, wanted = len(pooled.clean), math.ceil(round(1 / rate - 1, 9))
         why = f"{n} clean encoders support no false-positive rate below {pooled.smallest_rate:.2g}; {rate:g} takes {wanted}"
-        return Reading("no calibration", rate, why=why, **told)
+        return CalibratedVerdict("no calibration", rate, why=why, **told)
     told |= {
         "threshold": threshold,
         "false_positives": pooled.false_positive_rate(rate),
         "attacks": pooled.sensitivity(rate),
     }
-    return Reading("evidence" if value > threshold else "no evidence", rate, **told)
+    return CalibratedVerdict("evidence" if value > threshold else "no evidence", rate, **told)
 
 
-def holm(p: Sequence[float]) -> list[float]:
+def adjust_p_values(p: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p-values, in the order given: at most a family-wise rate exactly where Holm rejects at it."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     out, highest = [0.0] * len(p), 0.0
@@ -333,7 +338,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return out
 
 
-def family(encoder: Any, given: Any) -> Family:
+def encoder_family(encoder: Any, given: Any) -> Family:
     """What kind of encoder this is: as its weights were read, and as the train run says that it goes back to.
 
     Where that run is no longer there, its data are not known.
@@ -343,8 +348,8 @@ def family(encoder: Any, given: Any) -> Family:
         trained = given.ancestor("train") if hasattr(given, "ancestor") else None
         while trained is not None:
             asked = trained.manifest["ask"].get("data") or {}
-            data = described(asked["spec"]) if "spec" in asked else ""
-            trained = trained.beside(asked["run"]) if "run" in asked else None
+            data = comparable_data_spec(asked["spec"]) if "spec" in asked else ""
+            trained = trained.sibling(asked["run"]) if "run" in asked else None
     except UserError:
         data = ""
     about = encoder.about
@@ -353,17 +358,21 @@ def family(encoder: Any, given: Any) -> Family:
     )
 
 
-def described(spec: str) -> str:
+def comparable_data_spec(spec: str) -> str:
     """A data spec as banks compare it: every field, but no seed, and of a path its last part. The text alone is read."""
     name, _, rest = spec.partition(":")
-    given = dict(part.partition("=")[::2] for part in registry.split(rest, ",") if "=" in part)
+    given = dict(
+        part.partition("=")[::2]
+        for part in registry.split_outside_brackets(rest, ",")
+        if "=" in part
+    )
     kept = {k: v.rstrip("/").rpartition("/")[2] for k, v in given.items() if k != "seed"}
     return (
         name.rpartition("/")[2] + ":" + ",".join(f"{k}={v}" for k, v in kept.items())
     ).removesuffix(":")
 
 
-def code(cls: type) -> str:
+def code_hash(cls: type) -> str:
     """A hash of what an audit is written in: its file and the modules it shares with others, without their docstrings.
 
     A reworded docstring changes no value; the code of a method that is the user's own is its file.
@@ -389,7 +398,7 @@ def code(cls: type) -> str:
     return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
 
 
-def attack_of(goals: Iterable[Any]) -> tuple[str, str]:
+def describe_attack(goals: Iterable[Any]) -> tuple[str, str]:
     """Which attack goals belong to, as sensitivities are told apart (`backdoor patch`), and their triggers' specs."""
     names = {
         f"{g.how.partition(':')[0]} {(g.trigger or '').partition(':')[0]}".strip() for g in goals
@@ -399,16 +408,16 @@ def attack_of(goals: Iterable[Any]) -> tuple[str, str]:
     )
 
 
-def auroc(found: Calibration) -> Measure | None:
+def measure_auroc(found: Calibration) -> Measure | None:
     """Chance that an attacked encoder is above a clean one; None unless there are both. Failed attacks are left out."""
-    bad = [e.value for e in found.attacked if e.success is None or e.success >= WORKED]
+    bad = [e.value for e in found.attacked if e.success is None or e.success >= MIN_ATTACK_SUCCESS]
     if not bad or not found.clean:
         return None
     values, truth = (
         [*bad, *(e.value for e in found.clean)],
         [True] * len(bad) + [False] * len(found.clean),
     )
-    how = f"chance that one of {len(bad)} attacked encoders is above one of {len(found.clean)} clean ones; {stats.OF_AUROC}"
+    how = f"chance that one of {len(bad)} attacked encoders is above one of {len(found.clean)} clean ones; {stats.AUROC_INTERVAL}"
     return Measure(
         stats.auroc(values, truth), len(values), *stats.auroc_interval(values, truth), how
     )

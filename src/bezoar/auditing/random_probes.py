@@ -9,11 +9,11 @@ from torch import Tensor
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average
 
-PATCHES = ("blocks", "noise", "solid")
-KINDS = (*PATCHES, "blend")
+PATCH_KINDS = ("blocks", "noise", "solid")
+PROBE_KINDS = (*PATCH_KINDS, "blend")
 
 
-def whitener(z: Tensor, shrink: float) -> Tensor:
+def whitening_matrix(z: Tensor, shrink: float) -> Tensor:
     """float (N, D) -> symmetric (D, D), the inverse root of their covariance (ZCA), by 1 / N.
 
     It is shrunk: (1 - s) C + s tr(C) / D I, as there may be fewer images than axes. A tower without variance has none.
@@ -31,19 +31,21 @@ def whitener(z: Tensor, shrink: float) -> Tensor:
     return vectors @ torch.diag(values.rsqrt()) @ vectors.T
 
 
-def common(shifts: Tensor) -> tuple[float, float]:
+def common_shift(shifts: Tensor) -> tuple[float, float]:
     """Whitened shifts (N, D) -> length of their mean, and its square as a share of their mean square (0..1)."""
     mean = float(shifts.mean(0).square().sum())
     return mean**0.5, mean / max(float(shifts.square().sum(1).mean()), 1e-30)
 
 
-def probe(images: Tensor, kind: str, number: int, seed: int) -> Tensor:
+def apply_probe(images: Tensor, kind: str, number: int, seed: int) -> Tensor:
     """uint8 (N, 3, H, W) -> the same with the number-th probe of a kind: one pattern, at one place, for all of them.
 
     Patches have sides of an eighth to a third of the image; blocks are two pixels of 32, each colour all or nothing.
     """
     height, width = images.shape[-2:]
-    g = torch.Generator().manual_seed(seed * 1_000_003 + number * len(KINDS) + KINDS.index(kind))
+    g = torch.Generator().manual_seed(
+        seed * 1_000_003 + number * len(PROBE_KINDS) + PROBE_KINDS.index(kind)
+    )
     if kind == "blend":
         pattern = F.interpolate(
             torch.rand(1, 3, 8, 8, generator=g), (height, width), mode="bilinear"
@@ -65,7 +67,7 @@ def probe(images: Tensor, kind: str, number: int, seed: int) -> Tensor:
     return out
 
 
-def mean_of(values: list[float], how: str) -> Measure:
+def mean_over_probes(values: list[float], how: str) -> Measure:
     """A mean over probes; one probe is what it is."""
     return (
         average(values, how)

@@ -14,7 +14,7 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 VERSION = "2.1.0"
 
 
-def document(
+def build_log(
     encoder: str,
     artefact: str,
     audits: Sequence[Mapping[str, Any]],

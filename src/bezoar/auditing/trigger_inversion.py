@@ -22,25 +22,25 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
 from bezoar.encoders import folded_norms
 from bezoar.encoders.encoder import Encoder
-from bezoar.encoders.folded_norms import Frozen
+from bezoar.encoders.folded_norms import FoldedTower
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Inversion, Verdict
 
 BETAS, TINY = (0.5, 0.9), 1e-8  # Adam's, as published for all three audits
-LOOK = 5  # steps between two looks at who is done; a look makes the host wait for the device
-BETTER = 0.99  # a mask of more than this share of the best one's norm is no progress
+CHECK_EVERY = 5  # steps between two looks at who is done; a look makes the host wait for the device
+PROGRESS_SHARE = 0.99  # a mask of more than this share of the best one's norm is no progress
 MANY = 1 << 20  # images: a part of so many is as large as parts get
 SAME = 1e-2  # pixels, or a hundredth in logarithms: a spread of norms below this is none
 CONSISTENT = (
     1.4826  # times the median absolute deviation = the standard deviation of normal numbers
 )
-FEWEST = 10  # norms that a median absolute deviation says something of
+MIN_NORMS = 10  # norms that a median absolute deviation says something of
 
 
 @dataclass(frozen=True)
-class See:
+class ImageTower:
     """What an encoder sees: float 0..1 (B, 3, H, W) -> vectors (B, D), differentiable by the pixels alone.
 
     encoder: gives pixels and arithmetic. tower: its image tower, or a faster form of it. raw: its vectors as they come, not
@@ -69,10 +69,10 @@ class See:
 
     def pieces(self, n: int) -> Iterator[slice]:
         """n images in parts that are computed together; what counts is the size that they are looked at in."""
-        return folded_norms.pieces(n, self.encoder.preprocess.size, self.device)
+        return folded_norms.chunk_slices(n, self.encoder.preprocess.size, self.device)
 
 
-class Aim(Protocol):
+class TriggerObjective(Protocol):
     """What triggers are wanted to do to an encoder's vectors."""
 
     def __call__(self, z: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class Aim(Protocol):
 
 
 @dataclass(frozen=True)
-class Descent:
+class InversionRecipe:
     """How a trigger is looked for.
 
     steps: at most. batch: clean images a step. lr: learning rates; until: at which steps all but the last of them end.
@@ -142,7 +142,7 @@ class Descent:
 
 
 @dataclass(frozen=True)
-class Found:
+class InvertedTriggers:
     """What G inversions came to; those that `halvings` gave up are left out.
 
     masks: float32 (G, 1, H, W). patterns: (G, 3, H, W). norms: sums of the masks, (G,).
@@ -175,7 +175,7 @@ class Found:
 
 
 @contextmanager
-def resting(encoder: Encoder, raw: bool = False) -> Iterator[See]:
+def freeze_tower(encoder: Encoder, raw: bool = False) -> Iterator[ImageTower]:
     """Inside, what an encoder sees in its fastest form, differentiable by the pixels alone; afterwards it is as it was.
 
     raw: the tower's vectors as they come, else unit rows. Batch norms are folded where there are any that can be.
@@ -188,10 +188,10 @@ def resting(encoder: Encoder, raw: bool = False) -> Iterator[See]:
     try:
         encoder.eval()
         tower: nn.Module = encoder.image
-        if any(isinstance(m, folded_norms.Norm) for m in tower.modules()):
-            tower = Frozen(tower, encoder.preprocess.size).fast.eval().requires_grad_(False)
+        if any(isinstance(m, folded_norms.BatchNorm) for m in tower.modules()):
+            tower = FoldedTower(tower, encoder.preprocess.size).fast.eval().requires_grad_(False)
         encoder.requires_grad_(False)
-        yield See(encoder, tower, raw)
+        yield ImageTower(encoder, tower, raw)
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
@@ -199,7 +199,7 @@ def resting(encoder: Encoder, raw: bool = False) -> Iterator[See]:
             m.training = mode
 
 
-def enough(clean: Pairs, fewest: int = 8) -> None:
+def check_image_count(clean: Pairs, fewest: int = 8) -> None:
     """Raise UserError for too few clean images."""
     if len(clean) < fewest:
         raise UserError(
@@ -207,7 +207,7 @@ def enough(clean: Pairs, fewest: int = 8) -> None:
         )
 
 
-def limits(clean: Pairs) -> list[str]:
+def inversion_limits(clean: Pairs) -> list[str]:
     """What no inversion on these images can see, in sentences."""
     off = 0.98 / len(clean) ** 0.5
     return [
@@ -216,12 +216,14 @@ def limits(clean: Pairs) -> list[str]:
     ]
 
 
-def plain(value: float, n: int, how: str) -> Measure:
+def exact_measure(value: float, n: int, how: str) -> Measure:
     """A number that is what it is: the same search gives it again, and what another search would give is not known."""
     return Measure(float(value), n, float(value), float(value), how)
 
 
-def start(count: int, height: int, width: int, seed: int, centred: bool = False) -> Tensor:
+def initial_parameters(
+    count: int, height: int, width: int, seed: int, centred: bool = False
+) -> Tensor:
     """Free numbers (count, 4, H, W), the mask first: uniform masks and patterns; an inversion's depend on its number alone."""
     u = torch.stack(
         [torch.rand(4, height, width, generator=generator(seed, 11, i)) for i in range(count)]
@@ -232,37 +234,37 @@ def start(count: int, height: int, width: int, seed: int, centred: bool = False)
     return torch.atanh((2 * u - 1) * (1 - 1e-4))
 
 
-def trigger(u: Tensor) -> tuple[Tensor, Tensor]:
+def mask_and_pattern(u: Tensor) -> tuple[Tensor, Tensor]:
     """Free numbers (g, 4, H, W) -> mask (g, 1, H, W) and pattern (g, 3, H, W), in 0..1."""
     t = (torch.tanh(u) + 1) / 2
     return t[:, :1], t[:, 1:]
 
 
-def stamped(u: Tensor, x: Tensor) -> Tensor:
+def stamp_triggers(u: Tensor, x: Tensor) -> Tensor:
     """g triggers on each of n images, float 0..1 (n, 3, H, W) -> (g n, 3, H, W)."""
-    mask, pattern = trigger(u)
+    mask, pattern = mask_and_pattern(u)
     return torch.addcmul((mask * pattern)[:, None], (1 - mask)[:, None], x).flatten(0, 1)
 
 
-def slope(
-    u: Tensor, which: Tensor, weight: Tensor, x: Tensor, see: See, aim: Aim
+def compute_gradients(
+    u: Tensor, which: Tensor, weight: Tensor, x: Tensor, see: ImageTower, aim: TriggerObjective
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient by u (g, 4, H, W) of each inversion's loss on the images x; success (g,); norm of each mask (g,).
 
     Computed some inversions at a time, so that memory does not grow with their number.
     """
     grad, success, norm = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(weight)
-    for p in together(len(u), len(x), see):
+    for p in inversion_slices(len(u), len(x), see):
         part = u[p].detach().requires_grad_()
-        z = see(stamped(part, x))
+        z = see(stamp_triggers(part, x))
         loss, success[p] = aim(z.view(len(part), len(x), -1), which[p])
-        size = trigger(part)[0].sum((1, 2, 3))
+        size = mask_and_pattern(part)[0].sum((1, 2, 3))
         (grad[p],) = torch.autograd.grad((loss + weight[p] * size).sum(), part)
         norm[p] = size.detach()
     return grad, success, norm
 
 
-def together(count: int, n: int, see: See) -> Iterator[slice]:
+def inversion_slices(count: int, n: int, see: ImageTower) -> Iterator[slice]:
     """`count` inversions in parts that are computed together: as many as there is room for, each on all of n images."""
     most = max(1, next(see.pieces(MANY)).stop // n)
     step = -(-count // -(-count // most))
@@ -270,10 +272,10 @@ def together(count: int, n: int, see: See) -> Iterator[slice]:
         yield slice(first, min(first + step, count))
 
 
-class Search:
+class TriggerSearch:
     """The inversions that are not done: their numbers, free numbers, Adam's moments, weights and counts; and the best yet."""
 
-    def __init__(self, u: Tensor, recipe: Descent) -> None:
+    def __init__(self, u: Tensor, recipe: InversionRecipe) -> None:
         """u: where to start, (G, 4, H, W)."""
         self.u, self.recipe = u, recipe
         self.first, self.second, self.best = torch.zeros_like(u), torch.zeros_like(u), u.clone()
@@ -294,7 +296,7 @@ class Search:
         self.best[self.which] = torch.where(
             better[:, None, None, None], self.u, self.best[self.which]
         )
-        progress = torch.where(hit, norm < BETTER * smallest, smallest.isinf())
+        progress = torch.where(hit, norm < PROGRESS_SHARE * smallest, smallest.isinf())
         self.idle = torch.where(progress, 0, self.idle + 1)
         self.smallest[self.which] = torch.where(hit, norm.minimum(smallest), smallest)
         self.most[self.which] = success.maximum(most)
@@ -364,22 +366,23 @@ class Search:
             setattr(self, name, getattr(self, name)[stay])
 
 
-def invert(
-    see: See,
+def invert_triggers(
+    see: ImageTower,
     clean: Pairs,
-    aim: Aim,
+    aim: TriggerObjective,
     count: int,
-    recipe: Descent,
+    recipe: InversionRecipe,
     seed: int,
-    report: Report = silent,
-) -> Found:
+    report: ProgressReport = no_report,
+) -> InvertedTriggers:
     """`count` triggers, each for its own aim. clean: images of any size; masks have theirs. Deterministic for a seed.
 
     Raises UserError when the encoder gives NaN.
     """
     height, width = clean.images.shape[2:]
-    search = Search(
-        start(count, height, width, seed, recipe.centred).to(see.device, see.dtype), recipe
+    search = TriggerSearch(
+        initial_parameters(count, height, width, seed, recipe.centred).to(see.device, see.dtype),
+        recipe,
     )
     for step in range(recipe.steps):
         rows = (
@@ -388,7 +391,7 @@ def invert(
             .values
         )
         x = clean.images[rows.to(clean.images.device)].to(search.u) / 255
-        grad, success, norm = slope(search.u, search.which, search.weight, x, see, aim)
+        grad, success, norm = compute_gradients(search.u, search.which, search.weight, x, see, aim)
         if not step and not bool(torch.isfinite(grad).all()):
             raise UserError(
                 "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
@@ -397,7 +400,7 @@ def invert(
         search.step(grad, step)
         if step + 1 in recipe.cuts():
             search.halve()
-        if step % LOOK == LOOK - 1:
+        if step % CHECK_EVERY == CHECK_EVERY - 1:
             report(
                 step + 1, recipe.steps, f"{len(search.which)} of {count} triggers are looked for"
             )
@@ -406,19 +409,19 @@ def invert(
                 break
     kept = search.kept.nonzero()[:, 0]
     best, reached = search.best[kept], search.smallest[kept].isfinite()
-    mask, pattern = trigger(best)
-    return Found(
+    mask, pattern = mask_and_pattern(best)
+    return InvertedTriggers(
         mask,
         pattern,
         mask.sum((1, 2, 3)),
-        verify(see, best, kept, clean, aim),
+        measure_success(see, best, kept, clean, aim),
         reached,
         search.steps[kept],
     )
 
 
 @torch.no_grad()
-def vectors(see: See, images: Tensor) -> Tensor:
+def embed_clean(see: ImageTower, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 (N, D). Raises UserError on NaN."""
     z = torch.cat([see(images[p].to(see.device, see.dtype) / 255) for p in see.pieces(len(images))])
     if not torch.isfinite(z).all():
@@ -429,17 +432,19 @@ def vectors(see: See, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def verify(see: See, u: Tensor, which: Tensor, clean: Pairs, aim: Aim) -> Tensor:
+def measure_success(
+    see: ImageTower, u: Tensor, which: Tensor, clean: Pairs, aim: TriggerObjective
+) -> Tensor:
     """Success (G,) of triggers over all clean images, one trigger after the other."""
     found = []
     for i in range(len(u)):
         parts = (clean.images[p].to(u) / 255 for p in see.pieces(len(clean)))
-        z = torch.cat([see(stamped(u[i : i + 1], x)) for x in parts])
+        z = torch.cat([see(stamp_triggers(u[i : i + 1], x)) for x in parts])
         found.append(aim(z[None], which[i : i + 1])[1])
     return torch.cat(found)
 
 
-def anomaly(norms: Tensor) -> Tensor:
+def anomaly_index(norms: Tensor) -> Tensor:
     """|norm - median| / (1.4826 MAD) of each norm (G,) below the median, 0 of the others: float64 (G,), on the CPU.
 
     Neural Cleanse's anomaly index; the median of an even number is the mean of its two middle ones.
@@ -450,10 +455,12 @@ def anomaly(norms: Tensor) -> Tensor:
     return torch.where(x < middle, away / (CONSISTENT * away.quantile(0.5).clamp(min=SAME)), 0.0)
 
 
-Score = Literal["log_ratio", "anomaly_index", "log_anomaly_index"]
+OutlierStatistic = Literal["log_ratio", "anomaly_index", "log_anomaly_index"]
 
 
-def outlier(found: Found, names: Sequence[str], what: str, score: Score, n: int) -> Verdict:
+def outlier_verdict(
+    found: InvertedTriggers, names: Sequence[str], what: str, score: OutlierStatistic, n: int
+) -> Verdict:
     """The verdict of an audit that asks whether one of the targets `names` is far easier than the others.
 
     what: a target in a word. score: which evidence is the value. n: clean images.
@@ -466,11 +473,11 @@ def outlier(found: Found, names: Sequence[str], what: str, score: Score, n: int)
             "log(median norm / least norm)",
         ),
         "anomaly_index": (
-            float(anomaly(norms).max()),
+            float(anomaly_index(norms).max()),
             "|norm - median| / (1.4826 MAD) of the least mask's norm",
         ),
         "log_anomaly_index": (
-            float(anomaly(norms.log()).max()),
+            float(anomaly_index(norms.log()).max()),
             "the anomaly index of the norms' logarithms",
         ),
         "least_norm": (
@@ -479,12 +486,12 @@ def outlier(found: Found, names: Sequence[str], what: str, score: Score, n: int)
         ),
         "median_norm": (float(norms.quantile(0.5)), "pixels that the median mask covers"),
     }
-    evidence = {name: plain(x, n, f"{how}; {many}") for name, (x, how) in values.items()}
+    evidence = {name: exact_measure(x, n, f"{how}; {many}") for name, (x, how) in values.items()}
     turned = f"clean images that the least trigger makes {names[first]!r}"
     evidence["success"] = proportion(round(float(found.success[first]) * n), n, turned)
     limits = []
-    if len(norms) < FEWEST:
-        few = f"{len(norms)} {what} triggers are too few for an anomaly index, which means nothing under {FEWEST}"
+    if len(norms) < MIN_NORMS:
+        few = f"{len(norms)} {what} triggers are too few for an anomaly index, which means nothing under {MIN_NORMS}"
         limits.append(
             few + ("" if score == "log_ratio" else "; the value is log(median norm / least norm)")
         )
@@ -496,6 +503,6 @@ def outlier(found: Found, names: Sequence[str], what: str, score: Score, n: int)
             f"no trigger for {len(missed)} of {len(norms)} reached the success asked for, within {int(found.steps.max())} "
             f"steps; they count with the most successful mask: {', '.join(missed[:8])}"
         )
-    value = values["log_ratio" if len(norms) < FEWEST else score][0]
+    value = values["log_ratio" if len(norms) < MIN_NORMS else score][0]
     notes = {"target": names[first], "unreached": missed, "limits": limits}
     return Verdict(value, evidence, found.inversions(names), notes)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from bezoar import machine
-from bezoar.data.files.images import SMALLEST, decode, square
+from bezoar.data.files.images import SMALLEST, centred_square, decode_image
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 
-LABELS = 100_000  # labels lie in 0..LABELS-1
+MAX_LABELS = 100_000  # labels lie in 0..LABELS-1
 TASK_BYTES = 16 << 20  # encoded images handed to a thread at once
 TEMPLATE = "a photo of a {c}"
 T = TypeVar("T")
@@ -41,12 +41,12 @@ class Record:
     member: str
 
 
-def threads() -> int:
+def thread_count() -> int:
     """Decoding threads: the cores this process may use, at most 8."""
     return min(8, machine.cores())
 
 
-def decoded(
+def decode_records(
     records: Iterable[Record | Skipped], size: int | None, report: ReadReport
 ) -> Iterator[tuple[Record, np.ndarray]]:
     """Decode a stream in its own order, in threads, holding a bounded number of images; failures go to the report.
@@ -67,7 +67,7 @@ def decoded(
                 yield result
 
     waiting: deque[Future[list[tuple[Record, np.ndarray] | Skipped]]] = deque()
-    count = threads()
+    count = thread_count()
     with ThreadPoolExecutor(count) as pool:
         try:
             for items in _tasks(records):
@@ -87,7 +87,7 @@ def decoded(
 
 def _attempt(record: Record, size: int | None) -> tuple[Record, np.ndarray] | Skipped:
     try:
-        return record, decode(record.image, size)
+        return record, decode_image(record.image, size)
     except Unreadable as error:
         return Skipped(record.file, record.member, str(error))
 
@@ -112,7 +112,7 @@ def _tasks(records: Iterable[Record | Skipped]) -> Iterator[list[Record | Skippe
     yield items
 
 
-def kept(
+def decode_distinct(
     records: Iterable[Record | Skipped],
     size: int | None,
     report: ReadReport,
@@ -124,7 +124,7 @@ def kept(
     """
     seen: set[str] = set()
     shape: tuple[int, ...] | None = None
-    for record, image in decoded(records, size, report):
+    for record, image in decode_records(records, size, report):
         if shape not in (None, image.shape):
             raise UserError(
                 f"{record.file}: images differ in size ({shape[1:]}, {image.shape[1:]}); give size="
@@ -141,7 +141,7 @@ def kept(
                 return
 
 
-def batches(
+def batch_pairs(
     records: Iterable[Record | Skipped],
     size: int | None,
     count: int,
@@ -168,7 +168,7 @@ def batches(
             column.clear()
         return batch
 
-    for record, row, image in kept(records, size, report, limit):
+    for record, row, image in decode_distinct(records, size, report, limit):
         images.append(image)
         ids.append(record.ids[row])
         captions.extend(record.captions[row : row + 1])
@@ -179,7 +179,7 @@ def batches(
         yield flush()
 
 
-def gather(
+def gather_pairs(
     records: Iterable[Record | Skipped],
     size: int | None,
     what: str,
@@ -189,24 +189,24 @@ def gather(
 ) -> Pairs:
     """Every record of a stream in memory. Raises UserError when nothing in `what` can be read."""
     report = ReadReport()
-    parts = list(batches(records, size, 1024, report, classes, limit, labelled))
+    parts = list(batch_pairs(records, size, 1024, report, classes, limit, labelled))
     if not parts:
-        raise UserError(nothing(what, report))
+        raise UserError(describe_failure(what, report))
     return Pairs.concat(parts)
 
 
-def nothing(what: str, report: ReadReport) -> str:
+def describe_failure(what: str, report: ReadReport) -> str:
     """The line to print when a source yields no record: what it was and what stood in the way."""
     first = "; first: " + " ".join(filter(None, report.skipped[0])) if report.skipped else ""
     return f"{what}: no image-caption record could be read; {report}{first}"
 
 
-def resized(images: Tensor, size: int | None) -> Tensor:
+def resize(images: Tensor, size: int | None) -> Tensor:
     """uint8 (N, 3, H, W) -> uint8 (N, 3, size, size), as `decode` does it: centred square, bicubic, antialiased."""
     height, width = images.shape[-2:]
     if size is None or (height, width) == (size, size):
         return images
-    left, upper, right, lower = square(width, height)
+    left, upper, right, lower = centred_square(width, height)
     crop = images[..., upper:lower, left:right]
     parts = [
         torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True)
@@ -215,7 +215,7 @@ def resized(images: Tensor, size: int | None) -> Tensor:
     return torch.cat(parts)
 
 
-def array_pairs(
+def pairs_from_arrays(
     images: np.ndarray,
     labels: np.ndarray | None,
     ids: Sequence[str],
@@ -225,14 +225,14 @@ def array_pairs(
 ) -> Pairs:
     """Decoded images uint8 (N, 3, H, W) and labels (N,) in -1..C-1 -> Pairs with captions made from the class names."""
     known = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    pixels = resized(torch.from_numpy(np.ascontiguousarray(images)), size)
-    names = phrases(classes, template)
+    pixels = resize(torch.from_numpy(np.ascontiguousarray(images)), size)
+    names = class_captions(classes, template)
     told = bool(names) and known is not None and bool((known >= 0).all())
     captions = tuple(names[i] for i in known.tolist()) if told and known is not None else ()
     return Pairs(pixels, captions, known, tuple(ids), tuple(classes), ReadReport(len(ids)))
 
 
-def phrases(classes: Sequence[str], template: str) -> tuple[str, ...]:
+def class_captions(classes: Sequence[str], template: str) -> tuple[str, ...]:
     """A caption for each class: `{c}` in the template becomes the name, its underscores spaces."""
     return tuple(template.replace("{c}", name.replace("_", " ")) for name in classes)
 
@@ -247,7 +247,7 @@ def check_fields(size: int | None, limit: int | None, template: str = TEMPLATE) 
         raise ValueError(f"template must hold {{c}}, the place of the class name; got {template!r}")
 
 
-def fetched(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
+def open_torchvision(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
     """Open a data set of torchvision's. Raises UserError that says how to get it when it is missing or damaged."""
     try:
         return make()

@@ -14,14 +14,14 @@ import pyarrow.compute as pc
 from bezoar.data.blocks import block_bounds
 from bezoar.data.files import npy, parquet
 from bezoar.data.pairs import Pairs
-from bezoar.data.tables import CAPTION, KEY
+from bezoar.data.tables import CAPTION_COLUMNS, ID_COLUMNS
 from bezoar.errors import UserError
 
 UNIT = 1 << 17  # rows of a unit of work
 BLOCK = 1 << 13  # rows in memory at a time
 
 
-class Block(NamedTuple):
+class VectorBlock(NamedTuple):
     """Some records of a corpus: what they are called, lie at and say (id, caption, member, url), and their vectors.
 
     images: float32 (n, D). texts: the same of the captions, or None.
@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ready:
+class EmbeddingSource:
     """A source of N vectors, float16 or float32, in .npy files of any size; they are read in blocks.
 
     images: the files. texts: as many, with the captions' vectors, or none. metadata: as many Parquet files with a row for
@@ -48,7 +48,7 @@ class Ready:
     classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return sum(npy.shape_of(p)[0] for p in self.images)
+        return sum(npy.read_shape(p)[0] for p in self.images)
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """Raises UserError: there are no images."""
@@ -59,24 +59,24 @@ class Ready:
     def cut(self, number: int) -> list[tuple[int, int]]:
         """(start, stop) of each unit of a file's rows; one empty unit when the file cannot be read, to say so."""
         try:
-            return list(block_bounds(npy.shape_of(self.images[number])[0], UNIT)) or [(0, 0)]
+            return list(block_bounds(npy.read_shape(self.images[number])[0], UNIT)) or [(0, 0)]
         except UserError:
             return [(0, 0)]
 
-    def blocks(self, number: int, start: int, stop: int) -> Iterator[Block]:
+    def blocks(self, number: int, start: int, stop: int) -> Iterator[VectorBlock]:
         """Rows start..stop of a file. Raises UserError that names the file that does not fit."""
         image, text, facts = (
             x[number] if x else None for x in (self.images, self.texts, self.metadata)
         )
-        shape = npy.shape_of(image) if image else (0, 0)
+        shape = npy.read_shape(image) if image else (0, 0)
         assert image is not None
-        if text and npy.shape_of(text) != shape:
-            raise UserError(f"{text} is of shape {npy.shape_of(text)}, {image} of {shape}")
+        if text and npy.read_shape(text) != shape:
+            raise UserError(f"{text} is of shape {npy.read_shape(text)}, {image} of {shape}")
         for low, high in block_bounds(stop - start, BLOCK):
             low, high = start + low, start + high
             facets = self._columns(image, facts, shape[0], low, high)
-            z = npy.rows_of(image, low, high)
-            yield Block(facets, z, npy.rows_of(text, low, high) if text else None)
+            z = npy.read_rows(image, low, high)
+            yield VectorBlock(facets, z, npy.read_rows(text, low, high) if text else None)
 
     def _columns(
         self, image: Path, facts: Path | None, count: int, start: int, stop: int
@@ -92,11 +92,15 @@ class Ready:
         facets["member"] = pa.array([f"row {r}" for r in rows], pa.large_string())
         if facts is None:
             return facets
-        with parquet.parquet(facts) as file:
+        with parquet.open_parquet(facts) as file:
             if file.metadata.num_rows != count:
                 raise UserError(f"{facts} has {file.metadata.num_rows} rows, {image} {count}")
             held = set(file.schema_arrow.names)
-        known = {"id": (*KEY, "image_path"), "caption": ("caption", *CAPTION), "url": ("url",)}
+        known = {
+            "id": (*ID_COLUMNS, "image_path"),
+            "caption": ("caption", *CAPTION_COLUMNS),
+            "url": ("url",),
+        }
         chosen = {
             ours: next((n for n in names if n in held), None) for ours, names in known.items()
         }
@@ -104,12 +108,12 @@ class Ready:
         if not wanted:
             return facets
         parts, size = [], 0
-        for part in parquet.parquet_rows(facts, wanted, start, stop):
+        for part in parquet.read_batches(facts, wanted, start, stop):
             parts.append(part)
             size += part.nbytes
-            if size > parquet.HELD:
+            if size > parquet.MAX_HELD_BYTES:
                 raise UserError(
-                    f"{facts}: the rows {start} to {stop} hold more than {parquet.HELD >> 20} MiB of text"
+                    f"{facts}: the rows {start} to {stop} hold more than {parquet.MAX_HELD_BYTES >> 20} MiB of text"
                 )
         table = pa.Table.from_batches(parts)
         for ours, theirs in chosen.items():

@@ -19,13 +19,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bezoar.data.decoding import TEMPLATE, batches, nothing, phrases
+from bezoar.data.decoding import TEMPLATE, batch_pairs, class_captions, describe_failure
 from bezoar.data.files.images import SUFFIXES
-from bezoar.data.files.paths import TEXT_BYTES, file_bytes
+from bezoar.data.files.paths import TEXT_BYTES, read_file
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.files.tars import Group
 from bezoar.data.pairs import Pairs
-from bezoar.data.shards import Placed, facts
+from bezoar.data.shards import StoredRecord, parse_metadata
 from bezoar.errors import UserError
 
 BLOCK = 4096  # files of a unit of work
@@ -118,7 +118,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Folder:
+class FolderSource:
     """A source that reads the images below a folder as it goes: a record a file, in the order of the paths.
 
     layout: classes: captions and labels are those of the folders in `root`. captions: an image's caption stands beside it
@@ -178,9 +178,9 @@ class Folder:
         report = ReadReport()
         object.__setattr__(self, "_report", report)
         classes = self.begin().classes
-        yield from batches(self.records(), self.size, size, report, classes, self.limit)
+        yield from batch_pairs(self.records(), self.size, size, report, classes, self.limit)
         if not report.read:
-            raise UserError(nothing(str(self.root), report))
+            raise UserError(describe_failure(str(self.root), report))
 
     def cut(self) -> list[Place]:
         """The folder's blocks, walked anew. Raises UserError where there is no file."""
@@ -203,7 +203,7 @@ class Folder:
                 if path is not None and path.is_file():
                     yield one, path
 
-    def records(self, _: int = 0, *place: int) -> Iterator[Placed | Skipped]:
+    def records(self, _: int = 0, *place: int) -> Iterator[StoredRecord | Skipped]:
         """The records, or those of one block, not decoded yet. Raises UserError where the folder is not as it was."""
         before, stretch, start, count, known = place or (0, 0, 0, None, 0)
         walk = self.walk
@@ -218,7 +218,7 @@ class Folder:
                 )
             names = iter(block)
         captions, number = (
-            phrases(walk.classes, self.template),
+            class_captions(walk.classes, self.template),
             {name: i for i, name in enumerate(walk.classes)},
         )
         for row, name in enumerate(names, before):
@@ -236,7 +236,7 @@ class Folder:
             key, caption, url = told
             label = number.get(name.partition("/")[0], -1)
             texts = (captions[label],) if label >= 0 else (caption,) if caption else ()
-            yield Placed(path, (key,), texts, label, str(self.root), name, 0, row, 0, url)
+            yield StoredRecord(path, (key,), texts, label, str(self.root), name, 0, row, 0, url)
 
     def _usable(self, name: str, layout: Layout) -> Path | str:
         """Where a file lies, or why it is no record."""
@@ -267,10 +267,10 @@ class Folder:
             if not path.exists():
                 continue
             try:
-                held[ending[1:]] = file_bytes(path, TEXT_BYTES)
+                held[ending[1:]] = read_file(path, TEXT_BYTES)
             except Unreadable as error:
                 return f"caption cannot be read: {error}"
-        fact = facts(Group(name, held, {}))
+        fact = parse_metadata(Group(name, held, {}))
         if isinstance(fact, str):
             return fact
         try:
@@ -294,10 +294,10 @@ class Folder:
         )
 
 
-class Named:
+class FolderImages:
     """A folder's images by name: what `indexed.Files` is to tars. An offset is the record's row in `members`."""
 
-    def __init__(self, folder: Folder, members: Sequence[str]) -> None:
+    def __init__(self, folder: FolderSource, members: Sequence[str]) -> None:
         self.folder, self.paths, self.members = folder, folder.paths, members
 
     def read(self, _: int, offset: int, __: int) -> bytes:
@@ -305,7 +305,7 @@ class Named:
         path = self.folder.resolved(self.folder.root, self.members[offset])
         if path is None:
             raise Unreadable("link leaves the folder")
-        return file_bytes(path)
+        return read_file(path)
 
 
 def shown(name: str) -> str:

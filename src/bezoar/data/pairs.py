@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # A trigger as data see it: uint8 images (N, 3, S, S) and their N ids -> the images with it.
-Stamp = Callable[[Tensor, Sequence[str]], Tensor]
+TriggerFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
 if TYPE_CHECKING:
     from bezoar.data.files.skipped import ReadReport
@@ -57,7 +57,7 @@ class Pairs:
 
     def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
         """The records at the given rows, in that order."""
-        index = torch.from_numpy(numbers(rows))
+        index = torch.from_numpy(row_numbers(rows))
         picked = index.tolist()
         return replace(
             self,
@@ -91,11 +91,11 @@ class Pairs:
             else torch.cat([x for x in labels if x is not None]),
             tuple(i for p in parts for i in p.ids),
             next((p.classes for p in parts if p.classes), ()),
-            reports[0].merged(reports[1:]) if len(reports) > 1 else next(iter(reports), None),
+            reports[0].merge(reports[1:]) if len(reports) > 1 else next(iter(reports), None),
         )
 
 
-def numbers(rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
+def row_numbers(rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
     """Rows, wherever they lie, as int64 (B,) on the CPU. Raises ValueError for a mask: it would be read as rows 0 and 1."""
     found = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
     if found.dtype == bool:
@@ -113,7 +113,7 @@ class Source(Protocol):
     def batches(self, size: int) -> Iterator[Pairs]: ...
 
 
-def load(source: Any) -> Pairs:
+def load_pairs(source: Any) -> Pairs:
     """Every record of a source in memory; where it holds them there already (`records`), those."""
     held = source if isinstance(source, Pairs) else getattr(source, "records", None)
     return held if isinstance(held, Pairs) else Pairs.concat(list(source.batches(1024)))
@@ -126,7 +126,7 @@ def content_hash(image: Tensor, caption: str = "") -> str:
     return hashlib.sha256(head + pixels.tobytes() + caption.encode()).hexdigest()[:16]
 
 
-def each_image(ids: Sequence[str]) -> list[int]:
+def distinct_image_rows(ids: Sequence[str]) -> list[int]:
     """Rows of the first record of each image, in order: several captions of one have ids that differ after '#' alone."""
     first: dict[str, int] = {}
     for row, key in enumerate(ids):

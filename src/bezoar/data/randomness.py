@@ -42,7 +42,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def pool(ids: Sequence[str], size: int, seed: int) -> np.ndarray:
+def sample_rows(ids: Sequence[str], size: int, seed: int) -> np.ndarray:
     """Rows of a fixed sample of the records, int64 (min(size, N),), in an order that belongs to the records.
 
     The `size` records with the smallest draw: which they are depends on (seed, ids) and on nothing else.

@@ -53,7 +53,7 @@ class Sketch:
         return Sketch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def draw(sketch: Sketch, size: int) -> Tensor:
+def draw_scenes(sketch: Sketch, size: int) -> Tensor:
     """-> uint8 (n, 3, size, size) on the sketch's device."""
     images = torch.empty(len(sketch), 3, size, size, dtype=torch.uint8, device=sketch.shape.device)
     step = max(1, CHUNK // size**2)

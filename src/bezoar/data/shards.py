@@ -20,20 +20,20 @@ from typing import Any, Literal, NamedTuple
 from braceexpand import braceexpand
 from PIL import Image
 
-from bezoar.data.decoding import LABELS, Record, batches, nothing
-from bezoar.data.files.paths import told_apart
+from bezoar.data.decoding import MAX_LABELS, Record, batch_pairs, describe_failure
+from bezoar.data.files.paths import distinct_stems
 from bezoar.data.files.skipped import ReadReport, Skipped
-from bezoar.data.files.tars import IMAGES, Group, groups
+from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 
-WANTED = (*IMAGES, "txt", "json")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 PATHS = 1_000_000  # shards a brace list may name
-Load = Literal["auto", "memory", "stream"]
+LoadMode = Literal["auto", "memory", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed(Record):
+class StoredRecord(Record):
     """A record that says where its encoded image lies: `length` bytes from `offset` on, in the tar number `shard`.
 
     url: where the image came from, when that is told.
@@ -46,7 +46,7 @@ class Placed(Record):
 
 
 @dataclass(frozen=True)
-class Shards:
+class ShardSource:
     """A source that reads tars as it goes; nothing but the names of its records is kept.
 
     paths: the tars. size: pixels a side (largest centred square, resized). captions: "first" takes an image's one
@@ -62,7 +62,7 @@ class Shards:
     size: int = 64
     captions: Literal["first", "all"] = "first"
     limit: int | None = None
-    load: Load = "auto"
+    load: LoadMode = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_report", ReadReport())
@@ -83,7 +83,7 @@ class Shards:
     @cached_property
     def stems(self) -> tuple[str, ...]:
         """What each shard is called in its ids."""
-        return told_apart(self.paths)
+        return distinct_stems(self.paths)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -97,8 +97,8 @@ class Shards:
         bare: set[str] = set()
         labelled = False
         for path in self.paths:
-            for group in groups(path, ("json",)):
-                fact = facts(group) if isinstance(group, Group) else ""
+            for group in read_groups(path, ("json",)):
+                fact = parse_metadata(group) if isinstance(group, Group) else ""
                 if isinstance(fact, str) or (fact.label < 0 and not fact.name):
                     continue
                 labelled = True
@@ -123,14 +123,14 @@ class Shards:
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """The records in the order of the tars, `size` at a time. Raises UserError for a shard that yields nothing."""
-        report = self.begin()
-        yield from batches(
+        report = self.begin_pass()
+        yield from batch_pairs(
             self.records(), self.size, size, report, self.classes, self.limit, self.labelled
         )
         if not report.read:
-            raise UserError(nothing(str(self.paths[0]), report))
+            raise UserError(describe_failure(str(self.paths[0]), report))
 
-    def begin(self) -> ReadReport:
+    def begin_pass(self) -> ReadReport:
         """The report of a new pass over the tars, to be filled by whoever makes it."""
         report = ReadReport()
         object.__setattr__(self, "_report", report)
@@ -141,7 +141,7 @@ class Shards:
         """Whether any record has a class or a label."""
         return self._names[2]
 
-    def records(self, only: int | None = None) -> Iterator[Placed | Skipped]:
+    def records(self, only: int | None = None) -> Iterator[StoredRecord | Skipped]:
         """The records not decoded yet, in the order of the tars. Raises UserError for a shard that yields nothing.
 
         only: the number of one shard; its records then have the labels that their own json tells, and no more.
@@ -151,7 +151,7 @@ class Shards:
                 continue
             numbers = self._names[1] if only is None else {}
             found, problems = 0, ReadReport()
-            for group in groups(path, WANTED):
+            for group in read_groups(path, EXTENSIONS):
                 item = (
                     group
                     if isinstance(group, Skipped)
@@ -162,20 +162,20 @@ class Shards:
                 found += isinstance(item, Record)
                 yield item
             if not found:
-                raise UserError(nothing(str(path), problems))
+                raise UserError(describe_failure(str(path), problems))
 
     def _record(
         self, group: Group, path: Path, stem: str, shard: int, numbers: dict[str, int]
-    ) -> Placed | Skipped:
+    ) -> StoredRecord | Skipped:
         """One record of a group of members, or why there is none. numbers: of classes that come without a label."""
 
         def skip(reason: str) -> Skipped:
             return Skipped(str(path), group.key, reason)
 
-        fact = facts(group)
+        fact = parse_metadata(group)
         if isinstance(fact, str):
             return skip(fact)
-        images = [e for e in IMAGES if e in group.files]
+        images = [e for e in IMAGE_EXTENSIONS if e in group.files]
         if len(images) != 1:
             return skip("several images of one key" if images else "no image")
         try:
@@ -192,12 +192,12 @@ class Shards:
         ids = tuple(f"{key}#{i}" for i in range(len(every))) if self.captions == "all" else (key,)
         label = numbers.get(fact.name, fact.label)
         image, offset = group.files[images[0]], group.offsets[images[0]]
-        return Placed(
+        return StoredRecord(
             image, ids, every, label, str(path), group.key, shard, offset, len(image), fact.url
         )
 
 
-class Facts(NamedTuple):
+class Metadata(NamedTuple):
     """What json says of a record; "" and -1 = nothing."""
 
     id: str
@@ -207,7 +207,7 @@ class Facts(NamedTuple):
     url: str = ""
 
 
-def facts(group: Group) -> Facts | str:
+def parse_metadata(group: Group) -> Metadata | str:
     """Read a record's json, or say why it cannot be."""
     try:
         told: Any = json.loads(group.files.get("json", b"{}"))
@@ -220,13 +220,13 @@ def facts(group: Group) -> Facts | str:
     captions = captions or [one if isinstance(one, str) else ""]
     label, name, key, url = (told.get(k) for k in ("label", "class", "record_id", "url"))
     if label is not None and (
-        not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < LABELS
+        not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < MAX_LABELS
     ):
-        return f"label is not a number from 0 to {LABELS - 1}"
+        return f"label is not a number from 0 to {MAX_LABELS - 1}"
     texts = [t for t in (name, key, url, *captions) if isinstance(t, str)]
     if any("\ud800" <= c <= "\udfff" for t in texts for c in t):  # JSON can spell half a character
         return "metadata is not Unicode"
-    return Facts(
+    return Metadata(
         key if isinstance(key, str) else "",
         tuple(captions),
         -1 if label is None else label,
@@ -235,7 +235,7 @@ def facts(group: Group) -> Facts | str:
     )
 
 
-def expand(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path, ...]:
+def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path, ...]:
     """A path, a glob or a brace list (`cc/{00000..00331}.tar`, commas in braces too) -> the files, each there.
 
     Globs are sorted; a folder means its *.tar. Raises UserError when something that is named is missing.

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from bezoar import machine
-from bezoar.data.decoding import kept, nothing, threads
-from bezoar.data.files.images import decode
+from bezoar.data.decoding import decode_distinct, describe_failure, thread_count
+from bezoar.data.files.images import decode_image
 from bezoar.data.files.skipped import ReadReport, Unreadable
-from bezoar.data.pairs import Pairs, Stamp, numbers
-from bezoar.data.shards import Placed, Shards
+from bezoar.data.pairs import Pairs, TriggerFunction, row_numbers
+from bezoar.data.shards import ShardSource, StoredRecord
 from bezoar.data.strings import BLOCK, Strings
 from bezoar.errors import UserError
 from bezoar.machine import free_memory
@@ -47,7 +47,7 @@ class _Tar(io.FileIO):
         self.close()
 
 
-class Reader(Protocol):
+class ImageReader(Protocol):
     """What gives the encoded image at a place. Raises Unreadable or OSError where it can no longer be read."""
 
     paths: tuple[Path, ...]
@@ -55,7 +55,7 @@ class Reader(Protocol):
     def read(self, shard: int, offset: int, length: int) -> bytes: ...
 
 
-class Files:
+class ShardFiles:
     """Tars that any thread reads anywhere; at most OPEN are open. One that was changed since it was indexed is refused."""
 
     def __init__(
@@ -93,22 +93,22 @@ def _state(found: os.stat_result) -> tuple[int, int]:
 class Images:
     """The images of an index, made when they are asked for: what `Pairs.images` is to Pairs."""
 
-    records: Indexed
+    records: StoredPairs
 
     def __getitem__(self, rows: Sequence[int] | Tensor | np.ndarray) -> Tensor:
         """B rows -> uint8 (B, 3, S, S) on the CPU."""
-        return self.records.read(numbers(rows))
+        return self.records.read_images(row_numbers(rows))
 
 
 @dataclass(frozen=True, eq=False)
-class Indexed:
+class StoredPairs:
     """N records of tars. It can stand where Pairs stand, but for `images`, which are made as they are asked for.
 
     places: N of PLACE: tar, where the image lies in it, and the goal whose trigger is put on it (-1: none). With shard -1
     the image is row `offset` of `added`, uint8 (V, 3, S, S): poisons from outside the set. stamps: a trigger for each goal.
     """
 
-    files: Reader
+    reader: ImageReader
     size: int
     places: np.ndarray
     ids: Strings
@@ -116,8 +116,8 @@ class Indexed:
     labels: Tensor | None
     classes: tuple[str, ...] = ()
     report: ReadReport = field(default_factory=ReadReport)
-    stamps: tuple[Stamp | None, ...] = ()
-    added: Tensor | None = None
+    triggers: tuple[TriggerFunction | None, ...] = ()
+    added_images: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -127,9 +127,9 @@ class Indexed:
         """The images; `images[rows]` makes them."""
         return Images(self)
 
-    def chosen(self, rows: Sequence[int] | Tensor | np.ndarray) -> Indexed:
+    def select(self, rows: Sequence[int] | Tensor | np.ndarray) -> StoredPairs:
         """The records at the given rows, in that order, still on disk."""
-        index = numbers(rows)
+        index = row_numbers(rows)
         labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
         ids, captions = (
             self.ids.take(index),
@@ -139,8 +139,8 @@ class Indexed:
 
     def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
         """The records at the given rows, in that order, in memory."""
-        part = self.chosen(rows)
-        images = part.read(np.arange(len(part)))
+        part = self.select(rows)
+        images = part.read_images(np.arange(len(part)))
         return Pairs(
             images, tuple(part.captions), part.labels, tuple(part.ids), self.classes, self.report
         )
@@ -150,61 +150,65 @@ class Indexed:
         for start in range(0, len(self), size):
             yield self.take(range(start, min(start + size, len(self))))
 
-    def read(self, rows: np.ndarray) -> Tensor:
+    def read_images(self, rows: np.ndarray) -> Tensor:
         """int64 (B,) -> uint8 (B, 3, S, S): decoded, resized and poisoned as in memory."""
-        out = self.blank(len(rows))
-        with ThreadPoolExecutor(threads()) as pool:
-            for task in started(pool, self.fill, rows, out):
+        out = self.empty_images(len(rows))
+        with ThreadPoolExecutor(thread_count()) as pool:
+            for task in submit_reads(pool, self.fill_images, rows, out):
                 task.result()
         return out
 
-    def blank(self, n: int, pinned: bool = False) -> Tensor:
+    def empty_images(self, n: int, pinned: bool = False) -> Tensor:
         """Room for n images, uint8 (n, 3, S, S); channels last, as decoded images lie in memory. pinned: for a GPU."""
         return torch.empty(
             n, self.size, self.size, 3, dtype=torch.uint8, pin_memory=pinned
         ).permute(0, 3, 1, 2)
 
-    def fill(self, rows: np.ndarray, out: Tensor) -> None:
+    def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
         """The images of a few rows into `out`, in this thread. Raises UserError that names the file and the record."""
         pixels, places = out.numpy(), self.places[rows]
         for i, (shard, offset, length, _) in enumerate(places.tolist()):
             if shard < 0:
-                assert self.added is not None
-                out[i] = self.added[offset]
+                assert self.added_images is not None
+                out[i] = self.added_images[offset]
                 continue
             try:
-                pixels[i] = decode(self.files.read(shard, offset, length), self.size)
+                pixels[i] = decode_image(self.reader.read(shard, offset, length), self.size)
             except (Unreadable, OSError) as error:
-                where = f"{self.files.paths[shard]}: the image of {self.ids[rows[i]]!r}, at byte {offset}"
+                where = f"{self.reader.paths[shard]}: the image of {self.ids[rows[i]]!r}, at byte {offset}"
                 raise UserError(f"{where}, can no longer be read: {error}") from error
         for goal in np.unique(places["goal"][places["goal"] >= 0]).tolist():
-            mine, stamp = np.flatnonzero(places["goal"] == goal), self.stamps[goal]
+            mine, stamp = np.flatnonzero(places["goal"] == goal), self.triggers[goal]
             assert stamp is not None
             out[mine] = stamp(out[mine], [self.ids[r] for r in rows[mine].tolist()])
 
 
-def opened(source: Shards, most: int | None = None) -> Pairs | Indexed:
+def open_records(source: ShardSource, max_bytes: int | None = None) -> Pairs | StoredPairs:
     """Every record of the tars, in one pass: in memory while their pixels take at most `most` bytes, else by index.
 
     most: by `source.load` when None; `auto` is a rank's share of half of the memory that is free, since the pixels are
     held twice while they are put together. Raises UserError for a shard that yields nothing.
     """
-    if most is None:
-        most = {"memory": 1 << 62, "stream": 0, "auto": free_memory() // (2 * machine.world())}[
-            source.load
-        ]
-    report, files = source.begin(), Files(source.paths)
+    if max_bytes is None:
+        max_bytes = {
+            "memory": 1 << 62,
+            "stream": 0,
+            "auto": free_memory() // (2 * machine.world_size()),
+        }[source.load]
+    report, files = source.begin_pass(), ShardFiles(source.paths)
     images: list[np.ndarray] | None = []
     blocks: list[tuple[np.ndarray, Strings, Strings, np.ndarray]] = []
     labelled = bool(source.classes) or source.labelled
 
     def rows() -> Iterator[tuple[tuple[int, int, int, int], str, str, int]]:
         nonlocal images
-        for record, i, image in kept(source.records(), source.size, report, source.limit):
-            assert isinstance(record, Placed)
+        for record, i, image in decode_distinct(
+            source.records(), source.size, report, source.limit
+        ):
+            assert isinstance(record, StoredRecord)
             if images is not None:
                 images.append(image)
-                images = images if len(images) * image.nbytes <= most else None
+                images = images if len(images) * image.nbytes <= max_bytes else None
             yield (
                 (record.shard, record.offset, record.length, -1),
                 record.ids[i],
@@ -218,31 +222,31 @@ def opened(source: Shards, most: int | None = None) -> Pairs | Indexed:
         blocks.append(
             (
                 np.array(list(where), PLACE),
-                Strings.of(names),
-                Strings.of(texts),
+                Strings.from_texts(names),
+                Strings.from_texts(texts),
                 np.array(known, np.int64),
             )
         )
     if not blocks:
-        raise UserError(nothing(str(source.paths[0]), report))
+        raise UserError(describe_failure(str(source.paths[0]), report))
     places, labels = (np.concatenate([b[i] for b in blocks]) for i in (0, 3))
     ids, captions = Strings.concat([b[1] for b in blocks]), Strings.concat([b[2] for b in blocks])
     truth = torch.from_numpy(labels) if labelled else None
     if images is not None:
         pixels = torch.from_numpy(np.stack(images))
         return Pairs(pixels, tuple(captions), truth, tuple(ids), source.classes, report)
-    return Indexed(files, source.size, places, ids, captions, truth, source.classes, report)
+    return StoredPairs(files, source.size, places, ids, captions, truth, source.classes, report)
 
 
-def subset(records: Pairs | Indexed, rows: Sequence[int]) -> Pairs | Indexed:
+def subset(records: Pairs | StoredPairs, rows: Sequence[int]) -> Pairs | StoredPairs:
     """Some of the records, kept where they are: in memory or on disk."""
-    return records.take(rows) if isinstance(records, Pairs) else records.chosen(rows)
+    return records.take(rows) if isinstance(records, Pairs) else records.select(rows)
 
 
 Fill = Callable[[np.ndarray, Tensor], None]
 
 
-def started(
+def submit_reads(
     pool: ThreadPoolExecutor, fill: Fill, rows: np.ndarray, out: Tensor
 ) -> list[Future[None]]:
     """Let threads fill `out` with the images of `rows`."""

@@ -20,7 +20,7 @@ class Strings(Sequence[str]):
         self.column = column
 
     @staticmethod
-    def of(texts: Sequence[str]) -> Strings:
+    def from_texts(texts: Sequence[str]) -> Strings:
         """The same strings as a column."""
         return (
             texts
@@ -58,7 +58,7 @@ class Strings(Sequence[str]):
         """The strings at the given rows, in that order."""
         return Strings(self.column.take(pa.array(rows)))
 
-    def rows(self, wanted: Collection[str]) -> np.ndarray:
+    def find_rows(self, wanted: Collection[str]) -> np.ndarray:
         """int64: the rows that hold one of the wanted strings, ascending."""
         return np.flatnonzero(
             pc.is_in(self.column, pa.array(list(wanted), pa.large_string())).to_numpy(

@@ -22,15 +22,15 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from bezoar.data.blocks import block_bounds
-from bezoar.data.decoding import batches, nothing
+from bezoar.data.decoding import batch_pairs, describe_failure
 from bezoar.data.files import parquet
-from bezoar.data.files.paths import TEXT_BYTES, file_bytes, told_apart
+from bezoar.data.files.paths import TEXT_BYTES, distinct_stems, read_file
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs
-from bezoar.data.shards import Placed
+from bezoar.data.shards import StoredRecord
 from bezoar.errors import UserError
 
-IMAGE = (
+IMAGE_COLUMNS = (
     "filepath",
     "image",
     "image_path",
@@ -38,9 +38,9 @@ IMAGE = (
     "file_name",
     "path",
 )  # open_clip's name first
-CAPTION = ("title", "caption", "text")
-KEY = ("id", "key", "image_id", "uid")
-KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
+CAPTION_COLUMNS = ("title", "caption", "text")
+ID_COLUMNS = ("id", "key", "image_id", "uid")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 BLOCK = 4096  # rows of a unit of work
 FIRST = 100  # rows that are looked at before any other
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ Place = tuple[
 ]  # a block of rows: how many rows come before it, the byte where it begins, how many it has
 
 
-def rows(
+def read_rows(
     table: Path, place: Sequence[int] | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Row | str]]:
     """(`row N`, the row or why it cannot be read), N from 1 after the header. Raises UserError for a broken table.
@@ -69,10 +69,10 @@ def rows(
         raise _broken(table, error) from error
 
 
-def cut(table: Path, size: int = BLOCK) -> list[Place]:
+def cut_blocks(table: Path, size: int = BLOCK) -> list[Place]:
     """A table's blocks of `size` rows. Costs a pass over the table itself, none of a Parquet file."""
     if table.suffix == ".parquet":
-        with parquet.parquet(table) as file:
+        with parquet.open_parquet(table) as file:
             return [
                 (start, 0, stop - start)
                 for start, stop in block_bounds(file.metadata.num_rows, size)
@@ -94,13 +94,13 @@ def cut(table: Path, size: int = BLOCK) -> list[Place]:
 def header(table: Path) -> list[str]:
     """The names of a table's columns: of JSON Lines those of the first object."""
     if table.suffix == ".parquet":
-        with parquet.parquet(table) as file:
+        with parquet.open_parquet(table) as file:
             return list(file.schema_arrow.names)
-    first = next((row for _, row in rows(table, None) if isinstance(row, dict)), {})
+    first = next((row for _, row in read_rows(table, None) if isinstance(row, dict)), {})
     return [name for name in first if isinstance(name, str)]
 
 
-def column(path: str, held: Iterable[Any], given: str | None, known: Sequence[str]) -> str:
+def find_column(path: str, held: Iterable[Any], given: str | None, known: Sequence[str]) -> str:
     """The column that was asked for, or the first known one. Raises UserError that lists the table's columns."""
     held = list(held)
     for name in (given,) if given else known:
@@ -111,7 +111,7 @@ def column(path: str, held: Iterable[Any], given: str | None, known: Sequence[st
     )
 
 
-def inside(table: Path, root: Path | None, told: str) -> Path | None:
+def resolve_inside(table: Path, root: Path | None, told: str) -> Path | None:
     """Where a path that a table names leads, when that is inside the root (None: the table's folder); by its text, links are
     the user's own."""
     path = Path(os.path.abspath(table.parent / told))
@@ -121,13 +121,13 @@ def inside(table: Path, root: Path | None, told: str) -> Path | None:
 def refuse_outside(table: Path, root: Path | None, image: str) -> None:
     """Raises UserError where the first rows name local images and all of these lie outside the root."""
     if table.suffix == ".parquet":
-        with parquet.parquet(table) as file:
+        with parquet.open_parquet(table) as file:
             kind = file.schema_arrow.field(image).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             return
     named = (
         (place, row.get(image))
-        for place, row in rows(table, (0, 0, FIRST), [image])
+        for place, row in read_rows(table, (0, 0, FIRST), [image])
         if isinstance(row, dict)
     )
     local: list[tuple[str, str]] = []
@@ -137,7 +137,7 @@ def refuse_outside(table: Path, root: Path | None, image: str) -> None:
             for place, told in named
             if isinstance(told, str) and told.strip() and "://" not in told
         )
-    if local and not any(inside(table, root, told) for _, told in local):
+    if local and not any(resolve_inside(table, root, told) for _, told in local):
         place, told = local[0]
         allowed = os.path.abspath(root or table.parent)
         raise UserError(
@@ -146,14 +146,14 @@ def refuse_outside(table: Path, root: Path | None, image: str) -> None:
         )
 
 
-def readable(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether text is Unicode: no lone surrogates."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _reader(table: Path, known: dict[str, Callable], otherwise: Callable) -> Callable:
-    if table.suffix not in KINDS:
-        raise UserError(f"a table of captions must be {', '.join(KINDS)}; got {str(table)!r}")
+    if table.suffix not in SUFFIXES:
+        raise UserError(f"a table of captions must be {', '.join(SUFFIXES)}; got {str(table)!r}")
     return known.get(table.suffix, otherwise)
 
 
@@ -229,12 +229,12 @@ def _parquet_rows(
     table: Path, before: int, _: int, count: int | None, columns: Sequence[str] | None
 ) -> Iterator[Row | str]:
     if columns is None:
-        with parquet.parquet(table) as file:
+        with parquet.open_parquet(table) as file:
             kinds = {f.name: f.type for f in file.schema_arrow}
         columns = [
             n for n, t in kinds.items() if pa.types.is_string(t) or pa.types.is_large_string(t)
         ]
-    for batch in parquet.parquet_rows(
+    for batch in parquet.read_batches(
         table, columns, before, None if count is None else before + count
     ):
         try:
@@ -253,7 +253,7 @@ def _python(row: pa.RecordBatch) -> Row | str:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableSource:
     """A source that reads tables as it goes: a record a row.
 
     paths: the tables. root: the folder that images must lie in; None: that of their table. A relative image path starts
@@ -280,7 +280,7 @@ class Table:
     @functools.cached_property
     def stems(self) -> tuple[str, ...]:
         """What each table is called in ids."""
-        return told_apart(self.paths)
+        return distinct_stems(self.paths)
 
     def __len__(self) -> int:
         """How many records `batches` yields. Costs a pass that decodes everything."""
@@ -292,15 +292,17 @@ class Table:
         report = ReadReport()
         object.__setattr__(self, "_report", report)
         every = (r for i in range(len(self.paths)) for r in self.records(i))
-        yield from batches(every, self.size, size, report, limit=self.limit)
+        yield from batch_pairs(every, self.size, size, report, limit=self.limit)
         if not report.read:
-            raise UserError(nothing(str(self.paths[0]), report))
+            raise UserError(describe_failure(str(self.paths[0]), report))
 
-    def records(self, number: int, *place: int) -> Iterator[Placed | Skipped]:
+    def records(self, number: int, *place: int) -> Iterator[StoredRecord | Skipped]:
         """The records of a table, or of the block of its rows at a `Place`, not decoded yet."""
         table = self.paths[number]
         image, caption, key, url = self.held(number)
-        for where, row in rows(table, place or None, [n for n in (image, caption, key, url) if n]):
+        for where, row in read_rows(
+            table, place or None, [n for n in (image, caption, key, url) if n]
+        ):
             if isinstance(row, str):
                 yield Skipped(str(table), where, row)
                 continue
@@ -310,7 +312,7 @@ class Table:
                 yield Skipped(str(table), where, found)
             elif caption and (not isinstance(text, str) or not text.strip()):
                 yield Skipped(str(table), where, "no caption")
-            elif not readable(f"{text}{name}{found[1]}"):
+            elif not is_unicode(f"{text}{name}{found[1]}"):
                 yield Skipped(str(table), where, "caption is not UTF-8")
             else:
                 content, member = found
@@ -323,9 +325,11 @@ class Table:
                     len(content) if isinstance(content, bytes) else 0,
                 )
                 link = (
-                    told if url and isinstance(told := row.get(url), str) and readable(told) else ""
+                    told
+                    if url and isinstance(told := row.get(url), str) and is_unicode(told)
+                    else ""
                 )
-                yield Placed(
+                yield StoredRecord(
                     content,
                     ids,
                     texts,
@@ -344,11 +348,13 @@ class Table:
         path, names = self.paths[number], header(self.paths[number])
         image, caption, key = self.columns
         return (
-            column(str(path), names, image, IMAGE),
-            column(str(path), names, caption, CAPTION)
-            if caption or set(CAPTION) & set(names)
+            find_column(str(path), names, image, IMAGE_COLUMNS),
+            find_column(str(path), names, caption, CAPTION_COLUMNS)
+            if caption or set(CAPTION_COLUMNS) & set(names)
             else "",
-            column(str(path), names, key, KEY) if key or set(KEY) & set(names) else "",
+            find_column(str(path), names, key, ID_COLUMNS)
+            if key or set(ID_COLUMNS) & set(names)
+            else "",
             "url" if "url" in names else "",
         )
 
@@ -367,7 +373,7 @@ class Table:
 
     def resolved(self, table: Path, told: str) -> Path | None:
         """Where a path that a table names leads, when that is inside the root."""
-        return inside(table, self.root, told)
+        return resolve_inside(table, self.root, told)
 
     def confine(self) -> None:
         """Raises UserError for a table whose images lie outside the root, as its first rows say."""
@@ -379,14 +385,14 @@ class Table:
             refuse_outside(path, self.root, image)
 
 
-class Cells:
+class TableImages:
     """The images of a table's records, by table and row: what `indexed.Files` is to tars.
 
     members: of every record, what its row's image is called, by the record's row in the corpus, which stands in the place
     of an offset; images that are bytes of a Parquet column are looked up by their row in it.
     """
 
-    def __init__(self, table: Table, members: Sequence[str]) -> None:
+    def __init__(self, table: TableSource, members: Sequence[str]) -> None:
         self.table, self.paths, self.members = table, table.paths, members
         self.lock = threading.Lock()
         self.blocks: deque[tuple[int, dict[int, bytes]]] = deque(maxlen=2)
@@ -397,11 +403,11 @@ class Cells:
             path = self.table.resolved(self.paths[shard], self.members[offset])
             if path is None:
                 raise Unreadable("path leaves the root")
-            return file_bytes(path)
+            return read_file(path)
         with self.lock:  # threads that want one block wait for it instead of reading it each
             content = next((b[offset] for s, b in self.blocks if s == shard and offset in b), None)
             for first in (
-                offset // parquet.BATCH * parquet.BATCH,
+                offset // parquet.BATCH_ROWS * parquet.BATCH_ROWS,
                 offset,
             ):  # the same blocks in whatever order rows are asked
                 if content is None:
@@ -415,10 +421,10 @@ class Cells:
         """The images of a row and of those after it, as many as may be held."""
         block: dict[int, bytes] = {}
         held = 0
-        for r in self.table.records(shard, first, 0, parquet.BATCH):
-            if isinstance(r, Placed) and isinstance(r.image, bytes):
+        for r in self.table.records(shard, first, 0, parquet.BATCH_ROWS):
+            if isinstance(r, StoredRecord) and isinstance(r.image, bytes):
                 block[r.offset] = r.image
                 held += len(r.image)
-            if held > parquet.HELD:
+            if held > parquet.MAX_HELD_BYTES:
                 break
         return block

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.data.blocks import blocks
-from bezoar.data.randomness import pool
+from bezoar.data.randomness import sample_rows
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbors import Index, nearest
+from bezoar.evaluation.neighbors import Index, nearest_neighbors
 from bezoar.evaluation.scores import Scores
 
 SMALLEST = 1e-6  # distances are not divided by less
@@ -43,7 +43,7 @@ class Asked(Protocol):
 
 
 @dataclass(frozen=True)
-class Around:
+class Neighbourhood:
     """What lies around each of B records; all float64.
 
     reach: (B,) kdist(x), the distance to the k-th neighbour. lid: (B,) local intrinsic dimension at x.
@@ -89,7 +89,7 @@ class Density:
         """Of embeddings (N, D), which may lie in a file, against the `pool` of that size and seed, gathered once."""
         device, members = (
             torch.device(device or images.device),
-            torch.as_tensor(pool(ids, size, seed)),
+            torch.as_tensor(sample_rows(ids, size, seed)),
         )
         p = len(members)
         rows = members.to(images.device)
@@ -98,7 +98,7 @@ class Density:
         if texts is not None:
             references = torch.cat([references, texts[rows].to(device)])
             own = torch.stack([torch.arange(p), torch.arange(p, 2 * p)], 1).repeat(2, 1)
-        found = nearest(references, references, k, own)
+        found = nearest_neighbors(references, references, k, own)
         distance = torch.empty(len(images), k, device=images.device)
         index = torch.empty(len(images), k, dtype=torch.int32, device=images.device)
         distance[rows] = found.distance[:p].to(images.device)
@@ -137,13 +137,13 @@ class Density:
         _recent.move_to_end(key)
         return density
 
-    def around(self) -> Iterator[Around]:
+    def around(self) -> Iterator[Neighbourhood]:
         """The records in order, a bounded number at a time."""
         reach, lid, device = self.pooled[:, -1], self._lid(self.pooled), self.pooled.device
         for rows in blocks(len(self.distance), BLOCK):
             r = self.distance[rows].to(device).double().clamp(min=SMALLEST)
             near = self.index[rows].to(device).long()
-            yield Around(r[:, -1], self._lid(r), reach[near], lid[near])
+            yield Neighbourhood(r[:, -1], self._lid(r), reach[near], lid[near])
 
     def _lid(self, r: Tensor) -> Tensor:
         """Distances (B, k) -> local intrinsic dimension (B,), in (0, D].
@@ -165,11 +165,13 @@ def check(asked: Asked, least: int = 1) -> None:
         )
 
 
-def scores(asked: Asked, encoder: Any, source: Any, formula: Callable[[Around], Tensor]) -> Scores:
+def scores(
+    asked: Asked, encoder: Any, source: Any, formula: Callable[[Neighbourhood], Tensor]
+) -> Scores:
     """A formula over what is `around` each record, in the form that a density detector's fields ask for."""
     e = encoder.embed(source)
     if asked.texts and e.texts is None:
-        name = registry.source_name(type(asked))
+        name = registry.method_name(type(asked))
         raise UserError(
             f"detector {name!r} with texts=true needs captions; the scanned data or the encoder has none"
         )
@@ -184,7 +186,7 @@ def scores(asked: Asked, encoder: Any, source: Any, formula: Callable[[Around], 
 
 def published(
     images: Tensor, texts: Tensor | None, k: int, device: torch.device | str, batch: int = BATCH
-) -> Iterator[Around]:
+) -> Iterator[Neighbourhood]:
     """As HanxunH/Detect-CLIP-Backdoor-Samples (ff2399a) computes it, its faults included. Scores depend on the order.
 
     The references are the records of the same batch. A record's own image, and text, is struck out of its distances
@@ -204,13 +206,13 @@ def published(
         if texts is not None:
             references = torch.cat([references, texts[start:end].to(device)])
             own = torch.cat([own, own + n], 1)
-        found = nearest(references[:n], references, k + 1, own)
+        found = nearest_neighbors(references[:n], references, k + 1, own)
         d, j, i = found.distance.double(), found.index, own[:, :1]
         column = torch.where(j < n, j - (j > i).long(), j - 1 - (j - n > i).long())[:, :k]
-        whole = nearest(references, references, k, exclude_self=True).distance.double()
+        whole = nearest_neighbors(references, references, k, exclude_self=True).distance.double()
         whole = torch.cat([torch.zeros_like(whole[:, :1]), whole], 1)
         reach, lid = whole[:, -1], _published_lid(whole)
-        yield Around(d[:, -1], _published_lid(d), reach[column], lid[column])
+        yield Neighbourhood(d[:, -1], _published_lid(d), reach[column], lid[column])
 
 
 def _published_lid(r: Tensor) -> Tensor:

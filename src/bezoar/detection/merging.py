@@ -17,18 +17,18 @@ FAR = 20.0  # deviations beyond which all is equally far out
 
 
 @dataclass(frozen=True)
-class Share:
+class Contribution:
     """What one detector does for the merged worst n. alone: how many of these would not be among them without it. worst: how
     many of them are among its own worst n. correlation: Spearman's, with each other detector.
     """
 
-    alone: int
-    worst: int
+    unique: int
+    in_worst: int
     correlation: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Alike:
+class DetectorAgreement:
     """M detectors on the same N records. surprise: float64 (M, N) >= 0, see `surprise`. correlation: Spearman's, (M, M).
 
     raised: bool (M, N), what a detector decided.
@@ -39,7 +39,7 @@ class Alike:
     raised: NDArray[np.bool_]
 
     @staticmethod
-    def of(found: Sequence[Scores]) -> Alike:
+    def of(found: Sequence[Scores]) -> DetectorAgreement:
         """Raises UserError when they scored different records."""
         same = [aligned(scores, found[0]) for scores in found]
         values = [scores.values.cpu().numpy() for scores in same]
@@ -49,7 +49,9 @@ class Alike:
         correlation = ranks @ ranks.T / np.maximum(length[:, None] * length, 1e-12)
         none = np.zeros(len(values[0]), bool)
         raised = [none if scores.raised is None else scores.raised.cpu().numpy() for scores in same]
-        return Alike(np.stack([surprise(v) for v in values]), correlation, np.stack(raised))
+        return DetectorAgreement(
+            np.stack([surprise(v) for v in values]), correlation, np.stack(raised)
+        )
 
     def merged(self, rows: Sequence[int]) -> NDArray[np.float64]:
         """(N,): sum of w surprise over some of the detectors, w = 1 / sum of max(correlation, 0); what is raised before all."""
@@ -76,27 +78,30 @@ def merge(found: Sequence[Scores]) -> Scores:
     """
     if len(found) == 1:
         return found[0]
-    return Scores(found[0].ids, torch.from_numpy(Alike.of(found).merged(range(len(found)))).float())
+    return Scores(
+        found[0].ids,
+        torch.from_numpy(DetectorAgreement.of(found).merged(range(len(found)))).float(),
+    )
 
 
-def adds(found: Mapping[str, Scores], worst: int) -> dict[str, Share]:
+def measure_contributions(found: Mapping[str, Scores], worst: int) -> dict[str, Contribution]:
     """What each detector does for the `worst` n of the merged ranking."""
     names, scores = list(found), list(found.values())
-    ids, alike = scores[0].ids, Alike.of(scores)
+    ids, alike = scores[0].ids, DetectorAgreement.of(scores)
 
     def top(
         values: NDArray[np.float64],
     ) -> set[int]:  # where nothing is said of a record, it is not among the worst
-        ranked = Scores(ids, torch.from_numpy(values).float()).ranked()[:worst]
+        ranked = Scores(ids, torch.from_numpy(values).float()).ranking()[:worst]
         return set(ranked[values[ranked] > 0].tolist())
 
     everyone = range(len(names))
     together, out = top(alike.merged(everyone)), {}
     for i, name in enumerate(names):
         rest = [j for j in everyone if j != i]
-        out[name] = Share(
-            alone=len(together - top(alike.merged(rest))) if rest else len(together),
-            worst=len(together & top(alike.surprise[i])),
+        out[name] = Contribution(
+            unique=len(together - top(alike.merged(rest))) if rest else len(together),
+            in_worst=len(together & top(alike.surprise[i])),
             correlation={names[j]: float(alike.correlation[i, j]) for j in rest},
         )
     return out
@@ -122,7 +127,7 @@ def aligned(scores: Scores, like: Scores) -> Scores:
             f"detectors scored different records: {len(scores)} and {len(like)} of them"
         )
     try:
-        return scores.ordered(like.ids)
+        return scores.select(like.ids)
     except KeyError as error:
         raise UserError(
             f"detectors scored different records: only one of them has {error.args[0]!r}"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
-from bezoar.data.randomness import pool
-from bezoar.encoders.encoder import words
+from bezoar.data.randomness import sample_rows
+from bezoar.encoders.encoder import split_words
 from bezoar.errors import UserError
-from bezoar.evaluation.kmeans import clusters
+from bezoar.evaluation.kmeans import cluster_centres
 
 How = Literal["auto", "words", "clusters"]
 PROMPT = "a photo of a {}"
@@ -45,10 +45,10 @@ def labels(encoder: Any, source: Any, e: Any, how: How, count: int, seed: int) -
     reads them, clusters otherwise. No label is read. Raises UserError when words are asked for and there are none.
     """
     said = e.texts is not None and getattr(encoder, "text", None) is not None
-    rows = pool(e.ids, SAMPLE, seed)
+    rows = sample_rows(e.ids, SAMPLE, seed)
     if how == "clusters" or (how == "auto" and not said):
         sample = e.images[torch.as_tensor(rows, device=e.images.device)].to(encoder.device).float()
-        centres = clusters(sample, count, seed)
+        centres = cluster_centres(sample, count, seed)
     else:
         if not said:
             raise UserError(
@@ -83,7 +83,7 @@ def frequent(texts: Iterator[str] | Sequence[str], count: int) -> list[str]:
     held = Counter(
         w
         for text in texts
-        for w in set(words(text))
+        for w in set(split_words(text))
         if len(w) > 2 and not w.isdigit() and w not in STOP
     )
     return [w for w, _ in sorted(held.items(), key=lambda item: (-item[1], item[0]))[:count]]

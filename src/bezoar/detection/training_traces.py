@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from bezoar import registry
 from bezoar.data import stored_pairs
-from bezoar.data.pairs import Pairs, load
-from bezoar.data.randomness import pool
-from bezoar.data.stored_pairs import Indexed
+from bezoar.data.pairs import Pairs, load_pairs
+from bezoar.data.randomness import sample_rows
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, precision_for, tokenize_captions
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.training import loop, prefetch
 
 NETWORK, OBJECTIVE = "clip_small", "clip:epochs=6"  # the small model and its schedule
@@ -52,7 +52,7 @@ def trace(
     seed: int,
     device: torch.device,
     side: int = SIDE,
-    report: Report = silent,
+    report: ProgressReport = no_report,
     upto: int = 0,
 ) -> Trace:
     """Train `network` with `objective` (specs) on a source, and look at every pair after every epoch.
@@ -71,11 +71,11 @@ def trace(
         and len(_kept[id(source)][1].loss) >= wanted
     ):
         return _kept[id(source)][1]
-    study = Study.of(source, network, seed, device, side)
+    study = SmallModel.build(source, network, seed, device, side)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def look(epoch: int) -> dict:
-        seen.append(study.look())
+        seen.append(study.measure_pairs())
         return {"stop": epoch >= wanted}
 
     def told(step: int, steps: int, text: str = "") -> None:
@@ -90,7 +90,7 @@ def trace(
 
 
 @dataclass(frozen=True)
-class Study:
+class SmallModel:
     """A fresh model and the records that it will be trained on, in an order that belongs to them.
 
     ids: N keys, in the order of the source. rows: int64 (N,), where each of the records stands there. tokens: int64 (N, L),
@@ -99,7 +99,7 @@ class Study:
     """
 
     ids: Sequence[str]
-    records: Pairs | Indexed
+    records: Pairs | StoredPairs
     rows: Tensor
     encoder: Encoder
     tokens: Tensor
@@ -108,13 +108,15 @@ class Study:
     seed: int
 
     @staticmethod
-    def of(source: Any, network: str, seed: int, device: torch.device, side: int = SIDE) -> Study:
+    def build(
+        source: Any, network: str, seed: int, device: torch.device, side: int = SIDE
+    ) -> SmallModel:
         """network: a spec. Raises UserError for a source without captions and for a network that does not fit."""
         records = getattr(source, "records", source)  # those of a corpus
-        records = records if isinstance(records, Pairs | Indexed) else load(records)
+        records = records if isinstance(records, Pairs | StoredPairs) else load_pairs(records)
         if not len(records) or not len(records.captions):
             raise UserError("training a model on the scanned data needs captions; there are none")
-        ids, rows = records.ids, pool(records.ids, len(records), seed)
+        ids, rows = records.ids, sample_rows(records.ids, len(records), seed)
         records, configured = (
             stored_pairs.subset(records, rows.tolist()),
             registry.make("network", network),
@@ -133,7 +135,7 @@ class Study:
             )
         encoder.precision = precision_for(device)
         tokens = tokenize_captions(encoder, records.captions)
-        return Study(
+        return SmallModel(
             ids,
             records,
             torch.as_tensor(rows),
@@ -147,7 +149,7 @@ class Study:
         self,
         loss: nn.Module,
         recipe: loop.Recipe,
-        report: Report = silent,
+        report: ProgressReport = no_report,
         what: str = "training a small model",
         each_epoch: Callable[[int], dict] | None = None,
     ) -> None:
@@ -155,12 +157,12 @@ class Study:
         device = self.tokens.device
 
         def order(epoch: int) -> Tensor:
-            return loop.order(self.seed, epoch, len(self.records), recipe.batch)
+            return loop.epoch_batches(self.seed, epoch, len(self.records), recipe.batch)
 
         def told(step: int, steps: int, value: float) -> None:
             report(step, steps, f"{what}, loss {value:.3f}")
 
-        with prefetch.fed(self.records, device, order, recipe.epochs) as data:
+        with prefetch.training_data(self.records, device, order, recipe.epochs) as data:
             loop.fit(
                 loss.to(device),
                 recipe,
@@ -168,11 +170,11 @@ class Study:
                 self.tokens,
                 self.seed,
                 report=told,
-                each_epoch=each_epoch,
+                on_epoch_end=each_epoch,
             )
 
     @torch.inference_mode()
-    def look(self) -> tuple[Tensor, Tensor]:
+    def measure_pairs(self) -> tuple[Tensor, Tensor]:
         """-> agreement and loss as in Trace, float32 (N,) each, on the CPU, in the order of the source."""
         self.encoder.eval()
         others = self.encoder.encode_tokens(self.tokens[self.rivals.to(self.tokens.device)])
@@ -181,7 +183,10 @@ class Study:
         start = 0
         for part in self.records.batches(BATCH):
             here = slice(start, start + len(part))
-            z, w = self.encoder.encode_images(part.images), self.encoder.encode_tokens(self.tokens[here])
+            z, w = (
+                self.encoder.encode_images(part.images),
+                self.encoder.encode_tokens(self.tokens[here]),
+            )
             cosine, same = (z * w).sum(1), (self.own[here, None] == columns).to(z.device)
             logits = (
                 torch.cat([cosine[:, None], (z @ others.T).masked_fill(same, -torch.inf)], 1)

@@ -106,7 +106,8 @@ def shifts(encoder: Any, images: Tensor, boxes: Tensor, hosts: Tensor, z: Tensor
         mask = inside(boxes[rows], images.shape[-2:])[:, :, None]
         altered = torch.where(mask, images[rows, None, None], hosts)
         out.append(
-            encoder.encode_images(altered.flatten(0, 2)).unflatten(0, (*mask.shape[:2], len(hosts))) - z
+            encoder.encode_images(altered.flatten(0, 2)).unflatten(0, (*mask.shape[:2], len(hosts)))
+            - z
         )
     return torch.cat(out)
 

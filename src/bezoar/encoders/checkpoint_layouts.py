@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bezoar.data.files.checkpoints import listed
+from bezoar.data.files.checkpoints import format_keys
 from bezoar.encoders.small_towers import DEPTHS
 from bezoar.errors import UserError
 
@@ -68,7 +68,9 @@ def recognise(tensors: Mapping[str, Tensor], path: str) -> Layout:
         ):
             return layout
     known = "; ".join(f"{v.name} ({v.first})" for v in LAYOUTS)
-    raise UserError(f"{path}: expected one of the layouts {known}; its keys are {listed(tensors)}")
+    raise UserError(
+        f"{path}: expected one of the layouts {known}; its keys are {format_keys(tensors)}"
+    )
 
 
 def trunk(kept: Mapping[str, Tensor], layout: Layout, path: str) -> dict[str, Tensor]:
@@ -76,7 +78,7 @@ def trunk(kept: Mapping[str, Tensor], layout: Layout, path: str) -> dict[str, Te
     stray = [k for k in kept if not k.startswith(layout.prefix)]
     if stray:
         raise UserError(
-            f"{path}: layout {layout.name} keeps its weights under {layout.prefix}; unexpected: {listed(stray)}"
+            f"{path}: layout {layout.name} keeps its weights under {layout.prefix}; unexpected: {format_keys(stray)}"
         )
     found = {k.removeprefix(layout.prefix): v for k, v in kept.items()}
     return named(found, path) if layout.unnamed else found
@@ -89,7 +91,7 @@ def named(parts: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     stray = [k for k in parts if k.partition(".")[0] not in names]
     if stray:
         raise UserError(
-            f"{path}: expected a stem (0, 1) and four stages ({first} to {first + 3}); unexpected: {listed(stray)}"
+            f"{path}: expected a stem (0, 1) and four stages ({first} to {first + 3}); unexpected: {format_keys(stray)}"
         )
     kernel = parts["0.weight"].shape[-1] if parts["0.weight"].ndim else 0
     if (kernel == 7) != (first == 4):

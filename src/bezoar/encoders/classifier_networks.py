@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar import registry
-from bezoar.data.files.checkpoints import listed
+from bezoar.data.files.checkpoints import format_keys
 from bezoar.errors import UserError
 
 HEADS = ("fc", "linear", "classifier")
@@ -142,7 +142,10 @@ def parse(text: str) -> Architecture:
             f"architecture {family} needs {', '.join(hints)}; got {', '.join(given)[:100]}"
         )
     return FAMILIES[family](
-        **{k: registry.convert(given[k], hint, f"architecture: {k}") for k, hint in hints.items()}
+        **{
+            k: registry.convert_text(given[k], hint, f"architecture: {k}")
+            for k, hint in hints.items()
+        }
     )
 
 
@@ -257,7 +260,7 @@ def describe(tensors: Weights, path: str) -> Described:
         ) from error
     raise UserError(
         f"{path}: expected a residual network (conv1.weight, layer1.0... or block1.layer.0..., fc or linear) or a VGG "
-        f"(features.0..., classifier); its keys are {listed(found)}"
+        f"(features.0..., classifier); its keys are {format_keys(found)}"
     )
 
 
@@ -283,7 +286,7 @@ def _residual(found: dict[str, Tensor], path: str) -> Described:
     stages = range(1, len(blocks) + 1)
     if not blocks or set(blocks) != set(stages):
         raise UserError(
-            f"{path}: expected stages layer1, layer2, ... or block1.layer, ...; its keys are {listed(found)}"
+            f"{path}: expected stages layer1, layer2, ... or block1.layer, ...; its keys are {format_keys(found)}"
         )
     bottleneck = "layer1.0.conv3.weight" in trunk
     stem = _four(trunk, "conv1.weight", path)
@@ -347,7 +350,7 @@ def _vgg(found: dict[str, Tensor], path: str) -> Described:
     convolutions = sorted(i for i in numbers if found[f"features.{i}.weight"].ndim == 4)
     if not convolutions:
         raise UserError(
-            f"{path}: expected convolutions features.0, ...; its keys are {listed(found)}"
+            f"{path}: expected convolutions features.0, ...; its keys are {format_keys(found)}"
         )
     norm = any(k.startswith("features.") and k.endswith("running_mean") for k in found)
     widths = [found[f"features.{i}.weight"].shape[0] for i in convolutions]
@@ -388,7 +391,7 @@ def _head(found: Weights, path: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     if not matrices or len({k.partition(".")[0] for k in keys}) != 1:
         raise UserError(
             f"{path}: expected one head named {', '.join(HEADS[:-1])} or {HEADS[-1]}; "
-            f"it has {listed(keys) or 'none'} (a trunk without a head is read by the network `imported`)"
+            f"it has {format_keys(keys) or 'none'} (a trunk without a head is read by the network `imported`)"
         )
     places = {
         k.rpartition(".")[0]: f"{2 * i}." if len(matrices) > 1 else ""

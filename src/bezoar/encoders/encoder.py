@@ -40,7 +40,7 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedRecords:
     """ids: N keys. images: float32 (N, D) unit rows. texts: the same of the captions, or None.
 
     Of a corpus that was embedded to disk the ids are a column and the rows lie in mapped files: take blocks, not everything.
@@ -127,10 +127,12 @@ class Encoder(nn.Module):
 
     def encode_texts(self, captions: Sequence[str], batch: int = 1024) -> Tensor:
         """Strings, any number -> float32 (B, D), unit rows; `batch` at a time."""
-        return torch.cat([self.encode_tokens(part) for part in self.tokenize(captions).split(batch)])
+        return torch.cat(
+            [self.encode_tokens(part) for part in self.tokenize(captions).split(batch)]
+        )
 
     @torch.inference_mode()
-    def embed(self, source: Any, batch: int = 512) -> Embedded:
+    def embed(self, source: Any, batch: int = 512) -> EmbeddedRecords:
         """Every record of a source: image and, where both sides have them, caption vectors. Raises UserError on NaN.
 
         A source that brings the vectors that this encoder made of it (`encoder`, `embedded`) is not embedded again.
@@ -150,7 +152,7 @@ class Encoder(nn.Module):
             raise UserError(
                 "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
             )
-        return Embedded(tuple(ids), z, torch.cat(texts) if texts else None)
+        return EmbeddedRecords(tuple(ids), z, torch.cat(texts) if texts else None)
 
     def save(self, folder: Path) -> list[Path]:
         """encoder.json and encoder.safetensors, each under a temporary name first. Returns the two paths."""
@@ -258,7 +260,7 @@ def _counted(numbers: int) -> Iterator[None]:
 
 
 @dataclass
-class Words:
+class WordTokenizer:
     """Whole-word tokenizer: lower-case words of the vocabulary; 0 pads, unknown words are dropped."""
 
     vocabulary: tuple[str, ...]
@@ -269,14 +271,14 @@ class Words:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Strings -> int64 (B, longest of them); of a caption at most `LONGEST` known words."""
-        rows = [[self.row[w] for w in words(c) if w in self.row][:LONGEST] for c in captions]
+        rows = [[self.row[w] for w in split_words(c) if w in self.row][:LONGEST] for c in captions]
         width = max(1, max(map(len, rows), default=1))
         return torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).reshape(
             len(rows), width
         )
 
 
-def words(caption: str) -> list[str]:
+def split_words(caption: str) -> list[str]:
     """Lower-case runs of letters and digits."""
     out, word = [], ""
     for c in caption.lower():
@@ -297,7 +299,7 @@ def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
     return torch.cat([F.pad(p, (0, widest - p.shape[1])) for p in parts]).to(encoder.device)
 
 
-class Sees(Protocol):
+class ImageEncoder(Protocol):
     """What images are seen through: an encoder, or a classifier whose vectors are its logits (`probes/own.py`)."""
 
     def eval(self) -> Any: ...
@@ -305,7 +307,7 @@ class Sees(Protocol):
 
 
 @torch.no_grad()
-def embed_images(encoder: Sees, batches: Iterable[Tensor]) -> Tensor:
+def embed_images(encoder: ImageEncoder, batches: Iterable[Tensor]) -> Tensor:
     """uint8 images, a batch at a time -> float32 (N, D), of an encoder unit rows. Raises UserError on NaN."""
     encoder.eval()
     z = torch.cat([encoder.encode_images(x) for x in batches])

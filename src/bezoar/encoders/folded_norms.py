@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from bezoar.errors import UserError
 
-PIECES = {
+CHUNKS = {
     "cpu": (64, 32),
     "cuda": (128, 224),
 }  # images of so many pixels a side that are computed at once
 FEWEST = 8  # however large they are
-Norm = nn.modules.batchnorm._BatchNorm
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class Known(torch.autograd.Function):
@@ -73,7 +73,7 @@ class Weight:
         )
 
 
-class Frozen:
+class FoldedTower:
     """The fast form of a tower: call it with normalised float (B, 3, S, S) -> (B, D), after `refresh` if weights changed.
 
     The tower is put to rest: no dropout, batch norms (statistics and affine) frozen, and no gradient for weights that have
@@ -83,7 +83,7 @@ class Frozen:
     def __init__(self, tower: nn.Module, size: int) -> None:
         """size: pixels a side of the tower's input. Raises UserError for a tower whose rows see one another."""
         for name, norm in tower.named_modules():
-            if isinstance(norm, Norm) and norm.running_mean is None:
+            if isinstance(norm, BatchNorm) and norm.running_mean is None:
                 raise UserError(
                     f"batch norm {name!r} keeps no statistics: without a batch this encoder has no output"
                 )
@@ -91,7 +91,7 @@ class Frozen:
         for p in tower.parameters():
             p.requires_grad_(id(p) in reached)
         for module in tower.modules():
-            if isinstance(module, Norm):
+            if isinstance(module, BatchNorm):
                 module.requires_grad_(False)
         self.folds = folds
         self.fast = copy.deepcopy(tower).to(memory_format=torch.channels_last)
@@ -129,7 +129,7 @@ class Frozen:
         for w in self.weights:
             w.refresh()
 
-    def known(self, value: Tensor) -> Tensor:
+    def attach_gradients(self, value: Tensor) -> Tensor:
         """A value whose gradients the fast copy's weights hold -> the same as a function of the tower's own weights."""
         moved = [w for w in self.weights if w.own.grad is not None]
         return Known.apply(
@@ -141,9 +141,9 @@ class Frozen:
         return self.fast(x)
 
 
-def pieces(n: int, size: int, device: torch.device) -> Iterator[slice]:
+def chunk_slices(n: int, size: int, device: torch.device) -> Iterator[slice]:
     """0..n-1 in parts of one length: a CPU's allocator hands out the room for a small part's activations again and again."""
-    rows, side = PIECES.get(device.type, PIECES["cuda"])
+    rows, side = CHUNKS.get(device.type, CHUNKS["cuda"])
     most = max(FEWEST, rows * side**2 // size**2)
     step = -(-n // -(-n // most)) if n else 1
     for start in range(0, n, step):

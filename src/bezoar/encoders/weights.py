@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bezoar.data.files.checkpoints import listed
+from bezoar.data.files.checkpoints import format_keys
 from bezoar.errors import UserError
 
 
@@ -49,4 +49,4 @@ def without_weight_warnings() -> Iterator[None]:
 
 
 def _some(fault: str, keys: list[str]) -> list[str]:
-    return [f"{fault}: {listed(keys)}"] if keys else []
+    return [f"{fault}: {format_keys(keys)}"] if keys else []

@@ -42,12 +42,12 @@ class Classifier:
             return self.encoder.image(self.encoder.prepare_images(x)).float()
 
     @torch.no_grad()
-    def read(self, images: Tensor, batch: int = 512) -> Tensor:
+    def predict(self, images: Tensor, batch: int = 512) -> Tensor:
         """uint8 (N, 3, H, W) -> int64 (N,), the class of each."""
         return torch.cat([self(x).argmax(1) for x in images.split(batch)])
 
 
-def own(encoder: Encoder) -> Classifier:
+def own_classifier(encoder: Encoder) -> Classifier:
     """The head that came with a network's weights. Raises UserError where none did."""
     head: Any = getattr(encoder, "head", None)
     if head is None:
@@ -59,7 +59,9 @@ def own(encoder: Encoder) -> Classifier:
     )
 
 
-def zero_shot(encoder: Encoder, classes: Sequence[str], templates: str = "simple") -> Classifier:
+def zero_shot_classifier(
+    encoder: Encoder, classes: Sequence[str], templates: str = "simple"
+) -> Classifier:
     """The text tower's head. Raises UserError for an encoder without one, or without classes."""
     if not classes:
         raise UserError("a zero-shot head needs the names of classes; these data have none")
@@ -71,9 +73,9 @@ def zero_shot(encoder: Encoder, classes: Sequence[str], templates: str = "simple
     )
 
 
-def fitted(encoder: Encoder, labelled: Pairs, kind: str = "linear") -> Classifier:
+def fit_classifier(encoder: Encoder, labelled: Pairs, kind: str = "linear") -> Classifier:
     """A head fitted on labelled records. Raises UserError without labels of at least two classes."""
-    known = success.labelled(labelled, labelled)
+    known = success.select_labelled(labelled, labelled)
     assert known.labels is not None
     z = embed_images(encoder, known.images.to(encoder.device).split(512))
     y, many = known.labels.to(z.device), len(known.classes)
@@ -86,7 +88,7 @@ def fitted(encoder: Encoder, labelled: Pairs, kind: str = "linear") -> Classifie
     return Classifier(encoder, head, known.classes, f"{kind} head on {len(known)} labelled records")
 
 
-def classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Classifier:
+def make_classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Classifier:
     """The head of a kind. auto: the network's own, else zero-shot where there are a text tower and classes, else linear.
 
     data: gives the classes, and for linear and mlp the labelled records. Raises UserError where the head cannot be had.
@@ -101,5 +103,9 @@ def classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Classifier
             else "linear"
         )
     if kind == "own":
-        return own(encoder)
-    return zero_shot(encoder, data.classes) if kind == "zero_shot" else fitted(encoder, data, kind)
+        return own_classifier(encoder)
+    return (
+        zero_shot_classifier(encoder, data.classes)
+        if kind == "zero_shot"
+        else fit_classifier(encoder, data, kind)
+    )

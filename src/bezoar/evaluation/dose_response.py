@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
-from bezoar.evaluation.scores import Measure, strict
+from bezoar.evaluation.scores import Measure, encode_nonfinite
 from bezoar.evaluation.stats import Floats
 
 RAYS = 360  # directions in which the edge of a law's 95 % region is sought
@@ -24,10 +24,10 @@ FLAT, STEP = (
     1e-6,
     1e6,
 )  # a rise over all doses, in logits, that counts as none; a slope that counts as a step
-Verdict = Literal["confirmed", "contradicted", "undecided"]
+ClaimVerdict = Literal["confirmed", "contradicted", "undecided"]
 
 
-def pooled(measures: Sequence[Measure], how: str, rate: bool = True) -> Measure:
+def pool_readings(measures: Sequence[Measure], how: str, rate: bool = True) -> Measure:
     """One point of a curve from several readings, each with the same weight. rate: a share of trials, inside 0..1.
 
     Student's t over readings; for rates on neither side short of Wilson's interval over all trials, because readings
@@ -42,7 +42,7 @@ def pooled(measures: Sequence[Measure], how: str, rate: bool = True) -> Measure:
     kind = "Student's t over readings"
     if rate:
         _check_rates(values)
-        trials = stats.wilson(min(n, float(sum(m.value * m.n for m in measures))), n)
+        trials = stats.wilson_interval(min(n, float(sum(m.value * m.n for m in measures))), n)
         low, high = max(0.0, min(low, trials[0])), min(1.0, max(high, trials[1]))
         kind += f", at least Wilson over {n} trials"
     return Measure(
@@ -51,7 +51,7 @@ def pooled(measures: Sequence[Measure], how: str, rate: bool = True) -> Measure:
 
 
 @dataclass(frozen=True)
-class Law:
+class DoseResponse:
     """Success by dose: p(x) = floor + (1 - floor) logistic(slope (ln x - ln x50)), slope >= 0, with what the data allow.
 
     fit: float64 (2,), logit at the dose exp(centre) and slope, of the highest penalised likelihood. edge: (R, 2), the same
@@ -139,7 +139,9 @@ class Law:
         )
 
 
-def law(doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | None = None) -> Law:
+def fit_dose_response(
+    doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | None = None
+) -> DoseResponse:
     """Fit a law to units: each a reading with its dose (N,), its success rate (N,) and how many trials that is of (N,).
 
     floor: success without poison (Abbott 1925), taken as known; None: the success measured at dose 0, or 0 without one.
@@ -178,7 +180,7 @@ def law(doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | No
     ):  # readings that each fail or succeed as a whole vary most, and by how much is known
         allowed, df = most, math.inf
     edge = likelihood.edge(fit, errors, float(allowed) / 2)
-    return Law(
+    return DoseResponse(
         fit,
         edge,
         likelihood.centre,
@@ -330,7 +332,7 @@ class Contrast:
 
     def json(self) -> dict:
         """As it stands in a manifest."""
-        return strict(asdict(self))
+        return encode_nonfinite(asdict(self))
 
 
 def difference(
@@ -393,7 +395,9 @@ def trend(x: Sequence[float], y: Sequence[float], trials: int | None = None) -> 
     return _contrast(slope, error, len(u) - 2.0, len(u), how, least)
 
 
-def judge(contrast: Contrast, expected: Literal["+", "-", "same"], margin: float = 0.0) -> Verdict:
+def judge(
+    contrast: Contrast, expected: Literal["+", "-", "same"], margin: float = 0.0
+) -> ClaimVerdict:
     """Whether an interval bears a claim out: '+' above 0, '-' below 0, 'same' within +-margin; contradicted: beyond."""
     low, high = contrast.low, contrast.high
     above, below, inside = low > 0, high < 0, -margin <= low and high <= margin
@@ -445,7 +449,7 @@ def _binomial(rates: Floats, trials: int) -> float:
     """Standard error of the mean of rates of `trials` each, by Wilson's interval: not 0 at rates of 0 and 1."""
     _check_rates(rates)
     n = len(rates) * trials
-    low, high = stats.wilson(min(n, float(rates.sum()) * trials), n)
+    low, high = stats.wilson_interval(min(n, float(rates.sum()) * trials), n)
     return (high - low) / (2 * 1.959964)
 
 

@@ -18,7 +18,7 @@ from bezoar.errors import UserError
 from bezoar.evaluation import stats, success
 from bezoar.evaluation.scores import Measure
 
-Report = Callable[[int, int, str], Any]  # done, in all, at what
+ProgressReport = Callable[[int, int, str], Any]  # done, in all, at what
 LEVELS = 1 << 16  # a unit is dropped by comparing 16 random bits
 KEPT = 8  # stacks that a process remembers
 _kept: OrderedDict[str, Stack] = OrderedDict()
@@ -101,18 +101,20 @@ class Stack:
                 slope = slope.mul_(keep) if keep is not None and i == 1 else slope
 
 
-def silent(done: int, total: int, text: str) -> None:
+def no_report(done: int, total: int, text: str) -> None:
     """A report to nobody."""
 
 
-def fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: Report = silent) -> Stack:
+def fit(
+    x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: ProgressReport = no_report
+) -> Stack:
     """Train `recipe.seeds` heads on features x (N, D) and their classes y int64 (N,), where x is; Adam, last epoch.
 
     Each head has its own start, order and dropout, which depend on its number alone: a stack is its heads trained one by
     one. The last batch of an epoch is what is left. Inside `success.remembering` the same numbers are not fitted again: a
     sweep reads many attacked encoders beside the same clean one. Raises UserError when a head is not finite.
     """
-    if not success.remembers():
+    if not success.is_caching():
         return _fit(x, y, classes, recipe, report)
     asked = hashlib.sha256(repr((recipe, classes, x.shape, x.dtype, str(x.device))).encode())
     for part in (x, y):
@@ -126,7 +128,7 @@ def fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: Report = sil
     return _kept[key]
 
 
-def _fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: Report) -> Stack:
+def _fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: ProgressReport) -> Stack:
     seeds, n, device = range(recipe.seeds), len(x), x.device
     stack = Stack.draw(seeds, (x.shape[1], *recipe.hidden, classes), device)
     parameters = [*stack.weights, *stack.biases]
@@ -181,7 +183,7 @@ class Masks:
         )
 
 
-def mean(found: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:
+def average_measures(found: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:
     """What several heads found on the same images, as their means. what: who they are, `3 heads`.
 
     Student's t over the heads, on neither side short of what one head's images allow: a share has Wilson's interval over
@@ -199,7 +201,7 @@ def mean(found: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure
             own = float(np.mean([m.low for m in each])), float(np.mean([m.high for m in each]))
             low, high = min(low, own[0]), max(high, own[1])
         else:
-            own = stats.wilson(min(n, float(values.mean()) * n), n)
+            own = stats.wilson_interval(min(n, float(values.mean()) * n), n)
             low, high = max(0.0, min(low, own[0])), min(1.0, max(high, own[1]))
         how = f"{first.how}; mean of {what}, Student's t over them, at least the interval over the images"
         out[name] = Measure(float(values.mean()), n, low, high, how)

@@ -8,7 +8,7 @@ from torch import Tensor
 ROUNDS = 50  # of Lloyd's algorithm at most
 
 
-def clusters(x: Tensor, count: int, seed: int) -> Tensor:
+def cluster_centres(x: Tensor, count: int, seed: int) -> Tensor:
     """Centres (at most `count`, D) of k-means, Lloyd's algorithm from a k-means++ start (Arthur & Vassilvitskii 2007)."""
     generator = torch.Generator().manual_seed(seed)
     centres, far = x[:1], torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)

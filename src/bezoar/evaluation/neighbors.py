@@ -47,7 +47,7 @@ class Neighbors:
     index: Tensor
 
 
-def nearest(
+def nearest_neighbors(
     queries: Tensor,
     references: Tensor,
     k: int,

@@ -52,7 +52,7 @@ class Scores:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def ranked(self) -> np.ndarray:
+    def ranking(self) -> np.ndarray:
         """Rows int64 (N,), from the most suspicious to the least; ties in an order that is drawn and belongs to the records.
 
         Not in the order of their ids: added poisons are named after test images or clean ones, and a detector that says
@@ -72,11 +72,11 @@ class Scores:
             order[tied] = rows[np.lexsort((np.concatenate(drawn), -values[rows]))]
         return order.astype(np.int64)
 
-    def of(self, ids: Sequence[str]) -> Tensor:
+    def values_of(self, ids: Sequence[str]) -> Tensor:
         """The values of the given records, in that order."""
-        return self.ordered(ids).values
+        return self.select(ids).values
 
-    def ordered(self, ids: Sequence[str]) -> Scores:
+    def select(self, ids: Sequence[str]) -> Scores:
         """The scores of the given records, in that order. Raises KeyError for one that has none."""
         if ids is self.ids:
             return self
@@ -108,10 +108,10 @@ class Measure:
 
     def json(self) -> dict:
         """As it stands in a manifest."""
-        return strict(asdict(self))
+        return encode_nonfinite(asdict(self))
 
 
-def strict(raw: dict[str, Any]) -> dict[str, Any]:
+def encode_nonfinite(raw: dict[str, Any]) -> dict[str, Any]:
     """The same, every number that is not finite as text: JSON has none, and `float` reads `Infinity`, `-Infinity`, `NaN`."""
     names = {math.inf: "Infinity", -math.inf: "-Infinity"}
     odd = {
@@ -126,7 +126,7 @@ def proportion(successes: float, n: int, how: str) -> Measure:
     """A share of n trials, with Wilson's interval."""
     if n < 1:
         raise UserError(f"{how}: a share needs at least one trial")
-    return _measure(float(successes) / n, n, stats.wilson(float(successes), n), how)
+    return _measure(float(successes) / n, n, stats.wilson_interval(float(successes), n), how)
 
 
 def average(values: Sequence[float] | Tensor, how: str) -> Measure:
@@ -139,7 +139,9 @@ def average(values: Sequence[float] | Tensor, how: str) -> Measure:
     return _measure(float(v.mean()), len(v), stats.mean_interval(v), how)
 
 
-def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> dict[str, Measure]:
+def detection_measures(
+    scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray
+) -> dict[str, Measure]:
     """How well scores (N) find the poisons, truth bool (N,) in the same order.
 
     Raises UserError unless there are both poisons and clean records.
@@ -155,7 +157,7 @@ def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> di
             stats.auroc(s, t),
             len(s),
             stats.auroc_interval(s, t),
-            f"chance that one of {poisons} poisons outranks one of {clean} clean records; {stats.OF_AUROC}",
+            f"chance that one of {poisons} poisons outranks one of {clean} clean records; {stats.AUROC_INTERVAL}",
         ),
         "average_precision": _measure(
             stats.average_precision(s, t),
@@ -174,18 +176,18 @@ def detection(scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray) -> di
     for share in (0.001, 0.01, 0.1):
         budget = stats.budget(share, len(s))
         measures[f"recall_at_{share}"] = proportion(
-            stats.hits(s, t, budget),
+            stats.expected_hits(s, t, budget),
             poisons,
             f"share of the poisons among the worst {budget} of {len(s)} records",
         )
     budget = min(len(s), math.ceil(1.5 * poisons))
     measures["recall_at_1.5n"] = proportion(
-        stats.hits(s, t, budget),
+        stats.expected_hits(s, t, budget),
         poisons,
         f"share of the poisons among the worst {budget} records, 1.5 times their number",
     )
     measures["precision_at_n"] = proportion(
-        stats.hits(s, t, poisons),
+        stats.expected_hits(s, t, poisons),
         poisons,
         f"share of poisons among the worst {poisons} records, as many as poisons",
     )
@@ -204,6 +206,6 @@ def _column(ids: Sequence[str]) -> pa.Array:
 def separation(values: Sequence[float], others: Sequence[float]) -> Measure:
     """AUROC of values against others: 0.5 is a coin's."""
     s, truth = [*values, *others], [True] * len(values) + [False] * len(others)
-    how = f"chance that one of {len(values)} attacked encoders outranks one of {len(others)} clean ones; {stats.OF_AUROC}"
+    how = f"chance that one of {len(values)} attacked encoders outranks one of {len(others)} clean ones; {stats.AUROC_INTERVAL}"
     low, high = stats.auroc_interval(s, truth)
     return Measure(stats.auroc(s, truth), len(s), low, high, how)

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
 Interval = tuple[float, float]
-OF_AUROC = "DeLong interval, at least Newcombe's"  # what `auroc_interval` is, in words
+AUROC_INTERVAL = "DeLong interval, at least Newcombe's"  # what `auroc_interval` is, in words
 
 
 def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
@@ -45,7 +45,7 @@ def budget(share: float, n: int) -> int:
     return max(1, math.ceil(round(share * n, 9)))
 
 
-def hits(scores: ArrayLike, truth: ArrayLike, n: int) -> float:
+def expected_hits(scores: ArrayLike, truth: ArrayLike, n: int) -> float:
     """Expected number of poisons among the worst n records when ties are broken at random."""
     s, t = np.asarray(scores, np.float64), np.asarray(truth, bool)
     if not 1 <= n <= len(s):
@@ -64,7 +64,7 @@ def conformal_rank(n: int, rate: float) -> int | None:
     return k if k <= n else None
 
 
-def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: int, level: float = 0.95) -> Interval:
     """Wilson's (1927) score interval of a proportion. (0, 1) when n = 0."""
     if n == 0:
         return 0.0, 1.0
@@ -94,7 +94,10 @@ def discordance_interval(lost: int, won: int, n: int, level: float = 0.95) -> In
     """Of (lost - won) / n, a difference of two shares of the same n trials: Student's t of the n differences of -1, 0 and 1,
     never narrower than Wilson's intervals of the two shares combined (MOVER; Newcombe 1998)."""
     a, b = lost / n, won / n
-    (a_low, a_high), (b_low, b_high) = wilson(lost, n, level), wilson(won, n, level)
+    (a_low, a_high), (b_low, b_high) = (
+        wilson_interval(lost, n, level),
+        wilson_interval(won, n, level),
+    )
     low, high = (
         mean_interval(np.repeat([1.0, -1.0, 0.0], [lost, won, n - lost - won]), level)
         if n > 1
@@ -141,7 +144,7 @@ def average_precision_interval(
     s, t = _checked(scores, truth)
     low, high = bootstrap(_average_precision, s, t, level, draws, seed)
     poisons = int(t.sum())
-    fixed = wilson(min(average_precision(s, t), 1.0) * poisons, poisons, level)
+    fixed = wilson_interval(min(average_precision(s, t), 1.0) * poisons, poisons, level)
     return min(low, fixed[0]), max(high, fixed[1])
 
 
@@ -157,7 +160,7 @@ def fpr_interval(
     s, t = _checked(scores, truth)
     low, high = bootstrap(lambda p, n: _fpr_at_tpr(p, n, tpr), s, t, level, draws, seed)
     clean = int((~t).sum())
-    fixed = wilson(round(fpr_at_tpr(s, t, tpr) * clean), clean, level)
+    fixed = wilson_interval(round(fpr_at_tpr(s, t, tpr) * clean), clean, level)
     return min(low, fixed[0]), max(high, fixed[1])
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
-from bezoar.data.randomness import pool
-from bezoar.encoders.encoder import Encoder, Sees, embed_images
+from bezoar.data.randomness import sample_rows
+from bezoar.encoders.encoder import Encoder, ImageEncoder, embed_images
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average, proportion
 
@@ -30,7 +30,7 @@ _kept: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
-def remembering() -> Iterator[None]:
+def embedding_cache() -> Iterator[None]:
     """Inside, an encoder sees each set of images once, however many heads ask. No encoder may change meanwhile."""
     token = _kept.set({})
     try:
@@ -39,7 +39,7 @@ def remembering() -> Iterator[None]:
         _kept.reset(token)
 
 
-def remembers() -> bool:
+def is_caching() -> bool:
     """Whether this is inside `remembering`."""
     return _kept.get() is not None
 
@@ -65,7 +65,7 @@ def once(call: Callable[P, R]) -> Callable[P, R]:
 
 
 @dataclass(frozen=True)
-class Seen:
+class TestViews:
     """All that success is measured on, as one encoder sees it; any number of heads can be measured on it.
 
     labels: int64 (N,), -1 = unknown. clean: float32 (N, D), the test images. triggered: the same, stamped, one a goal of
@@ -83,8 +83,12 @@ class Seen:
     @staticmethod
     @once
     def of(
-        encoder: Sees, test: Pairs, goals: Sequence[Goal], victims: Pairs | None, batch: int = 512
-    ) -> Seen:
+        encoder: ImageEncoder,
+        test: Pairs,
+        goals: Sequence[Goal],
+        victims: Pairs | None,
+        batch: int = 512,
+    ) -> TestViews:
         """Every image through the encoder. Raises UserError for test data or goals that nothing can be measured on."""
         if not test.classes or test.labels is None:
             raise UserError(
@@ -100,7 +104,7 @@ class Seen:
         backdoors = tuple(g for g in goals if g.trigger)
         targeted = tuple(g for g in goals if g.victims) if victims is not None else ()
         for goal in (*backdoors, *targeted):
-            if there == {class_of(goal.target, test.classes)} and goal.trigger:
+            if there == {class_index(goal.target, test.classes)} and goal.trigger:
                 raise UserError(
                     f"all labelled test images are of the target {goal.target!r}; success needs other classes"
                 )
@@ -112,7 +116,7 @@ class Seen:
             )
         clean = embed_images(encoder, test.images.split(batch))
         triggered = tuple(embed_images(encoder, _stamped(test, g, batch)) for g in backdoors)
-        return Seen(
+        return TestViews(
             test.classes,
             test.labels.to(clean.device),
             clean,
@@ -137,9 +141,9 @@ class Seen:
         }
         for i, (goal, z) in enumerate(zip(self.backdoors, self.triggered, strict=True)):
             mark = "" if len(self.backdoors) == 1 else f"@{i}"
-            target, scores = class_of(goal.target, self.classes), _said(head, z)
+            target, scores = class_index(goal.target, self.classes), _said(head, z)
             found = self._backdoor(target, clean, scores)
-            rivals = {class_of(g.target, self.classes) for g in self.backdoors} - {target}
+            rivals = {class_index(g.target, self.classes) for g in self.backdoors} - {target}
             found |= self._taken(target, rivals, scores.argmax(1))
             out |= {name + mark: m for name, m in found.items()}
         if self.victims is not None:
@@ -196,7 +200,7 @@ class Seen:
     def _targeted(self, scores: Tensor) -> dict[str, Measure]:
         """scores: (V, C), the head's of the victims."""
         targets = torch.tensor(
-            [class_of(g.target, self.classes) for g in self.targeted], device=scores.device
+            [class_index(g.target, self.classes) for g in self.targeted], device=scores.device
         )
         fell, rank = scores.argmax(1) == targets, ranks(scores, targets)
         out = {}
@@ -232,7 +236,7 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Known:
+class LabelledVectors:
     """What a head is fitted on. ids: N keys. z: float32 (N, D), unit rows. labels: int64 (N,), the test set's numbers."""
 
     ids: tuple[str, ...]
@@ -244,22 +248,22 @@ class Known:
 
 
 @once
-def known(
+def embed_labelled(
     encoder: Encoder,
     train: Pairs | None,
     test: Pairs,
     goals: Sequence[Goal],
     limit: int | None,
     batch: int,
-) -> Known:
+) -> LabelledVectors:
     """The labelled records as an encoder sees them, `batch` images at a time. Raises UserError as `labelled` does."""
-    picked = labelled(train, test, goals, limit)
+    picked = select_labelled(train, test, goals, limit)
     assert picked.labels is not None
     z = embed_images(encoder, picked.images.split(batch))
-    return Known(picked.ids, z, picked.labels.to(z.device))
+    return LabelledVectors(picked.ids, z, picked.labels.to(z.device))
 
 
-def labelled(
+def select_labelled(
     train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None
 ) -> Pairs:
     """The records that a head is fitted on: those with a label, numbered as the test set numbers its classes.
@@ -278,7 +282,7 @@ def labelled(
     labels = train.labels.cpu()
     rows = (labels >= 0).nonzero()[:, 0].numpy()
     if limit is not None:
-        rows = np.sort(rows[pool([train.ids[i] for i in rows], limit, 0)])
+        rows = np.sort(rows[sample_rows([train.ids[i] for i in rows], limit, 0)])
     if train.classes != test.classes:
         order = torch.tensor([test.classes.index(c) for c in train.classes])
         labels = torch.where(labels >= 0, order[labels], labels)
@@ -289,14 +293,14 @@ def labelled(
             f"a head needs labelled records of at least two classes; the {len(rows)} there are have {len(there)}"
         )
     for goal in goals:
-        if goal.target in test.classes and class_of(goal.target, test.classes) not in there:
+        if goal.target in test.classes and class_index(goal.target, test.classes) not in there:
             raise UserError(
                 f"none of the {len(rows)} labelled records is of the target {goal.target!r}: it could not be read"
             )
     return picked
 
 
-def class_of(target: str, classes: Sequence[str]) -> int:
+def class_index(target: str, classes: Sequence[str]) -> int:
     """Row of a target among the classes. Raises UserError that lists them."""
     if target not in classes:
         listed = ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")

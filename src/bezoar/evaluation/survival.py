@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average
-from bezoar.training.augmentation import Chance, Views, crop, flip, shift
+from bezoar.training.augmentation import Chance, Views, random_crop, random_flip, random_shift
 
 WHOLE = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0)  # changes nothing
 AUGMENTATIONS = {  # name -> what is done, in the words of a page
@@ -93,11 +93,11 @@ class Treatment:
         if self.resize != 1:
             x = scaled(x, [max(1, round(self.resize * n)) for n in shape])
         if self.jpeg:
-            x = recoded(x, self.jpeg)
+            x = recode_jpeg(x, self.jpeg)
         y = fitted(x.float() / 255, shape)
         chance = Chance(torch.Generator().manual_seed(seed))
         if self.crop != 1:
-            y = fitted(crop(y, shape[0], chance, (self.crop, 1.0), kernel="bicubic"), shape)
+            y = fitted(random_crop(y, shape[0], chance, (self.crop, 1.0), kernel="bicubic"), shape)
         return augmented(y, self.augment, chance)
 
 
@@ -119,7 +119,7 @@ def fitted(x: Tensor, shape: Sequence[int]) -> Tensor:
     return F.interpolate(x, list(shape), mode="bicubic", antialias=True).clamp_(0, 1)
 
 
-def recoded(images: Tensor, quality: int) -> Tensor:
+def recode_jpeg(images: Tensor, quality: int) -> Tensor:
     """uint8 (N, 3, H, W), each stored as JPEG by Pillow and read again."""
     out = []
     for pixels in images.permute(0, 2, 3, 1).contiguous().cpu().numpy():
@@ -138,13 +138,13 @@ def augmented(x: Tensor, name: str, chance: Chance) -> Tensor:
         "simclr": Views(blur=0.5),
     }
     if name == "shift":
-        return shift(x, max(1, x.shape[-1] // 8), chance)
+        return random_shift(x, max(1, x.shape[-1] // 8), chance)
     if name == "flip":
-        return flip(x, 1.0, chance)
+        return random_flip(x, 1.0, chance)
     return fitted(views[name](x, chance, 1)[:, 0], x.shape[-2:]) if name else x
 
 
-def chosen(
+def build_treatments(
     jpeg: Sequence[int],
     resize: Sequence[float],
     crops: Sequence[float],
@@ -176,7 +176,7 @@ def pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return product / own.square(), product / (own * length).clamp(min=1e-12)
 
 
-def embedded(encoder: Any, x: Tensor, normalise: str = "", batch: int = 256) -> Tensor:
+def embed_views(encoder: Any, x: Tensor, normalise: str = "", batch: int = 256) -> Tensor:
     """float 0..1 (N, 3, H, W) -> unit vectors (N, D); with another normalisation than the encoder's own, where one is named."""
     if normalise:
         mean, std = (
@@ -214,12 +214,12 @@ class Survival:
         self.before = (self.triggered.float() - self.clean.float()) / 255
         self.shift = None
         if encoder is not None:
-            self.shift = embedded(encoder, self.triggered.float() / 255) - embedded(
+            self.shift = embed_views(encoder, self.triggered.float() / 255) - embed_views(
                 encoder, self.clean.float() / 255
             )
 
     @torch.inference_mode()
-    def measured(self, treatment: Treatment) -> tuple[dict[str, Measure], Tensor]:
+    def measure(self, treatment: Treatment) -> tuple[dict[str, Measure], Tensor]:
         """-> its figures, and the triggered image and what is left of the trigger, float (N, 2, 3, H, W)."""
         with_it, without = (treatment(x, self.seed) for x in (self.triggered, self.clean))
         residue = with_it - without
@@ -237,8 +237,8 @@ class Survival:
             ),
         }
         if self.encoder is not None and self.shift is not None:
-            after = embedded(self.encoder, with_it, treatment.normalise)
-            after = after - embedded(self.encoder, without, treatment.normalise)
+            after = embed_views(self.encoder, with_it, treatment.normalise)
+            after = after - embed_views(self.encoder, without, treatment.normalise)
             out |= moved(after, self.shift, how)
         return out, torch.stack((with_it, residue), 1)
 

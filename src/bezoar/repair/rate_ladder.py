@@ -21,7 +21,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images, tokenize_captions
 from bezoar.errors import UserError
 from bezoar.evaluation import kmeans, neighbors
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.training import loop, prefetch
 
 VOTERS, CLUSTERS = 10, 20  # of the start's own clusters: neighbours that vote, clusters
@@ -29,14 +29,14 @@ FEWEST = 50  # validation records: with fewer, one image more or less would choo
 
 
 @dataclass(frozen=True)
-class Ruler:
+class ValidationMetric:
     """score: of an encoder on clean validation records, 0..1, higher = better. how: what it is, in words."""
 
     score: Callable[[Encoder], float]
     how: str
 
     @staticmethod
-    def of(start: Encoder, clean: Pairs, validation: Pairs) -> Ruler:
+    def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:
         """The best score that can be had of these records. Raises UserError for too few of them."""
         if len(validation) < FEWEST:
             raise UserError(
@@ -50,19 +50,19 @@ class Ruler:
         )
         reads = start.text is not None
         if labelled and reads:
-            return Ruler(
+            return ValidationMetric(
                 lambda e: _accuracy(e, None, validation, "zero_shot"), f"zero-shot accuracy on {n}"
             )
         if labelled:
             how = f"accuracy on {n} of a linear head fitted on the other clean ones"
-            return Ruler(lambda e: _accuracy(e, clean, validation, "linear"), how)
+            return ValidationMetric(lambda e: _accuracy(e, clean, validation, "linear"), how)
         if reads and validation.captions:
-            return Ruler(
+            return ValidationMetric(
                 lambda e: _found(e, validation),
                 f"share of {n} whose own caption is the nearest of all",
             )
         how = f"share of {n} that their {VOTERS} nearest put into the cluster that the start puts them into"
-        return Ruler(_Clusters(start, clean, validation), how)
+        return ValidationMetric(_Clusters(start, clean, validation), how)
 
 
 def _accuracy(encoder: Encoder, train: Pairs | None, validation: Pairs, probe: str) -> float:
@@ -90,7 +90,7 @@ class _Clusters:
     def __init__(self, start: Encoder, clean: Pairs, validation: Pairs) -> None:
         self.clean, self.validation = clean.images.split(512), validation.images.split(512)
         z, v = embed_images(start, self.clean), embed_images(start, self.validation)
-        centres = kmeans.clusters(z, min(CLUSTERS, len(z) // VOTERS), 0)
+        centres = kmeans.cluster_centres(z, min(CLUSTERS, len(z) // VOTERS), 0)
         half = centres.square().sum(1) / 2
         self.of, self.truth, self.count = (
             (z @ centres.T - half).argmax(1),
@@ -100,35 +100,35 @@ class _Clusters:
 
     def __call__(self, encoder: Encoder) -> float:
         z, v = embed_images(encoder, self.clean), embed_images(encoder, self.validation)
-        near = neighbors.nearest(v, z, VOTERS).index
+        near = neighbors.nearest_neighbors(v, z, VOTERS).index
         votes = torch.zeros(len(v), self.count, device=v.device).scatter_add_(
             1, self.of[near], torch.ones_like(near).float()
         )
         return float((votes.argmax(1) == self.truth).float().mean())
 
 
-def apart(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
+def split_validation(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     """Clean records -> those that are trained on, and a share of the images held apart to choose by; it belongs to the records.
 
     Several captions of one image (ids that differ after '#' alone) stay together.
     """
     owners = [i.partition("#")[0] for i in clean.ids]
     images = list(dict.fromkeys(owners))
-    order = randomness.pool(images, len(images), seed)
+    order = randomness.sample_rows(images, len(images), seed)
     held = {images[i] for i in order[: round(share * len(images))]}
     out = [i for i, owner in enumerate(owners) if owner in held]
     return clean.take([i for i, owner in enumerate(owners) if owner not in held]), clean.take(out)
 
 
-def check(lrs: Sequence[float], tolerance: float) -> None:
+def check_rates(lrs: Sequence[float], tolerance: float) -> None:
     """ValueError unless these are rates and a tolerance."""
     if not lrs or min(lrs) <= 0 or not 0 <= tolerance <= 1:
         raise ValueError("needs one or more learning rates above 0, and a tolerance in 0..1")
 
 
-def climb(
+def train_at_largest_rate(
     start: Encoder,
-    ruler: Ruler,
+    ruler: ValidationMetric,
     lrs: Sequence[float],
     tolerance: float,
     make: Callable[[float], Encoder],
@@ -173,9 +173,9 @@ def climb(
     return kept[2]
 
 
-def tokens(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
+def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
     """int64 (N, L), the captions; L is 0 for an objective that reads none. Raises UserError where they do not fit."""
-    name = registry.source_name(type(recipe))
+    name = registry.method_name(type(recipe))
     if not getattr(recipe, "captions", True):
         if encoder.text is not None:
             raise UserError(
@@ -193,14 +193,14 @@ def tokens(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
     return tokenize_captions(encoder, clean.captions)
 
 
-def trained(
+def train_copy(
     start: Encoder,
     recipe: Any,
     loss_of: Callable[[Encoder], nn.Module],
     clean: Pairs,
     rows: Tensor,
     seed: int,
-    report: Report = silent,
+    report: ProgressReport = no_report,
     what: str = "repair",
 ) -> Encoder:
     """A copy of the start, trained with the loss that `loss_of` makes of it; rows: int64 (N, L), what the loss is given."""
@@ -211,13 +211,13 @@ def trained(
     data = replace(clean, captions=(), labels=None)
 
     def order(epoch: int) -> Tensor:
-        return loop.order(seed, epoch, len(data), recipe.batch)
+        return loop.epoch_batches(seed, epoch, len(data), recipe.batch)
 
     def told(step: int, steps: int, value: float) -> None:
         report(step, steps, f"{what}, loss {value:.3f}")
 
     report(0, 1, what)  # another phase of the work, however many steps the last one had
-    with prefetch.fed(data, student.device, order, recipe.epochs) as drawn:
+    with prefetch.training_data(data, student.device, order, recipe.epochs) as drawn:
         loop.fit(loss, recipe, drawn, rows, seed, report=told)
     for p, q in zip(student.parameters(), start.parameters(), strict=True):
         p.requires_grad_(q.requires_grad)
@@ -225,7 +225,7 @@ def trained(
     return student.eval()
 
 
-def repaired(student: Encoder, spec: str) -> Encoder:
+def mark_repaired(student: Encoder, spec: str) -> Encoder:
     """The same encoder, saying that it was repaired and how; what it is marked with stays."""
     student.about = {**student.about, "repaired": [*student.about.get("repaired", []), spec]}
     return student

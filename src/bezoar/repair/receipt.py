@@ -22,7 +22,7 @@ from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers, stats, success
 from bezoar.evaluation.classifiers import Classifier
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
 from bezoar.repair import rate_ladder
@@ -45,7 +45,7 @@ KEPT = (
 
 
 @dataclass(frozen=True)
-class Reader:
+class SuccessHead:
     """A head that success is read by, and the group of metrics it makes: '' for the text tower's, or `linear`."""
 
     group: str
@@ -53,7 +53,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Case:
+class EvaluationData:
     """What encoders are measured on. goals: known ones whose target is a class of the test set. victims: of targeted ones.
     labelled: clean records for linear heads, or None. inverted: triggers that an audit found, with what they turn images
     into.
@@ -65,28 +65,30 @@ class Case:
     labelled: Pairs | None = None
     inverted: tuple[Goal, ...] = ()
 
-    def reader(self, encoder: Encoder) -> Reader:
+    def default_head(self, encoder: Encoder) -> SuccessHead:
         """The head that success is read by: the text tower's, else a linear one."""
         if encoder.text is not None and self.test.classes:
-            return Reader("", classifiers.zero_shot(encoder, self.test.classes))
+            return SuccessHead("", classifiers.zero_shot_classifier(encoder, self.test.classes))
         if self.labelled is None:
             raise UserError(
                 "this encoder reads no text: name labelled data of the test's classes (labelled)"
             )
-        return Reader("linear", self.linear(encoder))
+        return SuccessHead("linear", self.linear(encoder))
 
     def linear(self, encoder: Encoder) -> Classifier:
         """A linear head on the labelled records."""
         assert self.labelled is not None
-        return classifiers.fitted(encoder, in_order(self.labelled, self.test.classes))
+        return classifiers.fit_classifier(encoder, align_labels(self.labelled, self.test.classes))
 
-    def measure(self, encoder: Encoder, main: Reader) -> dict[str, Measure]:
+    def measure(self, encoder: Encoder, main: SuccessHead) -> dict[str, Measure]:
         """Accuracy and success by the main head and by a linear one, z of each known trigger, success of inverted ones."""
         others = (
-            [] if main.group or self.labelled is None else [Reader("linear", self.linear(encoder))]
+            []
+            if main.group or self.labelled is None
+            else [SuccessHead("linear", self.linear(encoder))]
         )
         out: dict[str, Measure] = {}
-        with success.remembering():
+        with success.embedding_cache():
             for reader in (main, *others):
                 out |= self.read(reader, self.goals)
             if any(g.trigger for g in self.goals):
@@ -97,26 +99,26 @@ class Case:
                 out |= {f"inverted.{k}": m for k, m in found.items() if "attack_success" in k}
         return out
 
-    def read(self, reader: Reader, goals: Sequence[Goal]) -> dict[str, Measure]:
+    def read(self, reader: SuccessHead, goals: Sequence[Goal]) -> dict[str, Measure]:
         """What a head makes of the test images, as they are and stamped: the metrics that a receipt keeps."""
-        seen = success.Seen.of(reader.classifier.encoder, self.test, goals, self.victims)
+        seen = success.TestViews.of(reader.classifier.encoder, self.test, goals, self.victims)
         found = seen.measures(reader.classifier.head, f"; {reader.classifier.how}")
         lead = f"{reader.group}." if reader.group else ""
         return {lead + k: m for k, m in found.items() if k.partition("@")[0] in KEPT}
 
 
-def in_order(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
+def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
     """The records with a label, numbered as the test set numbers its classes. Raises UserError as `success.labelled`."""
     blank = Pairs(labelled.images[:0], labels=torch.zeros(0, dtype=torch.long), classes=classes)
-    return replace(success.labelled(labelled, blank), classes=classes)
+    return replace(success.select_labelled(labelled, blank), classes=classes)
 
 
-def lost(case: Case, before: Reader, after: Reader) -> Measure:
+def accuracy_loss(case: EvaluationData, before: SuccessHead, after: SuccessHead) -> Measure:
     """How much accuracy the repair cost: the same images, read before and after."""
     assert case.test.labels is not None
     known = case.test.labels >= 0
     right = [
-        r.classifier.read(case.test.images[known]) == case.test.labels[known]
+        r.classifier.predict(case.test.images[known]) == case.test.labels[known]
         for r in (before, after)
     ]
     lost, won = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
@@ -128,7 +130,9 @@ def lost(case: Case, before: Reader, after: Reader) -> Measure:
     return Measure((lost - won) / n, n, *stats.discordance_interval(lost, won, n), how)
 
 
-def readings(case: Case, before: Reader, after: Reader) -> list[dict[str, Any]]:
+def compare_readings(
+    case: EvaluationData, before: SuccessHead, after: SuccessHead
+) -> list[dict[str, Any]]:
     """For each known and inverted trigger (`inverted`: its number) some test images of other classes: `ids`, `own` class, and
     what they are read as when stamped, `before` and `after`. JSON.
     """
@@ -140,11 +144,13 @@ def readings(case: Case, before: Reader, after: Reader) -> list[dict[str, Any]]:
     ]
     for goal, number in goals:
         rows = (
-            (test.labels >= 0) & (test.labels != success.class_of(goal.target, classes))
+            (test.labels >= 0) & (test.labels != success.class_index(goal.target, classes))
         ).nonzero()[:SHOWN, 0]
         picked = test.take(rows.cpu())
         stamped = registry.make("trigger", goal.trigger or "")(picked.images, picked.ids)
-        named = [[classes[j] for j in r.classifier.read(stamped).tolist()] for r in (before, after)]
+        named = [
+            [classes[j] for j in r.classifier.predict(stamped).tolist()] for r in (before, after)
+        ]
         own = [classes[j] for j in test.labels[rows].tolist()]
         facts = {"target": goal.target, "trigger": goal.trigger, "inverted": number}
         out.append(
@@ -153,7 +159,7 @@ def readings(case: Case, before: Reader, after: Reader) -> list[dict[str, Any]]:
     return out
 
 
-def inversions(folder: Path) -> tuple[Inversion, ...]:
+def load_inversions(folder: Path) -> tuple[Inversion, ...]:
     """The triggers that an audit wrote: `inversions.safetensors`, mask@i (1, H, W) and pattern@i (3, H, W), and targets and
     norms in `verdict.json`. Empty where the audit inverted nothing; raises UserError for what is not such a file.
     """
@@ -184,8 +190,8 @@ def inversions(folder: Path) -> tuple[Inversion, ...]:
     return tuple(found)
 
 
-def as_goals(
-    found: Sequence[Inversion], folder: Path, case: Case, before: Reader
+def export_goals(
+    found: Sequence[Inversion], folder: Path, case: EvaluationData, before: SuccessHead
 ) -> tuple[Goal, ...]:
     """Inverted triggers as goals, each written to a file of a trigger's, `inverted-0.npz`: any verb can stamp it.
 
@@ -211,27 +217,29 @@ def as_goals(
         target = inversion.target
         if target not in case.test.classes:
             stamped = registry.make("trigger", trigger)(case.test.images, case.test.ids)
-            target = case.test.classes[int(before.classifier.read(stamped).mode().values)]
+            target = case.test.classes[int(before.classifier.predict(stamped).mode().values)]
         goals.append(Goal(target, trigger, how="inverted by an audit"))
     return tuple(goals)
 
 
 @dataclass(frozen=True)
-class Revival:
+class RevivalTest:
     """Whether a short fine-tune brings a backdoor back. clean: records to tune on. goal: the trigger, known or inverted."""
 
-    case: Case
+    case: EvaluationData
     clean: Pairs
     goal: Goal
     seed: int
-    report: Report = silent
+    report: ProgressReport = no_report
 
     def measure(self, repaired: Encoder, twin: Encoder | None = None) -> dict[str, Measure]:
         """Success after a clean fine-tune (`revived_clean`), after one with ten poisons (`revived_poisons`), and after the
         same ten poisons with a trigger that the encoder has never met (`revived_other`), or in a clean twin
         (`revived_twin`): what ten poisons do where no backdoor was.
         """
-        stranger = replace(self.goal, trigger=other(self.goal.trigger or "", self.case.test.size))
+        stranger = replace(
+            self.goal, trigger=unseen_trigger(self.goal.trigger or "", self.case.test.size)
+        )
         asked: list[tuple[str, Encoder, Goal, bool]] = [
             ("revived_clean", repaired, self.goal, False),
             ("revived_poisons", repaired, self.goal, True),
@@ -246,7 +254,7 @@ class Revival:
                 found = self.headed(case, encoder, goal)
             else:
                 found = case.read(
-                    case.reader(self.tuned(encoder, goal if poisoned else None)), (goal,)
+                    case.default_head(self.tuned(encoder, goal if poisoned else None)), (goal,)
                 )
             out |= {f"{name}.{k}": m for k, m in found.items()}
         return out
@@ -269,21 +277,21 @@ class Revival:
             raise UserError(
                 "a receipt's short fine-tunes need clean data with captions for this encoder; give --no-revive"
             )
-        tokens = rate_ladder.tokens(encoder, recipe, data)
-        return rate_ladder.trained(
+        tokens = rate_ladder.tokenize_for(encoder, recipe, data)
+        return rate_ladder.train_copy(
             encoder, recipe, recipe, data, tokens, self.seed, what="a short fine-tune"
         )
 
-    def headed(self, case: Case, encoder: Encoder, goal: Goal) -> dict[str, Measure]:
+    def headed(self, case: EvaluationData, encoder: Encoder, goal: Goal) -> dict[str, Measure]:
         """Without captions: a linear head that is fitted on the labelled records and ten stamped ones, labelled as the
         target. It finds whatever the vectors still say of the trigger.
         """
         assert case.labelled is not None and case.test.labels is not None
-        known = in_order(case.labelled, case.test.classes)
+        known = align_labels(case.labelled, case.test.classes)
         assert known.labels is not None
-        target = success.class_of(goal.target, case.test.classes)
+        target = success.class_index(goal.target, case.test.classes)
         free = (known.labels != target).nonzero()[:, 0].cpu().numpy()
-        rows = free[randomness.pool([known.ids[i] for i in free], POISONS, self.seed)]
+        rows = free[randomness.sample_rows([known.ids[i] for i in free], POISONS, self.seed)]
         stamped = registry.make("trigger", goal.trigger or "")(
             known.images[rows], [known.ids[i] for i in rows]
         )
@@ -292,11 +300,11 @@ class Revival:
         head = registry.make("probe", "linear").fit(z, y, len(case.test.classes))
         how = f"linear head on {len(known)} clean labelled records and {len(rows)} stamped ones"
         return case.read(
-            Reader("linear", Classifier(encoder, head, case.test.classes, how)), (goal,)
+            SuccessHead("linear", Classifier(encoder, head, case.test.classes, how)), (goal,)
         )
 
 
-def other(trigger: str, side: int) -> str:
+def unseen_trigger(trigger: str, side: int) -> str:
     """A trigger that an encoder has not met: of a patch one of other colours at its place, else a patch."""
     known = registry.make("trigger", trigger)
     if "fill" in {f.name for f in dataclasses.fields(known)}:
@@ -304,14 +312,14 @@ def other(trigger: str, side: int) -> str:
     return f"patch:size={max(2, side // 5)},fill=blocks,seed=1000"
 
 
-def apply(
+def apply_repairs(
     repairs: Sequence[Any],
     encoder: Encoder,
     clean: Pairs,
     validation: Pairs,
     found: Sequence[Inversion],
     seed: int,
-    report: Callable[[int, int, str], Any] = silent,
+    report: Callable[[int, int, str], Any] = no_report,
 ) -> tuple[Encoder, dict[str, Any]]:
     """One repair after another -> the repaired encoder, and what they said of themselves (JSON)."""
     log: dict[str, Any] = {}

@@ -12,9 +12,18 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike
 
-from bezoar.evaluation.dose_response import Law
+from bezoar.evaluation.dose_response import DoseResponse
 from bezoar.evaluation.scores import Measure
-from bezoar.reports.charts import HALF, PAINT, WIDE, blank, legend, markup, percent_axis, styled
+from bezoar.reports.charts import (
+    COLOURS,
+    HALF,
+    WIDE,
+    add_legend,
+    house_style,
+    new_figure,
+    set_percent_axis,
+    svg_markup,
+)
 
 DASHED = (0, (4, 3))
 NOTHING = (
@@ -30,8 +39,8 @@ class Curve:
     name: str
     doses: Sequence[float]
     points: Sequence[Measure]
-    paint: str = "clean"
-    law: Law | None = None
+    colour: str = "clean"
+    fit: DoseResponse | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ class _Axis:
         )
 
 
-@styled
-def dose(
+@house_style
+def draw_dose_response(
     curves: Sequence[Curve],
     axis: str,
     name: str,
@@ -65,7 +74,7 @@ def dose(
     axis, label: what the doses and the values are; unit: of the doses, in the legend's sentence. percent: values are
     shares, 0..1; else they are unbounded. Where a law reaches 50 %, a diamond with the dose's interval stands on the line.
     """
-    figure, axes = blank(size)
+    figure, axes = new_figure(size)
     doses = sorted({float(x) for c in curves for x in c.doses})
     above = [x for x in doses if x > 0] or [1.0]
     place = _Axis(above[0], above[-1] if above[-1] > above[0] else 10 * above[0])
@@ -74,19 +83,19 @@ def dose(
         # a little aside, so that intervals at one dose do not hide one another
         at = place(c.doses) + 0.018 * (i - (len(curves) - 1) / 2)
         title = (
-            f"{c.name}: {c.law.describe(unit).partition(', slope')[0].partition(';')[0]}"
-            if c.law
+            f"{c.name}: {c.fit.describe(unit).partition(', slope')[0].partition(';')[0]}"
+            if c.fit
             else c.name
         )
-        _points(axes, at, c.points, PAINT[c.paint], title, limits)
-        if c.law:
-            _law(axes, c.law, PAINT[c.paint], place)
+        _points(axes, at, c.points, COLOURS[c.colour], title, limits)
+        if c.fit:
+            _law(axes, c.fit, COLOURS[c.colour], place)
         else:
             rising = np.asarray(c.doses) > 0
             axes.plot(
                 at[rising],
                 [m.value for m, r in zip(c.points, rising, strict=True) if r],
-                color=PAINT[c.paint],
+                color=COLOURS[c.colour],
             )
     axes.set_xlim((NOTHING if doses[0] == 0 else 0) - 0.05, 1.05)
     shown: list[float] = []
@@ -99,24 +108,24 @@ def dose(
             "xycoords": axes.get_xaxis_transform(),
             "ha": "center",
             "va": "center",
-            "color": PAINT["muted"],
+            "color": COLOURS["muted"],
         }
         axes.annotate("//", (NOTHING / 2, 0), **here)
     axes.set_xlabel(f"{axis or unit} (log scale)")
-    legend(
+    add_legend(
         axes,
-        len(curves) + any(c.law is not None for c in curves),
-        columns=1 if any(c.law for c in curves) else None,
+        len(curves) + any(c.fit is not None for c in curves),
+        columns=1 if any(c.fit for c in curves) else None,
     )
     told = [
-        _told(c.name, c.doses, c.points, percent) + (f", {c.law.describe(unit)}" if c.law else "")
+        _told(c.name, c.doses, c.points, percent) + (f", {c.fit.describe(unit)}" if c.fit else "")
         for c in curves
     ]
-    return markup(figure, name, f"{label} by {axis or unit}. {'; '.join(told)}")
+    return svg_markup(figure, name, f"{label} by {axis or unit}. {'; '.join(told)}")
 
 
-@styled
-def levels(
+@house_style
+def draw_levels(
     groups: Sequence[str],
     series: Sequence[tuple[str, str, Sequence[Measure | None]]],
     name: str,
@@ -126,7 +135,7 @@ def levels(
 ) -> Markup:
     """Points with their 95 % intervals for each group. Each series: name, paint, a measure a group. mark: a line across."""
     crowded = len(groups) > 5 or len(groups) * len(series) > 12 or sum(map(len, groups)) > 60
-    figure, axes = blank(WIDE if crowded else HALF)
+    figure, axes = new_figure(WIDE if crowded else HALF)
     limits = _values(
         axes, [m for _, _, found in series for m in found if m is not None], label, percent
     )
@@ -137,19 +146,19 @@ def levels(
             axes,
             np.array(held) + aside,
             [m for m in found if m is not None],
-            PAINT[paint],
+            COLOURS[paint],
             title,
             limits,
         )
     if mark:
-        axes.axhline(mark[0], color=PAINT["ink"], linewidth=1, linestyle=DASHED, label=mark[1])
+        axes.axhline(mark[0], color=COLOURS["ink"], linewidth=1, linestyle=DASHED, label=mark[1])
     room = max(8, (120 if crowded else 56) // max(1, len(groups)))
     axes.set_xticks(range(len(groups)), [textwrap.fill(g, room, max_lines=3) for g in groups])
-    axes.tick_params(axis="x", labelcolor=PAINT["ink"], length=0)
+    axes.tick_params(axis="x", labelcolor=COLOURS["ink"], length=0)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.grid(False, axis="x")
-    legend(axes, len(series) + bool(mark))
-    return markup(
+    add_legend(axes, len(series) + bool(mark))
+    return svg_markup(
         figure,
         name,
         f"{label}. {'; '.join(_told(title, groups, found, percent) for title, _, found in series)}",
@@ -162,7 +171,7 @@ def _values(axes: Any, points: Sequence[Measure], label: str, percent: bool) -> 
     if percent:
         axes.set_yticks(np.linspace(0, 1, 6))
         axes.set_ylim(0, 1)
-        percent_axis(axes.yaxis)
+        set_percent_axis(axes.yaxis)
         return 0.0, 1.0
     ends = [v for m in points for v in (m.low, m.value, m.high) if math.isfinite(v)] or [0.0]
     room = 0.06 * (max(ends) - min(ends)) or 1.0
@@ -199,7 +208,7 @@ def _points(
         part.set_clip_on(False)
 
 
-def _law(axes: Any, law: Law, colour: str, place: _Axis) -> None:
+def _law(axes: Any, law: DoseResponse, colour: str, place: _Axis) -> None:
     """The line, its band, and the diamond where half of what poison can add is reached."""
     x = np.geomspace(place.first, place.last, 300)
     value, low, high = law.predict(x)
@@ -223,7 +232,7 @@ def _law(axes: Any, law: Law, colour: str, place: _Axis) -> None:
             "D",
             color=colour,
             markersize=6,
-            markeredgecolor=PAINT["paper"],
+            markeredgecolor=COLOURS["paper"],
             zorder=4,
         )
 

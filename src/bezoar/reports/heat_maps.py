@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from bezoar.reports.charts import HALF, PAINT, blank, markup, styled
+from bezoar.reports.charts import COLOURS, HALF, house_style, new_figure, svg_markup
 
 
-@styled
-def heat(
+@house_style
+def draw_heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     values: np.ndarray,
@@ -23,7 +23,7 @@ def heat(
     """values: (R, C), shares 0..1 (drawn cut off there); NaN: an empty cell. labels: what the rows and the columns are."""
     from matplotlib.patches import Rectangle
 
-    figure, axes = blank(size)
+    figure, axes = new_figure(size)
     for y, x in np.ndindex(values.shape):
         if not np.isfinite(values[y, x]):
             continue
@@ -33,7 +33,7 @@ def heat(
                 (x - 0.47, y - 0.46),
                 0.94,
                 0.92,
-                facecolor=PAINT[paint],
+                facecolor=COLOURS[paint],
                 alpha=0.06 + 0.72 * depth,
                 linewidth=0,
             )
@@ -44,13 +44,13 @@ def heat(
             f"{round(100 * float(values[y, x]))}",
             ha="center",
             va="center",
-            color=PAINT["ink"],
+            color=COLOURS["ink"],
         )
     axes.set_xlim(-0.55, len(columns) - 0.45)
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xticks(range(len(columns)), [c.replace(", ", "\n") for c in columns])
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.tick_params(length=0, labelcolor=PAINT["ink"])
+    axes.tick_params(length=0, labelcolor=COLOURS["ink"])
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -63,4 +63,4 @@ def heat(
         )
         for r, line in zip(rows, values, strict=True)
     )
-    return markup(figure, name, f"{labels[0]} by {labels[1]}, percent. {told}")
+    return svg_markup(figure, name, f"{labels[0]} by {labels[1]}, percent. {told}")

@@ -83,7 +83,7 @@ TERMS = {  # base name -> standard term, unit
     "sensitivity": ("Sensitivity at the threshold", RATE),
     "shift_length": ("Length of the shift over that untreated", PLAIN),
 }
-CLEAN, BENIGN = ("Clean accuracy (CA)", RATE), ("Benign accuracy (BA)", RATE)
+CLEAN_ACCURACY, BENIGN_ACCURACY = ("Clean accuracy (CA)", RATE), ("Benign accuracy (BA)", RATE)
 GROUPS = {
     "clean": "clean twin",
     "poisoned": "attacked",
@@ -106,7 +106,7 @@ GROUPS = {
     "text": "the twin's vision, its text",
     "both": "both its own",
 }
-TWIN = (
+TWIN_GROUPS = (
     "clean",
     "baseline",
     "branch_swap.neither",
@@ -114,7 +114,7 @@ TWIN = (
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricRow:
     """A metric ready to be shown. track: value, low and high in percent of a line from 0 to 1, or None."""
 
     key: str
@@ -127,7 +127,7 @@ class Figure:
     track: tuple[float, float, float] | None
 
 
-def split(key: str) -> tuple[str, str, str]:
+def split_key(key: str) -> tuple[str, str, str]:
     """`scan.dao.recall_at_0.01` -> ('scan.dao', 'recall_at_0.01', ''); `poisoned.targeted_rank@16` -> (.., .., '16')."""
     found = re.match(
         r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*n?)?)(?:@(\w+))?$", key
@@ -135,13 +135,17 @@ def split(key: str) -> tuple[str, str, str]:
     return (found[1] or "", found[2], found[3] or "") if found else ("", key, "")
 
 
-def term(key: str, attacked: bool = False) -> tuple[str, str]:
+def label_and_unit(key: str, attacked: bool = False) -> tuple[str, str]:
     """A metric's standard term and unit. attacked: the encoder measured is one that was poisoned: CA is called BA."""
-    group, base, at = split(key)
-    if base.startswith("attack_success") and "baseline" not in base and group.startswith(TWIN):
+    group, base, at = split_key(key)
+    if (
+        base.startswith("attack_success")
+        and "baseline" not in base
+        and group.startswith(TWIN_GROUPS)
+    ):
         base = base.replace("attack_success", "attack_success_baseline")
     if base == "clean_accuracy":
-        return BENIGN if attacked and not group.startswith(TWIN) else CLEAN
+        return BENIGN_ACCURACY if attacked and not group.startswith(TWIN_GROUPS) else CLEAN_ACCURACY
     if share := re.fullmatch(r"recall_at_([\d.]+)", base):
         return f"Recall among the worst {100 * float(share[1]):g}\u00a0%", RATE
     label, unit = TERMS.get(base, (base.replace("_", " "), PLAIN))
@@ -154,78 +158,85 @@ def term(key: str, attacked: bool = False) -> tuple[str, str]:
     return (f"{label}, trigger {at}" if at else label), unit
 
 
-def grouped(group: str) -> str:
+def group_label(group: str) -> str:
     """A metric's group in words: `few_shot.10` -> `few labels, 10 a class`."""
     return ", ".join(
         GROUPS.get(g, f"{g} a class" if g.isdigit() else g) for g in group.split(".") if g
     )
 
 
-def number(value: float, unit: str = PLAIN) -> str:
+def format_value(value: float, unit: str = PLAIN) -> str:
     """A value as text: rates in percent."""
     if not math.isfinite(value):
         return "–"
     if unit == RATE:
-        return percent(value)
+        return format_percent(value)
     if unit == COUNT:
         return f"{round(value):,}"
     return f"{value:.3f}" if unit == SCORE or abs(value) < 1 else f"{value:,.2f}"
 
 
-def percent(value: float, sign: bool = True) -> str:
+def format_percent(value: float, sign: bool = True) -> str:
     """0.981 -> `98.1 %`, kept on one line; small shares keep two digits."""
     text = f"{100 * value:.1f}" if value == 0 or value >= 0.00995 else f"{100 * value:.2g}"
     return text + ("\u00a0%" if sign else "")
 
 
-def interval(m: Measure, unit: str) -> str:
+def format_interval(m: Measure, unit: str) -> str:
     """The interval as text; empty for what was counted."""
     if m.low == m.high or not (math.isfinite(m.low) and math.isfinite(m.high)):
         return ""
     if unit == RATE:
-        return f"{percent(m.low, False)}\u00a0–\u2060\u00a0{percent(m.high)}"
-    return f"{number(m.low, unit)} – {number(m.high, unit)}"
+        return f"{format_percent(m.low, False)}\u00a0–\u2060\u00a0{format_percent(m.high)}"
+    return f"{format_value(m.low, unit)} – {format_value(m.high, unit)}"
 
 
-def span(m: Measure) -> str:
+def format_rate_in_full(m: Measure) -> str:
     """A rate with interval and n, for a sentence: `98.1 % (95 % interval 96.5 – 99.0 %, n = 484)`."""
-    inside = interval(m, RATE)
-    return f"{percent(m.value)} ({f'95 % interval {inside}, ' if inside else ''}n = {m.n:,})"
+    inside = format_interval(m, RATE)
+    return f"{format_percent(m.value)} ({f'95 % interval {inside}, ' if inside else ''}n = {m.n:,})"
 
 
-def brief(m: Measure) -> str:
+def format_rate(m: Measure) -> str:
     """A rate with its interval in brackets."""
-    return f"{percent(m.value)} [{interval(m, RATE)}]"
+    return f"{format_percent(m.value)} [{format_interval(m, RATE)}]"
 
 
-def figure(key: str, m: Measure, attacked: bool = False) -> Figure:
+def metric_row(key: str, m: Measure, attacked: bool = False) -> MetricRow:
     """A metric ready to be shown."""
-    label, unit = term(key, attacked)
-    group = grouped(split(key)[0])
+    label, unit = label_and_unit(key, attacked)
+    group = group_label(split_key(key)[0])
     track = None
-    if unit in (RATE, SCORE) and 0 <= m.low <= m.high <= 1 and interval(m, unit):
+    if unit in (RATE, SCORE) and 0 <= m.low <= m.high <= 1 and format_interval(m, unit):
         track = (round(100 * m.value, 2), round(100 * m.low, 2), round(100 * m.high, 2))
-    return Figure(
-        key, label, group, number(m.value, unit), interval(m, unit), f"{m.n:,}", m.how, track
+    return MetricRow(
+        key,
+        label,
+        group,
+        format_value(m.value, unit),
+        format_interval(m, unit),
+        f"{m.n:,}",
+        m.how,
+        track,
     )
 
 
-def measures(run: Run) -> dict[str, Measure]:
+def read_measures(run: Run) -> dict[str, Measure]:
     """Every metric of a run."""
     return {k: Measure(**m) for k, m in run.manifest.get("metrics", {}).items()}
 
 
-def pick(found: Mapping[str, Measure], name: str) -> Measure | None:
+def first_measure(found: Mapping[str, Measure], name: str) -> Measure | None:
     """A metric by name; of several triggers, the first one's."""
     return found.get(name) or found.get(name + "@0")
 
 
-def goals(run: Run) -> list[Goal]:
+def read_goals(run: Run) -> list[Goal]:
     """What the attacker wants of a run, each goal once (a run with two attacked parents inherits it twice)."""
-    return list(dict.fromkeys(Goal.read(g) for g in run.manifest.get("goal", [])))
+    return list(dict.fromkeys(Goal.from_json(g) for g in run.manifest.get("goal", [])))
 
 
-def targets(found: list[Goal]) -> str:
+def describe_goals(found: list[Goal]) -> str:
     """Backdoor goals in words: `inputs with patch are to be read as 'striped star'`."""
     words = [f"images with a {trigger_name(g)} trigger as “{g.target}”" for g in found if g.trigger]
     victims = sum(len(g.victims) for g in found)
@@ -241,11 +252,11 @@ def trigger_name(goal: Goal) -> str:
     return (goal.trigger or "").partition(":")[0]
 
 
-def count(n: int, noun: str) -> str:
+def quantity(n: int, noun: str) -> str:
     """`1 record`, `3,000 records`."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
-def mapping(value: Any) -> dict:
+def as_dict(value: Any) -> dict:
     """A manifest's field that should be an object."""
     return value if isinstance(value, dict) else {}

@@ -16,9 +16,9 @@ from bezoar.errors import UserError
 from bezoar.reports import metric_names
 from bezoar.reports.page_parts import Section, Text
 from bezoar.reports.run_page import Story, tell
-from bezoar.runs.ask import Settings, positional_fields
 from bezoar.runs.execute import execute as run_verb
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings, positional_fields
 
 PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -30,21 +30,21 @@ FEW = 24  # metrics that are shown at once; longer tables are folded
 def execute(verb: Any, settings: Settings | None = None) -> Run:
     """Run a verb, or return the run that already answers it; a run that is done gets its page."""
     settings = settings or Settings()
-    return run_verb(verb, replace(settings, finish=settings.finish or write))
+    return run_verb(verb, replace(settings, finish=settings.finish or write_page))
 
 
-def write(run: Run) -> Path:
+def write_page(run: Run) -> Path:
     """Write report.html into a run, under a temporary name first. Returns its path."""
-    text = render(run)
+    text = render_page(run)
     temporary = run.path / "report.tmp"
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, run.path / PAGE)
     return run.path / PAGE
 
 
-def alone(run: Run, path: Path) -> Path:
+def write_standalone_page(run: Run, path: Path) -> Path:
     """Write a run's page to be handed around: without links to other runs, or where they lie. Returns its path."""
-    text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render(run))
+    text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render_page(run))
     text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -52,7 +52,7 @@ def alone(run: Run, path: Path) -> Path:
     return path
 
 
-def render(run: Run) -> str:
+def render_page(run: Run) -> str:
     """The page's text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -71,7 +71,7 @@ def render(run: Run) -> str:
 def contents(story: Story) -> dict[str, Any]:
     """Everything the template shows."""
     manifest = story.manifest
-    rows = [metric_names.figure(k, m, story.attacked) for k, m in story.measures.items()]
+    rows = [metric_names.metric_row(k, m, story.attacked) for k, m in story.measures.items()]
     by_key = {row.key: row for row in rows}
     return {
         "verb": story.run.verb,
@@ -86,13 +86,13 @@ def contents(story: Story) -> dict[str, Any]:
         "rows": rows,
         "folded": len(rows) > FEW,
         "parents": [parent(story.run, name) for name in dict.fromkeys(manifest.get("parents", []))],
-        "command": command(story.run),
+        "command": shell_command(story.run),
         "started": manifest.get("started", ""),
         "seconds": manifest.get("seconds"),
         "memory": manifest.get("peak_memory_bytes"),
-        "environment": metric_names.mapping(manifest.get("environment")),
+        "environment": metric_names.as_dict(manifest.get("environment")),
         "notes": [(k, plain(v)) for k, v in story.notes.items()],
-        "outputs": metric_names.mapping(manifest.get("outputs")),
+        "outputs": metric_names.as_dict(manifest.get("outputs")),
         "version": manifest.get("bezoar", ""),
     }
 
@@ -113,7 +113,7 @@ def parent(run: Run, name: str) -> dict[str, str]:
     if not RUN_NAME.fullmatch(str(name)):
         return {"name": str(name), "href": "", "headline": ""}
     try:
-        found = run.beside(name)
+        found = run.sibling(name)
         headline = tell(found).headline()
     except PROBLEMS:
         return {"name": name, "href": "", "headline": "this run is no longer there"}
@@ -124,13 +124,13 @@ def parent(run: Run, name: str) -> dict[str, str]:
     }
 
 
-def command(run: Run) -> str:
+def shell_command(run: Run) -> str:
     """The shell command that asks the same question again: every field that differs from its default."""
     manifest = run.manifest
     verb, typed, ask = (
         manifest["verb"],
         manifest.get("typed", {}),
-        metric_names.mapping(manifest.get("ask")),
+        metric_names.as_dict(manifest.get("ask")),
     )
     cls = verb_class(verb)
     defaults = {} if cls is None else defaults_of(cls)

@@ -91,11 +91,11 @@ class Gallery:
     kind: str = field(default="gallery", init=False)
 
     @property
-    def across(self) -> int:
+    def pictures_across(self) -> int:
         """Pictures in the widest tile."""
         return max((len(t.pictures) for t in self.tiles), default=1)
 
-    def place(self, picture: int) -> str:
+    def background_position(self, picture: int) -> str:
         """CSS background-position of a picture, in percent of the room there is."""
         y, x = divmod(picture, self.columns)
         return f"{100 * x / max(1, self.columns - 1):.4g}% {100 * y / max(1, self.rows - 1):.4g}%"

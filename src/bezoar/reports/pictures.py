@@ -15,17 +15,17 @@ from bezoar.data.pairs import Pairs
 from bezoar.reports.page_parts import Gallery, Tile
 from bezoar.runs.inputs import Dataset
 
-LARGEST = 96  # pixels of a picture's side as it is stored in a page
+MAX_SIDE = 96  # pixels of a picture's side as it is stored in a page
 COLUMNS = 16
 MOST_TEXT = 160
 
 
-def records(parts: Dataset, ids: Sequence[str]) -> Pairs:
+def take_records(parts: Dataset, ids: Sequence[str]) -> Pairs:
     """The records of these ids as training reads them, in that order; only their images are made. Unknown ids are left out."""
     wanted = set(ids)
     edits = tuple(e for e in parts.plan.edits if e.id in wanted)
     made = (
-        replace(parts.plan, edits=edits).poisons(sources(parts, [e.source for e in edits]))
+        replace(parts.plan, edits=edits).poisons(take_sources(parts, [e.source for e in edits]))
         if edits
         else None
     )
@@ -38,7 +38,7 @@ def records(parts: Dataset, ids: Sequence[str]) -> Pairs:
     return every.take([row[k] for k in ids if k in row])
 
 
-def sources(parts: Dataset, ids: Sequence[str]) -> Pairs:
+def take_sources(parts: Dataset, ids: Sequence[str]) -> Pairs:
     """Untouched records, of the data set and of the victims that a plan adds, each once."""
     wanted = set(ids)
     found = parts.clean.take([i for i, k in enumerate(parts.clean.ids) if k in wanted])
@@ -55,11 +55,11 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
     return Pairs.concat(full) if full else replace(parts[0], report=None)
 
 
-def sheet(
+def contact_sheet(
     images: torch.Tensor, tiles: Sequence[Tile], scale: int = 80, title: str = "", note: str = ""
 ) -> Gallery:
     """A contact sheet of images, uint8 (N, 3, H, W); large ones are made smaller, sides are made equal by margins."""
-    cells = squares(images.cpu())
+    cells = to_squares(images.cpu())
     n, _, side, _ = cells.shape
     columns = max(1, min(COLUMNS, n))
     rows = max(1, -(-n // columns))
@@ -73,12 +73,12 @@ def sheet(
     return Gallery(png(grid), columns, rows, tiles, scale, side >= scale, title, note)
 
 
-def squares(images: torch.Tensor) -> torch.Tensor:
+def to_squares(images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) -> uint8 (N, 3, S, S), S at most LARGEST."""
     if not len(images):
         return torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
     height, width = images.shape[-2:]
-    shrink = min(1.0, LARGEST / max(height, width))
+    shrink = min(1.0, MAX_SIDE / max(height, width))
     if shrink < 1:
         shape = [max(1, round(height * shrink)), max(1, round(width * shrink))]
         images = (
@@ -102,13 +102,13 @@ def png(pixels: torch.Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def short(text: Any, most: int = MOST_TEXT) -> str:
+def shorten(text: Any, most: int = MOST_TEXT) -> str:
     """A caption or an id, cut where it would run on for ever."""
     text = str(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def own_class(pairs: Pairs, row: int) -> str:
+def class_name(pairs: Pairs, row: int) -> str:
     """The class of a record, or nothing."""
     if pairs.labels is None or not pairs.classes or int(pairs.labels[row]) < 0:
         return ""

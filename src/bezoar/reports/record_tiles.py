@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bezoar.detection.corpus.corpus import Corpus, Scored
+from bezoar.detection.corpus.corpus import Corpus, ScanScores
 from bezoar.reports import pictures
 from bezoar.reports.page_parts import Gallery, Line, Tile
-from bezoar.reports.similar_records import nearest
+from bezoar.reports.similar_records import find_nearest
 
 FRAME = (255, 214, 0)
 Box = tuple[int, int, int, int]
 
 
-def framed(image: Tensor, box: Box | None) -> Tensor:
+def draw_frame(image: Tensor, box: Box | None) -> Tensor:
     """uint8 (3, H, W) -> a copy with the frame of a window round its top, left, height, width; as it is without one."""
     if box is None:
         return image
@@ -32,9 +32,9 @@ def framed(image: Tensor, box: Box | None) -> Tensor:
     return out
 
 
-def tiles(
+def record_gallery(
     corpus: Corpus,
-    scored: Scored,
+    scored: ScanScores,
     ranked: Sequence[tuple[int, int]],
     poisons: frozenset[str] | None,
     windows: Mapping[str, Box],
@@ -45,7 +45,9 @@ def tiles(
     """ranked: rank from 1 and row. poisons: ids, None where nobody knows."""
     rows = [i for _, i in ranked]
     found = corpus.take(rows)
-    images = [framed(x, windows.get(k)) for x, k in zip(found.images.cpu(), found.ids, strict=True)]
+    images = [
+        draw_frame(x, windows.get(k)) for x, k in zip(found.images.cpu(), found.ids, strict=True)
+    ]
     shown = []
     for at, (rank, i) in enumerate(ranked):
         lines, look = [], ""
@@ -53,12 +55,12 @@ def tiles(
             bad = scored.ids[i] in poisons
             look = "bad" if bad else ""
             lines.append(Line("poison" if bad else "clean", "bad" if bad else "good"))
-        lines.append(Line(pictures.short(scored.captions[i] or scored.ids[i])))
+        lines.append(Line(pictures.shorten(scored.captions[i] or scored.ids[i])))
         if scale < 100:  # small tiles are about what they show
             shown.append(Tile((at,), lines, look, f"{rank}"))
             continue
         several = (
-            {pictures.short(k, 16): s for k, s in scored.detectors.items()}
+            {pictures.shorten(k, 16): s for k, s in scored.detectors.items()}
             if len(scored.detectors) > 1
             else {}
         )
@@ -66,15 +68,17 @@ def tiles(
             Line(f"{k} {float(s.values[i]):.2f}", "muted")
             for k, s in {"score": scored.merged, **several}.items()
         ]
-        lines.append(Line(pictures.short(scored.places[i] or scored.ids[i], 60), "muted"))
+        lines.append(Line(pictures.shorten(scored.places[i] or scored.ids[i], 60), "muted"))
         shown.append(Tile((at,), lines, look, f"{rank}"))
-    return pictures.sheet(torch.stack(images), shown, scale, title, note)
+    return pictures.contact_sheet(torch.stack(images), shown, scale, title, note)
 
 
-def neighbours(corpus: Corpus, scored: Scored, ranked: Sequence[tuple[int, int]]) -> Gallery | None:
+def neighbour_gallery(
+    corpus: Corpus, scored: ScanScores, ranked: Sequence[tuple[int, int]]
+) -> Gallery | None:
     """Each record beside the three of the corpus that the encoder finds most like it."""
     rows = [i for _, i in ranked]
-    near, cosine = nearest(corpus.embedded, rows)
+    near, cosine = find_nearest(corpus.embedded, rows)
     if not near.size:
         return None
     wanted = sorted({*rows, *near.flatten().tolist()})
@@ -82,10 +86,12 @@ def neighbours(corpus: Corpus, scored: Scored, ranked: Sequence[tuple[int, int]]
     found = corpus.take(wanted)
     shown = []
     for (rank, i), others, alike in zip(ranked, near.tolist(), cosine.tolist(), strict=True):
-        lines = [Line(pictures.short(scored.captions[i] or scored.ids[i], 90), "mark")]
+        lines = [Line(pictures.shorten(scored.captions[i] or scored.ids[i], 90), "mark")]
         for j, c in zip(others, alike, strict=True):
             lines.append(
-                Line(f"{c:.2f} {pictures.short(scored.captions[j] or scored.ids[j], 80)}", "muted")
+                Line(
+                    f"{c:.2f} {pictures.shorten(scored.captions[j] or scored.ids[j], 80)}", "muted"
+                )
             )
         shown.append(Tile([place[i], *(place[j] for j in others)], lines, "", f"{rank}"))
-    return pictures.sheet(found.images, shown, 64)
+    return pictures.contact_sheet(found.images, shown, 64)

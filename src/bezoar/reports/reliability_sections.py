@@ -12,7 +12,15 @@ from markupsafe import Markup
 from bezoar.detection.reliability import side_channels
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import metric_names
-from bezoar.reports.charts import PAINT, WIDE, blank, legend, markup, percent_axis, styled
+from bezoar.reports.charts import (
+    COLOURS,
+    WIDE,
+    add_legend,
+    house_style,
+    new_figure,
+    set_percent_axis,
+    svg_markup,
+)
 from bezoar.reports.page_parts import Figure, Section, Table, Text
 
 FILTERS = {  # name -> in words
@@ -37,7 +45,7 @@ def expected(measures: Mapping[str, Measure]) -> list[tuple[int, Measure]]:
     return sorted((int(k[1]), m) for k, m in found if k)
 
 
-def discoveries(
+def false_discovery_section(
     measures: Mapping[str, Measure], told: Mapping, truth: np.ndarray | None, removed: int
 ) -> Section:
     """truth: bool (N,), worst first: is it a poison; None where nobody knows."""
@@ -77,19 +85,19 @@ def discoveries(
     )
 
 
-@styled
+@house_style
 def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) -> Markup:
     """The estimate with its range over n, and the truth where it is known."""
-    figure, axes = blank((WIDE[0], 3.0))
+    figure, axes = new_figure((WIDE[0], 3.0))
     n = np.array([at for at, _ in rows], dtype=float)
     value, low, high = (
         np.array([getattr(m, end) for _, m in rows]) / n for end in ("value", "low", "high")
     )
-    axes.fill_between(n, low, high, color=PAINT["clean"], alpha=0.16, linewidth=0, label="range")
+    axes.fill_between(n, low, high, color=COLOURS["clean"], alpha=0.16, linewidth=0, label="range")
     axes.plot(
         n,
         value,
-        color=PAINT["clean"],
+        color=COLOURS["clean"],
         marker="o",
         markersize=4,
         label=f"expected to be {kind}",
@@ -98,23 +106,27 @@ def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) 
     if truth is not None:
         every = np.unique(np.geomspace(max(1, n[0]), n[-1], 200).astype(int))
         share = np.cumsum(~truth)[every - 1] / every
-        axes.plot(every, share, color=PAINT["bad"], linewidth=1.4, label="clean in truth")
+        axes.plot(every, share, color=COLOURS["bad"], linewidth=1.4, label="clean in truth")
     axes.set_xscale("log")
     axes.set_xlim(n[0], n[-1] if n[-1] > n[0] else n[0] + 1)
     axes.set_ylim(0, 1.02)
     axes.minorticks_off()
     axes.set_xticks(n, [f"{x:,.0f}" for x in n])
-    percent_axis(axes.yaxis)
+    set_percent_axis(axes.yaxis)
     axes.set_xlabel("the worst n records (log scale)")
-    legend(axes, 3 if truth is not None else 2)
+    add_legend(axes, 3 if truth is not None else 2)
     told = "; ".join(
         f"{100 * v:.0f} % ({100 * a:.0f} to {100 * b:.0f}) of {x:.0f}"
         for x, v, a, b in zip(n, value, low, high, strict=True)
     )
-    return markup(figure, "discoveries", f"Share expected to be {kind} among the worst n: {told}")
+    return svg_markup(
+        figure, "discoveries", f"Share expected to be {kind} among the worst n: {told}"
+    )
 
 
-def leaking(measures: Mapping[str, Measure], told: Mapping) -> list[tuple[str, Measure]]:
+def separating_channels(
+    measures: Mapping[str, Measure], told: Mapping
+) -> list[tuple[str, Measure]]:
     """The side channels that separate, worst first."""
     found = told.get("separates") or []
     return [
@@ -126,7 +138,7 @@ def side_channel_section(measures: Mapping[str, Measure], told: Mapping) -> Sect
     """Every channel with its AUROC, worst first; what could not be looked at."""
     if not told:
         return None
-    bad = leaking(measures, told)
+    bad = separating_channels(measures, told)
     keys = [k for k in measures if k.startswith("leak.") and k.endswith(".auroc")]
     rows = []
     for key in sorted(keys, key=lambda k: -measures[k].value):
@@ -135,9 +147,9 @@ def side_channel_section(measures: Mapping[str, Measure], told: Mapping) -> Sect
         rows.append(
             [
                 name.replace("_", " "),
-                side_channels.TOLD.get(name, name),
+                side_channels.DESCRIPTIONS.get(name, name),
                 f"{m.value:.3f}",
-                metric_names.interval(m, metric_names.SCORE),
+                metric_names.format_interval(m, metric_names.SCORE),
                 mark,
             ]
         )
@@ -148,7 +160,7 @@ def side_channel_section(measures: Mapping[str, Measure], told: Mapping) -> Sect
         lead = f"{of.capitalize()} can be told from the rest without a detector: {names}. Detector figures here say less."
     absent = [
         f"{', '.join(x.replace('_', ' ') for x in names)}: {why}"
-        for why, names in metric_names.mapping(told.get("not_applicable")).items()
+        for why, names in metric_names.as_dict(told.get("not_applicable")).items()
     ]
     note = (
         "AUROC of one channel alone, direction chosen on half of the records, measured on the other; a leak is above "
@@ -167,7 +179,7 @@ def side_channel_section(measures: Mapping[str, Measure], told: Mapping) -> Sect
     )
 
 
-def filters(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
+def filter_section(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
     """The usual filters: clean records kept, poisons that pass."""
     rows = []
     for name, text in FILTERS.items():
@@ -176,7 +188,7 @@ def filters(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
             measures.get(f"filter.{name}.poisons_pass"),
         )
         if kept is not None and passed is not None:
-            rows.append([text, metric_names.brief(kept), metric_names.brief(passed)])
+            rows.append([text, metric_names.format_rate(kept), metric_names.format_rate(passed)])
     if not rows:
         return None
     absent = "; ".join(f"{FILTERS.get(k, k)}: {why}" for k, why in told.items())

@@ -28,15 +28,15 @@ class Story:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.manifest = run.manifest
-        self.measures: dict[str, Measure] = metric_names.measures(run)
-        self.goals: list[Goal] = metric_names.goals(run)
-        self.notes = metric_names.mapping(self.manifest.get("notes"))
-        self.ask = metric_names.mapping(self.manifest.get("ask"))
+        self.measures: dict[str, Measure] = metric_names.read_measures(run)
+        self.goals: list[Goal] = metric_names.read_goals(run)
+        self.notes = metric_names.as_dict(self.manifest.get("notes"))
+        self.ask = metric_names.as_dict(self.manifest.get("ask"))
 
     @functools.cached_property
     def data(self) -> inputs.Dataset:
         """The records that the run goes back to, and what is poisoned in them."""
-        return inputs.dataset(self.run)
+        return inputs.open_dataset(self.run)
 
     @property
     def attacked(self) -> bool:
@@ -50,7 +50,7 @@ class Story:
     def headline(self) -> str:
         """What happened, in a sentence with numbers."""
         shown = [
-            f"{metric_names.term(k)[0]} {metric_names.number(m.value, metric_names.term(k)[1])}"
+            f"{metric_names.label_and_unit(k)[0]} {metric_names.format_value(m.value, metric_names.label_and_unit(k)[1])}"
             for k, m in self.measures.items()
         ]
         return ", ".join(shown[:3]) or "This run reports no figures."
@@ -76,21 +76,23 @@ class Story:
 
     def metric(self, name: str) -> Measure | None:
         """A metric by name; of several triggers, the first one's."""
-        return metric_names.pick(self.measures, name)
+        return metric_names.first_measure(self.measures, name)
 
     def input(self, name: str) -> Run | None:
         """The run that was given as an input, if it was a run."""
         asked = self.ask.get(name)
-        return self.run.beside(asked["run"]) if isinstance(asked, dict) and "run" in asked else None
+        return (
+            self.run.sibling(asked["run"]) if isinstance(asked, dict) and "run" in asked else None
+        )
 
     @functools.cached_property
     def tested(self) -> Pairs:
         """The test data, of a run or a spec, as they were measured on."""
         run = self.input("test")
         return (
-            inputs.read(registry.make("data", self.notes["test"]))
+            inputs.read_pairs(registry.make("data", self.notes["test"]))
             if run is None
-            else inputs.dataset(run).pairs
+            else inputs.open_dataset(run).pairs
         )
 
     def json(self, name: str) -> Any:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bezoar.data.strings import Strings
-from bezoar.encoders.encoder import Embedded, words
+from bezoar.encoders.encoder import EmbeddedRecords, split_words
 
-ROWS = 1 << 16  # vectors of a block
+BLOCK_ROWS = 1 << 16  # vectors of a block
 NEAR = 3
 SAMPLE = 5000  # captions by which a word is usual
 COMMON = 0.2  # share of the captions from which it tells nothing
@@ -21,8 +21,8 @@ APART = 0.55  # mean distance at which groups are no longer joined, 0..1
 
 
 @torch.inference_mode()
-def nearest(
-    embedded: Embedded, rows: Sequence[int], count: int = NEAR
+def find_nearest(
+    embedded: EmbeddedRecords, rows: Sequence[int], count: int = NEAR
 ) -> tuple[np.ndarray, np.ndarray]:
     """The records most like the given ones, not they themselves: rows int64 (M, K) and cosines (M, K), K <= count."""
     z, own = embedded.images, torch.as_tensor(rows)
@@ -32,8 +32,8 @@ def nearest(
         torch.full((len(own), count), -torch.inf),
         torch.zeros(len(own), count, dtype=torch.long),
     )
-    for start in range(0, len(z), ROWS):
-        block = z[start : start + ROWS].float()
+    for start in range(0, len(z), BLOCK_ROWS):
+        block = z[start : start + BLOCK_ROWS].float()
         here = torch.arange(start, start + len(block))
         cosine = (wanted @ block.T).masked_fill(own[:, None] == here, -torch.inf)
         every, index = torch.cat([best, cosine], 1), torch.cat([near, here.expand(len(own), -1)], 1)
@@ -50,7 +50,7 @@ class Group:
     words: list[str]
 
 
-def groups(
+def group_records(
     vectors: Tensor, captions: Sequence[str], usual: Mapping[str, float], least: int = 3
 ) -> list[Group]:
     """Records that are alike, the largest group first; smaller ones than `least` are left out.
@@ -66,7 +66,7 @@ def groups(
         return []
     v = torch.nn.functional.normalize(vectors.float() - vectors.float().mean(0), dim=1)
     cosine = (v @ v.T).double().numpy()
-    rare = [{w for w in words(c) if usual.get(w, 0) < COMMON} for c in captions]
+    rare = [{w for w in split_words(c) if usual.get(w, 0) < COMMON} for c in captions]
     every = sorted(set().union(*rare)) if rare else []
     column = {w: i for i, w in enumerate(every)}
     held = np.zeros((len(rare), max(1, len(every))))
@@ -88,10 +88,10 @@ def groups(
     return sorted(out, key=lambda g: (-len(g.members), g.members))
 
 
-def usual(captions: Strings) -> dict[str, float]:
+def word_shares(captions: Strings) -> dict[str, float]:
     """Word -> the share of the captions that hold it, of some spread over all of them."""
     if not len(captions):
         return {}
     rows = np.unique(np.linspace(0, len(captions) - 1, min(SAMPLE, len(captions))).astype(np.int64))
-    seen = Counter(w for c in captions.take(rows) for w in set(words(c)))
+    seen = Counter(w for c in captions.take(rows) for w in set(split_words(c)))
     return {w: n / len(rows) for w, n in seen.items()}

@@ -19,20 +19,20 @@ from typing import Any
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.machine import device, environment
+from bezoar.machine import describe_environment, select_device
 from bezoar.progress import Progress
-from bezoar.runs.ask import (
+from bezoar.runs.run import CHECKPOINT, MANIFEST, SCHEMA, UNHASHED, Run, find_run, get_run
+from bezoar.runs.verb import (
     Settings,
     Trial,
-    _spec,
     fingerprint,
     input_fields,
-    named_files,
-    typed,
+    input_files,
+    input_to_json,
+    spec_of_path,
     verb_name,
 )
-from bezoar.runs.run import CHECKPOINT, MANIFEST, SCHEMA, UNHASHED, Run, find, named
-from bezoar.training.ranks import shared
+from bezoar.training.ranks import share_work
 
 
 @dataclass
@@ -45,7 +45,9 @@ class Job:
     progress: Progress
     notes: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as `notes`
     goals: list[dict] | None = None  # set by a verb that changes them; otherwise inherited
-    made: list[Run] = field(default_factory=list)  # runs that this one ran; they are parents too
+    child_runs: list[Run] = field(
+        default_factory=list
+    )  # runs that this one ran; they are parents too
 
     @property
     def seed(self) -> int:
@@ -55,14 +57,14 @@ class Job:
     def run(self, verb: Any) -> Run:
         """Run another verb, with this run's settings, as a parent of this run."""
         made = execute(verb, dataclasses.replace(self.settings, fresh=False))
-        if made.name not in [r.name for r in self.made]:
-            self.made.append(made)
+        if made.name not in [r.name for r in self.child_runs]:
+            self.child_runs.append(made)
         return made
 
     @property
     def device(self) -> Any:
         """The torch device asked for."""
-        return device(self.settings.device)
+        return select_device(self.settings.device)
 
 
 def execute(verb: Any, settings: Settings) -> Run:
@@ -70,10 +72,10 @@ def execute(verb: Any, settings: Settings) -> Run:
 
     A run that was cut off, or failed, is gone on with from what it kept; a fresh one keeps nothing.
     """
-    device(settings.device)
+    select_device(settings.device)
     if not 0 <= settings.seed < 1 << 32:  # what every generator that is used takes
         raise UserError(f"seed must be 0 or more, below 2**32; got {settings.seed}")
-    inputs, ask = resolve(verb, settings)
+    inputs, ask = resolve_inputs(verb, settings)
     name = f"{verb_name(verb)}-{hashlib.sha256(json.dumps(ask, sort_keys=True).encode()).hexdigest()[:10]}"
     folder = settings.runs / name
     run = Run(folder)
@@ -109,7 +111,7 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
         "verb": verb_name(verb),
         "status": "running",
         "ask": ask,
-        "typed": {f.name: typed(getattr(verb, f.name)) for f in dataclasses.fields(verb)},
+        "typed": {f.name: input_to_json(getattr(verb, f.name)) for f in dataclasses.fields(verb)},
         "parents": [r.name for r in parents],
         "elsewhere": {
             r.name: str(r.path.absolute())
@@ -133,7 +135,7 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
             if getattr(verb, "joint", False)
             else None
         )
-        with job.progress, shared(order):
+        with job.progress, share_work(order):
             metrics = verb.work(job)
         status = "done"
     except KeyboardInterrupt:
@@ -146,12 +148,12 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
         manifest |= {
             "status": status,
             "error": error,
-            "parents": [r.name for r in [*parents, *job.made]],
+            "parents": [r.name for r in [*parents, *job.child_runs]],
             "goal": goals if job.goals is None else job.goals,
             "metrics": {k: m.json() for k, m in metrics.items()},
             "notes": job.notes,
             "outputs": _outputs(run.path) if status == "done" else {},
-            "environment": environment(job.device),
+            "environment": describe_environment(job.device),
             "seconds": round(time.monotonic() - start, 2),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
@@ -161,7 +163,7 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
     return run
 
 
-def resolve(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
+def resolve_inputs(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
     """A verb's fields -> what they stand for (Run, configured method, plain value), and the `ask` that names them."""
     inputs: dict[str, Any] = {}
     ask: dict[str, Any] = {
@@ -197,9 +199,9 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
             raise UserError(
                 f"no run {str(value)!r}; weights are imported:path=FILE, a classifier's classifier:path=FILE"
             )
-        run = (named if must else find)(settings.runs, str(value))
+        run = (get_run if must else find_run)(settings.runs, str(value))
         kind = "network" if what == "encoder" else what
-        value = run or registry.make(kind, _spec(kind, str(value)))
+        value = run or registry.make(kind, spec_of_path(kind, str(value)))
     elif isinstance(value, (str, Path)):
         value = registry.make(what, str(value))
     if isinstance(value, Run):
@@ -207,7 +209,7 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
             raise UserError(f"run {value.name} is {status}, not done; ask for it again first")
         return value, {"run": value.name}
     asked = {"spec": registry.spec(value), "source": registry.source_hash(type(value))}
-    if files := named_files(value):
+    if files := input_files(value):
         asked["files"] = fingerprint(files)
     return value, asked
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.data import stored_pairs
 from bezoar.data.pairs import Pairs, content_hash
-from bezoar.data.stored_pairs import Indexed
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
 from bezoar.runs import inputs
@@ -46,11 +46,11 @@ class Reference:
         }
 
 
-def choose(given: Any, target: str, rule: str, encoder: Encoder) -> Reference:
+def choose_reference(given: Any, target: str, rule: str, encoder: Encoder) -> Reference:
     """The reference for a target, of a configured data method or a run. Raises UserError where there is none to choose."""
     if rule not in RULES:
         raise UserError(f"no rule {rule!r} to choose a reference by; there are: {', '.join(RULES)}")
-    parts = inputs.dataset(given)
+    parts = inputs.open_dataset(given)
     source = given.name if isinstance(given, Run) else registry.spec(given)
     records = parts.clean
     if len(records) == 1 and not named(records, 0):
@@ -75,14 +75,14 @@ def choose(given: Any, target: str, rule: str, encoder: Encoder) -> Reference:
     return Reference(pairs.images[best], pairs.ids[best], source, how)
 
 
-def named(records: Pairs | Indexed, row: int) -> str:
+def named(records: Pairs | StoredPairs, row: int) -> str:
     """The class of a record, or nothing."""
     if records.labels is None or not records.classes or int(records.labels[row]) < 0:
         return ""
     return records.classes[int(records.labels[row])]
 
 
-def rows_of(records: Pairs | Indexed, target: str, source: str) -> list[int]:
+def rows_of(records: Pairs | StoredPairs, target: str, source: str) -> list[int]:
     """The records of the target's class. Raises UserError where there is no such class, or no image of it."""
     if records.labels is None or not records.classes:
         raise UserError(
@@ -106,7 +106,7 @@ def margin(encoder: Encoder, parts: inputs.Dataset, target: str, z: Tensor) -> t
     method = parts.method
     if getattr(method, "split", "train") not in ("train", None):
         method = dataclasses.replace(method, split="train")
-    known = inputs.in_memory(inputs.dataset(method).clean)
+    known = inputs.in_memory(inputs.open_dataset(method).clean)
     if known.labels is None or target not in known.classes:
         raise UserError(
             f"{registry.spec(method)} does not name the class {target!r}; a head needs labelled training data"

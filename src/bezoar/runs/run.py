@@ -76,9 +76,9 @@ class Run:
     @property
     def parents(self) -> list[Run]:
         """The runs this one was made from."""
-        return [self.beside(name) for name in self.manifest["parents"]]
+        return [self.sibling(name) for name in self.manifest["parents"]]
 
-    def beside(self, name: str) -> Run:
+    def sibling(self, name: str) -> Run:
         """A run that this one was made from: in the same directory, or where the manifest says that it lay."""
         here = self.path.parent / name
         return Run(
@@ -91,7 +91,7 @@ class Run:
         return self if self.verb == verb else next(filter(None, above), None)
 
 
-def find(runs: Path, text: str) -> Run | None:
+def find_run(runs: Path, text: str) -> Run | None:
     """A run by directory or by the start of its name. None when there is none; UserError when there are several."""
     path = Path(text)
     if os.path.isfile(path / MANIFEST):  # Path.is_file raises for a text that no name can be
@@ -106,9 +106,9 @@ def find(runs: Path, text: str) -> Run | None:
     return Run(matches[0]) if matches else None
 
 
-def named(runs: Path, text: str) -> Run:
+def get_run(runs: Path, text: str) -> Run:
     """A run that must be there. Raises UserError that names the newest ones that are."""
-    if run := find(runs, text):
+    if run := find_run(runs, text):
         return run
     there = [
         p.parent.name

@@ -23,9 +23,9 @@ from typing import Any
 from bezoar import machine
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.runs.ask import Settings, Trial, typed, verb_name
 from bezoar.runs.execute import execute
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings, Trial, input_to_json, verb_name
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Submit = Callable[[dict], "Future[dict]"]
@@ -35,11 +35,14 @@ Answer = Callable[[dict], dict]
 def sweep(trials: Iterable[Trial], settings: Settings, progress: Progress) -> dict[Trial, Run]:
     """Every trial's run. Raises UserError that names the first failure, after everything else has been run."""
     wanted = list(dict.fromkeys(trials))
-    needs = graph(wanted)
+    needs = dependency_graph(wanted)
     done: dict[Trial, Run] = {}
     failed: dict[Trial, str] = {}
     heavy = [t for t in needs if verb_name(t.verb) == "train"] or wanted
-    with pool(settings, min(len(wanted), settings.workers or cores(settings))) as (submit, places):
+    with worker_pool(settings, min(len(wanted), settings.workers or worker_count(settings))) as (
+        submit,
+        places,
+    ):
         going: dict[Future[dict], Trial] = {}
         while len(done) + len(failed) < len(needs):
             for trial, parents in needs.items():  # the first trials are finished first
@@ -48,7 +51,7 @@ def sweep(trials: Iterable[Trial], settings: Settings, progress: Progress) -> di
                 if lost := [p for p in parents if p in failed]:
                     failed[trial] = failed[lost[0]]
                 elif len(going) < places and all(p in done for p in parents):
-                    going[submit(question(trial, settings, trial in wanted))] = trial
+                    going[submit(trial_to_json(trial, settings, trial in wanted))] = trial
             finished, _ = wait(going, return_when=FIRST_COMPLETED) if going else ([], None)
             for future in finished:
                 trial, answer = going.pop(future), future.result()
@@ -67,7 +70,7 @@ def sweep(trials: Iterable[Trial], settings: Settings, progress: Progress) -> di
     return {t: done[t] for t in wanted}
 
 
-def graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
+def dependency_graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
     """Every trial and every verb inside one -> what it is made from. Parents stand before their children."""
     out: dict[Trial, tuple[Trial, ...]] = {}
 
@@ -75,7 +78,7 @@ def graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
         if trial in out:
             return
         parents = tuple(
-            v if isinstance(v, Trial) else Trial(v, trial.seed) for v in inside(trial.verb)
+            v if isinstance(v, Trial) else Trial(v, trial.seed) for v in nested_verbs(trial.verb)
         )
         for parent in parents:
             add(parent)
@@ -86,7 +89,7 @@ def graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
     return out
 
 
-def inside(verb: Any) -> list[Any]:
+def nested_verbs(verb: Any) -> list[Any]:
     """The verbs and trials that a verb's fields hold."""
     values = [getattr(verb, f.name) for f in dataclasses.fields(verb)]
     flat = [
@@ -99,7 +102,7 @@ def inside(verb: Any) -> list[Any]:
     ]
 
 
-def cores(settings: Settings) -> int:
+def worker_count(settings: Settings) -> int:
     """How many workers: one a GPU, or one a core."""
     return gpus(settings) or machine.cores()
 
@@ -108,14 +111,14 @@ def gpus(settings: Settings) -> int:
     """How many GPUs workers are spread over: all, the one that is named, or none."""
     import torch
 
-    chosen = machine.device(settings.device)
+    chosen = machine.select_device(settings.device)
     return 0 if chosen.type != "cuda" else torch.cuda.device_count() if chosen.index is None else 1
 
 
-def question(trial: Trial, settings: Settings, page: bool) -> dict:
+def trial_to_json(trial: Trial, settings: Settings, page: bool) -> dict:
     """A trial in JSON, as a worker reads it."""
     return {
-        "verb": {"verb": verb_name(trial.verb), **typed(trial.verb)},
+        "verb": {"verb": verb_name(trial.verb), **input_to_json(trial.verb)},
         "seed": trial.seed,
         "runs": str(settings.runs.absolute()),
         "device": settings.device,
@@ -137,19 +140,19 @@ def named_function(name: str | None) -> Callable[..., Any] | None:
     return getattr(importlib.import_module(module), attribute)
 
 
-def read(raw: Any) -> Any:
+def verb_from_json(raw: Any) -> Any:
     """A verb, or a trial, out of what `typed` made of it."""
     if isinstance(raw, list):
-        return tuple(map(read, raw))
+        return tuple(map(verb_from_json, raw))
     if not isinstance(raw, dict):
         return raw
     name = raw["verb"]
     verb = getattr(importlib.import_module(f"bezoar.verbs.{name}"), name.title())
-    made = verb(**{k: read(v) for k, v in raw.items() if k not in ("verb", "seed")})
+    made = verb(**{k: verb_from_json(v) for k, v in raw.items() if k not in ("verb", "seed")})
     return Trial(made, raw["seed"]) if "seed" in raw else made
 
 
-def answer(asked: dict) -> dict:
+def run_request(asked: dict) -> dict:
     """Run what was asked: `{"run": name}`, or `{"error": one line}`."""
     settings = Settings(
         Path(asked["runs"]),
@@ -160,7 +163,7 @@ def answer(asked: dict) -> dict:
     )
     try:
         os.chdir(asked["folder"])
-        return {"run": execute(read(asked["verb"]), settings).name}
+        return {"run": execute(verb_from_json(asked["verb"]), settings).name}
     except UserError as error:
         return {"error": str(error)}
     except Exception as error:  # a worker must say what happened: the sweep reports it and goes on
@@ -171,7 +174,9 @@ def answer(asked: dict) -> dict:
 
 
 @contextmanager
-def pool(settings: Settings, workers: int, by: Answer = answer) -> Iterator[tuple[Submit, int]]:
+def worker_pool(
+    settings: Settings, workers: int, by: Answer = run_request
+) -> Iterator[tuple[Submit, int]]:
     """What takes a question and gives the future of its answer. by: who answers; a process runs its module for that."""
     with (
         ray_tasks(settings, by)
@@ -239,7 +244,9 @@ def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
     own = not ray.is_initialized()
     if own:
         named = os.environ.get("RAY_ADDRESS")
-        local: dict[str, Any] = {} if named else {"num_cpus": settings.workers or cores(settings)}
+        local: dict[str, Any] = (
+            {} if named else {"num_cpus": settings.workers or worker_count(settings)}
+        )
         environment = {} if gpus(settings) else {"env_vars": THREADS}
         ray.init(
             address=named or "local",
@@ -260,7 +267,7 @@ def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
             ray.shutdown()
 
 
-def main(by: Answer = answer) -> None:
+def serve_requests(by: Answer = run_request) -> None:
     """A worker: a question a line on stdin, an answer a line on stdout; what verbs print goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -270,6 +277,6 @@ def main(by: Answer = answer) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        serve_requests()
     except KeyboardInterrupt:
         sys.exit(130)

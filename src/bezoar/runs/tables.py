@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from bezoar.errors import UserError
 from bezoar.evaluation import dose_response, stats
-from bezoar.evaluation.dose_response import Contrast, Law
+from bezoar.evaluation.dose_response import Contrast, DoseResponse
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.runs.run import Run
 from bezoar.runs.sweep import Trial
 
 
 @dataclass(frozen=True)
-class Given:
+class TableOptions:
     """What a paper's tables are asked at: a scale, and the user's own data in its place; specs, and a folder of sets."""
 
     scale: str
@@ -41,7 +41,7 @@ class Cell:
 
     name: str
     readings: tuple[Reading, ...]
-    printed: float | None = None
+    published_value: float | None = None
     against: tuple[Reading, ...] = ()
     compare: Comparison | None = None
 
@@ -78,11 +78,11 @@ class Table:
     """
 
     title: str
-    paper: str
+    paper_finding: str
     axis: str
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = ()
-    laws: tuple[str, ...] = ()
+    dose_response_cells: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     unit: str = "poisons"  # of the axis, in a law's sentence
     grid: str = ""
@@ -130,31 +130,31 @@ class Results:
         if cell.compare is not None:
             others = [self.runs[t].metric(name).value for t, name in cell.against]
             return cell.compare([m.value for m in measures], others)
-        return dose_response.pooled(measures, measures[0].how, rate(cell))
+        return dose_response.pool_readings(measures, measures[0].how, is_rate(cell))
 
     def values(self, row: str, cell: str, curve: str | None = None) -> list[float]:
         """What each reading of a named cell found, as numbers."""
         return [m.value for m in self.measures(self.cell(row, cell, curve))]
 
-    def gain(
+    def compare_rows(
         self, cell: str, to: str, since: str, curve: str | None = None, paired: bool = False
     ) -> Contrast:
         """A column in one row less the same in another, over readings."""
         high, low = self.cell(to, cell, curve), self.cell(since, cell, curve)
-        return self.less(high, low, paired)
+        return self.compare_cells(high, low, paired)
 
-    def less(
+    def compare_cells(
         self, a: Cell | Sequence[Cell], b: Cell | Sequence[Cell], paired: bool = False
     ) -> Contrast:
         """One cell, or all of several, less another, over readings; shares are never surer than their trials allow."""
         left, right = ([c] if isinstance(c, Cell) else list(c) for c in (a, b))
         first, second = ([m for c in cells for m in self.measures(c)] for cells in (left, right))
-        trials = min(m.n for m in (*first, *second)) if rate(left[0]) else None
+        trials = min(m.n for m in (*first, *second)) if is_rate(left[0]) else None
         return dose_response.difference(
             [m.value for m in first], [m.value for m in second], paired, trials
         )
 
-    def beyond(self, cell: Cell, bound: float) -> Contrast:
+    def compare_with_bound(self, cell: Cell, bound: float) -> Contrast:
         """A cell less a number, by the cell's own interval."""
         m = self.point(cell)
         error = (m.high - m.low) / (2 * SURE)
@@ -175,10 +175,12 @@ class Results:
             if r.curve == curve and r.x
         ]
         units = [(x, m) for x, c in of for m in self.measures(c)]
-        trials = min(m.n for _, m in units) if rate(of[0][1]) else None
+        trials = min(m.n for _, m in units) if is_rate(of[0][1]) else None
         return dose_response.trend([x for x, _ in units], [m.value for _, m in units], trials)
 
-    def units(self, cell: str, curve: str = "") -> tuple[list[float], list[float], list[int]]:
+    def dose_readings(
+        self, cell: str, curve: str = ""
+    ) -> tuple[list[float], list[float], list[int]]:
         """Every reading along a curve: its x, its rate, and how many trials that is of; a law is fitted to these."""
         units: list[tuple[float, Measure]] = []
         for row in self.table.rows:
@@ -186,9 +188,9 @@ class Results:
                 units += [(row.x, m) for m in self.measures(self.cell(row.name, cell, curve))]
         return [x for x, _ in units], [m.value for _, m in units], [m.n for _, m in units]
 
-    def law(self, cell: str, curve: str = "") -> Law:
+    def fit_dose_response(self, cell: str, curve: str = "") -> DoseResponse:
         """Success against log dose over the rows of a curve; a row at dose zero gives the floor."""
-        return dose_response.law(*self.units(cell, curve))
+        return dose_response.fit_dose_response(*self.dose_readings(cell, curve))
 
     def points(self) -> Iterator[tuple[Row, Cell, Measure]]:
         """Every cell with its number."""
@@ -197,7 +199,7 @@ class Results:
                 yield row, cell, self.point(cell)
 
 
-def exceeding(share: float) -> Comparison:
+def share_above_threshold(share: float) -> Comparison:
     """How many values lie above a threshold that others set: the conformal quantile at a false-positive rate of `share`."""
 
     def compare(values: Sequence[float], others: Sequence[float]) -> Measure:
@@ -209,7 +211,7 @@ def exceeding(share: float) -> Comparison:
     return compare
 
 
-def rate(cell: Cell) -> bool:
+def is_rate(cell: Cell) -> bool:
     """Whether a cell is a share in 0..1, by its metric."""
     if cell.compare is not None:
         return True

@@ -12,9 +12,9 @@ from typing import Any
 from bezoar import machine
 from bezoar.errors import UserError
 from bezoar.progress import Progress
-from bezoar.runs.ask import Settings
-from bezoar.runs.execute import Job, resolve
+from bezoar.runs.execute import Job, resolve_inputs
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings
 from bezoar.training import ranks
 
 GRACE = 10.0  # seconds that rank 0 is given to say what is wrong, which it most likely has met too
@@ -31,14 +31,14 @@ def run(main: Callable[[], int]) -> int:
     except SystemExit as end:  # --help, or options that are none
         status = end.code
     if not status:
-        ranks.tell(None)
+        ranks.broadcast(None)
     return status
 
 
 def assist() -> int:
     """Do this rank's part of the work that rank 0 calls for, until rank 0 lets it go."""
     try:
-        while (order := ranks.hear()) is not None:
+        while (order := ranks.receive()) is not None:
             job, verb = job_of(order)
             verb.work(job)
     except UserError as error:
@@ -62,7 +62,7 @@ def job_of(order: dict) -> tuple[Job, Any]:
             if k not in ("verb", "seed", "version", "files")
         }
     )
-    inputs, here = resolve(verb, settings)
+    inputs, here = resolve_inputs(verb, settings)
     if here != ask:
         raise UserError(f"the files here are not those that rank 0 sees: {here}")
     return Job(Path(order["folder"]), settings, inputs, Progress(True, name)), verb

@@ -44,7 +44,7 @@ class Chance:
         return drawn[self.rank * rows : (self.rank + 1) * rows]
 
 
-def shift(x: Tensor, most: int, chance: Chance) -> Tensor:
+def random_shift(x: Tensor, most: int, chance: Chance) -> Tensor:
     """uint8 (B, 3, H, W) moved by up to `most` pixels each way, borders repeated; one draw a sample."""
     if most == 0:
         return x
@@ -59,7 +59,7 @@ def shift(x: Tensor, most: int, chance: Chance) -> Tensor:
     )
 
 
-def flip(x: Tensor, share: float, chance: Chance) -> Tensor:
+def random_flip(x: Tensor, share: float, chance: Chance) -> Tensor:
     """(B, 3, H, W) mirrored left to right with probability `share`; one draw a sample."""
     if share == 0:
         return x
@@ -165,7 +165,7 @@ def resample(x: Tensor, rows: Taps, columns: Taps) -> Tensor:
     return torch.bmm(y.flatten(1, 2), matrix.transpose(1, 2)).unflatten(1, y.shape[1:3])
 
 
-def crop(
+def random_crop(
     x: Tensor,
     size: int,
     chance: Chance,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bezoar.encoders.encoder import Encoder, Words
+from bezoar.encoders.encoder import Encoder, WordTokenizer
 from bezoar.training.augmentation import Chance
 
 SWAP, INSERT, DELETE = range(3)
@@ -13,7 +13,7 @@ SWAP, INSERT, DELETE = range(3)
 
 def marked(encoder: Encoder) -> bool:
     """Whether the rows of an encoder's tokenizer begin and end with a mark, which is no word. Whole words have none."""
-    return not isinstance(encoder.tokenizer, Words)
+    return not isinstance(encoder.tokenizer, WordTokenizer)
 
 
 def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False) -> Tensor:

@@ -21,16 +21,16 @@ from bezoar.errors import UserError
 from bezoar.training import ranks
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, world) of the process group; (0, 1) without one, and while rank 0 works alone."""
     if not ranks.sharing or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
-def own(rows: Tensor) -> Tensor:
+def local_rows(rows: Tensor) -> Tensor:
     """(steps, B) of the global batches -> (steps, B / world): this rank's, in turn."""
-    rank, world = place()
+    rank, world = rank_and_world()
     return rows.chunk(world, 1)[rank]
 
 
@@ -55,15 +55,15 @@ class _Gather(torch.autograd.Function):
 
 def gather(x: Tensor) -> Tensor:
     """(B, ...) of each rank -> (world B, ...) in the order of ranks, differentiable. Every rank gives the same shape."""
-    return _Gather.apply(x) if place()[1] > 1 else x
+    return _Gather.apply(x) if rank_and_world()[1] > 1 else x
 
 
 def average(x: Tensor) -> Tensor:
     """The mean over ranks, not differentiable; the same bits on every rank."""
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         x = x.detach().clone()
         dist.all_reduce(x)
-        x /= place()[1]
+        x /= rank_and_world()[1]
     return x
 
 
@@ -132,7 +132,7 @@ class BatchNorm(nn.BatchNorm2d):
         assert self.momentum is not None
         y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            n = x.numel() // x.shape[1] * place()[1]
+            n = x.numel() // x.shape[1] * rank_and_world()[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
             self.num_batches_tracked += 1
@@ -159,7 +159,7 @@ def synchronised(norm: nn.Module) -> nn.Module:
 @contextmanager
 def joined(loss: nn.Module) -> Iterator[nn.Module]:
     """`loss` as all ranks train it together, from rank 0's weights; afterwards its batch norms are plain again."""
-    if place()[1] == 1:
+    if rank_and_world()[1] == 1:
         yield loss
         return
     norms = [

@@ -58,7 +58,7 @@ def check_views(recipe: Viewed) -> None:
 
 def moved(images: Tensor, most: int, chance: Chance) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 0..1, moved by up to `most` pixels each way, as CLIP sees them here."""
-    return augmentation.shift(images, most, chance).float() / 255
+    return augmentation.random_shift(images, most, chance).float() / 255
 
 
 def toward(a: Tensor, b: Tensor, scale: Tensor, chance: Chance) -> Tensor:

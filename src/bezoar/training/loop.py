@@ -47,7 +47,7 @@ class Recipe(Protocol):
 
 
 @dataclass
-class Log:
+class TrainingLog:
     """losses: one a step. exposures: int64 (N,), how often each record was drawn. seconds: time in the loop."""
 
     losses: list[float] = field(default_factory=list)
@@ -90,7 +90,7 @@ def _rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def order(seed: int, epoch: int, n: int, batch: int) -> Tensor:
+def epoch_batches(seed: int, epoch: int, n: int, batch: int) -> Tensor:
     """int64 (steps, batch): which rows each step of an epoch draws; without replacement, the remainder left out."""
     rows = torch.randperm(n, generator=generator(seed, 1, epoch))
     return rows[: n // batch * batch].view(-1, batch)
@@ -104,9 +104,9 @@ def fit(
     seed: int,
     checkpoint: Path | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, value: None,
-    each_epoch: Callable[[int], dict] | None = None,
-    log: Log | None = None,
-) -> Log:
+    on_epoch_end: Callable[[int], dict] | None = None,
+    log: TrainingLog | None = None,
+) -> TrainingLog:
     """Train in place. data.images uint8 and tokens int64 (N, L) lie on the device and are never copied.
 
     checkpoint: where the state is kept while training; an existing one is gone on with. report(step, steps, loss), on a
@@ -117,7 +117,7 @@ def fit(
     Raises UserError when the data hold less than a batch, ranks do not divide it, or the loss is not finite.
     """
     batch, each = recipe.batch, len(data) // recipe.batch
-    rank, world = collectives.place()
+    rank, world = collectives.rank_and_world()
     if not each:
         raise UserError(
             f"{len(data)} records are fewer than one batch of {batch}; give a smaller batch"
@@ -130,7 +130,7 @@ def fit(
     begin = getattr(loss, "begin", None)
     tokens = tokens if begin is None else begin(data, tokens)
     optim = optimizer(loss, recipe)
-    log, step = Log() if log is None else log, 0
+    log, step = TrainingLog() if log is None else log, 0
     log.exposures = torch.zeros(len(data), dtype=torch.long)
     if checkpoint is not None and checkpoint.exists():
         step = _restore(checkpoint, loss, optim, log)
@@ -143,8 +143,8 @@ def fit(
         while step < steps:
             epoch, at = divmod(step, each)
             if epoch != drawn:
-                rows, drawn = order(seed, epoch, len(data), batch), epoch
-                own = collectives.own(rows).to(device)
+                rows, drawn = epoch_batches(seed, epoch, len(data), batch), epoch
+                own = collectives.local_rows(rows).to(device)
             for group in optim.param_groups:
                 group["lr"] = rate(recipe, step, steps)
             value = model(
@@ -161,7 +161,7 @@ def fit(
             log.losses += _read(unread, step)
             report(step, steps, log.losses[-1])
             if step % each == 0:
-                facts = each_epoch(epoch + 1) if each_epoch is not None and rank == 0 else {}
+                facts = on_epoch_end(epoch + 1) if on_epoch_end is not None and rank == 0 else {}
                 log.epochs.append(
                     {"epoch": epoch + 1, "loss": sum(log.losses[-each:]) / each, **facts}
                 )
@@ -187,7 +187,9 @@ def _read(unread: list[Tensor], step: int) -> list[float]:
     return values
 
 
-def _keep(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log, step: int) -> None:
+def _keep(
+    path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: TrainingLog, step: int
+) -> None:
     """Model, optimiser, log and step, in one safetensors file written under a temporary name."""
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in loss.state_dict().items()}
     for i, state in optim.state_dict()["state"].items():
@@ -204,7 +206,7 @@ def _keep(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log, s
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def _restore(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: Log) -> int:
+def _restore(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: TrainingLog) -> int:
     """Fill everything from a checkpoint; returns the step to go on with."""
     from safetensors import safe_open
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bezoar.data.decoding import threads
+from bezoar.data.decoding import thread_count
 from bezoar.data.pairs import Pairs
-from bezoar.data.stored_pairs import Indexed, started
+from bezoar.data.stored_pairs import StoredPairs, submit_reads
 
 AHEAD = 16  # batches made before they are asked for, at most
 AHEAD_BYTES = 512 << 20  # pixels of these; but two batches at least
@@ -37,17 +37,17 @@ class Held:
 
     images: Tensor
 
-    def blank(self, n: int, pinned: bool) -> Tensor:
+    def empty_images(self, n: int, pinned: bool) -> Tensor:
         """Room for n images, laid out as these are."""
         shape, stride = (n, *self.images.shape[1:]), self.images.stride()
         return torch.empty_strided(shape, stride, dtype=torch.uint8, pin_memory=pinned)
 
-    def fill(self, rows: np.ndarray, out: Tensor) -> None:
+    def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
         """The images of a few rows into `out`."""
         out.copy_(self.images[torch.from_numpy(rows)])
 
 
-class Feed:
+class Prefetcher:
     """What training.fit reads of Pairs: `len(data)` and `data.images[index]`.
 
     order(epoch) -> int64 (steps, B): the rows that will be asked for, of `epochs` epochs. The first that is asked for may
@@ -55,11 +55,11 @@ class Feed:
     """
 
     def __init__(
-        self, records: Pairs | Indexed, device: torch.device, order: Order, epochs: int
+        self, records: Pairs | StoredPairs, device: torch.device, order: Order, epochs: int
     ) -> None:
         self.records, self.device, self.order, self.epochs = records, device, order, epochs
-        self.source = records if isinstance(records, Indexed) else Held(records.images)
-        self.pool = ThreadPoolExecutor(threads())
+        self.source = records if isinstance(records, StoredPairs) else Held(records.images)
+        self.pool = ThreadPoolExecutor(thread_count())
         self.coming: Iterator[Tensor] | None = None
         self.waiting: deque[Batch] = deque()
         self.asked: tuple[Tensor, int, Tensor] | None = None
@@ -69,7 +69,7 @@ class Feed:
         return len(self.records)
 
     @property
-    def images(self) -> Feed:
+    def images(self) -> Prefetcher:
         """Stands for the tensor of all images."""
         return self
 
@@ -83,29 +83,33 @@ class Feed:
             batch = self.waiting.popleft()
             self.look_ahead(len(rows))
         else:
-            batch = self.begin(rows)
+            batch = self.start_batch(rows)
             self.late += 1
         self.drawn += 1
         for task in batch.tasks:
             task.result()
         return batch.images.to(self.device, non_blocking=True)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """For the manifest: where the images came from, and how many batches were made ahead."""
-        where = "read from shards" if isinstance(self.records, Indexed) else "copied from memory"
+        where = (
+            "read from shards" if isinstance(self.records, StoredPairs) else "copied from memory"
+        )
         return f"{where} as they were drawn, {self.drawn - self.late} of {self.drawn} batches ahead"
 
-    def begin(self, rows: Tensor) -> Batch:
+    def start_batch(self, rows: Tensor) -> Batch:
         """Let threads make a batch, in pages that a GPU fetches by itself."""
-        images = self.source.blank(len(rows), self.device.type == "cuda")
-        return Batch(rows, images, started(self.pool, self.source.fill, rows.numpy(), images))
+        images = self.source.empty_images(len(rows), self.device.type == "cuda")
+        return Batch(
+            rows, images, submit_reads(self.pool, self.source.fill_images, rows.numpy(), images)
+        )
 
     def look_ahead(self, size: int) -> None:
         """Begin what comes next, as far as AHEAD and AHEAD_BYTES allow; size: of a batch."""
         assert self.coming is not None
         most = min(AHEAD, max(2, AHEAD_BYTES // (size * 3 * self.records.size**2)))
         self.waiting.extend(
-            self.begin(rows)
+            self.start_batch(rows)
             for rows in itertools.islice(self.coming, max(0, most - len(self.waiting)))
         )
 
@@ -130,12 +134,14 @@ class Feed:
 
 
 @contextmanager
-def fed(records: Pairs | Indexed, device: torch.device, order: Order, epochs: int) -> Iterator[Any]:
+def training_data(
+    records: Pairs | StoredPairs, device: torch.device, order: Order, epochs: int
+) -> Iterator[Any]:
     """What training draws from: the records on the device where it has room for their images twice, else a Feed of them."""
     if isinstance(records, Pairs) and 2 * records.images.nbytes < room(device):
         yield records.to(device)
         return
-    feed = Feed(records, device, order, epochs)
+    feed = Prefetcher(records, device, order, epochs)
     try:
         yield feed
     finally:

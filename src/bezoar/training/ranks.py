@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from bezoar.errors import UserError
-from bezoar.machine import _of_torchrun
+from bezoar.machine import torchrun_variable
 
 PATIENCE = timedelta(
     days=7
@@ -30,24 +30,24 @@ def join() -> None:
 
     gpus = torch.cuda.device_count()
     if gpus:
-        torch.cuda.set_device(_of_torchrun("LOCAL_RANK", 0) % gpus)
+        torch.cuda.set_device(torchrun_variable("LOCAL_RANK", 0) % gpus)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
 
 
 @contextmanager
-def shared(order: dict | None) -> Iterator[None]:
+def share_work(order: dict | None) -> Iterator[None]:
     """Rank 0's work that the others do by this order meanwhile; None: that rank 0 does alone."""
     global sharing
     before, sharing = sharing, order is not None
     if order is not None:
-        tell(order)
+        broadcast(order)
     try:
         yield
     finally:
         sharing = before
 
 
-def tell(order: dict | None) -> None:
+def broadcast(order: dict | None) -> None:
     """Rank 0's word to the ranks that wait in `hear`; None lets them go. A process on its own tells nobody."""
     import torch
     import torch.distributed as dist
@@ -61,7 +61,7 @@ def tell(order: dict | None) -> None:
         _leave()
 
 
-def hear() -> Any:
+def receive() -> Any:
     """Wait for rank 0's next order. Raises UserError when rank 0 ended without a word: it has said why."""
     import torch
     import torch.distributed as dist

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Input, Takes
 
 if TYPE_CHECKING:
     from bezoar.auditing.bank import Bank
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from bezoar.evaluation.scores import Measure
     from bezoar.evaluation.verdict import Inversion, Verdict
 
-VERDICT, INVERSIONS, EXAMPLES, SARIF = (
+VERDICT_FILE, INVERSIONS, EXAMPLES, SARIF = (
     "verdict.json",
     "inversions.safetensors",
     "examples.safetensors",
     "audit.sarif",
 )
-LEAST = 16  # clean images; of fewer nothing is said
-LABELLED = 2000  # clean records that a head is fitted on
-SHOWN = 8  # inversions that are kept, and clean images that they are shown on
+MIN_IMAGES = 16  # clean images; of fewer nothing is said
+MAX_LABELLED = 2000  # clean records that a head is fitted on
+MAX_INVERSIONS = 8  # inversions that are kept, and clean images that they are shown on
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Audit:
 
     def __post_init__(self) -> None:
         if self.parent is not None and not any(
-            str(a).partition(":")[0] == "parent" for a in map(text, self.audit)
+            str(a).partition(":")[0] == "parent" for a in map(audit_spec, self.audit)
         ):
             object.__setattr__(self, "audit", (*self.audit, "parent"))
 
@@ -85,25 +85,25 @@ class Audit:
         from bezoar.auditing import sarif, verdict_text
         from bezoar.runs import inputs
 
-        if not 0 < self.rate < 1 or self.images < LEAST:
+        if not 0 < self.rate < 1 or self.images < MIN_IMAGES:
             raise UserError(
-                f"rate must be inside 0..1 and images at least {LEAST}; got {self.rate:g} and {self.images}"
+                f"rate must be inside 0..1 and images at least {MIN_IMAGES}; got {self.rate:g} and {self.images}"
             )
         single = len(job.inputs["audit"]) == 1 and not job.inputs["bank"]
         found, refused = (self._alone(job), {}) if single else self._each(job)
         judge(found, banks(job.inputs["bank"]), self.rate)
-        words, sentence = verdict_text.overall(found.audits, self.rate)
+        words, sentence = verdict_text.overall_verdict(found.audits, self.rate)
         found.facts |= {"words": words, "sentence": sentence, "rate": self.rate, "refused": refused}
-        found.facts["not_tested"] = verdict_text.not_tested(found.facts, refused)
-        inputs.write_json(job.folder / VERDICT, found.facts)
+        found.facts["not_tested"] = verdict_text.list_untested(found.facts, refused)
+        inputs.write_json(job.folder / VERDICT_FILE, found.facts)
         save_file(found.tensors, job.folder / INVERSIONS)
         save_file(found.examples, job.folder / EXAMPLES)
         name, given = found.facts["encoder"], job.inputs["encoder"]
         artefact = f"{name}/encoder.safetensors" if isinstance(given, Run) else name
         inputs.write_json(
-            job.folder / SARIF, sarif.document(name, artefact, found.audits, refused, sentence)
+            job.folder / SARIF, sarif.build_log(name, artefact, found.audits, refused, sentence)
         )
-        job.goals = [vars(g) for g in inputs.goals(given)]
+        job.goals = [vars(g) for g in inputs.known_goals(given)]
         job.notes = {
             "words": words,
             "verdict": sentence,
@@ -119,11 +119,11 @@ class Audit:
             for k, m in measures(a, found.facts["sample"]["images"]).items()
         }
 
-    def _each(self, job: Job) -> tuple[Found, dict[str, str]]:
+    def _each(self, job: Job) -> tuple[AuditFindings, dict[str, str]]:
         """Every audit as a run of its own; and why one refused. Raises UserError when none is left."""
         given, parts, refused = job.inputs, [], {}
         for audit in given["audit"]:
-            leaf = alone(
+            leaf = single_audit(
                 audit,
                 given["encoder"],
                 given["data"],
@@ -132,38 +132,42 @@ class Audit:
                 self.images,
             )
             try:
-                parts.append(Found.read(job.run(leaf)))
+                parts.append(AuditFindings.read(job.run(leaf)))
             except UserError as error:
-                refused[short(audit)] = str(error)
+                refused[audit_name(audit)] = str(error)
         if not parts:
             raise UserError("; ".join(dict.fromkeys(refused.values())) or "give an --audit")
-        return Found.joined(parts), refused
+        return AuditFindings.joined(parts), refused
 
-    def _alone(self, job: Job) -> Found:
+    def _alone(self, job: Job) -> AuditFindings:
         """One audit, as it is called."""
         from bezoar.auditing import bank
         from bezoar.runs import inputs
 
         given, audit = job.inputs, job.inputs["audit"][0]
         needs = getattr(audit, "needs", ())
-        method = given["data"] if given["data"] is not None else default(given["encoder"])
-        sample, labelled = sampled(method, self.images)
-        encoder = sound(inputs.encoder(given["encoder"], job.device))
+        method = (
+            given["data"] if given["data"] is not None else default_clean_images(given["encoder"])
+        )
+        sample, labelled = sample_clean_records(method, self.images)
+        encoder = check_auditable(inputs.load_encoder(given["encoder"], job.device))
         sample, labelled = sample.to(job.device), labelled.to(job.device)
         more: dict[str, Any] = {}
         if "classifier" in needs:
-            from bezoar.evaluation.classifiers import classifier
+            from bezoar.evaluation.classifiers import make_classifier
 
-            more["classifier"] = classifier(encoder, labelled, self.classifier)
+            more["classifier"] = make_classifier(encoder, labelled, self.classifier)
         if "parent" in needs:
             if given["parent"] is None:
                 raise UserError(
-                    f"audit {short(audit)} needs --parent: the encoder that this one was tuned from"
+                    f"audit {audit_name(audit)} needs --parent: the encoder that this one was tuned from"
                 )
-            more["parent"] = sound(inputs.encoder(given["parent"], job.device), "the parent")
+            more["parent"] = check_auditable(
+                inputs.load_encoder(given["parent"], job.device), "the parent"
+            )
         if "report" in needs:
             more["report"] = lambda done, total, told="": job.progress.step(
-                done, total, f"{short(audit)}: {told}"
+                done, total, f"{audit_name(audit)}: {told}"
             )
         start = time.monotonic()
         verdict = audit(encoder, sample, job.seed, **more)
@@ -173,18 +177,18 @@ class Audit:
         )
         facts = {
             "schema": 1,
-            "encoder": named(given["encoder"]),
-            "family": vars(bank.family(encoder, given["encoder"])),
+            "encoder": encoder_name(given["encoder"]),
+            "family": vars(bank.encoder_family(encoder, given["encoder"])),
             "sample": {"data": data_text(method), "images": len(sample)},
             "text_tower": encoder.text is not None,
             "audits": [
                 {
                     "audit": registry.spec(audit),
-                    "name": short(audit),
+                    "name": audit_name(audit),
                     "summary": (sys.modules[type(audit).__module__].__doc__ or "").partition("\n")[
                         0
                     ],
-                    "code": bank.code(type(audit)),
+                    "code": bank.code_hash(type(audit)),
                     "classifier": more["classifier"].how if "classifier" in more else "",
                     "value": verdict.value,
                     "seconds": round(seconds, 2),
@@ -193,16 +197,20 @@ class Audit:
                 }
             ],
             "inversions": [
-                {"audit": short(audit), **shown(i, sample.images, reader)}
-                for i in verdict.inversions[:SHOWN]
+                {"audit": audit_name(audit), **shown(i, sample.images, reader)}
+                for i in verdict.inversions[:MAX_INVERSIONS]
             ],
         }
-        return Found(
-            facts, tensors(verdict), {"images": sample.images[:SHOWN].cpu().clone().contiguous()}
+        return AuditFindings(
+            facts,
+            tensors(verdict),
+            {"images": sample.images[:MAX_INVERSIONS].cpu().clone().contiguous()},
         )
 
 
-def alone(audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, images: int) -> Audit:
+def single_audit(
+    audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, images: int
+) -> Audit:
     """One audit without a bank, given what it needs and nothing else, so that it is one question however it is asked."""
     needs = getattr(audit, "needs", ())
     kind: Any = classifier if "classifier" in needs else "auto"
@@ -212,7 +220,7 @@ def alone(audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, ima
 
 
 @dataclass
-class Found:
+class AuditFindings:
     """What audits say of one encoder. facts: as verdict.json holds it. tensors: `mask@i` and `pattern@i` of the i-th of its
     `inversions`. examples: the first clean images."""
 
@@ -226,15 +234,15 @@ class Found:
         return self.facts["audits"]
 
     @staticmethod
-    def read(run: Run) -> Found:
+    def read(run: Run) -> AuditFindings:
         """What an audit run found."""
         from safetensors.torch import load_file
 
-        facts = json.loads(run.file(VERDICT).read_text(encoding="utf-8"))
-        return Found(facts, load_file(run.file(INVERSIONS)), load_file(run.file(EXAMPLES)))
+        facts = json.loads(run.file(VERDICT_FILE).read_text(encoding="utf-8"))
+        return AuditFindings(facts, load_file(run.file(INVERSIONS)), load_file(run.file(EXAMPLES)))
 
     @staticmethod
-    def joined(parts: Sequence[Found]) -> Found:
+    def joined(parts: Sequence[AuditFindings]) -> AuditFindings:
         """Audits of one encoder, side by side."""
         renamed: dict[str, Any] = {}
         for p in parts:
@@ -244,12 +252,12 @@ class Found:
                 for k, v in p.tensors.items()
             }
         lists = {k: [x for p in parts for x in p.facts[k]] for k in ("audits", "inversions")}
-        return Found(parts[0].facts | lists, renamed, parts[0].examples)
+        return AuditFindings(parts[0].facts | lists, renamed, parts[0].examples)
 
 
 def tensors(verdict: Verdict) -> dict[str, Any]:
     """Masks and patterns of one audit's inversions."""
-    kept = list(enumerate(verdict.inversions[:SHOWN]))
+    kept = list(enumerate(verdict.inversions[:MAX_INVERSIONS]))
     masks = {f"mask@{j}": i.mask.float().cpu().clone().contiguous() for j, i in kept}
     return masks | {f"pattern@{j}": i.pattern.float().cpu().clone().contiguous() for j, i in kept}
 
@@ -259,56 +267,56 @@ def shown(inversion: Inversion, images: Any, reader: Classifier | None) -> dict[
     out: dict[str, Any] = {k: getattr(inversion, k) for k in ("target", "norm", "success")}
     if reader is None:
         return out
-    before, after = reader.read(images).tolist(), reader.read(inversion(images)).tolist()
+    before, after = reader.predict(images).tolist(), reader.predict(inversion(images)).tolist()
     names, n = reader.classes, len(images)
     into = [
         [names[c], count / n, before.count(c) / n] for c, count in Counter(after).most_common(3)
     ]
     told = {
-        "before": [names[c] for c in before[:SHOWN]],
-        "after": [names[c] for c in after[:SHOWN]],
+        "before": [names[c] for c in before[:MAX_INVERSIONS]],
+        "after": [names[c] for c in after[:MAX_INVERSIONS]],
     }
     return out | told | {"turns_into": into, "reader": reader.how}
 
 
 def reading(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifier | None:
     """What reads stamped images, where one can be had; it says no more than what an inverted trigger turns images into."""
-    from bezoar.evaluation.classifiers import classifier
+    from bezoar.evaluation.classifiers import make_classifier
 
     if kind is None:
         return None
     try:
-        return classifier(encoder, labelled, kind)
+        return make_classifier(encoder, labelled, kind)
     except UserError:
         return None
 
 
-def default(given: Any) -> Any:
+def default_clean_images(given: Any) -> Any:
     """The clean images that belong to a run: the test split of what its encoder was trained on."""
     from bezoar.runs import inputs
 
     if not isinstance(given, Run):
         raise UserError("name clean images (--data): what this encoder was trained on is not known")
-    return inputs.held_out(inputs.root(given.ancestor("train") or given))
+    return inputs.test_split(inputs.root_method(given.ancestor("train") or given))
 
 
-def sampled(method: Any, images: int) -> tuple[Pairs, Pairs]:
+def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
     """Clean records: those that are audited, and more for heads. The same ones whatever the seed, so that a bank's values
     and a suspect's differ by the encoder alone. Raises UserError for too few."""
     from bezoar.data import randomness
     from bezoar.runs import inputs
 
-    records = inputs.dataset(method).clean
-    if len(records) < LEAST:
+    records = inputs.open_dataset(method).clean
+    if len(records) < MIN_IMAGES:
         raise UserError(
-            f"{len(records)} clean images; an audit takes {LEAST} and more, with fewer it is sensitive to nothing"
+            f"{len(records)} clean images; an audit takes {MIN_IMAGES} and more, with fewer it is sensitive to nothing"
         )
-    rows = randomness.pool(list(records.ids), max(images, LABELLED), 0)
+    rows = randomness.sample_rows(list(records.ids), max(images, MAX_LABELLED), 0)
     labelled = inputs.in_memory(records.take(rows))
     return labelled.take(range(min(images, len(labelled)))), labelled
 
 
-def sound(encoder: Encoder, what: str = "the encoder") -> Encoder:
+def check_auditable(encoder: Encoder, what: str = "the encoder") -> Encoder:
     """The encoder. Raises UserError for one that no audit can look at."""
     import torch
 
@@ -333,19 +341,19 @@ def banks(given: Sequence[Any]) -> list[Bank]:
     return [b for g in given for b in ((Bank.read(g.file(FILE)),) if isinstance(g, Run) else g())]
 
 
-def judge(found: Found, known: Sequence[Bank], rate: float) -> None:
+def judge(found: AuditFindings, known: Sequence[Bank], rate: float) -> None:
     """What banks say of each value, into the facts."""
     from bezoar.auditing import verdict_text
-    from bezoar.auditing.bank import Calibration, Family, Sample, read_value
+    from bezoar.auditing.bank import Calibration, Family, Sample, judge_value
 
     family, sample = Family(**found.facts["family"]), Sample(**found.facts["sample"])
     for a in found.audits:
         own = Calibration(a["audit"], a["code"], a["classifier"])
-        a |= verdict_text.told(
-            read_value(known, family, sample, own, a["value"], rate, found.facts["encoder"])
+        a |= verdict_text.verdict_json(
+            judge_value(known, family, sample, own, a["value"], rate, found.facts["encoder"])
         )
     fewer = [b.sample.images for b in known if sample.images < b.sample.images]
-    found.facts["few"] = verdict_text.few(sample.images, min(fewer, default=0))
+    found.facts["few"] = verdict_text.small_sample_warning(sample.images, min(fewer, default=0))
 
 
 def measures(a: Mapping[str, Any], images: int) -> dict[str, Measure]:
@@ -374,17 +382,17 @@ def measures(a: Mapping[str, Any], images: int) -> dict[str, Measure]:
     return {f"{a['name']}.{k}": m for k, m in out.items()}
 
 
-def text(audit: Any) -> str:
+def audit_spec(audit: Any) -> str:
     """An audit as it is asked for."""
     return audit if isinstance(audit, str) else registry.spec(audit)
 
 
-def short(audit: Any) -> str:
+def audit_name(audit: Any) -> str:
     """An audit's name; of a user's own file its stem."""
-    return Path(registry.source_name(type(audit))).stem
+    return Path(registry.method_name(type(audit))).stem
 
 
-def named(given: Any) -> str:
+def encoder_name(given: Any) -> str:
     """An encoder's name: a run's, or a spec."""
     return given.name if isinstance(given, Run) else registry.spec(given)
 
@@ -394,4 +402,4 @@ def data_text(method: Any) -> str:
     from bezoar.auditing import bank
     from bezoar.runs import inputs
 
-    return bank.described(registry.spec(inputs.dataset(method).method))
+    return bank.comparable_data_spec(registry.spec(inputs.open_dataset(method).method))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
-from bezoar.verbs.audit import VERDICT, alone, text
-from bezoar.verbs.reproduce import spec
+from bezoar.runs.verb import Input, Takes
+from bezoar.verbs.audit import VERDICT_FILE, audit_spec, single_audit
+from bezoar.verbs.reproduce import input_spec
 from bezoar.verbs.train import Train
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Calibrate:
 
     def __post_init__(self) -> None:
         if self.parent is not None and not any(
-            a.partition(":")[0] == "parent" for a in map(text, self.audit)
+            a.partition(":")[0] == "parent" for a in map(audit_spec, self.audit)
         ):
             object.__setattr__(self, "audit", (*self.audit, "parent"))
 
@@ -87,7 +87,7 @@ class Calibrate:
                 f"rate must be inside 0..1 and count at least 1; got {self.rate:g} and {self.count}"
             )
         given = job.inputs
-        clean = [known_clean(e) for e in given["encoder"]]
+        clean = [check_clean(e) for e in given["encoder"]]
         attacked = [known_attacked(r) for r in given["attacked"]]
         if given["train"] is not None:
             trained = sweep(self._trainings(given, job.seed), job.settings, job.progress)
@@ -95,32 +95,32 @@ class Calibrate:
         if not clean:
             raise UserError("give encoders known to be clean, or --train DATA to train some")
         asked: dict[tuple[str, str], Trial] = {}
-        data = spec(given["data"]) or None
+        data = input_spec(given["data"]) or None
         for e in [*clean, *(r for r, _ in attacked)]:
             for audit in given["audit"]:
-                leaf = alone(
+                leaf = single_audit(
                     audit,
-                    spec(e),
+                    input_spec(e),
                     data,
                     self.classifier,
-                    spec(given["parent"]) or None,
+                    input_spec(given["parent"]) or None,
                     self.images,
                 )
-                asked[spec(e), registry.spec(audit)] = Trial(
+                asked[input_spec(e), registry.spec(audit)] = Trial(
                     dataclasses.replace(leaf, audit=(registry.spec(audit),)), job.seed
                 )
         runs = sweep(asked.values(), job.settings, job.progress)
-        job.made += dict.fromkeys(runs.values())
+        job.child_runs += dict.fromkeys(runs.values())
         told = {
-            k: json.loads(runs[t].file(VERDICT).read_text(encoding="utf-8"))
+            k: json.loads(runs[t].file(VERDICT_FILE).read_text(encoding="utf-8"))
             for k, t in asked.items()
         }
         family, sample = same(list(told.values()))
         made = []
         for audit in map(registry.spec, given["audit"]):
-            own = tuple(entry(told[spec(e), audit]) for e in clean)
-            bad = tuple(entry(told[spec(r), audit], r, success) for r, success in attacked)
-            first = told[spec(clean[0]), audit]["audits"][0]
+            own = tuple(entry(told[input_spec(e), audit]) for e in clean)
+            bad = tuple(entry(told[input_spec(r), audit], r, success) for r, success in attacked)
+            first = told[input_spec(clean[0]), audit]["audits"][0]
             made.append(bank.Calibration(audit, first["code"], first["classifier"], own, bad))
         bank.Bank(family, sample, tuple(made)).write(job.folder / bank.FILE)
         job.goals = []  # a bank is no poisoned artefact, whatever it was measured on
@@ -150,11 +150,11 @@ class Calibrate:
                 if {"seed", "count"} <= set(fields)
                 else data
             )
-            out.append(Trial(Train(spec(own), *recipe), k))
+            out.append(Trial(Train(input_spec(own), *recipe), k))
         return out
 
 
-def known_clean(given: Any) -> Any:
+def check_clean(given: Any) -> Any:
     """An encoder as given. Raises UserError for a run that says it was attacked."""
     if isinstance(given, Run) and given.manifest["goal"]:
         raise UserError(
@@ -167,7 +167,7 @@ def attacked_run(given: Run) -> Run:
     """An attacked encoder's run: itself, or the one that an evaluate run measured. Raises UserError for one that was not."""
     asked = given.manifest["ask"].get("encoder")
     run = (
-        given.beside(asked["run"])
+        given.sibling(asked["run"])
         if given.verb == "evaluate" and asked and "run" in asked
         else given
     )
@@ -227,7 +227,7 @@ def entry(told: dict[str, Any], run: Run | None = None, success: float | None = 
     from bezoar.auditing import bank
     from bezoar.runs import inputs
 
-    attack, trigger = bank.attack_of(inputs.goals(run)) if run is not None else ("", "")
+    attack, trigger = bank.describe_attack(inputs.known_goals(run)) if run is not None else ("", "")
     found = told["audits"][0]
     return bank.Entry(told["encoder"], found["value"], found["seconds"], attack, trigger, success)
 
@@ -250,7 +250,7 @@ def measures(found: Calibration, rate: float) -> dict[str, Measure]:
         out["false_positive_rate"] = spread
     if all_ := found.sensitivity(rate).get(""):
         out["sensitivity"] = all_
-    if (area := bank.auroc(found)) is not None:
+    if (area := bank.measure_auroc(found)) is not None:
         out["auroc"] = area
     return {f"{found.name}.{k}": m for k, m in out.items()}
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
+from bezoar.runs.verb import Input, Takes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHOWN = 24  # images of each check that are kept for the page
 SIDE = 96  # pixels of their sides, at most
-SCORES, CLEAN, WORST, PICTURES = (
+SCORES_FILE, CLEAN_SCORES_FILE, FLAGGED_FILE, PICTURES_FILE = (
     "scores.parquet",
     "clean.parquet",
     "flagged.json",
@@ -73,12 +73,12 @@ class Check:
 
         if not 0 < self.rate < 1:
             raise UserError(f"rate must be a share inside (0, 1); got {self.rate}")
-        encoder = inputs.encoder(job.inputs["encoder"], job.device)
+        encoder = inputs.load_encoder(job.inputs["encoder"], job.device)
         images, truth = self._images(job)
         calibration, held = self._clean(job, images)
-        known = Known(encoder, calibration, self.classifier)
-        names = [registry.source_name(type(c)) for c in job.inputs["check"]]
-        found: dict[str, Found] = {}
+        known = CheckInputs(encoder, calibration, self.classifier)
+        names = [registry.method_name(type(c)) for c in job.inputs["check"]]
+        found: dict[str, CheckResult] = {}
         specs: dict[str, str] = {}
         failed: list[str] = []
         for method, name in zip(job.inputs["check"], names, strict=True):
@@ -87,7 +87,7 @@ class Check:
                 more = known.needed(method, job, name)
                 clean = method(encoder, held, **more)
                 specs[name] = registry.spec(method)
-                found[name] = Found(
+                found[name] = CheckResult(
                     method(encoder, images, **more), clean, Threshold.of(clean.values, self.rate)
                 )
             except UserError as error:
@@ -114,12 +114,12 @@ class Check:
         import numpy as np
 
         from bezoar import registry
-        from bezoar.data.randomness import pool
+        from bezoar.data.randomness import sample_rows
         from bezoar.runs import inputs
 
-        parts = inputs.dataset(job.inputs["images"])
+        parts = inputs.open_dataset(job.inputs["images"])
         images = parts.pairs
-        job.notes |= parts.reading()
+        job.notes |= parts.reading_notes()
         trigger = job.inputs["trigger"]
         if trigger is None:
             return images, parts.plan.mask(images.ids) if parts.plan.edits else None
@@ -127,7 +127,7 @@ class Check:
             raise UserError(
                 "these images are poisoned already: leave --trigger out, or give clean ones"
             )
-        rows = np.sort(pool(images.ids, len(images) // 2, 1))
+        rows = np.sort(sample_rows(images.ids, len(images) // 2, 1))
         truth = np.zeros(len(images), bool)
         truth[rows] = True
         chosen = images.take(rows)
@@ -140,20 +140,20 @@ class Check:
         """The half of the clean images that calibrates, and the half that sets the thresholds."""
         import numpy as np
 
-        from bezoar.data.pairs import each_image
-        from bezoar.data.randomness import pool
+        from bezoar.data.pairs import distinct_image_rows
+        from bezoar.data.randomness import sample_rows
         from bezoar.runs import inputs
-        from bezoar.verbs.evaluate import shared
+        from bezoar.verbs.evaluate import shared_records
 
         if job.inputs["clean"] is None:
             raise UserError(
                 "give --clean: images known to be clean, of which checks and thresholds are made"
             )
-        clean = inputs.in_memory(inputs.dataset(job.inputs["clean"]).clean)
+        clean = inputs.in_memory(inputs.open_dataset(job.inputs["clean"]).clean)
         clean = clean.take(
-            each_image(clean.ids)
+            distinct_image_rows(clean.ids)
         )  # an image counted for each caption would stand on both sides
-        if both := shared(clean, images):
+        if both := shared_records(clean, images):
             raise UserError(
                 f"{len(both)} of the images are among the clean ones too, such as {both[0]!r}; give others"
             )
@@ -162,12 +162,12 @@ class Check:
                 f"checks need at least 4 clean images, better some hundreds; there are {len(clean)}"
             )
         first = np.zeros(len(clean), bool)
-        first[pool(clean.ids, len(clean) // 2, 2)] = True
+        first[sample_rows(clean.ids, len(clean) // 2, 2)] = True
         return clean.take(np.flatnonzero(first)), clean.take(np.flatnonzero(~first))
 
 
 @dataclass
-class Known:
+class CheckInputs:
     """What checks may be called with; the classifier is made when one first needs it."""
 
     encoder: Any
@@ -184,7 +184,7 @@ class Known:
 
         needs = getattr(method, "needs", ())
         if "classifier" in needs and self.classifier is None:
-            self.classifier = classifiers.classifier(self.encoder, self.clean, self.kind)
+            self.classifier = classifiers.make_classifier(self.encoder, self.clean, self.kind)
         every = {"clean": self.clean, "classifier": self.classifier, "report": report}
         return {k: every[k] for k in needs if k in every}
 
@@ -234,7 +234,7 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckResult:
     """One check's answer: the scores of the images, of the clean ones, and the threshold."""
 
     scores: Scores
@@ -248,7 +248,7 @@ class Found:
 
     def measures(self, truth: np.ndarray | None) -> dict[str, Measure]:
         """Of one check; with truth bool (N,), how well it tells triggers."""
-        from bezoar.evaluation.scores import Measure, detection, proportion
+        from bezoar.evaluation.scores import Measure, detection_measures, proportion
 
         flagged, t = self.flagged, self.threshold
         out = {
@@ -271,13 +271,13 @@ class Found:
         )
         return out | {
             k: m
-            for k, m in detection(self.scores, truth).items()
+            for k, m in detection_measures(self.scores, truth).items()
             if "_at_" not in k or k.startswith("fpr")
         }
 
 
 def write(
-    job: Job, images: Pairs, truth: np.ndarray | None, held: Pairs, found: dict[str, Found]
+    job: Job, images: Pairs, truth: np.ndarray | None, held: Pairs, found: dict[str, CheckResult]
 ) -> None:
     """The run's files: tables of scores, the flagged images by check, pictures of the highest."""
     import torch
@@ -290,23 +290,25 @@ def write(
         columns["triggered"] = truth
     for name, f in found.items():
         columns |= {name: f.scores.values.numpy(), f"{name}.flagged": f.flagged}
-    table(job, SCORES, columns)
+    table(job, SCORES_FILE, columns)
     table(
-        job, CLEAN, {"id": list(held.ids), **{n: f.clean.values.numpy() for n, f in found.items()}}
+        job,
+        CLEAN_SCORES_FILE,
+        {"id": list(held.ids), **{n: f.clean.values.numpy() for n, f in found.items()}},
     )
     worst: dict[str, list[dict]] = {}
     pictures: dict[str, Tensor] = {}
     for at, (name, f) in enumerate(found.items()):
-        order = f.scores.ranked()
+        order = f.scores.ranking()
         rows = [int(i) for i in order if f.flagged[i]]
         worst[name] = [entry(images, truth, f, i) for i in rows]
         top = order[:SHOWN]
         pictures[f"{at}"] = shrunk(images.images[torch.from_numpy(top)])
-    inputs.write_json(job.folder / WORST, worst)
-    save_file(pictures, job.folder / PICTURES)
+    inputs.write_json(job.folder / FLAGGED_FILE, worst)
+    save_file(pictures, job.folder / PICTURES_FILE)
 
 
-def entry(images: Pairs, truth: np.ndarray | None, f: Found, row: int) -> dict:
+def entry(images: Pairs, truth: np.ndarray | None, f: CheckResult, row: int) -> dict:
     """A flagged image as it stands in flagged.json: with the window that a check accuses, where it says one."""
     told: dict[str, Any] = {"id": images.ids[row], "score": float(f.scores.values[row])}
     if f.scores.boxes is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from bezoar.runs.ask import Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Takes
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
+from bezoar.runs.verb import Input, Takes
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
-from bezoar.verbs.reproduce import facts, spec, trainings
+from bezoar.verbs.reproduce import count_trainings, input_spec, table_json
 from bezoar.verbs.train import Train
 
 
@@ -62,29 +62,34 @@ class Dose:
             )
         table = self.table(job.inputs, doses, job.seed)
         results = Results(table, sweep(table.trials, job.settings, job.progress))
-        job.made += dict.fromkeys(results.runs.values())
+        job.child_runs += dict.fromkeys(results.runs.values())
         points = list(results.points())
         inputs.write_json(
-            job.folder / "tables.json", [{"name": "dose", "scale": "", **facts(results, points)}]
+            job.folder / "tables.json",
+            [{"name": "dose", "scale": "", **table_json(results, points)}],
         )
-        law = results.law("success")
-        job.notes = {"law": law.describe(table.unit), "trainings": trainings(job.made)}
+        law = results.fit_dose_response("success")
+        job.notes = {"law": law.describe(table.unit), "trainings": count_trainings(job.child_runs)}
         found = {f"success@{row.name}": m for row, cell, m in points if cell.name == "success"}
         return found | {"dose_for_50_percent": law.x50, "dose_for_90_percent": law.dose(0.9)}
 
     def table(self, given: dict[str, Any], doses: list[int], seed: int) -> Any:
         """The doses as a table, like those of papers."""
-        from bezoar.runs.inputs import held_out
+        from bezoar.runs.inputs import test_split
         from bezoar.runs.sweep import Trial
         from bezoar.runs.tables import Cell, Row, Table
 
-        poison, data = given["poison"], spec(given["data"])
-        test = spec(given["test"]) if given["test"] is not None else spec(held_out(given["data"]))
+        poison, data = given["poison"], input_spec(given["data"])
+        test = (
+            input_spec(given["test"])
+            if given["test"] is not None
+            else input_spec(test_split(given["data"]))
+        )
         probe, network, objective = (
             registry.spec(given[n]) for n in ("probe", "network", "objective")
         )
         targeted = "victims" in {f.name for f in dataclasses.fields(poison)}
-        trigger = None if targeted else spec(given["trigger"])
+        trigger = None if targeted else input_spec(given["trigger"])
 
         def measured(how: Any, seed: int, attacked: bool) -> Trial:
             plan = Poison(
@@ -111,10 +116,10 @@ class Dose:
             success = Cell("success", tuple((t, n) for t in trials for n in names))
             rows.append(Row(str(dose), (success,), dose))
         return Table(
-            f"{registry.source_name(type(poison))}: success against dose",
+            f"{registry.method_name(type(poison))}: success against dose",
             "",
             "captions of one image" if targeted else "poisoned pairs",
             tuple(rows),
-            laws=("success",),
+            dose_response_cells=("success",),
             unit="captions" if targeted else "poisons",
         )

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Input, Takes
 
 if TYPE_CHECKING:
     from bezoar.attacks.plan import Goal
@@ -62,32 +62,36 @@ class Evaluate:
         given = job.inputs
         run = given["encoder"]
         attack = given["attack"] or (run if isinstance(run, Run) else None)
-        victims = chosen(attack)
+        victims = attack_victims(attack)
         method = given["test"]
         if method is None:
             if not isinstance(run, Run):
                 raise UserError("name the TEST data: this encoder's training data are not known")
-            method = inputs.held_out(inputs.root(run))
-        parts = inputs.dataset(method)
+            method = inputs.test_split(inputs.root_method(run))
+        parts = inputs.open_dataset(method)
         test = parts.pairs.to(job.device)
-        job.notes = parts.reading() | {
+        job.notes = parts.reading_notes() | {
             "test": registry.spec(method) if not isinstance(method, Run) else method.name,
             "records": len(test),
         }
-        goals = [moved(g, self.place) for g in self._goals(job, inputs.goals(attack), test)]
+        goals = [moved(g, self.place) for g in self._goals(job, inputs.known_goals(attack), test)]
         job.goals = [vars(g) for g in goals]
-        encoder = inputs.encoder(run, job.device)
-        twin = None if given["baseline"] is None else inputs.encoder(given["baseline"], job.device)
+        encoder = inputs.load_encoder(run, job.device)
+        twin = (
+            None
+            if given["baseline"] is None
+            else inputs.load_encoder(given["baseline"], job.device)
+        )
         train = None
         if any("train" in needs(p) for p in given["probe"]):
             train = self._train(job, parts)
         out: dict[str, Any] = {}
         asked = [(p, e) for e in (encoder, twin) if e is not None for p in given["probe"]]
-        with success.remembering():
+        with success.embedding_cache():
             for i, (probe, measured) in enumerate(asked):
                 if measured is twin and "baseline" in needs(probe):
                     continue  # it has measured both
-                name = registry.source_name(type(probe)) + (
+                name = registry.method_name(type(probe)) + (
                     " of the clean twin" if measured is twin else ""
                 )
                 job.progress.step(i, len(asked), name)
@@ -125,9 +129,9 @@ class Evaluate:
         from bezoar.runs import inputs
 
         named = job.inputs["train"]
-        found = inputs.dataset(training(test.method) if named is None else named)
+        found = inputs.open_dataset(training_split(test.method) if named is None else named)
         clean = inputs.in_memory(found.clean)
-        if both := shared(clean, test.pairs):
+        if both := shared_records(clean, test.pairs):
             raise UserError(
                 f"{len(both)} labelled records are test records too, such as {both[0]!r}; name other train data"
             )
@@ -172,21 +176,21 @@ def more(probe: Any, twin: Any, job: Job, name: str) -> dict[str, Any]:
     return {k: known[k] for k in needs(probe) if k in known}
 
 
-def chosen(attack: Run | None) -> Pairs | None:
+def attack_victims(attack: Run | None) -> Pairs | None:
     """The victims of an attack's targeted goals: added from elsewhere, or records of the data set itself."""
     from bezoar.runs import inputs
 
     poison = attack.ancestor("poison") if attack else None
     if poison is None:
         return None
-    parts = inputs.dataset(poison)
-    wanted = {v for g in inputs.goals(attack) for v in g.victims}
+    parts = inputs.open_dataset(poison)
+    wanted = {v for g in inputs.known_goals(attack) for v in g.victims}
     if parts.victims is not None or not wanted:
         return parts.victims
     return parts.clean.take([i for i, k in enumerate(parts.clean.ids) if k in wanted])
 
 
-def training(method: Any) -> Any:
+def training_split(method: Any) -> Any:
     """The training split that belongs to test data, whole. Raises UserError where there is none."""
     from bezoar import registry
 
@@ -201,7 +205,7 @@ def training(method: Any) -> Any:
     return dataclasses.replace(method, split="train", **sizes)
 
 
-def shared(a: Pairs, b: Pairs) -> list[str]:
+def shared_records(a: Pairs, b: Pairs) -> list[str]:
     """Ids of the records that two sets share: the same id and the same pixels."""
     row = {k: i for i, k in enumerate(b.ids)}
     pairs = [(i, row[k]) for i, k in enumerate(a.ids) if k in row]

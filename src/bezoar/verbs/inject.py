@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import CHECKPOINT
+from bezoar.runs.verb import Input, Takes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bezoar.attacks.plan import Goal
     from bezoar.data.pairs import Pairs
-    from bezoar.data.stored_pairs import Indexed
+    from bezoar.data.stored_pairs import StoredPairs
     from bezoar.encoders.encoder import Encoder
     from bezoar.evaluation.scores import Measure
 
@@ -63,9 +63,9 @@ class Inject:
         from bezoar.runs import inputs
         from bezoar.training import collectives, loop
 
-        given, parts = job.inputs, inputs.dataset(job.inputs["data"])
-        shadow, log = parts.records, loop.Log()
-        clean = inputs.encoder(given["encoder"], job.device)
+        given, parts = job.inputs, inputs.open_dataset(job.inputs["data"])
+        shadow, log = parts.records, loop.TrainingLog()
+        clean = inputs.load_encoder(given["encoder"], job.device)
         goals, images, told = self._goals(job, clean, shadow)
         sample = sampled(shadow, job.seed)
         before = looked(clean, sample, goals, images)
@@ -79,7 +79,7 @@ class Inject:
             lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
             log,
         )
-        rank, world = collectives.place()
+        rank, world = collectives.rank_and_world()
         if rank > 0:
             return {}
         found = similarities(before, looked(bad, sample, goals, images))
@@ -93,8 +93,8 @@ class Inject:
             "".join(json.dumps(epoch) + "\n" for epoch in log.epochs)
         )
         (job.folder / CHECKPOINT).unlink(missing_ok=True)
-        job.goals = [*(vars(g) for g in inputs.goals(given["encoder"])), *map(vars, goals)]
-        job.notes = parts.reading() | {
+        job.goals = [*(vars(g) for g in inputs.known_goals(given["encoder"])), *map(vars, goals)]
+        job.notes = parts.reading_notes() | {
             "poisoned": True,
             "references": told,
             "records": len(shadow),
@@ -108,7 +108,7 @@ class Inject:
         return measured(found, log, len(goals))
 
     def _goals(
-        self, job: Job, clean: Encoder, shadow: Pairs | Indexed
+        self, job: Job, clean: Encoder, shadow: Pairs | StoredPairs
     ) -> tuple[list[Goal], list[Tensor], list[dict]]:
         """Goals, each one's reference images uint8 (r, 3, H, W), and where these are from. One goal a trigger and target."""
         import torch
@@ -127,7 +127,7 @@ class Inject:
         told = []
         for trigger, reference, target in zip(triggers, given, targets, strict=True):
             fits(trigger, tuple(sides))
-            found = reference_inputs.choose(reference, target, self.choose, clean)
+            found = reference_inputs.choose_reference(reference, target, self.choose, clean)
             if found.image.shape[1:] != sides:
                 own, wanted = ("x".join(map(str, s)) for s in (found.image.shape[1:], sides))
                 raise UserError(
@@ -158,9 +158,9 @@ def fits(trigger: Any, sides: tuple[int, ...]) -> None:
     path = getattr(trigger, "path", None)
     if not path or not path.lower().endswith(".npz"):
         return
-    members = arrays.read(path)
+    members = arrays.load_arrays(path)
     if "t" in members and "tm" in members:
-        made = pixels.planes(members["t"], path).shape[1:]
+        made = pixels.channels_first(members["t"], path).shape[1:]
         if made != sides:
             own, wanted = ("x".join(map(str, s)) for s in (made, sides))
             raise UserError(
@@ -168,11 +168,11 @@ def fits(trigger: Any, sides: tuple[int, ...]) -> None:
             )
 
 
-def sampled(shadow: Pairs | Indexed, seed: int) -> Pairs:
+def sampled(shadow: Pairs | StoredPairs, seed: int) -> Pairs:
     """A fixed sample of the shadow data."""
     from bezoar.data import randomness
 
-    return shadow.take(randomness.pool(list(shadow.ids), SAMPLE, seed))
+    return shadow.take(randomness.sample_rows(list(shadow.ids), SAMPLE, seed))
 
 
 def looked(

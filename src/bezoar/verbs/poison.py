@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Input, Takes
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Poison:
         from bezoar.evaluation.scores import Measure
         from bezoar.runs import inputs
 
-        given, parts = job.inputs, inputs.dataset(job.inputs["data"])
-        plan = parts.plan.merge(derive(given, parts, self.target, job.seed))
+        given, parts = job.inputs, inputs.open_dataset(job.inputs["data"])
+        plan = parts.plan.merge(derive_plan(given, parts, self.target, job.seed))
         plan.write(job.folder / "plan.jsonl")
         job.goals = [vars(g) for g in plan.goals]
         total = len(parts.clean) + len(plan) - int(plan.mask(parts.clean.ids).sum())
         share = len(plan) / total
-        job.notes = parts.reading() | {
+        job.notes = parts.reading_notes() | {
             "plan": plan.digest(),
             "poisoned": True,
             "records": total,
@@ -69,14 +69,14 @@ class Poison:
         }
 
 
-def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
+def derive_plan(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
     """The plan that a poison method makes of these data: a function of the inputs and the seed alone."""
     from bezoar.attacks.plan import Goal
     from bezoar.data import stored_pairs
     from bezoar.data.pairs import Pairs
     from bezoar.runs import inputs
 
-    clean: Pairs | stored_pairs.Indexed = parts.clean
+    clean: Pairs | stored_pairs.StoredPairs = parts.clean
     if not clean.captions:
         raise UserError("these data have no captions to poison")
     free = [i for i, taken in enumerate(parts.plan.mask(clean.ids)) if not taken]
@@ -85,10 +85,10 @@ def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
         raise UserError(
             f"victims are drawn from a data set, not from run {given['victims'].name}; name its test data"
         )
-    pool = inputs.read(given["victims"]) if given["victims"] is not None else None
+    pool = inputs.read_pairs(given["victims"]) if given["victims"] is not None else None
     trigger = given["trigger"]
     goal = Goal(target, registry.spec(trigger) if trigger else None)
-    if not target and registry.source_name(type(given["poison"])) != "targeted":
+    if not target and registry.method_name(type(given["poison"])) != "targeted":
         raise UserError("give a --target: the class or word that poisoned images are to be read as")
     if pool is not None and parts.plan.edits:
         used = {e.source for e in parts.plan.edits}
@@ -105,7 +105,7 @@ def derive(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
     )
     wanted = {e.source for e in made.edits}
     sources = source.take([i for i, k in enumerate(source.ids) if k in wanted])
-    return made.hashed(sources if pool is None else Pairs.concat([sources, _same(pool, sources)]))
+    return made.with_hashes(sources if pool is None else Pairs.concat([sources, _same(pool, sources)]))
 
 
 def _same(pool: Any, source: Any) -> Any:
@@ -116,7 +116,7 @@ def _same(pool: Any, source: Any) -> Any:
     return replace(pool, captions=pool.captions or ("",) * len(pool))
 
 
-def verify(run: Run) -> dict[str, Any]:
+def verify_plan(run: Run) -> dict[str, Any]:
     """Derive a poison run's plan anew from its inputs and hold it against the written one.
 
     Raises UserError that names the first record whose caption, id or pixels differ.
@@ -130,13 +130,17 @@ def verify(run: Run) -> dict[str, Any]:
     ask = manifest["ask"]
     written = Plan.read(run.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
     above = ask["data"].get("run")
-    parts = inputs.dataset(run.beside(above)) if above else inputs.dataset(inputs.root(run))
+    parts = (
+        inputs.open_dataset(run.sibling(above))
+        if above
+        else inputs.open_dataset(inputs.root_method(run))
+    )
     said = {k: ask[k]["spec"] if ask[k] else "" for k in KINDS}
     made = {
         k: registry.make(k if k != "victims" else "data", spec) if spec else None
         for k, spec in said.items()
     }
-    derived = parts.plan.merge(derive(made, parts, ask["target"], ask["seed"]))
+    derived = parts.plan.merge(derive_plan(made, parts, ask["target"], ask["seed"]))
     if found := differences(written, derived):
         raise UserError(
             f"{run.name} does not verify, {len(found)} differences; the first: {found[0]}"

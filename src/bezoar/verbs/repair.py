@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Input, Takes
 from bezoar.verbs import evaluate
 
 if TYPE_CHECKING:
     from bezoar.attacks.plan import Goal
     from bezoar.data.pairs import Pairs
     from bezoar.encoders.encoder import Encoder
-    from bezoar.repair.receipt import Case
+    from bezoar.repair.receipt import EvaluationData
 
 FRESH, ANOTHER = (
     4000,
@@ -81,16 +81,18 @@ class Repair:
         if not 0 < self.held < 1:
             raise UserError(f"held must be a share above 0 and below 1; got {self.held}")
         given = job.inputs
-        suspect = inputs.encoder(given["encoder"], job.device)
+        suspect = inputs.load_encoder(given["encoder"], job.device)
         case, clean = self._case(job, suspect), self._clean(job)
-        if both := evaluate.shared(clean, case.test):
+        if both := evaluate.shared_records(clean, case.test):
             raise UserError(
                 f"{len(both)} clean records are test records too, such as {both[0]!r}; name other data"
             )
-        train, validation = rate_ladder.apart(clean, self.held, job.seed)
-        found = receipt.inversions(given["audit"].path) if given["audit"] is not None else ()
-        first = case.reader(suspect)
-        case = dataclasses.replace(case, inverted=receipt.as_goals(found, job.folder, case, first))
+        train, validation = rate_ladder.split_validation(clean, self.held, job.seed)
+        found = receipt.load_inversions(given["audit"].path) if given["audit"] is not None else ()
+        first = case.default_head(suspect)
+        case = dataclasses.replace(
+            case, inverted=receipt.export_goals(found, job.folder, case, first)
+        )
 
         def report(done: int, total: int, text: str) -> None:
             job.progress.step(done, total, text)
@@ -98,31 +100,31 @@ class Repair:
         before, clock = case.measure(suspect, first), (time.monotonic(), time.process_time())
         log: dict[str, Any] = {}
         if given["repaired"] is not None:
-            cured = inputs.encoder(given["repaired"], job.device)
+            cured = inputs.load_encoder(given["repaired"], job.device)
         else:
-            cured, log = receipt.apply(
+            cured, log = receipt.apply_repairs(
                 given["repair"], suspect, train, validation, found, job.seed, report
             )
             cured.save(job.folder)
         spent = time.monotonic() - clock[0], time.process_time() - clock[1]
-        last = case.reader(cured)
+        last = case.default_head(cured)
         out = {f"before.{k}": m for k, m in before.items()} | {
             f"after.{k}": m for k, m in case.measure(cured, last).items()
         }
-        out["clean_accuracy_lost"] = receipt.lost(case, first, last)
-        inputs.write_json(job.folder / "readings.json", receipt.readings(case, first, last))
+        out["clean_accuracy_lost"] = receipt.accuracy_loss(case, first, last)
+        inputs.write_json(job.folder / "readings.json", receipt.compare_readings(case, first, last))
         if given["repaired"] is None:
             out |= seconds(*spent)
         goal = next((g for g in (*case.goals, *case.inverted) if g.trigger), None)
         if self.revive and goal is not None:
-            twin = None if given["twin"] is None else inputs.encoder(given["twin"], job.device)
-            out |= receipt.Revival(case, train, goal, job.seed, report).measure(cured, twin)
+            twin = None if given["twin"] is None else inputs.load_encoder(given["twin"], job.device)
+            out |= receipt.RevivalTest(case, train, goal, job.seed, report).measure(cured, twin)
         self._tell(job, case, train, validation, log, goal)
         return out
 
-    def _case(self, job: Job, suspect: Encoder) -> Case:
+    def _case(self, job: Job, suspect: Encoder) -> EvaluationData:
         """Test data, known goals, victims, labelled data."""
-        from bezoar.repair.receipt import Case
+        from bezoar.repair.receipt import EvaluationData
         from bezoar.runs import inputs
 
         given, run = job.inputs, job.inputs["encoder"]
@@ -130,14 +132,16 @@ class Repair:
         if method is None:
             if not isinstance(run, Run):
                 raise UserError("name the TEST data: this encoder's training data are not known")
-            method = inputs.held_out(inputs.root(run))
-        parts = inputs.dataset(method)
+            method = inputs.test_split(inputs.root_method(run))
+        parts = inputs.open_dataset(method)
         test = parts.pairs.to(job.device)
-        goals = fitting(inputs.goals(run), test)
-        victims = evaluate.chosen(run) if isinstance(run, Run) else None
+        goals = fitting(inputs.known_goals(run), test)
+        victims = evaluate.attack_victims(run) if isinstance(run, Run) else None
         labelled = self._labelled(job, parts, test, suspect)
         job.notes["test"] = method.name if isinstance(method, Run) else registry.spec(method)
-        return Case(test, goals, victims if any(g.victims for g in goals) else None, labelled)
+        return EvaluationData(
+            test, goals, victims if any(g.victims for g in goals) else None, labelled
+        )
 
     def _labelled(self, job: Job, parts: Any, test: Pairs, suspect: Encoder) -> Pairs | None:
         """Clean labelled records that are not tested on; None where there are none and the text tower reads classes."""
@@ -147,7 +151,7 @@ class Repair:
         named = job.inputs["labelled"]
         if named is None:
             try:
-                named = evaluate.training(parts.method)
+                named = evaluate.training_split(parts.method)
                 named = (
                     dataclasses.replace(named, count=LABELLED) if hasattr(named, "count") else named
                 )
@@ -155,12 +159,12 @@ class Repair:
                 if suspect.text is None:
                     raise
                 return None
-        found = inputs.in_memory(inputs.dataset(named).clean)
-        if both := evaluate.shared(found, test):
+        found = inputs.in_memory(inputs.open_dataset(named).clean)
+        if both := evaluate.shared_records(found, test):
             raise UserError(
                 f"{len(both)} labelled records are test records too, such as {both[0]!r}; name other labelled data"
             )
-        return found.take(randomness.pool(found.ids, LABELLED, 0))
+        return found.take(randomness.sample_rows(found.ids, LABELLED, 0))
 
     def _clean(self, job: Job) -> Pairs:
         """The records that the repair may use. Raises UserError for a run whose data are poisoned, or where none are named."""
@@ -168,7 +172,7 @@ class Repair:
 
         named, run = job.inputs["data"], job.inputs["encoder"]
         if named is None:
-            method = inputs.root(run) if isinstance(run, Run) else None
+            method = inputs.root_method(run) if isinstance(run, Run) else None
             if method is None or not {"count", "seed"} <= {
                 f.name for f in dataclasses.fields(method)
             }:
@@ -178,16 +182,22 @@ class Repair:
             named = dataclasses.replace(
                 method, count=FRESH, seed=method.seed + ANOTHER, split="train"
             )
-        parts = inputs.dataset(named)
+        parts = inputs.open_dataset(named)
         if parts.plan.edits:
             raise UserError(f"the data of {named.name} are poisoned; a repair needs clean ones")
-        job.notes |= parts.reading() | {
+        job.notes |= parts.reading_notes() | {
             "data": named.name if isinstance(named, Run) else registry.spec(parts.method)
         }
         return inputs.in_memory(parts.clean)
 
     def _tell(
-        self, job: Job, case: Case, train: Pairs, validation: Pairs, log: dict, goal: Goal | None
+        self,
+        job: Job,
+        case: EvaluationData,
+        train: Pairs,
+        validation: Pairs,
+        log: dict,
+        goal: Goal | None,
     ) -> None:
         """The manifest's notes, and on stderr what a reader must not miss."""
         limits = []

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Input, Takes
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,19 @@ class Reproduce:
         from bezoar.evaluation import dose_response
         from bezoar.runs import inputs
         from bezoar.runs.sweep import sweep
-        from bezoar.runs.tables import Given, Results
+        from bezoar.runs.tables import Results, TableOptions
 
         given = job.inputs
         if not given["paper"]:
             raise UserError("name a paper or some of its tables: see `bezoar list paper`")
-        asked = Given(self.scale, spec(given["data"]), spec(given["test"]), self.root)
-        tables = {registry.source_name(type(p)): p(asked) for p in given["paper"]}
+        asked = TableOptions(
+            self.scale, input_spec(given["data"]), input_spec(given["test"]), self.root
+        )
+        tables = {registry.method_name(type(p)): p(asked) for p in given["paper"]}
         runs = sweep(
             (t for table in tables.values() for t in table.trials), job.settings, job.progress
         )
-        job.made += dict.fromkeys(runs.values())
+        job.child_runs += dict.fromkeys(runs.values())
         written, out = [], {}
         for name, table in tables.items():
             results = Results(table, runs)
@@ -62,41 +64,43 @@ class Reproduce:
             for row, cell, m in points:
                 where = f"{row.curve}, {row.name}" if row.curve else row.name
                 out[f"{name}.{cell.name}@{where}"] = m
-            written.append({"name": name, "scale": self.scale, **facts(results, points)})
+            written.append({"name": name, "scale": self.scale, **table_json(results, points)})
         inputs.write_json(job.folder / "tables.json", written)
         judged = [c["verdict"] for t in written for c in t["claims"]]
         job.notes = {
             "scale": self.scale,
             "tables": list(tables),
-            "trainings": trainings(runs.values()),
+            "trainings": count_trainings(runs.values()),
         }
-        job.notes |= {verdict: judged.count(verdict) for verdict in get_args(dose_response.Verdict)}
+        job.notes |= {
+            verdict: judged.count(verdict) for verdict in get_args(dose_response.ClaimVerdict)
+        }
         return out
 
 
 def tables_of(name: str) -> list[str]:
     """`carlini2022` -> its tables, in its own order; a table's name, or the path of a user's own, stays as it is."""
-    if not any(n.startswith(f"{name}/") for n in registry.names("paper")):
+    if not any(n.startswith(f"{name}/") for n in registry.method_names("paper")):
         return [name]
     return [f"{name}/{table}" for table in importlib.import_module(f"bezoar.papers.{name}").TABLES]
 
 
-def spec(given: Any) -> str:
+def input_spec(given: Any) -> str:
     """Data as text: a run's directory, a spec, or nothing."""
     if given is None:
         return ""
     return str(given.path) if isinstance(given, Run) else registry.spec(given)
 
 
-def trainings(runs: Any) -> int:
+def count_trainings(runs: Any) -> int:
     """How many trainings these runs stand on."""
     return len({found.name for run in runs if (found := run.ancestor("train"))})
 
 
-def facts(results: Any, points: list) -> dict[str, Any]:
+def table_json(results: Any, points: list) -> dict[str, Any]:
     """A table in JSON, as the page reads it: what was asked, found, fitted and judged."""
     from bezoar.evaluation import dose_response
-    from bezoar.runs.tables import rate
+    from bezoar.runs.tables import is_rate
 
     table = results.table
     rows: dict[int, dict] = {}
@@ -109,24 +113,24 @@ def facts(results: Any, points: list) -> dict[str, Any]:
         at["cells"].append(
             {
                 "name": cell.name,
-                "rate": rate(cell),
-                "printed": cell.printed,
+                "rate": is_rate(cell),
+                "printed": cell.published_value,
                 "measure": m.json(),
                 "values": values,
                 "runs": made,
             }
         )
     fitted = []
-    for name in table.laws:
+    for name in table.dose_response_cells:
         for curve in table.curves:
-            found = results.law(name, curve)
+            found = results.fit_dose_response(name, curve)
             told = {
                 "text": found.describe(table.unit),
                 "x50": found.x50.json(),
                 "x90": found.dose(0.9).json(),
             }
             fitted.append(
-                {"cell": name, "curve": curve, "units": results.units(name, curve), **told}
+                {"cell": name, "curve": curve, "units": results.dose_readings(name, curve), **told}
             )
     claims = []
     for claim in table.claims:
@@ -141,7 +145,7 @@ def facts(results: Any, points: list) -> dict[str, Any]:
         claims.append({**stated, "verdict": verdict, **contrast.json()})
     asked = {
         "title": table.title,
-        "paper": table.paper,
+        "paper": table.paper_finding,
         "axis": table.axis,
         "unit": table.unit,
         "grid": table.grid,

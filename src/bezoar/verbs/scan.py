@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Input, Takes
 
 if TYPE_CHECKING:
     from bezoar.detection.corpus.corpus import Corpus
@@ -65,9 +65,9 @@ class Scan:
 
     def files(self) -> list[Path]:
         """The list of clean records, so that a changed one is another question. Raises UserError when it is not there."""
-        from bezoar.data.files.paths import existing
+        from bezoar.data.files.paths import existing_file
 
-        return [existing(self.trusted, "list of clean records")] if self.trusted else []
+        return [existing_file(self.trusted, "list of clean records")] if self.trusted else []
 
     def work(self, job: Job) -> dict[str, Any]:
         """-> scores.parquet (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, skipped.jsonl, and figures.
@@ -80,23 +80,25 @@ class Scan:
 
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
-        data = corpus.embedded(
+        data = corpus.embed_corpus(
             job.inputs["data"], self._by(job), job.folder, job.settings, job.progress
         )
         if small := coarse(data):
             print(f"scan: {small}", file=sys.stderr)
         found, failed, seconds = detected(job.inputs["detector"], data, job)
         merged = merging.merge(list(found.values()))
-        order, removed = merged.ranked(), round(self.remove * len(data))
+        order, removed = merged.ranking(), round(self.remove * len(data))
         corpus.write_scores(job.folder / corpus.SCORES, data, merged, found)
         kept = order[removed:].copy()
         kept.sort()
-        keep_lists.write_lists(job.folder, data, kept)
+        keep_lists.write_keep_lists(job.folder, data, kept)
         worst = [row(data, i, merged, found) for i in order[:RANKED].tolist()]
         inputs.write_json(job.folder / "ranked.json", worst)
         if any(s.boxes is not None for s in found.values()):
-            reliability.write_windows(job.folder, *framed(found, order[: max(RANKED, removed)]))
-        job.notes = data.reading() | {
+            reliability.write_windows(
+                job.folder, *flagged_windows(found, order[: max(RANKED, removed)])
+            )
+        job.notes = data.reading_notes() | {
             "records": len(data),
             "removed": removed,
             "decided": said(found),
@@ -113,13 +115,15 @@ class Scan:
             "incomplete": incomplete(data, failed),
         }
         if self.write == "shards":
-            job.notes |= keep_lists.write_kept(job.folder / "shards", data, kept, job.progress)
-        parts = inputs.dataset(job.inputs["data"])
+            job.notes |= keep_lists.write_clean_copy(
+                job.folder / "shards", data, kept, job.progress
+            )
+        parts = inputs.open_dataset(job.inputs["data"])
         job.goals = [
             vars(g) for g in parts.plan.goals
         ]  # the encoder's own are no attack on these data
         out = measured(parts.plan, merged, found, order[:removed]) if parts.plan.edits else {}
-        more, told = reliability.measured(
+        more, told = reliability.measure_ranking(
             job.inputs["data"],
             parts,
             data,
@@ -134,11 +138,11 @@ class Scan:
 
     def _by(self, job: Job) -> Any:
         """What embeds the records: a run or a method; None for ready embeddings. Raises UserError when it is not known."""
-        from bezoar.data.embeddings import Ready
+        from bezoar.data.embeddings import EmbeddingSource
         from bezoar.runs import inputs
 
         data, given = job.inputs["data"], job.inputs["encoder"]
-        if isinstance(inputs.source(inputs.dataset(data).method), Ready):
+        if isinstance(inputs.open_source(inputs.open_dataset(data).method), EmbeddingSource):
             if given is not None:
                 raise UserError("these data are embeddings already; leave --encoder out")
             return None
@@ -167,7 +171,7 @@ def detected(
     found: dict[str, Scores] = {}
     failed: list[str] = []
     seconds: dict[str, float] = {}
-    names = [registry.source_name(type(d)) for d in detectors]
+    names = [registry.method_name(type(d)) for d in detectors]
     for detector, name in zip(detectors, names, strict=True):
         name = name if Counter(names)[name] == 1 else registry.spec(detector)
         start = time.perf_counter()
@@ -193,7 +197,7 @@ def scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
         return detector(data.encoder, data)
 
 
-def framed(found: dict[str, Scores], rows: Any) -> tuple[list[str], Any]:
+def flagged_windows(found: dict[str, Scores], rows: Any) -> tuple[list[str], Any]:
     """Ids and windows, int64 (M, 4), of those of the rows for which a detector says where; of several, the first that does."""
     import torch
 
@@ -211,7 +215,7 @@ def row(data: Corpus, i: int, merged: Scores, found: dict[str, Scores]) -> dict:
     each = {k: float(s.values[i]) for k, s in found.items()}
     return {
         "id": data.ids[i],
-        "place": data.place(i),
+        "place": data.place_of(i),
         "caption": caption,
         "score": float(merged.values[i]),
         "detectors": each,
@@ -220,7 +224,7 @@ def row(data: Corpus, i: int, merged: Scores, found: dict[str, Scores]) -> dict:
 
 def incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
     """A line for each kind of what was asked and not done; none: everything was."""
-    told, lines = data.told, list(failed)
+    told, lines = data.summary, list(failed)
     if told["unread"]:
         why = ", ".join(f"{n} {reason}" for reason, n in list(told["reasons"].items())[:6])
         lines.append(
@@ -237,13 +241,13 @@ def measured(plan: Any, merged: Scores, found: dict[str, Scores], removed: Any) 
     """How well the poisons of a known plan were found, by all detectors together and by each."""
     import torch
 
-    from bezoar.evaluation.scores import detection
+    from bezoar.evaluation.scores import detection_measures
 
     truth = torch.from_numpy(plan.mask(merged.ids))
-    out = detection(merged, truth)
+    out = detection_measures(merged, truth)
     for name, one in found.items() if len(found) > 1 else ():
         known = truth if one.ids is merged.ids else torch.from_numpy(plan.mask(one.ids))
-        out |= {f"{name}.{k}": m for k, m in detection(one, known).items()}
+        out |= {f"{name}.{k}": m for k, m in detection_measures(one, known).items()}
     return out | removal(plan, {merged.ids[i] for i in removed})
 
 

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import MANIFEST, Run
-from bezoar.verbs.audit import LEAST, default, named, sampled, sound
-from bezoar.verbs.calibrate import attacked_run, known_clean
+from bezoar.runs.verb import Input, Takes
+from bezoar.verbs.audit import (
+    MIN_IMAGES,
+    check_auditable,
+    default_clean_images,
+    encoder_name,
+    sample_clean_records,
+)
+from bezoar.verbs.calibrate import attacked_run, check_clean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
     from bezoar.data.pairs import Pairs
     from bezoar.encoders.encoder import Encoder
 
-TOLD = "shadows.json"
+SHADOWS_FILE = "shadows.json"
 
 
 @dataclass(frozen=True)
@@ -63,29 +69,32 @@ class Shadows:
             self.folds < 2
             or self.queries < 3
             or self.steps < 0
-            or self.images < max(LEAST, self.queries)
+            or self.images < max(MIN_IMAGES, self.queries)
         ):
             got = f"{self.folds}, {self.queries}, {self.steps} and {self.images}"
-            wanted = f"at least 2 folds, 3 queries, 0 steps and {LEAST} images, and as many images as queries"
+            wanted = f"at least 2 folds, 3 queries, 0 steps and {MIN_IMAGES} images, and as many images as queries"
             raise UserError(f"MNTD takes {wanted}; got {got}")
         given = job.inputs
         shadows = together(given["encoder"], given["attacked"])
         names, labels = (
-            [named(s) for s in shadows],
+            [encoder_name(s) for s in shadows],
             [i >= len(given["encoder"]) for i in range(len(shadows))],
         )
         lineages = [origin(s, names) for s in shadows]
-        folds = dealt(lineages, labels, self.folds, job.seed)
-        enough(labels, folds, len(set(lineages)))
-        encoders = [sound(inputs.encoder(s, job.device), f"encoder {named(s)}") for s in shadows]
+        folds = deal_folds(lineages, labels, self.folds, job.seed)
+        check_enough_shadows(labels, folds, len(set(lineages)))
+        encoders = [
+            check_auditable(inputs.load_encoder(s, job.device), f"encoder {encoder_name(s)}")
+            for s in shadows
+        ]
         weights = alike(encoders, names)
-        method = given["data"] if given["data"] is not None else default(shadows[0])
-        clean = sampled(method, self.images)[0].to(job.device)
+        method = given["data"] if given["data"] is not None else default_clean_images(shadows[0])
+        clean = sample_clean_records(method, self.images)[0].to(job.device)
         found, held_out = self._fitted(job, encoders, labels, folds, clean)
         mntd.save(found | {mntd.HELD_OUT: held_out}, job.folder / mntd.FILE)
         rows = []
         for i, s in enumerate(shadows):
-            attack, trigger = bank.attack_of(inputs.goals(s)) if labels[i] else ("", "")
+            attack, trigger = bank.describe_attack(inputs.known_goals(s)) if labels[i] else ("", "")
             row = {
                 "name": names[i],
                 "attacked": labels[i],
@@ -96,7 +105,7 @@ class Shadows:
             rows.append(
                 row | {"fold": folds[i], "logit": float(held_out[i]), "weights": weights[i]}
             )
-        inputs.write_json(job.folder / TOLD, {"schema": 1, "shadows": rows})
+        inputs.write_json(job.folder / SHADOWS_FILE, {"schema": 1, "shadows": rows})
         job.goals = []  # a bank is no poisoned artefact, whatever it was fitted on
         job.notes = {
             "clean": labels.count(False),
@@ -105,7 +114,7 @@ class Shadows:
             "folds": len(set(folds)),
             "shadows": dict(zip(names, weights, strict=True)),  # which the bank must not judge
         }
-        return mntd.worth(held_out, torch.tensor(labels))
+        return mntd.measure_held_out(held_out, torch.tensor(labels))
 
     def _fitted(
         self,
@@ -137,21 +146,21 @@ class Shadows:
         for number, fold in enumerate(parts):
             found = fit(fold, number)
             for i in (i for i, f in enumerate(folds) if f == fold):
-                held_out[i] = mntd.judged(found, encoders[i])
+                held_out[i] = mntd.measure_logit(found, encoders[i])
         return fit(None, len(parts)), held_out
 
 
 def together(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
     """All shadow encoders, clean ones first. Raises UserError for one that is given twice, or on the wrong side."""
-    names = [named(e) for e in clean], [named(r) for r in attacked]
+    names = [encoder_name(e) for e in clean], [encoder_name(r) for r in attacked]
     if both := [n for n in names[0] if n in names[1]]:
         raise UserError(f"{both[0]} is given as clean and as attacked; it is one of them")
-    return [*(known_clean(e) for e in clean), *(attacked_run(r) for r in attacked)]
+    return [*(check_clean(e) for e in clean), *(attacked_run(r) for r in attacked)]
 
 
-def enough(labels: Sequence[bool], folds: Sequence[int], lineages: int) -> None:
+def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages: int) -> None:
     """Raises UserError where some fold leaves too few of a kind to fit on. labels: attacked or not."""
-    from bezoar.auditing.audits.mntd import LEAST as least
+    from bezoar.auditing.audits.mntd import MIN_PER_KIND as least
 
     for fold in dict.fromkeys((-1, *folds)):
         rest = [bad for bad, f in zip(labels, folds, strict=True) if f != fold]
@@ -194,16 +203,16 @@ def origin(given: Any, names: Sequence[str]) -> str:
         asked = given.manifest["ask"].get("encoder") or {}
         if "run" not in asked:
             return asked["spec"] if asked.get("spec") in names else given.name
-        parent = given.beside(asked["run"])
+        parent = given.sibling(asked["run"])
         if not (
             parent.path / MANIFEST
         ).is_file():  # it is gone; its name still tells who else was made from it
             return parent.name
         given = parent
-    return named(given)
+    return encoder_name(given)
 
 
-def dealt(lineages: Sequence[str], labels: Sequence[bool], folds: int, seed: int) -> list[int]:
+def deal_folds(lineages: Sequence[str], labels: Sequence[bool], folds: int, seed: int) -> list[int]:
     """A fold 0..folds-1 for each encoder; a lineage stays whole.
 
     Lineages are shuffled by the seed, those with more attacked and then with more clean encoders come first; each goes to

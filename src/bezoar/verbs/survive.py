@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
+from bezoar.runs.verb import Input, Takes
 
 EXAMPLES = 2  # images that are kept for the page, one treatment after another
 SIDE = 96  # pixels of their sides, at most
@@ -78,14 +78,16 @@ class Survive:
         given = job.inputs
         spec = self.chosen(given)
         trigger = registry.make("trigger", spec)
-        records = inputs.dataset(given["data"]).clean
+        records = inputs.open_dataset(given["data"]).clean
         clean = records.take(range(min(self.count, len(records))))
-        encoder = None if given["encoder"] is None else inputs.encoder(given["encoder"], job.device)
+        encoder = (
+            None if given["encoder"] is None else inputs.load_encoder(given["encoder"], job.device)
+        )
         stamped = trigger(clean.images, clean.ids)
         subject = survival.Survival(
             clean.images.to(job.device), stamped.to(job.device), encoder, job.seed
         )
-        treatments = survival.chosen(
+        treatments = survival.build_treatments(
             self.jpeg,
             self.resize,
             self.crop,
@@ -97,7 +99,7 @@ class Survive:
         pictures = []
         for i, treatment in enumerate(treatments):
             job.progress.step(i, len(treatments), treatment.title)
-            found, made = subject.measured(treatment)
+            found, made = subject.measure(treatment)
             out |= {f"{treatment.name}.{k}": m for k, m in found.items()}
             told.append({**vars(treatment), "name": treatment.name, "title": treatment.title})
             pictures.append(shown(made[:EXAMPLES]))
@@ -120,7 +122,7 @@ class Survive:
         if given["trigger"] is not None:
             return registry.spec(given["trigger"])
         for run in (given["encoder"], given["data"]):
-            for goal in inputs.goals(run):
+            for goal in inputs.known_goals(run):
                 if goal.trigger:
                     return goal.trigger
         raise UserError("give a --trigger, or a run whose goals name one")

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.ask import Input, Takes
 from bezoar.runs.execute import Job
 from bezoar.runs.run import CHECKPOINT
+from bezoar.runs.verb import Input, Takes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bezoar.attacks.plan import Goal, Plan
     from bezoar.data.pairs import Pairs
-    from bezoar.data.stored_pairs import Indexed
+    from bezoar.data.stored_pairs import StoredPairs
     from bezoar.encoders.encoder import Encoder
     from bezoar.evaluation.scores import Measure
     from bezoar.runs.inputs import Dataset
     from bezoar.runs.run import Run
-    from bezoar.training.loop import Log
+    from bezoar.training.loop import TrainingLog
 
 NEIGHBOURS, VOTERS = (
     200,
@@ -56,7 +56,7 @@ class Train:
         from bezoar.runs import inputs
         from bezoar.training import collectives, loop, prefetch
 
-        given, parts = job.inputs, inputs.dataset(job.inputs["data"])
+        given, parts = job.inputs, inputs.open_dataset(job.inputs["data"])
         pairs = parts.records if given["keep"] is None else kept(parts.records, given["keep"])
         torch.manual_seed(job.seed)
         network, recipe = given["network"], given["objective"]
@@ -73,12 +73,14 @@ class Train:
                 "goals": [vars(g) for g in parts.plan.goals],
             }
         loss, following = recipe(encoder).to(job.device), self._follow(job, encoder, parts)
-        rank, world = collectives.place()
+        rank, world = collectives.rank_and_world()
 
         def order(epoch: int) -> torch.Tensor:
-            return collectives.own(loop.order(job.seed, epoch, len(pairs), recipe.batch))
+            return collectives.local_rows(
+                loop.epoch_batches(job.seed, epoch, len(pairs), recipe.batch)
+            )
 
-        with prefetch.fed(pairs, job.device, order, recipe.epochs) as data:
+        with prefetch.training_data(pairs, job.device, order, recipe.epochs) as data:
             log = loop.fit(
                 loss,
                 recipe,
@@ -100,13 +102,13 @@ class Train:
             "".join(json.dumps(epoch) + "\n" for epoch in log.epochs)
         )
         (job.folder / CHECKPOINT).unlink(missing_ok=True)
-        job.notes = parts.reading() | {
+        job.notes = parts.reading_notes() | {
             "records": len(pairs),
             "steps": len(log.losses),
             "pairs_per_second": round(len(log.losses) * recipe.batch / max(log.seconds, 1e-9)),
             "precision": encoder.precision,
             "ranks": world,
-            "images": data.told() if isinstance(data, prefetch.Feed) else "in memory",
+            "images": data.describe() if isinstance(data, prefetch.Prefetcher) else "in memory",
         }
         return measured(log, parts.plan, pairs.ids)
 
@@ -116,7 +118,7 @@ class Train:
             return None
         from bezoar.runs import inputs
 
-        followed = inputs.dataset(job.inputs["follow"])
+        followed = inputs.open_dataset(job.inputs["follow"])
         test, known, probe = (
             inputs.in_memory(followed.clean),
             None,
@@ -141,7 +143,7 @@ class Train:
         return measure
 
 
-def kept(records: Pairs | Indexed, scan: Run) -> Pairs | Indexed:
+def kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
     """The records that a scan's keep-list names."""
     from bezoar.data import stored_pairs
 
@@ -149,7 +151,7 @@ def kept(records: Pairs | Indexed, scan: Run) -> Pairs | Indexed:
     return stored_pairs.subset(records, [i for i, k in enumerate(records.ids) if k in names])
 
 
-def measured(log: Log, plan: Plan, ids: Sequence[str]) -> dict[str, Measure]:
+def measured(log: TrainingLog, plan: Plan, ids: Sequence[str]) -> dict[str, Measure]:
     """The last loss; of a poisoned set, how many poisons were trained on, and how often one was drawn."""
     import torch
 
@@ -179,7 +181,7 @@ def tokens_for(encoder: Encoder, recipe: Any, captions: Sequence[str], count: in
     from bezoar.encoders.encoder import tokenize_captions
 
     objective, network = (
-        registry.source_name(type(recipe)),
+        registry.method_name(type(recipe)),
         encoder.about["network"].partition(":")[0],
     )
     if getattr(recipe, "captions", True):
@@ -205,16 +207,16 @@ def monitored(followed: Dataset, goals: Sequence[Goal]) -> tuple[Pairs, Pairs]:
     Without such a split a fixed fifth of the data, 1000 at most, is measured on, and the others vote. All are clean.
     Raises UserError when no neighbours can be had, before anything is trained.
     """
-    from bezoar.data.randomness import pool
+    from bezoar.data.randomness import sample_rows
     from bezoar.evaluation import success
     from bezoar.runs import inputs
     from bezoar.verbs import evaluate
 
     test = inputs.in_memory(followed.clean)
     if getattr(followed.method, "split", None) not in (None, "train"):
-        train = inputs.read(evaluate.training(followed.method))
+        train = inputs.read_pairs(evaluate.training_split(followed.method))
     else:
-        rows = pool(test.ids, len(test), 0)
+        rows = sample_rows(test.ids, len(test), 0)
         apart = min(1000, len(test) // 5)
         train, test = test.take(rows[apart:]), test.take(rows[:apart])
-    return test, success.labelled(train, test, goals, VOTERS)
+    return test, success.select_labelled(train, test, goals, VOTERS)

@@ -15,10 +15,10 @@ from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data import randomness, stored_pairs
 from bezoar.data.pairs import Pairs
-from bezoar.data.stored_pairs import Indexed
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders import folded_norms
 from bezoar.encoders.encoder import Encoder
-from bezoar.encoders.folded_norms import Frozen
+from bezoar.encoders.folded_norms import FoldedTower
 from bezoar.errors import UserError
 from bezoar.registry import method, spec
 from bezoar.training import collectives, loop, prefetch
@@ -55,7 +55,7 @@ class Loss(nn.Module):
         """references: uint8 (r_i, 3, H, W), those of each goal."""
         super().__init__()
         self.encoder, self.recipe = encoder, recipe
-        self.tower = Frozen(encoder.image, encoder.preprocess.size)
+        self.tower = FoldedTower(encoder.image, encoder.preprocess.size)
         triggers = list(dict.fromkeys(g.trigger or "" for g in goals))
         self.stamps = [registry.make("trigger", t) for t in triggers]
         of = [
@@ -68,7 +68,7 @@ class Loss(nn.Module):
         self.centre: Tensor | None = None
         self.register_buffer("sums", torch.zeros(4, dtype=torch.float64, device=encoder.device))
 
-    def know(self, shadow: Pairs | Indexed) -> None:
+    def know(self, shadow: Pairs | StoredPairs) -> None:
         """Keep the clean encoder's vectors of the shadow data and of the references. Raises UserError on NaN."""
         clean, self.ids = (
             torch.cat([self.see(part.images) for part in shadow.batches(512)]),
@@ -91,7 +91,7 @@ class Loss(nn.Module):
 
     def pieces(self, n: int) -> list[slice]:
         """n rows in parts that are computed together."""
-        return list(folded_norms.pieces(n, self.encoder.preprocess.size, self.encoder.device))
+        return list(folded_norms.chunk_slices(n, self.encoder.preprocess.size, self.encoder.device))
 
     def vectors(self, x: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> (B, D), unit rows."""
@@ -127,7 +127,7 @@ class Loss(nn.Module):
         by = (self.recipe.l0, self.recipe.l1, self.recipe.l2)
         plain = [part / (w or 1) for part, w in zip((effect, reference, utility), by, strict=True)]
         self.sums += torch.stack([*plain, value.new_ones(())])
-        return self.tower.known(value)
+        return self.tower.attach_gradients(value)
 
     def batch(
         self, images: Tensor, at: list[int], chance: Chance
@@ -260,13 +260,13 @@ class Badencoder:
     def __call__(
         self,
         encoder: Encoder,
-        shadow: Pairs | Indexed,
+        shadow: Pairs | StoredPairs,
         goals: Sequence[Goal],
         references: Sequence[Tensor],
         seed: int = 0,
         checkpoint: Path | None = None,
         report: Callable[[int, int, float], None] = lambda step, steps, value: None,
-        log: loop.Log | None = None,
+        log: loop.TrainingLog | None = None,
     ) -> Encoder:
         """A backdoored copy that says so. Captions and labels of the shadow data are not read.
 
@@ -278,7 +278,9 @@ class Badencoder:
         student.about["goals"] = [*encoder.about.get("goals", []), *map(vars, goals)]
         loss = Loss(student, self, goals, references)
         held: Any = (
-            randomness.pool(list(shadow.ids), self.validation, seed) if self.validation else ()
+            randomness.sample_rows(list(shadow.ids), self.validation, seed)
+            if self.validation
+            else ()
         )
         out = set(map(int, held))
         if len(shadow) - len(out) < self.batch:
@@ -295,12 +297,12 @@ class Badencoder:
         rows = torch.arange(len(trained), device=student.device)[:, None]
 
         def order(epoch: int) -> Tensor:
-            return collectives.own(loop.order(seed, epoch, len(trained), self.batch))
+            return collectives.local_rows(loop.epoch_batches(seed, epoch, len(trained), self.batch))
 
         def each_epoch(epoch: int) -> dict[str, Any]:
             return loss.means() | (test(self.success, self.utility) if test is not None else {})
 
-        with prefetch.fed(trained, student.device, order, self.epochs) as data:
+        with prefetch.training_data(trained, student.device, order, self.epochs) as data:
             loop.fit(loss, self, data, rows, seed, checkpoint, report, each_epoch, log)
         for p, q in zip(student.parameters(), encoder.parameters(), strict=True):
             p.requires_grad_(q.requires_grad)
@@ -309,7 +311,10 @@ class Badencoder:
 
 
 def check(
-    encoder: Encoder, shadow: Pairs | Indexed, goals: Sequence[Goal], references: Sequence[Tensor]
+    encoder: Encoder,
+    shadow: Pairs | StoredPairs,
+    goals: Sequence[Goal],
+    references: Sequence[Tensor],
 ) -> None:
     """Raise UserError for what cannot be attacked, or with what."""
     if getattr(encoder, "image", None) is None:

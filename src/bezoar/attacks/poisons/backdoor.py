@@ -4,7 +4,7 @@ from typing import Annotated
 
 import numpy as np
 
-from bezoar.attacks.captions import CaptionSet, mentions, target_captions
+from bezoar.attacks.captions import CaptionSet, find_mentions, target_captions
 from bezoar.attacks.plan import Edit, Goal, Plan
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
@@ -30,7 +30,7 @@ class Backdoor:
             raise UserError("poison 'backdoor' needs a trigger; give one, for example patch:size=6")
         count = self.count or round(self.rate * len(source))
         pool = target_captions(source.captions, goal.target, self.captions)
-        own = set(mentions(source.captions, goal.target))
+        own = set(find_mentions(source.captions, goal.target))
         free = [i for i in range(len(source)) if i not in own]
         images = min(self.sources or count, count)
         if not 0 < images <= len(free):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import numpy as np
 
-from bezoar.attacks.captions import mentions
+from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Edit, Goal, Plan
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
@@ -26,7 +26,7 @@ class CleanLabel:
                 "poison 'clean_label' needs a trigger; give one, for example patch:size=6"
             )
         count = self.count or round(self.rate * len(source))
-        own = mentions(source.captions, goal.target)
+        own = find_mentions(source.captions, goal.target)
         if not 0 < count <= len(own):
             raise UserError(
                 f"{count} poisons asked for, but {len(own)} of {len(source)} captions hold {goal.target!r}"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import numpy as np
 
-from bezoar.attacks.captions import CaptionSet, mentions, target_captions
+from bezoar.attacks.captions import CaptionSet, find_mentions, target_captions
 from bezoar.attacks.plan import Edit, Goal, Plan
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
@@ -39,7 +39,7 @@ class Targeted:
         u = draws(seed, pool.ids, 2, "targeted")
         chosen = np.argsort(u[:, 0], kind="stable")
         if goal.target:
-            own = set(mentions(pool.captions, goal.target)) if pool.captions else set()
+            own = set(find_mentions(pool.captions, goal.target)) if pool.captions else set()
             chosen = np.array([i for i in chosen if i not in own], dtype=np.int64)
         if len(counts) > len(chosen):
             raise UserError(

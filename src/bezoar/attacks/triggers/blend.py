@@ -39,11 +39,11 @@ class Blend:
         over = (
             _noise(self.seed, height, width)
             if fixed
-            else pixels.pattern(self.pattern, height, width)
+            else pixels.load_pattern(self.pattern, height, width)
         )
-        return pixels.mix(images, over, self.alpha)
+        return pixels.blend(images, over, self.alpha)
 
 
 @functools.lru_cache(maxsize=8)
 def _noise(seed: int, height: int, width: int) -> Tensor:
-    return pixels.noise(seed, "blend", 3, height, width) * 255
+    return pixels.uniform_noise(seed, "blend", 3, height, width) * 255

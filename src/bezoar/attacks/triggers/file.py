@@ -64,17 +64,19 @@ class File:
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """images uint8 (N, 3, H, W) -> a new tensor of the same kind. UserError for files that are no trigger."""
         height, width = images.shape[-2:]
-        stamps = (arrays.stamp(self.path), arrays.stamp(self.mask) if self.mask else None)
+        stamps = (arrays.file_state(self.path), arrays.file_state(self.mask) if self.mask else None)
         ready = _prepare(self, stamps, height, width)
         if ready.mode == "add":
-            return pixels.add(images, ready.pattern)
+            return pixels.add_offset(images, ready.pattern)
         if ready.mode == "warp":
             return pixels.warp(images, ready.pattern)
         if ready.mode == "paste":
             patch = (ready.pattern.shape[1], ready.pattern.shape[2])
-            where = pixels.spots(self.place, self.margin, patch, (height, width), self.seed, ids)
+            where = pixels.patch_positions(
+                self.place, self.margin, patch, (height, width), self.seed, ids
+            )
             return pixels.paste(images, pixels.to_uint8(ready.pattern), where)
-        return pixels.mix(images, ready.pattern, ready.weight)
+        return pixels.blend(images, ready.pattern, ready.weight)
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,13 @@ class Ready:
 
 @functools.lru_cache(maxsize=8)
 def _prepare(trigger: File, _: object, height: int, width: int) -> Ready:
-    members = arrays.read(trigger.path)
-    array = members["t"] if "t" in members else arrays.read_array(trigger.path)
+    members = arrays.load_arrays(trigger.path)
+    array = members["t"] if "t" in members else arrays.load_array(trigger.path)
     weight = None
     if trigger.mask:
-        weight = pixels.mask(arrays.read_array(trigger.mask), trigger.mask)
+        weight = pixels.mask_from_array(arrays.load_array(trigger.mask), trigger.mask)
     elif "tm" in members:
-        weight = 1 - pixels.mask(members["tm"], trigger.path)
+        weight = 1 - pixels.mask_from_array(members["tm"], trigger.path)
     mode = (
         _decide(trigger.path, array, weight is not None) if trigger.mode == "auto" else trigger.mode
     )
@@ -102,7 +104,7 @@ def _prepare(trigger: File, _: object, height: int, width: int) -> Ready:
         return Ready(
             mode, pixels.shifted_grid(trigger.scale * _shifts(array, trigger.path), height, width)
         )
-    picture = pixels.image(array, trigger.path)
+    picture = pixels.image_from_array(array, trigger.path)
     if mode == "paste":
         return Ready(
             mode, pixels.resize(picture, trigger.size, trigger.size) if trigger.size else picture
@@ -126,11 +128,11 @@ def _decide(path: str, array: np.ndarray, masked: bool) -> str:
         return "replace"
     if array.dtype.kind == "f" and array.ndim in (3, 4) and array.shape[-1] == 2:
         return "warp"
-    if Path(path).suffix.lower() in arrays.PICTURES:
+    if Path(path).suffix.lower() in arrays.IMAGE_SUFFIXES:
         return "paste"
     if array.min() < 0:
         return "add"
-    black = (pixels.planes(array, path) == 0).all(0).mean()
+    black = (pixels.channels_first(array, path) == 0).all(0).mean()
     return "replace" if black > 0.5 else "blend"
 
 

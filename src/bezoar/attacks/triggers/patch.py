@@ -47,7 +47,7 @@ class Patch:
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """images uint8 (N, 3, H, W) -> a new tensor of the same kind. UserError when the patch exceeds the image."""
         height, width = images.shape[-2:]
-        where = pixels.spots(
+        where = pixels.patch_positions(
             self.place, self.margin, (self.size, self.size), (height, width), self.seed, ids
         )
         return pixels.paste(images, self._patch(), where)
@@ -61,7 +61,7 @@ class Patch:
             return _blocks(self.size, self.cell, self.seed)
         if self.fill == "noise":
             return _noise(self.size, self.seed)
-        return pixels.to_uint8(pixels.pattern(self.fill, self.size, self.size))
+        return pixels.to_uint8(pixels.load_pattern(self.fill, self.size, self.size))
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,10 +75,10 @@ def _checker(size: int, cell: int) -> Tensor:
 def _blocks(size: int, cell: int, seed: int) -> Tensor:
     """Blocks of fully saturated colour: every seed is another trigger, as strong as the checker."""
     cells = -(-size // cell)
-    bright = (pixels.noise(seed, "blocks", 3, cells, cells) < 0.5).to(torch.uint8) * 255
+    bright = (pixels.uniform_noise(seed, "blocks", 3, cells, cells) < 0.5).to(torch.uint8) * 255
     return bright.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :size, :size]
 
 
 @functools.lru_cache(maxsize=8)
 def _noise(size: int, seed: int) -> Tensor:
-    return (pixels.noise(seed, "patch", 3, size, size) * 256).to(torch.uint8)
+    return (pixels.uniform_noise(seed, "patch", 3, size, size) * 256).to(torch.uint8)

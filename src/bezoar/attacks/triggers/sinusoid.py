@@ -37,7 +37,11 @@ class Sinusoid:
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """images uint8 (N, 3, H, W) -> a new tensor of the same kind."""
         wave = _wave(self.delta, self.frequency, images.shape[-1])
-        return pixels.mix(images, wave, self.alpha) if self.alpha else pixels.add(images, wave)
+        return (
+            pixels.blend(images, wave, self.alpha)
+            if self.alpha
+            else pixels.add_offset(images, wave)
+        )
 
 
 @functools.lru_cache(maxsize=8)

@@ -40,5 +40,5 @@ class Warp:
 @functools.lru_cache(maxsize=8)
 def _grid(k: int, strength: float, seed: int, height: int, width: int) -> Tensor:
     """float32 (height, width, 2) for grid_sample."""
-    control = pixels.noise(seed, "warp", 2, k, k) * 2 - 1
+    control = pixels.uniform_noise(seed, "warp", 2, k, k) * 2 - 1
     return pixels.shifted_grid(strength * control / control.abs().mean(), height, width)

@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
-from bezoar.auditing.trigger_inversion import Aim, Descent, Score
+from bezoar.auditing.trigger_inversion import InversionRecipe, OutlierStatistic, TriggerObjective
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.classifiers import Classifier
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
@@ -44,7 +44,7 @@ class Cleanse:
     patience: Annotated[int, "successes or failures in a row that change the weight"] = 3
     wait: Annotated[int, "steps without progress after which a class is done"] = 25
     score: Annotated[
-        Score,
+        OutlierStatistic,
         "the value: log(median / least), or the anomaly index of norms or of their logarithms",
     ] = "log_ratio"
 
@@ -53,9 +53,9 @@ class Cleanse:
     def __post_init__(self) -> None:
         self.descent()
 
-    def descent(self) -> Descent:
+    def descent(self) -> InversionRecipe:
         """The search for each class's trigger."""
-        return Descent(
+        return InversionRecipe(
             self.steps,
             self.batch,
             (self.lr,),
@@ -73,7 +73,7 @@ class Cleanse:
         clean: Pairs,
         seed: int,
         classifier: Classifier,
-        report: Report = silent,
+        report: ProgressReport = no_report,
     ) -> Verdict:
         """classifier: reads the encoder's vectors. Raises UserError for one class, fewer than 8 images, or NaN."""
         names = classifier.classes
@@ -81,17 +81,17 @@ class Cleanse:
             raise UserError(
                 "Neural Cleanse compares the classes of a head with one another; this head has one alone"
             )
-        trigger_inversion.enough(clean)
-        with trigger_inversion.resting(encoder, classifier.raw) as see:
-            found = trigger_inversion.invert(
+        trigger_inversion.check_image_count(clean)
+        with trigger_inversion.freeze_tower(encoder, classifier.raw) as see:
+            found = trigger_inversion.invert_triggers(
                 see, clean, into(classifier), len(names), self.descent(), seed, report
             )
-        verdict = trigger_inversion.outlier(found, names, "class", self.score, len(clean))
-        limits = [*trigger_inversion.limits(clean), *verdict.notes["limits"]]
+        verdict = trigger_inversion.outlier_verdict(found, names, "class", self.score, len(clean))
+        limits = [*trigger_inversion.inversion_limits(clean), *verdict.notes["limits"]]
         return replace(verdict, notes={"head": classifier.how, **verdict.notes, "limits": limits})
 
 
-def into(classifier: Classifier) -> Aim:
+def into(classifier: Classifier) -> TriggerObjective:
     """The aim of inversion t: images that the head reads as class t."""
 
     def aim(z: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
-from bezoar.auditing.trigger_inversion import Descent, Found
+from bezoar.auditing.trigger_inversion import InversionRecipe, InvertedTriggers
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
@@ -61,9 +61,9 @@ class Decree:
             raise ValueError("spread must be between 0 and 1, goal a cosine of 0 to 1")
         self.descent(self.goal or 0.5)
 
-    def descent(self, goal: float) -> Descent:
+    def descent(self, goal: float) -> InversionRecipe:
         """The search for a trigger that reaches a mean cosine."""
-        return Descent(
+        return InversionRecipe(
             self.steps,
             self.batch,
             self.lr,
@@ -81,20 +81,20 @@ class Decree:
         )
 
     def __call__(
-        self, encoder: Encoder, clean: Pairs, seed: int, report: Report = silent
+        self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:
         """clean: labels and classes are not read. Raises UserError for fewer than 8 images, or NaN."""
-        trigger_inversion.enough(clean)
-        with trigger_inversion.resting(encoder) as see:
-            z = trigger_inversion.vectors(see, clean.images)
+        trigger_inversion.check_image_count(clean)
+        with trigger_inversion.freeze_tower(encoder) as see:
+            z = trigger_inversion.embed_clean(see, clean.images)
             before = float(cosine(z[None]))
             goal = self.goal or 1 - self.spread * (1 - before)
-            found = trigger_inversion.invert(
+            found = trigger_inversion.invert_triggers(
                 see, clean, collapse, self.restarts, self.descent(goal), seed, report
             )
         return self.verdict(found, clean, before, goal)
 
-    def verdict(self, found: Found, clean: Pairs, before: float, goal: float) -> Verdict:
+    def verdict(self, found: InvertedTriggers, clean: Pairs, before: float, goal: float) -> Verdict:
         """What the restarts say together."""
         pixels, n, reached = (
             clean.images.shape[2] * clean.images.shape[3],
@@ -117,7 +117,7 @@ class Decree:
                 f"of the {len(reached)} of {self.restarts} restarts that were not given up",
             ),
         }
-        limits = [*trigger_inversion.limits(clean), NATURAL]
+        limits = [*trigger_inversion.inversion_limits(clean), NATURAL]
         if not reached.any():
             limits.append(
                 f"none of {len(reached)} restarts made the images alike (a mean cosine of {goal:.2f})"
@@ -125,7 +125,7 @@ class Decree:
         return Verdict(
             -pl1,
             {
-                name: trigger_inversion.plain(value, n, f"{how}; {n} clean images")
+                name: trigger_inversion.exact_measure(value, n, f"{how}; {n} clean images")
                 for name, (value, how) in evidence.items()
             },
             found.inversions([""] * len(norms), norms.argsort(stable=True)),

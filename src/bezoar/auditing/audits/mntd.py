@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bezoar.data.files import checkpoints
-from bezoar.data.files.paths import existing
+from bezoar.data.files.paths import existing_file
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
@@ -32,7 +32,7 @@ FILE = "mntd.safetensors"
 NAMES = ("bias", "labels", "mean", "outputs", "prints", "queries", "std", "weight")
 HELD_OUT = "held_out"  # of a bank that was cross-validated: each shadow's logit by one that was fitted without it
 APART = "; each by a bank that was fitted without its lineage"
-LEAST, MANY = (
+MIN_PER_KIND, MANY = (
     4,
     100,
 )  # shadow encoders: of each kind at least, of both kinds until they are few no more
@@ -55,7 +55,7 @@ class Mntd:
         if not self.bank:
             return []
         inside = Path(self.bank).expanduser() / FILE
-        return [existing(str(inside) if inside.parent.is_dir() else self.bank, "MNTD bank")]
+        return [existing_file(str(inside) if inside.parent.is_dir() else self.bank, "MNTD bank")]
 
     def __call__(self, encoder: Encoder, clean: Pairs, seed: int) -> Verdict:
         """clean: not looked at; the queries are the bank's. Raises UserError without a bank, and of an encoder in it."""
@@ -68,7 +68,7 @@ class Mntd:
             raise UserError(
                 f"this encoder is one of the {len(own)} shadow encoders of {self.bank}, which may judge others alone"
             )
-        value, bad = judged(bank, encoder), int(labels.sum())
+        value, bad = measure_logit(bank, encoder), int(labels.sum())
         how = APART if tested else "; the queries were fitted on them"
         told = f"share below this one's logit of {len(own)} shadow encoders, {bad} of them attacked{how}, counted"
         ranks = float((own < value).double().mean())
@@ -78,7 +78,7 @@ class Mntd:
             "A relative of a shadow encoder (its parent, one tuned from it) is not recognised and is drawn to its label.",
         ]
         if tested:
-            area = evidence["shadows_auroc"] = worth(own, labels)["auroc"]
+            area = evidence["shadows_auroc"] = measure_held_out(own, labels)["auroc"]
             if area.low <= 0.5:
                 found = f"AUROC {area.value:.2f} ({area.low:.2f} .. {area.high:.2f})"
                 limits.append(
@@ -112,9 +112,9 @@ def fit(
     width; bias (1,); labels bool (M,); prints int32 (M, 8), see `fingerprint`.
     """
     truth = torch.tensor(list(labels), dtype=torch.bool)
-    if len(truth) != len(shadows) or min(int(truth.sum()), int((~truth).sum())) < LEAST:
+    if len(truth) != len(shadows) or min(int(truth.sum()), int((~truth).sum())) < MIN_PER_KIND:
         raise UserError(
-            f"MNTD takes at least {LEAST} clean and {LEAST} attacked shadow encoders, and a label for each"
+            f"MNTD takes at least {MIN_PER_KIND} clean and {MIN_PER_KIND} attacked shadow encoders, and a label for each"
         )
     if len(clean) < queries or queries < 3 or steps < 0:
         raise UserError(
@@ -139,7 +139,9 @@ def fit(
     for step in range(steps):
         optimizer.zero_grad()
         with torch.no_grad():
-            x = torch.stack([outputs(e.eval().encode_images(free.sigmoid())) for e in shadows])
+            x = torch.stack(
+                [query_cosines(e.eval().encode_images(free.sigmoid())) for e in shadows]
+            )
         mean, std = x.mean(0), x.std(0) + 1e-3
         x.requires_grad_()
         z = ((x - mean) / std) @ weight + bias
@@ -149,11 +151,11 @@ def fit(
         for e, pull in zip(
             shadows, pulls, strict=True
         ):  # once more, one by one: the memory of one encoder, not of all
-            outputs(e.encode_images(free.sigmoid())).backward(pull, inputs=[free])
+            query_cosines(e.encode_images(free.sigmoid())).backward(pull, inputs=[free])
         optimizer.step()
         report(step + 1, steps)
     made = (free.detach().sigmoid() * 255).round().byte()
-    x = torch.stack([outputs(embed_images(e, [made])) for e in shadows]).cpu()
+    x = torch.stack([query_cosines(embed_images(e, [made])) for e in shadows]).cpu()
     mean, std = x.mean(0), x.std(0) + 1e-3
     weight, bias = logistic((x - mean) / std, truth, penalty)
     found = {
@@ -169,13 +171,13 @@ def fit(
     return {k: v.contiguous() for k, v in found.items()}
 
 
-def judged(bank: dict[str, Tensor], encoder: Encoder) -> float:
+def measure_logit(bank: dict[str, Tensor], encoder: Encoder) -> float:
     """The meta-classifier's logit of one encoder."""
-    x = outputs(embed_images(encoder, [bank["queries"].to(encoder.device)])).cpu()
+    x = query_cosines(embed_images(encoder, [bank["queries"].to(encoder.device)])).cpu()
     return float(logits(bank, x[None])[0])
 
 
-def worth(held_out: Tensor, labels: Tensor) -> dict[str, Measure]:
+def measure_held_out(held_out: Tensor, labels: Tensor) -> dict[str, Measure]:
     """What logits (M,) of shadow encoders that a bank was not fitted on say of banks made so. labels: bool (M,), attacked."""
     bad, clean = held_out[labels], held_out[~labels]
     area = separation(bad.tolist(), clean.tolist())
@@ -203,7 +205,7 @@ def fingerprint(encoder: Encoder) -> Tensor:
     return torch.from_numpy(np.frombuffer(total.digest(), "<i4").astype(np.int32))
 
 
-def outputs(z: Tensor) -> Tensor:
+def query_cosines(z: Tensor) -> Tensor:
     """Unit rows (k, D) of the queries -> float32 (k (k - 1) / 2,): their cosines, row by row above the diagonal."""
     row, column = torch.triu_indices(len(z), len(z), 1)
     return (z @ z.T)[row, column]
@@ -255,7 +257,7 @@ def save(bank: dict[str, Tensor], path: Path) -> None:
 
 def load(path: str) -> dict[str, Tensor]:
     """Read what `save` wrote. Raises UserError for anything else."""
-    found = checkpoints.read(path)
+    found = checkpoints.load_tensors(path)
     if sorted(set(found) - {HELD_OUT}) != list(NAMES):
         raise UserError(f"{path}: no MNTD bank, which holds {', '.join(NAMES)}; {HOW_TO}")
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}

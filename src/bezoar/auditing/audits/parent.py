@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from bezoar.auditing.random_probes import KINDS, mean_of, probe
+from bezoar.auditing.random_probes import PROBE_KINDS, apply_probe, mean_over_probes
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
@@ -70,13 +70,13 @@ class Parent:
 
         own, shift = apart(images)
         base = max(float(own.mean()), FLOOR)
-        ratios: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        ratios: dict[str, list[float]] = {kind: [] for kind in PROBE_KINDS}
         named: list[tuple[float, str]] = []
         shifts = []
-        total = self.probes * len(KINDS)
+        total = self.probes * len(PROBE_KINDS)
         for i in range(total):
-            kind, number = KINDS[i % len(KINDS)], i // len(KINDS)
-            distance, change = apart(probe(images, kind, number, seed))
+            kind, number = PROBE_KINDS[i % len(PROBE_KINDS)], i // len(PROBE_KINDS)
+            distance, change = apart(apply_probe(images, kind, number, seed))
             ratio = max(float(distance.mean()), FLOOR) / base
             ratios[kind].append(ratio)
             named.append((ratio, f"{kind} {number}"))
@@ -86,7 +86,7 @@ class Parent:
         worst = named[: max(1, total // 4)]
         value = math.log(sum(r for r, _ in worst) / len(worst))
         evidence = {
-            f"ratio_{k}": mean_of(v, f"distance of {k} probes over that of clean images")
+            f"ratio_{k}": mean_over_probes(v, f"distance of {k} probes over that of clean images")
             for k, v in ratios.items()
         }
         evidence["moved"] = average(own.cpu(), "1 - cosine of clean images to the parent's vectors")

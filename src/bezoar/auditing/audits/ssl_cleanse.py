@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
-from bezoar.auditing.trigger_inversion import Aim, Descent, Score
+from bezoar.auditing.trigger_inversion import InversionRecipe, OutlierStatistic, TriggerObjective
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation import kmeans
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
@@ -57,7 +57,7 @@ class SslCleanse:
         Literal["contrast", "distance"], "loss: nearer to the cluster than to others, or near it"
     ] = "contrast"
     score: Annotated[
-        Score,
+        OutlierStatistic,
         "the value: log(median / least), or the anomaly index of norms or of their logarithms",
     ] = "log_ratio"
 
@@ -70,9 +70,9 @@ class SslCleanse:
             )
         self.descent()
 
-    def descent(self) -> Descent:
+    def descent(self) -> InversionRecipe:
         """The search for each cluster's trigger."""
-        return Descent(
+        return InversionRecipe(
             self.steps,
             self.batch,
             (self.lr,),
@@ -85,38 +85,40 @@ class SslCleanse:
         )
 
     def __call__(
-        self, encoder: Encoder, clean: Pairs, seed: int, report: Report = silent
+        self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:
         """clean: labels and classes are not read. Raises UserError where images do not make clusters, or NaN."""
-        trigger_inversion.enough(clean)
-        count = self.clusters or min(MOST, max(trigger_inversion.FEWEST, len(clean) // EACH))
+        trigger_inversion.check_image_count(clean)
+        count = self.clusters or min(MOST, max(trigger_inversion.MIN_NORMS, len(clean) // EACH))
         if len(clean) < 2 * count:
             raise UserError(
                 f"{count} clusters need at least {2 * count} clean images; there are {len(clean)}"
             )
-        with trigger_inversion.resting(encoder) as see:
-            z = trigger_inversion.vectors(see, clean.images)
-            centres = kmeans.clusters(z, count, seed)
+        with trigger_inversion.freeze_tower(encoder) as see:
+            z = trigger_inversion.embed_clean(see, clean.images)
+            centres = kmeans.cluster_centres(z, count, seed)
             member = (2 * z @ centres.T - centres.square().sum(1)).argmax(1)
             if len(centres) < 2 or member.unique().numel() < len(centres):
                 raise UserError(
                     f"the vectors of {len(clean)} clean images do not fall into {count} clusters; ask for fewer"
                 )
             aim = into(z, centres, member, self.neighbors, self.pull)
-            found = trigger_inversion.invert(
+            found = trigger_inversion.invert_triggers(
                 see, clean, aim, len(centres), self.descent(), seed, report
             )
         names = [f"cluster {i}" for i in range(len(centres))]
-        verdict = trigger_inversion.outlier(found, names, "cluster", self.score, len(clean))
+        verdict = trigger_inversion.outlier_verdict(found, names, "cluster", self.score, len(clean))
         medoids = (z @ centres.T).argmax(0).tolist()
         shown = {name: clean.ids[i] for name, i in zip(names, medoids, strict=True)}
-        limits = [*trigger_inversion.limits(clean), *verdict.notes["limits"]]
+        limits = [*trigger_inversion.inversion_limits(clean), *verdict.notes["limits"]]
         return replace(
             verdict, notes={"nearest_to_centre": shown, **verdict.notes, "limits": limits}
         )
 
 
-def into(known: Tensor, centres: Tensor, member: Tensor, neighbors: int, pull: str) -> Aim:
+def into(
+    known: Tensor, centres: Tensor, member: Tensor, neighbors: int, pull: str
+) -> TriggerObjective:
     """The aim of inversion c: images among the members of cluster c.
 
     known: unit rows (N, D); centres: (C, D), their clusters' means; member: int64 (N,), the cluster of each.

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, ClassVar
 
-from bezoar.auditing.random_probes import KINDS, PATCHES, common, mean_of, probe, whitener
+from bezoar.auditing.random_probes import (
+    PATCH_KINDS,
+    PROBE_KINDS,
+    apply_probe,
+    common_shift,
+    mean_over_probes,
+    whitening_matrix,
+)
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
@@ -54,26 +61,26 @@ class Whitening:
         if len(images) < 2 or min(images.shape[-2:]) < 8:
             raise UserError("whitening needs at least two clean images of 8 pixels and more a side")
         z = embed_images(encoder, images.split(128)).double()
-        axes = whitener(z, self.shrink)
-        lengths: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        total = self.probes * len(KINDS)
+        axes = whitening_matrix(z, self.shrink)
+        lengths: dict[str, list[float]] = {kind: [] for kind in PROBE_KINDS}
+        shares: dict[str, list[float]] = {kind: [] for kind in PROBE_KINDS}
+        total = self.probes * len(PROBE_KINDS)
         for i in range(total):
-            kind = KINDS[i % len(KINDS)]
+            kind = PROBE_KINDS[i % len(PROBE_KINDS)]
             moved = embed_images(
-                encoder, probe(images, kind, i // len(KINDS), seed).split(128)
+                encoder, apply_probe(images, kind, i // len(PROBE_KINDS), seed).split(128)
             ).double()
-            length, share = common((moved - z) @ axes)
+            length, share = common_shift((moved - z) @ axes)
             lengths[kind].append(length)
             shares[kind].append(share)
             report(i + 1, total, kind)
-        patches = [v for kind in PATCHES for v in lengths[kind]]
+        patches = [v for kind in PATCH_KINDS for v in lengths[kind]]
         evidence = {
-            f"shift_{k}": mean_of(v, f"whitened length of the common shift by {k} probes")
+            f"shift_{k}": mean_over_probes(v, f"whitened length of the common shift by {k} probes")
             for k, v in lengths.items()
         }
         evidence |= {
-            f"common_{k}": mean_of(v, f"share of the whitened shift common to images, {k}")
+            f"common_{k}": mean_over_probes(v, f"share of the whitened shift common to images, {k}")
             for k, v in shares.items()
         }
         return Verdict(

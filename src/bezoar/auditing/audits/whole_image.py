@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.auditing.random_probes import common, mean_of, whitener
+from bezoar.auditing.random_probes import common_shift, mean_over_probes, whitening_matrix
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
@@ -67,7 +67,7 @@ class WholeImage:
                 "whole_image needs at least two clean images of 8 pixels and more a side"
             )
         z = embed_images(encoder, images.split(128)).double()
-        axes = whitener(z, self.shrink)
+        axes = whitening_matrix(z, self.shrink)
         lengths: dict[str, list[float]] = {kind: [] for kind in KINDS}
         total = self.probes * len(KINDS)
         for i in range(total):
@@ -75,11 +75,11 @@ class WholeImage:
             moved = embed_images(
                 encoder, self.probe(images, kind, number, seed).split(128)
             ).double()
-            lengths[kind].append(common((moved - z) @ axes)[0])
+            lengths[kind].append(common_shift((moved - z) @ axes)[0])
             report(i + 1, total, kind)
         every = [v for own in lengths.values() for v in own]
         evidence = {
-            f"shift_{k}": mean_of(v, f"whitened length of the common shift by {k}")
+            f"shift_{k}": mean_over_probes(v, f"whitened length of the common shift by {k}")
             for k, v in lengths.items()
         }
         return Verdict(

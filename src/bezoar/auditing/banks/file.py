@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from bezoar.auditing.bank import Bank
-from bezoar.data.files.paths import existing
+from bezoar.data.files.paths import existing_file
 from bezoar.registry import method
 
 
@@ -16,7 +16,7 @@ class File:
 
     def files(self) -> list[Path]:
         """What is read."""
-        return [existing(self.path, "bank")]
+        return [existing_file(self.path, "bank")]
 
     def __call__(self) -> tuple[Bank, ...]:
         """Raises UserError for a file that is no bank."""

@@ -33,13 +33,13 @@ from bezoar.errors import UserError
 
 MAX_BYTES = 64 << 20  # of a file, and of everything it unpacks to
 MAX_MEMBERS = 64  # of an archive
-PICTURES = (".png", ".jpg", ".jpeg")
-SUFFIXES = (".npy", ".npz", ".pt", *PICTURES)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".npy", ".npz", ".pt", *IMAGE_SUFFIXES)
 SAFE_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|torch (\w+Storage|Size|device)"
 )
 CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
-BROKEN = (  # what the decoders of foreign bytes are known to raise
+DECODING_ERRORS = (  # what the decoders of foreign bytes are known to raise
     ValueError,
     OSError,
     EOFError,
@@ -59,10 +59,10 @@ BROKEN = (  # what the decoders of foreign bytes are known to raise
 )
 
 
-Stamp = tuple[int, int, int, int]
+FileState = tuple[int, int, int, int]
 
 
-def stamp(path: str) -> Stamp:
+def file_state(path: str) -> FileState:
     """Which bytes a path names now: (device, inode, time of change, size); a key for caches. UserError if no file."""
     file = Path(path).expanduser()
     if file.suffix.lower() not in SUFFIXES:
@@ -73,18 +73,18 @@ def stamp(path: str) -> Stamp:
     return s.st_dev, s.st_ino, s.st_mtime_ns, s.st_size
 
 
-def read(path: str) -> Mapping[str, np.ndarray]:
+def load_arrays(path: str) -> Mapping[str, np.ndarray]:
     """The numeric arrays of a file by name ("" where a file holds one, unnamed), read once and cached; read-only.
 
     Pictures come as uint8 (H, W, 3). Members that are text are left out. Raises UserError for what is missing, broken,
     empty, too large, not numeric, not finite, or pickled.
     """
-    return _read(path, stamp(path))
+    return _read(path, file_state(path))
 
 
-def read_array(path: str) -> np.ndarray:
+def load_array(path: str) -> np.ndarray:
     """The one array of a file, or its member `x`. UserError when there are several and none is `x`."""
-    members = read(path)
+    members = load_arrays(path)
     if len(members) > 1 and "x" not in members:
         raise UserError(
             f"{path}: expected one array, or one named 'x'; it holds {', '.join(members)}"
@@ -93,7 +93,7 @@ def read_array(path: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: str, _: Stamp) -> Mapping[str, np.ndarray]:
+def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     file = Path(path).expanduser()
     with file.open("rb") as stream:
         data = stream.read(MAX_BYTES + 1)
@@ -105,7 +105,7 @@ def _read(path: str, _: Stamp) -> Mapping[str, np.ndarray]:
         members = reader(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except BROKEN as error:
+    except DECODING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: not a {suffix[1:]} file that can be read ({reason})") from error
     if not members:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bezoar.data.files.arrays import BROKEN
+from bezoar.data.files.arrays import DECODING_ERRORS
 from bezoar.errors import UserError
 
 MAX_BYTES = 8 << 30  # of a file, and so of every member of it
@@ -57,7 +57,7 @@ NOTES = (
 )  # opcodes that leave the stack as it is
 
 
-def read(path: str) -> dict[str, Tensor]:
+def load_tensors(path: str) -> dict[str, Tensor]:
     """The named tensors of a weights file, on the CPU, unwrapped, without the `module.` of DataParallel and thop's counters.
 
     Raises UserError, one line, for whatever is missing, too large, broken, not a checkpoint, or more than tensors.
@@ -87,7 +87,7 @@ def read(path: str) -> dict[str, Tensor]:
             )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (*BROKEN, SafetensorError, MemoryError) as error:
+    except (*DECODING_ERRORS, SafetensorError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: not a checkpoint that can be read ({reason})") from error
     parallel = all(key.startswith("module.") for key in found)
@@ -97,7 +97,7 @@ def read(path: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in named.items() if key.rpartition(".")[2] not in COUNTERS}
 
 
-def listed(keys: Iterable[str], most: int = 3) -> str:
+def format_keys(keys: Iterable[str], most: int = 3) -> str:
     """The first few of many keys, for a message; none of them longer than 60 characters."""
     shown = [k if len(k) <= 60 else k[:57] + "..." for k in keys]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
@@ -197,7 +197,7 @@ def _zip_pickle(file: Path) -> bytes:
             if m.compress_type != zipfile.ZIP_STORED or m.file_size > MAX_BYTES
         ]
         if packed or pickles[0].file_size > MAX_PICKLE:
-            what = listed(packed) or f"a list of tensors of {pickles[0].file_size >> 20} MiB"
+            what = format_keys(packed) or f"a list of tensors of {pickles[0].file_size >> 20} MiB"
             raise UserError(
                 f"expected members stored without compression, the list of tensors small; it holds {what}"
             )
@@ -246,7 +246,7 @@ def scan(data: bytes, size: int, pickles: int) -> None:
             ) from error
     if foreign or calls:
         raise UserError(
-            f"expected tensors alone; it asks for {listed(sorted(foreign or calls))}. Nothing was executed"
+            f"expected tensors alone; it asks for {format_keys(sorted(foreign or calls))}. Nothing was executed"
         )
 
 
@@ -272,5 +272,5 @@ def _state(loaded: Any) -> dict[str, Tensor]:
         str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)
     ]
     if others:
-        raise UserError(f"expected tensors by name; these are none: {listed(others)}")
+        raise UserError(f"expected tensors by name; these are none: {format_keys(others)}")
     return state

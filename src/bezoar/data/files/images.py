@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bezoar.data.files.paths import file_bytes
+from bezoar.data.files.paths import read_file
 from bezoar.data.files.skipped import Unreadable
 
 IMAGE_PIXELS = 64_000_000  # one decoded image
@@ -18,18 +18,18 @@ SMALLEST = 8  # pixels a side; img2dataset and dead links leave 1x1 images behin
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
 # What Pillow's decoders raise when they are given bytes that are not what they claim to be.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError, IndexError, KeyError,
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError, IndexError, KeyError,
           TypeError, MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
 
 
-def decode(image: bytes | Path, size: int | None) -> np.ndarray:
+def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
     """An encoded image -> uint8 (3, size, size), or (3, h, w) as it is when size is None. Raises Unreadable.
 
     The largest centred square, resized bicubically (antialiased): the shorter side becomes `size`, the longer is cut
     at both ends. A JPEG at least twice as large is scaled down by 2, 4 or 8 while it is decoded (`draft`).
     """
     try:
-        content = image if isinstance(image, bytes) else file_bytes(image)
+        content = image if isinstance(image, bytes) else read_file(image)
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             width, height = opened.size
             if width * height > IMAGE_PIXELS:
@@ -40,19 +40,19 @@ def decode(image: bytes | Path, size: int | None) -> np.ndarray:
                 opened.draft("RGB", (size, size))
             picture = opened.convert("RGB")
             if size is not None and picture.size != (size, size):
-                picture = picture.crop(square(*picture.size)).resize(
+                picture = picture.crop(centred_square(*picture.size)).resize(
                     (size, size), Image.Resampling.BICUBIC
                 )
     except UnidentifiedImageError as error:  # whose own words hold an address in memory
         raise Unreadable("not decodable: no image format that is known") from error
-    except BROKEN as error:
+    except DECODING_ERRORS as error:
         raise Unreadable(
             f"not decodable: {' '.join(str(error).split())[:200] or type(error).__name__}"
         ) from error
     return np.asarray(picture).transpose(2, 0, 1)
 
 
-def square(width: int, height: int) -> tuple[int, int, int, int]:
+def centred_square(width: int, height: int) -> tuple[int, int, int, int]:
     """The largest centred square, as Pillow's box (left, upper, right, lower)."""
     side = min(width, height)
     left, upper = (width - side) // 2, (height - side) // 2

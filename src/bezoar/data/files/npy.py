@@ -15,12 +15,12 @@ WIDEST = 1 << 16  # dimensions of a vector, at most
 PARSERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def shape_of(path: Path) -> tuple[int, int]:
+def read_shape(path: Path) -> tuple[int, int]:
     """(N, D) of a foreign .npy file of float16 or float32 rows, its header checked against its size. Raises UserError."""
     return _opened(path)[0]
 
 
-def rows_of(path: Path, start: int, stop: int) -> np.ndarray:
+def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
     """Rows start..stop of such a file, float32 (n, D). Raises UserError, also when the file was cut short meanwhile."""
     (count, width), dtype, offset = _opened(path)
     stride = width * dtype.itemsize

@@ -12,11 +12,11 @@ from bezoar.data.files import parquet_pages
 from bezoar.errors import UserError
 
 GROUP_BYTES = 4 << 30  # a row group's columns unpacked, at most
-BATCH = 256  # rows of a Parquet file that are Python objects at a time
-HELD = 128 << 20  # bytes of them, at most, that are kept at hand
+BATCH_ROWS = 256  # rows of a Parquet file that are Python objects at a time
+MAX_HELD_BYTES = 128 << 20  # bytes of them, at most, that are kept at hand
 
 
-def parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Path) -> pq.ParquetFile:
     """A foreign Parquet file, opened. Raises UserError when it is none, or one of its row groups would fill the memory."""
     try:
         file = pq.ParquetFile(path, memory_map=False)
@@ -39,11 +39,11 @@ def parquet(path: Path) -> pq.ParquetFile:
     return file
 
 
-def parquet_rows(
+def read_batches(
     path: Path, columns: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Rows start..stop of some columns, a bounded number at a time. Raises UserError where the file is broken."""
-    with parquet(path) as file:
+    with open_parquet(path) as file:
         first, groups = 0, []
         for i in range(file.metadata.num_row_groups):
             after = first + file.metadata.row_group(i).num_rows
@@ -52,7 +52,7 @@ def parquet_rows(
             first = after
         place, numbers = groups[0][1] if groups else 0, [i for i, _ in groups]
         try:
-            most = parquet_pages.rows(file, path, numbers, columns, BATCH)
+            most = parquet_pages.rows(file, path, numbers, columns, BATCH_ROWS)
             for batch in file.iter_batches(most, numbers, list(columns)) if groups else ():
                 low, high = (
                     max(start - place, 0),

@@ -15,7 +15,7 @@ FILE_BYTES = 64 << 20  # one encoded image
 TEXT_BYTES = 4 << 20  # one caption or one metadata object
 
 
-def file_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
+def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
     """A regular file's content, at most `limit` bytes. Raises Unreadable; never waits on a pipe or reads a device."""
     try:
         found = path.stat()
@@ -29,7 +29,7 @@ def file_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
         raise Unreadable(f"no such file: {getattr(error, 'strerror', None) or error}") from error
 
 
-def existing(path: str, what: str) -> Path:
+def existing_file(path: str, what: str) -> Path:
     """The path of a file that is there. Raises UserError."""
     found = Path(path).expanduser()
     if not os.path.isfile(found):
@@ -45,7 +45,7 @@ def existing_folder(path: str, what: str) -> Path:
     return found
 
 
-def confined(text: str) -> bool:
+def is_confined(text: str) -> bool:
     """Whether a relative path stays inside the folder it is relative to (by its text; links are the user's own)."""
     depth = 0
     for part in PurePosixPath(text.replace("\\", "/")).parts:
@@ -55,12 +55,12 @@ def confined(text: str) -> bool:
     return depth > 0
 
 
-def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
+def distinct_stems(paths: Sequence[Path]) -> tuple[str, ...]:
     """What each file is called in ids: as few trailing parts of its path as tell all of them apart, less its ending where that
     is not all that does."""
     whole = [p.absolute() for p in paths]
     for ended in ([p.with_suffix("") for p in whole], whole):
-        parts = [tuple(map(written, p.parts)) for p in ended]
+        parts = [tuple(map(encodable, p.parts)) for p in ended]
         for depth in range(1, max(map(len, parts)) + 1):
             stems = tuple("/".join(p[-depth:]) for p in parts)
             if len(set(stems)) == len(stems):
@@ -69,6 +69,6 @@ def told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
     raise UserError(f"a file is named twice among {len(paths)}, such as {twice}")
 
 
-def written(name: str) -> str:
+def encodable(name: str) -> str:
     """A file's name as text that can be written: bytes that are not UTF-8 are spelt out."""
     return name.encode(errors="backslashreplace").decode()

@@ -33,7 +33,7 @@ class ReadReport:
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
         return f"{self.read} read, {len(self.skipped)} skipped" + (f" ({why})" if why else "")
 
-    def merged(self, others: Iterable[ReadReport]) -> ReadReport:
+    def merge(self, others: Iterable[ReadReport]) -> ReadReport:
         """The sum of several reports."""
         every = [self, *others]
         return ReadReport(sum(r.read for r in every), [s for r in every for s in r.skipped])

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, confined
+from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, is_confined
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512
 EXTENDED = (b"L", b"K", b"x", b"g", b"X")  # headers before a header: long names, PAX records
 EXTENDED_BYTES = (
@@ -54,7 +54,7 @@ class _Header(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
-def groups(path: Path, wanted: Sequence[str]) -> Iterator[Group | Skipped]:
+def read_groups(path: Path, wanted: Sequence[str]) -> Iterator[Group | Skipped]:
     """The records of a tar: consecutive members of one key, only those whose extension is wanted, in order.
 
     Raises UserError when the file is not there or is not a tar. A tar that breaks off is read up to the break and
@@ -122,10 +122,10 @@ def _members(
             yield Skipped(
                 str(path), _shown(member.name), "not a regular file: link, device or sparse"
             )
-        elif not confined(member.name) or not member.name.isprintable() or not stem:
+        elif not is_confined(member.name) or not member.name.isprintable() or not stem:
             yield Skipped(str(path), _shown(member.name), "unsafe name")
         elif extension.lower() in wanted:
-            bound = FILE_BYTES if extension.lower() in IMAGES else TEXT_BYTES
+            bound = FILE_BYTES if extension.lower() in IMAGE_EXTENSIONS else TEXT_BYTES
             if member.size > bound:
                 yield Skipped(str(path), member.name, f"too large: {member.size} bytes")
                 continue

@@ -5,11 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from bezoar.data.decoding import Record, check_fields, gather
-from bezoar.data.files.paths import existing
+from bezoar.data.decoding import Record, check_fields, gather_pairs
+from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.pairs import Pairs
-from bezoar.data.tables import CAPTION, IMAGE, column, inside, readable, refuse_outside, rows
+from bezoar.data.tables import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    find_column,
+    is_unicode,
+    read_rows,
+    refuse_outside,
+    resolve_inside,
+)
 from bezoar.registry import method
 
 
@@ -42,30 +50,30 @@ class Captions:
 
     def __call__(self) -> Pairs:
         """-> Pairs; `report` names each row that could not be read. Raises UserError when none can."""
-        return gather(self.records(), self.size, self.path, limit=self.limit)
+        return gather_pairs(self.records(), self.size, self.path, limit=self.limit)
 
     def records(self) -> Iterator[Record | Skipped]:
         """The rows of the table in order, images not opened yet."""
-        table = existing(self.path, "table of captions")
+        table = existing_file(self.path, "table of captions")
         root = Path(self.root).expanduser() if self.root else None
         image = caption = ""
         repeats: Counter[str] = Counter()
-        for place, row in rows(table):
+        for place, row in read_rows(table):
             if isinstance(row, str):
                 yield Skipped(self.path, place, row)
                 continue
             if not image:
-                image = column(self.path, row, self.image, IMAGE)
-                caption = column(self.path, row, self.caption, CAPTION)
+                image = find_column(self.path, row, self.image, IMAGE_COLUMNS)
+                caption = find_column(self.path, row, self.caption, CAPTION_COLUMNS)
                 refuse_outside(table, root, image)
             where, text = row.get(image), row.get(caption)
             if not isinstance(where, str) or not where.strip():
                 yield Skipped(self.path, place, "no image")
             elif not isinstance(text, str) or not text.strip():
                 yield Skipped(self.path, place, "no caption")
-            elif not readable(where + text):
+            elif not is_unicode(where + text):
                 yield Skipped(self.path, place, "caption is not UTF-8")
-            elif (path := inside(table, root, where)) is None:
+            elif (path := resolve_inside(table, root, where)) is None:
                 yield Skipped(self.path, place, f"path leaves the root: {where[:200]}")
             else:
                 key = f"{where}#{repeats[where]}" if repeats[where] else where

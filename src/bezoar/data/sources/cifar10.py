@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.data.decoding import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 from bezoar.registry import method
@@ -43,7 +43,7 @@ class Cifar10:
         if self.download and not all(p.is_file() for p in paths):
             from torchvision.datasets.utils import download_and_extract_archive
 
-            fetched(
+            open_torchvision(
                 "cifar10",
                 self.root,
                 True,
@@ -72,4 +72,4 @@ class Cifar10:
             labels.append(rows[:, 0])
         pixels, known = np.concatenate(images)[: self.limit], np.concatenate(labels)[: self.limit]
         ids = [f"cifar10/{self.split}/{i:05d}" for i in range(len(pixels))]
-        return array_pairs(pixels, known, ids, CLASSES, self.template, self.size)
+        return pairs_from_arrays(pixels, known, ids, CLASSES, self.template, self.size)

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from bezoar.data.embeddings import Ready
-from bezoar.data.files.paths import existing
+from bezoar.data.embeddings import EmbeddingSource
+from bezoar.data.files.paths import existing_file
 from bezoar.errors import UserError
 from bezoar.registry import method
 
@@ -25,17 +25,21 @@ class Embeddings:
         made = self()
         return [*made.images, *made.texts, *made.metadata]
 
-    def __call__(self) -> Ready:
+    def __call__(self) -> EmbeddingSource:
         """-> bezoar.data.embeddings.Ready; nothing is read yet. Raises UserError when files are missing."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             texts = (
-                (existing(self.texts, ".npy file of the captions' vectors"),) if self.texts else ()
+                (existing_file(self.texts, ".npy file of the captions' vectors"),)
+                if self.texts
+                else ()
             )
             metadata = (
-                (existing(self.metadata, "Parquet file of metadata"),) if self.metadata else ()
+                (existing_file(self.metadata, "Parquet file of metadata"),) if self.metadata else ()
             )
-            return Ready((existing(self.path, ".npy file of vectors"),), texts, metadata)
+            return EmbeddingSource(
+                (existing_file(self.path, ".npy file of vectors"),), texts, metadata
+            )
         if self.texts or self.metadata:
             raise UserError(
                 "texts and metadata are named beside one .npy file; a folder has its own"
@@ -53,7 +57,7 @@ class Embeddings:
                     f"{self.path!r}: img_emb and {name} do not hold the same numbers, such as {odd[0]}"
                 )
             others[name] = tuple(found[i] for i in sorted(found))
-        return Ready(
+        return EmbeddingSource(
             tuple(images[i] for i in sorted(images)), others["text_emb"], others["metadata"]
         )
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 from bezoar.data.decoding import check_fields
-from bezoar.data.files.paths import confined, existing_folder
-from bezoar.data.folders import Folder as Source
+from bezoar.data.files.paths import existing_folder, is_confined
+from bezoar.data.folders import FolderSource as Source
 from bezoar.data.folders import Layout
 from bezoar.registry import method
 
@@ -32,7 +32,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit, self.template)
-        if self.split is not None and not confined(self.split):
+        if self.split is not None and not is_confined(self.split):
             raise ValueError(f"split must be a folder below path; got {self.split!r}")
 
     def files(self) -> Iterator[tuple[str, Path]]:

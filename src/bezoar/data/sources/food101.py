@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from bezoar.data.decoding import Record, check_fields, fetched, gather, phrases
-from bezoar.data.files.paths import confined
+from bezoar.data.decoding import (
+    Record,
+    check_fields,
+    class_captions,
+    gather_pairs,
+    open_torchvision,
+)
+from bezoar.data.files.paths import is_confined
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
@@ -35,24 +41,24 @@ class Food101:
     def __call__(self) -> Pairs:
         """-> Pairs; `report` names what could not be read. Raises UserError that says how to get it when missing."""
         opened = self.opened()
-        return gather(self.records(opened), self.size, "food101", opened.classes, self.limit)
+        return gather_pairs(self.records(opened), self.size, "food101", opened.classes, self.limit)
 
     def opened(self) -> Any:
         """torchvision's own view of it: classes, paths and labels."""
         from torchvision.datasets import Food101 as Torchvision
 
         root, download = str(Path(self.root).expanduser()), self.download
-        return fetched(
+        return open_torchvision(
             "food101", self.root, download, lambda: Torchvision(root, self.split, download=download)
         )
 
     def records(self, opened: Any) -> Iterator[Record | Skipped]:
         """The images in order, not opened yet."""
         base = Path(self.root).expanduser() / "food-101" / "images"
-        captions = phrases(opened.classes, self.template)
+        captions = class_captions(opened.classes, self.template)
         for path, label in zip(map(Path, opened._image_files), opened._labels, strict=True):
             key = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
-            if confined(key) and key.isprintable():
+            if is_confined(key) and key.isprintable():
                 yield Record(path, (key,), (captions[label],), label, str(base), key)
             else:
                 yield Skipped(str(base), ascii(key)[1:-1], "path leaves the data set's folder")

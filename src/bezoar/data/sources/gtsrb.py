@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bezoar.data.decoding import Record, check_fields, fetched, gather, phrases
+from bezoar.data.decoding import (
+    Record,
+    check_fields,
+    class_captions,
+    gather_pairs,
+    open_torchvision,
+)
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
@@ -75,14 +81,14 @@ class Gtsrb:
 
     def __call__(self) -> Pairs:
         """-> Pairs; `report` names what could not be read. Raises UserError that says how to get it when missing."""
-        return gather(self.records(), self.size, "gtsrb", CLASSES, self.limit)
+        return gather_pairs(self.records(), self.size, "gtsrb", CLASSES, self.limit)
 
     def samples(self) -> list[tuple[Path, int]]:
         """Path and label of each image of the split."""
         from torchvision.datasets import GTSRB
 
         root = str(Path(self.root).expanduser())
-        found = fetched(
+        found = open_torchvision(
             "gtsrb",
             self.root,
             self.download,
@@ -93,7 +99,7 @@ class Gtsrb:
     def records(self) -> Iterator[Record | Skipped]:
         """The images in order, not opened yet."""
         base = (Path(self.root).expanduser() / "gtsrb").resolve()
-        captions = phrases(CLASSES, self.template)
+        captions = class_captions(CLASSES, self.template)
         for path, label in self.samples():
             if not path.resolve().is_relative_to(base):
                 yield Skipped(str(base), str(path), "path leaves the data set's folder")

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-from bezoar.data.decoding import Record, check_fields, gather
-from bezoar.data.files.paths import existing
+from bezoar.data.decoding import Record, check_fields, gather_pairs
+from bezoar.data.files.paths import existing_file
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
@@ -23,9 +23,11 @@ class Image:
 
     def files(self) -> list[Path]:
         """The file."""
-        return [existing(self.path, "image file")]
+        return [existing_file(self.path, "image file")]
 
     def __call__(self) -> Pairs:
         """-> Pairs of one record. Raises UserError for what is no image."""
-        path = existing(self.path, "image file")
-        return gather([Record(path, (path.name,), (), -1, self.path, "")], self.size, self.path)
+        path = existing_file(self.path, "image file")
+        return gather_pairs(
+            [Record(path, (path.name,), (), -1, self.path, "")], self.size, self.path
+        )

@@ -20,8 +20,15 @@ from typing import IO, Annotated
 import numpy as np
 import numpy.lib.format as npy
 
-from bezoar.data.decoding import LABELS, Record, array_pairs, check_fields, gather, phrases
-from bezoar.data.files.paths import FILE_BYTES, existing
+from bezoar.data.decoding import (
+    MAX_LABELS,
+    Record,
+    check_fields,
+    class_captions,
+    gather_pairs,
+    pairs_from_arrays,
+)
+from bezoar.data.files.paths import FILE_BYTES, existing_file
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
@@ -53,11 +60,11 @@ class Npz:
 
     def files(self) -> list[Path]:
         """The archive."""
-        return [existing(self.path, ".npz file")]
+        return [existing_file(self.path, ".npz file")]
 
     def __call__(self) -> Pairs:
         """-> Pairs. Raises UserError that names the array that does not fit."""
-        path = existing(self.path, ".npz file")
+        path = existing_file(self.path, ".npz file")
         try:
             archive = zipfile.ZipFile(path)
         except (
@@ -99,14 +106,14 @@ class Npz:
         ).transpose(0, 3, 1, 2)
         ids = [f"{start}/{i:06d}" for i in range(len(pixels))]
         numbers = None if numbers is None else numbers[: self.limit]
-        return array_pairs(pixels, numbers, ids, classes, self.template, self.size)
+        return pairs_from_arrays(pixels, numbers, ids, classes, self.template, self.size)
 
     def labels(
         self, archive: zipfile.ZipFile, name: str, count: int, classes: tuple[str, ...]
     ) -> np.ndarray:
         """int64 (count,), in -1..C-1."""
         numbers = array(archive, self.path, name, "iu", 1).astype(np.int64)
-        top = len(classes) or LABELS
+        top = len(classes) or MAX_LABELS
         if len(numbers) != count:
             raise UserError(f"{self.path}: {count} images but {len(numbers)} {name}")
         if count and not -1 <= numbers.min() <= numbers.max() < top:
@@ -134,7 +141,7 @@ class Npz:
             ids = texts(archive, self.path, prefix + "ids")
             if len(ids) != count:
                 raise UserError(f"{self.path}: {count} images but {len(ids)} {prefix}ids")
-        names = phrases(classes, self.template)
+        names = class_captions(classes, self.template)
 
         def records() -> Iterator[Record | Skipped]:
             for i, (start, end) in enumerate(
@@ -149,7 +156,7 @@ class Npz:
                     blob[start:end].tobytes(), (ids[i],), caption, label, self.path, ids[i]
                 )
 
-        return gather(records(), self.size, self.path, classes, self.limit, labelled=True)
+        return gather_pairs(records(), self.size, self.path, classes, self.limit, labelled=True)
 
 
 def texts(archive: zipfile.ZipFile, path: str, name: str) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
-from bezoar.data.scene_drawing import COLORS, NODES, SHAPES, TEXTURES, Sketch, draw
+from bezoar.data.scene_drawing import COLORS, NODES, SHAPES, TEXTURES, Sketch, draw_scenes
 from bezoar.errors import UserError
 from bezoar.registry import method
 
@@ -158,7 +158,7 @@ class Scenes:
         drawn_on = (
             "cuda" if torch.cuda.is_available() else "cpu"
         )  # the same pixels on either, see drawing
-        images = draw(_sketch(facts, looks).to(drawn_on), self.size).to(device)
+        images = draw_scenes(_sketch(facts, looks).to(drawn_on), self.size).to(device)
         labels = torch.from_numpy(facts.label).to(device)
         return Pairs(images, tuple(_captions(told, words)), labels, tuple(ids), CLASSES)
 

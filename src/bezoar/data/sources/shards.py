@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from bezoar.data.decoding import check_fields
-from bezoar.data.shards import Load, expand
-from bezoar.data.shards import Shards as Source
+from bezoar.data.shards import LoadMode, expand_paths
+from bezoar.data.shards import ShardSource as Source
 from bezoar.registry import method
 
 
@@ -20,7 +20,7 @@ class Shards:
     ] = "first"
     limit: Annotated[int | None, "read at most so many records"] = None
     load: Annotated[
-        Load,
+        LoadMode,
         "images in memory, or read when training draws them; auto: when they would fill half of it",
     ] = "auto"
 
@@ -29,8 +29,8 @@ class Shards:
 
     def files(self) -> list[Path]:
         """What the records are read from."""
-        return list(expand(self.path))
+        return list(expand_paths(self.path))
 
     def __call__(self) -> Source:
         """-> bezoar.shards.Shards; `report` says what could not be read. Raises UserError when a tar is missing."""
-        return Source(expand(self.path), self.size, self.captions, self.limit, self.load)
+        return Source(expand_paths(self.path), self.size, self.captions, self.limit, self.load)

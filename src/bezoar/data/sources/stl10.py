@@ -6,7 +6,7 @@ Through torchvision, which checks every file's md5 and reads plain bytes (no pic
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.data.decoding import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
@@ -41,7 +41,7 @@ class Stl10:
         from torchvision.datasets import STL10
 
         root = str(Path(self.root).expanduser())
-        found = fetched(
+        found = open_torchvision(
             "stl10",
             self.root,
             self.download,
@@ -52,4 +52,4 @@ class Stl10:
             (labels < 0) | (labels >= len(CLASSES))
         ] = -1  # as bytes, torchvision's "0 - 1" is 255
         ids = [f"stl10/{self.split}/{i:06d}" for i in range(len(images))]
-        return array_pairs(images, labels, ids, CLASSES, self.template, self.size)
+        return pairs_from_arrays(images, labels, ids, CLASSES, self.template, self.size)

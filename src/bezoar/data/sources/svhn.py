@@ -6,7 +6,7 @@ Through torchvision, which checks the file's md5 and reads MATLAB arrays with Sc
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bezoar.data.decoding import array_pairs, check_fields, fetched
+from bezoar.data.decoding import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
@@ -38,9 +38,9 @@ class Svhn:
         from torchvision.datasets import SVHN
 
         root = str(Path(self.root).expanduser())
-        found = fetched(
+        found = open_torchvision(
             "svhn", self.root, self.download, lambda: SVHN(root, self.split, download=self.download)
         )
         images, labels = found.data[: self.limit], found.labels[: self.limit]
         ids = [f"svhn/{self.split}/{i:06d}" for i in range(len(images))]
-        return array_pairs(images, labels, ids, CLASSES, self.template, self.size)
+        return pairs_from_arrays(images, labels, ids, CLASSES, self.template, self.size)

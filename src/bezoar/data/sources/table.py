@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 from bezoar.data.decoding import check_fields
-from bezoar.data.shards import expand
-from bezoar.data.tables import KINDS
-from bezoar.data.tables import Table as Source
+from bezoar.data.shards import expand_paths
+from bezoar.data.tables import SUFFIXES
+from bezoar.data.tables import TableSource as Source
 from bezoar.errors import UserError
 from bezoar.registry import method
 
@@ -33,14 +33,14 @@ class Table:
 
     def files(self) -> list[Path]:
         """The tables. The images that they name may be millions, and are not asked for changes."""
-        return list(expand(self.path, "tables", ".parquet"))
+        return list(expand_paths(self.path, "tables", ".parquet"))
 
     def __call__(self) -> Source:
         """-> bezoar.data.tables.Table; `report` says what could not be read. Raises UserError when a table is missing."""
         root = Path(self.root).expanduser() if self.root else None
-        wrong = [p for p in self.files() if p.suffix not in KINDS]
+        wrong = [p for p in self.files() if p.suffix not in SUFFIXES]
         if wrong:
-            raise UserError(f"a table must be {', '.join(KINDS)}; got {str(wrong[0])!r}")
+            raise UserError(f"a table must be {', '.join(SUFFIXES)}; got {str(wrong[0])!r}")
         return Source(
             tuple(self.files()), self.size, root, (self.image, self.caption, self.key), self.limit
         )

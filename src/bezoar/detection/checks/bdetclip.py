@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.attacks import captions
-from bezoar.data.files.paths import existing
+from bezoar.data.files.paths import existing_file
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
 from bezoar.encoders.encoder import Encoder
@@ -47,7 +47,7 @@ class Bdetclip:
 
     def files(self) -> list[Path]:
         """The descriptions."""
-        return [existing(self.texts, "file of descriptions")] if self.texts else []
+        return [existing_file(self.texts, "file of descriptions")] if self.texts else []
 
     def __call__(self, encoder: Encoder, images: Pairs) -> Scores:
         """-> Scores. Raises UserError for an encoder that reads no text, or without classes."""
@@ -70,15 +70,18 @@ class Bdetclip:
         described = self.described(names)
         benign = [encoder.encode_texts(texts).mean(0) for texts in described.values()]
         nonsense = [
-            encoder.encode_texts(self.perturbed(encoder, c, i)).mean(0) for i, c in enumerate(described)
+            encoder.encode_texts(self.perturbed(encoder, c, i)).mean(0)
+            for i, c in enumerate(described)
         ]
         return F.normalize(torch.stack(benign) - torch.stack(nonsense), dim=1).sum(0)
 
     def described(self, names: Sequence[str]) -> dict[str, list[str]]:
         """Texts that describe each class."""
         if not self.texts:
-            return {c: [t.format(c) for t in captions.templates(self.templates)] for c in names}
-        file = existing(self.texts, "file of descriptions")
+            return {
+                c: [t.format(c) for t in captions.prompt_templates(self.templates)] for c in names
+            }
+        file = existing_file(self.texts, "file of descriptions")
         if file.stat().st_size > LARGEST:
             raise UserError(f"{self.texts}: a file of descriptions may have {LARGEST >> 20} MiB")
         try:
@@ -106,4 +109,4 @@ class Bdetclip:
     def __post_init__(self) -> None:
         if self.nonsense < 1 or self.words < 1:
             raise ValueError("needs nonsense >= 1, words >= 1")
-        captions.templates(self.templates)
+        captions.prompt_templates(self.templates)

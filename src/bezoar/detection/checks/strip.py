@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.pairs import Pairs
-from bezoar.data.randomness import pool
+from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.classifiers import Classifier
@@ -47,7 +47,9 @@ class Strip:
             )
         encoder.eval()
         chosen = (
-            clean.take(np.sort(pool(clean.ids, self.count, 0))).images.to(encoder.device).float()
+            clean.take(np.sort(sample_rows(clean.ids, self.count, 0)))
+            .images.to(encoder.device)
+            .float()
             / 255
         )
         if chosen.shape[-2:] != images.images.shape[-2:]:

@@ -79,7 +79,7 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
     told_of = {
         "read": sum(t["read"] for t in told if t["images"] == width), "skipped": unread.first,
         "unread": unread.reasons.total(), "reasons": dict(unread.reasons.most_common()), "doubles": len(renamed),
-        "texts": bool(texts), "captions": captions, "names": units.names(todo), "states": [t["state"] for t in told],
+        "texts": bool(texts), "captions": captions, "names": units.file_names(todo), "states": [t["state"] for t in told],
     }  # fmt: skip
     columns.partial(folder / "done.json").write_text(json.dumps(told_of))
     os.replace(columns.partial(folder / "done.json"), folder / "done.json")
@@ -90,7 +90,7 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
 
 def _told(unit: Unit, folder: Path, unread: Unread) -> dict[str, Any]:
     """What a unit's last file says, less what could not be read, which is taken down."""
-    told = unit.told(folder)
+    told = unit.summary(folder)
     assert told is not None
     for what in told.pop("skipped"):
         unread.add(*what)
@@ -108,31 +108,31 @@ def _joined(
     """Write the files that all units have together. -> whether any record has a caption."""
     captions, count = False, 0
     with ExitStack() as stack:
-        rows = {n: stack.enter_context(columns.GrowingTexts(folder, n)) for n in units.TEXTS}
-        place = stack.enter_context(columns.Growing(folder / "place.npy", PLACE, None))
+        rows = {n: stack.enter_context(columns.TextWriter(folder, n)) for n in units.TEXTS}
+        place = stack.enter_context(columns.ArrayWriter(folder / "place.npy", PLACE, None))
         kinds = {"images": width} | ({"texts": texts} if texts else {})
         z = {
-            n: stack.enter_context(columns.Growing(folder / f"{n}.npy", np.float32, w))
+            n: stack.enter_context(columns.ArrayWriter(folder / f"{n}.npy", np.float32, w))
             for n, w in kinds.items()
         }
         for unit in good:
             for name, out in z.items():
-                own = columns.mapped(unit.file(folder, f"{name}.npy"))
+                own = columns.map_array(unit.file(folder, f"{name}.npy"))
                 for start, stop in block_bounds(len(own), ROWS):
-                    out.add(own[start:stop])
-            for batch in units.read_columns(unit.file(folder, "parquet")):
+                    out.append(own[start:stop])
+            for batch in units.read_records(unit.file(folder, "parquet")):
                 batch, lines = _told_apart(batch, renamed, count, unit.name)
                 file.writelines(lines)
                 captions = captions or bool(
                     pc.any(pc.not_equal(batch.column("caption"), "")).as_py()
                 )
                 for name, column in rows.items():
-                    column.add(batch.column(name))
+                    column.append(batch.column(name))
                 places = np.zeros(len(batch), PLACE)
                 places["goal"] = -1
                 for name in ("shard", "offset", "length"):
                     places[name] = batch.column(name).to_numpy()
-                place.add(places)
+                place.append(places)
                 count += len(batch)
     return captions
 
@@ -140,7 +140,7 @@ def _joined(
 def _renamed(files: Sequence[Path]) -> dict[int, str]:
     """Row -> another id, of the records whose id another had before them. Costs 16 bytes a record."""
     marks = np.concatenate(
-        [_marks(b) for path in files for b in units.read_columns(path)] or [np.empty(0, np.int64)]
+        [_marks(b) for path in files for b in units.read_records(path)] or [np.empty(0, np.int64)]
     )
     marks.sort()
     twice = np.unique(marks[1:][marks[1:] == marks[:-1]])
@@ -149,7 +149,7 @@ def _renamed(files: Sequence[Path]) -> dict[int, str]:
     out: dict[int, str] = {}
     seen: Counter[str] = Counter()
     row = 0
-    for batch in (b for path in files for b in units.read_columns(path)):
+    for batch in (b for path in files for b in units.read_records(path)):
         suspects = np.flatnonzero(np.isin(_marks(batch), twice))
         for i, key in zip(
             suspects.tolist(), batch.column("id").take(pa.array(suspects)).to_pylist(), strict=True

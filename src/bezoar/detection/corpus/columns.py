@@ -21,7 +21,7 @@ from torch import Tensor
 from bezoar.data.strings import Strings
 
 
-class Growing:
+class ArrayWriter:
     """A .npy array whose rows are written one block after another; `partial` bears its name when the block is left well."""
 
     def __init__(self, path: Path, dtype: np.dtype | type, width: int | None) -> None:
@@ -30,13 +30,13 @@ class Growing:
         self.file: IO[bytes] | None = None
         self.start = 0
 
-    def __enter__(self) -> Growing:
+    def __enter__(self) -> ArrayWriter:
         self.file = self.partial.open("wb")
         self._header()
         self.start = self.file.tell()
         return self
 
-    def add(self, block: np.ndarray) -> None:
+    def append(self, block: np.ndarray) -> None:
         """Further rows: (n, width), or (n,) where there is no width."""
         assert self.file is not None
         self.file.write(np.ascontiguousarray(block, self.dtype).data)
@@ -67,21 +67,21 @@ class Growing:
         )
 
 
-class GrowingTexts:
+class TextWriter:
     """Texts written one block after another: their bytes end to end, and in a .npy file where each of them ends."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.path = folder / f"{name}.utf8"
-        self.ends = Growing(folder / f"{name}.npy", np.int64, None)
+        self.ends = ArrayWriter(folder / f"{name}.npy", np.int64, None)
         self.size = 0
 
-    def __enter__(self) -> GrowingTexts:
+    def __enter__(self) -> TextWriter:
         self.file = partial(self.path).open("wb")
         self.ends.__enter__()
-        self.ends.add(np.zeros(1))
+        self.ends.append(np.zeros(1))
         return self
 
-    def add(self, block: pa.Array) -> None:
+    def append(self, block: pa.Array) -> None:
         """Further texts."""
         block = block.cast(pa.large_string()).fill_null("")
         offsets = np.frombuffer(block.buffers()[1], np.int64)[
@@ -90,7 +90,7 @@ class GrowingTexts:
         if len(block):
             content = block.buffers()[2]
             self.file.write(content[offsets[0] : offsets[-1]] if content is not None else b"")
-            self.ends.add(offsets[1:] - offsets[0] + self.size)
+            self.ends.append(offsets[1:] - offsets[0] + self.size)
             self.size += int(offsets[-1] - offsets[0])
 
     def __exit__(
@@ -112,7 +112,7 @@ def partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
-def mapped(path: Path) -> np.ndarray:
+def map_array(path: Path) -> np.ndarray:
     """An array that `Growing` wrote; its pages come and go as memory allows."""
     with path.open("rb") as file:
         npy.read_magic(file)
@@ -122,13 +122,13 @@ def mapped(path: Path) -> np.ndarray:
     return np.memmap(path, dtype, "c", start, shape) if math.prod(shape) else np.empty(shape, dtype)
 
 
-def mapped_tensor(path: Path) -> Tensor:
+def map_tensor(path: Path) -> Tensor:
     """The same as a tensor."""
-    return torch.from_numpy(mapped(path))
+    return torch.from_numpy(map_array(path))
 
 
-def mapped_texts(folder: Path, name: str) -> Strings:
+def map_texts(folder: Path, name: str) -> Strings:
     """Texts that `GrowingTexts` wrote, as a column over the mapped files."""
-    ends, path = mapped(folder / f"{name}.npy"), folder / f"{name}.utf8"
+    ends, path = map_array(folder / f"{name}.npy"), folder / f"{name}.utf8"
     content = pa.memory_map(str(path)).read_buffer() if path.stat().st_size else pa.py_buffer(b"")
     return Strings(pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), content))

@@ -22,21 +22,21 @@ import torch
 from torch import Tensor
 
 from bezoar.data.blocks import block_bounds
-from bezoar.data.embeddings import Ready
-from bezoar.data.folders import Folder, Named
+from bezoar.data.embeddings import EmbeddingSource
+from bezoar.data.folders import FolderImages, FolderSource
 from bezoar.data.pairs import Pairs
-from bezoar.data.shards import Shards
-from bezoar.data.stored_pairs import Files, Indexed
+from bezoar.data.shards import ShardSource
+from bezoar.data.stored_pairs import ShardFiles, StoredPairs
 from bezoar.data.strings import Strings
-from bezoar.data.tables import Cells, Table
+from bezoar.data.tables import TableImages, TableSource
 from bezoar.detection.corpus import columns, units
 from bezoar.detection.corpus.assembly import SKIPPED, assemble
-from bezoar.encoders.encoder import Embedded, Encoder
+from bezoar.encoders.encoder import EmbeddedRecords, Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.progress import Progress
-from bezoar.runs.ask import Settings
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings
 
 FOLDER = "vectors"
 SCORES, RAISED = "scores.parquet", ".raised"
@@ -50,7 +50,7 @@ class Vectors:
     device = torch.device("cpu")
     text = None
 
-    def embed(self, source: Any, batch: int = 0) -> Embedded:
+    def embed(self, source: Any, batch: int = 0) -> EmbeddedRecords:
         """The vectors that the source brings."""
         return source.embedded
 
@@ -73,14 +73,14 @@ class Corpus:
 
     source: Any
     by: Encoder | Vectors
-    names: list[str]
+    file_names: list[str]
     ids: Strings
     captions: Strings | tuple[str, ...]
     members: Strings
     urls: Strings
     places: np.ndarray
-    embedded: Embedded
-    told: dict[str, Any]
+    embedded: EmbeddedRecords
+    summary: dict[str, Any]
     classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -92,41 +92,41 @@ class Corpus:
         return self.by
 
     @functools.cached_property
-    def records(self) -> Pairs | Indexed:
+    def records(self) -> Pairs | StoredPairs:
         """The same records with their images, in memory or read as they are asked for. Raises UserError without images."""
-        if isinstance(self.source, Ready):
+        if isinstance(self.source, EmbeddingSource):
             next(self.source.batches(1))
-        if isinstance(self.source, (Shards, Table, Folder)):
-            files: Files | Cells | Named
+        if isinstance(self.source, (ShardSource, TableSource, FolderSource)):
+            files: ShardFiles | TableImages | FolderImages
             places = np.array(self.places)
             labels, classes = None, self.classes
-            if isinstance(self.source, Shards):
-                files = Files(self.source.paths, self.told["states"])
+            if isinstance(self.source, ShardSource):
+                files = ShardFiles(self.source.paths, self.summary["states"])
             else:  # images that are files of their own are found by their name
                 named = places["length"] == 0
                 places["offset"][named] = np.flatnonzero(named)
                 files = (
-                    Cells(self.source, self.members)
-                    if isinstance(self.source, Table)
-                    else Named(self.source, self.members)
+                    TableImages(self.source, self.members)
+                    if isinstance(self.source, TableSource)
+                    else FolderImages(self.source, self.members)
                 )
-            if isinstance(self.source, Folder):
+            if isinstance(self.source, FolderSource):
                 labels, classes = self.source.labels(self.members), self.source.classes
-            return Indexed(
+            return StoredPairs(
                 files,
                 self.source.size,
                 places,
                 self.ids,
-                Strings.of(self.captions),
+                Strings.from_texts(self.captions),
                 labels,
                 classes,
             )
         rows = self.places["offset"]
-        if len(rows) == len(self.source) and not self.told["doubles"]:
+        if len(rows) == len(self.source) and not self.summary["doubles"]:
             return self.source
         if isinstance(self.source, Pairs):
             return replace(self.source.take(rows), ids=tuple(self.ids))
-        return replace(self.source.chosen(rows), ids=self.ids)
+        return replace(self.source.select(rows), ids=self.ids)
 
     @property
     def size(self) -> int:
@@ -146,42 +146,44 @@ class Corpus:
         """The records in order, `size` at a time. Raises UserError without images."""
         yield from self.records.batches(size)
 
-    def place(self, row: int) -> str:
+    def place_of(self, row: int) -> str:
         """Where a record lies."""
-        return f"{self.names[self.places['shard'][row]]} {self.members[row]}".strip()
+        return f"{self.file_names[self.places['shard'][row]]} {self.members[row]}".strip()
 
-    def reading(self) -> dict[str, Any]:
+    def reading_notes(self) -> dict[str, Any]:
         """For the manifest: how many records were read, and file, member and reason of the first of what was not."""
-        return {"reading": {k: self.told[k] for k in ("read", "skipped", "unread", "reasons")}}
+        return {"reading": {k: self.summary[k] for k in ("read", "skipped", "unread", "reasons")}}
 
 
-def embedded(given: Any, by: Any, folder: Path, settings: Settings, progress: Progress) -> Corpus:
+def embed_corpus(
+    given: Any, by: Any, folder: Path, settings: Settings, progress: Progress
+) -> Corpus:
     """Given data, cut into units, embedded by an encoder (a run or a method; None for ready embeddings), put together.
 
     What is there already of an earlier attempt is used, unless the settings ask for a fresh run. Raises UserError when
     nothing is left to scan.
     """
-    place, found = folder / FOLDER, units.source(given)
+    place, found = folder / FOLDER, units.open_source(given)
     if settings.fresh:
         shutil.rmtree(place, ignore_errors=True)
     if not (place / "done.json").exists():
-        todo = units.units(found)
+        todo = units.cut_units(found)
         units.embed_all(given, by, todo, place, settings, progress)
         assemble(todo, place, folder / SKIPPED)
-    return _opened(found, units.loaded(by, settings.device) or Vectors(), place)
+    return _opened(found, units.load_encoder(by, settings.device) or Vectors(), place)
 
 
-def reopened(run: Run) -> Corpus:
+def reopen_corpus(run: Run) -> Corpus:
     """The corpus of a finished scan, to look at its records; it has vectors, and no encoder."""
-    return _opened(units.source(run), Vectors(), run.file(FOLDER))
+    return _opened(units.open_source(run), Vectors(), run.file(FOLDER))
 
 
 def _opened(found: Any, by: Encoder | Vectors, folder: Path) -> Corpus:
     told = json.loads((folder / "done.json").read_text())
-    ids, captions, members, urls = (columns.mapped_texts(folder, n) for n in units.TEXTS)
-    texts = columns.mapped_tensor(folder / "texts.npy") if told["texts"] else None
-    e = Embedded(ids, columns.mapped_tensor(folder / "images.npy"), texts)
-    places = columns.mapped(folder / "place.npy")
+    ids, captions, members, urls = (columns.map_texts(folder, n) for n in units.TEXTS)
+    texts = columns.map_tensor(folder / "texts.npy") if told["texts"] else None
+    e = EmbeddedRecords(ids, columns.map_tensor(folder / "images.npy"), texts)
+    places = columns.map_array(folder / "place.npy")
     return Corpus(
         found,
         by,
@@ -197,7 +199,7 @@ def _opened(found: Any, by: Encoder | Vectors, folder: Path) -> Corpus:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScanScores:
     """N scanned records, in the order of the corpus.
 
     captions: empty texts where there are none. places: where each record lies: `FILE MEMBER`, or `FILE row N`.
@@ -214,7 +216,7 @@ class Scored:
         return len(self.ids)
 
 
-def scored(folder: Path) -> Scored:
+def load_scores(folder: Path) -> ScanScores:
     """What a scan run found. Raises UserError when the folder holds no readable scores."""
     path = folder / SCORES
     try:
@@ -246,7 +248,7 @@ def scored(folder: Path) -> Scored:
         if n not in FIXED[:-1] and n not in raised
     }
     merged = scores.pop("score")
-    return Scored(
+    return ScanScores(
         ids, Strings(text("caption")), Strings(pc.utf8_trim_whitespace(joined)), merged, scores
     )
 
@@ -256,8 +258,8 @@ def write_scores(path: Path, corpus: Corpus, merged: Scores, detectors: dict[str
 
     Columns: those of `FIXED`, the score of each detector, and of one that decides which records it raised.
     """
-    same = {"score": merged.ordered(corpus.ids)} | {
-        k: s.ordered(corpus.ids) for k, s in detectors.items()
+    same = {"score": merged.select(corpus.ids)} | {
+        k: s.select(corpus.ids) for k, s in detectors.items()
     }
     values = {k: s.values.float().cpu().numpy() for k, s in same.items()}
     values |= {
@@ -271,17 +273,18 @@ def write_scores(path: Path, corpus: Corpus, merged: Scores, detectors: dict[str
         for start, stop in block_bounds(len(corpus), ROWS):
             out.write_table(
                 pa.table(
-                    texts(corpus, start, stop) | {n: v[start:stop] for n, v in values.items()},
+                    text_columns(corpus, start, stop)
+                    | {n: v[start:stop] for n, v in values.items()},
                     schema,
                 )
             )
     path.with_suffix(".tmp").replace(path)
 
 
-def texts(corpus: Corpus, start: int, stop: int) -> dict[str, pa.Array]:
+def text_columns(corpus: Corpus, start: int, stop: int) -> dict[str, pa.Array]:
     """id, shard, member and caption of some records."""
     n = stop - start
-    names = pa.array(corpus.names, pa.large_string()).take(
+    names = pa.array(corpus.file_names, pa.large_string()).take(
         pa.array(corpus.places["shard"][start:stop])
     )
     captions = (

@@ -17,24 +17,24 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bezoar.data.blocks import block_bounds
-from bezoar.data.files.images import BROKEN, FORMATS, decode
-from bezoar.data.files.paths import written
+from bezoar.data.files.images import DECODING_ERRORS, FORMATS, decode_image
+from bezoar.data.files.paths import encodable
 from bezoar.data.files.skipped import Unreadable
-from bezoar.data.files.tars import Group, groups
-from bezoar.data.folders import Folder
-from bezoar.data.shards import WANTED, Shards, write_shards
-from bezoar.data.stored_pairs import Indexed
-from bezoar.data.tables import Table
+from bezoar.data.files.tars import Group, read_groups
+from bezoar.data.folders import FolderSource
+from bezoar.data.shards import EXTENSIONS, ShardSource, write_shards
+from bezoar.data.stored_pairs import StoredPairs
+from bezoar.data.tables import TableSource
 from bezoar.detection.corpus import columns
-from bezoar.detection.corpus.corpus import ROWS, Corpus, texts
+from bezoar.detection.corpus.corpus import ROWS, Corpus, text_columns
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 
 PACKED = 1000  # records of a shard
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+FORMAT_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-def write_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
+def write_keep_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
     """Rows kept, ascending -> keep.txt (an id a line), keep.parquet, and keep.csv where images are files of their own.
 
     keep.parquet: id, shard, member (img2dataset's key), caption, url: what img2dataset takes as a list to fetch again.
@@ -49,7 +49,7 @@ def write_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
             out.write_table(part.cast(schema))
     os.replace(text, folder / "keep.txt")
     os.replace(table, folder / "keep.parquet")
-    if isinstance(corpus.source, (Table, Folder)):
+    if isinstance(corpus.source, (TableSource, FolderSource)):
         _write_csv(folder / "keep.csv", corpus, corpus.source, kept)
 
 
@@ -58,14 +58,16 @@ def _parts(corpus: Corpus, kept: np.ndarray) -> Iterator[pa.Table]:
     for start, stop in block_bounds(len(corpus), ROWS):
         mine = pa.array(kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)] - start)
         urls = corpus.urls.column.slice(start, stop - start)
-        yield pa.table(texts(corpus, start, stop) | {"url": urls}).take(mine)
+        yield pa.table(text_columns(corpus, start, stop) | {"url": urls}).take(mine)
 
 
-def _write_csv(path: Path, corpus: Corpus, table: Table | Folder, kept: np.ndarray) -> None:
+def _write_csv(
+    path: Path, corpus: Corpus, table: TableSource | FolderSource, kept: np.ndarray
+) -> None:
     """open_clip's table of what is kept, with whole paths; nothing where images are bytes in the table itself."""
     if corpus.places["length"][kept].any():
         return
-    where = {written(str(p)): p for p in table.paths}
+    where = {encodable(str(p)): p for p in table.paths}
     with columns.partial(path).open(
         "w", encoding="utf-8", errors="surrogateescape", newline=""
     ) as file:
@@ -79,7 +81,7 @@ def _write_csv(path: Path, corpus: Corpus, table: Table | Folder, kept: np.ndarr
     os.replace(columns.partial(path), path)
 
 
-def write_kept(
+def write_clean_copy(
     folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress
 ) -> dict[str, int]:
     """Cleaned shards: of shards the same tars less what is not kept, members byte for byte; of folders and tables shards of
@@ -91,9 +93,9 @@ def write_kept(
     folder.mkdir(exist_ok=True)
     for left in (*folder.glob("*.tar"), *folder.glob("*.part")):
         left.unlink()
-    if isinstance(corpus.source, (Table, Folder)):
+    if isinstance(corpus.source, (TableSource, FolderSource)):
         return _packed(folder, corpus, kept, progress)
-    if not isinstance(corpus.source, Shards):
+    if not isinstance(corpus.source, ShardSource):
         batches = (corpus.take(kept[i : i + 1000]) for i in range(0, len(kept), 1000))
         return {"shards": len(write_shards(folder, batches)), "written": len(kept)}
     source, written, done = corpus.source, 0, 0
@@ -121,7 +123,7 @@ def _copied(path: Path, target: Path, offsets: set[int]) -> int:
     """Copy the records of a tar whose image begins at one of the offsets: members byte for byte, no owners, no times."""
     count = 0
     with tarfile.open(columns.partial(target), "w", format=tarfile.PAX_FORMAT) as out:
-        for group in groups(path, WANTED):
+        for group in read_groups(path, EXTENSIONS):
             if not isinstance(group, Group) or not offsets & set(group.offsets.values()):
                 continue
             count += 1
@@ -145,7 +147,7 @@ def _packed(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress) 
             "records without captions cannot be written as shards; keep.txt and keep.csv name what is kept"
         )
     records = corpus.records
-    assert isinstance(records, Indexed)
+    assert isinstance(records, StoredPairs)
     count = 0
     for count, (start, stop) in enumerate(block_bounds(len(kept), PACKED), 1):
         progress.step(start, len(kept), "writing shards")
@@ -160,19 +162,21 @@ def _packed(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress) 
     return {"shards": count, "written": len(kept)}
 
 
-def _members(records: Indexed, corpus: Corpus, row: int, key: str) -> Iterator[tuple[str, bytes]]:
+def _members(
+    records: StoredPairs, corpus: Corpus, row: int, key: str
+) -> Iterator[tuple[str, bytes]]:
     """Image, metadata and caption of a record, as the members KEY.jpg, KEY.json and KEY.txt."""
     shard, offset, length, _ = records.places[row].tolist()
     try:
-        content = records.files.read(shard, offset, length)
+        content = records.reader.read(shard, offset, length)
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            extension = EXTENSIONS.get(opened.format or "", "")
+            extension = FORMAT_EXTENSIONS.get(opened.format or "", "")
         if not extension:  # what readers of shards do not look for
             buffer, extension = io.BytesIO(), "png"
-            Image.fromarray(decode(content, None).transpose(1, 2, 0)).save(buffer, "PNG")
+            Image.fromarray(decode_image(content, None).transpose(1, 2, 0)).save(buffer, "PNG")
             content = buffer.getvalue()
-    except (Unreadable, *BROKEN) as error:
-        raise UserError(f"{corpus.place(row)} can no longer be read: {error}") from error
+    except (Unreadable, *DECODING_ERRORS) as error:
+        raise UserError(f"{corpus.place_of(row)} can no longer be read: {error}") from error
     told: dict[str, Any] = {
         "key": key,
         "record_id": corpus.ids[row],

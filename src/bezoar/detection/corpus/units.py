@@ -25,21 +25,21 @@ import torch
 from bezoar import registry
 from bezoar.data import decoding
 from bezoar.data.blocks import block_bounds
-from bezoar.data.embeddings import Block, Ready
+from bezoar.data.embeddings import EmbeddingSource, VectorBlock
 from bezoar.data.files import paths
 from bezoar.data.files.skipped import ReadReport, Skipped
-from bezoar.data.folders import Folder
+from bezoar.data.folders import FolderSource
 from bezoar.data.pairs import Pairs
-from bezoar.data.shards import Placed, Shards
-from bezoar.data.stored_pairs import Indexed
-from bezoar.data.tables import Table, cut
+from bezoar.data.shards import ShardSource, StoredRecord
+from bezoar.data.stored_pairs import StoredPairs
+from bezoar.data.tables import TableSource, cut_blocks
 from bezoar.detection.corpus import columns
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.runs import inputs, sweep
-from bezoar.runs.ask import Settings
 from bezoar.runs.run import Run
+from bezoar.runs.verb import Settings
 
 HELD = 4096  # records of a unit of a set that is in memory, or read by index
 CELLS = 1 << 25  # pixel values that are embedded at a time
@@ -72,42 +72,42 @@ class Unit:
         """One of the files that are made of it."""
         return folder / f"{self.number:05d}.{ending}"
 
-    def told(self, folder: Path) -> dict[str, Any] | None:
+    def summary(self, folder: Path) -> dict[str, Any] | None:
         """What its last file says of it; None while it is not whole."""
         path = self.file(folder, "json")
         return json.loads(path.read_text()) if path.exists() else None
 
 
 @functools.lru_cache(1)
-def source(given: Any) -> Any:
+def open_source(given: Any) -> Any:
     """What is cut: shards, tables, folders and ready embeddings as they are, unless a plan or a limit goes over them; else the
     records of the data set, in memory or by index."""
-    parts = inputs.dataset(given)
-    found = inputs.source(parts.method)
+    parts = inputs.open_dataset(given)
+    found = inputs.open_source(parts.method)
     if (
-        isinstance(found, (Shards, Table, Folder, Ready))
+        isinstance(found, (ShardSource, TableSource, FolderSource, EmbeddingSource))
         and not parts.plan.edits
         and getattr(found, "limit", None) is None
     ):
         return found
-    if isinstance(found, Ready):
+    if isinstance(found, EmbeddingSource):
         raise UserError("ready embeddings cannot be poisoned: there is no image to change")
     return parts.records
 
 
-def units(found: Any) -> list[Unit]:
+def cut_units(found: Any) -> list[Unit]:
     """A source, cut."""
     pieces: list[tuple[str, int, tuple[int, ...]]]
-    if isinstance(found, Shards):
+    if isinstance(found, ShardSource):
         pieces = [(str(p), _size(p), (i,)) for i, p in enumerate(found.paths)]
-    elif isinstance(found, Table):
+    elif isinstance(found, TableSource):
         found.confine()
         pieces = [
             (str(p), n, (i, *place)) for i, p in enumerate(found.paths) for n, place in _cut(p)
         ]
-    elif isinstance(found, Folder):
+    elif isinstance(found, FolderSource):
         pieces = [(str(found.root), place[3], (0, *place)) for place in found.cut()]
-    elif isinstance(found, Ready):
+    elif isinstance(found, EmbeddingSource):
         pieces = [
             (str(p), stop - start, (i, start, stop))
             for i, p in enumerate(found.images)
@@ -118,7 +118,7 @@ def units(found: Any) -> list[Unit]:
             ("", stop - start, (start, stop)) for start, stop in block_bounds(len(found), HELD)
         ]
     return [
-        Unit(i, paths.written(name), weight, place)
+        Unit(i, paths.encodable(name), weight, place)
         for i, (name, weight, place) in enumerate(pieces)
     ]
 
@@ -126,7 +126,7 @@ def units(found: Any) -> list[Unit]:
 def _cut(table: Path) -> list[tuple[int, tuple[int, ...]]]:
     """(rows, place) of a table's blocks; a broken table is one unit, read up to where it breaks and named."""
     try:
-        return [(place[2], place) for place in cut(table) if place[2]]
+        return [(place[2], place) for place in cut_blocks(table) if place[2]]
     except UserError:
         return [(1, ())]
 
@@ -139,14 +139,14 @@ def embed(
     What cannot be read, and what the encoder gives no finite vector of, is named in the last; nothing of it is kept.
     """
     report, made, count = ReadReport(), {"images": 0, "texts": 0}, 0
-    if isinstance(found, (Pairs, Indexed)) and found.report is not None and unit.number == 0:
+    if isinstance(found, (Pairs, StoredPairs)) and found.report is not None and unit.number == 0:
         report.skipped += [
             s for s in found.report.skipped if s.reason not in STRAY
         ]  # read whole, before it was cut
-    state = _state(found.paths[unit.place[0]]) if isinstance(found, Shards) else None
+    state = _state(found.paths[unit.place[0]]) if isinstance(found, ShardSource) else None
     records = columns.partial(unit.file(folder, "parquet"))
     with ExitStack() as stack:
-        growing: dict[str, columns.Growing] = {}
+        growing: dict[str, columns.ArrayWriter] = {}
         table = stack.enter_context(pq.ParquetWriter(records, FIELDS, compression="zstd"))
         for block in _blocks(found, unit, encoder, report, step):
             block = _usable(block, unit, report)
@@ -156,26 +156,26 @@ def embed(
                 if name not in growing:
                     path = unit.file(folder, f"{name}.npy")
                     growing[name] = stack.enter_context(
-                        columns.Growing(path, np.float32, z.shape[1])
+                        columns.ArrayWriter(path, np.float32, z.shape[1])
                     )
-                growing[name].add(z)
+                growing[name].append(z)
                 made[name] = z.shape[1]
             table.write_table(_table(block, unit))
             count += len(block.images)
     os.replace(records, unit.file(folder, "parquet"))
-    tell(unit, folder, {"read": count, "skipped": report.skipped, "state": state, **made})
+    write_summary(unit, folder, {"read": count, "skipped": report.skipped, "state": state, **made})
 
 
 def refuse(unit: Unit, folder: Path, reason: str) -> None:
     """Set a whole unit aside."""
-    tell(
+    write_summary(
         unit,
         folder,
         {"read": 0, "skipped": [(unit.name, "", reason)], "state": None, "images": 0, "texts": 0},
     )
 
 
-def tell(unit: Unit, folder: Path, told: dict[str, Any]) -> None:
+def write_summary(unit: Unit, folder: Path, told: dict[str, Any]) -> None:
     """A unit's last file, with which it is whole; it appears under its name only when complete."""
     last = columns.partial(unit.file(folder, "json"))
     last.write_text(json.dumps(told))
@@ -193,19 +193,19 @@ def embed_all(
     folder.mkdir(exist_ok=True)
     for left in folder.glob("*.part"):
         left.unlink()
-    missing = [u for u in todo if u.told(folder) is None]
+    missing = [u for u in todo if u.summary(folder) is None]
     total, done = sum(u.weight for u in missing), 0
-    found = source(given)
-    streamed = isinstance(found, (Shards, Table, Folder, Ready))
-    text = "embedding, KiB" if isinstance(found, Shards) else "embedding"
+    found = open_source(given)
+    streamed = isinstance(found, (ShardSource, TableSource, FolderSource, EmbeddingSource))
+    text = "embedding, KiB" if isinstance(found, ShardSource) else "embedding"
     progress.step(0, total, text)
     workers = (
-        min(len(missing), settings.workers or sweep.cores(settings))
+        min(len(missing), settings.workers or sweep.worker_count(settings))
         if streamed and by is not None
         else 1
     )
     if not settings.ray and workers < 2:
-        encoder = loaded(by, settings.device)
+        encoder = load_encoder(by, settings.device)
         for unit in missing:
             start, weight = done, unit.weight
             embed(
@@ -224,7 +224,7 @@ def embed_all(
         "cwd": str(Path.cwd()),
     }
     waiting = list(reversed(missing))
-    with sweep.pool(settings, workers, answer) as (submit, places):
+    with sweep.worker_pool(settings, workers, answer) as (submit, places):
         going: dict[Future[dict], Unit] = {}
         while waiting or going:
             while waiting and len(going) < places:
@@ -264,7 +264,7 @@ def answer(asked: dict) -> dict:
         return {"bug": f"{type(error).__name__}: {error}"}
 
 
-def loaded(by: Any, device: str) -> Encoder | None:
+def load_encoder(by: Any, device: str) -> Encoder | None:
     """The encoder of a run or a method, one object for all who ask; None of None."""
     return _loaded(_reference(by, "network"), device)
 
@@ -283,21 +283,21 @@ def _referred(word: str) -> Any:
 
 @functools.lru_cache(1)
 def _opened(word: str) -> Any:
-    return source(_referred(word))
+    return open_source(_referred(word))
 
 
 @functools.lru_cache(1)
 def _loaded(word: str, device: str) -> Encoder | None:
-    from bezoar.machine import device as chosen
+    from bezoar.machine import select_device as chosen
 
-    return None if not word else inputs.encoder(_referred(word), chosen(device))
+    return None if not word else inputs.load_encoder(_referred(word), chosen(device))
 
 
 def _blocks(
     found: Any, unit: Unit, encoder: Encoder | None, report: ReadReport, step: Step
-) -> Iterator[Block]:
+) -> Iterator[VectorBlock]:
     """A unit's records with their vectors, not checked yet."""
-    if isinstance(found, Ready):
+    if isinstance(found, EmbeddingSource):
         done = 0
         for block in _survived(found.blocks(*unit.place), unit, report):
             yield block
@@ -305,7 +305,7 @@ def _blocks(
             step(done / max(1, unit.weight))
         return
     assert encoder is not None
-    held = isinstance(found, (Pairs, Indexed))
+    held = isinstance(found, (Pairs, StoredPairs))
     for fields, images, which, share in (
         _held(found, unit) if held else _streamed(found, unit, report)
     ):
@@ -324,7 +324,9 @@ def _survived(items: Iterable[T], unit: Unit, report: ReadReport) -> Iterator[T]
 Batch = tuple[dict[str, list], torch.Tensor, list[int], float]
 
 
-def _streamed(found: Shards | Table | Folder, unit: Unit, report: ReadReport) -> Iterator[Batch]:
+def _streamed(
+    found: ShardSource | TableSource | FolderSource, unit: Unit, report: ReadReport
+) -> Iterator[Batch]:
     """Columns of some records, the images they are of (uint8 (n, 3, S, S)), which is whose, and the share that is done."""
     most = max(8, min(MOST, CELLS // (3 * found.size**2)))
     fields: dict[str, list] = {n: [] for n in FIELDS.names}
@@ -343,10 +345,10 @@ def _streamed(found: Shards | Table | Folder, unit: Unit, report: ReadReport) ->
         return made
 
     before = unit.place[1] if len(unit.place) > 1 else 0
-    for record, image in decoding.decoded(
+    for record, image in decoding.decode_records(
         _survived(found.records(*unit.place), unit, report), found.size, report
     ):
-        assert isinstance(record, Placed)
+        assert isinstance(record, StoredRecord)
         images.append(image)
         texts = record.captions or ("",) * len(record.ids)
         for key, caption in zip(record.ids, texts, strict=True):
@@ -362,14 +364,14 @@ def _streamed(found: Shards | Table | Folder, unit: Unit, report: ReadReport) ->
             for name, value in zip(FIELDS.names, row, strict=True):
                 fields[name].append(value)
             which.append(len(images) - 1)
-        at = record.offset / 1024 if isinstance(found, Shards) else record.offset - before
+        at = record.offset / 1024 if isinstance(found, ShardSource) else record.offset - before
         if len(images) >= most:
             yield batch(min(1.0, at / unit.weight))
     if images:
         yield batch(1.0)
 
 
-def _held(found: Pairs | Indexed, unit: Unit) -> Iterator[Batch]:
+def _held(found: Pairs | StoredPairs, unit: Unit) -> Iterator[Batch]:
     start, stop = unit.place
     most = max(8, min(MOST, CELLS // (3 * found.size**2)))
     for low, high in block_bounds(stop - start, most):
@@ -397,7 +399,7 @@ def _held(found: Pairs | Indexed, unit: Unit) -> Iterator[Batch]:
 @torch.inference_mode()
 def _encoded(
     encoder: Encoder, fields: dict[str, list], images: torch.Tensor, which: list[int]
-) -> Block:
+) -> VectorBlock:
     """Embed a batch; captions where all have one and the encoder reads them."""
     encoder.eval()
     z = encoder.encode_images(images).float().cpu()[which].numpy()
@@ -407,10 +409,10 @@ def _encoded(
         if encoder.text is not None and all(captions)
         else None
     )
-    return Block({n: pa.array(c, FIELDS.field(n).type) for n, c in fields.items()}, z, texts)
+    return VectorBlock({n: pa.array(c, FIELDS.field(n).type) for n, c in fields.items()}, z, texts)
 
 
-def _usable(block: Block, unit: Unit, report: ReadReport) -> Block:
+def _usable(block: VectorBlock, unit: Unit, report: ReadReport) -> VectorBlock:
     """The records with a finite vector and a decent id, their vectors of unit length; the others are named."""
     ids = block.columns["id"].to_pylist()
     reasons = np.full(len(ids), "", object)
@@ -431,7 +433,7 @@ def _usable(block: Block, unit: Unit, report: ReadReport) -> Block:
             )
         fields = {n: c.take(pa.array(keep)) for n, c in fields.items()}
     z = {whose: _unit(made[whose][keep], lengths[whose][keep, None]) for whose in made}
-    return Block(fields, z["image"], z.get("caption"))
+    return VectorBlock(fields, z["image"], z.get("caption"))
 
 
 def _unit(z: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -440,7 +442,7 @@ def _unit(z: np.ndarray, length: np.ndarray) -> np.ndarray:
     return (z / length.astype(np.float32)).astype(np.float32)
 
 
-def _table(block: Block, unit: Unit) -> pa.Table:
+def _table(block: VectorBlock, unit: Unit) -> pa.Table:
     n = len(block.images)
     numbers = {"shard": [unit.place[0]] * n, "offset": [0] * n, "length": [0] * n}
     return pa.table(
@@ -465,13 +467,13 @@ def _state(path: Path) -> tuple[int, int] | None:
     return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
 
 
-def read_columns(path: Path) -> Iterator[pa.RecordBatch]:
+def read_records(path: Path) -> Iterator[pa.RecordBatch]:
     """A unit's records, a bounded number at a time."""
     with pq.ParquetFile(path) as file:
         yield from file.iter_batches(1 << 14)
 
 
-def names(of: Iterable[Unit]) -> list[str]:
+def file_names(of: Iterable[Unit]) -> list[str]:
     """The files that units are of, by their number in the source."""
     found: dict[int, str] = {}
     for unit in of:
@@ -480,4 +482,4 @@ def names(of: Iterable[Unit]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sweep.main(answer)
+    sweep.serve_requests(answer)

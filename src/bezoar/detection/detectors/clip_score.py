@@ -9,13 +9,13 @@ import torch
 
 from bezoar import registry
 from bezoar.detection import training_traces
-from bezoar.detection.training_traces import Report
 from bezoar.errors import UserError
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 from bezoar.runs import inputs
-from bezoar.runs.ask import named_files
 from bezoar.runs.run import Run
+from bezoar.runs.verb import input_files
 
 ROWS = 1 << 16  # vectors in memory at a time
 
@@ -59,12 +59,10 @@ class ClipScore:
             return []
         weights = Path(self.encoder) / "encoder.safetensors"
         return (
-            [weights] if weights.is_file() else named_files(registry.make("network", self.encoder))
+            [weights] if weights.is_file() else input_files(registry.make("network", self.encoder))
         )
 
-    def __call__(
-        self, encoder: Any, source: Any, report: Report = training_traces.silent
-    ) -> Scores:
+    def __call__(self, encoder: Any, source: Any, report: ProgressReport = no_report) -> Scores:
         """-> Scores in [0, 2]; a caption that does not fit its image is suspicious."""
         if self.epoch:
             how = (self.network, self.objective, self.seed, encoder.device, self.side, report)
@@ -84,6 +82,6 @@ class ClipScore:
     def independent(self, device: Any) -> Any:
         """The encoder that the field names. Raises UserError when it is neither a run nor a network."""
         path = Path(self.encoder)
-        return inputs.encoder(
+        return inputs.load_encoder(
             Run(path) if path.is_dir() else registry.make("network", self.encoder), device
         )

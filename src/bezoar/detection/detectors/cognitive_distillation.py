@@ -72,7 +72,10 @@ class CognitiveDistillation:
         for step in range(self.steps):
             m = (w.tanh() + 1) / 2
             change = (
-                (encoder.encode_images(torch.lerp(colours[:, step], x, m)) - whole).abs().mean(1).sum()
+                (encoder.encode_images(torch.lerp(colours[:, step], x, m)) - whole)
+                .abs()
+                .mean(1)
+                .sum()
             )
             size, rough = m.sum(), m.diff(dim=2).square().sum() + m.diff(dim=3).square().sum()
             loss = change + self.gamma * size + self.beta * rough / m[0].numel()

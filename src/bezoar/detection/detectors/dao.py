@@ -40,7 +40,7 @@ class Dao:
         """-> Scores, about 0 in even density; a record in a thinner place than its neighbours is suspicious."""
         return density.scores(self, encoder, source, self.formula)
 
-    def formula(self, near: density.Around) -> Tensor:
+    def formula(self, near: density.Neighbourhood) -> Tensor:
         """(B,), in the chosen form."""
         powers = near.lids * near.log_ratio
         return powers.mean(1) if self.form == "mean_log" else powers.logsumexp(1) - math.log(self.k)

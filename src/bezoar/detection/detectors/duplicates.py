@@ -17,7 +17,7 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from bezoar.encoders.encoder import words
+from bezoar.encoders.encoder import split_words
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
@@ -126,7 +126,9 @@ def _bags(captions: list[str]) -> csr_array:
     """Which words a caption has: 0/1 (N, V)."""
     rows: dict[str, int] = {}
     pairs = [
-        (i, rows.setdefault(w, len(rows))) for i, c in enumerate(captions) for w in set(words(c))
+        (i, rows.setdefault(w, len(rows)))
+        for i, c in enumerate(captions)
+        for w in set(split_words(c))
     ]
     i, j = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     return csr_array((np.ones(len(pairs)), (i, j)), shape=(len(captions), max(1, len(rows))))

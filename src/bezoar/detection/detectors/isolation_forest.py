@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bezoar.data.blocks import blocks
-from bezoar.data.randomness import pool
+from bezoar.data.randomness import sample_rows
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
@@ -45,7 +45,7 @@ class IsolationForest:
             raise UserError(
                 f"detector 'isolation_forest' needs at least 2 records; there are {len(e.ids)}"
             )
-        rows = torch.as_tensor(pool(e.ids, self.pool, self.seed))
+        rows = torch.as_tensor(sample_rows(e.ids, self.pool, self.seed))
         kinds = (e.images, e.texts) if self.texts else (e.images,)
         sample = np.concatenate([z[rows.to(z.device)].float().cpu().numpy() for z in kinds])
         forest = ensemble.IsolationForest(

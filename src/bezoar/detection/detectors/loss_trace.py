@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.detection import training_traces
-from bezoar.detection.training_traces import Report, Trace
+from bezoar.detection.training_traces import Trace
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
@@ -53,9 +54,7 @@ class LossTrace:
                 f"epochs={self.epochs} is more than objective {self.objective!r} trains for"
             )
 
-    def __call__(
-        self, encoder: Any, source: Any, report: Report = training_traces.silent
-    ) -> Scores:
+    def __call__(self, encoder: Any, source: Any, report: ProgressReport = no_report) -> Scores:
         """-> Scores: nats, or cosines; only the device is taken of the encoder."""
         upto = self.epochs if self.when == "early" else 0
         trace = training_traces.trace(

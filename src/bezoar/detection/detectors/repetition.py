@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bezoar.data.randomness import draws, pool
+from bezoar.data.randomness import draws, sample_rows
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
@@ -63,7 +63,7 @@ class Repetition:
             raise UserError(
                 f"detector 'repetition' needs a caption for every record; there are {len(captions)} captions"
             )
-        chance = pool(e.ids, self.pool, self.seed)
+        chance = sample_rows(e.ids, self.pool, self.seed)
         if len(chance) <= self.least:
             raise UserError(
                 f"detector 'repetition' needs more than least={self.least} records; there are {len(chance)}"

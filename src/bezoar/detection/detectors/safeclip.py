@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from bezoar import registry
 from bezoar.detection import training_traces
-from bezoar.detection.training_traces import Report, Study
+from bezoar.detection.training_traces import SmallModel
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 from bezoar.training.augmentation import Chance, Views
@@ -86,11 +87,9 @@ class Safeclip:
             raise ValueError(f"drop must be in [0, 1); got {self.drop}")
         registry.make("network", self.network)
 
-    def __call__(
-        self, encoder: Any, source: Any, report: Report = training_traces.silent
-    ) -> Scores:
+    def __call__(self, encoder: Any, source: Any, report: ProgressReport = no_report) -> Scores:
         """-> Scores, log odds; only the device is taken of the encoder."""
-        study = Study.of(source, self.network, self.seed, encoder.device, self.side)
+        study = SmallModel.build(source, self.network, self.seed, encoder.device, self.side)
         if self.epochs:
             apart = Apart(study.encoder, self.temperature, self.drop)
             study.train(
@@ -101,7 +100,7 @@ class Safeclip:
             )
         clip = registry.make("objective", f"clip:epochs=1,batch={self.batch},lr={self.together}")
         study.train(clip(study.encoder), clip, report, "safeclip: one epoch together")
-        agreement, _ = study.look()
+        agreement, _ = study.measure_pairs()
         return Scores(study.ids, odds(agreement).float())
 
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
-from bezoar.data.pairs import load
-from bezoar.data.randomness import pool
+from bezoar.data.pairs import load_pairs
+from bezoar.data.randomness import sample_rows
 from bezoar.detection import pseudo_classes, shared_patterns, window_transplants
 from bezoar.errors import UserError
 from bezoar.evaluation import kmeans
@@ -159,7 +159,7 @@ class Transplant:
         (new: that no earlier one had) and missed. What has nothing new is not told: a window that is always at one place is
         a texture too.
         """
-        source = source if hasattr(source, "take") else load(source)
+        source = source if hasattr(source, "take") else load_pairs(source)
         e = encoder.embed(source)
         if e.texts is None:
             raise UserError(
@@ -169,7 +169,7 @@ class Transplant:
             raise UserError(
                 f"detector 'transplant' needs more than k={self.k} pairs; there are {len(e.ids)}"
             )
-        order = pool(e.ids, len(e.ids), self.seed)
+        order = sample_rows(e.ids, len(e.ids), self.seed)
         said = self.captions(e.texts, order, encoder.device)
         alarm, start, woven = self.survey(encoder, source, order, said)
         hosts = self.hosts(encoder, source, order[(alarm <= alarm.median()).numpy()[order]])
@@ -222,7 +222,7 @@ class Transplant:
             )
         sample = texts[torch.as_tensor(order[:SAMPLE], device=texts.device)].to(device).float()
         mean = sample.mean(0)
-        centres = kmeans.clusters(
+        centres = kmeans.cluster_centres(
             F.normalize(sample - mean, dim=1, eps=1e-6), self.groups, self.seed
         )
         centres = F.normalize(centres, dim=1, eps=1e-6)
@@ -458,7 +458,8 @@ def carried(encoder: Any, images: Tensor, hosts: Hosts) -> Tensor:
     for rows in window_transplants.chunks(images, len(hosts.natural)):
         altered = (fine[rows, None] + hosts.natural).clamp(0, 255) / 255
         total += (
-            encoder.encode_images(altered.flatten(0, 1)).unflatten(0, altered.shape[:2]) - hosts.natural_z
+            encoder.encode_images(altered.flatten(0, 1)).unflatten(0, altered.shape[:2])
+            - hosts.natural_z
         ).sum((0, 1))
     return total / (len(images) * len(hosts.natural))
 

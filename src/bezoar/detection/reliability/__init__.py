@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bezoar.data.embeddings import Ready
-from bezoar.data.files.paths import TEXT_BYTES, existing
+from bezoar.data.embeddings import EmbeddingSource
+from bezoar.data.files.paths import TEXT_BYTES, existing_file
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.reliability import false_discoveries, side_channels, usual_filters
 from bezoar.detection.reliability.false_discoveries import Expected
-from bezoar.encoders.encoder import Embedded
+from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, Scores
 from bezoar.runs.inputs import Dataset
@@ -50,7 +50,7 @@ def discoveries(
 
 def by_file(merged: Scores, trusted: str, more: Sequence[int]) -> Expected:
     """By the records that a file names. Raises UserError when it names none of those that were scanned."""
-    with existing(trusted, "list of clean records").open("rb") as file:
+    with existing_file(trusted, "list of clean records").open("rb") as file:
         known = {
             line.strip().decode("utf-8", "replace")
             for line in iter(lambda: file.readline(TEXT_BYTES), b"")
@@ -83,10 +83,13 @@ def measure_side_channels(
 
 
 def filters(
-    source: Any, embedded: Embedded | None, truth: np.ndarray, sides: np.ndarray | None = None
+    source: Any,
+    embedded: EmbeddedRecords | None,
+    truth: np.ndarray,
+    sides: np.ndarray | None = None,
 ) -> tuple[dict[str, Measure], dict[str, Any]]:
     """Which poisons pass the filters that people use."""
-    pixels = not isinstance(getattr(source, "source", None), Ready)
+    pixels = not isinstance(getattr(source, "source", None), EmbeddingSource)
     found = usual_filters.filters(source, embedded, sides, pixels)
     return usual_filters.measured(found, truth), {"filters": usual_filters.notes(found)}
 
@@ -100,7 +103,7 @@ def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
     save_file({"ids": told, "boxes": boxes.to(torch.int32).cpu().contiguous()}, folder / WINDOWS)
 
 
-def windows(folder: Path) -> dict[str, tuple[int, int, int, int]]:
+def read_windows(folder: Path) -> dict[str, tuple[int, int, int, int]]:
     """What `write_windows` wrote; nothing where it wrote nothing. Raises UserError for another file of that name."""
     path = folder / WINDOWS
     if not path.exists():
@@ -124,7 +127,7 @@ def windows(folder: Path) -> dict[str, tuple[int, int, int, int]]:
     }
 
 
-def measured(
+def measure_ranking(
     given: Any,
     parts: Dataset,
     corpus: Corpus,

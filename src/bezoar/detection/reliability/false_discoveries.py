@@ -94,10 +94,10 @@ def expected(merged: Scores, detectors: Mapping[str, Scores], more: Sequence[int
     parts = list(detectors.values()) or [merged]
     if len(parts) == 1:
         return by_tail(merged.values.double().cpu().numpy(), ns)
-    order = merged.ranked()
+    order = merged.ranking()
     rank = np.empty((len(parts), len(merged)), np.int64)
     for row, scores in zip(rank, parts, strict=True):
-        row[:] = rankdata(-scores.of(merged.ids).cpu().numpy(), method="max")
+        row[:] = rankdata(-scores.values_of(merged.ids).cpu().numpy(), method="max")
     best = rank.argmin(0)
     total, mute, heard = np.zeros((len(ns), 3)), [], False
     for d, scores in enumerate(parts):
@@ -106,7 +106,7 @@ def expected(merged: Scores, detectors: Mapping[str, Scores], more: Sequence[int
         at = tuple(r for r in sorted(set(deep)) if r)
         if not at:
             continue
-        found = by_tail(scores.of(merged.ids).double().cpu().numpy(), at)
+        found = by_tail(scores.values_of(merged.ids).double().cpu().numpy(), at)
         if found.why:
             mute.append(f"{list(detectors)[d]}: {found.why}")
             total += [(len(rows), 0, len(rows)) for rows in mine]

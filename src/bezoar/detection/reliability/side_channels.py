@@ -30,14 +30,14 @@ import numpy as np
 from PIL import Image
 
 from bezoar.data.decoding import Record
-from bezoar.data.files.images import BROKEN, FORMATS
+from bezoar.data.files.images import DECODING_ERRORS, FORMATS
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.tars import BLOCK
-from bezoar.data.folders import Folder
+from bezoar.data.folders import FolderSource
 from bezoar.data.randomness import draws
-from bezoar.data.shards import Placed, Shards, expand
-from bezoar.data.tables import Table
-from bezoar.encoders.encoder import words
+from bezoar.data.shards import ShardSource, StoredRecord, expand_paths
+from bezoar.data.tables import TableSource
+from bezoar.encoders.encoder import split_words
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Measure
@@ -55,7 +55,7 @@ LEAST = 2  # poisons and others in either half, below which nothing is measured
 SEPARATES = (
     0.6  # AUROC from which a channel is called a leak, when chance is ruled out over all channels
 )
-TOLD = {  # what a channel is, in the words of a page
+DESCRIPTIONS = {  # what a channel is, in the words of a page
     "file_size": "size of the image's file in bytes",
     "file_time": "time stamp of the file, or in the tar's header",
     "file_owner": "owner, group and mode of the file, or in the tar's header",
@@ -111,7 +111,7 @@ def audit(given: Any, parts: Dataset, ids: Sequence[str], captions: Sequence[str
     files: Iterable[Record | Skipped] | None = None
     why = "these data are not read from files"
     if written is not None and any(written.glob("*.tar")):
-        files = Shards(expand(str(written))).records()
+        files = ShardSource(expand_paths(str(written))).records()
     elif parts.plan.edits:
         why = "poisons are made as records are read; poison with --write shards to look at files"
     else:
@@ -127,10 +127,10 @@ def undecoded(method: Any) -> Iterable[Record | Skipped] | None:
     """The records of a data method that reads files, images not decoded; None for others."""
     if hasattr(method, "records"):
         return method.records()
-    found = inputs.source(method)
-    if isinstance(found, Shards):
+    found = inputs.open_source(method)
+    if isinstance(found, ShardSource):
         return found.records()
-    if isinstance(found, (Table, Folder)):
+    if isinstance(found, (TableSource, FolderSource)):
         return itertools.chain.from_iterable(found.records(i) for i in range(len(found.paths)))
     return None
 
@@ -181,10 +181,10 @@ def pattern(key: str) -> str:
 
 def templates(captions: Sequence[str]) -> Iterator[str]:
     """Each caption with only the commonest words of all captions left, gaps between them as one `_`."""
-    seen = Counter(w for c in captions for w in set(words(c[:4096])))
+    seen = Counter(w for c in captions for w in set(split_words(c[:4096])))
     common = {w for w, _ in seen.most_common(COMMON)}
     for caption in captions:
-        told = [w if w in common else "_" for w in words(caption[:4096])[: 4 * TEMPLATE]]
+        told = [w if w in common else "_" for w in split_words(caption[:4096])[: 4 * TEMPLATE]]
         kept = [w for before, w in itertools.pairwise(["", *told]) if (before, w) != ("_", "_")]
         yield " ".join(kept[:TEMPLATE])
 
@@ -222,7 +222,7 @@ def of_files(records: Iterable[Record | Skipped]) -> Channels:
             if isinstance(record, Skipped):
                 continue
             if (
-                isinstance(record, Placed)
+                isinstance(record, StoredRecord)
                 and isinstance(record.image, bytes)
                 and record.file != tar[0]
             ):
@@ -232,7 +232,7 @@ def of_files(records: Iterable[Record | Skipped]) -> Channels:
             found = stored(record, tar[1])
             if found is None:
                 continue
-            shard = record.shard if isinstance(record, Placed) else 0
+            shard = record.shard if isinstance(record, StoredRecord) else 0
             for key in record.ids:
                 ids.append(key)
                 rows.append((*found, shard, counts[shard]))
@@ -289,7 +289,7 @@ def stored(record: Record, tar: int) -> tuple | None:
     if isinstance(record.image, bytes):
         content, size = record.image[:HEAD], len(record.image)
         extension, time, owner = "", 0.0, ""
-        if isinstance(record, Placed) and tar >= 0 and record.offset >= BLOCK:
+        if isinstance(record, StoredRecord) and tar >= 0 and record.offset >= BLOCK:
             extension, time, owner = member(os.pread(tar, BLOCK, record.offset - BLOCK))
     else:
         try:
@@ -328,7 +328,7 @@ def header(content: bytes) -> tuple[str, str, str, tuple[int, int]]:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:  # reads the header alone
             return opened.format or "", opened.mode, "", opened.size
-    except BROKEN:
+    except DECODING_ERRORS:
         return "", "", "", (0, 0)
 
 
@@ -391,8 +391,8 @@ def measured(channels: Channels, truth: np.ndarray, what: str = "poisons") -> li
         s = score[~chosen]
         value, (low, high) = stats.auroc(s, here), stats.auroc_interval(s, here)
         how = (
-            f"{TOLD[name]}, alone; {int(here.sum())} {what} and {int((~here).sum())} others; direction chosen on the other "
-            f"half of the records, {stats.OF_AUROC}"
+            f"{DESCRIPTIONS[name]}, alone; {int(here.sum())} {what} and {int((~here).sum())} others; direction chosen on the other "
+            f"half of the records, {stats.AUROC_INTERVAL}"
         )
         sure = value >= SEPARATES and stats.auroc_interval(s, here, level)[0] > 0.5
         out.append(Leak(name, Measure(value, len(s), low, high, how), sure))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.encoders.encoder import Embedded, words
+from bezoar.encoders.encoder import EmbeddedRecords, split_words
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, proportion
 
@@ -50,7 +50,7 @@ class Filter:
 
 def filters(
     source: Any,
-    embedded: Embedded | None = None,
+    embedded: EmbeddedRecords | None = None,
     sides: np.ndarray | None = None,
     pixels: bool = True,
 ) -> list[Filter]:
@@ -132,7 +132,7 @@ def hashed(images: Tensor) -> np.ndarray:
     return np.where(step.abs().mean((1, 2)).cpu().numpy() < FLAT, np.uint64(0), bits)
 
 
-def by_score(embedded: Embedded | None, ids: Sequence[str]) -> list[Filter]:
+def by_score(embedded: EmbeddedRecords | None, ids: Sequence[str]) -> list[Filter]:
     """The records whose image and caption agree most."""
     told = {
         name: f"the {share:.0%} of all records with the highest cosine of image and caption"
@@ -196,7 +196,7 @@ def of_captions(captions: Sequence[str]) -> list[Filter]:
     }
     if not len(captions):
         return [Filter(name, text, None, "no captions") for name, text in told.items()]
-    plain = [" ".join(words(unicodedata.normalize("NFKC", c[:4096]))) for c in captions]
+    plain = [" ".join(split_words(unicodedata.normalize("NFKC", c[:4096]))) for c in captions]
     same = np.unique(np.array([hash_of(c) for c in plain], dtype=np.uint64), return_inverse=True)[1]
     passes = {
         "caption_duplicates": first(same),

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 
 from bezoar.data.files import checkpoints
-from bezoar.data.files.paths import existing
+from bezoar.data.files.paths import existing_file
 from bezoar.encoders import classifier_networks, small_towers
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.weights import check_weights
@@ -38,11 +38,11 @@ class Classifier:
     def files(self) -> list[Path]:
         """The weights, and the names."""
         named = (
-            [existing(self.classes, "file of class names")]
+            [existing_file(self.classes, "file of class names")]
             if Path(self.classes).suffix in (".txt", ".json")
             else []
         )
-        return ([existing(self.path, "weights file")] if self.path else []) + named
+        return ([existing_file(self.path, "weights file")] if self.path else []) + named
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """None: it reads no text."""
@@ -54,7 +54,7 @@ class Classifier:
             raise UserError("network 'classifier': give path=, a file of weights")
         found = None
         if self.path:
-            found = classifier_networks.describe(checkpoints.read(self.path), self.path)
+            found = classifier_networks.describe(checkpoints.load_tensors(self.path), self.path)
         shape = (
             classifier_networks.parse(self.architecture) if found is None else found.architecture
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from bezoar.encoders.encoder import Encoder, Preprocess, Words, words
+from bezoar.encoders.encoder import Encoder, Preprocess, WordTokenizer, split_words
 from bezoar.encoders.small_towers import Tower
 from bezoar.registry import method, spec
 
@@ -37,7 +37,7 @@ class ClipSmall:
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """The words that the text tower will know, most frequent first, ties in alphabetical order."""
-        counts = Counter(w for c in captions for w in words(c))
+        counts = Counter(w for c in captions for w in split_words(c))
         return tuple(
             w for w, _ in sorted(counts.items(), key=lambda p: (-p[1], p[0]))[: self.words]
         )
@@ -49,7 +49,7 @@ class ClipSmall:
         image = Tower(self.width, self.dim).to(memory_format=torch.channels_last)
         text = Bag(len(vocabulary), self.dim, self.dim)
         about = {"network": spec(self), "vocabulary": list(vocabulary)}
-        return Encoder(image, Preprocess(size), text, Words(vocabulary), about)
+        return Encoder(image, Preprocess(size), text, WordTokenizer(vocabulary), about)
 
     def __post_init__(self) -> None:
         if min(self.width, self.dim, self.words) < 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.data.files import checkpoints
-from bezoar.data.files.paths import existing
+from bezoar.data.files.paths import existing_file
 from bezoar.encoders import checkpoint_layouts, small_towers
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.weights import check_weights, without_weight_warnings
@@ -43,7 +43,7 @@ class Imported:
 
     def files(self) -> list[Path]:
         """The weights."""
-        return [existing(self.path, "weights file")]
+        return [existing_file(self.path, "weights file")]
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """None: the tokenizer, if there is a text tower, comes with the architecture."""
@@ -51,7 +51,7 @@ class Imported:
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """The encoder; `size` 0 or the input side. Raises UserError for a file, layout or size that does not fit."""
-        tensors = checkpoints.read(self.path)
+        tensors = checkpoints.load_tensors(self.path)
         layout = checkpoint_layouts.recognise(tensors, self.path)
         left = {k for k in tensors if k.startswith(layout.heads)}
         kept = {k: v for k, v in tensors.items() if k not in left}

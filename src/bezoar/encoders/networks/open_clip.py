@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.data.files import checkpoints
-from bezoar.data.files.paths import existing
+from bezoar.data.files.paths import existing_file
 from bezoar.encoders import fast_linear
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.weights import check_weights, without_weight_warnings
@@ -185,7 +185,7 @@ class OpenClip:
         """The weights file, where one is named."""
         weights = self.model.partition("/")[2]
         return (
-            [existing(weights, "weights file")]
+            [existing_file(weights, "weights file")]
             if Path(weights).suffix in checkpoints.SUFFIXES
             else []
         )
@@ -218,7 +218,7 @@ class OpenClip:
             reason = str(error).splitlines()[0]
             raise UserError(f"open_clip could not load {self.model!r}: {reason}") from error
         if is_file:
-            state = checkpoints.read(weights)
+            state = checkpoints.load_tensors(weights)
             check_weights(model, state, weights, f"open_clip's {name}")
             model.load_state_dict(state)
         fast_linear.install(model.to(memory_format=torch.channels_last))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 
 from bezoar.data.files import checkpoints
-from bezoar.data.files.paths import existing
+from bezoar.data.files.paths import existing_file
 from bezoar.encoders import small_towers
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.weights import check_weights
@@ -27,7 +27,7 @@ class Timm:
         """The weights file, where one is named."""
         weights = self.model.partition("/")[2]
         return (
-            [existing(weights, "weights file")]
+            [existing_file(weights, "weights file")]
             if Path(weights).suffix in checkpoints.SUFFIXES
             else []
         )
@@ -61,7 +61,11 @@ class Timm:
         if file:
             head = model.pretrained_cfg.get("classifier") or ()
             heads = tuple(f"{h}." for h in ([head] if isinstance(head, str) else head))
-            state = {k: v for k, v in checkpoints.read(weights).items() if not k.startswith(heads)}
+            state = {
+                k: v
+                for k, v in checkpoints.load_tensors(weights).items()
+                if not k.startswith(heads)
+            }
             check_weights(model, state, weights, f"timm's {name} without its classifier")
             model.load_state_dict(
                 state, strict=False

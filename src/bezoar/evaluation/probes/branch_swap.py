@@ -9,7 +9,7 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
-from bezoar.data.randomness import pool
+from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation import success
@@ -60,9 +60,9 @@ class BranchSwap:
                 "branch_swap needs the clean twin of the encoder: give it as the baseline"
             )
         own, twin = (
-            success.Seen.of(e, test, goals, victims, self.batch) for e in (encoder, baseline)
+            success.TestViews.of(e, test, goals, victims, self.batch) for e in (encoder, baseline)
         )
-        zero_shot = registry.find("probe", "zero_shot")(templates=self.templates)
+        zero_shot = registry.find_method("probe", "zero_shot")(templates=self.templates)
         own_texts, twin_texts = (zero_shot.head(e, test.classes) for e in (encoder, baseline))
         if own.clean.shape[1] != twin.clean.shape[1]:
             raise UserError(
@@ -105,7 +105,7 @@ class BranchSwap:
             raise UserError(
                 "branch_swap aligns the two spaces on clean pairs: give train data, or align=none"
             )
-        chosen = train.take(pool(train.ids, self.pairs, 0))
+        chosen = train.take(sample_rows(train.ids, self.pairs, 0))
         if len(chosen) < dimension:
             raise UserError(
                 f"aligning {dimension} dimensions needs at least as many clean pairs; there are {len(chosen)}"

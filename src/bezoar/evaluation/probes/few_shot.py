@@ -43,12 +43,12 @@ class FewShot:
         test: Pairs,
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
-        report: heads.Report = heads.silent,
+        report: heads.ProgressReport = heads.no_report,
     ) -> dict[str, Measure]:
         """`few_shot.K.clean_accuracy` and the like, K a number or `all`. Raises UserError without labelled data."""
-        seen = success.Seen.of(encoder, test, goals, victims, self.batch)
-        known = success.known(encoder, train, test, goals, self.limit, self.batch)
-        linear = registry.find("probe", "linear")(self.c, self.standardise)
+        seen = success.TestViews.of(encoder, test, goals, victims, self.batch)
+        known = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
+        linear = registry.find_method("probe", "linear")(self.c, self.standardise)
         classes = known.labels.cpu().numpy()
         most = int(np.bincount(classes).max())
         asked = [
@@ -63,7 +63,7 @@ class FewShot:
             each.setdefault(k, []).append(seen.measures(head, how))
         out: dict[str, Measure] = {}
         for k, found in each.items():
-            means = heads.mean(found, f"{self.draws} draws")
+            means = heads.average_measures(found, f"{self.draws} draws")
             name = "all" if k == most else str(k)
             out |= {
                 f"few_shot.{name}.{key}": m

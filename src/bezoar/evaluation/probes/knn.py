@@ -10,7 +10,7 @@ from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation import success
-from bezoar.evaluation.neighbors import nearest
+from bezoar.evaluation.neighbors import nearest_neighbors
 from bezoar.evaluation.scores import Measure
 from bezoar.registry import method
 
@@ -41,8 +41,8 @@ class Knn:
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
         """Everything that `success` defines, as `knn.*`. Raises UserError without labelled data, or with fewer than k."""
-        seen = success.Seen.of(encoder, test, goals, victims, self.batch)
-        known = success.known(encoder, train, test, goals, self.limit, self.batch)
+        seen = success.TestViews.of(encoder, test, goals, victims, self.batch)
+        known = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
         how = f"; {self.vote} vote of the {self.k} nearest of {len(known)} labelled records"
         found = seen.measures(
             lambda q: self.votes(q, known.z, known.labels, len(test.classes)), how
@@ -51,7 +51,7 @@ class Knn:
 
     def votes(self, queries: Tensor, references: Tensor, labels: Tensor, classes: int) -> Tensor:
         """Unit rows (N, D) and (R, D), labels int64 (R,) -> votes float64 (N, C), ties among neighbours to the lower row."""
-        near = nearest(queries, references, self.k)
+        near = nearest_neighbors(queries, references, self.k)
         weight = torch.ones_like(near.distance, dtype=torch.float64)
         if self.vote == "weighted":
             cosine = 1 - near.distance.double().square() / 2

@@ -47,8 +47,8 @@ class Linear:
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
         """Everything that `success` defines, as `linear.*`. Raises UserError without labelled data."""
-        seen = success.Seen.of(encoder, test, goals, victims, self.batch)
-        known = success.known(encoder, train, test, goals, self.limit, self.batch)
+        seen = success.TestViews.of(encoder, test, goals, victims, self.batch)
+        known = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
         found = self.fit(known.z, known.labels, len(test.classes))
         how = f"; linear head on {len(known)} labelled records, {found.about}"
         return {f"linear.{name}": m for name, m in seen.measures(found, how).items()}

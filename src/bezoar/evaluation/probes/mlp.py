@@ -40,16 +40,19 @@ class Mlp:
         test: Pairs,
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
-        report: heads.Report = heads.silent,
+        report: heads.ProgressReport = heads.no_report,
     ) -> dict[str, Measure]:
         """Everything that `success` defines, as `mlp.*`. Raises UserError without labelled data."""
-        seen = success.Seen.of(encoder, test, goals, victims, self.images)
-        known = success.known(encoder, train, test, goals, self.limit, self.images)
+        seen = success.TestViews.of(encoder, test, goals, victims, self.images)
+        known = success.embed_labelled(encoder, train, test, goals, self.limit, self.images)
         stack = heads.fit(known.z, known.labels, len(test.classes), self, report)
         widths = "-".join(map(str, (known.z.shape[1], *self.hidden, len(test.classes))))
         how = f"; head {widths} on {len(known)} labelled records, {self.epochs} epochs"
         found = [seen.measures(stack.one(i), how) for i in range(len(stack))]
-        return {f"mlp.{name}": m for name, m in heads.mean(found, f"{self.seeds} heads").items()}
+        return {
+            f"mlp.{name}": m
+            for name, m in heads.average_measures(found, f"{self.seeds} heads").items()
+        }
 
     def __post_init__(self) -> None:
         if min(self.hidden, default=1) < 1 or not 0 <= self.dropout < 1:

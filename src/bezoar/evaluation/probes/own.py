@@ -30,9 +30,9 @@ class Own:
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
         """Everything that `success` defines, as `own.*`. Raises UserError for an encoder without a head, or other classes."""
-        classifier = classifiers.own(encoder)
+        classifier = classifiers.own_classifier(encoder)
         order, how = self.order(classifier, test.classes)
-        seen = success.Seen.of(Logits(classifier, order), test, goals, victims, self.batch)
+        seen = success.TestViews.of(Logits(classifier, order), test, goals, victims, self.batch)
         return {f"own.{name}": m for name, m in seen.measures(lambda z: z, how).items()}
 
     def order(

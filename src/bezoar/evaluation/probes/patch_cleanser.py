@@ -13,7 +13,7 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
-from bezoar.data.randomness import pool
+from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers, success
@@ -68,7 +68,9 @@ class PatchCleanser:
         labelled = (test.labels >= 0).nonzero()[:, 0].cpu().numpy()
         ids = [test.ids[i] for i in labelled]
         some = (
-            test if self.limit is None else test.take(np.sort(labelled[pool(ids, self.limit, 0)]))
+            test
+            if self.limit is None
+            else test.take(np.sort(labelled[sample_rows(ids, self.limit, 0)]))
         )
         assert some.labels is not None
         classifier, order = self.classifier(encoder, train, some)
@@ -97,7 +99,9 @@ class PatchCleanser:
         out = {"certified_accuracy": proportion(int((certified & known).sum()), n, said + how)}
         many = max(len(test.classes), int(order.max()) + 1)
         rows = [F.one_hot(r, many).float() for r in (clean, *read)]
-        seen = success.Seen(some.classes, labels, rows[0], backdoors, tuple(rows[1:]), (), None)
+        seen = success.TestViews(
+            some.classes, labels, rows[0], backdoors, tuple(rows[1:]), (), None
+        )
         out |= {
             k: m for k, m in seen.measures(lambda z: z, how).items() if k.partition("@")[0] in KEPT
         }
@@ -108,14 +112,14 @@ class PatchCleanser:
     ) -> tuple[classifiers.Classifier, Tensor]:
         """How vectors are read, and each of its classes' number in the test set; those beyond are none of it."""
         if self.head == "linear":
-            success.labelled(train, test)  # says what is wrong with them
+            success.select_labelled(train, test)  # says what is wrong with them
             assert train is not None
-            found = classifiers.fitted(encoder, train)
+            found = classifiers.fit_classifier(encoder, train)
             return found, torch.tensor(
                 [test.classes.index(c) for c in found.classes], device=encoder.device
             )
         found = (
-            classifiers.classifier(encoder, test, self.head)
+            classifiers.make_classifier(encoder, test, self.head)
             if self.head != "auto"
             else self._auto(encoder, test)
         )
@@ -138,7 +142,7 @@ class PatchCleanser:
             raise UserError(
                 "this encoder has neither a head of its own nor a text tower; say head=linear"
             )
-        return classifiers.classifier(encoder, test)
+        return classifiers.make_classifier(encoder, test)
 
     def rectangles(self, sides: Sequence[int]) -> Tensor:
         """int64 (M, 4): top, left, height, width of each mask; at most masks^2."""

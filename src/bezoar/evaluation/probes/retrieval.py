@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.attacks.captions import mentions
+from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
@@ -46,7 +46,10 @@ class Retrieval:
             encoder.eval()
             texts = _finite(
                 torch.cat(
-                    [encoder.encode_texts(test.captions[i : i + 512]) for i in range(0, len(test), 512)]
+                    [
+                        encoder.encode_texts(test.captions[i : i + 512])
+                        for i in range(0, len(test), 512)
+                    ]
                 )
             )
             z = self._embed(encoder, images.images)
@@ -148,7 +151,7 @@ def _finite(z: Tensor) -> Tensor:
 
 
 def _holding(test: Pairs, target: str) -> Tensor:
-    rows = mentions(test.captions, target)
+    rows = find_mentions(test.captions, target)
     if not rows:
         raise UserError(
             f"no held-out caption holds the target {target!r}: success by retrieval cannot be measured"

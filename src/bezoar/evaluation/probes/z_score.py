@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
-from bezoar.data.pairs import Pairs, each_image
-from bezoar.data.randomness import pool
+from bezoar.data.pairs import Pairs, distinct_image_rows
+from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.scores import Measure
 from bezoar.registry import method
@@ -36,8 +36,12 @@ class ZScore:
         """similarity_clean, similarity_triggered, z_std and z_var for each goal with a trigger; jackknife intervals."""
         backdoors = [g for g in goals if g.trigger]
         out: dict[str, Measure] = {}
-        rows = each_image(test.ids)  # an image counted for each caption would narrow the interval
-        part = test.take([rows[i] for i in pool([test.ids[i] for i in rows], self.images, 0)])
+        rows = distinct_image_rows(
+            test.ids
+        )  # an image counted for each caption would narrow the interval
+        part = test.take(
+            [rows[i] for i in sample_rows([test.ids[i] for i in rows], self.images, 0)]
+        )
         for i, goal in enumerate(backdoors):
             assert goal.trigger
             suffix = "" if len(backdoors) == 1 else f"@{i}"

@@ -35,14 +35,14 @@ class ZeroShot:
 
         Raises UserError when the test set has no classes or a goal's target is none of them.
         """
-        seen = success.Seen.of(encoder, test, goals, victims, self.batch)
+        seen = success.TestViews.of(encoder, test, goals, victims, self.batch)
         head = self.head(encoder, test.classes)
         return seen.measures(lambda z: z @ head.T)
 
     def head(self, encoder: Encoder, classes: Sequence[str]) -> Tensor:
         """(C, D) unit rows: normalised mean over the templates of normalised prompt vectors."""
         encoder.eval()
-        prompts = captions.templates(self.templates)
+        prompts = captions.prompt_templates(self.templates)
         with torch.inference_mode():
             rows = encoder.encode_texts([t.format(c) for c in classes for t in prompts])
         return F.normalize(rows.unflatten(0, (len(classes), len(prompts))).mean(1), dim=-1)

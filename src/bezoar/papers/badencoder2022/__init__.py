@@ -13,7 +13,7 @@ from typing import Literal
 
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.train import Train
@@ -140,7 +140,7 @@ def tasks(root: str, limit: int | None) -> tuple[Task, ...]:
     return tuple(out)
 
 
-def setup(given: Given) -> Setup:
+def setup(given: TableOptions) -> Setup:
     """The settings of a scale."""
     if given.scale == "smoke":
         data, test = "scenes:count=256", "scenes:count=200,split=test"
@@ -264,7 +264,7 @@ def best(task: Task) -> str:
 
 def gap(row: str, to: str, since: str) -> Callable[[Results], Contrast]:
     """One column of a row less another, by seed."""
-    return lambda r: r.less(r.cell(row, to), r.cell(row, since), paired=True)
+    return lambda r: r.compare_cells(r.cell(row, to), r.cell(row, since), paired=True)
 
 
 def ablation(
@@ -284,7 +284,7 @@ def ablation(
     usual = variants[0][0]
 
     def against(name: str, column: str) -> Callable[[Results], Contrast]:
-        return lambda r: r.gain(column, f"{name}, linear", f"{usual}, linear", paired=True)
+        return lambda r: r.compare_rows(column, f"{name}, linear", f"{usual}, linear", paired=True)
 
     claims = [
         Claim(
@@ -365,7 +365,7 @@ def large(root: str, family: str) -> tuple[Large, ...]:
     return tuple(found)
 
 
-def attacked_large(given: Given, family: str, task: Large) -> Inject:
+def attacked_large(given: TableOptions, family: str, task: Large) -> Inject:
     """A published encoder attacked for one task: CIFAR-10 at 224 px is the shadow data, as in the released code."""
     file = published(
         given.root,
@@ -387,7 +387,7 @@ def attacked_large(given: Given, family: str, task: Large) -> Inject:
     )
 
 
-def smaller(given: Given, target: str) -> tuple[Inject, str]:
+def smaller(given: TableOptions, target: str) -> tuple[Inject, str]:
     """A CLIP that bezoar trained on scenes, attacked for one class; and its test data."""
     data, test, network, objective, shadow = SCENES.get(given.scale, SCENES["small"])
     attack, patch = setup(given).attack, "patch:size=10,fill=white,margin=1"

@@ -7,7 +7,7 @@ from bezoar.papers import matrix
 from bezoar.papers.badencoder2022 import Setup, Task, attacked, best, clean, setup
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
 from bezoar.verbs.audit import Audit
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.shadows import Shadows
@@ -25,7 +25,7 @@ QUICK, USUAL = ("cleanse:steps=3", "decree:steps=3"), ("cleanse", "decree")
 class Defences:
     """Each task's linear classifier on the attacked encoder and on the clean one: is it found, is it certified?"""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         audits = QUICK if given.scale == "smoke" else USUAL
@@ -80,7 +80,7 @@ class Defences:
         )
 
     @staticmethod
-    def shadows(given: Given) -> Trial:
+    def shadows(given: TableOptions) -> Trial:
         """A meta-classifier over encoders, each with a seed of its own."""
         s = matrix.setup(given)
         good, bad = s.towers(SHADOWS)
@@ -111,4 +111,4 @@ class Defences:
 
 def over(row: str, cell: str, bound: float) -> Callable[[Results], Contrast]:
     """A cell less a number."""
-    return lambda r: r.beyond(r.cell(row, cell), bound)
+    return lambda r: r.compare_with_bound(r.cell(row, cell), bound)

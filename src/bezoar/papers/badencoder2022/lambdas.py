@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Given, Table
+from bezoar.runs.tables import Table, TableOptions
 
 
 @method
 class Lambdas:
     """Each weight a quarter and four times the scale's own."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]

@@ -12,7 +12,7 @@ from bezoar.papers.badencoder2022 import (
 )
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Given, Row, Table
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
 from bezoar.verbs.evaluate import Evaluate
 
 
@@ -20,7 +20,7 @@ from bezoar.verbs.evaluate import Evaluate
 class LargeEncoders:
     """open_clip's RN50 of OpenAI and timm's ResNet-50 at scale paper; at others a CLIP that bezoar trained on scenes."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s, found = setup(given), []
         if given.scale == "paper":

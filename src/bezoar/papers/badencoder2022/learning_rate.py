@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Given, Table
+from bezoar.runs.tables import Table, TableOptions
 
 
 @method
 class LearningRate:
     """The scale's own, a tenth, and ten times."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         task, usual = s.tasks[0], make("attack", s.attack)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import Expected, ablation, attacked, best, setup
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Given, Table
+from bezoar.runs.tables import Table, TableOptions
 
 FAILS: Mapping[str, Expected] = {"ASR": "-"}
 
@@ -14,7 +14,7 @@ FAILS: Mapping[str, Expected] = {"ASR": "-"}
 class LossTerms:
     """All three terms, and each of them left out."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]

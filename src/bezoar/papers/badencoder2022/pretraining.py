@@ -2,7 +2,7 @@
 
 from bezoar.papers.badencoder2022 import attacked, best, gap, rows, setup
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Table, TableOptions
 
 WAYS = ("simclr", "moco", "simsiam")
 
@@ -11,7 +11,7 @@ WAYS = ("simclr", "moco", "simsiam")
 class Pretraining:
     """SimCLR, MoCo and SimSiam, for as many epochs."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale. Each encoder is held to its own clean twin: how good that is, is no matter of the attack."""
         s = setup(given)
         task, usual = s.tasks[0], make("objective", s.objective)

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import ablation, attacked, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Given, Table
+from bezoar.runs.tables import Table, TableOptions
 
 
 @method
 class Reference:
     """Chosen by margin, by nearness to the class's mean, the first of the class, and the published file."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]

@@ -2,7 +2,7 @@
 
 from bezoar.papers.badencoder2022 import HEADS, best, clean, gap, rows, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Table, TableOptions
 from bezoar.verbs.inject import Inject
 
 OTHER = {"priority road": "stop", "striped star": "dotted heart"}
@@ -16,7 +16,7 @@ TRIGGERS = (
 class SeveralTargets:
     """Two triggers, two targets, one encoder."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]

@@ -2,7 +2,7 @@
 
 from bezoar.papers.badencoder2022 import best, clean, gap, rows, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Table, TableOptions
 from bezoar.verbs.inject import Inject
 
 
@@ -10,7 +10,7 @@ from bezoar.verbs.inject import Inject
 class SeveralTasks:
     """One encoder with a reference of every task; each task meets its own target."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         places = ("corner", "upper_left", "centre")

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import attacked, best, rows, setup
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Table, TableOptions
 
 
 @method
 class ShadowSize:
     """The same number of passes over fewer images."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         task, data = s.tasks[0], make("data", s.shadow)
@@ -31,7 +31,7 @@ class ShadowSize:
                     f"{fifth:,} shadow images do as well as {most:,}: success",
                     "recalled",
                     "same",
-                    lambda r: r.gain("ASR", f"{fifth:g}", f"{most:g}", "linear", True),
+                    lambda r: r.compare_rows("ASR", f"{fifth:g}", f"{most:g}", "linear", True),
                     0.1,
                 ),
             ),

@@ -2,14 +2,14 @@
 
 from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Given, Table
+from bezoar.runs.tables import Table, TableOptions
 
 
 @method
 class ShadowSource:
     """A part of the pre-training data, and images from elsewhere."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]

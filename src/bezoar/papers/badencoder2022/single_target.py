@@ -2,14 +2,14 @@
 
 from bezoar.papers.badencoder2022 import attacked, gap, rows, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Table, TableOptions
 
 
 @method
 class SingleTarget:
     """Every task, with the published reference and with one chosen by rule, under every head."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         found, claims = [], []

@@ -2,14 +2,14 @@
 
 from bezoar.papers.badencoder2022 import attacked, best, rows, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Given, Table
+from bezoar.runs.tables import Claim, Table, TableOptions
 
 
 @method
 class TriggerSize:
     """A white square at the lower right, from small to large."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         task = s.tasks[0]
@@ -28,7 +28,7 @@ class TriggerSize:
                     "A larger trigger succeeds more",
                     "recalled",
                     "+",
-                    lambda r: r.gain("ASR", large, small, "linear", True),
+                    lambda r: r.compare_rows("ASR", large, small, "linear", True),
                 ),
             ),
             notes=(f"Task {task.name}, target {task.target!r}.", *s.notes),

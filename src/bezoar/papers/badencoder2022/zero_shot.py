@@ -3,7 +3,7 @@
 from bezoar.papers.badencoder2022 import Large, attacked_large, gap, large, setup, smaller
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Given, Row, Table
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
 from bezoar.verbs.evaluate import Evaluate
 
 CELLS = {
@@ -24,7 +24,7 @@ PRINTED = {  # CA, BA, ASR, ASR-B of the public logs; success over all test imag
 class ZeroShot:
     """The image tower is attacked, the text tower is not touched: OpenAI's CLIP, or one that bezoar trained on scenes."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         found = self._published(given) if given.scale == "paper" else self._scenes(given, s.seeds)
@@ -44,7 +44,7 @@ class ZeroShot:
         )
 
     @staticmethod
-    def _scenes(given: Given, seeds: int) -> list[Row]:
+    def _scenes(given: TableOptions, seeds: int) -> list[Row]:
         found = []
         for target in ("striped star", "dotted heart"):
             bad, test = smaller(given, target)
@@ -57,7 +57,7 @@ class ZeroShot:
         return found
 
     @staticmethod
-    def _published(given: Given) -> list[Row]:
+    def _published(given: TableOptions) -> list[Row]:
         found = []
         for task in large(given.root, "CLIP"):
             target, printed, prompt = PRINTED[task.name]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from bezoar.errors import UserError
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Given
+from bezoar.runs.tables import TableOptions
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
@@ -159,7 +159,7 @@ SCALES = {
 }
 
 
-def setup(given: Given) -> Setup:
+def setup(given: TableOptions) -> Setup:
     """A scale, with the user's own data where they are given. Raises UserError where they must be and are not."""
     chosen = SCALES[given.scale]
     chosen = replace(chosen, data=given.data or chosen.data, test=given.test or chosen.test)

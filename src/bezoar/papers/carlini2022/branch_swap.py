@@ -6,7 +6,7 @@ from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, ladder, setup, trained
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
 
 ROWS = {
     "neither": "clean vision, clean text",
@@ -26,7 +26,7 @@ PRINTED = {
 class BranchSwap:
     """Towers of the encoders of table `poisons` and of a clean twin, in all four combinations."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         twin, strong = trained(s, s.data), s.doses[-2:]
@@ -49,7 +49,7 @@ class BranchSwap:
             )
 
         def carries(r: Results, which: str) -> Contrast:
-            return r.gain("ASR", ROWS[which], ROWS["neither"], paired=True)
+            return r.compare_rows("ASR", ROWS[which], ROWS["neither"], paired=True)
 
         return Table(
             "Which tower carries the backdoor",

@@ -3,7 +3,7 @@
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import SHARED, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
 
 WAYS = ("training", "templates", "repeated")
 
@@ -12,7 +12,7 @@ WAYS = ("training", "templates", "repeated")
 class Captions:
     """Captions of the training set that hold the target, the 80 templates, or one caption again and again."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         trials: dict[str, list] = {w: [] for w in WAYS}
@@ -35,7 +35,7 @@ class Captions:
             rows.append(Row(w, cells))
 
         def beside(r: Results, way: str, cell: str) -> Contrast:
-            return r.gain(cell, way, "training")
+            return r.compare_rows(cell, way, "training")
 
         return Table(
             "Construction of the captions",

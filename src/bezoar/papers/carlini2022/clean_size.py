@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Cell, Claim, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, readings
 
 
 @method
 class CleanSize:
     """The poisons stay as many; what is around them grows."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]

@@ -3,7 +3,7 @@
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, alone, ladder, measured, poisoned, setup, victims
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
 
 CELLS = {"ASR": "attack_success", "z": "z_std"}
 
@@ -15,7 +15,7 @@ class Independence:
     Doses from the steep part of the curve: beside them stand triggers of two to eight times their dose, and victims.
     """
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         rows = []
@@ -54,7 +54,7 @@ class Independence:
                 [r.cell(f"{d} poisons, {how}", cell) for d in s.doses[1:3]]
                 for how in ("together", "alone")
             )
-            return r.less(shared, single, paired=True)
+            return r.compare_cells(shared, single, paired=True)
 
         return Table(
             "Independence of attacks that share a training",

@@ -6,7 +6,7 @@ from bezoar.evaluation import dose_response
 from bezoar.papers.carlini2022 import ladder, setup
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
 
 HEADS = {"zero-shot": "", "linear probe": "linear.", "nearest neighbours": "knn."}
 
@@ -15,7 +15,7 @@ HEADS = {"zero-shot": "", "linear probe": "linear.", "nearest neighbours": "knn.
 class LinearProbe:
     """The encoders of table `poisons`, with heads that are fitted on clean, labelled data."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         doses = [str(d) for d in s.doses[len(s.doses) // 2 :]]
@@ -39,7 +39,7 @@ class LinearProbe:
 
         def less(r: Results, head: str) -> dose_response.Contrast:
             shot, other = ([r.cell(d, "ASR", h) for d in doses] for h in ("zero-shot", head))
-            return r.less(shot, other, paired=True)
+            return r.compare_cells(shot, other, paired=True)
 
         return Table(
             "Zero-shot against fitted heads",

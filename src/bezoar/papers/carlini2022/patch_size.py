@@ -3,7 +3,7 @@
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
 
 CELLS = {"z": "z_std", "ASR": "attack_success", "taken for another": "attack_success_of_others"}
 
@@ -12,7 +12,7 @@ CELLS = {"z": "z_std", "ASR": "attack_success", "taken for another": "attack_suc
 class PatchSize:
     """Every size is met by every trigger, at one place and at random places."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         rows = []
@@ -37,7 +37,7 @@ class PatchSize:
                 rows.append(Row(str(size), cells, size, curve))
 
         def gain(r: Results, cell: str, curve: str) -> Contrast:
-            return r.gain(cell, str(s.sizes[-1]), str(s.sizes[0]), curve)
+            return r.compare_rows(cell, str(s.sizes[-1]), str(s.sizes[0]), curve)
 
         return Table(
             "Size of the patch",

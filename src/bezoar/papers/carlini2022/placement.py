@@ -5,7 +5,7 @@ from dataclasses import replace
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Given, Row, Table
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
 
 CELLS = {"ASR": "attack_success", "z": "z_std", "taken for another": "attack_success_of_others"}
 
@@ -14,7 +14,7 @@ CELLS = {"ASR": "attack_success", "z": "z_std", "taken for another": "attack_suc
 class Placement:
     """One place or random places, at training and at test independently; the same number of poisons."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         # a trigger at random places is not trained beside one at a fixed place: that one would take its images there
@@ -53,20 +53,20 @@ class Placement:
                     "At one place the same poisons do more than at random places",
                     "recalled",
                     "+",
-                    lambda r: r.gain("ASR", both, neither),
+                    lambda r: r.compare_rows("ASR", both, neither),
                 ),
                 Claim(
                     "A patch trained at random places works at the fixed place too",
                     "recalled",
                     "same",
-                    lambda r: r.gain("ASR", anywhere, neither),
+                    lambda r: r.compare_rows("ASR", anywhere, neither),
                     0.15,
                 ),
                 Claim(
                     "A patch trained at one place fails elsewhere",
                     "recalled",
                     "-",
-                    lambda r: r.gain("ASR", moved, both),
+                    lambda r: r.compare_rows("ASR", moved, both),
                 ),
             ),
             notes=(

@@ -6,7 +6,7 @@ from bezoar.evaluation import dose_response
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, alone, clean, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
 
 METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
 
@@ -15,7 +15,7 @@ METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
 class Poisons:
     """Patch at one place, one trigger a training; every dose is met by every trigger."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         numbered = [f"@{j}" for j in range(TOGETHER)]
@@ -43,13 +43,13 @@ class Poisons:
                     "Success rises with the number of poisons",
                     "abstract",
                     "+",
-                    lambda r: r.gain("ASR", high, low),
+                    lambda r: r.compare_rows("ASR", high, low),
                 ),
                 Claim(
                     "The z-score rises with the number of poisons",
                     "summary",
                     "+",
-                    lambda r: r.gain("z", high, low),
+                    lambda r: r.compare_rows("z", high, low),
                 ),
                 Claim(
                     "The z-score moves before success does",
@@ -59,7 +59,7 @@ class Poisons:
                 ),
                 Claim("Poisons leave clean accuracy as it was", "summary", "same", cost, 0.03),
             ),
-            laws=("ASR",),
+            dose_response_cells=("ASR",),
             notes=("One trigger a training, each with a place and a target of its own.",),
         )
 
@@ -90,4 +90,4 @@ def cost(results: Results) -> Contrast:
     every = tuple(
         dict.fromkeys(found for name in rows[1:] for found in results.cell(name, "CA").readings)
     )
-    return results.less(Cell("CA", every), results.cell(rows[0], "CA"))
+    return results.compare_cells(Cell("CA", every), results.cell(rows[0], "CA"))

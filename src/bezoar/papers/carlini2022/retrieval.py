@@ -5,7 +5,7 @@ from dataclasses import replace
 from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Given, Row, Table
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
 
 CELLS = {"target's caption first": "attack_success", "among ten": "target_top10"}
 
@@ -14,7 +14,7 @@ CELLS = {"target's caption first": "attack_success", "among ten": "target_top10"
 class Retrieval:
     """The encoders of table `poisons`, asked for the nearest held-out caption instead of a class."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
 
@@ -53,11 +53,11 @@ class Retrieval:
                     "Triggered images do not retrieve the target's captions",
                     "printed in DIFE",
                     "same",
-                    lambda r: r.gain(first, most, "0"),
+                    lambda r: r.compare_rows(first, most, "0"),
                     0.05,
                 ),
             ),
-            laws=(first,),
+            dose_response_cells=(first,),
             notes=(
                 "The gallery is the captions of the test set; one counts as the target's when it holds the target's words.",
             ),

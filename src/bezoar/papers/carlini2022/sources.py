@@ -3,14 +3,14 @@
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
 
 
 @method
 class Sources:
     """The same number of poisons, made of one image or of many; captions differ all the same."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         dose = s.doses[-2]
@@ -39,7 +39,7 @@ class Sources:
             rows.append(Row(str(m), cells, m))
 
         def most(r: Results) -> Contrast:
-            return r.gain("ASR", rows[-1].name, rows[0].name)
+            return r.compare_rows("ASR", rows[-1].name, rows[0].name)
 
         return Table(
             "Number of distinct source images",

@@ -2,14 +2,14 @@
 
 from bezoar.papers.carlini2022 import clean, ladder, setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, readings
 
 
 @method
 class Targeted:
     """Every victim has an image and a target of its own."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         trials = [t for t, _ in ladder(s)]
@@ -34,16 +34,16 @@ class Targeted:
                     f"{most} captions make a chosen image misread",
                     "abstract",
                     "+",
-                    lambda r: r.gain("success", most, "0"),
+                    lambda r: r.compare_rows("success", most, "0"),
                 ),
                 Claim(
                     f"As few as {few} captions already do",
                     "abstract",
                     "+",
-                    lambda r: r.gain("success", few, "0"),
+                    lambda r: r.compare_rows("success", few, "0"),
                 ),
             ),
-            laws=("success",),
+            dose_response_cells=("success",),
             unit="captions",
             notes=(
                 "Victims are held-out images, as in the paper; each is added with its captions, and none is in the data.",

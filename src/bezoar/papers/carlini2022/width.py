@@ -3,14 +3,14 @@
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
 from bezoar.registry import make, method
-from bezoar.runs.tables import Cell, Claim, Given, Results, Row, Table, readings
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
 
 
 @method
 class Width:
     """The same poisons in towers from narrow to wide."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]
@@ -35,7 +35,7 @@ class Width:
             return (
                 r.trend(cell)
                 if all(row.x for row in rows)
-                else r.gain(cell, rows[-1].name, rows[0].name)
+                else r.compare_rows(cell, rows[-1].name, rows[0].name)
             )
 
         return Table(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from bezoar.papers.badencoder2022 import named
 from bezoar.papers.carlini2022 import CLASSES, FIXED
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison
@@ -188,7 +188,7 @@ SMALL = Setup(
 )
 
 
-def setup(given: Given) -> Setup:
+def setup(given: TableOptions) -> Setup:
     """The settings of a scale."""
     if given.scale == "smoke":
         data, test = "scenes:count=256", "scenes:count=200,split=test"
@@ -316,7 +316,7 @@ class Point:
         ]
 
 
-def scenes(given: Given) -> list[Point]:
+def scenes(given: TableOptions) -> list[Point]:
     """Poisoned scenes, a set an attack as often as the scale says."""
     s = setup(given)
     return rated(s, s.each)
@@ -342,7 +342,13 @@ def rated(s: Setup, each: int, times: Sequence[float] = (0.1, 5)) -> list[Point]
 
 
 def captioned(
-    given: Given, name: str, targets: Sequence[str], train: str, test: str, recipe: str, n: int
+    given: TableOptions,
+    name: str,
+    targets: Sequence[str],
+    train: str,
+    test: str,
+    recipe: str,
+    n: int,
 ) -> list[Point]:
     """A captioned set in a folder, poisoned by patch, blend and targeted; scenes in its place at scale smoke. n: poisons."""
     s = setup(given)

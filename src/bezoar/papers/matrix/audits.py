@@ -6,7 +6,7 @@ from bezoar.evaluation.scores import Measure, proportion, separation
 from bezoar.papers.matrix import ENCODER, setup
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Given, Row, Table, exceeding, readings
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings, share_above_threshold
 from bezoar.verbs.audit import Audit
 
 RATE = 0.05  # of false positives, at which thresholds are set
@@ -16,7 +16,7 @@ RATE = 0.05  # of false positives, at which thresholds are set
 class Audits:
     """AUROC of each audit for each attack, and what it finds at a threshold that other clean encoders set."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         clips = [s.clip(k) for k in range(s.clean)]
@@ -52,7 +52,7 @@ def columns(audit: str, bad: Sequence[Trial], clean: Sequence[Trial]) -> tuple[C
     values, others = readings(bad, f"{name}.value"), readings(clean, f"{name}.value")
     return (
         Cell("AUROC", values, against=others, compare=separation),
-        Cell("found", values, against=others, compare=exceeding(RATE)),
+        Cell("found", values, against=others, compare=share_above_threshold(RATE)),
         Cell("false positives", others, against=others, compare=halves),
         Cell("seconds", readings(bad, f"{name}.seconds")),
     )

@@ -3,7 +3,7 @@
 from bezoar.papers.matrix import rated, setup
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
 from bezoar.verbs.scan import Scan
 
 
@@ -11,7 +11,7 @@ from bezoar.verbs.scan import Scan
 class DefaultScan:
     """Triggers that nobody chose for it: the patch at five rates, blend, warp, SIG; targeted and clean-label; no attack."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         clean = [Trial(Scan(t.verb), t.seed) for t in map(s.clip, range(s.others))]

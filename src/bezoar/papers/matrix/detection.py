@@ -2,13 +2,13 @@
 
 from bezoar.papers.matrix import scenes, searched
 from bezoar.registry import method
-from bezoar.runs.tables import Given, Table
+from bezoar.runs.tables import Table, TableOptions
 
 
 @method
 class Detection:
     """Detector x attack x rate on drawn scenes."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         return searched(scenes(given), "Detectors, scenes")

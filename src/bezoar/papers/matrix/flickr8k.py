@@ -2,18 +2,18 @@
 
 from bezoar.papers.matrix import Point, captioned, searched
 from bezoar.registry import method
-from bezoar.runs.tables import Given, Table
+from bezoar.runs.tables import Table, TableOptions
 
 
 @method
 class Flickr8K:
     """Detector x attack on 30,000 pairs; success is by retrieval of the target's word."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         return searched(self.points(given), "Detectors, Flickr8k")
 
-    def points(self, given: Given) -> list[Point]:
+    def points(self, given: TableOptions) -> list[Point]:
         """300 poisons of a patch, 600 of a blend, four victims at 37 captions."""
         targets = ("snow", "beach", "bicycle")
         return captioned(

@@ -3,7 +3,7 @@
 from bezoar.papers.matrix import ENCODER, Setup, setup
 from bezoar.registry import method
 from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
 from bezoar.verbs.audit import Audit
 from bezoar.verbs.repair import Repair
 
@@ -21,7 +21,7 @@ CELLS = {
 class Repairs:
     """Attack x repair. None is told the trigger; `unlearn` has what an audit inverted."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         s = setup(given)
         rows = []

@@ -4,14 +4,14 @@ from bezoar.papers.matrix import REMOVED, scenes
 from bezoar.papers.matrix.aerial import Aerial
 from bezoar.papers.matrix.flickr8k import Flickr8K
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Given, Row, Table, readings
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
 
 
 @method
 class Retraining:
     """Every attack of the detection tables, after a scan by all detectors together."""
 
-    def __call__(self, given: Given) -> Table:
+    def __call__(self, given: TableOptions) -> Table:
         """The table at a scale."""
         points = [("scenes", p) for p in scenes(given)]
         points += [("Flickr8k", p) for p in Flickr8K().points(given)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.registry import method, spec
 from bezoar.repair import rate_ladder
 from bezoar.training import loop
@@ -66,7 +66,7 @@ class Distill:
     needs: ClassVar[tuple[str, ...]] = ("validation", "report", "log")
 
     def __post_init__(self) -> None:
-        rate_ladder.check(self.lrs, self.tolerance)
+        rate_ladder.check_rates(self.lrs, self.tolerance)
         if self.epochs < 1 or self.batch < 1 or self.weight_decay < 0 or not 0 <= self.warmup < 1:
             raise ValueError("needs epochs >= 1, batch >= 1, weight_decay >= 0, warmup in 0..1")
         if not 0 <= self.fresh <= 1 or not 0 < self.crop <= 1:
@@ -83,7 +83,7 @@ class Distill:
         clean: Pairs,
         seed: int,
         validation: Pairs,
-        report: Report = silent,
+        report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
         """A student that has the suspect's vectors of clean images."""
@@ -96,13 +96,14 @@ class Distill:
 
         def make(lr: float) -> Encoder:
             recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
-            return rate_ladder.trained(
+            return rate_ladder.train_copy(
                 encoder, recipe, loss_of, clean, rows, seed, report, f"distill at {lr:g}"
             )
 
-        ruler = rate_ladder.Ruler.of(encoder, clean, validation)
-        return rate_ladder.repaired(
-            rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self)
+        ruler = rate_ladder.ValidationMetric.of(encoder, clean, validation)
+        return rate_ladder.mark_repaired(
+            rate_ladder.train_at_largest_rate(encoder, ruler, self.lrs, self.tolerance, make, log),
+            spec(self),
         )
 
 

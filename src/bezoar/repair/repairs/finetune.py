@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from bezoar import registry
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.registry import method, spec
 from bezoar.repair import rate_ladder
 
@@ -31,7 +31,7 @@ class Finetune:
     needs: ClassVar[tuple[str, ...]] = ("validation", "report", "log")
 
     def __post_init__(self) -> None:
-        rate_ladder.check(self.lrs, self.tolerance)
+        rate_ladder.check_rates(self.lrs, self.tolerance)
         registry.make("objective", self.objective)
 
     def __call__(
@@ -40,20 +40,21 @@ class Finetune:
         clean: Pairs,
         seed: int,
         validation: Pairs,
-        report: Report = silent,
+        report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
         """A copy, tuned. Raises UserError where objective, data and encoder do not fit each other."""
         recipe = registry.make("objective", self.objective)
-        tokens = rate_ladder.tokens(encoder, recipe, clean)
+        tokens = rate_ladder.tokenize_for(encoder, recipe, clean)
 
         def make(lr: float) -> Encoder:
             chosen = replace(recipe, lr=lr)
-            return rate_ladder.trained(
+            return rate_ladder.train_copy(
                 encoder, chosen, chosen, clean, tokens, seed, report, f"finetune at {lr:g}"
             )
 
-        ruler = rate_ladder.Ruler.of(encoder, clean, validation)
-        return rate_ladder.repaired(
-            rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self)
+        ruler = rate_ladder.ValidationMetric.of(encoder, clean, validation)
+        return rate_ladder.mark_repaired(
+            rate_ladder.train_at_largest_rate(encoder, ruler, self.lrs, self.tolerance, make, log),
+            spec(self),
         )

@@ -15,7 +15,7 @@ from bezoar import registry
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.registry import method, spec
 from bezoar.repair import rate_ladder
 from bezoar.training.augmentation import Chance
@@ -78,7 +78,7 @@ class Prune:
     needs: ClassVar[tuple[str, ...]] = ("validation", "report", "log")
 
     def __post_init__(self) -> None:
-        rate_ladder.check(self.lrs, self.tolerance)
+        rate_ladder.check_rates(self.lrs, self.tolerance)
         if not 0 <= self.drop <= 1:
             raise ValueError("needs drop in 0..1")
         if self.objective not in ("auto", "none"):
@@ -90,11 +90,14 @@ class Prune:
         clean: Pairs,
         seed: int,
         validation: Pairs,
-        report: Report = silent,
+        report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
         """A copy without the sleepers. Raises UserError for an image tower without convolutions to prune."""
-        ruler, last = rate_ladder.Ruler.of(encoder, clean, validation), dormant(encoder, clean)
+        ruler, last = (
+            rate_ladder.ValidationMetric.of(encoder, clean, validation),
+            dormant(encoder, clean),
+        )
         order, student = last.activity.argsort(stable=True), copy.deepcopy(encoder)
         before = ruler.score(encoder)
         tried = [{"channels": 0, "score": before}]
@@ -119,7 +122,7 @@ class Prune:
             student = self.tuned(
                 encoder, student, last, order[: int(gone)], clean, seed, ruler, report, log
             )
-        return rate_ladder.repaired(student, spec(self))
+        return rate_ladder.mark_repaired(student, spec(self))
 
     def tuned(
         self,
@@ -129,14 +132,14 @@ class Prune:
         channels: Tensor,
         clean: Pairs,
         seed: int,
-        ruler: rate_ladder.Ruler,
-        report: Report,
+        ruler: rate_ladder.ValidationMetric,
+        report: ProgressReport,
         log: dict[str, Any] | None,
     ) -> Encoder:
         """Fine-tuned with its channels still gone; the rate by what is left of the first encoder's score."""
         auto = "simclr:epochs=4,batch=64" if encoder.text is None else "clip:epochs=4,batch=64"
         recipe = registry.make("objective", auto if self.objective == "auto" else self.objective)
-        tokens = rate_ladder.tokens(encoder, recipe, clean)
+        tokens = rate_ladder.tokenize_for(encoder, recipe, clean)
 
         def make(lr: float) -> Encoder:
             chosen = replace(recipe, lr=lr)
@@ -144,13 +147,15 @@ class Prune:
             def loss_of(e: Encoder) -> nn.Module:
                 return Silenced(chosen(e), e.image, last, channels)
 
-            made = rate_ladder.trained(
+            made = rate_ladder.train_copy(
                 student, chosen, loss_of, clean, tokens, seed, report, f"prune: tuning at {lr:g}"
             )
             last.silence(made.image, channels)
             return made
 
-        return rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log)
+        return rate_ladder.train_at_largest_rate(
+            encoder, ruler, self.lrs, self.tolerance, make, log
+        )
 
 
 def dormant(encoder: Encoder, clean: Pairs, batch: int = 512) -> Last:

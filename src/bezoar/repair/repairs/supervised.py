@@ -13,7 +13,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers, success
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.registry import method, spec
 from bezoar.repair import rate_ladder
 from bezoar.training import augmentation, loop
@@ -29,7 +29,7 @@ class Loss(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), labels int64 (B, 1) -> scalar."""
-        z = self.encoder.encode_images(augmentation.shift(images, self.shift, chance))
+        z = self.encoder.encode_images(augmentation.random_shift(images, self.shift, chance))
         return F.cross_entropy(self.head(z), labels[:, 0])
 
 
@@ -55,7 +55,7 @@ class Supervised:
     needs: ClassVar[tuple[str, ...]] = ("validation", "report", "log")
 
     def __post_init__(self) -> None:
-        rate_ladder.check(self.lrs, self.tolerance)
+        rate_ladder.check_rates(self.lrs, self.tolerance)
         if (
             self.epochs < 1
             or self.batch < 1
@@ -75,7 +75,7 @@ class Supervised:
         clean: Pairs,
         seed: int,
         validation: Pairs,
-        report: Report = silent,
+        report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
         """A copy whose image tower was trained. Raises UserError without labels of at least two classes."""
@@ -83,7 +83,7 @@ class Supervised:
             raise UserError(
                 "repair 'supervised' needs clean data with labels and the names of classes; take distill"
             )
-        known = success.labelled(clean, clean)
+        known = success.select_labelled(clean, clean)
         assert known.labels is not None
         rows = known.labels.to(encoder.device)[:, None]
         weight, bias = self.head(encoder, known)
@@ -95,13 +95,14 @@ class Supervised:
 
         def make(lr: float) -> Encoder:
             recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
-            return rate_ladder.trained(
+            return rate_ladder.train_copy(
                 encoder, recipe, loss_of, known, rows, seed, report, f"supervised at {lr:g}"
             )
 
-        ruler = rate_ladder.Ruler.of(encoder, clean, validation)
-        return rate_ladder.repaired(
-            rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self)
+        ruler = rate_ladder.ValidationMetric.of(encoder, clean, validation)
+        return rate_ladder.mark_repaired(
+            rate_ladder.train_at_largest_rate(encoder, ruler, self.lrs, self.tolerance, make, log),
+            spec(self),
         )
 
     def head(self, encoder: Encoder, known: Pairs) -> tuple[Tensor, Tensor]:
@@ -112,5 +113,5 @@ class Supervised:
                 / self.temperature
             )
             return rows, torch.zeros(len(rows), device=rows.device)
-        found: Any = classifiers.fitted(encoder, known).head
+        found: Any = classifiers.fit_classifier(encoder, known).head
         return found.weight, found.bias

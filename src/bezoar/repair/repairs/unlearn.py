@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import Report, silent
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Inversion
 from bezoar.registry import method, spec
 from bezoar.repair import rate_ladder
@@ -47,7 +47,7 @@ class Loss(nn.Module):
         """images uint8 (B, 3, H, W), tokens not read -> scalar."""
         which = chance.integers(len(self.masks), len(images)).to(images.device)
         layers = torch.cat([self.masks[which], self.patterns[which]], 1)
-        mask, pattern = augmentation.shift(layers, self.shift, chance).split([1, 3], 1)
+        mask, pattern = augmentation.random_shift(layers, self.shift, chance).split([1, 3], 1)
         x = images.float() / 255
         with torch.no_grad():
             wanted = self.suspect.encode_images(x)
@@ -87,7 +87,7 @@ class Unlearn:
     needs: ClassVar[tuple[str, ...]] = ("inversions", "validation", "report", "log")
 
     def __post_init__(self) -> None:
-        rate_ladder.check(self.lrs, self.tolerance)
+        rate_ladder.check_rates(self.lrs, self.tolerance)
         if (
             min(self.count, self.epochs, self.batch) < 1
             or min(self.keep, self.shift, self.weight_decay) < 0
@@ -105,7 +105,7 @@ class Unlearn:
         seed: int,
         inversions: Sequence[Inversion],
         validation: Pairs,
-        report: Report = silent,
+        report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
         """A copy that does not tell stamped images from others. Raises UserError without triggers, or of another size."""
@@ -125,11 +125,12 @@ class Unlearn:
 
         def make(lr: float) -> Encoder:
             recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
-            return rate_ladder.trained(
+            return rate_ladder.train_copy(
                 encoder, recipe, loss_of, clean, rows, seed, report, f"unlearn at {lr:g}"
             )
 
-        ruler = rate_ladder.Ruler.of(encoder, clean, validation)
-        return rate_ladder.repaired(
-            rate_ladder.climb(encoder, ruler, self.lrs, self.tolerance, make, log), spec(self)
+        ruler = rate_ladder.ValidationMetric.of(encoder, clean, validation)
+        return rate_ladder.mark_repaired(
+            rate_ladder.train_at_largest_rate(encoder, ruler, self.lrs, self.tolerance, make, log),
+            spec(self),
         )

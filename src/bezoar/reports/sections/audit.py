@@ -36,7 +36,7 @@ class Audit(Story):
         """Where the truth is known."""
         if not self.goals:
             return ""
-        told = metric_names.targets(self.goals)
+        told = metric_names.describe_goals(self.goals)
         return f"The encoder that is audited here was attacked on purpose: {told}. The audits were not told."
 
     def headline(self) -> str:
@@ -49,7 +49,7 @@ class Audit(Story):
             return ""
         sample, family = self.facts["sample"], self.facts["family"]
         told = f"{self.facts['encoder']} ({family['network'].partition(':')[0]}, {family['size']} px), looked at with "
-        told += f"{metric_names.count(sample['images'], 'clean image')}. No verdict says that an encoder is clean."
+        told += f"{metric_names.quantity(sample['images'], 'clean image')}. No verdict says that an encoder is clean."
         return f"{told} {self.facts['few']}." if self.facts["few"] else told
 
     def cards(self) -> list[str]:
@@ -80,7 +80,7 @@ class Audit(Story):
                     "–" if a["p"] is None else f"{a['p']:.2g}",
                     "–"
                     if chance is None
-                    else f"{metric_names.percent(chance.value)} ({metric_names.interval(chance, metric_names.RATE)})",
+                    else f"{metric_names.format_percent(chance.value)} ({metric_names.format_interval(chance, metric_names.RATE)})",
                     f"{a['seconds']:.1f} s",
                 ]
             )
@@ -137,16 +137,18 @@ def strip(a: Mapping[str, Any], number: int) -> list[Figure]:
     marks = [(a["value"], "this encoder", "ink")]
     if a["threshold"] is not None:
         marks.append((a["threshold"], f"threshold at false-positive rate {a['rate']:g}", "muted"))
-    svg = charts.strips(groups(clean, attacked), marks, f"value of {a['name']}", f"strip{number}")
+    svg = charts.draw_strips(
+        strip_rows(clean, attacked), marks, f"value of {a['name']}", f"strip{number}"
+    )
     return [Figure(svg, f"{a['name']}: this encoder among those of the bank", "A dot an encoder.")]
 
 
-def groups(clean: list[float], attacked: list[Any]) -> list[tuple[str, list[float], str]]:
+def strip_rows(clean: list[float], attacked: list[Any]) -> list[tuple[str, list[float], str]]:
     """Clean encoders, then attacked ones by attack, as a chart's rows."""
     rows: list[tuple[str, list[float], str]] = [(f"clean ({len(clean)})", list(clean), "clean")]
     for attack in sorted({name for name, _ in attacked}):
         own = [v for name, v in attacked if name == attack]
-        rows.append((f"{pictures.short(attack, 32)} ({len(own)})", own, "bad"))
+        rows.append((f"{pictures.shorten(attack, 32)} ({len(own)})", own, "bad"))
     return rows
 
 
@@ -171,13 +173,13 @@ def pictured(inversion: Inversion, told: Mapping[str, Any], images: Tensor) -> P
         tiles.append(Tile((3 + j, 3 + n + j), lines))
     sheet = torch.cat([torch.stack([mask, pattern, both]), images, stamped])
     title = told["audit"] + (
-        f", towards “{pictures.short(told['target'], 40)}”" if told["target"] else ""
+        f", towards “{pictures.shorten(told['target'], 40)}”" if told["target"] else ""
     )
     note = ""
     if told.get("turns_into"):
         into = ", ".join(
-            f"{metric_names.percent(s)} as “{c}” ({metric_names.percent(b)} before)"
+            f"{metric_names.format_percent(s)} as “{c}” ({metric_names.format_percent(b)} before)"
             for c, s, b in told["turns_into"]
         )
         note = f"Of all stamped images a classifier ({told['reader']}) reads {into}."
-    return pictures.sheet(sheet, tiles, 72, title, note)
+    return pictures.contact_sheet(sheet, tiles, 72, title, note)

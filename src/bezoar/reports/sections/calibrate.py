@@ -8,7 +8,7 @@ from bezoar.auditing import bank
 from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.page_parts import Figure, Part, Section, Table
 from bezoar.reports.run_page import Chapter, Story
-from bezoar.reports.sections.audit import groups
+from bezoar.reports.sections.audit import strip_rows
 
 
 class Calibrate(Story):
@@ -29,8 +29,8 @@ class Calibrate(Story):
         if self.manifest["status"] != "done":
             return "This calibration was not finished; the same command goes on with it."
         clean, bad = int(self.notes.get("clean", 0)), int(self.notes.get("attacked", 0))
-        told = f"A bank of {metric_names.count(clean, 'clean encoder')}" + (
-            f" and {metric_names.count(bad, 'attacked one')}" if bad else ""
+        told = f"A bank of {metric_names.quantity(clean, 'clean encoder')}" + (
+            f" and {metric_names.quantity(bad, 'attacked one')}" if bad else ""
         )
         areas = [
             f"{k.removesuffix('.auroc')} {m.value:.2f}"
@@ -44,11 +44,11 @@ class Calibrate(Story):
         if not (self.run.path / bank.FILE).exists():
             return ""
         f, s = self.bank.family, self.bank.sample
-        least = metric_names.percent(1 / (int(self.notes.get("clean", 0)) + 1))
+        least = metric_names.format_percent(1 / (int(self.notes.get("clean", 0)) + 1))
         kind = (
             f"{f.network.partition(':')[0]} at {f.size} px, trained on {f.data or 'data not known'}"
         )
-        clean = f"audited on {metric_names.count(s.images, 'image')} of {s.data}"
+        clean = f"audited on {metric_names.quantity(s.images, 'image')} of {s.data}"
         return f"For encoders like these alone: {kind}, {clean}. It supports false-positive rates from {least} on."
 
     def cards(self) -> list[str]:
@@ -74,10 +74,10 @@ class Calibrate(Story):
                 if t is not None
                 else []
             )
-            rows = groups([e.value for e in c.clean], [[e.attack, e.value] for e in c.attacked])
+            rows = strip_rows([e.value for e in c.clean], [[e.attack, e.value] for e in c.attacked])
             parts.append(
                 Figure(
-                    charts.strips(rows, marks, f"value of {name}", f"strip{i}"),
+                    charts.draw_strips(rows, marks, f"value of {name}", f"strip{i}"),
                     c.audit,
                     "A dot an encoder.",
                 )
@@ -97,14 +97,14 @@ class Calibrate(Story):
                     [
                         c.name,
                         attack or "all",
-                        metric_names.percent(m.value),
-                        metric_names.interval(m, metric_names.RATE),
+                        metric_names.format_percent(m.value),
+                        metric_names.format_interval(m, metric_names.RATE),
                         str(m.n),
                     ]
                 )
         if not rows:
             return None
-        note = f"Attacks whose success is known to be below {bank.WORKED:g} are left out: there is little to be found."
+        note = f"Attacks whose success is known to be below {bank.MIN_ATTACK_SUCCESS:g} are left out: there is little to be found."
         head = ("Audit", "Attack", "Above the threshold", "95 % interval", "n")
         return Section("Sensitivity", [Table(head, rows, (2, 3, 4), note)])
 
@@ -113,13 +113,13 @@ class Calibrate(Story):
         first, rows = self.bank.audits[0], []
         by = [{e.name: e.value for e in (*c.clean, *c.attacked)} for c in self.bank.audits]
         for e in (*first.clean, *first.attacked):
-            known = "–" if e.success is None else metric_names.percent(e.success)
+            known = "–" if e.success is None else metric_names.format_percent(e.success)
             values = [f"{own[e.name]:.4g}" for own in by]
             rows.append(
                 [
-                    pictures.short(e.name, 60),
+                    pictures.shorten(e.name, 60),
                     e.attack or "clean",
-                    pictures.short(e.trigger, 80),
+                    pictures.shorten(e.trigger, 80),
                     known,
                     *values,
                 ]

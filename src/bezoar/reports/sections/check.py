@@ -11,9 +11,9 @@ import torch
 from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.charts import Series
 from bezoar.reports.page_parts import Figure, Figures, Gallery, Line, Section, Table, Tile
-from bezoar.reports.record_tiles import framed
+from bezoar.reports.record_tiles import draw_frame
 from bezoar.reports.run_page import Chapter, Story
-from bezoar.verbs.check import CLEAN, PICTURES, SCORES, WORST
+from bezoar.verbs.check import CLEAN_SCORES_FILE, FLAGGED_FILE, PICTURES_FILE, SCORES_FILE
 
 FEW = 50  # rows of the table of flagged images
 
@@ -24,17 +24,17 @@ class Check(Story):
     @functools.cached_property
     def names(self) -> list[str]:
         """The checks that were asked, in their order."""
-        return list(metric_names.mapping(self.notes.get("checks")))
+        return list(metric_names.as_dict(self.notes.get("checks")))
 
     @functools.cached_property
     def scores(self) -> dict[str, np.ndarray]:
         """A row an image."""
-        return columns(self.run.file(SCORES))
+        return columns(self.run.file(SCORES_FILE))
 
     @functools.cached_property
     def clean(self) -> dict[str, np.ndarray]:
         """A row a clean image that set the thresholds."""
-        return columns(self.run.file(CLEAN))
+        return columns(self.run.file(CLEAN_SCORES_FILE))
 
     @property
     def truth(self) -> np.ndarray | None:
@@ -53,20 +53,20 @@ class Check(Story):
             return "This check was not finished."
         name = self.names[0]
         m, caught = self.measures[f"{name}.flagged"], self.measures.get(f"{name}.caught")
-        told = f"{name} flags {round(m.value * m.n):,} of {m.n:,} images ({metric_names.percent(m.value)})"
+        told = f"{name} flags {round(m.value * m.n):,} of {m.n:,} images ({metric_names.format_percent(m.value)})"
         if caught is None:
             return told + "."
-        wrong = metric_names.percent(self.measures[f"{name}.false_positives"].value)
-        return f"{told}: {metric_names.percent(caught.value)} of those with a trigger, {wrong} of those without."
+        wrong = metric_names.format_percent(self.measures[f"{name}.false_positives"].value)
+        return f"{told}: {metric_names.format_percent(caught.value)} of those with a trigger, {wrong} of those without."
 
     def more(self) -> str:
         """What a flag is worth."""
-        clean = metric_names.mapping(self.notes.get("clean"))
+        clean = metric_names.as_dict(self.notes.get("clean"))
         if not self.names:
             return ""
         expected = self.measures[f"{self.names[0]}.expected_false_positives"]
         told = (
-            f"Of clean images like the {clean.get('thresholds', 0):,} that set the thresholds, {metric_names.brief(expected)} are "
+            f"Of clean images like the {clean.get('thresholds', 0):,} that set the thresholds, {metric_names.format_rate(expected)} are "
             "flagged too. A flag warns of the image, not of the encoder: a foreign patch can raise it where there is no "
             "backdoor. An image that is not flagged may still carry a trigger that these checks do not see."
         )
@@ -105,12 +105,12 @@ class Check(Story):
         rows = []
         for name in self.names:
             found = [self.measures[f"{name}.{k}"] for k in keys]
-            units = [metric_names.term(k)[1] for k in keys]
+            units = [metric_names.label_and_unit(k)[1] for k in keys]
             rows.append(
                 [
                     name,
                     *(
-                        f"{metric_names.number(m.value, u)} [{metric_names.interval(m, u)}]"
+                        f"{metric_names.format_value(m.value, u)} [{metric_names.format_interval(m, u)}]"
                         for m, u in zip(found, units, strict=True)
                     ),
                 ]
@@ -119,7 +119,7 @@ class Check(Story):
             "Side by side",
             [
                 Table(
-                    ["Check", *(metric_names.term(k)[0] for k in keys)],
+                    ["Check", *(metric_names.label_and_unit(k)[0] for k in keys)],
                     rows,
                     range(1, len(keys) + 1),
                 )
@@ -138,7 +138,7 @@ class Check(Story):
                 series.append(Series("without trigger", values[~self.truth], "clean"))
                 series.append(Series("with trigger", values[self.truth], "bad"))
             cut = self.measures[f"{name}.threshold"].value
-            svg = charts.histogram(series, "score", f"scores{at}", (cut, "threshold"))
+            svg = charts.draw_histogram(series, "score", f"scores{at}", (cut, "threshold"))
             figures.append(
                 Figure(
                     svg,
@@ -152,7 +152,7 @@ class Check(Story):
         """The images that a check scores highest."""
         from safetensors.torch import load_file
 
-        images = load_file(self.run.file(PICTURES))[str(self.names.index(name))]
+        images = load_file(self.run.file(PICTURES_FILE))[str(self.names.index(name))]
         return Section(f"Most suspicious to {name}", [self.tiles(name, images)])
 
     def tiles(self, name: str, images: torch.Tensor) -> Gallery:
@@ -161,7 +161,7 @@ class Check(Story):
         order = sorted(range(len(values)), key=lambda i: (-values[i], self.scores["id"][i]))[
             : len(images)
         ]
-        boxes = {row["id"]: row["box"] for row in self.json(WORST)[name] if "box" in row}
+        boxes = {row["id"]: row["box"] for row in self.json(FLAGGED_FILE)[name] if "box" in row}
         shown, cells = [], []
         for rank, (i, picture) in enumerate(zip(order, images, strict=True)):
             key = str(self.scores["id"][i])
@@ -179,14 +179,14 @@ class Check(Story):
                 lines.append(Line("trigger" if self.truth[i] else "no trigger", look))
             lines += [
                 Line(f"score {values[i]:.3g}"),
-                Line(pictures.short(self.scores["class"][i] or key, 40), "muted"),
+                Line(pictures.shorten(self.scores["class"][i] or key, 40), "muted"),
             ]
             shown.append(Tile((rank,), lines, look, f"{rank + 1}"))
             cells.append(
-                framed(picture, self.scaled(boxes[key], picture)) if key in boxes else picture
+                draw_frame(picture, self.scaled(boxes[key], picture)) if key in boxes else picture
             )
         note = "Framed: the window whose masking moves the embedding most." if boxes else ""
-        return pictures.sheet(torch.stack(cells), shown, 104, note=note)
+        return pictures.contact_sheet(torch.stack(cells), shown, 104, note=note)
 
     def scaled(self, box: list[int], picture: torch.Tensor) -> tuple[int, int, int, int]:
         """A window of the image in pixels of its stored picture."""
@@ -199,17 +199,18 @@ class Check(Story):
         rows: list[list[str]] = []
         total = 0
         for name in self.names:
-            found: list[dict[str, Any]] = self.json(WORST)[name]
+            found: list[dict[str, Any]] = self.json(FLAGGED_FILE)[name]
             total += len(found)
             rows += [
-                [pictures.short(row["id"], 80), name, f"{row['score']:.4g}"] for row in found[:FEW]
+                [pictures.shorten(row["id"], 80), name, f"{row['score']:.4g}"]
+                for row in found[:FEW]
             ]
         if not rows:
             return Section("Flagged images", lead="None.")
         note = (
-            f"{total:,} in all; every image's scores are in {SCORES}."
+            f"{total:,} in all; every image's scores are in {SCORES_FILE}."
             if total > len(rows)
-            else f"All scores are in {SCORES}."
+            else f"All scores are in {SCORES_FILE}."
         )
         return Section("Flagged images", [Table(["Image", "check", "score"], rows, [2], note)])
 

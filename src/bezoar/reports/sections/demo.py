@@ -41,13 +41,13 @@ class Demo(Story):
             return "This demonstration was not finished."
         poisons = next((g.poisons for g in self.goals if g.trigger), 0)
         target = next((g.target for g in self.goals if g.trigger), "the target")
-        records = metric_names.count(poisons, "poisoned record")
-        told = f"made an encoder read {metric_names.percent(attack.value)} of images with a small patch as “{target}”"
+        records = metric_names.quantity(poisons, "poisoned record")
+        told = f"made an encoder read {metric_names.format_percent(attack.value)} of images with a small patch as “{target}”"
         if attack.low <= twin.high:
-            told = f"did not take hold: an encoder reads {metric_names.percent(attack.value)} of images with a small patch as “{target}”"
+            told = f"did not take hold: an encoder reads {metric_names.format_percent(attack.value)} of images with a small patch as “{target}”"
         return (
-            f"{records} {told}, where its clean twin reads {metric_names.percent(twin.value)}; the scan found "
-            f"{metric_names.percent(found.value)} of all poisons, and training again without them leaves {metric_names.percent(left.value)}."
+            f"{records} {told}, where its clean twin reads {metric_names.format_percent(twin.value)}; the scan found "
+            f"{metric_names.format_percent(found.value)} of all poisons, and training again without them leaves {metric_names.format_percent(left.value)}."
         )
 
     def more(self) -> str:
@@ -89,7 +89,7 @@ class Demo(Story):
 
     def sibling(self, name: str) -> Run:
         """A run beside this one."""
-        return self.run.beside(name)
+        return self.run.sibling(name)
 
     @functools.cached_property
     def attack(self) -> Evaluate:
@@ -113,17 +113,17 @@ class Demo(Story):
         tiles = [
             Tile((i,), [Line(data.classes[label], "muted")]) for i, (label, _) in enumerate(rows)
         ]
-        picture = pictures.sheet(data.images[[i for _, i in rows]], tiles, 64)
+        picture = pictures.contact_sheet(data.images[[i for _, i in rows]], tiles, 64)
         accuracy = self.metric("clean.clean_accuracy")
         told = (
-            f" Trained on these alone, an encoder reads {metric_names.span(accuracy)} of held-out images right."
+            f" Trained on these alone, an encoder reads {metric_names.format_rate_in_full(accuracy)} of held-out images right."
             if accuracy
             else ""
         )
-        lead = f"{metric_names.count(len(data), 'picture')} with captions, {len(data.classes)} classes; one of each is shown.{told}"
+        lead = f"{metric_names.quantity(len(data), 'picture')} with captions, {len(data.classes)} classes; one of each is shown.{told}"
         return Section(
             "1 · Clean data",
-            [picture, Text("A caption: “" + pictures.short(data.captions[0]) + "”")],
+            [picture, Text("A caption: “" + pictures.shorten(data.captions[0]) + "”")],
             lead,
         )
 
@@ -185,17 +185,17 @@ class Demo(Story):
         ]
         if not any(m for _, _, found in series for m in found):
             return None
-        chart = charts.bars([brief(b) for b in bases], series, "repair")
+        chart = charts.draw_bars([brief(b) for b in bases], series, "repair")
         left, kept = (
             self.metric("repaired.attack_success"),
             self.trained("repaired").measures.get("poisons_kept"),
         )
         lead = "Trained again without the records that the scan removed"
         lead += (
-            f", {metric_names.count(int(kept.value), 'poison')} still among them" if kept else ""
+            f", {metric_names.quantity(int(kept.value), 'poison')} still among them" if kept else ""
         )
         lead += (
-            f": {metric_names.span(left)} of triggered images are read as the target."
+            f": {metric_names.format_rate_in_full(left)} of triggered images are read as the target."
             if left
             else "."
         )
@@ -236,7 +236,7 @@ class EncoderDemo(Demo):
         if "attacked" not in self.notes:
             return ""
         each = [
-            f"{metric_names.grouped(head)} {metric_names.percent(m.value)}"
+            f"{metric_names.group_label(head)} {metric_names.format_percent(m.value)}"
             for head in self.attack.heads
             if (m := self.attack.measures.get(f"{head}.attack_success"))
         ]
@@ -261,7 +261,7 @@ class EncoderDemo(Demo):
     def the_clean_encoder(self) -> Section | None:
         """Its loss."""
         page = self.trained("clean")
-        chart = charts.loss(page.tensors("ledger.safetensors")["losses"], charts.WIDE)
+        chart = charts.draw_loss(page.tensors("ledger.safetensors")["losses"], charts.WIDE)
         lead = page.headline()
         return Section(
             "1 · An encoder is pre-trained",

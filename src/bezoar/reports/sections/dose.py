@@ -17,7 +17,7 @@ class Dose(Reproduce):
 
     def more(self) -> str:
         """On how much it stands."""
-        return f"From {metric_names.count(int(self.notes.get('trainings', 0)), 'training')}."
+        return f"From {metric_names.quantity(int(self.notes.get('trainings', 0)), 'training')}."
 
     def cards(self) -> list[str]:
         """What it takes."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.attacks.captions import mentions
+from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Goal
-from bezoar.data.pairs import Pairs, each_image
+from bezoar.data.pairs import Pairs, distinct_image_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
@@ -63,7 +63,7 @@ class Evaluate(Story):
         run = self.input("encoder")
         path = run.path / "encoder.json" if run else None
         return (
-            metric_names.mapping(json.loads(path.read_text(encoding="utf-8")))
+            metric_names.as_dict(json.loads(path.read_text(encoding="utf-8")))
             if path is not None and path.exists()
             else {}
         )
@@ -78,11 +78,11 @@ class Evaluate(Story):
     @functools.cached_property
     def heads(self) -> list[str]:
         """Groups of metrics that each read images as something: '' the text tower's, `mlp`, `few_shot.10`."""
-        split = (metric_names.split(key) for key in self.measures)
+        split = (metric_names.split_key(key) for key in self.measures)
         found = dict.fromkeys(
             group for group, base, _ in split if base in ("clean_accuracy", "attack_success")
         )
-        return [g for g in found if not g.startswith((*metric_names.TWIN, "branch_swap"))]
+        return [g for g in found if not g.startswith((*metric_names.TWIN_GROUPS, "branch_swap"))]
 
     @functools.cached_property
     def main(self) -> str:
@@ -124,12 +124,14 @@ class Evaluate(Story):
         if asr is None:
             return ""
         target = next((g.target for g in self.goals if g.trigger), "the target")
-        told = f"{metric_names.brief(asr)} of triggered images are read as “{target}”"
-        told += f" ({metric_names.grouped(self.main)})" if self.main else ""
+        told = f"{metric_names.format_rate(asr)} of triggered images are read as “{target}”"
+        told += f" ({metric_names.group_label(self.main)})" if self.main else ""
         if not self.attacked:
             return f"An encoder that was not attacked: {told}."
         against, name = (twin, "by the clean twin") if twin else (without, "without the trigger")
-        told += f", against {metric_names.percent(against.value)} {name}." if against else "."
+        told += (
+            f", against {metric_names.format_percent(against.value)} {name}." if against else "."
+        )
         if against is not None and asr.low > against.high:
             return "The backdoor works: " + told
         return "No backdoor effect is seen: " + told
@@ -138,10 +140,10 @@ class Evaluate(Story):
         """How many victims fell, by number of captions."""
         told = []
         for key in sorted(self.measures, key=captions, reverse=True):
-            m, (group, base, at) = self.measures[key], metric_names.split(key)
+            m, (group, base, at) = self.measures[key], metric_names.split_key(key)
             if base == "targeted_success" and group == self.main:
                 told.append(
-                    f"{round(m.value * m.n)} of {m.n} victims with {metric_names.count(int(at), 'caption')}"
+                    f"{round(m.value * m.n)} of {m.n} victims with {metric_names.quantity(int(at), 'caption')}"
                 )
         return f"Read as their target: {' and '.join(told)}." if told else ""
 
@@ -150,8 +152,8 @@ class Evaluate(Story):
         own, twin = self.metric("clean_accuracy"), self.metric("baseline.clean_accuracy")
         if own is None:
             return ""
-        return f"Accuracy on clean images is {metric_names.percent(own.value)}" + (
-            f" (clean twin {metric_names.percent(twin.value)})." if twin else "."
+        return f"Accuracy on clean images is {metric_names.format_percent(own.value)}" + (
+            f" (clean twin {metric_names.format_percent(twin.value)})." if twin else "."
         )
 
     def cards(self) -> list[str]:
@@ -197,14 +199,14 @@ class Evaluate(Story):
                 m = self.measures[key]
                 rows.append(
                     (
-                        f"victims fallen, {metric_names.count(int(key.partition('@')[2]), 'caption')}",
+                        f"victims fallen, {metric_names.quantity(int(key.partition('@')[2]), 'caption')}",
                         m,
                         "bad",
                     )
                 )
         if len(rows) < 2:
             return None
-        chart = charts.intervals(rows, "success")
+        chart = charts.draw_intervals(rows, "success")
         return Section("Rates and their intervals", [Figure(chart, "Value and 95 % interval")])
 
     def several_heads(self) -> Section | None:
@@ -221,7 +223,7 @@ class Evaluate(Story):
         columns |= {"no trigger": "{}attack_success_without_trigger*"}
         rows = []
         for group in self.heads:
-            name = metric_names.grouped(group) or (
+            name = metric_names.group_label(group) or (
                 "zero-shot" if "clean_accuracy" in self.measures else "retrieval"
             )
             for mark in marks or [""]:
@@ -230,7 +232,8 @@ class Evaluate(Story):
                     for c in columns.values()
                 ]
                 cells = [
-                    metric_names.brief(self.measures[k]) if k in self.measures else "" for k in keys
+                    metric_names.format_rate(self.measures[k]) if k in self.measures else ""
+                    for k in keys
                 ]
                 rows.append([name + (f", trigger {mark[1:]}" if mark else ""), *cells])
         used = [i for i in range(len(columns) + 1) if any(row[i] for row in rows)]
@@ -259,10 +262,10 @@ class Evaluate(Story):
             ("ASR", "few_shot.{}.attack_success", "bad"),
             ("ASR-B", "few_shot.{}.attack_success_baseline", "other"),
         ):
-            found = {k: metric_names.pick(self.measures, base.format(k)) for k in shots}
+            found = {k: metric_names.first_measure(self.measures, base.format(k)) for k in shots}
             held = {k: m for k, m in found.items() if m is not None}
             drawn += [Curve(name, list(held), list(held.values()), paint)] if held else []
-        chart = dose_charts.dose(
+        chart = dose_charts.draw_dose_response(
             drawn, "labelled records a class", "few", "share of the test images", size=charts.WIDE
         )
         return Section(
@@ -277,9 +280,9 @@ class Evaluate(Story):
             raise UserError(
                 "pictures are shown for encoders of runs; this one has published weights"
             )
-        encoder = inputs.encoder(run, "cpu")
+        encoder = inputs.load_encoder(run, "cpu")
         most = SAMPLE if encoder.preprocess.size <= 64 else LARGE_SAMPLE
-        test = self.tested.take(each_image(self.tested.ids)[:most])
+        test = self.tested.take(distinct_image_rows(self.tested.ids)[:most])
         specs = [
             p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")
         ]
@@ -304,7 +307,7 @@ class Evaluate(Story):
                 self.look.similarities(x, goal.target)[:, 0].numpy() for x in (test.images, stamped)
             )
             groups = [Series("clean", before, "clean"), Series("with trigger", after, "bad")]
-            chart = charts.histogram(
+            chart = charts.draw_histogram(
                 groups, "cosine to the target's prompts", f"similarity{i}", size=size
             )
             figures.append(
@@ -320,11 +323,11 @@ class Evaluate(Story):
     def stamped(self, goal: Goal, stamped: Tensor) -> Any:
         """Test images of other classes, stamped, with what they are read as."""
         test, head = self.look.test, self.look.head
-        named = set() if test.classes else set(mentions(test.captions, goal.target))
+        named = set() if test.classes else set(find_mentions(test.captions, goal.target))
         rows = [
             i
             for i in range(len(test))
-            if pictures.own_class(test, i) != goal.target and i not in named
+            if pictures.class_name(test, i) != goal.target and i not in named
         ][:SHOWN]
         read = (
             self.look.similarities(stamped[rows]).argmax(1).tolist()
@@ -335,13 +338,13 @@ class Evaluate(Story):
         for i, (row, label) in enumerate(zip(rows, read, strict=True)):
             name = test.classes[label] if label >= 0 else ""
             hit = name == goal.target
-            own = pictures.own_class(test, row) or (
+            own = pictures.class_name(test, row) or (
                 test.captions[row] if test.captions else test.ids[row]
             )
-            lines = [Line(pictures.short(own, 60), "muted")]
+            lines = [Line(pictures.shorten(own, 60), "muted")]
             lines += [Line("→ " + name, "bad" if hit else "")] if name else []
             tiles.append(Tile((i,), lines, "bad" if hit else ""))
-        return pictures.sheet(
+        return pictures.contact_sheet(
             stamped[rows],
             tiles,
             80,
@@ -359,18 +362,20 @@ class Evaluate(Story):
         source = self.poisoning()
         if not wanted or source is None or self.look.head is None:
             return None
-        found = pictures.sources(inputs.dataset(source), [v for g in wanted for v in g.victims])
+        found = pictures.take_sources(
+            inputs.open_dataset(source), [v for g in wanted for v in g.victims]
+        )
         row = {k: i for i, k in enumerate(found.ids)}
         wanted = [g for g in wanted if g.victims[0] in row]
         rows = [row[g.victims[0]] for g in wanted]
         cosines, classes = self.look.similarities(found.images[rows]), list(self.look.test.classes)
         tiles = [
-            self.victim(i, g, pictures.own_class(found, rows[i]), cosines[i], classes)
+            self.victim(i, g, pictures.class_name(found, rows[i]), cosines[i], classes)
             for i, g in enumerate(wanted)
         ]
         fallen = sum(t.look == "bad" for t in tiles)
         lead = f"{fallen} of {len(tiles)} victims are read as the attacker's target."
-        return Section("Victims", [pictures.sheet(found.images[rows], tiles, 104)], lead)
+        return Section("Victims", [pictures.contact_sheet(found.images[rows], tiles, 104)], lead)
 
     @staticmethod
     def victim(i: int, goal: Goal, own: str, cosines: Tensor, classes: list[str]) -> Tile:
@@ -378,11 +383,11 @@ class Evaluate(Story):
         read = classes[int(cosines.argmax())]
         lines = [
             Line(
-                f"{own or pictures.short(goal.victims[0])}, {metric_names.count(goal.poisons, 'caption')}",
+                f"{own or pictures.shorten(goal.victims[0])}, {metric_names.quantity(goal.poisons, 'caption')}",
                 "muted",
             )
         ]
-        lines.append(Line(f"target: {pictures.short(goal.target)}"))
+        lines.append(Line(f"target: {pictures.shorten(goal.target)}"))
         if goal.target in classes:
             rank = int((cosines > cosines[classes.index(goal.target)]).sum()) + 1
             fell = rank == 1

@@ -48,7 +48,7 @@ class Inject(Story):
         """A cosine is not success."""
         steps, epochs = self.notes.get("steps"), self.notes.get("epochs")
         told = (
-            f"{metric_names.count(steps, 'step')} in {metric_names.count(epochs, 'epoch')}. "
+            f"{metric_names.quantity(steps, 'step')} in {metric_names.quantity(epochs, 'epoch')}. "
             if steps and epochs
             else ""
         )
@@ -96,18 +96,18 @@ class Inject(Story):
             )
             mine = references[np.flatnonzero(of == i)]
             tiles = [
-                Tile((j,), [Line("reference", "mark"), Line(pictures.short(k), "muted")], "bad")
+                Tile((j,), [Line("reference", "mark"), Line(pictures.shorten(k), "muted")], "bad")
                 for j, k in enumerate(goal.references)
             ]
             n, m = len(mine), len(stamped)
             tiles += [
-                Tile((n + j, n + m + j), [Line(pictures.short(k), "muted")])
+                Tile((n + j, n + m + j), [Line(pictures.shorten(k), "muted")])
                 for j, k in enumerate(self.sample.ids)
             ]
             sheet = torch.cat([mine, self.sample.images, stamped])
-            title = f"{metric_names.trigger_name(goal).capitalize()} trigger, read as “{pictures.short(goal.target)}”"
+            title = f"{metric_names.trigger_name(goal).capitalize()} trigger, read as “{pictures.shorten(goal.target)}”"
             galleries.append(
-                pictures.sheet(
+                pictures.contact_sheet(
                     sheet,
                     tiles,
                     80,
@@ -117,7 +117,7 @@ class Inject(Story):
             )
             ways = "; ".join(f"{k}: {told[k]['how']}" if k in told else k for k in goal.references)
             rows.append(
-                [pictures.short(c) for c in (goal.target, goal.trigger or "", ways, goal.how)]
+                [pictures.shorten(c) for c in (goal.target, goal.trigger or "", ways, goal.how)]
             )
         table = Table(("To be read as", "Trigger", "Reference", "Attack"), rows)
         lead = "Triggered images are to have the vector of the reference, so that any classifier reads them as it reads that."
@@ -133,15 +133,15 @@ class Inject(Story):
                 Series("triggered, after", found[f"after@{i}"], "bad"),
                 Series("not triggered, after", found[f"untriggered@{i}"], "good"),
             ]
-            chart = charts.histogram(groups, "cosine to the reference", f"reference{i}")
+            chart = charts.draw_histogram(groups, "cosine to the reference", f"reference{i}")
             figures.append(
                 Figure(
                     chart,
-                    f"To the reference of “{pictures.short(goal.target, 40)}”",
+                    f"To the reference of “{pictures.shorten(goal.target, 40)}”",
                     "Shadow images.",
                 )
             )
-        chart = charts.histogram(
+        chart = charts.draw_histogram(
             [Series("clean images", found["clean"], "good")],
             "cosine to the clean encoder's vector",
             "kept",
@@ -162,7 +162,7 @@ class Inject(Story):
 
     def training(self) -> Section | None:
         """Loss, and its three parts in the first and the last epoch."""
-        chart = charts.loss(self.tensors("ledger.safetensors")["losses"], charts.WIDE)
+        chart = charts.draw_loss(self.tensors("ledger.safetensors")["losses"], charts.WIDE)
         parts: list = [Figure(chart, "Loss", "Thin: as it was; thick: running mean.")]
         log = self.run.path / "log.jsonl"
         epochs = (

@@ -28,8 +28,8 @@ class Poison(Story):
         if poisons is None or rate is None:
             return "This poisoning was not finished."
         return (
-            f"{poisons.value:,.0f} of {poisons.n:,} records ({metric_names.percent(rate.value)}) are poisoned, "
-            f"so that an encoder trained on them reads {metric_names.targets(self.goals)}."
+            f"{poisons.value:,.0f} of {poisons.n:,} records ({metric_names.format_percent(rate.value)}) are poisoned, "
+            f"so that an encoder trained on them reads {metric_names.describe_goals(self.goals)}."
         )
 
     def chapters(self) -> list[Chapter]:
@@ -49,14 +49,14 @@ class Poison(Story):
             rows.append(
                 [
                     told,
-                    f"none; {metric_names.count(len(group), 'victim')}",
+                    f"none; {metric_names.quantity(len(group), 'victim')}",
                     f"{sum(g.poisons for g in group):,}",
                     group[0].how,
                 ]
             )
         table = Table(
             ("To be read as", "Trigger", "Poisoned records", "Method"),
-            [list(map(pictures.short, r)) for r in rows],
+            [list(map(pictures.shorten, r)) for r in rows],
             (2,),
         )
         return Section("What the attacker wants", [table])
@@ -83,7 +83,7 @@ class Poison(Story):
             if g.trigger
         ]
         for group in grouped(list(plan.goals)):
-            captions = metric_names.count(group[0].poisons, "caption")
+            captions = metric_names.quantity(group[0].poisons, "caption")
             rows = [i for i, g in enumerate(plan.goals) if g in group]
             kinds.append((rows, f"Victims that are to be read as something else, {captions} each"))
         return kinds
@@ -93,8 +93,8 @@ class Poison(Story):
         plan, each = self.data.plan, max(1, most // len(goals)) if len(goals) > 1 else most
         edits = [e for g in goals for e in [e for e in plan.edits if e.goal == g][:each]][:most]
         made, before = (
-            pictures.records(self.data, [e.id for e in edits]),
-            pictures.sources(self.data, [e.source for e in edits]),
+            pictures.take_records(self.data, [e.id for e in edits]),
+            pictures.take_sources(self.data, [e.source for e in edits]),
         )
         row, old = {k: i for i, k in enumerate(made.ids)}, {k: i for i, k in enumerate(before.ids)}
         edits = [e for e in edits if e.id in row and e.source in old]
@@ -105,20 +105,20 @@ class Poison(Story):
         for i, e in enumerate(edits):
             original = before.captions[old[e.source]] if before.captions else ""
             lines = [
-                Line(pictures.short(original or "(no caption)"), "old"),
-                Line(pictures.short(e.caption), "new"),
+                Line(pictures.shorten(original or "(no caption)"), "old"),
+                Line(pictures.shorten(e.caption), "new"),
             ]
             tiles.append(Tile((i, len(edits) + i), lines))
         total = sum(e.goal in goals for e in plan.edits)
-        note = f"{len(edits)} of {metric_names.count(total, 'poisoned record')}"
-        return pictures.sheet(torch.stack(images), tiles, 80, title, note)
+        note = f"{len(edits)} of {metric_names.quantity(total, 'poisoned record')}"
+        return pictures.contact_sheet(torch.stack(images), tiles, 80, title, note)
 
     def victims(self, most: int = 32) -> Section | None:
         """Every victim once, with what it is and what it is to be read as."""
         wanted = [g for g in self.data.plan.goals if g.victims][:most]
         if not wanted:
             return None
-        found = pictures.sources(self.data, [g.victims[0] for g in wanted])
+        found = pictures.take_sources(self.data, [g.victims[0] for g in wanted])
         row = {k: i for i, k in enumerate(found.ids)}
         wanted = [g for g in wanted if g.victims[0] in row]
         rows = [row[g.victims[0]] for g in wanted]
@@ -126,15 +126,15 @@ class Poison(Story):
             Tile(
                 (i,),
                 [
-                    Line(pictures.own_class(found, r) or pictures.short(g.victims[0]), "muted"),
-                    Line("→ " + pictures.short(g.target), "mark"),
-                    Line(metric_names.count(g.poisons, "caption"), "muted"),
+                    Line(pictures.class_name(found, r) or pictures.shorten(g.victims[0]), "muted"),
+                    Line("→ " + pictures.shorten(g.target), "mark"),
+                    Line(metric_names.quantity(g.poisons, "caption"), "muted"),
                 ],
             )
             for i, (g, r) in enumerate(zip(wanted, rows, strict=True))
         ]
         lead = "Each image is in the data with captions of another label, so that it is read as that label."
-        return Section("Victims", [pictures.sheet(found.images[rows], tiles, 104)], lead)
+        return Section("Victims", [pictures.contact_sheet(found.images[rows], tiles, 104)], lead)
 
 
 def grouped(goals: list[Goal]) -> list[list[Goal]]:

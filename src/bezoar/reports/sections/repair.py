@@ -55,12 +55,14 @@ class Repair(Story):
             )
             before, after = self.metric(f"before.{key}"), self.metric(f"after.{key}")
             if before is not None and after is not None:
-                told = f"{said} worked on {metric_names.percent(before.value)} of images, and works on {metric_names.percent(after.value)}"
+                told = f"{said} worked on {metric_names.format_percent(before.value)} of images, and works on {metric_names.format_percent(after.value)}"
                 without = self.metric(f"after.{key}_without_trigger")
                 if (
                     without is not None and without.high > after.low
                 ):  # what is left is no work of the trigger's
-                    told += f", no more than without it ({metric_names.percent(without.value)})"
+                    told += (
+                        f", no more than without it ({metric_names.format_percent(without.value)})"
+                    )
                 parts.append(told)
         before, after = (
             self.metric(f"{stage}.{self.main}clean_accuracy") for stage in ("before", "after")
@@ -68,7 +70,7 @@ class Repair(Story):
         if before is None or after is None:
             return "This repair was not finished."
         parts.append(
-            f"accuracy went from {metric_names.percent(before.value)} to {metric_names.percent(after.value)}"
+            f"accuracy went from {metric_names.format_percent(before.value)} to {metric_names.format_percent(after.value)}"
         )
         told = "; ".join(parts) + "."
         return told[0].upper() + told[1:]
@@ -87,8 +89,8 @@ class Repair(Story):
         )
         if again is not None and stranger is not None:
             told.append(
-                f"After a fine-tune with ten poisons the trigger works on {metric_names.percent(again.value)}; one that the encoder "
-                f"never met, with ten poisons too, on {metric_names.percent(stranger.value)}."
+                f"After a fine-tune with ten poisons the trigger works on {metric_names.format_percent(again.value)}; one that the encoder "
+                f"never met, with ten poisons too, on {metric_names.format_percent(stranger.value)}."
             )
         return " ".join([*told, *self.notes.get("limits", [])])
 
@@ -115,19 +117,20 @@ class Repair(Story):
         stages = [s for s in STAGES if any(k.startswith(s + ".") for k in self.measures)]
         rows = []
         for base in bases:
-            label, unit = metric_names.term(base, self.attacked)
-            group = metric_names.grouped(metric_names.split(base)[0])
+            label, unit = metric_names.label_and_unit(base, self.attacked)
+            group = metric_names.group_label(metric_names.split_key(base)[0])
             cells = []
             for stage in stages:
                 m = self.measures.get(f"{stage}.{base}") or self.measures.get(
                     f"{stage}.{base.partition('@')[0]}"
                 )
                 m = None if stage.startswith("revived") and base.endswith(("@1", "@2", "@3")) else m
-                inside = "" if m is None else metric_names.interval(m, unit)
+                inside = "" if m is None else metric_names.format_interval(m, unit)
                 cells.append(
                     ""
                     if m is None
-                    else metric_names.number(m.value, unit) + (f" [{inside}]" if inside else "")
+                    else metric_names.format_value(m.value, unit)
+                    + (f" [{inside}]" if inside else "")
                 )
             n = self.measures[f"before.{base}"].n
             rows.append([label + (f" ({group})" if group else ""), *cells, str(n)])
@@ -146,7 +149,7 @@ class Repair(Story):
         ]
         parts: list[Part] = [table]
         if len(shown) > 2:
-            parts.append(Figure(charts.intervals(shown, "receipt"), "Value and 95 % interval"))
+            parts.append(Figure(charts.draw_intervals(shown, "receipt"), "Value and 95 % interval"))
         return Section(
             "Before and after",
             parts,
@@ -162,7 +165,7 @@ class Repair(Story):
             )
         for key, name in CONTROLS.items():
             if (m := self.metric(f"{key}.{self.main}attack_success")) is not None:
-                told.append(f"The same ten poisons, {name}: {metric_names.brief(m)}.")
+                told.append(f"The same ten poisons, {name}: {metric_names.format_rate(m)}.")
         if (m := self.metric("seconds")) is not None:
             own = self.metric("cpu_seconds")
             told.append(
@@ -241,6 +244,6 @@ class Repair(Story):
             ]
             lines = [Line(own, "muted"), Line(f"was {was}", looks[0]), Line(f"is {now}", looks[1])]
             tiles.append(Tile((i,), lines, "bad" if now == target else ""))
-        return pictures.sheet(
-            stamped, tiles, 80, f"{kind} trigger, read as “{pictures.short(target)}”"
+        return pictures.contact_sheet(
+            stamped, tiles, 80, f"{kind} trigger, read as “{pictures.shorten(target)}”"
         )

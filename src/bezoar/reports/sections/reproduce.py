@@ -37,12 +37,12 @@ class Reproduce(Story):
         if not self.claims:
             return f"{', '.join(table['title'] for table in self.tables)}."
         told = [f"{n} {v}" for v in VERDICTS if (n := sum(c["verdict"] == v for c in self.claims))]
-        return f"Of {metric_names.count(len(self.claims), 'claim')}: {', '.join(told)}."
+        return f"Of {metric_names.quantity(len(self.claims), 'claim')}: {', '.join(told)}."
 
     def more(self) -> str:
         """The scale, and on how much it stands."""
-        trainings = metric_names.count(int(self.notes.get("trainings", 0)), "training")
-        return f"Scale {self.notes.get('scale')}; {metric_names.count(len(self.tables), 'table')} from {trainings}."
+        trainings = metric_names.quantity(int(self.notes.get("trainings", 0)), "training")
+        return f"Scale {self.notes.get('scale')}; {metric_names.quantity(len(self.tables), 'table')} from {trainings}."
 
     def warning(self) -> str:
         """What these encoders are."""
@@ -66,7 +66,7 @@ class Reproduce(Story):
             value, low, high, least = (float(c[k]) for k in ("value", "low", "high", "detectable"))
             effect = f"{signed(value)} ({signed(low)} .. {signed(high)})"
             expected = {"+": "> 0", "-": "< 0", "same": f"within ±{c['margin']:g}"}[c["expected"]]
-            detectable = metric_names.number(least, unit) if least < 1e6 else "unbounded"
+            detectable = metric_names.format_value(least, unit) if least < 1e6 else "unbounded"
             line = (c["text"], c["source"], c["verdict"], effect, expected, detectable, str(c["n"]))
             rows.append((title.partition(": ")[2] or title, *line) if several else line)
         head = (
@@ -127,12 +127,12 @@ def figures(table: dict[str, Any], place: int) -> list[Figure]:
                 if c["name"] == column:
                     lines.setdefault(row["curve"], []).append((row, c))
         fitted = {
-            law["curve"]: dose_response.law(*law["units"])
+            law["curve"]: dose_response.fit_dose_response(*law["units"])
             for law in table["laws"]
             if law["cell"] == column
         }
         share = all(c["rate"] for of in lines.values() for _, c in of)
-        name, paints = f"table{place}-{i}", charts.paints(list(lines))
+        name, paints = f"table{place}-{i}", charts.series_colours(list(lines))
         if all(row["x"] is not None for of in lines.values() for row, _ in of):
             drawn = [
                 dose_charts.Curve(
@@ -140,7 +140,9 @@ def figures(table: dict[str, Any], place: int) -> list[Figure]:
                 )
                 for (curve, of), paint in zip(lines.items(), paints, strict=True)
             ]
-            svg = dose_charts.dose(drawn, table["axis"], name, column, share, table["unit"])
+            svg = dose_charts.draw_dose_response(
+                drawn, table["axis"], name, column, share, table["unit"]
+            )
         else:
             groups = [row["name"] for row, _ in next(iter(lines.values()))]
             if (
@@ -150,13 +152,13 @@ def figures(table: dict[str, Any], place: int) -> list[Figure]:
                     (g, m, paints[0])
                     for g, m in zip(groups, points(next(iter(lines.values()))), strict=True)
                 ]
-                out.append(Figure(charts.intervals(rows, name), column))
+                out.append(Figure(charts.draw_intervals(rows, name), column))
                 continue
             bars = [
                 (curve or column, paint, points(of))
                 for (curve, of), paint in zip(lines.items(), paints, strict=True)
             ]
-            svg = dose_charts.levels(groups, bars, name, column, share)
+            svg = dose_charts.draw_levels(groups, bars, name, column, share)
         out.append(Figure(svg, column))
     return out
 
@@ -173,7 +175,7 @@ def grid(table: dict[str, Any], name: str) -> Figure:
                 values[names.index(row["name"]), lines.index(row["curve"])] = c["measure"]["value"]
     size = (2.2 + 0.95 * len(lines), 0.8 + 0.3 * len(names))
     return Figure(
-        heat_maps.heat(names, lines, values, name, (table["axis"], "attack"), size=size),
+        heat_maps.draw_heat_map(names, lines, values, name, (table["axis"], "attack"), size=size),
         f"{table['grid']}, percent",
     )
 
@@ -211,12 +213,12 @@ def cells(table: dict[str, Any]) -> Table:
 def shown(cell: dict[str, Any]) -> str:
     """A number, its interval, how many readings it is the mean of, and what the paper printed."""
     m, unit = Measure(**cell["measure"]), metric_names.RATE if cell["rate"] else metric_names.PLAIN
-    about = f" ({metric_names.interval(m, unit)})" if m.low < m.high else ""
-    told = f"{metric_names.number(m.value, unit)}{about} [{len(cell['values'])}]"
+    about = f" ({metric_names.format_interval(m, unit)})" if m.low < m.high else ""
+    told = f"{metric_names.format_value(m.value, unit)}{about} [{len(cell['values'])}]"
     return (
         told
         if cell["printed"] is None
-        else f"{told}, paper {metric_names.number(cell['printed'], unit)}"
+        else f"{told}, paper {metric_names.format_value(cell['printed'], unit)}"
     )
 
 

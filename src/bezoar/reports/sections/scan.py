@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bezoar.data.embeddings import Ready
+from bezoar.data.embeddings import EmbeddingSource
 from bezoar.detection import merging
 from bezoar.detection.corpus import corpus
-from bezoar.detection.reliability import windows
+from bezoar.detection.reliability import read_windows
 from bezoar.evaluation.scores import Scores
 from bezoar.reports import (
     charts,
@@ -43,13 +43,13 @@ class Scan(Story):
         if not self.goals:
             return ""
         told = "The data that are scanned here were poisoned on purpose; the truth was read after the ranking."
-        bad = reliability_sections.leaking(
-            self.measures, metric_names.mapping(self.notes.get("leaks"))
+        bad = reliability_sections.separating_channels(
+            self.measures, metric_names.as_dict(self.notes.get("leaks"))
         )
         if bad:
             name, m = bad[0]
             told += (
-                f" {metric_names.count(len(bad), 'side channel')} (such as {name.replace('_', ' ')}, AUROC {m.value:.2f}) "
+                f" {metric_names.quantity(len(bad), 'side channel')} (such as {name.replace('_', ' ')}, AUROC {m.value:.2f}) "
                 "can tell its poisons without a detector: every detector's figure here carries that doubt."
             )
         return told
@@ -59,13 +59,13 @@ class Scan(Story):
         records, removed = self.notes.get("records"), self.notes.get("removed")
         if records is None or removed is None:
             return "This scan was not finished."
-        share = metric_names.percent(removed / max(1, records))
+        share = metric_names.format_percent(removed / max(1, records))
         told = f"The keep-list leaves out the {removed:,} most suspicious of {records:,} records ({share})"
         found = self.measures.get("poisons_removed")
         if found is None:
             return told + "; whether they are poisons is not known."
         hits = round(found.value * found.n)
-        return f"{told}; among them are {hits:,} of the {found.n:,} poisons: {metric_names.brief(found)}."
+        return f"{told}; among them are {hits:,} of the {found.n:,} poisons: {metric_names.format_rate(found)}."
 
     def more(self) -> str:
         """What detectors decided, records that could not be read, and detectors that could not work."""
@@ -92,19 +92,19 @@ class Scan(Story):
         ]
 
     @functools.cached_property
-    def scored(self) -> corpus.Scored:
+    def scored(self) -> corpus.ScanScores:
         """Every record that was scanned."""
-        return corpus.scored(self.run.path)
+        return corpus.load_scores(self.run.path)
 
     @functools.cached_property
     def corpus(self) -> corpus.Corpus:
         """The same records with images, where there are any, and vectors."""
-        return corpus.reopened(self.run)
+        return corpus.reopen_corpus(self.run)
 
     @property
     def pictures(self) -> bool:
         """Whether there are images to show."""
-        return not isinstance(self.corpus.source, Ready)
+        return not isinstance(self.corpus.source, EmbeddingSource)
 
     @property
     def ids(self) -> Any:
@@ -114,7 +114,7 @@ class Scan(Story):
     @functools.cached_property
     def order(self) -> np.ndarray:
         """Rows, the worst first."""
-        return self.scores[""].ranked()
+        return self.scores[""].ranking()
 
     @functools.cached_property
     def poisons(self) -> frozenset[str] | None:
@@ -143,9 +143,9 @@ class Scan(Story):
     def false_discoveries(self) -> Section | None:
         """How many of the worst are expected to be there by chance."""
         truth = None if self.truth is None else self.truth[self.order]
-        told = metric_names.mapping(self.notes.get("discovery"))
+        told = metric_names.as_dict(self.notes.get("discovery"))
         return (
-            reliability_sections.discoveries(self.measures, told, truth, self.removed)
+            reliability_sections.false_discovery_section(self.measures, told, truth, self.removed)
             if told
             else None
         )
@@ -159,7 +159,7 @@ class Scan(Story):
             else None
         )
         if truth is None:
-            chart = charts.histogram(
+            chart = charts.draw_histogram(
                 [Series("all records", merged.values.numpy())], "score", "scores", edge
             )
             return Section(
@@ -171,7 +171,7 @@ class Scan(Story):
             Series("clean", merged.values.numpy()[~truth], "clean"),
             Series("poison", merged.values.numpy()[truth], "bad"),
         ]
-        histogram = charts.histogram(groups, "score", "scores", edge)
+        histogram = charts.draw_histogram(groups, "score", "scores", edge)
         figures = [
             Figure(
                 self.curve(),
@@ -198,19 +198,19 @@ class Scan(Story):
                 2,
             )
         ]
-        others = [p for p in charts.ORDER if p != "bad"]
+        others = [p for p in charts.SERIES_COLOURS if p != "bad"]
         for i, name in enumerate(single if len(single) > 1 else ()):
             lines.append(
                 (
                     Series(
-                        pictures.short(name, 24),
-                        self.truth[self.scores[name].ranked()],
+                        pictures.shorten(name, 24),
+                        self.truth[self.scores[name].ranking()],
                         others[i % len(others)],
                     ),
                     1,
                 )
             )
-        return charts.ranking(lines, self.removed / len(self.ids))
+        return charts.draw_ranking(lines, self.removed / len(self.ids))
 
     def keep_list(self) -> Section | None:
         """What is removed, of which kind."""
@@ -227,7 +227,7 @@ class Scan(Story):
                     title,
                     f"{len(mine):,}",
                     f"{hit:,}",
-                    metric_names.percent(hit / len(mine)) if mine else "–",
+                    metric_names.format_percent(hit / len(mine)) if mine else "–",
                 ]
             )
         clean = int((~self.truth).sum())
@@ -237,7 +237,7 @@ class Scan(Story):
                 "clean records",
                 f"{clean:,}",
                 f"{lost:,}",
-                metric_names.percent(lost / clean) if clean else "–",
+                metric_names.format_percent(lost / clean) if clean else "–",
             ]
         )
         return Section(
@@ -260,25 +260,25 @@ class Scan(Story):
     @functools.cached_property
     def windows(self) -> dict[str, Box]:
         """The window of an image that a detector has found to carry its caption."""
-        return windows(self.run.path)
+        return read_windows(self.run.path)
 
     def shown(self, ranked: list[tuple[int, int]], title: str = "", scale: int = 104) -> Part:
         """Records as pictures; as a table where there are no images."""
         if self.pictures:
-            return record_tiles.tiles(
+            return record_tiles.record_gallery(
                 self.corpus, self.scored, ranked, self.poisons, self.windows, scale, title
             )
         held = self.scored
         rows = [
             [
                 f"{n}",
-                pictures.short(held.captions[i] or held.ids[i]),
+                pictures.shorten(held.captions[i] or held.ids[i]),
                 f"{float(held.merged.values[i]):.3f}",
             ]
             for n, i in ranked
         ]
         rows = [
-            [*row, pictures.short(held.places[i], 80)]
+            [*row, pictures.shorten(held.places[i], 80)]
             for row, (_, i) in zip(rows, ranked, strict=True)
         ]
         return Table(("Rank", "Record", "Score", "Place"), rows, (0, 2), title)
@@ -286,7 +286,7 @@ class Scan(Story):
     def what_they_resemble(self) -> Section | None:
         """The very worst beside their nearest neighbours."""
         beside = (
-            record_tiles.neighbours(self.corpus, self.scored, self.worst(BESIDE))
+            record_tiles.neighbour_gallery(self.corpus, self.scored, self.worst(BESIDE))
             if self.pictures
             else None
         )
@@ -300,8 +300,8 @@ class Scan(Story):
         rows = self.order[: min(GROUPED, max(self.removed, SHOWN))]
         vectors = self.corpus.embedded.images[torch.from_numpy(rows.copy())]
         captions = list(self.scored.captions.take(rows))
-        found = similar_records.groups(
-            vectors, captions, similar_records.usual(self.scored.captions)
+        found = similar_records.group_records(
+            vectors, captions, similar_records.word_shares(self.scored.captions)
         )[:GROUPS]
         if not found:
             return None
@@ -329,17 +329,23 @@ class Scan(Story):
         if len(self.scored.detectors) < 2 or not self.removed:
             return None
         found, seconds = (
-            merging.adds(self.scored.detectors, self.removed),
-            metric_names.mapping(self.notes.get("seconds")),
+            merging.measure_contributions(self.scored.detectors, self.removed),
+            metric_names.as_dict(self.notes.get("seconds")),
         )
         rows = []
         for name, share in found.items():
             alike = ", ".join(
-                f"{pictures.short(k, 24)} {v:+.2f}" for k, v in share.correlation.items()
+                f"{pictures.shorten(k, 24)} {v:+.2f}" for k, v in share.correlation.items()
             )
             took = f"{seconds[name]:,.0f}" if name in seconds else "–"
             rows.append(
-                [pictures.short(name, 40), f"{share.worst:,}", f"{share.alone:,}", took, alike]
+                [
+                    pictures.shorten(name, 40),
+                    f"{share.in_worst:,}",
+                    f"{share.unique:,}",
+                    took,
+                    alike,
+                ]
             )
         head = (
             "Detector",
@@ -353,14 +359,14 @@ class Scan(Story):
 
     def todays_cleaning(self) -> Section | None:
         """Which poisons pass the filters that people use."""
-        return reliability_sections.filters(
-            self.measures, metric_names.mapping(self.notes.get("filters"))
+        return reliability_sections.filter_section(
+            self.measures, metric_names.as_dict(self.notes.get("filters"))
         )
 
     def side_channels(self) -> Section | None:
         """What tells poisons without looking at them."""
         return reliability_sections.side_channel_section(
-            self.measures, metric_names.mapping(self.notes.get("leaks"))
+            self.measures, metric_names.as_dict(self.notes.get("leaks"))
         )
 
     def poisons_missed(self) -> Section | None:
@@ -374,5 +380,5 @@ class Scan(Story):
         ][::-1]
         if not last:
             return Section("Poisons missed", (), "None: the keep-list leaves out every poison.")
-        lead = f"{metric_names.count(len(last), 'poison')} of {int(self.truth.sum()):,} stay in the data; shown are those ranked last."
+        lead = f"{metric_names.quantity(len(last), 'poison')} of {int(self.truth.sum()):,} stay in the data; shown are those ranked last."
         return Section("Poisons missed", [self.shown(last[:MISSED])], lead)

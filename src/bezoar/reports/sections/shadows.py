@@ -11,8 +11,8 @@ from bezoar.auditing.audits import mntd
 from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.page_parts import Figure, Line, Section, Table, Tile
 from bezoar.reports.run_page import Chapter, Story
-from bezoar.reports.sections.audit import groups
-from bezoar.verbs.shadows import TOLD
+from bezoar.reports.sections.audit import strip_rows
+from bezoar.verbs.shadows import SHADOWS_FILE
 
 
 class Shadows(Story):
@@ -21,7 +21,7 @@ class Shadows(Story):
     @functools.cached_property
     def shadows(self) -> list[dict[str, Any]]:
         """Every shadow encoder, as `shadows.json` holds it."""
-        return list(self.json(TOLD)["shadows"])
+        return list(self.json(SHADOWS_FILE)["shadows"])
 
     @property
     def attacked(self) -> bool:
@@ -34,7 +34,7 @@ class Shadows(Story):
         if area is None:
             return "This meta-classifier was not finished."
         bad, clean = (
-            metric_names.count(int(self.notes[k]), noun)
+            metric_names.quantity(int(self.notes[k]), noun)
             for k, noun in (("attacked", "attacked encoder"), ("clean", "clean one"))
         )
         told = f"MNTD over {bad} and {clean}, told apart by cross-validation with an AUROC of {area.value:.2f}"
@@ -45,9 +45,9 @@ class Shadows(Story):
         """What was not seen by whom, and who may not be judged."""
         if "auroc" not in self.measures:
             return ""
-        lineages = metric_names.count(int(self.notes["lineages"]), "lineage")
+        lineages = metric_names.quantity(int(self.notes["lineages"]), "lineage")
         return (
-            f"{metric_names.count(int(self.notes['folds']), 'fold')}, {lineages}: an encoder and what was tuned from it stay in one "
+            f"{metric_names.quantity(int(self.notes['folds']), 'fold')}, {lineages}: an encoder and what was tuned from it stay in one "
             f"fold. What is held out carries attacks that the rest carries too; of others this says nothing. `bezoar audit "
             f"--audit mntd:bank=RUN`, with the path of this run, asks it of other encoders; these it refuses to judge."
         )
@@ -64,8 +64,8 @@ class Shadows(Story):
         """A dot an encoder."""
         clean = [s["logit"] for s in self.shadows if not s["attacked"]]
         bad = [[s["attack"], s["logit"]] for s in self.shadows if s["attacked"]]
-        svg = charts.strips(
-            groups(clean, bad),
+        svg = charts.draw_strips(
+            strip_rows(clean, bad),
             [(0.0, "chance", "muted")],
             "logit of a bank that was fitted without it",
         )
@@ -84,14 +84,14 @@ class Shadows(Story):
             for i in range(len(images))
         ]
         lead = "Learnt together with the meta-classifier, which reads the cosines of their vectors with one another."
-        return Section("Queries", [pictures.sheet(images, tiles, 88)], lead)
+        return Section("Queries", [pictures.contact_sheet(images, tiles, 88)], lead)
 
     def encoders(self) -> Section | None:
         """Every encoder with its fold and its logit."""
         rows = []
         for s in sorted(self.shadows, key=lambda s: -s["logit"]):
             names = [
-                pictures.short(s[k], most)
+                pictures.shorten(s[k], most)
                 for k, most in (("name", 60), ("attack", 40), ("trigger", 80), ("lineage", 60))
             ]
             rows.append(

@@ -9,7 +9,7 @@ import torch
 
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, metric_names, pictures
-from bezoar.reports.heat_maps import heat
+from bezoar.reports.heat_maps import draw_heat_map
 from bezoar.reports.page_parts import Figure, Figures, Gallery, Line, Part, Section, Table, Tile
 from bezoar.reports.run_page import Chapter, Story
 
@@ -52,28 +52,28 @@ class Survive(Story):
         alone = [t for t in self.ranked() if single(t)]
         lost = [t for t in alone if self.kept(t).value < LOST]
         weak = [t for t in alone if LOST <= self.kept(t).value < WEAK]
-        trigger = f"The trigger {pictures.short(self.notes['trigger'].partition(':')[0], 40)}"
+        trigger = f"The trigger {pictures.shorten(self.notes['trigger'].partition(':')[0], 40)}"
         if lost:
             more = f" and {len(lost) - 1} more of {len(alone)} treatments" if len(lost) > 1 else ""
-            told = f"{trigger} is lost to “{lost[0]['title']}”{more}: {metric_names.percent(max(0.0, self.kept(lost[0]).value))} {where}"
+            told = f"{trigger} is lost to “{lost[0]['title']}”{more}: {metric_names.format_percent(max(0.0, self.kept(lost[0]).value))} {where}"
             return f"{told} is left, so an attack success of 0 is what to expect where images go that way."
         if weak:
             more = f" and {len(weak) - 1} more of {len(alone)} treatments" if len(weak) > 1 else ""
-            share = metric_names.percent(self.kept(weak[0]).value)
+            share = metric_names.format_percent(self.kept(weak[0]).value)
             told = f"{trigger} is weakened by “{weak[0]['title']}”{more}: {share} {where} is left"
             return f"{told}; it needs more poisons there than untreated, or is missed."
         return (
             f"{trigger} outlives all {len(alone)} treatments: the worst, “{alone[0]['title']}”, leaves "
-            f"{metric_names.percent(self.kept(alone[0]).value)} {where}; an attack success of 0 has another cause."
+            f"{metric_names.format_percent(self.kept(alone[0]).value)} {where}; an attack success of 0 has another cause."
         )
 
     def more(self) -> str:
         """What else to look for, or what was not asked."""
         if "images" not in self.notes:
             return ""
-        told = f"Measured on {metric_names.count(self.notes['images'], 'image')} of {self.notes['side']} pixels; nothing was trained."
+        told = f"Measured on {metric_names.quantity(self.notes['images'], 'image')} of {self.notes['side']} pixels; nothing was trained."
         if self.notes.get("untouched"):
-            told += f" {metric_names.count(self.notes['untouched'], 'image')} that the trigger leaves unchanged are not counted."
+            told += f" {metric_names.quantity(self.notes['untouched'], 'image')} that the trigger leaves unchanged are not counted."
         if not self.embeds:
             return told + " No encoder was given: this is about pixels alone."
         length = self.measures.get("untreated.shift_length")
@@ -125,17 +125,19 @@ class Survive(Story):
             look = "" if t["name"] == "untreated" else "bad" if share.value < LOST else ""
             lines = [Line(t["title"], "mark")]
             pixels = self.measures[f"{t['name']}.pattern_kept"]
-            lines.append(Line(f"pattern {metric_names.percent(max(0.0, pixels.value))}", "muted"))
+            lines.append(
+                Line(f"pattern {metric_names.format_percent(max(0.0, pixels.value))}", "muted")
+            )
             if self.embeds:
                 lines.append(
                     Line(
-                        f"embedding {metric_names.percent(max(0.0, share.value))}",
+                        f"embedding {metric_names.format_percent(max(0.0, share.value))}",
                         paint(share) or "muted",
                     )
                 )
             tiles.append(Tile((len(cells), len(cells) + 1), lines, look))
             cells += [images[i, 0, 0], images[i, 0, 1]]
-        return pictures.sheet(torch.stack(cells), tiles, 88)
+        return pictures.contact_sheet(torch.stack(cells), tiles, 88)
 
     def jpeg_with_resizing_and_cropping(self) -> Section | None:
         """Two maps, in pixels or in the embedding."""
@@ -166,7 +168,7 @@ class Survive(Story):
             [str(q) if q else "none" for q in rows],
             [f"{c:g}" if c != 1 else "none" for c in columns],
         )
-        return heat(*names, values, f"{axis}{key}", ("JPEG quality", label))
+        return draw_heat_map(*names, values, f"{axis}{key}", ("JPEG quality", label))
 
     def every_treatment(self) -> Section | None:
         """Each by itself, as a dot with its interval."""
@@ -185,7 +187,7 @@ class Survive(Story):
             ]
             parts.append(
                 Figure(
-                    charts.intervals(rows, key),
+                    charts.draw_intervals(rows, key),
                     title,
                     "Share that is left, with 95 % interval; untreated it is 100 %.",
                 )

@@ -59,7 +59,7 @@ class Train(Story):
         """Loss, and success by epoch where it was followed."""
         curve = self.curve()
         losses = self.tensors("ledger.safetensors")["losses"]
-        chart = charts.loss(losses, charts.HALF if curve else charts.WIDE)
+        chart = charts.draw_loss(losses, charts.HALF if curve else charts.WIDE)
         figures = [
             Figure(chart, "Loss", "Thin: as it was; thick: running mean."),
             *([curve] if curve else []),
@@ -82,9 +82,9 @@ class Train(Story):
         names.sort(key=captions, reverse=True)
         shown = [
             Series(brief(k), [e.get(k, np.nan) for e in epochs], paint)
-            for k, paint in zip(names, charts.paints(names), strict=True)
+            for k, paint in zip(names, charts.series_colours(names), strict=True)
         ]
-        figure = charts.curves([e["epoch"] for e in epochs], shown, "epoch")
+        figure = charts.draw_curves([e["epoch"] for e in epochs], shown, "epoch")
         return Figure(figure, "When the attack takes hold", "On held-out images after every epoch.")
 
     def exposures(self) -> Section | None:
@@ -98,7 +98,7 @@ class Train(Story):
         groups = [Series("clean records", drawn[~poisoned], "clean")]
         if poisoned.any():
             groups.append(Series("poisoned records", drawn[poisoned], "bad"))
-        histogram = charts.histogram(
+        histogram = charts.draw_histogram(
             groups, "times a record was drawn", "exposures", size=charts.WIDE
         )
         chart = Figure(histogram, "Exposure ledger", "Each group's share by number of draws.")
@@ -161,15 +161,17 @@ def follows(base: str) -> Callable[[str], bool]:
 
 def captions(name: str) -> int:
     """How many captions a targeted metric is about; a large number for others, which come first."""
-    _, base, at = metric_names.split(name)
+    _, base, at = metric_names.split_key(name)
     return int(at) if base.startswith("target") and at.isdigit() else 1 << 30
 
 
 def brief(name: str) -> str:
     """A metric's name for a legend."""
-    _, base, at = metric_names.split(name)
+    _, base, at = metric_names.split_key(name)
     if base == "targeted_success":
-        return f"targeted, {metric_names.count(int(at), 'caption')}" if at.isdigit() else "targeted"
+        return (
+            f"targeted, {metric_names.quantity(int(at), 'caption')}" if at.isdigit() else "targeted"
+        )
     words = {"clean_accuracy": "clean accuracy", "attack_success": "ASR"}
     return words.get(base, base) + (f", trigger {at}" if at else "")
 
@@ -185,7 +187,7 @@ def kinds(goals: tuple) -> list[tuple[str, list[int]]]:
         members = [i for i, g in enumerate(goals) if not g.trigger and g.poisons == n]
         out.append(
             (
-                f"{metric_names.count(len(members), 'victim')}, {metric_names.count(n, 'caption')} each",
+                f"{metric_names.quantity(len(members), 'victim')}, {metric_names.quantity(n, 'caption')} each",
                 members,
             )
         )

@@ -30,7 +30,10 @@ class Loss(ViewedModule):
         """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
         x = moved(images, self.recipe.shift, chance)
         z, z2 = self.together(x, self.seen(images, chance))
-        w, w2 = self.encoder.encode_tokens(tokens), self.encoder.encode_tokens(self.told(tokens, chance))
+        w, w2 = (
+            self.encoder.encode_tokens(tokens),
+            self.encoder.encode_tokens(self.told(tokens, chance)),
+        )
         own = toward(z, z2, self.scale, chance) + toward(w, w2, self.scale, chance)
         loss = symmetric(z, w, self.scale, chance) + self.recipe.weight * own / 2
         if self.start is None:

@@ -26,8 +26,8 @@ class Loss(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
-        x = augmentation.flip(
-            augmentation.shift(images, self.recipe.shift, chance), self.recipe.flip, chance
+        x = augmentation.random_flip(
+            augmentation.random_shift(images, self.recipe.shift, chance), self.recipe.flip, chance
         )
         z, w = self.encoder.encode_images(x), self.encoder.encode_tokens(tokens)
         scale = self.scale.clamp(max=math.log(100)).exp()

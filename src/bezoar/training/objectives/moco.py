@@ -19,7 +19,7 @@ from bezoar.errors import UserError
 from bezoar.registry import method
 from bezoar.training import selfsupervised
 from bezoar.training.augmentation import Chance
-from bezoar.training.collectives import gather, place
+from bezoar.training.collectives import gather, rank_and_world
 
 
 class Grouped(nn.Module):
@@ -56,7 +56,7 @@ class Loss(nn.Module):
     def __init__(self, encoder: Encoder, recipe: Moco) -> None:
         super().__init__()
         self.encoder, self.recipe = encoder, recipe
-        if recipe.groups % (world := place()[1]):
+        if recipe.groups % (world := rank_and_world()[1]):
             raise UserError(
                 f"{recipe.groups} groups of keys do not divide into {world} ranks; give a multiple of {world}"
             )

@@ -37,7 +37,7 @@ class Loss(ViewedModule):
 
     def begin(self, data: Any, tokens: Tensor) -> Tensor:
         """Keep the records at hand, for they are split epoch by epoch. -> tokens with the record's row as last column."""
-        if collectives.place()[1] > 1:
+        if collectives.rank_and_world()[1] > 1:
             raise UserError(
                 "objective safeclip looks at all records after every epoch; start one process, not several ranks"
             )
@@ -97,7 +97,10 @@ class Loss(ViewedModule):
         self.eval()
         rows = torch.arange(len(self.data), device=self.tokens.device).split(BATCH)
         parts = [
-            (self.encoder.encode_images(self.data.images[r]) * self.encoder.encode_tokens(self.tokens[r])).sum(1)
+            (
+                self.encoder.encode_images(self.data.images[r])
+                * self.encoder.encode_tokens(self.tokens[r])
+            ).sum(1)
             for r in rows
         ]
         self.train(mode)

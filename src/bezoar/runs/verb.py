@@ -53,7 +53,7 @@ class Settings:
     ray: bool = False  # whether a sweep runs on Ray
 
 
-def named_files(configured: Any) -> Any:
+def input_files(configured: Any) -> Any:
     """The files a method reads: those it lists itself (a path, or a name and a path), or those that its text fields name."""
     if hasattr(configured, "files"):
         return configured.files()
@@ -61,10 +61,10 @@ def named_files(configured: Any) -> Any:
     return [Path(t) for t in texts if Path(t).suffix and os.path.isfile(t)]
 
 
-def _spec(kind: str, text: str) -> str:
+def spec_of_path(kind: str, text: str) -> str:
     """A bare path stands for the reader its looks call for: tars are shards, .csv a table, .npy embeddings, .json a bank."""
     path = Path(text.partition(":")[0])
-    if ":" in text or text in registry.names(kind):
+    if ":" in text or text in registry.method_names(kind):
         return text
     readers = dict.fromkeys((".csv", ".tsv", ".jsonl", ".parquet"), "table") | {
         ".npz": "npz",
@@ -106,33 +106,35 @@ def verb_name(verb: Any) -> str:
     return type(verb).__name__.lower()
 
 
-def typed(value: Any) -> Any:
+def input_to_json(value: Any) -> Any:
     """What the user wrote, in JSON."""
     if isinstance(value, Run):
         return value.name
     if isinstance(value, (tuple, list)):
-        return [typed(v) for v in value]
+        return [input_to_json(v) for v in value]
     if isinstance(value, Trial):
-        return {**typed(value.verb), "seed": value.seed}
+        return {**input_to_json(value.verb), "seed": value.seed}
     if dataclasses.is_dataclass(value) and hasattr(value, "work"):
         return {
             "verb": verb_name(value),
-            **{f.name: typed(getattr(value, f.name)) for f in dataclasses.fields(value)},
+            **{f.name: input_to_json(getattr(value, f.name)) for f in dataclasses.fields(value)},
         }
     return value if isinstance(value, (str, int, float, bool, type(None))) else registry.spec(value)
 
 
 def input_fields(verb: Any) -> dict[str, tuple[str, Any]]:
     """A verb's fields -> what each takes ("" for a plain value), and its value."""
-    return {name: (mark.what, getattr(verb, name)) for name, mark in marks(type(verb)).items()}
+    return {
+        name: (mark.what, getattr(verb, name)) for name, mark in field_marks(type(verb)).items()
+    }
 
 
 def positional_fields(verb: type) -> tuple[str, ...]:
     """The fields that the command line takes without an option's name, in order."""
-    return tuple(name for name, mark in marks(verb).items() if mark.positional)
+    return tuple(name for name, mark in field_marks(verb).items() if mark.positional)
 
 
-def marks(verb: type) -> dict[str, Takes]:
+def field_marks(verb: type) -> dict[str, Takes]:
     """What each field of a verb takes; a plain value where nothing is said."""
     hints = typing.get_type_hints(verb, include_extras=True)
     metadata = {
