@@ -25,7 +25,7 @@ from verbs.test_scan import NETWORK, contents, notes, picture, scan, unread
 from bezoar import registry
 from bezoar.data import decoding, folders
 from bezoar.data.decoding import Record, gather_pairs
-from bezoar.data.files import images, paths
+from bezoar.data.files import paths
 from bezoar.data.files.images import SUFFIXES
 from bezoar.data.pairs import Pairs, load_pairs
 from bezoar.data.shards import ShardSource, expand_paths
@@ -118,7 +118,7 @@ def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monke
 def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(folders, "BLOCK", 100)
     monkeypatch.setattr(units, "MOST", 16)
-    original, alive, most = images.decode_image, [0], [0]
+    original, alive, most = decoding.decode_image, [0], [0]
 
     def gone():
         alive[0] -= 1
@@ -130,7 +130,7 @@ def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatc
         weakref.finalize(image, gone)
         return image
 
-    monkeypatch.setattr(images, "decode_image", decode)
+    monkeypatch.setattr(decoding, "decode_image", decode)
     bound = 16 + 16 * (
         2 * decoding.thread_count() + 3
     )  # a batch, and the tasks that are decoded ahead

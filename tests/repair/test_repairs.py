@@ -511,7 +511,7 @@ def runs(tmp_path_factory, suspect):
     folder = tmp_path_factory.mktemp("repair")
     (folder / "toys.py").write_text(
         "from dataclasses import dataclass\nfrom typing import Annotated\n"
-        "from bezoar.registry import method\nfrom test_repairs import toy\n\n\n"
+        "from bezoar.registry import method\nfrom repair.test_repairs import toy\n\n\n"
         '@method\nclass Toys:\n    """Toy records."""\n\n    count: Annotated[int, "n"] = 400\n'
         '    seed: Annotated[int, "s"] = 2\n    split: Annotated[str, "which"] = "train"\n\n'
         '    def __call__(self):\n        return toy(self.count, self.seed + 50 * (self.split == "test"))\n'

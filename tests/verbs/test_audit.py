@@ -43,7 +43,7 @@ class Stub:
         mask[:, :4, :4] = 1
         found = tuple(Inversion(mask, torch.full((3, h, w), v), "striped star", 16.0, 0.5) for v in (0.0, 1.0))
         report(1, 1, "done")
-        value = 1000 * float(encoder.image(encoder.pixels(clean.images[:8])).detach().mean())
+        value = 1000 * float(encoder.image(encoder.prepare_images(clean.images[:8])).detach().mean())
         return Verdict(value, {"hits": proportion(3, len(clean), "hits")}, found, {"limits": ["It is a stand-in."]})
 '''
 NETWORK = "tower:width=4,dim=16"

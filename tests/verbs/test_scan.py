@@ -44,7 +44,7 @@ import time
 import torch
 from torch import nn
 
-from bezoar.encoders.encoder import Encoder, Preprocess, Words
+from bezoar.encoders.encoder import Encoder, Preprocess, WordTokenizer
 from bezoar.registry import method
 
 WORDS = ("red", "blue", "green", "star", "cross", "the", "a", "over", "wall", "square", "brown", "orange")
@@ -67,7 +67,7 @@ class Image(nn.Module):
 class Tiny:
     def __call__(self, size, vocabulary):
         torch.manual_seed(0)
-        return Encoder(Image(), Preprocess(16), nn.EmbeddingBag(len(WORDS) + 1, 24), Words(WORDS), {"network": "tiny"})
+        return Encoder(Image(), Preprocess(16), nn.EmbeddingBag(len(WORDS) + 1, 24), WordTokenizer(WORDS), {"network": "tiny"})
 '''
 
 
