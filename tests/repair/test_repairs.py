@@ -21,8 +21,8 @@ from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
 from bezoar.evaluation.verdict import Inversion
 from bezoar.repair import rate_ladder, receipt
-from bezoar.repair.repairs.distill import forget
-from bezoar.repair.repairs.prune import dormant
+from bezoar.repair.repairs.distill import reset_last_layers
+from bezoar.repair.repairs.prune import find_last_convolution
 from bezoar.repair.repairs.unlearn import Loss as Unlearning
 from bezoar.reports import page
 from bezoar.runs import inputs
@@ -224,7 +224,7 @@ def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
         ruler = rate_ladder.ValidationMetric.of(encoder, one, other)
         assert word in ruler.how and ruler.score(encoder) > 0.8
         broken = copy.deepcopy(encoder)
-        forget(broken.image, 1.0)
+        reset_last_layers(broken.image, 1.0)
         nn.init.zeros_(broken.image.layers[0].weight)
         broken.image.head.bias.data.fill_(1)
         assert ruler.score(broken) < 0.6
@@ -250,10 +250,10 @@ def test_an_encoder_that_says_nothing_finds_no_captions(suspect):
     held = replace(toy(60), captions=tuple(f"number {i % 20}" for i in range(60)))
     mute = copy.deepcopy(suspect)
     mute.texts = lambda captions: torch.ones(len(captions), 16) / 4
-    assert rate_ladder._found(mute, held) == pytest.approx(1 / 20)
+    assert rate_ladder.caption_retrieval(mute, held) == pytest.approx(1 / 20)
     mute.texts = lambda captions: torch.full((len(captions), 16), math.nan)
     with pytest.raises(UserError, match="NaN"):
-        rate_ladder._found(mute, held)
+        rate_ladder.caption_retrieval(mute, held)
 
 
 # Parts of repairs
@@ -264,18 +264,18 @@ def test_the_last_layers_are_drawn_anew(suspect):
     before = {k: v.clone() for k, v in tower.state_dict().items()}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        forget(tower, 0.4)  # two of five: the last convolution and the linear layer
+        reset_last_layers(tower, 0.4)  # two of five: the last convolution and the linear layer
     changed = {
         k.rpartition(".")[0] for k, v in tower.state_dict().items() if not torch.equal(v, before[k])
     }
     assert changed == {"layers.9", "layers.10", "head"}
     untouched = copy.deepcopy(suspect.image)
-    forget(untouched, 0.0)
+    reset_last_layers(untouched, 0.0)
     assert all(torch.equal(v, before[k]) for k, v in untouched.state_dict().items())
 
 
 def test_sleepers_are_the_channels_that_do_least_on_clean_images(suspect, clean):
-    found = dormant(suspect, clean[0], batch=64)
+    found = find_last_convolution(suspect, clean[0], batch=64)
     assert (found.conv, found.norm) == ("layers.9", "layers.10")
     with torch.no_grad():
         maps = suspect.image.layers(suspect.prepare_images(clean[0].images))
@@ -291,7 +291,7 @@ def test_sleepers_are_the_channels_that_do_least_on_clean_images(suspect, clean)
 def test_pruning_finds_the_last_convolution_of_other_towers(network):
     torch.manual_seed(0)
     encoder = registry.make("network", network)(32).eval()
-    found = dormant(encoder, toy(20))
+    found = find_last_convolution(encoder, toy(20))
     assert found.conv in ("layer4.1.conv2", "layers.9") and found.norm in (
         "layer4.1.bn2",
         "layers.10",
@@ -309,7 +309,7 @@ def test_pruning_refuses_towers_without_convolutions():
             return self.head(self.patches(x).flatten(1))
 
     with pytest.raises(UserError, match="convolutional towers"):
-        dormant(Encoder(Flat(), Preprocess(32)), toy(8))
+        find_last_convolution(Encoder(Flat(), Preprocess(32)), toy(8))
 
 
 def test_pruned_channels_stay_pruned_while_they_are_tuned(suspect, clean):
@@ -319,7 +319,7 @@ def test_pruned_channels_stay_pruned_while_they_are_tuned(suspect, clean):
     )
     made = repair(suspect, clean[0], 0, validation=clean[1], log=log)
     count = log["pruned"]["channels"]
-    gone = dormant(suspect, clean[0]).activity.argsort(stable=True)[:count]
+    gone = find_last_convolution(suspect, clean[0]).activity.argsort(stable=True)[:count]
     assert 0 < count < 32 and not made.image.layers[9].weight[gone].any()
     assert (
         not made.image.layers[10].weight[gone].any() and not made.image.layers[10].bias[gone].any()

@@ -58,7 +58,7 @@ def first_images(clean: Pairs, count: int, device: torch.device, audit: str) -> 
 
 def embed_in_double(encoder: Encoder, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> float64 (N, D), unit rows. Raises UserError on NaN."""
-    return embed_images(encoder, images.split(BATCH)).double()
+    return embed_images(encoder, torch.split(images, BATCH)).double()
 
 
 def iterate_probes(
@@ -128,7 +128,8 @@ def whitening_matrix(z: Tensor, shrink: float) -> Tensor:
         )
     identity = torch.eye(len(cov)).to(cov)
     values, vectors = torch.linalg.eigh((1 - shrink) * cov + shrink * scale * identity)
-    return vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    whitening: Tensor = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    return whitening
 
 
 def common_shift(shifts: Tensor) -> tuple[float, float]:

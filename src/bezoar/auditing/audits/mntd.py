@@ -212,10 +212,11 @@ def learn_queries(
         z = ((x - mean) / std) @ weight + bias
         loss = balanced_loss(z, attacked) + penalty * weight.square().sum() / (2 * len(shadows))
         grad_x = torch.autograd.grad(loss, x, retain_graph=True)[0]
-        loss.backward(inputs=[weight, bias])
+        torch.autograd.backward(loss, inputs=[weight, bias])
         # Once more, encoder by encoder: this takes the memory of one of them, not of all.
         for encoder, grad in zip(shadows, grad_x, strict=True):
-            query_cosines(encoder.encode_images(free.sigmoid())).backward(grad, inputs=[free])
+            cosines = query_cosines(encoder.encode_images(free.sigmoid()))
+            torch.autograd.backward(cosines, grad, inputs=[free])
         optimizer.step()
         report(step + 1, steps)
     return (free.detach().sigmoid() * 255).round().byte()

@@ -96,7 +96,7 @@ class SslCleanse:
             z = trigger_inversion.embed_clean(tower, clean.images)  # (N, D)
             centres = kmeans.cluster_centres(z, count, seed)  # (C, D)
             members = (2 * z @ centres.T - centres.square().sum(1)).argmax(1)  # (N,)
-            if len(centres) < 2 or members.unique().numel() < len(centres):
+            if len(centres) < 2 or len(set(members.tolist())) < len(centres):
                 raise UserError(
                     f"the vectors of {len(clean)} clean images do not fall into {count} clusters; ask for fewer"
                 )
