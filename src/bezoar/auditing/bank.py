@@ -182,9 +182,11 @@ class Calibration:
             values[attack] = [e.value for e in self.detectable if e.attack == attack]
         return {
             attack: proportion(
-                sum(v > threshold for v in own), len(own), "attacked encoders above the threshold"
+                sum(v > threshold for v in of_attack),
+                len(of_attack),
+                "attacked encoders above the threshold",
             )
-            for attack, own in values.items()
+            for attack, of_attack in values.items()
         }
 
 
@@ -326,8 +328,13 @@ def judge_value(
         calibration = _pool_calibrations(fitting, audited).without(name)
     except _NoCalibration as error:
         return CalibratedVerdict("no calibration", rate, reason=str(error))
-    p_value = calibration.p_value(value)
-    assumptions = tuple(fitting[0].assumptions(family))
+    verdict = CalibratedVerdict(
+        "no calibration",
+        rate,
+        calibration.p_value(value),
+        calibration=calibration,
+        assumptions=tuple(fitting[0].assumptions(family)),
+    )
     threshold = calibration.threshold(rate)
     if threshold is None:
         needed = math.ceil(round(1 / rate - 1, 9))
@@ -335,23 +342,13 @@ def judge_value(
             f"{len(calibration.clean)} clean encoders support no false-positive rate below "
             f"{calibration.smallest_rate:.2g}; {rate:g} takes {needed}"
         )
-        return CalibratedVerdict(
-            "no calibration",
-            rate,
-            p_value,
-            calibration=calibration,
-            reason=reason,
-            assumptions=assumptions,
-        )
-    return CalibratedVerdict(
-        "evidence" if value > threshold else "no evidence",
-        rate,
-        p_value,
-        threshold,
-        calibration.false_positive_rate(rate),
-        calibration.sensitivity(rate),
-        calibration,
-        assumptions=assumptions,
+        return dataclasses.replace(verdict, reason=reason)
+    return dataclasses.replace(
+        verdict,
+        outcome="evidence" if value > threshold else "no evidence",
+        threshold=threshold,
+        false_positive_rate=calibration.false_positive_rate(rate),
+        sensitivities=calibration.sensitivity(rate),
     )
 
 
@@ -425,25 +422,20 @@ def adjust_p_values(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def encoder_family(encoder: Encoder, given: object) -> Family:
+def encoder_family(encoder: Encoder, origin: object) -> Family:
     """The family of an encoder, by its own facts and by those of the train run that it goes back to.
 
-    given: what the encoder was loaded from, a run or a method.
+    origin: what the encoder was loaded from, a run or a method.
     """
-    about = encoder.about
-    return Family(
-        about.get("network", ""),
-        encoder.preprocess.size,
-        _training_data(given),
-        about.get("objective", ""),
-    )
+    network, objective = (encoder.about.get(key, "") for key in ("network", "objective"))
+    return Family(network, encoder.preprocess.size, _training_data(origin), objective)
 
 
-def _training_data(given: object) -> str:
+def _training_data(origin: object) -> str:
     """The data that a run's encoder was trained on, comparable; "" where the runs that say so are not there."""
     data = ""
     try:
-        run = given.ancestor("train") if hasattr(given, "ancestor") else None
+        run = origin.ancestor("train") if hasattr(origin, "ancestor") else None
         while run is not None:
             source = run.manifest["ask"].get("data") or {}
             data = comparable_data_spec(source["spec"]) if "spec" in source else ""

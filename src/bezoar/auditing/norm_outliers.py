@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bezoar.auditing.evidence import exact_measure
-from bezoar.auditing.trigger_inversion import InvertedTriggers
+from bezoar.auditing.trigger_inversion import InvertedTriggers, inversion_limits
+from bezoar.data.pairs import Pairs
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
 
@@ -39,7 +40,8 @@ def outlier_verdict(
     names: Sequence[str],
     what: str,
     statistic: OutlierStatistic,
-    n: int,
+    clean: Pairs,
+    notes: dict[str, Any],
 ) -> Verdict:
     """The verdict of an audit that asks whether one target is far easier to reach than the others.
 
@@ -48,8 +50,10 @@ def outlier_verdict(
         names: the targets.
         what: a target in a word.
         statistic: which evidence is the value. With fewer than `MIN_NORMS` targets it is always `log_ratio`.
-        n: number of clean images.
+        clean: the clean images.
+        notes: further notes of the verdict.
     """
+    n = len(clean)
     few = len(names) < MIN_NORMS
     norms = triggers.norms.double().cpu().clamp(min=MIN_SPREAD)
     smallest = int(norms.argmin())
@@ -59,7 +63,7 @@ def outlier_verdict(
         n,
         f"clean images that the least trigger makes {names[smallest]!r}",
     )
-    limits = []
+    limits = inversion_limits(clean)
     if few:
         ending = "" if statistic == "log_ratio" else "; the value is log(median norm / least norm)"
         limits.append(
@@ -74,7 +78,7 @@ def outlier_verdict(
             f"{', '.join(unreached[:MAX_NAMED])}"
         )
     value = evidence["log_ratio" if few else statistic].value
-    notes = {"target": names[smallest], "unreached": unreached, "limits": limits}
+    notes = {**notes, "target": names[smallest], "unreached": unreached, "limits": limits}
     return Verdict(value, evidence, triggers.inversions(names), notes)
 
 

@@ -124,18 +124,9 @@ class TriggerSearch:
         survived: bool (G,), whether the search was not given up at a halving.
     """
 
-    RUNNING = (
-        "indices",
-        "u",
-        "first_moment",
-        "second_moment",
-        "weights",
-        "successes",
-        "failures",
-        "floor_failures",
-        "idle_steps",
-        "weight_moved",
-    )
+    # what has a row for each search that still runs
+    RUNNING = ("indices", "u", "first_moment", "second_moment", "weights")
+    COUNTERS = ("successes", "failures", "floor_failures", "idle_steps", "weight_moved")
 
     def __init__(self, u: Tensor, recipe: InversionRecipe) -> None:
         """Start from free numbers (G, 4, H, W), which are changed in place."""
@@ -230,5 +221,5 @@ class TriggerSearch:
 
     def _keep_running(self, stay: Tensor) -> None:
         """Stop the searches that `stay`, bool (g,), does not name."""
-        for name in self.RUNNING:
+        for name in self.RUNNING + self.COUNTERS:
             setattr(self, name, getattr(self, name)[stay])

@@ -154,12 +154,12 @@ def compare_readings(
     An object for each known and each inverted trigger: `target`, `trigger`, `inverted` (the number of an inverted one),
     `ids`, `own` (classes), `before` and `after`.
     """
-    known = [(goal, None) for goal in data.goals if goal.trigger]
-    inverted = [(goal, number) for number, goal in enumerate(data.inverted)]
+    goals: list[tuple[Goal, int | None]] = [(g, None) for g in data.goals if g.trigger]
+    goals += [(g, number) for number, g in enumerate(data.inverted)]
     test, classes = data.test, data.test.classes
     assert test.labels is not None
     readings = []
-    for goal, number in [*known, *inverted]:
+    for goal, number in goals:
         of_other_class = test.labels != success.class_index(goal.target, classes)
         rows = ((test.labels >= 0) & of_other_class).nonzero()[:MAX_READINGS, 0]
         images = test.take(rows.cpu())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar
 
 from torch import Tensor
@@ -85,9 +84,8 @@ class Cleanse:
             triggers = trigger_inversion.invert_triggers(
                 tower, clean, objective, len(names), self.recipe(), seed, report
             )
-        verdict = outlier_verdict(triggers, names, "class", self.score, len(clean))
-        limits = [*trigger_inversion.inversion_limits(clean), *verdict.notes["limits"]]
-        return replace(verdict, notes={"head": classifier.how, **verdict.notes, "limits": limits})
+        notes = {"head": classifier.how}
+        return outlier_verdict(triggers, names, "class", self.score, clean, notes)
 
 
 def reach_class(classifier: Classifier) -> TriggerObjective:

@@ -8,7 +8,6 @@ random probes with their difference on clean images.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -33,19 +32,6 @@ LIMITS = [
     "It shows what tuning has changed: a backdoor that the parent already had is not detected.",
     "Its probes are random patches and blends: a trigger that does not resemble them is not detected.",
 ]
-
-
-@dataclass(frozen=True)
-class ProbeDistances:
-    """What the probes do to the distance between two encoders.
-
-    ratios: kind -> mean distance on each probe over that on clean images. by_name: the same as (ratio, probe's name), the
-    largest first. shifts: float64 (K, D), mean difference of the two encoders' vectors on each probe.
-    """
-
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-    by_name: list[tuple[float, str]] = field(default_factory=list)
-    shifts: list[Tensor] = field(default_factory=list)
 
 
 @method
@@ -87,31 +73,33 @@ class Parent:
         images = random_probes.first_images(clean, self.images, encoder.device, "parent")
         distances, shift = compare_vectors(encoder, parent, images)  # (N,), (N, D)
         clean_distance = max(float(distances.mean()), MIN_DISTANCE)
-        probes = ProbeDistances({kind: [] for kind in PROBE_KINDS})
+        ratios: dict[str, list[float]] = {kind: [] for kind in PROBE_KINDS}
+        ratios_and_names: list[tuple[float, str]] = []
+        mean_shifts: list[Tensor] = []
         apply = partial(apply_probe, seed=seed)
         for kind, number, probed in random_probes.iterate_probes(
             images, PROBE_KINDS, self.probes, apply, report
         ):
             probe_distances, probe_shift = compare_vectors(encoder, parent, probed)
             ratio = max(float(probe_distances.mean()), MIN_DISTANCE) / clean_distance
-            probes.ratios[kind].append(ratio)
-            probes.by_name.append((ratio, f"{kind} {number}"))
-            probes.shifts.append(probe_shift.mean(0))
-        probes.by_name.sort(reverse=True)
-        worst = probes.by_name[: max(1, len(probes.by_name) // WORST_SHARE)]
+            ratios[kind].append(ratio)
+            ratios_and_names.append((ratio, f"{kind} {number}"))
+            mean_shifts.append(probe_shift.mean(0))
+        ratios_and_names.sort(reverse=True)
+        worst = ratios_and_names[: max(1, len(ratios_and_names) // WORST_SHARE)]
         value = math.log(sum(ratio for ratio, _ in worst) / len(worst))
 
         evidence = {
             f"ratio_{kind}": mean_over_probes(
-                ratios, f"distance of {kind} probes over that of clean images"
+                of_kind, f"distance of {kind} probes over that of clean images"
             )
-            for kind, ratios in probes.ratios.items()
+            for kind, of_kind in ratios.items()
         }
         evidence["moved"] = average(
             distances.cpu(), "1 - cosine of clean images to the parent's vectors"
         )
         evidence["directions_probes"] = count_directions(
-            torch.stack(probes.shifts), "the probes' mean shifts"
+            torch.stack(mean_shifts), "the probes' mean shifts"
         )
         evidence["directions_clean"] = count_directions(shift, "clean images' shifts")
         evidence["layers"] = layer_ratio(layer_changes)
@@ -119,7 +107,7 @@ class Parent:
         layers_by_change = sorted(layer_changes.items(), key=lambda item: -item[1])
         notes: dict[str, Any] = {
             "limits": LIMITS,
-            "probes": {name: ratio for ratio, name in probes.by_name[:MAX_NAMED]},
+            "probes": {name: ratio for ratio, name in ratios_and_names[:MAX_NAMED]},
             "inputs": {clean.ids[i]: float(distances[i]) for i in most_moved},
             "layers": dict(layers_by_change[:MAX_NAMED]),
         }

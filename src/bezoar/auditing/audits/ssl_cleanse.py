@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -105,12 +104,10 @@ class SslCleanse:
                 tower, clean, objective, len(centres), self.recipe(), seed, report
             )
         names = [f"cluster {i}" for i in range(len(centres))]
-        verdict = outlier_verdict(triggers, names, "cluster", self.score, len(clean))
         medoids = (z @ centres.T).argmax(0).tolist()
         nearest = {name: clean.ids[row] for name, row in zip(names, medoids, strict=True)}
-        limits = [*trigger_inversion.inversion_limits(clean), *verdict.notes["limits"]]
-        notes = {"nearest_to_centre": nearest, **verdict.notes, "limits": limits}
-        return replace(verdict, notes=notes)
+        notes = {"nearest_to_centre": nearest}
+        return outlier_verdict(triggers, names, "cluster", self.score, clean, notes)
 
 
 def reach_cluster(
