@@ -1,9 +1,10 @@
 """Banks: audits' values of clean and attacked encoders, which turn an audit's value into a verdict.
 
-A threshold is a quantile of clean encoders' values (split conformal: Vovk et al. 2005). A clean encoder like them, trained
-and audited the same way, exceeds it with a probability of at most the rate asked for. How often encoders exceed this one
-threshold depends on the clean encoders that happened to set it, and has an interval (Beta, the distribution of an order
-statistic). Only encoders of one family are comparable, audited by the same code on the same clean images.
+A threshold is a quantile of clean encoders' values (split conformal: Vovk et al. 2005). A clean
+encoder like them, trained and audited the same way, exceeds it with a probability of at most the
+rate asked for. How often encoders exceed this one threshold depends on the clean encoders that
+happened to set it, and has an interval (Beta, the distribution of an order statistic). Only
+encoders of one family are comparable, audited by the same code on the same clean images.
 """
 
 from __future__ import annotations
@@ -28,15 +29,13 @@ from bezoar.data.files.writing import write_whole
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
-from bezoar.evaluation.scores import Measure, proportion
+from bezoar.evaluation.scores import Measure, proportion, separation
 
 SCHEMA = 1
 FILE = "bank.json"
 MAX_BYTES = 16 << 20
-MIN_ATTACK_SUCCESS = (
-    0.5  # an attack of known success below this has failed, and leaves little to detect
-)
-SHARED = (  # modules that audits are written in beside their own file; a change of any may change their values
+MIN_ATTACK_SUCCESS = 0.5  # below this an attack has failed, and leaves little to detect
+SHARED = (  # modules beside its own file that an audit's values may depend on
     "auditing.random_probes",
     "auditing.trigger_inversion",
     "auditing.trigger_search",
@@ -146,17 +145,20 @@ class Calibration:
         return 1 / (len(self.clean) + 1)
 
     def threshold(self, rate: float) -> float | None:
-        """The conformal quantile of the clean values; a value above it is evidence. None where n < 1 / rate - 1."""
+        """The conformal quantile of the clean values; None where n < 1 / rate - 1."""
         k = self.rank(rate)
         return None if k is None else sorted(entry.value for entry in self.clean)[k - 1]
 
     def p_value(self, value: float) -> float:
-        """(1 + clean values at or above it) / (n + 1). At most the rate exactly where the value exceeds the threshold."""
+        """(1 + clean values at or above it) / (n + 1).
+
+        It is at most the rate exactly where the value exceeds the threshold.
+        """
         at_or_above = sum(entry.value >= value for entry in self.clean)
         return (1 + at_or_above) / (len(self.clean) + 1)
 
     def false_positive_rate(self, rate: float) -> Measure | None:
-        """How often clean encoders exceed this threshold: Beta(n + 1 - k, k), its mean and its central 95 %.
+        """How often clean encoders exceed this threshold: Beta(n + 1 - k, k), with its central 95 %.
 
         None where there are too few clean encoders.
         """
@@ -171,8 +173,8 @@ class Calibration:
     def sensitivity(self, rate: float) -> dict[str, Measure]:
         """Share of the attacked encoders above the threshold, by attack; "" stands for all of them.
 
-        Encoders on which the attack is known to have failed are left out. Empty where there is no threshold, or no attacked
-        encoder.
+        Encoders on which the attack is known to have failed are left out. Empty where there is no
+        threshold, or no attacked encoder.
         """
         threshold = self.threshold(rate)
         if threshold is None or not self.detectable:
@@ -200,10 +202,10 @@ class Bank:
     version: str = version("bezoar")
 
     def differences(self, family: Family, sample: Sample) -> list[str]:
-        """How an encoder and its clean images differ from those of the bank, a phrase a field; empty where they do not.
+        """How an encoder and its clean images differ from those of the bank, a phrase a field.
 
-        Training data and objective that are not known of the encoder do not count as different (see `assumptions`); an
-        unknown network does.
+        Training data and objective that are not known of the encoder do not count as different (see
+        `assumptions`); an unknown network does.
         """
         phrases = []
         for name in ("network", "size", "data", "objective"):
@@ -423,7 +425,7 @@ def adjust_p_values(p: Sequence[float]) -> list[float]:
 
 
 def encoder_family(encoder: Encoder, origin: object) -> Family:
-    """The family of an encoder, by its own facts and by those of the train run that it goes back to.
+    """The family of an encoder, by its own facts and by the train run that it goes back to.
 
     origin: what the encoder was loaded from, a run or a method.
     """
@@ -432,7 +434,7 @@ def encoder_family(encoder: Encoder, origin: object) -> Family:
 
 
 def _training_data(origin: object) -> str:
-    """The data that a run's encoder was trained on, comparable; "" where the runs that say so are not there."""
+    """The data that a run's encoder was trained on, comparable; "" where they are not known."""
     data = ""
     try:
         run = origin.ancestor("train") if hasattr(origin, "ancestor") else None
@@ -446,7 +448,10 @@ def _training_data(origin: object) -> str:
 
 
 def comparable_data_spec(spec: str) -> str:
-    """A data spec as banks compare it: without its seed, and of a path the last part alone. Nothing but the text is read."""
+    """A data spec as banks compare it: without its seed, and of a path the last part alone.
+
+    Only the text is read, which may come from anybody's manifest.
+    """
     name, _, rest = spec.partition(":")
     parts = [part for part in registry.split_outside_brackets(rest, ",") if "=" in part]
     fields = dict(part.split("=", 1) for part in parts)
@@ -456,13 +461,12 @@ def comparable_data_spec(spec: str) -> str:
 
 
 def code_hash(cls: type) -> str:
-    """Hash of the code of an audit: of its file, and of the modules of `SHARED` that it imports, directly or through others."""
+    """Hash of the code of an audit: of its file, and of the modules of `SHARED` that it imports."""
     return hash_sources(Path(inspect.getfile(cls)), SHARED)
 
 
 def describe_attack(goals: Iterable[Goal]) -> tuple[str, str]:
-    """The name of the attack that goals belong to, by which sensitivities are grouped (`backdoor patch`), and the specs of
-    its triggers."""
+    """The name of the attack that goals belong to (`backdoor patch`), and its triggers' specs."""
     goals = list(goals)
     names = {
         f"{goal.how.partition(':')[0]} {(goal.trigger or '').partition(':')[0]}".strip()
@@ -473,13 +477,12 @@ def describe_attack(goals: Iterable[Goal]) -> tuple[str, str]:
 
 
 def measure_auroc(calibration: Calibration) -> Measure | None:
-    """The chance that an attacked encoder is above a clean one; None unless there are both. Failed attacks are left out."""
+    """The chance that an attacked encoder is above a clean one; None unless there are both.
+
+    Failed attacks are left out.
+    """
     attacked = [entry.value for entry in calibration.detectable]
     clean = [entry.value for entry in calibration.clean]
     if not attacked or not clean:
         return None
-    values = [*attacked, *clean]
-    truth = [True] * len(attacked) + [False] * len(clean)
-    low, high = stats.auroc_interval(values, truth)
-    how = f"chance that one of {len(attacked)} attacked encoders is above one of {len(clean)} clean ones; {stats.AUROC_INTERVAL}"
-    return Measure(stats.auroc(values, truth), len(values), low, high, how)
+    return separation(attacked, clean)

@@ -8,7 +8,7 @@ from bezoar.evaluation.scores import Measure, average
 
 
 def exact_measure(value: float, n: int, how: str) -> Measure:
-    """A number without sampling error: repeating the computation gives it again, so its interval is the number itself."""
+    """A number without sampling error: its interval is the number itself."""
     return Measure(float(value), n, float(value), float(value), how)
 
 

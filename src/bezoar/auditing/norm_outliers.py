@@ -1,4 +1,4 @@
-"""Whether one target's trigger is far smaller than those of the others: the anomaly index, and the verdict by it."""
+"""Whether one target's trigger is far smaller than others: the anomaly index, and a verdict."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ MAX_NAMED = 8  # targets that a sentence names
 
 
 def anomaly_index(norms: Tensor) -> Tensor:
-    """Neural Cleanse's anomaly index: |norm - median| / (1.4826 MAD) of each norm (G,) below the median, 0 of the others.
+    """Neural Cleanse's anomaly index of each norm (G,), float64 (G,) on the CPU.
 
-    float64 (G,), on the CPU. The median of an even number is the mean of its two middle ones.
+    It is |norm - median| / (1.4826 MAD) below the median, and 0 above. The median of an even number
+    of norms is the mean of the two middle ones.
     """
     x = norms.detach().double().cpu()
     median = x.quantile(0.5)
@@ -49,7 +50,8 @@ def outlier_verdict(
         triggers: one for each target.
         names: the targets.
         what: a target in a word.
-        statistic: which evidence is the value. With fewer than `MIN_NORMS` targets it is always `log_ratio`.
+        statistic: which evidence is the value. With fewer than `MIN_NORMS` targets it is always
+            `log_ratio`.
         clean: the clean images.
         notes: further notes of the verdict.
     """
@@ -83,7 +85,11 @@ def outlier_verdict(
 
 
 def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, Measure]:
-    """The statistics of the norms, float64 (G,). smallest: name of the least one's target. n: number of clean images."""
+    """The statistics of the norms, float64 (G,).
+
+    smallest: name of the least one's target. what: the triggers in words. n: number of clean
+    images.
+    """
     least, median = norms.min(), norms.quantile(0.5)
 
     def measure(value: Tensor, how: str) -> Measure:

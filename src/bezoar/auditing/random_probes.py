@@ -1,6 +1,7 @@
-"""Random probes: patterns that are laid over clean images, to measure how far they move an encoder's vectors.
+"""Random probes: patterns over clean images, to measure how far they move an encoder's vectors.
 
-Audits that know no trigger and invert none are built on these (`whitening`, `whole_image`, `parent`).
+Audits that know no trigger and invert none are built on these (`whitening`, `whole_image`,
+`parent`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BLEND_SHARE = 0.2  # of the pattern in a blended image
 MIN_SIDE = 8  # pixels of an image that probes can be laid over
 BATCH = 128  # images that are embedded together
 
-# A probe laid over images: uint8 (N, 3, H, W), its kind and its number within the kind -> uint8 (N, 3, H, W).
+# Lays a probe over images: uint8 (N, 3, H, W), the probe's kind, its number -> uint8 (N, 3, H, W)
 ProbeFunction = Callable[[Tensor, str, int], Tensor]
 
 
@@ -37,7 +38,7 @@ class CommonShifts:
 
 
 def check_fields(probes: int, images: int, shrink: float) -> None:
-    """Raise ValueError unless these can be an audit's number of probes, number of images and shrinkage."""
+    """Raise ValueError unless these can be an audit's probes, images and shrinkage."""
     if probes < 1 or images < 2 or not 0 < shrink <= 1:
         raise ValueError("needs probes >= 1, images >= 2 and shrink in 0..1, above 0")
 
@@ -68,7 +69,7 @@ def iterate_probes(
     apply: ProbeFunction,
     report: ProgressReport,
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield (kind, number, images with the probe) for `probes` probes of each kind, the kinds in turn."""
+    """Yield (kind, number, images with the probe) for all probes, the kinds in turn."""
     total = probes * len(kinds)
     for i in range(total):
         kind = kinds[i % len(kinds)]
@@ -86,7 +87,7 @@ def measure_common_shifts(
     shrink: float,
     report: ProgressReport,
 ) -> dict[str, CommonShifts]:
-    """How far each probe moves all images in one direction, in standard deviations of the clean vectors.
+    """How far each probe moves all images in one direction, in deviations of the clean vectors.
 
     Args:
         encoder: the encoder under audit.
@@ -113,8 +114,8 @@ def measure_common_shifts(
 def whitening_matrix(z: Tensor, shrink: float) -> Tensor:
     """The inverse square root of the vectors' covariance (ZCA), symmetric (D, D).
 
-    The covariance C of z, float (N, D), divides by N and is shrunk towards a multiple of the identity,
-    (1 - shrink) C + shrink tr(C) / D I, because there may be fewer images than axes.
+    The covariance C of z, float (N, D), divides by N and is shrunk towards a multiple of the
+    identity, (1 - shrink) C + shrink tr(C) / D I, because there may be fewer images than axes.
 
     Raises:
         UserError: where all vectors are the same.
@@ -133,7 +134,7 @@ def whitening_matrix(z: Tensor, shrink: float) -> Tensor:
 
 
 def common_shift(shifts: Tensor) -> tuple[float, float]:
-    """Length of the mean of whitened shifts (N, D), and its square as a share of their mean square (0..1)."""
+    """Length of the mean of shifts (N, D), and its square over their mean square (0..1)."""
     squared_length = float(shifts.mean(0).square().sum())
     mean_square = float(shifts.square().sum(1).mean())
     return squared_length**0.5, squared_length / max(mean_square, 1e-30)
@@ -147,8 +148,9 @@ def probe_generator(kinds: Sequence[str], kind: str, number: int, seed: int) -> 
 def apply_probe(images: Tensor, kind: str, number: int, seed: int) -> Tensor:
     """Lay the number-th probe of a kind over images: one pattern, at one place, for all of them.
 
-    uint8 (N, 3, H, W) -> a new tensor of the same shape. Patches have sides of an eighth to a third of the image. Of
-    `blocks` each cell is two pixels of an image of 32, and each of its colours 0 or 255.
+    uint8 (N, 3, H, W) -> a new tensor of the same shape. Patches have sides of an eighth to a third
+    of the image. Of `blocks` each cell is two pixels of an image of 32, and each of its colours 0
+    or 255.
     """
     generator = probe_generator(PROBE_KINDS, kind, number, seed)
     height, width = images.shape[-2:]

@@ -1,6 +1,9 @@
-"""SARIF 2.1.0 (OASIS 2020): an audit's findings in the format of code-scanning tools. One rule an audit, one result a rule.
+"""SARIF 2.1.0 (OASIS 2020): an audit's findings in the format of code-scanning tools.
 
-Evidence has the level `error`; everything else has `note`, never `none` or a kind `pass`: no audit shows an encoder clean.
+One rule an audit, one result a rule.
+
+Evidence has the level `error`; everything else has `note`, never `none` or a kind `pass`: no audit
+shows an encoder clean.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ from bezoar import registry
 
 
 def hash_sources(path: Path, shared: Sequence[str]) -> str:
-    """Hash (sha256, 16 digits) of a file, and of those of the shared modules that it imports, directly or through others.
+    """Hash (sha256, 16 digits) of a file and of the shared modules that it depends on.
 
     Args:
         path: a Python file.
-        shared: modules, without the leading `bezoar.`; their order is that of the hash.
+        shared: modules, without the leading `bezoar.`. Those count that the file imports, directly
+            or through others.
     """
     tree = parse_without_docstrings(path)
     trees: dict[str, ast.Module] = {}
@@ -44,7 +45,7 @@ def parse_without_docstrings(path: Path) -> ast.Module:
 
 
 def imported_names(tree: ast.Module) -> set[str]:
-    """Every module that `from ... import` names, and everything in it: `bezoar.auditing`, `bezoar.auditing.bank`."""
+    """What `from module import name` statements name, as `module` and as `module.name`."""
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     modules = {node.module or "" for node in nodes}
     return modules | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}

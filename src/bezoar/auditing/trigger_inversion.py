@@ -1,9 +1,10 @@
-"""Trigger inversion: many triggers at once, as one batched product, by gradients with respect to the pixels alone.
+"""Trigger inversion: many triggers at once, as one batched product, with gradients of pixels alone.
 
-Stamping is x -> (1 - m) x + m p with a mask m and a pattern p, found by the search of `trigger_search` (after Wang et al.
-2019). Each inversion has its own weight, stopping and best result, and all of them see the same images at the same step, so
-that a batch of inversions gives what they would give one by one, but for rounding. No gradient of an encoder's weight is
-computed; batch norms are in evaluation mode and folded into their convolutions (`encoders.folded_norms`).
+Stamping is x -> (1 - m) x + m p with a mask m and a pattern p, found by the search of
+`trigger_search` (after Wang et al. 2019). Each inversion has its own weight, stopping and best
+result, and all of them see the same images at the same step, so that a batch of inversions gives
+what they would give one by one, but for rounding. No gradient of an encoder's weight is computed;
+batch norms are in evaluation mode and folded into their convolutions (`encoders.folded_norms`).
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Inversion
 
-CHECK_EVERY = 5  # steps between two checks of which searches have ended; each makes the host wait for the device
+CHECK_EVERY = 5  # steps between checks for ended searches, which make the host wait for the device
 MANY_IMAGES = 1 << 20  # more than are ever computed together
 NOT_FINITE = "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
 
 
 @dataclass(frozen=True)
 class ImageTower:
-    """An encoder's image tower as a function of the pixels alone: float 0..1 (B, 3, H, W) -> vectors (B, D).
+    """An image tower as a function of the pixels alone: float 0..1 (B, 3, H, W) -> vectors (B, D).
 
     Attributes:
         encoder: prepares the pixels and sets the arithmetic.
@@ -68,7 +69,7 @@ class ImageTower:
         return torch.promote_types(next(self.encoder.parameters()).dtype, torch.float32)
 
     def slices(self, n: int) -> Iterator[slice]:
-        """n images in parts that are computed together; their length depends on the size of the tower's input."""
+        """n images in parts that are computed together, as large as the input size allows."""
         return folded_norms.chunk_slices(n, self.encoder.preprocess.size, self.device)
 
 
@@ -92,7 +93,8 @@ class InvertedTriggers:
     """The results of G inversions; those that were given up at a halving are left out.
 
     Attributes:
-        masks: float32 (G, 1, H, W) in 0..1; where the goal was never reached, of the most successful trigger.
+        masks: float32 (G, 1, H, W) in 0..1; where the goal was never reached, of the most
+            successful trigger.
         patterns: float32 (G, 3, H, W) in 0..1.
         norms: (G,), the sums of the masks, in pixels.
         success: (G,), over all clean images.
@@ -110,7 +112,7 @@ class InvertedTriggers:
     def inversions(
         self, targets: Sequence[str], order: Tensor | None = None
     ) -> tuple[Inversion, ...]:
-        """The triggers with their targets, in the order of int64 (G,); without one, the smallest first."""
+        """The triggers with their targets, in an order int64 (G,); else the smallest first."""
         masks, patterns = self.masks.cpu(), self.patterns.cpu()
         norms, success = self.norms.tolist(), self.success.tolist()
         order = self.norms.argsort(stable=True) if order is None else order
@@ -131,7 +133,8 @@ def freeze_tower(encoder: Encoder, raw: bool = False) -> Iterator[ImageTower]:
         raw: whether vectors are as the tower gives them; else they are unit rows.
 
     Raises:
-        UserError: for an encoder without an image tower, or whose vectors depend on the other images of the batch.
+        UserError: for an encoder without an image tower, or whose vectors depend on the other
+            images of the batch.
     """
     if not isinstance(getattr(encoder, "image", None), nn.Module):
         raise UserError("this encoder has no image tower; trigger inversion audits image encoders")
@@ -170,7 +173,7 @@ def inversion_limits(clean: Pairs) -> list[str]:
 
 
 def stamp_triggers(u: Tensor, x: Tensor) -> Tensor:
-    """Stamp g triggers (g, 4, H, W) on each of n images, float 0..1 (n, 3, H, W) -> (g n, 3, H, W)."""
+    """Stamp g triggers (g, 4, H, W) on n images each, float 0..1 (n, 3, H, W) -> (g n, 3, H, W)."""
     mask, pattern = mask_and_pattern(u)
     return torch.addcmul((mask * pattern)[:, None], (1 - mask)[:, None], x).flatten(0, 1)
 
@@ -178,7 +181,9 @@ def stamp_triggers(u: Tensor, x: Tensor) -> Tensor:
 def compute_gradients(
     search: TriggerSearch, x: Tensor, tower: ImageTower, objective: TriggerObjective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the searches that still run, computed some at a time, so that memory does not grow with their number.
+    """Gradients of the searches that still run.
+
+    Some are computed at a time, so that memory does not grow with their number.
 
     Args:
         search: g searches.
@@ -187,7 +192,8 @@ def compute_gradients(
         objective: loss and success.
 
     Returns:
-        The gradient by the free numbers (g, 4, H, W) of loss + weight |m|_1; success (g,); and |m|_1 (g,).
+        The gradient by the free numbers (g, 4, H, W) of loss + weight |m|_1; success (g,); and
+        |m|_1 (g,).
     """
     grad = torch.empty_like(search.u)
     success = torch.empty_like(search.weights)

@@ -1,7 +1,8 @@
-"""The search behind trigger inversion: its recipe, its free numbers, and the state of many searches that run together.
+"""The search behind trigger inversion: its recipe, its start, the state of many searches.
 
-A trigger is a mask m and a pattern p, both (tanh(u) + 1) / 2 of free numbers u. Adam lowers a loss plus weight |m|_1. The
-weight grows while the trigger succeeds and falls while it does not; the result is the smallest mask that succeeded.
+A trigger is a mask m and a pattern p, both (tanh(u) + 1) / 2 of free numbers u. Adam lowers a loss
+plus weight |m|_1. The weight grows while the trigger succeeds and falls while it does not; the
+result is the smallest mask that succeeded.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ class InversionRecipe:
         floor: least weight.
         resets: failures at the least weight that set it back to the start; 0: never.
         goal: the success that counts as reached, above 0 and at most 1.
-        halvings: how often, at even distances, the worse half of the searches is given up. For restarts, of which the best
-            one is wanted.
-        wait: steps without progress after which a search ends, if it has succeeded and its weight has gone both up and down.
+        halvings: how often, at even distances, the worse half of the searches is given up. For
+            restarts, of which the best one is wanted.
+        wait: steps without progress after which a search ends, if it has succeeded and its weight
+            has gone both up and down.
         centred: start from a central square of half the side, not from noise.
     """
 
@@ -91,7 +93,7 @@ class InversionRecipe:
 def initial_parameters(
     count: int, height: int, width: int, seed: int, centred: bool = False
 ) -> Tensor:
-    """Draw free numbers (count, 4, H, W), the mask's before the pattern's, that make uniform masks and patterns.
+    """Draw free numbers (count, 4, H, W), mask first, that make uniform masks and patterns.
 
     Those of a search depend on the seed and on its number alone.
     """
@@ -117,7 +119,8 @@ class TriggerSearch:
         u: free numbers (g, 4, H, W) of the g searches that still run.
         indices: int64 (g,), their numbers among the G.
         weights: (g,), of |m|_1.
-        best_u: (G, 4, H, W), the smallest trigger that reached the goal; until there is one, the most successful.
+        best_u: (G, 4, H, W), the smallest trigger that reached the goal; until there is one, the
+            most successful.
         best_norm: (G,), |m|_1 of the smallest that reached the goal; infinite where none did.
         best_success: (G,), the highest success at any step.
         steps: int64 (G,), steps taken.
@@ -171,7 +174,7 @@ class TriggerSearch:
         self.update_weights(reached)
 
     def update_weights(self, reached: Tensor) -> None:
-        """Set the weights of the next step; reached: bool (g,), whether each trigger reached the goal."""
+        """Set the next step's weights; reached: bool (g,), which triggers met the goal."""
         recipe = self.recipe
         self.successes = torch.where(reached, self.successes + 1, 0)
         self.failures = torch.where(reached, 0, self.failures + 1)
@@ -201,7 +204,7 @@ class TriggerSearch:
         self.steps[self.indices] = step + 1
 
     def halve(self) -> None:
-        """Give up the worse half: those that never reached the goal, the least successful first, then the larger masks."""
+        """Give up the worse half: those that never reached the goal, then the larger masks."""
         best_norm = self.best_norm[self.indices]
         best_success = self.best_success[self.indices]
         badness = torch.where(best_norm.isinf(), 1e9 - best_success, best_norm)

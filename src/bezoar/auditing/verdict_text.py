@@ -1,4 +1,4 @@
-"""The text of an audit's verdict: of several audits together, and of what was not tested. It never says `clean`."""
+"""The text of a verdict: of several audits together, and of what was not tested."""
 
 from __future__ import annotations
 

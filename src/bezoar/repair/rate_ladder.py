@@ -1,7 +1,7 @@
-"""Which learning rate a repair takes: the largest whose clean validation score falls by no more than a tolerance.
+"""The learning rate of a repair: the largest that keeps the clean validation score.
 
-A backdoor goes where weights move far, and so does accuracy: the rate decides. The rule reads clean records alone, never the
-attack.
+A backdoor goes where weights move far, and so does accuracy: the rate decides. The rule reads clean
+records alone, never the attack.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class ValidationMetric:
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:
         """The best score that these records allow.
 
-        With labels it is accuracy, zero-shot where there is a text tower, else of a linear head fitted on the clean records.
-        Without labels it is how many images find their own caption. Without captions too, it is how many records stay in the
-        cluster that the start puts them into.
+        With labels it is accuracy, zero-shot where there is a text tower, else of a linear head
+        fitted on the clean records. Without labels it is how many images find their own caption.
+        Without captions too, it is how many records stay in the cluster that the start puts them
+        into.
 
         Raises:
             UserError: for too few validation records.
@@ -102,8 +103,8 @@ def _accuracy(encoder: Encoder, train: Pairs | None, validation: Pairs, probe: s
 def caption_retrieval(encoder: Encoder, validation: Pairs) -> float:
     """Share of the images whose own caption is the nearest of all.
 
-    Captions of the same text count as one. An image that k captions are equally near to counts 1 / k if its own is one of
-    them.
+    Captions of the same text count as one. An image that k captions are equally near to counts
+    1 / k if its own is one of them.
     """
     z = embed_images(encoder, torch.split(validation.images, BATCH))  # (N, D)
     rows = {text: i for i, text in enumerate(dict.fromkeys(validation.captions))}
@@ -120,8 +121,8 @@ def caption_retrieval(encoder: Encoder, validation: Pairs) -> float:
 class ClusterAgreement:
     """Share of the validation records that stay in their cluster.
 
-    Clusters are those of k-means on the start's clean vectors. In an encoder under repair, a record is of the cluster that
-    most of its nearest clean records are of.
+    Clusters are those of k-means on the start's clean vectors. In an encoder under repair, a record
+    is of the cluster that most of its nearest clean records are of.
     """
 
     def __init__(self, start: Encoder, clean: Pairs, validation: Pairs) -> None:
@@ -147,10 +148,10 @@ class ClusterAgreement:
 
 
 def split_validation(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Split clean records into those that are trained on and those that learning rates are chosen by.
+    """Split clean records into those to train on and those to choose learning rates by.
 
-    Which records are held out belongs to the records, not to their order. Several captions of one image (ids that differ
-    after '#' alone) stay together.
+    Which records are held out belongs to the records, not to their order. Several captions of one
+    image (ids that differ after '#' alone) stay together.
 
     Args:
         clean: the records.
@@ -180,7 +181,7 @@ def repair_with_ladder(
     make: Callable[[float], Encoder],
     log: Log | None,
 ) -> Encoder:
-    """The encoder that a repair makes at the largest rate that keeps the validation score, marked as repaired.
+    """What a repair makes at the largest rate that keeps the validation score, marked as repaired.
 
     Args:
         repair: the method, with its rates and its tolerance.
@@ -205,8 +206,8 @@ def train_at_largest_rate(
 ) -> Encoder:
     """The encoder made at the largest rate whose score is at most `tolerance` below the start's.
 
-    Rates are tried from the largest down. Where none keeps the score, the one that lost least is taken, and the log says so.
-    A rate at which training breaks down does not keep it.
+    Rates are tried from the largest down. Where none keeps the score, the one that lost least is
+    taken, and the log says so. A rate at which training breaks down does not keep it.
 
     Args:
         start: the encoder under repair.
@@ -255,7 +256,7 @@ def train_at_largest_rate(
 
 
 def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
-    """The captions as an objective reads them, int64 (N, L); L is 0 for an objective of images alone.
+    """The captions as an objective reads them, int64 (N, L); L = 0 for one of images alone.
 
     Raises:
         UserError: where objective, encoder and records do not fit each other.

@@ -1,7 +1,7 @@
 """Receipt: what a repair did to an encoder.
 
-Accuracy, success of known and of inverted triggers, z-scores, what linear heads read, and whether a short fine-tune, clean or
-with ten poisons, brings the backdoor back.
+Accuracy, success of known and of inverted triggers, z-scores, what linear heads read, and whether a
+short fine-tune, clean or with ten poisons, brings the backdoor back.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class SuccessHead:
-    """A head that success is read by, and the group of its metrics: "" for the text tower's, or `linear`."""
+    """A head that success is read by, and its group: "" for the text tower's, or `linear`."""
 
     group: str
     classifier: Classifier
@@ -91,7 +91,11 @@ class EvaluationData:
         return classifiers.fit_classifier(encoder, align_labels(self.labelled, self.test.classes))
 
     def measure(self, encoder: Encoder, main: SuccessHead) -> dict[str, Measure]:
-        """Accuracy and success by the main head and by a linear one, z of each known trigger, success of inverted ones."""
+        """All measures of an encoder; main: the head that success is read by.
+
+        They are accuracy and success by the main head and by a linear one, the z-score of each
+        known trigger, and the success of inverted triggers.
+        """
         heads = [main]
         if not main.group and self.labelled is not None:
             heads.append(SuccessHead("linear", self.linear(encoder)))
@@ -149,10 +153,10 @@ def accuracy_loss(data: EvaluationData, before: SuccessHead, after: SuccessHead)
 def compare_readings(
     data: EvaluationData, before: SuccessHead, after: SuccessHead
 ) -> list[dict[str, Any]]:
-    """What some test images of other classes are read as when stamped, before and after the repair, as JSON.
+    """What stamped test images of other classes are read as before and after the repair, as JSON.
 
-    An object for each known and each inverted trigger: `target`, `trigger`, `inverted` (the number of an inverted one),
-    `ids`, `own` (classes), `before` and `after`.
+    An object for each known and each inverted trigger: `target`, `trigger`, `inverted` (the number
+    of an inverted one), `ids`, `own` (classes), `before` and `after`.
     """
     goals: list[tuple[Goal, int | None]] = [(g, None) for g in data.goals if g.trigger]
     goals += [(g, number) for number, g in enumerate(data.inverted)]
@@ -186,7 +190,8 @@ def class_names(labels: Tensor, classes: Sequence[str]) -> list[str]:
 def load_inversions(folder: Path) -> tuple[Inversion, ...]:
     """The triggers that an audit wrote into a folder; empty where it inverted none.
 
-    `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json` their targets and norms.
+    `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json`
+    their targets and norms.
 
     Raises:
         UserError: for files that an audit did not write.
@@ -221,7 +226,7 @@ def make_inversion(mask: Tensor, pattern: Tensor, facts: dict[str, Any]) -> Inve
 
 
 def check_trigger_size(inversion: Inversion, images: Tensor, what: str) -> None:
-    """Raise UserError unless an inverted trigger has the size of images (N, 3, H, W). what: names the images."""
+    """Raise UserError unless a trigger has the size of images (N, 3, H, W), called `what`."""
     trigger_size, size = tuple(inversion.mask.shape[1:]), tuple(images.shape[2:])
     if trigger_size != size:
         trigger_text, text = ("x".join(map(str, s)) for s in (trigger_size, size))
@@ -233,10 +238,10 @@ def check_trigger_size(inversion: Inversion, images: Tensor, what: str) -> None:
 def export_goals(
     inversions: Sequence[Inversion], folder: Path, data: EvaluationData, before: SuccessHead
 ) -> tuple[Goal, ...]:
-    """Write inverted triggers as files that any verb can stamp (`inverted-0.npz`), and return them as goals.
+    """Write inverted triggers as files that any verb can stamp, and return them as goals.
 
-    The target is the audit's where it is a class of the test set, else the class that most stamped images are read as by
-    `before`, a head on the encoder under repair.
+    The target is the audit's where it is a class of the test set, else the class that most stamped
+    images are read as by `before`, a head on the encoder under repair.
     """
     goals = []
     for i, inversion in enumerate(inversions[:MAX_INVERTED]):
@@ -275,9 +280,9 @@ class RevivalTest:
     def measure(self, repaired: Encoder, twin: Encoder | None = None) -> dict[str, Measure]:
         """Success after each of the fine-tunes.
 
-        `revived_clean`: on clean records. `revived_poisons`: with ten poisons. To show what ten poisons do where no backdoor
-        was: `revived_other`, the same with a trigger that the encoder has never met, and `revived_twin`, in a clean twin
-        where there is one.
+        `revived_clean` is after one on clean records, `revived_poisons` after one with ten poisons.
+        Two more show what ten poisons do where no backdoor was: `revived_other` has a trigger that
+        the encoder has never met, and `revived_twin` is in a clean twin, where there is one.
         """
         trigger = unseen_trigger(self.goal.trigger or "", self.case.test.size)
         unseen = replace(self.goal, trigger=trigger)
@@ -333,8 +338,8 @@ class RevivalTest:
     ) -> dict[str, Measure]:
         """The test for encoders without a text tower: a linear head is poisoned, not the encoder.
 
-        It is fitted on the labelled records and on ten stamped ones that are labelled as the target, and finds whatever the
-        vectors still show of the trigger.
+        It is fitted on the labelled records and on ten stamped ones that are labelled as the
+        target, and finds whatever the vectors still show of the trigger.
         """
         assert data.labelled is not None
         classes = data.test.classes
@@ -355,9 +360,10 @@ class RevivalTest:
 
 
 def unseen_trigger(spec: str, side: int) -> str:
-    """The spec of a trigger that an encoder has not met: for a patch, other colours at its place; else a patch.
+    """The spec of a trigger that an encoder has not met.
 
-    side: of the images in pixels.
+    For a patch it is other colours at the same place, for any other trigger a patch. side: of the
+    images in pixels.
     """
     trigger = registry.make("trigger", spec)
     if "fill" in {field.name for field in dataclasses.fields(trigger)}:
@@ -374,7 +380,7 @@ def apply_repairs(
     seed: int,
     report: ProgressReport = no_report,
 ) -> tuple[Encoder, rate_ladder.Log]:
-    """Apply one repair after another; return the repaired encoder, and what the repairs said of themselves (JSON)."""
+    """Apply repairs one after another; return the repaired encoder and the repairs' log."""
     log: rate_ladder.Log = {}
     offered = {
         "validation": validation,

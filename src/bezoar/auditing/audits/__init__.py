@@ -12,9 +12,10 @@ from bezoar.evaluation.verdict import Verdict
 class Audit(Protocol):
     """A measure of how suspicious an encoder is, from clean images.
 
-    `needs` names what it is called with beside encoder, images and seed: `classifier` (Classifier) reads the encoder's
-    vectors as classes, `parent` (Encoder) is what it was tuned from, and `report` (ProgressReport) is told how far the audit
-    is. The encoder is left as it was. The verdict's `notes["limits"]` says what the audit cannot detect.
+    `needs` names what it is called with beside encoder, images and seed: `classifier` (Classifier)
+    reads the encoder's vectors as classes, `parent` (Encoder) is what it was tuned from, and
+    `report` (ProgressReport) is told how far the audit is. The encoder is left as it was. The
+    verdict's `notes["limits"]` says what the audit cannot detect.
     """
 
     needs: ClassVar[tuple[str, ...]]

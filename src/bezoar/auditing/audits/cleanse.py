@@ -1,4 +1,4 @@
-"""Neural Cleanse: how small a trigger turns all images into a class, and is one class far easier (Wang et al., S&P 2019)?"""
+"""Neural Cleanse: is there a class that a far smaller trigger leads to (Wang et al., S&P 2019)?"""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ class Cleanse:
 
     For each class t lowers CE(head(f(stamped)), t) + weight |m_t|_1, all classes in one batch.
 
-    The paper's value is the anomaly index, |L1 - median| / (1.4826 MAD) of a class below the median, flagged above 2
-    (`score=anomaly_index`; it is always in the evidence). It cannot exceed median / (1.4826 MAD), about 2.4 on small CLIPs,
-    however small the trigger, and it varies with the spread of the harmless classes: on one backdoored CLIP whose trigger
-    came out at 22 to 26 pixels with each of three seeds, the index of logarithms (`score=log_anomaly_index`) was 3.3, 3.0
-    and 1.9, while clean encoders reach 1.8. The ratio does not vary so, and means the same with few classes. With fewer than
-    ten classes the index means nothing, and `limits` says so.
+    The paper's value is the anomaly index, |L1 - median| / (1.4826 MAD) of a class below the
+    median, flagged above 2 (`score=anomaly_index`; it is always in the evidence). It cannot exceed
+    median / (1.4826 MAD), about 2.4 on small CLIPs, however small the trigger, and it varies with
+    the spread of the harmless classes: on one backdoored CLIP whose trigger came out at 22 to 26
+    pixels with each of three seeds, the index of logarithms (`score=log_anomaly_index`) was 3.3,
+    3.0 and 1.9, while clean encoders reach 1.8. The ratio does not vary so, and means the same with
+    few classes. With fewer than ten classes the index means nothing, and `limits` says so.
 
-    Published (the authors' and BackdoorBench's): weight=1e-3, up 1.5, down 1.5^1.5, lr=0.1, goal 0.99, patience 5 to 10.
+    Published (the authors' and BackdoorBench's): weight=1e-3, up 1.5, down 1.5^1.5, lr=0.1, goal
+    0.99, patience 5 to 10.
     """
 
     steps: Annotated[int, "steps of Adam at most"] = 120
@@ -57,7 +59,7 @@ class Cleanse:
         self.recipe()
 
     def recipe(self) -> InversionRecipe:
-        """How the trigger of each class is searched for. Raises ValueError for fields out of range."""
+        """The search for each class's trigger. Raises ValueError for fields out of range."""
         return InversionRecipe.from_fields(self, lr=(self.lr,))
 
     def __call__(

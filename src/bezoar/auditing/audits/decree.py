@@ -1,4 +1,4 @@
-"""DECREE: how small a trigger makes all images alike? Without labels and text (Feng et al., CVPR 2023)."""
+"""DECREE: how small a trigger makes all images alike, without labels (Feng et al., CVPR 2023)?"""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ NATURAL_DIRECTIONS = (
 
 @method
 class Decree:
-    """Value = -PL1, where PL1 = |m|_1 / (3 H W) of the least mask found, its three equal channels added up: the mask's mean.
+    """Value = -PL1; PL1 = |m|_1 / (3 H W) of the least mask, its three equal channels added up.
 
-    Lowers -(mean pairwise cosine of the stamped images) + weight |m|_1. The trigger is to take away a share of the spread
-    of the vectors, 1 - mean cosine. The published goal, a cosine of 0.99 for all encoders (`goal=0.99`), suits SimCLR: the
-    clean images of a backdoored SimCLR tower have a cosine of 0.7, those of a CLIP 0.1 and its triggered ones 0.8, so that a
-    CLIP's backdoor meets the goal no sooner than noise does.
+    Lowers -(mean pairwise cosine of the stamped images) + weight |m|_1. The trigger is to take away
+    a share of the spread of the vectors, 1 - mean cosine. The published goal, a cosine of 0.99 for
+    all encoders (`goal=0.99`), suits SimCLR: the clean images of a backdoored SimCLR tower have a
+    cosine of 0.7, those of a CLIP 0.1 and its triggered ones 0.8, so that a CLIP's backdoor meets
+    the goal no sooner than noise does.
 
-    Restarts run together, the worse half is given up `halvings` times, and the least mask counts: a search from one start
-    often ends at a direction that the encoder is drawn to by nature. Where no restart succeeds PL1 is 1, because a mask over
-    the whole image always succeeds.
+    Restarts run together, the worse half is given up `halvings` times, and the least mask counts: a
+    search from one start often ends at a direction that the encoder is drawn to by nature. Where no
+    restart succeeds PL1 is 1, because a mask over the whole image always succeeds.
 
-    Published (the repository's): steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,lr=(0.5,0.1,0.05),until=(200,500),
-    up=5,down=5,patience=6,floor=1e-7,resets=10,wait=35; at 32 pixels until=(30,50),floor=1e-5,wait=10; flagged under 0.1.
+    Published (the repository's): steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,
+    lr=(0.5,0.1,0.05),until=(200,500),up=5,down=5,patience=6,floor=1e-7,resets=10,wait=35; at 32
+    pixels until=(30,50),floor=1e-5,wait=10; flagged under 0.1.
     """
 
     restarts: Annotated[int, "searches that run together, each from a start of its own"] = 16
@@ -72,14 +74,14 @@ class Decree:
         self.recipe(self.goal or 0.5)
 
     def recipe(self, goal: float) -> InversionRecipe:
-        """How a trigger that reaches a mean cosine is searched for. Raises ValueError for fields out of range."""
+        """The search for a trigger that reaches a mean cosine. Raises ValueError for bad fields."""
         weight, floor = CHANNELS * self.weight, CHANNELS * self.floor
         return InversionRecipe.from_fields(self, goal=goal, weight=weight, floor=floor)
 
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:
-        """Audit an encoder; labels and classes are not read. Raises UserError for fewer than 8 images, or NaN."""
+        """Audit an encoder without labels. Raises UserError for fewer than 8 images, or NaN."""
         trigger_inversion.check_image_count(clean)
         with trigger_inversion.freeze_tower(encoder) as tower:
             z = trigger_inversion.embed_clean(tower, clean.images)  # (N, D)
@@ -135,7 +137,7 @@ class Decree:
 
 
 def mean_pairwise_cosine(z: Tensor) -> Tensor:
-    """The mean cosine of all pairs of two unit rows, (g, n, D) -> (g,), as (|sum z|^2 - n) / (n (n - 1))."""
+    """Mean cosine of all pairs of unit rows, (g, n, D) -> (g,): (|sum z|^2 - n) / (n (n - 1))."""
     n = z.shape[1]
     return (z.sum(1).square().sum(1) - n) / (n * (n - 1))
 

@@ -1,9 +1,9 @@
-"""MNTD (Xu et al. 2021): a meta-classifier over clean and attacked shadow encoders, and queries that are learnt with it.
+"""MNTD: a meta-classifier over shadow encoders, and queries learnt with it (Xu et al., S&P 2021).
 
-Two encoders that were trained apart share no axes, so the meta-classifier does not read the queries' vectors but their
-cosines with one another, which no rotation changes. This is a form for tiny models: the published one takes hundreds of
-shadow models. A bank recognises its shadow encoders by their weights and refuses to judge them, because their labels are
-what it was fitted on.
+Two encoders that were trained apart share no axes, so the meta-classifier does not read the
+queries' vectors but their cosines with one another, which no rotation changes. This is a form for
+tiny models: the published one takes hundreds of shadow models. A bank recognises its shadow
+encoders by their weights and refuses to judge them, because their labels are what it was fitted on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HOW_TO = (
     "(from Python bezoar.auditing.audits.mntd.fit, then save)"
 )
 
-# What `fit` makes and a file holds; the keys are NAMES, and HELD_OUT of a cross-validated one. See `fit`.
+# What `fit` makes and a file holds: NAMES, and HELD_OUT of a cross-validated bank. See `fit`.
 ShadowBank = dict[str, Tensor]
 
 
@@ -121,12 +121,13 @@ def fit(
     penalty: float = 1.0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> ShadowBank:
-    """Learn queries and meta-classifier together (query tuning), then fit the meta-classifier alone to its optimum.
+    """Learn queries and meta-classifier together, then fit the meta-classifier alone.
 
     Args:
         shadows: M encoders of one architecture.
         labels: which of them were attacked.
-        clean: uint8 images (N, 3, H, W), of which every other query starts; the rest start as noise.
+        clean: uint8 images (N, 3, H, W), of which every other query starts; the rest start as
+            noise.
         seed: of the starting points.
         queries: their number k.
         steps: of Adam.
@@ -135,9 +136,9 @@ def fit(
         report: told after every step.
 
     Returns:
-        What `save` writes: queries uint8 (k, 3, H, W); outputs float32 (M, F) with F = k (k - 1) / 2, the shadows' query
-        cosines; their mean and std (F,); weight (F,) and bias (1,); labels bool (M,); prints int32 (M, 8), the shadows'
-        fingerprints.
+        What `save` writes: queries uint8 (k, 3, H, W); outputs float32 (M, F), the shadows' query
+        cosines, F = k (k - 1) / 2; their mean and std (F,); weight (F,) and bias (1,); labels
+        bool (M,); prints int32 (M, 8), the shadows' fingerprints.
 
     Raises:
         UserError: for too few shadow encoders, clean images or queries, or a penalty of 0.
@@ -173,7 +174,7 @@ def fit(
 
 
 def draw_queries(clean: Pairs, count: int, seed: int) -> Tensor:
-    """Where the queries start: images float 0..1 (count, 3, H, W); every other one is noise, as all published ones are."""
+    """Where the queries start: images float 0..1 (count, 3, H, W), every other one noise."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(clean), generator=generator)[:count]
     start = clean.images[rows.to(clean.images.device)].float() / 255
@@ -190,7 +191,7 @@ def learn_queries(
     penalty: float,
     report: Callable[[int, int], None],
 ) -> Tensor:
-    """Query tuning: queries and meta-classifier descend together -> the queries, uint8 (k, 3, H, W).
+    """Query tuning: queries and meta-classifier descend together; the queries, uint8 (k, 3, H, W).
 
     start: float 0..1 (k, 3, H, W). attacked: bool (M,). The other arguments are those of `fit`.
     """
@@ -254,7 +255,7 @@ def measure_held_out(held_out: Tensor, labels: Tensor) -> dict[str, Measure]:
 
 
 def fingerprint(encoder: Encoder) -> Tensor:
-    """Hash of the image tower's weights, the same whatever run or file holds them: sha256 as int32 (8,)."""
+    """Hash of the image tower's weights, whatever run or file holds them: sha256 as int32 (8,)."""
     total = hashlib.sha256()
     for name, v in sorted(encoder.image.state_dict().items()):
         total.update(f"{name}:{v.dtype}:{tuple(v.shape)};".encode())
@@ -263,7 +264,7 @@ def fingerprint(encoder: Encoder) -> Tensor:
 
 
 def query_cosines(z: Tensor) -> Tensor:
-    """Cosines of the queries with one another, row by row above the diagonal: unit rows (k, D) -> (k (k - 1) / 2,)."""
+    """Cosines of each two of k unit rows (k, D), the upper triangle row by row: (k (k - 1) / 2,)."""
     row, column = torch.triu_indices(len(z), len(z), 1)
     return (z @ z.T)[row, column]
 
@@ -274,14 +275,17 @@ def logits(bank: ShadowBank, x: Tensor) -> Tensor:
 
 
 def balanced_loss(z: Tensor, attacked: Tensor) -> Tensor:
-    """Logistic loss of logits (M,) in which clean and attacked encoders, bool (M,), weigh the same in all."""
+    """Logistic loss of logits (M,); clean and attacked ones, bool (M,), weigh the same in all."""
     n, bad = len(attacked), attacked.sum()
     weight = torch.where(attacked, n / (2 * bad), n / (2 * (n - bad)))
     return F.binary_cross_entropy_with_logits(z, attacked.to(z.dtype), weight)
 
 
 def fit_logistic(x: Tensor, attacked: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Logistic regression at the optimum of `balanced_loss` + penalty |w|^2 / (2 M): weight (F,) and bias (1,), float32."""
+    """Logistic regression at the optimum of `balanced_loss` + penalty |w|^2 / (2 M).
+
+    x: (M, F). attacked: bool (M,). -> weight (F,) and bias (1,), float32.
+    """
     model = LogisticRegression(C=1 / penalty, class_weight="balanced", tol=1e-10, max_iter=10_000)
     model.fit(x.double().numpy(), attacked.numpy())
     return torch.from_numpy(model.coef_[0]).float(), torch.from_numpy(model.intercept_).float()
@@ -312,7 +316,7 @@ def load(path: str) -> ShadowBank:
 
 
 def check_shapes(tensors: dict[str, Tensor], path: str) -> list[str]:
-    """Raise UserError unless the tensors of a bank fit together; return the names of those that are floats."""
+    """Raise UserError unless a bank's tensors fit together; return the names of the floats."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     labels, queries = tensors["labels"], shapes["queries"]
     shadows = len(labels) if labels.ndim == 1 else 0

@@ -1,8 +1,8 @@
-"""Differential audit against the encoder it was tuned from: which inputs, directions and layers changed out of proportion.
+"""Differential audit against the encoder it was tuned from: what changed out of proportion.
 
-Ours (no paper). Tuning moves the vectors of clean images a little. A backdoor that tuning has put in moves whatever
-resembles its trigger by far more, and in one direction. The audit compares the difference between the two encoders on
-random probes with their difference on clean images.
+Ours (no paper). Tuning moves the vectors of clean images a little. A backdoor that tuning has put
+in moves whatever resembles its trigger by far more, and in one direction. The audit compares the
+difference between the two encoders on random probes with their difference on clean images.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ LIMITS = [
 
 @method
 class Parent:
-    """Value: log of the mean distance (1 - cosine) between the two encoders on the quarter of the probes that separates them
-    most, over their mean distance on clean images.
+    """Value: log of the ratio of two mean distances (1 - cosine) between encoder and parent.
 
-    0 means in proportion. An encoder that equals its parent has 0.
+    The first is over the quarter of the probes that separates the two most, the second over clean
+    images. 0 means in proportion. An encoder that equals its parent has 0.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("parent", "report")
@@ -115,17 +115,16 @@ class Parent:
 
 
 def compare_vectors(encoder: Encoder, parent: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the two encoders make of images uint8 (N, 3, H, W): 1 - cosine (N,), and the difference of their vectors (N, D);
-    float64."""
+    """1 - cosine (N,) and difference (N, D) of the two encoders' vectors of images (N, 3, H, W)."""
     z = random_probes.embed_in_double(encoder, images)
     parent_z = random_probes.embed_in_double(parent, images)
     return 1 - (z * parent_z).sum(1), z - parent_z
 
 
 def count_directions(shifts: Tensor, what: str) -> Measure:
-    """In how many directions vectors moved: the participation ratio (sum s^2)^2 / sum s^4 over the singular values s.
+    """In how many directions vectors moved: a participation ratio; 1 = all in one direction.
 
-    1 = all in one direction. shifts: float64 (K, D).
+    It is (sum s^2)^2 / sum s^4 over the singular values s of the shifts, float64 (K, D).
     """
     energies = torch.linalg.svdvals(shifts).square()
     total = float(energies.sum())
@@ -134,7 +133,7 @@ def count_directions(shifts: Tensor, what: str) -> Measure:
 
 
 def measure_layer_changes(encoder: Encoder, parent: Encoder) -> dict[str, float]:
-    """Layer -> |W - W0| / |W0| (Frobenius) of its weights W and the parent's W0, for matrices and filters.
+    """Layer -> |W - W0| / |W0| (Frobenius) of its matrices and filters W; W0 are the parent's.
 
     Raises:
         UserError: for a parent of another architecture.
@@ -151,7 +150,7 @@ def measure_layer_changes(encoder: Encoder, parent: Encoder) -> dict[str, float]
 
 
 def check_same_architecture(encoder: Encoder, parent: Encoder) -> None:
-    """Raise UserError unless both image towers have weights of the same names and shapes, and inputs of the same size."""
+    """Raise UserError unless names and shapes of weights and the input sizes are the same."""
     weights = encoder.image.state_dict()
     parent_weights = parent.image.state_dict()
     names = sorted(set(weights) ^ set(parent_weights))
@@ -174,7 +173,7 @@ def check_same_architecture(encoder: Encoder, parent: Encoder) -> None:
 
 
 def layer_ratio(changes: dict[str, float]) -> Measure:
-    """The relative change of the most changed layer over that of the median layer; 0 where none changed."""
+    """Relative change of the most changed layer over the median layer's; 0 where none changed."""
     values = torch.tensor(list(changes.values()), dtype=torch.float64)
     ratio = 0.0
     if len(values) and float(values.max()) > 0:

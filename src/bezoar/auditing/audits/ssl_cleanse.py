@@ -1,4 +1,4 @@
-"""SSL-Cleanse: Neural Cleanse without classes; clusters of clean vectors stand for them (Zheng et al., ECCV 2024)."""
+"""SSL-Cleanse: Neural Cleanse with clusters in place of classes (Zheng et al., ECCV 2024)."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ Pull = Literal["contrast", "distance"]
 class SslCleanse:
     """Value = log(median |m|_1 / least |m|_1) over the clusters' masks m, as in `cleanse`.
 
-    Clusters are those of k-means on the unit vectors (seeded). k is as given, else one cluster for 16 clean images, but at
-    least 10, which an anomaly index needs, and at most 40. For each cluster lowers a loss + weight |m|_1, all clusters in
-    one batch. A stamped image counts as a success where most of its nearest clean vectors are of the cluster.
+    Clusters are those of k-means on the unit vectors (seeded). k is as given, else one cluster for
+    16 clean images, but at least 10, which an anomaly index needs, and at most 40. For each cluster
+    lowers a loss + weight |m|_1, all clusters in one batch. A stamped image counts as a success
+    where most of its nearest clean vectors are of the cluster.
 
-    pull=distance is the published loss, the squared distance of stamped images to the cluster's vectors (2 - 2 z . mean):
-    the whole image has to look like the cluster, and some harmless clusters are far away. pull=contrast, the cross-entropy of
-    the cluster under a softmax of -4 |z - centre|^2 / (mean squared distance to the own centre), only asks that the image
-    be nearer to the cluster than to others. The published penalty, mean(m p), would let a black trigger be free, so that its
-    size says nothing; here it is the mask's.
+    pull=distance is the published loss, the squared distance of stamped images to the cluster's
+    vectors (2 - 2 z . mean): the whole image has to look like the cluster, and some harmless
+    clusters are far away. pull=contrast, the cross-entropy of the cluster under a softmax of
+    -4 |z - centre|^2 / (mean squared distance to the own centre), only asks that the image be
+    nearer to the cluster than to others. The published penalty, mean(m p), would let a black trigger be free,
+    so that its size says nothing; here it is the mask's.
 
-    Published (the repository's): k by the knee of the inertia (12 on ImageNet-100), lr 0.1, weight up to 0.1, times or over
-    1.5 with a patience of 5, success 0.98 to 0.99 by 5 neighbours.
+    Published (the repository's): k by the knee of the inertia (12 on ImageNet-100), lr 0.1, weight
+    up to 0.1, times or over 1.5 with a patience of 5, success 0.98 to 0.99 by 5 neighbours.
     """
 
     clusters: Annotated[int, "k of k-means; 0: by the number of clean images"] = 0
@@ -73,7 +75,7 @@ class SslCleanse:
         self.recipe()
 
     def recipe(self) -> InversionRecipe:
-        """How the trigger of each cluster is searched for. Raises ValueError for fields out of range."""
+        """The search for each cluster's trigger. Raises ValueError for fields out of range."""
         return InversionRecipe.from_fields(self, lr=(self.lr,))
 
     def __call__(

@@ -1,8 +1,9 @@
-"""Whitened shifts (Mahalanobis, ZCA): how far random patches move all clean images in one direction.
+"""Whitened shifts: how far random patches move all clean images in one direction.
 
-Whitening features by clean ones exposes triggered inputs (an idea of a public draft; no published target). Here it gives a
-verdict on an encoder from clean images alone: no trigger is known, small random patches are stamped. An image tower that
-has learnt to read one patch as a class also reads other patches a little as that class, whatever they cover.
+Whitening features by clean ones (Mahalanobis, ZCA) exposes triggered inputs (an idea of a public
+draft; no published target). Here it gives a verdict on an encoder from clean images alone: no
+trigger is known, small random patches are stamped. An image tower that has learnt to read one patch
+as a class also reads other patches a little as that class, whatever they cover.
 """
 
 from __future__ import annotations

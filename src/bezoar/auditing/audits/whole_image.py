@@ -1,8 +1,9 @@
-"""Whole-image shifts: how far noise, waves and warps over the whole image move all clean images in one direction.
+"""Whole-image shifts: how far noise, waves and warps move all clean images in one direction.
 
-The counterpart of `whitening` for triggers that cover the whole image (Blended, Chen et al. 2017; SIG, Barni et al. 2019;
-WaNet, Nguyen and Tran 2021), which no inversion of a small patch finds. No trigger is known: an image tower that has learnt
-to read one such pattern as a class also reads other patterns of its sort a little as that class. Ours; no published target.
+The counterpart of `whitening` for triggers that cover the whole image (Blended, Chen et al. 2017;
+SIG, Barni et al. 2019; WaNet, Nguyen and Tran 2021), which no inversion of a small patch finds. No
+trigger is known: an image tower that has learnt to read one such pattern as a class also reads
+other patterns of its sort a little as that class. Ours; no published target.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class WholeImage:
         return Verdict(sum(lengths) / len(lengths), evidence, notes=notes)
 
     def apply_probe(self, images: Tensor, kind: str, number: int, seed: int) -> Tensor:
-        """Change images by the number-th probe of a kind, the same for all of them; uint8 (N, 3, H, W), a new tensor."""
+        """Change all images, uint8 (N, 3, H, W), by the number-th probe of a kind."""
         generator = random_probes.probe_generator(KINDS, kind, number, seed)
         height, width = images.shape[-2:]
         if kind == "noise":
@@ -98,7 +99,7 @@ class WholeImage:
 
 
 def draw_noise(height: int, width: int, number: int, generator: Generator) -> Tensor:
-    """Uniform noise 0..1 (1, 3, H, W), drawn pixel by pixel, in every second probe in grains of a 32nd of the side."""
+    """Uniform noise 0..1 (1, 3, H, W); in every second probe in grains of a 32nd of the side."""
     grain = max(1, min(height, width) // 32) if number % 2 else 1
     grains = torch.rand(1, 3, -(-height // grain), -(-width // grain), generator=generator)
     return grains.repeat_interleave(grain, 2).repeat_interleave(grain, 3)[..., :height, :width]

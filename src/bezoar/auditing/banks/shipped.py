@@ -1,4 +1,4 @@
-"""The banks that come with bezoar: of small encoders, clean and attacked, that were trained with it."""
+"""The banks that come with bezoar: of small encoders that it trained itself, clean and attacked."""
 
 from pathlib import Path
 

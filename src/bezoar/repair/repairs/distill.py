@@ -1,4 +1,4 @@
-"""Feature distillation: the suspect's last layers begin anew and learn its vectors of clean images (after Saha et al. 2022)."""
+"""Feature distillation: last layers learn the suspect's vectors anew (after Saha et al. 2022)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bezoar.training.augmentation import Chance, Views
 
 
 class Loss(nn.Module):
-    """Mean of 1 - cos(student(x), suspect(x)), where x is a view of a clean image, the same for both."""
+    """Mean of 1 - cos(student(x), suspect(x)); x is a view of a clean image, the same for both."""
 
     def __init__(self, student: Encoder, suspect: Encoder, views: Views) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class Loss(nn.Module):
 class Distill:
     """The student never sees what triggers do to the suspect.
 
-    Neither labels nor captions are read. The text tower stays as it is, so that the two towers still agree where the student
-    has learnt enough. fresh=1 is a student that begins from nothing, as the paper's and CompRess's; BCU draws parts of each
-    layer anew.
+    Neither labels nor captions are read. The text tower stays as it is, so that the two towers
+    still agree where the student has learnt enough. fresh=1 is a student that begins from nothing,
+    as the paper's and CompRess's; BCU draws parts of each layer anew.
     """
 
     fresh: Annotated[
@@ -76,7 +76,7 @@ class Distill:
         self.views(0)
 
     def views(self, size: int) -> Views:
-        """The augmentation of what both encoders are shown. Raises ValueError for fields out of range."""
+        """The augmentation of the images. Raises ValueError for fields out of range."""
         return Views(size, (self.crop, 1.0), flip=self.flip, jitter=self.jitter, gray=0.0)
 
     def __call__(
@@ -106,7 +106,7 @@ class Distill:
 
 
 def reset_last_layers(tower: nn.Module, share: float) -> None:
-    """Draw anew the last `share` of a tower's convolutions and linear layers, and every norm after the first of these."""
+    """Draw anew the last `share` of a tower's convolutions and linear layers, with their norms."""
     modules: list[Any] = [m for m in tower.modules() if hasattr(m, "reset_parameters")]
     layers = [i for i, m in enumerate(modules) if isinstance(m, nn.Conv2d | nn.Linear)]
     count = math.ceil(share * len(layers) - 1e-9)

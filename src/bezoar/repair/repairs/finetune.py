@@ -1,4 +1,4 @@
-"""Fine-tuning on clean records with any objective: cleanclip, par, clip, ..., or simclr for encoders without a text tower."""
+"""Fine-tuning on clean records with any objective: cleanclip, par, clip, or simclr without text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from bezoar.repair import rate_ladder
 
 @method
 class Finetune:
-    """All weights are trained further. The learning rate is chosen from `lrs`; the objective's own is not used.
+    """All weights are trained further, at a rate chosen from `lrs`, not the objective's own.
 
-    CleanCLIP (ICCV 2023) where the objective is `cleanclip`, PAR (arXiv 2412.00727) where it is `par`.
+    CleanCLIP (ICCV 2023) where the objective is `cleanclip`, PAR (arXiv 2412.00727) where it is
+    `par`.
     """
 
     objective: Annotated[str, "loss and recipe: see `bezoar list objective`"] = (
@@ -43,7 +44,7 @@ class Finetune:
         report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
-        """Fine-tune a copy. Raises UserError where objective, data and encoder do not fit each other."""
+        """Fine-tune a copy. Raises UserError where objective, data and encoder do not fit."""
         objective = registry.make("objective", self.objective)
         tokens = rate_ladder.tokenize_for(encoder, objective, clean)
 

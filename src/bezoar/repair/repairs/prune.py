@@ -1,5 +1,4 @@
-"""Fine-pruning: channels of the last convolution that are inactive on clean images are pruned, then all weights are
-fine-tuned (Liu et al., RAID 2018)."""
+"""Fine-pruning: channels inactive on clean images go, then fine-tuning (Liu et al., RAID 2018)."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ class LastConvolution:
     activity: Tensor
 
     def silence(self, tower: nn.Module, channels: Tensor) -> None:
-        """Set weights and biases of channels, int64 (n,), to 0, in the convolution and in its norm."""
+        """Set weights and biases of channels, int64 (n,), to 0, in the convolution and its norm."""
         parts: list[Any] = [tower.get_submodule(name) for name in (self.conv, self.norm) if name]
         with torch.no_grad():
             for part in parts:
@@ -69,9 +68,10 @@ class SilencedLoss(nn.Module):
 
 @method
 class Prune:
-    """Channels are pruned in the order of their mean activation, as many as cost at most `drop` of the clean validation score.
+    """Prunes channels of the last convolution in the order of their mean activation.
 
-    BackdoorBench: at most 10 % of the accuracy. In a residual block the branch is silenced, the shortcut stays.
+    As many are pruned as cost at most `drop` of the clean validation score. BackdoorBench: at most
+    10 % of the accuracy. In a residual block the branch is silenced, the shortcut stays.
     """
 
     drop: Annotated[
@@ -103,7 +103,7 @@ class Prune:
         report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
-        """Prune and fine-tune a copy. Raises UserError for an image tower without convolutions to prune."""
+        """Prune and fine-tune a copy. Raises UserError for a tower without convolutions."""
         metric = ValidationMetric.of(encoder, clean, validation)
         last = find_last_convolution(encoder, clean)
         order = last.activity.argsort(stable=True)
@@ -153,7 +153,7 @@ class Prune:
         order: Tensor,
         report: ProgressReport,
     ) -> tuple[Encoder, list[dict[str, Any]]]:
-        """A copy pruned as far as `drop` allows, and the score for each number of channels that was tried.
+        """A copy pruned as far as `drop` allows, and the score for each number of channels tried.
 
         order: int64 (C,), the channels in the order in which they are pruned.
         """
@@ -204,8 +204,10 @@ def find_last_convolution(encoder: Encoder, clean: Pairs, batch: int = 512) -> L
 
 @contextmanager
 def record_feature_maps(tower: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within the block, a list gains the name and the feature map (B, C, h, w) of every module that gives one, in the order
-    in which they run."""
+    """Within the block, a list gains (name, feature map (B, C, h, w)) of every module.
+
+    The modules are in the order in which they run.
+    """
     feature_maps: list[tuple[str, Tensor]] = []
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:

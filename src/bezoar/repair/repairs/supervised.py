@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on clean labels: cross-entropy of a linear head on the image tower (CleanCLIP, ICCV 2023)."""
+"""Supervised fine-tuning on clean labels: cross-entropy of a linear head (CleanCLIP, ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bezoar.training.augmentation import Chance
 
 
 class Loss(nn.Module):
-    """Mean cross-entropy of head(f(x)) on randomly shifted images x. The head is trained if it requires gradients."""
+    """Mean cross-entropy of head(f(x)) on shifted images x; trains what requires gradients."""
 
     def __init__(self, encoder: Encoder, head: nn.Module, shift: int) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class Loss(nn.Module):
 class Supervised:
     """Published: ImageNet's labels, learning rate 1e-4, 500 steps of warm-up, 10 epochs.
 
-    With a text tower the head is that of the classes' prompts and is not trained, so that the two towers still agree; else
-    it is fitted on the clean vectors before the first step, and trained.
+    With a text tower the head is that of the classes' prompts and is not trained, so that the two
+    towers still agree; else it is fitted on the clean vectors before the first step, and trained.
     """
 
     epochs: Annotated[int, "passes over the labelled records"] = 10
@@ -75,7 +75,7 @@ class Supervised:
         report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
-        """Train the image tower of a copy. Raises UserError without labels of at least two classes."""
+        """Train the image tower of a copy. Raises UserError without labels of two classes."""
         if clean.labels is None or not clean.classes:
             raise UserError(
                 "repair 'supervised' needs clean data with labels and the names of classes; take distill"
@@ -99,7 +99,7 @@ class Supervised:
         return rate_ladder.repair_with_ladder(self, encoder, clean, validation, make, log)
 
     def initial_head(self, encoder: Encoder, labelled: Pairs) -> tuple[Tensor, Tensor]:
-        """Weight (C, D) and bias (C,) of the classes' prompts, or of a fit on the vectors where there is no text tower."""
+        """Weight (C, D) and bias (C,) of the prompts; without a text tower, of a linear fit."""
         if encoder.text is not None:
             prompts = registry.make("probe", "zero_shot").head(encoder, labelled.classes)
             weight = prompts.clone() / self.temperature

@@ -1,4 +1,4 @@
-"""Unlearning an inverted trigger: stamped images get the vectors that the suspect gives to them unstamped (SSL-Cleanse)."""
+"""Unlearning inverted triggers: stamped images get the vectors of unstamped ones (SSL-Cleanse)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from bezoar.training.augmentation import Chance
 
 
 class Loss(nn.Module):
-    """Mean of 1 - cos(f'(stamp(x)), f(x)), plus `keep` times that of 1 - cos(f'(x), f(x)); f is the suspect, f' the student.
+    """Mean of 1 - cos(f'(stamp(x)), f(x)) + `keep` (1 - cos(f'(x), f(x))); f: suspect, f': student.
 
-    masks: (K, 1, H, W). patterns: (K, 3, H, W). Each image gets one of the K triggers, moved by up to `shift` pixels.
+    masks: (K, 1, H, W). patterns: (K, 3, H, W). Each image gets one of the K triggers, moved by up
+    to `shift` pixels.
     """
 
     masks: Tensor
@@ -76,7 +77,8 @@ class Loss(nn.Module):
 class Unlearn:
     """Unlearns the triggers that an audit inverted, and no others.
 
-    SSL-Cleanse does it with BYOL's loss for 500 epochs; here the suspect's own vectors are the targets of clean images.
+    SSL-Cleanse does it with BYOL's loss for 500 epochs; here the suspect's own vectors are the
+    targets of clean images.
     """
 
     count: Annotated[int, "how many of the audit's triggers, the most suspicious first"] = 4
