@@ -158,7 +158,8 @@ class Calibration:
         return (1 + at_or_above) / (len(self.clean) + 1)
 
     def false_positive_rate(self, rate: float) -> Measure | None:
-        """How often clean encoders exceed this threshold: Beta(n + 1 - k, k), with its central 95 %.
+        """How often clean encoders exceed this threshold: Beta(n + 1 - k, k), with its central 95
+        %.
 
         None where there are too few clean encoders.
         """

@@ -264,7 +264,8 @@ def fingerprint(encoder: Encoder) -> Tensor:
 
 
 def query_cosines(z: Tensor) -> Tensor:
-    """Cosines of each two of k unit rows (k, D), the upper triangle row by row: (k (k - 1) / 2,)."""
+    """Cosines of each two of k unit rows (k, D), the upper triangle row by row: (k (k - 1) /
+    2,)."""
     row, column = torch.triu_indices(len(z), len(z), 1)
     return (z @ z.T)[row, column]
 

@@ -37,10 +37,11 @@ class SslCleanse:
 
     pull=distance is the published loss, the squared distance of stamped images to the cluster's
     vectors (2 - 2 z . mean): the whole image has to look like the cluster, and some harmless
-    clusters are far away. pull=contrast, the cross-entropy of the cluster under a softmax of
-    -4 |z - centre|^2 / (mean squared distance to the own centre), only asks that the image be
-    nearer to the cluster than to others. The published penalty, mean(m p), would let a black trigger be free,
-    so that its size says nothing; here it is the mask's.
+    clusters are far away. pull=contrast only asks that the image be nearer to the cluster than to
+    others: it is the cross-entropy of the cluster under a softmax of -4 d^2 / s, where d is the
+    distance to a centre and s the mean squared distance to the own centre. The published penalty,
+    mean(m p), would let a black trigger be free, so that its size says nothing; here it is the
+    mask's.
 
     Published (the repository's): k by the knee of the inertia (12 on ImageNet-100), lr 0.1, weight
     up to 0.1, times or over 1.5 with a patience of 5, success 0.98 to 0.99 by 5 neighbours.
