@@ -22,7 +22,7 @@ from bezoar.repair import rate_ladder
 from bezoar.repair.rate_ladder import ValidationMetric
 from bezoar.training.augmentation import Chance
 
-STEPS = 32  # numbers of channels that are tried: each another thirty-second of them
+TRIES = 32  # numbers of channels that are tried: each another thirty-second of them
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,13 @@ class Prune:
         student = copy.deepcopy(encoder)
         before = metric.score(encoder)
         tried: list[dict[str, Any]] = [{"channels": 0, "score": before}]
-        for i in range(1, STEPS):
-            count = i * len(order) // STEPS
+        for i in range(1, TRIES):
+            count = i * len(order) // TRIES
             candidate = copy.deepcopy(encoder)
             last.silence(candidate.image, order[:count])
             score = metric.score(candidate)
             tried.append({"channels": count, "score": score})
-            report(i, STEPS, f"prune: {count} of {len(order)} channels")
+            report(i, TRIES, f"prune: {count} of {len(order)} channels")
             if before - score > self.drop:
                 break
             student = candidate
