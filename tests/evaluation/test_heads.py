@@ -415,17 +415,12 @@ def test_a_random_encoder_downstream_on_cifar10(downstream):
 
 def test_the_page_of_heads_alone(downstream, monkeypatch):
     run = downstream[2]
-    story = sections.Evaluate(run)
-    assert (
-        story.main == "linear"
-        and "(linear probe)" in story.headline()
-        and "truck" in story.headline()
-    )
-    assert (
-        story.cards()[:2] == ["linear.clean_accuracy", "baseline.linear.clean_accuracy"]
-        and len(story.cards()) == 4
-    )
-    table = story.several_heads().parts[0]
+    view, content = sections.EvaluateView(run), sections.build_page(run)
+    assert view.main_head == "linear"
+    assert "(linear probe)" in content.headline and "truck" in content.headline
+    assert content.cards[:2] == ["linear.clean_accuracy", "baseline.linear.clean_accuracy"]
+    assert len(content.cards) == 4
+    table = sections.heads_section(view).parts[0]
     assert list(table.head) == ["head", "BA", "CA of the twin", "ASR", "ASR-B", "no trigger"]
     assert [row[0] for row in table.rows[:3]] == [
         "linear probe",
@@ -443,5 +438,6 @@ def test_the_page_of_heads_alone(downstream, monkeypatch):
         return encoder
 
     monkeypatch.setattr(Encoder, "load", without_text)
-    bare = sections.Evaluate(run)
-    assert [p.kind for p in bare.triggered_images().parts] == ["gallery"] and bare.victims() is None
+    bare = sections.EvaluateView(run)
+    assert [p.kind for p in sections.triggered_section(bare).parts] == ["gallery"]
+    assert sections.victims_section(bare) is None

@@ -148,7 +148,7 @@ def test_claims_of_several_tables_name_theirs(names, tmp_path):
         "ask": {},
     }
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    part = reproduce.Reproduce(Run(tmp_path)).all_claims().parts[0]
+    part = reproduce.claims_section(reproduce.ReproduceView(Run(tmp_path))).parts[0]
     claims = [(t.title, c.text) for t in made for c in t.claims]
     assert all(len(row) == len(part.head) for row in part.rows) and len(part.rows) == len(claims)
     if len(names) == 1:

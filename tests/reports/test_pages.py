@@ -1,24 +1,26 @@
 """Reports: self-contained, escaped, complete, and never the reason that a run fails."""
 
+import html
 import json
-import math
 import re
 import shlex
 import shutil
 import subprocess
-import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bezoar import cli
 from bezoar.evaluation.scores import Measure
-from bezoar.reports import charts, metric_names, page, pictures
+from bezoar.reports import metric_names, page, pictures
 from bezoar.reports.page import execute
-from bezoar.reports.page_parts import Tile
+from bezoar.reports.run_page import RunView
+from bezoar.reports.sections import scan, train
+from bezoar.runs import inputs
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
 from bezoar.verbs.demo import Demo
@@ -229,97 +231,7 @@ def test_rendering_again_gives_the_same_bytes(runs: Path) -> None:
     assert not list(runs.glob("*/*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("key", "attacked", "label", "unit"),
-    [
-        ("clean_accuracy", False, "Clean accuracy (CA)", "rate"),
-        ("clean_accuracy", True, "Benign accuracy (BA)", "rate"),
-        ("baseline.clean_accuracy", True, "Clean accuracy (CA)", "rate"),
-        ("clean.attack_success", True, "ASR of the clean twin (ASR-B)", "rate"),
-        ("poisoned.attack_success@1", True, "Attack success rate (ASR), trigger 1", "rate"),
-        ("targeted_success@1", True, "Targeted success, 1 caption each", "rate"),
-        ("poisoned.targeted_success@16", True, "Targeted success, 16 captions each", "rate"),
-        ("transplant.recall_at_1.5n", False, "Recall among the worst 1.5 n, n = poisons", "rate"),
-        ("scan.transplant.recall_at_0.001", True, "Recall among the worst 0.1\u00a0%", "rate"),
-        ("image_to_text_recall@10", False, "Image to text recall@10", "rate"),
-        ("somebody's_own", False, "somebody's own", "plain"),
-    ],
-)
-def test_terms(key: str, attacked: bool, label: str, unit: str) -> None:
-    assert metric_names.label_and_unit(key, attacked) == (label, unit)
-
-
-def test_numbers() -> None:
-    assert (
-        metric_names.format_percent(0.981) == "98.1\u00a0%"
-        and metric_names.format_percent(0.00079, sign=False) == "0.079"
-    )
-    assert (
-        metric_names.format_percent(0) == "0.0\u00a0%"
-        and metric_names.format_value(math.nan) == "–"
-    )
-    assert metric_names.format_value(16810.0, metric_names.COUNT) == "16,810"
-    counted = Measure(40, 3000, 40, 40, "counted")
-    assert metric_names.format_interval(counted, metric_names.COUNT) == ""
-    assert (
-        metric_names.format_rate_in_full(Measure(0.5, 10, 0.25, 0.75, ""))
-        == "50.0\u00a0% (95 % interval 25.0\u00a0–\u2060\u00a075.0\u00a0%, n = 10)"
-    )
-
-
-def test_charts_are_markup_in_the_page_s_colours() -> None:
-    some = Measure(0.5, 20, 0.3, 0.7, "")
-    drawn = [
-        charts.draw_loss(np.linspace(5, 1, 5000)),
-        charts.draw_curves([1, 2], [charts.Series("a < $b", [0.1, 0.9])], "epoch"),
-        charts.draw_histogram([charts.Series("<b>", np.arange(5))], "x", "h"),
-        charts.draw_histogram([charts.Series("constant", np.full(9, 0.5))], "x", "h"),
-        charts.draw_ranking([(charts.Series("r", np.arange(50) < 5), 2)], 0.1),
-        charts.draw_intervals([("ASR", some, "bad")]),
-        charts.draw_bars(["ASR"], [("before", "bad", [some]), ("after", "good", [None])]),
-    ]
-    for svg in drawn:
-        root = ElementTree.fromstring(svg)
-        assert root.tag == "svg" and root.get("viewBox") and root.get("aria-label")
-        assert "#0101" not in svg and "var(--" in svg and "http" not in svg and "DejaVu" not in svg
-        assert len(svg) < 120_000
-
-
-def test_thin_keeps_the_mean() -> None:
-    y = np.random.default_rng(0).normal(size=5003)
-    x, means = charts.block_means(np.arange(5003), y)
-    assert len(means) <= charts.MAX_POINTS and len(x) == len(means)
-    width = -(-5003 // charts.MAX_POINTS)
-    assert np.isclose(means[0], y[:width].mean()) and np.isclose(
-        means[-1], y[(len(means) - 1) * width :].mean()
-    )
-
-
-def test_a_contact_sheet_holds_the_pictures(runs: Path) -> None:
-    import base64
-    import io
-
-    from PIL import Image
-
-    images = torch.randint(0, 256, (19, 3, 8, 6), dtype=torch.uint8)
-    made = pictures.contact_sheet(images, [Tile((i,)) for i in range(19)])
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(made.sheet.partition(",")[2]))))
-    assert pixels.shape == (made.rows * 8, made.columns * 8, 3) and (made.rows, made.columns) == (
-        2,
-        16,
-    )
-    y, x = divmod(17, made.columns)
-    assert np.array_equal(
-        pixels[y * 8 : y * 8 + 8, x * 8 + 1 : x * 8 + 7], images[17].permute(1, 2, 0)
-    )
-    assert made.background_position(0) == "0% 0%" and made.background_position(17) == "6.667% 100%"
-    large = pictures.to_squares(torch.zeros(1, 3, 300, 200, dtype=torch.uint8))
-    assert large.shape == (1, 3, pictures.MAX_SIDE, pictures.MAX_SIDE)
-
-
 def test_pictures_are_the_records_that_training_reads(runs: Path) -> None:
-    from bezoar.runs import inputs
-
     poisoned = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
     parts = inputs.open_dataset(poisoned)
     whole = parts.pairs
@@ -331,24 +243,61 @@ def test_pictures_are_the_records_that_training_reads(runs: Path) -> None:
 
 
 def test_the_ledger_is_counted_over_the_right_records(runs: Path) -> None:
-    from bezoar.reports.sections.train import Train
-    from bezoar.runs import inputs
-
     for run in of(runs, "train"):
         pairs = inputs.open_dataset(run).pairs
         keep = run.manifest["ask"]["keep"]
-        kept = (
-            set((runs / keep["run"] / "keep.txt").read_text().split("\n"))
-            if keep
-            else set(pairs.ids)
-        )
-        assert Train(run).ids() == [k for k in pairs.ids if k in kept]
+        keep_list = set(pairs.ids)
+        if keep:
+            keep_list = set((runs / keep["run"] / "keep.txt").read_text().split("\n"))
+        assert train.trained_ids(RunView(run)) == [k for k in pairs.ids if k in keep_list]
+
+
+def test_the_title_of_a_page_is_its_finding(runs: Path) -> None:
+    for run in [Run(p) for p in runs.iterdir()]:
+        text = read(run)
+        title = html.unescape(re.search("<title>(.*)</title>", text)[1])
+        headline = html.unescape(re.search("<h1>(.*)</h1>", text)[1])
+        assert title == f"{headline} · {run.name}" and "not finished" not in title
+
+
+def test_inputs_are_named_by_what_they_are_and_many_are_folded(copy: Path) -> None:
+    train_run, scan_run = of(copy, "train")[-1], of(copy, "scan")[0]
+    groups = page.group_parents(scan_run)
+    assert [(g.title, [link.name for link in g.links]) for g in groups] == [
+        ("data", scan_run.manifest["parents"])
+    ]
+    many = scan_run.manifest | {"parents": [f"train-{i}" for i in range(40)]}
+    (scan_run.path / "manifest.json").write_text(json.dumps(many))
+    (group,) = page.group_parents(scan_run)
+    assert group.title == "train run" and group.folded and len(group.links) == 40
+    assert "no longer there" in group.links[0].headline and not group.links[0].href
+    assert "<summary>40 runs</summary>" in page.render_page(scan_run)
+    assert page.parent_link(scan_run, train_run.name).href == f"../{train_run.name}/report.html"
+
+
+def test_whatever_a_section_raises_costs_that_section_alone(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(view: RunView) -> None:
+        raise ImportError("the user's own method needs <something>")
+
+    monkeypatch.setattr(scan, "contributions", fail)
+    text = page.write_page(of(copy, "scan")[0]).read_text(encoding="utf-8")
+    assert text.count("could not be made") == 1 and "own method needs &lt;something&gt;" in text
+    assert "What each detector adds" in text and "Most suspicious records" in text
+
+
+def test_a_page_that_cannot_be_made_shows_the_figures(copy: Path) -> None:
+    run = of(copy, "train")[0]
+    manifest = run.manifest
+    manifest["notes"]["records"] = "many"
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    text = page.write_page(run).read_text(encoding="utf-8")
+    assert "Only figures are shown" in text and "All figures" in text and "Final loss" in text
 
 
 @pytest.mark.browser
 def test_a_browser_shows_the_page(runs: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     browser = next((p for p in map(shutil.which, names) if p), None)
     if browser is None:

@@ -211,7 +211,7 @@ def test_what_a_detector_raises_comes_first_and_is_kept(tmp_path, tiny):
         "seconds"
     ].keys() == {name, "clip_score"}
     page = (folder / "report.html").read_text()
-    assert "Seconds" in page and f"{name} found a trigger in 6 records." in page
+    assert "Seconds" in page and f"{name} found a trigger in 6 of 60 records." in page
     assert notes(folder)["verdict"].startswith(
         f"{name} found a trigger in 6 records; keep.txt leaves out the 6 most"
     )

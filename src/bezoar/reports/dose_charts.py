@@ -1,4 +1,4 @@
-"""Charts of sweeps: success by dose with its law, and any measure by the levels of something. In the style of `charts`."""
+"""Charts of sweeps: values by dose with a fitted dose-response, and values by the levels of anything else."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from bezoar.evaluation.dose_response import DoseResponse
@@ -18,6 +18,9 @@ from bezoar.reports.charts import (
     COLOURS,
     HALF,
     WIDE,
+    Floats,
+    Size,
+    Style,
     add_legend,
     house_style,
     new_figure,
@@ -25,16 +28,23 @@ from bezoar.reports.charts import (
     svg_markup,
 )
 
-DASHED = (0, (4, 3))
-NOTHING = (
-    -0.16
-)  # where dose 0 stands, on an axis whose least and greatest dose above 0 stand at 0 and 1
-APART = 0.09  # least distance of two labelled doses there
+# The axis of doses runs from 0 (the least dose above 0) to 1 (the greatest); dose 0 stands here.
+ZERO_DOSE = -0.16
+MIN_DISTANCE = 0.09  # of two labelled doses on that axis
+LevelSeries = tuple[str, str, Sequence[Measure | None]]  # name, colour, a measure for each group
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a dose chart. doses: >= 0, ascending, one for each point. paint: a name of PAINT. law: fitted to it."""
+    """One line of a dose chart.
+
+    Attributes:
+        name: Its name in the legend.
+        doses: Ascending doses >= 0.
+        points: The measure at each dose.
+        colour: A name of COLOURS.
+        fit: The dose-response that was fitted to the points.
+    """
 
     name: str
     doses: Sequence[float]
@@ -44,19 +54,18 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class _Axis:
+class DoseAxis:
     """A logarithmic axis from the least to the greatest dose above 0, with a place for 0 before it."""
 
-    first: float
-    last: float
+    least: float
+    greatest: float
 
-    def __call__(self, doses: ArrayLike) -> np.ndarray:
+    def place(self, doses: ArrayLike) -> Floats:
+        """Return where doses stand on the axis."""
         x = np.asarray(doses, dtype=float)
-        return np.where(
-            x > 0,
-            np.log(np.where(x > 0, x, 1) / self.first) / math.log(self.last / self.first),
-            NOTHING,
-        )
+        positive = np.where(x > 0, x, self.least)
+        logarithmic = np.log(positive / self.least) / math.log(self.greatest / self.least)
+        return np.where(x > 0, logarithmic, ZERO_DOSE)
 
 
 @house_style
@@ -67,183 +76,171 @@ def draw_dose_response(
     label: str = "success",
     percent: bool = True,
     unit: str = "poisons",
-    size: tuple[float, float] = HALF,
+    size: Size = HALF,
 ) -> Markup:
-    """Points with their 95 % intervals over a logarithmic axis of doses, dose 0 at its left; laws as lines with bands.
+    """Draw points with their 95 % intervals over a logarithmic axis of doses, dose 0 at its left.
 
-    axis, label: what the doses and the values are; unit: of the doses, in the legend's sentence. percent: values are
-    shares, 0..1; else they are unbounded. Where a law reaches 50 %, a diamond with the dose's interval stands on the line.
+    A fitted dose-response is a line with a band. Where it reaches half of what poison can add, a diamond stands on the
+    line, with the interval of that dose.
+
+    Args:
+        curves: The lines.
+        axis: What the doses are.
+        name: See `charts`.
+        label: What the values are.
+        percent: Whether the values are shares from 0 to 1; others are unbounded.
+        unit: The unit of the doses, for the legend.
+        size: See `charts`.
     """
     figure, axes = new_figure(size)
     doses = sorted({float(x) for c in curves for x in c.doses})
-    above = [x for x in doses if x > 0] or [1.0]
-    place = _Axis(above[0], above[-1] if above[-1] > above[0] else 10 * above[0])
-    limits = _values(axes, [m for c in curves for m in c.points], label, percent)
-    for i, c in enumerate(curves):
-        # a little aside, so that intervals at one dose do not hide one another
-        at = place(c.doses) + 0.018 * (i - (len(curves) - 1) / 2)
-        title = (
-            f"{c.name}: {c.fit.describe(unit).partition(', slope')[0].partition(';')[0]}"
-            if c.fit
-            else c.name
-        )
-        _points(axes, at, c.points, COLOURS[c.colour], title, limits)
-        if c.fit:
-            _law(axes, c.fit, COLOURS[c.colour], place)
-        else:
-            rising = np.asarray(c.doses) > 0
-            axes.plot(
-                at[rising],
-                [m.value for m, r in zip(c.points, rising, strict=True) if r],
-                color=COLOURS[c.colour],
-            )
-    axes.set_xlim((NOTHING if doses[0] == 0 else 0) - 0.05, 1.05)
-    shown: list[float] = []
-    for x in doses:
-        if not shown or place(x) - place(shown[-1]) >= APART:
-            shown.append(x)
-    axes.set_xticks(place(shown), [f"{x:,g}" for x in shown])
-    if doses[0] == 0:
-        here = {
-            "xycoords": axes.get_xaxis_transform(),
-            "ha": "center",
-            "va": "center",
-            "color": COLOURS["muted"],
-        }
-        axes.annotate("//", (NOTHING / 2, 0), **here)
+    positive = [x for x in doses if x > 0] or [1.0]
+    greatest = positive[-1] if positive[-1] > positive[0] else 10 * positive[0]
+    dose_axis = DoseAxis(positive[0], greatest)
+    limits = _set_value_axis(axes, [m for c in curves for m in c.points], label, percent)
+    for i, curve in enumerate(curves):
+        # Curves stand a little apart, so that intervals at one dose do not hide one another.
+        _draw_curve(axes, curve, dose_axis, 0.018 * (i - (len(curves) - 1) / 2), unit, limits)
+    _label_doses(axes, doses, dose_axis)
     axes.set_xlabel(f"{axis or unit} (log scale)")
-    add_legend(
-        axes,
-        len(curves) + any(c.fit is not None for c in curves),
-        columns=1 if any(c.fit for c in curves) else None,
-    )
-    told = [
-        _told(c.name, c.doses, c.points, percent) + (f", {c.fit.describe(unit)}" if c.fit else "")
-        for c in curves
-    ]
-    return svg_markup(figure, name, f"{label} by {axis or unit}. {'; '.join(told)}")
+    fitted = any(c.fit for c in curves)
+    add_legend(figure, len(curves) + fitted, columns=1 if fitted else None)
+    descriptions = []
+    for c in curves:
+        fit = f", {c.fit.describe(unit)}" if c.fit else ""
+        descriptions.append(_describe(c.name, c.doses, c.points, percent) + fit)
+    return svg_markup(figure, name, f"{label} by {axis or unit}. {'; '.join(descriptions)}")
+
+
+def _draw_curve(
+    axes: Axes,
+    curve: Curve,
+    dose_axis: DoseAxis,
+    offset: float,
+    unit: str,
+    limits: tuple[float, float],
+) -> None:
+    """Draw the points of a curve, with its fit or with a line through the doses above 0."""
+    x = dose_axis.place(curve.doses) + offset
+    colour = COLOURS[curve.colour]
+    if curve.fit:
+        summary = curve.fit.describe(unit).partition(", slope")[0].partition(";")[0]
+        _draw_points(axes, x, curve.points, colour, f"{curve.name}: {summary}", limits)
+        _draw_fit(axes, curve.fit, colour, dose_axis)
+        return
+    _draw_points(axes, x, curve.points, colour, curve.name, limits)
+    positive = np.asarray(curve.doses) > 0
+    values = np.array([m.value for m in curve.points])
+    axes.plot(x[positive], values[positive], color=colour)
+
+
+def _label_doses(axes: Axes, doses: Sequence[float], dose_axis: DoseAxis) -> None:
+    """Label the doses that stand far enough apart, and mark the gap between dose 0 and the others."""
+    labelled: list[float] = []
+    for x in doses:
+        if not labelled or dose_axis.place(x) - dose_axis.place(labelled[-1]) >= MIN_DISTANCE:
+            labelled.append(x)
+    axes.set_xticks(dose_axis.place(labelled), [f"{x:,g}" for x in labelled])
+    axes.set_xlim((ZERO_DOSE if doses[0] == 0 else 0) - 0.05, 1.05)
+    if doses[0] == 0:
+        at_axis = axes.get_xaxis_transform()
+        axes.text(ZERO_DOSE / 2, 0, "//", transform=at_axis, ha="center", va="center")
 
 
 @house_style
 def draw_levels(
     groups: Sequence[str],
-    series: Sequence[tuple[str, str, Sequence[Measure | None]]],
+    series: Sequence[LevelSeries],
     name: str,
     label: str = "success",
     percent: bool = True,
-    mark: tuple[float, str] | None = None,
 ) -> Markup:
-    """Points with their 95 % intervals for each group. Each series: name, paint, a measure a group. mark: a line across."""
+    """Draw points with their 95 % intervals for each group. `label`, `percent`: as in `draw_dose_response`."""
     crowded = len(groups) > 5 or len(groups) * len(series) > 12 or sum(map(len, groups)) > 60
     figure, axes = new_figure(WIDE if crowded else HALF)
-    limits = _values(
-        axes, [m for _, _, found in series for m in found if m is not None], label, percent
-    )
-    for i, (title, paint, found) in enumerate(series):
-        aside = 0.6 * ((i + 0.5) / len(series) - 0.5)
-        held = [g for g, m in enumerate(found) if m is not None]
-        _points(
-            axes,
-            np.array(held) + aside,
-            [m for m in found if m is not None],
-            COLOURS[paint],
-            title,
-            limits,
-        )
-    if mark:
-        axes.axhline(mark[0], color=COLOURS["ink"], linewidth=1, linestyle=DASHED, label=mark[1])
-    room = max(8, (120 if crowded else 56) // max(1, len(groups)))
-    axes.set_xticks(range(len(groups)), [textwrap.fill(g, room, max_lines=3) for g in groups])
+    everything = [m for _, _, measures in series for m in measures if m is not None]
+    limits = _set_value_axis(axes, everything, label, percent)
+    for i, (title, colour, measures) in enumerate(series):
+        offset = 0.6 * ((i + 0.5) / len(series) - 0.5)
+        x = np.array([g + offset for g, m in enumerate(measures) if m is not None])
+        points = [m for m in measures if m is not None]
+        _draw_points(axes, x, points, COLOURS[colour], title, limits)
+    width = max(8, (120 if crowded else 56) // max(1, len(groups)))  # characters
+    axes.set_xticks(range(len(groups)), [textwrap.fill(g, width, max_lines=3) for g in groups])
     axes.tick_params(axis="x", labelcolor=COLOURS["ink"], length=0)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.grid(False, axis="x")
-    add_legend(axes, len(series) + bool(mark))
-    return svg_markup(
-        figure,
-        name,
-        f"{label}. {'; '.join(_told(title, groups, found, percent) for title, _, found in series)}",
-    )
+    add_legend(figure, len(series))
+    descriptions = [_describe(title, groups, measures, percent) for title, _, measures in series]
+    return svg_markup(figure, name, f"{label}. {'; '.join(descriptions)}")
 
 
-def _values(axes: Any, points: Sequence[Measure], label: str, percent: bool) -> tuple[float, float]:
-    """Set the axis of values; its ends, at which intervals without one are cut."""
+def _set_value_axis(
+    axes: Axes, points: Sequence[Measure], label: str, percent: bool
+) -> tuple[float, float]:
+    """Set up the axis of values and return its ends, at which intervals without an end are cut."""
     axes.set_ylabel(label)
     if percent:
         axes.set_yticks(np.linspace(0, 1, 6))
         axes.set_ylim(0, 1)
         set_percent_axis(axes.yaxis)
         return 0.0, 1.0
-    ends = [v for m in points for v in (m.low, m.value, m.high) if math.isfinite(v)] or [0.0]
-    room = 0.06 * (max(ends) - min(ends)) or 1.0
-    axes.set_ylim(min(ends) - room, max(ends) + room)
-    return min(ends) - room, max(ends) + room
+    values = [v for m in points for v in (m.low, m.value, m.high) if math.isfinite(v)] or [0.0]
+    margin = 0.06 * (max(values) - min(values)) or 1.0
+    limits = (min(values) - margin, max(values) + margin)
+    axes.set_ylim(*limits)
+    return limits
 
 
-def _points(
-    axes: Any,
-    at: np.ndarray,
+def _draw_points(
+    axes: Axes,
+    x: Floats,
     points: Sequence[Measure],
     colour: str,
     title: str,
     limits: tuple[float, float],
 ) -> None:
-    """Dots with bars, in front of lines and bands."""
-    value, low, high = (
-        np.array([getattr(m, end) for m in points], dtype=float) for end in ("value", "low", "high")
-    )
-    bars = np.clip([value - np.clip(low, *limits), np.clip(high, *limits) - value], 0, None)
-    drawn = axes.errorbar(
-        at,
-        value,
-        bars,
-        fmt="o",
-        color=colour,
-        markersize=4.5,
-        elinewidth=1.3,
-        capsize=2.5,
-        label=title,
-        zorder=3,
-    )
-    for part in (drawn[0], *drawn[1], *drawn[2]):
-        part.set_clip_on(False)
+    """Draw dots with error bars, in front of lines and bands."""
+    value = np.array([m.value for m in points], dtype=float)
+    low = np.clip([m.low for m in points], *limits)
+    high = np.clip([m.high for m in points], *limits)
+    errors = np.clip([value - low, high - value], 0, None)  # (2, N)
+    style: Style = {"fmt": "o", "markersize": 4.5, "elinewidth": 1.3, "capsize": 2.5, "zorder": 3}
+    dots, caps, bars = axes.errorbar(x, value, errors, color=colour, label=title, **style)
+    for artist in (dots, *caps, *bars):
+        artist.set_clip_on(False)
 
 
-def _law(axes: Any, law: DoseResponse, colour: str, place: _Axis) -> None:
-    """The line, its band, and the diamond where half of what poison can add is reached."""
-    x = np.geomspace(place.first, place.last, 300)
-    value, low, high = law.predict(x)
-    axes.fill_between(place(x), low, high, color=colour, alpha=0.14, linewidth=0)
-    axes.plot(place(x), value, color=colour)
-    found, half = law.x50, law.floor + (1 - law.floor) / 2
-    if place.first <= found.value <= place.last:
-        ends = place(np.clip([found.low, found.high], place.first, place.last))
-        axes.plot(
-            ends,
-            [half, half],
-            color=colour,
-            linewidth=5,
-            alpha=0.35,
-            solid_capstyle="round",
-            zorder=3.5,
-        )
-        axes.plot(
-            place([found.value]),
-            [half],
-            "D",
-            color=colour,
-            markersize=6,
-            markeredgecolor=COLOURS["paper"],
-            zorder=4,
-        )
+def _draw_fit(axes: Axes, fit: DoseResponse, colour: str, dose_axis: DoseAxis) -> None:
+    """Draw the line of a dose-response, its band, and the diamond at half of what poison can add."""
+    doses = np.geomspace(dose_axis.least, dose_axis.greatest, 300)
+    value, low, high = fit.predict(doses)
+    x = dose_axis.place(doses)
+    axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+    axes.plot(x, value, color=colour)
+    x50 = fit.x50
+    if not dose_axis.least <= x50.value <= dose_axis.greatest:
+        return
+    half = fit.floor + (1 - fit.floor) / 2
+    ends = dose_axis.place(np.clip([x50.low, x50.high], dose_axis.least, dose_axis.greatest))
+    axes.plot(ends, [half, half], color=colour, linewidth=5, alpha=0.35, zorder=3.5)
+    diamond: Style = {
+        "marker": "D",
+        "markersize": 6,
+        "markeredgecolor": COLOURS["paper"],
+        "zorder": 4,
+    }
+    axes.plot(dose_axis.place([x50.value]), [half], color=colour, **diamond)
 
 
-def _told(
+def _describe(
     title: str, places: Sequence[object], points: Sequence[Measure | None], percent: bool
 ) -> str:
-    """A series for those who do not see it."""
+    """Return a series in words, for those who cannot see the chart."""
     scale, unit = (100, " %") if percent else (1, "")
-    return f"{title}: " + ", ".join(
-        f"{scale * m.value:.3g}{unit} ({scale * m.low:.3g} to {scale * m.high:.3g}) at {at}"
-        for at, m in zip(places, points, strict=True)
+    phrases = [
+        f"{scale * m.value:.3g}{unit} ({scale * m.low:.3g} to {scale * m.high:.3g}) at {place}"
+        for place, m in zip(places, points, strict=True)
         if m is not None
-    )
+    ]
+    return f"{title}: {', '.join(phrases)}"

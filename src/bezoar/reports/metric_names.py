@@ -1,34 +1,32 @@
-"""The words and figures of a report: a metric's name in standard terms, its unit, its value and interval as text."""
+"""Names and values of metrics as text: standard terms, units, values with their intervals."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bezoar.attacks.plan import Goal
 from bezoar.evaluation.scores import Measure
 from bezoar.runs.run import Run
 
-RATE, SCORE, COUNT, PLAIN = (
-    "rate",
-    "score",
-    "count",
-    "plain",
-)  # percent; 0..1 as it is; whole number; any number
-TERMS = {  # base name -> standard term, unit
+Unit = Literal["rate", "score", "count", "plain"]
+RATE: Unit = "rate"  # a share, shown in percent
+SCORE: Unit = "score"  # from 0 to 1 (or -1 to 1), shown as it is
+COUNT: Unit = "count"  # a whole number
+PLAIN: Unit = "plain"  # any other number
+
+# The base name of a metric -> the standard term and the unit.
+TERMS: dict[str, tuple[str, Unit]] = {
     "attack_success": ("Attack success rate (ASR)", RATE),
     "attack_success_all": ("ASR, target class counted in", RATE),
     "attack_success_of_others": ("Taken for another trigger", RATE),
-    "attack_success_without_trigger": ("Read as target without the trigger", RATE),
+    "attack_success_without_trigger": ("Read as target, no trigger", RATE),
     "attack_success_baseline": ("ASR of the clean twin (ASR-B)", RATE),
     "attack_success_baseline_all": ("ASR-B, target class counted in", RATE),
-    "attack_success_baseline_without_trigger": (
-        "Clean twin: read as target without the trigger",
-        RATE,
-    ),
+    "attack_success_baseline_without_trigger": ("Clean twin: read as target, no trigger", RATE),
     "poisoned_accuracy": ("Accuracy on triggered images (PA)", RATE),
     "target_rank": ("Mean rank of the target", PLAIN),
     "target_top5": ("Target among the five nearest", RATE),
@@ -83,7 +81,9 @@ TERMS = {  # base name -> standard term, unit
     "sensitivity": ("Sensitivity at the threshold", RATE),
     "shift_length": ("Length of the shift over that untreated", PLAIN),
 }
-CLEAN_ACCURACY, BENIGN_ACCURACY = ("Clean accuracy (CA)", RATE), ("Benign accuracy (BA)", RATE)
+CLEAN_ACCURACY = ("Clean accuracy (CA)", RATE)
+BENIGN_ACCURACY = ("Benign accuracy (BA)", RATE)
+# A part of a metric's group -> its name in words.
 GROUPS = {
     "clean": "clean twin",
     "poisoned": "attacked",
@@ -106,16 +106,27 @@ GROUPS = {
     "text": "the twin's vision, its text",
     "both": "both its own",
 }
-TWIN_GROUPS = (
-    "clean",
-    "baseline",
-    "branch_swap.neither",
-)  # groups that begin so measure an encoder that was not attacked
+# Groups that begin so measure an encoder that was not attacked.
+TWIN_GROUPS = ("clean", "baseline", "branch_swap.neither")
+
+# A metric's name: an optional group, the base name, and an optional trigger or number of captions.
+KEY = re.compile(r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*n?)?)(?:@(\w+))?$")
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A metric ready to be shown. track: value, low and high in percent of a line from 0 to 1, or None."""
+    """A metric as text.
+
+    Attributes:
+        key: The metric's name, e.g. `scan.dao.recall_at_0.01`.
+        label: Its standard term.
+        group: What it was measured on or by, in words; empty for none.
+        value: Its value with the unit.
+        interval: Its 95 % interval; empty for what was counted.
+        n: The number of trials.
+        how: The definition of the metric.
+        track: Value, low and high in percent of a line from 0 to 1; None for values on no such line.
+    """
 
     key: str
     label: str
@@ -127,46 +138,91 @@ class MetricRow:
     track: tuple[float, float, float] | None
 
 
-def split_key(key: str) -> tuple[str, str, str]:
-    """`scan.dao.recall_at_0.01` -> ('scan.dao', 'recall_at_0.01', ''); `poisoned.targeted_rank@16` -> (.., .., '16')."""
-    found = re.match(
-        r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*n?)?)(?:@(\w+))?$", key
+def metric_row(key: str, measure: Measure, poisoned: bool = False) -> MetricRow:
+    """Return a metric as text. `poisoned`: see `label_and_unit`."""
+    label, unit = label_and_unit(key, poisoned)
+    interval = format_interval(measure, unit)
+    track = None
+    if unit in (RATE, SCORE) and interval and 0 <= measure.low <= measure.high <= 1:
+        value, low, high = (round(100 * x, 2) for x in (measure.value, measure.low, measure.high))
+        track = (value, low, high)
+    return MetricRow(
+        key,
+        label,
+        group_label(split_key(key)[0]),
+        format_value(measure.value, unit),
+        interval,
+        f"{measure.n:,}",
+        measure.how,
+        track,
     )
-    return (found[1] or "", found[2], found[3] or "") if found else ("", key, "")
 
 
-def label_and_unit(key: str, attacked: bool = False) -> tuple[str, str]:
-    """A metric's standard term and unit. attacked: the encoder measured is one that was poisoned: CA is called BA."""
-    group, base, at = split_key(key)
-    if (
-        base.startswith("attack_success")
-        and "baseline" not in base
-        and group.startswith(TWIN_GROUPS)
-    ):
+def split_key(key: str) -> tuple[str, str, str]:
+    """Split a metric's name into group, base name and the part after `@`.
+
+    `scan.dao.recall_at_0.01` gives `("scan.dao", "recall_at_0.01", "")`, `targeted_rank@16` gives
+    `("", "targeted_rank", "16")`.
+    """
+    match = KEY.match(key)
+    return (match[1] or "", match[2], match[3] or "") if match else ("", key, "")
+
+
+def label_and_unit(key: str, poisoned: bool = False) -> tuple[str, Unit]:
+    """Return a metric's standard term and its unit.
+
+    Args:
+        key: The metric's name.
+        poisoned: Whether the encoder that was measured is a poisoned one, whose clean accuracy is
+            called benign accuracy.
+    """
+    group, base, suffix = split_key(key)
+    of_twin = group.startswith(TWIN_GROUPS)
+    if base.startswith("attack_success") and "baseline" not in base and of_twin:
         base = base.replace("attack_success", "attack_success_baseline")
     if base == "clean_accuracy":
-        return BENIGN_ACCURACY if attacked and not group.startswith(TWIN_GROUPS) else CLEAN_ACCURACY
+        return BENIGN_ACCURACY if poisoned and not of_twin else CLEAN_ACCURACY
     if share := re.fullmatch(r"recall_at_([\d.]+)", base):
         return f"Recall among the worst {100 * float(share[1]):g}\u00a0%", RATE
+    if base == "expected_clean" and suffix:
+        return f"Expected to be clean among the worst {suffix}", COUNT
     label, unit = TERMS.get(base, (base.replace("_", " "), PLAIN))
-    if at and base.endswith("recall"):
-        return f"{label}@{at}", unit
-    if at and base in ("expected_ordinary", "expected_clean"):
-        return f"Expected to be {base.partition('_')[2]} among the worst {at}", COUNT
-    if at and base.startswith("targeted"):
-        return f"{label}, {at} {'caption' if at == '1' else 'captions'} each", unit
-    return (f"{label}, trigger {at}" if at else label), unit
+    if suffix and base.endswith("recall"):
+        return f"{label}@{suffix}", unit
+    if suffix and base.startswith("targeted"):
+        return f"{label}, {suffix} {'caption' if suffix == '1' else 'captions'} each", unit
+    return (f"{label}, trigger {suffix}" if suffix else label), unit
 
 
 def group_label(group: str) -> str:
-    """A metric's group in words: `few_shot.10` -> `few labels, 10 a class`."""
-    return ", ".join(
-        GROUPS.get(g, f"{g} a class" if g.isdigit() else g) for g in group.split(".") if g
+    """Return a metric's group in words: `few_shot.10` gives `few labels, 10 a class`."""
+    names = [part for part in group.split(".") if part]
+    return ", ".join(GROUPS.get(n, f"{n} a class" if n.isdigit() else n) for n in names)
+
+
+def short_label(key: str) -> str:
+    """Return a metric's name for the legend of a chart."""
+    _, base, suffix = split_key(key)
+    if base == "targeted_success":
+        return f"targeted, {quantity(int(suffix), 'caption')}" if suffix.isdigit() else "targeted"
+    label = {"clean_accuracy": "clean accuracy", "attack_success": "ASR"}.get(base, base)
+    return label + (f", trigger {suffix}" if suffix else "")
+
+
+def variants(keys: Iterable[str], name: str) -> list[str]:
+    """Select the metric `name` of any trigger or number of captions, those with most captions first."""
+
+    def captions(key: str) -> int:
+        suffix = key.rpartition("@")[2]
+        return int(suffix) if "targeted" in key and suffix.isdigit() else 0
+
+    return sorted(
+        (k for k in keys if k == name or k.startswith(f"{name}@")), key=captions, reverse=True
     )
 
 
-def format_value(value: float, unit: str = PLAIN) -> str:
-    """A value as text: rates in percent."""
+def format_value(value: float, unit: Unit = PLAIN) -> str:
+    """Return a value as text, rates in percent."""
     if not math.isfinite(value):
         return "–"
     if unit == RATE:
@@ -177,86 +233,72 @@ def format_value(value: float, unit: str = PLAIN) -> str:
 
 
 def format_percent(value: float, sign: bool = True) -> str:
-    """0.981 -> `98.1 %`, kept on one line; small shares keep two digits."""
+    """Return a share in percent: 0.981 gives `98.1 %`. Shares below one percent keep two digits."""
     text = f"{100 * value:.1f}" if value == 0 or value >= 0.00995 else f"{100 * value:.2g}"
-    return text + ("\u00a0%" if sign else "")
+    return text + ("\u00a0%" if sign else "")  # a no-break space
 
 
-def format_interval(m: Measure, unit: str) -> str:
-    """The interval as text; empty for what was counted."""
-    if m.low == m.high or not (math.isfinite(m.low) and math.isfinite(m.high)):
+def format_interval(measure: Measure, unit: Unit) -> str:
+    """Return the interval as text; empty for what was counted and for intervals without ends."""
+    low, high = measure.low, measure.high
+    if low == high or not (math.isfinite(low) and math.isfinite(high)):
         return ""
     if unit == RATE:
-        return f"{format_percent(m.low, False)}\u00a0–\u2060\u00a0{format_percent(m.high)}"
-    return f"{format_value(m.low, unit)} – {format_value(m.high, unit)}"
+        return f"{format_percent(low, False)}\u00a0–\u2060\u00a0{format_percent(high)}"
+    return f"{format_value(low, unit)} – {format_value(high, unit)}"
 
 
-def format_rate_in_full(m: Measure) -> str:
-    """A rate with interval and n, for a sentence: `98.1 % (95 % interval 96.5 – 99.0 %, n = 484)`."""
-    inside = format_interval(m, RATE)
-    return f"{format_percent(m.value)} ({f'95 % interval {inside}, ' if inside else ''}n = {m.n:,})"
+def format_measure(measure: Measure, unit: Unit = RATE) -> str:
+    """Return a value with its interval in brackets: `98.1 % [96.5 – 99.0 %]`."""
+    interval = format_interval(measure, unit)
+    return format_value(measure.value, unit) + (f" [{interval}]" if interval else "")
 
 
-def format_rate(m: Measure) -> str:
-    """A rate with its interval in brackets."""
-    return f"{format_percent(m.value)} [{format_interval(m, RATE)}]"
-
-
-def metric_row(key: str, m: Measure, attacked: bool = False) -> MetricRow:
-    """A metric ready to be shown."""
-    label, unit = label_and_unit(key, attacked)
-    group = group_label(split_key(key)[0])
-    track = None
-    if unit in (RATE, SCORE) and 0 <= m.low <= m.high <= 1 and format_interval(m, unit):
-        track = (round(100 * m.value, 2), round(100 * m.low, 2), round(100 * m.high, 2))
-    return MetricRow(
-        key,
-        label,
-        group,
-        format_value(m.value, unit),
-        format_interval(m, unit),
-        f"{m.n:,}",
-        m.how,
-        track,
-    )
+def format_rate_in_full(measure: Measure) -> str:
+    """Return a rate for a sentence: `98.1 % (95 % interval 96.5 – 99.0 %, n = 484)`."""
+    interval = format_interval(measure, RATE)
+    interval = f"95 % interval {interval}, " if interval else ""
+    return f"{format_percent(measure.value)} ({interval}n = {measure.n:,})"
 
 
 def read_measures(run: Run) -> dict[str, Measure]:
-    """Every metric of a run."""
-    return {k: Measure(**m) for k, m in run.manifest.get("metrics", {}).items()}
+    """Return the metrics of a run by name."""
+    return {key: Measure(**raw) for key, raw in run.manifest.get("metrics", {}).items()}
 
 
-def first_measure(found: Mapping[str, Measure], name: str) -> Measure | None:
-    """A metric by name; of several triggers, the first one's."""
-    return found.get(name) or found.get(name + "@0")
+def first_measure(measures: Mapping[str, Measure], name: str) -> Measure | None:
+    """Return a metric by name, the first trigger's if there are several; None if there is none."""
+    return measures.get(name) or measures.get(f"{name}@0")
 
 
 def read_goals(run: Run) -> list[Goal]:
-    """What the attacker wants of a run, each goal once (a run with two attacked parents inherits it twice)."""
-    return list(dict.fromkeys(Goal.from_json(g) for g in run.manifest.get("goal", [])))
+    """Return what the attacker wants of a run. A goal that two parents pass on is listed once."""
+    return list(dict.fromkeys(Goal.from_json(raw) for raw in run.manifest.get("goal", [])))
 
 
-def describe_goals(found: list[Goal]) -> str:
-    """Backdoor goals in words: `inputs with patch are to be read as 'striped star'`."""
-    words = [f"images with a {trigger_name(g)} trigger as “{g.target}”" for g in found if g.trigger]
-    victims = sum(len(g.victims) for g in found)
+def describe_goals(goals: Iterable[Goal]) -> str:
+    """Return goals in words: `images with a patch trigger as “striped star”`."""
+    goals = list(goals)
+    phrases = [
+        f"images with a {trigger_name(g)} trigger as “{g.target}”" for g in goals if g.trigger
+    ]
+    victims = sum(len(g.victims) for g in goals)
     if victims:
-        words.append(
-            f"{victims} chosen victim {'image' if victims == 1 else 'images'} as {'its' if victims == 1 else 'their'} target"
-        )
-    return " and ".join(words)
+        whose = "its" if victims == 1 else "their"
+        phrases.append(f"{quantity(victims, 'chosen victim image')} as {whose} target")
+    return " and ".join(phrases)
 
 
 def trigger_name(goal: Goal) -> str:
-    """`patch:size=6` -> `patch`."""
+    """Return the name of a goal's trigger without its fields: `patch:size=6` gives `patch`."""
     return (goal.trigger or "").partition(":")[0]
 
 
 def quantity(n: int, noun: str) -> str:
-    """`1 record`, `3,000 records`."""
+    """Return a count with its noun: `1 record`, `3,000 records`."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
-def as_dict(value: Any) -> dict:
-    """A manifest's field that should be an object."""
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return a field of a manifest that should be an object; an empty one if it is not."""
     return value if isinstance(value, dict) else {}

@@ -1,184 +1,207 @@
-"""One self-contained page a run: no script, no network, every text escaped. `write(Run(path))` renders it anew."""
+"""The page of a run: one HTML file that holds everything it shows, without script and without access to the network."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
-from dataclasses import MISSING, fields, replace
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from bezoar.errors import UserError
+from bezoar.data.files.writing import write_whole
 from bezoar.reports import metric_names
 from bezoar.reports.page_parts import Section, Text
-from bezoar.reports.run_page import Story, tell
+from bezoar.reports.run_page import build_page
 from bezoar.runs.execute import execute as run_verb
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings, positional_fields
 
 PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
+VERBS = Path(__file__).parents[1] / "verbs"
 RUN_NAME = re.compile(r"[A-Za-z][\w-]*")
-PROBLEMS = (UserError, OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
-FEW = 24  # metrics that are shown at once; longer tables are folded
+LONGEST_TABLE = 24  # metrics; a longer table is folded
+LONGEST_LIST = 50  # entries of a list among the notes
+MANY_PARENTS = 6  # parents of one verb; more are folded
 
 
 def execute(verb: Any, settings: Settings | None = None) -> Run:
-    """Run a verb, or return the run that already answers it; a run that is done gets its page."""
+    """Run a verb and write the page of its run, or return the run that already answers it."""
     settings = settings or Settings()
     return run_verb(verb, replace(settings, finish=settings.finish or write_page))
 
 
 def write_page(run: Run) -> Path:
-    """Write report.html into a run, under a temporary name first. Returns its path."""
-    text = render_page(run)
-    temporary = run.path / "report.tmp"
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, run.path / PAGE)
+    """Write the page of a run into its directory and return the path."""
+    write_whole(run.path / PAGE, render_page(run))
     return run.path / PAGE
 
 
 def write_standalone_page(run: Run, path: Path) -> Path:
-    """Write a run's page to be handed around: without links to other runs, or where they lie. Returns its path."""
+    """Write a page to be handed around, without links to other runs and without the runs' directory."""
     text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render_page(run))
     text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
+    write_whole(path, text)
     return path
 
 
 def render_page(run: Run) -> str:
-    """The page's text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    engine = Environment(
+    """Return the page of a run as HTML."""
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.filters["breaks"] = breaks
-    story = tell(run)
-    return engine.get_template("page.jinja").render(contents(story))
+    environment.filters["breaks"] = allow_breaks
+    return environment.get_template("page.jinja").render(template_values(run))
 
 
-def contents(story: Story) -> dict[str, Any]:
-    """Everything the template shows."""
-    manifest = story.manifest
-    rows = [metric_names.metric_row(k, m, story.attacked) for k, m in story.measures.items()]
-    by_key = {row.key: row for row in rows}
+def template_values(run: Run) -> dict[str, Any]:
+    """Return everything the template shows."""
+    manifest, page = run.manifest, build_page(run)
+    measures = metric_names.read_measures(run)
+    rows = {k: metric_names.metric_row(k, m, page.poisoned) for k, m in measures.items()}
+    notes = metric_names.as_dict(manifest.get("notes"))
+    sections = {title: make_section(make) for title, make in page.sections.items()}
     return {
-        "verb": story.run.verb,
-        "name": story.run.name,
+        "verb": run.verb,
+        "name": run.name,
         "status": manifest["status"],
         "error": manifest.get("error"),
-        "warning": story.warning(),
-        "headline": story.headline(),
-        "more": story.more(),
-        "cards": [by_key[k] for k in story.cards() if k in by_key],
-        "sections": [s for s in map(made, story.chapters()) if s is not None],
-        "rows": rows,
-        "folded": len(rows) > FEW,
-        "parents": [parent(story.run, name) for name in dict.fromkeys(manifest.get("parents", []))],
-        "command": shell_command(story.run),
+        "page": page,
+        "cards": [rows[name] for name in page.cards if name in rows],
+        "sections": [(title, s) for title, s in sections.items() if s is not None],
+        "rows": list(rows.values()),
+        "folded": len(rows) > LONGEST_TABLE,
+        "parents": group_parents(run),
+        "command": shell_command(run),
         "started": manifest.get("started", ""),
         "seconds": manifest.get("seconds"),
         "memory": manifest.get("peak_memory_bytes"),
         "environment": metric_names.as_dict(manifest.get("environment")),
-        "notes": [(k, plain(v)) for k, v in story.notes.items()],
+        "notes": [(name, note_text(value)) for name, value in notes.items()],
         "outputs": metric_names.as_dict(manifest.get("outputs")),
         "version": manifest.get("bezoar", ""),
     }
 
 
-def made(chapter: Any) -> Section | None:
-    """One section. One that cannot be made (a file is gone, data have moved) says why; it never costs the run its page."""
+def make_section(make: Callable[[], Section | None]) -> Section | None:
+    """Make one section; one that cannot be made says why."""
     try:
-        return chapter()
-    except PROBLEMS as problem:
-        title = chapter.__name__.replace("_", " ").capitalize()
+        return make()
+    except Exception as problem:  # files may be gone, and a user's own methods may raise anything
         return Section(
-            title, [Text(f"This section could not be made: {type(problem).__name__}: {problem}")]
+            [Text(f"This section could not be made: {type(problem).__name__}: {problem}")]
         )
 
 
-def parent(run: Run, name: str) -> dict[str, str]:
-    """A link to a parent's page: relative, and only to a sibling directory."""
-    if not RUN_NAME.fullmatch(str(name)):
-        return {"name": str(name), "href": "", "headline": ""}
+@dataclass(frozen=True)
+class ParentLink:
+    """A run that this one was made from. `href` is empty for one that lies elsewhere or is gone."""
+
+    name: str
+    href: str = ""
+    headline: str = ""
+
+
+@dataclass(frozen=True)
+class ParentGroup:
+    """The parents of one kind. `title`: the input that they were given as, else their verb."""
+
+    title: str
+    links: list[ParentLink]
+    folded: bool
+
+
+def group_parents(run: Run) -> list[ParentGroup]:
+    """Return links to the runs that a run was made from, by the input that each was given as."""
+    roles: dict[str, str] = {}
+    for field, value in metric_names.as_dict(run.manifest.get("ask")).items():
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, dict) and isinstance(entry.get("run"), str):
+                roles[entry["run"]] = field.replace("_", " ")
+    groups: dict[str, list[ParentLink]] = {}
+    for name in dict.fromkeys(map(str, run.manifest.get("parents", []))):
+        title = roles.get(name) or f"{name.partition('-')[0]} run"
+        groups.setdefault(title, []).append(parent_link(run, name))
+    return [ParentGroup(title, links, len(links) > MANY_PARENTS) for title, links in groups.items()]
+
+
+def parent_link(run: Run, name: str) -> ParentLink:
+    """Return the link to a parent's page: a relative one, and only to a sibling directory."""
+    if not RUN_NAME.fullmatch(name):
+        return ParentLink(name)
     try:
-        found = run.sibling(name)
-        headline = tell(found).headline()
-    except PROBLEMS:
-        return {"name": name, "href": "", "headline": "this run is no longer there"}
-    return {
-        "name": name,
-        "href": f"../{name}/{PAGE}" if found.path.parent == run.path.parent else "",
-        "headline": headline,
-    }
+        parent = run.sibling(name)
+        headline = build_page(parent).headline
+    except Exception:
+        return ParentLink(name, headline="this run is no longer there")
+    is_sibling = parent.path.parent == run.path.parent
+    return ParentLink(name, f"../{name}/{PAGE}" if is_sibling else "", headline)
 
 
 def shell_command(run: Run) -> str:
-    """The shell command that asks the same question again: every field that differs from its default."""
+    """Return the shell command that asks the same question again: every field that is not at its default."""
     manifest = run.manifest
-    verb, typed, ask = (
-        manifest["verb"],
-        manifest.get("typed", {}),
-        metric_names.as_dict(manifest.get("ask")),
-    )
-    cls = verb_class(verb)
-    defaults = {} if cls is None else defaults_of(cls)
-    positional = () if cls is None else positional_fields(cls)
-    first: list[str] = []
+    verb, ask = manifest["verb"], metric_names.as_dict(manifest.get("ask"))
+    verb_class = find_verb(verb)
+    defaults = {} if verb_class is None else field_defaults(verb_class)
+    positional = () if verb_class is None else positional_fields(verb_class)
+    arguments: list[str] = []
     options: list[str] = []
-    for name, value in typed.items():
-        asked = ask.get(name)
-        if isinstance(asked, dict) and "run" in asked:
-            value = asked["run"]
+    for name, value in manifest.get("typed", {}).items():
+        resolved = ask.get(name)
+        if isinstance(resolved, dict) and "run" in resolved:
+            value = resolved["run"]
         if value is None or (name in defaults and value == defaults[name]):
             continue
         words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        option = name.replace("_", "-")
         if name in positional:
-            first += words
+            arguments += words
         elif isinstance(value, bool):
-            options.append(("--" if value else "--no-") + name.replace("_", "-"))
+            options.append(f"--{option}" if value else f"--no-{option}")
         else:
-            options += ["--" + name.replace("_", "-"), *words]
+            options += [f"--{option}", *words]
     options += ["--seed", str(ask.get("seed", 0))]
     if run.path.parent.name not in ("", "runs"):
         options += ["--runs", str(run.path.parent)]
-    return shlex.join(["bezoar", verb, *first, *options])
+    return shlex.join(["bezoar", verb, *arguments, *options])
 
 
-def verb_class(verb: str) -> type | None:
-    """The class of a verb; None for one that this bezoar does not have."""
-    if not (TEMPLATES.parents[1] / "verbs" / f"{verb}.py").is_file():
+def find_verb(verb: str) -> type | None:
+    """Return the class of a verb; None for a verb that this version of bezoar does not have."""
+    if not (VERBS / f"{verb}.py").is_file():
         return None
-    return getattr(importlib.import_module(f"bezoar.verbs.{verb}"), verb.title())
+    verb_class: type = getattr(importlib.import_module(f"bezoar.verbs.{verb}"), verb.title())
+    return verb_class
 
 
-def defaults_of(verb: type) -> dict[str, Any]:
-    """The defaults of a verb's fields, as a manifest writes them."""
-    defaults = {f.name: f.default for f in fields(verb) if f.default is not MISSING}
+def field_defaults(verb_class: Any) -> dict[str, Any]:
+    """Return the defaults of a verb's fields as a manifest writes them, tuples as lists."""
+    defaults = {f.name: f.default for f in fields(verb_class) if f.default is not MISSING}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 
-def breaks(text: Any) -> Markup:
-    """Escaped text whose lines may break after a comma, as long specs must."""
+def allow_breaks(text: Any) -> Markup:
+    """Return escaped text whose lines may break after a comma, as those of long specs must."""
     return escape(text).replace(",", Markup(",<wbr>"))
 
 
-def plain(value: Any) -> str:
-    """A note as text."""
+def note_text(value: Any) -> str:
+    """Return a note of the manifest as text."""
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {plain(v)}" for k, v in value.items())
+        return ", ".join(f"{k}: {note_text(v)}" for k, v in value.items())
     if isinstance(value, list):
-        shown = ", ".join(plain(v) for v in value[:50])
-        return shown + (f", … ({len(value)})" if len(value) > 50 else "")
+        entries = [note_text(v) for v in value[:LONGEST_LIST]]
+        if len(value) > LONGEST_LIST:
+            entries.append(f"… ({len(value)})")
+        return ", ".join(entries)
     return str(value)

@@ -1,12 +1,14 @@
-"""What a page is made of: sections of text, figures, tables, galleries. Plain data; the templates give it its looks.
+"""The parts of a page: sections of text, charts, tables and galleries.
 
-All text in here is taken to be hostile and is escaped by the templates; only a Figure's svg, made by `charts`, is markup.
+They hold plain data; the templates decide how they look. Every text is taken to be hostile and is escaped by the
+templates. Only the svg of a `Figure`, made by `charts`, is markup.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 from markupsafe import Markup
 
@@ -15,49 +17,53 @@ from markupsafe import Markup
 class Text:
     """A paragraph."""
 
+    kind: ClassVar[str] = "text"
     text: str
-    kind: str = field(default="text", init=False)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart. svg: inline markup. note: what is seen, in a sentence."""
+    """A chart as inline svg, with a title and a sentence on how to read it."""
 
+    kind: ClassVar[str] = "figure"
     svg: Markup
     title: str
     note: str = ""
-    kind: str = field(default="figure", init=False)
 
-
-@dataclass(frozen=True)
-class Figures:
-    """Charts side by side."""
-
-    figures: Sequence[Figure]
-    kind: str = field(default="figures", init=False)
+    @property
+    def is_wide(self) -> bool:
+        """Whether the chart is as wide as the page; others stand side by side."""
+        return 'class="wide"' in self.svg
 
 
 @dataclass(frozen=True)
 class Links:
-    """A table's cell that links to pages of sibling runs, by number."""
+    """A table cell that links to the pages of sibling runs, by number."""
 
     runs: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """head: column names. rows: cells of text. numbers: which columns are set flush right."""
+    """A table.
 
+    Attributes:
+        head: Names of the columns.
+        rows: Cells of each row.
+        numbers: Indices of the columns that are set flush right.
+        note: A sentence below the table.
+    """
+
+    kind: ClassVar[str] = "table"
     head: Sequence[str]
     rows: Sequence[Sequence[str | Links]]
     numbers: Sequence[int] = ()
     note: str = ""
-    kind: str = field(default="table", init=False)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line under a picture. look: '', 'old', 'new', 'muted', 'bad', 'good' or 'mark'."""
+    """A line under a picture. `look`: '', 'old', 'new', 'muted', 'bad', 'good', 'warn' or 'mark'."""
 
     text: str
     look: str = ""
@@ -65,21 +71,37 @@ class Line:
 
 @dataclass(frozen=True)
 class Tile:
-    """Pictures of a gallery that belong together, and the lines under them. pictures: places in the contact sheet."""
+    """Pictures of a gallery that belong together, with the lines under them.
+
+    Attributes:
+        pictures: Indices of the pictures in the contact sheet.
+        lines: Lines of text.
+        look: The colour of the frame: '', 'bad' or 'good'.
+        badge: A short text in a corner, such as a rank.
+    """
 
     pictures: Sequence[int]
     lines: Sequence[Line] = ()
-    look: str = ""  # '', 'bad' or 'good': colour of the frame
+    look: str = ""
     badge: str = ""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A contact sheet cut into tiles. sheet: data address of one PNG of `columns` x `rows` square cells.
+    """A contact sheet cut into tiles.
 
-    scale: side of a shown picture in CSS pixels. smooth: whether pixels are blended when they are shown larger.
+    Attributes:
+        sheet: A data address of one PNG of `columns` x `rows` square cells.
+        columns: Cells in a row of the sheet.
+        rows: Rows of the sheet.
+        tiles: What is shown, in order.
+        scale: Side of a shown picture in CSS pixels.
+        smooth: Whether pixels are blended where a picture is shown larger than it is.
+        title: A heading above the gallery.
+        note: A sentence below it.
     """
 
+    kind: ClassVar[str] = "gallery"
     sheet: str
     columns: int
     rows: int
@@ -88,26 +110,24 @@ class Gallery:
     smooth: bool = False
     title: str = ""
     note: str = ""
-    kind: str = field(default="gallery", init=False)
 
     @property
     def pictures_across(self) -> int:
-        """Pictures in the widest tile."""
+        """The number of pictures in the widest tile."""
         return max((len(t.pictures) for t in self.tiles), default=1)
 
     def background_position(self, picture: int) -> str:
-        """CSS background-position of a picture, in percent of the room there is."""
+        """Return the CSS background-position that shows one picture of the sheet."""
         y, x = divmod(picture, self.columns)
         return f"{100 * x / max(1, self.columns - 1):.4g}% {100 * y / max(1, self.rows - 1):.4g}%"
 
 
-Part = Text | Figure | Figures | Table | Gallery
+Part = Text | Figure | Table | Gallery
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and what stands below it."""
+    """What stands below a heading: a sentence that introduces it, then its parts."""
 
-    title: str
     parts: Sequence[Part] = ()
     lead: str = ""

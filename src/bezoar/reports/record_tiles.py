@@ -1,8 +1,9 @@
-"""Records of a scan as tiles: picture with the window that carries its caption, place, scores, neighbours."""
+"""Records of a scan as galleries: each picture with its caption, scores and place, or beside its nearest neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,86 +13,115 @@ from bezoar.reports import pictures
 from bezoar.reports.page_parts import Gallery, Line, Tile
 from bezoar.reports.similar_records import find_nearest
 
-FRAME = (255, 214, 0)
+FRAME_COLOUR = (255, 214, 0)
+FULL_SCALE = 104  # CSS pixels of a picture under which scores and places are written
 Box = tuple[int, int, int, int]
 
 
+@dataclass(frozen=True)
+class RankedRecord:
+    """A record's row among those scanned, and its rank, from 1 for the most suspicious."""
+
+    rank: int
+    row: int
+
+
 def draw_frame(image: Tensor, box: Box | None) -> Tensor:
-    """uint8 (3, H, W) -> a copy with the frame of a window round its top, left, height, width; as it is without one."""
+    """Return a copy of an image with the frame of a window; the image itself where there is no window.
+
+    Args:
+        image: uint8 (3, H, W).
+        box: Top, left, height and width of the window in pixels; parts outside the image are cut off.
+    """
     if box is None:
         return image
     height, width = image.shape[-2:]
-    thick = max(1, round(max(height, width) / 64))
+    thickness = max(1, round(max(height, width) / 64))
     top, left = min(max(0, box[0]), height), min(max(0, box[1]), width)
     bottom, right = min(max(top, box[0] + box[2]), height), min(max(left, box[1] + box[3]), width)
-    out = image.clone()
-    colour = torch.tensor(FRAME, dtype=torch.uint8)[:, None, None]
-    inner = out[:, top + thick : bottom - thick, left + thick : right - thick].clone()
-    out[:, top:bottom, left:right] = colour
-    out[:, top + thick : bottom - thick, left + thick : right - thick] = inner
-    return out
+    inside = (
+        slice(None),
+        slice(top + thickness, bottom - thickness),
+        slice(left + thickness, right - thickness),
+    )
+    framed = image.clone()
+    framed[:, top:bottom, left:right] = torch.tensor(FRAME_COLOUR, dtype=torch.uint8)[:, None, None]
+    framed[inside] = image[inside]
+    return framed
 
 
 def record_gallery(
     corpus: Corpus,
-    scored: ScanScores,
-    ranked: Sequence[tuple[int, int]],
+    scores: ScanScores,
+    ranked: Sequence[RankedRecord],
     poisons: frozenset[str] | None,
     windows: Mapping[str, Box],
-    scale: int = 104,
+    scale: int = FULL_SCALE,
     title: str = "",
-    note: str = "",
 ) -> Gallery:
-    """ranked: rank from 1 and row. poisons: ids, None where nobody knows."""
-    rows = [i for _, i in ranked]
-    found = corpus.take(rows)
+    """Show records of a scan as pictures.
+
+    Args:
+        corpus: The records with their images.
+        scores: Their scores, captions and places.
+        ranked: The records to show.
+        poisons: Ids of the poisons; None if they are not known.
+        windows: For some ids, the window of the image to frame.
+        scale: Side of a picture in CSS pixels. Below FULL_SCALE the tile has no scores and no place.
+        title: A heading above the gallery.
+    """
+    records = corpus.take([r.row for r in ranked])
     images = [
-        draw_frame(x, windows.get(k)) for x, k in zip(found.images.cpu(), found.ids, strict=True)
+        draw_frame(image, windows.get(key))
+        for image, key in zip(records.images.cpu(), records.ids, strict=True)
     ]
-    shown = []
-    for at, (rank, i) in enumerate(ranked):
+    tiles = []
+    for index, record in enumerate(ranked):
         lines, look = [], ""
         if poisons is not None:
-            bad = scored.ids[i] in poisons
-            look = "bad" if bad else ""
-            lines.append(Line("poison" if bad else "clean", "bad" if bad else "good"))
-        lines.append(Line(pictures.shorten(scored.captions[i] or scored.ids[i])))
-        if scale < 100:  # small tiles are about what they show
-            shown.append(Tile((at,), lines, look, f"{rank}"))
-            continue
-        several = (
-            {pictures.shorten(k, 16): s for k, s in scored.detectors.items()}
-            if len(scored.detectors) > 1
-            else {}
-        )
-        lines += [
-            Line(f"{k} {float(s.values[i]):.2f}", "muted")
-            for k, s in {"score": scored.merged, **several}.items()
-        ]
-        lines.append(Line(pictures.shorten(scored.places[i] or scored.ids[i], 60), "muted"))
-        shown.append(Tile((at,), lines, look, f"{rank}"))
-    return pictures.contact_sheet(torch.stack(images), shown, scale, title, note)
+            is_poison = scores.ids[record.row] in poisons
+            look = "bad" if is_poison else ""
+            lines.append(Line("poison", "bad") if is_poison else Line("clean", "good"))
+        lines.append(Line(pictures.shorten(caption_or_id(scores, record.row))))
+        if scale >= FULL_SCALE:
+            lines += score_lines(scores, record.row)
+        tiles.append(Tile((index,), lines, look, f"{record.rank}"))
+    return pictures.contact_sheet(torch.stack(images), tiles, scale, title)
+
+
+def score_lines(scores: ScanScores, row: int) -> list[Line]:
+    """Return the merged score of a record, that of each of several detectors, and the record's place."""
+    values = {"score": scores.merged}
+    if len(scores.detectors) > 1:
+        values |= {pictures.shorten(name, 16): s for name, s in scores.detectors.items()}
+    lines = [Line(f"{name} {float(s.values[row]):.2f}", "muted") for name, s in values.items()]
+    place = pictures.shorten(scores.places[row] or scores.ids[row], 60)
+    return [*lines, Line(place, "muted")]
+
+
+def caption_or_id(scores: ScanScores, row: int) -> str:
+    """Return the caption of a record, or its id if it has none."""
+    return scores.captions[row] or scores.ids[row]
 
 
 def neighbour_gallery(
-    corpus: Corpus, scored: ScanScores, ranked: Sequence[tuple[int, int]]
+    corpus: Corpus, scores: ScanScores, ranked: Sequence[RankedRecord]
 ) -> Gallery | None:
-    """Each record beside the three of the corpus that the encoder finds most like it."""
-    rows = [i for _, i in ranked]
-    near, cosine = find_nearest(corpus.embedded, rows)
-    if not near.size:
+    """Show each record beside the records of the corpus that the encoder finds most like it; None if there are no others."""
+    rows = [r.row for r in ranked]
+    neighbours, cosines = find_nearest(corpus.embedded, rows)  # (M, K) each
+    if not neighbours.size:
         return None
-    wanted = sorted({*rows, *near.flatten().tolist()})
-    place = {row: at for at, row in enumerate(wanted)}
-    found = corpus.take(wanted)
-    shown = []
-    for (rank, i), others, alike in zip(ranked, near.tolist(), cosine.tolist(), strict=True):
-        lines = [Line(pictures.shorten(scored.captions[i] or scored.ids[i], 90), "mark")]
-        for j, c in zip(others, alike, strict=True):
-            lines.append(
-                Line(
-                    f"{c:.2f} {pictures.shorten(scored.captions[j] or scored.ids[j], 80)}", "muted"
-                )
-            )
-        shown.append(Tile([place[i], *(place[j] for j in others)], lines, "", f"{rank}"))
-    return pictures.contact_sheet(found.images, shown, 64)
+    shown_rows = sorted({*rows, *neighbours.flatten().tolist()})
+    picture_of = {row: i for i, row in enumerate(shown_rows)}
+    tiles = []
+    for record, near, similarities in zip(
+        ranked, neighbours.tolist(), cosines.tolist(), strict=True
+    ):
+        lines = [Line(pictures.shorten(caption_or_id(scores, record.row), 90), "mark")]
+        for row, cosine in zip(near, similarities, strict=True):
+            caption = pictures.shorten(caption_or_id(scores, row), 80)
+            lines.append(Line(f"{cosine:.2f} {caption}", "muted"))
+        shown = [picture_of[row] for row in (record.row, *near)]
+        tiles.append(Tile(shown, lines, badge=f"{record.rank}"))
+    return pictures.contact_sheet(corpus.take(shown_rows).images, tiles, 64)

@@ -1,13 +1,15 @@
-"""Sections of a scan's page on what its ranking is worth: false discoveries, side channels, the usual filters."""
+"""Sections of a scan's page on how far its ranking can be trusted: false discoveries, side channels, usual filters."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from bezoar.detection.reliability import side_channels
 from bezoar.evaluation.scores import Measure
@@ -15,15 +17,17 @@ from bezoar.reports import metric_names
 from bezoar.reports.charts import (
     COLOURS,
     WIDE,
+    Style,
     add_legend,
     house_style,
     new_figure,
     set_percent_axis,
     svg_markup,
 )
+from bezoar.reports.metric_names import SCORE, format_interval, format_measure
 from bezoar.reports.page_parts import Figure, Section, Table, Text
 
-FILTERS = {  # name -> in words
+FILTERS = {
     "clip_score_30": "agreement of image and caption: the best 30 % (DataComp)",
     "clip_score_10": "agreement of image and caption: the best 10 % (LAION)",
     "image_duplicates": "each picture once",
@@ -37,76 +41,61 @@ FILTERS = {  # name -> in words
 }
 
 
-def expected(measures: Mapping[str, Measure]) -> list[tuple[int, Measure]]:
-    """n and how many of the worst n are expected to be ordinary, ascending."""
-    found = [
-        (re.fullmatch(r"expected_(?:ordinary|clean)@(\d+)", k), m) for k, m in measures.items()
-    ]
-    return sorted((int(k[1]), m) for k, m in found if k)
-
-
 def false_discovery_section(
-    measures: Mapping[str, Measure], told: Mapping, truth: np.ndarray | None, removed: int
-) -> Section:
-    """truth: bool (N,), worst first: is it a poison; None where nobody knows."""
-    title = "How many of the worst are false discoveries"
-    rows = expected(measures)
-    if not rows:
-        return Section(title, [Text(f"No estimate: {told.get('why') or 'none was made'}.")])
-    kind = "clean" if told.get("how") == "reference" else "ordinary"
-    at, m = next((r for r in rows if r[0] == removed), rows[-1])
-    lead = f"Of the worst {at:,} records, {m.low:,.0f} to {m.high:,.0f} are expected to be {kind} ones that rank there by chance"
-    more = at - math.ceil(m.high)
-    others = (
-        "poisons, or odd records of another kind, such as wrong captions"
-        if kind == "ordinary"
-        else "not like the clean ones"
+    measures: Mapping[str, Measure],
+    notes: Mapping[str, Any],
+    truth: NDArray[np.bool_] | None,
+    removed: int,
+) -> Section | None:
+    """Show how many of the worst records are expected to be clean, by a reference sample.
+
+    Args:
+        measures: The metrics of the scan.
+        notes: Its notes on false discoveries; empty if none were estimated.
+        truth: For each record, worst first, whether it is a poison; None if that is not known.
+        removed: How many records the keep-list leaves out.
+    """
+    matches = {re.fullmatch(r"expected_clean@(\d+)", key): m for key, m in measures.items()}
+    estimates = {int(match[1]): m for match, m in matches.items() if match}
+    if not estimates:
+        return Section([Text(f"No estimate: {notes['why']}.")]) if notes.get("why") else None
+    worst = removed if removed in estimates else max(estimates)
+    measure = estimates[worst]
+    lead = (
+        f"Of the worst {worst:,} records, {measure.low:,.0f} to {measure.high:,.0f} are expected to be clean ones that rank "
+        "there by chance"
     )
-    lead += (
-        f", so at least {more:,} stand out: {others}."
-        if more > 0
-        else "; they may all be."
-        if m.low > 0
-        else ": this cannot be told."
-    )
-    notes = [str(told.get("assumption", ""))]
+    surplus = worst - math.ceil(measure.high)
+    if surplus > 0:
+        lead += f", so at least {surplus:,} stand out: they are not like the clean ones."
+    else:
+        lead += "; they may all be." if measure.low > 0 else ": this cannot be told."
+    note = str(notes.get("assumption", ""))
     if truth is not None:
-        notes.append(f"In truth {int((~truth[:at]).sum()):,} of these {at:,} are clean.")
-    return Section(
-        title,
-        [
-            Figure(
-                curve(rows, truth, kind),
-                f"Share of {kind} records among the worst n",
-                " ".join(notes),
-            )
-        ],
-        lead,
-    )
+        note += f" In truth {int((~truth[:worst]).sum()):,} of these {worst:,} are clean."
+    svg = draw_false_discoveries(dict(sorted(estimates.items())), truth)
+    return Section([Figure(svg, "Share of clean records among the worst n", note.strip())], lead)
 
 
 @house_style
-def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) -> Markup:
-    """The estimate with its range over n, and the truth where it is known."""
+def draw_false_discoveries(
+    estimates: Mapping[int, Measure], truth: NDArray[np.bool_] | None
+) -> Markup:
+    """Draw the expected share of clean records over the worst n, ascending, and the true one if it is known."""
     figure, axes = new_figure((WIDE[0], 3.0))
-    n = np.array([at for at, _ in rows], dtype=float)
+    n = np.array(list(estimates), dtype=float)
     value, low, high = (
-        np.array([getattr(m, end) for _, m in rows]) / n for end in ("value", "low", "high")
+        np.array([getattr(m, end) for m in estimates.values()]) / n
+        for end in ("value", "low", "high")
     )
-    axes.fill_between(n, low, high, color=COLOURS["clean"], alpha=0.16, linewidth=0, label="range")
-    axes.plot(
-        n,
-        value,
-        color=COLOURS["clean"],
-        marker="o",
-        markersize=4,
-        label=f"expected to be {kind}",
-        clip_on=False,
-    )
+    blue = COLOURS["clean"]
+    axes.fill_between(n, low, high, color=blue, alpha=0.16, linewidth=0, label="range")
+    style: Style = {"marker": "o", "markersize": 4, "clip_on": False}
+    axes.plot(n, value, color=blue, label="expected to be clean", **style)
     if truth is not None:
-        every = np.unique(np.geomspace(max(1, n[0]), n[-1], 200).astype(int))
-        share = np.cumsum(~truth)[every - 1] / every
-        axes.plot(every, share, color=COLOURS["bad"], linewidth=1.4, label="clean in truth")
+        counts = np.unique(np.geomspace(max(1, n[0]), n[-1], 200).astype(int))
+        share = np.cumsum(~truth)[counts - 1] / counts
+        axes.plot(counts, share, color=COLOURS["bad"], linewidth=1.4, label="clean in truth")
     axes.set_xscale("log")
     axes.set_xlim(n[0], n[-1] if n[-1] > n[0] else n[0] + 1)
     axes.set_ylim(0, 1.02)
@@ -114,88 +103,89 @@ def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) 
     axes.set_xticks(n, [f"{x:,.0f}" for x in n])
     set_percent_axis(axes.yaxis)
     axes.set_xlabel("the worst n records (log scale)")
-    add_legend(axes, 3 if truth is not None else 2)
-    told = "; ".join(
+    add_legend(figure, 3 if truth is not None else 2)
+    phrases = [
         f"{100 * v:.0f} % ({100 * a:.0f} to {100 * b:.0f}) of {x:.0f}"
         for x, v, a, b in zip(n, value, low, high, strict=True)
-    )
-    return svg_markup(
-        figure, "discoveries", f"Share expected to be {kind} among the worst n: {told}"
-    )
+    ]
+    description = f"Share expected to be clean among the worst n: {'; '.join(phrases)}"
+    return svg_markup(figure, "discoveries", description)
 
 
 def separating_channels(
-    measures: Mapping[str, Measure], told: Mapping
+    measures: Mapping[str, Measure], notes: Mapping[str, Any]
 ) -> list[tuple[str, Measure]]:
-    """The side channels that separate, worst first."""
-    found = told.get("separates") or []
-    return [
-        (name, measures[f"leak.{name}.auroc"]) for name in found if f"leak.{name}.auroc" in measures
-    ]
+    """Return the side channels that tell poisons from other records, worst first."""
+    names = notes.get("separates") or []
+    keys = {name: f"leak.{name}.auroc" for name in names}
+    return [(name, measures[key]) for name, key in keys.items() if key in measures]
 
 
-def side_channel_section(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
-    """Every channel with its AUROC, worst first; what could not be looked at."""
-    if not told:
+def side_channel_section(
+    measures: Mapping[str, Measure], notes: Mapping[str, Any]
+) -> Section | None:
+    """Show the AUROC of every side channel, worst first, and what could not be measured."""
+    if not notes:
         return None
-    bad = separating_channels(measures, told)
-    keys = [k for k in measures if k.startswith("leak.") and k.endswith(".auroc")]
-    rows = []
-    for key in sorted(keys, key=lambda k: -measures[k].value):
-        name, m = key[5:-6], measures[key]
-        mark = "leak" if name in dict(bad) else ""
-        rows.append(
-            [
-                name.replace("_", " "),
-                side_channels.DESCRIPTIONS.get(name, name),
-                f"{m.value:.3f}",
-                metric_names.format_interval(m, metric_names.SCORE),
-                mark,
-            ]
+    separating = separating_channels(measures, notes)
+    channels = {
+        key.removeprefix("leak.").removesuffix(".auroc"): m
+        for key, m in measures.items()
+        if key.startswith("leak.") and key.endswith(".auroc")
+    }
+    rows = [
+        [
+            name.replace("_", " "),
+            side_channels.DESCRIPTIONS.get(name, name),
+            f"{m.value:.3f}",
+            format_interval(m, SCORE),
+            "separates" if name in dict(separating) else "",
+        ]
+        for name, m in sorted(channels.items(), key=lambda item: -item[1].value)
+    ]
+    poisons = notes.get("of", "poisons")
+    lead = f"Nothing beside images and captions tells the {poisons} from the rest."
+    if separating:
+        names = [f"{name.replace('_', ' ')} ({m.value:.2f})" for name, m in separating[:4]]
+        lead = (
+            f"{poisons.capitalize()} can be told from the rest without a detector, by {', '.join(names)}. "
+            "The detectors' figures here say less."
         )
-    of = told.get("of", "poisons")
-    lead = f"What has nothing to do with images and captions tells none of the {of} from the rest."
-    if bad:
-        names = ", ".join(f"{name.replace('_', ' ')} ({m.value:.2f})" for name, m in bad[:4])
-        lead = f"{of.capitalize()} can be told from the rest without a detector: {names}. Detector figures here say less."
+    note = (
+        "AUROC of one channel alone. Its direction is chosen on half of the records, and it is measured on the other half. "
+        f"A channel separates if its AUROC is above {side_channels.SEPARATES} with chance ruled out over all channels."
+    )
     absent = [
         f"{', '.join(x.replace('_', ' ') for x in names)}: {why}"
-        for why, names in metric_names.as_dict(told.get("not_applicable")).items()
+        for why, names in metric_names.as_dict(notes.get("not_applicable")).items()
     ]
-    note = (
-        "AUROC of one channel alone, direction chosen on half of the records, measured on the other; a leak is above "
-        f"{side_channels.SEPARATES} with chance ruled out over all channels. "
-        + (f"Not looked at: {'; '.join(absent)}." if absent else "")
-    )
-    parts = (
-        [Table(("Channel", "What it is", "AUROC", "95 % interval", ""), rows, (2, 3), note)]
-        if rows
-        else [Text(note)]
-    )
-    return Section(
-        "Side channels",
-        parts,
-        lead if rows else "Nothing could be measured: too few records on one side.",
-    )
+    if absent:
+        note += f" Not measured: {'; '.join(absent)}."
+    if not rows:
+        return Section([Text(note)], "Nothing could be measured: too few records on one side.")
+    head = ("Channel", "What it is", "AUROC", "95 % interval", "")
+    return Section([Table(head, rows, (2, 3), note)], lead)
 
 
-def filter_section(measures: Mapping[str, Measure], told: Mapping) -> Section | None:
-    """The usual filters: clean records kept, poisons that pass."""
+def filter_section(measures: Mapping[str, Measure], notes: Mapping[str, str]) -> Section | None:
+    """Show for each usual filter which clean records it keeps and which poisons pass it.
+
+    Args:
+        measures: The metrics of the scan.
+        notes: For each filter that was not applied, the reason.
+    """
     rows = []
-    for name, text in FILTERS.items():
-        kept, passed = (
-            measures.get(f"filter.{name}.clean_kept"),
-            measures.get(f"filter.{name}.poisons_pass"),
-        )
+    for name, description in FILTERS.items():
+        kept = measures.get(f"filter.{name}.clean_kept")
+        passed = measures.get(f"filter.{name}.poisons_pass")
         if kept is not None and passed is not None:
-            rows.append([text, metric_names.format_rate(kept), metric_names.format_rate(passed)])
+            rows.append([description, format_measure(kept), format_measure(passed)])
     if not rows:
         return None
-    absent = "; ".join(f"{FILTERS.get(k, k)}: {why}" for k, why in told.items())
-    note = "In brackets, 95 % intervals." + (f" Not applied: {absent}." if absent else "")
-    lead = "What web corpora are cleaned with anyway. A filter helps where it keeps clean records and few poisons pass."
-    return Section(
-        "What today's cleaning lets through",
-        [Table(("Filter", "Clean kept", "Poisons that pass"), rows, (1, 2), note)],
-        lead,
-    )
+    note = "In brackets, 95 % intervals."
+    if notes:
+        absent = [f"{FILTERS.get(name, name)}: {why}" for name, why in notes.items()]
+        note += f" Not applied: {'; '.join(absent)}."
+    lead = "Filters that web corpora are cleaned with anyway. A filter helps if it keeps clean records and few poisons pass."
+    table = Table(("Filter", "Clean kept", "Poisons that pass"), rows, (1, 2), note)
+    return Section([table], lead)

@@ -1,13 +1,21 @@
-"""Story: what a page tells of one run. A verb with more to tell has a class of its own in `sections/`, named like it."""
+"""What the page of a run says (`Page`), and what pages read of a run (`RunView`).
+
+The page of a verb is a function `build_page(run) -> Page` in the file of `sections/` that is named like the verb. A
+verb without such a file gets a page of its metrics alone.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
@@ -19,11 +27,41 @@ from bezoar.runs import inputs
 from bezoar.runs.run import Run
 
 SECTIONS = Path(__file__).parent / "sections"
-Chapter = Callable[[], Section | None]
 
 
-class Story:
-    """Any run: its metrics alone. `chapters` are made one by one; None stands for nothing to tell."""
+@dataclass(frozen=True)
+class Page:
+    """What the page of a run says.
+
+    Attributes:
+        headline: The finding in one sentence; it is the title of the page.
+        lead: Further sentences below the headline.
+        warning: The banner of a poisoned artefact; empty for none.
+        cards: Names of the metrics that are shown first; those that the run lacks are left out.
+        sections: For each title a function that makes the section, or returns None where there is nothing to show.
+            They are called one by one when the page is rendered, so that one that fails costs the page no other.
+        poisoned: Whether the encoder that was measured is poisoned: its clean accuracy is called benign accuracy.
+    """
+
+    headline: str
+    lead: str = ""
+    warning: str = ""
+    cards: Sequence[str] = ()
+    sections: Mapping[str, Callable[[], Section | None]] = field(default_factory=dict)
+    poisoned: bool = False
+
+
+class RunView:
+    """A run with everything a page reads of it.
+
+    Attributes:
+        run: The run.
+        manifest: Its manifest.
+        measures: Its metrics by name.
+        goals: What the attacker wants of it.
+        notes: The notes of its manifest.
+        ask: What was asked, with its inputs resolved.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -38,77 +76,75 @@ class Story:
         """The records that the run goes back to, and what is poisoned in them."""
         return inputs.open_dataset(self.run)
 
+    @functools.cached_property
+    def test_pairs(self) -> Pairs:
+        """The test records, of a run or a spec, as they were measured on."""
+        run = self.input_run("test")
+        if run is None:
+            return inputs.read_pairs(registry.make("data", self.notes["test"]))
+        return inputs.open_dataset(run).pairs
+
     @property
-    def attacked(self) -> bool:
-        """Whether the artefact of this run is a poisoned one."""
-        return bool(self.goals)
-
-    def warning(self) -> str:
-        """The banner of a poisoned artefact, or nothing."""
-        return ""
-
-    def headline(self) -> str:
-        """What happened, in a sentence with numbers."""
-        shown = [
-            f"{metric_names.label_and_unit(k)[0]} {metric_names.format_value(m.value, metric_names.label_and_unit(k)[1])}"
-            for k, m in self.measures.items()
-        ]
-        return ", ".join(shown[:3]) or "This run reports no figures."
-
-    def more(self) -> str:
-        """What else is to be said first, in smaller type."""
-        return ""
-
-    def undone(self) -> str:
-        """What was asked and could not be done, in sentences; nothing where everything was."""
-        return " ".join(
-            f"{line[:1].upper()}{line[1:]}."
-            for line in map(str, self.notes.get("incomplete") or ())
-        )
-
-    def cards(self) -> list[str]:
-        """Names of the key figures."""
-        return list(self.measures)[:6]
-
-    def chapters(self) -> list[Chapter]:
-        """What comes after the key figures, in order."""
-        return []
+    def incomplete(self) -> str:
+        """What was asked and could not be done, in sentences; empty if everything was done."""
+        return as_sentences(self.notes.get("incomplete") or ())
 
     def metric(self, name: str) -> Measure | None:
-        """A metric by name; of several triggers, the first one's."""
+        """Return a metric by name, the first trigger's if there are several; None if there is none."""
         return metric_names.first_measure(self.measures, name)
 
-    def input(self, name: str) -> Run | None:
-        """The run that was given as an input, if it was a run."""
-        asked = self.ask.get(name)
+    def input_run(self, name: str) -> Run | None:
+        """Return the run that was given as an input; None if the input was no run."""
+        value = self.ask.get(name)
         return (
-            self.run.sibling(asked["run"]) if isinstance(asked, dict) and "run" in asked else None
+            self.run.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
         )
 
-    @functools.cached_property
-    def tested(self) -> Pairs:
-        """The test data, of a run or a spec, as they were measured on."""
-        run = self.input("test")
-        return (
-            inputs.read_pairs(registry.make("data", self.notes["test"]))
-            if run is None
-            else inputs.open_dataset(run).pairs
-        )
-
-    def json(self, name: str) -> Any:
-        """A JSON file of the run."""
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file of the run."""
         return json.loads(self.run.file(name).read_text(encoding="utf-8"))
 
-    def tensors(self, name: str) -> dict[str, Any]:
-        """A safetensors file of the run, as arrays."""
-        from safetensors.numpy import load_file
-
+    def read_tensors(self, name: str) -> dict[str, np.ndarray]:
+        """Read a safetensors file of the run."""
         return load_file(self.run.file(name))
 
+    def read_log(self) -> list[dict[str, float]]:
+        """Read the training log, one entry an epoch; empty if there is none."""
+        path = self.run.path / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
 
-def tell(run: Run) -> Story:
-    """The story of a run, by its verb."""
+
+def as_sentences(lines: Sequence[str]) -> str:
+    """Join lines as sentences with a capital letter and a full stop."""
+    return " ".join(f"{line[:1].upper()}{line[1:]}." for line in map(str, lines))
+
+
+def build_page(run: Run) -> Page:
+    """Return the page of a run, by its verb.
+
+    A page that cannot be made, of a run whose files another program wrote say, is replaced by one of its metrics.
+    """
     verb = run.verb
-    if verb not in {p.stem for p in SECTIONS.glob("[a-z]*.py")}:
-        return Story(run)
-    return getattr(importlib.import_module(f"bezoar.reports.sections.{verb}"), verb.title())(run)
+    if verb not in {path.stem for path in SECTIONS.glob("[a-z]*.py")}:
+        return metrics_page(run)
+    try:
+        page: Page = importlib.import_module(f"bezoar.reports.sections.{verb}").build_page(run)
+    except Exception as problem:
+        return metrics_page(run, f"Only figures are shown: {type(problem).__name__}: {problem}")
+    return page
+
+
+def metrics_page(run: Run, lead: str = "") -> Page:
+    """Return a page of metrics alone, whose headline states the first three."""
+    view = RunView(run)
+    phrases = []
+    for key, measure in list(view.measures.items())[:3]:
+        label, unit = metric_names.label_and_unit(key)
+        phrases.append(f"{label} {metric_names.format_value(measure.value, unit)}")
+    return Page(
+        ", ".join(phrases) or "This run reports no figures.",
+        lead,
+        cards=list(view.measures)[:6],
+        poisoned=bool(view.goals),
+    )

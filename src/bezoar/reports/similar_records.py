@@ -1,4 +1,4 @@
-"""Which records resemble the worst ones, and which of these resemble one another: by vectors, and by words of captions."""
+"""Similar records of a scan: nearest neighbours by vectors, and groups by vectors and words of captions."""
 
 from __future__ import annotations
 
@@ -8,38 +8,49 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from bezoar.data.strings import Strings
 from bezoar.encoders.encoder import EmbeddedRecords, split_words
 
-BLOCK_ROWS = 1 << 16  # vectors of a block
-NEAR = 3
-SAMPLE = 5000  # captions by which a word is usual
-COMMON = 0.2  # share of the captions from which it tells nothing
-APART = 0.55  # mean distance at which groups are no longer joined, 0..1
+BLOCK_ROWS = 1 << 16  # vectors that are compared at a time
+NEIGHBOURS = 3
+SAMPLE = 5000  # captions from which the shares of words are taken
+COMMON = 0.2  # share of the captions from which on a word says nothing about a record
+MAX_DISTANCE = 0.55  # mean distance, 0..1, from which on groups are no longer joined
 
 
 @torch.inference_mode()
 def find_nearest(
-    embedded: EmbeddedRecords, rows: Sequence[int], count: int = NEAR
-) -> tuple[np.ndarray, np.ndarray]:
-    """The records most like the given ones, not they themselves: rows int64 (M, K) and cosines (M, K), K <= count."""
-    z, own = embedded.images, torch.as_tensor(rows)
-    wanted = z[own].float()
-    count = max(0, min(count, len(z) - 1))
-    best, near = (
-        torch.full((len(own), count), -torch.inf),
-        torch.zeros(len(own), count, dtype=torch.long),
-    )
-    for start in range(0, len(z), BLOCK_ROWS):
-        block = z[start : start + BLOCK_ROWS].float()
-        here = torch.arange(start, start + len(block))
-        cosine = (wanted @ block.T).masked_fill(own[:, None] == here, -torch.inf)
-        every, index = torch.cat([best, cosine], 1), torch.cat([near, here.expand(len(own), -1)], 1)
-        best, order = every.topk(count, dim=1)
-        near = index.gather(1, order)
-    return near.numpy(), best.clamp(-1, 1).numpy()
+    embedded: EmbeddedRecords, rows: Sequence[int], count: int = NEIGHBOURS
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Find the records most like some of them, these themselves left out.
+
+    Args:
+        embedded: All records, N unit vectors.
+        rows: M of these records.
+        count: Neighbours of each.
+
+    Returns:
+        Rows and cosines of the neighbours, (M, K) each with K = min(count, N - 1), nearest first.
+    """
+    vectors, own = embedded.images, torch.as_tensor(rows)
+    queries = vectors[own].float()  # (M, D)
+    count = max(0, min(count, len(vectors) - 1))
+    cosines = torch.full((len(own), count), -torch.inf)
+    neighbours = torch.zeros(len(own), count, dtype=torch.long)
+    for start in range(0, len(vectors), BLOCK_ROWS):
+        block = vectors[start : start + BLOCK_ROWS].float()
+        block_rows = torch.arange(start, start + len(block))
+        similarity = queries @ block.T  # (M, B)
+        similarity = similarity.masked_fill(own[:, None] == block_rows, -torch.inf)
+        candidates = torch.cat([neighbours, block_rows.expand(len(own), -1)], 1)
+        cosines, order = torch.cat([cosines, similarity], 1).topk(count, dim=1)
+        neighbours = candidates.gather(1, order)
+    return neighbours.numpy(), cosines.clamp(-1, 1).numpy()
 
 
 @dataclass(frozen=True)
@@ -51,47 +62,70 @@ class Group:
 
 
 def group_records(
-    vectors: Tensor, captions: Sequence[str], usual: Mapping[str, float], least: int = 3
+    vectors: Tensor, captions: Sequence[str], shares: Mapping[str, float], least: int = 3
 ) -> list[Group]:
-    """Records that are alike, the largest group first; smaller ones than `least` are left out.
+    """Group records that are alike by average linkage.
 
-    vectors: (M, D) unit rows. usual: the share of all captions that hold a word. Distance: the mean of (1 - cosine) / 2, of
-    vectors less their mean, and 1 - the share of two captions' words that both have, a word weighing -log of how usual it
-    is; joined by average linkage.
+    The distance of two records is the mean of (1 - cosine) / 2, of vectors minus their mean, and of 1 - the share of
+    their captions' words that both have; a word weighs -log of its share of all captions.
+
+    Args:
+        vectors: Unit rows (M, D).
+        captions: M captions.
+        shares: For each word the share of all captions that hold it; see `word_shares`.
+        least: The smallest group that is returned.
+
+    Returns:
+        The groups, largest first.
     """
-    from scipy.cluster.hierarchy import fcluster, linkage
-    from scipy.spatial.distance import squareform
-
     if len(vectors) < least:
         return []
-    v = torch.nn.functional.normalize(vectors.float() - vectors.float().mean(0), dim=1)
-    cosine = (v @ v.T).double().numpy()
-    rare = [{w for w in split_words(c) if usual.get(w, 0) < COMMON} for c in captions]
-    every = sorted(set().union(*rare)) if rare else []
-    column = {w: i for i, w in enumerate(every)}
-    held = np.zeros((len(rare), max(1, len(every))))
-    for row, mine in enumerate(rare):
-        held[row, [column[w] for w in mine]] = 1
-    weight = -np.log([max(usual.get(w, 0), 1 / SAMPLE) for w in every] or [1.0])
-    both, size = held @ (weight[:, None] * held.T), held @ weight
-    shared = both / np.maximum(size[:, None] + size - both, 1e-9)
-    distance = ((1 - cosine) / 2 + 1 - shared) / 2 if every else (1 - cosine) / 2
+    centred = torch.nn.functional.normalize(vectors.float() - vectors.float().mean(0), dim=1)
+    distance = (1 - (centred @ centred.T).double().numpy()) / 2  # (M, M)
+    limit = MAX_DISTANCE / 2
+    rare_words = [{w for w in split_words(c) if shares.get(w, 0) < COMMON} for c in captions]
+    if any(rare_words):
+        distance = (distance + _word_distance(rare_words, shares)) / 2
+        limit = MAX_DISTANCE
     np.fill_diagonal(distance, 0)
-    tree = linkage(squareform(np.clip((distance + distance.T) / 2, 0, 1), checks=False), "average")
-    label = fcluster(tree, APART if every else APART / 2, "distance")
-    out = []
-    for k in np.unique(label):
-        members = np.flatnonzero(label == k).tolist()
+    condensed = squareform(np.clip((distance + distance.T) / 2, 0, 1), checks=False)
+    labels = fcluster(linkage(condensed, "average"), limit, "distance")
+    groups = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label).tolist()
         if len(members) >= least:
-            seen = Counter(w for i in members for w in rare[i])
-            out.append(Group(members, [w for w, n in seen.most_common(6) if 2 * n >= len(members)]))
-    return sorted(out, key=lambda g: (-len(g.members), g.members))
+            groups.append(Group(members, _common_words([rare_words[i] for i in members])))
+    return sorted(groups, key=lambda g: (-len(g.members), g.members))
+
+
+def _common_words(word_sets: Sequence[set[str]], most: int = 6) -> list[str]:
+    """Return the words that at least half of the sets hold, the commonest first."""
+    counts = Counter(w for words in word_sets for w in words)
+    ranked = sorted(counts, key=lambda w: (-counts[w], w))
+    return [w for w in ranked[:most] if 2 * counts[w] >= len(word_sets)]
+
+
+def _word_distance(
+    word_sets: Sequence[set[str]], shares: Mapping[str, float]
+) -> NDArray[np.float64]:
+    """Return 1 - the weighted share of words that two captions have in common, (M, M)."""
+    vocabulary = sorted(set().union(*word_sets))
+    column_of = {w: i for i, w in enumerate(vocabulary)}
+    holds = np.zeros((len(word_sets), len(vocabulary)))
+    for row, words in enumerate(word_sets):
+        holds[row, [column_of[w] for w in words]] = 1
+    weights = -np.log([max(shares.get(w, 0), 1 / SAMPLE) for w in vocabulary])
+    both = holds @ (weights[:, None] * holds.T)
+    total = holds @ weights
+    either = total[:, None] + total - both
+    return np.asarray(1 - both / np.maximum(either, 1e-9))
 
 
 def word_shares(captions: Strings) -> dict[str, float]:
-    """Word -> the share of the captions that hold it, of some spread over all of them."""
+    """Return for each word the share of the captions that hold it, from captions spread evenly over all of them."""
     if not len(captions):
         return {}
-    rows = np.unique(np.linspace(0, len(captions) - 1, min(SAMPLE, len(captions))).astype(np.int64))
-    seen = Counter(w for c in captions.take(rows) for w in set(split_words(c)))
-    return {w: n / len(rows) for w, n in seen.items()}
+    spread = np.linspace(0, len(captions) - 1, min(SAMPLE, len(captions)))
+    rows = np.unique(spread.astype(np.int64))
+    counts = Counter(w for c in captions.take(rows) for w in set(split_words(c)))
+    return {w: n / len(rows) for w, n in counts.items()}

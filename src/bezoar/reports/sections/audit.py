@@ -1,10 +1,10 @@
-"""The page of an audit: the verdict, each value beside the bank's, what was inverted and what it does, what was not tested."""
+"""The page of an audit: the verdict, each value beside the bank's, the inverted triggers, and what was not tested."""
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,173 +13,175 @@ from torch import Tensor
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
 from bezoar.reports import charts, metric_names, pictures
-from bezoar.reports.page_parts import Figure, Line, Part, Section, Table, Text, Tile
-from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.charts import Mark
+from bezoar.reports.metric_names import format_measure, format_percent, quantity
+from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Text, Tile
+from bezoar.reports.run_page import Page, RunView
+from bezoar.reports.shared_parts import encoder_strips
+from bezoar.runs.run import Run
+from bezoar.verbs.audit import VERDICT_FILE
 
-SHOWN, STAMPED = 3, 6  # inversions of an audit; clean images that each is shown on
+INVERSIONS = 3  # shown of each audit
+TRIGGERED = 6  # clean images that each inversion is shown on
 
 
-class Audit(Story):
-    """Verdict, audits, inverted triggers, limits."""
+class AuditView(RunView):
+    """An audit run."""
 
     @functools.cached_property
-    def facts(self) -> dict[str, Any]:
+    def verdict(self) -> dict[str, Any]:
         """Everything the audits said."""
-        return self.json("verdict.json")
-
-    @property
-    def attacked(self) -> bool:
-        """The artefact is a verdict."""
-        return False
-
-    def warning(self) -> str:
-        """Where the truth is known."""
-        if not self.goals:
-            return ""
-        told = metric_names.describe_goals(self.goals)
-        return f"The encoder that is audited here was attacked on purpose: {told}. The audits were not told."
-
-    def headline(self) -> str:
-        """The verdict."""
-        return str(self.notes.get("verdict") or "This audit was not finished.")
-
-    def more(self) -> str:
-        """On what it stands."""
-        if not (self.run.path / "verdict.json").exists():
-            return ""
-        sample, family = self.facts["sample"], self.facts["family"]
-        told = f"{self.facts['encoder']} ({family['network'].partition(':')[0]}, {family['size']} px), looked at with "
-        told += f"{metric_names.quantity(sample['images'], 'clean image')}. No verdict says that an encoder is clean."
-        return f"{told} {self.facts['few']}." if self.facts["few"] else told
-
-    def cards(self) -> list[str]:
-        """Each audit's p-value, then its value."""
-        return [
-            n
-            for k in ("p_value", "sensitivity", "value")
-            for n in self.measures
-            if n.endswith(f".{k}")
-        ][:8]
-
-    def chapters(self) -> list[Chapter]:
-        """Audits, triggers, limits."""
-        return [self.audits, self.inverted_triggers, self.what_was_not_tested]
-
-    def audits(self) -> Section | None:
-        """A row an audit, and its value beside those of the bank."""
-        rows: list[list[str]] = []
-        parts: list[Part] = []
-        for i, a in enumerate(self.facts["audits"]):
-            chance = Measure(**a["false_positives"]) if a["false_positives"] else None
-            rows.append(
-                [
-                    a["name"],
-                    a["words"],
-                    f"{a['value']:.4g}",
-                    "–" if a["threshold"] is None else f"{a['threshold']:.4g}",
-                    "–" if a["p"] is None else f"{a['p']:.2g}",
-                    "–"
-                    if chance is None
-                    else f"{metric_names.format_percent(chance.value)} ({metric_names.format_interval(chance, metric_names.RATE)})",
-                    f"{a['seconds']:.1f} s",
-                ]
-            )
-            parts += [Text(f"{a['name']}: {a['sentence']}"), *strip(a, i)]
-        head = (
-            "Audit",
-            "Verdict",
-            "Value",
-            "Threshold",
-            "p",
-            "False positives of this threshold",
-            "Took",
-        )
-        note = "Higher values are more suspicious; what lies above the threshold is evidence. Ranges are 95 % intervals."
-        return Section("What each audit says", [Table(head, rows, (2, 3, 4, 5, 6), note), *parts])
-
-    def inverted_triggers(self) -> Section | None:
-        """What was inverted, as a picture, on clean images, and what it turns them into."""
-        if not self.facts["inversions"]:
-            return None
-        tensors, images = (
-            self.tensors("inversions.safetensors"),
-            self.tensors("examples.safetensors")["images"],
-        )
-        parts: list[Part] = []
-        seen: Counter[str] = Counter()
-        for i, told in enumerate(self.facts["inversions"]):
-            seen[told["audit"]] += 1
-            if seen[told["audit"]] > SHOWN:
-                continue
-            mask, pattern = (
-                torch.from_numpy(tensors[f"mask@{i}"]),
-                torch.from_numpy(tensors[f"pattern@{i}"]),
-            )
-            inversion = Inversion(mask, pattern, told["target"], told["norm"], told["success"])
-            parts.append(pictured(inversion, told, torch.from_numpy(images)[:STAMPED]))
-        lead = (
-            "A trigger that an audit came up with moves clean images as a backdoor would; every encoder has some. It is a "
-            "finding where it is far smaller than those of clean encoders, which is what the values above say."
-        )
-        return Section("Inverted triggers", parts, lead)
-
-    def what_was_not_tested(self) -> Section | None:
-        """What the verdict must not be taken to cover."""
-        rows = [[line] for line in self.facts["not_tested"]]
-        return Section("What was not tested", [Table(("This verdict says nothing of",), rows)])
+        verdict: dict[str, Any] = self.read_json(VERDICT_FILE)
+        return verdict
 
 
-def strip(a: Mapping[str, Any], number: int) -> list[Figure]:
-    """An audit's value beside the clean and the attacked encoders of the bank."""
-    clean, attacked = a["bank"]["clean"], a["bank"]["attacked"]
+def build_page(run: Run) -> Page:
+    """Return the page of an audit."""
+    view = AuditView(run)
+    warning = (
+        f"The encoder that is audited here was attacked on purpose: {metric_names.describe_goals(view.goals)}. The audits did "
+        "not know."
+    )
+    suffixes = (".p_value", ".sensitivity", ".value")
+    return Page(
+        str(view.notes.get("verdict") or "This audit was not finished."),
+        lead(view) if (run.path / VERDICT_FILE).exists() else "",
+        warning if view.goals else "",
+        [key for suffix in suffixes for key in view.measures if key.endswith(suffix)][:8],
+        {
+            "What each audit says": partial(audit_section, view),
+            "Inverted triggers": partial(inversion_section, view),
+            "What was not tested": partial(limit_section, view),
+        },
+    )
+
+
+def lead(view: AuditView) -> str:
+    """Say what the verdict is based on."""
+    sample, family, few = (view.verdict[key] for key in ("sample", "family", "few"))
+    network = family["network"].partition(":")[0]
+    images = quantity(sample["images"], "clean image")
+    text = (
+        f"{view.verdict['encoder']} ({network}, {family['size']} px) was examined with {images}. No verdict says that an "
+        "encoder is clean."
+    )
+    return f"{text} {few}." if few else text
+
+
+def audit_section(view: AuditView) -> Section:
+    """Show what each audit says, and its value beside those of the bank."""
+    rows: list[list[str]] = []
+    parts: list[Part] = []
+    for number, audit in enumerate(view.verdict["audits"]):
+        rows.append(audit_row(audit))
+        parts += [Text(f"{audit['name']}: {audit['sentence']}"), *bank_figure(audit, number)]
+    head = (
+        "Audit",
+        "Verdict",
+        "Value",
+        "Threshold",
+        "p",
+        "False positives of this threshold",
+        "Took",
+    )
+    note = "Higher values are more suspicious; a value above the threshold is evidence. In brackets, 95 % intervals."
+    return Section([Table(head, rows, (2, 3, 4, 5, 6), note), *parts])
+
+
+def audit_row(audit: Mapping[str, Any]) -> list[str]:
+    """Return the row of an audit."""
+    threshold, p = audit["threshold"], audit["p"]
+    false_positives = audit["false_positives"]
+    return [
+        audit["name"],
+        audit["words"],
+        f"{audit['value']:.4g}",
+        "–" if threshold is None else f"{threshold:.4g}",
+        "–" if p is None else f"{p:.2g}",
+        format_measure(Measure(**false_positives)) if false_positives else "–",
+        f"{audit['seconds']:.1f} s",
+    ]
+
+
+def bank_figure(audit: Mapping[str, Any], number: int) -> list[Figure]:
+    """Show an audit's value beside the encoders of the bank; nothing if the bank has no clean ones."""
+    clean, attacked = audit["bank"]["clean"], audit["bank"]["attacked"]
     if not clean:
         return []
-    marks = [(a["value"], "this encoder", "ink")]
-    if a["threshold"] is not None:
-        marks.append((a["threshold"], f"threshold at false-positive rate {a['rate']:g}", "muted"))
+    marks = [Mark(audit["value"], "this encoder", is_dashed=False)]
+    if audit["threshold"] is not None:
+        label = f"threshold at false-positive rate {audit['rate']:g}"
+        marks.append(Mark(audit["threshold"], label, "muted"))
+    name = audit["name"]
     svg = charts.draw_strips(
-        strip_rows(clean, attacked), marks, f"value of {a['name']}", f"strip{number}"
+        encoder_strips(clean, attacked), marks, f"value of {name}", f"strip{number}"
     )
-    return [Figure(svg, f"{a['name']}: this encoder among those of the bank", "A dot an encoder.")]
+    return [Figure(svg, f"{name}: this encoder among those of the bank", "A dot for each encoder.")]
 
 
-def strip_rows(clean: list[float], attacked: list[Any]) -> list[tuple[str, list[float], str]]:
-    """Clean encoders, then attacked ones by attack, as a chart's rows."""
-    rows: list[tuple[str, list[float], str]] = [(f"clean ({len(clean)})", list(clean), "clean")]
-    for attack in sorted({name for name, _ in attacked}):
-        own = [v for name, v in attacked if name == attack]
-        rows.append((f"{pictures.shorten(attack, 32)} ({len(own)})", own, "bad"))
-    return rows
+def inversion_section(view: AuditView) -> Section | None:
+    """Show the inverted triggers, alone and on clean images."""
+    inversions = view.verdict["inversions"]
+    if not inversions:
+        return None
+    tensors = view.read_tensors("inversions.safetensors")
+    images = torch.from_numpy(view.read_tensors("examples.safetensors")["images"])[:TRIGGERED]
+    galleries = []
+    shown: dict[str, int] = {}
+    for i, facts in enumerate(inversions):
+        shown[facts["audit"]] = shown.get(facts["audit"], 0) + 1
+        if shown[facts["audit"]] > INVERSIONS:
+            continue
+        mask, pattern = (torch.from_numpy(tensors[f"{name}@{i}"]) for name in ("mask", "pattern"))
+        inversion = Inversion(mask, pattern, facts["target"], facts["norm"], facts["success"])
+        galleries.append(inversion_gallery(inversion, facts, images))
+    lead = (
+        "An inverted trigger moves clean images as a backdoor would. Every encoder has some. It is a finding if it is far "
+        "smaller than those of clean encoders, which is what the values above measure."
+    )
+    return Section(galleries, lead)
 
 
-def pictured(inversion: Inversion, told: Mapping[str, Any], images: Tensor) -> Part:
-    """Mask, pattern and both, then clean images with and without the trigger, and what they are read as."""
-    mask = (inversion.mask.clamp(0, 1) * 255).byte().expand(3, -1, -1)
-    pattern = (inversion.pattern.clamp(0, 1) * 255).byte()
-    both = ((inversion.mask * inversion.pattern).clamp(0, 1) * 255).byte()
-    n, stamped = len(images), inversion(images)
+def inversion_gallery(inversion: Inversion, facts: Mapping[str, Any], images: Tensor) -> Gallery:
+    """Show mask and pattern of an inverted trigger, then clean images without and with it.
+
+    Args:
+        inversion: The trigger.
+        facts: What the verdict says about it.
+        images: uint8 (N, 3, H, W).
+    """
+    mask, pattern = inversion.mask.clamp(0, 1), inversion.pattern  # (1, H, W), (3, H, W)
+    planes = torch.stack([mask.expand(3, -1, -1), pattern, inversion.mask * pattern])
+    trigger_images = (planes.clamp(0, 1) * 255).byte()  # (3, 3, H, W)
     tiles = [
-        Tile((0,), [Line("mask", "mark"), Line(f"norm {told['norm']:.1f} px", "muted")]),
+        Tile((0,), [Line("mask", "mark"), Line(f"norm {facts['norm']:.1f} px", "muted")]),
         Tile((1,), [Line("pattern", "mark")]),
         Tile((2,), [Line("mask x pattern", "mark")]),
     ]
-    before, after = told.get("before", []), told.get("after", [])
-    for j in range(n):
-        lines = (
-            [Line(before[j], "muted"), Line(after[j], "bad" if after[j] != before[j] else "muted")]
-            if before
-            else []
-        )
-        tiles.append(Tile((3 + j, 3 + n + j), lines))
-    sheet = torch.cat([torch.stack([mask, pattern, both]), images, stamped])
-    title = told["audit"] + (
-        f", towards “{pictures.shorten(told['target'], 40)}”" if told["target"] else ""
-    )
+    before, after = facts.get("before", []), facts.get("after", [])
+    for i in range(len(images)):
+        lines = []
+        if before:
+            look = "bad" if after[i] != before[i] else "muted"
+            lines = [Line(before[i], "muted"), Line(after[i], look)]
+        tiles.append(Tile((3 + i, 3 + len(images) + i), lines))
+    title = facts["audit"]
+    if facts["target"]:
+        title += f", towards “{pictures.shorten(facts['target'], 40)}”"
     note = ""
-    if told.get("turns_into"):
-        into = ", ".join(
-            f"{metric_names.format_percent(s)} as “{c}” ({metric_names.format_percent(b)} before)"
-            for c, s, b in told["turns_into"]
+    if facts.get("turns_into"):
+        phrases = [
+            f"{format_percent(share)} as “{label}” ({format_percent(earlier)} before)"
+            for label, share, earlier in facts["turns_into"]
+        ]
+        note = (
+            f"Of all triggered images a classifier ({facts['reader']}) reads {', '.join(phrases)}."
         )
-        note = f"Of all stamped images a classifier ({told['reader']}) reads {into}."
+    sheet = torch.cat([trigger_images, images, inversion(images)])
     return pictures.contact_sheet(sheet, tiles, 72, title, note)
+
+
+def limit_section(view: AuditView) -> Section:
+    """List what the verdict does not cover."""
+    rows = [[line] for line in view.verdict["not_tested"]]
+    return Section([Table(("This verdict says nothing about",), rows)])

@@ -1,128 +1,129 @@
-"""The page of a calibration: what each audit says of clean and of attacked encoders, and what its threshold is worth."""
+"""The page of a calibration: the values of each audit for clean and attacked encoders, and what its threshold is worth."""
 
 from __future__ import annotations
 
 import functools
+from functools import partial
 
-from bezoar.auditing import bank
-from bezoar.reports import charts, metric_names, pictures
-from bezoar.reports.page_parts import Figure, Part, Section, Table
-from bezoar.reports.run_page import Chapter, Story
-from bezoar.reports.sections.audit import strip_rows
+from bezoar.auditing.bank import FILE, MIN_ATTACK_SUCCESS, Bank
+from bezoar.reports import charts, pictures
+from bezoar.reports.charts import Mark
+from bezoar.reports.metric_names import RATE, format_interval, format_percent, quantity
+from bezoar.reports.page_parts import Figure, Section, Table
+from bezoar.reports.run_page import Page, RunView
+from bezoar.reports.shared_parts import encoder_strips
+from bezoar.runs.run import Run
 
 
-class Calibrate(Story):
-    """Values by audit, thresholds, encoders."""
+class CalibrateView(RunView):
+    """A calibrate run."""
 
     @functools.cached_property
-    def bank(self) -> bank.Bank:
-        """What was made."""
-        return bank.Bank.read(self.run.file(bank.FILE))
+    def bank(self) -> Bank:
+        """The bank that was made."""
+        return Bank.read(self.run.file(FILE))
 
     @property
     def rate(self) -> float:
-        """The false-positive rate that figures are for."""
+        """The false-positive rate that thresholds and sensitivities are for."""
         return float(self.ask.get("rate", 0.05))
 
-    def headline(self) -> str:
-        """What the bank holds."""
-        if self.manifest["status"] != "done":
-            return "This calibration was not finished; the same command goes on with it."
-        clean, bad = int(self.notes.get("clean", 0)), int(self.notes.get("attacked", 0))
-        told = f"A bank of {metric_names.quantity(clean, 'clean encoder')}" + (
-            f" and {metric_names.quantity(bad, 'attacked one')}" if bad else ""
+
+def build_page(run: Run) -> Page:
+    """Return the page of a calibration."""
+    view = CalibrateView(run)
+    suffixes = (".auroc", ".sensitivity", ".false_positive_rate")
+    return Page(
+        headline(view),
+        lead(view) if (run.path / FILE).exists() else "",
+        cards=[k for suffix in suffixes for k in view.measures if k.endswith(suffix)][:8],
+        sections={
+            "What audits say about clean and attacked encoders": partial(value_section, view),
+            "Sensitivity": partial(sensitivity_section, view),
+            "Encoders": partial(encoder_section, view),
+        },
+        poisoned=bool(view.goals),
+    )
+
+
+def headline(view: CalibrateView) -> str:
+    """Say what the bank holds."""
+    if view.manifest["status"] != "done":
+        return "This calibration was not finished; the same command goes on with it."
+    sentence = f"A bank of {quantity(int(view.notes.get('clean', 0)), 'clean encoder')}"
+    if attacked := int(view.notes.get("attacked", 0)):
+        sentence += f" and {quantity(attacked, 'attacked one')}"
+    areas = [
+        f"{key.removesuffix('.auroc')} {m.value:.2f}"
+        for key, m in view.measures.items()
+        if key.endswith(".auroc")
+    ]
+    return f"{sentence}; AUROC {', '.join(areas)}." if areas else f"{sentence}."
+
+
+def lead(view: CalibrateView) -> str:
+    """Say what the bank may be used for."""
+    family, sample = view.bank.family, view.bank.sample
+    least = format_percent(1 / (int(view.notes.get("clean", 0)) + 1))
+    network = family.network.partition(":")[0]
+    training = family.data or "unknown data"
+    return (
+        f"For encoders like these only: {network} at {family.size} px, trained on {training}, audited on "
+        f"{quantity(sample.images, 'image')} of {sample.data}. It supports false-positive rates of {least} and above."
+    )
+
+
+def value_section(view: CalibrateView) -> Section:
+    """Show the values of each audit as a strip chart."""
+    figures = []
+    for i, calibration in enumerate(view.bank.audits):
+        threshold = calibration.threshold(view.rate)
+        label = f"threshold at false-positive rate {view.rate:g}"
+        marks = [] if threshold is None else [Mark(threshold, label, "muted")]
+        strips = encoder_strips(
+            [e.value for e in calibration.clean],
+            [(e.attack, e.value) for e in calibration.attacked],
         )
-        areas = [
-            f"{k.removesuffix('.auroc')} {m.value:.2f}"
-            for k, m in self.measures.items()
-            if k.endswith(".auroc")
+        svg = charts.draw_strips(strips, marks, f"value of {calibration.name}", f"strip{i}")
+        figures.append(Figure(svg, calibration.audit, "A dot for each encoder."))
+    return Section(figures, "Higher values are more suspicious.")
+
+
+def sensitivity_section(view: CalibrateView) -> Section | None:
+    """Show the share of each attack's encoders above the threshold."""
+    rows = [
+        [
+            calibration.name,
+            attack or "all",
+            format_percent(m.value),
+            format_interval(m, RATE),
+            str(m.n),
         ]
-        return told + (f"; AUROC {', '.join(areas)}." if areas else ".")
+        for calibration in view.bank.audits
+        for attack, m in calibration.sensitivity(view.rate).items()
+    ]
+    if not rows:
+        return None
+    note = f"Attacks whose success is known to be below {MIN_ATTACK_SUCCESS:g} are left out, since there is little to find."
+    head = ("Audit", "Attack", "Above the threshold", "95 % interval", "n")
+    return Section([Table(head, rows, (2, 3, 4), note)])
 
-    def more(self) -> str:
-        """What it may be used for."""
-        if not (self.run.path / bank.FILE).exists():
-            return ""
-        f, s = self.bank.family, self.bank.sample
-        least = metric_names.format_percent(1 / (int(self.notes.get("clean", 0)) + 1))
-        kind = (
-            f"{f.network.partition(':')[0]} at {f.size} px, trained on {f.data or 'data not known'}"
+
+def encoder_section(view: CalibrateView) -> Section:
+    """List the encoders with their values."""
+    audits = view.bank.audits
+    values = [{e.name: e.value for e in (*audit.clean, *audit.attacked)} for audit in audits]
+    rows = []
+    for encoder in (*audits[0].clean, *audits[0].attacked):
+        success = "–" if encoder.success is None else format_percent(encoder.success)
+        rows.append(
+            [
+                pictures.shorten(encoder.name, 60),
+                encoder.attack or "clean",
+                pictures.shorten(encoder.trigger, 80),
+                success,
+                *(f"{by_name[encoder.name]:.4g}" for by_name in values),
+            ]
         )
-        clean = f"audited on {metric_names.quantity(s.images, 'image')} of {s.data}"
-        return f"For encoders like these alone: {kind}, {clean}. It supports false-positive rates from {least} on."
-
-    def cards(self) -> list[str]:
-        """AUROC, then sensitivity, then what the threshold is worth."""
-        return [
-            n
-            for k in ("auroc", "sensitivity", "false_positive_rate")
-            for n in self.measures
-            if n.endswith(f".{k}")
-        ][:8]
-
-    def chapters(self) -> list[Chapter]:
-        """Values, sensitivities, encoders."""
-        return [self.values, self.sensitivity_by_attack, self.encoders]
-
-    def values(self) -> Section | None:
-        """A strip chart an audit."""
-        parts: list[Part] = []
-        for i, c in enumerate(self.bank.audits):
-            t, name = c.threshold(self.rate), c.name
-            marks = (
-                [(t, f"threshold at false-positive rate {self.rate:g}", "muted")]
-                if t is not None
-                else []
-            )
-            rows = strip_rows([e.value for e in c.clean], [[e.attack, e.value] for e in c.attacked])
-            parts.append(
-                Figure(
-                    charts.draw_strips(rows, marks, f"value of {name}", f"strip{i}"),
-                    c.audit,
-                    "A dot an encoder.",
-                )
-            )
-        return Section(
-            "What audits say of clean and of attacked encoders",
-            parts,
-            "Higher values are more suspicious.",
-        )
-
-    def sensitivity_by_attack(self) -> Section | None:
-        """Share of each attack's encoders above the threshold."""
-        rows = []
-        for c in self.bank.audits:
-            for attack, m in c.sensitivity(self.rate).items():
-                rows.append(
-                    [
-                        c.name,
-                        attack or "all",
-                        metric_names.format_percent(m.value),
-                        metric_names.format_interval(m, metric_names.RATE),
-                        str(m.n),
-                    ]
-                )
-        if not rows:
-            return None
-        note = f"Attacks whose success is known to be below {bank.MIN_ATTACK_SUCCESS:g} are left out: there is little to be found."
-        head = ("Audit", "Attack", "Above the threshold", "95 % interval", "n")
-        return Section("Sensitivity", [Table(head, rows, (2, 3, 4), note)])
-
-    def encoders(self) -> Section | None:
-        """Every encoder with its values."""
-        first, rows = self.bank.audits[0], []
-        by = [{e.name: e.value for e in (*c.clean, *c.attacked)} for c in self.bank.audits]
-        for e in (*first.clean, *first.attacked):
-            known = "–" if e.success is None else metric_names.format_percent(e.success)
-            values = [f"{own[e.name]:.4g}" for own in by]
-            rows.append(
-                [
-                    pictures.shorten(e.name, 60),
-                    e.attack or "clean",
-                    pictures.shorten(e.trigger, 80),
-                    known,
-                    *values,
-                ]
-            )
-        head = ("Encoder", "Attack", "Trigger", "Success", *(c.name for c in self.bank.audits))
-        return Section("Encoders", [Table(head, rows, tuple(range(3, len(head))))])
+    head = ("Encoder", "Attack", "Trigger", "Success", *(audit.name for audit in audits))
+    return Section([Table(head, rows, range(3, len(head)))])

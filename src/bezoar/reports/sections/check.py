@@ -1,223 +1,204 @@
-"""The page of a check: what was flagged and what that means, scores beside clean ones, the most suspicious images."""
+"""The page of a check: what was flagged, scores beside those of clean images, and the most suspicious images."""
 
 from __future__ import annotations
 
 import functools
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
 
 from bezoar.reports import charts, metric_names, pictures
-from bezoar.reports.charts import Series
-from bezoar.reports.page_parts import Figure, Figures, Gallery, Line, Section, Table, Tile
-from bezoar.reports.record_tiles import draw_frame
-from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.charts import Mark, Series
+from bezoar.reports.metric_names import format_measure, format_percent
+from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Table, Tile
+from bezoar.reports.record_tiles import Box, draw_frame
+from bezoar.reports.run_page import Page, RunView, as_sentences
+from bezoar.runs.run import Run
 from bezoar.verbs.check import CLEAN_SCORES_FILE, FLAGGED_FILE, PICTURES_FILE, SCORES_FILE
 
-FEW = 50  # rows of the table of flagged images
+FLAGGED = 50  # flagged images of a check that are listed
+CARDS = ("caught", "auroc", "flagged", "expected_false_positives")
+COLUMNS = ("flagged", "expected_false_positives", "false_positives", "caught", "auroc")
+Columns = dict[str, NDArray[Any]]
 
 
-class Check(Story):
-    """Histograms with thresholds, galleries, the flagged images by name."""
+class CheckView(RunView):
+    """A check run."""
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The checks that were asked, in their order."""
+        """The checks in the order in which they were given."""
         return list(metric_names.as_dict(self.notes.get("checks")))
 
     @functools.cached_property
-    def scores(self) -> dict[str, np.ndarray]:
-        """A row an image."""
-        return columns(self.run.file(SCORES_FILE))
+    def scores(self) -> Columns:
+        """The scores of the checked images, by column."""
+        return read_columns(self.run.file(SCORES_FILE))
 
     @functools.cached_property
-    def clean(self) -> dict[str, np.ndarray]:
-        """A row a clean image that set the thresholds."""
-        return columns(self.run.file(CLEAN_SCORES_FILE))
+    def clean_scores(self) -> Columns:
+        """The scores of the clean images that set the thresholds, by column."""
+        return read_columns(self.run.file(CLEAN_SCORES_FILE))
 
     @property
-    def truth(self) -> np.ndarray | None:
-        """Which images carry a trigger, where it is known."""
+    def has_trigger(self) -> NDArray[np.bool_] | None:
+        """For each image whether it carries a trigger; None if that is not known."""
         return self.scores.get("triggered")
 
-    def warning(self) -> str:
-        """That triggers were stamped here, where they were."""
-        if "trigger" not in self.notes:
-            return ""
-        return f"One half of the images were stamped with {self.notes['trigger']} to measure the checks."
 
-    def headline(self) -> str:
-        """What the first check flags."""
-        if not self.names:
-            return "This check was not finished."
-        name = self.names[0]
-        m, caught = self.measures[f"{name}.flagged"], self.measures.get(f"{name}.caught")
-        told = f"{name} flags {round(m.value * m.n):,} of {m.n:,} images ({metric_names.format_percent(m.value)})"
-        if caught is None:
-            return told + "."
-        wrong = metric_names.format_percent(self.measures[f"{name}.false_positives"].value)
-        return f"{told}: {metric_names.format_percent(caught.value)} of those with a trigger, {wrong} of those without."
+def read_columns(path: Path) -> Columns:
+    """Read the columns of a Parquet file."""
+    table = pq.read_table(path)
+    return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
 
-    def more(self) -> str:
-        """What a flag is worth."""
-        clean = metric_names.as_dict(self.notes.get("clean"))
-        if not self.names:
-            return ""
-        expected = self.measures[f"{self.names[0]}.expected_false_positives"]
-        told = (
-            f"Of clean images like the {clean.get('thresholds', 0):,} that set the thresholds, {metric_names.format_rate(expected)} are "
-            "flagged too. A flag warns of the image, not of the encoder: a foreign patch can raise it where there is no "
-            "backdoor. An image that is not flagged may still carry a trigger that these checks do not see."
-        )
-        limits = self.notes.get("limits") or []
-        return " ".join(
-            [
-                told,
-                *(f"{line[:1].upper()}{line[1:]}." for line in map(str, limits[:1])),
-                self.undone(),
-            ]
-        ).strip()
 
-    def cards(self) -> list[str]:
-        """The first check's share flagged, and how well it tells."""
-        return [
-            f"{n}.{k}"
-            for n in self.names
-            for k in ("caught", "auroc", "flagged", "expected_false_positives")
-        ][:4]
+def build_page(run: Run) -> Page:
+    """Return the page of a check."""
+    view = CheckView(run)
+    if not view.names:
+        return Page("This check was not finished.", poisoned=bool(view.goals))
+    trigger = view.notes.get("trigger")
+    return Page(
+        headline(view),
+        lead(view),
+        f"Half of the images were given the trigger {trigger} to measure the checks."
+        if trigger
+        else "",
+        [f"{name}.{key}" for name in view.names for key in CARDS][:4],
+        {
+            "Side by side": partial(comparison_section, view),
+            "Scores": partial(score_section, view),
+            **{
+                f"Most suspicious to {name}": partial(suspicious_section, view, name)
+                for name in view.names
+            },
+            "Flagged images": partial(flagged_section, view),
+        },
+        bool(view.goals),
+    )
 
-    def chapters(self) -> list[Chapter]:
-        """Charts, then pictures, then names."""
-        return [
-            self.side_by_side,
-            self.scores_of_all_images,
-            *(functools.partial(self.most_suspicious, n) for n in self.names),
-            self.flagged,
+
+def headline(view: CheckView) -> str:
+    """Say what the first check flags."""
+    name = view.names[0]
+    flagged, caught = view.measures[f"{name}.flagged"], view.measures.get(f"{name}.caught")
+    count, share = round(flagged.value * flagged.n), format_percent(flagged.value)
+    sentence = f"{name} flags {count:,} of {flagged.n:,} images ({share})"
+    if caught is None:
+        return f"{sentence}."
+    false_positives = format_percent(view.measures[f"{name}.false_positives"].value)
+    return f"{sentence}: {format_percent(caught.value)} of those with a trigger, {false_positives} of those without."
+
+
+def lead(view: CheckView) -> str:
+    """Say what a flag is worth, and what was left undone."""
+    clean = metric_names.as_dict(view.notes.get("clean")).get("thresholds", 0)
+    expected = view.measures[f"{view.names[0]}.expected_false_positives"]
+    sentences = (
+        f"Of clean images like the {clean:,} that set the thresholds, {format_measure(expected)} are flagged too. A flag is "
+        "a warning about the image, not about the encoder: a foreign patch can raise it where there is no backdoor. An "
+        "image that is not flagged may still carry a trigger that these checks do not see."
+    )
+    limits = as_sentences((view.notes.get("limits") or [])[:1])
+    return " ".join(filter(None, (sentences, limits, view.incomplete)))
+
+
+def comparison_section(view: CheckView) -> Section | None:
+    """Show several checks as the rows of a table."""
+    if len(view.names) < 2:
+        return None
+    keys = [k for k in COLUMNS if f"{view.names[0]}.{k}" in view.measures]
+    labels = [metric_names.label_and_unit(k) for k in keys]
+    rows = []
+    for name in view.names:
+        cells = [
+            format_measure(view.measures[f"{name}.{key}"], unit)
+            for key, (_, unit) in zip(keys, labels, strict=True)
         ]
-
-    def side_by_side(self) -> Section | None:
-        """The checks as rows, where there are several."""
-        if len(self.names) < 2:
-            return None
-        keys = ["flagged", "expected_false_positives", "false_positives", "caught", "auroc"]
-        keys = [k for k in keys if f"{self.names[0]}.{k}" in self.measures]
-        rows = []
-        for name in self.names:
-            found = [self.measures[f"{name}.{k}"] for k in keys]
-            units = [metric_names.label_and_unit(k)[1] for k in keys]
-            rows.append(
-                [
-                    name,
-                    *(
-                        f"{metric_names.format_value(m.value, u)} [{metric_names.format_interval(m, u)}]"
-                        for m, u in zip(found, units, strict=True)
-                    ),
-                ]
-            )
-        return Section(
-            "Side by side",
-            [
-                Table(
-                    ["Check", *(metric_names.label_and_unit(k)[0] for k in keys)],
-                    rows,
-                    range(1, len(keys) + 1),
-                )
-            ],
-        )
-
-    def scores_of_all_images(self) -> Section | None:
-        """A histogram a check."""
-        figures = []
-        for at, name in enumerate(self.names):
-            series = [Series("clean images", self.clean[name], "good")]
-            values = self.scores[name]
-            if self.truth is None:
-                series.append(Series("images checked", values, "clean"))
-            else:
-                series.append(Series("without trigger", values[~self.truth], "clean"))
-                series.append(Series("with trigger", values[self.truth], "bad"))
-            cut = self.measures[f"{name}.threshold"].value
-            svg = charts.draw_histogram(series, "score", f"scores{at}", (cut, "threshold"))
-            figures.append(
-                Figure(
-                    svg,
-                    name,
-                    "Higher is more suspicious; what lies right of the threshold is flagged.",
-                )
-            )
-        return Section("Scores", [Figures(figures)]) if figures else None
-
-    def most_suspicious(self, name: str) -> Section | None:
-        """The images that a check scores highest."""
-        from safetensors.torch import load_file
-
-        images = load_file(self.run.file(PICTURES_FILE))[str(self.names.index(name))]
-        return Section(f"Most suspicious to {name}", [self.tiles(name, images)])
-
-    def tiles(self, name: str, images: torch.Tensor) -> Gallery:
-        """The highest first, with the window that the check accuses framed."""
-        values, flagged = self.scores[name], self.scores[f"{name}.flagged"]
-        order = sorted(range(len(values)), key=lambda i: (-values[i], self.scores["id"][i]))[
-            : len(images)
-        ]
-        boxes = {row["id"]: row["box"] for row in self.json(FLAGGED_FILE)[name] if "box" in row}
-        shown, cells = [], []
-        for rank, (i, picture) in enumerate(zip(order, images, strict=True)):
-            key = str(self.scores["id"][i])
-            lines, look = (
-                [
-                    Line(
-                        "flagged" if flagged[i] else "not flagged",
-                        "mark" if flagged[i] else "muted",
-                    )
-                ],
-                "",
-            )
-            if self.truth is not None:
-                look = "bad" if self.truth[i] else "good"
-                lines.append(Line("trigger" if self.truth[i] else "no trigger", look))
-            lines += [
-                Line(f"score {values[i]:.3g}"),
-                Line(pictures.shorten(self.scores["class"][i] or key, 40), "muted"),
-            ]
-            shown.append(Tile((rank,), lines, look, f"{rank + 1}"))
-            cells.append(
-                draw_frame(picture, self.scaled(boxes[key], picture)) if key in boxes else picture
-            )
-        note = "Framed: the window whose masking moves the embedding most." if boxes else ""
-        return pictures.contact_sheet(torch.stack(cells), shown, 104, note=note)
-
-    def scaled(self, box: list[int], picture: torch.Tensor) -> tuple[int, int, int, int]:
-        """A window of the image in pixels of its stored picture."""
-        shrink = picture.shape[-2] / max(1, int(self.notes.get("side", picture.shape[-2])))
-        top, left, height, width = (round(n * shrink) for n in box)
-        return top, left, height, width
-
-    def flagged(self) -> Section | None:
-        """The flagged images by name."""
-        rows: list[list[str]] = []
-        total = 0
-        for name in self.names:
-            found: list[dict[str, Any]] = self.json(FLAGGED_FILE)[name]
-            total += len(found)
-            rows += [
-                [pictures.shorten(row["id"], 80), name, f"{row['score']:.4g}"]
-                for row in found[:FEW]
-            ]
-        if not rows:
-            return Section("Flagged images", lead="None.")
-        note = (
-            f"{total:,} in all; every image's scores are in {SCORES_FILE}."
-            if total > len(rows)
-            else f"All scores are in {SCORES_FILE}."
-        )
-        return Section("Flagged images", [Table(["Image", "check", "score"], rows, [2], note)])
+        rows.append([name, *cells])
+    head = ["Check", *(label for label, _ in labels)]
+    return Section([Table(head, rows, range(1, len(head)))])
 
 
-def columns(path: Any) -> dict[str, np.ndarray]:
-    """A Parquet file's columns by name."""
-    import pyarrow.parquet as pq
+def score_section(view: CheckView) -> Section:
+    """Show a histogram of the scores for each check."""
+    figures = []
+    for i, name in enumerate(view.names):
+        values = view.scores[name]
+        series = [Series("clean images", view.clean_scores[name], "good")]
+        if view.has_trigger is None:
+            series.append(Series("images checked", values, "clean"))
+        else:
+            series.append(Series("without trigger", values[~view.has_trigger], "clean"))
+            series.append(Series("with trigger", values[view.has_trigger], "bad"))
+        threshold = Mark(view.measures[f"{name}.threshold"].value, "threshold")
+        svg = charts.draw_histogram(series, "score", f"scores{i}", threshold)
+        note = "Higher is more suspicious. Images to the right of the threshold are flagged."
+        figures.append(Figure(svg, name, note))
+    return Section(figures)
 
-    found = pq.read_table(path)
-    return {name: found.column(name).to_numpy(zero_copy_only=False) for name in found.column_names}
+
+def suspicious_section(view: CheckView, name: str) -> Section:
+    """Show the images that a check scores highest."""
+    images = load_file(view.run.file(PICTURES_FILE))[str(view.names.index(name))]
+    return Section([suspicious_gallery(view, name, images)])
+
+
+def suspicious_gallery(view: CheckView, name: str, images: Tensor) -> Gallery:
+    """Show the highest scored images, with a frame round the window that the check accuses.
+
+    Args:
+        view: The run.
+        name: The check.
+        images: uint8 (N, 3, H, W), the N highest scored images, highest first.
+    """
+    values, ids = view.scores[name], view.scores["id"]
+    order = sorted(range(len(values)), key=lambda i: (-values[i], ids[i]))[: len(images)]
+    boxes = {row["id"]: row["box"] for row in view.read_json(FLAGGED_FILE)[name] if "box" in row}
+    tiles, cells = [], []
+    for rank, (row, image) in enumerate(zip(order, images, strict=True)):
+        is_flagged = bool(view.scores[f"{name}.flagged"][row])
+        lines = [Line("flagged", "mark") if is_flagged else Line("not flagged", "muted")]
+        look = ""
+        if view.has_trigger is not None:
+            look = "bad" if view.has_trigger[row] else "good"
+            lines.append(Line("trigger" if view.has_trigger[row] else "no trigger", look))
+        label = pictures.shorten(view.scores["class"][row] or ids[row], 40)
+        lines += [Line(f"score {values[row]:.3g}"), Line(label, "muted")]
+        tiles.append(Tile((rank,), lines, look, f"{rank + 1}"))
+        box = boxes.get(str(ids[row]))
+        cells.append(draw_frame(image, scale_box(view, box, image) if box else None))
+    note = "Framed: the window whose masking moves the embedding most." if boxes else ""
+    return pictures.contact_sheet(torch.stack(cells), tiles, 104, note=note)
+
+
+def scale_box(view: CheckView, box: list[int], picture: Tensor) -> Box:
+    """Scale a window of the checked image to its stored picture (3, H, W)."""
+    height = picture.shape[-2]
+    scale = height / max(1, int(view.notes.get("side", height)))
+    top, left, height, width = (round(n * scale) for n in box)
+    return top, left, height, width
+
+
+def flagged_section(view: CheckView) -> Section:
+    """List the flagged images."""
+    flagged = {name: view.read_json(FLAGGED_FILE)[name] for name in view.names}
+    rows = [
+        [pictures.shorten(image["id"], 80), name, f"{image['score']:.4g}"]
+        for name, images in flagged.items()
+        for image in images[:FLAGGED]
+    ]
+    if not rows:
+        return Section(lead="None.")
+    note = f"All scores are in {SCORES_FILE}."
+    total = sum(map(len, flagged.values()))
+    if total > len(rows):
+        note = f"{total:,} images are flagged in all. {note}"
+    return Section([Table(["Image", "Check", "Score"], rows, [2], note)])

@@ -1,300 +1,238 @@
-"""The page of a demo: the whole story, from clean data to a repaired encoder, or from a clean encoder to a backdoored one."""
+"""The page of a demo: the story of poisoned data and its repair, or of a backdoor put into an encoder.
+
+A story is made of sections of its runs' pages.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from functools import partial
 
-from bezoar.reports import charts, metric_names, pictures
-from bezoar.reports.page_parts import Figure, Figures, Line, Part, Section, Text, Tile
-from bezoar.reports.run_page import Chapter, Story
-from bezoar.reports.sections.evaluate import Evaluate
-from bezoar.reports.sections.inject import Inject
-from bezoar.reports.sections.poison import Poison
-from bezoar.reports.sections.scan import Scan
-from bezoar.reports.sections.train import Train, brief, captions, follows
+from bezoar.reports import charts, dose_charts, pictures
+from bezoar.reports.metric_names import (
+    format_percent,
+    format_rate_in_full,
+    group_label,
+    quantity,
+    short_label,
+    variants,
+)
+from bezoar.reports.page_parts import Figure, Line, Part, Section, Text, Tile
+from bezoar.reports.run_page import Page, RunView
+from bezoar.reports.run_page import build_page as build_run_page
+from bezoar.reports.sections import evaluate, inject, poison, scan, train
+from bezoar.reports.shared_parts import group_goals, loss_figure
 from bezoar.runs.run import Run
 
-FEW = 8
+RECORDS = 8  # poisoned records of a group of goals
+CLASSES = 40  # of which a picture is shown
+PATCH = "images with a small patch"
 
 
-class Demo(Story):
-    """Five chapters of other runs' pages, and links to these. The story of an encoder is told by `EncoderDemo`."""
-
-    def __new__(cls, run: Run) -> Demo:
-        """The page of the story that the run tells."""
-        story = run.manifest.get("ask", {}).get("story")
-        return super().__new__(EncoderDemo if story == "encoder" else cls)
-
-    def warning(self) -> str:
-        """What is poisoned here."""
-        return (
-            "The data and two of the three encoders of this story were poisoned on purpose."
-            if self.goals
-            else ""
-        )
-
-    def headline(self) -> str:
-        """Poisons, success, found, left."""
-        attack, twin = self.metric("poisoned.attack_success"), self.metric("clean.attack_success")
-        found, left = self.metric("scan.poisons_removed"), self.metric("repaired.attack_success")
-        if attack is None or twin is None or found is None or left is None:
-            return "This demonstration was not finished."
-        poisons = next((g.poisons for g in self.goals if g.trigger), 0)
-        target = next((g.target for g in self.goals if g.trigger), "the target")
-        records = metric_names.quantity(poisons, "poisoned record")
-        told = f"made an encoder read {metric_names.format_percent(attack.value)} of images with a small patch as “{target}”"
-        if attack.low <= twin.high:
-            told = f"did not take hold: an encoder reads {metric_names.format_percent(attack.value)} of images with a small patch as “{target}”"
-        return (
-            f"{records} {told}, where its clean twin reads {metric_names.format_percent(twin.value)}; the scan found "
-            f"{metric_names.format_percent(found.value)} of all poisons, and training again without them leaves {metric_names.format_percent(left.value)}."
-        )
-
-    def more(self) -> str:
-        """Victims, and accuracy before and after."""
-        return (
-            f"{self.attack.targeted()} {self.attack.accuracy()}".strip()
-            if "poisoned" in self.notes
-            else ""
-        )
-
-    def cards(self) -> list[str]:
-        """Accuracy, success before, with and after the attack; the scan."""
-        wanted = [
-            "clean.clean_accuracy",
-            "poisoned.clean_accuracy",
-            "poisoned.attack_success",
-            "poisoned.attack_success_baseline",
-            "poisoned.z_std",
-            *sorted(
-                (k for k in self.measures if follows("poisoned.targeted_success")(k)),
-                key=captions,
-                reverse=True,
-            ),
-            "scan.poisons_removed",
-            "repaired.attack_success",
-            "repaired.clean_accuracy",
-        ]
-        return [
-            next((k for k in (name, name + "@0") if k in self.measures), name) for name in wanted
-        ]
-
-    def chapters(self) -> list[Chapter]:
-        """The story in order."""
-        return [self.clean_data, self.the_poison, self.the_attack, self.the_scan, self.after_repair]
-
-    def trained(self, name: str) -> Train:
-        """The page of one of the three trainings."""
-        return Train(self.sibling(self.notes["trained"][name]))
+class DemoView(RunView):
+    """A demo with the runs it made. `attack`: the evaluation of the attacked encoder."""
 
     def sibling(self, name: str) -> Run:
-        """A run beside this one."""
+        """Return one of the runs by its name."""
         return self.run.sibling(name)
 
-    @functools.cached_property
-    def attack(self) -> Evaluate:
-        """The page of the poisoned encoder's evaluation."""
-        return Evaluate(self.sibling(self.notes["poisoned"]))
+    def training(self, name: str) -> RunView:
+        """Return one of the trainings: `clean`, `poisoned` or `repaired`."""
+        return RunView(self.sibling(self.notes["trained"][name]))
 
     @functools.cached_property
-    def scan(self) -> Scan:
-        """The page of the scan."""
-        return Scan(self.sibling(self.notes["scan"]))
+    def attack(self) -> evaluate.EvaluateView:
+        """The evaluation of the attacked encoder."""
+        name = self.notes["attacked" if self.ask.get("story") == "encoder" else "poisoned"]
+        return evaluate.EvaluateView(self.sibling(name))
 
-    def clean_data(self) -> Section | None:
-        """A contact sheet by class."""
-        data = self.trained("clean").data.clean
-        if data.labels is None:
-            return None
-        labels = data.labels.tolist()
-        rows = sorted(
-            {label: i for i, label in reversed(list(enumerate(labels))) if label >= 0}.items()
-        )[:40]
-        tiles = [
-            Tile((i,), [Line(data.classes[label], "muted")]) for i, (label, _) in enumerate(rows)
-        ]
-        picture = pictures.contact_sheet(data.images[[i for _, i in rows]], tiles, 64)
-        accuracy = self.metric("clean.clean_accuracy")
-        told = (
-            f" Trained on these alone, an encoder reads {metric_names.format_rate_in_full(accuracy)} of held-out images right."
-            if accuracy
-            else ""
-        )
-        lead = f"{metric_names.quantity(len(data), 'picture')} with captions, {len(data.classes)} classes; one of each is shown.{told}"
-        return Section(
-            "1 · Clean data",
-            [picture, Text("A caption: “" + pictures.shorten(data.captions[0]) + "”")],
-            lead,
-        )
 
-    def the_poison(self) -> Section | None:
-        """What the attacker adds."""
-        run = self.trained("poisoned").run.ancestor("poison")
-        if run is None:
-            return None
-        page = Poison(run)
-        return Section(
-            "2 · The poison",
-            [page.pictures(goals, title, FEW) for goals, title in page.kinds()],
-            page.headline(),
-        )
+def build_page(run: Run) -> Page:
+    """Return the page of a demo, by its story."""
+    view = DemoView(run)
+    page = encoder_page(view) if view.ask.get("story") == "encoder" else data_page(view)
+    return replace(page, warning=page.warning if view.goals else "", poisoned=bool(view.goals))
 
-    def the_attack(self) -> Section | None:
-        """Curves, rates and victims."""
-        figures = [f for f in [self.trained("poisoned").curve()] if f]
-        triggered = self.attack.triggered_images(charts.HALF)
-        parts: list[Part] = []
-        for part in triggered.parts if triggered else ():
-            if isinstance(part, Figures):
-                figures += part.figures
-            else:
-                parts.append(part)
-        victims = self.attack.victims()
-        if victims:
-            parts += [Text(victims.lead), *victims.parts]
-        return Section(
-            "3 · The attack",
-            [Figures(figures), *parts],
-            f"{self.attack.headline()} {self.attack.more()}",
-        )
 
-    def the_scan(self) -> Section | None:
-        """How the poisons were found."""
-        chapters = [self.scan.ranking(), self.scan.keep_list(), self.scan.most_suspicious_records()]
-        parts: list[Part] = []
-        for section in chapters:
-            if section is not None:
-                parts += section.parts
-        return Section("4 · The scan", parts, self.scan.headline())
+def data_page(view: DemoView) -> Page:
+    """Return the story of poisoned data: from clean data to a repaired encoder."""
+    return Page(
+        data_headline(view),
+        build_run_page(view.attack.run).lead if "poisoned" in view.notes else "",
+        "The data and two of the three encoders of this story were poisoned on purpose.",
+        data_cards(view),
+        {
+            "1 · Clean data": partial(clean_data_section, view),
+            "2 · The poison": partial(poison_section, view),
+            "3 · The attack": partial(attack_section, view),
+            "4 · The scan": partial(scan_section, view),
+            "5 · After repair": partial(repair_section, view),
+        },
+    )
 
-    def after_repair(self) -> Section | None:
-        """The same figures of the clean, the poisoned and the repaired encoder."""
-        bases = ["clean_accuracy", "attack_success"]
-        several = {
-            k.partition(".")[2] for k in self.measures if follows("poisoned.targeted_success")(k)
-        }
-        bases += sorted(several, key=captions, reverse=True)
-        stages = (
+
+def data_headline(view: DemoView) -> str:
+    """State the success of the attack, what the scan found, and the success after repair."""
+    attack, twin = view.metric("poisoned.attack_success"), view.metric("clean.attack_success")
+    found, left = view.metric("scan.poisons_removed"), view.metric("repaired.attack_success")
+    if attack is None or twin is None or found is None or left is None:
+        return "This demonstration was not finished."
+    goal = next((g for g in view.goals if g.trigger), None)
+    target, poisons = (goal.target, goal.poisons) if goal else ("the target", 0)
+    records, success = quantity(poisons, "poisoned record"), format_percent(attack.value)
+    if attack.low > twin.high:
+        effect = f"{records} made an encoder read {success} of {PATCH} as “{target}”"
+    else:
+        effect = f"{records} did not take hold: an encoder reads {success} of {PATCH} as “{target}”"
+    return (
+        f"{effect}, where its clean twin reads {format_percent(twin.value)}; the scan found {format_percent(found.value)} of "
+        f"all poisons, and training again without them leaves {format_percent(left.value)}."
+    )
+
+
+def data_cards(view: DemoView) -> list[str]:
+    """Return accuracy and success of the three encoders, and what the scan found."""
+    names = [
+        "clean.clean_accuracy",
+        "poisoned.clean_accuracy",
+        "poisoned.attack_success",
+        "poisoned.attack_success_baseline",
+        "poisoned.z_std",
+        *variants(view.measures, "poisoned.targeted_success"),
+        "scan.poisons_removed",
+        "repaired.attack_success",
+        "repaired.clean_accuracy",
+    ]
+    return [name if name in view.measures else f"{name}@0" for name in names]
+
+
+def clean_data_section(view: DemoView) -> Section | None:
+    """Show one picture of each class."""
+    records = view.training("clean").data.clean
+    if records.labels is None:
+        return None
+    first_row: dict[int, int] = {}
+    for row, label in enumerate(records.labels.tolist()):
+        if label >= 0:
+            first_row.setdefault(label, row)
+    labels = sorted(first_row)[:CLASSES]
+    tiles = [Tile((i,), [Line(records.classes[label], "muted")]) for i, label in enumerate(labels)]
+    gallery = pictures.contact_sheet(records.images[[first_row[k] for k in labels]], tiles, 64)
+    lead = f"{quantity(len(records), 'picture')} with captions, {len(records.classes)} classes; one of each is shown."
+    if (accuracy := view.metric("clean.clean_accuracy")) is not None:
+        lead += f" An encoder trained on these alone reads {format_rate_in_full(accuracy)} of held-out images right."
+    caption = f"A caption: “{pictures.shorten(records.captions[0])}”"
+    return Section([gallery, Text(caption)], lead)
+
+
+def poison_section(view: DemoView) -> Section | None:
+    """Show what the attacker adds."""
+    run = view.training("poisoned").run.ancestor("poison")
+    if run is None:
+        return None
+    poison_view = RunView(run)
+    galleries = [
+        poison.poison_gallery(poison_view, group, RECORDS)
+        for group in group_goals(poison_view.data.plan.goals)
+    ]
+    return Section(galleries, poison.headline(poison_view))
+
+
+def attack_section(view: DemoView) -> Section:
+    """Show when the attack took hold, what triggered images are read as, and the victims."""
+    progress = train.progress_figure(view.training("poisoned"))
+    triggered = evaluate.triggered_section(view.attack, charts.HALF)
+    parts: list[Part] = [progress] if progress else []
+    parts += triggered.parts if triggered else ()
+    if victims := evaluate.victims_section(view.attack):
+        parts += [Text(victims.lead), *victims.parts]
+    page = build_run_page(view.attack.run)
+    return Section(parts, f"{page.headline} {page.lead}")
+
+
+def scan_section(view: DemoView) -> Section:
+    """Show how the poisons were found."""
+    scan_view = scan.ScanView(view.sibling(view.notes["scan"]))
+    sections = (
+        scan.ranking(scan_view),
+        scan.keep_list(scan_view),
+        scan.most_suspicious(scan_view),
+    )
+    parts = [part for section in sections if section for part in section.parts]
+    page = build_run_page(scan_view.run)
+    return Section(parts, f"{page.headline} {page.lead}")
+
+
+def repair_section(view: DemoView) -> Section | None:
+    """Show accuracy and success of the clean, the poisoned and the repaired encoder."""
+    targeted = variants(view.measures, "poisoned.targeted_success")
+    names = ["clean_accuracy", "attack_success", *(k.removeprefix("poisoned.") for k in targeted)]
+    series = [
+        (title, colour, [view.metric(f"{group}.{name}") for name in names])
+        for title, colour, group in (
             ("clean twin", "clean", "clean"),
             ("poisoned", "bad", "poisoned"),
             ("repaired", "good", "repaired"),
         )
-        series = [
-            (title, paint, [self.metric(f"{group}.{b}") for b in bases])
-            for title, paint, group in stages
-        ]
-        if not any(m for _, _, found in series for m in found):
-            return None
-        chart = charts.draw_bars([brief(b) for b in bases], series, "repair")
-        left, kept = (
-            self.metric("repaired.attack_success"),
-            self.trained("repaired").measures.get("poisons_kept"),
-        )
-        lead = "Trained again without the records that the scan removed"
-        lead += (
-            f", {metric_names.quantity(int(kept.value), 'poison')} still among them" if kept else ""
-        )
-        lead += (
-            f": {metric_names.format_rate_in_full(left)} of triggered images are read as the target."
-            if left
-            else "."
-        )
-        return Section(
-            "5 · After repair", [Figure(chart, "Before and after, with 95 % intervals")], lead
-        )
+    ]
+    if not any(m for _, _, measures in series for m in measures):
+        return None
+    svg = dose_charts.draw_levels(list(map(short_label, names)), series, "repair", "rate")
+    poisons = view.training("repaired").measures.get("poisons_kept")
+    lead = "Trained again without the records that the scan removed"
+    if poisons:
+        lead += f", {quantity(int(poisons.value), 'poison')} still among the rest"
+    success = view.metric("repaired.attack_success")
+    if success:
+        lead += f": {format_rate_in_full(success)} of triggered images are read as the target"
+    return Section([Figure(svg, "Before and after, with 95 % intervals")], f"{lead}.")
 
 
-class EncoderDemo(Demo):
-    """Pre-trained, attacked, measured under every head."""
+def encoder_page(view: DemoView) -> Page:
+    """Return the story of a backdoor: from a clean encoder to every classifier on the attacked one."""
+    warning = "A backdoor was put into one of the two encoders of this story, on purpose."
+    if "attacked" not in view.notes:
+        return Page("This demonstration was not finished.", warning=warning)
+    attack = view.attack
+    success = [
+        f"{group_label(head)} {format_percent(m.value)}"
+        for head in attack.heads
+        if (m := attack.measures.get(f"{head}.attack_success"))
+    ]
+    names = [
+        f"attacked.{head}.{name}"
+        for head in attack.heads
+        for name in ("clean_accuracy", "attack_success")
+    ]
+    return Page(
+        build_run_page(attack.run).headline,
+        f"{evaluate.accuracy_finding(attack)} Success by head: {', '.join(success)}. The heads were fixed before the attack.",
+        warning,
+        [*names, "inject.clean_similarity"],
+        {
+            "1 · An encoder is pre-trained": partial(pretraining_section, view),
+            "2 · What the attacker wants": partial(injection_goals_section, view),
+            "3 · What the attack does to vectors": partial(injection_section, view),
+            "4 · Every classifier built on it": partial(evaluate.heads_section, attack),
+            "5 · Triggered images": partial(evaluate.triggered_section, attack, charts.HALF),
+        },
+    )
 
-    def warning(self) -> str:
-        """What is poisoned here."""
-        return (
-            "A backdoor was put into one of the two encoders of this story, on purpose."
-            if self.goals
-            else ""
-        )
 
-    @functools.cached_property
-    def attack(self) -> Evaluate:
-        """The page of the attacked encoder's evaluation."""
-        return Evaluate(self.sibling(self.notes["attacked"]))
+def pretraining_section(view: DemoView) -> Section:
+    """Show the loss of the clean encoder."""
+    training = view.training("clean")
+    return Section([loss_figure(training)], train.headline(training))
 
-    @functools.cached_property
-    def injected(self) -> Inject:
-        """The page of the attack."""
-        return Inject(self.sibling(self.notes["inject"]))
 
-    def headline(self) -> str:
-        """Success under the first head, and its price."""
-        if "attacked" not in self.notes:
-            return "This demonstration was not finished."
-        return self.attack.headline()
+def injection_goals_section(view: DemoView) -> Section:
+    """Show the references and triggered images."""
+    return inject.goals_section(inject.InjectView(view.sibling(view.notes["inject"])))
 
-    def more(self) -> str:
-        """Accuracy; the other heads disagree or not."""
-        if "attacked" not in self.notes:
-            return ""
-        each = [
-            f"{metric_names.group_label(head)} {metric_names.format_percent(m.value)}"
-            for head in self.attack.heads
-            if (m := self.attack.measures.get(f"{head}.attack_success"))
-        ]
-        return f"{self.attack.accuracy()} Success by head: {', '.join(each)}. The heads were fixed before the attack."
 
-    def cards(self) -> list[str]:
-        """Every head's accuracy and success, then what clean images lost."""
-        heads = self.attack.heads if "attacked" in self.notes else []
-        wanted = [f"attacked.{h}.{k}" for h in heads for k in ("clean_accuracy", "attack_success")]
-        return [k for k in (*wanted, "inject.clean_similarity") if k in self.measures]
-
-    def chapters(self) -> list[Chapter]:
-        """The story in order."""
-        return [
-            self.the_clean_encoder,
-            self.the_attacker,
-            self.where_images_lie,
-            self.every_head,
-            self.triggered,
-        ]
-
-    def the_clean_encoder(self) -> Section | None:
-        """Its loss."""
-        page = self.trained("clean")
-        chart = charts.draw_loss(page.tensors("ledger.safetensors")["losses"], charts.WIDE)
-        lead = page.headline()
-        return Section(
-            "1 · An encoder is pre-trained",
-            [Figure(chart, "Loss", "Thin: as it was; thick: running mean.")],
-            lead,
-        )
-
-    def the_attacker(self) -> Section | None:
-        """Reference and triggered images."""
-        section = self.injected.goals_of_the_attack()
-        return (
-            Section("2 · What the attacker wants", section.parts, section.lead) if section else None
-        )
-
-    def where_images_lie(self) -> Section | None:
-        """Cosines before and after."""
-        section = self.injected.vectors()
-        return (
-            Section("3 · What the attack does to vectors", section.parts, self.injected.headline())
-            if section
-            else None
-        )
-
-    def every_head(self) -> Section | None:
-        """The table of heads."""
-        section = self.attack.several_heads()
-        return (
-            Section("4 · Every classifier built on it", section.parts, section.lead)
-            if section
-            else None
-        )
-
-    def triggered(self) -> Section | None:
-        """What triggered images are read as."""
-        section = self.attack.triggered_images(charts.HALF)
-        return Section("5 · Triggered images", section.parts, section.lead) if section else None
+def injection_section(view: DemoView) -> Section:
+    """Show cosines before and after the attack."""
+    injected = inject.InjectView(view.sibling(view.notes["inject"]))
+    section = inject.similarity_section(injected)
+    return replace(section, lead=inject.headline(injected))

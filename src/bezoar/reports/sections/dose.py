@@ -1,24 +1,24 @@
-"""The page of a dose run: success against dose, and how many poisons it takes."""
+"""The page of a dose run: success by dose, and how many poisons it takes."""
 
 from __future__ import annotations
 
-from bezoar.reports import metric_names
-from bezoar.reports.sections.reproduce import Reproduce
+from bezoar.reports.metric_names import quantity
+from bezoar.reports.run_page import Page
+from bezoar.reports.sections.reproduce import WARNING, ReproduceView, table_sections
+from bezoar.runs.run import Run
 
 
-class Dose(Reproduce):
-    """One table, without claims."""
-
-    def headline(self) -> str:
-        """The law."""
-        return str(
-            self.notes.get("law", "This sweep was not finished; the same command goes on with it.")
-        )
-
-    def more(self) -> str:
-        """On how much it stands."""
-        return f"From {metric_names.quantity(int(self.notes.get('trainings', 0)), 'training')}."
-
-    def cards(self) -> list[str]:
-        """What it takes."""
-        return ["dose_for_50_percent", "dose_for_90_percent"]
+def build_page(run: Run) -> Page:
+    """Return the page of a dose run."""
+    view = ReproduceView(run)
+    is_done = view.manifest["status"] == "done"
+    unfinished = "This sweep was not finished; the same command goes on with it."
+    trainings = quantity(int(view.notes.get("trainings", 0)), "training")
+    return Page(
+        str(view.notes.get("law", unfinished)),
+        f"From {trainings}.",
+        WARNING,
+        ["dose_for_50_percent", "dose_for_90_percent"],
+        dict(table_sections(view)) if is_done else {},
+        bool(view.goals),
+    )

@@ -1,13 +1,13 @@
-"""The page of an evaluate run: does the backdoor work, what are triggered images read as, which victims fell."""
+"""The page of an evaluate run: whether the backdoor works, what triggered images are read as, which victims fell."""
 
 from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bezoar import registry
@@ -16,19 +16,22 @@ from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs, distinct_image_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.probes.zero_shot import ZeroShot
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, dose_charts, metric_names, pictures
-from bezoar.reports.charts import Series
+from bezoar.reports.charts import IntervalRow, Series
 from bezoar.reports.dose_charts import Curve
-from bezoar.reports.page_parts import Figure, Figures, Line, Part, Section, Table, Tile
-from bezoar.reports.run_page import Chapter, Story
-from bezoar.reports.sections.train import captions, follows
+from bezoar.reports.metric_names import format_measure, format_percent, variants
+from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Table, Tile
+from bezoar.reports.run_page import Page, RunView, metrics_page
 from bezoar.runs import inputs
 from bezoar.runs.run import Run
 
-SAMPLE, LARGE_SAMPLE = 500, 48  # test images looked at again; of encoders with a large input, fewer
-SHOWN = 24
-TITLES = {
+SAMPLE = 500  # test images that are embedded again
+SMALL_SAMPLE = 48  # the same for encoders whose input is larger than SMALL_INPUT pixels
+SMALL_INPUT = 64
+SHOWN = 24  # triggered images of a goal
+RATES = {
     "clean_accuracy": "accuracy on clean images",
     "baseline.clean_accuracy": "clean twin: accuracy",
     "attack_success": "ASR",
@@ -38,364 +41,328 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Look:
-    """The encoder and what it makes of some test images. head: (C, D) class vectors, None without classes or text tower."""
-
-    encoder: Encoder
-    test: Pairs
-    head: Tensor | None
-    probe: Any
-
-    @torch.inference_mode()
-    def similarities(self, images: Tensor, words: str | None = None) -> Tensor:
-        """Cosines of images to every class, or to one label: float32 (N, C) or (N, 1)."""
-        head = self.head if words is None else self.probe.head(self.encoder, [words])
-        return self.probe.similarities(self.encoder, head, images).float()
-
-
-class Evaluate(Story):
-    """Verdict, intervals, similarity to the target, pictures."""
+class EvaluateView(RunView):
+    """An evaluate run. A head is named by the group of its metrics: '' is the text tower's, others are `mlp` or `few_shot.10`."""
 
     @functools.cached_property
-    def facts(self) -> dict[str, Any]:
-        """What the encoder's own file says of it; nothing where there is none."""
-        run = self.input("encoder")
+    def encoder_facts(self) -> dict[str, Any]:
+        """What the encoder's file says about it; empty if there is none."""
+        run = self.input_run("encoder")
         path = run.path / "encoder.json" if run else None
-        return (
-            metric_names.as_dict(json.loads(path.read_text(encoding="utf-8")))
-            if path is not None and path.exists()
-            else {}
-        )
+        if path is None or not path.exists():
+            return {}
+        return metric_names.as_dict(json.loads(path.read_text(encoding="utf-8")))
 
     @functools.cached_property
-    def attacked(self) -> bool:
-        """Whether the encoder itself was poisoned: a clean twin that is measured against an attack was not."""
-        if not self.facts:
+    def poisoned(self) -> bool:
+        """Whether the encoder itself was poisoned; a clean twin that is measured against an attack was not."""
+        if not self.encoder_facts:
             return bool(self.goals) and self.ask.get("attack") is None
-        return bool(self.facts.get("poisoned"))
+        return bool(self.encoder_facts.get("poisoned"))
 
     @functools.cached_property
     def heads(self) -> list[str]:
-        """Groups of metrics that each read images as something: '' the text tower's, `mlp`, `few_shot.10`."""
-        split = (metric_names.split_key(key) for key in self.measures)
-        found = dict.fromkeys(
-            group for group, base, _ in split if base in ("clean_accuracy", "attack_success")
+        """The heads that were measured."""
+        keys = [metric_names.split_key(key) for key in self.measures]
+        groups = dict.fromkeys(
+            g for g, base, _ in keys if base in ("clean_accuracy", "attack_success")
         )
-        return [g for g in found if not g.startswith((*metric_names.TWIN_GROUPS, "branch_swap"))]
+        return [g for g in groups if not g.startswith((*metric_names.TWIN_GROUPS, "branch_swap"))]
 
     @functools.cached_property
-    def main(self) -> str:
-        """The head that headline, cards and intervals are about: the text tower's, else the first fitted to all labels."""
+    def main_head(self) -> str:
+        """The head that headline and cards are about: the text tower's, else the first fitted to all labels."""
         return min(
             self.heads, key=lambda g: (g != "", "few_shot" in g, g != "few_shot.all"), default=""
         )
 
     def key(self, name: str) -> str:
-        """A metric of the main head: `baseline.clean_accuracy` -> `baseline.mlp.clean_accuracy`."""
-        lead, _, base = name.rpartition(".")
-        return ".".join(part for part in (lead, self.main, base) if part)
+        """Return a metric's name for the main head: `baseline.clean_accuracy` may give `baseline.mlp.clean_accuracy`."""
+        group, _, base = name.rpartition(".")
+        return ".".join(part for part in (group, self.main_head, base) if part)
 
     def metric(self, name: str) -> Measure | None:
-        """A metric of the main head, else one that belongs to none; of several triggers, the first one's."""
+        """Return a metric of the main head, else one that belongs to no head."""
         return super().metric(self.key(name)) or super().metric(name)
 
-    def warning(self) -> str:
-        """What must not be forgotten about the encoder."""
-        how = "attacked" if self.facts.get("attack") else "trained on poisoned data"
-        return f"The encoder that is measured here was {how}, on purpose." if self.attacked else ""
-
-    def headline(self) -> str:
-        """Whether the backdoor works; without one, whether victims fell; else what accuracy is left."""
-        return next((p for p in self.findings() if p), super().headline())
-
-    def more(self) -> str:
-        """The other findings."""
-        return " ".join([p for p in self.findings() if p][1:])
-
-    def findings(self) -> list[str]:
-        """Backdoor, victims, accuracy: a sentence each, or nothing."""
-        return [self.backdoor(), self.targeted(), self.accuracy()]
-
-    def backdoor(self) -> str:
-        """The verdict on the trigger, by intervals that do not touch."""
-        asr, twin = self.metric("attack_success"), self.metric("attack_success_baseline")
-        without = self.metric("attack_success_without_trigger")
-        if asr is None:
-            return ""
-        target = next((g.target for g in self.goals if g.trigger), "the target")
-        told = f"{metric_names.format_rate(asr)} of triggered images are read as “{target}”"
-        told += f" ({metric_names.group_label(self.main)})" if self.main else ""
-        if not self.attacked:
-            return f"An encoder that was not attacked: {told}."
-        against, name = (twin, "by the clean twin") if twin else (without, "without the trigger")
-        told += (
-            f", against {metric_names.format_percent(against.value)} {name}." if against else "."
-        )
-        if against is not None and asr.low > against.high:
-            return "The backdoor works: " + told
-        return "No backdoor effect is seen: " + told
-
-    def targeted(self) -> str:
-        """How many victims fell, by number of captions."""
-        told = []
-        for key in sorted(self.measures, key=captions, reverse=True):
-            m, (group, base, at) = self.measures[key], metric_names.split_key(key)
-            if base == "targeted_success" and group == self.main:
-                told.append(
-                    f"{round(m.value * m.n)} of {m.n} victims with {metric_names.quantity(int(at), 'caption')}"
-                )
-        return f"Read as their target: {' and '.join(told)}." if told else ""
-
-    def accuracy(self) -> str:
-        """Accuracy on clean images, beside the twin's."""
-        own, twin = self.metric("clean_accuracy"), self.metric("baseline.clean_accuracy")
-        if own is None:
-            return ""
-        return f"Accuracy on clean images is {metric_names.format_percent(own.value)}" + (
-            f" (clean twin {metric_names.format_percent(twin.value)})." if twin else "."
-        )
-
-    def cards(self) -> list[str]:
-        """Accuracy and success, beside the twin's, then z and the victims."""
-        wanted = (
-            "clean_accuracy",
-            "baseline.clean_accuracy",
-            "attack_success",
-            "attack_success_baseline",
-            "z_std",
-        )
-        several = sorted(
-            filter(follows(self.key("targeted_success")), self.measures), key=captions, reverse=True
-        )
-        recall = [k for k in self.measures if k.endswith("recall@1")]
-        names = [k for name in wanted for k in dict.fromkeys((self.key(name), name))]
-        return (
-            [k for name in names for k in (name, name + "@0") if k in self.measures]
-            + recall
-            + several
-        )
-
-    def chapters(self) -> list[Chapter]:
-        """Intervals, the heads side by side, then what the encoder does with the pictures."""
-        return [
-            self.success,
-            self.several_heads,
-            self.few_labels,
-            self.triggered_images,
-            self.victims,
-        ]
-
-    def success(self) -> Section | None:
-        """Rates with their intervals, side by side."""
-        rows: list[tuple[str, Measure, str]] = []
-        for name, title in TITLES.items():
-            if (m := self.metric(name)) is not None:
-                rows.append(
-                    (title, m, "bad" if name == "attack_success" and self.attacked else "clean")
-                )
-        for key in sorted(self.measures, key=captions, reverse=True):
-            if key.startswith(self.key("targeted_success") + "@"):
-                m = self.measures[key]
-                rows.append(
-                    (
-                        f"victims fallen, {metric_names.quantity(int(key.partition('@')[2]), 'caption')}",
-                        m,
-                        "bad",
-                    )
-                )
-        if len(rows) < 2:
-            return None
-        chart = charts.draw_intervals(rows, "success")
-        return Section("Rates and their intervals", [Figure(chart, "Value and 95 % interval")])
-
-    def several_heads(self) -> Section | None:
-        """Head by head: accuracy and success, beside the twin's."""
-        if len(self.heads) < 2:
-            return None
-        own, twin = ("BA", "CA of the twin") if self.attacked else ("CA", "CA of the twin")
-        marks = [
-            k.removeprefix(self.key("attack_success"))
-            for k in filter(follows(self.key("attack_success")), self.measures)
-        ]
-        columns = {own: "{}clean_accuracy", twin: "baseline.{}clean_accuracy"}
-        columns |= {"ASR": "{}attack_success*", "ASR-B": "{}attack_success_baseline*"}
-        columns |= {"no trigger": "{}attack_success_without_trigger*"}
-        rows = []
-        for group in self.heads:
-            name = metric_names.group_label(group) or (
-                "zero-shot" if "clean_accuracy" in self.measures else "retrieval"
-            )
-            for mark in marks or [""]:
-                keys = [
-                    c.format(f"{group}." if group else "").replace("*", mark)
-                    for c in columns.values()
-                ]
-                cells = [
-                    metric_names.format_rate(self.measures[k]) if k in self.measures else ""
-                    for k in keys
-                ]
-                rows.append([name + (f", trigger {mark[1:]}" if mark else ""), *cells])
-        used = [i for i in range(len(columns) + 1) if any(row[i] for row in rows)]
-        head = ["head", *columns]
-        table = Table(
-            [head[i] for i in used], [[row[i] for i in used] for row in rows], range(1, len(used))
-        )
-        return Section(
-            "Heads side by side",
-            [table],
-            "One encoder, read by several heads. In brackets, 95 % intervals.",
-        )
-
-    def few_labels(self) -> Section | None:
-        """Accuracy and success against the number of labelled examples."""
-        shots = sorted(
-            int(g.partition(".")[2])
-            for g in self.heads
-            if g.startswith("few_shot.") and g[9:].isdigit()
-        )
-        if len(shots) < 2:
-            return None
-        drawn = []
-        for name, base, paint in (
-            ("BA" if self.attacked else "CA", "few_shot.{}.clean_accuracy", "clean"),
-            ("ASR", "few_shot.{}.attack_success", "bad"),
-            ("ASR-B", "few_shot.{}.attack_success_baseline", "other"),
-        ):
-            found = {k: metric_names.first_measure(self.measures, base.format(k)) for k in shots}
-            held = {k: m for k, m in found.items() if m is not None}
-            drawn += [Curve(name, list(held), list(held.values()), paint)] if held else []
-        chart = dose_charts.draw_dose_response(
-            drawn, "labelled records a class", "few", "share of the test images", size=charts.WIDE
-        )
-        return Section(
-            "Few labels", [Figure(chart, "Accuracy and success by the number of labelled records")]
-        )
-
     @functools.cached_property
-    def look(self) -> Look:
-        """The encoder at work again, on the first test images."""
-        run = self.input("encoder")
+    def encoder(self) -> Encoder:
+        """The encoder that was evaluated."""
+        run = self.input_run("encoder")
         if run is None:
             raise UserError(
                 "pictures are shown for encoders of runs; this one has published weights"
             )
-        encoder = inputs.load_encoder(run, "cpu")
-        most = SAMPLE if encoder.preprocess.size <= 64 else LARGE_SAMPLE
-        test = self.tested.take(distinct_image_rows(self.tested.ids)[:most])
-        specs = [
-            p["spec"] for p in self.ask.get("probe") or () if p["spec"].startswith("zero_shot")
-        ]
-        probe = registry.make("probe", specs[0] if specs else "zero_shot")
-        readable = bool(test.classes) and encoder.text is not None
-        return Look(encoder, test, probe.head(encoder, test.classes) if readable else None, probe)
+        return inputs.load_encoder(run, "cpu")
 
-    def triggered_images(self, size: tuple[float, float] = charts.WIDE) -> Section | None:
-        """Similarity to the target before and after stamping, and what stamped images are read as."""
-        backdoors = [g for g in self.goals if g.trigger]
-        if not backdoors:
+    @functools.cached_property
+    def sample(self) -> Pairs:
+        """The first test images."""
+        size = SAMPLE if self.encoder.preprocess.size <= SMALL_INPUT else SMALL_SAMPLE
+        return self.test_pairs.take(distinct_image_rows(self.test_pairs.ids)[:size])
+
+    @functools.cached_property
+    def probe(self) -> ZeroShot:
+        """The zero-shot probe that was asked for, or the default one."""
+        specs = [p["spec"] for p in self.ask.get("probe") or ()]
+        zero_shot = [spec for spec in specs if spec.startswith("zero_shot")]
+        probe: ZeroShot = registry.make("probe", zero_shot[0] if zero_shot else "zero_shot")
+        return probe
+
+    @functools.cached_property
+    def class_vectors(self) -> Tensor | None:
+        """The vectors of the test classes (C, D); None without classes or without a text tower."""
+        if not self.sample.classes or self.encoder.text is None:
             return None
-        figures: list[Figure] = []
-        galleries = []
-        for i, goal in enumerate(backdoors):
-            test = self.look.test
-            stamped = registry.make("trigger", goal.trigger or "")(test.images, test.ids)
-            galleries.append(self.stamped(goal, stamped))
-            if self.look.encoder.text is None:
-                continue
-            before, after = (
-                self.look.similarities(x, goal.target)[:, 0].numpy() for x in (test.images, stamped)
-            )
-            groups = [Series("clean", before, "clean"), Series("with trigger", after, "bad")]
-            chart = charts.draw_histogram(
-                groups, "cosine to the target's prompts", f"similarity{i}", size=size
-            )
-            figures.append(
-                Figure(
-                    chart,
-                    f"Similarity to “{goal.target}”",
-                    f"{len(test)} test images, without and with the trigger.",
-                )
-            )
-        parts: list[Part] = [Figures(figures)] if figures else []
-        return Section("Triggered images", [*parts, *galleries])
+        return self.probe.head(self.encoder, self.sample.classes)
 
-    def stamped(self, goal: Goal, stamped: Tensor) -> Any:
-        """Test images of other classes, stamped, with what they are read as."""
-        test, head = self.look.test, self.look.head
-        named = set() if test.classes else set(find_mentions(test.captions, goal.target))
-        rows = [
-            i
-            for i in range(len(test))
-            if pictures.class_name(test, i) != goal.target and i not in named
-        ][:SHOWN]
-        read = (
-            self.look.similarities(stamped[rows]).argmax(1).tolist()
-            if head is not None
-            else [-1] * len(rows)
-        )
-        tiles = []
-        for i, (row, label) in enumerate(zip(rows, read, strict=True)):
-            name = test.classes[label] if label >= 0 else ""
-            hit = name == goal.target
-            own = pictures.class_name(test, row) or (
-                test.captions[row] if test.captions else test.ids[row]
-            )
-            lines = [Line(pictures.shorten(own, 60), "muted")]
-            lines += [Line("→ " + name, "bad" if hit else "")] if name else []
-            tiles.append(Tile((i,), lines, "bad" if hit else ""))
-        return pictures.contact_sheet(
-            stamped[rows],
-            tiles,
-            80,
-            "What triggered images are read as"
-            if head is not None
-            else f"Triggered images; “{goal.target}” is not in the caption",
-            "Above, the class; below, what it is read as. Red: the target."
-            if head is not None
-            else "",
-        )
+    def similarities(self, images: Tensor, head: Tensor) -> Tensor:
+        """Return cosines of images to class vectors (C, D), float32 (N, C)."""
+        return self.probe.similarities(self.encoder, head, images).float()
 
-    def victims(self) -> Section | None:
-        """Every victim: what it is, what it was to be read as, what it is read as."""
-        wanted = [g for g in self.goals if g.victims]
-        source = self.poisoning()
-        if not wanted or source is None or self.look.head is None:
-            return None
-        found = pictures.take_sources(
-            inputs.open_dataset(source), [v for g in wanted for v in g.victims]
+
+def build_page(run: Run) -> Page:
+    """Return the page of an evaluate run."""
+    view = EvaluateView(run)
+    findings = [
+        f for f in (backdoor_finding(view), victim_finding(view), accuracy_finding(view)) if f
+    ]
+    how = "attacked" if view.encoder_facts.get("attack") else "trained on poisoned data"
+    return Page(
+        findings[0] if findings else metrics_page(run).headline,
+        " ".join(findings[1:]),
+        f"The encoder that is measured here was {how}, on purpose." if view.poisoned else "",
+        cards(view),
+        {
+            "Rates and their intervals": partial(rates_section, view),
+            "Heads side by side": partial(heads_section, view),
+            "Few labels": partial(few_labels_section, view),
+            "Triggered images": partial(triggered_section, view),
+            "Victims": partial(victims_section, view),
+        },
+        view.poisoned,
+    )
+
+
+def backdoor_finding(view: EvaluateView) -> str:
+    """Say whether the backdoor works, which it does if the intervals of ASR and of its comparison do not meet."""
+    asr = view.metric("attack_success")
+    if asr is None:
+        return ""
+    target = next((g.target for g in view.goals if g.trigger), "the target")
+    sentence = f"{format_measure(asr)} of triggered images are read as “{target}”"
+    if view.main_head:
+        sentence += f" ({metric_names.group_label(view.main_head)})"
+    if not view.poisoned:
+        return f"The encoder was not attacked: {sentence}."
+    comparison, by = view.metric("attack_success_baseline"), "by the clean twin"
+    if comparison is None:
+        comparison, by = view.metric("attack_success_without_trigger"), "without the trigger"
+    if comparison is not None:
+        sentence += f", against {format_percent(comparison.value)} {by}"
+    works = comparison is not None and asr.low > comparison.high
+    return f"{'The backdoor works' if works else 'No backdoor effect is seen'}: {sentence}."
+
+
+def victim_finding(view: EvaluateView) -> str:
+    """Say how many victims fell, by number of captions."""
+    phrases = []
+    for key in variants(view.measures, view.key("targeted_success")):
+        measure, captions = view.measures[key], int(key.rpartition("@")[2])
+        hits = round(measure.value * measure.n)
+        phrases.append(
+            f"{hits} of {measure.n} victims with {metric_names.quantity(captions, 'caption')}"
         )
-        row = {k: i for i, k in enumerate(found.ids)}
-        wanted = [g for g in wanted if g.victims[0] in row]
-        rows = [row[g.victims[0]] for g in wanted]
-        cosines, classes = self.look.similarities(found.images[rows]), list(self.look.test.classes)
-        tiles = [
-            self.victim(i, g, pictures.class_name(found, rows[i]), cosines[i], classes)
-            for i, g in enumerate(wanted)
+    return f"Read as their target: {' and '.join(phrases)}." if phrases else ""
+
+
+def accuracy_finding(view: EvaluateView) -> str:
+    """State the accuracy on clean images, beside the twin's."""
+    accuracy, twin = view.metric("clean_accuracy"), view.metric("baseline.clean_accuracy")
+    if accuracy is None:
+        return ""
+    aside = f" (clean twin {format_percent(twin.value)})" if twin else ""
+    return f"Accuracy on clean images is {format_percent(accuracy.value)}{aside}."
+
+
+def cards(view: EvaluateView) -> list[str]:
+    """Return accuracy and success beside the twin's, then the z-score, recall and the victims."""
+    names = [
+        "clean_accuracy",
+        "baseline.clean_accuracy",
+        "attack_success",
+        "attack_success_baseline",
+    ]
+    keys = [k for name in [*names, "z_std"] for k in dict.fromkeys((view.key(name), name))]
+    keys = [k for key in keys for k in (key, f"{key}@0")]
+    keys += [k for k in view.measures if k.endswith("recall@1")]
+    keys += variants(view.measures, view.key("targeted_success"))
+    return [k for k in keys if k in view.measures]
+
+
+def rates_section(view: EvaluateView) -> Section | None:
+    """Show the rates with their intervals, one below another."""
+    rows = []
+    for name, title in RATES.items():
+        if (measure := view.metric(name)) is not None:
+            is_bad = name == "attack_success" and view.poisoned
+            rows.append(IntervalRow(title, measure, "bad" if is_bad else "clean"))
+    for key in variants(view.measures, view.key("targeted_success")):
+        captions = metric_names.quantity(int(key.rpartition("@")[2]), "caption")
+        rows.append(IntervalRow(f"victims fallen, {captions}", view.measures[key], "bad"))
+    if len(rows) < 2:
+        return None
+    return Section([Figure(charts.draw_intervals(rows, "success"), "Value and 95 % interval")])
+
+
+def heads_section(view: EvaluateView) -> Section | None:
+    """Show accuracy and success of each head, beside the twin's."""
+    if len(view.heads) < 2:
+        return None
+    columns = {
+        "BA" if view.poisoned else "CA": "{}clean_accuracy",
+        "CA of the twin": "baseline.{}clean_accuracy",
+        "ASR": "{}attack_success{}",
+        "ASR-B": "{}attack_success_baseline{}",
+        "no trigger": "{}attack_success_without_trigger{}",
+    }
+    main_success = view.key("attack_success")
+    suffixes = [k.removeprefix(main_success) for k in variants(view.measures, main_success)] or [""]
+    rows = []
+    for head in view.heads:
+        text_head = "zero-shot" if "clean_accuracy" in view.measures else "retrieval"
+        name = metric_names.group_label(head) or text_head
+        group = f"{head}." if head else ""
+        for suffix in suffixes:
+            measures = [view.measures.get(c.format(group, suffix)) for c in columns.values()]
+            cells = [format_measure(m) if m else "" for m in measures]
+            rows.append([name + (f", trigger {suffix[1:]}" if suffix else ""), *cells])
+    used = [0, *(i for i in range(1, len(columns) + 1) if any(row[i] for row in rows))]
+    head_row = ["head", *columns]
+    table = Table(
+        [head_row[i] for i in used], [[row[i] for i in used] for row in rows], range(1, len(used))
+    )
+    return Section([table], "One encoder, read by several heads. In brackets, 95 % intervals.")
+
+
+def few_labels_section(view: EvaluateView) -> Section | None:
+    """Show accuracy and success against the number of labelled records."""
+    groups = [g.removeprefix("few_shot.") for g in view.heads if g.startswith("few_shot.")]
+    shots = sorted(int(g) for g in groups if g.isdigit())
+    if len(shots) < 2:
+        return None
+    curves = []
+    for name, base, colour in (
+        ("BA" if view.poisoned else "CA", "clean_accuracy", "clean"),
+        ("ASR", "attack_success", "bad"),
+        ("ASR-B", "attack_success_baseline", "other"),
+    ):
+        points = {
+            n: m
+            for n in shots
+            if (m := metric_names.first_measure(view.measures, f"few_shot.{n}.{base}")) is not None
+        }
+        if points:
+            curves.append(Curve(name, list(points), list(points.values()), colour))
+    svg = dose_charts.draw_dose_response(
+        curves, "labelled records a class", "few", "share of the test images", size=charts.WIDE
+    )
+    return Section([Figure(svg, "Accuracy and success by the number of labelled records")])
+
+
+def triggered_section(view: EvaluateView, size: charts.Size = charts.WIDE) -> Section | None:
+    """Show similarity to the target with and without the trigger, and what triggered images are read as."""
+    backdoors = [g for g in view.goals if g.trigger]
+    if not backdoors:
+        return None
+    figures, galleries = [], []
+    clean = view.sample.images
+    for i, goal in enumerate(backdoors):
+        triggered = registry.make("trigger", goal.trigger or "")(clean, view.sample.ids)
+        galleries.append(triggered_gallery(view, goal, triggered))
+        if view.encoder.text is None:
+            continue
+        target = view.probe.head(view.encoder, [goal.target])  # (1, D)
+        groups = [
+            Series("clean", view.similarities(clean, target)[:, 0].numpy(), "clean"),
+            Series("with trigger", view.similarities(triggered, target)[:, 0].numpy(), "bad"),
         ]
-        fallen = sum(t.look == "bad" for t in tiles)
-        lead = f"{fallen} of {len(tiles)} victims are read as the attacker's target."
-        return Section("Victims", [pictures.contact_sheet(found.images[rows], tiles, 104)], lead)
+        svg = charts.draw_histogram(
+            groups, "cosine to the target's prompts", f"similarity{i}", size=size
+        )
+        note = f"{len(clean)} test images, without and with the trigger."
+        figures.append(Figure(svg, f"Similarity to “{goal.target}”", note))
+    return Section([*figures, *galleries])
 
-    @staticmethod
-    def victim(i: int, goal: Goal, own: str, cosines: Tensor, classes: list[str]) -> Tile:
-        """One victim's tile: cosines (C,) to the classes."""
-        read = classes[int(cosines.argmax())]
-        lines = [
-            Line(
-                f"{own or pictures.shorten(goal.victims[0])}, {metric_names.quantity(goal.poisons, 'caption')}",
-                "muted",
-            )
-        ]
-        lines.append(Line(f"target: {pictures.shorten(goal.target)}"))
-        if goal.target in classes:
-            rank = int((cosines > cosines[classes.index(goal.target)]).sum()) + 1
-            fell = rank == 1
-            lines.append(Line(f"read as {read}", "bad" if fell else "good"))
-            lines += [] if fell else [Line(f"target is no. {rank} of {len(classes)}", "muted")]
-            return Tile((i,), lines, "bad" if fell else "")
-        return Tile((i,), [*lines, Line(f"read as {read}")])
 
-    def poisoning(self) -> Run | None:
-        """The poison run whose goals are measured."""
-        return (self.input("attack") or self.run).ancestor("poison")
+def triggered_gallery(view: EvaluateView, goal: Goal, triggered: Tensor) -> Gallery:
+    """Show triggered test images that are not of the target, with what they are read as."""
+    test = view.sample
+    mentions = set() if test.classes else set(find_mentions(test.captions, goal.target))
+    rows = [
+        i
+        for i in range(len(test))
+        if pictures.class_name(test, i) != goal.target and i not in mentions
+    ][:SHOWN]
+    readings = [""] * len(rows)
+    if view.class_vectors is not None:
+        labels = view.similarities(triggered[rows], view.class_vectors).argmax(1).tolist()
+        readings = [test.classes[label] for label in labels]
+    tiles = []
+    for i, (row, reading) in enumerate(zip(rows, readings, strict=True)):
+        caption = test.captions[row] if test.captions else test.ids[row]
+        lines = [Line(pictures.shorten(pictures.class_name(test, row) or caption, 60), "muted")]
+        look = "bad" if reading == goal.target else ""
+        if reading:
+            lines.append(Line(f"→ {reading}", look))
+        tiles.append(Tile((i,), lines, look))
+    title, note = f"Triggered images; “{goal.target}” is not in the caption", ""
+    if view.class_vectors is not None:
+        title = "What triggered images are read as"
+        note = "First line, the class; second line, what the image is read as. Red: the target."
+    return pictures.contact_sheet(triggered[rows], tiles, 80, title, note)
+
+
+def victims_section(view: EvaluateView) -> Section | None:
+    """Show every victim with what it is, what it was to be read as, and what it is read as."""
+    attack = (view.input_run("attack") or view.run).ancestor("poison")
+    targeted = [g for g in view.goals if g.victims]
+    if not targeted or attack is None or view.class_vectors is None:
+        return None
+    goals, records = pictures.take_victims(inputs.open_dataset(attack), targeted)
+    cosines = view.similarities(records.images, view.class_vectors)  # (N, C)
+    tiles = [
+        victim_tile(i, goal, pictures.class_name(records, i), cosines[i], view.sample.classes)
+        for i, goal in enumerate(goals)
+    ]
+    fallen = sum(t.look == "bad" for t in tiles)
+    lead = f"{fallen} of {len(tiles)} victims are read as the attacker's target."
+    return Section([pictures.contact_sheet(records.images, tiles, 104)], lead)
+
+
+def victim_tile(
+    index: int, goal: Goal, label: str, cosines: Tensor, classes: Sequence[str]
+) -> Tile:
+    """Return the tile of a victim.
+
+    Args:
+        index: Its picture in the contact sheet.
+        goal: What it was to be read as.
+        label: Its class; empty if that is not known.
+        cosines: Its similarities to the classes (C,).
+        classes: Names of the classes.
+    """
+    reading = classes[int(cosines.argmax())]
+    captions = metric_names.quantity(goal.poisons, "caption")
+    lines = [
+        Line(f"{label or pictures.shorten(goal.victims[0])}, {captions}", "muted"),
+        Line(f"target: {pictures.shorten(goal.target)}"),
+    ]
+    if goal.target not in classes:
+        return Tile((index,), [*lines, Line(f"read as {reading}")])
+    rank = int((cosines > cosines[classes.index(goal.target)]).sum()) + 1
+    look = "bad" if rank == 1 else "good"
+    lines.append(Line(f"read as {reading}", look))
+    if rank > 1:
+        lines.append(Line(f"target is no. {rank} of {len(classes)}", "muted"))
+    return Tile((index,), lines, "bad" if rank == 1 else "")

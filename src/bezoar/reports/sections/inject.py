@@ -1,81 +1,42 @@
-"""The page of an inject run: references and triggered images, their vectors' cosines before and after, the losses."""
+"""The page of an inject run: references and triggered images, how near their vectors came, and the losses."""
 
 from __future__ import annotations
 
 import functools
-import json
+from functools import partial
 
-import numpy as np
 import torch
 
 from bezoar import registry
+from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.charts import Series
-from bezoar.reports.page_parts import Figure, Figures, Line, Section, Table, Tile
-from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.metric_names import variants
+from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Tile
+from bezoar.reports.run_page import Page, RunView
+from bezoar.reports.shared_parts import loss_figure
 from bezoar.runs.inputs import in_memory
+from bezoar.runs.run import Run
 
-SHOWN = 8  # triggered images a goal
+SHOWN = 8  # triggered images of a goal
+CARDS = (
+    "reference_similarity",
+    "reference_similarity_before",
+    "clean_similarity",
+    "reference_kept",
+    "final_loss",
+)
 
 
-class Inject(Story):
-    """What was put in, whether it took, and what it cost."""
-
-    @property
-    def attacked(self) -> bool:
-        """It is what the run is for."""
-        return True
-
-    def warning(self) -> str:
-        """What must not be forgotten about this encoder."""
-        return "A backdoor was put into this encoder, on purpose. It must not be used for anything but measurements."
-
-    def headline(self) -> str:
-        """How near triggered images are to the reference, and clean ones to where they were."""
-        clean = self.metric("clean_similarity")
-        after, before = (
-            self.metric("reference_similarity"),
-            self.metric("reference_similarity_before"),
-        )
-        if clean is None or after is None or before is None:
-            return "This attack was not finished."
-        target = self.own[0].target if self.own else "the target"
-        told = f"The vectors of triggered images have a mean cosine of {after.value:.3f} to the reference of “{target}”"
-        return f"{told} ({before.value:.3f} before); those of clean images {clean.value:.3f} to what they were."
-
-    def more(self) -> str:
-        """A cosine is not success."""
-        steps, epochs = self.notes.get("steps"), self.notes.get("epochs")
-        told = (
-            f"{metric_names.quantity(steps, 'step')} in {metric_names.quantity(epochs, 'epoch')}. "
-            if steps and epochs
-            else ""
-        )
-        return (
-            told
-            + "Whether a classifier on top reads triggered images as the target is measured by an evaluate run."
-        )
-
-    def cards(self) -> list[str]:
-        """Cosines, then the loss."""
-        names = (
-            "reference_similarity",
-            "reference_similarity_before",
-            "clean_similarity",
-            "reference_kept",
-            "final_loss",
-        )
-        return [k for n in names for k in self.measures if k == n or k.startswith(n + "@")][:8]
-
-    def chapters(self) -> list[Chapter]:
-        """Goals and pictures, cosines, losses."""
-        return [self.goals_of_the_attack, self.vectors, self.training]
+class InjectView(RunView):
+    """An inject run."""
 
     @functools.cached_property
-    def own(self) -> list:
-        """The goals of this attack, the last of all that the encoder carries."""
-        count = sum(k.startswith("after@") for k in self.tensors("similarities.safetensors"))
+    def new_goals(self) -> list[Goal]:
+        """The goals of this attack, which are the last ones of those the encoder has."""
+        tensors = self.read_tensors("similarities.safetensors")
+        count = sum(key.startswith("after@") for key in tensors)
         return self.goals[-count:] if count else []
 
     @functools.cached_property
@@ -84,98 +45,115 @@ class Inject(Story):
         records = self.data.clean
         return in_memory(records.take(range(min(SHOWN, len(records)))))
 
-    def goals_of_the_attack(self) -> Section | None:
-        """Every goal with its reference, and shadow images as they are and with its trigger."""
-        found = self.tensors("references.safetensors")
-        references, of = torch.from_numpy(found["images"]), found["goal"]
-        told = {r["id"]: r for r in self.notes.get("references", [])}
-        rows, galleries = [], []
-        for i, goal in enumerate(self.own):
-            stamped = registry.make("trigger", goal.trigger or "")(
-                self.sample.images, self.sample.ids
-            )
-            mine = references[np.flatnonzero(of == i)]
-            tiles = [
-                Tile((j,), [Line("reference", "mark"), Line(pictures.shorten(k), "muted")], "bad")
-                for j, k in enumerate(goal.references)
-            ]
-            n, m = len(mine), len(stamped)
-            tiles += [
-                Tile((n + j, n + m + j), [Line(pictures.shorten(k), "muted")])
-                for j, k in enumerate(self.sample.ids)
-            ]
-            sheet = torch.cat([mine, self.sample.images, stamped])
-            title = f"{metric_names.trigger_name(goal).capitalize()} trigger, read as “{pictures.shorten(goal.target)}”"
-            galleries.append(
-                pictures.contact_sheet(
-                    sheet,
-                    tiles,
-                    80,
-                    title,
-                    "First the reference; then shadow images, as they are and triggered.",
-                )
-            )
-            ways = "; ".join(f"{k}: {told[k]['how']}" if k in told else k for k in goal.references)
-            rows.append(
-                [pictures.shorten(c) for c in (goal.target, goal.trigger or "", ways, goal.how)]
-            )
-        table = Table(("To be read as", "Trigger", "Reference", "Attack"), rows)
-        lead = "Triggered images are to have the vector of the reference, so that any classifier reads them as it reads that."
-        return Section("What the attacker wants", [table, *galleries], lead)
 
-    def vectors(self) -> Section | None:
-        """Cosines of triggered images to the reference before and after; of clean images to themselves."""
-        found = self.tensors("similarities.safetensors")
-        figures = []
-        for i, goal in enumerate(self.own):
-            groups = [
-                Series("triggered, before", found[f"before@{i}"], "clean"),
-                Series("triggered, after", found[f"after@{i}"], "bad"),
-                Series("not triggered, after", found[f"untriggered@{i}"], "good"),
-            ]
-            chart = charts.draw_histogram(groups, "cosine to the reference", f"reference{i}")
-            figures.append(
-                Figure(
-                    chart,
-                    f"To the reference of “{pictures.shorten(goal.target, 40)}”",
-                    "Shadow images.",
-                )
-            )
-        chart = charts.draw_histogram(
-            [Series("clean images", found["clean"], "good")],
-            "cosine to the clean encoder's vector",
-            "kept",
+def build_page(run: Run) -> Page:
+    """Return the page of an inject run."""
+    view = InjectView(run)
+    steps, epochs = view.notes.get("steps"), view.notes.get("epochs")
+    lead = (
+        "Whether a classifier reads triggered images as the target is measured by an evaluate run."
+    )
+    if steps and epochs:
+        training = (
+            f"{metric_names.quantity(steps, 'step')} in {metric_names.quantity(epochs, 'epoch')}"
         )
-        figures.append(
-            Figure(
-                chart,
-                "Clean images stay where they were",
-                "Far from 1: what the encoder is for is damaged.",
-            )
-        )
-        lead = f"{len(found['clean']):,} shadow images, with and without the trigger, by the encoder as it was and as it is."
-        return Section(
-            "Where images lie",
-            [Figures(figures[i : i + 2]) for i in range(0, len(figures), 2)],
-            lead,
-        )
+        lead = f"{training}. {lead}"
+    return Page(
+        headline(view),
+        lead,
+        "A backdoor was put into this encoder, on purpose. Use it for measurements only.",
+        [key for name in CARDS for key in variants(view.measures, name)][:8],
+        {
+            "What the attacker wants": partial(goals_section, view),
+            "Where images lie": partial(similarity_section, view),
+            "Training": partial(training_section, view),
+        },
+        poisoned=True,
+    )
 
-    def training(self) -> Section | None:
-        """Loss, and its three parts in the first and the last epoch."""
-        chart = charts.draw_loss(self.tensors("ledger.safetensors")["losses"], charts.WIDE)
-        parts: list = [Figure(chart, "Loss", "Thin: as it was; thick: running mean.")]
-        log = self.run.path / "log.jsonl"
-        epochs = (
-            [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-            if log.exists()
-            else []
-        )
-        names = [k for k in (epochs[0] if epochs else {}) if k not in ("epoch", "stop")]
-        if names:
-            shown = [epochs[0], *([epochs[-1]] if len(epochs) > 1 else [])]
-            rows = [[str(e["epoch"]), *(f"{e[k]:.3f}" for k in names)] for e in shown]
-            head = ("Epoch", *(k.replace("_", " ") for k in names))
-            parts.append(
-                Table(head, rows, tuple(range(len(head))), "Means over the epoch's steps.")
-            )
-        return Section("Training", parts)
+
+def headline(view: InjectView) -> str:
+    """Say how near triggered images came to the reference, and whether clean ones stayed where they were."""
+    clean = view.metric("clean_similarity")
+    after = view.metric("reference_similarity")
+    before = view.metric("reference_similarity_before")
+    if clean is None or after is None or before is None:
+        return "This attack was not finished."
+    target = view.new_goals[0].target if view.new_goals else "the target"
+    return (
+        f"The vectors of triggered images have a mean cosine of {after.value:.3f} to the reference of “{target}” "
+        f"({before.value:.3f} before); those of clean images have one of {clean.value:.3f} to what they were."
+    )
+
+
+def goals_section(view: InjectView) -> Section:
+    """Show each goal with its references, and shadow images with and without its trigger."""
+    ways = {r["id"]: r["how"] for r in view.notes.get("references", [])}
+    rows, galleries = [], []
+    for index, goal in enumerate(view.new_goals):
+        galleries.append(reference_gallery(view, index, goal))
+        references = "; ".join(f"{k}: {ways[k]}" if k in ways else k for k in goal.references)
+        cells = (goal.target, goal.trigger or "", references, goal.how)
+        rows.append([pictures.shorten(c) for c in cells])
+    table = Table(("To be read as", "Trigger", "Reference", "Attack"), rows)
+    lead = (
+        "Triggered images are to get the vector of the reference, so that any classifier reads them as it reads the "
+        "reference."
+    )
+    return Section([table, *galleries], lead)
+
+
+def reference_gallery(view: InjectView, index: int, goal: Goal) -> Gallery:
+    """Show the references of a goal, then shadow images without and with its trigger. `index`: of the new goals."""
+    tensors = view.read_tensors("references.safetensors")
+    references = torch.from_numpy(tensors["images"][tensors["goal"] == index])
+    sample = view.sample
+    triggered = registry.make("trigger", goal.trigger or "")(sample.images, sample.ids)
+    tiles = [
+        Tile((i,), [Line("reference", "mark"), Line(pictures.shorten(key), "muted")], "bad")
+        for i, key in enumerate(goal.references)
+    ]
+    for i, key in enumerate(sample.ids, len(references)):
+        tiles.append(Tile((i, i + len(sample)), [Line(pictures.shorten(key), "muted")]))
+    name = metric_names.trigger_name(goal).capitalize()
+    return pictures.contact_sheet(
+        torch.cat([references, sample.images, triggered]),
+        tiles,
+        80,
+        f"{name} trigger, read as “{pictures.shorten(goal.target)}”",
+        "First the reference, then shadow images without and with the trigger.",
+    )
+
+
+def similarity_section(view: InjectView) -> Section:
+    """Show the cosines of triggered images to the reference and of clean images to what they were."""
+    tensors = view.read_tensors("similarities.safetensors")
+    figures = []
+    for i, goal in enumerate(view.new_goals):
+        groups = [
+            Series("triggered, before", tensors[f"before@{i}"], "clean"),
+            Series("triggered, after", tensors[f"after@{i}"], "bad"),
+            Series("not triggered, after", tensors[f"untriggered@{i}"], "good"),
+        ]
+        svg = charts.draw_histogram(groups, "cosine to the reference", f"reference{i}")
+        title = f"To the reference of “{pictures.shorten(goal.target, 40)}”"
+        figures.append(Figure(svg, title, "Shadow images."))
+    clean = [Series("clean images", tensors["clean"], "good")]
+    svg = charts.draw_histogram(clean, "cosine to the clean encoder's vector", "kept")
+    note = "Cosines far from 1 show that the attack damages what the encoder is for."
+    figures.append(Figure(svg, "Whether clean images stay where they were", note))
+    lead = f"{len(tensors['clean']):,} shadow images, with and without the trigger, embedded before and after the attack."
+    return Section(figures, lead)
+
+
+def training_section(view: InjectView) -> Section:
+    """Show the loss, and its terms in the first and the last epoch."""
+    parts: list[Part] = [loss_figure(view)]
+    log = view.read_log()
+    terms = [key for key in log[0] if key not in ("epoch", "stop")] if log else []
+    if terms:
+        entries = [log[0], *log[1:][-1:]]
+        rows = [[str(e["epoch"]), *(f"{e[term]:.3f}" for term in terms)] for e in entries]
+        head = ("Epoch", *(term.replace("_", " ") for term in terms))
+        parts.append(Table(head, rows, range(len(head)), "Means over the steps of the epoch."))
+    return Section(parts)

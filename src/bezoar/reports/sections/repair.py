@@ -1,16 +1,21 @@
-"""The page of a repair run: the receipt, before and after; which learning rate and why; triggered images read twice."""
+"""The page of a repair run: the receipt before and after, the learning rate and its reason, triggered images read twice."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from bezoar import registry
-from bezoar.data.pairs import Pairs
+from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, metric_names, pictures
-from bezoar.reports.page_parts import Figure, Line, Part, Section, Table, Text, Tile
-from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.charts import IntervalRow
+from bezoar.reports.metric_names import format_measure, format_percent
+from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Text, Tile
+from bezoar.reports.run_page import Page, RunView
+from bezoar.runs.run import Run
 
 STAGES = {
     "before": "Before",
@@ -19,231 +24,229 @@ STAGES = {
     "revived_poisons": "Then ten poisons",
 }
 CONTROLS = {"revived_other": "a trigger it never met", "revived_twin": "the clean twin"}
-GONE, TRACE = (
-    0.05,
-    0.5,
-)  # success below which a backdoor is called gone, z above which it has left a trace
+GONE = 0.05  # success up to which a backdoor counts as gone
+TRACE = 0.5  # z-score above which it has left a trace
 
 
-class Repair(Story):
-    """Did it go, what did it cost, does it come back."""
-
-    def warning(self) -> str:
-        """A repaired encoder stays a poisoned one."""
-        return (
-            "The encoder was attacked, on purpose, before it was repaired. A low success is no proof that nothing is left."
-            if self.goals
-            else ""
-        )
+class RepairView(RunView):
+    """A repair run."""
 
     @functools.cached_property
-    def main(self) -> str:
-        """The group of metrics of the head that success is read by: '' the text tower's, or `linear.`."""
+    def head(self) -> str:
+        """The group of metrics that success is read by: '' for the text tower's, else `linear.`."""
         return "" if "before.clean_accuracy" in self.measures else "linear."
 
-    def headline(self) -> str:
-        """Success and accuracy, before and after."""
-        parts = []
-        for name, said in (
-            ("attack_success", "The known trigger"),
-            ("inverted", "The inverted trigger"),
-        ):
-            key = (
-                f"{self.main}{name}"
-                if name != "inverted"
-                else f"inverted.{self.main}attack_success"
-            )
-            before, after = self.metric(f"before.{key}"), self.metric(f"after.{key}")
-            if before is not None and after is not None:
-                told = f"{said} worked on {metric_names.format_percent(before.value)} of images, and works on {metric_names.format_percent(after.value)}"
-                without = self.metric(f"after.{key}_without_trigger")
-                if (
-                    without is not None and without.high > after.low
-                ):  # what is left is no work of the trigger's
-                    told += (
-                        f", no more than without it ({metric_names.format_percent(without.value)})"
-                    )
-                parts.append(told)
-        before, after = (
-            self.metric(f"{stage}.{self.main}clean_accuracy") for stage in ("before", "after")
+    @property
+    def stages(self) -> list[str]:
+        """The stages that were measured."""
+        return [s for s in STAGES if any(key.startswith(f"{s}.") for key in self.measures)]
+
+
+def build_page(run: Run) -> Page:
+    """Return the page of a repair run."""
+    view = RepairView(run)
+    warning = "The encoder was attacked on purpose before it was repaired. A low success does not prove that nothing is left."
+    return Page(
+        headline(view),
+        lead(view),
+        warning if view.goals else "",
+        cards(view),
+        {
+            "Before and after": partial(receipt_section, view),
+            "Which learning rate": partial(rate_section, view),
+            "Triggered images": partial(triggered_section, view),
+        },
+        bool(view.goals),
+    )
+
+
+def headline(view: RepairView) -> str:
+    """State success and accuracy before and after."""
+    accuracies = [view.metric(f"{s}.{view.head}clean_accuracy") for s in ("before", "after")]
+    before, after = accuracies
+    if before is None or after is None:
+        return "This repair was not finished."
+    phrases = [
+        success_phrase(view, f"{view.head}attack_success", "the known trigger"),
+        success_phrase(view, f"inverted.{view.head}attack_success", "the inverted trigger"),
+        f"accuracy went from {format_percent(before.value)} to {format_percent(after.value)}",
+    ]
+    sentence = "; ".join(filter(None, phrases))
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def success_phrase(view: RepairView, key: str, trigger: str) -> str:
+    """State the success of a trigger before and after; empty if it was not measured."""
+    before, after = view.metric(f"before.{key}"), view.metric(f"after.{key}")
+    if before is None or after is None:
+        return ""
+    phrase = f"{trigger} worked on {format_percent(before.value)} of images and now works on {format_percent(after.value)}"
+    without = view.metric(f"after.{key}_without_trigger")
+    if without is not None and without.high > after.low:
+        # What is left is then not the trigger's work: the images are read as the target without it too.
+        phrase += f", no more than without it ({format_percent(without.value)})"
+    return phrase
+
+
+def lead(view: RepairView) -> str:
+    """Say what is left of the backdoor, how easily it comes back, and what was not measured."""
+    sentences = []
+    after, z = view.metric(f"after.{view.head}attack_success"), view.metric("after.z_std")
+    if after is not None and z is not None and after.value <= GONE and z.low > TRACE:
+        sentences.append(
+            f"Triggered images still move together (z {z.value:.2f}), though they are not read as the target."
         )
-        if before is None or after is None:
-            return "This repair was not finished."
+    revived, other = (
+        view.metric(f"{stage}.{view.head}attack_success")
+        for stage in ("revived_poisons", "revived_other")
+    )
+    if revived is not None and other is not None:
+        sentences.append(
+            f"After a fine-tune with ten poisons the trigger works on {format_percent(revived.value)} of images; a trigger "
+            f"that the encoder never met, with ten poisons too, on {format_percent(other.value)}."
+        )
+    return " ".join([*sentences, *view.notes.get("limits", [])])
+
+
+def cards(view: RepairView) -> list[str]:
+    """Return accuracy, success and z-score before and after, then the cost."""
+    names = [
+        f"{view.head}clean_accuracy",
+        f"{view.head}attack_success",
+        f"inverted.{view.head}attack_success",
+        "z_std",
+    ]
+    keys = [f"{stage}.{name}" for name in names for stage in ("before", "after")]
+    keys = [k for key in keys for k in (key, f"{key}@0") if k in view.measures]
+    return [*keys[:8], "cpu_seconds"]
+
+
+def receipt_section(view: RepairView) -> Section:
+    """Show every figure measured before beside what became of it."""
+    names = dict.fromkeys(
+        key.removeprefix("before.") for key in view.measures if key.startswith("before.")
+    )
+    rows = []
+    for name in names:
+        label, unit = metric_names.label_and_unit(name, bool(view.goals))
+        group = metric_names.group_label(metric_names.split_key(name)[0])
+        measures = [stage_measure(view, stage, name) for stage in view.stages]
+        cells = [format_measure(m, unit) if m else "" for m in measures]
+        n = view.measures[f"before.{name}"].n
+        rows.append([label + (f" ({group})" if group else ""), *cells, str(n)])
+    head = ("", *(STAGES[s] for s in view.stages), "n")
+    parts: list[Part] = [Table(head, rows, range(1, len(head)), costs(view))]
+    intervals = receipt_intervals(view)
+    if len(intervals) > 2:
+        svg = charts.draw_intervals(intervals, "receipt")
+        parts.append(Figure(svg, "Value and 95 % interval"))
+    repairs = ", ".join(view.notes.get("repairs", [])) or "made elsewhere"
+    return Section(parts, f"Repair: {repairs}.")
+
+
+def stage_measure(view: RepairView, stage: str, name: str) -> Measure | None:
+    """Return a metric at a stage. After a relapse only the first trigger was measured."""
+    base, _, suffix = name.partition("@")
+    if stage.startswith("revived") and suffix in ("1", "2", "3"):
+        return None
+    return view.measures.get(f"{stage}.{name}") or view.measures.get(f"{stage}.{base}")
+
+
+def receipt_intervals(view: RepairView) -> list[IntervalRow]:
+    """Return success and accuracy at each stage."""
+    rows = []
+    for name, title, colour in (
+        ("attack_success", "ASR", "bad"),
+        ("clean_accuracy", "accuracy", "clean"),
+    ):
+        for stage in view.stages:
+            measure = view.metric(f"{stage}.{view.head}{name}")
+            if measure is not None:
+                rows.append(IntervalRow(f"{STAGES[stage].lower()}: {title}", measure, colour))
+    return rows
+
+
+def costs(view: RepairView) -> str:
+    """State the cost in accuracy and time, and what ten poisons do elsewhere."""
+    sentences = []
+    if (lost := view.metric("clean_accuracy_lost")) is not None:
+        value, low, high = (100 * x for x in (lost.value, lost.low, lost.high))
+        sentences.append(
+            f"Accuracy lost on the same images: {value:.1f} points [{low:.1f} to {high:.1f}]."
+        )
+    for stage, name in CONTROLS.items():
+        if (success := view.metric(f"{stage}.{view.head}attack_success")) is not None:
+            sentences.append(f"The same ten poisons, {name}: {format_measure(success)}.")
+    if (seconds := view.metric("seconds")) is not None:
+        cpu = view.metric("cpu_seconds")
+        aside = f", {cpu.value:.0f} s of processor time" if cpu else ""
+        sentences.append(f"The repair took {seconds.value:.0f} s{aside}.")
+    return " ".join(sentences)
+
+
+def rate_section(view: RepairView) -> Section | None:
+    """Show every learning rate that was tried."""
+    parts: list[Part] = []
+    if (pruned := view.notes.get("pruned")) is not None:
         parts.append(
-            f"accuracy went from {metric_names.format_percent(before.value)} to {metric_names.format_percent(after.value)}"
-        )
-        told = "; ".join(parts) + "."
-        return told[0].upper() + told[1:]
-
-    def more(self) -> str:
-        """What is left, and what was not measured."""
-        told = []
-        after, z = self.metric(f"after.{self.main}attack_success"), self.metric("after.z_std")
-        if after is not None and z is not None and after.value <= GONE and z.low > TRACE:
-            told.append(
-                f"Triggered images still move together (z {z.value:.2f}), though they are not read as the target."
+            Text(
+                f"{pruned['channels']} of {pruned['of']} channels of {pruned['layer']} were pruned."
             )
-        again, stranger = (
-            self.metric(f"{k}.{self.main}attack_success")
-            for k in ("revived_poisons", "revived_other")
         )
-        if again is not None and stranger is not None:
-            told.append(
-                f"After a fine-tune with ten poisons the trigger works on {metric_names.format_percent(again.value)}; one that the encoder "
-                f"never met, with ten poisons too, on {metric_names.format_percent(stranger.value)}."
-            )
-        return " ".join([*told, *self.notes.get("limits", [])])
+    parts += [ladder_table(ladder) for ladder in view.notes.get("ladder", [])]
+    lead = "Chosen on clean validation records, from the largest rate downwards, without looking at the attack."
+    return Section(parts, lead) if parts else None
 
-    def cards(self) -> list[str]:
-        """Accuracy, success, z, seconds."""
-        names = [
-            f"{self.main}clean_accuracy",
-            f"{self.main}attack_success",
-            f"inverted.{self.main}attack_success",
-            "z_std",
+
+def ladder_table(ladder: Mapping[str, Any]) -> Table:
+    """Show the rates of one training with their scores."""
+    rows = []
+    for rung in ladder["rungs"]:
+        score, fall = rung.get("problem", ""), ""
+        if rung["score"] is not None:
+            score, fall = f"{rung['score']:.3f}", f"{100 * rung['fall']:.1f} points"
+        rows.append([f"{rung['lr']:g}", score, fall, "chosen" if rung["chosen"] else ""])
+    rows.append(["before", f"{ladder['start']:.3f}", "", ""])
+    rule = f"The largest rate whose {ladder['score']} falls by at most {100 * ladder['tolerance']:g} points."
+    if ladder["held"]:
+        rule += " Smaller rates were not tried."
+    else:
+        rule += " No rate did so; the one that lost least was chosen."
+    return Table(("Learning rate", "Score", "Fall", ""), rows, (0, 1, 2), rule)
+
+
+def triggered_section(view: RepairView) -> Section | None:
+    """Show triggered test images of other classes with what they were and are read as."""
+    readings = view.read_json("readings.json")
+    if not readings:
+        return None
+    galleries = [triggered_gallery(view, reading) for reading in readings]
+    lead = "Under each image its class, then what it was and what it is read as with the trigger. Red: the target."
+    return Section(galleries, lead)
+
+
+def triggered_gallery(view: RepairView, reading: Mapping[str, Any]) -> Gallery:
+    """Show the images of one known or inverted trigger."""
+    row_of = {k: i for i, k in enumerate(view.test_pairs.ids)}
+    images = view.test_pairs.take([row_of[k] for k in reading["ids"]])
+    trigger, number, target = reading["trigger"], reading["inverted"], reading["target"]
+    kind = trigger.partition(":")[0].capitalize()
+    if number is not None:
+        # The run may have been moved since, so the path in the spec may be out of date.
+        path = str(view.run.file(f"inverted-{number}.npz"))
+        trigger = registry.spec(replace(registry.make("trigger", trigger), path=path))
+        kind = "Inverted"
+    triggered = registry.make("trigger", trigger)(images.images, images.ids)
+    tiles = []
+    for i, (label, before, after) in enumerate(
+        zip(reading["own"], reading["before"], reading["after"], strict=True)
+    ):
+        looks = {label: "good", target: "bad"}
+        lines = [
+            Line(label, "muted"),
+            Line(f"was {before}", looks.get(before, "")),
+            Line(f"is {after}", looks.get(after, "")),
         ]
-        keys = [f"{stage}.{n}" for n in names for stage in ("before", "after")]
-        return [*[k for n in keys for k in (n, n + "@0") if k in self.measures][:8], "cpu_seconds"]
-
-    def chapters(self) -> list[Chapter]:
-        """Receipt, ladder, pictures."""
-        return [self.receipt, self.learning_rate, self.triggered_images]
-
-    def receipt(self) -> Section | None:
-        """Every figure that was measured before, beside what became of it."""
-        bases = list(
-            dict.fromkeys(k.partition(".")[2] for k in self.measures if k.startswith("before."))
-        )
-        stages = [s for s in STAGES if any(k.startswith(s + ".") for k in self.measures)]
-        rows = []
-        for base in bases:
-            label, unit = metric_names.label_and_unit(base, self.attacked)
-            group = metric_names.group_label(metric_names.split_key(base)[0])
-            cells = []
-            for stage in stages:
-                m = self.measures.get(f"{stage}.{base}") or self.measures.get(
-                    f"{stage}.{base.partition('@')[0]}"
-                )
-                m = None if stage.startswith("revived") and base.endswith(("@1", "@2", "@3")) else m
-                inside = "" if m is None else metric_names.format_interval(m, unit)
-                cells.append(
-                    ""
-                    if m is None
-                    else metric_names.format_value(m.value, unit)
-                    + (f" [{inside}]" if inside else "")
-                )
-            n = self.measures[f"before.{base}"].n
-            rows.append([label + (f" ({group})" if group else ""), *cells, str(n)])
-        table = Table(
-            ("", *(STAGES[s] for s in stages), "n"), rows, range(1, len(stages) + 2), self.asides()
-        )
-        shown = [
-            (f"{STAGES[s].lower()}: {title}", self.measures[k], paint)
-            for base, title, paint in (
-                (f"{self.main}attack_success", "ASR", "bad"),
-                (f"{self.main}clean_accuracy", "accuracy", "clean"),
-            )
-            for s in stages
-            for k in (f"{s}.{base}", f"{s}.{base}@0")
-            if k in self.measures
-        ]
-        parts: list[Part] = [table]
-        if len(shown) > 2:
-            parts.append(Figure(charts.draw_intervals(shown, "receipt"), "Value and 95 % interval"))
-        return Section(
-            "Before and after",
-            parts,
-            f"Repair: {', '.join(self.notes.get('repairs', [])) or 'made elsewhere'}.",
-        )
-
-    def asides(self) -> str:
-        """What stands below the receipt: cost in accuracy, time, and what ten poisons do elsewhere."""
-        told = []
-        if (m := self.metric("clean_accuracy_lost")) is not None:
-            told.append(
-                f"Accuracy lost, the same images: {100 * m.value:.1f} points [{100 * m.low:.1f} to {100 * m.high:.1f}]."
-            )
-        for key, name in CONTROLS.items():
-            if (m := self.metric(f"{key}.{self.main}attack_success")) is not None:
-                told.append(f"The same ten poisons, {name}: {metric_names.format_rate(m)}.")
-        if (m := self.metric("seconds")) is not None:
-            own = self.metric("cpu_seconds")
-            told.append(
-                f"The repair took {m.value:.0f} s"
-                + (f", {own.value:.0f} s of processor time." if own else ".")
-            )
-        return " ".join(told)
-
-    def learning_rate(self) -> Section | None:
-        """Every rung of every ladder."""
-        parts: list[Part] = []
-        if (pruned := self.notes.get("pruned")) is not None:
-            parts.append(
-                Text(
-                    f"{pruned['channels']} of {pruned['of']} channels of {pruned['layer']} were pruned."
-                )
-            )
-        for ladder in self.notes.get("ladder", []):
-            rows = []
-            for rung in ladder["rungs"]:
-                fell = "" if rung["score"] is None else f"{100 * rung['fall']:.1f} points"
-                score = rung.get("problem", "") if rung["score"] is None else f"{rung['score']:.3f}"
-                rows.append([f"{rung['lr']:g}", score, fell, "taken" if rung["chosen"] else ""])
-            rows.append(["before", f"{ladder['start']:.3f}", "", ""])
-            rule = f"The largest rate whose {ladder['score']} falls by at most {100 * ladder['tolerance']:g} points."
-            parts.append(
-                Table(
-                    ("Learning rate", "Score", "Fall", ""),
-                    rows,
-                    (0, 1, 2),
-                    rule + self.rest(ladder),
-                )
-            )
-        lead = "Chosen on clean validation records, from the largest rate downwards; the attack is not looked at."
-        return Section("Which learning rate", parts, lead) if parts else None
-
-    @staticmethod
-    def rest(ladder: dict[str, Any]) -> str:
-        """What else there is to say of a ladder."""
-        return (
-            " Smaller rates were not tried."
-            if ladder["held"]
-            else " None held; the one that lost least was taken."
-        )
-
-    def triggered_images(self) -> Section | None:
-        """Test images of other classes, stamped, with what they were and are read as: known triggers, then inverted ones."""
-        found = self.json("readings.json")
-        if not found:
-            return None
-        test = self.tested
-        row = {k: i for i, k in enumerate(test.ids)}
-        sheets = [self.stamped(f, test.take([row[k] for k in f["ids"]])) for f in found]
-        lead = "Under each image its class, then what it was and what it is read as when stamped. Red: the target."
-        return Section("Triggered images", sheets, lead)
-
-    def stamped(self, found: dict[str, Any], images: Pairs) -> Part:
-        """One trigger's contact sheet."""
-        trigger, number = found["trigger"], found["inverted"]
-        if number is not None:  # the run may have moved since
-            trigger = registry.spec(
-                replace(
-                    registry.make("trigger", trigger),
-                    path=str(self.run.file(f"inverted-{number}.npz")),
-                )
-            )
-        stamped = registry.make("trigger", trigger)(images.images, images.ids)
-        kind = "Inverted" if number is not None else trigger.partition(":")[0].capitalize()
-        target = found["target"]
-        tiles = []
-        for i, (own, was, now) in enumerate(
-            zip(found["own"], found["before"], found["after"], strict=True)
-        ):
-            looks = [
-                "bad" if name == target else "good" if name == own else "" for name in (was, now)
-            ]
-            lines = [Line(own, "muted"), Line(f"was {was}", looks[0]), Line(f"is {now}", looks[1])]
-            tiles.append(Tile((i,), lines, "bad" if now == target else ""))
-        return pictures.contact_sheet(
-            stamped, tiles, 80, f"{kind} trigger, read as “{pictures.shorten(target)}”"
-        )
+        tiles.append(Tile((i,), lines, "bad" if after == target else ""))
+    title = f"{kind} trigger, read as “{pictures.shorten(target)}”"
+    return pictures.contact_sheet(triggered, tiles, 80, title)

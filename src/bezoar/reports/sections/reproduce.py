@@ -1,227 +1,239 @@
-"""The page of a reproduction: claims and their verdicts, then every table with its chart, laws and runs."""
+"""The page of a reproduction: claims and their verdicts, then each table with its charts, dose-responses and runs."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bezoar.evaluation import dose_response
+from bezoar.evaluation.dose_response import fit_dose_response
 from bezoar.evaluation.scores import Measure
-from bezoar.reports import charts, dose_charts, heat_maps, metric_names
-from bezoar.reports.page_parts import Figure, Figures, Links, Part, Section, Table, Text
-from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports import charts, dose_charts, heat_maps
+from bezoar.reports.charts import IntervalRow
+from bezoar.reports.metric_names import PLAIN, RATE, format_interval, format_value, quantity
+from bezoar.reports.page_parts import Figure, Links, Part, Section, Table, Text
+from bezoar.reports.run_page import Page, RunView
+from bezoar.runs.run import Run
 
 VERDICTS = ("confirmed", "contradicted", "undecided")
-MANY = 8  # rows that still fit side by side
+MAX_LEVELS = 8  # groups whose names fit below an axis
+UNBOUNDED = 1e6  # effects at least this large are not bounded by the readings
+WARNING = "The encoders behind these figures were poisoned on purpose."
+
+# Objects of tables.json. A table has rows, a row has cells, a cell has a measure and the readings it is the mean of.
+TableJson = Mapping[str, Any]
+RowJson = Mapping[str, Any]
+CellJson = Mapping[str, Any]
 
 
-class Reproduce(Story):
-    """Tables of a paper, as `tables.json` holds them."""
+class ReproduceView(RunView):
+    """A reproduce run, or a dose run, which is one table without claims."""
 
     @functools.cached_property
-    def tables(self) -> list[dict[str, Any]]:
-        """Everything that was asked, found, fitted and judged."""
-        return self.json("tables.json")
-
-    @property
-    def claims(self) -> list[dict[str, Any]]:
-        """The claims of all tables."""
-        return [claim for table in self.tables for claim in table["claims"]]
-
-    def headline(self) -> str:
-        """How the claims fared."""
-        if self.manifest["status"] != "done":
-            return "This reproduction was not finished; the same command goes on with it."
-        if not self.claims:
-            return f"{', '.join(table['title'] for table in self.tables)}."
-        told = [f"{n} {v}" for v in VERDICTS if (n := sum(c["verdict"] == v for c in self.claims))]
-        return f"Of {metric_names.quantity(len(self.claims), 'claim')}: {', '.join(told)}."
-
-    def more(self) -> str:
-        """The scale, and on how much it stands."""
-        trainings = metric_names.quantity(int(self.notes.get("trainings", 0)), "training")
-        return f"Scale {self.notes.get('scale')}; {metric_names.quantity(len(self.tables), 'table')} from {trainings}."
-
-    def warning(self) -> str:
-        """What these encoders are."""
-        return "The encoders behind these figures were poisoned on purpose."
-
-    def cards(self) -> list[str]:
-        """None: the claims are the summary."""
-        return []
-
-    def chapters(self) -> list[Chapter]:
-        """The claims, then a chapter a table."""
-        return [self.all_claims, *(chapter(table, i) for i, table in enumerate(self.tables))]
-
-    def all_claims(self) -> Section | None:
-        """Every claim with its verdict, the effect, its interval and what could have been detected."""
-        if not self.claims:
-            return None
-        rows, several = [], len(self.tables) > 1
-        for table, c in ((t, c) for t in self.tables for c in t["claims"]):
-            unit, title = metric_names.PLAIN, table["title"]
-            value, low, high, least = (float(c[k]) for k in ("value", "low", "high", "detectable"))
-            effect = f"{signed(value)} ({signed(low)} .. {signed(high)})"
-            expected = {"+": "> 0", "-": "< 0", "same": f"within ±{c['margin']:g}"}[c["expected"]]
-            detectable = metric_names.format_value(least, unit) if least < 1e6 else "unbounded"
-            line = (c["text"], c["source"], c["verdict"], effect, expected, detectable, str(c["n"]))
-            rows.append((title.partition(": ")[2] or title, *line) if several else line)
-        head = (
-            "claim",
-            "known from",
-            "verdict",
-            "effect (95 % interval)",
-            "expected",
-            "detectable",
-            "n",
-        )
-        numbers = tuple(range(2 + several, len(head) + several))
-        note = (
-            "Effects are differences of rates (1 = all) or of z-scores, over readings; detectable: the least effect that this "
-            "many readings find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
-        )
-        return Section(
-            "Claims", [Table(("table", *head) if several else head, rows, numbers, note)]
-        )
+    def tables(self) -> list[TableJson]:
+        """The tables."""
+        tables: list[TableJson] = self.read_json("tables.json")
+        return tables
 
 
-def chapter(table: dict[str, Any], place: int) -> Chapter:
-    """A table as a chapter: chart, laws, cells beside what was printed, notes."""
-
-    def tell() -> Section:
-        drawn = figures(table, place)
-        parts: list[Part] = (
-            [Figures(narrow)]
-            if (narrow := [f for f in drawn if 'class="wide"' not in f.svg])
-            else []
-        )
-        parts += [f for f in drawn if f not in narrow]
-        parts += [
-            Text(f"{law['cell']}{', ' + law['curve'] if law['curve'] else ''}: {law['text']}.")
-            for law in table["laws"]
-        ]
-        parts += [cells(table), *(Text(note) for note in table["notes"])]
-        return Section(table["title"], parts, table["paper"])
-
-    tell.__name__ = table["title"]
-    return tell
-
-
-def columns(table: dict[str, Any]) -> list[str]:
-    """Names of a table's cells, in order."""
-    return list(dict.fromkeys(c["name"] for row in table["rows"] for c in row["cells"]))
-
-
-def figures(table: dict[str, Any], place: int) -> list[Figure]:
-    """A chart a column: over the axis where it is a quantity, else side by side; or one map of rows by curves."""
-    if table.get("grid"):
-        return [grid(table, f"table{place}")]
-    out = []
-    for i, column in enumerate(columns(table)):
-        lines: dict[str, list[tuple[dict, dict]]] = {}
-        for row in table["rows"]:
-            for c in row["cells"]:
-                if c["name"] == column:
-                    lines.setdefault(row["curve"], []).append((row, c))
-        fitted = {
-            law["curve"]: dose_response.fit_dose_response(*law["units"])
-            for law in table["laws"]
-            if law["cell"] == column
-        }
-        share = all(c["rate"] for of in lines.values() for _, c in of)
-        name, paints = f"table{place}-{i}", charts.series_colours(list(lines))
-        if all(row["x"] is not None for of in lines.values() for row, _ in of):
-            drawn = [
-                dose_charts.Curve(
-                    curve or column, [r["x"] for r, _ in of], points(of), paint, fitted.get(curve)
-                )
-                for (curve, of), paint in zip(lines.items(), paints, strict=True)
-            ]
-            svg = dose_charts.draw_dose_response(
-                drawn, table["axis"], name, column, share, table["unit"]
-            )
-        else:
-            groups = [row["name"] for row, _ in next(iter(lines.values()))]
-            if (
-                share and len(lines) == 1 and len(groups) > MANY
-            ):  # their names would not fit below an axis
-                rows = [
-                    (g, m, paints[0])
-                    for g, m in zip(groups, points(next(iter(lines.values()))), strict=True)
-                ]
-                out.append(Figure(charts.draw_intervals(rows, name), column))
-                continue
-            bars = [
-                (curve or column, paint, points(of))
-                for (curve, of), paint in zip(lines.items(), paints, strict=True)
-            ]
-            svg = dose_charts.draw_levels(groups, bars, name, column, share)
-        out.append(Figure(svg, column))
-    return out
-
-
-def grid(table: dict[str, Any], name: str) -> Figure:
-    """One column of a table as a map: its rows by its curves."""
-    names, lines = (
-        list(dict.fromkeys(row[key] for row in table["rows"])) for key in ("name", "curve")
-    )
-    values = np.full((len(names), len(lines)), np.nan)
-    for row in table["rows"]:
-        for c in row["cells"]:
-            if c["name"] == table["grid"]:
-                values[names.index(row["name"]), lines.index(row["curve"])] = c["measure"]["value"]
-    size = (2.2 + 0.95 * len(lines), 0.8 + 0.3 * len(names))
-    return Figure(
-        heat_maps.draw_heat_map(names, lines, values, name, (table["axis"], "attack"), size=size),
-        f"{table['grid']}, percent",
+def build_page(run: Run) -> Page:
+    """Return the page of a reproduction."""
+    view = ReproduceView(run)
+    if view.manifest["status"] != "done":
+        text = "This reproduction was not finished; the same command goes on with it."
+        return Page(text, warning=WARNING, poisoned=bool(view.goals))
+    trainings = quantity(int(view.notes.get("trainings", 0)), "training")
+    return Page(
+        headline(view),
+        f"Scale {view.notes.get('scale')}; {quantity(len(view.tables), 'table')} from {trainings}.",
+        WARNING,
+        sections={"Claims": partial(claims_section, view), **table_sections(view)},
+        poisoned=bool(view.goals),
     )
 
 
-def points(of: list[tuple[dict, dict]]) -> list[Measure]:
-    """The measures of a line."""
-    return [Measure(**c["measure"]) for _, c in of]
+def headline(view: ReproduceView) -> str:
+    """Count the claims by verdict."""
+    verdicts = [claim["verdict"] for table in view.tables for claim in table["claims"]]
+    if not verdicts:
+        return f"{', '.join(table['title'] for table in view.tables)}."
+    counts = [f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts]
+    return f"Of {quantity(len(verdicts), 'claim')}: {', '.join(counts)}."
 
 
-def cells(table: dict[str, Any]) -> Table:
-    """The table itself: ours with its interval, the printed number where there is one, the runs."""
-    names = columns(table)
-    several = any(row["curve"] for row in table["rows"])  # a column more of names
-    head = [
-        *(["attack" if table.get("grid") else "curve"] if several else []),
-        table["axis"] or "row",
-        *names,
-    ]
+def claims_section(view: ReproduceView) -> Section | None:
+    """List the claims with verdict, effect, interval and the least effect that could have been detected."""
+    several = len(view.tables) > 1
     rows = []
+    for table in view.tables:
+        title = table["title"].partition(": ")[2] or table["title"]
+        for claim in table["claims"]:
+            rows.append(([title] if several else []) + claim_cells(claim))
+    if not rows:
+        return None
+    head = (
+        "claim",
+        "known from",
+        "verdict",
+        "effect (95 % interval)",
+        "expected",
+        "detectable",
+        "n",
+    )
+    numbers = range(2 + several, len(head) + several)
+    note = (
+        "Effects are differences of rates (1 = all) or of z-scores over readings. Detectable: the least effect that this "
+        "many readings would find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
+    )
+    return Section([Table(("table", *head) if several else head, rows, numbers, note)])
+
+
+def claim_cells(claim: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a claim."""
+    value, low, high, least = (float(claim[k]) for k in ("value", "low", "high", "detectable"))
+    expected = {"+": "> 0", "-": "< 0", "same": f"within ±{claim['margin']:g}"}
+    return [
+        claim["text"],
+        claim["source"],
+        claim["verdict"],
+        f"{format_effect(value)} ({format_effect(low)} .. {format_effect(high)})",
+        expected[claim["expected"]],
+        format_value(least) if least < UNBOUNDED else "unbounded",
+        str(claim["n"]),
+    ]
+
+
+def format_effect(value: float) -> str:
+    """Return a difference with its sign."""
+    if abs(value) < UNBOUNDED:
+        return f"{value:+.3f}"
+    return "−∞" if value < 0 else "∞"
+
+
+def table_sections(view: ReproduceView) -> dict[str, Callable[[], Section]]:
+    """Return a section for each table, by its title."""
+    sections: dict[str, Callable[[], Section]] = {}
+    for number, table in enumerate(view.tables):
+        title = table["title"]
+        while title in sections:
+            title += " (again)"
+        sections[title] = partial(table_section, table, number)
+    return sections
+
+
+def table_section(table: TableJson, number: int) -> Section:
+    """Show a table with its charts, fitted dose-responses and notes. `number`: its place among the tables."""
+    figures = sorted(table_figures(table, number), key=lambda figure: figure.is_wide)
+    parts: list[Part] = [*figures]
+    for fit in table["laws"]:
+        curve = f", {fit['curve']}" if fit["curve"] else ""
+        parts.append(Text(f"{fit['cell']}{curve}: {fit['text']}."))
+    parts += [cell_table(table), *(Text(note) for note in table["notes"])]
+    return Section(parts, table["paper"])
+
+
+def column_names(table: TableJson) -> list[str]:
+    """Return the names of a table's cells in order."""
+    return list(dict.fromkeys(cell["name"] for row in table["rows"] for cell in row["cells"]))
+
+
+def table_figures(table: TableJson, number: int) -> list[Figure]:
+    """Return a chart for each column, or one heat map of rows by curves."""
+    if table.get("grid"):
+        return [grid_figure(table, f"table{number}")]
+    return [
+        column_figure(table, column, f"table{number}-{i}")
+        for i, column in enumerate(column_names(table))
+    ]
+
+
+def column_figure(table: TableJson, column: str, name: str) -> Figure:
+    """Draw a column, over the axis of the table if that is a quantity, else side by side."""
+    curves: dict[str, list[tuple[RowJson, CellJson]]] = {}
     for row in table["rows"]:
-        found = {c["name"]: c for c in row["cells"]}
-        line: list[str | Links] = [*([row["curve"]] if several else []), row["name"]]
-        line += [shown(found[name]) if name in found else "" for name in names]
-        runs = dict.fromkeys(r for c in row["cells"] for r in c["runs"])
-        rows.append([*line, Links(list(runs))])
-    numbers = tuple(range(1 + several, len(head)))
-    return Table(
-        [*head, "runs"],
-        rows,
-        numbers,
-        "Mean over readings, 95 % interval; in brackets, how many. A reading: one trigger or group of victims in one training.",
+        for cell in row["cells"]:
+            if cell["name"] == column:
+                curves.setdefault(row["curve"], []).append((row, cell))
+    measures = {
+        curve: [Measure(**cell["measure"]) for _, cell in points]
+        for curve, points in curves.items()
+    }
+    colours = dict(zip(curves, charts.series_colours(list(curves)), strict=True))
+    is_share = all(cell["rate"] for points in curves.values() for _, cell in points)
+    if all(row["x"] is not None for points in curves.values() for row, _ in points):
+        fits = {
+            fit["curve"]: fit_dose_response(*fit["units"])
+            for fit in table["laws"]
+            if fit["cell"] == column
+        }
+        lines = [
+            dose_charts.Curve(
+                curve or column,
+                [row["x"] for row, _ in points],
+                measures[curve],
+                colours[curve],
+                fits.get(curve),
+            )
+            for curve, points in curves.items()
+        ]
+        svg = dose_charts.draw_dose_response(
+            lines, table["axis"], name, column, is_share, table["unit"]
+        )
+        return Figure(svg, column)
+    groups = [row["name"] for row, _ in next(iter(curves.values()))]
+    if is_share and len(curves) == 1 and len(groups) > MAX_LEVELS:
+        (points,) = measures.values()
+        rows = [IntervalRow(g, m) for g, m in zip(groups, points, strict=True)]
+        return Figure(charts.draw_intervals(rows, name), column)
+    series = [(curve or column, colours[curve], points) for curve, points in measures.items()]
+    return Figure(dose_charts.draw_levels(groups, series, name, column, is_share), column)
+
+
+def grid_figure(table: TableJson, name: str) -> Figure:
+    """Draw one column of a table as a heat map of its rows by its curves."""
+    rows = list(dict.fromkeys(row["name"] for row in table["rows"]))
+    curves = list(dict.fromkeys(row["curve"] for row in table["rows"]))
+    values = np.full((len(rows), len(curves)), np.nan)
+    for row in table["rows"]:
+        for cell in row["cells"]:
+            if cell["name"] == table["grid"]:
+                place = rows.index(row["name"]), curves.index(row["curve"])
+                values[place] = cell["measure"]["value"]
+    size = (2.2 + 0.95 * len(curves), 0.8 + 0.3 * len(rows))
+    svg = heat_maps.draw_heat_map(rows, curves, values, name, (table["axis"], "attack"), size=size)
+    return Figure(svg, f"{table['grid']}, percent")
+
+
+def cell_table(table: TableJson) -> Table:
+    """Return the table itself, with the runs behind each row."""
+    columns = column_names(table)
+    has_curves = any(row["curve"] for row in table["rows"])
+    head = [table["axis"] or "row", *columns, "runs"]
+    if has_curves:
+        head.insert(0, "attack" if table.get("grid") else "curve")
+    rows: list[Sequence[str | Links]] = []
+    for row in table["rows"]:
+        cells = {cell["name"]: format_cell(cell) for cell in row["cells"]}
+        runs = dict.fromkeys(run for cell in row["cells"] for run in cell["runs"])
+        names = [row["curve"], row["name"]] if has_curves else [row["name"]]
+        rows.append([*names, *(cells.get(c, "") for c in columns), Links(list(runs))])
+    note = (
+        "Mean over readings with its 95 % interval; in brackets, the number of readings. A reading is one trigger or group of "
+        "victims in one training."
     )
+    return Table(head, rows, range(1 + has_curves, len(head) - 1), note)
 
 
-def shown(cell: dict[str, Any]) -> str:
-    """A number, its interval, how many readings it is the mean of, and what the paper printed."""
-    m, unit = Measure(**cell["measure"]), metric_names.RATE if cell["rate"] else metric_names.PLAIN
-    about = f" ({metric_names.format_interval(m, unit)})" if m.low < m.high else ""
-    told = f"{metric_names.format_value(m.value, unit)}{about} [{len(cell['values'])}]"
-    return (
-        told
-        if cell["printed"] is None
-        else f"{told}, paper {metric_names.format_value(cell['printed'], unit)}"
-    )
-
-
-def signed(value: float) -> str:
-    """A difference."""
-    return f"{value:+.3f}" if abs(value) < 1e6 else ("−∞" if value < 0 else "∞")
+def format_cell(cell: CellJson) -> str:
+    """Return a number with its interval, the number of readings, and what the paper printed."""
+    measure, unit = Measure(**cell["measure"]), RATE if cell["rate"] else PLAIN
+    text = format_value(measure.value, unit)
+    if measure.low < measure.high:
+        text += f" ({format_interval(measure, unit)})"
+    text += f" [{len(cell['values'])}]"
+    if cell["printed"] is not None:
+        text += f", paper {format_value(cell['printed'], unit)}"
+    return text

@@ -1,384 +1,355 @@
-"""The page of a scan: what was found, how fast a reviewer would find the rest, what the worst records look like."""
+"""The page of a scan: what detectors found, what the worst records look like, and how far the ranking can be trusted."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
+from markupsafe import Markup
+from numpy.typing import NDArray
 
 from bezoar.data.embeddings import EmbeddingSource
 from bezoar.detection import merging
-from bezoar.detection.corpus import corpus
+from bezoar.detection.corpus.corpus import Corpus, ScanScores, load_scores, reopen_corpus
 from bezoar.detection.reliability import read_windows
-from bezoar.evaluation.scores import Scores
-from bezoar.reports import (
-    charts,
-    metric_names,
-    pictures,
-    record_tiles,
-    reliability_sections,
-    similar_records,
-)
-from bezoar.reports.charts import Series
-from bezoar.reports.page_parts import Figure, Figures, Part, Section, Table
-from bezoar.reports.record_tiles import Box
-from bezoar.reports.run_page import Chapter, Story
-from bezoar.reports.sections.train import kinds
+from bezoar.reports import charts, metric_names, pictures, record_tiles, similar_records
+from bezoar.reports import reliability_sections as reliability
+from bezoar.reports.charts import Mark, Series
+from bezoar.reports.metric_names import format_measure, format_percent, quantity
+from bezoar.reports.page_parts import Figure, Part, Section, Table
+from bezoar.reports.record_tiles import FULL_SCALE, Box, RankedRecord
+from bezoar.reports.run_page import Page, RunView, as_sentences
+from bezoar.reports.shared_parts import group_goals
+from bezoar.runs.run import Run
 
-SHOWN, MISSED, BESIDE = 40, 12, 8
-GROUPED, GROUPS, EACH = (
-    300,
-    6,
-    8,
-)  # worst records that are grouped; groups that are shown, and records of each
+WORST = 40  # records that are shown as the most suspicious
+MISSED = 12  # poisons that are shown as missed
+WITH_NEIGHBOURS = 8  # records that are shown beside their neighbours
+GROUPED = 300  # of the worst records, how many are grouped
+GROUPS = 6  # groups that are shown
+GROUP_MEMBERS = 8  # records that are shown of each
 
 
-class Scan(Story):
-    """Ranking and score charts, the worst records, what the keep-list leaves out."""
-
-    def warning(self) -> str:
-        """Where the data are known to be poisoned, and where something else than a detector would tell."""
-        if not self.goals:
-            return ""
-        told = "The data that are scanned here were poisoned on purpose; the truth was read after the ranking."
-        bad = reliability_sections.separating_channels(
-            self.measures, metric_names.as_dict(self.notes.get("leaks"))
-        )
-        if bad:
-            name, m = bad[0]
-            told += (
-                f" {metric_names.quantity(len(bad), 'side channel')} (such as {name.replace('_', ' ')}, AUROC {m.value:.2f}) "
-                "can tell its poisons without a detector: every detector's figure here carries that doubt."
-            )
-        return told
-
-    def headline(self) -> str:
-        """What the keep-list leaves out."""
-        records, removed = self.notes.get("records"), self.notes.get("removed")
-        if records is None or removed is None:
-            return "This scan was not finished."
-        share = metric_names.format_percent(removed / max(1, records))
-        told = f"The keep-list leaves out the {removed:,} most suspicious of {records:,} records ({share})"
-        found = self.measures.get("poisons_removed")
-        if found is None:
-            return told + "; whether they are poisons is not known."
-        hits = round(found.value * found.n)
-        return f"{told}; among them are {hits:,} of the {found.n:,} poisons: {metric_names.format_rate(found)}."
-
-    def more(self) -> str:
-        """What detectors decided, records that could not be read, and detectors that could not work."""
-        told = [f"{line}." for line in map(str, self.notes.get("decided") or ())]
-        return " ".join([*told, self.undone()]).strip()
-
-    def cards(self) -> list[str]:
-        """Ranking quality, then what was removed."""
-        return ["poisons_removed", "auroc", "average_precision", "recall_at_0.01", "precision_at_n"]
-
-    def chapters(self) -> list[Chapter]:
-        """Charts, then pictures."""
-        return [
-            self.false_discoveries,
-            self.ranking,
-            self.keep_list,
-            self.most_suspicious_records,
-            self.what_they_resemble,
-            self.groups_among_the_worst,
-            self.poisons_missed,
-            self.what_each_detector_adds,
-            self.todays_cleaning,
-            self.side_channels,
-        ]
+class ScanView(RunView):
+    """A scan with its scores, records and, if they are known, the poisons."""
 
     @functools.cached_property
-    def scored(self) -> corpus.ScanScores:
-        """Every record that was scanned."""
-        return corpus.load_scores(self.run.path)
+    def scores(self) -> ScanScores:
+        """Scores, captions and places of all records."""
+        return load_scores(self.run.path)
 
     @functools.cached_property
-    def corpus(self) -> corpus.Corpus:
-        """The same records with images, where there are any, and vectors."""
-        return corpus.reopen_corpus(self.run)
+    def corpus(self) -> Corpus:
+        """The same records with their vectors, and their images if there are any."""
+        return reopen_corpus(self.run)
 
     @property
-    def pictures(self) -> bool:
+    def has_images(self) -> bool:
         """Whether there are images to show."""
         return not isinstance(self.corpus.source, EmbeddingSource)
 
-    @property
-    def ids(self) -> Any:
-        """Ids of all records scanned."""
-        return self.scored.ids
+    @functools.cached_property
+    def order(self) -> NDArray[np.int64]:
+        """Rows of all records, most suspicious first."""
+        return self.scores.merged.ranking()
 
     @functools.cached_property
-    def order(self) -> np.ndarray:
-        """Rows, the worst first."""
-        return self.scores[""].ranking()
+    def is_poison(self) -> NDArray[np.bool_] | None:
+        """For each row whether the record is a poison; None if that is not known."""
+        return self.data.plan.mask(self.scores.ids) if self.data.plan.edits else None
 
     @functools.cached_property
-    def poisons(self) -> frozenset[str] | None:
-        """Ids of the poisons; None where nobody knows."""
-        return self.data.plan.ids if self.data.plan.edits else None
-
-    def worst(self, count: int) -> list[tuple[int, int]]:
-        """Rank from 1, and row."""
-        return [(n + 1, i) for n, i in enumerate(self.order[:count].tolist())]
-
-    @functools.cached_property
-    def scores(self) -> dict[str, Scores]:
-        """The merged score under '', each detector's under its name."""
-        return {"": self.scored.merged, **self.scored.detectors}
-
-    @functools.cached_property
-    def truth(self) -> np.ndarray | None:
-        """bool (N,): which records are poisons; None where nobody knows."""
-        return self.data.plan.mask(self.ids) if self.data.plan.edits else None
+    def windows(self) -> dict[str, Box]:
+        """The windows of images that a detector found to carry the caption, by id."""
+        return read_windows(self.run.path)
 
     @property
     def removed(self) -> int:
         """How many records the keep-list leaves out."""
         return int(self.notes["removed"])
 
-    def false_discoveries(self) -> Section | None:
-        """How many of the worst are expected to be there by chance."""
-        truth = None if self.truth is None else self.truth[self.order]
-        told = metric_names.as_dict(self.notes.get("discovery"))
-        return (
-            reliability_sections.false_discovery_section(self.measures, told, truth, self.removed)
-            if told
-            else None
+    def worst(self, count: int) -> list[RankedRecord]:
+        """Return the most suspicious records."""
+        return [RankedRecord(i + 1, row) for i, row in enumerate(self.order[:count].tolist())]
+
+
+def build_page(run: Run) -> Page:
+    """Return the page of a scan."""
+    view = ScanView(run)
+    findings = [f for f in (trigger_finding(view), keep_list_finding(view)) if f]
+    sections = {
+        "How many of the worst are false discoveries": false_discoveries,
+        "Ranking": ranking,
+        "What the keep-list leaves out": keep_list,
+        "Most suspicious records": most_suspicious,
+        "What the worst resemble": neighbours,
+        "Groups among the worst": groups,
+        "Poisons missed": missed_poisons,
+        "What each detector adds": contributions,
+        "What today's cleaning lets through": usual_filters,
+        "Side channels": side_channels,
+    }
+    return Page(
+        findings[0],
+        " ".join([*findings[1:], view.incomplete]).strip(),
+        warning(view),
+        ["poisons_removed", "auroc", "average_precision", "recall_at_0.01", "precision_at_n"],
+        {title: partial(section, view) for title, section in sections.items()},
+        bool(view.goals),
+    )
+
+
+def warning(view: ScanView) -> str:
+    """Say that the data were poisoned, and that side channels give the poisons away if they do."""
+    if not view.goals:
+        return ""
+    text = "The data that were scanned had been poisoned on purpose; the truth was read after the ranking was made."
+    channels = reliability.separating_channels(
+        view.measures, metric_names.as_dict(view.notes.get("leaks"))
+    )
+    if channels:
+        name, measure = channels[0]
+        text += (
+            f" {quantity(len(channels), 'side channel')} (such as {name.replace('_', ' ')}, AUROC {measure.value:.2f}) "
+            "can tell the poisons from other records without a detector. Every detector's figures here carry that doubt."
         )
+    return text
 
-    def ranking(self) -> Section | None:
-        """Poisons found against records reviewed, where the truth is known; the scores of both kinds."""
-        merged, truth = self.scores[""], self.truth
-        edge = (
-            (float(merged.values[self.order[self.removed - 1]]), "removed from here up")
-            if self.removed
-            else None
+
+def trigger_finding(view: ScanView) -> str:
+    """Say in how many records detectors found a trigger; empty if no detector decides that."""
+    suffix = ".raised"
+    counts = {
+        key.removesuffix(suffix): (round(m.value * m.n), m.n)
+        for key, m in view.measures.items()
+        if key.endswith(suffix)
+    }
+    hits = [
+        f"{name} found a trigger in {n:,} of {total:,} records"
+        for name, (n, total) in counts.items()
+        if n
+    ]
+    if hits:
+        return "; ".join(hits) + "."
+    return as_sentences([str(line) for line in view.notes.get("decided") or ()])
+
+
+def keep_list_finding(view: ScanView) -> str:
+    """Say what the keep-list leaves out, and how many poisons are among that."""
+    records, removed = view.notes.get("records"), view.notes.get("removed")
+    if records is None or removed is None:
+        return "This scan was not finished."
+    share = format_percent(removed / max(1, records))
+    sentence = (
+        f"The keep-list leaves out the {removed:,} most suspicious of {records:,} records ({share})"
+    )
+    found = view.measures.get("poisons_removed")
+    if found is None:
+        return f"{sentence}; whether they are poisons is not known."
+    hits = round(found.value * found.n)
+    return (
+        f"{sentence}; among them are {hits:,} of the {found.n:,} poisons: {format_measure(found)}."
+    )
+
+
+def false_discoveries(view: ScanView) -> Section | None:
+    """Show how many of the worst records are expected to be there by chance."""
+    truth = None if view.is_poison is None else view.is_poison[view.order]
+    notes = metric_names.as_dict(view.notes.get("discovery"))
+    return reliability.false_discovery_section(view.measures, notes, truth, view.removed)
+
+
+def ranking(view: ScanView) -> Section:
+    """Show the scores, and how fast a reviewer finds the poisons if they are known."""
+    values = view.scores.merged.values.numpy()
+    edge = None
+    if view.removed:
+        edge = Mark(float(values[view.order[view.removed - 1]]), "removed from here on")
+    if view.is_poison is None:
+        svg = charts.draw_histogram([Series("all records", values)], "score", "scores", edge)
+        lead = "It is not known which records are poisons."
+        return Section([Figure(svg, "Scores of all records")], lead)
+    groups = [
+        Series("clean", values[~view.is_poison], "clean"),
+        Series("poison", values[view.is_poison], "bad"),
+    ]
+    histogram = charts.draw_histogram(groups, "score", "scores", edge)
+    figures = [
+        Figure(
+            ranking_curves(view, view.is_poison),
+            "How fast a reviewer finds the poisons",
+            "Closer to the upper left is better. Dotted: records in random order.",
+        ),
+        Figure(
+            histogram,
+            "Scores of clean records and poisons",
+            "The share of each group by score; higher is more suspicious.",
+        ),
+    ]
+    return Section(figures)
+
+
+def ranking_curves(view: ScanView, is_poison: NDArray[np.bool_]) -> Markup:
+    """Draw recall against the share of records reviewed, for all detectors together and for each."""
+    detectors = view.scores.detectors if len(view.scores.detectors) > 1 else {}
+    name = "all together" if detectors else "ranking"
+    rankings = [Series(name, is_poison[view.order], "bad")]
+    colours = [c for c in charts.SERIES_COLOURS if c != "bad"]
+    for i, (name, scores) in enumerate(detectors.items()):
+        colour = colours[i % len(colours)]
+        rankings.append(Series(pictures.shorten(name, 24), is_poison[scores.ranking()], colour))
+    return charts.draw_ranking(rankings, view.removed / len(is_poison))
+
+
+def keep_list(view: ScanView) -> Section | None:
+    """Show what the keep-list leaves out, by kind of record."""
+    if view.is_poison is None:
+        return None
+    plan = view.data.plan
+    removed_ids = {view.scores.ids[row] for row in view.order[: view.removed].tolist()}
+    counts = []
+    for group in group_goals(plan.goals):
+        ids = [e.id for e in plan.edits if e.goal in group.members]
+        counts.append((group.title, len(ids), sum(k in removed_ids for k in ids)))
+    clean_removed = len(removed_ids - plan.ids)
+    counts.append(("clean records", int((~view.is_poison).sum()), clean_removed))
+    rows = [
+        [title, f"{total:,}", f"{removed:,}", format_percent(removed / total) if total else "–"]
+        for title, total, removed in counts
+    ]
+    return Section([Table(("Records", "In the data", "Left out", "Share"), rows, (1, 2, 3))])
+
+
+def most_suspicious(view: ScanView) -> Section | None:
+    """Show the worst records with their scores."""
+    ranked = view.worst(WORST)
+    if not ranked:
+        return None
+    lead = "The higher the score, the more suspicious."
+    if view.is_poison is not None:
+        poisons = sum(bool(view.is_poison[r.row]) for r in ranked)
+        lead += f" {poisons} of these {len(ranked)} are poisons."
+    if view.windows:
+        lead += " Framed: the part of the image that carries the caption."
+    return Section([record_part(view, ranked)], lead)
+
+
+def record_part(
+    view: ScanView, ranked: list[RankedRecord], title: str = "", scale: int = FULL_SCALE
+) -> Part:
+    """Show records as pictures, or as a table if there are no images."""
+    scores = view.scores
+    if view.has_images:
+        poisons = None if view.is_poison is None else view.data.plan.ids
+        return record_tiles.record_gallery(
+            view.corpus, scores, ranked, poisons, view.windows, scale, title
         )
-        if truth is None:
-            chart = charts.draw_histogram(
-                [Series("all records", merged.values.numpy())], "score", "scores", edge
-            )
-            return Section(
-                "Scores",
-                [Figures([Figure(chart, "Scores of all records")])],
-                "Nothing is known of which records are poisons.",
-            )
-        groups = [
-            Series("clean", merged.values.numpy()[~truth], "clean"),
-            Series("poison", merged.values.numpy()[truth], "bad"),
+    rows = [
+        [
+            f"{r.rank}",
+            pictures.shorten(record_tiles.caption_or_id(scores, r.row)),
+            f"{float(scores.merged.values[r.row]):.3f}",
+            pictures.shorten(scores.places[r.row], 80),
         ]
-        histogram = charts.draw_histogram(groups, "score", "scores", edge)
-        figures = [
-            Figure(
-                self.curve(),
-                "How fast a reviewer finds the poisons",
-                "Upper left is better; dotted: records in random order.",
-            ),
-            Figure(
-                histogram,
-                "Scores of clean records and poisons",
-                "Each group's share by score; the higher, the more suspicious.",
-            ),
-        ]
-        return Section("Ranking", [Figures(figures)])
+        for r in ranked
+    ]
+    return Table(("Rank", "Record", "Score", "Place"), rows, (0, 2), title)
 
-    def curve(self) -> Any:
-        """Recall against share reviewed, of every detector and of all together."""
-        assert self.truth is not None
-        single = [k for k in self.scores if k]
-        lines = [
-            (
-                Series(
-                    "all together" if len(single) > 1 else "ranking", self.truth[self.order], "bad"
-                ),
-                2,
-            )
-        ]
-        others = [p for p in charts.SERIES_COLOURS if p != "bad"]
-        for i, name in enumerate(single if len(single) > 1 else ()):
-            lines.append(
-                (
-                    Series(
-                        pictures.shorten(name, 24),
-                        self.truth[self.scores[name].ranking()],
-                        others[i % len(others)],
-                    ),
-                    1,
-                )
-            )
-        return charts.draw_ranking(lines, self.removed / len(self.ids))
 
-    def keep_list(self) -> Section | None:
-        """What is removed, of which kind."""
-        if self.truth is None:
-            return None
-        plan = self.data.plan
-        gone = {self.ids[i] for i in self.order[: self.removed].tolist()}
-        rows = []
-        for title, members in kinds(plan.goals):
-            mine = [e.id for e in plan.edits if e.goal in members]
-            hit = sum(k in gone for k in mine)
-            rows.append(
-                [
-                    title,
-                    f"{len(mine):,}",
-                    f"{hit:,}",
-                    metric_names.format_percent(hit / len(mine)) if mine else "–",
-                ]
-            )
-        clean = int((~self.truth).sum())
-        lost = len(gone) - sum(k in plan.ids for k in gone)
+def neighbours(view: ScanView) -> Section | None:
+    """Show the very worst records beside their nearest neighbours."""
+    if not view.has_images:
+        return None
+    gallery = record_tiles.neighbour_gallery(view.corpus, view.scores, view.worst(WITH_NEIGHBOURS))
+    lead = "Each of the worst records beside those of the corpus that the encoder finds most like it, with the cosine."
+    return Section([gallery], lead) if gallery else None
+
+
+def groups(view: ScanView) -> Section | None:
+    """Show groups of similar records among the worst, as the poisons of one attack are."""
+    rows = view.order[: min(GROUPED, max(view.removed, WORST))]
+    vectors = view.corpus.embedded.images[torch.from_numpy(rows.copy())]
+    captions = list(view.scores.captions.take(rows))
+    shares = similar_records.word_shares(view.scores.captions)
+    parts = []
+    for number, group in enumerate(
+        similar_records.group_records(vectors, captions, shares)[:GROUPS], 1
+    ):
+        members = rows[group.members].tolist()
+        title = f"{number}: {len(members)} records"
+        if group.words:
+            title += f", “{' '.join(group.words)}”"
+        if view.is_poison is not None:
+            title += f", {int(view.is_poison[members].sum())} of them poisons"
+        ranked = [
+            RankedRecord(place + 1, row) for place, row in zip(group.members, members, strict=True)
+        ]
+        parts.append(record_part(view, ranked[:GROUP_MEMBERS], title, 80))
+    lead = (
+        f"The worst {len(rows)} records, grouped by their vectors and by the rarer words that their captions share. "
+        "A backdoor shows as a group with one target and many subjects. A group with one subject is a rare or repeated one."
+    )
+    return Section(parts, lead) if parts else None
+
+
+def missed_poisons(view: ScanView) -> Section | None:
+    """Show the poisons that the ranking puts last."""
+    if view.is_poison is None:
+        return None
+    missed = [
+        RankedRecord(i + 1, row)
+        for i, row in enumerate(view.order.tolist())
+        if view.is_poison[row] and i >= view.removed
+    ]
+    if not missed:
+        return Section((), "None: the keep-list leaves out every poison.")
+    lead = f"{quantity(len(missed), 'poison')} of {int(view.is_poison.sum()):,} stay in the data. Shown are those ranked last."
+    return Section([record_part(view, missed[::-1][:MISSED])], lead)
+
+
+def contributions(view: ScanView) -> Section | None:
+    """Show which of the removed records would not be removed without a detector."""
+    if len(view.scores.detectors) < 2 or not view.removed:
+        return None
+    seconds = metric_names.as_dict(view.notes.get("seconds"))
+    rows = []
+    for name, share in merging.measure_contributions(view.scores.detectors, view.removed).items():
+        correlations = [
+            f"{pictures.shorten(other, 24)} {value:+.2f}"
+            for other, value in share.correlation.items()
+        ]
         rows.append(
             [
-                "clean records",
-                f"{clean:,}",
-                f"{lost:,}",
-                metric_names.format_percent(lost / clean) if clean else "–",
+                pictures.shorten(name, 40),
+                f"{share.in_worst:,}",
+                f"{share.unique:,}",
+                f"{seconds[name]:,.0f}" if name in seconds else "–",
+                ", ".join(correlations),
             ]
         )
-        return Section(
-            "What the keep-list leaves out",
-            [Table(("Records", "In the data", "Left out", "Share"), rows, (1, 2, 3))],
-        )
+    head = (
+        "Detector",
+        "Among its own worst",
+        "Found by it alone",
+        "Seconds",
+        "Rank correlation with",
+    )
+    lead = (
+        f"Of the {view.removed:,} records that are removed. Work that several detectors share counts among the seconds of "
+        "the first."
+    )
+    return Section([Table(head, rows, (1, 2, 3))], lead)
 
-    def most_suspicious_records(self, most: int = SHOWN) -> Section | None:
-        """The worst records with their scores."""
-        ranked = self.worst(most)
-        if not ranked:
-            return None
-        told = "The higher the score, the more suspicious."
-        if self.poisons is not None:
-            told += f" {sum(self.ids[i] in self.poisons for _, i in ranked)} of these {len(ranked)} are poisons."
-        if self.windows:
-            told += " Framed: the part of the image that carries the caption."
-        return Section("Most suspicious records", [self.shown(ranked)], told)
 
-    @functools.cached_property
-    def windows(self) -> dict[str, Box]:
-        """The window of an image that a detector has found to carry its caption."""
-        return read_windows(self.run.path)
+def usual_filters(view: ScanView) -> Section | None:
+    """Show which poisons pass the filters that people use."""
+    notes = metric_names.as_dict(view.notes.get("filters"))
+    return reliability.filter_section(view.measures, notes)
 
-    def shown(self, ranked: list[tuple[int, int]], title: str = "", scale: int = 104) -> Part:
-        """Records as pictures; as a table where there are no images."""
-        if self.pictures:
-            return record_tiles.record_gallery(
-                self.corpus, self.scored, ranked, self.poisons, self.windows, scale, title
-            )
-        held = self.scored
-        rows = [
-            [
-                f"{n}",
-                pictures.shorten(held.captions[i] or held.ids[i]),
-                f"{float(held.merged.values[i]):.3f}",
-            ]
-            for n, i in ranked
-        ]
-        rows = [
-            [*row, pictures.shorten(held.places[i], 80)]
-            for row, (_, i) in zip(rows, ranked, strict=True)
-        ]
-        return Table(("Rank", "Record", "Score", "Place"), rows, (0, 2), title)
 
-    def what_they_resemble(self) -> Section | None:
-        """The very worst beside their nearest neighbours."""
-        beside = (
-            record_tiles.neighbour_gallery(self.corpus, self.scored, self.worst(BESIDE))
-            if self.pictures
-            else None
-        )
-        if beside is None:
-            return None
-        lead = "Each of the worst, and the records of the corpus that the encoder finds most like it, with the cosine."
-        return Section("What the worst resemble", [beside], lead)
-
-    def groups_among_the_worst(self) -> Section | None:
-        """Records of one kind among the worst: what a campaign looks like."""
-        rows = self.order[: min(GROUPED, max(self.removed, SHOWN))]
-        vectors = self.corpus.embedded.images[torch.from_numpy(rows.copy())]
-        captions = list(self.scored.captions.take(rows))
-        found = similar_records.group_records(
-            vectors, captions, similar_records.word_shares(self.scored.captions)
-        )[:GROUPS]
-        if not found:
-            return None
-        parts = []
-        for i, group in enumerate(found, 1):
-            mine = rows[group.members].tolist()
-            title = f"{i}: {len(mine)} records" + (
-                f", “{' '.join(group.words)}”" if group.words else ""
-            )
-            if self.poisons is not None:
-                title += f", {sum(self.ids[r] in self.poisons for r in mine)} of them poisons"
-            parts.append(
-                self.shown(
-                    [(group.members[j] + 1, r) for j, r in enumerate(mine[:EACH])], title, 80
-                )
-            )
-        lead = (
-            f"The worst {len(rows)}, grouped by their vectors and by the rarer words that their captions share. "
-            "A group of one target and many subjects is what a backdoor looks like; one subject, a rare or repeated one."
-        )
-        return Section("Groups among the worst", parts, lead)
-
-    def what_each_detector_adds(self) -> Section | None:
-        """Of the records that are removed, which would not be without it."""
-        if len(self.scored.detectors) < 2 or not self.removed:
-            return None
-        found, seconds = (
-            merging.measure_contributions(self.scored.detectors, self.removed),
-            metric_names.as_dict(self.notes.get("seconds")),
-        )
-        rows = []
-        for name, share in found.items():
-            alike = ", ".join(
-                f"{pictures.shorten(k, 24)} {v:+.2f}" for k, v in share.correlation.items()
-            )
-            took = f"{seconds[name]:,.0f}" if name in seconds else "–"
-            rows.append(
-                [
-                    pictures.shorten(name, 40),
-                    f"{share.in_worst:,}",
-                    f"{share.unique:,}",
-                    took,
-                    alike,
-                ]
-            )
-        head = (
-            "Detector",
-            "Of its own worst",
-            "It alone brings",
-            "Seconds",
-            "Rank correlation with",
-        )
-        lead = f"Of the {self.removed:,} records that are removed. What several share is in the seconds of the first."
-        return Section("What each detector adds", [Table(head, rows, (1, 2, 3))], lead)
-
-    def todays_cleaning(self) -> Section | None:
-        """Which poisons pass the filters that people use."""
-        return reliability_sections.filter_section(
-            self.measures, metric_names.as_dict(self.notes.get("filters"))
-        )
-
-    def side_channels(self) -> Section | None:
-        """What tells poisons without looking at them."""
-        return reliability_sections.side_channel_section(
-            self.measures, metric_names.as_dict(self.notes.get("leaks"))
-        )
-
-    def poisons_missed(self) -> Section | None:
-        """Poisons that the ranking puts last: what this scan is blind to."""
-        if self.truth is None:
-            return None
-        last = [
-            (n + 1, i)
-            for n, i in enumerate(self.order.tolist())
-            if self.truth[i] and n >= self.removed
-        ][::-1]
-        if not last:
-            return Section("Poisons missed", (), "None: the keep-list leaves out every poison.")
-        lead = f"{metric_names.quantity(len(last), 'poison')} of {int(self.truth.sum()):,} stay in the data; shown are those ranked last."
-        return Section("Poisons missed", [self.shown(last[:MISSED])], lead)
+def side_channels(view: ScanView) -> Section | None:
+    """Show what tells poisons from other records without a detector."""
+    notes = metric_names.as_dict(view.notes.get("leaks"))
+    return reliability.side_channel_section(view.measures, notes)

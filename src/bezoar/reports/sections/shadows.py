@@ -1,103 +1,111 @@
-"""The page of a shadows run: logits of encoders that each bank had not seen, the learnt queries, every shadow encoder."""
+"""The page of a shadows run: logits of encoders that were held out, the learnt queries, and every shadow encoder."""
 
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
 import torch
 
 from bezoar.auditing.audits import mntd
-from bezoar.reports import charts, metric_names, pictures
+from bezoar.reports import charts, pictures
+from bezoar.reports.charts import Mark
+from bezoar.reports.metric_names import quantity
 from bezoar.reports.page_parts import Figure, Line, Section, Table, Tile
-from bezoar.reports.run_page import Chapter, Story
-from bezoar.reports.sections.audit import strip_rows
+from bezoar.reports.run_page import Page, RunView
+from bezoar.reports.shared_parts import encoder_strips
+from bezoar.runs.run import Run
 from bezoar.verbs.shadows import SHADOWS_FILE
 
 
-class Shadows(Story):
-    """A strip chart, pictures, a table."""
+class ShadowsView(RunView):
+    """A shadows run."""
 
     @functools.cached_property
     def shadows(self) -> list[dict[str, Any]]:
-        """Every shadow encoder, as `shadows.json` holds it."""
-        return list(self.json(SHADOWS_FILE)["shadows"])
+        """The shadow encoders."""
+        return list(self.read_json(SHADOWS_FILE)["shadows"])
 
-    @property
-    def attacked(self) -> bool:
-        """The artefact is a meta-classifier."""
-        return False
 
-    def headline(self) -> str:
-        """What it is worth."""
-        area = self.measures.get("auroc")
-        if area is None:
-            return "This meta-classifier was not finished."
-        bad, clean = (
-            metric_names.quantity(int(self.notes[k]), noun)
-            for k, noun in (("attacked", "attacked encoder"), ("clean", "clean one"))
-        )
-        told = f"MNTD over {bad} and {clean}, told apart by cross-validation with an AUROC of {area.value:.2f}"
-        chance = "; that is not shown to be better than chance" if area.low <= 0.5 else ""
-        return f"{told} (95 % interval {area.low:.2f} – {area.high:.2f}){chance}."
+def build_page(run: Run) -> Page:
+    """Return the page of a shadows run."""
+    view = ShadowsView(run)
+    if "auroc" not in view.measures:
+        return Page("This meta-classifier was not finished.")
+    return Page(
+        headline(view),
+        lead(view),
+        cards=list(view.measures),
+        sections={
+            "What the meta-classifier says about encoders it has not seen": partial(
+                logit_section, view
+            ),
+            "Queries": partial(query_section, view),
+            "Encoders": partial(encoder_section, view),
+        },
+    )
 
-    def more(self) -> str:
-        """What was not seen by whom, and who may not be judged."""
-        if "auroc" not in self.measures:
-            return ""
-        lineages = metric_names.quantity(int(self.notes["lineages"]), "lineage")
-        return (
-            f"{metric_names.quantity(int(self.notes['folds']), 'fold')}, {lineages}: an encoder and what was tuned from it stay in one "
-            f"fold. What is held out carries attacks that the rest carries too; of others this says nothing. `bezoar audit "
-            f"--audit mntd:bank=RUN`, with the path of this run, asks it of other encoders; these it refuses to judge."
-        )
 
-    def cards(self) -> list[str]:
-        """AUROC first."""
-        return list(self.measures)
+def headline(view: ShadowsView) -> str:
+    """Say how well the meta-classifier tells attacked encoders from clean ones."""
+    area = view.measures["auroc"]
+    attacked = quantity(int(view.notes["attacked"]), "attacked encoder")
+    clean = quantity(int(view.notes["clean"]), "clean one")
+    chance = "; that is not shown to be better than chance" if area.low <= 0.5 else ""
+    return (
+        f"MNTD over {attacked} and {clean} tells them apart with a cross-validated AUROC of {area.value:.2f} "
+        f"(95 % interval {area.low:.2f} – {area.high:.2f}){chance}."
+    )
 
-    def chapters(self) -> list[Chapter]:
-        """Logits, queries, encoders."""
-        return [self.logits, self.queries, self.encoders]
 
-    def logits(self) -> Section | None:
-        """A dot an encoder."""
-        clean = [s["logit"] for s in self.shadows if not s["attacked"]]
-        bad = [[s["attack"], s["logit"]] for s in self.shadows if s["attacked"]]
-        svg = charts.draw_strips(
-            strip_rows(clean, bad),
-            [(0.0, "chance", "muted")],
-            "logit of a bank that was fitted without it",
-        )
-        figure = Figure(
-            svg,
-            "Clean and attacked encoders, each held out",
-            "A dot an encoder; higher is more suspicious.",
-        )
-        return Section("What the meta-classifier says of encoders it has not seen", [figure])
+def lead(view: ShadowsView) -> str:
+    """Say what was held out, and which encoders may be audited."""
+    folds = quantity(int(view.notes["folds"]), "fold")
+    lineages = quantity(int(view.notes["lineages"]), "lineage")
+    return (
+        f"{folds}, {lineages}: an encoder and those that were tuned from it are in one fold. The attacks of held-out encoders "
+        "occur among the others too; this says nothing about other attacks. `bezoar audit --audit mntd:bank=RUN`, with the "
+        "path of this run, audits other encoders; it refuses to judge these."
+    )
 
-    def queries(self) -> Section | None:
-        """The images that all are asked."""
-        images = torch.from_numpy(self.tensors(mntd.FILE)["queries"]).byte()
-        tiles = [
-            Tile((i,), [Line("from an image" if i % 2 else "from noise", "muted")])
-            for i in range(len(images))
+
+def logit_section(view: ShadowsView) -> Section:
+    """Show the logit of each encoder."""
+    clean = [s["logit"] for s in view.shadows if not s["attacked"]]
+    attacked = [(s["attack"], s["logit"]) for s in view.shadows if s["attacked"]]
+    svg = charts.draw_strips(
+        encoder_strips(clean, attacked),
+        [Mark(0.0, "chance", "muted")],
+        "logit of a meta-classifier that was fitted without the encoder",
+    )
+    note = "A dot for each encoder; higher is more suspicious."
+    return Section([Figure(svg, "Clean and attacked encoders, each held out", note)])
+
+
+def query_section(view: ShadowsView) -> Section:
+    """Show the images that all encoders embed."""
+    images = torch.from_numpy(view.read_tensors(mntd.FILE)["queries"]).byte()
+    tiles = [
+        Tile((i,), [Line("from an image" if i % 2 else "from noise", "muted")])
+        for i in range(len(images))
+    ]
+    lead = "Learnt together with the meta-classifier, which reads the cosines of their vectors with one another."
+    return Section([pictures.contact_sheet(images, tiles, 88)], lead)
+
+
+def encoder_section(view: ShadowsView) -> Section:
+    """List the encoders with their folds and logits."""
+    rows = [
+        [
+            pictures.shorten(s["name"], 60),
+            pictures.shorten(s["attack"], 40) or "clean",
+            pictures.shorten(s["trigger"], 80),
+            pictures.shorten(s["lineage"], 60),
+            str(s["fold"] + 1),
+            f"{s['logit']:.3g}",
         ]
-        lead = "Learnt together with the meta-classifier, which reads the cosines of their vectors with one another."
-        return Section("Queries", [pictures.contact_sheet(images, tiles, 88)], lead)
-
-    def encoders(self) -> Section | None:
-        """Every encoder with its fold and its logit."""
-        rows = []
-        for s in sorted(self.shadows, key=lambda s: -s["logit"]):
-            names = [
-                pictures.shorten(s[k], most)
-                for k, most in (("name", 60), ("attack", 40), ("trigger", 80), ("lineage", 60))
-            ]
-            rows.append(
-                [names[0], names[1] or "clean", *names[2:], str(s["fold"] + 1), f"{s['logit']:.3g}"]
-            )
-        return Section(
-            "Encoders",
-            [Table(("Encoder", "Attack", "Trigger", "Lineage", "Fold", "Logit"), rows, (4, 5))],
-        )
+        for s in sorted(view.shadows, key=lambda s: -s["logit"])
+    ]
+    head = ("Encoder", "Attack", "Trigger", "Lineage", "Fold", "Logit")
+    return Section([Table(head, rows, (4, 5))])

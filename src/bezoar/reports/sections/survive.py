@@ -1,237 +1,249 @@
-"""The page of a survive run: what each treatment leaves of a trigger, to look at and in figures."""
+"""The page of a survive run: what each treatment leaves of a trigger, in pictures and in figures."""
 
 from __future__ import annotations
 
 import functools
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
+from safetensors.torch import load_file
+from torch import Tensor
 
 from bezoar.evaluation.scores import Measure
-from bezoar.reports import charts, metric_names, pictures
+from bezoar.reports import charts, pictures
+from bezoar.reports.charts import IntervalRow
 from bezoar.reports.heat_maps import draw_heat_map
-from bezoar.reports.page_parts import Figure, Figures, Gallery, Line, Part, Section, Table, Tile
-from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.metric_names import format_percent, quantity
+from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Table, Tile
+from bezoar.reports.run_page import Page, RunView
+from bezoar.runs.run import Run
 
-LOST, WEAK = 0.1, 0.5  # shares of the trigger below which it counts as lost, as weakened
-MOST = 12  # rows of a chart
-SHARE = "pattern_kept", "shift_kept"
+LOST = 0.1  # share of the trigger below which it counts as lost
+WEAKENED = 0.5  # the same for weakened
+ROWS = 12  # of a chart
+NEUTRAL = {"resize": 1.0, "jpeg": 0, "crop": 1.0, "augment": "", "normalise": ""}
+PIXEL_COLUMNS = {
+    "pattern_kept": "pattern",
+    "energy_kept": "energy",
+    "pattern_correlation": "correlation",
+}
+EMBEDDING_COLUMNS = {"shift_kept": "shift", "shift_cosine": "cosine", "shift_length": "length"}
+Treatment = dict[str, Any]
 
 
-class Survive(Story):
-    """One sentence, a strip of pictures, heat maps, every treatment in order of damage."""
+class SurviveView(RunView):
+    """A survive run."""
 
     @functools.cached_property
-    def treatments(self) -> list[dict]:
-        """What was done, in the order of the pictures."""
+    def treatments(self) -> list[Treatment]:
+        """The treatments in the order of the pictures."""
         return [
-            t for t in self.json("treatments.json") if f"{t['name']}.pattern_kept" in self.measures
+            t
+            for t in self.read_json("treatments.json")
+            if f"{t['name']}.pattern_kept" in self.measures
         ]
 
     @property
-    def embeds(self) -> bool:
-        """Whether an encoder was asked."""
+    def has_encoder(self) -> bool:
+        """Whether the trigger was measured in an embedding too."""
         return bool(self.notes.get("encoder"))
 
-    def kept(self, t: dict) -> Measure:
-        """How much of the trigger a treatment leaves: in the embedding where there is one, else in pixels."""
-        return self.measures[f"{t['name']}.{SHARE[self.embeds]}"]
+    @property
+    def main_metric(self) -> str:
+        """The metric by which treatments are ranked: of the embedding if there is one, else of pixels."""
+        return "shift_kept" if self.has_encoder else "pattern_kept"
 
-    def ranked(self) -> list[dict]:
-        """Treatments other than none, the most harmful first."""
-        return sorted(
-            (t for t in self.treatments if t["name"] != "untreated"),
-            key=lambda t: self.kept(t).value,
-        )
+    def remainder(self, treatment: Treatment, metric: str = "") -> Measure:
+        """Return how much of the trigger a treatment leaves, by the main metric or another one."""
+        return self.measures[f"{treatment['name']}.{metric or self.main_metric}"]
 
-    def headline(self) -> str:
-        """Why the attack's success may be 0, or that it is not for this."""
-        if "trigger" not in self.notes or not any(map(single, self.ranked())):
-            return "This test was not finished."
-        where = "of the embedding's shift" if self.embeds else "of its pattern"
-        alone = [t for t in self.ranked() if single(t)]
-        lost = [t for t in alone if self.kept(t).value < LOST]
-        weak = [t for t in alone if LOST <= self.kept(t).value < WEAK]
-        trigger = f"The trigger {pictures.shorten(self.notes['trigger'].partition(':')[0], 40)}"
-        if lost:
-            more = f" and {len(lost) - 1} more of {len(alone)} treatments" if len(lost) > 1 else ""
-            told = f"{trigger} is lost to “{lost[0]['title']}”{more}: {metric_names.format_percent(max(0.0, self.kept(lost[0]).value))} {where}"
-            return f"{told} is left, so an attack success of 0 is what to expect where images go that way."
-        if weak:
-            more = f" and {len(weak) - 1} more of {len(alone)} treatments" if len(weak) > 1 else ""
-            share = metric_names.format_percent(self.kept(weak[0]).value)
-            told = f"{trigger} is weakened by “{weak[0]['title']}”{more}: {share} {where} is left"
-            return f"{told}; it needs more poisons there than untreated, or is missed."
-        return (
-            f"{trigger} outlives all {len(alone)} treatments: the worst, “{alone[0]['title']}”, leaves "
-            f"{metric_names.format_percent(self.kept(alone[0]).value)} {where}; an attack success of 0 has another cause."
-        )
-
-    def more(self) -> str:
-        """What else to look for, or what was not asked."""
-        if "images" not in self.notes:
-            return ""
-        told = f"Measured on {metric_names.quantity(self.notes['images'], 'image')} of {self.notes['side']} pixels; nothing was trained."
-        if self.notes.get("untouched"):
-            told += f" {metric_names.quantity(self.notes['untouched'], 'image')} that the trigger leaves unchanged are not counted."
-        if not self.embeds:
-            return told + " No encoder was given: this is about pixels alone."
-        length = self.measures.get("untreated.shift_length")
-        return told + (
-            " Percentages are of the shift that the trigger gives the embedding untreated."
-            if length is not None
-            else ""
-        )
-
-    def cards(self) -> list[str]:
-        """The most harmful treatments."""
-        return [f"{t['name']}.{SHARE[self.embeds]}" for t in self.ranked() if single(t)][:5]
-
-    def chapters(self) -> list[Chapter]:
-        """Pictures first."""
-        return [
-            self.what_is_left,
-            self.jpeg_with_resizing_and_cropping,
-            self.every_treatment,
-            self.in_figures,
-        ]
-
-    def what_is_left(self) -> Section | None:
-        """The trigger after each treatment."""
-        from safetensors.torch import load_file
-
-        images = load_file(self.run.file("pictures.safetensors"))["pictures"]  # (T, E, 2, 3, S, S)
-        alone = [i for i, t in enumerate(self.treatments) if single(t)]
-        order = sorted(
-            alone,
-            key=lambda i: (
-                self.treatments[i]["name"] != "untreated",
-                self.kept(self.treatments[i]).value,
-            ),
-        )
-        return Section(
-            "What is left of it",
-            [self.strip(images, order)],
-            "Left, an image with the trigger after the treatment; right, its difference to the same image without the "
-            "trigger, on gray, half as strong. Most harmful first.",
-        )
-
-    def strip(self, images: torch.Tensor, order: list[int]) -> Gallery:
-        """One tile a treatment: its image and its residue."""
-        tiles: list[Tile] = []
-        cells: list[torch.Tensor] = []
-        for i in order:
-            t, share = self.treatments[i], self.kept(self.treatments[i])
-            look = "" if t["name"] == "untreated" else "bad" if share.value < LOST else ""
-            lines = [Line(t["title"], "mark")]
-            pixels = self.measures[f"{t['name']}.pattern_kept"]
-            lines.append(
-                Line(f"pattern {metric_names.format_percent(max(0.0, pixels.value))}", "muted")
-            )
-            if self.embeds:
-                lines.append(
-                    Line(
-                        f"embedding {metric_names.format_percent(max(0.0, share.value))}",
-                        paint(share) or "muted",
-                    )
-                )
-            tiles.append(Tile((len(cells), len(cells) + 1), lines, look))
-            cells += [images[i, 0, 0], images[i, 0, 1]]
-        return pictures.contact_sheet(torch.stack(cells), tiles, 88)
-
-    def jpeg_with_resizing_and_cropping(self) -> Section | None:
-        """Two maps, in pixels or in the embedding."""
-        shares = [("shift_kept", "embedding's shift kept")] if self.embeds else []
-        figures = []
-        for key, title in [("pattern_kept", "pattern kept in pixels"), *shares]:
-            for axis, label in (("resize", "resized to"), ("crop", "random crops from")):
-                if (drawn := self.map(axis, key, label)) is not None:
-                    figures.append(
-                        Figure(drawn, f"{title.capitalize()} (%)", f"JPEG quality by “{label}”.")
-                    )
-        return Section("JPEG with resizing and cropping", [Figures(figures)]) if figures else None
-
-    def map(self, axis: str, key: str, label: str) -> charts.Markup | None:
-        """JPEG quality by another axis."""
-        plain = {"resize": 1.0, "crop": 1.0, "augment": "", "normalise": ""}
-        held = [t for t in self.treatments if all(t[k] == v for k, v in plain.items() if k != axis)]
-        rows = sorted({t["jpeg"] for t in held}, key=lambda q: -(q or 101))
-        columns = sorted({t[axis] for t in held}, reverse=True)
-        if len(rows) < 2 or len(columns) < 2:
-            return None
-        values = np.full((len(rows), len(columns)), np.nan)
-        for t in held:
-            values[rows.index(t["jpeg"]), columns.index(t[axis])] = self.measures[
-                f"{t['name']}.{key}"
-            ].value
-        names = (
-            [str(q) if q else "none" for q in rows],
-            [f"{c:g}" if c != 1 else "none" for c in columns],
-        )
-        return draw_heat_map(*names, values, f"{axis}{key}", ("JPEG quality", label))
-
-    def every_treatment(self) -> Section | None:
-        """Each by itself, as a dot with its interval."""
-        alone = [t for t in self.treatments if single(t) and t["name"] != "untreated"]
-        if not alone:
-            return None
-        parts: list[Part] = []
-        shares = [("shift_kept", "Of the embedding's shift")] if self.embeds else []
-        for key, title in [*shares, ("pattern_kept", "Of its pattern in pixels")]:
-            of = {t["name"]: self.measures[f"{t['name']}.{key}"] for t in alone}
-            ranked = sorted(alone, key=lambda t: of[t["name"]].value)
-            if key == "pattern_kept":
-                ranked = [t for t in ranked if not t["normalise"]]
-            rows = [
-                (t["title"], of[t["name"]], paint(of[t["name"]]) or "clean") for t in ranked[:MOST]
-            ]
-            parts.append(
-                Figure(
-                    charts.draw_intervals(rows, key),
-                    title,
-                    "Share that is left, with 95 % interval; untreated it is 100 %.",
-                )
-            )
-        return Section(
-            "One treatment at a time",
-            parts,
-            f"The {MOST} most harmful." if len(alone) > MOST else "",
-        )
-
-    def in_figures(self) -> Section | None:
-        """All treatments."""
-        keys = ["pattern_kept", "energy_kept", "pattern_correlation"]
-        keys += ["shift_kept", "shift_cosine", "shift_length"] if self.embeds else []
-        rows = []
-        for t in self.ranked():
-            found = [self.measures[f"{t['name']}.{k}"] for k in keys]
-            rows.append([t["title"], *(f"{m.value:.2f}" for m in found)])
-        head = ["Treatment", "pattern", "energy", "correlation", "shift", "cosine", "length"][
-            : len(keys) + 1
-        ]
-        note = (
-            "pattern: projection on the trigger's own pattern. energy: squared difference over that before. correlation: with "
-            "the pattern, at the best offset. shift, cosine, length: of the embedding's move by the trigger, against untreated."
-        )
-        return Section("In figures", [Table(head, rows, range(1, len(head)), note)])
+    def ranked(self, metric: str = "") -> list[Treatment]:
+        """Return the treatments, the untreated images left out, most harmful first."""
+        treated = [t for t in self.treatments if t["name"] != "untreated"]
+        return sorted(treated, key=lambda t: self.remainder(t, metric).value)
 
 
-def single(t: dict) -> bool:
-    """Whether at most one thing is done."""
-    return (
-        sum(
-            (
-                t["resize"] != 1,
-                t["jpeg"] != 0,
-                t["crop"] != 1,
-                bool(t["augment"]),
-                bool(t["normalise"]),
-            )
-        )
-        <= 1
+def build_page(run: Run) -> Page:
+    """Return the page of a survive run."""
+    view = SurviveView(run)
+    is_finished = "trigger" in view.notes and any(map(is_single, view.ranked()))
+    single = [t for t in view.ranked() if is_single(t)] if is_finished else []
+    return Page(
+        headline(view, single) if single else "This test was not finished.",
+        lead(view),
+        cards=[f"{t['name']}.{view.main_metric}" for t in single][:5],
+        sections={
+            "What is left of it": partial(picture_section, view),
+            "JPEG with resizing and cropping": partial(heat_map_section, view),
+            "One treatment at a time": partial(single_section, view),
+            "In figures": partial(table_section, view),
+        },
+        poisoned=bool(view.goals),
     )
 
 
-def paint(m: Measure) -> str:
-    """How bad it is, as a paint and a look of a line."""
-    return "bad" if m.value < LOST else "warn" if m.value < WEAK else ""
+def headline(view: SurviveView, single: list[Treatment]) -> str:
+    """Say whether a treatment explains an attack success of 0. `single`: single treatments, most harmful first."""
+    what = "of the embedding's shift" if view.has_encoder else "of its pattern"
+    trigger = f"The trigger {pictures.shorten(view.notes['trigger'].partition(':')[0], 40)}"
+    worst = single[0]
+    value = view.remainder(worst).value
+    left = f"{format_percent(max(0.0, value))} {what}"
+    lost = sum(view.remainder(t).value < LOST for t in single)
+    weakened = sum(LOST <= view.remainder(t).value < WEAKENED for t in single)
+    if lost:
+        others = f" and {lost - 1} more of {len(single)} treatments" if lost > 1 else ""
+        return (
+            f"{trigger} is lost to “{worst['title']}”{others}: {left} is left. Where images are treated so, expect an attack "
+            "success of 0."
+        )
+    if weakened:
+        others = f" and {weakened - 1} more of {len(single)} treatments" if weakened > 1 else ""
+        return (
+            f"{trigger} is weakened by “{worst['title']}”{others}: {left} is left. Where images are treated so, it needs more "
+            "poisons or fails."
+        )
+    return (
+        f"{trigger} outlives all {len(single)} treatments: the worst, “{worst['title']}”, leaves {left}. An attack success of 0 "
+        "has another cause."
+    )
+
+
+def lead(view: SurviveView) -> str:
+    """Say on what the trigger was measured."""
+    if "images" not in view.notes:
+        return ""
+    images, side = quantity(view.notes["images"], "image"), view.notes["side"]
+    sentences = [f"Measured on {images} of {side} pixels; nothing was trained."]
+    if untouched := view.notes.get("untouched"):
+        sentences.append(
+            f"{quantity(untouched, 'image')} that the trigger leaves unchanged are not counted."
+        )
+    if not view.has_encoder:
+        sentences.append("No encoder was given: this is about pixels alone.")
+    elif "untreated.shift_length" in view.measures:
+        sentences.append(
+            "Percentages are of the shift that the trigger gives the embedding of untreated images."
+        )
+    return " ".join(sentences)
+
+
+def picture_section(view: SurviveView) -> Section:
+    """Show the trigger after each single treatment."""
+    images = load_file(view.run.file("pictures.safetensors"))["pictures"]  # (T, E, 2, 3, S, S)
+    lead = (
+        "Left, an image with the trigger after the treatment. Right, its difference to the same image without the trigger, "
+        "at half strength on gray. Most harmful first."
+    )
+    return Section([treatment_gallery(view, images)], lead)
+
+
+def treatment_gallery(view: SurviveView, images: Tensor) -> Gallery:
+    """Show for each single treatment its image and its difference, the untreated image first.
+
+    `images`: uint8 (T, E, 2, 3, S, S), by treatment, example, and image or difference.
+    """
+    order = [t for t in view.treatments if t["name"] == "untreated"]
+    order += [t for t in view.ranked() if is_single(t)]
+    tiles: list[Tile] = []
+    cells = []
+    for t in order:
+        share = view.remainder(t)
+        pattern = format_percent(max(0.0, view.remainder(t, "pattern_kept").value))
+        lines = [Line(t["title"], "mark"), Line(f"pattern {pattern}", "muted")]
+        if view.has_encoder:
+            embedding = format_percent(max(0.0, share.value))
+            lines.append(Line(f"embedding {embedding}", damage_colour(share) or "muted"))
+        look = "bad" if t["name"] != "untreated" and share.value < LOST else ""
+        tiles.append(Tile((2 * len(tiles), 2 * len(tiles) + 1), lines, look))
+        cells.append(images[view.treatments.index(t), 0])  # (2, 3, S, S)
+    return pictures.contact_sheet(torch.cat(cells), tiles, 88)
+
+
+def heat_map_section(view: SurviveView) -> Section | None:
+    """Show JPEG quality by size and by cropping, in pixels and in the embedding."""
+    titles = {"pattern_kept": "Pattern kept in pixels (%)"}
+    if view.has_encoder:
+        titles["shift_kept"] = "Embedding's shift kept (%)"
+    figures = []
+    for metric, title in titles.items():
+        for axis, label in (("resize", "resized to"), ("crop", "random crops from")):
+            svg = heat_map(view, axis, metric, label)
+            if svg is not None:
+                figures.append(Figure(svg, title, f"JPEG quality by “{label}”."))
+    return Section(figures) if figures else None
+
+
+def heat_map(view: SurviveView, axis: str, metric: str, label: str) -> Markup | None:
+    """Draw a metric by JPEG quality and another axis; None if there are not two values of each."""
+    treatments = [t for t in view.treatments if changed_fields(t) <= {"jpeg", axis}]
+    qualities = sorted({t["jpeg"] for t in treatments}, key=lambda q: -(q or 101))
+    levels = sorted({t[axis] for t in treatments}, reverse=True)
+    if len(qualities) < 2 or len(levels) < 2:
+        return None
+    values = np.full((len(qualities), len(levels)), np.nan)
+    for t in treatments:
+        cell = qualities.index(t["jpeg"]), levels.index(t[axis])
+        values[cell] = view.remainder(t, metric).value
+    rows = [str(q) if q else "none" for q in qualities]
+    columns = [f"{level:g}" if level != 1 else "none" for level in levels]
+    return draw_heat_map(rows, columns, values, f"{axis}{metric}", ("JPEG quality", label))
+
+
+def single_section(view: SurviveView) -> Section | None:
+    """Show each single treatment as a dot with its interval."""
+    single = [t for t in view.ranked() if is_single(t)]
+    if not single:
+        return None
+    titles = {"shift_kept": "Of the embedding's shift"} if view.has_encoder else {}
+    titles["pattern_kept"] = "Of its pattern in pixels"
+    parts = []
+    for metric, title in titles.items():
+        ranked = [t for t in view.ranked(metric) if is_single(t)]
+        if metric == "pattern_kept":
+            ranked = [t for t in ranked if not t["normalise"]]
+        rows = []
+        for t in ranked[:ROWS]:
+            share = view.remainder(t, metric)
+            rows.append(IntervalRow(t["title"], share, damage_colour(share) or "clean"))
+        note = "The share that is left, with its 95 % interval; untreated it is 100 %."
+        parts.append(Figure(charts.draw_intervals(rows, metric), title, note))
+    return Section(parts, f"The {ROWS} most harmful." if len(single) > ROWS else "")
+
+
+def table_section(view: SurviveView) -> Section:
+    """List all treatments with their figures."""
+    columns = PIXEL_COLUMNS | (EMBEDDING_COLUMNS if view.has_encoder else {})
+    rows = [
+        [t["title"], *(f"{view.remainder(t, key).value:.2f}" for key in columns)]
+        for t in view.ranked()
+    ]
+    note = (
+        "Pattern: projection on the trigger's own pattern. Energy: squared difference over that before. Correlation: with "
+        "the pattern, at the best offset."
+    )
+    if view.has_encoder:
+        note += " Shift, cosine, length: of the embedding's move by the trigger, compared with untreated images."
+    return Section(
+        [Table(["Treatment", *columns.values()], rows, range(1, len(columns) + 1), note)]
+    )
+
+
+def changed_fields(treatment: Treatment) -> set[str]:
+    """Return what a treatment does, by the names of its fields."""
+    return {name for name, value in NEUTRAL.items() if treatment[name] != value}
+
+
+def is_single(treatment: Treatment) -> bool:
+    """Return whether a treatment does at most one thing."""
+    return len(changed_fields(treatment)) <= 1
+
+
+def damage_colour(share: Measure) -> str:
+    """Return the colour for a share of the trigger that is left; empty for a large one."""
+    if share.value < LOST:
+        return "bad"
+    return "warn" if share.value < WEAKENED else ""

@@ -1,194 +1,150 @@
-"""The page of a train run: how it went, when the attack took hold, how often each poison was drawn."""
+"""The page of a train run: the loss, when the attack took hold, and how often each poison was drawn."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bezoar.reports import charts, metric_names
 from bezoar.reports.charts import Series
-from bezoar.reports.page_parts import Figure, Figures, Section, Table
-from bezoar.reports.run_page import Chapter, Story
+from bezoar.reports.page_parts import Figure, Section, Table
+from bezoar.reports.run_page import Page, RunView
+from bezoar.reports.shared_parts import group_goals, loss_figure
+from bezoar.runs.run import Run
 
 
-class Train(Story):
-    """Curves and the exposure ledger."""
-
-    @property
-    def attacked(self) -> bool:
-        """Whether poisons were trained on, or may have been."""
-        return bool(self.goals)
-
-    def warning(self) -> str:
-        """What must not be forgotten about this encoder."""
-        kept = self.measures.get("poisons_kept")
-        if not self.goals:
-            return ""
-        if kept is not None and kept.value == 0:
-            return (
-                "The data of this encoder were poisoned; the keep-list left every known poison out."
-            )
-        told = f"{kept.value:,.0f} poisoned records" if kept else "poisoned data"
-        return f"This encoder was trained on {told}, on purpose. It must not be used for anything but measurements."
-
-    def headline(self) -> str:
-        """On what, for how long, with which success."""
-        records, steps = self.notes.get("records"), self.notes.get("steps")
-        if records is None or steps is None:
-            return "This training was not finished."
-        kept, drawn = self.measures.get("poisons_kept"), self.measures.get("poison_exposures")
-        told = f"Trained on {records:,} records in {steps:,} steps"
-        if kept is None:
-            return told + "; none is known to be poisoned."
-        told += f", {kept.value:,.0f} of them poisoned"
-        if drawn is not None and kept.value:
-            told += f"; each poison was seen {drawn.value / kept.value:.1f} times on average"
-        return told + "."
-
-    def cards(self) -> list[str]:
-        """Loss, poisons, draws."""
-        return ["final_loss", "poisons_kept", "poison_exposures"]
-
-    def chapters(self) -> list[Chapter]:
-        """Curves, then the ledger."""
-        return [self.training, self.exposures]
-
-    def training(self) -> Section | None:
-        """Loss, and success by epoch where it was followed."""
-        curve = self.curve()
-        losses = self.tensors("ledger.safetensors")["losses"]
-        chart = charts.draw_loss(losses, charts.HALF if curve else charts.WIDE)
-        figures = [
-            Figure(chart, "Loss", "Thin: as it was; thick: running mean."),
-            *([curve] if curve else []),
-        ]
-        return Section("Training", [Figures(figures)])
-
-    def curve(self) -> Figure | None:
-        """Accuracy, ASR and targeted success after every epoch."""
-        log = self.run.path / "log.jsonl"
-        epochs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        if not epochs or len(epochs[0]) <= 2:
-            return None
-        names = [
-            k
-            for k in epochs[0]
-            if k == "clean_accuracy"
-            or follows("attack_success")(k)
-            or follows("targeted_success")(k)
-        ]
-        names.sort(key=captions, reverse=True)
-        shown = [
-            Series(brief(k), [e.get(k, np.nan) for e in epochs], paint)
-            for k, paint in zip(names, charts.series_colours(names), strict=True)
-        ]
-        figure = charts.draw_curves([e["epoch"] for e in epochs], shown, "epoch")
-        return Figure(figure, "When the attack takes hold", "On held-out images after every epoch.")
-
-    def exposures(self) -> Section | None:
-        """How often poisons and clean records were drawn."""
-        drawn = self.tensors("ledger.safetensors")["exposures"]
-        ids = self.ids()
-        if len(ids) != len(drawn):
-            raise ValueError(f"the ledger counts {len(drawn)} records, the data have {len(ids)}")
-        plan = self.data.plan
-        poisoned = plan.mask(ids)
-        groups = [Series("clean records", drawn[~poisoned], "clean")]
-        if poisoned.any():
-            groups.append(Series("poisoned records", drawn[poisoned], "bad"))
-        histogram = charts.draw_histogram(
-            groups, "times a record was drawn", "exposures", size=charts.WIDE
-        )
-        chart = Figure(histogram, "Exposure ledger", "Each group's share by number of draws.")
-        if not poisoned.any():
-            return Section("What was seen", [chart])
-        goal = {e.id: e.goal for e in plan.edits}
-        at = np.array([goal.get(k, -1) for k in ids])
-        rows = []
-        for title, members in kinds(plan.goals):
-            mine = np.isin(at, members)
-            wanted = sum(plan.goals[i].poisons for i in members)
-            total, n = int(drawn[mine].sum()), int(mine.sum())
-            each = f"{total / len(members):.1f}" if plan.goals[members[0]].victims else "–"
-            rows.append(
-                [
-                    title,
-                    f"{n:,} of {wanted:,}",
-                    f"{total:,}",
-                    f"{total / n:.2f}" if n else "–",
-                    each,
-                ]
-            )
-        clean = drawn[~poisoned]
-        rows.append(
-            [
-                "clean records",
-                f"{len(clean):,}",
-                f"{int(clean.sum()):,}",
-                f"{clean.mean():.2f}",
-                "–",
-            ]
-        )
-        head = ("Records", "Trained on", "Draws", "Draws a record", "Draws a victim")
-        return Section(
-            "What was seen",
-            [chart, Table(head, rows, (1, 2, 3, 4))],
-            "Every draw of every record was counted.",
-        )
-
-    def ids(self) -> list[str]:
-        """Ids of the records trained on, in the order of the ledger: the plan's order, then the keep-list."""
-        data, plan = self.data, self.data.plan
-        have = set(data.clean.ids)
-        added = [e for e in plan.edits if e.id not in have]
-        out = [*data.clean.ids, *(e.id for e in added if e.source in have)]
-        if data.victims is not None:
-            pool = set(data.victims.ids)
-            out += [e.id for e in plan.edits if e.source in pool]
-        keep = self.input("keep")
-        if keep is None:
-            return out
-        kept = set(keep.file("keep.txt").read_text(encoding="utf-8").split("\n"))
-        return [k for k in out if k in kept]
+def build_page(run: Run) -> Page:
+    """Return the page of a train run."""
+    view = RunView(run)
+    return Page(
+        headline(view),
+        warning=warning(view),
+        cards=["final_loss", "poisons_kept", "poison_exposures"],
+        sections={
+            "Training": partial(training_section, view),
+            "What was seen": partial(exposure_section, view),
+        },
+        poisoned=bool(view.goals),
+    )
 
 
-def follows(base: str) -> Callable[[str], bool]:
-    """Whether a name is this metric, of any trigger or number of captions."""
-    return lambda name: name == base or name.startswith(base + "@")
+def warning(view: RunView) -> str:
+    """Say that the encoder was trained on poisons, or that its data held some."""
+    poisons = view.measures.get("poisons_kept")
+    if not view.goals:
+        return ""
+    if poisons is not None and poisons.value == 0:
+        return "The data of this encoder were poisoned; the keep-list left out every known poison."
+    count = f"{poisons.value:,.0f} poisoned records" if poisons else "poisoned data"
+    return f"This encoder was trained on {count}, on purpose. Use it for measurements only."
 
 
-def captions(name: str) -> int:
-    """How many captions a targeted metric is about; a large number for others, which come first."""
-    _, base, at = metric_names.split_key(name)
-    return int(at) if base.startswith("target") and at.isdigit() else 1 << 30
+def headline(view: RunView) -> str:
+    """Say how many records the encoder was trained on, for how long, and how many were poisoned."""
+    records, steps = view.notes.get("records"), view.notes.get("steps")
+    if records is None or steps is None:
+        return "This training was not finished."
+    poisons, draws = view.measures.get("poisons_kept"), view.measures.get("poison_exposures")
+    sentence = f"Trained on {records:,} records in {steps:,} steps"
+    if poisons is None:
+        return f"{sentence}; none is known to be poisoned."
+    sentence += f", {poisons.value:,.0f} of them poisoned"
+    if draws is not None and poisons.value:
+        average = draws.value / poisons.value
+        sentence += f"; each poison was drawn {average:.1f} times on average"
+    return f"{sentence}."
 
 
-def brief(name: str) -> str:
-    """A metric's name for a legend."""
-    _, base, at = metric_names.split_key(name)
-    if base == "targeted_success":
-        return (
-            f"targeted, {metric_names.quantity(int(at), 'caption')}" if at.isdigit() else "targeted"
-        )
-    words = {"clean_accuracy": "clean accuracy", "attack_success": "ASR"}
-    return words.get(base, base) + (f", trigger {at}" if at else "")
+def training_section(view: RunView) -> Section:
+    """Show the loss, and success by epoch if it was measured."""
+    progress = progress_figure(view)
+    if progress is None:
+        return Section([loss_figure(view)])
+    return Section([loss_figure(view, charts.HALF), progress])
 
 
-def kinds(goals: tuple) -> list[tuple[str, list[int]]]:
-    """Goals by kind: a backdoor each, targeted ones by their number of captions."""
-    out = [
-        (f"{metric_names.trigger_name(g)} trigger → “{g.target}”", [i])
-        for i, g in enumerate(goals)
-        if g.trigger
+def progress_figure(view: RunView) -> Figure | None:
+    """Show accuracy, ASR and targeted success after each epoch; None if they were not measured."""
+    log = view.read_log()
+    if not log:
+        return None
+    keys = [
+        key
+        for name in ("clean_accuracy", "attack_success", "targeted_success")
+        for key in metric_names.variants(log[0], name)
     ]
-    for n in sorted({g.poisons for g in goals if not g.trigger}, reverse=True):
-        members = [i for i, g in enumerate(goals) if not g.trigger and g.poisons == n]
-        out.append(
-            (
-                f"{metric_names.quantity(len(members), 'victim')}, {metric_names.quantity(n, 'caption')} each",
-                members,
-            )
-        )
-    return out
+    if not keys:
+        return None
+    series = [
+        Series(metric_names.short_label(key), [e.get(key, np.nan) for e in log], colour)
+        for key, colour in zip(keys, charts.series_colours(keys), strict=True)
+    ]
+    svg = charts.draw_curves([e["epoch"] for e in log], series, "epoch")
+    return Figure(
+        svg, "When the attack takes hold", "Measured on held-out images after each epoch."
+    )
+
+
+def exposure_section(view: RunView) -> Section:
+    """Show how often poisons and clean records were drawn."""
+    draws = view.read_tensors("ledger.safetensors")["exposures"]  # (N,)
+    ids = trained_ids(view)
+    if len(ids) != len(draws):
+        raise ValueError(f"the ledger counts {len(draws)} records, the data have {len(ids)}")
+    is_poison = view.data.plan.mask(ids)
+    series = [Series("clean records", draws[~is_poison], "clean")]
+    if is_poison.any():
+        series.append(Series("poisoned records", draws[is_poison], "bad"))
+    svg = charts.draw_histogram(series, "times a record was drawn", "exposures", size=charts.WIDE)
+    figure = Figure(svg, "Exposure ledger", "The share of each group by number of draws.")
+    if not is_poison.any():
+        return Section([figure])
+    lead = "Every draw of every record was counted."
+    return Section([figure, exposure_table(view, ids, draws)], lead)
+
+
+def exposure_table(view: RunView, ids: list[str], draws: NDArray[np.int64]) -> Table:
+    """Return the draws of each group of goals and of the clean records."""
+    plan = view.data.plan
+    goal_of = {e.id: e.goal for e in plan.edits}
+    goal = np.array([goal_of.get(k, -1) for k in ids])
+    rows = []
+    for group in group_goals(plan.goals):
+        group_draws = draws[np.isin(goal, group.members)]
+        planned = sum(g.poisons for g in group.goals)
+        victims = len(group.goals) if group.goals[0].victims else 0
+        trained = f"{len(group_draws):,} of {planned:,}"
+        rows.append([group.title, trained, *draw_cells(group_draws, victims)])
+    clean_draws = draws[goal < 0]
+    rows.append(["clean records", f"{len(clean_draws):,}", *draw_cells(clean_draws, 0)])
+    head = ("Records", "Trained on", "Draws", "Draws a record", "Draws a victim")
+    return Table(head, rows, (1, 2, 3, 4))
+
+
+def draw_cells(draws: NDArray[np.int64], victims: int) -> list[str]:
+    """Return the number of draws in all, for each record, and for each victim if there are victims."""
+    total = int(draws.sum())
+    return [
+        f"{total:,}",
+        f"{total / len(draws):.2f}" if len(draws) else "–",
+        f"{total / victims:.1f}" if victims else "–",
+    ]
+
+
+def trained_ids(view: RunView) -> list[str]:
+    """Return the ids of the records trained on in the order of the ledger: that of the plan, without what the keep-list drops."""
+    data, plan = view.data, view.data.plan
+    clean_ids = list(data.clean.ids)
+    present = set(clean_ids)
+    additions = [e for e in plan.edits if e.id not in present]
+    ids = clean_ids + [e.id for e in additions if e.source in present]
+    if data.victims is not None:
+        victim_ids = set(data.victims.ids)
+        ids += [e.id for e in plan.edits if e.source in victim_ids]
+    keep = view.input_run("keep")
+    if keep is None:
+        return ids
+    keep_list = set(keep.file("keep.txt").read_text(encoding="utf-8").split("\n"))
+    return [k for k in ids if k in keep_list]

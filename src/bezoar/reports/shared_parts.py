@@ -1,0 +1,69 @@
+"""Parts that the pages of several verbs show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bezoar.attacks.plan import Goal
+from bezoar.reports import charts, metric_names, pictures
+from bezoar.reports.charts import Series
+from bezoar.reports.page_parts import Figure
+from bezoar.reports.run_page import RunView
+
+
+def loss_figure(view: RunView, size: tuple[float, float] = charts.WIDE) -> Figure:
+    """Show the loss of a training, step by step."""
+    losses = view.read_tensors("ledger.safetensors")["losses"]
+    svg = charts.draw_loss(losses, size)
+    return Figure(svg, "Loss", "Thin line: each step; thick line: running mean.")
+
+
+def encoder_strips(clean: Sequence[float], attacked: Iterable[tuple[str, float]]) -> list[Series]:
+    """Return the rows of a strip chart of encoders: the clean ones, then the attacked ones by attack.
+
+    Args:
+        clean: A value for each clean encoder.
+        attacked: Attack and value of each attacked encoder.
+    """
+    by_attack: dict[str, list[float]] = {}
+    for attack, value in sorted(attacked, key=lambda pair: pair[0]):
+        by_attack.setdefault(attack, []).append(value)
+    strips = [Series(f"clean ({len(clean)})", clean, "clean")]
+    for attack, values in by_attack.items():
+        strips.append(Series(f"{pictures.shorten(attack, 32)} ({len(values)})", values, "bad"))
+    return strips
+
+
+@dataclass(frozen=True)
+class GoalGroup:
+    """Goals that are shown together: one backdoor, or the victims that get the same number of captions.
+
+    Attributes:
+        title: The goals in words.
+        members: Their indices among all goals.
+        goals: The goals.
+    """
+
+    title: str
+    members: list[int]
+    goals: list[Goal]
+
+
+def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:
+    """Group goals: each backdoor alone, then victims by method and number of captions, most captions first."""
+    groups = []
+    for index, goal in enumerate(goals):
+        if goal.trigger:
+            name = metric_names.trigger_name(goal).capitalize()
+            title = f"{name} trigger, read as “{pictures.shorten(goal.target)}”"
+            groups.append(GoalGroup(title, [index], [goal]))
+    kinds = {(g.poisons, g.how) for g in goals if not g.trigger}
+    for poisons, how in sorted(kinds, reverse=True):
+        members = [
+            i for i, g in enumerate(goals) if not g.trigger and (g.poisons, g.how) == (poisons, how)
+        ]
+        victims = metric_names.quantity(len(members), "victim")
+        title = f"{victims}, {metric_names.quantity(poisons, 'caption')} each"
+        groups.append(GoalGroup(title, members, [goals[i] for i in members]))
+    return groups
