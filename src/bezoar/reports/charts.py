@@ -1,9 +1,10 @@
 """Charts as inline SVG in one style.
 
-Text stays text. Colours are CSS variables of the page, so that charts follow its light or dark theme.
+Text stays text. Colours are CSS variables of the page, so that charts follow its light or dark
+theme.
 
-Arguments that recur: `name` is what the ids within the markup begin with, so that they are unique on the page; `size` is
-in inches; a colour is a name of COLOURS.
+Arguments that recur: `name` is what the ids within the markup begin with, so that they are unique
+on the page; `size` is in inches; a colour is a name of COLOURS.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def new_figure(size: Size) -> tuple[Figure, Axes]:
 
 
 def svg_markup(figure: Figure, name: str, description: str) -> Markup:
-    """Return a figure as markup for a page. `description`: the chart in words, for those who cannot see it."""
+    """Return a figure as markup. `description` is for those who cannot see the chart."""
     out = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(out, format="svg", metadata=metadata)
@@ -223,7 +224,7 @@ def draw_curves(
 def draw_histogram(
     series: Sequence[Series], label: str, name: str, mark: Mark | None = None, size: Size = HALF
 ) -> Markup:
-    """Draw the share of each group by value, over bins in common; whole numbers get a bar each. `label`: what the values are."""
+    """Draw the share of each group by value. `label`: what the values are."""
     figure, axes = new_figure(size)
     groups = [np.asarray(s.values, dtype=float) for s in series]
     edges, are_whole = bin_edges(np.concatenate(groups))
@@ -250,7 +251,7 @@ def draw_histogram(
 
 
 def bin_edges(values: Floats, bins: int = 40) -> tuple[Floats, bool]:
-    """Return the edges of bins over all values, and whether these are whole numbers with a bin each.
+    """Return the edges of bins, and whether the values are whole numbers with a bin each.
 
     Of more than 2,000 values the outermost thousandths are to be drawn into the outermost bins.
     """
@@ -269,7 +270,8 @@ def draw_ranking(rankings: Sequence[Series], removed: float | None) -> Markup:
     """Draw the share of the poisons found against the share of records reviewed.
 
     Args:
-        rankings: For each ranking whether its records are poisons, most suspicious first. The first one is drawn bold.
+        rankings: For each ranking whether its records are poisons, most suspicious first. The first
+            one is drawn bold.
         removed: The share of the records that is removed, for a vertical line.
     """
     figure, axes = new_figure(HALF)

@@ -1,4 +1,4 @@
-"""Charts of sweeps: values by dose with a fitted dose-response, and values by the levels of anything else."""
+"""Charts of sweeps: values by dose, with a fitted dose-response, and values by group."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class DoseAxis:
-    """A logarithmic axis from the least to the greatest dose above 0, with a place for 0 before it."""
+    """A logarithmic axis of doses above 0, with a place for 0 before them."""
 
     least: float
     greatest: float
@@ -80,8 +80,8 @@ def draw_dose_response(
 ) -> Markup:
     """Draw points with their 95 % intervals over a logarithmic axis of doses, dose 0 at its left.
 
-    A fitted dose-response is a line with a band. Where it reaches half of what poison can add, a diamond stands on the
-    line, with the interval of that dose.
+    A fitted dose-response is a line with a band. Where it reaches half of what poison can add, a
+    diamond stands on the line, with the interval of that dose.
 
     Args:
         curves: The lines.
@@ -135,7 +135,7 @@ def _draw_curve(
 
 
 def _label_doses(axes: Axes, doses: Sequence[float], dose_axis: DoseAxis) -> None:
-    """Label the doses that stand far enough apart, and mark the gap between dose 0 and the others."""
+    """Label doses that stand far enough apart, and mark the gap after dose 0."""
     labelled: list[float] = []
     for x in doses:
         if not labelled or dose_axis.place(x) - dose_axis.place(labelled[-1]) >= MIN_DISTANCE:
@@ -154,10 +154,11 @@ def draw_levels(
     name: str,
     label: str = "success",
     percent: bool = True,
+    size: Size | None = None,
 ) -> Markup:
-    """Draw points with their 95 % intervals for each group. `label`, `percent`: as in `draw_dose_response`."""
+    """Draw points with their 95 % intervals for each group; see `draw_dose_response`."""
     crowded = len(groups) > 5 or len(groups) * len(series) > 12 or sum(map(len, groups)) > 60
-    figure, axes = new_figure(WIDE if crowded else HALF)
+    figure, axes = new_figure(size or (WIDE if crowded else HALF))
     everything = [m for _, _, measures in series for m in measures if m is not None]
     limits = _set_value_axis(axes, everything, label, percent)
     for i, (title, colour, measures) in enumerate(series):
@@ -212,7 +213,7 @@ def _draw_points(
 
 
 def _draw_fit(axes: Axes, fit: DoseResponse, colour: str, dose_axis: DoseAxis) -> None:
-    """Draw the line of a dose-response, its band, and the diamond at half of what poison can add."""
+    """Draw the line, the band and the diamond of a dose-response."""
     doses = np.geomspace(dose_axis.least, dose_axis.greatest, 300)
     value, low, high = fit.predict(doses)
     x = dose_axis.place(doses)

@@ -125,7 +125,8 @@ class MetricRow:
         interval: Its 95 % interval; empty for what was counted.
         n: The number of trials.
         how: The definition of the metric.
-        track: Value, low and high in percent of a line from 0 to 1; None for values on no such line.
+        track: Value, low and high in percent of a line from 0 to 1; None for values on no such
+            line.
     """
 
     key: str
@@ -210,7 +211,7 @@ def short_label(key: str) -> str:
 
 
 def variants(keys: Iterable[str], name: str) -> list[str]:
-    """Select the metric `name` of any trigger or number of captions, those with most captions first."""
+    """Select the metric `name` of any trigger or number of captions, most captions first."""
 
     def captions(key: str) -> int:
         suffix = key.rpartition("@")[2]
@@ -267,7 +268,7 @@ def read_measures(run: Run) -> dict[str, Measure]:
 
 
 def first_measure(measures: Mapping[str, Measure], name: str) -> Measure | None:
-    """Return a metric by name, the first trigger's if there are several; None if there is none."""
+    """Return a metric by name, the first trigger's if there are several."""
     return measures.get(name) or measures.get(f"{name}@0")
 
 

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that holds everything it shows, without script and without access to the network."""
+"""The page of a run: one HTML file without script and without access to the network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_page(run: Run) -> Path:
 
 
 def write_standalone_page(run: Run, path: Path) -> Path:
-    """Write a page to be handed around, without links to other runs and without the runs' directory."""
+    """Write a page to hand around, without links to other runs and the runs' directory."""
     text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render_page(run))
     text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
     write_whole(path, text)
@@ -148,7 +148,7 @@ def parent_link(run: Run, name: str) -> ParentLink:
 
 
 def shell_command(run: Run) -> str:
-    """Return the shell command that asks the same question again: every field that is not at its default."""
+    """Return the shell command that repeats a run, without the fields at their defaults."""
     manifest = run.manifest
     verb, ask = manifest["verb"], metric_names.as_dict(manifest.get("ask"))
     verb_class = find_verb(verb)

@@ -1,7 +1,7 @@
 """The parts of a page: sections of text, charts, tables and galleries.
 
-They hold plain data; the templates decide how they look. Every text is taken to be hostile and is escaped by the
-templates. Only the svg of a `Figure`, made by `charts`, is markup.
+They hold plain data; the templates decide how they look. Every text is taken to be hostile and is
+escaped by the templates. Only the svg of a `Figure`, made by `charts`, is markup.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
-    """A line under a picture. `look`: '', 'old', 'new', 'muted', 'bad', 'good', 'warn' or 'mark'."""
+    """A line of text. `look`: '', 'old', 'new', 'muted', 'bad', 'good', 'warn' or 'mark'."""
 
     text: str
     look: str = ""

@@ -24,7 +24,7 @@ MAX_TEXT = 160  # characters of a caption or an id
 
 
 def take_records(dataset: Dataset, ids: Sequence[str]) -> Pairs:
-    """Return records as training reads them, in the order of `ids`. Only their images are made; unknown ids are left out."""
+    """Return the records of `ids` as training reads them; unknown ids are left out."""
     wanted = set(ids)
     edits = tuple(e for e in dataset.plan.edits if e.id in wanted)
     sources = take_sources(dataset, [e.source for e in edits])
@@ -38,7 +38,7 @@ def take_records(dataset: Dataset, ids: Sequence[str]) -> Pairs:
 
 
 def take_sources(dataset: Dataset, ids: Iterable[str]) -> Pairs:
-    """Return untouched records of the data set and of the victims that a plan adds, each once and in no particular order."""
+    """Return untouched records, of the data set or added by the plan, in no particular order."""
     wanted = set(ids)
     records = _take_ids(dataset.clean, wanted)
     if dataset.victims is None:
@@ -47,7 +47,7 @@ def take_sources(dataset: Dataset, ids: Iterable[str]) -> Pairs:
 
 
 def take_victims(dataset: Dataset, goals: Iterable[Goal]) -> tuple[list[Goal], Pairs]:
-    """Return the goals whose first victim is in the data, and these victims' untouched records in the same order."""
+    """Return the goals whose first victim is in the data, and that victim's record for each."""
     goals = [g for g in goals if g.victims]
     records = take_sources(dataset, [g.victims[0] for g in goals])
     row_of = {k: i for i, k in enumerate(records.ids)}
@@ -89,7 +89,7 @@ def contact_sheet(
 
 
 def to_squares(images: Tensor) -> Tensor:
-    """Fit uint8 images (N, 3, H, W) into squares (N, 3, S, S) with white margins, S at most MAX_SIDE."""
+    """Fit uint8 images (N, 3, H, W) into squares of at most MAX_SIDE with white margins."""
     if not len(images):
         return torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
     height, width = images.shape[-2:]

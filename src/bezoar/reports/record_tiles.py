@@ -1,4 +1,4 @@
-"""Records of a scan as galleries: each picture with its caption, scores and place, or beside its nearest neighbours."""
+"""Galleries of a scan's records: with captions and scores, or beside their neighbours."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class RankedRecord:
 
 
 def draw_frame(image: Tensor, box: Box | None) -> Tensor:
-    """Return a copy of an image with the frame of a window; the image itself where there is no window.
+    """Return a copy of an image with a window framed; the image itself without a window.
 
     Args:
         image: uint8 (3, H, W).
-        box: Top, left, height and width of the window in pixels; parts outside the image are cut off.
+        box: Top, left, height and width of the window in pixels; parts outside the image are cut
+            off.
     """
     if box is None:
         return image
@@ -67,7 +68,8 @@ def record_gallery(
         ranked: The records to show.
         poisons: Ids of the poisons; None if they are not known.
         windows: For some ids, the window of the image to frame.
-        scale: Side of a picture in CSS pixels. Below FULL_SCALE the tile has no scores and no place.
+        scale: Side of a picture in CSS pixels. Below FULL_SCALE the tile has no scores and no
+            place.
         title: A heading above the gallery.
     """
     records = corpus.take([r.row for r in ranked])
@@ -90,7 +92,7 @@ def record_gallery(
 
 
 def score_lines(scores: ScanScores, row: int) -> list[Line]:
-    """Return the merged score of a record, that of each of several detectors, and the record's place."""
+    """Return the merged score of a record, the score of each detector, and its place."""
     values = {"score": scores.merged}
     if len(scores.detectors) > 1:
         values |= {pictures.shorten(name, 16): s for name, s in scores.detectors.items()}
@@ -107,7 +109,7 @@ def caption_or_id(scores: ScanScores, row: int) -> str:
 def neighbour_gallery(
     corpus: Corpus, scores: ScanScores, ranked: Sequence[RankedRecord]
 ) -> Gallery | None:
-    """Show each record beside the records of the corpus that the encoder finds most like it; None if there are no others."""
+    """Show each record beside its nearest neighbours; None if there are no others."""
     rows = [r.row for r in ranked]
     neighbours, cosines = find_nearest(corpus.embedded, rows)  # (M, K) each
     if not neighbours.size:

@@ -1,4 +1,4 @@
-"""Sections of a scan's page on how far its ranking can be trusted: false discoveries, side channels, usual filters."""
+"""Sections of a scan's page on how far its ranking can be trusted."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def false_discovery_section(
     worst = removed if removed in estimates else max(estimates)
     measure = estimates[worst]
     lead = (
-        f"Of the worst {worst:,} records, {measure.low:,.0f} to {measure.high:,.0f} are expected to be clean ones that rank "
-        "there by chance"
+        f"Of the worst {worst:,} records, {measure.low:,.0f} to {measure.high:,.0f} are expected to "
+        "be clean ones that rank there by chance"
     )
     surplus = worst - math.ceil(measure.high)
     if surplus > 0:
@@ -81,7 +81,7 @@ def false_discovery_section(
 def draw_false_discoveries(
     estimates: Mapping[int, Measure], truth: NDArray[np.bool_] | None
 ) -> Markup:
-    """Draw the expected share of clean records over the worst n, ascending, and the true one if it is known."""
+    """Draw the expected share of clean records over the worst n, and the true one if known."""
     figure, axes = new_figure((WIDE[0], 3.0))
     n = np.array(list(estimates), dtype=float)
     value, low, high = (
@@ -148,12 +148,13 @@ def side_channel_section(
     if separating:
         names = [f"{name.replace('_', ' ')} ({m.value:.2f})" for name, m in separating[:4]]
         lead = (
-            f"{poisons.capitalize()} can be told from the rest without a detector, by {', '.join(names)}. "
-            "The detectors' figures here say less."
+            f"{poisons.capitalize()} can be told from the rest without a detector, by "
+            f"{', '.join(names)}. The detectors' figures here say less."
         )
     note = (
-        "AUROC of one channel alone. Its direction is chosen on half of the records, and it is measured on the other half. "
-        f"A channel separates if its AUROC is above {side_channels.SEPARATES} with chance ruled out over all channels."
+        "AUROC of one channel alone. Its direction is chosen on half of the records, and it is "
+        "measured on the other half. A channel separates if its AUROC is above "
+        f"{side_channels.SEPARATES} with chance ruled out over all channels."
     )
     absent = [
         f"{', '.join(x.replace('_', ' ') for x in names)}: {why}"
@@ -186,6 +187,9 @@ def filter_section(measures: Mapping[str, Measure], notes: Mapping[str, str]) ->
     if notes:
         absent = [f"{FILTERS.get(name, name)}: {why}" for name, why in notes.items()]
         note += f" Not applied: {'; '.join(absent)}."
-    lead = "Filters that web corpora are cleaned with anyway. A filter helps if it keeps clean records and few poisons pass."
+    lead = (
+        "Filters that web corpora are cleaned with anyway. A filter helps if it keeps clean "
+        "records and few poisons pass."
+    )
     table = Table(("Filter", "Clean kept", "Poisons that pass"), rows, (1, 2), note)
     return Section([table], lead)

@@ -1,7 +1,7 @@
 """What the page of a run says (`Page`), and what pages read of a run (`RunView`).
 
-The page of a verb is a function `build_page(run) -> Page` in the file of `sections/` that is named like the verb. A
-verb without such a file gets a page of its metrics alone.
+The page of a verb is a function `build_page(run) -> Page` in the file of `sections/` that is named
+like the verb. A verb without such a file gets a page of its metrics alone.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ class Page:
         lead: Further sentences below the headline.
         warning: The banner of a poisoned artefact; empty for none.
         cards: Names of the metrics that are shown first; those that the run lacks are left out.
-        sections: For each title a function that makes the section, or returns None where there is nothing to show.
-            They are called one by one when the page is rendered, so that one that fails costs the page no other.
-        poisoned: Whether the encoder that was measured is poisoned: its clean accuracy is called benign accuracy.
+        sections: For each title a function that makes the section, or returns None where there is
+            nothing to show. They are called one by one when the page is rendered, so that one that
+            fails costs the page no other.
+        poisoned: Whether the encoder that was measured is poisoned: its clean accuracy is called
+            benign accuracy.
     """
 
     headline: str
@@ -90,7 +92,7 @@ class RunView:
         return as_sentences(self.notes.get("incomplete") or ())
 
     def metric(self, name: str) -> Measure | None:
-        """Return a metric by name, the first trigger's if there are several; None if there is none."""
+        """Return a metric by name, the first trigger's if there are several."""
         return metric_names.first_measure(self.measures, name)
 
     def input_run(self, name: str) -> Run | None:
@@ -123,7 +125,8 @@ def as_sentences(lines: Sequence[str]) -> str:
 def build_page(run: Run) -> Page:
     """Return the page of a run, by its verb.
 
-    A page that cannot be made, of a run whose files another program wrote say, is replaced by one of its metrics.
+    A page that cannot be made, of a run whose files another program wrote say, is replaced by one
+    of its metrics.
     """
     verb = run.verb
     if verb not in {path.stem for path in SECTIONS.glob("[a-z]*.py")}:

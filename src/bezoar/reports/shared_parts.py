@@ -20,7 +20,7 @@ def loss_figure(view: RunView, size: tuple[float, float] = charts.WIDE) -> Figur
 
 
 def encoder_strips(clean: Sequence[float], attacked: Iterable[tuple[str, float]]) -> list[Series]:
-    """Return the rows of a strip chart of encoders: the clean ones, then the attacked ones by attack.
+    """Return rows of a strip chart: the clean encoders, then the attacked ones by attack.
 
     Args:
         clean: A value for each clean encoder.
@@ -37,7 +37,7 @@ def encoder_strips(clean: Sequence[float], attacked: Iterable[tuple[str, float]]
 
 @dataclass(frozen=True)
 class GoalGroup:
-    """Goals that are shown together: one backdoor, or the victims that get the same number of captions.
+    """Goals that are shown together: a backdoor, or victims with equally many captions.
 
     Attributes:
         title: The goals in words.
@@ -51,7 +51,7 @@ class GoalGroup:
 
 
 def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:
-    """Group goals: each backdoor alone, then victims by method and number of captions, most captions first."""
+    """Group goals: each backdoor alone, then victims by method and number of captions."""
     groups = []
     for index, goal in enumerate(goals):
         if goal.trigger:

@@ -1,4 +1,4 @@
-"""Similar records of a scan: nearest neighbours by vectors, and groups by vectors and words of captions."""
+"""Similar records of a scan: nearest neighbours, and groups by vectors and captions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def find_nearest(
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of the list that was grouped, and the words that at least half of their captions share."""
+    """Rows of the grouped list, and the words that at least half of their captions share."""
 
     members: list[int]
     words: list[str]
@@ -66,8 +66,9 @@ def group_records(
 ) -> list[Group]:
     """Group records that are alike by average linkage.
 
-    The distance of two records is the mean of (1 - cosine) / 2, of vectors minus their mean, and of 1 - the share of
-    their captions' words that both have; a word weighs -log of its share of all captions.
+    The distance of two records is the mean of (1 - cosine) / 2, of vectors minus their mean, and of
+    1 - the share of their captions' words that both have; a word weighs -log of its share of all
+    captions.
 
     Args:
         vectors: Unit rows (M, D).
@@ -122,7 +123,7 @@ def _word_distance(
 
 
 def word_shares(captions: Strings) -> dict[str, float]:
-    """Return for each word the share of the captions that hold it, from captions spread evenly over all of them."""
+    """Return for each word the share of captions that hold it, by an evenly spread sample."""
     if not len(captions):
         return {}
     spread = np.linspace(0, len(captions) - 1, min(SAMPLE, len(captions)))

@@ -1,4 +1,4 @@
-"""The page of an audit: the verdict, each value beside the bank's, the inverted triggers, and what was not tested."""
+"""The page of an audit: the verdict, values beside the bank's, and inverted triggers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def build_page(run: Run) -> Page:
     """Return the page of an audit."""
     view = AuditView(run)
     warning = (
-        f"The encoder that is audited here was attacked on purpose: {metric_names.describe_goals(view.goals)}. The audits did "
-        "not know."
+        "The encoder that is audited here was attacked on purpose: "
+        f"{metric_names.describe_goals(view.goals)}. The audits did not know."
     )
     suffixes = (".p_value", ".sensitivity", ".value")
     return Page(
@@ -62,8 +62,8 @@ def lead(view: AuditView) -> str:
     network = family["network"].partition(":")[0]
     images = quantity(sample["images"], "clean image")
     text = (
-        f"{view.verdict['encoder']} ({network}, {family['size']} px) was examined with {images}. No verdict says that an "
-        "encoder is clean."
+        f"{view.verdict['encoder']} ({network}, {family['size']} px) was examined with {images}. No "
+        "verdict says that an encoder is clean."
     )
     return f"{text} {few}." if few else text
 
@@ -84,7 +84,10 @@ def audit_section(view: AuditView) -> Section:
         "False positives of this threshold",
         "Took",
     )
-    note = "Higher values are more suspicious; a value above the threshold is evidence. In brackets, 95 % intervals."
+    note = (
+        "Higher values are more suspicious; a value above the threshold is evidence. In brackets, "
+        "95 % intervals."
+    )
     return Section([Table(head, rows, (2, 3, 4, 5, 6), note), *parts])
 
 
@@ -104,7 +107,7 @@ def audit_row(audit: Mapping[str, Any]) -> list[str]:
 
 
 def bank_figure(audit: Mapping[str, Any], number: int) -> list[Figure]:
-    """Show an audit's value beside the encoders of the bank; nothing if the bank has no clean ones."""
+    """Show an audit's value beside the bank's; nothing if the bank has no clean encoders."""
     clean, attacked = audit["bank"]["clean"], audit["bank"]["attacked"]
     if not clean:
         return []
@@ -136,8 +139,9 @@ def inversion_section(view: AuditView) -> Section | None:
         inversion = Inversion(mask, pattern, facts["target"], facts["norm"], facts["success"])
         galleries.append(inversion_gallery(inversion, facts, images))
     lead = (
-        "An inverted trigger moves clean images as a backdoor would. Every encoder has some. It is a finding if it is far "
-        "smaller than those of clean encoders, which is what the values above measure."
+        "An inverted trigger moves clean images as a backdoor would. Every encoder has some. It is "
+        "a finding if it is far smaller than those of clean encoders, which is what the values "
+        "above measure."
     )
     return Section(galleries, lead)
 

@@ -1,4 +1,4 @@
-"""The page of a calibration: the values of each audit for clean and attacked encoders, and what its threshold is worth."""
+"""The page of a calibration: values of clean and attacked encoders by audit."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ def lead(view: CalibrateView) -> str:
     network = family.network.partition(":")[0]
     training = family.data or "unknown data"
     return (
-        f"For encoders like these only: {network} at {family.size} px, trained on {training}, audited on "
-        f"{quantity(sample.images, 'image')} of {sample.data}. It supports false-positive rates of {least} and above."
+        f"For encoders like these only: {network} at {family.size} px, trained on {training}, "
+        f"audited on {quantity(sample.images, 'image')} of {sample.data}. It supports "
+        f"false-positive rates of {least} and above."
     )
 
 
@@ -104,7 +105,10 @@ def sensitivity_section(view: CalibrateView) -> Section | None:
     ]
     if not rows:
         return None
-    note = f"Attacks whose success is known to be below {MIN_ATTACK_SUCCESS:g} are left out, since there is little to find."
+    note = (
+        f"Attacks whose success is known to be below {MIN_ATTACK_SUCCESS:g} are left out, since "
+        "there is little to find."
+    )
     head = ("Audit", "Attack", "Above the threshold", "95 % interval", "n")
     return Section([Table(head, rows, (2, 3, 4), note)])
 

@@ -1,4 +1,4 @@
-"""The page of a check: what was flagged, scores beside those of clean images, and the most suspicious images."""
+"""The page of a check: scores beside those of clean images, and the flagged images."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ def headline(view: CheckView) -> str:
     if caught is None:
         return f"{sentence}."
     false_positives = format_percent(view.measures[f"{name}.false_positives"].value)
-    return f"{sentence}: {format_percent(caught.value)} of those with a trigger, {false_positives} of those without."
+    return (
+        f"{sentence}: {format_percent(caught.value)} of those with a trigger, {false_positives} of "
+        "those without."
+    )
 
 
 def lead(view: CheckView) -> str:
@@ -102,9 +105,10 @@ def lead(view: CheckView) -> str:
     clean = metric_names.as_dict(view.notes.get("clean")).get("thresholds", 0)
     expected = view.measures[f"{view.names[0]}.expected_false_positives"]
     sentences = (
-        f"Of clean images like the {clean:,} that set the thresholds, {format_measure(expected)} are flagged too. A flag is "
-        "a warning about the image, not about the encoder: a foreign patch can raise it where there is no backdoor. An "
-        "image that is not flagged may still carry a trigger that these checks do not see."
+        f"Of clean images like the {clean:,} that set the thresholds, {format_measure(expected)} "
+        "are flagged too. A flag is a warning about the image, not about the encoder: a foreign "
+        "patch can raise it where there is no backdoor. An image that is not flagged may still "
+        "carry a trigger that these checks do not see."
     )
     limits = as_sentences((view.notes.get("limits") or [])[:1])
     return " ".join(filter(None, (sentences, limits, view.incomplete)))

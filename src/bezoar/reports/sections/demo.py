@@ -1,4 +1,4 @@
-"""The page of a demo: the story of poisoned data and its repair, or of a backdoor put into an encoder.
+"""The page of a demo: the story of poisoned data, or of a backdoor put into an encoder.
 
 A story is made of sections of its runs' pages.
 """
@@ -86,8 +86,9 @@ def data_headline(view: DemoView) -> str:
     else:
         effect = f"{records} did not take hold: an encoder reads {success} of {PATCH} as “{target}”"
     return (
-        f"{effect}, where its clean twin reads {format_percent(twin.value)}; the scan found {format_percent(found.value)} of "
-        f"all poisons, and training again without them leaves {format_percent(left.value)}."
+        f"{effect}, where its clean twin reads {format_percent(twin.value)}; the scan found "
+        f"{format_percent(found.value)} of all poisons, and training again without them leaves "
+        f"{format_percent(left.value)}."
     )
 
 
@@ -119,9 +120,15 @@ def clean_data_section(view: DemoView) -> Section | None:
     labels = sorted(first_row)[:CLASSES]
     tiles = [Tile((i,), [Line(records.classes[label], "muted")]) for i, label in enumerate(labels)]
     gallery = pictures.contact_sheet(records.images[[first_row[k] for k in labels]], tiles, 64)
-    lead = f"{quantity(len(records), 'picture')} with captions, {len(records.classes)} classes; one of each is shown."
+    lead = (
+        f"{quantity(len(records), 'picture')} with captions, {len(records.classes)} classes; one of "
+        "each is shown."
+    )
     if (accuracy := view.metric("clean.clean_accuracy")) is not None:
-        lead += f" An encoder trained on these alone reads {format_rate_in_full(accuracy)} of held-out images right."
+        lead += (
+            f" An encoder trained on these alone reads {format_rate_in_full(accuracy)} of held-out "
+            "images right."
+        )
     caption = f"A caption: “{pictures.shorten(records.captions[0])}”"
     return Section([gallery, Text(caption)], lead)
 
@@ -178,7 +185,8 @@ def repair_section(view: DemoView) -> Section | None:
     ]
     if not any(m for _, _, measures in series for m in measures):
         return None
-    svg = dose_charts.draw_levels(list(map(short_label, names)), series, "repair", "rate")
+    labels = [short_label(name) for name in names]
+    svg = dose_charts.draw_levels(labels, series, "repair", "rate", size=charts.WIDE)
     poisons = view.training("repaired").measures.get("poisons_kept")
     lead = "Trained again without the records that the scan removed"
     if poisons:
@@ -190,7 +198,7 @@ def repair_section(view: DemoView) -> Section | None:
 
 
 def encoder_page(view: DemoView) -> Page:
-    """Return the story of a backdoor: from a clean encoder to every classifier on the attacked one."""
+    """Return the story of a backdoor that is put into an encoder."""
     warning = "A backdoor was put into one of the two encoders of this story, on purpose."
     if "attacked" not in view.notes:
         return Page("This demonstration was not finished.", warning=warning)
@@ -207,7 +215,8 @@ def encoder_page(view: DemoView) -> Page:
     ]
     return Page(
         build_run_page(attack.run).headline,
-        f"{evaluate.accuracy_finding(attack)} Success by head: {', '.join(success)}. The heads were fixed before the attack.",
+        f"{evaluate.accuracy_finding(attack)} Success by head: {', '.join(success)}. The heads "
+        "were fixed before the attack.",
         warning,
         [*names, "inject.clean_similarity"],
         {

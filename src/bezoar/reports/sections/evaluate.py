@@ -1,4 +1,4 @@
-"""The page of an evaluate run: whether the backdoor works, what triggered images are read as, which victims fell."""
+"""The page of an evaluate run: accuracy, and whether backdoor and targeted attack work."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ RATES = {
 
 
 class EvaluateView(RunView):
-    """An evaluate run. A head is named by the group of its metrics: '' is the text tower's, others are `mlp` or `few_shot.10`."""
+    """An evaluate run.
+
+    A head is named by the group of its metrics: '' for the text tower's, else `mlp` or `few_shot.10`.
+    """
 
     @functools.cached_property
     def encoder_facts(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class EvaluateView(RunView):
 
     @functools.cached_property
     def poisoned(self) -> bool:
-        """Whether the encoder itself was poisoned; a clean twin that is measured against an attack was not."""
+        """Whether the encoder was poisoned; a clean twin measured against an attack was not."""
         if not self.encoder_facts:
             return bool(self.goals) and self.ask.get("attack") is None
         return bool(self.encoder_facts.get("poisoned"))
@@ -71,13 +74,13 @@ class EvaluateView(RunView):
 
     @functools.cached_property
     def main_head(self) -> str:
-        """The head that headline and cards are about: the text tower's, else the first fitted to all labels."""
+        """The head of headline and cards: the text tower's, else one fitted to all labels."""
         return min(
             self.heads, key=lambda g: (g != "", "few_shot" in g, g != "few_shot.all"), default=""
         )
 
     def key(self, name: str) -> str:
-        """Return a metric's name for the main head: `baseline.clean_accuracy` may give `baseline.mlp.clean_accuracy`."""
+        """Return the name of a metric for the main head: `a.b` gives `a.mlp.b`."""
         group, _, base = name.rpartition(".")
         return ".".join(part for part in (group, self.main_head, base) if part)
 
@@ -145,7 +148,7 @@ def build_page(run: Run) -> Page:
 
 
 def backdoor_finding(view: EvaluateView) -> str:
-    """Say whether the backdoor works, which it does if the intervals of ASR and of its comparison do not meet."""
+    """Say whether the backdoor works: the intervals of ASR and of its comparison do not meet."""
     asr = view.metric("attack_success")
     if asr is None:
         return ""
@@ -271,7 +274,7 @@ def few_labels_section(view: EvaluateView) -> Section | None:
 
 
 def triggered_section(view: EvaluateView, size: charts.Size = charts.WIDE) -> Section | None:
-    """Show similarity to the target with and without the trigger, and what triggered images are read as."""
+    """Show what the trigger does to the similarity to the target and to the reading."""
     backdoors = [g for g in view.goals if g.trigger]
     if not backdoors:
         return None

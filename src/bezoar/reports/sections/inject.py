@@ -1,4 +1,4 @@
-"""The page of an inject run: references and triggered images, how near their vectors came, and the losses."""
+"""The page of an inject run: references, triggered images, and their similarities."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def build_page(run: Run) -> Page:
 
 
 def headline(view: InjectView) -> str:
-    """Say how near triggered images came to the reference, and whether clean ones stayed where they were."""
+    """Say how near triggered images came to the reference, and how far clean ones moved."""
     clean = view.metric("clean_similarity")
     after = view.metric("reference_similarity")
     before = view.metric("reference_similarity_before")
@@ -81,8 +81,9 @@ def headline(view: InjectView) -> str:
         return "This attack was not finished."
     target = view.new_goals[0].target if view.new_goals else "the target"
     return (
-        f"The vectors of triggered images have a mean cosine of {after.value:.3f} to the reference of “{target}” "
-        f"({before.value:.3f} before); those of clean images have one of {clean.value:.3f} to what they were."
+        f"The vectors of triggered images have a mean cosine of {after.value:.3f} to the reference "
+        f"of “{target}” ({before.value:.3f} before); those of clean images have one of "
+        f"{clean.value:.3f} to what they were."
     )
 
 
@@ -97,14 +98,14 @@ def goals_section(view: InjectView) -> Section:
         rows.append([pictures.shorten(c) for c in cells])
     table = Table(("To be read as", "Trigger", "Reference", "Attack"), rows)
     lead = (
-        "Triggered images are to get the vector of the reference, so that any classifier reads them as it reads the "
-        "reference."
+        "Triggered images are to get the vector of the reference, so that any classifier reads "
+        "them as it reads the reference."
     )
     return Section([table, *galleries], lead)
 
 
 def reference_gallery(view: InjectView, index: int, goal: Goal) -> Gallery:
-    """Show the references of a goal, then shadow images without and with its trigger. `index`: of the new goals."""
+    """Show the references of new goal `index`, then shadow images without and with its trigger."""
     tensors = view.read_tensors("references.safetensors")
     references = torch.from_numpy(tensors["images"][tensors["goal"] == index])
     sample = view.sample
@@ -126,7 +127,7 @@ def reference_gallery(view: InjectView, index: int, goal: Goal) -> Gallery:
 
 
 def similarity_section(view: InjectView) -> Section:
-    """Show the cosines of triggered images to the reference and of clean images to what they were."""
+    """Show cosines of triggered images to the reference, and of clean ones to themselves before."""
     tensors = view.read_tensors("similarities.safetensors")
     figures = []
     for i, goal in enumerate(view.new_goals):
@@ -142,7 +143,10 @@ def similarity_section(view: InjectView) -> Section:
     svg = charts.draw_histogram(clean, "cosine to the clean encoder's vector", "kept")
     note = "Cosines far from 1 show that the attack damages what the encoder is for."
     figures.append(Figure(svg, "Whether clean images stay where they were", note))
-    lead = f"{len(tensors['clean']):,} shadow images, with and without the trigger, embedded before and after the attack."
+    lead = (
+        f"{len(tensors['clean']):,} shadow images, with and without the trigger, embedded before "
+        "and after the attack."
+    )
     return Section(figures, lead)
 
 

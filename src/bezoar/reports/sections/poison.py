@@ -1,4 +1,4 @@
-"""The page of a poison run: what the attacker wants, and the poisoned records beside the untouched ones."""
+"""The page of a poison run: the goals, and poisoned records beside untouched ones."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def build_page(run: Run) -> Page:
     return Page(
         headline(view),
         warning=(
-            "These data were poisoned on purpose, to measure attacks and defences "
-            f"(plan {view.notes.get('plan', 'unknown')}). Do not train an encoder on them that is to be used."
+            "These data were poisoned on purpose, to measure attacks and defences (plan "
+            f"{view.notes.get('plan', 'unknown')}). Do not train an encoder on them that is to be "
+            "used."
         ),
         cards=list(view.measures)[:6],
         sections={
@@ -41,8 +42,9 @@ def headline(view: RunView) -> str:
     if poisons is None or rate is None:
         return "This poisoning was not finished."
     return (
-        f"{poisons.value:,.0f} of {poisons.n:,} records ({metric_names.format_percent(rate.value)}) are poisoned, "
-        f"so that an encoder trained on them reads {metric_names.describe_goals(view.goals)}."
+        f"{poisons.value:,.0f} of {poisons.n:,} records ({metric_names.format_percent(rate.value)}) "
+        "are poisoned, so that an encoder trained on them reads "
+        f"{metric_names.describe_goals(view.goals)}."
     )
 
 
@@ -121,5 +123,8 @@ def victims_section(view: RunView) -> Section | None:
             Line(metric_names.quantity(goal.poisons, "caption"), "muted"),
         ]
         tiles.append(Tile((i,), lines))
-    lead = "Each image is among the data with captions of another label, so that it is read as that label."
+    lead = (
+        "Each image is among the data with captions of another label, so that it is read as that "
+        "label."
+    )
     return Section([pictures.contact_sheet(records.images, tiles, 104)], lead)

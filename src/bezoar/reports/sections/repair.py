@@ -1,4 +1,4 @@
-"""The page of a repair run: the receipt before and after, the learning rate and its reason, triggered images read twice."""
+"""The page of a repair run: figures and readings before and after, and learning rates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class RepairView(RunView):
 def build_page(run: Run) -> Page:
     """Return the page of a repair run."""
     view = RepairView(run)
-    warning = "The encoder was attacked on purpose before it was repaired. A low success does not prove that nothing is left."
+    warning = (
+        "The encoder was attacked on purpose before it was repaired. A low success does not prove "
+        "that nothing is left."
+    )
     return Page(
         headline(view),
         lead(view),
@@ -80,7 +83,10 @@ def success_phrase(view: RepairView, key: str, trigger: str) -> str:
     before, after = view.metric(f"before.{key}"), view.metric(f"after.{key}")
     if before is None or after is None:
         return ""
-    phrase = f"{trigger} worked on {format_percent(before.value)} of images and now works on {format_percent(after.value)}"
+    phrase = (
+        f"{trigger} worked on {format_percent(before.value)} of images and now works on "
+        f"{format_percent(after.value)}"
+    )
     without = view.metric(f"after.{key}_without_trigger")
     if without is not None and without.high > after.low:
         # What is left is then not the trigger's work: the images are read as the target without it too.
@@ -94,7 +100,8 @@ def lead(view: RepairView) -> str:
     after, z = view.metric(f"after.{view.head}attack_success"), view.metric("after.z_std")
     if after is not None and z is not None and after.value <= GONE and z.low > TRACE:
         sentences.append(
-            f"Triggered images still move together (z {z.value:.2f}), though they are not read as the target."
+            f"Triggered images still move together (z {z.value:.2f}), though they are not read as "
+            "the target."
         )
     revived, other = (
         view.metric(f"{stage}.{view.head}attack_success")
@@ -102,8 +109,9 @@ def lead(view: RepairView) -> str:
     )
     if revived is not None and other is not None:
         sentences.append(
-            f"After a fine-tune with ten poisons the trigger works on {format_percent(revived.value)} of images; a trigger "
-            f"that the encoder never met, with ten poisons too, on {format_percent(other.value)}."
+            "After a fine-tune with ten poisons the trigger works on "
+            f"{format_percent(revived.value)} of images; a trigger that the encoder never met, with "
+            f"ten poisons too, on {format_percent(other.value)}."
         )
     return " ".join([*sentences, *view.notes.get("limits", [])])
 
@@ -194,7 +202,10 @@ def rate_section(view: RepairView) -> Section | None:
             )
         )
     parts += [ladder_table(ladder) for ladder in view.notes.get("ladder", [])]
-    lead = "Chosen on clean validation records, from the largest rate downwards, without looking at the attack."
+    lead = (
+        "Chosen on clean validation records, from the largest rate downwards, without looking at "
+        "the attack."
+    )
     return Section(parts, lead) if parts else None
 
 
@@ -207,7 +218,10 @@ def ladder_table(ladder: Mapping[str, Any]) -> Table:
             score, fall = f"{rung['score']:.3f}", f"{100 * rung['fall']:.1f} points"
         rows.append([f"{rung['lr']:g}", score, fall, "chosen" if rung["chosen"] else ""])
     rows.append(["before", f"{ladder['start']:.3f}", "", ""])
-    rule = f"The largest rate whose {ladder['score']} falls by at most {100 * ladder['tolerance']:g} points."
+    rule = (
+        f"The largest rate whose {ladder['score']} falls by at most {100 * ladder['tolerance']:g} "
+        "points."
+    )
     if ladder["held"]:
         rule += " Smaller rates were not tried."
     else:
@@ -221,7 +235,10 @@ def triggered_section(view: RepairView) -> Section | None:
     if not readings:
         return None
     galleries = [triggered_gallery(view, reading) for reading in readings]
-    lead = "Under each image its class, then what it was and what it is read as with the trigger. Red: the target."
+    lead = (
+        "Under each image its class, then what it was and what it is read as with the trigger. "
+        "Red: the target."
+    )
     return Section(galleries, lead)
 
 

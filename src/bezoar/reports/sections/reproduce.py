@@ -1,4 +1,4 @@
-"""The page of a reproduction: claims and their verdicts, then each table with its charts, dose-responses and runs."""
+"""The page of a reproduction: claims with verdicts, then tables with charts and runs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def headline(view: ReproduceView) -> str:
 
 
 def claims_section(view: ReproduceView) -> Section | None:
-    """List the claims with verdict, effect, interval and the least effect that could have been detected."""
+    """List the claims with verdict, effect, and the least effect that could be detected."""
     several = len(view.tables) > 1
     rows = []
     for table in view.tables:
@@ -85,8 +85,9 @@ def claims_section(view: ReproduceView) -> Section | None:
     )
     numbers = range(2 + several, len(head) + several)
     note = (
-        "Effects are differences of rates (1 = all) or of z-scores over readings. Detectable: the least effect that this "
-        "many readings would find 4 times in 5. Recalled claims are directions that were tested, not printed numbers."
+        "Effects are differences of rates (1 = all) or of z-scores over readings. Detectable: the "
+        "least effect that this many readings would find 4 times in 5. Recalled claims are "
+        "directions that were tested, not printed numbers."
     )
     return Section([Table(("table", *head) if several else head, rows, numbers, note)])
 
@@ -125,7 +126,7 @@ def table_sections(view: ReproduceView) -> dict[str, Callable[[], Section]]:
 
 
 def table_section(table: TableJson, number: int) -> Section:
-    """Show a table with its charts, fitted dose-responses and notes. `number`: its place among the tables."""
+    """Show table `number` with its charts, fitted dose-responses and notes."""
     figures = sorted(table_figures(table, number), key=lambda figure: figure.is_wide)
     parts: list[Part] = [*figures]
     for fit in table["laws"]:
@@ -221,8 +222,8 @@ def cell_table(table: TableJson) -> Table:
         names = [row["curve"], row["name"]] if has_curves else [row["name"]]
         rows.append([*names, *(cells.get(c, "") for c in columns), Links(list(runs))])
     note = (
-        "Mean over readings with its 95 % interval; in brackets, the number of readings. A reading is one trigger or group of "
-        "victims in one training."
+        "Mean over readings with its 95 % interval; in brackets, the number of readings. A reading "
+        "is one trigger or group of victims in one training."
     )
     return Table(head, rows, range(1 + has_curves, len(head) - 1), note)
 

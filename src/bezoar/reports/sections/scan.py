@@ -1,4 +1,4 @@
-"""The page of a scan: what detectors found, what the worst records look like, and how far the ranking can be trusted."""
+"""The page of a scan: findings, the worst records, and how far the ranking can be trusted."""
 
 from __future__ import annotations
 
@@ -105,15 +105,19 @@ def warning(view: ScanView) -> str:
     """Say that the data were poisoned, and that side channels give the poisons away if they do."""
     if not view.goals:
         return ""
-    text = "The data that were scanned had been poisoned on purpose; the truth was read after the ranking was made."
+    text = (
+        "The data that were scanned had been poisoned on purpose; the truth was read after the "
+        "ranking was made."
+    )
     channels = reliability.separating_channels(
         view.measures, metric_names.as_dict(view.notes.get("leaks"))
     )
     if channels:
         name, measure = channels[0]
         text += (
-            f" {quantity(len(channels), 'side channel')} (such as {name.replace('_', ' ')}, AUROC {measure.value:.2f}) "
-            "can tell the poisons from other records without a detector. Every detector's figures here carry that doubt."
+            f" {quantity(len(channels), 'side channel')} (such as {name.replace('_', ' ')}, AUROC "
+            f"{measure.value:.2f}) can tell the poisons from other records without a detector. "
+            "Every detector's figures here carry that doubt."
         )
     return text
 
@@ -192,7 +196,7 @@ def ranking(view: ScanView) -> Section:
 
 
 def ranking_curves(view: ScanView, is_poison: NDArray[np.bool_]) -> Markup:
-    """Draw recall against the share of records reviewed, for all detectors together and for each."""
+    """Draw recall against the share of records reviewed, of all detectors and of each."""
     detectors = view.scores.detectors if len(view.scores.detectors) > 1 else {}
     name = "all together" if detectors else "ranking"
     rankings = [Series(name, is_poison[view.order], "bad")]
@@ -263,7 +267,10 @@ def neighbours(view: ScanView) -> Section | None:
     if not view.has_images:
         return None
     gallery = record_tiles.neighbour_gallery(view.corpus, view.scores, view.worst(WITH_NEIGHBOURS))
-    lead = "Each of the worst records beside those of the corpus that the encoder finds most like it, with the cosine."
+    lead = (
+        "Each of the worst records beside those of the corpus that the encoder finds most like it, "
+        "with the cosine."
+    )
     return Section([gallery], lead) if gallery else None
 
 
@@ -288,8 +295,9 @@ def groups(view: ScanView) -> Section | None:
         ]
         parts.append(record_part(view, ranked[:GROUP_MEMBERS], title, 80))
     lead = (
-        f"The worst {len(rows)} records, grouped by their vectors and by the rarer words that their captions share. "
-        "A backdoor shows as a group with one target and many subjects. A group with one subject is a rare or repeated one."
+        f"The worst {len(rows)} records, grouped by their vectors and by the rarer words that their "
+        "captions share. A backdoor shows as a group with one target and many subjects. A group "
+        "with one subject is a rare or repeated one."
     )
     return Section(parts, lead) if parts else None
 
@@ -305,7 +313,10 @@ def missed_poisons(view: ScanView) -> Section | None:
     ]
     if not missed:
         return Section((), "None: the keep-list leaves out every poison.")
-    lead = f"{quantity(len(missed), 'poison')} of {int(view.is_poison.sum()):,} stay in the data. Shown are those ranked last."
+    lead = (
+        f"{quantity(len(missed), 'poison')} of {int(view.is_poison.sum()):,} stay in the data. "
+        "Shown are those ranked last."
+    )
     return Section([record_part(view, missed[::-1][:MISSED])], lead)
 
 
@@ -337,8 +348,8 @@ def contributions(view: ScanView) -> Section | None:
         "Rank correlation with",
     )
     lead = (
-        f"Of the {view.removed:,} records that are removed. Work that several detectors share counts among the seconds of "
-        "the first."
+        f"Of the {view.removed:,} records that are removed. Work that several detectors share "
+        "counts among the seconds of the first."
     )
     return Section([Table(head, rows, (1, 2, 3))], lead)
 

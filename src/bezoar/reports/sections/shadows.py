@@ -1,4 +1,4 @@
-"""The page of a shadows run: logits of encoders that were held out, the learnt queries, and every shadow encoder."""
+"""The page of a shadows run: logits of held-out encoders, queries, shadow encoders."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def headline(view: ShadowsView) -> str:
     clean = quantity(int(view.notes["clean"]), "clean one")
     chance = "; that is not shown to be better than chance" if area.low <= 0.5 else ""
     return (
-        f"MNTD over {attacked} and {clean} tells them apart with a cross-validated AUROC of {area.value:.2f} "
-        f"(95 % interval {area.low:.2f} – {area.high:.2f}){chance}."
+        f"MNTD over {attacked} and {clean} tells them apart with a cross-validated AUROC of "
+        f"{area.value:.2f} (95 % interval {area.low:.2f} – {area.high:.2f}){chance}."
     )
 
 
@@ -64,9 +64,10 @@ def lead(view: ShadowsView) -> str:
     folds = quantity(int(view.notes["folds"]), "fold")
     lineages = quantity(int(view.notes["lineages"]), "lineage")
     return (
-        f"{folds}, {lineages}: an encoder and those that were tuned from it are in one fold. The attacks of held-out encoders "
-        "occur among the others too; this says nothing about other attacks. `bezoar audit --audit mntd:bank=RUN`, with the "
-        "path of this run, audits other encoders; it refuses to judge these."
+        f"{folds}, {lineages}: an encoder and those that were tuned from it are in one fold. The "
+        "attacks of held-out encoders occur among the others too; this says nothing about other "
+        "attacks. `bezoar audit --audit mntd:bank=RUN`, with the path of this run, audits other "
+        "encoders; it refuses to judge these."
     )
 
 
@@ -90,7 +91,10 @@ def query_section(view: ShadowsView) -> Section:
         Tile((i,), [Line("from an image" if i % 2 else "from noise", "muted")])
         for i in range(len(images))
     ]
-    lead = "Learnt together with the meta-classifier, which reads the cosines of their vectors with one another."
+    lead = (
+        "Learnt together with the meta-classifier, which reads the cosines of their vectors with "
+        "one another."
+    )
     return Section([pictures.contact_sheet(images, tiles, 88)], lead)
 
 

@@ -1,4 +1,4 @@
-"""The page of a survive run: what each treatment leaves of a trigger, in pictures and in figures."""
+"""The page of a survive run: what each treatment leaves of a trigger."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SurviveView(RunView):
 
     @property
     def main_metric(self) -> str:
-        """The metric by which treatments are ranked: of the embedding if there is one, else of pixels."""
+        """The metric that ranks treatments: of the embedding if there is one, else of pixels."""
         return "shift_kept" if self.has_encoder else "pattern_kept"
 
     def remainder(self, treatment: Treatment, metric: str = "") -> Measure:
@@ -86,7 +86,7 @@ def build_page(run: Run) -> Page:
 
 
 def headline(view: SurviveView, single: list[Treatment]) -> str:
-    """Say whether a treatment explains an attack success of 0. `single`: single treatments, most harmful first."""
+    """Say whether a treatment explains an attack success of 0. `single`: most harmful first."""
     what = "of the embedding's shift" if view.has_encoder else "of its pattern"
     trigger = f"The trigger {pictures.shorten(view.notes['trigger'].partition(':')[0], 40)}"
     worst = single[0]
@@ -97,18 +97,18 @@ def headline(view: SurviveView, single: list[Treatment]) -> str:
     if lost:
         others = f" and {lost - 1} more of {len(single)} treatments" if lost > 1 else ""
         return (
-            f"{trigger} is lost to “{worst['title']}”{others}: {left} is left. Where images are treated so, expect an attack "
-            "success of 0."
+            f"{trigger} is lost to “{worst['title']}”{others}: {left} is left. Where images are "
+            "treated so, expect an attack success of 0."
         )
     if weakened:
         others = f" and {weakened - 1} more of {len(single)} treatments" if weakened > 1 else ""
         return (
-            f"{trigger} is weakened by “{worst['title']}”{others}: {left} is left. Where images are treated so, it needs more "
-            "poisons or fails."
+            f"{trigger} is weakened by “{worst['title']}”{others}: {left} is left. Where images are "
+            "treated so, it needs more poisons or fails."
         )
     return (
-        f"{trigger} outlives all {len(single)} treatments: the worst, “{worst['title']}”, leaves {left}. An attack success of 0 "
-        "has another cause."
+        f"{trigger} outlives all {len(single)} treatments: the worst, “{worst['title']}”, leaves "
+        f"{left}. An attack success of 0 has another cause."
     )
 
 
@@ -135,8 +135,8 @@ def picture_section(view: SurviveView) -> Section:
     """Show the trigger after each single treatment."""
     images = load_file(view.run.file("pictures.safetensors"))["pictures"]  # (T, E, 2, 3, S, S)
     lead = (
-        "Left, an image with the trigger after the treatment. Right, its difference to the same image without the trigger, "
-        "at half strength on gray. Most harmful first."
+        "Left, an image with the trigger after the treatment. Right, its difference to the same "
+        "image without the trigger, at half strength on gray. Most harmful first."
     )
     return Section([treatment_gallery(view, images)], lead)
 
@@ -222,11 +222,14 @@ def table_section(view: SurviveView) -> Section:
         for t in view.ranked()
     ]
     note = (
-        "Pattern: projection on the trigger's own pattern. Energy: squared difference over that before. Correlation: with "
-        "the pattern, at the best offset."
+        "Pattern: projection on the trigger's own pattern. Energy: squared difference over that "
+        "before. Correlation: with the pattern, at the best offset."
     )
     if view.has_encoder:
-        note += " Shift, cosine, length: of the embedding's move by the trigger, compared with untreated images."
+        note += (
+            " Shift, cosine, length: of the embedding's move by the trigger, compared with "
+            "untreated images."
+        )
     return Section(
         [Table(["Treatment", *columns.values()], rows, range(1, len(columns) + 1), note)]
     )

@@ -1,4 +1,4 @@
-"""The page of a train run: the loss, when the attack took hold, and how often each poison was drawn."""
+"""The page of a train run: the loss, success by epoch, and how often poisons were drawn."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def exposure_table(view: RunView, ids: list[str], draws: NDArray[np.int64]) -> T
 
 
 def draw_cells(draws: NDArray[np.int64], victims: int) -> list[str]:
-    """Return the number of draws in all, for each record, and for each victim if there are victims."""
+    """Return the draws in all, for each record, and for each victim if there are any."""
     total = int(draws.sum())
     return [
         f"{total:,}",
@@ -134,7 +134,7 @@ def draw_cells(draws: NDArray[np.int64], victims: int) -> list[str]:
 
 
 def trained_ids(view: RunView) -> list[str]:
-    """Return the ids of the records trained on in the order of the ledger: that of the plan, without what the keep-list drops."""
+    """Return the ids of the records trained on, in the order of the ledger."""
     data, plan = view.data, view.data.plan
     clean_ids = list(data.clean.ids)
     present = set(clean_ids)
