@@ -1,4 +1,4 @@
-"""Reports: self-contained, escaped, complete, and never the reason that a run fails."""
+"""Pages are self-contained, escaped and complete, and they never make a run fail."""
 
 import html
 import json
@@ -31,7 +31,7 @@ VERBS = {"demo", "poison", "train", "evaluate", "scan"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every verb's run and page, of the smallest story there is."""
+    """A run and a page of each verb of the demo, as small as possible."""
     folder = tmp_path_factory.mktemp("work") / "runs"
     execute(
         Demo(count=300, test=60, epochs=1, poisons=12, victims=2),
@@ -42,11 +42,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(runs: Path, tmp_path: Path) -> Path:
-    """The same runs, to spoil."""
+    """The same runs, to be damaged."""
     return Path(shutil.copytree(runs, tmp_path / "runs"))
 
 
-class Page(HTMLParser):
+class ParsedPage(HTMLParser):
     """Tags, attributes and text of a page."""
 
     def __init__(self, text: str) -> None:
@@ -64,20 +64,20 @@ class Page(HTMLParser):
         self.text += data
 
 
-def of(folder: Path, verb: str) -> list[Run]:
+def runs_of(folder: Path, verb: str) -> list[Run]:
     return [Run(p) for p in sorted(folder.glob(f"{verb}-*"))]
 
 
-def read(run: Run) -> str:
+def read_page(run: Run) -> str:
     return (run.path / "report.html").read_text(encoding="utf-8")
 
 
 def test_every_run_has_a_page_that_needs_nothing_else(runs: Path) -> None:
-    found = [Run(p) for p in sorted(runs.iterdir())]
-    assert {r.verb for r in found} == VERBS
-    for run in found:
-        text = read(run)
-        seen = Page(text)
+    every_run = [Run(p) for p in sorted(runs.iterdir())]
+    assert {r.verb for r in every_run} == VERBS
+    for run in every_run:
+        text = read_page(run)
+        seen = ParsedPage(text)
         assert text.startswith("<!doctype html>")
         assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(seen.tags)
         assert "could not be made" not in text, run.name
@@ -94,38 +94,36 @@ def test_every_run_has_a_page_that_needs_nothing_else(runs: Path) -> None:
         assert "default-src 'none'" in text
 
 
-def test_a_page_to_hand_around_leads_nowhere_and_says_no_folder_of_this_machine(
-    runs: Path, tmp_path: Path
-) -> None:
-    moved = tmp_path / "some where" / "kept"
+def test_a_standalone_page_has_no_links_and_names_no_folder(runs: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "some where" / "archive"
     shutil.copytree(runs, moved)
-    run = of(moved, "demo")[0]
+    run = runs_of(moved, "demo")[0]
     assert str(moved) in page.render_page(run) and "../train-" in page.render_page(run)
     text = page.write_standalone_page(run, tmp_path / "page.html").read_text(encoding="utf-8")
     assert str(tmp_path) not in text and "../train-" not in text and "bezoar demo" in text
 
 
 def test_ids_of_a_page_are_unique(runs: Path) -> None:
-    for run in of(runs, "demo"):
-        ids = [v for _, k, v in Page(read(run)).attributes if k == "id"]
+    for run in runs_of(runs, "demo"):
+        ids = [v for _, k, v in ParsedPage(read_page(run)).attributes if k == "id"]
         assert ids and len(ids) == len(set(ids))
 
 
 def test_every_metric_stands_with_value_interval_and_n(runs: Path) -> None:
     for run in [Run(p) for p in sorted(runs.iterdir())]:
-        rows = re.findall(r"<tr title=.*?</tr>", read(run), re.DOTALL)
+        rows = re.findall(r"<tr title=.*?</tr>", read_page(run), re.DOTALL)
         assert len(rows) == len(run.manifest["metrics"])
         for row, (key, m) in zip(rows, run.manifest["metrics"].items(), strict=True):
-            text = Page(row).text
+            text = ParsedPage(row).text
             unit = metric_names.label_and_unit(key)[1]
             assert key in text and m["how"] in text and f"{m['n']:,}" in text
             assert metric_names.format_value(m["value"], unit) in text
             assert metric_names.format_interval(Measure(**m), unit) in text
 
 
-def test_the_story_of_the_demo_is_whole(runs: Path) -> None:
-    run = of(runs, "demo")[0]
-    text = Page(read(run)).text
+def test_the_demo_tells_its_whole_story(runs: Path) -> None:
+    run = runs_of(runs, "demo")[0]
+    text = ParsedPage(read_page(run)).text
     for title in (
         "1 · Clean data",
         "2 · The poison",
@@ -135,14 +133,14 @@ def test_the_story_of_the_demo_is_whole(runs: Path) -> None:
     ):
         assert title in text
     for name in run.manifest["parents"]:
-        assert f'href="../{name}/report.html"' in read(run)
+        assert f'href="../{name}/report.html"' in read_page(run)
 
 
 def test_poisoned_artefacts_say_so(runs: Path) -> None:
-    clean = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["clean"])
-    poisoned = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
-    assert 'class="warning"' in read(poisoned) and 'class="warning"' not in read(clean)
-    assert all('class="warning"' in read(r) for r in of(runs, "poison"))
+    clean = run_named(runs, runs_of(runs, "demo")[0].manifest["notes"]["trained"]["clean"])
+    poisoned = run_named(runs, runs_of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
+    assert 'class="warning"' in read_page(poisoned) and 'class="warning"' not in read_page(clean)
+    assert all('class="warning"' in read_page(r) for r in runs_of(runs, "poison"))
 
 
 def run_named(folder: Path, name: str) -> Run:
@@ -162,11 +160,11 @@ def test_the_printed_command_asks_the_same_question(
 
 
 def test_hostile_text_is_text(copy: Path) -> None:
-    for run in of(copy, "poison"):
+    for run in runs_of(copy, "poison"):
         lines = (run.path / "plan.jsonl").read_text().splitlines()
         edits = [json.dumps(json.loads(line) | {"caption": HOSTILE}) for line in lines[1:]]
         (run.path / "plan.jsonl").write_text("\n".join([lines[0], *edits]))
-    for run in of(copy, "scan"):
+    for run in runs_of(copy, "scan"):
         ranked = [
             r | {"caption": HOSTILE} for r in json.loads((run.path / "ranked.json").read_text())
         ]
@@ -181,7 +179,7 @@ def test_hostile_text_is_text(copy: Path) -> None:
         (run.path / "manifest.json").write_text(json.dumps(manifest))
     for run in [Run(p) for p in copy.iterdir()]:
         text = page.write_page(run).read_text(encoding="utf-8")
-        seen = Page(text)
+        seen = ParsedPage(text)
         assert "script" not in seen.tags and "img" not in seen.tags
         assert text.count("</style>") == 1 and "49" not in re.findall(r"\$ (\S+)", text)
         assert not [
@@ -196,8 +194,8 @@ def test_a_missing_file_costs_a_section_and_not_the_page(copy: Path) -> None:
             path.unlink()
     for run in [Run(p) for p in copy.iterdir()]:
         assert "All figures" in page.write_page(run).read_text(encoding="utf-8")
-    assert any("could not be made" in read(r) for r in of(copy, "train"))
-    lonely = of(copy, "evaluate")[0]
+    assert any("could not be made" in read_page(r) for r in runs_of(copy, "train"))
+    lonely = runs_of(copy, "evaluate")[0]
     for other in copy.iterdir():
         if other != lonely.path:
             shutil.rmtree(other)
@@ -206,19 +204,19 @@ def test_a_missing_file_costs_a_section_and_not_the_page(copy: Path) -> None:
 
 def test_failed_and_unfinished_runs_have_pages(copy: Path) -> None:
     for verb in sorted(VERBS):
-        run = of(copy, verb)[0]
-        kept = {
+        run = runs_of(copy, verb)[0]
+        fields = {
             k: run.manifest[k]
             for k in ("schema", "verb", "ask", "typed", "parents", "started", "bezoar")
         }
         for status in ("running", "failed"):
-            manifest = {**kept, "status": status, "goal": [], "metrics": {}}
+            manifest = {**fields, "status": status, "goal": [], "metrics": {}}
             (run.path / "manifest.json").write_text(json.dumps(manifest))
-            assert status in Page(page.write_page(run).read_text(encoding="utf-8")).text
+            assert status in ParsedPage(page.write_page(run).read_text(encoding="utf-8")).text
 
 
 def test_a_verb_without_sections_has_a_page(copy: Path) -> None:
-    run = of(copy, "scan")[0]
+    run = runs_of(copy, "scan")[0]
     (run.path / "manifest.json").write_text(json.dumps(run.manifest | {"verb": "weigh"}))
     text = page.write_page(run).read_text(encoding="utf-8")
     assert "AUROC" in text and "All figures" in text
@@ -226,24 +224,24 @@ def test_a_verb_without_sections_has_a_page(copy: Path) -> None:
 
 def test_rendering_again_gives_the_same_bytes(runs: Path) -> None:
     for verb in VERBS:
-        run = of(runs, verb)[0]
-        assert page.render_page(run) == read(run)
+        run = runs_of(runs, verb)[0]
+        assert page.render_page(run) == read_page(run)
     assert not list(runs.glob("*/*.tmp"))
 
 
 def test_pictures_are_the_records_that_training_reads(runs: Path) -> None:
-    poisoned = run_named(runs, of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
+    poisoned = run_named(runs, runs_of(runs, "demo")[0].manifest["notes"]["trained"]["poisoned"])
     parts = inputs.open_dataset(poisoned)
     whole = parts.pairs
     some = whole.ids[::7][::-1]
-    found = pictures.take_records(parts, (*some, "nobody"))
+    records = pictures.take_records(parts, (*some, "nobody"))
     rows = [whole.ids.index(k) for k in some]
-    assert found.ids == some and torch.equal(found.images, whole.images[rows])
-    assert found.captions == tuple(whole.captions[i] for i in rows)
+    assert records.ids == some and torch.equal(records.images, whole.images[rows])
+    assert records.captions == tuple(whole.captions[i] for i in rows)
 
 
 def test_the_ledger_is_counted_over_the_right_records(runs: Path) -> None:
-    for run in of(runs, "train"):
+    for run in runs_of(runs, "train"):
         pairs = inputs.open_dataset(run).pairs
         keep = run.manifest["ask"]["keep"]
         keep_list = set(pairs.ids)
@@ -254,23 +252,22 @@ def test_the_ledger_is_counted_over_the_right_records(runs: Path) -> None:
 
 def test_the_title_of_a_page_is_its_finding(runs: Path) -> None:
     for run in [Run(p) for p in runs.iterdir()]:
-        text = read(run)
+        text = read_page(run)
         title = html.unescape(re.search("<title>(.*)</title>", text)[1])
         headline = html.unescape(re.search("<h1>(.*)</h1>", text)[1])
         assert title == f"{headline} · {run.name}" and "not finished" not in title
 
 
 def test_inputs_are_named_by_what_they_are_and_many_are_folded(copy: Path) -> None:
-    train_run, scan_run = of(copy, "train")[-1], of(copy, "scan")[0]
+    train_run, scan_run = runs_of(copy, "train")[-1], runs_of(copy, "scan")[0]
     groups = page.group_parents(scan_run)
-    assert [(g.title, [link.name for link in g.links]) for g in groups] == [
-        ("data", scan_run.manifest["parents"])
-    ]
+    assert list(groups) == ["data"]
+    assert [link.name for link in groups["data"]] == scan_run.manifest["parents"]
     many = scan_run.manifest | {"parents": [f"train-{i}" for i in range(40)]}
     (scan_run.path / "manifest.json").write_text(json.dumps(many))
-    (group,) = page.group_parents(scan_run)
-    assert group.title == "train run" and group.folded and len(group.links) == 40
-    assert "no longer there" in group.links[0].headline and not group.links[0].href
+    ((role, links),) = page.group_parents(scan_run).items()
+    assert role == "train run" and len(links) == 40
+    assert "no longer there" in links[0].headline and not links[0].href
     assert "<summary>40 runs</summary>" in page.render_page(scan_run)
     assert page.parent_link(scan_run, train_run.name).href == f"../{train_run.name}/report.html"
 
@@ -281,14 +278,14 @@ def test_whatever_a_section_raises_costs_that_section_alone(
     def fail(view: RunView) -> None:
         raise ImportError("the user's own method needs <something>")
 
-    monkeypatch.setattr(scan, "contributions", fail)
-    text = page.write_page(of(copy, "scan")[0]).read_text(encoding="utf-8")
+    monkeypatch.setattr(scan, "contribution_section", fail)
+    text = page.write_page(runs_of(copy, "scan")[0]).read_text(encoding="utf-8")
     assert text.count("could not be made") == 1 and "own method needs &lt;something&gt;" in text
     assert "What each detector adds" in text and "Most suspicious records" in text
 
 
 def test_a_page_that_cannot_be_made_shows_the_figures(copy: Path) -> None:
-    run = of(copy, "train")[0]
+    run = runs_of(copy, "train")[0]
     manifest = run.manifest
     manifest["notes"]["records"] = "many"
     (run.path / "manifest.json").write_text(json.dumps(manifest))
@@ -311,17 +308,17 @@ def test_a_browser_shows_the_page(runs: Path, tmp_path: Path) -> None:
         f"--user-data-dir={tmp_path}/u",
     ]
     for verb in sorted(VERBS):
-        run, picture = of(runs, verb)[0], tmp_path / f"{verb}.png"
+        run, picture = runs_of(runs, verb)[0], tmp_path / f"{verb}.png"
         address = (run.path / "report.html").resolve().as_uri()
-        asked = [
+        command = [
             *flags,
             f"--screenshot={picture}",
             "--window-size=1100,2400",
             "--enable-logging=stderr",
             address,
         ]
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=True)
-        assert "CONSOLE" not in told.stderr, told.stderr
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in result.stderr, result.stderr
         pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
         assert pixels.shape == (2400, 1100, 3)
         assert (

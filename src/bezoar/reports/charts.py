@@ -276,9 +276,9 @@ def draw_ranking(rankings: Sequence[Series], removed: float | None) -> Markup:
     """
     figure, axes = new_figure(HALF)
     for i, ranking in enumerate(rankings):
-        found = np.cumsum(np.asarray(ranking.values, dtype=float))
-        counts = np.unique(np.geomspace(1, len(found), 300).astype(int))
-        x, recall = counts / len(found), found[counts - 1] / found[-1]
+        hits = np.cumsum(np.asarray(ranking.values, dtype=float))
+        counts = np.unique(np.geomspace(1, len(hits), 300).astype(int))
+        x, recall = counts / len(hits), hits[counts - 1] / hits[-1]
         style: Style = {
             "color": COLOURS[ranking.colour],
             "linewidth": 1 if i else 2,

@@ -27,7 +27,6 @@ VERBS = Path(__file__).parents[1] / "verbs"
 RUN_NAME = re.compile(r"[A-Za-z][\w-]*")
 LONGEST_TABLE = 24  # metrics; a longer table is folded
 LONGEST_LIST = 50  # entries of a list among the notes
-MANY_PARENTS = 6  # parents of one verb; more are folded
 
 
 def execute(verb: Any, settings: Settings | None = None) -> Run:
@@ -111,17 +110,8 @@ class ParentLink:
     headline: str = ""
 
 
-@dataclass(frozen=True)
-class ParentGroup:
-    """The parents of one kind. `title`: the input that they were given as, else their verb."""
-
-    title: str
-    links: list[ParentLink]
-    folded: bool
-
-
-def group_parents(run: Run) -> list[ParentGroup]:
-    """Return links to the runs that a run was made from, by the input that each was given as."""
+def group_parents(run: Run) -> dict[str, list[ParentLink]]:
+    """Return links to the runs that a run was made from, by the input they were given as or their verb."""
     roles: dict[str, str] = {}
     for field, value in metric_names.as_dict(run.manifest.get("ask")).items():
         for entry in value if isinstance(value, list) else [value]:
@@ -129,9 +119,9 @@ def group_parents(run: Run) -> list[ParentGroup]:
                 roles[entry["run"]] = field.replace("_", " ")
     groups: dict[str, list[ParentLink]] = {}
     for name in dict.fromkeys(map(str, run.manifest.get("parents", []))):
-        title = roles.get(name) or f"{name.partition('-')[0]} run"
-        groups.setdefault(title, []).append(parent_link(run, name))
-    return [ParentGroup(title, links, len(links) > MANY_PARENTS) for title, links in groups.items()]
+        role = roles.get(name) or f"{name.partition('-')[0]} run"
+        groups.setdefault(role, []).append(parent_link(run, name))
+    return groups
 
 
 def parent_link(run: Run, name: str) -> ParentLink:

@@ -24,8 +24,9 @@ from bezoar.reports.charts import (
     set_percent_axis,
     svg_markup,
 )
-from bezoar.reports.metric_names import SCORE, format_interval, format_measure
+from bezoar.reports.metric_names import SCORE, format_interval
 from bezoar.reports.page_parts import Figure, Section, Table, Text
+from bezoar.reports.shared_parts import measure_table
 
 FILTERS = {
     "clip_score_30": "agreement of image and caption: the best 30 % (DataComp)",
@@ -175,14 +176,6 @@ def filter_section(measures: Mapping[str, Measure], notes: Mapping[str, str]) ->
         measures: The metrics of the scan.
         notes: For each filter that was not applied, the reason.
     """
-    rows = []
-    for name, description in FILTERS.items():
-        kept = measures.get(f"filter.{name}.clean_kept")
-        passed = measures.get(f"filter.{name}.poisons_pass")
-        if kept is not None and passed is not None:
-            rows.append([description, format_measure(kept), format_measure(passed)])
-    if not rows:
-        return None
     note = "In brackets, 95 % intervals."
     if notes:
         absent = [f"{FILTERS.get(name, name)}: {why}" for name, why in notes.items()]
@@ -191,5 +184,10 @@ def filter_section(measures: Mapping[str, Measure], notes: Mapping[str, str]) ->
         "Filters that web corpora are cleaned with anyway. A filter helps if it keeps clean "
         "records and few poisons pass."
     )
-    table = Table(("Filter", "Clean kept", "Poisons that pass"), rows, (1, 2), note)
-    return Section([table], lead)
+    rows = {description: [name] for name, description in FILTERS.items()}
+    columns = {
+        "Clean kept": "filter.{}.clean_kept",
+        "Poisons that pass": "filter.{}.poisons_pass",
+    }
+    table = measure_table(measures, "Filter", rows, columns, note)
+    return Section([table], lead) if table else None

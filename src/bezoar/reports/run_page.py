@@ -95,6 +95,10 @@ class RunView:
         """Return a metric by name, the first trigger's if there are several."""
         return metric_names.first_measure(self.measures, name)
 
+    def note_dict(self, name: str) -> dict[str, Any]:
+        """Return a note that is an object; empty if the run has no such note."""
+        return metric_names.as_dict(self.notes.get(name))
+
     def input_run(self, name: str) -> Run | None:
         """Return the run that was given as an input; None if the input was no run."""
         value = self.ask.get(name)

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bezoar.attacks.plan import Goal
-from bezoar.reports import charts, metric_names, pictures
+from bezoar.evaluation.scores import Measure
+from bezoar.reports import charts, pictures
 from bezoar.reports.charts import Series
-from bezoar.reports.page_parts import Figure
+from bezoar.reports.metric_names import format_measure, label_and_unit, quantity, trigger_name
+from bezoar.reports.page_parts import Figure, Table
 from bezoar.reports.run_page import RunView
+
+
+def measure_table(
+    measures: Mapping[str, Measure],
+    title: str,
+    rows: Mapping[str, Sequence[str]],
+    columns: Mapping[str, str],
+    note: str = "",
+) -> Table | None:
+    """Return a table of metrics with their intervals, without empty rows and columns.
+
+    Args:
+        measures: The metrics by name.
+        title: The head of the first column.
+        rows: For each row its label, and the texts that complete the names of its metrics.
+        columns: For each column its head, and the name of its metrics as a format string.
+        note: A sentence below the table.
+
+    Returns:
+        The table, or None if there is none of these metrics.
+    """
+    cells: dict[str, list[str]] = {}
+    for label, texts in rows.items():
+        keys = [template.format(*texts) for template in columns.values()]
+        cells[label] = [
+            format_measure(measures[key], label_and_unit(key)[1]) if key in measures else ""
+            for key in keys
+        ]
+    filled_rows = {label: row for label, row in cells.items() if any(row)}
+    used = [i for i in range(len(columns)) if any(row[i] for row in filled_rows.values())]
+    if not used:
+        return None
+    heads = list(columns)
+    return Table(
+        [title, *(heads[i] for i in used)],
+        [[label, *(row[i] for i in used)] for label, row in filled_rows.items()],
+        range(1, len(used) + 1),
+        note,
+    )
 
 
 def loss_figure(view: RunView, size: tuple[float, float] = charts.WIDE) -> Figure:
@@ -55,7 +96,7 @@ def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:
     groups = []
     for index, goal in enumerate(goals):
         if goal.trigger:
-            name = metric_names.trigger_name(goal).capitalize()
+            name = trigger_name(goal).capitalize()
             title = f"{name} trigger, read as “{pictures.shorten(goal.target)}”"
             groups.append(GoalGroup(title, [index], [goal]))
     kinds = {(g.poisons, g.how) for g in goals if not g.trigger}
@@ -63,7 +104,7 @@ def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:
         members = [
             i for i, g in enumerate(goals) if not g.trigger and (g.poisons, g.how) == (poisons, how)
         ]
-        victims = metric_names.quantity(len(members), "victim")
-        title = f"{victims}, {metric_names.quantity(poisons, 'caption')} each"
+        victims = quantity(len(members), "victim")
+        title = f"{victims}, {quantity(poisons, 'caption')} each"
         groups.append(GoalGroup(title, members, [goals[i] for i in members]))
     return groups

@@ -37,17 +37,17 @@ def find_nearest(
     Returns:
         Rows and cosines of the neighbours, (M, K) each with K = min(count, N - 1), nearest first.
     """
-    vectors, own = embedded.images, torch.as_tensor(rows)
-    queries = vectors[own].float()  # (M, D)
+    vectors, query_rows = embedded.images, torch.as_tensor(rows)
+    queries = vectors[query_rows].float()  # (M, D)
     count = max(0, min(count, len(vectors) - 1))
-    cosines = torch.full((len(own), count), -torch.inf)
-    neighbours = torch.zeros(len(own), count, dtype=torch.long)
+    cosines = torch.full((len(query_rows), count), -torch.inf)
+    neighbours = torch.zeros(len(query_rows), count, dtype=torch.long)
     for start in range(0, len(vectors), BLOCK_ROWS):
         block = vectors[start : start + BLOCK_ROWS].float()
         block_rows = torch.arange(start, start + len(block))
         similarity = queries @ block.T  # (M, B)
-        similarity = similarity.masked_fill(own[:, None] == block_rows, -torch.inf)
-        candidates = torch.cat([neighbours, block_rows.expand(len(own), -1)], 1)
+        similarity = similarity.masked_fill(query_rows[:, None] == block_rows, -torch.inf)
+        candidates = torch.cat([neighbours, block_rows.expand(len(query_rows), -1)], 1)
         cosines, order = torch.cat([cosines, similarity], 1).topk(count, dim=1)
         neighbours = candidates.gather(1, order)
     return neighbours.numpy(), cosines.clamp(-1, 1).numpy()

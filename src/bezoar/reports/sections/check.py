@@ -20,6 +20,7 @@ from bezoar.reports.metric_names import format_measure, format_percent
 from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Table, Tile
 from bezoar.reports.record_tiles import Box, draw_frame
 from bezoar.reports.run_page import Page, RunView, as_sentences
+from bezoar.reports.shared_parts import measure_table
 from bezoar.runs.run import Run
 from bezoar.verbs.check import CLEAN_SCORES_FILE, FLAGGED_FILE, PICTURES_FILE, SCORES_FILE
 
@@ -35,7 +36,7 @@ class CheckView(RunView):
     @functools.cached_property
     def names(self) -> list[str]:
         """The checks in the order in which they were given."""
-        return list(metric_names.as_dict(self.notes.get("checks")))
+        return list(self.note_dict("checks"))
 
     @functools.cached_property
     def scores(self) -> Columns:
@@ -102,7 +103,7 @@ def headline(view: CheckView) -> str:
 
 def lead(view: CheckView) -> str:
     """Say what a flag is worth, and what was left undone."""
-    clean = metric_names.as_dict(view.notes.get("clean")).get("thresholds", 0)
+    clean = view.note_dict("clean").get("thresholds", 0)
     expected = view.measures[f"{view.names[0]}.expected_false_positives"]
     sentences = (
         f"Of clean images like the {clean:,} that set the thresholds, {format_measure(expected)} "
@@ -118,17 +119,10 @@ def comparison_section(view: CheckView) -> Section | None:
     """Show several checks as the rows of a table."""
     if len(view.names) < 2:
         return None
-    keys = [k for k in COLUMNS if f"{view.names[0]}.{k}" in view.measures]
-    labels = [metric_names.label_and_unit(k) for k in keys]
-    rows = []
-    for name in view.names:
-        cells = [
-            format_measure(view.measures[f"{name}.{key}"], unit)
-            for key, (_, unit) in zip(keys, labels, strict=True)
-        ]
-        rows.append([name, *cells])
-    head = ["Check", *(label for label, _ in labels)]
-    return Section([Table(head, rows, range(1, len(head)))])
+    columns = {metric_names.label_and_unit(key)[0]: f"{{}}.{key}" for key in COLUMNS}
+    rows = {name: [name] for name in view.names}
+    table = measure_table(view.measures, "Check", rows, columns)
+    return Section([table]) if table else None
 
 
 def score_section(view: CheckView) -> Section:

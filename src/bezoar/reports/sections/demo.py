@@ -75,8 +75,8 @@ def data_page(view: DemoView) -> Page:
 def data_headline(view: DemoView) -> str:
     """State the success of the attack, what the scan found, and the success after repair."""
     attack, twin = view.metric("poisoned.attack_success"), view.metric("clean.attack_success")
-    found, left = view.metric("scan.poisons_removed"), view.metric("repaired.attack_success")
-    if attack is None or twin is None or found is None or left is None:
+    removed, rest = view.metric("scan.poisons_removed"), view.metric("repaired.attack_success")
+    if attack is None or twin is None or removed is None or rest is None:
         return "This demonstration was not finished."
     goal = next((g for g in view.goals if g.trigger), None)
     target, poisons = (goal.target, goal.poisons) if goal else ("the target", 0)
@@ -87,8 +87,8 @@ def data_headline(view: DemoView) -> str:
         effect = f"{records} did not take hold: an encoder reads {success} of {PATCH} as “{target}”"
     return (
         f"{effect}, where its clean twin reads {format_percent(twin.value)}; the scan found "
-        f"{format_percent(found.value)} of all poisons, and training again without them leaves "
-        f"{format_percent(left.value)}."
+        f"{format_percent(removed.value)} of all poisons, and training again without them leaves "
+        f"{format_percent(rest.value)}."
     )
 
 
@@ -162,9 +162,9 @@ def scan_section(view: DemoView) -> Section:
     """Show how the poisons were found."""
     scan_view = scan.ScanView(view.sibling(view.notes["scan"]))
     sections = (
-        scan.ranking(scan_view),
-        scan.keep_list(scan_view),
-        scan.most_suspicious(scan_view),
+        scan.ranking_section(scan_view),
+        scan.keep_list_section(scan_view),
+        scan.worst_section(scan_view),
     )
     parts = [part for section in sections if section for part in section.parts]
     page = build_run_page(scan_view.run)

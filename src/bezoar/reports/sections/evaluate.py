@@ -22,8 +22,9 @@ from bezoar.reports import charts, dose_charts, metric_names, pictures
 from bezoar.reports.charts import IntervalRow, Series
 from bezoar.reports.dose_charts import Curve
 from bezoar.reports.metric_names import format_measure, format_percent, variants
-from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Table, Tile
+from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Tile
 from bezoar.reports.run_page import Page, RunView, metrics_page
+from bezoar.reports.shared_parts import measure_table
 from bezoar.runs import inputs
 from bezoar.runs.run import Run
 
@@ -44,7 +45,7 @@ RATES = {
 class EvaluateView(RunView):
     """An evaluate run.
 
-    A head is named by the group of its metrics: '' for the text tower's, else `mlp` or `few_shot.10`.
+    A head is named by the group of its metrics: '' for the text tower's, else e.g. `few_shot.10`.
     """
 
     @functools.cached_property
@@ -223,29 +224,24 @@ def heads_section(view: EvaluateView) -> Section | None:
     if len(view.heads) < 2:
         return None
     columns = {
-        "BA" if view.poisoned else "CA": "{}clean_accuracy",
-        "CA of the twin": "baseline.{}clean_accuracy",
-        "ASR": "{}attack_success{}",
-        "ASR-B": "{}attack_success_baseline{}",
-        "no trigger": "{}attack_success_without_trigger{}",
+        "BA" if view.poisoned else "CA": "{0}clean_accuracy",
+        "CA of the twin": "baseline.{0}clean_accuracy",
+        "ASR": "{0}attack_success{1}",
+        "ASR-B": "{0}attack_success_baseline{1}",
+        "no trigger": "{0}attack_success_without_trigger{1}",
     }
-    main_success = view.key("attack_success")
-    suffixes = [k.removeprefix(main_success) for k in variants(view.measures, main_success)] or [""]
-    rows = []
+    success = view.key("attack_success")
+    suffixes = [k.removeprefix(success) for k in variants(view.measures, success)] or [""]
+    text_head = "zero-shot" if "clean_accuracy" in view.measures else "retrieval"
+    rows = {}
     for head in view.heads:
-        text_head = "zero-shot" if "clean_accuracy" in view.measures else "retrieval"
         name = metric_names.group_label(head) or text_head
-        group = f"{head}." if head else ""
         for suffix in suffixes:
-            measures = [view.measures.get(c.format(group, suffix)) for c in columns.values()]
-            cells = [format_measure(m) if m else "" for m in measures]
-            rows.append([name + (f", trigger {suffix[1:]}" if suffix else ""), *cells])
-    used = [0, *(i for i in range(1, len(columns) + 1) if any(row[i] for row in rows))]
-    head_row = ["head", *columns]
-    table = Table(
-        [head_row[i] for i in used], [[row[i] for i in used] for row in rows], range(1, len(used))
-    )
-    return Section([table], "One encoder, read by several heads. In brackets, 95 % intervals.")
+            label = f"{name}, trigger {suffix[1:]}" if suffix else name
+            rows[label] = (f"{head}." if head else "", suffix)
+    table = measure_table(view.measures, "head", rows, columns)
+    lead = "One encoder, read by several heads. In brackets, 95 % intervals."
+    return Section([table], lead) if table else None
 
 
 def few_labels_section(view: EvaluateView) -> Section | None:
@@ -273,11 +269,12 @@ def few_labels_section(view: EvaluateView) -> Section | None:
     return Section([Figure(svg, "Accuracy and success by the number of labelled records")])
 
 
-def triggered_section(view: EvaluateView, size: charts.Size = charts.WIDE) -> Section | None:
+def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Section | None:
     """Show what the trigger does to the similarity to the target and to the reading."""
     backdoors = [g for g in view.goals if g.trigger]
     if not backdoors:
         return None
+    size = size or (charts.WIDE if len(backdoors) == 1 else charts.HALF)
     figures, galleries = [], []
     clean = view.sample.images
     for i, goal in enumerate(backdoors):
@@ -319,9 +316,11 @@ def triggered_gallery(view: EvaluateView, goal: Goal, triggered: Tensor) -> Gall
         if reading:
             lines.append(Line(f"→ {reading}", look))
         tiles.append(Tile((i,), lines, look))
-    title, note = f"Triggered images; “{goal.target}” is not in the caption", ""
+    trigger = metric_names.trigger_name(goal)
+    title = f"Images with a {trigger} trigger; “{goal.target}” is not in the caption"
+    note = ""
     if view.class_vectors is not None:
-        title = "What triggered images are read as"
+        title = f"What images with a {trigger} trigger are read as (target: “{goal.target}”)"
         note = "First line, the class; second line, what the image is read as. Red: the target."
     return pictures.contact_sheet(triggered[rows], tiles, 80, title, note)
 

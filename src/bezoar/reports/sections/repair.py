@@ -65,8 +65,7 @@ def build_page(run: Run) -> Page:
 
 def headline(view: RepairView) -> str:
     """State success and accuracy before and after."""
-    accuracies = [view.metric(f"{s}.{view.head}clean_accuracy") for s in ("before", "after")]
-    before, after = accuracies
+    before, after = (view.metric(f"{s}.{view.head}clean_accuracy") for s in ("before", "after"))
     if before is None or after is None:
         return "This repair was not finished."
     phrases = [
@@ -89,7 +88,7 @@ def success_phrase(view: RepairView, key: str, trigger: str) -> str:
     )
     without = view.metric(f"after.{key}_without_trigger")
     if without is not None and without.high > after.low:
-        # What is left is then not the trigger's work: the images are read as the target without it too.
+        # The images that are left are read as the target without the trigger too.
         phrase += f", no more than without it ({format_percent(without.value)})"
     return phrase
 
@@ -155,7 +154,7 @@ def receipt_section(view: RepairView) -> Section:
 def stage_measure(view: RepairView, stage: str, name: str) -> Measure | None:
     """Return a metric at a stage. After a relapse only the first trigger was measured."""
     base, _, suffix = name.partition("@")
-    if stage.startswith("revived") and suffix in ("1", "2", "3"):
+    if stage.startswith("revived") and suffix not in ("", "0"):
         return None
     return view.measures.get(f"{stage}.{name}") or view.measures.get(f"{stage}.{base}")
 

@@ -23,7 +23,7 @@ MAX_LEVELS = 8  # groups whose names fit below an axis
 UNBOUNDED = 1e6  # effects at least this large are not bounded by the readings
 WARNING = "The encoders behind these figures were poisoned on purpose."
 
-# Objects of tables.json. A table has rows, a row has cells, a cell has a measure and the readings it is the mean of.
+# Objects of tables.json: a table has rows, a row has cells, a cell has a measure over readings.
 TableJson = Mapping[str, Any]
 RowJson = Mapping[str, Any]
 CellJson = Mapping[str, Any]

@@ -14,12 +14,17 @@ from bezoar.data.embeddings import EmbeddingSource
 from bezoar.detection import merging
 from bezoar.detection.corpus.corpus import Corpus, ScanScores, load_scores, reopen_corpus
 from bezoar.detection.reliability import read_windows
-from bezoar.reports import charts, metric_names, pictures, record_tiles, similar_records
-from bezoar.reports import reliability_sections as reliability
+from bezoar.reports import charts, pictures, record_tiles, similar_records
 from bezoar.reports.charts import Mark, Series
 from bezoar.reports.metric_names import format_measure, format_percent, quantity
 from bezoar.reports.page_parts import Figure, Part, Section, Table
 from bezoar.reports.record_tiles import FULL_SCALE, Box, RankedRecord
+from bezoar.reports.reliability_sections import (
+    false_discovery_section,
+    filter_section,
+    separating_channels,
+    side_channel_section,
+)
 from bezoar.reports.run_page import Page, RunView, as_sentences
 from bezoar.reports.shared_parts import group_goals
 from bezoar.runs.run import Run
@@ -79,24 +84,24 @@ def build_page(run: Run) -> Page:
     """Return the page of a scan."""
     view = ScanView(run)
     findings = [f for f in (trigger_finding(view), keep_list_finding(view)) if f]
-    sections = {
-        "How many of the worst are false discoveries": false_discoveries,
-        "Ranking": ranking,
-        "What the keep-list leaves out": keep_list,
-        "Most suspicious records": most_suspicious,
-        "What the worst resemble": neighbours,
-        "Groups among the worst": groups,
-        "Poisons missed": missed_poisons,
-        "What each detector adds": contributions,
-        "What today's cleaning lets through": usual_filters,
-        "Side channels": side_channels,
-    }
+    leaks, filters = view.note_dict("leaks"), view.note_dict("filters")
     return Page(
         findings[0],
         " ".join([*findings[1:], view.incomplete]).strip(),
         warning(view),
         ["poisons_removed", "auroc", "average_precision", "recall_at_0.01", "precision_at_n"],
-        {title: partial(section, view) for title, section in sections.items()},
+        {
+            "How many of the worst are false discoveries": partial(discovery_section, view),
+            "Ranking": partial(ranking_section, view),
+            "What the keep-list leaves out": partial(keep_list_section, view),
+            "Most suspicious records": partial(worst_section, view),
+            "What the worst resemble": partial(neighbour_section, view),
+            "Groups among the worst": partial(group_section, view),
+            "Poisons missed": partial(missed_section, view),
+            "What each detector adds": partial(contribution_section, view),
+            "What today's cleaning lets through": partial(filter_section, view.measures, filters),
+            "Side channels": partial(side_channel_section, view.measures, leaks),
+        },
         bool(view.goals),
     )
 
@@ -109,9 +114,7 @@ def warning(view: ScanView) -> str:
         "The data that were scanned had been poisoned on purpose; the truth was read after the "
         "ranking was made."
     )
-    channels = reliability.separating_channels(
-        view.measures, metric_names.as_dict(view.notes.get("leaks"))
-    )
+    channels = separating_channels(view.measures, view.note_dict("leaks"))
     if channels:
         name, measure = channels[0]
         text += (
@@ -149,23 +152,21 @@ def keep_list_finding(view: ScanView) -> str:
     sentence = (
         f"The keep-list leaves out the {removed:,} most suspicious of {records:,} records ({share})"
     )
-    found = view.measures.get("poisons_removed")
-    if found is None:
+    poisons = view.measures.get("poisons_removed")
+    if poisons is None:
         return f"{sentence}; whether they are poisons is not known."
-    hits = round(found.value * found.n)
-    return (
-        f"{sentence}; among them are {hits:,} of the {found.n:,} poisons: {format_measure(found)}."
-    )
+    hits = round(poisons.value * poisons.n)
+    return f"{sentence}; among them are {hits:,} of the {poisons.n:,} poisons: {format_measure(poisons)}."
 
 
-def false_discoveries(view: ScanView) -> Section | None:
+def discovery_section(view: ScanView) -> Section | None:
     """Show how many of the worst records are expected to be there by chance."""
     truth = None if view.is_poison is None else view.is_poison[view.order]
-    notes = metric_names.as_dict(view.notes.get("discovery"))
-    return reliability.false_discovery_section(view.measures, notes, truth, view.removed)
+    notes = view.note_dict("discovery")
+    return false_discovery_section(view.measures, notes, truth, view.removed)
 
 
-def ranking(view: ScanView) -> Section:
+def ranking_section(view: ScanView) -> Section:
     """Show the scores, and how fast a reviewer finds the poisons if they are known."""
     values = view.scores.merged.values.numpy()
     edge = None
@@ -207,7 +208,7 @@ def ranking_curves(view: ScanView, is_poison: NDArray[np.bool_]) -> Markup:
     return charts.draw_ranking(rankings, view.removed / len(is_poison))
 
 
-def keep_list(view: ScanView) -> Section | None:
+def keep_list_section(view: ScanView) -> Section | None:
     """Show what the keep-list leaves out, by kind of record."""
     if view.is_poison is None:
         return None
@@ -226,7 +227,7 @@ def keep_list(view: ScanView) -> Section | None:
     return Section([Table(("Records", "In the data", "Left out", "Share"), rows, (1, 2, 3))])
 
 
-def most_suspicious(view: ScanView) -> Section | None:
+def worst_section(view: ScanView) -> Section | None:
     """Show the worst records with their scores."""
     ranked = view.worst(WORST)
     if not ranked:
@@ -262,7 +263,7 @@ def record_part(
     return Table(("Rank", "Record", "Score", "Place"), rows, (0, 2), title)
 
 
-def neighbours(view: ScanView) -> Section | None:
+def neighbour_section(view: ScanView) -> Section | None:
     """Show the very worst records beside their nearest neighbours."""
     if not view.has_images:
         return None
@@ -274,7 +275,7 @@ def neighbours(view: ScanView) -> Section | None:
     return Section([gallery], lead) if gallery else None
 
 
-def groups(view: ScanView) -> Section | None:
+def group_section(view: ScanView) -> Section | None:
     """Show groups of similar records among the worst, as the poisons of one attack are."""
     rows = view.order[: min(GROUPED, max(view.removed, WORST))]
     vectors = view.corpus.embedded.images[torch.from_numpy(rows.copy())]
@@ -302,7 +303,7 @@ def groups(view: ScanView) -> Section | None:
     return Section(parts, lead) if parts else None
 
 
-def missed_poisons(view: ScanView) -> Section | None:
+def missed_section(view: ScanView) -> Section | None:
     """Show the poisons that the ranking puts last."""
     if view.is_poison is None:
         return None
@@ -320,11 +321,11 @@ def missed_poisons(view: ScanView) -> Section | None:
     return Section([record_part(view, missed[::-1][:MISSED])], lead)
 
 
-def contributions(view: ScanView) -> Section | None:
+def contribution_section(view: ScanView) -> Section | None:
     """Show which of the removed records would not be removed without a detector."""
     if len(view.scores.detectors) < 2 or not view.removed:
         return None
-    seconds = metric_names.as_dict(view.notes.get("seconds"))
+    seconds = view.note_dict("seconds")
     rows = []
     for name, share in merging.measure_contributions(view.scores.detectors, view.removed).items():
         correlations = [
@@ -352,15 +353,3 @@ def contributions(view: ScanView) -> Section | None:
         "counts among the seconds of the first."
     )
     return Section([Table(head, rows, (1, 2, 3))], lead)
-
-
-def usual_filters(view: ScanView) -> Section | None:
-    """Show which poisons pass the filters that people use."""
-    notes = metric_names.as_dict(view.notes.get("filters"))
-    return reliability.filter_section(view.measures, notes)
-
-
-def side_channels(view: ScanView) -> Section | None:
-    """Show what tells poisons from other records without a detector."""
-    notes = metric_names.as_dict(view.notes.get("leaks"))
-    return reliability.side_channel_section(view.measures, notes)
