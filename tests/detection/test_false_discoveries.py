@@ -8,13 +8,11 @@ import scipy.stats
 import torch
 from sklearn.linear_model import PoissonRegressor
 
-from bezoar.data.strings import Strings
 from bezoar.detection import reliability
 from bezoar.detection.reliability import false_discoveries
-from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
-from bezoar.reports import record_tiles, similar_records
+from bezoar.reports import record_tiles
 
 NULLS = {  # clean records' scores: light, exponential and bounded tails, skewed either way
     "normal": scipy.stats.norm(),
@@ -213,31 +211,3 @@ def test_windows_are_kept_and_drawn(tmp_path: Path) -> None:
     (tmp_path / "windows.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="holds no windows"):
         reliability.read_windows(tmp_path)
-
-
-def test_nearest_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    z = torch.nn.functional.normalize(
-        torch.randn(50, 6, generator=torch.Generator().manual_seed(0)), dim=1
-    )
-    monkeypatch.setattr(similar_records, "BLOCK_ROWS", 7)
-    near, cosine = similar_records.find_nearest(
-        EmbeddedRecords(tuple(map(str, range(50))), z, None), [3, 49], 4
-    )
-    plain = z @ z.T
-    plain.fill_diagonal_(-2)
-    assert np.array_equal(near, plain[[3, 49]].topk(4).indices) and np.allclose(
-        cosine, plain[[3, 49]].topk(4).values
-    )
-    captions = ["a red striped star"] * 4 + ["some blue ring"] * 3 + [f"thing{i}" for i in range(5)]
-    vectors = torch.cat([z[:1] + 0.1 * z[1:5], z[5:6] + 0.1 * z[6:9], z[20:25]])
-    usual = similar_records.word_shares(
-        Strings.from_texts(["a dog", "a cat", "the star", "a tree", "a sea"])
-    )
-    assert usual["a"] == 0.8 and usual["star"] == 0.2
-    found = similar_records.group_records(vectors, captions, usual)
-    assert [g.members for g in found] == [[0, 1, 2, 3], [4, 5, 6]]
-    assert set(found[1].words) == {"some", "blue", "ring"} and "a" not in found[0].words
-    assert (
-        similar_records.group_records(vectors[:2], captions[:2], usual) == []
-        and similar_records.word_shares(Strings.from_texts([])) == {}
-    )

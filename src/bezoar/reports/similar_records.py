@@ -15,15 +15,14 @@ from torch import Tensor
 
 from bezoar.data.strings import Strings
 from bezoar.encoders.encoder import EmbeddedRecords, split_words
+from bezoar.evaluation.neighbors import nearest_neighbors
 
-BLOCK_ROWS = 1 << 16  # vectors that are compared at a time
 NEIGHBOURS = 3
 SAMPLE = 5000  # captions from which the shares of words are taken
 COMMON = 0.2  # share of the captions from which on a word says nothing about a record
 MAX_DISTANCE = 0.55  # mean distance, 0..1, from which on groups are no longer joined
 
 
-@torch.inference_mode()
 def find_nearest(
     embedded: EmbeddedRecords, rows: Sequence[int], count: int = NEIGHBOURS
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -37,20 +36,13 @@ def find_nearest(
     Returns:
         Rows and cosines of the neighbours, (M, K) each with K = min(count, N - 1), nearest first.
     """
-    vectors, query_rows = embedded.images, torch.as_tensor(rows)
-    queries = vectors[query_rows].float()  # (M, D)
-    count = max(0, min(count, len(vectors) - 1))
-    cosines = torch.full((len(query_rows), count), -torch.inf)
-    neighbours = torch.zeros(len(query_rows), count, dtype=torch.long)
-    for start in range(0, len(vectors), BLOCK_ROWS):
-        block = vectors[start : start + BLOCK_ROWS].float()
-        block_rows = torch.arange(start, start + len(block))
-        similarity = queries @ block.T  # (M, B)
-        similarity = similarity.masked_fill(query_rows[:, None] == block_rows, -torch.inf)
-        candidates = torch.cat([neighbours, block_rows.expand(len(query_rows), -1)], 1)
-        cosines, order = torch.cat([cosines, similarity], 1).topk(count, dim=1)
-        neighbours = candidates.gather(1, order)
-    return neighbours.numpy(), cosines.clamp(-1, 1).numpy()
+    vectors, queries = embedded.images, torch.as_tensor(rows)
+    count = min(count, len(vectors) - 1)
+    if not len(rows) or count < 1:
+        return np.empty((len(rows), 0), np.int64), np.empty((len(rows), 0), np.float32)
+    near = nearest_neighbors(vectors[queries].float(), vectors, count, exclude_self=queries)
+    cosines = 1 - near.distance.square() / 2  # of unit vectors
+    return near.index.numpy(), cosines.clamp(-1, 1).numpy()
 
 
 @dataclass(frozen=True)
