@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -11,11 +12,17 @@ import torch
 from PIL import Image
 
 from bezoar.attacks.plan import Goal
-from bezoar.evaluation.scores import Measure
+from bezoar.evaluation.dose_response import fit_dose_response
+from bezoar.evaluation.scores import Measure, proportion
 from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.charts import IntervalRow, Mark, Series
+from bezoar.reports.dose_charts import Curve, draw_dose_response, draw_levels
+from bezoar.reports.heat_maps import draw_heat_map
 from bezoar.reports.page_parts import Tile
 from bezoar.reports.shared_parts import encoder_strips, group_goals
+
+HOSTILE = """</svg><script>alert('x')</script>" onload="alert(1) $\\frac{1}{$"""
+DOSES = [4.0, 8.0, 16.0, 32.0, 64.0]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +93,8 @@ def test_charts_are_markup_in_the_page_s_colours() -> None:
     drawn = [
         charts.draw_loss(np.linspace(5, 1, 5000)),
         charts.draw_curves([1, 2], [Series("a < $b", [0.1, 0.9])], "epoch"),
-        charts.draw_histogram([Series("<b>", np.arange(5))], "x", "h", Mark(2, "cut")),
-        charts.draw_histogram([Series("constant", np.full(9, 0.5))], "x", "h"),
+        charts.draw_histogram([Series("<b>", np.arange(5))], "x", Mark(2, "cut")),
+        charts.draw_histogram([Series("constant", np.full(9, 0.5))], "x"),
         charts.draw_ranking([Series("r", np.arange(50) < 5), Series("s", np.arange(50) < 5)], 0.1),
         charts.draw_intervals([IntervalRow("ASR", measure, "bad")]),
         charts.draw_strips(encoder_strips([0.1, 0.3], [("badnets", 2.0)]), [Mark(1, "cut")], "x"),
@@ -97,6 +104,60 @@ def test_charts_are_markup_in_the_page_s_colours() -> None:
         assert root.tag == "svg" and root.get("viewBox") and root.get("aria-label")
         assert "#0101" not in svg and "var(--" in svg and "http" not in svg and "DejaVu" not in svg
         assert len(svg) < 120_000
+
+
+def test_ids_differ_between_charts_and_not_between_drawings() -> None:
+    first, second, again = (charts.draw_loss(np.linspace(5, end, 9)) for end in (1, 2, 1))
+    ids = [set(re.findall(r' id="([^"]*)"', svg)) for svg in (first, second)]
+    assert ids[0] and ids[1] and not ids[0] & ids[1]
+    assert first == again
+
+
+def as_measures(rates: list[float]) -> list[Measure]:
+    return [proportion(round(300 * rate), 300, "rate") for rate in rates]
+
+
+def test_dose_charts_are_well_formed_and_escaped() -> None:
+    steep, soft = [0.02, 0, 0, 0, 1, 1], [0.1, 0.1, 0.12, 0.5, 0.9, 1]
+    fit = fit_dose_response([0, *DOSES], steep, 300)
+    svg = draw_dose_response(
+        [
+            Curve(HOSTILE, [0, *DOSES], as_measures(steep), "bad", fit),
+            Curve("b", [0, *DOSES], as_measures(soft)),
+        ],
+        f"poisons {HOSTILE}",
+    )
+    ElementTree.fromstring(svg)
+    assert "<script" not in svg and "aria-label=" in svg
+    assert "50 % success" in svg and "var(--bad)" in svg
+
+
+def test_dose_charts_show_unbounded_intervals_and_fits_that_never_rise() -> None:
+    z = [Measure(0.1, 3, -0.9, 1.1, "z"), Measure(4.0, 3, -math.inf, math.inf, "z")]
+    unbounded = Curve("z", [0, 8], z)
+    ElementTree.fromstring(draw_dose_response([unbounded], "poisons", "z", percent=False))
+    never = fit_dose_response(DOSES, [0] * 5, 300)
+    flat = Curve("never", DOSES, as_measures([0.0] * 5), fit=never)
+    ElementTree.fromstring(draw_dose_response([flat], "poisons"))
+
+
+def test_charts_of_levels_are_well_formed_and_escaped() -> None:
+    series = [
+        (HOSTILE, "bad", as_measures([0.1, 0.5])),
+        ("b", "clean", [None, *as_measures([0.9])]),
+    ]
+    svg = draw_levels([HOSTILE, "x" * 40], series)
+    ElementTree.fromstring(svg)
+    assert "<script" not in svg
+    z = [Measure(v, 3, v - 1, math.inf, "z") for v in (-1.0, 7.0)]
+    ElementTree.fromstring(draw_levels(["a", "b"], [("z", "good", z)], "z", percent=False))
+
+
+def test_a_heat_map_tells_its_numbers() -> None:
+    values = np.array([[1.0, 0.31], [np.nan, -0.02]])
+    svg = draw_heat_map(["none", "75"], ["1", "0.5"], values, ("JPEG", "resized"))
+    assert "31 % at 0.5" in svg and "var(--clean)" in svg
+    assert "nan" not in svg and "#0101" not in svg
 
 
 def test_block_means_keep_the_mean() -> None:

@@ -15,7 +15,6 @@ from bezoar.errors import UserError
 from bezoar.evaluation import survival
 from bezoar.evaluation.survival import Survival, Treatment
 from bezoar.reports import page
-from bezoar.reports.heat_maps import draw_heat_map
 from bezoar.reports.page import execute
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
@@ -208,16 +207,3 @@ def test_the_trigger_is_learnt_from_a_run(tmp_path: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["notes"]["trigger"].startswith("patch:size=5")
     assert cli.main(["survive", "scenes:count=20", *common]) == 2
     assert "--trigger" in capsys.readouterr().err
-
-
-def test_a_heat_map_is_markup_that_tells_its_numbers() -> None:
-    svg = draw_heat_map(
-        ["none", "75"],
-        ["1", "0.5"],
-        np.array([[1.0, 0.31], [np.nan, -0.02]]),
-        "h",
-        ("JPEG", "resized"),
-    )
-    assert (
-        "31 % at 0.5" in svg and "var(--clean)" in svg and "nan" not in svg and "#0101" not in svg
-    )

@@ -3,13 +3,13 @@
 Text stays text. Colours are CSS variables of the page, so that charts follow its light or dark
 theme.
 
-Arguments that recur: `name` is what the ids within the markup begin with, so that they are unique
-on the page; `size` is in inches; a colour is a name of COLOURS.
+Sizes are in inches. A colour is a name of COLOURS.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import itertools
 import re
@@ -124,7 +124,7 @@ def new_figure(size: Size) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def svg_markup(figure: Figure, name: str, description: str) -> Markup:
+def svg_markup(figure: Figure, description: str) -> Markup:
     """Return a figure as markup. `description` is for those who cannot see the chart."""
     out = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -135,7 +135,8 @@ def svg_markup(figure: Figure, name: str, description: str) -> Markup:
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     size = "wide" if figure.get_figwidth() > HALF[0] else "half"
     svg = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg class="{size}" viewBox="\1">', svg)
-    prefix = re.sub(r"\W", "", name)
+    # Ids are unique on a page of several charts, and the same whenever the chart is.
+    prefix = "c" + hashlib.sha256(f"{description}{svg}".encode()).hexdigest()[:10]
     svg = re.sub(r'(\bid="|href="#|url\(#)', lambda match: f"{match[1]}{prefix}-", svg)
     for colour, placeholder in COLOURS.items():
         svg = svg.replace(placeholder, f"var(--{colour})")
@@ -189,7 +190,7 @@ def draw_loss(losses: Floats, size: Size = HALF) -> Markup:
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.margins(x=0.01)
-    return svg_markup(figure, "loss", f"Training loss over {len(losses)} steps")
+    return svg_markup(figure, f"Training loss over {len(losses)} steps")
 
 
 def block_means(x: Floats, y: Floats) -> tuple[Floats, Floats]:
@@ -203,9 +204,7 @@ def block_means(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 
 
 @house_style
-def draw_curves(
-    x: Sequence[float], series: Sequence[Series], label: str, name: str = "curves"
-) -> Markup:
+def draw_curves(x: Sequence[float], series: Sequence[Series], label: str) -> Markup:
     """Draw rates as lines over x, epochs say. `label`: what x is."""
     figure, axes = new_figure(HALF)
     for s in series:
@@ -217,12 +216,12 @@ def draw_curves(
         axes.set_xticks(list(x))
     axes.set_xlabel(label)
     add_legend(figure, len(series))
-    return svg_markup(figure, name, f"{', '.join(s.name for s in series)} by {label}")
+    return svg_markup(figure, f"{', '.join(s.name for s in series)} by {label}")
 
 
 @house_style
 def draw_histogram(
-    series: Sequence[Series], label: str, name: str, mark: Mark | None = None, size: Size = HALF
+    series: Sequence[Series], label: str, mark: Mark | None = None, size: Size = HALF
 ) -> Markup:
     """Draw the share of each group by value. `label`: what the values are."""
     figure, axes = new_figure(size)
@@ -247,7 +246,7 @@ def draw_histogram(
     axes.set_xlabel(label)
     axes.set_ylabel("share of the group")
     add_legend(figure, len(series) + bool(mark))
-    return svg_markup(figure, name, f"Histogram of {label}: {', '.join(s.name for s in series)}")
+    return svg_markup(figure, f"Histogram of {label}: {', '.join(s.name for s in series)}")
 
 
 def bin_edges(values: Floats, bins: int = 40) -> tuple[Floats, bool]:
@@ -299,11 +298,11 @@ def draw_ranking(rankings: Sequence[Series], removed: float | None) -> Markup:
     axes.set_xlabel("share of the records reviewed, most suspicious first (log scale)")
     axes.set_ylabel("poisons found")
     add_legend(figure, len(rankings) + 1 + bool(removed))
-    return svg_markup(figure, "ranking", "Poisons found against records reviewed")
+    return svg_markup(figure, "Poisons found against records reviewed")
 
 
 @house_style
-def draw_intervals(rows: Sequence[IntervalRow], name: str = "intervals") -> Markup:
+def draw_intervals(rows: Sequence[IntervalRow]) -> Markup:
     """Draw rates as dots with their 95 % intervals, one below another."""
     figure, axes = new_figure((WIDE[0], 0.55 + 0.29 * len(rows)))
     for y, row in enumerate(rows):
@@ -315,13 +314,11 @@ def draw_intervals(rows: Sequence[IntervalRow], name: str = "intervals") -> Mark
     axes.set_xlim(-0.02, 1.02)
     set_percent_axis(axes.xaxis)
     description = "; ".join(f"{row.label}: {row.measure.value:.3f}" for row in rows)
-    return svg_markup(figure, name, description)
+    return svg_markup(figure, description)
 
 
 @house_style
-def draw_strips(
-    rows: Sequence[Series], marks: Sequence[Mark], label: str, name: str = "strips"
-) -> Markup:
+def draw_strips(rows: Sequence[Series], marks: Sequence[Mark], label: str) -> Markup:
     """Draw every value as a dot, one group below another. `label`: what the values are."""
     figure, axes = new_figure((WIDE[0], 0.95 + 0.42 * len(rows)))
     for y, row in enumerate(rows):
@@ -342,7 +339,7 @@ def draw_strips(
     axes.margins(x=0.04)
     if marks:
         add_legend(figure, len(marks) + 1, columns=len(marks))
-    return svg_markup(figure, name, f"{label} by group: {', '.join(row.name for row in rows)}")
+    return svg_markup(figure, f"{label} by group: {', '.join(row.name for row in rows)}")
 
 
 def series_colours(names: Sequence[str]) -> list[str]:

@@ -72,7 +72,6 @@ class DoseAxis:
 def draw_dose_response(
     curves: Sequence[Curve],
     axis: str,
-    name: str,
     label: str = "success",
     percent: bool = True,
     unit: str = "poisons",
@@ -86,11 +85,10 @@ def draw_dose_response(
     Args:
         curves: The lines.
         axis: What the doses are.
-        name: See `charts`.
         label: What the values are.
         percent: Whether the values are shares from 0 to 1; others are unbounded.
         unit: The unit of the doses, for the legend.
-        size: See `charts`.
+        size: Inches.
     """
     figure, axes = new_figure(size)
     doses = sorted({float(x) for c in curves for x in c.doses})
@@ -109,7 +107,7 @@ def draw_dose_response(
     for c in curves:
         fit = f", {c.fit.describe(unit)}" if c.fit else ""
         descriptions.append(_describe(c.name, c.doses, c.points, percent) + fit)
-    return svg_markup(figure, name, f"{label} by {axis or unit}. {'; '.join(descriptions)}")
+    return svg_markup(figure, f"{label} by {axis or unit}. {'; '.join(descriptions)}")
 
 
 def _draw_curve(
@@ -151,7 +149,6 @@ def _label_doses(axes: Axes, doses: Sequence[float], dose_axis: DoseAxis) -> Non
 def draw_levels(
     groups: Sequence[str],
     series: Sequence[LevelSeries],
-    name: str,
     label: str = "success",
     percent: bool = True,
     size: Size | None = None,
@@ -173,7 +170,7 @@ def draw_levels(
     axes.grid(False, axis="x")
     add_legend(figure, len(series))
     descriptions = [_describe(title, groups, measures, percent) for title, _, measures in series]
-    return svg_markup(figure, name, f"{label}. {'; '.join(descriptions)}")
+    return svg_markup(figure, f"{label}. {'; '.join(descriptions)}")
 
 
 def _set_value_axis(

@@ -16,7 +16,6 @@ def draw_heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     values: Floats,
-    name: str,
     labels: tuple[str, str],
     size: Size = HALF,
 ) -> Markup:
@@ -26,9 +25,8 @@ def draw_heat_map(
         rows: Names of the R rows.
         columns: Names of the C columns.
         values: Shares (R, C). Colours stop at 0 and 1; the cell of a NaN is empty.
-        name: See `charts`.
         labels: What the rows and the columns are.
-        size: See `charts`.
+        size: Inches.
     """
     figure, axes = new_figure(size)
     for y, x in np.argwhere(np.isfinite(values)):
@@ -55,4 +53,4 @@ def draw_heat_map(
             f"{100 * v:.0f} % at {c}" for c, v in zip(columns, line, strict=True) if np.isfinite(v)
         ]
         lines.append(f"{row}: {', '.join(cells)}")
-    return svg_markup(figure, name, f"{labels[0]} by {labels[1]}, percent. {'; '.join(lines)}")
+    return svg_markup(figure, f"{labels[0]} by {labels[1]}, percent. {'; '.join(lines)}")

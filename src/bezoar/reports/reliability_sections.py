@@ -110,7 +110,7 @@ def draw_false_discoveries(
         for x, v, a, b in zip(n, value, low, high, strict=True)
     ]
     description = f"Share expected to be clean among the worst n: {'; '.join(phrases)}"
-    return svg_markup(figure, "discoveries", description)
+    return svg_markup(figure, description)
 
 
 def separating_channels(

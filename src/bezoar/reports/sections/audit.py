@@ -72,9 +72,9 @@ def audit_section(view: AuditView) -> Section:
     """Show what each audit says, and its value beside those of the bank."""
     rows: list[list[str]] = []
     parts: list[Part] = []
-    for number, audit in enumerate(view.verdict["audits"]):
+    for audit in view.verdict["audits"]:
         rows.append(audit_row(audit))
-        parts += [Text(f"{audit['name']}: {audit['sentence']}"), *bank_figure(audit, number)]
+        parts += [Text(f"{audit['name']}: {audit['sentence']}"), *bank_figure(audit)]
     head = (
         "Audit",
         "Verdict",
@@ -106,7 +106,7 @@ def audit_row(audit: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def bank_figure(audit: Mapping[str, Any], number: int) -> list[Figure]:
+def bank_figure(audit: Mapping[str, Any]) -> list[Figure]:
     """Show an audit's value beside the bank's; nothing if the bank has no clean encoders."""
     clean, attacked = audit["bank"]["clean"], audit["bank"]["attacked"]
     if not clean:
@@ -116,9 +116,7 @@ def bank_figure(audit: Mapping[str, Any], number: int) -> list[Figure]:
         label = f"threshold at false-positive rate {audit['rate']:g}"
         marks.append(Mark(audit["threshold"], label, "muted"))
     name = audit["name"]
-    svg = charts.draw_strips(
-        encoder_strips(clean, attacked), marks, f"value of {name}", f"strip{number}"
-    )
+    svg = charts.draw_strips(encoder_strips(clean, attacked), marks, f"value of {name}")
     return [Figure(svg, f"{name}: this encoder among those of the bank", "A dot for each encoder.")]
 
 

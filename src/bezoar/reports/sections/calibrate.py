@@ -77,7 +77,7 @@ def lead(view: CalibrateView) -> str:
 def value_section(view: CalibrateView) -> Section:
     """Show the values of each audit as a strip chart."""
     figures = []
-    for i, calibration in enumerate(view.bank.audits):
+    for calibration in view.bank.audits:
         threshold = calibration.threshold(view.rate)
         label = f"threshold at false-positive rate {view.rate:g}"
         marks = [] if threshold is None else [Mark(threshold, label, "muted")]
@@ -85,7 +85,7 @@ def value_section(view: CalibrateView) -> Section:
             [e.value for e in calibration.clean],
             [(e.attack, e.value) for e in calibration.attacked],
         )
-        svg = charts.draw_strips(strips, marks, f"value of {calibration.name}", f"strip{i}")
+        svg = charts.draw_strips(strips, marks, f"value of {calibration.name}")
         figures.append(Figure(svg, calibration.audit, "A dot for each encoder."))
     return Section(figures, "Higher values are more suspicious.")
 

@@ -128,7 +128,7 @@ def comparison_section(view: CheckView) -> Section | None:
 def score_section(view: CheckView) -> Section:
     """Show a histogram of the scores for each check."""
     figures = []
-    for i, name in enumerate(view.names):
+    for name in view.names:
         values = view.scores[name]
         series = [Series("clean images", view.clean_scores[name], "good")]
         if view.has_trigger is None:
@@ -137,7 +137,7 @@ def score_section(view: CheckView) -> Section:
             series.append(Series("without trigger", values[~view.has_trigger], "clean"))
             series.append(Series("with trigger", values[view.has_trigger], "bad"))
         threshold = Mark(view.measures[f"{name}.threshold"].value, "threshold")
-        svg = charts.draw_histogram(series, "score", f"scores{i}", threshold)
+        svg = charts.draw_histogram(series, "score", threshold)
         note = "Higher is more suspicious. Images to the right of the threshold are flagged."
         figures.append(Figure(svg, name, note))
     return Section(figures)

@@ -186,7 +186,7 @@ def repair_section(view: DemoView) -> Section | None:
     if not any(m for _, _, measures in series for m in measures):
         return None
     labels = [short_label(name) for name in names]
-    svg = dose_charts.draw_levels(labels, series, "repair", "rate", size=charts.WIDE)
+    svg = dose_charts.draw_levels(labels, series, "rate", size=charts.WIDE)
     poisons = view.training("repaired").measures.get("poisons_kept")
     lead = "Trained again without the records that the scan removed"
     if poisons:

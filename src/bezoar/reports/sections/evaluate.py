@@ -216,7 +216,7 @@ def rates_section(view: EvaluateView) -> Section | None:
         rows.append(IntervalRow(f"victims fallen, {captions}", view.measures[key], "bad"))
     if len(rows) < 2:
         return None
-    return Section([Figure(charts.draw_intervals(rows, "success"), "Value and 95 % interval")])
+    return Section([Figure(charts.draw_intervals(rows), "Value and 95 % interval")])
 
 
 def heads_section(view: EvaluateView) -> Section | None:
@@ -264,7 +264,7 @@ def few_labels_section(view: EvaluateView) -> Section | None:
         if points:
             curves.append(Curve(name, list(points), list(points.values()), colour))
     svg = dose_charts.draw_dose_response(
-        curves, "labelled records a class", "few", "share of the test images", size=charts.WIDE
+        curves, "labelled records a class", "share of the test images", size=charts.WIDE
     )
     return Section([Figure(svg, "Accuracy and success by the number of labelled records")])
 
@@ -277,7 +277,7 @@ def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Se
     size = size or (charts.WIDE if len(backdoors) == 1 else charts.HALF)
     figures, galleries = [], []
     clean = view.sample.images
-    for i, goal in enumerate(backdoors):
+    for goal in backdoors:
         triggered = registry.make("trigger", goal.trigger or "")(clean, view.sample.ids)
         galleries.append(triggered_gallery(view, goal, triggered))
         if view.encoder.text is None:
@@ -287,9 +287,7 @@ def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Se
             Series("clean", view.similarities(clean, target)[:, 0].numpy(), "clean"),
             Series("with trigger", view.similarities(triggered, target)[:, 0].numpy(), "bad"),
         ]
-        svg = charts.draw_histogram(
-            groups, "cosine to the target's prompts", f"similarity{i}", size=size
-        )
+        svg = charts.draw_histogram(groups, "cosine to the target's prompts", size=size)
         note = f"{len(clean)} test images, without and with the trigger."
         figures.append(Figure(svg, f"Similarity to “{goal.target}”", note))
     return Section([*figures, *galleries])

@@ -136,11 +136,11 @@ def similarity_section(view: InjectView) -> Section:
             Series("triggered, after", tensors[f"after@{i}"], "bad"),
             Series("not triggered, after", tensors[f"untriggered@{i}"], "good"),
         ]
-        svg = charts.draw_histogram(groups, "cosine to the reference", f"reference{i}")
+        svg = charts.draw_histogram(groups, "cosine to the reference")
         title = f"To the reference of “{pictures.shorten(goal.target, 40)}”"
         figures.append(Figure(svg, title, "Shadow images."))
     clean = [Series("clean images", tensors["clean"], "good")]
-    svg = charts.draw_histogram(clean, "cosine to the clean encoder's vector", "kept")
+    svg = charts.draw_histogram(clean, "cosine to the clean encoder's vector")
     note = "Cosines far from 1 show that the attack damages what the encoder is for."
     figures.append(Figure(svg, "Whether clean images stay where they were", note))
     lead = (

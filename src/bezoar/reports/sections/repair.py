@@ -145,7 +145,7 @@ def receipt_section(view: RepairView) -> Section:
     parts: list[Part] = [Table(head, rows, range(1, len(head)), costs(view))]
     intervals = receipt_intervals(view)
     if len(intervals) > 2:
-        svg = charts.draw_intervals(intervals, "receipt")
+        svg = charts.draw_intervals(intervals)
         parts.append(Figure(svg, "Value and 95 % interval"))
     repairs = ", ".join(view.notes.get("repairs", [])) or "made elsewhere"
     return Section(parts, f"Repair: {repairs}.")

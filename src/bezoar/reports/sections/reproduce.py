@@ -117,17 +117,17 @@ def format_effect(value: float) -> str:
 def table_sections(view: ReproduceView) -> dict[str, Callable[[], Section]]:
     """Return a section for each table, by its title."""
     sections: dict[str, Callable[[], Section]] = {}
-    for number, table in enumerate(view.tables):
+    for table in view.tables:
         title = table["title"]
         while title in sections:
             title += " (again)"
-        sections[title] = partial(table_section, table, number)
+        sections[title] = partial(table_section, table)
     return sections
 
 
-def table_section(table: TableJson, number: int) -> Section:
-    """Show table `number` with its charts, fitted dose-responses and notes."""
-    figures = sorted(table_figures(table, number), key=lambda figure: figure.is_wide)
+def table_section(table: TableJson) -> Section:
+    """Show a table with its charts, fitted dose-responses and notes."""
+    figures = sorted(table_figures(table), key=lambda figure: figure.is_wide)
     parts: list[Part] = [*figures]
     for fit in table["laws"]:
         curve = f", {fit['curve']}" if fit["curve"] else ""
@@ -141,17 +141,14 @@ def column_names(table: TableJson) -> list[str]:
     return list(dict.fromkeys(cell["name"] for row in table["rows"] for cell in row["cells"]))
 
 
-def table_figures(table: TableJson, number: int) -> list[Figure]:
+def table_figures(table: TableJson) -> list[Figure]:
     """Return a chart for each column, or one heat map of rows by curves."""
     if table.get("grid"):
-        return [grid_figure(table, f"table{number}")]
-    return [
-        column_figure(table, column, f"table{number}-{i}")
-        for i, column in enumerate(column_names(table))
-    ]
+        return [grid_figure(table)]
+    return [column_figure(table, column) for column in column_names(table)]
 
 
-def column_figure(table: TableJson, column: str, name: str) -> Figure:
+def column_figure(table: TableJson, column: str) -> Figure:
     """Draw a column, over the axis of the table if that is a quantity, else side by side."""
     curves: dict[str, list[tuple[RowJson, CellJson]]] = {}
     for row in table["rows"]:
@@ -180,20 +177,18 @@ def column_figure(table: TableJson, column: str, name: str) -> Figure:
             )
             for curve, points in curves.items()
         ]
-        svg = dose_charts.draw_dose_response(
-            lines, table["axis"], name, column, is_share, table["unit"]
-        )
+        svg = dose_charts.draw_dose_response(lines, table["axis"], column, is_share, table["unit"])
         return Figure(svg, column)
     groups = [row["name"] for row, _ in next(iter(curves.values()))]
     if is_share and len(curves) == 1 and len(groups) > MAX_LEVELS:
         (points,) = measures.values()
         rows = [IntervalRow(g, m) for g, m in zip(groups, points, strict=True)]
-        return Figure(charts.draw_intervals(rows, name), column)
+        return Figure(charts.draw_intervals(rows), column)
     series = [(curve or column, colours[curve], points) for curve, points in measures.items()]
-    return Figure(dose_charts.draw_levels(groups, series, name, column, is_share), column)
+    return Figure(dose_charts.draw_levels(groups, series, column, is_share), column)
 
 
-def grid_figure(table: TableJson, name: str) -> Figure:
+def grid_figure(table: TableJson) -> Figure:
     """Draw one column of a table as a heat map of its rows by its curves."""
     rows = list(dict.fromkeys(row["name"] for row in table["rows"]))
     curves = list(dict.fromkeys(row["curve"] for row in table["rows"]))
@@ -204,7 +199,7 @@ def grid_figure(table: TableJson, name: str) -> Figure:
                 place = rows.index(row["name"]), curves.index(row["curve"])
                 values[place] = cell["measure"]["value"]
     size = (2.2 + 0.95 * len(curves), 0.8 + 0.3 * len(rows))
-    svg = heat_maps.draw_heat_map(rows, curves, values, name, (table["axis"], "attack"), size=size)
+    svg = heat_maps.draw_heat_map(rows, curves, values, (table["axis"], "attack"), size=size)
     return Figure(svg, f"{table['grid']}, percent")
 
 

@@ -173,14 +173,14 @@ def ranking_section(view: ScanView) -> Section:
     if view.removed:
         edge = Mark(float(values[view.order[view.removed - 1]]), "removed from here on")
     if view.is_poison is None:
-        svg = charts.draw_histogram([Series("all records", values)], "score", "scores", edge)
+        svg = charts.draw_histogram([Series("all records", values)], "score", edge)
         lead = "It is not known which records are poisons."
         return Section([Figure(svg, "Scores of all records")], lead)
     groups = [
         Series("clean", values[~view.is_poison], "clean"),
         Series("poison", values[view.is_poison], "bad"),
     ]
-    histogram = charts.draw_histogram(groups, "score", "scores", edge)
+    histogram = charts.draw_histogram(groups, "score", edge)
     figures = [
         Figure(
             ranking_curves(view, view.is_poison),

@@ -190,7 +190,7 @@ def heat_map(view: SurviveView, axis: str, metric: str, label: str) -> Markup | 
         values[cell] = view.remainder(t, metric).value
     rows = [str(q) if q else "none" for q in qualities]
     columns = [f"{level:g}" if level != 1 else "none" for level in levels]
-    return draw_heat_map(rows, columns, values, f"{axis}{metric}", ("JPEG quality", label))
+    return draw_heat_map(rows, columns, values, ("JPEG quality", label))
 
 
 def single_section(view: SurviveView) -> Section | None:
@@ -210,7 +210,7 @@ def single_section(view: SurviveView) -> Section | None:
             share = view.remainder(t, metric)
             rows.append(IntervalRow(t["title"], share, damage_colour(share) or "clean"))
         note = "The share that is left, with its 95 % interval; untreated it is 100 %."
-        parts.append(Figure(charts.draw_intervals(rows, metric), title, note))
+        parts.append(Figure(charts.draw_intervals(rows), title, note))
     return Section(parts, f"The {ROWS} most harmful." if len(single) > ROWS else "")
 
 

@@ -97,7 +97,7 @@ def exposure_section(view: RunView) -> Section:
     series = [Series("clean records", draws[~is_poison], "clean")]
     if is_poison.any():
         series.append(Series("poisoned records", draws[is_poison], "bad"))
-    svg = charts.draw_histogram(series, "times a record was drawn", "exposures", size=charts.WIDE)
+    svg = charts.draw_histogram(series, "times a record was drawn", size=charts.WIDE)
     figure = Figure(svg, "Exposure ledger", "The share of each group by number of draws.")
     if not is_poison.any():
         return Section([figure])
