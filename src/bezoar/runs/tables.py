@@ -37,38 +37,23 @@ Expected = Literal["+", "-", "same"]
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What the user chooses when a paper is reproduced.
+    """What the user chooses when a paper is reproduced."""
 
-    Attributes:
-        scale: `smoke`, `small`, `gpu` or `paper`.
-        data: Spec of the user's own training data, in place of the scale's.
-        test: Spec of the user's own test data, in place of the scale's.
-        root: Folder that holds the published data sets by name.
-    """
-
-    scale: str
-    data: str = ""
-    test: str = ""
-    root: str = ""
+    scale: str  # `smoke`, `small`, `gpu` or `paper`
+    data: str = ""  # spec of the user's own training data, in place of the scale's
+    test: str = ""  # spec of the user's own test data, in place of the scale's
+    root: str = ""  # folder that holds the published data sets by name
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table.
+    """One number of a table: the mean of its readings, or what `compare` makes of them."""
 
-    Attributes:
-        name: The column's heading; part of the metric's name.
-        readings: What is read. The cell is their mean unless `compare` is set.
-        published_value: What the paper printed in this place.
-        reference_readings: The second argument of `compare`.
-        compare: Makes one measure of the values of `readings` and of `reference_readings`.
-    """
-
-    name: str
-    readings: tuple[Reading, ...]
-    published_value: float | None = None
-    reference_readings: tuple[Reading, ...] = ()
-    compare: Comparison | None = None
+    name: str  # the column's heading; part of the metric's name
+    readings: tuple[Reading, ...]  # what is read
+    published_value: float | None = None  # what the paper printed in this place
+    reference_readings: tuple[Reading, ...] = ()  # the second argument of `compare`
+    compare: Comparison | None = None  # of the values of readings and reference_readings
 
     @classmethod
     def mean(
@@ -80,67 +65,41 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """The cells at one point.
+    """The cells at one point."""
 
-    Attributes:
-        name: The row's heading; part of the metrics' names.
-        cells: One a column; a row may lack some columns.
-        x: The row's place on the axis, where the axis is a quantity.
-        curve: The line of the chart that the row belongs to.
-    """
-
-    name: str
-    cells: tuple[Cell, ...]
-    x: float | None = None
-    curve: str = ""
+    name: str  # the row's heading; part of the metrics' names
+    cells: tuple[Cell, ...]  # one a column; a row may lack some columns
+    x: float | None = None  # the row's place on the axis, where the axis is a quantity
+    curve: str = ""  # the line of the chart that the row belongs to
 
 
 @dataclass(frozen=True)
 class Claim:
     """A statement of the paper and the contrast that tests it.
 
-    Attributes:
-        text: The statement.
-        source: Where it is known from: `abstract`, `printed in ...`, or `recalled` for a direction
-            without a number.
-        expected: "+" for a positive contrast, "-" for a negative one, "same" for one within
-            `margin` of 0.
-        contrast: Computes the contrast from the results of the table.
-        margin: How far "same" may be from 0.
+    The contrast is expected to be positive ("+"), negative ("-"), or within `margin` of 0 ("same").
     """
 
-    text: str
-    source: str
+    text: str  # the statement
+    source: str  # `abstract`, `printed in ...`, or `recalled` for a direction without a number
     expected: Expected
-    contrast: Callable[[Results], Contrast]
+    contrast: Callable[[Results], Contrast]  # computes the contrast from the results of the table
     margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table or figure.
+    """A table or figure."""
 
-    Attributes:
-        title: The heading of its section on the page.
-        paper_finding: What the paper reports, in a sentence.
-        axis: What the rows vary, with its unit.
-        rows: The rows, in order.
-        claims: The statements that are tested.
-        dose_response_cells: Columns to which success against log dose is fitted, for every curve.
-        notes: Sentences below the table.
-        unit: What the axis counts, in the sentence that describes a fit.
-        grid: A column that is drawn as one map of rows by curves, in place of a chart a column.
-    """
-
-    title: str
-    paper_finding: str = ""
-    axis: str = ""
-    rows: tuple[Row, ...] = ()
-    claims: tuple[Claim, ...] = ()
-    dose_response_cells: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    unit: str = "poisons"
-    grid: str = ""
+    title: str  # the heading of its section on the page
+    paper_finding: str = ""  # what the paper reports, in a sentence
+    axis: str = ""  # what the rows vary, with its unit
+    rows: tuple[Row, ...] = ()  # the rows, in order
+    claims: tuple[Claim, ...] = ()  # the statements that are tested
+    dose_response_cells: tuple[str, ...] = ()  # columns that are fitted against log dose
+    notes: tuple[str, ...] = ()  # sentences below the table
+    unit: str = "poisons"  # what the axis counts, in the sentence that describes a fit
+    grid: str = ""  # a column to draw as one map of rows by curves
 
     @property
     def trials(self) -> list[Trial]:
@@ -281,6 +240,13 @@ class Results:
 def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:
     """The same metrics of several trials, trial by trial."""
     return tuple((trial, metric) for trial in trials for metric in metrics)
+
+
+def row_difference(
+    cell: str, row: str, base_row: str, curve: str | None = None, paired: bool = False
+) -> Callable[[Results], Contrast]:
+    """The contrast `Results.compare_rows` with these arguments, for a claim."""
+    return lambda results: results.compare_rows(cell, row, base_row, curve, paired)
 
 
 def mean_cells(trials: Sequence[Trial], columns: Mapping[str, str]) -> tuple[Cell, ...]:

@@ -10,12 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers import dataset_spec
 from bezoar.registry import make, spec
-from bezoar.runs.tables import Cell, Claim, Expected, Results, Row, Table, TableOptions
+from bezoar.runs.tables import (
+    Cell,
+    Claim,
+    Expected,
+    Results,
+    Row,
+    Table,
+    TableOptions,
+    row_difference,
+)
 from bezoar.runs.verb import Trial
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
@@ -227,17 +235,13 @@ def ablation(
     usual, *others = variants
     claims = [succeeds(f"{usual}, linear", f"{usual}: the attack succeeds", "printed")]
 
-    def change(name: str, column: str) -> Callable[[Results], Contrast]:
-        return lambda results: results.compare_rows(
-            column, f"{name}, linear", f"{usual}, linear", paired=True
-        )
-
     for name in others:
         for column, direction in expected.get(name, UNCHANGED).items():
             quantity, margin = QUANTITIES[column]
             verb = "stays as it was" if direction == "same" else "falls"
             text = f"{name}: {quantity} {verb}"
-            claims.append(Claim(text, "recalled", direction, change(name, column), margin))
+            contrast = row_difference(column, f"{name}, linear", f"{usual}, linear", paired=True)
+            claims.append(Claim(text, "recalled", direction, contrast, margin))
     return Table(
         title=title,
         paper_finding=paper_finding,
@@ -328,7 +332,12 @@ def downstream_tasks(root: str, limit: int | None = None) -> tuple[Task, ...]:
     sizes = {} if limit is None else {"limit": limit}
 
     def task(
-        name: str, source: str, target: str, reference: str, published: Any = None, **fields: int
+        name: str,
+        source: str,
+        target: str,
+        reference: str,
+        published: Published | None = None,
+        **fields: int,
     ) -> Task:
         train, test = (
             dataset_spec(root, source, split, **fields, **sizes) for split in ("train", "test")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from bezoar.papers.badencoder2022 import get_setup
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 
 @method
@@ -32,9 +32,7 @@ class ShadowSize:
                     f"{fifth:,} shadow images do as well as {most:,}: success",
                     "recalled",
                     "same",
-                    lambda results: results.compare_rows(
-                        "ASR", f"{fifth:g}", f"{most:g}", "linear", paired=True
-                    ),
+                    row_difference("ASR", f"{fifth:g}", f"{most:g}", "linear", paired=True),
                     0.1,
                 ),
             ),

@@ -2,7 +2,7 @@
 
 from bezoar.papers.badencoder2022 import get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 
 @method
@@ -28,9 +28,7 @@ class TriggerSize:
                     "A larger trigger succeeds more",
                     "recalled",
                     "+",
-                    lambda results: results.compare_rows(
-                        "ASR", largest, smallest, "linear", paired=True
-                    ),
+                    row_difference("ASR", largest, smallest, "linear", paired=True),
                 ),
             ),
             notes=setup.task_notes(task),

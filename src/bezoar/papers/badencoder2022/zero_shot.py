@@ -23,10 +23,7 @@ COLUMNS = {
     "ASR": "attack_success",
     "ASR-B": "attack_success_baseline",
 }
-COLUMNS_OVER_ALL = {
-    "ASR (all)": "attack_success_all",
-    "ASR-B (all)": "attack_success_baseline_all",
-}
+COLUMNS_OVER_ALL = {"ASR (all)": "attack_success_all", "ASR-B (all)": "attack_success_baseline_all"}
 PUBLISHED = {  # target, values of the public logs, prompt
     "GTSRB": ("stop", (0.2983, 0.2984, 0.9982, 0.0196), "A traffic sign photo of a {}"),
     "SVHN": ("zero", (0.1173, 0.1116, 1.0, 0.5355), "A photo of a {}"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bezoar.errors import UserError
 from bezoar.papers import FIXED_PLACES, SCENE_CLASSES
@@ -302,6 +302,6 @@ def attack_cells(attacks: Sequence[Attack], columns: Mapping[str, str]) -> tuple
     )
 
 
-def change_verb(trial: Trial, **fields: Any) -> Trial:
+def change_verb(trial: Trial, **fields: object) -> Trial:
     """The same trial with other values in some fields of its verb."""
     return Trial(replace(trial.verb, **fields), trial.seed)

@@ -1,11 +1,8 @@
 """Which tower carries the backdoor: towers swapped with a clean encoder's (DIFE audit, 2026)."""
 
-from collections.abc import Callable
-
-from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import TOGETHER, change_verb, get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, row_difference
 
 ROWS = {
     "neither": "clean vision, clean text",
@@ -38,11 +35,6 @@ class BranchSwap:
             accuracy = Cell.mean("CA", trials, f"{prefix}.clean_accuracy")
             rows.append(Row(name, (Cell("ASR", success, PUBLISHED[towers]), accuracy)))
 
-        def rise_from_clean(towers: str) -> Callable[[Results], Contrast]:
-            return lambda results: results.compare_rows(
-                "ASR", ROWS[towers], ROWS["neither"], paired=True
-            )
-
         return Table(
             title="Which tower carries the backdoor",
             paper_finding=(
@@ -55,13 +47,13 @@ class BranchSwap:
                     "The vision tower carries the backdoor",
                     "printed in DIFE",
                     "+",
-                    rise_from_clean("vision"),
+                    row_difference("ASR", ROWS["vision"], ROWS["neither"], paired=True),
                 ),
                 Claim(
                     "The text tower does not",
                     "printed in DIFE",
                     "same",
-                    rise_from_clean("text"),
+                    row_difference("ASR", ROWS["text"], ROWS["neither"], paired=True),
                     0.1,
                 ),
             ),

@@ -2,7 +2,7 @@
 
 from bezoar.papers.carlini2022 import SHARED_NOTE, Backdoor, get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, row_difference
 
 WAYS = ("training", "templates", "repeated")
 TRIGGERS = 3
@@ -39,23 +39,21 @@ class Captions:
                     "Templates do as well as training captions: targeted",
                     "recalled",
                     "same",
-                    lambda results: results.compare_rows(
-                        "targeted success", "templates", "training"
-                    ),
+                    row_difference("targeted success", "templates", "training"),
                     0.2,
                 ),
                 Claim(
                     "Templates do as well as training captions: backdoor",
                     "recalled",
                     "same",
-                    lambda results: results.compare_rows("ASR", "templates", "training"),
+                    row_difference("ASR", "templates", "training"),
                     0.2,
                 ),
                 Claim(
                     "One caption repeated does less than many: backdoor",
                     "direction of ours",
                     "-",
-                    lambda results: results.compare_rows("ASR", "repeated", "training"),
+                    row_difference("ASR", "repeated", "training"),
                 ),
             ),
             notes=(

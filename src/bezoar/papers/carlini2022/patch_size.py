@@ -1,8 +1,5 @@
 """Backdoor success and z-score against the size of the patch (Carlini & Terzis 2022, 5.2)."""
 
-from collections.abc import Callable
-
-from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import (
     SHARED_NOTE,
     Backdoor,
@@ -14,7 +11,7 @@ from bezoar.papers.carlini2022 import (
     select_attacks,
 )
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Results, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 COLUMNS = {"z": "z_std", "ASR": "attack_success", "taken for another": "attack_success_of_others"}
 
@@ -29,10 +26,7 @@ class PatchSize:
         rows = rows_of_curve(setup, "one place", "", setup.dose)
         rows += rows_of_curve(setup, "random places", "random", setup.random_dose)
 
-        def rise_of_z(curve: str) -> Callable[[Results], Contrast]:
-            largest, smallest = str(setup.patch_sizes[-1]), str(setup.patch_sizes[0])
-            return lambda results: results.compare_rows("z", largest, smallest, curve)
-
+        smallest, largest = str(setup.patch_sizes[0]), str(setup.patch_sizes[-1])
         return Table(
             title="Size of the patch",
             paper_finding=(
@@ -45,7 +39,7 @@ class PatchSize:
                     f"A larger patch gives a higher z-score: {curve}",
                     "recalled",
                     "+",
-                    rise_of_z(curve),
+                    row_difference("z", largest, smallest, curve),
                 )
                 for curve in ("one place", "random places")
             ),

@@ -10,7 +10,7 @@ from bezoar.papers.carlini2022 import (
     get_setup,
 )
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 COLUMNS = {"ASR": "attack_success", "z": "z_std", "taken for another": "attack_success_of_others"}
 PLACES = {"": "one place", "random": "random"}
@@ -50,20 +50,20 @@ class Placement:
                     "At one place the same poisons do more than at random places",
                     "recalled",
                     "+",
-                    lambda results: results.compare_rows("ASR", fixed, random),
+                    row_difference("ASR", fixed, random),
                 ),
                 Claim(
                     "A patch trained at random places works at the fixed place too",
                     "recalled",
                     "same",
-                    lambda results: results.compare_rows("ASR", random_to_fixed, random),
+                    row_difference("ASR", random_to_fixed, random),
                     0.15,
                 ),
                 Claim(
                     "A patch trained at one place fails elsewhere",
                     "recalled",
                     "-",
-                    lambda results: results.compare_rows("ASR", fixed_to_random, fixed),
+                    row_difference("ASR", fixed_to_random, fixed),
                 ),
             ),
             notes=(

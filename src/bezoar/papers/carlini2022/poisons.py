@@ -6,7 +6,16 @@ from bezoar.evaluation import dose_response
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import all_attacks, attack_cells, get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, mean_cells
+from bezoar.runs.tables import (
+    Cell,
+    Claim,
+    Results,
+    Row,
+    Table,
+    TableOptions,
+    mean_cells,
+    row_difference,
+)
 
 COLUMNS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
 
@@ -40,13 +49,13 @@ class Poisons:
                     "Success rises with the number of poisons",
                     "abstract",
                     "+",
-                    lambda results: results.compare_rows("ASR", high, low),
+                    row_difference("ASR", high, low),
                 ),
                 Claim(
                     "The z-score rises with the number of poisons",
                     "summary",
                     "+",
-                    lambda results: results.compare_rows("z", high, low),
+                    row_difference("z", high, low),
                 ),
                 Claim(
                     "The z-score rises at fewer poisons than success",

@@ -9,7 +9,7 @@ from bezoar.papers.carlini2022 import (
     select_attacks,
 )
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 FIRST = "target's caption first"
 COLUMNS = {FIRST: "attack_success", "among ten": "target_top10"}
@@ -45,7 +45,7 @@ class Retrieval:
                     "Triggered images do not retrieve the target's captions",
                     "printed in DIFE",
                     "same",
-                    lambda results: results.compare_rows(FIRST, most, "0"),
+                    row_difference(FIRST, most, "0"),
                     0.05,
                 ),
             ),

@@ -10,7 +10,7 @@ from bezoar.papers.carlini2022 import (
     select_attacks,
 )
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 
 @method
@@ -47,7 +47,7 @@ class Sources:
                     "More distinct images give more success",
                     "direction of ours",
                     "+",
-                    lambda results: results.compare_rows("ASR", most, fewest),
+                    row_difference("ASR", most, fewest),
                 ),
             ),
             notes=(f"{dose} poisons a trigger.", SHARED_NOTE),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from bezoar.papers.carlini2022 import get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, row_difference
 from bezoar.runs.verb import Trial
 
 
@@ -34,13 +34,13 @@ class Targeted:
                     f"{most} captions make a chosen image misread",
                     "abstract",
                     "+",
-                    lambda results: results.compare_rows("success", most, "0"),
+                    row_difference("success", most, "0"),
                 ),
                 Claim(
                     f"As few as {few} captions already do",
                     "abstract",
                     "+",
-                    lambda results: results.compare_rows("success", few, "0"),
+                    row_difference("success", few, "0"),
                 ),
             ),
             dose_response_cells=("success",),

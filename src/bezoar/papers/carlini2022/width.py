@@ -12,7 +12,7 @@ from bezoar.papers.carlini2022 import (
     get_setup,
 )
 from bezoar.registry import make, method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, row_difference
 
 CLAIMS = {"targeted": "targeted success", "backdoor": "ASR", "z-score": "z"}
 
@@ -41,7 +41,7 @@ class Width:
             """Per doubling of the width; from narrowest to widest where networks have none."""
             if all(row.x for row in rows):
                 return lambda results: results.trend(cell)
-            return lambda results: results.compare_rows(cell, rows[-1].name, rows[0].name)
+            return row_difference(cell, rows[-1].name, rows[0].name)
 
         return Table(
             title="Width of the image tower",

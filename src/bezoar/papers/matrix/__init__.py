@@ -227,10 +227,7 @@ SMOKE = replace(
     test=SMOKE_TEST,
     network="clip_small:width=4,dim=16",
     objective="clip:epochs=1,batch=64",
-    attacks=(
-        Attack("patch", "backdoor", 9, PATCH),
-        Attack("targeted", "targeted", 4, victims=2),
-    ),
+    attacks=(Attack("patch", "backdoor", 9, PATCH), Attack("targeted", "targeted", 4, victims=2)),
     images=SMOKE_DATA,
     shadow=SMOKE_DATA,
     labelled=SMOKE_DATA,
@@ -402,10 +399,4 @@ def detection_table(sets: Sequence[PoisonedSet], title: str) -> Table:
         "coin's; below it a score points the other way. ASR says whether the attack took "
         "(targeted: on its victims); where it did not, there is no backdoor to transplant."
     )
-    return Table(
-        title=title,
-        axis="detector",
-        rows=tuple(rows),
-        notes=(note,),
-        grid="AUROC",
-    )
+    return Table(title=title, axis="detector", rows=tuple(rows), notes=(note,), grid="AUROC")

@@ -33,13 +33,7 @@ class Audits:
             f"{setup.clean // 2 + 1} by chance. The towers that BadEncoder attacked are among its "
             "clean encoders."
         )
-        return Table(
-            title="Audits",
-            axis="audit",
-            rows=tuple(rows),
-            notes=(note,),
-            grid="AUROC",
-        )
+        return Table(title="Audits", axis="audit", rows=tuple(rows), notes=(note,), grid="AUROC")
 
 
 def audit_rows(

@@ -38,9 +38,4 @@ class DefaultScan:
             "transplant. What is said to show a trigger is poison or, on the sets without an "
             "attack, a false alarm."
         )
-        return Table(
-            title="The default scan",
-            axis="attack",
-            rows=tuple(rows),
-            notes=(note,),
-        )
+        return Table(title="The default scan", axis="attack", rows=tuple(rows), notes=(note,))

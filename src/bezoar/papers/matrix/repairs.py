@@ -43,11 +43,7 @@ class Repairs:
             "short fine-tune with ten stamped records, of this trigger or another."
         )
         return Table(
-            title="Repairs",
-            axis="repair",
-            rows=tuple(rows),
-            notes=(note,),
-            grid="ASR after",
+            title="Repairs", axis="repair", rows=tuple(rows), notes=(note,), grid="ASR after"
         )
 
 

@@ -36,10 +36,7 @@ class Retraining:
             "the ten nearest. Success: of the trigger, or of the victims."
         )
         return Table(
-            title="Training again on the keep-list",
-            axis="attack",
-            rows=tuple(rows),
-            notes=(note,),
+            title="Training again on the keep-list", axis="attack", rows=tuple(rows), notes=(note,)
         )
 
 
