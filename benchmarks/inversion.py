@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bezoar.auditing.trigger_search import InversionRecipe, TriggerSearch, initial_parameters
 from support import Side, Step, make_parser, serve_steps
 from torch import Tensor
 
 from bezoar import registry
 from bezoar.auditing import trigger_inversion
 from bezoar.auditing.audits import cleanse, decree
+from bezoar.auditing.trigger_search import InversionRecipe, TriggerSearch, initial_parameters
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.classifiers import Classifier
 
