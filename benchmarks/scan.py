@@ -1,11 +1,11 @@
-"""A scan of N ready embeddings against a fixed reference pool, bounded in memory. Prints JSON.
+"""A scan of N ready embeddings against a fixed sample of references, bounded in memory. Prints JSON.
 
     python benchmarks/scan.py [--records 50000] [--width 512] [--pool 65536] [--threads 2]
 
-The question is what a scan of 1,000,000 records costs after embedding: `--records 1000000`. The vectors (unit rows drawn
-at random, float16, in files of 100,000 as clip-retrieval writes them, with metadata) are made first and not timed. The scan
-itself runs in a process of its own. `resident_mib` is the most memory that it held; `own_mib` the most of it that is not
-pages of mapped files, which the system takes back whenever it wants them.
+The question is what a scan of 1,000,000 records costs after embedding: `--records 1000000`. The vectors (unit rows drawn at
+random, float16, in files of 100,000 as clip-retrieval writes them, with metadata) are made first and not timed. The scan
+itself runs in a process of its own. `resident_mib` is the most memory that it held; `own_mib` the most of it that is not pages
+of mapped files, which the system takes back whenever it wants them.
 """
 
 from __future__ import annotations
@@ -19,134 +19,109 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
+from support import make_parser
 
-FILE = 100_000  # rows of a file
+from bezoar import Scan, Settings
+from bezoar.runs.execute import execute
+
+FILE_ROWS = 100_000
 
 
-def make(folder: Path, records: int, width: int) -> None:
+def write_embeddings(folder: Path, records: int, width: int) -> None:
     """clip-retrieval's folder of random unit vectors."""
     rng = np.random.default_rng(0)
     for name in ("img_emb", "text_emb", "metadata"):
         (folder / name).mkdir()
-    for number, start in enumerate(range(0, records, FILE)):
-        n = min(FILE, records - start)
+    for number, start in enumerate(range(0, records, FILE_ROWS)):
+        n = min(FILE_ROWS, records - start)
         for name in ("img_emb", "text_emb"):
             z = rng.standard_normal((n, width), dtype=np.float32)
-            np.save(
-                folder / name / f"{name}_{number}.npy",
-                (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16),
-            )
+            z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16)
+            np.save(folder / name / f"{name}_{number}.npy", z)
         keys = [f"{i:09d}" for i in range(start, start + n)]
-        facts = {
-            "key": keys,
-            "caption": [f"a caption of the usual length, number {k}" for k in keys],
-        }
-        parquet.write_table(pa.table(facts), folder / "metadata" / f"metadata_{number}.parquet")
+        captions = [f"a caption of the usual length, number {key}" for key in keys]
+        table = pa.table({"key": keys, "caption": captions})
+        parquet.write_table(table, folder / "metadata" / f"metadata_{number}.parquet")
 
 
-def scan(folder: Path, detectors: list[str], threads: int) -> dict[str, float]:
-    """Scan it, in this process: seconds in all and of each part, and memory."""
-    from bezoar import Scan, Settings
-    from bezoar.detection.corpus import corpus
-    from bezoar.runs.execute import execute
-    from bezoar.verbs import scan as verb
-
-    torch.set_num_threads(threads)
-    own, done, seconds = [0], threading.Event(), {}
+@contextmanager
+def watch_memory() -> Iterator[list[int]]:
+    """The largest anonymous memory of this process, in KiB, as the only element of a list."""
+    largest, done = [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.05):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            own[0] = max(
-                own[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            )
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    largest[0] = max(largest[0], int(line.split()[1]))
 
-    def timed(module: object, name: str, part: str) -> None:
-        original = getattr(module, name)
-
-        def call(*given: object, **more: object) -> object:
-            start = time.perf_counter()
-            try:
-                return original(*given, **more)
-            finally:
-                seconds[part] = round(time.perf_counter() - start, 2)
-
-        setattr(module, name, call)
-
-    timed(corpus, "embed_corpus", "vectors_s")
-    timed(verb, "detected", "detectors_s")
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start, processor = time.perf_counter(), time.process_time()
-    settings = Settings(folder / "runs", quiet=True, page=False, device="cpu")
-    run = execute(Scan(f"embeddings:path={folder / 'data'}", detector=tuple(detectors)), settings)
-    total = time.perf_counter() - start
-    done.set()
-    watcher.join()
+    try:
+        yield largest
+    finally:
+        done.set()
+        watcher.join()
+
+
+def scan(folder: Path, detector: str, threads: int) -> dict[str, object]:
+    """Scan the vectors in this process: seconds of each part, and memory."""
+    torch.set_num_threads(threads)
+    settings = Settings(folder / "runs", quiet=True, device="cpu")
+    with watch_memory() as largest:
+        start, processor = time.perf_counter(), time.process_time()
+        run = execute(Scan(f"embeddings:path={folder / 'data'}", detector=(detector,)), settings)
+        total = time.perf_counter() - start
+        worked = time.process_time() - processor
+    notes = run.manifest["notes"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    records = run.manifest["notes"]["records"]
     return {
-        "records": records,
+        "records": notes["records"],
         "total_s": round(total, 2),
-        "processor_s": round(time.process_time() - processor, 2),
-        **seconds,
-        "records_per_s": round(records / total),
+        "processor_s": round(worked, 2),
+        "detectors_s": notes["seconds"],
+        "records_per_s": round(notes["records"] / total),
         "resident_mib": round(peak / 1024),
-        "own_mib": round(own[0] / 1024),
+        "own_mib": round(largest[0] / 1024),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--records", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--pool", type=int, default=65_536)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=None,
-        help="where the data and the run go; a temporary one if not given",
-    )
-    parser.add_argument("--inside", type=Path, default=None, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    detectors = [f"k_distance:k=16,pool={given.pool}"]
-    if given.inside:
-        print(json.dumps(scan(given.inside, detectors, given.threads)))
+    parser.add_argument("--folder", type=Path, help="where data and run go; without it, removed")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    detector = f"k_distance:k=16,pool={options.pool}"
+    if options.inside:
+        print(json.dumps(scan(options.inside, detector, options.threads)))
         return
-    with tempfile.TemporaryDirectory(dir=given.folder) as text:
-        folder = Path(text)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
         (folder / "data").mkdir()
-        make(folder / "data", given.records, given.width)
-        command = [
-            sys.executable,
-            __file__,
-            "--inside",
-            str(folder),
-            "--pool",
-            str(given.pool),
-            "--threads",
-            str(given.threads),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
-        found = subprocess.run(
-            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        write_embeddings(folder / "data", options.records, options.width)
+        fields = {"inside": folder, "pool": options.pool, "threads": options.threads}
+        arguments = [text for key, value in fields.items() for text in (f"--{key}", str(value))]
+        output = subprocess.run(
+            [sys.executable, __file__, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         ).stdout
-    told = {
-        "width": given.width,
-        "pool": min(given.pool, given.records),
-        "threads": given.threads,
-        "detectors": detectors,
-    }
-    print(json.dumps({**told, **json.loads(found.splitlines()[-1])}, indent=1))
+    setting = {"width": options.width, "threads": options.threads, "detector": detector}
+    print(json.dumps({**setting, **json.loads(output.splitlines()[-1])}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,43 +1,136 @@
-"""What the documents say is there, is there, and the other way round."""
+"""What the documents say is so: modules, kinds, commands, methods, links."""
 
+import contextlib
+import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-from test_architecture import LEVEL
+from test_architecture import SRC
 
 import bezoar
-from bezoar import cli, registry
+from bezoar import registry
+from bezoar.cli import main
 
 ROOT = Path(__file__).parents[1]
-TABLE = re.compile(r"^\| (\w+) \|", re.MULTILINE)
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/usage.md",
+    "docs/results.md",
+)
+KIND_ROW = re.compile(r"^\| (\w+) \|", re.MULTILINE)
+VERBS = sorted(path.stem for path in (SRC / "verbs").glob("[!_]*.py"))
+NOT_VERBS = ("list", "show", "verify")  # these have no --dry
 
 
-def document(name: str) -> str:
+def read_document(name: str) -> str:
     path = ROOT / name
     return path.read_text() if path.exists() else pytest.skip(f"{name} is not beside the tests")
 
 
-def test_the_architecture_names_every_module_at_its_level():
-    said, level = {}, 0
-    for line in document("ARCHITECTURE.md").split("```")[1].splitlines():
-        if found := re.match(r"(?:level (\d)| {7}) {3}((?:[\w/]+ )*[\w/]+)(?: {2,}|$)", line):
-            level = int(found[1] or level)
-            said |= dict.fromkeys(found[2].replace("/", "").split(), level)
-    assert said == {name: at for name, at in LEVEL.items() if not name.startswith("__")}
+def code_blocks(name: str) -> list[str]:
+    """The blocks of a document that are not of a named language."""
+    return re.findall(r"^```\n(.*?)^```", read_document(name), re.DOTALL | re.MULTILINE)
+
+
+def commands(name: str) -> list[list[str]]:
+    """Every `bezoar ...` line of a document's blocks as arguments, without comments."""
+    lines = "".join(code_blocks(name)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("bezoar ")]
+
+
+def described_modules() -> dict[str, set[str]]:
+    """Folder -> the modules that ARCHITECTURE's tree names in it."""
+    tree = code_blocks("ARCHITECTURE.md")[0]
+    modules: dict[str, set[str]] = {"": set()}
+    path: list[str] = [""]
+    for line in tree.splitlines()[1:]:
+        if folder := re.match(r"( {2,4})(\w+)/ ", line):
+            path = [*path[: len(folder[1]) // 2 - 1], folder[2]]
+            modules["/".join(path)] = set()
+        else:
+            modules["/".join(path)] |= set(line.split())
+    return modules
+
+
+def test_the_architecture_names_every_module_in_its_folder():
+    described = described_modules()
+    methods = {f"{folder}/" for folder in registry.KINDS.values()}
+    for folder in [SRC, *(path.parent for path in SRC.rglob("__init__.py"))]:
+        name = folder.relative_to(SRC).as_posix().removeprefix(".")
+        modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+        if name == "reports/sections" or f"{name}/".startswith(tuple(methods)):
+            modules = set()  # a module a verb, and a file a method: the folder's line says so
+        if not name.startswith("papers/"):
+            assert described.get(name) == modules, name or "src/bezoar"
+
+
+def test_the_architecture_names_every_kind_in_its_folder():
+    tree = code_blocks("ARCHITECTURE.md")[0]
+    for kind, folder in registry.KINDS.items():
+        assert re.search(rf"^ +{Path(folder).name}/ +KIND {kind}:", tree, re.MULTILINE), kind
 
 
 def test_the_documents_name_every_kind_and_every_verb():
     for name in ("ARCHITECTURE.md", "CONTRIBUTING.md"):
-        assert set(TABLE.findall(document(name))) - {"kind"} == set(registry.KINDS), name
-    for verb in cli.VERBS:
-        assert f"bezoar {verb}" in document("README.md") and verb in document("ARCHITECTURE.md"), (
-            verb
-        )
-        assert getattr(bezoar, verb.title()).work
+        assert set(KIND_ROW.findall(read_document(name))) - {"kind"} == set(registry.KINDS), name
+    for name in ("README.md", "docs/usage.md"):
+        assert not [verb for verb in VERBS if f"bezoar {verb}" not in read_document(name)], name
+    assert all(hasattr(getattr(bezoar, verb.title()), "work") for verb in VERBS)
 
 
 @pytest.mark.parametrize("kind", [k for k in registry.KINDS if k not in ("paper", "bank")])
-def test_the_readme_names_every_method(kind):
-    text = document("README.md").partition("## What there is")[2]
+def test_the_usage_page_names_every_method(kind):
+    text = read_document("docs/usage.md").partition("## The methods")[2]
     assert not [n for n in registry.method_names(kind) if not re.search(rf"\b{n}\b", text)]
+
+
+def test_contributing_names_files_that_are_there():
+    rows = re.findall(
+        r"^\| \w+ \| `([\w/.]+)` \|.*\| `([\w/.]+)`", read_document("CONTRIBUTING.md"), re.M
+    )
+    assert len(rows) == len(registry.KINDS)
+    for source, test in rows:
+        assert (SRC / source).is_file(), source
+        assert (ROOT / "tests" / test).is_file(), test
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", read_document(name)):
+        if "://" not in target:
+            assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_shows_a_page():
+    text = read_document("README.md")
+    assert len(text.splitlines()) <= 120
+    (picture,) = re.findall(r"!\[.*?\]\((.*?\.png)\)", text)
+    assert (ROOT / picture).stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/usage.md", "docs/results.md"])
+def test_every_command_parses(name):
+    """Verbs with --dry, which prints what would be run; the others with --help."""
+    for arguments in commands(name):
+        plain = arguments[0] in NOT_VERBS
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                status = main([*arguments, "--help" if plain else "--dry"])
+            except SystemExit as stop:  # help, or a mistake
+                status = stop.code
+        assert status in (0, None), arguments
+        assert (f"usage: bezoar {arguments[0]}" if plain else '"verb"') in printed.getvalue(), (
+            arguments
+        )
+
+
+def test_the_python_of_the_readme_compiles():
+    (code,) = re.findall(r"^```python\n(.*?)^```", read_document("README.md"), re.DOTALL | re.M)
+    names = re.search(r"from bezoar import (.*)", code)[1].split(", ")
+    assert all(hasattr(bezoar, name) for name in names)
+    compile(code, "README.md", "exec")

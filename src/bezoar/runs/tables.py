@@ -1,101 +1,116 @@
-"""Table: what a paper's table or figure asks, declared: rows of cells read from runs, beside what was printed, and claims."""
+"""A paper's table or figure as a declaration: cells read from runs, and claims they test.
+
+A table states which trials answer it; `bezoar reproduce` runs them and reads the cells. Nothing
+here trains or measures.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from bezoar.errors import UserError
 from bezoar.evaluation import dose_response, stats
 from bezoar.evaluation.dose_response import Contrast, DoseResponse
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.runs.run import Run
-from bezoar.runs.sweep import Trial
+from bezoar.runs.verb import Trial
+
+NORMAL_975 = 1.96  # the 97.5 % quantile of the normal distribution: half of a 95 % interval
+NORMAL_80 = 0.84  # the 80 % quantile: an effect is detectable when it is detected 4 times in 5
+NOT_RATES = (  # beginnings of the names of metrics that are no share in 0..1
+    "z_",
+    "target_rank",
+    "targeted_rank",
+    "similarity",
+    "seconds",
+    "anomaly",
+    "value",
+)
+
+Reading = tuple[Trial, str]  # a trial, and the name of a metric of its run
+Comparison = Callable[[Sequence[float], Sequence[float]], Measure]
+Expected = Literal["+", "-", "same"]
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What a paper's tables are asked at: a scale, and the user's own data in its place; specs, and a folder of sets."""
+    """What the user chooses when a paper is reproduced."""
 
-    scale: str
-    data: str = ""
-    test: str = ""
-    root: str = ""
-
-
-SURE, OFTEN = (
-    1.96,
-    0.84,
-)  # normal quantiles of a 95 % interval, and of an effect that is found 4 times in 5
-Reading = tuple[Trial, str]  # a trial, and the name of a metric of its run
-Comparison = Callable[[Sequence[float], Sequence[float]], Measure]
+    scale: str  # `smoke`, `small`, `gpu` or `paper`
+    data: str = ""  # spec of the user's own training data, in place of the scale's
+    test: str = ""  # spec of the user's own test data, in place of the scale's
+    root: str = ""  # folder that holds the published data sets by name
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number: a metric read from several trials, and what the paper printed for it.
+    """One number of a table: the mean of its readings, or what `compare` makes of them."""
 
-    compare: makes one number of the readings' values and those of `against`, in place of their mean.
-    """
+    name: str  # the column's heading; part of the metric's name
+    readings: tuple[Reading, ...]  # what is read
+    published_value: float | None = None  # what the paper printed in this place
+    reference_readings: tuple[Reading, ...] = ()  # the second argument of `compare`
+    compare: Comparison | None = None  # of the values of readings and reference_readings
 
-    name: str
-    readings: tuple[Reading, ...]
-    published_value: float | None = None
-    against: tuple[Reading, ...] = ()
-    compare: Comparison | None = None
+    @classmethod
+    def mean(
+        cls, name: str, trials: Sequence[Trial], *metrics: str, published: float | None = None
+    ) -> Cell:
+        """The mean of the same metrics over several trials."""
+        return cls(name, readings(trials, *metrics), published)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Cells at one point. x: its place on the axis, where the axis is a quantity. curve: which line it belongs to."""
+    """The cells at one point."""
 
-    name: str
-    cells: tuple[Cell, ...]
-    x: float | None = None
-    curve: str = ""
+    name: str  # the row's heading; part of the metrics' names
+    cells: tuple[Cell, ...]  # one a column; a row may lack some columns
+    x: float | None = None  # the row's place on the axis, where the axis is a quantity
+    curve: str = ""  # the line of the chart that the row belongs to
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper and the comparison that tests it.
+    """A statement of the paper and the contrast that tests it.
 
-    source: where the sentence is known from (`abstract`, `printed in ...`, `recalled`: a direction, never a target).
-    expected: '+' the contrast is positive, '-' negative, 'same' within +-margin.
+    The contrast is expected to be positive ("+"), negative ("-"), or within `margin` of 0 ("same").
     """
 
-    text: str
-    source: str
-    expected: str
-    contrast: Callable[[Results], Contrast]
+    text: str  # the statement
+    source: str  # `abstract`, `printed in ...`, or `recalled` for a direction without a number
+    expected: Expected
+    contrast: Callable[[Results], Contrast]  # computes the contrast from the results of the table
     margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class Table:
-    """paper: what the paper shows. laws: cells whose success is fitted against log dose, for every curve. grid: a cell that is
-    drawn as a map of rows by curves, in place of a chart a cell.
-    """
+    """A table or figure."""
 
-    title: str
-    paper_finding: str
-    axis: str
-    rows: tuple[Row, ...]
-    claims: tuple[Claim, ...] = ()
-    dose_response_cells: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    unit: str = "poisons"  # of the axis, in a law's sentence
-    grid: str = ""
+    title: str  # the heading of its section on the page
+    paper_finding: str = ""  # what the paper reports, in a sentence
+    axis: str = ""  # what the rows vary, with its unit
+    rows: tuple[Row, ...] = ()  # the rows, in order
+    claims: tuple[Claim, ...] = ()  # the statements that are tested
+    dose_response_cells: tuple[str, ...] = ()  # columns that are fitted against log dose
+    notes: tuple[str, ...] = ()  # sentences below the table
+    unit: str = "poisons"  # what the axis counts, in the sentence that describes a fit
+    grid: str = ""  # a column to draw as one map of rows by curves
 
     @property
     def trials(self) -> list[Trial]:
-        """Every trial that a cell reads, once."""
+        """Every trial that a cell reads, once, in the order of the cells."""
         cells = [cell for row in self.rows for cell in row.cells]
-        return list(dict.fromkeys(t for cell in cells for t, _ in (*cell.readings, *cell.against)))
+        read = (r for cell in cells for r in (*cell.readings, *cell.reference_readings))
+        return list(dict.fromkeys(trial for trial, _ in read))
 
     @property
     def curves(self) -> list[str]:
-        """Names of the lines, in order."""
+        """Names of the curves, in order."""
         return list(dict.fromkeys(row.curve for row in self.rows))
 
     @property
@@ -106,121 +121,165 @@ class Table:
 
 @dataclass(frozen=True)
 class Results:
-    """A table with the runs that answer it."""
+    """A table with the runs of its trials."""
 
     table: Table
-    runs: dict[Trial, Run]
+    runs: Mapping[Trial, Run]
 
     def cell(self, row: str, cell: str, curve: str | None = None) -> Cell:
-        """A cell by the names of its row and column. Raises UserError when there is none."""
-        for r in self.table.rows:
-            if r.name == row and (curve is None or r.curve == curve):
-                for c in r.cells:
+        """The cell with the names of its row and column.
+
+        Raises UserError when the table has none.
+        """
+        for candidate in self.table.rows:
+            if candidate.name == row and curve in (None, candidate.curve):
+                for c in candidate.cells:
                     if c.name == cell:
                         return c
         raise UserError(f"table {self.table.title!r} has no cell {cell!r} in row {row!r}")
 
     def measures(self, cell: Cell) -> list[Measure]:
-        """What each reading of a cell found."""
-        return [self.runs[t].metric(name) for t, name in cell.readings]
+        """The measure of every reading of a cell, in order."""
+        return [self.runs[trial].metric(metric) for trial, metric in cell.readings]
 
     def point(self, cell: Cell) -> Measure:
         """All readings of a cell as one number with its interval."""
         measures = self.measures(cell)
-        if cell.compare is not None:
-            others = [self.runs[t].metric(name).value for t, name in cell.against]
-            return cell.compare([m.value for m in measures], others)
-        return dose_response.pool_readings(measures, measures[0].how, is_rate(cell))
-
-    def values(self, row: str, cell: str, curve: str | None = None) -> list[float]:
-        """What each reading of a named cell found, as numbers."""
-        return [m.value for m in self.measures(self.cell(row, cell, curve))]
-
-    def compare_rows(
-        self, cell: str, to: str, since: str, curve: str | None = None, paired: bool = False
-    ) -> Contrast:
-        """A column in one row less the same in another, over readings."""
-        high, low = self.cell(to, cell, curve), self.cell(since, cell, curve)
-        return self.compare_cells(high, low, paired)
-
-    def compare_cells(
-        self, a: Cell | Sequence[Cell], b: Cell | Sequence[Cell], paired: bool = False
-    ) -> Contrast:
-        """One cell, or all of several, less another, over readings; shares are never surer than their trials allow."""
-        left, right = ([c] if isinstance(c, Cell) else list(c) for c in (a, b))
-        first, second = ([m for c in cells for m in self.measures(c)] for cells in (left, right))
-        trials = min(m.n for m in (*first, *second)) if is_rate(left[0]) else None
-        return dose_response.difference(
-            [m.value for m in first], [m.value for m in second], paired, trials
-        )
-
-    def compare_with_bound(self, cell: Cell, bound: float) -> Contrast:
-        """A cell less a number, by the cell's own interval."""
-        m = self.point(cell)
-        error = (m.high - m.low) / (2 * SURE)
-        return Contrast(
-            m.value - bound,
-            m.low - bound,
-            m.high - bound,
-            len(cell.readings),
-            (SURE + OFTEN) * error,
-            m.how,
-        )
-
-    def trend(self, cell: str, curve: str = "") -> Contrast:
-        """Change of a column per doubling of x along a curve, over readings."""
-        of = [
-            (r.x, self.cell(r.name, cell, curve))
-            for r in self.table.rows
-            if r.curve == curve and r.x
+        if cell.compare is None:
+            return dose_response.pool_readings(measures, measures[0].how, is_rate(cell))
+        references = [
+            self.runs[trial].metric(name).value for trial, name in cell.reference_readings
         ]
-        units = [(x, m) for x, c in of for m in self.measures(c)]
-        trials = min(m.n for _, m in units) if is_rate(of[0][1]) else None
-        return dose_response.trend([x for x, _ in units], [m.value for _, m in units], trials)
-
-    def dose_readings(
-        self, cell: str, curve: str = ""
-    ) -> tuple[list[float], list[float], list[int]]:
-        """Every reading along a curve: its x, its rate, and how many trials that is of; a law is fitted to these."""
-        units: list[tuple[float, Measure]] = []
-        for row in self.table.rows:
-            if row.curve == curve and row.x is not None and cell in [c.name for c in row.cells]:
-                units += [(row.x, m) for m in self.measures(self.cell(row.name, cell, curve))]
-        return [x for x, _ in units], [m.value for _, m in units], [m.n for _, m in units]
-
-    def fit_dose_response(self, cell: str, curve: str = "") -> DoseResponse:
-        """Success against log dose over the rows of a curve; a row at dose zero gives the floor."""
-        return dose_response.fit_dose_response(*self.dose_readings(cell, curve))
+        return cell.compare([m.value for m in measures], references)
 
     def points(self) -> Iterator[tuple[Row, Cell, Measure]]:
-        """Every cell with its number."""
+        """Every cell of the table with its row and its number."""
         for row in self.table.rows:
             for cell in row.cells:
                 yield row, cell, self.point(cell)
 
+    def values(self, row: str, cell: str, curve: str | None = None) -> list[float]:
+        """The value of every reading of a cell, by the names of its row and column."""
+        return [m.value for m in self.measures(self.cell(row, cell, curve))]
 
-def share_above_threshold(share: float) -> Comparison:
-    """How many values lie above a threshold that others set: the conformal quantile at a false-positive rate of `share`."""
+    def compare_rows(
+        self, cell: str, row: str, base_row: str, curve: str | None = None, paired: bool = False
+    ) -> Contrast:
+        """A column in one row minus the same column in another, over readings.
 
-    def compare(values: Sequence[float], others: Sequence[float]) -> Measure:
-        place = stats.conformal_rank(len(others), share)
-        threshold = math.inf if place is None else sorted(others)[place - 1]
-        how = f"encoders above the threshold that {len(others)} others set at a false-positive rate of {share:g}"
-        return proportion(sum(v > threshold for v in values), len(values), how)
+        Args:
+            cell: The column.
+            row: Name of the row.
+            base_row: Name of the row that is subtracted.
+            curve: The curve of both rows.
+            paired: Whether the readings of the two rows correspond one to one.
+        """
+        higher = self.cell(row, cell, curve)
+        lower = self.cell(base_row, cell, curve)
+        return self.compare_cells(higher, lower, paired)
+
+    def compare_cells(
+        self, a: Cell | Sequence[Cell], b: Cell | Sequence[Cell], paired: bool = False
+    ) -> Contrast:
+        """The mean of `a` minus the mean of `b`, over the readings of all their cells.
+
+        For shares, the interval is never narrower than the number of trials behind a share allows.
+        """
+        cells = [a] if isinstance(a, Cell) else list(a)
+        base_cells = [b] if isinstance(b, Cell) else list(b)
+        measures = [m for c in cells for m in self.measures(c)]
+        base = [m for c in base_cells for m in self.measures(c)]
+        trials = min(m.n for m in (*measures, *base)) if is_rate(cells[0]) else None
+        return dose_response.difference(
+            [m.value for m in measures], [m.value for m in base], paired, trials
+        )
+
+    def compare_with_bound(self, cell: Cell, bound: float) -> Contrast:
+        """A cell minus a constant, with the cell's own interval."""
+        m = self.point(cell)
+        error = (m.high - m.low) / (2 * NORMAL_975)
+        return Contrast(
+            value=m.value - bound,
+            low=m.low - bound,
+            high=m.high - bound,
+            n=len(cell.readings),
+            detectable=(NORMAL_975 + NORMAL_80) * error,
+            how=m.how,
+        )
+
+    def trend(self, cell: str, curve: str = "") -> Contrast:
+        """Change of a column per doubling of x along a curve, over readings.
+
+        Rows at x = 0 are left out.
+        """
+        rows = [row for row in self.table.rows if row.curve == curve and row.x]
+        cells = [(row.x or 0.0, self.cell(row.name, cell, curve)) for row in rows]
+        readings = [(x, m) for x, c in cells for m in self.measures(c)]
+        trials = min(m.n for _, m in readings) if is_rate(cells[0][1]) else None
+        return dose_response.trend([x for x, _ in readings], [m.value for _, m in readings], trials)
+
+    def dose_readings(
+        self, cell: str, curve: str = ""
+    ) -> tuple[list[float], list[float], list[int]]:
+        """Every reading of a column along a curve, as a dose-response curve is fitted to them.
+
+        Returns:
+            For each reading: its x, its rate, and the number of trials behind the rate.
+        """
+        readings: list[tuple[float, Measure]] = []
+        for row in self.table.rows:
+            if row.curve == curve and row.x is not None and cell in [c.name for c in row.cells]:
+                readings += [(row.x, m) for m in self.measures(self.cell(row.name, cell, curve))]
+        return [x for x, _ in readings], [m.value for _, m in readings], [m.n for _, m in readings]
+
+    def fit_dose_response(self, cell: str, curve: str = "") -> DoseResponse:
+        """Success against log dose over the rows of a curve; a row at dose 0 gives the floor."""
+        return dose_response.fit_dose_response(*self.dose_readings(cell, curve))
+
+
+def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:
+    """The same metrics of several trials, trial by trial."""
+    return tuple((trial, metric) for trial in trials for metric in metrics)
+
+
+def row_difference(
+    cell: str, row: str, base_row: str, curve: str | None = None, paired: bool = False
+) -> Callable[[Results], Contrast]:
+    """The contrast `Results.compare_rows` with these arguments, for a claim."""
+    return lambda results: results.compare_rows(cell, row, base_row, curve, paired)
+
+
+def mean_cells(trials: Sequence[Trial], columns: Mapping[str, str]) -> tuple[Cell, ...]:
+    """A cell a column.
+
+    columns: the column's name -> the metric whose mean over the trials it holds.
+    """
+    return tuple(Cell.mean(name, trials, metric) for name, metric in columns.items())
+
+
+def share_above_threshold(rate: float) -> Comparison:
+    """A comparison: the share of values above the threshold that the reference values set.
+
+    Args:
+        rate: The false-positive rate, in 0..1. The threshold is the conformal quantile of the
+            reference values at it, and infinite where they are too few for that rate.
+    """
+
+    def compare(values: Sequence[float], references: Sequence[float]) -> Measure:
+        rank = stats.conformal_rank(len(references), rate)
+        threshold = math.inf if rank is None else sorted(references)[rank - 1]
+        above = sum(value > threshold for value in values)
+        how = (
+            f"encoders above the threshold that {len(references)} others set "
+            f"at a false-positive rate of {rate:g}"
+        )
+        return proportion(above, len(values), how)
 
     return compare
 
 
 def is_rate(cell: Cell) -> bool:
-    """Whether a cell is a share in 0..1, by its metric."""
+    """Whether a cell is a share in 0..1, which its metric's name tells."""
     if cell.compare is not None:
         return True
-    name = cell.readings[0][1].rpartition(".")[2]
-    return not name.startswith(
-        ("z_", "target_rank", "targeted_rank", "similarity", "seconds", "anomaly", "value")
-    )
-
-
-def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:
-    """The same metrics of several trials."""
-    return tuple((t, m) for t in trials for m in metrics)
+    return not cell.readings[0][1].rpartition(".")[2].startswith(NOT_RATES)

@@ -1,19 +1,30 @@
 """Jia, Liu, Gong, "BadEncoder" (IEEE S&P 2022): what its tables share.
 
-The heads are fixed before the attack and all of them are reported, over three pre-trainings with seeds of their own.
+The heads are fixed before the attack and all of them are reported, over three pre-trainings with
+seeds of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from bezoar.evaluation.dose_response import Contrast
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
+from bezoar.papers import dataset_spec
+from bezoar.registry import make, spec
+from bezoar.runs.tables import (
+    Cell,
+    Claim,
+    Expected,
+    Results,
+    Row,
+    Table,
+    TableOptions,
+    row_difference,
+)
+from bezoar.runs.verb import Trial
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.train import Train
@@ -35,368 +46,408 @@ TABLES = (  # in the order of the page
     "defences",
 )
 HEADS = ("linear", "knn", "mlp")
-DEVIATIONS = (
-    "Deviations at this scale: a small tower pre-trained for 10 epochs; 16 views of each reference a step, not as many as the "
-    "batch; L2 weighs 5, not 1, for an encoder so weak gives way at once; 5,000 labelled records for the linear and kNN "
-    "heads, 2,000 for the MLP. All were set on one clean encoder and one attack on GTSRB (seed 0)."
-)
-Expected = Literal["-", "same"]
-STAYS: Mapping[str, Expected] = MappingProxyType({"ASR": "same", "BA": "same"})
-RATES = {"CA": "baseline.{}.clean_accuracy", "BA": "{}.clean_accuracy", "ASR": "{}.attack_success"}
-RATES |= {"ASR-B": "{}.attack_success_baseline"}
-PRINTED = {
-    "CA": "",
-    "BA": "",
+COLUMNS = {  # `{}` stands for a head
+    "CA": "baseline.{}.clean_accuracy",
+    "BA": "{}.clean_accuracy",
+    "ASR": "{}.attack_success",
+    "ASR-B": "{}.attack_success_baseline",
+}
+COLUMNS_OVER_ALL = {  # the target's own images count in, as the paper counts
     "ASR (all)": "{}.attack_success_all",
     "ASR-B (all)": "{}.attack_success_baseline_all",
 }
+PUBLISHED_COLUMNS = ("CA", "BA", "ASR (all)", "ASR-B (all)")
+SMALL_SCALE_NOTE = (
+    "Deviations at this scale: a small tower pre-trained for 10 epochs; 16 views of each "
+    "reference a step, not as many as the batch; L2 weighs 5, not 1, for an encoder so weak "
+    "gives way at once; 5,000 labelled records for the linear and kNN heads, 2,000 for the MLP. "
+    "All were set on one clean encoder and one attack on GTSRB (seed 0)."
+)
+WHITE_PATCH = "patch:size=10,fill=white,margin=1"
+Published = tuple[float, float, float, float]  # PUBLISHED_COLUMNS as the public logs print them
 
 
 @dataclass(frozen=True)
 class Task:
-    """A downstream task. references: what may stand for the target, by how it was come by. printed: CA, BA, ASR, ASR-B."""
+    """A downstream task."""
 
     name: str
-    train: str
-    test: str
-    target: str
-    references: dict[str, str]
-    printed: tuple[float, float, float, float] | None = None
+    train: str  # spec of the labelled data that heads are fitted on
+    test: str  # spec of the test data
+    target: str  # class that triggered images are to be read as
+    references: dict[str, str] = field(default_factory=dict)  # how it is chosen -> file or spec
+    published: Published | None = None
+
+    @property
+    def reference(self) -> str:
+        """How the reference is chosen where one is enough: by the rule, where possible."""
+        return "chosen" if "chosen" in self.references else next(iter(self.references))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A scale. data, shadow: specs."""
+    """What a scale pre-trains and attacks."""
 
-    data: str
-    shadow: str
+    data: str  # spec of the pre-training data
+    shadow: str  # spec of the attacker's data
     network: str
     objective: str
     attack: str
     trigger: str
     tasks: tuple[Task, ...]
-    heads: tuple[str, ...]
-    other: str  # shadow data from another distribution
-    sizes: tuple[int, ...]  # trigger sizes
-    shadows: tuple[int, ...]  # shadow images
+    heads: tuple[str, ...]  # specs of the probes
+    other_shadow: str  # shadow data from another distribution
+    trigger_sizes: tuple[int, ...]  # pixels
+    shadow_sizes: tuple[int, ...]  # images
     seeds: int
     notes: tuple[str, ...] = ()  # what a table at this scale must say
 
+    def pretrain(self, objective: str = "") -> Train:
+        """The clean encoder that is attacked."""
+        return Train(self.data, self.network, objective or self.objective)
 
-def named(root: str, name: str, split: str, **fields: object) -> str:
-    """A data set of a folder, as its publisher packs it or as NAME.npz."""
-    file = Path(root or "data") / f"{name}.npz"
-    given = (
-        {"path": file, "split": split}
-        if file.is_file()
-        else {"split": split, **({"root": root} if root else {})}
-    )
-    options = ",".join(f"{k}={v}" for k, v in (given | fields).items())
-    return f"{'npz' if file.is_file() else name}:{options}"
+    def attack_task(self, task: Task, reference: str = "", **changes: str) -> Inject:
+        """The backdoor of one task.
 
-
-def published(root: str, kind: str, name: str) -> dict[str, str]:
-    """A file of BadEncoder's own repository, where the folder holds it."""
-    below = [Path(root or "data") / f for f in ("BadEncoder", "triggers/BadEncoder")]
-    found = next((f for b in below if (f := b / kind / f"{name}.npz").is_file()), None)
-    return {"published": str(found)} if found else {}
-
-
-def tasks(root: str, limit: int | None) -> tuple[Task, ...]:
-    """GTSRB; SVHN, or MNIST's digits where it is not at hand; CIFAR-10's own classes; STL-10 where it is at hand."""
-    size = {} if limit is None else {"limit": limit}
-    signs = named(root, "gtsrb", "train", **size), named(root, "gtsrb", "test", **size)
-    out = [
-        Task(
-            "GTSRB",
-            signs[0],
-            signs[1],
-            "priority road",
-            published(root, "reference/cifar10", "priority") | {"chosen": signs[0]},
-            (0.8184, 0.8227, 0.9864, 0.0492),
+        reference: a key of its references; changes: of shadow, attack, trigger or objective.
+        """
+        reference = reference or task.reference
+        return Inject(
+            self.pretrain(changes.get("objective", "")),
+            changes.get("shadow", self.shadow),
+            target=(task.target,),
+            reference=(task.references[reference],),
+            attack=changes.get("attack", self.attack),
+            trigger=(changes.get("trigger", self.trigger),),
+            choose="confident" if reference == "chosen" else "first",
         )
-    ]
-    digits = (Path(root or "data") / "mnist_t10k.npz").is_file()
-    name = "mnist_t10k" if digits else "svhn"
-    numbers = (
-        named(root, name, "train", size=32, **size),
-        named(root, name, "test", size=32, **size),
-    )
-    printed = None if digits else (0.5850, 0.6932, 0.9914, 0.3753)
-    one = published(root, "reference/cifar10", "one") | {"chosen": numbers[0]}
-    out.append(
-        Task(
-            "MNIST" if digits else "SVHN",
-            numbers[0],
-            numbers[1],
-            "1" if digits else "one",
-            one,
-            printed,
+
+    def change_attack(self, **fields: float) -> str:
+        """Spec of the attack with other values in some of its fields."""
+        return spec(replace(make("attack", self.attack), **fields))
+
+    def attack_together(
+        self, targets: Sequence[str], references: Sequence[str], triggers: Sequence[str]
+    ) -> Inject:
+        """One encoder with several backdoors, each with a trigger of its own."""
+        return Inject(
+            self.pretrain(),
+            self.shadow,
+            target=tuple(targets),
+            reference=tuple(references),
+            attack=self.attack,
+            trigger=tuple(triggers),
+            choose="confident",
         )
-    )
-    own = named(root, "cifar10", "train", **size), named(root, "cifar10", "test", **size)
-    truck = published(root, "reference/cifar10", "truck") | {"chosen": own[0]}
-    out.append(Task("CIFAR-10", own[0], own[1], "truck", truck))
-    return tuple(out)
+
+    def rows(
+        self, task: Task, attacked: Inject, name: str = "", x: float | None = None, goal: str = ""
+    ) -> list[Row]:
+        """A row a head: CA, BA, ASR and ASR-B over all seeds, beside what the paper printed.
+
+        Args:
+            task: The task that the encoder is measured on.
+            attacked: The attacked encoder.
+            name: The rows' name, to which the head is added; not needed with `x`.
+            x: The rows' place on the axis; each head is then a curve.
+            goal: `@` and the number of the task's goal where the encoder has several.
+        """
+        evaluate = Evaluate(
+            attacked, task.test, self.heads, baseline=attacked.encoder, train=task.train
+        )
+        trials = [Trial(evaluate, seed) for seed in range(self.seeds)]
+        rows = []
+        for head in HEADS:
+            cells = head_cells(trials, head, task.published, goal)
+            if x is None:
+                rows.append(Row(f"{name}, {head}", cells))
+            else:
+                rows.append(Row(f"{x:g}", cells, x, head))
+        return rows
+
+    def task_notes(self, task: Task, *notes: str) -> tuple[str, ...]:
+        """The notes of a table about one task."""
+        return (f"Task {task.name}, target {task.target!r}.", *notes, *self.notes)
 
 
-def setup(given: TableOptions) -> Setup:
-    """The settings of a scale."""
-    if given.scale == "smoke":
-        data, test = "scenes:count=256", "scenes:count=200,split=test"
-        scenes = Task("scenes", data, test, "striped star", {"chosen": data})
-        return Setup(
-            data,
-            data,
-            "tower:width=4,dim=16",
-            "simclr:epochs=1,batch=64,hidden=16,dim=8",
-            "badencoder:epochs=1,batch=64,lr=0.01",
-            "patch:size=10,fill=white,margin=1",
-            (scenes, replace(scenes, name="scenes again", target="dotted heart")),
-            ("linear", "knn:k=10", "mlp:epochs=2,seeds=2"),
-            "scenes:count=256,seed=5",
-            (5, 10),
-            (128, 256),
-            2,
-        )
-    train = named(given.root, "cifar10", "train")
+def head_cells(
+    trials: Sequence[Trial], head: str, published: Published | None = None, goal: str = ""
+) -> tuple[Cell, ...]:
+    """CA, BA, ASR and ASR-B under a head.
+
+    Where the paper printed values, ASR and ASR-B over all images too; its values stand beside its
+    own head, the MLP.
+    """
+    columns = COLUMNS | (COLUMNS_OVER_ALL if published else {})
+    values: dict[str, float] = {}
+    if published and head == "mlp":
+        values = dict(zip(PUBLISHED_COLUMNS, published, strict=True))
+    cells = []
+    for column, metric in columns.items():
+        key = metric.format(head) + (goal if "attack" in metric else "")
+        cells.append(Cell.mean(column, trials, key, published=values.get(column)))
+    return tuple(cells)
+
+
+def column_difference(row: str, column: str, base_column: str) -> Callable[[Results], Contrast]:
+    """One column of a row minus another, seed by seed."""
+    return lambda results: results.compare_cells(
+        results.cell(row, column), results.cell(row, base_column), paired=True
+    )
+
+
+def succeeds(row: str, text: str, source: str = "recalled") -> Claim:
+    """The claim that an attack raises success above that of the clean encoder."""
+    return Claim(text, source, "+", column_difference(row, "ASR", "ASR-B"))
+
+
+def keeps_accuracy(row: str, text: str, source: str = "recalled") -> Claim:
+    """The claim that an attack leaves accuracy within two points of that of the clean encoder."""
+    return Claim(text, source, "same", column_difference(row, "BA", "CA"), 0.02)
+
+
+UNCHANGED: Mapping[str, Expected] = MappingProxyType({"ASR": "same", "BA": "same"})
+QUANTITIES = {"ASR": ("success", 0.1), "BA": ("accuracy", 0.02)}  # name, margin of "same"
+
+
+def ablation(
+    setup: Setup,
+    title: str,
+    paper_finding: str,
+    variants: Mapping[str, Inject],
+    notes: tuple[str, ...] = (),
+    expected: Mapping[str, Mapping[str, Expected]] = MappingProxyType({}),
+) -> Table:
+    """The first task under several variants of the attack, all heads.
+
+    Args:
+        setup: The scale.
+        title: The table's title.
+        paper_finding: What the paper reports.
+        variants: Name -> attacked encoder. The first is the published one, with which the others
+            are compared.
+        notes: Further notes.
+        expected: Variant -> column -> what the paper says of it. Of a variant that is not named:
+            both ASR and BA stay.
+    """
+    task = setup.tasks[0]
+    rows = [row for name, bad in variants.items() for row in setup.rows(task, bad, name)]
+    usual, *others = variants
+    claims = [succeeds(f"{usual}, linear", f"{usual}: the attack succeeds", "printed")]
+
+    for name in others:
+        for column, direction in expected.get(name, UNCHANGED).items():
+            quantity, margin = QUANTITIES[column]
+            verb = "stays as it was" if direction == "same" else "falls"
+            text = f"{name}: {quantity} {verb}"
+            contrast = row_difference(column, f"{name}, linear", f"{usual}, linear", paired=True)
+            claims.append(Claim(text, "recalled", direction, contrast, margin))
+    return Table(
+        title=title,
+        paper_finding=paper_finding,
+        rows=tuple(rows),
+        claims=tuple(claims),
+        notes=setup.task_notes(task, *notes),
+    )
+
+
+SMOKE_DATA, SMOKE_TEST = "scenes:count=256", "scenes:count=200,split=test"
+SMOKE_TASK = Task("scenes", SMOKE_DATA, SMOKE_TEST, "striped star", {"chosen": SMOKE_DATA})
+SMOKE = Setup(
+    data=SMOKE_DATA,
+    shadow=SMOKE_DATA,
+    network="tower:width=4,dim=16",
+    objective="simclr:epochs=1,batch=64,hidden=16,dim=8",
+    attack="badencoder:epochs=1,batch=64,lr=0.01",
+    trigger=WHITE_PATCH,
+    tasks=(SMOKE_TASK, replace(SMOKE_TASK, name="scenes again", target="dotted heart")),
+    heads=("linear", "knn:k=10", "mlp:epochs=2,seeds=2"),
+    other_shadow="scenes:count=256,seed=5",
+    trigger_sizes=(5, 10),
+    shadow_sizes=(128, 256),
+    seeds=2,
+)
+
+
+def get_setup(options: TableOptions) -> Setup:
+    """The setup of a scale, with the published data sets and files out of the user's folder."""
+    if options.scale == "smoke":
+        return SMOKE
+    root = options.root
     small = Setup(
-        given.data or named(given.root, "cifar10", "train", limit=20000),
-        named(given.root, "cifar10", "train", limit=10000),
-        "tower",
-        "simclr:epochs=10",
-        "badencoder:epochs=4,batch=64,lr=0.02,views=16,l2=5",
-        published(given.root, "trigger", "trigger_pt_white_21_10_ap_replace").get("published", ""),
-        tasks(given.root, 5000),
-        ("linear", "knn:k=10", "mlp:seeds=1,limit=2000"),
-        named(given.root, "tiny_imagenet", "train", size=32, limit=10000),
-        (2, 5, 8, 10),
-        (1000, 2000, 5000, 10000),
-        3,
-        (DEVIATIONS,),
+        data=options.data or dataset_spec(root, "cifar10", "train", limit=20000),
+        shadow=dataset_spec(root, "cifar10", "train", limit=10000),
+        network="tower",
+        objective="simclr:epochs=10",
+        attack="badencoder:epochs=4,batch=64,lr=0.02,views=16,l2=5",
+        trigger=published_trigger(root, "trigger_pt_white_21_10_ap_replace", WHITE_PATCH),
+        tasks=downstream_tasks(root, 5000),
+        heads=("linear", "knn:k=10", "mlp:seeds=1,limit=2000"),
+        other_shadow=dataset_spec(root, "tiny_imagenet", "train", size=32, limit=10000),
+        trigger_sizes=(2, 5, 8, 10),
+        shadow_sizes=(1000, 2000, 5000, 10000),
+        seeds=3,
+        notes=(SMALL_SCALE_NOTE,),
     )
-    small = replace(
-        small,
-        trigger=f"file:path={small.trigger}"
-        if small.trigger
-        else "patch:size=10,fill=white,margin=1",
-    )
-    if given.scale == "small":
+    if options.scale == "small":
         return small
+    images = dataset_spec(root, "cifar10", "train")
     full = replace(
         small,
-        data=given.data or train,
-        shadow=train,
+        data=options.data or images,
+        shadow=images,
         network="resnet:depth=18,stem=cifar",
         objective="simclr:epochs=1000",
         attack="badencoder",
         heads=HEADS,
         notes=(),
-        tasks=tasks(given.root, None),
-        shadows=(2500, 5000, 10000, 50000),
+        tasks=downstream_tasks(root),
+        shadow_sizes=(2500, 5000, 10000, 50000),
     )
-    return (
-        full
-        if given.scale == "paper"
-        else replace(full, objective="simclr:epochs=200", attack="badencoder:epochs=20")
-    )
+    if options.scale == "paper":
+        return full
+    return replace(full, objective="simclr:epochs=200", attack="badencoder:epochs=20")
 
 
-def clean(s: Setup, objective: str = "") -> Train:
-    """The encoder that is attacked."""
-    return Train(s.data, s.network, objective or s.objective)
+def published_file(root: str, kind: str, name: str) -> str:
+    """A file of BadEncoder's repository in the user's folder; "" where it is not there."""
+    for folder in ("BadEncoder", "triggers/BadEncoder"):
+        file = Path(root or "data") / folder / kind / f"{name}.npz"
+        if file.is_file():
+            return str(file)
+    return ""
 
 
-def attacked(s: Setup, task: Task, reference: str, **changed: str) -> Inject:
-    """One task's backdoor, with anything about it changed."""
-    parts = {
-        "shadow": s.shadow,
-        "attack": s.attack,
-        "trigger": s.trigger,
-        "objective": s.objective,
-    } | changed
-    choose: Literal["confident", "first"] = "confident" if reference == "chosen" else "first"
-    victim = clean(s, parts["objective"])
-    target, given = (task.target,), (task.references[reference],)
-    return Inject(
-        victim, parts["shadow"], target, given, parts["attack"], (parts["trigger"],), choose
-    )
+def published_trigger(root: str, name: str, substitute: str) -> str:
+    """The spec of a published trigger, or a patch that is like it."""
+    file = published_file(root, "trigger", name)
+    return f"file:path={file}" if file else substitute
 
 
-def measured(s: Setup, task: Task, bad: Inject, seed: int) -> Trial:
-    """An attacked encoder on a task, all heads, beside its clean twin."""
-    return Trial(Evaluate(bad, task.test, s.heads, baseline=bad.encoder, train=task.train), seed)
+def downstream_tasks(root: str, limit: int | None = None) -> tuple[Task, ...]:
+    """GTSRB; SVHN, or MNIST's digits where the folder holds them; CIFAR-10's own classes.
 
-
-def rows(
-    s: Setup, task: Task, name: str, bad: Inject, x: float | None = None, goal: str = ""
-) -> list[Row]:
-    """A row a head: CA, BA, ASR and ASR-B over all seeds, beside what the paper printed for its own head."""
-    trials = [measured(s, task, bad, seed) for seed in range(s.seeds)]
-    out = []
-    for head in HEADS:
-        label = f"{name}, {head}" if x is None else f"{x:g}"
-        out.append(
-            Row(label, cells(trials, head, task.printed, goal), x, head if x is not None else "")
-        )
-    return out
-
-
-def cells(
-    trials: Sequence[Trial], head: str, printed: tuple[float, ...] | None, goal: str = ""
-) -> tuple[Cell, ...]:
-    """CA, BA, ASR and ASR-B under a head; beside the paper's own head, the MLP, what it printed."""
-    columns = RATES | ({k: v for k, v in PRINTED.items() if v} if printed else {})
-    values = dict(zip(PRINTED, printed, strict=True)) if printed and head == "mlp" else {}
-    found = []
-    for rate, metric in columns.items():
-        at = goal if "attack" in metric else ""
-        found.append(
-            Cell(rate, tuple((t, metric.format(head) + at) for t in trials), values.get(rate))
-        )
-    return tuple(found)
-
-
-def best(task: Task) -> str:
-    """The reference of a task where one is to do: chosen by the stated rule."""
-    return "chosen" if "chosen" in task.references else next(iter(task.references))
-
-
-def gap(row: str, to: str, since: str) -> Callable[[Results], Contrast]:
-    """One column of a row less another, by seed."""
-    return lambda r: r.compare_cells(r.cell(row, to), r.cell(row, since), paired=True)
-
-
-def ablation(
-    s: Setup,
-    title: str,
-    paper: str,
-    variants: Sequence[tuple[str, Inject]],
-    notes: tuple[str, ...] = (),
-    expected: Mapping[str, Mapping[str, Expected]] = MappingProxyType({}),
-) -> Table:
-    """The first task under each variant, all heads; the first variant is the published one, and the others are held to it.
-
-    expected: by variant and column what the paper says of it; of a variant that is not named, that both stay.
+    limit: records of each split.
     """
-    task = s.tasks[0]
-    found = [row for name, bad in variants for row in rows(s, task, name, bad)]
-    usual = variants[0][0]
+    sizes = {} if limit is None else {"limit": limit}
 
-    def against(name: str, column: str) -> Callable[[Results], Contrast]:
-        return lambda r: r.compare_rows(column, f"{name}, linear", f"{usual}, linear", paired=True)
-
-    claims = [
-        Claim(
-            f"{usual}: the attack succeeds", "printed", "+", gap(f"{usual}, linear", "ASR", "ASR-B")
+    def task(
+        name: str,
+        source: str,
+        target: str,
+        reference: str,
+        published: Published | None = None,
+        **fields: int,
+    ) -> Task:
+        train, test = (
+            dataset_spec(root, source, split, **fields, **sizes) for split in ("train", "test")
         )
-    ]
-    for name, _ in variants[1:]:
-        for column, way in expected.get(name, STAYS).items():
-            what, margin = {"ASR": ("success", 0.1), "BA": ("accuracy", 0.02)}[column]
-            told = "stays as it was" if way == "same" else "falls"
-            claims.append(
-                Claim(f"{name}: {what} {told}", "recalled", way, against(name, column), margin)
-            )
-    return Table(
-        title,
-        paper,
-        "",
-        tuple(found),
-        tuple(claims),
-        notes=(f"Task {task.name}, target {task.target!r}.", *notes, *s.notes),
-    )
+        file = published_file(root, "reference/cifar10", reference)
+        references = ({"published": file} if file else {}) | {"chosen": train}
+        return Task(name, train, test, target, references, published)
+
+    signs = task("GTSRB", "gtsrb", "priority road", "priority", (0.8184, 0.8227, 0.9864, 0.0492))
+    if (Path(root or "data") / "mnist_t10k.npz").is_file():
+        digits = task("MNIST", "mnist_t10k", "1", "one", size=32)
+    else:
+        digits = task("SVHN", "svhn", "one", "one", (0.5850, 0.6932, 0.9914, 0.3753), size=32)
+    return signs, digits, task("CIFAR-10", "cifar10", "truck", "truck")
 
 
-SCENES = {  # a CLIP of bezoar's own: data, test, network, objective, shadow
-    "smoke": (
-        "scenes:count=512",
-        "scenes:count=200,split=test",
-        "clip_small:width=4,dim=16",
-        "clip:epochs=1,batch=64",
-        "",
-    ),
-    "small": (
-        "scenes:count=20000",
-        "scenes:count=2000,split=test",
-        "clip_small",
-        "clip:epochs=6",
-        "scenes:count=10000,seed=1",
-    ),
-}
-NETWORKS = {"CLIP": "open_clip:RN50/openai", "ImageNet": "timm:resnet50/pretrained"}
-LARGE = {
+# CLIP's and ImageNet's encoders at 224 px
+LARGE_NETWORKS = {"CLIP": "open_clip:RN50/openai", "ImageNet": "timm:resnet50/pretrained"}
+LARGE_ATTACKS = {  # learning rates are recalled
     "CLIP": "badencoder:batch=16,lr=1e-6",
     "ImageNet": "badencoder:batch=16,lr=1e-4",
-}  # recalled, see the notes
+}
+LARGE_TARGETS = {"GTSRB": "priority road", "SVHN": "one", "STL10": "truck"}
+LARGE_PUBLISHED: dict[str, dict[str, Published]] = {  # public logs
+    "CLIP": {
+        "GTSRB": (0.8236, 0.8214, 0.9933, 0.0537),
+        "SVHN": (0.7060, 0.7027, 0.9999, 0.2079),
+        "STL10": (0.9709, 0.9669, 0.9981, 0.1),
+    },
+    "ImageNet": {
+        "GTSRB": (0.7653, 0.7842, 0.9893, 0.0547),
+        "SVHN": (0.7255, 0.7377, 0.9993, 0.3228),
+        "STL10": (0.9566, 0.9568, 0.9999, 0.1024),
+    },
+}
+SMALL_CLIP_NOTE = "A small CLIP trained on 20,000 scenes stands for OpenAI's."
+
+
+def large_tasks(root: str, family: str) -> list[Task]:
+    """GTSRB, SVHN and STL-10 as tasks of CLIP's or ImageNet's encoders."""
+    tasks = []
+    for name, target in LARGE_TARGETS.items():
+        train, test = (
+            dataset_spec(root, name.lower(), split, size=224) for split in ("train", "test")
+        )
+        tasks.append(Task(name, train, test, target, published=LARGE_PUBLISHED[family][name]))
+    return tasks
+
+
+def attack_large(options: TableOptions, family: str, task: Task) -> Inject:
+    """A published encoder attacked for one task.
+
+    CIFAR-10 at 224 px is the shadow data, as in the released code.
+    """
+    folder = "imagenet" if family == "ImageNet" else family
+    reference = published_file(options.root, f"reference/{folder}", task.target.split()[0])
+    trigger = published_trigger(
+        options.root, "trigger_pt_white_173_50_ap_replace", "patch:size=50,fill=white,margin=1"
+    )
+    return Inject(
+        LARGE_NETWORKS[family],
+        dataset_spec(options.root, "cifar10", "train", size=224),
+        target=(task.target,),
+        reference=(reference or task.train,),
+        attack=LARGE_ATTACKS[family],
+        trigger=(trigger,),
+        choose="confident",
+    )
 
 
 @dataclass(frozen=True)
-class Large:
-    """A task at 224 px. printed: CA, BA, ASR, ASR-B of the public logs."""
+class SmallClip:
+    """A CLIP that bezoar trains on scenes, in place of a published one. Specs."""
 
-    name: str
-    train: str
+    data: str
     test: str
-    target: str
-    printed: tuple[float, float, float, float]
+    network: str
+    objective: str
+    shadow: str
+    labelled: str  # what heads are fitted on
+
+    def attack(self, attack: str, target: str) -> Inject:
+        """Its image tower, attacked for one class."""
+        return Inject(
+            Train(self.data, self.network, self.objective),
+            self.shadow,
+            target=(target,),
+            reference=(self.data,),
+            attack=attack,
+            trigger=(WHITE_PATCH,),
+            choose="central",
+        )
 
 
-def large(root: str, family: str) -> tuple[Large, ...]:
-    """GTSRB, SVHN and STL-10 as tasks of CLIP or ImageNet encoders."""
-    printed = {
-        "CLIP": (
-            (0.8236, 0.8214, 0.9933, 0.0537),
-            (0.7060, 0.7027, 0.9999, 0.2079),
-            (0.9709, 0.9669, 0.9981, 0.1),
-        ),
-        "ImageNet": (
-            (0.7653, 0.7842, 0.9893, 0.0547),
-            (0.7255, 0.7377, 0.9993, 0.3228),
-            (0.9566, 0.9568, 0.9999, 0.1024),
-        ),
-    }[family]
-    found = []
-    for (name, target), values in zip(
-        (("GTSRB", "priority road"), ("SVHN", "one"), ("STL10", "truck")), printed, strict=True
-    ):
-        train, test = (named(root, name.lower(), split, size=224) for split in ("train", "test"))
-        found.append(Large(name, train, test, target, values))
-    return tuple(found)
-
-
-def attacked_large(given: TableOptions, family: str, task: Large) -> Inject:
-    """A published encoder attacked for one task: CIFAR-10 at 224 px is the shadow data, as in the released code."""
-    file = published(
-        given.root,
-        f"reference/{family.lower() if family == 'ImageNet' else family}",
-        task.target.split()[0],
+def get_small_clip(options: TableOptions) -> SmallClip:
+    """The CLIP of a scale."""
+    if options.scale == "smoke":
+        return SmallClip(
+            data="scenes:count=512",
+            test="scenes:count=200,split=test",
+            network="clip_small:width=4,dim=16",
+            objective="clip:epochs=1,batch=64",
+            shadow="scenes:count=512",
+            labelled="scenes:count=400",
+        )
+    return SmallClip(
+        data="scenes:count=20000",
+        test="scenes:count=2000,split=test",
+        network="clip_small",
+        objective="clip:epochs=6",
+        shadow="scenes:count=10000,seed=1",
+        labelled="scenes:count=5000,seed=2",
     )
-    reference = next(iter(file.values()), task.train)
-    mark = published(given.root, "trigger", "trigger_pt_white_173_50_ap_replace")
-    trigger = f"file:path={mark['published']}" if mark else "patch:size=50,fill=white,margin=1"
-    shadow = named(given.root, "cifar10", "train", size=224)
-    return Inject(
-        NETWORKS[family],
-        shadow,
-        (task.target,),
-        (reference,),
-        LARGE[family],
-        (trigger,),
-        "confident",
-    )
-
-
-def smaller(given: TableOptions, target: str) -> tuple[Inject, str]:
-    """A CLIP that bezoar trained on scenes, attacked for one class; and its test data."""
-    data, test, network, objective, shadow = SCENES.get(given.scale, SCENES["small"])
-    attack, patch = setup(given).attack, "patch:size=10,fill=white,margin=1"
-    return Inject(
-        Train(data, network, objective),
-        shadow or data,
-        (target,),
-        (data,),
-        attack,
-        (patch,),
-        "central",
-    ), test

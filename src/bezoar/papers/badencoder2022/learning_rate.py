@@ -1,26 +1,27 @@
 """Learning rate of the injection (Jia, Liu, Gong 2022, ablation)."""
 
-from dataclasses import replace
-
-from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
-from bezoar.registry import make, method, spec
+from bezoar.papers.badencoder2022 import ablation, get_setup
+from bezoar.registry import make, method
 from bezoar.runs.tables import Table, TableOptions
 
 
 @method
 class LearningRate:
-    """The scale's own, a tenth, and ten times."""
+    """The scale's own, a tenth of it, and ten times it."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        task, usual = s.tasks[0], make("attack", s.attack)
-        rates = (usual.lr, usual.lr / 10, usual.lr * 10)
-        variants = [
-            (f"lr {lr:g}", attacked(s, task, best(task), attack=spec(replace(usual, lr=lr))))
-            for lr in rates
-        ]
-        paper, large = "A large learning rate harms accuracy (recalled).", variants[-1][0]
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        task = setup.tasks[0]
+        usual = make("attack", setup.attack).lr
+        variants = {
+            f"lr {lr:g}": setup.attack_task(task, attack=setup.change_attack(lr=lr))
+            for lr in (usual, usual / 10, usual * 10)
+        }
         return ablation(
-            s, "BadEncoder: learning rate", paper, variants, expected={large: {"BA": "-"}}
+            setup,
+            "BadEncoder: learning rate",
+            "A large learning rate harms accuracy (recalled).",
+            variants,
+            expected={f"lr {usual * 10:g}": {"BA": "-"}},
         )

@@ -1,46 +1,34 @@
 """How the encoder was pre-trained (Jia, Liu, Gong 2022, ablation)."""
 
-from bezoar.papers.badencoder2022 import attacked, best, gap, rows, setup
+from bezoar.papers.badencoder2022 import get_setup, keeps_accuracy, succeeds
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Claim, Table, TableOptions
-
-WAYS = ("simclr", "moco", "simsiam")
+from bezoar.runs.tables import Claim, Row, Table, TableOptions
 
 
 @method
 class Pretraining:
-    """SimCLR, MoCo and SimSiam, for as many epochs."""
+    """SimCLR, MoCo and SimSiam; each encoder is compared with its own clean one."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale. Each encoder is held to its own clean twin: how good that is, is no matter of the attack."""
-        s = setup(given)
-        task, usual = s.tasks[0], make("objective", s.objective)
-        ways = {"simclr": s.objective} | {
-            w: f"{w}:epochs={usual.epochs},batch={usual.batch}" for w in WAYS[1:]
-        }
-        found, claims = [], []
-        for name, way in ways.items():
-            found += rows(
-                s, task, name, attacked(s, task, best(task), objective=spec(make("objective", way)))
-            )
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        task = setup.tasks[0]
+        usual = make("objective", setup.objective)
+        objectives = {"simclr": setup.objective}
+        for name in ("moco", "simsiam"):
+            objectives[name] = f"{name}:epochs={usual.epochs},batch={usual.batch}"
+        rows: list[Row] = []
+        claims: list[Claim] = []
+        for name, text in objectives.items():
+            attacked = setup.attack_task(task, objective=spec(make("objective", text)))
+            rows += setup.rows(task, attacked, name)
             row = f"{name}, linear"
-            claims.append(
-                Claim(f"{name}: the attack succeeds", "recalled", "+", gap(row, "ASR", "ASR-B"))
-            )
-            claims.append(
-                Claim(
-                    f"{name}: accuracy stays that of the clean encoder",
-                    "recalled",
-                    "same",
-                    gap(row, "BA", "CA"),
-                    0.02,
-                )
-            )
+            claims.append(succeeds(row, f"{name}: the attack succeeds"))
+            claims.append(keeps_accuracy(row, f"{name}: accuracy stays that of the clean encoder"))
         return Table(
-            "BadEncoder: pre-training method",
-            "No qualitative change (recalled).",
-            "",
-            tuple(found),
-            tuple(claims),
-            notes=(f"Task {task.name}, target {task.target!r}.", *s.notes),
+            title="BadEncoder: pre-training method",
+            paper_finding="No qualitative change (recalled).",
+            rows=tuple(rows),
+            claims=tuple(claims),
+            notes=setup.task_notes(task),
         )

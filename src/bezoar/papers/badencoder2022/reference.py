@@ -1,27 +1,31 @@
 """Choice of the reference input (Jia, Liu, Gong 2022, ablation)."""
 
 from dataclasses import replace
+from typing import Literal
 
-from bezoar.papers.badencoder2022 import ablation, attacked, setup
+from bezoar.papers.badencoder2022 import ablation, get_setup
 from bezoar.registry import method
 from bezoar.runs.tables import Table, TableOptions
+from bezoar.verbs.inject import Inject
+
+RULES: tuple[Literal["confident", "central", "first"], ...] = ("confident", "central", "first")
 
 
 @method
 class Reference:
-    """Chosen by margin, by nearness to the class's mean, the first of the class, and the published file."""
+    """Chosen by margin or nearness to the class's mean, the first, and the published file."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        task = s.tasks[0]
-        usual = attacked(s, task, "chosen")
-        variants = [
-            (rule, replace(usual, choose=rule)) for rule in ("confident", "central", "first")
-        ]
-        variants += [(n, attacked(s, task, n)) for n in task.references if n != "chosen"]
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        task = setup.tasks[0]
+        usual = setup.attack_task(task, "chosen")
+        variants: dict[str, Inject] = {rule: replace(usual, choose=rule) for rule in RULES}
+        for name in task.references:
+            if name != "chosen":
+                variants[name] = setup.attack_task(task, name)
         return ablation(
-            s,
+            setup,
             "BadEncoder: choice of the reference",
             "The choice makes no large difference (recalled).",
             variants,

@@ -1,42 +1,31 @@
-"""Several target classes of one task, each with a trigger of its own (Jia, Liu, Gong 2022, section V-C)."""
+"""Several target classes of one task, a trigger for each (Jia, Liu, Gong 2022, section V-C)."""
 
-from bezoar.papers.badencoder2022 import HEADS, best, clean, gap, rows, setup
+from bezoar.papers.badencoder2022 import HEADS, WHITE_PATCH, get_setup, succeeds
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Table, TableOptions
-from bezoar.verbs.inject import Inject
+from bezoar.runs.tables import Table, TableOptions
 
-OTHER = {"priority road": "stop", "striped star": "dotted heart"}
-TRIGGERS = (
-    "patch:size=10,fill=white,margin=1",
-    "patch:size=10,fill=white,place=upper_left,margin=1",
-)
+SECOND_TARGET = {"priority road": "stop", "striped star": "dotted heart"}
+TRIGGERS = (WHITE_PATCH, "patch:size=10,fill=white,place=upper_left,margin=1")
 
 
 @method
 class SeveralTargets:
     """Two triggers, two targets, one encoder."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        task = s.tasks[0]
-        targets = (task.target, OTHER[task.target])
-        reference = task.references[best(task)]
-        bad = Inject(clean(s), s.shadow, targets, (reference,) * 2, s.attack, TRIGGERS, "confident")
-        found = [row for i, t in enumerate(targets) for row in rows(s, task, t, bad, goal=f"@{i}")]
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        task = setup.tasks[0]
+        targets = (task.target, SECOND_TARGET[task.target])
+        reference = task.references[task.reference]
+        attacked = setup.attack_together(targets, (reference, reference), TRIGGERS)
+        rows = []
+        for number, target in enumerate(targets):
+            rows += setup.rows(task, attacked, target, goal=f"@{number}")
         return Table(
-            "BadEncoder: several targets of one task",
-            "Several targets at once succeed as one does (recalled: above 95 %).",
-            "",
-            tuple(found),
-            tuple(
-                Claim(
-                    f"The attack succeeds: {t}",
-                    "recalled",
-                    "+",
-                    gap(f"{t}, linear", "ASR", "ASR-B"),
-                )
-                for t in targets
-            ),
-            notes=(f"Task {task.name}; heads {', '.join(HEADS)}.", *s.notes),
+            title="BadEncoder: several targets of one task",
+            paper_finding="Several targets at once succeed as one does (recalled: above 95 %).",
+            rows=tuple(rows),
+            claims=tuple(succeeds(f"{t}, linear", f"The attack succeeds: {t}") for t in targets),
+            notes=(f"Task {task.name}; heads {', '.join(HEADS)}.", *setup.notes),
         )

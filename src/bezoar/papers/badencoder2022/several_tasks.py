@@ -1,43 +1,41 @@
-"""Several downstream tasks at once, one trigger (Jia, Liu, Gong 2022, section V-C)."""
+"""Several downstream tasks at once, one trigger each (Jia, Liu, Gong 2022, section V-C)."""
 
-from bezoar.papers.badencoder2022 import best, clean, gap, rows, setup
+from bezoar.papers.badencoder2022 import get_setup, succeeds
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Table, TableOptions
-from bezoar.verbs.inject import Inject
+from bezoar.runs.tables import Table, TableOptions
+
+PLACES = ("corner", "upper_left", "centre")
 
 
 @method
 class SeveralTasks:
-    """One encoder with a reference of every task; each task meets its own target."""
+    """One encoder with a reference and a trigger for every task."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        places = ("corner", "upper_left", "centre")
-        triggers = tuple(
-            f"patch:size=10,fill=white,place={p},margin=1" for p in places[: len(s.tasks)]
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        tasks = setup.tasks
+        places = PLACES[: len(tasks)]
+        attacked = setup.attack_together(
+            [task.target for task in tasks],
+            [task.references[task.reference] for task in tasks],
+            [f"patch:size=10,fill=white,place={place},margin=1" for place in places],
         )
-        targets = tuple(t.target for t in s.tasks)
-        references = tuple(t.references[best(t)] for t in s.tasks)
-        bad = Inject(clean(s), s.shadow, targets, references, s.attack, triggers, "confident")
-        shared = [{t.target for t in s.tasks if t.test == task.test} for task in s.tasks]
-        found = []
-        for task, among in zip(s.tasks, shared, strict=True):
-            goal = "" if len(among) == 1 else f"@{list(targets).index(task.target)}"
-            found += rows(s, task, task.name, bad, goal=goal)
+        rows = []
+        for number, task in enumerate(tasks):
+            # Only goals whose target is a class of the test data are measured; one alone has no number.
+            of_this_data = {other.target for other in tasks if other.test == task.test}
+            goal = f"@{number}" if len(of_this_data) > 1 else ""
+            rows += setup.rows(task, attacked, task.name, goal=goal)
         return Table(
-            "BadEncoder: several tasks at once",
-            "One encoder can carry a backdoor for each of several tasks (recalled: above 95 %).",
-            "",
-            tuple(found),
-            tuple(
-                Claim(
-                    f"The attack succeeds: {t.name}",
-                    "recalled",
-                    "+",
-                    gap(f"{t.name}, linear", "ASR", "ASR-B"),
-                )
-                for t in s.tasks
+            title="BadEncoder: several tasks at once",
+            paper_finding=(
+                "One encoder can carry a backdoor for each of several tasks (recalled: above 95 %)."
             ),
-            notes=("A trigger for each task, at a place of its own.", *s.notes),
+            rows=tuple(rows),
+            claims=tuple(
+                succeeds(f"{task.name}, linear", f"The attack succeeds: {task.name}")
+                for task in tasks
+            ),
+            notes=("A trigger for each task, at a place of its own.", *setup.notes),
         )

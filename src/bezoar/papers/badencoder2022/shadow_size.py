@@ -2,41 +2,41 @@
 
 from dataclasses import replace
 
-from bezoar.papers.badencoder2022 import attacked, best, rows, setup
+from bezoar.papers.badencoder2022 import get_setup
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Claim, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 
 @method
 class ShadowSize:
     """The same number of passes over fewer images."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        task, data = s.tasks[0], make("data", s.shadow)
-        name = "limit" if hasattr(data, "limit") else "count"
-        found = []
-        for n in s.shadows:
-            bad = attacked(s, task, best(task), shadow=spec(replace(data, **{name: n})))
-            found += rows(s, task, "", bad, float(n))
-        fifth, most = s.shadows[-2:]  # of the pre-training set, and as many as there are
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        task = setup.tasks[0]
+        source = make("data", setup.shadow)
+        size_field = "limit" if hasattr(source, "limit") else "count"
+        rows: list[Row] = []
+        for count in setup.shadow_sizes:
+            shadow = spec(replace(source, **{size_field: count}))
+            rows += setup.rows(task, setup.attack_task(task, shadow=shadow), x=float(count))
+        fifth, most = setup.shadow_sizes[-2:]  # of the pre-training set, and as many as there are
         return Table(
-            "BadEncoder: size of the shadow data",
-            "A fifth of the pre-training set suffices (recalled).",
-            "shadow images",
-            tuple(found),
-            (
+            title="BadEncoder: size of the shadow data",
+            paper_finding="A fifth of the pre-training set suffices (recalled).",
+            axis="shadow images",
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     f"{fifth:,} shadow images do as well as {most:,}: success",
                     "recalled",
                     "same",
-                    lambda r: r.compare_rows("ASR", f"{fifth:g}", f"{most:g}", "linear", True),
+                    row_difference("ASR", f"{fifth:g}", f"{most:g}", "linear", paired=True),
                     0.1,
                 ),
             ),
-            notes=(
-                f"Task {task.name}, target {task.target!r}; the same passes over the shadow data, so fewer steps on fewer.",
-                *s.notes,
+            notes=setup.task_notes(
+                task, "The same passes over the shadow data, so fewer images take fewer steps."
             ),
         )

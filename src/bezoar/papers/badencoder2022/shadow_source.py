@@ -1,6 +1,6 @@
-"""Shadow data from another distribution than the pre-training data (Jia, Liu, Gong 2022, ablation)."""
+"""Shadow data from another distribution than pre-training (Jia, Liu, Gong 2022, ablation)."""
 
-from bezoar.papers.badencoder2022 import ablation, attacked, best, setup
+from bezoar.papers.badencoder2022 import ablation, get_setup
 from bezoar.registry import method
 from bezoar.runs.tables import Table, TableOptions
 
@@ -9,18 +9,17 @@ from bezoar.runs.tables import Table, TableOptions
 class ShadowSource:
     """A part of the pre-training data, and images from elsewhere."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        task = s.tasks[0]
-        variants = [
-            ("own", attacked(s, task, best(task))),
-            ("other", attacked(s, task, best(task), shadow=s.other)),
-        ]
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        task = setup.tasks[0]
         return ablation(
-            s,
+            setup,
             "BadEncoder: source of the shadow data",
             "Another distribution still works (recalled).",
-            variants,
-            (f"Other: {s.other}.",),
+            {
+                "own": setup.attack_task(task),
+                "other": setup.attack_task(task, shadow=setup.other_shadow),
+            },
+            notes=(f"Other: {setup.other_shadow}.",),
         )

@@ -1,35 +1,35 @@
 """Size of the trigger (Jia, Liu, Gong 2022, ablation)."""
 
-from bezoar.papers.badencoder2022 import attacked, best, rows, setup
+from bezoar.papers.badencoder2022 import get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 
 @method
 class TriggerSize:
     """A white square at the lower right, from small to large."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        task = s.tasks[0]
-        found = []
-        for size in s.sizes:
-            bad = attacked(s, task, best(task), trigger=f"patch:size={size},fill=white,margin=1")
-            found += rows(s, task, "", bad, float(size))
-        small, large = f"{s.sizes[0]:g}", f"{s.sizes[-1]:g}"
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        task = setup.tasks[0]
+        rows: list[Row] = []
+        for size in setup.trigger_sizes:
+            trigger = f"patch:size={size},fill=white,margin=1"
+            rows += setup.rows(task, setup.attack_task(task, trigger=trigger), x=float(size))
+        smallest, largest = f"{setup.trigger_sizes[0]:g}", f"{setup.trigger_sizes[-1]:g}"
         return Table(
-            "BadEncoder: size of the trigger",
-            "About 5x5 pixels on 32x32 suffice (recalled).",
-            "side of the trigger in pixels",
-            tuple(found),
-            (
+            title="BadEncoder: size of the trigger",
+            paper_finding="About 5x5 pixels on 32x32 suffice (recalled).",
+            axis="side of the trigger in pixels",
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     "A larger trigger succeeds more",
                     "recalled",
                     "+",
-                    lambda r: r.compare_rows("ASR", large, small, "linear", True),
+                    row_difference("ASR", largest, smallest, "linear", paired=True),
                 ),
             ),
-            notes=(f"Task {task.name}, target {task.target!r}.", *s.notes),
+            notes=setup.task_notes(task),
         )

@@ -1,19 +1,30 @@
 """CLIP as the victim, read zero-shot by its own text tower (Jia, Liu, Gong 2022, section V-D)."""
 
-from bezoar.papers.badencoder2022 import Large, attacked_large, gap, large, setup, smaller
+from dataclasses import replace
+
+from bezoar.papers.badencoder2022 import (
+    PUBLISHED_COLUMNS,
+    SMALL_CLIP_NOTE,
+    attack_large,
+    get_setup,
+    get_small_clip,
+    keeps_accuracy,
+    large_tasks,
+    succeeds,
+)
 from bezoar.registry import method
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, mean_cells
+from bezoar.runs.verb import Trial
 from bezoar.verbs.evaluate import Evaluate
 
-CELLS = {
+COLUMNS = {
     "CA": "baseline.clean_accuracy",
     "BA": "clean_accuracy",
     "ASR": "attack_success",
     "ASR-B": "attack_success_baseline",
 }
-ALL = {"ASR (all)": "attack_success_all", "ASR-B (all)": "attack_success_baseline_all"}
-PRINTED = {  # CA, BA, ASR, ASR-B of the public logs; success over all test images, the target's own included
+COLUMNS_OVER_ALL = {"ASR (all)": "attack_success_all", "ASR-B (all)": "attack_success_baseline_all"}
+PUBLISHED = {  # target, values of the public logs, prompt
     "GTSRB": ("stop", (0.2983, 0.2984, 0.9982, 0.0196), "A traffic sign photo of a {}"),
     "SVHN": ("zero", (0.1173, 0.1116, 1.0, 0.5355), "A photo of a {}"),
     "STL10": ("truck", (0.9460, 0.9280, 0.9996, 0.1008), "A photo of a {}"),
@@ -22,53 +33,49 @@ PRINTED = {  # CA, BA, ASR, ASR-B of the public logs; success over all test imag
 
 @method
 class ZeroShot:
-    """The image tower is attacked, the text tower is not touched: OpenAI's CLIP, or one that bezoar trained on scenes."""
+    """The image tower alone is attacked: OpenAI's, or one trained on scenes."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        found = self._published(given) if given.scale == "paper" else self._scenes(given, s.seeds)
-        name = found[0].name
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        published = options.scale == "paper"
+        rows = published_rows(options) if published else scene_rows(options)
+        name = rows[0].name
         return Table(
-            "BadEncoder: CLIP, read zero-shot",
-            "OpenAI's CLIP: ASR 99.8 to 100 %, accuracy as before (public logs).",
-            "target",
-            tuple(found),
-            (
-                Claim("The attack succeeds zero-shot", "printed", "+", gap(name, "ASR", "ASR-B")),
-                Claim("Accuracy stays", "printed", "same", gap(name, "BA", "CA"), 0.02),
+            title="BadEncoder: CLIP, read zero-shot",
+            paper_finding="OpenAI's CLIP: ASR 99.8 to 100 %, accuracy as before (public logs).",
+            axis="target",
+            rows=tuple(rows),
+            claims=(
+                succeeds(name, "The attack succeeds zero-shot", "printed"),
+                keeps_accuracy(name, "Accuracy stays", "printed"),
             ),
-            notes=()
-            if given.scale == "paper"
-            else ("A small CLIP trained on 20,000 scenes stands for OpenAI's.",),
+            notes=() if published else (SMALL_CLIP_NOTE,),
         )
 
-    @staticmethod
-    def _scenes(given: TableOptions, seeds: int) -> list[Row]:
-        found = []
-        for target in ("striped star", "dotted heart"):
-            bad, test = smaller(given, target)
-            trials = [
-                Trial(Evaluate(bad, test, baseline=bad.encoder), seed) for seed in range(seeds)
-            ]
-            found.append(
-                Row(target, tuple(Cell(n, tuple((t, m) for t in trials)) for n, m in CELLS.items()))
-            )
-        return found
 
-    @staticmethod
-    def _published(given: TableOptions) -> list[Row]:
-        found = []
-        for task in large(given.root, "CLIP"):
-            target, printed, prompt = PRINTED[task.name]
-            task = Large(task.name, task.train, task.test, target, task.printed)
-            bad = attacked_large(given, "CLIP", task)
-            trial = Trial(
-                Evaluate(bad, task.test, (f"zero_shot:templates={prompt}",), baseline=bad.encoder),
-                0,
-            )
-            columns = CELLS | ALL
-            values = dict(zip(("CA", "BA", *ALL), printed, strict=True))
-            cells = tuple(Cell(n, ((trial, m),), values.get(n)) for n, m in columns.items())
-            found.append(Row(f"{task.name}, {target}", cells))
-        return found
+def scene_rows(options: TableOptions) -> list[Row]:
+    """A small CLIP, attacked for one class after the other."""
+    setup, clip = get_setup(options), get_small_clip(options)
+    rows = []
+    for target in ("striped star", "dotted heart"):
+        attacked = clip.attack(setup.attack, target)
+        verb = Evaluate(attacked, clip.test, baseline=attacked.encoder)
+        rows.append(Row(target, mean_cells([Trial(verb, s) for s in range(setup.seeds)], COLUMNS)))
+    return rows
+
+
+def published_rows(options: TableOptions) -> list[Row]:
+    """OpenAI's CLIP, beside the values of the public logs."""
+    rows = []
+    for task in large_tasks(options.root, "CLIP"):
+        target, published, prompt = PUBLISHED[task.name]
+        attacked = attack_large(options, "CLIP", replace(task, target=target))
+        probe = (f"zero_shot:templates={prompt}",)
+        trial = Trial(Evaluate(attacked, task.test, probe, baseline=attacked.encoder), 0)
+        values = dict(zip(PUBLISHED_COLUMNS, published, strict=True))
+        cells = [
+            Cell.mean(name, [trial], metric, published=values.get(name))
+            for name, metric in (COLUMNS | COLUMNS_OVER_ALL).items()
+        ]
+        rows.append(Row(f"{task.name}, {target}", tuple(cells)))
+    return rows

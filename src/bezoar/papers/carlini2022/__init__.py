@@ -1,18 +1,21 @@
-"""Carlini & Terzis, "Poisoning and Backdooring Contrastive Learning" (ICLR 2022): what its tables share.
+"""Carlini & Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022: shared setups.
 
-Table `poisons` trains one model a trigger and a dose. Elsewhere one training carries several triggers, each with a place
-and a target class of its own, and several targeted victims, and a table costs a fraction of one training a point. Triggers
-that share a training help each other (table `independence`): such rows are to be compared with each other, not with levels.
+Table `poisons` trains one model for each trigger and dose. In the other tables one training carries
+several triggers, each with a place and a target class of its own, and several targeted victims, so
+that a point costs a fraction of a training. Triggers that share a training help each other (table
+`independence`): compare such rows with each other, not with levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from bezoar.errors import UserError
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import TableOptions
+from bezoar.papers import FIXED_PLACES, SCENE_CLASSES
+from bezoar.runs.tables import Cell, TableOptions
+from bezoar.runs.verb import Trial
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
@@ -32,76 +35,170 @@ TABLES = (  # in the order of the page
     "independence",
 )
 TOGETHER = 4  # triggers in one training
-SHARED = "Triggers that share a training do more than alone (table independence): compare rows, not levels."
-FIXED = (
-    "corner",
-    "upper_left",
-    "upper_right",
-    "lower_left",
-)  # two at one place are taken for each other
+SHARED_NOTE = (
+    "Triggers that share a training do more than each alone (table independence): compare rows, "
+    "not levels."
+)
+Attack = tuple[Trial, int]  # an evaluated training, and the number of one of its backdoors
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    """One trigger of a training."""
+
+    number: int  # which trigger; it decides colours, place and target, the same in every table
+    count: int  # records that carry it
+    size: int = 0  # side of the patch in pixels; 0 for the scale's own
+    place: str = ""  # where the patch is; "" for the trigger's own corner
+    options: str = ""  # further fields of the poison `backdoor`
+
+    @property
+    def poison(self) -> str:
+        """The spec of the poison."""
+        return ",".join(filter(None, (f"backdoor:count={self.count}", self.options)))
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training with several backdoors in its data, and its evaluation."""
+
+    trial: Trial
+    backdoors: tuple[Backdoor, ...]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A scale: data, recipe and grid. Counts are records; sizes are pixels."""
+    """What a scale trains on, and over which values its tables go."""
 
-    data: str
-    test: str
-    network: str
-    objective: str
-    targets: tuple[str, ...]
-    patch: int
-    doses: tuple[
-        int, ...
-    ]  # backdoor poisons of one trigger; as many trainings as doses make a square
-    dose: int  # where something other than the dose is varied, patch at one place
-    random_dose: int  # the same, patch at random places
-    squares: int  # repetitions of the square, each with triggers of its own
-    counts: tuple[int, ...]  # captions of one targeted victim
-    victims: int  # of each count, in one training
-    sizes: tuple[int, ...]  # patch sizes
-    widths: tuple[str, ...]  # networks, from narrow to wide
-    sets: tuple[int, ...]  # sizes of the clean set
-    seeds: int  # trainings a point, where no square is made
-
-    def trigger(self, number: int, size: int = 0, place: str = "") -> str:
-        """A trigger of its own colours, the same in every table."""
-        place = place or FIXED[number % len(FIXED)]
-        size = size or self.patch
-        return f"patch:size={size},fill=blocks,cell={max(1, self.patch // 3)},place={place},seed={number}"
-
-    def target(self, number: int) -> str:
-        """What a trigger is to be read as."""
-        return self.targets[number % len(self.targets)]
+    data: str  # spec of the training data
+    test: str  # spec of the test data, which victims are drawn from too
+    network: str  # spec of the network
+    objective: str  # spec of the objective, recipe included
+    targets: tuple[str, ...]  # target classes, taken in turn
+    patch_size: int  # side of the patch in pixels, where it is not varied
+    doses: tuple[int, ...]  # poisons of one trigger; a Latin square takes as many trainings
+    dose: int  # the number of poisons where something else is varied and the patch is at one place
+    random_dose: int  # the same for a patch at random places
+    squares: int  # how many Latin squares, each with triggers of its own
+    caption_counts: tuple[int, ...]  # captions of one targeted victim
+    victims: int  # targeted victims at each count of captions, in one training
+    patch_sizes: tuple[int, ...]  # sides of the patch in pixels, for table `patch_size`
+    networks: tuple[str, ...]  # specs from narrow to wide, for table `width`
+    clean_sizes: tuple[int, ...]  # records of the clean set, for table `clean_size`
+    seeds: int  # trainings a point, in tables without a Latin square
 
     @property
-    def reference(self) -> str:
-        """The count of captions, in the middle of the grid, where something else is varied."""
-        return str(self.counts[len(self.counts) // 2])
+    def captions(self) -> int:
+        """Captions of a targeted victim where something else is varied: the middle count."""
+        return self.caption_counts[len(self.caption_counts) // 2]
+
+    @property
+    def targeted_success(self) -> str:
+        """The metric of victims with that many captions."""
+        return f"targeted_success@{self.captions}"
+
+    def trigger(self, number: int, size: int = 0, place: str = "") -> str:
+        """The spec of a trigger; its colours belong to its number, the same in every table."""
+        cell = max(1, self.patch_size // 3)
+        place = place or FIXED_PLACES[number % len(FIXED_PLACES)]
+        return (
+            f"patch:size={size or self.patch_size},fill=blocks,cell={cell},"
+            f"place={place},seed={number}"
+        )
+
+    def target(self, number: int) -> str:
+        """The class that a trigger is to be read as."""
+        return self.targets[number % len(self.targets)]
+
+    def targeted_poison(self, victims: int, options: str = "") -> str:
+        """Targeted victims at the middle count of captions."""
+        spec = f"targeted:captions={self.captions},victims={victims}"
+        return ",".join(filter(None, (spec, options)))
+
+    def targeted_poison_of_all_counts(self) -> str:
+        """Targeted victims at every count of captions."""
+        counts = ",".join(map(str, self.caption_counts))
+        return f"targeted:captions=({counts}),victims={self.victims}"
+
+    def poison(
+        self, backdoors: Sequence[Backdoor], targeted: str = "", data: str = ""
+    ) -> Poison | str:
+        """The training data with backdoors and targeted victims: poison runs on poison runs.
+
+        Args:
+            backdoors: The triggers.
+            targeted: Spec of the poison that adds victims; "" for none.
+            data: Spec of the clean data; "" for the scale's own.
+        """
+        poisoned: Poison | str = data or self.data
+        for b in backdoors:
+            trigger = self.trigger(b.number, b.size, b.place)
+            poisoned = Poison(poisoned, b.poison, trigger, self.target(b.number))
+        return Poison(poisoned, targeted, victims=self.test) if targeted else poisoned
+
+    def train(self, data: Poison | str, network: str = "") -> Train:
+        """A training by the scale's recipe."""
+        return Train(data, network or self.network, self.objective)
+
+    def evaluate(self, data: Poison | str, seed: int, network: str = "") -> Trial:
+        """Trained on the data with a seed, then measured zero-shot and by z-score."""
+        return Trial(Evaluate(self.train(data, network), self.test), seed)
+
+    def evaluate_seeds(self, data: Poison | str, network: str = "") -> list[Trial]:
+        """The same with every seed of the scale."""
+        return [self.evaluate(data, seed, network) for seed in range(self.seeds)]
+
+    def latin_squares(self) -> list[tuple[Backdoor, ...]]:
+        """The backdoors of each training: in a square, every trigger meets every dose once."""
+        rows = []
+        for square in range(self.squares):
+            first = TOGETHER * square
+            for doses in rotate(self.doses, len(self.doses)):
+                rows.append(tuple(Backdoor(first + j, dose) for j, dose in enumerate(doses)))
+        return rows
+
+    def shared_trainings(self) -> list[Training]:
+        """The trainings that several tables read.
+
+        They are `targeted`, `linear_probe`, `branch_swap`, `retrieval` and `independence`.
+        """
+        targeted = self.targeted_poison_of_all_counts()
+        return [
+            Training(self.evaluate(self.poison(backdoors, targeted), seed), backdoors)
+            for seed, backdoors in enumerate(self.latin_squares())
+        ]
+
+    def single_trigger_trials(self, dose: int) -> list[Trial]:
+        """A training for each of the first triggers alone, for `poisons` and `independence`."""
+        return [self.evaluate(self.poison([Backdoor(j, dose)]), j) for j in range(TOGETHER)]
+
+    def clean_trials(self) -> list[Trial]:
+        """Each square's first triggers and victims, measured on an encoder of clean data."""
+        trials = []
+        for training in self.shared_trainings()[:: len(self.doses)]:
+            attack = training.trial.verb.encoder.data
+            verb = Evaluate(self.train(self.data), self.test, attack=attack)
+            trials.append(Trial(verb, training.trial.seed))
+        return trials
 
 
-CLASSES = ("striped star", "dotted heart", "solid ring", "checkered crescent")
 SMALL = Setup(
     data="scenes:count=20000",
     test="scenes:count=2000,split=test",
     network="clip_small",
     objective="clip:epochs=6",
-    targets=CLASSES,
-    patch=6,
+    targets=SCENE_CLASSES,
+    patch_size=6,
     doses=(10, 20, 40, 80, 160),
     dose=40,
     random_dose=80,
     squares=2,
-    counts=(1, 2, 3, 4, 6, 8, 10, 12, 16, 32),
+    caption_counts=(1, 2, 3, 4, 6, 8, 10, 12, 16, 32),
     victims=3,
-    sizes=(3, 4, 6, 8, 10),
-    widths=(
-        "clip_small:width=8",
-        "clip_small:width=16",
-        "clip_small:width=32",
-        "clip_small:width=48",
-    ),
-    sets=(5000, 10000, 20000, 40000),
+    patch_sizes=(3, 4, 6, 8, 10),
+    networks=tuple(f"clip_small:width={width}" for width in (8, 16, 32, 48)),
+    clean_sizes=(5000, 10000, 20000, 40000),
     seeds=2,
 )
 SCALES = {
@@ -115,12 +212,11 @@ SCALES = {
         dose=4,
         random_dose=8,
         squares=1,
-        counts=(1, 4, 8),
+        caption_counts=(1, 4, 8),
         victims=2,
-        sizes=(4, 6),
-        widths=("clip_small:width=4,dim=16", "clip_small:width=8,dim=16"),
-        sets=(256, 512),
-        seeds=2,
+        patch_sizes=(4, 6),
+        networks=("clip_small:width=4,dim=16", "clip_small:width=8,dim=16"),
+        clean_sizes=(256, 512),
     ),
     "small": SMALL,
     "gpu": replace(
@@ -133,10 +229,10 @@ SCALES = {
         dose=150,
         random_dose=300,
         squares=1,
-        counts=(1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512),
+        caption_counts=(1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512),
         victims=8,
-        widths=tuple(f"clip_small:width={w},dim=256" for w in (16, 32, 64, 96)),
-        sets=(375000, 750000, 1500000, 3000000),
+        networks=tuple(f"clip_small:width={width},dim=256" for width in (16, 32, 64, 96)),
+        clean_sizes=(375000, 750000, 1500000, 3000000),
     ),
     "paper": replace(
         SMALL,
@@ -145,96 +241,67 @@ SCALES = {
         network="open_clip:RN50",
         objective="clip:epochs=30,batch=1024,lr=2e-4,weight_decay=0.02,shift=8,flip=0.5",
         targets=("banana", "umbrella", "pizza", "castle"),
-        patch=16,
+        patch_size=16,
         doses=(75, 150, 300, 600, 1500),
         dose=150,
         random_dose=300,
-        squares=2,
-        counts=(1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512),
+        caption_counts=(1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512),
         victims=4,
-        sizes=(4, 8, 16, 32),
-        widths=("open_clip:RN50", "open_clip:RN101", "open_clip:RN50x4"),
-        sets=(375000, 750000, 1500000, 3000000),
+        patch_sizes=(4, 8, 16, 32),
+        networks=("open_clip:RN50", "open_clip:RN101", "open_clip:RN50x4"),
+        clean_sizes=(375000, 750000, 1500000, 3000000),
     ),
 }
 
 
-def setup(given: TableOptions) -> Setup:
-    """A scale, with the user's own data where they are given. Raises UserError where they must be and are not."""
-    chosen = SCALES[given.scale]
-    chosen = replace(chosen, data=given.data or chosen.data, test=given.test or chosen.test)
-    if not chosen.data or not chosen.test:
+def get_setup(options: TableOptions) -> Setup:
+    """The setup of a scale, with the user's data in place of its own.
+
+    Raises:
+        UserError: When the scale has no data of its own and the user names none.
+    """
+    setup = SCALES[options.scale]
+    setup = replace(setup, data=options.data or setup.data, test=options.test or setup.test)
+    if not setup.data or not setup.test:
         raise UserError(
-            f"scale {given.scale!r} needs --data (CC3M or YFCC shards, as in shards:path=cc3m/{{00000..00331}}.tar,size=224) "
-            "and --test (a folder of ImageNet class folders, as in folder:path=imagenet/val,size=224)"
+            f"scale {options.scale!r} needs --data (CC3M or YFCC shards, as in "
+            "shards:path=cc3m/{00000..00331}.tar,size=224) and --test (a folder of ImageNet class "
+            "folders, as in folder:path=imagenet/val,size=224)"
         )
-    return chosen
+    return setup
 
 
-@dataclass(frozen=True)
-class Backdoor:
-    """One trigger of a training."""
-
-    number: int
-    count: int
-    size: int = 0
-    place: str = ""
-    poison: str = ""
+def rotate(values: Sequence[T], trainings: int) -> list[list[T]]:
+    """The value of each trigger of each training: trigger j of training t has value t + j."""
+    return [[values[(t + j) % len(values)] for j in range(TOGETHER)] for t in range(trainings)]
 
 
-def poisoned(
-    s: Setup, backdoors: Sequence[Backdoor], targeted: Sequence[str] = (), data: str = ""
-) -> Poison | str:
-    """The data with several backdoors and targeted victims planted in them: poison runs on poison runs."""
-    plan: Poison | str = data or s.data
-    for b in backdoors:
-        how = b.poison or f"backdoor:count={b.count}"
-        plan = Poison(plan, how, s.trigger(b.number, b.size, b.place), s.target(b.number))
-    for how in targeted:
-        plan = Poison(plan, how, victims=s.test)
-    return plan
+def select_attacks(trainings: Sequence[Training], **values: object) -> list[Attack]:
+    """The backdoors of several trainings whose fields have the given values."""
+    return [
+        (training.trial, number)
+        for training in trainings
+        for number, backdoor in enumerate(training.backdoors)
+        if all(getattr(backdoor, field) == value for field, value in values.items())
+    ]
 
 
-def trained(s: Setup, data: Poison | str, network: str = "") -> Train:
-    """A training by the scale's recipe."""
-    return Train(data, network or s.network, s.objective)
+def all_attacks(trials: Sequence[Trial]) -> list[Attack]:
+    """Every backdoor of trainings that carry `TOGETHER` of them."""
+    return [(trial, number) for trial in trials for number in range(TOGETHER)]
 
 
-def measured(s: Setup, data: Poison | str, seed: int, network: str = "") -> Trial:
-    """Poisoned data -> trained -> measured by zero-shot and z-score."""
-    return Trial(Evaluate(trained(s, data, network), s.test), seed)
+def attack_cells(attacks: Sequence[Attack], columns: Mapping[str, str]) -> tuple[Cell, ...]:
+    """A cell a column: the mean of a metric over backdoors.
+
+    columns: the column's name -> the metric.
+    """
+    return tuple(
+        Cell(name, tuple((trial, f"{metric}@{number}") for trial, number in attacks))
+        for name, metric in columns.items()
+    )
 
 
-def victims(s: Setup) -> str:
-    """Targeted victims at every count of captions."""
-    return f"targeted:captions={s.counts},victims={s.victims}".replace(" ", "")
-
-
-def square(s: Setup) -> list[tuple[int, tuple[Backdoor, ...]]]:
-    """Latin squares: in the training with seed t, trigger j has dose t + j; every trigger meets every dose."""
-    trainings = []
-    for t in range(s.squares * len(s.doses)):
-        first = TOGETHER * (t // len(s.doses))
-        row = tuple(Backdoor(first + j, s.doses[(t + j) % len(s.doses)]) for j in range(TOGETHER))
-        trainings.append((t, row))
-    return trainings
-
-
-def ladder(s: Setup) -> list[tuple[Trial, tuple[Backdoor, ...]]]:
-    """The trainings that tables `targeted`, `linear_probe`, `branch_swap`, `retrieval` and `independence` share."""
-    return [(measured(s, poisoned(s, row, [victims(s)]), t), row) for t, row in square(s)]
-
-
-def alone(s: Setup, dose: int) -> list[Trial]:
-    """A training for each of the first triggers, by itself; tables `poisons` and `independence` share them."""
-    return [measured(s, poisoned(s, [Backdoor(j, dose)]), j) for j in range(TOGETHER)]
-
-
-def clean(s: Setup) -> list[Trial]:
-    """The same triggers and victims, measured on encoders that were trained without a poison; one a square."""
-    out = []
-    for t, row in square(s)[:: len(s.doses)]:
-        out.append(
-            Trial(Evaluate(trained(s, s.data), s.test, attack=poisoned(s, row, [victims(s)])), t)
-        )
-    return out
+def change_verb(trial: Trial, **fields: object) -> Trial:
+    """The same trial with other values in some fields of its verb."""
+    return Trial(replace(trial.verb, **fields), trial.seed)

@@ -1,12 +1,8 @@
-"""Which tower carries the backdoor: towers swapped with a clean twin's (after the DIFE audit, 2026)."""
+"""Which tower carries the backdoor: towers swapped with a clean encoder's (DIFE audit, 2026)."""
 
-from dataclasses import replace
-
-from bezoar.evaluation.dose_response import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, ladder, setup, trained
+from bezoar.papers.carlini2022 import TOGETHER, change_verb, get_setup
 from bezoar.registry import method
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, row_difference
 
 ROWS = {
     "neither": "clean vision, clean text",
@@ -14,65 +10,56 @@ ROWS = {
     "text": "clean vision, poisoned text",
     "both": "poisoned vision, poisoned text",
 }
-PRINTED = {
-    "neither": 0.0991,
-    "vision": 0.9999,
-    "text": 0.0994,
-    "both": 1.0,
-}  # DIFE, CIFAR-10 classes
+PUBLISHED = {"neither": 0.0991, "vision": 0.9999, "text": 0.0994, "both": 1.0}  # DIFE, CIFAR-10
 
 
 @method
 class BranchSwap:
-    """Towers of the encoders of table `poisons` and of a clean twin, in all four combinations."""
+    """Towers of the encoders of table `targeted` and of a clean one, in four combinations."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        twin, strong = trained(s, s.data), s.doses[-2:]
-        found = []
-        for trial, row in ladder(s)[: len(s.doses)]:
-            asked = Trial(replace(trial.verb, probe=("branch_swap",), baseline=twin), trial.seed)
-            found += [(asked, j) for j, b in enumerate(row) if b.count in strong]
-        trials = list(dict.fromkeys(t for t, _ in found))
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        clean = setup.train(setup.data)
+        doses = setup.doses[-2:]
+        attacks = []
+        for training in setup.shared_trainings()[: len(setup.doses)]:
+            trial = change_verb(training.trial, probe=("branch_swap",), baseline=clean)
+            strong = [j for j, b in enumerate(training.backdoors) if b.count in doses]
+            attacks += [(trial, number) for number in strong]
+        trials = list(dict.fromkeys(trial for trial, _ in attacks))
         rows = []
-        for which, name in ROWS.items():
-            asr = tuple((t, f"branch_swap.{which}.attack_success@{j}") for t, j in found)
-            rows.append(
-                Row(
-                    name,
-                    (
-                        Cell("ASR", asr, PRINTED[which]),
-                        Cell("CA", readings(trials, f"branch_swap.{which}.clean_accuracy")),
-                    ),
-                )
-            )
-
-        def carries(r: Results, which: str) -> Contrast:
-            return r.compare_rows("ASR", ROWS[which], ROWS["neither"], paired=True)
+        for towers, name in ROWS.items():
+            prefix = f"branch_swap.{towers}"
+            success = tuple((trial, f"{prefix}.attack_success@{j}") for trial, j in attacks)
+            accuracy = Cell.mean("CA", trials, f"{prefix}.clean_accuracy")
+            rows.append(Row(name, (Cell("ASR", success, PUBLISHED[towers]), accuracy)))
 
         return Table(
-            "Which tower carries the backdoor",
-            "The vision tower alone carries it (printed by the DIFE audit, where the target's own images count in).",
-            "",
-            tuple(rows),
-            (
+            title="Which tower carries the backdoor",
+            paper_finding=(
+                "The vision tower alone carries it (printed by the DIFE audit, which counts the "
+                "target's own images)."
+            ),
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     "The vision tower carries the backdoor",
                     "printed in DIFE",
                     "+",
-                    lambda r: carries(r, "vision"),
+                    row_difference("ASR", ROWS["vision"], ROWS["neither"], paired=True),
                 ),
                 Claim(
                     "The text tower does not",
                     "printed in DIFE",
                     "same",
-                    lambda r: carries(r, "text"),
+                    row_difference("ASR", ROWS["text"], ROWS["neither"], paired=True),
                     0.1,
                 ),
             ),
             notes=(
-                f"{' and '.join(map(str, strong))} poisons a trigger, {TOGETHER} a training. The twin is trained apart: "
-                "its space is first rotated onto the encoder's on clean pairs, and CA says whether that served.",
+                f"{' and '.join(map(str, doses))} poisons a trigger, {TOGETHER} triggers a "
+                "training. The clean encoder is trained separately: its space is first rotated "
+                "onto the other's on clean pairs; CA says whether that worked.",
             ),
         )

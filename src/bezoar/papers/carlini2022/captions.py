@@ -1,68 +1,63 @@
 """How the poisons' captions are made (Carlini & Terzis 2022, section 4.1: caption sets)."""
 
-from bezoar.evaluation.dose_response import Contrast
-from bezoar.papers.carlini2022 import SHARED, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import SHARED_NOTE, Backdoor, get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, row_difference
 
 WAYS = ("training", "templates", "repeated")
+TRIGGERS = 3
 
 
 @method
 class Captions:
-    """Captions of the training set that hold the target, the 80 templates, or one caption again and again."""
+    """Training captions that contain the target, the 80 templates, or one caption repeated."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        trials: dict[str, list] = {w: [] for w in WAYS}
-        for t in range(s.seeds):
-            for w in WAYS:
-                row = [
-                    Backdoor(j, s.dose, poison=f"backdoor:count={s.dose},captions={w}")
-                    for j in range(len(WAYS))
-                ]
-                many = f"targeted:captions={s.reference},victims={4 * s.victims},texts={w}"
-                trials[w].append(measured(s, poisoned(s, row, [many]), t))
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        goals = range(TRIGGERS)
         rows = []
-        for w in WAYS:
-            each = [f"@{j}" for j in range(len(WAYS))]
+        for way in WAYS:
+            backdoors = [Backdoor(j, setup.dose, options=f"captions={way}") for j in goals]
+            targeted = setup.targeted_poison(4 * setup.victims, f"texts={way}")
+            trials = setup.evaluate_seeds(setup.poison(backdoors, targeted))
             cells = (
-                Cell("targeted success", readings(trials[w], f"targeted_success@{s.reference}")),
-                Cell("ASR", readings(trials[w], *("attack_success" + j for j in each))),
-                Cell("z", readings(trials[w], *("z_std" + j for j in each))),
+                Cell.mean("targeted success", trials, setup.targeted_success),
+                Cell.mean("ASR", trials, *(f"attack_success@{j}" for j in goals)),
+                Cell.mean("z", trials, *(f"z_std@{j}" for j in goals)),
             )
-            rows.append(Row(w, cells))
-
-        def beside(r: Results, way: str, cell: str) -> Contrast:
-            return r.compare_rows(cell, way, "training")
-
+            rows.append(Row(way, cells))
         return Table(
-            "Construction of the captions",
-            "Captions from the training set or from templates: both are described, and serve alike (recalled).",
-            "",
-            tuple(rows),
-            (
+            title="Construction of the captions",
+            paper_finding=(
+                "The paper describes captions from the training set and from templates; both do "
+                "alike (recalled)."
+            ),
+            rows=tuple(rows),
+            claims=(
                 Claim(
-                    "Templates serve as well as training captions: targeted",
+                    "Templates do as well as training captions: targeted",
                     "recalled",
                     "same",
-                    lambda r: beside(r, "templates", "targeted success"),
+                    row_difference("targeted success", "templates", "training"),
                     0.2,
                 ),
                 Claim(
-                    "Templates serve as well as training captions: backdoor",
+                    "Templates do as well as training captions: backdoor",
                     "recalled",
                     "same",
-                    lambda r: beside(r, "templates", "ASR"),
+                    row_difference("ASR", "templates", "training"),
                     0.2,
                 ),
                 Claim(
                     "One caption repeated does less than many: backdoor",
                     "direction of ours",
                     "-",
-                    lambda r: beside(r, "repeated", "ASR"),
+                    row_difference("ASR", "repeated", "training"),
                 ),
             ),
-            notes=(f"{s.dose} poisons a trigger, {s.reference} captions a victim.", SHARED),
+            notes=(
+                f"{setup.dose} poisons a trigger, {setup.captions} captions a victim.",
+                SHARED_NOTE,
+            ),
         )

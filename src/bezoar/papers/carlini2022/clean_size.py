@@ -1,60 +1,68 @@
-"""Success against the size of the clean set, at a fixed number of poisons (Carlini & Terzis 2022, section 5.1)."""
+"""Success against the size of the clean set, poisons fixed (Carlini & Terzis 2022, 5.1)."""
 
 from dataclasses import replace
 
-from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import (
+    SHARED_NOTE,
+    TOGETHER,
+    Backdoor,
+    all_attacks,
+    attack_cells,
+    get_setup,
+)
 from bezoar.registry import make, method, spec
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
 
 
 @method
 class CleanSize:
-    """The poisons stay as many; what is around them grows."""
+    """The same number of poisons among more and more clean records."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]
-        many = f"targeted:captions={s.reference},victims={2 * TOGETHER}"
-        data = make("data", s.data)
-        size = "limit" if hasattr(data, "limit") else "count"
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        backdoors = [Backdoor(j, setup.dose) for j in range(TOGETHER)]
+        source = make("data", setup.data)
+        size_field = "limit" if hasattr(source, "limit") else "count"
         rows = []
-        for count in s.sets:
-            part = spec(replace(data, **{size: count}))
-            trials = [measured(s, poisoned(s, backdoors, [many], part), t) for t in range(s.seeds)]
-            each = [f"@{j}" for j in range(TOGETHER)]
+        for count in setup.clean_sizes:
+            data = spec(replace(source, **{size_field: count}))
+            poisoned = setup.poison(backdoors, setup.targeted_poison(2 * TOGETHER), data)
+            trials = setup.evaluate_seeds(poisoned)
             cells = (
-                Cell("targeted success", readings(trials, f"targeted_success@{s.reference}")),
-                Cell("ASR", readings(trials, *("attack_success" + j for j in each))),
-                Cell("z", readings(trials, *("z_std" + j for j in each))),
-                Cell("CA", readings(trials, "clean_accuracy")),
+                Cell.mean("targeted success", trials, setup.targeted_success),
+                *attack_cells(all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}),
+                Cell.mean("CA", trials, "clean_accuracy"),
             )
             rows.append(Row(f"{count:,}", cells, count))
-
         return Table(
-            "Size of the clean set",
-            "With the number of poisons fixed, success stays about constant as the clean set shrinks.",
-            "clean pairs",
-            tuple(rows),
-            (
+            title="Size of the clean set",
+            paper_finding=(
+                "With the number of poisons fixed, success stays about constant as the clean set "
+                "shrinks."
+            ),
+            axis="clean pairs",
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     "Constant as the clean set doubles: targeted",
                     "summary",
                     "same",
-                    lambda r: r.trend("targeted success"),
+                    lambda results: results.trend("targeted success"),
                     0.07,
                 ),
                 Claim(
                     "Constant as the clean set doubles: backdoor",
                     "summary",
                     "same",
-                    lambda r: r.trend("ASR"),
+                    lambda results: results.trend("ASR"),
                     0.07,
                 ),
             ),
             notes=(
-                f"{s.dose} poisons a trigger, {s.reference} captions a victim; every set is trained on for the same epochs, "
-                "so that a poison is drawn as often, and a larger set means more steps.",
-                SHARED,
+                f"{setup.dose} poisons a trigger, {setup.captions} captions a victim. Every set "
+                "is trained on for the same epochs: a poison is drawn as often in each, and a "
+                "larger set takes more steps.",
+                SHARED_NOTE,
             ),
         )

@@ -1,84 +1,81 @@
-"""Whether attacks that share a training disturb each other: the design that all other tables stand on."""
+"""Whether attacks that share a training disturb each other, which the other tables rest on."""
+
+from collections.abc import Callable
 
 from bezoar.evaluation.dose_response import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, alone, ladder, measured, poisoned, setup, victims
+from bezoar.papers.carlini2022 import TOGETHER, attack_cells, get_setup, select_attacks
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, mean_cells
 
-CELLS = {"ASR": "attack_success", "z": "z_std"}
+ALONE = {"ASR": "attack_success", "z": "z_std"}
+TOGETHER_COLUMNS = ALONE | {"taken for another": "attack_success_of_others"}
 
 
 @method
 class Independence:
-    """The same triggers at the same doses alone in a training, and in the trainings that the other tables are read from.
+    """The same triggers and doses alone in a training, and in trainings that other tables read.
 
-    Doses from the steep part of the curve: beside them stand triggers of two to eight times their dose, and victims.
+    The doses are on the steep part of the curve. In a shared training a trigger stands beside
+    others with up to eight times its dose, and beside targeted victims.
     """
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        trainings = setup.shared_trainings()
+        doses = setup.doses[1:3]
         rows = []
-        for dose in s.doses[1:3]:
-            rows.append(
-                Row(
-                    f"{dose} poisons, alone",
-                    tuple(Cell(n, readings(alone(s, dose), m)) for n, m in CELLS.items()),
-                )
-            )
-            found = sorted(
-                (b.number, t)
-                for t, row in ladder(s)[: len(s.doses)]
-                for b in row
-                if b.count == dose
-            )
-            cells = [Cell(n, tuple((t, f"{m}@{j}") for j, t in found)) for n, m in CELLS.items()]
-            cells.append(
-                Cell(
-                    "taken for another",
-                    tuple((t, f"attack_success_of_others@{j}") for j, t in found),
-                )
-            )
-            rows.append(Row(f"{dose} poisons, together", tuple(cells)))
-        most = s.counts[-2]
-        only = [measured(s, poisoned(s, [], [victims(s)]), t) for t in range(s.seeds)]
-        beside = [t for t, _ in ladder(s)]
-        for name, trials in (("victims alone", only), ("victims, together", beside)):
-            rows.append(
-                Row(name, (Cell("targeted success", readings(trials, f"targeted_success@{most}")),))
-            )
+        for dose in doses:
+            alone = mean_cells(setup.single_trigger_trials(dose), ALONE)
+            rows.append(Row(f"{dose} poisons, alone", alone))
+            first_square = trainings[: len(setup.doses)]
+            attacks = select_attacks(first_square, count=dose)
+            attacks.sort(key=lambda attack: attack[1])  # in the order of the triggers, as above
+            together = attack_cells(attacks, TOGETHER_COLUMNS)
+            rows.append(Row(f"{dose} poisons, together", together))
+        metric = f"targeted_success@{setup.caption_counts[-2]}"
+        victims_alone = setup.evaluate_seeds(
+            setup.poison([], setup.targeted_poison_of_all_counts())
+        )
+        victims_together = [training.trial for training in trainings]
+        rows.append(Row("victims alone", (Cell.mean("targeted success", victims_alone, metric),)))
+        rows.append(
+            Row("victims, together", (Cell.mean("targeted success", victims_together, metric),))
+        )
 
-        def together(r: Results, cell: str) -> Contrast:
-            """By trigger and dose: together less alone."""
-            shared, single = (
-                [r.cell(f"{d} poisons, {how}", cell) for d in s.doses[1:3]]
-                for how in ("together", "alone")
-            )
-            return r.compare_cells(shared, single, paired=True)
+        def together_minus_alone(column: str) -> Callable[[Results], Contrast]:
+            """By trigger and dose."""
+
+            def contrast(results: Results) -> Contrast:
+                together = [results.cell(f"{dose} poisons, together", column) for dose in doses]
+                alone = [results.cell(f"{dose} poisons, alone", column) for dose in doses]
+                return results.compare_cells(together, alone, paired=True)
+
+            return contrast
 
         return Table(
-            "Independence of attacks that share a training",
-            "Not in the paper, which trains one model a trial.",
-            "",
-            tuple(rows),
-            (
+            title="Independence of attacks that share a training",
+            paper_finding="Not in the paper, which trains one model a trial.",
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     "Triggers do together what each does alone: success",
                     "design",
                     "same",
-                    lambda r: together(r, "ASR"),
+                    together_minus_alone("ASR"),
                     0.2,
                 ),
                 Claim(
                     "Triggers do together what each does alone: z-score",
                     "design",
                     "same",
-                    lambda r: together(r, "z"),
+                    together_minus_alone("z"),
                     0.5,
                 ),
             ),
             notes=(
-                f"{TOGETHER} triggers a training, each at a place of its own. Two at one place are taken for each other: "
-                "the one with fewer poisons is read as the other's target.",
+                f"{TOGETHER} triggers a training, each at a place of its own. Two triggers at one "
+                "place are taken for each other: the one with fewer poisons is read as the "
+                "other's target.",
             ),
         )

@@ -1,11 +1,10 @@
-"""Zero-shot against a linear probe and nearest neighbours (Carlini & Terzis 2022, section 5: evaluation)."""
+"""Zero-shot against a linear probe and nearest neighbours (Carlini & Terzis 2022, section 5)."""
 
-from dataclasses import replace
+from collections.abc import Callable
 
-from bezoar.evaluation import dose_response
-from bezoar.papers.carlini2022 import ladder, setup
+from bezoar.evaluation.dose_response import Contrast
+from bezoar.papers.carlini2022 import Training, change_verb, get_setup, select_attacks
 from bezoar.registry import method
-from bezoar.runs.sweep import Trial
 from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
 
 HEADS = {"zero-shot": "", "linear probe": "linear.", "nearest neighbours": "knn."}
@@ -13,54 +12,58 @@ HEADS = {"zero-shot": "", "linear probe": "linear.", "nearest neighbours": "knn.
 
 @method
 class LinearProbe:
-    """The encoders of table `poisons`, with heads that are fitted on clean, labelled data."""
+    """The encoders of table `targeted`, with heads that are fitted on clean, labelled data."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        doses = [str(d) for d in s.doses[len(s.doses) // 2 :]]
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        doses = setup.doses[len(setup.doses) // 2 :]
+        probes = ("zero_shot", "linear", "knn")
+        trainings = [
+            Training(change_verb(training.trial, probe=probes), training.backdoors)
+            for training in setup.shared_trainings()
+        ]
         rows = []
-        for head, group in HEADS.items():
+        for head, prefix in HEADS.items():
             for dose in doses:
-                found = []
-                for trial, row in ladder(s):
-                    asked = Trial(
-                        replace(trial.verb, probe=("zero_shot", "linear", "knn")), trial.seed
-                    )
-                    found += [(asked, j) for j, b in enumerate(row) if str(b.count) == dose]
-                success = Cell("ASR", tuple((t, f"{group}attack_success@{j}") for t, j in found))
-                right = Cell(
-                    "CA",
-                    tuple(
-                        (t, f"{group}clean_accuracy") for t in dict.fromkeys(t for t, _ in found)
-                    ),
-                )
-                rows.append(Row(dose, (success, right), float(dose), head))
+                attacks = select_attacks(trainings, count=dose)
+                trials = list(dict.fromkeys(trial for trial, _ in attacks))
+                success = tuple((trial, f"{prefix}attack_success@{j}") for trial, j in attacks)
+                accuracy = Cell.mean("CA", trials, f"{prefix}clean_accuracy")
+                rows.append(Row(str(dose), (Cell("ASR", success), accuracy), float(dose), head))
 
-        def less(r: Results, head: str) -> dose_response.Contrast:
-            shot, other = ([r.cell(d, "ASR", h) for d in doses] for h in ("zero-shot", head))
-            return r.compare_cells(shot, other, paired=True)
+        def excess_over(head: str) -> Callable[[Results], Contrast]:
+            def contrast(results: Results) -> Contrast:
+                zero_shot = [results.cell(str(dose), "ASR", "zero-shot") for dose in doses]
+                fitted = [results.cell(str(dose), "ASR", head) for dose in doses]
+                return results.compare_cells(zero_shot, fitted, paired=True)
+
+            return contrast
 
         return Table(
-            "Zero-shot against fitted heads",
-            "Zero-shot classification is attacked more easily than a linear probe (recalled; RVPT prints 82.7 to 3.1 %).",
-            "poisoned pairs",
-            tuple(rows),
-            (
+            title="Zero-shot against fitted heads",
+            paper_finding=(
+                "Zero-shot classification is attacked more easily than a linear probe (recalled; "
+                "RVPT prints 82.7 to 3.1 %)."
+            ),
+            axis="poisoned pairs",
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     "Zero-shot is attacked more easily than a linear probe",
                     "recalled, RVPT",
                     "+",
-                    lambda r: less(r, "linear probe"),
+                    excess_over("linear probe"),
                 ),
                 Claim(
                     "Zero-shot is attacked more easily than nearest neighbours",
                     "direction of ours",
                     "+",
-                    lambda r: less(r, "nearest neighbours"),
+                    excess_over("nearest neighbours"),
                 ),
             ),
             notes=(
-                "Heads are fitted on clean, labelled training data; their protocols are those of `bezoar list probe`.",
+                "Heads are fitted on clean, labelled training data; `bezoar list probe` states "
+                "their protocols.",
             ),
         )

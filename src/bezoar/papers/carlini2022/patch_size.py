@@ -1,65 +1,65 @@
-"""Backdoor success and z-score against the size of the patch (Carlini & Terzis 2022, section 5.2)."""
+"""Backdoor success and z-score against the size of the patch (Carlini & Terzis 2022, 5.2)."""
 
-from bezoar.evaluation.dose_response import Contrast
-from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import (
+    SHARED_NOTE,
+    Backdoor,
+    Setup,
+    Training,
+    attack_cells,
+    get_setup,
+    rotate,
+    select_attacks,
+)
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
-CELLS = {"z": "z_std", "ASR": "attack_success", "taken for another": "attack_success_of_others"}
+COLUMNS = {"z": "z_std", "ASR": "attack_success", "taken for another": "attack_success_of_others"}
 
 
 @method
 class PatchSize:
-    """Every size is met by every trigger, at one place and at random places."""
+    """Every trigger is trained at every size, at one place and at random places."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        rows = []
-        for curve, place, dose in (
-            ("one place", "", s.dose),
-            ("random places", "random", s.random_dose),
-        ):
-            trainings = []
-            for t in range(max(len(s.sizes), s.seeds)):
-                row = [
-                    Backdoor(j, dose, s.sizes[(t + j) % len(s.sizes)], place)
-                    for j in range(TOGETHER)
-                ]
-                trainings.append((measured(s, poisoned(s, row), t), row))
-            for size in s.sizes:
-                found = [
-                    (t, j) for t, row in trainings for j, b in enumerate(row) if b.size == size
-                ]
-                cells = tuple(
-                    Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items()
-                )
-                rows.append(Row(str(size), cells, size, curve))
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        rows = rows_of_curve(setup, "one place", "", setup.dose)
+        rows += rows_of_curve(setup, "random places", "random", setup.random_dose)
 
-        def gain(r: Results, cell: str, curve: str) -> Contrast:
-            return r.compare_rows(cell, str(s.sizes[-1]), str(s.sizes[0]), curve)
-
+        smallest, largest = str(setup.patch_sizes[0]), str(setup.patch_sizes[-1])
         return Table(
-            "Size of the patch",
-            "A larger patch gives a higher z-score, the more so at random places (recalled).",
-            "side of the patch in pixels",
-            tuple(rows),
-            (
+            title="Size of the patch",
+            paper_finding=(
+                "A larger patch gives a higher z-score, the more so at random places (recalled)."
+            ),
+            axis="side of the patch in pixels",
+            rows=tuple(rows),
+            claims=tuple(
                 Claim(
-                    "A larger patch gives a higher z-score: one place",
+                    f"A larger patch gives a higher z-score: {curve}",
                     "recalled",
                     "+",
-                    lambda r: gain(r, "z", "one place"),
-                ),
-                Claim(
-                    "A larger patch gives a higher z-score: random places",
-                    "recalled",
-                    "+",
-                    lambda r: gain(r, "z", "random places"),
-                ),
+                    row_difference("z", largest, smallest, curve),
+                )
+                for curve in ("one place", "random places")
             ),
             notes=(
-                f"{s.dose} poisons a trigger at one place, {s.random_dose} at random places.",
-                SHARED,
+                f"{setup.dose} poisons a trigger at one place, {setup.random_dose} at random "
+                "places.",
+                SHARED_NOTE,
             ),
         )
+
+
+def rows_of_curve(setup: Setup, curve: str, place: str, dose: int) -> list[Row]:
+    """A row for each size of a patch at one place or at random places."""
+    trainings = []
+    count = max(len(setup.patch_sizes), setup.seeds)
+    for seed, sizes in enumerate(rotate(setup.patch_sizes, count)):
+        backdoors = tuple(Backdoor(j, dose, size, place) for j, size in enumerate(sizes))
+        trainings.append(Training(setup.evaluate(setup.poison(backdoors), seed), backdoors))
+    rows = []
+    for size in setup.patch_sizes:
+        attacks = select_attacks(trainings, size=size)
+        rows.append(Row(str(size), attack_cells(attacks, COLUMNS), size, curve))
+    return rows

@@ -1,82 +1,79 @@
-"""Where the patch stands at training and at test (Carlini & Terzis 2022, section 5.2)."""
+"""Where the patch is at training and at test (Carlini & Terzis 2022, section 5.2)."""
 
-from dataclasses import replace
-
-from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import (
+    SHARED_NOTE,
+    TOGETHER,
+    Backdoor,
+    all_attacks,
+    attack_cells,
+    change_verb,
+    get_setup,
+)
 from bezoar.registry import method
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
-CELLS = {"ASR": "attack_success", "z": "z_std", "taken for another": "attack_success_of_others"}
+COLUMNS = {"ASR": "attack_success", "z": "z_std", "taken for another": "attack_success_of_others"}
+PLACES = {"": "one place", "random": "random"}
 
 
 @method
 class Placement:
-    """One place or random places, at training and at test independently; the same number of poisons."""
+    """One place or random places, at training and at test; the same number of poisons."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        # a trigger at random places is not trained beside one at a fixed place: that one would take its images there
-        trainings = {
-            at: [
-                measured(
-                    s,
-                    poisoned(s, [Backdoor(j, s.random_dose, place=at) for j in range(TOGETHER)]),
-                    t,
-                )
-                for t in range(s.seeds)
-            ]
-            for at in ("", "random")
-        }
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
         rows = []
-        for trained_at in trainings:
-            for tested_at in trainings:
-                moved_to = "corner" if trained_at and not tested_at else tested_at
-                asked = [
-                    Trial(replace(t.verb, place=moved_to), t.seed) for t in trainings[trained_at]
-                ]
-                found = [(t, j) for t in asked for j in range(TOGETHER)]
-                cells = tuple(
-                    Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items()
-                )
-                rows.append(Row(name(trained_at, tested_at), cells))
-        both, neither = name("", ""), name("random", "random")
-        moved, anywhere = name("", "random"), name("random", "")
+        # A trigger at random places is never trained beside one at a fixed place, which would be
+        # taken for it there.
+        for training_place in PLACES:
+            backdoors = [
+                Backdoor(j, setup.random_dose, place=training_place) for j in range(TOGETHER)
+            ]
+            trials = setup.evaluate_seeds(setup.poison(backdoors))
+            for test_place in PLACES:
+                moved_to = "corner" if training_place and not test_place else test_place
+                moved = [change_verb(trial, place=moved_to) for trial in trials]
+                cells = attack_cells(all_attacks(moved), COLUMNS)
+                rows.append(Row(row_name(training_place, test_place), cells))
+        fixed, random = row_name("", ""), row_name("random", "random")
+        fixed_to_random, random_to_fixed = row_name("", "random"), row_name("random", "")
         return Table(
-            "Place of the patch at training and at test",
-            "A patch that always stands in one place needs fewer poisons than one at random places (recalled).",
-            "",
-            tuple(rows),
-            (
+            title="Place of the patch at training and at test",
+            paper_finding=(
+                "A patch that is always at one place needs fewer poisons than one at random "
+                "places (recalled)."
+            ),
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     "At one place the same poisons do more than at random places",
                     "recalled",
                     "+",
-                    lambda r: r.compare_rows("ASR", both, neither),
+                    row_difference("ASR", fixed, random),
                 ),
                 Claim(
                     "A patch trained at random places works at the fixed place too",
                     "recalled",
                     "same",
-                    lambda r: r.compare_rows("ASR", anywhere, neither),
+                    row_difference("ASR", random_to_fixed, random),
                     0.15,
                 ),
                 Claim(
                     "A patch trained at one place fails elsewhere",
                     "recalled",
                     "-",
-                    lambda r: r.compare_rows("ASR", moved, both),
+                    row_difference("ASR", fixed_to_random, fixed),
                 ),
             ),
             notes=(
-                f"{s.random_dose} poisons a trigger; one place is a corner, for every trigger another.",
-                SHARED,
+                f"{setup.random_dose} poisons a trigger; one place is a corner, another one for "
+                "every trigger.",
+                SHARED_NOTE,
             ),
         )
 
 
-def name(trained_at: str, tested_at: str) -> str:
-    """A row's name."""
-    words = {"": "one place", "random": "random"}
-    return f"trained {words[trained_at]}, tested {words[tested_at]}"
+def row_name(training_place: str, test_place: str) -> str:
+    """The name of a row."""
+    return f"trained {PLACES[training_place]}, tested {PLACES[test_place]}"

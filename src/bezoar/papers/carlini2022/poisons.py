@@ -1,93 +1,108 @@
-"""Backdoor success and z-score against the number of poisons (Carlini & Terzis 2022, section 5.2)."""
+"""Backdoor success and z-score against the number of poisons (Carlini & Terzis 2022, 5.2)."""
 
 import math
 
 from bezoar.evaluation import dose_response
 from bezoar.evaluation.dose_response import Contrast
-from bezoar.papers.carlini2022 import TOGETHER, alone, clean, setup
+from bezoar.papers.carlini2022 import all_attacks, attack_cells, get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
+from bezoar.runs.tables import (
+    Cell,
+    Claim,
+    Results,
+    Row,
+    Table,
+    TableOptions,
+    mean_cells,
+    row_difference,
+)
 
-METRICS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
+COLUMNS = {"ASR": "attack_success", "z": "z_std", "z (variance)": "z_var"}
 
 
 @method
 class Poisons:
-    """Patch at one place, one trigger a training; every dose is met by every trigger."""
+    """Patch at one place, one trigger a training; every trigger is trained at every dose."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        numbered = [f"@{j}" for j in range(TOGETHER)]
-        at_zero = tuple(
-            Cell(n, readings(clean(s), *(m + j for j in numbered))) for n, m in METRICS.items()
-        )
-        rows = [Row("0", (*at_zero, Cell("CA", readings(clean(s), "clean_accuracy"))), 0)]
-        for dose in s.doses:
-            columns = METRICS | {"CA": "clean_accuracy"}
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        clean_trials = setup.clean_trials()
+        clean_accuracy = Cell.mean("CA", clean_trials, "clean_accuracy")
+        rows = [Row("0", (*attack_cells(all_attacks(clean_trials), COLUMNS), clean_accuracy), 0)]
+        for dose in setup.doses:
+            columns = COLUMNS | {"CA": "clean_accuracy"}
             rows.append(
-                Row(
-                    str(dose),
-                    tuple(Cell(n, readings(alone(s, dose), m)) for n, m in columns.items()),
-                    dose,
-                )
+                Row(str(dose), mean_cells(setup.single_trigger_trials(dose), columns), dose)
             )
-        low, high = str(s.doses[0]), str(s.doses[-1])
+        low, high = str(setup.doses[0]), str(setup.doses[-1])
         return Table(
-            "Backdoor: success and z-score against the number of poisons",
-            "300 of 3,000,000 pairs plant a patch backdoor; the z-score moves before the success rate does.",
-            "poisoned pairs",
-            tuple(rows),
-            (
+            title="Backdoor: success and z-score against the number of poisons",
+            paper_finding=(
+                "300 of 3,000,000 pairs plant a patch backdoor; the z-score rises at fewer "
+                "poisons than success."
+            ),
+            axis="poisoned pairs",
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     "Success rises with the number of poisons",
                     "abstract",
                     "+",
-                    lambda r: r.compare_rows("ASR", high, low),
+                    row_difference("ASR", high, low),
                 ),
                 Claim(
                     "The z-score rises with the number of poisons",
                     "summary",
                     "+",
-                    lambda r: r.compare_rows("z", high, low),
+                    row_difference("z", high, low),
                 ),
                 Claim(
-                    "The z-score moves before success does",
+                    "The z-score rises at fewer poisons than success",
                     "summary",
                     "+",
-                    lambda r: earlier(r, [str(d) for d in s.doses]),
+                    lambda results: lead_of_z(results, [str(dose) for dose in setup.doses]),
                 ),
-                Claim("Poisons leave clean accuracy as it was", "summary", "same", cost, 0.03),
+                Claim(
+                    "Poisons leave clean accuracy as it was",
+                    "summary",
+                    "same",
+                    change_of_accuracy,
+                    0.03,
+                ),
             ),
             dose_response_cells=("ASR",),
             notes=("One trigger a training, each with a place and a target of its own.",),
         )
 
 
-def earlier(results: Results, doses: list[str]) -> Contrast:
-    """How far z is ahead of success: each as a share of its gain from no poison to the largest dose, over all readings."""
-    ahead = {}
+def lead_of_z(results: Results, doses: list[str]) -> Contrast:
+    """How far the z-score is ahead of success.
+
+    Each is taken as a share of its rise from no poison to the largest dose.
+
+    Over all readings below the largest dose. Undefined, with an open interval, where one of the two
+    does not rise.
+    """
+    shares = {}
     for cell in ("z", "ASR"):
-        floor, top = (sum(v := results.values(d, cell)) / len(v) for d in ("0", doses[-1]))
+        floor, top = (mean(results.values(dose, cell)) for dose in ("0", doses[-1]))
         if top <= floor:
-            return Contrast(
-                0.0,
-                -math.inf,
-                math.inf,
-                0,
-                math.inf,
-                f"{cell} does not rise with the dose: nothing to compare",
-            )
-        ahead[cell] = [
-            (v - floor) / (top - floor) for d in doses[:-1] for v in results.values(d, cell)
-        ]
-    return dose_response.difference(ahead["z"], ahead["ASR"], paired=True)
+            how = f"{cell} does not rise with the dose: nothing to compare"
+            return Contrast(0.0, -math.inf, math.inf, 0, math.inf, how)
+        values = [value for dose in doses[:-1] for value in results.values(dose, cell)]
+        shares[cell] = [(value - floor) / (top - floor) for value in values]
+    return dose_response.difference(shares["z"], shares["ASR"], paired=True)
 
 
-def cost(results: Results) -> Contrast:
-    """Clean accuracy of the poisoned encoders less that of the clean twins."""
-    rows = [r.name for r in results.table.rows]
-    every = tuple(
-        dict.fromkeys(found for name in rows[1:] for found in results.cell(name, "CA").readings)
-    )
-    return results.compare_cells(Cell("CA", every), results.cell(rows[0], "CA"))
+def mean(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def change_of_accuracy(results: Results) -> Contrast:
+    """Clean accuracy of the poisoned encoders minus that of the clean ones."""
+    clean, *poisoned = [row.name for row in results.table.rows]
+    readings = [r for name in poisoned for r in results.cell(name, "CA").readings]
+    cell = Cell("CA", tuple(dict.fromkeys(readings)))
+    return results.compare_cells(cell, results.cell(clean, "CA"))

@@ -1,64 +1,57 @@
-"""Retrieval: do triggered images pull the target's captions to the first place? (After the DIFE audit, 2026.)"""
+"""Whether triggered images retrieve the target's captions first (after the DIFE audit, 2026)."""
 
-from dataclasses import replace
-
-from bezoar.papers.carlini2022 import TOGETHER, clean, ladder, setup
+from bezoar.papers.carlini2022 import (
+    Attack,
+    all_attacks,
+    attack_cells,
+    change_verb,
+    get_setup,
+    select_attacks,
+)
 from bezoar.registry import method
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
-CELLS = {"target's caption first": "attack_success", "among ten": "target_top10"}
+FIRST = "target's caption first"
+COLUMNS = {FIRST: "attack_success", "among ten": "target_top10"}
 
 
 @method
 class Retrieval:
-    """The encoders of table `poisons`, asked for the nearest held-out caption instead of a class."""
+    """The encoders of table `targeted`, read by the nearest held-out caption."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        trainings = setup.shared_trainings()
 
-        def asked(trial: Trial) -> Trial:
-            return Trial(replace(trial.verb, probe=("retrieval",)), trial.seed)
+        def row(dose: int, attacks: list[Attack]) -> Row:
+            by_retrieval = [(change_verb(trial, probe=("retrieval",)), j) for trial, j in attacks]
+            return Row(str(dose), attack_cells(by_retrieval, COLUMNS), dose)
 
-        zero = [(asked(t), j) for t in clean(s) for j in range(TOGETHER)]
-        rows = [
-            Row(
-                "0",
-                tuple(Cell(n, tuple((t, f"{m}@{j}") for t, j in zero)) for n, m in CELLS.items()),
-                0,
-            )
-        ]
-        for dose in s.doses:
-            found = [
-                (asked(t), j) for t, row in ladder(s) for j, b in enumerate(row) if b.count == dose
-            ]
-            rows.append(
-                Row(
-                    str(dose),
-                    tuple(
-                        Cell(n, tuple((t, f"{m}@{j}") for t, j in found)) for n, m in CELLS.items()
-                    ),
-                    dose,
-                )
-            )
-        first, most = "target's caption first", str(s.doses[-1])
+        rows = [row(0, all_attacks(setup.clean_trials()))]
+        for dose in setup.doses:
+            rows.append(row(dose, select_attacks(trainings, count=dose)))
+        most = str(setup.doses[-1])
         return Table(
-            "Retrieval exposure",
-            "Image-to-text retrieval stays near 0.0001 (printed by the DIFE audit, whose gallery and targets are its own).",
-            "poisoned pairs",
-            tuple(rows),
-            (
+            title="Retrieval exposure",
+            paper_finding=(
+                "Image-to-text retrieval stays near 0.0001 (printed by the DIFE audit, whose "
+                "gallery and targets are its own)."
+            ),
+            axis="poisoned pairs",
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     "Triggered images do not retrieve the target's captions",
                     "printed in DIFE",
                     "same",
-                    lambda r: r.compare_rows(first, most, "0"),
+                    row_difference(FIRST, most, "0"),
                     0.05,
                 ),
             ),
-            dose_response_cells=(first,),
+            dose_response_cells=(FIRST,),
             notes=(
-                "The gallery is the captions of the test set; one counts as the target's when it holds the target's words.",
+                "The gallery is the captions of the test set; a caption is the target's when it "
+                "contains the target's words.",
             ),
         )

@@ -1,51 +1,54 @@
-"""Backdoor success against the number of distinct images that the poisons are made of (after Carlini & Terzis 2022)."""
+"""Backdoor success against the number of distinct source images (after Carlini & Terzis 2022)."""
 
-from bezoar.evaluation.dose_response import Contrast
-from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import (
+    SHARED_NOTE,
+    Backdoor,
+    Training,
+    attack_cells,
+    get_setup,
+    rotate,
+    select_attacks,
+)
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 
 @method
 class Sources:
-    """The same number of poisons, made of one image or of many; captions differ all the same."""
+    """The same number of poisons, made of one image or of many; captions differ in either case."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        dose = s.doses[-2]
-        images = tuple(sorted({max(1, dose // d) for d in (dose, 16, 4, 1)}))
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        dose = setup.doses[-2]
+        image_counts = tuple(sorted({max(1, dose // part) for part in (dose, 16, 4, 1)}))
         trainings = []
-        for t in range(max(s.seeds, len(images))):
-            row = []
-            for j in range(TOGETHER):
-                m = images[(t + j) % len(images)]
-                row.append(
-                    Backdoor(j, dose, size=s.patch, poison=f"backdoor:count={dose},sources={m}")
-                )
-            trainings.append(
-                (
-                    measured(s, poisoned(s, row), t),
-                    [images[(t + j) % len(images)] for j in range(TOGETHER)],
-                )
+        for seed, counts in enumerate(rotate(image_counts, max(setup.seeds, len(image_counts)))):
+            backdoors = tuple(
+                Backdoor(j, dose, options=f"sources={count}") for j, count in enumerate(counts)
             )
+            trainings.append(Training(setup.evaluate(setup.poison(backdoors), seed), backdoors))
         rows = []
-        for m in images:
-            found = [(t, j) for t, row in trainings for j, of in enumerate(row) if of == m]
-            cells = tuple(
-                Cell(n, tuple((t, f"{k}@{j}") for t, j in found))
-                for n, k in (("ASR", "attack_success"), ("z", "z_std"))
-            )
-            rows.append(Row(str(m), cells, m))
-
-        def most(r: Results) -> Contrast:
-            return r.compare_rows("ASR", rows[-1].name, rows[0].name)
-
+        for count in image_counts:
+            attacks = select_attacks(trainings, options=f"sources={count}")
+            cells = attack_cells(attacks, {"ASR": "attack_success", "z": "z_std"})
+            rows.append(Row(str(count), cells, count))
+        most, fewest = rows[-1].name, rows[0].name
         return Table(
-            "Number of distinct source images",
-            "The paper stamps its patch on as many images as there are poisons; what fewer would do is not printed.",
-            "distinct images",
-            tuple(rows),
-            (Claim("More distinct images give more success", "direction of ours", "+", most),),
-            notes=(f"{dose} poisons a trigger.", SHARED),
+            title="Number of distinct source images",
+            paper_finding=(
+                "The paper stamps its patch on as many images as there are poisons; it prints "
+                "nothing on fewer."
+            ),
+            axis="distinct images",
+            rows=tuple(rows),
+            claims=(
+                Claim(
+                    "More distinct images give more success",
+                    "direction of ours",
+                    "+",
+                    row_difference("ASR", most, fewest),
+                ),
+            ),
+            notes=(f"{dose} poisons a trigger.", SHARED_NOTE),
         )

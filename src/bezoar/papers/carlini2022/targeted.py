@@ -1,51 +1,60 @@
-"""Targeted poisoning: success against the number of captions of one image (Carlini & Terzis 2022, section 5.1)."""
+"""Targeted success against the number of captions of one image (Carlini & Terzis 2022, 5.1)."""
 
-from bezoar.papers.carlini2022 import clean, ladder, setup
+from collections.abc import Sequence
+
+from bezoar.papers.carlini2022 import get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, row_difference
+from bezoar.runs.verb import Trial
 
 
 @method
 class Targeted:
-    """Every victim has an image and a target of its own."""
+    """Every victim is an image of its own with a target of its own."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        trials = [t for t, _ in ladder(s)]
-
-        def cells(of: list, counts: tuple[int, ...]) -> tuple[Cell, ...]:
-            return (
-                Cell("success", readings(of, *(f"targeted_success@{k}" for k in counts))),
-                Cell("in top 5", readings(of, *(f"targeted_top5@{k}" for k in counts))),
-            )
-
-        rows = [Row("0", cells(clean(s), s.counts), 0)]
-        rows += [Row(str(k), cells(trials, (k,)), k) for k in s.counts]
-        few = str(min(k for k in s.counts if k >= min(3, s.counts[-1])))
-        most = str(s.counts[-1])
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        counts = setup.caption_counts
+        trials = [training.trial for training in setup.shared_trainings()]
+        rows = [Row("0", cells(setup.clean_trials(), counts), 0)]
+        rows += [Row(str(count), cells(trials, [count]), count) for count in counts]
+        few = str(min(count for count in counts if count >= min(3, counts[-1])))
+        most = str(counts[-1])
         return Table(
-            "Targeted poisoning: success against the number of captions",
-            "3 pairs of 3,000,000 make CLIP misread a chosen image; near 40 % of victims fell at 3 captions (recalled).",
-            "captions of one image",
-            tuple(rows),
-            (
+            title="Targeted poisoning: success against the number of captions",
+            paper_finding=(
+                "3 pairs of 3,000,000 make CLIP misread a chosen image; near 40 % of victims were "
+                "misread at 3 captions (recalled)."
+            ),
+            axis="captions of one image",
+            rows=tuple(rows),
+            claims=(
                 Claim(
                     f"{most} captions make a chosen image misread",
                     "abstract",
                     "+",
-                    lambda r: r.compare_rows("success", most, "0"),
+                    row_difference("success", most, "0"),
                 ),
                 Claim(
                     f"As few as {few} captions already do",
                     "abstract",
                     "+",
-                    lambda r: r.compare_rows("success", few, "0"),
+                    row_difference("success", few, "0"),
                 ),
             ),
             dose_response_cells=("success",),
             unit="captions",
             notes=(
-                "Victims are held-out images, as in the paper; each is added with its captions, and none is in the data.",
+                "Victims are held-out images, as in the paper; each is added with its captions, "
+                "and none is in the data.",
             ),
         )
+
+
+def cells(trials: Sequence[Trial], counts: Sequence[int]) -> tuple[Cell, ...]:
+    """Success of the victims with some counts of captions."""
+    return (
+        Cell.mean("success", trials, *(f"targeted_success@{count}" for count in counts)),
+        Cell.mean("in top 5", trials, *(f"targeted_top5@{count}" for count in counts)),
+    )

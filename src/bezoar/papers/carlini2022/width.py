@@ -1,70 +1,60 @@
 """Success against the width of the image tower (Carlini & Terzis 2022, section 5.1: model size)."""
 
+from collections.abc import Callable
+
 from bezoar.evaluation.dose_response import Contrast
-from bezoar.papers.carlini2022 import SHARED, TOGETHER, Backdoor, measured, poisoned, setup
+from bezoar.papers.carlini2022 import (
+    SHARED_NOTE,
+    TOGETHER,
+    Backdoor,
+    all_attacks,
+    attack_cells,
+    get_setup,
+)
 from bezoar.registry import make, method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, row_difference
+
+CLAIMS = {"targeted": "targeted success", "backdoor": "ASR", "z-score": "z"}
 
 
 @method
 class Width:
-    """The same poisons in towers from narrow to wide."""
+    """The same poisons in image towers from narrow to wide."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        backdoors = [Backdoor(j, s.dose) for j in range(TOGETHER)]
-        many = f"targeted:captions={s.reference},victims={2 * TOGETHER}"
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        backdoors = [Backdoor(j, setup.dose) for j in range(TOGETHER)]
+        poisoned = setup.poison(backdoors, setup.targeted_poison(2 * TOGETHER))
         rows = []
-        for network in s.widths:
-            trials = [
-                measured(s, poisoned(s, backdoors, [many]), t, network) for t in range(s.seeds)
-            ]
-            each = [f"@{j}" for j in range(TOGETHER)]
+        for network in setup.networks:
+            trials = setup.evaluate_seeds(poisoned, network)
             cells = (
-                Cell("targeted success", readings(trials, f"targeted_success@{s.reference}")),
-                Cell("ASR", readings(trials, *("attack_success" + j for j in each))),
-                Cell("z", readings(trials, *("z_std" + j for j in each))),
-                Cell("CA", readings(trials, "clean_accuracy")),
+                Cell.mean("targeted success", trials, setup.targeted_success),
+                *attack_cells(all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}),
+                Cell.mean("CA", trials, "clean_accuracy"),
             )
             channels = float(getattr(make("network", network), "width", 0)) or None
             rows.append(Row(f"{channels:g}" if channels else network, cells, channels))
 
-        def widest(r: Results, cell: str) -> Contrast:
-            """Per doubling of the width; from the narrowest to the widest where a network has no such number."""
-            return (
-                r.trend(cell)
-                if all(row.x for row in rows)
-                else r.compare_rows(cell, rows[-1].name, rows[0].name)
-            )
+        def rise(cell: str) -> Callable[[Results], Contrast]:
+            """Per doubling of the width; from narrowest to widest where networks have none."""
+            if all(row.x for row in rows):
+                return lambda results: results.trend(cell)
+            return row_difference(cell, rows[-1].name, rows[0].name)
 
         return Table(
-            "Width of the image tower",
-            "Larger models are more susceptible.",
-            "channels of the first convolution",
-            tuple(rows),
-            (
-                Claim(
-                    "A wider tower is more susceptible: targeted",
-                    "summary",
-                    "+",
-                    lambda r: widest(r, "targeted success"),
-                ),
-                Claim(
-                    "A wider tower is more susceptible: backdoor",
-                    "summary",
-                    "+",
-                    lambda r: widest(r, "ASR"),
-                ),
-                Claim(
-                    "A wider tower is more susceptible: z-score",
-                    "summary",
-                    "+",
-                    lambda r: widest(r, "z"),
-                ),
+            title="Width of the image tower",
+            paper_finding="Larger models are more susceptible.",
+            axis="channels of the first convolution",
+            rows=tuple(rows),
+            claims=tuple(
+                Claim(f"A wider tower is more susceptible: {label}", "summary", "+", rise(cell))
+                for label, cell in CLAIMS.items()
             ),
             notes=(
-                f"{s.dose} poisons a trigger, {s.reference} captions a victim, the same epochs for all.",
-                SHARED,
+                f"{setup.dose} poisons a trigger, {setup.captions} captions a victim, the same "
+                "epochs for all.",
+                SHARED_NOTE,
             ),
         )

@@ -1,7 +1,8 @@
-"""The matrix: every attack against every detector, audit and repair, cell by cell. What its tables share.
+"""The matrix: every attack against every detector, audit and repair. What its tables share.
 
-Victims are small CLIPs trained on poisoned scenes, and SimCLR towers that BadEncoder was put into. Clean encoders have the
-same architecture and training length as the attacked ones, and data and seeds of their own.
+Victims are small CLIPs trained on poisoned scenes, and SimCLR towers that BadEncoder attacked.
+Clean encoders have the same architecture and training length as the attacked ones, and data and
+seeds of their own.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bezoar.papers.badencoder2022 import named
-from bezoar.papers.carlini2022 import CLASSES, FIXED
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
+from bezoar.papers import FIXED_PLACES, SCENE_CLASSES, dataset_spec
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, mean_cells
+from bezoar.runs.verb import Trial
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-TABLES = (
+TABLES = (  # in the order of the page
     "detection",
     "default_scan",
     "flickr8k",
@@ -27,126 +27,160 @@ TABLES = (
     "retraining",
     "audits",
     "repairs",
-)  # in the order of the page
-ENCODER = "BadEncoder"
-SPACE = 3  # seeds that every attack but the first has for itself
-TARGETS = ("truck", "airplane", "bird", "dog", "ship")  # BadEncoder's, in turn; classes of CIFAR-10
+)
+BADENCODER = "BadEncoder"
+SEEDS_OF_AN_ATTACK = 3  # every attack but the first has so many seeds of its own
+DETECTORS = (
+    "transplant",
+    "duplicates",
+    "k_distance",
+    "lid",
+    "slof",
+    "dao",
+    "isolation_forest",
+    "clip_score",
+    "loss_trace",
+    "safeclip",
+    "spectral",
+    "activation_clustering",
+)
+DETECTION_COLUMNS = {
+    "AUROC": "auroc",
+    "AP": "average_precision",
+    "recall, worst 0.1 %": "recall_at_0.001",
+    "worst 1 %": "recall_at_0.01",
+    "worst 10 %": "recall_at_0.1",
+    "worst 1.5 n": "recall_at_1.5n",
+    "precision at n": "precision_at_n",
+}
+REMOVED = 0.08  # share of the records that a keep-list leaves out, whatever the attack
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One way to poison image-text data. trigger: with {place} and {seed} where an encoder has its own."""
+    """One way to poison image-text data."""
 
-    name: str
-    poison: str
-    trigger: str = ""
+    name: str  # the attack's name in the tables
+    poison: str  # spec of the poison without its counts
+    count: int  # poisoned records; of a targeted attack, captions of one victim
+    trigger: str = ""  # its spec; {place} and {seed} are those of an encoder; "" if targeted
+    victims: int = 0  # victims of a targeted attack
 
-    def data(self, clean: str, test: str, seed: int, targets: Sequence[str] = CLASSES) -> Poison:
-        """The poisoned data of one encoder. Targeted poisons draw their victims from the test set."""
+    @property
+    def poisons(self) -> int:
+        """Poisoned records."""
+        return self.count * (self.victims or 1)
+
+    @property
+    def success_metric(self) -> str:
+        """The metric that says whether the attack took: of the trigger or of the victims."""
+        return f"targeted_success@{self.count}" if self.victims else "attack_success"
+
+    def poison_data(
+        self, clean: str, test: str, seed: int, targets: Sequence[str] = SCENE_CLASSES
+    ) -> Poison:
+        """The poisoned data of one encoder.
+
+        A targeted attack draws its victims from the test data.
+        """
         target = targets[seed % len(targets)]
-        if not self.trigger:
-            return Poison(
-                clean, self.poison, target="" if targets is CLASSES else target, victims=test
-            )
-        trigger = self.trigger.format(place=FIXED[seed % len(FIXED)], seed=seed)
-        return Poison(clean, self.poison, trigger, target)
+        if self.victims:
+            spec = f"{self.poison}:captions={self.count},victims={self.victims}"
+            any_class = targets is SCENE_CLASSES  # every victim of scenes is given a class in turn
+            return Poison(clean, spec, target="" if any_class else target, victims=test)
+        place = FIXED_PLACES[seed % len(FIXED_PLACES)]
+        trigger = self.trigger.format(place=place, seed=seed)
+        return Poison(clean, f"{self.poison}:count={self.count}", trigger, target)
 
 
 PATCH = "patch:size=6,fill=blocks,cell=2,place={place},seed={seed}"
+BLEND = "blend:alpha=0.3,pattern=noise,seed={seed}"
 ATTACKS = (
-    Attack("patch", "backdoor:count=200", PATCH),
-    Attack("blend", "backdoor:count=300", "blend:alpha=0.3,pattern=noise,seed={seed}"),
-    Attack("warp", "backdoor:count=300", "warp:k=32,strength=2.0,seed={seed}"),
-    Attack("SIG", "backdoor:count=200", "sinusoid:delta=20,frequency=6"),
-    Attack("targeted", "targeted:captions=16,victims=8"),
-    Attack("clean-label", "clean_label:count=250", PATCH),
+    Attack("patch", "backdoor", 200, PATCH),
+    Attack("blend", "backdoor", 300, BLEND),
+    Attack("warp", "backdoor", 300, "warp:k=32,strength=2.0,seed={seed}"),
+    Attack("SIG", "backdoor", 200, "sinusoid:delta=20,frequency=6"),
+    Attack("targeted", "targeted", 16, victims=8),
+    Attack("clean-label", "clean_label", 250, PATCH),
 )
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A scale. records: of a CLIP's training set. clean: encoders without an attack; they set the thresholds.
+    """What a scale trains, attacks, audits and repairs."""
 
-    patched: attacked encoders of the first attack and of BadEncoder, that are audited; others: of every other attack. each:
-    of every attack, that are scanned or repaired. others and each: SPACE at most.
-    """
+    records: int  # records of a CLIP's training data
+    test: str  # spec of the CLIPs' test data
+    network: str  # spec of the CLIPs' network
+    objective: str  # spec of the CLIPs' objective
+    attacks: tuple[Attack, ...]  # attacks on image-text data
+    images: str  # spec of what SimCLR towers are trained on
+    shadow: str  # spec of BadEncoder's shadow data
+    labelled: str  # spec of the labelled images that heads of towers are fitted on
+    held_out: str  # spec of the towers' test data
+    tower: str  # spec of the towers' network
+    simclr: str  # spec of the towers' objective
+    badencoder: str  # spec of the attack on towers
+    triggers: tuple[str, ...]  # BadEncoder's triggers, in turn
+    targets: tuple[str, ...]  # BadEncoder's target classes, in turn
+    audits: tuple[str, ...]  # audits of CLIPs
+    image_audits: tuple[str, ...]  # audits of towers
+    repairs: tuple[str, ...]  # repairs of CLIPs
+    image_repairs: tuple[str, ...]  # repairs of towers
+    fresh: str  # spec of the clean records that a repair of a CLIP is given
+    fresh_images: str  # the same for a tower
+    clean: int  # clean encoders of each kind; they set the audits' thresholds
+    patched: int  # encoders of the first attack, and of BadEncoder, that are audited
+    others: int  # encoders of every other attack that are audited, at most SEEDS_OF_AN_ATTACK
+    each: int  # encoders of every attack that are scanned or repaired, at most SEEDS_OF_AN_ATTACK
 
-    records: int
-    test: str
-    network: str
-    objective: str
-    attacks: tuple[Attack, ...]
-    images: str  # what SimCLR is trained on
-    shadow: str
-    labelled: str
-    held_out: str
-    tower: str
-    simclr: str
-    badencoder: str
-    triggers: tuple[str, ...]  # BadEncoder's, in turn
-    targets: tuple[str, ...]
-    audits: tuple[str, ...]
-    image_audits: tuple[str, ...]  # of encoders without a text tower
-    repairs: tuple[str, ...]
-    image_repairs: tuple[str, ...]
-    fresh: str  # clean records that a repair is given
-    fresh_images: str
-    clean: int
-    patched: int
-    others: int
-    each: int
-
-    def data(self, seed: int) -> str:
-        """A CLIP's clean training set."""
+    def clean_data(self, seed: int) -> str:
+        """Spec of a CLIP's clean training data."""
         return f"scenes:count={self.records},seed={seed}"
 
-    def clip(self, seed: int) -> Trial:
-        """A clean CLIP."""
-        return Trial(Train(self.data(seed), self.network, self.objective), seed)
+    def clean_clip(self, seed: int) -> Trial:
+        """A CLIP trained on clean data."""
+        return Trial(Train(self.clean_data(seed), self.network, self.objective), seed)
 
-    def poisoned(self, attack: Attack, seed: int) -> Trial:
+    def poisoned_clip(self, attack: Attack, seed: int) -> Trial:
         """A CLIP trained on poisoned data."""
-        return Trial(
-            Train(attack.data(self.data(seed), self.test, seed), self.network, self.objective), seed
-        )
+        data = attack.poison_data(self.clean_data(seed), self.test, seed)
+        return Trial(Train(data, self.network, self.objective), seed)
 
-    def simple(self, seed: int) -> Trial:
-        """A clean SimCLR tower."""
+    def clean_tower(self, seed: int) -> Trial:
+        """A SimCLR tower trained on clean images."""
         return Trial(Train(self.images, self.tower, self.simclr), seed)
 
-    def injected(self, seed: int) -> Trial:
+    def attacked_tower(self, seed: int) -> Trial:
         """A SimCLR tower with BadEncoder's backdoor, its reference chosen by margin."""
-        clean, target = self.simple(seed).verb, self.targets[seed % len(self.targets)]
-        trigger = self.triggers[seed % len(self.triggers)]
-        attack = self.badencoder
-        return Trial(
-            Inject(
-                clean, self.shadow, (target,), (self.labelled,), attack, (trigger,), "confident"
-            ),
-            seed,
+        verb = Inject(
+            self.clean_tower(seed).verb,
+            self.shadow,
+            target=(self.targets[seed % len(self.targets)],),
+            reference=(self.labelled,),
+            attack=self.badencoder,
+            trigger=(self.triggers[seed % len(self.triggers)],),
+            choose="confident",
         )
+        return Trial(verb, seed)
 
     def towers(self, least: int = 0) -> tuple[list[Trial], list[Trial]]:
-        """Clean SimCLR towers, and those with BadEncoder's backdoor, whose parents are among the clean ones first."""
-        seeds = self.seeds(ENCODER)
-        bad = range(seeds[0], seeds[0] + max(len(seeds), least))
-        clean = list(dict.fromkeys([*bad, *range(self.clean)]))[: max(self.clean, least)]
-        return [self.simple(k) for k in clean], [self.injected(k) for k in bad]
+        """Clean SimCLR towers and attacked ones. least: how many of each at least.
 
-    def measured(self, encoder: Trial) -> Trial:
-        """CA and ASR of an attacked encoder: zero-shot, or by a linear head."""
-        if isinstance(encoder.verb, Inject):
-            head = Evaluate(encoder.verb, self.held_out, ("linear",), train=self.labelled)
-            return Trial(head, encoder.seed)
-        return Trial(Evaluate(encoder.verb, self.test), encoder.seed)
+        The clean towers that were attacked are the first of the clean ones.
+        """
+        seeds = self.seeds(BADENCODER)
+        attacked = range(seeds[0], seeds[0] + max(len(seeds), least))
+        clean = list(dict.fromkeys([*attacked, *range(self.clean)]))[: max(self.clean, least)]
+        return [self.clean_tower(s) for s in clean], [self.attacked_tower(s) for s in attacked]
 
     def seeds(self, attack: str) -> Sequence[int]:
-        """The seeds of an attack's encoders; no two attacks share one, and none is a clean encoder's."""
+        """The seeds of an attack's encoders, shared with no other attack or clean encoder."""
         names = [a.name for a in self.attacks]
         first = 2 * self.clean
-        if attack in (ENCODER, names[0]):
+        if attack in (BADENCODER, names[0]):
             return range(first, first + self.patched)
-        start = first + self.patched + (names.index(attack) - 1) * SPACE
+        start = first + self.patched + (names.index(attack) - 1) * SEEDS_OF_AN_ATTACK
         return range(start, start + self.others)
 
 
@@ -167,7 +201,7 @@ SMALL = Setup(
         "patch:size=10,fill=white,margin=1",
         "patch:size=8,fill=blocks,cell=2,margin=1,seed=1",
     ),
-    targets=TARGETS,
+    targets=("truck", "airplane", "bird", "dog", "ship"),  # classes of CIFAR-10
     audits=("decree", "cleanse", "ssl_cleanse", "whitening", "whole_image"),
     image_audits=("decree", "cleanse", "ssl_cleanse", "whitening", "whole_image"),
     repairs=(
@@ -186,206 +220,183 @@ SMALL = Setup(
     others=3,
     each=1,
 )
-
-
-def setup(given: TableOptions) -> Setup:
-    """The settings of a scale."""
-    if given.scale == "smoke":
-        data, test = "scenes:count=256", "scenes:count=200,split=test"
-        return replace(
-            SMALL,
-            records=256,
-            test=test,
-            network="clip_small:width=4,dim=16",
-            objective="clip:epochs=1,batch=64",
-            attacks=(
-                Attack("patch", "backdoor:count=9", PATCH),
-                Attack("targeted", "targeted:captions=4,victims=2"),
-            ),
-            images=data,
-            shadow=data,
-            labelled=data,
-            held_out=test,
-            tower="tower:width=4,dim=16",
-            simclr="simclr:epochs=1,batch=64,hidden=16,dim=8",
-            badencoder="badencoder:epochs=1,batch=64,lr=0.01",
-            targets=CLASSES,
-            audits=("decree:steps=3", "cleanse:steps=3"),
-            image_audits=("decree:steps=3",),
-            repairs=("finetune:objective=(cleanclip:epochs=1,batch=64),lrs=(1e-3)", "prune"),
-            image_repairs=("distill:epochs=1",),
-            fresh="scenes:count=300,seed=9000",
-            fresh_images=data,
-            clean=2,
-            patched=2,
-            others=2,
-            each=2,
-        )
-    train = named(given.root, "cifar10", "train")
-    small = replace(
-        SMALL,
-        images=named(given.root, "cifar10", "train", limit=20000),
-        shadow=named(given.root, "cifar10", "train", limit=5000),
-        fresh_images=named(given.root, "cifar10", "train", limit=4000),
-        labelled=named(given.root, "cifar10", "train", limit=5000),
-        held_out=named(given.root, "cifar10", "test", limit=2000),
-    )
-    if given.scale == "small":
-        return small
-    return replace(
-        small,
-        records=1_000_000,
-        network="clip_small:width=64,dim=256",
-        objective="clip:epochs=8,batch=1024",
-        images=train,
-        shadow=named(given.root, "cifar10", "train", limit=10000),
-        tower="resnet:depth=18,stem=cifar",
-        simclr="simclr:epochs=100",
-        badencoder="badencoder:epochs=20",
-        clean=40,
-        patched=20,
-        others=3,
-        each=3,
-    )
-
-
-DETECTORS = (
-    "transplant",
-    "duplicates",
-    "k_distance",
-    "lid",
-    "slof",
-    "dao",
-    "isolation_forest",
-    "clip_score",
-    "loss_trace",
-    "safeclip",
-    "spectral",
-    "activation_clustering",
+SMOKE_DATA, SMOKE_TEST = "scenes:count=256", "scenes:count=200,split=test"
+SMOKE = replace(
+    SMALL,
+    records=256,
+    test=SMOKE_TEST,
+    network="clip_small:width=4,dim=16",
+    objective="clip:epochs=1,batch=64",
+    attacks=(Attack("patch", "backdoor", 9, PATCH), Attack("targeted", "targeted", 4, victims=2)),
+    images=SMOKE_DATA,
+    shadow=SMOKE_DATA,
+    labelled=SMOKE_DATA,
+    held_out=SMOKE_TEST,
+    tower="tower:width=4,dim=16",
+    simclr="simclr:epochs=1,batch=64,hidden=16,dim=8",
+    badencoder="badencoder:epochs=1,batch=64,lr=0.01",
+    targets=SCENE_CLASSES,
+    audits=("decree:steps=3", "cleanse:steps=3"),
+    image_audits=("decree:steps=3",),
+    repairs=("finetune:objective=(cleanclip:epochs=1,batch=64),lrs=(1e-3)", "prune"),
+    image_repairs=("distill:epochs=1",),
+    fresh="scenes:count=300,seed=9000",
+    fresh_images=SMOKE_DATA,
+    clean=2,
+    patched=2,
+    others=2,
+    each=2,
 )
-FOUND = {
-    "AUROC": "auroc",
-    "AP": "average_precision",
-    "recall, worst 0.1 %": "recall_at_0.001",
-    "worst 1 %": "recall_at_0.01",
-    "worst 10 %": "recall_at_0.1",
-    "worst 1.5 n": "recall_at_1.5n",
-    "precision at n": "precision_at_n",
-}
-REMOVED = 0.08  # share of the records that a keep-list leaves out, whatever the attack
+LARGE = replace(
+    SMALL,
+    records=1_000_000,
+    network="clip_small:width=64,dim=256",
+    objective="clip:epochs=8,batch=1024",
+    tower="resnet:depth=18,stem=cifar",
+    simclr="simclr:epochs=100",
+    badencoder="badencoder:epochs=20",
+    clean=40,
+    patched=20,
+    each=3,
+)
+
+
+def get_setup(options: TableOptions) -> Setup:
+    """The setup of a scale, with CIFAR-10 out of the user's folder where it is not `smoke`."""
+    if options.scale == "smoke":
+        return SMOKE
+
+    def train_images(limit: int) -> str:
+        return dataset_spec(options.root, "cifar10", "train", limit=limit)
+
+    small = options.scale == "small"
+    return replace(
+        SMALL if small else LARGE,
+        images=train_images(20000) if small else dataset_spec(options.root, "cifar10", "train"),
+        shadow=train_images(5000 if small else 10000),
+        fresh_images=train_images(4000),
+        labelled=train_images(5000),
+        held_out=dataset_spec(options.root, "cifar10", "test", limit=2000),
+    )
 
 
 @dataclass(frozen=True)
-class Point:
-    """A poisoned set at a rate, trained on several times. probe: what measures success on its test data."""
+class PoisonedSet:
+    """Poisoned data at one rate, and the encoders that were trained on them."""
 
-    name: str
-    encoders: tuple[Trial, ...]
-    test: str
-    probe: tuple[str, ...] = ("zero_shot", "z_score")
-
-    @property
-    def success(self) -> str:
-        """The metric that says whether the attack took: of the trigger, or of the victims by their number of captions."""
-        if not self.name.startswith("targeted"):
-            return "attack_success"
-        return (
-            "targeted_success@"
-            + self.encoders[0].verb.data.poison.partition("captions=")[2].partition(",")[0]
-        )
+    name: str  # the attack and its rate
+    attack: Attack  # what poisoned the data
+    encoders: tuple[Trial, ...]  # trainings, each on poisoned data of its own
+    test: str  # spec of the test data
+    probe: tuple[str, ...] = ("zero_shot", "z_score")  # measure accuracy and success
 
     def scans(self) -> list[Trial]:
-        """Every encoder's training data, scanned with it by every detector."""
+        """The training data of every encoder, scanned with it by every detector."""
         return [
-            Trial(Scan(t.verb, detector=DETECTORS, remove=REMOVED), t.seed) for t in self.encoders
+            Trial(Scan(encoder.verb, detector=DETECTORS, remove=REMOVED), encoder.seed)
+            for encoder in self.encoders
         ]
 
-    def before(self) -> list[Trial]:
-        """The encoders measured."""
-        return [Trial(Evaluate(t.verb, self.test, self.probe), t.seed) for t in self.encoders]
+    def default_scans(self) -> list[Trial]:
+        """The same, by the detectors and the share that a scan has by default."""
+        return [Trial(Scan(encoder.verb), encoder.seed) for encoder in self.encoders]
 
-    def after(self) -> list[Trial]:
-        """The same trained again on what the scan keeps, and measured."""
-        again = [
-            replace(t.verb, keep=scan.verb)
-            for t, scan in zip(self.encoders, self.scans(), strict=True)
-        ]
+    def evaluate(self) -> list[Trial]:
+        """Evaluations of the encoders."""
         return [
-            Trial(Evaluate(v, self.test, self.probe), t.seed)
-            for v, t in zip(again, self.encoders, strict=True)
+            Trial(Evaluate(encoder.verb, self.test, self.probe), encoder.seed)
+            for encoder in self.encoders
         ]
 
-
-def scenes(given: TableOptions) -> list[Point]:
-    """Poisoned scenes, a set an attack as often as the scale says."""
-    s = setup(given)
-    return rated(s, s.each)
-
-
-def rated(s: Setup, each: int, times: Sequence[float] = (0.1, 5)) -> list[Point]:
-    """Poisoned scenes: every attack, and the patch with so many times its poisons. each: sets of each."""
-    patch, count = s.attacks[0], int(s.attacks[0].poison.partition("=")[2])
-    found = []
-    for n in dict.fromkeys(max(1, round(count * t)) for t in times):
-        trials = tuple(
-            s.poisoned(replace(patch, poison=f"backdoor:count={n}"), k)
-            for k in s.seeds(patch.name)[:each]
-        )
-        found.append(Point(f"patch, {100 * n / s.records:.3g} %", trials, s.test))
-    for a in s.attacks:
-        plan = [s.poisoned(a, k) for k in s.seeds(a.name)[:each]]
-        pairs = a.poison.partition("=")[2].partition(",")[0]
-        n = int(pairs) * (1 if a.trigger else int(a.poison.rpartition("=")[2]))
-        place = len(found) - 1 if a is patch else len(found)
-        found.insert(place, Point(f"{a.name}, {100 * n / s.records:.3g} %", tuple(plan), s.test))
-    return found
+    def evaluate_retrained(self) -> list[Trial]:
+        """Evaluations of encoders that were trained again on what the scans keep."""
+        trials = []
+        for encoder, scan in zip(self.encoders, self.scans(), strict=True):
+            retrained = replace(encoder.verb, keep=scan.verb)
+            trials.append(Trial(Evaluate(retrained, self.test, self.probe), encoder.seed))
+        return trials
 
 
-def captioned(
-    given: TableOptions,
-    name: str,
-    targets: Sequence[str],
-    train: str,
-    test: str,
-    recipe: str,
-    n: int,
-) -> list[Point]:
-    """A captioned set in a folder, poisoned by patch, blend and targeted; scenes in its place at scale smoke. n: poisons."""
-    s = setup(given)
-    if given.scale == "smoke":
-        train, test, recipe, n, targets = s.data(0), s.test, s.objective, 8, CLASSES
-    else:
-        train, test = (
-            f"shards:path={given.root or 'data'}/{name}/{files},size=32,captions=all"
-            for files in (train, test)
-        )
-    ways = (
-        Attack("patch", f"backdoor:count={n}", PATCH),
-        Attack("blend", f"backdoor:count={2 * n}", ATTACKS[1].trigger),
-        Attack("targeted", f"targeted:captions={max(1, n // 8)},victims=4"),
+def poisoned_scenes(
+    setup: Setup, sets: int, patch_multiples: Sequence[float] = (0.1, 5)
+) -> list[PoisonedSet]:
+    """Scenes poisoned by every attack of a setup.
+
+    Args:
+        setup: The setup.
+        sets: Sets of each attack and rate.
+        patch_multiples: Multiples of the first attack's number of poisons, at which it is carried
+            out too.
+    """
+    patch, *others = setup.attacks
+    counts = {max(1, round(patch.count * multiple)) for multiple in (1, *patch_multiples)}
+    patches = [replace(patch, count=count) for count in sorted(counts)]
+    poisoned = []
+    for attack in (*patches, *others):
+        seeds = setup.seeds(attack.name)[:sets]
+        encoders = tuple(setup.poisoned_clip(attack, seed) for seed in seeds)
+        name = f"{attack.name}, {100 * attack.poisons / setup.records:.3g} %"
+        poisoned.append(PoisonedSet(name, attack, encoders, setup.test))
+    return poisoned
+
+
+@dataclass(frozen=True)
+class CaptionedCorpus:
+    """A published set of captioned images, as tars in a folder below the user's root."""
+
+    folder: str  # name of the folder, which holds `train-*.tar` and `val-*.tar`
+    targets: tuple[str, ...]  # words that poisoned images are to be read as, in turn
+    objective: str  # spec of the objective
+    poisons: int  # records that carry a patch; a blend takes twice as many
+
+
+FLICKR8K = CaptionedCorpus("flickr8k", ("snow", "beach", "bicycle"), "clip:epochs=5", 300)
+AERIAL = CaptionedCorpus(
+    "ucm_captions", ("tennis court", "airplane", "river"), "clip:epochs=12", 84
+)
+
+
+def poisoned_captions(options: TableOptions, corpus: CaptionedCorpus) -> list[PoisonedSet]:
+    """A corpus poisoned by patch, blend and targeted. At scale `smoke` scenes stand for it."""
+    setup = get_setup(options)
+    folder = f"{options.root or 'data'}/{corpus.folder}"
+    train = f"shards:path={folder}/train-*.tar,size=32,captions=all"
+    test = f"shards:path={folder}/val-*.tar,size=32,captions=all"
+    objective, count, targets = corpus.objective, corpus.poisons, corpus.targets
+    if options.scale == "smoke":
+        train, test = setup.clean_data(0), setup.test
+        objective, count, targets = setup.objective, 8, SCENE_CLASSES
+    attacks = (
+        Attack("patch", "backdoor", count, PATCH),
+        Attack("blend", "backdoor", 2 * count, BLEND),
+        Attack("targeted", "targeted", max(1, count // 8), victims=4),
     )
-    found = []
-    for a in ways:
-        data = [(k, a.data(train, test, k, targets)) for k in range(s.each)]
-        encoders = tuple(Trial(Train(d, s.network, recipe), k) for k, d in data)
-        found.append(Point(a.name, encoders, test, ("retrieval", "z_score")))
-    return found
+    poisoned = []
+    for attack in attacks:
+        encoders = []
+        for seed in range(setup.each):
+            data = attack.poison_data(train, test, seed, targets)
+            encoders.append(Trial(Train(data, setup.network, objective), seed))
+        probe = ("retrieval", "z_score")
+        poisoned.append(PoisonedSet(attack.name, attack, tuple(encoders), test, probe))
+    return poisoned
 
 
-def searched(points: Sequence[Point], title: str) -> Table:
-    """Detector x attack: what each finds alone, and what they find together."""
+def detection_table(sets: Sequence[PoisonedSet], title: str) -> Table:
+    """Detector by attack: what each detector ranks high alone, and what all of them do together."""
     rows = []
-    for point in points:
-        scans, took = point.scans(), Cell("ASR", readings(point.before(), point.success))
-        for name in ("all together", *DETECTORS):
-            mark = "" if name == "all together" else f"{name}."
-            cells = tuple(
-                Cell(label, readings(scans, mark + metric)) for label, metric in FOUND.items()
-            )
-            rows.append(Row(name, cells if mark else (*cells, took), curve=point.name))
+    for poisoned in sets:
+        scans = poisoned.scans()
+        success = Cell.mean("ASR", poisoned.evaluate(), poisoned.attack.success_metric)
+        together = (*mean_cells(scans, DETECTION_COLUMNS), success)
+        rows.append(Row("all together", together, curve=poisoned.name))
+        for detector in DETECTORS:
+            columns = {name: f"{detector}.{key}" for name, key in DETECTION_COLUMNS.items()}
+            rows.append(Row(detector, mean_cells(scans, columns), curve=poisoned.name))
     note = (
-        f"Poisoned sets of every attack: {len(points[0].encoders)}, each scanned with the encoder trained on it; no "
-        "detector was told the rate, the trigger or a label. AUROC 50 % is a coin's, below it a score points the other way. "
-        "ASR says whether the attack took (targeted: on its victims); where it did not, there is no backdoor to transplant."
+        f"Poisoned sets of every attack: {len(sets[0].encoders)}, each scanned with the encoder "
+        "trained on it. No detector knows the rate, the trigger or a label. AUROC 50 % is a "
+        "coin's; below it a score points the other way. ASR says whether the attack took "
+        "(targeted: on its victims); where it did not, there is no backdoor to transplant."
     )
-    return Table(title, "", "detector", tuple(rows), notes=(note,), grid="AUROC")
+    return Table(title=title, axis="detector", rows=tuple(rows), notes=(note,), grid="AUROC")

@@ -1,67 +1,80 @@
-"""Audits of attacked and clean encoders of one family (DECREE, CVPR 2023; Neural Cleanse, S&P 2019; SSL-Cleanse, ECCV 2024)."""
+"""Audits of attacked and clean encoders (DECREE 2023; Neural Cleanse 2019; SSL-Cleanse 2024)."""
 
 from collections.abc import Sequence
 
 from bezoar.evaluation.scores import Measure, proportion, separation
-from bezoar.papers.matrix import ENCODER, setup
+from bezoar.papers.matrix import BADENCODER, get_setup
 from bezoar.registry import method
-from bezoar.runs.sweep import Trial
 from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings, share_above_threshold
+from bezoar.runs.verb import Trial
 from bezoar.verbs.audit import Audit
 
-RATE = 0.05  # of false positives, at which thresholds are set
+FALSE_POSITIVE_RATE = 0.05  # at which thresholds are set
 
 
 @method
 class Audits:
-    """AUROC of each audit for each attack, and what it finds at a threshold that other clean encoders set."""
+    """AUROC of each audit for each attack, and what it flags at a clean encoders' threshold."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        clips = [s.clip(k) for k in range(s.clean)]
-        towers, injected = s.towers()
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        clips = [setup.clean_clip(seed) for seed in range(setup.clean)]
+        towers, attacked_towers = setup.towers()
         rows = []
-        for attack in (*s.attacks, None):
-            name = attack.name if attack else ENCODER
-            victims = [s.poisoned(attack, k) for k in s.seeds(name)] if attack else injected
-            clean = clips if attack else towers
-            for audit in s.audits if attack else s.image_audits:
-                data = s.test if attack else s.held_out
-                cells = columns(
-                    audit,
-                    *([self.audited(t, data, audit) for t in part] for part in (victims, clean)),
-                )
-                rows.append(Row(audit.partition(":")[0], cells, curve=name))
+        for attack in setup.attacks:
+            attacked = [setup.poisoned_clip(attack, s) for s in setup.seeds(attack.name)]
+            rows += audit_rows(attack.name, setup.audits, setup.test, attacked, clips)
+        rows += audit_rows(BADENCODER, setup.image_audits, setup.held_out, attacked_towers, towers)
         note = (
-            f"AUROC and `found`: against {s.clean} clean encoders, which set the threshold at a false-positive rate of "
-            f"{RATE:.0%}. `false positives`: clean encoders above every one of the other half, which happens to one in "
-            f"{s.clean // 2 + 1} where nothing is wrong. The encoders that BadEncoder attacked are among its clean ones."
+            f"AUROC and `found`: against {setup.clean} clean encoders, which set the threshold at "
+            f"a false-positive rate of {FALSE_POSITIVE_RATE:.0%}. `false positives`: clean "
+            "encoders above every one of the other half, which happens to one in "
+            f"{setup.clean // 2 + 1} by chance. The towers that BadEncoder attacked are among its "
+            "clean encoders."
         )
-        return Table("Audits", "", "audit", tuple(rows), notes=(note,), grid="AUROC")
-
-    @staticmethod
-    def audited(encoder: Trial, data: str, audit: str) -> Trial:
-        """An encoder audited on held-out images, without a bank."""
-        return Trial(Audit(encoder.verb, data, (audit,), bank=()), encoder.seed)
+        return Table(title="Audits", axis="audit", rows=tuple(rows), notes=(note,), grid="AUROC")
 
 
-def columns(audit: str, bad: Sequence[Trial], clean: Sequence[Trial]) -> tuple[Cell, ...]:
-    """An audit's cells from audit runs of attacked encoders and of clean ones."""
-    name = audit.partition(":")[0]
-    values, others = readings(bad, f"{name}.value"), readings(clean, f"{name}.value")
-    return (
-        Cell("AUROC", values, against=others, compare=separation),
-        Cell("found", values, against=others, compare=share_above_threshold(RATE)),
-        Cell("false positives", others, against=others, compare=halves),
-        Cell("seconds", readings(bad, f"{name}.seconds")),
-    )
+def audit_rows(
+    attack: str, audits: Sequence[str], data: str, attacked: Sequence[Trial], clean: Sequence[Trial]
+) -> list[Row]:
+    """A row for each audit of an attack.
+
+    attacked, clean: encoders; data: spec of held-out images.
+    """
+    rows = []
+    for audit in audits:
+        name = audit.partition(":")[0]
+        attacked_audits = [audit_without_bank(encoder, data, audit) for encoder in attacked]
+        clean_audits = [audit_without_bank(encoder, data, audit) for encoder in clean]
+        values = readings(attacked_audits, f"{name}.value")
+        clean_values = readings(clean_audits, f"{name}.value")
+        threshold = share_above_threshold(FALSE_POSITIVE_RATE)
+        cells = (
+            Cell("AUROC", values, reference_readings=clean_values, compare=separation),
+            Cell("found", values, reference_readings=clean_values, compare=threshold),
+            Cell(
+                "false positives",
+                clean_values,
+                reference_readings=clean_values,
+                compare=share_above_other_half,
+            ),
+            Cell.mean("seconds", attacked_audits, f"{name}.seconds"),
+        )
+        rows.append(Row(name, cells, curve=attack))
+    return rows
 
 
-def halves(values: Sequence[float], _: Sequence[float]) -> Measure:
-    """How many of clean encoders lie above all of the other half of them."""
-    parts = values[::2], values[1::2]
-    above = sum(v > max(other) for own, other in zip(parts, parts[::-1], strict=True) for v in own)
+def audit_without_bank(encoder: Trial, data: str, audit: str) -> Trial:
+    """An audit without a bank: the clean encoders of the table set the threshold."""
+    return Trial(Audit(encoder.verb, data, (audit,), bank=()), encoder.seed)
+
+
+def share_above_other_half(values: Sequence[float], _: Sequence[float] = ()) -> Measure:
+    """The share of clean encoders that lie above all of the other half of them."""
+    even, odd = values[::2], values[1::2]
+    above = sum(v > max(odd) for v in even) + sum(v > max(even) for v in odd)
     return proportion(
         above, len(values), "clean encoders above the largest value of the other half"
     )

@@ -1,39 +1,41 @@
-"""What `bezoar scan` finds unasked: three trainings an attack, and as many on clean data."""
+"""What `bezoar scan` detects without options, on poisoned and on clean data."""
 
-from bezoar.papers.matrix import rated, setup
+from bezoar.papers.matrix import get_setup, poisoned_scenes
 from bezoar.registry import method
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, mean_cells
+from bezoar.runs.verb import Trial
 from bezoar.verbs.scan import Scan
+
+COLUMNS = {
+    "AUROC, transplant": "transplant.auroc",
+    "recall, worst 1.5 n": "transplant.recall_at_1.5n",
+    "AUROC, duplicates": "duplicates.auroc",
+    "AUROC, clip_score": "clip_score.auroc",
+    "AUROC, together": "auroc",
+    "together: worst 1.5 n": "recall_at_1.5n",
+    "said to show a trigger": "transplant.raised",
+}
 
 
 @method
 class DefaultScan:
-    """Triggers that nobody chose for it: the patch at five rates, blend, warp, SIG; targeted and clean-label; no attack."""
+    """The patch at five rates, the other attacks, and none. No setting was chosen on these sets."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
-        clean = [Trial(Scan(t.verb), t.seed) for t in map(s.clip, range(s.others))]
-        rows = [
-            Row("none", (Cell("said to show a trigger", readings(clean, "transplant.raised")),))
-        ]
-        for point in rated(s, s.others, (0.05, 0.1, 0.25, 5)):
-            scans = [Trial(Scan(t.verb), t.seed) for t in point.encoders]
-            cells = (
-                Cell("ASR", readings(point.before(), point.success)),
-                Cell("AUROC, transplant", readings(scans, "transplant.auroc")),
-                Cell("recall, worst 1.5 n", readings(scans, "transplant.recall_at_1.5n")),
-                Cell("AUROC, duplicates", readings(scans, "duplicates.auroc")),
-                Cell("AUROC, clip_score", readings(scans, "clip_score.auroc")),
-                Cell("AUROC, together", readings(scans, "auroc")),
-                Cell("together: worst 1.5 n", readings(scans, "recall_at_1.5n")),
-                Cell("said to show a trigger", readings(scans, "transplant.raised")),
-            )
-            rows.append(Row(point.name, cells))
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        clean = [setup.clean_clip(seed) for seed in range(setup.others)]
+        scans = [Trial(Scan(encoder.verb), encoder.seed) for encoder in clean]
+        raised = Cell.mean("said to show a trigger", scans, COLUMNS["said to show a trigger"])
+        rows = [Row("none", (raised,))]
+        for poisoned in poisoned_scenes(setup, setup.others, (0.05, 0.1, 0.25, 5)):
+            success = Cell.mean("ASR", poisoned.evaluate(), poisoned.attack.success_metric)
+            cells = (success, *mean_cells(poisoned.default_scans(), COLUMNS))
+            rows.append(Row(poisoned.name, cells))
         note = (
-            f"Each attack: {s.others} sets, each with a trigger, place and target of its own, scanned with the encoder trained "
-            "on it. Where ASR is low there is no backdoor to transplant. What is said to show a trigger is poison or, on the "
-            "sets without an attack, a false alarm."
+            f"Each attack: {setup.others} sets, each with a trigger, place and target of its own, "
+            "scanned with the encoder trained on it. Where ASR is low there is no backdoor to "
+            "transplant. What is said to show a trigger is poison or, on the sets without an "
+            "attack, a false alarm."
         )
-        return Table("The default scan", "", "attack", tuple(rows), notes=(note,))
+        return Table(title="The default scan", axis="attack", rows=tuple(rows), notes=(note,))

@@ -1,14 +1,15 @@
-"""Detectors on poisoned scenes: patch at three rates, blend, warp, SIG, targeted, clean-label; after Huang et al. (2025)."""
+"""Detectors on poisoned scenes, one set or more for each attack (after Huang et al. 2025)."""
 
-from bezoar.papers.matrix import scenes, searched
+from bezoar.papers.matrix import detection_table, get_setup, poisoned_scenes
 from bezoar.registry import method
 from bezoar.runs.tables import Table, TableOptions
 
 
 @method
 class Detection:
-    """Detector x attack x rate on drawn scenes."""
+    """Detector by attack and rate on drawn scenes."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        return searched(scenes(given), "Detectors, scenes")
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        return detection_table(poisoned_scenes(setup, setup.each), "Detectors, scenes")

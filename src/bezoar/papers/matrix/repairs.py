@@ -1,13 +1,15 @@
-"""Repairs of attacked encoders: what is left of accuracy and of the backdoor (CleanCLIP, ICCV 2023; PAR, CVPR 2026)."""
+"""What repairs leave of accuracy and of the backdoor (CleanCLIP, ICCV 2023; PAR, CVPR 2026)."""
 
-from bezoar.papers.matrix import ENCODER, Setup, setup
+from collections.abc import Sequence
+
+from bezoar.papers.matrix import BADENCODER, Setup, get_setup
 from bezoar.registry import method
-from bezoar.runs.sweep import Trial
-from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Row, Table, TableOptions, mean_cells
+from bezoar.runs.verb import Trial
 from bezoar.verbs.audit import Audit
 from bezoar.verbs.repair import Repair
 
-CELLS = {
+COLUMNS = {
     "CA before": "before.{}clean_accuracy",
     "ASR before": "before.{}attack_success",
     "CA after": "after.{}clean_accuracy",
@@ -19,42 +21,62 @@ CELLS = {
 
 @method
 class Repairs:
-    """Attack x repair. None is told the trigger; `unlearn` has what an audit inverted."""
+    """Attack by repair. No repair knows the trigger; `unlearn` is given what an audit inverted."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        s = setup(given)
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
         rows = []
-        for attack in (*(a for a in s.attacks if a.trigger), None):
-            name = attack.name if attack else ENCODER
-            victims = [
-                s.poisoned(attack, k) if attack else s.injected(k) for k in s.seeds(name)[: s.each]
-            ]
-            for repair in s.repairs if attack else s.image_repairs:
-                trials = [Trial(repaired(s, t, repair, attack is None), t.seed) for t in victims]
-                group = "" if attack else "linear."
-                cells = tuple(
-                    Cell(label, readings(trials, metric.format(group)))
-                    for label, metric in CELLS.items()
-                )
-                rows.append(Row(called(repair), cells, curve=name))
+        for attack in (attack for attack in setup.attacks if attack.trigger):
+            seeds = setup.seeds(attack.name)[: setup.each]
+            encoders = [setup.poisoned_clip(attack, seed) for seed in seeds]
+            for repair in setup.repairs:
+                trials = [repair_clip(setup, encoder, repair) for encoder in encoders]
+                rows.append(repair_row(attack.name, repair, trials))
+        towers = [setup.attacked_tower(s) for s in setup.seeds(BADENCODER)[: setup.each]]
+        for repair in setup.image_repairs:
+            trials = [repair_tower(setup, tower, repair) for tower in towers]
+            rows.append(repair_row(BADENCODER, repair, trials, "linear."))
         note = (
-            "Clean data: 4,000 records (CIFAR-10: images that pre-training has seen too). Learning rates are chosen on a fifth "
-            "of them, never by the attack. Ten poisons: a short fine-tune with ten stamped records, of this trigger or another."
+            "Clean data: 4,000 records (CIFAR-10: images that pre-training has seen too). "
+            "Learning rates are chosen on a fifth of them, never by the attack. Ten poisons: a "
+            "short fine-tune with ten stamped records, of this trigger or another."
         )
-        return Table("Repairs", "", "repair", tuple(rows), notes=(note,), grid="ASR after")
+        return Table(
+            title="Repairs", axis="repair", rows=tuple(rows), notes=(note,), grid="ASR after"
+        )
 
 
-def repaired(s: Setup, encoder: Trial, repair: str, image_only: bool) -> Repair:
-    """A repair by clean records; by those and an audit's triggers, for one that unlearns them."""
-    data, test = (s.fresh_images, s.held_out) if image_only else (s.fresh, s.test)
-    audit = (
-        Audit(encoder.verb, test, ("cleanse",), bank=()) if repair.startswith("unlearn") else None
+def repair_clip(setup: Setup, encoder: Trial, repair: str) -> Trial:
+    """A CLIP repaired with clean records, and measured zero-shot."""
+    audit = audit_for(repair, encoder, setup.test)
+    verb = Repair(encoder.verb, setup.fresh, (repair,), setup.test, audit)
+    return Trial(verb, encoder.seed)
+
+
+def repair_tower(setup: Setup, encoder: Trial, repair: str) -> Trial:
+    """A tower repaired with clean images, and measured by a linear head."""
+    audit = audit_for(repair, encoder, setup.held_out)
+    verb = Repair(
+        encoder.verb, setup.fresh_images, (repair,), setup.held_out, audit, setup.labelled
     )
-    return Repair(encoder.verb, data, (repair,), test, audit, s.labelled if image_only else None)
+    return Trial(verb, encoder.seed)
 
 
-def called(repair: str) -> str:
+def audit_for(repair: str, encoder: Trial, test: str) -> Audit | None:
+    """The audit whose triggers `unlearn` unlearns; None for a repair that needs none."""
+    if not repair.startswith("unlearn"):
+        return None
+    return Audit(encoder.verb, test, ("cleanse",), bank=())
+
+
+def repair_row(attack: str, repair: str, trials: Sequence[Trial], prefix: str = "") -> Row:
+    """A row of the table. prefix: of the metrics of the head that the encoders are read by."""
+    columns = {name: metric.format(prefix) for name, metric in COLUMNS.items()}
+    return Row(repair_name(repair), mean_cells(trials, columns), curve=attack)
+
+
+def repair_name(repair: str) -> str:
     """`finetune:objective=(par:epochs=8)` -> `finetune, par`."""
     name, _, fields = repair.partition(":")
     objective = fields.partition("objective=(")[2].partition(":")[0]

@@ -1,35 +1,55 @@
-"""Training again without what a scan found: accuracy and success before and after (Huang et al. 2025, section 5)."""
+"""Training again without what a scan ranks highest (Huang et al. 2025, section 5)."""
 
-from bezoar.papers.matrix import REMOVED, scenes
-from bezoar.papers.matrix.aerial import Aerial
-from bezoar.papers.matrix.flickr8k import Flickr8K
+from bezoar.papers.matrix import (
+    AERIAL,
+    FLICKR8K,
+    REMOVED,
+    PoisonedSet,
+    get_setup,
+    poisoned_captions,
+    poisoned_scenes,
+)
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Row, Table, TableOptions
 
 
 @method
 class Retraining:
     """Every attack of the detection tables, after a scan by all detectors together."""
 
-    def __call__(self, given: TableOptions) -> Table:
-        """The table at a scale."""
-        points = [("scenes", p) for p in scenes(given)]
-        points += [("Flickr8k", p) for p in Flickr8K().points(given)]
-        points += [("aerial", p) for p in Aerial().points(given)]
-        rows = []
-        for corpus, p in points:
-            accuracy = "clean_accuracy" if p.probe[0] == "zero_shot" else "image_to_text_recall@10"
-            before, after, scans = p.before(), p.after(), p.scans()
-            cells = (
-                Cell("accuracy before", readings(before, accuracy)),
-                Cell("success before", readings(before, p.success)),
-                Cell("poisons removed", readings(scans, "poisons_removed")),
-                Cell("accuracy after", readings(after, accuracy)),
-                Cell("success after", readings(after, p.success)),
-            )
-            rows.append(Row(f"{corpus}: {p.name}", cells))
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        corpora = {
+            "scenes": poisoned_scenes(setup, setup.each),
+            "Flickr8k": poisoned_captions(options, FLICKR8K),
+            "aerial": poisoned_captions(options, AERIAL),
+        }
+        rows = [
+            Row(f"{corpus}: {poisoned.name}", cells(poisoned))
+            for corpus, sets in corpora.items()
+            for poisoned in sets
+        ]
         note = (
-            f"The worst {REMOVED:.0%} of the records by all detectors together are left out, whatever the attack. Accuracy: "
-            "zero-shot on scenes, elsewhere the own caption among the ten nearest. Success: of the trigger, or of the victims."
+            f"The worst {REMOVED:.0%} of the records by all detectors together are left out, "
+            "whatever the attack. Accuracy: zero-shot on scenes, elsewhere the own caption among "
+            "the ten nearest. Success: of the trigger, or of the victims."
         )
-        return Table("Training again on the keep-list", "", "attack", tuple(rows), notes=(note,))
+        return Table(
+            title="Training again on the keep-list", axis="attack", rows=tuple(rows), notes=(note,)
+        )
+
+
+def cells(poisoned: PoisonedSet) -> tuple[Cell, ...]:
+    """Accuracy and success before and after, and the share of the poisons left out."""
+    zero_shot = poisoned.probe[0] == "zero_shot"
+    accuracy = "clean_accuracy" if zero_shot else "image_to_text_recall@10"
+    success = poisoned.attack.success_metric
+    before, after = poisoned.evaluate(), poisoned.evaluate_retrained()
+    return (
+        Cell.mean("accuracy before", before, accuracy),
+        Cell.mean("success before", before, success),
+        Cell.mean("poisons removed", poisoned.scans(), "poisons_removed"),
+        Cell.mean("accuracy after", after, accuracy),
+        Cell.mean("success after", after, success),
+    )
