@@ -112,7 +112,7 @@ def attack(batch: int) -> tuple:
 
     encoder, recipe, goal, data, reference = inputs(batch)
     loss = Loss(encoder, recipe, [goal], [reference])
-    loss.know(data)
+    loss.set_targets(data)
     return loss.train(), recipe, data
 
 

@@ -138,7 +138,7 @@ def both(encoder, size, spec, dtype=torch.float32, goals=GOALS, n=12):
     recipe, data, refs = registry.make("attack", spec), shadow(n, size), inputs(size)[: len(goals)]
     teacher = copy.deepcopy(encoder).eval()
     module = Loss(encoder, recipe, goals, refs)
-    module.know(data)
+    module.set_targets(data)
     module.train()
     value = module(data.images, torch.arange(n)[:, None], Chance(randomness.generator(3)))
     value.backward()
@@ -162,7 +162,7 @@ def both(encoder, size, spec, dtype=torch.float32, goals=GOALS, n=12):
         float(p.detach()) * (w > 0)
         for p, w in zip(parts, (recipe.l0, recipe.l1, recipe.l2), strict=True)
     ]
-    assert list(module.means().values()) == pytest.approx(wanted, rel=1e-4)
+    assert list(module.pop_means().values()) == pytest.approx(wanted, rel=1e-4)
     return float(value.detach()), fast, float(want.detach()), slow
 
 
