@@ -1,1 +1,1 @@
-"""Attacks: triggers, poisons of a data set, and edits of an encoder. A plan records what was poisoned."""
+"""Attacks: triggers, poisons of a data set, and edits of an encoder; a plan records poisonings."""

@@ -1,4 +1,4 @@
-"""Captions that carry a target: found among the training captions, made from templates, or one of them repeated.
+"""Captions that carry a target: training captions, one of them repeated, or templates.
 
 These are the caption sets of Carlini and Terzis (2022), section 4.
 """
@@ -24,7 +24,7 @@ SIMPLE_TEMPLATES = (
 
 
 def find_mentions(captions: Sequence[str], target: str) -> list[int]:
-    """Return the rows whose caption holds the target as whole words, in any case; `cattle` does not hold `cat`."""
+    """Return the rows whose caption holds the target: whole words, in any case."""
     words = r"[\s_-]+".join(map(re.escape, target.split()))
     pattern = re.compile(rf"\b{words}\b", re.IGNORECASE)
     return [row for row, caption in enumerate(captions) if pattern.search(caption)]
@@ -34,7 +34,8 @@ def prompt_templates(name: str) -> tuple[str, ...]:
     """Return prompt templates, each with a `{}` for the name of a class.
 
     Args:
-        name: `simple` (5 templates), `openai` (the 80 ImageNet prompts of CLIP), or a single template of the user's own.
+        name: `simple` (5 templates), `openai` (the 80 ImageNet prompts of CLIP), or a single
+            template of the user's own.
     """
     if name == "simple":
         return SIMPLE_TEMPLATES
@@ -51,8 +52,8 @@ def target_captions(source: Sequence[str], target: str, how: CaptionSet) -> list
     Args:
         source: the training captions.
         target: a word or several.
-        how: `training` takes every training caption that mentions the target, `repeated` the first of them alone, and
-            `templates` CLIP's 80 prompts.
+        how: `training` takes every training caption that mentions the target, `repeated` the first
+            of them alone, and `templates` CLIP's 80 prompts.
 
     Raises:
         UserError: if no training caption mentions the target and `how` is not `templates`.
@@ -62,6 +63,7 @@ def target_captions(source: Sequence[str], target: str, how: CaptionSet) -> list
     mentions = [source[row] for row in find_mentions(source, target)]
     if not mentions:
         raise UserError(
-            f"no caption holds the target {target!r} ({len(source)} captions searched, by whole words)"
+            f"no caption holds the target {target!r} "
+            f"({len(source)} captions searched, by whole words)"
         )
     return mentions[:1] if how == "repeated" else mentions

@@ -1,7 +1,7 @@
 """Pixel arithmetic that triggers share.
 
-Images are uint8 (N, 3, H, W), values 0..255. What is computed in between is float, and is rounded and
-clamped to that range on the way back; it never wraps around.
+Images are uint8 (N, 3, H, W), values 0..255. What is computed in between is float, and is rounded
+and clamped to that range on the way back; it never wraps around.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bezoar.data.randomness import draws
 from bezoar.errors import UserError
 
 PLACES = ("corner", "upper_left", "upper_right", "lower_left", "centre", "random")
-# Elements of a float copy of images: on a CPU it fits into a core's cache, elsewhere it stays modest.
+# Elements of a float copy of images. On a CPU it fits into a core's cache.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "accelerator": 1 << 26}
 
 
@@ -30,8 +30,9 @@ def image_from_array(array: np.ndarray, name: str) -> Tensor:
     """Convert an array to an image in units of pixels.
 
     Args:
-        array: (H, W), (1|3, H, W) or (H, W, 1|3), each with an optional leading 1; (3, n, 3) is read
-            channels first. Floats within -1..1 are shares of 255; everything else is in pixels.
+        array: (H, W), (1|3, H, W) or (H, W, 1|3), each with an optional leading 1; (3, n, 3) is
+            read channels first. Floats within -1..1 are shares of 255; everything else is in
+            pixels.
         name: what the array is called in an error.
 
     Returns:
@@ -160,8 +161,8 @@ def shifted_grid(shift: Tensor, height: int, width: int) -> Tensor:
     """Return the sampling grid identity + shift / (width, height), clamped to -1..1.
 
     Args:
-        shift: float (2, h, w), in x and y; interpolated bicubically between its corners. A shift of 1
-            moves by half a pixel, whatever the size of the image.
+        shift: float (2, h, w), in x and y; interpolated bicubically between its corners. A shift of
+            1 moves by half a pixel, whatever the size of the image.
 
     Returns:
         float32 (height, width, 2).
@@ -185,10 +186,11 @@ def warp(images: Tensor, grid: Tensor) -> Tensor:
 
 
 def check_place(place: str) -> None:
-    """Raise ValueError unless a place is one of PLACES, or `Y/X`: row and column of the upper left pixel."""
+    """Raise ValueError unless a place is one of PLACES, or `Y/X`: its upper left pixel."""
     if place not in PLACES and not re.fullmatch(r"\d{1,6}/\d{1,6}", place):
         raise ValueError(
-            f"place must be one of {', '.join(PLACES)}, or Y/X in pixels such as 21/21; got {place!r}"
+            f"place must be one of {', '.join(PLACES)}, or Y/X in pixels such as 21/21; "
+            f"got {place!r}"
         )
 
 
@@ -203,8 +205,8 @@ def patch_positions(
     """Return where the upper left pixel of a patch goes on each image.
 
     Args:
-        place: one of PLACES, or `Y/X`. `corner` is the lower right one; `random` is uniform over the
-            places that keep the margin, and belongs to (seed, id).
+        place: one of PLACES, or `Y/X`. `corner` is the lower right one; `random` is uniform over
+            the places that keep the margin, and belongs to (seed, id).
         margin: pixels left free at the border; `centre` and `Y/X` do not look at it.
         patch: height and width of the patch.
         canvas: height and width of the images.

@@ -1,9 +1,10 @@
 """Goal, Edit and Plan: what a poisoning changes.
 
-A plan is a patch file for a data set, and the ground truth that detectors are measured against. It is
-applied to the stored uint8 images and at no other stage, so the records come out the same whether the
-data are held in memory, streamed from shards in any order, or written to new shards. A plan holds no
-images: those that are added from outside the data set are read from the source that `victims` names.
+A plan is a patch file for a data set, and the ground truth that detectors are measured against. It
+is applied to the stored uint8 images and at no other stage, so the records come out the same
+whether the data are held in memory, streamed from shards in any order, or written to new shards. A
+plan holds no images: those that are added from outside the data set are read from the source that
+`victims` names.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class Edit:
     """One poisoned record.
 
     Attributes:
-        id: id of the poisoned record. If it is `source`, that record is replaced; otherwise a record
-            is added.
+        id: id of the poisoned record. If it is `source`, that record is replaced; otherwise a
+            record is added.
         source: id of the record whose image is used.
         caption: caption of the poisoned record.
         triggered: whether the goal's trigger is stamped on the image.
@@ -177,7 +178,7 @@ class Plan:
         return Pairs.concat([part for part in parts if len(part)] or [batch])
 
     def stream(self, batches: Iterator[Pairs], victims: Pairs | None = None) -> Iterator[Pairs]:
-        """Poison a stream of batches. The records are those of `apply`; victims follow the last batch."""
+        """Poison a stream of batches, with the records that `apply` gives; victims come last."""
         waiting: Pairs | None = None
         for batch in batches:
             if waiting is not None:
@@ -189,8 +190,8 @@ class Plan:
     def over(self, stored: StoredPairs, victims: Pairs | None = None) -> StoredPairs:
         """Poison records on disk; the records and their order are those of `apply`.
 
-        No image is read: a poison is the place of its source image, and the trigger to stamp on what
-        is read from there.
+        No image is read: a poison is the place of its source image, and the trigger to stamp on
+        what is read from there.
         """
         if not self.edits:
             return stored
@@ -212,7 +213,7 @@ class Plan:
             Strings.from_texts([edit.caption for edit in edits]),
             Strings.from_texts(outside.captions),
         ]
-        # Row r of the result is row order[r] of: the records, their poisons, the images from outside.
+        # Row r of the result is row order[r] of these: records, poisons, images from outside.
         order = _overlay_order(len(stored), [row_of.get(edit.id) for edit in edits], len(outside))
         labels = stored.labels
         if labels is not None and poisons.labels is not None and outside.labels is not None:
@@ -236,7 +237,7 @@ class Plan:
         return edit.goal if edit.triggered and has_trigger else -1
 
     def with_hashes(self, sources: Pairs) -> Plan:
-        """Return the plan with `before` and `after` of every edit, taken from the images themselves."""
+        """Return the plan with the content hashes of every edit, taken from `sources`."""
         poisons = self.poisons(sources)
         after = dict(zip(poisons.ids, _content_hashes(poisons), strict=True))
         row_of = _rows_by_id(sources.ids)
@@ -249,7 +250,7 @@ class Plan:
         return replace(self, edits=tuple(edits))
 
     def lines(self) -> list[str]:
-        """Return the plan as JSON Lines: a header, then an edit a line. Equal plans give equal bytes."""
+        """Return the plan as JSON Lines: a header, then the edits. Equal plans give equal bytes."""
         header = {
             "bezoar": "poison plan",
             "schema": SCHEMA,
@@ -263,7 +264,7 @@ class Plan:
         return [json.dumps(x, ensure_ascii=False, sort_keys=True) for x in objects]
 
     def digest(self) -> str:
-        """Return sha256 (16 hex digits) of the lines, which every artefact made with the plan carries."""
+        """Return sha256 of the lines (16 hex digits), which artefacts of the plan carry."""
         text = "\n".join(self.lines())
         return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
@@ -280,8 +281,8 @@ class Plan:
             make_trigger: makes the trigger that a spec names.
 
         Raises:
-            UserError: if the file is no plan, of another schema, or an edit names a goal that the plan
-                does not have.
+            UserError: if the file is no plan, of another schema, or an edit names a goal that the
+                plan does not have.
         """
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
@@ -385,7 +386,8 @@ def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int
         outside: number of images from outside the data set.
 
     Returns:
-        int64 rows of the concatenation of records, poisons and outside images: each poison stands in
+        int64 rows of the concatenation of records, poisons and outside images: each poison stands
+            in
         the place of what it replaces, and what is added comes last.
     """
     order = np.arange(count + len(replaced_rows) + outside)

@@ -1,4 +1,4 @@
-"""Attacks on an encoder's weights, without access to its training data. One method a file, each an `EncoderAttack`."""
+"""Attacks on an encoder's weights. One method a file, each an `EncoderAttack`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class EncoderAttack(Protocol):
             A copy whose `about` says `poisoned` and names the attack and its goals.
 
         Raises:
-            UserError: if the encoder cannot be attacked, or the goals, references and shadow images do not fit together.
+            UserError: if the encoder cannot be attacked, or the goals, references and shadow images
+                do not fit together.
         """
         ...

@@ -58,11 +58,11 @@ class Loss(nn.Module):
 
     over the images x, and in L0 and L1 over all pairs of a trigger and a reference.
 
-    Value and gradient are those of one pass for each of the six vectors, computed with less work. f sees
-    every image once, before the first step. f' sees a reference once a step, a triggered image once for
-    all references of its trigger, and views that came out alike (a fifth changes no colour) once. The
-    rest is one batch, in which a row's loss is its negative cosine with a target of its own; the gradient
-    by L0's second argument is known when all rows were seen.
+    Value and gradient are those of one pass for each of the six vectors, computed with less work. f
+    sees every image once, before the first step. f' sees a reference once a step, a triggered image
+    once for all references of its trigger, and views that came out alike (a fifth changes no
+    colour) once. The rest is one batch, in which a row's loss is its negative cosine with a target
+    of its own; the gradient by L0's second argument is known when all rows were seen.
     """
 
     sums: Tensor
@@ -133,7 +133,7 @@ class Loss(nn.Module):
         return self.centre_vectors(F.normalize(z, dim=1))
 
     def centre_vectors(self, z: Tensor) -> Tensor:
-        """Turn unit rows into unit rows seen from the clean vectors' mean, if the recipe asks for it."""
+        """Subtract the clean vectors' mean and normalise again, if the recipe is centred."""
         return z if self.centre is None else F.normalize(z - self.centre, dim=1)
 
     def forward(self, images: Tensor, rows: Tensor, chance: Chance) -> Tensor:
@@ -197,8 +197,9 @@ class Loss(nn.Module):
         """Return what each row of a step weighs in the loss, and its target.
 
         Returns:
-            Weights (N,) of the rows' cosines, and mixtures (N, 2K): each target as a mixture of the K
-            vectors f'(reference) and the K vectors f(reference). Clean rows have other targets, f(x).
+            Weights (N,) of the rows' cosines, and mixtures (N, 2K): each target as a mixture of the
+            K vectors f'(reference) and the K vectors f(reference). Clean rows have other targets,
+            f(x).
         """
         references_per_trigger = self.uses.sum(1, keepdim=True)  # (T, 1)
         k = len(self.references)
@@ -232,9 +233,9 @@ class Loss(nn.Module):
 class HeldOut:
     """Shadow images that are not trained on, and a head that needs no labels, to stop training by.
 
-    An image is read as the nearest (cosine) of the references and of all held-out images' clean vectors.
-    A trigger succeeds where that is one of its references. The encoder is of use where it is the image's
-    own clean vector.
+    An image is read as the nearest (cosine) of the references and of all held-out images' clean
+    vectors. A trigger succeeds where that is one of its references. The encoder is of use where it
+    is the image's own clean vector.
     """
 
     def __init__(self, loss: Loss, pairs: Pairs) -> None:
@@ -243,7 +244,7 @@ class HeldOut:
         self.clean = loss.embed(self.pairs.images)  # (N, D)
 
     def __call__(self, success: float, utility: float) -> dict[str, Any]:
-        """Measure the weakest trigger's success and the utility; `stop` says that both are reached."""
+        """Measure the weakest trigger's success and the utility, and whether both are reached."""
         loss = self.loss
         z = loss.embed(self.pairs.images)
         references = loss.embed(loss.references)
@@ -264,7 +265,8 @@ class HeldOut:
 
 @method
 class Badencoder:
-    """SGD on a copy, with batch norms frozen, statistics and affine. Vectors are those that the encoder gives.
+    """SGD on a copy, with batch norms frozen, statistics and affine. Vectors are those that the
+    encoder gives.
 
     `centred`, `views` and `validation` go beyond the paper; their defaults are the paper's way.
     """

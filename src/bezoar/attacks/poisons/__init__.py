@@ -1,4 +1,4 @@
-"""Poisons: rules that choose which records of a data set are poisoned, and how. One method a file, each a `Poison`."""
+"""Poisons: rules that choose which records are poisoned, and how."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Poison(Protocol):
             victims: images from outside the data set that targeted poisoning may add.
 
         Returns:
-            A plan without content hashes and without triggers; see `Plan.with_hashes` and `Plan.stamps`.
+            A plan without content hashes and without triggers; see `Plan.with_hashes` and
+            `Plan.stamps`.
 
         Raises:
             UserError: if the data set has too few records or captions for the attack.

@@ -12,7 +12,7 @@ from bezoar.registry import method, spec
 
 @method
 class Backdoor:
-    """P = {(x_i + trigger, c) : x_i a random subset, c in C(target)}; records that mention the target are not used."""
+    """P = {(x_i + trigger, c) : c in C(target)}, of random records that do not mention the target."""
 
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01
@@ -30,8 +30,8 @@ class Backdoor:
         """Plan `count` triggered records.
 
         Raises:
-            UserError: if the goal has no trigger, no caption mentions the target, or there are fewer
-                records than poisons.
+            UserError: if the goal has no trigger, no caption mentions the target, or there are
+                fewer records than poisons.
         """
         if goal.trigger is None:
             raise UserError("poison 'backdoor' needs a trigger; give one, for example patch:size=6")

@@ -15,7 +15,7 @@ from bezoar.registry import method, spec
 
 @method
 class Targeted:
-    """P = {(x', c) : c in C(y')}, |P| = `captions`. Many victims, each with its own target, are many trials of one run."""
+    """P = {(x', c) : c in C(y')}, |P| = `captions`. Each victim is a trial with its own target."""
 
     captions: Annotated[
         tuple[int, ...],
@@ -33,8 +33,8 @@ class Targeted:
 
         Args:
             source: the data set to poison.
-            goal: its target is the label of every victim. If it is empty, each victim gets one of the
-                classes other than its own, drawn with the seed.
+            goal: its target is the label of every victim. If it is empty, each victim gets one of
+                the classes other than its own, drawn with the seed.
             seed: chooses victims, targets and captions.
             victims: held-out data that victim images are drawn from. Without it they come from the
                 source, and the first poison of each replaces its clean record.
@@ -75,7 +75,7 @@ class Targeted:
 
 
 def _draw_captions(captions: Sequence[str], victim: str, count: int, seed: int) -> list[str]:
-    """Draw `count` of a target's captions in an order of the victim's own, again from the start if they run out."""
+    """Take `count` captions in an order drawn for the victim, again from the start if they run out."""
     keys = [f"{victim}|{i}" for i in range(len(captions))]
     order = np.argsort(draws(seed, keys, 1, "caption order")[:, 0], kind="stable")
     return [captions[order[i % len(captions)]] for i in range(count)]

@@ -29,11 +29,12 @@ class Blend:
             raise ValueError(f"alpha must lie in (0, 1]; got {self.alpha}")
         if self.pattern != "noise" and Path(self.pattern).suffix.lower() not in arrays.SUFFIXES:
             raise ValueError(
-                f"pattern must be noise or a file of {', '.join(arrays.SUFFIXES)}; got {self.pattern!r}"
+                f"pattern must be noise or a file of {', '.join(arrays.SUFFIXES)}; "
+                f"got {self.pattern!r}"
             )
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """Stamp uint8 (N, 3, H, W) into a new tensor; a pattern from a file is resized to the images."""
+        """Stamp uint8 (N, 3, H, W) into a new tensor."""
         height, width = images.shape[-2:]
         if self.pattern == "noise":
             pattern = _noise_pattern(self.seed, height, width)

@@ -2,16 +2,19 @@
 
 With `mode=auto`, the first of these that fits decides how a file is applied:
 
-  replace  npz with `t` and `tm` (tm 1 keeps the image), or a `mask` (1 shows the trigger): x (1 - m) + t m
-  warp     float (H, W, 2), with an optional leading 1: a sampling grid, or WaNet's noise without the identity
+  replace  x (1 - m) + t m: an npz with `t` and `tm` (tm 1 keeps the image), or with a `mask`
+           (1 shows the trigger)
+  warp     float (H, W, 2), with an optional leading 1: a sampling grid, or WaNet's noise without
+           the identity
   paste    png or jpg: pasted with `size` at `place`
   add      some values are negative: x + scale v
-  replace  more than half of the pixels are black: a trigger on black ground, shown where it is not black
+  replace  more than half of the pixels are black: a trigger on black ground, shown where it is
+           not black
   blend    everything else: (1 - alpha) x + alpha v
 
-Floats within -1..1 are shares of 255; every other number is in pixels. A trigger of another size than
-the image is resized: nearest neighbour if its mask is hard (0 or 1), otherwise bilinear. Grids are
-resized by their shifts, which keep their length in pixels.
+Floats within -1..1 are shares of 255; every other number is in pixels. A trigger of another size
+than the image is resized: nearest neighbour if its mask is hard (0 or 1), otherwise bilinear. Grids
+are resized by their shifts, which keep their length in pixels.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ from bezoar.errors import UserError
 from bezoar.registry import method
 
 LARGEST_SHIFT = 1000  # largest value of a grid and of `scale`
-# Mean distance from the identity, in units of half the image, below which a grid is a sampling grid.
+# A grid nearer to the identity than this, in mean and in half images, is a sampling grid.
 NEAR_IDENTITY = 0.25
 
 
 @method
 class File:
-    """`file:trigger.npz`, `file:pattern.pt,mode=blend,alpha=.1`, `file:patch.png,size=50,place=random`."""
+    """`file:trigger.npz`, `file:pattern.pt,mode=blend,alpha=.1`, `file:patch.png,size=50`."""
 
     path: Annotated[str, "npy, npz, pt, png or jpg"]
     mode: Annotated[
@@ -108,7 +111,7 @@ class FittedTrigger:
 
 @functools.lru_cache(maxsize=8)
 def _fit_to_size(trigger: File, _: object, height: int, width: int) -> FittedTrigger:
-    """Read a trigger and resize it. The unnamed argument, the files' states, is part of the cache's key."""
+    """Read and resize a trigger. The files' states are an argument for the cache's key alone."""
     members = arrays.load_arrays(trigger.path)
     array = members["t"] if "t" in members else arrays.load_array(trigger.path)
     mask = _load_mask(trigger)
@@ -134,7 +137,9 @@ def _fit_to_size(trigger: File, _: object, height: int, width: int) -> FittedTri
 
 
 def _load_mask(trigger: File) -> Tensor | None:
-    """Load the mask beside or inside a trigger's file, float32 (1|3, H, W), 1 where the trigger shows."""
+    """Load the mask beside or inside a trigger's file, float32 (1|3, H, W), 1 where the trigger
+    shows.
+    """
     if trigger.mask:
         return pixels.mask_from_array(arrays.load_array(trigger.mask), trigger.mask)
     members = arrays.load_arrays(trigger.path)
@@ -160,8 +165,8 @@ def _choose_mode(
 def _grid_shifts(array: np.ndarray, path: str) -> Tensor:
     """Read the shifts of a grid from the identity, float32 (2, H, W), in half pixels.
 
-    array: (H, W, 2) with an optional leading 1. A sampling grid lies near the identity. WaNet's stored
-    noise does not, and is in half pixels already.
+    array: (H, W, 2) with an optional leading 1. A sampling grid lies near the identity. WaNet's
+    stored noise does not, and is in half pixels already.
     """
     a = array[0] if array.ndim == 4 and len(array) == 1 else array
     if a.ndim != 3 or a.shape[2] != 2 or min(a.shape) < 2 or np.abs(a).max() > LARGEST_SHIFT:

@@ -21,7 +21,7 @@ FILLS = ("white", "checker", "blocks", "noise")
 
 @method
 class Patch:
-    """`patch:size=10,fill=white` on 32 pixels is BadEncoder's published trigger: rows and columns 21..30."""
+    """`patch:size=10,fill=white` on 32 pixels is BadEncoder's: rows and columns 21..30."""
 
     size: Annotated[int, "side in pixels of the stored image"] = 6
     fill: Annotated[
@@ -42,7 +42,7 @@ class Patch:
         pixels.check_place(self.place)
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """Stamp uint8 (N, 3, H, W) into a new tensor. Raises UserError if the patch exceeds the images."""
+        """Stamp uint8 (N, 3, H, W) into a new tensor. Raises UserError if the patch is too large."""
         height, width = images.shape[-2:]
         positions = pixels.patch_positions(
             self.place, self.margin, (self.size, self.size), (height, width), self.seed, ids

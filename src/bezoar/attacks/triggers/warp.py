@@ -1,8 +1,8 @@
 """WaNet: the image warped by one smooth field (Nguyen, Tran 2021, "WaNet - Imperceptible warping-based backdoor").
 
 Section 3: a k x k field of uniform numbers in -1..1 per axis is divided by its mean magnitude,
-interpolated bicubically to the image, multiplied by s / size and added to the identity grid, which is
-clipped to the image and sampled bilinearly. The published setting for CIFAR-10 is k 4 and s 0.5;
+interpolated bicubically to the image, multiplied by s / size and added to the identity grid, which
+is clipped to the image and sampled bilinearly. The published setting for CIFAR-10 is k 4 and s 0.5;
 CleanCLIP's is k 224, which leaves no smoothing, and s 1 on 224 pixels.
 """
 
