@@ -109,7 +109,9 @@ def test_same_on_an_accelerator(trigger) -> None:
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, trigger) -> None:
     images, ids = batch(8)
     whole = trigger(images, ids)
-    monkeypatch.setattr(pixels, "image_blocks", lambda x: (slice(i, i + 3) for i in range(0, len(x), 3)))
+    monkeypatch.setattr(
+        pixels, "image_blocks", lambda x: (slice(i, i + 3) for i in range(0, len(x), 3))
+    )
     assert torch.equal(trigger(images, ids), whole)
 
 
@@ -416,7 +418,9 @@ def test_every_published_trigger_applies(file: Path | None) -> None:
         images, ids = batch(2, size, size)
         trigger = make(f"file:path={file},size={size // 4}")
         out = trigger(images, ids)
-        assert _fit_to_size(trigger, (arrays.file_state(str(file)), None), size, size).mode == expected
+        assert (
+            _fit_to_size(trigger, (arrays.file_state(str(file)), None), size, size).mode == expected
+        )
         faint = (
             size == 32 and "trojan" in file.name
         )  # +-2.9 of 255 at 224 pixels, averaged away at 32

@@ -74,9 +74,9 @@ def plain(x, y, stack, recipe, head):
     for layer, w, b in zip(layers, stack.weights, stack.biases, strict=True):
         layer.weight.data, layer.bias.data = w[head].T.clone(), b[head, 0].clone()
     optim = torch.optim.Adam(nn.ModuleList(layers).parameters(), recipe.lr)
-    masks = heads.Masks(recipe, x.device) if recipe.hidden else None
+    masks = heads.DropoutMasks(recipe, x.device) if recipe.hidden else None
     for epoch in range(recipe.epochs):
-        for rows in heads.orders(recipe, epoch, len(x))[head].split(recipe.batch):
+        for rows in heads.epoch_orders(recipe, epoch, len(x))[head].split(recipe.batch):
             h = x[rows]
             for i, layer in enumerate(layers[:-1]):
                 h = layer(h).relu()
@@ -135,7 +135,7 @@ def test_inside_one_evaluation_the_same_numbers_are_fitted_once_and_others_anew(
         registry.make("probe", f"mlp:hidden=(16,8),epochs=2,lr={lr}") for lr in (0.001, 0.002)
     )
     fitted = []
-    monkeypatch.setattr(heads, "_kept", heads.OrderedDict())
+    monkeypatch.setattr(heads, "_cached_stacks", heads.OrderedDict())
     monkeypatch.setattr(
         heads, "_fit", lambda *given, inner=heads._fit: fitted.append(given) or inner(*given)
     )
@@ -162,11 +162,12 @@ def test_inside_one_evaluation_the_same_numbers_are_fitted_once_and_others_anew(
         ):
             assert heads.fit(*given) is not first
         assert len(fitted) == 7
-        for i in range(heads.KEPT):
+        for i in range(heads.MOST_CACHED):
             heads.fit(x + 1 + i, y, 4, recipe)
-        assert len(heads._kept) == heads.KEPT and heads.fit(x, y, 4, recipe) is not first, (
-            "the longest unasked goes first"
-        )
+        assert (
+            len(heads._cached_stacks) == heads.MOST_CACHED
+            and heads.fit(x, y, 4, recipe) is not first
+        ), "the longest unasked goes first"
 
 
 @torch.no_grad()
@@ -178,7 +179,7 @@ def test_a_start_is_that_of_a_linear_layer():
 
 @pytest.mark.parametrize("p", [0.5, 0.25, 0.1])
 def test_masks_drop_the_share_that_was_asked_for_wherever_they_lie_in_a_word(p):
-    masks = heads.Masks(registry.make("probe", f"mlp:dropout={p}"), torch.device("cpu"))
+    masks = heads.DropoutMasks(registry.make("probe", f"mlp:dropout={p}"), torch.device("cpu"))
     found = torch.stack([masks(63) for _ in range(8)])
     assert found.shape == (8, 3, 63, 512)
     assert torch.allclose(found.unique(), torch.tensor([0.0, 1 / (1 - p)]), atol=1e-4)

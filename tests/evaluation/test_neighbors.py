@@ -8,8 +8,9 @@ from sklearn.neighbors import NearestNeighbors
 from bezoar.data.randomness import sample_rows
 from bezoar.detection.density import pool_size
 from bezoar.errors import UserError
-from bezoar.evaluation import neighbors
-from bezoar.evaluation.neighbors import Index, Picks, nearest_neighbors
+from bezoar.evaluation import neighbor_references, neighbors
+from bezoar.evaluation.neighbor_candidates import Candidates
+from bezoar.evaluation.neighbors import Index, nearest_neighbors
 
 
 def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
@@ -124,8 +125,8 @@ def test_copies_beyond_k_are_dropped_and_nothing_changes(copies, monkeypatch):
     x[20] = -x[0]
     turn = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     x = x[turn]
-    monkeypatch.setattr(Index, "_plain", None)  # no need of it
-    assert Index(x, 6, 1).n == 400 - max(0, copies - 3 - 7)
+    monkeypatch.setattr(Index, "_search_exhaustively", None)  # no need of it
+    assert Index(x, 6, 1).references.n == 400 - max(0, copies - 3 - 7)
     found = nearest_neighbors(x, x, 6, exclude_self=True)
     distance, index = plain(x, x, 6, torch.arange(400))
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
@@ -143,16 +144,16 @@ def test_all_identical_and_equal_keys():
         2,
         *range(4, 10),
     ]
-    index = Index(rows(50), 2)
-    index._drop(np.zeros((50, 2), np.float32), 3)  # equal keys, different vectors
-    assert index.n == 50 and index.kept is None
+    references = Index(rows(50), 2).references
+    equal_keys = np.zeros((50, 2), np.float32)  # of different vectors
+    assert not len(references._find_surplus_copies(equal_keys, 3)) and references.numbers is None
 
 
 def test_near_copies_are_told_apart_by_a_product_in_float64(monkeypatch):
     """More of them than the margin, closer than float32 resolves: but differences alone are not needed."""
     x = rows(300, d=48, seed=1)
     x[:200] = x[0] + 1e-4 * rows(200, d=48, seed=2)
-    monkeypatch.setattr(Index, "_plain", None)
+    monkeypatch.setattr(Index, "_search_exhaustively", None)
     found = nearest_neighbors(x, x, 5, exclude_self=True)
     distance, index = plain(x, x, 5, torch.arange(300))
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
@@ -164,7 +165,7 @@ def test_near_copies_are_told_apart_by_a_product_in_float64(monkeypatch):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):
     if not held:
-        monkeypatch.setattr(neighbors, "HELD", 0)
+        monkeypatch.setattr(neighbor_references, "HELD", 0)
         monkeypatch.setitem(neighbors.CELLS, "cpu", 10_000)
     x = rows(600, d=12, seed=3)
     x[100:140] = x[100]
@@ -210,33 +211,33 @@ def test_vectors_that_are_not_finite_are_the_users_mistake(bad, side):
 
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize(("width", "k"), [(16, 16), (48, 3), (640, 40), (2048, 16), (16, 40)])
-def test_picks_hold_every_value_that_may_be_among_the_smallest(width, k, across):
+def test_candidates_hold_every_value_that_may_be_among_the_smallest(width, k, across):
     x = torch.randint(
         0, 900, (40, 3 * width), generator=torch.Generator().manual_seed(0)
     ).float()  # with ties
     x[7, :20] = torch.inf
-    picks = Picks(40, 3 * width, k, torch.full((40,), 5.0))
+    candidates = Candidates(40, 3 * width, k, torch.full((40,), 5.0))
     for start in range(0, 3 * width, width):
         tile = x[:, start : start + width].contiguous()
         if across:
             tile = torch.cat([tile, torch.full((8, width), torch.inf)]).T.contiguous().T[:40]
-        picks.add(tile, start)
-    row, ref, crowded = picks.picked()
-    assert not crowded.any()
+        candidates.add(tile, start)
+    row, ref = candidates.collect()
+    assert not candidates.crowded.any()
     last = x.sort(1).values[:, min(k, 3 * width) - 1]
     expected = ((x <= last[:, None] + 5) & x.isfinite()).nonzero().tolist()
     found = torch.stack([row, ref], 1).tolist()
     assert [f for f in found if f in expected] == expected and len(found) <= len(expected) + 2
-    assert torch.equal(picks.best.sort(1).values[:, : 3 * width], x.sort(1).values[:, :k])
+    assert torch.equal(candidates.best.sort(1).values[:, : 3 * width], x.sort(1).values[:, :k])
 
 
-def test_rows_with_too_many_picks_are_named():
+def test_rows_with_too_many_candidates_are_named():
     x = torch.rand(20, 1600, generator=torch.Generator().manual_seed(0))
     x[3] = 0.001
-    picks = Picks(20, 1600, 5, torch.full((20,), 1e-6))
-    picks.add(x, 0)
-    row, _, crowded = picks.picked()
-    assert crowded.nonzero().tolist() == [[3]] and 3 not in row
+    candidates = Candidates(20, 1600, 5, torch.full((20,), 1e-6))
+    candidates.add(x, 0)
+    row, _ = candidates.collect()
+    assert candidates.crowded.nonzero().tolist() == [[3]] and 3 not in row
 
 
 @pytest.mark.parametrize("n", [40, 333, 1200])
