@@ -161,6 +161,15 @@ def test_near_copies_are_told_apart_by_a_product_in_float64(monkeypatch):
     )
 
 
+def test_a_block_of_queries_that_all_have_a_crowd_of_near_copies():
+    x = rows(800, d=8, seed=1)
+    x[:700] = x[0] + 1e-5 * rows(700, d=8, seed=2)
+    neighbours = nearest_neighbors(x[:20], x, 5)
+    distance, index = plain(x[:20], x, 5, torch.full((20,), -1))
+    assert np.array_equal(neighbours.distance.numpy(), distance)
+    assert np.array_equal(neighbours.index.numpy(), index)
+
+
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):

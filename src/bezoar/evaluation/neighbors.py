@@ -234,23 +234,12 @@ class Index:
     def _measure(
         self, q: Tensor, excluded: Tensor, candidates: Candidates, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return the k nearest candidates (B, k), measured as differences in float64.
+        """Return the distances and references (B, k) of the nearest candidates, exactly.
 
         Crowded queries are searched in a better way than by products in `dtype`.
         """
         query, reference = candidates.collect()
-        squares = []
-        for part in blocks(len(query), max(1, MEASURED[q.device.type] // q.shape[1])):
-            rows = self.references.rows(reference[part]).double()
-            squares.append(rows.sub_(q.index_select(0, query[part])).square_().sum(1))
-        # Distances that round to the same float32 are ties, and go to the lower index.
-        packed = pack_rows(torch.cat(squares).sqrt_().float(), query, len(q), self.k)
-        distance, place = packed.sort(dim=1, stable=True)
-        counts = query.bincount(minlength=len(q))
-        start = counts.cumsum(0) - counts
-        index = reference[(start[:, None] + place[:, : self.k]).clamp(max=len(reference) - 1)]
-        distance = distance[:, : self.k]
-
+        distance, index = self._measure_pairs(q, query, reference)
         crowded = candidates.crowded.nonzero()[:, 0]
         step = max(1, CELLS[q.device.type] // max(self.references.n, q.shape[1]))
         for part in blocks(len(crowded), step):
@@ -261,6 +250,27 @@ class Index:
                 better = self._search_exhaustively(q[rows], excluded[rows])
             distance[rows], index[rows] = better
         return distance, index
+
+    def _measure_pairs(self, q: Tensor, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the k nearest (B, k) of pairs of a query (P,), ascending, and a reference (P,).
+
+        Where a query has fewer than k, which only crowded ones have, the rest is at infinity.
+        """
+        if not len(query):
+            shape = (len(q), self.k)
+            no_index = torch.zeros(shape, dtype=torch.long, device=q.device)
+            return torch.full(shape, torch.inf, device=q.device), no_index
+        squares = []
+        for part in blocks(len(query), max(1, MEASURED[q.device.type] // q.shape[1])):
+            rows = self.references.rows(reference[part]).double()
+            squares.append(rows.sub_(q.index_select(0, query[part])).square_().sum(1))
+        # Distances that round to the same float32 are ties, and go to the lower index.
+        packed = pack_rows(torch.cat(squares).sqrt_().float(), query, len(q), self.k)
+        distance, place = packed.sort(dim=1, stable=True)
+        counts = query.bincount(minlength=len(q))
+        start = counts.cumsum(0) - counts
+        index = reference[(start[:, None] + place[:, : self.k]).clamp(max=len(reference) - 1)]
+        return distance[:, : self.k], index
 
     def _search_exhaustively(self, q: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
         """Return distances and references (B, k), by differences in float64 to every reference."""
