@@ -439,7 +439,7 @@ def test_charts_of_levels_are_well_formed_and_escaped():
 
 
 def test_numbers_are_for_reading():
-    assert [dose_response._number(v) for v in (math.inf, 1e48, 1234.4, 41.2, 0.034)] == [
+    assert [dose_response._format_dose(v) for v in (math.inf, 1e48, 1234.4, 41.2, 0.034)] == [
         "∞",
         "over 10 million",
         "1,234",
