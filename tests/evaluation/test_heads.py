@@ -213,7 +213,7 @@ def test_draws_of_few_labels_are_nested_stratified_and_belong_to_the_records():
     ids = [f"record{i}" for i in range(200)]
     before: set[str] = set()
     for count in (1, 2, 5, 10, 200):
-        rows = few_shot.stratified(ids, classes, count, 3)
+        rows = few_shot.draw_per_class(ids, classes, count, 3)
         assert np.array_equal(
             np.bincount(classes[rows], minlength=5), np.minimum(np.bincount(classes), count)
         )
@@ -223,10 +223,12 @@ def test_draws_of_few_labels_are_nested_stratified_and_belong_to_the_records():
         order = g.permutation(200)
         assert {
             ids[order[i]]
-            for i in few_shot.stratified([ids[i] for i in order], classes[order], count, 3)
+            for i in few_shot.draw_per_class([ids[i] for i in order], classes[order], count, 3)
         } == drawn
     assert before == set(ids)
-    assert {*few_shot.stratified(ids, classes, 2, 3)} != {*few_shot.stratified(ids, classes, 2, 4)}
+    assert {*few_shot.draw_per_class(ids, classes, 2, 3)} != {
+        *few_shot.draw_per_class(ids, classes, 2, 4)
+    }
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.evaluation.probes.patch_cleanser import Masked, PatchCleanser
+from bezoar.evaluation.probes.patch_cleanser import DoubleMasking, PatchCleanser
 
 
 class Blocks(nn.Module):
@@ -52,9 +52,9 @@ def images(n=24, size=8, seed=0):
 
 
 def masked(probe, encoder, size=8):
-    return Masked(
+    return DoubleMasking(
         lambda x: encoder.head(encoder.image(encoder.prepare_images(x))).argmax(1),
-        probe.rectangles((size, size)),
+        probe.mask_rectangles((size, size)),
         encoder,
     )
 
@@ -64,7 +64,7 @@ def masked(probe, encoder, size=8):
 def test_every_patch_lies_whole_under_a_mask(height, width, patch, masks):
     if patch >= min(height, width):
         return
-    found = PatchCleanser(patch=patch, masks=masks).rectangles((height, width))
+    found = PatchCleanser(patch=patch, masks=masks).mask_rectangles((height, width))
     assert len(found) <= masks**2 and len({tuple(r) for r in found.tolist()}) == len(found)
     top, left, tall, wide = found.T
     assert (
@@ -82,7 +82,7 @@ def test_every_patch_lies_whole_under_a_mask(height, width, patch, masks):
 
 
 def test_the_masks_are_the_papers():
-    found = PatchCleanser(patch=32, masks=6).rectangles(
+    found = PatchCleanser(patch=32, masks=6).mask_rectangles(
         (224, 224)
     )  # ceil(193 / 6) = 33, 32 + 33 - 1 = 64
     assert found[:, 0].unique().tolist() == [0, 33, 66, 99, 132, 160] and set(
@@ -111,7 +111,7 @@ def test_double_masking_is_the_plain_algorithm():
     for i in range(len(x)):
         row = torch.full((m * m,), i)
         first, second = torch.arange(m).repeat_interleave(m), torch.arange(m).repeat(m)
-        two = defence.through(x, row, first, second).view(m, m)
+        two = defence.read_through(x, row, first, second).view(m, m)
         one = two.diagonal().tolist()
         assert int(read[i]) == plain(one, two.tolist())
         assert bool(right[i]) == all(r == int(pairs.labels[i]) for r in one)
@@ -127,7 +127,7 @@ def test_certified_is_read_right_through_every_two_masks():
     found = defence.certify(pairs.images, pairs.labels, right)
     every = torch.stack(
         [
-            defence.through(
+            defence.read_through(
                 pairs.images, torch.arange(40), torch.full((40,), i), torch.full((40,), j)
             )
             == pairs.labels

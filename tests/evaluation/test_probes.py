@@ -259,16 +259,18 @@ def train(n=60):
     return replace(data(n, 0), ids=tuple(f"train{i}" for i in range(n)))
 
 
+def clouds(classes: int):
+    """Features of unequal spread about a centre for each class."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, classes, (400,), generator=g)
+    noise = torch.randn(400, 12, generator=g) * torch.linspace(0.1, 2, 12)
+    return torch.randn(classes, 12, generator=g)[y] * 0.3 + noise + 1, y
+
+
 @pytest.mark.parametrize(("exact", "standardise"), [(True, True), (True, False), (False, True)])
 def test_linear_is_scikit_learns_logistic_regression(exact, standardise, monkeypatch):
-    monkeypatch.setattr(linear, "FLATTEST", 1e-8 if exact else linear.FLATTEST)
-    g = torch.Generator().manual_seed(0)
-    y = torch.randint(0, 5, (400,), generator=g)
-    x = (
-        torch.randn(5, 12, generator=g)[y] * 0.3
-        + torch.randn(400, 12, generator=g) * torch.linspace(0.1, 2, 12)
-        + 1
-    )
+    monkeypatch.setattr(linear, "TOLERANCE", 1e-8 if exact else linear.TOLERANCE)
+    x, y = clouds(5)
     scaled = ((x - x.mean(0)) / x.std(0, unbiased=False) if standardise else x).double().numpy()
     x = x.double() if exact else x
     head = linear.Linear(c=0.7, standardise=standardise).fit(x, y, 5)
@@ -276,17 +278,37 @@ def test_linear_is_scikit_learns_logistic_regression(exact, standardise, monkeyp
     ours, theirs = (
         torch.as_tensor(v).double().softmax(1) for v in (head(x), oracle.decision_function(scaled))
     )
-    assert (ours - theirs).abs().max() < (
-        1e-5 if exact else 1e-3
-    ) and "gradient at most" in head.about
+    assert (ours - theirs).abs().max() < (1e-5 if exact else 1e-3)
+    assert "gradient at most" in head.about
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_linear_minimises_cross_entropy_and_half_the_squared_weights(classes, monkeypatch):
+    monkeypatch.setattr(linear, "TOLERANCE", 1e-9)
+    x, y = clouds(classes)
+    head = linear.fit_logistic(x.double(), y, classes, 0.7, 1000)
+    weight, bias = (v.clone().requires_grad_() for v in (head.weight, head.bias))
+    logits = x.double() @ weight.T + bias
+    loss = 0.7 * torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+    (loss + weight.square().sum() / 2).backward()
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-4
 
 
 def test_linear_gives_the_same_in_blocks_and_stops_when_told(monkeypatch):
     x, y = torch.randn(70, 6, generator=torch.Generator().manual_seed(1)), torch.arange(70) % 3
-    whole = linear.minimise(x, y, 3, 1.0, 100)
-    assert linear.minimise(x, y, 3, 1.0, 1).about.startswith("1 iterations")
+    whole = linear.fit_logistic(x, y, 3, 1.0, 100)
+    assert linear.fit_logistic(x, y, 3, 1.0, 1).about.startswith("1 iterations")
     monkeypatch.setattr(linear, "CELLS", 50)
-    assert torch.allclose(linear.minimise(x, y, 3, 1.0, 100).weight, whole.weight, atol=1e-4)
+    assert torch.allclose(linear.fit_logistic(x, y, 3, 1.0, 100).weight, whole.weight, atol=1e-4)
+
+
+def test_linear_never_reads_a_class_without_records():
+    x, y = clouds(3)
+    for absent in (1, 3):  # with two classes left, and with three
+        rows = y != absent
+        head = linear.Linear().fit(x[rows], y[rows], 4)
+        assert torch.isfinite(head(x)).all()
+        assert set(head(x).argmax(1).tolist()) == set(y[rows].tolist())
 
 
 @pytest.mark.parametrize("vote", ["weighted", "majority"])

@@ -99,9 +99,7 @@ class Likelihood:
         offset = self.log_doses - self.log_doses[information.argmax(-1)][..., None]
         offset = offset - (share * offset).sum(-1, keepdims=True) / share.sum(-1, keepdims=True)
         with np.errstate(divide="ignore"):
-            log_det = (
-                2 * top[..., 0] + np.log(share.sum(-1)) + np.log((share * offset**2).sum(-1))
-            )
+            log_det = 2 * top[..., 0] + np.log(share.sum(-1)) + np.log((share * offset**2).sum(-1))
         return np.asarray(value + self.penalty / 2 * log_det)
 
     def maximise(self, start: Floats | None = None) -> Floats:

@@ -272,8 +272,7 @@ def difference(
     n, m = len(x), len(y)
     if not n or not m or (paired and n != m):
         raise UserError(
-            "a difference needs readings on either side, as many if paired; "
-            f"there are {n} and {m}"
+            f"a difference needs readings on either side, as many if paired; there are {n} and {m}"
         )
     if paired:
         df = n - 1.0
@@ -293,9 +292,7 @@ def difference(
     contrast = _make_contrast(value, error, df, n if paired else n + m, how, least_error)
     if trials is None:
         return contrast
-    return dataclasses.replace(
-        contrast, low=max(-1.0, contrast.low), high=min(1.0, contrast.high)
-    )
+    return dataclasses.replace(contrast, low=max(-1.0, contrast.low), high=min(1.0, contrast.high))
 
 
 def trend(x: Sequence[float], y: Sequence[float], trials: int | None = None) -> Contrast:
