@@ -118,14 +118,13 @@ def test_several_references_can_be_left_out():
 
 
 @pytest.mark.parametrize("copies", [40, 390])
-def test_copies_beyond_k_are_dropped_and_nothing_changes(copies, monkeypatch):
+def test_copies_beyond_k_are_dropped_and_nothing_changes(copies):
     x = rows(400, seed=8)
     x[:copies] = x[0]
     x[7:9] = x[399]  # copies of another
     x[20] = -x[0]
     turn = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     x = x[turn]
-    monkeypatch.setattr(Index, "_search_exhaustively", None)  # no need of it
     assert Index(x, 6, 1).references.n == 400 - max(0, copies - 3 - 7)
     found = nearest_neighbors(x, x, 6, exclude_self=True)
     distance, index = plain(x, x, 6, torch.arange(400))
@@ -149,11 +148,10 @@ def test_all_identical_and_equal_keys():
     assert not len(references._find_surplus_copies(equal_keys, 3)) and references.numbers is None
 
 
-def test_near_copies_are_told_apart_by_a_product_in_float64(monkeypatch):
-    """More of them than the margin, closer than float32 resolves: but differences alone are not needed."""
+def test_near_copies_are_told_apart_by_a_product_in_float64():
+    """More of them than the margin, closer than float32 resolves."""
     x = rows(300, d=48, seed=1)
     x[:200] = x[0] + 1e-4 * rows(200, d=48, seed=2)
-    monkeypatch.setattr(Index, "_search_exhaustively", None)
     found = nearest_neighbors(x, x, 5, exclude_self=True)
     distance, index = plain(x, x, 5, torch.arange(300))
     assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
@@ -166,6 +164,15 @@ def test_a_block_of_queries_that_all_have_a_crowd_of_near_copies():
     x[:700] = x[0] + 1e-5 * rows(700, d=8, seed=2)
     neighbours = nearest_neighbors(x[:20], x, 5)
     distance, index = plain(x[:20], x, 5, torch.full((20,), -1))
+    assert np.array_equal(neighbours.distance.numpy(), distance)
+    assert np.array_equal(neighbours.index.numpy(), index)
+
+
+def test_near_copies_that_float64_does_not_resolve_either():
+    x = rows(900, d=8, seed=1) + 1e5
+    x[:800] = x[0] + 1e-2 * torch.arange(800)[:, None] % 3
+    neighbours = nearest_neighbors(x[::9].clone(), x, 5)
+    distance, index = plain(x[::9], x, 5, torch.full((100,), -1))
     assert np.array_equal(neighbours.distance.numpy(), distance)
     assert np.array_equal(neighbours.index.numpy(), index)
 

@@ -33,9 +33,8 @@ def find_mentions(captions: Sequence[str], target: str) -> list[int]:
 def prompt_templates(name: str) -> tuple[str, ...]:
     """Return prompt templates, each with a `{}` for the name of a class.
 
-    Args:
-        name: `simple` (5 templates), `openai` (the 80 ImageNet prompts of CLIP), or a single
-            template of the user's own.
+    name: `simple` (5 templates), `openai` (the 80 ImageNet prompts of CLIP), or a single template
+    of the user's own.
     """
     if name == "simple":
         return SIMPLE_TEMPLATES

@@ -149,8 +149,7 @@ def blend(images: Tensor, pattern: Tensor, alpha: float | Tensor) -> Tensor:
 def identity_grid(height: int, width: int) -> Tensor:
     """Return the sampling grid that leaves an image as it is.
 
-    Returns:
-        float32 (height, width, 2), x then y, with -1 and 1 at the centres of the outer pixels.
+    Returns float32 (height, width, 2), x then y, with -1 and 1 at the centres of the outer pixels.
     """
     y = torch.linspace(-1, 1, height)
     x = torch.linspace(-1, 1, width)
@@ -160,12 +159,8 @@ def identity_grid(height: int, width: int) -> Tensor:
 def shifted_grid(shift: Tensor, height: int, width: int) -> Tensor:
     """Return the sampling grid identity + shift / (width, height), clamped to -1..1.
 
-    Args:
-        shift: float (2, h, w), in x and y; interpolated bicubically between its corners. A shift of
-            1 moves by half a pixel, whatever the size of the image.
-
-    Returns:
-        float32 (height, width, 2).
+    shift: float (2, h, w), in x and y; interpolated bicubically between its corners. A shift of 1
+    moves by half a pixel, whatever the size of the image. Returns float32 (height, width, 2).
     """
     if shift.shape[-2:] != (height, width):
         shift = F.interpolate(shift[None], (height, width), mode="bicubic", align_corners=True)[0]

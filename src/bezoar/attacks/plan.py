@@ -122,8 +122,7 @@ class Plan:
     def merge(self, other: Plan) -> Plan:
         """Return this plan followed by another one of the same data.
 
-        Raises:
-            UserError: if both edit the same record, or take victims from different sources.
+        Raises UserError if both edit the same record, or take victims from different sources.
         """
         if clash := self.ids & other.ids:
             raise UserError(f"two poisonings edit the same record {min(clash)!r}")

@@ -27,8 +27,8 @@ class Classifier:
         head: float32 (N, D) -> logits (N, C), differentiable.
         classes: names of the C classes.
         how: what the head is, in words.
-        raw: whether the head reads the tower's vectors as they come, as a network's own last layer does,
-            and not unit rows.
+        raw: whether the head reads the tower's vectors as they come, as a network's own last layer
+            does, and not unit rows.
     """
 
     encoder: Encoder
@@ -59,11 +59,7 @@ class Classifier:
 
 
 def own_classifier(encoder: Encoder) -> Classifier:
-    """Return the encoder with the head that came with its weights.
-
-    Raises:
-        UserError: if none did.
-    """
+    """Return the encoder with the head that came with its weights. Raises UserError if none did."""
     head = getattr(encoder, "head", None)
     if head is None:
         raise UserError(
@@ -124,8 +120,8 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Class
     Args:
         encoder: gives the vectors.
         data: gives the classes, and for linear and mlp the labelled records.
-        kind: `auto` takes the network's own head, else zero-shot if there are a text tower and classes,
-            else linear.
+        kind: `auto` takes the network's own head, else zero-shot if there are a text tower and
+            classes, else linear.
 
     Raises:
         UserError: if there is no such head.

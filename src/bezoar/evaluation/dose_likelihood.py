@@ -1,7 +1,7 @@
 """The likelihood of a dose-response curve: a logistic function of ln dose above a known floor.
 
-No library that bezoar depends on fits it: with a floor it is no generalised linear model, and success
-that turns from never to always between two doses has no maximum without Firth's penalty.
+No library that bezoar depends on fits it: with a floor it is no generalised linear model, and
+success that turns from never to always between two doses has no maximum without Firth's penalty.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ class Readings:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Penalised log-likelihood of a curve p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)).
+    """Penalised log-likelihood of a curve p(x) = floor + (1 - floor) logistic(level + slope (ln x -
+    centre)).
 
-    A point is (level, slope): the logit at the dose exp(centre), and its growth when the dose grows e-fold.
+    A point is (level, slope): the logit at the dose exp(centre), and its growth when the dose grows
+    e-fold.
 
     Attributes:
         log_doses: float64 (D,), logarithms of the distinct doses.
@@ -86,7 +88,9 @@ class Likelihood:
         return success, failure, information
 
     def __call__(self, points: Floats) -> Floats:
-        """Return binomial log-likelihood + penalty / 2 log det of the information, (...), of points (..., 2)."""
+        """Return binomial log-likelihood + penalty / 2 log det of the information, (...), of points
+        (..., 2).
+        """
         success, failure, information = self.log_terms(points)
         misses = self.trials - self.hits
         value = np.asarray((self.hits * success + misses * failure).sum(-1))
@@ -128,9 +132,10 @@ class Likelihood:
     def dispersion(self, point: Floats, readings: Readings) -> tuple[float, float]:
         """Return the overdispersion of the readings, at least 1, and its degrees of freedom.
 
-        It is Pearson's chi-squared with the weights 4 q (1 - q): readings that always or never succeed
-        cannot vary, and would thin out what the others show. Degrees of freedom are Satterthwaite's. q
-        stays half a trial off 0 and 1: one chance hit where the curve says never is no surprise.
+        It is Pearson's chi-squared with the weights 4 q (1 - q): readings that always or never
+        succeed cannot vary, and would thin out what the others show. Degrees of freedom are
+        Satterthwaite's. q stays half a trial off 0 and 1: one chance hit where the curve says never
+        is no surprise.
         """
         n = readings.trials
         offset = np.log(readings.doses) - self.centre
@@ -163,10 +168,10 @@ class Likelihood:
     def region_border(self, fit: Floats, errors: Floats, drop: float) -> Floats:
         """Return points (R, 2) along the border of the region around the fit that the data allow.
 
-        In each direction it is where the likelihood, without its penalty, is `drop` below its highest
-        value, or the slope is 0. The directions are straight ways all round, and those that keep the
-        success at one dose while the slope grows: along these the region is open if the data fit a step,
-        and they are followed up to FAR standard errors.
+        In each direction it is where the likelihood, without its penalty, is `drop` below its
+        highest value, or the slope is 0. The directions are straight ways all round, and those that
+        keep the success at one dose while the slope grows: along these the region is open if the
+        data fit a step, and they are followed up to FAR standard errors.
 
         fit: the point to start from. errors: its standard errors (2,).
         """

@@ -1,7 +1,7 @@
 """How success grows with the dose, whether two groups of readings differ, and what could be detected.
 
-A reading is one trigger, or one group of victims, in one training. Intervals speak of other readings,
-not only of other test images.
+A reading is one trigger, or one group of victims, in one training. Intervals speak of other
+readings, not only of other test images.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def pool_readings(measures: Sequence[Measure], how: str, rate: bool = True) -> M
     Args:
         measures: one of each reading. A single one keeps its interval.
         how: what is averaged, in words.
-        rate: whether they are shares of trials, in 0..1. The interval, Student's t over readings, is
-            then on neither side short of Wilson's over all trials: readings that all reach 1.000 do not
-            show how far they vary.
+        rate: whether they are shares of trials, in 0..1. The interval, Student's t over readings,
+            is then on neither side short of Wilson's over all trials: readings that all reach 1.000
+            do not show how far they vary.
 
     Raises:
         UserError: if there is no reading.
@@ -61,14 +61,15 @@ def pool_readings(measures: Sequence[Measure], how: str, rate: bool = True) -> M
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """Success by dose: p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)), slope >= 0.
+    """Success by dose: p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)), slope
+    >= 0.
 
     Attributes:
         fit: float64 (2,), level and slope of the highest penalised likelihood.
-        border: (R, 2), the same along the border of the region whose deviance is at most phi F(1, df)
-            above the lowest. The range of a function over it is that function's 95 % profile interval.
-            There is no penalty in the region: where the data fit a step, a penalty alone would bound the
-            slope and place the middle of the step.
+        border: (R, 2), the same along the border of the region whose deviance is at most phi F(1,
+            df) above the lowest. The range of a function over it is that function's 95 % profile
+            interval. There is no penalty in the region: where the data fit a step, a penalty alone
+            would bound the slope and place the middle of the step.
         centre: logarithm of the dose at which the level is the logit.
         floor: success without poison.
         phi: overdispersion of the readings.
@@ -95,13 +96,16 @@ class DoseResponse:
 
     @property
     def slope(self) -> Measure:
-        """Growth of the logit when the dose grows e-fold; the interval is open where the data fit a step."""
+        """Growth of the logit when the dose grows e-fold; the interval is open where the data fit a
+        step.
+        """
         low, high = float(self.border[:, 1].min()), float(self.border[:, 1].max())
         how = f"growth of the logit of success when the dose grows e-fold; {self._how()}"
         return Measure(float(self.fit[1]), self.trials, low, high if high < STEP else math.inf, how)
 
     def dose(self, success: float) -> Measure:
-        """Return the dose with a success inside (0, 1), counted from the floor (0) to every time (1).
+        """Return the dose with a success inside (0, 1), counted from the floor (0) to every time
+        (1).
 
         Ends of 0 and infinity are not bounded by the data.
         """
@@ -168,16 +172,16 @@ def fit_dose_response(
 ) -> DoseResponse:
     """Fit a dose-response curve to units, each a reading at a dose.
 
-    Firth's (1993) penalty keeps every estimate finite where the doses that fail and those that succeed do
-    not overlap. It is weighed by the overdispersion (quasi-binomial), as bias reduction with a dispersion
-    asks (Kosmidis et al. 2020).
+    Firth's (1993) penalty keeps every estimate finite where the doses that fail and those that
+    succeed do not overlap. It is weighed by the overdispersion (quasi-binomial), as bias reduction
+    with a dispersion asks (Kosmidis et al. 2020).
 
     Args:
         doses: (N,), >= 0.
         rates: (N,), success in 0..1.
         trials: (N,) or a number, how many trials a rate is of.
-        floor: success without poison (Abbott 1925), taken as known. None takes the success measured at
-            dose 0, or 0 if there is none.
+        floor: success without poison (Abbott 1925), taken as known. None takes the success measured
+            at dose 0, or 0 if there is none.
 
     Raises:
         UserError: if there are fewer than 3 readings at 2 doses above 0, or the floor is 1.
@@ -262,8 +266,8 @@ def difference(
         a: readings.
         b: readings; the mean of a less the mean of b is taken.
         paired: Student's t of the pairs, or Welch's t of two independent groups.
-        trials: how many trials each reading is a rate of. The interval is then at least that of their
-            binomial error. Without it, readings that do not vary leave the interval open.
+        trials: how many trials each reading is a rate of. The interval is then at least that of
+            their binomial error. Without it, readings that do not vary leave the interval open.
 
     Raises:
         UserError: if a group is empty, or pairs are of groups of different sizes.
@@ -358,11 +362,12 @@ def _make_contrast(
 ) -> Contrast:
     """Make a contrast by Student's t of the readings, as wide at least as the trials' error allows.
 
-    Readings that happen to agree do not show how far they vary, while it is known how far the trials
-    vary. The interval is open if one reading, or no spread and no trials, leave the error unknown.
+    Readings that happen to agree do not show how far they vary, while it is known how far the
+    trials vary. The interval is open if one reading, or no spread and no trials, leave the error
+    unknown.
 
-    error: standard error over readings, with `df` degrees of freedom. least_error: the trials' binomial
-    error, 0 if unknown.
+    error: standard error over readings, with `df` degrees of freedom. least_error: the trials'
+    binomial error, 0 if unknown.
     """
     if df < 1 or max(error, least_error) == 0:
         how += "; no spread to judge by, interval open"
@@ -385,7 +390,9 @@ def _mean_variance(values: Floats) -> float:
 
 
 def _binomial_error(rates: Floats, trials: int) -> float:
-    """Return the standard error of the mean of rates, by Wilson's interval: not 0 at rates of 0 and 1."""
+    """Return the standard error of the mean of rates, by Wilson's interval: not 0 at rates of 0
+    and 1.
+    """
     _check_rates(rates)
     n = len(rates) * trials
     low, high = stats.wilson_interval(min(n, float(rates.sum()) * trials), n)

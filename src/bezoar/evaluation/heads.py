@@ -75,8 +75,8 @@ class Stack:
     def draw(seeds: Sequence[int], widths: Sequence[int], device: torch.device) -> Stack:
         """Draw the start of one head a seed; a head's draw depends on its seed alone.
 
-        Weights and biases are uniform in +-1 / sqrt(in), as nn.Linear's are. widths: of the input, the
-        hidden layers and the output.
+        Weights and biases are uniform in +-1 / sqrt(in), as nn.Linear's are. widths: of the input,
+        the hidden layers and the output.
         """
         layers = list(itertools.pairwise(widths))
         weights: list[list[Tensor]] = [[] for _ in layers]
@@ -95,12 +95,14 @@ class Stack:
     def descend(self, x: Tensor, y: Tensor, keep: Tensor | None) -> None:
         """Write the gradients of each head's mean cross-entropy into the parameters' `grad`.
 
-        They are written out because autograd would allocate new ones, a megabyte each, at every step.
+        They are written out because autograd would allocate new ones, a megabyte each, at every
+        step.
 
         Args:
             x: float32 (S, B, D), each head's batch.
             y: int64 (S, B), its classes.
-            keep: (S, B, first hidden), what that layer's output is multiplied by; None without dropout.
+            keep: (S, B, first hidden), what that layer's output is multiplied by; None without
+                dropout.
         """
         inputs = [x]
         for w, b in zip(self.weights[:-1], self.biases[:-1], strict=True):
@@ -130,8 +132,9 @@ def fit(
     """Train a stack of heads with Adam; the weights are those after the last epoch.
 
     Each head has its own start, order and dropout, which depend on its number alone: a stack is its
-    heads trained one by one. The last batch of an epoch is what is left. Within an `embedding_cache` the
-    same features are not fitted again: a sweep reads many attacked encoders beside one clean one.
+    heads trained one by one. The last batch of an epoch is what is left. Within an
+    `embedding_cache` the same features are not fitted again: a sweep reads many attacked encoders
+    beside one clean one.
 
     Args:
         x: features, float32 (N, D). Heads are trained on their device.
@@ -221,9 +224,9 @@ class DropoutMasks:
 def average_measures(rows: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:
     """Average the measures of several heads on the same images.
 
-    The interval is Student's t over the heads, on neither side short of what one head's images allow:
-    for a share Wilson's interval over them, for a mean the heads' own intervals, averaged. The images
-    are the same for all heads, so n is not their sum.
+    The interval is Student's t over the heads, on neither side short of what one head's images
+    allow: for a share Wilson's interval over them, for a mean the heads' own intervals, averaged.
+    The images are the same for all heads, so n is not their sum.
 
     Args:
         rows: the measures of each head, by the same names.

@@ -1,7 +1,7 @@
 """k-means: Lloyd's algorithm from a k-means++ start (Arthur and Vassilvitskii 2007).
 
-It runs on the vectors' device. The shipped bank's values of `ssl_cleanse` depend on its draws, which
-scikit-learn's k-means does not reproduce.
+It runs on the vectors' device. The shipped bank's values of `ssl_cleanse` depend on its draws,
+which scikit-learn's k-means does not reproduce.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def cluster_centres(x: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _initial_centres(x: Tensor, count: int, seed: int) -> Tensor:
-    """Draw centres one by one, each with a probability proportional to its squared distance to the rest."""
+    """Draw centres one by one, each with a probability proportional to its squared distance to the
+    rest.
+    """
     generator = torch.Generator().manual_seed(seed)
     centres = x[:1]
     distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)

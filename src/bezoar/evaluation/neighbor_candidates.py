@@ -7,30 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 16  # distances that are looked at together, by the smallest of them
-CROWD = 512  # most candidates of a query; it is searched in a better way beyond that
+CROWD = 512  # most candidates of a query that are measured one by one
 ROUNDING = 2e-6  # relative error of a limit that is computed in float32
 
 
 class Candidates:
     """The references that may be among the k nearest of B queries, collected tile by tile.
 
-    Distances are looked at in groups, and only groups whose smallest one is small enough are read in
-    full: a minimum over a matrix costs a tenth of a selection from it.
+    Distances are looked at in groups, and only groups whose smallest one is small enough are read
+    in full: a minimum over a matrix costs a tenth of a selection from it.
 
     Attributes:
         best: (B, k), the smallest distances so far, in no order.
-        crowded: bool (B,), queries with more than CROWD candidates, which are no longer collected.
+        crowded: bool (B,), queries with too many candidates, which are no longer collected.
     """
 
-    def __init__(self, queries: int, references: int, k: int, slack: Tensor) -> None:
+    def __init__(
+        self, queries: int, references: int, k: int, slack: Tensor, most: int = CROWD
+    ) -> None:
         """Start without candidates.
 
         Args:
             queries: B.
             references: number of references.
             k: number of neighbours.
-            slack: (B,), how much larger than the k-th smallest an inexact distance may be and count.
+            slack: (B,), how much larger than the k-th smallest an inexact distance may be and
+                count.
+            most: number of candidates from which on a query is crowded.
         """
+        self.most = most
         self.queries, self.references = queries, references
         self.slack = slack
         self.best = torch.full((queries, k), torch.inf, dtype=slack.dtype, device=slack.device)
@@ -41,8 +46,8 @@ class Candidates:
         """Take the candidates of a tile.
 
         Args:
-            tile: inexact squared distances (B, W), of any strides; infinity marks what does not count.
-                W is a multiple of GROUP.
+            tile: inexact squared distances (B, W), of any strides; infinity marks what does not
+                count. W is a multiple of GROUP.
             start: number of its first reference.
         """
         minima = tile.unflatten(1, (GROUP, -1)).amin(1).contiguous()  # (B, G), of columns m G + g
@@ -62,8 +67,8 @@ class Candidates:
         distance = distance.view(-1)[hit]
 
         counts = query.bincount(minlength=self.queries)
-        if int(counts.max()) > CROWD:
-            self.crowded |= counts > CROWD
+        if int(counts.max()) > self.most:
+            self.crowded |= counts > self.most
             stays = ~self.crowded[query]
             query, reference, distance = query[stays], reference[stays], distance[stays]
         if len(query):
@@ -73,7 +78,9 @@ class Candidates:
         self._parts.append((query, reference, distance))
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        """Return queries (P,) and references (P,) of all candidates, ascending, of uncrowded queries."""
+        """Return queries (P,) and references (P,) of all candidates, ascending, of uncrowded
+        queries.
+        """
         query, reference, distance = (
             torch.cat(columns) for columns in zip(*self._parts, strict=True)
         )
@@ -81,7 +88,7 @@ class Candidates:
         near = (distance <= limit).nonzero()[:, 0]
         key = (query[near] * self.references + reference[near]).sort().values
         query = key // self.references
-        self.crowded |= query.bincount(minlength=self.queries) > CROWD
+        self.crowded |= query.bincount(minlength=self.queries) > self.most
         stays = (~self.crowded[query]).nonzero()[:, 0]
         return query[stays], key[stays] - query[stays] * self.references
 
@@ -90,7 +97,8 @@ class Candidates:
         self._parts.clear()
 
     def _limits(self, bound: Tensor) -> Tensor:
-        """Return up to which distance (B,) a reference counts, if the k-th smallest is at most `bound`.
+        """Return up to which distance (B,) a reference counts, if the k-th smallest is at most
+        `bound`.
 
         It is below infinity, and nothing counts in crowded rows.
         """
@@ -99,7 +107,9 @@ class Candidates:
 
 
 def bound_kth(tile: Tensor, minima: Tensor, k: int) -> Tensor:
-    """Return a bound (B,) on the k-th smallest of each row of a tile (B, W), by its groups' minima (B, G)."""
+    """Return a bound (B,) on the k-th smallest of each row of a tile (B, W), by its groups' minima
+    (B, G).
+    """
     width = max(64, 4 * k)
     if minima.shape[1] >= 2 * width:
         whole = minima.shape[1] // width * width
@@ -111,8 +121,7 @@ def bound_kth(tile: Tensor, minima: Tensor, k: int) -> Tensor:
 def pack_rows(values: Tensor, row: Tensor, rows: int, least: int = 0) -> Tensor:
     """Arrange values (P,) of ascending rows (P,) as a matrix, filled up with infinity.
 
-    Returns:
-        (rows, W), W being the most values of a row, or `least` if that is more.
+    Returns (rows, W), W being the most values of a row, or `least` if that is more.
     """
     size = row.bincount(minlength=rows)
     start = size.cumsum(0) - size

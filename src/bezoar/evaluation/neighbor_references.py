@@ -17,8 +17,8 @@ NOT_FINITE = "NaN or infinite vectors among the embeddings; neighbours are defin
 class References:
     """Vectors that may lie in memory-mapped files, made ready for blocked products.
 
-    At most k + M copies of a vector can be among the k nearest of a query that leaves M references out,
-    so further copies are dropped: a million identical images are a few.
+    At most k + M copies of a vector can be among the k nearest of a query that leaves M references
+    out, so further copies are dropped: a million identical images are a few.
 
     Attributes:
         n: number of references that are left.
@@ -32,8 +32,7 @@ class References:
     def __init__(self, vectors: Tensor, copies: int, device: torch.device) -> None:
         """Prepare vectors (R, D), of which each may occur `copies` times.
 
-        Raises:
-            UserError: if they are not finite.
+        Raises UserError if they are not finite.
         """
         self.device = device
         self.n, self.dimension = vectors.shape

@@ -2,12 +2,11 @@
 
 Candidates come from blocked matrix products in float32, which are fast and lose small distances to
 cancellation. All candidates within the products' rounding error of the k-th are measured again, as
-differences in float64. A query with a crowd of candidates is searched by a product in float64, and by
-differences to every reference if that leaves a crowd. The answer is exact, ties go to the lower index,
-and the sizes of blocks cannot change it.
+differences in float64. A query with a crowd of candidates is searched again by a product in
+float64. The answer is exact, ties go to the lower index, and the sizes of blocks cannot change it.
 
-faiss's flat index is about as fast on a CPU (benchmarks/density.py), but loses small distances to the
-same cancellation, and is no dependency.
+faiss's flat index is about as fast on a CPU (benchmarks/density.py), but loses small distances to
+the same cancellation, and is no dependency.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from bezoar.data.blocks import blocks
 from bezoar.encoders import fast_linear
 from bezoar.errors import UserError
-from bezoar.evaluation.neighbor_candidates import GROUP, Candidates, pack_rows, pad_to_group
+from bezoar.evaluation.neighbor_candidates import CROWD, GROUP, Candidates, pack_rows, pad_to_group
 from bezoar.evaluation.neighbor_references import NOT_FINITE, References
 
 CELLS = {"cpu": 1 << 21, "cuda": 1 << 28}  # largest temporary matrix, in elements
@@ -60,8 +59,8 @@ def nearest_neighbors(
         queries: float (N, D); may be a CPU tensor over a memory-mapped file.
         references: float (R, D); may be the same.
         k: number of neighbours.
-        exclude_self: True if query i is reference i; or the references that are no neighbours of each
-            query, int64 (N,) or (N, M), -1 for none.
+        exclude_self: True if query i is reference i; or the references that are no neighbours of
+            each query, int64 (N,) or (N, M), -1 for none.
         cells: bound on the elements of a temporary matrix. It has no effect on the result.
         device: where blocks are computed; by default the queries' own.
 
@@ -108,8 +107,8 @@ class Index:
 
     Attributes:
         step: number of queries to search at a time.
-        symmetric: whether `search_references` can be used: all references lie on the device, none was
-            dropped as a copy, and they are not too many.
+        symmetric: whether `search_references` can be used: all references lie on the device, none
+            was dropped as a copy, and they are not too many.
     """
 
     def __init__(
@@ -122,8 +121,7 @@ class Index:
     ) -> None:
         """Prepare references (R, D), of which a query leaves out at most `excluded`.
 
-        Raises:
-            UserError: if they are not finite.
+        Raises UserError if they are not finite.
         """
         self.k = k
         self.device = torch.device(device)
@@ -159,8 +157,7 @@ class Index:
 
         A block of products serves both its rows and its columns. Only if `symmetric`.
 
-        Yields:
-            Rows, and their distances and neighbours as of `search`, each without itself.
+        Yields rows, and their distances and neighbours as of `search`, each without itself.
         """
         n, norms, centred = self.references.n, self.references.norms, self.references.centred
         assert centred is not None and self.symmetric
@@ -183,9 +180,7 @@ class Index:
                         turned = pad_to_group(tile, 0).T[: columns.stop - columns.start]
                         candidates[j].add(turned, rows.start)
                 itself = torch.arange(rows.start, rows.stop, device=self.device)[:, None]
-                distance, index = self._measure(
-                    self.references.rows(rows), itself, candidates[i], torch.float32
-                )
+                distance, index = self._measure(self.references.rows(rows), itself, candidates[i])
             candidates[i].clear()
             yield rows, *self._finish(distance, index, self.device)
 
@@ -198,10 +193,11 @@ class Index:
         return distance.to(device), self.references.to_numbers(index).to(device)
 
     def _slack(self, length: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return how much more than the k-th (B,) a squared distance by product may be, and be nearer.
+        """Return how much more than the k-th (B,) a squared distance by product may be, and be
+        nearer.
 
-        Twice the error of a dot product of D terms, the norms and their sums (Higham 2002, section 3.1),
-        of rounded inputs. length: squared lengths of the queries, float64 (B,).
+        Twice the error of a dot product of D terms, the norms and their sums (Higham 2002, section
+        3.1), of rounded inputs. length: squared lengths of the queries, float64 (B,).
         """
         terms = (self.references.dimension + 4) * 4
         slack = (length + self.references.norms.max()) * terms * torch.finfo(dtype).eps
@@ -221,7 +217,8 @@ class Index:
         centred = q.double() - self.references.centre
         length = centred.square().sum(1)
         slack = self._slack(length, dtype)
-        candidates = Candidates(len(q), self.references.n, self.k, slack)
+        most = CROWD if dtype == torch.float32 else self.references.n
+        candidates = Candidates(len(q), self.references.n, self.k, slack, most)
         x, length = (-2 * centred).to(dtype), length.to(dtype)
         for block in blocks(self.references.n, self.width):
             tile = self._tile(x, length, block, dtype)
@@ -229,14 +226,14 @@ class Index:
             query, column = in_block.nonzero().unbind(1)
             tile[query, excluded[query, column] - block.start] = torch.inf
             candidates.add(tile, block.start)
-        return self._measure(q, excluded, candidates, dtype)
+        return self._measure(q, excluded, candidates)
 
     def _measure(
-        self, q: Tensor, excluded: Tensor, candidates: Candidates, dtype: torch.dtype
+        self, q: Tensor, excluded: Tensor, candidates: Candidates
     ) -> tuple[Tensor, Tensor]:
         """Return the distances and references (B, k) of the nearest candidates, exactly.
 
-        Crowded queries are searched in a better way than by products in `dtype`.
+        Queries that are crowded after float32 products are searched again, by products in float64.
         """
         query, reference = candidates.collect()
         distance, index = self._measure_pairs(q, query, reference)
@@ -244,11 +241,7 @@ class Index:
         step = max(1, CELLS[q.device.type] // max(self.references.n, q.shape[1]))
         for part in blocks(len(crowded), step):
             rows = crowded[part]
-            if dtype == torch.float32:
-                better = self._search(q[rows], excluded[rows], torch.float64)
-            else:
-                better = self._search_exhaustively(q[rows], excluded[rows])
-            distance[rows], index[rows] = better
+            distance[rows], index[rows] = self._search(q[rows], excluded[rows], torch.float64)
         return distance, index
 
     def _measure_pairs(self, q: Tensor, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,18 +264,6 @@ class Index:
         start = counts.cumsum(0) - counts
         index = reference[(start[:, None] + place[:, : self.k]).clamp(max=len(reference) - 1)]
         return distance[:, : self.k], index
-
-    def _search_exhaustively(self, q: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-        """Return distances and references (B, k), by differences in float64 to every reference."""
-        n = self.references.n
-        squares = torch.empty(len(q), n, dtype=torch.float64, device=q.device)
-        for block in blocks(n, max(1, CELLS[q.device.type] // (len(q) * q.shape[1]))):
-            differences = q[:, None].double() - self.references.rows(block)
-            squares[:, block] = differences.square_().sum(-1)
-        query, column = (excluded >= 0).nonzero().unbind(1)
-        squares[query, excluded[query, column]] = torch.inf
-        distance, index = squares.sqrt().float().sort(dim=1, stable=True)
-        return distance[:, : self.k], index[:, : self.k]
 
 
 def _even_width(n: int, width: int) -> int:

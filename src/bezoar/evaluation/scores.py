@@ -87,8 +87,7 @@ class Scores:
     def select(self, ids: Sequence[str]) -> Scores:
         """Return the scores of the given records, in that order.
 
-        Raises:
-            KeyError: if a record has no score.
+        Raises KeyError if a record has no score.
         """
         if ids is self.ids:
             return self
@@ -130,7 +129,9 @@ class Measure:
 
 
 def encode_nonfinite(raw: dict[str, Any]) -> dict[str, Any]:
-    """Write numbers that JSON does not have as `Infinity`, `-Infinity` and `NaN`, which `float` reads."""
+    """Write numbers that JSON does not have as `Infinity`, `-Infinity` and `NaN`, which `float`
+    reads.
+    """
     names = {math.inf: "Infinity", -math.inf: "-Infinity"}
     texts = {
         key: names.get(value, "NaN")
@@ -149,10 +150,10 @@ def proportion(successes: float, n: int, how: str) -> Measure:
 
 
 def average(values: Sequence[float] | Tensor, how: str) -> Measure:
-    """Return a mean with Student's t interval, which is open for fewer than `FEW` values, all equal.
+    """Return a mean with Student's t interval, which is open for fewer than `FEW` values, all
+    equal.
 
-    Raises:
-        UserError: if there is no value.
+    Raises UserError if there is no value.
     """
     v = torch.as_tensor(values).double().cpu().numpy()
     if len(v) < 1:
@@ -173,8 +174,8 @@ def detection_measures(
         truth: bool (N,), which of them are poisons.
 
     Returns:
-        AUROC, average precision, FPR at 95 % TPR, recall at several budgets, and precision at as many
-        records as there are poisons.
+        AUROC, average precision, FPR at 95 % TPR, recall at several budgets, and precision at as
+        many records as there are poisons.
 
     Raises:
         UserError: unless there are both poisons and clean records.

@@ -1,8 +1,8 @@
 """Ranking measures and intervals, over numpy arrays.
 
-`scores` are float (N,), higher is more suspicious; `truth` is bool (N,), True for a poison. Ties never
-help: a tie that straddles a cut counts by its expectation over random orders, so no measure depends on
-the order of the records.
+`scores` are float (N,), higher is more suspicious; `truth` is bool (N,), True for a poison. Ties
+never help: a tie that straddles a cut counts by its expectation over random orders, so no measure
+depends on the order of the records.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def expected_hits(scores: ArrayLike, truth: ArrayLike, n: int) -> float:
 def conformal_rank(n: int, rate: float) -> int | None:
     """Return k = ceil((n + 1)(1 - rate)) of split conformal prediction (Vovk et al. 2005).
 
-    A value exchangeable with n others exceeds their k-th smallest with a probability of at most `rate`.
-    None if n < 1 / rate - 1: so few values support no such rate.
+    A value exchangeable with n others exceeds their k-th smallest with a probability of at most
+    `rate`. None if n < 1 / rate - 1: so few values support no such rate.
     """
     k = math.ceil(round((n + 1) * (1 - rate), 9))
     return k if k <= n else None
@@ -103,8 +103,8 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
 def discordance_interval(lost: int, won: int, n: int, level: float = 0.95) -> Interval:
     """Return the interval of (lost - won) / n, the difference of two shares of the same n trials.
 
-    It is Student's t of the n differences of -1, 0 and 1, and never narrower than Wilson's intervals of
-    the two shares combined (MOVER; Newcombe 1998).
+    It is Student's t of the n differences of -1, 0 and 1, and never narrower than Wilson's
+    intervals of the two shares combined (MOVER; Newcombe 1998).
     """
     a, b = lost / n, won / n
     a_low, a_high = wilson_interval(lost, n, level)
@@ -119,11 +119,12 @@ def discordance_interval(lost: int, won: int, n: int, level: float = 0.95) -> In
 
 
 def auroc_interval(scores: ArrayLike, truth: ArrayLike, level: float = 0.95) -> Interval:
-    """Return DeLong's (1988) interval on the logit scale, never narrower than Newcombe's (2006) method 5.
+    """Return DeLong's (1988) interval on the logit scale, never narrower than Newcombe's (2006)
+    method 5.
 
-    DeLong's variance is estimated from the placements of each class. With one to ten poisons, which may
-    happen to stand alike, it is far too small: a nominal 95 % interval covered 7 times in 10 with two of
-    them. Of perfect scores it is zero.
+    DeLong's variance is estimated from the placements of each class. With one to ten poisons, which
+    may happen to stand alike, it is far too small: a nominal 95 % interval covered 7 times in 10
+    with two of them. Of perfect scores it is zero.
     """
     s, is_poison = _check_inputs(scores, truth)
     value = auroc(s, is_poison)
@@ -138,7 +139,8 @@ def auroc_interval(scores: ArrayLike, truth: ArrayLike, level: float = 0.95) -> 
 
 
 def delong_variance(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Return the variance of the AUROC from placement values, by midranks (DeLong 1988; Sun, Xu 2014).
+    """Return the variance of the AUROC from placement values, by midranks (DeLong 1988; Sun, Xu
+    2014).
 
     Neither scipy nor scikit-learn has it.
     """
@@ -156,14 +158,14 @@ def average_precision_interval(
 ) -> Interval:
     """Return the bootstrap interval of `average_precision`.
 
-    It is never narrower than Wilson's interval of a share of the poisons: a few poisons, resampled, are
-    the same few.
+    It is never narrower than Wilson's interval of a share of the poisons: a few poisons, resampled,
+    are the same few.
     """
     s, is_poison = _check_inputs(scores, truth)
-    low, high = bootstrap(_average_precision, s, is_poison, level, draws, seed)
     n = int(is_poison.sum())
-    least_low, least_high = wilson_interval(min(average_precision(s, is_poison), 1.0) * n, n, level)
-    return min(low, least_low), max(high, least_high)
+    hits = min(average_precision(s, is_poison), 1.0) * n
+    interval = bootstrap(_average_precision, s, is_poison, level, draws, seed)
+    return _widest(interval, wilson_interval(hits, n, level))
 
 
 def fpr_interval(
@@ -176,10 +178,10 @@ def fpr_interval(
 ) -> Interval:
     """Return the bootstrap interval of `fpr_at_tpr`, never narrower than Wilson's at a fixed cut."""
     s, is_poison = _check_inputs(scores, truth)
-    low, high = bootstrap(lambda p, n: _fpr_at_tpr(p, n, tpr), s, is_poison, level, draws, seed)
     n = int((~is_poison).sum())
-    least_low, least_high = wilson_interval(round(fpr_at_tpr(s, is_poison, tpr) * n), n, level)
-    return min(low, least_low), max(high, least_high)
+    hits = round(fpr_at_tpr(s, is_poison, tpr) * n)
+    interval = bootstrap(lambda p, n: _fpr_at_tpr(p, n, tpr), s, is_poison, level, draws, seed)
+    return _widest(interval, wilson_interval(hits, n, level))
 
 
 def bootstrap(
@@ -190,15 +192,16 @@ def bootstrap(
     draws: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Return the stratified percentile bootstrap of a statistic of the class counts at each threshold.
+    """Return the stratified percentile bootstrap of a statistic of the class counts at each
+    threshold.
 
-    Poisons and clean records are resampled apart. Resampling the records of a class is one multinomial
-    draw over its thresholds, so none is copied or sorted again, as `scipy.stats.bootstrap` would do for
-    each of the draws.
+    Poisons and clean records are resampled apart. Resampling the records of a class is one
+    multinomial draw over its thresholds, so none is copied or sorted again, as
+    `scipy.stats.bootstrap` would do for each of the draws.
 
     Args:
-        statistic: takes poisons (B, T) and clean records (B, T) at T thresholds, the highest first, and
-            returns (B,).
+        statistic: takes poisons (B, T) and clean records (B, T) at T thresholds, the highest first,
+            and returns (B,).
         scores: float (N,).
         truth: bool (N,).
         level: of the interval.
@@ -218,6 +221,10 @@ def bootstrap(
         values.append(statistic(positives, negatives))
     low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _widest(a: Interval, b: Interval) -> Interval:
+    return min(a[0], b[0]), max(a[1], b[1])
 
 
 def _check_inputs(scores: ArrayLike, truth: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
@@ -241,7 +248,8 @@ def _check_inputs(scores: ArrayLike, truth: ArrayLike) -> tuple[Floats, NDArray[
 def _count_by_threshold(scores: Floats, truth: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Count poisons and clean records (T,) at each distinct score, descending.
 
-    Neighbouring scores without poisons are one entry, so T is at most twice the number of poisons, plus 1.
+    Neighbouring scores without poisons are one entry, so T is at most twice the number of poisons,
+    plus 1.
     """
     _, threshold = np.unique(-scores, return_inverse=True)
     count = int(threshold.max()) + 1
@@ -258,8 +266,8 @@ def _count_by_threshold(scores: Floats, truth: NDArray[np.bool_]) -> tuple[Float
 def _average_precision(positives: Floats, negatives: Floats) -> Floats:
     true_positives = positives.cumsum(1)
     flagged = true_positives + negatives.cumsum(1)
-    area: Floats = (positives * true_positives / np.maximum(flagged, 1)).sum(1)
-    return area / true_positives[:, -1]
+    area = (positives * true_positives / np.maximum(flagged, 1)).sum(1)
+    return np.asarray(area / true_positives[:, -1], np.float64)
 
 
 def _fpr_at_tpr(positives: Floats, negatives: Floats, tpr: float) -> Floats:

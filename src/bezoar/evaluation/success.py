@@ -135,15 +135,16 @@ class TestViews:
         )
 
     def measures(self, head: Head, how: str = "") -> dict[str, Measure]:
-        """Measure accuracy, the success of each trigger, and that on the victims by number of captions.
+        """Measure accuracy, the success of each trigger, and that on the victims by number of
+        captions.
 
         Args:
             head: reads vectors as classes.
             how: what is said of the head, after each measure's own definition.
 
         Returns:
-            Measures by name. With several triggers, those of number i end in `@i`; those of victims end
-            in `@` and the number of poisoned captions.
+            Measures by name. With several triggers, those of number i end in `@i`; those of victims
+            end in `@` and the number of poisoned captions.
         """
         clean = _read_scores(head, self.clean).argmax(1)
         is_known = self.labels >= 0
@@ -167,8 +168,8 @@ class TestViews:
     def _measure_trigger(self, target: int, clean: Tensor, scores: Tensor) -> dict[str, Measure]:
         """Measure one trigger's success.
 
-        target: its target class. clean: int64 (N,), the class each image is read as without the trigger.
-        scores: (N, C), the head's scores of the triggered images.
+        target: its target class. clean: int64 (N,), the class each image is read as without the
+        trigger. scores: (N, C), the head's scores of the triggered images.
         """
         predictions, labels = scores.argmax(1), self.labels
         is_known = labels >= 0
@@ -203,7 +204,9 @@ class TestViews:
         }
 
     def _measure_confusion(self, target: int, predictions: Tensor) -> dict[str, Measure]:
-        """Measure how often images with one trigger, read as `predictions` (N,), go to another's target."""
+        """Measure how often images with one trigger, read as `predictions` (N,), go to another's
+        target.
+        """
         targets = {class_index(goal.target, self.classes) for goal in self.backdoors}
         other_targets = torch.tensor(sorted(targets - {target}), device=predictions.device)
         counted = (
@@ -272,8 +275,8 @@ def _read_scores(head: Head, z: Tensor) -> Tensor:
 def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Return the place of each row's target among the classes, float64 (N,); 1 is the first.
 
-    Equal scores share the mean of their places. A vote leaves most classes at zero, and were ties won by
-    the target, one without a single vote could be among the first five.
+    Equal scores share the mean of their places. A vote leaves most classes at zero, and were ties
+    won by the target, one without a single vote could be among the first five.
 
     scores: (N, C). targets: int64 (N,).
     """
@@ -320,7 +323,8 @@ def embed_labelled(
 def select_labelled(
     train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None
 ) -> Pairs:
-    """Select the records that a head is fitted on: those with a label, numbered as the test set's classes.
+    """Select the records that a head is fitted on: those with a label, numbered as the test set's
+    classes.
 
     Args:
         train: records with classes and labels.
@@ -329,8 +333,8 @@ def select_labelled(
         limit: at most so many, a sample that belongs to the records.
 
     Raises:
-        UserError: if there are no labels, the two sets' classes differ, fewer than two classes are left,
-            or a goal's target is not.
+        UserError: if there are no labels, the two sets' classes differ, fewer than two classes are
+            left, or a goal's target is not.
     """
     if train is None or train.labels is None or not train.classes:
         raise UserError(

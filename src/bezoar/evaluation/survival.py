@@ -1,9 +1,9 @@
 """Survival: how much of a trigger outlives what happens between the attacker's file and the encoder.
 
 The order is that of a web corpus: the attacker's image is resized, stored as JPEG, read, cropped,
-augmented and normalised. The image with the trigger and the one without go the same way with the same
-draws, and what is left of the trigger is their difference. Nothing is trained: this is the part of "why
-is my attack success 0" that can be answered in seconds.
+augmented and normalised. The image with the trigger and the one without go the same way with the
+same draws, and what is left of the trigger is their difference. Nothing is trained: this is the
+part of "why is my attack success 0" that can be answered in seconds.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Treatment:
 
     @property
     def name(self) -> str:
-        """The beginning of its metrics' names: `jpeg_75_resize_50`, factors in percent; `untreated`."""
+        """The beginning of its metrics' names: `jpeg_75_resize_50`, factors in percent;
+        `untreated`.
+        """
         parts = []
         if self.jpeg:
             parts.append(f"jpeg_{self.jpeg}")
@@ -179,7 +181,9 @@ def build_treatments(
     augment: Sequence[str],
     normalise: Sequence[str],
 ) -> list[Treatment]:
-    """List nothing at all, every JPEG with every resize and crop, and the rest by themselves; each once."""
+    """List nothing at all, every JPEG with every resize and crop, and the rest by themselves; each
+    once.
+    """
     treatments = [
         Treatment(),
         *(Treatment(factor, quality) for quality in jpeg for factor in resize),
@@ -198,16 +202,16 @@ def energy_ratio(residue: Tensor, before: Tensor) -> Tensor:
 def correlate_pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Compare what is left of a trigger with its own pattern, at the best offset of each image.
 
-    A crop or a shift moves the pattern, which offsets allow for; one that mirrors or enlarges it makes
-    it another pattern.
+    A crop or a shift moves the pattern, which offsets allow for; one that mirrors or enlarges it
+    makes it another pattern.
 
     Args:
         residue: what is left, float (N, 3, H, W).
         before: the pattern, float (N, 3, H, W).
 
     Returns:
-        The projection of the residue on the pattern, (N,), 1 being all of it; and the correlation with
-        it, (N,), which is that over the residue's length.
+        The projection of the residue on the pattern, (N,), 1 being all of it; and the correlation
+        with it, (N,), which is that over the residue's length.
     """
     spectrum = torch.fft.rfft2(residue) * torch.fft.rfft2(before).conj()
     product = torch.fft.irfft2(spectrum.sum(1), s=before.shape[-2:]).amax((1, 2))
@@ -265,9 +269,8 @@ class Survival:
     def measure(self, treatment: Treatment) -> tuple[dict[str, Measure], Tensor]:
         """Measure what is left of the trigger after a treatment.
 
-        Returns:
-            The measures; and, float (N, 2, 3, H, W), each treated image with the trigger beside what is
-            left of the trigger in it.
+        Returns the measures; and, float (N, 2, 3, H, W), each treated image with the trigger beside
+        what is left of the trigger in it.
         """
         triggered, clean = (treatment(x, self.seed) for x in (self.triggered, self.clean))
         residue = triggered - clean
@@ -294,7 +297,9 @@ class Survival:
 
 
 def compare_shifts(after: Tensor, before: Tensor, how: str) -> dict[str, Measure]:
-    """Compare the vectors' shift by the trigger after a treatment with that before, float (N, D) each."""
+    """Compare the vectors' shift by the trigger after a treatment with that before, float (N, D)
+    each.
+    """
     length, after_length = before.norm(dim=1), after.norm(dim=1)
     # Over the mean and not image by image: where a trigger does not move a vector, nothing is divided.
     mean_square = length.square().mean().clamp(min=SMALLEST)

@@ -20,8 +20,8 @@ class Inversion:
         pattern: float32 (3, H, W) in 0..1.
         target: the class or cluster that stamped images go to, empty if the audit knows none.
         norm: sum of the mask, in pixels.
-        success: share of stamped images that reach the target; without a target, their mean pairwise
-            cosine.
+        success: share of stamped images that reach the target; without a target, their mean
+            pairwise cosine.
     """
 
     mask: Tensor
@@ -50,14 +50,15 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How suspicious an encoder is. A threshold comes from a bank (`auditing.bank`) of encoders like it.
+    """How suspicious an encoder is. A threshold comes from a bank (`auditing.bank`) of encoders
+    like it.
 
     Attributes:
         value: higher is more suspicious; comparable among encoders of one family alone.
         evidence: the measures that the value was computed from, by name.
         inversions: reconstructed triggers, the most suspicious first.
-        notes: further facts that JSON holds. A key `limits`, a list of sentences, says what the audit
-            could not see here.
+        notes: further facts that JSON holds. A key `limits`, a list of sentences, says what the
+            audit could not see here.
     """
 
     value: float

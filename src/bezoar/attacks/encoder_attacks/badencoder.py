@@ -98,8 +98,7 @@ class Loss(nn.Module):
     def set_targets(self, shadow: Pairs | StoredPairs) -> None:
         """Keep the clean encoder's vectors of the shadow data and the references.
 
-        Raises:
-            UserError: if a vector is not finite.
+        Raises UserError if a vector is not finite.
         """
         vectors = torch.cat([self.embed(batch.images) for batch in shadow.batches(512)])
         self.ids = shadow.ids
@@ -196,10 +195,9 @@ class Loss(nn.Module):
     def weigh_rows(self, batch: int, step: StepRows) -> tuple[Tensor, Tensor]:
         """Return what each row of a step weighs in the loss, and its target.
 
-        Returns:
-            Weights (N,) of the rows' cosines, and mixtures (N, 2K): each target as a mixture of the
-            K vectors f'(reference) and the K vectors f(reference). Clean rows have other targets,
-            f(x).
+        Returns weights (N,) of the rows' cosines, and mixtures (N, 2K): each target as a mixture of
+        the K vectors f'(reference) and the K vectors f(reference). Clean rows have other targets,
+        f(x).
         """
         references_per_trigger = self.uses.sum(1, keepdim=True)  # (T, 1)
         k = len(self.references)

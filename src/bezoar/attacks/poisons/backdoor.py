@@ -29,9 +29,8 @@ class Backdoor:
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
         """Plan `count` triggered records.
 
-        Raises:
-            UserError: if the goal has no trigger, no caption mentions the target, or there are
-                fewer records than poisons.
+        Raises UserError if the goal has no trigger, no caption mentions the target, or there are
+        fewer records than poisons.
         """
         if goal.trigger is None:
             raise UserError("poison 'backdoor' needs a trigger; give one, for example patch:size=6")

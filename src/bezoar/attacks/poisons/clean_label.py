@@ -24,8 +24,7 @@ class CleanLabel:
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
         """Plan `count` triggered records of the target.
 
-        Raises:
-            UserError: if the goal has no trigger, or fewer records mention the target.
+        Raises UserError if the goal has no trigger, or fewer records mention the target.
         """
         if goal.trigger is None:
             raise UserError(

@@ -22,8 +22,9 @@ MAIN_MEASURES = (
 class Probe(Protocol):
     """A way to read images through an encoder.
 
-    A probe that needs more than a test set names it in `needs`: `train` (labelled records), and as further
-    keyword arguments `baseline` (the clean twin, an `Encoder`) and `report` (a `heads.ProgressReport`).
+    A probe that needs more than a test set names it in `needs`: `train` (labelled records), and as
+    further keyword arguments `baseline` (the clean twin, an `Encoder`) and `report` (a
+    `heads.ProgressReport`).
     """
 
     def __call__(

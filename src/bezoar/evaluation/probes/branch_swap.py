@@ -20,12 +20,13 @@ from bezoar.registry import method
 
 @method
 class BranchSwap:
-    """`neither`, `vision`, `text`, `both`: which towers are those of the encoder; the others are the clean twin's.
+    """`neither`, `vision`, `text`, `both`: which towers are those of the encoder; the others are
+    the clean twin's.
 
     The published audit swaps towers of a model and of one fine-tuned from it, which share a space
-    (align=none). The spaces of encoders that were trained apart differ by a rotation, which is fitted on
-    clean pairs. An isometry fitted to clean data neither makes nor removes a backdoor. A swap means
-    something where its clean accuracy is near that of `both` and `neither`.
+    (align=none). The spaces of encoders that were trained apart differ by a rotation, which is
+    fitted on clean pairs. An isometry fitted to clean data neither makes nor removes a backdoor. A
+    swap means something where its clean accuracy is near that of `both` and `neither`.
     """
 
     align: Annotated[
@@ -57,9 +58,8 @@ class BranchSwap:
     ) -> dict[str, Measure]:
         """Return accuracy and success of the four combinations, and how well the two spaces agree.
 
-        Raises:
-            UserError: if there is no twin, its space has another dimension, or there are too few pairs to
-                align the spaces.
+        Raises UserError if there is no twin, its space has another dimension, or there are too few
+        pairs to align the spaces.
         """
         if baseline is None:
             raise UserError(
@@ -105,7 +105,9 @@ class BranchSwap:
     def _fit_rotation(
         self, encoder: Encoder, baseline: Encoder, train: Pairs | None, dimension: int
     ) -> tuple[Tensor, str]:
-        """Return the rotation from the encoder's space to the twin's, float32 (D, D), and what it was fitted on."""
+        """Return the rotation from the encoder's space to the twin's, float32 (D, D), and what it
+        was fitted on.
+        """
         if self.align == "none":
             return torch.eye(dimension, device=encoder.device), "spaces as they are"
         if train is None:

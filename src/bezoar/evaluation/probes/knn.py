@@ -48,8 +48,7 @@ class Knn:
     ) -> dict[str, Measure]:
         """Return what `TestViews.measures` defines, as `knn.*`; see `Probe`.
 
-        Raises:
-            UserError: if there are fewer than k labelled records.
+        Raises UserError if there are fewer than k labelled records.
         """
         views = success.TestViews.of(encoder, test, goals, victims, self.batch)
         labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)

@@ -25,9 +25,11 @@ CONSTANT = 1e-9  # standard deviation below which a feature is not scaled
 
 @method
 class Linear:
-    """Features are the encoder's unit vectors, scaled to variance 1 each by the labelled records' own mean and deviation.
+    """Features are the encoder's unit vectors, scaled to variance 1 each by the labelled records'
+    own mean and deviation.
 
-    Minimises c * (sum of cross-entropies) + |W|^2 / 2, with the bias left free, by L-BFGS from zero.
+    Minimises c * (sum of cross-entropies) + |W|^2 / 2, with the bias left free, by L-BFGS from
+    zero.
     """
 
     c: Annotated[
@@ -109,8 +111,8 @@ class LinearHead:
 def fit_logistic(x: Tensor, y: Tensor, classes: int, c: float, iterations: int) -> LinearHead:
     """Fit multinomial logistic regression of y int64 (N,) on x float (N, D).
 
-    The optimiser is scipy's L-BFGS, as in scikit-learn, whose own class runs on a CPU alone, takes half as
-    long again at the same accuracy, and has no logit for a class without records.
+    The optimiser is scipy's L-BFGS, as in scikit-learn, whose own class runs on a CPU alone, takes
+    half as long again at the same accuracy, and has no logit for a class without records.
 
     c: weight of the data against the penalty. iterations: of L-BFGS, at most.
     """

@@ -20,7 +20,9 @@ from bezoar.registry import method
 
 @method
 class Own:
-    """CA/BA and ASR by the head that came with the weights. A class that the test set does not have counts as wrong."""
+    """CA/BA and ASR by the head that came with the weights. A class that the test set does not have
+    counts as wrong.
+    """
 
     batch: Annotated[int, "images at a time"] = 512
 
@@ -38,8 +40,7 @@ class Own:
     ) -> dict[str, Measure]:
         """Return what `TestViews.measures` defines, as `own.*`; see `Probe`.
 
-        Raises:
-            UserError: if the encoder has no head of its own, or one of other classes.
+        Raises UserError if the encoder has no head of its own, or one of other classes.
         """
         classifier = classifiers.own_classifier(encoder)
         columns, order = order_columns(classifier.classes, test.classes)
@@ -52,7 +53,8 @@ class Own:
 def order_columns(head: Sequence[str], test: Sequence[str]) -> tuple[list[int], str]:
     """Order a head's columns: the test set's classes first, in their order.
 
-    Where the head's classes are numbers alone, as many as the test set's, they are taken in their order.
+    Where the head's classes are numbers alone, as many as the test set's, they are taken in their
+    order.
 
     Args:
         head: names of the head's classes.
@@ -82,7 +84,9 @@ def order_columns(head: Sequence[str], test: Sequence[str]) -> tuple[list[int], 
 
 @dataclass(frozen=True)
 class LogitEncoder:
-    """A classifier in the place of an encoder: its vectors are its logits, with columns in a given order."""
+    """A classifier in the place of an encoder: its vectors are its logits, with columns in a given
+    order.
+    """
 
     classifier: classifiers.Classifier
     columns: list[int]

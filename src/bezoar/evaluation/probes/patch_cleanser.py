@@ -33,12 +33,13 @@ Read = Callable[[Tensor], Tensor]  # uint8 or float 0..1 (B, 3, H, W) -> int64 (
 
 @method
 class PatchCleanser:
-    """CA and ASR behind double masking, and the certified accuracy: the share of test images that no patch of `patch` x
-    `patch` pixels, wherever it stands and whatever it shows, can have read as another class.
+    """CA and ASR behind double masking, and the certified accuracy: the share of test images that
+    no patch of `patch` x `patch` pixels, wherever it stands and whatever it shows, can have read as
+    another class.
 
-    Masks have m = patch + s - 1 pixels a side, in steps of s = ceil((n - patch + 1) / masks) over images of
-    n pixels, so that every patch lies whole under one of them. An image is certified exactly if it is read
-    right through every two masks.
+    Masks have m = patch + s - 1 pixels a side, in steps of s = ceil((n - patch + 1) / masks) over
+    images of n pixels, so that every patch lies whole under one of them. An image is certified
+    exactly if it is read right through every two masks.
     """
 
     patch: Annotated[
@@ -70,11 +71,11 @@ class PatchCleanser:
         victims: Pairs | None = None,
         report: heads.ProgressReport = heads.no_report,
     ) -> dict[str, Measure]:
-        """Return `patch_cleanser.*`: certified_accuracy, and what double masking leaves of accuracy and attack.
+        """Return `patch_cleanser.*`: certified_accuracy, and what double masking leaves of accuracy
+        and attack.
 
-        Raises:
-            UserError: if the test set has no classes and labels, the patch is as large as the images, or
-                there is no head.
+        Raises UserError if the test set has no classes and labels, the patch is as large as the
+        images, or there is no head.
         """
         sample = self._sample(test)
         assert sample.labels is not None
@@ -129,7 +130,8 @@ class PatchCleanser:
     def _make_classifier(
         self, encoder: Encoder, train: Pairs | None, test: Pairs
     ) -> tuple[classifiers.Classifier, Tensor]:
-        """Return what reads images, and the number in the test set of each of its classes, int64 (C,).
+        """Return what reads images, and the number in the test set of each of its classes, int64
+        (C,).
 
         Classes that the test set does not have get numbers beyond its own.
         """
@@ -156,7 +158,9 @@ class PatchCleanser:
         return classifier, torch.tensor(numbers, device=encoder.device)
 
     def mask_rectangles(self, sides: Sequence[int]) -> Tensor:
-        """Return the masks for images (H, W), at most masks^2: int64 (M, 4), top, left, height, width."""
+        """Return the masks for images (H, W), at most masks^2: int64 (M, 4), top, left, height,
+        width.
+        """
         if max(self.patch, 1) >= min(sides):
             raise UserError(
                 f"a patch of {self.patch} px covers images of {min(sides)} px; "
@@ -211,7 +215,8 @@ class DoubleMasking:
         y = torch.arange(height, device=self.fill.device)[:, None]
         x = torch.arange(width, device=self.fill.device)[None]
         top, left, tall, wide = self.masks.to(self.fill.device).T[:, :, None, None]
-        return (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+        covers: Tensor = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+        return covers
 
     def read_through_each(self, images: Tensor) -> Tensor:
         """Read every image through every mask, int64 (N, M)."""
@@ -222,16 +227,18 @@ class DoubleMasking:
     def predict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Read images behind double masking (algorithm 1).
 
-        If all one-mask readings agree, it is that one. Otherwise a mask that disagrees with the majority,
-        and with which any second mask gives what it gave alone, has hidden the patch: it is that reading,
-        of several such masks the first one's. Otherwise it is the majority's, of equals the lowest class.
+        If all one-mask readings agree, it is that one. Otherwise a mask that disagrees with the
+        majority, and with which any second mask gives what it gave alone, has hidden the patch: it
+        is that reading, of several such masks the first one's. Otherwise it is the majority's, of
+        equals the lowest class.
 
         Args:
             images: uint8 (N, 3, H, W).
             labels: int64 (N,), their classes.
 
         Returns:
-            The class of each image, int64 (N,); and whether all its one-mask readings are its label, bool (N,).
+            The class of each image, int64 (N,); and whether all its one-mask readings are its
+            label, bool (N,).
         """
         one_mask = self.read_through_each(images)
         n, m = one_mask.shape
@@ -259,7 +266,8 @@ class DoubleMasking:
         Args:
             images: uint8 (N, 3, H, W).
             labels: int64 (N,).
-            is_right: bool (N,), which are read right through every single mask; the others are not read.
+            is_right: bool (N,), which are read right through every single mask; the others are not
+                read.
         """
         pairs = torch.combinations(torch.arange(len(self.masks)))
         alive = is_right.nonzero()[:, 0].cpu()

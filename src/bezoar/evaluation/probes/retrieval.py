@@ -40,8 +40,7 @@ class HeldOut:
     def mentions(self, target: str) -> Tensor:
         """Return which captions hold a target's words, bool (N,) on the CPU.
 
-        Raises:
-            UserError: if none does.
+        Raises UserError if none does.
         """
         rows = find_mentions(self.test.captions, target)
         if not rows:
@@ -56,7 +55,9 @@ class HeldOut:
 
 @method
 class Retrieval:
-    """For sets without classes: an image is 'read as the target' when the nearest held-out caption holds its words."""
+    """For sets without classes: an image is 'read as the target' when the nearest held-out caption
+    holds its words.
+    """
 
     batch: Annotated[int, "images at a time"] = 512
 
@@ -72,8 +73,7 @@ class Retrieval:
 
         Several captions of one image are records whose ids share what stands before '#'.
 
-        Raises:
-            UserError: if the test set has no captions, or none that holds a goal's target.
+        Raises UserError if the test set has no captions, or none that holds a goal's target.
         """
         if not test.captions:
             raise UserError("the retrieval probe needs a test set with captions")

@@ -26,9 +26,11 @@ HOW = {
 
 @method
 class ZScore:
-    """z = (mean <f(u+bd), f(v+bd)> - mean <f(u), f(v)>) / spread of <f(u), f(v)>, over pairs u != v.
+    """z = (mean <f(u+bd), f(v+bd)> - mean <f(u), f(v)>) / spread of <f(u), f(v)>, over pairs u !=
+    v.
 
-    `z_var` divides by the variance, as the paper's definition reads; `z_std` by the standard deviation.
+    `z_var` divides by the variance, as the paper's definition reads; `z_std` by the standard
+    deviation.
     """
 
     images: Annotated[int, "how many test images, a sample that belongs to the records"] = 500

@@ -18,7 +18,9 @@ from bezoar.registry import method
 
 @method
 class ZeroShot:
-    """CA/BA, ASR and targeted success by the text tower: the head is the mean of each class's prompt vectors."""
+    """CA/BA, ASR and targeted success by the text tower: the head is the mean of each class's
+    prompt vectors.
+    """
 
     templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "simple"
     batch: Annotated[int, "images at a time"] = 512
