@@ -43,14 +43,16 @@ def test_same_as_sklearn(unit):
 
 
 @pytest.mark.parametrize("cells", [1, 997, 50_000, 1 << 24])
-def test_exact_ties_and_blocks(cells):
+def test_exact_ties_and_blocks(cells, monkeypatch):
+    monkeypatch.setitem(neighbors.CELLS, "cpu", cells)
     x = rows(300, seed=1)
     x[40:90] = x[40]  # fifty copies: more than k and the margin
     x[120:128] = x[40] + 1e-5 * rows(8, seed=2)  # closer than a float32 product resolves
-    found = nearest_neighbors(x, x, 7, exclude_self=True, cells=cells)
     distance, index = plain(x, x, 7, torch.arange(300))
-    assert np.array_equal(found.distance.numpy(), distance)
-    assert np.array_equal(found.index.numpy(), index)
+    for queries in (x, x.clone()):  # products that serve both sides, and others
+        found = nearest_neighbors(queries, x, 7, exclude_self=True)
+        assert np.array_equal(found.distance.numpy(), distance)
+        assert np.array_equal(found.index.numpy(), index)
 
 
 def test_far_from_the_origin():

@@ -92,7 +92,7 @@ def resize(x: Tensor, height: int, width: int, hard: bool = False) -> Tensor:
 
 
 def load_pattern(path: str, height: int, width: int) -> Tensor:
-    """Load an image file as float32 (3, height, width) in units of pixels; cached until it changes."""
+    """Load an image file, resized, as float32 (3, height, width) in units of pixels; cached."""
     return _load_pattern(path, file_state(path), height, width)
 
 

@@ -2,7 +2,7 @@
 
 A plan is a patch file for a data set, and the ground truth that detectors are measured against. It
 is applied to the stored uint8 images and at no other stage, so the records come out the same
-whether the data are held in memory, streamed from shards in any order, or written to new shards. A
+whether the data are held in memory, read from shards, or written to new shards. A
 plan holds no images: those that are added from outside the data set are read from the source that
 `victims` names.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Goal:
         return Goal(**{**raw, "victims": tuple(raw["victims"]), "references": references})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the goal as a plan holds it. Empty `references` are left out, as in older plans."""
+        """Return the goal as a plan holds it; empty `references` are left out."""
         return {
             name: value for name, value in asdict(self).items() if name != "references" or value
         }
@@ -175,16 +175,6 @@ class Plan:
         if victims is not None:
             parts.append(_match_batch(self.poisons(victims), batch))
         return Pairs.concat([part for part in parts if len(part)] or [batch])
-
-    def stream(self, batches: Iterator[Pairs], victims: Pairs | None = None) -> Iterator[Pairs]:
-        """Poison a stream of batches, with the records that `apply` gives; victims come last."""
-        waiting: Pairs | None = None
-        for batch in batches:
-            if waiting is not None:
-                yield self.apply(waiting)
-            waiting = batch
-        if waiting is not None:
-            yield self.apply(waiting, victims)
 
     def over(self, stored: StoredPairs, victims: Pairs | None = None) -> StoredPairs:
         """Poison records on disk; the records and their order are those of `apply`.

@@ -1,4 +1,4 @@
-"""Classifier: an encoder with a head that reads its vectors as classes, for audits and certificates."""
+"""Classifier: an encoder with a head that reads its vectors as classes."""
 
 from __future__ import annotations
 
@@ -42,15 +42,11 @@ class Classifier:
 
         Differentiable by float images.
         """
-        return self.head(self.vectors(x))
-
-    def vectors(self, x: Tensor) -> Tensor:
-        """Return what the head reads, float32 (B, D), of images uint8 or float 0..1 (B, 3, H, W)."""
         if not self.raw:
-            return self.encoder.encode_images(x)
+            return self.head(self.encoder.encode_images(x))
         with self.encoder.autocast():
-            z: Tensor = self.encoder.image(self.encoder.prepare_images(x))
-        return z.float()
+            z = self.encoder.image(self.encoder.prepare_images(x))
+        return self.head(z.float())
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch: int = 512) -> Tensor:
@@ -72,15 +68,9 @@ def own_classifier(encoder: Encoder) -> Classifier:
 def zero_shot_classifier(
     encoder: Encoder, classes: Sequence[str], templates: str = "simple"
 ) -> Classifier:
-    """Return the encoder with its text tower's head.
+    """Return the encoder with its text tower's head; `templates` are the zero-shot probe's.
 
-    Args:
-        encoder: an encoder with a text tower.
-        classes: their names.
-        templates: as of the zero-shot probe.
-
-    Raises:
-        UserError: if there are no classes, or no text tower.
+    Raises UserError if there are no classes, or no text tower.
     """
     if not classes:
         raise UserError("a zero-shot head needs the names of classes; these data have none")
@@ -93,13 +83,8 @@ def zero_shot_classifier(
 def fit_classifier(encoder: Encoder, labelled: Pairs, kind: str = "linear") -> Classifier:
     """Fit a head on labelled records.
 
-    Args:
-        encoder: embeds the records.
-        labelled: records with classes and labels.
-        kind: `linear`, `mlp`, or the name of another probe that has `fit`.
-
-    Raises:
-        UserError: if the labels are of fewer than two classes.
+    kind: `linear`, `mlp`, or another probe that has `fit`. Raises UserError if the labels are of
+    fewer than two classes.
     """
     records = success.select_labelled(labelled, labelled)
     assert records.labels is not None

@@ -41,11 +41,10 @@ class Readings:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Penalised log-likelihood of a curve p(x) = floor + (1 - floor) logistic(level + slope (ln x -
-    centre)).
+    """Penalised log-likelihood of a dose-response curve.
 
-    A point is (level, slope): the logit at the dose exp(centre), and its growth when the dose grows
-    e-fold.
+    The curve is p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)). A point is
+    (level, slope): the logit at the dose exp(centre), and its growth when the dose grows e-fold.
 
     Attributes:
         log_doses: float64 (D,), logarithms of the distinct doses.
@@ -88,8 +87,9 @@ class Likelihood:
         return success, failure, information
 
     def __call__(self, points: Floats) -> Floats:
-        """Return binomial log-likelihood + penalty / 2 log det of the information, (...), of points
-        (..., 2).
+        """Return the penalised log-likelihood, (...), of points (..., 2).
+
+        It is the binomial log-likelihood + penalty / 2 log det of the information.
         """
         success, failure, information = self.log_terms(points)
         misses = self.trials - self.hits
@@ -168,12 +168,10 @@ class Likelihood:
     def region_border(self, fit: Floats, errors: Floats, drop: float) -> Floats:
         """Return points (R, 2) along the border of the region around the fit that the data allow.
 
-        In each direction it is where the likelihood, without its penalty, is `drop` below its
+        In each direction it lies where the likelihood, without its penalty, is `drop` below its
         highest value, or the slope is 0. The directions are straight ways all round, and those that
         keep the success at one dose while the slope grows: along these the region is open if the
         data fit a step, and they are followed up to FAR standard errors.
-
-        fit: the point to start from. errors: its standard errors (2,).
         """
         unpenalised = dataclasses.replace(self, penalty=0.0)
         least = max(unpenalised(fit), unpenalised(unpenalised.maximise(fit))) - drop

@@ -1,4 +1,4 @@
-"""How success grows with the dose, whether two groups of readings differ, and what could be detected.
+"""How success grows with the dose, and whether two groups of readings differ.
 
 A reading is one trigger, or one group of victims, in one training. Intervals speak of other
 readings, not only of other test images.
@@ -61,11 +61,10 @@ def pool_readings(measures: Sequence[Measure], how: str, rate: bool = True) -> M
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """Success by dose: p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)), slope
-    >= 0.
+    """A fitted curve p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)).
 
     Attributes:
-        fit: float64 (2,), level and slope of the highest penalised likelihood.
+        fit: float64 (2,), level and slope >= 0 of the highest penalised likelihood.
         border: (R, 2), the same along the border of the region whose deviance is at most phi F(1,
             df) above the lowest. The range of a function over it is that function's 95 % profile
             interval. There is no penalty in the region: where the data fit a step, a penalty alone
@@ -96,18 +95,15 @@ class DoseResponse:
 
     @property
     def slope(self) -> Measure:
-        """Growth of the logit when the dose grows e-fold; the interval is open where the data fit a
-        step.
-        """
+        """Growth of the logit when the dose grows e-fold; up to infinity if the data fit a step."""
         low, high = float(self.border[:, 1].min()), float(self.border[:, 1].max())
         how = f"growth of the logit of success when the dose grows e-fold; {self._how()}"
         return Measure(float(self.fit[1]), self.trials, low, high if high < STEP else math.inf, how)
 
     def dose(self, success: float) -> Measure:
-        """Return the dose with a success inside (0, 1), counted from the floor (0) to every time
-        (1).
+        """Return the dose with a success, counted from the floor (0) to every time (1).
 
-        Ends of 0 and infinity are not bounded by the data.
+        success: inside (0, 1). Ends of 0 and infinity are not bounded by the data.
         """
         if not 0 < success < 1:
             raise ValueError(f"success must be inside (0, 1); got {success}")
@@ -125,7 +121,7 @@ class DoseResponse:
         return Measure(float(value), self.trials, float(border.min()), float(border.max()), how)
 
     def predict(self, x: ArrayLike) -> tuple[Floats, Floats, Floats]:
-        """Return success at doses >= 0 (N,): fitted, and the ends of its pointwise 95 % interval."""
+        """Return success at doses >= 0 (N,), and the ends of its pointwise 95 % interval."""
         doses = np.asarray(x, np.float64)
         offset = np.log(np.where(doses > 0, doses, 1)) - self.centre
 
@@ -162,8 +158,9 @@ class DoseResponse:
 
     def _how(self) -> str:
         return (
-            f"logistic law in ln dose, floor {self.floor:.3g}, Firth's estimate, profile likelihood "
-            f"interval, {self.units} readings x doses, overdispersion {self.phi:.3g}"
+            f"logistic law in ln dose, floor {self.floor:.3g}, Firth's estimate, "
+            f"profile likelihood interval, {self.units} readings x doses, "
+            f"overdispersion {self.phi:.3g}"
         )
 
 
@@ -382,7 +379,7 @@ def _make_contrast(
 
 
 def _mean_variance(values: Floats) -> float:
-    """Return the variance of the mean; 0 of a single value, and of values that differ by rounding."""
+    """Return the variance of the mean; 0 of one value, and of values that differ by rounding."""
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     if not spread > ROUNDING * (1 + float(np.abs(values).max())):
         return 0.0
@@ -390,9 +387,7 @@ def _mean_variance(values: Floats) -> float:
 
 
 def _binomial_error(rates: Floats, trials: int) -> float:
-    """Return the standard error of the mean of rates, by Wilson's interval: not 0 at rates of 0
-    and 1.
-    """
+    """Return the standard error of a mean of rates by Wilson's interval; it is never 0."""
     _check_rates(rates)
     n = len(rates) * trials
     low, high = stats.wilson_interval(min(n, float(rates.sum()) * trials), n)

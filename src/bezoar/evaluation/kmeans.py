@@ -39,9 +39,7 @@ def cluster_centres(x: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _initial_centres(x: Tensor, count: int, seed: int) -> Tensor:
-    """Draw centres one by one, each with a probability proportional to its squared distance to the
-    rest.
-    """
+    """Draw centres with probabilities proportional to the squared distance to those so far."""
     generator = torch.Generator().manual_seed(seed)
     centres = x[:1]
     distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)

@@ -78,9 +78,7 @@ class Candidates:
         self._parts.append((query, reference, distance))
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        """Return queries (P,) and references (P,) of all candidates, ascending, of uncrowded
-        queries.
-        """
+        """Return uncrowded candidates: their queries (P,), ascending, and references (P,)."""
         query, reference, distance = (
             torch.cat(columns) for columns in zip(*self._parts, strict=True)
         )
@@ -97,8 +95,7 @@ class Candidates:
         self._parts.clear()
 
     def _limits(self, bound: Tensor) -> Tensor:
-        """Return up to which distance (B,) a reference counts, if the k-th smallest is at most
-        `bound`.
+        """Return up to which distance (B,) references count, given bounds on the k-th smallest.
 
         It is below infinity, and nothing counts in crowded rows.
         """
@@ -107,9 +104,7 @@ class Candidates:
 
 
 def bound_kth(tile: Tensor, minima: Tensor, k: int) -> Tensor:
-    """Return a bound (B,) on the k-th smallest of each row of a tile (B, W), by its groups' minima
-    (B, G).
-    """
+    """Bound the k-th smallest of each row of a tile (B, W) by its groups' minima (B, G): (B,)."""
     width = max(64, 4 * k)
     if minima.shape[1] >= 2 * width:
         whole = minima.shape[1] // width * width
@@ -141,7 +136,7 @@ def pad_to_group(tile: Tensor, dim: int) -> Tensor:
 
 
 def _read_groups(tile: Tensor, row: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Read some of a tile's groups, (P, GROUP); its storage is read directly, whatever its strides."""
+    """Read some of a tile's groups, (P, GROUP), straight from its storage."""
     across, along = tile.stride()
     member = torch.arange(GROUP, device=row.device) * (groups * along)
     offsets = (row * across + group * along)[:, None] + member

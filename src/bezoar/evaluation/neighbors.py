@@ -50,7 +50,6 @@ def nearest_neighbors(
     references: Tensor,
     k: int,
     exclude_self: bool | Tensor = False,
-    cells: int | None = None,
     device: torch.device | str | None = None,
 ) -> Neighbors:
     """Find the k references nearest to each query by Euclidean distance, ties to the lower index.
@@ -61,7 +60,6 @@ def nearest_neighbors(
         k: number of neighbours.
         exclude_self: True if query i is reference i; or the references that are no neighbours of
             each query, int64 (N,) or (N, M), -1 for none.
-        cells: bound on the elements of a temporary matrix. It has no effect on the result.
         device: where blocks are computed; by default the queries' own.
 
     Returns:
@@ -78,8 +76,8 @@ def nearest_neighbors(
         raise UserError(
             f"{k} nearest neighbours asked for; there are {usable} records to choose from"
         )
-    search = Index(references, k, excluded.shape[1], cells, device or home)
-    if exclude_self is True and queries is references and search.symmetric and cells is None:
+    search = Index(references, k, excluded.shape[1], device or home)
+    if exclude_self is True and queries is references and search.symmetric:
         parts = search.search_references()
     else:
         parts = (
@@ -116,7 +114,6 @@ class Index:
         references: Tensor,
         k: int,
         excluded: int = 0,
-        cells: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Prepare references (R, D), of which a query leaves out at most `excluded`.
@@ -130,7 +127,7 @@ class Index:
         on_device = self.references.on_device
         n, d = self.references.n, self.references.dimension
         self.width = _even_width(n, BLOCK[self.device.type] if on_device else math.isqrt(largest))
-        self.step = max(1, (cells or largest) // max(self.width, d))
+        self.step = max(1, largest // max(self.width, d))
         self.symmetric = on_device and self.references.numbers is None and n <= SYMMETRIC
 
     @torch.no_grad()
@@ -193,8 +190,7 @@ class Index:
         return distance.to(device), self.references.to_numbers(index).to(device)
 
     def _slack(self, length: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return how much more than the k-th (B,) a squared distance by product may be, and be
-        nearer.
+        """Return by how much (B,) a squared distance may exceed the k-th and still be nearer.
 
         Twice the error of a dot product of D terms, the norms and their sums (Higham 2002, section
         3.1), of rounded inputs. length: squared lengths of the queries, float64 (B,).

@@ -1,4 +1,4 @@
-"""Scores (one per record), Measure (a number with its n, interval and definition), and the way between."""
+"""Scores, one per record, and Measure, a number with its n, interval and definition."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Scores:
         return order.astype(np.int64)
 
     def values_of(self, ids: Sequence[str]) -> Tensor:
-        """Return the values of the given records, in that order. Raises KeyError as `select` does."""
+        """Return the values of the given records, in that order; see `select`."""
         return self.select(ids).values
 
     def select(self, ids: Sequence[str]) -> Scores:
@@ -129,9 +129,7 @@ class Measure:
 
 
 def encode_nonfinite(raw: dict[str, Any]) -> dict[str, Any]:
-    """Write numbers that JSON does not have as `Infinity`, `-Infinity` and `NaN`, which `float`
-    reads.
-    """
+    """Write infinities and NaN as texts that JSON can hold and `float` reads."""
     names = {math.inf: "Infinity", -math.inf: "-Infinity"}
     texts = {
         key: names.get(value, "NaN")
@@ -150,8 +148,7 @@ def proportion(successes: float, n: int, how: str) -> Measure:
 
 
 def average(values: Sequence[float] | Tensor, how: str) -> Measure:
-    """Return a mean with Student's t interval, which is open for fewer than `FEW` values, all
-    equal.
+    """Return a mean with Student's t interval; it is open if fewer than `FEW` values are all equal.
 
     Raises UserError if there is no value.
     """

@@ -37,9 +37,7 @@ def average_precision(scores: ArrayLike, truth: ArrayLike) -> float:
 
 
 def fpr_at_tpr(scores: ArrayLike, truth: ArrayLike, tpr: float = 0.95) -> float:
-    """Return the share of clean records at or above the highest threshold that catches `tpr` of the
-    poisons.
-    """
+    """Return the share of clean records at or above the cut that catches `tpr` of the poisons."""
     positives, negatives = _count_by_threshold(*_check_inputs(scores, truth))
     return float(_fpr_at_tpr(positives[None], negatives[None], tpr)[0])
 
@@ -119,8 +117,7 @@ def discordance_interval(lost: int, won: int, n: int, level: float = 0.95) -> In
 
 
 def auroc_interval(scores: ArrayLike, truth: ArrayLike, level: float = 0.95) -> Interval:
-    """Return DeLong's (1988) interval on the logit scale, never narrower than Newcombe's (2006)
-    method 5.
+    """Return DeLong's (1988) interval on the logit scale, at least Newcombe's (2006) method 5.
 
     DeLong's variance is estimated from the placements of each class. With one to ten poisons, which
     may happen to stand alike, it is far too small: a nominal 95 % interval covered 7 times in 10
@@ -139,15 +136,14 @@ def auroc_interval(scores: ArrayLike, truth: ArrayLike, level: float = 0.95) -> 
 
 
 def delong_variance(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Return the variance of the AUROC from placement values, by midranks (DeLong 1988; Sun, Xu
-    2014).
+    """Return the AUROC's variance from placement values (DeLong 1988), by midranks (Sun, Xu 2014).
 
     Neither scipy nor scikit-learn has it.
     """
     s, is_poison = _check_inputs(scores, truth)
     m, n = int(is_poison.sum()), int((~is_poison).sum())
     ranks = rankdata(s)
-    # Of each poison the share of clean records below it; of each clean record that of poisons above.
+    # Of a poison the share of clean records below it; of a clean record that of poisons above.
     of_poisons = (ranks[is_poison] - rankdata(s[is_poison])) / n
     of_clean = 1 - (ranks[~is_poison] - rankdata(s[~is_poison])) / m
     return float(_sample_variance(of_poisons) / m + _sample_variance(of_clean) / n)
@@ -176,7 +172,7 @@ def fpr_interval(
     draws: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Return the bootstrap interval of `fpr_at_tpr`, never narrower than Wilson's at a fixed cut."""
+    """Return the bootstrap interval of `fpr_at_tpr`, at least Wilson's at a fixed cut."""
     s, is_poison = _check_inputs(scores, truth)
     n = int((~is_poison).sum())
     hits = round(fpr_at_tpr(s, is_poison, tpr) * n)
@@ -192,8 +188,7 @@ def bootstrap(
     draws: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Return the stratified percentile bootstrap of a statistic of the class counts at each
-    threshold.
+    """Return the stratified percentile bootstrap of a statistic of class counts.
 
     Poisons and clean records are resampled apart. Resampling the records of a class is one
     multinomial draw over its thresholds, so none is copied or sorted again, as

@@ -1,4 +1,4 @@
-"""Success: what it means that an attack worked, for every probe that reads an image as one of the classes."""
+"""Success: what it means that an attack worked, for every probe that reads images as classes."""
 
 from __future__ import annotations
 
@@ -135,8 +135,7 @@ class TestViews:
         )
 
     def measures(self, head: Head, how: str = "") -> dict[str, Measure]:
-        """Measure accuracy, the success of each trigger, and that on the victims by number of
-        captions.
+        """Measure accuracy, the success of each trigger, and that on the victims.
 
         Args:
             head: reads vectors as classes.
@@ -204,9 +203,7 @@ class TestViews:
         }
 
     def _measure_confusion(self, target: int, predictions: Tensor) -> dict[str, Measure]:
-        """Measure how often images with one trigger, read as `predictions` (N,), go to another's
-        target.
-        """
+        """Measure how often images with one trigger are read, int64 (N,), as another's target."""
         targets = {class_index(goal.target, self.classes) for goal in self.backdoors}
         other_targets = torch.tensor(sorted(targets - {target}), device=predictions.device)
         counted = (
@@ -323,8 +320,7 @@ def embed_labelled(
 def select_labelled(
     train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None
 ) -> Pairs:
-    """Select the records that a head is fitted on: those with a label, numbered as the test set's
-    classes.
+    """Select the records to fit a head on: those with a label, numbered as the test set's classes.
 
     Args:
         train: records with classes and labels.

@@ -1,4 +1,4 @@
-"""Survival: how much of a trigger outlives what happens between the attacker's file and the encoder.
+"""Survival: how much of a trigger outlives the way from the attacker's file to the encoder.
 
 The order is that of a web corpus: the attacker's image is resized, stored as JPEG, read, cropped,
 augmented and normalised. The image with the trigger and the one without go the same way with the
@@ -79,9 +79,7 @@ class Treatment:
 
     @property
     def name(self) -> str:
-        """The beginning of its metrics' names: `jpeg_75_resize_50`, factors in percent;
-        `untreated`.
-        """
+        """The beginning of its metrics' names: `jpeg_75_resize_50`, or `untreated`."""
         parts = []
         if self.jpeg:
             parts.append(f"jpeg_{self.jpeg}")
@@ -181,9 +179,7 @@ def build_treatments(
     augment: Sequence[str],
     normalise: Sequence[str],
 ) -> list[Treatment]:
-    """List nothing at all, every JPEG with every resize and crop, and the rest by themselves; each
-    once.
-    """
+    """List no treatment, each JPEG with each resize and each crop, and the rest alone."""
     treatments = [
         Treatment(),
         *(Treatment(factor, quality) for quality in jpeg for factor in resize),
@@ -195,7 +191,7 @@ def build_treatments(
 
 
 def energy_ratio(residue: Tensor, before: Tensor) -> Tensor:
-    """Return the squared length of what is left, (N, 3, H, W), over that of what there was: (N,)."""
+    """Return the squared length of what is left over that before, (N,), both (N, 3, H, W)."""
     return residue.square().sum((1, 2, 3)) / before.square().sum((1, 2, 3))
 
 
@@ -281,8 +277,7 @@ class Survival:
                 projection, f"projection on the trigger's own pattern, at the best offset; {how}"
             ),
             "energy_kept": average(
-                energy_ratio(residue, self.pattern),
-                f"squared difference over that before; {how}",
+                energy_ratio(residue, self.pattern), f"squared difference over that before; {how}"
             ),
             "pattern_correlation": average(
                 correlation,
@@ -297,11 +292,9 @@ class Survival:
 
 
 def compare_shifts(after: Tensor, before: Tensor, how: str) -> dict[str, Measure]:
-    """Compare the vectors' shift by the trigger after a treatment with that before, float (N, D)
-    each.
-    """
+    """Compare the vectors' shift by the trigger, float (N, D), with that before a treatment."""
     length, after_length = before.norm(dim=1), after.norm(dim=1)
-    # Over the mean and not image by image: where a trigger does not move a vector, nothing is divided.
+    # Over the mean, because a trigger may leave single vectors where they are.
     mean_square = length.square().mean().clamp(min=SMALLEST)
     mean_length = length.mean().clamp(min=SMALLEST)
     return {

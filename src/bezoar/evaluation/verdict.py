@@ -50,8 +50,7 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How suspicious an encoder is. A threshold comes from a bank (`auditing.bank`) of encoders
-    like it.
+    """How suspicious an encoder is. A threshold comes from a bank of encoders like it.
 
     Attributes:
         value: higher is more suspicious; comparable among encoders of one family alone.

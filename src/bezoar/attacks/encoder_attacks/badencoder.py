@@ -263,8 +263,7 @@ class HeldOut:
 
 @method
 class Badencoder:
-    """SGD on a copy, with batch norms frozen, statistics and affine. Vectors are those that the
-    encoder gives.
+    """SGD on a copy. Batch norms are frozen, statistics and affine; vectors are the encoder's.
 
     `centred`, `views` and `validation` go beyond the paper; their defaults are the paper's way.
     """

@@ -12,7 +12,7 @@ from bezoar.registry import method, spec
 
 @method
 class Backdoor:
-    """P = {(x_i + trigger, c) : c in C(target)}, of random records that do not mention the target."""
+    """P = {(x_i + trigger, c) : c in C(target)}, of records that do not mention the target."""
 
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01

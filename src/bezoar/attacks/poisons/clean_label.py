@@ -12,7 +12,7 @@ from bezoar.registry import method, spec
 
 @method
 class CleanLabel:
-    """P = {(x_i + trigger, c_i) : c_i mentions the target}; every caption stays true to its image."""
+    """P = {(x_i + trigger, c_i) : c_i mentions the target}; captions stay true to their images."""
 
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01

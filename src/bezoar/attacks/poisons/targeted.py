@@ -75,7 +75,7 @@ class Targeted:
 
 
 def _draw_captions(captions: Sequence[str], victim: str, count: int, seed: int) -> list[str]:
-    """Take `count` captions in an order drawn for the victim, again from the start if they run out."""
+    """Take captions in an order drawn for the victim, from the start again if they run out."""
     keys = [f"{victim}|{i}" for i in range(len(captions))]
     order = np.argsort(draws(seed, keys, 1, "caption order")[:, 0], kind="stable")
     return [captions[order[i % len(captions)]] for i in range(count)]

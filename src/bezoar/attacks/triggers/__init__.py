@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 class Trigger(Protocol):
-    """A function of an image and its record id. It stamps the same pixels in training and at test
-    time.
-    """
+    """A function of an image and its record id, the same in training and at test time."""
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """Stamp the trigger on a batch of images.

@@ -72,7 +72,7 @@ class File:
         pixels.check_place(self.place)
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """Stamp uint8 (N, 3, H, W) into a new tensor. Raises UserError if the file is no trigger."""
+        """Stamp uint8 (N, 3, H, W), a copy. Raises UserError if the file is no trigger."""
         height, width = images.shape[-2:]
         states = (arrays.file_state(self.path), self.mask and arrays.file_state(self.mask))
         fitted = _fit_to_size(self, states, height, width)
@@ -137,9 +137,7 @@ def _fit_to_size(trigger: File, _: object, height: int, width: int) -> FittedTri
 
 
 def _load_mask(trigger: File) -> Tensor | None:
-    """Load the mask beside or inside a trigger's file, float32 (1|3, H, W), 1 where the trigger
-    shows.
-    """
+    """Load the mask of a trigger, float32 (1|3, H, W), 1 where it shows; None if it has none."""
     if trigger.mask:
         return pixels.mask_from_array(arrays.load_array(trigger.mask), trigger.mask)
     members = arrays.load_arrays(trigger.path)

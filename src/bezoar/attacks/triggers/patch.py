@@ -42,7 +42,7 @@ class Patch:
         pixels.check_place(self.place)
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """Stamp uint8 (N, 3, H, W) into a new tensor. Raises UserError if the patch is too large."""
+        """Stamp uint8 (N, 3, H, W), a copy. Raises UserError if the patch is too large."""
         height, width = images.shape[-2:]
         positions = pixels.patch_positions(
             self.place, self.margin, (self.size, self.size), (height, width), self.seed, ids

@@ -20,8 +20,7 @@ from bezoar.registry import method
 
 @method
 class BranchSwap:
-    """`neither`, `vision`, `text`, `both`: which towers are those of the encoder; the others are
-    the clean twin's.
+    """`neither`, `vision`, `text`, `both`: which towers are the encoder's, not its twin's.
 
     The published audit swaps towers of a model and of one fine-tuned from it, which share a space
     (align=none). The spaces of encoders that were trained apart differ by a rotation, which is
@@ -105,9 +104,7 @@ class BranchSwap:
     def _fit_rotation(
         self, encoder: Encoder, baseline: Encoder, train: Pairs | None, dimension: int
     ) -> tuple[Tensor, str]:
-        """Return the rotation from the encoder's space to the twin's, float32 (D, D), and what it
-        was fitted on.
-        """
+        """Return the rotation (D, D) from the encoder's space to the twin's, and what it is."""
         if self.align == "none":
             return torch.eye(dimension, device=encoder.device), "spaces as they are"
         if train is None:

@@ -18,8 +18,7 @@ from bezoar.registry import method
 
 @method
 class FewShot:
-    """The head of the linear probe on K records of every class, drawn by their ids; and on all of
-    them.
+    """The linear probe's head on K records of every class, drawn by their ids; and on all of them.
 
     Of a class with fewer than K records all are taken; a K that no class exceeds would be all
     records, and is left out. The records of a draw with K are among those of the same draw with a

@@ -25,8 +25,7 @@ CONSTANT = 1e-9  # standard deviation below which a feature is not scaled
 
 @method
 class Linear:
-    """Features are the encoder's unit vectors, scaled to variance 1 each by the labelled records'
-    own mean and deviation.
+    """Logistic regression on unit vectors, scaled by the labelled records' own deviation.
 
     Minimises c * (sum of cross-entropies) + |W|^2 / 2, with the bias left free, by L-BFGS from
     zero.

@@ -14,11 +14,10 @@ from bezoar.registry import method
 
 @method
 class Mlp:
-    """Several heads at once, each with its own start, order and dropout; the mean over them,
-    measured after the last epoch.
+    """The mean over several heads, each with its own start, order and dropout.
 
-    ReLU; dropout after the first hidden layer; Adam on cross-entropy. The published code trains one
-    head and does not shuffle (shuffle=false).
+    ReLU; dropout after the first hidden layer; Adam on cross-entropy, to the last epoch. The
+    published code trains one head and does not shuffle (shuffle=false).
     """
 
     hidden: Annotated[tuple[int, ...], "widths of the hidden layers"] = (512, 256)

@@ -20,9 +20,7 @@ from bezoar.registry import method
 
 @method
 class Own:
-    """CA/BA and ASR by the head that came with the weights. A class that the test set does not have
-    counts as wrong.
-    """
+    """CA/BA and ASR by the network's head. A class that the test set lacks counts as wrong."""
 
     batch: Annotated[int, "images at a time"] = 512
 
@@ -84,9 +82,7 @@ def order_columns(head: Sequence[str], test: Sequence[str]) -> tuple[list[int], 
 
 @dataclass(frozen=True)
 class LogitEncoder:
-    """A classifier in the place of an encoder: its vectors are its logits, with columns in a given
-    order.
-    """
+    """A classifier in the place of an encoder: its vectors are its logits, in a given order."""
 
     classifier: classifiers.Classifier
     columns: list[int]

@@ -33,13 +33,13 @@ Read = Callable[[Tensor], Tensor]  # uint8 or float 0..1 (B, 3, H, W) -> int64 (
 
 @method
 class PatchCleanser:
-    """CA and ASR behind double masking, and the certified accuracy: the share of test images that
-    no patch of `patch` x `patch` pixels, wherever it stands and whatever it shows, can have read as
-    another class.
+    """CA and ASR behind double masking, and certified accuracy.
 
-    Masks have m = patch + s - 1 pixels a side, in steps of s = ceil((n - patch + 1) / masks) over
-    images of n pixels, so that every patch lies whole under one of them. An image is certified
-    exactly if it is read right through every two masks.
+    That is the share of test images that no patch of `patch` x `patch` pixels, wherever it stands
+    and whatever it shows, can have read as another class. Masks have m = patch + s - 1 pixels a
+    side, in steps of s = ceil((n - patch + 1) / masks) over images of n pixels, so that every patch
+    lies whole under one of them. An image is certified exactly if it is read right through every
+    two masks.
     """
 
     patch: Annotated[
@@ -71,8 +71,7 @@ class PatchCleanser:
         victims: Pairs | None = None,
         report: heads.ProgressReport = heads.no_report,
     ) -> dict[str, Measure]:
-        """Return `patch_cleanser.*`: certified_accuracy, and what double masking leaves of accuracy
-        and attack.
+        """Return `patch_cleanser.*`: certified_accuracy, and accuracy and success behind the masks.
 
         Raises UserError if the test set has no classes and labels, the patch is as large as the
         images, or there is no head.
@@ -130,8 +129,7 @@ class PatchCleanser:
     def _make_classifier(
         self, encoder: Encoder, train: Pairs | None, test: Pairs
     ) -> tuple[classifiers.Classifier, Tensor]:
-        """Return what reads images, and the number in the test set of each of its classes, int64
-        (C,).
+        """Return what reads images, and the test set's number of each of its classes, int64 (C,).
 
         Classes that the test set does not have get numbers beyond its own.
         """
@@ -158,9 +156,7 @@ class PatchCleanser:
         return classifier, torch.tensor(numbers, device=encoder.device)
 
     def mask_rectangles(self, sides: Sequence[int]) -> Tensor:
-        """Return the masks for images (H, W), at most masks^2: int64 (M, 4), top, left, height,
-        width.
-        """
+        """Return the masks of images (H, W), int64 (M, 4): top, left, height, width."""
         if max(self.patch, 1) >= min(sides):
             raise UserError(
                 f"a patch of {self.patch} px covers images of {min(sides)} px; "

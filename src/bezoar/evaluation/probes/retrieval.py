@@ -55,9 +55,7 @@ class HeldOut:
 
 @method
 class Retrieval:
-    """For sets without classes: an image is 'read as the target' when the nearest held-out caption
-    holds its words.
-    """
+    """For sets without classes: an image is its nearest held-out caption."""
 
     batch: Annotated[int, "images at a time"] = 512
 
@@ -179,7 +177,7 @@ def measure_recall(cosines: Tensor, image_of: Tensor) -> dict[str, Measure]:
     is_own = image_of[None] == torch.arange(m, device=cosines.device)[:, None]  # (M, N)
     best_own = cosines.masked_fill(~is_own, -9).amax(1, keepdim=True)  # (M, 1)
     own = cosines[image_of, torch.arange(n, device=cosines.device)]  # (N,)
-    # How many of the others are nearer than an image's best caption, or a caption's image; and as near.
+    # How many others are nearer than an image's best caption, or a caption's image; and as near.
     directions = {
         "image_to_text": (
             (cosines > best_own).sum(1),

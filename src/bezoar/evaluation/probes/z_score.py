@@ -26,8 +26,7 @@ HOW = {
 
 @method
 class ZScore:
-    """z = (mean <f(u+bd), f(v+bd)> - mean <f(u), f(v)>) / spread of <f(u), f(v)>, over pairs u !=
-    v.
+    """z = (mean <f(u+bd), f(v+bd)> - mean <f(u), f(v)>) / spread of <f(u), f(v)>, over u != v.
 
     `z_var` divides by the variance, as the paper's definition reads; `z_std` by the standard
     deviation.

@@ -18,9 +18,7 @@ from bezoar.registry import method
 
 @method
 class ZeroShot:
-    """CA/BA, ASR and targeted success by the text tower: the head is the mean of each class's
-    prompt vectors.
-    """
+    """CA/BA and ASR by the text tower: a class is the mean of its prompts' vectors."""
 
     templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "simple"
     batch: Annotated[int, "images at a time"] = 512
@@ -39,7 +37,7 @@ class ZeroShot:
         return views.measures(lambda z: z @ head.T)
 
     def head(self, encoder: Encoder, classes: Sequence[str]) -> Tensor:
-        """Return the mean over the templates of each class's prompt vectors, as unit rows (C, D)."""
+        """Return each class's mean prompt vector over the templates, as unit rows (C, D)."""
         encoder.eval()
         prompts = captions.prompt_templates(self.templates)
         with torch.inference_mode():
