@@ -314,8 +314,8 @@ def test_sinusoid_is_the_published_signal() -> None:
             255 if delta == 60 else 1
         )  # the second is stored in shares of 255, on 256 pixels
         assert np.abs(signal - delta * np.sin(2 * np.pi * 6 * columns / 224)).max() < 1e-4
-        own = make(f"sinusoid:delta={delta}")(grey, ["a"])
-        assert np.array_equal(own[0].int().numpy() - 128, np.round(signal).astype(int))
+        stamped = make(f"sinusoid:delta={delta}")(grey, ["a"])
+        assert np.array_equal(stamped[0].int().numpy() - 128, np.round(signal).astype(int))
     assert torch.equal(make("sinusoid:delta=40")(grey, ["a"]),
                        make(f"file:path={TRIGGERS / 'ABL/imagenet_sig_mask.npy'}")(grey, ["a"]))  # fmt: skip
     noise = arrays.load_array(str(TRIGGERS / "Detect-CLIP-Backdoor-Samples/SIG_noise.pt"))

@@ -169,12 +169,12 @@ def test_retrieval_knows_several_captions_of_one_image():
 class Mute(Color):
     """Reads every caption alike, or as NaN."""
 
-    def __init__(self, said=1.0):
+    def __init__(self, value=1.0):
         super().__init__()
-        self.said = said
+        self.value = value
 
     def encode_texts(self, captions):
-        return torch.full((len(captions), 3), self.said) / 3**0.5
+        return torch.full((len(captions), 3), self.value) / 3**0.5
 
 
 def test_an_encoder_that_says_nothing_retrieves_at_chance():
@@ -361,21 +361,21 @@ def test_heads_refuse_what_they_cannot_learn_from():
     for name in ("linear", "knn"):
         with pytest.raises(UserError, match="fits a head on labelled data"):
             registry.make("probe", name)(Color(), None, data())
-    probe, known = registry.make("probe", "linear"), train()
+    probe, labelled = registry.make("probe", "linear"), train()
     with pytest.raises(UserError, match="fits a head on labelled data"):
-        probe(Color(), replace(known, labels=None), data())
+        probe(Color(), replace(labelled, labels=None), data())
     with pytest.raises(UserError, match="at least two classes; the 20 there are have 1"):
-        probe(Color(), known.take(range(0, 60, 3)), data())
+        probe(Color(), labelled.take(range(0, 60, 3)), data())
     with pytest.raises(UserError, match="the 0 there are have 0"):
-        probe(Color(), replace(known, labels=torch.full((60,), -1)), data())
+        probe(Color(), replace(labelled, labels=torch.full((60,), -1)), data())
     with pytest.raises(UserError, match="same classes; 'blue' is in one of them alone"):
-        probe(Color(), replace(known, classes=("red", "green", "pink")), data())
+        probe(Color(), replace(labelled, classes=("red", "green", "pink")), data())
     with pytest.raises(UserError, match="none of the 40 labelled records is of the target 'blue'"):
-        probe(Color(), known.take([i for i in range(60) if i % 3 < 2]), data(), [BLUE])
+        probe(Color(), labelled.take([i for i in range(60) if i % 3 < 2]), data(), [BLUE])
     with pytest.raises(UserError, match="200 nearest neighbours asked for; there are 60"):
-        registry.make("probe", "knn")(Color(), known, data())
+        registry.make("probe", "knn")(Color(), labelled, data())
     with pytest.raises(UserError, match="needs a test set with classes"):
-        probe(Color(), known, replace(data(), labels=None))
+        probe(Color(), labelled, replace(data(), labels=None))
     for spec in (
         "linear:c=0",
         "linear:limit=1",
@@ -494,11 +494,11 @@ def runs(tmp_path_factory):
 def test_evaluate_with_every_head_and_the_twin(runs, monkeypatch):
     settings, _, bad, twin = runs
     monkeypatch.setattr(evaluate, "LABELLED", 300)
-    asked = Evaluate(
+    evaluation = Evaluate(
         bad, "scenes:count=200,split=test", ("zero_shot", "linear", "knn:k=20", "branch_swap"), twin
     )
-    done = execute(asked, settings)
-    found = set(done.manifest["metrics"])
+    done = execute(evaluation, settings)
+    names_of_metrics = set(done.manifest["metrics"])
     for group in ("", "linear.", "knn."):
         names = {
             "clean_accuracy",
@@ -507,11 +507,11 @@ def test_evaluate_with_every_head_and_the_twin(runs, monkeypatch):
             "target_rank",
             "poisoned_accuracy",
         }
-        assert {group + n for n in names} | {f"baseline.{group}clean_accuracy"} <= found
+        assert {group + n for n in names} | {f"baseline.{group}clean_accuracy"} <= names_of_metrics
     assert {
         f"branch_swap.{w}.attack_success" for w in ("neither", "vision", "text", "both")
-    } <= found
-    assert not {k for k in found if "branch_swap" in k and "baseline" in k}, (
+    } <= names_of_metrics
+    assert not {k for k in names_of_metrics if "branch_swap" in k and "baseline" in k}, (
         "the twin is not swapped with itself"
     )
     assert (
@@ -552,8 +552,8 @@ def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_tes
 def test_labelled_data_are_read_by_nobody_who_does_not_ask(runs, monkeypatch):
     settings, _, bad, twin = runs
     monkeypatch.setattr(Evaluate, "_train", lambda *a: pytest.fail("read"))
-    asked = ("zero_shot", "branch_swap:align=none")
-    notes = execute(Evaluate(bad, "scenes:count=100,split=test", asked, twin), settings).manifest[
+    probes = ("zero_shot", "branch_swap:align=none")
+    notes = execute(Evaluate(bad, "scenes:count=100,split=test", probes, twin), settings).manifest[
         "notes"
     ]
     assert "train" not in notes

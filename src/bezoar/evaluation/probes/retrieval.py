@@ -176,7 +176,7 @@ def measure_recall(cosines: Tensor, image_of: Tensor) -> dict[str, Measure]:
     m, n = cosines.shape
     is_own = image_of[None] == torch.arange(m, device=cosines.device)[:, None]  # (M, N)
     best_own = cosines.masked_fill(~is_own, -9).amax(1, keepdim=True)  # (M, 1)
-    own = cosines[image_of, torch.arange(n, device=cosines.device)]  # (N,)
+    own_cosine = cosines[image_of, torch.arange(n, device=cosines.device)]  # (N,)
     # How many others are nearer than an image's best caption, or a caption's image; and as near.
     directions = {
         "image_to_text": (
@@ -186,8 +186,8 @@ def measure_recall(cosines: Tensor, image_of: Tensor) -> dict[str, Measure]:
             f"{n} held-out captions",
         ),
         "text_to_image": (
-            (cosines > own).sum(0),
-            (cosines == own).sum(0) - 1,
+            (cosines > own_cosine).sum(0),
+            (cosines == own_cosine).sum(0) - 1,
             "image",
             f"{m} held-out images",
         ),
