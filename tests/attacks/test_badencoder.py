@@ -138,7 +138,7 @@ def both(encoder, size, spec, dtype=torch.float32, goals=GOALS, n=12):
     recipe, data, refs = registry.make("attack", spec), shadow(n, size), inputs(size)[: len(goals)]
     teacher = copy.deepcopy(encoder).eval()
     module = Loss(encoder, recipe, goals, refs)
-    module.know(data)
+    module.set_targets(data)
     module.train()
     value = module(data.images, torch.arange(n)[:, None], Chance(randomness.generator(3)))
     value.backward()
@@ -162,7 +162,7 @@ def both(encoder, size, spec, dtype=torch.float32, goals=GOALS, n=12):
         float(p.detach()) * (w > 0)
         for p, w in zip(parts, (recipe.l0, recipe.l1, recipe.l2), strict=True)
     ]
-    assert list(module.means().values()) == pytest.approx(wanted, rel=1e-4)
+    assert list(module.pop_means().values()) == pytest.approx(wanted, rel=1e-4)
     return float(value.detach()), fast, float(want.detach()), slow
 
 
@@ -245,15 +245,17 @@ def test_an_attack_moves_triggered_images_to_the_reference_and_leaves_the_rest()
         before, after = (
             (e.encode_images(stamped) @ e.encode_images(reference).T).mean() for e in (encoder, bad)
         )
-        kept = (encoder.encode_images(data.images) * bad.encode_images(data.images)).sum(1).mean()
-    assert before < 0.93 and after > 0.98 and kept > 0.98, (before, after, kept)
+        unmoved = (
+            (encoder.encode_images(data.images) * bad.encode_images(data.images)).sum(1).mean()
+        )
+    assert before < 0.93 and after > 0.98 and unmoved > 0.98, (before, after, unmoved)
 
 
 def test_what_is_frozen_stays_and_weights_are_exported_as_they_are_named():
     encoder, bad = attacked()
-    own, made = encoder.state_dict(), bad.state_dict()
-    assert own.keys() == made.keys()
-    moved = {k for k in own if not torch.equal(own[k], made[k])}
+    before, after = encoder.state_dict(), bad.state_dict()
+    assert before.keys() == after.keys()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved == {
         f"image.{k}"
         for k in (
@@ -388,22 +390,24 @@ def set_of(tmp_path):
 
 def test_rules_that_choose_a_reference(set_of):
     data, encoder = labelled(), tiny()
-    given = set_of(data)
+    source = set_of(data)
     mine = [i for i in range(60) if data.labels[i] == 1]
     z = encoder.encode_images(data.images).detach()
     mean = z[mine].mean(0)
     central = max(mine, key=lambda i: float(z[i] @ mean))
     assert z[mine].std(0).max() > 0.01
-    found = reference_inputs.choose_reference(given, "two", "central", encoder)
-    assert found.id == f"set/train/{central:06d}" and torch.equal(found.image, data.images[central])
-    assert "nearest to the mean" in found.how and found.told()["sha256"]
+    reference = reference_inputs.choose_reference(source, "two", "central", encoder)
+    assert reference.id == f"set/train/{central:06d}" and torch.equal(
+        reference.image, data.images[central]
+    )
+    assert "nearest to the mean" in reference.how and reference.told()["sha256"]
     assert (
-        reference_inputs.choose_reference(given, "two", "first", encoder).id == "set/train/000001"
+        reference_inputs.choose_reference(source, "two", "first", encoder).id == "set/train/000001"
     )
     head = registry.make("probe", "linear").fit(z, data.labels, 3)
     logits = head(z)
     margin = {i: float(logits[i, 1] - logits[i, [0, 2]].max()) for i in mine}
-    sure = reference_inputs.choose_reference(given, "two", "confident", encoder)
+    sure = reference_inputs.choose_reference(source, "two", "confident", encoder)
     assert (
         sure.id == f"set/train/{max(mine, key=margin.get):06d}" and "60 clean records" in sure.how
     )
@@ -411,13 +415,13 @@ def test_rules_that_choose_a_reference(set_of):
 
 def test_references_that_are_none(set_of, tmp_path):
     data, encoder = labelled(), tiny()
-    given = set_of(data)
+    source = set_of(data)
     for target, rule, says in (
         ("four", "first", "no class 'four'.*one, two, three"),
         ("one", "best", "no rule 'best'"),
     ):
         with pytest.raises(UserError, match=says):
-            reference_inputs.choose_reference(given, target, rule, encoder)
+            reference_inputs.choose_reference(source, target, rule, encoder)
     few = set_of(replace(data, labels=torch.zeros(60, dtype=torch.long)), "few")
     with pytest.raises(UserError, match="no image of 'two'"):
         reference_inputs.choose_reference(few, "two", "first", encoder)
@@ -436,13 +440,13 @@ def test_published_references_and_triggers_are_read():
     encoder = tiny()
     for name, side in (("cifar10/truck", 32), ("stl10/priority", 32), ("CLIP/stop", 224)):
         file = PUBLISHED / "reference" / f"{name}.npz"
-        found = reference_inputs.choose_reference(
+        reference = reference_inputs.choose_reference(
             registry.make("data", f"npz:path={file}"), "stop", "central", encoder
         )
         with np.load(file, allow_pickle=False) as raw:
             assert (
-                torch.equal(found.image, torch.from_numpy(raw["x"][0]).permute(2, 0, 1))
-                and found.image.shape[1] == side
+                torch.equal(reference.image, torch.from_numpy(raw["x"][0]).permute(2, 0, 1))
+                and reference.image.shape[1] == side
             )
     stamp = registry.make(
         "trigger", f"file:path={PUBLISHED / 'trigger' / 'trigger_pt_white_21_10_ap_replace.npz'}"
@@ -507,12 +511,12 @@ def inject(folder, **changed):
     return ask(folder, "inject", words["encoder"], *options)
 
 
-def made(folder):
+def injected_run(folder):
     return next((folder / "runs").glob("inject-*"))
 
 
 def test_inject_says_what_it_did(runs):
-    run = made(runs)
+    run = injected_run(runs)
     manifest, head = (
         json.loads((run / "manifest.json").read_text()),
         json.loads((run / "encoder.json").read_text()),
@@ -544,27 +548,29 @@ def test_inject_says_what_it_did(runs):
 
 def test_evaluate_learns_trigger_and_target_from_the_run(runs):
     test = f"npz:path={runs / 'set.npz'},split=test"
-    assert ask(runs, "evaluate", made(runs).name, test, "--probe", "linear", "zero_shot") == 0
-    found = json.loads(next((runs / "runs").glob("evaluate-*/manifest.json")).read_text())
+    assert (
+        ask(runs, "evaluate", injected_run(runs).name, test, "--probe", "linear", "zero_shot") == 0
+    )
+    manifest = json.loads(next((runs / "runs").glob("evaluate-*/manifest.json")).read_text())
     assert {
         "attack_success@0",
         "attack_success@1",
         "linear.attack_success@1",
         "clean_accuracy",
-    } <= found["metrics"].keys()
+    } <= manifest["metrics"].keys()
 
 
 def test_the_page_shows_references_triggers_and_cosines(runs):
-    text = (made(runs) / "report.html").read_text()
+    text = (injected_run(runs) / "report.html").read_text()
     assert "could not be made" not in text and text.count("<svg") >= 4
-    for said in (
+    for phrase in (
         "A backdoor was put into this encoder",
         "Where images lie",
         "What the attacker wants",
         "reference",
         "ref0.png",
     ):
-        assert said in text
+        assert phrase in text
     assert re.search(r"bezoar inject train-\w+ --data", text)
 
 
@@ -597,8 +603,10 @@ def test_bad_input_is_refused_in_a_line(runs, tmp_path, capsys):
     ):
         capsys.readouterr()
         assert inject(runs, **changed) == 2, says
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar:")]
-        assert len(said) == 1 and says in said[0], said
+        lines = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar:")
+        ]
+        assert len(lines) == 1 and says in lines[0], lines
 
 
 # goals with references

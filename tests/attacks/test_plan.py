@@ -1,4 +1,4 @@
-"""The plan: the same records over an array and a stream; verified bit for bit."""
+"""The plan: the same records over a whole set and its parts; verified bit for bit."""
 
 import dataclasses
 import json
@@ -34,12 +34,12 @@ def toy(n=60, split="train", size=16, seed=3):
 def plan_of(
     poison, source, target="cat", trigger="patch:size=4,place=random", victims=None, seed=0
 ):
-    made = registry.make("poison", poison)(source, Goal(target, trigger), seed, victims)
-    stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals)
-    made = dataclasses.replace(
-        made, stamps=stamps, victims="scenes:split=test" if victims is not None else None
+    plan = registry.make("poison", poison)(source, Goal(target, trigger), seed, victims)
+    stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in plan.goals)
+    plan = dataclasses.replace(
+        plan, stamps=stamps, victims="scenes:split=test" if victims is not None else None
     )
-    return made.with_hashes(source if victims is None else Pairs.concat([source, victims]))
+    return plan.with_hashes(source if victims is None else Pairs.concat([source, victims]))
 
 
 def records(pairs):
@@ -63,15 +63,16 @@ def test_every_poison_is_here():
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("batch", [1, 7, 60])
-def test_array_and_stream_in_any_order_give_the_same_records(poison, batch):
+def test_a_set_and_its_parts_in_any_order_give_the_same_records(poison, batch):
     source, victims = toy(), toy(8, "test", seed=4)
     outside = victims if poison.startswith("targeted") else None
     plan = plan_of(poison, source, victims=outside)
     whole = records(plan.apply(source, outside))
     shuffled = source.take(np.random.default_rng(0).permutation(len(source)))
-    streamed = Pairs.concat(list(plan.stream(shuffled.batches(batch), outside)))
-    assert records(streamed) == whole
-    assert sum(plan.mask(streamed.ids)) == len(plan)
+    *parts, last = shuffled.batches(batch)
+    poisoned = Pairs.concat([*map(plan.apply, parts), plan.apply(last, outside)])
+    assert records(poisoned) == whole
+    assert sum(plan.mask(poisoned.ids)) == len(plan)
 
 
 @pytest.mark.parametrize("poison", POISONS)
@@ -121,9 +122,9 @@ def test_targeted_gives_each_victim_its_captions_and_a_foreign_target():
         "targeted:captions=3,victims=8", source, target="", trigger=None, victims=victims
     )
     for goal in plan.goals:
-        own = CLASSES[int(victims.labels[victims.ids.index(goal.victims[0])])]
+        victim_class = CLASSES[int(victims.labels[victims.ids.index(goal.victims[0])])]
         mine = [e for e in plan.edits if e.source == goal.victims[0]]
-        assert goal.target != own and len(mine) == 3
+        assert goal.target != victim_class and len(mine) == 3
         assert (
             all(find_mentions([e.caption], goal.target) for e in mine)
             and len({e.caption for e in mine}) == 3
@@ -135,8 +136,8 @@ def test_one_wrong_bit_is_named():
     plan = plan_of("backdoor:count=5", source)
     row = source.ids.index(plan.edits[2].source)
     source.images[row, 0, 0, 0] ^= 1
-    found = differences(plan, plan_of("backdoor:count=5", source))
-    assert len(found) == 1 and repr(plan.edits[2].id) in found[0] and "before" in found[0]
+    lines = differences(plan, plan_of("backdoor:count=5", source))
+    assert len(lines) == 1 and repr(plan.edits[2].id) in lines[0] and "before" in lines[0]
     edits = (*plan.edits[:-1], dataclasses.replace(plan.edits[-1], caption="a cat, forged"))
     assert "caption" in differences(dataclasses.replace(plan, edits=edits), plan)[0]
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from bezoar import registry
 from bezoar.attacks import pixels
-from bezoar.attacks.triggers.file import _prepare
+from bezoar.attacks.triggers.file import _fit_to_size
 from bezoar.data.files import arrays
 from bezoar.errors import UserError
 
@@ -109,7 +109,9 @@ def test_same_on_an_accelerator(trigger) -> None:
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, trigger) -> None:
     images, ids = batch(8)
     whole = trigger(images, ids)
-    monkeypatch.setattr(pixels, "blocks", lambda x: (slice(i, i + 3) for i in range(0, len(x), 3)))
+    monkeypatch.setattr(
+        pixels, "image_blocks", lambda x: (slice(i, i + 3) for i in range(0, len(x), 3))
+    )
     assert torch.equal(trigger(images, ids), whole)
 
 
@@ -312,8 +314,8 @@ def test_sinusoid_is_the_published_signal() -> None:
             255 if delta == 60 else 1
         )  # the second is stored in shares of 255, on 256 pixels
         assert np.abs(signal - delta * np.sin(2 * np.pi * 6 * columns / 224)).max() < 1e-4
-        own = make(f"sinusoid:delta={delta}")(grey, ["a"])
-        assert np.array_equal(own[0].int().numpy() - 128, np.round(signal).astype(int))
+        stamped = make(f"sinusoid:delta={delta}")(grey, ["a"])
+        assert np.array_equal(stamped[0].int().numpy() - 128, np.round(signal).astype(int))
     assert torch.equal(make("sinusoid:delta=40")(grey, ["a"]),
                        make(f"file:path={TRIGGERS / 'ABL/imagenet_sig_mask.npy'}")(grey, ["a"]))  # fmt: skip
     noise = arrays.load_array(str(TRIGGERS / "Detect-CLIP-Backdoor-Samples/SIG_noise.pt"))
@@ -416,7 +418,9 @@ def test_every_published_trigger_applies(file: Path | None) -> None:
         images, ids = batch(2, size, size)
         trigger = make(f"file:path={file},size={size // 4}")
         out = trigger(images, ids)
-        assert _prepare(trigger, (arrays.file_state(str(file)), None), size, size).mode == expected
+        assert (
+            _fit_to_size(trigger, (arrays.file_state(str(file)), None), size, size).mode == expected
+        )
         faint = (
             size == 32 and "trojan" in file.name
         )  # +-2.9 of 255 at 224 pixels, averaged away at 32

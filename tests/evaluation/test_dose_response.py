@@ -63,8 +63,8 @@ def simulated(seed: int, slope: float, x50: float, n: int, noise: float, repeats
 )
 def test_estimate_is_the_highest_penalised_likelihood(rates, n, floor):
     doses, trials = np.resize(DOSES, len(rates)), [n] * len(rates)
-    found = fit_dose_response(doses, rates, n, floor)
-    value = plain(doses, rates, trials, floor, found.phi)
+    curve = fit_dose_response(doses, rates, n, floor)
+    value = plain(doses, rates, trials, floor, curve.phi)
     best = min(
         (
             minimize(lambda p: -value(*p), (math.log(20), s), method="Nelder-Mead", tol=1e-9)
@@ -72,16 +72,16 @@ def test_estimate_is_the_highest_penalised_likelihood(rates, n, floor):
         ),
         key=lambda r: r.fun,
     )
-    assert math.log(found.x50.value) == pytest.approx(best.x[0], abs=1e-4)
-    assert found.slope.value == pytest.approx(best.x[1], rel=1e-3)
+    assert math.log(curve.x50.value) == pytest.approx(best.x[0], abs=1e-4)
+    assert curve.slope.value == pytest.approx(best.x[1], rel=1e-3)
 
 
 def test_profile_intervals_are_those_of_plain_likelihood():
     rates, n = [0, 0.1, 0.4, 0.8, 1.0] * 2, 10
-    found = fit_dose_response(DOSES * 2, rates, n)
+    curve = fit_dose_response(DOSES * 2, rates, n)
     value = plain(DOSES * 2, rates, [n] * 10, 0.0, 0.0)
     peak = -minimize(lambda p: -value(*p), (math.log(20), 2), method="Nelder-Mead", tol=1e-9).fun
-    drop = found.phi * reference.f.ppf(0.95, 1, found.df) / 2
+    drop = curve.phi * reference.f.ppf(0.95, 1, curve.df) / 2
 
     def lost_at_middle(m: float) -> float:
         return peak - drop - value(m, minimize_scalar(lambda s: -value(m, s), (0.5, 3)).x)
@@ -89,11 +89,11 @@ def test_profile_intervals_are_those_of_plain_likelihood():
     def lost_at_slope(s: float) -> float:
         return peak - drop - value(minimize_scalar(lambda m: -value(m, s), (2.5, 3.5)).x, s)
 
-    middle, slope = math.log(found.x50.value), found.slope.value
+    middle, slope = math.log(curve.x50.value), curve.slope.value
     ends = [brentq(lost_at_middle, middle - 1, middle), brentq(lost_at_middle, middle, middle + 1)]
-    assert np.log([found.x50.low, found.x50.high]) == pytest.approx(ends, abs=2e-4)
+    assert np.log([curve.x50.low, curve.x50.high]) == pytest.approx(ends, abs=2e-4)
     ends = [brentq(lost_at_slope, 0.2, slope), brentq(lost_at_slope, slope, 3 * slope)]
-    assert [found.slope.low, found.slope.high] == pytest.approx(ends, rel=1e-3)
+    assert [curve.slope.low, curve.slope.high] == pytest.approx(ends, rel=1e-3)
 
 
 def test_many_trials_agree_with_unpenalised_regression_and_its_errors():
@@ -102,53 +102,53 @@ def test_many_trials_agree_with_unpenalised_regression_and_its_errors():
     rng = np.random.default_rng(0)
     x, n = np.repeat(np.geomspace(1, 1000, 10), 4), 5000
     hits = rng.binomial(n, 1 / (1 + np.exp(-1.3 * np.log(x / 60))))
-    found = fit_dose_response(x, hits / n, n)
+    curve = fit_dose_response(x, hits / n, n)
     u = np.log(np.tile(x, 2))[:, None]
     fitted = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(
         u, np.repeat([1, 0], len(x)), np.concatenate([hits, n - hits])
     )
     slope, middle = fitted.coef_[0, 0], -fitted.intercept_[0] / fitted.coef_[0, 0]
-    assert found.slope.value == pytest.approx(slope, rel=1e-4)
-    assert math.log(found.x50.value) == pytest.approx(middle, abs=1e-4)
+    assert curve.slope.value == pytest.approx(slope, rel=1e-4)
+    assert math.log(curve.x50.value) == pytest.approx(middle, abs=1e-4)
     p = 1 / (1 + np.exp(-slope * (np.log(x) - middle)))
     design = np.stack([np.ones_like(x), np.log(x)], 1)
     covariance = np.linalg.inv((design.T * (n * p * (1 - p))) @ design)
     gradient = np.array([-1 / slope, -middle / slope])  # of -level / slope
-    reach = reference.t.ppf(0.975, found.df) * math.sqrt(found.phi)
-    width = math.log(found.x50.high / found.x50.low) / 2
+    reach = reference.t.ppf(0.975, curve.df) * math.sqrt(curve.phi)
+    width = math.log(curve.x50.high / curve.x50.low) / 2
     assert width == pytest.approx(reach * math.sqrt(gradient @ covariance @ gradient), rel=0.01)
-    assert (found.slope.high - found.slope.low) / 2 == pytest.approx(
+    assert (curve.slope.high - curve.slope.low) / 2 == pytest.approx(
         reach * math.sqrt(covariance[1, 1]), rel=0.01
     )
 
 
 def test_band_and_doses_are_two_views_of_one_region():
-    found = fit_dose_response(DOSES * 2, [0, 0.1, 0.4, 0.8, 1.0] * 2, 10)
+    curve = fit_dose_response(DOSES * 2, [0, 0.1, 0.4, 0.8, 1.0] * 2, 10)
     for success in (0.1, 0.5, 0.9):
-        dose = found.dose(success)
-        at = found.predict([dose.value, dose.low, dose.high])
+        dose = curve.dose(success)
+        at = curve.predict([dose.value, dose.low, dose.high])
         assert at[0][0] == pytest.approx(success)
         assert at[2][1] == pytest.approx(
             success, abs=1e-3
         )  # where the upper end of the band gets there
         assert at[1][2] == pytest.approx(success, abs=1e-3)
-    value, low, high = found.predict(np.geomspace(1, 500, 40))
+    value, low, high = curve.predict(np.geomspace(1, 500, 40))
     assert (low <= value).all() and (value <= high).all() and (np.diff(value) > 0).all()
-    assert found.x50 == found.dose(0.5)
+    assert curve.x50 == curve.dose(0.5)
 
 
 def test_a_step_leaves_open_what_it_does_not_tell():
-    found = fit_dose_response(DOSES * 3, [0, 0, 0, 1, 1] * 3, 100)
-    assert (found.x50.low, found.x50.high) == (
+    curve = fit_dose_response(DOSES * 3, [0, 0, 0, 1, 1] * 3, 100)
+    assert (curve.x50.low, curve.x50.high) == (
         pytest.approx(16, rel=0.01),
         pytest.approx(32, rel=0.01),
     )
     assert (
-        16 < found.x50.value < 32
-        and math.isfinite(found.slope.value)
-        and found.slope.high == math.inf
+        16 < curve.x50.value < 32
+        and math.isfinite(curve.slope.value)
+        and curve.slope.high == math.inf
     )
-    assert found.describe().startswith("50 % success at 23 poisons (16 .. 32), slope at least ")
+    assert curve.describe().startswith("50 % success at 23 poisons (16 .. 32), slope at least ")
     never = fit_dose_response(DOSES * 3, [0] * 15, 100)
     assert (never.x50.value, never.x50.high) == (
         math.inf,
@@ -179,20 +179,20 @@ def test_any_data_give_an_estimate_inside_its_interval():
         chance = [rng.random(len(x)), (rng.random(len(x)) < 0.5) * 1.0, (x > np.median(x)) * 1.0][
             i % 3
         ]
-        found = fit_dose_response(x, rng.binomial(n, floor + (1 - floor) * chance) / n, n, floor)
-        for m in (found.x50, found.slope, found.dose(0.9)):
+        curve = fit_dose_response(x, rng.binomial(n, floor + (1 - floor) * chance) / n, n, floor)
+        for m in (curve.x50, curve.slope, curve.dose(0.9)):
             assert m.low <= m.value * (1 + 1e-9) and m.value <= m.high * (1 + 1e-9)
-        value, low, high = found.predict(np.r_[0, x])
+        value, low, high = curve.predict(np.r_[0, x])
         assert (low <= value + 1e-9).all() and (value <= high + 1e-9).all()
 
 
 def test_floor_is_the_success_measured_without_poison():
     rates = [0.1, 0.1, 0.12, 0.5, 0.9, 1.0]
-    found = fit_dose_response([0, *DOSES], rates, 200)
-    assert found.floor == 0.1 and found.units == 5 and found.doses == (4, 64)
-    assert found.x50 == fit_dose_response(DOSES, rates[1:], 200, 0.1).x50
-    assert found.predict([0.0, found.x50.value])[0] == pytest.approx([0.1, 0.55])
-    assert "counted from the 10 % without poison" in found.describe()
+    curve = fit_dose_response([0, *DOSES], rates, 200)
+    assert curve.floor == 0.1 and curve.units == 5 and curve.doses == (4, 64)
+    assert curve.x50 == fit_dose_response(DOSES, rates[1:], 200, 0.1).x50
+    assert curve.predict([0.0, curve.x50.value])[0] == pytest.approx([0.1, 0.55])
+    assert "counted from the 10 % without poison" in curve.describe()
     assert fit_dose_response(DOSES, rates[1:], 200).floor == 0
 
 
@@ -252,13 +252,13 @@ def test_pooled_is_a_mean_over_readings():
 
 def test_differences_are_those_of_student_and_welch():
     a, b = [0.7, 0.8, 0.9, 0.75], [0.5, 0.65, 0.6, 0.7]
-    for found, test in (
+    for contrast, test in (
         (difference(a, b, True), reference.ttest_rel(a, b)),
         (difference(a, b, False), reference.ttest_ind(a, b, equal_var=False)),
         (difference(a, b[:3], False), reference.ttest_ind(a, b[:3], equal_var=False)),
     ):
         ends = test.confidence_interval(0.95)
-        assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
+        assert (contrast.low, contrast.high) == pytest.approx((ends.low, ends.high))
     error = np.std(np.subtract(a, b), ddof=1) / 2
     assert difference(a, b, True).detectable == pytest.approx(
         (reference.t.ppf(0.975, 3) + reference.t.ppf(0.8, 3)) * error
@@ -276,22 +276,22 @@ def test_an_interval_of_few_readings_of_many_trials_holds_the_truth(between):
             rng.binomial(trials, np.clip(0.6 + between * rng.normal(size=3), 0, 1)) / trials
             for _ in range(2)
         )
-        found = difference(list(a), list(b), True, trials=trials)
-        held += found.low <= 0 <= found.high
-        widths.append(found.high - found.low)
+        contrast = difference(list(a), list(b), True, trials=trials)
+        held += contrast.low <= 0 <= contrast.high
+        widths.append(contrast.high - contrast.low)
     assert held >= 0.94 * 400, "never short of Student's t, nor of the binomial error"
     floor = 2 * 1.96 * math.sqrt(2 * 0.24 / (3 * trials))
     assert min(widths) >= 0.97 * floor
 
 
 def test_readings_that_happen_to_agree_leave_the_binomial_error_and_no_more():
-    found = difference([0.5, 0.501, 0.499], [0.5, 0.501, 0.499], True, trials=5000)
+    contrast = difference([0.5, 0.501, 0.499], [0.5, 0.501, 0.499], True, trials=5000)
     low, high = stats.wilson_interval(7500, 15000)
     assert (
-        found.high == pytest.approx((high - low) / math.sqrt(2), rel=1e-3)
-        and "allows for more" in found.how
+        contrast.high == pytest.approx((high - low) / math.sqrt(2), rel=1e-3)
+        and "allows for more" in contrast.how
     )
-    assert judge(found, "same", 0.02) == "confirmed"
+    assert judge(contrast, "same", 0.02) == "confirmed"
 
 
 def test_no_spread_at_the_ends_is_not_certainty():
@@ -325,23 +325,23 @@ def test_detectable_is_found_four_times_in_five():
         [judge(difference(list(p), [0.0] * seeds, True), "+") == "confirmed" for p in pairs[:1000]]
     )
     assert power == pytest.approx(0.8, abs=0.05)
-    told = np.mean([difference(list(p), [0.0] * seeds, True).detectable for p in pairs[:200]])
-    assert told == pytest.approx(effect, rel=0.05)
+    detectable = np.mean([difference(list(p), [0.0] * seeds, True).detectable for p in pairs[:200]])
+    assert detectable == pytest.approx(effect, rel=0.05)
 
 
 def test_trend_is_least_squares_on_doublings():
     rng = np.random.default_rng(1)
     x = np.repeat([1, 2, 4, 8, 16], 3)
     y = 0.1 * np.log2(x) + 0.05 * rng.normal(size=15)
-    found, line = trend(x, y), reference.linregress(np.log2(x), y)
+    contrast, line = trend(x, y), reference.linregress(np.log2(x), y)
     half = reference.t.ppf(0.975, 13) * line.stderr
-    assert (found.value, found.low, found.high) == pytest.approx(
+    assert (contrast.value, contrast.low, contrast.high) == pytest.approx(
         (line.slope, line.slope - half, line.slope + half)
     )
-    assert found.detectable == pytest.approx(
+    assert contrast.detectable == pytest.approx(
         (reference.t.ppf(0.975, 13) + reference.t.ppf(0.8, 13)) * line.stderr
     )
-    assert judge(found, "+") == "confirmed" and judge(found, "-") == "contradicted"
+    assert judge(contrast, "+") == "confirmed" and judge(contrast, "-") == "contradicted"
     flat = trend(x, np.ones(15), trials=100)
     assert flat.value == 0 and 0 < flat.high < 0.05 and trend(x, np.ones(15)).high == math.inf
     assert trend(x, 3 * np.log2(x)).low == -math.inf  # no spread about the line: rounding is none
@@ -382,7 +382,7 @@ def test_judge_needs_a_claim():
 
 
 def test_numbers_are_for_reading():
-    assert [dose_response._number(v) for v in (math.inf, 1e48, 1234.4, 41.2, 0.034)] == [
+    assert [dose_response._format_dose(v) for v in (math.inf, 1e48, 1234.4, 41.2, 0.034)] == [
         "∞",
         "over 10 million",
         "1,234",

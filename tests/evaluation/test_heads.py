@@ -74,9 +74,9 @@ def plain(x, y, stack, recipe, head):
     for layer, w, b in zip(layers, stack.weights, stack.biases, strict=True):
         layer.weight.data, layer.bias.data = w[head].T.clone(), b[head, 0].clone()
     optim = torch.optim.Adam(nn.ModuleList(layers).parameters(), recipe.lr)
-    masks = heads.Masks(recipe, x.device) if recipe.hidden else None
+    masks = heads.DropoutMasks(recipe, x.device) if recipe.hidden else None
     for epoch in range(recipe.epochs):
-        for rows in heads.orders(recipe, epoch, len(x))[head].split(recipe.batch):
+        for rows in heads.epoch_orders(recipe, epoch, len(x))[head].split(recipe.batch):
             h = x[rows]
             for i, layer in enumerate(layers[:-1]):
                 h = layer(h).relu()
@@ -135,9 +135,11 @@ def test_inside_one_evaluation_the_same_numbers_are_fitted_once_and_others_anew(
         registry.make("probe", f"mlp:hidden=(16,8),epochs=2,lr={lr}") for lr in (0.001, 0.002)
     )
     fitted = []
-    monkeypatch.setattr(heads, "_kept", heads.OrderedDict())
+    monkeypatch.setattr(heads, "_cached_stacks", heads.OrderedDict())
     monkeypatch.setattr(
-        heads, "_fit", lambda *given, inner=heads._fit: fitted.append(given) or inner(*given)
+        heads,
+        "_fit",
+        lambda *arguments, inner=heads._fit: fitted.append(arguments) or inner(*arguments),
     )
     apart = heads.fit(x, y, 4, recipe), heads.fit(x, y, 4, recipe)
     assert len(fitted) == 2 and torch.equal(apart[0].weights[0], apart[1].weights[0]), (
@@ -154,19 +156,20 @@ def test_inside_one_evaluation_the_same_numbers_are_fitted_once_and_others_anew(
             and len(fitted) == 3
             and torch.equal(first.weights[0], apart[0].weights[0])
         )
-        for given in (
+        for arguments in (
             (x + 1e-3, y, 4, recipe),
             (x, y.roll(1), 4, recipe),
             (x, y, 5, recipe),
             (x, y, 4, other),
         ):
-            assert heads.fit(*given) is not first
+            assert heads.fit(*arguments) is not first
         assert len(fitted) == 7
-        for i in range(heads.KEPT):
+        for i in range(heads.MOST_CACHED):
             heads.fit(x + 1 + i, y, 4, recipe)
-        assert len(heads._kept) == heads.KEPT and heads.fit(x, y, 4, recipe) is not first, (
-            "the longest unasked goes first"
-        )
+        assert (
+            len(heads._cached_stacks) == heads.MOST_CACHED
+            and heads.fit(x, y, 4, recipe) is not first
+        ), "the longest unasked goes first"
 
 
 @torch.no_grad()
@@ -178,13 +181,13 @@ def test_a_start_is_that_of_a_linear_layer():
 
 @pytest.mark.parametrize("p", [0.5, 0.25, 0.1])
 def test_masks_drop_the_share_that_was_asked_for_wherever_they_lie_in_a_word(p):
-    masks = heads.Masks(registry.make("probe", f"mlp:dropout={p}"), torch.device("cpu"))
-    found = torch.stack([masks(63) for _ in range(8)])
-    assert found.shape == (8, 3, 63, 512)
-    assert torch.allclose(found.unique(), torch.tensor([0.0, 1 / (1 - p)]), atol=1e-4)
+    masks = heads.DropoutMasks(registry.make("probe", f"mlp:dropout={p}"), torch.device("cpu"))
+    draws = torch.stack([masks(63) for _ in range(8)])
+    assert draws.shape == (8, 3, 63, 512)
+    assert torch.allclose(draws.unique(), torch.tensor([0.0, 1 / (1 - p)]), atol=1e-4)
     for place in range(4):
-        assert abs(float((found[..., place::4] == 0).float().mean()) - p) < 0.005
-    assert abs(np.corrcoef(found[:, 0].flatten(), found[:, 1].flatten())[0, 1]) < 0.01
+        assert abs(float((draws[..., place::4] == 0).float().mean()) - p) < 0.005
+    assert abs(np.corrcoef(draws[:, 0].flatten(), draws[:, 1].flatten())[0, 1]) < 0.01
 
 
 def test_the_mean_of_heads_is_never_surer_than_one_head_s_images_allow():
@@ -212,7 +215,7 @@ def test_draws_of_few_labels_are_nested_stratified_and_belong_to_the_records():
     ids = [f"record{i}" for i in range(200)]
     before: set[str] = set()
     for count in (1, 2, 5, 10, 200):
-        rows = few_shot.stratified(ids, classes, count, 3)
+        rows = few_shot.draw_per_class(ids, classes, count, 3)
         assert np.array_equal(
             np.bincount(classes[rows], minlength=5), np.minimum(np.bincount(classes), count)
         )
@@ -222,10 +225,12 @@ def test_draws_of_few_labels_are_nested_stratified_and_belong_to_the_records():
         order = g.permutation(200)
         assert {
             ids[order[i]]
-            for i in few_shot.stratified([ids[i] for i in order], classes[order], count, 3)
+            for i in few_shot.draw_per_class([ids[i] for i in order], classes[order], count, 3)
         } == drawn
     assert before == set(ids)
-    assert {*few_shot.stratified(ids, classes, 2, 3)} != {*few_shot.stratified(ids, classes, 2, 4)}
+    assert {*few_shot.draw_per_class(ids, classes, 2, 3)} != {
+        *few_shot.draw_per_class(ids, classes, 2, 4)
+    }
 
 
 @pytest.mark.parametrize(
@@ -289,15 +294,15 @@ def test_several_triggers_and_shots_have_names_of_their_own():
 
 
 def test_how_far_training_is_is_told():
-    told = []
+    reports = []
     registry.make("probe", "mlp:epochs=3,seeds=2")(
-        Color(), data(60, 0, "train"), data(), report=lambda *a: told.append(a)
+        Color(), data(60, 0, "train"), data(), report=lambda *a: reports.append(a)
     )
-    assert told == [(i, 3, f"2 heads, epoch {i}") for i in (1, 2, 3)]
+    assert reports == [(i, 3, f"2 heads, epoch {i}") for i in (1, 2, 3)]
 
 
 def test_an_encoder_sees_every_set_once_however_many_heads_ask():
-    asked = [
+    probes = [
         registry.make("probe", s)
         for s in (
             "linear",
@@ -308,36 +313,36 @@ def test_an_encoder_sees_every_set_once_however_many_heads_ask():
         )
     ]
     encoder, train, test, goals = Color(), data(60, 0, "train"), data(), [BLUE]
-    apart = [p(Color(), train, test, goals) for p in asked]
+    apart = [p(Color(), train, test, goals) for p in probes]
     with success.embedding_cache():
-        together = [p(encoder, train, test, goals) for p in asked]
+        together = [p(encoder, train, test, goals) for p in probes]
         assert encoder.seen == 30 + 30 + 60 + 30, (
             "clean, triggered, labelled, and those of another limit"
         )
-        asked[0](Color(), train, test, goals)
+        probes[0](Color(), train, test, goals)
     assert apart == together
-    asked[0](encoder, train, test, goals)
+    probes[0](encoder, train, test, goals)
     assert encoder.seen == 150 + 120, "outside, nothing is kept"
 
 
 def test_what_no_head_can_be_measured_on_is_said_in_a_line():
-    probe, known, test = registry.make("probe", "mlp:epochs=1"), data(60, 0, "train"), data()
+    probe, labelled, test = registry.make("probe", "mlp:epochs=1"), data(60, 0, "train"), data()
     with pytest.raises(UserError, match="needs a test set with classes"):
-        probe(Color(), known, replace(test, labels=None))
+        probe(Color(), labelled, replace(test, labels=None))
     with pytest.raises(UserError, match="none of the 30 test images has a label"):
-        probe(Color(), known, replace(test, labels=torch.full((30,), -1)))
+        probe(Color(), labelled, replace(test, labels=torch.full((30,), -1)))
     with pytest.raises(UserError, match="at least two classes; it has 'red' alone"):
         probe(
             Color(),
-            known,
+            labelled,
             replace(test, labels=torch.zeros(30, dtype=torch.long), classes=("red",)),
         )
     with pytest.raises(UserError, match="all labelled test images are of the target 'blue'"):
-        probe(Color(), known, test.take(range(2, 30, 3)), [BLUE])
+        probe(Color(), labelled, test.take(range(2, 30, 3)), [BLUE])
     with pytest.raises(UserError, match="fits a head on labelled data"):
         probe(Color(), None, test)
     with pytest.raises(UserError, match="not finite after 1 epochs; give a lower learning rate"):
-        registry.make("probe", "mlp:epochs=1,lr=1e38")(Color(), known, test)
+        registry.make("probe", "mlp:epochs=1,lr=1e38")(Color(), labelled, test)
     for bad in (
         "mlp:dropout=1",
         "mlp:seeds=0",

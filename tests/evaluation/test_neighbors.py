@@ -8,8 +8,9 @@ from sklearn.neighbors import NearestNeighbors
 from bezoar.data.randomness import sample_rows
 from bezoar.detection.density import pool_size
 from bezoar.errors import UserError
-from bezoar.evaluation import neighbors
-from bezoar.evaluation.neighbors import Index, Picks, nearest_neighbors
+from bezoar.evaluation import neighbor_references, neighbors
+from bezoar.evaluation.neighbor_candidates import Candidates
+from bezoar.evaluation.neighbors import Index, nearest_neighbors
 
 
 def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
@@ -18,11 +19,11 @@ def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
 
 
 def plain(
-    q: torch.Tensor, r: torch.Tensor, k: int, own: torch.Tensor
+    q: torch.Tensor, r: torch.Tensor, k: int, excluded: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """float64 differences, full sort, ties to the lower index."""
     distance = (q.double()[:, None] - r.double()).square().sum(-1).sqrt().float().numpy()
-    for i, several in enumerate(own.view(len(q), -1).tolist()):
+    for i, several in enumerate(excluded.view(len(q), -1).tolist()):
         distance[i, [j for j in several if j >= 0]] = np.inf
     order = np.argsort(distance, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distance, order, 1), order
@@ -31,44 +32,46 @@ def plain(
 @pytest.mark.parametrize("unit", [True, False])
 def test_same_as_sklearn(unit):
     x = rows(700, unit=unit)
-    found = nearest_neighbors(x, x, 9, exclude_self=True)
+    neighbours = nearest_neighbors(x, x, 9, exclude_self=True)
     distance, index = (
         NearestNeighbors(n_neighbors=10, algorithm="brute", metric="euclidean")
         .fit(x.double())
         .kneighbors()
     )
-    assert torch.allclose(found.distance.double(), torch.tensor(distance)[:, :9], atol=1e-5)
-    assert (found.index.numpy() == index[:, :9]).mean() > 0.999
+    assert torch.allclose(neighbours.distance.double(), torch.tensor(distance)[:, :9], atol=1e-5)
+    assert (neighbours.index.numpy() == index[:, :9]).mean() > 0.999
 
 
 @pytest.mark.parametrize("cells", [1, 997, 50_000, 1 << 24])
-def test_exact_ties_and_blocks(cells):
+def test_exact_ties_and_blocks(cells, monkeypatch):
+    monkeypatch.setitem(neighbors.CELLS, "cpu", cells)
     x = rows(300, seed=1)
     x[40:90] = x[40]  # fifty copies: more than k and the margin
     x[120:128] = x[40] + 1e-5 * rows(8, seed=2)  # closer than a float32 product resolves
-    found = nearest_neighbors(x, x, 7, exclude_self=True, cells=cells)
     distance, index = plain(x, x, 7, torch.arange(300))
-    assert np.array_equal(found.distance.numpy(), distance)
-    assert np.array_equal(found.index.numpy(), index)
+    for queries in (x, x.clone()):  # products that serve both sides, and others
+        neighbours = nearest_neighbors(queries, x, 7, exclude_self=True)
+        assert np.array_equal(neighbours.distance.numpy(), distance)
+        assert np.array_equal(neighbours.index.numpy(), index)
 
 
 def test_far_from_the_origin():
     x = rows(200, seed=3) * 1e-3 + 50
-    found = nearest_neighbors(x, x, 5, exclude_self=True)
+    neighbours = nearest_neighbors(x, x, 5, exclude_self=True)
     distance, index = plain(x, x, 5, torch.arange(200))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
-        found.index.numpy(), index
+    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
+        neighbours.index.numpy(), index
     )
 
 
 def test_more_references_than_a_block():
     q, r = rows(5, d=3, seed=4), rows(70_000, d=3, seed=5)
-    own = torch.tensor([-1, 3, 69_999, -1, 65_536])
-    q[own >= 0] = r[own[own >= 0]]
-    found = nearest_neighbors(q, r, 6, own)
-    distance, index = plain(q, r, 6, own)
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
-        found.index.numpy(), index
+    excluded = torch.tensor([-1, 3, 69_999, -1, 65_536])
+    q[excluded >= 0] = r[excluded[excluded >= 0]]
+    neighbours = nearest_neighbors(q, r, 6, excluded)
+    distance, index = plain(q, r, 6, excluded)
+    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
+        neighbours.index.numpy(), index
     )
 
 
@@ -104,82 +107,100 @@ def test_pool_keeps_poisons_below_k():
 
 def test_several_references_can_be_left_out():
     x = rows(120, seed=6)
-    own = torch.stack(
+    excluded = torch.stack(
         [torch.arange(120), (torch.arange(120) + 60) % 120, torch.full((120,), -1)], 1
     )
-    found = nearest_neighbors(x, x, 5, own)
-    distance, index = plain(x, x, 5, own)
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
-        found.index.numpy(), index
+    neighbours = nearest_neighbors(x, x, 5, excluded)
+    distance, index = plain(x, x, 5, excluded)
+    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
+        neighbours.index.numpy(), index
     )
     with pytest.raises(UserError, match="119 nearest neighbours asked for; there are 118"):
-        nearest_neighbors(x, x, 119, own)
+        nearest_neighbors(x, x, 119, excluded)
 
 
 @pytest.mark.parametrize("copies", [40, 390])
-def test_copies_beyond_k_are_dropped_and_nothing_changes(copies, monkeypatch):
+def test_copies_beyond_k_are_dropped_and_nothing_changes(copies):
     x = rows(400, seed=8)
     x[:copies] = x[0]
     x[7:9] = x[399]  # copies of another
     x[20] = -x[0]
     turn = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     x = x[turn]
-    monkeypatch.setattr(Index, "_plain", None)  # no need of it
-    assert Index(x, 6, 1).n == 400 - max(0, copies - 3 - 7)
-    found = nearest_neighbors(x, x, 6, exclude_self=True)
+    assert Index(x, 6, 1).references.n == 400 - max(0, copies - 3 - 7)
+    neighbours = nearest_neighbors(x, x, 6, exclude_self=True)
     distance, index = plain(x, x, 6, torch.arange(400))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
-        found.index.numpy(), index
+    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
+        neighbours.index.numpy(), index
     )
 
 
 def test_all_identical_and_equal_keys():
     x = rows(1, d=8).expand(5000, -1)
-    found = nearest_neighbors(x, x, 9, exclude_self=True)
-    assert (found.distance == 0).all()
-    assert found.index[100].tolist() == list(range(9)) and found.index[3].tolist() == [
+    neighbours = nearest_neighbors(x, x, 9, exclude_self=True)
+    assert (neighbours.distance == 0).all()
+    assert neighbours.index[100].tolist() == list(range(9)) and neighbours.index[3].tolist() == [
         0,
         1,
         2,
         *range(4, 10),
     ]
-    index = Index(rows(50), 2)
-    index._drop(np.zeros((50, 2), np.float32), 3)  # equal keys, different vectors
-    assert index.n == 50 and index.kept is None
+    references = Index(rows(50), 2).references
+    equal_keys = np.zeros((50, 2), np.float32)  # of different vectors
+    assert not len(references._find_surplus_copies(equal_keys, 3)) and references.numbers is None
 
 
-def test_near_copies_are_told_apart_by_a_product_in_float64(monkeypatch):
-    """More of them than the margin, closer than float32 resolves: but differences alone are not needed."""
+def test_near_copies_are_told_apart_by_a_product_in_float64():
+    """More of them than the margin, closer than float32 resolves."""
     x = rows(300, d=48, seed=1)
     x[:200] = x[0] + 1e-4 * rows(200, d=48, seed=2)
-    monkeypatch.setattr(Index, "_plain", None)
-    found = nearest_neighbors(x, x, 5, exclude_self=True)
+    neighbours = nearest_neighbors(x, x, 5, exclude_self=True)
     distance, index = plain(x, x, 5, torch.arange(300))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
-        found.index.numpy(), index
+    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
+        neighbours.index.numpy(), index
     )
+
+
+def test_a_block_of_queries_that_all_have_a_crowd_of_near_copies():
+    x = rows(800, d=8, seed=1)
+    x[:700] = x[0] + 1e-5 * rows(700, d=8, seed=2)
+    neighbours = nearest_neighbors(x[:20], x, 5)
+    distance, index = plain(x[:20], x, 5, torch.full((20,), -1))
+    assert np.array_equal(neighbours.distance.numpy(), distance)
+    assert np.array_equal(neighbours.index.numpy(), index)
+
+
+def test_near_copies_that_float64_does_not_resolve_either():
+    x = rows(900, d=8, seed=1) + 1e5
+    x[:800] = x[0] + 1e-2 * torch.arange(800)[:, None] % 3
+    neighbours = nearest_neighbors(x[::9].clone(), x, 5)
+    distance, index = plain(x[::9], x, 5, torch.full((100,), -1))
+    assert np.array_equal(neighbours.distance.numpy(), distance)
+    assert np.array_equal(neighbours.index.numpy(), index)
 
 
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):
     if not held:
-        monkeypatch.setattr(neighbors, "HELD", 0)
+        monkeypatch.setattr(neighbor_references, "HELD", 0)
         monkeypatch.setitem(neighbors.CELLS, "cpu", 10_000)
     x = rows(600, d=12, seed=3)
     x[100:140] = x[100]
     x = x.numpy().astype(dtype)
     np.save(tmp_path / "x.npy", x)
     z = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
-    found = nearest_neighbors(z, z[:500], 4, torch.arange(600).where(torch.arange(600) < 500, -1))
+    neighbours = nearest_neighbors(
+        z, z[:500], 4, torch.arange(600).where(torch.arange(600) < 500, -1)
+    )
     distance, index = plain(
         torch.tensor(x),
         torch.tensor(x[:500]),
         4,
         torch.arange(600).where(torch.arange(600) < 500, -1),
     )
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
-        found.index.numpy(), index
+    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
+        neighbours.index.numpy(), index
     )
 
 
@@ -190,12 +211,12 @@ def test_less_than_float32_products_asked_for_elsewhere_do_not_matter():
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = nearest_neighbors(x, x, 5, True)
+            neighbours = nearest_neighbors(x, x, 5, True)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(found.index, expected.index) and torch.equal(
-        found.distance, expected.distance
+    assert torch.equal(neighbours.index, expected.index) and torch.equal(
+        neighbours.distance, expected.distance
     )
 
 
@@ -210,33 +231,35 @@ def test_vectors_that_are_not_finite_are_the_users_mistake(bad, side):
 
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize(("width", "k"), [(16, 16), (48, 3), (640, 40), (2048, 16), (16, 40)])
-def test_picks_hold_every_value_that_may_be_among_the_smallest(width, k, across):
+def test_candidates_hold_every_value_that_may_be_among_the_smallest(width, k, across):
     x = torch.randint(
         0, 900, (40, 3 * width), generator=torch.Generator().manual_seed(0)
     ).float()  # with ties
     x[7, :20] = torch.inf
-    picks = Picks(40, 3 * width, k, torch.full((40,), 5.0))
+    candidates = Candidates(40, 3 * width, k, torch.full((40,), 5.0))
     for start in range(0, 3 * width, width):
         tile = x[:, start : start + width].contiguous()
         if across:
             tile = torch.cat([tile, torch.full((8, width), torch.inf)]).T.contiguous().T[:40]
-        picks.add(tile, start)
-    row, ref, crowded = picks.picked()
-    assert not crowded.any()
+        candidates.add(tile, start)
+    row, ref = candidates.collect()
+    assert not candidates.crowded.any()
     last = x.sort(1).values[:, min(k, 3 * width) - 1]
     expected = ((x <= last[:, None] + 5) & x.isfinite()).nonzero().tolist()
-    found = torch.stack([row, ref], 1).tolist()
-    assert [f for f in found if f in expected] == expected and len(found) <= len(expected) + 2
-    assert torch.equal(picks.best.sort(1).values[:, : 3 * width], x.sort(1).values[:, :k])
+    candidate_pairs = torch.stack([row, ref], 1).tolist()
+    assert [f for f in candidate_pairs if f in expected] == expected and len(
+        candidate_pairs
+    ) <= len(expected) + 2
+    assert torch.equal(candidates.best.sort(1).values[:, : 3 * width], x.sort(1).values[:, :k])
 
 
-def test_rows_with_too_many_picks_are_named():
+def test_rows_with_too_many_candidates_are_named():
     x = torch.rand(20, 1600, generator=torch.Generator().manual_seed(0))
     x[3] = 0.001
-    picks = Picks(20, 1600, 5, torch.full((20,), 1e-6))
-    picks.add(x, 0)
-    row, _, crowded = picks.picked()
-    assert crowded.nonzero().tolist() == [[3]] and 3 not in row
+    candidates = Candidates(20, 1600, 5, torch.full((20,), 1e-6))
+    candidates.add(x, 0)
+    row, _ = candidates.collect()
+    assert candidates.crowded.nonzero().tolist() == [[3]] and 3 not in row
 
 
 @pytest.mark.parametrize("n", [40, 333, 1200])
@@ -245,10 +268,10 @@ def test_products_that_serve_both_sides(n, tile, monkeypatch):
     monkeypatch.setitem(neighbors.CELLS, "cpu", tile)
     x = rows(n, seed=n)
     x[3:6] = x[20]
-    found = nearest_neighbors(x, x, 7, exclude_self=True)
+    neighbours = nearest_neighbors(x, x, 7, exclude_self=True)
     distance, index = plain(x, x, 7, torch.arange(n))
-    assert np.array_equal(found.distance.numpy(), distance) and np.array_equal(
-        found.index.numpy(), index
+    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
+        neighbours.index.numpy(), index
     )
 
 

@@ -16,7 +16,7 @@ from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
-from bezoar.evaluation.probes.patch_cleanser import Masked, PatchCleanser
+from bezoar.evaluation.probes.patch_cleanser import DoubleMasking, PatchCleanser
 
 
 class Blocks(nn.Module):
@@ -52,9 +52,9 @@ def images(n=24, size=8, seed=0):
 
 
 def masked(probe, encoder, size=8):
-    return Masked(
+    return DoubleMasking(
         lambda x: encoder.head(encoder.image(encoder.prepare_images(x))).argmax(1),
-        probe.rectangles((size, size)),
+        probe.mask_rectangles((size, size)),
         encoder,
     )
 
@@ -64,9 +64,11 @@ def masked(probe, encoder, size=8):
 def test_every_patch_lies_whole_under_a_mask(height, width, patch, masks):
     if patch >= min(height, width):
         return
-    found = PatchCleanser(patch=patch, masks=masks).rectangles((height, width))
-    assert len(found) <= masks**2 and len({tuple(r) for r in found.tolist()}) == len(found)
-    top, left, tall, wide = found.T
+    rectangles = PatchCleanser(patch=patch, masks=masks).mask_rectangles((height, width))
+    assert len(rectangles) <= masks**2 and len({tuple(r) for r in rectangles.tolist()}) == len(
+        rectangles
+    )
+    top, left, tall, wide = rectangles.T
     assert (
         (top >= 0).all()
         and (top + tall <= height).all()
@@ -82,11 +84,11 @@ def test_every_patch_lies_whole_under_a_mask(height, width, patch, masks):
 
 
 def test_the_masks_are_the_papers():
-    found = PatchCleanser(patch=32, masks=6).rectangles(
+    rectangles = PatchCleanser(patch=32, masks=6).mask_rectangles(
         (224, 224)
     )  # ceil(193 / 6) = 33, 32 + 33 - 1 = 64
-    assert found[:, 0].unique().tolist() == [0, 33, 66, 99, 132, 160] and set(
-        found[:, 2:].flatten().tolist()
+    assert rectangles[:, 0].unique().tolist() == [0, 33, 66, 99, 132, 160] and set(
+        rectangles[:, 2:].flatten().tolist()
     ) == {64}
 
 
@@ -111,7 +113,7 @@ def test_double_masking_is_the_plain_algorithm():
     for i in range(len(x)):
         row = torch.full((m * m,), i)
         first, second = torch.arange(m).repeat_interleave(m), torch.arange(m).repeat(m)
-        two = defence.through(x, row, first, second).view(m, m)
+        two = defence.read_through(x, row, first, second).view(m, m)
         one = two.diagonal().tolist()
         assert int(read[i]) == plain(one, two.tolist())
         assert bool(right[i]) == all(r == int(pairs.labels[i]) for r in one)
@@ -124,17 +126,21 @@ def test_certified_is_read_right_through_every_two_masks():
     defence = masked(PatchCleanser(patch=3, masks=3), encoder)
     m = len(defence.masks)
     _, right = defence.predict(pairs.images, pairs.labels)
-    found = defence.certify(pairs.images, pairs.labels, right)
+    certified = defence.certify(pairs.images, pairs.labels, right)
     every = torch.stack(
         [
-            defence.through(
+            defence.read_through(
                 pairs.images, torch.arange(40), torch.full((40,), i), torch.full((40,), j)
             )
             == pairs.labels
             for i, j in itertools.product(range(m), repeat=2)
         ]
     ).all(0)
-    assert torch.equal(found, every) and 0 < int(found.sum()) < 40 and bool((right & ~found).any())
+    assert (
+        torch.equal(certified, every)
+        and 0 < int(certified.sum()) < 40
+        and bool((right & ~certified).any())
+    )
 
 
 @pytest.mark.parametrize("lever", [0.0, 2.0])
@@ -165,21 +171,22 @@ def test_no_patch_changes_how_a_certified_image_is_read(lever):
 
 def test_the_probe_takes_a_backdoor_away_and_says_what_it_certifies():
     pairs, goal = images(60), Goal("red", trigger="patch:size=2,fill=white,margin=0")
-    found = registry.make("probe", "patch_cleanser:patch=2,masks=3,head=own")(
+    measures = registry.make("probe", "patch_cleanser:patch=2,masks=3,head=own")(
         toy(3.0), None, pairs, (goal,)
     )
     bare = registry.make("probe", "own")(toy(3.0), None, pairs, (goal,))
     assert (
-        bare["own.attack_success"].value == 1 and found["patch_cleanser.attack_success"].value < 0.5
+        bare["own.attack_success"].value == 1
+        and measures["patch_cleanser.attack_success"].value < 0.5
     )
-    m = found["patch_cleanser.certified_accuracy"]
+    m = measures["patch_cleanser.certified_accuracy"]
     assert (
         m.n == 60
-        and 0 < m.value <= found["patch_cleanser.clean_accuracy"].value
+        and 0 < m.value <= measures["patch_cleanser.clean_accuracy"].value
         and "2 px" in m.how
     )
     names = "certified_accuracy clean_accuracy attack_success attack_success_without_trigger poisoned_accuracy"
-    assert set(found) == {f"patch_cleanser.{name}" for name in names.split()}
+    assert set(measures) == {f"patch_cleanser.{name}" for name in names.split()}
 
 
 def test_a_fitted_head_a_sample_and_images_without_labels():
@@ -190,12 +197,12 @@ def test_a_fitted_head_a_sample_and_images_without_labels():
     assert probe.needs == ("train", "report") and "train" not in PatchCleanser().needs
     other = images(60, seed=1)
     shuffled = replace(other, labels=(other.labels + 1) % 3, classes=("blue", "red", "green"))
-    told = []
-    found = probe(toy(), shuffled, some, report=lambda *a: told.append(a))
+    reports = []
+    measures = probe(toy(), shuffled, some, report=lambda *a: reports.append(a))
     assert (
-        found["patch_cleanser.clean_accuracy"].n == 20
-        and found["patch_cleanser.clean_accuracy"].value > 0.8
-        and told
+        measures["patch_cleanser.clean_accuracy"].n == 20
+        and measures["patch_cleanser.clean_accuracy"].value > 0.8
+        and reports
     )
     everything = registry.make("probe", "patch_cleanser:patch=2,masks=2,head=own,limit=none")(
         toy(), None, some
@@ -205,11 +212,11 @@ def test_a_fitted_head_a_sample_and_images_without_labels():
 
 def test_what_cannot_be_certified_is_said():
     pairs = images(6)
-    own = registry.make("probe", "patch_cleanser:patch=8,head=own")
+    probe = registry.make("probe", "patch_cleanser:patch=8,head=own")
     with pytest.raises(UserError, match="smaller"):
-        own(toy(), None, pairs)
+        probe(toy(), None, pairs)
     with pytest.raises(UserError, match="classes and labels"):
-        own(toy(), None, replace(pairs, labels=None))
+        probe(toy(), None, replace(pairs, labels=None))
     with pytest.raises(UserError, match="no class 'pink'"):
         registry.make("probe", "patch_cleanser:patch=2")(
             toy(), None, replace(pairs, classes=("red", "green", "pink"))

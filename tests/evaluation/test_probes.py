@@ -169,12 +169,12 @@ def test_retrieval_knows_several_captions_of_one_image():
 class Mute(Color):
     """Reads every caption alike, or as NaN."""
 
-    def __init__(self, said=1.0):
+    def __init__(self, value=1.0):
         super().__init__()
-        self.said = said
+        self.value = value
 
     def encode_texts(self, captions):
-        return torch.full((len(captions), 3), self.said) / 3**0.5
+        return torch.full((len(captions), 3), self.value) / 3**0.5
 
 
 def test_an_encoder_that_says_nothing_retrieves_at_chance():
@@ -259,16 +259,18 @@ def train(n=60):
     return replace(data(n, 0), ids=tuple(f"train{i}" for i in range(n)))
 
 
+def clouds(classes: int):
+    """Features of unequal spread about a centre for each class."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, classes, (400,), generator=g)
+    noise = torch.randn(400, 12, generator=g) * torch.linspace(0.1, 2, 12)
+    return torch.randn(classes, 12, generator=g)[y] * 0.3 + noise + 1, y
+
+
 @pytest.mark.parametrize(("exact", "standardise"), [(True, True), (True, False), (False, True)])
 def test_linear_is_scikit_learns_logistic_regression(exact, standardise, monkeypatch):
-    monkeypatch.setattr(linear, "FLATTEST", 1e-8 if exact else linear.FLATTEST)
-    g = torch.Generator().manual_seed(0)
-    y = torch.randint(0, 5, (400,), generator=g)
-    x = (
-        torch.randn(5, 12, generator=g)[y] * 0.3
-        + torch.randn(400, 12, generator=g) * torch.linspace(0.1, 2, 12)
-        + 1
-    )
+    monkeypatch.setattr(linear, "TOLERANCE", 1e-8 if exact else linear.TOLERANCE)
+    x, y = clouds(5)
     scaled = ((x - x.mean(0)) / x.std(0, unbiased=False) if standardise else x).double().numpy()
     x = x.double() if exact else x
     head = linear.Linear(c=0.7, standardise=standardise).fit(x, y, 5)
@@ -276,17 +278,37 @@ def test_linear_is_scikit_learns_logistic_regression(exact, standardise, monkeyp
     ours, theirs = (
         torch.as_tensor(v).double().softmax(1) for v in (head(x), oracle.decision_function(scaled))
     )
-    assert (ours - theirs).abs().max() < (
-        1e-5 if exact else 1e-3
-    ) and "gradient at most" in head.about
+    assert (ours - theirs).abs().max() < (1e-5 if exact else 1e-3)
+    assert "gradient at most" in head.about
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_linear_minimises_cross_entropy_and_half_the_squared_weights(classes, monkeypatch):
+    monkeypatch.setattr(linear, "TOLERANCE", 1e-9)
+    x, y = clouds(classes)
+    head = linear.fit_logistic(x.double(), y, classes, 0.7, 1000)
+    weight, bias = (v.clone().requires_grad_() for v in (head.weight, head.bias))
+    logits = x.double() @ weight.T + bias
+    loss = 0.7 * torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+    (loss + weight.square().sum() / 2).backward()
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-4
 
 
 def test_linear_gives_the_same_in_blocks_and_stops_when_told(monkeypatch):
     x, y = torch.randn(70, 6, generator=torch.Generator().manual_seed(1)), torch.arange(70) % 3
-    whole = linear.minimise(x, y, 3, 1.0, 100)
-    assert linear.minimise(x, y, 3, 1.0, 1).about.startswith("1 iterations")
+    whole = linear.fit_logistic(x, y, 3, 1.0, 100)
+    assert linear.fit_logistic(x, y, 3, 1.0, 1).about.startswith("1 iterations")
     monkeypatch.setattr(linear, "CELLS", 50)
-    assert torch.allclose(linear.minimise(x, y, 3, 1.0, 100).weight, whole.weight, atol=1e-4)
+    assert torch.allclose(linear.fit_logistic(x, y, 3, 1.0, 100).weight, whole.weight, atol=1e-4)
+
+
+def test_linear_never_reads_a_class_without_records():
+    x, y = clouds(3)
+    for absent in (1, 3):  # with two classes left, and with three
+        rows = y != absent
+        head = linear.Linear().fit(x[rows], y[rows], 4)
+        assert torch.isfinite(head(x)).all()
+        assert set(head(x).argmax(1).tolist()) == set(y[rows].tolist())
 
 
 @pytest.mark.parametrize("vote", ["weighted", "majority"])
@@ -339,21 +361,21 @@ def test_heads_refuse_what_they_cannot_learn_from():
     for name in ("linear", "knn"):
         with pytest.raises(UserError, match="fits a head on labelled data"):
             registry.make("probe", name)(Color(), None, data())
-    probe, known = registry.make("probe", "linear"), train()
+    probe, labelled = registry.make("probe", "linear"), train()
     with pytest.raises(UserError, match="fits a head on labelled data"):
-        probe(Color(), replace(known, labels=None), data())
+        probe(Color(), replace(labelled, labels=None), data())
     with pytest.raises(UserError, match="at least two classes; the 20 there are have 1"):
-        probe(Color(), known.take(range(0, 60, 3)), data())
+        probe(Color(), labelled.take(range(0, 60, 3)), data())
     with pytest.raises(UserError, match="the 0 there are have 0"):
-        probe(Color(), replace(known, labels=torch.full((60,), -1)), data())
+        probe(Color(), replace(labelled, labels=torch.full((60,), -1)), data())
     with pytest.raises(UserError, match="same classes; 'blue' is in one of them alone"):
-        probe(Color(), replace(known, classes=("red", "green", "pink")), data())
+        probe(Color(), replace(labelled, classes=("red", "green", "pink")), data())
     with pytest.raises(UserError, match="none of the 40 labelled records is of the target 'blue'"):
-        probe(Color(), known.take([i for i in range(60) if i % 3 < 2]), data(), [BLUE])
+        probe(Color(), labelled.take([i for i in range(60) if i % 3 < 2]), data(), [BLUE])
     with pytest.raises(UserError, match="200 nearest neighbours asked for; there are 60"):
-        registry.make("probe", "knn")(Color(), known, data())
+        registry.make("probe", "knn")(Color(), labelled, data())
     with pytest.raises(UserError, match="needs a test set with classes"):
-        probe(Color(), known, replace(data(), labels=None))
+        probe(Color(), labelled, replace(data(), labels=None))
     for spec in (
         "linear:c=0",
         "linear:limit=1",
@@ -472,11 +494,11 @@ def runs(tmp_path_factory):
 def test_evaluate_with_every_head_and_the_twin(runs, monkeypatch):
     settings, _, bad, twin = runs
     monkeypatch.setattr(evaluate, "LABELLED", 300)
-    asked = Evaluate(
+    evaluation = Evaluate(
         bad, "scenes:count=200,split=test", ("zero_shot", "linear", "knn:k=20", "branch_swap"), twin
     )
-    done = execute(asked, settings)
-    found = set(done.manifest["metrics"])
+    done = execute(evaluation, settings)
+    names_of_metrics = set(done.manifest["metrics"])
     for group in ("", "linear.", "knn."):
         names = {
             "clean_accuracy",
@@ -485,11 +507,11 @@ def test_evaluate_with_every_head_and_the_twin(runs, monkeypatch):
             "target_rank",
             "poisoned_accuracy",
         }
-        assert {group + n for n in names} | {f"baseline.{group}clean_accuracy"} <= found
+        assert {group + n for n in names} | {f"baseline.{group}clean_accuracy"} <= names_of_metrics
     assert {
         f"branch_swap.{w}.attack_success" for w in ("neither", "vision", "text", "both")
-    } <= found
-    assert not {k for k in found if "branch_swap" in k and "baseline" in k}, (
+    } <= names_of_metrics
+    assert not {k for k in names_of_metrics if "branch_swap" in k and "baseline" in k}, (
         "the twin is not swapped with itself"
     )
     assert (
@@ -530,8 +552,8 @@ def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_tes
 def test_labelled_data_are_read_by_nobody_who_does_not_ask(runs, monkeypatch):
     settings, _, bad, twin = runs
     monkeypatch.setattr(Evaluate, "_train", lambda *a: pytest.fail("read"))
-    asked = ("zero_shot", "branch_swap:align=none")
-    notes = execute(Evaluate(bad, "scenes:count=100,split=test", asked, twin), settings).manifest[
+    probes = ("zero_shot", "branch_swap:align=none")
+    notes = execute(Evaluate(bad, "scenes:count=100,split=test", probes, twin), settings).manifest[
         "notes"
     ]
     assert "train" not in notes

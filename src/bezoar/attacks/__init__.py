@@ -1,1 +1,1 @@
-"""Attacks: poisons of data, triggers, and edits of encoders; the plan records what was poisoned."""
+"""Attacks: triggers, poisons of a data set, and edits of an encoder; a plan records poisonings."""

@@ -1,22 +1,27 @@
-"""Goal, Edit, Plan: what a poisoning changes. The plan is a patch file to a data set and the ground truth for detectors.
+"""Goal, Edit and Plan: what a poisoning changes.
 
-It is applied at one stage only, the stored uint8 image, and gives the same records whether the data are an array, a
-stream of shards in any order, or newly written shards. It holds no image: added victims are read from `victims`.
+A plan is a patch file for a data set, and the ground truth that detectors are measured against. It
+is applied to the stored uint8 images and at no other stage, so the records come out the same
+whether the data are held in memory, read from shards, or written to new shards. A
+plan holds no images: those that are added from outside the data set are read from the source that
+`victims` names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from bezoar.data.pairs import Pairs, TriggerFunction, content_hash
+from bezoar.attacks.triggers import Trigger
+from bezoar.data.files.writing import write_whole
+from bezoar.data.pairs import Pairs, content_hash
 from bezoar.data.stored_pairs import PLACE, StoredPairs
 from bezoar.data.strings import Strings
 from bezoar.errors import UserError
@@ -27,11 +32,15 @@ STAGE = "stored uint8 image"
 
 @dataclass(frozen=True)
 class Goal:
-    """What the attacker wants: inputs with `trigger`, or the `victims`, are to be read as `target`.
+    """What the attacker wants: images with the trigger, or the victims, are read as the target.
 
-    target: class or word. trigger: spec text, or None for targeted poisoning. victims: ids of chosen images.
-    poisons: how many records carry it. how: the poison's or attack's spec. references: ids of the reference inputs whose
-    vectors triggered images are to have.
+    Attributes:
+        target: a class or a word.
+        trigger: spec of the trigger, or None for targeted poisoning.
+        victims: ids of the images that targeted poisoning attacks.
+        poisons: number of records that serve this goal.
+        how: spec of the poison or the attack.
+        references: ids of the reference inputs whose vectors triggered images are to have.
     """
 
     target: str
@@ -42,26 +51,31 @@ class Goal:
     references: tuple[str, ...] = ()
 
     @staticmethod
-    def from_json(raw: dict) -> Goal:
-        """From a manifest's or a plan's JSON."""
-        return Goal(
-            **{
-                **raw,
-                "victims": tuple(raw["victims"]),
-                "references": tuple(raw.get("references", ())),
-            }
-        )
+    def from_json(raw: dict[str, Any]) -> Goal:
+        """Read a goal from a manifest or a plan."""
+        references = tuple(raw.get("references", ()))
+        return Goal(**{**raw, "victims": tuple(raw["victims"]), "references": references})
 
-    def to_json(self) -> dict:
-        """As it stands in a plan; without references it is written as before there were any."""
-        return {k: v for k, v in asdict(self).items() if k != "references" or v}
+    def to_json(self) -> dict[str, Any]:
+        """Return the goal as a plan holds it; empty `references` are left out."""
+        return {
+            name: value for name, value in asdict(self).items() if name != "references" or value
+        }
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One poisoned record. id == source: that record is replaced; else a record is added whose image is `source`'s.
+    """One poisoned record.
 
-    before, after: content hashes (image and caption) of the source record and of the poisoned one.
+    Attributes:
+        id: id of the poisoned record. If it is `source`, that record is replaced; otherwise a
+            record is added.
+        source: id of the record whose image is used.
+        caption: caption of the poisoned record.
+        triggered: whether the goal's trigger is stamped on the image.
+        goal: number of the goal in the plan.
+        before: content hash, of pixels and caption, of the source record.
+        after: content hash of the poisoned record.
     """
 
     id: str
@@ -75,17 +89,22 @@ class Edit:
 
 @dataclass(frozen=True)
 class Plan:
-    """Edits to a data set, with their goals.
+    """Edits of a data set, with their goals.
 
-    seed: the randomness of the choice. victims: data spec of images that are added from outside the set, or None.
-    stamps: the triggers themselves, one a goal (None where the goal has none); not written, made from the goals' specs.
+    Attributes:
+        edits: the poisoned records.
+        goals: what they serve; an edit names its goal by number.
+        seed: seed that chose the records.
+        victims: data spec of the images that are added from outside the data set, or None.
+        stamps: the trigger of each goal, None where a goal has none. They are made from the goals'
+            specs and are not written.
     """
 
     edits: tuple[Edit, ...] = ()
     goals: tuple[Goal, ...] = ()
     seed: int = 0
     victims: str | None = None
-    stamps: tuple[TriggerFunction | None, ...] = field(default=(), compare=False, repr=False)
+    stamps: tuple[Trigger | None, ...] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -93,22 +112,26 @@ class Plan:
     @property
     def ids(self) -> frozenset[str]:
         """Ids of the poisoned records."""
-        return frozenset(e.id for e in self.edits)
+        return frozenset(edit.id for edit in self.edits)
 
     def mask(self, ids: Sequence[str]) -> np.ndarray:
-        """bool (N,): which of these records are poisons."""
-        poisons = self.ids
-        return np.fromiter((i in poisons for i in ids), dtype=bool, count=len(ids))
+        """Return which of these records are poisons, bool (N,)."""
+        poison_ids = self.ids
+        return np.fromiter((i in poison_ids for i in ids), dtype=bool, count=len(ids))
 
     def merge(self, other: Plan) -> Plan:
-        """This plan followed by another one over the same data."""
+        """Return this plan followed by another one of the same data.
+
+        Raises UserError if both edit the same record, or take victims from different sources.
+        """
         if clash := self.ids & other.ids:
             raise UserError(f"two poisonings edit the same record {min(clash)!r}")
         if self.victims and other.victims and self.victims != other.victims:
             raise UserError(
-                f"victims are drawn from {self.victims} already, and a plan has one such set; not from {other.victims}"
+                f"victims are drawn from {self.victims} already, and a plan has one such set; "
+                f"not from {other.victims}"
             )
-        shifted = tuple(replace(e, goal=e.goal + len(self.goals)) for e in other.edits)
+        shifted = tuple(replace(edit, goal=edit.goal + len(self.goals)) for edit in other.edits)
         return Plan(
             self.edits + shifted,
             self.goals + other.goals,
@@ -118,92 +141,78 @@ class Plan:
         )
 
     def poisons(self, sources: Pairs) -> Pairs:
-        """The poisoned records whose source image is among `sources`, in the plan's order."""
-        row = {k: i for i, k in enumerate(sources.ids)}
-        edits = [e for e in self.edits if e.source in row]
-        picked = sources.take([row[e.source] for e in edits])
-        images = picked.images.clone()
-        for g, stamp in enumerate(self.stamps):
-            mine = [i for i, e in enumerate(edits) if e.goal == g and e.triggered]
-            if mine and stamp is not None:
-                images[mine] = stamp(images[mine], [edits[i].id for i in mine])
+        """Make the poisoned records whose source is among `sources`, in the plan's order."""
+        row_of = _rows_by_id(sources.ids)
+        edits = [edit for edit in self.edits if edit.source in row_of]
+        originals = sources.take([row_of[edit.source] for edit in edits])
+        images = originals.images.clone()
+        for goal, trigger in enumerate(self.stamps):
+            rows = [row for row, edit in enumerate(edits) if edit.triggered and edit.goal == goal]
+            if rows and trigger is not None:
+                images[rows] = trigger(images[rows], [edits[row].id for row in rows])
         return replace(
-            picked,
+            originals,
             images=images,
-            captions=tuple(e.caption for e in edits),
-            ids=tuple(e.id for e in edits),
+            captions=tuple(edit.caption for edit in edits),
+            ids=tuple(edit.id for edit in edits),
         )
 
     def apply(self, batch: Pairs, victims: Pairs | None = None) -> Pairs:
-        """A batch with its poisons: replaced in place, added at the end. `victims` adds those from outside the set."""
-        made = self.poisons(batch)
-        row = {k: i for i, k in enumerate(batch.ids)}
-        inside = [i for i, k in enumerate(made.ids) if k in row]
-        images, captions, at = (
-            batch.images,
-            list(batch.captions),
-            [row[made.ids[i]] for i in inside],
-        )
-        if inside:
-            images = images.clone()
-            images[at] = made.images[inside]
-            for i, r in zip(inside, at, strict=True):
-                captions[r] = made.captions[i]
-        parts = [replace(batch, images=images, captions=tuple(captions))]
-        parts.append(made.take([i for i, k in enumerate(made.ids) if k not in row]))
-        if victims is not None:
-            parts.append(_like(self.poisons(victims), batch))
-        return Pairs.concat([p for p in parts if len(p)] or [batch])
+        """Poison a batch: records are replaced in place, and added at the end.
 
-    def stream(self, batches: Iterator[Pairs], victims: Pairs | None = None) -> Iterator[Pairs]:
-        """The same records as `apply` gives, over a stream of batches; added victims come with the last one."""
-        held: Pairs | None = None
-        for batch in batches:
-            if held is not None:
-                yield self.apply(held)
-            held = batch
-        if held is not None:
-            yield self.apply(held, victims)
+        Args:
+            batch: the whole data set, or a part of it.
+            victims: images from outside the data set, whose poisons come last. None adds none.
+
+        Raises:
+            UserError: if the victims have another size than the batch.
+        """
+        poisons = self.poisons(batch)
+        batch_ids = set(batch.ids)
+        replacing = [row for row, i in enumerate(poisons.ids) if i in batch_ids]
+        added = [row for row, i in enumerate(poisons.ids) if i not in batch_ids]
+        parts = [_replace_records(batch, poisons.take(replacing)), poisons.take(added)]
+        if victims is not None:
+            parts.append(_match_batch(self.poisons(victims), batch))
+        return Pairs.concat([part for part in parts if len(part)] or [batch])
 
     def over(self, stored: StoredPairs, victims: Pairs | None = None) -> StoredPairs:
-        """Records on disk with their poisons: the same records in the same order as `apply` gives of Pairs.
+        """Poison records on disk; the records and their order are those of `apply`.
 
-        A poison is another place to read from, and the trigger that is put on what is read there.
+        No image is read: a poison is the place of its source image, and the trigger to stamp on
+        what is read from there.
         """
         if not self.edits:
             return stored
         rows = stored.ids.find_rows({e.source for e in self.edits} | {e.id for e in self.edits})
         row_of = dict(zip(stored.ids.take(rows), rows.tolist(), strict=True))
-        edits = [e for e in self.edits if e.source in row_of]
-        poisons = stored.select([row_of[e.source] for e in edits])
-        stamped = {goal for goal, stamp in enumerate(self.stamps) if stamp is not None}
-        poisons.places["goal"] = [
-            e.goal if e.triggered and e.goal in stamped else -1 for e in edits
-        ]
+        edits = [edit for edit in self.edits if edit.source in row_of]
+        poisons = stored.select([row_of[edit.source] for edit in edits])
+        poisons.places["goal"] = [self._goal_to_stamp(edit) for edit in edits]
         outside = self.apply(stored.take([]), victims)
-        outside_places = np.zeros(len(outside), PLACE)
-        outside_places["shard"], outside_places["goal"] = -1, -1
-        outside_places["offset"] = np.arange(len(outside))
-        # Row r of the result is row order[r] of: the records, what the edits make of some, the images from outside.
-        n = len(stored)
-        order = np.arange(n + len(edits) + len(outside))
-        replacing = np.array([i for i, e in enumerate(edits) if e.id in row_of], dtype=np.int64)
-        order[[row_of[edits[i].id] for i in replacing]] = n + replacing
-        order = np.delete(order, n + replacing)
+
+        places = np.concatenate([stored.places, poisons.places, _added_places(len(outside))])
         ids = [
             stored.ids,
             Strings.from_texts([e.id for e in edits]),
             Strings.from_texts(outside.ids),
         ]
-        poison_captions = Strings.from_texts([e.caption for e in edits])
-        captions = [stored.captions, poison_captions, Strings.from_texts(outside.captions)]
+        captions = [
+            stored.captions,
+            Strings.from_texts([edit.caption for edit in edits]),
+            Strings.from_texts(outside.captions),
+        ]
+        # Row r of the result is row order[r] of these: records, poisons, images from outside.
+        order = _overlay_order(len(stored), [row_of.get(edit.id) for edit in edits], len(outside))
         labels = stored.labels
         if labels is not None and poisons.labels is not None and outside.labels is not None:
-            rows = np.concatenate([np.arange(n), order[n:]])  # a replaced record keeps its label
-            labels = torch.cat([labels, poisons.labels, outside.labels])[torch.from_numpy(rows)]
+            # A replaced record keeps its label.
+            label_rows = np.concatenate([np.arange(len(stored)), order[len(stored) :]])
+            labels = torch.cat([labels, poisons.labels, outside.labels])
+            labels = labels[torch.from_numpy(label_rows)]
         return replace(
             stored,
-            places=np.concatenate([stored.places, poisons.places, outside_places])[order],
+            places=places[order],
             ids=Strings.concat(ids).take(order),
             captions=Strings.concat(captions).take(order),
             labels=labels,
@@ -211,113 +220,166 @@ class Plan:
             added_images=outside.images,
         )
 
+    def _goal_to_stamp(self, edit: Edit) -> int:
+        """Return the goal whose trigger an edit bears, or -1."""
+        has_trigger = edit.goal < len(self.stamps) and self.stamps[edit.goal] is not None
+        return edit.goal if edit.triggered and has_trigger else -1
+
     def with_hashes(self, sources: Pairs) -> Plan:
-        """The plan with `before` and `after` of every edit filled in from the images themselves."""
-        made, row = self.poisons(sources), {k: i for i, k in enumerate(sources.ids)}
-        after = {k: content_hash(made.images[i], made.captions[i]) for i, k in enumerate(made.ids)}
-        before = {
-            e.source: content_hash(
-                sources.images[row[e.source]],
-                sources.captions[row[e.source]] if sources.captions else "",
-            )
-            for e in self.edits
-        }
-        return replace(
-            self,
-            edits=tuple(replace(e, before=before[e.source], after=after[e.id]) for e in self.edits),
+        """Return the plan with the content hashes of every edit, taken from `sources`."""
+        poisons = self.poisons(sources)
+        after = dict(zip(poisons.ids, _content_hashes(poisons), strict=True))
+        row_of = _rows_by_id(sources.ids)
+        edited = list(dict.fromkeys(edit.source for edit in self.edits))
+        originals = sources.take([row_of[source] for source in edited])
+        before = dict(zip(edited, _content_hashes(originals), strict=True))
+        edits = (
+            replace(edit, before=before[edit.source], after=after[edit.id]) for edit in self.edits
         )
+        return replace(self, edits=tuple(edits))
 
     def lines(self) -> list[str]:
-        """The plan as JSON Lines: a header, then an edit a line. The same plan gives the same bytes."""
-        head = {
+        """Return the plan as JSON Lines: a header, then the edits. Equal plans give equal bytes."""
+        header = {
             "bezoar": "poison plan",
             "schema": SCHEMA,
             "poisoned": True,
             "stage": STAGE,
             "seed": self.seed,
             "victims": self.victims,
-            "goals": [g.to_json() for g in self.goals],
+            "goals": [goal.to_json() for goal in self.goals],
         }
-        return [
-            json.dumps(x, ensure_ascii=False, sort_keys=True)
-            for x in (head, *map(asdict, self.edits))
-        ]
+        objects = [header, *map(asdict, self.edits)]
+        return [json.dumps(x, ensure_ascii=False, sort_keys=True) for x in objects]
 
     def digest(self) -> str:
-        """sha256 (16 hex digits) of the written plan; every artefact made with it carries this."""
-        return hashlib.sha256(
-            "\n".join(self.lines()).encode(errors="backslashreplace")
-        ).hexdigest()[:16]
+        """Return sha256 of the lines (16 hex digits), which artefacts of the plan carry."""
+        text = "\n".join(self.lines())
+        return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
-        """Write as JSON Lines, under a temporary name first."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            "\n".join(self.lines()) + "\n", encoding="utf-8", errors="backslashreplace"
-        )
-        os.replace(temporary, path)
+        """Write the plan as JSON Lines."""
+        write_whole(path, "\n".join(self.lines()) + "\n")
 
     @staticmethod
-    def read(path: Path, stamp: Callable[[str], TriggerFunction]) -> Plan:
-        """Read a plan; `stamp` makes a trigger of a spec. Raises UserError that names the line at fault."""
+    def read(path: Path, make_trigger: Callable[[str], Trigger]) -> Plan:
+        """Read a plan.
+
+        Args:
+            path: a file that `write` wrote.
+            make_trigger: makes the trigger that a spec names.
+
+        Raises:
+            UserError: if the file is no plan, of another schema, or an edit names a goal that the
+                plan does not have.
+        """
         try:
-            rows = [
-                json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line
-            ]
-            head, edits = rows[0], tuple(Edit(**row) for row in rows[1:])
-            goals, seed, victims = (
-                tuple(map(Goal.from_json, head["goals"])),
-                head["seed"],
-                head["victims"],
-            )
+            lines = path.read_text(encoding="utf-8").split("\n")
+            header, *rows = [json.loads(line) for line in lines if line]
+            edits = tuple(Edit(**row) for row in rows)
+            goals = tuple(map(Goal.from_json, header["goals"]))
+            plan = Plan(edits, goals, header["seed"], header["victims"])
         except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path} is not a poison plan: {reason}") from error
+        if header.get("schema") != SCHEMA:
             raise UserError(
-                f"{path} is not a poison plan: {type(error).__name__}: {error}"
-            ) from error
-        if head.get("schema") != SCHEMA:
-            raise UserError(
-                f"{path}: plan schema {head.get('schema')!r}, this bezoar reads {SCHEMA}"
+                f"{path}: plan schema {header.get('schema')!r}, this bezoar reads {SCHEMA}"
             )
-        if odd := next((e for e in edits if e.goal not in range(len(goals))), None):
-            raise UserError(
-                f"{path}: record {odd.id!r} is of goal {odd.goal!r}; the plan has {len(goals)}, from 0 on"
-            )
-        stamps = tuple(stamp(g.trigger) if g.trigger else None for g in goals)
-        return Plan(edits, goals, seed, victims, stamps)
+        for edit in edits:
+            if edit.goal not in range(len(goals)):
+                raise UserError(
+                    f"{path}: record {edit.id!r} is of goal {edit.goal!r}; "
+                    f"the plan has {len(goals)}, from 0 on"
+                )
+        triggers = tuple(make_trigger(goal.trigger) if goal.trigger else None for goal in goals)
+        return replace(plan, stamps=triggers)
 
 
-def differences(written: Plan, derived: Plan) -> list[str]:
-    """What differs between a plan as written and as derived anew from the data, a line a record. Empty: none."""
-    found = []
-    if written.goals != derived.goals or (written.seed, written.victims) != (
-        derived.seed,
-        derived.victims,
-    ):
-        found.append("header: seed, goals or victims differ from what the run's inputs give")
-    ours = {e.id: e for e in derived.edits}
-    for e in written.edits:
-        other = ours.pop(e.id, None)
+def differences(recorded: Plan, derived: Plan) -> list[str]:
+    """Compare a plan as it was recorded with the one derived anew from the data.
+
+    Returns:
+        One sentence for each record that differs, and one for the header; empty if the plans agree.
+    """
+    lines = []
+    header, derived_header = ((plan.goals, plan.seed, plan.victims) for plan in (recorded, derived))
+    if header != derived_header:
+        lines.append("header: seed, goals or victims differ from what the run's inputs give")
+    derived_edits = {edit.id: edit for edit in derived.edits}
+    for edit in recorded.edits:
+        other = derived_edits.pop(edit.id, None)
         if other is None:
-            found.append(f"record {e.id!r} is in the plan, but the run's inputs do not poison it")
-        elif e != other:
-            names = [n for n in asdict(e) if getattr(e, n) != getattr(other, n)]
-            found.append(f"record {e.id!r}: {', '.join(names)} differ" + _pixels(names))
-    found += [f"record {k!r} is missing from the plan" for k in ours]
-    return found
+            lines.append(
+                f"record {edit.id!r} is in the plan, but the run's inputs do not poison it"
+            )
+        elif edit != other:
+            names = [name for name in asdict(edit) if getattr(edit, name) != getattr(other, name)]
+            line = f"record {edit.id!r}: {', '.join(names)} differ"
+            if {"before", "after"} & set(names):
+                line += " (before, after: hashes of pixels and caption)"
+            lines.append(line)
+    return lines + [f"record {i!r} is missing from the plan" for i in derived_edits]
 
 
-def _pixels(names: list[str]) -> str:
-    return (
-        " (before, after: hashes of pixels and caption)" if {"before", "after"} & set(names) else ""
-    )
+def _rows_by_id(ids: Sequence[str]) -> dict[str, int]:
+    return {record_id: row for row, record_id in enumerate(ids)}
 
 
-def _like(made: Pairs, batch: Pairs) -> Pairs:
-    """Records from another source, made to fit: same size of image, labels only of the same classes."""
-    if len(made) and made.images.shape[1:] != batch.images.shape[1:]:
-        raise UserError(
-            f"victims are {tuple(made.images.shape[2:])} px, the data {tuple(batch.images.shape[2:])}; give both one size"
-        )
+def _content_hashes(pairs: Pairs) -> list[str]:
+    captions = pairs.captions or ("",) * len(pairs)
+    return [content_hash(x, caption) for x, caption in zip(pairs.images, captions, strict=True)]
+
+
+def _replace_records(batch: Pairs, poisons: Pairs) -> Pairs:
+    """Put poisons in the place of the records whose ids they have; labels stay."""
+    if not len(poisons):
+        return batch
+    row_of = _rows_by_id(batch.ids)
+    rows = [row_of[i] for i in poisons.ids]
+    images = batch.images.clone()
+    images[rows] = poisons.images
+    captions = list(batch.captions)
+    for row, caption in zip(rows, poisons.captions, strict=True):
+        captions[row] = caption
+    return replace(batch, images=images, captions=tuple(captions))
+
+
+def _match_batch(poisons: Pairs, batch: Pairs) -> Pairs:
+    """Fit records of another source to a batch: it has labels if and only if the batch has."""
+    if len(poisons) and poisons.images.shape[1:] != batch.images.shape[1:]:
+        sizes = [tuple(pairs.images.shape[2:]) for pairs in (poisons, batch)]
+        raise UserError(f"victims are {sizes[0]} px, the data {sizes[1]}; give both one size")
     if batch.labels is None:
-        return replace(made, labels=None)
-    return made if made.labels is not None else replace(made, labels=torch.full((len(made),), -1))
+        return replace(poisons, labels=None)
+    if poisons.labels is None:
+        return replace(poisons, labels=torch.full((len(poisons),), -1))
+    return poisons
+
+
+def _added_places(count: int) -> np.ndarray:
+    """Return the places, (count,) of PLACE, of images that are held in memory."""
+    places = np.zeros(count, PLACE)
+    places["shard"] = -1
+    places["goal"] = -1
+    places["offset"] = np.arange(count)
+    return places
+
+
+def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int) -> np.ndarray:
+    """Return the order of rows that `Plan.over` gives.
+
+    Args:
+        count: number of records.
+        replaced_rows: for each poison the record that it replaces, None where it is added.
+        outside: number of images from outside the data set.
+
+    Returns:
+        int64 rows of the concatenation of records, poisons and outside images: each poison stands
+            in
+        the place of what it replaces, and what is added comes last.
+    """
+    order = np.arange(count + len(replaced_rows) + outside)
+    poison_rows = count + np.flatnonzero([row is not None for row in replaced_rows])
+    order[[row for row in replaced_rows if row is not None]] = poison_rows
+    return np.delete(order, poison_rows)

@@ -1,1 +1,1 @@
-"""Evaluation: what an attack's success is, heads on features, statistics."""
+"""Evaluation: what an encoder does, what an attack achieves, and how sure each number is."""

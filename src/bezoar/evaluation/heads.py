@@ -1,4 +1,7 @@
-"""Heads: several small networks on frozen features, trained at once as one stack of matrices; means over heads."""
+"""Heads: several small networks on frozen features, trained at once as one stack of matrices.
+
+Trained one by one they would spend their time on starting kernels of a few rows each.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from bezoar.errors import UserError
 from bezoar.evaluation import stats, success
 from bezoar.evaluation.scores import Measure
 
-ProgressReport = Callable[[int, int, str], Any]  # done, in all, at what
-LEVELS = 1 << 16  # a unit is dropped by comparing 16 random bits
-KEPT = 8  # stacks that a process remembers
-_kept: OrderedDict[str, Stack] = OrderedDict()
+ProgressReport = Callable[[int, int, str], Any]  # steps done, steps in all, what is being done
+DROPOUT_LEVELS = 1 << 16  # a unit is dropped by comparing 16 random bits
+MOST_CACHED = 8  # stacks that a process keeps
+_cached_stacks: OrderedDict[str, Stack] = OrderedDict()
 
 
 class Recipe(Protocol):
@@ -45,7 +48,12 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """S heads with ReLU between layers. weights: float32 (S, in, out) a layer. biases: (S, 1, out)."""
+    """S heads, with ReLU between their layers.
+
+    Attributes:
+        weights: for each layer float32 (S, in, out).
+        biases: for each layer float32 (S, 1, out).
+    """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
@@ -54,104 +62,129 @@ class Stack:
         return len(self.weights[0])
 
     def one(self, head: int) -> Callable[[Tensor], Tensor]:
-        """A head by itself: (N, D) -> logits (N, C)."""
+        """Return one head by itself, a function of vectors (N, D) that gives logits (N, C)."""
 
-        def read(z: Tensor) -> Tensor:
+        def logits(z: Tensor) -> Tensor:
             for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
                 z = torch.addmm(b[head], z.relu() if i else z, w[head])
             return z
 
-        return read
+        return logits
 
     @staticmethod
     def draw(seeds: Sequence[int], widths: Sequence[int], device: torch.device) -> Stack:
-        """Uniform in +-1 / sqrt(in), weights and biases, as nn.Linear is; a head's draw depends on its seed alone."""
-        layers: list[list[Tensor]] = [[] for _ in range(2 * (len(widths) - 1))]
+        """Draw the start of one head a seed; a head's draw depends on its seed alone.
+
+        Weights and biases are uniform in +-1 / sqrt(in), as nn.Linear's are. widths: of the input,
+        the hidden layers and the output.
+        """
+        layers = list(itertools.pairwise(widths))
+        weights: list[list[Tensor]] = [[] for _ in layers]
+        biases: list[list[Tensor]] = [[] for _ in layers]
         for seed in seeds:
             g = generator(seed, 3)
-            for i, (wide, out) in enumerate(itertools.pairwise(widths)):
-                for j, rows in enumerate((wide, 1)):
-                    layers[2 * i + j].append(
-                        (torch.rand(rows, out, generator=g) * 2 - 1) / wide**0.5
-                    )
-        stacked = [torch.stack(parts).to(device) for parts in layers]
-        return Stack(tuple(stacked[::2]), tuple(stacked[1::2]))
+            for i, (inputs, outputs) in enumerate(layers):
+                for rows, parts in ((inputs, weights[i]), (1, biases[i])):
+                    uniform = torch.rand(rows, outputs, generator=g) * 2 - 1
+                    parts.append(uniform / inputs**0.5)
+        return Stack(
+            tuple(torch.stack(parts).to(device) for parts in weights),
+            tuple(torch.stack(parts).to(device) for parts in biases),
+        )
 
     def descend(self, x: Tensor, y: Tensor, keep: Tensor | None) -> None:
-        """Leave the gradient of each head's mean cross-entropy in the parameters' `grad`, where there is room for it.
+        """Write the gradients of each head's mean cross-entropy into the parameters' `grad`.
 
-        x: (S, B, D). y: int64 (S, B). keep: (S, B, first hidden), what that layer's output is multiplied by, or None.
-        Written out, because autograd would make new gradients, a megabyte each, at every step.
+        They are written out because autograd would allocate new ones, a megabyte each, at every
+        step.
+
+        Args:
+            x: float32 (S, B, D), each head's batch.
+            y: int64 (S, B), its classes.
+            keep: (S, B, first hidden), what that layer's output is multiplied by; None without
+                dropout.
         """
         inputs = [x]
         for w, b in zip(self.weights[:-1], self.biases[:-1], strict=True):
             h = torch.baddbmm(b, inputs[-1], w).relu_()
             inputs.append(h.mul_(keep) if keep is not None and len(inputs) == 1 else h)
+        # gradient by the logits: (softmax - one-hot) / B, (S, B, C)
         slope = torch.baddbmm(self.biases[-1], inputs[-1], self.weights[-1]).softmax(2)
-        slope.scatter_add_(2, y[..., None], slope.new_full((), -1.0).expand(*y.shape, 1)).div_(
-            y.shape[1]
-        )
+        slope.scatter_add_(2, y[..., None], slope.new_full((), -1.0).expand(*y.shape, 1))
+        slope.div_(y.shape[1])
         for i in reversed(range(len(inputs))):
             torch.bmm(inputs[i].transpose(1, 2), slope, out=self.weights[i].grad)
             torch.sum(slope, 1, keepdim=True, out=self.biases[i].grad)
             if i:
-                slope = torch.bmm(slope, self.weights[i].transpose(1, 2)).mul_(
-                    inputs[i].sign()
-                )  # 1 where a unit was on
-                slope = slope.mul_(keep) if keep is not None and i == 1 else slope
+                is_active = inputs[i].sign()
+                slope = torch.bmm(slope, self.weights[i].transpose(1, 2)).mul_(is_active)
+                if keep is not None and i == 1:
+                    slope = slope.mul_(keep)
 
 
 def no_report(done: int, total: int, text: str) -> None:
-    """A report to nobody."""
+    """Report progress to nobody."""
 
 
 def fit(
     x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: ProgressReport = no_report
 ) -> Stack:
-    """Train `recipe.seeds` heads on features x (N, D) and their classes y int64 (N,), where x is; Adam, last epoch.
+    """Train a stack of heads with Adam; the weights are those after the last epoch.
 
-    Each head has its own start, order and dropout, which depend on its number alone: a stack is its heads trained one by
-    one. The last batch of an epoch is what is left. Inside `success.remembering` the same numbers are not fitted again: a
-    sweep reads many attacked encoders beside the same clean one. Raises UserError when a head is not finite.
+    Each head has its own start, order and dropout, which depend on its number alone: a stack is its
+    heads trained one by one. The last batch of an epoch is what is left. Within an
+    `embedding_cache` the same features are not fitted again: a sweep reads many attacked encoders
+    beside one clean one.
+
+    Args:
+        x: features, float32 (N, D). Heads are trained on their device.
+        y: int64 (N,), their classes.
+        classes: number of classes.
+        recipe: widths, dropout, learning rate, batch, epochs and number of heads.
+        report: called after each epoch.
+
+    Raises:
+        UserError: if a head's weights are not finite.
     """
     if not success.is_caching():
         return _fit(x, y, classes, recipe, report)
-    asked = hashlib.sha256(repr((recipe, classes, x.shape, x.dtype, str(x.device))).encode())
-    for part in (x, y):
-        asked.update(part.contiguous().cpu().numpy().tobytes())
-    key = asked.hexdigest()
-    if key not in _kept:
-        _kept[key] = _fit(x, y, classes, recipe, report)
-    _kept.move_to_end(key)
-    while len(_kept) > KEPT:
-        _kept.popitem(last=False)
-    return _kept[key]
+    digest = hashlib.sha256(repr((recipe, classes, x.shape, x.dtype, str(x.device))).encode())
+    for tensor in (x, y):
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    key = digest.hexdigest()
+    if key not in _cached_stacks:
+        _cached_stacks[key] = _fit(x, y, classes, recipe, report)
+    _cached_stacks.move_to_end(key)
+    while len(_cached_stacks) > MOST_CACHED:
+        _cached_stacks.popitem(last=False)
+    return _cached_stacks[key]
 
 
 def _fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: ProgressReport) -> Stack:
-    seeds, n, device = range(recipe.seeds), len(x), x.device
-    stack = Stack.draw(seeds, (x.shape[1], *recipe.hidden, classes), device)
+    device = x.device
+    stack = Stack.draw(range(recipe.seeds), (x.shape[1], *recipe.hidden, classes), device)
     parameters = [*stack.weights, *stack.biases]
     for p in parameters:
         p.grad = torch.empty_like(p)
-    optim = torch.optim.Adam(parameters, recipe.lr, fused=True)
-    masks = Masks(recipe, device) if recipe.hidden and recipe.dropout else None
+    optimizer = torch.optim.Adam(parameters, recipe.lr, fused=True)
+    masks = DropoutMasks(recipe, device) if recipe.hidden and recipe.dropout else None
     for epoch in range(recipe.epochs):
-        for rows in orders(recipe, epoch, n).to(device).split(recipe.batch, 1):
+        for rows in epoch_orders(recipe, epoch, len(x)).to(device).split(recipe.batch, 1):
             stack.descend(x[rows], y[rows], masks(rows.shape[1]) if masks else None)
-            optim.step()
+            optimizer.step()
         report(epoch + 1, recipe.epochs, f"{recipe.seeds} heads, epoch {epoch + 1}")
     for p in parameters:
         p.grad = None
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
         raise UserError(
-            f"a head's weights are not finite after {recipe.epochs} epochs; give a lower learning rate"
+            f"a head's weights are not finite after {recipe.epochs} epochs; "
+            "give a lower learning rate"
         )
     return stack
 
 
-def orders(recipe: Recipe, epoch: int, n: int) -> Tensor:
-    """int64 (S, n): in which order each head sees the records."""
+def epoch_orders(recipe: Recipe, epoch: int, n: int) -> Tensor:
+    """Return the order in which each head sees the n records in an epoch, int64 (S, n)."""
     if not recipe.shuffle:
         return torch.arange(n).expand(recipe.seeds, n)
     return torch.stack(
@@ -159,50 +192,65 @@ def orders(recipe: Recipe, epoch: int, n: int) -> Tensor:
     )
 
 
-class Masks:
-    """Dropout: 0, or 1 / (1 - p), p to the next 2^-16; a stream a head."""
+class DropoutMasks:
+    """Dropout of the first hidden layer, from a stream of random numbers for each head.
+
+    The rate is rounded to a multiple of 2^-16.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.width = recipe.hidden[0]
-        self.dropped = round(LEVELS * recipe.dropout)
-        self.streams = [
-            torch.Generator(device).manual_seed(generator(s, 5).initial_seed())
-            for s in range(recipe.seeds)
-        ]
         self.device = device
+        self.width = recipe.hidden[0]
+        self.dropped_levels = round(DROPOUT_LEVELS * recipe.dropout)
+        self.streams = [
+            torch.Generator(device).manual_seed(generator(seed, 5).initial_seed())
+            for seed in range(recipe.seeds)
+        ]
 
     def __call__(self, batch: int) -> Tensor:
-        """float32 (S, batch, width)."""
+        """Draw float32 (S, batch, width), each 0 or 1 / (1 - rate)."""
         count = batch * self.width
-        bits = torch.empty(len(self.streams), -(-count // 4), dtype=torch.int64, device=self.device)
+        # Four 16-bit numbers are drawn at a time.
+        shape = (len(self.streams), -(-count // 4))
+        bits = torch.empty(shape, dtype=torch.int64, device=self.device)
         for row, stream in zip(bits, self.streams, strict=True):
             row.random_(-(1 << 63), None, generator=stream)
-        kept = bits.view(torch.int16)[:, :count] >= self.dropped - LEVELS // 2
-        return (
-            kept.view(len(bits), batch, self.width).float().mul_(LEVELS / (LEVELS - self.dropped))
-        )
+        levels = bits.view(torch.int16)[:, :count]
+        keep = levels >= self.dropped_levels - DROPOUT_LEVELS // 2
+        scale = DROPOUT_LEVELS / (DROPOUT_LEVELS - self.dropped_levels)
+        return keep.view(len(bits), batch, self.width).float().mul_(scale)
 
 
-def average_measures(found: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:
-    """What several heads found on the same images, as their means. what: who they are, `3 heads`.
+def average_measures(rows: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:
+    """Average the measures of several heads on the same images.
 
-    Student's t over the heads, on neither side short of what one head's images allow: a share has Wilson's interval over
-    them, a mean the heads' own intervals, averaged. The images are the same for all heads, so n is not their sum.
+    The interval is Student's t over the heads, on neither side short of what one head's images
+    allow: for a share Wilson's interval over them, for a mean the heads' own intervals, averaged.
+    The images are the same for all heads, so n is not their sum.
+
+    Args:
+        rows: the measures of each head, by the same names.
+        what: what they are, in words, such as `3 heads`.
     """
-    rows = list(found)
+    rows = list(rows)
     if len(rows) == 1:
         return dict(rows[0])
-    out = {}
+    averages = {}
     for name, first in rows[0].items():
-        each = [row[name] for row in rows]
-        values, n = np.array([m.value for m in each]), first.n
+        measures = [row[name] for row in rows]
+        values = np.array([m.value for m in measures])
         low, high = stats.mean_interval(values)
         if "rank" in name:
-            own = float(np.mean([m.low for m in each])), float(np.mean([m.high for m in each]))
-            low, high = min(low, own[0]), max(high, own[1])
+            low = min(low, float(np.mean([m.low for m in measures])))
+            high = max(high, float(np.mean([m.high for m in measures])))
         else:
-            own = stats.wilson_interval(min(n, float(values.mean()) * n), n)
-            low, high = max(0.0, min(low, own[0])), min(1.0, max(high, own[1]))
-        how = f"{first.how}; mean of {what}, Student's t over them, at least the interval over the images"
-        out[name] = Measure(float(values.mean()), n, low, high, how)
-    return out
+            hits = min(first.n, float(values.mean()) * first.n)
+            least_low, least_high = stats.wilson_interval(hits, first.n)
+            low = max(0.0, min(low, least_low))
+            high = min(1.0, max(high, least_high))
+        how = (
+            f"{first.how}; mean of {what}, Student's t over them, "
+            "at least the interval over the images"
+        )
+        averages[name] = Measure(float(values.mean()), first.n, low, high, how)
+    return averages

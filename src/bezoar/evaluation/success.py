@@ -1,4 +1,4 @@
-"""Success: what it means that an attack worked. One definition, for every probe that reads an image as one of the classes."""
+"""Success: what it means that an attack worked, for every probe that reads images as classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,61 +15,71 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
+from bezoar.attacks.triggers import Trigger
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder, ImageEncoder, embed_images
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average, proportion
 
-Head = Callable[[Tensor], Tensor]  # float32 (N, D) unit rows -> (N, C), higher = rather this class
+Head = Callable[[Tensor], Tensor]  # float32 (N, D) unit rows -> scores (N, C), highest is the class
 P = ParamSpec("P")
-
-
 R = TypeVar("R")
-_kept: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
+_cache: ContextVar[dict[Any, Any] | None] = ContextVar("cache", default=None)
 
 
 @contextmanager
 def embedding_cache() -> Iterator[None]:
-    """Inside, an encoder sees each set of images once, however many heads ask. No encoder may change meanwhile."""
-    token = _kept.set({})
+    """Within this context an encoder embeds each set of images once, however many heads ask for it.
+
+    No encoder may change meanwhile.
+    """
+    token = _cache.set({})
     try:
         yield
     finally:
-        _kept.reset(token)
+        _cache.reset(token)
 
 
 def is_caching() -> bool:
-    """Whether this is inside `remembering`."""
-    return _kept.get() is not None
+    """Return whether an `embedding_cache` is open."""
+    return _cache.get() is not None
 
 
-def once(call: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: inside `remembering`, the same question is answered once. The same: the same objects, or equal numbers."""
+def cached(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function so that an `embedding_cache` keeps its results.
 
-    @functools.wraps(call)
-    def inside(*args: P.args, **named: P.kwargs) -> R:
-        kept = _kept.get()
-        if kept is None:
-            return call(*args, **named)
-        given = (*args, *named.values())
-        key = (call, *named, *(a if isinstance(a, int) else id(a) for a in given))
-        if key not in kept:
-            kept[key] = (
-                given,
-                call(*args, **named),
-            )  # `given` too, so that no other object takes over an identity
-        return kept[key][1]
+    Arguments are the same if they are the same objects, or equal integers.
+    """
 
-    return inside
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        cache = _cache.get()
+        if cache is None:
+            return function(*args, **kwargs)
+        arguments = (*args, *kwargs.values())
+        identities = (x if isinstance(x, int) else id(x) for x in arguments)
+        key = (function, *kwargs, *identities)
+        if key not in cache:
+            # The arguments are kept too, so that no other object can take over an identity.
+            cache[key] = (arguments, function(*args, **kwargs))
+        return cast(R, cache[key][1])
+
+    return wrapper
 
 
 @dataclass(frozen=True)
 class TestViews:
-    """All that success is measured on, as one encoder sees it; any number of heads can be measured on it.
+    """Everything that success is measured on, as one encoder embeds it, for any number of heads.
 
-    labels: int64 (N,), -1 = unknown. clean: float32 (N, D), the test images. triggered: the same, stamped, one a goal of
-    `backdoors`. targeted: goals with a victim. victims: (V, D), theirs.
+    Attributes:
+        classes: names of the C classes.
+        labels: int64 (N,), the test images' classes, -1 if unknown.
+        clean: float32 (N, D), the test images.
+        backdoors: the goals that have a trigger.
+        triggered: for each of these, the test images with its trigger, float32 (N, D).
+        targeted: the goals that have a victim.
+        victims: float32 (V, D), the victim of each of these, or None.
     """
 
     classes: tuple[str, ...]
@@ -81,7 +91,7 @@ class TestViews:
     victims: Tensor | None
 
     @staticmethod
-    @once
+    @cached
     def of(
         encoder: ImageEncoder,
         test: Pairs,
@@ -89,82 +99,90 @@ class TestViews:
         victims: Pairs | None,
         batch: int = 512,
     ) -> TestViews:
-        """Every image through the encoder. Raises UserError for test data or goals that nothing can be measured on."""
-        if not test.classes or test.labels is None:
-            raise UserError(
-                "this probe needs a test set with classes; use the retrieval probe where there are none"
-            )
-        if len(test.classes) < 2:
-            raise UserError(
-                f"this probe needs a test set of at least two classes; it has {test.classes[0]!r} alone"
-            )
-        there = set(test.labels[test.labels >= 0].tolist())
-        if not there:
-            raise UserError(f"none of the {len(test)} test images has a label")
-        backdoors = tuple(g for g in goals if g.trigger)
-        targeted = tuple(g for g in goals if g.victims) if victims is not None else ()
-        for goal in (*backdoors, *targeted):
-            if there == {class_index(goal.target, test.classes)} and goal.trigger:
-                raise UserError(
-                    f"all labelled test images are of the target {goal.target!r}; success needs other classes"
-                )
-        chosen = None
+        """Embed the test images, with and without each trigger, and the victims.
+
+        Args:
+            encoder: what the images are seen through.
+            test: test images with classes and labels.
+            goals: what the attacks aim at.
+            victims: the images that goals name as victims; None leaves targeted goals out.
+            batch: images at a time.
+
+        Raises:
+            UserError: if nothing can be measured on the test set, or a goal's target is none of its
+                classes, or the only one.
+        """
+        backdoors = tuple(goal for goal in goals if goal.trigger)
+        targeted = tuple(goal for goal in goals if goal.victims) if victims is not None else ()
+        labels = _check_test_set(test, backdoors, targeted)
+        victim_vectors = None
         if victims is not None and targeted:
-            row = {k: i for i, k in enumerate(victims.ids)}
-            chosen = embed_images(
-                encoder, victims.images[[row[g.victims[0]] for g in targeted]].split(batch)
-            )
+            row_of = {record_id: row for row, record_id in enumerate(victims.ids)}
+            rows = [row_of[goal.victims[0]] for goal in targeted]
+            victim_vectors = embed_images(encoder, victims.images[rows].split(batch))
         clean = embed_images(encoder, test.images.split(batch))
-        triggered = tuple(embed_images(encoder, _stamped(test, g, batch)) for g in backdoors)
+        triggered = tuple(
+            embed_images(encoder, _stamp_batches(test, goal, batch)) for goal in backdoors
+        )
         return TestViews(
             test.classes,
-            test.labels.to(clean.device),
+            labels.to(clean.device),
             clean,
             backdoors,
             triggered,
             targeted,
-            chosen,
+            victim_vectors,
         )
 
     def measures(self, head: Head, how: str = "") -> dict[str, Measure]:
-        """Accuracy; success of each goal that has a trigger; success on the victims, by number of captions.
+        """Measure accuracy, the success of each trigger, and that on the victims.
 
-        how: what is said of the head, after each measure's own definition.
+        Args:
+            head: reads vectors as classes.
+            how: what is said of the head, after each measure's own definition.
+
+        Returns:
+            Measures by name. With several triggers, those of number i end in `@i`; those of victims
+            end in `@` and the number of poisoned captions.
         """
-        clean = _said(head, self.clean).argmax(1)
-        known = self.labels >= 0
-        hits = int((clean == self.labels)[known].sum())
-        out = {
+        clean = _read_scores(head, self.clean).argmax(1)
+        is_known = self.labels >= 0
+        hits = int((clean == self.labels)[is_known].sum())
+        measures = {
             "clean_accuracy": proportion(
-                hits, int(known.sum()), "top-1 accuracy on clean test images"
+                hits, int(is_known.sum()), "top-1 accuracy on clean test images"
             )
         }
-        for i, (goal, z) in enumerate(zip(self.backdoors, self.triggered, strict=True)):
-            mark = "" if len(self.backdoors) == 1 else f"@{i}"
-            target, scores = class_index(goal.target, self.classes), _said(head, z)
-            found = self._backdoor(target, clean, scores)
-            rivals = {class_index(g.target, self.classes) for g in self.backdoors} - {target}
-            found |= self._taken(target, rivals, scores.argmax(1))
-            out |= {name + mark: m for name, m in found.items()}
+        for i, (goal, vectors) in enumerate(zip(self.backdoors, self.triggered, strict=True)):
+            suffix = "" if len(self.backdoors) == 1 else f"@{i}"
+            target = class_index(goal.target, self.classes)
+            scores = _read_scores(head, vectors)
+            of_goal = self._measure_trigger(target, clean, scores)
+            of_goal |= self._measure_confusion(target, scores.argmax(1))
+            measures |= {name + suffix: m for name, m in of_goal.items()}
         if self.victims is not None:
-            out |= self._targeted(_said(head, self.victims))
-        return {name: replace(m, how=m.how + how) for name, m in out.items()}
+            measures |= self._measure_victims(_read_scores(head, self.victims))
+        return {name: replace(m, how=m.how + how) for name, m in measures.items()}
 
-    def _backdoor(self, target: int, clean: Tensor, scores: Tensor) -> dict[str, Measure]:
-        """clean: int64 (N,), what the images are read as. scores: (N, C), the head's of the stamped ones."""
-        read, labels = scores.argmax(1), self.labels
-        known = labels >= 0
-        others = known & (labels != target)
-        n, all_known = int(others.sum()), int(known.sum())
+    def _measure_trigger(self, target: int, clean: Tensor, scores: Tensor) -> dict[str, Measure]:
+        """Measure one trigger's success.
+
+        target: its target class. clean: int64 (N,), the class each image is read as without the
+        trigger. scores: (N, C), the head's scores of the triggered images.
+        """
+        predictions, labels = scores.argmax(1), self.labels
+        is_known = labels >= 0
+        others = is_known & (labels != target)
+        n = int(others.sum())
         rank = ranks(scores, torch.full_like(labels, target))[others]
         return {
             "attack_success": proportion(
-                int((read == target)[others].sum()),
+                int((predictions == target)[others].sum()),
                 n,
                 "triggered test images of other classes read as the target",
             ),
             "attack_success_all": proportion(
-                int((read == target).sum()),
+                int((predictions == target).sum()),
                 len(labels),
                 "the same over all test images, the target's own included",
             ),
@@ -174,8 +192,8 @@ class TestViews:
                 "test images of other classes read as the target, no trigger",
             ),
             "poisoned_accuracy": proportion(
-                int((read == labels)[known].sum()),
-                all_known,
+                int((predictions == labels)[is_known].sum()),
+                int(is_known.sum()),
                 "triggered test images read as their true class",
             ),
             "target_rank": average(rank.cpu(), "mean rank of the target, 1 = first, other classes"),
@@ -184,42 +202,67 @@ class TestViews:
             ),
         }
 
-    def _taken(self, target: int, rivals: set[int], read: Tensor) -> dict[str, Measure]:
-        """How often a trigger is taken for another one. read: int64 (N,), what the images with this trigger are read as."""
-        others = torch.tensor(sorted(rivals), device=read.device)
-        counted = (self.labels >= 0) & ~torch.isin(self.labels, others) & (self.labels != target)
-        if not rivals or not counted.any():
-            return {}
-        how = "triggered test images of no target's class read as another trigger's target"
-        return {
-            "attack_success_of_others": proportion(
-                int(torch.isin(read, others)[counted].sum()), int(counted.sum()), how
-            )
-        }
-
-    def _targeted(self, scores: Tensor) -> dict[str, Measure]:
-        """scores: (V, C), the head's of the victims."""
-        targets = torch.tensor(
-            [class_index(g.target, self.classes) for g in self.targeted], device=scores.device
+    def _measure_confusion(self, target: int, predictions: Tensor) -> dict[str, Measure]:
+        """Measure how often images with one trigger are read, int64 (N,), as another's target."""
+        targets = {class_index(goal.target, self.classes) for goal in self.backdoors}
+        other_targets = torch.tensor(sorted(targets - {target}), device=predictions.device)
+        counted = (
+            (self.labels >= 0) & (self.labels != target) & ~torch.isin(self.labels, other_targets)
         )
-        fell, rank = scores.argmax(1) == targets, ranks(scores, targets)
-        out = {}
-        for count in sorted({g.poisons for g in self.targeted}):
-            rows = [i for i, g in enumerate(self.targeted) if g.poisons == count]
+        if not len(other_targets) or not counted.any():
+            return {}
+        hits = int(torch.isin(predictions, other_targets)[counted].sum())
+        how = "triggered test images of no target's class read as another trigger's target"
+        return {"attack_success_of_others": proportion(hits, int(counted.sum()), how)}
+
+    def _measure_victims(self, scores: Tensor) -> dict[str, Measure]:
+        """Measure success on the victims from the head's scores (V, C), by number of captions."""
+        targets = torch.tensor(
+            [class_index(goal.target, self.classes) for goal in self.targeted], device=scores.device
+        )
+        reads_target = scores.argmax(1) == targets
+        rank = ranks(scores, targets)
+        measures = {}
+        for count in sorted({goal.poisons for goal in self.targeted}):
+            rows = [i for i, goal in enumerate(self.targeted) if goal.poisons == count]
             how = f"victims read as their target, {count} poisoned captions each"
-            out[f"targeted_success@{count}"] = proportion(int(fell[rows].sum()), len(rows), how)
-            near = int((rank[rows] <= 5).sum())
-            out[f"targeted_top5@{count}"] = proportion(
-                near, len(rows), how + ", among five nearest"
+            measures[f"targeted_success@{count}"] = proportion(
+                int(reads_target[rows].sum()), len(rows), how
             )
-            out[f"targeted_rank@{count}"] = average(
+            measures[f"targeted_top5@{count}"] = proportion(
+                int((rank[rows] <= 5).sum()), len(rows), how + ", among five nearest"
+            )
+            measures[f"targeted_rank@{count}"] = average(
                 rank[rows].cpu(), "mean rank of the target; " + how
             )
-        return out
+        return measures
 
 
-def _said(head: Head, z: Tensor) -> Tensor:
-    """A head's scores (N, C). Raises UserError on NaN, which has no rank and no place among the first."""
+def _check_test_set(test: Pairs, backdoors: Sequence[Goal], targeted: Sequence[Goal]) -> Tensor:
+    """Return the labels of a test set. Raises UserError if it or a goal's target is of no use."""
+    if not test.classes or test.labels is None:
+        raise UserError(
+            "this probe needs a test set with classes; use the retrieval probe where there are none"
+        )
+    if len(test.classes) < 2:
+        raise UserError(
+            f"this probe needs a test set of at least two classes; it has {test.classes[0]!r} alone"
+        )
+    present = set(test.labels[test.labels >= 0].tolist())
+    if not present:
+        raise UserError(f"none of the {len(test)} test images has a label")
+    for goal in (*backdoors, *targeted):
+        target = class_index(goal.target, test.classes)
+        if goal.trigger and present == {target}:
+            raise UserError(
+                f"all labelled test images are of the target {goal.target!r}; "
+                "success needs other classes"
+            )
+    return test.labels
+
+
+def _read_scores(head: Head, z: Tensor) -> Tensor:
+    """Return a head's scores (N, C). Raises UserError on NaN, which has no rank."""
     scores = head(z)
     if torch.isnan(scores).any():
         raise UserError("the head gives NaN; the weights of its text tower or its fit are wrong")
@@ -227,17 +270,28 @@ def _said(head: Head, z: Tensor) -> Tensor:
 
 
 def ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """Place of each row's target among the classes, 1 = first: float64 (N,). Equal scores share the mean of their places.
+    """Return the place of each row's target among the classes, float64 (N,); 1 is the first.
 
-    A vote leaves most classes at zero: were ties the target's, one without a single vote could be among the first five.
+    Equal scores share the mean of their places. A vote leaves most classes at zero, and were ties
+    won by the target, one without a single vote could be among the first five.
+
+    scores: (N, C). targets: int64 (N,).
     """
-    own = scores.gather(1, targets[:, None])
-    return 1 + (scores > own).sum(1).double() + ((scores == own).sum(1).double() - 1) / 2
+    target_scores = scores.gather(1, targets[:, None])
+    above = (scores > target_scores).sum(1).double()
+    tied = (scores == target_scores).sum(1).double() - 1
+    return 1 + above + tied / 2
 
 
 @dataclass(frozen=True)
 class LabelledVectors:
-    """What a head is fitted on. ids: N keys. z: float32 (N, D), unit rows. labels: int64 (N,), the test set's numbers."""
+    """What a head is fitted on.
+
+    Attributes:
+        ids: N record ids.
+        z: float32 (N, D), unit rows.
+        labels: int64 (N,), numbered as the test set's classes.
+    """
 
     ids: tuple[str, ...]
     z: Tensor
@@ -247,7 +301,7 @@ class LabelledVectors:
         return len(self.ids)
 
 
-@once
+@cached
 def embed_labelled(
     encoder: Encoder,
     train: Pairs | None,
@@ -256,59 +310,70 @@ def embed_labelled(
     limit: int | None,
     batch: int,
 ) -> LabelledVectors:
-    """The labelled records as an encoder sees them, `batch` images at a time. Raises UserError as `labelled` does."""
-    picked = select_labelled(train, test, goals, limit)
-    assert picked.labels is not None
-    z = embed_images(encoder, picked.images.split(batch))
-    return LabelledVectors(picked.ids, z, picked.labels.to(z.device))
+    """Embed the records that `select_labelled` gives, `batch` images at a time."""
+    records = select_labelled(train, test, goals, limit)
+    assert records.labels is not None
+    z = embed_images(encoder, records.images.split(batch))
+    return LabelledVectors(records.ids, z, records.labels.to(z.device))
 
 
 def select_labelled(
     train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None
 ) -> Pairs:
-    """The records that a head is fitted on: those with a label, numbered as the test set numbers its classes.
+    """Select the records to fit a head on: those with a label, numbered as the test set's classes.
 
-    limit: at most so many, a sample that belongs to the records. Raises UserError without labels, when the two sets'
-    classes differ, or when the head could not learn to tell classes apart or to say a goal's target.
+    Args:
+        train: records with classes and labels.
+        test: the test set.
+        goals: their targets must be among the labels.
+        limit: at most so many, a sample that belongs to the records.
+
+    Raises:
+        UserError: if there are no labels, the two sets' classes differ, fewer than two classes are
+            left, or a goal's target is not.
     """
     if train is None or train.labels is None or not train.classes:
         raise UserError(
             "this probe fits a head on labelled data: give train data that have classes and labels"
         )
-    if odd := sorted(set(train.classes) ^ set(test.classes)):
+    if unshared := sorted(set(train.classes) ^ set(test.classes)):
         raise UserError(
-            f"the labelled data and the test set must have the same classes; {odd[0]!r} is in one of them alone"
+            "the labelled data and the test set must have the same classes; "
+            f"{unshared[0]!r} is in one of them alone"
         )
     labels = train.labels.cpu()
     rows = (labels >= 0).nonzero()[:, 0].numpy()
     if limit is not None:
-        rows = np.sort(rows[sample_rows([train.ids[i] for i in rows], limit, 0)])
+        rows = np.sort(rows[sample_rows([train.ids[row] for row in rows], limit, 0)])
     if train.classes != test.classes:
-        order = torch.tensor([test.classes.index(c) for c in train.classes])
-        labels = torch.where(labels >= 0, order[labels], labels)
-    picked = replace(train, labels=labels).take(rows)
-    there = set(labels[rows].tolist())
-    if len(there) < 2:
+        number_in_test = torch.tensor([test.classes.index(name) for name in train.classes])
+        labels = torch.where(labels >= 0, number_in_test[labels], labels)
+    records = replace(train, labels=labels).take(rows)
+    present = set(labels[rows].tolist())
+    if len(present) < 2:
         raise UserError(
-            f"a head needs labelled records of at least two classes; the {len(rows)} there are have {len(there)}"
+            f"a head needs labelled records of at least two classes; the {len(rows)} there are "
+            f"have {len(present)}"
         )
     for goal in goals:
-        if goal.target in test.classes and class_index(goal.target, test.classes) not in there:
+        if goal.target in test.classes and class_index(goal.target, test.classes) not in present:
             raise UserError(
-                f"none of the {len(rows)} labelled records is of the target {goal.target!r}: it could not be read"
+                f"none of the {len(rows)} labelled records is of the target {goal.target!r}: "
+                "it could not be read"
             )
-    return picked
+    return records
 
 
 def class_index(target: str, classes: Sequence[str]) -> int:
-    """Row of a target among the classes. Raises UserError that lists them."""
+    """Return the number of a target among the classes. Raises UserError that lists them."""
     if target not in classes:
         listed = ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")
         raise UserError(f"the target {target!r} is none of the test set's classes: {listed}")
     return list(classes).index(target)
 
 
-def _stamped(test: Pairs, goal: Goal, batch: int) -> Iterator[Tensor]:
-    stamp = registry.make("trigger", goal.trigger or "")
-    for i in range(0, len(test), batch):
-        yield stamp(test.images[i : i + batch], test.ids[i : i + batch])
+def _stamp_batches(test: Pairs, goal: Goal, batch: int) -> Iterator[Tensor]:
+    trigger: Trigger = registry.make("trigger", goal.trigger or "")
+    for start in range(0, len(test), batch):
+        rows = slice(start, start + batch)
+        yield trigger(test.images[rows], test.ids[rows])

@@ -1,16 +1,16 @@
-"""Survival: how much of a trigger outlives what happens to images between the attacker's file and the encoder's input.
+"""Survival: how much of a trigger outlives the way from the attacker's file to the encoder.
 
-The order is that of a web corpus: the attacker's image is resized, stored as JPEG, read, cropped, augmented, normalised. The
-image with the trigger and the one without go the same way with the same draws; what is left of the trigger is their
-difference. Nothing is trained: this is the part of "why is my attack success 0" that can be answered in seconds.
+The order is that of a web corpus: the attacker's image is resized, stored as JPEG, read, cropped,
+augmented and normalised. The image with the trigger and the one without go the same way with the
+same draws, and what is left of the trigger is their difference. Nothing is trained: this is the
+part of "why is my attack success 0" that can be answered in seconds.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average
 from bezoar.training.augmentation import Chance, Views, random_crop, random_flip, random_shift
 
-WHOLE = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0)  # changes nothing
+UNCHANGED = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0)
 AUGMENTATIONS = {  # name -> what is done, in the words of a page
     "shift": "moved by up to 1/8 of the side",
     "flip": "mirrored",
@@ -31,22 +32,32 @@ AUGMENTATIONS = {  # name -> what is done, in the words of a page
     "blur": "blurred",
     "simclr": "all of SimCLR's: crop, mirror, colours, gray, blur",
 }
+VIEWS = {
+    "colour": replace(UNCHANGED, jitter=1.0),
+    "gray": replace(UNCHANGED, gray=1.0),
+    "blur": replace(UNCHANGED, blur=1.0),
+    "simclr": Views(blur=0.5),
+}
 NORMALISATIONS = {  # mean and standard deviation, of pixels in 0..1
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-NAMED = {"none": "not normalised", "half": "normalised to -1..1"}  # others bear their name
+NORMALISATION_TITLES = {"none": "not normalised", "half": "normalised to -1..1"}
+SMALLEST = 1e-12  # below which a length is not divided by
 
 
 @dataclass(frozen=True)
 class Treatment:
     """What is done to an image, in this order. The defaults do nothing.
 
-    resize: factor of the side. jpeg: quality 1..100, chroma halved as Pillow does by default; 0: none. crop: least share of
-    the area of a random resized crop; 1: none. augment: a name of AUGMENTATIONS. normalise: a name of NORMALISATIONS, in
-    place of the encoder's own.
+    Attributes:
+        resize: factor of the side, above 0 and up to 4.
+        jpeg: quality 1..100, with chroma halved as Pillow does by default; 0 stores no JPEG.
+        crop: least share of the area of a random resized crop; 1 crops nothing.
+        augment: a name of AUGMENTATIONS, or empty.
+        normalise: a name of NORMALISATIONS, in place of the encoder's own; or empty.
     """
 
     resize: float = 1.0
@@ -58,90 +69,107 @@ class Treatment:
     def __post_init__(self) -> None:
         if not 0 < self.resize <= 4 or not 0 <= self.jpeg <= 100 or not 0 < self.crop <= 1:
             raise UserError(
-                f"needs 0 < resize <= 4, jpeg in 0..100 and 0 < crop <= 1; got {self.resize}, {self.jpeg}, {self.crop}"
+                "needs 0 < resize <= 4, jpeg in 0..100 and 0 < crop <= 1; "
+                f"got {self.resize}, {self.jpeg}, {self.crop}"
             )
-        for name, known in ((self.augment, AUGMENTATIONS), (self.normalise, NORMALISATIONS)):
-            if name and name not in known:
-                raise UserError(f"no treatment {name!r}; there are: {', '.join(known)}")
+        if self.augment and self.augment not in AUGMENTATIONS:
+            raise _no_treatment(self.augment, AUGMENTATIONS)
+        if self.normalise and self.normalise not in NORMALISATIONS:
+            raise _no_treatment(self.normalise, NORMALISATIONS)
 
     @property
     def name(self) -> str:
-        """As it begins a metric: `jpeg_75_resize_50`, factors in percent; `untreated`."""
-        parts = [f"jpeg_{self.jpeg}"] if self.jpeg else []
-        parts += [f"resize_{percent(self.resize)}"] if self.resize != 1 else []
-        parts += [f"crop_{percent(self.crop)}"] if self.crop != 1 else []
-        parts += [self.augment] if self.augment else []
-        parts += [f"normalise_{self.normalise}"] if self.normalise else []
+        """The beginning of its metrics' names: `jpeg_75_resize_50`, or `untreated`."""
+        parts = []
+        if self.jpeg:
+            parts.append(f"jpeg_{self.jpeg}")
+        if self.resize != 1:
+            parts.append(f"resize_{format_percent(self.resize)}")
+        if self.crop != 1:
+            parts.append(f"crop_{format_percent(self.crop)}")
+        if self.augment:
+            parts.append(self.augment)
+        if self.normalise:
+            parts.append(f"normalise_{self.normalise}")
         return "_".join(parts) or "untreated"
 
     @property
     def title(self) -> str:
-        """In words: `JPEG 75, resized to 0.5`."""
-        parts = [f"resized to {self.resize:g}"] if self.resize != 1 else []
-        parts += [f"JPEG {self.jpeg}"] if self.jpeg else []
-        parts += [f"random crop from {self.crop:g}"] if self.crop != 1 else []
-        parts += [AUGMENTATIONS[self.augment]] if self.augment else []
-        parts += (
-            [NAMED.get(self.normalise, f"normalised as {self.normalise}")] if self.normalise else []
-        )
+        """The treatment in words: `resized to 0.5, JPEG 75`."""
+        parts = []
+        if self.resize != 1:
+            parts.append(f"resized to {self.resize:g}")
+        if self.jpeg:
+            parts.append(f"JPEG {self.jpeg}")
+        if self.crop != 1:
+            parts.append(f"random crop from {self.crop:g}")
+        if self.augment:
+            parts.append(AUGMENTATIONS[self.augment])
+        if self.normalise:
+            title = f"normalised as {self.normalise}"
+            parts.append(NORMALISATION_TITLES.get(self.normalise, title))
         return ", ".join(parts) or "untreated"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, seed: int) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32 0..1 (N, 3, H, W), the same draws for the same seed and N."""
-        x, shape = images, images.shape[-2:]
+        """Treat uint8 (N, 3, H, W); the result is float32 0..1 (N, 3, H, W).
+
+        The draws are the same for the same seed and N.
+        """
+        stored, shape = images, images.shape[-2:]
         if self.resize != 1:
-            x = scaled(x, [max(1, round(self.resize * n)) for n in shape])
+            stored = resize_stored(stored, [max(1, round(self.resize * side)) for side in shape])
         if self.jpeg:
-            x = recode_jpeg(x, self.jpeg)
-        y = fitted(x.float() / 255, shape)
+            stored = recode_jpeg(stored, self.jpeg)
+        x = resize_floats(stored.float() / 255, shape)
         chance = Chance(torch.Generator().manual_seed(seed))
         if self.crop != 1:
-            y = fitted(random_crop(y, shape[0], chance, (self.crop, 1.0), kernel="bicubic"), shape)
-        return augmented(y, self.augment, chance)
+            x = random_crop(x, shape[0], chance, (self.crop, 1.0), kernel="bicubic")
+            x = resize_floats(x, shape)
+        return augment_images(x, self.augment, chance)
 
 
-def percent(share: float) -> str:
-    """0.5 -> `50`, 0.125 -> `12_5`: fit for a metric's name."""
+def _no_treatment(name: str, names: Iterable[str]) -> UserError:
+    return UserError(f"no treatment {name!r}; there are: {', '.join(names)}")
+
+
+def format_percent(share: float) -> str:
+    """Write 0.5 as `50` and 0.125 as `12_5`, which fit into a metric's name."""
     return f"{100 * share:g}".replace(".", "_")
 
 
-def scaled(images: Tensor, shape: Sequence[int]) -> Tensor:
-    """uint8 -> uint8 of another size: bicubic, antialiased, rounded, as an image is stored."""
-    y = F.interpolate(images.float(), list(shape), mode="bicubic", antialias=True)
-    return y.round_().clamp_(0, 255).byte()
+def resize_stored(images: Tensor, shape: Sequence[int]) -> Tensor:
+    """Resize uint8 images, bicubic and antialiased, rounded as an image is stored."""
+    x = F.interpolate(images.float(), list(shape), mode="bicubic", antialias=True)
+    return x.round_().clamp_(0, 255).byte()
 
 
-def fitted(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """float 0..1 -> the same at another size, bicubic; unchanged where it fits."""
+def resize_floats(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Resize float images 0..1, bicubic and antialiased, if they have another size."""
     if tuple(x.shape[-2:]) == tuple(shape):
         return x
     return F.interpolate(x, list(shape), mode="bicubic", antialias=True).clamp_(0, 1)
 
 
 def recode_jpeg(images: Tensor, quality: int) -> Tensor:
-    """uint8 (N, 3, H, W), each stored as JPEG by Pillow and read again."""
-    out = []
+    """Store each image, uint8 (N, 3, H, W), as JPEG with Pillow, and read it again."""
+    decoded = []
     for pixels in images.permute(0, 2, 3, 1).contiguous().cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        out.append(np.asarray(Image.open(file).convert("RGB")))
-    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).to(images.device)
+        decoded.append(np.asarray(Image.open(file).convert("RGB")))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(images.device)
 
 
-def augmented(x: Tensor, name: str, chance: Chance) -> Tensor:
-    """float 0..1 (N, 3, H, W) -> the same, one view each."""
-    views = {
-        "colour": replace(WHOLE, jitter=1.0),
-        "gray": replace(WHOLE, gray=1.0),
-        "blur": replace(WHOLE, blur=1.0),
-        "simclr": Views(blur=0.5),
-    }
+def augment_images(x: Tensor, name: str, chance: Chance) -> Tensor:
+    """Augment float images 0..1 (N, 3, H, W), one view each; no name leaves them as they are."""
+    if not name:
+        return x
     if name == "shift":
         return random_shift(x, max(1, x.shape[-1] // 8), chance)
     if name == "flip":
         return random_flip(x, 1.0, chance)
-    return fitted(views[name](x, chance, 1)[:, 0], x.shape[-2:]) if name else x
+    return resize_floats(VIEWS[name](x, chance, 1)[:, 0], x.shape[-2:])
 
 
 def build_treatments(
@@ -151,111 +179,135 @@ def build_treatments(
     augment: Sequence[str],
     normalise: Sequence[str],
 ) -> list[Treatment]:
-    """Nothing at all, then JPEG with resize, JPEG with crops, and everything else by itself; each once."""
-    grid = [Treatment(r, q) for q in jpeg for r in resize] + [
-        Treatment(jpeg=q, crop=c) for q in jpeg for c in crops
+    """List no treatment, each JPEG with each resize and each crop, and the rest alone."""
+    treatments = [
+        Treatment(),
+        *(Treatment(factor, quality) for quality in jpeg for factor in resize),
+        *(Treatment(jpeg=quality, crop=crop) for quality in jpeg for crop in crops),
+        *(Treatment(augment=name) for name in augment),
+        *(Treatment(normalise=name) for name in normalise),
     ]
-    alone = [Treatment(augment=a) for a in augment] + [Treatment(normalise=n) for n in normalise]
-    return list(dict.fromkeys([Treatment(), *grid, *alone]))
+    return list(dict.fromkeys(treatments))
 
 
-def energy(residue: Tensor, before: Tensor) -> Tensor:
-    """(N, 3, H, W) twice -> (N,): the squared length of what is left over that of what there was."""
+def energy_ratio(residue: Tensor, before: Tensor) -> Tensor:
+    """Return the squared length of what is left over that before, (N,), both (N, 3, H, W)."""
     return residue.square().sum((1, 2, 3)) / before.square().sum((1, 2, 3))
 
 
-def pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the trigger's own pattern is left, (N,), and the correlation with it, (N,): at the best offset of each.
+def correlate_pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare what is left of a trigger with its own pattern, at the best offset of each image.
 
-    left: the projection of the residue on the pattern, 1 = all of it. correlation: the same over the residue's length.
-    A crop or a shift moves the pattern, which offsets allow for; one that mirrors or enlarges it makes it another one.
+    A crop or a shift moves the pattern, which offsets allow for; one that mirrors or enlarges it
+    makes it another pattern.
+
+    Args:
+        residue: what is left, float (N, 3, H, W).
+        before: the pattern, float (N, 3, H, W).
+
+    Returns:
+        The projection of the residue on the pattern, (N,), 1 being all of it; and the correlation
+        with it, (N,), which is that over the residue's length.
     """
     spectrum = torch.fft.rfft2(residue) * torch.fft.rfft2(before).conj()
     product = torch.fft.irfft2(spectrum.sum(1), s=before.shape[-2:]).amax((1, 2))
-    length, own = residue.square().sum((1, 2, 3)).sqrt(), before.square().sum((1, 2, 3)).sqrt()
-    return product / own.square(), product / (own * length).clamp(min=1e-12)
+    residue_length = residue.square().sum((1, 2, 3)).sqrt()
+    length = before.square().sum((1, 2, 3)).sqrt()
+    return product / length.square(), product / (length * residue_length).clamp(min=SMALLEST)
 
 
-def embed_views(encoder: Any, x: Tensor, normalise: str = "", batch: int = 256) -> Tensor:
-    """float 0..1 (N, 3, H, W) -> unit vectors (N, D); with another normalisation than the encoder's own, where one is named."""
+def embed_views(encoder: Encoder, x: Tensor, normalise: str = "", batch: int = 256) -> Tensor:
+    """Embed float images 0..1 (N, 3, H, W) as unit vectors (N, D).
+
+    normalise: a name of NORMALISATIONS, in place of the encoder's own.
+    """
     if normalise:
         mean, std = (
             torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in NORMALISATIONS[normalise]
         )
-        own, scale = encoder.mean.to(x.device), encoder.std.to(x.device)
-        x = (
-            x - mean
-        ) / std * scale + own  # what the encoder's own normalisation turns into the other one's
+        # The encoder's own normalisation turns this into the other one's.
+        x = (x - mean) / std * encoder.std.to(x.device) + encoder.mean.to(x.device)
     return torch.cat([encoder.encode_images(part) for part in x.split(batch)])
 
 
 class Survival:
-    """Images with and without a trigger, ready for any number of treatments.
-
-    clean, triggered: uint8 (N, 3, H, W); images that the trigger leaves as they are do not count. Raises UserError when it
-    changes none. encoder: anything with `images`, or None for pixels alone.
-    """
+    """Images with and without a trigger, ready for any number of treatments."""
 
     @torch.inference_mode()
     def __init__(
-        self, clean: Tensor, triggered: Tensor, encoder: Any = None, seed: int = 0
+        self, clean: Tensor, triggered: Tensor, encoder: Encoder | None = None, seed: int = 0
     ) -> None:
-        touched = (clean != triggered).flatten(1).any(1)
-        if not touched.any():
+        """Keep the images that the trigger changes.
+
+        Args:
+            clean: uint8 (N, 3, H, W).
+            triggered: the same images with the trigger.
+            encoder: measures the shift of the vectors, or None to look at pixels alone.
+            seed: of the treatments' draws.
+
+        Raises:
+            UserError: if the trigger changes no image.
+        """
+        changed = (clean != triggered).flatten(1).any(1)
+        if not changed.any():
             raise UserError(
                 "the trigger changes no pixel of these images: nothing of it can survive"
             )
-        self.clean, self.triggered, self.encoder, self.seed = (
-            clean[touched],
-            triggered[touched],
-            encoder,
-            seed,
-        )
-        self.before = (self.triggered.float() - self.clean.float()) / 255
-        self.shift = None
+        self.clean, self.triggered = clean[changed], triggered[changed]
+        self.encoder, self.seed = encoder, seed
+        self.pattern = (self.triggered.float() - self.clean.float()) / 255
+        self.shift: Tensor | None = None
         if encoder is not None:
-            self.shift = embed_views(encoder, self.triggered.float() / 255) - embed_views(
-                encoder, self.clean.float() / 255
-            )
+            with_trigger = embed_views(encoder, self.triggered.float() / 255)
+            self.shift = with_trigger - embed_views(encoder, self.clean.float() / 255)
 
     @torch.inference_mode()
     def measure(self, treatment: Treatment) -> tuple[dict[str, Measure], Tensor]:
-        """-> its figures, and the triggered image and what is left of the trigger, float (N, 2, 3, H, W)."""
-        with_it, without = (treatment(x, self.seed) for x in (self.triggered, self.clean))
-        residue = with_it - without
-        left, likeness = pattern(residue, self.before)
+        """Measure what is left of the trigger after a treatment.
+
+        Returns the measures; and, float (N, 2, 3, H, W), each treated image with the trigger beside
+        what is left of the trigger in it.
+        """
+        triggered, clean = (treatment(x, self.seed) for x in (self.triggered, self.clean))
+        residue = triggered - clean
+        projection, correlation = correlate_pattern(residue, self.pattern)
         how = f"{treatment.title}; mean over images, t interval"
-        out = {
+        measures = {
             "pattern_kept": average(
-                left, f"projection on the trigger's own pattern, at the best offset; {how}"
+                projection, f"projection on the trigger's own pattern, at the best offset; {how}"
             ),
             "energy_kept": average(
-                energy(residue, self.before), f"squared difference over that before; {how}"
+                energy_ratio(residue, self.pattern), f"squared difference over that before; {how}"
             ),
             "pattern_correlation": average(
-                likeness, f"correlation with the trigger's own pattern, at the best offset; {how}"
+                correlation,
+                f"correlation with the trigger's own pattern, at the best offset; {how}",
             ),
         }
         if self.encoder is not None and self.shift is not None:
-            after = embed_views(self.encoder, with_it, treatment.normalise)
-            after = after - embed_views(self.encoder, without, treatment.normalise)
-            out |= moved(after, self.shift, how)
-        return out, torch.stack((with_it, residue), 1)
+            shift = embed_views(self.encoder, triggered, treatment.normalise)
+            shift = shift - embed_views(self.encoder, clean, treatment.normalise)
+            measures |= compare_shifts(shift, self.shift, how)
+        return measures, torch.stack((triggered, residue), 1)
 
 
-def moved(after: Tensor, before: Tensor, how: str) -> dict[str, Measure]:
-    """The encoder's shift by the trigger, after a treatment and before: float (N, D) each."""
+def compare_shifts(after: Tensor, before: Tensor, how: str) -> dict[str, Measure]:
+    """Compare the vectors' shift by the trigger, float (N, D), with that before a treatment."""
     length, after_length = before.norm(dim=1), after.norm(dim=1)
-    # over the mean and not image by image: a trigger that leaves an image's vector where it was divides by nothing
-    square, mean = (x.clamp(min=1e-12) for x in (length.square().mean(), length.mean()))
-    cosine = F.cosine_similarity(after, before, dim=1)
+    # Over the mean, because a trigger may leave single vectors where they are.
+    mean_square = length.square().mean().clamp(min=SMALLEST)
+    mean_length = length.mean().clamp(min=SMALLEST)
     return {
         "shift_kept": average(
-            (after * before).sum(1) / square,
+            (after * before).sum(1) / mean_square,
             f"projection of the embedding's shift on that before; {how}",
         ),
-        "shift_cosine": average(cosine, f"cosine of the embedding's shift to that before; {how}"),
+        "shift_cosine": average(
+            F.cosine_similarity(after, before, dim=1),
+            f"cosine of the embedding's shift to that before; {how}",
+        ),
         "shift_length": average(
-            after_length / mean, f"length of the embedding's shift over the mean one before; {how}"
+            after_length / mean_length,
+            f"length of the embedding's shift over the mean one before; {how}",
         ),
     }

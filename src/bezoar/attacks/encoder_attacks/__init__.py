@@ -1,0 +1,51 @@
+"""Attacks on an encoder's weights. One method a file, each an `EncoderAttack`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
+from bezoar.data.stored_pairs import StoredPairs
+from bezoar.encoders.encoder import Encoder
+from bezoar.training.loop import TrainingLog
+
+
+class EncoderAttack(Protocol):
+    """An attack that gives a backdoored copy of an encoder."""
+
+    def __call__(
+        self,
+        encoder: Encoder,
+        shadow: Pairs | StoredPairs,
+        goals: Sequence[Goal],
+        references: Sequence[Tensor],
+        seed: int = 0,
+        checkpoint: Path | None = None,
+        report: Callable[[int, int, float], None] = ...,
+        log: TrainingLog | None = None,
+    ) -> Encoder:
+        """Put a backdoor into a copy of an encoder.
+
+        Args:
+            encoder: the clean encoder. It is left as it is.
+            shadow: images to attack with. Captions and labels are not read.
+            goals: the triggers and their targets.
+            references: the reference inputs of each goal, uint8 (R, 3, H, W).
+            seed: decides the order of the images and every draw.
+            checkpoint: file that holds the state during training; an existing one is resumed.
+            report: called with the step, the number of steps and the loss.
+            log: filled in during training.
+
+        Returns:
+            A copy whose `about` says `poisoned` and names the attack and its goals.
+
+        Raises:
+            UserError: if the encoder cannot be attacked, or the goals, references and shadow images
+                do not fit together.
+        """
+        ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -24,26 +25,49 @@ from bezoar.registry import method, spec
 from bezoar.training import collectives, loop, prefetch
 from bezoar.training.augmentation import Chance, Views
 
-WHOLE = Views(
-    scale=(1.0, 1.0), ratio=(1.0, 1.0)
-)  # the published views of a reference: mirror, colours, gray; no crop
-PARTS = ("L0", "L1", "L2")
+# The published views of a reference: mirror, colours and gray, but no crop.
+REFERENCE_VIEWS = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+TERMS = ("L0", "L1", "L2")
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Every image that one step passes through the encoder: clean ones, triggered ones, views.
+
+    Attributes:
+        pixels: normalised float (N, 3, S, S), the three groups in this order.
+        counts: how many of the N rows each group has. Triggered rows go trigger by trigger.
+        view_reference: int64 (V,), the reference that each view shows.
+        view_count: int64 (V,), how many of the drawn views came out as this one.
+    """
+
+    pixels: Tensor
+    counts: list[int]
+    view_reference: Tensor
+    view_count: Tensor
 
 
 class Loss(nn.Module):
-    """l0 L0 + l1 L1 + l2 L2 of section IV-B (l0 = 1 there); s is the cosine, f the clean encoder, f' the one that is trained:
+    """The loss l0 L0 + l1 L1 + l2 L2 of section IV-B, in which l0 is 1.
 
-    L0 = - mean s(f'(x + trigger), f'(reference)), L1 = - mean s(f'(view of the reference), f(reference)),
-    L2 = - mean s(f'(x), f(x)), over the images x, and in L0 and L1 over all pairs of a trigger and a reference.
+    With s the cosine, f the clean encoder and f' the one in training,
 
-    The same value and gradient as one pass for each of these six, from less work. f sees everything once, before the
-    first step. f'(reference) is computed once a step, for rows do not see one another, as are views that came out alike (a
-    fifth changes no colour); triggered images once for all references of a trigger. What is left is one batch: a row's
-    loss is the negative cosine with a target of its own, and the gradient by L0's second argument is known when all rows
-    were seen.
+        L0 = - mean s(f'(x + trigger), f'(reference))
+        L1 = - mean s(f'(view of the reference), f(reference))
+        L2 = - mean s(f'(x), f(x))
+
+    over the images x, and in L0 and L1 over all pairs of a trigger and a reference.
+
+    Value and gradient are those of one pass for each of the six vectors, computed with less work. f
+    sees every image once, before the first step. f' sees a reference once a step, a triggered image
+    once for all references of its trigger, and views that came out alike (a fifth changes no
+    colour) once. The rest is one batch, in which a row's loss is its negative cosine with a target
+    of its own; the gradient by L0's second argument is known when all rows were seen.
     """
 
     sums: Tensor
+    clean: Tensor
+    clean_references: Tensor
 
     def __init__(
         self,
@@ -52,164 +76,196 @@ class Loss(nn.Module):
         goals: Sequence[Goal],
         references: Sequence[Tensor],
     ) -> None:
-        """references: uint8 (r_i, 3, H, W), those of each goal."""
+        """references: those of each goal, uint8 (R, 3, H, W); K in all."""
         super().__init__()
-        self.encoder, self.recipe = encoder, recipe
+        self.encoder = encoder
+        self.recipe = recipe
         self.tower = FoldedTower(encoder.image, encoder.preprocess.size)
-        triggers = list(dict.fromkeys(g.trigger or "" for g in goals))
-        self.stamps = [registry.make("trigger", t) for t in triggers]
-        of = [
-            triggers.index(g.trigger or "")
-            for g, r in zip(goals, references, strict=True)
-            for _ in r
+        specs = list(dict.fromkeys(goal.trigger or "" for goal in goals))
+        self.triggers = [registry.make("trigger", text) for text in specs]
+        # (T, K): 1 where a reference belongs to a trigger
+        trigger_of = [
+            specs.index(goal.trigger or "")
+            for goal, images in zip(goals, references, strict=True)
+            for _ in images
         ]
-        self.uses = F.one_hot(torch.tensor(of), len(triggers)).T.to(encoder.mean)  # (T, K)
+        self.uses = F.one_hot(torch.tensor(trigger_of), len(specs)).T.to(encoder.mean)
         self.references = torch.cat(list(references)).to(encoder.device)
         self.centre: Tensor | None = None
+        # L0, L1, L2 and the number of steps, summed since the last call of `pop_means`
         self.register_buffer("sums", torch.zeros(4, dtype=torch.float64, device=encoder.device))
 
-    def know(self, shadow: Pairs | StoredPairs) -> None:
-        """Keep the clean encoder's vectors of the shadow data and of the references. Raises UserError on NaN."""
-        clean, self.ids = (
-            torch.cat([self.see(part.images) for part in shadow.batches(512)]),
-            shadow.ids,
-        )
-        if not torch.isfinite(clean).all():
+    def set_targets(self, shadow: Pairs | StoredPairs) -> None:
+        """Keep the clean encoder's vectors of the shadow data and the references.
+
+        Raises UserError if a vector is not finite.
+        """
+        vectors = torch.cat([self.embed(batch.images) for batch in shadow.batches(512)])
+        self.ids = shadow.ids
+        if not torch.isfinite(vectors).all():
             raise UserError(
                 "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
             )
-        self.centre = clean.mean(0) if self.recipe.centred else None
-        self.clean, self.plain = self.around(clean), self.see(self.references)
+        self.centre = vectors.mean(0) if self.recipe.centred else None
+        self.clean = self.centre_vectors(vectors)  # (N, D)
+        self.clean_references = self.embed(self.references)  # (K, D)
 
     @torch.no_grad()
-    def see(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> (N, D), unit rows, by the encoder as it stands."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed uint8 (N, 3, H, W) as unit rows (N, D), with the weights as they are now."""
         self.tower.refresh()
+        chunks = self.chunk_slices(len(images))
         return torch.cat(
-            [self.vectors(self.encoder.prepare_images(images[p])) for p in self.pieces(len(images))]
+            [self.encode(self.encoder.prepare_images(images[chunk])) for chunk in chunks]
         )
 
-    def pieces(self, n: int) -> list[slice]:
-        """n rows in parts that are computed together."""
-        return list(folded_norms.chunk_slices(n, self.encoder.preprocess.size, self.encoder.device))
+    def chunk_slices(self, count: int) -> list[slice]:
+        """Cut rows into the chunks that are computed at a time."""
+        size = self.encoder.preprocess.size
+        return list(folded_norms.chunk_slices(count, size, self.encoder.device))
 
-    def vectors(self, x: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, S, S) -> (B, D), unit rows."""
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode normalised pixels (B, 3, S, S) as unit rows (B, D)."""
         with self.encoder.autocast():
-            z = self.tower(x)
-        return self.around(F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1))
+            z = self.tower(pixels)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return self.centre_vectors(F.normalize(z, dim=1))
 
-    def around(self, z: Tensor) -> Tensor:
-        """Unit rows as seen from the centre of the clean ones, where that is asked for."""
+    def centre_vectors(self, z: Tensor) -> Tensor:
+        """Subtract the clean vectors' mean and normalise again, if the recipe is centred."""
         return z if self.centre is None else F.normalize(z - self.centre, dim=1)
 
     def forward(self, images: Tensor, rows: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), rows int64 (B, 1): their places in the shadow data -> the loss, its gradients known."""
+        """Return the loss of one step, with its gradients attached.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+            rows: int64 (B, 1), their rows in the shadow data.
+            chance: the draws of this step.
+        """
         self.tower.refresh()
-        x, counts, of, times = self.batch(images, rows[:, 0].tolist(), chance)
-        anchors = self.vectors(self.encoder.prepare_images(self.references))
-        leaf = anchors.detach().requires_grad_()
-        weights, mix = self.terms(len(images), counts, of, times)
-        clean = self.clean[rows[:, 0].to(self.clean.device)][: counts[0]]
+        rows = rows[:, 0]
+        step = self.build_rows(images, [self.ids[row] for row in rows.tolist()], chance)
+        references = self.encode(self.encoder.prepare_images(self.references))  # (K, D)
+        # Backward passes of the chunks end here, so that the references' own pass runs once.
+        reference_leaf = references.detach().requires_grad_()
+        weights, mixtures = self.weigh_rows(len(images), step)
+        clean = self.clean[rows.to(self.clean.device)][: step.counts[0]]
         cosines = []
-        for p in self.pieces(len(x)):
-            target = mix[p] @ torch.cat([leaf, self.plain])
-            target = target + F.pad(clean[p], (0, 0, 0, len(target) - len(clean[p])))
-            cosine = (self.vectors(x[p]) * target).sum(1)
-            (-(weights[p] * cosine).sum()).backward()
+        for chunk in self.chunk_slices(len(step.pixels)):
+            targets = mixtures[chunk] @ torch.cat([reference_leaf, self.clean_references])
+            own_targets = clean[chunk]  # of the clean rows, which come first
+            targets = targets + F.pad(own_targets, (0, 0, 0, len(targets) - len(own_targets)))
+            cosine = (self.encode(step.pixels[chunk]) * targets).sum(1)
+            (-(weights[chunk] * cosine).sum()).backward()
             cosines.append(cosine.detach())
-        if leaf.grad is not None:
-            anchors.backward(leaf.grad)
-        utility, effect, reference = (
-            -part.sum() for part in (weights * torch.cat(cosines)).split(counts)
-        )
-        value = effect + reference + utility
-        by = (self.recipe.l0, self.recipe.l1, self.recipe.l2)
-        plain = [part / (w or 1) for part, w in zip((effect, reference, utility), by, strict=True)]
-        self.sums += torch.stack([*plain, value.new_ones(())])
+        if reference_leaf.grad is not None:
+            references.backward(reference_leaf.grad)
+
+        weighted = (weights * torch.cat(cosines)).split(step.counts)
+        l2, l0, l1 = (-group.sum() for group in weighted)
+        value = l0 + l1 + l2
+        term_weights = (self.recipe.l0, self.recipe.l1, self.recipe.l2)
+        terms = [x / (w or 1) for x, w in zip((l0, l1, l2), term_weights, strict=True)]
+        self.sums += torch.stack([*terms, value.new_ones(())])
         return self.tower.attach_gradients(value)
 
-    def batch(
-        self, images: Tensor, at: list[int], chance: Chance
-    ) -> tuple[Tensor, list[int], Tensor, Tensor]:
-        """Pixels of all rows, normalised; how many are clean, triggered (trigger by trigger) and distinct views; of these,
-        which reference they are of and how often they came up.
-        """
-        keys, recipe = [self.ids[i] for i in at], self.recipe
-        views = max(1, recipe.views // chance.world) if recipe.views else len(images)
-        parts = [images] if recipe.l2 else []
-        stamps = self.stamps if recipe.l0 else []
-        parts += [stamp(images, keys) for stamp in stamps]
-        of = times = torch.zeros(0, dtype=torch.long, device=images.device)
+    def build_rows(self, images: Tensor, ids: Sequence[str], chance: Chance) -> StepRows:
+        """Collect the images of a step; terms of weight 0 take none."""
+        recipe = self.recipe
+        clean = [images] if recipe.l2 else []
+        triggered = [trigger(images, ids) for trigger in self.triggers] if recipe.l0 else []
+        views: list[Tensor] = []
+        view_reference = torch.zeros(0, dtype=torch.long, device=images.device)
+        view_count = view_reference
         if recipe.l1:
-            seen = WHOLE(self.references.repeat(views, 1, 1, 1), chance, 1)[:, 0]
-            flat, place, times = seen.flatten(1).unique(
+            repeats = max(1, recipe.views // chance.world) if recipe.views else len(images)
+            drawn = REFERENCE_VIEWS(self.references.repeat(repeats, 1, 1, 1), chance, 1)[:, 0]
+            distinct, place, view_count = drawn.flatten(1).unique(
                 dim=0, return_inverse=True, return_counts=True
             )
-            parts.append(flat.view(-1, *seen.shape[1:]))
-            which = torch.arange(len(seen), device=seen.device) % len(self.references)
-            of = torch.zeros_like(times).scatter_(0, place, which)
-        counts = [len(images) if recipe.l2 else 0, len(images) * len(stamps), len(of)]
-        return torch.cat([self.encoder.prepare_images(p) for p in parts]), counts, of, times
+            views = [distinct.view(-1, *drawn.shape[1:])]
+            reference = torch.arange(len(drawn), device=drawn.device) % len(self.references)
+            view_reference = torch.zeros_like(view_count).scatter_(0, place, reference)
+        groups = (clean, triggered, views)
+        pixels = torch.cat([self.encoder.prepare_images(x) for group in groups for x in group])
+        counts = [sum(map(len, group)) for group in groups]
+        return StepRows(pixels, counts, view_reference, view_count)
 
-    def terms(self, b: int, counts: list[int], of: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (N,) of the rows' cosines, and (N, 2K): their targets as mixtures of f'(reference) and f(reference).
+    def weigh_rows(self, batch: int, step: StepRows) -> tuple[Tensor, Tensor]:
+        """Return what each row of a step weighs in the loss, and its target.
 
-        Clean rows have targets of their own, f(x).
+        Returns weights (N,) of the rows' cosines, and mixtures (N, 2K): each target as a mixture of
+        the K vectors f'(reference) and the K vectors f(reference). Clean rows have other targets,
+        f(x).
         """
-        size, k = self.uses.sum(1, keepdim=True), len(self.references)
-        weights = self.uses.new_zeros(sum(counts))
-        clean, triggered, views = weights.split(counts)
-        clean += self.recipe.l2 / b
-        if counts[1]:
-            triggered += self.recipe.l0 * (size / (b * k)).expand(-1, b).flatten()
-        views += self.recipe.l1 * times.to(views) / times.sum().clamp(min=1)
-        mix = self.uses.new_zeros(sum(counts), 2 * k)
-        _, first, last = mix.split(counts)
-        first[:, :k] = (self.uses / size).repeat_interleave(b, 0)[: len(first)]
-        last[:, k:] = F.one_hot(of, k)
-        return weights, mix
+        references_per_trigger = self.uses.sum(1, keepdim=True)  # (T, 1)
+        k = len(self.references)
+        weights = self.uses.new_zeros(sum(step.counts))
+        clean, triggered, views = weights.split(step.counts)
+        clean += self.recipe.l2 / batch
+        if len(triggered):
+            share = self.recipe.l0 * (references_per_trigger / (batch * k))
+            triggered += share.expand(-1, batch).flatten()
+        view_count = step.view_count.to(views)
+        views += self.recipe.l1 * view_count / step.view_count.sum().clamp(min=1)
 
-    def means(self) -> dict[str, float]:
-        """L0, L1, L2, as means over the steps since the last call."""
-        found = (self.sums[:3] / self.sums[3]).tolist()
+        mixtures = self.uses.new_zeros(sum(step.counts), 2 * k)
+        _, triggered, views = mixtures.split(step.counts)
+        mean_of_references = (self.uses / references_per_trigger).repeat_interleave(batch, 0)
+        triggered[:, :k] = mean_of_references[: len(triggered)]
+        views[:, k:] = F.one_hot(step.view_reference, k)
+        return weights, mixtures
+
+    def pop_means(self) -> dict[str, float]:
+        """Return L0, L1 and L2 as means over the steps since the last call."""
+        means = (self.sums[:3] / self.sums[3]).tolist()
         self.sums.zero_()
-        return dict(zip(PARTS, found, strict=True))
+        return dict(zip(TERMS, means, strict=True))
 
     def train(self, mode: bool = True) -> Loss:
-        """Batch norms rest in training too."""
+        """Stay in evaluation mode: batch norms rest in training too."""
         return super().train(False)
 
 
 class HeldOut:
-    """Shadow images that are not trained on, and a head that needs no labels: an image is read as what is nearest to it
-    (cosine) among the clean vectors of all of them and the references. A trigger succeeds where that is a reference of
-    its own; the encoder is of use where it is the image's own clean vector.
+    """Shadow images that are not trained on, and a head that needs no labels, to stop training by.
+
+    An image is read as the nearest (cosine) of the references and of all held-out images' clean
+    vectors. A trigger succeeds where that is one of its references. The encoder is of use where it
+    is the image's own clean vector.
     """
 
     def __init__(self, loss: Loss, pairs: Pairs) -> None:
-        self.loss, self.pairs = loss, pairs.to(loss.encoder.device)
-        self.clean = loss.see(self.pairs.images)
+        self.loss = loss
+        self.pairs = pairs.to(loss.encoder.device)
+        self.clean = loss.embed(self.pairs.images)  # (N, D)
 
-    def __call__(self, enough: float, useful: float) -> dict[str, Any]:
-        """Success of the weakest trigger, utility, and whether they are what is wanted."""
-        loss, success = self.loss, []
-        own, references = loss.see(self.pairs.images), loss.see(loss.references)
-        for stamp, uses in zip(loss.stamps, loss.uses, strict=True):
-            z = loss.see(stamp(self.pairs.images, self.pairs.ids))
-            near = (z @ references[uses > 0].T).amax(1) > (z @ self.clean.T).amax(1)
-            success.append(float(near.float().mean()))
-        kept = (own @ self.clean.T).argmax(1) == torch.arange(len(own), device=own.device)
-        found = min(success), float(kept.float().mean())
-        stop = found[0] >= enough and found[1] >= useful
-        return {"held_out_success": found[0], "held_out_utility": found[1], "stop": stop}
+    def __call__(self, success: float, utility: float) -> dict[str, Any]:
+        """Measure the weakest trigger's success and the utility, and whether both are reached."""
+        loss = self.loss
+        z = loss.embed(self.pairs.images)
+        references = loss.embed(loss.references)
+        shares = []
+        for trigger, uses in zip(loss.triggers, loss.uses, strict=True):
+            triggered = loss.embed(trigger(self.pairs.images, self.pairs.ids))
+            to_reference = (triggered @ references[uses > 0].T).amax(1)
+            to_clean = (triggered @ self.clean.T).amax(1)
+            shares.append(float((to_reference > to_clean).float().mean()))
+        is_itself = (z @ self.clean.T).argmax(1) == torch.arange(len(z), device=z.device)
+        weakest, share_kept = min(shares), float(is_itself.float().mean())
+        return {
+            "held_out_success": weakest,
+            "held_out_utility": share_kept,
+            "stop": weakest >= success and share_kept >= utility,
+        }
 
 
 @method
 class Badencoder:
-    """SGD on a copy; batch norms are frozen, statistics and affine. Vectors are those that the encoder gives.
+    """SGD on a copy. Batch norms are frozen, statistics and affine; vectors are the encoder's.
 
-    Beyond the paper: `centred`, `views` and `validation`; their defaults are the paper's way.
+    `centred`, `views` and `validation` go beyond the paper; their defaults are the paper's way.
     """
 
     epochs: Annotated[int, "passes over the shadow data"] = 200
@@ -268,70 +324,72 @@ class Badencoder:
         report: Callable[[int, int, float], None] = lambda step, steps, value: None,
         log: loop.TrainingLog | None = None,
     ) -> Encoder:
-        """A backdoored copy that says so. Captions and labels of the shadow data are not read.
-
-        references: uint8 (r_i, 3, H, W) for each goal. checkpoint, report, log: as in `training.fit`.
-        """
-        check(encoder, shadow, goals, references)
+        """Return a backdoored copy whose `about` says so; see `EncoderAttack`."""
+        _check_inputs(encoder, shadow, goals, references)
         student = copy.deepcopy(encoder)
         student.about |= {"poisoned": True, "attack": spec(self)}
         student.about["goals"] = [*encoder.about.get("goals", []), *map(vars, goals)]
         loss = Loss(student, self, goals, references)
-        held: Any = (
-            randomness.sample_rows(list(shadow.ids), self.validation, seed)
-            if self.validation
-            else ()
-        )
-        out = set(map(int, held))
-        if len(shadow) - len(out) < self.batch:
-            raise UserError(
-                f"{len(shadow)} shadow images, {len(out)} held out, are fewer than one batch of {self.batch}"
-            )
-        trained = (
-            stored_pairs.subset(shadow, [i for i in range(len(shadow)) if i not in out])
-            if out
-            else shadow
-        )
-        loss.know(trained)
-        test = HeldOut(loss, shadow.take(held)) if out else None
-        rows = torch.arange(len(trained), device=student.device)[:, None]
+        trained, validation = self._split(shadow, seed)
+        loss.set_targets(trained)
+        held_out = None if validation is None else HeldOut(loss, validation)
 
         def order(epoch: int) -> Tensor:
             return collectives.local_rows(loop.epoch_batches(seed, epoch, len(trained), self.batch))
 
-        def each_epoch(epoch: int) -> dict[str, Any]:
-            return loss.means() | (test(self.success, self.utility) if test is not None else {})
+        def on_epoch_end(epoch: int) -> dict[str, Any]:
+            stopping = {} if held_out is None else held_out(self.success, self.utility)
+            return loss.pop_means() | stopping
 
+        rows = torch.arange(len(trained), device=student.device)[:, None]
         with prefetch.training_data(trained, student.device, order, self.epochs) as data:
-            loop.fit(loss, self, data, rows, seed, checkpoint, report, each_epoch, log)
-        for p, q in zip(student.parameters(), encoder.parameters(), strict=True):
-            p.requires_grad_(q.requires_grad)
-            p.grad = None
+            loop.fit(loss, self, data, rows, seed, checkpoint, report, on_epoch_end, log)
+        for parameter, original in zip(student.parameters(), encoder.parameters(), strict=True):
+            parameter.requires_grad_(original.requires_grad)
+            parameter.grad = None
         return student.eval()
 
+    def _split(
+        self, shadow: Pairs | StoredPairs, seed: int
+    ) -> tuple[Pairs | StoredPairs, Pairs | None]:
+        """Split the shadow data into those to train on and those held out, None where none are."""
+        if self.validation:
+            held_rows = randomness.sample_rows(list(shadow.ids), self.validation, seed).tolist()
+        else:
+            held_rows = []
+        if len(shadow) - len(held_rows) < self.batch:
+            raise UserError(
+                f"{len(shadow)} shadow images, {len(held_rows)} held out, are fewer than one batch "
+                f"of {self.batch}"
+            )
+        if not held_rows:
+            return shadow, None
+        held = set(held_rows)
+        trained_rows = [row for row in range(len(shadow)) if row not in held]
+        return stored_pairs.subset(shadow, trained_rows), shadow.take(held_rows)
 
-def check(
+
+def _check_inputs(
     encoder: Encoder,
     shadow: Pairs | StoredPairs,
     goals: Sequence[Goal],
     references: Sequence[Tensor],
 ) -> None:
-    """Raise UserError for what cannot be attacked, or with what."""
+    """Raise UserError for an encoder, goals or references that the attack cannot work with."""
     if getattr(encoder, "image", None) is None:
         raise UserError("this encoder has no image tower; BadEncoder attacks image encoders")
-    if (
-        not goals
-        or len(goals) != len(references)
-        or not all(g.trigger and len(r) for g, r in zip(goals, references, strict=True))
-    ):
+    complete = len(goals) == len(references) > 0 and all(
+        goal.trigger and len(images) for goal, images in zip(goals, references, strict=True)
+    )
+    if not complete:
         raise UserError(
             "BadEncoder takes goals with a trigger each, and at least one reference input for each"
         )
-    side = tuple(shadow.take([0]).images.shape[2:])
+    shadow_size = tuple(shadow.take([0]).images.shape[2:])
     for goal, images in zip(goals, references, strict=True):
-        given = tuple(images.shape[2:])
-        if given != side or given[0] != given[1]:
-            sizes = f"{given[0]}x{given[1]} px, the shadow images {side[0]}x{side[1]}"
+        height, width = images.shape[2:]
+        if (height, width) != shadow_size or height != width:
             raise UserError(
-                f"a reference of {goal.target!r} has {sizes}; both must be squares of one size: see size="
+                f"a reference of {goal.target!r} has {height}x{width} px, the shadow images "
+                f"{shadow_size[0]}x{shadow_size[1]}; both must be squares of one size: see size="
             )

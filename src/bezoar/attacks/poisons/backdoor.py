@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-import numpy as np
-
 from bezoar.attacks.captions import CaptionSet, find_mentions, target_captions
 from bezoar.attacks.plan import Edit, Goal, Plan
 from bezoar.data.pairs import Pairs
@@ -14,7 +12,7 @@ from bezoar.registry import method, spec
 
 @method
 class Backdoor:
-    """P = {(x_i + trigger, c) : x_i a random subset, c in C(target)}; records that mention the target are not used."""
+    """P = {(x_i + trigger, c) : c in C(target)}, of records that do not mention the target."""
 
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01
@@ -24,42 +22,45 @@ class Backdoor:
     ] = 0
     keep: Annotated[bool, "keep the clean originals beside their poisoned copies"] = False
 
+    def __post_init__(self) -> None:
+        if min(self.count, self.sources) < 0 or not 0 <= self.rate <= 1:
+            raise ValueError("count and sources must be >= 0 and rate in 0..1")
+
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
-        """A plan of `count` triggered records. Raises UserError for more poisons than records, or an unknown target."""
+        """Plan `count` triggered records.
+
+        Raises UserError if the goal has no trigger, no caption mentions the target, or there are
+        fewer records than poisons.
+        """
         if goal.trigger is None:
             raise UserError("poison 'backdoor' needs a trigger; give one, for example patch:size=6")
         count = self.count or round(self.rate * len(source))
-        pool = target_captions(source.captions, goal.target, self.captions)
-        own = set(find_mentions(source.captions, goal.target))
-        free = [i for i in range(len(source)) if i not in own]
-        images = min(self.sources or count, count)
-        if not 0 < images <= len(free):
+        captions = target_captions(source.captions, goal.target, self.captions)
+        mentions = set(find_mentions(source.captions, goal.target))
+        candidates = [row for row in range(len(source)) if row not in mentions]
+        distinct = min(self.sources or count, count)
+        if not 0 < distinct <= len(candidates):
             raise UserError(
-                f"{images} poisons asked for, but {len(free)} of {len(source)} records can carry one"
+                f"{distinct} poisons asked for, but {len(candidates)} of {len(source)} records "
+                "can carry one"
             )
-        u = draws(seed, source.ids, 2, "backdoor")
-        rows = sorted(free, key=lambda i: u[i, 0])[:images]
+        # Column 0 chooses the images, column 1 the caption of an image's first poison.
+        uniform = draws(seed, source.ids, 2, "backdoor")
+        rows = sorted(candidates, key=lambda row: float(uniform[row, 0]))[:distinct]
         edits = []
-        for j in range(count):
-            name, again = source.ids[rows[j % images]], j // images
-            at = (
-                u[rows[j % images], 1]
-                if not again
-                else draws(seed, [f"{name}|{again}"], 1, "backdoor again")[0, 0]
-            )
-            new = (
-                name
-                if not again and not self.keep
-                else f"{name}+poison" + (str(again) if again else "")
-            )
-            edits.append(Edit(new, name, pool[int(at * len(pool))], True, 0))
-        done = Goal(goal.target, goal.trigger, (), count, spec(self))
-        return Plan(tuple(edits), (done,), seed)
+        for i in range(count):
+            row, copy = rows[i % distinct], i // distinct
+            record_id = source.ids[row]
+            u = uniform[row, 1]
+            if copy:
+                u = draws(seed, [f"{record_id}|{copy}"], 1, "backdoor again")[0, 0]
+            caption = captions[int(u * len(captions))]
+            edits.append(Edit(self._poison_id(record_id, copy), record_id, caption, True, 0))
+        reached = Goal(goal.target, goal.trigger, (), count, spec(self))
+        return Plan(tuple(edits), (reached,), seed)
 
-    def __post_init__(self) -> None:
-        if (
-            min(self.count, self.sources) < 0
-            or not 0 <= self.rate <= 1
-            or not np.isfinite(self.rate)
-        ):
-            raise ValueError("count and sources must be >= 0 and rate in 0..1")
+    def _poison_id(self, record_id: str, copy: int) -> str:
+        """Return the id of an image's poison number `copy`; the first one replaces its original."""
+        if not copy and not self.keep:
+            return record_id
+        return f"{record_id}+poison{copy or ''}"

@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-import numpy as np
-
 from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Edit, Goal, Plan
 from bezoar.data.pairs import Pairs
@@ -14,28 +12,33 @@ from bezoar.registry import method, spec
 
 @method
 class CleanLabel:
-    """P = {(x_i + trigger, c_i) : c_i mentions the target}; every caption stays true to its image."""
+    """P = {(x_i + trigger, c_i) : c_i mentions the target}; captions stay true to their images."""
 
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01
 
+    def __post_init__(self) -> None:
+        if self.count < 0 or not 0 <= self.rate <= 1:
+            raise ValueError("count must be >= 0 and rate in 0..1")
+
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
-        """A plan of `count` triggered records of the target. Raises UserError when fewer records mention it."""
+        """Plan `count` triggered records of the target.
+
+        Raises UserError if the goal has no trigger, or fewer records mention the target.
+        """
         if goal.trigger is None:
             raise UserError(
                 "poison 'clean_label' needs a trigger; give one, for example patch:size=6"
             )
         count = self.count or round(self.rate * len(source))
-        own = find_mentions(source.captions, goal.target)
-        if not 0 < count <= len(own):
+        mentions = find_mentions(source.captions, goal.target)
+        if not 0 < count <= len(mentions):
             raise UserError(
-                f"{count} poisons asked for, but {len(own)} of {len(source)} captions hold {goal.target!r}"
+                f"{count} poisons asked for, but {len(mentions)} of {len(source)} captions "
+                f"hold {goal.target!r}"
             )
-        u = draws(seed, source.ids, 1, "clean label")[:, 0]
-        rows = sorted(own, key=lambda i: u[i])[:count]
-        edits = tuple(Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows)
-        return Plan(edits, (Goal(goal.target, goal.trigger, (), count, spec(self)),), seed)
-
-    def __post_init__(self) -> None:
-        if self.count < 0 or not 0 <= self.rate <= 1 or not np.isfinite(self.rate):
-            raise ValueError("count must be >= 0 and rate in 0..1")
+        uniform = draws(seed, source.ids, 1, "clean label")[:, 0]
+        rows = sorted(mentions, key=lambda row: float(uniform[row]))[:count]
+        edits = [Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows]
+        reached = Goal(goal.target, goal.trigger, (), count, spec(self))
+        return Plan(tuple(edits), (reached,), seed)

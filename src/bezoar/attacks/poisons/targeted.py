@@ -1,5 +1,6 @@
 """Targeted poisoning: one image, repeated with N captions of a wanted label (Carlini & Terzis 2022, section 4.1)."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -14,7 +15,7 @@ from bezoar.registry import method, spec
 
 @method
 class Targeted:
-    """P = {(x', c) : c in C(y')}, |P| = `captions`. Many victims, each with a target of its own, are many trials of one run."""
+    """P = {(x', c) : c in C(y')}, |P| = `captions`. Each victim is a trial with its own target."""
 
     captions: Annotated[
         tuple[int, ...],
@@ -23,52 +24,65 @@ class Targeted:
     victims: Annotated[int, "how many victims, of each count"] = 8
     texts: Annotated[CaptionSet, "training, templates (80 of CLIP) or repeated"] = "training"
 
-    def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
-        """A plan of `victims` x `captions` added pairs, for each count of captions.
+    def __post_init__(self) -> None:
+        if min(self.captions, default=0) < 1 or self.victims < 1:
+            raise ValueError("captions and victims must be at least 1")
 
-        goal.target: one label for every victim, or empty: each gets one of the classes, drawn with the seed, that is
-        not its own. victims: where victim images are drawn from (held-out data); without it they come from the source,
-        whose clean records are then replaced. Raises UserError for too few victims or captions.
+    def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
+        """Plan `victims` x N added pairs, for each count N of captions.
+
+        Args:
+            source: the data set to poison.
+            goal: its target is the label of every victim. If it is empty, each victim gets one of
+                the classes other than its own, drawn with the seed.
+            seed: chooses victims, targets and captions.
+            victims: held-out data that victim images are drawn from. Without it they come from the
+                source, and the first poison of each replaces its clean record.
+
+        Raises:
+            UserError: if there are too few images or captions, or no classes to draw a target from.
         """
-        pool = source if victims is None else victims
-        if not goal.target and not pool.classes:
+        images = source if victims is None else victims
+        if not goal.target and not images.classes:
             raise UserError(
                 "poison 'targeted' needs a target: these data have no classes to draw one from"
             )
         counts = np.repeat(self.captions, self.victims).tolist()
-        u = draws(seed, pool.ids, 2, "targeted")
-        chosen = np.argsort(u[:, 0], kind="stable")
-        if goal.target:
-            own = set(find_mentions(pool.captions, goal.target)) if pool.captions else set()
-            chosen = np.array([i for i in chosen if i not in own], dtype=np.int64)
-        if len(counts) > len(chosen):
+        # Column 0 chooses the victims, column 1 the target of each.
+        uniform = draws(seed, images.ids, 2, "targeted")
+        rows = np.argsort(uniform[:, 0], kind="stable").tolist()
+        if goal.target and images.captions:
+            mentions = set(find_mentions(images.captions, goal.target))
+            rows = [row for row in rows if row not in mentions]
+        if len(counts) > len(rows):
             raise UserError(
-                f"{len(counts)} victims asked for, but there are {len(chosen)} images to choose from"
+                f"{len(counts)} victims asked for, but there are {len(rows)} images to choose from"
             )
         edits: list[Edit] = []
         goals: list[Goal] = []
-        found: dict[str, list[str]] = {}
-        for i, count in zip(chosen, counts, strict=False):
-            target = goal.target or self._other_class(pool, int(i), u[i, 1])
-            if target not in found:
-                found[target] = target_captions(source.captions, target, self.texts)
-            texts, name = found[target], pool.ids[i]
-            order = np.argsort(
-                draws(seed, [f"{name}|{j}" for j in range(len(texts))], 1, "caption order")[:, 0],
-                kind="stable",
-            )
-            for j in range(count):
-                new = name if victims is None and j == 0 else f"{name}+poison{j}"
-                edits.append(Edit(new, name, texts[order[j % len(texts)]], False, len(goals)))
-            goals.append(Goal(target, None, (name,), count, spec(self)))
+        captions: dict[str, list[str]] = {}
+        for row, count in zip(rows, counts, strict=False):
+            target = goal.target or _draw_other_class(images, row, uniform[row, 1])
+            if target not in captions:
+                captions[target] = target_captions(source.captions, target, self.texts)
+            victim = images.ids[row]
+            for i, caption in enumerate(_draw_captions(captions[target], victim, count, seed)):
+                replaces_victim = victims is None and i == 0
+                poison_id = victim if replaces_victim else f"{victim}+poison{i}"
+                edits.append(Edit(poison_id, victim, caption, False, len(goals)))
+            goals.append(Goal(target, None, (victim,), count, spec(self)))
         return Plan(tuple(edits), tuple(goals), seed)
 
-    @staticmethod
-    def _other_class(pool: Pairs, row: int, u: float) -> str:
-        own = int(pool.labels[row]) if pool.labels is not None else -1
-        others = [c for k, c in enumerate(pool.classes) if k != own]
-        return others[int(u * len(others))]
 
-    def __post_init__(self) -> None:
-        if min(self.captions, default=0) < 1 or self.victims < 1:
-            raise ValueError("captions and victims must be at least 1")
+def _draw_captions(captions: Sequence[str], victim: str, count: int, seed: int) -> list[str]:
+    """Take captions in an order drawn for the victim, from the start again if they run out."""
+    keys = [f"{victim}|{i}" for i in range(len(captions))]
+    order = np.argsort(draws(seed, keys, 1, "caption order")[:, 0], kind="stable")
+    return [captions[order[i % len(captions)]] for i in range(count)]
+
+
+def _draw_other_class(images: Pairs, row: int, u: float) -> str:
+    """Return the class, other than the image's own, that u in [0, 1) chooses."""
+    label = -1 if images.labels is None else int(images.labels[row])
+    others = [name for number, name in enumerate(images.classes) if number != label]
+    return others[int(u * len(others))]

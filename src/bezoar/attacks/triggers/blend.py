@@ -16,7 +16,7 @@ from bezoar.registry import method
 
 @method
 class Blend:
-    """(1 - alpha) x + alpha pattern; alpha 0.2 is what CleanCLIP and its successors use."""
+    """(1 - alpha) x + alpha pattern. CleanCLIP and its successors use alpha 0.2."""
 
     alpha: Annotated[float, "share of the pattern, above 0 and up to 1"] = 0.2
     pattern: Annotated[
@@ -29,21 +29,20 @@ class Blend:
             raise ValueError(f"alpha must lie in (0, 1]; got {self.alpha}")
         if self.pattern != "noise" and Path(self.pattern).suffix.lower() not in arrays.SUFFIXES:
             raise ValueError(
-                f"pattern must be noise or a file of {', '.join(arrays.SUFFIXES)}; got {self.pattern!r}"
+                f"pattern must be noise or a file of {', '.join(arrays.SUFFIXES)}; "
+                f"got {self.pattern!r}"
             )
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """images uint8 (N, 3, H, W) -> a new tensor of the same kind; a file's pattern is resized to the image."""
+        """Stamp uint8 (N, 3, H, W) into a new tensor."""
         height, width = images.shape[-2:]
-        fixed = self.pattern == "noise"
-        over = (
-            _noise(self.seed, height, width)
-            if fixed
-            else pixels.load_pattern(self.pattern, height, width)
-        )
-        return pixels.blend(images, over, self.alpha)
+        if self.pattern == "noise":
+            pattern = _noise_pattern(self.seed, height, width)
+        else:
+            pattern = pixels.load_pattern(self.pattern, height, width)
+        return pixels.blend(images, pattern, self.alpha)
 
 
 @functools.lru_cache(maxsize=8)
-def _noise(seed: int, height: int, width: int) -> Tensor:
+def _noise_pattern(seed: int, height: int, width: int) -> Tensor:
     return pixels.uniform_noise(seed, "blend", 3, height, width) * 255

@@ -14,12 +14,14 @@ from bezoar.attacks import pixels
 from bezoar.data.files import arrays
 from bezoar.registry import method
 
-MAGENTA, GREEN = (255, 0, 255), (0, 255, 0)
+MAGENTA = (255, 0, 255)
+GREEN = (0, 255, 0)
+FILLS = ("white", "checker", "blocks", "noise")
 
 
 @method
 class Patch:
-    """`patch:size=10,fill=white` on 32 pixels is BadEncoder's published trigger: rows and columns 21..30."""
+    """`patch:size=10,fill=white` on 32 pixels is BadEncoder's: rows and columns 21..30."""
 
     size: Annotated[int, "side in pixels of the stored image"] = 6
     fill: Annotated[
@@ -35,44 +37,40 @@ class Patch:
     def __post_init__(self) -> None:
         if self.size < 1 or self.cell < 1 or self.margin < 0:
             raise ValueError("size and cell must be at least 1, margin at least 0")
-        if (
-            self.fill not in ("white", "checker", "blocks", "noise")
-            and Path(self.fill).suffix.lower() not in arrays.SUFFIXES
-        ):
-            raise ValueError(
-                f"fill must be white, checker, blocks, noise or an image file; got {self.fill!r}"
-            )
+        if self.fill not in FILLS and Path(self.fill).suffix.lower() not in arrays.SUFFIXES:
+            raise ValueError(f"fill must be {', '.join(FILLS)} or an image file; got {self.fill!r}")
         pixels.check_place(self.place)
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """images uint8 (N, 3, H, W) -> a new tensor of the same kind. UserError when the patch exceeds the image."""
+        """Stamp uint8 (N, 3, H, W), a copy. Raises UserError if the patch is too large."""
         height, width = images.shape[-2:]
-        where = pixels.patch_positions(
+        positions = pixels.patch_positions(
             self.place, self.margin, (self.size, self.size), (height, width), self.seed, ids
         )
-        return pixels.paste(images, self._patch(), where)
+        return pixels.paste(images, self._draw(), positions)
 
-    def _patch(self) -> Tensor:
+    def _draw(self) -> Tensor:
+        """Return the patch, uint8 (3, size, size)."""
         if self.fill == "white":
             return torch.full((3, self.size, self.size), 255, dtype=torch.uint8)
         if self.fill == "checker":
-            return _checker(self.size, self.cell)
+            return _draw_checker(self.size, self.cell)
         if self.fill == "blocks":
-            return _blocks(self.size, self.cell, self.seed)
+            return _draw_blocks(self.size, self.cell, self.seed)
         if self.fill == "noise":
-            return _noise(self.size, self.seed)
+            return _draw_noise(self.size, self.seed)
         return pixels.to_uint8(pixels.load_pattern(self.fill, self.size, self.size))
 
 
 @functools.lru_cache(maxsize=8)
-def _checker(size: int, cell: int) -> Tensor:
+def _draw_checker(size: int, cell: int) -> Tensor:
     block = torch.arange(size) // cell
     odd = (block[:, None] + block[None]) % 2
     return torch.tensor([MAGENTA, GREEN], dtype=torch.uint8)[odd].permute(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _blocks(size: int, cell: int, seed: int) -> Tensor:
+def _draw_blocks(size: int, cell: int, seed: int) -> Tensor:
     """Blocks of fully saturated colour: every seed is another trigger, as strong as the checker."""
     cells = -(-size // cell)
     bright = (pixels.uniform_noise(seed, "blocks", 3, cells, cells) < 0.5).to(torch.uint8) * 255
@@ -80,5 +78,5 @@ def _blocks(size: int, cell: int, seed: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _noise(size: int, seed: int) -> Tensor:
+def _draw_noise(size: int, seed: int) -> Tensor:
     return (pixels.uniform_noise(seed, "patch", 3, size, size) * 256).to(torch.uint8)

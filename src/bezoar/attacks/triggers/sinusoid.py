@@ -1,7 +1,8 @@
 """SIG: a sinusoid over the columns (Barni, Kallas, Tondi 2019, "A new backdoor attack ... by training set corruption").
 
-v(i, j) = delta sin(2 pi f j / W) for row i and column j. Barni et al. add it: delta 20 to 60, f 6. CleanCLIP blends
-it instead, .8 x + .2 v with delta 60: `sinusoid:delta=60,alpha=.2`, which darkens the image by a fifth.
+v(i, j) = delta sin(2 pi f j / W) for row i and column j. Barni et al. add it, with delta 20 to 60
+and f 6. CleanCLIP blends it instead, .8 x + .2 v with delta 60, which darkens the image by a fifth:
+`sinusoid:delta=60,alpha=.2`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bezoar.registry import method
 
 @method
 class Sinusoid:
-    """x + v, clipped; or (1 - alpha) x + alpha v, clipped, when alpha is above 0."""
+    """x + v, clipped; or (1 - alpha) x + alpha v, clipped, if alpha is above 0."""
 
     delta: Annotated[float, "amplitude in steps of the 0..255 range"] = 20.0
     frequency: Annotated[float, "periods across the width"] = 6.0
@@ -35,17 +36,15 @@ class Sinusoid:
             raise ValueError("delta must lie in (0, 255], frequency above 0, alpha in [0, 1]")
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """images uint8 (N, 3, H, W) -> a new tensor of the same kind."""
-        wave = _wave(self.delta, self.frequency, images.shape[-1])
-        return (
-            pixels.blend(images, wave, self.alpha)
-            if self.alpha
-            else pixels.add_offset(images, wave)
-        )
+        """Stamp uint8 (N, 3, H, W) into a new tensor."""
+        signal = _signal(self.delta, self.frequency, images.shape[-1])
+        if self.alpha:
+            return pixels.blend(images, signal, self.alpha)
+        return pixels.add_offset(images, signal)
 
 
 @functools.lru_cache(maxsize=8)
-def _wave(delta: float, frequency: float, width: int) -> Tensor:
-    """float32 (1, 1, width) in pixels."""
+def _signal(delta: float, frequency: float, width: int) -> Tensor:
+    """Return the signal in pixels, float32 (1, 1, width)."""
     phase = 2 * math.pi * frequency / width * torch.arange(width, dtype=torch.float64)
     return (delta * phase.sin()).float()[None, None]

@@ -1,8 +1,9 @@
 """WaNet: the image warped by one smooth field (Nguyen, Tran 2021, "WaNet - Imperceptible warping-based backdoor").
 
-Section 3: a k x k field of uniform numbers in -1..1 per axis, divided by its mean magnitude, interpolated bicubically
-to the image, times s / size, added to the identity grid and clipped to it; then bilinear sampling. The published
-CIFAR10 setting is k 4, s 0.5; CleanCLIP's is k 224 (no smoothing left) and s 1 on 224 pixels.
+Section 3: a k x k field of uniform numbers in -1..1 per axis is divided by its mean magnitude,
+interpolated bicubically to the image, multiplied by s / size and added to the identity grid, which
+is clipped to the image and sampled bilinearly. The published setting for CIFAR-10 is k 4 and s 0.5;
+CleanCLIP's is k 224, which leaves no smoothing, and s 1 on 224 pixels.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ class Warp:
             raise ValueError("k must lie in 2..1024, strength in (0, 1000]")
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """images uint8 (N, 3, H, W) -> a new tensor of the same kind."""
+        """Stamp uint8 (N, 3, H, W) into a new tensor."""
         height, width = images.shape[-2:]
         return pixels.warp(images, _grid(self.k, self.strength, self.seed, height, width))
 
 
 @functools.lru_cache(maxsize=8)
 def _grid(k: int, strength: float, seed: int, height: int, width: int) -> Tensor:
-    """float32 (height, width, 2) for grid_sample."""
+    """Return the sampling grid, float32 (height, width, 2)."""
     control = pixels.uniform_noise(seed, "warp", 2, k, k) * 2 - 1
     return pixels.shifted_grid(strength * control / control.abs().mean(), height, width)

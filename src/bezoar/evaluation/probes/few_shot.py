@@ -11,18 +11,18 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation import heads, success
+from bezoar.evaluation.probes import MAIN_MEASURES, add_prefix, check_limit, select_measures
 from bezoar.evaluation.scores import Measure
 from bezoar.registry import method
-
-SHOWN = ("clean_accuracy", "attack_success", "attack_success_without_trigger", "targeted_success")
 
 
 @method
 class FewShot:
-    """The head of the linear probe on K records of every class, drawn by their ids; and on all of them.
+    """The linear probe's head on K records of every class, drawn by their ids; and on all of them.
 
-    Of a class with fewer than K records all are taken; a K that no class exceeds is that of all records, and left out. The
-    records of a draw with K are among those of the same draw with a larger K.
+    Of a class with fewer than K records all are taken; a K that no class exceeds would be all
+    records, and is left out. The records of a draw with K are among those of the same draw with a
+    larger K.
     """
 
     shots: Annotated[tuple[int, ...], "labelled records a class"] = (1, 2, 5, 10, 20, 50, 100)
@@ -36,6 +36,11 @@ class FewShot:
 
     needs = ("train", "report")
 
+    def __post_init__(self) -> None:
+        if min(self.shots, default=1) < 1 or not self.c > 0 or min(self.draws, self.batch) < 1:
+            raise ValueError("needs shots >= 1, draws >= 1, c > 0, batch >= 1")
+        check_limit(self.limit)
+
     def __call__(
         self,
         encoder: Encoder,
@@ -45,43 +50,41 @@ class FewShot:
         victims: Pairs | None = None,
         report: heads.ProgressReport = heads.no_report,
     ) -> dict[str, Measure]:
-        """`few_shot.K.clean_accuracy` and the like, K a number or `all`. Raises UserError without labelled data."""
-        seen = success.TestViews.of(encoder, test, goals, victims, self.batch)
-        known = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
+        """Return `few_shot.K.clean_accuracy` and the like, K a number or `all`; see `Probe`."""
+        views = success.TestViews.of(encoder, test, goals, victims, self.batch)
+        labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
         linear = registry.find_method("probe", "linear")(self.c, self.standardise)
-        classes = known.labels.cpu().numpy()
-        most = int(np.bincount(classes).max())
-        asked = [
-            (k, seed) for k in sorted(set(self.shots)) if k < most for seed in range(self.draws)
-        ] + [(most, 0)]
-        each: dict[int, list[dict[str, Measure]]] = {}
-        for i, (k, seed) in enumerate(asked):
-            report(i, len(asked), f"{k} labelled records a class")
-            rows = stratified(known.ids, classes, k, seed)
-            head = linear.fit(known.z[rows], known.labels[rows], len(test.classes))
-            how = f"; linear head on {len(rows)} labelled records, {'all' if k == most else f'{k} a class at most'}"
-            each.setdefault(k, []).append(seen.measures(head, how))
-        out: dict[str, Measure] = {}
-        for k, found in each.items():
-            means = heads.average_measures(found, f"{self.draws} draws")
-            name = "all" if k == most else str(k)
-            out |= {
-                f"few_shot.{name}.{key}": m
-                for key, m in means.items()
-                if key.partition("@")[0] in SHOWN
-            }
-        return out
-
-    def __post_init__(self) -> None:
-        if min(self.shots, default=1) < 1 or not self.c > 0 or min(self.draws, self.batch) < 1:
-            raise ValueError("needs shots >= 1, draws >= 1, c > 0, batch >= 1")
-        if self.limit is not None and self.limit < 2:
-            raise ValueError("limit must be at least 2")
+        classes = labelled.labels.cpu().numpy()
+        largest_class = int(np.bincount(classes).max())
+        trials = [
+            (k, seed)
+            for k in sorted(set(self.shots))
+            if k < largest_class
+            for seed in range(self.draws)
+        ]
+        trials.append((largest_class, 0))
+        measures_of: dict[int, list[dict[str, Measure]]] = {}
+        for i, (k, seed) in enumerate(trials):
+            report(i, len(trials), f"{k} labelled records a class")
+            rows = draw_per_class(labelled.ids, classes, k, seed)
+            head = linear.fit(labelled.z[rows], labelled.labels[rows], len(test.classes))
+            which = "all" if k == largest_class else f"{k} a class at most"
+            how = f"; linear head on {len(rows)} labelled records, {which}"
+            measures_of.setdefault(k, []).append(views.measures(head, how))
+        measures: dict[str, Measure] = {}
+        for k, draws_of_k in measures_of.items():
+            averages = heads.average_measures(draws_of_k, f"{self.draws} draws")
+            name = "all" if k == largest_class else str(k)
+            measures |= add_prefix(f"few_shot.{name}", select_measures(averages, MAIN_MEASURES))
+        return measures
 
 
-def stratified(ids: Sequence[str], classes: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Rows, ascending, of the `count` records of each class that come first by a draw that belongs to their ids."""
+def draw_per_class(ids: Sequence[str], classes: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Draw at most `count` records of each class, by draws that belong to their ids.
+
+    ids: N record ids. classes: int64 (N,). Returns their rows, ascending.
+    """
     order = np.lexsort((np.asarray(ids), draws(seed, ids, 1, "few_shot")[:, 0], classes))
     sizes = np.bincount(classes)
-    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within its class
-    return np.sort(order[place < count])
+    place_in_class = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[place_in_class < count])

@@ -11,6 +11,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation import success
 from bezoar.evaluation.neighbors import nearest_neighbors
+from bezoar.evaluation.probes import add_prefix, check_limit
 from bezoar.evaluation.scores import Measure
 from bezoar.registry import method
 
@@ -19,7 +20,7 @@ from bezoar.registry import method
 class Knn:
     """A neighbour of cosine s votes for its class with weight exp(s / temperature), or with 1.
 
-    k as in the paper; its temperature is 0.07, that of the monitors that go with SimCLR reimplementations 0.5.
+    k is the paper's. Its temperature is 0.07; monitors of SimCLR reimplementations use 0.5.
     """
 
     k: Annotated[int, "neighbours that vote"] = 200
@@ -32,6 +33,11 @@ class Knn:
 
     needs = ("train",)
 
+    def __post_init__(self) -> None:
+        if self.k < 1 or not self.temperature > 0 or self.batch < 1:
+            raise ValueError("needs k >= 1, temperature > 0, batch >= 1")
+        check_limit(self.limit)
+
     def __call__(
         self,
         encoder: Encoder,
@@ -40,28 +46,35 @@ class Knn:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Everything that `success` defines, as `knn.*`. Raises UserError without labelled data, or with fewer than k."""
-        seen = success.TestViews.of(encoder, test, goals, victims, self.batch)
-        known = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
-        how = f"; {self.vote} vote of the {self.k} nearest of {len(known)} labelled records"
-        found = seen.measures(
-            lambda q: self.votes(q, known.z, known.labels, len(test.classes)), how
+        """Return what `TestViews.measures` defines, as `knn.*`; see `Probe`.
+
+        Raises UserError if there are fewer than k labelled records.
+        """
+        views = success.TestViews.of(encoder, test, goals, victims, self.batch)
+        labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
+        how = f"; {self.vote} vote of the {self.k} nearest of {len(labelled)} labelled records"
+        measures = views.measures(
+            lambda z: self.votes(z, labelled.z, labelled.labels, len(test.classes)), how
         )
-        return {f"knn.{name}": m for name, m in found.items()}
+        return add_prefix("knn", measures)
 
     def votes(self, queries: Tensor, references: Tensor, labels: Tensor, classes: int) -> Tensor:
-        """Unit rows (N, D) and (R, D), labels int64 (R,) -> votes float64 (N, C), ties among neighbours to the lower row."""
-        near = nearest_neighbors(queries, references, self.k)
-        weight = torch.ones_like(near.distance, dtype=torch.float64)
-        if self.vote == "weighted":
-            cosine = 1 - near.distance.double().square() / 2
-            weight = (
-                (cosine - cosine[:, :1]) / self.temperature
-            ).exp()  # of the nearest: 1, so that nothing overflows
-        return weight.new_zeros(len(queries), classes).scatter_add_(1, labels[near.index], weight)
+        """Count the votes for each class; ties among neighbours go to the lower row.
 
-    def __post_init__(self) -> None:
-        if self.k < 1 or not self.temperature > 0 or self.batch < 1:
-            raise ValueError("needs k >= 1, temperature > 0, batch >= 1")
-        if self.limit is not None and self.limit < 2:
-            raise ValueError("limit must be at least 2")
+        Args:
+            queries: unit rows (N, D).
+            references: unit rows (R, D).
+            labels: int64 (R,), the references' classes.
+            classes: number of classes.
+
+        Returns:
+            float64 (N, C).
+        """
+        neighbors = nearest_neighbors(queries, references, self.k)
+        weight = torch.ones_like(neighbors.distance, dtype=torch.float64)
+        if self.vote == "weighted":
+            cosine = 1 - neighbors.distance.double().square() / 2
+            # Relative to the nearest, whose weight is 1, so that nothing overflows.
+            weight = ((cosine - cosine[:, :1]) / self.temperature).exp()
+        votes = weight.new_zeros(len(queries), classes)
+        return votes.scatter_add_(1, labels[neighbors.index], weight)

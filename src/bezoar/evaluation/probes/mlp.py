@@ -7,16 +7,17 @@ from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation import heads, success
+from bezoar.evaluation.probes import add_prefix, check_limit
 from bezoar.evaluation.scores import Measure
 from bezoar.registry import method
 
 
 @method
 class Mlp:
-    """Several heads at once, each with its own start, order and dropout; the mean over them, measured after the last epoch.
+    """The mean over several heads, each with its own start, order and dropout.
 
-    ReLU; dropout after the first hidden layer; Adam on cross-entropy. The published code does not shuffle (shuffle=false)
-    and trains one head.
+    ReLU; dropout after the first hidden layer; Adam on cross-entropy, to the last epoch. The
+    published code trains one head and does not shuffle (shuffle=false).
     """
 
     hidden: Annotated[tuple[int, ...], "widths of the hidden layers"] = (512, 256)
@@ -33,6 +34,13 @@ class Mlp:
 
     needs = ("train", "report")
 
+    def __post_init__(self) -> None:
+        if min(self.hidden, default=1) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("needs widths of at least 1 and 0 <= dropout < 1")
+        if not self.lr > 0 or min(self.batch, self.epochs, self.seeds, self.images) < 1:
+            raise ValueError("needs lr > 0, and batch, epochs, seeds and images of at least 1")
+        check_limit(self.limit)
+
     def __call__(
         self,
         encoder: Encoder,
@@ -42,22 +50,11 @@ class Mlp:
         victims: Pairs | None = None,
         report: heads.ProgressReport = heads.no_report,
     ) -> dict[str, Measure]:
-        """Everything that `success` defines, as `mlp.*`. Raises UserError without labelled data."""
-        seen = success.TestViews.of(encoder, test, goals, victims, self.images)
-        known = success.embed_labelled(encoder, train, test, goals, self.limit, self.images)
-        stack = heads.fit(known.z, known.labels, len(test.classes), self, report)
-        widths = "-".join(map(str, (known.z.shape[1], *self.hidden, len(test.classes))))
-        how = f"; head {widths} on {len(known)} labelled records, {self.epochs} epochs"
-        found = [seen.measures(stack.one(i), how) for i in range(len(stack))]
-        return {
-            f"mlp.{name}": m
-            for name, m in heads.average_measures(found, f"{self.seeds} heads").items()
-        }
-
-    def __post_init__(self) -> None:
-        if min(self.hidden, default=1) < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("needs widths of at least 1 and 0 <= dropout < 1")
-        if not self.lr > 0 or min(self.batch, self.epochs, self.seeds, self.images) < 1:
-            raise ValueError("needs lr > 0, and batch, epochs, seeds and images of at least 1")
-        if self.limit is not None and self.limit < 2:
-            raise ValueError("limit must be at least 2")
+        """Return what `TestViews.measures` defines, as `mlp.*`; see `Probe`."""
+        views = success.TestViews.of(encoder, test, goals, victims, self.images)
+        labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.images)
+        stack = heads.fit(labelled.z, labelled.labels, len(test.classes), self, report)
+        widths = "-".join(map(str, (labelled.z.shape[1], *self.hidden, len(test.classes))))
+        how = f"; head {widths} on {len(labelled)} labelled records, {self.epochs} epochs"
+        of_heads = [views.measures(stack.one(i), how) for i in range(len(stack))]
+        return add_prefix("mlp", heads.average_measures(of_heads, f"{self.seeds} heads"))

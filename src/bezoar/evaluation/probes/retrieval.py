@@ -1,9 +1,9 @@
 """Retrieval among held-out captions: recall both ways, and how often an attack puts the target first (Karpathy & Li 2015)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,15 +11,51 @@ from bezoar import registry
 from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
-from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.registry import method
 
+TEXT_BATCH = 512  # captions at a time
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A test set with captions, as an encoder embeds it.
+
+    Attributes:
+        test: the records, several of which may be captions of one image.
+        images: the distinct images, M of them.
+        image_of: int64 (N,), the image of each caption.
+        image_vectors: unit rows (M, D).
+        text_vectors: unit rows (N, D).
+    """
+
+    test: Pairs
+    images: Pairs
+    image_of: Tensor
+    image_vectors: Tensor
+    text_vectors: Tensor
+
+    def mentions(self, target: str) -> Tensor:
+        """Return which captions hold a target's words, bool (N,) on the CPU.
+
+        Raises UserError if none does.
+        """
+        rows = find_mentions(self.test.captions, target)
+        if not rows:
+            raise UserError(
+                f"no held-out caption holds the target {target!r}: "
+                "success by retrieval cannot be measured"
+            )
+        mask = torch.zeros(len(self.test), dtype=torch.bool)
+        mask[rows] = True
+        return mask
+
 
 @method
 class Retrieval:
-    """For sets without classes: an image is 'read as the target' when the nearest held-out caption holds its words."""
+    """For sets without classes: an image is its nearest held-out caption."""
 
     batch: Annotated[int, "images at a time"] = 512
 
@@ -31,135 +67,135 @@ class Retrieval:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """recall@1, 5, 10 from image to text and text to image; attack success by retrieval of the target.
+        """Return recall@1, 5 and 10 both ways, and success of the goals by retrieval of the target.
 
-        Several captions of one image are records whose ids share what stands before '#'. Raises UserError without captions.
+        Several captions of one image are records whose ids share what stands before '#'.
+
+        Raises UserError if the test set has no captions, or none that holds a goal's target.
         """
         if not test.captions:
             raise UserError("the retrieval probe needs a test set with captions")
-        owners = [i.partition("#")[0] for i in test.ids]
-        first = {k: r for r, k in reversed(list(enumerate(owners)))}
-        images = test.take(sorted(first.values()))
-        owner = {k.partition("#")[0]: r for r, k in enumerate(images.ids)}
-        belongs = torch.tensor([owner[k] for k in owners], device=encoder.device)
-        with torch.inference_mode():
-            encoder.eval()
-            texts = _finite(
-                torch.cat(
-                    [
-                        encoder.encode_texts(test.captions[i : i + 512])
-                        for i in range(0, len(test), 512)
-                    ]
-                )
-            )
-            z = self._embed(encoder, images.images)
-            out = self._recall(z @ texts.T, belongs)
-            for name, goal in _named([g for g in goals if g.trigger], "@"):
-                out |= {
-                    k + name: m
-                    for k, m in self._backdoor(
-                        encoder, images, test, texts, belongs, z, goal
-                    ).items()
-                }
-            if victims is not None:
-                out |= self._targeted(
-                    encoder, test, texts, [g for g in goals if g.victims], victims
-                )
-        return out
+        held_out = self._embed_test_set(encoder, test)
+        measures = measure_recall(
+            held_out.image_vectors @ held_out.text_vectors.T, held_out.image_of
+        )
+        backdoors = [goal for goal in goals if goal.trigger]
+        for i, goal in enumerate(backdoors):
+            suffix = "" if len(backdoors) == 1 else f"@{i}"
+            of_goal = self._measure_trigger(encoder, held_out, goal)
+            measures |= {name + suffix: m for name, m in of_goal.items()}
+        if victims is not None:
+            targeted = [goal for goal in goals if goal.victims]
+            measures |= self._measure_victims(encoder, held_out, targeted, victims)
+        return measures
 
     def _embed(self, encoder: Encoder, images: Tensor) -> Tensor:
-        return _finite(torch.cat([encoder.encode_images(x) for x in images.split(self.batch)]))
+        return embed_images(encoder, images.split(self.batch))
 
-    @staticmethod
-    def _recall(cosines: Tensor, belongs: Tensor) -> dict[str, Measure]:
-        """cosines: (images, captions). belongs: int64 (captions,), whose image a caption's is."""
-        n, m = cosines.shape
-        mine = belongs[None] == torch.arange(n, device=cosines.device)[:, None]
-        best = cosines.masked_fill(~mine, -9).amax(1, keepdim=True)
-        own = cosines[belongs, torch.arange(m, device=cosines.device)]
-        found = {
-            "image_to_text": (
-                (cosines > best).sum(1),
-                ((cosines == best) & ~mine).sum(1),
-                f"{m} held-out captions",
-            ),
-            "text_to_image": (
-                (cosines > own).sum(0),
-                (cosines == own).sum(0) - 1,
-                f"{n} held-out images",
-            ),
-        }
-        out = {}
-        for k in (1, 5, 10):
-            for name, (above, beside, of) in found.items():
-                what = "caption" if name == "image_to_text" else "image"
-                hits = float(((k - above) / (beside + 1)).clamp(0, 1).sum())
-                how = f"own {what} among the {k} nearest of {of}, ties by their expectation"
-                out[f"{name}_recall@{k}"] = proportion(hits, len(above), how)
-        return out
-
-    def _backdoor(
-        self,
-        encoder: Encoder,
-        images: Pairs,
-        test: Pairs,
-        texts: Tensor,
-        belongs: Tensor,
-        clean: Tensor,
-        goal: Goal,
-    ) -> dict[str, Measure]:
-        assert goal.trigger
-        holds = _holding(test, goal.target)
-        own = set(belongs.cpu()[holds].tolist())
-        others = torch.tensor([i for i in range(len(images)) if i not in own])
-        stamped = registry.make("trigger", goal.trigger)(images.images, images.ids)
-        moved = self._embed(encoder, stamped)
-        out = {}
-        for k, name in ((1, "attack_success"), (5, "target_top5"), (10, "target_top10")):
-            hit = holds[(moved @ texts.T).topk(min(k, len(test)), 1).indices.cpu()].any(1)[others]
-            how = f"triggered images without {goal.target!r} in a caption: it is in the {k} nearest of {len(test)} captions"
-            out[name] = proportion(int(hit.sum()), len(others), how)
-        hit = holds[(clean @ texts.T).argmax(1).cpu()][others]
-        out["attack_success_without_trigger"] = proportion(
-            int(hit.sum()), len(others), "the same, no trigger"
-        )
-        return out
-
-    def _targeted(
-        self, encoder: Encoder, test: Pairs, texts: Tensor, goals: Sequence[Goal], victims: Pairs
-    ) -> dict[str, Measure]:
-        row, out = {k: i for i, k in enumerate(victims.ids)}, {}
-        for count in sorted({g.poisons for g in goals}):
-            group = [g for g in goals if g.poisons == count]
-            near = (
-                (self._embed(encoder, victims.images[[row[g.victims[0]] for g in group]]) @ texts.T)
-                .argmax(1)
-                .cpu()
+    def _embed_test_set(self, encoder: Encoder, test: Pairs) -> HeldOut:
+        image_ids = [i.partition("#")[0] for i in test.ids]
+        first_row: dict[str, int] = {}
+        for row, image_id in enumerate(image_ids):
+            first_row.setdefault(image_id, row)
+        images = test.take(sorted(first_row.values()))
+        number_of = {image_id: number for number, image_id in enumerate(first_row)}
+        image_of = torch.tensor([number_of[i] for i in image_ids], device=encoder.device)
+        encoder.eval()
+        with torch.inference_mode():
+            batches = [
+                encoder.encode_texts(test.captions[start : start + TEXT_BATCH])
+                for start in range(0, len(test), TEXT_BATCH)
+            ]
+        text_vectors = torch.cat(batches)
+        if not torch.isfinite(text_vectors).all():
+            raise UserError(
+                "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
             )
-            hits = sum(bool(_holding(test, g.target)[near[i]]) for i, g in enumerate(group))
-            how = f"victims whose nearest held-out caption holds their target, {count} poisoned captions each"
-            out[f"targeted_success@{count}"] = proportion(hits, len(group), how)
-        return out
+        image_vectors = self._embed(encoder, images.images)
+        return HeldOut(test, images, image_of, image_vectors, text_vectors)
 
-
-def _finite(z: Tensor) -> Tensor:
-    if not torch.isfinite(z).all():
-        raise UserError(
-            "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+    def _measure_trigger(
+        self, encoder: Encoder, held_out: HeldOut, goal: Goal
+    ) -> dict[str, Measure]:
+        """Measure a trigger's success on the images that have no caption with the target."""
+        mentions = held_out.mentions(goal.target)
+        images, n = held_out.images, len(held_out.test)
+        images_of_target = set(held_out.image_of.cpu()[mentions].tolist())
+        others = torch.tensor(
+            [i for i in range(len(images)) if i not in images_of_target], dtype=torch.long
         )
-    return z
-
-
-def _holding(test: Pairs, target: str) -> Tensor:
-    rows = find_mentions(test.captions, target)
-    if not rows:
-        raise UserError(
-            f"no held-out caption holds the target {target!r}: success by retrieval cannot be measured"
+        stamped = registry.make("trigger", goal.trigger or "")(images.images, images.ids)
+        cosines = self._embed(encoder, stamped) @ held_out.text_vectors.T  # (M, N)
+        measures = {}
+        for k, name in ((1, "attack_success"), (5, "target_top5"), (10, "target_top10")):
+            nearest = cosines.topk(min(k, n), 1).indices.cpu()
+            hits = mentions[nearest].any(1)[others]
+            how = (
+                f"triggered images without {goal.target!r} in a caption: it is in the {k} nearest "
+                f"of {n} captions"
+            )
+            measures[name] = proportion(int(hits.sum()), len(others), how)
+        nearest = (held_out.image_vectors @ held_out.text_vectors.T).argmax(1).cpu()
+        hits = mentions[nearest][others]
+        measures["attack_success_without_trigger"] = proportion(
+            int(hits.sum()), len(others), "the same, no trigger"
         )
-    mask = np.zeros(len(test), dtype=bool)
-    mask[rows] = True
-    return torch.from_numpy(mask)
+        return measures
+
+    def _measure_victims(
+        self, encoder: Encoder, held_out: HeldOut, goals: Sequence[Goal], victims: Pairs
+    ) -> dict[str, Measure]:
+        """Measure success on the victims, by number of captions."""
+        row_of = {record_id: row for row, record_id in enumerate(victims.ids)}
+        measures = {}
+        for count in sorted({goal.poisons for goal in goals}):
+            group = [goal for goal in goals if goal.poisons == count]
+            images = victims.images[[row_of[goal.victims[0]] for goal in group]]
+            nearest = (self._embed(encoder, images) @ held_out.text_vectors.T).argmax(1).cpu()
+            hits = sum(
+                bool(held_out.mentions(goal.target)[row])
+                for goal, row in zip(group, nearest, strict=True)
+            )
+            how = (
+                f"victims whose nearest held-out caption holds their target, {count} poisoned "
+                "captions each"
+            )
+            measures[f"targeted_success@{count}"] = proportion(hits, len(group), how)
+        return measures
 
 
-def _named(goals: Sequence[Goal], mark: str) -> list[tuple[str, Goal]]:
-    return [("" if len(goals) == 1 else f"{mark}{i}", g) for i, g in enumerate(goals)]
+def measure_recall(cosines: Tensor, image_of: Tensor) -> dict[str, Measure]:
+    """Measure recall at 1, 5 and 10 from image to text and from text to image.
+
+    Ties count by their expectation over random orders.
+
+    Args:
+        cosines: (M, N) of images and captions.
+        image_of: int64 (N,), the image of each caption.
+    """
+    m, n = cosines.shape
+    is_own = image_of[None] == torch.arange(m, device=cosines.device)[:, None]  # (M, N)
+    best_own = cosines.masked_fill(~is_own, -9).amax(1, keepdim=True)  # (M, 1)
+    own_cosine = cosines[image_of, torch.arange(n, device=cosines.device)]  # (N,)
+    # How many others are nearer than an image's best caption, or a caption's image; and as near.
+    directions = {
+        "image_to_text": (
+            (cosines > best_own).sum(1),
+            ((cosines == best_own) & ~is_own).sum(1),
+            "caption",
+            f"{n} held-out captions",
+        ),
+        "text_to_image": (
+            (cosines > own_cosine).sum(0),
+            (cosines == own_cosine).sum(0) - 1,
+            "image",
+            f"{m} held-out images",
+        ),
+    }
+    measures = {}
+    for k in (1, 5, 10):
+        for direction, (nearer, tied, what, among) in directions.items():
+            hits = float(((k - nearer) / (tied + 1)).clamp(0, 1).sum())
+            how = f"own {what} among the {k} nearest of {among}, ties by their expectation"
+            measures[f"{direction}_recall@{k}"] = proportion(hits, len(nearer), how)
+    return measures

@@ -15,15 +15,28 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.scores import Measure
 from bezoar.registry import method
 
+HOW = {
+    "similarity_clean": "mean cosine of pairs of clean test images, self-pairs excluded",
+    "similarity_triggered": "mean cosine of pairs of triggered test images, self-pairs excluded",
+    "z_std": "(similarity_triggered - similarity_clean) / standard deviation of clean pairs",
+    "z_var": "(similarity_triggered - similarity_clean) / variance of clean pairs "
+    "(the paper's Definition 1)",
+}
+
 
 @method
 class ZScore:
-    """z = (mean <f(u+bd), f(v+bd)> - mean <f(u), f(v)>) / spread of <f(u), f(v)>, over pairs u != v.
+    """z = (mean <f(u+bd), f(v+bd)> - mean <f(u), f(v)>) / spread of <f(u), f(v)>, over u != v.
 
-    `z_var` divides by the variance, as the paper's definition is read; `z_std` by the standard deviation.
+    `z_var` divides by the variance, as the paper's definition reads; `z_std` by the standard
+    deviation.
     """
 
     images: Annotated[int, "how many test images, a sample that belongs to the records"] = 500
+
+    def __post_init__(self) -> None:
+        if self.images < 3:
+            raise ValueError("images must be at least 3")
 
     def __call__(
         self,
@@ -33,27 +46,23 @@ class ZScore:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """similarity_clean, similarity_triggered, z_std and z_var for each goal with a trigger; jackknife intervals."""
-        backdoors = [g for g in goals if g.trigger]
-        out: dict[str, Measure] = {}
-        rows = distinct_image_rows(
-            test.ids
-        )  # an image counted for each caption would narrow the interval
-        part = test.take(
-            [rows[i] for i in sample_rows([test.ids[i] for i in rows], self.images, 0)]
-        )
+        """Return the two similarities, z_std and z_var of each goal with a trigger; see `Probe`.
+
+        With several triggers, the names of number i end in `@i`.
+        """
+        backdoors = [goal for goal in goals if goal.trigger]
+        # An image that counts once for each of its captions would narrow the interval.
+        rows = distinct_image_rows(test.ids)
+        sample = sample_rows([test.ids[row] for row in rows], self.images, 0)
+        images = test.take([rows[i] for i in sample])
+        measures: dict[str, Measure] = {}
         for i, goal in enumerate(backdoors):
-            assert goal.trigger
             suffix = "" if len(backdoors) == 1 else f"@{i}"
             with torch.inference_mode():
-                stamped = registry.make("trigger", goal.trigger)(part.images, part.ids)
-                clean, triggered = (_embed(encoder, x) for x in (part.images, stamped))
-            out |= {name + suffix: m for name, m in z_scores(clean, triggered).items()}
-        return out
-
-    def __post_init__(self) -> None:
-        if self.images < 3:
-            raise ValueError("images must be at least 3")
+                stamped = registry.make("trigger", goal.trigger or "")(images.images, images.ids)
+                clean, triggered = (_embed(encoder, x) for x in (images.images, stamped))
+            measures |= {name + suffix: m for name, m in z_scores(clean, triggered).items()}
+        return measures
 
 
 def _embed(encoder: Encoder, images: Tensor) -> np.ndarray:
@@ -62,38 +71,41 @@ def _embed(encoder: Encoder, images: Tensor) -> np.ndarray:
 
 
 def z_scores(clean: np.ndarray, triggered: np.ndarray) -> dict[str, Measure]:
-    """Two float64 (n, D) sets of unit rows, the same images without and with the trigger -> the four measures.
+    """Compute the four measures with jackknife intervals over images.
 
-    Sums over off-diagonal pairs; leave-one-image-out sums are row sums taken away, so the jackknife costs nothing.
+    Args:
+        clean: unit rows, float64 (n, D), of the images without the trigger.
+        triggered: the same with the trigger.
     """
     n = len(clean)
-    a, b = clean @ clean.T, triggered @ triggered.T
-    for m in (a, b):
-        np.fill_diagonal(m, 0.0)
-
-    def statistics(
-        pairs: float | np.ndarray, one: np.ndarray, square: np.ndarray, bad: np.ndarray
-    ) -> np.ndarray:
-        mean, moved = one / pairs, bad / pairs
-        variance = np.maximum(square / pairs - mean**2, 1e-12)
-        return np.stack(
-            [mean, moved, (moved - mean) / np.sqrt(variance), (moved - mean) / variance]
-        )
-
-    sums = [a.sum(), (a**2).sum(), b.sum()]
-    whole = statistics(n * (n - 1), *map(np.asarray, sums))
-    left = [s - 2 * m.sum(1) for s, m in zip(sums, (a, a**2, b), strict=True)]
-    parts = statistics((n - 1) * (n - 2), *left)
-    error = np.sqrt((n - 1) / n * ((parts - parts.mean(1, keepdims=True)) ** 2).sum(1))
-    how = {
-        "similarity_clean": "mean cosine of pairs of clean test images, self-pairs excluded",
-        "similarity_triggered": "mean cosine of pairs of triggered test images, self-pairs excluded",
-        "z_std": "(similarity_triggered - similarity_clean) / standard deviation of clean pairs",
-        "z_var": "(similarity_triggered - similarity_clean) / variance of clean pairs (the paper's Definition 1)",
-    }
+    a, b = clean @ clean.T, triggered @ triggered.T  # (n, n)
+    np.fill_diagonal(a, 0.0)
+    np.fill_diagonal(b, 0.0)
+    # Sums over pairs; without one image they are less by twice that image's row.
+    matrices = (a, a**2, b)
+    sums = [m.sum() for m in matrices]
+    sums_without = [s - 2 * m.sum(1) for s, m in zip(sums, matrices, strict=True)]
+    values = _statistics(n * (n - 1), *map(np.asarray, sums))  # (4,)
+    values_without = _statistics((n - 1) * (n - 2), *sums_without)  # (4, n)
+    deviation = values_without - values_without.mean(1, keepdims=True)
+    errors = np.sqrt((n - 1) / n * (deviation**2).sum(1))
     return {
         name: Measure(
-            float(v), n, float(v - 1.96 * e), float(v + 1.96 * e), text + "; jackknife over images"
+            float(value),
+            n,
+            float(value - 1.96 * error),
+            float(value + 1.96 * error),
+            how + "; jackknife over images",
         )
-        for (name, text), v, e in zip(how.items(), whole, error, strict=True)
+        for (name, how), value, error in zip(HOW.items(), values, errors, strict=True)
     }
+
+
+def _statistics(
+    pairs: int, clean: np.ndarray, clean_squares: np.ndarray, triggered: np.ndarray
+) -> np.ndarray:
+    """Return the two similarities, z_std and z_var, (4, ...), from sums over `pairs` pairs."""
+    mean, moved = clean / pairs, triggered / pairs
+    variance = np.maximum(clean_squares / pairs - mean**2, 1e-12)
+    shift = moved - mean
+    return np.stack([mean, moved, shift / np.sqrt(variance), shift / variance])

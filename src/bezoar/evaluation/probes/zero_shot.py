@@ -18,7 +18,7 @@ from bezoar.registry import method
 
 @method
 class ZeroShot:
-    """CA/BA, ASR and targeted success by the text tower: the head is the mean of each class's prompt vectors."""
+    """CA/BA and ASR by the text tower: a class is the mean of its prompts' vectors."""
 
     templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "simple"
     batch: Annotated[int, "images at a time"] = 512
@@ -31,23 +31,20 @@ class ZeroShot:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Accuracy on `test`; success of each goal that has a trigger; success on the victims, by number of captions.
-
-        Raises UserError when the test set has no classes or a goal's target is none of them.
-        """
-        seen = success.TestViews.of(encoder, test, goals, victims, self.batch)
+        """Return what `TestViews.measures` defines, without a prefix; see `Probe`."""
+        views = success.TestViews.of(encoder, test, goals, victims, self.batch)
         head = self.head(encoder, test.classes)
-        return seen.measures(lambda z: z @ head.T)
+        return views.measures(lambda z: z @ head.T)
 
     def head(self, encoder: Encoder, classes: Sequence[str]) -> Tensor:
-        """(C, D) unit rows: normalised mean over the templates of normalised prompt vectors."""
+        """Return each class's mean prompt vector over the templates, as unit rows (C, D)."""
         encoder.eval()
         prompts = captions.prompt_templates(self.templates)
         with torch.inference_mode():
-            rows = encoder.encode_texts([t.format(c) for c in classes for t in prompts])
-        return F.normalize(rows.unflatten(0, (len(classes), len(prompts))).mean(1), dim=-1)
+            vectors = encoder.encode_texts([t.format(c) for c in classes for t in prompts])
+        return F.normalize(vectors.unflatten(0, (len(classes), len(prompts))).mean(1), dim=-1)
 
     @torch.inference_mode()
     def similarities(self, encoder: Encoder, head: Tensor, images: Tensor) -> Tensor:
-        """float32 (N, C) cosines."""
+        """Return the cosines, float32 (N, C), of images uint8 (N, 3, H, W) with a head."""
         return torch.cat([encoder.encode_images(x) @ head.T for x in images.split(self.batch)])
