@@ -15,7 +15,7 @@ from torch import nn
 from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
-from bezoar.encoders import classifier_networks
+from bezoar.encoders import classifier_networks, classifier_weights
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.small_towers import MEAN_STD
 from bezoar.encoders.weights import check_weights
@@ -391,10 +391,13 @@ def test_an_architecture_is_text_and_back():
         classifier_networks.Vgg((8, 0, 16, 0), True, False, 7, (9, 4)),
     )
     for shape in shapes:
-        assert classifier_networks.parse(classifier_networks.write(shape)) == shape
+        assert (
+            classifier_networks.parse_architecture(classifier_networks.format_architecture(shape))
+            == shape
+        )
     for text in ("mlp:x=1", "vgg:layers=8", "vgg:layers=a,norm=true,bias=true,pool=1,widths=3"):
         with pytest.raises(UserError, match="architecture"):
-            classifier_networks.parse(text)
+            classifier_networks.parse_architecture(text)
 
 
 def test_names_come_from_a_file(tmp_path):
@@ -497,9 +500,9 @@ def test_a_file_that_was_tampered_with_is_refused_or_read_never_a_fault(kind):
             elif how == 3:
                 bad[key.replace(".", f".{draw.integers(99)}.", 1)] = torch.zeros(2, 2)
         try:
-            found = classifier_networks.describe(bad, "file")
+            found = classifier_weights.read_classifier(bad, "file")
             with torch.device("meta"):
-                trunk, head = found.architecture.trunk(), found.architecture.head()
+                trunk, head = found.architecture.build_trunk(), found.architecture.build_head()
             check_weights(trunk, found.trunk, "file", "it")
             check_weights(head, found.head, "file", "it")
         except UserError as error:

@@ -14,7 +14,7 @@ from bezoar.attacks import captions
 from bezoar.data import randomness
 from bezoar.encoders import fast_linear
 from bezoar.encoders.encoder import Encoder
-from bezoar.encoders.networks.open_clip import Image, Text, beginnings
+from bezoar.encoders.networks.open_clip import ImageTower, TextTower, distinct_prefixes
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
 
@@ -33,7 +33,7 @@ CAPTIONS = [
 @pytest.fixture
 def onednn(monkeypatch):
     """oneDNN's products wherever torch has them, as on a processor that gains by them."""
-    monkeypatch.setattr(fast_linear, "_amd", lambda: True)
+    monkeypatch.setattr(fast_linear, "_is_amd", lambda: True)
     monkeypatch.setattr(fast_linear, "ROWS", 1)
     fast_linear.available.cache_clear()
     if not fast_linear.available():
@@ -130,7 +130,7 @@ def test_attention_is_torchs(onednn, mask, bias):
 def test_beginnings_are_those_of_a_plain_dictionary():
     text = tokens([*CAPTIONS, "a dog on a green sofa", "two dogs"])
     at = text.argmax(1)
-    row, place = beginnings(text, at)
+    row, place = distinct_prefixes(text, at)
     seen = {}
     for i, end in enumerate(at.tolist()):
         for j in range(end + 1):
@@ -184,7 +184,7 @@ def test_towers_are_open_clips_in_double_precision(kind):
     torch.manual_seed(0)
     plain = make().double()
     fast = fast_linear.install(copy.deepcopy(plain))
-    ours, theirs = (Image(fast), Text(fast)), plain
+    ours, theirs = (ImageTower(fast), TextTower(fast)), plain
     assert (ours[0].class_token, ours[1].causal) == (image, text)
     x = torch.randn(4, 3, 32, 32, dtype=torch.double)
     for i, (call, given) in enumerate(((theirs.encode_image, x), (theirs.encode_text, tokens()))):
@@ -210,8 +210,8 @@ def test_coca_is_left_as_it_is():
     decoder = {"context_length": 16, "width": 64, "heads": 2, "layers": 1, "vocab_size": 49408}
     plain = open_clip.CoCa(48, decoder, text, vision).eval()
     fast = fast_linear.install(copy.deepcopy(plain))
-    assert not Image(fast).class_token and not Text(fast).causal
-    near([(Text(fast)(tokens()), plain.encode_text(tokens()))])
+    assert not ImageTower(fast).class_token and not TextTower(fast).causal
+    near([(TextTower(fast)(tokens()), plain.encode_text(tokens()))])
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_training_has_open_clips_losses(onednn, small):
     plain = open_clip.create_model("speedups-small", output_dict=True)
     plain.load_state_dict(small.image.model.state_dict())
     optim = loop.optimizer(loss, recipe)
-    theirs = loop.optimizer(plain, recipe, fused=False)
+    theirs = loop.optimizer(plain, recipe)
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     values = []
     for step in range(6):

@@ -20,8 +20,8 @@ from bezoar import registry
 from bezoar.data.files import checkpoints
 from bezoar.encoders import checkpoint_layouts
 from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.open_clip_models import without_weight_warnings
 from bezoar.encoders.small_towers import MEAN_STD
-from bezoar.encoders.weights import without_weight_warnings
 from bezoar.errors import UserError
 
 TINY = {
@@ -716,7 +716,7 @@ def test_a_saved_encoder_cannot_name_a_network_larger_than_its_file_or_weights_e
 
 
 def test_layouts_are_told_apart_by_one_key_each():
-    firsts = [layout.first for layout in checkpoint_layouts.LAYOUTS]
+    firsts = [layout.first_key for layout in checkpoint_layouts.LAYOUTS]
     assert len(set(firsts)) == len(firsts) - 1, (
         "open_clip and visual share theirs; text keys tell them apart"
     )

@@ -51,9 +51,9 @@ def pictures(n: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor
 @pytest.mark.parametrize("size", [9, 32, 50])
 def test_resized_is_torchvisions_for_every_box(kernel, size):
     x = pictures(64, 40, 28)
-    place = augmentation.boxes(40, 28, 64, chance(), (0.02, 1.0), (0.5, 2.0))
+    place = augmentation.draw_boxes(40, 28, 64, chance(), (0.02, 1.0), (0.5, 2.0))
     mirrored = torch.arange(64) % 3 == 0
-    found = augmentation.resized(x, place, size, kernel, mirrored)
+    found = augmentation.crop_resize(x, place, size, kernel, mirrored)
     assert found.dtype == torch.float32 and found.shape == (64, 3, size, size)
     for i, (top, left, height, width) in enumerate(place.tolist()):
         mode = v2.InterpolationMode(kernel)
@@ -70,15 +70,15 @@ def test_any_box_of_any_image_is_resized_as_torchvision_does(height, width, size
     h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
     top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
     x = pictures(1, height, width) / 255
-    found = augmentation.resized(x, torch.tensor([[top, left, h, w]]), size)
+    found = augmentation.crop_resize(x, torch.tensor([[top, left, h, w]]), size)
     expected = oracle.resized_crop(x, top, left, h, w, [size, size], antialias=True)
     assert (found - expected).abs().max() < 1e-5
 
 
 def test_one_crop_resized_is_pillows_but_for_rounding():
     x = pictures(32)
-    place = augmentation.boxes(32, 32, 32, chance(), (0.08, 1.0), (3 / 4, 4 / 3))
-    found = augmentation.resized(x, place, 32)
+    place = augmentation.draw_boxes(32, 32, 32, chance(), (0.08, 1.0), (3 / 4, 4 / 3))
+    found = augmentation.crop_resize(x, place, 32)
     for i, box in enumerate(place.tolist()):
         pillow = oracle.resized_crop(oracle.to_pil_image(x[i]), *box, size=[32, 32])
         assert (
@@ -88,29 +88,29 @@ def test_one_crop_resized_is_pillows_but_for_rounding():
 
 def test_hue_and_gray_are_torchvisions():
     x, turns = pictures(200) / 255, torch.linspace(-0.5, 0.5, 200)
-    found = augmentation.hue(x, turns)
+    found = augmentation.rotate_hue(x, turns)
     for i in range(200):
         assert (found[i] - oracle.adjust_hue(x[i], float(turns[i]))).abs().max() < 5e-6
-    assert (augmentation.gray(x)[:, None] - oracle.rgb_to_grayscale(x)).abs().max() < 1e-6
+    assert (augmentation.to_gray(x)[:, None] - oracle.rgb_to_grayscale(x)).abs().max() < 1e-6
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.tuples(*[st.floats(0, 1, width=32)] * 3), st.floats(-0.5, 0.5, width=32))
 def test_hue_of_any_colour_keeps_lightest_and_darkest_and_turns_back(colour, turn):
     x, turns = torch.tensor(colour).view(1, 3, 1, 1), torch.tensor([turn])
-    turned = augmentation.hue(x, turns)
+    turned = augmentation.rotate_hue(x, turns)
     assert torch.allclose(turned.amin(), x.amin(), atol=1e-6) and torch.allclose(
         turned.amax(), x.amax(), atol=1e-6
     )
-    assert (augmentation.hue(turned, -turns) - x).abs().max() < 5e-6
+    assert (augmentation.rotate_hue(turned, -turns) - x).abs().max() < 5e-6
 
 
 def test_colour_is_torchvisions_in_each_samples_own_order():
     x = pictures(240) / 255
-    factors, order = augmentation.adjustments(240, (0.8, 0.8, 0.8, 0.5), chance())
+    factors, order = augmentation.draw_adjustments(240, (0.8, 0.8, 0.8, 0.5), chance())
     assert len({tuple(o) for o in order.tolist()}) == 24
     chosen = torch.arange(240) % 5 != 0
-    found = augmentation.colour(x, factors, order, chosen)
+    found = augmentation.adjust_colours(x, factors, order, chosen)
     for i in range(240):
         expected = x[i]
         for k in order[i].tolist() if chosen[i] else ():
@@ -121,8 +121,8 @@ def test_colour_is_torchvisions_in_each_samples_own_order():
 
 def test_colours_of_pillow_images_differ_by_rounding_only():
     x = pictures(48, seed=1)
-    factors, order = augmentation.adjustments(48, (0.4, 0.4, 0.4, 0.1), chance())
-    found = augmentation.colour(x / 255, factors, order) * 255
+    factors, order = augmentation.draw_adjustments(48, (0.4, 0.4, 0.4, 0.1), chance())
+    found = augmentation.adjust_colours(x / 255, factors, order) * 255
     apart = []
     for i in range(8, 48):
         image = oracle.to_pil_image(x[i])
@@ -135,7 +135,7 @@ def test_colours_of_pillow_images_differ_by_rounding_only():
 @pytest.mark.parametrize("radius", [1, 3])
 def test_blur_is_torchvisions(radius):
     x, deviation = pictures(20, 24, 30) / 255, torch.linspace(0.1, 2, 20)
-    found = augmentation.blur(x, deviation, radius)
+    found = augmentation.gaussian_blur(x, deviation, radius)
     for i in range(20):
         expected = oracle.gaussian_blur(x[i], [2 * radius + 1] * 2, [float(deviation[i])])
         assert (found[i] - expected).abs().max() < 1e-5
@@ -171,7 +171,7 @@ def plain_box(height, width, tries, place, scale, ratio):
 )
 def test_boxes_are_the_loops_and_torchvisions_in_distribution(height, width, scale, ratio):
     n = 2000
-    found = augmentation.boxes(height, width, n, chance(3), scale, ratio)
+    found = augmentation.draw_boxes(height, width, n, chance(3), scale, ratio)
     again = chance(3)
     tries, place = again.uniform(n, 2, 10).double(), again.uniform(n, 2).double()
     assert found.tolist() == [
@@ -193,7 +193,7 @@ def test_boxes_are_the_loops_and_torchvisions_in_distribution(height, width, sca
 
 def test_adjustments_are_distributed_as_torchvisions():
     n, strengths = 6000, (0.4, 1.5, 0.2, 0.1)
-    factors, order = augmentation.adjustments(n, strengths, chance(1))
+    factors, order = augmentation.draw_adjustments(n, strengths, chance(1))
     for k, (low, high) in enumerate(((0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1))):
         assert kstest(factors[:, k].numpy(), "uniform", (low, high - low)).pvalue > LIKELY
     places = (order * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
@@ -294,7 +294,7 @@ def test_crop_as_open_clip_trains_is_pillows_bicubic():
         8:
     ]  # none with hard edges, where Pillow cuts off between the two directions
     found = augmentation.random_crop(x, 32, chance(2), (0.9, 1.0), kernel="bicubic")
-    place = augmentation.boxes(40, 40, 30, chance(2), (0.9, 1.0), (3 / 4, 4 / 3))
+    place = augmentation.draw_boxes(40, 40, 30, chance(2), (0.9, 1.0), (3 / 4, 4 / 3))
     for i, box in enumerate(place.tolist()):
         pillow = v1.functional.resized_crop(
             oracle.to_pil_image(x[i]), *box, [32, 32], v1.InterpolationMode.BICUBIC
@@ -306,8 +306,10 @@ def test_the_input_is_left_alone():
     x = pictures(16) / 255
     kept = x.clone()
     Views(blur=0.5)(x, chance())
-    augmentation.colour(x, *augmentation.adjustments(16, (0.4, 0.4, 0.4, 0.1), chance()))
-    augmentation.blur(x, torch.ones(16), 1)
+    augmentation.adjust_colours(
+        x, *augmentation.draw_adjustments(16, (0.4, 0.4, 0.4, 0.1), chance())
+    )
+    augmentation.gaussian_blur(x, torch.ones(16), 1)
     assert torch.equal(x, kept)
 
 
@@ -317,7 +319,6 @@ def test_the_input_is_left_alone():
         {"scale": (0.0, 1.0)},
         {"scale": (0.5, 0.2)},
         {"ratio": (0.0, 1.0)},
-        {"kernel": "nearest"},
         {"colour": (0.4, 0.4, 0.4, 0.6)},
         {"colour": (-0.1, 0.4, 0.4, 0.1)},
         {"gray": 1.5},
