@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bezoar import registry
 from bezoar.data.files.writing import write_whole
+from bezoar.data.pairs import Pairs
 from bezoar.data.strings import Strings
 from bezoar.encoders.weights import write_tensors
 from bezoar.errors import UserError
@@ -68,6 +69,12 @@ class EmbeddedRecords:
     ids: Sequence[str]
     images: Tensor
     texts: Tensor | None
+
+
+class Batches(Protocol):
+    """Records that come in batches: any source of data."""
+
+    def batches(self, size: int) -> Iterator[Pairs]: ...
 
 
 def precision_for(device: torch.device) -> str:
@@ -171,19 +178,19 @@ class Encoder(nn.Module):
         return torch.cat([self.encode_tokens(part) for part in parts])
 
     @torch.inference_mode()
-    def embed(self, source: Any, batch: int = 512) -> EmbeddedRecords:
+    def embed(self, source: Batches, batch: int = 512) -> EmbeddedRecords:
         """Embed every record of a source: its images, and its captions where the encoder reads text.
 
         Args:
-            source: a `Source`: it has `batches(size)`. One that carries vectors that this very encoder made (`encoder`,
-                `embedded`) is not embedded again.
+            source: records. A source that carries the vectors that this very encoder made of it (`encoder`, `embedded`) is
+                not embedded again.
             batch: records at a time.
 
         Raises:
             UserError: for vectors that are not finite.
         """
         if getattr(source, "encoder", None) is self:
-            embedded: EmbeddedRecords = source.embedded
+            embedded: EmbeddedRecords = getattr(source, "embedded")
             return embedded
         self.eval()
         ids: list[str] = []
@@ -359,7 +366,7 @@ def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
 class ImageEncoder(Protocol):
     """What vectors of images come from: an encoder, or a classifier whose vectors are its logits (`probes/own.py`)."""
 
-    def eval(self) -> Any: ...
+    def eval(self) -> object: ...
     def encode_images(self, x: Tensor) -> Tensor: ...
 
 

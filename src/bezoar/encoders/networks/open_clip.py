@@ -113,10 +113,9 @@ def distinct_prefixes(tokens: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         keys = parents[active] * token_count + cpu_tokens[active, j]
         values, inverse = keys.unique(return_inverse=True)
         rows[active, j] = parents[active] = inverse + total
+        # the first sequence with each prefix
         first = torch.full_like(values, len(cpu_tokens))
-        first = first.scatter_reduce(
-            0, inverse, active, "amin"
-        )  # the first sequence with each prefix
+        first = first.scatter_reduce(0, inverse, active, "amin")
         places.append(first * length + j)
         total += len(values)
     return rows.to(tokens.device), torch.cat(places).to(tokens.device)
@@ -135,12 +134,11 @@ def causal_block(block: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         (P, D).
     """
     attention = block.attn
-    projected = fast_linear.linear(
-        block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias
-    )  # (T, 3 D)
+    normed = block.ln_1(x)
+    projected = fast_linear.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (
         part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, L, d)
-        for part in F.embedding(rows, projected).chunk(3, -1)
+        for part in F.embedding(rows, projected).chunk(3, -1)  # (B, L, D)
     )
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)  # (B * L, D)
