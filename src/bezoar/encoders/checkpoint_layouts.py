@@ -1,8 +1,9 @@
 """How published checkpoints name their weights, and which residual network their shapes describe.
 
-BadEncoder keeps SimCLR's model of 2020 (`f.`, an unnamed sequence of a ResNet's parts, and the head `g.`) within one more
-`f.`, and CLIP's or SimCLR's ImageNet tower as `visual.`. MoCo keeps the encoder that is trained as `encoder_q.`. Below
-these prefixes are torchvision's names. Everything here looks at keys and shapes alone.
+BadEncoder keeps SimCLR's model of 2020 (`f.`, an unnamed sequence of a ResNet's parts, and the head
+`g.`) within one more `f.`, and CLIP's or SimCLR's ImageNet tower as `visual.`. MoCo keeps the
+encoder that is trained as `encoder_q.`. Below these prefixes are torchvision's names. Everything
+here looks at keys and shapes alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ TEXT_KEYS = (
     "text_projection",
     "logit_scale",
 )
-# Parts of an unnamed sequence before its stages; part 2 is a ReLU, and part 3 a max-pool where there is one.
+# Parts of an unnamed sequence before its stages; part 2 is a ReLU, and part 3 a max-pool where
+# there is one.
 STEM_PARTS = {"0": "conv1", "1": "bn1"}
 STEMS = {7: "imagenet", 3: "cifar"}  # by the side of the first convolution
 
@@ -66,7 +68,7 @@ LAYOUTS = (
 
 
 def recognise_layout(tensors: Weights, path: str) -> Layout:
-    """The layout whose first convolution a checkpoint holds. Raises UserError that lists the layouts."""
+    """The layout whose first convolution a checkpoint holds. Raises UserError if there is none."""
     has_text = any(key.startswith(TEXT_KEYS) for key in tensors)
     for layout in LAYOUTS:
         if layout.first_key in tensors and (layout.name != "open_clip" or has_text):
@@ -78,10 +80,11 @@ def recognise_layout(tensors: Weights, path: str) -> Layout:
 
 
 def extract_tower(tensors: Weights, layout: Layout, path: str) -> dict[str, Tensor]:
-    """An image tower's weights by torchvision's or open_clip's names, of a checkpoint without its heads.
+    """The image tower of a checkpoint without heads, by torchvision's or open_clip's names.
 
     Raises:
-        UserError: for keys outside the layout's prefix, and for a sequence that is no residual network.
+        UserError: for keys outside the layout's prefix, and for a sequence that is no residual
+        network.
     """
     stray = [key for key in tensors if not key.startswith(layout.prefix)]
     if stray:
@@ -96,7 +99,8 @@ def extract_tower(tensors: Weights, layout: Layout, path: str) -> dict[str, Tens
 def _name_parts(sequence: Weights, path: str) -> dict[str, Tensor]:
     """Give the parts of an unnamed sequence torchvision's names.
 
-    The four stages begin at part 3, or at part 4 behind a max-pool. A 7x7 stem has one and a 3x3 stem has none.
+    The four stages begin at part 3, or at part 4 behind a max-pool. A 7x7 stem has one and a 3x3
+    stem has none.
     """
     first_stage = 4 if any(key.startswith("7.") for key in sequence) else 3
     names = STEM_PARTS | {str(first_stage + i): f"layer{i + 1}" for i in range(4)}
@@ -127,7 +131,7 @@ def is_clip_tower(tower: Weights) -> bool:
 
 
 def resnet_shape(tower: Weights, path: str) -> tuple[int, str, int]:
-    """Depth, stem and width of a residual network with torchvision's names, as `small_towers.ResNetTrunk` takes them.
+    """Depth, stem and width of a ResNet with torchvision's names, as `ResNetTrunk` takes them.
 
     Raises:
         UserError: for another network.
@@ -154,10 +158,10 @@ def _count_blocks(tower: Weights, stage: str) -> int:
 
 
 def is_simclr_imagenet(tower: Weights, layout: Layout) -> bool:
-    """Whether a ResNet is the one that SimCLR published for ImageNet, which reads pixels in 0..1 as they are.
+    """Whether a ResNet is SimCLR's for ImageNet, which reads pixels in 0..1 as they are.
 
-    BadEncoder keeps it as `visual.`. Elsewhere it has torchvision's names, but its shortcut is stored before the
-    convolutions of its block.
+    BadEncoder keeps it as `visual.`. Elsewhere it has torchvision's names, but its shortcut is
+    stored before the convolutions of its block.
     """
     if layout.name == "visual":
         return True

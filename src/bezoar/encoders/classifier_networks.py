@@ -1,10 +1,11 @@
 """The networks that most image classifiers are, as modules and as text.
 
-Residual networks with norms behind the convolutions (He et al. 2016, CVPR) or before them (He et al. 2016, ECCV;
-Zagoruyko and Komodakis 2016), ResNeXt among them, and VGG (Simonyan and Zisserman 2015). Which of them a file of weights
-holds is read in `classifier_weights`. What no weight tells is as in the sources that are named there: a stage after the
-first halves the sides, with the 3x3 convolution; a 7x7 stem has stride 2 and is followed by a max-pool, a 3x3 stem has
-stride 1; activations are ReLU.
+Residual networks with norms behind the convolutions (He et al. 2016, CVPR) or before them (He et
+al. 2016, ECCV; Zagoruyko and Komodakis 2016), ResNeXt among them, and VGG (Simonyan and Zisserman
+2015). Which of them a file of weights holds is read in `classifier_weights`. What no weight tells
+is as in the sources that are named there: a stage after the first halves the sides, with the 3x3
+convolution; a 7x7 stem has stride 2 and is followed by a max-pool, a 3x3 stem has stride 1;
+activations are ReLU.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Residual:
         inner: channels within the blocks of each stage.
         outer: channels after a block of each stage.
         groups: of the 3x3 convolution of a bottleneck.
-        projection: a shortcut that changes the shape is a 1x1 convolution; otherwise pixels are skipped and channels of
-            zeros added on both sides (He et al. 2016, option A).
+        projection: a shortcut that changes the shape is a 1x1 convolution; otherwise pixels are
+            skipped and channels of zeros added on both sides (He et al. 2016, option A).
         final: there is a norm before the pooling.
         pool: side of the map that the last stage is pooled to.
         classes: how many classes the head tells apart.
@@ -112,7 +113,7 @@ class Vgg:
         return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(self.pool), nn.Flatten())
 
     def build_head(self) -> nn.Module:
-        """A fresh module (B, D) -> logits (B, classes); without dropout, which an encoder does not use."""
+        """A fresh module (B, D) -> logits (B, classes), without the dropout of training."""
         channels = next(width for width in reversed(self.layers) if width)
         sizes = (channels * self.pool**2, *self.widths)
         layers = [nn.Linear(before, after) for before, after in itertools.pairwise(sizes)]
@@ -129,7 +130,7 @@ FAMILIES: dict[str, type[Residual] | type[Vgg]] = {"residual": Residual, "vgg": 
 
 
 def format_architecture(architecture: Architecture) -> str:
-    """An architecture as text that `parse_architecture` reads: `vgg:layers=64/0/128/0,norm=true,...`."""
+    """An architecture as text: `vgg:layers=64/0/128/0,norm=true,...`."""
     parts = []
     for field in dataclasses.fields(architecture):
         value = getattr(architecture, field.name)
@@ -139,7 +140,7 @@ def format_architecture(architecture: Architecture) -> str:
 
 
 def parse_architecture(text: str) -> Architecture:
-    """The architecture of a text. Raises UserError for one that `format_architecture` did not write."""
+    """The architecture of a text by `format_architecture`. Raises UserError for another text."""
     family, _, rest = text.partition(":")
     if family not in FAMILIES:
         families = " or ".join(f"{name}:" for name in FAMILIES)
@@ -202,7 +203,7 @@ class Block(nn.Module):
         return nn.Sequential(conv) if self.pre else nn.Sequential(conv, nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """With norms before the convolutions, a shortcut that changes the shape reads what the first norm gives."""
+        """If norms stand first, a projecting shortcut reads what the first norm gives."""
         y = F.relu(self.get_submodule("bn1")(x)) if self.pre else x
         shortcut = x if self.shortcut is None else self.shortcut(y)
         for i in range(1, self.depth + 1):

@@ -1,7 +1,8 @@
 """Which classifier a file of weights is, by the names and shapes of its weights alone.
 
-Names are those of torchvision and pytorch-cifar; for residual networks with norms before the convolutions also those of
-pytorch-cifar's PreAct ResNet, as BackdoorBench trains it, and of wide residual networks (`block1.layer.0`).
+Names are those of torchvision and pytorch-cifar; for residual networks with norms before the
+convolutions also those of pytorch-cifar's PreAct ResNet, as BackdoorBench trains it, and of wide
+residual networks (`block1.layer.0`).
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class ClassifierWeights:
 def read_classifier(tensors: Weights, path: str) -> ClassifierWeights:
     """Tell a classifier's architecture from its state dict.
 
-    The architecture may claim more than the file holds. Build its modules on the meta device and check the weights
-    against them (`weights.check_weights`) before memory is spent.
+    The architecture may claim more than the file holds. Build its modules on the meta device and
+    check the weights against them (`weights.check_weights`) before memory is spent.
 
     Args:
         tensors: the state dict.
@@ -158,9 +159,10 @@ def _count_blocks(trunk: Weights, path: str) -> tuple[int, ...]:
 def _has_norms_before(trunk: Weights, stages: int, outer_norm: str | None, path: str) -> bool:
     """Whether a network's norms stand before its convolutions.
 
-    The first norm of the last stage has as many channels as the first convolution reads if it stands before it, and as
-    many as it gives if it stands behind. Where these are the same, a network without any norm outside the stages is one
-    with norms before: the other kind has a norm behind the stem.
+    The first norm of the last stage has as many channels as the first convolution reads if it
+    stands before it, and as many as it gives if it stands behind. Where these are the same, a
+    network without any norm outside the stages is one with norms before: the other kind has a norm
+    behind the stem.
     """
     out, channels, *_ = _conv_shape(trunk, f"layer{stages}.0.conv1.weight", path)
     norm = trunk[f"layer{stages}.0.bn1.weight"].numel()
@@ -209,7 +211,7 @@ def _read_vgg(weights: Weights, path: str) -> ClassifierWeights:
 
 
 def _find_convolutions(weights: Weights, path: str) -> list[int]:
-    """The numbers of a VGG's convolutions among its features, in order. Raises UserError if there are none."""
+    """The numbers of a VGG's convolutions, in order. Raises UserError if there are none."""
     matches = (re.fullmatch(r"features\.(0|[1-9]\d{0,3})\.weight", key) for key in weights)
     numbers = sorted(int(match[1]) for match in matches if match)
     convolutions = [i for i in numbers if weights[f"features.{i}.weight"].ndim == 4]
@@ -227,8 +229,8 @@ def _read_head(weights: Weights, path: str) -> tuple[list[Tensor], dict[str, Ten
     """Read the layers of a head.
 
     Returns:
-        their matrices in order; and all weights by the names of the module: `weight` and `bias` of one layer, `0.weight`,
-        `0.bias`, `2.weight`, ... of several, between which are ReLUs.
+        their matrices in order; and all weights by the names of the module: `weight` and `bias` of
+        one layer, `0.weight`, `0.bias`, `2.weight`, ... of several, between which are ReLUs.
     """
     keys = [key for key in weights if key.partition(".")[0] in HEADS]
     matrices = sorted((key for key in keys if weights[key].ndim == 2), key=_first_number)
@@ -254,7 +256,10 @@ def _first_number(key: str) -> list[int]:
 
 
 def _pooled_side(features: int, channels: int, path: str) -> int:
-    """Side of the square map of `channels` that a head of `features` inputs reads. Raises UserError if there is none."""
+    """Side of the square map of channels that a head reads.
+
+    Raises UserError if it is not square.
+    """
     side = math.isqrt(max(0, features // max(1, channels)))
     if channels < 1 or side < 1 or side * side * channels != features:
         raise UserError(
@@ -279,7 +284,8 @@ def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
     """Read the names of a head's classes.
 
     Args:
-        text: `a+b`, or the path of a .json file with a list, or of a .txt file with one name a line.
+        text: `a+b`, or the path of a .json file with a list, or of a .txt file with one name a
+            line.
         count: how many classes the head has.
         owner: of the head, for messages.
 
@@ -300,7 +306,7 @@ def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
 
 
 def _load_names(file: Path, text: str) -> object:
-    """What a file of class names holds; a list, if it is right. Raises UserError for a file that cannot be read."""
+    """What a file of class names holds. Raises UserError for a file that cannot be read."""
     if not os.path.isfile(file) or file.stat().st_size > NAMES_BYTES:
         raise UserError(f"no file of class names of at most 1 MiB at {text!r}")
     try:

@@ -29,7 +29,8 @@ from bezoar.errors import UserError
 
 SCHEMA = 1
 MAX_SIDE = 4096  # pixels of an input's side
-# A network that a file names may have WEIGHTS_FREE weights and WEIGHTS_RATIO times as many as the file, while it is built.
+# A network that a file names may have WEIGHTS_FREE weights and WEIGHTS_RATIO times as many as the
+# file, while it is built.
 WEIGHTS_FREE = 32 << 20
 WEIGHTS_RATIO = 8
 MAX_WORDS = 256  # of a caption: one absurd caption must not widen a whole batch
@@ -58,7 +59,8 @@ class Preprocess:
 class EmbeddedRecords:
     """The vectors of N records.
 
-    The ids of a corpus that was embedded to disk are a column, and its vectors lie in mapped files: read them in blocks.
+    The ids of a corpus that was embedded to disk are a column, and its vectors lie in mapped files:
+    read them in blocks.
 
     Attributes:
         ids: N keys.
@@ -92,9 +94,10 @@ class Encoder(nn.Module):
         image: module, normalised float (B, 3, S, S) -> (B, D).
         text: module, int64 tokens (B, L) -> (B, D), or None.
         tokenizer: strings -> int64 (B, L), or None.
-        head: module, (B, D) -> logits (B, C), where the weights came with a classifier of their own; or None.
-        about: facts that are saved with the weights: `network` (the spec that builds the towers again), `vocabulary`,
-            `poisoned`, `goals` and others.
+        head: module, (B, D) -> logits (B, C), where the weights came with a classifier of their
+            own; or None.
+        about: facts that are saved with the weights: `network` (the spec that builds the towers
+            again), `vocabulary`, `poisoned`, `goals` and others.
         precision: `fp32`, or `bf16` to run both towers under autocast.
     """
 
@@ -160,13 +163,13 @@ class Encoder(nn.Module):
         return F.normalize(z.float(), dim=-1)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Strings -> int64 (B, L) on the encoder's device. Raises UserError when the encoder has no text tower."""
+        """Strings -> int64 (B, L) on the device. Raises UserError without a text tower."""
         if self.text is None or self.tokenizer is None:
             raise UserError("this encoder has no text tower")
         return self.tokenizer(list(captions)).to(self.device)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 (B, L) -> float32 (B, D), unit rows. Only for an encoder with a text tower."""
+        """Tokens int64 (B, L) -> float32 (B, D), unit rows. Needs a text tower."""
         assert self.text is not None
         with self.autocast():
             z = self.text(tokens)
@@ -179,18 +182,19 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, source: Batches, batch: int = 512) -> EmbeddedRecords:
-        """Embed every record of a source: its images, and its captions where the encoder reads text.
+        """Embed the images of a source, and its captions where the encoder reads text.
 
         Args:
-            source: records. A source that carries the vectors that this very encoder made of it (`encoder`, `embedded`) is
-                not embedded again.
+            source: records. A source that carries the vectors that this very encoder made of it
+                (`encoder`, `embedded`) is not embedded again.
             batch: records at a time.
 
         Raises:
             UserError: for vectors that are not finite.
         """
         if getattr(source, "encoder", None) is self:
-            embedded: EmbeddedRecords = getattr(source, "embedded")
+            carrier: Any = source
+            embedded: EmbeddedRecords = carrier.embedded
             return embedded
         self.eval()
         ids: list[str] = []
@@ -205,7 +209,7 @@ class Encoder(nn.Module):
         return EmbeddedRecords(tuple(ids), vectors, torch.cat(texts) if texts else None)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write encoder.json and encoder.safetensors, each whole or not at all; return the two paths."""
+        """Write encoder.json and encoder.safetensors, each as a whole; return the paths."""
         facts = {
             "schema": SCHEMA,
             "preprocess": asdict(self.preprocess),
@@ -213,7 +217,8 @@ class Encoder(nn.Module):
             **self.about,
         }
         json_file, weights_file = folder / "encoder.json", folder / "encoder.safetensors"
-        # One key only: safetensors writes several in no fixed order, and the same weights must be the same bytes.
+        # One key only: safetensors writes several in no fixed order, and the same weights must be
+        # the same bytes.
         marks = {"poisoned": bool(self.about.get("poisoned")), "plan": self.about.get("plan", "")}
         write_tensors(weights_file, self.state_dict(), {"bezoar": json.dumps(marks)})
         write_whole(json_file, json.dumps(facts, indent=1, ensure_ascii=False))
@@ -258,7 +263,10 @@ def _check_finite(vectors: Tensor) -> Tensor:
 
 
 def _rebuild(facts: Any, weights: Mapping[str, Tensor]) -> Encoder:
-    """The encoder of an encoder.json and its weights. Raises one of many exceptions for facts that make no sense."""
+    """The encoder of an encoder.json and its weights.
+
+    Raises many exceptions; see `Encoder.load`.
+    """
     network, size = facts["network"], facts["preprocess"]["size"]
     vocabulary = tuple(facts["vocabulary"])
     texts = (network, facts["precision"], *vocabulary)
@@ -277,8 +285,8 @@ class _NetworkTooLarge(ValueError):
 def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: int) -> Encoder:
     """Build a network that a file of `count` weights names.
 
-    Its weights are counted on the meta device first, where they take no memory. Not every network can be built there, so
-    they are counted again while it is built.
+    Its weights are counted on the meta device first, where they take no memory. Not every network
+    can be built there, so they are counted again while it is built.
 
     Raises:
         ValueError: where the network names weights elsewhere, or is much larger than its file.
@@ -302,7 +310,7 @@ def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: 
 
 @contextmanager
 def _limit_weights(count: int) -> Iterator[None]:
-    """Inside, modules get no more weights than a file of `count` weights allows for. Raises _NetworkTooLarge."""
+    """Inside, raise _NetworkTooLarge for more weights than a file of `count` allows for."""
     total = 0
 
     def add_weight(_: nn.Module, __: str, weight: nn.Parameter | None) -> None:
@@ -325,7 +333,7 @@ def _limit_weights(count: int) -> Iterator[None]:
 
 @dataclass
 class WordTokenizer:
-    """Whole-word tokenizer: the lower-case words of a vocabulary. 0 is padding, unknown words are dropped."""
+    """Lower-case words of a vocabulary as tokens; 0 is padding, and unknown words are dropped."""
 
     vocabulary: tuple[str, ...]
     numbers: dict[str, int] = field(init=False)
@@ -334,7 +342,7 @@ class WordTokenizer:
         self.numbers = {word: i + 1 for i, word in enumerate(self.vocabulary)}
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Strings -> int64 (B, longest of them); of a caption at most `MAX_WORDS` words of the vocabulary."""
+        """Strings -> int64 (B, longest of them); at most `MAX_WORDS` words of a caption count."""
         rows = [self._word_numbers(caption) for caption in captions]
         width = max(1, max(map(len, rows), default=1))
         padded = [row + [0] * (width - len(row)) for row in rows]
@@ -351,7 +359,10 @@ def split_words(caption: str) -> list[str]:
 
 
 def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
-    """`encoder.tokenize`; a column of strings is tokenized in blocks, as int32 (N, L). Both give the same vectors."""
+    """The tokens of captions, (N, L) on the encoder's device: `encoder.tokenize`.
+
+    A column of strings is tokenized in blocks, and its tokens are int32.
+    """
     if not isinstance(captions, Strings):
         return encoder.tokenize(captions)
     parts = [encoder.tokenize(block).int().cpu() for block in captions.blocks()]
@@ -364,7 +375,7 @@ def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
 
 
 class ImageEncoder(Protocol):
-    """What vectors of images come from: an encoder, or a classifier whose vectors are its logits (`probes/own.py`)."""
+    """What gives vectors of images: an encoder, or a classifier, whose vectors are its logits."""
 
     def eval(self) -> object: ...
     def encode_images(self, x: Tensor) -> Tensor: ...

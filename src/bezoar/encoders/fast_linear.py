@@ -1,10 +1,11 @@
-"""Faster fp32 linear layers and attention on AMD's CPUs, with the same results: oneDNN's product in place of MKL's.
+"""Faster fp32 linear layers and attention on AMD's CPUs: oneDNN's product in place of MKL's.
 
-torch multiplies fp32 matrices with MKL, which does not use the widest vectors of AMD's processors. The oneDNN that ships
-with torch does, but no public function of torch reaches it for fp32. `install` makes a model's nn.Linear and
-nn.MultiheadAttention use `linear` below; parameters, state-dict keys, device moves and copies stay as they were. Wherever
-oneDNN does not apply (another device, another dtype, autocast, few rows, another torch) the layers compute what they
-always did. Results differ from torch's by rounding alone, in the forward and in both backward products.
+torch multiplies fp32 matrices with MKL, which does not use the widest vectors of AMD's processors.
+The oneDNN that ships with torch does, but no public function of torch reaches it for fp32.
+`install` makes a model's nn.Linear and nn.MultiheadAttention use `linear` below; parameters,
+state-dict keys, device moves and copies stay as they were. Wherever oneDNN does not apply (another
+device, another dtype, autocast, few rows, another torch) the layers compute what they always did.
+Results differ from torch's by rounding alone, in the forward and in both backward products.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The operator is private to torch: it is used only where it is declared as it was when this was written.
+# The operator is private to torch: it is used only where it is declared as it was when this was
+# written.
 DECLARED = (
     "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
@@ -27,7 +29,7 @@ ROWS = 256  # below this oneDNN's reordering of the weights costs more than its 
 
 @functools.cache
 def available() -> bool:
-    """Whether this torch has the operator as declared, it multiplies right, and the processor gains by it."""
+    """Whether torch has the operator as declared, it is right, and this processor gains by it."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
@@ -41,13 +43,13 @@ def available() -> bool:
 
 
 def _is_amd() -> bool:
-    """Whether this is an AMD x86-64; on Intel's MKL is as fast, and elsewhere torch does not use it."""
+    """Whether this is an AMD x86-64. On Intel's MKL is as fast; elsewhere torch does not use it."""
     info = Path("/proc/cpuinfo")
     return platform.machine() == "x86_64" and info.exists() and "AuthenticAMD" in info.read_text()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) W^T + b by oneDNN, without autograd; float32 on a CPU. weight (N, K) may be any strided view."""
+    """x (..., K) W^T + b by oneDNN, float32, without autograd; weight (N, K) may be any view."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
@@ -64,7 +66,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b. The backward products are `multiply` again, so that second derivatives exist."""
+    """y = x W^T + b. Backward products are `multiply` again, so that second derivatives exist."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +111,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.MultiheadAttention):
-    """nn.MultiheadAttention by `linear`, for the one form that open_clip's blocks call; any other form is torch's own."""
+    """nn.MultiheadAttention by `linear` as open_clip calls it; otherwise torch's own."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
@@ -121,8 +123,8 @@ class Attention(nn.MultiheadAttention):
             key: (B, L, D).
             value: the same tensor as `key`.
             args: what open_clip does not use.
-            options: `need_weights=False`, and perhaps `attn_mask`, float (Lq, L) or (B * heads, Lq, L), which is added to
-                the logits.
+            options: `need_weights=False`, and perhaps `attn_mask`, float (Lq, L) or (B * heads, Lq,
+                L), which is added to the logits.
         """
         mask = options.get("attn_mask")
         usual_call = not args and options.keys() <= {"attn_mask", "need_weights"}
@@ -145,7 +147,7 @@ class Attention(nn.MultiheadAttention):
         return linear(mixed, self.out_proj.weight, self.out_proj.bias), None
 
     def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, Lq, D), keys and values (B, L, D); in one product where query and key are one tensor."""
+        """Queries (B, Lq, D), keys and values (B, L, D); one product where query is key."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if query is key:
             q, k, v = linear(query, weight, bias).chunk(3, -1)
@@ -167,7 +169,7 @@ class Attention(nn.MultiheadAttention):
 
 
 def install(model: nn.Module) -> nn.Module:
-    """Change every linear layer and attention of a model, in place; subclasses, which may do something else, stay."""
+    """Change every linear layer and attention of a model in place; subclasses stay as they are."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

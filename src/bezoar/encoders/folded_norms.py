@@ -1,12 +1,13 @@
 """An image tower with its batch norms frozen and folded into the convolutions before them.
 
-The images of a batch then do not influence one another, so a batch can be computed in chunks whose gradients add up. A
-frozen norm behind a convolution is a fixed affine map: with s = weight / sqrt(variance + eps),
+The images of a batch then do not influence one another, so a batch can be computed in chunks whose
+gradients add up. A frozen norm behind a convolution is a fixed affine map: with s = weight /
+sqrt(variance + eps),
 
     norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + bias).
 
-The tower keeps W, which is what is saved and what weight decay acts on. A fast copy computes with s W, and the gradient
-by W is s times the gradient by s W: nothing is approximated.
+The tower keeps W, which is what is saved and what weight decay acts on. A fast copy computes with
+s W, and the gradient by W is s times the gradient by s W: nothing is approximated.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ class FoldedWeight:
 class FoldedTower:
     """A tower and its fast copy, which maps normalised float (B, 3, S, S) -> (B, D).
 
-    The tower itself is changed: it is set to evaluation mode, its batch norms (statistics and affine) are frozen, and
-    weights that its output does not depend on need no gradient. Call `refresh` whenever its weights have changed.
+    The tower itself is changed: it is set to evaluation mode, its batch norms (statistics and
+    affine) are frozen, and weights that its output does not depend on need no gradient. Call
+    `refresh` whenever its weights have changed.
 
     Attributes:
         fast: the copy, in which folded norms are identities.
@@ -89,7 +91,8 @@ class FoldedTower:
             size: the input's side in pixels.
 
         Raises:
-            UserError: for a batch norm without running statistics, by which the rows of a batch influence one another.
+            UserError: for a batch norm without running statistics, by which the rows of a batch
+            influence one another.
         """
         for name, module in tower.named_modules():
             if isinstance(module, BatchNorm) and module.running_mean is None:
@@ -116,7 +119,7 @@ class FoldedTower:
         self.refresh()
 
     def _fold(self, tower: nn.Module, conv_name: str, norm_name: str) -> Iterator[FoldedWeight]:
-        """Let the copy's convolution do its norm's work; yield the copy's weights that follow the tower's."""
+        """Fold a norm of the copy; yield the copy's weights that follow the tower's."""
         conv: Any = tower.get_submodule(conv_name)
         norm: Any = tower.get_submodule(norm_name)
         fast_conv: Any = self.fast.get_submodule(conv_name)
@@ -139,7 +142,10 @@ class FoldedTower:
             weight.refresh()
 
     def attach_gradients(self, value: Tensor) -> Tensor:
-        """Make a scalar, whose gradients the fast copy's weights hold already, a function of the tower's own weights."""
+        """Make a scalar a function of the tower's own weights.
+
+        The fast copy's weights must hold its gradients already.
+        """
         ready = [weight for weight in self.weights if weight.folded.grad is not None]
         gradients = [weight.source_gradient() for weight in ready]
         sources = (weight.source for weight in ready)
@@ -147,7 +153,7 @@ class FoldedTower:
         return attached
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Vectors (B, D) of normalised images (B, 3, S, S), differentiable by the copy's weights."""
+        """Vectors (B, D) of normalised images (B, 3, S, S), by the copy's weights."""
         z: Tensor = self.fast(x)
         return z
 
@@ -155,7 +161,8 @@ class FoldedTower:
 def chunk_slices(n: int, size: int, device: torch.device) -> Iterator[slice]:
     """Rows 0..n-1 in chunks of one length, for images of `size` pixels.
 
-    Chunks are small because a CPU's allocator then hands out the same memory for the activations again and again.
+    Chunks are small because a CPU's allocator then hands out the same memory for the activations
+    again and again.
     """
     rows, side = CHUNKS.get(device.type, CHUNKS["cuda"])
     largest = max(FEWEST, rows * side**2 // size**2)
@@ -166,11 +173,12 @@ def chunk_slices(n: int, size: int, device: torch.device) -> Iterator[slice]:
 
 
 def read_graph(tower: nn.Module, size: int) -> tuple[set[int], list[tuple[str, str]]]:
-    """Read off autograd's graph which parameters a tower uses and which norms can be folded, however it is written.
+    """Read off autograd's graph which parameters a tower uses and which norms can be folded.
 
     Returns:
-        ids of the parameters that the output depends on; and the names of (convolution, BatchNorm2d), wherever the norm
-        alone reads what the convolution gives, and each is used once.
+        ids of the parameters that the output depends on; and the names of (convolution,
+        BatchNorm2d), wherever the norm alone reads what the convolution gives, and each is used
+        once.
     """
     first = next(tower.parameters())
     tower.requires_grad_(True)
@@ -210,7 +218,7 @@ def _walk_graph(root: Any) -> tuple[list[Any], Counter[Any]]:
 
 
 def _weight_owner(node: Any, uses: Counter[Any], owners: dict[int, str]) -> str:
-    """The name of the module whose weight a convolution or norm reads; empty where it is shared or computed."""
+    """The module whose weight a node reads, by name; empty where it is shared or computed."""
     weight = node.next_functions[1][0]
     if uses[weight] != 1 or not hasattr(weight, "variable"):
         return ""

@@ -1,4 +1,4 @@
-"""open_clip's architectures: by name, by the sizes of their weights, and the preprocessing that they state."""
+"""open_clip's architectures, by name and by the sizes of their weights, and their preprocessing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_architecture(name: str) -> None:
 
 
 def build_blank(name: str) -> Any:
-    """An architecture on the meta device: shapes without memory. Raises UserError for an unknown name."""
+    """An architecture on the meta device, without memory. Raises UserError if it is unknown."""
     check_architecture(name)
     with torch.device("meta"), without_weight_warnings():
         return open_clip.create_model(name, device="meta")
@@ -36,7 +36,7 @@ def build_blank(name: str) -> Any:
 
 @contextmanager
 def without_weight_warnings() -> Iterator[None]:
-    """Inside, open_clip does not warn that a model has random weights, because a file's weights will replace them."""
+    """Inside, open_clip does not warn of random weights, because a file's will replace them."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -61,12 +61,13 @@ def find_architecture(
 
     Args:
         image_weights: of the image tower, by their names within it.
-        all_weights: of both towers, by their names in the model; None to compare the image tower alone.
+        all_weights: of both towers, by their names in the model; None to compare the image tower
+            alone.
         path: of the checkpoint, for messages.
 
     Raises:
-        UserError: when no architecture has these sizes, and when several have them that compute different things from
-            the same weights.
+        UserError: when no architecture has these sizes, and when several have them that compute
+            different things from the same weights.
     """
     sizes = _image_sizes(image_weights, path)
     if all_weights is not None:
@@ -80,7 +81,8 @@ def find_architecture(
         text = ", ".join(f"{key} {value}" for key, value in sizes.items())
         raise UserError(f"{path}: no architecture of open_clip's has {text}")
     is_resnet = isinstance(sizes["layers"], tuple)
-    # An image ResNet has the same activations in every architecture; transformers and text towers have one of two.
+    # An image ResNet has the same activations in every architecture; transformers and text towers
+    # have one of two.
     if len(names) > 1 and (all_weights is not None or not is_resnet):
         raise UserError(
             f"{path}: its weights fit several architectures, which have different activation functions; "
@@ -90,7 +92,7 @@ def find_architecture(
 
 
 def _architecture_sizes(name: str, with_text: bool) -> dict[str, Any]:
-    """The sizes of an architecture, by the keys of `_image_sizes` and `_text_sizes`; none of one that is not plain CLIP."""
+    """The sizes of an architecture as `_image_sizes` gives them; empty unless it is plain CLIP."""
     config: dict[str, Any] = open_clip.get_model_config(name) or {}
     image, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     if "timm_model_name" in image or "hf_model_name" in text or "multimodal_cfg" in config:
@@ -118,7 +120,7 @@ def _with_defaults(config_class: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _image_sizes(weights: Mapping[str, Tensor], path: str) -> dict[str, Any]:
-    """The sizes of a CLIP image tower, read off its weights. Raises UserError for weights of another tower."""
+    """The sizes of a CLIP image tower, read off its weights. Raises UserError for another tower."""
     try:
         if "class_embedding" in weights:
             return _transformer_sizes(weights)

@@ -1,4 +1,4 @@
-"""Image towers that several networks share, and the normalisations of pixels that published encoders use."""
+"""Image towers that several networks share, and normalisations of published encoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from bezoar.encoders.encoder import Preprocess
 from bezoar.encoders.weights import first_line
 from bezoar.errors import UserError
 
-# Means and standard deviations of pixels in 0..1. cifar, stl10, clip and none are those of BadEncoder's encoders.
+# Means and standard deviations of pixels in 0..1. cifar, stl10, clip and none are those of
+# BadEncoder's encoders.
 MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "stl10": ((0.44087798, 0.42790666, 0.38678814), (0.25507198, 0.24801506, 0.25641308)),
@@ -18,7 +19,8 @@ MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-# Depth of a ResNet -> blocks in each of its four stages, and whether a block is a bottleneck of three convolutions.
+# Depth of a ResNet -> blocks in each of its four stages, and whether a block is a bottleneck of
+# three convolutions.
 RESNETS = {
     18: ((2, 2, 2, 2), False),
     34: ((3, 4, 6, 3), False),
@@ -40,7 +42,7 @@ def check_mean_std(name: str) -> None:
 
 
 def check_input_size(tower: nn.Module, size: int, name: str) -> None:
-    """Raise UserError unless a tower maps (B, 3, size, size) to (B, D); one black image is run through it."""
+    """Run one black image through a tower. Raises UserError unless (B, 3, S, S) gives (B, D)."""
     mode = tower.training
     try:
         with torch.inference_mode():
@@ -55,7 +57,7 @@ def check_input_size(tower: nn.Module, size: int, name: str) -> None:
 
 
 class ConvTower(nn.Module):
-    """(B, 3, S, S) -> (B, dim): 3x3 convolutions, batch norm, ReLU; mean and maximum pooling side by side."""
+    """(B, 3, S, S) -> (B, dim): 3x3 convolutions, batch norm, ReLU; mean and maximum pooling."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -79,10 +81,10 @@ class ConvTower(nn.Module):
 
 
 class StridedShortcut(nn.Conv2d):
-    """A 1x1 convolution with a stride, as a selection of pixels followed by a convolution without one.
+    """A 1x1 convolution with a stride, as a selection of pixels and a convolution without one.
 
-    torch 2.15's own strided form writes beyond its memory on CPUs when several threads compute its gradient for few
-    channels that are laid out last.
+    torch 2.15's own strided form writes beyond its memory on CPUs when several threads compute its
+    gradient for few channels that are laid out last.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,9 +94,10 @@ class StridedShortcut(nn.Conv2d):
 
 
 class ResNetTrunk(nn.Module):
-    """(B, 3, S, S) -> (B, D): a residual network without its classifier (He et al. 2016). D is 8 or 32 times `width`.
+    """A ResNet without its classifier (He et al. 2016), (B, 3, S, S) -> (B, 8 or 32 times `width`).
 
-    Blocks, names of weights and initialisation are torchvision's, whose own class has neither `stem` nor `width`.
+    Blocks, names of weights and initialisation are torchvision's, whose own class has neither
+    `stem` nor `width`.
     """
 
     def __init__(self, depth: int, stem: str, width: int) -> None:
@@ -102,7 +105,8 @@ class ResNetTrunk(nn.Module):
 
         Args:
             depth: a key of `RESNETS`.
-            stem: `imagenet`, a 7x7 convolution with stride 2 and a max-pool; or `cifar`, 3x3 with stride 1 and none.
+            stem: `imagenet`, a 7x7 convolution with stride 2 and a max-pool; or `cifar`, 3x3 with
+                stride 1 and none.
             width: channels of the first convolution, 64 in the paper.
         """
         super().__init__()

@@ -18,17 +18,19 @@ from bezoar.errors import UserError
 def check_weights(module: nn.Module, tensors: Mapping[str, Tensor], file: str, what: str) -> None:
     """Check that tensors fill a module: every key and shape must fit, and every number be finite.
 
-    The counters of batches that batch norms keep may be missing, as in files older than torch 0.4.1; no output depends on
-    them.
+    The counters of batches that batch norms keep may be missing, as in files older than torch
+    0.4.1; no output depends on them.
 
     Args:
-        module: may lie on the meta device, so that nothing is allocated for a file that does not fit.
+        module: may lie on the meta device, so that nothing is allocated for a file that does not
+            fit.
         tensors: the weights by the names of the module's state dict.
         file: name of the file that the tensors come from, for the message.
         what: description of the module, for the message.
 
     Raises:
-        UserError: in one line, for keys that are missing or unexpected, other shapes, NaN and infinity.
+        UserError: in one line, for keys that are missing or unexpected, other shapes, NaN and
+        infinity.
     """
     expected = module.state_dict()
     missing = [k for k in expected if k not in tensors and not k.endswith(".num_batches_tracked")]
@@ -56,7 +58,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def named_weights_file(weights: str) -> list[Path]:
-    """The weights file that a spec names, where it names one: by its ending. Raises UserError if there is no such file."""
+    """The weights file that a spec names, if it names one.
+
+    Raises UserError if it does not exist.
+    """
     return [existing_file(weights, "weights file")] if Path(weights).suffix in SUFFIXES else []
 
 

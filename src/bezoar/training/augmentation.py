@@ -1,8 +1,9 @@
 """Batched augmentation of images on the device. Every sample has draws of its own.
 
-Shifts and flips keep uint8. All else gives float32 in 0..1 and rounds nothing between two operations, so results differ by
-a few 255ths from those of Pillow images, which are rounded and clipped after each. Formulas and distributions are those of
-torchvision.transforms.v2; SimCLR is Chen et al. 2020.
+Shifts and flips keep uint8. All else gives float32 in 0..1 and rounds nothing between two
+operations, so results differ by a few 255ths from those of Pillow images, which are rounded and
+clipped after each. Formulas and distributions are those of torchvision.transforms.v2; SimCLR is
+Chen et al. 2020.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ Strengths = tuple[float, float, float, float]  # of brightness, contrast, satura
 class Chance:
     """The randomness of one step.
 
-    It is drawn for the batch of all ranks, of which rank r of `world` holds rows r b .. (r + 1) b - 1: two ranks see what
-    one would have seen.
+    It is drawn for the batch of all ranks, of which rank r of `world` holds the r-th part: two
+    ranks see what one would have seen.
     """
 
     generator: torch.Generator
@@ -86,7 +87,7 @@ def random_crop(
     kernel: str = "bilinear",
     flip: float = 0.0,
 ) -> Tensor:
-    """Random resized crops, of which a share `flip` is mirrored; see `draw_boxes` and `crop_resize`.
+    """Random resized crops, a share `flip` mirrored; see `draw_boxes` and `crop_resize`.
 
     Defaults are SimCLR's; open_clip trains with scale=(0.9, 1.0), kernel="bicubic".
 
@@ -107,9 +108,9 @@ def draw_boxes(
 ) -> Tensor:
     """Boxes of random crops, distributed as torchvision's RandomResizedCrop draws them.
 
-    The area is uniform in `scale` (shares of the image) and width / height log-uniform in `ratio`. The first of ten tries
-    that fits inside is taken, else the largest centred crop within `ratio`. All tries are drawn at once, so every sample
-    takes as many draws.
+    The area is uniform in `scale` (shares of the image) and width / height log-uniform in `ratio`.
+    The first of ten tries that fits inside is taken, else the largest centred crop within `ratio`.
+    All tries are drawn at once, so every sample takes as many draws.
 
     Returns:
         int64 (rows, 4) on the CPU: top, left, height, width.
@@ -135,9 +136,10 @@ def draw_boxes(
 def crop_resize(
     x: Tensor, boxes: Tensor, size: int, kernel: str = "bilinear", mirrored: Tensor | None = None
 ) -> Tensor:
-    """Cut a box out of each image and resize it, antialiased; crop, resizing and mirroring are one operation.
+    """Crop, resize (antialiased) and mirror each image, in one operation.
 
-    Bicubic results are clipped to 0..1 at the end. Pillow does that after each direction, which shows on hard edges.
+    Bicubic results are clipped to 0..1 at the end. Pillow does that after each direction, which
+    shows on hard edges.
 
     Args:
         x: (B, 3, H, W), uint8 or float in 0..1.
@@ -157,7 +159,8 @@ def crop_resize(
     return out.clamp_(0, 1) if kernel == "bicubic" else out
 
 
-# Of each sample, the pixels that each of `size` results is made of, int64 (B, size, T), and their weights, float32.
+# Of each sample, the pixels that each of `size` results is made of, int64 (B, size, T), and their
+# weights, float32.
 Taps = tuple[Tensor, Tensor]
 
 
@@ -184,7 +187,7 @@ def resize_taps(
     kernel: str,
     mirrored: Tensor | None = None,
 ) -> Taps:
-    """The taps that resize a part of one side of each sample. Antialiased: to shrink, the kernel is stretched.
+    """The taps that resize a part of one side of each sample; to shrink, the kernel is stretched.
 
     Args:
         start: int64 (B,), first pixel of the part.
@@ -211,9 +214,10 @@ def resize_taps(
 
 
 def resample(x: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Make every row, and then every column, a weighted sum of some of the sample's own: (B, 3, H, W) -> (B, 3, h, w).
+    """Weighted sums of each sample's rows, and then columns: (B, 3, H, W) -> (B, 3, h, w).
 
-    Rows are contiguous in memory and are picked one by one. For columns that is slower than a product with a sparse matrix.
+    Rows are contiguous in memory and are picked one by one. For columns that is slower than a
+    product with a sparse matrix.
     """
     b, channels, height, width = x.shape
     pixel, weight = rows
@@ -241,8 +245,9 @@ def to_gray(x: Tensor) -> Tensor:
 def rotate_hue(x: Tensor, turns: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn colours round the wheel.
 
-    With m the darkest channel and c the lightest less m, a colour is +-(1 + (g + b - r - m) / c) sixths of a turn from red,
-    with the sign of g - b. A channel is m + c clamp(2 - d, 0, 1), where d is its distance to that colour in sixths.
+    With m the darkest channel and c the lightest less m, a colour is +-(1 + (g + b - r - m) / c)
+    sixths of a turn from red, with the sign of g - b. A channel is m + c clamp(2 - d, 0, 1), where
+    d is its distance to that colour in sixths.
 
     Args:
         x: float in 0..1, (B, 3, H, W).
@@ -262,10 +267,11 @@ def rotate_hue(x: Tensor, turns: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def draw_adjustments(rows: int, strengths: Strengths, chance: Chance) -> tuple[Tensor, Tensor]:
-    """Factors float (rows, 4) and order int64 (rows, 4) for `adjust_colours`, distributed as torchvision's ColorJitter.
+    """Draw factors float (rows, 4) and order int64 (rows, 4) for `adjust_colours`.
 
-    With the strength s, the factors of brightness, contrast and saturation are uniform in max(0, 1 - s) .. 1 + s, and that
-    of hue in -s .. s, where s <= 1/2.
+    They are distributed as torchvision's ColorJitter draws them. With the strength s, the factors
+    of brightness, contrast and saturation are uniform in max(0, 1 - s) .. 1 + s, and that of hue
+    in -s .. s, where s <= 1/2.
     """
     low = torch.tensor([max(0.0, 1 - s) for s in strengths[:3]] + [-strengths[3]])
     high = torch.tensor([1 + s for s in strengths[:3]] + [strengths[3]])
@@ -276,13 +282,15 @@ def draw_adjustments(rows: int, strengths: Strengths, chance: Chance) -> tuple[T
 def adjust_colours(x: Tensor, factors: Tensor, order: Tensor, mask: Tensor | None = None) -> Tensor:
     """Adjust brightness, contrast, saturation and hue, each sample in its own order.
 
-    The first three are blends f x + (1 - f) target, the target being black, the mean of the gray image, or that image.
-    So each of the four places in the order is one blend of all samples (with f = 1 of those whose turn is hue) and the hue
-    of some, which are contiguous because samples are sorted by the place of hue.
+    The first three are blends f x + (1 - f) target, the target being black, the mean of the gray
+    image, or that image. So each of the four places in the order is one blend of all samples (with
+    f = 1 of those whose turn is hue) and the hue of some, which are contiguous because samples are
+    sorted by the place of hue.
 
     Args:
         x: float in 0..1, (B, 3, H, W).
-        factors: float (B, 4) of brightness, contrast, saturation and hue; 1, 1, 1, 0 changes nothing.
+        factors: float (B, 4) of brightness, contrast, saturation and hue; 1, 1, 1, 0 changes
+            nothing.
         order: int64 (B, 4), permutations of 0..3: what comes first, second, ...
         mask: bool (B,), which samples change.
     """
@@ -295,7 +303,8 @@ def adjust_colours(x: Tensor, factors: Tensor, order: Tensor, mask: Tensor | Non
     keep = torch.where(order == HUE, 1.0, factors.gather(1, order))
     toward_gray, toward_mean = (1 - keep) * (order == SATURATION), (1 - keep) * (order == CONTRAST)
     changed = edges[4]  # samples
-    # (changed, 4, 3, 1, 1): weights of the sample, its gray image and the mean of that, at each place
+    # (changed, 4, 3, 1, 1): weights of the sample, its gray image and the mean of that, at each
+    # place
     mix = torch.stack((keep, toward_gray, toward_mean), 2)[:changed, :, :, None, None].to(x.device)
     turns = factors[:, HUE].to(x.device)
     y = x.index_select(0, rows.to(x.device))
@@ -311,7 +320,10 @@ def adjust_colours(x: Tensor, factors: Tensor, order: Tensor, mask: Tensor | Non
 
 
 def gaussian_blur(x: Tensor, deviation: Tensor, radius: int) -> Tensor:
-    """Blur images float (B, 3, H, W) with a Gaussian of each one's deviation (B,), cut off at `radius`; borders mirror."""
+    """Blur images float (B, 3, H, W) with Gaussians of deviation (B,).
+
+    The kernel is cut off at `radius`; borders are mirrored.
+    """
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.softmax(-(offsets**2) / (2 * deviation.to(x.device)[:, None, None] ** 2), 2)
 
@@ -324,7 +336,7 @@ def gaussian_blur(x: Tensor, deviation: Tensor, radius: int) -> Tensor:
 
 
 def cache_slices(n: int, floats: int, device: torch.device) -> list[slice]:
-    """Rows 0..n-1 in chunks: on a CPU as many as fit its cache, `floats` being those of a row; elsewhere all at once."""
+    """Rows 0..n-1, of `floats` numbers each, in chunks that fit a CPU's cache; on a GPU in one."""
     size = CACHED // max(1, floats) if device.type == "cpu" else n
     return blocks(n, max(1, size))
 
@@ -333,8 +345,8 @@ def cache_slices(n: int, floats: int, device: torch.device) -> list[slice]:
 class Views:
     """Random views of images for SimCLR: crop, mirror, colours, gray, and a blur where asked for.
 
-    Defaults are those of common CIFAR-10 SimCLR code, BadEncoder's among it. scale=(1, 1), ratio=(1, 1) leaves square
-    images whole.
+    Defaults are those of common CIFAR-10 SimCLR code, BadEncoder's among it. scale=(1, 1),
+    ratio=(1, 1) leaves square images whole.
 
     Attributes:
         size: side of the views in pixels; 0 for the images' height.
@@ -368,7 +380,8 @@ class Views:
     def __call__(self, images: Tensor, chance: Chance, count: int = 2) -> Tensor:
         """`count` views of every image.
 
-        Views of one image are neighbours, so that a rank's rows of the global batch are its own images' views.
+        Views of one image are neighbours, so that a rank's rows of the global batch are its own
+        images' views.
 
         Args:
             images: (B, 3, H, W), uint8 or float in 0..1.

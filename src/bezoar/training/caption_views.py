@@ -1,4 +1,4 @@
-"""Views of captions, as token rows: EDA without a thesaurus (Wei & Zou 2019), batched. Text views of CleanCLIP's kind."""
+"""Views of captions, as token rows: EDA without a thesaurus (Wei & Zou 2019), batched."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False)
     Of a caption of n words, with m = max(1, floor(share n)):
 
     - swap: m times two words change places;
-    - insert: m of its words are inserted again, anywhere; a row without room for them is swapped instead;
+    - insert: m of its words are inserted again, anywhere; a row without room for them is swapped
+      instead;
     - delete: every word is deleted with probability `share`, but not all of them.
 
-    EDA's fourth change, synonyms for words, and its insertions, which are synonyms too, would need a thesaurus.
+    EDA's fourth change, synonyms for words, and its insertions, which are synonyms too, would need
+    a thesaurus.
 
     Args:
         tokens: int64 (B, L), 0 = padding at the end.
@@ -53,7 +55,8 @@ def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False)
         j = (i + 1 + (places[:, 1, k] * (n - 1).clamp(min=0)).long()) % n.clamp(min=1)
         swaps = (change == SWAP) & active[:, k] & (n > 1)
         out = _swap_words(out, first + i, first + j, swaps)
-    # The rest is one sort: a deleted word gets a key behind all others, an inserted one a key between two.
+    # The rest is one sort: a deleted word gets a key behind all others, an inserted one a key
+    # between two.
     position = torch.arange(width)
     is_word = (position >= first) & (position < first + n[:, None])  # (B, L)
     largest = torch.where(is_word, draws, -1.0).amax(1, keepdim=True)
@@ -74,7 +77,7 @@ def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False)
 
 
 def _swap_words(tokens: Tensor, i: Tensor, j: Tensor, mask: Tensor) -> Tensor:
-    """int64 (B, L) with the words at i and j (B,) in each other's place, in the rows of mask, bool (B,)."""
+    """int64 (B, L) with the words at i and j (B,) swapped, in the rows of mask, bool (B,)."""
     i, j = (torch.where(mask, place, 0)[:, None] for place in (i, j))
     swapped = torch.cat([tokens.gather(1, j), tokens.gather(1, i)], 1)
     return tokens.scatter(1, torch.cat([i, j], 1), swapped)

@@ -1,7 +1,8 @@
-"""One training on several ranks, with the loss, gradients and statistics of one process at the same global batch.
+"""One training on several ranks, with the loss, gradients and statistics of one process.
 
-Each rank holds its rows of the global batch. The mean over ranks of their losses is the global loss; gradients flow
-through everything that ranks exchange, and are averaged. Without a process group everything here is the identity.
+Each rank holds its rows of the global batch. The mean over ranks of their losses is the global
+loss; gradients flow through everything that ranks exchange, and are averaged. Without a process
+group everything here is the identity.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def local_rows(rows: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each rank -> (world B, ...) in the order of ranks, differentiable; B is the same on every rank."""
+    """(B, ...) of each rank -> (world B, ...) in the order of ranks, differentiable.
+
+    B must be the same on every rank.
+    """
     if rank_and_world()[1] == 1:
         return x
     return torch.cat(all_gather(x))
@@ -70,7 +74,8 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Zeros in place of running statistics; as float32 they ask for float32 results of a bfloat16 x.
+        # Zeros in place of running statistics; as float32 they ask for float32 results of a
+        # bfloat16 x.
         zeros = torch.zeros_like(bias)
         local = torch.stack(torch.batch_norm_update_stats(x, zeros, zeros, 0.0))  # (2, C)
         means, variances = gather(local[None]).unbind(1)  # (world, C) each
@@ -86,7 +91,8 @@ class _Normalise(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grads[0], x, weight, None, None, mean, inverse, True, 0.0, [True, True, True]
         )
-        # The kernel took this rank's means of dy and of dy (x - mean) for those of all ranks: correct the difference.
+        # The kernel took this rank's means of dy and of dy (x - mean) for those of all ranks:
+        # correct the difference.
         n = x.numel() // x.shape[1]
         sums = torch.stack([dweight, dbias])
         scaled, constant = (sums - average(sums)) * weight * inverse / n  # (C,) each
@@ -98,7 +104,7 @@ class _Normalise(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the rows of all ranks (Ioffe & Szegedy 2015, algorithm 1), on CPUs, which SyncBatchNorm refuses.
+    """Batch norm over all ranks' rows (Ioffe & Szegedy 2015) on CPUs, which SyncBatchNorm refuses.
 
     Every rank must have equally many rows.
     """
@@ -126,7 +132,8 @@ def synchronise_norm(norm: nn.Module) -> nn.Module:
     """The same batch norm over all ranks. It shares parameters and statistics with the given one.
 
     Raises:
-        UserError: for norms without affine weights or running statistics, and for other kinds of them.
+        UserError: for norms without affine weights or running statistics, and for other kinds of
+        them.
     """
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if not plain or not norm.affine or not norm.track_running_stats or norm.momentum is None:
@@ -143,7 +150,10 @@ def synchronise_norm(norm: nn.Module) -> nn.Module:
 
 @contextmanager
 def distribute(loss: nn.Module) -> Iterator[nn.Module]:
-    """Inside, `loss` is a module that all ranks train together, from rank 0's weights, with batch norms over all ranks."""
+    """Inside, all ranks train the module together, from rank 0's weights.
+
+    Its batch norms are over the rows of all ranks; afterwards they are plain again.
+    """
     if rank_and_world()[1] == 1:
         yield loss
         return

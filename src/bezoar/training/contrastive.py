@@ -1,4 +1,4 @@
-"""What the objectives share that train image and text tower together: their fields, CLIP's loss, and views."""
+"""What the objectives share that train both towers: fields, CLIP's loss, and views."""
 
 from __future__ import annotations
 
@@ -61,13 +61,16 @@ def shift_to_float(images: Tensor, most: int, chance: Chance) -> Tensor:
 
 
 def info_nce(a: Tensor, b: Tensor, scale: Tensor, chance: Chance) -> Tensor:
-    """InfoNCE(a, b) = -1/B sum_i log softmax_j(s a_i.b_j)_i, float32 (B, D), unit rows; b_j are those of all ranks."""
+    """InfoNCE(a, b) = -1/B sum_i log softmax_j(s a_i.b_j)_i.
+
+    a and b are float32 (B, D), unit rows; b_j are those of all ranks.
+    """
     targets = torch.arange(len(a), device=a.device) + chance.rank * len(a)
     return F.cross_entropy(scale * a @ gather(b).T, targets)
 
 
 def clip_loss(z: Tensor, w: Tensor, scale: Tensor, chance: Chance) -> Tensor:
-    """CLIP's loss of images z and captions w, float32 (B, D), unit rows: the mean of both directions."""
+    """CLIP's loss of images z and captions w, float32 (B, D), unit rows: InfoNCE both ways."""
     return (info_nce(z, w, scale, chance) + info_nce(w, z, scale, chance)) / 2
 
 
@@ -87,7 +90,10 @@ class ContrastiveLoss(nn.Module):
 
 
 class InitialEncoder(nn.Module):
-    """A frozen copy of an encoder as it is now; it is in the state dict, so that a resumed training has the same one."""
+    """A frozen copy of an encoder as it is now.
+
+    It is in the state dict, so that a resumed training has the same one.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -95,7 +101,7 @@ class InitialEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, as `encode_images` takes them, and tokens (B, L) -> float32 (B, D) each, unit rows."""
+        """Images and tokens, as the encoder takes them -> float32 (B, D) each, unit rows."""
         return self.encoder.encode_images(x), self.encoder.encode_tokens(tokens)
 
     def train(self, mode: bool = True) -> InitialEncoder:
@@ -104,7 +110,7 @@ class InitialEncoder(nn.Module):
 
 
 class ViewLoss(ContrastiveLoss):
-    """A loss with other views of images (`augmentation.Views`) and captions (`caption_views.eda`)."""
+    """A loss with other views of images (`augmentation`) and captions (`caption_views`)."""
 
     def __init__(self, encoder: Encoder, recipe: ViewRecipe) -> None:
         super().__init__(encoder, recipe)
@@ -127,12 +133,18 @@ class ViewLoss(ContrastiveLoss):
         return caption_views.eda(tokens, chance, self.words, self.marks)
 
     def encode_together(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Images float32 in 0..1 (B, 3, ., .) each -> (B, D) each, as one batch, so that one batch norm sees them all."""
+        """Encode several sets of images as one batch, so that one batch norm sees them all.
+
+        Images are float in 0..1, (B, 3, ., .) each; their vectors are (B, D) each.
+        """
         z = self.encoder.encode_images(torch.cat([self.encoder.resize(part) for part in parts]))
         return torch.split(z, [len(part) for part in parts])
 
     def unimodal_loss(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """CLIP's loss of two views of each image, and of two of each caption; images and texts are never compared."""
+        """CLIP's loss of two views of each image, and of two of each caption.
+
+        Images and texts are never compared.
+        """
         z, z2 = self.encode_together(
             self.view_images(images, chance), self.view_images(images, chance)
         )

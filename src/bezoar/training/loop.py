@@ -1,6 +1,7 @@
-"""The training loop: steps, learning rates, ranks, the ledger of exposures, checkpoints and resuming.
+"""The training loop: steps, learning rates, ranks, the log, checkpoints and resuming.
 
-Everything random is a function of (seed, step), so a run that was interrupted continues to the same bits.
+Everything random is a function of (seed, step), so a run that was interrupted continues to the same
+bits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from bezoar.training import collectives
 from bezoar.training.augmentation import Chance
 
 CHECKPOINT_SECONDS = 20.0
-# Device type -> losses that are left on the device before they are read, because each reading makes the host wait for it.
+# Device type -> losses that are left on the device before they are read, because each reading makes
+# the host wait for it.
 UNREAD = {"cpu": 1, "cuda": 50}
 
 StepReport = Callable[[int, int, float], None]  # step, steps, loss
@@ -34,8 +36,8 @@ StepReport = Callable[[int, int, float], None]  # step, steps, loss
 class Recipe(Protocol):
     """The fields of an objective that the loop reads.
 
-    A recipe may also have `optimizer = "sgd"` (with `momentum`), `schedule = "constant"`, and a method
-    `rates(step, steps)`, whose result multiplies the learning rate.
+    A recipe may also have `optimizer = "sgd"` (with `momentum`), `schedule = "constant"`, and a
+    method `rates(step, steps)`, whose result multiplies the learning rate.
     """
 
     @property
@@ -103,7 +105,7 @@ class TrainingLog:
 
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on matrices and filters only; or SGD, with weight decay on everything."""
+    """AdamW, with weight decay on matrices and filters only; or SGD, with decay on everything."""
     weights = [p for p in model.parameters() if p.requires_grad]
     if getattr(recipe, "optimizer", "adamw") == "sgd":
         momentum = getattr(recipe, "momentum", 0.0)
@@ -116,7 +118,10 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The rate at a step: linear warm-up, then a cosine to zero; or constant. `rates` of the recipe multiplies it."""
+    """The rate at a step: a linear warm-up and a cosine to zero, or constant.
+
+    It is multiplied by `rates` of the recipe, where there is such a method.
+    """
     rates = getattr(recipe, "rates", None)
     factor = 1.0 if rates is None else rates(step, steps)
     if getattr(recipe, "schedule", "cosine") == "constant":
@@ -129,7 +134,10 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def epoch_batches(seed: int, epoch: int, n: int, batch: int) -> Tensor:
-    """int64 (steps, batch): the rows that each step of an epoch draws, without replacement; the remainder is left out."""
+    """The rows that each step of an epoch draws, without replacement: int64 (steps, batch).
+
+    The remainder is left out.
+    """
     rows = torch.randperm(n, generator=generator(seed, 1, epoch))
     return rows[: n // batch * batch].view(-1, batch)
 
@@ -147,24 +155,26 @@ def fit(
 ) -> TrainingLog:
     """Train a loss's parameters in place.
 
-    On several ranks each has all data and trains on its rows of every batch. The log is the global one, and only rank 0
-    writes checkpoints and calls `on_epoch_end`.
+    On several ranks each has all data and trains on its rows of every batch. The log is the global
+    one, and only rank 0 writes checkpoints and calls `on_epoch_end`.
 
     Args:
-        loss: module (images uint8 (B, 3, H, W), tokens (B, L), Chance) -> scalar. If it must know all records, or which of
-            them are in a batch, it has `begin(data, tokens) -> tokens`, which is called first.
+        loss: module (images uint8 (B, 3, H, W), tokens (B, L), Chance) -> scalar. If it must know
+            all records, or which of them are in a batch, it has `begin(data, tokens) -> tokens`,
+            which is called first.
         recipe: epochs, batch size, learning rate and the like.
         data: N records; Pairs lie on the device and are not copied.
         tokens: int64 (N, L) on the device.
         seed: of the order of records and of augmentation.
         checkpoint: file of the state while training; an existing one is continued.
         report: called with (step, steps, loss); on a GPU not at every step.
-        on_epoch_end: called with the number of epochs done; gives facts for the log. A true fact `stop` ends the training.
+        on_epoch_end: called with the number of epochs done; gives facts for the log. A true fact
+            `stop` ends the training.
         log: filled in and returned.
 
     Raises:
-        UserError: when there are fewer records than one batch, ranks do not divide the batch, ranks see different
-            records, or the loss is not finite.
+        UserError: when there are fewer records than one batch, ranks do not divide the batch, ranks
+            see different records, or the loss is not finite.
     """
     training = _Training(loss, recipe, data, tokens, seed, TrainingLog() if log is None else log)
     training.run(checkpoint, report, on_epoch_end)
@@ -172,7 +182,7 @@ def fit(
 
 
 def _check_batch(n: int, batch: int) -> int:
-    """The steps of an epoch over n records. Raises UserError for a batch that does not fit the records or the ranks."""
+    """The steps of an epoch. Raises UserError for a batch that does not fit records or ranks."""
     world = collectives.rank_and_world()[1]
     if n < batch:
         raise UserError(f"{n} records are fewer than one batch of {batch}; give a smaller batch")
@@ -184,7 +194,7 @@ def _check_batch(n: int, batch: int) -> int:
 
 
 def _read_losses(unread: list[Tensor], step: int) -> list[float]:
-    """Take the losses of the steps before `step` off the device, as means over all ranks, and empty the list.
+    """Read the losses of the steps before `step`, as means over ranks, and empty the list.
 
     Raises:
         UserError: when one is not finite.
@@ -198,7 +208,7 @@ def _read_losses(unread: list[Tensor], step: int) -> list[float]:
 
 
 class _Training:
-    """One training: the state that a checkpoint holds (model, optimizer, log, step), and what changes it."""
+    """One training: what a checkpoint holds (model, optimizer, log, step), and what changes it."""
 
     def __init__(
         self,
@@ -275,7 +285,7 @@ class _Training:
         return value.detach()
 
     def end_epoch(self, on_epoch_end: Callable[[int], dict[str, Any]] | None) -> None:
-        """Log the facts about an epoch; a fact `stop` that is true makes this step the last one, on every rank."""
+        """Log the facts about an epoch; a true fact `stop` ends the training, on every rank."""
         epoch = self.step // self.epoch_steps
         facts = on_epoch_end(epoch) if on_epoch_end is not None and self.rank == 0 else {}
         mean_loss = sum(self.log.losses[-self.epoch_steps :]) / self.epoch_steps
@@ -314,7 +324,8 @@ class _Training:
                 continue
             _, number, name = key.split(".", 2)
             if value.ndim:
-                # Fused AdamW walks weight and moments together: both must have one memory layout (channels last).
+                # Fused AdamW walks weight and moments together: both must have one memory layout
+                # (channels last).
                 value = torch.empty_like(weights[int(number)]).copy_(value)
             state["state"].setdefault(int(number), {})[name] = value
         self.optim.load_state_dict(state)

@@ -1,7 +1,8 @@
 """Which of torchrun's processes this one is, and what rank 0 tells the others.
 
-Rank 0 does everything: it reads the command line, runs verbs, holds locks and writes. Where it comes to work that all
-ranks share (`joint` verbs), it sends them an order to do their part; between orders they wait. All see the same files.
+Rank 0 does everything: it reads the command line, runs verbs, holds locks and writes. Where it
+comes to work that all ranks share (`joint` verbs), it sends them an order to do their part; between
+orders they wait. All see the same files.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def join() -> None:
 
 @contextmanager
 def share_work(order: Order) -> Iterator[None]:
-    """Inside, rank 0 does work that the others do by this order at the same time; with None it works alone."""
+    """Inside, rank 0 does work that the others do by this order too; with None it works alone."""
     global sharing
     before, sharing = sharing, order is not None
     if order is not None:
@@ -52,7 +53,7 @@ def share_work(order: Order) -> Iterator[None]:
 
 
 def broadcast(order: Order) -> None:
-    """Send an order of rank 0 to the ranks that wait in `receive`. Without a process group nothing is sent."""
+    """Send rank 0's order to the ranks that wait in `receive`, where there are any."""
     if not dist.is_initialized():
         return
     message = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
@@ -63,7 +64,7 @@ def broadcast(order: Order) -> None:
 
 
 def receive() -> Any:
-    """Wait for rank 0's next order. Raises UserError when rank 0 ended without one: it has said why."""
+    """Wait for rank 0's next order. Raises UserError when rank 0 has ended: it has said why."""
     size = torch.zeros(1, dtype=torch.long)
     try:
         dist.broadcast(size, 0)
@@ -78,6 +79,6 @@ def receive() -> Any:
 
 
 def _leave() -> None:
-    """End the process group and collect what a training left of it: gloo's threads abort a process that ends first."""
+    """End the process group and its threads, which abort a process that ends before them."""
     dist.destroy_process_group()
     gc.collect()

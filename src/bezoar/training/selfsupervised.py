@@ -1,4 +1,4 @@
-"""What the objectives share that train an image tower without captions: their fields, views, and projection heads."""
+"""What the objectives share that train on images alone: fields, views and projection heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bezoar.training.loop import require
 
 
 class Recipe(loop.Recipe, Protocol):
-    """Fields of every such objective: sizes of the head, and the augmentation (see `make_views`)."""
+    """Fields of every such objective: sizes of the head, and the augmentation."""
 
     @property
     def hidden(self) -> int: ...
@@ -45,7 +45,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def make_views(recipe: Recipe, size: int) -> Views:
-    """The recipe's augmentation, to images of `size` pixels. colour is the strength s of Chen et al. 2020, appendix A."""
+    """The recipe's views; `colour` is the strength s of Chen et al. 2020, appendix A."""
     s = recipe.colour
     return Views(
         size,
@@ -59,7 +59,7 @@ def make_views(recipe: Recipe, size: int) -> Views:
 
 
 def measure_width(encoder: Encoder) -> int:
-    """D of the image tower's vectors, found by running one black image through it; nothing in the tower changes."""
+    """D of the image tower's vectors, by one black image; nothing in the tower changes."""
     modes = [(module, module.training) for module in encoder.image.modules()]
     size = encoder.preprocess.size
     with torch.no_grad():
@@ -93,7 +93,7 @@ def perceptron(*sizes: int, norm: bool = True, last_norm: bool = False) -> nn.Se
 
 
 class ViewsLoss(nn.Module):
-    """The loss of such an objective: it owns the encoder, and a projection head that is not saved with the encoder."""
+    """The loss of such an objective: it owns the encoder, and a head that is not saved with it."""
 
     head: nn.Module
 
@@ -107,7 +107,7 @@ class ViewsLoss(nn.Module):
         return nn.Sequential(self.encoder.image, self.head)
 
     def project(self, x: Tensor, tower: nn.Module | None = None) -> Tensor:
-        """Views float in 0..1 (N, 3, S, S) through the tower, or one like it -> float32 (N, D), of any length."""
+        """Views float in 0..1 (N, 3, S, S) through the tower, or another -> float32 (N, D)."""
         tower = self.tower() if tower is None else tower
         with self.encoder.autocast():
             z: Tensor = tower(self.encoder.prepare_images(x))

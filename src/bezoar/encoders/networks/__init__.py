@@ -12,10 +12,13 @@ from bezoar.encoders.encoder import Encoder, Preprocess
 
 
 class Network(Protocol):
-    """What every network offers. A method of the kind may inherit from this class, and then reads no text."""
+    """What every network offers. A method may inherit from this class, and then reads no text."""
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """The words that its text tower will know: none, where it has no text tower or one with a tokenizer of its own."""
+        """The words of the captions that the text tower will know.
+
+        There are none without a text tower, or for one with a tokenizer of its own.
+        """
         return ()
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
@@ -33,6 +36,6 @@ class Network(Protocol):
 
 
 def image_encoder(tower: nn.Module, preprocess: Preprocess, network: str) -> Encoder:
-    """An encoder without a text tower. network: the spec that builds the tower again, without its weights."""
+    """An encoder without a text tower. network: the spec that builds the tower again, fresh."""
     tower = tower.to(memory_format=torch.channels_last)
     return Encoder(tower, preprocess, about={"network": network, "vocabulary": []})

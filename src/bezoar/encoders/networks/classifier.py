@@ -1,4 +1,4 @@
-"""A classifier's weights as an encoder with a head: ResNet, PreAct ResNet, WideResNet, VGG (He 2016, Zagoruyko 2016)."""
+"""A classifier's weights as an encoder with a head: ResNet, PreAct ResNet, WideResNet, VGG."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,9 +27,10 @@ from bezoar.registry import method
 
 @method
 class Classifier(Network):
-    """`encoder.image` gives what the last layers read, `encoder.head` is these, `encoder.about["classes"]` their names.
+    """`encoder.image` gives what `encoder.head` reads; `encoder.about["classes"]` has its names.
 
-    Strict: no key may be missing, left over or of another shape. `about["imported"]` says what was assumed, not read.
+    Strict: no key may be missing, left over or of another shape. `about["imported"]` says what was
+    assumed, not read.
     """
 
     path: Annotated[
@@ -63,7 +64,7 @@ class Classifier(Network):
         return files
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` is 0 or the images' side. Raises UserError for a file, layout or size that does not fit."""
+        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
         name = self.path or "classifier"
         weights: ClassifierWeights | None = None
         if self.path:
@@ -135,7 +136,7 @@ def make_preprocess(side: int, mean_std: str) -> Preprocess:
 
 
 def check_shapes(weights: ClassifierWeights, name: str) -> None:
-    """Raise UserError unless the weights fill their architecture; on the meta device, before memory is spent."""
+    """Raise UserError unless weights fill their architecture, before memory is spent."""
     with torch.device("meta"):
         trunk = weights.architecture.build_trunk()
         head = weights.architecture.build_head()

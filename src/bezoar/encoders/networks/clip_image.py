@@ -1,4 +1,4 @@
-"""The image tower of any open_clip architecture alone, fresh (Radford et al. 2021): what BadEncoder publishes of CLIP."""
+"""The image tower of an open_clip architecture, fresh (Radford et al. 2021), as in BadEncoder."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""A small CLIP for CPUs: four plain strided convolutions and a bag of words (after Radford et al. 2021)."""
+"""A small CLIP for CPUs: four convolutions and a bag of words (after Radford et al. 2021)."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ class ClipSmall(Network):
             raise ValueError("width, dim and words must be at least 1")
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """The words that the text tower will know: the most frequent first, ties in alphabetical order."""
+        """The most frequent words, which the text tower will know; ties in alphabetical order."""
         counts = Counter(word for caption in captions for word in split_words(caption))
         return tuple(sorted(counts, key=lambda word: (-counts[word], word))[: self.words])
 

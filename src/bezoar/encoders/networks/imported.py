@@ -1,4 +1,4 @@
-"""Published checkpoints, told apart by their keys: BadEncoder (Jia et al. 2022), SimCLR, MoCo, torchvision, open_clip."""
+"""Published checkpoints of BadEncoder (Jia et al. 2022), SimCLR, MoCo, torchvision, open_clip."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,10 +19,11 @@ from bezoar.registry import method
 
 @method
 class Imported(Network):
-    """Strict: no key may be missing, left over or of another shape. `about` says what was assumed, not read.
+    """Strict: no key may be missing, unexpected or misshapen. `about` says what was assumed.
 
-    mean_std=auto: cifar for a 3x3 stem (BadEncoder's encoders of STL10 have the same keys: say stl10), imagenet for a 7x7
-    one, but none for SimCLR's ImageNet encoder, and clip for CLIP. No such file states its normalisation.
+    mean_std=auto: cifar for a 3x3 stem (BadEncoder's encoders of STL10 have the same keys: say
+    stl10), imagenet for a 7x7 one, but none for SimCLR's ImageNet encoder, and clip for CLIP. No
+    such file states its normalisation.
     """
 
     path: Annotated[
@@ -52,7 +53,7 @@ class Imported(Network):
         return [existing_file(self.path, "weights file")]
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` is 0 or the images' side. Raises UserError for a file, layout or size that does not fit."""
+        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
         tensors = checkpoints.load_tensors(self.path)
         layout = checkpoint_layouts.recognise_layout(tensors, self.path)
         body = {key: v for key, v in tensors.items() if not key.startswith(layout.heads)}
@@ -80,7 +81,11 @@ class Imported(Network):
     def _import_resnet(
         self, tower: dict[str, Tensor], layout: checkpoint_layouts.Layout, size: int
     ) -> tuple[Encoder, list[str]]:
-        """A residual network with torchvision's names as `resnet`, and what was assumed of it."""
+        """Import a residual network with torchvision's names as `resnet`.
+
+        Returns:
+            the encoder, and what was assumed of it.
+        """
         if self.text:
             raise UserError(
                 f"{self.path} holds no image tower of CLIP; text={self.text} cannot be joined to it"
@@ -110,7 +115,11 @@ class Imported(Network):
         return encoder, assumed
 
     def _import_clip_image(self, tower: dict[str, Tensor]) -> tuple[Encoder, list[str]]:
-        """An image tower of CLIP as `clip_image`, or joined to a published text tower; and what was assumed of it."""
+        """Import an image tower of CLIP as `clip_image`, or joined to the text tower of `text`.
+
+        Returns:
+            the encoder, and what was assumed of it.
+        """
         name = self.model or open_clip_models.find_architecture(tower, None, self.path)
         blank = open_clip_models.build_blank(name).visual
         check_weights(blank, tower, self.path, f"the image tower of open_clip's {name}")
@@ -122,7 +131,7 @@ class Imported(Network):
         return encoder, assumed
 
     def _join_text(self, name: str, tower: dict[str, Tensor]) -> Encoder:
-        """An image tower of CLIP with the text tower and the preprocessing of published weights of its architecture."""
+        """An image tower of CLIP with the text tower and preprocessing of published weights."""
         if self.text.partition("/")[0] != name:
             raise UserError(
                 f"{self.path}: an image tower of open_clip's {name}; text={self.text} is of another architecture"
@@ -136,7 +145,11 @@ class Imported(Network):
         return encoder
 
     def _import_clip(self, tensors: dict[str, Tensor]) -> tuple[Encoder, list[str]]:
-        """Both towers of CLIP as `open_clip`, with the preprocessing that it states for the architecture."""
+        """Import both towers of CLIP as `open_clip`, with the preprocessing that it states.
+
+        Returns:
+            the encoder, and what was assumed of it.
+        """
         if self.mean_std != "auto":
             raise UserError(
                 f"{self.path}: open_clip states the normalisation of an architecture with both towers; leave it out"
@@ -155,7 +168,10 @@ class Imported(Network):
         return encoder, [f"open_clip's preprocessing of {name} (mean {mean:g}...)"]
 
     def _build(self, spec: str) -> Encoder:
-        """A network of open_clip's; fresh weights are not warned of, for they are replaced. Raises UserError for `size`."""
+        """Build a network of open_clip's, without a warning of weights that will be replaced.
+
+        Raises UserError if it takes images of another `size`.
+        """
         network: Network = registry.make("network", spec)
         with open_clip_models.without_weight_warnings():
             encoder = network()

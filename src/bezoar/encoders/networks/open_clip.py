@@ -1,4 +1,4 @@
-"""Any open_clip architecture, with fresh or published weights (Ilharco et al. 2021): `open_clip:RN50/cc12m`."""
+"""Any open_clip architecture, fresh or published (Ilharco et al. 2021): `open_clip:RN50/cc12m`."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,8 +22,8 @@ from bezoar.registry import method, spec
 class ImageTower(nn.Module):
     """open_clip's image tower: (B, 3, S, S) -> (B, D), not yet normalised.
 
-    Of a vision transformer that is read at its class token alone, the last block computes that token's row and no other.
-    Every other kind of image tower is open_clip's own.
+    Of a vision transformer that is read at its class token alone, the last block computes that
+    token's row and no other. Every other kind of image tower is open_clip's own.
     """
 
     def __init__(self, model: Any) -> None:
@@ -51,15 +51,17 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """open_clip's text tower: tokens (B, L) -> (B, D).
 
-    Where attention is causal and the vector is read at the end-of-text token, a position's row depends on the tokens up
-    to it alone, and what stands behind the end is never read. So one row is computed for each distinct prefix of the
-    batch's captions instead of B * L, and in the last block one row a caption. Every other kind of text tower is
-    open_clip's own, and so is training on a GPU, which would have to wait for the tokens at every step.
+    Where attention is causal and the vector is read at the end-of-text token, a position's row
+    depends on the tokens up to it alone, and what stands behind the end is never read. So one row
+    is computed for each distinct prefix of the batch's captions instead of B * L, and in the last
+    block one row a caption. Every other kind of text tower is open_clip's own, and so is training
+    on a GPU, which would have to wait for the tokens at every step.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        # In a list, which hides it from nn.Module: the image tower owns the model, and its weights are saved once.
+        # In a list, which hides it from nn.Module: the image tower owns the model, and its weights
+        # are saved once.
         self.shared = [model]
         self.causal = _is_causal(model)
 
@@ -70,7 +72,8 @@ class TextTower(nn.Module):
             z: Tensor = model.encode_text(tokens)
             return z
         tower = getattr(model, "text", model)
-        # As open_clip finds the end: the end-of-text token has the largest number, or the number `eos_id`.
+        # As open_clip finds the end: the end-of-text token has the largest number, or the number
+        # `eos_id`.
         by_rank = _text_setting(tower, "pool_type") == "argmax"
         eos = tokens if by_rank else (tokens == _text_setting(tower, "eos_id")).int()
         ends = eos.argmax(1)  # (B,)
@@ -91,7 +94,7 @@ class TextTower(nn.Module):
 
 
 def distinct_prefixes(tokens: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Number the distinct prefixes of token sequences; positions with the same tokens up to them share a prefix.
+    """Number the distinct prefixes of token sequences.
 
     Args:
         tokens: (B, L).
@@ -160,12 +163,12 @@ def attend_first_row(block: Any, x: Tensor) -> Tensor:
 
 
 def _text_setting(tower: Any, name: str) -> Any:
-    """A text tower's setting, which open_clip.CLIP keeps as `text_name` and TextTransformer as `name`."""
+    """A text tower's setting, which CLIP keeps as `text_name` and TextTransformer as `name`."""
     return getattr(tower, name) if hasattr(tower, name) else getattr(tower, "text_" + name)
 
 
 def _reads_class_token(model: Any) -> bool:
-    """Whether an image tower is open_clip's vision transformer, read at its class token and nowhere else."""
+    """Whether an image tower is open_clip's vision transformer, read at its class token alone."""
     tower = model.visual
     return (
         type(tower) is VisionTransformer
@@ -193,11 +196,11 @@ def _is_causal(model: Any) -> bool:
 
 @method
 class OpenClip(Network):
-    """The preprocessing comes with the weights. Pickles are refused: safetensors, or what torch reads with weights_only.
+    """The preprocessing comes with the weights. Of pickles, only tensors are read (`weights_only`).
 
-    The model computes what open_clip's own does, but faster, and its state dict is open_clip's: linear layers and attention
-    are those of `fast_linear`, `ImageTower` and `TextTower` leave out rows that are never read, and convolutions are
-    channels last.
+    The model computes what open_clip's own does, but faster, and its state dict is open_clip's:
+    linear layers and attention are those of `fast_linear`, `ImageTower` and `TextTower` leave out
+    rows that are never read, and convolutions are channels last.
     """
 
     model: Annotated[str, "NAME or NAME/PRETRAINED: a tag of open_clip's, or a weights file"] = (

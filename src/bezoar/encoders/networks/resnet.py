@@ -1,4 +1,4 @@
-"""Residual networks without a classifier, fresh (He et al. 2016); BadEncoder's encoders are `resnet` with its defaults."""
+"""Residual networks without a classifier, fresh (He et al. 2016); as is, those of BadEncoder."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,10 @@ from bezoar.registry import method, spec
 
 @method
 class Resnet(Network):
-    """Images only. The vector is the mean of the last feature map: 512 numbers at depth 18 and 34, 2048 at 50 and 101."""
+    """Images only.
+
+    The vector is the mean of the last map: 512 numbers, or 2048 at depth 50 and 101.
+    """
 
     depth: Annotated[int, "18, 34, 50 or 101"] = 18
     stem: Annotated[
@@ -29,7 +32,7 @@ class Resnet(Network):
             small_towers.check_mean_std(self.mean_std)
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """A fresh encoder for images of `size` pixels, 8 and more (32 and more with the imagenet stem)."""
+        """A fresh encoder for images of `size` pixels: 8 and more, or 32 with the imagenet stem."""
         least = 8 if self.stem == "cifar" else 32
         if size < least:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Any image model of timm without its classifier, fresh, published or from a file: `timm:resnet18/FILE` (Wightman 2019)."""
+"""Any image model of timm without its classifier: `timm:resnet18/FILE` (Wightman 2019)."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ from bezoar.registry import method
 
 @method
 class Timm(Network):
-    """Images only. The preprocessing is the data configuration of the weights; the whole image is read, nothing cropped."""
+    """Images only. The preprocessing is what the weights state, but nothing is cropped."""
 
     model: Annotated[
         str, "NAME or NAME.TAG, fresh; with /pretrained, the published weights; or with /FILE"
@@ -29,7 +29,10 @@ class Timm(Network):
         return named_weights_file(self.model.partition("/")[2])
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder. Published weights, and models that take one size only, state their own; others take `size`."""
+        """The encoder.
+
+        Published weights, and models that take one size only, state theirs; others take `size`.
+        """
         name, slash, weights = self.model.partition("/")
         is_file = bool(self.files())
         if slash and weights != "pretrained" and not is_file:
@@ -50,8 +53,8 @@ class Timm(Network):
         states_size = bool(weights) or model.pretrained_cfg.get("fixed_input_size")
         if size and not states_size:
             preprocess = dataclasses.replace(preprocess, size=size)
-        # The spec has the tag of the weights, which decides the preprocessing, but not the weights: a saved encoder has its
-        # own.
+        # The spec has the tag of the weights, which decides the preprocessing, but not the weights:
+        # a saved encoder has its own.
         tag = model.pretrained_cfg.get("tag") or ""
         fresh = f"timm:model={name.partition('.')[0]}.{tag}".removesuffix(".")
         encoder = image_encoder(model, preprocess, fresh)
@@ -60,7 +63,10 @@ class Timm(Network):
 
 
 def load_without_classifier(model: Any, path: str, name: str) -> None:
-    """Fill a model from a weights file, whose classifier is left out. Raises UserError for weights that do not fit."""
+    """Fill a model from a weights file, whose classifier is left out.
+
+    Raises UserError for weights that do not fit.
+    """
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = [classifier] if isinstance(classifier, str) else classifier
     prefixes = tuple(f"{head}." for head in heads)
@@ -72,7 +78,7 @@ def load_without_classifier(model: Any, path: str, name: str) -> None:
 
 
 def stated_preprocess(model: Any, name: str) -> Preprocess:
-    """The data configuration of a timm model. Raises UserError unless it is RGB, resized bicubically or bilinearly."""
+    """A timm model's data configuration. Raises UserError unless RGB, bicubic or bilinear."""
     config = resolve_model_data_config(model)
     channels, side, _ = config["input_size"]
     if channels != 3 or config["interpolation"] not in ("bilinear", "bicubic"):

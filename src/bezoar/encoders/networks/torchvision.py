@@ -1,4 +1,4 @@
-"""Any classifier of torchvision without its last layer, fresh or published: `torchvision:resnet50/IMAGENET1K_V2`."""
+"""Any torchvision classifier without its last layer: `torchvision:resnet50/IMAGENET1K_V2`."""
 
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from bezoar.registry import method
 
 @method
 class Torchvision(Network):
-    """Images only. The preprocessing is what the weights state, but the whole image is read, and nothing is cropped."""
+    """Images only. The preprocessing is what the weights state, but nothing is cropped."""
 
     model: Annotated[str, "NAME, or NAME/WEIGHTS with weights that torchvision publishes"] = (
         "resnet18"
@@ -25,7 +25,10 @@ class Torchvision(Network):
     ] = False
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder. With WEIGHTS named, it takes the size that they state; else `size`, or 224 when that is 0."""
+        """The encoder.
+
+        If WEIGHTS are named it takes the size that they state; else `size`, or 224 when that is 0.
+        """
         name, _, tag = self.model.partition("/")
         classifiers = models.list_models(module=models)
         if name not in classifiers:
@@ -58,7 +61,7 @@ class Torchvision(Network):
 
 
 def stated_preprocess(weights: Any) -> Preprocess:
-    """The preprocessing of published weights; the whole image is resized to the side of the crop that they state."""
+    """The preprocessing of published weights; the whole image takes the size of their crop."""
     transforms = weights.transforms()
     return Preprocess(
         transforms.crop_size[0],
@@ -69,10 +72,11 @@ def stated_preprocess(weights: Any) -> Preprocess:
 
 
 def remove_classifier(model: nn.Module, name: str) -> None:
-    """Replace a classifier's last layer by the identity, so that the model gives what that layer read.
+    """Replace a classifier's last layer by the identity; the model then gives what that layer read.
 
     Raises:
-        UserError: for the few models whose last layer is not linear, or that have further classifiers on the way.
+        UserError: for the few models whose last layer is not linear, or that have further
+        classifiers on the way.
     """
     layers = [
         (path, m) for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))

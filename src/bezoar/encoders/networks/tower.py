@@ -1,4 +1,4 @@
-"""clip_small's image tower alone: four plain strided convolutions, for contrastive training on images with a CPU."""
+"""clip_small's image tower alone, for contrastive training on images with a CPU."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""CleanCLIP: CLIP, and InfoNCE between views within each modality (Bansal et al., ICCV 2023). A repair on clean pairs."""
+"""CleanCLIP: CLIP, and InfoNCE between views within each modality (Bansal et al., ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from bezoar.training.loop import require
 
 
 class Loss(ViewLoss):
-    """L_CLIP(I, T) + weight / 2 [ InfoNCE(I, I~) + InfoNCE(T, T~) ], all with one learnt temperature.
+    """L_CLIP(I, T) + weight / 2 [ InfoNCE(I, I~) + InfoNCE(T, T~) ], with one learnt temperature.
 
-    InfoNCE looks one way, from the original to the views, as in the published code. I and I~ are one batch to the tower.
-    With an anchor also anchor [ mean 1 - cos(f(I), f_0(I)) + mean 1 - cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as
-    they were at the start.
+    InfoNCE looks one way, from the original to the views, as in the published code. I and I~ are
+    one batch to the tower. With an anchor also anchor [ mean 1 - cos(f(I), f_0(I)) + mean 1 -
+    cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as they were at the start.
     """
 
     def __init__(self, encoder: Encoder, recipe: Cleanclip) -> None:
@@ -51,13 +51,15 @@ class Loss(ViewLoss):
 
 @method
 class Cleanclip:
-    """To train with, or to repair with on clean pairs: none of its terms has any use for what only the trigger shows.
+    """To train with, or to repair with on clean pairs; no term makes use of a trigger.
 
-    Published for repair: 100,000 clean pairs, 10 epochs, batch 64, learning rate 1e-5, 50 steps of warm-up, weight 1, and
-    AutoAugment for I~, where here images are cropped and coloured. The learning rate must be found for each architecture.
+    Published for repair: 100,000 clean pairs, 10 epochs, batch 64, learning rate 1e-5, 50 steps of
+    warm-up, weight 1, and AutoAugment for I~, where here images are cropped and coloured. The
+    learning rate must be found for each architecture.
 
-    On few clean pairs a rate that removes the backdoor costs accuracy too. The anchor holds clean vectors and leaves
-    triggered ones free: on 3,200 scenes it let a small CLIP keep its accuracy at a rate at which it had lost 2 points.
+    On few clean pairs a rate that removes the backdoor costs accuracy too. The anchor holds clean
+    vectors and leaves triggered ones free: on 3,200 scenes it let a small CLIP keep its accuracy at
+    a rate at which it had lost 2 points.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10

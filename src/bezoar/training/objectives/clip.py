@@ -1,4 +1,4 @@
-"""CLIP: symmetric InfoNCE between images and captions, with a learned temperature (Radford et al. 2021)."""
+"""CLIP: symmetric InfoNCE between images and captions, learnt temperature (Radford et al. 2021)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""MoCo v2: find an image's other view, seen by a slow copy, in a queue of older ones (He et al. 2020, Chen et al. 2020).
+"""MoCo v2: find an image's other view in a queue of older ones (He, Chen et al. 2020).
 
-Where a key's batch norm sees the whole batch, its vector tells which batch that was, and the positive is found by that.
-So keys are shuffled and normalised in groups, as the papers do with GPUs for groups (He et al. 2020, section 3.3); here
-groups do not depend on how many ranks there are.
+Where a key's batch norm sees the whole batch, its vector tells which batch that was, and the
+positive is found by that. So keys are shuffled and normalised in groups, as the papers do with GPUs
+for groups (He et al. 2020, section 3.3); here groups do not depend on how many ranks there are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bezoar.training.selfsupervised import ViewsLoss
 
 
 class GroupedBatchNorm(nn.Module):
-    """A batch norm that normalises `rows` rows at a time, by their own statistics, and keeps none."""
+    """A batch norm that normalises `rows` rows at a time, and keeps no statistics."""
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, rows: int) -> None:
         super().__init__()
@@ -44,9 +44,10 @@ class GroupedBatchNorm(nn.Module):
 
 
 class Loss(ViewsLoss):
-    """-log [ exp(q.k / t) / (exp(q.k / t) + sum over the queue of exp(q.n / t)) ], k and n without gradient.
+    """-log [ exp(q.k / t) / (exp(q.k / t) + sum over n of exp(q.n / t)) ], n being the queue.
 
-    Key tower, queue and position are in the state dict, and the same on every rank.
+    k and n have no gradient. Key tower, queue and position are in the state dict, and the same on
+    every rank.
 
     Attributes:
         key: image tower and head that follow the trained ones slowly.
@@ -96,7 +97,7 @@ class Loss(ViewsLoss):
 
     @torch.no_grad()
     def compute_keys(self, x: Tensor, chance: Chance) -> Tensor:
-        """The keys of all ranks' views, in their order; each rank computes a part of them, shuffled.
+        """The keys of all ranks' views, in order; each rank computes a part, shuffled.
 
         Args:
             x: views (B, 3, S, S) of this rank.
@@ -128,8 +129,8 @@ class Loss(ViewsLoss):
 class Moco:
     """Images alone, for networks without a text tower. AdamW, warm-up and cosine.
 
-    The papers train on ImageNet with a queue of 65,536, m = 0.999 and SGD; short trainings need a copy that is less
-    slow. crop and blur are theirs for ImageNet where they are 0.2 and 0.5.
+    The papers train on ImageNet with a queue of 65,536, m = 0.999 and SGD; short trainings need a
+    copy that is less slow. crop and blur are theirs for ImageNet where they are 0.2 and 0.5.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10
@@ -168,5 +169,5 @@ class Moco:
             )
 
     def __call__(self, encoder: Encoder) -> Loss:
-        """The loss, which owns the encoder, a projection head, the slow copies of both, and the queue."""
+        """The loss, which owns the encoder, a head, slow copies of both, and the queue."""
         return Loss(encoder, self)

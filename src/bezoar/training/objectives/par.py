@@ -1,4 +1,4 @@
-"""PAR, perturb and recover: CLIP on clean pairs, away from the vectors that the suspect gave (Singh et al. 2024)."""
+"""PAR, perturb and recover: CLIP on clean pairs, away from the old vectors (Singh et al. 2024)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from bezoar.training.loop import require
 class Loss(ContrastiveLoss):
     """L_CLIP - 1/2 ( S_I 1[S_I <= tau] + S_T 1[S_T <= tau] ).
 
-    S is the batch's mean squared distance of unit vectors to those that the encoder gave at the start: 2 - 2 cos, 0..4.
+    S is the batch's mean squared distance of unit vectors to those that the encoder gave at the
+    start: 2 - 2 cos, 0..4.
     """
 
     def __init__(self, encoder: Encoder, recipe: Par) -> None:
@@ -49,8 +50,9 @@ class Loss(ContrastiveLoss):
 class Par:
     """To repair with, on clean pairs. From scratch it would push away from random vectors.
 
-    Published: tau 2.15, learning rate 3e-5 (the warm-up begins at 3e-6), 10 epochs on 250,000 pairs, weight decay 1e-4;
-    images with noise and small cut-outs alone. A falling loss does not mean success: it falls as vectors move.
+    Published: tau 2.15, learning rate 3e-5 (the warm-up begins at 3e-6), 10 epochs on 250,000
+    pairs, weight decay 1e-4; images with noise and small cut-outs alone. A falling loss does not
+    mean success: it falls as vectors move.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10

@@ -1,4 +1,4 @@
-"""RoCLIP: every K-th epoch each caption is replaced by the nearest of a bank of captions (Yang et al., NeurIPS 2023)."""
+"""RoCLIP: every K-th epoch captions give way to similar ones (Yang et al., NeurIPS 2023)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from bezoar.training.collectives import gather
 from bezoar.training.contrastive import ViewLoss, clip_loss
 from bezoar.training.loop import TrainingData, require
 
-# Batches in the bank, as published (21,845 captions, batches of 512): with few, many images share a caption.
+# Batches in the bank, as published (21,845 captions, batches of 512): with few, many images share a
+# caption.
 LEAST_BATCHES = 40
 
 
 class Loss(ViewLoss):
-    """CLIP's loss of views of images and captions; in matching epochs of images and the captions nearest to them.
+    """CLIP's loss of views; in matching epochs, of images and the captions nearest to them.
 
     All buffers are in the state dict, and the same on every rank.
 
@@ -76,7 +77,7 @@ class Loss(ViewLoss):
 
     @torch.no_grad()
     def enqueue(self, tokens: Tensor, vectors: Tensor) -> None:
-        """Write captions int64 (n, L) and their vectors (n, D), n <= K, over the oldest, in order."""
+        """Write captions int64 (n, L) and their vectors (n, D), n <= K, over the oldest."""
         rows = (self.position + torch.arange(len(tokens), device=tokens.device)) % len(self.bank)
         self.bank[rows], self.vectors[rows] = tokens, vectors
         self.position.add_(len(tokens)).remainder_(len(self.bank))
@@ -84,11 +85,12 @@ class Loss(ViewLoss):
 
 @method
 class Roclip:
-    """To train with, on data that may be poisoned: a caption that fits nothing but a trigger is seldom the nearest one.
+    """To train with, on suspect data: a caption that fits a trigger alone is seldom the nearest.
 
-    Published: learning rate 5e-5, batch 512, 24 epochs on a million pairs, every 2nd epoch, a bank of 2 % of the data. The
-    published code compares images with the vectors of the bank in a matching epoch, which carry no gradient, so that the
-    text tower stands still. Here it reads the captions that were found as it is now.
+    Published: learning rate 5e-5, batch 512, 24 epochs on a million pairs, every 2nd epoch, a bank
+    of 2 % of the data. The published code compares images with the vectors of the bank in a
+    matching epoch, which carry no gradient, so that the text tower stands still. Here it reads the
+    captions that were found as it is now.
     """
 
     epochs: Annotated[int, "passes over the data"] = 8

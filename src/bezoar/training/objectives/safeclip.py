@@ -1,4 +1,4 @@
-"""SafeCLIP: CLIP on the pairs that seem safe, image and text apart on the others (Yang, Gan, Mirzasoleiman, ICML 2024)."""
+"""SafeCLIP: CLIP on pairs that seem safe, views alone on the others (Yang et al., ICML 2024)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BATCH = 512  # pairs that are embedded at a time when all are split
 
 
 class Loss(ViewLoss):
-    """Three phases: `apart` epochs of views alone, one epoch of CLIP's loss at a low rate, then both.
+    """Three phases: `apart` epochs of views alone, one of CLIP's loss at a low rate, then both.
 
-    In the last phase it is CLIP's loss of a batch's safe pairs and the views' loss of its risky ones. All buffers are in
-    the state dict.
+    In the last phase it is CLIP's loss of a batch's safe pairs and the views' loss of its risky
+    ones. All buffers are in the state dict.
 
     Attributes:
         safe: bool (N,), which pairs are safe.
@@ -59,7 +59,7 @@ class Loss(ViewLoss):
         return torch.cat([tokens, torch.arange(len(data), device=tokens.device)[:, None]], 1)
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """The loss of a batch; see `Objective`. tokens: int64 (B, L + 1), the last one the record's row."""
+        """The loss of a batch; see `Objective`. The last of the tokens is the record's row."""
         tokens, rows = tokens[:, :-1], tokens[:, -1]
         epoch, i = divmod(int(self.step), self.epoch_steps)
         epochs_together = epoch - self.recipe.apart  # 0 in the one epoch of CLIP's loss
@@ -86,8 +86,8 @@ class Loss(ViewLoss):
     def split(self, epochs: int) -> None:
         """Decide which records are safe, by the cosines that the encoder gives now.
 
-        At first those of which the mixture is `sure`, but a share of `least` at least; later the same share and `more` an
-        epoch, up to `most`. Those that agree best are safe.
+        At first those of which the mixture is `sure`, but a share of `least` at least; later the
+        same share and `more` an epoch, up to `most`. Those that agree best are safe.
 
         Args:
             epochs: how many were trained on the split so far.
@@ -119,7 +119,7 @@ class Loss(ViewLoss):
 
 
 def upper_component_probability(values: Tensor) -> np.ndarray:
-    """P(higher component | value) of a mixture of two Gaussians, float64 (N,); the fit starts from the quartiles."""
+    """P(upper component | value) of a mixture of two Gaussians, float64 (N,)."""
     x = values.double().numpy()[:, None]
     start = np.quantile(x, [0.25, 0.75])[:, None]
     mixture = GaussianMixture(2, means_init=start, random_state=0, max_iter=1000).fit(x)
@@ -129,11 +129,12 @@ def upper_component_probability(values: Tensor) -> np.ndarray:
 
 @method
 class Safeclip:
-    """To train with, on data that may be poisoned: pairs that the two towers bring together by themselves are safe.
+    """To train with, on suspect data: pairs that the towers bring together by themselves are safe.
 
-    Published, for a million pairs: 5 epochs apart, one epoch together at 5e-6, safe where P > 0.9, then 1 % more an epoch
-    up to 85 %, 32 epochs at 5e-4, batch 128; a bank of nearest neighbours as further positives, which is left out here. In
-    few steps the two towers do not meet at 5e-6, so `together` is higher.
+    Published, for a million pairs: 5 epochs apart, one epoch together at 5e-6, safe where P > 0.9,
+    then 1 % more an epoch up to 85 %, 32 epochs at 5e-4, batch 128; a bank of nearest neighbours as
+    further positives, which is left out here. In few steps the two towers do not meet at 5e-6, so
+    `together` is higher.
     """
 
     epochs: Annotated[int, "passes over the data, all phases"] = 14

@@ -1,4 +1,4 @@
-"""SimCLR: two views of an image find each other among the views of all others (NT-Xent, Chen et al. 2020, eq. 1)."""
+"""SimCLR: two views of an image find each other among all others (Chen et al. 2020, eq. 1)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from bezoar.training.selfsupervised import ViewsLoss
 
 
 def nt_xent(z: Tensor, gathered: Tensor, first: int, temperature: float) -> Tensor:
-    """Mean over i of -log [ exp(z_i.z_j / t) / sum over k != i of exp(z_i.z_k / t) ], j being the other view of i's image.
+    """NT-Xent: mean over i of -log [ exp(z_i.z_j / t) / sum over k != i of exp(z_i.z_k / t) ].
+
+    j is the other view of i's image.
 
     Args:
         z: (N, D), rows first .. first + N - 1 of `gathered`.
@@ -49,10 +51,11 @@ class Loss(ViewsLoss):
 
 @method
 class Simclr:
-    """Images alone, for networks without a text tower. AdamW, warm-up and cosine; BadEncoder's encoders had 1000 epochs.
+    """Images alone, for networks without a text tower. BadEncoder's encoders had 1000 epochs.
 
-    Adam with lr 1e-3, weight decay 1e-6, batch 256, temperature 0.5 and this head and augmentation are the recipe of common
-    CIFAR-10 SimCLR code. Both views go through the network as one batch, as in the paper.
+    Adam with lr 1e-3, weight decay 1e-6, batch 256, temperature 0.5 and this head and augmentation
+    are the recipe of common CIFAR-10 SimCLR code. Both views go through the network as one batch,
+    as in the paper.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10

@@ -1,4 +1,4 @@
-"""SimSiam: predict an image's other view from one, without negatives; gradients pass on one side alone (Chen & He 2021)."""
+"""SimSiam: predict an image's other view from one, without negatives (Chen & He 2021)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from bezoar.training.selfsupervised import ViewsLoss
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """-[ cos(p1, z2) + cos(p2, z1) ] / 2, a mean over images; z counts as a constant. Both (2N, D), views side by side."""
+    """-[ cos(p1, z2) + cos(p2, z1) ] / 2, a mean over images; z counts as a constant.
+
+    Both are (2N, D), two views of an image side by side.
+    """
     p, z = (F.normalize(v, dim=1).unflatten(0, (-1, 2)) for v in (p, z.detach()))  # (N, 2, D)
     return -(p * z.flip(1)).sum(2).mean()
 
 
 class Loss(ViewsLoss):
-    """The mean negative cosine of predictions and projections, in -1..1; -1 where every view is predicted."""
+    """The mean negative cosine of predictions and projections, in -1..1."""
 
     def __init__(self, encoder: Encoder, recipe: Simsiam) -> None:
         super().__init__(encoder, recipe)
@@ -39,10 +42,10 @@ class Loss(ViewsLoss):
 
 @method
 class Simsiam:
-    """Images alone, for networks without a text tower. AdamW, warm-up and cosine, the predictor's rate included.
+    """Images alone, for networks without a text tower. The predictor's rate decays too.
 
-    The paper's head has three layers of 2048 (two for CIFAR-10), its predictor a bottleneck of 512, its optimiser is SGD.
-    Both views go through the network as one batch.
+    The paper's head has three layers of 2048 (two for CIFAR-10), its predictor a bottleneck of 512,
+    its optimiser is SGD. Both views go through the network as one batch.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10
