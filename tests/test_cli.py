@@ -403,12 +403,12 @@ def test_a_directory_that_is_no_run_is_said_to_be_none(tmp_path, capsys):
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsys, monkeypatch):
-    from bezoar.encoders import encoder
+    from bezoar.encoders import weights
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(encoder, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     words = [
         "train",
         name(runs, poison),

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from encoders.toys import jumbled, pixels
 from safetensors.torch import save_file
 from torch import nn
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
-from bezoar.encoders import classifier_networks
+from bezoar.encoders import classifier_networks, classifier_weights
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.small_towers import MEAN_STD
 from bezoar.encoders.weights import check_weights
@@ -214,22 +215,6 @@ class SmallVgg(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
-def jumbled(module, seed=0):
-    """Every weight and statistic of its own, so that no two tensors can be mistaken for one another."""
-    draw = torch.Generator().manual_seed(seed)
-    for v in module.state_dict().values():
-        if v.is_floating_point():
-            noise = torch.randn(v.shape, generator=draw)
-            v.copy_(1 + 0.2 * noise.clamp(-2, 2) if v.ndim < 2 else noise * v[0].numel() ** -0.5)
-    return module.eval()
-
-
-def pixels(size, n=3):
-    return torch.randint(
-        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-
-
 def plain_logits(net, x, mean_std):
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in MEAN_STD[mean_std])
     with torch.no_grad():
@@ -351,24 +336,21 @@ def test_all_wrappers_and_files_give_one_network(tmp_path):
         tmp_path / "g.npz", **{k: v.numpy().astype(">f8") for k, v in state.items()}
     )
     for file in sorted(tmp_path.iterdir()):
-        found = own_logits(load(file), x)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=str(file))
+        logits = own_logits(load(file), x)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4, msg=str(file))
 
 
 def test_it_is_saved_and_loaded_as_any_encoder(tmp_path):
     net = jumbled(Wide())
     torch.save(net.state_dict(), tmp_path / "net.pth")
-    encoder, x = (
-        load(tmp_path / "net.pth", f"mean_std=0.5/0.4/0.3/0.2/0.21/0.22,size=24,classes={CLASSES}"),
-        pixels(40),
-    )
+    options = f"mean_std=0.5/0.4/0.3/0.2/0.21/0.22,size=24,classes={CLASSES}"
+    encoder, x = load(tmp_path / "net.pth", options), pixels(40)
     encoder.save(tmp_path)
     (tmp_path / "net.pth").unlink()
-    again = Encoder.load(tmp_path)
-    assert torch.equal(own_logits(again, x), own_logits(encoder, x)) and again.about[
-        "classes"
-    ] == CLASSES.split("+")
-    assert again.preprocess == encoder.preprocess and again.preprocess.size == 24
+    loaded = Encoder.load(tmp_path)
+    assert torch.equal(own_logits(loaded, x), own_logits(encoder, x))
+    assert loaded.about["classes"] == CLASSES.split("+")
+    assert loaded.preprocess == encoder.preprocess and loaded.preprocess.size == 24
 
 
 def test_a_head_reads_a_map_that_was_not_pooled_to_a_point(tmp_path):
@@ -391,10 +373,13 @@ def test_an_architecture_is_text_and_back():
         classifier_networks.Vgg((8, 0, 16, 0), True, False, 7, (9, 4)),
     )
     for shape in shapes:
-        assert classifier_networks.parse(classifier_networks.write(shape)) == shape
+        assert (
+            classifier_networks.parse_architecture(classifier_networks.format_architecture(shape))
+            == shape
+        )
     for text in ("mlp:x=1", "vgg:layers=8", "vgg:layers=a,norm=true,bias=true,pool=1,widths=3"):
         with pytest.raises(UserError, match="architecture"):
-            classifier_networks.parse(text)
+            classifier_networks.parse_architecture(text)
 
 
 def test_names_come_from_a_file(tmp_path):
@@ -412,14 +397,14 @@ def test_names_come_from_a_file(tmp_path):
         "abcd"
     )
     (tmp_path / "names.json").write_text('{"a": 1}')
-    for given, words in (
+    for classes, words in (
         ("a+b", "head of 4 classes"),
         ("a+b+c+a", "got 3"),
         (f"{tmp_path}/names.json", "list of class names"),
         (f"{tmp_path}/none.txt", "no file"),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            load(tmp_path / "net.pth", f"classes={given}")
+            load(tmp_path / "net.pth", f"classes={classes}")
         assert "\n" not in str(caught.value)
 
 
@@ -497,11 +482,11 @@ def test_a_file_that_was_tampered_with_is_refused_or_read_never_a_fault(kind):
             elif how == 3:
                 bad[key.replace(".", f".{draw.integers(99)}.", 1)] = torch.zeros(2, 2)
         try:
-            found = classifier_networks.describe(bad, "file")
+            weights = classifier_weights.read_classifier(bad, "file")
             with torch.device("meta"):
-                trunk, head = found.architecture.trunk(), found.architecture.head()
-            check_weights(trunk, found.trunk, "file", "it")
-            check_weights(head, found.head, "file", "it")
+                trunk, head = weights.architecture.build_trunk(), weights.architecture.build_head()
+            check_weights(trunk, weights.trunk, "file", "it")
+            check_weights(head, weights.head, "file", "it")
         except UserError as error:
             assert "\n" not in str(error)
 
@@ -588,15 +573,15 @@ def test_the_own_head_is_measured_as_it_is_served(backdoored):
     encoder = load(backdoored, "size=16,mean_std=none,classes=red+green+blue+white")
     test = colours(classes=("red", "green", "blue", "white"))
     goal = Goal("white", trigger="patch:size=4,fill=white")
-    found = registry.make("probe", "own")(encoder, None, test, (goal,))
+    measures = registry.make("probe", "own")(encoder, None, test, (goal,))
     plain = own_logits(encoder, test.images).argmax(1)
-    assert found["own.clean_accuracy"].value == (plain == test.labels).double().mean() == 1
+    assert measures["own.clean_accuracy"].value == (plain == test.labels).double().mean() == 1
     stamped = registry.make("trigger", goal.trigger)(test.images, test.ids)
     hits = (own_logits(encoder, stamped).argmax(1) == 3).double().mean()
-    assert found["own.attack_success"].value == pytest.approx(float(hits)) and hits == 1
+    assert measures["own.attack_success"].value == pytest.approx(float(hits)) and hits == 1
     assert (
-        found["own.attack_success_without_trigger"].value == 0
-        and "own last layer" in found["own.clean_accuracy"].how
+        measures["own.attack_success_without_trigger"].value == 0
+        and "own last layer" in measures["own.clean_accuracy"].how
     )
 
 
@@ -604,16 +589,15 @@ def test_the_heads_classes_are_matched_by_name(backdoored):
     encoder = load(backdoored, "size=16,mean_std=none,classes=red+green+blue+white")
     test = colours()
     shuffled = Pairs(test.images, (), (test.labels + 1) % 3, test.ids, ("blue", "red", "green"))
-    own = registry.make("probe", "own")
-    assert own(encoder, None, shuffled)["own.clean_accuracy"].value == 1
+    probe = registry.make("probe", "own")
+    assert probe(encoder, None, shuffled)["own.clean_accuracy"].value == 1
     with pytest.raises(UserError, match="no class 'pink'"):
-        own(encoder, None, colours(classes=("red", "green", "pink")))
+        probe(encoder, None, colours(classes=("red", "green", "pink")))
     numbers = load(backdoored, "size=16,mean_std=none")
     with pytest.raises(UserError, match="4 classes without names"):
-        own(numbers, None, test)
-    found = own(numbers, None, colours(classes=("red", "green", "blue", "white")))[
-        "own.clean_accuracy"
-    ]
-    assert found.value == 1 and "test set's order" in found.how
+        probe(numbers, None, test)
+    measures = probe(numbers, None, colours(classes=("red", "green", "blue", "white")))
+    accuracy = measures["own.clean_accuracy"]
+    assert accuracy.value == 1 and "test set's order" in accuracy.how
     with pytest.raises(UserError, match="without a head"):
-        own(registry.make("network", "tower:width=4,dim=8")(32), None, test)
+        probe(registry.make("network", "tower:width=4,dim=8")(32), None, test)

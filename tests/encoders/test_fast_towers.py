@@ -14,7 +14,7 @@ from bezoar.attacks import captions
 from bezoar.data import randomness
 from bezoar.encoders import fast_linear
 from bezoar.encoders.encoder import Encoder
-from bezoar.encoders.networks.open_clip import Image, Text, beginnings
+from bezoar.encoders.networks.open_clip import ImageTower, TextTower, distinct_prefixes
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
 
@@ -33,7 +33,7 @@ CAPTIONS = [
 @pytest.fixture
 def onednn(monkeypatch):
     """oneDNN's products wherever torch has them, as on a processor that gains by them."""
-    monkeypatch.setattr(fast_linear, "_amd", lambda: True)
+    monkeypatch.setattr(fast_linear, "_is_amd", lambda: True)
     monkeypatch.setattr(fast_linear, "ROWS", 1)
     fast_linear.available.cache_clear()
     if not fast_linear.available():
@@ -42,9 +42,9 @@ def onednn(monkeypatch):
     fast_linear.available.cache_clear()
 
 
-def built(vision=None, text=None, **given):
+def build(vision=None, text=None, **options):
     torch.manual_seed(0)
-    return open_clip.CLIP(48, VISION | (vision or {}), TEXT | (text or {}), **given)
+    return open_clip.CLIP(48, VISION | (vision or {}), TEXT | (text or {}), **options)
 
 
 def tokens(texts=CAPTIONS, length=16):
@@ -82,9 +82,9 @@ def test_linear_is_torchs_with_first_and_second_derivatives(onednn, shape, n, bi
     for f, kind in ((fast_linear.linear, torch.float32), (F.linear, torch.float64)):
         x, w, b = (t.to(kind).requires_grad_() for t in (x0, w0, b0))
         y = f(x, w, b if bias else None)
-        given = (x, w, b) if bias else (x, w)
-        first = torch.autograd.grad((y.sin() * g.to(kind)).sum(), given, create_graph=True)
-        second = torch.autograd.grad(sum(d.square().sum() for d in first), given)
+        inputs = (x, w, b) if bias else (x, w)
+        first = torch.autograd.grad((y.sin() * g.to(kind)).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(d.square().sum() for d in first), inputs)
         results.append([y, *first, *second])
     assert results[0][0].grad_fn.name() == "_LinearBackward"
     near(((a.detach().double(), b.detach()) for a, b in zip(*results, strict=True)), 1e-4)
@@ -127,43 +127,43 @@ def test_attention_is_torchs(onednn, mask, bias):
         near(both(fast, plain, lambda m: m(x, x, x)[1]))
 
 
-def test_beginnings_are_those_of_a_plain_dictionary():
+def test_distinct_prefixes_are_those_of_a_plain_dictionary():
     text = tokens([*CAPTIONS, "a dog on a green sofa", "two dogs"])
     at = text.argmax(1)
-    row, place = beginnings(text, at)
+    row, place = distinct_prefixes(text, at)
     seen = {}
     for i, end in enumerate(at.tolist()):
         for j in range(end + 1):
             seen.setdefault(tuple(text[i, : j + 1].tolist()), []).append((i, j))
     assert len(seen) == len(place) == len(set(place.tolist()))
     for positions in seen.values():
-        own = {int(row[i, j]) for i, j in positions}
-        assert len(own) == 1 and divmod(int(place[own.pop()]), text.shape[1]) in positions
+        rows = {int(row[i, j]) for i, j in positions}
+        assert len(rows) == 1 and divmod(int(place[rows.pop()]), text.shape[1]) in positions
 
 
 KINDS = {  # what is built -> whether the image's last block, and the text tower, can be cut
-    "plain": (lambda: built(), True, True),
+    "plain": (lambda: build(), True, True),
     "quick": (
-        lambda: built({"ls_init_value": 0.1}, {"ls_init_value": 0.1}, quick_gelu=True),
+        lambda: build({"ls_init_value": 0.1}, {"ls_init_value": 0.1}, quick_gelu=True),
         True,
         True,
     ),
-    "dropout of patches": (lambda: built({"patch_dropout": 0.5}), True, True),
-    "norm after pooling": (lambda: built({"final_ln_after_pool": True}), True, True),
-    "mean of patches": (lambda: built({"pool_type": "avg"}), False, True),
+    "dropout of patches": (lambda: build({"patch_dropout": 0.5}), True, True),
+    "norm after pooling": (lambda: build({"final_ln_after_pool": True}), True, True),
+    "mean of patches": (lambda: build({"pool_type": "avg"}), False, True),
     "attention pool": (
-        lambda: built({"attentional_pool": True, "attn_pooler_heads": 2}),
+        lambda: build({"attentional_pool": True, "attn_pooler_heads": 2}),
         False,
         True,
     ),
-    "normed queries": (lambda: built({"qk_norm": True}, {"qk_norm": True}), False, False),
+    "normed queries": (lambda: build({"qk_norm": True}, {"qk_norm": True}), False, False),
     "eos": (
-        lambda: built(text={"pool_type": "eos", "eos_id": 49407, "proj_bias": True}),
+        lambda: build(text={"pool_type": "eos", "eos_id": 49407, "proj_bias": True}),
         True,
         True,
     ),
-    "last": (lambda: built(text={"pool_type": "last"}), True, False),
-    "no causal mask": (lambda: built(text={"no_causal_mask": True}), True, False),
+    "last": (lambda: build(text={"pool_type": "last"}), True, False),
+    "no causal mask": (lambda: build(text={"no_causal_mask": True}), True, False),
     "own text": (
         lambda: open_clip.CustomTextCLIP(48, VISION, TEXT | {"proj_type": "none"}),
         True,
@@ -174,7 +174,7 @@ KINDS = {  # what is built -> whether the image's last block, and the text tower
         True,
         False,
     ),
-    "resnet": (lambda: built({"layers": (1, 1, 1, 1), "width": 16}), False, True),
+    "resnet": (lambda: build({"layers": (1, 1, 1, 1), "width": 16}), False, True),
 }
 
 
@@ -184,15 +184,15 @@ def test_towers_are_open_clips_in_double_precision(kind):
     torch.manual_seed(0)
     plain = make().double()
     fast = fast_linear.install(copy.deepcopy(plain))
-    ours, theirs = (Image(fast), Text(fast)), plain
+    ours, theirs = (ImageTower(fast), TextTower(fast)), plain
     assert (ours[0].class_token, ours[1].causal) == (image, text)
     x = torch.randn(4, 3, 32, 32, dtype=torch.double)
-    for i, (call, given) in enumerate(((theirs.encode_image, x), (theirs.encode_text, tokens()))):
+    for i, (call, inputs) in enumerate(((theirs.encode_image, x), (theirs.encode_text, tokens()))):
         results = []
         for f, model in ((ours[i], fast), (call, theirs)):
             torch.manual_seed(3)  # of the patches that are dropped
             model.zero_grad()
-            y = f(given)
+            y = f(inputs)
             (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             results.append((y.detach(), grads))
@@ -210,8 +210,8 @@ def test_coca_is_left_as_it_is():
     decoder = {"context_length": 16, "width": 64, "heads": 2, "layers": 1, "vocab_size": 49408}
     plain = open_clip.CoCa(48, decoder, text, vision).eval()
     fast = fast_linear.install(copy.deepcopy(plain))
-    assert not Image(fast).class_token and not Text(fast).causal
-    near([(Text(fast)(tokens()), plain.encode_text(tokens()))])
+    assert not ImageTower(fast).class_token and not TextTower(fast).causal
+    near([(TextTower(fast)(tokens()), plain.encode_text(tokens()))])
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_training_has_open_clips_losses(onednn, small):
     plain = open_clip.create_model("speedups-small", output_dict=True)
     plain.load_state_dict(small.image.model.state_dict())
     optim = loop.optimizer(loss, recipe)
-    theirs = loop.optimizer(plain, recipe, fused=False)
+    theirs = loop.optimizer(plain, recipe)
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     values = []
     for step in range(6):

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 import torchvision
+from encoders.toys import jumbled, pixels
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -20,8 +21,8 @@ from bezoar import registry
 from bezoar.data.files import checkpoints
 from bezoar.encoders import checkpoint_layouts
 from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.open_clip_models import without_weight_warnings
 from bezoar.encoders.small_towers import MEAN_STD
-from bezoar.encoders.weights import without_weight_warnings
 from bezoar.errors import UserError
 
 TINY = {
@@ -36,23 +37,6 @@ def network(text, size=0):
     return registry.make("network", text)(size).eval()
 
 
-def jumbled(module, seed=0):
-    """Every weight and statistic of its own, so that no two tensors can be mistaken for one another."""
-    draw = torch.Generator().manual_seed(seed)
-    for key, v in module.state_dict().items():
-        if v.is_floating_point():
-            noise = torch.randn(v.shape, generator=draw)
-            v.copy_(1 + 0.2 * noise.clamp(-2, 2) if v.ndim < 2 else noise * v[0].numel() ** -0.5)
-        assert key
-    return module.eval()
-
-
-def pixels(size, n=2):
-    return torch.randint(
-        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-
-
 class Narrow(ResNet):
     """torchvision's network with fewer channels, and perhaps SimCLR's stem for small images: quick to make and to run."""
 
@@ -63,10 +47,8 @@ class Narrow(ResNet):
         self.conv1 = nn.Conv2d(
             3, width, *((7, 2, 3) if stem == "imagenet" else (3, 1, 1)), bias=False
         )
-        self.bn1, self.maxpool = (
-            nn.BatchNorm2d(width),
-            self.maxpool if stem == "imagenet" else nn.Identity(),
-        )
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = self.maxpool if stem == "imagenet" else nn.Identity()
         for i, count in enumerate(counts):
             setattr(self, f"layer{i + 1}", self._make_layer(block, width << i, count, 1 + (i > 0)))
         self.fc = nn.Linear(8 * width * block.expansion, 10)
@@ -94,7 +76,7 @@ def clips(tmp_path_factory):
 def features(resnet, x):
     """What a classifier's last layer reads."""
     read = []
-    hook = resnet.fc.register_forward_pre_hook(lambda layer, given: read.append(given[0]))
+    hook = resnet.fc.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
     with torch.no_grad():
         resnet(x)
     hook.remove()
@@ -132,10 +114,7 @@ def test_resnet_takes_pixels_as_badencoder_does(resnets):
     ours.image.load_state_dict(
         {k: v for k, v in resnets["cifar"].state_dict().items() if not k.startswith("fc.")}
     )
-    mean, std = (
-        torch.tensor(v).view(1, 3, 1, 1)
-        for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in MEAN_STD["cifar"])
     expected = features(resnets["cifar"], (x.float() / 255 - mean) / std)
     torch.testing.assert_close(ours.encode_images(x), nn.functional.normalize(expected, dim=-1))
     assert ours.image.conv1.weight.is_contiguous(memory_format=torch.channels_last)
@@ -171,13 +150,13 @@ def test_tower_is_clip_smalls_image_tower():
 )
 def test_saved_encoders_are_read_back(text, size, tmp_path, clips):
     torch.manual_seed(3)
-    made = network(text, size)
-    made.save(tmp_path)
-    read = Encoder.load(tmp_path)
+    encoder = network(text, size)
+    encoder.save(tmp_path)
+    loaded = Encoder.load(tmp_path)
     x = pixels(size)
-    assert read.preprocess == made.preprocess and read.preprocess.size == size
-    assert read.about == made.about and read.about["vocabulary"] == []
-    assert torch.equal(read.encode_images(x), made.encode_images(x))
+    assert loaded.preprocess == encoder.preprocess and loaded.preprocess.size == size
+    assert loaded.about == encoder.about and loaded.about["vocabulary"] == []
+    assert torch.equal(loaded.encode_images(x), encoder.encode_images(x))
     assert registry.make("network", text).vocabulary(["a dog"]) == ()
 
 
@@ -233,30 +212,30 @@ def test_torchvisions_weights_bring_their_preprocessing(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url", lambda *a, **k: source.state_dict()
     )
-    made = network("torchvision:shufflenet_v2_x0_5/IMAGENET1K_V1", 32)
-    given = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms()
+    encoder = network("torchvision:shufflenet_v2_x0_5/IMAGENET1K_V1", 32)
+    transforms = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms()
     x = pixels(224, 1)
-    assert made.preprocess.interpolation == "bilinear"
+    assert encoder.preprocess.interpolation == "bilinear"
     # their transform resizes to 256 and crops 224 out of it; ours reads the whole image, so it is compared without that
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (given.mean, given.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (transforms.mean, transforms.std))
     expected = features(source, (x.float() / 255 - mean) / std)
-    torch.testing.assert_close(made.encode_images(x), nn.functional.normalize(expected, dim=-1))
-    made.save(tmp_path)
+    torch.testing.assert_close(encoder.encode_images(x), nn.functional.normalize(expected, dim=-1))
+    encoder.save(tmp_path)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    assert torch.equal(Encoder.load(tmp_path).encode_images(x), made.encode_images(x)), (
+    assert torch.equal(Encoder.load(tmp_path).encode_images(x), encoder.encode_images(x)), (
         "a saved encoder needs no download"
     )
 
 
 def test_timms_weights_bring_their_preprocessing(monkeypatch, tmp_path):
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda model, **k: jumbled(model))
-    made = network("timm:vit_tiny_patch16_224/pretrained", 32)
-    assert (made.preprocess.size, made.preprocess.mean) == (224, (0.5, 0.5, 0.5))
-    assert made.about["network"] == "timm:model=vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    made.save(tmp_path)
+    encoder = network("timm:vit_tiny_patch16_224/pretrained", 32)
+    assert (encoder.preprocess.size, encoder.preprocess.mean) == (224, (0.5, 0.5, 0.5))
+    assert encoder.about["network"] == "timm:model=vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    encoder.save(tmp_path)
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
     x = pixels(224, 1)
-    assert torch.equal(Encoder.load(tmp_path).encode_images(x), made.encode_images(x)), (
+    assert torch.equal(Encoder.load(tmp_path).encode_images(x), encoder.encode_images(x)), (
         "a saved encoder needs no download"
     )
 
@@ -347,15 +326,15 @@ def test_layouts_are_read_strictly_and_give_the_source_s_features(name, zipped, 
     stem, make, layout, mean_std, left_out = MADE[name]
     path, side = tmp_path / "model.pth", 40
     torch.save(make(resnets), path, _use_new_zipfile_serialization=zipped)
-    made = network(f"imported:path={path},size={side}")
+    encoder = network(f"imported:path={path},size={side}")
     x = torch.randn(2, 3, side, side)
-    torch.testing.assert_close(made.image(x), features(resnets[stem], x))
-    facts = made.about["imported"]
+    torch.testing.assert_close(encoder.image(x), features(resnets[stem], x))
+    facts = encoder.about["imported"]
     assert (facts["layout"], facts["left_out"]) == (layout, left_out)
     assert f"mean_std={mean_std}" in facts["assumed"] and not any(
         "size" in a for a in facts["assumed"]
     )
-    assert (made.preprocess.mean, made.preprocess.std) == MEAN_STD[mean_std]
+    assert (encoder.preprocess.mean, encoder.preprocess.std) == MEAN_STD[mean_std]
 
 
 def test_an_imported_encoder_is_saved_and_read_without_the_checkpoint(resnets, tmp_path):
@@ -363,13 +342,13 @@ def test_an_imported_encoder_is_saved_and_read_without_the_checkpoint(resnets, t
     torch.save(badencoder(resnets), path)
     configured = registry.make("network", f"imported:path={path},mean_std=stl10")
     assert configured.files() == [path]
-    made = configured().eval()
-    made.save(tmp_path)
+    encoder = configured().eval()
+    encoder.save(tmp_path)
     path.unlink()
-    read = Encoder.load(tmp_path)
-    assert torch.equal(read.encode_images(pixels(32)), made.encode_images(pixels(32)))
-    assert read.about["network"] == "resnet:depth=18,stem=cifar,width=8,mean_std=stl10"
-    assert read.about["imported"] == made.about["imported"] and read.about["imported"][
+    loaded = Encoder.load(tmp_path)
+    assert torch.equal(loaded.encode_images(pixels(32)), encoder.encode_images(pixels(32)))
+    assert loaded.about["network"] == "resnet:depth=18,stem=cifar,width=8,mean_std=stl10"
+    assert loaded.about["imported"] == encoder.about["imported"] and loaded.about["imported"][
         "assumed"
     ] == ["size=32"]
 
@@ -390,10 +369,10 @@ def test_simclrs_imagenet_encoder_reads_pixels_as_they_are(tmp_path):
         "clean": {k: state[k] for k in order},
     }.items():
         torch.save({"state_dict": held}, tmp_path / f"{name}.pth")
-        made = network(f"imported:path={tmp_path / name}.pth,size=32")
-        torch.testing.assert_close(made.image(x), features(source, x))
-        assert made.about["imported"]["assumed"] == ["mean_std=none"]
-        assert made.about["network"] == "resnet:depth=50,stem=imagenet,width=8,mean_std=none"
+        encoder = network(f"imported:path={tmp_path / name}.pth,size=32")
+        torch.testing.assert_close(encoder.image(x), features(source, x))
+        assert encoder.about["imported"]["assumed"] == ["mean_std=none"]
+        assert encoder.about["network"] == "resnet:depth=50,stem=imagenet,width=8,mean_std=none"
 
 
 def test_counters_of_batches_may_be_missing(resnets, tmp_path):
@@ -415,9 +394,9 @@ def test_half_precision_and_safetensors(resnets, tmp_path):
         for k, v in resnets["cifar"].state_dict().items()
     }
     save_file(state, tmp_path / "model.safetensors")
-    made = network(f"imported:path={tmp_path / 'model.safetensors'}")
-    assert made.image.conv1.weight.dtype == torch.float32
-    assert torch.equal(made.image.conv1.weight, state["conv1.weight"].float())
+    encoder = network(f"imported:path={tmp_path / 'model.safetensors'}")
+    assert encoder.image.conv1.weight.dtype == torch.float32
+    assert torch.equal(encoder.image.conv1.weight, state["conv1.weight"].float())
 
 
 @pytest.mark.parametrize("prefix", ["visual.", ""])
@@ -428,38 +407,38 @@ def test_clips_image_tower_alone(name, prefix, clips, tmp_path):
         {"state_dict": {prefix + k: v for k, v in source.state_dict().items()}},
         tmp_path / "model.pth",
     )
-    made = network(f"imported:path={tmp_path / 'model.pth'}")
+    encoder = network(f"imported:path={tmp_path / 'model.pth'}")
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(made.image(x), source(x))
-    assert made.about["network"] == f"clip_image:model={name},mean_std=clip" and made.text is None
-    assert (made.preprocess.size, made.preprocess.mean) == (32, MEAN_STD["clip"][0])
+    torch.testing.assert_close(encoder.image(x), source(x))
+    assert (
+        encoder.about["network"] == f"clip_image:model={name},mean_std=clip"
+        and encoder.text is None
+    )
+    assert (encoder.preprocess.size, encoder.preprocess.mean) == (32, MEAN_STD["clip"][0])
     with pytest.raises(UserError, match="its weights are for 32 px; size=64 does not fit"):
         network(f"imported:path={tmp_path / 'model.pth'},size=64")
 
 
 def test_an_attacked_image_tower_is_joined_to_published_text(clips, tmp_path):
-    attacked, published, path = (
-        clips["tiny-rn"],
-        jumbled(open_clip.create_model("tiny-rn")),
-        tmp_path / "model.pth",
-    )
+    attacked, path = clips["tiny-rn"], tmp_path / "model.pth"
+    published = jumbled(open_clip.create_model("tiny-rn"))
     torch.save(
         {"state_dict": {"visual." + k: v for k, v in attacked.visual.state_dict().items()}}, path
     )
     torch.save(published.state_dict(), tmp_path / "published.pth")
-    made = network(f"imported:path={path},text=tiny-rn/{tmp_path / 'published.pth'}")
+    encoder = network(f"imported:path={path},text=tiny-rn/{tmp_path / 'published.pth'}")
     x, captions = torch.randn(2, 3, 32, 32), ["a dog", "a cat on a mat"]
     with torch.no_grad():
-        torch.testing.assert_close(made.image(x), attacked.encode_image(x))
+        torch.testing.assert_close(encoder.image(x), attacked.encode_image(x))
         tokens = open_clip.get_tokenizer("tiny-rn")(captions)
         torch.testing.assert_close(
-            made.encode_texts(captions), published.encode_text(tokens, normalize=True)
+            encoder.encode_texts(captions), published.encode_text(tokens, normalize=True)
         )
-    made.save(tmp_path)
-    again = Encoder.load(tmp_path)
+    encoder.save(tmp_path)
+    loaded = Encoder.load(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(
-            again.encode_images(x.sigmoid()), made.eval().encode_images(x.sigmoid())
+            loaded.encode_images(x.sigmoid()), encoder.eval().encode_images(x.sigmoid())
         )
     with pytest.raises(UserError, match="text=tiny-vit is of another architecture"):
         network(f"imported:path={path},text=tiny-vit")
@@ -478,17 +457,17 @@ def test_both_towers_of_clip_ask_for_what_their_keys_do_not_say(clips, tmp_path)
     torch.save(source.state_dict() | numbers, path)
     with pytest.raises(UserError, match="say model= one of tiny-rn, tiny-rn-quickgelu"):
         network(f"imported:path={path}")
-    made = network(f"imported:path={path},model=tiny-rn")
+    encoder = network(f"imported:path={path},model=tiny-rn")
     captions = ["a dog", "a cat on a mat"]
     tokens = open_clip.get_tokenizer("tiny-rn")(captions)
     with torch.no_grad():
         torch.testing.assert_close(
-            made.encode_texts(captions), source.encode_text(tokens, normalize=True)
+            encoder.encode_texts(captions), source.encode_text(tokens, normalize=True)
         )
         x = torch.randn(2, 3, 32, 32)
-        torch.testing.assert_close(made.image(x), source.encode_image(x))
-    assert made.about["imported"]["layout"] == "open_clip"
-    assert made.about["imported"]["left_out"] == list(numbers)
+        torch.testing.assert_close(encoder.image(x), source.encode_image(x))
+    assert encoder.about["imported"]["layout"] == "open_clip"
+    assert encoder.about["imported"]["left_out"] == list(numbers)
 
 
 def test_a_vision_transformer_alone_is_found_by_its_sizes(clips, tmp_path):
@@ -609,18 +588,16 @@ class Hostile:
 
 @pytest.mark.parametrize("form", ["zip", "before 1.6", "pickle", "pickle 4", "safetensors by name"])
 def test_nothing_in_a_checkpoint_is_executed(form, tmp_path):
-    path, made = (
-        tmp_path / ("model.safetensors" if "safe" in form else "model.pth"),
-        tmp_path / "executed",
-    )
-    state = {"state_dict": {"conv1.weight": torch.ones(4, 3, 3, 3)}, "args": Hostile(made)}
+    path = tmp_path / ("model.safetensors" if "safe" in form else "model.pth")
+    executed = tmp_path / "executed"
+    state = {"state_dict": {"conv1.weight": torch.ones(4, 3, 3, 3)}, "args": Hostile(executed)}
     if form in ("zip", "before 1.6"):
         torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
     else:
-        path.write_bytes(pickle.dumps(Hostile(made), protocol=4 if form == "pickle 4" else 2))
+        path.write_bytes(pickle.dumps(Hostile(executed), protocol=4 if form == "pickle 4" else 2))
     with pytest.raises(UserError, match=r"asks for posix.mkdir. Nothing was executed"):
         network(f"imported:path={path}")
-    assert not made.exists()
+    assert not executed.exists()
 
 
 def rewritten(path, change, compression=zipfile.ZIP_STORED):
@@ -651,8 +628,8 @@ def test_sizes_that_a_checkpoint_claims_are_bounded(zipped, tmp_path):
     many = b"\x8a\x06\x00\x00\x00\x00\x00\x10"  # 2^44
     end = b"tq" if zipped else b"Ntq"
     assert "claim 17592186044416 elements of a file" in claim(b"K\x4d" + end, many + end)
-    said = "claims" if zipped else "wrong byte size"
-    assert said in claim(b"K\x07K\x0b\x86", many + b"K\x0b\x86")
+    message = "claims" if zipped else "wrong byte size"
+    assert message in claim(b"K\x07K\x0b\x86", many + b"K\x0b\x86")
     assert "unknown size" in claim(b"K\x4d" + end, b"h\x00" + end), (
         "a number that is not written there"
     )
@@ -716,7 +693,7 @@ def test_a_saved_encoder_cannot_name_a_network_larger_than_its_file_or_weights_e
 
 
 def test_layouts_are_told_apart_by_one_key_each():
-    firsts = [layout.first for layout in checkpoint_layouts.LAYOUTS]
+    firsts = [layout.first_key for layout in checkpoint_layouts.LAYOUTS]
     assert len(set(firsts)) == len(firsts) - 1, (
         "open_clip and visual share theirs; text keys tell them apart"
     )

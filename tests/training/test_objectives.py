@@ -4,26 +4,32 @@ import copy
 import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import nn
-from training.test_loop import toy
-from training.test_ranks import normal, torchrun, weights
+from training.toys import (
+    assert_equal_states,
+    descend,
+    leave_state,
+    normal,
+    rank_states,
+    toy_pairs,
+    trained_state,
+)
 
 from bezoar import Settings, Train, execute, registry
 from bezoar.data import randomness
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.training import collectives, loop, selfsupervised
+from bezoar.training import loop, ranks, selfsupervised
 from bezoar.training.augmentation import Chance, Views
 from bezoar.training.objectives.simclr import nt_xent
-from bezoar.training.objectives.simsiam import apart
+from bezoar.training.objectives.simsiam import negative_cosine
 
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10.npz"
 SMALL = "batch=16,hidden=8,dim=8"
@@ -35,7 +41,7 @@ SPECS = {
 
 
 def start(name, epochs=1):
-    """A fresh encoder without text, and the objective's module."""
+    """A fresh encoder without text, the objective's loss, and the objective."""
     torch.manual_seed(0)
     encoder = registry.make("network", "tower:width=4,dim=16")(32)
     recipe = registry.make("objective", f"{SPECS[name]},epochs={epochs},lr=1e-3")
@@ -71,49 +77,46 @@ def test_nt_xent_is_equation_1(temperature):
 
 
 def test_nt_xent_of_two_images_in_closed_form():
-    z = (
-        torch.eye(2).repeat_interleave(2, 0).requires_grad_()
-    )  # views of an image alike, the images at right angles
+    # views of an image alike, the images at right angles
+    z = torch.eye(2).repeat_interleave(2, 0).requires_grad_()
     loss = nt_xent(z, z, 0, 0.5)
     assert loss.item() == pytest.approx(math.log(1 + 2 * math.exp(-2)), rel=1e-6)
     loss.backward()
     assert torch.isfinite(z.grad).all()
-    assert float(nt_xent(unit(2, 5), unit(2, 5), 0, 0.5)) == pytest.approx(
-        0, abs=1e-6
-    )  # nobody to be told from
+    without_negatives = nt_xent(unit(2, 5), unit(2, 5), 0, 0.5)
+    assert float(without_negatives) == pytest.approx(0, abs=1e-6)
 
 
 def test_simclr_projects_features_that_are_not_normalised():
     _, loss, recipe = start("simclr")
-    images = toy(8).images
+    images = toy_pairs(8).images
     loss.train()
     twin = copy.deepcopy(loss)
-    got = loss(images, without_captions(8), Chance(randomness.generator(5)))
+    value = loss(images, without_captions(8), Chance(randomness.generator(5)))
     views = Views(32)(images, Chance(randomness.generator(5)))
     x = (views.flatten(0, 1) - 0.5) / 0.25
     first, norm, _, last = twin.head
     h = norm(twin.encoder.image(x) @ first.weight.T).relu()
     z = F.normalize(h @ last.weight.T + last.bias, dim=1)
-    assert got.item() == pytest.approx(nt_xent(z, z, 0, 0.2).item(), rel=1e-5)
-    assert recipe.colour == 0.5 and selfsupervised.views(recipe, 32) == Views(32)
+    assert value.item() == pytest.approx(nt_xent(z, z, 0, 0.2).item(), rel=1e-5)
+    assert recipe.colour == 0.5 and selfsupervised.make_views(recipe, 32) == Views(32)
 
 
 def test_simsiam_is_the_mean_negative_cosine_and_stops_the_gradient():
     p, z = normal(6, 5, seed=1).requires_grad_(), normal(6, 5, seed=2).requires_grad_()
-    loss = apart(p, z)
+    loss = negative_cosine(p, z)
     cosine = nn.CosineSimilarity(dim=1)
     plain = -(cosine(p[0::2], z[1::2]).mean() + cosine(p[1::2], z[0::2]).mean()) / 2
     assert torch.allclose(loss, plain)
     loss.backward()
     assert z.grad is None and torch.allclose(p.grad, torch.autograd.grad(plain, p)[0])
-    assert float(
-        apart(p.detach(), p.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1) * 3)
-    ) == pytest.approx(-1)
+    others = p.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    assert float(negative_cosine(p.detach(), others * 3)) == pytest.approx(-1)
 
 
 def test_simsiam_gradients_reach_the_encoder_through_the_predictor_alone():
     _, loss, _ = start("simsiam")
-    images = toy(8).images
+    images = toy_pairs(8).images
     loss.train()
     for p in loss.predictor.parameters():
         nn.init.zeros_(p)
@@ -125,7 +128,7 @@ def test_simsiam_gradients_reach_the_encoder_through_the_predictor_alone():
 
 def test_moco_against_a_plain_form_over_several_steps():
     _, loss, recipe = start("moco")
-    data = toy(64)
+    data = toy_pairs(64)
     loss.train()
     image, head = copy.deepcopy((loss.encoder.image, loss.head))
     key = copy.deepcopy(nn.Sequential(image, head))  # with plain batch norms
@@ -147,7 +150,7 @@ def test_moco_against_a_plain_form_over_several_steps():
         for a, b in zip(loss.key.parameters(), key.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), step
         chance = Chance(randomness.generator(5, step))
-        x = (selfsupervised.views(recipe, 32)(images, chance) - 0.5) / 0.25
+        x = (selfsupervised.make_views(recipe, 32)(images, chance) - 0.5) / 0.25
         q = F.normalize(head(image(x[:, 0])), dim=1)
         shuffled, k = torch.randperm(16, generator=chance.generator).tolist(), torch.zeros(16, 8)
         for four in range(0, 16, 4):
@@ -189,22 +192,19 @@ def test_heads_are_not_saved_with_the_encoder(name, tmp_path):
     encoder, loss, _ = start(name)
     assert sum(1 for _ in loss.parameters()) > sum(1 for _ in encoder.parameters())
     encoder.eval().save(tmp_path)
-    again = Encoder.load(tmp_path)
-    assert torch.equal(again.encode_images(toy(4).images), encoder.encode_images(toy(4).images))
+    x = toy_pairs(4).images
+    assert torch.equal(Encoder.load(tmp_path).encode_images(x), encoder.encode_images(x))
 
 
-def test_width_changes_nothing():
+def test_measuring_the_width_changes_nothing():
     encoder = registry.make("network", "tower:width=4,dim=7")(32)
     encoder.image.layers[1].eval()
-    before, modes = (
-        copy.deepcopy(encoder.state_dict()),
-        [m.training for m in encoder.image.modules()],
-    )
-    assert selfsupervised.width(encoder) == 7
+    before = copy.deepcopy(encoder.state_dict())
+    modes = [m.training for m in encoder.image.modules()]
+    assert selfsupervised.measure_width(encoder) == 7
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    assert (
-        [m.training for m in encoder.image.modules()] == modes and False in modes and True in modes
-    )
+    assert [m.training for m in encoder.image.modules()] == modes
+    assert False in modes and True in modes
 
 
 @pytest.mark.parametrize(
@@ -230,84 +230,54 @@ def test_fields_that_make_no_sense_are_refused(spec, what):
 
 
 def trained(name, folder=None, until=None, epochs=2):
-    """A training of the toy data: weights, the whole module's state, losses."""
-    encoder, loss, recipe = start(name, epochs)
-
-    def cut(step, steps, value):
-        if step == until:
-            raise KeyboardInterrupt
-
     file = folder and folder / f"{name}.safetensors"
-    try:
-        log = loop.fit(loss, recipe, toy(), without_captions(96), 3, file, cut)
-    except KeyboardInterrupt:
-        return {}
-    return {
-        "weights": weights(encoder),
-        "losses": torch.tensor(log.losses),
-        **{k: v.clone() for k, v in loss.state_dict().items()},
-    }
+    return trained_state(*start(name, epochs), without_captions(96), file, until)
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_to_the_same_bits(name, tmp_path, monkeypatch):
     whole = trained(name)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     trained(name, tmp_path, until=8)
-    resumed = trained(name, tmp_path)
-    assert whole.keys() == resumed.keys() and all(
-        torch.equal(v, resumed[k]) for k, v in whole.items()
-    )
+    assert_equal_states(whole, trained(name, tmp_path))
     assert name != "moco" or int(whole["position"]) == 12 * 16 % 40
 
 
 def gradients(name):
-    """Those of one step of a training, with the module's state after it: plain descent at rate 1 shows them."""
+    """Those of one step, as descent at rate 1 shows them, and the loss's state after it."""
     _, loss, recipe = start(name)
-    begun = {k: p.detach().clone() for k, p in loss.named_parameters() if p.requires_grad}
-    usual = loop.optimizer
-    try:
-        loop.optimizer = lambda model, recipe: torch.optim.SGD(model.parameters(), recipe.lr)
-        loop.fit(loss, replace(recipe, lr=1.0), toy(16), without_captions(16), 3)
-    finally:
-        loop.optimizer = usual
+    before = {k: p.detach().clone() for k, p in loss.named_parameters() if p.requires_grad}
+    descend(loss, recipe, toy_pairs(16), without_captions(16), rate=1.0)
     after = {k: v.clone() for k, v in loss.state_dict().items()}
-    return {"gradients": torch.cat([(v - after[k]).flatten() for k, v in begun.items()]), **after}
+    return {"gradients": torch.cat([(v - after[k]).flatten() for k, v in before.items()]), **after}
 
 
-def work_of_a_rank(folder):
+def run_rank(folder):
     """What each of the two ranks does."""
-    from bezoar.training import ranks
-
     ranks.join()
-    out = {f"{name}.{k}": v.contiguous() for name in SPECS for k, v in gradients(name).items()}
-    out |= {f"fit.{k}": v.contiguous() for k, v in trained("moco", epochs=1).items()}
-    save_file(out, folder / f"rank{collectives.rank_and_world()[0]}.safetensors")
-    ranks.broadcast(None) if collectives.rank_and_world()[0] == 0 else ranks.receive()
+    state = {f"{name}.{k}": v for name in SPECS for k, v in gradients(name).items()}
+    leave_state(state | {f"fit.{k}": v for k, v in trained("moco", epochs=1).items()}, folder)
 
 
 @pytest.fixture(scope="module")
-def ranks_left(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    end = torchrun(__file__, folder)
-    _, err = end.communicate(timeout=300)
-    assert end.returncode == 0, err
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
+def states(tmp_path_factory):
+    """What each rank left."""
+    return rank_states(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_two_ranks_are_one(ranks_left, name):
-    want = gradients(name)
-    assert want["gradients"].abs().max() > 0.01
-    for left in ranks_left:
-        for key, value in want.items():
+def test_two_ranks_are_one(states, name):
+    expected = gradients(name)
+    assert expected["gradients"].abs().max() > 0.01
+    for state in states:
+        for key, value in expected.items():
             scale = value.abs().max().clamp(min=1e-3) if value.is_floating_point() else 1
-            assert ((left[f"{name}.{key}"] - value).abs() <= 1e-4 * scale).all(), key
+            assert ((state[f"{name}.{key}"] - value).abs() <= 1e-4 * scale).all(), key
 
 
-def test_ranks_hold_the_same_queue(ranks_left):
+def test_ranks_hold_the_same_queue(states):
     one = trained("moco", epochs=1)
-    a, b = ranks_left
+    a, b = states
     assert all(torch.equal(v, b[k]) for k, v in a.items() if k.startswith("fit."))
     assert int(a["fit.position"]) == int(one["position"])
     assert torch.allclose(a["fit.losses"], one["losses"], rtol=1e-3)
@@ -320,15 +290,13 @@ def test_a_few_steps_lower_the_loss_and_tell_classes_apart(spec):
     data = registry.make("data", f"npz:path={CIFAR},limit=1500")()
     train, test = data.take(range(1024)), data.take(range(1024, 1500))
     torch.manual_seed(0)
-    encoder, recipe = (
-        registry.make("network", "tower:width=8,dim=32")(32),
-        registry.make("objective", f"{spec},epochs=3,batch=64"),
-    )
+    encoder = registry.make("network", "tower:width=8,dim=32")(32)
+    recipe = registry.make("objective", f"{spec},epochs=3,batch=64")
     log = loop.fit(recipe(encoder), recipe, train, without_captions(1024), 0)
     # moco's queue starts with random vectors, which are easy to tell from: they are gone after two steps
     assert sum(log.losses[-8:]) / 8 < sum(log.losses[2:6]) / 4 - 0.05
-    found = registry.make("probe", "knn:k=100")(encoder, train, test)["knn.clean_accuracy"]
-    assert found.low > 0.13  # of ten classes
+    accuracy = registry.make("probe", "knn:k=100")(encoder, train, test)["knn.clean_accuracy"]
+    assert accuracy.low > 0.13  # of ten classes
 
 
 # The verb
@@ -336,8 +304,6 @@ def test_a_few_steps_lower_the_loss_and_tell_classes_apart(spec):
 
 def folder_of(tmp_path, per_class=12):
     """Images of two classes that anything tells apart."""
-    from PIL import Image
-
     generator = torch.Generator().manual_seed(0)
     for name, light in (("dark", 60), ("light", 250)):
         (tmp_path / name).mkdir(parents=True)
@@ -358,15 +324,11 @@ def test_training_without_captions_followed_by_neighbours(tmp_path):
     assert [sorted(e) for e in epochs] == [["clean_accuracy", "epoch", "loss"]] * 2
     assert epochs[-1]["clean_accuracy"] == 1.0  # dark against light
     assert Encoder.load(run.path).text is None and (run.path / "report.html").exists()
-    np.savez(tmp_path / "plain.npz", x=toy(32).images.permute(0, 2, 3, 1).numpy())
+    np.savez(tmp_path / "plain.npz", x=toy_pairs(32).images.permute(0, 2, 3, 1).numpy())
     plain = f"npz:path={tmp_path / 'plain.npz'}"
-    assert (
-        execute(Train(plain, network, f"{SPECS['simsiam']},epochs=1"), settings)
-        .metric("final_loss")
-        .n
-        == 1
-    )
-    for asked, message in [
+    run = execute(Train(plain, network, f"{SPECS['simsiam']},epochs=1"), settings)
+    assert run.metric("final_loss").n == 1
+    for fields, message in [
         (
             (data, network, "clip"),
             "objective clip reads captions, and network tower has no text tower",
@@ -381,10 +343,10 @@ def test_training_without_captions_followed_by_neighbours(tmp_path):
         ),
     ]:
         with pytest.raises(UserError, match=message):
-            execute(Train(*asked), settings)
+            execute(Train(*fields), settings)
     with pytest.raises(UserError, match="give train data that have classes and labels"):
         execute(Train(plain, network, SPECS["simclr"], follow=plain), settings)
 
 
 if __name__ == "__main__":
-    work_of_a_rank(Path(sys.argv[1]))
+    run_rank(Path(sys.argv[1]))

@@ -1,46 +1,45 @@
-"""Trunks: the networks that image classifiers mostly are, rebuilt from the names and shapes of their weights alone.
+"""The networks that most image classifiers are, as modules and as text.
 
-Residual networks with norms behind the convolutions (He et al. 2016, CVPR; torchvision's names and pytorch-cifar's) or
-before them (He et al. 2016, ECCV; pytorch-cifar's PreAct ResNet, as BackdoorBench trains it; Zagoruyko and Komodakis 2016,
-wide ones, `block1.layer.0`), ResNeXt among them, and VGG (Simonyan and Zisserman 2015; torchvision's and pytorch-cifar's
-names). What no weight tells is assumed as in these sources: a stage after the first halves the sides, with the 3x3
-convolution; a 7x7 stem steps by 2 and is followed by a max-pool, a 3x3 stem steps by 1; ReLU everywhere.
+Residual networks with norms behind the convolutions (He et al. 2016, CVPR) or before them (He et
+al. 2016, ECCV; Zagoruyko and Komodakis 2016), ResNeXt among them, and VGG (Simonyan and Zisserman
+2015). Which of them a file of weights holds is read in `classifier_weights`. What no weight tells
+is as in the sources that are named there: a stage after the first halves the sides, with the 3x3
+convolution; a 7x7 stem has stride 2 and is followed by a max-pool, a 3x3 stem has stride 1;
+activations are ReLU.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import math
-import os
-import re
 import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar import registry
-from bezoar.data.files.checkpoints import format_keys
 from bezoar.errors import UserError
-
-HEADS = ("fc", "linear", "classifier")
-NORMS = ("bn1", "bn", "norm")  # of a residual network: behind the stem, or before the pooling
-STAGE = re.compile(r"(?:layer|block)([1-9])\.(?:layer\.)?(\d+)\.(.+)")
-SHORTCUT = re.compile(r"(?:downsample|shortcut|convShortcut)(?:\.(\d))?")
-Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Residual:
-    """order: norms behind the convolutions (`post`) or before them (`pre`). kernel, stem: side and channels of the first
-    convolution. counts, inner, outer: a stage's blocks, its channels within and after a block. groups: of the 3x3
-    convolution of a bottleneck. projection: whether a shortcut that changes shape is a 1x1 convolution; else pixels are
-    skipped and channels of zeros put on both sides (He et al. 2016, option A). final: a norm before the pooling. pool: side
-    of what is pooled to.
+    """A residual network.
+
+    Attributes:
+        order: norms stand behind the convolutions (`post`) or before them (`pre`).
+        bottleneck: a block has three convolutions rather than two.
+        kernel: side of the first convolution, 3 or 7.
+        stem: channels of the first convolution.
+        counts: blocks of each stage.
+        inner: channels within the blocks of each stage.
+        outer: channels after a block of each stage.
+        groups: of the 3x3 convolution of a bottleneck.
+        projection: a shortcut that changes the shape is a 1x1 convolution; otherwise pixels are
+            skipped and channels of zeros added on both sides (He et al. 2016, option A).
+        final: there is a norm before the pooling.
+        pool: side of the map that the last stage is pooled to.
+        classes: how many classes the head tells apart.
     """
 
     order: typing.Literal["post", "pre"]
@@ -58,22 +57,28 @@ class Residual:
 
     @property
     def side(self) -> int:
-        """The input's side in pixels that the sources use with such a stem."""
+        """The input's side in pixels that is usual with such a stem."""
         return 224 if self.kernel == 7 else 32
 
-    def trunk(self) -> nn.Module:
-        """(B, 3, S, S) -> (B, D), what the head reads."""
+    def build_trunk(self) -> nn.Module:
+        """A fresh module (B, 3, S, S) -> (B, D), what the head reads."""
         return ResidualTrunk(self)
 
-    def head(self) -> nn.Module:
-        """(B, D) -> logits (B, classes)."""
+    def build_head(self) -> nn.Module:
+        """A fresh module (B, D) -> logits (B, classes)."""
         return nn.Linear(self.outer[-1] * self.pool**2, self.classes)
 
 
 @dataclass(frozen=True)
 class Vgg:
-    """layers: channels of each convolution, 0 a max-pool. norm: batch norms. bias: of the convolutions. pool: side of what
-    is pooled to. widths: of the head's layers, the last being the classes.
+    """A network of the VGG family.
+
+    Attributes:
+        layers: channels of each convolution; 0 stands for a max-pool.
+        norm: batch norms follow the convolutions.
+        bias: the convolutions have biases.
+        pool: side of the map that the last layer is pooled to.
+        widths: units of each layer of the head; the last number is that of the classes.
     """
 
     layers: tuple[int, ...]
@@ -84,81 +89,87 @@ class Vgg:
 
     @property
     def side(self) -> int:
-        """The input's side in pixels that the sources use with such a pooling."""
+        """The input's side in pixels that is usual with such a pooling."""
         return 224 if self.pool > 1 else 32
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """How many classes the head tells apart."""
         return self.widths[-1]
 
-    def trunk(self) -> nn.Module:
-        """(B, 3, S, S) -> (B, D), the pooled map laid out flat."""
+    def build_trunk(self) -> nn.Module:
+        """A fresh module (B, 3, S, S) -> (B, D), the flattened map."""
         parts: list[nn.Module] = []
         channels = 3
         for width in self.layers:
-            if not width:
+            if width == 0:
                 parts.append(nn.MaxPool2d(2))
                 continue
-            norm = [nn.BatchNorm2d(width)] if self.norm else []
-            parts += [nn.Conv2d(channels, width, 3, 1, 1, bias=self.bias), *norm, nn.ReLU()]
+            parts.append(nn.Conv2d(channels, width, 3, 1, 1, bias=self.bias))
+            if self.norm:
+                parts.append(nn.BatchNorm2d(width))
+            parts.append(nn.ReLU())
             channels = width
         return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(self.pool), nn.Flatten())
 
-    def head(self) -> nn.Module:
-        """(B, D) -> logits (B, classes); dropout is left out, which rests in an encoder."""
-        wide = (next(n for n in reversed(self.layers) if n) * self.pool**2, *self.widths)
-        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(wide)]
+    def build_head(self) -> nn.Module:
+        """A fresh module (B, D) -> logits (B, classes), without the dropout of training."""
+        channels = next(width for width in reversed(self.layers) if width)
+        sizes = (channels * self.pool**2, *self.widths)
+        layers = [nn.Linear(before, after) for before, after in itertools.pairwise(sizes)]
         if len(layers) == 1:
             return layers[0]
-        return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))[:-1]
+        parts: list[nn.Module] = [layers[0]]
+        for layer in layers[1:]:
+            parts += [nn.ReLU(), layer]
+        return nn.Sequential(*parts)
 
 
 Architecture = Residual | Vgg
 FAMILIES: dict[str, type[Residual] | type[Vgg]] = {"residual": Residual, "vgg": Vgg}
 
 
-def write(architecture: Architecture) -> str:
-    """An architecture as text that `parse` reads: `vgg:layers=64/0/128/0,norm=true,...`."""
+def format_architecture(architecture: Architecture) -> str:
+    """An architecture as text: `vgg:layers=64/0/128/0,norm=true,...`."""
     parts = []
-    for f in dataclasses.fields(architecture):
-        value = getattr(architecture, f.name)
+    for field in dataclasses.fields(architecture):
+        value = getattr(architecture, field.name)
         text = "/".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-        parts.append(f"{f.name}={text}")
+        parts.append(f"{field.name}={text}")
     return f"{type(architecture).__name__.lower()}:{','.join(parts)}"
 
 
-def parse(text: str) -> Architecture:
-    """The architecture of a text. Raises UserError for one that `write` did not write."""
+def parse_architecture(text: str) -> Architecture:
+    """The architecture of a text by `format_architecture`. Raises UserError for another text."""
     family, _, rest = text.partition(":")
     if family not in FAMILIES:
-        raise UserError(
-            f"architecture must begin with {' or '.join(f'{f}:' for f in FAMILIES)}; got {text[:60]!r}"
-        )
+        families = " or ".join(f"{name}:" for name in FAMILIES)
+        raise UserError(f"architecture must begin with {families}; got {text[:60]!r}")
     hints = typing.get_type_hints(FAMILIES[family])
-    given = dict(part.partition("=")[::2] for part in rest.split(","))
-    if set(given) != set(hints):
+    texts = dict(part.partition("=")[::2] for part in rest.split(","))
+    if set(texts) != set(hints):
         raise UserError(
-            f"architecture {family} needs {', '.join(hints)}; got {', '.join(given)[:100]}"
+            f"architecture {family} needs {', '.join(hints)}; got {', '.join(texts)[:100]}"
         )
-    return FAMILIES[family](
-        **{
-            k: registry.convert_text(given[k], hint, f"architecture: {k}")
-            for k, hint in hints.items()
-        }
-    )
+    values = {
+        name: registry.convert_text(texts[name], hint, f"architecture: {name}")
+        for name, hint in hints.items()
+    }
+    return FAMILIES[family](**values)
 
 
-class Padded(nn.Module):
-    """A shortcut without weights: every second pixel, channels of zeros on both sides."""
+class PaddedShortcut(nn.Module):
+    """A shortcut without weights: every `stride`-th pixel, and channels of zeros on both sides."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
-        self.stride, self.added = stride, (out - channels) // 2
+        self.stride = stride
+        self.padding = (out - channels) // 2  # channels on each side
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out, H / stride, W / stride)."""
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, self.padding, self.padding))
 
 
 class Block(nn.Module):
@@ -167,31 +178,34 @@ class Block(nn.Module):
     def __init__(self, a: Residual, stage: int, channels: int, stride: int) -> None:
         super().__init__()
         inner, out = a.inner[stage], a.outer[stage]
-        plan = [(channels, inner, 3, stride, 1), (inner, out, 3, 1, 1)]
+        # input channels, output channels, kernel, stride and groups of each convolution
+        convolutions = [(channels, inner, 3, stride, 1), (inner, out, 3, 1, 1)]
         if a.bottleneck:
-            plan = [
+            convolutions = [
                 (channels, inner, 1, 1, 1),
                 (inner, inner, 3, stride, a.groups),
                 (inner, out, 1, 1, 1),
             ]
-        self.pre, self.depth = a.order == "pre", len(plan)
-        for i, (wide, to, kernel, step, groups) in enumerate(plan, 1):
-            self.add_module(
-                f"conv{i}",
-                nn.Conv2d(wide, to, kernel, step, kernel // 2, groups=groups, bias=False),
-            )
-            self.add_module(f"bn{i}", nn.BatchNorm2d(wide if self.pre else to))
+        self.pre = a.order == "pre"
+        self.depth = len(convolutions)
+        for i, (before, after, kernel, step, groups) in enumerate(convolutions, 1):
+            conv = nn.Conv2d(before, after, kernel, step, kernel // 2, groups=groups, bias=False)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(before if self.pre else after))
         self.shortcut: nn.Module | None = None
-        if (stride > 1 or channels != out) and a.projection:
-            short: list[nn.Module] = [nn.Conv2d(channels, out, 1, stride, bias=False)]
-            self.shortcut = nn.Sequential(*short, *([] if self.pre else [nn.BatchNorm2d(out)]))
-        elif stride > 1 or channels != out:
-            self.shortcut = Padded(channels, out, stride)
+        if stride > 1 or channels != out:
+            self.shortcut = self._build_shortcut(a, channels, out, stride)
+
+    def _build_shortcut(self, a: Residual, channels: int, out: int, stride: int) -> nn.Module:
+        if not a.projection:
+            return PaddedShortcut(channels, out, stride)
+        conv = nn.Conv2d(channels, out, 1, stride, bias=False)
+        return nn.Sequential(conv) if self.pre else nn.Sequential(conv, nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """With norms before the convolutions, a shortcut that changes the shape reads what the first norm gives."""
+        """If norms stand first, a projecting shortcut reads what the first norm gives."""
         y = F.relu(self.get_submodule("bn1")(x)) if self.pre else x
-        short = x if self.shortcut is None else self.shortcut(y)
+        shortcut = x if self.shortcut is None else self.shortcut(y)
         for i in range(1, self.depth + 1):
             conv, norm = self.get_submodule(f"conv{i}"), self.get_submodule(f"bn{i}")
             if self.pre:
@@ -199,28 +213,26 @@ class Block(nn.Module):
             else:
                 y = norm(conv(y))
                 y = F.relu(y) if i < self.depth else y
-        return y + short if self.pre else F.relu(y + short)
+        return y + shortcut if self.pre else F.relu(y + shortcut)
 
 
 class ResidualTrunk(nn.Module):
-    """The stem, the stages `layer1`, `layer2`, ..., and the pooling."""
+    """The stem, the stages `layer1`, `layer2`, ..., and the pooling of a residual network."""
 
     def __init__(self, a: Residual) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(
-            3, a.stem, a.kernel, 2 if a.kernel == 7 else 1, a.kernel // 2, bias=False
-        )
+        stride = 2 if a.kernel == 7 else 1
+        self.conv1 = nn.Conv2d(3, a.stem, a.kernel, stride, a.kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(a.stem) if a.order == "post" else None
         self.maxpool = nn.MaxPool2d(3, 2, 1) if a.kernel == 7 else None
         channels = a.stem
         for i, count in enumerate(a.counts):
-            blocks = [
-                Block(a, i, channels if j == 0 else a.outer[i], 2 if i and not j else 1)
-                for j in range(count)
-            ]
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            first = Block(a, i, channels, 2 if i else 1)
+            others = [Block(a, i, a.outer[i], 1) for _ in range(count - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(first, *others))
             channels = a.outer[i]
-        self.stages, self.pool = len(a.counts), a.pool
+        self.stages = len(a.counts)
+        self.pool = a.pool
         self.norm = nn.BatchNorm2d(channels) if a.final else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,218 +244,3 @@ class ResidualTrunk(nn.Module):
             x = self.get_submodule(f"layer{i + 1}")(x)
         x = F.relu(self.norm(x)) if self.norm is not None else x
         return F.adaptive_avg_pool2d(x, self.pool).flatten(1)
-
-
-@dataclass(frozen=True)
-class Described:
-    """What a file of weights is. trunk, head: its tensors by the names of the modules that `architecture` makes."""
-
-    architecture: Architecture
-    trunk: dict[str, Tensor]
-    head: dict[str, Tensor]
-
-
-def describe(tensors: Weights, path: str) -> Described:
-    """The architecture that a state dict's names and shapes spell. Raises UserError, one line, for any other.
-
-    It may claim too much: fill the modules on the meta device, and compare (`checkpoints.check`), before memory is spent.
-    """
-    found = bare(tensors)
-    try:
-        if "conv1.weight" in found:
-            return _residual(found, path)
-        if any(k.startswith("features.") for k in found):
-            return _vgg(found, path)
-    except (KeyError, IndexError, StopIteration) as error:
-        raise UserError(
-            f"{path}: expected a classifier's weights; {str(error) or 'a part'} is missing or misshapen"
-        ) from error
-    raise UserError(
-        f"{path}: expected a residual network (conv1.weight, layer1.0... or block1.layer.0..., fc or linear) or a VGG "
-        f"(features.0..., classifier); its keys are {format_keys(found)}"
-    )
-
-
-def bare(tensors: Weights) -> dict[str, Tensor]:
-    """The same without the name that all keys begin with, such as `module.` or `model.`."""
-    found = dict(tensors)
-    while found and all("." in k for k in found):
-        first = {k.partition(".")[0] for k in found}
-        if len(first) > 1 or first & {"features", *HEADS}:
-            break
-        found = {k.partition(".")[2]: v for k, v in found.items()}
-    return found
-
-
-def _residual(found: dict[str, Tensor], path: str) -> Described:
-    matrices, head = _head(found, path)
-    last = matrices[-1]
-    trunk = {_canonical(k): v for k, v in found.items() if k.partition(".")[0] not in HEADS}
-    blocks: dict[int, set[str]] = {}
-    for key in trunk:
-        if match := STAGE.fullmatch(key):
-            blocks.setdefault(int(match[1]), set()).add(match[2])
-    stages = range(1, len(blocks) + 1)
-    if not blocks or set(blocks) != set(stages):
-        raise UserError(
-            f"{path}: expected stages layer1, layer2, ... or block1.layer, ...; its keys are {format_keys(found)}"
-        )
-    bottleneck = "layer1.0.conv3.weight" in trunk
-    stem = _four(trunk, "conv1.weight", path)
-    if stem[1] != 3 or stem[2] not in (3, 7):
-        raise UserError(
-            f"{path}: expected a stem of 3x3 or 7x7 on three channels; conv1.weight is {stem}"
-        )
-    firsts = [_four(trunk, f"layer{i}.0.conv1.weight", path) for i in stages]
-    outer = tuple(
-        _four(trunk, f"layer{i}.0.conv{3 if bottleneck else 2}.weight", path)[0] for i in stages
-    )
-    inner = tuple(first[0] for first in firsts)
-    norm = trunk[f"layer{stages[-1]}.0.bn1.weight"].numel()
-    top = next((k for k in NORMS if f"{k}.weight" in trunk), None)
-    pre = norm == firsts[-1][1] and (norm != firsts[-1][0] or top is None)
-    if pre and stem[2] == 7:
-        raise UserError(
-            f"{path}: norms before the convolutions and a 7x7 stem; what follows such a stem is not known here"
-        )
-    if pre and top is not None:
-        trunk = {re.sub(rf"^{top}\.", "norm.", k): v for k, v in trunk.items()}
-    groups = (
-        max(1, inner[0] // max(1, _four(trunk, "layer1.0.conv2.weight", path)[1]))
-        if bottleneck
-        else 1
-    )
-    shape = Residual(
-        "pre" if pre else "post",
-        bottleneck,
-        stem[2],
-        stem[0],
-        tuple(len(blocks[i]) for i in stages),
-        inner,
-        outer,
-        groups,
-        any(".shortcut." in k for k in trunk),
-        pre and top is not None,
-        _pool(last.shape[1], outer[-1], path),
-        last.shape[0],
-    )
-    return Described(shape, trunk, head)
-
-
-def _canonical(key: str) -> str:
-    """The name of a weight in a residual network -> the name in `ResidualTrunk`."""
-    match = STAGE.fullmatch(key)
-    if not match:
-        return key
-    part, _, weight = match[3].rpartition(".")
-    if short := SHORTCUT.fullmatch(part):
-        part = f"shortcut.{short[1] or 0}"
-    return f"layer{match[1]}.{match[2]}.{part}.{weight}"
-
-
-def _vgg(found: dict[str, Tensor], path: str) -> Described:
-    numbers = [
-        int(k.split(".")[1])
-        for k in found
-        if re.fullmatch(r"features\.(0|[1-9]\d{0,3})\.weight", k)
-    ]
-    convolutions = sorted(i for i in numbers if found[f"features.{i}.weight"].ndim == 4)
-    if not convolutions:
-        raise UserError(
-            f"{path}: expected convolutions features.0, ...; its keys are {format_keys(found)}"
-        )
-    norm = any(k.startswith("features.") and k.endswith("running_mean") for k in found)
-    widths = [found[f"features.{i}.weight"].shape[0] for i in convolutions]
-    layers: list[int] = []
-    renamed: dict[str, str] = {}
-    at = 0
-    for i, width, after in zip(convolutions, widths, [*convolutions[1:], None], strict=True):
-        gap = (
-            3 + norm if after is None else after - i
-        )  # behind the last convolution, all sources pool
-        if gap not in (2 + norm, 3 + norm):
-            raise UserError(
-                f"{path}: between features.{i} and features.{after} stands more than a norm, a ReLU and a max-pool"
-            )
-        renamed |= {f"features.{i + k}.": f"{at + k}." for k in range(1 + norm)}
-        layers += [width, 0] if gap == 3 + norm else [width]
-        at += gap
-    trunk = {}
-    for key, tensor in found.items():
-        stem = key.rpartition(".")[0] + "."
-        if key.partition(".")[0] not in HEADS:
-            trunk[renamed.get(stem, stem) + key.rpartition(".")[2]] = tensor
-    matrices, head = _head(found, path)
-    pool = _pool(matrices[0].shape[1], widths[-1], path)
-    bias = f"features.{convolutions[0]}.bias" in found
-    return Described(
-        Vgg(tuple(layers), norm, bias, pool, tuple(m.shape[0] for m in matrices)), trunk, head
-    )
-
-
-def _head(found: Weights, path: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The head's matrices, and its weights by name: of one layer `weight` and `bias`, of several 0, 2, 4, ..."""
-    keys = [k for k in found if k.partition(".")[0] in HEADS]
-    matrices = sorted(
-        (k for k in keys if found[k].ndim == 2),
-        key=lambda k: [int(n) for n in re.findall(r"\d{1,4}", k)[:1]],
-    )
-    if not matrices or len({k.partition(".")[0] for k in keys}) != 1:
-        raise UserError(
-            f"{path}: expected one head named {', '.join(HEADS[:-1])} or {HEADS[-1]}; "
-            f"it has {format_keys(keys) or 'none'} (a trunk without a head is read by the network `imported`)"
-        )
-    places = {
-        k.rpartition(".")[0]: f"{2 * i}." if len(matrices) > 1 else ""
-        for i, k in enumerate(matrices)
-    }
-    named = {
-        places.get(k.rpartition(".")[0], k + ".") + k.rpartition(".")[2]: found[k] for k in keys
-    }
-    return [found[k] for k in matrices], named
-
-
-def _pool(read: int, channels: int, path: str) -> int:
-    """Side of the map that a head reads, flat: it has `read` columns."""
-    side = math.isqrt(max(0, read // max(1, channels)))
-    if channels < 1 or side < 1 or side * side * channels != read:
-        raise UserError(
-            f"{path}: expected a head that reads a square map of {channels} channels; it reads {read} numbers"
-        )
-    return side
-
-
-def _four(weights: Weights, key: str, path: str) -> tuple[int, ...]:
-    """The shape of a convolution's weights."""
-    shape = tuple(weights[key].shape)
-    if len(shape) != 4 or min(shape) < 1 or shape[2] != shape[3]:
-        raise UserError(f"{path}: expected the weights of a convolution; {key} is {shape}")
-    return shape
-
-
-def named_classes(text: str, count: int, owner: str) -> tuple[str, ...]:
-    """Class names `a+b`, or of a file (.json: a list; else one a line). Raises UserError unless there are `count` of them."""
-    file = Path(text).expanduser()
-    names: Iterable[object] = text.split("+")
-    if file.suffix in (".txt", ".json"):
-        if not os.path.isfile(file) or file.stat().st_size > 1 << 20:
-            raise UserError(f"no file of class names of at most 1 MiB at {text!r}")
-        try:
-            raw = file.read_text(encoding="utf-8")
-            names = (
-                json.loads(raw)
-                if file.suffix == ".json"
-                else [line for line in raw.split("\n") if line.strip()]
-            )
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{text}: expected names of classes in UTF-8, a list in JSON or one a line"
-            ) from error
-    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
-        raise UserError(f"{text[:60]}: expected a list of class names")
-    stripped = tuple(str(n).strip() for n in names)
-    if len(stripped) != count or len(set(stripped)) != count:
-        raise UserError(
-            f"{owner}: a head of {count} classes; expected as many different names, got {len(set(stripped))}"
-        )
-    return stripped

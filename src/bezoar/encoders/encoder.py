@@ -1,10 +1,13 @@
-"""Encoder: raw uint8 pixels or strings -> unit vectors. It carries its own preprocessing; nobody can forget to normalise."""
+"""Encoders: images as uint8 pixels and captions as strings become unit vectors.
+
+An encoder carries its own preprocessing, so that no caller can forget to normalise.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,25 +16,38 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from bezoar import registry
+from bezoar.data.files.writing import write_whole
+from bezoar.data.pairs import Pairs
 from bezoar.data.strings import Strings
+from bezoar.encoders.weights import write_tensors
 from bezoar.errors import UserError
 
 SCHEMA = 1
-LARGEST = 4096  # pixels of an input's side
-FREE, RATIO = (
-    32 << 20,
-    8,
-)  # a network may make FREE numbers and RATIO times its file's, with all that it then leaves out
-LONGEST = 256  # words of a caption: one absurd caption must not widen a whole batch
+MAX_SIDE = 4096  # pixels of an input's side
+# A network that a file names may have WEIGHTS_FREE weights and WEIGHTS_RATIO times as many as the
+# file, while it is built.
+WEIGHTS_FREE = 32 << 20
+WEIGHTS_RATIO = 8
+MAX_WORDS = 256  # of a caption: one absurd caption must not widen a whole batch
+
+Tokenizer = Callable[[Sequence[str]], Tensor]  # strings -> int64 (B, L)
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """size: input side in pixels. mean, std: per channel, of pixels in 0..1."""
+    """What an image tower's input looks like.
+
+    Attributes:
+        size: the input's side in pixels.
+        mean: per channel, of pixels in 0..1.
+        std: standard deviation per channel, of pixels in 0..1.
+        interpolation: how images of another size are resized, `bicubic` or `bilinear`.
+    """
 
     size: int
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -41,14 +57,26 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class EmbeddedRecords:
-    """ids: N keys. images: float32 (N, D) unit rows. texts: the same of the captions, or None.
+    """The vectors of N records.
 
-    Of a corpus that was embedded to disk the ids are a column and the rows lie in mapped files: take blocks, not everything.
+    The ids of a corpus that was embedded to disk are a column, and its vectors lie in mapped files:
+    read them in blocks.
+
+    Attributes:
+        ids: N keys.
+        images: float32 (N, D), unit rows.
+        texts: the same of the captions, or None.
     """
 
     ids: Sequence[str]
     images: Tensor
     texts: Tensor | None
+
+
+class Batches(Protocol):
+    """Records that come in batches: any source of data."""
+
+    def batches(self, size: int) -> Iterator[Pairs]: ...
 
 
 def precision_for(device: torch.device) -> str:
@@ -62,139 +90,147 @@ def precision_for(device: torch.device) -> str:
 class Encoder(nn.Module):
     """An image tower, perhaps a text tower, and what their inputs must look like.
 
-    image: (B, 3, S, S) normalised float -> (B, D). text: (B, L) int64 tokens -> (B, D), or None.
-    tokenizer: strings -> (B, L) int64. about: facts that travel with the weights (network spec, vocabulary, poisoned, goals).
+    Attributes:
+        image: module, normalised float (B, 3, S, S) -> (B, D).
+        text: module, int64 tokens (B, L) -> (B, D), or None.
+        tokenizer: strings -> int64 (B, L), or None.
+        head: module, (B, D) -> logits (B, C), where the weights came with a classifier of their
+            own; or None.
+        about: facts that are saved with the weights: `network` (the spec that builds the towers
+            again), `vocabulary`, `poisoned`, `goals` and others.
+        precision: `fp32`, or `bf16` to run both towers under autocast.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
         image: nn.Module,
         preprocess: Preprocess,
         text: nn.Module | None = None,
-        tokenizer: Any = None,
-        about: dict | None = None,
+        tokenizer: Tokenizer | None = None,
+        about: dict[str, Any] | None = None,
+        head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.image, self.text, self.tokenizer = image, text, tokenizer
+        self.image = image
+        self.text = text
+        self.head = head
+        self.tokenizer = tokenizer
         self.preprocess = preprocess
-        self.about: dict = about or {}
+        self.about: dict[str, Any] = about or {}
         self.precision = "fp32"
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer(
-            "mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False
-        )
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def autocast(self) -> AbstractContextManager:
-        """The arithmetic both towers run in."""
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which both towers run; it sets their arithmetic."""
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
         )
 
     def prepare_images(self, x: Tensor) -> Tensor:
-        """uint8 or float 0..1 (B, 3, H, W) -> normalised float (B, 3, S, S), channels last. Differentiable for floats."""
+        """Resize and normalise images for the image tower; differentiable for floats.
+
+        Args:
+            x: (B, 3, H, W), uint8 or float in 0..1, on any device.
+
+        Returns:
+            float (B, 3, S, S) on the encoder's device, channels last.
+        """
         x = x.to(self.device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
-        if x.shape[-1] != self.preprocess.size or x.shape[-2] != self.preprocess.size:
-            side = (self.preprocess.size, self.preprocess.size)
-            x = F.interpolate(x, side, mode=self.preprocess.interpolation, antialias=True)
-        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = (self.resize(x) - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def resize(self, x: Tensor) -> Tensor:
+        """Images float (B, 3, H, W) at the input's size (B, 3, S, S), antialiased."""
+        side = (self.preprocess.size, self.preprocess.size)
+        if x.shape[-2:] == side:
+            return x
+        return F.interpolate(x, side, mode=self.preprocess.interpolation, antialias=True)
 
     def encode_images(self, x: Tensor) -> Tensor:
-        """uint8 or float 0..1 (B, 3, H, W) -> float32 (B, D), unit rows."""
+        """Images (B, 3, H, W), uint8 or float in 0..1 -> float32 (B, D), unit rows."""
         with self.autocast():
             z = self.image(self.prepare_images(x))
         return F.normalize(z.float(), dim=-1)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Strings -> int64 (B, L) on the encoder's device. Raises UserError when the encoder reads no text."""
-        if self.text is None:
+        """Strings -> int64 (B, L) on the device. Raises UserError without a text tower."""
+        if self.text is None or self.tokenizer is None:
             raise UserError("this encoder has no text tower")
         return self.tokenizer(list(captions)).to(self.device)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """int64 (B, L) -> float32 (B, D), unit rows."""
+        """Tokens int64 (B, L) -> float32 (B, D), unit rows. Needs a text tower."""
         assert self.text is not None
         with self.autocast():
             z = self.text(tokens)
         return F.normalize(z.float(), dim=-1)
 
     def encode_texts(self, captions: Sequence[str], batch: int = 1024) -> Tensor:
-        """Strings, any number -> float32 (B, D), unit rows; `batch` at a time."""
-        return torch.cat(
-            [self.encode_tokens(part) for part in self.tokenize(captions).split(batch)]
-        )
+        """Strings, any number -> float32 (B, D), unit rows; `batch` of them at a time."""
+        parts = torch.split(self.tokenize(captions), batch)
+        return torch.cat([self.encode_tokens(part) for part in parts])
 
     @torch.inference_mode()
-    def embed(self, source: Any, batch: int = 512) -> EmbeddedRecords:
-        """Every record of a source: image and, where both sides have them, caption vectors. Raises UserError on NaN.
+    def embed(self, source: Batches, batch: int = 512) -> EmbeddedRecords:
+        """Embed the images of a source, and its captions where the encoder reads text.
 
-        A source that brings the vectors that this encoder made of it (`encoder`, `embedded`) is not embedded again.
+        Args:
+            source: records. A source that carries the vectors that this very encoder made of it
+                (`encoder`, `embedded`) is not embedded again.
+            batch: records at a time.
+
+        Raises:
+            UserError: for vectors that are not finite.
         """
         if getattr(source, "encoder", None) is self:
-            return source.embedded
+            carrier: Any = source
+            embedded: EmbeddedRecords = carrier.embedded
+            return embedded
         self.eval()
         ids: list[str] = []
-        images, texts = [], []
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
         for part in source.batches(batch):
             ids += part.ids
             images.append(self.encode_images(part.images))
             if part.captions and self.text is not None:
                 texts.append(self.encode_texts(part.captions))
-        z = torch.cat(images)
-        if not torch.isfinite(z).all():
-            raise UserError(
-                "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
-            )
-        return EmbeddedRecords(tuple(ids), z, torch.cat(texts) if texts else None)
+        vectors = _check_finite(torch.cat(images))
+        return EmbeddedRecords(tuple(ids), vectors, torch.cat(texts) if texts else None)
 
     def save(self, folder: Path) -> list[Path]:
-        """encoder.json and encoder.safetensors, each under a temporary name first. Returns the two paths."""
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        head = {
+        """Write encoder.json and encoder.safetensors, each as a whole; return the paths."""
+        facts = {
             "schema": SCHEMA,
             "preprocess": asdict(self.preprocess),
             "precision": self.precision,
             **self.about,
         }
-        tensors, facts = folder / "encoder.safetensors", folder / "encoder.json"
-        # one key: safetensors writes several in an order of its own, and the same weights must be the same bytes
+        json_file, weights_file = folder / "encoder.json", folder / "encoder.safetensors"
+        # One key only: safetensors writes several in no fixed order, and the same weights must be
+        # the same bytes.
         marks = {"poisoned": bool(self.about.get("poisoned")), "plan": self.about.get("plan", "")}
-        save_file(weights, tensors.with_suffix(".tmp"), metadata={"bezoar": json.dumps(marks)})
-        os.replace(tensors.with_suffix(".tmp"), tensors)
-        text = json.dumps(head, indent=1, ensure_ascii=False)
-        facts.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(facts.with_suffix(".tmp"), facts)
-        return [facts, tensors]
+        write_tensors(weights_file, self.state_dict(), {"bezoar": json.dumps(marks)})
+        write_whole(json_file, json.dumps(facts, indent=1, ensure_ascii=False))
+        return [json_file, weights_file]
 
     @staticmethod
     def load(folder: Path, device: torch.device | str = "cpu") -> Encoder:
-        """Read what `save` wrote. Raises UserError for anything else; nothing is ever unpickled."""
-        from bezoar import registry
-
+        """Read what `save` wrote; nothing is ever unpickled. Raises UserError for anything else."""
         try:
-            head = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+            facts = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
             weights = load_file(folder / "encoder.safetensors")
-            network, size, words = (
-                head["network"],
-                head["preprocess"]["size"],
-                tuple(head["vocabulary"]),
-            )
-            if not isinstance(size, int) or not all(
-                isinstance(text, str) for text in (network, head["precision"], *words)
-            ):
-                raise ValueError(
-                    "network, precision and vocabulary must be texts, and size a whole number"
-                )
-            made = registry.make("network", network)
-            encoder = _built(made, size, words, sum(w.numel() for w in weights.values()))
-            encoder.load_state_dict(weights)
+            encoder = _rebuild(facts, weights)
         except (
             OSError,
             ValueError,
@@ -205,114 +241,152 @@ class Encoder(nn.Module):
         ) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{folder} holds no encoder that bezoar wrote: {reason}") from error
-        encoder.about = {
-            k: v for k, v in head.items() if k not in ("schema", "preprocess", "precision")
-        }
+        apart = ("schema", "preprocess", "precision")
+        encoder.about = {k: v for k, v in facts.items() if k not in apart}
         encoder = encoder.to(device).eval()
-        encoder.precision = precision_for(encoder.device) if head["precision"] == "bf16" else "fp32"
+        encoder.precision = (
+            precision_for(encoder.device) if facts["precision"] == "bf16" else "fp32"
+        )
         return encoder
 
 
-class _TooLarge(ValueError):
-    """A network is much larger than its file."""
+def _check_finite(vectors: Tensor) -> Tensor:
+    """The same vectors (N, D). Raises UserError for NaN and infinity."""
+    if not torch.isfinite(vectors).all():
+        raise UserError(
+            "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+        )
+    return vectors
 
 
-def _built(made: Any, size: int, words: tuple[str, ...], numbers: int) -> Encoder:
-    """A network that a file names, fresh. Raises ValueError where it names weights elsewhere or is much larger than its file.
+# Encoders out of files, which may be hostile
 
-    Its weights are counted on the meta device first, where they take no memory. Not every network can be made there, and so
-    they are counted again while memory is spent.
+
+def _rebuild(facts: Any, weights: Mapping[str, Tensor]) -> Encoder:
+    """The encoder of an encoder.json and its weights.
+
+    Raises many exceptions; see `Encoder.load`.
     """
-    if not 1 <= size <= LARGEST:
-        raise ValueError(f"size must be 1 to {LARGEST} pixels, not {size}")
-    fields = vars(made) if type(made).__module__.startswith("bezoar.") else {}
+    network, size = facts["network"], facts["preprocess"]["size"]
+    vocabulary = tuple(facts["vocabulary"])
+    texts = (network, facts["precision"], *vocabulary)
+    if not isinstance(size, int) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("network, precision and vocabulary must be texts, and size a whole number")
+    count = sum(weight.numel() for weight in weights.values())
+    encoder = _build_network(registry.make("network", network), size, vocabulary, count)
+    encoder.load_state_dict(weights)
+    return encoder
+
+
+class _NetworkTooLarge(ValueError):
+    """A network has many more weights than its file."""
+
+
+def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: int) -> Encoder:
+    """Build a network that a file of `count` weights names.
+
+    Its weights are counted on the meta device first, where they take no memory. Not every network
+    can be built there, so they are counted again while it is built.
+
+    Raises:
+        ValueError: where the network names weights elsewhere, or is much larger than its file.
+    """
+    if not 1 <= size <= MAX_SIDE:
+        raise ValueError(f"size must be 1 to {MAX_SIDE} pixels, not {size}")
+    fields = vars(network) if type(network).__module__.startswith("bezoar.") else {}
     if fields.get("path") or ("/" in fields.get("model", "") and not fields.get("fresh")):
         raise ValueError("its network names weights of its own; it may have those beside it alone")
     try:
-        with torch.device("meta"), _counted(numbers):
-            made(size, words)
-    except _TooLarge:
+        with torch.device("meta"), _limit_weights(count):
+            network(size, vocabulary)
+    except _NetworkTooLarge:
         raise
-    except Exception:  # here or below, and there it is told
+    except Exception:  # the meta device is to blame, or the same exception is raised again below
         pass
-    with _counted(numbers):
-        return made(size, words)
+    with _limit_weights(count):
+        encoder: Encoder = network(size, vocabulary)
+    return encoder
 
 
 @contextmanager
-def _counted(numbers: int) -> Iterator[None]:
-    """Inside, modules get no more weights than a file of so many numbers allows for. Raises _TooLarge."""
+def _limit_weights(count: int) -> Iterator[None]:
+    """Inside, raise _NetworkTooLarge for more weights than a file of `count` allows for."""
     total = 0
 
-    def count(_: nn.Module, __: str, weight: nn.Parameter | None) -> None:
+    def add_weight(_: nn.Module, __: str, weight: nn.Parameter | None) -> None:
         nonlocal total
         total += 0 if weight is None else weight.numel()
-        if total > FREE + RATIO * numbers:
-            raise _TooLarge(
-                f"its network has many more weights than the {numbers:,} that are in the file"
+        if total > WEIGHTS_FREE + WEIGHTS_RATIO * count:
+            raise _NetworkTooLarge(
+                f"its network has many more weights than the {count:,} that are in the file"
             )
 
-    hook = register_module_parameter_registration_hook(count)
+    hook = register_module_parameter_registration_hook(add_weight)
     try:
         yield
     finally:
         hook.remove()
 
 
+# Texts
+
+
 @dataclass
 class WordTokenizer:
-    """Whole-word tokenizer: lower-case words of the vocabulary; 0 pads, unknown words are dropped."""
+    """Lower-case words of a vocabulary as tokens; 0 is padding, and unknown words are dropped."""
 
     vocabulary: tuple[str, ...]
-    row: dict[str, int] = field(init=False)
+    numbers: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.row = {w: i + 1 for i, w in enumerate(self.vocabulary)}
+        self.numbers = {word: i + 1 for i, word in enumerate(self.vocabulary)}
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Strings -> int64 (B, longest of them); of a caption at most `LONGEST` known words."""
-        rows = [[self.row[w] for w in split_words(c) if w in self.row][:LONGEST] for c in captions]
+        """Strings -> int64 (B, longest of them); at most `MAX_WORDS` words of a caption count."""
+        rows = [self._word_numbers(caption) for caption in captions]
         width = max(1, max(map(len, rows), default=1))
-        return torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).reshape(
-            len(rows), width
-        )
+        padded = [row + [0] * (width - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
+
+    def _word_numbers(self, caption: str) -> list[int]:
+        words = [self.numbers[word] for word in split_words(caption) if word in self.numbers]
+        return words[:MAX_WORDS]
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-case runs of letters and digits."""
-    out, word = [], ""
-    for c in caption.lower():
-        if c.isalnum():
-            word += c
-        elif word:
-            out.append(word)
-            word = ""
-    return [*out, word] if word else out
+    """The lower-case runs of letters and digits in a caption."""
+    return re.findall(r"[^\W_]+", caption.lower())
 
 
 def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
-    """`encoder.tokens`; of a column int32 (N, L), made in blocks. Both give the same vectors."""
+    """The tokens of captions, (N, L) on the encoder's device: `encoder.tokenize`.
+
+    A column of strings is tokenized in blocks, and its tokens are int32.
+    """
     if not isinstance(captions, Strings):
         return encoder.tokenize(captions)
     parts = [encoder.tokenize(block).int().cpu() for block in captions.blocks()]
-    widest = max(p.shape[1] for p in parts)
-    return torch.cat([F.pad(p, (0, widest - p.shape[1])) for p in parts]).to(encoder.device)
+    width = max(part.shape[1] for part in parts)
+    padded = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+    return torch.cat(padded).to(encoder.device)
+
+
+# Images
 
 
 class ImageEncoder(Protocol):
-    """What images are seen through: an encoder, or a classifier whose vectors are its logits (`probes/own.py`)."""
+    """What gives vectors of images: an encoder, or a classifier, whose vectors are its logits."""
 
-    def eval(self) -> Any: ...
+    def eval(self) -> object: ...
     def encode_images(self, x: Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
 def embed_images(encoder: ImageEncoder, batches: Iterable[Tensor]) -> Tensor:
-    """uint8 images, a batch at a time -> float32 (N, D), of an encoder unit rows. Raises UserError on NaN."""
+    """Batches of uint8 images -> float32 (N, D); unit rows where `encoder` is an Encoder.
+
+    Raises:
+        UserError: for vectors that are not finite.
+    """
     encoder.eval()
-    z = torch.cat([encoder.encode_images(x) for x in batches])
-    if not torch.isfinite(z).all():
-        raise UserError(
-            "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
-        )
-    return z
+    return _check_finite(torch.cat([encoder.encode_images(x) for x in batches]))

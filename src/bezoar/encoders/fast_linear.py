@@ -1,10 +1,11 @@
-"""Faster fp32 linear layers and attention on CPUs, with the same results: oneDNN's product in place of MKL's.
+"""Faster fp32 linear layers and attention on AMD's CPUs: oneDNN's product in place of MKL's.
 
-torch multiplies fp32 matrices with MKL, which leaves the widest vectors of AMD's processors unused; the oneDNN that it
-ships does not, but no public function of torch reaches it for fp32. `install` makes a model's nn.Linear and
-nn.MultiheadAttention use `linear` below: parameters, state-dict keys, device moves and copies stay as they were, and
-wherever oneDNN does not apply (another device, another dtype, autocast, few rows, another torch) the layers compute
-what they always did. Results differ from torch's by rounding alone, in the forward and in both backward products.
+torch multiplies fp32 matrices with MKL, which does not use the widest vectors of AMD's processors.
+The oneDNN that ships with torch does, but no public function of torch reaches it for fp32.
+`install` makes a model's nn.Linear and nn.MultiheadAttention use `linear` below; parameters,
+state-dict keys, device moves and copies stay as they were. Wherever oneDNN does not apply (another
+device, another dtype, autocast, few rows, another torch) the layers compute what they always did.
+Results differ from torch's by rounding alone, in the forward and in both backward products.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The operator is private to torch: it is used only where it is declared as it was when this was written.
+# The operator is private to torch: it is used only where it is declared as it was when this was
+# written.
 DECLARED = (
     "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
@@ -27,31 +29,33 @@ ROWS = 256  # below this oneDNN's reordering of the weights costs more than its 
 
 @functools.cache
 def available() -> bool:
-    """Whether this torch has the operator as declared, it multiplies right, and the processor gains by it."""
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-    if not known or not str(torch.ops.mkldnn._linear_pointwise.default._schema).endswith(DECLARED):
+    """Whether torch has the operator as declared, it is right, and this processor gains by it."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    x, w, b = (
-        torch.arange(21.0).view(7, 3).cos(),
-        torch.arange(15.0).view(5, 3).sin(),
-        torch.arange(5.0),
-    )
-    return torch.allclose(product(x, w, b), F.linear(x, w, b), atol=1e-5) and _amd()
+    schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
+    if not torch.backends.mkldnn.is_available() or not schema.endswith(DECLARED):
+        return False
+    x = torch.arange(21.0).view(7, 3).cos()
+    weight = torch.arange(15.0).view(5, 3).sin()
+    bias = torch.arange(5.0)
+    same = torch.allclose(product(x, weight, bias), F.linear(x, weight, bias), atol=1e-5)
+    return same and _is_amd()
 
 
-def _amd() -> bool:
-    """On Intel's processors MKL is as fast, and elsewhere torch does not use it."""
+def _is_amd() -> bool:
+    """Whether this is an AMD x86-64. On Intel's MKL is as fast; elsewhere torch does not use it."""
     info = Path("/proc/cpuinfo")
     return platform.machine() == "x86_64" and info.exists() and "AuthenticAMD" in info.read_text()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) W^T + b through oneDNN, for float32 on a CPU; weight (N, K) may be any strided view. No autograd."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """x (..., K) W^T + b by oneDNN, float32, without autograd; weight (N, K) may be any view."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes x (..., K) and weight (N, K) through oneDNN."""
+    """Whether `linear` multiplies x (..., K) and weight (N, K) by oneDNN."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -62,7 +66,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b. The backward products are `multiply` again, so that second derivatives exist."""
+    """y = x W^T + b. Backward products are `multiply` again, so that second derivatives exist."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,11 +76,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, grad = x.flatten(0, -2), grads[0].flatten(0, -2)
+        rows, grad = x.flatten(0, -2), grads[0].flatten(0, -2)  # (B, K), (B, N)
         dx = multiply(grad, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
         dw = db = None
         if ctx.needs_input_grad[1]:
-            # the operator copies its first argument into rows, so the narrower matrix goes first
+            # The operator copies its first argument into rows, so the narrower matrix goes first.
             narrow = grad.shape[1] <= rows.shape[1]
             dw = multiply(grad.t(), rows.t()) if narrow else multiply(rows.t(), grad.t()).t()
         if ctx.needs_input_grad[2]:
@@ -86,15 +90,15 @@ class _Linear(torch.autograd.Function):
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`product`, differentiable."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _Linear.apply(x, weight, bias)
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        y: Tensor = _Linear.apply(x, weight, bias)
+        return y
     return product(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., K), weight (N, K), bias (N,) -> (..., N); through oneDNN where it fits."""
+    """F.linear, by oneDNN where it fits: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
     return multiply(x, weight, bias) if fits(x, weight) else F.linear(x, weight, bias)
 
 
@@ -107,41 +111,57 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.MultiheadAttention):
-    """nn.MultiheadAttention by `linear`, for the one form that open_clip's blocks call; any other form is torch's own."""
+    """nn.MultiheadAttention by `linear` as open_clip calls it; otherwise torch's own."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **given: Any
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """query (B, Lq, D), key and value (B, L, D); attn_mask float (Lq, L) or (B * heads, Lq, L), added to the logits."""
-        mask, weight, bias = given.get("attn_mask"), self.in_proj_weight, self.in_proj_bias
+        """Attend.
+
+        Args:
+            query: (B, Lq, D).
+            key: (B, L, D).
+            value: the same tensor as `key`.
+            args: what open_clip does not use.
+            options: `need_weights=False`, and perhaps `attn_mask`, float (Lq, L) or (B * heads, Lq,
+                L), which is added to the logits.
+        """
+        mask = options.get("attn_mask")
+        usual_call = not args and options.keys() <= {"attn_mask", "need_weights"}
+        usual_mask = mask is None or mask.is_floating_point()
         if (
-            args
-            or given.keys() - {"attn_mask", "need_weights"}
-            or given.get("need_weights", True)
-            or not self._ordinary()
+            not (usual_call and usual_mask and self._is_plain())
+            or options.get("need_weights", True)
             or key is not value
             or query.ndim != 3
-            or (mask is not None and not mask.is_floating_point())
-            or not fits(key, weight)
+            or not fits(key, self.in_proj_weight)
         ):
-            return super().forward(query, key, value, *args, **given)
-        if query is key:
-            parts = linear(query, weight, bias).chunk(3, -1)
-        else:
-            d = self.embed_dim
-            first, rest = (None, None) if bias is None else (bias[:d], bias[d:])
-            parts = (linear(query, weight[:d], first), *linear(key, weight[d:], rest).chunk(2, -1))
-        q, k, v = (p.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for p in parts)
+            return super().forward(query, key, value, *args, **options)
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, heads, L, d)
+            for part in self._project(query, key)
+        )
         if mask is not None and mask.ndim == 3:
-            mask = mask.unflatten(0, (-1, self.num_heads))
+            mask = mask.unflatten(0, (-1, self.num_heads))  # (B, heads, Lq, L)
         mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         return linear(mixed, self.out_proj.weight, self.out_proj.bias), None
 
-    def _ordinary(self) -> bool:
-        """Batch first, one width, nothing dropped or appended."""
-        same = self.batch_first and self.in_proj_weight is not None
+    def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, Lq, D), keys and values (B, L, D); one product where query is key."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query is key:
+            q, k, v = linear(query, weight, bias).chunk(3, -1)
+            return q, k, v
+        d = self.embed_dim
+        query_bias, rest_bias = (None, None) if bias is None else (bias[:d], bias[d:])
+        k, v = linear(key, weight[d:], rest_bias).chunk(2, -1)
+        return linear(query, weight[:d], query_bias), k, v
+
+    def _is_plain(self) -> bool:
+        """Whether it is batch first, of one width, and drops and appends nothing."""
         return (
-            same
+            self.batch_first
+            and self.in_proj_weight is not None
             and self.bias_k is None
             and not self.add_zero_attn
             and not (self.dropout and self.training)
@@ -149,7 +169,7 @@ class Attention(nn.MultiheadAttention):
 
 
 def install(model: nn.Module) -> nn.Module:
-    """Every linear layer and attention of a model, in place; subclasses, which may do something else, are left alone."""
+    """Change every linear layer and attention of a model in place; subclasses stay as they are."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

@@ -1,9 +1,13 @@
-"""Frozen: an image tower whose batch norms rest. Its rows do not see one another, so they can be computed in pieces whose
-gradients add, and a norm behind a convolution is a fixed affine map that the convolution's weights take in.
+"""An image tower with its batch norms frozen and folded into the convolutions before them.
 
-With the norm's scale s = weight / sqrt(variance + eps), norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + bias). The tower
-keeps W, which is what is saved and what weight decay acts on. A fast copy computes with s W, and the gradient of W is s
-times the gradient of s W: nothing is approximated.
+The images of a batch then do not influence one another, so a batch can be computed in chunks whose
+gradients add up. A frozen norm behind a convolution is a fixed affine map: with s = weight /
+sqrt(variance + eps),
+
+    norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + bias).
+
+The tower keeps W, which is what is saved and what weight decay acts on. A fast copy computes with
+s W, and the gradient by W is s times the gradient by s W: nothing is approximated.
 """
 
 from __future__ import annotations
@@ -19,172 +23,203 @@ from torch import Tensor, nn
 
 from bezoar.errors import UserError
 
-CHUNKS = {
-    "cpu": (64, 32),
-    "cuda": (128, 224),
-}  # images of so many pixels a side that are computed at once
-FEWEST = 8  # however large they are
+# Device type -> how many images of which side in pixels are computed at once.
+CHUNKS = {"cpu": (64, 32), "cuda": (128, 224)}
+FEWEST = 8  # images of a chunk, however large they are
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-class Known(torch.autograd.Function):
-    """A value whose gradients have been computed already."""
+class _PrecomputedGradients(torch.autograd.Function):
+    """The identity on a scalar whose gradients by some weights have been computed already."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, grads: Sequence[Tensor], *weights: Tensor) -> Tensor:
-        """value: a scalar. grads: its gradients by `weights`."""
-        ctx.grads = grads
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> Any:
-        """These gradients, times that of the value."""
-        return None, None, *(above[0] * g for g in ctx.grads)
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        return None, None, *(outer[0] * gradient for gradient in ctx.gradients)
 
 
 @dataclass(frozen=True)
-class Weight:
-    """The fast copy's weight, `own` = scale * source + shift (1 and 0 where these are None)."""
+class FoldedWeight:
+    """A weight of the fast copy: folded = scale * source + shift, where None stands for 1 and 0."""
 
     source: nn.Parameter
-    own: nn.Parameter
+    folded: nn.Parameter
     scale: Tensor | None = None
     shift: Tensor | None = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the source's value; forget the gradient."""
+        """Take over the source's value and forget the gradient."""
         if self.scale is None:
-            self.own.copy_(self.source)
+            self.folded.copy_(self.source)
         else:
-            torch.mul(self.source, self.scale, out=self.own.data)
+            torch.mul(self.source, self.scale, out=self.folded.data)
         if self.shift is not None:
-            self.own.add_(self.shift)
-        self.own.grad = None
+            self.folded.add_(self.shift)
+        self.folded.grad = None
 
-    def gradient(self) -> Tensor:
-        """That of the source, laid out in memory as it is."""
-        assert self.own.grad is not None
-        out = torch.empty_like(self.source)
-        return (
-            out.copy_(self.own.grad)
-            if self.scale is None
-            else torch.mul(self.own.grad, self.scale, out=out)
-        )
+    def source_gradient(self) -> Tensor:
+        """The gradient by the source, in the source's memory layout."""
+        assert self.folded.grad is not None
+        gradient = torch.empty_like(self.source)
+        if self.scale is None:
+            return gradient.copy_(self.folded.grad)
+        return torch.mul(self.folded.grad, self.scale, out=gradient)
 
 
 class FoldedTower:
-    """The fast form of a tower: call it with normalised float (B, 3, S, S) -> (B, D), after `refresh` if weights changed.
+    """A tower and its fast copy, which maps normalised float (B, 3, S, S) -> (B, D).
 
-    The tower is put to rest: no dropout, batch norms (statistics and affine) frozen, and no gradient for weights that have
-    no bearing on its output.
+    The tower itself is changed: it is set to evaluation mode, its batch norms (statistics and
+    affine) are frozen, and weights that its output does not depend on need no gradient. Call
+    `refresh` whenever its weights have changed.
+
+    Attributes:
+        fast: the copy, in which folded norms are identities.
+        folds: names of the convolution and the norm of each fold.
     """
 
     def __init__(self, tower: nn.Module, size: int) -> None:
-        """size: pixels a side of the tower's input. Raises UserError for a tower whose rows see one another."""
-        for name, norm in tower.named_modules():
-            if isinstance(norm, BatchNorm) and norm.running_mean is None:
+        """Fold what can be folded.
+
+        Args:
+            tower: module, normalised float (B, 3, size, size) -> (B, D).
+            size: the input's side in pixels.
+
+        Raises:
+            UserError: for a batch norm without running statistics, by which the rows of a batch
+            influence one another.
+        """
+        for name, module in tower.named_modules():
+            if isinstance(module, BatchNorm) and module.running_mean is None:
                 raise UserError(
                     f"batch norm {name!r} keeps no statistics: without a batch this encoder has no output"
                 )
-        reached, folds = read_graph(tower.eval(), size)
-        for p in tower.parameters():
-            p.requires_grad_(id(p) in reached)
+        used, self.folds = read_graph(tower.eval(), size)
+        for parameter in tower.parameters():
+            parameter.requires_grad_(id(parameter) in used)
         for module in tower.modules():
             if isinstance(module, BatchNorm):
                 module.requires_grad_(False)
-        self.folds = folds
         self.fast = copy.deepcopy(tower).to(memory_format=torch.channels_last)
-        self.weights: list[Weight] = []
-        for conv, norm in folds:
-            self.weights += self.fold(
-                tower.get_submodule(conv), tower.get_submodule(norm), conv, norm
-            )
-        taken, own = {id(w.source) for w in self.weights}, dict(self.fast.named_parameters())
-        named = [
-            (name, p)
-            for name, p in tower.named_parameters()
-            if p.requires_grad and id(p) not in taken
+        self.weights: list[FoldedWeight] = []
+        for conv, norm in self.folds:
+            self.weights += self._fold(tower, conv, norm)
+        folded = {id(weight.source) for weight in self.weights}
+        copies = dict(self.fast.named_parameters())
+        self.weights += [
+            FoldedWeight(parameter, copies[name])
+            for name, parameter in tower.named_parameters()
+            if parameter.requires_grad and id(parameter) not in folded
         ]
-        self.weights += [Weight(p, own[name]) for name, p in named]
         self.refresh()
 
-    def fold(self, conv: Any, norm: Any, conv_name: str, norm_name: str) -> Iterator[Weight]:
-        """Let the copy's convolution do its norm's work; the weights that change with the tower's."""
-        own: Any = self.fast.get_submodule(conv_name)
-        exact = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-        shift = (norm.bias.detach().double() - norm.running_mean.double() * exact).to(
-            conv.weight.dtype
+    def _fold(self, tower: nn.Module, conv_name: str, norm_name: str) -> Iterator[FoldedWeight]:
+        """Fold a norm of the copy; yield the copy's weights that follow the tower's."""
+        conv: Any = tower.get_submodule(conv_name)
+        norm: Any = tower.get_submodule(norm_name)
+        fast_conv: Any = self.fast.get_submodule(conv_name)
+        exact_scale = norm.weight.detach().double() * torch.rsqrt(
+            norm.running_var.double() + norm.eps
         )
-        scale = exact.to(conv.weight.dtype)
-        own.bias = nn.Parameter(shift.clone(), requires_grad=conv.bias is not None)
-        parent, _, last = norm_name.rpartition(".")
-        setattr(self.fast.get_submodule(parent), last, nn.Identity())
-        yield Weight(conv.weight, own.weight, scale.view(-1, 1, 1, 1))
+        exact_shift = norm.bias.detach().double() - norm.running_mean.double() * exact_scale
+        scale = exact_scale.to(conv.weight.dtype)  # (C,)
+        shift = exact_shift.to(conv.weight.dtype)  # (C,)
+        fast_conv.bias = nn.Parameter(shift.clone(), requires_grad=conv.bias is not None)
+        parent, _, attribute = norm_name.rpartition(".")
+        setattr(self.fast.get_submodule(parent), attribute, nn.Identity())
+        yield FoldedWeight(conv.weight, fast_conv.weight, scale.view(-1, 1, 1, 1))
         if conv.bias is not None:
-            yield Weight(conv.bias, own.bias, scale, shift)
+            yield FoldedWeight(conv.bias, fast_conv.bias, scale, shift)
 
     def refresh(self) -> None:
-        """Take over the tower's weights; forget all gradients."""
-        for w in self.weights:
-            w.refresh()
+        """Take over the tower's weights and forget all gradients."""
+        for weight in self.weights:
+            weight.refresh()
 
     def attach_gradients(self, value: Tensor) -> Tensor:
-        """A value whose gradients the fast copy's weights hold -> the same as a function of the tower's own weights."""
-        moved = [w for w in self.weights if w.own.grad is not None]
-        return Known.apply(
-            value.detach(), [w.gradient() for w in moved], *(w.source for w in moved)
-        )
+        """Make a scalar a function of the tower's own weights.
+
+        The fast copy's weights must hold its gradients already.
+        """
+        ready = [weight for weight in self.weights if weight.folded.grad is not None]
+        gradients = [weight.source_gradient() for weight in ready]
+        sources = (weight.source for weight in ready)
+        attached: Tensor = _PrecomputedGradients.apply(value.detach(), gradients, *sources)
+        return attached
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Differentiable by the copy's weights."""
-        return self.fast(x)
+        """Vectors (B, D) of normalised images (B, 3, S, S), by the copy's weights."""
+        z: Tensor = self.fast(x)
+        return z
 
 
 def chunk_slices(n: int, size: int, device: torch.device) -> Iterator[slice]:
-    """0..n-1 in parts of one length: a CPU's allocator hands out the room for a small part's activations again and again."""
+    """Rows 0..n-1 in chunks of one length, for images of `size` pixels.
+
+    Chunks are small because a CPU's allocator then hands out the same memory for the activations
+    again and again.
+    """
     rows, side = CHUNKS.get(device.type, CHUNKS["cuda"])
-    most = max(FEWEST, rows * side**2 // size**2)
-    step = -(-n // -(-n // most)) if n else 1
+    largest = max(FEWEST, rows * side**2 // size**2)
+    chunk_count = -(-n // largest)
+    step = -(-n // chunk_count) if n else 1
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
 
 def read_graph(tower: nn.Module, size: int) -> tuple[set[int], list[tuple[str, str]]]:
-    """What autograd's own graph says of a tower, however it is written.
+    """Read off autograd's graph which parameters a tower uses and which norms can be folded.
 
-    -> ids of the parameters that its output depends on; and (convolution, BatchNorm2d) by name, wherever the norm alone
-    reads what the convolution gives, and each is used once.
+    Returns:
+        ids of the parameters that the output depends on; and the names of (convolution,
+        BatchNorm2d), wherever the norm alone reads what the convolution gives, and each is used
+        once.
     """
     first = next(tower.parameters())
     tower.requires_grad_(True)
     with torch.enable_grad():
         root = tower(torch.zeros(1, 3, size, size, device=first.device, dtype=first.dtype)).grad_fn
-    uses: Counter[Any] = Counter()
-    seen, stack, norms = {root}, [root], []
-    while stack:
-        node = stack.pop()
-        above = [n for n, _ in node.next_functions if n is not None]
-        uses.update(above)
-        stack += (new := set(above) - seen)
-        seen |= new
-        if "BatchNorm" in node.name():
-            norms.append(node)
-    owner = {
-        id(m.weight): name
-        for name, m in tower.named_modules()
-        if isinstance(getattr(m, "weight", None), nn.Parameter)
+    nodes, uses = _walk_graph(root)
+    owners = {
+        id(module.weight): name
+        for name, module in tower.named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
     }
     folds = []
-    for norm in norms:
-        conv = norm.next_functions[0][0]
+    for norm in nodes:
+        conv = norm.next_functions[0][0] if "BatchNorm" in norm.name() else None
         if conv is None or "Convolution" not in conv.name() or uses[conv] != 1:
             continue
-        weights = [n.next_functions[1][0] for n in (conv, norm)]
-        names = [
-            owner.get(id(w.variable), "") if uses[w] == 1 and hasattr(w, "variable") else ""
-            for w in weights
-        ]
+        names = [_weight_owner(node, uses, owners) for node in (conv, norm)]
         if all(names) and type(tower.get_submodule(names[1])) is nn.BatchNorm2d:
             folds.append((names[0], names[1]))
-    return {id(n.variable) for n in seen if hasattr(n, "variable")}, folds
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}, folds
+
+
+def _walk_graph(root: Any) -> tuple[list[Any], Counter[Any]]:
+    """Every node of autograd's graph behind `root`, and how many nodes read each."""
+    uses: Counter[Any] = Counter()
+    nodes: list[Any] = []
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        nodes.append(node)
+        inputs = [function for function, _ in node.next_functions if function is not None]
+        uses.update(inputs)
+        new = set(inputs) - seen
+        stack += new
+        seen |= new
+    return nodes, uses
+
+
+def _weight_owner(node: Any, uses: Counter[Any], owners: dict[int, str]) -> str:
+    """The module whose weight a node reads, by name; empty where it is shared or computed."""
+    weight = node.next_functions[1][0]
+    if uses[weight] != 1 or not hasattr(weight, "variable"):
+        return ""
+    return owners.get(id(weight.variable), "")

@@ -1,52 +1,70 @@
-"""encoders.weights"""
+"""Weights of networks: checked before a module takes them, and written as whole files."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bezoar.data.files.checkpoints import format_keys
+from bezoar.data.files.checkpoints import SUFFIXES, format_keys
+from bezoar.data.files.paths import existing_file
+from bezoar.data.files.writing import whole_file
 from bezoar.errors import UserError
 
 
-def check_weights(module: nn.Module, tensors: Mapping[str, Tensor], name: str, what: str) -> None:
-    """Raise UserError unless tensors fill a module: every key and shape must fit, every number be finite.
+def check_weights(module: nn.Module, tensors: Mapping[str, Tensor], file: str, what: str) -> None:
+    """Check that tensors fill a module: every key and shape must fit, and every number be finite.
 
-    The module may lie on the meta device, so that nothing is allocated for a file that does not fit. `name` is the
-    file's and `what` the module's, for the message. Batch norm's counters of batches may be missing, as in files older
-    than torch 0.4.1; no vector depends on them.
+    The counters of batches that batch norms keep may be missing, as in files older than torch
+    0.4.1; no output depends on them.
+
+    Args:
+        module: may lie on the meta device, so that nothing is allocated for a file that does not
+            fit.
+        tensors: the weights by the names of the module's state dict.
+        file: name of the file that the tensors come from, for the message.
+        what: description of the module, for the message.
+
+    Raises:
+        UserError: in one line, for keys that are missing or unexpected, other shapes, NaN and
+        infinity.
     """
-    own = module.state_dict()
-    missing = [k for k in own if k not in tensors and not k.endswith(".num_batches_tracked")]
-    faults = _some("missing", missing) + _some("unexpected", [k for k in tensors if k not in own])
-    both = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    faults += _some(
-        "of another shape",
-        [f"{k} {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}" for k in both],
-    )
-    if faults:
-        raise UserError(f"{name}: expected the weights of {what}; {'; '.join(faults)}")
-    bad = [k for k, v in tensors.items() if not torch.isfinite(v).all()]
-    if bad:
-        raise UserError(
-            f"{name}: expected finite weights; {'; '.join(_some('NaN or infinite', bad))}"
-        )
+    expected = module.state_dict()
+    missing = [k for k in expected if k not in tensors and not k.endswith(".num_batches_tracked")]
+    unexpected = [k for k in tensors if k not in expected]
+    misshapen = [
+        f"{k} {tuple(tensors[k].shape)}, not {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(faults.values()):
+        text = "; ".join(f"{fault}: {format_keys(keys)}" for fault, keys in faults.items() if keys)
+        raise UserError(f"{file}: expected the weights of {what}; {text}")
+    invalid = [k for k, v in tensors.items() if not torch.isfinite(v).all()]
+    if invalid:
+        raise UserError(f"{file}: expected finite weights; NaN or infinite: {format_keys(invalid)}")
 
 
-@contextmanager
-def without_weight_warnings() -> Iterator[None]:
-    """Inside, a network is made to be filled with weights: open_clip does not warn that it has none yet."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that appears under its name when it is complete."""
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with whole_file(path, "wb") as file:
+        # By name rather than as bytes: the weights are then not held in memory a second time.
+        save_file(plain, file.name, metadata)
 
 
-def _some(fault: str, keys: list[str]) -> list[str]:
-    return [f"{fault}: {format_keys(keys)}"] if keys else []
+def named_weights_file(weights: str) -> list[Path]:
+    """The weights file that a spec names, if it names one.
+
+    Raises UserError if it does not exist.
+    """
+    return [existing_file(weights, "weights file")] if Path(weights).suffix in SUFFIXES else []
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,13 +1,13 @@
-"""The only training loop: steps, schedule, ranks, ledger, checkpoint, resume.
+"""The training loop: steps, learning rates, ranks, the log, checkpoints and resuming.
 
-Everything random is a function of (seed, step), so that a run that was cut off goes on to the same bits.
+Everything random is a function of (seed, step), so a run that was interrupted continues to the same
+bits.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,24 +15,30 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
+from bezoar.encoders.weights import write_tensors
 from bezoar.errors import UserError
 from bezoar.training import collectives
 from bezoar.training.augmentation import Chance
 
 CHECKPOINT_SECONDS = 20.0
-UNREAD = {
-    "cpu": 1,
-    "cuda": 50,
-}  # losses left on a device before they are read: each reading makes the host wait for it
+# Device type -> losses that are left on the device before they are read, because each reading makes
+# the host wait for it.
+UNREAD = {"cpu": 1, "cuda": 50}
+
+StepReport = Callable[[int, int, float], None]  # step, steps, loss
 
 
 class Recipe(Protocol):
-    """What the loop reads of an objective's fields."""
+    """The fields of an objective that the loop reads.
+
+    A recipe may also have `optimizer = "sgd"` (with `momentum`), `schedule = "constant"`, and a
+    method `rates(step, steps)`, whose result multiplies the learning rate.
+    """
 
     @property
     def epochs(self) -> int: ...
@@ -46,52 +52,92 @@ class Recipe(Protocol):
     def warmup(self) -> float: ...
 
 
+@dataclass(frozen=True)
+class FixedRecipe:
+    """A recipe by itself, for trainings that are no method of the kind `objective`."""
+
+    epochs: int
+    batch: int
+    lr: float
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+
+
+def require(condition: bool, what: str) -> None:
+    """Raise ValueError that says what a recipe needs, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"needs {what}")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ValueError unless the fields that the loop reads make sense."""
+    require(recipe.epochs >= 1, "epochs >= 1")
+    require(recipe.batch >= 2, "batch >= 2")
+    require(recipe.lr > 0, "lr > 0")
+    require(recipe.weight_decay >= 0, "weight_decay >= 0")
+    require(0 <= recipe.warmup < 1, "warmup in 0..1, below 1")
+
+
+class TrainingData(Protocol):
+    """Records to train on: Pairs in memory, or a Prefetcher."""
+
+    def __len__(self) -> int: ...
+    @property
+    def images(self) -> Any:
+        """`images[rows]`, rows int64 (B,) -> uint8 (B, 3, H, W) on the device."""
+
+
 @dataclass
 class TrainingLog:
-    """losses: one a step. exposures: int64 (N,), how often each record was drawn. seconds: time in the loop."""
+    """What happened in a training.
+
+    Attributes:
+        losses: one a step.
+        exposures: int64 (N,), how often each record was drawn.
+        seconds: time in the loop.
+        epochs: facts about each epoch.
+    """
 
     losses: list[float] = field(default_factory=list)
     exposures: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     seconds: float = 0.0
-    epochs: list[dict] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def optimizer(model: nn.Module, recipe: Recipe, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW, weight decay on matrices and filters alone; for a recipe that says `sgd`, SGD with weight decay on all."""
+def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices and filters only; or SGD, with decay on everything."""
+    weights = [p for p in model.parameters() if p.requires_grad]
     if getattr(recipe, "optimizer", "adamw") == "sgd":
-        every = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(
-            every, recipe.lr, getattr(recipe, "momentum", 0.0), weight_decay=recipe.weight_decay
-        )
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        momentum = getattr(recipe, "momentum", 0.0)
+        return torch.optim.SGD(weights, recipe.lr, momentum, weight_decay=recipe.weight_decay)
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Learning rate at a step: linear warm-up, then cosine to zero; for a recipe that says `constant`, the same.
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """The rate at a step: a linear warm-up and a cosine to zero, or constant.
 
-    A recipe may have a say of its own: `rates(step, steps)`, a factor on this.
+    It is multiplied by `rates` of the recipe, where there is such a method.
     """
-    own = getattr(recipe, "rates", None)
-    return _rate(recipe, step, steps) * (1.0 if own is None else own(step, steps))
-
-
-def _rate(recipe: Recipe, step: int, steps: int) -> float:
+    rates = getattr(recipe, "rates", None)
+    factor = 1.0 if rates is None else rates(step, steps)
     if getattr(recipe, "schedule", "cosine") == "constant":
-        return recipe.lr
-    warm = max(1, round(recipe.warmup * steps))
-    if step < warm:
-        return recipe.lr * (step + 1) / warm
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return recipe.lr * factor
+    warmup_steps = max(1, round(recipe.warmup * steps))
+    if step < warmup_steps:
+        return recipe.lr * (step + 1) / warmup_steps * factor
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress)) * factor
 
 
 def epoch_batches(seed: int, epoch: int, n: int, batch: int) -> Tensor:
-    """int64 (steps, batch): which rows each step of an epoch draws; without replacement, the remainder left out."""
+    """The rows that each step of an epoch draws, without replacement: int64 (steps, batch).
+
+    The remainder is left out.
+    """
     rows = torch.randperm(n, generator=generator(seed, 1, epoch))
     return rows[: n // batch * batch].view(-1, batch)
 
@@ -99,87 +145,61 @@ def epoch_batches(seed: int, epoch: int, n: int, batch: int) -> Tensor:
 def fit(
     loss: nn.Module,
     recipe: Recipe,
-    data: Pairs,
+    data: TrainingData,
     tokens: Tensor,
     seed: int,
     checkpoint: Path | None = None,
-    report: Callable[[int, int, float], None] = lambda step, steps, value: None,
-    on_epoch_end: Callable[[int], dict] | None = None,
+    report: StepReport = lambda step, steps, value: None,
+    on_epoch_end: Callable[[int], dict[str, Any]] | None = None,
     log: TrainingLog | None = None,
 ) -> TrainingLog:
-    """Train in place. data.images uint8 and tokens int64 (N, L) lie on the device and are never copied.
+    """Train a loss's parameters in place.
 
-    checkpoint: where the state is kept while training; an existing one is gone on with. report(step, steps, loss), on a
-    GPU not at every step. each_epoch(epoch) -> facts for the log; a fact `stop` that is true ends the training. log: filled
-    in and returned. On several ranks each has all data and trains on its rows of every batch; the log is the global one,
-    and only rank 0 keeps checkpoints and calls each_epoch. A loss that must know all records, or which of them are in a
-    batch, has `begin(data, tokens) -> tokens`, which is called before all else.
-    Raises UserError when the data hold less than a batch, ranks do not divide it, or the loss is not finite.
+    On several ranks each has all data and trains on its rows of every batch. The log is the global
+    one, and only rank 0 writes checkpoints and calls `on_epoch_end`.
+
+    Args:
+        loss: module (images uint8 (B, 3, H, W), tokens (B, L), Chance) -> scalar. If it must know
+            all records, or which of them are in a batch, it has `begin(data, tokens) -> tokens`,
+            which is called first.
+        recipe: epochs, batch size, learning rate and the like.
+        data: N records; Pairs lie on the device and are not copied.
+        tokens: int64 (N, L) on the device.
+        seed: of the order of records and of augmentation.
+        checkpoint: file of the state while training; an existing one is continued.
+        report: called with (step, steps, loss); on a GPU not at every step.
+        on_epoch_end: called with the number of epochs done; gives facts for the log. A true fact
+            `stop` ends the training.
+        log: filled in and returned.
+
+    Raises:
+        UserError: when there are fewer records than one batch, ranks do not divide the batch, ranks
+            see different records, or the loss is not finite.
     """
-    batch, each = recipe.batch, len(data) // recipe.batch
-    rank, world = collectives.rank_and_world()
-    if not each:
-        raise UserError(
-            f"{len(data)} records are fewer than one batch of {batch}; give a smaller batch"
-        )
+    training = _Training(loss, recipe, data, tokens, seed, TrainingLog() if log is None else log)
+    training.run(checkpoint, report, on_epoch_end)
+    return training.log
+
+
+def _check_batch(n: int, batch: int) -> int:
+    """The steps of an epoch. Raises UserError for a batch that does not fit records or ranks."""
+    world = collectives.rank_and_world()[1]
+    if n < batch:
+        raise UserError(f"{n} records are fewer than one batch of {batch}; give a smaller batch")
     if batch % world:
         raise UserError(
             f"a batch of {batch} does not divide into {world} ranks; give a multiple of {world}"
         )
-    steps, device = recipe.epochs * each, tokens.device
-    begin = getattr(loss, "begin", None)
-    tokens = tokens if begin is None else begin(data, tokens)
-    optim = optimizer(loss, recipe)
-    log, step = TrainingLog() if log is None else log, 0
-    log.exposures = torch.zeros(len(data), dtype=torch.long)
-    if checkpoint is not None and checkpoint.exists():
-        step = _restore(checkpoint, loss, optim, log)
-    collectives.agree(len(data), step)
-    start, saved = time.monotonic() - log.seconds, time.monotonic()
-    unread: list[Tensor] = []
-    drawn = -1
-    with collectives.joined(loss) as model:
-        loss.train()
-        while step < steps:
-            epoch, at = divmod(step, each)
-            if epoch != drawn:
-                rows, drawn = epoch_batches(seed, epoch, len(data), batch), epoch
-                own = collectives.local_rows(rows).to(device)
-            for group in optim.param_groups:
-                group["lr"] = rate(recipe, step, steps)
-            value = model(
-                data.images[own[at]], tokens[own[at]], Chance(generator(seed, 2, step), rank, world)
-            )
-            optim.zero_grad(set_to_none=True)
-            value.backward()
-            optim.step()
-            unread.append(value.detach())
-            log.exposures[rows[at]] += 1
-            step += 1
-            if step % each and len(unread) < UNREAD.get(device.type, 50):
-                continue
-            log.losses += _read(unread, step)
-            report(step, steps, log.losses[-1])
-            if step % each == 0:
-                facts = on_epoch_end(epoch + 1) if on_epoch_end is not None and rank == 0 else {}
-                log.epochs.append(
-                    {"epoch": epoch + 1, "loss": sum(log.losses[-each:]) / each, **facts}
-                )
-                if collectives.average(torch.tensor(float(facts.get("stop", False)))) > 0:
-                    steps = step
-                loss.train()
-            log.seconds = time.monotonic() - start
-            due = time.monotonic() - saved > CHECKPOINT_SECONDS
-            if checkpoint is not None and rank == 0 and due and step < steps:
-                _keep(checkpoint, loss, optim, log, step)
-                saved = time.monotonic()
-    loss.eval()
-    return log
+    return n // batch
 
 
-def _read(unread: list[Tensor], step: int) -> list[float]:
-    """The losses of the steps up to `step`, over all ranks, taken off the device. Raises UserError when one is not finite."""
-    values = collectives.average(torch.stack(unread)).tolist()
+def _read_losses(unread: list[Tensor], step: int) -> list[float]:
+    """Read the losses of the steps before `step`, as means over ranks, and empty the list.
+
+    Raises:
+        UserError: when one is not finite.
+    """
+    values: list[float] = collectives.average(torch.stack(unread)).tolist()
     for i, value in enumerate(values, step - len(values)):
         if not math.isfinite(value):
             raise UserError(f"the loss became {value} at step {i}; try a lower learning rate")
@@ -187,54 +207,129 @@ def _read(unread: list[Tensor], step: int) -> list[float]:
     return values
 
 
-def _keep(
-    path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: TrainingLog, step: int
-) -> None:
-    """Model, optimiser, log and step, in one safetensors file written under a temporary name."""
-    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in loss.state_dict().items()}
-    for i, state in optim.state_dict()["state"].items():
-        tensors |= {
-            f"optim.{i}.{k}": torch.as_tensor(v).detach().cpu().contiguous()
-            for k, v in state.items()
+class _Training:
+    """One training: what a checkpoint holds (model, optimizer, log, step), and what changes it."""
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        recipe: Recipe,
+        data: TrainingData,
+        tokens: Tensor,
+        seed: int,
+        log: TrainingLog,
+    ) -> None:
+        self.epoch_steps = _check_batch(len(data), recipe.batch)
+        self.steps = recipe.epochs * self.epoch_steps
+        begin = getattr(loss, "begin", None)
+        self.tokens: Tensor = tokens if begin is None else begin(data, tokens)
+        self.loss, self.recipe, self.data, self.seed = loss, recipe, data, seed
+        self.optim = optimizer(loss, recipe)
+        self.log = log
+        self.log.exposures = torch.zeros(len(data), dtype=torch.long)
+        self.step = 0
+        self.rank, self.world = collectives.rank_and_world()
+        self.drawn_epoch = -1  # the epoch that the next two are of
+        self.batches = torch.zeros(0)  # int64 (steps, B), rows of all ranks
+        self.local_batches = torch.zeros(0)  # int64 (steps, B / world), rows of this rank
+
+    def run(
+        self,
+        checkpoint: Path | None,
+        report: StepReport,
+        on_epoch_end: Callable[[int], dict[str, Any]] | None,
+    ) -> None:
+        """Take all steps that are left."""
+        if checkpoint is not None and checkpoint.exists():
+            self.restore(checkpoint)
+        collectives.check_agreement(len(self.data), self.step)
+        unread: list[Tensor] = []
+        most_unread = UNREAD.get(self.tokens.device.type, UNREAD["cuda"])
+        saved = time.monotonic()
+        start = saved - self.log.seconds
+        with collectives.distribute(self.loss) as model:
+            self.loss.train()
+            while self.step < self.steps:
+                unread.append(self.take_step(model))
+                epoch_done = self.step % self.epoch_steps == 0
+                if not epoch_done and len(unread) < most_unread:
+                    continue
+                self.log.losses += _read_losses(unread, self.step)
+                report(self.step, self.steps, self.log.losses[-1])
+                if epoch_done:
+                    self.end_epoch(on_epoch_end)
+                self.log.seconds = time.monotonic() - start
+                due = time.monotonic() - saved > CHECKPOINT_SECONDS
+                if checkpoint is not None and self.rank == 0 and due and self.step < self.steps:
+                    self.save(checkpoint)
+                    saved = time.monotonic()
+        self.loss.eval()
+
+    def take_step(self, model: nn.Module) -> Tensor:
+        """One step of the optimizer. Returns the loss, which stays on the device."""
+        epoch, i = divmod(self.step, self.epoch_steps)
+        if epoch != self.drawn_epoch:
+            self.batches = epoch_batches(self.seed, epoch, len(self.data), self.recipe.batch)
+            self.local_batches = collectives.local_rows(self.batches).to(self.tokens.device)
+            self.drawn_epoch = epoch
+        for group in self.optim.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step, self.steps)
+        rows = self.local_batches[i]
+        chance = Chance(generator(self.seed, 2, self.step), self.rank, self.world)
+        value: Tensor = model(self.data.images[rows], self.tokens[rows], chance)
+        self.optim.zero_grad(set_to_none=True)
+        value.backward()
+        self.optim.step()
+        self.log.exposures[self.batches[i]] += 1
+        self.step += 1
+        return value.detach()
+
+    def end_epoch(self, on_epoch_end: Callable[[int], dict[str, Any]] | None) -> None:
+        """Log the facts about an epoch; a true fact `stop` ends the training, on every rank."""
+        epoch = self.step // self.epoch_steps
+        facts = on_epoch_end(epoch) if on_epoch_end is not None and self.rank == 0 else {}
+        mean_loss = sum(self.log.losses[-self.epoch_steps :]) / self.epoch_steps
+        self.log.epochs.append({"epoch": epoch, "loss": mean_loss, **facts})
+        if collectives.average(torch.tensor(float(facts.get("stop", False)))) > 0:
+            self.steps = self.step
+        self.loss.train()
+
+    def save(self, path: Path) -> None:
+        """Write model, optimizer, log and step into one safetensors file."""
+        tensors = {f"model.{key}": value for key, value in self.loss.state_dict().items()}
+        for i, values in self.optim.state_dict()["state"].items():
+            for name, value in values.items():
+                tensors[f"optim.{i}.{name}"] = torch.as_tensor(value)
+        tensors["losses"] = torch.tensor(self.log.losses, dtype=torch.float64)
+        tensors["exposures"] = self.log.exposures
+        facts = {
+            "step": str(self.step),
+            "seconds": str(self.log.seconds),
+            "epochs": json.dumps(self.log.epochs),
         }
-    tensors["losses"], tensors["exposures"] = (
-        torch.tensor(log.losses, dtype=torch.float64),
-        log.exposures,
-    )
-    facts = {"step": str(step), "seconds": str(log.seconds), "epochs": json.dumps(log.epochs)}
-    save_file(tensors, path.with_suffix(".tmp"), metadata=facts)
-    os.replace(path.with_suffix(".tmp"), path)
+        write_tensors(path, tensors, facts)
 
-
-def _restore(path: Path, loss: nn.Module, optim: torch.optim.Optimizer, log: TrainingLog) -> int:
-    """Fill everything from a checkpoint; returns the step to go on with."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        facts: dict[str, Any] = file.metadata()
-    tensors = load_file(path)
-    loss.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    state = optim.state_dict()
-    state["state"] = {}
-    weights = [p for group in optim.param_groups for p in group["params"]]
-    for key, v in tensors.items():
-        if key.startswith("optim."):
-            _, i, name = key.split(".", 2)
-            # fused AdamW walks weight and moments together: both must lie in memory alike (channels last)
-            like = torch.empty_like(weights[int(i)]).copy_(v) if v.ndim else v
-            state["state"].setdefault(int(i), {})[name] = like
-    optim.load_state_dict(state)
-    log.losses[:], log.exposures = tensors["losses"].tolist(), tensors["exposures"]
-    log.seconds, log.epochs = float(facts["seconds"]), json.loads(facts["epochs"])
-    return int(facts["step"])
-
-
-@dataclass(frozen=True)
-class FixedRecipe:
-    """A recipe that is no method of its own: what `fit` reads of a repair's fields."""
-
-    epochs: int
-    batch: int
-    lr: float
-    weight_decay: float = 0.0
-    warmup: float = 0.05
+    def restore(self, path: Path) -> None:
+        """Fill everything from a checkpoint."""
+        with safe_open(path, "pt") as file:
+            facts: dict[str, str] = file.metadata()
+        tensors = load_file(path)
+        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        self.loss.load_state_dict(model)
+        state = self.optim.state_dict()
+        state["state"] = {}
+        weights = [p for group in self.optim.param_groups for p in group["params"]]
+        for key, value in tensors.items():
+            if not key.startswith("optim."):
+                continue
+            _, number, name = key.split(".", 2)
+            if value.ndim:
+                # Fused AdamW walks weight and moments together: both must have one memory layout
+                # (channels last).
+                value = torch.empty_like(weights[int(number)]).copy_(value)
+            state["state"].setdefault(int(number), {})[name] = value
+        self.optim.load_state_dict(state)
+        self.log.losses[:] = tensors["losses"].tolist()
+        self.log.exposures = tensors["exposures"]
+        self.log.seconds, self.log.epochs = float(facts["seconds"]), json.loads(facts["epochs"])
+        self.step = int(facts["step"])

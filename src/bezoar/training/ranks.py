@@ -1,42 +1,47 @@
-"""Which of torchrun's processes this one is, and what rank 0 tells the others. Imports no torch until it is needed.
+"""Which of torchrun's processes this one is, and what rank 0 tells the others.
 
-Rank 0 does everything: it reads the command line, runs verbs, holds locks and writes. Where it comes to work that all
-ranks share (`joint` verbs), it tells the others what to do; between such orders they wait. All see the same files.
+Rank 0 does everything: it reads the command line, runs verbs, holds locks and writes. Where it
+comes to work that all ranks share (`joint` verbs), it sends them an order to do their part; between
+orders they wait. All see the same files.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from bezoar.errors import UserError
 from bezoar.machine import torchrun_variable
 
-PATIENCE = timedelta(
-    days=7
-)  # ranks wait for as long as rank 0 works alone; torchrun ends all when one ends badly
+# Ranks wait for as long as rank 0 works alone; torchrun ends all of them when one fails.
+TIMEOUT = timedelta(days=7)
+
+Order = dict[str, Any] | None  # None lets the ranks go
 
 sharing = True  # False while rank 0 works alone: a training then must not wait for the others
 
 
 def join() -> None:
-    """Meet the other ranks: gloo for tensors on the CPU, nccl for those on GPUs."""
-    import torch
-    import torch._dynamo  # imported later, as optimisers do, it would keep the process group from ever ending
-    import torch.distributed as dist
+    """Join the other ranks' process group: gloo for tensors on the CPU, nccl for those on GPUs."""
+    # Optimisers import this later; the process group would then never end.
+    import torch._dynamo
 
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(torchrun_variable("LOCAL_RANK", 0) % gpus)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
 
 
 @contextmanager
-def share_work(order: dict | None) -> Iterator[None]:
-    """Rank 0's work that the others do by this order meanwhile; None: that rank 0 does alone."""
+def share_work(order: Order) -> Iterator[None]:
+    """Inside, rank 0 does work that the others do by this order too; with None it works alone."""
     global sharing
     before, sharing = sharing, order is not None
     if order is not None:
@@ -47,43 +52,33 @@ def share_work(order: dict | None) -> Iterator[None]:
         sharing = before
 
 
-def broadcast(order: dict | None) -> None:
-    """Rank 0's word to the ranks that wait in `hear`; None lets them go. A process on its own tells nobody."""
-    import torch
-    import torch.distributed as dist
-
+def broadcast(order: Order) -> None:
+    """Send rank 0's order to the ranks that wait in `receive`, where there are any."""
     if not dist.is_initialized():
         return
-    text = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
-    dist.broadcast(torch.tensor([len(text)]), 0)
-    dist.broadcast(text, 0)
+    message = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
+    dist.broadcast(torch.tensor([len(message)]), 0)
+    dist.broadcast(message, 0)
     if order is None:
         _leave()
 
 
 def receive() -> Any:
-    """Wait for rank 0's next order. Raises UserError when rank 0 ended without a word: it has said why."""
-    import torch
-    import torch.distributed as dist
-
+    """Wait for rank 0's next order. Raises UserError when rank 0 has ended: it has said why."""
     size = torch.zeros(1, dtype=torch.long)
     try:
         dist.broadcast(size, 0)
     except RuntimeError as error:
         raise UserError("rank 0 has ended") from error
-    text = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(text, 0)
-    order = json.loads(text.numpy().tobytes())
+    message = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(message, 0)
+    order = json.loads(message.numpy().tobytes())
     if order is None:
         _leave()
     return order
 
 
 def _leave() -> None:
-    """End the process group, with what a training left of it: gloo's threads abort a process that ends before them."""
-    import gc
-
-    import torch.distributed as dist
-
+    """End the process group and its threads, which abort a process that ends before them."""
     dist.destroy_process_group()
     gc.collect()

@@ -1,4 +1,4 @@
-"""What the objectives share that train an image tower without captions: their common fields, views, heads of perceptrons."""
+"""What the objectives share that train on images alone: fields, views and projection heads."""
 
 from __future__ import annotations
 
@@ -9,45 +9,43 @@ import torch
 from torch import Tensor, nn
 
 from bezoar.encoders.encoder import Encoder
+from bezoar.training import loop
 from bezoar.training.augmentation import Views
+from bezoar.training.loop import require
 
 
-class Recipe(Protocol):
-    """Fields of every such objective: those of the loop, sizes of the head, and the augmentation (see `views`)."""
+class Recipe(loop.Recipe, Protocol):
+    """Fields of every such objective: sizes of the head, and the augmentation."""
 
-    epochs: int
-    batch: int
-    lr: float
-    weight_decay: float
-    warmup: float
-    hidden: int
-    dim: int
-    crop: float
-    flip: float
-    jitter: float
-    colour: float
-    gray: float
-    blur: float
-
-
-def check(recipe: Recipe) -> None:
-    """ValueError unless the common fields make sense."""
-    if (
-        recipe.epochs < 1
-        or recipe.batch < 2
-        or recipe.lr <= 0
-        or min(recipe.hidden, recipe.dim) < 1
-    ):
-        raise ValueError("needs epochs >= 1, batch >= 2, lr > 0, hidden >= 1, dim >= 1")
-    if not 0 <= recipe.warmup < 1 or recipe.weight_decay < 0:
-        raise ValueError("needs warmup in 0..1, weight_decay >= 0")
-    if not 0 < recipe.crop <= 1 or not 0 <= recipe.colour <= 2.5:
-        raise ValueError("needs crop in 0..1 and above 0, colour in 0..2.5")
-    views(recipe, 0)
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def crop(self) -> float: ...
+    @property
+    def flip(self) -> float: ...
+    @property
+    def jitter(self) -> float: ...
+    @property
+    def colour(self) -> float: ...
+    @property
+    def gray(self) -> float: ...
+    @property
+    def blur(self) -> float: ...
 
 
-def views(recipe: Recipe, size: int) -> Views:
-    """The recipe's augmentation, to images of `size` pixels. colour is the strength s of Chen et al. 2020, appendix A."""
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ValueError unless the common fields make sense."""
+    loop.check_recipe(recipe)
+    require(min(recipe.hidden, recipe.dim) >= 1, "hidden >= 1, dim >= 1")
+    require(0 < recipe.crop <= 1, "crop in 0..1 and above 0")
+    require(0 <= recipe.colour <= 2.5, "colour in 0..2.5")
+    make_views(recipe, 0)
+
+
+def make_views(recipe: Recipe, size: int) -> Views:
+    """The recipe's views; `colour` is the strength s of Chen et al. 2020, appendix A."""
     s = recipe.colour
     return Views(
         size,
@@ -60,31 +58,57 @@ def views(recipe: Recipe, size: int) -> Views:
     )
 
 
-def width(encoder: Encoder) -> int:
-    """D of the image tower's vectors, by running one black image through it; nothing in it changes."""
-    modes = [(m, m.training) for m in encoder.image.modules()]
+def measure_width(encoder: Encoder) -> int:
+    """D of the image tower's vectors, by one black image; nothing in the tower changes."""
+    modes = [(module, module.training) for module in encoder.image.modules()]
+    size = encoder.preprocess.size
     with torch.no_grad():
-        size = encoder.preprocess.size
-        found = encoder.image.eval()(torch.zeros(1, 3, size, size, device=encoder.device)).shape[1]
+        z = encoder.image.eval()(torch.zeros(1, 3, size, size, device=encoder.device))
     for module, mode in modes:
         module.training = mode
-    return found
+    width: int = z.shape[1]
+    return width
 
 
 def perceptron(*sizes: int, norm: bool = True, last_norm: bool = False) -> nn.Sequential:
-    """(B, sizes[0]) -> (B, sizes[-1]): linear layers, ReLU between them. norm: batch norm before each ReLU; last_norm: at
-    the end as well. A batch norm takes the place of its layer's bias.
+    """Linear layers with ReLU between them, (B, sizes[0]) -> (B, sizes[-1]).
+
+    A batch norm takes the place of its layer's bias.
+
+    Args:
+        sizes: of the input, of hidden layers, and of the output.
+        norm: whether a batch norm stands before each ReLU.
+        last_norm: whether one stands at the end.
     """
     layers: list[nn.Module] = []
-    for i, (inward, outward) in enumerate(pairwise(sizes)):
-        last = i == len(sizes) - 2
+    for i, (size_in, size_out) in enumerate(pairwise(sizes), 2):
+        last = i == len(sizes)
         normed = last_norm if last else norm
-        layers.append(nn.Linear(inward, outward, bias=not normed))
-        layers += [nn.BatchNorm1d(outward)] * normed + [nn.ReLU()] * (not last)
+        layers.append(nn.Linear(size_in, size_out, bias=not normed))
+        if normed:
+            layers.append(nn.BatchNorm1d(size_out))
+        if not last:
+            layers.append(nn.ReLU())
     return nn.Sequential(*layers)
 
 
-def project(encoder: Encoder, tower: nn.Module, x: Tensor) -> Tensor:
-    """Views float 0..1 (N, 3, S, S) through a tower that takes the encoder's pixels -> float32 (N, D), of any length."""
-    with encoder.autocast():
-        return tower(encoder.prepare_images(x)).float()
+class ViewsLoss(nn.Module):
+    """The loss of such an objective: it owns the encoder, and a head that is not saved with it."""
+
+    head: nn.Module
+
+    def __init__(self, encoder: Encoder, recipe: Recipe) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.views = make_views(recipe, encoder.preprocess.size)
+
+    def tower(self) -> nn.Sequential:
+        """The image tower and the head behind it."""
+        return nn.Sequential(self.encoder.image, self.head)
+
+    def project(self, x: Tensor, tower: nn.Module | None = None) -> Tensor:
+        """Views float in 0..1 (N, 3, S, S) through the tower, or another -> float32 (N, D)."""
+        tower = self.tower() if tower is None else tower
+        with self.encoder.autocast():
+            z: Tensor = tower(self.encoder.prepare_images(x))
+        return z.float()

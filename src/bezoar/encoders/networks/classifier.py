@@ -1,6 +1,5 @@
-"""A classifier's weights as an encoder with a head: ResNet, PreAct ResNet, WideResNet, VGG (He 2016, Zagoruyko 2016)."""
+"""A classifier's weights as an encoder with a head: ResNet, PreAct ResNet, WideResNet, VGG."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -8,18 +7,30 @@ import torch
 
 from bezoar.data.files import checkpoints
 from bezoar.data.files.paths import existing_file
-from bezoar.encoders import classifier_networks, small_towers
+from bezoar.encoders import small_towers
+from bezoar.encoders.classifier_networks import (
+    Architecture,
+    format_architecture,
+    parse_architecture,
+)
+from bezoar.encoders.classifier_weights import (
+    ClassifierWeights,
+    read_class_names,
+    read_classifier,
+)
 from bezoar.encoders.encoder import Encoder, Preprocess
+from bezoar.encoders.networks import Network, image_encoder
 from bezoar.encoders.weights import check_weights
 from bezoar.errors import UserError
 from bezoar.registry import method
 
 
 @method
-class Classifier:
-    """`encoder.image` gives what the last layers read, `encoder.head` is these, `encoder.about["classes"]` their names.
+class Classifier(Network):
+    """`encoder.image` gives what `encoder.head` reads; `encoder.about["classes"]` has its names.
 
-    Strict: no key may be missing, left over or of another shape. `about["imported"]` says what was assumed, not read.
+    Strict: no key may be missing, left over or of another shape. `about["imported"]` says what was
+    assumed, not read.
     """
 
     path: Annotated[
@@ -35,95 +46,113 @@ class Classifier:
     ] = ""
     architecture: Annotated[str, "a fresh network, in the words of an imported one's about"] = ""
 
-    def files(self) -> list[Path]:
-        """The weights, and the names."""
-        named = (
-            [existing_file(self.classes, "file of class names")]
-            if Path(self.classes).suffix in (".txt", ".json")
-            else []
-        )
-        return ([existing_file(self.path, "weights file")] if self.path else []) + named
-
-    def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """None: it reads no text."""
-        return ()
-
-    def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` 0 or the input side. Raises UserError for a file, layout or size that does not fit."""
-        if not self.path and not self.architecture:
-            raise UserError("network 'classifier': give path=, a file of weights")
-        found = None
-        if self.path:
-            found = classifier_networks.describe(checkpoints.load_tensors(self.path), self.path)
-        shape = (
-            classifier_networks.parse(self.architecture) if found is None else found.architecture
-        )
-        name = self.path or "classifier"
-        side, assumed = self._side(shape.side, size, name)
-        preprocess, normalised = self._preprocess(side, shape.side)
-        names = (
-            classifier_networks.named_classes(self.classes, shape.classes, name)
-            if self.classes
-            else tuple(map(str, range(shape.classes)))
-        )
-        if found is not None:
-            what = f"a classifier {classifier_networks.write(shape)}"
-            with torch.device("meta"):  # shapes are compared before memory is spent
-                trunk, head = shape.trunk(), shape.head()
-            check_weights(trunk, found.trunk, name, what)
-            check_weights(head, found.head, name, what + ", its head")
-        image = shape.trunk().to(memory_format=torch.channels_last)
-        normal = "/".join(map(str, (*preprocess.mean, *preprocess.std)))
-        network = f'classifier:mean_std={normal},size={side},architecture="{classifier_networks.write(shape)}"'
-        about = {"network": network, "vocabulary": [], "classes": list(names)}
-        encoder = Encoder(image, preprocess, about=about)
-        encoder.head = shape.head()
-        if found is not None:
-            image.load_state_dict(found.trunk)
-            encoder.head.load_state_dict(found.head)
-            assumed += normalised + ([] if self.classes else ["classes named by their numbers"])
-            encoder.about["imported"] = {
-                "file": Path(self.path).name,
-                "layout": "classifier",
-                "left_out": [],
-                "assumed": assumed,
-            }
-        small_towers.check_size(image, side, name)
-        return encoder
-
-    def _side(self, own: int, size: int, name: str) -> tuple[int, list[str]]:
-        """The input's side, and that it was assumed if it was."""
-        if self.size or not self.path:
-            return self.size or size or own, []
-        if size not in (0, own):
-            raise UserError(
-                f"{name}: its layers suggest images of {own} px, and these have {size}; "
-                f"say size={size} to take them as they are, or size={own} to have them resized"
-            )
-        return own, [f"size={own}"]
-
-    def _preprocess(self, side: int, own: int) -> tuple[Preprocess, list[str]]:
-        """The normalisation, and that it was assumed if it was."""
-        if "/" in self.mean_std:
-            numbers = [float(n) for n in self.mean_std.split("/")]
-            return Preprocess(side, tuple(numbers[:3]), tuple(numbers[3:])), []
-        default = "cifar" if own == 32 else "imagenet"
-        name = default if self.mean_std == "auto" else self.mean_std
-        return small_towers.preprocess(side, name), [
-            f"mean_std={default}"
-        ] if self.mean_std == "auto" else []
-
     def __post_init__(self) -> None:
         if self.path and self.architecture:
             raise ValueError("a file of weights has an architecture; leave architecture= out")
         if self.size < 0:
             raise ValueError("size must be 0 or more")
-        if "/" not in self.mean_std:
-            if self.mean_std != "auto":
-                small_towers.check_mean_std(self.mean_std)
-            return
-        numbers = [float(n) for n in self.mean_std.split("/")]
-        if len(numbers) != 6 or not all(abs(n) < 1e3 for n in numbers) or not min(numbers[3:]) > 0:
-            raise ValueError(
-                f"mean_std as numbers is M/M/M/S/S/S, deviations above 0; got {self.mean_std!r}"
+        if "/" in self.mean_std:
+            parse_mean_std(self.mean_std)
+        elif self.mean_std != "auto":
+            small_towers.check_mean_std(self.mean_std)
+
+    def files(self) -> list[Path]:
+        """The weights, and the names."""
+        files = [existing_file(self.path, "weights file")] if self.path else []
+        if Path(self.classes).suffix in (".txt", ".json"):
+            files.append(existing_file(self.classes, "file of class names"))
+        return files
+
+    def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
+        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
+        name = self.path or "classifier"
+        weights: ClassifierWeights | None = None
+        if self.path:
+            weights = read_classifier(checkpoints.load_tensors(self.path), self.path)
+            architecture = weights.architecture
+        elif self.architecture:
+            architecture = parse_architecture(self.architecture)
+        else:
+            raise UserError("network 'classifier': give path=, a file of weights")
+        side = self._input_side(architecture.side, size)
+        mean_std = self.mean_std
+        if mean_std == "auto":
+            mean_std = "cifar" if architecture.side == 32 else "imagenet"
+        classes = (
+            read_class_names(self.classes, architecture.classes, name)
+            if self.classes
+            else tuple(map(str, range(architecture.classes)))
+        )
+        if weights is not None:
+            check_shapes(weights, name)
+        encoder = build_encoder(architecture, make_preprocess(side, mean_std), classes)
+        if weights is not None:
+            encoder.image.load_state_dict(weights.trunk)
+            assert encoder.head is not None
+            encoder.head.load_state_dict(weights.head)
+            encoder.about["imported"] = {
+                "file": Path(self.path).name,
+                "layout": "classifier",
+                "left_out": [],
+                "assumed": self._assumptions(side, mean_std),
+            }
+        small_towers.check_input_size(encoder.image, side, name)
+        return encoder
+
+    def _input_side(self, usual: int, size: int) -> int:
+        """The input's side in pixels. usual: the architecture's; size: of the images, or 0."""
+        if self.size or not self.path:
+            return self.size or size or usual
+        if size not in (0, usual):
+            raise UserError(
+                f"{self.path}: its layers suggest images of {usual} px, and these have {size}; "
+                f"say size={size} to take them as they are, or size={usual} to have them resized"
             )
+        return usual
+
+    def _assumptions(self, side: int, mean_std: str) -> list[str]:
+        """What neither the file nor the user says."""
+        assumed = [] if self.size else [f"size={side}"]
+        if self.mean_std == "auto":
+            assumed.append(f"mean_std={mean_std}")
+        if not self.classes:
+            assumed.append("classes named by their numbers")
+        return assumed
+
+
+def parse_mean_std(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`M/M/M/S/S/S` -> means and standard deviations. Raises ValueError for anything else."""
+    numbers = tuple(float(number) for number in text.split("/"))
+    if len(numbers) != 6 or not all(abs(n) < 1e3 for n in numbers) or not min(numbers[3:]) > 0:
+        raise ValueError(f"mean_std as numbers is M/M/M/S/S/S, deviations above 0; got {text!r}")
+    return numbers[:3], numbers[3:]
+
+
+def make_preprocess(side: int, mean_std: str) -> Preprocess:
+    """The preprocessing with a normalisation by name or by numbers."""
+    if "/" in mean_std:
+        return Preprocess(side, *parse_mean_std(mean_std))
+    return small_towers.named_preprocess(side, mean_std)
+
+
+def check_shapes(weights: ClassifierWeights, name: str) -> None:
+    """Raise UserError unless weights fill their architecture, before memory is spent."""
+    with torch.device("meta"):
+        trunk = weights.architecture.build_trunk()
+        head = weights.architecture.build_head()
+    what = f"a classifier {format_architecture(weights.architecture)}"
+    check_weights(trunk, weights.trunk, name, what)
+    check_weights(head, weights.head, name, f"{what}, its head")
+
+
+def build_encoder(
+    architecture: Architecture, preprocess: Preprocess, classes: tuple[str, ...]
+) -> Encoder:
+    """A fresh classifier; its spec builds it again."""
+    mean_std = "/".join(map(str, (*preprocess.mean, *preprocess.std)))
+    text = format_architecture(architecture)
+    network = f'classifier:mean_std={mean_std},size={preprocess.size},architecture="{text}"'
+    encoder = image_encoder(architecture.build_trunk(), preprocess, network)
+    encoder.head = architecture.build_head()
+    encoder.about["classes"] = list(classes)
+    return encoder

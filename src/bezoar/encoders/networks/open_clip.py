@@ -1,180 +1,206 @@
-"""Any open_clip architecture, with fresh or published weights (Ilharco et al. 2021): `open_clip:RN50/cc12m`."""
+"""Any open_clip architecture, fresh or published (Ilharco et al. 2021): `open_clip:RN50/cc12m`."""
 
-from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from bezoar.data.files import checkpoints
-from bezoar.data.files.paths import existing_file
-from bezoar.encoders import fast_linear
-from bezoar.encoders.encoder import Encoder, Preprocess
-from bezoar.encoders.weights import check_weights, without_weight_warnings
+from bezoar.encoders import fast_linear, open_clip_models
+from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.networks import Network
+from bezoar.encoders.weights import check_weights, first_line, named_weights_file
 from bezoar.errors import UserError
 from bezoar.registry import method, spec
 
 
-class Image(nn.Module):
-    """(B, 3, S, S) -> (B, D), not yet normalised.
+class ImageTower(nn.Module):
+    """open_clip's image tower: (B, 3, S, S) -> (B, D), not yet normalised.
 
-    A vision transformer whose class token alone is read computes no other row in its last block: nobody looks at them.
-    Every other kind of image tower is open_clip's own.
+    Of a vision transformer that is read at its class token alone, the last block computes that
+    token's row and no other. Every other kind of image tower is open_clip's own.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.class_token = _class_token(model)
+        self.class_token = _reads_class_token(model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """open_clip's image tower."""
+        """The vectors that `model.encode_image` gives."""
         if not self.class_token:
-            return self.model.encode_image(x)
+            z: Tensor = self.model.encode_image(x)
+            return z
         tower = self.model.visual
-        x = tower.conv1(x).flatten(2).transpose(1, 2)
+        x = tower.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, D)
         first = tower.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([first, x], 1) + tower.positional_embedding.to(x.dtype)
         x = tower.ln_pre(tower.patch_dropout(x))
         *blocks, last = tower.transformer.resblocks
         for block in blocks:
             x = block(x)
-        return tower.ln_post(first_row(last, x)) @ tower.proj
+        z = tower.ln_post(attend_first_row(last, x)) @ tower.proj
+        return z
 
 
-class Text(nn.Module):
-    """(B, L) tokens -> (B, D). Shares the model with the image tower but owns none of its parameters twice.
+class TextTower(nn.Module):
+    """open_clip's text tower: tokens (B, L) -> (B, D).
 
-    Where attention is causal and the vector is read at the end-of-text token, a position's row depends on the tokens up
-    to it and on nothing else, and nobody looks behind the end. So one row is computed for each distinct beginning of the
-    batch's captions instead of B * L, and in the last block one row a caption. Every other kind of text tower is
-    open_clip's own, and so is training on a GPU, which would have to wait for the tokens at every step.
+    Where attention is causal and the vector is read at the end-of-text token, a position's row
+    depends on the tokens up to it alone, and what stands behind the end is never read. So one row
+    is computed for each distinct prefix of the batch's captions instead of B * L, and in the last
+    block one row a caption. Every other kind of text tower is open_clip's own, and so is training
+    on a GPU, which would have to wait for the tokens at every step.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.shared = [model]  # a list hides it from nn.Module: the weights are saved once
-        self.causal = _causal(model)
+        # In a list, which hides it from nn.Module: the image tower owns the model, and its weights
+        # are saved once.
+        self.shared = [model]
+        self.causal = _is_causal(model)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """open_clip's text tower; the end is found as open_clip finds it."""
+        """The vectors that `model.encode_text` gives."""
         model = self.shared[0]
         if not self.causal or (tokens.device.type != "cpu" and torch.is_grad_enabled()):
-            return model.encode_text(tokens)
+            z: Tensor = model.encode_text(tokens)
+            return z
         tower = getattr(model, "text", model)
-        by_rank = (
-            _own(tower, "pool_type") == "argmax"
-        )  # the end-of-text token has the largest number of all
-        at = tokens.argmax(1) if by_rank else (tokens == _own(tower, "eos_id")).int().argmax(1)
-        tokens = tokens[:, : int(at.max()) + 1]
-        row, place = beginnings(tokens, at)
-        last = torch.arange(len(at), device=at.device) * tokens.shape[1] + at
-        x = (
-            tower.token_embedding(tokens.flatten()[place])
-            + tower.positional_embedding[place % tokens.shape[1]]
-        )
-        blocks = tower.transformer.resblocks
-        for i, block in enumerate(blocks):
-            x = causal_block(block, x, row, place if i + 1 < len(blocks) else last)
-        z, head = tower.ln_final(x), tower.text_projection
-        return z if head is None else head(z) if isinstance(head, nn.Module) else z @ head
+        # As open_clip finds the end: the end-of-text token has the largest number, or the number
+        # `eos_id`.
+        by_rank = _text_setting(tower, "pool_type") == "argmax"
+        eos = tokens if by_rank else (tokens == _text_setting(tower, "eos_id")).int()
+        ends = eos.argmax(1)  # (B,)
+        tokens = tokens[:, : int(ends.max()) + 1]
+        rows, places = distinct_prefixes(tokens, ends)
+        end_places = torch.arange(len(ends), device=ends.device) * tokens.shape[1] + ends
+        x = tower.token_embedding(tokens.flatten()[places])  # (T, D)
+        x = x + tower.positional_embedding[places % tokens.shape[1]]
+        *blocks, last = tower.transformer.resblocks
+        for block in blocks:
+            x = causal_block(block, x, rows, places)
+        z = tower.ln_final(causal_block(last, x, rows, end_places))
+        head = tower.text_projection
+        if head is None:
+            return z
+        projected: Tensor = head(z) if isinstance(head, nn.Module) else z @ head
+        return projected
 
 
-def beginnings(tokens: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct beginnings of token sequences: tokens (B, L), ends `at` (B,) -> (B, L) and (T,), int64.
+def distinct_prefixes(tokens: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the distinct prefixes of token sequences.
 
-    The first tells which of T rows stands for a position, 0 behind the end; the second where in B * L a row was found
-    first. Two positions share a row when all tokens up to them are the same.
+    Args:
+        tokens: (B, L).
+        ends: (B,), the last position of each sequence that counts.
+
+    Returns:
+        rows, int64 (B, L): the prefix, of T, that ends at each position; 0 behind the end.
+        places, int64 (T,): where in B * L each prefix ends for the first time.
     """
-    cpu, ends = tokens.cpu(), at.cpu()
-    row, parent = torch.zeros_like(cpu), torch.zeros_like(ends)
-    found, total, most = [], 0, int(cpu.max()) + 1
-    for j in range(cpu.shape[1]):
-        live = (ends >= j).nonzero()[:, 0]
-        values, which = (parent[live] * most + cpu[live, j]).unique(return_inverse=True)
-        row[live, j] = parent[live] = which + total
-        first = torch.full_like(values, len(cpu)).scatter_reduce(0, which, live, "amin")
-        found.append(first * cpu.shape[1] + j)
+    cpu_tokens, cpu_ends = tokens.cpu(), ends.cpu()
+    length = cpu_tokens.shape[1]
+    rows = torch.zeros_like(cpu_tokens)
+    parents = torch.zeros_like(cpu_ends)  # (B,), the prefix up to the position before
+    places: list[Tensor] = []
+    total = 0
+    token_count = int(cpu_tokens.max()) + 1
+    for j in range(length):
+        active = (cpu_ends >= j).nonzero()[:, 0]
+        keys = parents[active] * token_count + cpu_tokens[active, j]
+        values, inverse = keys.unique(return_inverse=True)
+        rows[active, j] = parents[active] = inverse + total
+        # the first sequence with each prefix
+        first = torch.full_like(values, len(cpu_tokens))
+        first = first.scatter_reduce(0, inverse, active, "amin")
+        places.append(first * length + j)
         total += len(values)
-    return row.to(tokens.device), torch.cat(found).to(tokens.device)
+    return rows.to(tokens.device), torch.cat(places).to(tokens.device)
 
 
-def causal_block(block: Any, x: Tensor, row: Tensor, place: Tensor) -> Tensor:
-    """A residual attention block with causal attention: rows x (T, D) of `beginnings`, those at `place` (P,) -> (P, D)."""
-    attn = block.attn
-    parts = F.embedding(
-        row, fast_linear.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    ).chunk(3, -1)
-    q, k, v = (p.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in parts)
-    mixed = (
-        F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        .transpose(1, 2)
-        .flatten(2)
-        .flatten(0, 1)
+def causal_block(block: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """A residual attention block with causal attention, over distinct prefixes.
+
+    Args:
+        block: open_clip's ResidualAttentionBlock.
+        x: (T, D), a row for each prefix.
+        rows: int64 (B, L), the prefix that ends at each position.
+        places: int64 (P,), the positions of B * L that are wanted.
+
+    Returns:
+        (P, D).
+    """
+    attention = block.attn
+    normed = block.ln_1(x)
+    projected = fast_linear.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (
+        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, L, d)
+        for part in F.embedding(rows, projected).chunk(3, -1)  # (B, L, D)
     )
-    out = fast_linear.linear(mixed.index_select(0, place), attn.out_proj.weight, attn.out_proj.bias)
-    x = x.index_select(0, row.flatten()[place]) + block.ls_1(out)
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)  # (B * L, D)
+    out = fast_linear.linear(
+        mixed.index_select(0, places), attention.out_proj.weight, attention.out_proj.bias
+    )
+    x = x.index_select(0, rows.flatten()[places]) + block.ls_1(out)
+    z: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return z
 
 
-def first_row(block: Any, x: Tensor) -> Tensor:
-    """A residual attention block's first row: x (B, L, D) -> (B, D)."""
-    normal = block.ln_1(x)
-    mixed = block.attn(normal[:, :1], normal, normal, need_weights=False)[0]
-    z = x[:, 0] + block.ls_1(mixed[:, 0])
-    return z + block.ls_2(block.mlp(block.ln_2(z)))
+def attend_first_row(block: Any, x: Tensor) -> Tensor:
+    """The first row of what a residual attention block gives: x (B, L, D) -> (B, D)."""
+    normed = block.ln_1(x)
+    mixed = block.attn(normed[:, :1], normed, normed, need_weights=False)[0]
+    first = x[:, 0] + block.ls_1(mixed[:, 0])
+    z: Tensor = first + block.ls_2(block.mlp(block.ln_2(first)))
+    return z
 
 
-def _own(tower: Any, name: str) -> Any:
-    """A text tower's setting, which the one class keeps as `name` and the other as `text_name`."""
+def _text_setting(tower: Any, name: str) -> Any:
+    """A text tower's setting, which CLIP keeps as `text_name` and TextTransformer as `name`."""
     return getattr(tower, name) if hasattr(tower, name) else getattr(tower, "text_" + name)
 
 
-def _class_token(model: Any) -> bool:
-    """Whether an image tower is open_clip's vision transformer, read at its class token and nowhere else."""
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-
+def _reads_class_token(model: Any) -> bool:
+    """Whether an image tower is open_clip's vision transformer, read at its class token alone."""
     tower = model.visual
-    plain = (
+    return (
         type(tower) is VisionTransformer
         and type(tower.transformer.resblocks[-1]) is ResidualAttentionBlock
+        and tower.pool_type == "tok"
+        and tower.attn_pool is None
+        and not tower.output_tokens
     )
-    return (
-        plain and tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens
-    )
 
 
-def _causal(model: Any) -> bool:
-    """Whether a text tower is of the one kind whose padding can be cut off without a trace."""
-    import open_clip
-    from open_clip.transformer import ResidualAttentionBlock, TextTransformer
-
+def _is_causal(model: Any) -> bool:
+    """Whether a text tower is of the one kind of which `TextTower` computes distinct prefixes."""
     tower: Any = model if type(model) is open_clip.CLIP else getattr(model, "text", None)
-    if type(tower) not in (open_clip.CLIP, TextTransformer):
+    if type(tower) not in (open_clip.CLIP, TextTransformer) or tower.attn_mask is None:
         return False
-    blocks, mask = tower.transformer.resblocks, tower.attn_mask
-    plain = (
-        all(type(b) is ResidualAttentionBlock for b in blocks)
-        and getattr(tower, "cls_emb", None) is None
-    )
-    causal = mask is not None and torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+    mask = tower.attn_mask
     return (
-        plain
-        and causal
+        all(type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks)
+        and getattr(tower, "cls_emb", None) is None
+        and torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
         and not getattr(tower, "output_tokens", False)
-        and _own(tower, "pool_type") in ("argmax", "eos")
+        and _text_setting(tower, "pool_type") in ("argmax", "eos")
     )
 
 
 @method
-class OpenClip:
-    """The preprocessing is the one that comes with the weights. Pickles are refused: safetensors, or weights_only.
+class OpenClip(Network):
+    """The preprocessing comes with the weights. Of pickles, only tensors are read (`weights_only`).
 
-    The model computes what open_clip's own does, faster, and its state dict is open_clip's: linear layers and attention
-    multiply as `bezoar.products` says, `Image` and `Text` leave out rows that nobody reads, convolutions are channels last.
+    The model computes what open_clip's own does, but faster, and its state dict is open_clip's:
+    linear layers and attention are those of `fast_linear`, `ImageTower` and `TextTower` leave out
+    rows that are never read, and convolutions are channels last.
     """
 
     model: Annotated[str, "NAME or NAME/PRETRAINED: a tag of open_clip's, or a weights file"] = (
@@ -183,53 +209,38 @@ class OpenClip:
 
     def files(self) -> list[Path]:
         """The weights file, where one is named."""
-        weights = self.model.partition("/")[2]
-        return (
-            [existing_file(weights, "weights file")]
-            if Path(weights).suffix in checkpoints.SUFFIXES
-            else []
-        )
+        return named_weights_file(self.model.partition("/")[2])
 
-    def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """None: the tokenizer comes with the architecture."""
-        return ()
-
-    def __call__(self, size: int = 0, vocabulary: Sequence[str] = ()) -> Encoder:
+    def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """The encoder; `size` is not used, because the architecture states its own input size."""
-        import open_clip
-
         name, _, weights = self.model.partition("/")
-        if name not in open_clip.list_models():
-            raise UserError(
-                f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them"
-            )
+        open_clip_models.check_architecture(name)
         is_file = bool(self.files())
-        if weights and not is_file and weights not in open_clip.list_pretrained_tags_by_model(name):
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if weights and not is_file and weights not in tags:
             raise UserError(
-                f"open_clip has no weights {weights!r} for {name}; it has: {tags}; or give a weights file"
+                f"open_clip has no weights {weights!r} for {name}; "
+                f"it has: {', '.join(tags) or 'none'}; or give a weights file"
             )
+        tag = None if is_file else weights or None
         try:
-            with without_weight_warnings() if is_file else nullcontext():
-                model = open_clip.create_model(
-                    name, pretrained=None if is_file else weights or None
-                )
+            with open_clip_models.without_weight_warnings() if is_file else nullcontext():
+                model = open_clip.create_model(name, pretrained=tag)
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"open_clip could not load {self.model!r}: {reason}") from error
+            raise UserError(
+                f"open_clip could not load {self.model!r}: {first_line(error)}"
+            ) from error
         if is_file:
             state = checkpoints.load_tensors(weights)
             check_weights(model, state, weights, f"open_clip's {name}")
             model.load_state_dict(state)
         fast_linear.install(model.to(memory_format=torch.channels_last))
-        config = open_clip.get_model_preprocess_cfg(model)
-        side = config["size"][0] if isinstance(config["size"], (tuple, list)) else config["size"]
-        preprocess = Preprocess(
-            side, tuple(config["mean"]), tuple(config["std"]), config["interpolation"]
+        # The model's own temperature is not used: the one that is trained belongs to the objective.
+        network = f"open_clip:model={name}" if weights else spec(self)
+        return Encoder(
+            ImageTower(model),
+            open_clip_models.stated_preprocess(model),
+            TextTower(model),
+            open_clip.get_tokenizer(name),
+            {"network": network, "vocabulary": []},
         )
-        # The fixed temperature belongs to the objective; open_clip's own would be a second one.
-        about = {
-            "network": spec(self) if not weights else f"open_clip:model={name}",
-            "vocabulary": [],
-        }
-        return Encoder(Image(model), preprocess, Text(model), open_clip.get_tokenizer(name), about)

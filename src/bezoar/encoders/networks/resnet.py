@@ -1,18 +1,19 @@
-"""Residual networks without a classifier, fresh (He et al. 2016); the encoders of BadEncoder are `resnet` as it stands."""
+"""Residual networks without a classifier, fresh (He et al. 2016); as is, those of BadEncoder."""
 
-from collections.abc import Iterable
 from typing import Annotated, Literal
-
-import torch
 
 from bezoar.encoders import small_towers
 from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.networks import Network, image_encoder
 from bezoar.registry import method, spec
 
 
 @method
-class Resnet:
-    """Images only. The vector is the mean of the last feature map: 512 numbers at depth 18 and 34, 2048 at 50 and 101."""
+class Resnet(Network):
+    """Images only.
+
+    The vector is the mean of the last map: 512 numbers, or 2048 at depth 50 and 101.
+    """
 
     depth: Annotated[int, "18, 34, 50 or 101"] = 18
     stem: Annotated[
@@ -23,29 +24,21 @@ class Resnet:
         str, "normalisation: cifar, stl10, imagenet, clip, none; auto is the stem's"
     ] = "auto"
 
-    def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """None: it reads no text."""
-        return ()
+    def __post_init__(self) -> None:
+        if self.depth not in small_towers.RESNETS or self.width < 1:
+            depths = ", ".join(map(str, small_towers.RESNETS))
+            raise ValueError(f"depth must be one of {depths}, and width at least 1")
+        if self.mean_std != "auto":
+            small_towers.check_mean_std(self.mean_std)
 
-    def __call__(self, size: int, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """A fresh encoder for images of `size` pixels, 8 and more (32 and more with the imagenet stem)."""
+    def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
+        """A fresh encoder for images of `size` pixels: 8 and more, or 32 with the imagenet stem."""
         least = 8 if self.stem == "cifar" else 32
         if size < least:
             raise ValueError(
                 f"images of {size} px: resnet with the {self.stem} stem takes {least} and more"
             )
-        trunk = small_towers.Trunk(self.depth, self.stem, self.width).to(
-            memory_format=torch.channels_last
-        )
-        preprocess = small_towers.preprocess(
-            size, self.stem if self.mean_std == "auto" else self.mean_std
-        )
-        return Encoder(trunk, preprocess, about={"network": spec(self), "vocabulary": []})
-
-    def __post_init__(self) -> None:
-        if self.depth not in small_towers.DEPTHS or self.width < 1:
-            raise ValueError(
-                f"depth must be one of {', '.join(map(str, small_towers.DEPTHS))}, and width at least 1"
-            )
-        if self.mean_std != "auto":
-            small_towers.check_mean_std(self.mean_std)
+        trunk = small_towers.ResNetTrunk(self.depth, self.stem, self.width)
+        mean_std = self.stem if self.mean_std == "auto" else self.mean_std
+        preprocess = small_towers.named_preprocess(size, mean_std)
+        return image_encoder(trunk, preprocess, spec(self))

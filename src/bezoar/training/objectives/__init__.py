@@ -1,0 +1,27 @@
+"""Objectives (kind `objective`): losses that train an encoder, each with its recipe."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from bezoar.encoders.encoder import Encoder
+from bezoar.training.loop import Recipe
+
+
+class Objective(Recipe, Protocol):
+    """What every objective offers: the fields of the loop, and a loss.
+
+    An objective that reads no captions says `captions = False`; it trains networks without a text
+    tower.
+    """
+
+    def __call__(self, encoder: Encoder) -> nn.Module:
+        """A module that owns the encoder, for `loop.fit`: (images, tokens, chance) -> scalar loss.
+
+        images: uint8 (B, 3, H, W). tokens: int64 (B, L). chance: a `Chance`, the source of all
+        randomness, so that ranks agree. The loss is that of these rows against those of all ranks.
+        A loss that must see all records first has `begin(data, tokens) -> tokens`.
+        """
+        ...

@@ -1,4 +1,4 @@
-"""CleanCLIP: CLIP, and in either modality views that find each other (Bansal et al., ICCV 2023). A repair on clean pairs."""
+"""CleanCLIP: CLIP, and InfoNCE between views within each modality (Bansal et al., ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -11,50 +11,55 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.registry import method
 from bezoar.training import contrastive
 from bezoar.training.augmentation import Chance
-from bezoar.training.contrastive import Start, ViewedModule, moved, symmetric, toward
+from bezoar.training.contrastive import (
+    InitialEncoder,
+    ViewLoss,
+    clip_loss,
+    info_nce,
+    shift_to_float,
+)
+from bezoar.training.loop import require
 
 
-class Loss(ViewedModule):
-    """L_CLIP(I, T) + weight / 2 [ InfoNCE(I, I~) + InfoNCE(T, T~) ], all with one learnt temperature.
+class Loss(ViewLoss):
+    """L_CLIP(I, T) + weight / 2 [ InfoNCE(I, I~) + InfoNCE(T, T~) ], with one learnt temperature.
 
-    InfoNCE looks one way, from the original to the views, as in the published code. I and I~ are one batch to the tower.
-    With an anchor also anchor [ mean 1 - cos(f(I), f_0(I)) + mean 1 - cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as
-    they were at the start.
+    InfoNCE looks one way, from the original to the views, as in the published code. I and I~ are
+    one batch to the tower. With an anchor also anchor [ mean 1 - cos(f(I), f_0(I)) + mean 1 -
+    cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as they were at the start.
     """
 
     def __init__(self, encoder: Encoder, recipe: Cleanclip) -> None:
         super().__init__(encoder, recipe)
-        self.recipe, self.start = recipe, Start(encoder) if recipe.anchor else None
+        self.recipe = recipe
+        self.initial = InitialEncoder(encoder) if recipe.anchor else None
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
-        x = moved(images, self.recipe.shift, chance)
-        z, z2 = self.together(x, self.seen(images, chance))
-        w, w2 = (
-            self.encoder.encode_tokens(tokens),
-            self.encoder.encode_tokens(self.told(tokens, chance)),
-        )
-        own = toward(z, z2, self.scale, chance) + toward(w, w2, self.scale, chance)
-        loss = symmetric(z, w, self.scale, chance) + self.recipe.weight * own / 2
-        if self.start is None:
+        """The loss of a batch; see `Objective`."""
+        x = shift_to_float(images, self.recipe.shift, chance)
+        z, z2 = self.encode_together(x, self.view_images(images, chance))
+        w = self.encoder.encode_tokens(tokens)
+        w2 = self.encoder.encode_tokens(self.view_captions(tokens, chance))
+        of_views = info_nce(z, z2, self.scale, chance) + info_nce(w, w2, self.scale, chance)
+        loss = clip_loss(z, w, self.scale, chance) + self.recipe.weight * of_views / 2
+        if self.initial is None:
             return loss
-        pairs = zip((z, w), self.start(self.encoder, x, tokens), strict=True)
-        return (
-            loss
-            + self.recipe.anchor
-            * torch.stack([1 - (now * then).sum(1).mean() for now, then in pairs]).sum()
-        )
+        z0, w0 = self.initial(x, tokens)
+        distances = [1 - (now * then).sum(1).mean() for now, then in ((z, z0), (w, w0))]
+        return loss + self.recipe.anchor * torch.stack(distances).sum()
 
 
 @method
 class Cleanclip:
-    """To train with, or to repair with on clean pairs: what is only in the trigger is of no use to any of its terms.
+    """To train with, or to repair with on clean pairs; no term makes use of a trigger.
 
-    Published for repair: 100,000 clean pairs, 10 epochs, batch 64, learning rate 1e-5, 50 steps of warm-up, weight 1, and
-    AutoAugment for I~, where here images are cropped and coloured. The learning rate must be found for each architecture.
+    Published for repair: 100,000 clean pairs, 10 epochs, batch 64, learning rate 1e-5, 50 steps of
+    warm-up, weight 1, and AutoAugment for I~, where here images are cropped and coloured. The
+    learning rate must be found for each architecture.
 
-    On few clean pairs a rate that takes the backdoor away takes accuracy too. The anchor holds clean vectors and leaves
-    triggered ones free: on 3,200 scenes it let a small CLIP keep its accuracy at a rate at which it had lost 2 points.
+    On few clean pairs a rate that removes the backdoor costs accuracy too. The anchor holds clean
+    vectors and leaves triggered ones free: on 3,200 scenes it let a small CLIP keep its accuracy at
+    a rate at which it had lost 2 points.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10
@@ -75,10 +80,9 @@ class Cleanclip:
     words: Annotated[float, "views of captions: share of the words that change"] = 0.1
 
     def __post_init__(self) -> None:
-        contrastive.check_views(self)
-        if self.weight < 0 or self.anchor < 0:
-            raise ValueError("needs weight and anchor >= 0")
+        contrastive.check_view_recipe(self)
+        require(self.weight >= 0 and self.anchor >= 0, "weight and anchor >= 0")
 
     def __call__(self, encoder: Encoder) -> Loss:
-        """The loss as a module that owns the encoder and the temperature."""
+        """The loss, which owns the encoder and the temperature."""
         return Loss(encoder, self)

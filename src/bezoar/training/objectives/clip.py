@@ -1,45 +1,38 @@
-"""CLIP: symmetric InfoNCE between images and captions, with a learned temperature (Radford et al. 2021)."""
+"""CLIP: symmetric InfoNCE between images and captions, learnt temperature (Radford et al. 2021)."""
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bezoar.encoders.encoder import Encoder
 from bezoar.registry import method
-from bezoar.training import augmentation
+from bezoar.training import augmentation, contrastive
 from bezoar.training.augmentation import Chance
-from bezoar.training.collectives import gather
+from bezoar.training.contrastive import ContrastiveLoss, clip_loss
+from bezoar.training.loop import require
 
 
-class Loss(nn.Module):
-    """-1/2B sum_i [ log softmax_j(s z_i.w_j)_i + log softmax_j(s w_i.z_j)_i ], s = exp(scale) <= 100."""
+class Loss(ContrastiveLoss):
+    """-1/2B sum_i [ log softmax_j(s z_i.w_j)_i + log softmax_j(s w_i.z_j)_i ], s = `scale`."""
 
     def __init__(self, encoder: Encoder, recipe: Clip) -> None:
-        super().__init__()
-        self.encoder, self.recipe = encoder, recipe
-        self.scale = nn.Parameter(torch.tensor(math.log(1 / recipe.temperature)))
+        super().__init__(encoder, recipe)
+        self.recipe = recipe
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
-        x = augmentation.random_flip(
-            augmentation.random_shift(images, self.recipe.shift, chance), self.recipe.flip, chance
-        )
+        """The loss of a batch; see `Objective`."""
+        x = augmentation.random_shift(images, self.recipe.shift, chance)
+        x = augmentation.random_flip(x, self.recipe.flip, chance)
         z, w = self.encoder.encode_images(x), self.encoder.encode_tokens(tokens)
-        scale = self.scale.clamp(max=math.log(100)).exp()
-        truth = torch.arange(len(z), device=z.device) + chance.rank * len(z)
-        if chance.world == 1:
-            logits = scale * z @ w.T
-            return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
-        all_z, all_w = gather(torch.stack([z, w], 1)).unbind(1)
-        return (
-            F.cross_entropy(scale * z @ all_w.T, truth)
-            + F.cross_entropy(scale * w @ all_z.T, truth)
-        ) / 2
+        if chance.world > 1:
+            return clip_loss(z, w, self.scale, chance)
+        logits = self.scale * z @ w.T  # (B, B); both directions of one process take one product
+        targets = torch.arange(len(z), device=z.device)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 @method
@@ -55,18 +48,10 @@ class Clip:
     shift: Annotated[int, "augmentation: images moved by up to this many pixels"] = 2
     flip: Annotated[float, "augmentation: share of images mirrored"] = 0.0
 
-    def __call__(self, encoder: Encoder) -> Loss:
-        """The loss as a module that owns the encoder and the temperature."""
-        return Loss(encoder, self)
-
     def __post_init__(self) -> None:
-        if (
-            self.epochs < 1
-            or self.batch < 2
-            or self.lr <= 0
-            or self.temperature <= 0
-            or self.shift < 0
-        ):
-            raise ValueError("needs epochs >= 1, batch >= 2, lr > 0, temperature > 0, shift >= 0")
-        if not 0 <= self.warmup < 1 or not 0 <= self.flip <= 1 or self.weight_decay < 0:
-            raise ValueError("needs warmup in 0..1, flip in 0..1, weight_decay >= 0")
+        contrastive.check_recipe(self)
+        require(0 <= self.flip <= 1, "flip in 0..1")
+
+    def __call__(self, encoder: Encoder) -> Loss:
+        """The loss, which owns the encoder and the temperature."""
+        return Loss(encoder, self)

@@ -1,8 +1,8 @@
-"""MoCo v2: find an image's other view, seen by a slow copy, in a queue of older ones (He et al. 2020, Chen et al. 2020).
+"""MoCo v2: find an image's other view in a queue of older ones (He, Chen et al. 2020).
 
-Where a key's batch norm sees the whole batch, its vector tells which batch that was, and the positive is found by that.
-So keys are shuffled and normalised in groups, as the papers do with GPUs for groups (He et al. 2020, section 3.3); here
-groups do not depend on how many ranks there are.
+Where a key's batch norm sees the whole batch, its vector tells which batch that was, and the
+positive is found by that. So keys are shuffled and normalised in groups, as the papers do with GPUs
+for groups (He et al. 2020, section 3.3); here groups do not depend on how many ranks there are.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from bezoar.registry import method
 from bezoar.training import selfsupervised
 from bezoar.training.augmentation import Chance
 from bezoar.training.collectives import gather, rank_and_world
+from bezoar.training.loop import require
+from bezoar.training.selfsupervised import ViewsLoss
 
 
-class Grouped(nn.Module):
-    """A batch norm that normalises `rows` rows at a time, by their own statistics, and keeps none."""
+class GroupedBatchNorm(nn.Module):
+    """A batch norm that normalises `rows` rows at a time, and keeps no statistics."""
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, rows: int) -> None:
         super().__init__()
@@ -35,91 +37,91 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> the same shape and dtype."""
-        return torch.cat(
-            [
-                F.batch_norm(g, None, None, self.weight, self.bias, True, 0.0, self.eps)
-                for g in x.split(self.rows)
-            ]
-        )
+        return torch.cat([self._normalise(group) for group in torch.split(x, self.rows)])
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
 
-class Loss(nn.Module):
-    """-log [ exp(q.k / t) / (exp(q.k / t) + sum over the queue of exp(q.n / t)) ], k and n without gradient.
+class Loss(ViewsLoss):
+    """-log [ exp(q.k / t) / (exp(q.k / t) + sum over n of exp(q.n / t)) ], n being the queue.
 
-    key: image tower and head that follow the trained ones. queue: float32 (K, dim), unit rows, a ring whose oldest row is
-    at `position`. All three are in the state dict, and the same on every rank.
+    k and n have no gradient. Key tower, queue and position are in the state dict, and the same on
+    every rank.
+
+    Attributes:
+        key: image tower and head that follow the trained ones slowly.
+        queue: float32 (K, dim), unit rows, a ring.
+        position: of the queue's oldest row.
     """
 
     queue: Tensor
     position: Tensor
 
     def __init__(self, encoder: Encoder, recipe: Moco) -> None:
-        super().__init__()
-        self.encoder, self.recipe = encoder, recipe
-        if recipe.groups % (world := rank_and_world()[1]):
+        super().__init__(encoder, recipe)
+        self.recipe = recipe
+        world = rank_and_world()[1]
+        if recipe.groups % world:
             raise UserError(
                 f"{recipe.groups} groups of keys do not divide into {world} ranks; give a multiple of {world}"
             )
-        self.views = selfsupervised.views(recipe, encoder.preprocess.size)
-        self.head = selfsupervised.perceptron(
-            selfsupervised.width(encoder), recipe.hidden, recipe.dim, norm=False
-        )
-        self.key = copy.deepcopy(self.query()).requires_grad_(False)
+        width = selfsupervised.measure_width(encoder)
+        self.head = selfsupervised.perceptron(width, recipe.hidden, recipe.dim, norm=False)
+        self.key = copy.deepcopy(self.tower()).requires_grad_(False)
         for parent in list(self.key.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                    setattr(parent, name, Grouped(child, recipe.batch // recipe.groups))
+                    grouped = GroupedBatchNorm(child, recipe.batch // recipe.groups)
+                    setattr(parent, name, grouped)
         self.register_buffer("queue", F.normalize(torch.randn(recipe.queue, recipe.dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
-    def query(self) -> nn.Sequential:
-        """What is trained: image tower and head."""
-        return nn.Sequential(self.encoder.image, self.head)
-
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens not read -> scalar loss.
+        """The loss of a batch; see `Objective`. Tokens are not read.
 
-        In training the slow copy moves before it is computed, and the queue after.
+        In training the key tower is updated before it is run, and the queue after.
         """
         if self.training:
-            self.follow()
-        x = self.views(images, chance)
-        q = F.normalize(selfsupervised.project(self.encoder, self.query(), x[:, 0]), dim=1)
-        keys = self.keys(x[:, 1], chance)
-        k = keys[chance.rank * len(q) :][: len(q)]
-        # a copy: backward needs the queue as it was
-        logits = (
-            torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone().T], 1)
-            / self.recipe.temperature
-        )
+            self.update_key_tower()
+        x = self.views(images, chance)  # (B, 2, 3, S, S)
+        q = F.normalize(self.project(x[:, 0]), dim=1)
+        keys = self.compute_keys(x[:, 1], chance)
+        k = keys[chance.rank * len(q) :][: len(q)]  # (B, dim), of this rank
+        positive = (q * k).sum(1, keepdim=True)
+        negatives = q @ self.queue.clone().T  # a copy: backward needs the queue as it was
+        logits = torch.cat([positive, negatives], 1) / self.recipe.temperature
         if self.training:
             self.enqueue(keys)
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
     @torch.no_grad()
-    def keys(self, x: Tensor, chance: Chance) -> Tensor:
-        """Views (B, 3, S, S) of this rank -> float32 (world B, dim), unit rows: the keys of all ranks' views, in their order.
+    def compute_keys(self, x: Tensor, chance: Chance) -> Tensor:
+        """The keys of all ranks' views, in order; each rank computes a part, shuffled.
 
-        Each rank sees its part of all views, shuffled.
+        Args:
+            x: views (B, 3, S, S) of this rank.
+
+        Returns:
+            float32 (world B, dim), unit rows.
         """
-        every = gather(x)
-        shuffled = torch.randperm(len(every), generator=chance.generator).to(x.device)
-        own = shuffled.chunk(chance.world)[chance.rank]
-        return gather(
-            F.normalize(selfsupervised.project(self.encoder, self.key, every[own]), dim=1)
-        )[shuffled.argsort()]
+        views = gather(x)
+        shuffled = torch.randperm(len(views), generator=chance.generator).to(x.device)
+        rows = shuffled.chunk(chance.world)[chance.rank]
+        keys = gather(F.normalize(self.project(views[rows], self.key), dim=1))
+        return keys[shuffled.argsort()]
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """The slow copy's parameters: key <- m key + (1 - m) query, m = `slow`."""
-        for slow, fast in zip(self.key.parameters(), self.query().parameters(), strict=True):
+    def update_key_tower(self) -> None:
+        """key <- m key + (1 - m) query, of all parameters, m = `slow`."""
+        for slow, fast in zip(self.key.parameters(), self.tower().parameters(), strict=True):
             slow.lerp_(fast, 1 - self.recipe.slow)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """float32 (n, dim), n <= K: over the oldest rows, in order."""
-        at = (self.position + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[at] = keys
+        """Write keys float32 (n, dim), n <= K, over the oldest rows, in order."""
+        rows = (self.position + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[rows] = keys
         self.position.add_(len(keys)).remainder_(len(self.queue))
 
 
@@ -127,8 +129,8 @@ class Loss(nn.Module):
 class Moco:
     """Images alone, for networks without a text tower. AdamW, warm-up and cosine.
 
-    The papers train on ImageNet with a queue of 65,536, m = 0.999 and SGD; short trainings need a copy that is less
-    slow. crop and blur are theirs for ImageNet where they are 0.2 and 0.5.
+    The papers train on ImageNet with a queue of 65,536, m = 0.999 and SGD; short trainings need a
+    copy that is less slow. crop and blur are theirs for ImageNet where they are 0.2 and 0.5.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10
@@ -153,14 +155,10 @@ class Moco:
 
     captions = False
 
-    def __call__(self, encoder: Encoder) -> Loss:
-        """The loss as a module that owns the encoder, a head, the slow copies of both, and the queue."""
-        return Loss(encoder, self)
-
     def __post_init__(self) -> None:
-        selfsupervised.check(self)
-        if self.temperature <= 0 or not 0 <= self.slow <= 1:
-            raise ValueError("needs temperature > 0, slow in 0..1")
+        selfsupervised.check_recipe(self)
+        require(self.temperature > 0, "temperature > 0")
+        require(0 <= self.slow <= 1, "slow in 0..1")
         if self.groups < 1 or self.batch % self.groups or self.batch < 2 * self.groups:
             raise ValueError(
                 f"a batch of {self.batch} does not divide into {self.groups} groups of two and more"
@@ -169,3 +167,7 @@ class Moco:
             raise ValueError(
                 f"the queue ({self.queue}) must hold at least one batch ({self.batch})"
             )
+
+    def __call__(self, encoder: Encoder) -> Loss:
+        """The loss, which owns the encoder, a head, slow copies of both, and the queue."""
+        return Loss(encoder, self)

@@ -1,4 +1,4 @@
-"""PAR: perturb and recover. CLIP on clean pairs, pushed away from where the suspect's vectors were (Singh et al. 2024)."""
+"""PAR, perturb and recover: CLIP on clean pairs, away from the old vectors (Singh et al. 2024)."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ from bezoar.registry import method
 from bezoar.training import contrastive
 from bezoar.training.augmentation import Chance
 from bezoar.training.collectives import gather
-from bezoar.training.contrastive import Module, Start, moved, symmetric
+from bezoar.training.contrastive import (
+    ContrastiveLoss,
+    InitialEncoder,
+    clip_loss,
+    shift_to_float,
+)
+from bezoar.training.loop import require
 
 
-class Loss(Module):
-    """L_CLIP - 1/2 ( S_I 1[S_I <= tau] + S_T 1[S_T <= tau] ), S the batch's mean squared distance of unit vectors to those
-    that the encoder gave at the start: 2 - 2 cos, 0..4.
+class Loss(ContrastiveLoss):
+    """L_CLIP - 1/2 ( S_I 1[S_I <= tau] + S_T 1[S_T <= tau] ).
+
+    S is the batch's mean squared distance of unit vectors to those that the encoder gave at the
+    start: 2 - 2 cos, 0..4.
     """
 
     def __init__(self, encoder: Encoder, recipe: Par) -> None:
         super().__init__(encoder, recipe)
-        self.recipe, self.start = recipe, Start(encoder)
+        self.recipe = recipe
+        self.initial = InitialEncoder(encoder)
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens int64 (B, L) -> scalar loss of these rows against those of all ranks."""
-        x = moved(images, self.recipe.shift, chance)
+        """The loss of a batch; see `Objective`."""
+        x = shift_to_float(images, self.recipe.shift, chance)
         z, w = self.encoder.encode_images(x), self.encoder.encode_tokens(tokens)
-        before = self.start(self.encoder, x, tokens)
-        pushes = [self.push(now, then) for now, then in zip((z, w), before, strict=True)]
-        return symmetric(z, w, self.scale, chance) - (pushes[0] + pushes[1]) / 2
+        z0, w0 = self.initial(x, tokens)
+        push = self.bounded_distance(z, z0) + self.bounded_distance(w, w0)
+        return clip_loss(z, w, self.scale, chance) - push / 2
 
-    def push(self, now: Tensor, then: Tensor) -> Tensor:
-        """S 1[S <= tau] of unit rows (B, D), and the start's."""
+    def bounded_distance(self, now: Tensor, then: Tensor) -> Tensor:
+        """S 1[S <= tau] of unit rows (B, D) to those at the start."""
         distance = gather((now - then).square().sum(1)).mean()
         return distance * (distance.detach() <= self.recipe.tau)
 
@@ -41,8 +50,9 @@ class Loss(Module):
 class Par:
     """To repair with, on clean pairs. From scratch it would push away from random vectors.
 
-    Published: tau 2.15, learning rate 3e-5 (the warm-up begins at 3e-6), 10 epochs on 250,000 pairs, weight decay 1e-4;
-    images with noise and small cut-outs alone. No loss of this kind can be read for success: it falls as vectors move.
+    Published: tau 2.15, learning rate 3e-5 (the warm-up begins at 3e-6), 10 epochs on 250,000
+    pairs, weight decay 1e-4; images with noise and small cut-outs alone. A falling loss does not
+    mean success: it falls as vectors move.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10
@@ -57,10 +67,9 @@ class Par:
     shift: Annotated[int, "augmentation: images moved by up to this many pixels"] = 2
 
     def __post_init__(self) -> None:
-        contrastive.check(self)
-        if not 0 <= self.tau <= 4:
-            raise ValueError("needs tau in 0..4")
+        contrastive.check_recipe(self)
+        require(0 <= self.tau <= 4, "tau in 0..4")
 
     def __call__(self, encoder: Encoder) -> Loss:
-        """The loss as a module that owns the encoder, the temperature and a frozen copy of both towers."""
+        """The loss, which owns the encoder, the temperature and a frozen copy of both towers."""
         return Loss(encoder, self)

@@ -1,11 +1,12 @@
-"""SafeCLIP: CLIP on the pairs that seem safe, image and text apart on the others (Yang, Gan, Mirzasoleiman, ICML 2024)."""
+"""SafeCLIP: CLIP on pairs that seem safe, views alone on the others (Yang et al., ICML 2024)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
+from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from bezoar.encoders.encoder import Encoder
@@ -13,16 +14,22 @@ from bezoar.errors import UserError
 from bezoar.registry import method
 from bezoar.training import collectives, contrastive
 from bezoar.training.augmentation import Chance
-from bezoar.training.contrastive import ViewedModule, moved, symmetric
+from bezoar.training.contrastive import ViewLoss, clip_loss, shift_to_float
+from bezoar.training.loop import TrainingData, require
 
-BATCH = 512  # pairs looked at together when all are split
+BATCH = 512  # pairs that are embedded at a time when all are split
 
 
-class Loss(ViewedModule):
-    """Three phases: `apart` epochs of views alone, one epoch of CLIP's loss at a low rate, then CLIP's loss of a batch's
-    safe pairs and the views' loss of its risky ones.
+class Loss(ViewLoss):
+    """Three phases: `apart` epochs of views alone, one of CLIP's loss at a low rate, then both.
 
-    safe: bool (N,). first: share of the records that the mixture called safe. step counts. All are in the state dict.
+    In the last phase it is CLIP's loss of a batch's safe pairs and the views' loss of its risky
+    ones. All buffers are in the state dict.
+
+    Attributes:
+        safe: bool (N,), which pairs are safe.
+        first: share of the records that the mixture called safe.
+        step: how many steps were taken.
     """
 
     safe: Tensor
@@ -31,62 +38,69 @@ class Loss(ViewedModule):
 
     def __init__(self, encoder: Encoder, recipe: Safeclip) -> None:
         super().__init__(encoder, recipe)
-        self.recipe, self.each = recipe, 0
+        self.recipe = recipe
+        self.epoch_steps = 0
         self.register_buffer("first", torch.zeros((), dtype=torch.float64, device=encoder.device))
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=encoder.device))
 
-    def begin(self, data: Any, tokens: Tensor) -> Tensor:
-        """Keep the records at hand, for they are split epoch by epoch. -> tokens with the record's row as last column."""
+    def begin(self, data: TrainingData, tokens: Tensor) -> Tensor:
+        """Keep the records, which are split before every epoch of the last phase.
+
+        Returns:
+            tokens with each record's row as last column.
+        """
         if collectives.rank_and_world()[1] > 1:
             raise UserError(
                 "objective safeclip looks at all records after every epoch; start one process, not several ranks"
             )
-        self.data, self.tokens, self.each = data, tokens, len(data) // self.recipe.batch
+        self.data, self.tokens = data, tokens
+        self.epoch_steps = len(data) // self.recipe.batch
         self.register_buffer("safe", torch.zeros(len(data), dtype=torch.bool, device=tokens.device))
         return torch.cat([tokens, torch.arange(len(data), device=tokens.device)[:, None]], 1)
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens int64 (B, L + 1), the last one the record's row -> scalar loss."""
+        """The loss of a batch; see `Objective`. The last of the tokens is the record's row."""
         tokens, rows = tokens[:, :-1], tokens[:, -1]
-        epoch, at = divmod(int(self.step), self.each)
-        together = epoch - self.recipe.apart  # 0: the one epoch of CLIP's loss
-        if self.training and at == 0 and together > 0:
-            self.split(together - 1)
+        epoch, i = divmod(int(self.step), self.epoch_steps)
+        epochs_together = epoch - self.recipe.apart  # 0 in the one epoch of CLIP's loss
+        if self.training and i == 0 and epochs_together > 0:
+            self.split(epochs_together - 1)
         self.step += self.training
-        if together < 0:
-            return self.apart(images, tokens, chance)
-        if together == 0:
-            return self.clip(images, tokens, chance)
+        if epochs_together < 0:
+            return self.unimodal_loss(images, tokens, chance)
+        if epochs_together == 0:
+            return self.multimodal_loss(images, tokens, chance)
         safe = self.safe[rows]
-        parts = [(self.clip, safe), (self.apart, ~safe)]
-        # a pair by itself has nobody to be told from
         terms = [
-            term(images[own], tokens[own], chance) for term, own in parts if int(own.sum()) > 1
+            term(images[mask], tokens[mask], chance)
+            for term, mask in ((self.multimodal_loss, safe), (self.unimodal_loss, ~safe))
+            if int(mask.sum()) > 1  # a pair alone has no negatives
         ]
         return torch.stack(terms).sum()
 
-    def clip(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
+    def multimodal_loss(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """CLIP's loss."""
-        z = self.encoder.encode_images(moved(images, self.recipe.shift, chance))
-        return symmetric(z, self.encoder.encode_tokens(tokens), self.scale, chance)
+        z = self.encoder.encode_images(shift_to_float(images, self.recipe.shift, chance))
+        return clip_loss(z, self.encoder.encode_tokens(tokens), self.scale, chance)
 
     def split(self, epochs: int) -> None:
-        """Which records are safe, from the encoder as it stands; `epochs`: trained on the split so far.
+        """Decide which records are safe, by the cosines that the encoder gives now.
 
-        At first where the mixture says so with `sure`, but `least` of them; later the same share, and `more` an epoch: those
-        that agree best.
+        At first those of which the mixture is `sure`, but a share of `least` at least; later the
+        same share and `more` an epoch, up to `most`. Those that agree best are safe.
+
+        Args:
+            epochs: how many were trained on the split so far.
         """
+        recipe = self.recipe
         agreement = self.agreement()
         if epochs == 0:
-            self.first.fill_(
-                max(self.recipe.least, float((likely(agreement) > self.recipe.sure).mean()))
-            )
-        share = min(
-            max(self.recipe.most, float(self.first)), float(self.first) + epochs * self.recipe.more
-        )
-        best = agreement.argsort(descending=True, stable=True)[
-            : max(2, round(share * len(agreement)))
-        ]
+            share = float((upper_component_probability(agreement) > recipe.sure).mean())
+            self.first.fill_(max(recipe.least, share))
+        first = float(self.first)
+        share = min(max(recipe.most, first), first + epochs * recipe.more)
+        count = max(2, round(share * len(agreement)))
+        best = agreement.argsort(descending=True, stable=True)[:count]
         self.safe.zero_()
         self.safe[best.to(self.safe.device)] = True
 
@@ -95,35 +109,32 @@ class Loss(ViewedModule):
         """Cosines of all pairs as they are, float32 (N,), on the CPU."""
         mode = self.training
         self.eval()
-        rows = torch.arange(len(self.data), device=self.tokens.device).split(BATCH)
-        parts = [
-            (
-                self.encoder.encode_images(self.data.images[r])
-                * self.encoder.encode_tokens(self.tokens[r])
-            ).sum(1)
-            for r in rows
-        ]
+        cosines = []
+        every_row = torch.arange(len(self.data), device=self.tokens.device)
+        for rows in torch.split(every_row, BATCH):
+            z = self.encoder.encode_images(self.data.images[rows])
+            cosines.append((z * self.encoder.encode_tokens(self.tokens[rows])).sum(1))
         self.train(mode)
-        return torch.cat(parts).cpu()
+        return torch.cat(cosines).cpu()
 
 
-def likely(values: Tensor) -> np.ndarray:
-    """P(higher component | value) of a mixture of two Gaussians, float64 (N,), fitted from the values' quartiles."""
-    from sklearn.mixture import GaussianMixture
-
+def upper_component_probability(values: Tensor) -> np.ndarray:
+    """P(upper component | value) of a mixture of two Gaussians, float64 (N,)."""
     x = values.double().numpy()[:, None]
     start = np.quantile(x, [0.25, 0.75])[:, None]
-    found = GaussianMixture(2, means_init=start, random_state=0, max_iter=1000).fit(x)
-    return found.predict_proba(x)[:, int(found.means_[:, 0].argmax())]
+    mixture = GaussianMixture(2, means_init=start, random_state=0, max_iter=1000).fit(x)
+    probability: np.ndarray = mixture.predict_proba(x)[:, int(mixture.means_[:, 0].argmax())]
+    return probability
 
 
 @method
 class Safeclip:
-    """To train with, on data that may be poisoned: pairs that the two towers bring together by themselves are safe.
+    """To train with, on suspect data: pairs that the towers bring together by themselves are safe.
 
-    Published, for a million pairs: 5 epochs apart, one epoch together at 5e-6, safe where P > 0.9, then 1 % more an epoch
-    up to 85 %, 32 epochs at 5e-4, batch 128; a bank of nearest neighbours as further positives, which is left out here. In
-    few steps the two towers do not meet at 5e-6, so `together` is higher.
+    Published, for a million pairs: 5 epochs apart, one epoch together at 5e-6, safe where P > 0.9,
+    then 1 % more an epoch up to 85 %, 32 epochs at 5e-4, batch 128; a bank of nearest neighbours as
+    further positives, which is left out here. In few steps the two towers do not meet at 5e-6, so
+    `together` is higher.
     """
 
     epochs: Annotated[int, "passes over the data, all phases"] = 14
@@ -151,25 +162,21 @@ class Safeclip:
     words: Annotated[float, "views of captions: share of the words that change"] = 0.1
 
     def __post_init__(self) -> None:
-        contrastive.check_views(self)
-        if self.batch < 3:
-            raise ValueError(
-                "needs batch >= 3: of two pairs, a safe and a risky one, neither has another to be told from"
-            )
-        if not 0 <= self.apart < self.epochs - 1 or self.together <= 0:
-            raise ValueError("needs apart >= 0, epochs of at least apart + 2, together > 0")
-        if not (
-            0 <= self.sure <= 1
-            and 0 <= self.least <= 1
-            and 0 <= self.more <= 1
-            and 0 < self.most <= 1
-        ):
-            raise ValueError("needs sure, least and more in 0..1, most in 0..1 and above 0")
+        contrastive.check_view_recipe(self)
+        require(
+            self.batch >= 3,
+            "batch >= 3: of two pairs, a safe and a risky one, neither has any negatives",
+        )
+        require(0 <= self.apart < self.epochs - 1, "apart >= 0, epochs of at least apart + 2")
+        require(self.together > 0, "together > 0")
+        shares = (self.sure, self.least, self.more)
+        require(all(0 <= share <= 1 for share in shares), "sure, least and more in 0..1")
+        require(0 < self.most <= 1, "most in 0..1 and above 0")
 
     def rates(self, step: int, steps: int) -> float:
         """The factor on the learning rate: low in the one epoch after those apart."""
         return self.together / self.lr if self.epochs * step // steps == self.apart else 1.0
 
     def __call__(self, encoder: Encoder) -> Loss:
-        """The loss as a module that owns the encoder and the temperature."""
+        """The loss, which owns the encoder and the temperature."""
         return Loss(encoder, self)

@@ -1,4 +1,4 @@
-"""SimCLR: two views of an image find each other among the views of all others (NT-Xent, Chen et al. 2020, eq. 1)."""
+"""SimCLR: two views of an image find each other among all others (Chen et al. 2020, eq. 1)."""
 
 from __future__ import annotations
 
@@ -6,52 +6,56 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bezoar.encoders.encoder import Encoder
 from bezoar.registry import method
 from bezoar.training import selfsupervised
 from bezoar.training.augmentation import Chance
 from bezoar.training.collectives import gather
+from bezoar.training.loop import require
+from bezoar.training.selfsupervised import ViewsLoss
 
 
-def nt_xent(z: Tensor, every: Tensor, first: int, temperature: float) -> Tensor:
-    """Mean over i of -log [ exp(z_i.z_j / t) / sum over k != i of exp(z_i.z_k / t) ], j being the other view of i's image.
+def nt_xent(z: Tensor, gathered: Tensor, first: int, temperature: float) -> Tensor:
+    """NT-Xent: mean over i of -log [ exp(z_i.z_j / t) / sum over k != i of exp(z_i.z_k / t) ].
 
-    every: float32 (M, D), unit rows, two views of an image side by side. z: (N, D), its rows first .. first+N-1.
+    j is the other view of i's image.
+
+    Args:
+        z: (N, D), rows first .. first + N - 1 of `gathered`.
+        gathered: float32 (M, D), unit rows, two views of an image side by side.
+        first: see `z`.
+        temperature: t.
     """
-    own = torch.arange(first, first + len(z), device=z.device)
-    logits = (z @ every.T / temperature).scatter(1, own[:, None], -torch.inf)
-    return F.cross_entropy(logits, own ^ 1)
+    rows = torch.arange(first, first + len(z), device=z.device)
+    logits = (z @ gathered.T / temperature).scatter(1, rows[:, None], -torch.inf)
+    return F.cross_entropy(logits, rows ^ 1)
 
 
-class Loss(nn.Module):
-    """Owns the encoder and the projection head, which is not part of the encoder that is saved."""
+class Loss(ViewsLoss):
+    """NT-Xent of two views of each image."""
 
     def __init__(self, encoder: Encoder, recipe: Simclr) -> None:
-        super().__init__()
-        self.encoder, self.recipe = encoder, recipe
-        self.views = selfsupervised.views(recipe, encoder.preprocess.size)
-        self.head = selfsupervised.perceptron(
-            selfsupervised.width(encoder), recipe.hidden, recipe.dim
-        )
+        super().__init__(encoder, recipe)
+        self.recipe = recipe
+        width = selfsupervised.measure_width(encoder)
+        self.head = selfsupervised.perceptron(width, recipe.hidden, recipe.dim)
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens not read -> scalar loss of these images' views against those of all ranks."""
-        x = self.views(images, chance).flatten(0, 1)
-        z = F.normalize(
-            selfsupervised.project(self.encoder, nn.Sequential(self.encoder.image, self.head), x),
-            dim=1,
-        )
+        """The loss of a batch; see `Objective`. Tokens are not read."""
+        x = self.views(images, chance).flatten(0, 1)  # (2 B, 3, S, S)
+        z = F.normalize(self.project(x), dim=1)
         return nt_xent(z, gather(z), chance.rank * len(z), self.recipe.temperature)
 
 
 @method
 class Simclr:
-    """Images alone, for networks without a text tower. AdamW, warm-up and cosine; BadEncoder's encoders had 1000 epochs.
+    """Images alone, for networks without a text tower. BadEncoder's encoders had 1000 epochs.
 
-    Adam with lr 1e-3, weight decay 1e-6, batch 256, temperature 0.5 and this head and augmentation are the recipe of common
-    CIFAR-10 SimCLR code. Both views go through the network as one batch, as in the paper.
+    Adam with lr 1e-3, weight decay 1e-6, batch 256, temperature 0.5 and this head and augmentation
+    are the recipe of common CIFAR-10 SimCLR code. Both views go through the network as one batch,
+    as in the paper.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10
@@ -71,11 +75,10 @@ class Simclr:
 
     captions = False
 
-    def __call__(self, encoder: Encoder) -> Loss:
-        """The loss as a module that owns the encoder and a head of its own."""
-        return Loss(encoder, self)
-
     def __post_init__(self) -> None:
-        selfsupervised.check(self)
-        if self.temperature <= 0:
-            raise ValueError("needs temperature > 0")
+        selfsupervised.check_recipe(self)
+        require(self.temperature > 0, "temperature > 0")
+
+    def __call__(self, encoder: Encoder) -> Loss:
+        """The loss, which owns the encoder and a projection head."""
+        return Loss(encoder, self)

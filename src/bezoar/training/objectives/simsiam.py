@@ -1,48 +1,51 @@
-"""SimSiam: predict an image's other view from one, without negatives; gradients pass on one side alone (Chen & He 2021)."""
+"""SimSiam: predict an image's other view from one, without negatives (Chen & He 2021)."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bezoar.encoders.encoder import Encoder
 from bezoar.registry import method
 from bezoar.training import selfsupervised
 from bezoar.training.augmentation import Chance
+from bezoar.training.loop import require
+from bezoar.training.selfsupervised import ViewsLoss
 
 
-def apart(p: Tensor, z: Tensor) -> Tensor:
-    """-[ cos(p1, z2) + cos(p2, z1) ] / 2, a mean over images; z counts as a constant. Both (2N, D), views side by side."""
-    p, z = (F.normalize(v, dim=1).unflatten(0, (-1, 2)) for v in (p, z.detach()))
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """-[ cos(p1, z2) + cos(p2, z1) ] / 2, a mean over images; z counts as a constant.
+
+    Both are (2N, D), two views of an image side by side.
+    """
+    p, z = (F.normalize(v, dim=1).unflatten(0, (-1, 2)) for v in (p, z.detach()))  # (N, 2, D)
     return -(p * z.flip(1)).sum(2).mean()
 
 
-class Loss(nn.Module):
-    """Owns the encoder, the projection head and the predictor; the last two are not part of the encoder that is saved."""
+class Loss(ViewsLoss):
+    """The mean negative cosine of predictions and projections, in -1..1."""
 
     def __init__(self, encoder: Encoder, recipe: Simsiam) -> None:
-        super().__init__()
-        self.encoder, self.recipe = encoder, recipe
-        self.views = selfsupervised.views(recipe, encoder.preprocess.size)
-        sizes = (selfsupervised.width(encoder), *[recipe.hidden] * (recipe.layers - 1), recipe.dim)
-        self.head = selfsupervised.perceptron(*sizes, last_norm=True)
+        super().__init__(encoder, recipe)
+        width = selfsupervised.measure_width(encoder)
+        hidden = [recipe.hidden] * (recipe.layers - 1)
+        self.head = selfsupervised.perceptron(width, *hidden, recipe.dim, last_norm=True)
         self.predictor = selfsupervised.perceptron(recipe.dim, recipe.bottleneck, recipe.dim)
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens not read -> scalar loss in -1..1; -1 where every view is predicted."""
-        x = self.views(images, chance).flatten(0, 1)
-        z = selfsupervised.project(self.encoder, nn.Sequential(self.encoder.image, self.head), x)
-        return apart(self.predictor(z), z)
+        """The loss of a batch; see `Objective`. Tokens are not read."""
+        z = self.project(self.views(images, chance).flatten(0, 1))  # (2 B, D)
+        return negative_cosine(self.predictor(z), z)
 
 
 @method
 class Simsiam:
-    """Images alone, for networks without a text tower. AdamW, warm-up and cosine, the predictor's rate included.
+    """Images alone, for networks without a text tower. The predictor's rate decays too.
 
-    The paper's head has three layers of 2048 (two for CIFAR-10), its predictor a bottleneck of 512, its optimiser is SGD.
-    Both views go through the network as one batch.
+    The paper's head has three layers of 2048 (two for CIFAR-10), its predictor a bottleneck of 512,
+    its optimiser is SGD. Both views go through the network as one batch.
     """
 
     epochs: Annotated[int, "passes over the data"] = 10
@@ -63,11 +66,10 @@ class Simsiam:
 
     captions = False
 
-    def __call__(self, encoder: Encoder) -> Loss:
-        """The loss as a module that owns the encoder and both heads."""
-        return Loss(encoder, self)
-
     def __post_init__(self) -> None:
-        selfsupervised.check(self)
-        if min(self.layers, self.bottleneck) < 1:
-            raise ValueError("needs layers >= 1, bottleneck >= 1")
+        selfsupervised.check_recipe(self)
+        require(min(self.layers, self.bottleneck) >= 1, "layers >= 1, bottleneck >= 1")
+
+    def __call__(self, encoder: Encoder) -> Loss:
+        """The loss, which owns the encoder, a projection head and a predictor."""
+        return Loss(encoder, self)
