@@ -12,8 +12,8 @@ from bezoar import registry
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.detection import density, pseudo_classes
-from bezoar.detection.density import Density, published
-from bezoar.detection.detectors import activation_clustering
+from bezoar.detection.density import Density, published_neighbourhoods
+from bezoar.detection.detectors import activation_clustering, read_captions
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation import kmeans, stats
@@ -71,17 +71,19 @@ def test_density_is_the_plain_one(with_texts):
         ]
         return sorted(found)[:k]
 
-    parts = list(measured.around())
+    parts = list(measured.neighbourhoods())
     assert len(parts) == 1
     for i in range(120):
         near = around(z[i].double(), i)
         beyond = [[r for r, *_ in around(kinds[a][j], j)] for _, j, a in near]
-        assert float(parts[0].reach[i]) == pytest.approx(near[-1][0], rel=1e-5)
-        assert parts[0].reaches[i].numpy() == pytest.approx([r[-1] for r in beyond], rel=1e-5)
-        assert float(parts[0].lid[i]) == pytest.approx(
+        assert float(parts[0].distance[i]) == pytest.approx(near[-1][0], rel=1e-5)
+        assert parts[0].neighbour_distances[i].numpy() == pytest.approx(
+            [r[-1] for r in beyond], rel=1e-5
+        )
+        assert float(parts[0].dimension[i]) == pytest.approx(
             plain_lid([r for r, *_ in near], 6), rel=1e-3
         )
-        assert parts[0].lids[i].numpy() == pytest.approx(
+        assert parts[0].neighbour_dimensions[i].numpy() == pytest.approx(
             [plain_lid(r, 6) for r in beyond], rel=1e-3
         )
 
@@ -89,17 +91,23 @@ def test_density_is_the_plain_one(with_texts):
 def test_density_of_copies_is_finite():
     z = rows(1, d=4).expand(80, -1).clone()
     z[-10:] = rows(10, d=4, seed=9)
-    part = next(Density.measure(z, [str(i) for i in range(80)], 6, 80, 0).around())
+    part = next(Density.measure(z, [str(i) for i in range(80)], 6, 80, 0).neighbourhoods())
     assert torch.isfinite(part.log_ratio).all()
-    assert (part.lids > 0).all() and (part.lids <= 4).all() and (part.lid > 0).all()
+    assert (
+        (part.neighbour_dimensions > 0).all()
+        and (part.neighbour_dimensions <= 4).all()
+        and (part.dimension > 0).all()
+    )
 
 
 def test_blocks_of_records_do_not_matter(monkeypatch):
     z, ids = rows(300, d=6), [f"r{i}" for i in range(300)]
     whole = Density.measure(z, ids, 4, 50, 0)
-    expected = next(whole.around()).lids
+    expected = next(whole.neighbourhoods()).neighbour_dimensions
     monkeypatch.setattr(density, "BLOCK", 37)
-    assert torch.equal(torch.cat([p.lids for p in whole.around()]), expected)
+    assert torch.equal(
+        torch.cat([p.neighbour_dimensions for p in whole.neighbourhoods()]), expected
+    )
 
 
 def test_one_search_serves_every_density_detector(monkeypatch):
@@ -114,13 +122,15 @@ def test_one_search_serves_every_density_detector(monkeypatch):
     assert calls[1:] == [(16, 200, 1)]
     for k in (3, 4, 5):
         registry.make("detector", f"slof:k={k}")(Given(), source)
-    assert len(density._recent) <= density.KEPT
+    assert len(density._recent) <= density.MAX_REMEMBERED
     before = len(density._recent)
     del source
     assert len(density._recent) < before  # nothing is remembered of vectors that are gone
 
 
-def plain_published(x: torch.Tensor, t: torch.Tensor | None, k: int) -> dict[str, np.ndarray]:
+def plain_published_neighbourhoods(
+    x: torch.Tensor, t: torch.Tensor | None, k: int
+) -> dict[str, np.ndarray]:
     """One batch as the published code has it: whole matrices, full sorts, a row at a time."""
     n = len(x)
 
@@ -156,13 +166,13 @@ def plain_published(x: torch.Tensor, t: torch.Tensor | None, k: int) -> dict[str
 @pytest.mark.parametrize("with_texts", [False, True])
 @pytest.mark.parametrize("copies", [1, 30])
 def test_compat_equals_the_published_code(with_texts, copies, monkeypatch):
-    monkeypatch.setattr(density.published, "__defaults__", (90,))
+    monkeypatch.setattr(density.published_neighbourhoods, "__defaults__", (90,))
     x, t = rows(200, d=5, seed=1), rows(200, d=5, seed=2)
     x[40 : 40 + copies] = x[40]  # more copies than k: distances of 0, NaN and infinity
     option = f"k=7,compat=true,texts={str(with_texts).lower()}"
     for name in ("k_distance", "lid", "slof", "dao"):
         parts = [
-            plain_published(x[b], t[b] if with_texts else None, 7)[name]
+            plain_published_neighbourhoods(x[b], t[b] if with_texts else None, 7)[name]
             for b in (slice(90), slice(90, 180), slice(180, 200))
         ]
         expected = np.concatenate(parts)
@@ -183,11 +193,14 @@ def test_half_of_the_published_look_ups_miss():
 
 def test_a_last_batch_too_small_for_k_joins_the_one_before():
     x, t = rows(130, d=5), rows(130, d=5, seed=1)
-    assert [len(p.reach) for p in published(x, None, 7, "cpu", 61)] == [61, 69]
-    assert [len(p.reach) for p in published(x, t, 7, "cpu", 61)] == [61, 61, 8]
-    assert [len(p.reach) for p in published(x[:131], None, 7, "cpu", 121)] == [121, 9]
+    assert [len(p.distance) for p in published_neighbourhoods(x, None, 7, "cpu", 61)] == [61, 69]
+    assert [len(p.distance) for p in published_neighbourhoods(x, t, 7, "cpu", 61)] == [61, 61, 8]
+    assert [len(p.distance) for p in published_neighbourhoods(x[:131], None, 7, "cpu", 121)] == [
+        121,
+        9,
+    ]
     with pytest.raises(UserError, match="nearest neighbours asked for"):
-        list(published(x[:8], None, 7, "cpu"))
+        list(published_neighbourhoods(x[:8], None, 7, "cpu"))
 
 
 @pytest.mark.parametrize("name", ["k_distance", "lid", "slof", "dao", "isolation_forest"])
@@ -215,7 +228,7 @@ def captioned(n: int = 300) -> tuple[torch.Tensor, list[str]]:
 
 def test_pseudo_classes_by_words_and_by_clusters_agree():
     z, captions = captioned()
-    assert pseudo_classes.frequent([*captions, "bear bear"], 5) == ["bear", "apple", "cat"]
+    assert pseudo_classes.frequent_words([*captions, "bear bear"], 5) == ["bear", "apple", "cat"]
     found = {}
     for how, source in (
         ("auto", given(z, z, captions)),
@@ -223,20 +236,21 @@ def test_pseudo_classes_by_words_and_by_clusters_agree():
         ("clusters", given(z, None)),
         ("auto", given(z, None)),
     ):
-        label = pseudo_classes.labels(Given(), source, source.e, how, 3, 0)
+        label = pseudo_classes.assign_classes(Given(), source, source.e, how, 3, 0)
         found[how, source.e.texts is None] = label
         assert all(len(label[i::3].unique()) == 1 for i in range(3)) and len(label.unique()) == 3
     assert torch.equal(found["auto", False], found["words", False])
     assert torch.equal(found["auto", True], found["clusters", True])
     with pytest.raises(UserError, match="need captions and an encoder"):
-        pseudo_classes.labels(Given(), given(z), given(z).e, "words", 3, 0)
+        pseudo_classes.assign_classes(Given(), given(z), given(z).e, "words", 3, 0)
     with pytest.raises(UserError, match="stop words"):
-        pseudo_classes.labels(Given(), given(z, z, ["the a"] * 300), given(z, z).e, "words", 3, 0)
+        pseudo_classes.assign_classes(
+            Given(), given(z, z, ["the a"] * 300), given(z, z).e, "words", 3, 0
+        )
 
 
-def test_captions_of_a_stream_are_those_at_hand():
+def test_captions_of_a_stream_are_read_from_its_batches():
     _, captions = captioned(20)
-    picked = np.array([7, 2, 11])
 
     class Stream:
         def batches(self, size):
@@ -245,10 +259,8 @@ def test_captions_of_a_stream_are_those_at_hand():
                 images = torch.zeros(n, 3, 2, 2, dtype=torch.uint8)
                 yield Pairs(images, tuple(captions[a : a + 6]), None, tuple(map(str, range(n))))
 
-    streamed = list(pseudo_classes.captions(Stream(), picked))
-    assert sorted(streamed) == sorted(
-        pseudo_classes.captions(SimpleNamespace(captions=captions), picked)
-    )
+    assert list(read_captions(Stream())) == captions
+    assert read_captions(SimpleNamespace(captions=captions)) is captions
 
 
 def test_k_means_is_as_good_as_sklearns():
@@ -267,11 +279,11 @@ def test_k_means_is_as_good_as_sklearns():
 
 @pytest.mark.parametrize("matrices", [1, 1 << 26])
 def test_axes_and_projections_are_sklearns(matrices, monkeypatch):
-    monkeypatch.setattr(pseudo_classes, "MATRICES", matrices)
+    monkeypatch.setattr(pseudo_classes, "MATRIX_VALUES", matrices)
     monkeypatch.setattr(pseudo_classes, "BLOCK", 57)
     z, label = rows(200, d=7), torch.arange(200) % 3 * 2  # classes 1 and 3 are empty
-    mean, axis = pseudo_classes.axes(z, label, 2, "cpu")
-    y = pseudo_classes.projections(z, label, mean, axis)
+    mean, axis = pseudo_classes.principal_axes(z, label, 2, "cpu")
+    y = pseudo_classes.project_records(z, label, mean, axis)
     for c in (0, 2, 4):
         theirs = decomposition.PCA(2).fit(z[label == c].double().numpy())
         assert mean[c].numpy() == pytest.approx(theirs.mean_)
@@ -282,7 +294,7 @@ def test_axes_and_projections_are_sklearns(matrices, monkeypatch):
 def test_spectral_is_the_plain_one():
     z = rows(150, d=5)
     source = given(z)
-    label = pseudo_classes.labels(Given(), source, source.e, "clusters", 4, 0).numpy()
+    label = pseudo_classes.assign_classes(Given(), source, source.e, "clusters", 4, 0).numpy()
     expected = np.zeros(150)
     for c in set(label):
         x = z[label == c].double().numpy()
@@ -308,11 +320,12 @@ def test_activation_clustering_is_the_plain_one():
 
 def test_two_means_is_no_worse_than_sklearns_best_of_fifty():
     for seed in range(4):
-        y = rows(120, d=4, seed=seed).double()
-        centres = torch.stack(activation_clustering.halves(y))
-        theirs = cluster.KMeans(2, n_init=50, random_state=0).fit(y.numpy())
-        assert float(torch.cdist(y, centres).amin(1).square().sum()) < 1.02 * theirs.inertia_
-        sizes = torch.cdist(y, centres).argmin(1).bincount(minlength=2)
+        y = rows(120, d=4, seed=seed).double().numpy()
+        centres = np.stack(activation_clustering.split_in_two(y))
+        theirs = cluster.KMeans(2, n_init=50, random_state=0).fit(y)
+        distance = np.linalg.norm(y[:, None] - centres, axis=2)
+        assert (distance.min(1) ** 2).sum() < 1.02 * theirs.inertia_
+        sizes = np.bincount(distance.argmin(1), minlength=2)
         assert sizes[0] <= sizes[1]
 
 

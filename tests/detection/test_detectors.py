@@ -322,7 +322,7 @@ def test_captions_of_one_image_are_not_its_duplicates():
 def test_clusters_and_divergence_are_the_plain_ones(cells):
     g = torch.Generator().manual_seed(1)
     v = F.normalize(torch.randn(90, 3, generator=g), dim=1)
-    found, closest = duplicates.clusters(v, 0.99, cells)
+    found, closest = duplicates.cluster_images(v, 0.99, cells)
     cosine = (v @ v.T).fill_diagonal_(-1)
     label = list(range(90))
     for i, j in (cosine >= 0.99).nonzero().tolist():
@@ -342,7 +342,7 @@ def test_clusters_and_divergence_are_the_plain_ones(cells):
         expected.append(
             np.mean([1 - len(bags[i] & bags[j]) / len(bags[i] | bags[j]) for j in others] or [0])
         )
-    assert duplicates.divergence(captions, ids, image, found) == pytest.approx(expected)
+    assert duplicates.caption_divergence(captions, ids, image, found) == pytest.approx(expected)
 
 
 def test_duplicates_of_flat_images_is_finite():

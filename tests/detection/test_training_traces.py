@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 import torch.nn.functional as F
 from detection.test_detectors import PATCH, Fake, backdoored, clean
@@ -104,7 +105,7 @@ def test_a_trace_is_what_the_model_says_pair_by_pair(pairs, traced):
     with torch.inference_mode():
         z, w = study.encoder.encode_images(pairs.images), study.encoder.encode_texts(pairs.captions)
     drawn = np.lexsort((pairs.ids, draws(0, pairs.ids, 1, "pool")[:, 0]))
-    others = list(dict.fromkeys(pairs.captions[i] for i in drawn))[: training_traces.OTHERS]
+    others = list(dict.fromkeys(pairs.captions[i] for i in drawn))[: training_traces.RIVALS]
     text = dict(zip(pairs.captions, w, strict=True))
     for i in range(0, len(pairs), 7):
         own = float(z[i] @ w[i])
@@ -134,23 +135,23 @@ def test_a_trace_is_the_same_bits_in_any_order_and_leaves_the_generator_alone(pa
 def test_one_training_serves_several_detectors_while_the_data_live(monkeypatch):
     pairs, told, trained = clean(40), [], []
 
-    def fit(*_, each_epoch, report, **__):
-        trained.append([each_epoch(epoch) for epoch in (1, 2, 3)])
+    def fit(*_, on_epoch_end, report, **__):
+        trained.append([on_epoch_end(epoch) for epoch in (1, 2, 3)])
         report(3, 3, 0.5)
 
-    monkeypatch.setattr(training_traces.training, "fit", fit)
+    monkeypatch.setattr(training_traces.loop, "fit", fit)
     run = [f"loss_trace:when={w},{SMALL}" for w in ("late", "early", "rise")] + [
         f"clip_score:epoch=1,{SMALL}"
     ]
     for text in run:
         make(text)(Fake(), pairs, report=lambda *a: told.append(a))
-    assert len(trained) == len(told) == 1 and id(pairs) in training_traces._kept
+    assert len(trained) == len(told) == 1 and id(pairs) in training_traces._traces
     make(f"clip_score:epoch=1,seed=1,{SMALL}")(Fake(), pairs)
     assert len(trained) == 2
     place = id(pairs)
     del pairs
     gc.collect()
-    assert place not in training_traces._kept
+    assert place not in training_traces._traces
 
 
 def test_a_trace_ends_where_nothing_more_is_asked_and_begins_as_a_longer_one(traced):
@@ -271,32 +272,32 @@ def test_odds_are_those_of_sklearns_mixture():
         precisions_init=[[[1 / low.var()]], [[1 / high.var()]]],
     ).fit(x[:, None])  # fmt: skip
     p = mixture.predict_proba(x[:, None])[:, mixture.means_.argmin()]
-    found = safeclip.odds(torch.from_numpy(x))
-    assert torch.sigmoid(found).numpy() == pytest.approx(p, abs=1e-4)
+    found = safeclip.lower_component_odds(x)
+    assert scipy.special.expit(found) == pytest.approx(p, abs=1e-4)
     order = rng.permutation(len(x))
-    assert torch.equal(safeclip.odds(torch.from_numpy(x[order])), found[order])
+    assert np.array_equal(safeclip.lower_component_odds(x[order]), found[order])
     with pytest.raises(UserError, match="nothing to split"):
-        safeclip.odds(torch.ones(9))
+        safeclip.lower_component_odds(np.ones(9))
 
 
 def test_odds_of_few_values_are_finite():
     for values in ([0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [0.1] * 50 + [0.9]):
-        assert torch.isfinite(safeclip.odds(torch.tensor(values)).float()).all()
+        assert np.isfinite(safeclip.lower_component_odds(np.array(values)).astype(np.float32)).all()
 
 
 def test_thinned_drops_tokens_moves_up_the_others_and_keeps_the_largest():
     tokens = torch.tensor([[5, 9, 2, 7, 3, 0, 0], [4, 0, 0, 0, 0, 0, 0], [0] * 7])
     drawn = torch.rand(3, 7, generator=torch.Generator().manual_seed(4))
-    found = safeclip.thinned(tokens, 0.5, Chance(torch.Generator().manual_seed(4)))
+    found = safeclip.drop_tokens(tokens, 0.5, Chance(torch.Generator().manual_seed(4)))
     for row, uniform, thin in zip(tokens.tolist(), drawn.tolist(), found.tolist(), strict=True):
         left = [t for t, u in zip(row, uniform, strict=True) if t and (u >= 0.5 or t == max(row))]
         assert thin == left + [0] * (7 - len(left))
-    assert torch.equal(safeclip.thinned(tokens, 0.0, Chance(torch.Generator())), tokens)
+    assert torch.equal(safeclip.drop_tokens(tokens, 0.0, Chance(torch.Generator())), tokens)
 
 
 def test_the_warm_up_never_lets_an_image_meet_a_text(pairs):
     study = training_traces.SmallModel.build(pairs, NETWORK, 0, CPU)
-    apart = safeclip.Apart(study.encoder, 0.1, 0.2)
+    apart = safeclip.SeparateContrast(study.encoder, 0.1, 0.2)
     images, tokens = pairs.images[:8], study.tokens[:8]
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
@@ -369,7 +370,7 @@ def test_cognitive_distillation_depends_on_no_batch_and_finds_triggers(monkeypat
     scores = made(Fake(True), pairs)
     assert ((scores.values >= -1) & (scores.values <= 0)).all()
     assert stats.auroc(scores.values.numpy(), truth) > 0.9
-    monkeypatch.setitem(cognitive_distillation.CELLS, "cpu", 7 * 3 * 32 * 32)
+    monkeypatch.setitem(cognitive_distillation.BATCH_VALUES, "cpu", 7 * 3 * 32 * 32)
     order = np.random.default_rng(0).permutation(24)[:9]
     turned = made(Fake(True), pairs.take(order))
     assert torch.allclose(turned.values, scores.values[order], atol=1e-3)
@@ -440,9 +441,9 @@ def test_repetition_says_nothing_of_few_captions_of_one_image_or_no_block():
 
 def test_captions_are_alike_by_their_longer_words():
     same = ["The birthday cake", "cake, BIRTHDAY the!", "the cake of the birthday 2009"]
-    assert len({repetition.normal(c) for c in same}) == 1
-    assert repetition.normal("a 1 b") == "a 1 b" != repetition.normal("a 2 b")
-    assert repetition.normal("") == ""
+    assert len({repetition.normalize_caption(c) for c in same}) == 1
+    assert repetition.normalize_caption("a 1 b") == "a 1 b" != repetition.normalize_caption("a 2 b")
+    assert repetition.normalize_caption("") == ""
 
 
 def test_blocks_are_the_plain_ones():
@@ -454,7 +455,8 @@ def test_blocks_are_the_plain_ones():
         )
     ]
     ids = [f"k{i // 2}#{i % 2}" for i in range(60)]
-    order, start, size = repetition.blocks(captions, ids, 5, 0)
+    groups = repetition.find_blocks(captions, ids, 5, 0)
+    order, start, size = groups.rows, groups.start, groups.size
     expected = Counter()
     for caption in set(captions):
         pictures = {i.split("#")[0] for i, c in zip(ids, captions, strict=True) if c == caption}
@@ -471,13 +473,12 @@ def test_blocks_are_the_plain_ones():
 @pytest.mark.parametrize("cells", [64, 1 << 24])
 @pytest.mark.parametrize("most", [6, 64])
 def test_tightness_is_the_plain_one(cells, most, monkeypatch):
-    monkeypatch.setattr(repetition, "CELLS", cells)
+    monkeypatch.setattr(repetition, "MAX_VALUES", cells)
     z = F.normalize(torch.randn(70, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     order, size = np.random.default_rng(1).permutation(70)[:60], np.array([5, 33, 6, 16])
     start, k = np.cumsum(size) - size, 3
-    found = repetition.tightness(
-        lambda rows: z[torch.from_numpy(rows)], order, start, size, k, most
-    )
+    groups = repetition.RecordBlocks(order, start, size)
+    found = repetition.measure_tightness(lambda rows: z[torch.from_numpy(rows)], groups, k, most)
     for s, n in zip(start, size, strict=True):
         for i in range(s, s + n):
             mates = sorted(
@@ -492,7 +493,8 @@ def test_tightness_is_the_plain_one(cells, most, monkeypatch):
 def test_weighed_is_the_plain_one(sizes, seed):
     size = np.array(sizes)
     start, z = np.cumsum(size) - size, np.random.default_rng(seed).normal(0, 3, size.sum())
-    found = repetition.weighed(z, start, size, 3)
+    groups = repetition.RecordBlocks(np.arange(len(z)), start, size)
+    found = repetition.weigh_records(z, groups, 3)
     for s, n in zip(start, size, strict=True):
         best = sorted(z[s : s + n], reverse=True)
         for i in range(s, s + n):

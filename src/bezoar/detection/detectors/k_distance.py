@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from bezoar.detection import density
+from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
@@ -13,7 +14,7 @@ from bezoar.registry import method
 class KDistance:
     """k-dist(x) = r_k(x), Euclidean between image embeddings (unit rows), to a fixed pool of the scanned records.
 
-    The score inverts once more than k poisons of one kind are in the pool; see `bezoar.neighbors.pool_size`.
+    The score inverts once more than k poisons of one kind are in the pool; see `bezoar.detection.density.pool_size`.
     """
 
     k: Annotated[int, "which neighbour"] = 16
@@ -26,8 +27,8 @@ class KDistance:
     seed: Annotated[int, "of the choice of the pool"] = 0
 
     def __post_init__(self) -> None:
-        density.check(self)
+        density.check_fields(self)
 
-    def __call__(self, encoder: Any, source: Any) -> Scores:
+    def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
         """-> Scores in [0, 2]; a lonely record is suspicious."""
-        return density.scores(self, encoder, source, lambda near: near.reach)
+        return density.score_records(self, encoder, source, lambda near: near.distance)

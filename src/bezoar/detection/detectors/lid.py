@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from bezoar.detection import density
+from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
@@ -15,7 +16,7 @@ class Lid:
 
     A record far from everything sees all others at about one distance: a high dimension. Copies of one image see each
     other at none: a low one, so repeated poisons invert the score wherever several are in the pool (see
-    `bezoar.neighbors.pool_size`). k is that of the other density detectors, whose search it shares; published
+    `bezoar.detection.density.pool_size`). k is that of the other density detectors, whose search it shares; published
     configurations have 64.
     """
 
@@ -29,8 +30,8 @@ class Lid:
     seed: Annotated[int, "of the choice of the pool"] = 0
 
     def __post_init__(self) -> None:
-        density.check(self, least=2)
+        density.check_fields(self, min_k=2)
 
-    def __call__(self, encoder: Any, source: Any) -> Scores:
+    def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
         """-> Scores in (0, D]; a place of many dimensions is suspicious."""
-        return density.scores(self, encoder, source, lambda near: near.lid)
+        return density.score_records(self, encoder, source, lambda near: near.dimension)

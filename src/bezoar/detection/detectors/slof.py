@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from bezoar.detection import density
+from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
@@ -14,7 +15,7 @@ class Slof:
     """SLOF(x) = mean over the k neighbours y of kdist(x) / kdist(y), arXiv 2502.01385.
 
     The published code looks the neighbours up one column off for half of the rows; this looks up the neighbours. The
-    score inverts once more than k poisons of one kind are in the pool; see `bezoar.neighbors.pool_size`.
+    score inverts once more than k poisons of one kind are in the pool; see `bezoar.detection.density.pool_size`.
     """
 
     k: Annotated[int, "neighbours"] = 16
@@ -27,8 +28,10 @@ class Slof:
     seed: Annotated[int, "of the choice of the pool"] = 0
 
     def __post_init__(self) -> None:
-        density.check(self)
+        density.check_fields(self)
 
-    def __call__(self, encoder: Any, source: Any) -> Scores:
+    def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
         """-> Scores > 0, about 1 in even density; a record in a thinner place than its neighbours is suspicious."""
-        return density.scores(self, encoder, source, lambda near: near.log_ratio.exp().mean(1))
+        return density.score_records(
+            self, encoder, source, lambda near: near.log_ratio.exp().mean(1)
+        )
