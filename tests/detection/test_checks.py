@@ -16,7 +16,7 @@ from torch import nn
 from bezoar import registry
 from bezoar.cli import main
 from bezoar.data.pairs import Pairs
-from bezoar.detection.checks.masking_path import separation
+from bezoar.detection.checks.masking_path import gaps_along_path
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers
@@ -147,7 +147,7 @@ def test_a_trigger_scores_higher_and_not_without_a_backdoor(name):
 def test_separation_is_the_nearest_two_on_either_side():
     z = F.normalize(torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     d = 1 - z @ z.transpose(1, 2)
-    found = separation(d)
+    found = gaps_along_path(d)
     for b in range(3):
         for t in range(8):
             assert found[b, t] == min(d[b, i, j] for i in range(t + 1) for j in range(t + 1, 9))
@@ -160,7 +160,7 @@ def test_a_gap_is_dbscans_radius():
         a, b = torch.randn(2, 8, generator=g)
         z = torch.stack([a] * 5 + [b] * 4) + 0.05 * torch.randn(9, 8, generator=g)
         d = (1 - F.normalize(z, dim=1) @ F.normalize(z, dim=1).T).clamp(min=0).fill_diagonal_(0)
-        gap = float(separation(d[None]).max())
+        gap = float(gaps_along_path(d[None]).max())
         for radius, clusters in ((gap * 0.999, 2), (gap * 1.001, 1)):
             told = DBSCAN(eps=radius, min_samples=1, metric="precomputed").fit(d.numpy()).labels_
             assert len(set(told)) == clusters
@@ -174,7 +174,7 @@ def test_masking_path_is_the_plain_loop():
     def gaps(image):
         rows = []
         for path in range(2):
-            _, boxes = check.order(path, (SIDE, SIDE))
+            _, boxes = check.masking_order(path, (SIDE, SIDE))
             points = []
             for step in range(check.steps + 1):
                 x = image.float() / 255
@@ -211,12 +211,15 @@ def test_masking_path_points_at_the_trigger():
 def test_an_order_masks_every_cell_once(sides):
     check = registry.make("check", "masking_path:share=0.9")
     for path in range(4):
-        rank, boxes = check.order(path, sides)
+        rank, boxes = check.masking_order(path, sides)
         assert rank.shape == sides and bool((rank > 0).all())
         for step, (top, left, height, width) in enumerate(boxes.tolist(), 1):
             assert int((rank == step).sum()) == height * width
             assert bool((rank[top : top + height, left : left + width] == step).all())
-    assert not torch.equal(check.order(0, sides)[0], check.order(1, sides)[0]) or min(sides) < 6
+    assert (
+        not torch.equal(check.masking_order(0, sides)[0], check.masking_order(1, sides)[0])
+        or min(sides) < 6
+    )
 
 
 # ---------------------------------------------------------------------------------------------- bdetclip
@@ -233,7 +236,7 @@ def test_omega_is_the_plain_sum(tmp_path):
         z = e.encode_images(pairs.images)
         for row, c in enumerate(COLOURS):
             benign = torch.stack([e.encode_tokens(tokenize([t]))[0] for t in told[c]]).mean(0)
-            random = check.perturbed(e, c, row)
+            random = check.nonsense_texts(e, c, row)
             nonsense = e.encode_texts(random).mean(0)
             assert len(random) == 5 and all(
                 t.split()[0] == c and len(t.split()) == 3 for t in random
@@ -247,7 +250,9 @@ def test_bdetclip_draws_nonsense_from_the_encoders_vocabulary():
     e = encoder()
     e.about["vocabulary"] = ["one", "two"]
     words = {
-        w for t in registry.make("check", "bdetclip").perturbed(e, "red", 0) for w in t.split()[1:]
+        w
+        for t in registry.make("check", "bdetclip").nonsense_texts(e, "red", 0)
+        for w in t.split()[1:]
     }
     assert words == {"one", "two"}
 
@@ -322,8 +327,8 @@ def test_scale_up_is_the_plain_loop():
     found = registry.make("check", "scale_up:factors=2/3/6")(e, pairs, classifier=known)
     for i, image in enumerate(pairs.images):
         x = image.float() / 255
-        own = int(known.read(x[None]))
-        same = [int(known.read((n * x).clamp(0, 1)[None])) == own for n in (2, 3, 6)]
+        own = int(known.predict(x[None]))
+        same = [int(known.predict((n * x).clamp(0, 1)[None])) == own for n in (2, 3, 6)]
         assert float(found.values[i]) == pytest.approx(np.mean(same))
 
 
