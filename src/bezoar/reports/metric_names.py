@@ -151,8 +151,8 @@ def label_and_unit(key: str, attacked: bool = False) -> tuple[str, str]:
     label, unit = TERMS.get(base, (base.replace("_", " "), PLAIN))
     if at and base.endswith("recall"):
         return f"{label}@{at}", unit
-    if at and base in ("expected_ordinary", "expected_clean"):
-        return f"Expected to be {base.partition('_')[2]} among the worst {at}", COUNT
+    if at and base == "expected_clean":
+        return f"Expected to be clean among the worst {at}", COUNT
     if at and base.startswith("targeted"):
         return f"{label}, {at} {'caption' if at == '1' else 'captions'} each", unit
     return (f"{label}, trigger {at}" if at else label), unit

@@ -38,10 +38,8 @@ FILTERS = {  # name -> in words
 
 
 def expected(measures: Mapping[str, Measure]) -> list[tuple[int, Measure]]:
-    """n and how many of the worst n are expected to be ordinary, ascending."""
-    found = [
-        (re.fullmatch(r"expected_(?:ordinary|clean)@(\d+)", k), m) for k, m in measures.items()
-    ]
+    """n and how many of the worst n are expected to be clean, ascending."""
+    found = [(re.fullmatch(r"expected_clean@(\d+)", k), m) for k, m in measures.items()]
     return sorted((int(k[1]), m) for k, m in found if k)
 
 
@@ -53,17 +51,11 @@ def false_discovery_section(
     rows = expected(measures)
     if not rows:
         return Section(title, [Text(f"No estimate: {told.get('why') or 'none was made'}.")])
-    kind = "clean" if told.get("how") == "reference" else "ordinary"
     at, m = next((r for r in rows if r[0] == removed), rows[-1])
-    lead = f"Of the worst {at:,} records, {m.low:,.0f} to {m.high:,.0f} are expected to be {kind} ones that rank there by chance"
+    lead = f"Of the worst {at:,} records, {m.low:,.0f} to {m.high:,.0f} are expected to be clean ones that rank there by chance"
     more = at - math.ceil(m.high)
-    others = (
-        "poisons, or odd records of another kind, such as wrong captions"
-        if kind == "ordinary"
-        else "not like the clean ones"
-    )
     lead += (
-        f", so at least {more:,} stand out: {others}."
+        f", so at least {more:,} stand out: not like the clean ones."
         if more > 0
         else "; they may all be."
         if m.low > 0
@@ -76,8 +68,8 @@ def false_discovery_section(
         title,
         [
             Figure(
-                curve(rows, truth, kind),
-                f"Share of {kind} records among the worst n",
+                curve(rows, truth),
+                "Share of clean records among the worst n",
                 " ".join(notes),
             )
         ],
@@ -86,7 +78,7 @@ def false_discovery_section(
 
 
 @house_style
-def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) -> Markup:
+def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None) -> Markup:
     """The estimate with its range over n, and the truth where it is known."""
     figure, axes = new_figure((WIDE[0], 3.0))
     n = np.array([at for at, _ in rows], dtype=float)
@@ -100,7 +92,7 @@ def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) 
         color=COLOURS["clean"],
         marker="o",
         markersize=4,
-        label=f"expected to be {kind}",
+        label="expected to be clean",
         clip_on=False,
     )
     if truth is not None:
@@ -120,7 +112,7 @@ def curve(rows: list[tuple[int, Measure]], truth: np.ndarray | None, kind: str) 
         for x, v, a, b in zip(n, value, low, high, strict=True)
     )
     return svg_markup(
-        figure, "discoveries", f"Share expected to be {kind} among the worst n: {told}"
+        figure, "discoveries", f"Share expected to be clean among the worst n: {told}"
     )
 
 
