@@ -13,7 +13,7 @@ from PIL import Image
 from bezoar import registry
 from bezoar.data.pairs import Pairs
 from bezoar.data.shards import ShardSource, StoredRecord
-from bezoar.detection.reliability import side_channels, usual_filters
+from bezoar.detection.reliability import side_channels, stored_images, usual_filters
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
@@ -132,29 +132,29 @@ def test_too_few_poisons_are_not_measured() -> None:
 def test_jpeg_headers_against_pillow(options: dict) -> None:
     image = picture(3, (57, 23))
     content = encoded(image, **options)
-    header = side_channels.parse_image_header(content)
+    header = stored_images.parse_image_header(content)
     assert (header.format, header.shape) == ("JPEG", image.size)
-    smaller = side_channels.parse_image_header(encoded(picture(9, (8, 8)), **options))
+    smaller = stored_images.parse_image_header(encoded(picture(9, (8, 8)), **options))
     assert header.tables and header.tables == smaller.tables
-    coarser = side_channels.parse_image_header(encoded(image, quality=51))
+    coarser = stored_images.parse_image_header(encoded(image, quality=51))
     assert header.tables != coarser.tables and header.layout
 
 
 def test_other_headers_against_pillow() -> None:
     for name in ("PNG", "WEBP", "BMP", "PPM"):
-        header = side_channels.parse_image_header(encoded(picture(1, (30, 20)), name))
+        header = stored_images.parse_image_header(encoded(picture(1, (30, 20)), name))
         assert (header.format, header.shape, header.tables) == (name, (30, 20), "")
 
 
 def test_hostile_headers_are_bounded() -> None:
     fill = b"\xff\xd8" + b"\xff\xfe\x00\x02" * 10_000
-    layout = side_channels.parse_image_header(fill).layout
-    assert len(layout.split()) <= side_channels.MAX_SEGMENTS
+    layout = stored_images.parse_image_header(fill).layout
+    assert len(layout.split()) <= stored_images.MAX_SEGMENTS
     lying = b"\xff\xd8\xff\xdb\xff\xff" + b"\x00" * 10
-    assert side_channels.parse_image_header(lying).shape == (0, 0)
+    assert stored_images.parse_image_header(lying).shape == (0, 0)
     chunks = b"\x89PNG\r\n\x1a\n" + (struct.pack(">I", 0) + b"tEXt" + b"\0" * 4) * 10_000
-    layout = side_channels.parse_image_header(chunks).layout
-    assert len(layout.split()) <= side_channels.MAX_SEGMENTS + 1
+    layout = stored_images.parse_image_header(chunks).layout
+    assert len(layout.split()) <= stored_images.MAX_SEGMENTS + 1
     for junk in (
         b"",
         b"\xff\xd8",
@@ -164,13 +164,13 @@ def test_hostile_headers_are_bounded() -> None:
         b"BM" + b"\xff" * 60,
         b"\0" * 99,
     ):
-        assert isinstance(side_channels.parse_image_header(junk), side_channels.ImageHeader)
+        assert isinstance(stored_images.parse_image_header(junk), stored_images.ImageHeader)
     for seed in range(200):
         noise = np.random.default_rng(seed).bytes(120)
-        side_channels.parse_image_header(b"\xff\xd8\xff" + noise)
-        side_channels.parse_image_header(b"\x89PNG\r\n\x1a\n" + noise)
-        side_channels.parse_tar_header(noise, 7)
-    assert side_channels.parse_tar_header(b"\0" * 512, 7) == side_channels.FileEntry(7)
+        stored_images.parse_image_header(b"\xff\xd8\xff" + noise)
+        stored_images.parse_image_header(b"\x89PNG\r\n\x1a\n" + noise)
+        stored_images.parse_tar_header(noise)
+    assert stored_images.parse_tar_header(b"\0" * 512) == (0.0, "", "")
 
 
 def test_folders_and_data_in_memory(tmp_path: Path) -> None:

@@ -59,8 +59,9 @@ class DetectorAgreement:
         """The merged scores (N,) of some of the detectors; see `merge`."""
         rows = np.asarray(detectors, dtype=np.int64)
         votes = np.clip(self.correlation[np.ix_(rows, rows)], 0, None).sum(1)
-        total = 1 / np.maximum(votes, 1) @ self.surprise[rows]
-        return total + self.raised[rows].any(0) * (total.max() + 1)
+        values: NDArray[np.float64] = 1 / np.maximum(votes, 1) @ self.surprise[rows]
+        values += self.raised[rows].any(0) * (values.max() + 1)
+        return values
 
 
 def merge(scores: Sequence[Scores]) -> Scores:
@@ -116,13 +117,13 @@ def surprise(values: NDArray[np.floating]) -> NDArray[np.float64]:
     that finds most records alike does not decide their places. Far out: the distance above the median in 1.4826 median
     absolute deviations, 0 .. MAX_DEVIATIONS.
     """
-    rarity = -np.log10(rankdata(-values, method="max") / max(1, len(values)))
+    rarity: NDArray[np.float64] = -np.log10(rankdata(-values, method="max") / max(1, len(values)))
     distance = np.asarray(values, np.float64) - np.median(values)
-    # most values may be equal, and then all
-    spread = (
-        1.4826 * np.median(np.abs(distance)) or np.sqrt(np.pi / 2) * np.abs(distance).mean() or 1.0
-    )
-    return rarity * np.clip(distance / spread, 0, MAX_DEVIATIONS)
+    spread = 1.4826 * np.median(np.abs(distance))
+    if not spread:  # most values are equal
+        spread = np.sqrt(np.pi / 2) * np.abs(distance).mean() or 1.0
+    rarity *= np.clip(distance / spread, 0, MAX_DEVIATIONS)
+    return rarity
 
 
 def align(scores: Scores, reference: Scores) -> Scores:

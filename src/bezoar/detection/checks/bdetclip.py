@@ -116,4 +116,5 @@ def read_descriptions(path: str) -> dict[str, list[str]]:
     )
     if not valid:
         raise UserError(f"{path}: expected JSON, class -> list of descriptions, at least one each")
-    return content
+    descriptions: dict[str, list[str]] = content
+    return descriptions

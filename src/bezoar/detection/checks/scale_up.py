@@ -44,5 +44,5 @@ class ScaleUp:
         """uint8 (B, 3, H, W) -> float32 (B,)."""
         factors = torch.tensor((1, *self.factors), device=x.device).view(1, -1, 1, 1, 1)
         scaled = (x[:, None].float() / 255 * factors).clamp(max=1)
-        classes = classifier(scaled.flatten(0, 1)).argmax(1).unflatten(0, (len(x), -1))
+        classes = classifier(scaled.flatten(0, 1)).argmax(1).view(len(x), -1)
         return (classes[:, 1:] == classes[:, :1]).float().mean(1)

@@ -72,4 +72,4 @@ class Strip:
         blends = (x[:, None] + self.alpha * overlays).clamp(max=1)
         logs = classifier(blends.flatten(0, 1)).float().log_softmax(1)
         entropy = -(logs.exp() * logs).sum(1)
-        return entropy.unflatten(0, (len(x), len(overlays))).mean(1)
+        return entropy.view(len(x), len(overlays)).mean(1)

@@ -67,8 +67,10 @@ def score_class(y: NDArray[np.float64]) -> NDArray[np.float64]:
     smaller, larger = split_in_two(y)
     to_smaller = np.linalg.norm(y - smaller, axis=1)
     to_larger = np.linalg.norm(y - larger, axis=1)
-    nearness = (to_larger - to_smaller) / np.maximum(to_smaller, to_larger).clip(min=MIN_DISTANCE)
-    return nearness * np.abs(nearness).mean() * (1 - 2 * (nearness > 0).mean())
+    farther = np.maximum(to_smaller, to_larger).clip(min=MIN_DISTANCE)
+    nearness: NDArray[np.float64] = (to_larger - to_smaller) / farther
+    nearness *= np.abs(nearness).mean() * (1 - 2 * (nearness > 0).mean())
+    return nearness
 
 
 def split_in_two(

@@ -62,7 +62,8 @@ class ClipScore:
         weights = Path(self.encoder) / "encoder.safetensors"
         if weights.is_file():
             return [weights]
-        return input_files(registry.make("network", self.encoder))
+        files: list[Path] = input_files(registry.make("network", self.encoder))
+        return files
 
     def __call__(
         self, encoder: RecordEncoder, source: Records, report: ProgressReport = no_report

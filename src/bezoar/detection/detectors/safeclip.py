@@ -155,7 +155,7 @@ def lower_component_odds(values: NDArray[np.float64]) -> NDArray[np.float64]:
     order = mixture.means_[:, 0].argsort()
     weight, mean = mixture.weights_[order], mixture.means_[order, 0]
     variance = mixture.covariances_[order, 0, 0]
-    log_density = (
+    log_density: NDArray[np.float64] = (
         np.log(weight) - np.log(variance) / 2 - (values[:, None] - mean) ** 2 / (2 * variance)
     )  # (N, 2)
     return log_density[:, 0] - log_density[:, 1]

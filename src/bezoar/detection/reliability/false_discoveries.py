@@ -76,10 +76,9 @@ def estimate_clean(
     low = np.where(above > 0, beta.ppf((1 - LEVEL) / 2, np.maximum(above, 1), m - above + 1), 0.0)
     high = np.where(above < m, beta.ppf((1 + LEVEL) / 2, above + 1, np.maximum(m - above, 1)), 1.0)
     point = (above + 1) / (m + 1)
-    counts = np.minimum(np.stack([point, low, high], 1) * total, np.asarray(ns)[:, None])
-    return CleanEstimate(
-        tuple(ns), tuple(_measure(*row, n) for row, n in zip(counts.tolist(), ns, strict=True))
-    )
+    values, lows, highs = (np.minimum(share * total, ns).tolist() for share in (point, low, high))
+    measures = map(_measure, values, lows, highs, ns)
+    return CleanEstimate(tuple(ns), tuple(measures))
 
 
 def _measure(value: float, low: float, high: float, n: int) -> Measure:

@@ -6,37 +6,28 @@ reading that off. A detector's figures on such a set say little. A *channel* is 
 A channel has no direction of its own. Taking the better of both after looking is biased upwards (a channel of noise gives
 0.5 + 0.8 times the AUROC's standard error on average, and never less than 0.5). So a fixed half of the records, by their ids,
 chooses the direction (of kinds: how poisoned each kind is), and only the other half is measured.
-
-The files are hostile: their readers bound the members, nothing is decoded, and of an image at most MAX_SEGMENTS parts of its
-header and HEAD_BYTES bytes are looked at.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
-import os
 import re
-import stat
-import tarfile
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from bezoar.data.decoding import Record
-from bezoar.data.files.images import DECODING_ERRORS, FORMATS
 from bezoar.data.files.skipped import Skipped
-from bezoar.data.files.tars import BLOCK
 from bezoar.data.folders import FolderSource
 from bezoar.data.randomness import draws
 from bezoar.data.shards import ShardSource, StoredRecord, expand_paths
 from bezoar.data.tables import TableSource
+from bezoar.detection.reliability import stored_images
+from bezoar.detection.reliability.stored_images import StoredImage
 from bezoar.encoders.encoder import split_words
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
@@ -45,8 +36,6 @@ from bezoar.runs import inputs
 from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
 
-HEAD_BYTES = 1 << 20  # bytes of a file that are looked at
-MAX_SEGMENTS = 256  # parts of a header that are looked at
 COMMON_WORDS = 64  # words that count as a caption's template; the others are left open
 TEMPLATE_WORDS = 12  # words and gaps of a template
 ORDER_BLOCKS = 20  # equal parts of the corpus
@@ -54,7 +43,7 @@ RARE = 20  # records of a kind, below which it counts as rare
 MIN_RECORDS = 2  # poisons, and others, in either half, below which nothing is measured
 # AUROC from which a channel separates poisons from the rest, when chance is ruled out over all channels
 SEPARATES = 0.6
-DESCRIPTIONS = {  # what a channel is, in the words of a page
+FILE_CHANNELS = {  # what a channel is, in the words of a page
     "file_size": "size of the image's file in bytes",
     "file_time": "time stamp of the file, or in the tar's header",
     "file_owner": "owner, group and mode of the file, or in the tar's header",
@@ -64,28 +53,22 @@ DESCRIPTIONS = {  # what a channel is, in the words of a page
     "jpeg_tables": "JPEG quantisation tables",
     "shape": "width x height as stored",
     "aspect": "width / height as stored",
+}
+SHARD_CHANNELS = {
     "shard": "which shard",
     "place_in_shard": "place within the shard",
+}
+ORDER_CHANNELS = {
     "row": "place in the corpus",
     "row_block": f"which of {ORDER_BLOCKS} equal parts of the corpus (fewer of a small one)",
     "key_pattern": "the id with its numbers left out",
+}
+CAPTION_CHANNELS = {
     "caption_length": "characters of the caption",
     "caption_repeats": "how many records share the caption",
     "caption_template": f"the caption with all but the {COMMON_WORDS} commonest words left out",
 }
-FILE_CHANNELS = (
-    "file_size",
-    "file_time",
-    "file_owner",
-    "extension",
-    "format",
-    "layout",
-    "jpeg_tables",
-    "shape",
-    "aspect",
-)
-SHARD_CHANNELS = ("shard", "place_in_shard")
-CAPTION_CHANNELS = ("caption_length", "caption_repeats", "caption_template")
+DESCRIPTIONS = FILE_CHANNELS | SHARD_CHANNELS | ORDER_CHANNELS | CAPTION_CHANNELS
 
 
 @dataclass
@@ -148,7 +131,8 @@ def collect_channels(
 def stored_records(method: Any) -> Iterable[Record | Skipped] | None:
     """The records of a data method that reads files, images not decoded; None for others."""
     if hasattr(method, "records"):
-        return method.records()
+        records: Iterable[Record | Skipped] = method.records()
+        return records
     source = inputs.open_source(method)
     if isinstance(source, ShardSource):
         return source.records()
@@ -226,36 +210,6 @@ def number_values(values: Iterable[Hashable]) -> NDArray[np.int64]:
 # ---- what is read off the files
 
 
-@dataclass(frozen=True)
-class ImageHeader:
-    """What the first bytes of an image say. tables: a digest of a JPEG's quantisation tables. shape: (0, 0) if not known."""
-
-    format: str = ""
-    layout: str = ""
-    tables: str = ""
-    shape: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """What a file system or a tar says of an image."""
-
-    size: int
-    time: float = 0.0
-    owner: str = ""
-    extension: str = ""
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """The image of a record as it is stored. place: its number in the shard."""
-
-    entry: FileEntry
-    header: ImageHeader
-    shard: int
-    place: int
-
-
 def file_channels(records: Iterable[Record | Skipped]) -> Channels:
     """Sizes, headers and places of the stored images; what cannot be read is left out. Raises UserError for a lost shard."""
     ids: list[str] = []
@@ -263,14 +217,14 @@ def file_channels(records: Iterable[Record | Skipped]) -> Channels:
     counts: Counter[int] = Counter()
     in_tars = False
     try:
-        for record, tar_header in _with_tar_headers(records):
-            described = describe_image(record, tar_header)
-            if described is None:
+        for record, tar_header in stored_images.with_tar_headers(records):
+            image = stored_images.describe_image(record, tar_header)
+            if image is None:
                 continue
             in_tars |= tar_header is not None
             shard = record.shard if isinstance(record, StoredRecord) else 0
             ids += record.ids
-            images += [StoredImage(*described, shard, counts[shard])] * len(record.ids)
+            images += [replace(image, shard=shard, place=counts[shard])] * len(record.ids)
             counts[shard] += 1
     except OSError as error:
         raise UserError(
@@ -279,125 +233,16 @@ def file_channels(records: Iterable[Record | Skipped]) -> Channels:
     return _image_channels(ids, images, in_tars) if images else Channels(ids)
 
 
-def _with_tar_headers(
-    records: Iterable[Record | Skipped],
-) -> Iterator[tuple[Record, bytes | None]]:
-    """Each record that was read, with the tar header that stands before its image; None for images that lie in no tar."""
-    file, descriptor = "", -1
-    try:
-        for record in records:
-            if isinstance(record, Skipped):
-                continue
-            if not isinstance(record, StoredRecord) or not isinstance(record.image, bytes):
-                yield record, None
-                continue
-            if record.file != file:
-                if descriptor >= 0:
-                    os.close(descriptor)
-                    descriptor = -1
-                file, descriptor = record.file, os.open(record.file, os.O_RDONLY)
-            offset = record.offset - BLOCK
-            yield record, os.pread(descriptor, BLOCK, offset) if offset >= 0 else b""
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def describe_image(
-    record: Record, tar_header: bytes | None
-) -> tuple[FileEntry, ImageHeader] | None:
-    """What is stored of a record's image, beside its pixels; None when it cannot be read."""
-    if isinstance(record.image, bytes):
-        entry = FileEntry(len(record.image))
-        if tar_header:
-            entry = parse_tar_header(tar_header, len(record.image))
-        return entry, parse_image_header(record.image[:HEAD_BYTES])
-    try:
-        status = record.image.stat()
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        with record.image.open("rb") as file:
-            content = file.read(HEAD_BYTES)
-    except (OSError, ValueError):  # ValueError: a NUL byte in the path
-        return None
-    owner = f"{status.st_uid}:{status.st_gid}:{status.st_mode:o}"
-    entry = FileEntry(status.st_size, status.st_mtime, owner, record.image.suffix)
-    return entry, parse_image_header(content)
-
-
-def parse_tar_header(block: bytes, size: int) -> FileEntry:
-    """Time, owner and extension in the header (512 bytes) that stands before a member's data; `size` is the data's."""
-    try:
-        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except (tarfile.TarError, ValueError):
-        return FileEntry(size)
-    owner = f"{member.uid}:{member.gid}:{member.uname}:{member.gname}:{member.mode:o}"
-    extension = member.name.rpartition("/")[2].partition(".")[2]
-    return FileEntry(size, float(member.mtime), owner, extension)
-
-
-def parse_image_header(content: bytes) -> ImageHeader:
-    """The first bytes of an image -> its header, as far as it can be read."""
-    if content[:2] == b"\xff\xd8":
-        return parse_jpeg(content)
-    if content[:8] == b"\x89PNG\r\n\x1a\n":
-        return parse_png(content)
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # reads the header alone
-            return ImageHeader(image.format or "", image.mode, "", image.size)
-    except DECODING_ERRORS:
-        return ImageHeader()
-
-
-def parse_jpeg(content: bytes) -> ImageHeader:
-    """Layout: the markers up to the first scan, whose order Pillow does not keep, and the sampling factors."""
-    at, markers, sampling, shape = 2, list[str](), "", (0, 0)
-    tables, digest = False, hashlib.blake2b(digest_size=8)
-    while at + 4 <= len(content) and len(markers) < MAX_SEGMENTS:
-        if content[at] != 0xFF:
-            break
-        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        body = content[at + 4 : at + 2 + length]
-        markers.append(f"{marker:02x}")
-        if marker == 0xDB:  # quantisation tables
-            tables = True
-            digest.update(body)
-        elif marker == 0xDA:  # the first scan
-            break
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(body) >= 6:
-            shape = int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big")
-            sampling = body[6:18].hex()
-        at += 2 + max(2, length)
-    layout = " ".join([*markers, sampling])
-    return ImageHeader("JPEG", layout, digest.hexdigest() if tables else "", shape)
-
-
-def parse_png(content: bytes) -> ImageHeader:
-    """Layout: the chunks up to the pixels, whose order Pillow does not keep, depth, colour and interlacing."""
-    at, chunks = 8, list[str]()
-    while at + 8 <= len(content) and len(chunks) < MAX_SEGMENTS:
-        length, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
-        chunks.append(name.decode("latin-1"))
-        if name == b"IDAT":
-            break
-        at += 12 + length
-    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
-    return ImageHeader("PNG", " ".join([*chunks, content[24:29].hex()]), "", (width, height))
-
-
 def _image_channels(ids: list[str], images: list[StoredImage], in_tars: bool) -> Channels:
     """The channels of stored images, at least one."""
     sizes = np.array([image.header.shape for image in images], np.float64)
     numbers = {
-        "file_size": np.array([image.entry.size for image in images], np.float64),
-        "file_time": np.array([image.entry.time for image in images], np.float64),
+        "file_size": np.array([image.size for image in images], np.float64),
+        "file_time": np.array([image.time for image in images], np.float64),
     }
     kinds = {
-        "file_owner": number_values(image.entry.owner for image in images),
-        "extension": number_values(image.entry.extension for image in images),
+        "file_owner": number_values(image.owner for image in images),
+        "extension": number_values(image.extension for image in images),
         "format": number_values(image.header.format for image in images),
         "layout": number_values(image.header.layout for image in images),
     }
@@ -475,4 +320,5 @@ def rate_kinds(
     code = np.where(size[code] < RARE, len(size), code)
     count = np.bincount(code[choosing], minlength=code.max() + 1)
     poisons = np.bincount(code[choosing], truth[choosing], minlength=code.max() + 1)
-    return ((poisons + truth[choosing].mean()) / (count + 1))[code]
+    rate: NDArray[np.float64] = (poisons + truth[choosing].mean()) / (count + 1)
+    return rate[code]
