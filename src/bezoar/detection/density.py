@@ -19,9 +19,8 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.data.blocks import blocks
 from bezoar.data.randomness import sample_rows
-from bezoar.detection.detectors import RecordEncoder, Records
+from bezoar.detection.detectors import RecordEncoder, Records, require_texts
 from bezoar.encoders.encoder import EmbeddedRecords
-from bezoar.errors import UserError
 from bezoar.evaluation.neighbors import Index, nearest_neighbors
 from bezoar.evaluation.scores import Scores
 
@@ -194,14 +193,12 @@ def score_records(
         UserError: When texts are asked for and there are none, or there are too few records.
     """
     embedded = encoder.embed(source)
-    if detector.texts and embedded.texts is None:
+    texts = None
+    if detector.texts:
         name = registry.method_name(type(detector))
-        raise UserError(
-            f"detector {name!r} with texts=true needs captions; the scanned data or the encoder has none"
-        )
+        texts = require_texts(embedded, f"{name!r} with texts=true")
     k, device = detector.k, encoder.device
     if detector.compat:
-        texts = embedded.texts if detector.texts else None
         parts = published_neighbourhoods(embedded.images, texts, k, device)
     else:
         size = detector.pool or pool_size(k, detector.rate, len(embedded.ids))

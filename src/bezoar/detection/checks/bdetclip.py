@@ -40,12 +40,12 @@ class Bdetclip:
     Random words are drawn from the encoder's own vocabulary where it has one, else from a list of 80.
     """
 
-    texts: Annotated[str, "a .json file, class -> list of descriptions; else templates"] = ""
+    texts: Annotated[str, "a .json file, class -> list of descriptions; empty: the templates"] = ""
     templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "openai"
-    classes: Annotated[str, "names a+b, where the images have none"] = ""
+    classes: Annotated[str, "names of classes, a+b, for images that have none"] = ""
     nonsense: Annotated[int, "texts of random words a class"] = 16
     words: Annotated[int, "random words in each, beside the class's name"] = 6
-    seed: Annotated[int, "of the random words"] = 0
+    seed: Annotated[int, "seed of the random words"] = 0
 
     def __post_init__(self) -> None:
         if self.nonsense < 1 or self.words < 1:

@@ -35,14 +35,14 @@ class MaskingPath:
     """
 
     cells: Annotated[
-        int, "of the grid, a side; a cell should hold the trigger: 4 on 32 px are 8 px"
+        int, "cells of the grid a side; a cell should hold the trigger: 4 on 32 px are 8 px"
     ] = 4
-    share: Annotated[float, "of the cells that are masked in the end"] = 0.75
+    share: Annotated[float, "share of the cells that are masked in the end"] = 0.75
     paths: Annotated[
         int,
-        "orders in which cells are masked, each with the grid shifted; the largest gap of all counts",
+        "orders in which cells are masked, each on a shifted grid; the largest gap of all counts",
     ] = 4
-    seed: Annotated[int, "of the orders, the same for all images"] = 0
+    seed: Annotated[int, "seed of the orders, which are the same for all images"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("clean", "report")
 

@@ -21,7 +21,7 @@ class ScaleUp:
     0.5. It has as many values as there are factors, and one.
     """
 
-    factors: Annotated[tuple[int, ...], "of the brightness"] = (3, 5, 7, 9, 11)
+    factors: Annotated[tuple[int, ...], "factors of the brightness"] = (3, 5, 7, 9, 11)
 
     needs: ClassVar[tuple[str, ...]] = ("classifier",)
 

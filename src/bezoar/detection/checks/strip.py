@@ -28,7 +28,9 @@ class Strip:
     STRIP-CL.
     """
 
-    count: Annotated[int, "clean images that are blended over each input, the same for all"] = 64
+    count: Annotated[
+        int, "clean images that are blended over each input, the same for all inputs"
+    ] = 64
     alpha: Annotated[float, "brightness of the clean images"] = 1.0
 
     needs: ClassVar[tuple[str, ...]] = ("classifier", "clean", "report")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import EmbeddedRecords
+from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 
@@ -62,6 +63,15 @@ class ReportingDetector(Protocol):
     def __call__(
         self, encoder: RecordEncoder, source: Records, report: ProgressReport = no_report
     ) -> Scores: ...
+
+
+def require_texts(embedded: EmbeddedRecords, detector: str) -> Tensor:
+    """The vectors of the captions, (N, D). Raises UserError, which names the detector, when there are none."""
+    if embedded.texts is None:
+        raise UserError(
+            f"detector {detector} needs captions; the scanned data or the encoder has none"
+        )
+    return embedded.texts
 
 
 def read_captions(source: Records) -> Sequence[str]:

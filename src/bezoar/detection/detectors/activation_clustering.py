@@ -31,11 +31,11 @@ class ActivationClustering:
 
     classes: Annotated[
         pseudo_classes.ClassKind,
-        "words of captions, clusters of images; auto: words where there are any",
+        "by words of captions or clusters of images; auto: words where there are any",
     ] = "auto"
-    count: Annotated[int, "pseudo-classes"] = 32
-    dims: Annotated[int, "principal axes of a class that are kept"] = 10
-    seed: Annotated[int, "of the sample that the classes are found on"] = 0
+    count: Annotated[int, "how many pseudo-classes"] = 32
+    dims: Annotated[int, "how many principal axes of a class are used"] = 10
+    seed: Annotated[int, "seed of the sample that the classes are found on"] = 0
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.dims < 1:

@@ -9,8 +9,7 @@ import torch
 
 from bezoar import registry
 from bezoar.detection import training_traces
-from bezoar.detection.detectors import RecordEncoder, Records
-from bezoar.errors import UserError
+from bezoar.detection.detectors import RecordEncoder, Records, require_texts
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
@@ -32,15 +31,19 @@ class ClipScore:
     """
 
     encoder: Annotated[
-        str, "an independent encoder: a run's directory or a network's spec; none: the scan's"
+        str,
+        "an independent encoder: a run's directory or a network's spec; empty: that of the scan",
     ] = ""
-    epoch: Annotated[int, "of a training on the scanned data; 0: no such training"] = 0
-    network: Annotated[str, "the model of that training: a spec"] = training_traces.NETWORK
-    objective: Annotated[str, "how it is trained: a spec"] = training_traces.OBJECTIVE
-    side: Annotated[int, "images are brought to this many pixels at most in that training"] = (
+    epoch: Annotated[
+        int,
+        "epoch of a training on the scanned data after which the model is taken; 0: no training",
+    ] = 0
+    network: Annotated[str, "spec of the model that is trained"] = training_traces.NETWORK
+    objective: Annotated[str, "spec of its training"] = training_traces.OBJECTIVE
+    side: Annotated[int, "images are reduced to this many pixels a side in that training"] = (
         training_traces.SIDE
     )
-    seed: Annotated[int, "of that training"] = 0
+    seed: Annotated[int, "seed of that training"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
 
@@ -83,11 +86,8 @@ class ClipScore:
             return Scores(trace.ids, 1 - trace.agreement[self.epoch - 1])
         judge = self.independent_encoder(encoder.device) if self.encoder else encoder
         embedded = judge.embed(source)
-        if embedded.texts is None:
-            raise UserError(
-                "detector 'clip_score' needs captions; the scanned data or the encoder has none"
-            )
-        parts = zip(embedded.images.split(ROWS), embedded.texts.split(ROWS), strict=True)
+        texts = require_texts(embedded, "'clip_score'")
+        parts = zip(embedded.images.split(ROWS), texts.split(ROWS), strict=True)
         values = [1 - (z * w.to(z.device)).sum(1).float().cpu() for z, w in parts]
         return Scores(embedded.ids, torch.cat(values))
 

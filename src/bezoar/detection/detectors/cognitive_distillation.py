@@ -31,11 +31,11 @@ class CognitiveDistillation:
     gamma and beta have the size that was published for CLIP (0.01 and 1 elsewhere). Adam, betas 0.1.
     """
 
-    steps: Annotated[int, "of the minimisation; each is a forward and a backward pass"] = 100
+    steps: Annotated[int, "steps of the minimisation, each a forward and a backward pass"] = 100
     gamma: Annotated[float, "weight of the mask's size"] = 1e-3
     beta: Annotated[float, "weight of the mask's roughness"] = 100.0
     lr: Annotated[float, "step size"] = 0.1
-    seed: Annotated[int, "of the colours"] = 0
+    seed: Annotated[int, "seed of the random colours"] = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or min(self.gamma, self.beta) < 0:

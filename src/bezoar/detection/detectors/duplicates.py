@@ -38,7 +38,7 @@ class Duplicates:
     """
 
     similarity: Annotated[
-        float, "cosine of two thumbnails from which images are near-identical"
+        float, "cosine of two thumbnails from which their images are near-identical"
     ] = 0.98
     side: Annotated[int, "side of the thumbnails in pixels"] = 8
 

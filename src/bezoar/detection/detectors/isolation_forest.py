@@ -10,7 +10,7 @@ from sklearn import ensemble
 
 from bezoar.data.blocks import blocks
 from bezoar.data.randomness import sample_rows
-from bezoar.detection.detectors import RecordEncoder, Records
+from bezoar.detection.detectors import RecordEncoder, Records, require_texts
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
@@ -22,11 +22,11 @@ BLOCK = 1 << 14  # records scored at a time
 class IsolationForest:
     """2^(-mean depth at which a tree isolates x / expected depth), scikit-learn's forest, grown on a fixed pool of the records."""
 
-    trees: Annotated[int, "in the forest"] = 100
-    cut: Annotated[int, "records that a tree is grown on"] = 256
-    pool: Annotated[int, "records that the trees draw theirs from"] = 16384
-    texts: Annotated[bool, "captions among them, as published for CLIP"] = False
-    seed: Annotated[int, "of the choice of the pool and of the trees"] = 0
+    trees: Annotated[int, "how many trees the forest has"] = 100
+    cut: Annotated[int, "how many records a tree is grown on"] = 256
+    pool: Annotated[int, "how many records the trees draw theirs from"] = 16384
+    texts: Annotated[bool, "whether captions are among them, as published for CLIP"] = False
+    seed: Annotated[int, "seed of the pool and of the trees"] = 0
 
     def __post_init__(self) -> None:
         if self.trees < 1 or self.cut < 2 or self.pool < 2:
@@ -37,17 +37,14 @@ class IsolationForest:
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
         """-> Scores in (0, 1); a record that is set apart early is suspicious."""
         embedded = encoder.embed(source)
-        ids, images, texts = embedded.ids, embedded.images, embedded.texts
-        if self.texts and texts is None:
-            raise UserError(
-                "detector 'isolation_forest' with texts=true needs captions; the scanned data or the encoder has none"
-            )
+        ids, kinds = embedded.ids, [embedded.images]
+        if self.texts:
+            kinds.append(require_texts(embedded, "'isolation_forest' with texts=true"))
         if len(ids) < 2:
             raise UserError(
                 f"detector 'isolation_forest' needs at least 2 records; there are {len(ids)}"
             )
         rows = torch.as_tensor(sample_rows(ids, self.pool, self.seed))
-        kinds = [images] if texts is None or not self.texts else [images, texts]
         sample = np.concatenate([z[rows.to(z.device)].float().cpu().numpy() for z in kinds])
         forest = ensemble.IsolationForest(
             n_estimators=self.trees,
@@ -55,7 +52,7 @@ class IsolationForest:
             random_state=self.seed % 2**32,
         ).fit(sample)
         parts = [
-            -forest.score_samples(images[block].float().cpu().numpy())
+            -forest.score_samples(embedded.images[block].float().cpu().numpy())
             for block in blocks(len(ids), BLOCK)
         ]
         return Scores(ids, torch.as_tensor(np.concatenate(parts), dtype=torch.float32))

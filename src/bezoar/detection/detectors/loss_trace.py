@@ -39,10 +39,10 @@ class LossTrace:
         Literal["loss", "disagreement"], "loss, or one minus the cosine of image and caption"
     ] = "loss"
     epochs: Annotated[int, "how many of the first epochs are averaged"] = 2
-    network: Annotated[str, "the small model: a spec"] = training_traces.NETWORK
-    objective: Annotated[str, "how it is trained: a spec"] = training_traces.OBJECTIVE
-    side: Annotated[int, "images are brought to this many pixels at most"] = training_traces.SIDE
-    seed: Annotated[int, "of the training and of the pool"] = 0
+    network: Annotated[str, "spec of the small model"] = training_traces.NETWORK
+    objective: Annotated[str, "spec of its training"] = training_traces.OBJECTIVE
+    side: Annotated[int, "images are reduced to this many pixels a side"] = training_traces.SIDE
+    seed: Annotated[int, "seed of the training and of the captions"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
 

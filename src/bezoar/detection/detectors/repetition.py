@@ -56,12 +56,12 @@ class Repetition:
     windows of the pixels.
     """
 
-    least: Annotated[int, "records of a block"] = 8
-    pool: Annotated[int, "records that say what is near by chance"] = 2048
+    least: Annotated[int, "how many records make a block"] = 8
+    pool: Annotated[int, "how many records say what is near by chance"] = 2048
     region: Annotated[
         bool, "whether windows at one place of the picture are compared too; it needs pixels"
     ] = True
-    seed: Annotated[int, "of the choice of the pool"] = 0
+    seed: Annotated[int, "seed of the pool and of the order within a block"] = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.least <= MAX_MATES or self.pool <= self.least:
@@ -198,29 +198,29 @@ def measure_tightness(
         column = np.arange(width)
         for batch in blocks(len(same_width), max(1, MAX_VALUES // (width * max(width, 512)))):
             job = same_width[batch]
-            here = start[job, None] + column  # (J, width), places among the blocks' rows
-            there = mates_start[job, None] + column
+            places = start[job, None] + column  # (J, width), among the blocks' rows
+            mate_places = mates_start[job, None] + column
             missing = column >= mates[job, None]
-            nearest = _nearest_mates(view, groups.rows, here, there, missing, k)
+            nearest = _nearest_mates(view, groups.rows, places, mate_places, missing, k)
             valid = column < size[job, None]
-            tightness[here[valid]] = nearest[valid]
+            tightness[places[valid]] = nearest[valid]
     return tightness
 
 
 def _nearest_mates(
     view: View,
     rows: NDArray[np.int64],
-    here: NDArray[np.int64],
-    there: NDArray[np.int64],
+    places: NDArray[np.int64],
+    mate_places: NDArray[np.int64],
     missing: NDArray[np.bool_],
     k: int,
 ) -> NDArray[np.float64]:
-    """-log10(1 - cosine) from each place in `here` (J, W) to its k-th nearest in `there` (J, W), where not `missing`: (J, W)."""
-    (jobs, width), last = here.shape, len(rows) - 1
-    asking, asked = rows[np.minimum(here, last)], rows[np.minimum(there, last)]
-    a = view(asking.ravel()).view(jobs, width, -1)
-    b = a if np.array_equal(asking, asked) else view(asked.ravel()).view(jobs, width, -1)
-    hidden = torch.from_numpy((here[:, :, None] == there[:, None]) | missing[:, None])
+    """-log10(1 - cosine) from each of `places` (J, W) to the k-th nearest of `mate_places` (J, W) that are not `missing`: (J, W)."""
+    (jobs, width), last = places.shape, len(rows) - 1
+    records, mates = rows[np.minimum(places, last)], rows[np.minimum(mate_places, last)]
+    a = view(records.ravel()).view(jobs, width, -1)
+    b = a if np.array_equal(records, mates) else view(mates.ravel()).view(jobs, width, -1)
+    hidden = torch.from_numpy((places[:, :, None] == mate_places[:, None]) | missing[:, None])
     cosine = (a @ b.transpose(1, 2)).masked_fill(hidden.to(a.device), -1)
     distance = (1 - cosine.topk(k, dim=2).values[..., -1]).clamp(min=MIN_DISTANCE)
     return -distance.log10().double().cpu().numpy()

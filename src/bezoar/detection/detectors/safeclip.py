@@ -70,17 +70,17 @@ class Safeclip:
     several and of targeted victims: AUROC 0.81, 0.84; without the warm-up 0.50, 0.56.
     """
 
-    epochs: Annotated[int, "of the warm-up, image and text apart"] = 5
+    epochs: Annotated[int, "epochs of the warm-up, in which image and text are apart"] = 5
     batch: Annotated[int, "records a step, in both phases"] = 128
-    lr: Annotated[float, "of the warm-up"] = 5e-4
+    lr: Annotated[float, "learning rate of the warm-up"] = 5e-4
     together: Annotated[
         float, "learning rate of the one epoch with the CLIP loss; the paper's for 1M pairs: 5e-6"
     ] = 2e-3
-    temperature: Annotated[float, "of the warm-up's softmax"] = 0.1
+    temperature: Annotated[float, "temperature of the warm-up's softmax"] = 0.1
     drop: Annotated[float, "share of a caption's words that a view of it lacks"] = 0.2
-    network: Annotated[str, "the small model: a spec"] = training_traces.NETWORK
-    side: Annotated[int, "images are brought to this many pixels at most"] = training_traces.SIDE
-    seed: Annotated[int, "of the training"] = 0
+    network: Annotated[str, "spec of the small model"] = training_traces.NETWORK
+    side: Annotated[int, "images are reduced to this many pixels a side"] = training_traces.SIDE
+    seed: Annotated[int, "seed of the training"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
 

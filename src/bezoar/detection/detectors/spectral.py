@@ -23,10 +23,10 @@ class Spectral:
 
     classes: Annotated[
         pseudo_classes.ClassKind,
-        "words of captions, clusters of images; auto: words where there are any",
+        "by words of captions or clusters of images; auto: words where there are any",
     ] = "auto"
-    count: Annotated[int, "pseudo-classes"] = 32
-    seed: Annotated[int, "of the sample that the classes are found on"] = 0
+    count: Annotated[int, "how many pseudo-classes"] = 32
+    seed: Annotated[int, "seed of the sample that the classes are found on"] = 0
 
     def __post_init__(self) -> None:
         if self.count < 1:

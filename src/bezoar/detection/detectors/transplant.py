@@ -33,7 +33,7 @@ from bezoar.data.blocks import blocks
 from bezoar.data.pairs import load_pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.detection import pseudo_classes, shared_patterns, trigger_candidates, window_transplants
-from bezoar.detection.detectors import RecordEncoder, Records
+from bezoar.detection.detectors import RecordEncoder, Records, require_texts
 from bezoar.detection.shared_patterns import GroupTextures, WindowCluster
 from bezoar.detection.trigger_candidates import (
     BLOCK,
@@ -111,13 +111,15 @@ class LocatedWindows:
 class Transplant:
     """Score = robust deviations of what a record's cell, then its window, does; records that show a trigger lie above all."""
 
-    cells: Annotated[tuple[int, ...], "cells a side of the patchworks of the first stage"] = (2, 4)
+    cells: Annotated[tuple[int, ...], "cells a side of the patchworks of the first pass"] = (2, 4)
     rounds: Annotated[int, "patchworks that each cell is part of, for each of `cells`"] = 3
-    cascade: Annotated[float, "share of the pairs that is searched for a window"] = 0.1
-    scouts: Annotated[int, "images that each window of the search is pasted on"] = 3
-    k: Annotated[int, "images that the window found is pasted on"] = 12
-    groups: Annotated[int, "groups of like captions searched for a common texture; 0 = none"] = 64
-    seed: Annotated[int, "of the patchworks, the groups and the foreign images"] = 0
+    cascade: Annotated[float, "share of the pairs that are searched for a window"] = 0.1
+    scouts: Annotated[int, "foreign images that each window of the search is pasted into"] = 3
+    k: Annotated[int, "foreign images that the window of each pair is pasted into"] = 12
+    groups: Annotated[
+        int, "groups of like captions that are searched for a common texture; 0: none"
+    ] = 64
+    seed: Annotated[int, "seed of the patchworks, the groups and the foreign images"] = 0
 
     def __post_init__(self) -> None:
         if (
@@ -179,15 +181,12 @@ class Transplant:
         """The records with the vectors of their captions. Raises UserError where they do not allow a scan."""
         source = source if hasattr(source, "take") else load_pairs(source)
         embedded = encoder.embed(source)
-        if embedded.texts is None:
-            raise UserError(
-                "detector 'transplant' needs captions; the scanned data or the encoder has none"
-            )
+        texts = require_texts(embedded, "'transplant'")
         if len(embedded.ids) <= self.k:
             raise UserError(
                 f"detector 'transplant' needs more than k={self.k} pairs; there are {len(embedded.ids)}"
             )
-        return SuspectData(encoder, source, embedded.ids, embedded.texts)
+        return SuspectData(encoder, source, embedded.ids, texts)
 
     def group_captions(self, data: SuspectData, order: np.ndarray) -> CaptionGroups:
         """Group the captions by k-means on a sample, the first records of the drawn order."""

@@ -118,9 +118,7 @@ def filter_by_cosine(embedded: EmbeddedRecords | None, ids: Sequence[str]) -> li
     if embedded is None or embedded.texts is None:
         return [Filter(name, d, None, "no vectors of captions") for name, d in descriptions.items()]
     if len(embedded.ids) != len(ids) or any(a != b for a, b in zip(embedded.ids, ids, strict=True)):
-        raise UserError(
-            "cleaning needs the vectors of the records that it is given, in their order"
-        )
+        raise UserError("the filters need the vectors of the same records, in their order")
     parts = zip(embedded.images.split(ROWS), embedded.texts.split(ROWS), strict=True)
     cosines = torch.cat([(z * t.to(z.device)).sum(1) for z, t in parts]).double().cpu().numpy()
     return [
