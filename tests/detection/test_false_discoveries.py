@@ -101,9 +101,9 @@ def test_nearest_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         Strings.from_texts(["a dog", "a cat", "the star", "a tree", "a sea"])
     )
     assert usual["a"] == 0.8 and usual["star"] == 0.2
-    found = similar_records.group_records(vectors, captions, usual)
-    assert [g.members for g in found] == [[0, 1, 2, 3], [4, 5, 6]]
-    assert set(found[1].words) == {"some", "blue", "ring"} and "a" not in found[0].words
+    groups = similar_records.group_records(vectors, captions, usual)
+    assert [g.members for g in groups] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert set(groups[1].words) == {"some", "blue", "ring"} and "a" not in groups[0].words
     assert (
         similar_records.group_records(vectors[:2], captions[:2], usual) == []
         and similar_records.word_shares(Strings.from_texts([])) == {}

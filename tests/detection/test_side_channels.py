@@ -72,15 +72,15 @@ def test_planted_leaks_are_found_and_named_worst_first(shards: tuple[Path, np.nd
     channels = side_channels.collect_channels(
         method, inputs.open_dataset(method), pairs.ids, pairs.captions
     )
-    found = side_channels.measure_channels(channels, truth)
-    values = {x.name: x.auroc.value for x in found}
+    measured = side_channels.measure_channels(channels, truth)
+    values = {x.name: x.auroc.value for x in measured}
     assert list(values.values()) == sorted(values.values(), reverse=True)
     for name in ("jpeg_tables", "layout", "shape", "file_time", "key_pattern", "aspect"):
         assert values[name] == 1.0, name
-        assert next(x for x in found if x.name == name).separates
+        assert next(x for x in measured if x.name == name).separates
     assert values["caption_template"] > 0.95 and values["row_block"] > 0.85
     assert values["file_owner"] == values["extension"] == values["format"] == 0.5
-    assert not {x.name for x in found if x.separates} & {"file_owner", "extension", "format"}
+    assert not {x.name for x in measured if x.separates} & {"file_owner", "extension", "format"}
     assert channels.sizes is not None and channels.sizes[100].tolist() == [64, 64]
 
 
@@ -92,9 +92,9 @@ def test_noise_is_no_leak_and_the_split_is_unbiased() -> None:
         channels = side_channels.Channels([f"{run}/{i}" for i in range(400)])
         channels.numbers["file_size"] = rng.normal(size=400)
         channels.kinds["shape"] = rng.integers(0, 6, 400)
-        found = side_channels.measure_channels(channels, truth)
-        values += [x.auroc.value for x in found]
-        flags += sum(x.separates for x in found)
+        measured = side_channels.measure_channels(channels, truth)
+        values += [x.auroc.value for x in measured]
+        flags += sum(x.separates for x in measured)
     spread = np.std(values) / np.sqrt(len(values))
     assert abs(np.mean(values) - 0.5) < 4 * spread
     assert flags <= 7  # 80 tests at a joint level of 5 %, one side of them
@@ -189,10 +189,10 @@ def test_folders_and_data_in_memory(tmp_path: Path) -> None:
     assert channels.absent["shard"] == "not in shards"
     scenes = registry.make("data", "scenes:count=50")
     some = inputs.read_pairs(scenes)
-    told = side_channels.collect_channels(
+    absent = side_channels.collect_channels(
         scenes, inputs.open_dataset(scenes), some.ids, some.captions
     ).absent
-    assert told["file_size"] == "these data are not read from files"
+    assert absent["file_size"] == "these data are not read from files"
 
 
 def test_a_vanished_shard_is_a_user_error(shards: tuple[Path, np.ndarray]) -> None:
@@ -238,14 +238,14 @@ def test_filters_against_what_they_say() -> None:
     sides = np.array(
         [[300, 300], [100, 300], [900, 250], [300, 300], [300, 300], [300, 299]], float
     )
-    found = {
+    filters = {
         f.name: f
         for f in usual_filters.apply_filters(pairs, EmbeddedRecords(pairs.ids, z, t), sides)
     }
 
     def passes(name: str) -> list[bool]:
-        assert found[name].passes is not None
-        return found[name].passes.tolist()
+        assert filters[name].passes is not None
+        return filters[name].passes.tolist()
 
     assert passes("caption_duplicates") == [True, False, True, True, True, True]
     assert passes("image_duplicates") == [True, True, True, True, False, True]
@@ -259,24 +259,24 @@ def test_filters_against_what_they_say() -> None:
     assert (
         passes("datacomp_basic")
         == np.logical_and.reduce(
-            [found[n].passes for n in ("language", "caption_length", "resolution", "aspect")]
+            [filters[n].passes for n in ("language", "caption_length", "resolution", "aspect")]
         ).tolist()
     )
     truth = np.array([True, True, False, False, False, False])
-    measured = usual_filters.measure_filters(list(found.values()), truth)
+    measured = usual_filters.measure_filters(list(filters.values()), truth)
     assert measured["filter.caption_duplicates.poisons_pass"].value == 0.5
     assert (
         measured["filter.caption_length.clean_kept"].value == 0.5
         and measured["filter.caption_length.clean_kept"].n == 4
     )
-    assert usual_filters.measure_filters(list(found.values()), np.zeros(6, bool)) == {}
+    assert usual_filters.measure_filters(list(filters.values()), np.zeros(6, bool)) == {}
 
 
 def test_filters_say_what_they_cannot_look_at() -> None:
     pairs = corpus()
     bare = Pairs(pairs.images, (), ids=pairs.ids)
-    found = usual_filters.apply_filters(bare)
-    assert {f.name for f in found if f.passes is None} >= {
+    filters = usual_filters.apply_filters(bare)
+    assert {f.name for f in filters if f.passes is None} >= {
         "clip_score_30",
         "caption_length",
         "resolution",

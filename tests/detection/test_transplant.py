@@ -179,12 +179,14 @@ def test_consistency_is_the_plain_one(monkeypatch):
     n, count, rounds, encoder = 20, 3, 3, Fake()
     images = clean(n).images
     images[4, :, 12:18, 13:19] = PATCHES["green"]
-    found, cell = window_transplants.measure_consistency(encoder, images, count, rounds, seed=7)
+    consistency, cell = window_transplants.measure_consistency(
+        encoder, images, count, rounds, seed=7
+    )
     g, grid = (
         torch.Generator().manual_seed(7),
         window_transplants.grid_cells((32, 32), count).tolist(),
     )
-    own = {(i, c): [] for i in range(n) for c in range(9)}
+    deviations = {(i, c): [] for i in range(n) for c in range(9)}
     for _ in range(rounds):
         offsets = torch.randperm(n, generator=g)[:9].tolist()
         patchwork = torch.empty_like(images)
@@ -193,11 +195,13 @@ def test_consistency_is_the_plain_one(monkeypatch):
                 (m + offsets[c]) % n, :, y : y + h, x : x + w
             ]
         z = encoder.encode_images(patchwork)
-        for i, c in own:
-            own[i, c].append((z - z.mean(0))[(i - offsets[c]) % n])
-    plain = torch.tensor([[plain_agreement(own[i, c]) for c in range(9)] for i in range(n)])
-    assert torch.allclose(found, plain.amax(1), atol=1e-5) and torch.equal(cell, plain.argmax(1))
-    assert int(found.argmax()) == 4 and int(cell[4]) == 4
+        for i, c in deviations:
+            deviations[i, c].append((z - z.mean(0))[(i - offsets[c]) % n])
+    plain = torch.tensor([[plain_agreement(deviations[i, c]) for c in range(9)] for i in range(n)])
+    assert torch.allclose(consistency, plain.amax(1), atol=1e-5) and torch.equal(
+        cell, plain.argmax(1)
+    )
+    assert int(consistency.argmax()) == 4 and int(cell[4]) == 4
 
 
 def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
@@ -210,7 +214,7 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
         (32, 32),
     )
     host_images = HostImages(hosts, encoder.encode_images(hosts))
-    found = window_transplants.measure_shifts(encoder, images, boxes[:, None], host_images)[:, 0]
+    shifts = window_transplants.measure_shifts(encoder, images, boxes[:, None], host_images)[:, 0]
     place = window_transplants.shrink_boxes(
         encoder, images, boxes, host_images, keep=0.5, smallest=4
     )
@@ -220,8 +224,8 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
             return [plain_shift(encoder, images[i], box, h) for h in hosts]
 
         box = boxes[i].tolist()
-        assert torch.allclose(found[i], torch.stack(does(box)), atol=1e-5)
-        assert float(window_transplants.pairwise_agreement(found[i])) == pytest.approx(
+        assert torch.allclose(shifts[i], torch.stack(does(box)), atol=1e-5)
+        assert float(window_transplants.pairwise_agreement(shifts[i])) == pytest.approx(
             plain_agreement(does(box)), abs=1e-5
         )
         while box[2] >= 8:
@@ -241,9 +245,9 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
 def test_correlation_is_the_plain_one():
     windows = noise(6, 6)
     first, second = torch.triu_indices(6, 6)
-    found, offset = shared_patterns.best_correlation(windows, first, second)
+    correlation, offset = shared_patterns.best_correlation(windows, first, second)
     for i, j, value, at in zip(
-        first.tolist(), second.tolist(), found.tolist(), offset.tolist(), strict=True
+        first.tolist(), second.tolist(), correlation.tolist(), offset.tolist(), strict=True
     ):
         a, b = (windows[k].double() - windows[k].double().mean() for k in (i, j))
         turned = {
@@ -258,7 +262,7 @@ def test_clusters_need_like_windows_on_different_pictures():
     shift, windows = 0.03 * torch.randn(60, 16, generator=g), noise(60, 8)
     pictures = F.normalize(torch.randn(60, 30, generator=g), dim=1)
 
-    def found():
+    def clusters():
         return shared_patterns.cluster_windows(
             shift,
             windows,
@@ -269,14 +273,14 @@ def test_clusters_need_like_windows_on_different_pictures():
             min_size=5,
         )
 
-    assert found() == []
+    assert clusters() == []
     shift[:9] += torch.eye(16)[3]
     shift[20:26] += torch.eye(16)[5]
-    assert found() == []  # two directions, each with as many patterns as windows
+    assert clusters() == []  # two directions, each with as many patterns as windows
     windows[:9], windows[20:26] = windows[0].clone(), windows[20].clone()
     windows[4] = windows[4].roll((1, 3), (1, 2))
     windows[2, :, :2] = 90
-    one, two = found()
+    one, two = clusters()
     assert one.rows.tolist() == list(range(9)) and two.rows.tolist() == list(range(20, 26))
     assert one.direction[3] > 0.9 and two.direction[5] > 0.9
     assert (
@@ -292,7 +296,7 @@ def test_clusters_need_like_windows_on_different_pictures():
         or one.pattern.stable.mean() >= 0.7
     )
     pictures[:9] = pictures[0]
-    assert len(found()) == 1  # one picture nine times
+    assert len(clusters()) == 1  # one picture nine times
 
 
 def test_a_pattern_is_found_where_it_is():
@@ -429,18 +433,18 @@ def test_a_blended_pattern_is_found():
 
 def test_larger_images_and_no_more_than_a_block_of_them():
     pairs, kind, _ = backdoored(150, 10, size=48)
-    asked = []
+    sizes = []
 
     class Part:
         ids, captions, images = pairs.ids, pairs.captions, pairs.images
 
         def take(self, rows):
-            asked.append(len(rows))
+            sizes.append(len(rows))
             return pairs.take(rows)
 
     scores = Transplant(groups=0, scouts=2, k=8)(Fake(), Part())
     assert stats.auroc(scores.values.numpy(), kind >= 0) > 0.99
-    assert max(asked) <= transplant.PATCHWORK_BLOCK
+    assert max(sizes) <= transplant.PATCHWORK_BLOCK
 
 
 def test_a_scan_draws_the_windows_of_its_worst_records(tmp_path):
@@ -452,10 +456,14 @@ def test_a_scan_draws_the_windows_of_its_worst_records(tmp_path):
         torch.tensor([0, 0, 5, 5]),
     )
     values = torch.zeros(4)
-    found = {"x": Scores(ids, values), "y": Scores(ids, values, one), "z": Scores(ids, values, two)}
-    reliability.write_windows(tmp_path, *flagged_windows(found, np.array([3, 1, 0])))
+    scores = {
+        "x": Scores(ids, values),
+        "y": Scores(ids, values, one),
+        "z": Scores(ids, values, two),
+    }
+    reliability.write_windows(tmp_path, *flagged_windows(scores, np.array([3, 1, 0])))
     assert reliability.read_windows(tmp_path) == {"ü": (0, 0, 5, 5), "b\n": (1, 2, 3, 4)}
-    reliability.write_windows(tmp_path, *flagged_windows(found, np.array([0, 2])))
+    reliability.write_windows(tmp_path, *flagged_windows(scores, np.array([0, 2])))
     assert reliability.read_windows(tmp_path) == {}
 
 
