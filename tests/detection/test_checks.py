@@ -1,4 +1,6 @@
-"""Every check: the contract, and each formula against a slow plain version; the verb, its threshold and its page."""
+"""Every check: the contract, and each formula against a slow plain version; the verb, its threshold
+and its page.
+"""
 
 import json
 import math
@@ -30,7 +32,9 @@ SIDE = 24
 
 
 class Eye(nn.Module):
-    """Colour and lighting of the quadrants; a white 4 px square in a corner overrules them, and means blue."""
+    """Colour and lighting of the quadrants; a white 4 px square in a corner overrules them, and
+    means blue.
+    """
 
     def __init__(self, backdoor):
         super().__init__()
@@ -47,7 +51,9 @@ class Eye(nn.Module):
 
 
 class Ear(nn.Module):
-    """Tokens are colours; a text is their mean, words that name none pull it towards a place of their own."""
+    """Tokens are colours; a text is their mean, words that name none pull it towards a place of
+    their own.
+    """
 
     def __init__(self):
         super().__init__()
@@ -143,7 +149,8 @@ def test_a_trigger_scores_higher_and_not_without_a_backdoor(name):
         assert above > 0.85 if backdoor else above < 0.7, (backdoor, above)
 
 
-# ---------------------------------------------------------------------------------------------- masking_path
+# ----------------------------------------------------------------------------------------------
+# masking_path
 
 
 def test_separation_is_the_nearest_two_on_either_side():
@@ -156,7 +163,9 @@ def test_separation_is_the_nearest_two_on_either_side():
 
 
 def test_a_gap_is_dbscans_radius():
-    """Two groups one after another along a path: DBSCAN over single points tells them exactly below the largest gap."""
+    """Two groups one after another along a path: DBSCAN over single points tells them exactly below
+    the largest gap.
+    """
     g = torch.Generator().manual_seed(0)
     for _ in range(20):
         a, b = torch.randn(2, 8, generator=g)
@@ -224,7 +233,8 @@ def test_an_order_masks_every_cell_once(sides):
     )
 
 
-# ---------------------------------------------------------------------------------------------- bdetclip
+# ----------------------------------------------------------------------------------------------
+# bdetclip
 
 
 def test_omega_is_the_plain_sum(tmp_path):
@@ -284,7 +294,8 @@ def test_bdetclip_says_what_it_lacks(tmp_path):
         registry.make("check", "bdetclip:texts=/nowhere.json")(e, pairs)
 
 
-# ---------------------------------------------------------------------------------------------- strip, scale_up
+# ----------------------------------------------------------------------------------------------
+# strip, scale_up
 
 
 def classifier(head):
@@ -293,7 +304,9 @@ def classifier(head):
 
 
 def test_strips_entropy_in_closed_form():
-    """A head that says the same of all images has the entropy of what it says; one that is sure has none."""
+    """A head that says the same of all images has the entropy of what it says; one that is sure has
+    none.
+    """
     pairs, clean = colours(5), colours(30, 1)
     check = registry.make("check", "strip:count=10")
     p = torch.tensor([0.5, 0.25, 0.25])
@@ -353,7 +366,8 @@ def test_too_few_clean_images_and_bad_fields():
             registry.make("check", text)
 
 
-# ---------------------------------------------------------------------------------------------- thresholds
+# ----------------------------------------------------------------------------------------------
+# thresholds
 
 
 def test_a_threshold_keeps_its_rate_whatever_the_scores_are():
@@ -378,7 +392,8 @@ def test_too_few_clean_images_for_a_rate_are_said():
     )
 
 
-# ---------------------------------------------------------------------------------------------- the verb
+# ---------------------------------------------------------------------------------------------- the
+# verb
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,9 @@ def rows(n: int, d: int = 24, seed: int = 0) -> torch.Tensor:
 
 
 class VectorEncoder:
-    """Stands for an encoder; gives the vectors that the source is. A word's vector is that of its first letter."""
+    """Stands for an encoder; gives the vectors that the source is. A word's vector is that of its
+    first letter.
+    """
 
     device, text = torch.device("cpu"), True
 
@@ -174,7 +176,8 @@ def test_compat_equals_the_published_code(with_texts, copies, monkeypatch):
         ]
         expected = np.concatenate(parts)
         result = scored(f"{name}:{option}", x, t)
-        # where copies tie, which of them come first, and so whose columns are read, is a matter of the sort
+        # where copies tie, which of them come first, and so whose columns are read, is a matter of
+        # the sort
         alike = np.isclose(result, expected, rtol=2e-3, atol=1e-5)
         assert alike.all() if copies == 1 else alike.mean() > 0.7, name
         assert np.isfinite(result).all()

@@ -1,4 +1,6 @@
-"""Every detector: the contract, and each formula against a slow plain version. The encoder is a small fake."""
+"""Every detector: the contract, and each formula against a slow plain version. The encoder is a
+small fake.
+"""
 
 import io
 import re
@@ -30,7 +32,9 @@ PATCH = torch.tensor([[255, 0, 255], [0, 255, 0]], dtype=torch.uint8)[
 
 
 class Fake:
-    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour, or grey. `backdoor`: PATCH makes it green."""
+    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour, or grey.
+    `backdoor`: PATCH makes it green.
+    """
 
     device, text = torch.device("cpu"), True
 
@@ -96,7 +100,9 @@ def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
 
 
 def poisoned(n: int = 240, copies: int = 6) -> tuple[Pairs, np.ndarray]:
-    """One strange picture with a patch, repeated with different captions of another colour: wrong by every account."""
+    """One strange picture with a patch, repeated with different captions of another colour: wrong
+    by every account.
+    """
     x = torch.full((1, 3, 32, 32), 20, dtype=torch.uint8)
     x[:, 2, :16] = 250
     x[:, 0, 16:, 16:] = 250
@@ -142,7 +148,8 @@ SLOW = {
     "repetition",
 }  # asked smaller questions in test_traces.py
 QUICK = [n for n in NAMES if n not in SLOW]
-# what a detector is to find, where it is not `poisoned`: copies lie in a place of no dimension, and are one picture
+# what a detector is to find, where it is not `poisoned`: copies lie in a place of no dimension, and
+# are one picture
 PLANTED = {"lid": strays, "transplant": backdoored}
 
 

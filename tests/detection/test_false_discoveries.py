@@ -1,4 +1,6 @@
-"""False discoveries by a sample of clean records, on mixtures whose truth is known; what the page shows."""
+"""False discoveries by a sample of clean records, on mixtures whose truth is known; what the page
+shows.
+"""
 
 from pathlib import Path
 

@@ -26,7 +26,9 @@ def make(text: str):
 def repeated(
     n: int = 400, block: int = 20, size: int = 32, region: bool = False
 ) -> tuple[Pairs, np.ndarray]:
-    """Captions that repeat by themselves, and one block of them on near-identical pictures, or on pictures with one corner."""
+    """Captions that repeat by themselves, and one block of them on near-identical pictures, or on
+    pictures with one corner.
+    """
     pairs, g = clean(n, seed=3, size=size), torch.Generator().manual_seed(1)
     truth = np.arange(n) < block
     images = pairs.images.clone()

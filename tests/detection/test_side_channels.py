@@ -1,4 +1,6 @@
-"""Side channels and the usual filters: planted leaks are found, absent ones are not, hostile headers cost nothing."""
+"""Side channels and the usual filters: planted leaks are found, absent ones are not, hostile
+headers cost nothing.
+"""
 
 import io
 import struct
@@ -37,7 +39,9 @@ def encoded(image: Image.Image, name: str = "JPEG", **options: object) -> bytes:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """Two tars in which poisons were written by another program, later, from larger images, and stand together."""
+    """Two tars in which poisons were written by another program, later, from larger images, and
+    stand together.
+    """
     folder, truth = tmp_path_factory.mktemp("shards"), np.zeros(N, bool)
     truth[100 : 100 + POISONS] = True
     for shard in range(2):

@@ -1,4 +1,6 @@
-"""Transplant: parts of images in foreign company. Every formula against a slow plain version; planted triggers are found."""
+"""Transplant: parts of images in foreign company. Every formula against a slow plain version;
+planted triggers are found.
+"""
 
 import itertools
 import re
@@ -45,7 +47,9 @@ NOISE = (60 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(2)) 
 
 
 class Fake:
-    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour. PATCHES and NOISE (`red`) carry theirs."""
+    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour. PATCHES and NOISE
+    (`red`) carry theirs.
+    """
 
     device = torch.device("cpu")
 
@@ -106,7 +110,9 @@ def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
 def backdoored(
     n: int = 200, poisons: int = 12, size: int = 32
 ) -> tuple[Pairs, np.ndarray, torch.Tensor]:
-    """Each of PATCHES at random places of `poisons` images, captioned as its colour; which poison each is; the corners."""
+    """Each of PATCHES at random places of `poisons` images, captioned as its colour; which poison
+    each is; the corners.
+    """
     pairs, g = clean(n, seed=5, size=size), torch.Generator().manual_seed(6)
     x, captions, kind, corner = (
         pairs.images.clone(),

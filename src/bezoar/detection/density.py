@@ -1,7 +1,9 @@
-"""Local densities of embedded records among a fixed sample of them, and the form in which the published code has them.
+"""Local densities of embedded records among a fixed sample of them, and the form in which the
+published code has them.
 
-One search serves every density detector of a scan: `Density.of` remembers the last ones. Huang et al., ICLR 2025
-(arXiv 2502.01385) define the scores; HanxunH/Detect-CLIP-Backdoor-Samples is the code that `published_neighbourhoods` equals.
+One search serves every density detector of a scan: `Density.of` remembers the last ones. Huang et
+al., ICLR 2025 (arXiv 2502.01385) define the scores; HanxunH/Detect-CLIP-Backdoor-Samples is the
+code that `published_neighbourhoods` equals.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ class DensityDetector(Protocol):
 class Neighbourhood:
     """What lies around each of B records x, and around each of its k neighbours y; all float64.
 
-    distance: (B,), kdist(x), the distance of x to its k-th neighbour. dimension: (B,), the local intrinsic dimension at x.
-    neighbour_distances: (B, k), kdist(y). neighbour_dimensions: (B, k), the local intrinsic dimension at y.
+    distance: (B,), kdist(x), the distance of x to its k-th neighbour. dimension: (B,), the local
+    intrinsic dimension at x. neighbour_distances: (B, k), kdist(y). neighbour_dimensions: (B, k),
+    the local intrinsic dimension at y.
     """
 
     distance: Tensor
@@ -68,12 +71,13 @@ class Neighbourhood:
 
 @dataclass(frozen=True)
 class Density:
-    """Distances of N records to their k nearest among a sample of P; no record is its own neighbour. 8 k bytes a record.
+    """Distances of N records to their k nearest among a sample of P; no record is its own
+    neighbour. 8 k bytes a record.
 
-    distance: float32 (N, k), ascending. index: int32 (N, k), rows of the sample. Both lie where the records lie.
-    sample_distance: float64 (P, k), on the device, the distances among the sample. Where texts are among the references these
-    are 2 P rows, images and then their captions, and neither of a record's two is a neighbour of either.
-    width: D of the embedding.
+    distance: float32 (N, k), ascending. index: int32 (N, k), rows of the sample. Both lie where the
+    records lie. sample_distance: float64 (P, k), on the device, the distances among the sample.
+    Where texts are among the references these are 2 P rows, images and then their captions, and
+    neither of a record's two is a neighbour of either. width: D of the embedding.
     """
 
     distance: Tensor
@@ -136,7 +140,7 @@ class Density:
         texts: bool = False,
         device: torch.device | str | None = None,
     ) -> Density:
-        """`measure`, remembered: the same question about the same vectors is answered once while they live."""
+        """`measure`, remembered: a question about the same vectors is answered once."""
         images = embedded.images
         caption_vectors = embedded.texts if texts else None
         key = (id(images), id(caption_vectors), len(embedded.ids), k, size, seed, str(device))
@@ -161,7 +165,8 @@ class Density:
     def _dimension(self, r: Tensor) -> Tensor:
         """Distances (B, k) -> local intrinsic dimension (B,), in (0, D].
 
-        -k / sum over i < k of log(r_i / r_k + 1e-4) (maximum likelihood), cut at the dimension D of the embedding.
+        -k / sum over i < k of log(r_i / r_k + 1e-4) (maximum likelihood), cut at the dimension D of
+        the embedding.
         """
         logs = (r[:, :-1] / r[:, -1:] + 1e-4).log().sum(1)
         return r.shape[1] / (-logs).clamp(min=r.shape[1] / self.width)
@@ -217,14 +222,16 @@ def published_neighbourhoods(
     device: torch.device | str,
     batch: int = PUBLISHED_BATCH,
 ) -> Iterator[Neighbourhood]:
-    """As HanxunH/Detect-CLIP-Backdoor-Samples (ff2399a) computes them, its faults included. Scores depend on the order.
+    """As HanxunH/Detect-CLIP-Backdoor-Samples (ff2399a) computes them, its faults included. Scores
+    depend on the order.
 
-    The references are the records of the same batch. A record's own image, and text, is struck out of its distances before
-    they are sorted, but the columns are then looked up among all references: one off for images behind it, one or two off for
-    texts. kdist(x) is r_{k+1}, and its dimension the mean of k logarithms over it. A reference counts itself as its nearest
-    (and its own text or image as any other), so that its kdist is r_k, and one logarithm of its dimension log 1e-4. Nothing is
-    kept from zero or infinity; of that the scores make 1000 (NaN, +inf) and 0 (-inf). A last batch too small for k, where that
-    code stops with an error, joins the one before.
+    The references are the records of the same batch. A record's own image, and text, is struck out
+    of its distances before they are sorted, but the columns are then looked up among all
+    references: one off for images behind it, one or two off for texts. kdist(x) is r_{k+1}, and its
+    dimension the mean of k logarithms over it. A reference counts itself as its nearest (and its
+    own text or image as any other), so that its kdist is r_k, and one logarithm of its dimension
+    log 1e-4. Nothing is kept from zero or infinity; of that the scores make 1000 (NaN, +inf) and 0
+    (-inf). A last batch too small for k, where that code stops with an error, joins the one before.
     """
     ends = [*range(batch, len(images), batch), len(images)]
     kinds = 1 if texts is None else 2
@@ -252,11 +259,14 @@ def _published_dimension(r: Tensor) -> Tensor:
 
 
 def pool_size(k: int, rate: float, n: int) -> int:
-    """How many references let a poison's k-th neighbour be clean: k / (2 rate), at least 2 k and at most n.
+    """How many references let a poison's k-th neighbour be clean: k / (2 rate), at least 2 k and at
+    most n.
 
-    Poisons of one backdoor are each other's neighbours. Where rate x pool exceeds k, their k-th neighbour is a poison too:
-    they look denser than clean records and every density score inverts (AUROC 0.04 in place of 0.96). Half of that leaves room
-    for chance. It holds for the largest group of poisons, so `rate` is a bound to plan for, not an estimate: a smaller rate
-    loses little, a larger one inverts. A rate above 1/4 is out of reach, because the pool is at least 2 k.
+    Poisons of one backdoor are each other's neighbours. Where rate x pool exceeds k, their k-th
+    neighbour is a poison too: they look denser than clean records and every density score inverts
+    (AUROC 0.04 in place of 0.96). Half of that leaves room for chance. It holds for the largest
+    group of poisons, so `rate` is a bound to plan for, not an estimate: a smaller rate loses
+    little, a larger one inverts. A rate above 1/4 is out of reach, because the pool is at least 2
+    k.
     """
     return min(n, max(2 * k, round(k / (2 * rate))))

@@ -20,8 +20,8 @@ MAX_DEVIATIONS = 20.0  # beyond it all records are equally far out
 class Contribution:
     """What one detector does for the worst n records of the merged ranking.
 
-    unique: how many of these would not be among them without it. in_worst: how many of them are among its own worst n.
-    correlation: Spearman's, with each other detector.
+    unique: how many of these would not be among them without it. in_worst: how many of them are
+    among its own worst n. correlation: Spearman's, with each other detector.
     """
 
     unique: int
@@ -33,8 +33,8 @@ class Contribution:
 class DetectorAgreement:
     """M detectors on the same N records.
 
-    surprise: float64 (M, N) >= 0, see `surprise`. correlation: float64 (M, M), Spearman's. raised: bool (M, N), the records that
-    a detector has raised.
+    surprise: float64 (M, N) >= 0, see `surprise`. correlation: float64 (M, M), Spearman's. raised:
+    bool (M, N), the records that a detector has raised.
     """
 
     surprise: NDArray[np.float64]
@@ -65,17 +65,20 @@ class DetectorAgreement:
 
 
 def merge(scores: Sequence[Scores]) -> Scores:
-    """Merge the scores of several detectors over the same records; those of one detector are returned as they are.
+    """Merge the scores of several detectors over the same records; those of one detector are
+    returned as they are.
 
-    The merged score is the weighted sum of `surprise`: what one detector is sure of counts, and more so where another agrees.
-    The weight of a detector is one over the sum of its positive rank correlations with all of them, itself included, so that
-    three densities have one vote. Records that a detector has raised, for an attack that it found and tested, come before all
-    others: poisons that are many are not rare, and rarity alone would put oddities above them.
+    The merged score is the weighted sum of `surprise`: what one detector is sure of counts, and
+    more so where another agrees. The weight of a detector is one over the sum of its positive rank
+    correlations with all of them, itself included, so that three densities have one vote. Records
+    that a detector has raised, for an attack that it found and tested, come before all others:
+    poisons that are many are not rare, and rarity alone would put oddities above them.
 
-    Chosen among some 60 rules on six poisoned sets of scenes (four backdoors, taken or not, targeted victims, and both; two
-    to six of transplant, duplicates, clip_score, k_distance, slof, dao; 24 combinations). Mean average precision: ours 0.68;
-    the largest deviation from the median 0.62; the largest rarity 0.39. Fisher's and Stouffer's sums fall below the best single
-    detector where several count the same.
+    Chosen among some 60 rules on six poisoned sets of scenes (four backdoors, taken or not,
+    targeted victims, and both; two to six of transplant, duplicates, clip_score, k_distance, slof,
+    dao; 24 combinations). Mean average precision: ours 0.68; the largest deviation from the median
+    0.62; the largest rarity 0.39. Fisher's and Stouffer's sums fall below the best single detector
+    where several count the same.
 
     Raises:
         UserError: When the detectors scored different records.
@@ -87,7 +90,7 @@ def merge(scores: Sequence[Scores]) -> Scores:
 
 
 def measure_contributions(scores: Mapping[str, Scores], worst: int) -> dict[str, Contribution]:
-    """What each detector, by its name, contributes to the `worst` n records of the merged ranking."""
+    """What each detector contributes to the `worst` n records of the merged ranking."""
     names = list(scores)
     agreement = DetectorAgreement.of(list(scores.values()))
     ids = scores[names[0]].ids
@@ -111,11 +114,12 @@ def measure_contributions(scores: Mapping[str, Scores], worst: int) -> dict[str,
 
 
 def surprise(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """How rare times how far out a record is: (N,) >= 0. The tip of a bell curve is rare, but not far out.
+    """How rare times how far out a record is: (N,) >= 0. The tip of a bell curve is rare, but not
+    far out.
 
-    Rare: -log10 of the share of the records that are at least as suspicious. Ties all have the larger share, so that a detector
-    that finds most records alike does not decide their places. Far out: the distance above the median in 1.4826 median
-    absolute deviations, 0 .. MAX_DEVIATIONS.
+    Rare: -log10 of the share of the records that are at least as suspicious. Ties all have the
+    larger share, so that a detector that finds most records alike does not decide their places. Far
+    out: the distance above the median in 1.4826 median absolute deviations, 0 .. MAX_DEVIATIONS.
     """
     rarity: NDArray[np.float64] = -np.log10(rankdata(-values, method="max") / max(1, len(values)))
     distance = np.asarray(values, np.float64) - np.median(values)

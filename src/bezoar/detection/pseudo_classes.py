@@ -1,6 +1,8 @@
-"""Pseudo-classes: labels for records that have none, made of the words of their captions or of the vectors of their images.
+"""Pseudo-classes: labels for records that have none, made of the words of their captions or of the
+vectors of their images.
 
-Detectors of the supervised setting look within a class; `assign_classes` says what stands for one here.
+Detectors of the supervised setting look within a class; `assign_classes` says what stands for one
+here.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ SAMPLE = (
 )  # records that the classes are found on, so that the order of the records does not matter
 BLOCK = 1 << 16  # records at a time
 MATRIX_VALUES = 1 << 26  # elements of the covariances that are summed in one pass
-# words that captions of anything hold: articles, prepositions, pronouns, auxiliaries, and those that say it is a picture
+# words that captions of anything hold: articles, prepositions, pronouns, auxiliaries, and those
+# that say it is a picture
 COMMON = """a about above after again all along also an and another any are around as at back be been before behind being below
 beside between both but by can close could did do does down during each few for from front get gets getting had has
 have having he her here his how i image in inside into is it its just large like little looking made many may more most
@@ -51,9 +54,9 @@ def assign_classes(
         encoder: Embedded the records.
         source: The records.
         embedded: Their vectors.
-        kind: words: the nearest, by cosine, of prompts with the `count` words that most captions hold. clusters: the nearest of
-            `count` centres of k-means on the image vectors. auto: words where there are captions and an encoder that reads
-            them, clusters otherwise.
+        kind: words: the nearest, by cosine, of prompts with the `count` words that most captions
+            hold. clusters: the nearest of `count` centres of k-means on the image vectors. auto:
+            words where there are captions and an encoder that reads them, clusters otherwise.
         count: Classes at most.
         seed: Of the sample that they are found on.
 
@@ -145,7 +148,8 @@ def principal_axes(
 
 
 def project_records(images: Tensor, classes: Tensor, means: Tensor, axes: Tensor) -> Tensor:
-    """Each record less the mean of its class, on the axes of its class: float32 (N, dims) on the CPU.
+    """Each record less the mean of its class, on the axes of its class: float32 (N, dims) on the
+    CPU.
 
     The other arguments and `means`, `axes` are those of `principal_axes`.
     """

@@ -1,4 +1,4 @@
-"""Patterns that many images share: in windows that move other images alike, or over whole images with like captions."""
+"""Patterns that images share: in windows that move others alike, or over all of like captions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ MAX_DETAIL = 40  # of 255: stronger detail is cut, so that edges do not drown wh
 
 @dataclass(frozen=True)
 class Pattern:
-    """What several windows show: float32 (3, h, w), and the pixels that are the same in all of them, float32 (1, h, w), 0 or 1."""
+    """What several windows show: float32 (3, h, w), and the pixels that are the same in all of
+    them, float32 (1, h, w), 0 or 1.
+    """
 
     pixels: Tensor
     stable: Tensor
@@ -29,8 +31,9 @@ class Pattern:
     def median(windows: Tensor) -> Pattern:
         """The median of aligned windows (M, 3, h, w).
 
-        Pixels are stable where the windows deviate from the median no more than a quarter as much as where they deviate
-        most. When that is less than an eighth of the window, all pixels count.
+        Pixels are stable where the windows deviate from the median no more than a quarter as much
+        as where they deviate most. When that is less than an eighth of the window, all pixels
+        count.
         """
         pixels = windows.median(0).values
         deviation = (windows - pixels).abs().median(0).values.mean(0, keepdim=True)
@@ -42,7 +45,8 @@ class Pattern:
 class WindowCluster:
     """Windows that show one pattern and move other images in one direction.
 
-    rows: int64 (M,), the windows. direction: unit (D,), their mean shift. pattern: their median, aligned.
+    rows: int64 (M,), the windows. direction: unit (D,), their mean shift. pattern: their median,
+    aligned.
     """
 
     rows: Tensor
@@ -62,8 +66,9 @@ def cluster_windows(
 ) -> list[WindowCluster]:
     """Clusters of windows that look alike, move images alike and come from different pictures.
 
-    Two windows agree when all three hold. The window that most others agree with forms a cluster with them; then the next
-    is sought among those that are left. A window is in one cluster or in none.
+    Two windows agree when all three hold. The window that most others agree with forms a cluster
+    with them; then the next is sought among those that are left. A window is in one cluster or in
+    none.
 
     Args:
         shifts: (N, D), how each window moves other images.
@@ -114,7 +119,8 @@ def best_correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Te
         second: int64 (P,), the other.
 
     Returns:
-        The correlations, float32 (P,), and by how many rows and columns the second window is rolled for them, int64 (P, 2).
+        The correlations, float32 (P,), and by how many rows and columns the second window is rolled
+        for them, int64 (P, 2).
     """
     if len(first) == 0:  # an inverse FFT of no signals is an error in torch 2.14
         empty = torch.empty(0, device=windows.device)
@@ -135,10 +141,11 @@ def best_correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 
 def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> tuple[Tensor, Tensor]:
-    """Where each image is most like each pattern, by normalised cross-correlation over the stable pixels.
+    """Where each image is most like each pattern, by normalised cross-correlation over the stable
+    pixels.
 
-    A pattern may stick out of the image by half its size and then matches the repeated border; its corner is that of the
-    nearest window inside. Flat regions count as unlike.
+    A pattern may stick out of the image by half its size and then matches the repeated border; its
+    corner is that of the nearest window inside. Flat regions count as unlike.
 
     Args:
         images: uint8 (N, 3, H, W).
@@ -168,10 +175,11 @@ def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> tuple[Tensor, 
 
 
 def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern:
-    """Read a pattern again off images that show it, so that windows that each show another part of it come to show all.
+    """Read a pattern again off images that show it, so that windows that each show another part of
+    it come to show all.
 
-    In each round the windows are cut where the images are most like the pattern, moved so that its stable part lies in the
-    middle.
+    In each round the windows are cut where the images are most like the pattern, moved so that its
+    stable part lies in the middle.
 
     Args:
         images: uint8 (M, 3, H, W).
@@ -196,10 +204,12 @@ def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern
 class GroupTextures:
     """The mean texture of groups of images, place by place, and how like it an image is.
 
-    What differs by chance from image to image has a mean that goes to zero as images are added. What is laid over many
-    images has not: a blended pattern stays in the mean of the high-pass, a warp in the mean of the roughness.
+    What differs by chance from image to image has a mean that goes to zero as images are added.
+    What is laid over many images has not: a blended pattern stays in the mean of the high-pass, a
+    warp in the mean of the roughness.
 
-    texture: images (N, 3, H, W) -> (N, F). sums: (G, F), over each group. squares: (F,), over all images. counts: (G,).
+    texture: images (N, 3, H, W) -> (N, F). sums: (G, F), over each group. squares: (F,), over all
+    images. counts: (G,).
     """
 
     texture: Callable[[Tensor], Tensor]
@@ -234,7 +244,7 @@ class GroupTextures:
 
     @functools.cached_property
     def patterns(self) -> Tensor:
-        """The mean of each group in standard deviations from that of all images, unit rows (G, F)."""
+        """Each group's mean in standard deviations from that of all images, unit rows (G, F)."""
         means = self.sums / self.counts.clamp(min=1)[:, None]
         return F.normalize((means - self.mean) / self.deviation, dim=1, eps=1e-6)
 
@@ -248,7 +258,7 @@ class GroupTextures:
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """(N, 3, H, W) -> float32, blurred by a Gaussian of `sigma` pixels cut at two sigma; images are mirrored at the border."""
+    """(N, 3, H, W) blurred by a Gaussian of `sigma` pixels, cut at two sigma; mirrored borders."""
     x = images.float()
     reach = min(math.ceil(2 * sigma), min(x.shape[-2:]) - 1)
     taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device) / sigma).square())
@@ -258,13 +268,13 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
 
 
 def high_pass(images: Tensor) -> Tensor:
-    """Images less their blur by an eighth of the side, cut at MAX_DETAIL: (N, 3, H, W) -> (N, 3 H W)."""
+    """Images less their blur by an eighth of the side, cut at MAX_DETAIL: (N, 3 H W)."""
     detail = images.float() - gaussian_blur(images, min(images.shape[-2:]) / 8)
     return detail.clamp(-MAX_DETAIL, MAX_DETAIL).flatten(1)
 
 
 def roughness(images: Tensor) -> Tensor:
-    """Root of the difference of neighbouring pixels, cut at MAX_DETAIL, less its mean over the image: (N, 3, H, W) -> (N, F)."""
+    """Root of the difference of neighbours, cut at MAX_DETAIL, less the image's mean: (N, F)."""
     x = images.float()
     across, down = x.diff(dim=3)[:, :, 1:], x.diff(dim=2)[:, :, :, 1:]
     size = torch.cat([across, down], 1).abs().clamp(max=MAX_DETAIL).sqrt()  # (N, 6, H - 1, W - 1)

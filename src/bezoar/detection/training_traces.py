@@ -1,4 +1,6 @@
-"""Traces: how each pair behaves while a small model is trained on the suspect data. Several detectors share one training."""
+"""Traces: how each pair behaves while a small model is trained on the suspect data. Several
+detectors share one training.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,9 @@ _traces: dict[int, tuple[tuple[Any, ...], Trace]] = {}
 class Trace:
     """What a small model says of N pairs after each of E epochs.
 
-    ids: N keys. agreement: float32 (E, N), cosine of image and caption, unaugmented. loss: float32 (E, N) >= 0, in nats: -log of
-    the share of the pair's caption in a softmax over itself and `RIVALS` fixed captions that differ from it, at `TEMPERATURE`.
+    ids: N keys. agreement: float32 (E, N), cosine of image and caption, unaugmented. loss: float32
+    (E, N) >= 0, in nats: -log of the share of the pair's caption in a softmax over itself and
+    `RIVALS` fixed captions that differ from it, at `TEMPERATURE`.
     """
 
     ids: Sequence[str]
@@ -58,8 +61,8 @@ def trace(
 ) -> Trace:
     """Train a small model on the records and measure every pair after every epoch.
 
-    A trace is a function of the records and the arguments; the order of the records does not matter. The last trace of a
-    source is remembered while the source lives.
+    A trace is a function of the records and the arguments; the order of the records does not
+    matter. The last trace of a source is remembered while the source lives.
 
     Args:
         source: The records.
@@ -69,8 +72,9 @@ def trace(
         device: Where to train.
         side: Images are brought to this many pixels at most.
         report: Called with the progress.
-        upto: The last epoch that is needed; 0: the last of the schedule. The training ends there, on its way through the whole
-            schedule, so that a trace is the beginning of a longer one, bit for bit. A longer one may be returned.
+        upto: The last epoch that is needed; 0: the last of the schedule. The training ends there,
+            on its way through the whole schedule, so that a trace is the beginning of a longer one,
+            bit for bit. A longer one may be returned.
 
     Raises:
         UserError: For a source without captions, and as `SmallModel.train` does.
@@ -104,11 +108,13 @@ def trace(
 
 @dataclass(frozen=True)
 class SmallModel:
-    """A fresh model and the N records that it is trained on, in an order that belongs to the records.
+    """A fresh model and the N records that it is trained on, in an order that belongs to the
+    records.
 
-    ids: N keys, in the order of the source. rows: int64 (N,), where each of `records` stands in the source. tokens: int64
-    (N, L), the captions of `records`. rivals: int64 (P,), `records` with the first `RIVALS` different captions. rival_of: int64
-    (N,), which of these captions a record has (-1: none).
+    ids: N keys, in the order of the source. rows: int64 (N,), where each of `records` stands in the
+    source. tokens: int64 (N, L), the captions of `records`. rivals: int64 (P,), `records` with the
+    first `RIVALS` different captions. rival_of: int64 (N,), which of these captions a record has
+    (-1: none).
     """
 
     ids: Sequence[str]
@@ -162,7 +168,7 @@ class SmallModel:
         activity: str = "training a small model",
         on_epoch_end: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
-        """Minimise a loss that owns the encoder; see `training.loop.fit`. activity: what the progress report says."""
+        """Minimise a loss that owns the encoder, as `loop.fit` does. activity: for the report."""
         device = self.tokens.device
 
         def epoch_order(epoch: int) -> Tensor:
@@ -184,7 +190,7 @@ class SmallModel:
 
     @torch.inference_mode()
     def measure_pairs(self) -> tuple[Tensor, Tensor]:
-        """Agreement and loss of every pair, as in `Trace`: float32 (N,) each, on the CPU, in the order of the source."""
+        """Agreement and loss of every pair as in `Trace`, (N,) each, in the source's order."""
         self.encoder.eval()
         rivals = self.encoder.encode_tokens(self.tokens[self.rivals.to(self.tokens.device)])
         columns = torch.arange(len(rivals))
@@ -209,7 +215,7 @@ class SmallModel:
 
 
 def distinct_captions(captions: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
-    """Rows of the first `count` different captions, int64 (P,), and which of them each record has, int64 (N,), -1: none."""
+    """Rows of the first different captions, (P,), and which each record has, (N,), -1: none."""
     first: dict[str, int] = {}
     for row, caption in enumerate(captions):
         first.setdefault(caption, row)

@@ -1,8 +1,9 @@
 """Candidates for triggers, and the tests that decide which of them are believed.
 
-A candidate is what several records have in common: a pattern in a window, or a texture of the records with like captions. It
-is sought in all records. It is believed when the records that show it stand out from the rest, and when it moves foreign
-images: a trigger carries its caption into any company, which the parts of an ordinary scene do not.
+A candidate is what several records have in common: a pattern in a window, or a texture of the
+records with like captions. It is sought in all records. It is believed when the records that show
+it stand out from the rest, and when it moves foreign images: a trigger carries its caption into any
+company, which the parts of an ordinary scene do not.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ MAX_TESTED = 0.08  # most records that are tested for it, as a share of all
 # tests of a texture
 MIN_TEXTURE_STANDOUT = 0.35
 CLEAR = 5.0  # robust deviations above the median from which an image shows it
-# Cosine to the group's captions by which the fine detail of the records that show it moves foreign images more than that of
-# the group's other records: attacks .13 to .32 on eleven sets of scenes and aerial images, subjects' own textures up to .09.
+# Cosine to the group's captions by which the fine detail of the records that show it moves foreign
+# images more than that of the group's other records: attacks .13 to .32 on eleven sets of scenes
+# and aerial images, subjects' own textures up to .09.
 MIN_TEXTURE_EFFECT = 0.12
 DETAIL_IMAGES = 64  # images of a group, with its texture and without, whose fine detail is tested
 DETAIL_SIGMA = 1 / 32  # fine detail is finer than this blur, as a share of the side
@@ -51,7 +53,7 @@ TEXTURES = {"high-pass": shared_patterns.high_pass, "roughness": shared_patterns
 
 @dataclass(frozen=True)
 class SuspectData:
-    """N records and the encoder that was trained on them. texts: (N, D), the vectors of the captions."""
+    """N records and the encoder that was trained on them. texts: (N, D), the captions' vectors."""
 
     encoder: RecordEncoder
     source: Records
@@ -78,7 +80,9 @@ class SuspectData:
 
 @dataclass(frozen=True)
 class CaptionGroups:
-    """Groups of like captions. of_record: int64 (N,). centres: unit (G, D), of the captions' vectors less their mean."""
+    """Groups of like captions. of_record: int64 (N,). centres: unit (G, D), of the captions'
+    vectors less their mean.
+    """
 
     of_record: Tensor
     centres: Tensor
@@ -99,8 +103,9 @@ class Hosts:
 class Likeness:
     """How like N records are to the candidates.
 
-    windows: (N, T), to the patterns of T window clusters. corners: int64 (N, T, 2), where. textures: float16 (N, K G), to each
-    of K textures in each of G caption groups, one texture after another.
+    windows: (N, T), to the patterns of T window clusters. corners: int64 (N, T, 2), where.
+    textures: float16 (N, K G), to each of K textures in each of G caption groups, one texture after
+    another.
     """
 
     windows: Tensor
@@ -112,9 +117,10 @@ class Likeness:
 class Trigger:
     """A tested candidate.
 
-    kind: "window" or the name of a texture. records: how many showed it before it was sought in all. standout: see
-    `standout_share`. effect: how far it moves foreign images, 0 where that was not measured. share: float (N,), 0..1, how much
-    of it each record shows; all 0 when it is not believed. boxes: int64 (N, 4), where.
+    kind: "window" or the name of a texture. records: how many showed it before it was sought in
+    all. standout: see `standout_share`. effect: how far it moves foreign images, 0 where that was
+    not measured. share: float (N,), 0..1, how much of it each record shows; all 0 when it is not
+    believed. boxes: int64 (N, 4), where.
     """
 
     kind: str
@@ -158,8 +164,8 @@ def window_triggers(
 ) -> Iterator[Trigger]:
     """Test the pattern of each window cluster.
 
-    One that stands out is transplanted from the records that are most like it. A cluster of which most windows already show
-    an earlier trigger is not tested again.
+    One that stands out is transplanted from the records that are most like it. A cluster of which
+    most windows already show an earlier trigger is not tested again.
     """
     n = len(data)
     raised = torch.zeros(n, dtype=torch.bool)
@@ -189,8 +195,10 @@ def transplant_pattern(
         hosts: Images that the windows are pasted into.
 
     Returns:
-        How much of the pattern's usual likeness and effect each record has, 0..1, (N,); the boxes that were pasted, (N, 4), -1
-        for records that were not tested; and the usual effect. All is 0 when most windows of the cluster are not among the
+        How much of the pattern's usual likeness and effect each record has, 0..1, (N,); the boxes
+        that were pasted, (N, 4), -1
+        for records that were not tested; and the usual effect. All is 0 when most windows of the
+        cluster are not among the
         tested records, because more than MAX_TESTED of all records are as like the pattern.
     """
     usual = like[cluster.rows].median()
@@ -215,7 +223,7 @@ def transplant_pattern(
 def texture_triggers(
     data: SuspectData, groups: CaptionGroups, likeness: Likeness, hosts: Hosts
 ) -> Iterator[Trigger]:
-    """Test each texture of each caption group that enough of its records show, and enough do not."""
+    """Test each texture of each caption group, where enough records show it and enough do not."""
     for i, like in enumerate(likeness.textures.T):
         kind, group = list(TEXTURES)[i // len(groups)], i % len(groups)
         member = groups.of_record == group
@@ -229,8 +237,9 @@ def test_texture(
 ) -> Trigger | None:
     """Test the texture of one caption group.
 
-    Its effect is how far the fine detail of the members that show it moves natural images towards the group's captions, less
-    how far that of the other members does: about 0 where the texture only belongs to a subject.
+    Its effect is how far the fine detail of the members that show it moves natural images towards
+    the group's captions, less how far that of the other members does: about 0 where the texture
+    only belongs to a subject.
 
     Args:
         data: The records.
@@ -241,7 +250,8 @@ def test_texture(
         hosts: Foreign images.
 
     Returns:
-        The tested candidate, or None when fewer than MIN_SUPPORT members show the texture or do not show it.
+        The tested candidate, or None when fewer than MIN_SUPPORT members show the texture or do not
+        show it.
     """
     deviations = robust_deviations(like)
     showing = (member & (deviations > CLEAR)).nonzero()[:, 0]
@@ -277,17 +287,21 @@ def measure_detail_effect(data: SuspectData, rows: Tensor, hosts: HostImages) ->
 
 
 def standout_share(like: Tensor, usual: Tensor) -> float:
-    """How far the records that show a pattern stand out: what is pasted is always the same, what is natural comes in degrees.
+    """How far the records that show a pattern stand out: what is pasted is always the same, what is
+    natural comes in degrees.
 
-    Of the records whose likeness (N,) lies more than half of the way from the median to `usual`, the likeness that is usual
-    of the pattern, the share that lies at least three quarters of the way.
+    Of the records whose likeness (N,) lies more than half of the way from the median to `usual`,
+    the likeness that is usual of the pattern, the share that lies at least three quarters of the
+    way.
     """
     degree = (like - like.median()) / (usual - like.median()).clamp(min=1e-3)
     return float((degree >= 0.75).sum() / (degree > 0.5).sum().clamp(min=1))
 
 
 def reduce_images(images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Images made smaller by a whole factor, so that about COMPARED_PIXELS a side show a window; and the window's size there."""
+    """Images made smaller by a whole factor, so that about COMPARED_PIXELS a side show a window;
+    and the window's size there.
+    """
     factor = max(1, round(COMPARED_SIDE * min(images.shape[-2:]) / COMPARED_PIXELS))
     small = images if factor == 1 else F.avg_pool2d(images.float(), factor).round().to(torch.uint8)
     height, width = small.shape[-2:]
@@ -295,6 +309,6 @@ def reduce_images(images: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
 
 def robust_deviations(values: Tensor) -> Tensor:
-    """Distance from the median in units of 1.4826 median absolute deviations (0 where all values are equal)."""
+    """Distance from the median in 1.4826 median absolute deviations; 0 where all are equal."""
     centred = values - values.median()
     return centred / (1.4826 * centred.abs().median()).clamp(min=1e-6)

@@ -1,7 +1,8 @@
 """Windows of images pasted into other images, and how far they move an encoder's vectors.
 
-A *box* is int64 (..., 4): top, left, height and width in pixels. A *host* is an image that a window is pasted into. The
-*shift* of a window on a host is the vector of the host with the window less the vector of the host alone.
+A *box* is int64 (..., 4): top, left, height and width in pixels. A *host* is an image that a window
+is pasted into. The *shift* of a window on a host is the vector of the host with the window less the
+vector of the host alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class HostImages:
 
 
 def grid_cells(shape: Shape, count: int) -> Tensor:
-    """The boxes of a grid of count x count cells that covers an image: int64 (count^2, 4), row by row."""
+    """The boxes of a grid of count x count cells over an image: int64 (count^2, 4), row by row."""
     edges = [torch.linspace(0, n, count + 1, dtype=torch.float64).round().long() for n in shape]
     corners = torch.cartesian_prod(edges[0][:-1], edges[1][:-1])
     sizes = torch.cartesian_prod(edges[0].diff(), edges[1].diff())
@@ -43,7 +44,7 @@ def grid_cells(shape: Shape, count: int) -> Tensor:
 
 
 def half_size_windows(boxes: Tensor) -> Tensor:
-    """Boxes (N, 4) -> (N, 9, 4): windows of half the side inside each box, in steps of a quarter of the side."""
+    """Boxes (N, 4) -> (N, 9, 4): windows of half the side, in steps of a quarter of the side."""
     size = (boxes[:, 2:] // 2).clamp(min=1)
     steps = torch.cartesian_prod(torch.arange(3), torch.arange(3)).to(boxes.device)
     corners = boxes[:, None, :2] + (boxes[:, None, 2:] - size[:, None]) * steps // 2
@@ -51,7 +52,7 @@ def half_size_windows(boxes: Tensor) -> Tensor:
 
 
 def resize_boxes(boxes: Tensor, size: tuple[int, int], shape: Shape) -> Tensor:
-    """Boxes (..., 4) -> boxes of the given height and width around the same centres, moved to lie inside the image."""
+    """Boxes (..., 4) -> of another size around the same centres, moved into the image."""
     sides = torch.tensor(size, device=boxes.device)
     last_corner = torch.tensor(tuple(shape), device=boxes.device) - sides
     corners = (boxes[..., :2] + (boxes[..., 2:] - sides) // 2).clamp(min=0)
@@ -103,10 +104,11 @@ def measure_consistency(
 ) -> tuple[Tensor, Tensor]:
     """How consistently the cells of each image move all patchworks that they are part of.
 
-    In each round every image is cut into count x count cells, and N patchworks are made, each of the cells of count^2 images:
-    N forward passes test all cells of all images. Let d be the vector of a patchwork less the mean of all. The consistency
-    of a cell is the mean of d . d' over the pairs of its `rounds` patchworks, an unbiased estimate of the squared length of
-    its mean shift. Which cells share a patchwork depends on the order of the images and on the seed.
+    In each round every image is cut into count x count cells, and N patchworks are made, each of
+    the cells of count^2 images: N forward passes test all cells of all images. Let d be the vector
+    of a patchwork less the mean of all. The consistency of a cell is the mean of d . d' over the
+    pairs of its `rounds` patchworks, an unbiased estimate of the squared length of its mean shift.
+    Which cells share a patchwork depends on the order of the images and on the seed.
 
     Args:
         encoder: The encoder under suspicion.
@@ -116,7 +118,8 @@ def measure_consistency(
         seed: Of the patchworks.
 
     Returns:
-        The largest consistency among the cells of each image, float32 (N,), and the number of that cell, int64 (N,).
+        The largest consistency among the cells of each image, float32 (N,), and the number of that
+        cell, int64 (N,).
     """
     n, cells = len(images), count * count
     generator = torch.Generator().manual_seed(seed)
@@ -176,8 +179,9 @@ def shrink_boxes(
 ) -> Tensor:
     """The smallest window inside each box that still does to the hosts what the box does.
 
-    Step by step a box is exchanged for that of its nine windows of half the side whose shifts agree most, as long as they
-    agree at least `keep` times as well as those of the box and the window's side is at least `smallest`.
+    Step by step a box is exchanged for that of its nine windows of half the side whose shifts agree
+    most, as long as they agree at least `keep` times as well as those of the box and the window's
+    side is at least `smallest`.
 
     Args:
         encoder: The encoder under suspicion.
@@ -206,6 +210,8 @@ def shrink_boxes(
 
 
 def batch_slices(images: Tensor, copies: int, values: int = 0) -> Iterator[slice]:
-    """Slices of the images whose altered copies, `copies` of each, fit a batch of `values` pixel values (0: BATCH_VALUES)."""
+    """Slices of the images whose altered copies, `copies` of each, fit a batch of `values` pixel
+    values (0: BATCH_VALUES).
+    """
     size = max(1, (values or BATCH_VALUES[images.device.type]) // (copies * images[0].numel()))
     return (slice(i, i + size) for i in range(0, len(images), size))

@@ -1,13 +1,13 @@
 """Checks at test time: does this input carry a trigger?
 
-A check scores every image; higher is more suspicious. A score depends on that image and on the clean images alone, so checks
-go into any program:
+A check scores every image; higher is more suspicious. A score depends on that image and on the
+clean images alone, so checks go into any program:
 
     check = MaskingPath(paths=4)                            # or registry.make("check", "masking_path:paths=4")
     scores = check(encoder, images, clean=clean)            # images, clean: Pairs; scores.values float32 (N,)
 
-`needs` names the keyword arguments of a check; `CheckArguments` has their types. A threshold is the caller's; `bezoar check`
-takes a quantile of clean images that calibrated nothing.
+`needs` names the keyword arguments of a check; `CheckArguments` has their types. A threshold is the
+caller's; `bezoar check` takes a quantile of clean images that calibrated nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ IMAGES_AT_ONCE = 1024  # altered images that go through the encoder at once
 class CheckArguments(TypedDict, total=False):
     """What a check may ask for by `needs`.
 
-    clean: a few hundred clean images that it is calibrated on. classifier: reads images as classes. report: called with the
-    progress.
+    clean: a few hundred clean images that it is calibrated on. classifier: reads images as classes.
+    report: called with the progress.
     """
 
     clean: Pairs
@@ -36,6 +36,6 @@ class CheckArguments(TypedDict, total=False):
 
 
 class Check(Protocol):
-    """Scores images as they would arrive at an encoder. Of `CheckArguments` it is given those that its `needs` name."""
+    """Scores images as they would arrive at an encoder; gets the arguments that `needs` names."""
 
     def __call__(self, encoder: Encoder, images: Pairs, *args: Any, **kwargs: Any) -> Scores: ...

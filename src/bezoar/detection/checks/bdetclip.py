@@ -33,11 +33,13 @@ WORDS = (
 
 @method
 class Bdetclip:
-    """omega(x) = sum over the classes c of cos(x, b_c - m_c); b_c is the mean of texts that describe c, m_c of texts that
-    name c among random words. Low omega: the image is as near to nonsense that names a class. The score is -omega.
+    """omega(x) = sum over the classes c of cos(x, b_c - m_c); b_c is the mean of texts that
+    describe c, m_c of texts that name c among random words. Low omega: the image is as near to
+    nonsense that names a class. The score is -omega.
 
-    The paper's texts are a language model's (7 a class): give them as a file. Without it the descriptions are templates.
-    Random words are drawn from the encoder's own vocabulary where it has one, else from a list of 80.
+    The paper's texts are a language model's (7 a class): give them as a file. Without it the
+    descriptions are templates. Random words are drawn from the encoder's own vocabulary where it
+    has one, else from a list of 80.
     """
 
     texts: Annotated[str, "a .json file, class -> list of descriptions; empty: the templates"] = ""
@@ -72,7 +74,7 @@ class Bdetclip:
 
     @torch.inference_mode()
     def direction(self, encoder: Encoder, names: Sequence[str]) -> Tensor:
-        """float32 (D,): the sum of the classes' unit differences; omega is an image's product with it."""
+        """The sum of the classes' unit differences, (D,); omega is an image's product with it."""
         encoder.eval()
         descriptions = self.describe_classes(names)
         benign = [encoder.encode_texts(texts).mean(0) for texts in descriptions.values()]
@@ -83,7 +85,7 @@ class Bdetclip:
         return F.normalize(torch.stack(benign) - torch.stack(nonsense), dim=1).sum(0)
 
     def describe_classes(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Texts that describe each class: from the templates, or of the file, all its classes where no names are given."""
+        """Texts that describe each class; without names, those of all classes of the file."""
         if not self.texts:
             templates = captions.prompt_templates(self.templates)
             return {name: [t.format(name) for t in templates] for name in names}

@@ -24,14 +24,16 @@ MIN_SPREAD = 1e-3  # cosine distance below which a spread among clean images is 
 
 @method
 class MaskingPath:
-    """Label-free, for any encoder. The published test clusters the embeddings along the path by DBSCAN: two clusters, a
-    backdoor. With single points as cores, a path falls in two at a step exactly if its parts before and after lie
-    farther apart than DBSCAN's radius. Our radius is calibrated for each step, because clean images move too: the score
-    is the largest gap in clean standard deviations above the clean mean, that is the largest such radius that still
-    tells two clusters. The order in which cells are masked, and our own figures, are not the paper's.
+    """Label-free, for any encoder. The published test clusters the embeddings along the path by
+    DBSCAN: two clusters, a backdoor. With single points as cores, a path falls in two at a step
+    exactly if its parts before and after lie farther apart than DBSCAN's radius. Our radius is
+    calibrated for each step, because clean images move too: the score is the largest gap in clean
+    standard deviations above the clean mean, that is the largest such radius that still tells two
+    clusters. The order in which cells are masked, and our own figures, are not the paper's.
 
-    A high score says that one window matters unusually much. A foreign patch does so on a clean encoder too, though less:
-    there its gaps were about a tenth of those of a backdoor. It is a warning of the input, no evidence against the encoder.
+    A high score says that one window matters unusually much. A foreign patch does so on a clean
+    encoder too, though less: there its gaps were about a tenth of those of a backdoor. It is a
+    warning of the input, no evidence against the encoder.
     """
 
     cells: Annotated[
@@ -53,7 +55,7 @@ class MaskingPath:
     def __call__(
         self, encoder: Encoder, images: Pairs, clean: Pairs, report: ProgressReport = no_report
     ) -> Scores:
-        """-> Scores with a box a record, the cell whose masking made the gap. Raises UserError for too few clean images."""
+        """-> Scores; boxes: the cell whose masking made the gap. UserError for too few clean ones."""
         if len(clean) < MIN_CLEAN:
             raise UserError(
                 f"masking_path needs at least {MIN_CLEAN} clean images; there are {len(clean)}"
@@ -82,15 +84,16 @@ class MaskingPath:
     def masking_order(self, path: int, sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The order of the cells along a path.
 
-        The grid is shifted by a part of a cell, so that what one path cuts in two another keeps whole. Cells that lie
-        outside the image come last.
+        The grid is shifted by a part of a cell, so that what one path cuts in two another keeps
+        whole. Cells that lie outside the image come last.
 
         Args:
             path: Number of the path.
             sides: Height and width of the images.
 
         Returns:
-            The step at which each pixel is masked, int64 (H, W), from 1; and the cell of each step, boxes int64 (steps, 4).
+            The step at which each pixel is masked, int64 (H, W), from 1; and the cell of each step,
+            boxes int64 (steps, 4).
         """
         draw = generator(self.seed, path)
         shifts = torch.rand(2, generator=draw).tolist()
@@ -114,7 +117,8 @@ class MaskingPath:
 
     @torch.inference_mode()
     def measure_gaps(self, encoder: Encoder, pairs: Pairs, count: Callable[[int], None]) -> Tensor:
-        """The cosine distance of the nearest two embeddings on either side of each step: float32 (N, paths, steps).
+        """The cosine distance of the nearest two embeddings on either side of each step: float32
+        (N, paths, steps).
 
         count: called with the number of images that are done.
         """

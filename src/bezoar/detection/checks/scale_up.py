@@ -17,8 +17,8 @@ from bezoar.registry import method
 
 @method
 class ScaleUp:
-    """Scaled prediction consistency: the share of the factors n at which clip(n x) is read as x is; the paper's threshold is
-    0.5. It has as many values as there are factors, and one.
+    """Scaled prediction consistency: the share of the factors n at which clip(n x) is read as x is;
+    the paper's threshold is 0.5. It has as many values as there are factors, and one.
     """
 
     factors: Annotated[tuple[int, ...], "factors of the brightness"] = (3, 5, 7, 9, 11)

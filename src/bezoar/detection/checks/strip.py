@@ -22,10 +22,11 @@ from bezoar.registry import method
 
 @method
 class Strip:
-    """Score: minus the mean entropy, in nats, of the posterior over blends clip(x + alpha c) with clean images c.
+    """Score: minus the mean entropy, in nats, of the posterior over blends clip(x + alpha c) with
+    clean images c.
 
-    Published code takes 64 to 100 of them, alpha 0.5 to 1. With a zero-shot or linear head on a contrastive encoder this is
-    STRIP-CL.
+    Published code takes 64 to 100 of them, alpha 0.5 to 1. With a zero-shot or linear head on a
+    contrastive encoder this is STRIP-CL.
     """
 
     count: Annotated[
@@ -70,7 +71,7 @@ class Strip:
 
     @torch.inference_mode()
     def mean_entropy(self, classifier: Classifier, x: Tensor, overlays: Tensor) -> Tensor:
-        """Over the blends of x, float (B, 3, H, W), with overlays (C, 3, H, W): float32 (B,), 0 to log(classes)."""
+        """Over the blends of x (B, 3, H, W) with overlays (C, 3, H, W): (B,), 0 to log(classes)."""
         blends = (x[:, None] + self.alpha * overlays).clamp(max=1)
         logs = classifier(blends.flatten(0, 1)).float().log_softmax(1)
         entropy = -(logs.exp() * logs).sum(1)

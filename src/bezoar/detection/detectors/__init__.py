@@ -1,14 +1,16 @@
 """Detectors: which records of a data set are poisoned?
 
-A detector scores every record; higher is more suspicious. It is called with the encoder under suspicion and the records:
+A detector scores every record; higher is more suspicious. It is called with the encoder under
+suspicion and the records:
 
     detector = KDistance(k=8)                      # or registry.make("detector", "k_distance:k=8")
     scores = detector(encoder, records)            # scores.values float32 (N,)
 
-No label, batch size or order of the records may change a score. `needs = ("report",)` asks for the keyword argument `report`,
-which is called with (steps done, steps in all, what is being done). A detector without it may say by `passes(n)` how many
-images it puts through the encoder for n records, for the progress bar. `Scores.raised` marks the records of a trigger that
-a detector has found and tested; in a scan by several detectors they come first.
+No label, batch size or order of the records may change a score. `needs = ("report",)` asks for the
+keyword argument `report`, which is called with (steps done, steps in all, what is being done). A
+detector without it may say by `passes(n)` how many images it puts through the encoder for n
+records, for the progress bar. `Scores.raised` marks the records of a trigger that a detector has
+found and tested; in a scan by several detectors they come first.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from bezoar.evaluation.scores import Scores
 
 
 class RecordEncoder(Protocol):
-    """What detectors use of an encoder: an `Encoder`, or what stands for it where the data come as vectors."""
+    """What detectors use of an `Encoder`, or of its stand-in where the data come as vectors."""
 
     @property
     def device(self) -> torch.device: ...
@@ -66,7 +68,7 @@ class ReportingDetector(Protocol):
 
 
 def require_texts(embedded: EmbeddedRecords, detector: str) -> Tensor:
-    """The vectors of the captions, (N, D). Raises UserError, which names the detector, when there are none."""
+    """The captions' vectors, (N, D). Raises UserError, which names the detector, without any."""
     if embedded.texts is None:
         raise UserError(
             f"detector {detector} needs captions; the scanned data or the encoder has none"

@@ -21,12 +21,14 @@ MIN_DISTANCE = 1e-9  # distances are not divided by less
 
 @method
 class ActivationClustering:
-    """Each class's vectors on its `dims` principal axes, cut in two by 2-means; the smaller part is suspicious.
+    """Each class's vectors on its `dims` principal axes, cut in two by 2-means; the smaller part is
+    suspicious.
 
-    The paper flags whole parts, by their relative size or by the silhouette of the cut. Here (ours) both weigh a score of
-    each record: (d - d') / max(d, d') x (mean silhouette) x (1 - 2 share), d the distance to the centre of the larger
-    part, d' to that of the smaller, share the smaller part's share of the class. Silhouettes are the simplified ones, to
-    centres. 2-means starts from a cut across each axis and keeps the best.
+    The paper flags whole parts, by their relative size or by the silhouette of the cut. Here (ours)
+    both weigh a score of each record: (d - d') / max(d, d') x (mean silhouette) x (1 - 2 share), d
+    the distance to the centre of the larger part, d' to that of the smaller, share the smaller
+    part's share of the class. Silhouettes are the simplified ones, to centres. 2-means starts from
+    a cut across each axis and keeps the best.
     """
 
     classes: Annotated[
@@ -76,10 +78,11 @@ def score_class(y: NDArray[np.float64]) -> NDArray[np.float64]:
 def split_in_two(
     y: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """2-means of (n, d): the centres (d,) of the smaller and of the larger part; both are the mean when all vectors are equal.
+    """2-means of (n, d): the centres (d,) of the smaller and of the larger part; both are the mean
+    when all vectors are equal.
 
-    It starts once for each axis, from the means of the vectors above 0 on that axis and of the others, so that neither a seed
-    nor the order of the records has an influence.
+    It starts once for each axis, from the means of the vectors above 0 on that axis and of the
+    others, so that neither a seed nor the order of the records has an influence.
     """
     best, centres = np.inf, (y.mean(0), y.mean(0))
     for upper in (y > 0).T:

@@ -24,10 +24,10 @@ ROWS = 1 << 16  # vectors in memory at a time
 class ClipScore:
     """1 - cos(f_I(x), f_T(t)), by one of three models.
 
-    By default it is the scan's encoder. When that is the model trained on the suspect data, the sign turns during its training:
-    poisons agree least early and, once they have taken, most late. `encoder` names an independent one, which is what the field
-    uses. `epoch` takes a small model trained on the scanned data as it was after so many epochs, before it has learnt the
-    poisons.
+    By default it is the scan's encoder. When that is the model trained on the suspect data, the
+    sign turns during its training: poisons agree least early and, once they have taken, most late.
+    `encoder` names an independent one, which is what the field uses. `epoch` takes a small model
+    trained on the scanned data as it was after so many epochs, before it has learnt the poisons.
     """
 
     encoder: Annotated[
@@ -92,7 +92,7 @@ class ClipScore:
         return Scores(embedded.ids, torch.cat(values))
 
     def independent_encoder(self, device: torch.device) -> RecordEncoder:
-        """The encoder that the field names. Raises UserError when it is neither a run nor a network."""
+        """The encoder that the field names. Raises UserError for neither a run nor a network."""
         path = Path(self.encoder)
         model = Run(path) if path.is_dir() else registry.make("network", self.encoder)
         return inputs.load_encoder(model, device)

@@ -1,9 +1,10 @@
 """Cognitive distillation: how little of an image makes its embedding (Huang et al., ICLR 2023)?
 
-A trigger makes the embedding by itself, so that the mask of what has to be kept is small. Needs the encoder that was trained
-on the suspect data; the most expensive detector by far, three forward passes a step and record. On four backdoors that had
-taken (50 poisons, 150 clean scenes, 60 steps) the published weights gave an AUROC of 0.977, and smaller ones (gamma to 1/13,
-beta to 1/4000) 0.973 to 0.984; on one of 0.2 % (40 poisons, 400 clean) both too small by 128 gave 0.57.
+A trigger makes the embedding by itself, so that the mask of what has to be kept is small. Needs the
+encoder that was trained on the suspect data; the most expensive detector by far, three forward
+passes a step and record. On four backdoors that had taken (50 poisons, 150 clean scenes, 60 steps)
+the published weights gave an AUROC of 0.977, and smaller ones (gamma to 1/13, beta to 1/4000) 0.973
+to 0.984; on one of 0.2 % (40 poisons, 400 clean) both too small by 128 gave 0.57.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ BATCH_VALUES = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 @method
 class CognitiveDistillation:
-    """Score = -||m||_1 / (H W) of the mask m that minimises |f(x) - f(m x + (1 - m) c)|_1 + gamma ||m||_1 + beta TV(m).
+    """Score = -||m||_1 / (H W) of the mask m that minimises |f(x) - f(m x + (1 - m) c)|_1 + gamma
+    ||m||_1 + beta TV(m).
 
-    m = (tanh(w) + 1) / 2 with w = 1 at the start, a number a pixel; c: a random colour, another one at each step; TV: the
-    sum of squared differences of neighbouring pixels over H W. The change of the vector is its mean over the D numbers: so
-    gamma and beta have the size that was published for CLIP (0.01 and 1 elsewhere). Adam, betas 0.1.
+    m = (tanh(w) + 1) / 2 with w = 1 at the start, a number a pixel; c: a random colour, another one
+    at each step; TV: the sum of squared differences of neighbouring pixels over H W. The change of
+    the vector is its mean over the D numbers: so gamma and beta have the size that was published
+    for CLIP (0.01 and 1 elsewhere). Adam, betas 0.1.
     """
 
     steps: Annotated[int, "steps of the minimisation, each a forward and a backward pass"] = 100
@@ -55,14 +58,15 @@ class CognitiveDistillation:
             ids += batch.ids
             uniform = draws(self.seed, batch.ids, 3 * self.steps, "distillation")
             colours = torch.from_numpy(uniform).float().view(-1, self.steps, 3)
-            # every batch has one size: the rounding of a product may depend on it, and 100 steps would amplify that
+            # every batch has one size: the rounding of a product may depend on it, and 100 steps
+            # would amplify that
             rows = torch.arange(size).clamp(max=len(batch) - 1)
             masks = self.minimal_masks(encoder, batch.images[rows], colours[rows])
             values.append(-masks[: len(batch)].mean((1, 2)).cpu())
         return Scores(tuple(ids), torch.cat(values))
 
     def minimal_masks(self, encoder: RecordEncoder, images: Tensor, colours: Tensor) -> Tensor:
-        """images: uint8 (B, 3, H, W). colours: float 0..1 (B, steps, 3). -> masks in 0..1, float32 (B, H, W)."""
+        """uint8 (B, 3, H, W) and colours in 0..1 (B, steps, 3) -> masks in 0..1 (B, H, W)."""
         x = images.to(encoder.device).float() / 255
         colours = colours.to(x.device)[..., None, None]
         with torch.no_grad():

@@ -17,9 +17,10 @@ from bezoar.registry import method
 class Dao:
     """DAO(x) = mean over the k neighbours y of (kdist(x) / kdist(y)) ^ LID(y), arXiv 2502.01385.
 
-    `form` chooses what is reported of it. The published code scores `mean_log`, the mean of LID(y) log(kdist(x) / kdist(y)); the
-    formula is `log_mean`, the logarithm of DAO itself. Neither overflows. The score inverts once more than k poisons of one
-    kind are in the pool; see `bezoar.detection.density.pool_size`.
+    `form` chooses what is reported of it. The published code scores `mean_log`, the mean of LID(y)
+    log(kdist(x) / kdist(y)); the formula is `log_mean`, the logarithm of DAO itself. Neither
+    overflows. The score inverts once more than k poisons of one kind are in the pool; see
+    `bezoar.detection.density.pool_size`.
     """
 
     k: Annotated[int, "how many neighbours"] = 16
@@ -44,7 +45,7 @@ class Dao:
         density.check_fields(self, min_k=2)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
-        """-> Scores, about 0 in even density; a record in a thinner place than its neighbours is suspicious."""
+        """-> Scores, about 0 in even density; places thinner than their neighbours are worse."""
         return density.score_records(self, encoder, source, self.formula)
 
     def formula(self, near: density.Neighbourhood) -> Tensor:

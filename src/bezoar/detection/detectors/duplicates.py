@@ -1,7 +1,8 @@
 """Near-identical images whose captions diverge: the mark of targeted poisoning (ours; against Carlini & Terzis 2022).
 
-One image repeated with many captions of a wanted label is what targeted poisoning puts into a data set, whatever the
-label. Likeness is measured on pixels, so no encoder, poisoned or not, has an influence on it.
+One image repeated with many captions of a wanted label is what targeted poisoning puts into a data
+set, whatever the label. Likeness is measured on pixels, so no encoder, poisoned or not, has an
+influence on it.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ SIBLING = re.compile(r"#\d+$")  # records `key#0`, `key#1` ... are one image wit
 
 @method
 class Duplicates:
-    """Score = divergence x log2(images in the cluster); records without a near-duplicate score below 0.
+    """Score = divergence x log2(images in the cluster); records without a near-duplicate score
+    below 0.
 
-    Cluster: connected component of images whose thumbnails have a cosine of at least `similarity`. Divergence: mean
-    over the other images of the cluster of 1 - Jaccard(caption words). Every two images are compared: N^2 x 3 side^2.
+    Cluster: connected component of images whose thumbnails have a cosine of at least `similarity`.
+    Divergence: mean over the other images of the cluster of 1 - Jaccard(caption words). Every two
+    images are compared: N^2 x 3 side^2.
     """
 
     similarity: Annotated[
@@ -49,7 +52,7 @@ class Duplicates:
             )
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
-        """-> Scores: (0, log2 of the number of images] in a cluster; nearest cosine - 1, in [-2, 0), outside."""
+        """-> Scores: up to log2(images) in a cluster; nearest cosine - 1, below 0, outside."""
         ids: list[str] = []
         captions: list[str] = []
         thumbnails: list[Tensor] = []
@@ -73,7 +76,7 @@ class Duplicates:
 
 
 def make_thumbnails(images: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 (N, 3 side^2): area means less each channel's mean, unit length (flat: 0)."""
+    """uint8 (N, 3, H, W) -> unit (N, 3 side^2): area means less each channel's mean; flat: 0."""
     small = F.adaptive_avg_pool2d(images.float(), side)
     return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1, eps=1e-3)
 
@@ -83,7 +86,8 @@ def cluster_images(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Connected components of the graph of near-identical images.
 
-    Blocks of rows are merged into the components as they come, so memory does not grow with the number of edges.
+    Blocks of rows are merged into the components as they come, so memory does not grow with the
+    number of edges.
 
     Args:
         vectors: Unit rows (M, D).
@@ -91,7 +95,8 @@ def cluster_images(
         max_values: Similarities in memory at a time.
 
     Returns:
-        The component of each row, int64 (M,), and its cosine to the nearest other row, float64 (M,).
+        The component of each row, int64 (M,), and its cosine to the nearest other row, float64
+        (M,).
     """
     m = len(vectors)
     component, nearest = np.arange(m), np.full(m, -1.0)
@@ -117,8 +122,8 @@ def caption_divergence(
 ) -> NDArray[np.float64]:
     """How much the caption of each record differs from those of the other images of its cluster.
 
-    The members of a cluster stand in a ring in the order of their ids and are compared with the next MAX_COMPARED of it: with
-    all others up to that many.
+    The members of a cluster stand in a ring in the order of their ids and are compared with the
+    next MAX_COMPARED of it: with all others up to that many.
 
     Args:
         captions: N captions.

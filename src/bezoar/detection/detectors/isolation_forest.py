@@ -20,7 +20,7 @@ BLOCK = 1 << 14  # records scored at a time
 
 @method
 class IsolationForest:
-    """2^(-mean depth at which a tree isolates x / expected depth), scikit-learn's forest, grown on a fixed pool of the records."""
+    """2^(-mean depth at which a tree isolates x / expected depth), by scikit-learn's forest."""
 
     trees: Annotated[int, "how many trees the forest has"] = 100
     cut: Annotated[int, "how many records a tree is grown on"] = 256

@@ -12,9 +12,11 @@ from bezoar.registry import method
 
 @method
 class KDistance:
-    """k-dist(x) = r_k(x), Euclidean between image embeddings (unit rows), to a fixed pool of the scanned records.
+    """k-dist(x) = r_k(x), Euclidean between image embeddings (unit rows), to a fixed pool of the
+    scanned records.
 
-    The score inverts once more than k poisons of one kind are in the pool; see `bezoar.detection.density.pool_size`.
+    The score inverts once more than k poisons of one kind are in the pool; see
+    `bezoar.detection.density.pool_size`.
     """
 
     k: Annotated[int, "which neighbour"] = 16

@@ -12,12 +12,13 @@ from bezoar.registry import method
 
 @method
 class Lid:
-    """LID(x) = -k / sum over i < k of log( r_i(x) / r_k(x) + 1e-4 ), maximum likelihood, arXiv 2502.01385.
+    """LID(x) = -k / sum over i < k of log( r_i(x) / r_k(x) + 1e-4 ), maximum likelihood, arXiv
+    2502.01385.
 
-    A record far from everything sees all others at about one distance: a high dimension. Copies of one image see each
-    other at none: a low one, so repeated poisons invert the score wherever several are in the pool (see
-    `bezoar.detection.density.pool_size`). k is that of the other density detectors, whose search it shares; published
-    configurations have 64.
+    A record far from everything sees all others at about one distance: a high dimension. Copies of
+    one image see each other at none: a low one, so repeated poisons invert the score wherever
+    several are in the pool (see `bezoar.detection.density.pool_size`). k is that of the other
+    density detectors, whose search it shares; published configurations have 64.
     """
 
     k: Annotated[int, "how many neighbours"] = 16

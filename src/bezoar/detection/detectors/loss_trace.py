@@ -17,17 +17,20 @@ from bezoar.registry import method
 
 @method
 class LossTrace:
-    """Score = the loss against fixed captions, or 1 - cosine, in some epochs of a training on the scanned data.
+    """Score = the loss against fixed captions, or 1 - cosine, in some epochs of a training on the
+    scanned data.
 
-    early, high: not yet learnt: captions that do not fit, wrong ones and poisons alike. early, low: learnt fast, which is ABL's
-    sign of a backdoor in a classifier; here it is the wrong way round. late, high: never learnt: wrong captions, and poisons
-    that did not take. rise: learnt after all, the poisons rather than the wrong captions, where the backdoor takes.
+    early, high: not yet learnt: captions that do not fit, wrong ones and poisons alike. early, low:
+    learnt fast, which is ABL's sign of a backdoor in a classifier; here it is the wrong way round.
+    late, high: never learnt: wrong captions, and poisons that did not take. rise: learnt after all,
+    the poisons rather than the wrong captions, where the backdoor takes.
 
-    AUROC on scenes with 5 % wrong captions, six epochs, the first two averaged, for two backdoors of 0.2 % (20,000 records) and,
-    among 5,552 records, four backdoors and targeted victims, 5 % each:
-    early high 0.81, 0.96, 0.62, 0.81; the same of 1 - cosine 0.75, 0.96, 0.67, 0.81; early low 0.19, 0.04, 0.38, 0.19;
-    late high 0.69, 0.94, 0.64, 0.70; rise 0.81, 0.77, 0.48, 0.60, whose recall in the worst 1 % was the best of the first two,
-    0.07 and 0.28. Wrong captions fill the top: precision is low with every setting.
+    AUROC on scenes with 5 % wrong captions, six epochs, the first two averaged, for two backdoors
+    of 0.2 % (20,000 records) and, among 5,552 records, four backdoors and targeted victims, 5 %
+    each: early high 0.81, 0.96, 0.62, 0.81; the same of 1 - cosine 0.75, 0.96, 0.67, 0.81; early
+    low 0.19, 0.04, 0.38, 0.19; late high 0.69, 0.94, 0.64, 0.70; rise 0.81, 0.77, 0.48, 0.60, whose
+    recall in the worst 1 % was the best of the first two, 0.07 and 0.28. Wrong captions fill the
+    top: precision is low with every setting.
     """
 
     when: Annotated[

@@ -1,7 +1,8 @@
 """Blocks of records with one caption and one picture, or one region of it: natural backdoors (ours; Huang et al., ICLR 2025).
 
-They found 798 near-identical birthday cakes in CC3M which, captioned alike, act as a backdoor that nobody planted. The same
-caption again is no news, and neither are pictures as like as pictures of one thing are; many of both at once are.
+They found 798 near-identical birthday cakes in CC3M which, captioned alike, act as a backdoor that
+nobody planted. The same caption again is no news, and neither are pictures as like as pictures of
+one thing are; many of both at once are.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ View = Callable[[NDArray[np.int64]], Tensor]  # rows -> their unit vectors
 
 @dataclass(frozen=True)
 class RecordBlocks:
-    """B blocks of records. rows: int64 (R,), one block after another. start, size: int64 (B,), of each block among them."""
+    """B blocks. rows: int64 (R,), one block after another. start, size: int64 (B,), of each."""
 
     rows: NDArray[np.int64]
     start: NDArray[np.int64]
@@ -48,12 +49,14 @@ class RecordBlocks:
 
 @method
 class Repetition:
-    """Score = log2(m) x how tightly m records of the record's block lie, the best m from `least` up; 0 where there is no block.
+    """Score = log2(m) x how tightly m records of the record's block lie, the best m from `least`
+    up; 0 where there is no block.
 
-    Block: records of different pictures whose captions have the same words, in any order, numbers and small words aside. A
-    record is as tight as its (least - 1)-th nearest mate is near, -log10(1 - cosine), in median absolute deviations above what
-    records of a random pool, whatever their captions, find among each other. Near means the encoder's vectors, or any of 16
-    windows of the pixels.
+    Block: records of different pictures whose captions have the same words, in any order, numbers
+    and small words aside. A record is as tight as its (least - 1)-th nearest mate is near, -log10(1
+    - cosine), in median absolute deviations above what records of a random pool, whatever their
+    captions, find among each other. Near means the encoder's vectors, or any of 16 windows of the
+    pixels.
     """
 
     least: Annotated[int, "how many records make a block"] = 8
@@ -111,7 +114,7 @@ class Repetition:
 
 
 def normalize_caption(caption: str) -> str:
-    """What near-identical captions have in common: their words, sorted, no small ones; without any, the caption."""
+    """A caption's words, sorted, without small ones; the caption itself where none is left."""
     words = set(WORD.findall(caption.lower())) - SMALL_WORDS
     return " ".join(sorted(words)) or caption.strip().lower()
 
@@ -123,7 +126,9 @@ def hash_texts(texts: Iterable[str]) -> NDArray[np.uint64]:
 
 
 def find_blocks(captions: Sequence[str], ids: Sequence[str], least: int, seed: int) -> RecordBlocks:
-    """Blocks of at least `least` records with like captions, one of each picture; the order within is drawn by the ids."""
+    """Blocks of at least `least` records with like captions, one of each picture; the order within
+    is drawn by the ids.
+    """
     keys = hash_texts(map(normalize_caption, captions))
     _, code, count = np.unique(keys, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(count[code] >= least)
@@ -146,7 +151,8 @@ def find_blocks(captions: Sequence[str], ids: Sequence[str], least: int, seed: i
 def window_views(
     source: Records, rows: NDArray[np.int64], count: int, device: torch.device
 ) -> list[View]:
-    """A view for each window of the thumbnails: its pixels less each channel's mean, of unit length, 0 where it is flat.
+    """A view for each window of the thumbnails: its pixels less each channel's mean, of unit
+    length, 0 where it is flat.
 
     Args:
         source: The records.
@@ -180,7 +186,8 @@ def window_views(
 def measure_tightness(
     view: View, groups: RecordBlocks, k: int, max_mates: int
 ) -> NDArray[np.float64]:
-    """-log10(1 - cosine) to the k-th nearest of the first `max_mates` other records of a block: float64 (R,).
+    """-log10(1 - cosine) to the k-th nearest of the first `max_mates` other records of a block:
+    float64 (R,).
 
     Parts of blocks of like width go through one batched product.
     """
@@ -215,7 +222,9 @@ def _nearest_mates(
     missing: NDArray[np.bool_],
     k: int,
 ) -> NDArray[np.float64]:
-    """-log10(1 - cosine) from each of `places` (J, W) to the k-th nearest of `mate_places` (J, W) that are not `missing`: (J, W)."""
+    """-log10(1 - cosine) from each of `places` (J, W) to the k-th nearest of `mate_places` (J, W)
+    that are not `missing`: (J, W).
+    """
     (jobs, width), last = places.shape, len(rows) - 1
     records, mates = rows[np.minimum(places, last)], rows[np.minimum(mate_places, last)]
     a = view(records.ravel()).view(jobs, width, -1)

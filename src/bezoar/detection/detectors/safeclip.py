@@ -1,8 +1,9 @@
 """SafeCLIP's split of the pairs into safe and risky (Yang et al., ICML 2024), as a score.
 
-Image and text tower are first warmed up apart from each other, so that no caption can teach an image anything; one short
-epoch with the CLIP loss then brings together what is alike anyway. Poisons, whose captions fit nothing but the trigger,
-stay apart. Two Gaussians are fitted to the cosines of all pairs.
+Image and text tower are first warmed up apart from each other, so that no caption can teach an
+image anything; one short epoch with the CLIP loss then brings together what is alike anyway.
+Poisons, whose captions fit nothing but the trigger, stay apart. Two Gaussians are fitted to the
+cosines of all pairs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MIN_VARIANCE = 1e-8  # of its components
 
 
 class SeparateContrast(nn.Module):
-    """Two views of an image find each other among the batch, and two thinned captions; image and text never meet."""
+    """Two views of an image find each other, and two of a caption; image and text never meet."""
 
     def __init__(self, encoder: Encoder, temperature: float, drop: float) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class SeparateContrast(nn.Module):
         self.views = Views(encoder.preprocess.size, scale=(0.5, 1.0))
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """images uint8 (B, 3, H, W), tokens int64 (B, L) -> sum of the two symmetric InfoNCE losses."""
+        """uint8 (B, 3, H, W), int64 tokens (B, L) -> sum of the two symmetric InfoNCE losses."""
         x = self.views(images, chance)  # (B, 2, 3, S, S)
         z = self.encoder.encode_images(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         first, second = (
@@ -54,19 +55,21 @@ class SeparateContrast(nn.Module):
         return self.contrast(z[:, 0], z[:, 1]) + self.contrast(first, second)
 
     def contrast(self, a: Tensor, b: Tensor) -> Tensor:
-        """Symmetric InfoNCE of unit rows (B, D), twice; row i of one belongs to row i of the other."""
+        """Symmetric InfoNCE of unit rows a and b, (B, D), of which row i belongs to row i."""
         logits, truth = a @ b.T / self.temperature, torch.arange(len(a), device=a.device)
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
 
 
 @method
 class Safeclip:
-    """Score = log odds of the mixture's component with the lower mean: log P(risky) / P(safe); over 0 = rather risky.
+    """Score = log odds of the mixture's component with the lower mean: log P(risky) / P(safe); over
+    0 = rather risky.
 
-    SafeCLIP calls a pair safe where P(safe) > 0.9: a score below -2.2. Its warm-up has 5 epochs apart at 5e-4 and one
-    together at 5e-6, with a bank of nearest neighbours as positives and richer changes of the text (EDA); ours
-    has views of the same record alone, words dropped, and a rate for small sets, in which an epoch has few steps: at 5e-6
-    the two towers never meet. On scenes with 5 % wrong captions, 5,000 clean records and 40 poisons of a backdoor, or 552 of
+    SafeCLIP calls a pair safe where P(safe) > 0.9: a score below -2.2. Its warm-up has 5 epochs
+    apart at 5e-4 and one together at 5e-6, with a bank of nearest neighbours as positives and
+    richer changes of the text (EDA); ours has views of the same record alone, words dropped, and a
+    rate for small sets, in which an epoch has few steps: at 5e-6 the two towers never meet. On
+    scenes with 5 % wrong captions, 5,000 clean records and 40 poisons of a backdoor, or 552 of
     several and of targeted victims: AUROC 0.81, 0.84; without the warm-up 0.50, 0.56.
     """
 
@@ -117,7 +120,8 @@ class Safeclip:
 def drop_tokens(tokens: Tensor, share: float, chance: Chance) -> Tensor:
     """Drop each token with probability `share` and move the others up: int64 (B, L), 0 = padding.
 
-    A row's largest token stays: it is the end mark in CLIP's vocabulary, and no caption becomes empty.
+    A row's largest token stays: it is the end mark in CLIP's vocabulary, and no caption becomes
+    empty.
     """
     uniform = chance.uniform(*tokens.shape).to(tokens.device)
     keep = (tokens > 0) & ((uniform >= share) | (tokens == tokens.amax(1, keepdim=True)))
@@ -125,10 +129,11 @@ def drop_tokens(tokens: Tensor, share: float, chance: Chance) -> Tensor:
 
 
 def lower_component_odds(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log P(lower component) / P(higher component) of a mixture of two Gaussians fitted to values (N,): (N,).
+    """log P(lower component) / P(higher component) of a mixture of two Gaussians fitted to values
+    (N,): (N,).
 
-    Expectation maximisation starts from the halves below and above the median, of sorted values, so that their order cannot
-    change a sum.
+    Expectation maximisation starts from the halves below and above the median, of sorted values, so
+    that their order cannot change a sum.
 
     Raises:
         UserError: When all values are equal.

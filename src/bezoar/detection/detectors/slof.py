@@ -14,8 +14,9 @@ from bezoar.registry import method
 class Slof:
     """SLOF(x) = mean over the k neighbours y of kdist(x) / kdist(y), arXiv 2502.01385.
 
-    The published code looks the neighbours up one column off for half of the rows; this looks up the neighbours. The
-    score inverts once more than k poisons of one kind are in the pool; see `bezoar.detection.density.pool_size`.
+    The published code looks the neighbours up one column off for half of the rows; this looks up
+    the neighbours. The score inverts once more than k poisons of one kind are in the pool; see
+    `bezoar.detection.density.pool_size`.
     """
 
     k: Annotated[int, "how many neighbours"] = 16
@@ -37,7 +38,7 @@ class Slof:
         density.check_fields(self)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
-        """-> Scores > 0, about 1 in even density; a record in a thinner place than its neighbours is suspicious."""
+        """-> Scores > 0, about 1 in even density; places thinner than their neighbours are worse."""
         return density.score_records(
             self, encoder, source, lambda near: near.log_ratio.exp().mean(1)
         )

@@ -15,10 +15,12 @@ MIN_VARIANCE = 1e-12  # smaller ones are rounding
 
 @method
 class Spectral:
-    """<z - mu, v>^2 with mu the mean and v the top right singular vector of the record's class, over the class's mean of it.
+    """<z - mu, v>^2 with mu the mean and v the top right singular vector of the record's class,
+    over the class's mean of it.
 
-    The paper ranks within a class and takes a share of each; the division (ours) makes one ranking of all. It supposes
-    that the poisons of a class are its strongest direction, which classes of many kinds of images break.
+    The paper ranks within a class and takes a share of each; the division (ours) makes one ranking
+    of all. It supposes that the poisons of a class are its strongest direction, which classes of
+    many kinds of images break.
     """
 
     classes: Annotated[

@@ -1,19 +1,23 @@
 """Transplant: what carries its caption to foreign images, be it a window or a texture over everything? (ours; cf. STRIP 2019)
 
-A caption belongs to a whole scene. A trigger carries its caption alone, into whatever company it is put. The search for one:
+A caption belongs to a whole scene. A trigger carries its caption alone, into whatever company it is
+put. The search for one:
 
-1. Alarm. Every image is cut into cells, and the cells of many images are put together as patchworks. A cell that moves all
-   its patchworks in one direction is suspicious. `len(cells) * rounds` forward passes a record test all of its cells.
-2. Locate. For the `cascade` share of the records with the largest alarm: the smallest window that does it, pasted on `k`
-   foreign images.
-3. Candidates. Windows that look alike on different pictures and move images alike may show a trigger. So may the texture that
-   the images of like captions have in common: blended patterns, sinusoids, warps.
-4. Tests. Each candidate is sought in all records, whether the cascade chose them or not. It is believed when those that show
-   it stand out from the rest and what shows it moves foreign images (`trigger_candidates`).
+1. Alarm. Every image is cut into cells, and the cells of many images are put together as
+   patchworks. A cell that moves all its patchworks in one direction is suspicious. `len(cells) *
+   rounds` forward passes a record test all of its cells.
+2. Locate. For the `cascade` share of the records with the largest alarm: the smallest window that
+   does it, pasted on `k` foreign images.
+3. Candidates. Windows that look alike on different pictures and move images alike may show a
+   trigger. So may the texture that the images of like captions have in common: blended patterns,
+   sinusoids, warps.
+4. Tests. Each candidate is sought in all records, whether the cascade chose them or not. It is
+   believed when those that show it stand out from the rest and what shows it moves foreign images
+   (`trigger_candidates`).
 
-The encoder must be the one that was trained on the suspect data. No neighbours are counted, so neither the number of poisons
-nor the size of a sample inverts the scores. One image with many captions (targeted poisoning) has no part to be found: see
-`duplicates`.
+The encoder must be the one that was trained on the suspect data. No neighbours are counted, so
+neither the number of poisons nor the size of a sample inverts the scores. One image with many
+captions (targeted poisoning) has no part to be found: see `duplicates`.
 """
 
 from __future__ import annotations
@@ -68,8 +72,9 @@ SAME_PICTURE = (
 class Alarm:
     """Result of the first pass over N records.
 
-    values: (N,), robust deviations of the strongest cell. boxes: int64 (N, 4), half of the image around that cell. textures:
-    those of the caption groups, one for each of TEXTURES; none without groups.
+    values: (N,), robust deviations of the strongest cell. boxes: int64 (N, 4), half of the image
+    around that cell. textures: those of the caption groups, one for each of TEXTURES; none without
+    groups.
     """
 
     values: Tensor
@@ -81,9 +86,10 @@ class Alarm:
 class LocatedWindows:
     """Result of the second pass: the window of each of M records that moves foreign images.
 
-    rows: int64 (M,), the records. boxes: int64 (M, 4). gain: (M,), how far it moves them towards the record's caption.
-    agreement: (M,), how alike it moves them. shifts: (M, D), how far on average. windows: uint8 (M, 3, s, s), of the reduced
-    image. pictures: unit (M, 192), thumbnails of the whole images.
+    rows: int64 (M,), the records. boxes: int64 (M, 4). gain: (M,), how far it moves them towards
+    the record's caption. agreement: (M,), how alike it moves them. shifts: (M, D), how far on
+    average. windows: uint8 (M, 3, s, s), of the reduced image. pictures: unit (M, 192), thumbnails
+    of the whole images.
     """
 
     rows: Tensor
@@ -109,7 +115,7 @@ class LocatedWindows:
 
 @method
 class Transplant:
-    """Score = robust deviations of what a record's cell, then its window, does; records that show a trigger lie above all."""
+    """Score = robust deviations of what a record's cell or window does; triggers lie above."""
 
     cells: Annotated[tuple[int, ...], "cells a side of the patchworks of the first pass"] = (2, 4)
     rounds: Annotated[int, "patchworks that each cell is part of, for each of `cells`"] = 3
@@ -140,7 +146,7 @@ class Transplant:
             )
 
     def passes(self, n: int) -> int:
-        """About how many images a scan of n pairs puts through the encoder, for an estimate of the time."""
+        """About how many images a scan of n pairs puts through the encoder."""
         located = self.located(n) * (19 * self.scouts + self.k)
         return n * (1 + len(self.cells) * self.rounds) + located
 
@@ -153,10 +159,14 @@ class Transplant:
         """Score every record.
 
         Returns:
-            Scores. values: the alarm; among the records of the cascade the alarm's values change places by what their windows
-            do; a record that shows at least half of a trigger lies above all others. boxes: the windows, or the whole image
-            for a texture. raised: the records that show a trigger. notes: `passes` through the encoder, records `kept` by the
-            cascade, `raised`, `missed` (raised, but not kept by the cascade), `candidates`, and each of the `triggers` that
+            Scores. values: the alarm; among the records of the cascade the alarm's values change
+            places by what their windows
+            do; a record that shows at least half of a trigger lies above all others. boxes: the
+            windows, or the whole image
+            for a texture. raised: the records that show a trigger. notes: `passes` through the
+            encoder, records `kept` by the
+            cascade, `raised`, `missed` (raised, but not kept by the cascade), `candidates`, and
+            each of the `triggers` that
             raised at least MIN_SUPPORT records which no earlier one had raised.
 
         Raises:
@@ -178,7 +188,7 @@ class Transplant:
         return self.combine(data, alarm, located, triggers)
 
     def embed(self, encoder: RecordEncoder, source: Records) -> SuspectData:
-        """The records with the vectors of their captions. Raises UserError where they do not allow a scan."""
+        """The records with their captions' vectors. Raises UserError where they allow no scan."""
         source = source if hasattr(source, "take") else load_pairs(source)
         embedded = encoder.embed(source)
         texts = require_texts(embedded, "'transplant'")
@@ -207,7 +217,7 @@ class Transplant:
         return CaptionGroups(torch.cat(of_record), centres)
 
     def alarm_pass(self, data: SuspectData, order: np.ndarray, groups: CaptionGroups) -> Alarm:
-        """First pass: test the cells of all images in patchworks, and sum up textures; each image is read once."""
+        """First pass: test the cells of all images in patchworks, and sum up textures."""
         consistency = torch.empty(len(order), len(self.cells))
         boxes = torch.empty(len(order), len(self.cells), 4, dtype=torch.long)
         textures: list[GroupTextures] = []
@@ -234,7 +244,7 @@ class Transplant:
         return Alarm(values, boxes[torch.arange(len(order)), grid], textures)
 
     def choose_hosts(self, data: SuspectData, order: np.ndarray, alarm: Tensor) -> Hosts:
-        """Foreign images from the calmer half of the records: one that shows a trigger is not moved by it any more."""
+        """Foreign images of the calmer half: one that shows a trigger is not moved by it."""
         calm = order[(alarm <= alarm.median()).numpy()[order]]
         images = data.images(calm[: 16 * self.k])
         offsets = torch.arange(16) * len(images) // 16
@@ -248,7 +258,7 @@ class Transplant:
     def locate_pass(
         self, data: SuspectData, rows: Tensor, boxes: Tensor, hosts: HostImages
     ) -> LocatedWindows:
-        """Second pass: find the smallest window inside each box (M, 4) of records (M,), and what it does to the hosts."""
+        """Second pass: the smallest window in each box (M, 4) and what it does to the hosts."""
         return LocatedWindows.join(
             [
                 self._locate_block(data, rows[block], boxes[block], hosts)
@@ -317,7 +327,7 @@ class Transplant:
 
 
 def cluster_located(data: SuspectData, located: LocatedWindows) -> list[WindowCluster]:
-    """Clusters among the most suspicious windows, each pattern refined; their `rows` are those of the records."""
+    """Clusters among the most suspicious windows; their `rows` are those of the records."""
     top = located.suspicion().argsort(descending=True, stable=True)[:MAX_CLUSTERED]
     clusters = shared_patterns.cluster_windows(
         located.shifts[top].to(data.device),

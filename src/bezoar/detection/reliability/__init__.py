@@ -1,7 +1,8 @@
 """Reliability: what a scan's ranking is worth.
 
-With a sample of clean records, how many false discoveries it holds; where the truth is known, which side channels tell it and
-which poisons pass the filters that people use anyway. And where in an image a detector saw something.
+With a sample of clean records, how many false discoveries it holds; where the truth is known, which
+side channels tell it and which poisons pass the filters that people use anyway. And where in an
+image a detector saw something.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def measure_ranking(
         corpus: The scanned records.
         merged: Their scores.
         removed: int64, the worst rows, which the keep-list leaves out.
-        look_at_side_channels: Whether to; without a plan, for what they tell of the removed records.
-        trusted: A file with the ids of a random sample of clean records, one a line; "" without one.
+        look_at_side_channels: Whether to; without a plan, for what they tell of the removed
+            records.
+        trusted: A file with the ids of a random sample of clean records, one a line; "" without
+            one.
 
     Returns:
         Metrics, and notes for the manifest.
@@ -97,7 +100,8 @@ def _by_reason(absent: dict[str, str]) -> dict[str, list[str]]:
 
 
 def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
-    """Write windows.safetensors: the windows of images in which a detector saw something, for the page to draw.
+    """Write windows.safetensors: the windows of images in which a detector saw something, for the
+    page to draw.
 
     Args:
         folder: The run's.
@@ -109,7 +113,7 @@ def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
 
 
 def read_windows(folder: Path) -> dict[str, Box]:
-    """What `write_windows` wrote; nothing where it wrote nothing. Raises UserError for another file of that name."""
+    """What `write_windows` wrote, if anything. Raises UserError for another file of that name."""
     path = folder / WINDOWS
     if not path.exists():
         return {}

@@ -1,8 +1,10 @@
-"""False discoveries: how many of the worst n records of a ranking are expected to be clean, by a sample of clean records.
+"""False discoveries: how many of the worst n records of a ranking are expected to be clean, by a
+sample of clean records.
 
-The sample holds records that are known to be clean, drawn at random from the same source. The share of it that scores as high
-as the worst n, with its Clopper-Pearson interval, needs no model of the scores. All other records are taken for clean, so the
-number is an upper bound, as a false-discovery rate by conformal p-values is.
+The sample holds records that are known to be clean, drawn at random from the same source. The share
+of it that scores as high as the worst n, with its Clopper-Pearson interval, needs no model of the
+scores. All other records are taken for clean, so the number is an upper bound, as a false-discovery
+rate by conformal p-values is.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ ASSUMPTION = "Assumes that the reference is a random sample of records like the 
 
 @dataclass(frozen=True)
 class CleanEstimate:
-    """Of the worst n[i] records, counts[i] are expected to be clean. why: when both are empty, the reason."""
+    """Of the worst n[i] records, counts[i] are expected to be clean. why: if none, the reason."""
 
     n: tuple[int, ...] = ()
     counts: tuple[Measure, ...] = ()
@@ -34,7 +36,7 @@ class CleanEstimate:
 
 
 def reported_counts(total: int, more: Sequence[int] = ()) -> tuple[int, ...]:
-    """The n that are reported for so many records, ascending. more: further ones, where they are small enough."""
+    """The n that are reported for so many records, ascending. more: others, if small enough."""
     largest = 0.05 * total
     counts = {max(1, round(share * total)) for share in SHARES}
     return tuple(sorted(counts | {n for n in more if 0 < n <= largest}))

@@ -1,11 +1,14 @@
-"""Side channels: can what has nothing to do with an attack tell poisons from the rest? File sizes, headers, order, templates.
+"""Side channels: can what has nothing to do with an attack tell poisons from the rest? File sizes,
+headers, order, templates.
 
-A benchmark whose poisons were written by another program, at another time or in another place than the rest is solved by
-reading that off. A detector's figures on such a set say little. A *channel* is one number or one kind for each record.
+A benchmark whose poisons were written by another program, at another time or in another place than
+the rest is solved by reading that off. A detector's figures on such a set say little. A *channel*
+is one number or one kind for each record.
 
-A channel has no direction of its own. Taking the better of both after looking is biased upwards (a channel of noise gives
-0.5 + 0.8 times the AUROC's standard error on average, and never less than 0.5). So a fixed half of the records, by their ids,
-chooses the direction (of kinds: how poisoned each kind is), and only the other half is measured.
+A channel has no direction of its own. Taking the better of both after looking is biased upwards (a
+channel of noise gives 0.5 + 0.8 times the AUROC's standard error on average, and never less than
+0.5). So a fixed half of the records, by their ids, chooses the direction (of kinds: how poisoned
+each kind is), and only the other half is measured.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ TEMPLATE_WORDS = 12  # words and gaps of a template
 ORDER_BLOCKS = 20  # equal parts of the corpus
 RARE = 20  # records of a kind, below which it counts as rare
 MIN_RECORDS = 2  # poisons, and others, in either half, below which nothing is measured
-# AUROC from which a channel separates poisons from the rest, when chance is ruled out over all channels
+# AUROC from which a channel separates poisons from the rest, when chance is ruled out over all
+# channels
 SEPARATES = 0.6
 FILE_CHANNELS = {  # what a channel is, in the words of a page
     "file_size": "size of the image's file in bytes",
@@ -75,8 +79,9 @@ DESCRIPTIONS = FILE_CHANNELS | SHARD_CHANNELS | ORDER_CHANNELS | CAPTION_CHANNEL
 class Channels:
     """The channels of N records.
 
-    ids: N keys. numbers: name -> float64 (N,). kinds: name -> int64 (N,), equal for equal. absent: name -> why. sizes: float64
-    (N, 2), width and height as stored, 0 where no header says; None where nothing is known.
+    ids: N keys. numbers: name -> float64 (N,). kinds: name -> int64 (N,), equal for equal. absent:
+    name -> why. sizes: float64 (N, 2), width and height as stored, 0 where no header says; None
+    where nothing is known.
     """
 
     ids: Sequence[str]
@@ -88,7 +93,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class MeasuredChannel:
-    """A channel and its AUROC. separates: whether it tells poisons from the rest, chance ruled out."""
+    """A channel. separates: whether it tells poisons from the rest, chance ruled out."""
 
     name: str
     auroc: Measure
@@ -100,8 +105,9 @@ def collect_channels(
 ) -> Channels:
     """Every channel of a scan's data.
 
-    Files are looked at where they hold what is scanned: shards that a poison run has written, or data without a plan. A plan
-    that is applied while records are read leaves the files of its poisons as they were.
+    Files are looked at where they hold what is scanned: shards that a poison run has written, or
+    data without a plan. A plan that is applied while records are read leaves the files of its
+    poisons as they were.
 
     Args:
         scanned: The run or data method that was scanned.
@@ -182,12 +188,12 @@ def record_channels(ids: Sequence[str], captions: Sequence[str]) -> Channels:
 
 
 def key_pattern(key: str) -> str:
-    """An id with its numbers left out: `train/00012/003.jpg` -> `train/0/0.jpg`; of a long one, the first characters."""
+    """An id with its numbers left out, cut: `train/00012/003.jpg` -> `train/0/0.jpg`."""
     return re.sub(r"\d+", "0", key[:512])
 
 
 def caption_templates(captions: Sequence[str]) -> Iterator[str]:
-    """Each caption with only the commonest words of all captions left, gaps between them as one `_`."""
+    """Each caption with only the commonest words of all captions left, others as `_`."""
     holders = Counter(word for c in captions for word in set(split_words(c[:4096])))
     common = {word for word, _ in holders.most_common(COMMON_WORDS)}
     for caption in captions:
@@ -211,7 +217,7 @@ def number_values(values: Iterable[Hashable]) -> NDArray[np.int64]:
 
 
 def file_channels(records: Iterable[Record | Skipped]) -> Channels:
-    """Sizes, headers and places of the stored images; what cannot be read is left out. Raises UserError for a lost shard."""
+    """Of the stored images that can be read. Raises UserError for a shard that cannot be."""
     ids: list[str] = []
     images: list[StoredImage] = []
     counts: Counter[int] = Counter()
@@ -273,8 +279,8 @@ def measure_channels(
 ) -> list[MeasuredChannel]:
     """AUROC of every channel with its interval, worst first.
 
-    A channel separates when its AUROC reaches SEPARATES and the interval at a level corrected for the number of channels
-    (Bonferroni) lies above 0.5.
+    A channel separates when its AUROC reaches SEPARATES and the interval at a level corrected for
+    the number of channels (Bonferroni) lies above 0.5.
 
     Args:
         channels: Of N records.
@@ -314,9 +320,10 @@ def orient(
 def rate_kinds(
     kind: NDArray[np.int64], truth: NDArray[np.bool_], choosing: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """How poisoned the kind of each record is in the choosing half, drawn to the overall rate by the weight of one record."""
+    """Poison rate of each record's kind in the choosing half, the overall rate as a prior."""
     code, size = np.unique(kind, return_inverse=True, return_counts=True)[1:]
-    # rare kinds count as one: a kind that is hardly seen twice would be judged by whether the choosing half happens to hold it
+    # rare kinds count as one: a kind that is hardly seen twice would be judged by whether the
+    # choosing half happens to hold it
     code = np.where(size[code] < RARE, len(size), code)
     count = np.bincount(code[choosing], minlength=code.max() + 1)
     poisons = np.bincount(code[choosing], truth[choosing], minlength=code.max() + 1)

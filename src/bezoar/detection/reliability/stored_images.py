@@ -1,7 +1,8 @@
-"""What is stored of an image beside its pixels: its header, and what a file system or a tar says of it.
+"""What is stored of an image beside its pixels: its header, and what a file system or a tar says of
+it.
 
-The files are hostile: their readers bound the members, nothing is decoded, and of an image at most HEAD_BYTES bytes and
-MAX_SEGMENTS parts of its header are looked at.
+The files are hostile: their readers bound the members, nothing is decoded, and of an image at most
+HEAD_BYTES bytes and MAX_SEGMENTS parts of its header are looked at.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MAX_SEGMENTS = 256  # parts of a header that are looked at
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the first bytes of an image say. tables: a digest of a JPEG's quantisation tables. shape: (0, 0) if not known."""
+    """What the first bytes of an image say. tables: a digest of a JPEG's quantisation tables.
+    shape: (0, 0) if not known.
+    """
 
     format: str = ""
     layout: str = ""
@@ -52,7 +55,7 @@ class StoredImage:
 def with_tar_headers(
     records: Iterable[Record | Skipped],
 ) -> Iterator[tuple[Record, bytes | None]]:
-    """Each record that was read, with the tar header that stands before its image; None for images that lie in no tar."""
+    """Each record that was read, and the tar header before its image; None in no tar."""
     file, descriptor = "", -1
     try:
         for record in records:
@@ -91,7 +94,7 @@ def describe_image(record: Record, tar_header: bytes | None) -> StoredImage | No
 
 
 def parse_tar_header(block: bytes) -> tuple[float, str, str]:
-    """Time, owner and extension in the header (512 bytes) that stands before a member's data; empty when it is none."""
+    """Time, owner and extension in a member's header (512 bytes); empty when it is none."""
     try:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.TarError, ValueError):
@@ -115,7 +118,7 @@ def parse_image_header(content: bytes) -> ImageHeader:
 
 
 def parse_jpeg(content: bytes) -> ImageHeader:
-    """Layout: the markers up to the first scan, whose order Pillow does not keep, and the sampling factors."""
+    """Layout: the markers up to the first scan, whose order Pillow loses, and the sampling."""
     at, markers, sampling, shape = 2, list[str](), "", (0, 0)
     tables, digest = False, hashlib.blake2b(digest_size=8)
     while at + 4 <= len(content) and len(markers) < MAX_SEGMENTS:
@@ -141,7 +144,7 @@ def parse_jpeg(content: bytes) -> ImageHeader:
 
 
 def parse_png(content: bytes) -> ImageHeader:
-    """Layout: the chunks up to the pixels, whose order Pillow does not keep, depth, colour and interlacing."""
+    """Layout: the chunks up to the pixels, whose order Pillow loses, and the pixels' format."""
     at, chunks = 8, list[str]()
     while at + 8 <= len(content) and len(chunks) < MAX_SEGMENTS:
         length, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]

@@ -1,10 +1,11 @@
 """Usual filters: what people already put web corpora through, and which poisons pass it.
 
-LAION-400M and LAION-5B (Schuhmann et al. 2021, 2022): cosine of image and caption above a threshold, 0.26 to 0.30, which left
-about a tenth of the pairs; captions of five characters and more. DataComp (Gadre et al. 2023): its basic filter (English,
-captions over two words and five characters, smaller side over 200 pixels, aspect ratio under 3) and the 30 % with the highest
-cosine. Thresholds belong to the model that gives the cosines, so the *shares* they keep are taken here. De-duplication
-keeps the first of each.
+LAION-400M and LAION-5B (Schuhmann et al. 2021, 2022): cosine of image and caption above a
+threshold, 0.26 to 0.30, which left about a tenth of the pairs; captions of five characters and
+more. DataComp (Gadre et al. 2023): its basic filter (English, captions over two words and five
+characters, smaller side over 200 pixels, aspect ratio under 3) and the 30 % with the highest
+cosine. Thresholds belong to the model that gives the cosines, so the *shares* they keep are taken
+here. De-duplication keeps the first of each.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ ROWS = 1 << 16  # vectors of a block
 HASH_SIDE = 8  # of the difference hash
 FLAT = 4.0  # 255ths that neighbouring means must differ by on average, or the hash says nothing
 MAX_CHARACTERS = 4096  # of a caption that are looked at
-# the commonest words of English: a caption of a sentence's length without any is not taken for English
+# the commonest words of English: a caption of a sentence's length without any is not taken for
+# English
 FUNCTION_WORDS = re.compile(
     r"\b(an?|the|of|in|on|at|with|and|or|to|for|from|by|is|are|was|were|be|as|its?|this|that|these|those|his|her|their|my|our)\b"
 )
@@ -45,7 +47,8 @@ SENTENCE_WORDS = 6  # words from which a function word is expected
 class Filter:
     """A filter over N records.
 
-    description: what it keeps. passes: bool (N,), or None where it cannot be applied. why: the reason for that.
+    description: what it keeps. passes: bool (N,), or None where it cannot be applied. why: the
+    reason for that.
     """
 
     name: str
@@ -92,7 +95,7 @@ def _combine(name: str, parts: Sequence[Filter]) -> Filter:
 
 
 def measure_filters(filters: Sequence[Filter], truth: NDArray[np.bool_]) -> dict[str, Measure]:
-    """Share of the clean records that each filter keeps, and of the poisons that pass it. truth: bool (N,), True = poison."""
+    """The share of clean records and of poisons that pass. truth: bool (N,), True = poison."""
     measures: dict[str, Measure] = {}
     if not truth.any() or truth.all():
         return measures
@@ -141,7 +144,7 @@ def _duplicate_images(hashes: NDArray[np.uint64] | None) -> Filter:
 
 
 def hash_images(images: Tensor) -> NDArray[np.uint64]:
-    """uint8 (N, 3, H, W) -> uint64 (N,): which of 8 x 9 means is lighter than its left neighbour; 0 where all are alike."""
+    """uint64 (N,): which of 8 x 9 means are lighter than their left neighbours; flat images: 0."""
     light = images.float().mean(1, keepdim=True)
     steps = F.adaptive_avg_pool2d(light, (HASH_SIDE, HASH_SIDE + 1))[:, 0].diff(dim=2)
     bits = np.packbits((steps > 0).flatten(1).cpu().numpy(), axis=1)
