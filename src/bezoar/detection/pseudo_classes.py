@@ -23,9 +23,7 @@ from bezoar.evaluation.kmeans import cluster_centres
 
 ClassKind = Literal["auto", "words", "clusters"]
 PROMPT = "a photo of a {}"
-SAMPLE = (
-    1 << 15
-)  # records that the classes are found on, so that the order of the records does not matter
+SAMPLE = 1 << 15  # records that the classes are found on; the order of all does not matter then
 BLOCK = 1 << 16  # records at a time
 MATRIX_VALUES = 1 << 26  # elements of the covariances that are summed in one pass
 # words that captions of anything hold: articles, prepositions, pronouns, auxiliaries, and those

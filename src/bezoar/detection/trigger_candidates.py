@@ -27,9 +27,7 @@ from bezoar.detection.window_transplants import HostImages
 
 BLOCK = 256  # images in memory at a time
 MIN_SUPPORT = 5  # records that show a candidate before it is tested
-COMPARED_SIDE = (
-    1 / 4
-)  # side of the window by which two records are compared, as a share of the image's
+COMPARED_SIDE = 1 / 4  # of the window by which records are compared, as a share of the image's
 COMPARED_PIXELS = 16  # about as many pixels a side show that window
 
 # tests of a window's pattern
@@ -196,10 +194,9 @@ def transplant_pattern(
 
     Returns:
         How much of the pattern's usual likeness and effect each record has, 0..1, (N,); the boxes
-        that were pasted, (N, 4), -1
-        for records that were not tested; and the usual effect. All is 0 when most windows of the
-        cluster are not among the
-        tested records, because more than MAX_TESTED of all records are as like the pattern.
+        that were pasted, (N, 4), -1 for records that were not tested; and the usual effect. All is
+        0 when most windows of the cluster are not among the tested records, because more than
+        MAX_TESTED of all records are as like the pattern.
     """
     usual = like[cluster.rows].median()
     order = like.argsort(descending=True, stable=True)[: math.ceil(MAX_TESTED * len(like))]

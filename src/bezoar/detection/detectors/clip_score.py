@@ -40,9 +40,7 @@ class ClipScore:
     ] = 0
     network: Annotated[str, "spec of the model that is trained"] = training_traces.NETWORK
     objective: Annotated[str, "spec of its training"] = training_traces.OBJECTIVE
-    side: Annotated[int, "images are reduced to this many pixels a side in that training"] = (
-        training_traces.SIDE
-    )
+    side: Annotated[int, "images are reduced to this side in pixels"] = training_traces.SIDE
     seed: Annotated[int, "seed of that training"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("report",)

@@ -31,9 +31,7 @@ from bezoar.registry import method
 from bezoar.training.augmentation import Chance, Views
 from bezoar.training.loop import FixedRecipe
 
-MAX_ROUNDS = (
-    1000  # of the mixture's fit; components that overlap much are then near enough to their places
-)
+MAX_ROUNDS = 1000  # of the mixture's fit, which is slow where the components overlap much
 MIN_VARIANCE = 1e-8  # of its components
 
 

@@ -63,9 +63,7 @@ SMALLEST_WINDOW = 1 / 8  # its side, as a share of the image's
 MAX_CLUSTERED = 1 << 12  # windows that are compared with one another
 SAME_DIRECTION = 0.8  # cosine of the shifts of two windows of a cluster
 SAME_PATTERN = 0.5  # correlation of their pixels
-SAME_PICTURE = (
-    0.95  # cosine of two pictures' thumbnails from which one is taken for a copy of the other
-)
+SAME_PICTURE = 0.95  # cosine of thumbnails from which one picture is taken for a copy of another
 
 
 @dataclass(frozen=True)
@@ -159,15 +157,12 @@ class Transplant:
         """Score every record.
 
         Returns:
-            Scores. values: the alarm; among the records of the cascade the alarm's values change
-            places by what their windows
-            do; a record that shows at least half of a trigger lies above all others. boxes: the
-            windows, or the whole image
-            for a texture. raised: the records that show a trigger. notes: `passes` through the
-            encoder, records `kept` by the
-            cascade, `raised`, `missed` (raised, but not kept by the cascade), `candidates`, and
-            each of the `triggers` that
-            raised at least MIN_SUPPORT records which no earlier one had raised.
+            Scores. values: the alarm, which the records of the cascade exchange among one another by
+            what their windows do; a record that shows at least half of a trigger lies above all
+            others. boxes: the windows, or the whole image for a texture. raised: the records that
+            show a trigger. notes: `passes` through the encoder, records `kept` by the cascade,
+            `raised`, `missed` (raised, but not kept by the cascade), `candidates`, and each of the
+            `triggers` that raised at least MIN_SUPPORT records which no earlier one had raised.
 
         Raises:
             UserError: Without captions, or with too few records.

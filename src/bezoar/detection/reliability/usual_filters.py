@@ -161,13 +161,10 @@ def filter_by_size(sizes: NDArray[np.float64] | None) -> list[Filter]:
         why = "the stored size of the pictures is not known"
         return [Filter(*resolution, None, why), Filter(*aspect, None, why)]
     small, large = sizes.min(1), sizes.max(1)
-    # in a set that was made small on purpose, the filter came before
-    by_resolution = (
-        Filter(*resolution, None, "all pictures are smaller")
-        if (small <= MIN_SIDE).all()
-        else Filter(*resolution, small > MIN_SIDE)
-    )
-    return [by_resolution, Filter(*aspect, large < MAX_ASPECT * small)]
+    by_aspect = Filter(*aspect, large < MAX_ASPECT * small)
+    if (small <= MIN_SIDE).all():  # in a set that was made small on purpose, the filter came before
+        return [Filter(*resolution, None, "all pictures are smaller"), by_aspect]
+    return [Filter(*resolution, small > MIN_SIDE), by_aspect]
 
 
 def filter_by_caption(captions: Sequence[str]) -> list[Filter]:
