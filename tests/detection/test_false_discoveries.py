@@ -3,6 +3,7 @@ shows.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bezoar.detection.reliability import false_discoveries
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
-from bezoar.reports import record_tiles, similar_records
+from bezoar.reports import record_tiles, reliability_sections, similar_records
 
 
 def test_a_sample_of_clean_records_bounds_the_clean_among_the_worst() -> None:
@@ -61,6 +62,21 @@ def test_trusted_records_come_from_a_file(tmp_path: Path) -> None:
     for name, match in (("none.txt", "names none"), ("gone.txt", "no list of clean records")):
         with pytest.raises(UserError, match=match):
             false_discoveries.estimate_from_file(merged, str(tmp_path / name))
+
+
+def test_a_scan_reports_the_estimate_only_with_trusted_records(tmp_path: Path) -> None:
+    ids = tuple(f"r{i}" for i in range(2000))
+    merged = Scores(ids, torch.randn(2000, generator=torch.Generator().manual_seed(0)))
+    trusted = tmp_path / "clean.txt"
+    trusted.write_text("\n".join(ids[:300]))
+    plan = SimpleNamespace(edits=(), mask=lambda ids: np.zeros(len(ids), bool))
+    scanned = None, SimpleNamespace(plan=plan), SimpleNamespace(ids=ids), merged, np.arange(60)
+    assert reliability.measure_ranking(*scanned, False, "") == ({}, {})
+    measures, notes = reliability.measure_ranking(*scanned, False, str(trusted))
+    assert set(notes) == {"discovery"} and "expected_clean@60" in measures
+    assert all(name.startswith("expected_clean@") for name in measures)
+    section = reliability_sections.false_discovery_section(measures, notes["discovery"], None, 60)
+    assert "Of the worst 60 records" in str(section)
 
 
 def test_windows_are_kept_and_drawn(tmp_path: Path) -> None:
