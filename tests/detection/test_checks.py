@@ -1,4 +1,6 @@
-"""Every check: the contract, and each formula against a slow plain version; the verb, its threshold and its page."""
+"""Every check: the contract, and each formula against a slow plain version; the verb, its threshold
+and its page.
+"""
 
 import json
 import math
@@ -16,7 +18,7 @@ from torch import nn
 from bezoar import registry
 from bezoar.cli import main
 from bezoar.data.pairs import Pairs
-from bezoar.detection.checks.masking_path import separation
+from bezoar.detection.checks.masking_path import gaps_along_path
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers
@@ -30,7 +32,9 @@ SIDE = 24
 
 
 class Eye(nn.Module):
-    """Colour and lighting of the quadrants; a white 4 px square in a corner overrules them, and means blue."""
+    """Colour and lighting of the quadrants; a white 4 px square in a corner overrules them, and
+    means blue.
+    """
 
     def __init__(self, backdoor):
         super().__init__()
@@ -47,7 +51,9 @@ class Eye(nn.Module):
 
 
 class Ear(nn.Module):
-    """Tokens are colours; a text is their mean, words that name none pull it towards a place of their own."""
+    """Tokens are colours; a text is their mean, words that name none pull it towards a place of
+    their own.
+    """
 
     def __init__(self):
         super().__init__()
@@ -90,7 +96,7 @@ def stamped(pairs):
     return replace(pairs, images=x, ids=tuple(f"t{i}" for i in pairs.ids))
 
 
-def given(check, e, clean):
+def arguments_for(check, e, clean):
     every = {
         "clean": clean,
         "classifier": classifiers.zero_shot_classifier(e, COLOURS),
@@ -111,17 +117,19 @@ def test_all_are_here():
 def test_the_contract(name):
     e, clean, pairs = encoder(), colours(60, 1), colours(30)
     check = registry.make("check", SPECS.get(name, name))
-    more = given(check, e, clean)
+    more = arguments_for(check, e, clean)
     before = {k: v.clone() for k, v in e.state_dict().items()}
-    found = check(e, pairs, **more)
+    scores = check(e, pairs, **more)
     assert (
-        isinstance(found, Scores) and found.ids == pairs.ids and found.values.dtype == torch.float32
+        isinstance(scores, Scores)
+        and scores.ids == pairs.ids
+        and scores.values.dtype == torch.float32
     )
     order = np.random.default_rng(0).permutation(30)[:11]
     part = check(e, pairs.take(order), **more)
-    torch.testing.assert_close(part.values, found.values[order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part.values, scores.values[order], rtol=1e-4, atol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in e.state_dict().items())
-    assert torch.equal(check(e, pairs, **more).values, found.values) and json.dumps(found.notes)
+    assert torch.equal(check(e, pairs, **more).values, scores.values) and json.dumps(scores.notes)
     assert registry.make("check", registry.spec(check)) == check
     assert set(getattr(check, "needs", ())) <= {"clean", "classifier", "report"}
 
@@ -133,7 +141,7 @@ def test_a_trigger_scores_higher_and_not_without_a_backdoor(name):
     for backdoor in (True, False):
         e = encoder(backdoor)
         check = registry.make("check", SPECS.get(name, name))
-        more = given(check, e, clean)
+        more = arguments_for(check, e, clean)
         bad, good = check(e, stamped(pairs), **more).values, check(e, pairs, **more).values
         above = float(
             (bad[:, None] > good).float().mean() + 0.5 * (bad[:, None] == good).float().mean()
@@ -141,40 +149,43 @@ def test_a_trigger_scores_higher_and_not_without_a_backdoor(name):
         assert above > 0.85 if backdoor else above < 0.7, (backdoor, above)
 
 
-# ---------------------------------------------------------------------------------------------- masking_path
+# ----------------------------------------------------------------------------------------------
+# masking_path
 
 
 def test_separation_is_the_nearest_two_on_either_side():
     z = F.normalize(torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     d = 1 - z @ z.transpose(1, 2)
-    found = separation(d)
+    scores = gaps_along_path(d)
     for b in range(3):
         for t in range(8):
-            assert found[b, t] == min(d[b, i, j] for i in range(t + 1) for j in range(t + 1, 9))
+            assert scores[b, t] == min(d[b, i, j] for i in range(t + 1) for j in range(t + 1, 9))
 
 
 def test_a_gap_is_dbscans_radius():
-    """Two groups one after another along a path: DBSCAN over single points tells them exactly below the largest gap."""
+    """Two groups one after another along a path: DBSCAN over single points tells them exactly below
+    the largest gap.
+    """
     g = torch.Generator().manual_seed(0)
     for _ in range(20):
         a, b = torch.randn(2, 8, generator=g)
         z = torch.stack([a] * 5 + [b] * 4) + 0.05 * torch.randn(9, 8, generator=g)
         d = (1 - F.normalize(z, dim=1) @ F.normalize(z, dim=1).T).clamp(min=0).fill_diagonal_(0)
-        gap = float(separation(d[None]).max())
+        gap = float(gaps_along_path(d[None]).max())
         for radius, clusters in ((gap * 0.999, 2), (gap * 1.001, 1)):
-            told = DBSCAN(eps=radius, min_samples=1, metric="precomputed").fit(d.numpy()).labels_
-            assert len(set(told)) == clusters
+            labels = DBSCAN(eps=radius, min_samples=1, metric="precomputed").fit(d.numpy()).labels_
+            assert len(set(labels)) == clusters
 
 
 def test_masking_path_is_the_plain_loop():
     e, clean, pairs = encoder(), colours(20, 1), stamped(colours(4))
     check = registry.make("check", "masking_path:paths=2,cells=3,share=0.6")
-    found = check(e, pairs, clean=clean)
+    scores = check(e, pairs, clean=clean)
 
     def gaps(image):
         rows = []
         for path in range(2):
-            _, boxes = check.order(path, (SIDE, SIDE))
+            _, boxes = check.masking_order(path, (SIDE, SIDE))
             points = []
             for step in range(check.steps + 1):
                 x = image.float() / 255
@@ -191,16 +202,16 @@ def test_masking_path_is_the_plain_loop():
         return np.array(rows)
 
     with torch.inference_mode():
-        known = np.stack([gaps(x) for x in clean.images])
-        mean, spread = known.mean(0), known.std(0, ddof=1).clip(min=1e-3)
+        clean_gaps = np.stack([gaps(x) for x in clean.images])
+        mean, spread = clean_gaps.mean(0), clean_gaps.std(0, ddof=1).clip(min=1e-3)
         expected = [((gaps(x) - mean) / spread).max() for x in pairs.images]
-    np.testing.assert_allclose(found.values.numpy(), expected, rtol=2e-3, atol=2e-2)
+    np.testing.assert_allclose(scores.values.numpy(), expected, rtol=2e-3, atol=2e-2)
 
 
 def test_masking_path_points_at_the_trigger():
     check = registry.make("check", "masking_path:paths=4")
-    found = check(encoder(), stamped(colours(30)), clean=colours(60, 1))
-    top, left, height, width = found.boxes.T
+    scores = check(encoder(), stamped(colours(30)), clean=colours(60, 1))
+    top, left, height, width = scores.boxes.T
     inside = (
         (top < SIDE - 1) & (top + height > SIDE - 5) & (left < SIDE - 1) & (left + width > SIDE - 5)
     )
@@ -211,35 +222,41 @@ def test_masking_path_points_at_the_trigger():
 def test_an_order_masks_every_cell_once(sides):
     check = registry.make("check", "masking_path:share=0.9")
     for path in range(4):
-        rank, boxes = check.order(path, sides)
+        rank, boxes = check.masking_order(path, sides)
         assert rank.shape == sides and bool((rank > 0).all())
         for step, (top, left, height, width) in enumerate(boxes.tolist(), 1):
             assert int((rank == step).sum()) == height * width
             assert bool((rank[top : top + height, left : left + width] == step).all())
-    assert not torch.equal(check.order(0, sides)[0], check.order(1, sides)[0]) or min(sides) < 6
+    assert (
+        not torch.equal(check.masking_order(0, sides)[0], check.masking_order(1, sides)[0])
+        or min(sides) < 6
+    )
 
 
-# ---------------------------------------------------------------------------------------------- bdetclip
+# ----------------------------------------------------------------------------------------------
+# bdetclip
 
 
 def test_omega_is_the_plain_sum(tmp_path):
     e, pairs = encoder(), colours(6)
-    told = {c: [f"a {c} wall", f"{c} {c} paint"] for c in COLOURS}
-    (tmp_path / "texts.json").write_text(json.dumps(told | {"unused": ["x"]}))
+    descriptions = {c: [f"a {c} wall", f"{c} {c} paint"] for c in COLOURS}
+    (tmp_path / "texts.json").write_text(json.dumps(descriptions | {"unused": ["x"]}))
     check = registry.make("check", f"bdetclip:texts={tmp_path}/texts.json,nonsense=5,words=2")
-    found = check(e, pairs)
+    scores = check(e, pairs)
     omega = torch.zeros(6)
     with torch.inference_mode():
         z = e.encode_images(pairs.images)
         for row, c in enumerate(COLOURS):
-            benign = torch.stack([e.encode_tokens(tokenize([t]))[0] for t in told[c]]).mean(0)
-            random = check.perturbed(e, c, row)
+            benign = torch.stack([e.encode_tokens(tokenize([t]))[0] for t in descriptions[c]]).mean(
+                0
+            )
+            random = check.nonsense_texts(e, c, row)
             nonsense = e.encode_texts(random).mean(0)
             assert len(random) == 5 and all(
                 t.split()[0] == c and len(t.split()) == 3 for t in random
             )
             omega += F.cosine_similarity(z, (benign - nonsense)[None])
-    torch.testing.assert_close(found.values, -omega)
+    torch.testing.assert_close(scores.values, -omega)
     assert check.files() == [tmp_path / "texts.json"]
 
 
@@ -247,7 +264,9 @@ def test_bdetclip_draws_nonsense_from_the_encoders_vocabulary():
     e = encoder()
     e.about["vocabulary"] = ["one", "two"]
     words = {
-        w for t in registry.make("check", "bdetclip").perturbed(e, "red", 0) for w in t.split()[1:]
+        w
+        for t in registry.make("check", "bdetclip").nonsense_texts(e, "red", 0)
+        for w in t.split()[1:]
     }
     assert words == {"one", "two"}
 
@@ -275,7 +294,8 @@ def test_bdetclip_says_what_it_lacks(tmp_path):
         registry.make("check", "bdetclip:texts=/nowhere.json")(e, pairs)
 
 
-# ---------------------------------------------------------------------------------------------- strip, scale_up
+# ----------------------------------------------------------------------------------------------
+# strip, scale_up
 
 
 def classifier(head):
@@ -284,7 +304,9 @@ def classifier(head):
 
 
 def test_strips_entropy_in_closed_form():
-    """A head that says the same of all images has the entropy of what it says; one that is sure has none."""
+    """A head that says the same of all images has the entropy of what it says; one that is sure has
+    none.
+    """
     pairs, clean = colours(5), colours(30, 1)
     check = registry.make("check", "strip:count=10")
     p = torch.tensor([0.5, 0.25, 0.25])
@@ -303,28 +325,28 @@ def test_strips_entropy_in_closed_form():
 
 def test_strip_is_the_plain_loop():
     e, pairs, clean = encoder(), colours(7), colours(12, 1)
-    known = classifiers.zero_shot_classifier(e, COLOURS)
-    found = registry.make("check", "strip:count=12,alpha=0.7")(
-        e, pairs, classifier=known, clean=clean
+    classify = classifiers.zero_shot_classifier(e, COLOURS)
+    scores = registry.make("check", "strip:count=12,alpha=0.7")(
+        e, pairs, classifier=classify, clean=clean
     )
     for i in range(7):
         total = 0.0
         for c in clean.images:
             x = (pairs.images[i].float() / 255 + 0.7 * c.float() / 255).clamp(0, 1)
             with torch.no_grad():
-                total += scipy_stats.entropy(known(x[None]).double().softmax(1)[0].numpy())
-        assert float(found.values[i]) == pytest.approx(-total / 12, abs=1e-4)
+                total += scipy_stats.entropy(classify(x[None]).double().softmax(1)[0].numpy())
+        assert float(scores.values[i]) == pytest.approx(-total / 12, abs=1e-4)
 
 
 def test_scale_up_is_the_plain_loop():
     e, pairs = encoder(), colours(9)
-    known = classifiers.zero_shot_classifier(e, COLOURS)
-    found = registry.make("check", "scale_up:factors=2/3/6")(e, pairs, classifier=known)
+    classify = classifiers.zero_shot_classifier(e, COLOURS)
+    scores = registry.make("check", "scale_up:factors=2/3/6")(e, pairs, classifier=classify)
     for i, image in enumerate(pairs.images):
         x = image.float() / 255
-        own = int(known.read(x[None]))
-        same = [int(known.read((n * x).clamp(0, 1)[None])) == own for n in (2, 3, 6)]
-        assert float(found.values[i]) == pytest.approx(np.mean(same))
+        own_class = int(classify.predict(x[None]))
+        same = [int(classify.predict((n * x).clamp(0, 1)[None])) == own_class for n in (2, 3, 6)]
+        assert float(scores.values[i]) == pytest.approx(np.mean(same))
 
 
 def test_too_few_clean_images_and_bad_fields():
@@ -332,7 +354,7 @@ def test_too_few_clean_images_and_bad_fields():
     for name in ("masking_path", "strip"):
         check = registry.make("check", name)
         with pytest.raises(UserError, match="clean images; there are 9"):
-            check(e, colours(4), **given(check, e, few))
+            check(e, colours(4), **arguments_for(check, e, few))
     for text in (
         "masking_path:cells=0",
         "masking_path:share=1",
@@ -344,7 +366,8 @@ def test_too_few_clean_images_and_bad_fields():
             registry.make("check", text)
 
 
-# ---------------------------------------------------------------------------------------------- thresholds
+# ----------------------------------------------------------------------------------------------
+# thresholds
 
 
 def test_a_threshold_keeps_its_rate_whatever_the_scores_are():
@@ -369,7 +392,8 @@ def test_too_few_clean_images_for_a_rate_are_said():
     )
 
 
-# ---------------------------------------------------------------------------------------------- the verb
+# ---------------------------------------------------------------------------------------------- the
+# verb
 
 
 @pytest.fixture(scope="module")
@@ -400,12 +424,12 @@ CLEAN = ("--clean", "scenes:count=120,split=test,seed=3")
 
 
 def test_the_verb_scores_flags_and_measures(served, capsys):
-    status, found = ask(
+    status, manifest = ask(
         capsys, served, "scenes:count=90,split=test", *CLEAN, "--check", "masking_path:paths=1", "bdetclip", "strip:count=20",
         "scale_up", "--trigger", "patch:size=6", "--rate", "0.1",
     )  # fmt: skip
     assert status == 0
-    m = found["metrics"]
+    m = manifest["metrics"]
     for name in ("masking_path", "bdetclip", "strip", "scale_up"):
         assert (
             m[f"{name}.flagged"]["n"] == 90
@@ -418,7 +442,7 @@ def test_the_verb_scores_flags_and_measures(served, capsys):
     folder = next(
         p.parent
         for p in served[0].glob("check-*/manifest.json")
-        if json.loads(p.read_text()) == found
+        if json.loads(p.read_text()) == manifest
     )
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     assert len(table["id"]) == 90 and sum(table["triggered"]) == 45
@@ -438,7 +462,7 @@ def test_the_verb_scores_flags_and_measures(served, capsys):
 
 
 def test_without_a_truth_it_says_what_a_flag_is_worth(served, capsys):
-    status, found = ask(
+    status, manifest = ask(
         capsys,
         served,
         "scenes:count=40,split=test",
@@ -448,14 +472,14 @@ def test_without_a_truth_it_says_what_a_flag_is_worth(served, capsys):
         "--rate",
         "0.001",
     )
-    assert status == 0 and set(found["metrics"]) == {
+    assert status == 0 and set(manifest["metrics"]) == {
         f"bdetclip.{k}" for k in ("flagged", "threshold", "expected_false_positives")
     }
-    assert "takes 999" in found["notes"]["limits"][0]
+    assert "takes 999" in manifest["notes"]["limits"][0]
     folder = next(
         p.parent
         for p in served[0].glob("check-*/manifest.json")
-        if json.loads(p.read_text()) == found
+        if json.loads(p.read_text()) == manifest
     )
     assert "takes 999" in (folder / "report.html").read_text()
 
@@ -475,12 +499,12 @@ def test_a_poison_run_brings_the_truth(served, capsys):
     assert main(["poison", "scenes:count=600", *words]) == 0
     poison = next(runs.glob("poison-*")).name
     capsys.readouterr()
-    status, found = ask(capsys, served, poison, *CLEAN, "--check", "bdetclip")
-    assert status == 0 and found["metrics"]["bdetclip.caught"]["n"] == 20
-    status, said = ask(
+    status, manifest = ask(capsys, served, poison, *CLEAN, "--check", "bdetclip")
+    assert status == 0 and manifest["metrics"]["bdetclip.caught"]["n"] == 20
+    status, output = ask(
         capsys, served, poison, *CLEAN, "--check", "bdetclip", "--trigger", "patch:size=6"
     )
-    assert status == 2 and "poisoned already" in said
+    assert status == 2 and "poisoned already" in output
 
 
 def test_bad_input_is_one_line(served, capsys):
@@ -498,11 +522,11 @@ def test_bad_input_is_one_line(served, capsys):
         ),
     ]
     for words, expected in cases:
-        status, said = ask(capsys, served, *words)
-        assert status == 2 and expected in said.splitlines()[-1]
-    status, found = ask(capsys, served, images, *CLEAN, "--check", "bdetclip", "strip:count=500")
+        status, output = ask(capsys, served, *words)
+        assert status == 2 and expected in output.splitlines()[-1]
+    status, manifest = ask(capsys, served, images, *CLEAN, "--check", "bdetclip", "strip:count=500")
     assert (
         status == 4
-        and "strip" in found["notes"]["incomplete"][0]
-        and "bdetclip.flagged" in found["metrics"]
+        and "strip" in manifest["notes"]["incomplete"][0]
+        and "bdetclip.flagged" in manifest["metrics"]
     )

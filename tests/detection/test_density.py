@@ -1,4 +1,4 @@
-"""Local densities against plain loops, their published form against a plain emulation, and detectors within classes."""
+"""Local densities against plain loops, and their published form against a plain emulation."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,17 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn import cluster, decomposition
 
 from bezoar import registry
-from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
-from bezoar.detection import density, pseudo_classes
-from bezoar.detection.density import Density, published
-from bezoar.detection.detectors import activation_clustering
+from bezoar.detection import density
+from bezoar.detection.density import Density, published_neighbourhoods
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
-from bezoar.evaluation import kmeans, stats
+from bezoar.evaluation import stats
 
 
 def rows(n: int, d: int = 24, seed: int = 0) -> torch.Tensor:
@@ -24,8 +21,10 @@ def rows(n: int, d: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=1)
 
 
-class Given:
-    """Stands for an encoder; gives the vectors that the source is. A word's vector is that of its first letter."""
+class VectorEncoder:
+    """Stands for an encoder; gives the vectors that the source is. A word's vector is that of its
+    first letter.
+    """
 
     device, text = torch.device("cpu"), True
 
@@ -36,14 +35,14 @@ class Given:
         return torch.eye(26)[[ord(c.removeprefix("a photo of a ")[0]) - ord("a") for c in captions]]
 
 
-def given(images, texts=None, captions=()):
+def source_of(images, texts=None, captions=()):
     ids = tuple(f"r{i:04d}" for i in range(len(images)))
     return SimpleNamespace(e=EmbeddedRecords(ids, images, texts), captions=captions)
 
 
 def scored(spec: str, images, texts=None, captions=()) -> np.ndarray:
     return (
-        registry.make("detector", spec)(Given(), given(images, texts, captions))
+        registry.make("detector", spec)(VectorEncoder(), source_of(images, texts, captions))
         .values.double()
         .numpy()
     )
@@ -63,25 +62,27 @@ def test_density_is_the_plain_one(with_texts):
 
     def around(x: torch.Tensor, i: int) -> list[tuple[float, int, int]]:
         """Distance, record and kind of the references nearest to a vector of record i."""
-        found = [
+        result = [
             (float((x - kind[j]).norm()), int(j), a)
             for a, kind in enumerate(kinds)
             for j in members
             if j != i
         ]
-        return sorted(found)[:k]
+        return sorted(result)[:k]
 
-    parts = list(measured.around())
+    parts = list(measured.neighbourhoods())
     assert len(parts) == 1
     for i in range(120):
         near = around(z[i].double(), i)
         beyond = [[r for r, *_ in around(kinds[a][j], j)] for _, j, a in near]
-        assert float(parts[0].reach[i]) == pytest.approx(near[-1][0], rel=1e-5)
-        assert parts[0].reaches[i].numpy() == pytest.approx([r[-1] for r in beyond], rel=1e-5)
-        assert float(parts[0].lid[i]) == pytest.approx(
+        assert float(parts[0].distance[i]) == pytest.approx(near[-1][0], rel=1e-5)
+        assert parts[0].neighbour_distances[i].numpy() == pytest.approx(
+            [r[-1] for r in beyond], rel=1e-5
+        )
+        assert float(parts[0].dimension[i]) == pytest.approx(
             plain_lid([r for r, *_ in near], 6), rel=1e-3
         )
-        assert parts[0].lids[i].numpy() == pytest.approx(
+        assert parts[0].neighbour_dimensions[i].numpy() == pytest.approx(
             [plain_lid(r, 6) for r in beyond], rel=1e-3
         )
 
@@ -89,38 +90,46 @@ def test_density_is_the_plain_one(with_texts):
 def test_density_of_copies_is_finite():
     z = rows(1, d=4).expand(80, -1).clone()
     z[-10:] = rows(10, d=4, seed=9)
-    part = next(Density.measure(z, [str(i) for i in range(80)], 6, 80, 0).around())
+    part = next(Density.measure(z, [str(i) for i in range(80)], 6, 80, 0).neighbourhoods())
     assert torch.isfinite(part.log_ratio).all()
-    assert (part.lids > 0).all() and (part.lids <= 4).all() and (part.lid > 0).all()
+    assert (
+        (part.neighbour_dimensions > 0).all()
+        and (part.neighbour_dimensions <= 4).all()
+        and (part.dimension > 0).all()
+    )
 
 
 def test_blocks_of_records_do_not_matter(monkeypatch):
     z, ids = rows(300, d=6), [f"r{i}" for i in range(300)]
     whole = Density.measure(z, ids, 4, 50, 0)
-    expected = next(whole.around()).lids
+    expected = next(whole.neighbourhoods()).neighbour_dimensions
     monkeypatch.setattr(density, "BLOCK", 37)
-    assert torch.equal(torch.cat([p.lids for p in whole.around()]), expected)
+    assert torch.equal(
+        torch.cat([p.neighbour_dimensions for p in whole.neighbourhoods()]), expected
+    )
 
 
 def test_one_search_serves_every_density_detector(monkeypatch):
-    source, calls, measure = given(rows(200, d=6)), [], Density.measure
+    source, calls, measure = source_of(rows(200, d=6)), [], Density.measure
     monkeypatch.setattr(
         Density, "measure", staticmethod(lambda *a: calls.append(a[2:5]) or measure(*a))
     )
     for name in ("k_distance", "slof", "dao", "lid"):
-        registry.make("detector", name)(Given(), source)
+        registry.make("detector", name)(VectorEncoder(), source)
     assert calls == [(16, 200, 0)]
-    registry.make("detector", "slof:seed=1")(Given(), source)
+    registry.make("detector", "slof:seed=1")(VectorEncoder(), source)
     assert calls[1:] == [(16, 200, 1)]
     for k in (3, 4, 5):
-        registry.make("detector", f"slof:k={k}")(Given(), source)
-    assert len(density._recent) <= density.KEPT
+        registry.make("detector", f"slof:k={k}")(VectorEncoder(), source)
+    assert len(density._recent) <= density.MAX_REMEMBERED
     before = len(density._recent)
     del source
     assert len(density._recent) < before  # nothing is remembered of vectors that are gone
 
 
-def plain_published(x: torch.Tensor, t: torch.Tensor | None, k: int) -> dict[str, np.ndarray]:
+def plain_published_neighbourhoods(
+    x: torch.Tensor, t: torch.Tensor | None, k: int
+) -> dict[str, np.ndarray]:
     """One batch as the published code has it: whole matrices, full sorts, a row at a time."""
     n = len(x)
 
@@ -156,22 +165,23 @@ def plain_published(x: torch.Tensor, t: torch.Tensor | None, k: int) -> dict[str
 @pytest.mark.parametrize("with_texts", [False, True])
 @pytest.mark.parametrize("copies", [1, 30])
 def test_compat_equals_the_published_code(with_texts, copies, monkeypatch):
-    monkeypatch.setattr(density.published, "__defaults__", (90,))
+    monkeypatch.setattr(density.published_neighbourhoods, "__defaults__", (90,))
     x, t = rows(200, d=5, seed=1), rows(200, d=5, seed=2)
     x[40 : 40 + copies] = x[40]  # more copies than k: distances of 0, NaN and infinity
     option = f"k=7,compat=true,texts={str(with_texts).lower()}"
     for name in ("k_distance", "lid", "slof", "dao"):
         parts = [
-            plain_published(x[b], t[b] if with_texts else None, 7)[name]
+            plain_published_neighbourhoods(x[b], t[b] if with_texts else None, 7)[name]
             for b in (slice(90), slice(90, 180), slice(180, 200))
         ]
         expected = np.concatenate(parts)
-        found = scored(f"{name}:{option}", x, t)
-        # where copies tie, which of them come first, and so whose columns are read, is a matter of the sort
-        alike = np.isclose(found, expected, rtol=2e-3, atol=1e-5)
+        result = scored(f"{name}:{option}", x, t)
+        # where copies tie, which of them come first, and so whose columns are read, is a matter of
+        # the sort
+        alike = np.isclose(result, expected, rtol=2e-3, atol=1e-5)
         assert alike.all() if copies == 1 else alike.mean() > 0.7, name
-        assert np.isfinite(found).all()
-    assert (found == 1000).any() or (found == 0).any() or copies == 1
+        assert np.isfinite(result).all()
+    assert (result == 1000).any() or (result == 0).any() or copies == 1
 
 
 def test_half_of_the_published_look_ups_miss():
@@ -183,11 +193,14 @@ def test_half_of_the_published_look_ups_miss():
 
 def test_a_last_batch_too_small_for_k_joins_the_one_before():
     x, t = rows(130, d=5), rows(130, d=5, seed=1)
-    assert [len(p.reach) for p in published(x, None, 7, "cpu", 61)] == [61, 69]
-    assert [len(p.reach) for p in published(x, t, 7, "cpu", 61)] == [61, 61, 8]
-    assert [len(p.reach) for p in published(x[:131], None, 7, "cpu", 121)] == [121, 9]
+    assert [len(p.distance) for p in published_neighbourhoods(x, None, 7, "cpu", 61)] == [61, 69]
+    assert [len(p.distance) for p in published_neighbourhoods(x, t, 7, "cpu", 61)] == [61, 61, 8]
+    assert [len(p.distance) for p in published_neighbourhoods(x[:131], None, 7, "cpu", 121)] == [
+        121,
+        9,
+    ]
     with pytest.raises(UserError, match="nearest neighbours asked for"):
-        list(published(x[:8], None, 7, "cpu"))
+        list(published_neighbourhoods(x[:8], None, 7, "cpu"))
 
 
 @pytest.mark.parametrize("name", ["k_distance", "lid", "slof", "dao", "isolation_forest"])
@@ -204,140 +217,19 @@ def test_a_record_in_no_subspace_has_a_high_dimension():
     assert stats.auroc(scored("lid:k=8,pool=300", z), truth) > 0.9
 
 
-def captioned(n: int = 300) -> tuple[torch.Tensor, list[str]]:
-    """Three kinds of vectors, each near that of its word."""
-    kind = torch.arange(n) % 3
-    z = torch.eye(26)[kind] + 0.05 * rows(n, d=26)
-    return torch.nn.functional.normalize(z, dim=1), [
-        f"A photo of the {('apple', 'bear', 'cat')[k]} in 3 x" for k in kind
-    ]
-
-
-def test_pseudo_classes_by_words_and_by_clusters_agree():
-    z, captions = captioned()
-    assert pseudo_classes.frequent([*captions, "bear bear"], 5) == ["bear", "apple", "cat"]
-    found = {}
-    for how, source in (
-        ("auto", given(z, z, captions)),
-        ("words", given(z, z, captions)),
-        ("clusters", given(z, None)),
-        ("auto", given(z, None)),
-    ):
-        label = pseudo_classes.labels(Given(), source, source.e, how, 3, 0)
-        found[how, source.e.texts is None] = label
-        assert all(len(label[i::3].unique()) == 1 for i in range(3)) and len(label.unique()) == 3
-    assert torch.equal(found["auto", False], found["words", False])
-    assert torch.equal(found["auto", True], found["clusters", True])
-    with pytest.raises(UserError, match="need captions and an encoder"):
-        pseudo_classes.labels(Given(), given(z), given(z).e, "words", 3, 0)
-    with pytest.raises(UserError, match="stop words"):
-        pseudo_classes.labels(Given(), given(z, z, ["the a"] * 300), given(z, z).e, "words", 3, 0)
-
-
-def test_captions_of_a_stream_are_those_at_hand():
-    _, captions = captioned(20)
-    picked = np.array([7, 2, 11])
-
-    class Stream:
-        def batches(self, size):
-            for a in range(0, 20, 6):
-                n = len(captions[a : a + 6])
-                images = torch.zeros(n, 3, 2, 2, dtype=torch.uint8)
-                yield Pairs(images, tuple(captions[a : a + 6]), None, tuple(map(str, range(n))))
-
-    streamed = list(pseudo_classes.captions(Stream(), picked))
-    assert sorted(streamed) == sorted(
-        pseudo_classes.captions(SimpleNamespace(captions=captions), picked)
-    )
-
-
-def test_k_means_is_as_good_as_sklearns():
-    x = rows(500, d=4, seed=3)
-
-    def inertia(centres) -> float:
-        return float(
-            torch.cdist(x.double(), torch.as_tensor(centres).double()).amin(1).square().sum()
-        )
-
-    theirs = cluster.KMeans(6, n_init=1, random_state=0).fit(x.numpy())
-    assert inertia(kmeans.cluster_centres(x, 6, 0)) < 1.1 * inertia(theirs.cluster_centers_)
-    assert len(kmeans.cluster_centres(x[:1].expand(50, -1), 6, 0)) == 1
-    assert len(kmeans.cluster_centres(x[:4], 6, 0)) == 4
-
-
-@pytest.mark.parametrize("matrices", [1, 1 << 26])
-def test_axes_and_projections_are_sklearns(matrices, monkeypatch):
-    monkeypatch.setattr(pseudo_classes, "MATRICES", matrices)
-    monkeypatch.setattr(pseudo_classes, "BLOCK", 57)
-    z, label = rows(200, d=7), torch.arange(200) % 3 * 2  # classes 1 and 3 are empty
-    mean, axis = pseudo_classes.axes(z, label, 2, "cpu")
-    y = pseudo_classes.projections(z, label, mean, axis)
-    for c in (0, 2, 4):
-        theirs = decomposition.PCA(2).fit(z[label == c].double().numpy())
-        assert mean[c].numpy() == pytest.approx(theirs.mean_)
-        expected = theirs.transform(z[label == c].double().numpy())
-        assert np.abs(y[label == c].numpy()) == pytest.approx(np.abs(expected), abs=1e-6)
-
-
-def test_spectral_is_the_plain_one():
-    z = rows(150, d=5)
-    source = given(z)
-    label = pseudo_classes.labels(Given(), source, source.e, "clusters", 4, 0).numpy()
-    expected = np.zeros(150)
-    for c in set(label):
-        x = z[label == c].double().numpy()
-        x = x - x.mean(0)
-        squared = (x @ np.linalg.svd(x)[2][0]) ** 2
-        expected[label == c] = squared / squared.mean()
-    assert scored("spectral:count=4", z) == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-def test_activation_clustering_is_the_plain_one():
-    z = rows(150, d=5)
-    z[:9] = torch.nn.functional.normalize(z[:9] * 0.1 + torch.tensor([0, 0, 0, 0, 1.0]), dim=1)
-    x = z.double().numpy()
-    y = decomposition.PCA(3).fit_transform(x)
-    theirs = cluster.KMeans(2, n_init=50, random_state=0).fit(y)
-    small = np.bincount(theirs.labels_).argmin()
-    to = np.linalg.norm(y[:, None] - theirs.cluster_centers_[None], axis=2)
-    nearness = (to[:, 1 - small] - to[:, small]) / to.max(1)
-    expected = nearness * np.abs(nearness).mean() * (1 - 2 * (theirs.labels_ == small).mean())
-    found = scored("activation_clustering:count=1,dims=3", z)
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
-
-
-def test_two_means_is_no_worse_than_sklearns_best_of_fifty():
-    for seed in range(4):
-        y = rows(120, d=4, seed=seed).double()
-        centres = torch.stack(activation_clustering.halves(y))
-        theirs = cluster.KMeans(2, n_init=50, random_state=0).fit(y.numpy())
-        assert float(torch.cdist(y, centres).amin(1).square().sum()) < 1.02 * theirs.inertia_
-        sizes = torch.cdist(y, centres).argmin(1).bincount(minlength=2)
-        assert sizes[0] <= sizes[1]
-
-
-def test_a_planted_part_of_a_class_is_found_by_both():
-    z, captions = captioned(600)
-    truth = np.zeros(600, bool)
-    truth[np.arange(0, 120, 3)] = True  # 40 of the 200 apples
-    z[truth] = torch.nn.functional.normalize(z[truth] + 0.5 * torch.eye(26)[20], dim=1)
-    for name in ("spectral", "activation_clustering"):
-        assert stats.auroc(scored(f"{name}:count=3", z, z, captions), truth) > 0.95, name
-
-
 def test_isolation_forest_is_sklearns():
     from sklearn.ensemble import IsolationForest
 
     z = rows(300, d=6)
     z[:4] *= 3
-    order = sample_rows(given(z).e.ids, 300, 2)
+    order = sample_rows(source_of(z).e.ids, 300, 2)
     theirs = IsolationForest(n_estimators=20, max_samples=64, random_state=2).fit(
         z[torch.as_tensor(order)].numpy()
     )
-    found = scored("isolation_forest:trees=20,cut=64,seed=2", z)
-    assert found == pytest.approx(-theirs.score_samples(z.numpy()), abs=1e-6)
-    assert stats.auroc(found, np.arange(300) < 4) > 0.99
-    assert np.array_equal(found, scored("isolation_forest:trees=20,cut=64,seed=2", z))
+    result = scored("isolation_forest:trees=20,cut=64,seed=2", z)
+    assert result == pytest.approx(-theirs.score_samples(z.numpy()), abs=1e-6)
+    assert stats.auroc(result, np.arange(300) < 4) > 0.99
+    assert np.array_equal(result, scored("isolation_forest:trees=20,cut=64,seed=2", z))
 
 
 def test_device_and_files_do_not_matter(tmp_path):
@@ -357,14 +249,16 @@ def test_device_and_files_do_not_matter(tmp_path):
 
 def test_embedded_of_a_source_without_order():
     z = rows(400, d=8)
-    source = given(z)
+    source = source_of(z)
     turn = torch.randperm(400, generator=torch.Generator().manual_seed(0))
     turned = SimpleNamespace(
         e=replace(source.e, ids=tuple(source.e.ids[i] for i in turn), images=z[turn])
     )
     for name in ("k_distance:pool=90", "slof", "dao:pool=300", "lid"):
-        made = registry.make("detector", name)
-        assert torch.equal(made(Given(), source).values[turn], made(Given(), turned).values), name
+        detector = registry.make("detector", name)
+        assert torch.equal(
+            detector(VectorEncoder(), source).values[turn], detector(VectorEncoder(), turned).values
+        ), name
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Every detector: the contract, and each formula against a slow plain version. The encoder is a small fake."""
+"""Every detector: the contract, and each formula against a slow plain version. The encoder is a
+small fake.
+"""
 
 import io
 import re
@@ -30,7 +32,9 @@ PATCH = torch.tensor([[255, 0, 255], [0, 255, 0]], dtype=torch.uint8)[
 
 
 class Fake:
-    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour, or grey. `backdoor`: PATCH makes it green."""
+    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour, or grey.
+    `backdoor`: PATCH makes it green.
+    """
 
     device, text = torch.device("cpu"), True
 
@@ -96,7 +100,9 @@ def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
 
 
 def poisoned(n: int = 240, copies: int = 6) -> tuple[Pairs, np.ndarray]:
-    """One strange picture with a patch, repeated with different captions of another colour: wrong by every account."""
+    """One strange picture with a patch, repeated with different captions of another colour: wrong
+    by every account.
+    """
     x = torch.full((1, 3, 32, 32), 20, dtype=torch.uint8)
     x[:, 2, :16] = 250
     x[:, 0, 16:, 16:] = 250
@@ -142,7 +148,8 @@ SLOW = {
     "repetition",
 }  # asked smaller questions in test_traces.py
 QUICK = [n for n in NAMES if n not in SLOW]
-# what a detector is to find, where it is not `poisoned`: copies lie in a place of no dimension, and are one picture
+# what a detector is to find, where it is not `poisoned`: copies lie in a place of no dimension, and
+# are one picture
 PLANTED = {"lid": strays, "transplant": backdoored}
 
 
@@ -197,11 +204,11 @@ def test_contract_identical_images_and_too_few_records(name, what):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_contract_spec_and_docstring(name):
-    made = registry.make("detector", name)
-    assert registry.make("detector", registry.spec(made)) == made
-    said = registry.describe(registry.PACKAGE / registry.KINDS["detector"] / f"{name}.py")
-    assert re.search(r"\b(19|20)\d\d\b|\bours\b", said.summary)
-    assert all(text for *_, text in said.fields)
+    detector = registry.make("detector", name)
+    assert registry.make("detector", registry.spec(detector)) == detector
+    description = registry.describe(registry.PACKAGE / registry.KINDS["detector"] / f"{name}.py")
+    assert re.search(r"\b(19|20)\d\d\b|\bours\b", description.summary)
+    assert all(text for *_, text in description.fields)
 
 
 @pytest.mark.parametrize(
@@ -322,13 +329,13 @@ def test_captions_of_one_image_are_not_its_duplicates():
 def test_clusters_and_divergence_are_the_plain_ones(cells):
     g = torch.Generator().manual_seed(1)
     v = F.normalize(torch.randn(90, 3, generator=g), dim=1)
-    found, closest = duplicates.clusters(v, 0.99, cells)
+    cluster, closest = duplicates.cluster_images(v, 0.99, cells)
     cosine = (v @ v.T).fill_diagonal_(-1)
     label = list(range(90))
     for i, j in (cosine >= 0.99).nonzero().tolist():
         label = [label[i] if a == label[j] else a for a in label]
     assert torch.equal(
-        torch.tensor(found)[:, None] == torch.tensor(found),
+        torch.tensor(cluster)[:, None] == torch.tensor(cluster),
         torch.tensor(label)[:, None] == torch.tensor(label),
     )
     assert closest == pytest.approx(cosine.amax(1).numpy(), abs=1e-6)
@@ -338,11 +345,11 @@ def test_clusters_and_divergence_are_the_plain_ones(cells):
     ids, image = [f"i{k}" for k in rng.permutation(90)], np.arange(90) // 2
     expected = []
     for i in range(90):
-        others = [j for j in range(90) if found[j] == found[i] and image[j] != image[i]]
+        others = [j for j in range(90) if cluster[j] == cluster[i] and image[j] != image[i]]
         expected.append(
             np.mean([1 - len(bags[i] & bags[j]) / len(bags[i] | bags[j]) for j in others] or [0])
         )
-    assert duplicates.divergence(captions, ids, image, found) == pytest.approx(expected)
+    assert duplicates.caption_divergence(captions, ids, image, cluster) == pytest.approx(expected)
 
 
 def test_duplicates_of_flat_images_is_finite():

@@ -1,4 +1,6 @@
-"""Transplant: parts of images in foreign company. Every formula against a slow plain version; planted triggers are found."""
+"""Transplant: parts of images in foreign company. Every formula against a slow plain version;
+planted triggers are found.
+"""
 
 import itertools
 import re
@@ -12,9 +14,16 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from bezoar.data.pairs import Pairs
-from bezoar.detection import reliability, shared_patterns, window_transplants
+from bezoar.detection import (
+    reliability,
+    shared_patterns,
+    trigger_candidates,
+    window_transplants,
+)
 from bezoar.detection.detectors import transplant
 from bezoar.detection.detectors.transplant import Transplant
+from bezoar.detection.shared_patterns import Pattern
+from bezoar.detection.window_transplants import HostImages
 from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Scores
 from bezoar.verbs.scan import flagged_windows
@@ -38,7 +47,9 @@ NOISE = (60 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(2)) 
 
 
 class Fake:
-    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour. PATCHES and NOISE (`red`) carry theirs."""
+    """Colours of the quadrants, mixed into 16 numbers; a caption is its colour. PATCHES and NOISE
+    (`red`) carry theirs.
+    """
 
     device = torch.device("cpu")
 
@@ -60,8 +71,8 @@ class Fake:
                     min=0
                 ) * self.encode_texts([name])
             if x.shape[-1] == 32:
-                flat = shared_patterns.highpass(x.float() * 255) @ F.normalize(
-                    shared_patterns.highpass(NOISE[None])[0], dim=0
+                flat = shared_patterns.high_pass(x.float() * 255) @ F.normalize(
+                    shared_patterns.high_pass(NOISE[None])[0], dim=0
                 )
                 z = z + (flat[:, None] / 400).clamp(min=0, max=3) ** 2 * self.encode_texts(["red"])
         return F.normalize(z, dim=1)
@@ -99,7 +110,9 @@ def clean(n: int, seed: int = 0, size: int = 32) -> Pairs:
 def backdoored(
     n: int = 200, poisons: int = 12, size: int = 32
 ) -> tuple[Pairs, np.ndarray, torch.Tensor]:
-    """Each of PATCHES at random places of `poisons` images, captioned as its colour; which poison each is; the corners."""
+    """Each of PATCHES at random places of `poisons` images, captioned as its colour; which poison
+    each is; the corners.
+    """
     pairs, g = clean(n, seed=5, size=size), torch.Generator().manual_seed(6)
     x, captions, kind, corner = (
         pairs.images.clone(),
@@ -130,15 +143,15 @@ def noise(n: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(("shape", "count"), [((32, 32), 4), ((30, 41), 4), ((7, 9), 3)])
 def test_cells_cover_the_image_once(shape, count):
-    boxes = window_transplants.cells(shape, count)
+    boxes = window_transplants.grid_cells(shape, count)
     assert boxes.shape == (count * count, 4) and torch.equal(
-        window_transplants.inside(boxes, shape).sum(0)[0], torch.ones(shape).long()
+        window_transplants.box_masks(boxes, shape).sum(0)[0], torch.ones(shape).long()
     )
 
 
 def test_windows_stay_inside():
     boxes = torch.tensor([[0, 0, 16, 16], [15, 10, 17, 9], [5, 5, 8, 8]])
-    inner = window_transplants.halved(boxes)
+    inner = window_transplants.half_size_windows(boxes)
     for box, nine in zip(boxes.tolist(), inner.tolist(), strict=True):
         assert len({tuple(b) for b in nine}) == 9
         for y, x, h, w in nine:
@@ -146,12 +159,12 @@ def test_windows_stay_inside():
             assert (
                 box[0] <= y <= y + h <= box[0] + box[2] and box[1] <= x <= x + w <= box[1] + box[3]
             )
-    around = window_transplants.centred(boxes, (8, 12), (32, 22))
+    around = window_transplants.resize_boxes(boxes, (8, 12), (32, 22))
     assert around.tolist() == [[4, 2, 8, 12], [19, 8, 8, 12], [5, 3, 8, 12]]
     images = noise(3, 40)
     for i, (y, x, h, w) in enumerate(around.tolist()):
         assert torch.equal(
-            window_transplants.crop(images, around)[i], images[i, :, y : y + h, x : x + w]
+            window_transplants.crop_windows(images, around)[i], images[i, :, y : y + h, x : x + w]
         )
 
 
@@ -167,49 +180,58 @@ def plain_agreement(shifts):
     return sum(pairs) / len(pairs)
 
 
-def test_constancy_is_the_plain_one(monkeypatch):
-    monkeypatch.setitem(window_transplants.CELLS, "cpu", 40_000)
+def test_consistency_is_the_plain_one(monkeypatch):
+    monkeypatch.setitem(window_transplants.BATCH_VALUES, "cpu", 40_000)
     n, count, rounds, encoder = 20, 3, 3, Fake()
     images = clean(n).images
     images[4, :, 12:18, 13:19] = PATCHES["green"]
-    found, cell = window_transplants.constancy(encoder, images, count, rounds, seed=7)
-    g, grid = torch.Generator().manual_seed(7), window_transplants.cells((32, 32), count).tolist()
-    own = {(i, c): [] for i in range(n) for c in range(9)}
+    consistency, cell = window_transplants.measure_consistency(
+        encoder, images, count, rounds, seed=7
+    )
+    g, grid = (
+        torch.Generator().manual_seed(7),
+        window_transplants.grid_cells((32, 32), count).tolist(),
+    )
+    deviations = {(i, c): [] for i in range(n) for c in range(9)}
     for _ in range(rounds):
         offsets = torch.randperm(n, generator=g)[:9].tolist()
-        quilt = torch.empty_like(images)
+        patchwork = torch.empty_like(images)
         for m, (c, (y, x, h, w)) in itertools.product(range(n), enumerate(grid)):
-            quilt[m, :, y : y + h, x : x + w] = images[
+            patchwork[m, :, y : y + h, x : x + w] = images[
                 (m + offsets[c]) % n, :, y : y + h, x : x + w
             ]
-        z = encoder.encode_images(quilt)
-        for i, c in own:
-            own[i, c].append((z - z.mean(0))[(i - offsets[c]) % n])
-    plain = torch.tensor([[plain_agreement(own[i, c]) for c in range(9)] for i in range(n)])
-    assert torch.allclose(found, plain.amax(1), atol=1e-5) and torch.equal(cell, plain.argmax(1))
-    assert int(found.argmax()) == 4 and int(cell[4]) == 4
+        z = encoder.encode_images(patchwork)
+        for i, c in deviations:
+            deviations[i, c].append((z - z.mean(0))[(i - offsets[c]) % n])
+    plain = torch.tensor([[plain_agreement(deviations[i, c]) for c in range(9)] for i in range(n)])
+    assert torch.allclose(consistency, plain.amax(1), atol=1e-5) and torch.equal(
+        cell, plain.argmax(1)
+    )
+    assert int(consistency.argmax()) == 4 and int(cell[4]) == 4
 
 
 def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
-    monkeypatch.setitem(window_transplants.CELLS, "cpu", 100_000)
+    monkeypatch.setitem(window_transplants.BATCH_VALUES, "cpu", 100_000)
     pairs, _, _ = backdoored(4, 2)
     encoder, images, hosts = Fake(), pairs.images, clean(3, seed=9).images
-    boxes = window_transplants.centred(
+    boxes = window_transplants.resize_boxes(
         torch.tensor([[0, 0, 8, 8], [9, 2, 4, 4], [20, 17, 9, 6], [5, 25, 7, 7]]),
         (16, 16),
         (32, 32),
     )
-    z = encoder.encode_images(hosts)
-    found = window_transplants.shifts(encoder, images, boxes[:, None], hosts, z)[:, 0]
-    place = window_transplants.located(encoder, images, boxes, hosts, z, keep=0.5, least=4)
+    host_images = HostImages(hosts, encoder.encode_images(hosts))
+    shifts = window_transplants.measure_shifts(encoder, images, boxes[:, None], host_images)[:, 0]
+    place = window_transplants.shrink_boxes(
+        encoder, images, boxes, host_images, keep=0.5, smallest=4
+    )
     for i in range(4):
 
         def does(box, i=i):
             return [plain_shift(encoder, images[i], box, h) for h in hosts]
 
         box = boxes[i].tolist()
-        assert torch.allclose(found[i], torch.stack(does(box)), atol=1e-5)
-        assert float(window_transplants.agreement(found[i])) == pytest.approx(
+        assert torch.allclose(shifts[i], torch.stack(does(box)), atol=1e-5)
+        assert float(window_transplants.pairwise_agreement(shifts[i])) == pytest.approx(
             plain_agreement(does(box)), abs=1e-5
         )
         while box[2] >= 8:
@@ -229,9 +251,9 @@ def test_shifts_and_the_search_are_the_plain_ones(monkeypatch):
 def test_correlation_is_the_plain_one():
     windows = noise(6, 6)
     first, second = torch.triu_indices(6, 6)
-    found, offset = shared_patterns.correlation(windows, first, second)
+    correlation, offset = shared_patterns.best_correlation(windows, first, second)
     for i, j, value, at in zip(
-        first.tolist(), second.tolist(), found.tolist(), offset.tolist(), strict=True
+        first.tolist(), second.tolist(), correlation.tolist(), offset.tolist(), strict=True
     ):
         a, b = (windows[k].double() - windows[k].double().mean() for k in (i, j))
         turned = {
@@ -246,37 +268,49 @@ def test_clusters_need_like_windows_on_different_pictures():
     shift, windows = 0.03 * torch.randn(60, 16, generator=g), noise(60, 8)
     pictures = F.normalize(torch.randn(60, 30, generator=g), dim=1)
 
-    def found():
-        return shared_patterns.clusters(shift, windows, pictures, 0.9, 0.5, 0.95, 5)
+    def clusters():
+        return shared_patterns.cluster_windows(
+            shift,
+            windows,
+            pictures,
+            min_shift_cosine=0.9,
+            min_correlation=0.5,
+            max_picture_cosine=0.95,
+            min_size=5,
+        )
 
-    assert found() == []
+    assert clusters() == []
     shift[:9] += torch.eye(16)[3]
     shift[20:26] += torch.eye(16)[5]
-    assert found() == []  # two directions, each with as many patterns as windows
+    assert clusters() == []  # two directions, each with as many patterns as windows
     windows[:9], windows[20:26] = windows[0].clone(), windows[20].clone()
     windows[4] = windows[4].roll((1, 3), (1, 2))
     windows[2, :, :2] = 90
-    one, two = found()
+    one, two = clusters()
     assert one.rows.tolist() == list(range(9)) and two.rows.tolist() == list(range(20, 26))
     assert one.direction[3] > 0.9 and two.direction[5] > 0.9
     assert (
         float(
-            shared_patterns.correlation(
-                torch.stack([one.pattern, windows[0].float()]), *torch.eye(2).long()
+            shared_patterns.best_correlation(
+                torch.stack([one.pattern.pixels, windows[0].float()]), *torch.eye(2).long()
             )[0][0]
         )
         > 0.99
     )
-    assert torch.equal(one.pattern, windows[one.rows[0]].float()) or one.steady.mean() >= 0.7
+    assert (
+        torch.equal(one.pattern.pixels, windows[one.rows[0]].float())
+        or one.pattern.stable.mean() >= 0.7
+    )
     pictures[:9] = pictures[0]
-    assert len(found()) == 1  # one picture nine times
+    assert len(clusters()) == 1  # one picture nine times
 
 
 def test_a_pattern_is_found_where_it_is():
     images, pattern = noise(5, 20), noise(2, 6, seed=1).float()
     steady = (torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(4)) < 0.7).float()
     images[3, :, 11:17, 2:8] = pattern[1].to(torch.uint8)
-    value, corner = shared_patterns.sought(images, pattern, steady)
+    patterns = [Pattern(*parts) for parts in zip(pattern, steady, strict=True)]
+    value, corner = shared_patterns.find_patterns(images, patterns)
     for i, t in itertools.product(range(5), range(2)):
         mask = steady[t, 0].bool().numpy()
         wide = np.pad(images[i].numpy(), ((0, 0), (3, 3), (3, 3)), "edge")
@@ -290,8 +324,8 @@ def test_a_pattern_is_found_where_it_is():
         assert float(value[i, t]) == pytest.approx(max(at.values()), abs=1e-4)
         assert corner[i, t].tolist() == np.clip(np.array(max(at, key=at.get)) - 3, 0, 14).tolist()
     assert float(value[3, 1]) > 0.999 and corner[3, 1].tolist() == [11, 2]
-    flat, _ = shared_patterns.sought(
-        torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), pattern, steady
+    flat, _ = shared_patterns.find_patterns(
+        torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), patterns
     )
     assert float(flat.abs().max()) < 1e-3
 
@@ -307,20 +341,17 @@ def test_a_part_of_a_pattern_leads_to_all_of_it():
     ].float()  # lower right part of it, in the upper left of the window
     steady = torch.zeros(1, 8, 8)
     steady[:, :5, :4] = 1
-    pattern, steady = shared_patterns.sharpened(images, part, steady)
-    assert (
-        torch.equal(pattern[:, 1:7, 1:7], whole.float())
-        and steady[:, 1:7, 1:7].all()
-        and steady.sum() == 36
-    )
+    refined = shared_patterns.refine_pattern(images, Pattern(part, steady))
+    assert torch.equal(refined.pixels[:, 1:7, 1:7], whole.float())
+    assert refined.stable[:, 1:7, 1:7].all() and refined.stable.sum() == 36
 
 
 def test_fine_detail_is_the_plain_one():
     x = noise(3, 24)
     blurred = gaussian_blur(x.float(), [13, 13], [3.0, 3.0])
-    assert torch.allclose(shared_patterns.blurred(x, 3.0), blurred, atol=1e-3)
+    assert torch.allclose(shared_patterns.gaussian_blur(x, 3.0), blurred, atol=1e-3)
     assert torch.allclose(
-        shared_patterns.highpass(x), (x.float() - blurred).clamp(-40, 40).flatten(1), atol=1e-3
+        shared_patterns.high_pass(x), (x.float() - blurred).clamp(-40, 40).flatten(1), atol=1e-3
     )
     size = shared_patterns.roughness(x).view(3, 6, 23, 23)
     for channel, across in itertools.product(range(3), (True, False)):
@@ -334,12 +365,12 @@ def test_fine_detail_is_the_plain_one():
 
 def test_textures_are_the_plain_ones_however_they_are_fed():
     x, group = noise(40, 8), torch.arange(40) % 3
-    whole = shared_patterns.Texture.none(shared_patterns.highpass, 3, x)
+    whole = shared_patterns.GroupTextures.empty(shared_patterns.high_pass, 3, x)
     whole.add(x, group)
-    parts = shared_patterns.Texture.none(shared_patterns.highpass, 3, x)
+    parts = shared_patterns.GroupTextures.empty(shared_patterns.high_pass, 3, x)
     for rows in torch.arange(40).split(7):
         parts.add(x[rows], group[rows])
-    f = shared_patterns.highpass(x).double().numpy()
+    f = shared_patterns.high_pass(x).double().numpy()
     score = (f - f.mean(0)) / f.std(0)
     pattern = np.stack([score[group == g].mean(0) for g in range(3)])
     plain = (
@@ -351,10 +382,10 @@ def test_textures_are_the_plain_ones_however_they_are_fed():
         assert texture.likeness(x).numpy() == pytest.approx(plain, abs=1e-4)
 
 
-def test_apart_is_a_share():
+def test_standout_is_a_share():
     like = torch.tensor([0.0] * 20 + [0.3, 0.55, 0.6, 0.8, 0.9, 1.0])
-    assert transplant.apart(like, torch.tensor(1.0)) == pytest.approx(3 / 5)
-    assert transplant.apart(torch.zeros(5), torch.tensor(0.0)) == 0
+    assert trigger_candidates.standout_share(like, torch.tensor(1.0)) == pytest.approx(3 / 5)
+    assert trigger_candidates.standout_share(torch.zeros(5), torch.tensor(0.0)) == 0
 
 
 def test_two_triggers_are_found_and_shown():
@@ -408,18 +439,18 @@ def test_a_blended_pattern_is_found():
 
 def test_larger_images_and_no_more_than_a_block_of_them():
     pairs, kind, _ = backdoored(150, 10, size=48)
-    asked = []
+    sizes = []
 
     class Part:
         ids, captions, images = pairs.ids, pairs.captions, pairs.images
 
         def take(self, rows):
-            asked.append(len(rows))
+            sizes.append(len(rows))
             return pairs.take(rows)
 
     scores = Transplant(groups=0, scouts=2, k=8)(Fake(), Part())
     assert stats.auroc(scores.values.numpy(), kind >= 0) > 0.99
-    assert max(asked) <= transplant.SEWN
+    assert max(sizes) <= transplant.PATCHWORK_BLOCK
 
 
 def test_a_scan_draws_the_windows_of_its_worst_records(tmp_path):
@@ -431,10 +462,14 @@ def test_a_scan_draws_the_windows_of_its_worst_records(tmp_path):
         torch.tensor([0, 0, 5, 5]),
     )
     values = torch.zeros(4)
-    found = {"x": Scores(ids, values), "y": Scores(ids, values, one), "z": Scores(ids, values, two)}
-    reliability.write_windows(tmp_path, *flagged_windows(found, np.array([3, 1, 0])))
+    scores = {
+        "x": Scores(ids, values),
+        "y": Scores(ids, values, one),
+        "z": Scores(ids, values, two),
+    }
+    reliability.write_windows(tmp_path, *flagged_windows(scores, np.array([3, 1, 0])))
     assert reliability.read_windows(tmp_path) == {"ü": (0, 0, 5, 5), "b\n": (1, 2, 3, 4)}
-    reliability.write_windows(tmp_path, *flagged_windows(found, np.array([0, 2])))
+    reliability.write_windows(tmp_path, *flagged_windows(scores, np.array([0, 2])))
     assert reliability.read_windows(tmp_path) == {}
 
 

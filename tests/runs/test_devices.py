@@ -350,7 +350,7 @@ DETECTORS = {
 def test_detectors(gpu, monkeypatch, name):
     from bezoar.detection.detectors import cognitive_distillation
 
-    monkeypatch.setitem(cognitive_distillation.CELLS, "cuda", 1 << 16)
+    monkeypatch.setitem(cognitive_distillation.BATCH_VALUES, "cuda", 1 << 16)
     data = pairs(100)
     found = registry.make("detector", DETECTORS.get(name, name))(small(data).to(gpu), data)
     assert found.values.device == HOST and len(found) == 100

@@ -1,215 +1,264 @@
-"""Patterns that many images share: in windows that move other images alike, or over the whole image, by like captions."""
+"""Patterns that images share: in windows that move others alike, or over all of like captions."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar.detection import window_transplants
+from bezoar.detection.window_transplants import batch_slices, crop_windows
 
-PAIRS = 1 << 22  # values of one block of cross-correlations
-FINE = 1 << 23  # pixel values of images whose fine detail is held at a time
+CORRELATION_VALUES = 1 << 22  # values of one block of cross-correlations
+TEXTURE_VALUES = 1 << 23  # pixel values of the images whose texture is held at a time
+MAX_DETAIL = 40  # of 255: stronger detail is cut, so that edges do not drown what is faint
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Pattern:
+    """What several windows show: float32 (3, h, w), and the pixels that are the same in all of
+    them, float32 (1, h, w), 0 or 1.
+    """
+
+    pixels: Tensor
+    stable: Tensor
+
+    @staticmethod
+    def median(windows: Tensor) -> Pattern:
+        """The median of aligned windows (M, 3, h, w).
+
+        Pixels are stable where the windows deviate from the median no more than a quarter as much
+        as where they deviate most. When that is less than an eighth of the window, all pixels
+        count.
+        """
+        pixels = windows.median(0).values
+        deviation = (windows - pixels).abs().median(0).values.mean(0, keepdim=True)
+        stable = (deviation <= deviation.max() / 4).float()
+        return Pattern(pixels, stable if stable.mean() >= 0.125 else torch.ones_like(stable))
+
+
+@dataclass(frozen=True)
+class WindowCluster:
     """Windows that show one pattern and move other images in one direction.
 
-    rows: int64 (M,), the windows. direction: unit (D,). pattern: float32 (3, s, s), their median, aligned. steady: float32
-    (1, s, s), 1 where they deviate from it no more than a quarter as much as where they deviate most.
+    rows: int64 (M,), the windows. direction: unit (D,), their mean shift. pattern: their median,
+    aligned.
     """
 
     rows: Tensor
     direction: Tensor
-    pattern: Tensor
-    steady: Tensor
+    pattern: Pattern
 
 
-def clusters(
-    shift: Tensor,
+def cluster_windows(
+    shifts: Tensor,
     windows: Tensor,
     pictures: Tensor,
-    same: float,
-    alike: float,
-    copy: float,
-    least: int,
-) -> list[Cluster]:
-    """Clusters of at least `least` windows, the largest first; a window is in one of them or in none.
+    *,
+    min_shift_cosine: float,
+    min_correlation: float,
+    max_picture_cosine: float,
+    min_size: int,
+) -> list[WindowCluster]:
+    """Clusters of windows that look alike, move images alike and come from different pictures.
 
-    shift: (N, D), what each window does to other images. windows: uint8 (N, 3, s, s). pictures: unit (N, P), of the whole
-    images. Two windows agree when their shifts have a cosine above `same`, their pixels correlate above `alike` at the
-    best offset, and their pictures have a product below `copy`. The window that most agree with is taken with those that
-    do, then the next of what is left.
+    Two windows agree when all three hold. The window that most others agree with forms a cluster
+    with them; then the next is sought among those that are left. A window is in one cluster or in
+    none.
+
+    Args:
+        shifts: (N, D), how each window moves other images.
+        windows: uint8 (N, 3, s, s).
+        pictures: unit rows (N, P), a small version of each whole image.
+        min_shift_cosine: Of the shifts of two windows that agree.
+        min_correlation: Of their pixels, at the best offset.
+        max_picture_cosine: Of their pictures; above it, both come from one picture.
+        min_size: Windows of a cluster.
+
+    Returns:
+        The clusters, the largest first.
     """
-    v = F.normalize(shift, dim=1)
-    close = (v @ v.T > same) & (pictures @ pictures.T < copy)
-    first, second = close.triu(1).nonzero(as_tuple=True)
-    found, offset = correlation(windows, first, second)
-    kept = found > alike
-    first, second, offset = first[kept], second[kept], offset[kept]
-    agree = torch.zeros_like(close).fill_diagonal_(True)
+    directions = F.normalize(shifts, dim=1)
+    similar = directions @ directions.T > min_shift_cosine
+    similar &= pictures @ pictures.T < max_picture_cosine
+    first, second = similar.triu(1).nonzero(as_tuple=True)
+    correlation, offset = best_correlation(windows, first, second)
+    alike = correlation > min_correlation
+    first, second, offset = first[alike], second[alike], offset[alike]
+
+    agree = torch.zeros_like(similar).fill_diagonal_(True)
     agree[first, second] = agree[second, first] = True
-    turn = torch.zeros(len(v), len(v), 2, dtype=torch.int16, device=v.device)
-    turn[first, second], turn[second, first] = offset.short(), -offset.short()
-    out: list[Cluster] = []
+    offsets = torch.zeros(*similar.shape, 2, dtype=torch.int16, device=similar.device)
+    offsets[first, second], offsets[second, first] = offset.short(), -offset.short()
+
+    clusters: list[WindowCluster] = []
     while True:
         support = agree.sum(1)
         centre = int(support.argmax())
-        if int(support[centre]) < least:
-            return out
+        if int(support[centre]) < min_size:
+            return clusters
         rows = agree[centre].nonzero()[:, 0]
-        aligned = [windows[i].float().roll(turn[centre, i].tolist(), (1, 2)) for i in rows.tolist()]
-        out.append(
-            Cluster(rows, F.normalize(v[rows].mean(0), dim=0), *_steady(torch.stack(aligned)))
-        )
+        aligned = [
+            windows[i].float().roll(offsets[centre, i].tolist(), (1, 2)) for i in rows.tolist()
+        ]
+        direction = F.normalize(directions[rows].mean(0), dim=0)
+        clusters.append(WindowCluster(rows, direction, Pattern.median(torch.stack(aligned))))
         agree[rows] = agree[:, rows] = False
 
 
-def _steady(aligned: Tensor) -> tuple[Tensor, Tensor]:
-    """Median of (M, 3, s, s), and where it holds, (1, s, s); everywhere, when that is less than an eighth of the window."""
-    pattern = aligned.median(0).values
-    deviation = (aligned - pattern).abs().median(0).values.mean(0, keepdim=True)
-    steady = (deviation <= deviation.max() / 4).float()
-    return pattern, steady if steady.mean() >= 0.125 else torch.ones_like(steady)
+def best_correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest normalised circular cross-correlation of each pair of windows.
 
+    Args:
+        windows: uint8 (N, 3, s, s).
+        first: int64 (P,), one window of each pair.
+        second: int64 (P,), the other.
 
-def correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest normalised circular cross-correlation of pairs of windows, and by how far the second is rolled for it.
-
-    windows: uint8 (N, 3, s, s). first, second: int64 (P,). -> float32 (P,), int64 (P, 2) rows and columns.
+    Returns:
+        The correlations, float32 (P,), and by how many rows and columns the second window is rolled
+        for them, int64 (P, 2).
     """
     if len(first) == 0:  # an inverse FFT of no signals is an error in torch 2.14
         empty = torch.empty(0, device=windows.device)
         return empty, empty.long().reshape(0, 2)
     x = windows.float().flatten(1)
     x = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-3).view(windows.shape)
-    spectrum, size = torch.fft.rfft2(x), tuple(windows.shape[-2:])
+    spectra, size = torch.fft.rfft2(x), tuple(windows.shape[-2:])
+    block = max(1, CORRELATION_VALUES // x[0].numel())
     best: list[Tensor] = []
-    offset: list[Tensor] = []
-    for a, b in zip(
-        first.split(step := max(1, PAIRS // x[0].numel())), second.split(step), strict=True
-    ):
-        turned = torch.fft.irfft2((spectrum[a] * spectrum[b].conj()).sum(1), s=size).flatten(1)
-        value, where = turned.max(1)
+    places: list[Tensor] = []
+    for a, b in zip(first.split(block), second.split(block), strict=True):
+        product = (spectra[a] * spectra[b].conj()).sum(1)  # over the colours
+        value, place = torch.fft.irfft2(product, s=size).flatten(1).max(1)
         best.append(value)
-        offset.append(where)
-    at = torch.cat(offset)
+        places.append(place)
+    at = torch.cat(places)
     return torch.cat(best), torch.stack([at // size[1], at % size[1]], 1)
 
 
-def sought(images: Tensor, patterns: Tensor, steady: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each image is most like each pattern: normalised cross-correlation (N, T), -1..1, and corners int64 (N, T, 2).
+def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> tuple[Tensor, Tensor]:
+    """Where each image is most like each pattern, by normalised cross-correlation over the stable
+    pixels.
 
-    images: (N, 3, H, W). patterns: (T, 3, h, w), compared where `steady`, (T, 1, h, w), is 1. They may stick out of the
-    image by half their size and match its border there; the corner is then that of the nearest window inside. What is
-    flat counts as unlike.
+    A pattern may stick out of the image by half its size and then matches the repeated border; its
+    corner is that of the nearest window inside. Flat regions count as unlike.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        patterns: T patterns of one size.
+
+    Returns:
+        The largest correlations, -1..1, (N, T), and the corners where they lie, int64 (N, T, 2).
     """
-    (height, width), (h, w) = images.shape[-2:], patterns.shape[-2:]
+    pixels = torch.stack([p.pixels for p in patterns])
+    stable = torch.stack([p.stable for p in patterns])
+    (height, width), (h, w) = images.shape[-2:], pixels.shape[-2:]
     x = F.pad((images.float() - 127.5) / 127.5, (w // 2, w // 2, h // 2, h // 2), mode="replicate")
-    size = 3 * steady.sum((1, 2, 3))[:, None, None, None]
-    p = (patterns - (patterns * steady).sum((1, 2, 3), keepdim=True) / size) * steady
-    p = F.normalize(p.flatten(1), dim=1, eps=1e-3).view(patterns.shape)
-    size = size.view(1, -1, 1, 1)
+    count = 3 * stable.sum((1, 2, 3))[:, None, None, None]  # values compared, (T, 1, 1, 1)
+    kernel = (pixels - (pixels * stable).sum((1, 2, 3), keepdim=True) / count) * stable
+    kernel = F.normalize(kernel.flatten(1), dim=1, eps=1e-3).view(pixels.shape)
+    count = count.view(1, -1, 1, 1)
+    # the variance of the image under each position of the pattern, times `count`: (N, T, H', W')
     energy = (
-        F.conv2d(x.square().sum(1, keepdim=True), steady)
-        - F.conv2d(x.sum(1, keepdim=True), steady).square() / size
+        F.conv2d(x.square().sum(1, keepdim=True), stable)
+        - F.conv2d(x.sum(1, keepdim=True), stable).square() / count
     )
-    value, at = (F.conv2d(x, p) / energy.maximum(1e-2 * size).sqrt()).flatten(2).max(2)
-    across = x.shape[-1] - w + 1
-    top, left = at // across - h // 2, at % across - w // 2
+    correlation = F.conv2d(x, kernel) / energy.maximum(1e-2 * count).sqrt()
+    value, place = correlation.flatten(2).max(2)
+    positions = x.shape[-1] - w + 1
+    top, left = place // positions - h // 2, place % positions - w // 2
     return value, torch.stack([top.clamp(0, height - h), left.clamp(0, width - w)], 2)
 
 
-def sharpened(
-    images: Tensor, pattern: Tensor, steady: Tensor, rounds: int = 2
-) -> tuple[Tensor, Tensor]:
-    """A pattern read off images that show it, uint8 (M, 3, H, W), where they show it best; its steady part moves to the middle.
+def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern:
+    """Read a pattern again off images that show it, so that windows that each show another part of
+    it come to show all.
 
-    Windows that show a part of it, each another, become windows that show all. -> pattern (3, h, w), steady (1, h, w).
+    In each round the windows are cut where the images are most like the pattern, moved so that its
+    stable part lies in the middle.
+
+    Args:
+        images: uint8 (M, 3, H, W).
+        pattern: As it was found first, (3, h, w).
+        rounds: How often.
+
+    Returns:
+        A pattern of the same size.
     """
-    h, w = pattern.shape[-2:]
-    room = torch.tensor(images.shape[-2:], device=images.device) - torch.tensor(
-        (h, w), device=images.device
-    )
+    sides = torch.tensor(pattern.pixels.shape[-2:], device=images.device)
+    last_corner = torch.tensor(images.shape[-2:], device=images.device) - sides
     for _ in range(rounds):
-        corner = sought(images, pattern[None], steady[None])[1][:, 0]
-        middle = (
-            steady[0].nonzero().float().mean(0)
-            + 0.5
-            - torch.tensor((h, w), device=images.device) / 2
-        )
-        corner = torch.minimum((corner + middle.round().long()).clamp(min=0), room)
-        size = torch.tensor((h, w), device=images.device).expand(len(images), 2)
-        pattern, steady = _steady(
-            window_transplants.crop(images, torch.cat([corner, size], 1)).float()
-        )
-    return pattern, steady
+        corners = find_patterns(images, [pattern])[1][:, 0]
+        off_centre = pattern.stable[0].nonzero().float().mean(0) + 0.5 - sides / 2
+        corners = torch.minimum((corners + off_centre.round().long()).clamp(min=0), last_corner)
+        boxes = torch.cat([corners, sides.expand(len(images), 2)], 1)
+        pattern = Pattern.median(crop_windows(images, boxes).float())
+    return pattern
 
 
 @dataclass
-class Texture:
-    """Means over groups of records of what is fine in their images, place by place, and how like them an image is.
+class GroupTextures:
+    """The mean texture of groups of images, place by place, and how like it an image is.
 
-    What is drawn by chance has a mean that goes to nothing as records are added. What is laid over many images has not:
-    a blended pattern stays in the mean of the high-pass, a warp in the mean of its size.
+    What differs by chance from image to image has a mean that goes to zero as images are added.
+    What is laid over many images has not: a blended pattern stays in the mean of the high-pass, a
+    warp in the mean of the roughness.
 
-    sums: (G, F), of each group. squares: (F,), of all. counts: (G,). feature: images -> (N, F).
+    texture: images (N, 3, H, W) -> (N, F). sums: (G, F), over each group. squares: (F,), over all
+    images. counts: (G,).
     """
 
-    feature: Callable[[Tensor], Tensor]
+    texture: Callable[[Tensor], Tensor]
     sums: Tensor
     squares: Tensor
     counts: Tensor
 
     @staticmethod
-    def none(feature: Callable[[Tensor], Tensor], groups: int, images: Tensor) -> Texture:
-        """Of no records yet; images: (N, 3, H, W) of the shape that will come."""
-        empty = torch.zeros_like(feature(images[:1])[0])
-        return Texture(
-            feature, empty.repeat(groups, 1), empty, torch.zeros(groups, device=images.device)
-        )
+    def empty(texture: Callable[[Tensor], Tensor], groups: int, images: Tensor) -> GroupTextures:
+        """Of no images yet. images: (N, 3, H, W), of the shape that will be added."""
+        zeros = torch.zeros_like(texture(images[:1])[0])
+        counts = torch.zeros(groups, device=images.device)
+        return GroupTextures(texture, zeros.repeat(groups, 1), zeros, counts)
 
     def add(self, images: Tensor, group: Tensor) -> None:
-        """Some more records: uint8 (B, 3, H, W), int64 (B,)."""
-        for rows in window_transplants.chunks(images, 1, FINE):
-            x = self.feature(images[rows])
+        """Add images, uint8 (B, 3, H, W), to their groups, int64 (B,)."""
+        for rows in batch_slices(images, 1, TEXTURE_VALUES):
+            x = self.texture(images[rows])
             self.sums.index_add_(0, group[rows], x)
             self.squares += x.square().sum(0)
         self.counts += torch.bincount(group, minlength=len(self.counts))
 
     @functools.cached_property
-    def scale(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (F,) over all records; once the last is added."""
-        mean = self.sums.sum(0) / self.counts.sum()
-        return mean, (self.squares / self.counts.sum() - mean.square()).clamp(min=1e-2).sqrt()
+    def mean(self) -> Tensor:
+        """(F,), over all images. Ask for it only after the last image was added."""
+        return self.sums.sum(0) / self.counts.sum()
+
+    @functools.cached_property
+    def deviation(self) -> Tensor:
+        """Standard deviation (F,) over all images."""
+        return (self.squares / self.counts.sum() - self.mean.square()).clamp(min=1e-2).sqrt()
 
     @functools.cached_property
     def patterns(self) -> Tensor:
-        """Each group's mean in standard deviations from that of all, unit (G, F)."""
-        mean, spread = self.scale
-        return F.normalize(
-            (self.sums / self.counts.clamp(min=1)[:, None] - mean) / spread, dim=1, eps=1e-6
-        )
+        """Each group's mean in standard deviations from that of all images, unit rows (G, F)."""
+        means = self.sums / self.counts.clamp(min=1)[:, None]
+        return F.normalize((means - self.mean) / self.deviation, dim=1, eps=1e-6)
 
     def likeness(self, images: Tensor) -> Tensor:
-        """Cosine of each image with each group's pattern: (N, G)."""
-        (mean, spread), out = self.scale, []
-        for rows in window_transplants.chunks(images, 1, FINE):
-            out.append(
-                F.normalize((self.feature(images[rows]) - mean) / spread, dim=1, eps=1e-6)
-                @ self.patterns.T
-            )
-        return torch.cat(out)
+        """Cosine of the texture of each image with the pattern of each group: (N, G)."""
+        parts = []
+        for rows in batch_slices(images, 1, TEXTURE_VALUES):
+            x = (self.texture(images[rows]) - self.mean) / self.deviation
+            parts.append(F.normalize(x, dim=1, eps=1e-6) @ self.patterns.T)
+        return torch.cat(parts)
 
 
-def blurred(images: Tensor, sigma: float) -> Tensor:
-    """(N, 3, H, W) -> float32, by a Gaussian of `sigma` pixels, cut at twice that; mirrored at the border."""
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """(N, 3, H, W) blurred by a Gaussian of `sigma` pixels, cut at two sigma; mirrored borders."""
     x = images.float()
     reach = min(math.ceil(2 * sigma), min(x.shape[-2:]) - 1)
     taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device) / sigma).square())
@@ -218,14 +267,15 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
     return F.conv2d(x, kernel.transpose(2, 3), groups=3)
 
 
-def highpass(images: Tensor) -> Tensor:
-    """Images less their blur by an eighth of the side, cut at 40 of 255: (N, 3, H, W) -> (N, 3 H W)."""
-    return (images.float() - blurred(images, min(images.shape[-2:]) / 8)).clamp(-40, 40).flatten(1)
+def high_pass(images: Tensor) -> Tensor:
+    """Images less their blur by an eighth of the side, cut at MAX_DETAIL: (N, 3 H W)."""
+    detail = images.float() - gaussian_blur(images, min(images.shape[-2:]) / 8)
+    return detail.clamp(-MAX_DETAIL, MAX_DETAIL).flatten(1)
 
 
 def roughness(images: Tensor) -> Tensor:
-    """Root of the difference of neighbours, cut at 40 of 255, less its mean over the image: (N, 3, H, W) -> (N, F)."""
+    """Root of the difference of neighbours, cut at MAX_DETAIL, less the image's mean: (N, F)."""
     x = images.float()
-    steps = [x.diff(dim=3)[:, :, 1:], x.diff(dim=2)[:, :, :, 1:]]
-    size = torch.cat(steps, 1).abs().clamp(max=40).sqrt()
+    across, down = x.diff(dim=3)[:, :, 1:], x.diff(dim=2)[:, :, :, 1:]
+    size = torch.cat([across, down], 1).abs().clamp(max=MAX_DETAIL).sqrt()  # (N, 6, H - 1, W - 1)
     return (size - size.mean((2, 3), keepdim=True)).flatten(1)

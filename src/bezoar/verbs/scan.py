@@ -128,7 +128,6 @@ class Scan:
             parts,
             data,
             merged,
-            found,
             order[:removed],
             self.leaks,
             self.trusted,

@@ -1,5 +1,7 @@
 """BDetCLIP: a triggered image cares little for what a text says beside the class's name (Niu et al. 2025, ICML)."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
 BATCH = 512
-LARGEST = 16 << 20  # bytes of a file of descriptions
+MAX_BYTES = 16 << 20  # of a file of descriptions
 WORDS = (
     "account airport balance bottle bridge budget carpet ceiling chapter climate committee copper corner debt delay diagram "
     "engine estimate evening factory fence finance folder friday garage harbour hour invoice island keyboard ladder lecture "
@@ -31,22 +33,29 @@ WORDS = (
 
 @method
 class Bdetclip:
-    """omega(x) = sum over the classes c of cos(x, b_c - m_c); b_c is the mean of texts that describe c, m_c of texts that
-    name c among random words. Low omega: the image is as near to nonsense that names a class. The score is -omega.
+    """omega(x) = sum over the classes c of cos(x, b_c - m_c); b_c is the mean of texts that
+    describe c, m_c of texts that name c among random words. Low omega: the image is as near to
+    nonsense that names a class. The score is -omega.
 
-    The paper's texts are a language model's (7 a class): give them as a file. Without it the descriptions are templates.
-    Random words are drawn from the encoder's own vocabulary where it has one, else from a list of 80.
+    The paper's texts are a language model's (7 a class): give them as a file. Without it the
+    descriptions are templates. Random words are drawn from the encoder's own vocabulary where it
+    has one, else from a list of 80.
     """
 
-    texts: Annotated[str, "a .json file, class -> list of descriptions; else templates"] = ""
+    texts: Annotated[str, "a .json file, class -> list of descriptions; empty: the templates"] = ""
     templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "openai"
-    classes: Annotated[str, "names a+b, where the images have none"] = ""
+    classes: Annotated[str, "names of classes, a+b, for images that have none"] = ""
     nonsense: Annotated[int, "texts of random words a class"] = 16
     words: Annotated[int, "random words in each, beside the class's name"] = 6
-    seed: Annotated[int, "of the random words"] = 0
+    seed: Annotated[int, "seed of the random words"] = 0
+
+    def __post_init__(self) -> None:
+        if self.nonsense < 1 or self.words < 1:
+            raise ValueError("needs nonsense >= 1, words >= 1")
+        captions.prompt_templates(self.templates)
 
     def files(self) -> list[Path]:
-        """The descriptions."""
+        """The file of descriptions."""
         return [existing_file(self.texts, "file of descriptions")] if self.texts else []
 
     def __call__(self, encoder: Encoder, images: Pairs) -> Scores:
@@ -59,54 +68,55 @@ class Bdetclip:
         direction = self.direction(encoder, names)
         with torch.inference_mode():
             omega = torch.cat(
-                [encoder.encode_images(part.images) @ direction for part in images.batches(BATCH)]
+                [encoder.encode_images(batch.images) @ direction for batch in images.batches(BATCH)]
             )
         return Scores(images.ids, -omega.float().cpu(), notes={"classes": len(names)})
 
     @torch.inference_mode()
     def direction(self, encoder: Encoder, names: Sequence[str]) -> Tensor:
-        """float32 (D,): the sum of the classes' unit differences; omega is an image's product with it."""
+        """The sum of the classes' unit differences, (D,); omega is an image's product with it."""
         encoder.eval()
-        described = self.described(names)
-        benign = [encoder.encode_texts(texts).mean(0) for texts in described.values()]
+        descriptions = self.describe_classes(names)
+        benign = [encoder.encode_texts(texts).mean(0) for texts in descriptions.values()]
         nonsense = [
-            encoder.encode_texts(self.perturbed(encoder, c, i)).mean(0)
-            for i, c in enumerate(described)
+            encoder.encode_texts(self.nonsense_texts(encoder, name, i)).mean(0)
+            for i, name in enumerate(descriptions)
         ]
         return F.normalize(torch.stack(benign) - torch.stack(nonsense), dim=1).sum(0)
 
-    def described(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Texts that describe each class."""
+    def describe_classes(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Texts that describe each class; without names, those of all classes of the file."""
         if not self.texts:
-            return {
-                c: [t.format(c) for t in captions.prompt_templates(self.templates)] for c in names
-            }
-        file = existing_file(self.texts, "file of descriptions")
-        if file.stat().st_size > LARGEST:
-            raise UserError(f"{self.texts}: a file of descriptions may have {LARGEST >> 20} MiB")
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self.texts}: expected JSON, class -> list of descriptions"
-            ) from error
-        fine = isinstance(found, dict) and all(isinstance(v, list) and v for v in found.values())
-        if not fine or not all(isinstance(t, str) for v in found.values() for t in v):
-            raise UserError(
-                f"{self.texts}: expected JSON, class -> list of descriptions, at least one each"
-            )
-        if missing := [c for c in names if c not in found]:
+            templates = captions.prompt_templates(self.templates)
+            return {name: [t.format(name) for t in templates] for name in names}
+        descriptions = read_descriptions(self.texts)
+        missing = [name for name in names if name not in descriptions]
+        if missing:
             raise UserError(f"{self.texts} describes no class {missing[0]!r}")
-        return {c: found[c] for c in names or found}
+        return {name: descriptions[name] for name in names or descriptions}
 
-    def perturbed(self, encoder: Encoder, name: str, row: int) -> list[str]:
-        """Texts that name a class among random words."""
-        known = encoder.about.get("vocabulary") or WORDS.split()
+    def nonsense_texts(self, encoder: Encoder, name: str, row: int) -> list[str]:
+        """Texts that name a class, the `row`-th, among random words."""
+        vocabulary = encoder.about.get("vocabulary") or WORDS.split()
         draw = generator(self.seed, row)
-        picked = torch.randint(len(known), (self.nonsense, self.words), generator=draw).tolist()
-        return [" ".join([name, *(known[i] for i in row)]) for row in picked]
+        drawn = torch.randint(len(vocabulary), (self.nonsense, self.words), generator=draw)
+        return [" ".join([name, *(vocabulary[i] for i in words)]) for words in drawn.tolist()]
 
-    def __post_init__(self) -> None:
-        if self.nonsense < 1 or self.words < 1:
-            raise ValueError("needs nonsense >= 1, words >= 1")
-        captions.prompt_templates(self.templates)
+
+def read_descriptions(path: str) -> dict[str, list[str]]:
+    """A file of descriptions. Raises UserError when it is missing, too large or of another form."""
+    file = existing_file(path, "file of descriptions")
+    if file.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: a file of descriptions may have {MAX_BYTES >> 20} MiB")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, class -> list of descriptions") from error
+    valid = isinstance(content, dict) and all(
+        isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)
+        for texts in content.values()
+    )
+    if not valid:
+        raise UserError(f"{path}: expected JSON, class -> list of descriptions, at least one each")
+    descriptions: dict[str, list[str]] = content
+    return descriptions

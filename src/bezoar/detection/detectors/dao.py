@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from bezoar.detection import density
+from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
 
 @method
 class Dao:
-    """DAO(x) = mean over the k neighbours y of ( kdist(x) / kdist(y) ) ^ LID(y), arXiv 2502.01385.
+    """DAO(x) = mean over the k neighbours y of (kdist(x) / kdist(y)) ^ LID(y), arXiv 2502.01385.
 
-    `form` is what is reported of it: `mean_log`, the mean of LID(y) log(kdist(x) / kdist(y)), is what the published
-    code scores; `log_mean`, the logarithm of DAO itself, is the formula. Neither overflows. The score inverts once more
-    than k poisons of one kind are in the pool; see `bezoar.neighbors.pool_size`.
+    `form` chooses what is reported of it. The published code scores `mean_log`, the mean of LID(y)
+    log(kdist(x) / kdist(y)); the formula is `log_mean`, the logarithm of DAO itself. Neither
+    overflows. The score inverts once more than k poisons of one kind are in the pool; see
+    `bezoar.detection.density.pool_size`.
     """
 
-    k: Annotated[int, "neighbours"] = 16
-    pool: Annotated[int, "records compared against; 0 = k / (2 rate), at least 2 k"] = 0
-    rate: Annotated[float, "largest poison rate to plan for; sets the pool"] = 0.01
+    k: Annotated[int, "how many neighbours"] = 16
+    pool: Annotated[int, "records compared against; 0: k / (2 rate), at least 2 k"] = 0
+    rate: Annotated[float, "largest poison rate to plan for; sets the size of the pool"] = 0.01
     form: Annotated[
         Literal["mean_log", "log_mean"], "mean of the logarithms, or logarithm of the mean"
     ] = "mean_log"
-    texts: Annotated[bool, "captions among the references, as published for CLIP"] = False
-    compat: Annotated[
-        bool, "equal the published code, faults included: batches of 2048, no pool"
-    ] = False
-    seed: Annotated[int, "of the choice of the pool"] = 0
+    texts: Annotated[bool, "captions among the references too, as published for CLIP"] = False
+    compat: Annotated[bool, "as in the published code, with its faults (batches of 2048)"] = False
+    seed: Annotated[int, "seed of the random choice of the pool"] = 0
 
     def __post_init__(self) -> None:
-        density.check(self, least=2)
+        density.check_fields(self, min_k=2)
 
-    def __call__(self, encoder: Any, source: Any) -> Scores:
-        """-> Scores, about 0 in even density; a record in a thinner place than its neighbours is suspicious."""
-        return density.scores(self, encoder, source, self.formula)
+    def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
+        """-> Scores, about 0 in even density; places thinner than their neighbours are worse."""
+        return density.score_records(self, encoder, source, self.formula)
 
     def formula(self, near: density.Neighbourhood) -> Tensor:
         """(B,), in the chosen form."""
-        powers = near.lids * near.log_ratio
+        powers = near.neighbour_dimensions * near.log_ratio
         return powers.mean(1) if self.form == "mean_log" else powers.logsumexp(1) - math.log(self.k)

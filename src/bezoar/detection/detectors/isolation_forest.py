@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
+from sklearn import ensemble
 
 from bezoar.data.blocks import blocks
 from bezoar.data.randomness import sample_rows
+from bezoar.detection.detectors import RecordEncoder, Records, require_texts
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
@@ -18,13 +20,13 @@ BLOCK = 1 << 14  # records scored at a time
 
 @method
 class IsolationForest:
-    """2^( -mean depth at which a tree isolates x / expected depth ), scikit-learn's forest, to a fixed pool of the records."""
+    """2^(-mean depth at which a tree isolates x / expected depth), by scikit-learn's forest."""
 
-    trees: Annotated[int, "in the forest"] = 100
-    cut: Annotated[int, "records that a tree is grown on"] = 256
-    pool: Annotated[int, "records that the trees draw theirs from"] = 16384
-    texts: Annotated[bool, "captions among them, as published for CLIP"] = False
-    seed: Annotated[int, "of the choice of the pool and of the trees"] = 0
+    trees: Annotated[int, "how many trees the forest has"] = 100
+    cut: Annotated[int, "how many records a tree is grown on"] = 256
+    pool: Annotated[int, "how many records the trees draw theirs from"] = 16384
+    texts: Annotated[bool, "whether captions are among them, as published for CLIP"] = False
+    seed: Annotated[int, "seed of the pool and of the trees"] = 0
 
     def __post_init__(self) -> None:
         if self.trees < 1 or self.cut < 2 or self.pool < 2:
@@ -32,21 +34,17 @@ class IsolationForest:
                 f"needs trees >= 1, cut >= 2, pool >= 2; got {self.trees}, {self.cut}, {self.pool}"
             )
 
-    def __call__(self, encoder: Any, source: Any) -> Scores:
+    def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
         """-> Scores in (0, 1); a record that is set apart early is suspicious."""
-        from sklearn import ensemble
-
-        e = encoder.embed(source)
-        if self.texts and e.texts is None:
+        embedded = encoder.embed(source)
+        ids, kinds = embedded.ids, [embedded.images]
+        if self.texts:
+            kinds.append(require_texts(embedded, "'isolation_forest' with texts=true"))
+        if len(ids) < 2:
             raise UserError(
-                "detector 'isolation_forest' with texts=true needs captions; the scanned data or the encoder has none"
+                f"detector 'isolation_forest' needs at least 2 records; there are {len(ids)}"
             )
-        if len(e.ids) < 2:
-            raise UserError(
-                f"detector 'isolation_forest' needs at least 2 records; there are {len(e.ids)}"
-            )
-        rows = torch.as_tensor(sample_rows(e.ids, self.pool, self.seed))
-        kinds = (e.images, e.texts) if self.texts else (e.images,)
+        rows = torch.as_tensor(sample_rows(ids, self.pool, self.seed))
         sample = np.concatenate([z[rows.to(z.device)].float().cpu().numpy() for z in kinds])
         forest = ensemble.IsolationForest(
             n_estimators=self.trees,
@@ -54,7 +52,7 @@ class IsolationForest:
             random_state=self.seed % 2**32,
         ).fit(sample)
         parts = [
-            -forest.score_samples(e.images[b].float().cpu().numpy())
-            for b in blocks(len(e.ids), BLOCK)
+            -forest.score_samples(embedded.images[block].float().cpu().numpy())
+            for block in blocks(len(ids), BLOCK)
         ]
-        return Scores(e.ids, torch.as_tensor(np.concatenate(parts), dtype=torch.float32))
+        return Scores(ids, torch.as_tensor(np.concatenate(parts), dtype=torch.float32))

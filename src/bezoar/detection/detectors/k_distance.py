@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from bezoar.detection import density
+from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
 
 @method
 class KDistance:
-    """k-dist(x) = r_k(x), Euclidean between image embeddings (unit rows), to a fixed pool of the scanned records.
+    """k-dist(x) = r_k(x), Euclidean between image embeddings (unit rows), to a fixed pool of the
+    scanned records.
 
-    The score inverts once more than k poisons of one kind are in the pool; see `bezoar.neighbors.pool_size`.
+    The score inverts once more than k poisons of one kind are in the pool; see
+    `bezoar.detection.density.pool_size`.
     """
 
     k: Annotated[int, "which neighbour"] = 16
-    pool: Annotated[int, "records compared against; 0 = k / (2 rate), at least 2 k"] = 0
-    rate: Annotated[float, "largest poison rate to plan for; sets the pool"] = 0.01
-    texts: Annotated[bool, "captions among the references, as published for CLIP"] = False
-    compat: Annotated[
-        bool, "equal the published code, faults included: batches of 2048, no pool"
-    ] = False
-    seed: Annotated[int, "of the choice of the pool"] = 0
+    pool: Annotated[int, "records compared against; 0: k / (2 rate), at least 2 k"] = 0
+    rate: Annotated[float, "largest poison rate to plan for; sets the size of the pool"] = 0.01
+    texts: Annotated[bool, "captions among the references too, as published for CLIP"] = False
+    compat: Annotated[bool, "as in the published code, with its faults (batches of 2048)"] = False
+    seed: Annotated[int, "seed of the random choice of the pool"] = 0
 
     def __post_init__(self) -> None:
-        density.check(self)
+        density.check_fields(self)
 
-    def __call__(self, encoder: Any, source: Any) -> Scores:
+    def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
         """-> Scores in [0, 2]; a lonely record is suspicious."""
-        return density.scores(self, encoder, source, lambda near: near.reach)
+        return density.score_records(self, encoder, source, lambda near: near.distance)

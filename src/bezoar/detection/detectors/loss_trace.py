@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
 from bezoar import registry
 from bezoar.detection import training_traces
+from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.detection.training_traces import Trace
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
@@ -16,17 +17,20 @@ from bezoar.registry import method
 
 @method
 class LossTrace:
-    """Score = the loss against a fixed pool of captions, or 1 - cosine, in some epochs of a training on the scanned data.
+    """Score = the loss against fixed captions, or 1 - cosine, in some epochs of a training on the
+    scanned data.
 
-    early, high: not yet learnt: captions that do not fit, wrong ones and poisons alike. early, low: learnt fast, which is ABL's
-    sign of a backdoor in a classifier; here it is the wrong way round. late, high: never learnt: wrong captions, and poisons
-    that did not take. rise: learnt after all, the poisons rather than the wrong captions, where the backdoor takes.
+    early, high: not yet learnt: captions that do not fit, wrong ones and poisons alike. early, low:
+    learnt fast, which is ABL's sign of a backdoor in a classifier; here it is the wrong way round.
+    late, high: never learnt: wrong captions, and poisons that did not take. rise: learnt after all,
+    the poisons rather than the wrong captions, where the backdoor takes.
 
-    AUROC on scenes with 5 % wrong captions, six epochs, the first two averaged: two backdoors of 0.2 % (20,000 records) and,
-    among 5,552 records, four backdoors and targeted victims, 5 % each:
-    early high 0.81, 0.96, 0.62, 0.81; the same of 1 - cosine 0.75, 0.96, 0.67, 0.81; early low 0.19, 0.04, 0.38, 0.19;
-    late high 0.69, 0.94, 0.64, 0.70; rise 0.81, 0.77, 0.48, 0.60, whose recall in the worst 1 % was the best of the first two,
-    0.07 and 0.28. Wrong captions fill the top: precision is low with every setting.
+    AUROC on scenes with 5 % wrong captions, six epochs, the first two averaged, for two backdoors
+    of 0.2 % (20,000 records) and, among 5,552 records, four backdoors and targeted victims, 5 %
+    each: early high 0.81, 0.96, 0.62, 0.81; the same of 1 - cosine 0.75, 0.96, 0.67, 0.81; early
+    low 0.19, 0.04, 0.38, 0.19; late high 0.69, 0.94, 0.64, 0.70; rise 0.81, 0.77, 0.48, 0.60, whose
+    recall in the worst 1 % was the best of the first two, 0.07 and 0.28. Wrong captions fill the
+    top: precision is low with every setting.
     """
 
     when: Annotated[
@@ -38,10 +42,10 @@ class LossTrace:
         Literal["loss", "disagreement"], "loss, or one minus the cosine of image and caption"
     ] = "loss"
     epochs: Annotated[int, "how many of the first epochs are averaged"] = 2
-    network: Annotated[str, "the small model: a spec"] = training_traces.NETWORK
-    objective: Annotated[str, "how it is trained: a spec"] = training_traces.OBJECTIVE
-    side: Annotated[int, "images are brought to this many pixels at most"] = training_traces.SIDE
-    seed: Annotated[int, "of the training and of the pool"] = 0
+    network: Annotated[str, "spec of the small model"] = training_traces.NETWORK
+    objective: Annotated[str, "spec of its training"] = training_traces.OBJECTIVE
+    side: Annotated[int, "images are reduced to this many pixels a side"] = training_traces.SIDE
+    seed: Annotated[int, "seed of the training and of the captions"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
 
@@ -54,17 +58,25 @@ class LossTrace:
                 f"epochs={self.epochs} is more than objective {self.objective!r} trains for"
             )
 
-    def __call__(self, encoder: Any, source: Any, report: ProgressReport = no_report) -> Scores:
-        """-> Scores: nats, or cosines; only the device is taken of the encoder."""
-        upto = self.epochs if self.when == "early" else 0
+    def __call__(
+        self, encoder: RecordEncoder, source: Records, report: ProgressReport = no_report
+    ) -> Scores:
+        """-> Scores: nats, or cosines. Of the encoder only the device is used."""
         trace = training_traces.trace(
-            source, self.network, self.objective, self.seed, encoder.device, self.side, report, upto
+            source,
+            self.network,
+            self.objective,
+            self.seed,
+            encoder.device,
+            self.side,
+            report,
+            upto=self.epochs if self.when == "early" else 0,
         )
-        value = self.value(trace)
+        value = self.misfit(trace)
         return Scores(trace.ids, value if self.direction == "high" else -value)
 
-    def value(self, trace: Trace) -> Tensor:
-        """float32 (N,): how badly each pair fits, then and there."""
-        each = trace.loss if self.of == "loss" else 1 - trace.agreement
-        early, late = each[: self.epochs].mean(0), each[-1]
+    def misfit(self, trace: Trace) -> Tensor:
+        """float32 (N,): how badly each pair fits in the chosen epochs."""
+        epochs = trace.loss if self.of == "loss" else 1 - trace.agreement
+        early, late = epochs[: self.epochs].mean(0), epochs[-1]
         return {"early": early, "late": late, "rise": early - late}[self.when]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from bezoar.detection import density
+from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
@@ -13,22 +14,23 @@ from bezoar.registry import method
 class Slof:
     """SLOF(x) = mean over the k neighbours y of kdist(x) / kdist(y), arXiv 2502.01385.
 
-    The published code looks the neighbours up one column off for half of the rows; this looks up the neighbours. The
-    score inverts once more than k poisons of one kind are in the pool; see `bezoar.neighbors.pool_size`.
+    The published code looks the neighbours up one column off for half of the rows; this looks up
+    the neighbours. The score inverts once more than k poisons of one kind are in the pool; see
+    `bezoar.detection.density.pool_size`.
     """
 
-    k: Annotated[int, "neighbours"] = 16
-    pool: Annotated[int, "records compared against; 0 = k / (2 rate), at least 2 k"] = 0
-    rate: Annotated[float, "largest poison rate to plan for; sets the pool"] = 0.01
-    texts: Annotated[bool, "captions among the references, as published for CLIP"] = False
-    compat: Annotated[
-        bool, "equal the published code, faults included: batches of 2048, no pool"
-    ] = False
-    seed: Annotated[int, "of the choice of the pool"] = 0
+    k: Annotated[int, "how many neighbours"] = 16
+    pool: Annotated[int, "records compared against; 0: k / (2 rate), at least 2 k"] = 0
+    rate: Annotated[float, "largest poison rate to plan for; sets the size of the pool"] = 0.01
+    texts: Annotated[bool, "captions among the references too, as published for CLIP"] = False
+    compat: Annotated[bool, "as in the published code, with its faults (batches of 2048)"] = False
+    seed: Annotated[int, "seed of the random choice of the pool"] = 0
 
     def __post_init__(self) -> None:
-        density.check(self)
+        density.check_fields(self)
 
-    def __call__(self, encoder: Any, source: Any) -> Scores:
-        """-> Scores > 0, about 1 in even density; a record in a thinner place than its neighbours is suspicious."""
-        return density.scores(self, encoder, source, lambda near: near.log_ratio.exp().mean(1))
+    def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
+        """-> Scores > 0, about 1 in even density; places thinner than their neighbours are worse."""
+        return density.score_records(
+            self, encoder, source, lambda near: near.log_ratio.exp().mean(1)
+        )

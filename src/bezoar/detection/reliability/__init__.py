@@ -1,157 +1,133 @@
-"""Trust: what a scan's ranking is worth.
+"""Reliability: what a scan's ranking is worth.
 
-False discoveries for every ranking; where the truth is known, side channels that tell it, and the filters that poisons pass.
+With a sample of clean records, how many false discoveries it holds; where the truth is known, which
+side channels tell it and which poisons pass the filters that people use anyway. And where in an
+image a detector saw something.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bezoar.data.embeddings import EmbeddingSource
-from bezoar.data.files.paths import TEXT_BYTES, existing_file
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.reliability import false_discoveries, side_channels, usual_filters
-from bezoar.detection.reliability.false_discoveries import Expected
-from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, Scores
 from bezoar.runs.inputs import Dataset
 
 WINDOWS = "windows.safetensors"
 
+Box = tuple[int, int, int, int]  # top, left, height, width
 
-def discoveries(
-    merged: Scores, detectors: Mapping[str, Scores], trusted: str = "", more: Sequence[int] = ()
+
+def measure_ranking(
+    scanned: Any,
+    dataset: Dataset,
+    corpus: Corpus,
+    merged: Scores,
+    removed: NDArray[np.int64],
+    look_at_side_channels: bool,
+    trusted: str,
 ) -> tuple[dict[str, Measure], dict[str, Any]]:
-    """How many of the worst n are expected to be ordinary (clean, by a reference): metrics, and what to say of them.
+    """What is said here of a finished ranking.
 
-    trusted: a file with the ids, one a line, of records known to be clean, drawn at random; "" without one.
+    Args:
+        scanned: The run or data method that was scanned.
+        dataset: What it opens as.
+        corpus: The scanned records.
+        merged: Their scores.
+        removed: int64, the worst rows, which the keep-list leaves out.
+        look_at_side_channels: Whether to; without a plan, for what they tell of the removed
+            records.
+        trusted: A file with the ids of a random sample of clean records, one a line; "" without
+            one.
+
+    Returns:
+        Metrics, and notes for the manifest.
     """
-    found = (
-        by_file(merged, trusted, more)
-        if trusted
-        else false_discoveries.expected(merged, detectors, more)
-    )
-    key = "expected_clean" if trusted else "expected_ordinary"
-    told = {"how": found.how, "why": found.why, "assumption": found.assumption}
-    return {f"{key}@{n}": m for n, m in zip(found.n, found.counts, strict=True)}, {
-        "discovery": told
-    }
-
-
-def by_file(merged: Scores, trusted: str, more: Sequence[int]) -> Expected:
-    """By the records that a file names. Raises UserError when it names none of those that were scanned."""
-    with existing_file(trusted, "list of clean records").open("rb") as file:
-        known = {
-            line.strip().decode("utf-8", "replace")
-            for line in iter(lambda: file.readline(TEXT_BYTES), b"")
+    measures: dict[str, Measure] = {}
+    notes: dict[str, Any] = {}
+    if trusted:
+        estimate = false_discoveries.estimate_from_file(merged, trusted, [len(removed)])
+        measures |= {
+            f"expected_clean@{n}": m for n, m in zip(estimate.n, estimate.counts, strict=True)
         }
-    mask = np.fromiter((k in known for k in merged.ids), bool, len(merged))
-    if not mask.any():
-        raise UserError(f"{trusted} names none of the {len(merged)} records that were scanned")
-    values = merged.values.double().cpu().numpy()
-    return false_discoveries.by_reference(
-        values, mask, false_discoveries.depths(int((~mask).sum()), more)
-    )
+        notes["discovery"] = {
+            "how": "reference",
+            "why": estimate.why,
+            "assumption": false_discoveries.ASSUMPTION,
+        }
+    poisoned = bool(dataset.plan.edits)
+    truth, what = dataset.plan.mask(corpus.ids), "poisons"
+    if not poisoned:
+        truth[removed], what = True, "removed records"
+    sizes = None
+    if look_at_side_channels:
+        channels = side_channels.collect_channels(scanned, dataset, corpus.ids, corpus.captions)
+        measured = side_channels.measure_channels(channels, truth, what)
+        measures |= {f"leak.{channel.name}.auroc": channel.auroc for channel in measured}
+        notes["leaks"] = {
+            "separates": [channel.name for channel in measured if channel.separates],
+            "not_applicable": _by_reason(channels.absent),
+            "of": what,
+        }
+        sizes = channels.sizes
+    if poisoned:
+        pixels = not isinstance(corpus.source, EmbeddingSource)
+        filters = usual_filters.apply_filters(corpus, corpus.embedded, sizes, pixels)
+        measures |= usual_filters.measure_filters(filters, truth)
+        notes["filters"] = {f.name: f.why for f in filters if f.passes is None}
+    return measures, notes
 
 
-def measure_side_channels(
-    given: Any,
-    parts: Dataset,
-    ids: Sequence[str],
-    captions: Sequence[str],
-    truth: np.ndarray,
-    what: str,
-) -> tuple[dict[str, Measure], dict[str, Any], np.ndarray | None]:
-    """AUROC of every side channel; what to say; and the stored sizes (N, 2) where files say them. what: `truth` in words."""
-    channels = side_channels.audit(given, parts, ids, captions)
-    found = side_channels.measured(channels, truth, what)
-    return (
-        side_channels.metrics(found),
-        {"leaks": side_channels.notes(channels, found) | {"of": what}},
-        channels.sides,
-    )
-
-
-def filters(
-    source: Any,
-    embedded: EmbeddedRecords | None,
-    truth: np.ndarray,
-    sides: np.ndarray | None = None,
-) -> tuple[dict[str, Measure], dict[str, Any]]:
-    """Which poisons pass the filters that people use."""
-    pixels = not isinstance(getattr(source, "source", None), EmbeddingSource)
-    found = usual_filters.filters(source, embedded, sides, pixels)
-    return usual_filters.measured(found, truth), {"filters": usual_filters.notes(found)}
+def _by_reason(absent: dict[str, str]) -> dict[str, list[str]]:
+    """name -> why it is absent, turned round: why -> names."""
+    names: dict[str, list[str]] = {}
+    for name, why in absent.items():
+        names.setdefault(why, []).append(name)
+    return names
 
 
 def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
-    """windows.safetensors: the window of an image that carries its caption, for the page to draw.
+    """Write windows.safetensors: the windows of images in which a detector saw something, for the
+    page to draw.
 
-    boxes: int (M, 4): top, left, height, width in pixels of the images as they are scanned, of these records.
+    Args:
+        folder: The run's.
+        ids: M keys.
+        boxes: int (M, 4): top, left, height, width in pixels of the images as they are scanned.
     """
-    told = torch.from_numpy(np.frombuffer(json.dumps(list(ids)).encode(), np.uint8).copy())
-    save_file({"ids": told, "boxes": boxes.to(torch.int32).cpu().contiguous()}, folder / WINDOWS)
+    text = torch.from_numpy(np.frombuffer(json.dumps(list(ids)).encode(), np.uint8).copy())
+    save_file({"ids": text, "boxes": boxes.to(torch.int32).cpu().contiguous()}, folder / WINDOWS)
 
 
-def read_windows(folder: Path) -> dict[str, tuple[int, int, int, int]]:
-    """What `write_windows` wrote; nothing where it wrote nothing. Raises UserError for another file of that name."""
+def read_windows(folder: Path) -> dict[str, Box]:
+    """What `write_windows` wrote, if anything. Raises UserError for another file of that name."""
     path = folder / WINDOWS
     if not path.exists():
         return {}
     try:
-        held = load_file(path)
-        ids, boxes = json.loads(bytes(held["ids"].numpy())), held["boxes"]
+        tensors = load_file(path)
+        ids, boxes = json.loads(bytes(tensors["ids"].numpy())), tensors["boxes"]
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} holds no windows: {error}") from error
-    if (
-        not isinstance(ids, list)
-        or boxes.shape != (len(ids), 4)
-        or not all(isinstance(k, str) for k in ids)
-    ):
+    valid = isinstance(ids, list) and all(isinstance(key, str) for key in ids)
+    if not valid or boxes.shape != (len(ids), 4):
         raise UserError(
             f"{path} holds no list of ids with a box each; boxes are of shape {tuple(boxes.shape)}"
         )
-    return {
-        k: (int(b[0]), int(b[1]), int(b[2]), int(b[3]))
-        for k, b in zip(ids, boxes.tolist(), strict=True)
-    }
-
-
-def measure_ranking(
-    given: Any,
-    parts: Dataset,
-    corpus: Corpus,
-    merged: Scores,
-    detectors: Mapping[str, Scores],
-    removed: np.ndarray,
-    sides: bool,
-    trusted: str,
-) -> tuple[dict[str, Measure], dict[str, Any]]:
-    """Everything here of a finished ranking: metrics and notes. given: the scanned run or method. removed: its worst rows.
-
-    sides: whether side channels are looked at; without a plan, for what they tell of the records that are removed.
-    """
-    out, told = discoveries(merged, detectors, trusted, [len(removed)])
-    truth, what = parts.plan.mask(corpus.ids), "poisons"
-    if not parts.plan.edits:
-        truth[removed], what = True, "removed records"
-    known = None
-    if sides:
-        found, notes, known = measure_side_channels(
-            given, parts, corpus.ids, corpus.captions, truth, what
-        )
-        out, told = out | found, told | notes
-    if parts.plan.edits:
-        found, notes = filters(corpus, corpus.embedded, truth, known)
-        out, told = out | found, told | notes
-    return out, told
+    windows: dict[str, Box] = {}
+    for key, (top, left, height, width) in zip(ids, boxes.tolist(), strict=True):
+        windows[key] = int(top), int(left), int(height), int(width)
+    return windows
