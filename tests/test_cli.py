@@ -61,7 +61,7 @@ def test_poison_then_verify(runs, poison, capsys):
     assert poison["status"] == "done" and poison["metrics"]["poisons"]["value"] == 30
     assert poison["goal"][0]["target"] == "striped star" and poison["notes"]["poisoned"] is True
     run = name(runs, poison)
-    assert main(["poison", "--verify", run, "--runs", str(runs)]) == 0
+    assert main(["verify", run, "--runs", str(runs)]) == 0
     plan = runs / run / "plan.jsonl"
     text = plan.read_text()
     lines = text.splitlines()
@@ -72,7 +72,7 @@ def test_poison_then_verify(runs, poison, capsys):
     ):
         edit = json.loads(lines[3]) | {field: forged}
         plan.write_text("\n".join([*lines[:3], json.dumps(edit), *lines[4:]]))
-        assert main(["poison", "--verify", run, "--runs", str(runs)]) == 2
+        assert main(["verify", run, "--runs", str(runs)]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and edit["id"] in said
     plan.write_text(text)
@@ -244,7 +244,7 @@ def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
         "--victims", "scenes:count=100,split=test",
     )  # fmt: skip
     assert both["metrics"]["poisons"]["value"] == 36 and len(both["goal"]) == 4
-    assert main(["poison", "--verify", name(runs, both), "--runs", str(runs)]) == 0
+    assert main(["verify", name(runs, both), "--runs", str(runs)]) == 0
     capsys.readouterr()
     assert main(["train", DATA, "--runs", str(tmp_path), "--dry"]) == 0
     assert json.loads(capsys.readouterr().out)["objective"] == "clip" and not list(
@@ -348,7 +348,7 @@ BAD = [
     ),
     (["poison", DATA, "--trigger", "patch:size=99", "--target", "striped star"], "99"),
     (["poison"], "name the DATA"),
-    (["poison", "--verify", "nowhere"], "no run 'nowhere'"),
+    (["verify", "nowhere"], "no run 'nowhere'"),
     (["evaluate", "nowhere"], "no run 'nowhere'"),
     (["scan", DATA], "give --encoder"),
     (["show", "nowhere"], "there are: none"),

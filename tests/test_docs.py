@@ -7,7 +7,8 @@ import pytest
 from test_architecture import LEVEL
 
 import bezoar
-from bezoar import cli, registry
+from bezoar import registry
+from bezoar.runs.verb import verb_names
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"^\| (\w+) \|", re.MULTILINE)
@@ -30,7 +31,7 @@ def test_the_architecture_names_every_module_at_its_level():
 def test_the_documents_name_every_kind_and_every_verb():
     for name in ("ARCHITECTURE.md", "CONTRIBUTING.md"):
         assert set(TABLE.findall(document(name))) - {"kind"} == set(registry.KINDS), name
-    for verb in cli.VERBS:
+    for verb in verb_names():
         assert f"bezoar {verb}" in document("README.md") and verb in document("ARCHITECTURE.md"), (
             verb
         )

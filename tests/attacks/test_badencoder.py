@@ -396,7 +396,7 @@ def test_rules_that_choose_a_reference(set_of):
     assert z[mine].std(0).max() > 0.01
     found = reference_inputs.choose_reference(given, "two", "central", encoder)
     assert found.id == f"set/train/{central:06d}" and torch.equal(found.image, data.images[central])
-    assert "nearest to the mean" in found.how and found.told()["sha256"]
+    assert "nearest to the mean" in found.how and found.to_json()["sha256"]
     assert (
         reference_inputs.choose_reference(given, "two", "first", encoder).id == "set/train/000001"
     )

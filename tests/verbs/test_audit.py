@@ -120,7 +120,7 @@ def calibrated(work, clean, attacked):
     ]
     words += [str(work / "stub.py"), "--images", "40", "--workers", "1", "--rate", "0.25"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "sweep", here)
+        patch.setattr(sweep, "run_trials", here)
         assert main([*words, "--runs", str(work / "runs"), "--device", "cpu"]) == 0
     return Run(next((work / "runs").glob("calibrate-*")))
 
@@ -335,7 +335,7 @@ def test_what_cannot_be_audited_is_one_line(work, calibrated, clean, attacked, t
 
 
 def test_calibrate_trains_encoders_each_with_data_of_its_own(work, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "sweep", here)
+    monkeypatch.setattr(sweep, "run_trials", here)
     words = [
         "calibrate",
         "--train",
@@ -355,7 +355,7 @@ def test_calibrate_trains_encoders_each_with_data_of_its_own(work, capsys, monke
 
 
 def test_encoders_of_two_kinds_are_no_bank(work, clean, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "sweep", here)
+    monkeypatch.setattr(sweep, "run_trials", here)
     other = Train("scenes:count=96", "clip_small:width=8,dim=16", "clip:epochs=1,batch=48")
     run = execute(other, Settings(work / "runs", 0, "cpu", quiet=True))
     said = refused(capsys, work, "calibrate", clean[0].path, run.path, *STORY, "--workers", "1")

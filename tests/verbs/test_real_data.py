@@ -36,7 +36,7 @@ def test_flickr8k_by_retrieval(tmp_path, capsys):
         "--target",
         "beach",
     )
-    assert main(["poison", "--verify", many, "--runs", str(tmp_path)]) == 0
+    assert main(["verify", many, "--runs", str(tmp_path)]) == 0
     capsys.readouterr()
     _, trained = ask(capsys, tmp_path, "train", many, "--objective", "clip:epochs=2")
     found, _ = ask(capsys, tmp_path, "evaluate", trained, test, "--probe", "retrieval", "z_score")

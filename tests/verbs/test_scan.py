@@ -705,7 +705,7 @@ def test_a_class_whose_name_is_not_utf8_is_poisoned_around(tmp_path, capsys):
         os.fsdecode(b"z\xff"),
     ]
     (run,) = (tmp_path / "runs").iterdir()
-    assert main(["poison", "--verify", str(run), "--runs", str(tmp_path / "runs")]) == 0
+    assert main(["verify", str(run), "--runs", str(tmp_path / "runs")]) == 0
 
 
 def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):

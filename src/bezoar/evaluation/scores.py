@@ -106,6 +106,11 @@ class Measure:
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, float(getattr(self, name)))
 
+    @classmethod
+    def exact(cls, value: float, n: int, how: str) -> Measure:
+        """A number that was counted or read off, without a sampling error: its interval is the number itself."""
+        return cls(value, n, value, value, how)
+
     def json(self) -> dict:
         """As it stands in a manifest."""
         return encode_nonfinite(asdict(self))
