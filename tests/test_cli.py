@@ -347,7 +347,6 @@ BAD = [
         "9999 poisons",
     ),
     (["poison", DATA, "--trigger", "patch:size=99", "--target", "striped star"], "99"),
-    (["poison"], "name the DATA"),
     (["verify", "nowhere"], "no run 'nowhere'"),
     (["evaluate", "nowhere"], "no run 'nowhere'"),
     (["scan", DATA], "give --encoder"),
