@@ -253,7 +253,10 @@ def show_methods(arguments: List) -> int:
         for kind in ([arguments.kind] if arguments.kind else registry.KINDS)
     }
     if arguments.json:
-        raw = {kind: [dataclasses.asdict(d) for d in found] for kind, found in methods.items()}
+        raw = {
+            kind: [dataclasses.asdict(d) for d in descriptions]
+            for kind, descriptions in methods.items()
+        }
         print(json.dumps(raw, indent=1))
         return DONE
     for kind, descriptions in methods.items():

@@ -24,7 +24,7 @@ from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
 from bezoar.runs import inputs
-from bezoar.runs.run import Run
+from bezoar.runs.verb import input_name
 
 RULES = ("central", "confident", "first")
 HEAD = "linear"  # the probe that fits the head of `confident`
@@ -54,11 +54,11 @@ class Reference:
         return {"id": self.id, "source": self.source, "how": self.how, "sha256": digest}
 
 
-def choose_reference(given: Any, target: str, rule: str, encoder: Encoder) -> Reference:
+def choose_reference(data: Any, target: str, rule: str, encoder: Encoder) -> Reference:
     """Choose the reference for a target.
 
     Args:
-        given: a configured data method, or a run.
+        data: a configured data method, or a run.
         target: the class.
         rule: one of `RULES`.
         encoder: the clean encoder, by whose vectors the image is chosen.
@@ -68,8 +68,8 @@ def choose_reference(given: Any, target: str, rule: str, encoder: Encoder) -> Re
     """
     if rule not in RULES:
         raise UserError(f"no rule {rule!r} to choose a reference by; there are: {', '.join(RULES)}")
-    dataset = inputs.open_dataset(given)
-    source = given.name if isinstance(given, Run) else registry.spec(given)
+    dataset = inputs.open_dataset(data)
+    source = input_name(data)
     records = dataset.clean
     if len(records) == 1 and not _class_of(records, 0):
         return _reference(records.take([0]), 0, source, "the one image there is")

@@ -122,8 +122,8 @@ class Calibrate:
         made_to_order = not isinstance(data, Run) and registry.has_fields(data, "count", "seed")
         trials = []
         for seed in range(job.seed, job.seed + self.count):
-            own = dataclasses.replace(data, seed=data.seed + seed) if made_to_order else data
-            trials.append(Trial(Train(input_spec(own), network, objective), seed))
+            train = dataclasses.replace(data, seed=data.seed + seed) if made_to_order else data
+            trials.append(Trial(Train(input_spec(train), network, objective), seed))
         return trials
 
     def _audit_all(

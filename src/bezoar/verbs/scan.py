@@ -98,9 +98,9 @@ class Scan:
         merged = merging.merge(list(by_detector.values()))
         order = merged.ranking()
         removed = order[: round(self.remove * len(data))]
-        kept = np.sort(order[len(removed) :])
+        kept_rows = np.sort(order[len(removed) :])
         corpus.write_scores(job.folder / corpus.SCORES, data, merged, by_detector)
-        keep_lists.write_keep_lists(job.folder, data, kept)
+        keep_lists.write_keep_lists(job.folder, data, kept_rows)
         worst = [record_json(data, row, merged, by_detector) for row in order[:RANKED].tolist()]
         inputs.write_json(job.folder / "ranked.json", worst)
         if any(scores.boxes is not None for scores in by_detector.values()):
@@ -122,7 +122,7 @@ class Scan:
         }
         if self.write == "shards":
             job.notes |= keep_lists.write_clean_copy(
-                job.folder / "shards", data, kept, job.progress
+                job.folder / "shards", data, kept_rows, job.progress
             )
         return self._measure(job, data, merged, by_detector, removed)
 

@@ -193,13 +193,13 @@ def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]
     first = encoders[0]
     name_of_weights: dict[str, str] = {}
     for name, encoder in zip(names, encoders, strict=True):
-        for what, own, other in (
+        for what, value, expected in (
             ("network", encoder.about.get("network", ""), first.about.get("network", "")),
             ("size", f"{encoder.preprocess.size} px", f"{first.preprocess.size} px"),
         ):
-            if own != other:
+            if value != expected:
                 raise UserError(
-                    f"{name} is no shadow beside {names[0]}: its {what} is {own}, not {other}"
+                    f"{name} is no shadow beside {names[0]}: its {what} is {value}, not {expected}"
                 )
         weights = mntd.fingerprint(encoder).numpy().astype("<i4").tobytes().hex()[:16]
         if weights in name_of_weights:

@@ -20,6 +20,9 @@ from bezoar.verbs.check import limit_side
 
 EXAMPLES = 2  # images that are kept for the page, one treatment after another
 SIDE = 96  # pixels of their sides, at most
+QUALITIES = (0, 95, 85, 75, 50)
+FACTORS = (1.0, 0.75, 0.5, 0.25)
+AUGMENTATIONS = ("shift", "flip", "colour", "gray", "blur", "simclr")
 
 
 @dataclass(frozen=True)
@@ -40,38 +43,17 @@ class Survive:
         Input, Takes("encoder"), "whose embedding the trigger is to move; without it, pixels alone"
     ] = None
     count: Annotated[int, "images"] = 64
-    jpeg: Annotated[tuple[int, ...], "qualities, 1 to 100; 0: not stored as JPEG"] = (
-        0,
-        95,
-        85,
-        75,
-        50,
-    )
-    resize: Annotated[tuple[float, ...], "factors of the side, before it is stored"] = (
-        1.0,
-        0.75,
-        0.5,
-        0.25,
-    )
+    jpeg: Annotated[tuple[int, ...], "qualities, 1 to 100; 0: not stored as JPEG"] = QUALITIES
+    resize: Annotated[tuple[float, ...], "factors of the side, before it is stored"] = FACTORS
     crop: Annotated[
         tuple[float, ...], "least shares of the area of random resized crops; 1: none"
     ] = (1.0, 0.9, 0.5, 0.08)
     augment: Annotated[tuple[str, ...], "of shift, flip, colour, gray, blur, simclr"] = (
-        "shift",
-        "flip",
-        "colour",
-        "gray",
-        "blur",
-        "simclr",
+        AUGMENTATIONS
     )
     normalise: Annotated[
         tuple[str, ...], "of none, half, imagenet, clip, in place of the encoder's own"
-    ] = (
-        "none",
-        "half",
-        "imagenet",
-        "clip",
-    )
+    ] = ("none", "half", "imagenet", "clip")
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Measure what each treatment leaves of the trigger.
