@@ -80,11 +80,11 @@ def scan(folder: Path, detectors: list[str], threads: int) -> dict[str, float]:
         setattr(module, name, call)
 
     timed(corpus, "embed_corpus", "vectors_s")
-    timed(verb, "detected", "detectors_s")
+    timed(verb, "run_detectors", "detectors_s")
     watcher = threading.Thread(target=watch)
     watcher.start()
     start, processor = time.perf_counter(), time.process_time()
-    settings = Settings(folder / "runs", quiet=True, page=False, device="cpu")
+    settings = Settings(folder / "runs", quiet=True, device="cpu")
     run = execute(Scan(f"embeddings:path={folder / 'data'}", detector=tuple(detectors)), settings)
     total = time.perf_counter() - start
     done.set()

@@ -1025,7 +1025,7 @@ def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
     folder = tmp_path_factory.mktemp("t")
     with columns.TextWriter(folder, "x") as out:
         for block in blocks:
-            out.add(pa.array(["cut off", *block], pa.large_string()).slice(1))
+            out.append(pa.array(["cut off", *block], pa.large_string()).slice(1))
     flat = [t for b in blocks for t in b]
     held = columns.map_texts(folder, "x")
     assert list(held) == flat and [held[i] for i in range(len(flat))] == flat
