@@ -87,6 +87,19 @@ def test_a_file_of_the_users_own_is_a_method(tmp_path):
     assert registry.make("detector", registry.spec(method)) == method
 
 
+def test_a_method_is_called_with_what_it_needs_and_is_offered():
+    class Needy:
+        needs = ("report", "parent")
+
+        def __call__(self, encoder, report):
+            return encoder, report
+
+    assert registry.call(Needy(), "encoder", report="report", clean="clean") == (
+        "encoder",
+        "report",
+    )
+
+
 def test_list_json_names_every_method():
     out = subprocess.run(
         [sys.executable, "-m", "bezoar", "list", "--json"], capture_output=True, check=True

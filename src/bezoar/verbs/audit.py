@@ -51,7 +51,7 @@ class Audit:
 
     fail_on: ClassVar[dict[str, str]] = {
         "evidence": "an audit has found evidence of a backdoor",
-        "unknown": "so it has, or an audit has no calibration or could not be run",
+        "unknown": "the same, or an audit has no calibration or could not be run",
     }
 
     encoder: Annotated[
@@ -67,13 +67,13 @@ class Audit:
         Takes("audit"),
         "see `bezoar list audit`; a parent adds the audit `parent`",
     ] = DEFAULT_AUDITS
-    classifier: Annotated[ClassifierKind, "head that audits of classes invert"] = "auto"
+    classifier: Annotated[ClassifierKind, "head that audits of classes use"] = "auto"
     parent: Annotated[Input, Takes("encoder"), "the encoder that it was tuned from"] = None
     bank: Annotated[
         tuple[Input, ...], Takes("bank"), "banks of clean encoders: bank.json files, calibrate runs"
     ] = ("shipped",)
     rate: Annotated[float, "false-positive rate of each audit"] = 0.05
-    images: Annotated[int, "clean images that are looked at"] = 512
+    images: Annotated[int, "clean images that the audits use"] = 512
 
     def __post_init__(self) -> None:
         if self.parent is not None:

@@ -64,14 +64,14 @@ class Calibrate:
         int,
         "how many are trained here, each with a seed of its own (and data, where they are made to order)",
     ] = 20
-    classifier: Annotated[ClassifierKind, "head that audits of classes invert"] = "auto"
+    classifier: Annotated[ClassifierKind, "head that audits of classes use"] = "auto"
     parent: Annotated[Input, Takes("encoder"), "the encoder that all of them were tuned from"] = (
         None
     )
     rate: Annotated[
         float, "false-positive rate that the figures are for; a bank holds values, for any rate"
     ] = 0.05
-    images: Annotated[int, "clean images that are looked at"] = 512
+    images: Annotated[int, "clean images that the audits use"] = 512
 
     def __post_init__(self) -> None:
         if self.parent is not None:

@@ -49,7 +49,7 @@ class Check:
     """Score images as they would arrive at an encoder, and flag those above what clean images score.
 
     One half of the clean images calibrates the checks, the other sets the thresholds. With --trigger, or on a poison run,
-    it is known which images carry a trigger, and how well they are told is measured.
+    it is known which images carry a trigger, and how well they are detected is measured.
     """
 
     encoder: Annotated[
@@ -73,7 +73,7 @@ class Check:
     trigger: Annotated[
         Input,
         Takes("trigger"),
-        "stamp it on one half of the images, to measure how well it is told",
+        "stamp it on one half of the images, to measure how well it is detected",
     ] = None
 
     def work(self, job: Job) -> dict[str, Measure]:

@@ -22,7 +22,7 @@ Points = Sequence[tuple[Row, Cell, Measure]]  # every cell of a table with its r
 
 @dataclass(frozen=True)
 class Reproduce:
-    """A paper's tables beside ours, with n, intervals and the paper's claims judged. What is done is not done again."""
+    """A paper's tables beside ours, with n, intervals and the paper's claims judged. Runs that are done are not repeated."""
 
     sweeps: ClassVar[bool] = True
 

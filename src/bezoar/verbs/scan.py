@@ -42,8 +42,8 @@ Rows = NDArray[np.int64]
 class Scan:
     """Rank a data set's records, most suspicious first, and write a keep-list. Several detectors are merged by rank.
 
-    Shards, tables, folders and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on with
-    the piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
+    Shards, tables, folders and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on
+    with the piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
     """
 
     sweeps: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class Scan:
     ] = "keep-list"
     leaks: Annotated[
         bool,
-        "can file sizes, headers, order, paths or caption templates alone tell poisons from the rest",
+        "measure whether file sizes, headers, order, paths or caption templates alone separate poisons",
     ] = False
     trusted: Annotated[
         str,

@@ -34,11 +34,11 @@ NO_FOLD = -1  # a fold that no encoder is in
 
 @dataclass(frozen=True)
 class Shadows:
-    """Fit MNTD on encoders known to be clean and on attacked ones; `bezoar audit --audit mntd:bank=RUN` asks it of others.
+    """Fit MNTD on encoders known to be clean and on attacked ones; `bezoar audit --audit mntd:bank=RUN` applies it to others.
 
     Its figures are of encoders that it was not fitted on. An attacked encoder and the clean one that it was made from may
-    both be given: natural shadows, and nearer to each other than to any other. They stay in one fold, because a bank that
-    knows the one by its label pulls the other towards that label, which is the wrong one.
+    both be given. They are nearer to each other than to any other encoder and stay in one fold, because a bank that knows
+    the label of one pulls the other towards that label, which is the wrong one.
     """
 
     encoder: Annotated[
@@ -55,8 +55,8 @@ class Shadows:
         Input, Takes("data"), "clean images; without them, the test split of the training data"
     ] = None
     images: Annotated[int, "clean images that queries are drawn from"] = 512
-    queries: Annotated[int, "learnt images that are asked"] = 12
-    steps: Annotated[int, "of learning them"] = 60
+    queries: Annotated[int, "learnt query images"] = 12
+    steps: Annotated[int, "optimisation steps in which the queries are learnt"] = 60
     folds: Annotated[
         int, "parts of the cross-validation, each judged by a bank that was fitted on the others"
     ] = 5

@@ -27,7 +27,7 @@ AUGMENTATIONS = ("shift", "flip", "colour", "gray", "blur", "simclr")
 
 @dataclass(frozen=True)
 class Survive:
-    """Put a trigger through JPEG, resizing, crops, augmentations and normalisations: what is left of it, before training."""
+    """Put a trigger through JPEG, resizing, crops, augmentations and normalisations, and measure what is left of it."""
 
     data: Annotated[
         Input,
@@ -48,11 +48,11 @@ class Survive:
     crop: Annotated[
         tuple[float, ...], "least shares of the area of random resized crops; 1: none"
     ] = (1.0, 0.9, 0.5, 0.08)
-    augment: Annotated[tuple[str, ...], "of shift, flip, colour, gray, blur, simclr"] = (
+    augment: Annotated[tuple[str, ...], "some of shift, flip, colour, gray, blur, simclr"] = (
         AUGMENTATIONS
     )
     normalise: Annotated[
-        tuple[str, ...], "of none, half, imagenet, clip, in place of the encoder's own"
+        tuple[str, ...], "some of none, half, imagenet, clip, in place of the encoder's own"
     ] = ("none", "half", "imagenet", "clip")
 
     def work(self, job: Job) -> dict[str, Measure]:
