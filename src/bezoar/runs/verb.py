@@ -168,10 +168,10 @@ def field_marks(verb: type[Verb]) -> dict[str, Takes]:
     return marks
 
 
-def input_files(configured: Any) -> list[Path | tuple[str, Path]]:
+def input_files(configured: Any) -> list[Any]:
     """The files that a method reads: those that it lists itself, or those that its text fields name.
 
-    A file is a path, or the name that it is known by and its path.
+    A file is a path, or a tuple of the name that it is known by and its path.
     """
     if hasattr(configured, "files"):
         return list(configured.files())

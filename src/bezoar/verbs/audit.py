@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.auditing import bank, sarif, verdict_text
+from bezoar.auditing import audits, bank, sarif, verdict_text
 from bezoar.auditing.bank import Bank, Calibration, Family, Sample
 from bezoar.data import randomness
 from bezoar.data.pairs import Pairs
@@ -163,7 +163,7 @@ class Audit:
 
     def _run_single(self, job: Job) -> AuditFindings:
         """Run the one audit there is."""
-        audit = job.inputs["audit"][0]
+        audit: audits.Audit = job.inputs["audit"][0]
         suspect = job.inputs["encoder"]
         data = job.inputs["data"]
         method = data if data is not None else default_clean_images(suspect)
@@ -173,7 +173,7 @@ class Audit:
         labelled = labelled.to(job.device)
         offered = self._offer(job, audit, encoder, labelled)
         start = time.monotonic()
-        verdict = registry.call(audit, encoder, sample, job.seed, **offered)
+        verdict: Verdict = registry.call(audit, encoder, sample, job.seed, **offered)
         seconds = time.monotonic() - start
         classifier = offered.get("classifier")
         reader = classifier
@@ -194,7 +194,9 @@ class Audit:
         images = sample.images[:MAX_INVERSIONS].cpu().clone().contiguous()
         return AuditFindings(facts, inversion_tensors(verdict), {"images": images})
 
-    def _offer(self, job: Job, audit: Any, encoder: Encoder, labelled: Pairs) -> dict[str, Any]:
+    def _offer(
+        self, job: Job, audit: audits.Audit, encoder: Encoder, labelled: Pairs
+    ) -> dict[str, Any]:
         """What the audit needs beside the encoder and clean images."""
         needs = registry.needs(audit)
         offered: dict[str, Any] = {"report": job.reporter(audit_name(audit))}
@@ -368,7 +370,7 @@ def judge_findings(findings: AuditFindings, banks: Sequence[Bank], rate: float) 
 
 
 def audit_json(
-    audit: Any, verdict: Verdict, classifier: Classifier | None, seconds: float
+    audit: audits.Audit, verdict: Verdict, classifier: Classifier | None, seconds: float
 ) -> dict[str, Any]:
     """An audit and its value as they stand in verdict.json."""
     module_doc = sys.modules[type(audit).__module__].__doc__ or ""
@@ -453,7 +455,7 @@ def audit_spec(audit: Any) -> str:
     return audit if isinstance(audit, str) else registry.spec(audit)
 
 
-def audit_name(audit: Any) -> str:
+def audit_name(audit: audits.Audit) -> str:
     """The name of an audit; for a user's own file its stem."""
     return Path(registry.method_name(type(audit))).stem
 
