@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_poison_then_verify(runs, poison, capsys):
     assert poison["status"] == "done" and poison["metrics"]["poisons"]["value"] == 30
     assert poison["goal"][0]["target"] == "striped star" and poison["notes"]["poisoned"] is True
     run = name(runs, poison)
-    assert main(["poison", "--verify", run, "--runs", str(runs)]) == 0
+    assert main(["verify", run, "--runs", str(runs)]) == 0
     plan = runs / run / "plan.jsonl"
     text = plan.read_text()
     lines = text.splitlines()
@@ -72,9 +73,9 @@ def test_poison_then_verify(runs, poison, capsys):
     ):
         edit = json.loads(lines[3]) | {field: forged}
         plan.write_text("\n".join([*lines[:3], json.dumps(edit), *lines[4:]]))
-        assert main(["poison", "--verify", run, "--runs", str(runs)]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and edit["id"] in said
+        assert main(["verify", run, "--runs", str(runs)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and edit["id"] in message
     plan.write_text(text)
 
 
@@ -89,11 +90,11 @@ def test_train_says_what_it_drew_and_marks_its_weights(runs, train):
 
 
 def test_evaluate_learns_the_trigger_from_the_parents(runs, train, capsys):
-    found = ask(capsys, runs, "evaluate", name(runs, train), "scenes:count=200,split=test")
+    evaluation = ask(capsys, runs, "evaluate", name(runs, train), "scenes:count=200,split=test")
     assert {"clean_accuracy", "attack_success", "attack_success_all", "z_std", "z_var"} <= set(
-        found["metrics"]
+        evaluation["metrics"]
     )
-    for m in found["metrics"].values():
+    for m in evaluation["metrics"].values():
         assert Measure(**m).low <= m["value"] <= Measure(**m).high and m["n"] > 0 and m["how"]
 
 
@@ -110,8 +111,8 @@ def test_scan_ranks_writes_a_keep_list_and_train_takes_it(runs, train, capsys):
         "0.1",
     )
     folder = runs / name(runs, scan)
-    kept = (folder / "keep.txt").read_text().split()
-    assert len(kept) == 540 and len(load_scores(folder)) == 600
+    keep_list = (folder / "keep.txt").read_text().split()
+    assert len(keep_list) == 540 and len(load_scores(folder)) == 600
     assert {"auroc", "transplant.auroc", "precision_at_n", "fpr_at_95_tpr"} <= set(scan["metrics"])
     again = ask(
         capsys,
@@ -197,9 +198,9 @@ def test_runs_that_lie_in_several_directories(runs, poison, tmp_path, capsys):
     tiny = ("--network", "clip_small:width=4,dim=8", "--objective", "clip:epochs=1,batch=64")
     trained = ask(capsys, tmp_path / "b", "train", runs / name(runs, poison), *tiny)
     encoder = tmp_path / "b" / name(tmp_path / "b", trained)
-    found = ask(capsys, tmp_path / "c", "evaluate", encoder, "scenes:count=80,split=test")
-    assert found["goal"] == poison["goal"] and "attack_success" in found["metrics"]
-    page = (tmp_path / "c" / name(tmp_path / "c", found) / "report.html").read_text()
+    evaluation = ask(capsys, tmp_path / "c", "evaluate", encoder, "scenes:count=80,split=test")
+    assert evaluation["goal"] == poison["goal"] and "attack_success" in evaluation["metrics"]
+    page = (tmp_path / "c" / name(tmp_path / "c", evaluation) / "report.html").read_text()
     assert "could not be made" not in page and "no longer there" not in page
 
 
@@ -244,7 +245,7 @@ def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
         "--victims", "scenes:count=100,split=test",
     )  # fmt: skip
     assert both["metrics"]["poisons"]["value"] == 36 and len(both["goal"]) == 4
-    assert main(["poison", "--verify", name(runs, both), "--runs", str(runs)]) == 0
+    assert main(["verify", name(runs, both), "--runs", str(runs)]) == 0
     capsys.readouterr()
     assert main(["train", DATA, "--runs", str(tmp_path), "--dry"]) == 0
     assert json.loads(capsys.readouterr().out)["objective"] == "clip" and not list(
@@ -270,8 +271,8 @@ def test_written_shards_hold_the_same_records(tmp_path, capsys):
         "--target",
         "striped star",
     ]
-    made = ask(capsys, tmp_path, *words, "--write", "shards")
-    folder = tmp_path / name(tmp_path, made)
+    poison = ask(capsys, tmp_path, *words, "--write", "shards")
+    folder = tmp_path / name(tmp_path, poison)
     parts = inputs.open_dataset(Run(folder)).pairs
     read = load_pairs(registry.make("data", f"shards:path={folder}/shards/*.tar,size=32")())
     ours = dict(zip(parts.ids, zip(parts.captions, parts.images, strict=True), strict=True))
@@ -347,8 +348,7 @@ BAD = [
         "9999 poisons",
     ),
     (["poison", DATA, "--trigger", "patch:size=99", "--target", "striped star"], "99"),
-    (["poison"], "name the DATA"),
-    (["poison", "--verify", "nowhere"], "no run 'nowhere'"),
+    (["verify", "nowhere"], "no run 'nowhere'"),
     (["evaluate", "nowhere"], "no run 'nowhere'"),
     (["scan", DATA], "give --encoder"),
     (["show", "nowhere"], "there are: none"),
@@ -386,8 +386,8 @@ BAD = [
 @pytest.mark.parametrize(("words", "says"), BAD)
 def test_bad_input_is_one_line_and_exit_two(words, says, tmp_path, capsys):
     assert main([*words, "--runs", str(tmp_path)]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar: ")]
-    assert len(said) == 1 and says in said[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar: ")]
+    assert len(lines) == 1 and says in lines[0]
     for manifest in tmp_path.glob("*/manifest.json"):
         assert json.loads(manifest.read_text())["status"] == "failed"
     assert not list(tmp_path.glob("*/*.tmp"))
@@ -423,16 +423,13 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsy
     assert main(words) == 0, "it goes on once there is room"
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_stopped_says_so_and_goes_on(how, tmp_path, capsys):
-    words = [
-        "train",
-        "scenes:count=2000",
-        "--objective",
-        "clip:epochs=12,batch=64",
-        "--runs",
-        str(tmp_path),
-    ]
+@pytest.mark.parametrize(
+    ("sent", "exit_status", "status"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGKILL, -9, "running")],
+)
+def test_a_run_that_is_stopped_says_so_and_goes_on(sent, exit_status, status, tmp_path):
+    words = ["train", "scenes:count=1000", "--objective", "clip:epochs=8,batch=64"]
+    words += ["--runs", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-c", f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"],
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -440,17 +437,32 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(how, tmp_path, capsys):
     start = time.monotonic()
     while not list(tmp_path.glob("train-*/manifest.json")) and time.monotonic() - start < 60:
         time.sleep(0.1)
-    time.sleep(2)
-    process.send_signal(how)
-    assert process.wait(60) == (130 if how == signal.SIGINT else -9)
-    (manifest,) = (json.loads(p.read_text()) for p in tmp_path.glob("train-*/manifest.json"))
-    assert manifest["status"] == ("interrupted" if how == signal.SIGINT else "running")
-    words[3] = "clip:epochs=12,batch=64"
-    assert (
-        main(["train", "scenes:count=2000", "--objective", words[3], "--runs", str(tmp_path)]) == 0
-    )
-    (manifest,) = (json.loads(p.read_text()) for p in tmp_path.glob("train-*/manifest.json"))
-    assert manifest["status"] == "done"
+    time.sleep(1)
+    process.send_signal(sent)
+    assert process.wait(60) == exit_status
+    (manifest,) = tmp_path.glob("train-*/manifest.json")
+    assert json.loads(manifest.read_text())["status"] == status
+    assert main(words) == 0
+    assert json.loads(manifest.read_text())["status"] == "done"
+
+
+def test_a_verb_without_its_data_ends_with_the_status_of_bad_input(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["poison", "--trigger", "patch"])
+    assert end.value.code == 2 and "DATA" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bezoar {version('bezoar')}\n"
+
+
+def test_only_a_poison_run_verifies(runs, train, poison, capsys):
+    assert main(["verify", name(runs, train), "--runs", str(runs)]) == 2
+    assert "only a poison run has a plan" in capsys.readouterr().err
+    assert main(["verify", name(runs, poison), "--runs", str(runs), "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["verified"] is True and verified["records"] == 30
 
 
 def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path, capsys):
@@ -507,12 +519,12 @@ def test_help_names_inputs_as_readme_does(capsys):
     ):
         with pytest.raises(SystemExit):
             main(words)
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         assert (
-            all(s in said for s in shown)
-            and "{None}" not in said
-            and "type: ignore" not in said
-            and "--no-dry" not in said
+            all(s in output for s in shown)
+            and "{None}" not in output
+            and "type: ignore" not in output
+            and "--no-dry" not in output
         )
 
 

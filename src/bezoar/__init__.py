@@ -8,33 +8,24 @@ print(run.metric("attack_success"), run.path / "report.html")
 """
 
 import importlib
+from pathlib import Path
 from typing import Any
 
-_WHERE = {
-    "Poison": "verbs.poison",
-    "Train": "verbs.train",
-    "Inject": "verbs.inject",
-    "Evaluate": "verbs.evaluate",
-    "Scan": "verbs.scan",
-    "Survive": "verbs.survive",
-    "Audit": "verbs.audit",
-    "Calibrate": "verbs.calibrate",
-    "Shadows": "verbs.shadows",
-    "Repair": "verbs.repair",
-    "Check": "verbs.check",
-    "Reproduce": "verbs.reproduce",
-    "Dose": "verbs.dose",
-    "Demo": "verbs.demo",
+_MODULES = {  # public name -> its module; every verb is a class named like its file
+    **{
+        file.stem.title(): f"verbs.{file.stem}"
+        for file in sorted((Path(__file__).parent / "verbs").glob("[!_]*.py"))
+    },
     "Run": "runs.run",
     "Settings": "runs.verb",
     "execute": "reports.page",
     "UserError": "errors",
 }
-__all__ = list(_WHERE)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Names are looked up when they are used, so that `import bezoar` is instant."""
-    if name not in _WHERE:
+    """Import a public name when it is first used, so that `import bezoar` is instant."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'bezoar' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"bezoar.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f"bezoar.{_MODULES[name]}"), name)

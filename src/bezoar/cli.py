@@ -1,353 +1,344 @@
-"""The command line: a sub-command per verb, an option per field. Knows no method, and imports no torch for help."""
+"""The command line: a sub-command for each verb, with an option for each of its fields; and `list`, `show`, `verify`.
+
+It knows no verb and no method by name. A verb's sub-command is made from the verb's source text (see
+`runs.verb_source`); the verb, and torch with it, is imported once the arguments are known to be right.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib
 import io
 import json
 import os
 import sys
 import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from bezoar import registry
 from bezoar.errors import UserError
-from bezoar.runs.run import get_run
-from bezoar.runs.verb import Input, Settings, Takes, input_to_json, positional_fields, verb_name
+from bezoar.runs import verb_source
+from bezoar.runs.run import Run, get_run
+from bezoar.runs.verb import Settings, input_to_json, load_verb, verb_name, verb_names
+from bezoar.runs.verb_source import FieldSource, VerbSource
 
-VERBS = (
-    "poison",
-    "train",
-    "inject",
-    "evaluate",
-    "scan",
-    "survive",
-    "audit",
-    "calibrate",
-    "shadows",
-    "repair",
-    "check",
-    "reproduce",
-    "dose",
-    "demo",
+DESCRIPTION = (
+    "Is this data set poisoned, is this encoder backdoored, and what now? "
+    "`bezoar COMMAND --help` says more of a command, `bezoar --version` which version this is."
 )
-SWEEPS = ("reproduce", "dose", "scan", "calibrate")
+REPORT = "report.html"
+DONE, USER_ERROR, FAILED_ON, INCOMPLETE, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 4, 130, 141
+DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 
-def option(hint: Any, positional: bool, required: bool) -> Any:
-    """A verb's annotated field -> the same for tyro: inputs are texts, named as README names them; the note is the help."""
-    base, *marks = typing.get_args(hint)
-    note = next((m for m in marks if isinstance(m, str)), "")
-    takes = next((m.what.upper() for m in marks if isinstance(m, Takes)), None)
-    if takes and base == tuple[Input, ...]:
-        base, takes = tuple[str, ...], f"{takes} ..."
-    elif takes:
-        base = str
-    if takes and positional and not required:
-        takes = f"[{takes}]"
-    conf = [tyro.conf.Positional] if positional else []
-    return Annotated[base, *conf, tyro.conf.arg(help=note, metavar=takes)]
+def help_text(text: str, metavar: str | None = None) -> Any:
+    """The help of an option, for its annotation."""
+    return tyro.conf.arg(help=text, metavar=metavar)
 
 
-def command(name: str) -> type:
-    """The command-line form of a verb: its fields, then the options that every verb has."""
-    verb = getattr(importlib.import_module(f"bezoar.verbs.{name}"), name.title())
-    hints = typing.get_type_hints(verb, include_extras=True)
-    fields: list[tuple] = []
-    for f in dataclasses.fields(verb):
-        default = f.default
-        kind = option(
-            hints[f.name], f.name in positional_fields(verb), default is dataclasses.MISSING
-        )
-        if default is None:
-            base, *rest = typing.get_args(kind)
-            kind = Annotated[base | None, *rest]
-        if isinstance(default, Path):
-            default = str(default)
-        fields.append((f.name, kind) if default is dataclasses.MISSING else (f.name, kind, default))
-    common: list[tuple] = [
-        ("runs", Annotated[Path, tyro.conf.arg(help="directory of the runs")], Path("runs")),
-        ("seed", Annotated[int, tyro.conf.arg(help="of everything random")], 0),
-        ("device", Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1")], "auto"),
-        ("dry", Annotated[bool, tyro.conf.arg(help="print what would be run, and stop")], False),
-        (
-            "fresh",
-            Annotated[bool, tyro.conf.arg(help="run again even if a finished run answers this")],
-            False,
-        ),
-        (
-            "json",
-            Annotated[bool, tyro.conf.arg(help="print the manifest as one JSON object")],
-            False,
-        ),
-    ]
-    if name in SWEEPS:
-        common += [
-            (
-                "workers",
-                Annotated[
-                    int, tyro.conf.arg(help="processes at a time; 0: one a core, or one a GPU")
-                ],
-                0,
-            ),
-            (
-                "ray",
-                Annotated[
-                    bool,
-                    tyro.conf.arg(help="on Ray: the cluster RAY_ADDRESS names, or a local one"),
-                ],
-                False,
-            ),
-        ]
-    if name == "audit":
-        levels = Literal["never", "evidence", "unknown"]
-        common.append(
-            (
-                "fail_on",
-                Annotated[
-                    levels, tyro.conf.arg(help="exit with 3 on it; unknown: or without calibration")
-                ],
-                "never",
-            )
-        )
-    if name == "scan":
-        cases = Literal["never", "trigger"]
-        common.append(
-            (
-                "fail_on",
-                Annotated[
-                    cases, tyro.conf.arg(help="exit with 3 where a detector has found a trigger")
-                ],
-                "never",
-            )
-        )
-    if name == "poison":
-        fields = [
-            (f[0], Annotated[str | None, *typing.get_args(f[1])[1:]], None) if f[0] == "data" else f
-            for f in fields
-        ]
-        common.append(
-            (
-                "verify",
-                Annotated[
-                    str | None,
-                    tyro.conf.arg(help="derive its plan anew, compare bit by bit", metavar="RUN"),
-                ],
-                None,
-            )
-        )
-    made = dataclasses.make_dataclass(name.title(), fields + common, frozen=True)
-    made.__doc__ = verb.__doc__
-    made.verb = verb  # type: ignore[attr-defined]
-    return made
+RunsFolder = Annotated[Path, help_text("directory of the runs")]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class VerbOptions:
+    """The options of every verb."""
+
+    runs: RunsFolder = Path("runs")
+    seed: Annotated[int, help_text("of everything random")] = 0
+    device: Annotated[str, help_text("auto, cpu, cuda, cuda:1")] = "auto"
+    dry: Annotated[bool, help_text("print what would be run, and stop")] = False
+    fresh: Annotated[bool, help_text("run again even if a finished run answers this")] = False
+    json: Annotated[bool, help_text("print the manifest as one JSON object")] = False
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The options of verbs that run many trials."""
+
+    workers: Annotated[int, help_text("processes at a time; 0: one a core, or one a GPU")] = 0
+    ray: Annotated[bool, help_text("on Ray: the cluster RAY_ADDRESS names, or a local one")] = False
+
+
+@dataclass(frozen=True)
 class List:
     """What there is, with every field: all methods, or those of one kind."""
 
     kind: Annotated[
         str | None,
         tyro.conf.Positional,
-        tyro.conf.arg(help=f"of {', '.join(registry.KINDS)}", metavar="[KIND]"),
+        help_text(f"of {', '.join(registry.KINDS)}", "[KIND]"),
     ] = None
-    json: Annotated[bool, tyro.conf.arg(help="print it as one JSON object")] = False
+    json: Annotated[bool, help_text("print it as one JSON object")] = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Show:
     """What a run found: its metrics with n and interval, and where its report is."""
 
     run: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(help="a run's directory, or the start of its name", metavar="RUN"),
+        str, tyro.conf.Positional, help_text("a run's directory, or the start of its name", "RUN")
     ]
     page: Annotated[
         Path | None,
-        tyro.conf.arg(
-            help="write its page here, to hand around: without links to other runs", metavar="FILE"
-        ),
+        help_text("write its page here, to hand around: without links to other runs", "FILE"),
     ] = None
-    runs: Annotated[Path, tyro.conf.arg(help="directory of the runs")] = Path("runs")
-    json: Annotated[bool, tyro.conf.arg(help="print the manifest as one JSON object")] = False
+    runs: RunsFolder = Path("runs")
+    json: Annotated[bool, help_text("print the manifest as one JSON object")] = False
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Derive the plan of a poison run again from its inputs, and compare it with the one on disk bit by bit."""
+
+    run: Annotated[
+        str, tyro.conf.Positional, help_text("a poison run's directory, or its name", "RUN")
+    ]
+    runs: RunsFolder = Path("runs")
+    json: Annotated[bool, help_text("print what was verified as one JSON object")] = False
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print. Returns the exit status.
+    """Run the command line, and return its exit status.
 
-    0: done. 1: a bug. 2: the user's input. 3: `--fail-on` found its case. 4: done, but for what could not be read or
-    asked; the run's notes (`incomplete`) say what. 130: interrupted. 141: nobody reads what it prints.
+    0: done. 1: a bug. 2: the user's input is at fault. 3: `--fail-on` has found its case. 4: done, except for what could not
+    be read or asked, which the run's notes (`incomplete`) name. 130: interrupted. 141: nobody reads what it prints.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     try:
-        commands: dict[str, Any] = {name: command(name) for name in VERBS}
-        asked = tyro.extras.subcommand_cli_from_dict(
-            {**commands, "list": List, "show": Show},  # type: ignore[dict-item]
-            prog="bezoar",
-            description="Is this data set poisoned, is this encoder backdoored, and what now?",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        if isinstance(asked, List):
-            return show_methods(asked)
-        if isinstance(asked, Show):
-            return show_run(asked)
-        return carry_out(asked)
+        return run_command(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"bezoar: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print("bezoar: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read has seen enough: `bezoar list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return BROKEN_PIPE
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            print(f"bezoar: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-            return 2
-        raise
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"bezoar: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR
 
 
-def carry_out(asked: Any) -> int:
-    """Run the verb that was asked for; stdout ends with its directory, or is its manifest."""
-    if getattr(asked, "verify", None):
-        return verify(asked)
-    values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked.verb)}
-    if hasattr(asked, "verify") and values["data"] is None:
-        raise UserError("name the DATA to poison, or --verify RUN")
-    verb = asked.verb(**values)
-    if asked.dry:
+def run_command(words: Sequence[str]) -> int:
+    """Parse the words of a command line and do what they ask. Returns the exit status."""
+    name = words[0] if words else ""
+    if name == "--version":
+        print(f"bezoar {version('bezoar')}")
+        return DONE
+    if name in COMMANDS:
+        form, action = COMMANDS[name]
+        return action(parse(form, name, words[1:]))
+    if name in verb_names():
+        source = verb_source.read_verb(name)
+        return run_verb(source, parse(command_form(source), name, words[1:]))
+    return show_overview(words)
+
+
+def parse(form: type, name: str, words: Sequence[str]) -> Any:
+    """Parse the words after a command's name into its form. Prints help or an error and exits where that is due."""
+    return tyro.cli(
+        form, prog=f"bezoar {name}", args=list(words), config=(tyro.conf.FlagCreatePairsOff,)
+    )
+
+
+def show_overview(words: Sequence[str]) -> int:
+    """Print which commands there are, or that the words name none, and exit."""
+    docs = {name: verb_source.read_docstring(name) for name in verb_names()}
+    docs |= {name: form.__doc__ or "" for name, (form, _) in COMMANDS.items()}
+    forms: dict[str, Any] = {}
+    for name, doc in docs.items():
+        forms[name] = dataclasses.make_dataclass(name.title(), [])
+        forms[name].__doc__ = doc
+    tyro.extras.subcommand_cli_from_dict(
+        forms, prog="bezoar", description=DESCRIPTION, args=list(words)
+    )
+    return USER_ERROR
+
+
+# Verbs
+
+
+def command_form(source: VerbSource) -> type:
+    """The dataclass that tyro fills for a verb: its fields, then the options of every verb."""
+    fields = [form_field(field) for field in source.fields]
+    fields += option_fields(VerbOptions)
+    if source.class_variables.get("sweeps"):
+        fields += option_fields(SweepOptions)
+    if cases := source.class_variables.get("fail_on"):
+        text = "exit with 3 on " + "; on ".join(f"{case}: {when}" for case, when in cases.items())
+        choices = Annotated[Literal["never", *cases], help_text(text)]  # type: ignore[valid-type]
+        fields.append(("fail_on", choices, dataclasses.field(default="never")))
+    form = dataclasses.make_dataclass(source.name.title(), fields, frozen=True, kw_only=True)
+    form.__doc__ = source.doc
+    return form
+
+
+def form_field(field: FieldSource) -> tuple[str, Any, Any]:
+    """A verb's field for `make_dataclass`; inputs are shown by what they take, such as DATA."""
+    is_required = field.default is dataclasses.MISSING
+    metavar = field.takes.what.upper() or None
+    if metavar and field.type == tuple[str, ...]:
+        metavar += " ..."
+    if metavar and field.takes.positional and not is_required:
+        metavar = f"[{metavar}]"
+    marks = [help_text(field.help, metavar)]
+    if field.takes.positional:
+        marks.insert(0, tyro.conf.Positional)
+    hint = field.type | None if field.default is None else field.type
+    return field.name, Annotated[hint, *marks], dataclasses.field(default=field.default)
+
+
+def option_fields(options: type) -> list[tuple[str, Any, Any]]:
+    """The fields of a dataclass of options, for `make_dataclass`."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    return [
+        (f.name, hints[f.name], dataclasses.field(default=f.default))
+        for f in dataclasses.fields(options)
+    ]
+
+
+def run_verb(source: VerbSource, arguments: Any) -> int:
+    """Run the verb that was asked for. What it prints ends with the run's directory, or is the manifest."""
+    verb_class = load_verb(source.name)
+    verb = verb_class(**{field.name: getattr(arguments, field.name) for field in source.fields})
+    if arguments.dry:
         print(json.dumps({"verb": verb_name(verb), **input_to_json(verb)}, indent=1))
-        return 0
-    how = {name: getattr(asked, name) for name in ("workers", "ray") if hasattr(asked, name)}
+        return DONE
+    # Imported here because it imports torch, which wrong arguments and `list` do without.
     from bezoar.reports.page import execute
 
-    run = execute(verb, Settings(asked.runs, asked.seed, asked.device, asked.fresh, **how))
+    settings = Settings(arguments.runs, arguments.seed, arguments.device, arguments.fresh)
+    if source.class_variables.get("sweeps"):
+        settings = dataclasses.replace(settings, workers=arguments.workers, ray=arguments.ray)
+    run = execute(verb, settings)
     manifest = run.manifest
     incomplete = manifest["notes"].get("incomplete") or []
-    for line in incomplete:  # of a run that is at hand already, too
-        print(f"{verb_name(verb)}: {line}", file=sys.stderr)
-    status = 3 if fails(asked, manifest) else 4 if incomplete else 0
-    if asked.json:
-        print(json.dumps(manifest, indent=1, ensure_ascii=False))
-        return status
-    table(manifest)
-    print(f"report: {run.path / 'report.html'}")
-    print(run.path)
+    for line in incomplete:  # of a run that was done before, too
+        print(f"{source.name}: {line}", file=sys.stderr)
+    status = INCOMPLETE if incomplete else DONE
+    case = getattr(arguments, "fail_on", "never")
+    if case != "never" and verb_class.fails(case, manifest):
+        status = FAILED_ON
+    if arguments.json:
+        print_json(manifest)
+    else:
+        print_metrics(manifest)
+        print(f"report: {run.path / REPORT}")
+        print(run.path)
     return status
 
 
-def fails(asked: Any, manifest: dict) -> bool:
-    """Whether a scan or an audit is to end a build.
-
-    A scan: where a detector that decides has found a trigger; raises UserError where none of those asked for decides, because
-    that would pass whatever there is. An audit: on evidence; with `unknown` also where one has no calibration or did not run.
-    """
-    wanted, notes = getattr(asked, "fail_on", "never"), manifest["notes"]
-    if wanted == "trigger":
-        decided = [m["value"] for k, m in manifest["metrics"].items() if k.endswith(".raised")]
-        if not decided and not notes.get("incomplete"):
-            raise UserError(
-                "--fail-on trigger: no detector asked for says whether there is one; --detector transplant does"
-            )
-        return any(decided)
-    unknown = bool(notes.get("uncalibrated") or notes.get("incomplete"))
-    return wanted != "never" and (
-        notes.get("words") == "evidence" or (wanted == "unknown" and unknown)
-    )
+# The other commands
 
 
-def verify(asked: Any) -> int:
-    """`bezoar poison --verify RUN`."""
-    from bezoar.verbs.poison import verify_plan as derive_again
+def show_methods(arguments: List) -> int:
+    """`bezoar list [KIND]`."""
+    if arguments.kind not in (None, *registry.KINDS):
+        kinds = ", ".join(registry.KINDS)
+        raise UserError(f"no kind {arguments.kind!r} of methods; there are: {kinds}")
+    methods = {
+        kind: [describe_method(kind, name) for name in registry.method_names(kind)]
+        for kind in ([arguments.kind] if arguments.kind else registry.KINDS)
+    }
+    if arguments.json:
+        raw = {
+            kind: [dataclasses.asdict(d) for d in descriptions]
+            for kind, descriptions in methods.items()
+        }
+        print(json.dumps(raw, indent=1))
+        return DONE
+    for kind, descriptions in methods.items():
+        print(kind)
+        for method in descriptions:
+            print(f"  {method.name}: {method.summary}")
+            for field in method.fields if arguments.kind else ():
+                default = f" = {field.default}" if field.default else ""
+                print(f"      {field.name}: {field.type}{default}  {field.help}")
+    return DONE
 
-    run = get_run(asked.runs, asked.verify)
-    found = derive_again(run)
-    print(
-        json.dumps(found)
-        if asked.json
-        else f"{run.name} verifies: {found['records']} records, plan {found['plan']}"
-    )
-    return 0
+
+def describe_method(kind: str, name: str) -> registry.Description:
+    """What a method's source text says of it, under its name in specs."""
+    path = registry.PACKAGE / registry.KINDS[kind] / f"{name}.py"
+    return dataclasses.replace(registry.describe(path), name=name)
 
 
-def show_run(asked: Show) -> int:
+def show_run(arguments: Show) -> int:
     """`bezoar show RUN`."""
-    run = get_run(asked.runs, asked.run)
+    run = get_run(arguments.runs, arguments.run)
     manifest = run.manifest
-    if asked.json:
-        print(json.dumps(manifest, indent=1, ensure_ascii=False))
-        return 0
-    print(
-        f"{run.name}: {manifest['status']}"
-        + (f" ({manifest['error']})" if manifest.get("error") else "")
-    )
-    table(manifest)
-    if asked.page is not None or (
-        manifest["status"] == "done" and not (run.path / "report.html").exists()
-    ):
-        from bezoar.reports import page
-
-        written = (
-            page.write_page(run)
-            if asked.page is None
-            else page.write_standalone_page(run, asked.page)
-        )
-        print(f"report: {written}")
-    elif (run.path / "report.html").exists():
-        print(f"report: {run.path / 'report.html'}")
-    return 0
+    if arguments.json:
+        print_json(manifest)
+        return DONE
+    error = f" ({manifest['error']})" if manifest.get("error") else ""
+    print(f"{run.name}: {manifest['status']}{error}")
+    print_metrics(manifest)
+    page = ensure_page(run, arguments.page)
+    if page is not None:
+        print(f"report: {page}")
+    return DONE
 
 
-def table(manifest: dict) -> None:
-    """The verdict where there is one; metrics with n and 95 % interval."""
-    from rich.console import Console
-    from rich.table import Table
+def ensure_page(run: Run, path: Path | None) -> Path | None:
+    """Write a run's page to a path, or into the run where it is done and has none.
 
+    Returns the path of the page; None where there is none.
+    """
+    page = run.path / REPORT
+    if path is None and (page.exists() or not run.is_done):
+        return page if page.exists() else None
+    # Imported here because it imports torch, which a run that has its page does without.
+    from bezoar.reports.page import write_page, write_standalone_page
+
+    return write_page(run) if path is None else write_standalone_page(run, path)
+
+
+def verify_run(arguments: Verify) -> int:
+    """`bezoar verify RUN`."""
+    run = get_run(arguments.runs, arguments.run)
+    # Imported here because it imports torch, which a name that is wrong does without.
+    from bezoar.verbs.poison import verify_plan
+
+    verified = verify_plan(run)
+    if arguments.json:
+        print(json.dumps(verified))
+    else:
+        print(f"{run.name} verifies: {verified['records']} records, plan {verified['plan']}")
+    return DONE
+
+
+def print_json(manifest: dict[str, Any]) -> None:
+    """Print a manifest as one JSON object."""
+    print(json.dumps(manifest, indent=1, ensure_ascii=False))
+
+
+def print_metrics(manifest: dict[str, Any]) -> None:
+    """Print a run's verdict, where there is one, and its metrics with n and 95 % interval."""
     if verdict := manifest.get("notes", {}).get("verdict"):
         print(verdict)
+    table = Table("metric", "value", "95 % interval", "n", box=None, pad_edge=False)
+    for name, measure in manifest["metrics"].items():
+        value, low, high = (float(measure[key]) for key in ("value", "low", "high"))
+        table.add_row(name, f"{value:.4g}", f"{low:.4g} .. {high:.4g}", str(measure["n"]))
+    if table.rows:
+        # Wide and unwrapped, because nobody can ask for a metric whose name is cut off.
+        Console(soft_wrap=True, width=200).print(table)
 
-    rows = Table("metric", "value", "95 % interval", "n", box=None, pad_edge=False)
-    for name, m in manifest["metrics"].items():
-        value, low, high = (float(m[k]) for k in ("value", "low", "high"))
-        rows.add_row(name, f"{value:.4g}", f"{low:.4g} .. {high:.4g}", str(m["n"]))
-    if rows.rows:
-        Console(soft_wrap=True, width=200).print(rows)  # a name that is cut off cannot be asked for
 
-
-def show_methods(asked: List) -> int:
-    """`bezoar list [KIND]`."""
-    if asked.kind not in (None, *registry.KINDS):
-        raise UserError(
-            f"no kind {asked.kind!r} of methods; there are: {', '.join(registry.KINDS)}"
-        )
-    kinds = [asked.kind] if asked.kind else list(registry.KINDS)
-    found = {
-        kind: [
-            dataclasses.replace(
-                registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{n}.py"), name=n
-            )
-            for n in registry.method_names(kind)
-        ]
-        for kind in kinds
-    }
-    if asked.json:
-        print(
-            json.dumps({k: [dataclasses.asdict(d) for d in v] for k, v in found.items()}, indent=1)
-        )
-        return 0
-    for kind, methods in found.items():
-        print(kind)
-        for d in methods:
-            print(f"  {d.name}: {d.summary}")
-            for name, hint, default, text in d.fields if asked.kind else ():
-                print(f"      {name}: {hint}{' = ' + default if default else ''}  {text}")
-    return 0
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "list": (List, show_methods),
+    "show": (Show, show_run),
+    "verify": (Verify, verify_run),
+}

@@ -1,5 +1,8 @@
-"""The one exception that means: the user's input, not the program, is at fault."""
+"""The exception for mistakes in the user's input."""
 
 
 class UserError(Exception):
-    """One line that names what was expected and what exists. The command line prints it and exits with 2."""
+    """The user's input is at fault, not the program.
+
+    The message is one line that names what was expected and what exists. The command line prints it and exits with 2.
+    """

@@ -1,4 +1,4 @@
-"""machine"""
+"""The machine that bezoar runs on: memory, cores, devices, ranks under torchrun, versions."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from bezoar.errors import UserError
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take, as the system and its control group say. 0 when neither says."""
-    said = []
-    if (system := Path("/proc/meminfo")).exists():
-        lines = dict(line.split(":") for line in system.read_text().splitlines())
-        said.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    """Bytes that this process can still take, by the system and by its control group; 0 where neither says."""
+    limits = []
+    if (meminfo := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
     elif "SC_PHYS_PAGES" in os.sysconf_names:
-        said.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (
-        limit := (group / "memory.max").read_text().strip()
-    ) != "max":
-        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        said.append(int(limit) - int(held["anon"]))
-    return max(0, min(said, default=0))
+    if (group / "memory.max").exists():
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            limits.append(int(limit) - int(stat["anon"]))
+    return max(0, min(limits, default=0))
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rank() -> int:
-    """This process's number under torchrun; 0 without it."""
+    """The number of this process under torchrun; 0 without it."""
     return torchrun_variable("RANK", 0)
 
 
@@ -39,83 +47,79 @@ def world_size() -> int:
     return torchrun_variable("WORLD_SIZE", 1)
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def torchrun_variable(name: str, default: int) -> int:
+    """A number that torchrun hands to its processes in an environment variable.
 
-
-def select_device(name: str) -> Any:
-    """`auto`, `cpu`, `cuda`, `cuda:1` -> torch.device; of several ranks each takes a GPU of its own.
-
-    A GPU with a number becomes the current one, or pinned memory and the like would take up room on the first GPU too.
-    Raises UserError for one that is not there, and for kinds of devices that bezoar has not been made for.
+    Other launchers set RANK and WORLD_SIZE too, without processes that would wait for this one; they are ignored.
     """
-    import torch
-    import torch.distributed as dist
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
 
+
+def select_device(name: str) -> torch.device:
+    """Find a device by name: `auto`, `cpu`, `cuda` or `cuda:1`. Of several ranks, each takes a GPU of its own.
+
+    A GPU with a number becomes the current one; otherwise pinned memory would take up room on the first GPU too.
+
+    Raises:
+        UserError: if there is no such device, or it is of a kind that bezoar does not support.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if dist.is_initialized() and name.startswith("cuda"):
-        gpus, needed = torch.cuda.device_count(), torchrun_variable("LOCAL_WORLD_SIZE", 1)
-        if name != "cuda" or gpus < needed:
-            raise UserError(
-                f"{needed} ranks take a GPU each, and there are {gpus}; "
-                "give --device cuda (without a number) or cpu, and torchrun no more ranks than GPUs"
-            )
-        name = f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
+        name = _gpu_of_rank(name)
     try:
-        wanted = torch.device(name)
-        if wanted.type not in ("cpu", "cuda"):
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
             raise NotImplementedError(name)
-        torch.empty(1, device=wanted)
-        if wanted.type == "cuda" and wanted.index is not None:
-            torch.cuda.set_device(wanted)
+        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"no device {name!r} here; there are: {', '.join(there)}") from error
-    return wanted
+        names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"no device {name!r} here; there are: {', '.join(names)}") from error
+    return device
 
 
-def torchrun_variable(name: str, otherwise: int) -> int:
-    """Other launchers set RANK and WORLD_SIZE too, without processes that would wait for us."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else otherwise
+def _gpu_of_rank(name: str) -> str:
+    gpus = torch.cuda.device_count()
+    ranks = torchrun_variable("LOCAL_WORLD_SIZE", 1)
+    if name != "cuda" or gpus < ranks:
+        raise UserError(
+            f"{ranks} ranks take a GPU each, and there are {gpus}; "
+            "give --device cuda (without a number) or cpu, and torchrun no more ranks than GPUs"
+        )
+    return f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
 
 
-def describe_environment(chosen: Any) -> dict[str, Any]:
-    """For the manifest. chosen: torch.device."""
-    import torch
-
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the question: versions, commit, device. For the manifest."""
+    on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": version("numpy"),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(chosen)
-        if chosen.type == "cuda"
-        else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "deterministic": chosen.type == "cpu",
+        "deterministic": device.type == "cpu",
         **find_commit(Path(__file__)),
     }
 
 
 def find_commit(file: Path) -> dict[str, Any]:
-    """The commit that a file is of, and whether its folder has changed since; nothing where no repository tracks it.
+    """The commit that a file belongs to, and whether its folder has changed since; empty where git does not track it.
 
-    An installed package may lie below somebody else's repository, whose commit says nothing.
+    An installed package may lie below another project's repository, whose commit says nothing about the package.
     """
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=file.parent, capture_output=True, text=True
-        ).stdout.strip()
+        process = subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True)
+        return process.stdout.strip()
 
     try:
         if not git("ls-files", "--", file.name):
             return {}
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--", ".")),
-        }
+        dirty = bool(git("status", "--porcelain", "--", "."))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
     except OSError:
         return {}

@@ -1,4 +1,4 @@
-"""Progress with an estimate, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress with an estimate of the time left, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -6,46 +6,68 @@ import sys
 import time
 from typing import Any
 
-EVERY_SECONDS = 10.0
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import TaskID
+
+PRINT_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Used as a context; `step(done, total, text)` may be called as often as one likes."""
+    """The progress of one piece of work; a context manager.
+
+    `step` may be called as often as is convenient.
+
+    Args:
+        quiet: print nothing.
+        title: what stands before every line, such as a verb's name.
+    """
 
     def __init__(self, quiet: bool, title: str) -> None:
-        self.quiet, self.title = quiet, title
-        self.bar: Any = None
-        self.task: Any = None
-        self.start = self.said = self.began = time.monotonic()
-        self.phase = ("", 0)
-        self.first = 0  # what was done already when this phase began to be told
+        self.quiet = quiet
+        self.title = title
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._start = time.monotonic()
+        self._last_print = self._start
+        # A phase is a stretch of work with one total; the estimate of the time left belongs to it.
+        self._phase_start = self._start
+        self._phase_total = 0
+        self._phase_first = 0  # steps that were done already when the phase began
 
     def __enter__(self) -> Progress:
-        self.start = self.said = time.monotonic()
+        self._start = self._last_print = time.monotonic()
         if not self.quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress as Bar
-
-            self.bar = Bar(console=Console(stderr=True), transient=True)
-            self.bar.start()
+            self._bar = Bar(console=Console(stderr=True), transient=True)
+            self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
         if not self.quiet:
-            print(f"{self.title}: {time.monotonic() - self.start:.1f} s", file=sys.stderr)
+            print(f"{self.title}: {time.monotonic() - self._start:.1f} s", file=sys.stderr)
 
     def step(self, done: int, total: int, text: str = "") -> None:
-        """Say how far the work is, and how long it still takes. Another total is another phase of the work."""
-        if self.phase[1] != total or done == 0:
-            self.phase, self.began, self.first = (text, total), time.monotonic(), done
-        if self.bar is not None:
-            if self.task is None or self.bar.tasks[-1].total != total:
-                self.task = self.bar.add_task(self.title, total=total)
-            self.bar.update(self.task, completed=done, description=f"{self.title} {text}")
-        elif not self.quiet and time.monotonic() - self.said > EVERY_SECONDS:
-            self.said = time.monotonic()
-            pace = (self.said - self.began) / (done - self.first) if done > self.first else 0.0
-            left = f", about {pace * (total - done):.0f} s left" if pace else ""
-            print(f"{self.title} {text}: {done}/{total}{left}", file=sys.stderr, flush=True)
+        """Show that `done` of `total` steps are done. Another total, or a `done` of 0, begins a new phase."""
+        if self._phase_total != total or done == 0:
+            self._phase_total = total
+            self._phase_start = time.monotonic()
+            self._phase_first = done
+        if self._bar is not None:
+            self._update_bar(self._bar, done, total, text)
+        elif not self.quiet and time.monotonic() - self._last_print > PRINT_EVERY:
+            self._print_line(done, total, text)
+
+    def _update_bar(self, bar: Bar, done: int, total: int, text: str) -> None:
+        if self._task is None or bar.tasks[-1].total != total:
+            self._task = bar.add_task(self.title, total=total)
+        bar.update(self._task, completed=done, description=f"{self.title} {text}")
+
+    def _print_line(self, done: int, total: int, text: str) -> None:
+        self._last_print = time.monotonic()
+        left = ""
+        if done > self._phase_first:
+            pace = (self._last_print - self._phase_start) / (done - self._phase_first)
+            left = f", about {pace * (total - done):.0f} s left"
+        print(f"{self.title} {text}: {done}/{total}{left}", file=sys.stderr, flush=True)

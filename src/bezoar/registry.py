@@ -1,10 +1,12 @@
-"""Spec text <-> method; which methods a folder offers. Imports no torch, so that help is instant.
+"""Methods and their specs: which methods there are, and how a configured method is written as text.
 
-A *method* is one file that holds one frozen dataclass named like the file: `detectors/k_distance.py` holds `KDistance`.
-The file system is the registry. A *spec* is the one spelling of a configured method, `dao:k=16,pool=4096`: the name (or
-a path to a `.py` file of the user's own), then `field=value` pairs. A value that holds commas stands in (), [], {} or "".
+A *method* is one file with one frozen dataclass named like the file: `detectors/k_distance.py` holds `KDistance`. The
+file system is the registry. A *spec* is the text of a configured method, such as `dao:k=16,pool=4096`: the name (or a
+path to a `.py` file of the user's own), then `field=value` pairs. A value that holds commas stands in (), [], {} or "".
 A first value without `=` goes to the method's first field: `open_clip:RN50`, `file:trigger.npz`. A value may be a spec
 itself, in brackets where it holds commas: `loss_trace:objective=(clip:epochs=2,batch=64)`.
+
+This module imports no torch, so that the command line's help is instant.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bezoar.errors import UserError
 
-KINDS = {  # kind -> its package's folder; one verb runs each of them
+KINDS = {  # kind of method -> the folder of its package
     "data": "data/sources",
     "trigger": "attacks/triggers",
     "poison": "attacks/poisons",
@@ -48,75 +51,74 @@ OPENING, CLOSING = "([{", ")]}"
 
 
 def method(cls: type) -> Any:
-    """Make a class a method: a frozen dataclass whose fields are its hyper-parameters. Registers nothing."""
+    """Make a class a method: a frozen dataclass whose fields are its hyper-parameters. It is not registered anywhere."""
     return dataclass(frozen=True)(cls)
 
 
 def method_names(kind: str) -> list[str]:
-    """Every method of a kind that ships with bezoar, by file name; `carlini2022/poisons` is one in a folder."""
+    """The methods of a kind that ship with bezoar, by file name; one in a folder is `carlini2022/poisons`."""
     folder = PACKAGE / KINDS[kind]
-    files = [
-        p.relative_to(folder).with_suffix("")
-        for p in folder.rglob("*.py")
-        if not p.stem.startswith("_")
-    ]
-    return sorted(p.as_posix() for p in files)
+    files = [path for path in folder.rglob("*.py") if not path.stem.startswith("_")]
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files)
 
 
-def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """Split at a separator that stands outside brackets and quotes."""
-    parts, depth, quoted, start = [], 0, False, 0
-    for i, c in enumerate(text):
-        if c == '"':
-            quoted = not quoted
-        elif quoted:
-            continue
-        elif c in OPENING:
-            depth += 1
-        elif c in CLOSING:
-            depth -= 1
-        elif c == separator and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    if depth or quoted:
-        raise UserError(f"spec {text!r}: unbalanced brackets or quotes")
-    return [*parts, text[start:]]
+def method_name(cls: type) -> str:
+    """The name of a method in specs: its file's stem, or the path of the file where it is the user's own."""
+    module = cls.__module__.replace(".", "/")
+    folder = next((f for f in KINDS.values() if module.startswith(f"bezoar/{f}/")), None)
+    if folder:
+        return module.removeprefix(f"bezoar/{folder}/")
+    return str(inspect.getfile(cls))
 
 
-def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
-    """Spec text -> the method's class and its fields as text, unconverted.
+def class_name(stem: str) -> str:
+    """The class that a method's file must define: `KDistance` for `k_distance`."""
+    return stem.title().replace("_", "")
 
-    Raises UserError for an unknown method or field, listing the known ones.
+
+def call(configured: Any, *arguments: Any, **offered: Any) -> Any:
+    """Call a method with the arguments of its kind, and with those of the offered ones that its `needs` name."""
+    return configured(*arguments, **{k: offered[k] for k in needs(configured) if k in offered})
+
+
+def needs(configured: Any) -> tuple[str, ...]:
+    """The names of what a method asks for beyond the arguments of its kind."""
+    return tuple(getattr(configured, "needs", ()))
+
+
+def has_fields(configured: Any, *names: str) -> bool:
+    """Whether a configured method has all of these fields."""
+    return set(names) <= {f.name for f in dataclasses.fields(configured)}
+
+
+def source_hash(cls: type) -> str:
+    """Hash (sha256, 16 digits) of the method's file, and of its package's `__init__.py` for a method of bezoar's.
+
+    A method whose code changed is another question, so the hash is part of what a run is named by.
     """
-    name, _, rest = text.strip().partition(":")
-    cls = find_method(kind, name)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    given: dict[str, str] = {}
-    for i, part in enumerate(p for p in split_outside_brackets(rest, ",") if p.strip()):
-        key, equals, value = ("", "", "") if part.lstrip()[:1] in OPENING else part.partition("=")
-        if not equals and i == 0 and fields:
-            key, value = next(iter(fields)), part
-        elif not equals:
-            raise UserError(f"{kind} {name!r}: {part!r} is not of the form field=value")
-        key = key.strip()
-        if key not in fields:
-            raise UserError(
-                f"{kind} {name!r} has no field {key!r}; it has: {', '.join(fields) or 'none'}"
-            )
-        given[key] = value.strip()
-    return cls, given
+    file = Path(inspect.getfile(cls))
+    shared = file.with_name("__init__.py")
+    files = [file, shared] if cls.__module__.startswith("bezoar.") and shared.exists() else [file]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+# Specs
 
 
 def make(kind: str, text: str) -> Any:
-    """Spec text -> configured method. Raises UserError when a value does not fit its field or one is missing."""
-    cls, given = parse_spec(kind, text)
-    hints = typing.get_type_hints(cls)
+    """Make a configured method from a spec.
+
+    Raises:
+        UserError: for an unknown method or field, a value that does not fit its field, or a field that is missing.
+    """
+    cls, texts = parse_spec(kind, text)
+    types_of_fields = typing.get_type_hints(cls)
     name = text.partition(":")[0]
     values = {
-        key: convert_text(value, hints[key], f"{kind} {name!r}: {key}")
-        for key, value in given.items()
+        field: convert_text(value, types_of_fields[field], f"{kind} {name!r}: {field}")
+        for field, value in texts.items()
     }
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
+    missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
     if missing:
         raise UserError(f"{kind} {name!r} needs {', '.join(missing)}")
     try:
@@ -126,80 +128,178 @@ def make(kind: str, text: str) -> Any:
 
 
 def spec(configured: Any) -> str:
-    """Configured method -> its spec text with every field written out; `make(kind, spec(m)) == m`."""
+    """Write a configured method as a spec with every field spelled out, such that `make(kind, spec(m)) == m`."""
     cls = type(configured)
-    parts = []
-    for f in dataclasses.fields(cls):
-        value = getattr(configured, f.name)
-        if value is None:
-            continue
-        parts.append(f"{f.name}={spec_value(value)}")
+    values = {f.name: getattr(configured, f.name) for f in dataclasses.fields(cls)}
+    parts = [f"{name}={spec_value(value)}" for name, value in values.items() if value is not None]
     return (method_name(cls) + ":" + ",".join(parts)).removesuffix(":")
 
 
-def method_name(cls: type) -> str:
-    """The name a method is asked for by: its file's stem, or the file's path when it is the user's own."""
-    module = cls.__module__.replace(".", "/")
-    folder = next((f for f in KINDS.values() if module.startswith(f"bezoar/{f}/")), None)
-    if folder:
-        return module.removeprefix(f"bezoar/{folder}/")
-    return str(inspect.getfile(cls))
+def spec_value(value: Any) -> str:
+    """Write a field's value so that it can stand in a spec."""
+    if isinstance(value, tuple):
+        return "(" + ",".join(map(spec_value, value)) + ")"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and '"' in value:  # a spec with a quoted value
+        return f"({value})"
+    if isinstance(value, str) and (("," in value and "{" not in value) or not _is_one_part(value)):
+        return f'"{value}"'
+    return str(value)
 
 
-def source_hash(cls: type) -> str:
-    """sha256 of the file a method is written in, and of what its folder shares: a changed method is another question."""
-    file = Path(inspect.getfile(cls))
-    shared = file.with_name("__init__.py")
-    parts = [file, shared] if cls.__module__.startswith("bezoar.") and shared.exists() else [file]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:16]
+def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
+    """Split a spec into the method's class and the texts of its fields, unconverted.
+
+    Raises UserError for an unknown method or field, and lists those that there are.
+    """
+    name, _, rest = text.strip().partition(":")
+    cls = find_method(kind, name)
+    fields = [f.name for f in dataclasses.fields(cls)]
+    texts: dict[str, str] = {}
+    parts = [part for part in split_outside_brackets(rest, ",") if part.strip()]
+    for i, part in enumerate(parts):
+        field, equals, value = _partition_field(part)
+        if not equals and i == 0 and fields:
+            field, value = fields[0], part
+        elif not equals:
+            raise UserError(f"{kind} {name!r}: {part!r} is not of the form field=value")
+        field = field.strip()
+        if field not in fields:
+            names = ", ".join(fields) or "none"
+            raise UserError(f"{kind} {name!r} has no field {field!r}; it has: {names}")
+        texts[field] = value.strip()
+    return cls, texts
+
+
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """Split a text at a separator (one character) wherever it stands outside brackets and quotes."""
+    parts: list[str] = []
+    depth = start = 0
+    quoted = False
+    for i, character in enumerate(text):
+        if character == '"':
+            quoted = not quoted
+        elif quoted:
+            continue
+        elif character in OPENING:
+            depth += 1
+        elif character in CLOSING:
+            depth -= 1
+        elif character == separator and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    if depth or quoted:
+        raise UserError(f"spec {text!r}: unbalanced brackets or quotes")
+    return [*parts, text[start:]]
+
+
+def convert_text(text: str, hint: Any, where: str) -> Any:
+    """Convert a text to a value of an annotated type.
+
+    Args:
+        text: what the user wrote.
+        hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these or None.
+        where: what the text belongs to, for the error message.
+    """
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if text == "none" and type(None) in options:
+            return None
+        return convert_text(text, next(o for o in options if o is not type(None)), where)
+    if origin is tuple:
+        inner = text[1:-1] if text[:1] and text[:1] in OPENING else text
+        items = [item.strip() for item in re.split(r"[,/]", inner) if item.strip()]
+        return tuple(convert_text(item, options[0], where) for item in items)
+    if origin is typing.Literal:
+        if text not in options:
+            raise UserError(f"{where} must be one of {', '.join(map(str, options))}; got {text!r}")
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise UserError(f"{where} must be true or false; got {text!r}")
+        return text.lower() in ("true", "yes", "1")
+    if hint is str:
+        is_wrapped = len(text) > 1 and text[0] + text[-1] in ('""', "()")
+        return text[1:-1] if is_wrapped else text
+    try:
+        return hint(text)
+    except (TypeError, ValueError):
+        type_name = getattr(hint, "__name__", hint)
+        raise UserError(f"{where} must be {type_name}; got {text!r}") from None
+
+
+def _partition_field(part: str) -> tuple[str, str, str]:
+    """`field=value` -> its three parts; a value in brackets may hold an `=` and has no field of its own."""
+    return ("", "", "") if part.lstrip()[:1] in tuple(OPENING) else part.partition("=")
+
+
+def _is_one_part(text: str) -> bool:
+    try:
+        return len(split_outside_brackets(text, ",")) == 1
+    except UserError:
+        return False
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+# Finding methods, and which files of code may be loaded
 
 
 @functools.cache
 def find_method(kind: str, name: str) -> type:
-    """The class of a method, by name or by path of a file.
+    """Find the class of a method by its name, or by the path of its file.
 
-    A file is loaded, which runs its code, only where the user has named it (`allow`, BEZOAR_METHODS): specs also come out
-    of plans, manifests and saved encoders, which anybody may have written. Raises UserError that names the file, or lists
-    the known methods.
+    Loading a file runs its code. This happens only where the user has named the file (see `allow`): specs also come from
+    plans, manifests and saved encoders, which anybody may have written.
+
+    Raises:
+        UserError: if there is no such method or file, the user has not named the file, or it defines no such class.
     """
     if name.endswith(".py"):
-        path = Path(name).expanduser().resolve()
-        if not os.path.isfile(path):
-            raise UserError(f"no file {name!r} to read a {kind} from")
-        if str(path) not in allowed_files():
-            raise UserError(
-                f"{kind} {name!r} would run the code of {path}, which you have not named yourself; if you trust that code, "
-                f"set BEZOAR_METHODS={path}"
-            )
-        own = f"bezoar_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-        loading = importlib.util.spec_from_file_location(own, path)
-        assert loading and loading.loader
-        module = sys.modules[own] = importlib.util.module_from_spec(loading)
-        loading.loader.exec_module(module)
+        module = _load_file(kind, name)
     elif name in method_names(kind):
         module = importlib.import_module(f"bezoar/{KINDS[kind]}/{name}".replace("/", "."))
     else:
-        raise UserError(
-            f"no {kind} {name!r}; there are: {', '.join(method_names(kind))}, or a path to a .py file"
-        )
+        names = ", ".join(method_names(kind))
+        raise UserError(f"no {kind} {name!r}; there are: {names}, or a path to a .py file")
     wanted = class_name(Path(name).stem)
-    found = getattr(module, wanted, None)
-    if not dataclasses.is_dataclass(found) or not isinstance(found, type):
+    cls = getattr(module, wanted, None)
+    if not dataclasses.is_dataclass(cls) or not isinstance(cls, type):
         raise UserError(f"{kind} {name!r}: the file must define a method class named {wanted}")
-    return found
+    return cls
 
 
-def allowed_files() -> set[str]:
-    """Method files that the user has named, in this process or an earlier one, and those in BEZOAR_METHODS."""
-    recorded = _record().read_text().splitlines() if _record().is_file() else []
-    variable = os.environ.get("BEZOAR_METHODS", "").split(os.pathsep)
-    return _named | set(recorded) | {str(Path(p).expanduser().resolve()) for p in variable if p}
+def _load_file(kind: str, name: str) -> types.ModuleType:
+    path = Path(name).expanduser().resolve()
+    if not os.path.isfile(path):  # Path.is_file raises for a text that no name can be
+        raise UserError(f"no file {name!r} to read a {kind} from")
+    if str(path) not in allowed_files():
+        raise UserError(
+            f"{kind} {name!r} would run the code of {path}, which you have not named yourself; if you trust that code, "
+            f"set BEZOAR_METHODS={path}"
+        )
+    module_name = f"bezoar_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    module_spec.loader.exec_module(module)
+    return module
+
+
+_named: set[str] = set()  # files that the user has named in this process
 
 
 def allow(text: str) -> None:
-    """Let the method files that a spec names be loaded. Call it with what the user wrote, never with what a file holds.
+    """Let the method files that a spec names be loaded.
 
-    The files are remembered for later processes; without a home to remember them in, for this process.
+    Call it with what the user wrote, never with what a file holds. The files are remembered for later processes; where
+    there is no home directory to remember them in, for this process alone.
     """
     for name in method_files(text):
         path = str(Path(name).expanduser().resolve())
@@ -211,154 +311,136 @@ def allow(text: str) -> None:
                     file.write(f"{path}\n")
 
 
-_named: set[str] = set()
+def allowed_files() -> set[str]:
+    """Method files that the user has named, in this process or an earlier one, and those in BEZOAR_METHODS."""
+    recorded = _record().read_text().splitlines() if _record().is_file() else []
+    variable = os.environ.get("BEZOAR_METHODS", "").split(os.pathsep)
+    return _named | set(recorded) | {str(Path(p).expanduser().resolve()) for p in variable if p}
 
 
 def _record() -> Path:
+    """The file that remembers which method files the user has named."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "bezoar" / "methods"
 
 
 def method_files(text: str) -> list[str]:
-    """Every file that a spec, or a spec within it, names as a method."""
-    files, seen, left = [], set(), [text]
-    while left:
-        spec = left.pop().strip()
-        if ".py" not in spec or spec in seen:
+    """The method files that a spec names, itself or in a spec within it."""
+    files: list[str] = []
+    seen: set[str] = set()
+    pending = [text]
+    while pending:
+        spec_text = pending.pop().strip()
+        if ".py" not in spec_text or spec_text in seen:
             continue
-        seen.add(spec)
-        name, _, rest = spec.partition(":")
+        seen.add(spec_text)
+        name, _, rest = spec_text.partition(":")
         if name.endswith(".py"):
             files.append(name)
         for part in map(str.strip, split_outside_brackets(rest, ",")):
-            _, equals, value = ("", "", "") if part[:1] in OPENING else part.partition("=")
+            _, equals, value = _partition_field(part)
             inner = (value if equals else part).strip()
-            inner = inner[1:-1] if inner[:1] in (*OPENING, '"') else inner
-            left += [inner, *split_outside_brackets(inner, ",")]
+            if inner[:1] in (*OPENING, '"'):
+                inner = inner[1:-1]
+            pending += [inner, *split_outside_brackets(inner, ",")]
     return files
 
 
-def class_name(stem: str) -> str:
-    """`k_distance` -> `KDistance`."""
-    return stem.title().replace("_", "")
+# Reading methods from their source text
 
 
-def convert_text(text: str, hint: Any, where: str) -> Any:
-    """Text -> a value of an annotated type: int, float, bool, str, None, a tuple of these, or a choice of literals."""
-    if typing.get_origin(hint) is typing.Annotated:
-        hint = typing.get_args(hint)[0]
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if text == "none" and type(None) in options:
-            return None
-        return convert_text(text, next(o for o in options if o is not type(None)), where)
-    if origin is tuple:
-        inner = text[1:-1] if text[:1] in OPENING and text[:1] else text
-        return tuple(
-            convert_text(t.strip(), options[0], where)
-            for t in re.split(r"[,/]", inner)
-            if t.strip()
-        )
-    if origin is typing.Literal:
-        if text not in options:
-            raise UserError(f"{where} must be one of {', '.join(map(str, options))}; got {text!r}")
-        return text
-    if hint is bool:
-        if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
-            raise UserError(f"{where} must be true or false; got {text!r}")
-        return text.lower() in ("true", "yes", "1")
-    if hint is str:
-        if len(text) > 1 and (text[0] + text[-1] in ('""', "()")):
-            return text[1:-1]
-        return text
-    try:
-        return hint(text)
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{where} must be {getattr(hint, '__name__', hint)}; got {text!r}"
-        ) from None
+class FieldDescription(NamedTuple):
+    """A field of a method, in texts."""
+
+    name: str
+    type: str
+    default: str
+    help: str
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a method says of itself, read without importing it."""
+    """What a method's source text says of it."""
 
     name: str
     summary: str
-    fields: tuple[tuple[str, str, str, str], ...]  # name, type, default, help
+    fields: tuple[FieldDescription, ...]
+
+
+class FieldNode(NamedTuple):
+    """A field of a class in its source text. marks: what `Annotated` holds beside the type."""
+
+    name: str
+    type: ast.expr
+    marks: list[ast.expr]
+    default: ast.expr | None
 
 
 def describe(path: Path) -> Description:
     """Read a method's docstring and fields from its source text; nothing is imported or run."""
-    tree = ast.parse(path.read_text())
-    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    module = ast.parse(path.read_text())
+    summary = (ast.get_docstring(module) or "").partition("\n")[0]
+    cls = class_node(module, class_name(path.stem))
     fields = []
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == class_name(path.stem):
-            for item in node.body:
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                    hint, text = _documented(item.annotation)
-                    default = ast.unparse(item.value) if item.value else ""
-                    if not hint.startswith("ClassVar"):
-                        fields.append(
-                            (
-                                item.target.id,
-                                resolve_default(hint, tree),
-                                resolve_default(default, tree),
-                                text,
-                            )
-                        )
+    for field in field_nodes(cls) if cls else ():
+        type_text = ast.unparse(field.type)
+        if type_text.startswith("ClassVar"):
+            continue
+        default = ast.unparse(field.default) if field.default else ""
+        description = FieldDescription(
+            field.name,
+            resolve_default(type_text, module),
+            resolve_default(default, module),
+            str(ast.literal_eval(field.marks[0])) if field.marks else "",
+        )
+        fields.append(description)
     return Description(path.stem, summary, tuple(fields))
 
 
-def resolve_default(text: str, tree: ast.Module) -> str:
-    """`training_traces.NETWORK` -> the constant or type that it names, in the file itself or in a module of bezoar's."""
-    module, _, name = text.rpartition(".")
-    for node in tree.body:
+def class_node(module: ast.Module, name: str) -> ast.ClassDef | None:
+    """The definition of a class in a module's source text."""
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    return next((node for node in classes if node.name == name), None)
+
+
+def field_nodes(cls: ast.ClassDef) -> Iterator[FieldNode]:
+    """The annotated names of a class in its source text, class variables among them."""
+    for node in cls.body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        hint = node.annotation
+        marks: list[ast.expr] = []
+        if isinstance(hint, ast.Subscript) and ast.unparse(hint.value).endswith("Annotated"):
+            assert isinstance(hint.slice, ast.Tuple)
+            hint, *marks = hint.slice.elts
+        yield FieldNode(node.target.id, hint, marks, node.value)
+
+
+def resolve_default(text: str, module: ast.Module) -> str:
+    """Replace the name of a constant or type by what stands in the source text for it.
+
+    `training_traces.NETWORK` becomes `'clip_small'`. The constant is looked up in the module itself, or in the module of
+    bezoar's that it is imported from. Any other text is returned as it is.
+    """
+    prefix, _, name = text.rpartition(".")
+    for node in module.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bezoar"):
-            imported = [a.name for a in node.names]
-            path = PACKAGE.parent / str(node.module).replace(".", "/")
-            if module in imported and (path / f"{module}.py").is_file():
-                return resolve_default(name, ast.parse((path / f"{module}.py").read_text()))
-            if not module and name in imported and path.with_suffix(".py").is_file():
-                return resolve_default(name, ast.parse(path.with_suffix(".py").read_text()))
-        elif isinstance(node, ast.Assign) and not module:
-            target, value = node.targets[0], node.value
-            pairs = [(target, value)]
-            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-                pairs = list(zip(target.elts, value.elts, strict=True))
-            for left, right in pairs:
-                if isinstance(left, ast.Name) and left.id == name:
-                    return ast.unparse(right)
+            imported = [alias.name for alias in node.names]
+            package = PACKAGE.parent / str(node.module).replace(".", "/")
+            if prefix in imported and (package / f"{prefix}.py").is_file():
+                return resolve_default(name, ast.parse((package / f"{prefix}.py").read_text()))
+            if not prefix and name in imported and package.with_suffix(".py").is_file():
+                return resolve_default(name, ast.parse(package.with_suffix(".py").read_text()))
+        elif isinstance(node, ast.Assign) and not prefix:
+            for target, value in _assigned_pairs(node):
+                if isinstance(target, ast.Name) and target.id == name:
+                    return ast.unparse(value)
     return text
 
 
-def _documented(hint: ast.expr) -> tuple[str, str]:
-    """`Annotated[int, "note"]` -> ("int", "note"); anything else has no note."""
-    if isinstance(hint, ast.Subscript) and ast.unparse(hint.value).endswith("Annotated"):
-        assert isinstance(hint.slice, ast.Tuple)
-        return ast.unparse(hint.slice.elts[0]), str(ast.literal_eval(hint.slice.elts[1]))
-    return ast.unparse(hint), ""
-
-
-def _required(f: Any) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def spec_value(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "(" + ",".join(map(spec_value, value)) + ")"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str) and '"' in value:  # a spec with a quoted value
-        return f"({value})"
-    if isinstance(value, str) and (("," in value and "{" not in value) or not _whole(value)):
-        return f'"{value}"'
-    return str(value)
-
-
-def _whole(text: str) -> bool:
-    try:
-        return len(split_outside_brackets(text, ",")) == 1
-    except UserError:
-        return False
+def _assigned_pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
+    """Targets and values of an assignment; `A, B = 1, 2` has two."""
+    target = node.targets[0]
+    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+        return list(zip(target.elts, node.value.elts, strict=True))
+    return [(target, node.value)]

@@ -400,7 +400,7 @@ def test_rules_that_choose_a_reference(set_of):
     assert reference.id == f"set/train/{central:06d}" and torch.equal(
         reference.image, data.images[central]
     )
-    assert "nearest to the mean" in reference.how and reference.told()["sha256"]
+    assert "nearest to the mean" in reference.how and reference.to_json()["sha256"]
     assert (
         reference_inputs.choose_reference(source, "two", "first", encoder).id == "set/train/000001"
     )

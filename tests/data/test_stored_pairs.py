@@ -405,7 +405,7 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
             victims,
         )
         _, both = ask(capsys, runs, "poison", first.name, *words, "--write", "shards")
-        assert main(["poison", "--verify", both.name, "--runs", str(runs)]) == 0
+        assert main(["verify", both.name, "--runs", str(runs)]) == 0
         capsys.readouterr()
         made, trained = ask(
             capsys, runs, "train", both.name, "--objective", "clip:epochs=2,batch=16"

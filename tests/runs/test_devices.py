@@ -53,25 +53,25 @@ FLOATS = {
 }
 
 
-def there(x: Tensor) -> bool:
+def is_on_gpu(x: Tensor) -> bool:
     """Whether a tensor lies on the pretend GPU."""
-    return getattr(x.untyped_storage(), "there", False)
+    return getattr(x.untyped_storage(), "on_gpu", False)
 
 
 def put(x: Tensor, on: bool) -> Tensor:
-    x.untyped_storage().there = on
+    x.untyped_storage().on_gpu = on
     return x
 
 
-def tensors(given: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """All that are among arguments."""
-    if isinstance(given, Tensor):
-        return [given]
+    if isinstance(value, Tensor):
+        return [value]
     parts = (
-        given.values()
-        if isinstance(given, dict)
-        else given
-        if isinstance(given, (list, tuple))
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (list, tuple))
         else ()
     )
     return [x for part in parts for x in tensors(part)]
@@ -92,9 +92,9 @@ class Moved(torch.autograd.Function):
 
 class Generator(torch.Generator):
     def __new__(cls, device="cpu"):
-        made = super().__new__(cls)
-        made.there = torch.device(device).type == "cuda"
-        return made
+        generator = super().__new__(cls)
+        generator.on_gpu = torch.device(device).type == "cuda"
+        return generator
 
 
 class Kernels(TorchDispatchMode):
@@ -104,32 +104,32 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        given = tensors((args, kwargs))
-        here, away = [x for x in given if not there(x)], [x for x in given if there(x)]
-        on = bool(away) if given else self.on
+        inputs = tensors((args, kwargs))
+        here, away = [x for x in inputs if not is_on_gpu(x)], [x for x in inputs if is_on_gpu(x)]
+        on = bool(away) if inputs else self.on
         if away and here and name not in CROSSING:
             free = (
                 here if self.setting and name in ("index_fill_", "masked_fill_") else []
             )  # x[rows] = 1, however it is done
-            if name in INDEXING and there(args[0]):
+            if name in INDEXING and is_on_gpu(args[0]):
                 free = tensors(args[1])
             alone = [
                 x for x in here if not any(x is y for y in free) and (x.ndim or name in TOGETHER)
             ]
             if (
                 alone
-                or (name.endswith("_") and not there(args[0]))
-                or (name in INDEXING and not there(args[0]))
+                or (name.endswith("_") and not is_on_gpu(args[0]))
+                or (name in INDEXING and not is_on_gpu(args[0]))
             ):
                 raise RuntimeError(
-                    f"{name}: tensors on two devices, {[(tuple(x.shape), there(x)) for x in given]}"
+                    f"{name}: tensors on two devices, {[(tuple(x.shape), is_on_gpu(x)) for x in inputs]}"
                 )
         if away and name in FLOATS and not away[0].is_floating_point():
             raise RuntimeError(f"{name} is not implemented for {away[0].dtype}")
         if (
             name in ("div", "div_")
             and len(args) == 2
-            and there(args[0])
+            and is_on_gpu(args[0])
             and not tensors(args[1])
             and args[0].is_floating_point()
         ):
@@ -145,11 +145,11 @@ class Pretend(TorchFunctionMode):
     """What Python code asks of tensors; wherever `cuda` is asked for, the pretend one is given."""
 
     answers = {
-        Tensor.device.__get__: lambda x: GPU if there(x) else HOST,
-        Tensor.is_cuda.__get__: there,
-        Tensor.is_cpu.__get__: lambda x: not there(x),
-        Tensor.cpu: lambda x: Moved.apply(x, False) if there(x) else x,
-        Tensor.cuda: lambda x: x if there(x) else Moved.apply(x, True),
+        Tensor.device.__get__: lambda x: GPU if is_on_gpu(x) else HOST,
+        Tensor.is_cuda.__get__: is_on_gpu,
+        Tensor.is_cpu.__get__: lambda x: not is_on_gpu(x),
+        Tensor.cpu: lambda x: Moved.apply(x, False) if is_on_gpu(x) else x,
+        Tensor.cuda: lambda x: x if is_on_gpu(x) else Moved.apply(x, True),
     }
 
     def __init__(self, kernels: Kernels) -> None:
@@ -160,7 +160,7 @@ class Pretend(TorchFunctionMode):
         kwargs = {k: v for k, v in (kwargs or {}).items() if k != "pin_memory"}
         if func in self.answers:
             return self.answers[func](args[0])
-        if func in (Tensor.numpy, Tensor.__array__) and there(args[0]):
+        if func in (Tensor.numpy, Tensor.__array__) and is_on_gpu(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         wanted = kwargs.get("device")
         if func is Tensor.to and (
@@ -177,9 +177,9 @@ class Pretend(TorchFunctionMode):
             return func(*args, **kwargs)
         if wanted is not None and "device" in kwargs:
             kwargs["device"] = HOST
-        given = tensors((args, kwargs))
-        on = any(map(there, given)) if wanted is None else wanted.type == "cuda"
-        if (chance := kwargs.get("generator")) is not None and chance.there != on:
+        inputs = tensors((args, kwargs))
+        on = any(map(is_on_gpu, inputs)) if wanted is None else wanted.type == "cuda"
+        if (chance := kwargs.get("generator")) is not None and chance.on_gpu != on:
             raise RuntimeError("a generator of another device")
         before, self.kernels.on, self.kernels.setting = (
             self.kernels.on,
@@ -194,10 +194,10 @@ class Pretend(TorchFunctionMode):
         finally:
             self.kernels.on, self.kernels.setting = before, False
         if func is Tensor.__deepcopy__:
-            return put(out, there(args[0]))
-        if wanted is None or not isinstance(out, Tensor) or there(out) == on:
+            return put(out, is_on_gpu(args[0]))
+        if wanted is None or not isinstance(out, Tensor) or is_on_gpu(out) == on:
             return out
-        return Moved.apply(out, on) if given else put(out, on)
+        return Moved.apply(out, on) if inputs else put(out, on)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -213,9 +213,9 @@ def one_thread():
 def gpu(monkeypatch):
     autocast = torch.autocast
     monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(torch, "autocast", lambda device, **given: autocast("cpu", **given))
+    monkeypatch.setattr(torch, "autocast", lambda device, **options: autocast("cpu", **options))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given, **more: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *options, **more: False)
     with Kernels() as kernels, Pretend(kernels):
         yield GPU
 
@@ -323,7 +323,7 @@ def test_objectives_train_and_go_on(gpu, tmp_path, monkeypatch, name):
     monkeypatch.setitem(loop.UNREAD, "cuda", 1)
     with pytest.raises(Broken):
         fitted(stop, 1 << 40)
-    assert len(fitted(lambda *given: None, 0).losses) == 6
+    assert len(fitted(lambda *_: None, 0).losses) == 6
 
 
 def test_an_attack_stops_early_by_what_it_held_out(gpu):
@@ -352,18 +352,18 @@ def test_detectors(gpu, monkeypatch, name):
 
     monkeypatch.setitem(cognitive_distillation.BATCH_VALUES, "cuda", 1 << 16)
     data = pairs(100)
-    found = registry.make("detector", DETECTORS.get(name, name))(small(data).to(gpu), data)
-    assert found.values.device == HOST and len(found) == 100
+    scores = registry.make("detector", DETECTORS.get(name, name))(small(data).to(gpu), data)
+    assert scores.values.device == HOST and len(scores) == 100
 
 
 def test_probes(gpu):
     train, test = pairs(160), pairs(60, 1)
-    told = next(c for c in test.classes if any(f" {c} " in f" {text} " for text in test.captions))
+    target = next(c for c in test.classes if any(f" {c} " in f" {text} " for text in test.captions))
     encoder, goals = (
         small(train).to(gpu),
-        [Goal(told, "patch:size=6"), Goal("solid ring", None, ("v",), 1)],
+        [Goal(target, "patch:size=6"), Goal("solid ring", None, ("v",), 1)],
     )
-    more = {"baseline": small(train).to(gpu), "report": lambda *told: None}
+    more = {"baseline": small(train).to(gpu), "report": lambda *target: None}
     for spec in (
         "zero_shot",
         "z_score",
@@ -387,10 +387,10 @@ def test_probes(gpu):
 def test_audits(gpu, tmp_path):
     clean = pairs(32)
     encoder, other = small(clean).to(gpu), small(clean).to(gpu)
-    given = {
+    offered = {
         "classifier": classifiers.zero_shot_classifier(encoder, clean.classes[:4]),
         "parent": other,
-        "report": lambda *told: None,
+        "report": lambda *_: None,
     }
     for spec in (
         "cleanse:steps=2",
@@ -401,7 +401,7 @@ def test_audits(gpu, tmp_path):
         "parent",
     ):
         audit = registry.make("audit", spec)
-        needed = {k: v for k, v in given.items() if k in getattr(audit, "needs", ())}
+        needed = {k: v for k, v in offered.items() if k in getattr(audit, "needs", ())}
         verdict = audit(encoder, clean.to(gpu), 0, **needed)
         assert all(not i.mask.is_cuda for i in verdict.inversions)
     shadows = []
@@ -417,7 +417,7 @@ def test_audits(gpu, tmp_path):
 
 def test_repairs(gpu):
     train, held = rate_ladder.split_validation(pairs(120), 0.5, 0)
-    found = [Inversion(torch.rand(1, 32, 32), torch.rand(3, 32, 32), "striped star", 3.0, 1.0)]
+    inversions = [Inversion(torch.rand(1, 32, 32), torch.rand(3, 32, 32), "striped star", 3.0, 1.0)]
     for name in registry.method_names("repair"):
         of = (
             "objective=(clip:epochs=1,batch=32)"
@@ -426,21 +426,23 @@ def test_repairs(gpu):
         )
         with mock.patch("bezoar.repair.repairs.prune.TRIES", 3):
             repair = registry.make("repair", f"{name}:{of},lrs=1e-2")
-            made, _ = receipt.apply_repairs([repair], small(train).to(gpu), train, held, found, 0)
-        assert made.device == gpu
+            repaired, _ = receipt.apply_repairs(
+                [repair], small(train).to(gpu), train, held, inversions, 0
+            )
+        assert repaired.device == gpu
 
 
 def test_checks(gpu):
     clean, images = pairs(64), pairs(16, 1)
     encoder = small(clean).to(gpu)
-    given = {
+    offered = {
         "clean": clean,
         "classifier": classifiers.zero_shot_classifier(encoder, clean.classes),
-        "report": lambda *told: None,
+        "report": lambda *_: None,
     }
     for spec in ("bdetclip", "scale_up", "strip:count=9", "masking_path:paths=2"):
         check = registry.make("check", spec)
-        needed = {k: v for k, v in given.items() if k in getattr(check, "needs", ())}
+        needed = {k: v for k, v in offered.items() if k in getattr(check, "needs", ())}
         assert check(encoder, images, **needed).values.device == HOST
 
 

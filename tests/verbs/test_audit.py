@@ -60,13 +60,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(trials, settings, progress):
     """A sweep without worker processes, which take seconds to start; each verb goes through JSON as theirs do."""
     quiet = dataclasses.replace(settings, quiet=True)
-    asked = {
+    verbs = {
         t: sweep.verb_from_json(
             json.loads(json.dumps(sweep.trial_to_json(t, quiet, False)))["verb"]
         )
         for t in trials
     }
-    return {t: execute(verb, dataclasses.replace(quiet, seed=t.seed)) for t, verb in asked.items()}
+    return {t: execute(verb, dataclasses.replace(quiet, seed=t.seed)) for t, verb in verbs.items()}
 
 
 def ask(capsys, work, *words, status=0):
@@ -77,19 +77,19 @@ def ask(capsys, work, *words, status=0):
         == status
     )
     manifest = json.loads(capsys.readouterr().out)
-    found = (
+    manifests = (
         p for p in (work / "runs").glob("*/manifest.json") if json.loads(p.read_text()) == manifest
     )
-    return manifest, Run(next(found).parent)
+    return manifest, Run(next(manifests).parent)
 
 
 def refused(capsys, work, *words):
     """What a command that ends with 2 says, in one line."""
     capsys.readouterr()
     assert main([*map(str, words), "--runs", str(work / "runs"), "--device", "cpu"]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar:")]
-    assert len(said) == 1
-    return said[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar:")]
+    assert len(lines) == 1
+    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def calibrated(work, clean, attacked):
     ]
     words += [str(work / "stub.py"), "--images", "40", "--workers", "1", "--rate", "0.25"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "sweep", here)
+        patch.setattr(sweep, "run_trials", here)
         assert main([*words, "--runs", str(work / "runs"), "--device", "cpu"]) == 0
     return Run(next((work / "runs").glob("calibrate-*")))
 
@@ -171,21 +171,24 @@ def test_an_audit_reads_a_bank_and_says_what_that_is_worth(
     work, calibrated, clean, attacked, capsys
 ):
     manifest, run = ask(capsys, work, *audit(work, clean[3], calibrated.name, "--rate", "0.25"))
-    told = json.loads(run.file("verdict.json").read_text())
+    verdict = json.loads(run.file("verdict.json").read_text())
     held = Bank.read(calibrated.file("bank.json"))
-    for a, c in zip(told["audits"], held.audits, strict=True):
-        own = [e.value for e in c.clean]
-        assert a["bank"]["clean"] == own and a["p"] == (1 + sum(v >= a["value"] for v in own)) / 4
-        assert a["words"] == ("evidence" if a["value"] > max(own) else "no evidence") and a[
+    for a, c in zip(verdict["audits"], held.audits, strict=True):
+        values = [e.value for e in c.clean]
+        assert (
+            a["bank"]["clean"] == values
+            and a["p"] == (1 + sum(v >= a["value"] for v in values)) / 4
+        )
+        assert a["words"] == ("evidence" if a["value"] > max(values) else "no evidence") and a[
             "threshold"
-        ] == max(own)
+        ] == max(values)
         assert manifest["metrics"][f"{a['name']}.value"]["value"] == a["value"]
     assert (
-        told["words"] == manifest["notes"]["words"]
-        and manifest["notes"]["verdict"] == told["sentence"]
+        verdict["words"] == manifest["notes"]["words"]
+        and manifest["notes"]["verdict"] == verdict["sentence"]
     )
     assert (
-        "is clean" not in json.dumps(told)
+        "is clean" not in json.dumps(verdict)
         and not manifest["notes"]["incomplete"]
         and manifest["goal"] == []
     )
@@ -193,7 +196,7 @@ def test_an_audit_reads_a_bank_and_says_what_that_is_worth(
     assert "could not be made" not in text
     for title in ("What each audit says", "Inverted triggers", "What was not tested"):
         assert title in text
-    assert re.search(r"<h1>.*?</h1>", text)[0].count(told["sentence"][:20]) == 1
+    assert re.search(r"<h1>.*?</h1>", text)[0].count(verdict["sentence"][:20]) == 1
     _, again = ask(capsys, work, *audit(work, attacked, calibrated.name, "--rate", "0.25"))
     assert (
         again.manifest["goal"] and "attacked on purpose" in (again.path / "report.html").read_text()
@@ -202,13 +205,20 @@ def test_an_audit_reads_a_bank_and_says_what_that_is_worth(
 
 def test_inversions_are_where_repairs_read_them(work, calibrated, clean, capsys):
     _, run = ask(capsys, work, *audit(work, clean[3], calibrated.name, "--rate", "0.25"))
-    found = receipt.load_inversions(run.path)
-    told = json.loads(run.file("verdict.json").read_text())["inversions"]
-    assert len(found) == len(told) == 2 and [float(i.pattern.max()) for i in found] == [0.0, 1.0]
-    assert found[0].target == "striped star" and found[0].norm == 16 and found[0].success == 0.5
+    inversions = receipt.load_inversions(run.path)
+    facts = json.loads(run.file("verdict.json").read_text())["inversions"]
+    assert len(inversions) == len(facts) == 2 and [float(i.pattern.max()) for i in inversions] == [
+        0.0,
+        1.0,
+    ]
     assert (
-        len(told[0]["before"]) == len(told[0]["after"]) == 8
-        and 0 < told[0]["turns_into"][0][1] <= 1
+        inversions[0].target == "striped star"
+        and inversions[0].norm == 16
+        and inversions[0].success == 0.5
+    )
+    assert (
+        len(facts[0]["before"]) == len(facts[0]["after"]) == 8
+        and 0 < facts[0]["turns_into"][0][1] <= 1
     )
     assert load_file(run.file("examples.safetensors"))["images"].shape == (8, 3, 32, 32)
 
@@ -227,9 +237,9 @@ def test_an_unfinished_run_has_a_page(work, calibrated, clean, capsys, tmp_path)
 def test_sarif_states_what_the_verdict_does(work, calibrated, clean, capsys):
     _, run = ask(capsys, work, *audit(work, clean[3], calibrated.name, "--rate", "0.25"))
     log = json.loads(run.file("audit.sarif").read_text())
-    told = json.loads(run.file("verdict.json").read_text())["audits"]
+    audits = json.loads(run.file("verdict.json").read_text())["audits"]
     assert log["version"] == "2.1.0" and log["runs"][0]["tool"]["driver"]["name"] == "bezoar"
-    for result, a in zip(log["runs"][0]["results"], told, strict=True):
+    for result, a in zip(log["runs"][0]["results"], audits, strict=True):
         assert (
             result["level"] == ("error" if a["words"] == "evidence" else "note")
             and a["sentence"] in result["message"]["text"]
@@ -241,10 +251,10 @@ def spoilt(calibrated, tmp_path, shift):
     held = Bank.read(calibrated.file("bank.json"))
 
     def moved(c: Calibration) -> Calibration:
-        own = (
+        entries = (
             tuple(type(e)(e.name, e.value + shift) for e in part) for part in (c.clean, c.attacked)
         )
-        return Calibration(c.audit, c.code, c.classifier, *own)
+        return Calibration(c.audit, c.code, c.classifier, *entries)
 
     path = tmp_path / f"bank{shift:g}.json"
     Bank(held.family, held.sample, tuple(map(moved, held.audits))).write(path)
@@ -299,9 +309,9 @@ def test_an_audit_that_refuses_is_named_and_the_rest_done(work, clean, capsys):
 
 def test_a_bank_for_others_calibrates_nothing(work, calibrated, clean, capsys):
     manifest, _ = ask(capsys, work, *audit(work, clean[3], calibrated.name), "--images", "20")
-    told = json.dumps(manifest["notes"])
-    assert manifest["notes"]["words"] == "no calibration" and "20 clean images, not 40" in told
-    assert "calibrate with --images 20" in told
+    notes = json.dumps(manifest["notes"])
+    assert manifest["notes"]["words"] == "no calibration" and "20 clean images, not 40" in notes
+    assert "calibrate with --images 20" in notes
 
 
 def test_what_cannot_be_audited_is_one_line(work, calibrated, clean, attacked, tmp_path, capsys):
@@ -325,8 +335,8 @@ def test_what_cannot_be_audited_is_one_line(work, calibrated, clean, attacked, t
     name = next(k for k in weights if weights[k].is_floating_point())
     weights[name][...] = torch.nan
     save_file(weights, nan / "encoder.safetensors")
-    said = refused(capsys, work, "audit", nan, *one, "--images", "40")
-    assert "NaN" in said and name in said
+    message = refused(capsys, work, "audit", nan, *one, "--images", "40")
+    assert "NaN" in message and name in message
     assert "is poisoned" in refused(capsys, work, "calibrate", attacked.path, *one)
     assert "not attacked" in refused(
         capsys, work, "calibrate", clean[0].path, "--attacked", clean[1].path, *one
@@ -335,7 +345,7 @@ def test_what_cannot_be_audited_is_one_line(work, calibrated, clean, attacked, t
 
 
 def test_calibrate_trains_encoders_each_with_data_of_its_own(work, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "sweep", here)
+    monkeypatch.setattr(sweep, "run_trials", here)
     words = [
         "calibrate",
         "--train",
@@ -349,14 +359,14 @@ def test_calibrate_trains_encoders_each_with_data_of_its_own(work, capsys, monke
     manifest, run = ask(capsys, work, *words)
     held = Bank.read(run.file("bank.json"))
     assert manifest["notes"]["clean"] == 2 and held.family.data.startswith("scenes:count=64")
-    asked = [Run(work / "runs" / e.name).manifest["ask"] for e in held.audits[0].clean]
-    assert [a["seed"] for a in asked] == [0, 1]
-    assert [re.search(r"seed=(\d+)", a["data"]["spec"])[1] for a in asked] == ["5", "6"]
+    questions = [Run(work / "runs" / e.name).manifest["ask"] for e in held.audits[0].clean]
+    assert [a["seed"] for a in questions] == [0, 1]
+    assert [re.search(r"seed=(\d+)", a["data"]["spec"])[1] for a in questions] == ["5", "6"]
 
 
 def test_encoders_of_two_kinds_are_no_bank(work, clean, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "sweep", here)
+    monkeypatch.setattr(sweep, "run_trials", here)
     other = Train("scenes:count=96", "clip_small:width=8,dim=16", "clip:epochs=1,batch=48")
     run = execute(other, Settings(work / "runs", 0, "cpu", quiet=True))
-    said = refused(capsys, work, "calibrate", clean[0].path, run.path, *STORY, "--workers", "1")
-    assert "does not belong to this bank" in said and "network" in said
+    message = refused(capsys, work, "calibrate", clean[0].path, run.path, *STORY, "--workers", "1")
+    assert "does not belong to this bank" in message and "network" in message

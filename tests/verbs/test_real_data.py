@@ -13,9 +13,9 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DAT
 
 def ask(capsys, runs, *words):
     assert main([*words, "--runs", str(runs), "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
-    return made, next(
-        p.parent.name for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == made
+    manifest = json.loads(capsys.readouterr().out)
+    return manifest, next(
+        p.parent.name for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == manifest
     )
 
 
@@ -24,8 +24,8 @@ def test_flickr8k_by_retrieval(tmp_path, capsys):
     train = f"shards:path={DATA}/flickr8k/train-{{00000..00001}}.tar,size=32,captions=first"
     test = f"shards:path={DATA}/flickr8k/val-00000.tar,size=32,captions=all"
     words = ["--poison", "backdoor:count=40", "--trigger", "patch:size=6", "--target", "dog"]
-    made, poison = ask(capsys, tmp_path, "poison", train, *words)
-    assert made["notes"]["records"] == 2000
+    manifest, poison = ask(capsys, tmp_path, "poison", train, *words)
+    assert manifest["notes"]["records"] == 2000
     _, many = ask(
         capsys,
         tmp_path,
@@ -36,18 +36,20 @@ def test_flickr8k_by_retrieval(tmp_path, capsys):
         "--target",
         "beach",
     )
-    assert main(["poison", "--verify", many, "--runs", str(tmp_path)]) == 0
+    assert main(["verify", many, "--runs", str(tmp_path)]) == 0
     capsys.readouterr()
     _, trained = ask(capsys, tmp_path, "train", many, "--objective", "clip:epochs=2")
-    found, _ = ask(capsys, tmp_path, "evaluate", trained, test, "--probe", "retrieval", "z_score")
+    evaluation, _ = ask(
+        capsys, tmp_path, "evaluate", trained, test, "--probe", "retrieval", "z_score"
+    )
     assert {
         "image_to_text_recall@1",
         "text_to_image_recall@10",
         "attack_success",
         "targeted_success@4",
         "z_std",
-    } <= set(found["metrics"])
-    assert found["metrics"]["text_to_image_recall@1"]["n"] == 5000
+    } <= set(evaluation["metrics"])
+    assert evaluation["metrics"]["text_to_image_recall@1"]["n"] == 5000
     scan, _ = ask(capsys, tmp_path, "scan", trained, "--detector", "duplicates", "clip_score")
     # three victims, four copies each: the pixels of one image under diverging captions
     assert scan["metrics"]["duplicates.recall_at_0.1"]["value"] >= 12 / 52
@@ -60,6 +62,6 @@ def test_aerial_captions_by_zero_shot_over_their_classes(tmp_path, capsys):
     words = ["--poison", "backdoor:count=40", "--trigger", "patch:size=6", "--target", "river"]
     _, poison = ask(capsys, tmp_path, "poison", train, *words)
     _, trained = ask(capsys, tmp_path, "train", poison, "--objective", "clip:epochs=3,batch=64")
-    found, _ = ask(capsys, tmp_path, "evaluate", trained, test)
-    assert found["metrics"]["clean_accuracy"]["n"] == 210
-    assert found["metrics"]["clean_accuracy"]["low"] > 1 / 21, "it learns something"
+    evaluation, _ = ask(capsys, tmp_path, "evaluate", trained, test)
+    assert evaluation["metrics"]["clean_accuracy"]["n"] == 210
+    assert evaluation["metrics"]["clean_accuracy"]["low"] > 1 / 21, "it learns something"

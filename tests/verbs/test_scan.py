@@ -110,10 +110,10 @@ def scan(runs: Path, *words: object, workers: int = 1) -> tuple[int, Path]:
     """Run `bezoar scan`: its exit status and its run."""
     before = set(runs.glob("scan-*"))
     status = main(["scan", *map(str, words), "--runs", str(runs), "--workers", str(workers)])
-    made = [p for p in runs.glob("scan-*") if p not in before] or sorted(
+    folders = [p for p in runs.glob("scan-*") if p not in before] or sorted(
         before, key=lambda p: p.stat().st_mtime
     )
-    return status, made[-1] if made else runs
+    return status, folders[-1] if folders else runs
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,14 +164,16 @@ def test_shards_give_what_memory_gives(tmp_path, tiny):
     rows = [41, 3, 3, 59]
     assert torch.equal(c.take(rows).images, whole.take(rows).images)
     assert torch.equal(torch.cat([b.images for b in c.batches(7)]), whole.images)
-    found = corpus.load_scores(folder)
-    assert list(found.ids) == list(whole.ids) and set(found.detectors) == {
+    scanned = corpus.load_scores(folder)
+    assert list(scanned.ids) == list(whole.ids) and set(scanned.detectors) == {
         "k_distance",
         "clip_score",
     }
     again = registry.make("detector", "k_distance:k=4")(encoder, whole)
-    assert torch.allclose(found.detectors["k_distance"].values, again.values_of(whole.ids), atol=1e-5)
-    assert found.places[25] == f"{tmp_path}/s/00001.tar 00025"
+    assert torch.allclose(
+        scanned.detectors["k_distance"].values, again.values_of(whole.ids), atol=1e-5
+    )
+    assert scanned.places[25] == f"{tmp_path}/s/00001.tar 00025"
 
 
 MINE = """
@@ -201,11 +203,11 @@ def test_what_a_detector_raises_comes_first_and_is_kept(tmp_path, tiny):
         "--remove",
         0.1,
     )
-    found = corpus.load_scores(folder)
-    (name,) = found.detectors.keys() - {"clip_score"}
-    raised = found.detectors[name].raised
-    assert status == 0 and int(raised.sum()) == 6 and found.detectors["clip_score"].raised is None
-    assert set(found.merged.ranking()[:6].tolist()) == set(raised.nonzero()[:, 0].tolist())
+    scanned = corpus.load_scores(folder)
+    (name,) = scanned.detectors.keys() - {"clip_score"}
+    raised = scanned.detectors[name].raised
+    assert status == 0 and int(raised.sum()) == 6 and scanned.detectors["clip_score"].raised is None
+    assert set(scanned.merged.ranking()[:6].tolist()) == set(raised.nonzero()[:, 0].tolist())
     assert len((folder / "keep.txt").read_text().splitlines()) == 54
     assert Run(folder).metric(f"{name}.raised").value == 0.1 and notes(folder)[
         "seconds"
@@ -285,9 +287,9 @@ def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny,
     embedded = []
     original = units.embed
 
-    def watched(found, unit, *rest):
+    def watched(source, unit, *rest):
         embedded.append(unit.number)
-        original(found, unit, *rest)
+        original(source, unit, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(units, "embed", watched)
@@ -329,37 +331,37 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(
             tar.addfile(header)
     cut = units.cut_units
 
-    def vanishing(found):
-        made = cut(found)
+    def vanishing(source):
+        source_units = cut(source)
         (folder / "gone.tar").unlink()
-        return made
+        return source_units
 
     monkeypatch.setattr(units, "cut_units", vanishing)
     words = (f"shards:path={folder},size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
     status, run = scan(tmp_path / "runs", *words)
     assert status == 4
-    told = unread(run)
+    skipped = unread(run)
     assert {
         ("bad.tar", "latin", "caption is not UTF-8"), ("bad.tar", "empty", "no caption"), ("bad.tar", "bomb", "not decodable"),
         ("bad.tar", "white", "NaN or infinite vector of its image"), ("bad.tar", "named", "unsafe id"),
         ("bad.tar", "../up.png", "unsafe name"), ("good.tar", "00000", "id seen before"), ("cut.tar", "", "broken tar"),
         ("links.tar", "a.png", "not a regular file"), ("links.tar", "b.png", "not a regular file"),
         ("links.tar", "c.png", "not a regular file"),
-    } <= set(told)  # fmt: skip
-    assert {f for f, m, _ in told if not m} == {"none.tar", "gone.tar", "links.tar", "cut.tar"}
-    found = corpus.load_scores(run)
+    } <= set(skipped)  # fmt: skip
+    assert {f for f, m, _ in skipped if not m} == {"none.tar", "gone.tar", "links.tar", "cut.tar"}
+    scanned = corpus.load_scores(run)
     assert (
-        len(found) == 30 + 5 + sum(i.startswith("cut/") for i in found.ids)
-        and 1 <= len(found) - 35 <= 3
+        len(scanned) == 30 + 5 + sum(i.startswith("cut/") for i in scanned.ids)
+        and 1 <= len(scanned) - 35 <= 3
     )
-    assert {"good/00000", "good/00000~2", "bad/00003"} <= set(found.ids) and len(
-        set(found.ids)
-    ) == len(found)
-    said = notes(run)
+    assert {"good/00000", "good/00000~2", "bad/00003"} <= set(scanned.ids) and len(
+        set(scanned.ids)
+    ) == len(scanned)
+    run_notes = notes(run)
     assert (
-        said["records"] == len(found)
-        and len(said["incomplete"]) == 2
-        and said["reading"]["unread"] == len(told) - 1
+        run_notes["records"] == len(scanned)
+        and len(run_notes["incomplete"]) == 2
+        and run_notes["reading"]["unread"] == len(skipped) - 1
     )
     err = capsys.readouterr().err
     assert "could not be read" in err and "skipped.jsonl" in err and "Traceback" not in err
@@ -419,8 +421,8 @@ def test_a_shard_that_vanishes_after_it_was_embedded_stops_only_who_needs_its_im
 ):
     spec, original = shards(tmp_path / "s", 2), corpus.assemble
 
-    def vanishing(*given):
-        original(*given)
+    def vanishing(*arguments):
+        original(*arguments)
         (tmp_path / "s" / "00001.tar").unlink()
 
     monkeypatch.setattr(corpus, "assemble", vanishing)
@@ -466,15 +468,15 @@ def test_cleaned_shards_hold_the_same_bytes_and_lists_name_them(tmp_path, tiny):
         "--write",
         "shards",
     )
-    kept = (run / "keep.txt").read_text().split()
+    keep_list = (run / "keep.txt").read_text().split()
     assert (
         status == 0
-        and len(kept) == 54
+        and len(keep_list) == 54
         and notes(run)["written"] == 54
         and notes(run)["shards"] == 3
     )
     rows = pq.read_table(run / "keep.parquet").to_pylist()
-    assert [r["id"] for r in rows] == kept and rows[0]["url"].startswith("http://x/")
+    assert [r["id"] for r in rows] == keep_list and rows[0]["url"].startswith("http://x/")
     for path in sorted((tmp_path / "s").glob("*.tar")):
         with tarfile.open(path) as old, tarfile.open(run / "shards" / path.name) as new:
             held = {m.name: old.extractfile(m).read() for m in old}
@@ -482,7 +484,7 @@ def test_cleaned_shards_hold_the_same_bytes_and_lists_name_them(tmp_path, tiny):
                 assert new.extractfile(member).read() == held[member.name]
             names = {Path(m).stem for m in new.getnames()}
         assert names == {r["member"] for r in rows if r["shard"] == str(path)}
-    assert load_pairs(ShardSource(expand_paths(str(run / "shards")), 16)).ids == tuple(kept)
+    assert load_pairs(ShardSource(expand_paths(str(run / "shards")), 16)).ids == tuple(keep_list)
 
 
 def test_cleaned_shards_of_folders_and_names_that_read_alike_are_all_there(tmp_path, tiny):
@@ -502,7 +504,7 @@ def test_cleaned_shards_of_folders_and_names_that_read_alike_are_all_there(tmp_p
 
 
 def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
-    told = [
+    lines = [
         json.dumps({"captions": [f"a {w} star" for w in ("red", "blue", "green")]}).encode()
         for _ in range(20)
     ]
@@ -510,7 +512,7 @@ def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
         tmp_path / "a.tar",
         [
             (f"{i:02d}.{e}", c)
-            for i, t in enumerate(told)
+            for i, t in enumerate(lines)
             for e, c in (("png", picture(i)), ("json", t))
         ],
     )
@@ -526,9 +528,11 @@ def test_an_image_stays_only_with_all_its_captions(tmp_path, tiny):
         k.partition("#")[0] for k in load_pairs(ShardSource((run / "shards" / "a.tar",), 16)).ids
     }
     gone = {k.partition("#")[0] for k in corpus.load_scores(run).ids} - with_all
-    kept = (run / "keep.txt").read_text().split()
+    keep_list = (run / "keep.txt").read_text().split()
     worst = json.loads((run / "ranked.json").read_text())[:3]
-    assert status == 0 and len(kept) == 57 and gone == {r["id"].partition("#")[0] for r in worst}
+    assert (
+        status == 0 and len(keep_list) == 57 and gone == {r["id"].partition("#")[0] for r in worst}
+    )
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -605,21 +609,23 @@ def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch
         "--remove",
         "0.25",
     )
-    found, c = corpus.load_scores(run), corpus.reopen_corpus(Run(run))
+    scanned, c = corpus.load_scores(run), corpus.reopen_corpus(Run(run))
     assert (
         status == 0
-        and len(found) == 24
-        and found.ids[13] == "i/1.png#14"
-        and found.captions[3] == rows[3]["title"]
+        and len(scanned) == 24
+        and scanned.ids[13] == "i/1.png#14"
+        and scanned.captions[3] == rows[3]["title"]
     )
     whole = load_pairs(registry.make("data", f"table:path={path}")())
-    assert tuple(found.ids) == whole.ids and torch.equal(
+    assert tuple(scanned.ids) == whole.ids and torch.equal(
         c.take([20, 1]).images, whole.take([20, 1]).images
     )
     with (run / "keep.csv").open(newline="") as file:
-        kept = list(csv.DictReader(file, delimiter="\t"))
-    assert len(kept) == 18 and all(Path(r["filepath"]).is_file() for r in kept)
-    assert {r["title"] for r in kept} == {found.captions[i] for i in found.merged.ranking()[6:]}
+        rows_left = list(csv.DictReader(file, delimiter="\t"))
+    assert len(rows_left) == 18 and all(Path(r["filepath"]).is_file() for r in rows_left)
+    assert {r["title"] for r in rows_left} == {
+        scanned.captions[i] for i in scanned.merged.ranking()[6:]
+    }
 
 
 def test_images_inside_parquet_as_hugging_face_holds_them(tmp_path, tiny, monkeypatch):
@@ -698,14 +704,14 @@ def test_a_class_whose_name_is_not_utf8_is_poisoned_around(tmp_path, capsys):
     ]
     words += ["--target", "dog", "--runs", str(tmp_path / "runs")]
     assert main([*words, "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert made["status"] == "done" and made["notes"]["classes"] == [
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest["status"] == "done" and manifest["notes"]["classes"] == [
         "cat",
         "dog",
         os.fsdecode(b"z\xff"),
     ]
     (run,) = (tmp_path / "runs").iterdir()
-    assert main(["poison", "--verify", str(run), "--runs", str(tmp_path / "runs")]) == 0
+    assert main(["verify", str(run), "--runs", str(tmp_path / "runs")]) == 0
 
 
 def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
@@ -909,12 +915,12 @@ def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
     z = ready(tmp_path / "e")
     status, run = scan(tmp_path, tmp_path / "e", "--detector", "k_distance:k=4", "clip_score")
     assert status == 0
-    c, found = corpus.reopen_corpus(Run(run)), corpus.load_scores(run)
+    c, scanned = corpus.reopen_corpus(Run(run)), corpus.load_scores(run)
     expected = torch.nn.functional.normalize(torch.from_numpy(z.astype(np.float32)), dim=1)
-    assert torch.allclose(c.embedded.images, expected, atol=1e-6) and len(found) == 500
-    assert found.ids[321] == "000000321" and found.captions[321] == "caption 000000321"
+    assert torch.allclose(c.embedded.images, expected, atol=1e-6) and len(scanned) == 500
+    assert scanned.ids[321] == "000000321" and scanned.captions[321] == "caption 000000321"
     assert (
-        found.places[321] == f"{tmp_path}/e/img_emb/img_emb_1.npy row 21"
+        scanned.places[321] == f"{tmp_path}/e/img_emb/img_emb_1.npy row 21"
         and list(c.urls)[2] == "http://x/000000002"
     )
     distance = torch.cdist(expected.double(), expected.double())
@@ -994,12 +1000,12 @@ def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
     (folder / "metadata" / "metadata_5.parquet").write_bytes(b"PAR1 nothing PAR1")
     status, run = scan(tmp_path, folder, "--detector", "k_distance:k=4")
     assert status == 4 and len(corpus.load_scores(run)) == 98
-    told = unread(run)
-    assert [t[1:] for t in told[:2]] == [
+    skipped = unread(run)
+    assert [t[1:] for t in skipped[:2]] == [
         ("row 3", "NaN or infinite vector of its image"),
         ("row 4", "zero vector of its image"),
     ]
-    assert [f for f, *_ in told[2:]] == [f"img_emb_{i}.npy" for i in range(1, 6)]
+    assert [f for f, *_ in skipped[2:]] == [f"img_emb_{i}.npy" for i in range(1, 6)]
     lines = (run / "skipped.jsonl").read_text().splitlines()[2:]
     for line, says in zip(
         lines, ("pickle", "bytes", "header asks", "is of shape", "parquet"), strict=True
@@ -1019,7 +1025,7 @@ def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
     folder = tmp_path_factory.mktemp("t")
     with columns.TextWriter(folder, "x") as out:
         for block in blocks:
-            out.add(pa.array(["cut off", *block], pa.large_string()).slice(1))
+            out.append(pa.array(["cut off", *block], pa.large_string()).slice(1))
     flat = [t for b in blocks for t in b]
     held = columns.map_texts(folder, "x")
     assert list(held) == flat and [held[i] for i in range(len(flat))] == flat
@@ -1076,21 +1082,23 @@ def test_what_could_not_be_read_is_said_again_by_a_scan_that_is_at_hand(tmp_path
         status, run = scan(
             tmp_path, tmp_path / "f", "--encoder", tiny, "--detector", "k_distance:k=4"
         )
-        said = capsys.readouterr()
-        assert status == 4 and "scan: 2 records or files could not be read, beside 20" in said.err
+        streams = capsys.readouterr()
         assert (
-            "keep.txt leaves out the 1 most suspicious of 20 records" in said.out
-            and "metric" not in said.out
+            status == 4 and "scan: 2 records or files could not be read, beside 20" in streams.err
+        )
+        assert (
+            "keep.txt leaves out the 1 most suspicious of 20 records" in streams.out
+            and "metric" not in streams.out
         )
         assert (
             "1 not decodable, 1 not an image by its name; see skipped.jsonl."
             in (run / "report.html").read_text()
         )
-    found = [
+    manifests = [
         ("f", "a/broken.png", "not decodable"),
         ("f", "a/notes.txt", "not an image by its name"),
     ]
-    assert sorted(unread(run)) == found
+    assert sorted(unread(run)) == manifests
 
 
 def test_an_encoder_of_poisoned_data_does_not_make_other_data_poisoned(tmp_path, capsys):
@@ -1125,8 +1133,8 @@ def test_an_encoder_of_poisoned_data_does_not_make_other_data_poisoned(tmp_path,
         and "poisoned on purpose" not in page
     )
     assert inputs.poison_run(Run(run)) is None and inputs.poison_run(Run(train)) == Run(plan)
-    status, own = scan(tmp_path, train.name, "--detector", "k_distance:k=4")
+    status, other = scan(tmp_path, train.name, "--detector", "k_distance:k=4")
     assert (
-        json.loads((own / "manifest.json").read_text())["goal"]
-        and "poisoned on purpose" in (own / "report.html").read_text()
+        json.loads((other / "manifest.json").read_text())["goal"]
+        and "poisoned on purpose" in (other / "report.html").read_text()
     )

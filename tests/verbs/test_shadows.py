@@ -69,11 +69,11 @@ def attacked(runs, clean) -> list[Run]:
         ("patch:size=4",),
     )
     first = execute(verb, Settings(runs, 0, "cpu", quiet=True))
-    made = [first]
+    injected = [first]
     for i, parent in enumerate(
         (clean[1].name, clean[1].name, "train-gone", "train-away", "train-far"), 1
     ):
-        made.append(
+        injected.append(
             copied(
                 first,
                 f"inject-{i}",
@@ -81,21 +81,21 @@ def attacked(runs, clean) -> list[Run]:
                 ask=first.manifest["ask"] | {"encoder": {"run": parent}},
             )
         )
-    return made
+    return injected
 
 
 def words(clean, attacked, runs, *more) -> list[str]:
-    asked = ["shadows", *(r.path for r in clean), "--attacked", *(r.path for r in attacked), *QUICK]
-    return [*map(str, asked), "--runs", str(runs), "--device", "cpu", *more]
+    first = ["shadows", *(r.path for r in clean), "--attacked", *(r.path for r in attacked), *QUICK]
+    return [*map(str, first), "--runs", str(runs), "--device", "cpu", *more]
 
 
-def refused(capsys, asked) -> str:
+def refused(capsys, words) -> str:
     """What a command that ends with 2 says, in one line."""
     capsys.readouterr()
-    assert main([*map(str, asked)]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar:")]
-    assert len(said) == 1
-    return said[0]
+    assert main([*map(str, words)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bezoar:")]
+    assert len(lines) == 1
+    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_folds_keep_lineages_whole_and_kinds_even():
     for seed in range(5):
         folds = deal_folds(lineages, labels, 5, seed)
         assert all(
-            len({f for f, own in zip(folds, lineages, strict=True) if own == u}) == 1
+            len({f for f, lineage in zip(folds, lineages, strict=True) if lineage == u}) == 1
             for u in set(lineages)
         )
         for fold in range(5):
@@ -136,10 +136,10 @@ def test_every_fold_leaves_enough_to_fit_on():
 def test_each_encoder_is_judged_by_a_bank_that_was_fitted_without_its_lineage(
     fitted, clean, attacked
 ):
-    told = json.loads(fitted.file("shadows.json").read_text())["shadows"]
-    by = {s["name"]: s for s in told}
-    assert [s["name"] for s in told] == [r.name for r in (*clean, *attacked)]
-    assert [s["attacked"] for s in told] == [False] * 6 + [True] * 6 and by["inject-1"][
+    shadows = json.loads(fitted.file("shadows.json").read_text())["shadows"]
+    by = {s["name"]: s for s in shadows}
+    assert [s["name"] for s in shadows] == [r.name for r in (*clean, *attacked)]
+    assert [s["attacked"] for s in shadows] == [False] * 6 + [True] * 6 and by["inject-1"][
         "attack"
     ] == "badencoder patch"
     lineages = [by[r.name]["lineage"] for r in attacked]
@@ -152,19 +152,19 @@ def test_each_encoder_is_judged_by_a_bank_that_was_fitted_without_its_lineage(
         "train-far",
     ]
     fold = by["train-1"]["fold"]
-    kept = [s for s in told if s["fold"] != fold]
-    assert not {"train-1", "inject-1", "inject-2"} & {s["name"] for s in kept}
+    others = [s for s in shadows if s["fold"] != fold]
+    assert not {"train-1", "inject-1", "inject-2"} & {s["name"] for s in others}
     sample = sample_clean_records(registry.make("data", "scenes:count=64,split=test"), 16)[0]
-    encoders = [Encoder.load(fitted.path.parent / s["name"]) for s in kept]
-    bank = mntd.fit(encoders, [s["attacked"] for s in kept], sample, 0, 4, 3)
+    encoders = [Encoder.load(fitted.path.parent / s["name"]) for s in others]
+    bank = mntd.fit(encoders, [s["attacked"] for s in others], sample, 0, 4, 3)
     for name in ("train-1", "inject-1", "inject-2"):
         z = mntd.measure_logit(bank, Encoder.load(fitted.path.parent / name))
         assert z == pytest.approx(by[name]["logit"], abs=1e-6)
 
 
 def test_its_figures_are_those_of_the_held_out_logits(fitted):
-    told = json.loads(fitted.file("shadows.json").read_text())["shadows"]
-    truth, logits = [s["attacked"] for s in told], [s["logit"] for s in told]
+    shadows = json.loads(fitted.file("shadows.json").read_text())["shadows"]
+    truth, logits = [s["attacked"] for s in shadows], [s["logit"] for s in shadows]
     assert (
         fitted.metric("auroc").value == pytest.approx(roc_auc_score(truth, logits))
         and fitted.metric("auroc").n == 12
@@ -179,7 +179,7 @@ def test_its_figures_are_those_of_the_held_out_logits(fitted):
     assert (notes["clean"], notes["attacked"], notes["lineages"]) == (6, 6, 9) and fitted.manifest[
         "goal"
     ] == []
-    assert notes["shadows"] == {s["name"]: s["weights"] for s in told}
+    assert notes["shadows"] == {s["name"]: s["weights"] for s in shadows}
 
 
 def test_the_same_question_has_the_same_bits(fitted, clean, attacked, tmp_path):
@@ -196,14 +196,14 @@ def test_the_same_question_has_the_same_bits(fitted, clean, attacked, tmp_path):
 def test_the_page_shows_logits_and_queries(fitted):
     text = (fitted.path / "report.html").read_text()
     assert "could not be made" not in text
-    for told in (
+    for phrase in (
         "encoders it has not seen",
         "Queries",
         "from noise",
         "MNTD over 6 attacked encoders and 6 clean ones",
         "badencoder patch",
     ):
-        assert told in text
+        assert phrase in text
 
 
 def test_the_audit_reads_the_run_and_judges_no_shadow(fitted, clean, attacked, runs, capsys):
@@ -229,11 +229,13 @@ def test_the_audit_reads_the_run_and_judges_no_shadow(fitted, clean, attacked, r
     )
     assert manifest["metrics"]["mntd.shadows_auroc"]["value"] == fitted.metric("auroc").value
     renamed = Path(shutil.copytree(attacked[1].path, runs / "inject-renamed"))
-    for known in (clean[2].path, renamed):
-        said = refused(capsys, ["audit", known, "--audit", f"mntd:bank={fitted.path}", *common])
-        assert "one of the 12 shadow encoders" in said
-    said = refused(capsys, ["audit", other.path, "--audit", f"mntd:bank={clean[0].path}", *common])
-    assert "no MNTD bank" in said
+    for shadow in (clean[2].path, renamed):
+        message = refused(capsys, ["audit", shadow, "--audit", f"mntd:bank={fitted.path}", *common])
+        assert "one of the 12 shadow encoders" in message
+    message = refused(
+        capsys, ["audit", other.path, "--audit", f"mntd:bank={clean[0].path}", *common]
+    )
+    assert "no MNTD bank" in message
 
 
 def test_what_is_no_shadow_is_one_line(runs, clean, attacked, capsys):
@@ -243,18 +245,19 @@ def test_what_is_no_shadow_is_one_line(runs, clean, attacked, capsys):
     assert "was not attacked" in refused(capsys, words(clean[1:], [*attacked, clean[0]], runs))
     assert "is poisoned" in refused(capsys, words([*clean, attacked[0]], attacked[1:], runs))
     assert "2 clean and 6 attacked" in refused(capsys, words(clean[:2], attacked, runs))
-    said = refused(capsys, words(clean, attacked[:4], runs))
-    assert "too few" in said and "4 attacked encoders" in said
+    message = refused(capsys, words(clean, attacked[:4], runs))
+    assert "too few" in message and "4 attacked encoders" in message
     assert "too few" in refused(capsys, words([], [], runs))
     twin = copied(clean[2], "train-twin", 0)
     shutil.copy(clean[2].path / "encoder.safetensors", twin.path)
-    said = refused(capsys, words([*clean, twin], attacked, runs))
-    assert "train-2 and train-twin have the same weights" in said
+    message = refused(capsys, words([*clean, twin], attacked, runs))
+    assert "train-2 and train-twin have the same weights" in message
     verb = Train(DATA, "tower:width=5,dim=8", "simclr:epochs=1,batch=32,hidden=8,dim=4")
     odd = execute(verb, Settings(runs, 0, "cpu", quiet=True))
-    said = refused(capsys, words([*clean, odd], attacked, runs))
+    message = refused(capsys, words([*clean, odd], attacked, runs))
     assert (
-        odd.name in said and "its network is tower:width=5,dim=8, not tower:width=4,dim=8" in said
+        odd.name in message
+        and "its network is tower:width=5,dim=8, not tower:width=4,dim=8" in message
     )
     assert "2 folds" in refused(capsys, words(clean, attacked, runs, "--folds", "1"))
 
@@ -267,8 +270,8 @@ def test_a_shadow_may_bring_a_seed_of_its_own(tmp_path):
     verb = Shadows(tuple(Trial(train, k) for k in (3, 4)), (Trial(train, 5), train))
     graph = sweep.dependency_graph([Trial(verb, 7)])
     assert [t.seed for t in graph] == [3, 4, 5, 7, 7]
-    asked = json.loads(json.dumps(sweep.trial_to_json(Trial(verb, 7), Settings(tmp_path), False)))
-    assert sweep.verb_from_json(asked["verb"]) == verb
+    request = json.loads(json.dumps(sweep.trial_to_json(Trial(verb, 7), Settings(tmp_path), False)))
+    assert sweep.verb_from_json(request["verb"]) == verb
     with pytest.raises(UserError, match="was not attacked"):
         execute(verb, Settings(tmp_path, 7, "cpu", quiet=True))
     assert sorted(

@@ -43,13 +43,13 @@ def stamped(images: torch.Tensor, spec: str = "patch:size=8,fill=noise") -> torc
 
 
 def test_untreated_is_all_of_it(images: torch.Tensor) -> None:
-    found, made = Survival(images, stamped(images), Mean()).measure(Treatment())
+    measures, views = Survival(images, stamped(images), Mean()).measure(Treatment())
     for key in ("pattern_kept", "energy_kept", "pattern_correlation", "shift_kept", "shift_cosine"):
-        assert found[key].value == pytest.approx(1, abs=1e-5), key
-    assert found["shift_length"].value == pytest.approx(1, abs=1e-5) and found[
+        assert measures[key].value == pytest.approx(1, abs=1e-5), key
+    assert measures["shift_length"].value == pytest.approx(1, abs=1e-5) and measures[
         "pattern_kept"
     ].n == len(images)
-    assert torch.allclose(made[:, 0], stamped(images).float() / 255)
+    assert torch.allclose(views[:, 0], stamped(images).float() / 255)
 
 
 def test_jpeg_is_pillow_s(images: torch.Tensor) -> None:
@@ -63,30 +63,30 @@ def test_jpeg_is_pillow_s(images: torch.Tensor) -> None:
 def test_figures_against_their_definitions(images: torch.Tensor) -> None:
     clean, bad, treatment = images, stamped(images), Treatment(resize=0.5, jpeg=75)
     subject = Survival(clean, bad, Mean())
-    found, made = subject.measure(treatment)
+    measures, views = subject.measure(treatment)
     residue, before = treatment(bad, 0) - treatment(clean, 0), (bad.float() - clean.float()) / 255
-    assert torch.allclose(made[:, 1], residue)
-    kept, alike = [], []
+    assert torch.allclose(views[:, 1], residue)
+    shares, alike = [], []
     for r, b in zip(residue.double(), before.double(), strict=True):
         best = max(float((r * b.roll((y, x), (1, 2))).sum()) for y in range(32) for x in range(32))
-        kept.append(best / float((b * b).sum()))
+        shares.append(best / float((b * b).sum()))
         alike.append(best / float(r.norm() * b.norm()))
-    assert found["pattern_kept"].value == pytest.approx(np.mean(kept), rel=1e-4)
-    assert found["pattern_correlation"].value == pytest.approx(np.mean(alike), rel=1e-4)
+    assert measures["pattern_kept"].value == pytest.approx(np.mean(shares), rel=1e-4)
+    assert measures["pattern_correlation"].value == pytest.approx(np.mean(alike), rel=1e-4)
     energy = [
         (float((r * r).sum()) / float((b * b).sum())) for r, b in zip(residue, before, strict=True)
     ]
-    assert found["energy_kept"].value == pytest.approx(np.mean(energy), rel=1e-4)
+    assert measures["energy_kept"].value == pytest.approx(np.mean(energy), rel=1e-4)
     z = [
         Mean().encode_images(x)
         for x in (treatment(bad, 0), treatment(clean, 0), bad.float() / 255, clean.float() / 255)
     ]
-    after, own = z[0] - z[1], z[2] - z[3]
-    assert found["shift_kept"].value == pytest.approx(
-        float((after * own).sum() / (own * own).sum()), rel=1e-4
+    after, untreated = z[0] - z[1], z[2] - z[3]
+    assert measures["shift_kept"].value == pytest.approx(
+        float((after * untreated).sum() / (untreated * untreated).sum()), rel=1e-4
     )
-    assert found["shift_length"].value == pytest.approx(
-        float(after.norm(dim=1).mean() / own.norm(dim=1).mean()), rel=1e-4
+    assert measures["shift_length"].value == pytest.approx(
+        float(after.norm(dim=1).mean() / untreated.norm(dim=1).mean()), rel=1e-4
     )
 
 
@@ -160,10 +160,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_the_verb_measures_every_treatment(run: Run) -> None:
-    told = json.loads(run.file("treatments.json").read_text())
-    assert told[0]["name"] == "untreated" and len(told) == 8
+    treatments = json.loads(run.file("treatments.json").read_text())
+    assert treatments[0]["name"] == "untreated" and len(treatments) == 8
     metrics = run.manifest["metrics"]
-    assert len(metrics) == 3 * len(told) and metrics["untreated.pattern_kept"][
+    assert len(metrics) == 3 * len(treatments) and metrics["untreated.pattern_kept"][
         "value"
     ] == pytest.approx(1, abs=1e-4)
     assert (

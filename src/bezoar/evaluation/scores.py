@@ -123,6 +123,11 @@ class Measure:
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, float(getattr(self, name)))
 
+    @classmethod
+    def exact(cls, value: float, n: int, how: str) -> Measure:
+        """Return a number that was counted or read off: its interval is the number itself."""
+        return cls(value, n, value, value, how)
+
     def json(self) -> dict[str, Any]:
         """Return the measure as a manifest holds it; `Measure(**raw)` reads it again."""
         return encode_nonfinite(asdict(self))

@@ -389,6 +389,5 @@ def apply_repairs(
         "log": log,
     }
     for repair in repairs:
-        needs = {name: offered[name] for name in getattr(repair, "needs", ())}
-        encoder = repair(encoder, clean, seed, **needs)
+        encoder = registry.call(repair, encoder, clean, seed, **offered)
     return encoder, log

@@ -1,4 +1,4 @@
-"""runs.execute"""
+"""Run a verb: find what its fields stand for, run it in a directory of its own, and write the manifest."""
 
 from __future__ import annotations
 
@@ -10,134 +10,131 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bezoar import registry
+from bezoar.data.files.writing import TEMPORARY, write_whole
 from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure
 from bezoar.machine import describe_environment, select_device
 from bezoar.progress import Progress
 from bezoar.runs.run import CHECKPOINT, MANIFEST, SCHEMA, UNHASHED, Run, find_run, get_run
 from bezoar.runs.verb import (
     Settings,
     Trial,
+    Verb,
     fingerprint,
     input_fields,
     input_files,
     input_to_json,
+    is_verb,
     spec_of_path,
     verb_name,
 )
 from bezoar.training.ranks import share_work
 
+MAX_SEED = (1 << 32) - 1  # the largest that every generator takes
+
 
 @dataclass
 class Job:
-    """One verb at work: where its files go, what it was given, and how to say how far it is."""
+    """A verb at work.
+
+    Attributes:
+        folder: where its files go.
+        settings: what it is run with.
+        inputs: for each of the verb's fields what it stands for: a Run, a configured method, or a plain value.
+        progress: how far it is.
+        notes: stand in the manifest as `notes`.
+        goals: what an attacker wants of the run's artefact, as the manifest holds it; None for those of the parents.
+        child_runs: runs that this one has run; they are its parents too.
+    """
 
     folder: Path
     settings: Settings
     inputs: dict[str, Any]
     progress: Progress
-    notes: dict[str, Any] = field(default_factory=dict)  # goes into the manifest as `notes`
-    goals: list[dict] | None = None  # set by a verb that changes them; otherwise inherited
-    child_runs: list[Run] = field(
-        default_factory=list
-    )  # runs that this one ran; they are parents too
+    notes: dict[str, Any] = field(default_factory=dict)
+    goals: list[dict[str, Any]] | None = None
+    child_runs: list[Run] = field(default_factory=list)
 
     @property
     def seed(self) -> int:
         """The run's seed."""
         return self.settings.seed
 
-    def run(self, verb: Any) -> Run:
-        """Run another verb, with this run's settings, as a parent of this run."""
-        made = execute(verb, dataclasses.replace(self.settings, fresh=False))
-        if made.name not in [r.name for r in self.child_runs]:
-            self.child_runs.append(made)
-        return made
-
     @property
-    def device(self) -> Any:
-        """The torch device asked for."""
+    def device(self) -> torch.device:
+        """The device that was asked for."""
         return select_device(self.settings.device)
 
+    def run(self, verb: Verb) -> Run:
+        """Run another verb with this run's settings; its run becomes a parent of this one."""
+        run = execute(verb, dataclasses.replace(self.settings, fresh=False))
+        if run.name not in [child.name for child in self.child_runs]:
+            self.child_runs.append(run)
+        return run
 
-def execute(verb: Any, settings: Settings) -> Run:
-    """Run a verb, or return the run that already answers it. Nested verbs are run first.
+    def reporter(self, name: str) -> Callable[..., None]:
+        """A function `report(done, total, text="")` that shows how far a part of the work is, under the part's name."""
 
-    A run that was cut off, or failed, is gone on with from what it kept; a fresh one keeps nothing.
+        def report(done: int, total: int, text: str = "") -> None:
+            self.progress.step(done, total, f"{name}: {text}" if text else name)
+
+        return report
+
+
+def execute(verb: Verb, settings: Settings) -> Run:
+    """Run a verb, or return the run that already answers it. The verbs in its fields are run first.
+
+    A run that was cut off or failed continues from its checkpoint, unless `settings.fresh`.
+
+    Raises:
+        UserError: if the user's input is at fault, or a file cannot be read or written.
     """
     select_device(settings.device)
-    if not 0 <= settings.seed < 1 << 32:  # what every generator that is used takes
+    if not 0 <= settings.seed <= MAX_SEED:
         raise UserError(f"seed must be 0 or more, below 2**32; got {settings.seed}")
     inputs, ask = resolve_inputs(verb, settings)
-    name = f"{verb_name(verb)}-{hashlib.sha256(json.dumps(ask, sort_keys=True).encode()).hexdigest()[:10]}"
-    folder = settings.runs / name
-    run = Run(folder)
-    if not settings.fresh and (folder / MANIFEST).exists() and run.manifest["status"] == "done":
+    digest = hashlib.sha256(json.dumps(ask, sort_keys=True).encode()).hexdigest()[:10]
+    run = Run(settings.runs / f"{verb_name(verb)}-{digest}")
+    if run.is_done and not settings.fresh:
         return run
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if (
-                not settings.fresh
-                and (folder / MANIFEST).exists()
-                and run.manifest["status"] == "done"
-            ):
+        run.path.mkdir(parents=True, exist_ok=True)
+        with _lock(run.path):
+            if run.is_done and not settings.fresh:
                 return run  # another process has just answered it
             if settings.fresh:
-                (folder / CHECKPOINT).unlink(missing_ok=True)
-            return _work(verb, settings, inputs, ask, run)
+                (run.path / CHECKPOINT).unlink(missing_ok=True)
+            job = Job(run.path, settings, inputs, Progress(settings.quiet, verb_name(verb)))
+            _work(verb, job, ask)
+            if settings.finish is not None:
+                settings.finish(run)
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or run.path}: {error.strerror or error}") from error
+    return run
 
 
-def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run: Run) -> Run:
-    parents = [
-        r
-        for v in inputs.values()
-        for r in (v if isinstance(v, tuple) else (v,))
-        if isinstance(r, Run)
-    ]
-    job = Job(run.path, settings, inputs, Progress(settings.quiet, verb_name(verb)))
-    manifest = {
-        "schema": SCHEMA,
-        "bezoar": version("bezoar"),
-        "verb": verb_name(verb),
-        "status": "running",
-        "ask": ask,
-        "typed": {f.name: input_to_json(getattr(verb, f.name)) for f in dataclasses.fields(verb)},
-        "parents": [r.name for r in parents],
-        "elsewhere": {
-            r.name: str(r.path.absolute())
-            for r in parents
-            if not r.path.parent.samefile(settings.runs)
-        },
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    start, error, metrics = time.monotonic(), None, {}
-    goals: list[dict] = []
-    for goal in (g for r in parents for g in r.manifest["goal"]):
-        if goal not in goals:  # two parents may come from one poisoning
-            goals.append(goal)
-    _write(run.path, {**manifest, "goal": goals, "metrics": {}})
+def _work(verb: Verb, job: Job, ask: dict[str, Any]) -> None:
+    """Do the verb's work between a manifest that says `running` and one that says how it ended."""
+    parents = list(_runs_among(job.inputs.values()))
+    manifest = _first_manifest(verb, job.settings, ask, parents)
+    inherited_goals = _distinct(goal for run in parents for goal in run.manifest["goal"])
+    _write_manifest(job.folder, {**manifest, "goal": inherited_goals, "metrics": {}})
+    start = time.monotonic()
+    status, error = "done", None
+    metrics: Mapping[str, Measure] = {}
     try:
-        # how the other ranks take part in a joint verb: `torchrun.assist`
-        common = {"seed": settings.seed, "device": settings.device, "runs": str(settings.runs)}
-        common |= {"paths": {r.name: str(r.path) for r in parents}, "folder": str(run.path)}
-        order = (
-            {"verb": verb_name(verb), "ask": ask, **common}
-            if getattr(verb, "joint", False)
-            else None
-        )
-        with job.progress, share_work(order):
+        with job.progress, share_work(_order_for_ranks(verb, job, ask, parents)):
             metrics = verb.work(job)
-        status = "done"
     except KeyboardInterrupt:
         status, error = "interrupted", "stopped by the user; ask again to go on"
         raise
@@ -148,23 +145,75 @@ def _work(verb: Any, settings: Settings, inputs: dict[str, Any], ask: dict, run:
         manifest |= {
             "status": status,
             "error": error,
-            "parents": [r.name for r in [*parents, *job.child_runs]],
-            "goal": goals if job.goals is None else job.goals,
-            "metrics": {k: m.json() for k, m in metrics.items()},
+            "parents": [run.name for run in [*parents, *job.child_runs]],
+            "goal": inherited_goals if job.goals is None else job.goals,
+            "metrics": {name: measure.json() for name, measure in metrics.items()},
             "notes": job.notes,
-            "outputs": _outputs(run.path) if status == "done" else {},
+            "outputs": _hash_outputs(job.folder) if status == "done" else {},
             "environment": describe_environment(job.device),
             "seconds": round(time.monotonic() - start, 2),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        _write(run.path, manifest)
-    if settings.finish is not None:
-        settings.finish(run)
-    return run
+        _write_manifest(job.folder, manifest)
 
 
-def resolve_inputs(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]:
-    """A verb's fields -> what they stand for (Run, configured method, plain value), and the `ask` that names them."""
+def _first_manifest(
+    verb: Verb, settings: Settings, ask: dict[str, Any], parents: list[Run]
+) -> dict[str, Any]:
+    elsewhere = [run for run in parents if not run.path.parent.samefile(settings.runs)]
+    return {
+        "schema": SCHEMA,
+        "bezoar": version("bezoar"),
+        "verb": verb_name(verb),
+        "status": "running",
+        "ask": ask,
+        "typed": {f.name: input_to_json(getattr(verb, f.name)) for f in dataclasses.fields(verb)},
+        "parents": [run.name for run in parents],
+        "elsewhere": {run.name: str(run.path.absolute()) for run in elsewhere},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _order_for_ranks(
+    verb: Verb, job: Job, ask: dict[str, Any], parents: list[Run]
+) -> dict[str, Any] | None:
+    """What the other ranks need to take part in a joint verb (see `torchrun.assist`); None for any other verb."""
+    if not getattr(verb, "joint", False):
+        return None
+    return {
+        "verb": verb_name(verb),
+        "ask": ask,
+        "seed": job.settings.seed,
+        "device": job.settings.device,
+        "runs": str(job.settings.runs),
+        "paths": {run.name: str(run.path) for run in parents},
+        "folder": str(job.folder),
+    }
+
+
+def _runs_among(values: Iterable[Any]) -> Iterator[Run]:
+    for value in values:
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Run):
+                yield item
+
+
+def _distinct(goals: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each goal once: two parents may come from one poisoning."""
+    distinct: list[dict[str, Any]] = []
+    for goal in goals:
+        if goal not in distinct:
+            distinct.append(goal)
+    return distinct
+
+
+def resolve_inputs(verb: Verb, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Find what a verb's fields stand for. Verbs among them are run.
+
+    Returns:
+        For each field a Run, a configured method or a plain value (or a tuple of these); and the `ask` of the manifest,
+        which names them with the hashes of what they read.
+    """
     inputs: dict[str, Any] = {}
     ask: dict[str, Any] = {
         "verb": verb_name(verb),
@@ -173,67 +222,75 @@ def resolve_inputs(verb: Any, settings: Settings) -> tuple[dict[str, Any], dict]
     }
     for name, (what, value) in input_fields(verb).items():
         if value is None or not what:
-            inputs[name], ask[name] = value, value
+            inputs[name] = ask[name] = value
         elif isinstance(value, (tuple, list)):
-            parts = [_resolve(v, what, settings) for v in value]
-            inputs[name], ask[name] = tuple(p[0] for p in parts), [p[1] for p in parts]
+            pairs = [_resolve(item, what, settings) for item in value]
+            inputs[name] = tuple(item for item, _ in pairs)
+            ask[name] = [identity for _, identity in pairs]
         else:
             inputs[name], ask[name] = _resolve(value, what, settings)
-    if hasattr(verb, "files") and (files := verb.files()):  # that its plain fields name
+    if hasattr(verb, "files") and (files := verb.files()):  # files that its plain fields name
         ask["files"] = fingerprint(files)
     return inputs, ask
 
 
-def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict]:
+def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """A run or configured method for one value of a field, and what identifies it in `ask`."""
     if isinstance(value, Trial):
-        value, settings = value.verb, dataclasses.replace(settings, seed=value.seed)
-    if dataclasses.is_dataclass(value) and hasattr(value, "work"):
+        settings = dataclasses.replace(settings, seed=value.seed)
+        value = value.verb
+    if is_verb(value):
         value = execute(value, settings)
     if isinstance(value, (str, Path)):
-        registry.allow(str(value))  # the user's own word, unlike a spec that a file holds
-    if what in ("data", "encoder", "run", "bank") and isinstance(value, (str, Path)):
-        must = what == "run" or (
-            what == "encoder" and ":" not in str(value) and not str(value).endswith(".py")
-        )
-        if must and os.path.isfile(value):
-            raise UserError(
-                f"no run {str(value)!r}; weights are imported:path=FILE, a classifier's classifier:path=FILE"
-            )
-        run = (get_run if must else find_run)(settings.runs, str(value))
-        kind = "network" if what == "encoder" else what
-        value = run or registry.make(kind, spec_of_path(kind, str(value)))
-    elif isinstance(value, (str, Path)):
-        value = registry.make(what, str(value))
+        registry.allow(str(value))  # the user wrote it, unlike a spec that a file holds
+        value = _resolve_text(str(value), what, settings.runs)
     if isinstance(value, Run):
         if (status := value.manifest["status"]) != "done":
             raise UserError(f"run {value.name} is {status}, not done; ask for it again first")
         return value, {"run": value.name}
-    asked = {"spec": registry.spec(value), "source": registry.source_hash(type(value))}
+    identity = {"spec": registry.spec(value), "source": registry.source_hash(type(value))}
     if files := input_files(value):
-        asked["files"] = fingerprint(files)
-    return value, asked
+        identity["files"] = fingerprint(files)
+    return value, identity
 
 
-def _outputs(folder: Path) -> dict[str, dict]:
-    out = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tmp"):
+def _resolve_text(text: str, what: str, runs: Path) -> Any:
+    """The run or configured method that a text names. Raises UserError where there is none."""
+    if what not in ("data", "encoder", "run", "bank"):
+        return registry.make(what, text)
+    is_bare_name = ":" not in text and not text.endswith(".py")
+    must_be_run = what == "run" or (what == "encoder" and is_bare_name)
+    if must_be_run:
+        if os.path.isfile(text):  # Path.is_file raises for a text that no name can be
+            raise UserError(
+                f"no run {text!r}; weights are imported:path=FILE, a classifier's classifier:path=FILE"
+            )
+        return get_run(runs, text)
+    kind = "network" if what == "encoder" else what
+    return find_run(runs, text) or registry.make(kind, spec_of_path(kind, text))
+
+
+def _hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of each file of a run, but for those that change while it stays the same."""
+    outputs = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != TEMPORARY):
         if UNHASHED.isdisjoint(path.relative_to(folder).parts):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            out[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
-    return out
+            outputs[str(path.relative_to(folder))] = {
+                "bytes": path.stat().st_size,
+                "sha256": digest,
+            }
+    return outputs
 
 
-def _write(folder: Path, manifest: dict) -> None:
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    # what is not UTF-8 in a file's name is a lone surrogate, and so stands as JSON spells it
-    (folder / "manifest.tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(folder / "manifest.tmp", folder / MANIFEST)
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time in a run; the lock goes with the process, however it ends."""
+def _lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time into a run; the lock goes with the process, however it ends."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

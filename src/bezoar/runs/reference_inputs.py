@@ -1,8 +1,11 @@
 """Reference inputs: the images whose vectors a backdoored encoder gives to triggered ones (Jia, Liu, Gong 2022).
 
-One image is a reference as it stands. Of a data set one image of the target's class is chosen, by a rule that is stated:
-central: its clean vector is nearest (cosine) to the mean of its class's; confident: a linear head, fitted on the clean
-vectors of the data's training split, gives the target the largest margin over the next class; first: the first record.
+A single image is a reference as it is. Of a data set, one image of the target's class is chosen by a rule:
+
+- central: its clean vector is nearest (cosine) to the mean of its class.
+- confident: a linear head, fitted on the clean vectors of the data's training split, gives the target the largest margin
+  over the next class.
+- first: it is the first record of the class.
 """
 
 from __future__ import annotations
@@ -21,107 +24,137 @@ from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
 from bezoar.runs import inputs
-from bezoar.runs.run import Run
+from bezoar.runs.verb import input_name
 
 RULES = ("central", "confident", "first")
 HEAD = "linear"  # the probe that fits the head of `confident`
+BATCH = 512  # images that are embedded at a time
+MAX_CLASSES = 8  # classes in an error message
 
 
 @dataclass(frozen=True)
 class Reference:
-    """image: uint8 (3, H, W). id: of its record. source: spec or run that it is from. how: by which rule it was chosen."""
+    """A reference input.
+
+    Attributes:
+        image: uint8 (3, H, W).
+        id: of its record.
+        source: the spec or run that it comes from.
+        how: the rule by which it was chosen, in words.
+    """
 
     image: Tensor
     id: str
     source: str
     how: str
 
-    def told(self) -> dict[str, str]:
-        """For the manifest."""
-        return {
-            "id": self.id,
-            "source": self.source,
-            "how": self.how,
-            "sha256": content_hash(self.image),
-        }
+    def to_json(self) -> dict[str, str]:
+        """The reference as it stands in a manifest."""
+        digest = content_hash(self.image)
+        return {"id": self.id, "source": self.source, "how": self.how, "sha256": digest}
 
 
-def choose_reference(given: Any, target: str, rule: str, encoder: Encoder) -> Reference:
-    """The reference for a target, of a configured data method or a run. Raises UserError where there is none to choose."""
+def choose_reference(data: Any, target: str, rule: str, encoder: Encoder) -> Reference:
+    """Choose the reference for a target.
+
+    Args:
+        data: a configured data method, or a run.
+        target: the class.
+        rule: one of `RULES`.
+        encoder: the clean encoder, by whose vectors the image is chosen.
+
+    Raises:
+        UserError: if there is no image to choose, or no head to choose it by.
+    """
     if rule not in RULES:
         raise UserError(f"no rule {rule!r} to choose a reference by; there are: {', '.join(RULES)}")
-    parts = inputs.open_dataset(given)
-    source = given.name if isinstance(given, Run) else registry.spec(given)
-    records = parts.clean
-    if len(records) == 1 and not named(records, 0):
-        return Reference(
-            records.take([0]).images[0], records.ids[0], source, "the one image there is"
-        )
-    pairs = inputs.in_memory(stored_pairs.subset(records, rows_of(records, target, source)))
+    dataset = inputs.open_dataset(data)
+    source = input_name(data)
+    records = dataset.clean
+    if len(records) == 1 and not _class_of(records, 0):
+        return _reference(records.take([0]), 0, source, "the one image there is")
+    rows = rows_of_class(records, target, source)
+    pairs = inputs.in_memory(stored_pairs.subset(records, rows))
     if len(pairs) == 1:
-        return Reference(pairs.images[0], pairs.ids[0], source, f"the one image of {target!r}")
+        return _reference(pairs, 0, source, f"the one image of {target!r}")
+    images_of_target = f"{len(pairs)} images of {target!r}"
     if rule == "first":
-        return Reference(
-            pairs.images[0], pairs.ids[0], source, f"the first of {len(pairs)} images of {target!r}"
-        )
-    z = embed_images(encoder, pairs.images.split(512))
+        return _reference(pairs, 0, source, f"the first of {images_of_target}")
+    z = embed_images(encoder, torch.split(pairs.images, BATCH))  # (N, d)
     if rule == "central":
-        best = int((z @ z.mean(0)).argmax())
-        how = f"nearest to the mean clean vector of {len(pairs)} images of {target!r}"
-    else:
-        margins, about = margin(encoder, parts, target, z)
-        best = int(margins.argmax())
-        how = f"largest margin ({float(margins[best]):.2f}) of {len(pairs)} images of {target!r}; {about}"
-    return Reference(pairs.images[best], pairs.ids[best], source, how)
+        row = int((z @ z.mean(0)).argmax())
+        return _reference(
+            pairs, row, source, f"nearest to the mean clean vector of {images_of_target}"
+        )
+    margins, head = measure_margins(encoder, dataset, target, z)
+    row = int(margins.argmax())
+    how = f"largest margin ({float(margins[row]):.2f}) of {images_of_target}; {head}"
+    return _reference(pairs, row, source, how)
 
 
-def named(records: Pairs | StoredPairs, row: int) -> str:
-    """The class of a record, or nothing."""
-    if records.labels is None or not records.classes or int(records.labels[row]) < 0:
-        return ""
-    return records.classes[int(records.labels[row])]
-
-
-def rows_of(records: Pairs | StoredPairs, target: str, source: str) -> list[int]:
-    """The records of the target's class. Raises UserError where there is no such class, or no image of it."""
+def rows_of_class(records: Pairs | StoredPairs, target: str, source: str) -> list[int]:
+    """The rows of a class. Raises UserError where there is no such class, or no image of it."""
     if records.labels is None or not records.classes:
         raise UserError(
             f"{source} holds {len(records)} images without classes; name one image as the reference"
         )
     if target not in records.classes:
-        listed = ", ".join(records.classes[:8]) + (
-            f", ... ({len(records.classes)})" if len(records.classes) > 8 else ""
-        )
+        names = ", ".join(records.classes[:MAX_CLASSES])
+        more = f", ... ({len(records.classes)})" if len(records.classes) > MAX_CLASSES else ""
         raise UserError(
-            f"{source} has no class {target!r} to choose a reference from; it has: {listed}"
+            f"{source} has no class {target!r} to choose a reference from; it has: {names}{more}"
         )
-    rows = (records.labels == records.classes.index(target)).nonzero()[:, 0].tolist()
+    rows: list[int] = (records.labels == records.classes.index(target)).nonzero()[:, 0].tolist()
     if not rows:
         raise UserError(f"{source} holds no image of {target!r} to choose a reference from")
     return rows
 
 
-def margin(encoder: Encoder, parts: inputs.Dataset, target: str, z: Tensor) -> tuple[Tensor, str]:
-    """How far a head's logit of the target lies above the next, (N,); and what the head was fitted on."""
-    method = parts.method
+def measure_margins(
+    encoder: Encoder, dataset: inputs.Dataset, target: str, z: Tensor
+) -> tuple[Tensor, str]:
+    """How far a linear head's logit of the target lies above the largest of the others.
+
+    Args:
+        encoder: the clean encoder.
+        dataset: the head is fitted on its training split.
+        target: the class.
+        z: vectors (N, d) of the images among which one is chosen.
+
+    Returns:
+        The margins (N,), and what the head was fitted on, in words.
+    """
+    method = dataset.method
     if getattr(method, "split", "train") not in ("train", None):
         method = dataclasses.replace(method, split="train")
-    known = inputs.in_memory(inputs.open_dataset(method).clean)
-    if known.labels is None or target not in known.classes:
+    train = inputs.in_memory(inputs.open_dataset(method).clean)
+    if train.labels is None or target not in train.classes:
         raise UserError(
             f"{registry.spec(method)} does not name the class {target!r}; a head needs labelled training data"
         )
-    rows = (known.labels >= 0).nonzero()[:, 0]
-    labelled = known.take(rows)
+    labelled = train.take((train.labels >= 0).nonzero()[:, 0])
     assert labelled.labels is not None
     if len(set(labelled.labels.tolist())) < 2:
         raise UserError(
             "a head needs labelled records of at least two classes; choose the reference by another rule"
         )
-    seen = embed_images(encoder, labelled.images.split(512))
-    head = registry.make("probe", HEAD)
-    logits = head.fit(seen, labelled.labels.to(seen.device), len(known.classes))(z)
-    label = known.classes.index(target)
-    own = logits[:, label].clone()
+    vectors = embed_images(encoder, torch.split(labelled.images, BATCH))
+    probe = registry.make("probe", HEAD)
+    head = probe.fit(vectors, labelled.labels.to(vectors.device), len(train.classes))
+    logits = head(z)  # (N, classes)
+    label = train.classes.index(target)
+    of_target = logits[:, label].clone()
     logits[:, label] = -torch.inf
-    return own - logits.amax(1), f"{registry.spec(head)} on {len(labelled)} clean records"
+    margins = of_target - logits.amax(1)
+    return margins, f"{registry.spec(probe)} on {len(labelled)} clean records"
+
+
+def _reference(pairs: Pairs, row: int, source: str, how: str) -> Reference:
+    return Reference(pairs.images[row], pairs.ids[row], source, how)
+
+
+def _class_of(records: Pairs | StoredPairs, row: int) -> str:
+    """The class of a record; "" where it is not known."""
+    if records.labels is None or not records.classes or int(records.labels[row]) < 0:
+        return ""
+    return records.classes[int(records.labels[row])]

@@ -1,7 +1,7 @@
-"""Sweep: many verbs, each answered once, on this machine's cores, its GPUs, or a Ray cluster; one training a worker.
+"""A sweep: many trials, each run once, on this machine's cores, its GPUs, or a Ray cluster; one trial a worker at a time.
 
-What a verb is made from is run first, by itself, so that no worker waits for another; what is done is skipped, so that
-a sweep that was cut off goes on where it was.
+The verbs that a trial is made from are run first, as trials of their own, so that no worker waits for another. What is
+done is skipped, so that a sweep that was cut off continues where it was.
 """
 
 from __future__ import annotations
@@ -13,110 +13,142 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 from bezoar import machine
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.runs.execute import execute
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Settings, Trial, input_to_json, verb_name
+from bezoar.runs.verb import Settings, Trial, Verb, input_to_json, is_verb, load_verb, verb_name
 
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-Submit = Callable[[dict], "Future[dict]"]
-Answer = Callable[[dict], dict]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+Submit = Callable[[dict[str, Any]], "Future[dict[str, Any]]"]
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def sweep(trials: Iterable[Trial], settings: Settings, progress: Progress) -> dict[Trial, Run]:
-    """Every trial's run. Raises UserError that names the first failure, after everything else has been run."""
+def run_trials(trials: Iterable[Trial], settings: Settings, progress: Progress) -> dict[Trial, Run]:
+    """Run trials, and everything that they are made from.
+
+    Returns:
+        The run of each trial.
+
+    Raises:
+        UserError: if a trial failed; it names the first failure, after everything else has been run.
+    """
     wanted = list(dict.fromkeys(trials))
-    needs = dependency_graph(wanted)
-    done: dict[Trial, Run] = {}
-    failed: dict[Trial, str] = {}
-    heavy = [t for t in needs if verb_name(t.verb) == "train"] or wanted
-    with worker_pool(settings, min(len(wanted), settings.workers or worker_count(settings))) as (
-        submit,
-        places,
-    ):
-        going: dict[Future[dict], Trial] = {}
-        while len(done) + len(failed) < len(needs):
-            for trial, parents in needs.items():  # the first trials are finished first
-                if trial in done or trial in failed or trial in going.values():
-                    continue
-                if lost := [p for p in parents if p in failed]:
-                    failed[trial] = failed[lost[0]]
-                elif len(going) < places and all(p in done for p in parents):
-                    going[submit(trial_to_json(trial, settings, trial in wanted))] = trial
-            finished, _ = wait(going, return_when=FIRST_COMPLETED) if going else ([], None)
-            for future in finished:
-                trial, answer = going.pop(future), future.result()
-                if "run" in answer:
-                    done[trial] = Run(settings.runs / answer["run"])
-                else:
-                    failed[trial] = answer["error"]
-            progress.step(
-                sum(t in done for t in heavy), len(heavy), f"{len(done)} of {len(needs)} runs"
-            )
-    if failed:
-        broken = [t for t in wanted if t in failed]
-        raise UserError(
-            f"{len(broken)} of {len(wanted)} trials failed; the first: {failed[broken[0]]}"
-        )
-    return {t: done[t] for t in wanted}
+    schedule = _Schedule(dependency_graph(wanted))
+    trainings = [t for t in schedule.parents if verb_name(t.verb) == "train"]
+    shown = trainings or wanted  # what the progress counts: trainings take nearly all the time
+    workers = min(len(wanted), settings.workers or worker_count(settings))
+    with worker_pool(settings, workers) as (submit, places):
+        while not schedule.is_complete:
+            for trial in schedule.ready(places):
+                request = trial_to_json(trial, settings, trial in wanted)
+                schedule.running[submit(request)] = trial
+            schedule.collect(settings.runs)
+            text = f"{len(schedule.done)} of {len(schedule.parents)} runs"
+            progress.step(sum(t in schedule.done for t in shown), len(shown), text)
+    if schedule.failed:
+        failures = [schedule.failed[t] for t in wanted if t in schedule.failed]
+        raise UserError(f"{len(failures)} of {len(wanted)} trials failed; the first: {failures[0]}")
+    return {t: schedule.done[t] for t in wanted}
+
+
+@dataclass
+class _Schedule:
+    """Which trials are done, failed and running. parents: what each is made from; parents stand before children."""
+
+    parents: dict[Trial, tuple[Trial, ...]]
+    done: dict[Trial, Run] = field(default_factory=dict)
+    failed: dict[Trial, str] = field(default_factory=dict)
+    running: dict[Future[dict[str, Any]], Trial] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.done) + len(self.failed) >= len(self.parents)
+
+    def ready(self, places: int) -> Iterator[Trial]:
+        """The next trials to start while there are free places; trials whose parents failed fail here."""
+        for trial, parents in self.parents.items():
+            if trial in self.done or trial in self.failed or trial in self.running.values():
+                continue
+            failed_parents = [p for p in parents if p in self.failed]
+            if failed_parents:
+                self.failed[trial] = self.failed[failed_parents[0]]
+            elif len(self.running) < places and all(p in self.done for p in parents):
+                yield trial
+
+    def collect(self, runs: Path) -> None:
+        """Wait until a running trial ends, and note how it ended."""
+        if not self.running:
+            return
+        finished, _ = wait(self.running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            trial = self.running.pop(future)
+            answer = future.result()
+            if "run" in answer:
+                self.done[trial] = Run(runs / answer["run"])
+            else:
+                self.failed[trial] = answer["error"]
 
 
 def dependency_graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
-    """Every trial and every verb inside one -> what it is made from. Parents stand before their children."""
-    out: dict[Trial, tuple[Trial, ...]] = {}
+    """For each trial, and each trial inside one, the trials that it is made from. Parents stand before their children."""
+    graph: dict[Trial, tuple[Trial, ...]] = {}
 
     def add(trial: Trial) -> None:
-        if trial in out:
+        if trial in graph:
             return
         parents = tuple(
             v if isinstance(v, Trial) else Trial(v, trial.seed) for v in nested_verbs(trial.verb)
         )
         for parent in parents:
             add(parent)
-        out[trial] = parents
+        graph[trial] = parents
 
     for trial in trials:
         add(trial)
-    return out
+    return graph
 
 
-def nested_verbs(verb: Any) -> list[Any]:
+def nested_verbs(verb: Verb) -> list[Verb | Trial]:
     """The verbs and trials that a verb's fields hold."""
-    values = [getattr(verb, f.name) for f in dataclasses.fields(verb)]
-    flat = [
-        v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))
-    ]
-    return [
-        v
-        for v in flat
-        if isinstance(v, Trial) or (dataclasses.is_dataclass(v) and hasattr(v, "work"))
-    ]
+    nested: list[Verb | Trial] = []
+    for f in dataclasses.fields(verb):
+        value = getattr(verb, f.name)
+        items = value if isinstance(value, (tuple, list)) else (value,)
+        nested += [item for item in items if isinstance(item, Trial) or is_verb(item)]
+    return nested
 
 
 def worker_count(settings: Settings) -> int:
-    """How many workers: one a GPU, or one a core."""
+    """How many workers there are by default: one for each GPU, or one for each core where there is none."""
     return gpus(settings) or machine.cores()
 
 
 def gpus(settings: Settings) -> int:
-    """How many GPUs workers are spread over: all, the one that is named, or none."""
-    import torch
+    """How many GPUs the workers are spread over: all, the one that is named, or none."""
+    device = machine.select_device(settings.device)
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.device_count() if device.index is None else 1
 
-    chosen = machine.select_device(settings.device)
-    return 0 if chosen.type != "cuda" else torch.cuda.device_count() if chosen.index is None else 1
+
+# What travels to a worker and back
 
 
-def trial_to_json(trial: Trial, settings: Settings, page: bool) -> dict:
-    """A trial in JSON, as a worker reads it."""
+def trial_to_json(trial: Trial, settings: Settings, page: bool) -> dict[str, Any]:
+    """Write a trial as JSON for a worker. page: whether the run is finished with `settings.finish`."""
     return {
         "verb": {"verb": verb_name(trial.verb), **input_to_json(trial.verb)},
         "seed": trial.seed,
@@ -128,151 +160,184 @@ def trial_to_json(trial: Trial, settings: Settings, page: bool) -> dict:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """`package.module:name` of a function, as a worker finds it."""
+    """The name by which a worker finds a function: `package.module:name`."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
 def named_function(name: str | None) -> Callable[..., Any] | None:
-    """The function of such a name; None for None. Names come from the process that started the sweep."""
+    """The function of a name by `function_name`; None for None. Names come from the process that started the sweep."""
     if name is None:
         return None
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
 
 
 def verb_from_json(raw: Any) -> Any:
-    """A verb, or a trial, out of what `typed` made of it."""
+    """Read what `input_to_json` wrote of a verb, a trial or a plain value."""
     if isinstance(raw, list):
         return tuple(map(verb_from_json, raw))
     if not isinstance(raw, dict):
         return raw
-    name = raw["verb"]
-    verb = getattr(importlib.import_module(f"bezoar.verbs.{name}"), name.title())
-    made = verb(**{k: verb_from_json(v) for k, v in raw.items() if k not in ("verb", "seed")})
-    return Trial(made, raw["seed"]) if "seed" in raw else made
+    fields = {k: verb_from_json(v) for k, v in raw.items() if k not in ("verb", "seed")}
+    verb = load_verb(raw["verb"])(**fields)
+    return Trial(verb, raw["seed"]) if "seed" in raw else verb
 
 
-def run_request(asked: dict) -> dict:
-    """Run what was asked: `{"run": name}`, or `{"error": one line}`."""
+def run_request(request: dict[str, Any]) -> dict[str, Any]:
+    """Run a trial in a worker. Returns `{"run": name}`, or `{"error": message}`."""
+    finish = named_function(request["finish"])
     settings = Settings(
-        Path(asked["runs"]),
-        asked["seed"],
-        asked["device"],
-        quiet=True,
-        finish=named_function(asked["finish"]),
+        Path(request["runs"]), request["seed"], request["device"], quiet=True, finish=finish
     )
     try:
-        os.chdir(asked["folder"])
-        return {"run": execute(verb_from_json(asked["verb"]), settings).name}
+        os.chdir(request["folder"])
+        return {"run": execute(verb_from_json(request["verb"]), settings).name}
     except UserError as error:
         return {"error": str(error)}
-    except Exception as error:  # a worker must say what happened: the sweep reports it and goes on
-        import traceback
-
+    except Exception as error:  # the sweep reports what happened and goes on
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-@contextmanager
+# Workers
+
+
 def worker_pool(
     settings: Settings, workers: int, by: Answer = run_request
-) -> Iterator[tuple[Submit, int]]:
-    """What takes a question and gives the future of its answer. by: who answers; a process runs its module for that."""
-    with (
-        ray_tasks(settings, by)
-        if settings.ray
-        else processes(settings, workers, by.__module__) as submit
-    ):
-        yield submit
+) -> AbstractContextManager[tuple[Submit, int]]:
+    """Workers for the time of a `with` block: processes of this machine, or tasks of a Ray cluster, as the settings say.
+
+    Args:
+        settings: see `Settings.ray`, `Settings.device`.
+        workers: how many processes.
+        by: what answers a request, in the worker. A process runs its module, which calls `serve_requests`.
+
+    Returns:
+        A context manager that gives a function, which takes a request and returns the future of its answer, and how many
+        requests are served at a time.
+    """
+    if settings.ray:
+        return ray_tasks(settings, by)
+    return processes(settings, workers, by.__module__)
 
 
 @contextmanager
 def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[Submit, int]]:
-    """Worker processes of one thread each, or spread over the GPUs, fed through pipes; stopped at the end, however it comes."""
-    many, ended = gpus(settings), threading.Event()
-    command = [sys.executable, "-m", "bezoar.runs.sweep" if module == "__main__" else module]
-    environment = os.environ if many else {**os.environ, **THREADS}
+    """Worker processes, fed through pipes and killed at the end of the block. See `worker_pool`.
 
-    def hire() -> subprocess.Popen[str]:
+    Without GPUs each has one thread; otherwise they are spread over the GPUs.
+    """
+    pool = _Processes(workers, module, gpus(settings))
+    threads = ThreadPoolExecutor(workers)  # each waits for the answer of one process
+    try:
+        yield (lambda request: threads.submit(pool.request, request)), workers
+    finally:
+        pool.stop()
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Processes:
+    """Worker processes; a process that dies is replaced, and costs its request alone."""
+
+    def __init__(self, workers: int, module: str, gpu_count: int) -> None:
+        self.gpu_count = gpu_count
+        self.stopped = threading.Event()
+        self.command = [
+            sys.executable,
+            "-m",
+            "bezoar.runs.sweep" if module == "__main__" else module,
+        ]
+        self.environment = dict(os.environ) if gpu_count else {**os.environ, **ONE_THREAD}
+        self.workers = [self.start_worker() for _ in range(workers)]
+        self.free: SimpleQueue[int] = SimpleQueue()  # numbers of the workers that wait
+        for number in range(workers):
+            self.free.put(number)
+
+    def start_worker(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
         )
 
-    hired = [hire() for _ in range(workers)]
-    free: SimpleQueue[int] = SimpleQueue()
-    for i in range(workers):
-        free.put(i)
+    def request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have the next free worker answer a request, and wait for the answer."""
+        number = self.free.get()
+        if self.gpu_count > 1:
+            request = {**request, "device": f"cuda:{number % self.gpu_count}"}
+        answer = self._exchange(self.workers[number], json.dumps(request))
+        if not answer:
+            status = self.workers[number].wait()
+            answer = json.dumps(
+                {"error": f"a worker ended with status {status}; was memory short?"}
+            )
+            if not self.stopped.is_set():
+                self.workers[number] = self.start_worker()
+        self.free.put(number)
+        parsed: dict[str, Any] = json.loads(answer)
+        return parsed
 
-    def ask(asked: dict) -> dict:
-        i = free.get()
-        worker = hired[i]
-        assert worker.stdin and worker.stdout
+    @staticmethod
+    def _exchange(worker: subprocess.Popen[str], line: str) -> str:
+        """Write a line to a worker and read one; "" where the worker has ended."""
+        assert worker.stdin is not None and worker.stdout is not None
         try:
-            line = json.dumps({**asked, "device": f"cuda:{i % many}"} if many > 1 else asked)
             worker.stdin.write(line + "\n")
             worker.stdin.flush()
-            said = worker.stdout.readline()
+            return worker.stdout.readline()
         except OSError:
-            said = ""
-        if not said:
-            said = json.dumps(
-                {"error": f"a worker ended with status {worker.wait()}; was memory short?"}
-            )
-            if not ended.is_set():
-                hired[i] = hire()
-        free.put(i)
-        return json.loads(said)
+            return ""
 
-    threads = ThreadPoolExecutor(workers)
-    try:
-        yield (lambda asked: threads.submit(ask, asked)), workers
-    finally:
-        ended.set()
-        for worker in hired:
+    def stop(self) -> None:
+        self.stopped.set()
+        for worker in self.workers:
             worker.kill()
             worker.wait()
-        threads.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
 def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
-    """Tasks of a Ray cluster: the one that RAY_ADDRESS names, or a local one. The runs' directory must be one for all."""
+    """Tasks of a Ray cluster: the one that RAY_ADDRESS names, or a local one. See `worker_pool`.
+
+    All of its machines must see the same directory of runs.
+    """
     try:
         import ray
     except ImportError as error:
         raise UserError("--ray needs Ray: pip install 'bezoar[ray]'") from error
-    own = not ray.is_initialized()
-    if own:
-        named = os.environ.get("RAY_ADDRESS")
-        local: dict[str, Any] = (
-            {} if named else {"num_cpus": settings.workers or worker_count(settings)}
-        )
-        environment = {} if gpus(settings) else {"env_vars": THREADS}
+    gpu_count = gpus(settings)
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
+        address = os.environ.get("RAY_ADDRESS")
         ray.init(
-            address=named or "local",
+            address=address or "local",
+            num_cpus=None if address else settings.workers or worker_count(settings),
             include_dashboard=False,
             log_to_driver=False,
-            runtime_env=environment,
-            **local,
+            runtime_env={} if gpu_count else {"env_vars": ONE_THREAD},
         )
-    unit = "GPU" if gpus(settings) else "CPU"
-    task = ray.remote(num_cpus=1, num_gpus=1 if unit == "GPU" else 0)(by)
+    task = ray.remote(num_cpus=1, num_gpus=1 if gpu_count else 0)(by)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    places = int(resources.get("GPU" if gpu_count else "CPU", 1))
     try:
-        yield (
-            (lambda asked: task.remote(asked).future()),
-            max(1, int(ray.cluster_resources().get(unit, 1))),
-        )
+        yield (lambda request: task.remote(request).future()), max(1, places)
     finally:
-        if own:
+        if starts_ray:
             ray.shutdown()
 
 
 def serve_requests(by: Answer = run_request) -> None:
-    """A worker: a question a line on stdin, an answer a line on stdout; what verbs print goes to stderr."""
-    out = os.fdopen(os.dup(1), "w")
+    """Answer requests in a worker: a request a line on stdin, an answer a line on stdout.
+
+    What verbs print goes to stderr.
+    """
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(by(json.loads(line))), file=out, flush=True)
+        print(json.dumps(by(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The command line under torchrun: rank 0 answers it, the other ranks assist in its trainings and write nothing."""
+"""The command line under torchrun: rank 0 runs it; the other ranks assist in its trainings and write nothing."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -14,32 +13,38 @@ from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.runs.execute import Job, resolve_inputs
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Settings
+from bezoar.runs.verb import Settings, Verb, load_verb
 from bezoar.training import ranks
 
-GRACE = 10.0  # seconds that rank 0 is given to say what is wrong, which it most likely has met too
+GRACE = 10.0  # seconds in which rank 0 may report an error, which it has most likely met too
+NOT_FIELDS = ("verb", "seed", "version", "files")  # keys of `ask` that are not fields of the verb
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit status of this rank. Where a rank ends badly torchrun ends the others, so that none waits for it."""
+    """Run the command line on rank 0, and assist on the others. Returns this rank's exit status.
+
+    Where a rank ends badly, torchrun ends the others, so that none of them waits for it.
+    """
+    if machine.world_size() == 1:
+        return main()
     ranks.join()
     if machine.rank() > 0:
         return assist()
     status: Any = 1
     try:
         status = main()
-    except SystemExit as end:  # --help, or options that are none
+    except SystemExit as end:  # --help, or options that do not exist
         status = end.code
     if not status:
         ranks.broadcast(None)
-    return status
+    return int(status or 0)
 
 
 def assist() -> int:
-    """Do this rank's part of the work that rank 0 calls for, until rank 0 lets it go."""
+    """Take part in the work that rank 0 orders, until it orders none any more. Returns the exit status."""
     try:
         while (order := ranks.receive()) is not None:
-            job, verb = job_of(order)
+            job, verb = make_job(order)
             verb.work(job)
     except UserError as error:
         time.sleep(GRACE)
@@ -50,28 +55,26 @@ def assist() -> int:
     return 0
 
 
-def job_of(order: dict) -> tuple[Job, Any]:
-    """Rank 0's order -> the same job and verb here. Raises UserError when files here are other than rank 0's."""
+def make_job(order: dict[str, Any]) -> tuple[Job, Verb]:
+    """Make the job and the verb of rank 0's order on this rank.
+
+    Raises UserError where the files that this rank sees are not those of rank 0.
+    """
     settings = Settings(Path(order["runs"]), order["seed"], order["device"], quiet=True)
-    name, ask, paths = order["verb"], order["ask"], order["paths"]
-    cls = getattr(importlib.import_module(f"bezoar.verbs.{name}"), name.title())
-    verb = cls(
-        **{
-            k: given(v, paths)
-            for k, v in ask.items()
-            if k not in ("verb", "seed", "version", "files")
-        }
-    )
-    inputs, here = resolve_inputs(verb, settings)
-    if here != ask:
-        raise UserError(f"the files here are not those that rank 0 sees: {here}")
-    return Job(Path(order["folder"]), settings, inputs, Progress(True, name)), verb
+    ask = order["ask"]
+    fields = {k: field_value(v, order["paths"]) for k, v in ask.items() if k not in NOT_FIELDS}
+    verb = load_verb(order["verb"])(**fields)
+    inputs, ask_here = resolve_inputs(verb, settings)
+    if ask_here != ask:
+        raise UserError(f"the files here are not those that rank 0 sees: {ask_here}")
+    job = Job(Path(order["folder"]), settings, inputs, Progress(True, order["verb"]))
+    return job, verb
 
 
-def given(asked: Any, paths: dict[str, str]) -> Any:
-    """A part of a manifest's `ask` -> what a verb's field takes."""
-    if isinstance(asked, list):
-        return tuple(given(a, paths) for a in asked)
-    if isinstance(asked, dict):
-        return Run(Path(paths[asked["run"]])) if "run" in asked else asked["spec"]
-    return asked
+def field_value(part: Any, paths: dict[str, str]) -> Any:
+    """Turn a part of a manifest's `ask` into the value of a verb's field. paths: of runs, by name."""
+    if isinstance(part, list):
+        return tuple(field_value(item, paths) for item in part)
+    if isinstance(part, dict):
+        return Run(Path(paths[part["run"]])) if "run" in part else part["spec"]
+    return part

@@ -1,30 +1,62 @@
-"""runs.ask"""
+"""Verbs: what their fields take, how they are written as JSON, and what they are run with.
+
+A *verb* is a frozen dataclass in a file of `bezoar/verbs`, named like the file. Its fields are what is asked; its `work`
+answers in a run. This module imports no torch: the command line needs it before it imports a verb.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import os
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.runs.run import Run
 
-# A spec, the start of a run's name, a Run, or a verb (or a Trial) that stands for its run.
+if TYPE_CHECKING:
+    from bezoar.evaluation.scores import Measure
+    from bezoar.runs.execute import Job
+
+VERBS = registry.PACKAGE / "verbs"
+HASHED_WHOLE = 64 << 20  # bytes; of larger files, pieces stand for the whole
+PIECES, PIECE = 64, 1 << 20  # how many, and bytes of each
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
+
+# What a field for data, an encoder, a run or a method holds: a spec, the start of a run's name, a Run, a configured
+# method, or a verb (or a Trial) that stands for its run.
 Input = typing.Any
+
+
+class Verb(Protocol):
+    """What the files of `bezoar/verbs` define, as a frozen dataclass.
+
+    Class variables say what else there is: `joint`, that every rank of torchrun does the verb's work; `sweeps`, that it
+    runs many trials, so that the command line offers `--workers` and `--ray`; `fail_on`, the cases in which the command
+    line may end with status 3, which the verb tells by a static method `fails(case, manifest)`.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Answer what is asked: write files into `job.folder`, and return the metrics by name."""
+        ...
 
 
 @dataclass(frozen=True)
 class Takes:
-    """What a verb's field takes.
+    """What a verb's field takes; stands in its annotation.
 
-    what: `data`, `encoder`, `run`, or a kind of method; a `bank` may also be a run that holds one. "" for a plain value.
-    positional: whether the command line takes it without an option's name.
+    Attributes:
+        what: `data`, `encoder`, `run` or a kind of method; "" for a plain value. A `bank` may also be a run that holds one.
+        positional: whether the command line takes it without an option's name.
     """
 
     what: str = ""
@@ -33,7 +65,7 @@ class Takes:
 
 @dataclass(frozen=True)
 class Trial:
-    """A verb, and the seed that it and all it is made from are run with; what it is made from may be trials with their own."""
+    """A verb with a seed of its own, which also holds for the verbs in its fields unless these are trials themselves."""
 
     verb: Any
     seed: int = 0
@@ -41,106 +73,153 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """How verbs are run, whatever they ask."""
+    """How verbs are run, whatever they ask.
+
+    Attributes:
+        runs: directory of the runs.
+        seed: of everything random, 0 to 2**32 - 1.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        fresh: run again even if a finished run answers the question.
+        quiet: print no progress.
+        finish: called with a run that is done; writes its page.
+        workers: of a sweep; 0 is one for each GPU, or for each core where there is none.
+        ray: whether a sweep runs on Ray.
+    """
 
     runs: Path = Path("runs")
     seed: int = 0
     device: str = "auto"
     fresh: bool = False
     quiet: bool = False
-    finish: Callable[[Run], Any] | None = None  # called with a run that is done: writes its page
-    workers: int = 0  # of a sweep; 0: one a core, or one a GPU
-    ray: bool = False  # whether a sweep runs on Ray
+    finish: Callable[[Run], Any] | None = None
+    workers: int = 0
+    ray: bool = False
 
 
-def input_files(configured: Any) -> Any:
-    """The files a method reads: those it lists itself (a path, or a name and a path), or those that its text fields name."""
-    if hasattr(configured, "files"):
-        return configured.files()
-    texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
-    return [Path(t) for t in texts if Path(t).suffix and os.path.isfile(t)]
+def verb_names() -> list[str]:
+    """The names of all verbs, in alphabetical order."""
+    return sorted(path.stem for path in VERBS.glob("*.py") if not path.stem.startswith("_"))
 
 
-def spec_of_path(kind: str, text: str) -> str:
-    """A bare path stands for the reader its looks call for: tars are shards, .csv a table, .npy embeddings, .json a bank."""
-    path = Path(text.partition(":")[0])
-    if ":" in text or text in registry.method_names(kind):
-        return text
-    readers = dict.fromkeys((".csv", ".tsv", ".jsonl", ".parquet"), "table") | {
-        ".npz": "npz",
-        ".json": "file",
-    }
-    if path.suffix in readers:
-        return f"{readers[path.suffix]}:path={text}"
-    if text.endswith(".tar"):
-        return f"shards:path={text}"
-    if path.suffix == ".npy" or os.path.isdir(path / "img_emb"):
-        return f"embeddings:path={text}"
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"):
-        return f"image:path={text}"
-    if os.path.isdir(path):
-        return f"shards:path={text}/*.tar" if any(path.glob("*.tar")) else f"folder:path={text}"
-    if "/" in text and path.suffix != ".py":
-        raise UserError(f"no file or folder {text!r}")
-    return text
+def load_verb(name: str) -> type[Any]:
+    """Import the class of a verb. Raises UserError where there is no such verb."""
+    if name not in verb_names():
+        raise UserError(f"no verb {name!r}; there are: {', '.join(verb_names())}")
+    module = importlib.import_module(f"bezoar.verbs.{name}")
+    return typing.cast(type[Any], getattr(module, registry.class_name(name)))
 
 
-def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
-    """sha256 over names, sizes and contents; of files beyond 64 MiB, 64 pieces of a MiB, evenly spread, stand for the whole."""
-    total = hashlib.sha256()
-    for name, path in ((f.name, f) if isinstance(f, Path) else f for f in files):
-        size = path.stat().st_size
-        total.update(f"{name}:{size}:".encode("utf-8", "surrogateescape"))
-        with path.open("rb") as f:
-            if size <= 64 << 20:
-                total.update(f.read())
-                continue
-            for i in range(64):
-                f.seek(i * (size - (1 << 20)) // 63)
-                total.update(f.read(1 << 20))
-    return total.hexdigest()[:16]
-
-
-def verb_name(verb: Any) -> str:
-    """`Poison(...)` -> `poison`."""
+def verb_name(verb: Verb) -> str:
+    """The name of a verb: `poison` for `Poison(...)`."""
     return type(verb).__name__.lower()
 
 
+def is_verb(value: Any) -> bool:
+    """Whether a field's value is a verb, which stands for its run."""
+    return dataclasses.is_dataclass(value) and hasattr(value, "work")
+
+
 def input_to_json(value: Any) -> Any:
-    """What the user wrote, in JSON."""
+    """Write a field's value as JSON: runs by name, methods as specs, verbs as objects of their fields."""
     if isinstance(value, Run):
         return value.name
     if isinstance(value, (tuple, list)):
         return [input_to_json(v) for v in value]
     if isinstance(value, Trial):
         return {**input_to_json(value.verb), "seed": value.seed}
-    if dataclasses.is_dataclass(value) and hasattr(value, "work"):
-        return {
-            "verb": verb_name(value),
-            **{f.name: input_to_json(getattr(value, f.name)) for f in dataclasses.fields(value)},
-        }
-    return value if isinstance(value, (str, int, float, bool, type(None))) else registry.spec(value)
+    if is_verb(value):
+        fields = {f.name: input_to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"verb": verb_name(value), **fields}
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    return registry.spec(value)
 
 
-def input_fields(verb: Any) -> dict[str, tuple[str, Any]]:
-    """A verb's fields -> what each takes ("" for a plain value), and its value."""
-    return {
-        name: (mark.what, getattr(verb, name)) for name, mark in field_marks(type(verb)).items()
-    }
+def input_name(value: Any) -> str:
+    """What a run or a configured method is named by in texts: the run's name, or the method's spec."""
+    return value.name if isinstance(value, Run) else registry.spec(value)
 
 
-def positional_fields(verb: type) -> tuple[str, ...]:
+def input_spec(value: Any) -> str:
+    """What a run or a configured method is asked for by: the run's directory, or the method's spec; "" for None."""
+    if value is None:
+        return ""
+    return str(value.path) if isinstance(value, Run) else registry.spec(value)
+
+
+def input_fields(verb: Verb) -> dict[str, tuple[str, Any]]:
+    """For each field of a verb, what it takes ("" for a plain value) and its value."""
+    marks = field_marks(type(verb))
+    return {name: (mark.what, getattr(verb, name)) for name, mark in marks.items()}
+
+
+def positional_fields(verb: type[Verb]) -> tuple[str, ...]:
     """The fields that the command line takes without an option's name, in order."""
     return tuple(name for name, mark in field_marks(verb).items() if mark.positional)
 
 
-def field_marks(verb: type) -> dict[str, Takes]:
-    """What each field of a verb takes; a plain value where nothing is said."""
+def field_marks(verb: type[Verb]) -> dict[str, Takes]:
+    """The `Takes` of each field of a verb; that of a plain value where the annotation has none."""
     hints = typing.get_type_hints(verb, include_extras=True)
-    metadata = {
-        f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(verb)
-    }
-    return {
-        name: next((mark for mark in notes if isinstance(mark, Takes)), Takes())
-        for name, notes in metadata.items()
-    }
+    marks = {}
+    for field in dataclasses.fields(verb):
+        metadata = getattr(hints[field.name], "__metadata__", ())
+        marks[field.name] = next((m for m in metadata if isinstance(m, Takes)), Takes())
+    return marks
+
+
+def input_files(configured: Any) -> list[Any]:
+    """The files that a method reads: those that it lists itself, or those that its text fields name.
+
+    A file is a path, or a tuple of the name that it is known by and its path.
+    """
+    if hasattr(configured, "files"):
+        return list(configured.files())
+    texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
+    return [Path(text) for text in texts if Path(text).suffix and os.path.isfile(text)]
+
+
+def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
+    """Hash (sha256, 16 digits) the names, sizes and contents of files.
+
+    Of a file beyond 64 MiB, 64 evenly spread pieces of a MiB stand for the whole.
+    """
+    digest = hashlib.sha256()
+    for name, path in ((f.name, f) if isinstance(f, Path) else f for f in files):
+        size = path.stat().st_size
+        digest.update(f"{name}:{size}:".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            if size <= HASHED_WHOLE:
+                digest.update(file.read())
+                continue
+            for i in range(PIECES):
+                file.seek(i * (size - PIECE) // (PIECES - 1))
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()[:16]
+
+
+def spec_of_path(kind: str, text: str) -> str:
+    """The spec that a bare path stands for, by what the path looks like; any other text is returned as it is.
+
+    Tar files are shards, a .csv a table, a .npy ready embeddings, a .json a bank, a folder a folder of images.
+    """
+    path = Path(text.partition(":")[0])
+    if ":" in text or text in registry.method_names(kind):
+        return text
+    if path.suffix in TABLES:
+        return f"table:path={text}"
+    if path.suffix == ".npz":
+        return f"npz:path={text}"
+    if path.suffix == ".json":
+        return f"file:path={text}"
+    if text.endswith(".tar"):
+        return f"shards:path={text}"
+    if path.suffix == ".npy" or os.path.isdir(path / "img_emb"):
+        return f"embeddings:path={text}"
+    if path.suffix.lower() in IMAGES:
+        return f"image:path={text}"
+    if os.path.isdir(path):
+        return f"shards:path={text}/*.tar" if any(path.glob("*.tar")) else f"folder:path={text}"
+    if "/" in text and path.suffix != ".py":
+        raise UserError(f"no file or folder {text!r}")
+    return text

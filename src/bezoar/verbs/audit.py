@@ -9,29 +9,34 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bezoar import registry
+from bezoar.auditing import audits, bank, sarif, verdict_text
+from bezoar.auditing.bank import Bank, Calibration, Family, Sample
+from bezoar.data import randomness
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.classifiers import Classifier, make_classifier
+from bezoar.evaluation.scores import Measure
+from bezoar.evaluation.verdict import Inversion, Verdict
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Input, Takes
+from bezoar.runs.verb import Input, Takes, input_name
 
-if TYPE_CHECKING:
-    from bezoar.auditing.bank import Bank
-    from bezoar.data.pairs import Pairs
-    from bezoar.encoders.encoder import Encoder
-    from bezoar.evaluation.classifiers import Classifier
-    from bezoar.evaluation.scores import Measure
-    from bezoar.evaluation.verdict import Inversion, Verdict
-
-VERDICT_FILE, INVERSIONS, EXAMPLES, SARIF = (
-    "verdict.json",
-    "inversions.safetensors",
-    "examples.safetensors",
-    "audit.sarif",
-)
-MIN_IMAGES = 16  # clean images; of fewer nothing is said
+ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp"]
+DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse")
+VERDICT_FILE = "verdict.json"
+INVERSIONS_FILE = "inversions.safetensors"
+EXAMPLES_FILE = "examples.safetensors"
+SARIF_FILE = "audit.sarif"
+MIN_IMAGES = 16  # clean images; with fewer an audit is sensitive to nothing
 MAX_LABELLED = 2000  # clean records that a head is fitted on
 MAX_INVERSIONS = 8  # inversions that are kept, and clean images that they are shown on
 
@@ -43,6 +48,11 @@ class Audit:
     Thresholds come from a bank of clean encoders like it. It never says that an encoder is clean. What was audited once is
     not audited again: each audit without a bank is a run of its own.
     """
+
+    fail_on: ClassVar[dict[str, str]] = {
+        "evidence": "an audit has found evidence of a backdoor",
+        "unknown": "the same, or an audit has no calibration or could not be run",
+    }
 
     encoder: Annotated[
         Input,
@@ -56,256 +66,244 @@ class Audit:
         tuple[Input, ...],
         Takes("audit"),
         "see `bezoar list audit`; a parent adds the audit `parent`",
-    ] = (
-        "whitening",
-        "whole_image",
-        "decree",
-        "cleanse",
-    )
-    classifier: Annotated[
-        Literal["auto", "own", "zero_shot", "linear", "mlp"], "head that audits of classes invert"
-    ] = "auto"
+    ] = DEFAULT_AUDITS
+    classifier: Annotated[ClassifierKind, "head that audits of classes use"] = "auto"
     parent: Annotated[Input, Takes("encoder"), "the encoder that it was tuned from"] = None
     bank: Annotated[
         tuple[Input, ...], Takes("bank"), "banks of clean encoders: bank.json files, calibrate runs"
     ] = ("shipped",)
     rate: Annotated[float, "false-positive rate of each audit"] = 0.05
-    images: Annotated[int, "clean images that are looked at"] = 512
+    images: Annotated[int, "clean images that the audits use"] = 512
 
     def __post_init__(self) -> None:
-        if self.parent is not None and not any(
-            str(a).partition(":")[0] == "parent" for a in map(audit_spec, self.audit)
-        ):
-            object.__setattr__(self, "audit", (*self.audit, "parent"))
+        if self.parent is not None:
+            object.__setattr__(self, "audit", with_parent_audit(self.audit))
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> verdict.json, inversions.safetensors, examples.safetensors (clean images), audit.sarif, and figures."""
-        from safetensors.torch import save_file
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Run the audits and judge their values by the banks.
 
-        from bezoar.auditing import sarif, verdict_text
-        from bezoar.runs import inputs
-
+        Writes verdict.json, inversions.safetensors, examples.safetensors (clean images) and audit.sarif.
+        """
         if not 0 < self.rate < 1 or self.images < MIN_IMAGES:
             raise UserError(
                 f"rate must be inside 0..1 and images at least {MIN_IMAGES}; got {self.rate:g} and {self.images}"
             )
-        single = len(job.inputs["audit"]) == 1 and not job.inputs["bank"]
-        found, refused = (self._alone(job), {}) if single else self._each(job)
-        judge(found, banks(job.inputs["bank"]), self.rate)
-        words, sentence = verdict_text.overall_verdict(found.audits, self.rate)
-        found.facts |= {"words": words, "sentence": sentence, "rate": self.rate, "refused": refused}
-        found.facts["not_tested"] = verdict_text.list_untested(found.facts, refused)
-        inputs.write_json(job.folder / VERDICT_FILE, found.facts)
-        save_file(found.tensors, job.folder / INVERSIONS)
-        save_file(found.examples, job.folder / EXAMPLES)
-        name, given = found.facts["encoder"], job.inputs["encoder"]
-        artefact = f"{name}/encoder.safetensors" if isinstance(given, Run) else name
-        inputs.write_json(
-            job.folder / SARIF, sarif.build_log(name, artefact, found.audits, refused, sentence)
-        )
-        job.goals = [vars(g) for g in inputs.known_goals(given)]
+        refused: dict[str, str] = {}
+        if len(job.inputs["audit"]) == 1 and not job.inputs["bank"]:
+            findings = self._run_single(job)
+        else:
+            findings, refused = self._run_each(job)
+        judge_findings(findings, load_banks(job.inputs["bank"]), self.rate)
+        words, sentence = verdict_text.overall_verdict(findings.audits, self.rate)
+        findings.facts |= {
+            "words": words,
+            "sentence": sentence,
+            "rate": self.rate,
+            "refused": refused,
+        }
+        findings.facts["not_tested"] = verdict_text.list_untested(findings.facts, refused)
+        findings.write(job.folder)
+        name = findings.facts["encoder"]
+        is_run = isinstance(job.inputs["encoder"], Run)
+        artefact = f"{name}/encoder.safetensors" if is_run else name
+        log = sarif.build_log(name, artefact, findings.audits, refused, sentence)
+        inputs.write_json(job.folder / SARIF_FILE, log)
+        job.goals = [vars(g) for g in inputs.known_goals(job.inputs["encoder"])]
+        uncalibrated = [a["name"] for a in findings.audits if a["words"] == "no calibration"]
         job.notes = {
             "words": words,
             "verdict": sentence,
-            "uncalibrated": [a["name"] for a in found.audits if a["words"] == "no calibration"],
-            "not_tested": found.facts["not_tested"],
-            "incomplete": [f"audit {k}: {why}" for k, why in refused.items()],
+            "uncalibrated": uncalibrated,
+            "not_tested": findings.facts["not_tested"],
+            "incomplete": [f"audit {name}: {reason}" for name, reason in refused.items()],
         }
         for line in job.notes["incomplete"]:
             print(f"audit: {line}", file=sys.stderr)
-        return {
-            k: m
-            for a in found.audits
-            for k, m in measures(a, found.facts["sample"]["images"]).items()
-        }
+        images = findings.facts["sample"]["images"]
+        metrics: dict[str, Measure] = {}
+        for audit in findings.audits:
+            metrics |= audit_measures(audit, images)
+        return metrics
 
-    def _each(self, job: Job) -> tuple[AuditFindings, dict[str, str]]:
-        """Every audit as a run of its own; and why one refused. Raises UserError when none is left."""
-        given, parts, refused = job.inputs, [], {}
-        for audit in given["audit"]:
-            leaf = single_audit(
+    @staticmethod
+    def fails(case: str, manifest: Mapping[str, Any]) -> bool:
+        """Whether a run is to end with status 3 in a case of `fail_on`."""
+        notes = manifest["notes"]
+        if notes.get("words") == "evidence":
+            return True
+        return case == "unknown" and bool(notes.get("uncalibrated") or notes.get("incomplete"))
+
+    def _run_each(self, job: Job) -> tuple[AuditFindings, dict[str, str]]:
+        """Run every audit as a run of its own.
+
+        Returns:
+            What the audits found; and for those that refused, by name, the reason.
+
+        Raises:
+            UserError: if all refused.
+        """
+        parts: list[AuditFindings] = []
+        refused: dict[str, str] = {}
+        for audit in job.inputs["audit"]:
+            verb = single_audit(
                 audit,
-                given["encoder"],
-                given["data"],
+                job.inputs["encoder"],
+                job.inputs["data"],
                 self.classifier,
-                given["parent"],
+                job.inputs["parent"],
                 self.images,
             )
             try:
-                parts.append(AuditFindings.read(job.run(leaf)))
+                parts.append(AuditFindings.read(job.run(verb)))
             except UserError as error:
                 refused[audit_name(audit)] = str(error)
         if not parts:
             raise UserError("; ".join(dict.fromkeys(refused.values())) or "give an --audit")
-        return AuditFindings.joined(parts), refused
+        return AuditFindings.join(parts), refused
 
-    def _alone(self, job: Job) -> AuditFindings:
-        """One audit, as it is called."""
-        from bezoar.auditing import bank
-        from bezoar.runs import inputs
-
-        given, audit = job.inputs, job.inputs["audit"][0]
-        needs = getattr(audit, "needs", ())
-        method = (
-            given["data"] if given["data"] is not None else default_clean_images(given["encoder"])
-        )
+    def _run_single(self, job: Job) -> AuditFindings:
+        """Run the one audit there is."""
+        audit: audits.Audit = job.inputs["audit"][0]
+        suspect = job.inputs["encoder"]
+        data = job.inputs["data"]
+        method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        encoder = check_auditable(inputs.load_encoder(given["encoder"], job.device))
-        sample, labelled = sample.to(job.device), labelled.to(job.device)
-        more: dict[str, Any] = {}
-        if "classifier" in needs:
-            from bezoar.evaluation.classifiers import make_classifier
-
-            more["classifier"] = make_classifier(encoder, labelled, self.classifier)
-        if "parent" in needs:
-            if given["parent"] is None:
-                raise UserError(
-                    f"audit {audit_name(audit)} needs --parent: the encoder that this one was tuned from"
-                )
-            more["parent"] = check_auditable(
-                inputs.load_encoder(given["parent"], job.device), "the parent"
-            )
-        if "report" in needs:
-            more["report"] = lambda done, total, told="": job.progress.step(
-                done, total, f"{audit_name(audit)}: {told}"
-            )
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device))
+        sample = sample.to(job.device)
+        labelled = labelled.to(job.device)
+        offered = self._offer(job, audit, encoder, labelled)
         start = time.monotonic()
-        verdict = audit(encoder, sample, job.seed, **more)
+        verdict: Verdict = registry.call(audit, encoder, sample, job.seed, **offered)
         seconds = time.monotonic() - start
-        reader = more.get("classifier") or reading(
-            encoder, labelled, self.classifier if verdict.inversions else None
-        )
+        classifier = offered.get("classifier")
+        reader = classifier
+        if reader is None and verdict.inversions:
+            reader = classifier_or_none(encoder, labelled, self.classifier)
         facts = {
             "schema": 1,
-            "encoder": encoder_name(given["encoder"]),
-            "family": vars(bank.encoder_family(encoder, given["encoder"])),
+            "encoder": input_name(suspect),
+            "family": vars(bank.encoder_family(encoder, suspect)),
             "sample": {"data": data_text(method), "images": len(sample)},
             "text_tower": encoder.text is not None,
-            "audits": [
-                {
-                    "audit": registry.spec(audit),
-                    "name": audit_name(audit),
-                    "summary": (sys.modules[type(audit).__module__].__doc__ or "").partition("\n")[
-                        0
-                    ],
-                    "code": bank.code_hash(type(audit)),
-                    "classifier": more["classifier"].how if "classifier" in more else "",
-                    "value": verdict.value,
-                    "seconds": round(seconds, 2),
-                    "evidence": {k: m.json() for k, m in verdict.evidence.items()},
-                    "notes": verdict.notes,
-                }
-            ],
+            "audits": [audit_json(audit, verdict, classifier, seconds)],
             "inversions": [
-                {"audit": audit_name(audit), **shown(i, sample.images, reader)}
+                {"audit": audit_name(audit), **inversion_json(i, sample.images, reader)}
                 for i in verdict.inversions[:MAX_INVERSIONS]
             ],
         }
-        return AuditFindings(
-            facts,
-            tensors(verdict),
-            {"images": sample.images[:MAX_INVERSIONS].cpu().clone().contiguous()},
-        )
+        images = sample.images[:MAX_INVERSIONS].cpu().clone().contiguous()
+        return AuditFindings(facts, inversion_tensors(verdict), {"images": images})
+
+    def _offer(
+        self, job: Job, audit: audits.Audit, encoder: Encoder, labelled: Pairs
+    ) -> dict[str, Any]:
+        """What the audit needs beside the encoder and clean images."""
+        needs = registry.needs(audit)
+        offered: dict[str, Any] = {"report": job.reporter(audit_name(audit))}
+        if "classifier" in needs:
+            offered["classifier"] = make_classifier(encoder, labelled, self.classifier)
+        if "parent" in needs:
+            parent = job.inputs["parent"]
+            if parent is None:
+                raise UserError(
+                    f"audit {audit_name(audit)} needs --parent: the encoder that this one was tuned from"
+                )
+            offered["parent"] = check_auditable(
+                inputs.load_encoder(parent, job.device), "the parent"
+            )
+        return offered
+
+
+@dataclass
+class AuditFindings:
+    """What audits found in one encoder.
+
+    Attributes:
+        facts: as verdict.json holds them.
+        tensors: `mask@i` (1, H, W) and `pattern@i` (3, H, W) of the i-th of the facts' `inversions`.
+        examples: `images`, the first clean images.
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    examples: dict[str, Tensor]
+
+    @property
+    def audits(self) -> list[dict[str, Any]]:
+        """The facts of each audit."""
+        audits: list[dict[str, Any]] = self.facts["audits"]
+        return audits
+
+    @staticmethod
+    def read(run: Run) -> AuditFindings:
+        """Read what `write` wrote into a run."""
+        facts = json.loads(run.file(VERDICT_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(run.file(INVERSIONS_FILE))
+        return AuditFindings(facts, tensors, load_file(run.file(EXAMPLES_FILE)))
+
+    @staticmethod
+    def join(parts: Sequence[AuditFindings]) -> AuditFindings:
+        """Put audits of one encoder side by side."""
+        tensors: dict[str, Tensor] = {}
+        for part in parts:
+            first = len(tensors) // 2  # each inversion has a mask and a pattern
+            for key, tensor in part.tensors.items():
+                kind, _, number = key.partition("@")
+                tensors[f"{kind}@{first + int(number)}"] = tensor
+        lists = {
+            key: [item for part in parts for item in part.facts[key]]
+            for key in ("audits", "inversions")
+        }
+        return AuditFindings(parts[0].facts | lists, tensors, parts[0].examples)
+
+    def write(self, folder: Path) -> None:
+        """Write verdict.json, inversions.safetensors and examples.safetensors."""
+        inputs.write_json(folder / VERDICT_FILE, self.facts)
+        save_file(self.tensors, folder / INVERSIONS_FILE)
+        save_file(self.examples, folder / EXAMPLES_FILE)
 
 
 def single_audit(
     audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, images: int
 ) -> Audit:
-    """One audit without a bank, given what it needs and nothing else, so that it is one question however it is asked."""
-    needs = getattr(audit, "needs", ())
-    kind: Any = classifier if "classifier" in needs else "auto"
+    """One audit without a bank.
+
+    It is given what the audit needs and nothing else, so that it is the same question however it is asked.
+    """
+    needs = registry.needs(audit)
     return Audit(
-        encoder, data, (audit,), kind, parent if "parent" in needs else None, (), 0.05, images
+        encoder,
+        data,
+        (audit,),
+        classifier if "classifier" in needs else "auto",
+        parent if "parent" in needs else None,
+        (),
+        0.05,
+        images,
     )
 
 
-@dataclass
-class AuditFindings:
-    """What audits say of one encoder. facts: as verdict.json holds it. tensors: `mask@i` and `pattern@i` of the i-th of its
-    `inversions`. examples: the first clean images."""
-
-    facts: dict[str, Any]
-    tensors: dict[str, Any]
-    examples: dict[str, Any]
-
-    @property
-    def audits(self) -> list[dict[str, Any]]:
-        """One object an audit."""
-        return self.facts["audits"]
-
-    @staticmethod
-    def read(run: Run) -> AuditFindings:
-        """What an audit run found."""
-        from safetensors.torch import load_file
-
-        facts = json.loads(run.file(VERDICT_FILE).read_text(encoding="utf-8"))
-        return AuditFindings(facts, load_file(run.file(INVERSIONS)), load_file(run.file(EXAMPLES)))
-
-    @staticmethod
-    def joined(parts: Sequence[AuditFindings]) -> AuditFindings:
-        """Audits of one encoder, side by side."""
-        renamed: dict[str, Any] = {}
-        for p in parts:
-            first = len(renamed) // 2
-            renamed |= {
-                f"{k.partition('@')[0]}@{first + int(k.partition('@')[2])}": v
-                for k, v in p.tensors.items()
-            }
-        lists = {k: [x for p in parts for x in p.facts[k]] for k in ("audits", "inversions")}
-        return AuditFindings(parts[0].facts | lists, renamed, parts[0].examples)
-
-
-def tensors(verdict: Verdict) -> dict[str, Any]:
-    """Masks and patterns of one audit's inversions."""
-    kept = list(enumerate(verdict.inversions[:MAX_INVERSIONS]))
-    masks = {f"mask@{j}": i.mask.float().cpu().clone().contiguous() for j, i in kept}
-    return masks | {f"pattern@{j}": i.pattern.float().cpu().clone().contiguous() for j, i in kept}
-
-
-def shown(inversion: Inversion, images: Any, reader: Classifier | None) -> dict[str, Any]:
-    """An inversion in words: what it does to clean images as a classifier reads them; of the first few, one by one."""
-    out: dict[str, Any] = {k: getattr(inversion, k) for k in ("target", "norm", "success")}
-    if reader is None:
-        return out
-    before, after = reader.predict(images).tolist(), reader.predict(inversion(images)).tolist()
-    names, n = reader.classes, len(images)
-    into = [
-        [names[c], count / n, before.count(c) / n] for c, count in Counter(after).most_common(3)
-    ]
-    told = {
-        "before": [names[c] for c in before[:MAX_INVERSIONS]],
-        "after": [names[c] for c in after[:MAX_INVERSIONS]],
-    }
-    return out | told | {"turns_into": into, "reader": reader.how}
-
-
-def reading(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifier | None:
-    """What reads stamped images, where one can be had; it says no more than what an inverted trigger turns images into."""
-    from bezoar.evaluation.classifiers import make_classifier
-
-    if kind is None:
-        return None
-    try:
-        return make_classifier(encoder, labelled, kind)
-    except UserError:
-        return None
-
-
-def default_clean_images(given: Any) -> Any:
-    """The clean images that belong to a run: the test split of what its encoder was trained on."""
-    from bezoar.runs import inputs
-
-    if not isinstance(given, Run):
-        raise UserError("name clean images (--data): what this encoder was trained on is not known")
-    return inputs.test_split(inputs.root_method(given.ancestor("train") or given))
+def with_parent_audit(audits: Sequence[Any]) -> tuple[Any, ...]:
+    """The audits, with `parent` among them."""
+    names = [audit_spec(audit).partition(":")[0] for audit in audits]
+    return tuple(audits) if "parent" in names else (*audits, "parent")
 
 
 def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
-    """Clean records: those that are audited, and more for heads. The same ones whatever the seed, so that a bank's values
-    and a suspect's differ by the encoder alone. Raises UserError for too few."""
-    from bezoar.data import randomness
-    from bezoar.runs import inputs
+    """Draw clean records from data.
 
+    They are the same whatever the seed, so that a bank's values and a suspect's differ by the encoder alone.
+
+    Args:
+        method: a configured data method, or a run.
+        images: how many are audited.
+
+    Returns:
+        The records that are audited, and more records (these among them) that heads are fitted on.
+
+    Raises:
+        UserError: if there are fewer than `MIN_IMAGES`.
+    """
     records = inputs.open_dataset(method).clean
     if len(records) < MIN_IMAGES:
         raise UserError(
@@ -316,90 +314,152 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
     return labelled.take(range(min(images, len(labelled)))), labelled
 
 
-def check_auditable(encoder: Encoder, what: str = "the encoder") -> Encoder:
-    """The encoder. Raises UserError for one that no audit can look at."""
-    import torch
+def default_clean_images(encoder: Any) -> Any:
+    """The test split of what a run's encoder was trained on, as a configured data method."""
+    if not isinstance(encoder, Run):
+        raise UserError("name clean images (--data): what this encoder was trained on is not known")
+    return inputs.test_split(inputs.root_method(encoder.ancestor("train") or encoder))
 
+
+def check_auditable(encoder: Encoder, what: str = "the encoder") -> Encoder:
+    """Return the encoder. Raises UserError for one without an image tower, or with weights that are not finite."""
     if getattr(encoder, "image", None) is None:
         raise UserError(f"{what} reads no images; audits look at image towers")
-    odd = [
-        k
-        for k, v in encoder.state_dict().items()
-        if v.is_floating_point() and not torch.isfinite(v).all()
+    bad_weights = [
+        name
+        for name, weights in encoder.state_dict().items()
+        if weights.is_floating_point() and not torch.isfinite(weights).all()
     ]
-    if odd:
+    if bad_weights:
         raise UserError(
-            f"{what} has NaN or infinite weights ({odd[0]}, {len(odd)} tensors); nothing can be said of it"
+            f"{what} has NaN or infinite weights ({bad_weights[0]}, {len(bad_weights)} tensors); "
+            "nothing can be said of it"
         )
     return encoder
 
 
-def banks(given: Sequence[Any]) -> list[Bank]:
-    """Banks of calibrate runs, of files, of bezoar's own."""
-    from bezoar.auditing.bank import FILE, Bank
+def classifier_or_none(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifier | None:
+    """A classifier that says what an inverted trigger turns images into; None where it cannot be had."""
+    try:
+        return make_classifier(encoder, labelled, kind)
+    except UserError:
+        return None
 
-    return [b for g in given for b in ((Bank.read(g.file(FILE)),) if isinstance(g, Run) else g())]
+
+def load_banks(sources: Sequence[Any]) -> list[Bank]:
+    """Load the banks of calibrate runs and of configured bank methods."""
+    banks: list[Bank] = []
+    for source in sources:
+        banks += [Bank.read(source.file(bank.FILE))] if isinstance(source, Run) else source()
+    return banks
 
 
-def judge(found: AuditFindings, known: Sequence[Bank], rate: float) -> None:
-    """What banks say of each value, into the facts."""
-    from bezoar.auditing import verdict_text
-    from bezoar.auditing.bank import Calibration, Family, Sample, judge_value
-
-    family, sample = Family(**found.facts["family"]), Sample(**found.facts["sample"])
-    for a in found.audits:
-        own = Calibration(a["audit"], a["code"], a["classifier"])
-        a |= verdict_text.verdict_json(
-            judge_value(known, family, sample, own, a["value"], rate, found.facts["encoder"])
+def judge_findings(findings: AuditFindings, banks: Sequence[Bank], rate: float) -> None:
+    """Judge each audit's value by the banks, and add what they say to the facts."""
+    facts = findings.facts
+    family = Family(**facts["family"])
+    sample = Sample(**facts["sample"])
+    for audit in findings.audits:
+        calibration = Calibration(audit["audit"], audit["code"], audit["classifier"])
+        verdict = bank.judge_value(
+            banks, family, sample, calibration, audit["value"], rate, facts["encoder"]
         )
-    fewer = [b.sample.images for b in known if sample.images < b.sample.images]
-    found.facts["few"] = verdict_text.small_sample_warning(sample.images, min(fewer, default=0))
+        audit |= verdict_text.verdict_json(verdict)
+    larger = [b.sample.images for b in banks if sample.images < b.sample.images]
+    facts["few"] = verdict_text.small_sample_warning(sample.images, min(larger, default=0))
 
 
-def measures(a: Mapping[str, Any], images: int) -> dict[str, Measure]:
-    """An audit's figures, under its name."""
-    from bezoar.evaluation.scores import Measure
-
-    def one(value: float, n: int, how: str) -> Measure:
-        return Measure(value, n, value, value, how)
-
-    out = {
-        "value": one(
-            a["value"], images, f"{a['audit']} on clean images; higher = more suspicious, counted"
-        )
+def audit_json(
+    audit: audits.Audit, verdict: Verdict, classifier: Classifier | None, seconds: float
+) -> dict[str, Any]:
+    """An audit and its value as they stand in verdict.json."""
+    module_doc = sys.modules[type(audit).__module__].__doc__ or ""
+    return {
+        "audit": registry.spec(audit),
+        "name": audit_name(audit),
+        "summary": module_doc.partition("\n")[0],
+        "code": bank.code_hash(type(audit)),
+        "classifier": classifier.how if classifier is not None else "",
+        "value": verdict.value,
+        "seconds": round(seconds, 2),
+        "evidence": {name: measure.json() for name, measure in verdict.evidence.items()},
+        "notes": verdict.notes,
     }
-    out["seconds"] = one(a["seconds"], 1, "wall-clock seconds of the audit, counted")
-    if a["p"] is not None:
-        n = len(a["bank"]["clean"])
-        out["p_value"] = one(
-            a["p"], n, "(1 + clean encoders at or above the value) / (clean encoders + 1), counted"
+
+
+def inversion_json(
+    inversion: Inversion, images: Tensor, classifier: Classifier | None
+) -> dict[str, Any]:
+    """An inverted trigger as it stands in verdict.json: what it does to clean images, as a classifier reads them.
+
+    Args:
+        inversion: the trigger.
+        images: uint8 (N, 3, H, W), clean; the first few are listed one by one.
+        classifier: None where none can be had.
+    """
+    facts: dict[str, Any] = {
+        "target": inversion.target,
+        "norm": inversion.norm,
+        "success": inversion.success,
+    }
+    if classifier is None:
+        return facts
+    before = classifier.predict(images).tolist()
+    after = classifier.predict(inversion(images)).tolist()
+    names = classifier.classes
+    n = len(images)
+    return facts | {
+        "before": [names[c] for c in before[:MAX_INVERSIONS]],
+        "after": [names[c] for c in after[:MAX_INVERSIONS]],
+        "turns_into": [
+            [names[c], count / n, before.count(c) / n] for c, count in Counter(after).most_common(3)
+        ],
+        "reader": classifier.how,
+    }
+
+
+def inversion_tensors(verdict: Verdict) -> dict[str, Tensor]:
+    """Masks and patterns of the first inversions."""
+    tensors: dict[str, Tensor] = {}
+    for name in ("mask", "pattern"):
+        for i, inversion in enumerate(verdict.inversions[:MAX_INVERSIONS]):
+            tensor: Tensor = getattr(inversion, name)
+            tensors[f"{name}@{i}"] = tensor.float().cpu().clone().contiguous()
+    return tensors
+
+
+def audit_measures(audit: Mapping[str, Any], images: int) -> dict[str, Measure]:
+    """The metrics of an audit, under its name. images: how many clean images it looked at."""
+    how = f"{audit['audit']} on clean images; higher = more suspicious, counted"
+    measures = {"value": Measure.exact(audit["value"], images, how)}
+    measures["seconds"] = Measure.exact(
+        audit["seconds"], 1, "wall-clock seconds of the audit, counted"
+    )
+    if audit["p"] is not None:
+        measures["p_value"] = Measure.exact(
+            audit["p"],
+            len(audit["bank"]["clean"]),
+            "(1 + clean encoders at or above the value) / (clean encoders + 1), counted",
         )
-    if a["false_positives"]:
-        out["false_positive_rate"] = Measure(**a["false_positives"])
-    if a["sensitivity"]:
-        out["sensitivity"] = Measure(**a["sensitivity"][""])
-    out |= {k: Measure(**m) for k, m in a["evidence"].items() if k not in out}
-    return {f"{a['name']}.{k}": m for k, m in out.items()}
+    if audit["false_positives"]:
+        measures["false_positive_rate"] = Measure(**audit["false_positives"])
+    if audit["sensitivity"]:
+        measures["sensitivity"] = Measure(**audit["sensitivity"][""])
+    for name, raw in audit["evidence"].items():
+        measures.setdefault(name, Measure(**raw))
+    return {f"{audit['name']}.{name}": measure for name, measure in measures.items()}
 
 
 def audit_spec(audit: Any) -> str:
-    """An audit as it is asked for."""
+    """The spec of an audit, which may be a spec already."""
     return audit if isinstance(audit, str) else registry.spec(audit)
 
 
-def audit_name(audit: Any) -> str:
-    """An audit's name; of a user's own file its stem."""
+def audit_name(audit: audits.Audit) -> str:
+    """The name of an audit; for a user's own file its stem."""
     return Path(registry.method_name(type(audit))).stem
 
 
-def encoder_name(given: Any) -> str:
-    """An encoder's name: a run's, or a spec."""
-    return given.name if isinstance(given, Run) else registry.spec(given)
-
-
 def data_text(method: Any) -> str:
-    """Clean images as banks compare them."""
-    from bezoar.auditing import bank
-    from bezoar.runs import inputs
-
+    """The spec of clean images in the form that banks compare."""
     return bank.comparable_data_spec(registry.spec(inputs.open_dataset(method).method))

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 from bezoar import registry
+from bezoar.auditing import bank
+from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample
 from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure, average
+from bezoar.runs import inputs, sweep
 from bezoar.runs.execute import Job
-from bezoar.runs.run import Run
-from bezoar.runs.verb import Input, Takes
-from bezoar.verbs.audit import VERDICT_FILE, audit_spec, single_audit
-from bezoar.verbs.reproduce import input_spec
+from bezoar.runs.run import MANIFEST, Run
+from bezoar.runs.verb import Input, Takes, Trial, input_spec
+from bezoar.verbs.audit import (
+    DEFAULT_AUDITS,
+    VERDICT_FILE,
+    ClassifierKind,
+    single_audit,
+    with_parent_audit,
+)
 from bezoar.verbs.train import Train
 
-if TYPE_CHECKING:
-    from bezoar.auditing.bank import Calibration
-    from bezoar.evaluation.scores import Measure
-    from bezoar.runs.sweep import Trial
+NOT_ATTACKS = ("baseline", "branch_swap")  # groups of metrics that measure something else
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Calibrate:
     Every training and every audit is a run of its own: a calibration that was cut off goes on with what is missing, and
     one with more encoders audits those alone.
     """
+
+    sweeps: ClassVar[bool] = True
 
     encoder: Annotated[
         tuple[Input, ...],
@@ -42,12 +51,7 @@ class Calibrate:
         tuple[Input, ...],
         Takes("audit"),
         "see `bezoar list audit`; a parent adds the audit `parent`",
-    ] = (
-        "whitening",
-        "whole_image",
-        "decree",
-        "cleanse",
-    )
+    ] = DEFAULT_AUDITS
     attacked: Annotated[
         tuple[Input, ...],
         Takes("run"),
@@ -60,69 +64,40 @@ class Calibrate:
         int,
         "how many are trained here, each with a seed of its own (and data, where they are made to order)",
     ] = 20
-    classifier: Annotated[
-        Literal["auto", "own", "zero_shot", "linear", "mlp"], "head that audits of classes invert"
-    ] = "auto"
+    classifier: Annotated[ClassifierKind, "head that audits of classes use"] = "auto"
     parent: Annotated[Input, Takes("encoder"), "the encoder that all of them were tuned from"] = (
         None
     )
     rate: Annotated[
         float, "false-positive rate that the figures are for; a bank holds values, for any rate"
     ] = 0.05
-    images: Annotated[int, "clean images that are looked at"] = 512
+    images: Annotated[int, "clean images that the audits use"] = 512
 
     def __post_init__(self) -> None:
-        if self.parent is not None and not any(
-            a.partition(":")[0] == "parent" for a in map(audit_spec, self.audit)
-        ):
-            object.__setattr__(self, "audit", (*self.audit, "parent"))
+        if self.parent is not None:
+            object.__setattr__(self, "audit", with_parent_audit(self.audit))
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> bank.json, and figures of every audit."""
-        from bezoar.auditing import bank
-        from bezoar.runs.sweep import Trial, sweep
-
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Audit every encoder by every audit, and write bank.json."""
         if not 0 < self.rate < 1 or self.count < 1:
             raise UserError(
                 f"rate must be inside 0..1 and count at least 1; got {self.rate:g} and {self.count}"
             )
-        given = job.inputs
-        clean = [check_clean(e) for e in given["encoder"]]
-        attacked = [known_attacked(r) for r in given["attacked"]]
-        if given["train"] is not None:
-            trained = sweep(self._trainings(given, job.seed), job.settings, job.progress)
-            clean += trained.values()
+        clean = [check_clean(encoder) for encoder in job.inputs["encoder"]]
+        attacked = [AttackedEncoder.find(run) for run in job.inputs["attacked"]]
+        if job.inputs["train"] is not None:
+            trainings = self._trainings(job)
+            clean += sweep.run_trials(trainings, job.settings, job.progress).values()
         if not clean:
             raise UserError("give encoders known to be clean, or --train DATA to train some")
-        asked: dict[tuple[str, str], Trial] = {}
-        data = input_spec(given["data"]) or None
-        for e in [*clean, *(r for r, _ in attacked)]:
-            for audit in given["audit"]:
-                leaf = single_audit(
-                    audit,
-                    input_spec(e),
-                    data,
-                    self.classifier,
-                    input_spec(given["parent"]) or None,
-                    self.images,
-                )
-                asked[input_spec(e), registry.spec(audit)] = Trial(
-                    dataclasses.replace(leaf, audit=(registry.spec(audit),)), job.seed
-                )
-        runs = sweep(asked.values(), job.settings, job.progress)
-        job.child_runs += dict.fromkeys(runs.values())
-        told = {
-            k: json.loads(runs[t].file(VERDICT_FILE).read_text(encoding="utf-8"))
-            for k, t in asked.items()
-        }
-        family, sample = same(list(told.values()))
-        made = []
-        for audit in map(registry.spec, given["audit"]):
-            own = tuple(entry(told[input_spec(e), audit]) for e in clean)
-            bad = tuple(entry(told[input_spec(r), audit], r, success) for r, success in attacked)
-            first = told[input_spec(clean[0]), audit]["audits"][0]
-            made.append(bank.Calibration(audit, first["code"], first["classifier"], own, bad))
-        bank.Bank(family, sample, tuple(made)).write(job.folder / bank.FILE)
+        verdicts = self._audit_all(job, [*clean, *(a.run for a in attacked)])
+        family, sample = check_same_kind(list(verdicts.values()))
+        calibrations = []
+        for audit in map(registry.spec, job.inputs["audit"]):
+            of_clean = [verdicts[input_spec(encoder), audit] for encoder in clean]
+            of_attacked = [(verdicts[input_spec(a.run), audit], a) for a in attacked]
+            calibrations.append(calibration_of(audit, of_clean, of_attacked))
+        Bank(family, sample, tuple(calibrations)).write(job.folder / bank.FILE)
         job.goals = []  # a bank is no poisoned artefact, whatever it was measured on
         job.notes = {
             "clean": len(clean),
@@ -130,47 +105,83 @@ class Calibrate:
             "family": vars(family),
             "sample": vars(sample),
         }
-        return {k: m for c in made for k, m in measures(c, self.rate).items()}
+        metrics: dict[str, Measure] = {}
+        for calibration in calibrations:
+            metrics |= calibration_measures(calibration, self.rate)
+        return metrics
 
-    def _trainings(self, given: dict[str, Any], seed: int) -> list[Trial]:
-        """Clean encoders to train, each with a seed of its own, and data of its own where they are made to order."""
-        from bezoar.runs.sweep import Trial
-
-        data = given["train"]
+    def _trainings(self, job: Job) -> list[Trial]:
+        """Trainings of clean encoders, each with a seed of its own, and with data of its own where they are made to order."""
+        data = job.inputs["train"]
         if isinstance(data, Run) and data.manifest["goal"]:
             raise UserError(
                 f"the data of {data.name} are poisoned; a bank's encoders are trained on clean ones (--train)"
             )
-        recipe = [registry.spec(given[k]) for k in ("network", "objective")]
-        fields = () if isinstance(data, Run) else {f.name for f in dataclasses.fields(data)}
-        out = []
-        for k in range(seed, seed + self.count):
-            own = (
-                dataclasses.replace(data, seed=data.seed + k)
-                if {"seed", "count"} <= set(fields)
-                else data
-            )
-            out.append(Trial(Train(input_spec(own), *recipe), k))
-        return out
+        network = registry.spec(job.inputs["network"])
+        objective = registry.spec(job.inputs["objective"])
+        made_to_order = not isinstance(data, Run) and registry.has_fields(data, "count", "seed")
+        trials = []
+        for seed in range(job.seed, job.seed + self.count):
+            train = dataclasses.replace(data, seed=data.seed + seed) if made_to_order else data
+            trials.append(Trial(Train(input_spec(train), network, objective), seed))
+        return trials
+
+    def _audit_all(
+        self, job: Job, encoders: Sequence[Any]
+    ) -> dict[tuple[str, str], dict[str, Any]]:
+        """Run every audit on every encoder. Returns verdict.json by the specs of encoder and audit."""
+        data = input_spec(job.inputs["data"]) or None
+        parent = input_spec(job.inputs["parent"]) or None
+        trials: dict[tuple[str, str], Trial] = {}
+        for encoder in map(input_spec, encoders):
+            for audit in job.inputs["audit"]:
+                verb = single_audit(audit, encoder, data, self.classifier, parent, self.images)
+                audit_text = registry.spec(audit)  # a trial travels to a worker as JSON
+                verb = dataclasses.replace(verb, audit=(audit_text,))
+                trials[encoder, audit_text] = Trial(verb, job.seed)
+        runs = sweep.run_trials(trials.values(), job.settings, job.progress)
+        job.child_runs += dict.fromkeys(runs.values())
+        return {
+            key: json.loads(runs[trial].file(VERDICT_FILE).read_text(encoding="utf-8"))
+            for key, trial in trials.items()
+        }
 
 
-def check_clean(given: Any) -> Any:
-    """An encoder as given. Raises UserError for a run that says it was attacked."""
-    if isinstance(given, Run) and given.manifest["goal"]:
+@dataclass(frozen=True)
+class AttackedEncoder:
+    """The run of an attacked encoder, and its attack success; None where that is not known."""
+
+    run: Run
+    success: float | None
+
+    @staticmethod
+    def find(run: Run) -> AttackedEncoder:
+        """The encoder of a run. Its success is that of the evaluate run given, or of one beside it."""
+        encoder_run = attacked_run(run)
+        if run.verb == "evaluate":
+            return AttackedEncoder(encoder_run, highest_success([run]))
+        manifests = sorted(run.path.parent.glob(f"evaluate-*/{MANIFEST}"))
+        evaluations = [Run(path.parent) for path in manifests]
+        of_encoder = [e for e in evaluations if measures_encoder(e, encoder_run)]
+        return AttackedEncoder(encoder_run, highest_success(of_encoder))
+
+
+def check_clean(encoder: Any) -> Any:
+    """Return the encoder. Raises UserError for a run that says it was attacked."""
+    if isinstance(encoder, Run) and encoder.manifest["goal"]:
         raise UserError(
-            f"run {given.name} is poisoned; a bank's clean encoders must be clean (--attacked takes it)"
+            f"run {encoder.name} is poisoned; a bank's clean encoders must be clean (--attacked takes it)"
         )
-    return given
+    return encoder
 
 
-def attacked_run(given: Run) -> Run:
-    """An attacked encoder's run: itself, or the one that an evaluate run measured. Raises UserError for one that was not."""
-    asked = given.manifest["ask"].get("encoder")
-    run = (
-        given.sibling(asked["run"])
-        if given.verb == "evaluate" and asked and "run" in asked
-        else given
-    )
+def attacked_run(run: Run) -> Run:
+    """The run of an attacked encoder: the run itself, or the one that an evaluate run measured.
+
+    Raises UserError for one that was not attacked.
+    """
+    if run.verb == "evaluate":
+        run = run.input_run("encoder") or run
     if not run.manifest["goal"]:
         raise UserError(
             f"run {run.name} was not attacked; --attacked takes train or inject runs that were"
@@ -178,85 +189,83 @@ def attacked_run(given: Run) -> Run:
     return run
 
 
-def known_attacked(given: Run) -> tuple[Run, float | None]:
-    """An attacked encoder's run, and what its attack was measured at: by the evaluate run given, or by one beside it."""
-    run = attacked_run(given)
-    return run, success(given) if given.verb == "evaluate" else known_success(run)
+def measures_encoder(evaluation: Run, encoder_run: Run) -> bool:
+    """Whether an evaluate run measured the encoder of a run."""
+    encoder = evaluation.manifest["ask"].get("encoder") or {}
+    return bool(encoder.get("run") == encoder_run.name)
 
 
-def known_success(run: Run) -> float | None:
-    """The highest attack success that an evaluate run beside a run states of it; None where there is none."""
-    found = []
-    for path in sorted(run.path.parent.glob("evaluate-*/manifest.json")):
-        measured = Run(path.parent)
-        if (measured.manifest["ask"].get("encoder") or {}).get("run") == run.name:
-            found.append(success(measured))
-    return max((v for v in found if v is not None), default=None)
-
-
-def success(measured: Run) -> float | None:
-    """The highest attack success of an evaluate run, over its goals and heads; None where it measured none."""
+def highest_success(evaluations: Iterable[Run]) -> float | None:
+    """The highest attack success of evaluate runs, over their goals and heads; None where they measured none."""
     values = []
-    for key, m in measured.manifest["metrics"].items():
-        group, _, name = key.rpartition(".")
-        if name.partition("@")[0] == "attack_success" and not group.startswith(
-            ("baseline", "branch_swap")
-        ):
-            values.append(float(m["value"]))
+    for run in evaluations:
+        for key, measure in run.manifest["metrics"].items():
+            group, _, name = key.rpartition(".")
+            if name.partition("@")[0] == "attack_success" and not group.startswith(NOT_ATTACKS):
+                values.append(float(measure["value"]))
     return max(values, default=None)
 
 
-def same(told: list[dict[str, Any]]) -> tuple[Any, Any]:
-    """The family and the clean images of all audits. Raises UserError for an encoder of another kind."""
-    from bezoar.auditing import bank
+def check_same_kind(verdicts: Sequence[dict[str, Any]]) -> tuple[Family, Sample]:
+    """The family of the encoders and the clean images that all verdicts share.
 
-    first = told[0]
-    for other in told[1:]:
-        for what, title in (("family", ""), ("sample", "clean ")):
-            odd = [k for k, v in other[what].items() if v != first[what][k]]
-            if odd:
-                values = f"{other[what][odd[0]]!r}, that of {first['encoder']} is {first[what][odd[0]]!r}"
-                raise UserError(
-                    f"{other['encoder']} does not belong to this bank: its {title}{odd[0]} is {values}"
-                )
-    return bank.Family(**first["family"]), bank.Sample(**first["sample"])
-
-
-def entry(told: dict[str, Any], run: Run | None = None, success: float | None = None) -> Any:
-    """What one audit says of one encoder. run: of an attacked one."""
-    from bezoar.auditing import bank
-    from bezoar.runs import inputs
-
-    attack, trigger = bank.describe_attack(inputs.known_goals(run)) if run is not None else ("", "")
-    found = told["audits"][0]
-    return bank.Entry(told["encoder"], found["value"], found["seconds"], attack, trigger, success)
+    Raises UserError for an encoder of another kind, or other images.
+    """
+    first = verdicts[0]
+    for verdict in verdicts[1:]:
+        for part, title in (("family", ""), ("sample", "clean ")):
+            for key, value in verdict[part].items():
+                if value != first[part][key]:
+                    raise UserError(
+                        f"{verdict['encoder']} does not belong to this bank: its {title}{key} is {value!r}, "
+                        f"that of {first['encoder']} is {first[part][key]!r}"
+                    )
+    return Family(**first["family"]), Sample(**first["sample"])
 
 
-def measures(found: Calibration, rate: float) -> dict[str, Measure]:
-    """An audit's figures over the bank, under its name."""
-    from bezoar.auditing import bank
-    from bezoar.evaluation.scores import Measure, average
+def calibration_of(
+    audit: str,
+    of_clean: Sequence[dict[str, Any]],
+    of_attacked: Sequence[tuple[dict[str, Any], AttackedEncoder]],
+) -> Calibration:
+    """What an audit says of clean and of attacked encoders, from the verdict.json of each."""
+    first = of_clean[0]["audits"][0]
+    attacked = []
+    for verdict, encoder in of_attacked:
+        attack, trigger = bank.describe_attack(inputs.known_goals(encoder.run))
+        attacked.append(entry_of(verdict, attack, trigger, encoder.success))
+    return Calibration(
+        audit,
+        first["code"],
+        first["classifier"],
+        tuple(entry_of(verdict) for verdict in of_clean),
+        tuple(attacked),
+    )
 
-    seconds = [e.seconds for e in (*found.clean, *found.attacked)]
-    out = {"clean": counted(len(found.clean), "clean encoders, counted")}
+
+def entry_of(
+    verdict: dict[str, Any], attack: str = "", trigger: str = "", success: float | None = None
+) -> Entry:
+    """A bank's entry for one encoder, from its verdict.json."""
+    audit = verdict["audits"][0]
+    return Entry(verdict["encoder"], audit["value"], audit["seconds"], attack, trigger, success)
+
+
+def calibration_measures(calibration: Calibration, rate: float) -> dict[str, Measure]:
+    """The metrics of an audit over the bank, under its name. rate: the false-positive rate that they are for."""
+    n = len(calibration.clean)
+    measures = {"clean": Measure.exact(n, n, "clean encoders, counted")}
+    seconds = [e.seconds for e in (*calibration.clean, *calibration.attacked)]
     if len(seconds) > 1:
-        out["seconds"] = average(seconds, "wall-clock seconds of an audit")
-    threshold = found.threshold(rate)
+        measures["seconds"] = average(seconds, "wall-clock seconds of an audit")
+    threshold = calibration.threshold(rate)
     if threshold is not None:
         how = f"quantile of the clean values at false-positive rate {rate:g}, counted"
-        out["threshold"] = Measure(threshold, len(found.clean), threshold, threshold, how)
-    spread = found.false_positive_rate(rate)
-    if spread is not None:
-        out["false_positive_rate"] = spread
-    if all_ := found.sensitivity(rate).get(""):
-        out["sensitivity"] = all_
-    if (area := bank.measure_auroc(found)) is not None:
-        out["auroc"] = area
-    return {f"{found.name}.{k}": m for k, m in out.items()}
-
-
-def counted(n: int, how: str) -> Measure:
-    """A number of things."""
-    from bezoar.evaluation.scores import Measure
-
-    return Measure(n, n, n, n, how)
+        measures["threshold"] = Measure.exact(threshold, n, how)
+    optional = {
+        "false_positive_rate": calibration.false_positive_rate(rate),
+        "sensitivity": calibration.sensitivity(rate).get(""),
+        "auroc": bank.measure_auroc(calibration),
+    }
+    measures |= {name: measure for name, measure in optional.items() if measure is not None}
+    return {f"{calibration.name}.{name}": measure for name, measure in measures.items()}

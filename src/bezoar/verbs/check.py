@@ -5,28 +5,43 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from scipy.stats import beta
+from torch import Tensor
+
+from bezoar import registry
+from bezoar.data.files.writing import whole_file
+from bezoar.data.pairs import Pairs, distinct_image_rows
+from bezoar.data.randomness import sample_rows
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.classifiers import make_classifier
+from bezoar.evaluation.scores import Measure, Scores, detection_measures, proportion
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.verb import Input, Takes
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    from bezoar.data.pairs import Pairs
-    from bezoar.evaluation.scores import Measure, Scores
+from bezoar.verbs.audit import ClassifierKind
+from bezoar.verbs.evaluate import check_disjoint
 
 SHOWN = 24  # images of each check that are kept for the page
 SIDE = 96  # pixels of their sides, at most
-SCORES_FILE, CLEAN_SCORES_FILE, FLAGGED_FILE, PICTURES_FILE = (
-    "scores.parquet",
-    "clean.parquet",
-    "flagged.json",
-    "pictures.safetensors",
-)
+MIN_CLEAN = 4  # clean images; with fewer there is nothing to calibrate on
+SCORES_FILE = "scores.parquet"
+CLEAN_SCORES_FILE = "clean.parquet"
+FLAGGED_FILE = "flagged.json"
+PICTURES_FILE = "pictures.safetensors"
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Check:
     """Score images as they would arrive at an encoder, and flag those above what clean images score.
 
     One half of the clean images calibrates the checks, the other sets the thresholds. With --trigger, or on a poison run,
-    it is known which images carry a trigger, and how well they are told is measured.
+    it is known which images carry a trigger, and how well they are detected is measured.
     """
 
     encoder: Annotated[
@@ -54,146 +69,134 @@ class Check:
     rate: Annotated[float, "share of clean images that may be flagged; it sets the threshold"] = (
         0.01
     )
-    classifier: Annotated[
-        Literal["auto", "own", "zero_shot", "linear", "mlp"], "head of checks that read classes"
-    ] = "auto"
+    classifier: Annotated[ClassifierKind, "head of checks that read classes"] = "auto"
     trigger: Annotated[
         Input,
         Takes("trigger"),
-        "stamp it on one half of the images, to measure how well it is told",
+        "stamp it on one half of the images, to measure how well it is detected",
     ] = None
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> scores.parquet (every image), clean.parquet (those that set the thresholds), flagged.json, pictures.safetensors.
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Score the images and the clean ones by every check.
 
-        A check that cannot be asked here is named, the others are; the exit status is then 4.
+        Writes scores.parquet (every image), clean.parquet (those that set the thresholds), flagged.json and
+        pictures.safetensors. A check that cannot work here is named, and the others go on; the exit status is then 4.
         """
-        from bezoar import registry
-        from bezoar.runs import inputs
-
         if not 0 < self.rate < 1:
             raise UserError(f"rate must be a share inside (0, 1); got {self.rate}")
         encoder = inputs.load_encoder(job.inputs["encoder"], job.device)
-        images, truth = self._images(job)
-        calibration, held = self._clean(job, images)
-        known = CheckInputs(encoder, calibration, self.classifier)
-        names = [registry.method_name(type(c)) for c in job.inputs["check"]]
-        found: dict[str, CheckResult] = {}
-        specs: dict[str, str] = {}
-        failed: list[str] = []
-        for method, name in zip(job.inputs["check"], names, strict=True):
-            name = name if Counter(names)[name] == 1 else registry.spec(method)
-            try:
-                more = known.needed(method, job, name)
-                clean = method(encoder, held, **more)
-                specs[name] = registry.spec(method)
-                found[name] = CheckResult(
-                    method(encoder, images, **more), clean, Threshold.of(clean.values, self.rate)
-                )
-            except UserError as error:
-                failed.append(f"check {name}: {error}")
-        if not found:
-            raise UserError("; ".join(failed) or "give a --check")
-        limits = [f"{n}: {f.threshold.limit}" for n, f in found.items() if f.threshold.limit]
+        images, truth = load_images(job)
+        calibration, held_out = load_clean(job, images)
+        results, failed = self._run_checks(job, encoder, images, calibration, held_out)
+        limits = [f"{n}: {r.threshold.limit}" for n, r in results.items() if r.threshold.limit]
         for line in limits[:1]:
             print(f"check: {line}", file=sys.stderr)
-        write(job, images, truth, held, found)
+        write_results(job.folder, images, truth, held_out, results)
         job.notes |= {
             "images": len(images),
             "side": images.size,
-            "clean": {"calibrating": len(calibration), "thresholds": len(held)},
-            "checks": {n: specs[n] for n in found},
-            "said": {n: f.scores.notes or {} for n, f in found.items()},
+            "clean": {"calibrating": len(calibration), "thresholds": len(held_out)},
+            "checks": {name: result.spec for name, result in results.items()},
+            "said": {name: result.scores.notes or {} for name, result in results.items()},
             "limits": limits,
             "incomplete": failed,
         }
-        return {f"{n}.{k}": m for n, f in found.items() for k, m in f.measures(truth).items()}
+        metrics: dict[str, Measure] = {}
+        for name, result in results.items():
+            metrics |= {f"{name}.{key}": m for key, m in result.measures(truth).items()}
+        return metrics
 
-    def _images(self, job: Job) -> tuple[Pairs, np.ndarray | None]:
-        """What is checked, and which of it carries a trigger, where that is known."""
-        import numpy as np
+    def _run_checks(
+        self, job: Job, encoder: Encoder, images: Pairs, calibration: Pairs, held_out: Pairs
+    ) -> tuple[dict[str, CheckResult], list[str]]:
+        """The result of every check by its name; and a line for each that cannot work here.
 
-        from bezoar import registry
-        from bezoar.data.randomness import sample_rows
-        from bezoar.runs import inputs
-
-        parts = inputs.open_dataset(job.inputs["images"])
-        images = parts.pairs
-        job.notes |= parts.reading_notes()
-        trigger = job.inputs["trigger"]
-        if trigger is None:
-            return images, parts.plan.mask(images.ids) if parts.plan.edits else None
-        if parts.plan.edits:
-            raise UserError(
-                "these images are poisoned already: leave --trigger out, or give clean ones"
-            )
-        rows = np.sort(sample_rows(images.ids, len(images) // 2, 1))
-        truth = np.zeros(len(images), bool)
-        truth[rows] = True
-        chosen = images.take(rows)
-        pixels = images.images.clone()
-        pixels[truth] = trigger(chosen.images, chosen.ids)
-        job.notes["trigger"] = registry.spec(trigger)
-        return replace(images, images=pixels), truth
-
-    def _clean(self, job: Job, images: Pairs) -> tuple[Pairs, Pairs]:
-        """The half of the clean images that calibrates, and the half that sets the thresholds."""
-        import numpy as np
-
-        from bezoar.data.pairs import distinct_image_rows
-        from bezoar.data.randomness import sample_rows
-        from bezoar.runs import inputs
-        from bezoar.verbs.evaluate import shared_records
-
-        if job.inputs["clean"] is None:
-            raise UserError(
-                "give --clean: images known to be clean, of which checks and thresholds are made"
-            )
-        clean = inputs.in_memory(inputs.open_dataset(job.inputs["clean"]).clean)
-        clean = clean.take(
-            distinct_image_rows(clean.ids)
-        )  # an image counted for each caption would stand on both sides
-        if both := shared_records(clean, images):
-            raise UserError(
-                f"{len(both)} of the images are among the clean ones too, such as {both[0]!r}; give others"
-            )
-        if len(clean) < 4:
-            raise UserError(
-                f"checks need at least 4 clean images, better some hundreds; there are {len(clean)}"
-            )
-        first = np.zeros(len(clean), bool)
-        first[sample_rows(clean.ids, len(clean) // 2, 2)] = True
-        return clean.take(np.flatnonzero(first)), clean.take(np.flatnonzero(~first))
+        Raises UserError where none can.
+        """
+        checks = job.inputs["check"]
+        names = [registry.method_name(type(check)) for check in checks]
+        results: dict[str, CheckResult] = {}
+        failed: list[str] = []
+        classifier = None
+        for check, name in zip(checks, names, strict=True):
+            if Counter(names)[name] > 1:
+                name = registry.spec(check)
+            try:
+                if "classifier" in registry.needs(check) and classifier is None:
+                    classifier = make_classifier(encoder, calibration, self.classifier)
+                offered = {
+                    "clean": calibration,
+                    "classifier": classifier,
+                    "report": job.reporter(name),
+                }
+                clean_scores = registry.call(check, encoder, held_out, **offered)
+                scores = registry.call(check, encoder, images, **offered)
+                threshold = Threshold.of(clean_scores.values, self.rate)
+                results[name] = CheckResult(registry.spec(check), scores, clean_scores, threshold)
+            except UserError as error:
+                failed.append(f"check {name}: {error}")
+        if not results:
+            raise UserError("; ".join(failed) or "give a --check")
+        return results, failed
 
 
-@dataclass
-class CheckInputs:
-    """What checks may be called with; the classifier is made when one first needs it."""
+def load_images(job: Job) -> tuple[Pairs, Mask | None]:
+    """The images to check, one half of them stamped where a trigger is given.
 
-    encoder: Any
-    clean: Pairs
-    kind: Any
-    classifier: Any = None
+    Returns:
+        The images; and bool (N,), which of them carry a trigger, or None where that is not known.
+    """
+    dataset = inputs.open_dataset(job.inputs["images"])
+    images = dataset.pairs
+    job.notes |= dataset.reading_notes()
+    trigger = job.inputs["trigger"]
+    if trigger is None:
+        return images, dataset.plan.mask(images.ids) if dataset.plan.edits else None
+    if dataset.plan.edits:
+        raise UserError(
+            "these images are poisoned already: leave --trigger out, or give clean ones"
+        )
+    rows = np.sort(sample_rows(images.ids, len(images) // 2, 1))
+    truth = np.zeros(len(images), bool)
+    truth[rows] = True
+    clean = images.take(rows)
+    pixels = images.images.clone()
+    pixels[truth] = trigger(clean.images, clean.ids)
+    job.notes["trigger"] = registry.spec(trigger)
+    return replace(images, images=pixels), truth
 
-    def needed(self, method: Any, job: Job, name: str) -> dict[str, Any]:
-        """The arguments by keyword that a check needs."""
-        from bezoar.evaluation import classifiers
 
-        def report(done: int, total: int, text: str = "") -> None:
-            job.progress.step(done, total, f"{name}: {text}" if text else name)
-
-        needs = getattr(method, "needs", ())
-        if "classifier" in needs and self.classifier is None:
-            self.classifier = classifiers.make_classifier(self.encoder, self.clean, self.kind)
-        every = {"clean": self.clean, "classifier": self.classifier, "report": report}
-        return {k: every[k] for k in needs if k in every}
+def load_clean(job: Job, images: Pairs) -> tuple[Pairs, Pairs]:
+    """The clean images: the half that calibrates the checks, and the half that sets the thresholds."""
+    if job.inputs["clean"] is None:
+        raise UserError(
+            "give --clean: images known to be clean, of which checks and thresholds are made"
+        )
+    clean = inputs.in_memory(inputs.open_dataset(job.inputs["clean"]).clean)
+    # An image with several captions is several records, which would stand in both halves.
+    clean = clean.take(distinct_image_rows(clean.ids))
+    check_disjoint(clean, images, "of the images are among the clean ones too", "give others")
+    if len(clean) < MIN_CLEAN:
+        raise UserError(
+            f"checks need at least {MIN_CLEAN} clean images, better some hundreds; there are {len(clean)}"
+        )
+    calibrates = np.zeros(len(clean), bool)
+    calibrates[sample_rows(clean.ids, len(clean) // 2, 2)] = True
+    return clean.take(np.flatnonzero(calibrates)), clean.take(np.flatnonzero(~calibrates))
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The k-th largest of n clean scores, k the largest with k / (n + 1) <= rate: above it, a clean image like these falls
-    with a chance that is Beta(k, n + 1 - k) over draws of the n, whatever the scores are; with less where they tie.
-    limit: why that is not the rate.
+    """The k-th largest of n clean scores, with the largest k for which k / (n + 1) <= rate.
+
+    The share of clean images like these above it is Beta(k, n + 1 - k) over draws of the n, whatever the scores are; it is
+    less where they tie.
+
+    Attributes:
+        value: the score.
+        rank: k.
+        n: how many clean images there are.
+        limit: why the share is not the rate, in a sentence; "" where it is.
     """
 
     value: float
@@ -203,146 +206,131 @@ class Threshold:
 
     @staticmethod
     def of(clean: Tensor, rate: float) -> Threshold:
-        """Of float (n,) scores of clean images that calibrated nothing."""
+        """Set the threshold by scores, float (n,), of clean images that calibrated nothing."""
         n = len(clean)
         rank = max(1, int(rate * (n + 1) + 1e-9))
         limit = ""
         if rate * (n + 1) < 1 - 1e-9:
-            least = math.ceil(1 / rate - 1 - 1e-9)
+            needed = math.ceil(1 / rate - 1 - 1e-9)
             limit = (
-                f"{n} clean images can set no threshold for a rate of {rate:g}, which takes {least}; "
+                f"{n} clean images can set no threshold for a rate of {rate:g}, which takes {needed}; "
                 f"theirs is their largest score, for a rate of {1 / (n + 1):.2g}"
             )
         return Threshold(float(clean.sort(descending=True).values[rank - 1]), rank, n, limit)
 
     def false_positives(self) -> Measure:
-        """The rate that the threshold has on images like the clean ones."""
-        from scipy.stats import beta
-
-        from bezoar.evaluation.scores import Measure
-
+        """The share of images like the clean ones that lie above the threshold."""
         low, high = beta.ppf([0.025, 0.975], self.rank, self.n + 1 - self.rank)
-        how = f"expected share of clean images above the threshold, the {self.rank}. largest of {self.n} clean scores"
-        how += " (at most, where scores tie)"
-        return Measure(
-            self.rank / (self.n + 1),
-            self.n,
-            float(low),
-            float(high),
-            how + "; beta interval over such draws",
+        how = (
+            f"expected share of clean images above the threshold, the {self.rank}. largest of {self.n} clean scores "
+            "(at most, where scores tie); beta interval over such draws"
         )
+        return Measure(self.rank / (self.n + 1), self.n, float(low), float(high), how)
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check's answer: the scores of the images, of the clean ones, and the threshold."""
+    """What one check says: its spec, the scores of the images, those of the clean images, and the threshold."""
 
+    spec: str
     scores: Scores
     clean: Scores
     threshold: Threshold
 
     @property
-    def flagged(self) -> np.ndarray:
-        """bool (N,): above the threshold."""
-        return (self.scores.values > self.threshold.value).numpy()
+    def flagged(self) -> Mask:
+        """bool (N,): which images score above the threshold."""
+        return np.asarray((self.scores.values > self.threshold.value).numpy())
 
-    def measures(self, truth: np.ndarray | None) -> dict[str, Measure]:
-        """Of one check; with truth bool (N,), how well it tells triggers."""
-        from bezoar.evaluation.scores import Measure, detection_measures, proportion
-
-        flagged, t = self.flagged, self.threshold
-        out = {
+    def measures(self, truth: Mask | None) -> dict[str, Measure]:
+        """The metrics of the check. truth: bool (N,), which images carry a trigger."""
+        flagged = self.flagged
+        threshold = self.threshold
+        how = f"the {threshold.rank}. largest of {threshold.n} clean scores"
+        measures = {
             "flagged": proportion(
                 int(flagged.sum()), len(flagged), "images that score above the threshold"
             ),
-            "threshold": Measure(
-                t.value, t.n, t.value, t.value, f"the {t.rank}. largest of {t.n} clean scores"
-            ),
-            "expected_false_positives": t.false_positives(),
+            "threshold": Measure.exact(threshold.value, threshold.n, how),
+            "expected_false_positives": threshold.false_positives(),
         }
         if truth is None or not 0 < int(truth.sum()) < len(truth):
-            return out
-        caught, wrong = int(flagged[truth].sum()), int(flagged[~truth].sum())
-        out["caught"] = proportion(
-            caught, int(truth.sum()), "images with a trigger that are flagged"
+            return measures
+        measures["caught"] = proportion(
+            int(flagged[truth].sum()), int(truth.sum()), "images with a trigger that are flagged"
         )
-        out["false_positives"] = proportion(
-            wrong, int((~truth).sum()), "images without a trigger that are flagged"
+        measures["false_positives"] = proportion(
+            int(flagged[~truth].sum()),
+            int((~truth).sum()),
+            "images without a trigger that are flagged",
         )
-        return out | {
-            k: m
-            for k, m in detection_measures(self.scores, truth).items()
-            if "_at_" not in k or k.startswith("fpr")
-        }
+        for name, measure in detection_measures(self.scores, truth).items():
+            if "_at_" not in name or name.startswith("fpr"):
+                measures[name] = measure
+        return measures
 
 
-def write(
-    job: Job, images: Pairs, truth: np.ndarray | None, held: Pairs, found: dict[str, CheckResult]
+def write_results(
+    folder: Path,
+    images: Pairs,
+    truth: Mask | None,
+    held_out: Pairs,
+    results: Mapping[str, CheckResult],
 ) -> None:
-    """The run's files: tables of scores, the flagged images by check, pictures of the highest."""
-    import torch
-    from safetensors.torch import save_file
-
-    from bezoar.runs import inputs
-
-    columns: dict[str, Any] = {"id": list(images.ids), "class": classes(images)}
+    """Write the tables of scores, the flagged images of each check, and pictures of those that score highest."""
+    columns: dict[str, Any] = {"id": list(images.ids), "class": class_names(images)}
     if truth is not None:
         columns["triggered"] = truth
-    for name, f in found.items():
-        columns |= {name: f.scores.values.numpy(), f"{name}.flagged": f.flagged}
-    table(job, SCORES_FILE, columns)
-    table(
-        job,
-        CLEAN_SCORES_FILE,
-        {"id": list(held.ids), **{n: f.clean.values.numpy() for n, f in found.items()}},
-    )
-    worst: dict[str, list[dict]] = {}
+    clean_columns: dict[str, Any] = {"id": list(held_out.ids)}
+    flagged: dict[str, list[dict[str, Any]]] = {}
     pictures: dict[str, Tensor] = {}
-    for at, (name, f) in enumerate(found.items()):
-        order = f.scores.ranking()
-        rows = [int(i) for i in order if f.flagged[i]]
-        worst[name] = [entry(images, truth, f, i) for i in rows]
-        top = order[:SHOWN]
-        pictures[f"{at}"] = shrunk(images.images[torch.from_numpy(top)])
-    inputs.write_json(job.folder / FLAGGED_FILE, worst)
-    save_file(pictures, job.folder / PICTURES_FILE)
+    for number, (name, result) in enumerate(results.items()):
+        columns |= {name: result.scores.values.numpy(), f"{name}.flagged": result.flagged}
+        clean_columns[name] = result.clean.values.numpy()
+        ranking = result.scores.ranking()
+        flagged[name] = [
+            image_json(images, truth, result, int(i)) for i in ranking if result.flagged[i]
+        ]
+        highest = images.images[torch.from_numpy(ranking[:SHOWN])]
+        small = limit_side(highest.float(), SIDE).round().clamp(0, 255).byte()
+        pictures[str(number)] = small.contiguous().cpu()
+    write_table(folder / SCORES_FILE, columns)
+    write_table(folder / CLEAN_SCORES_FILE, clean_columns)
+    inputs.write_json(folder / FLAGGED_FILE, flagged)
+    save_file(pictures, folder / PICTURES_FILE)
 
 
-def entry(images: Pairs, truth: np.ndarray | None, f: CheckResult, row: int) -> dict:
-    """A flagged image as it stands in flagged.json: with the window that a check accuses, where it says one."""
-    told: dict[str, Any] = {"id": images.ids[row], "score": float(f.scores.values[row])}
-    if f.scores.boxes is not None:
-        told["box"] = f.scores.boxes[row].tolist()
-    return told if truth is None else {**told, "triggered": bool(truth[row])}
+def image_json(images: Pairs, truth: Mask | None, result: CheckResult, row: int) -> dict[str, Any]:
+    """A flagged image as it stands in flagged.json, with the window that a check accuses where it names one."""
+    facts: dict[str, Any] = {
+        "id": images.ids[row],
+        "score": float(result.scores.values[row]),
+    }
+    if result.scores.boxes is not None:
+        facts["box"] = result.scores.boxes[row].tolist()
+    if truth is not None:
+        facts["triggered"] = bool(truth[row])
+    return facts
 
 
-def classes(images: Pairs) -> list[str]:
-    """Each image's class, "" where it is not known."""
+def class_names(images: Pairs) -> list[str]:
+    """The class of each image; "" where it is not known."""
     if images.labels is None or not images.classes:
         return [""] * len(images)
-    return [images.classes[k] if k >= 0 else "" for k in images.labels.tolist()]
+    return [images.classes[label] if label >= 0 else "" for label in images.labels.tolist()]
 
 
-def table(job: Job, name: str, columns: dict[str, Any]) -> None:
-    """A Parquet file, under a temporary name first."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    temporary = job.folder / f"{name}.tmp"
-    pq.write_table(pa.table(columns), temporary)
-    temporary.replace(job.folder / name)
+def write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    """Write columns as a Parquet file."""
+    with whole_file(path, "wb") as file:
+        pq.write_table(pa.table(dict(columns)), file)
 
 
-def shrunk(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> the same, sides at most SIDE."""
-    import torch.nn.functional as F
-
-    if max(images.shape[-2:]) > SIDE:
-        shape = [max(1, round(n * SIDE / max(images.shape[-2:]))) for n in images.shape[-2:]]
-        images = (
-            F.interpolate(images.float(), shape, mode="bilinear", antialias=True)
-            .round()
-            .clamp(0, 255)
-            .byte()
-        )
-    return images.contiguous().cpu()
+def limit_side(images: Tensor, side: int) -> Tensor:
+    """Make images, float (N, 3, H, W), smaller where a side is longer than `side` pixels."""
+    height, width = images.shape[-2:]
+    longest = max(height, width)
+    if longest <= side:
+        return images
+    shape = [max(1, round(n * side / longest)) for n in (height, width)]
+    return F.interpolate(images, shape, mode="bilinear", antialias=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from bezoar.evaluation.scores import Measure
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Takes
@@ -14,11 +16,8 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-HEADS = (
-    "linear",
-    "knn:k=20",
-    "mlp:seeds=1,limit=1000",
-)  # fixed before any attack; all are reported
+# Heads of the story of an encoder. They were fixed before any attack, and all of them are reported.
+HEADS = ("linear", "knn:k=20", "mlp:seeds=1,limit=1000")
 
 
 @dataclass(frozen=True)
@@ -45,57 +44,61 @@ class Demo:
     )
     attack: Annotated[str, "story encoder: how"] = "badencoder:epochs=6,batch=64,lr=0.02,views=16"
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> metrics `clean.*`, `poisoned.*`, `scan.*`, `repaired.*`, or `attacked.*` and `inject.*`, of the runs it makes."""
-        return self._data(job) if self.story == "data" else self._encoder(job)
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Run the story. Its metrics are those of the runs it makes, under `clean`, `poisoned`, `scan` and so on."""
+        data = f"scenes:count={self.count}"
+        test = f"scenes:count={self.test},split=test"
+        if self.story == "data":
+            return self._tell_data(job, data, test)
+        return self._tell_encoder(job, data, test)
 
-    def _data(self, job: Job) -> dict[str, Any]:
-        data, test = f"scenes:count={self.count}", f"scenes:count={self.test},split=test"
+    def _tell_data(self, job: Job, data: str, test: str) -> dict[str, Measure]:
         recipe = f"clip:epochs={self.epochs or 7}"
-        patch = job.run(Poison(data, f"backdoor:count={self.poisons}", self.trigger, self.target))
+        backdoor = f"backdoor:count={self.poisons}"
+        patch = job.run(Poison(data, backdoor, self.trigger, self.target))
         many = job.run(Poison(patch, f"targeted:captions=16,victims={self.victims}", victims=test))
         plan = job.run(Poison(many, f"targeted:captions=1,victims={self.victims}", victims=test))
         clean = job.run(Train(data, objective=recipe))
         poisoned = job.run(Train(plan, objective=recipe, follow=test))
         scan = job.run(Scan(poisoned))
         repaired = job.run(Train(plan, objective=recipe, keep=scan))
-        measured = {
+        measured_runs = {
             "clean": job.run(Evaluate(clean, test, attack=plan)),
             "poisoned": job.run(Evaluate(poisoned, test, baseline=clean)),
             "scan": scan,
             "repaired": job.run(Evaluate(repaired, test)),
         }
-        trained = {"clean": clean.name, "poisoned": poisoned.name, "repaired": repaired.name}
-        return told(job, measured, {"trained": trained}, plan)
+        trainings = {"clean": clean, "poisoned": poisoned, "repaired": repaired}
+        return collect_metrics(job, measured_runs, trainings, plan)
 
-    def _encoder(self, job: Job) -> dict[str, Any]:
-        data, test = f"scenes:count={self.count}", f"scenes:count={self.test},split=test"
+    def _tell_encoder(self, job: Job, data: str, test: str) -> dict[str, Measure]:
         clean = job.run(Train(data, "tower", f"simclr:epochs={self.epochs or 3},crop=0.3"))
-        shadow = f"scenes:count={self.shadow},seed=1"  # the attacker's own images, not those of the victim
+        shadow = f"scenes:count={self.shadow},seed=1"  # the attacker's own images
         labelled = f"scenes:count={self.labelled},seed=2"
-        bad = job.run(
-            Inject(
-                clean,
-                shadow,
-                (self.target,),
-                (labelled,),
-                self.attack,
-                (self.trigger,),
-                "confident",
-            )
+        inject = Inject(
+            clean,
+            shadow,
+            (self.target,),
+            (labelled,),
+            self.attack,
+            (self.trigger,),
+            "confident",
         )
-        found = job.run(Evaluate(bad, test, HEADS, baseline=clean, train=labelled))
-        return told(
-            job, {"attacked": found, "inject": bad}, {"trained": {"clean": clean.name}}, bad
-        )
+        attacked = job.run(inject)
+        evaluation = job.run(Evaluate(attacked, test, HEADS, baseline=clean, train=labelled))
+        measured_runs = {"attacked": evaluation, "inject": attacked}
+        return collect_metrics(job, measured_runs, {"clean": clean}, attacked)
 
 
-def told(job: Job, measured: dict[str, Run], notes: dict[str, Any], attack: Run) -> dict[str, Any]:
-    """Every metric of the runs under their names; the notes name the runs."""
-    job.notes = {name: run.name for name, run in measured.items()} | notes
+def collect_metrics(
+    job: Job, measured_runs: Mapping[str, Run], trainings: Mapping[str, Run], attack: Run
+) -> dict[str, Measure]:
+    """Every metric of the runs under their names. The job's notes name the runs, its goals are those of the attack."""
+    job.notes = {name: run.name for name, run in measured_runs.items()}
+    job.notes["trained"] = {name: run.name for name, run in trainings.items()}
     job.goals = attack.manifest["goal"]
     return {
         f"{name}.{key}": run.metric(key)
-        for name, run in measured.items()
+        for name, run in measured_runs.items()
         for key in run.manifest["metrics"]
     }

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from bezoar import registry
 from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure
+from bezoar.runs import inputs, sweep
 from bezoar.runs.execute import Job
-from bezoar.runs.verb import Input, Takes
+from bezoar.runs.tables import Cell, Results, Row, Table, readings
+from bezoar.runs.verb import Input, Takes, Trial, input_spec
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
-from bezoar.verbs.reproduce import count_trainings, input_spec, table_json
+from bezoar.verbs.reproduce import count_trainings, table_json
 from bezoar.verbs.train import Train
 
 
 @dataclass(frozen=True)
 class Dose:
     """How many poisons your own data and recipe take: success against log dose, fitted, and the dose for 50 %."""
+
+    sweeps: ClassVar[bool] = True
 
     data: Annotated[Input, Takes("data", positional=True), "data set"]
     poison: Annotated[
@@ -45,12 +51,8 @@ class Dose:
         "what measures success: zero_shot, or retrieval for data without classes",
     ] = "zero_shot"
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> tables.json; metrics `success@DOSE`, `dose_for_50_percent`, `dose_for_90_percent`."""
-        from bezoar.runs import inputs
-        from bezoar.runs.sweep import sweep
-        from bezoar.runs.tables import Results
-
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Train at every dose, and fit success against log dose. Writes tables.json."""
         doses = sorted(set(self.doses))
         if len(doses) < 2 or doses[0] < 1 or self.trainings < 1:
             raise UserError(
@@ -58,68 +60,66 @@ class Dose:
             )
         if len(doses) * self.trainings < 3:
             raise UserError(
-                f"a law needs at least three readings; {len(doses)} doses by one training are {len(doses)}"
+                f"a dose-response fit needs at least three readings; {len(doses)} doses by one training are {len(doses)}"
             )
         table = self.table(job.inputs, doses, job.seed)
-        results = Results(table, sweep(table.trials, job.settings, job.progress))
-        job.child_runs += dict.fromkeys(results.runs.values())
+        runs = sweep.run_trials(table.trials, job.settings, job.progress)
+        job.child_runs += dict.fromkeys(runs.values())
+        results = Results(table, runs)
         points = list(results.points())
-        inputs.write_json(
-            job.folder / "tables.json",
-            [{"name": "dose", "scale": "", **table_json(results, points)}],
-        )
-        law = results.fit_dose_response("success")
-        job.notes = {"law": law.describe(table.unit), "trainings": count_trainings(job.child_runs)}
-        found = {f"success@{row.name}": m for row, cell, m in points if cell.name == "success"}
-        return found | {"dose_for_50_percent": law.x50, "dose_for_90_percent": law.dose(0.9)}
+        facts = {"name": "dose", "scale": "", **table_json(results, points)}
+        inputs.write_json(job.folder / "tables.json", [facts])
+        fit = results.fit_dose_response("success")
+        job.notes = {
+            "law": fit.describe(table.unit),
+            "trainings": count_trainings(job.child_runs),
+        }
+        metrics = {f"success@{row.name}": m for row, cell, m in points if cell.name == "success"}
+        return metrics | {"dose_for_50_percent": fit.x50, "dose_for_90_percent": fit.dose(0.9)}
 
-    def table(self, given: dict[str, Any], doses: list[int], seed: int) -> Any:
-        """The doses as a table, like those of papers."""
-        from bezoar.runs.inputs import test_split
-        from bezoar.runs.sweep import Trial
-        from bezoar.runs.tables import Cell, Row, Table
-
-        poison, data = given["poison"], input_spec(given["data"])
-        test = (
-            input_spec(given["test"])
-            if given["test"] is not None
-            else input_spec(test_split(given["data"]))
-        )
+    def table(self, job_inputs: Mapping[str, Any], doses: list[int], seed: int) -> Table:
+        """The doses as a table, like those of papers: a row for each dose and for dose zero."""
+        poison = job_inputs["poison"]
+        is_targeted = registry.has_fields(poison, "victims")
+        trigger = None if is_targeted else input_spec(job_inputs["trigger"])
+        data = input_spec(job_inputs["data"])
+        test_method = job_inputs["test"]
+        if test_method is None:
+            test_method = inputs.test_split(job_inputs["data"])
+        test = input_spec(test_method)
         probe, network, objective = (
-            registry.spec(given[n]) for n in ("probe", "network", "objective")
+            registry.spec(job_inputs[name]) for name in ("probe", "network", "objective")
         )
-        targeted = "victims" in {f.name for f in dataclasses.fields(poison)}
-        trigger = None if targeted else input_spec(given["trigger"])
 
-        def measured(how: Any, seed: int, attacked: bool) -> Trial:
+        def trial(configured_poison: Any, seed: int, is_attacked: bool) -> Trial:
             plan = Poison(
-                data, registry.spec(how), trigger, self.target, victims=test if targeted else None
+                data,
+                registry.spec(configured_poison),
+                trigger,
+                self.target,
+                victims=test if is_targeted else None,
             )
-            trained = Train(plan if attacked else data, network, objective)
-            return Trial(Evaluate(trained, test, (probe,), attack=None if attacked else plan), seed)
+            trained = Train(plan if is_attacked else data, network, objective)
+            attack = None if is_attacked else plan
+            return Trial(Evaluate(trained, test, (probe,), attack=attack), seed)
 
-        seeds = range(seed, seed + self.trainings)
         rows = []
         for dose in [0, *doses]:
-            if targeted:
-                trials = [
-                    measured(dataclasses.replace(poison, captions=tuple(doses)), s, dose > 0)
-                    for s in seeds
-                ]
-                names = [f"targeted_success@{d}" for d in (doses if dose == 0 else [dose])]
+            if is_targeted:  # one training carries victims of every count of captions
+                configured = dataclasses.replace(poison, captions=tuple(doses))
+                counts = doses if dose == 0 else [dose]
+                metrics = [f"targeted_success@{count}" for count in counts]
             else:
-                trials = [
-                    measured(dataclasses.replace(poison, count=dose or doses[0]), s, dose > 0)
-                    for s in seeds
-                ]
-                names = ["attack_success"]
-            success = Cell("success", tuple((t, n) for t in trials for n in names))
-            rows.append(Row(str(dose), (success,), dose))
+                configured = dataclasses.replace(poison, count=dose or doses[0])
+                metrics = ["attack_success"]
+            seeds = range(seed, seed + self.trainings)
+            trials = [trial(configured, s, dose > 0) for s in seeds]
+            rows.append(Row(str(dose), (Cell("success", readings(trials, *metrics)),), dose))
         return Table(
             f"{registry.method_name(type(poison))}: success against dose",
             "",
-            "captions of one image" if targeted else "poisoned pairs",
+            "captions of one image" if is_targeted else "poisoned pairs",
             tuple(rows),
             dose_response_cells=("success",),
-            unit="captions" if targeted else "poisons",
+            unit="captions" if is_targeted else "poisons",
         )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+from bezoar import registry
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
+from bezoar.evaluation import success
+from bezoar.evaluation.scores import Measure
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
+from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Input, Takes
-
-if TYPE_CHECKING:
-    from bezoar.attacks.plan import Goal
-    from bezoar.data.pairs import Pairs
-    from bezoar.runs.inputs import Dataset
+from bezoar.runs.verb import Input, Takes, input_name
 
 LABELLED = 10_000  # records of a training split that is made to order
 
@@ -53,176 +55,162 @@ class Evaluate:
         str, "where patches are put, when not as in training: see the trigger's place"
     ] = ""
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> the metrics of the manifest."""
-        from bezoar import registry
-        from bezoar.evaluation import success
-        from bezoar.runs import inputs
-
-        given = job.inputs
-        run = given["encoder"]
-        attack = given["attack"] or (run if isinstance(run, Run) else None)
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Measure the encoder, and its clean twin where there is one, with every probe."""
+        encoder_input = job.inputs["encoder"]
+        attack = job.inputs["attack"]
+        if attack is None and isinstance(encoder_input, Run):
+            attack = encoder_input
         victims = attack_victims(attack)
-        method = given["test"]
-        if method is None:
-            if not isinstance(run, Run):
-                raise UserError("name the TEST data: this encoder's training data are not known")
-            method = inputs.test_split(inputs.root_method(run))
-        parts = inputs.open_dataset(method)
-        test = parts.pairs.to(job.device)
-        job.notes = parts.reading_notes() | {
-            "test": registry.spec(method) if not isinstance(method, Run) else method.name,
-            "records": len(test),
-        }
-        goals = [moved(g, self.place) for g in self._goals(job, inputs.known_goals(attack), test)]
-        job.goals = [vars(g) for g in goals]
-        encoder = inputs.load_encoder(run, job.device)
-        twin = (
-            None
-            if given["baseline"] is None
-            else inputs.load_encoder(given["baseline"], job.device)
-        )
+        method = test_method(job.inputs["test"], encoder_input)
+        dataset = inputs.open_dataset(method)
+        test = dataset.pairs.to(job.device)
+        job.notes = dataset.reading_notes() | {"test": input_name(method), "records": len(test)}
+        goals = [
+            with_place(goal, self.place)
+            for goal in goals_of_task(job, inputs.known_goals(attack), test)
+        ]
+        job.goals = [vars(goal) for goal in goals]
+        encoder = inputs.load_encoder(encoder_input, job.device)
+        baseline = job.inputs["baseline"]
+        twin = None if baseline is None else inputs.load_encoder(baseline, job.device)
+        probes = job.inputs["probe"]
         train = None
-        if any("train" in needs(p) for p in given["probe"]):
-            train = self._train(job, parts)
-        out: dict[str, Any] = {}
-        asked = [(p, e) for e in (encoder, twin) if e is not None for p in given["probe"]]
+        if any("train" in registry.needs(probe) for probe in probes):
+            train = load_labelled(job, dataset)
+        # A probe that needs the twin measures both by itself.
+        of_twin = [p for p in probes if twin is not None and "baseline" not in registry.needs(p)]
+        tasks = [(encoder, p) for p in probes] + [(twin, p) for p in of_twin]
+        metrics: dict[str, Measure] = {}
         with success.embedding_cache():
-            for i, (probe, measured) in enumerate(asked):
-                if measured is twin and "baseline" in needs(probe):
-                    continue  # it has measured both
-                name = registry.method_name(type(probe)) + (
-                    " of the clean twin" if measured is twin else ""
+            for i, (measured, probe) in enumerate(tasks):
+                is_twin = measured is not encoder
+                name = registry.method_name(type(probe))
+                if is_twin:
+                    name += " of the clean twin"
+                job.progress.step(i, len(tasks), name)
+                report = job.reporter(name)
+                measures = registry.call(
+                    probe, measured, train, test, goals, victims, baseline=twin, report=report
                 )
-                job.progress.step(i, len(asked), name)
-                found = probe(measured, train, test, goals, victims, **more(probe, twin, job, name))
-                found = of_twin(found) if measured is twin else found
-                if clash := sorted(out.keys() & found.keys()):
+                if is_twin:
+                    measures = twin_metrics(measures)
+                if clash := sorted(metrics.keys() & measures.keys()):
                     raise UserError(
                         f"two of the probes measure {clash[0]!r}; ask for them in two runs"
                     )
-                out |= found
-        return out
-
-    @staticmethod
-    def _goals(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
-        """The goals of this test set's task, in their order; the manifest names what is left out.
-
-        An encoder's goals may belong to several tasks, each with its classes. Where no goal's target is a class of the
-        test set, all are kept: the probes that read classes refuse them.
-        """
-        fitting = [g for g in goals if g.target in test.classes]
-        if fitting and len(fitting) < len(goals):
-            job.notes["goals_of_other_tasks"] = [g.target for g in goals if g not in fitting]
-        if test.classes and test.labels is not None:
-            there = set(test.labels.tolist())
-            if empty := [c for i, c in enumerate(test.classes) if i not in there]:
-                job.notes["classes_without_test_images"] = empty
-        return fitting or goals
-
-    def _train(self, job: Job, test: Dataset) -> Pairs:
-        """The clean records that heads are fitted on, on the CPU: as named, or the training split of the test data.
-
-        Raises UserError when there is no such split, or when it holds records that are tested on.
-        """
-        from bezoar import registry
-        from bezoar.runs import inputs
-
-        named = job.inputs["train"]
-        found = inputs.open_dataset(training_split(test.method) if named is None else named)
-        clean = inputs.in_memory(found.clean)
-        if both := shared_records(clean, test.pairs):
-            raise UserError(
-                f"{len(both)} labelled records are test records too, such as {both[0]!r}; name other train data"
-            )
-        job.notes |= {
-            "train": named.name if isinstance(named, Run) else registry.spec(found.method),
-            "labelled": len(clean),
-        }
-        return clean
+                metrics |= measures
+        return metrics
 
 
-def moved(goal: Goal, place: str) -> Goal:
-    """A goal whose trigger stands elsewhere than in training. Raises UserError for a trigger without a place."""
-    from bezoar import registry
+def test_method(test: Any, encoder: Any) -> Any:
+    """The data that an encoder is tested on: those that are given, or the test split of its training data."""
+    if test is not None:
+        return test
+    if not isinstance(encoder, Run):
+        raise UserError("name the TEST data: this encoder's training data are not known")
+    return inputs.test_split(inputs.root_method(encoder))
 
+
+def goals_of_task(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
+    """The goals whose target is a class of the test set, in their order; the job's notes name those that are left out.
+
+    An encoder's goals may belong to several tasks, each with its classes. Where no goal's target is a class of the test
+    set, all are kept: the probes that read classes refuse them.
+    """
+    of_task = [g for g in goals if g.target in test.classes]
+    if of_task and len(of_task) < len(goals):
+        job.notes["goals_of_other_tasks"] = [g.target for g in goals if g not in of_task]
+    if test.classes and test.labels is not None:
+        labels = set(test.labels.tolist())
+        if empty := [c for i, c in enumerate(test.classes) if i not in labels]:
+            job.notes["classes_without_test_images"] = empty
+    return of_task or goals
+
+
+def load_labelled(job: Job, test: Dataset) -> Pairs:
+    """The clean records that heads are fitted on, on the CPU: those that are given, or TEST's training split.
+
+    Raises UserError where there is no such split, or it holds records that are tested on.
+    """
+    train = job.inputs["train"]
+    dataset = inputs.open_dataset(training_split(test.method) if train is None else train)
+    clean = inputs.in_memory(dataset.clean)
+    check_disjoint(
+        clean, test.pairs, "labelled records are test records too", "name other train data"
+    )
+    name = train.name if isinstance(train, Run) else registry.spec(dataset.method)
+    job.notes |= {"train": name, "labelled": len(clean)}
+    return clean
+
+
+def with_place(goal: Goal, place: str) -> Goal:
+    """The goal with its trigger at another place than in training. Raises UserError for a trigger without a place."""
     if not place or goal.trigger is None:
         return goal
     trigger = registry.make("trigger", goal.trigger)
-    if "place" not in {f.name for f in dataclasses.fields(trigger)}:
+    if not registry.has_fields(trigger, "place"):
         raise UserError(
             f"trigger {goal.trigger!r} covers the image; it has no place to be moved from"
         )
     try:
-        return dataclasses.replace(
-            goal, trigger=registry.spec(dataclasses.replace(trigger, place=place))
-        )
+        trigger = dataclasses.replace(trigger, place=place)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def needs(probe: Any) -> tuple[str, ...]:
-    """What a probe asks for: `train`, clean data for a head; as one more argument `baseline`, the clean twin, or `report`."""
-    return getattr(probe, "needs", ())
-
-
-def more(probe: Any, twin: Any, job: Job, name: str) -> dict[str, Any]:
-    """What a probe needs beyond what every probe is called with."""
-
-    def report(done: int, total: int, text: str) -> None:
-        job.progress.step(done, total, f"{name}: {text}")
-
-    known = {"baseline": twin, "report": report}
-    return {k: known[k] for k in needs(probe) if k in known}
+    return dataclasses.replace(goal, trigger=registry.spec(trigger))
 
 
 def attack_victims(attack: Run | None) -> Pairs | None:
-    """The victims of an attack's targeted goals: added from elsewhere, or records of the data set itself."""
-    from bezoar.runs import inputs
-
+    """The victims of an attack's targeted goals: images from elsewhere, or records of the data set itself."""
     poison = attack.ancestor("poison") if attack else None
     if poison is None:
         return None
-    parts = inputs.open_dataset(poison)
-    wanted = {v for g in inputs.known_goals(attack) for v in g.victims}
-    if parts.victims is not None or not wanted:
-        return parts.victims
-    return parts.clean.take([i for i, k in enumerate(parts.clean.ids) if k in wanted])
+    dataset = inputs.open_dataset(poison)
+    victim_ids = {v for goal in inputs.known_goals(attack) for v in goal.victims}
+    if dataset.victims is not None or not victim_ids:
+        return dataset.victims
+    return dataset.clean.take([i for i, k in enumerate(dataset.clean.ids) if k in victim_ids])
 
 
 def training_split(method: Any) -> Any:
-    """The training split that belongs to test data, whole. Raises UserError where there is none."""
-    from bezoar import registry
-
+    """The whole training split that belongs to test data, as a data method. Raises UserError where there is none."""
     if getattr(method, "split", None) in (None, "train"):
         raise UserError(
             f"{registry.spec(method)} has no training split of its own; name the labelled data (train)"
         )
-    fields = {f.name for f in dataclasses.fields(method)}
-    sizes = (
-        {"count": LABELLED} if "count" in fields else {"limit": None} if "limit" in fields else {}
-    )
-    return dataclasses.replace(method, split="train", **sizes)
+    size: dict[str, int | None] = {}
+    if registry.has_fields(method, "count"):
+        size = {"count": LABELLED}
+    elif registry.has_fields(method, "limit"):
+        size = {"limit": None}
+    return dataclasses.replace(method, split="train", **size)
+
+
+def check_disjoint(records: Pairs, others: Pairs, mistake: str, advice: str) -> None:
+    """Raise UserError, with the mistake and the advice, where records are among the others."""
+    if shared := shared_records(records, others):
+        raise UserError(f"{len(shared)} {mistake}, such as {shared[0]!r}; {advice}")
 
 
 def shared_records(a: Pairs, b: Pairs) -> list[str]:
     """Ids of the records that two sets share: the same id and the same pixels."""
-    row = {k: i for i, k in enumerate(b.ids)}
-    pairs = [(i, row[k]) for i, k in enumerate(a.ids) if k in row]
-    if not pairs or a.images.shape[1:] != b.images.shape[1:]:
+    row_of_id = {k: i for i, k in enumerate(b.ids)}
+    rows_a = [i for i, k in enumerate(a.ids) if k in row_of_id]
+    if not rows_a or a.images.shape[1:] != b.images.shape[1:]:
         return []
-    mine, theirs = (list(rows) for rows in zip(*pairs, strict=True))
-    same = (a.images[mine].cpu() == b.images[theirs].cpu()).flatten(1).all(1).tolist()
-    return [a.ids[i] for i, equal in zip(mine, same, strict=True) if equal]
+    rows_b = [row_of_id[a.ids[i]] for i in rows_a]
+    is_same = (a.images[rows_a].cpu() == b.images[rows_b].cpu()).flatten(1).all(1).tolist()
+    return [a.ids[i] for i, same in zip(rows_a, is_same, strict=True) if same]
 
 
-def of_twin(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of the clean twin: `linear.attack_success_baseline`, `baseline.linear.clean_accuracy`."""
-    out = {}
-    for key, m in found.items():
+def twin_metrics(measures: Mapping[str, Measure]) -> dict[str, Measure]:
+    """The metrics of a clean twin that are kept, such as `linear.attack_success_baseline` and `baseline.linear.clean_accuracy`."""
+    metrics = {}
+    for key, measure in measures.items():
         group, dot, name = key.rpartition(".")
         if name.startswith("attack_success"):
-            out[group + dot + name.replace("attack_success", "attack_success_baseline", 1)] = m
+            name = name.replace("attack_success", "attack_success_baseline", 1)
+            metrics[group + dot + name] = measure
         elif name == "clean_accuracy" or name.startswith("targeted_s"):
-            out["baseline." + key] = m
-    return out
+            metrics["baseline." + key] = measure
+    return metrics

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from bezoar import registry
+from bezoar.attacks import pixels
+from bezoar.attacks.plan import Goal
+from bezoar.data import randomness
+from bezoar.data.files import arrays
+from bezoar.data.pairs import Pairs
+from bezoar.data.stored_pairs import StoredPairs
+from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure, average
+from bezoar.runs import inputs, reference_inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import CHECKPOINT
 from bezoar.runs.verb import Input, Takes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bezoar.attacks.plan import Goal
-    from bezoar.data.pairs import Pairs
-    from bezoar.data.stored_pairs import StoredPairs
-    from bezoar.encoders.encoder import Encoder
-    from bezoar.evaluation.scores import Measure
+from bezoar.training import collectives
+from bezoar.training.loop import TrainingLog
+from bezoar.verbs.train import finish_log
 
 SAMPLE = 1000  # shadow records that cosines are measured on, before and after
+BATCH = 256  # images that are embedded at a time
 
 
 @dataclass(frozen=True)
@@ -56,201 +64,199 @@ class Inject:
         Literal["central", "confident", "first"], "how a reference is chosen from data"
     ] = "central"
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> encoder.json + encoder.safetensors, references, similarities and ledger (.safetensors), log.jsonl."""
-        from safetensors.torch import save_file
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Attack a copy of the encoder.
 
-        from bezoar.runs import inputs
-        from bezoar.training import collectives, loop
+        Writes encoder.json, encoder.safetensors, log.jsonl, and references, similarities and ledger (.safetensors).
+        """
+        dataset = inputs.open_dataset(job.inputs["data"])
+        shadow = dataset.records
+        clean = inputs.load_encoder(job.inputs["encoder"], job.device)
+        targets = self._choose_targets(job, clean, shadow)
+        rows = randomness.sample_rows(list(shadow.ids), SAMPLE, job.seed)
+        sample = shadow.take(rows)
+        before = embed_sample(clean, sample, targets)
+        log = TrainingLog()
 
-        given, parts = job.inputs, inputs.open_dataset(job.inputs["data"])
-        shadow, log = parts.records, loop.TrainingLog()
-        clean = inputs.load_encoder(given["encoder"], job.device)
-        goals, images, told = self._goals(job, clean, shadow)
-        sample = sampled(shadow, job.seed)
-        before = looked(clean, sample, goals, images)
-        bad = given["attack"](
+        def report(step: int, steps: int, value: float) -> None:
+            job.progress.step(step, steps, f"loss {value:.3f}")
+
+        attacked: Encoder = job.inputs["attack"](
             clean,
             shadow,
-            goals,
-            images,
+            targets.goals,
+            targets.images,
             job.seed,
             job.folder / CHECKPOINT,
-            lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
+            report,
             log,
         )
         rank, world = collectives.rank_and_world()
         if rank > 0:
             return {}
-        found = similarities(before, looked(bad, sample, goals, images))
-        bad.save(job.folder)
-        save_file(found, job.folder / "similarities.safetensors")
-        save_file(pictures(images), job.folder / "references.safetensors")
-        save_file(
-            {"losses": losses(log), "exposures": log.exposures}, job.folder / "ledger.safetensors"
-        )
-        (job.folder / "log.jsonl").write_text(
-            "".join(json.dumps(epoch) + "\n" for epoch in log.epochs)
-        )
-        (job.folder / CHECKPOINT).unlink(missing_ok=True)
-        job.goals = [*(vars(g) for g in inputs.known_goals(given["encoder"])), *map(vars, goals)]
-        job.notes = parts.reading_notes() | {
+        similarities = measure_similarities(before, embed_sample(attacked, sample, targets))
+        attacked.save(job.folder)
+        save_file(similarities, job.folder / "similarities.safetensors")
+        save_file(targets.tensors(), job.folder / "references.safetensors")
+        losses = torch.tensor(log.losses, dtype=torch.float64)
+        ledger = {"losses": losses, "exposures": log.exposures}
+        save_file(ledger, job.folder / "ledger.safetensors")
+        finish_log(job.folder, log)
+        goals = [*inputs.known_goals(job.inputs["encoder"]), *targets.goals]
+        job.goals = [vars(goal) for goal in goals]
+        speed = int(log.exposures.sum()) / max(log.seconds, 1e-9)
+        job.notes = dataset.reading_notes() | {
             "poisoned": True,
-            "references": told,
+            "references": targets.notes,
             "records": len(shadow),
             "steps": len(log.losses),
             "epochs": len(log.epochs),
             "attack_seconds": round(log.seconds, 2),
-            "images_per_second": round(int(log.exposures.sum()) / max(log.seconds, 1e-9), 1),
-            "precision": bad.precision,
+            "images_per_second": round(speed, 1),
+            "precision": attacked.precision,
             "ranks": world,
         }
-        return measured(found, log, len(goals))
+        return attack_metrics(similarities, losses, len(targets.goals))
 
-    def _goals(
+    def _choose_targets(
         self, job: Job, clean: Encoder, shadow: Pairs | StoredPairs
-    ) -> tuple[list[Goal], list[Tensor], list[dict]]:
-        """Goals, each one's reference images uint8 (r, 3, H, W), and where these are from. One goal a trigger and target."""
-        import torch
-
-        from bezoar.attacks.plan import Goal
-        from bezoar.runs import reference_inputs
-
-        targets, how = self.target, registry.spec(job.inputs["attack"])
-        if not targets or not all(targets):
+    ) -> AttackTargets:
+        """Make a goal for each pair of trigger and target, with its reference images."""
+        if not self.target or not all(self.target):
             raise UserError("give a --target: the class that triggered images are to be read as")
+        attack = registry.spec(job.inputs["attack"])
         sides = shadow.take([0]).images.shape[2:]
-        triggers = in_step(job.inputs["trigger"], len(targets), "trigger")
-        given = in_step(job.inputs["reference"], len(targets), "reference")
+        count = len(self.target)
+        triggers = one_each(job.inputs["trigger"], count, "trigger")
+        references = one_each(job.inputs["reference"], count, "reference")
         goals: dict[tuple[str, str], Goal] = {}
         images: dict[tuple[str, str], list[Tensor]] = {}
-        told = []
-        for trigger, reference, target in zip(triggers, given, targets, strict=True):
-            fits(trigger, tuple(sides))
-            found = reference_inputs.choose_reference(reference, target, self.choose, clean)
-            if found.image.shape[1:] != sides:
-                own, wanted = ("x".join(map(str, s)) for s in (found.image.shape[1:], sides))
+        notes = []
+        for trigger, source, target in zip(triggers, references, self.target, strict=True):
+            check_trigger_size(trigger, sides)
+            reference = reference_inputs.choose_reference(source, target, self.choose, clean)
+            if reference.image.shape[1:] != sides:
                 raise UserError(
-                    f"reference {found.id!r} is {own} px, the shadow images are {wanted}; give both one size"
+                    f"reference {reference.id!r} is {in_pixels(reference.image.shape[1:])} px, "
+                    f"the shadow images are {in_pixels(sides)}; give both one size"
                 )
-            told.append({"target": target, **found.told()})
-            key = registry.spec(trigger), target
-            old = goals.get(key, Goal(target, key[0], how=how))
-            goals[key] = replace(old, references=(*old.references, found.id))
-            images.setdefault(key, []).append(found.image)
-        return list(goals.values()), [torch.stack(images[k]) for k in goals], told
-
-
-def in_step(given: tuple, count: int, name: str) -> tuple:
-    """One value a goal; a single one serves all. Raises UserError for any other number."""
-    if len(given) not in (1, count):
-        raise UserError(
-            f"{count} targets but {len(given)} values of --{name}: give one for all, or one each, in step"
+            notes.append({"target": target, **reference.to_json()})
+            trigger_spec = registry.spec(trigger)
+            key = trigger_spec, target
+            goal = goals.get(key, Goal(target, trigger_spec, how=attack))
+            goals[key] = replace(goal, references=(*goal.references, reference.id))
+            images.setdefault(key, []).append(reference.image)
+        return AttackTargets(
+            list(goals.values()), [torch.stack(images[key]) for key in goals], notes
         )
-    return given if len(given) == count else given * count
 
 
-def fits(trigger: Any, sides: tuple[int, ...]) -> None:
-    """Raise UserError for the file of a whole-image trigger, pattern and mask, that was made for images of another size."""
-    from bezoar.attacks import pixels
-    from bezoar.data.files import arrays
+@dataclass(frozen=True)
+class AttackTargets:
+    """What an attack is to reach.
 
+    Attributes:
+        goals: one for each pair of trigger and target.
+        images: for each goal its reference images, uint8 (r, 3, H, W).
+        notes: where the reference images come from, for the manifest.
+    """
+
+    goals: list[Goal]
+    images: list[Tensor]
+    notes: list[dict[str, str]] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`images`: every reference image, uint8 (R, 3, H, W); `goal`: the number of its goal, int64 (R,)."""
+        numbers = [i for i, images in enumerate(self.images) for _ in images]
+        return {"images": torch.cat(self.images), "goal": torch.tensor(numbers)}
+
+
+def one_each(values: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
+    """One value for each of `count` goals; a single value serves all. Raises UserError for any other number of values."""
+    if len(values) not in (1, count):
+        raise UserError(
+            f"{count} targets but {len(values)} values of --{name}: give one for all, or one each, in step"
+        )
+    return values if len(values) == count else values * count
+
+
+def check_trigger_size(trigger: Any, sides: Sequence[int]) -> None:
+    """Raise UserError for a whole-image trigger from a file that was made for images of another size."""
     path = getattr(trigger, "path", None)
     if not path or not path.lower().endswith(".npz"):
         return
     members = arrays.load_arrays(path)
-    if "t" in members and "tm" in members:
-        made = pixels.channels_first(members["t"], path).shape[1:]
-        if made != sides:
-            own, wanted = ("x".join(map(str, s)) for s in (made, sides))
+    if "t" in members and "tm" in members:  # a pattern and its mask
+        trigger_sides = pixels.channels_first(members["t"], path).shape[1:]
+        if tuple(trigger_sides) != tuple(sides):
             raise UserError(
-                f"trigger {path} was made for images of {own} px, the shadow images are {wanted}"
+                f"trigger {path} was made for images of {in_pixels(trigger_sides)} px, "
+                f"the shadow images are {in_pixels(sides)}"
             )
 
 
-def sampled(shadow: Pairs | StoredPairs, seed: int) -> Pairs:
-    """A fixed sample of the shadow data."""
-    from bezoar.data import randomness
-
-    return shadow.take(randomness.sample_rows(list(shadow.ids), SAMPLE, seed))
+def in_pixels(sides: Sequence[int]) -> str:
+    """The sides of an image as text, such as `32x32`."""
+    return "x".join(map(str, sides))
 
 
-def looked(
-    encoder: Encoder, sample: Pairs, goals: list[Goal], images: list[Tensor]
-) -> dict[str, Tensor]:
-    """Vectors of the sample and, for each goal, of the sample with its trigger and of its references; on the CPU."""
-    from bezoar.encoders.encoder import embed_images
+def embed_sample(encoder: Encoder, sample: Pairs, targets: AttackTargets) -> dict[str, Tensor]:
+    """Embed the sample, and for each goal i the sample with its trigger and the goal's references.
 
-    def see(x: Tensor) -> Tensor:
-        return embed_images(encoder, x.split(256)).cpu()
-
-    out = {"clean": see(sample.images)}
-    for i, (goal, own) in enumerate(zip(goals, images, strict=True)):
-        stamp = registry.make("trigger", goal.trigger or "")
-        out |= {
-            f"triggered@{i}": see(stamp(sample.images, sample.ids)),
-            f"references@{i}": see(own),
-        }
-    return out
-
-
-def similarities(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cosines, float32. clean (S,): of clean images, to themselves before. And for each goal i, as means over its references:
-    before@i, after@i (S,): of triggered images to the reference; untriggered@i (S,): of clean images to it, afterwards;
-    references@i (r,): of the references to themselves before.
+    Returns:
+        `clean`, and `triggered@i` and `references@i`: vectors (S, d) or (r, d) on the CPU.
     """
-    out = {"clean": (before["clean"] * after["clean"]).sum(1)}
-    for i in [k.partition("@")[2] for k in before if k.startswith("references@")]:
-        pairs = {"before": before, "after": after}
-        out |= {
-            f"{name}@{i}": (z[f"triggered@{i}"] @ z[f"references@{i}"].T).mean(1)
-            for name, z in pairs.items()
-        }
-        out[f"untriggered@{i}"] = (after["clean"] @ after[f"references@{i}"].T).mean(1)
-        out[f"references@{i}"] = (before[f"references@{i}"] * after[f"references@{i}"]).sum(1)
-    return out
+    vectors = {"clean": embed_images(encoder, torch.split(sample.images, BATCH)).cpu()}
+    for i, (goal, images) in enumerate(zip(targets.goals, targets.images, strict=True)):
+        trigger = registry.make("trigger", goal.trigger or "")
+        stamped = trigger(sample.images, sample.ids)
+        vectors[f"triggered@{i}"] = embed_images(encoder, torch.split(stamped, BATCH)).cpu()
+        vectors[f"references@{i}"] = embed_images(encoder, torch.split(images, BATCH)).cpu()
+    return vectors
 
 
-def pictures(images: list[Tensor]) -> dict[str, Tensor]:
-    """images: uint8 (R, 3, H, W), every reference. goal: int64 (R,), whose it is."""
-    import torch
+def measure_similarities(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cosines between the vectors of `embed_sample` before and after the attack.
 
-    return {
-        "images": torch.cat(images),
-        "goal": torch.tensor([i for i, x in enumerate(images) for _ in x]),
+    Returns:
+        `clean` (S,): of clean images to themselves before. For each goal i, as means over its references: `before@i` and
+        `after@i` (S,): of triggered images to the reference; `untriggered@i` (S,): of clean images to it, afterwards. And
+        `references@i` (r,): of the references to themselves before.
+    """
+    cosines = {"clean": (before["clean"] * after["clean"]).sum(1)}
+    for i in [key.partition("@")[2] for key in before if key.startswith("references@")]:
+        for name, vectors in (("before", before), ("after", after)):
+            products = vectors[f"triggered@{i}"] @ vectors[f"references@{i}"].T  # (S, r)
+            cosines[f"{name}@{i}"] = products.mean(1)
+        cosines[f"untriggered@{i}"] = (after["clean"] @ after[f"references@{i}"].T).mean(1)
+        cosines[f"references@{i}"] = (before[f"references@{i}"] * after[f"references@{i}"]).sum(1)
+    return cosines
+
+
+def attack_metrics(
+    similarities: dict[str, Tensor], losses: Tensor, goals: int
+) -> dict[str, Measure]:
+    """The last loss and the cosines; of several goals each its own. losses: float64 (steps,)."""
+    tail = losses[-max(2, len(losses) // 20) :]
+    metrics = {
+        "final_loss": average(tail, "mean loss of the last twentieth of the steps"),
+        "clean_similarity": average(
+            similarities["clean"], "cosine of clean shadow images to themselves before the attack"
+        ),
     }
-
-
-def losses(log: Any) -> Tensor:
-    """float64 (steps,)."""
-    import torch
-
-    return torch.tensor(log.losses, dtype=torch.float64)
-
-
-def measured(found: dict[str, Tensor], log: Any, goals: int) -> dict[str, Measure]:
-    """Losses and cosines; of several goals each its own."""
-    from bezoar.evaluation.scores import Measure, average
-
-    def kept(own: Tensor) -> Measure:
-        """A mean over the references; one of them is what it is."""
-        value, how = float(own.mean()), "cosine of references to themselves before the attack"
-        return average(own, how) if len(own) > 1 else Measure(value, 1, value, value, how)
-
-    tail = losses(log)[-max(2, len(log.losses) // 20) :]
-    out = {"final_loss": average(tail, "mean loss of the last twentieth of the steps")}
-    out["clean_similarity"] = average(
-        found["clean"], "cosine of clean shadow images to themselves before the attack"
-    )
     for i in range(goals):
-        mark = "" if goals == 1 else f"@{i}"
-        out |= {
-            f"reference_similarity{mark}": average(
-                found[f"after@{i}"], "cosine of triggered shadow images to the reference"
-            ),
-            f"reference_similarity_before{mark}": average(
-                found[f"before@{i}"], "the same before the attack"
-            ),
-            f"reference_kept{mark}": kept(found[f"references@{i}"]),
-        }
-    return out
+        suffix = "" if goals == 1 else f"@{i}"
+        metrics[f"reference_similarity{suffix}"] = average(
+            similarities[f"after@{i}"], "cosine of triggered shadow images to the reference"
+        )
+        metrics[f"reference_similarity_before{suffix}"] = average(
+            similarities[f"before@{i}"], "the same before the attack"
+        )
+        of_references = similarities[f"references@{i}"]
+        how = "cosine of references to themselves before the attack"
+        metrics[f"reference_kept{suffix}"] = (
+            average(of_references, how)
+            if len(of_references) > 1
+            else Measure.exact(float(of_references.mean()), 1, how)
+        )
+    return metrics

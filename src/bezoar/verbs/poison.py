@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from bezoar import registry
+from bezoar.attacks.plan import Goal, Plan, differences
+from bezoar.data import shards, stored_pairs
+from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
+from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes
+
+# Inputs that a plan is derived from, beside the data, and the kinds of methods that they are.
+PLAN_INPUTS = {"poison": "poison", "trigger": "trigger", "victims": "data"}
 
 
 @dataclass(frozen=True)
@@ -32,120 +42,121 @@ class Poison:
         Literal["png", "jpeg"], "how shards are written; jpeg alters small triggers"
     ] = "png"
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> plan.jsonl, the ground truth; with `write`, poisoned shards beside it, marked as such."""
-        from bezoar.evaluation.scores import Measure
-        from bezoar.runs import inputs
-
-        given, parts = job.inputs, inputs.open_dataset(job.inputs["data"])
-        plan = parts.plan.merge(derive_plan(given, parts, self.target, job.seed))
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Write plan.jsonl, the ground truth; with `write`, poisoned shards beside it, marked as such."""
+        dataset = inputs.open_dataset(job.inputs["data"])
+        plan = dataset.plan.merge(derive_plan(job.inputs, dataset, self.target, job.seed))
         plan.write(job.folder / "plan.jsonl")
-        job.goals = [vars(g) for g in plan.goals]
-        total = len(parts.clean) + len(plan) - int(plan.mask(parts.clean.ids).sum())
-        share = len(plan) / total
-        job.notes = parts.reading_notes() | {
+        job.goals = [vars(goal) for goal in plan.goals]
+        replaced = int(plan.mask(dataset.clean.ids).sum())
+        records = len(dataset.clean) + len(plan) - replaced
+        job.notes = dataset.reading_notes() | {
             "plan": plan.digest(),
             "poisoned": True,
-            "records": total,
-            "classes": list(parts.clean.classes),
+            "records": records,
+            "classes": list(dataset.clean.classes),
         }
-        if self.write != "plan":
-            from bezoar.data.shards import write_shards
-
-            folder, partial = job.folder / "shards", job.folder / "shards.part"
-            for left in (
-                folder,
-                partial,
-            ):  # of an attempt that was cut off, or that a fresh one replaces
-                shutil.rmtree(left, ignore_errors=True)
-            write_shards(partial, replace(parts, plan=plan).records, format=self.stored)
-            partial.rename(folder)
-            job.notes["stored"] = self.stored
+        if self.write == "shards":
+            self._write_shards(job, replace(dataset, plan=plan))
+        how = "poisoned records / all records, counted"
         return {
-            "poisons": Measure(len(plan), total, len(plan), len(plan), "poisoned records, counted"),
-            "poison_rate": Measure(
-                share, total, share, share, "poisoned records / all records, counted"
-            ),
+            "poisons": Measure.exact(len(plan), records, "poisoned records, counted"),
+            "poison_rate": Measure.exact(len(plan) / records, records, how),
         }
 
+    def _write_shards(self, job: Job, dataset: Dataset) -> None:
+        folder = job.folder / "shards"
+        partial = job.folder / "shards.part"
+        for path in (
+            folder,
+            partial,
+        ):  # of an attempt that was cut off, or that a fresh one replaces
+            shutil.rmtree(path, ignore_errors=True)
+        shards.write_shards(partial, dataset.records, format=self.stored)
+        partial.rename(folder)
+        job.notes["stored"] = self.stored
 
-def derive_plan(given: dict[str, Any], parts: Any, target: str, seed: int) -> Any:
-    """The plan that a poison method makes of these data: a function of the inputs and the seed alone."""
-    from bezoar.attacks.plan import Goal
-    from bezoar.data import stored_pairs
-    from bezoar.data.pairs import Pairs
-    from bezoar.runs import inputs
 
-    clean: Pairs | stored_pairs.StoredPairs = parts.clean
+def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, seed: int) -> Plan:
+    """Make the plan of a poison method for data. It is a function of the arguments alone.
+
+    Args:
+        plan_inputs: a configured poison, trigger and victims, of which the last two may be None.
+        dataset: the data, and what is poisoned in them already; those records are left alone.
+        target: class or word.
+        seed: of what is drawn.
+
+    Raises:
+        UserError: if the data or the victims cannot be poisoned so.
+    """
+    poison = plan_inputs["poison"]
+    trigger = plan_inputs["trigger"]
+    victims = plan_inputs["victims"]
+    clean = dataset.clean
     if not clean.captions:
         raise UserError("these data have no captions to poison")
-    free = [i for i, taken in enumerate(parts.plan.mask(clean.ids)) if not taken]
-    source = stored_pairs.subset(clean, free) if parts.plan.edits else clean
-    if isinstance(given["victims"], Run):
+    if isinstance(victims, Run):
         raise UserError(
-            f"victims are drawn from a data set, not from run {given['victims'].name}; name its test data"
+            f"victims are drawn from a data set, not from run {victims.name}; name its test data"
         )
-    pool = inputs.read_pairs(given["victims"]) if given["victims"] is not None else None
-    trigger = given["trigger"]
-    goal = Goal(target, registry.spec(trigger) if trigger else None)
-    if not target and registry.method_name(type(given["poison"])) != "targeted":
+    if not target and not registry.has_fields(poison, "victims"):  # a targeted one draws targets
         raise UserError("give a --target: the class or word that poisoned images are to be read as")
-    if pool is not None and parts.plan.edits:
-        used = {e.source for e in parts.plan.edits}
-        pool = pool.take([i for i, k in enumerate(pool.ids) if k not in used])
-    made = given["poison"](source, goal, seed, pool)
-    if pool is not None and (both := {e.source for e in made.edits}.intersection(clean.ids)):
+    source = clean
+    pool = None if victims is None else inputs.read_pairs(victims)
+    if dataset.plan.edits:
+        is_poison = dataset.plan.mask(clean.ids)
+        source = stored_pairs.subset(clean, [i for i, bad in enumerate(is_poison) if not bad])
+        if pool is not None:
+            used = {edit.source for edit in dataset.plan.edits}
+            pool = pool.take([i for i, k in enumerate(pool.ids) if k not in used])
+    goal = Goal(target, registry.spec(trigger) if trigger else None)
+    plan: Plan = poison(source, goal, seed, pool)
+    source_ids = {edit.source for edit in plan.edits}
+    if pool is not None and (clash := source_ids.intersection(clean.ids)):
         raise UserError(
-            f"victim {min(both)!r} has the id of a record of the data, so that a plan cannot tell their images apart; "
+            f"victim {min(clash)!r} has the id of a record of the data, so that a plan cannot tell their images apart; "
             "give one of the two sets ids of its own"
         )
-    stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals)
-    made = replace(
-        made, stamps=stamps, victims=registry.spec(given["victims"]) if pool is not None else None
-    )
-    wanted = {e.source for e in made.edits}
-    sources = source.take([i for i, k in enumerate(source.ids) if k in wanted])
-    return made.with_hashes(sources if pool is None else Pairs.concat([sources, _same(pool, sources)]))
+    triggers = [registry.make("trigger", g.trigger) if g.trigger else None for g in plan.goals]
+    victims_spec = None if victims is None else registry.spec(victims)
+    plan = replace(plan, stamps=tuple(triggers), victims=victims_spec)
+    sources = source.take([i for i, k in enumerate(source.ids) if k in source_ids])
+    if pool is not None:
+        sources = Pairs.concat([sources, captioned(pool, sources)])
+    return plan.with_hashes(sources)
 
 
-def _same(pool: Any, source: Any) -> Any:
-    """Victim images beside the source's: fields that only one of them has are left out."""
-    if pool.images.shape[2:] != source.images.shape[2:]:
-        sizes = f"{tuple(pool.images.shape[2:])} px, the data {tuple(source.images.shape[2:])} px"
-        raise UserError(f"victims are {sizes}; give both one size")
-    return replace(pool, captions=pool.captions or ("",) * len(pool))
+def captioned(victims: Pairs, sources: Pairs) -> Pairs:
+    """The victims with captions, if empty ones. Raises UserError where their images have another size than the sources'."""
+    sides = tuple(victims.images.shape[2:])
+    source_sides = tuple(sources.images.shape[2:])
+    if sides != source_sides:
+        raise UserError(f"victims are {sides} px, the data {source_sides} px; give both one size")
+    return replace(victims, captions=victims.captions or ("",) * len(victims))
 
 
 def verify_plan(run: Run) -> dict[str, Any]:
-    """Derive a poison run's plan anew from its inputs and hold it against the written one.
+    """Derive a poison run's plan again from its inputs and compare it with the one on disk.
 
-    Raises UserError that names the first record whose caption, id or pixels differ.
+    Returns:
+        The run's name, the number of poisoned records, and the plan's digest; for JSON.
+
+    Raises:
+        UserError: if the plans differ; it names the first record whose caption, id or pixels do.
     """
-    from bezoar.attacks.plan import Plan, differences
-    from bezoar.runs import inputs
-
     if run.verb != "poison":
-        raise UserError(f"{run.name} is a {run.verb} run; --verify takes a poison run")
-    manifest = run.manifest
-    ask = manifest["ask"]
+        raise UserError(f"{run.name} is a {run.verb} run; only a poison run has a plan to verify")
+    ask = run.manifest["ask"]
     written = Plan.read(run.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
-    above = ask["data"].get("run")
-    parts = (
-        inputs.open_dataset(run.sibling(above))
-        if above
-        else inputs.open_dataset(inputs.root_method(run))
-    )
-    said = {k: ask[k]["spec"] if ask[k] else "" for k in KINDS}
-    made = {
-        k: registry.make(k if k != "victims" else "data", spec) if spec else None
-        for k, spec in said.items()
+    parent = run.input_run("data")
+    dataset = inputs.open_dataset(parent if parent is not None else inputs.root_method(run))
+    plan_inputs = {
+        name: registry.make(kind, ask[name]["spec"]) if ask[name] else None
+        for name, kind in PLAN_INPUTS.items()
     }
-    derived = parts.plan.merge(derive_plan(made, parts, ask["target"], ask["seed"]))
-    if found := differences(written, derived):
+    derived = dataset.plan.merge(derive_plan(plan_inputs, dataset, ask["target"], ask["seed"]))
+    if lines := differences(written, derived):
         raise UserError(
-            f"{run.name} does not verify, {len(found)} differences; the first: {found[0]}"
+            f"{run.name} does not verify, {len(lines)} differences; the first: {lines[0]}"
         )
     return {"run": run.name, "verified": True, "records": len(written), "plan": written.digest()}
-
-
-KINDS = ("poison", "trigger", "victims")

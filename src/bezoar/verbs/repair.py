@@ -5,26 +5,29 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from bezoar import registry
+from bezoar.attacks.plan import Goal
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import sample_rows
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure
+from bezoar.evaluation.verdict import Inversion
+from bezoar.repair import rate_ladder, receipt
+from bezoar.repair.receipt import EvaluationData
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
+from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Input, Takes
+from bezoar.runs.verb import Input, Takes, input_name
 from bezoar.verbs import evaluate
 
-if TYPE_CHECKING:
-    from bezoar.attacks.plan import Goal
-    from bezoar.data.pairs import Pairs
-    from bezoar.encoders.encoder import Encoder
-    from bezoar.repair.receipt import EvaluationData
-
-FRESH, ANOTHER = (
-    4000,
-    1009,
-)  # clean records that are made to order: how many, and how far their seed is from the data's
+# Clean records that are made to order: how many, and how far their seed is from that of the training data.
+FRESH, SEED_OFFSET = 4000, 1009
 LABELLED = 4000  # records that linear heads are fitted on, a fixed sample at most
 
 
@@ -73,183 +76,181 @@ class Repair:
     held: Annotated[float, "share of the clean data held apart to choose learning rates by"] = 0.2
     revive: Annotated[bool, "whether short fine-tunes try to bring the backdoor back"] = True
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> encoder.json + encoder.safetensors (unless `repaired`), inverted-*.npz, readings.json; the receipt as metrics."""
-        from bezoar.repair import rate_ladder, receipt
-        from bezoar.runs import inputs
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Repair the encoder, and measure it before, after and after short fine-tunes.
 
+        Writes encoder.json and encoder.safetensors (unless `repaired`), inverted-*.npz and readings.json.
+        """
         if not 0 < self.held < 1:
             raise UserError(f"held must be a share above 0 and below 1; got {self.held}")
-        given = job.inputs
-        suspect = inputs.load_encoder(given["encoder"], job.device)
-        case, clean = self._case(job, suspect), self._clean(job)
-        if both := evaluate.shared_records(clean, case.test):
-            raise UserError(
-                f"{len(both)} clean records are test records too, such as {both[0]!r}; name other data"
-            )
+        suspect = inputs.load_encoder(job.inputs["encoder"], job.device)
+        case = load_case(job, suspect)
+        clean = load_clean(job)
+        evaluate.check_disjoint(
+            clean, case.test, "clean records are test records too", "name other data"
+        )
         train, validation = rate_ladder.split_validation(clean, self.held, job.seed)
-        found = receipt.load_inversions(given["audit"].path) if given["audit"] is not None else ()
-        first = case.default_head(suspect)
-        case = dataclasses.replace(
-            case, inverted=receipt.export_goals(found, job.folder, case, first)
-        )
-
-        def report(done: int, total: int, text: str) -> None:
-            job.progress.step(done, total, text)
-
-        before, clock = case.measure(suspect, first), (time.monotonic(), time.process_time())
-        log: dict[str, Any] = {}
-        if given["repaired"] is not None:
-            cured = inputs.load_encoder(given["repaired"], job.device)
-        else:
-            cured, log = receipt.apply_repairs(
-                given["repair"], suspect, train, validation, found, job.seed, report
-            )
-            cured.save(job.folder)
-        spent = time.monotonic() - clock[0], time.process_time() - clock[1]
-        last = case.default_head(cured)
-        out = {f"before.{k}": m for k, m in before.items()} | {
-            f"after.{k}": m for k, m in case.measure(cured, last).items()
-        }
-        out["clean_accuracy_lost"] = receipt.accuracy_loss(case, first, last)
-        inputs.write_json(job.folder / "readings.json", receipt.compare_readings(case, first, last))
-        if given["repaired"] is None:
-            out |= seconds(*spent)
+        audit = job.inputs["audit"]
+        inversions = receipt.load_inversions(audit.path) if audit is not None else ()
+        head_before = case.default_head(suspect)
+        inverted = receipt.export_goals(inversions, job.folder, case, head_before)
+        case = dataclasses.replace(case, inverted=inverted)
+        before = case.measure(suspect, head_before)
+        metrics = {f"before.{key}": measure for key, measure in before.items()}
+        outcome = self._repair(job, suspect, train, validation, inversions)
+        repaired = outcome.encoder
+        head_after = case.default_head(repaired)
+        after = case.measure(repaired, head_after)
+        metrics |= {f"after.{key}": measure for key, measure in after.items()}
+        metrics["clean_accuracy_lost"] = receipt.accuracy_loss(case, head_before, head_after)
+        readings = receipt.compare_readings(case, head_before, head_after)
+        inputs.write_json(job.folder / "readings.json", readings)
+        metrics |= outcome.durations
         goal = next((g for g in (*case.goals, *case.inverted) if g.trigger), None)
-        if self.revive and goal is not None:
-            twin = None if given["twin"] is None else inputs.load_encoder(given["twin"], job.device)
-            out |= receipt.RevivalTest(case, train, goal, job.seed, report).measure(cured, twin)
-        self._tell(job, case, train, validation, log, goal)
-        return out
-
-    def _case(self, job: Job, suspect: Encoder) -> EvaluationData:
-        """Test data, known goals, victims, labelled data."""
-        from bezoar.repair.receipt import EvaluationData
-        from bezoar.runs import inputs
-
-        given, run = job.inputs, job.inputs["encoder"]
-        method = given["test"]
-        if method is None:
-            if not isinstance(run, Run):
-                raise UserError("name the TEST data: this encoder's training data are not known")
-            method = inputs.test_split(inputs.root_method(run))
-        parts = inputs.open_dataset(method)
-        test = parts.pairs.to(job.device)
-        goals = fitting(inputs.known_goals(run), test)
-        victims = evaluate.attack_victims(run) if isinstance(run, Run) else None
-        labelled = self._labelled(job, parts, test, suspect)
-        job.notes["test"] = method.name if isinstance(method, Run) else registry.spec(method)
-        return EvaluationData(
-            test, goals, victims if any(g.victims for g in goals) else None, labelled
-        )
-
-    def _labelled(self, job: Job, parts: Any, test: Pairs, suspect: Encoder) -> Pairs | None:
-        """Clean labelled records that are not tested on; None where there are none and the text tower reads classes."""
-        from bezoar.data import randomness
-        from bezoar.runs import inputs
-
-        named = job.inputs["labelled"]
-        if named is None:
-            try:
-                named = evaluate.training_split(parts.method)
-                named = (
-                    dataclasses.replace(named, count=LABELLED) if hasattr(named, "count") else named
-                )
-            except UserError:
-                if suspect.text is None:
-                    raise
-                return None
-        found = inputs.in_memory(inputs.open_dataset(named).clean)
-        if both := evaluate.shared_records(found, test):
-            raise UserError(
-                f"{len(both)} labelled records are test records too, such as {both[0]!r}; name other labelled data"
-            )
-        return found.take(randomness.sample_rows(found.ids, LABELLED, 0))
-
-    def _clean(self, job: Job) -> Pairs:
-        """The records that the repair may use. Raises UserError for a run whose data are poisoned, or where none are named."""
-        from bezoar.runs import inputs
-
-        named, run = job.inputs["data"], job.inputs["encoder"]
-        if named is None:
-            method = inputs.root_method(run) if isinstance(run, Run) else None
-            if method is None or not {"count", "seed"} <= {
-                f.name for f in dataclasses.fields(method)
-            }:
-                raise UserError(
-                    "name clean DATA (--data): this encoder's training data cannot be made anew"
-                )
-            named = dataclasses.replace(
-                method, count=FRESH, seed=method.seed + ANOTHER, split="train"
-            )
-        parts = inputs.open_dataset(named)
-        if parts.plan.edits:
-            raise UserError(f"the data of {named.name} are poisoned; a repair needs clean ones")
-        job.notes |= parts.reading_notes() | {
-            "data": named.name if isinstance(named, Run) else registry.spec(parts.method)
-        }
-        return inputs.in_memory(parts.clean)
-
-    def _tell(
-        self,
-        job: Job,
-        case: EvaluationData,
-        train: Pairs,
-        validation: Pairs,
-        log: dict,
-        goal: Goal | None,
-    ) -> None:
-        """The manifest's notes, and on stderr what a reader must not miss."""
-        limits = []
-        if not any(g.trigger for g in case.goals):
-            limits.append(
-                "No trigger is known: success is measured for inverted triggers alone, and accuracy."
-            )
-        if not case.inverted:
-            limits.append(
-                "No audit was named, or it inverted nothing: no inverted trigger is measured."
-            )
-        for rungs in log.get("ladder", []):
-            if not rungs["held"]:
-                limits.append(
-                    f"No learning rate kept the validation score within {rungs['tolerance']:g}; the least fall was taken."
-                )
+        if not self.revive:
+            goal = None
+        if goal is not None:
+            twin_input = job.inputs["twin"]
+            twin = None if twin_input is None else inputs.load_encoder(twin_input, job.device)
+            revival = receipt.RevivalTest(case, train, goal, job.seed, job.progress.step)
+            metrics |= revival.measure(repaired, twin)
+        limits = describe_limits(case, outcome.log)
         for line in limits:
             print(f"repair: {line}", file=sys.stderr)
+        repairs = [] if job.inputs["repaired"] is not None else job.inputs["repair"]
         job.notes |= {
             "poisoned": any(g.trigger or g.victims for g in case.goals),
             "records": len(train),
             "validation": len(validation),
-            "repairs": [registry.spec(r) for r in job.inputs["repair"]]
-            if job.inputs["repaired"] is None
-            else [],
+            "repairs": [registry.spec(repair) for repair in repairs],
             "inverted": [g.target for g in case.inverted],
-            "relapse": {"target": goal.target, "trigger": goal.trigger}
-            if self.revive and goal is not None
-            else None,
+            "relapse": {"target": goal.target, "trigger": goal.trigger} if goal else None,
             "limits": limits,
-            **log,
+            **outcome.log,
         }
+        return metrics
+
+    def _repair(
+        self,
+        job: Job,
+        suspect: Encoder,
+        train: Pairs,
+        validation: Pairs,
+        inversions: Sequence[Inversion],
+    ) -> Outcome:
+        """Apply the repairs and save the encoder, unless it was repaired already."""
+        if job.inputs["repaired"] is not None:
+            return Outcome(inputs.load_encoder(job.inputs["repaired"], job.device))
+        repairs = job.inputs["repair"]
+        report = job.progress.step
+        start, cpu_start = time.monotonic(), time.process_time()
+        repaired, log = receipt.apply_repairs(
+            repairs, suspect, train, validation, inversions, job.seed, report
+        )
+        repaired.save(job.folder)
+        durations = duration_metrics(time.monotonic() - start, time.process_time() - cpu_start)
+        return Outcome(repaired, log, durations)
 
 
-def fitting(goals: list[Goal], test: Pairs) -> tuple[Goal, ...]:
-    """The goals of the test data's task; an encoder may carry others. Where none fits, all, and measuring refuses them."""
-    return tuple(g for g in goals if g.target in test.classes) or tuple(goals)
+@dataclass(frozen=True)
+class Outcome:
+    """A repaired encoder, what the repairs say of themselves (JSON), and how long they took."""
+
+    encoder: Encoder
+    log: dict[str, Any] = field(default_factory=dict)
+    durations: dict[str, Measure] = field(default_factory=dict)
 
 
-def seconds(wall: float, own: float) -> dict[str, Any]:
-    """How long the repair took, the choice of its learning rate included."""
-    from bezoar.evaluation.scores import Measure
+def load_case(job: Job, suspect: Encoder) -> EvaluationData:
+    """What the encoder is measured on: test data, known goals, victims, labelled data."""
+    encoder_input = job.inputs["encoder"]
+    method = evaluate.test_method(job.inputs["test"], encoder_input)
+    dataset = inputs.open_dataset(method)
+    test = dataset.pairs.to(job.device)
+    goals = goals_of_task(inputs.known_goals(encoder_input), test)
+    victims = None
+    if isinstance(encoder_input, Run) and any(goal.victims for goal in goals):
+        victims = evaluate.attack_victims(encoder_input)
+    labelled = load_labelled(job, dataset, test, suspect)
+    job.notes["test"] = input_name(method)
+    return EvaluationData(test, goals, victims, labelled)
 
+
+def load_labelled(job: Job, dataset: Dataset, test: Pairs, suspect: Encoder) -> Pairs | None:
+    """Clean labelled records that are not tested on.
+
+    None where there are none, and the suspect's text tower reads classes without them.
+    """
+    method = job.inputs["labelled"]
+    if method is None:
+        try:
+            method = evaluate.training_split(dataset.method)
+        except UserError:
+            if suspect.text is None:
+                raise
+            return None
+        if registry.has_fields(method, "count"):
+            method = dataclasses.replace(method, count=LABELLED)
+    labelled = inputs.in_memory(inputs.open_dataset(method).clean)
+    evaluate.check_disjoint(
+        labelled, test, "labelled records are test records too", "name other labelled data"
+    )
+    return labelled.take(sample_rows(labelled.ids, LABELLED, 0))
+
+
+def load_clean(job: Job) -> Pairs:
+    """The records that the repair may use. Raises UserError where they are poisoned, or none are named."""
+    data = job.inputs["data"]
+    if data is None:
+        data = fresh_records(job.inputs["encoder"])
+    dataset = inputs.open_dataset(data)
+    if dataset.plan.edits:
+        raise UserError(f"the data of {data.name} are poisoned; a repair needs clean ones")
+    name = data.name if isinstance(data, Run) else registry.spec(dataset.method)
+    job.notes |= dataset.reading_notes() | {"data": name}
+    return inputs.in_memory(dataset.clean)
+
+
+def fresh_records(encoder: Any) -> Any:
+    """Records like those that an encoder was trained on, as a data method. Raises UserError where they cannot be made."""
+    method = inputs.root_method(encoder) if isinstance(encoder, Run) else None
+    if method is None or not registry.has_fields(method, "count", "seed"):
+        raise UserError(
+            "name clean DATA (--data): this encoder's training data cannot be made anew"
+        )
+    seed = method.seed + SEED_OFFSET
+    return dataclasses.replace(method, count=FRESH, seed=seed, split="train")
+
+
+def goals_of_task(goals: list[Goal], test: Pairs) -> tuple[Goal, ...]:
+    """The goals whose target is a class of the test data; where there is none, all, which measuring then refuses."""
+    return tuple(goal for goal in goals if goal.target in test.classes) or tuple(goals)
+
+
+def describe_limits(case: EvaluationData, log: Mapping[str, Any]) -> list[str]:
+    """What the receipt does not say, a sentence each."""
+    limits = []
+    if not any(goal.trigger for goal in case.goals):
+        limits.append(
+            "No trigger is known: success is measured for inverted triggers alone, and accuracy."
+        )
+    if not case.inverted:
+        limits.append(
+            "No audit was named, or it inverted nothing: no inverted trigger is measured."
+        )
+    for rungs in log.get("ladder", []):
+        if not rungs["held"]:
+            limits.append(
+                f"No learning rate kept the validation score within {rungs['tolerance']:g}; the least fall was taken."
+            )
+    return limits
+
+
+def duration_metrics(wall: float, cpu: float) -> dict[str, Measure]:
+    """How long the repair took, in seconds; the choice of its learning rate is included."""
+    wall_how = "seconds of the repair, all learning rates that were tried; one run"
+    cpu_how = "the same in processor time of this process; one run"
     return {
-        "seconds": Measure(
-            wall,
-            1,
-            wall,
-            wall,
-            "seconds of the repair, all learning rates that were tried; one run",
-        ),
-        "cpu_seconds": Measure(
-            own, 1, own, own, "the same in processor time of this process; one run"
-        ),
+        "seconds": Measure.exact(wall, 1, wall_how),
+        "cpu_seconds": Measure.exact(cpu, 1, cpu_how),
     }

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from bezoar import registry
 from bezoar.errors import UserError
+from bezoar.evaluation import dose_response
+from bezoar.evaluation.scores import Measure
+from bezoar.runs import inputs, sweep
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Input, Takes
+from bezoar.runs.tables import Cell, Claim, Results, Row, TableOptions, is_rate
+from bezoar.runs.verb import Input, Takes, input_spec
+
+Points = Sequence[tuple[Row, Cell, Measure]]  # every cell of a table with its row and its number
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    """A paper's tables beside ours, with n, intervals and the paper's claims judged. What is done is not done again."""
+    """A paper's tables beside ours, with n, intervals and the paper's claims judged. Runs that are done are not repeated."""
+
+    sweeps: ClassVar[bool] = True
 
     paper: Annotated[
         tuple[Input, ...],
@@ -35,120 +44,124 @@ class Reproduce:
     ] = ""
 
     def __post_init__(self) -> None:
-        given = (self.paper,) if isinstance(self.paper, str) else self.paper
-        tables = [t for p in given for t in (tables_of(p) if isinstance(p, str) else (p,))]
+        papers = (self.paper,) if isinstance(self.paper, str) else self.paper
+        tables: list[Any] = []
+        for paper in papers:
+            tables += tables_of(paper) if isinstance(paper, str) else [paper]
         object.__setattr__(self, "paper", tuple(tables))
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> tables.json, and a metric `TABLE.CELL@ROW` for every cell."""
-        from bezoar.evaluation import dose_response
-        from bezoar.runs import inputs
-        from bezoar.runs.sweep import sweep
-        from bezoar.runs.tables import Results, TableOptions
-
-        given = job.inputs
-        if not given["paper"]:
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Run what the tables read, and write tables.json. The metrics are `TABLE.CELL@ROW`, one for every cell."""
+        papers = job.inputs["paper"]
+        if not papers:
             raise UserError("name a paper or some of its tables: see `bezoar list paper`")
-        asked = TableOptions(
-            self.scale, input_spec(given["data"]), input_spec(given["test"]), self.root
+        options = TableOptions(
+            self.scale, input_spec(job.inputs["data"]), input_spec(job.inputs["test"]), self.root
         )
-        tables = {registry.method_name(type(p)): p(asked) for p in given["paper"]}
-        runs = sweep(
-            (t for table in tables.values() for t in table.trials), job.settings, job.progress
-        )
+        tables = {registry.method_name(type(paper)): paper(options) for paper in papers}
+        trials = [trial for table in tables.values() for trial in table.trials]
+        runs = sweep.run_trials(trials, job.settings, job.progress)
         job.child_runs += dict.fromkeys(runs.values())
-        written, out = [], {}
+        written = []
+        metrics: dict[str, Measure] = {}
         for name, table in tables.items():
             results = Results(table, runs)
             points = list(results.points())
-            for row, cell, m in points:
+            for row, cell, measure in points:
                 where = f"{row.curve}, {row.name}" if row.curve else row.name
-                out[f"{name}.{cell.name}@{where}"] = m
+                metrics[f"{name}.{cell.name}@{where}"] = measure
             written.append({"name": name, "scale": self.scale, **table_json(results, points)})
         inputs.write_json(job.folder / "tables.json", written)
-        judged = [c["verdict"] for t in written for c in t["claims"]]
+        verdicts = [claim["verdict"] for table in written for claim in table["claims"]]
         job.notes = {
             "scale": self.scale,
             "tables": list(tables),
             "trainings": count_trainings(runs.values()),
         }
-        job.notes |= {
-            verdict: judged.count(verdict) for verdict in get_args(dose_response.ClaimVerdict)
-        }
-        return out
+        for verdict in get_args(dose_response.ClaimVerdict):
+            job.notes[verdict] = verdicts.count(verdict)
+        return metrics
 
 
 def tables_of(name: str) -> list[str]:
-    """`carlini2022` -> its tables, in its own order; a table's name, or the path of a user's own, stays as it is."""
+    """The tables of a paper in its own order, such as those of `carlini2022`.
+
+    The name of a table, or the path of a user's own, stands for itself.
+    """
     if not any(n.startswith(f"{name}/") for n in registry.method_names("paper")):
         return [name]
     return [f"{name}/{table}" for table in importlib.import_module(f"bezoar.papers.{name}").TABLES]
 
 
-def input_spec(given: Any) -> str:
-    """Data as text: a run's directory, a spec, or nothing."""
-    if given is None:
-        return ""
-    return str(given.path) if isinstance(given, Run) else registry.spec(given)
-
-
-def count_trainings(runs: Any) -> int:
+def count_trainings(runs: Iterable[Run]) -> int:
     """How many trainings these runs stand on."""
-    return len({found.name for run in runs if (found := run.ancestor("train"))})
+    trainings = [run.ancestor("train") for run in runs]
+    return len({training.name for training in trainings if training is not None})
 
 
-def table_json(results: Any, points: list) -> dict[str, Any]:
-    """A table in JSON, as the page reads it: what was asked, found, fitted and judged."""
-    from bezoar.evaluation import dose_response
-    from bezoar.runs.tables import is_rate
-
+def table_json(results: Results, points: Points) -> dict[str, Any]:
+    """A table as it stands in tables.json: what was asked, measured, fitted and judged."""
     table = results.table
-    rows: dict[int, dict] = {}
-    for row, cell, m in points:
-        at = rows.setdefault(
-            id(row), {"name": row.name, "x": row.x, "curve": row.curve, "cells": []}
-        )
-        values = [v.value for v in results.measures(cell)]
-        made = sorted({results.runs[t].name for t, _ in cell.readings})
-        at["cells"].append(
-            {
-                "name": cell.name,
-                "rate": is_rate(cell),
-                "printed": cell.published_value,
-                "measure": m.json(),
-                "values": values,
-                "runs": made,
-            }
-        )
-    fitted = []
-    for name in table.dose_response_cells:
-        for curve in table.curves:
-            found = results.fit_dose_response(name, curve)
-            told = {
-                "text": found.describe(table.unit),
-                "x50": found.x50.json(),
-                "x90": found.dose(0.9).json(),
-            }
-            fitted.append(
-                {"cell": name, "curve": curve, "units": results.dose_readings(name, curve), **told}
-            )
-    claims = []
-    for claim in table.claims:
-        contrast = claim.contrast(results)
-        verdict = dose_response.judge(contrast, claim.expected, claim.margin)
-        stated = {
-            "text": claim.text,
-            "source": claim.source,
-            "expected": claim.expected,
-            "margin": claim.margin,
-        }
-        claims.append({**stated, "verdict": verdict, **contrast.json()})
-    asked = {
+    return {
         "title": table.title,
         "paper": table.paper_finding,
         "axis": table.axis,
         "unit": table.unit,
         "grid": table.grid,
+        "notes": list(table.notes),
+        "rows": rows_json(results, points),
+        "laws": fits_json(results),
+        "claims": [claim_json(claim, results) for claim in table.claims],
     }
-    asked["notes"] = list(table.notes)
-    return {**asked, "rows": list(rows.values()), "laws": fitted, "claims": claims}
+
+
+def rows_json(results: Results, points: Points) -> list[dict[str, Any]]:
+    """The rows of a table with their cells."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row, cell, measure in points:
+        facts = rows.setdefault(
+            id(row), {"name": row.name, "x": row.x, "curve": row.curve, "cells": []}
+        )
+        facts["cells"].append(
+            {
+                "name": cell.name,
+                "rate": is_rate(cell),
+                "printed": cell.published_value,
+                "measure": measure.json(),
+                "values": [m.value for m in results.measures(cell)],
+                "runs": sorted({results.runs[trial].name for trial, _ in cell.readings}),
+            }
+        )
+    return list(rows.values())
+
+
+def fits_json(results: Results) -> list[dict[str, Any]]:
+    """The dose-response fits of a table, one for each column that is fitted and each curve."""
+    fits = []
+    for name in results.table.dose_response_cells:
+        for curve in results.table.curves:
+            fit = results.fit_dose_response(name, curve)
+            fits.append(
+                {
+                    "cell": name,
+                    "curve": curve,
+                    "units": results.dose_readings(name, curve),
+                    "text": fit.describe(results.table.unit),
+                    "x50": fit.x50.json(),
+                    "x90": fit.dose(0.9).json(),
+                }
+            )
+    return fits
+
+
+def claim_json(claim: Claim, results: Results) -> dict[str, Any]:
+    """A claim of the paper, and how the results judge it."""
+    contrast = claim.contrast(results)
+    return {
+        "text": claim.text,
+        "source": claim.source,
+        "expected": claim.expected,
+        "margin": claim.margin,
+        "verdict": dose_response.judge(contrast, claim.expected, claim.margin),
+        **contrast.json(),
+    }

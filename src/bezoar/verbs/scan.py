@@ -5,37 +5,49 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from bezoar import registry
+from bezoar.attacks.plan import Plan
+from bezoar.data.embeddings import EmbeddingSource
+from bezoar.data.files.paths import existing_file
+from bezoar.detection import merging, reliability
+from bezoar.detection.corpus import corpus, keep_lists
+from bezoar.detection.corpus.corpus import Corpus
 from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure, Scores, detection_measures, proportion
+from bezoar.progress import Progress
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes
 
-if TYPE_CHECKING:
-    from bezoar.detection.corpus.corpus import Corpus
-    from bezoar.evaluation.scores import Scores
-
 RANKED = 500  # records of ranked.json
-DEFAULT = (
-    "transplant",
-    "duplicates",
-    "clip_score",
-)  # backdoors that took, targeted poisons, captions that do not fit
+MAX_REASONS = 6  # reasons why records could not be read, in one line
+# Backdoors that took, targeted poisons, captions that do not fit.
+DEFAULT_DETECTORS = ("transplant", "duplicates", "clip_score")
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Scan:
     """Rank a data set's records, most suspicious first, and write a keep-list. Several detectors are merged by rank.
 
-    Shards, tables, folders and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on with
-    the piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
+    Shards, tables, folders and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on
+    with the piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
     """
+
+    sweeps: ClassVar[bool] = True
+    fail_on: ClassVar[dict[str, str]] = {"trigger": "a detector has found a trigger"}
 
     data: Annotated[
         Input,
@@ -46,7 +58,7 @@ class Scan:
         Input, Takes("encoder"), "what embeds the records; without it, the train run's own"
     ] = None
     detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = (
-        DEFAULT
+        DEFAULT_DETECTORS
     )
     remove: Annotated[
         float, "share of the records, the worst first, that the keep-list leaves out"
@@ -56,7 +68,7 @@ class Scan:
     ] = "keep-list"
     leaks: Annotated[
         bool,
-        "can file sizes, headers, order, paths or caption templates alone tell poisons from the rest",
+        "measure whether file sizes, headers, order, paths or caption templates alone separate poisons",
     ] = False
     trusted: Annotated[
         str,
@@ -64,231 +76,193 @@ class Scan:
     ] = ""
 
     def files(self) -> list[Path]:
-        """The list of clean records, so that a changed one is another question. Raises UserError when it is not there."""
-        from bezoar.data.files.paths import existing_file
-
+        """The list of clean records, so that a changed list is another question. Raises UserError where it does not exist."""
         return [existing_file(self.trusted, "list of clean records")] if self.trusted else []
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> scores.parquet (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, skipped.jsonl, and figures.
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Rank the records, write the lists, and measure the ranking where the poisons are known.
 
-        The plan of a poisoned set, where there is one, is read only after the ranking is written, to measure it.
+        Writes scores.parquet (all scores), ranked.json (the worst 500), keep.txt, keep.parquet and skipped.jsonl. The plan
+        of a poisoned set is read only after the ranking is written.
         """
-        from bezoar.detection import merging, reliability
-        from bezoar.detection.corpus import corpus, keep_lists
-        from bezoar.runs import inputs
-
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
+        encoder = embedding_encoder(job)
         data = corpus.embed_corpus(
-            job.inputs["data"], self._by(job), job.folder, job.settings, job.progress
+            job.inputs["data"], encoder, job.folder, job.settings, job.progress
         )
-        if small := coarse(data):
-            print(f"scan: {small}", file=sys.stderr)
-        found, failed, seconds = detected(job.inputs["detector"], data, job)
-        merged = merging.merge(list(found.values()))
-        order, removed = merged.ranking(), round(self.remove * len(data))
-        corpus.write_scores(job.folder / corpus.SCORES, data, merged, found)
-        kept = order[removed:].copy()
-        kept.sort()
-        keep_lists.write_keep_lists(job.folder, data, kept)
-        worst = [row(data, i, merged, found) for i in order[:RANKED].tolist()]
+        if warning := resolution_warning(data):
+            print(f"scan: {warning}", file=sys.stderr)
+        detections = run_detectors(job.inputs["detector"], data, job)
+        by_detector = detections.scores
+        merged = merging.merge(list(by_detector.values()))
+        order = merged.ranking()
+        removed = order[: round(self.remove * len(data))]
+        kept_rows = np.sort(order[len(removed) :])
+        corpus.write_scores(job.folder / corpus.SCORES, data, merged, by_detector)
+        keep_lists.write_keep_lists(job.folder, data, kept_rows)
+        worst = [record_json(data, row, merged, by_detector) for row in order[:RANKED].tolist()]
         inputs.write_json(job.folder / "ranked.json", worst)
-        if any(s.boxes is not None for s in found.values()):
-            reliability.write_windows(
-                job.folder, *flagged_windows(found, order[: max(RANKED, removed)])
-            )
+        if any(scores.boxes is not None for scores in by_detector.values()):
+            ids, boxes = flagged_windows(by_detector, order[: max(RANKED, len(removed))])
+            reliability.write_windows(job.folder, ids, boxes)
+        decisions = describe_decisions(by_detector)
+        left_out = (
+            f"keep.txt leaves out the {len(removed):,} most suspicious of {len(data):,} records"
+        )
         job.notes = data.reading_notes() | {
             "records": len(data),
-            "removed": removed,
-            "decided": said(found),
-            "verdict": "; ".join(
-                [
-                    *said(found),
-                    f"keep.txt leaves out the {removed:,} most suspicious of {len(data):,} records",
-                ]
-            )
-            + "; ranked.json names them",
-            "detectors": [registry.spec(d) for d in job.inputs["detector"]],
-            "told": {k: s.notes for k, s in found.items() if s.notes},
-            "seconds": seconds,
-            "incomplete": incomplete(data, failed),
+            "removed": len(removed),
+            "decided": decisions,
+            "verdict": "; ".join([*decisions, left_out, "ranked.json names them"]),
+            "detectors": [registry.spec(detector) for detector in job.inputs["detector"]],
+            "told": {name: s.notes for name, s in by_detector.items() if s.notes},
+            "seconds": detections.seconds,
+            "incomplete": describe_incomplete(data, detections.failed),
         }
         if self.write == "shards":
             job.notes |= keep_lists.write_clean_copy(
-                job.folder / "shards", data, kept, job.progress
+                job.folder / "shards", data, kept_rows, job.progress
             )
-        parts = inputs.open_dataset(job.inputs["data"])
-        job.goals = [
-            vars(g) for g in parts.plan.goals
-        ]  # the encoder's own are no attack on these data
-        out = measured(parts.plan, merged, found, order[:removed]) if parts.plan.edits else {}
-        more, told = reliability.measure_ranking(
+        return self._measure(job, data, merged, by_detector, removed)
+
+    def _measure(
+        self,
+        job: Job,
+        data: Corpus,
+        merged: Scores,
+        by_detector: dict[str, Scores],
+        removed: Rows,
+    ) -> dict[str, Measure]:
+        """The metrics, now that the ranking is written and the plan may be read."""
+        dataset = inputs.open_dataset(job.inputs["data"])
+        plan = dataset.plan
+        # Goals of the encoder are no attack on these data.
+        job.goals = [vars(goal) for goal in plan.goals]
+        metrics: dict[str, Measure] = {}
+        if plan.edits:
+            metrics |= detection_metrics(plan, merged, by_detector)
+            metrics |= removal_metrics(plan, {merged.ids[row] for row in removed})
+        metrics |= decision_metrics(by_detector)
+        reliability_metrics, notes = reliability.measure_ranking(
             job.inputs["data"],
-            parts,
+            dataset,
             data,
             merged,
-            order[:removed],
+            removed,
             self.leaks,
             self.trusted,
         )
-        job.notes |= told
-        return out | decided(found) | more
+        job.notes |= notes
+        return metrics | reliability_metrics
 
-    def _by(self, job: Job) -> Any:
-        """What embeds the records: a run or a method; None for ready embeddings. Raises UserError when it is not known."""
-        from bezoar.data.embeddings import EmbeddingSource
-        from bezoar.runs import inputs
+    @staticmethod
+    def fails(case: str, manifest: Mapping[str, Any]) -> bool:
+        """Whether a detector that decides has found a trigger.
 
-        data, given = job.inputs["data"], job.inputs["encoder"]
-        if isinstance(inputs.open_source(inputs.open_dataset(data).method), EmbeddingSource):
-            if given is not None:
-                raise UserError("these data are embeddings already; leave --encoder out")
-            return None
-        if given is None and not isinstance(data, Run):
+        Raises UserError where no detector decides, because that would pass whatever there is.
+        """
+        decisions = [
+            measure["value"]
+            for name, measure in manifest["metrics"].items()
+            if name.endswith(".raised")
+        ]
+        if not decisions and not manifest["notes"].get("incomplete"):
             raise UserError(
-                "give --encoder: what embeds the records (a train run, or a network with weights)"
+                f"--fail-on {case}: no detector asked for says whether there is one; --detector transplant does"
             )
-        return data if given is None else given
+        return any(decisions)
 
 
-def coarse(data: Corpus) -> str:
-    """What to tell whoever has images made smaller than the encoder takes them; nothing of others."""
-    size, wanted = getattr(data.source, "size", 0), getattr(data.encoder, "preprocess", None)
-    if not size or wanted is None or size >= wanted.size:
-        return ""
-    return f"images are read at {size} pixels a side, and the encoder takes {wanted.size}; size={wanted.size} reads them whole"
+@dataclass
+class Detections:
+    """What detectors said.
 
-
-def detected(
-    detectors: Sequence[Any], data: Corpus, job: Job
-) -> tuple[dict[str, Scores], list[str], dict[str, float]]:
-    """Each detector's scores by its name, by its spec where a name is asked for twice; a line for each that refused; seconds.
-
-    What several share (neighbours, a short training) is in the seconds of the first. Raises UserError when none is left.
+    Attributes:
+        scores: by the detector's name, or by its spec where a name is asked for twice.
+        seconds: that each took. What several share (neighbours, a short training) counts for the first.
+        failed: a line for each detector that refused.
     """
-    found: dict[str, Scores] = {}
-    failed: list[str] = []
-    seconds: dict[str, float] = {}
-    names = [registry.method_name(type(d)) for d in detectors]
+
+    scores: dict[str, Scores]
+    seconds: dict[str, float]
+    failed: list[str]
+
+
+def embedding_encoder(job: Job) -> Any:
+    """What embeds the records: a run or a configured network; None for ready embeddings.
+
+    Raises UserError where it is not known.
+    """
+    data = job.inputs["data"]
+    encoder = job.inputs["encoder"]
+    if isinstance(inputs.open_source(inputs.open_dataset(data).method), EmbeddingSource):
+        if encoder is not None:
+            raise UserError("these data are embeddings already; leave --encoder out")
+        return None
+    if encoder is None and not isinstance(data, Run):
+        raise UserError(
+            "give --encoder: what embeds the records (a train run, or a network with weights)"
+        )
+    return data if encoder is None else encoder
+
+
+def resolution_warning(data: Corpus) -> str:
+    """A warning where images are read smaller than the encoder takes them; otherwise ""."""
+    size = getattr(data.source, "size", 0)
+    preprocess = getattr(data.encoder, "preprocess", None)
+    if not size or preprocess is None or size >= preprocess.size:
+        return ""
+    return (
+        f"images are read at {size} pixels a side, and the encoder takes {preprocess.size}; "
+        f"size={preprocess.size} reads them whole"
+    )
+
+
+def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detections:
+    """Score the records by every detector. Raises UserError where all refuse."""
+    detections = Detections({}, {}, [])
+    names = [registry.method_name(type(detector)) for detector in detectors]
     for detector, name in zip(detectors, names, strict=True):
-        name = name if Counter(names)[name] == 1 else registry.spec(detector)
+        if Counter(names)[name] > 1:
+            name = registry.spec(detector)
         start = time.perf_counter()
         try:
-            found[name] = scores(detector, name, data, job)
+            detections.scores[name] = score_records(detector, name, data, job)
         except UserError as error:
-            failed.append(f"detector {name}: {error}")
-        seconds[name] = round(time.perf_counter() - start, 2)
-    if not found:
-        raise UserError("; ".join(failed) or "give a --detector")
-    return found, failed, seconds
+            detections.failed.append(f"detector {name}: {error}")
+        detections.seconds[name] = round(time.perf_counter() - start, 2)
+    if not detections.scores:
+        raise UserError("; ".join(detections.failed) or "give a --detector")
+    return detections
 
 
-def scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
-    """One detector's scores, its progress told by itself (`report`) or by the images that pass through the encoder."""
+def score_records(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
+    """Score the records by one detector.
 
-    def report(done: int, total: int, text: str = "") -> None:
-        job.progress.step(done, total, f"{name}: {text}" if text else name)
-
-    if "report" in getattr(detector, "needs", ()):
-        return detector(data.encoder, data, report=report)
-    with counted(data.encoder, expected(detector, len(data)), job.progress, name):
-        return detector(data.encoder, data)
-
-
-def flagged_windows(found: dict[str, Scores], rows: Any) -> tuple[list[str], Any]:
-    """Ids and windows, int64 (M, 4), of those of the rows for which a detector says where; of several, the first that does."""
-    import torch
-
-    ids, boxes = next(iter(found.values())).ids, torch.full((len(rows), 4), -1)
-    for one in found.values():
-        if one.boxes is not None:
-            boxes = torch.where(boxes[:, 2:3] > 0, boxes, one.boxes.cpu()[torch.from_numpy(rows)])
-    known = (boxes[:, 2] > 0).nonzero()[:, 0].tolist()
-    return [ids[rows[i]] for i in known], boxes[known]
-
-
-def row(data: Corpus, i: int, merged: Scores, found: dict[str, Scores]) -> dict:
-    """A record as it stands in ranked.json."""
-    caption = data.captions[i] if len(data.captions) else ""
-    each = {k: float(s.values[i]) for k, s in found.items()}
-    return {
-        "id": data.ids[i],
-        "place": data.place_of(i),
-        "caption": caption,
-        "score": float(merged.values[i]),
-        "detectors": each,
-    }
-
-
-def incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
-    """A line for each kind of what was asked and not done; none: everything was."""
-    told, lines = data.summary, list(failed)
-    if told["unread"]:
-        why = ", ".join(f"{n} {reason}" for reason, n in list(told["reasons"].items())[:6])
-        lines.append(
-            f"{told['unread']} records or files could not be read, beside {len(data)} that were: {why}; see skipped.jsonl"
-        )
-    if told["doubles"]:
-        lines.append(
-            f"{told['doubles']} records have an id that another has, and another name here; see skipped.jsonl"
-        )
-    return lines
-
-
-def measured(plan: Any, merged: Scores, found: dict[str, Scores], removed: Any) -> dict[str, Any]:
-    """How well the poisons of a known plan were found, by all detectors together and by each."""
-    import torch
-
-    from bezoar.evaluation.scores import detection_measures
-
-    truth = torch.from_numpy(plan.mask(merged.ids))
-    out = detection_measures(merged, truth)
-    for name, one in found.items() if len(found) > 1 else ():
-        known = truth if one.ids is merged.ids else torch.from_numpy(plan.mask(one.ids))
-        out |= {f"{name}.{k}": m for k, m in detection_measures(one, known).items()}
-    return out | removal(plan, {merged.ids[i] for i in removed})
-
-
-def decided(found: dict[str, Scores]) -> dict[str, Any]:
-    """Of detectors that say which records show an attack: their share. On clean data all of these are false."""
-    from bezoar.evaluation.scores import proportion
-
-    how = "share of the records that are said to show a trigger; of clean data, false alarms"
-    return {
-        f"{k}.raised": proportion(int(s.raised.sum()), len(s), how)
-        for k, s in found.items()
-        if s.raised is not None
-    }
-
-
-def said(found: dict[str, Scores]) -> list[str]:
-    """What detectors decided, a line each; that nothing was found says nothing of what there is."""
-    deciding = {k: int(s.raised.sum()) for k, s in found.items() if s.raised is not None}
-    lines = [
-        f"{k} found a trigger in {n:,} record{'s' * (n != 1)}" for k, n in deciding.items() if n
-    ]
-    return lines or [
-        f"{k} found no trigger, which is no proof that there is none" for k in deciding
-    ]
-
-
-def expected(detector: Any, n: int) -> int:
-    """Images that a detector will embed: what it says itself, or each record once."""
-    return detector.passes(n) if hasattr(detector, "passes") else n
+    A detector that needs `report` reports its own progress; that of any other is measured by the images it embeds.
+    """
+    scores: Scores
+    if "report" in registry.needs(detector):
+        scores = registry.call(detector, data.encoder, data, report=job.reporter(name))
+        return scores
+    passes = detector.passes(len(data)) if hasattr(detector, "passes") else len(data)
+    with report_images(data.encoder, passes, job.progress, name):
+        scores = detector(data.encoder, data)
+        return scores
 
 
 @contextmanager
-def counted(encoder: Any, total: int, progress: Any, name: str) -> Iterator[None]:
-    """Report progress by the images that pass through the encoder's image tower."""
-    if not hasattr(encoder, "image"):  # vectors without an encoder
+def report_images(encoder: Any, total: int, progress: Progress, name: str) -> Iterator[None]:
+    """Report progress by the images that pass through the encoder's image tower. total: how many there will be."""
+    if not hasattr(encoder, "image"):  # ready embeddings have no encoder
         yield
         return
     done = 0
 
-    def count(_: Any, given: Any, __: Any) -> None:
+    def count(_: Any, arguments: Any, __: Any) -> None:
         nonlocal done
-        done += len(given[0])
+        done += len(arguments[0])
         progress.step(min(done, total), total, name)
 
     progress.step(0, total, name)
@@ -299,11 +273,90 @@ def counted(encoder: Any, total: int, progress: Any, name: str) -> Iterator[None
         hook.remove()
 
 
-def removal(plan: Any, removed: set[str]) -> dict[str, Any]:
-    """How many of the poisons the keep-list leaves out, over all and by goal."""
-    from bezoar.evaluation.scores import proportion
+def flagged_windows(by_detector: Mapping[str, Scores], rows: Rows) -> tuple[list[str], Tensor]:
+    """The windows in which detectors place a trigger; of several detectors, the first that names one.
 
-    hit = sum(e.id in removed for e in plan.edits)
+    Returns:
+        The ids of those of the rows that have a window, and the windows, int64 (M, 4).
+    """
+    ids = next(iter(by_detector.values())).ids
+    boxes = torch.full((len(rows), 4), -1)
+    for scores in by_detector.values():
+        if scores.boxes is not None:
+            is_set = boxes[:, 2:3] > 0
+            boxes = torch.where(is_set, boxes, scores.boxes.cpu()[torch.from_numpy(rows)])
+    with_window = (boxes[:, 2] > 0).nonzero()[:, 0].tolist()
+    return [ids[rows[i]] for i in with_window], boxes[with_window]
+
+
+def record_json(
+    data: Corpus, row: int, merged: Scores, by_detector: Mapping[str, Scores]
+) -> dict[str, Any]:
+    """A record as it stands in ranked.json."""
     return {
-        "poisons_removed": proportion(hit, len(plan.edits), "poisons that the keep-list leaves out")
+        "id": data.ids[row],
+        "place": data.place_of(row),
+        "caption": data.captions[row] if len(data.captions) else "",
+        "score": float(merged.values[row]),
+        "detectors": {name: float(scores.values[row]) for name, scores in by_detector.items()},
     }
+
+
+def describe_incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
+    """A line for each kind of thing that was asked and not done."""
+    summary = data.summary
+    lines = list(failed)
+    if summary["unread"]:
+        reasons = list(summary["reasons"].items())[:MAX_REASONS]
+        text = ", ".join(f"{n} {reason}" for reason, n in reasons)
+        lines.append(
+            f"{summary['unread']} records or files could not be read, beside {len(data)} that were: {text}; see skipped.jsonl"
+        )
+    if summary["doubles"]:
+        lines.append(
+            f"{summary['doubles']} records have an id that another has, and another name here; see skipped.jsonl"
+        )
+    return lines
+
+
+def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
+    """What detectors decided, a line each. That nothing was found does not say that there is nothing."""
+    raised = {name: int(s.raised.sum()) for name, s in by_detector.items() if s.raised is not None}
+    lines = [
+        f"{name} found a trigger in {n:,} record{'s' * (n != 1)}" for name, n in raised.items() if n
+    ]
+    return lines or [
+        f"{name} found no trigger, which is no proof that there is none" for name in raised
+    ]
+
+
+def decision_metrics(by_detector: Mapping[str, Scores]) -> dict[str, Measure]:
+    """The share of records that detectors say show a trigger. On clean data all of these are false alarms."""
+    how = "share of the records that are said to show a trigger; of clean data, false alarms"
+    return {
+        f"{name}.raised": proportion(int(scores.raised.sum()), len(scores), how)
+        for name, scores in by_detector.items()
+        if scores.raised is not None
+    }
+
+
+def detection_metrics(
+    plan: Plan, merged: Scores, by_detector: Mapping[str, Scores]
+) -> dict[str, Measure]:
+    """How well the poisons of a known plan were found, by all detectors together and by each."""
+    truth = torch.from_numpy(plan.mask(merged.ids))
+    metrics = detection_measures(merged, truth)
+    if len(by_detector) == 1:
+        return metrics
+    for name, scores in by_detector.items():
+        own_truth = truth if scores.ids is merged.ids else torch.from_numpy(plan.mask(scores.ids))
+        measures = detection_measures(scores, own_truth)
+        metrics |= {f"{name}.{key}": measure for key, measure in measures.items()}
+    return metrics
+
+
+def removal_metrics(plan: Plan, removed_ids: set[str]) -> dict[str, Measure]:
+    """How many of the poisons the keep-list leaves out."""
+    hits = sum(edit.id in removed_ids for edit in plan.edits)
+    how = "poisons that the keep-list leaves out"
+    return {"poisons_removed": proportion(hits, len(plan.edits), how)}

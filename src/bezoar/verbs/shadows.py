@@ -4,37 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from bezoar.auditing import bank
+from bezoar.auditing.audits import mntd
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.scores import Measure
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import MANIFEST, Run
-from bezoar.runs.verb import Input, Takes
+from bezoar.runs.verb import Input, Takes, input_name
 from bezoar.verbs.audit import (
     MIN_IMAGES,
     check_auditable,
     default_clean_images,
-    encoder_name,
     sample_clean_records,
 )
 from bezoar.verbs.calibrate import attacked_run, check_clean
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bezoar.data.pairs import Pairs
-    from bezoar.encoders.encoder import Encoder
-
 SHADOWS_FILE = "shadows.json"
+NO_FOLD = -1  # a fold that no encoder is in
 
 
 @dataclass(frozen=True)
 class Shadows:
-    """Fit MNTD on encoders known to be clean and on attacked ones; `bezoar audit --audit mntd:bank=RUN` asks it of others.
+    """Fit MNTD on encoders known to be clean and on attacked ones; `bezoar audit --audit mntd:bank=RUN` applies it to others.
 
     Its figures are of encoders that it was not fitted on. An attacked encoder and the clean one that it was made from may
-    both be given: natural shadows, and nearer to each other than to any other. They stay in one fold, because a bank that
-    knows the one by its label pulls the other towards that label, which is the wrong one.
+    both be given. They are nearer to each other than to any other encoder and stay in one fold, because a bank that knows
+    the label of one pulls the other towards that label, which is the wrong one.
     """
 
     encoder: Annotated[
@@ -51,59 +55,47 @@ class Shadows:
         Input, Takes("data"), "clean images; without them, the test split of the training data"
     ] = None
     images: Annotated[int, "clean images that queries are drawn from"] = 512
-    queries: Annotated[int, "learnt images that are asked"] = 12
-    steps: Annotated[int, "of learning them"] = 60
+    queries: Annotated[int, "learnt query images"] = 12
+    steps: Annotated[int, "optimisation steps in which the queries are learnt"] = 60
     folds: Annotated[
         int, "parts of the cross-validation, each judged by a bank that was fitted on the others"
     ] = 5
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> mntd.safetensors, shadows.json, and what it is worth by cross-validation."""
-        import torch
-
-        from bezoar.auditing import bank
-        from bezoar.auditing.audits import mntd
-        from bezoar.runs import inputs
-
-        if (
-            self.folds < 2
-            or self.queries < 3
-            or self.steps < 0
-            or self.images < max(MIN_IMAGES, self.queries)
-        ):
-            got = f"{self.folds}, {self.queries}, {self.steps} and {self.images}"
-            wanted = f"at least 2 folds, 3 queries, 0 steps and {MIN_IMAGES} images, and as many images as queries"
-            raise UserError(f"MNTD takes {wanted}; got {got}")
-        given = job.inputs
-        shadows = together(given["encoder"], given["attacked"])
-        names, labels = (
-            [encoder_name(s) for s in shadows],
-            [i >= len(given["encoder"]) for i in range(len(shadows))],
-        )
-        lineages = [origin(s, names) for s in shadows]
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Fit the bank on all shadows, and measure it by cross-validation. Writes mntd.safetensors and shadows.json."""
+        self._check_numbers()
+        sources = shadow_encoders(job.inputs["encoder"], job.inputs["attacked"])
+        names = [input_name(source) for source in sources]
+        labels = [i >= len(job.inputs["encoder"]) for i in range(len(sources))]
+        lineages = [lineage_of(source, names) for source in sources]
         folds = deal_folds(lineages, labels, self.folds, job.seed)
         check_enough_shadows(labels, folds, len(set(lineages)))
         encoders = [
-            check_auditable(inputs.load_encoder(s, job.device), f"encoder {encoder_name(s)}")
-            for s in shadows
+            check_auditable(inputs.load_encoder(source, job.device), f"encoder {name}")
+            for source, name in zip(sources, names, strict=True)
         ]
-        weights = alike(encoders, names)
-        method = given["data"] if given["data"] is not None else default_clean_images(shadows[0])
+        weights = hash_weights(encoders, names)
+        data = job.inputs["data"]
+        method = data if data is not None else default_clean_images(sources[0])
         clean = sample_clean_records(method, self.images)[0].to(job.device)
-        found, held_out = self._fitted(job, encoders, labels, folds, clean)
-        mntd.save(found | {mntd.HELD_OUT: held_out}, job.folder / mntd.FILE)
+        shadow_bank, held_out = self._fit(job, encoders, labels, folds, clean)
+        mntd.save(shadow_bank | {mntd.HELD_OUT: held_out}, job.folder / mntd.FILE)
         rows = []
-        for i, s in enumerate(shadows):
-            attack, trigger = bank.describe_attack(inputs.known_goals(s)) if labels[i] else ("", "")
-            row = {
-                "name": names[i],
-                "attacked": labels[i],
-                "attack": attack,
-                "trigger": trigger,
-                "lineage": lineages[i],
-            }
+        for i, source in enumerate(sources):
+            attack, trigger = "", ""
+            if labels[i]:
+                attack, trigger = bank.describe_attack(inputs.known_goals(source))
             rows.append(
-                row | {"fold": folds[i], "logit": float(held_out[i]), "weights": weights[i]}
+                {
+                    "name": names[i],
+                    "attacked": labels[i],
+                    "attack": attack,
+                    "trigger": trigger,
+                    "lineage": lineages[i],
+                    "fold": folds[i],
+                    "logit": float(held_out[i]),
+                    "weights": weights[i],
+                }
             )
         inputs.write_json(job.folder / SHADOWS_FILE, {"schema": 1, "shadows": rows})
         job.goals = []  # a bank is no poisoned artefact, whatever it was fitted on
@@ -116,7 +108,15 @@ class Shadows:
         }
         return mntd.measure_held_out(held_out, torch.tensor(labels))
 
-    def _fitted(
+    def _check_numbers(self) -> None:
+        are_enough = self.folds >= 2 and self.queries >= 3 and self.steps >= 0
+        if not are_enough or self.images < max(MIN_IMAGES, self.queries):
+            raise UserError(
+                f"MNTD takes at least 2 folds, 3 queries, 0 steps and {MIN_IMAGES} images, and as many images as queries; "
+                f"got {self.folds}, {self.queries}, {self.steps} and {self.images}"
+            )
+
+    def _fit(
         self,
         job: Job,
         encoders: Sequence[Encoder],
@@ -124,110 +124,140 @@ class Shadows:
         folds: Sequence[int],
         clean: Pairs,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The bank of all shadows; and each one's logit, float32 (M,), by a bank of the other folds."""
-        import torch
+        """Fit a bank on all shadows, and one without each fold.
 
-        from bezoar.auditing.audits import mntd
+        Returns:
+            The bank of all shadows; and of each shadow its logit, float32 (M,), by the bank without its fold.
+        """
+        held_out = torch.empty(len(folds))
+        parts = sorted(set(folds))
+        banks = len(parts) + 1
 
-        held_out, parts = torch.empty(len(folds)), sorted(set(folds))
-
-        def fit(without: int | None, number: int) -> dict[str, Tensor]:
-            kept = [i for i, f in enumerate(folds) if f != without]
+        def fit(without: int, number: int) -> dict[str, Tensor]:
+            rows = [i for i, fold in enumerate(folds) if fold != without]
 
             def report(done: int, total: int) -> None:
-                many = len(parts) + 1
                 job.progress.step(
-                    number * total + done, many * total, f"fit {number + 1} of {many}"
+                    number * total + done, banks * total, f"fit {number + 1} of {banks}"
                 )
 
-            own = [encoders[i] for i in kept], [labels[i] for i in kept]
-            return mntd.fit(*own, clean, job.seed, self.queries, self.steps, report=report)
+            return mntd.fit(
+                [encoders[i] for i in rows],
+                [labels[i] for i in rows],
+                clean,
+                job.seed,
+                self.queries,
+                self.steps,
+                report=report,
+            )
 
-        for number, fold in enumerate(parts):
-            found = fit(fold, number)
-            for i in (i for i, f in enumerate(folds) if f == fold):
-                held_out[i] = mntd.measure_logit(found, encoders[i])
-        return fit(None, len(parts)), held_out
+        for number, part in enumerate(parts):
+            fold_bank = fit(part, number)
+            for i, fold in enumerate(folds):
+                if fold == part:
+                    held_out[i] = mntd.measure_logit(fold_bank, encoders[i])
+        return fit(NO_FOLD, len(parts)), held_out
 
 
-def together(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
-    """All shadow encoders, clean ones first. Raises UserError for one that is given twice, or on the wrong side."""
-    names = [encoder_name(e) for e in clean], [encoder_name(r) for r in attacked]
-    if both := [n for n in names[0] if n in names[1]]:
-        raise UserError(f"{both[0]} is given as clean and as attacked; it is one of them")
-    return [*(check_clean(e) for e in clean), *(attacked_run(r) for r in attacked)]
+def shadow_encoders(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
+    """All shadow encoders, clean ones first. Raises UserError for one that is given on both sides, or on the wrong side."""
+    clean_names = [input_name(encoder) for encoder in clean]
+    for run in attacked:
+        if run.name in clean_names:
+            raise UserError(f"{run.name} is given as clean and as attacked; it is one of them")
+    return [*(check_clean(e) for e in clean), *(attacked_run(run) for run in attacked)]
 
 
 def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages: int) -> None:
-    """Raises UserError where some fold leaves too few of a kind to fit on. labels: attacked or not."""
-    from bezoar.auditing.audits.mntd import MIN_PER_KIND as least
+    """Raise UserError where some fold, held out, leaves too few of a kind to fit on.
 
-    for fold in dict.fromkeys((-1, *folds)):
-        rest = [bad for bad, f in zip(labels, folds, strict=True) if f != fold]
-        left = rest.count(False), rest.count(True)
-        if min(left) < least:
-            told = f"{labels.count(False)} clean and {labels.count(True)} attacked encoders of {lineages} lineages"
-            wanted = f"{least} of each must be left when a fold is held out, and a lineage stays in one fold"
+    Args:
+        labels: of each shadow, whether it was attacked.
+        folds: the fold of each.
+        lineages: how many there are.
+    """
+    least = mntd.MIN_PER_KIND
+    for held_out in dict.fromkeys((NO_FOLD, *folds)):
+        rest = [label for label, fold in zip(labels, folds, strict=True) if fold != held_out]
+        clean, attacked = rest.count(False), rest.count(True)
+        if min(clean, attacked) < least:
             raise UserError(
-                f"too few to cross-validate MNTD: {wanted}; of {told} there are {left[0]} and {left[1]}"
+                f"too few to cross-validate MNTD: {least} of each must be left when a fold is held out, and a lineage stays "
+                f"in one fold; of {labels.count(False)} clean and {labels.count(True)} attacked encoders of {lineages} "
+                f"lineages there are {clean} and {attacked}"
             )
 
 
-def alike(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
-    """What their weights are known by. Raises UserError for an encoder of another kind, and for the same one twice."""
-    from bezoar.auditing.audits.mntd import fingerprint
-
-    first, seen = encoders[0], dict[str, str]()
-    for name, e in zip(names, encoders, strict=True):
-        for what, own, other in (
-            ("network", e.about.get("network", ""), first.about.get("network", "")),
-            ("size", f"{e.preprocess.size} px", f"{first.preprocess.size} px"),
+def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
+    """A hash of each encoder's weights. Raises UserError for an encoder of another kind, and for the same weights twice."""
+    first = encoders[0]
+    name_of_weights: dict[str, str] = {}
+    for name, encoder in zip(names, encoders, strict=True):
+        for what, value, expected in (
+            ("network", encoder.about.get("network", ""), first.about.get("network", "")),
+            ("size", f"{encoder.preprocess.size} px", f"{first.preprocess.size} px"),
         ):
-            if own != other:
+            if value != expected:
                 raise UserError(
-                    f"{name} is no shadow beside {names[0]}: its {what} is {own}, not {other}"
+                    f"{name} is no shadow beside {names[0]}: its {what} is {value}, not {expected}"
                 )
-        weights = fingerprint(e).numpy().astype("<i4").tobytes().hex()[:16]
-        if weights in seen:
+        weights = mntd.fingerprint(encoder).numpy().astype("<i4").tobytes().hex()[:16]
+        if weights in name_of_weights:
             raise UserError(
-                f"{seen[weights]} and {name} have the same weights; each shadow encoder is given once, on one side"
+                f"{name_of_weights[weights]} and {name} have the same weights; each shadow encoder is given once, on one side"
             )
-        seen[weights] = name
-    return list(seen)
+        name_of_weights[weights] = name
+    return list(name_of_weights)
 
 
-def origin(given: Any, names: Sequence[str]) -> str:
-    """The lineage of a shadow encoder: the first of the runs that it was tuned from, or the published weights that this one
-    was tuned from where they are a shadow too. Encoders trained apart have lineages of their own."""
-    while isinstance(given, Run):
-        asked = given.manifest["ask"].get("encoder") or {}
-        if "run" not in asked:
-            return asked["spec"] if asked.get("spec") in names else given.name
-        parent = given.sibling(asked["run"])
-        if not (
-            parent.path / MANIFEST
-        ).is_file():  # it is gone; its name still tells who else was made from it
-            return parent.name
-        given = parent
-    return encoder_name(given)
+def lineage_of(encoder: Any, names: Sequence[str]) -> str:
+    """The lineage of a shadow encoder; encoders that were trained apart have lineages of their own.
+
+    It is the first of the runs that the encoder was tuned from, or the published weights that this run was tuned from where
+    they are a shadow too.
+
+    Args:
+        encoder: its run, or a configured network.
+        names: of all shadows.
+    """
+    while isinstance(encoder, Run):
+        source = encoder.manifest["ask"].get("encoder") or {}
+        if "run" not in source:
+            return str(source["spec"]) if source.get("spec") in names else encoder.name
+        parent = encoder.sibling(source["run"])
+        if not (parent.path / MANIFEST).is_file():
+            return parent.name  # it was deleted; its name still says who else was made from it
+        encoder = parent
+    return input_name(encoder)
 
 
 def deal_folds(lineages: Sequence[str], labels: Sequence[bool], folds: int, seed: int) -> list[int]:
-    """A fold 0..folds-1 for each encoder; a lineage stays whole.
+    """Deal encoders to folds; a lineage stays whole.
 
-    Lineages are shuffled by the seed, those with more attacked and then with more clean encoders come first; each goes to
-    the fold that holds the fewest attacked ones (a lineage without any: the fewest clean ones), then the fewest in all.
+    Lineages are shuffled by the seed, then those with more attacked and then with more clean encoders come first. Each goes
+    to the fold that holds the fewest attacked encoders (a lineage without any: the fewest clean ones), then the fewest in
+    all.
+
+    Args:
+        lineages: of each encoder.
+        labels: of each encoder, whether it was attacked.
+        folds: how many there are.
+        seed: of the shuffling.
+
+    Returns:
+        Of each encoder its fold, 0 to folds - 1.
     """
-    import numpy as np
-
     unique = list(dict.fromkeys(lineages))
-    size = {u: [0, 0] for u in unique}
-    for lineage, bad in zip(lineages, labels, strict=True):
-        size[lineage][bad] += 1
+    size = {lineage: [0, 0] for lineage in unique}  # clean and attacked encoders
+    for lineage, label in zip(lineages, labels, strict=True):
+        size[lineage][label] += 1
     shuffled = [unique[i] for i in np.random.default_rng(seed).permutation(len(unique))]
-    held, at = [[0, 0] for _ in range(folds)], dict[str, int]()
-    for u in sorted(shuffled, key=lambda u: (-size[u][1], -size[u][0])):
-        kind = int(size[u][1] > 0)
-        at[u] = min(range(folds), key=lambda f: (held[f][kind], sum(held[f]), f))
-        held[at[u]] = [h + s for h, s in zip(held[at[u]], size[u], strict=True)]
-    return [at[lineage] for lineage in lineages]
+    counts = [[0, 0] for _ in range(folds)]  # clean and attacked encoders of each fold
+    fold_of: dict[str, int] = {}
+    for lineage in sorted(shuffled, key=lambda u: (-size[u][1], -size[u][0])):
+        kind = int(size[lineage][1] > 0)
+        fold = min(range(folds), key=lambda f: (counts[f][kind], sum(counts[f]), f))
+        fold_of[lineage] = fold
+        for k in (0, 1):
+            counts[fold][k] += size[lineage][k]
+    return [fold_of[lineage] for lineage in lineages]

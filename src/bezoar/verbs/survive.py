@@ -5,17 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bezoar import registry
 from bezoar.errors import UserError
+from bezoar.evaluation import survival
+from bezoar.evaluation.scores import Measure
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.verb import Input, Takes
+from bezoar.verbs.check import limit_side
 
 EXAMPLES = 2  # images that are kept for the page, one treatment after another
 SIDE = 96  # pixels of their sides, at most
+QUALITIES = (0, 95, 85, 75, 50)
+FACTORS = (1.0, 0.75, 0.5, 0.25)
+AUGMENTATIONS = ("shift", "flip", "colour", "gray", "blur", "simclr")
 
 
 @dataclass(frozen=True)
 class Survive:
-    """Put a trigger through JPEG, resizing, crops, augmentations and normalisations: what is left of it, before training."""
+    """Put a trigger through JPEG, resizing, crops, augmentations and normalisations, and measure what is left of it."""
 
     data: Annotated[
         Input,
@@ -31,112 +43,82 @@ class Survive:
         Input, Takes("encoder"), "whose embedding the trigger is to move; without it, pixels alone"
     ] = None
     count: Annotated[int, "images"] = 64
-    jpeg: Annotated[tuple[int, ...], "qualities, 1 to 100; 0: not stored as JPEG"] = (
-        0,
-        95,
-        85,
-        75,
-        50,
-    )
-    resize: Annotated[tuple[float, ...], "factors of the side, before it is stored"] = (
-        1.0,
-        0.75,
-        0.5,
-        0.25,
-    )
+    jpeg: Annotated[tuple[int, ...], "qualities, 1 to 100; 0: not stored as JPEG"] = QUALITIES
+    resize: Annotated[tuple[float, ...], "factors of the side, before it is stored"] = FACTORS
     crop: Annotated[
         tuple[float, ...], "least shares of the area of random resized crops; 1: none"
     ] = (1.0, 0.9, 0.5, 0.08)
-    augment: Annotated[tuple[str, ...], "of shift, flip, colour, gray, blur, simclr"] = (
-        "shift",
-        "flip",
-        "colour",
-        "gray",
-        "blur",
-        "simclr",
+    augment: Annotated[tuple[str, ...], "some of shift, flip, colour, gray, blur, simclr"] = (
+        AUGMENTATIONS
     )
     normalise: Annotated[
-        tuple[str, ...], "of none, half, imagenet, clip, in place of the encoder's own"
-    ] = (
-        "none",
-        "half",
-        "imagenet",
-        "clip",
-    )
+        tuple[str, ...], "some of none, half, imagenet, clip, in place of the encoder's own"
+    ] = ("none", "half", "imagenet", "clip")
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> treatments.json, pictures.safetensors (what the first images become), and the figures of every treatment."""
-        import torch
-        from safetensors.torch import save_file
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Measure what each treatment leaves of the trigger.
 
-        from bezoar import registry
-        from bezoar.evaluation import survival
-        from bezoar.runs import inputs
-
+        Writes treatments.json, and pictures.safetensors: what the first images become.
+        """
         if self.count < 2:
             raise UserError(f"count must be at least 2; got {self.count}")
-        given = job.inputs
-        spec = self.chosen(given)
-        trigger = registry.make("trigger", spec)
-        records = inputs.open_dataset(given["data"]).clean
+        trigger_spec = find_trigger(job)
+        trigger = registry.make("trigger", trigger_spec)
+        records = inputs.open_dataset(job.inputs["data"]).clean
         clean = records.take(range(min(self.count, len(records))))
-        encoder = (
-            None if given["encoder"] is None else inputs.load_encoder(given["encoder"], job.device)
-        )
+        encoder_input = job.inputs["encoder"]
+        encoder = None if encoder_input is None else inputs.load_encoder(encoder_input, job.device)
         stamped = trigger(clean.images, clean.ids)
         subject = survival.Survival(
             clean.images.to(job.device), stamped.to(job.device), encoder, job.seed
         )
+        normalise = self.normalise if encoder is not None else ()
         treatments = survival.build_treatments(
-            self.jpeg,
-            self.resize,
-            self.crop,
-            self.augment,
-            self.normalise if encoder is not None else (),
+            self.jpeg, self.resize, self.crop, self.augment, normalise
         )
-        out: dict[str, Any] = {}
-        told: list[dict] = []
-        pictures = []
+        metrics: dict[str, Measure] = {}
+        facts: list[dict[str, Any]] = []
+        pictures: list[Tensor] = []
         for i, treatment in enumerate(treatments):
             job.progress.step(i, len(treatments), treatment.title)
-            found, made = subject.measure(treatment)
-            out |= {f"{treatment.name}.{k}": m for k, m in found.items()}
-            told.append({**vars(treatment), "name": treatment.name, "title": treatment.title})
-            pictures.append(shown(made[:EXAMPLES]))
-        inputs.write_json(job.folder / "treatments.json", told)
+            measures, views = subject.measure(treatment)
+            metrics |= {f"{treatment.name}.{key}": m for key, m in measures.items()}
+            facts.append({**vars(treatment), "name": treatment.name, "title": treatment.title})
+            pictures.append(draw_views(views[:EXAMPLES]))
+        inputs.write_json(job.folder / "treatments.json", facts)
         save_file({"pictures": torch.stack(pictures)}, job.folder / "pictures.safetensors")
         job.notes = {
-            "trigger": spec,
+            "trigger": trigger_spec,
             "images": len(subject.clean),
             "untouched": len(clean) - len(subject.clean),
             "side": clean.size,
             "encoder": encoder is not None,
         }
-        return out
-
-    def chosen(self, given: dict[str, Any]) -> str:
-        """The trigger's spec: the one that is given, or the first of the goals of the data or the encoder."""
-        from bezoar import registry
-        from bezoar.runs import inputs
-
-        if given["trigger"] is not None:
-            return registry.spec(given["trigger"])
-        for run in (given["encoder"], given["data"]):
-            for goal in inputs.known_goals(run):
-                if goal.trigger:
-                    return goal.trigger
-        raise UserError("give a --trigger, or a run whose goals name one")
+        return metrics
 
 
-def shown(made: Any) -> Any:
-    """float (N, 2, 3, H, W), images and residues -> uint8 (N, 2, 3, S, S) on the CPU; a residue is drawn on middle gray."""
-    import torch
-    import torch.nn.functional as F
+def find_trigger(job: Job) -> str:
+    """The trigger's spec: of the trigger that is given, or the first among the goals of the encoder and of the data."""
+    if job.inputs["trigger"] is not None:
+        return registry.spec(job.inputs["trigger"])
+    for run in (job.inputs["encoder"], job.inputs["data"]):
+        for goal in inputs.known_goals(run):
+            if goal.trigger:
+                return goal.trigger
+    raise UserError("give a --trigger, or a run whose goals name one")
 
-    x = torch.stack((made[:, 0], (0.5 + made[:, 1] / 2).clamp(0, 1)), 1)
-    if max(x.shape[-2:]) > SIDE:
-        shape = [max(1, round(n * SIDE / max(x.shape[-2:]))) for n in x.shape[-2:]]
-        x = F.interpolate(x.flatten(0, 1), shape, mode="bilinear", antialias=True).unflatten(
-            0, x.shape[:2]
-        )
-    return (x * 255).round().clamp(0, 255).byte().cpu()
+
+def draw_views(views: Tensor) -> Tensor:
+    """Make pictures of treated images and their residues; a residue is drawn on middle gray.
+
+    Args:
+        views: float (N, 2, 3, H, W), images in 0..1 and residues in -1..1.
+
+    Returns:
+        uint8 (N, 2, 3, S, S) on the CPU.
+    """
+    residues = (0.5 + views[:, 1] / 2).clamp(0, 1)
+    pictures = torch.stack((views[:, 0], residues), 1)
+    small = limit_side(pictures.flatten(0, 1), SIDE)  # (2 N, 3, S, S)
+    small = small.reshape(*pictures.shape[:3], *small.shape[2:])
+    return (small * 255).round().clamp(0, 255).byte().cpu()

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from bezoar import registry
+from bezoar.attacks.plan import Goal, Plan
+from bezoar.data import stored_pairs
+from bezoar.data.files.writing import write_whole
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import sample_rows
+from bezoar.data.stored_pairs import StoredPairs
+from bezoar.encoders.encoder import Encoder, precision_for, tokenize_captions
 from bezoar.errors import UserError
+from bezoar.evaluation import success
+from bezoar.evaluation.scores import Measure, average
+from bezoar.runs import inputs
 from bezoar.runs.execute import Job
-from bezoar.runs.run import CHECKPOINT
+from bezoar.runs.inputs import Dataset
+from bezoar.runs.run import CHECKPOINT, Run
 from bezoar.runs.verb import Input, Takes
+from bezoar.training import collectives, loop, prefetch
+from bezoar.training.loop import TrainingLog
+from bezoar.verbs import evaluate
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bezoar.attacks.plan import Goal, Plan
-    from bezoar.data.pairs import Pairs
-    from bezoar.data.stored_pairs import StoredPairs
-    from bezoar.encoders.encoder import Encoder
-    from bezoar.evaluation.scores import Measure
-    from bezoar.runs.inputs import Dataset
-    from bezoar.runs.run import Run
-    from bezoar.training.loop import TrainingLog
-
-NEIGHBOURS, VOTERS = (
-    200,
-    10_000,
-)  # of a kNN monitor: how many vote, of how many labelled records at most
+# Of the kNN by which images alone are followed: how many vote, of how many labelled records at most.
+NEIGHBOURS, VOTERS = 200, 10_000
+FOLLOWED = 1000  # records that are measured after every epoch, at most
+FOLLOWED_METRICS = ("clean_acc", "attack_success", "targeted_s")  # starts of their names
 
 
 @dataclass(frozen=True)
@@ -47,176 +54,172 @@ class Train:
         Input, Takes("data"), "measure success on these data after every epoch, zero-shot or by kNN"
     ] = None
 
-    def work(self, job: Job) -> dict[str, Any]:
-        """-> encoder.json + encoder.safetensors, log.jsonl, ledger.safetensors (losses; how often each record was drawn)."""
-        import torch
-        from safetensors.torch import save_file
+    def work(self, job: Job) -> dict[str, Measure]:
+        """Train the encoder.
 
-        from bezoar.encoders.encoder import precision_for
-        from bezoar.runs import inputs
-        from bezoar.training import collectives, loop, prefetch
-
-        given, parts = job.inputs, inputs.open_dataset(job.inputs["data"])
-        pairs = parts.records if given["keep"] is None else kept(parts.records, given["keep"])
+        Writes encoder.json, encoder.safetensors, log.jsonl, and ledger.safetensors: losses, and how often each record was
+        drawn.
+        """
+        dataset = inputs.open_dataset(job.inputs["data"])
+        records = dataset.records
+        if job.inputs["keep"] is not None:
+            records = select_kept(records, job.inputs["keep"])
         torch.manual_seed(job.seed)
-        network, recipe = given["network"], given["objective"]
-        try:
-            encoder = network(pairs.size, network.vocabulary(pairs.captions)).to(job.device)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        tokens = tokens_for(encoder, recipe, pairs.captions, len(pairs))
-        encoder.precision = precision_for(job.device)
-        encoder.about |= {"objective": registry.spec(recipe), "poisoned": bool(parts.plan.edits)}
-        if parts.plan.edits:
-            encoder.about |= {
-                "plan": parts.plan.digest(),
-                "goals": [vars(g) for g in parts.plan.goals],
-            }
-        loss, following = recipe(encoder).to(job.device), self._follow(job, encoder, parts)
+        objective = job.inputs["objective"]
+        encoder = new_encoder(job, records)
+        tokens = tokenize_records(encoder, objective, records.captions, len(records))
+        mark_encoder(encoder, objective, dataset.plan)
+        loss = objective(encoder).to(job.device)
+        follow = make_follower(job, encoder, dataset)
         rank, world = collectives.rank_and_world()
 
-        def order(epoch: int) -> torch.Tensor:
-            return collectives.local_rows(
-                loop.epoch_batches(job.seed, epoch, len(pairs), recipe.batch)
-            )
+        def order(epoch: int) -> Tensor:
+            batches = loop.epoch_batches(job.seed, epoch, len(records), objective.batch)
+            return collectives.local_rows(batches)
 
-        with prefetch.training_data(pairs, job.device, order, recipe.epochs) as data:
+        def report(step: int, steps: int, value: float) -> None:
+            job.progress.step(step, steps, f"loss {value:.3f}")
+
+        with prefetch.training_data(records, job.device, order, objective.epochs) as data:
             log = loop.fit(
-                loss,
-                recipe,
-                data,
-                tokens,
-                job.seed,
-                job.folder / CHECKPOINT,
-                lambda step, steps, value: job.progress.step(step, steps, f"loss {value:.3f}"),
-                following,
+                loss, objective, data, tokens, job.seed, job.folder / CHECKPOINT, report, follow
             )
         if rank > 0:
             return {}
         encoder.save(job.folder)
-        save_file(
-            {"exposures": log.exposures, "losses": torch.tensor(log.losses)},
-            job.folder / "ledger.safetensors",
-        )
-        (job.folder / "log.jsonl").write_text(
-            "".join(json.dumps(epoch) + "\n" for epoch in log.epochs)
-        )
-        (job.folder / CHECKPOINT).unlink(missing_ok=True)
-        job.notes = parts.reading_notes() | {
-            "records": len(pairs),
+        ledger = {"exposures": log.exposures, "losses": torch.tensor(log.losses)}
+        save_file(ledger, job.folder / "ledger.safetensors")
+        finish_log(job.folder, log)
+        speed = len(log.losses) * objective.batch / max(log.seconds, 1e-9)
+        job.notes = dataset.reading_notes() | {
+            "records": len(records),
             "steps": len(log.losses),
-            "pairs_per_second": round(len(log.losses) * recipe.batch / max(log.seconds, 1e-9)),
+            "pairs_per_second": round(speed),
             "precision": encoder.precision,
             "ranks": world,
             "images": data.describe() if isinstance(data, prefetch.Prefetcher) else "in memory",
         }
-        return measured(log, parts.plan, pairs.ids)
-
-    def _follow(self, job: Job, encoder: Any, parts: Any) -> Any:
-        """After every epoch: accuracy and success on `follow`, for the curves; by kNN where the encoder reads no text."""
-        if job.inputs["follow"] is None:
-            return None
-        from bezoar.runs import inputs
-
-        followed = inputs.open_dataset(job.inputs["follow"])
-        test, known, probe = (
-            inputs.in_memory(followed.clean),
-            None,
-            registry.make("probe", "zero_shot"),
-        )
-        if encoder.text is None:
-            test, known = monitored(followed, parts.plan.goals)
-            probe = registry.make(
-                "probe", f"knn:k={min(NEIGHBOURS, max(1, len(known) // 10))},temperature=0.5"
-            )
-        test = test.take(range(min(1000, len(test))))
-
-        def measure(epoch: int) -> dict:
-            found = probe(encoder, known, test, parts.plan.goals, parts.victims)
-            short = {k.removeprefix("knn."): m.value for k, m in found.items()}
-            return {
-                k: v
-                for k, v in short.items()
-                if k.startswith(("clean_acc", "attack_success", "targeted_s"))
-            }
-
-        return measure
+        return training_metrics(log, dataset.plan, records.ids)
 
 
-def kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
-    """The records that a scan's keep-list names."""
-    from bezoar.data import stored_pairs
+def new_encoder(job: Job, records: Pairs | StoredPairs) -> Encoder:
+    """An untrained encoder for the records. Raises UserError where the network does not take them."""
+    network = job.inputs["network"]
+    try:
+        encoder: Encoder = network(records.size, network.vocabulary(records.captions))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return encoder.to(job.device)
 
-    names = set(scan.file("keep.txt").read_text(encoding="utf-8").split("\n"))
-    return stored_pairs.subset(records, [i for i, k in enumerate(records.ids) if k in names])
 
-
-def measured(log: TrainingLog, plan: Plan, ids: Sequence[str]) -> dict[str, Measure]:
-    """The last loss; of a poisoned set, how many poisons were trained on, and how often one was drawn."""
-    import torch
-
-    from bezoar.evaluation.scores import Measure, average
-
-    tail = torch.tensor(log.losses[-max(1, len(log.losses) // 20) :])
-    out = {"final_loss": average(tail, "mean loss of the last twentieth of the steps")}
+def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
+    """Set the precision, and note in the encoder what it is trained by and that its data are poisoned, where they are."""
+    encoder.precision = precision_for(encoder.device)
+    encoder.about |= {"objective": registry.spec(objective), "poisoned": bool(plan.edits)}
     if plan.edits:
-        poisons = torch.from_numpy(plan.mask(ids))
-        n, drawn = int(poisons.sum()), int(log.exposures[poisons].sum())
-        out["poisons_kept"] = Measure(
-            n, len(ids), n, n, "poisons among the records trained on, counted"
-        )
-        out["poison_exposures"] = Measure(
-            drawn, n, drawn, drawn, "times that training drew a poison, counted"
-        )
-    return out
+        encoder.about |= {"plan": plan.digest(), "goals": [vars(goal) for goal in plan.goals]}
 
 
-def tokens_for(encoder: Encoder, recipe: Any, captions: Sequence[str], count: int) -> Tensor:
-    """int64 (count, L), the captions; L is 0 for an objective that reads none (its attribute `captions` is False).
+def select_kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
+    """The records that a scan's keep-list names."""
+    ids = set(scan.file("keep.txt").read_text(encoding="utf-8").split("\n"))
+    return stored_pairs.subset(records, [i for i, k in enumerate(records.ids) if k in ids])
 
-    Raises UserError when the objective, the data and the encoder do not fit each other.
+
+def tokenize_records(
+    encoder: Encoder, objective: Any, captions: Sequence[str], count: int
+) -> Tensor:
+    """The captions as tokens, int64 (count, L); L is 0 for an objective that reads none (`captions` is False).
+
+    Raises UserError where the objective, the data and the encoder do not fit each other.
     """
-    import torch
-
-    from bezoar.encoders.encoder import tokenize_captions
-
-    objective, network = (
-        registry.method_name(type(recipe)),
-        encoder.about["network"].partition(":")[0],
-    )
-    if getattr(recipe, "captions", True):
+    objective_name = registry.method_name(type(objective))
+    network_name = encoder.about["network"].partition(":")[0]
+    if getattr(objective, "captions", True):
         if not captions:
             raise UserError(
-                f"these data have no captions to train on, and objective {objective} needs them"
+                f"these data have no captions to train on, and objective {objective_name} needs them"
             )
         if encoder.text is None:
             raise UserError(
-                f"objective {objective} reads captions, and network {network} has no text tower"
+                f"objective {objective_name} reads captions, and network {network_name} has no text tower"
             )
         return tokenize_captions(encoder, captions)
     if encoder.text is not None:
         raise UserError(
-            f"objective {objective} trains images alone, and network {network} has a text tower; take one without"
+            f"objective {objective_name} trains images alone, and network {network_name} has a text tower; "
+            "take one without"
         )
     return torch.zeros(count, 0, dtype=torch.long, device=encoder.device)
 
 
-def monitored(followed: Dataset, goals: Sequence[Goal]) -> tuple[Pairs, Pairs]:
-    """What a kNN monitor is measured on, and the labelled records that vote: from the training split of the same data.
+def make_follower(
+    job: Job, encoder: Encoder, dataset: Dataset
+) -> Callable[[int], dict[str, float]] | None:
+    """What is called after every epoch: it measures accuracy and success on the data of `follow`, for the curves.
 
-    Without such a split a fixed fifth of the data, 1000 at most, is measured on, and the others vote. All are clean.
-    Raises UserError when no neighbours can be had, before anything is trained.
+    Zero-shot, or by kNN where the encoder reads no text. None where no data are followed.
     """
-    from bezoar.data.randomness import sample_rows
-    from bezoar.evaluation import success
-    from bezoar.runs import inputs
-    from bezoar.verbs import evaluate
+    if job.inputs["follow"] is None:
+        return None
+    followed = inputs.open_dataset(job.inputs["follow"])
+    goals = dataset.plan.goals
+    if encoder.text is None:
+        test, voters = split_voters(followed, goals)
+        k = min(NEIGHBOURS, max(1, len(voters) // 10))
+        probe = registry.make("probe", f"knn:k={k},temperature=0.5")
+    else:
+        test, voters = inputs.in_memory(followed.clean), None
+        probe = registry.make("probe", "zero_shot")
+    test = test.take(range(min(FOLLOWED, len(test))))
 
+    def follow(epoch: int) -> dict[str, float]:
+        measures = probe(encoder, voters, test, goals, dataset.victims)
+        values = {key.removeprefix("knn."): m.value for key, m in measures.items()}
+        return {key: v for key, v in values.items() if key.startswith(FOLLOWED_METRICS)}
+
+    return follow
+
+
+def split_voters(followed: Dataset, goals: Sequence[Goal]) -> tuple[Pairs, Pairs]:
+    """The records that a kNN is measured on, and the labelled records that vote. All are clean.
+
+    Voters come from the training split of the same data. Without one, a fixed fifth of the data (1000 at most) is
+    measured on, and the rest votes.
+
+    Raises:
+        UserError: if no neighbours can be had; before anything is trained.
+    """
     test = inputs.in_memory(followed.clean)
     if getattr(followed.method, "split", None) not in (None, "train"):
         train = inputs.read_pairs(evaluate.training_split(followed.method))
     else:
         rows = sample_rows(test.ids, len(test), 0)
-        apart = min(1000, len(test) // 5)
-        train, test = test.take(rows[apart:]), test.take(rows[:apart])
+        count = min(FOLLOWED, len(test) // 5)
+        train = test.take(rows[count:])
+        test = test.take(rows[:count])
     return test, success.select_labelled(train, test, goals, VOTERS)
+
+
+def finish_log(folder: Path, log: TrainingLog) -> None:
+    """Write log.jsonl, a line an epoch, and remove the checkpoint, which is not needed any more."""
+    lines = [json.dumps(epoch) + "\n" for epoch in log.epochs]
+    write_whole(folder / "log.jsonl", "".join(lines))
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def training_metrics(log: TrainingLog, plan: Plan, ids: Sequence[str]) -> dict[str, Measure]:
+    """The last loss; of a poisoned set, how many poisons were trained on, and how often training drew one."""
+    tail = torch.tensor(log.losses[-max(1, len(log.losses) // 20) :])
+    metrics = {"final_loss": average(tail, "mean loss of the last twentieth of the steps")}
+    if plan.edits:
+        is_poison = torch.from_numpy(plan.mask(ids))
+        poisons = int(is_poison.sum())
+        exposures = int(log.exposures[is_poison].sum())
+        metrics["poisons_kept"] = Measure.exact(
+            poisons, len(ids), "poisons among the records trained on, counted"
+        )
+        metrics["poison_exposures"] = Measure.exact(
+            exposures, poisons, "times that training drew a poison, counted"
+        )
+    return metrics

@@ -1,3 +1,0 @@
-"""Environment: what a figure depends on beside the question. Versions, the commit, the device."""
-
-from __future__ import annotations
