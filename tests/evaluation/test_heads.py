@@ -22,6 +22,7 @@ from bezoar.reports import metric_names, page
 from bezoar.reports.sections import evaluate as sections
 from bezoar.runs.execute import execute
 from bezoar.runs.verb import Settings
+from bezoar.verbs import evaluate
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
@@ -357,17 +358,17 @@ def test_what_no_head_can_be_measured_on_is_said_in_a_line():
 
 def test_goals_of_other_tasks_are_left_out_and_named():
     job, truck = SimpleNamespace(notes={}), Goal("truck", BLUE.trigger)
-    assert Evaluate._goals(job, [truck, BLUE], data()) == [BLUE]
+    assert evaluate.goals_of_task(job, [truck, BLUE], data()) == [BLUE]
     assert job.notes == {"goals_of_other_tasks": ["truck"]}
     job.notes = {}
-    assert Evaluate._goals(job, [truck], data()) == [truck] and not job.notes, (
+    assert evaluate.goals_of_task(job, [truck], data()) == [truck] and not job.notes, (
         "a probe that reads classes refuses it"
     )
-    assert Evaluate._goals(job, [truck, BLUE], replace(data(), classes=(), labels=None)) == [
+    assert evaluate.goals_of_task(job, [truck, BLUE], replace(data(), classes=(), labels=None)) == [
         truck,
         BLUE,
     ]
-    Evaluate._goals(job, [BLUE], data().take([0, 1, 3]))
+    evaluate.goals_of_task(job, [BLUE], data().take([0, 1, 3]))
     assert job.notes == {"classes_without_test_images": ["blue"]}
 
 

@@ -551,7 +551,7 @@ def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_tes
 
 def test_labelled_data_are_read_by_nobody_who_does_not_ask(runs, monkeypatch):
     settings, _, bad, twin = runs
-    monkeypatch.setattr(Evaluate, "_train", lambda *a: pytest.fail("read"))
+    monkeypatch.setattr(evaluate, "load_labelled", lambda *a: pytest.fail("read"))
     probes = ("zero_shot", "branch_swap:align=none")
     notes = execute(Evaluate(bad, "scenes:count=100,split=test", probes, twin), settings).manifest[
         "notes"

@@ -11,8 +11,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 
+from bezoar.errors import UserError
 from bezoar.evaluation.stats import Floats
 
 DIRECTIONS = 360  # in which the border of a region is sought
@@ -37,6 +39,37 @@ class Readings:
 
     def __len__(self) -> int:
         return len(self.doses)
+
+
+def read_doses(
+    doses: ArrayLike, rates: ArrayLike, trials: ArrayLike, floor: float | None
+) -> tuple[Readings, float]:
+    """Check the data of a curve. Returns the readings at doses above 0, and the floor."""
+    x, p, n = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (doses, rates, trials)))
+    if x.ndim != 1 or not (np.isfinite(x).all() and (x >= 0).all() and (n >= 1).all()):
+        raise ValueError("doses must be (N,), finite and >= 0, with at least one trial each")
+    check_rates(p)
+    zero = x == 0
+    if floor is None:
+        floor = float((p * n)[zero].sum() / n[zero].sum()) if zero.any() else 0.0
+    if not 0 <= floor < 1:
+        raise UserError(
+            f"success without poison must be below 1 for a dose-response law; it is {floor:g}"
+        )
+    readings = Readings(x[~zero], p[~zero], n[~zero])
+    distinct = len(np.unique(readings.doses))
+    if len(readings) < 3 or distinct < 2:
+        raise UserError(
+            f"a dose-response law needs 3 readings at 2 doses above 0; there are {len(readings)} "
+            f"at {distinct}"
+        )
+    return readings, floor
+
+
+def check_rates(rates: Floats) -> None:
+    """Raise ValueError unless all rates are in 0..1."""
+    if not ((rates >= 0) & (rates <= 1)).all():  # refuses NaN too
+        raise ValueError(f"rates must be inside 0..1; got {rates.min():g}..{rates.max():g}")
 
 
 @dataclass(frozen=True)

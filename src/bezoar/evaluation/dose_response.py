@@ -18,7 +18,7 @@ from scipy.stats import kendalltau, norm, t
 
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
-from bezoar.evaluation.dose_likelihood import Likelihood, Readings
+from bezoar.evaluation.dose_likelihood import Likelihood, check_rates, read_doses
 from bezoar.evaluation.scores import Measure, encode_nonfinite
 from bezoar.evaluation.stats import Floats
 
@@ -49,7 +49,7 @@ def pool_readings(measures: Sequence[Measure], how: str, rate: bool = True) -> M
     low, high = stats.mean_interval(values)
     interval = "Student's t over readings"
     if rate:
-        _check_rates(values)
+        check_rates(values)
         hits = min(n, float(sum(m.value * m.n for m in measures)))
         least_low, least_high = stats.wilson_interval(hits, n)
         low = max(0.0, min(low, least_low))
@@ -183,26 +183,7 @@ def fit_dose_response(
     Raises:
         UserError: if there are fewer than 3 readings at 2 doses above 0, or the floor is 1.
     """
-    x, p, n = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (doses, rates, trials)))
-    if x.ndim != 1 or not (np.isfinite(x).all() and (x >= 0).all() and (n >= 1).all()):
-        raise ValueError("doses must be (N,), finite and >= 0, with at least one trial each")
-    _check_rates(p)
-    without_poison = x == 0
-    if floor is None:
-        floor = 0.0
-        if without_poison.any():
-            floor = float((p * n)[without_poison].sum() / n[without_poison].sum())
-    if not 0 <= floor < 1:
-        raise UserError(
-            f"success without poison must be below 1 for a dose-response law; it is {floor:g}"
-        )
-    readings = Readings(x[~without_poison], p[~without_poison], n[~without_poison])
-    distinct = len(np.unique(readings.doses))
-    if len(readings) < 3 or distinct < 2:
-        raise UserError(
-            f"a dose-response law needs 3 readings at 2 doses above 0; there are {len(readings)} "
-            f"at {distinct}"
-        )
+    readings, floor = read_doses(doses, rates, trials, floor)
     likelihood = Likelihood.of(readings, floor)
     fit = likelihood.maximise()
     phi, df = likelihood.dispersion(fit, readings)
@@ -388,15 +369,10 @@ def _mean_variance(values: Floats) -> float:
 
 def _binomial_error(rates: Floats, trials: int) -> float:
     """Return the standard error of a mean of rates by Wilson's interval; it is never 0."""
-    _check_rates(rates)
+    check_rates(rates)
     n = len(rates) * trials
     low, high = stats.wilson_interval(min(n, float(rates.sum()) * trials), n)
     return (high - low) / (2 * 1.959964)
-
-
-def _check_rates(rates: Floats) -> None:
-    if not ((rates >= 0) & (rates <= 1)).all():  # refuses NaN too
-        raise ValueError(f"rates must be inside 0..1; got {rates.min():g}..{rates.max():g}")
 
 
 def _format_dose(x: float) -> str:

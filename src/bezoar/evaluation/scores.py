@@ -210,22 +210,25 @@ def detection_measures(
             "at least Wilson",
         ),
     }
+    return measures | _measure_cuts(s, is_poison)
 
-    def share_of_poisons(budget: int, how: str) -> Measure:
-        return proportion(stats.expected_hits(s, is_poison, budget), poisons, how)
 
+def _measure_cuts(scores: np.ndarray, is_poison: np.ndarray) -> dict[str, Measure]:
+    """Measure recall at several budgets, and precision at as many records as there are poisons."""
+    n, poisons = len(scores), int(is_poison.sum())
+    measures = {}
     for share in BUDGETS:
         budget = stats.budget(share, n)
-        measures[f"recall_at_{share}"] = share_of_poisons(
-            budget, f"share of the poisons among the worst {budget} of {n} records"
-        )
+        hits = stats.expected_hits(scores, is_poison, budget)
+        how = f"share of the poisons among the worst {budget} of {n} records"
+        measures[f"recall_at_{share}"] = proportion(hits, poisons, how)
     budget = min(n, math.ceil(1.5 * poisons))
-    measures["recall_at_1.5n"] = share_of_poisons(
-        budget, f"share of the poisons among the worst {budget} records, 1.5 times their number"
-    )
-    measures["precision_at_n"] = share_of_poisons(
-        poisons, f"share of poisons among the worst {poisons} records, as many as poisons"
-    )
+    hits = stats.expected_hits(scores, is_poison, budget)
+    how = f"share of the poisons among the worst {budget} records, 1.5 times their number"
+    measures["recall_at_1.5n"] = proportion(hits, poisons, how)
+    hits = stats.expected_hits(scores, is_poison, poisons)
+    how = f"share of poisons among the worst {poisons} records, as many as poisons"
+    measures["precision_at_n"] = proportion(hits, poisons, how)
     return measures
 
 
