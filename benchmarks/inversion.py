@@ -4,7 +4,7 @@
 
 Both look for the same triggers from the same starts on the same images. The plain form is the published one: one trigger
 after the other, the gradient reaching every weight (which nobody reads), batch norms computed at rest, NCHW, torch's Adam,
-a process without allocator settings. bezoar's is a step of `inversion.invert`, in a process with the settings that the
+a process without allocator settings. bezoar's is a step of `trigger_inversion.invert_triggers`, in a process with the settings that the
 command sets. `apart` is the largest difference of a gradient at the first step, as a share of the largest gradient: where
 two pixels of a feature map are equal but for rounding, it decides which of them a maximum passes a gradient on to (in
 double precision, in the tests, the two are equal). The sides take turns. Medians over `--repeats` of the seconds that the
@@ -40,7 +40,7 @@ def inputs(network: str, audit: str) -> tuple[Any, ...]:
     import torch
 
     from bezoar import registry
-    from bezoar.auditing import trigger_inversion
+    from bezoar.auditing.trigger_search import initial_parameters
 
     count, images = COUNTS[network, audit]
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def inputs(network: str, audit: str) -> tuple[Any, ...]:
         head = torch.nn.functional.normalize(
             torch.randn(count, encoder.encode_images(x).shape[1]), dim=1
         )
-    return encoder, head, x, trigger_inversion.initial_parameters(count, SIZE, SIZE, 0)
+    return encoder, head, x, initial_parameters(count, SIZE, SIZE, 0)
 
 
 def plain(network: str, audit: str) -> Callable[[], list[float]]:
@@ -88,31 +88,29 @@ def plain(network: str, audit: str) -> Callable[[], list[float]]:
 
 
 def ours(network: str, audit: str) -> Callable[[], list[float]]:
-    """bezoar's step, as `inversion.invert` takes it."""
+    """bezoar's step, as `invert_triggers` takes it."""
     from bezoar.auditing import trigger_inversion
     from bezoar.auditing.audits import cleanse, decree
+    from bezoar.auditing.trigger_search import InversionRecipe, TriggerSearch
     from bezoar.evaluation.classifiers import Classifier
 
     encoder, head, x, start = inputs(network, audit)
     classifier = Classifier(
         encoder, lambda z: 10 * z @ head.T, tuple(map(str, range(len(start)))), "drawn"
     )
-    aim = decree.collapse if audit == "decree" else cleanse.into(classifier)
-    resting = trigger_inversion.freeze_tower(encoder)
-    see = resting.__enter__()  # for as long as the process lives: `step` holds on to it
-    search = trigger_inversion.TriggerSearch(
-        start.clone(), trigger_inversion.InversionRecipe(1, len(x), weight=WEIGHT, patience=1 << 20)
-    )
+    objective = decree.collapse if audit == "decree" else cleanse.reach_class(classifier)
+    frozen = trigger_inversion.freeze_tower(encoder)
+    tower = frozen.__enter__()  # for as long as the process lives: `step` holds on to it
+    recipe = InversionRecipe(1, len(x), weight=WEIGHT, patience=1 << 20)
+    search = TriggerSearch(start.clone(), recipe)
     done = 0
 
     def step() -> list[float]:
         nonlocal done
-        assert resting is not None
-        grad, success, norm = trigger_inversion.compute_gradients(
-            search.u, search.which, search.weight, x, see, aim
-        )
-        search.keep(success, norm)
-        search.step(grad, done)
+        assert frozen is not None
+        grad, success, norm = trigger_inversion.compute_gradients(search, x, tower, objective)
+        search.record(success, norm)
+        search.adam_step(grad, done)
         done += 1
         return grad.flatten().tolist()
 

@@ -1,6 +1,7 @@
 """Banks against closed forms, simulations and slow plain versions; hostile files; the words of a verdict."""
 
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -21,6 +22,7 @@ from bezoar.auditing.bank import (
     adjust_p_values,
     judge_value,
 )
+from bezoar.auditing.source_hash import hash_sources, imported_names, parse_without_docstrings
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
 
@@ -34,18 +36,18 @@ def entries(values, attack=""):
     return tuple(Entry(f"e{attack}{i}", float(v), 1.0, attack) for i, v in enumerate(values))
 
 
-def made(clean, attacked=(), audit="stub:k=1", code="c0de"):
+def calibrate(clean, attacked=(), audit="stub:k=1", code="c0de"):
     return Calibration(audit, code, "", entries(clean), tuple(attacked))
 
 
 @given(VALUES, RATES, st.integers(-1, 13).map(float))
 def test_a_value_is_evidence_exactly_where_its_p_value_is_at_most_the_rate(values, rate, value):
-    held, n = made(values), len(values)
-    threshold = held.threshold(rate)
+    calibration, n = calibrate(values), len(values)
+    threshold = calibration.threshold(rate)
     enough = n >= 1 / rate - 1 - 1e-9
-    assert (threshold is not None) == enough and held.smallest_rate == 1 / (n + 1)
+    assert (threshold is not None) == enough and calibration.smallest_rate == 1 / (n + 1)
     p = (1 + sum(v >= value for v in values)) / (n + 1)
-    assert held.p_value(value) == p
+    assert calibration.p_value(value) == p
     assert (threshold is not None and value > threshold) == (p <= rate + 1e-12)
     if threshold is not None:
         share = sum(v <= threshold for v in values) / (n + 1)
@@ -58,26 +60,26 @@ def test_a_value_is_evidence_exactly_where_its_p_value_is_at_most_the_rate(value
 
 def test_the_rate_is_not_lost_to_rounding():
     assert (
-        made(range(19)).threshold(0.05) == 18
+        calibrate(range(19)).threshold(0.05) == 18
     )  # (19 + 1) (1 - 0.05) is 19.000000000000004 in floats
-    assert made(range(18)).threshold(0.05) is None
-    assert made(range(39)).threshold(0.05) == 37
+    assert calibrate(range(18)).threshold(0.05) is None
+    assert calibrate(range(39)).threshold(0.05) == 37
     with pytest.raises(UserError, match="rate"):
-        made([1.0]).threshold(1.0)
+        calibrate([1.0]).threshold(1.0)
 
 
 def test_false_positives_of_a_threshold_have_the_law_of_an_order_statistic():
-    m = made(range(20)).false_positive_rate(0.05)
+    m = calibrate(range(20)).false_positive_rate(0.05)
     assert (
         m.value == pytest.approx(1 / 21) and m.n == 20
     )  # Beta(1, 20): its quantiles are 1 - (1 - q)^(1/20)
     assert m.low == pytest.approx(1 - 0.975 ** (1 / 20)) and m.high == pytest.approx(
         1 - 0.025 ** (1 / 20)
     )
-    assert made(range(5)).false_positive_rate(0.05) is None
+    assert calibrate(range(5)).false_positive_rate(0.05) is None
     rng = np.random.default_rng(0)
     for n, rate in ((20, 0.05), (59, 0.1)):
-        m, k = made(range(n)).false_positive_rate(rate), made(range(n)).rank(rate)
+        m, k = calibrate(range(n)).false_positive_rate(rate), calibrate(range(n)).rank(rate)
         own = (
             1 - np.sort(rng.random((20_000, n)), axis=1)[:, k - 1]
         )  # of uniform values the rate is read off
@@ -89,17 +91,17 @@ def test_false_positives_of_a_threshold_have_the_law_of_an_order_statistic():
 def test_sensitivity_is_a_share_with_wilsons_interval_of_attacks_that_worked():
     bad = (*entries([25.0, 5.0, 30.0], "backdoor patch"), *entries([40.0], "badencoder patch"))
     failed = dataclasses.replace(bad[1], name="failed", success=0.1)
-    held = made(range(20), (*bad, failed))
-    found = held.sensitivity(0.05)
-    assert set(found) == {"", "backdoor patch", "badencoder patch"}
-    assert (found[""].value, found[""].n) == (0.75, 4) and found[
+    calibration = calibrate(range(20), (*bad, failed))
+    sensitivity = calibration.sensitivity(0.05)
+    assert set(sensitivity) == {"", "backdoor patch", "badencoder patch"}
+    assert (sensitivity[""].value, sensitivity[""].n) == (0.75, 4) and sensitivity[
         "backdoor patch"
     ].value == pytest.approx(2 / 3)
-    assert (found[""].low, found[""].high) == stats.wilson_interval(3, 4)
-    assert held.sensitivity(0.01) == {} and made(range(20)).sensitivity(0.05) == {}
-    m = bank.measure_auroc(held)
+    assert (sensitivity[""].low, sensitivity[""].high) == stats.wilson_interval(3, 4)
+    assert calibration.sensitivity(0.01) == {} and calibrate(range(20)).sensitivity(0.05) == {}
+    m = bank.measure_auroc(calibration)
     assert m.value == stats.auroc([25, 5, 30, 40, *range(20)], [True] * 4 + [False] * 20)
-    assert bank.measure_auroc(made([1.0])) is None
+    assert bank.measure_auroc(calibrate([1.0])) is None
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=8), st.floats(0.01, 0.5))
@@ -117,106 +119,124 @@ def test_holm_rejects_where_the_step_down_does(p, rate):
 
 
 def test_only_encoders_of_one_family_fit():
-    held = Bank(FAMILY, SAMPLE, (made(range(20)),))
-    assert held.fits(FAMILY, SAMPLE) == []
+    small_bank = Bank(FAMILY, SAMPLE, (calibrate(range(20)),))
+    assert small_bank.differences(FAMILY, SAMPLE) == []
     other = {"network": "resnet:depth=18", "size": 64, "data": "cifar10", "objective": "simclr"}
     for field, value in other.items():
-        said = held.fits(dataclasses.replace(FAMILY, **{field: value}), SAMPLE)
-        own, theirs = (str(v).partition(":")[0] for v in (value, getattr(FAMILY, field)))
-        assert said == [f"{field} {own}, not {theirs}"]
-    assert held.fits(dataclasses.replace(FAMILY, network=""), SAMPLE), (
+        differences = small_bank.differences(dataclasses.replace(FAMILY, **{field: value}), SAMPLE)
+        name, other_name = (str(v).partition(":")[0] for v in (value, getattr(FAMILY, field)))
+        assert differences == [f"{field} {name}, not {other_name}"]
+    assert small_bank.differences(dataclasses.replace(FAMILY, network=""), SAMPLE), (
         "what network it is must be known"
     )
-    assert "clean images" in held.fits(FAMILY, Sample("other", 512))[0]
-    assert "64 clean images" in held.fits(FAMILY, Sample(SAMPLE.data, 64))[0]
+    assert "clean images" in small_bank.differences(FAMILY, Sample("other", 512))[0]
+    assert "64 clean images" in small_bank.differences(FAMILY, Sample(SAMPLE.data, 64))[0]
     unknown = dataclasses.replace(FAMILY, data="", objective="")
     assert (
-        held.fits(unknown, SAMPLE) == []
-        and len(held.assumed(unknown)) == 2
-        and held.assumed(FAMILY) == []
+        small_bank.differences(unknown, SAMPLE) == []
+        and len(small_bank.assumptions(unknown)) == 2
+        and small_bank.assumptions(FAMILY) == []
     )
 
 
-def read(banks, value=0.0, rate=0.05, family=FAMILY, sample=SAMPLE, own=None, name=""):
-    return judge_value(banks, family, sample, own or made(()), value, rate, name)
+def judge(banks, value=0.0, rate=0.05, family=FAMILY, sample=SAMPLE, audited=None, name=""):
+    return judge_value(banks, family, sample, audited or calibrate(()), value, rate, name)
 
 
 def test_what_banks_say_of_a_value():
     bad = entries([25.0, 5.0], "backdoor patch")
-    held = Bank(FAMILY, SAMPLE, (made(range(20), bad),))
-    high, low = read([held], 25.0), read([held], 3.0)
-    assert high.words == "evidence" and high.p == pytest.approx(1 / 21) and high.threshold == 19
+    small_bank = Bank(FAMILY, SAMPLE, (calibrate(range(20), bad),))
+    high, low = judge([small_bank], 25.0), judge([small_bank], 3.0)
+    assert (
+        high.outcome == "evidence"
+        and high.p_value == pytest.approx(1 / 21)
+        and high.threshold == 19
+    )
     assert "false-positive rate 0.05" in high.sentence() and "20 clean encoders" in high.sentence()
     assert (
-        low.words == "no evidence"
+        low.outcome == "no evidence"
         and "sensitivity 0.50" in low.sentence()
         and "backdoor patch" in low.sentence()
     )
-    alone = read([Bank(FAMILY, SAMPLE, (made(range(20)),))], 3.0)
+    alone = judge([Bank(FAMILY, SAMPLE, (calibrate(range(20)),))], 3.0)
     assert "sensitivity is not known" in alone.sentence()
-    told = {
-        "no bank": read([]),
-        "network": read([held], family=dataclasses.replace(FAMILY, network="tower")),
-        "version": read([held], own=made((), code="other")),
-        "another classifier": read([held], own=dataclasses.replace(made(()), classifier="linear")),
-        "not audited so": read([held], own=made((), audit="other")),
-        "0.01 takes 99": read([held], 25.0, 0.01),
+    uncalibrated = {
+        "no bank": judge([]),
+        "network": judge([small_bank], family=dataclasses.replace(FAMILY, network="tower")),
+        "version": judge([small_bank], audited=calibrate((), code="other")),
+        "another classifier": judge(
+            [small_bank], audited=dataclasses.replace(calibrate(()), classifier="linear")
+        ),
+        "not audited so": judge([small_bank], audited=calibrate((), audit="other")),
+        "0.01 takes 99": judge([small_bank], 25.0, 0.01),
     }
-    for said, found in told.items():
-        assert found.words == "no calibration" and said in found.sentence()
-    for found in (high, low, alone, *told.values()):
-        assert "is clean" not in found.sentence() and found.sentence().count("\n") == 0
+    for words, verdict in uncalibrated.items():
+        assert verdict.outcome == "no calibration" and words in verdict.sentence()
+    for verdict in (high, low, alone, *uncalibrated.values()):
+        assert "is clean" not in verdict.sentence() and "\n" not in verdict.sentence()
 
 
 def test_banks_of_several_kinds_are_not_thrown_together():
-    one = Bank(FAMILY, SAMPLE, (made(range(20)),))
-    other = Bank(dataclasses.replace(FAMILY, data="photos"), SAMPLE, (made(range(100, 120)),))
+    one = Bank(FAMILY, SAMPLE, (calibrate(range(20)),))
+    other = Bank(dataclasses.replace(FAMILY, data="photos"), SAMPLE, (calibrate(range(100, 120)),))
     unknown = dataclasses.replace(FAMILY, data="")
-    assert read([one], 25.0, family=unknown).words == "evidence"
-    both = read([one, other], 25.0, family=unknown)
+    assert judge([one], 25.0, family=unknown).outcome == "evidence"
+    both = judge([one, other], 25.0, family=unknown)
     assert (
-        both.words == "no calibration"
+        both.outcome == "no calibration"
         and "photos" in both.sentence()
         and FAMILY.data in both.sentence()
     )
     assert (
-        read([one, other], 25.0).words == "evidence"
+        judge([one, other], 25.0).outcome == "evidence"
     )  # what it was trained on is known, and one bank is of that kind
 
 
 def test_an_encoder_sets_no_threshold_for_itself_and_counts_once():
-    held = Bank(FAMILY, SAMPLE, (made(range(20)),))
-    twice = read([held, held], 30.0)
+    small_bank = Bank(FAMILY, SAMPLE, (calibrate(range(20)),))
+    twice = judge([small_bank, small_bank], 30.0)
     assert len(twice.calibration.clean) == 20
-    own = read([held], 19.0, 0.05, name="e19")
-    assert len(own.calibration.clean) == 19 and own.words == "evidence"
+    itself = judge([small_bank], 19.0, 0.05, name="e19")
+    assert len(itself.calibration.clean) == 19 and itself.outcome == "evidence"
 
 
 def test_a_bank_is_written_and_read(tmp_path):
-    held = Bank(
+    small_bank = Bank(
         FAMILY,
         SAMPLE,
-        (made([1.5, 2], [Entry("b", 3.0, 2.0, "backdoor patch", "patch:size=6", 0.9)]),),
+        (calibrate([1.5, 2], [Entry("b", 3.0, 2.0, "backdoor patch", "patch:size=6", 0.9)]),),
     )
-    held.write(tmp_path / "bank.json")
-    assert Bank.read(tmp_path / "bank.json") == held
-    assert registry.make("bank", f"file:path={tmp_path / 'bank.json'}")() == (held,)
+    small_bank.write(tmp_path / "bank.json")
+    assert Bank.read(tmp_path / "bank.json") == small_bank
+    assert registry.make("bank", f"file:path={tmp_path / 'bank.json'}")() == (small_bank,)
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_shipped_banks_are_of_this_code():
-    for held in registry.make("bank", "shipped")():
-        for c in held.audits:
-            made = registry.make("audit", c.audit)
-            assert registry.spec(made) == c.audit and bank.code_hash(type(made)) == c.code, (
-                f"audit {c.name} has changed"
+    for shipped in registry.make("bank", "shipped")():
+        for c in shipped.audits:
+            audit = registry.make("audit", c.audit)
+            assert registry.spec(audit) == c.audit
+            assert bank.code_hash(type(audit)) == c.code, (
+                f"audit {c.name} has changed: where test_audit_values.py passes its values are the same, and the bank takes "
+                "the new hash; else it must be made anew (`bezoar calibrate`)"
             )
             assert len(c.clean) >= 19, "the rate 0.05 needs them"
 
 
+def test_shipped_values_are_those_that_were_measured():
+    """A bank that is made anew takes a new digest here. Hashes of code may change without it."""
+    folder = registry.PACKAGE / registry.KINDS["bank"]
+    raw = json.loads((folder / "clip_small-scenes.json").read_text(encoding="utf-8"))
+    for calibration in raw["audits"]:
+        del calibration["code"]
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+    assert digest == "ea40d760e7872b1cedec50ea9e3e943687a8cf5acaadac76f226919baf468822"
+
+
 @pytest.fixture
 def raw(tmp_path):
-    Bank(FAMILY, SAMPLE, (made([1.5, 2], [Entry("b", 3.0)]),)).write(tmp_path / "bank.json")
+    Bank(FAMILY, SAMPLE, (calibrate([1.5, 2], [Entry("b", 3.0)]),)).write(tmp_path / "bank.json")
     return json.loads((tmp_path / "bank.json").read_text())
 
 
@@ -255,12 +275,12 @@ SPOILT = [
 @pytest.mark.parametrize(("path", "value"), SPOILT)
 def test_a_spoilt_bank_is_one_line(raw, tmp_path, path, value):
     (tmp_path / "spoilt.json").write_text(put(raw, path, value))
-    with pytest.raises(UserError) as said:
+    with pytest.raises(UserError) as error:
         Bank.read(tmp_path / "spoilt.json")
     assert (
-        "spoilt.json" in str(said.value)
-        and "\n" not in str(said.value)
-        and len(str(said.value)) < 400
+        "spoilt.json" in str(error.value)
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 400
     )
 
 
@@ -297,21 +317,52 @@ def test_data_are_compared_without_seed_and_folder():
     )
 
 
-SOURCE = '"""An audit."""\nfrom bezoar.registry import method\n\n@method\nclass Own:\n    """Doc."""\n    k: int = 1\n'
+SOURCE = '''"""An audit."""
+from bezoar.registry import method
+
+@method
+class Own:
+    """Doc."""
+    k: int = 1
+'''
+INVERTS = SOURCE.replace(
+    "@method", "from bezoar.auditing.trigger_inversion import invert_triggers\n\n@method"
+)
 
 
-def test_code_is_what_is_computed_not_what_is_said(tmp_path):
-    codes = []
-    for i, text in enumerate(
-        (SOURCE, SOURCE.replace("Doc.", "Other words."), SOURCE.replace("= 1", "= 2"))
-    ):
-        (tmp_path / f"{i}").mkdir()
-        (tmp_path / f"{i}" / "own.py").write_text(text)
-        registry.allow(str(tmp_path / f"{i}" / "own.py"))
-        codes.append(
-            bank.code_hash(registry.find_method("audit", str(tmp_path / f"{i}" / "own.py")))
-        )
-    assert codes[0] == codes[1] != codes[2]
+def test_the_code_hash_depends_on_what_is_computed_not_on_what_is_said(tmp_path):
+    hashes = []
+    sources = SOURCE, SOURCE.replace("Doc.", "Other words."), SOURCE.replace("= 1", "= 2"), INVERTS
+    for i, text in enumerate(sources):
+        path = tmp_path / f"{i}" / "own.py"
+        path.parent.mkdir()
+        path.write_text(text)
+        registry.allow(str(path))
+        hashes.append(bank.code_hash(registry.find_method("audit", str(path))))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_the_code_hash_covers_modules_that_shared_modules_import(tmp_path, monkeypatch):
+    """The search is not imported by the audit itself."""
+    (tmp_path / "own.py").write_text(INVERTS)
+    code = tmp_path / "code"
+    (code / "auditing").mkdir(parents=True)
+    for name in ("trigger_inversion", "trigger_search"):
+        text = (registry.PACKAGE / "auditing" / f"{name}.py").read_text()
+        (code / "auditing" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(registry, "PACKAGE", code)
+    first = hash_sources(tmp_path / "own.py", bank.SHARED)
+    search = code / "auditing" / "trigger_search.py"
+    search.write_text(search.read_text().replace("ADAM_EPSILON = 1e-8", "ADAM_EPSILON = 1e-7"))
+    assert hash_sources(tmp_path / "own.py", bank.SHARED) != first
+
+
+def test_every_module_of_auditing_that_an_audit_imports_is_shared_or_changes_no_value():
+    shared = {name.removeprefix("auditing.") for name in bank.SHARED}
+    for path in (registry.PACKAGE / registry.KINDS["audit"]).glob("*.py"):
+        imports = imported_names(parse_without_docstrings(path))
+        modules = {n.split(".")[2] for n in imports if n.startswith("bezoar.auditing.")}
+        assert modules <= shared | {"evidence"}
 
 
 def test_attacks_have_names():

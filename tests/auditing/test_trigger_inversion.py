@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bezoar import registry
-from bezoar.auditing import trigger_inversion
-from bezoar.auditing.trigger_inversion import InversionRecipe
+from bezoar.auditing import norm_outliers, trigger_inversion, trigger_search
+from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
 from bezoar.encoders import folded_norms
@@ -29,70 +29,65 @@ def images(n: int = 20, size: int = 32) -> Pairs:
 def encoder() -> Encoder:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = registry.make("network", "tower:width=4,dim=8")(32, ())
-        for m in made.modules():
+        encoder = registry.make("network", "tower:width=4,dim=8")(32, ())
+        for m in encoder.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.running_mean.normal_(0, 0.1)
                 m.running_var.uniform_(0.5, 2)
                 nn.init.uniform_(m.weight, 0.5, 1.5)
-    return made.double().eval()
+    return encoder.double().eval()
 
 
-def towards(z: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def towards(z: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Inversion i is to turn images to axis i; success is the share of them that are there."""
-    loss = -z.log_softmax(2).gather(2, which[:, None, None].expand(*z.shape[:2], 1)).mean((1, 2))
-    return loss, (z.argmax(2) == which[:, None]).to(z.dtype).mean(1)
+    loss = -z.log_softmax(2).gather(2, indices[:, None, None].expand(*z.shape[:2], 1)).mean((1, 2))
+    return loss, (z.argmax(2) == indices[:, None]).to(z.dtype).mean(1)
 
 
 def one_by_one(
-    encoder: Encoder, clean: Pairs, which: int, r: InversionRecipe, seed: int
-) -> tuple[torch.Tensor, ...]:
-    """One inversion, as its papers write it: torch's Adam, Python's counters, gradients of all weights."""
-    u = (
-        trigger_inversion.initial_parameters(8, clean.size, clean.size, seed)[which]
-        .double()
-        .requires_grad_()
-    )
-    adam = torch.optim.Adam([u], r.lr[0], betas=trigger_inversion.BETAS)
-    weight, hits, misses, idle, up, down = r.weight, 0, 0, 0, False, False
-    best, smallest, most = u.detach().clone(), float("inf"), -1.0
-    for step in range(r.steps):
-        rows = (
-            torch.randperm(len(clean), generator=generator(seed, 12, step))[: r.batch].sort().values
-        )
-        x = clean.images[rows].double() / 255
+    encoder: Encoder, clean: Pairs, index: int, recipe: InversionRecipe, seed: int
+) -> tuple[torch.Tensor, int, bool]:
+    """One inversion, as its papers write it: torch's Adam, Python's counters, gradients of all weights.
+
+    -> mask and pattern (4, H, W), the steps taken, and whether the goal was reached.
+    """
+    start = trigger_search.initial_parameters(8, clean.size, clean.size, seed)[index]
+    u = start.double().requires_grad_()
+    adam = torch.optim.Adam([u], recipe.lr[0], betas=trigger_search.ADAM_BETAS)
+    weight, successes, failures, idle = recipe.weight, 0, 0, 0
+    raised = lowered = False
+    best, best_norm, best_success = u.detach().clone(), float("inf"), -1.0
+    for step in range(recipe.steps):
+        shuffled = torch.randperm(len(clean), generator=generator(seed, 12, step))
+        x = clean.images[shuffled[: recipe.batch].sort().values].double() / 255
         mask, pattern = (torch.tanh(u[:1]) + 1) / 2, (torch.tanh(u[1:]) + 1) / 2
         z = encoder.image(encoder.prepare_images((1 - mask) * x + mask * pattern))
         z = z / z.norm(dim=1, keepdim=True)
-        success = float((z.argmax(1) == which).double().mean())
+        success = float((z.argmax(1) == index).double().mean())
         norm = float(mask.detach().sum())
-        loss = F.cross_entropy(z, torch.full((len(z),), which)) + weight * mask.sum()
+        loss = F.cross_entropy(z, torch.full((len(z),), index)) + weight * mask.sum()
         adam.zero_grad()
         loss.backward()
         idle += 1
-        if success >= r.goal:
-            idle = 0 if norm < trigger_inversion.PROGRESS_SHARE * smallest else idle
-            if norm < smallest:
-                best, smallest = u.detach().clone(), norm
-            hits, misses = hits + 1, 0
+        if success >= recipe.goal:
+            idle = 0 if norm < trigger_search.PROGRESS_SHARE * best_norm else idle
+            if norm < best_norm:
+                best, best_norm = u.detach().clone(), norm
+            successes, failures = successes + 1, 0
         else:
-            if smallest == float("inf") and success >= most:
-                best, most = u.detach().clone(), success
-            hits, misses = 0, misses + 1
-        if hits >= r.patience:
-            weight, hits, up = weight * r.up, 0, True
-        if misses >= r.patience:
-            weight, misses, down = max(weight / r.down, r.floor), 0, True
+            if best_norm == float("inf") and success >= best_success:
+                best, best_success = u.detach().clone(), success
+            successes, failures = 0, failures + 1
+        if successes >= recipe.patience:
+            weight, successes, raised = weight * recipe.up, 0, True
+        if failures >= recipe.patience:
+            weight, failures, lowered = max(weight / recipe.down, recipe.floor), 0, True
         adam.step()
-        if (
-            step % trigger_inversion.CHECK_EVERY == trigger_inversion.CHECK_EVERY - 1
-            and idle >= r.wait
-            and up
-            and down
-            and smallest < float("inf")
-        ):
+        checked = (step + 1) % trigger_inversion.CHECK_EVERY == 0
+        finished = idle >= recipe.wait and raised and lowered and best_norm < float("inf")
+        if checked and finished:
             break
-    return (torch.tanh(best) + 1) / 2, step + 1, smallest < float("inf")
+    return (torch.tanh(best) + 1) / 2, step + 1, best_norm < float("inf")
 
 
 @pytest.mark.parametrize("folded", [True, False])
@@ -101,37 +96,33 @@ def test_a_batch_of_inversions_is_what_they_are_one_by_one(encoder, folded, monk
         monkeypatch.setattr(folded_norms, "BatchNorm", type("Nothing", (), {}))
     recipe = InversionRecipe(45, 4, weight=3e-2, patience=2, goal=0.8, wait=4)
     clean = images()
-    with trigger_inversion.freeze_tower(encoder) as see:
-        found = trigger_inversion.invert_triggers(see, clean, towards, 5, recipe, 5)
+    with trigger_inversion.freeze_tower(encoder) as tower:
+        triggers = trigger_inversion.invert_triggers(tower, clean, towards, 5, recipe, 5)
     for i in range(5):
         plain, steps, reached = one_by_one(copy.deepcopy(encoder), clean, i, recipe, 5)
-        assert (int(found.steps[i]), bool(found.reached[i])) == (steps, reached)
-        assert torch.allclose(found.masks[i], plain[:1], atol=1e-6) and torch.allclose(
-            found.patterns[i], plain[1:], atol=1e-6
+        assert (int(triggers.steps[i]), bool(triggers.reached[i])) == (steps, reached)
+        assert torch.allclose(triggers.masks[i], plain[:1], atol=1e-6) and torch.allclose(
+            triggers.patterns[i], plain[1:], atol=1e-6
         )
-    assert len(set(found.steps.tolist())) > 1, "some should have left the batch earlier than others"
-    assert bool(found.reached.any())
+    assert len(set(triggers.steps.tolist())) > 1, (
+        "some should have left the batch earlier than others"
+    )
+    assert bool(triggers.reached.any())
 
 
 def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
     clean = images(5).images.double() / 255
-    u, which, weight = (
-        trigger_inversion.initial_parameters(8, 32, 32, 0).double(),
-        torch.arange(8),
-        torch.full((8,), 0.01, dtype=torch.float64),
-    )
-    with trigger_inversion.freeze_tower(encoder) as see:
+    start = trigger_search.initial_parameters(8, 32, 32, 0).double()
+    search = trigger_search.TriggerSearch(start, InversionRecipe(1, 5, weight=0.01))
+    with trigger_inversion.freeze_tower(encoder) as tower:
         assert not any(p.requires_grad for p in encoder.parameters())
-        grad, success, norm = trigger_inversion.compute_gradients(
-            u, which, weight, clean, see, towards
-        )
+        grad, success, norm = trigger_inversion.compute_gradients(search, clean, tower, towards)
     assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
-    plain, free = copy.deepcopy(encoder), u.clone().requires_grad_()
+    plain, free = copy.deepcopy(encoder), start.clone().requires_grad_()
     for i in range(8):
         mask, pattern = (free[i, :1].tanh() + 1) / 2, (free[i, 1:].tanh() + 1) / 2
-        z = F.normalize(
-            plain.image(plain.prepare_images((1 - mask) * clean + mask * pattern)), dim=1
-        )
+        pixels = plain.prepare_images((1 - mask) * clean + mask * pattern)
+        z = F.normalize(plain.image(pixels), dim=1)
         (F.cross_entropy(z, torch.full((5,), i)) + 0.01 * mask.sum()).backward()
         assert float(success[i]) == pytest.approx(float((z.argmax(1) == i).double().mean()))
         assert float(norm[i]) == pytest.approx(float(mask.detach().sum()))
@@ -139,19 +130,19 @@ def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
     assert torch.allclose(grad, free.grad, rtol=1e-8, atol=1e-12)
 
 
-def test_pieces_change_nothing_but_rounding(encoder, monkeypatch):
+def test_slices_change_nothing_but_rounding(encoder, monkeypatch):
     clean, recipe = images(16), InversionRecipe(12, 16, weight=1e-2, goal=0.6, patience=2)
     parts: list[int] = []
 
-    def found() -> trigger_inversion.InvertedTriggers:
-        with trigger_inversion.freeze_tower(encoder) as see:
-            parts.append(len(list(trigger_inversion.inversion_slices(5, 16, see))))
-            return trigger_inversion.invert_triggers(see, clean, towards, 5, recipe, 0)
+    def invert() -> trigger_inversion.InvertedTriggers:
+        with trigger_inversion.freeze_tower(encoder) as tower:
+            parts.append(len(list(trigger_inversion.inversion_slices(5, 16, tower))))
+            return trigger_inversion.invert_triggers(tower, clean, towards, 5, recipe, 0)
 
-    whole = found()
+    whole = invert()
     monkeypatch.setattr(folded_norms, "CHUNKS", {"cpu": (1, 32), "cuda": (1, 32)})
     monkeypatch.setattr(folded_norms, "FEWEST", 16)
-    single = found()
+    single = invert()
     assert parts == [2, 5], "four inversions on 16 images are 64 rows; one is 16"
     assert torch.allclose(whole.masks, single.masks, atol=1e-9) and torch.equal(
         whole.steps, single.steps
@@ -160,38 +151,36 @@ def test_pieces_change_nothing_but_rounding(encoder, monkeypatch):
 
 def test_anomaly_index_by_hand():
     # median 10, deviations 8 1 0 1 2 -> their median 1; only what lies below 10 counts
-    index = trigger_inversion.anomaly_index(torch.tensor([2.0, 9.0, 10.0, 11.0, 12.0]))
+    index = norm_outliers.anomaly_index(torch.tensor([2.0, 9.0, 10.0, 11.0, 12.0]))
     assert index.tolist() == pytest.approx([8 / 1.4826, 1 / 1.4826, 0, 0, 0])
     x = np.random.default_rng(0).lognormal(3, 0.5, 24)
     middle = np.median(x)
     expected = np.where(
         x < middle, np.abs(x - middle) / (1.4826 * np.median(np.abs(x - middle))), 0
     )
-    assert trigger_inversion.anomaly_index(torch.tensor(x)).tolist() == pytest.approx(
-        expected.tolist()
-    )
-    assert float(trigger_inversion.anomaly_index(torch.full((12,), 5.0)).max()) == 0
+    assert norm_outliers.anomaly_index(torch.tensor(x)).tolist() == pytest.approx(expected.tolist())
+    assert float(norm_outliers.anomaly_index(torch.full((12,), 5.0)).max()) == 0
 
 
 def test_the_weight_follows_the_published_schedule():
     r = InversionRecipe(10, 2, weight=1e-3, up=5, down=5, patience=2, floor=1e-4, resets=2)
     search, seen = (
-        trigger_inversion.TriggerSearch(trigger_inversion.initial_parameters(1, 4, 4, 0), r),
+        trigger_search.TriggerSearch(trigger_search.initial_parameters(1, 4, 4, 0), r),
         [],
     )
     for hit in (1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0):
-        search.reweigh(torch.tensor([bool(hit)]))
-        seen.append(float(search.weight[0]))
+        search.update_weights(torch.tensor([bool(hit)]))
+        seen.append(float(search.weights[0]))
     # up, up; down, down, down; at the floor twice: back to the start
     assert seen[1::2] == pytest.approx([5e-3, 25e-3, 5e-3, 1e-3, 2e-4, 1e-4, 1e-3])
 
 
 def test_halvings_keep_the_best(encoder):
     clean, recipe = images(8), InversionRecipe(30, 4, weight=1e-2, goal=0.6, patience=2, wait=99)
-    with trigger_inversion.freeze_tower(encoder) as see:
-        every = trigger_inversion.invert_triggers(see, clean, towards, 8, recipe, 0)
+    with trigger_inversion.freeze_tower(encoder) as tower:
+        every = trigger_inversion.invert_triggers(tower, clean, towards, 8, recipe, 0)
         some = trigger_inversion.invert_triggers(
-            see, clean, towards, 8, replace(recipe, halvings=2), 0
+            tower, clean, towards, 8, replace(recipe, halvings=2), 0
         )
     assert every.steps.tolist() == [30] * 8 and some.steps.tolist() == [30] * 2, (
         "8, 4 and at last 2 of them"
@@ -203,15 +192,15 @@ def test_halvings_keep_the_best(encoder):
 
 def test_an_inversion_starts_where_its_number_says():
     assert torch.equal(
-        trigger_inversion.initial_parameters(5, 8, 6, 3)[2],
-        trigger_inversion.initial_parameters(3, 8, 6, 3)[2],
+        trigger_search.initial_parameters(5, 8, 6, 3)[2],
+        trigger_search.initial_parameters(3, 8, 6, 3)[2],
     )
     assert not torch.equal(
-        trigger_inversion.initial_parameters(2, 8, 6, 3),
-        trigger_inversion.initial_parameters(2, 8, 6, 4),
+        trigger_search.initial_parameters(2, 8, 6, 3),
+        trigger_search.initial_parameters(2, 8, 6, 4),
     )
-    mask = trigger_inversion.mask_and_pattern(
-        trigger_inversion.initial_parameters(1, 8, 8, 0, centred=True)
+    mask = trigger_search.mask_and_pattern(
+        trigger_search.initial_parameters(1, 8, 8, 0, centred=True)
     )[0][0, 0]
     assert torch.equal(mask > 0.5, F.pad(torch.ones(4, 4, dtype=torch.bool), (2, 2, 2, 2)))
 
@@ -220,11 +209,11 @@ def test_networks_that_nothing_can_be_folded_of():
     """A tower that is a matrix; one whose batch norm keeps no statistics is said not to have an output without a batch."""
     plain = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8)), Preprocess(8))
     plain.train()
-    with trigger_inversion.freeze_tower(plain) as see:
-        found = trigger_inversion.invert_triggers(
-            see, images(8, 8), towards, 2, InversionRecipe(5, 4), 0
+    with trigger_inversion.freeze_tower(plain) as tower:
+        triggers = trigger_inversion.invert_triggers(
+            tower, images(8, 8), towards, 2, InversionRecipe(5, 4), 0
         )
-    assert found.masks.shape == (2, 1, 8, 8) and all(m.training for m in plain.modules())
+    assert triggers.masks.shape == (2, 1, 8, 8) and all(m.training for m in plain.modules())
     batch = Encoder(
         nn.Sequential(
             nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8, track_running_stats=False)
@@ -252,6 +241,6 @@ def test_networks_that_nothing_can_be_folded_of():
         {"halvings": -1},
     ],
 )
-def test_descents_that_make_no_sense(wrong):
+def test_recipes_that_make_no_sense(wrong):
     with pytest.raises(ValueError):
         InversionRecipe(**{"steps": 5, "batch": 2, **wrong})

@@ -18,7 +18,7 @@ SIZE, DIM = 32, 10
 
 
 class Rough(nn.Module):
-    """Random embed_images, and a direction that follows how rough the image is, as far as `strength` goes."""
+    """Random features, and a direction that follows how rough the image is, as far as `strength` goes."""
 
     def __init__(self, seed: int, strength: float) -> None:
         super().__init__()
@@ -54,23 +54,23 @@ AUDIT = registry.make("audit", "whole_image")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_probe_is_one_for_all_images_and_repeats_itself(clean, kind, number):
-    out = AUDIT.probe(clean.images, kind, number, 3)
+    out = AUDIT.apply_probe(clean.images, kind, number, 3)
     assert out.dtype == torch.uint8 and out.shape == clean.images.shape
     assert torch.equal(
-        out, torch.cat([AUDIT.probe(part, kind, number, 3) for part in clean.images.split(7)])
+        out, torch.cat([AUDIT.apply_probe(part, kind, number, 3) for part in clean.images.split(7)])
     )
-    assert not torch.equal(out, AUDIT.probe(clean.images, kind, number, 4))
-    assert not torch.equal(out, AUDIT.probe(clean.images, kind, number + 1, 3))
+    assert not torch.equal(out, AUDIT.apply_probe(clean.images, kind, number, 4))
+    assert not torch.equal(out, AUDIT.apply_probe(clean.images, kind, number + 1, 3))
     assert (out != clean.images).float().mean() > 0.5, "it covers the image"
 
 
 def test_noise_is_a_blend_of_one_pattern_in_grains_that_grow_with_the_image(clean):
-    out = AUDIT.probe(clean.images, "noise", 0, 0).double()
+    out = AUDIT.apply_probe(clean.images, "noise", 0, 0).double()
     pattern = (out - 0.8 * clean.images) / (0.2 * 255)
     assert (pattern - pattern[:1]).abs().max() < 0.03, "rounding alone"
     assert 0.45 < pattern.mean() < 0.55 and pattern.var() == pytest.approx(1 / 12, rel=0.1)
     large = torch.zeros(1, 3, 96, 64, dtype=torch.uint8)
-    fine, coarse = (AUDIT.probe(large, "noise", i, 0)[0] for i in (0, 1))
+    fine, coarse = (AUDIT.apply_probe(large, "noise", i, 0)[0] for i in (0, 1))
     cells = coarse.unflatten(2, (32, 2)).unflatten(1, (48, 2))
     assert (
         torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells)) and len(fine[0].unique()) > 40
@@ -81,7 +81,7 @@ def test_noise_is_a_blend_of_one_pattern_in_grains_that_grow_with_the_image(clea
 @pytest.mark.parametrize("number", range(4))
 def test_waves_are_sines_of_the_periods_named(number):
     gray = torch.full((2, 3, SIZE, SIZE), 128, dtype=torch.uint8)
-    out = AUDIT.probe(gray, "wave", number, 5)[0, 0].double().numpy() - 128
+    out = AUDIT.apply_probe(gray, "wave", number, 5)[0, 0].double().numpy() - 128
     g = torch.Generator().manual_seed(5 * 1_000_003 + number * 3 + KINDS.index("wave"))
     turn, phase = (2 * math.pi * torch.rand(2, generator=g)).tolist()
     turn = turn if number % 2 else 0.0
@@ -96,9 +96,11 @@ def test_waves_are_sines_of_the_periods_named(number):
 @pytest.mark.parametrize("number", range(4))
 def test_warps_move_pixels_by_what_is_asked_on_the_mean_of_their_mesh(number):
     ramp = (torch.arange(SIZE, dtype=torch.float32) * 8).expand(1, 3, SIZE, SIZE)
-    along = AUDIT.probe(ramp.byte(), "warp", number, 0)[0, 0].double() / 8 - torch.arange(SIZE)
+    along = AUDIT.apply_probe(ramp.byte(), "warp", number, 0)[0, 0].double() / 8 - torch.arange(
+        SIZE
+    )
     across = (
-        AUDIT.probe(ramp.transpose(2, 3).byte(), "warp", number, 0)[0, 0].double() / 8
+        AUDIT.apply_probe(ramp.transpose(2, 3).byte(), "warp", number, 0)[0, 0].double() / 8
         - torch.arange(SIZE)[:, None]
     )
     inner = [d[4:-4, 4:-4].abs().mean() for d in (along, across)]
@@ -115,17 +117,21 @@ def test_the_value_is_the_mean_whitened_common_shift(clean):
     axes, plain = whitening_matrix(z, 0.1), {}
     for kind in KINDS:
         shifts = [
-            (embed_images(model, [audit.probe(images, kind, i, 7)]).double() - z) @ axes
+            (embed_images(model, [audit.apply_probe(images, kind, i, 7)]).double() - z) @ axes
             for i in range(2)
         ]
         plain[kind] = [float(s.mean(0).norm()) for s in shifts]
         assert plain[kind] == pytest.approx([common_shift(s)[0] for s in shifts])
-    found = audit(model, clean, 7)
-    assert found.value == pytest.approx(
-        np.mean([v for own in plain.values() for v in own]), rel=1e-5
+    verdict = audit(model, clean, 7)
+    assert verdict.value == pytest.approx(
+        np.mean([v for lengths in plain.values() for v in lengths]), rel=1e-5
     )
-    assert found.evidence["shift_wave"].value == pytest.approx(np.mean(plain["wave"]), rel=1e-5)
-    assert found == audit(model, clean, 7) and found.notes["images"] == 30 and found.notes["limits"]
+    assert verdict.evidence["shift_wave"].value == pytest.approx(np.mean(plain["wave"]), rel=1e-5)
+    assert (
+        verdict == audit(model, clean, 7)
+        and verdict.notes["images"] == 30
+        and verdict.notes["limits"]
+    )
 
 
 def test_towers_that_read_roughness_stand_out(clean):

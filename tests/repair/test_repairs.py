@@ -21,8 +21,8 @@ from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
 from bezoar.evaluation.verdict import Inversion
 from bezoar.repair import rate_ladder, receipt
-from bezoar.repair.repairs.distill import forget
-from bezoar.repair.repairs.prune import dormant
+from bezoar.repair.repairs.distill import reset_last_layers
+from bezoar.repair.repairs.prune import find_last_convolution
 from bezoar.repair.repairs.unlearn import Loss as Unlearning
 from bezoar.reports import page
 from bezoar.runs import inputs
@@ -92,9 +92,9 @@ def inverted():
     return Inversion(mask, stamped.float() / 255, "red", 64.0, 1.0)
 
 
-def measured(encoder):
-    found = registry.make("probe", "zero_shot")(encoder, None, TEST, GOALS)
-    return found["clean_accuracy"].value, found["attack_success"].value
+def accuracy_and_success(encoder):
+    measures = registry.make("probe", "zero_shot")(encoder, None, TEST, GOALS)
+    return measures["clean_accuracy"].value, measures["attack_success"].value
 
 
 def bits(encoder):
@@ -107,21 +107,27 @@ def bits(encoder):
 @pytest.mark.parametrize("name", registry.method_names("repair"))
 def test_every_repair_keeps_the_contract(name, suspect, clean):
     train, validation = clean
-    before, marks, (accuracy, success) = bits(suspect), json.dumps(suspect.about), measured(suspect)
+    before, marks, (accuracy, success) = (
+        bits(suspect),
+        json.dumps(suspect.about),
+        accuracy_and_success(suspect),
+    )
     assert accuracy > 0.95 and success > 0.9
     repair, log = registry.make("repair", QUICK[name]), {}
-    known = {
+    offered = {
         "validation": validation,
         "inversions": (inverted(),),
         "report": lambda *_: None,
         "log": log,
     }
-    assert set(repair.needs) <= set(known)
-    made = [repair(suspect, train, 0, **{k: known[k] for k in repair.needs}) for _ in range(2)]
-    left, kept = measured(made[0])[::-1]
-    assert left < 0.2 and kept > accuracy - 0.05
+    assert set(repair.needs) <= set(offered)
+    repaired, again = (
+        repair(suspect, train, 0, **{k: offered[k] for k in repair.needs}) for _ in range(2)
+    )
+    success_left, accuracy_left = accuracy_and_success(repaired)[::-1]
+    assert success_left < 0.2 and accuracy_left > accuracy - 0.05
     assert all(
-        torch.equal(v, made[1].state_dict()[k]) for k, v in bits(made[0]).items()
+        torch.equal(v, again.state_dict()[k]) for k, v in bits(repaired).items()
     )  # same seed, same bits
     assert (
         all(torch.equal(v, before[k]) for k, v in bits(suspect).items())
@@ -129,24 +135,24 @@ def test_every_repair_keeps_the_contract(name, suspect, clean):
     )
     assert (
         not suspect.training
-        and not made[0].training
+        and not repaired.training
         and all(p.grad is None for p in suspect.parameters())
     )
-    assert made[0].about["repaired"] == [registry.spec(repair)]
+    assert repaired.about["repaired"] == [registry.spec(repair)]
     assert all(
-        made[0].about[k] == suspect.about[k]
+        repaired.about[k] == suspect.about[k]
         for k in ("poisoned", "plan", "goals", "network", "vocabulary")
     )
-    assert [p.requires_grad for p in made[0].parameters()] == [
+    assert [p.requires_grad for p in repaired.parameters()] == [
         p.requires_grad for p in suspect.parameters()
     ]
     assert json.loads(json.dumps(log))["ladder"][0]["held"] in (True, False)
-    again = (
-        receipt.apply_repairs([repair], made[0], train, validation, (inverted(),), 0)[0]
+    twice = (
+        receipt.apply_repairs([repair], repaired, train, validation, (inverted(),), 0)[0]
         if name == "unlearn"
         else None
     )
-    assert again is None or again.about["repaired"] == [registry.spec(repair)] * 2
+    assert twice is None or twice.about["repaired"] == [registry.spec(repair)] * 2
 
 
 # The ladder
@@ -177,16 +183,16 @@ def test_the_rule_takes_the_largest_rate_that_keeps_the_score(scores, chosen, he
         tried.append(lr)
         if scores[lr] is None:
             raise UserError("the loss became nan")
-        made = nn.Linear(1, 1)
-        made.lr = lr
-        return made
+        student = nn.Linear(1, 1)
+        student.lr = lr
+        return student
 
-    ruler, log = (
+    metric, log = (
         rate_ladder.ValidationMetric(lambda e: scores[e.lr] if hasattr(e, "lr") else 0.9, "score"),
         {},
     )
-    found = rate_ladder.train_at_largest_rate(start, ruler, (0.01, 0.1, 0.001), 0.02, make, log)
-    assert found.lr == chosen and log["ladder"][0]["held"] == held
+    student = rate_ladder.train_at_largest_rate(start, metric, (0.01, 0.1, 0.001), 0.02, make, log)
+    assert student.lr == chosen and log["ladder"][0]["held"] == held
     assert tried == sorted(scores, reverse=True)[: len(tried)] and (not held or tried[-1] == chosen)
     assert [r["lr"] for r in log["ladder"][0]["rungs"] if r["chosen"]] == [chosen]
 
@@ -206,38 +212,38 @@ def test_a_ladder_that_breaks_down_everywhere_says_so():
 
 
 def test_the_score_is_the_best_that_the_clean_records_allow(suspect, clean):
-    train, held = clean
+    train, validation = clean
     blank = {"labels": None, "classes": ()}
     images = copy.deepcopy(suspect)
     images.text = None
     cases = {
-        "zero-shot": (suspect, train, held),
-        "linear head": (images, train, held),
-        "own caption": (suspect, replace(train, **blank), replace(held, **blank)),
+        "zero-shot": (suspect, train, validation),
+        "linear head": (images, train, validation),
+        "own caption": (suspect, replace(train, **blank), replace(validation, **blank)),
         "cluster": (
             images,
             replace(train, captions=(), **blank),
-            replace(held, captions=(), **blank),
+            replace(validation, captions=(), **blank),
         ),
     }
     for word, (encoder, one, other) in cases.items():
-        ruler = rate_ladder.ValidationMetric.of(encoder, one, other)
-        assert word in ruler.how and ruler.score(encoder) > 0.8
+        metric = rate_ladder.ValidationMetric.of(encoder, one, other)
+        assert word in metric.how and metric.score(encoder) > 0.8
         broken = copy.deepcopy(encoder)
-        forget(broken.image, 1.0)
+        reset_last_layers(broken.image, 1.0)
         nn.init.zeros_(broken.image.layers[0].weight)
         broken.image.head.bias.data.fill_(1)
-        assert ruler.score(broken) < 0.6
+        assert metric.score(broken) < 0.6
     with pytest.raises(UserError, match="10 validation records"):
-        rate_ladder.ValidationMetric.of(suspect, train, held.take(range(10)))
+        rate_ladder.ValidationMetric.of(suspect, train, validation.take(range(10)))
 
 
 def test_records_are_held_apart_by_what_they_are():
     data = toy(100)
-    train, held = rate_ladder.split_validation(data, 0.2, 0)
-    assert len(held) == 20 and not set(train.ids) & set(held.ids)
+    train, validation = rate_ladder.split_validation(data, 0.2, 0)
+    assert len(validation) == 20 and not set(train.ids) & set(validation.ids)
     shuffled = data.take(torch.randperm(100, generator=torch.Generator().manual_seed(0)))
-    assert set(rate_ladder.split_validation(shuffled, 0.2, 0)[1].ids) == set(held.ids)
+    assert set(rate_ladder.split_validation(shuffled, 0.2, 0)[1].ids) == set(validation.ids)
     several = replace(data, ids=tuple(f"{i // 5}#{i % 5}" for i in range(100)))
     sides = [
         {key.partition("#")[0] for key in part.ids}
@@ -247,13 +253,13 @@ def test_records_are_held_apart_by_what_they_are():
 
 
 def test_an_encoder_that_says_nothing_finds_no_captions(suspect):
-    held = replace(toy(60), captions=tuple(f"number {i % 20}" for i in range(60)))
+    validation = replace(toy(60), captions=tuple(f"number {i % 20}" for i in range(60)))
     mute = copy.deepcopy(suspect)
-    mute.texts = lambda captions: torch.ones(len(captions), 16) / 4
-    assert rate_ladder._found(mute, held) == pytest.approx(1 / 20)
-    mute.texts = lambda captions: torch.full((len(captions), 16), math.nan)
+    mute.encode_texts = lambda captions: torch.ones(len(captions), 16) / 4
+    assert rate_ladder.caption_retrieval(mute, validation) == pytest.approx(1 / 20)
+    mute.encode_texts = lambda captions: torch.full((len(captions), 16), math.nan)
     with pytest.raises(UserError, match="NaN"):
-        rate_ladder._found(mute, held)
+        rate_ladder.caption_retrieval(mute, validation)
 
 
 # Parts of repairs
@@ -264,24 +270,24 @@ def test_the_last_layers_are_drawn_anew(suspect):
     before = {k: v.clone() for k, v in tower.state_dict().items()}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        forget(tower, 0.4)  # two of five: the last convolution and the linear layer
+        reset_last_layers(tower, 0.4)  # two of five: the last convolution and the linear layer
     changed = {
         k.rpartition(".")[0] for k, v in tower.state_dict().items() if not torch.equal(v, before[k])
     }
     assert changed == {"layers.9", "layers.10", "head"}
     untouched = copy.deepcopy(suspect.image)
-    forget(untouched, 0.0)
+    reset_last_layers(untouched, 0.0)
     assert all(torch.equal(v, before[k]) for k, v in untouched.state_dict().items())
 
 
-def test_sleepers_are_the_channels_that_do_least_on_clean_images(suspect, clean):
-    found = dormant(suspect, clean[0], batch=64)
-    assert (found.conv, found.norm) == ("layers.9", "layers.10")
+def test_channels_are_ordered_by_their_activity_on_clean_images(suspect, clean):
+    last = find_last_convolution(suspect, clean[0], batch=64)
+    assert (last.conv, last.norm) == ("layers.9", "layers.10")
     with torch.no_grad():
         maps = suspect.image.layers(suspect.prepare_images(clean[0].images))
-    assert torch.allclose(found.activity, maps.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(last.activity, maps.mean((0, 2, 3)), atol=1e-5)
     less = copy.deepcopy(suspect)
-    found.silence(less.image, torch.tensor([3, 5]))
+    last.silence(less.image, torch.tensor([3, 5]))
     with torch.no_grad():
         after = less.image.layers(suspect.prepare_images(clean[0].images[:8]))
     assert not after[:, [3, 5]].any() and torch.equal(after[:, 6], maps[:8, 6])
@@ -291,12 +297,12 @@ def test_sleepers_are_the_channels_that_do_least_on_clean_images(suspect, clean)
 def test_pruning_finds_the_last_convolution_of_other_towers(network):
     torch.manual_seed(0)
     encoder = registry.make("network", network)(32).eval()
-    found = dormant(encoder, toy(20))
-    assert found.conv in ("layer4.1.conv2", "layers.9") and found.norm in (
+    last = find_last_convolution(encoder, toy(20))
+    assert last.conv in ("layer4.1.conv2", "layers.9") and last.norm in (
         "layer4.1.bn2",
         "layers.10",
     )
-    assert len(found.activity) == 32 and (found.activity >= 0).all()
+    assert len(last.activity) == 32 and (last.activity >= 0).all()
 
 
 def test_pruning_refuses_towers_without_convolutions():
@@ -309,7 +315,7 @@ def test_pruning_refuses_towers_without_convolutions():
             return self.head(self.patches(x).flatten(1))
 
     with pytest.raises(UserError, match="convolutional towers"):
-        dormant(Encoder(Flat(), Preprocess(32)), toy(8))
+        find_last_convolution(Encoder(Flat(), Preprocess(32)), toy(8))
 
 
 def test_pruned_channels_stay_pruned_while_they_are_tuned(suspect, clean):
@@ -317,14 +323,15 @@ def test_pruned_channels_stay_pruned_while_they_are_tuned(suspect, clean):
     repair = registry.make(
         "repair", "prune:objective=(clip:epochs=1,batch=64),lrs=1e-2,drop=0.3,tolerance=1"
     )
-    made = repair(suspect, clean[0], 0, validation=clean[1], log=log)
+    tuned = repair(suspect, clean[0], 0, validation=clean[1], log=log)
     count = log["pruned"]["channels"]
-    gone = dormant(suspect, clean[0]).activity.argsort(stable=True)[:count]
-    assert 0 < count < 32 and not made.image.layers[9].weight[gone].any()
+    channels = find_last_convolution(suspect, clean[0]).activity.argsort(stable=True)[:count]
+    assert 0 < count < 32 and not tuned.image.layers[9].weight[channels].any()
     assert (
-        not made.image.layers[10].weight[gone].any() and not made.image.layers[10].bias[gone].any()
+        not tuned.image.layers[10].weight[channels].any()
+        and not tuned.image.layers[10].bias[channels].any()
     )
-    assert not torch.equal(made.image.layers[0].weight, suspect.image.layers[0].weight)
+    assert not torch.equal(tuned.image.layers[0].weight, suspect.image.layers[0].weight)
 
 
 def test_unlearning_draws_stamped_images_to_where_they_were_without(suspect):
@@ -347,7 +354,7 @@ def training_chance():
 
 
 @pytest.mark.parametrize(
-    "spec, given, what",
+    "spec, changes, message",
     [
         ("unlearn", {}, "needs the triggers of an audit"),
         ("supervised", {"labels": None}, "needs clean data with labels"),
@@ -356,11 +363,11 @@ def training_chance():
         ("finetune:objective=(clip:batch=4000)", {}, "fewer than one batch"),
     ],
 )
-def test_what_does_not_fit_is_refused(spec, given, what, suspect, clean):
+def test_what_does_not_fit_is_refused(spec, changes, message, suspect, clean):
     repair = registry.make("repair", spec)
-    known = {"validation": clean[1], "inversions": (), "report": lambda *_: None, "log": {}}
-    with pytest.raises(UserError, match=what):
-        repair(suspect, replace(clean[0], **given), 0, **{k: known[k] for k in repair.needs})
+    offered = {"validation": clean[1], "inversions": (), "report": lambda *_: None, "log": {}}
+    with pytest.raises(UserError, match=message):
+        repair(suspect, replace(clean[0], **changes), 0, **{k: offered[k] for k in repair.needs})
 
 
 def test_triggers_of_another_size_are_refused(suspect, clean):
@@ -370,7 +377,7 @@ def test_triggers_of_another_size_are_refused(suspect, clean):
 
 
 @pytest.mark.parametrize(
-    "spec, what",
+    "spec, message",
     [
         ("finetune:lrs=0", "rates above 0"),
         ("finetune:tolerance=2", "tolerance in 0..1"),
@@ -381,8 +388,8 @@ def test_triggers_of_another_size_are_refused(suspect, clean):
         ("supervised:temperature=0", "temperature > 0"),
     ],
 )
-def test_fields_that_make_no_sense_are_refused(spec, what):
-    with pytest.raises(UserError, match=what):
+def test_fields_that_make_no_sense_are_refused(spec, message):
+    with pytest.raises(UserError, match=message):
         registry.make("repair", spec)
 
 
@@ -393,8 +400,8 @@ def test_an_encoder_of_images_alone_is_tuned_by_simclr(clean):
         "repair",
         "finetune:objective=(simclr:epochs=1,batch=64,hidden=8,dim=8),lrs=1e-3,tolerance=1",
     )
-    made = repair(encoder, clean[0], 0, clean[1])
-    assert not torch.equal(made.image.head.weight, encoder.image.head.weight)
+    tuned = repair(encoder, clean[0], 0, clean[1])
+    assert not torch.equal(tuned.image.head.weight, encoder.image.head.weight)
     pruned = registry.make("repair", "prune:lrs=1e-3,tolerance=1,drop=0.05")(
         encoder, clean[0], 0, clean[1]
     )
@@ -408,30 +415,32 @@ def test_an_encoder_of_images_alone_is_tuned_by_simclr(clean):
 # The receipt
 
 
-def written(folder, found, verdict=True):
+def write_inversions(folder, inversions, verdict=True):
     """As an audit writes its inversions."""
     tensors = {}
-    for i, inversion in enumerate(found):
+    for i, inversion in enumerate(inversions):
         tensors |= {f"mask@{i}": inversion.mask, f"pattern@{i}": inversion.pattern}
     save_file(tensors, folder / "inversions.safetensors")
-    facts = [{"target": i.target, "norm": i.norm, "success": i.success} for i in found]
+    facts = [{"target": i.target, "norm": i.norm, "success": i.success} for i in inversions]
     if verdict:
         (folder / "verdict.json").write_text(json.dumps({"inversions": facts}))
 
 
 def test_inverted_triggers_are_read_and_stamped_as_any_trigger(tmp_path, suspect):
-    written(tmp_path, [inverted()])
-    found = receipt.load_inversions(tmp_path)
-    assert found[0].target == "red" and torch.equal(found[0].mask, inverted().mask)
+    write_inversions(tmp_path, [inverted()])
+    inversions = receipt.load_inversions(tmp_path)
+    assert inversions[0].target == "red" and torch.equal(inversions[0].mask, inverted().mask)
     case = receipt.EvaluationData(TEST, GOALS)
-    nameless = replace(found[0], target="")
-    goals = receipt.export_goals([found[0], nameless], tmp_path, case, case.default_head(suspect))
+    nameless = replace(inversions[0], target="")
+    goals = receipt.export_goals(
+        [inversions[0], nameless], tmp_path, case, case.default_head(suspect)
+    )
     assert [g.target for g in goals] == [
         "red",
         "red",
     ]  # the second is what most stamped images are read as
     stamped = registry.make("trigger", goals[0].trigger)(TEST.images, TEST.ids)
-    assert torch.equal(stamped, found[0](TEST.images))
+    assert torch.equal(stamped, inversions[0](TEST.images))
     assert torch.equal(stamped, registry.make("trigger", TRIGGER)(TEST.images, TEST.ids))
     assert receipt.load_inversions(tmp_path / "none") == ()
     (tmp_path / "inversions.safetensors").write_bytes(b"no such thing")
@@ -440,52 +449,52 @@ def test_inverted_triggers_are_read_and_stamped_as_any_trigger(tmp_path, suspect
 
 
 def test_a_receipt_says_what_the_probes_say(suspect, clean, tmp_path):
-    written(tmp_path, [inverted()], verdict=False)
+    write_inversions(tmp_path, [inverted()], verdict=False)
     case = receipt.EvaluationData(TEST, GOALS, labelled=clean[0])
     first = case.default_head(suspect)
     case = replace(
         case,
         inverted=receipt.export_goals(receipt.load_inversions(tmp_path), tmp_path, case, first),
     )
-    found = case.measure(suspect, first)
+    measures = case.measure(suspect, first)
     for probe, lead in (("zero_shot", ""), ("linear", ""), ("z_score", "")):
         for name, m in registry.make("probe", probe)(suspect, clean[0], TEST, GOALS).items():
-            if lead + name in found:
-                assert found[lead + name].value == pytest.approx(m.value, abs=1e-6), name
+            if lead + name in measures:
+                assert measures[lead + name].value == pytest.approx(m.value, abs=1e-6), name
     assert {
         "clean_accuracy",
         "attack_success",
         "linear.attack_success",
         "z_std",
         "inverted.attack_success",
-    } <= set(found)
-    assert found["inverted.attack_success"].value == found["attack_success"].value
+    } <= set(measures)
+    assert measures["inverted.attack_success"].value == measures["attack_success"].value
     same = receipt.accuracy_loss(case, first, first)
     assert (same.value, same.n) == (
         0,
         len(TEST),
     ) and same.low < 0 < same.high  # nothing lost of so many images
-    read = receipt.compare_readings(case, first, first)
-    assert [r["inverted"] for r in read] == [None, 0] and "red" not in read[0]["own"]
-    assert np.mean([name == "red" for name in read[0]["before"]]) > 0.8
+    readings = receipt.compare_readings(case, first, first)
+    assert [r["inverted"] for r in readings] == [None, 0] and "red" not in readings[0]["own"]
+    assert np.mean([name == "red" for name in readings[0]["before"]]) > 0.8
 
 
 def test_a_relapse_is_looked_for_with_and_without_captions(suspect, clean):
     case = receipt.EvaluationData(TEST, GOALS, labelled=clean[0])
-    found = receipt.RevivalTest(case, clean[0], GOALS[0], 0).measure(suspect, suspect)
-    assert {k.partition(".")[0] for k in found} == {
+    measures = receipt.RevivalTest(case, clean[0], GOALS[0], 0).measure(suspect, suspect)
+    assert {k.partition(".")[0] for k in measures} == {
         "revived_clean",
         "revived_poisons",
         "revived_other",
         "revived_twin",
     }
     assert (
-        found["revived_poisons.attack_success"].value > 0.9
+        measures["revived_poisons.attack_success"].value > 0.9
     )  # ten poisons; of another trigger they may do as much on a toy
     images = copy.deepcopy(suspect)
     images.text = None
     revival = receipt.RevivalTest(case, clean[0], GOALS[0], 0)
-    headed = revival.headed(replace(case, goals=GOALS), images, GOALS[0])
+    headed = revival.measure_poisoned_head(replace(case, goals=GOALS), images, GOALS[0])
     assert (
         headed["linear.attack_success"].value > 0.9
         and "10 stamped ones" in headed["linear.attack_success"].how
@@ -534,7 +543,7 @@ def runs(tmp_path_factory, suspect):
     (run / "manifest.json").write_text(json.dumps(manifest))
     audit = folder / "runs" / "audit-toy"
     audit.mkdir()
-    written(audit, [inverted()])
+    write_inversions(audit, [inverted()])
     (audit / "manifest.json").write_text(
         json.dumps({**manifest, "verb": "audit", "ask": {}, "parents": [], "goal": []})
     )
@@ -567,7 +576,7 @@ def test_the_verb_writes_encoder_receipt_and_page(runs, suspect):
         and cured.about["plan"] == "abc"
         and len(cured.about["repaired"]) == 1
     )
-    assert measured(cured)[1] == pytest.approx(
+    assert accuracy_and_success(cured)[1] == pytest.approx(
         manifest["metrics"]["after.attack_success"]["value"], abs=0.15
     )
     text = page.render_page(run)
@@ -605,7 +614,7 @@ def test_an_encoder_of_which_nothing_is_known(runs):
 
 
 @pytest.mark.parametrize(
-    "asked, what",
+    "changes, message",
     [
         ({"repair": ("unlearn",)}, "name its run"),
         ({"held": 1.0}, "held must be"),
@@ -613,11 +622,12 @@ def test_an_encoder_of_which_nothing_is_known(runs):
         ({"data": f"{Path(__file__)}"}, "must define a method class"),
     ],
 )
-def test_what_the_verb_refuses(runs, asked, what):
+def test_what_the_verb_refuses(runs, changes, message):
     settings = Settings(runs / "runs", device="cpu", quiet=True)
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(UserError, match=message):
         execute(
-            Repair(**{"encoder": "train-suspect", "data": f"{runs / 'toys.py'}", **asked}), settings
+            Repair(**{"encoder": "train-suspect", "data": f"{runs / 'toys.py'}", **changes}),
+            settings,
         )
 
 

@@ -1,49 +1,59 @@
-"""Bank: what audits say of encoders known to be clean, and of attacked ones; it turns an audit's number into a verdict.
+"""Banks: audits' values of clean and attacked encoders, which turn an audit's value into a verdict.
 
-A threshold is a quantile of clean encoders' values (split conformal: Vovk et al. 2005): a clean encoder like them, trained
-and audited the same way, exceeds it with a probability of at most the rate asked for. How often encoders exceed *this*
-threshold depends on the clean ones that happened to set it, and has an interval (Beta: the law of an order statistic).
-Only encoders of one family are comparable, audited by the same code on the same clean images.
+A threshold is a quantile of clean encoders' values (split conformal: Vovk et al. 2005). A clean
+encoder like them, trained and audited the same way, exceeds it with a probability of at most the
+rate asked for. How often encoders exceed this one threshold depends on the clean encoders that
+happened to set it, and has an interval (Beta, the distribution of an order statistic). Only
+encoders of one family are comparable, audited by the same code on the same clean images.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from scipy.stats import beta
 
 from bezoar import registry
+from bezoar.attacks.plan import Goal
+from bezoar.auditing.source_hash import hash_sources
+from bezoar.auditing.typed_json import dataclass_from_json
+from bezoar.data.files.writing import write_whole
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
-from bezoar.evaluation.scores import Measure, proportion
+from bezoar.evaluation.scores import Measure, proportion, separation
 
 SCHEMA = 1
 FILE = "bank.json"
-MAX_BYTES, MAX_TEXT, MAX_ENTRIES = 16 << 20, 4096, 100_000
-MIN_ATTACK_SUCCESS = (
-    0.5  # an attack of known success below this has failed: there is little to be found
-)
-SHARED = (
-    "auditing.trigger_inversion",
+MAX_BYTES = 16 << 20
+MIN_ATTACK_SUCCESS = 0.5  # below this an attack has failed, and leaves little to detect
+SHARED = (  # modules beside its own file that an audit's values may depend on
     "auditing.random_probes",
-)  # modules that audits are written in, beside their own file
+    "auditing.trigger_inversion",
+    "auditing.trigger_search",
+    "auditing.norm_outliers",
+    "evaluation.kmeans",
+)
 Outcome = Literal["evidence", "no evidence", "no calibration"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What encoders have in common that a bank compares. Texts; "" = not known.
+    """What the encoders of a bank have in common. All are texts but the size; "" = not known.
 
-    network, objective: specs. size: input side in pixels. data: training data, without their seed and their folder.
+    Attributes:
+        network: spec.
+        size: side of the input in pixels.
+        data: spec of the training data, as `comparable_data_spec` gives it.
+        objective: spec.
     """
 
     network: str
@@ -54,7 +64,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Sample:
-    """The clean images that an encoder was audited on. data: as of a Family. images: how many."""
+    """The clean images of an audit. data: spec, as of a Family. images: their number."""
 
     data: str
     images: int
@@ -62,7 +72,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Entry:
-    """One encoder's value. attack, trigger: "" of a clean one. success: what the attack was measured at, if it was."""
+    """One audit's value of one encoder.
+
+    Attributes:
+        name: of the encoder.
+        value: the audit's.
+        seconds: that the audit took.
+        attack: "" for a clean encoder.
+        trigger: spec; "" for a clean encoder.
+        success: of the attack, where it was measured.
+    """
 
     name: str
     value: float
@@ -71,10 +90,23 @@ class Entry:
     trigger: str = ""
     success: float | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the attack is known to have failed."""
+        return self.success is not None and self.success < MIN_ATTACK_SUCCESS
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """One audit's values over a bank. audit: spec. code: hash of what it is written in. classifier: what it was given."""
+    """One audit's values of all encoders of a bank.
+
+    Attributes:
+        audit: spec.
+        code: hash of the code that it is written in, see `code_hash`.
+        classifier: the classifier it was called with, in words; "" for none.
+        clean: the values of clean encoders.
+        attacked: the values of attacked encoders.
+    """
 
     audit: str
     code: str
@@ -87,14 +119,22 @@ class Calibration:
         """The audit's name; of a user's own file its stem."""
         return Path(self.audit.partition(":")[0]).stem
 
+    @property
+    def detectable(self) -> list[Entry]:
+        """The attacked encoders on which the attack is not known to have failed."""
+        return [entry for entry in self.attacked if not entry.failed]
+
     def without(self, name: str) -> Calibration:
-        """The same without an encoder: what is audited must set no threshold for itself."""
-        kept = ((e for e in own if e.name != name) for own in (self.clean, self.attacked))
-        clean, attacked = map(tuple, kept)
+        """The same without an encoder: the encoder under audit must set no threshold for itself."""
+        clean = tuple(entry for entry in self.clean if entry.name != name)
+        attacked = tuple(entry for entry in self.attacked if entry.name != name)
         return dataclasses.replace(self, clean=clean, attacked=attacked)
 
     def rank(self, rate: float) -> int | None:
-        """k: the k-th smallest clean value is the threshold (`stats.conformal_rank`). None where n is too small."""
+        """k, where the k-th smallest clean value is the threshold (`stats.conformal_rank`).
+
+        None where there are too few clean encoders. Raises UserError for a rate outside 0..1.
+        """
         if not 0 < rate < 1:
             raise UserError(f"the false-positive rate must be inside 0..1; got {rate}")
         return stats.conformal_rank(len(self.clean), rate)
@@ -105,355 +145,345 @@ class Calibration:
         return 1 / (len(self.clean) + 1)
 
     def threshold(self, rate: float) -> float | None:
-        """The conformal quantile of the clean values; what lies above it is evidence. None where n < 1 / rate - 1."""
+        """The conformal quantile of the clean values; None where n < 1 / rate - 1."""
         k = self.rank(rate)
-        return None if k is None else sorted(e.value for e in self.clean)[k - 1]
+        return None if k is None else sorted(entry.value for entry in self.clean)[k - 1]
 
     def p_value(self, value: float) -> float:
-        """(1 + clean values at or above it) / (n + 1). At most rate exactly where the value exceeds the threshold."""
-        return (1 + sum(e.value >= value for e in self.clean)) / (len(self.clean) + 1)
+        """(1 + clean values at or above it) / (n + 1).
+
+        It is at most the rate exactly where the value exceeds the threshold.
+        """
+        at_or_above = sum(entry.value >= value for entry in self.clean)
+        return (1 + at_or_above) / (len(self.clean) + 1)
 
     def false_positive_rate(self, rate: float) -> Measure | None:
-        """How often clean encoders exceed this threshold: Beta(n + 1 - k, k), its mean and central 95 %."""
-        from scipy.stats import beta
+        """How often clean encoders exceed this threshold: Beta(n + 1 - k, k), with its central 95
+        %.
 
+        None where there are too few clean encoders.
+        """
         k, n = self.rank(rate), len(self.clean)
         if k is None:
             return None
-        law = beta(n + 1 - k, k)
+        distribution = beta(n + 1 - k, k)
+        low, high = distribution.ppf([0.025, 0.975])
         how = f"clean encoders above the threshold that {n} clean ones set; Beta law of an order statistic"
-        return Measure(float(law.mean()), n, float(law.ppf(0.025)), float(law.ppf(0.975)), how)
+        return Measure(float(distribution.mean()), n, float(low), float(high), how)
 
     def sensitivity(self, rate: float) -> dict[str, Measure]:
-        """Share of the attacked encoders above the threshold, by attack; "" is all of them. Empty where nothing is known.
+        """Share of the attacked encoders above the threshold, by attack; "" stands for all of them.
 
-        Encoders on which the attack is known to have failed are left out.
+        Encoders on which the attack is known to have failed are left out. Empty where there is no
+        threshold, or no attacked encoder.
         """
-        t, worked = (
-            self.threshold(rate),
-            [e for e in self.attacked if e.success is None or e.success >= MIN_ATTACK_SUCCESS],
-        )
-        if t is None or not worked:
+        threshold = self.threshold(rate)
+        if threshold is None or not self.detectable:
             return {}
-        groups = {"": worked} | {
-            a: [e for e in worked if e.attack == a] for a in sorted({e.attack for e in worked})
-        }
-        how = "attacked encoders above the threshold"
+        values = {"": [entry.value for entry in self.detectable]}
+        for attack in sorted({entry.attack for entry in self.detectable}):
+            values[attack] = [e.value for e in self.detectable if e.attack == attack]
         return {
-            a: proportion(sum(e.value > t for e in own), len(own), how) for a, own in groups.items()
+            attack: proportion(
+                sum(v > threshold for v in of_attack),
+                len(of_attack),
+                "attacked encoders above the threshold",
+            )
+            for attack, of_attack in values.items()
         }
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Calibrations of one family on one clean set."""
+    """Calibrations of encoders of one family on one set of clean images."""
 
     family: Family
     sample: Sample
     audits: tuple[Calibration, ...]
     version: str = version("bezoar")
 
-    def fits(self, family: Family, sample: Sample) -> list[str]:
-        """How an encoder differs from those of the bank, a phrase a field; none: it is one of their kind.
+    def differences(self, family: Family, sample: Sample) -> list[str]:
+        """How an encoder and its clean images differ from those of the bank, a phrase a field.
 
-        Training data and objective that are not known of the encoder do not differ: `assumed` names them. A network does.
+        Training data and objective that are not known of the encoder do not count as different (see
+        `assumptions`); an unknown network does.
         """
-        out = []
+        phrases = []
         for name in ("network", "size", "data", "objective"):
-            own, theirs = getattr(family, name), getattr(self.family, name)
-            if own != theirs and (own != "" or name == "network"):
-                out.append(f"{name} {describe_difference(str(own) or 'not known', str(theirs))}")
+            value, bank_value = getattr(family, name), getattr(self.family, name)
+            if value != bank_value and (value != "" or name == "network"):
+                difference = describe_difference(str(value) or "not known", str(bank_value))
+                phrases.append(f"{name} {difference}")
         if sample.data != self.sample.data:
-            out.append(f"clean images {describe_difference(sample.data, self.sample.data)}")
+            phrases.append(f"clean images {describe_difference(sample.data, self.sample.data)}")
         if sample.images != self.sample.images:
-            out.append(f"{sample.images} clean images, not {self.sample.images}")
-        return out
+            phrases.append(f"{sample.images} clean images, not {self.sample.images}")
+        return phrases
 
-    def assumed(self, family: Family) -> list[str]:
-        """What is not known of an encoder and taken to be as in the bank, a phrase a field."""
-        names = {"data": "training data", "objective": "objective"}
+    def assumptions(self, family: Family) -> list[str]:
+        """What is not known of an encoder and is taken to be as in the bank, a phrase a field."""
+        labels = {"data": "training data", "objective": "objective"}
         return [
-            f"{told} {getattr(self.family, k)}"
-            for k, told in names.items()
-            if getattr(family, k) == ""
+            f"{label} {getattr(self.family, name)}"
+            for name, label in labels.items()
+            if getattr(family, name) == ""
         ]
 
     def write(self, path: Path) -> None:
-        """One JSON file, under a temporary name first."""
+        """Write the bank as one JSON file."""
         raw = {"schema": SCHEMA, "bezoar": self.version, **dataclasses.asdict(self)}
         raw.pop("version")
-        path.with_suffix(".tmp").write_text(
-            json.dumps(raw, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        path.with_suffix(".tmp").replace(path)
+        write_whole(path, json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
 
     @staticmethod
     def read(path: Path) -> Bank:
-        """Read what `write` wrote. Raises UserError, one line, for anything else, however it is made."""
+        """Read what `write` wrote. Raises UserError of one line for anything else."""
         try:
             size = path.stat().st_size
             if size > MAX_BYTES:
                 raise ValueError(f"{size >> 20} MiB; a bank may have {MAX_BYTES >> 20}")
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+            if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
                 raise ValueError(f"expected an object of schema {SCHEMA}")
-            bank = _filled(
-                Bank,
-                {k if k != "bezoar" else "version": v for k, v in raw.items() if k != "schema"},
-                "bank",
-            )
-        except (OSError, ValueError, RecursionError) as error:
-            reason = (
-                error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
-            )
+            if "bezoar" in raw:
+                raw["version"] = raw.pop("bezoar")
+            bank = dataclass_from_json(Bank, raw, "bank")
+        except OSError as error:
+            raise UserError(f"{path} is no bank that bezoar wrote: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            reason = str(error) or type(error).__name__
             raise UserError(f"{path} is no bank that bezoar wrote: {reason}") from error
         return bank
 
 
 @dataclass(frozen=True)
 class CalibratedVerdict:
-    """What banks say of one audit's value. threshold, p: None without calibration. attacks: sensitivity by attack, "" all.
+    """What banks say of one audit's value.
 
-    why: with no calibration, the reason. assumed: what is not known of the encoder and was taken to be as in the bank.
+    Attributes:
+        outcome: evidence, no evidence, or no calibration.
+        rate: the false-positive rate asked for.
+        p_value: None without calibration.
+        threshold: None without calibration.
+        false_positive_rate: of this threshold; None without calibration.
+        sensitivities: by attack, "" for all attacks together.
+        calibration: the values it was compared with.
+        reason: why there is no calibration.
+        assumptions: what is not known of the encoder and was taken to be as in the bank.
     """
 
-    words: Outcome
+    outcome: Outcome
     rate: float
-    p: float | None = None
+    p_value: float | None = None
     threshold: float | None = None
-    false_positives: Measure | None = None
-    attacks: dict[str, Measure] = dataclasses.field(default_factory=dict)
+    false_positive_rate: Measure | None = None
+    sensitivities: dict[str, Measure] = dataclasses.field(default_factory=dict)
     calibration: Calibration | None = None
-    why: str = ""
-    assumed: tuple[str, ...] = ()
+    reason: str = ""
+    assumptions: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """The verdict in words. It never says that an encoder is clean."""
-        if self.words == "no calibration":
-            return f"No calibration: {self.why}."
-        assert self.calibration is not None and self.p is not None
-        told = f"p = {self.p:.2g}, {len(self.calibration.clean)} clean encoders"
-        if self.words == "evidence":
-            m = self.false_positives
-            own = f"; of this threshold 95 % interval {m.low:.2g} to {m.high:.2g}" if m else ""
-            return f"Evidence of a backdoor at false-positive rate {self.rate:g} ({told}{own})."
-        if not self.attacks:
-            return f"No evidence at false-positive rate {self.rate:g} ({told}); its sensitivity is not known."
-        against = ", ".join(f"{a} {m.value:.2f}" for a, m in self.attacks.items() if a)
-        s = self.attacks[""]
+        if self.outcome == "no calibration":
+            return f"No calibration: {self.reason}."
+        assert self.calibration is not None and self.p_value is not None
+        basis = f"p = {self.p_value:.2g}, {len(self.calibration.clean)} clean encoders"
+        if self.outcome == "evidence":
+            if m := self.false_positive_rate:
+                basis += f"; of this threshold 95 % interval {m.low:.2g} to {m.high:.2g}"
+            return f"Evidence of a backdoor at false-positive rate {self.rate:g} ({basis})."
+        if not self.sensitivities:
+            return f"No evidence at false-positive rate {self.rate:g} ({basis}); its sensitivity is not known."
+        against = ", ".join(f"{a} {m.value:.2f}" for a, m in self.sensitivities.items() if a)
+        s = self.sensitivities[""]
         return (
             f"No evidence at sensitivity {s.value:.2f} (95 % interval {s.low:.2f} to {s.high:.2f}, {s.n} attacked encoders; "
-            f"against: {against}) and false-positive rate {self.rate:g} ({told})."
+            f"against: {against}) and false-positive rate {self.rate:g} ({basis})."
         )
 
 
-def describe_difference(own: str, theirs: str) -> str:
-    """Two specs that differ, told by what differs: the methods' names, or the fields of one method."""
-    name, _, mine = own.partition(":")
-    other, _, others = theirs.partition(":")
-    if name != other:
-        return f"{name}, not {other}"
-    first, second = (
-        registry.split_outside_brackets(mine, ","),
-        registry.split_outside_brackets(others, ","),
-    )
-    left, right = (
-        ",".join(f for f in a if f not in b) for a, b in ((first, second), (second, first))
-    )
-    return f"{name}:{left}, not {right}"
+class _NoCalibration(Exception):
+    """Why banks say nothing of a value."""
 
 
 def judge_value(
     banks: Sequence[Bank],
     family: Family,
     sample: Sample,
-    own: Calibration,
+    audited: Calibration,
     value: float,
     rate: float,
     name: str = "",
 ) -> CalibratedVerdict:
-    """What banks say of one value. own: which audit, which code, which classifier. name: of the encoder, to leave it out."""
-    fitting = [b for b in banks if not b.fits(family, sample)]
-    if not banks:
-        return CalibratedVerdict(
-            "no calibration",
-            rate,
-            why="no bank was given, or none is shipped (`bezoar calibrate` makes one)",
-        )
-    if not fitting:
-        nearest = min((b.fits(family, sample) for b in banks), key=len)
-        return CalibratedVerdict(
-            "no calibration",
-            rate,
-            why=f"no bank has encoders like this; the nearest differs: {'; '.join(nearest)}",
-        )
-    fitting = [b for b in fitting if not b.assumed(family)] or fitting
-    if len(kinds := list(dict.fromkeys(b.family for b in fitting))) > 1:
-        theirs = "; or ".join(", ".join(b.assumed(family)) for b in fitting[:3])
-        why = f"what this encoder was trained on is not known, and banks of {len(kinds)} kinds fit ({theirs}); name the right one"
-        return CalibratedVerdict("no calibration", rate, why=why)
-    found = [c for b in fitting for c in b.audits if c.audit == own.audit]
-    same = [c for c in found if c.code == own.code and c.classifier == own.classifier]
-    if not same:
-        odd = (
-            "with another classifier"
-            if any(c.code == own.code for c in found)
-            else "by another version of its code"
-        )
-        why = (
-            f"the bank's encoders were audited {odd}"
-            if found
-            else "the bank's encoders were not audited so"
-        )
-        return CalibratedVerdict("no calibration", rate, why=f"{why} ({own.audit})")
-    pooled = dataclasses.replace(
-        own, clean=_each(c.clean for c in same), attacked=_each(c.attacked for c in same)
+    """What banks say of one audit's value.
+
+    Args:
+        banks: of any family.
+        family: of the encoder under audit.
+        sample: the clean images of the audit.
+        audited: names the audit, its code and its classifier; it needs no entries.
+        value: the audit's.
+        rate: false-positive rate.
+        name: of the encoder under audit, which sets no threshold for itself.
+    """
+    try:
+        fitting = _fitting_banks(banks, family, sample)
+        calibration = _pool_calibrations(fitting, audited).without(name)
+    except _NoCalibration as error:
+        return CalibratedVerdict("no calibration", rate, reason=str(error))
+    verdict = CalibratedVerdict(
+        "no calibration",
+        rate,
+        calibration.p_value(value),
+        calibration=calibration,
+        assumptions=tuple(fitting[0].assumptions(family)),
     )
-    pooled = pooled.without(name)
-    threshold = pooled.threshold(rate)
-    told: dict[str, Any] = {
-        "calibration": pooled,
-        "assumed": tuple(fitting[0].assumed(family)),
-        "p": pooled.p_value(value),
-    }
+    threshold = calibration.threshold(rate)
     if threshold is None:
-        n, wanted = len(pooled.clean), math.ceil(round(1 / rate - 1, 9))
-        why = f"{n} clean encoders support no false-positive rate below {pooled.smallest_rate:.2g}; {rate:g} takes {wanted}"
-        return CalibratedVerdict("no calibration", rate, why=why, **told)
-    told |= {
-        "threshold": threshold,
-        "false_positives": pooled.false_positive_rate(rate),
-        "attacks": pooled.sensitivity(rate),
-    }
-    return CalibratedVerdict("evidence" if value > threshold else "no evidence", rate, **told)
+        needed = math.ceil(round(1 / rate - 1, 9))
+        reason = (
+            f"{len(calibration.clean)} clean encoders support no false-positive rate below "
+            f"{calibration.smallest_rate:.2g}; {rate:g} takes {needed}"
+        )
+        return dataclasses.replace(verdict, reason=reason)
+    return dataclasses.replace(
+        verdict,
+        outcome="evidence" if value > threshold else "no evidence",
+        threshold=threshold,
+        false_positive_rate=calibration.false_positive_rate(rate),
+        sensitivities=calibration.sensitivity(rate),
+    )
+
+
+def _fitting_banks(banks: Sequence[Bank], family: Family, sample: Sample) -> list[Bank]:
+    """The banks of an encoder's family, all of one family."""
+    if not banks:
+        raise _NoCalibration("no bank was given, or none is shipped (`bezoar calibrate` makes one)")
+    fitting = [bank for bank in banks if not bank.differences(family, sample)]
+    if not fitting:
+        nearest = min((bank.differences(family, sample) for bank in banks), key=len)
+        raise _NoCalibration(
+            f"no bank has encoders like this; the nearest differs: {'; '.join(nearest)}"
+        )
+    fitting = [bank for bank in fitting if not bank.assumptions(family)] or fitting
+    families = {bank.family for bank in fitting}
+    if len(families) > 1:
+        options = "; or ".join(", ".join(bank.assumptions(family)) for bank in fitting[:3])
+        raise _NoCalibration(
+            f"what this encoder was trained on is not known, and banks of {len(families)} kinds fit ({options}); "
+            "name the right one"
+        )
+    return fitting
+
+
+def _pool_calibrations(banks: Sequence[Bank], audited: Calibration) -> Calibration:
+    """The values of all banks for one audit, of each encoder once."""
+    of_audit = [c for bank in banks for c in bank.audits if c.audit == audited.audit]
+    if not of_audit:
+        raise _NoCalibration(f"the bank's encoders were not audited so ({audited.audit})")
+    of_code = [c for c in of_audit if c.code == audited.code]
+    if not of_code:
+        raise _NoCalibration(
+            f"the bank's encoders were audited by another version of its code ({audited.audit})"
+        )
+    same = [c for c in of_code if c.classifier == audited.classifier]
+    if not same:
+        raise _NoCalibration(
+            f"the bank's encoders were audited with another classifier ({audited.audit})"
+        )
+    clean = {entry.name: entry for c in same for entry in c.clean}
+    attacked = {entry.name: entry for c in same for entry in c.attacked}
+    return dataclasses.replace(
+        audited, clean=tuple(clean.values()), attacked=tuple(attacked.values())
+    )
+
+
+def describe_difference(value: str, other: str) -> str:
+    """How two specs differ: by the methods' names, or by the fields of one method."""
+    name, _, fields = value.partition(":")
+    other_name, _, other_fields = other.partition(":")
+    if name != other_name:
+        return f"{name}, not {other_name}"
+    parts = registry.split_outside_brackets(fields, ",")
+    other_parts = registry.split_outside_brackets(other_fields, ",")
+    only = ",".join(part for part in parts if part not in other_parts)
+    only_other = ",".join(part for part in other_parts if part not in parts)
+    return f"{name}:{only}, not {only_other}"
 
 
 def adjust_p_values(p: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values, in the order given: at most a family-wise rate exactly where Holm rejects at it."""
+    """Holm's (1979) adjusted p-values, in the order of p.
+
+    One is at most a family-wise rate exactly where Holm's procedure rejects at that rate.
+    """
     order = sorted(range(len(p)), key=lambda i: p[i])
-    out, highest = [0.0] * len(p), 0.0
+    adjusted = [0.0] * len(p)
+    highest = 0.0
     for place, i in enumerate(order):
         highest = max(highest, min(1.0, (len(p) - place) * p[i]))
-        out[i] = highest
-    return out
+        adjusted[i] = highest
+    return adjusted
 
 
-def encoder_family(encoder: Any, given: Any) -> Family:
-    """What kind of encoder this is: as its weights were read, and as the train run says that it goes back to.
+def encoder_family(encoder: Encoder, origin: object) -> Family:
+    """The family of an encoder, by its own facts and by the train run that it goes back to.
 
-    Where that run is no longer there, its data are not known.
+    origin: what the encoder was loaded from, a run or a method.
     """
+    network, objective = (encoder.about.get(key, "") for key in ("network", "objective"))
+    return Family(network, encoder.preprocess.size, _training_data(origin), objective)
+
+
+def _training_data(origin: object) -> str:
+    """The data that a run's encoder was trained on, comparable; "" where they are not known."""
     data = ""
     try:
-        trained = given.ancestor("train") if hasattr(given, "ancestor") else None
-        while trained is not None:
-            asked = trained.manifest["ask"].get("data") or {}
-            data = comparable_data_spec(asked["spec"]) if "spec" in asked else ""
-            trained = trained.sibling(asked["run"]) if "run" in asked else None
+        run = origin.ancestor("train") if hasattr(origin, "ancestor") else None
+        while run is not None:
+            source = run.manifest["ask"].get("data") or {}
+            data = comparable_data_spec(source["spec"]) if "spec" in source else ""
+            run = run.sibling(source["run"]) if "run" in source else None
     except UserError:
-        data = ""
-    about = encoder.about
-    return Family(
-        about.get("network", ""), encoder.preprocess.size, data, about.get("objective", "")
-    )
+        return ""
+    return data
 
 
 def comparable_data_spec(spec: str) -> str:
-    """A data spec as banks compare it: every field, but no seed, and of a path its last part. The text alone is read."""
+    """A data spec as banks compare it: without its seed, and of a path the last part alone.
+
+    Only the text is read, which may come from anybody's manifest.
+    """
     name, _, rest = spec.partition(":")
-    given = dict(
-        part.partition("=")[::2]
-        for part in registry.split_outside_brackets(rest, ",")
-        if "=" in part
-    )
-    kept = {k: v.rstrip("/").rpartition("/")[2] for k, v in given.items() if k != "seed"}
-    return (
-        name.rpartition("/")[2] + ":" + ",".join(f"{k}={v}" for k, v in kept.items())
-    ).removesuffix(":")
+    parts = [part for part in registry.split_outside_brackets(rest, ",") if "=" in part]
+    fields = dict(part.split("=", 1) for part in parts)
+    fields.pop("seed", None)
+    text = ",".join(f"{k}={v.rstrip('/').rpartition('/')[2]}" for k, v in fields.items())
+    return f"{name.rpartition('/')[2]}:{text}".removesuffix(":")
 
 
 def code_hash(cls: type) -> str:
-    """A hash of what an audit is written in: its file and the modules it shares with others, without their docstrings.
-
-    A reworded docstring changes no value; the code of a method that is the user's own is its file.
-    """
-    tree = ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8"))
-    named = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    named |= {
-        f"{n.module}.{a.name}"
-        for n in ast.walk(tree)
-        if isinstance(n, ast.ImportFrom)
-        for a in n.names
-    }
-    files = [
-        registry.PACKAGE / f"{s.replace('.', '/')}.py" for s in SHARED if f"bezoar.{s}" in named
-    ]
-    trees = [tree, *(ast.parse(f.read_text(encoding="utf-8")) for f in files)]
-    for node in (n for t in trees for n in ast.walk(t)):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node, clean=False) is not None
-        ):
-            node.body = node.body[1:]
-    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
+    """Hash of the code of an audit: of its file, and of the modules of `SHARED` that it imports."""
+    return hash_sources(Path(inspect.getfile(cls)), SHARED)
 
 
-def describe_attack(goals: Iterable[Any]) -> tuple[str, str]:
-    """Which attack goals belong to, as sensitivities are told apart (`backdoor patch`), and their triggers' specs."""
+def describe_attack(goals: Iterable[Goal]) -> tuple[str, str]:
+    """The name of the attack that goals belong to (`backdoor patch`), and its triggers' specs."""
+    goals = list(goals)
     names = {
-        f"{g.how.partition(':')[0]} {(g.trigger or '').partition(':')[0]}".strip() for g in goals
+        f"{goal.how.partition(':')[0]} {(goal.trigger or '').partition(':')[0]}".strip()
+        for goal in goals
     }
-    return " + ".join(sorted(names)), "; ".join(
-        dict.fromkeys(g.trigger for g in goals if g.trigger)
-    )
+    triggers = dict.fromkeys(goal.trigger for goal in goals if goal.trigger)
+    return " + ".join(sorted(names)), "; ".join(triggers)
 
 
-def measure_auroc(found: Calibration) -> Measure | None:
-    """Chance that an attacked encoder is above a clean one; None unless there are both. Failed attacks are left out."""
-    bad = [e.value for e in found.attacked if e.success is None or e.success >= MIN_ATTACK_SUCCESS]
-    if not bad or not found.clean:
+def measure_auroc(calibration: Calibration) -> Measure | None:
+    """The chance that an attacked encoder is above a clean one; None unless there are both.
+
+    Failed attacks are left out.
+    """
+    attacked = [entry.value for entry in calibration.detectable]
+    clean = [entry.value for entry in calibration.clean]
+    if not attacked or not clean:
         return None
-    values, truth = (
-        [*bad, *(e.value for e in found.clean)],
-        [True] * len(bad) + [False] * len(found.clean),
-    )
-    how = f"chance that one of {len(bad)} attacked encoders is above one of {len(found.clean)} clean ones; {stats.AUROC_INTERVAL}"
-    return Measure(
-        stats.auroc(values, truth), len(values), *stats.auroc_interval(values, truth), how
-    )
-
-
-def _each(groups: Iterable[Iterable[Entry]]) -> tuple[Entry, ...]:
-    """Every encoder once, by name."""
-    return tuple({e.name: e for group in groups for e in group}.values())
-
-
-def _filled(hint: Any, raw: Any, where: str) -> Any:
-    """JSON -> a value of a type: a dataclass, a tuple of one type, a text, a number. Raises ValueError that says where."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        hints = typing.get_type_hints(hint)
-        if not isinstance(raw, dict) or raw.keys() - hints.keys():
-            raise ValueError(f"{where} must be an object of {', '.join(hints)}")
-        needed = [f.name for f in dataclasses.fields(hint) if f.default is dataclasses.MISSING]
-        if missing := [k for k in needed if k not in raw]:
-            raise ValueError(f"{where} has no {missing[0]}")
-        return hint(**{k: _filled(hints[k], v, f"{where}.{k}") for k, v in raw.items()})
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(raw, list) or len(raw) > MAX_ENTRIES:
-            raise ValueError(f"{where} must be a list of at most {MAX_ENTRIES}")
-        return tuple(
-            _filled(typing.get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(raw)
-        )
-    if hint is str:
-        if not isinstance(raw, str) or len(raw) > MAX_TEXT:
-            raise ValueError(f"{where} must be a text of at most {MAX_TEXT} characters")
-        return raw
-    if raw is None and type(None) in typing.get_args(hint):
-        return None
-    if (
-        isinstance(raw, bool) or not isinstance(raw, int | float) or not abs(raw) < 1e300
-    ):  # neither NaN nor too large
-        raise ValueError(f"{where} must be a finite number")
-    if hint is int and raw != int(raw):
-        raise ValueError(f"{where} must be a whole number")
-    return int(raw) if hint is int else float(raw)
+    return separation(attacked, clean)

@@ -1,6 +1,9 @@
-"""SARIF 2.1.0 (OASIS 2020): what an audit found, as tools for code scanning read it. One rule an audit, one result a rule.
+"""SARIF 2.1.0 (OASIS 2020): an audit's findings in the format of code-scanning tools.
 
-Evidence has the level `error`; everything else has `note`, never `none` or a kind `pass`: an audit passes nothing.
+One rule an audit, one result a rule.
+
+Evidence has the level `error`; everything else has `note`, never `none` or a kind `pass`: no audit
+shows an encoder clean.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from urllib.parse import quote
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 VERSION = "2.1.0"
+HELP = (
+    "Evidence is a value above a quantile of encoders known to be clean; see the run's report.html."
+)
 
 
 def build_log(
@@ -20,52 +26,63 @@ def build_log(
     audits: Sequence[Mapping[str, Any]],
     refused: Mapping[str, str],
     overall: str,
-) -> dict:
-    """A log of one run, as JSON holds it.
+) -> dict[str, Any]:
+    """The log of one run, as JSON.
 
-    encoder: its name. artefact: where its weights are, relative, or a name. audits: as they stand in verdict.json. refused:
-    audit -> why it did not run. overall: the verdict of all together.
+    Args:
+        encoder: its name.
+        artefact: where its weights are, relative, or a name.
+        audits: as they stand in verdict.json.
+        refused: audit -> why it did not run.
+        overall: the verdict of all audits together, a sentence.
     """
-    names = [rule_id(a["audit"]) for a in audits]
-    rules = [
-        {
-            "id": name,
-            "name": name.rpartition("/")[2].title().replace("_", ""),
-            "shortDescription": {"text": a["summary"] or name},
-            "help": {
-                "text": "Evidence is a value above a quantile of encoders known to be clean; see the run's report.html."
-            },
-            "defaultConfiguration": {"level": "error"},
-            "properties": {"audit": a["audit"], "tags": ["security", "backdoor"]},
-        }
-        for name, a in zip(names, audits, strict=True)
-    ]
+    driver = {
+        "name": "bezoar",
+        "semanticVersion": version("bezoar"),
+        "rules": [build_rule(audit) for audit in audits],
+    }
     location = {"physicalLocation": {"artifactLocation": {"uri": quote(artefact)}}}
-    results = [
-        {
-            "ruleId": name,
-            "ruleIndex": i,
-            "level": "error" if a["words"] == "evidence" else "note",
-            "message": {"text": f"{encoder}: {a['sentence']}"},
-            "locations": [location],
-            "partialFingerprints": {"bezoar/encoder/v1": f"{encoder}:{a['audit']}"},
-            "properties": {k: a[k] for k in ("words", "value", "p", "threshold", "rate")},
-        }
-        for i, (name, a) in enumerate(zip(names, audits, strict=True))
+    notifications = [
+        {"level": "warning", "message": {"text": f"{name} did not run: {reason}"}}
+        for name, reason in refused.items()
     ]
-    troubles = [
-        {"level": "warning", "message": {"text": f"{name} did not run: {why}"}}
-        for name, why in refused.items()
-    ]
-    invocation = {"executionSuccessful": not refused, "toolExecutionNotifications": troubles}
-    driver = {"name": "bezoar", "semanticVersion": version("bezoar"), "rules": rules}
     run = {
         "tool": {"driver": driver},
-        "invocations": [invocation],
-        "results": results,
+        "invocations": [
+            {"executionSuccessful": not refused, "toolExecutionNotifications": notifications}
+        ],
+        "results": [build_result(i, a, encoder, location) for i, a in enumerate(audits)],
         "properties": {"verdict": overall},
     }
     return {"$schema": SCHEMA, "version": VERSION, "runs": [run]}
+
+
+def build_rule(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule of an audit."""
+    name = rule_id(audit["audit"])
+    return {
+        "id": name,
+        "name": name.rpartition("/")[2].title().replace("_", ""),
+        "shortDescription": {"text": audit["summary"] or name},
+        "help": {"text": HELP},
+        "defaultConfiguration": {"level": "error"},
+        "properties": {"audit": audit["audit"], "tags": ["security", "backdoor"]},
+    }
+
+
+def build_result(
+    index: int, audit: Mapping[str, Any], encoder: str, location: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an audit says of an encoder. index: of the audit's rule."""
+    return {
+        "ruleId": rule_id(audit["audit"]),
+        "ruleIndex": index,
+        "level": "error" if audit["words"] == "evidence" else "note",
+        "message": {"text": f"{encoder}: {audit['sentence']}"},
+        "locations": [location],
+        "partialFingerprints": {"bezoar/encoder/v1": f"{encoder}:{audit['audit']}"},
+        "properties": {k: audit[k] for k in ("words", "value", "p", "threshold", "rate")},
+    }
 
 
 def rule_id(audit: str) -> str:

@@ -1,4 +1,4 @@
-"""The words of an audit's verdict: what is said of several audits together, and what was not tested. Never `clean`."""
+"""The text of a verdict: of several audits together, and of what was not tested."""
 
 from __future__ import annotations
 
@@ -6,115 +6,152 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bezoar import registry
-from bezoar.auditing.bank import CalibratedVerdict, adjust_p_values
+from bezoar.auditing.bank import CalibratedVerdict, Outcome, adjust_p_values
 
-ENOUGH_IMAGES = 128  # clean images; what is said of fewer is weak
+ENOUGH_IMAGES = 128  # clean images; a verdict on fewer is weak
 
 
-def verdict_json(said: CalibratedVerdict) -> dict[str, Any]:
-    """A reading as it stands in verdict.json, with the bank's values for the chart."""
-    held = said.calibration
+def verdict_json(verdict: CalibratedVerdict) -> dict[str, Any]:
+    """A verdict as it stands in verdict.json, with the bank's values for the chart."""
+    false_positives, calibration = verdict.false_positive_rate, verdict.calibration
     return {
-        "words": said.words,
-        "sentence": said.sentence(),
-        "p": said.p,
-        "rate": said.rate,
-        "threshold": said.threshold,
-        "false_positives": said.false_positives.json() if said.false_positives else None,
-        "sensitivity": {k: m.json() for k, m in said.attacks.items()},
-        "assumed": list(said.assumed),
+        "words": verdict.outcome,
+        "sentence": verdict.sentence(),
+        "p": verdict.p_value,
+        "rate": verdict.rate,
+        "threshold": verdict.threshold,
+        "false_positives": false_positives.json() if false_positives else None,
+        "sensitivity": {attack: m.json() for attack, m in verdict.sensitivities.items()},
+        "assumed": list(verdict.assumptions),
         "bank": {
-            "clean": [e.value for e in held.clean] if held else [],
-            "attacked": [[e.attack, e.value] for e in held.attacked] if held else [],
+            "clean": [e.value for e in calibration.clean] if calibration else [],
+            "attacked": [[e.attack, e.value] for e in calibration.attacked] if calibration else [],
         },
     }
 
 
-def small_sample_warning(images: int, bank: int) -> str:
-    """What so few clean images leave; nothing where there are enough."""
+def small_sample_warning(images: int, bank_images: int) -> str:
+    """What a small number of clean images means; "" where there are enough.
+
+    bank_images: those of a bank that was made with more, or 0.
+    """
     if images >= ENOUGH_IMAGES:
         return ""
-    known = (
-        f"; a bank for {bank} says nothing of what {images} can find: calibrate with --images {images}"
-        if bank
-        else ""
-    )
-    return f"{images} clean images are few: sensitivity is only what a bank made with {images} images states{known}"
+    warning = f"{images} clean images are few: sensitivity is only what a bank made with {images} images states"
+    if bank_images:
+        warning += (
+            f"; a bank for {bank_images} says nothing of what {images} can find: "
+            f"calibrate with --images {images}"
+        )
+    return warning
 
 
-def overall_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[str, str]:
-    """One line over all audits: the category, and the sentence. Rates are each audit's own; Holm's p is of all together."""
-    judged = [a for a in audits if a["words"] != "no calibration"]
-    bad = [a["name"] for a in judged if a["words"] == "evidence"]
-    words = "evidence" if bad else "no evidence" if judged else "no calibration"
+def overall_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[Outcome, str]:
+    """The outcome of all audits together, and the sentence that says so.
+
+    Args:
+        audits: as they stand in verdict.json.
+        rate: the false-positive rate of each audit; Holm's p-value is of all together.
+    """
+    calibrated = [a for a in audits if a["words"] != "no calibration"]
+    flagging = [a["name"] for a in calibrated if a["words"] == "evidence"]
+    outcome: Outcome = "evidence" if flagging else "no evidence" if calibrated else "no calibration"
     if len(audits) == 1:
-        return words, audits[0]["sentence"]
-    without = [a["name"] for a in audits if a not in judged]
-    rest = f" No calibration for {join_names(without)}." if without else ""
-    if not judged:
-        same = dict.fromkeys(a["sentence"] for a in audits)
-        return words, next(iter(same)) if len(
-            same
-        ) == 1 else f"No calibration for any of {join_names(without)}."
-    if len(judged) == 1:
-        return words, f"By {judged[0]['name']}: {judged[0]['sentence']}{rest}"
-    p = min(adjust_p_values([a["p"] for a in judged]))
-    if not bad:
-        seen = ", ".join(
-            f"{a['name']} {a['sensitivity']['']['value']:.2f}" for a in judged if a["sensitivity"]
-        )
-        start = (
-            f"No evidence at {f'sensitivity {seen}' if seen else 'a sensitivity that is not known'}"
-        )
-        each = f"false-positive rate {rate:g} of each of {len(judged)} audits"
-        return words, f"{start} and {each}; over all together p = {p:.2g} (Holm-Bonferroni).{rest}"
+        return outcome, audits[0]["sentence"]
+    uncalibrated = [a["name"] for a in audits if a not in calibrated]
+    if not calibrated:
+        sentences = {a["sentence"] for a in audits}
+        if len(sentences) == 1:
+            return outcome, sentences.pop()
+        return outcome, f"No calibration for any of {join_names(uncalibrated)}."
+    rest = f" No calibration for {join_names(uncalibrated)}." if uncalibrated else ""
+    if len(calibrated) == 1:
+        return outcome, f"By {calibrated[0]['name']}: {calibrated[0]['sentence']}{rest}"
+    sentence = (
+        _evidence_sentence(calibrated, flagging, rate)
+        if flagging
+        else _no_evidence_sentence(calibrated, rate)
+    )
+    return outcome, sentence + rest
+
+
+def _no_evidence_sentence(calibrated: Sequence[Mapping[str, Any]], rate: float) -> str:
+    """Of two audits or more, none of which has evidence."""
+    p = min(adjust_p_values([a["p"] for a in calibrated]))
+    sensitivities = ", ".join(
+        f"{a['name']} {a['sensitivity']['']['value']:.2f}" for a in calibrated if a["sensitivity"]
+    )
+    sensitivity = (
+        f"sensitivity {sensitivities}" if sensitivities else "a sensitivity that is not known"
+    )
+    return (
+        f"No evidence at {sensitivity} and false-positive rate {rate:g} of each of {len(calibrated)} audits; "
+        f"over all together p = {p:.2g} (Holm-Bonferroni)."
+    )
+
+
+def _evidence_sentence(
+    calibrated: Sequence[Mapping[str, Any]], flagging: Sequence[str], rate: float
+) -> str:
+    """Of two audits or more, some of which have evidence. flagging: their names."""
+    n = len(calibrated)
+    p = min(adjust_p_values([a["p"] for a in calibrated]))
     if p <= rate:
-        start = f"Evidence of a backdoor at false-positive rate {rate:g} over all {len(judged)} audits together"
-        return words, f"{start} (Holm-Bonferroni, p = {p:.2g}), by {join_names(bad)}.{rest}"
-    start = f"Evidence of a backdoor by {join_names(bad)} at false-positive rate {rate:g} of each audit by itself"
-    bound = f"a clean encoder is flagged by one of {len(judged)} audits at a rate of at most {min(1.0, len(judged) * rate):g}"
-    return words, f"{start}; not over all together (Holm-Bonferroni, p = {p:.2g}): {bound}.{rest}"
+        return (
+            f"Evidence of a backdoor at false-positive rate {rate:g} over all {n} audits together "
+            f"(Holm-Bonferroni, p = {p:.2g}), by {join_names(flagging)}."
+        )
+    return (
+        f"Evidence of a backdoor by {join_names(flagging)} at false-positive rate {rate:g} of each audit by itself; "
+        f"not over all together (Holm-Bonferroni, p = {p:.2g}): a clean encoder is flagged by one of {n} audits at a rate of "
+        f"at most {min(1.0, n * rate):g}."
+    )
 
 
 def list_untested(facts: Mapping[str, Any], refused: Mapping[str, str]) -> list[str]:
-    """What a reader must not take a verdict to cover, a sentence each. facts: as verdict.json holds them."""
-    done = {a["audit"].partition(":")[0] for a in facts["audits"]}
-    out = [f"Audit {k} did not run: {why}." for k, why in refused.items()]
-    if left := [n for n in registry.method_names("audit") if n not in done | set(refused)]:
-        out.append(f"Audits that were not asked for: {', '.join(left)}.")
-    for a in facts["audits"]:
-        if a["words"] == "no calibration":
-            out.append(f"The value of {a['name']} is no verdict: nothing like it was calibrated.")
-            continue
-        known = {name for name, _ in a["bank"]["attacked"]}
-        unseen = [k for k in known_attacks() if not any(k in name for name in known)]
-        out.append(
-            f"{a['name']}: attacks of which the bank has no encoder ({', '.join(unseen)}), and any that it cannot name."
-        )
-    for a in facts["audits"]:
-        out += [f"{a['name']}: {line}" for line in a["notes"].get("limits", [])]
+    """What a reader must not take a verdict to cover, a sentence each.
+
+    Args:
+        facts: as verdict.json holds them.
+        refused: audit -> why it did not run.
+    """
+    audits = facts["audits"]
+    lines = [f"Audit {name} did not run: {reason}." for name, reason in refused.items()]
+    run = {a["audit"].partition(":")[0] for a in audits}
+    if others := [n for n in registry.method_names("audit") if n not in run | set(refused)]:
+        lines.append(f"Audits that were not asked for: {', '.join(others)}.")
+    lines += [_uncovered_attacks(a) for a in audits]
+    for a in audits:
+        lines += [f"{a['name']}: {limit}" for limit in a["notes"].get("limits", [])]
         if a["assumed"]:
-            out.append(
+            lines.append(
                 f"{a['name']}: taken to be as in the bank, not known of this encoder: {', '.join(a['assumed'])}."
             )
     if facts["few"]:
-        out.append(facts["few"] + ".")
+        lines.append(facts["few"] + ".")
     if facts["text_tower"]:
-        out.append("The text tower: audits read the image tower alone.")
-    return out
+        lines.append("The text tower: audits read the image tower alone.")
+    return lines
+
+
+def _uncovered_attacks(audit: Mapping[str, Any]) -> str:
+    """Which attacks an audit's bank has no encoder of."""
+    if audit["words"] == "no calibration":
+        return f"The value of {audit['name']} is no verdict: nothing like it was calibrated."
+    names = {name for name, _ in audit["bank"]["attacked"]}
+    missing = [attack for attack in known_attacks() if not any(attack in name for name in names)]
+    return f"{audit['name']}: attacks of which the bank has no encoder ({', '.join(missing)}), and any that it cannot name."
 
 
 def known_attacks() -> list[str]:
     """The attacks that bezoar itself can make, as a bank names them."""
-    triggers = [n for n in registry.method_names("trigger") if n != "file"]
-    return [
-        *(f"backdoor {t}" for t in triggers),
-        "clean_label",
-        "targeted",
-        *registry.method_names("attack"),
-    ]
+    triggers = [name for name in registry.method_names("trigger") if name != "file"]
+    backdoors = [f"backdoor {trigger}" for trigger in triggers]
+    return [*backdoors, "clean_label", "targeted", *registry.method_names("attack")]
 
 
 def join_names(names: Sequence[str]) -> str:
     """`a, b and c`."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,8 +1,7 @@
-"""Ladder: which learning rate a repair takes. The largest whose clean validation score falls by no more than a tolerance.
+"""The learning rate of a repair: the largest that keeps the clean validation score.
 
-A backdoor goes where weights move far, and so does accuracy: the rate decides. The rule reads clean records alone, never
-the attack. The score is accuracy on the labels where there are any (zero-shot, else by a linear head fitted on the clean
-data), else how many images find their own caption, else how much of the start's own clusters is left.
+A backdoor goes where weights move far, and so does accuracy: the rate decides. The rule reads clean
+records alone, never the attack.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,164 +23,251 @@ from bezoar.evaluation import kmeans, neighbors
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.training import loop, prefetch
 
-VOTERS, CLUSTERS = 10, 20  # of the start's own clusters: neighbours that vote, clusters
-FEWEST = 50  # validation records: with fewer, one image more or less would choose the rate
+VOTERS = 10  # neighbours that vote on the cluster of a record
+CLUSTERS = 20  # of the suspect's clean vectors
+MIN_VALIDATION = 50  # records; with fewer, one image more or less would choose the rate
+BATCH = 512  # images that are embedded together
+ROUNDING = 1e-9  # by which a fall may exceed the tolerance
+
+Log = dict[str, Any]  # what a repair says of itself, as JSON
+
+
+class LadderFields(Protocol):
+    """The fields of a repair that chooses its learning rate."""
+
+    @property
+    def lrs(self) -> tuple[float, ...]: ...
+    @property
+    def tolerance(self) -> float: ...
 
 
 @dataclass(frozen=True)
 class ValidationMetric:
-    """score: of an encoder on clean validation records, 0..1, higher = better. how: what it is, in words."""
+    """A score of an encoder on clean validation records.
+
+    Attributes:
+        score: encoder -> 0..1, higher = better.
+        how: what it is, in words.
+    """
 
     score: Callable[[Encoder], float]
     how: str
 
     @staticmethod
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:
-        """The best score that can be had of these records. Raises UserError for too few of them."""
-        if len(validation) < FEWEST:
+        """The best score that these records allow.
+
+        With labels it is accuracy, zero-shot where there is a text tower, else of a linear head
+        fitted on the clean records. Without labels it is how many images find their own caption.
+        Without captions too, it is how many records stay in the cluster that the start puts them
+        into.
+
+        Raises:
+            UserError: for too few validation records.
+        """
+        if len(validation) < MIN_VALIDATION:
             raise UserError(
-                f"{len(validation)} validation records cannot choose a learning rate; at least {FEWEST} are needed"
+                f"{len(validation)} validation records cannot choose a learning rate; at least {MIN_VALIDATION} are needed"
             )
         n = f"{len(validation)} clean validation images"
-        labelled = (
-            validation.labels is not None
-            and len(validation.classes) > 1
-            and bool((validation.labels >= 0).any())
-        )
-        reads = start.text is not None
-        if labelled and reads:
+        labels = validation.labels
+        labelled = labels is not None and len(validation.classes) > 1 and bool((labels >= 0).any())
+        has_text = start.text is not None
+        if labelled and has_text:
             return ValidationMetric(
-                lambda e: _accuracy(e, None, validation, "zero_shot"), f"zero-shot accuracy on {n}"
+                lambda encoder: _accuracy(encoder, None, validation, "zero_shot"),
+                f"zero-shot accuracy on {n}",
             )
         if labelled:
-            how = f"accuracy on {n} of a linear head fitted on the other clean ones"
-            return ValidationMetric(lambda e: _accuracy(e, clean, validation, "linear"), how)
-        if reads and validation.captions:
             return ValidationMetric(
-                lambda e: _found(e, validation),
+                lambda encoder: _accuracy(encoder, clean, validation, "linear"),
+                f"accuracy on {n} of a linear head fitted on the other clean ones",
+            )
+        if has_text and validation.captions:
+            return ValidationMetric(
+                lambda encoder: caption_retrieval(encoder, validation),
                 f"share of {n} whose own caption is the nearest of all",
             )
-        how = f"share of {n} that their {VOTERS} nearest put into the cluster that the start puts them into"
-        return ValidationMetric(_Clusters(start, clean, validation), how)
+        return ValidationMetric(
+            ClusterAgreement(start, clean, validation),
+            f"share of {n} that their {VOTERS} nearest put into the cluster that the start puts them into",
+        )
 
 
 def _accuracy(encoder: Encoder, train: Pairs | None, validation: Pairs, probe: str) -> float:
-    found = registry.make("probe", probe)(encoder, train, validation)
-    return next(m.value for name, m in found.items() if name.endswith("clean_accuracy"))
+    measures = registry.make("probe", probe)(encoder, train, validation)
+    return next(float(m.value) for name, m in measures.items() if name.endswith("clean_accuracy"))
 
 
 @torch.no_grad()
-def _found(encoder: Encoder, validation: Pairs) -> float:
-    """Captions that are the same text are one; of captions that are equally near, each is an image's as likely."""
-    z = embed_images(encoder, validation.images.split(512))
-    texts = {text: i for i, text in enumerate(dict.fromkeys(validation.captions))}
-    w = encoder.eval().encode_texts(list(texts))
+def caption_retrieval(encoder: Encoder, validation: Pairs) -> float:
+    """Share of the images whose own caption is the nearest of all.
+
+    Captions of the same text count as one. An image that k captions are equally near to counts
+    1 / k if its own is one of them.
+    """
+    z = embed_images(encoder, torch.split(validation.images, BATCH))  # (N, D)
+    rows = {text: i for i, text in enumerate(dict.fromkeys(validation.captions))}
+    w = encoder.eval().encode_texts(list(rows))  # (T, D)
     if not torch.isfinite(w).all():
         raise UserError("the encoder gives NaN or infinite vectors of captions")
     cosines = z @ w.T
-    nearest = cosines == cosines.amax(1, keepdim=True)
-    own = torch.tensor([texts[text] for text in validation.captions], device=z.device)
-    return float((nearest.gather(1, own[:, None])[:, 0] / nearest.sum(1)).mean())
+    nearest = cosines == cosines.amax(1, keepdim=True)  # (N, T), several in a row where they tie
+    own_row = torch.tensor([rows[text] for text in validation.captions], device=z.device)
+    own_is_nearest = nearest.gather(1, own_row[:, None])[:, 0]
+    return float((own_is_nearest / nearest.sum(1)).mean())
 
 
-class _Clusters:
-    """k-means on the start's clean vectors; a record's neighbours among these vote on the cluster it was in."""
+class ClusterAgreement:
+    """Share of the validation records that stay in their cluster.
+
+    Clusters are those of k-means on the start's clean vectors. In an encoder under repair, a record
+    is of the cluster that most of its nearest clean records are of.
+    """
 
     def __init__(self, start: Encoder, clean: Pairs, validation: Pairs) -> None:
-        self.clean, self.validation = clean.images.split(512), validation.images.split(512)
-        z, v = embed_images(start, self.clean), embed_images(start, self.validation)
+        self.clean_batches = torch.split(clean.images, BATCH)
+        self.validation_batches = torch.split(validation.images, BATCH)
+        z, validation_z = self._embed(start)
         centres = kmeans.cluster_centres(z, min(CLUSTERS, len(z) // VOTERS), 0)
-        half = centres.square().sum(1) / 2
-        self.of, self.truth, self.count = (
-            (z @ centres.T - half).argmax(1),
-            (v @ centres.T - half).argmax(1),
-            len(centres),
-        )
+        half_norms = centres.square().sum(1) / 2
+        self.clusters = (z @ centres.T - half_norms).argmax(1)
+        self.validation_clusters = (validation_z @ centres.T - half_norms).argmax(1)
+        self.count = len(centres)
 
     def __call__(self, encoder: Encoder) -> float:
-        z, v = embed_images(encoder, self.clean), embed_images(encoder, self.validation)
-        near = neighbors.nearest_neighbors(v, z, VOTERS).index
-        votes = torch.zeros(len(v), self.count, device=v.device).scatter_add_(
-            1, self.of[near], torch.ones_like(near).float()
-        )
-        return float((votes.argmax(1) == self.truth).float().mean())
+        z, validation_z = self._embed(encoder)
+        nearest = neighbors.nearest_neighbors(validation_z, z, VOTERS).index  # (V, k)
+        votes = torch.zeros(len(validation_z), self.count, device=validation_z.device)
+        votes.scatter_add_(1, self.clusters[nearest], torch.ones_like(nearest).float())
+        return float((votes.argmax(1) == self.validation_clusters).float().mean())
+
+    def _embed(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
+        clean_z = embed_images(encoder, self.clean_batches)
+        return clean_z, embed_images(encoder, self.validation_batches)
 
 
 def split_validation(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Clean records -> those that are trained on, and a share of the images held apart to choose by; it belongs to the records.
+    """Split clean records into those to train on and those to choose learning rates by.
 
-    Several captions of one image (ids that differ after '#' alone) stay together.
+    Which records are held out belongs to the records, not to their order. Several captions of one
+    image (ids that differ after '#' alone) stay together.
+
+    Args:
+        clean: the records.
+        share: of the images that are held out.
+        seed: of the draw.
     """
-    owners = [i.partition("#")[0] for i in clean.ids]
-    images = list(dict.fromkeys(owners))
+    image_ids = [record_id.partition("#")[0] for record_id in clean.ids]
+    images = list(dict.fromkeys(image_ids))
     order = randomness.sample_rows(images, len(images), seed)
-    held = {images[i] for i in order[: round(share * len(images))]}
-    out = [i for i, owner in enumerate(owners) if owner in held]
-    return clean.take([i for i, owner in enumerate(owners) if owner not in held]), clean.take(out)
+    held_out = {images[i] for i in order[: round(share * len(images))]}
+    train_rows = [row for row, image in enumerate(image_ids) if image not in held_out]
+    validation_rows = [row for row, image in enumerate(image_ids) if image in held_out]
+    return clean.take(train_rows), clean.take(validation_rows)
 
 
 def check_rates(lrs: Sequence[float], tolerance: float) -> None:
-    """ValueError unless these are rates and a tolerance."""
+    """Raise ValueError unless these are learning rates and a tolerance."""
     if not lrs or min(lrs) <= 0 or not 0 <= tolerance <= 1:
         raise ValueError("needs one or more learning rates above 0, and a tolerance in 0..1")
 
 
+def repair_with_ladder(
+    repair: LadderFields,
+    encoder: Encoder,
+    clean: Pairs,
+    validation: Pairs,
+    make: Callable[[float], Encoder],
+    log: Log | None,
+) -> Encoder:
+    """What a repair makes at the largest rate that keeps the validation score, marked as repaired.
+
+    Args:
+        repair: the method, with its rates and its tolerance.
+        encoder: under repair.
+        clean: the records that are trained on.
+        validation: the records that the rate is chosen by.
+        make: learning rate -> repaired encoder.
+        log: gains `ladder`.
+    """
+    metric = ValidationMetric.of(encoder, clean, validation)
+    student = train_at_largest_rate(encoder, metric, repair.lrs, repair.tolerance, make, log)
+    return mark_repaired(student, registry.spec(repair))
+
+
 def train_at_largest_rate(
     start: Encoder,
-    ruler: ValidationMetric,
+    metric: ValidationMetric,
     lrs: Sequence[float],
     tolerance: float,
     make: Callable[[float], Encoder],
-    log: dict[str, Any] | None = None,
+    log: Log | None = None,
 ) -> Encoder:
-    """The encoder made with the largest rate whose score is at most `tolerance` below the start's; rates go downwards.
+    """The encoder made at the largest rate whose score is at most `tolerance` below the start's.
 
-    Where none is, the one that lost least, and the log says so. A training that breaks down at a rate is a rung that does
-    not hold. Raises UserError where all of them break down. log: gains `ladder`, what JSON holds.
+    Rates are tried from the largest down. Where none keeps the score, the one that lost least is
+    taken, and the log says so. A rate at which training breaks down does not keep it.
+
+    Args:
+        start: the encoder under repair.
+        metric: of the clean validation records.
+        lrs: learning rates.
+        tolerance: how far the score may fall.
+        make: learning rate -> encoder.
+        log: gains `ladder`.
+
+    Raises:
+        UserError: where training breaks down at every rate.
     """
-    before, rungs = ruler.score(start), []
-    kept: tuple[float, float, Encoder] | None = None
+    before = metric.score(start)
+    rungs: list[Log] = []
+    best: tuple[float, float, Encoder] | None = None  # score, rate, encoder
     problem: UserError | None = None
     for lr in sorted(set(lrs), reverse=True):
         try:
-            made = make(lr)
-            score = ruler.score(made)
+            student = make(lr)
+            score = metric.score(student)
         except UserError as error:
             problem = error
             rungs.append({"lr": lr, "score": None, "problem": str(error)})
             continue
         rungs.append({"lr": lr, "score": score, "fall": before - score})
-        if kept is None or score > kept[0]:
-            kept = score, lr, made
-        if before - score <= tolerance + 1e-9:
+        if best is None or score > best[0]:
+            best = score, lr, student
+        if before - score <= tolerance + ROUNDING:
             break
-    if kept is None:
+    if best is None:
         assert problem is not None
         raise problem
+    score, chosen_lr, student = best
     for rung in rungs:
-        rung["chosen"] = rung["lr"] == kept[1]
+        rung["chosen"] = rung["lr"] == chosen_lr
     if log is not None:
-        holds = before - kept[0] <= tolerance + 1e-9
-        told = {
-            "score": ruler.how,
+        facts = {
+            "score": metric.how,
             "start": before,
             "tolerance": tolerance,
-            "held": holds,
+            "held": before - score <= tolerance + ROUNDING,
             "rungs": rungs,
         }
-        log.setdefault("ladder", []).append(told)
-    return kept[2]
+        log.setdefault("ladder", []).append(facts)
+    return student
 
 
 def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
-    """int64 (N, L), the captions; L is 0 for an objective that reads none. Raises UserError where they do not fit."""
+    """The captions as an objective reads them, int64 (N, L); L = 0 for one of images alone.
+
+    Raises:
+        UserError: where objective, encoder and records do not fit each other.
+    """
     name = registry.method_name(type(recipe))
     if not getattr(recipe, "captions", True):
         if encoder.text is not None:
             raise UserError(
                 f"objective {name} trains the image tower alone, away from the text tower; take cleanclip"
             )
-        return torch.zeros(len(clean), 0, dtype=torch.long, device=encoder.device)
+        return no_tokens(encoder, clean)
     if encoder.text is None:
         raise UserError(
             f"objective {name} reads captions, and this encoder has no text tower; take objective=simclr"
@@ -193,39 +279,55 @@ def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
     return tokenize_captions(encoder, clean.captions)
 
 
+def no_tokens(encoder: Encoder, clean: Pairs) -> Tensor:
+    """The captions for a loss that reads none: int64 (N, 0)."""
+    return torch.zeros(len(clean), 0, dtype=torch.long, device=encoder.device)
+
+
 def train_copy(
     start: Encoder,
-    recipe: Any,
+    recipe: loop.Recipe,
     loss_of: Callable[[Encoder], nn.Module],
     clean: Pairs,
-    rows: Tensor,
+    tokens: Tensor,
     seed: int,
     report: ProgressReport = no_report,
     what: str = "repair",
 ) -> Encoder:
-    """A copy of the start, trained with the loss that `loss_of` makes of it; rows: int64 (N, L), what the loss is given."""
+    """Train a copy of an encoder.
+
+    Args:
+        start: the encoder.
+        recipe: epochs, batch, learning rate and its schedule.
+        loss_of: encoder -> loss module, called as `loss(images, tokens, chance)`.
+        clean: the images to train on.
+        tokens: int64 (N, L), what the loss is given beside the images.
+        seed: of the loss's new weights, of the batches and of the augmentation.
+        report: told at every step.
+        what: name of the training in reports.
+    """
     student = copy.deepcopy(start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loss = loss_of(student).to(student.device)
-    data = replace(clean, captions=(), labels=None)
+    images = replace(clean, captions=(), labels=None)
 
-    def order(epoch: int) -> Tensor:
-        return loop.epoch_batches(seed, epoch, len(data), recipe.batch)
+    def batches_of(epoch: int) -> Tensor:
+        return loop.epoch_batches(seed, epoch, len(images), recipe.batch)
 
-    def told(step: int, steps: int, value: float) -> None:
+    def report_step(step: int, steps: int, value: float) -> None:
         report(step, steps, f"{what}, loss {value:.3f}")
 
     report(0, 1, what)  # another phase of the work, however many steps the last one had
-    with prefetch.training_data(data, student.device, order, recipe.epochs) as drawn:
-        loop.fit(loss, recipe, drawn, rows, seed, report=told)
-    for p, q in zip(student.parameters(), start.parameters(), strict=True):
-        p.requires_grad_(q.requires_grad)
+    with prefetch.training_data(images, student.device, batches_of, recipe.epochs) as data:
+        loop.fit(loss, recipe, data, tokens, seed, report=report_step)
+    for p, original in zip(student.parameters(), start.parameters(), strict=True):
+        p.requires_grad_(original.requires_grad)
         p.grad = None
     return student.eval()
 
 
 def mark_repaired(student: Encoder, spec: str) -> Encoder:
-    """The same encoder, saying that it was repaired and how; what it is marked with stays."""
+    """The same encoder; its facts gain the repair, and keep the marks of the attack."""
     student.about = {**student.about, "repaired": [*student.about.get("repaired", []), spec]}
     return student

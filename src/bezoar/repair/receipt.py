@@ -1,18 +1,23 @@
-"""Receipt: what a repair did to an encoder. Accuracy, success of known and of inverted triggers, z, what linear heads see,
-and whether a short fine-tune, clean or with ten poisons, brings the backdoor back.
+"""Receipt: what a repair did to an encoder.
+
+Accuracy, success of known and of inverted triggers, z-scores, what linear heads read, and whether a
+short fine-tune, clean or with ten poisons, brings the backdoor back.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
@@ -26,16 +31,16 @@ from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
 from bezoar.repair import rate_ladder
+from bezoar.repair.repairs import Repair
 
 POISONS = 10  # of the fine-tune that is to bring the backdoor back
-SHOWN = 16  # triggered images whose readings are kept for the page
-MOST = 4  # inverted triggers that are measured, the most suspicious first
-SHORT, SHORT_IMAGES = (
-    "clip:epochs=2,batch={},lr=1e-3",
-    "simclr:epochs=2,batch={},lr=1e-3",
-)  # the fine-tunes
-BATCHES = 128, 256  # of these, at most
-KEPT = (
+MAX_READINGS = 16  # triggered images whose readings are kept for the page
+MAX_INVERTED = 4  # inverted triggers that are measured, the most suspicious first
+SHORT_RECIPE = "clip:epochs=2,batch={},lr=1e-3"  # of the fine-tunes, with captions
+SHORT_IMAGE_RECIPE = "simclr:epochs=2,batch={},lr=1e-3"  # without captions
+MAX_BATCH = 128  # of SHORT_RECIPE
+MAX_IMAGE_BATCH = 256  # of SHORT_IMAGE_RECIPE
+METRICS = (
     "clean_accuracy",
     "attack_success",
     "attack_success_without_trigger",
@@ -46,7 +51,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class SuccessHead:
-    """A head that success is read by, and the group of metrics it makes: '' for the text tower's, or `linear`."""
+    """A head that success is read by, and its group: "" for the text tower's, or `linear`."""
 
     group: str
     classifier: Classifier
@@ -54,9 +59,14 @@ class SuccessHead:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What encoders are measured on. goals: known ones whose target is a class of the test set. victims: of targeted ones.
-    labelled: clean records for linear heads, or None. inverted: triggers that an audit found, with what they turn images
-    into.
+    """What encoders are measured on.
+
+    Attributes:
+        test: test images with classes.
+        goals: the known ones; the target is a class of the test set.
+        victims: the images of targeted goals.
+        labelled: clean records for linear heads, or None.
+        inverted: triggers that an audit inverted, with the class that they turn images into.
     """
 
     test: Pairs
@@ -76,155 +86,190 @@ class EvaluationData:
         return SuccessHead("linear", self.linear(encoder))
 
     def linear(self, encoder: Encoder) -> Classifier:
-        """A linear head on the labelled records."""
+        """A linear head fitted on the labelled records."""
         assert self.labelled is not None
         return classifiers.fit_classifier(encoder, align_labels(self.labelled, self.test.classes))
 
     def measure(self, encoder: Encoder, main: SuccessHead) -> dict[str, Measure]:
-        """Accuracy and success by the main head and by a linear one, z of each known trigger, success of inverted ones."""
-        others = (
-            []
-            if main.group or self.labelled is None
-            else [SuccessHead("linear", self.linear(encoder))]
-        )
-        out: dict[str, Measure] = {}
-        with success.embedding_cache():
-            for reader in (main, *others):
-                out |= self.read(reader, self.goals)
-            if any(g.trigger for g in self.goals):
-                found = registry.make("probe", "z_score")(encoder, None, self.test, self.goals)
-                out |= {k: m for k, m in found.items() if k.startswith("z_std")}
-            if self.inverted:
-                found = self.read(main, self.inverted)
-                out |= {f"inverted.{k}": m for k, m in found.items() if "attack_success" in k}
-        return out
+        """All measures of an encoder; main: the head that success is read by.
 
-    def read(self, reader: SuccessHead, goals: Sequence[Goal]) -> dict[str, Measure]:
-        """What a head makes of the test images, as they are and stamped: the metrics that a receipt keeps."""
-        seen = success.TestViews.of(reader.classifier.encoder, self.test, goals, self.victims)
-        found = seen.measures(reader.classifier.head, f"; {reader.classifier.how}")
-        lead = f"{reader.group}." if reader.group else ""
-        return {lead + k: m for k, m in found.items() if k.partition("@")[0] in KEPT}
+        They are accuracy and success by the main head and by a linear one, the z-score of each
+        known trigger, and the success of inverted triggers.
+        """
+        heads = [main]
+        if not main.group and self.labelled is not None:
+            heads.append(SuccessHead("linear", self.linear(encoder)))
+        measures: dict[str, Measure] = {}
+        with success.embedding_cache():
+            for head in heads:
+                measures |= self.read(head, self.goals)
+            if any(goal.trigger for goal in self.goals):
+                z_scores = registry.make("probe", "z_score")(encoder, None, self.test, self.goals)
+                measures |= {k: m for k, m in z_scores.items() if k.startswith("z_std")}
+            if self.inverted:
+                of_inverted = self.read(main, self.inverted)
+                measures |= {
+                    f"inverted.{k}": m for k, m in of_inverted.items() if "attack_success" in k
+                }
+        return measures
+
+    def read(self, head: SuccessHead, goals: Sequence[Goal]) -> dict[str, Measure]:
+        """The metrics of a receipt by one head, on the test images as they are and stamped."""
+        classifier = head.classifier
+        views = success.TestViews.of(classifier.encoder, self.test, goals, self.victims)
+        measures = views.measures(classifier.head, f"; {classifier.how}")
+        prefix = f"{head.group}." if head.group else ""
+        return {prefix + k: m for k, m in measures.items() if k.partition("@")[0] in METRICS}
 
 
 def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
-    """The records with a label, numbered as the test set numbers its classes. Raises UserError as `success.labelled`."""
-    blank = Pairs(labelled.images[:0], labels=torch.zeros(0, dtype=torch.long), classes=classes)
-    return replace(success.select_labelled(labelled, blank), classes=classes)
+    """The records with a label, numbered as the test set numbers its classes.
+
+    Raises UserError as `success.select_labelled` does.
+    """
+    empty = Pairs(labelled.images[:0], labels=torch.zeros(0, dtype=torch.long), classes=classes)
+    return replace(success.select_labelled(labelled, empty), classes=classes)
 
 
-def accuracy_loss(case: EvaluationData, before: SuccessHead, after: SuccessHead) -> Measure:
-    """How much accuracy the repair cost: the same images, read before and after."""
-    assert case.test.labels is not None
-    known = case.test.labels >= 0
-    right = [
-        r.classifier.predict(case.test.images[known]) == case.test.labels[known]
-        for r in (before, after)
-    ]
-    lost, won = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-    n = len(right[0])
+def accuracy_loss(data: EvaluationData, before: SuccessHead, after: SuccessHead) -> Measure:
+    """How much accuracy the repair cost, on the same images before and after."""
+    labels = data.test.labels
+    assert labels is not None
+    rows = labels >= 0
+    images, truth = data.test.images[rows], labels[rows]
+    right_before = before.classifier.predict(images) == truth
+    right_after = after.classifier.predict(images) == truth
+    lost = int((right_before & ~right_after).sum())
+    gained = int((right_after & ~right_before).sum())
+    n = len(truth)
     how = (
         "accuracy on clean test images lost, the same images before and after; Student's t over their differences, at least "
         f"Wilson over {n} images"
     )
-    return Measure((lost - won) / n, n, *stats.discordance_interval(lost, won, n), how)
+    low, high = stats.discordance_interval(lost, gained, n)
+    return Measure((lost - gained) / n, n, low, high, how)
 
 
 def compare_readings(
-    case: EvaluationData, before: SuccessHead, after: SuccessHead
+    data: EvaluationData, before: SuccessHead, after: SuccessHead
 ) -> list[dict[str, Any]]:
-    """For each known and inverted trigger (`inverted`: its number) some test images of other classes: `ids`, `own` class, and
-    what they are read as when stamped, `before` and `after`. JSON.
+    """What stamped test images of other classes are read as before and after the repair, as JSON.
+
+    An object for each known and each inverted trigger: `target`, `trigger`, `inverted` (the number
+    of an inverted one), `ids`, `own` (classes), `before` and `after`.
     """
-    out: list[dict[str, Any]] = []
-    test, classes = case.test, case.test.classes
+    goals: list[tuple[Goal, int | None]] = [(g, None) for g in data.goals if g.trigger]
+    goals += [(g, number) for number, g in enumerate(data.inverted)]
+    test, classes = data.test, data.test.classes
     assert test.labels is not None
-    goals = [(g, None) for g in case.goals if g.trigger] + [
-        (g, i) for i, g in enumerate(case.inverted)
-    ]
+    readings = []
     for goal, number in goals:
-        rows = (
-            (test.labels >= 0) & (test.labels != success.class_index(goal.target, classes))
-        ).nonzero()[:SHOWN, 0]
-        picked = test.take(rows.cpu())
-        stamped = registry.make("trigger", goal.trigger or "")(picked.images, picked.ids)
-        named = [
-            [classes[j] for j in r.classifier.predict(stamped).tolist()] for r in (before, after)
-        ]
-        own = [classes[j] for j in test.labels[rows].tolist()]
-        facts = {"target": goal.target, "trigger": goal.trigger, "inverted": number}
-        out.append(
-            {**facts, "ids": list(picked.ids), "own": own, "before": named[0], "after": named[1]}
+        of_other_class = test.labels != success.class_index(goal.target, classes)
+        rows = ((test.labels >= 0) & of_other_class).nonzero()[:MAX_READINGS, 0]
+        images = test.take(rows.cpu())
+        stamped = registry.make("trigger", goal.trigger or "")(images.images, images.ids)
+        readings.append(
+            {
+                "target": goal.target,
+                "trigger": goal.trigger,
+                "inverted": number,
+                "ids": list(images.ids),
+                "own": class_names(test.labels[rows], classes),
+                "before": class_names(before.classifier.predict(stamped), classes),
+                "after": class_names(after.classifier.predict(stamped), classes),
+            }
         )
-    return out
+    return readings
+
+
+def class_names(labels: Tensor, classes: Sequence[str]) -> list[str]:
+    """The names of labels, int64 (N,)."""
+    return [classes[label] for label in labels.tolist()]
 
 
 def load_inversions(folder: Path) -> tuple[Inversion, ...]:
-    """The triggers that an audit wrote: `inversions.safetensors`, mask@i (1, H, W) and pattern@i (3, H, W), and targets and
-    norms in `verdict.json`. Empty where the audit inverted nothing; raises UserError for what is not such a file.
+    """The triggers that an audit wrote into a folder; empty where it inverted none.
+
+    `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json`
+    their targets and norms.
+
+    Raises:
+        UserError: for files that an audit did not write.
     """
-    import json
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path, verdict = folder / "inversions.safetensors", folder / "verdict.json"
     if not path.exists():
         return ()
     try:
         tensors = load_file(path)
-        told = json.loads(verdict.read_text()).get("inversions", []) if verdict.exists() else []
-        found = []
-        for i in range(sum(k.startswith("mask@") for k in tensors)):
-            mask, pattern = (
-                tensors[f"mask@{i}"].float().clamp(0, 1),
-                tensors[f"pattern@{i}"].float().clamp(0, 1),
+        facts = json.loads(verdict.read_text()).get("inversions", []) if verdict.exists() else []
+        count = sum(name.startswith("mask@") for name in tensors)
+        return tuple(
+            make_inversion(
+                tensors[f"mask@{i}"], tensors[f"pattern@{i}"], facts[i] if i < len(facts) else {}
             )
-            facts = told[i] if i < len(told) else {}
-            norm, share = float(facts.get("norm", mask.sum())), float(facts.get("success", 0.0))
-            found.append(Inversion(mask, pattern, str(facts.get("target", "")), norm, share))
+            for i in range(count)
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"{path} holds no triggers that an audit of bezoar wrote: {str(error).splitlines()[0]}"
         ) from error
-    return tuple(found)
+
+
+def make_inversion(mask: Tensor, pattern: Tensor, facts: dict[str, Any]) -> Inversion:
+    """An inversion from what an audit wrote of it."""
+    mask = mask.float().clamp(0, 1)
+    pattern = pattern.float().clamp(0, 1)
+    norm = float(facts.get("norm", mask.sum()))
+    return Inversion(
+        mask, pattern, str(facts.get("target", "")), norm, float(facts.get("success", 0.0))
+    )
+
+
+def check_trigger_size(inversion: Inversion, images: Tensor, what: str) -> None:
+    """Raise UserError unless a trigger has the size of images (N, 3, H, W), called `what`."""
+    trigger_size, size = tuple(inversion.mask.shape[1:]), tuple(images.shape[2:])
+    if trigger_size != size:
+        trigger_text, text = ("x".join(map(str, s)) for s in (trigger_size, size))
+        raise UserError(
+            f"the audit's triggers are of {trigger_text} px, the {what} of {text}; give both one size"
+        )
 
 
 def export_goals(
-    found: Sequence[Inversion], folder: Path, case: EvaluationData, before: SuccessHead
+    inversions: Sequence[Inversion], folder: Path, data: EvaluationData, before: SuccessHead
 ) -> tuple[Goal, ...]:
-    """Inverted triggers as goals, each written to a file of a trigger's, `inverted-0.npz`: any verb can stamp it.
+    """Write inverted triggers as files that any verb can stamp, and return them as goals.
 
-    The target is the audit's where it is a class of the test set, else the class that the encoder under repair reads most
-    stamped images as.
+    The target is the audit's where it is a class of the test set, else the class that most stamped
+    images are read as by `before`, a head on the encoder under repair.
     """
     goals = []
-    for i, inversion in enumerate(found[:MOST]):
-        if tuple(inversion.mask.shape[1:]) != tuple(case.test.images.shape[2:]):
-            made, given = (
-                "x".join(map(str, s))
-                for s in (inversion.mask.shape[1:], case.test.images.shape[2:])
-            )
-            raise UserError(
-                f"the audit's triggers are of {made} px, the test images of {given}; give both one size"
-            )
+    for i, inversion in enumerate(inversions[:MAX_INVERTED]):
+        check_trigger_size(inversion, data.test.images, "test images")
         path = folder / f"inverted-{i}.npz"
+        pattern, mask = inversion.pattern.permute(1, 2, 0), inversion.mask[0]
         with path.open("wb") as file:
-            np.savez(
-                file, t=inversion.pattern.permute(1, 2, 0).numpy(), tm=1 - inversion.mask[0].numpy()
-            )
-        trigger = registry.spec(replace(registry.make("trigger", "file:x.npz"), path=str(path)))
+            np.savez(file, t=pattern.numpy(), tm=1 - mask.numpy())
+        spec = registry.spec(replace(registry.make("trigger", "file:x.npz"), path=str(path)))
         target = inversion.target
-        if target not in case.test.classes:
-            stamped = registry.make("trigger", trigger)(case.test.images, case.test.ids)
-            target = case.test.classes[int(before.classifier.predict(stamped).mode().values)]
-        goals.append(Goal(target, trigger, how="inverted by an audit"))
+        if target not in data.test.classes:
+            stamped = registry.make("trigger", spec)(data.test.images, data.test.ids)
+            target = data.test.classes[int(before.classifier.predict(stamped).mode().values)]
+        goals.append(Goal(target, spec, how="inverted by an audit"))
     return tuple(goals)
 
 
 @dataclass(frozen=True)
 class RevivalTest:
-    """Whether a short fine-tune brings a backdoor back. clean: records to tune on. goal: the trigger, known or inverted."""
+    """Whether a short fine-tune brings a backdoor back.
+
+    Attributes:
+        case: what the encoders are measured on.
+        clean: the records to tune on.
+        goal: the backdoor's, known or inverted.
+        seed: of the fine-tunes and of the poisons.
+        report: told before each of them.
+    """
 
     case: EvaluationData
     clean: Pairs
@@ -233,98 +278,117 @@ class RevivalTest:
     report: ProgressReport = no_report
 
     def measure(self, repaired: Encoder, twin: Encoder | None = None) -> dict[str, Measure]:
-        """Success after a clean fine-tune (`revived_clean`), after one with ten poisons (`revived_poisons`), and after the
-        same ten poisons with a trigger that the encoder has never met (`revived_other`), or in a clean twin
-        (`revived_twin`): what ten poisons do where no backdoor was.
+        """Success after each of the fine-tunes.
+
+        `revived_clean` is after one on clean records, `revived_poisons` after one with ten poisons.
+        Two more show what ten poisons do where no backdoor was: `revived_other` has a trigger that
+        the encoder has never met, and `revived_twin` is in a clean twin, where there is one.
         """
-        stranger = replace(
-            self.goal, trigger=unseen_trigger(self.goal.trigger or "", self.case.test.size)
-        )
-        asked: list[tuple[str, Encoder, Goal, bool]] = [
+        trigger = unseen_trigger(self.goal.trigger or "", self.case.test.size)
+        unseen = replace(self.goal, trigger=trigger)
+        trials = [
             ("revived_clean", repaired, self.goal, False),
             ("revived_poisons", repaired, self.goal, True),
-            ("revived_other", repaired, stranger, True),
+            ("revived_other", repaired, unseen, True),
         ]
-        asked += [("revived_twin", twin, self.goal, True)] if twin is not None else []
-        out: dict[str, Measure] = {}
-        for i, (name, encoder, goal, poisoned) in enumerate(asked):
-            self.report(i, len(asked), name.replace("_", " "))
-            case = replace(self.case, goals=(goal,), victims=None, inverted=())
+        if twin is not None:
+            trials.append(("revived_twin", twin, self.goal, True))
+        measures: dict[str, Measure] = {}
+        for i, (name, encoder, goal, poisoned) in enumerate(trials):
+            self.report(i, len(trials), name.replace("_", " "))
+            data = replace(self.case, goals=(goal,), victims=None, inverted=())
             if poisoned and encoder.text is None:
-                found = self.headed(case, encoder, goal)
+                of_trial = self.measure_poisoned_head(data, encoder, goal)
             else:
-                found = case.read(
-                    case.default_head(self.tuned(encoder, goal if poisoned else None)), (goal,)
-                )
-            out |= {f"{name}.{k}": m for k, m in found.items()}
-        return out
+                tuned = self.tuned(encoder, goal if poisoned else None)
+                of_trial = data.read(data.default_head(tuned), (goal,))
+            measures |= {f"{name}.{k}": m for k, m in of_trial.items()}
+        return measures
 
     def tuned(self, encoder: Encoder, goal: Goal | None) -> Encoder:
-        """A copy after two epochs on the clean records, ten of them with a goal's trigger and captions where it has one."""
-        reads = encoder.text is not None and bool(self.clean.captions)
-        spec, most = (SHORT, BATCHES[0]) if reads else (SHORT_IMAGES, BATCHES[1])
-        recipe, data = (
-            registry.make("objective", spec.format(min(most, len(self.clean)))),
-            self.clean,
-        )
+        """A copy after two epochs on the clean records.
+
+        With a goal, ten of the records carry its trigger and captions of its target.
+
+        Raises:
+            UserError: for records without captions where the encoder reads text.
+        """
+        with_captions = encoder.text is not None and bool(self.clean.captions)
+        spec, largest = SHORT_IMAGE_RECIPE, MAX_IMAGE_BATCH
+        if with_captions:
+            spec, largest = SHORT_RECIPE, MAX_BATCH
+        recipe = registry.make("objective", spec.format(min(largest, len(self.clean))))
+        records = self.clean
         if goal is not None:
-            plan = registry.make("poison", f"backdoor:count={POISONS},captions=templates")(
-                data, goal, self.seed
-            )
-            stamp = registry.make("trigger", goal.trigger or "")
-            data = replace(plan, stamps=(stamp,)).apply(data)
-        if not reads and encoder.text is not None:
+            poison = registry.make("poison", f"backdoor:count={POISONS},captions=templates")
+            plan = poison(records, goal, self.seed)
+            trigger = registry.make("trigger", goal.trigger or "")
+            records = replace(plan, stamps=(trigger,)).apply(records)
+        if not with_captions and encoder.text is not None:
             raise UserError(
                 "a receipt's short fine-tunes need clean data with captions for this encoder; give --no-revive"
             )
-        tokens = rate_ladder.tokenize_for(encoder, recipe, data)
+        tokens = rate_ladder.tokenize_for(encoder, recipe, records)
         return rate_ladder.train_copy(
-            encoder, recipe, recipe, data, tokens, self.seed, what="a short fine-tune"
+            encoder, recipe, recipe, records, tokens, self.seed, what="a short fine-tune"
         )
 
-    def headed(self, case: EvaluationData, encoder: Encoder, goal: Goal) -> dict[str, Measure]:
-        """Without captions: a linear head that is fitted on the labelled records and ten stamped ones, labelled as the
-        target. It finds whatever the vectors still say of the trigger.
+    def measure_poisoned_head(
+        self, data: EvaluationData, encoder: Encoder, goal: Goal
+    ) -> dict[str, Measure]:
+        """The test for encoders without a text tower: a linear head is poisoned, not the encoder.
+
+        It is fitted on the labelled records and on ten stamped ones that are labelled as the
+        target, and finds whatever the vectors still show of the trigger.
         """
-        assert case.labelled is not None and case.test.labels is not None
-        known = align_labels(case.labelled, case.test.classes)
-        assert known.labels is not None
-        target = success.class_index(goal.target, case.test.classes)
-        free = (known.labels != target).nonzero()[:, 0].cpu().numpy()
-        rows = free[randomness.sample_rows([known.ids[i] for i in free], POISONS, self.seed)]
-        stamped = registry.make("trigger", goal.trigger or "")(
-            known.images[rows], [known.ids[i] for i in rows]
-        )
-        z = embed_images(encoder, torch.cat([known.images, stamped]).split(512))
-        y = torch.cat([known.labels, torch.full((len(rows),), target)]).to(z.device)
-        head = registry.make("probe", "linear").fit(z, y, len(case.test.classes))
-        how = f"linear head on {len(known)} clean labelled records and {len(rows)} stamped ones"
-        return case.read(
-            SuccessHead("linear", Classifier(encoder, head, case.test.classes, how)), (goal,)
-        )
+        assert data.labelled is not None
+        classes = data.test.classes
+        labelled = align_labels(data.labelled, classes)
+        assert labelled.labels is not None
+        target = success.class_index(goal.target, classes)
+        others = (labelled.labels != target).nonzero()[:, 0].cpu().numpy()
+        other_ids = [labelled.ids[i] for i in others]
+        rows = others[randomness.sample_rows(other_ids, POISONS, self.seed)]
+        trigger = registry.make("trigger", goal.trigger or "")
+        stamped = trigger(labelled.images[rows], [labelled.ids[i] for i in rows])
+        images = torch.cat([labelled.images, stamped])
+        z = embed_images(encoder, torch.split(images, rate_ladder.BATCH))
+        labels = torch.cat([labelled.labels, torch.full((len(rows),), target)]).to(z.device)
+        head = registry.make("probe", "linear").fit(z, labels, len(classes))
+        how = f"linear head on {len(labelled)} clean labelled records and {len(rows)} stamped ones"
+        return data.read(SuccessHead("linear", Classifier(encoder, head, classes, how)), (goal,))
 
 
-def unseen_trigger(trigger: str, side: int) -> str:
-    """A trigger that an encoder has not met: of a patch one of other colours at its place, else a patch."""
-    known = registry.make("trigger", trigger)
-    if "fill" in {f.name for f in dataclasses.fields(known)}:
-        return registry.spec(replace(known, fill="blocks", seed=known.seed + 1000))
+def unseen_trigger(spec: str, side: int) -> str:
+    """The spec of a trigger that an encoder has not met.
+
+    For a patch it is other colours at the same place, for any other trigger a patch. side: of the
+    images in pixels.
+    """
+    trigger = registry.make("trigger", spec)
+    if "fill" in {field.name for field in dataclasses.fields(trigger)}:
+        return registry.spec(replace(trigger, fill="blocks", seed=trigger.seed + 1000))
     return f"patch:size={max(2, side // 5)},fill=blocks,seed=1000"
 
 
 def apply_repairs(
-    repairs: Sequence[Any],
+    repairs: Sequence[Repair],
     encoder: Encoder,
     clean: Pairs,
     validation: Pairs,
-    found: Sequence[Inversion],
+    inversions: Sequence[Inversion],
     seed: int,
-    report: Callable[[int, int, str], Any] = no_report,
-) -> tuple[Encoder, dict[str, Any]]:
-    """One repair after another -> the repaired encoder, and what they said of themselves (JSON)."""
-    log: dict[str, Any] = {}
-    known = {"validation": validation, "inversions": tuple(found), "report": report, "log": log}
+    report: ProgressReport = no_report,
+) -> tuple[Encoder, rate_ladder.Log]:
+    """Apply repairs one after another; return the repaired encoder and the repairs' log."""
+    log: rate_ladder.Log = {}
+    offered = {
+        "validation": validation,
+        "inversions": tuple(inversions),
+        "report": report,
+        "log": log,
+    }
     for repair in repairs:
-        wanted = {name: known[name] for name in getattr(repair, "needs", ())}
-        encoder = functools.partial(repair, encoder, clean, seed)(**wanted)
+        needs = {name: offered[name] for name in getattr(repair, "needs", ())}
+        encoder = repair(encoder, clean, seed, **needs)
     return encoder, log

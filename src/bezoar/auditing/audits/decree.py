@@ -1,4 +1,4 @@
-"""DECREE: how small a trigger makes all images alike? No labels, no text (Feng et al., CVPR 2023)."""
+"""DECREE: how small a trigger makes all images alike, without labels (Feng et al., CVPR 2023)?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
-from bezoar.auditing.trigger_inversion import InversionRecipe, InvertedTriggers
+from bezoar.auditing.evidence import exact_measure
+from bezoar.auditing.trigger_inversion import InvertedTriggers
+from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.heads import ProgressReport, no_report
@@ -16,40 +18,50 @@ from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
 CHANNELS = 3  # the published penalty adds the mask up once a channel
+NATURAL_DIRECTIONS = (
+    "clean encoders have directions of their own that a small pattern draws all images to: a value means something only "
+    "beside those of clean encoders of the same family"
+)
 
 
 @method
 class Decree:
-    """Value = -PL1, PL1 = |m|_1 / (3 H W) of the least mask found, its three equal channels added up: the mask's mean.
+    """Value = -PL1; PL1 = |m|_1 / (3 H W) of the least mask, its three equal channels added up.
 
-    Lowers -(mean pairwise cosine of the stamped images) + weight |m|_1. The trigger is to take away a share of the spread
-    of the vectors, 1 - mean cosine: a backdoored SimCLR tower's clean images have a cosine of 0.7, a CLIP's of 0.1, and its
-    triggered ones 0.8, so that the published goal, 0.99 for all (`goal=0.99`), is met by a CLIP's backdoor no sooner than
-    by noise. Restarts run together, the worse half is given up `halvings` times, the least mask counts: a search from one
-    start often ends at a direction that the encoder is drawn to by nature. Where no restart succeeds PL1 is 1, for a mask
-    over the whole image always does.
+    Lowers -(mean pairwise cosine of the stamped images) + weight |m|_1. The trigger is to take away
+    a share of the spread of the vectors, 1 - mean cosine. The published goal, a cosine of 0.99 for
+    all encoders (`goal=0.99`), suits SimCLR: the clean images of a backdoored SimCLR tower have a
+    cosine of 0.7, those of a CLIP 0.1 and its triggered ones 0.8, so that a CLIP's backdoor meets
+    the goal no sooner than noise does.
 
-    Published (the repository's): steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,lr=(0.5,0.1,0.05),until=(200,500),
-    up=5,down=5,patience=6,floor=1e-7,resets=10,wait=35; at 32 pixels until=(30,50),floor=1e-5,wait=10; flagged under 0.1.
+    Restarts run together, the worse half is given up `halvings` times, and the least mask counts: a
+    search from one start often ends at a direction that the encoder is drawn to by nature. Where no
+    restart succeeds PL1 is 1, because a mask over the whole image always succeeds.
+
+    Published (the repository's): steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,
+    lr=(0.5,0.1,0.05),until=(200,500),up=5,down=5,patience=6,floor=1e-7,resets=10,wait=35; at 32
+    pixels until=(30,50),floor=1e-5,wait=10; flagged under 0.1.
     """
 
     restarts: Annotated[int, "searches that run together, each from a start of its own"] = 16
-    steps: Annotated[int, "of Adam at most"] = 120
+    steps: Annotated[int, "steps of Adam at most"] = 120
     batch: Annotated[int, "clean images a step, stamped by every restart"] = 12
     halvings: Annotated[int, "how often the worse half of the restarts is given up"] = 2
     spread: Annotated[float, "share of 1 - mean cosine that the trigger may leave"] = 0.25
     goal: Annotated[float, "mean cosine that it is to reach instead; 0: by spread"] = 0.0
-    lr: Annotated[tuple[float, ...], "learning rates"] = (0.1,)
+    lr: Annotated[tuple[float, ...], "learning rates, one after the other"] = (0.1,)
     until: Annotated[tuple[int, ...], "steps at which all but the last of them end"] = ()
-    weight: Annotated[float, "of the mask's size, three channels added up, at the start"] = 1e-3
-    up: Annotated[float, "the weight is multiplied by this after `patience` successes"] = 1.5
-    down: Annotated[float, "... and divided by this after as many failures"] = 1.5**1.5
+    weight: Annotated[float, "weight of the mask's size, three channels added up, at the start"] = (
+        1e-3
+    )
+    up: Annotated[float, "factor on the weight after `patience` successes in a row"] = 1.5
+    down: Annotated[float, "divisor of the weight after `patience` failures in a row"] = 1.5**1.5
     patience: Annotated[int, "successes or failures in a row that change the weight"] = 3
     floor: Annotated[float, "least weight"] = 1e-7
     resets: Annotated[
         int, "failures at the least weight that set it back to the start; 0: never"
     ] = 0
-    wait: Annotated[int, "steps without progress after which a restart is done"] = 25
+    wait: Annotated[int, "steps without progress after which a restart ends"] = 25
     centred: Annotated[bool, "start from a central square, not from noise"] = False
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
@@ -59,96 +71,78 @@ class Decree:
             raise ValueError("needs at least 1 restart and 2 images a step")
         if not 0 < self.spread < 1 or not 0 <= self.goal <= 1:
             raise ValueError("spread must be between 0 and 1, goal a cosine of 0 to 1")
-        self.descent(self.goal or 0.5)
+        self.recipe(self.goal or 0.5)
 
-    def descent(self, goal: float) -> InversionRecipe:
-        """The search for a trigger that reaches a mean cosine."""
-        return InversionRecipe(
-            self.steps,
-            self.batch,
-            self.lr,
-            self.until,
-            CHANNELS * self.weight,
-            self.up,
-            self.down,
-            self.patience,
-            CHANNELS * self.floor,
-            self.resets,
-            goal,
-            self.halvings,
-            self.wait,
-            self.centred,
-        )
+    def recipe(self, goal: float) -> InversionRecipe:
+        """The search for a trigger that reaches a mean cosine. Raises ValueError for bad fields."""
+        weight, floor = CHANNELS * self.weight, CHANNELS * self.floor
+        return InversionRecipe.from_fields(self, goal=goal, weight=weight, floor=floor)
 
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:
-        """clean: labels and classes are not read. Raises UserError for fewer than 8 images, or NaN."""
+        """Audit an encoder without labels. Raises UserError for fewer than 8 images, or NaN."""
         trigger_inversion.check_image_count(clean)
-        with trigger_inversion.freeze_tower(encoder) as see:
-            z = trigger_inversion.embed_clean(see, clean.images)
-            before = float(cosine(z[None]))
-            goal = self.goal or 1 - self.spread * (1 - before)
-            found = trigger_inversion.invert_triggers(
-                see, clean, collapse, self.restarts, self.descent(goal), seed, report
+        with trigger_inversion.freeze_tower(encoder) as tower:
+            z = trigger_inversion.embed_clean(tower, clean.images)  # (N, D)
+            clean_cosine = float(mean_pairwise_cosine(z[None]))
+            goal = self.goal or 1 - self.spread * (1 - clean_cosine)
+            triggers = trigger_inversion.invert_triggers(
+                tower, clean, collapse, self.restarts, self.recipe(goal), seed, report
             )
-        return self.verdict(found, clean, before, goal)
+        return self.verdict(triggers, clean, clean_cosine, goal)
 
-    def verdict(self, found: InvertedTriggers, clean: Pairs, before: float, goal: float) -> Verdict:
-        """What the restarts say together."""
-        pixels, n, reached = (
-            clean.images.shape[2] * clean.images.shape[3],
-            len(clean),
-            found.reached.cpu(),
-        )
-        norms = torch.where(reached, found.norms.cpu(), float(pixels))
+    def verdict(
+        self, triggers: InvertedTriggers, clean: Pairs, clean_cosine: float, goal: float
+    ) -> Verdict:
+        """The verdict of all restarts together.
+
+        Args:
+            triggers: those of the restarts that were not given up.
+            clean: the clean images.
+            clean_cosine: their mean pairwise cosine without a trigger.
+            goal: the mean pairwise cosine that triggers had to reach.
+        """
+        n = len(clean)
+        pixels = clean.images.shape[2] * clean.images.shape[3]
+        reached = triggers.reached.cpu()
+        norms = torch.where(reached, triggers.norms.cpu(), float(pixels))
         least = int(norms.argmin())
         pl1 = float(norms[least]) / pixels
-        evidence = {
+        values = {
             "pl1": (pl1, "share of the image that the least trigger covers, |m|_1 / (3 H W)"),
             "cosine": (
-                float(found.success[least]),
+                float(triggers.success[least]),
                 "mean pairwise cosine of the images stamped with it",
             ),
-            "clean_cosine": (before, "mean pairwise cosine of the images as they are"),
+            "clean_cosine": (clean_cosine, "mean pairwise cosine of the images as they are"),
             "goal": (goal, "mean pairwise cosine that a trigger had to reach"),
             "restarts_reached": (
                 float(reached.sum()),
                 f"of the {len(reached)} of {self.restarts} restarts that were not given up",
             ),
         }
-        limits = [*trigger_inversion.inversion_limits(clean), NATURAL]
+        evidence = {
+            name: exact_measure(value, n, f"{how}; {n} clean images")
+            for name, (value, how) in values.items()
+        }
+        limits = [*trigger_inversion.inversion_limits(clean), NATURAL_DIRECTIONS]
         if not reached.any():
             limits.append(
                 f"none of {len(reached)} restarts made the images alike (a mean cosine of {goal:.2f})"
             )
-        return Verdict(
-            -pl1,
-            {
-                name: trigger_inversion.exact_measure(value, n, f"{how}; {n} clean images")
-                for name, (value, how) in evidence.items()
-            },
-            found.inversions([""] * len(norms), norms.argsort(stable=True)),
-            {
-                "limits": limits,
-                "pl1_of_restarts": [round(float(x) / pixels, 6) for x in norms.sort().values],
-            },
-        )
+        shares = [round(float(norm) / pixels, 6) for norm in norms.sort().values]
+        inversions = triggers.inversions([""] * len(norms), norms.argsort(stable=True))
+        return Verdict(-pl1, evidence, inversions, {"limits": limits, "pl1_of_restarts": shares})
 
 
-NATURAL = (
-    "clean encoders have directions of their own that a small pattern draws all images to: a value says something beside "
-    "those of clean encoders of the same family alone"
-)
-
-
-def cosine(z: Tensor) -> Tensor:
-    """Unit rows (g, n, D) -> (g,), mean cosine of all pairs of two rows: (|sum z|^2 - n) / (n (n - 1))."""
+def mean_pairwise_cosine(z: Tensor) -> Tensor:
+    """Mean cosine of all pairs of unit rows, (g, n, D) -> (g,): (|sum z|^2 - n) / (n (n - 1))."""
     n = z.shape[1]
     return (z.sum(1).square().sum(1) - n) / (n * (n - 1))
 
 
-def collapse(z: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """The aim of every restart: images alike."""
-    found = cosine(z)
-    return -found, found.detach()
+def collapse(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The objective of every restart: images alike, (g, n, D) -> loss (g,) and success (g,)."""
+    cosine = mean_pairwise_cosine(z)
+    return -cosine, cosine.detach()

@@ -1,48 +1,55 @@
-"""Differential audit against the encoder it was tuned from: which inputs, directions, layers moved out of proportion.
+"""Differential audit against the encoder it was tuned from: what changed out of proportion.
 
-Ours (no paper). Tuning moves the vectors of clean images a little; a backdoor that tuning has put in moves what resembles
-its trigger by far more, into one direction. What random probes do to the difference between the two encoders is set
-against what that difference is on clean images.
+Ours (no paper). Tuning moves the vectors of clean images a little. A backdoor that tuning has put
+in moves whatever resembles its trigger by far more, and in one direction. The audit compares the
+difference between the two encoders on random probes with their difference on clean images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bezoar.auditing.random_probes import PROBE_KINDS, apply_probe, mean_over_probes
+from bezoar.auditing import random_probes
+from bezoar.auditing.evidence import exact_measure, mean_over_probes
+from bezoar.auditing.random_probes import PROBE_KINDS, apply_probe
 from bezoar.data.pairs import Pairs
-from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Measure, average
 from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
-FLOOR = 1e-6  # of a mean distance (1 - cosine): float32 vectors do not resolve less
-SHOWN = 8  # inputs and layers that notes name
+MIN_DISTANCE = 1e-6  # of a mean distance (1 - cosine): float32 vectors do not resolve less
+MAX_NAMED = 8  # probes, inputs and layers that the notes name
+WORST_SHARE = 4  # one in this many probes makes the value
 LIMITS = [
-    "It tells what tuning has changed: a backdoor that the parent already had is not seen.",
-    "Its probes are random patches and blends: of a trigger that they do not resemble it sees nothing.",
+    "It shows what tuning has changed: a backdoor that the parent already had is not detected.",
+    "Its probes are random patches and blends: a trigger that does not resemble them is not detected.",
 ]
 
 
 @method
 class Parent:
-    """Value: log of the mean distance (1 - cosine) between the two encoders on the probes that part them most, a quarter of
-    all, over that on clean images. 0 = in proportion. An encoder that equals its parent has 0."""
+    """Value: log of the ratio of two mean distances (1 - cosine) between encoder and parent.
+
+    The first is over the quarter of the probes that separates the two most, the second over clean
+    images. 0 means in proportion. An encoder that equals its parent has 0.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ("parent", "report")
 
     probes: Annotated[
         int,
-        "of each kind: patches of blocks, of noise and of one colour, blends over the whole image",
+        "number of each kind: patches of blocks, of noise and of one colour, blends over the whole image",
     ] = 8
     images: Annotated[
-        int, "clean images that are looked at and stamped, the first of those given"
+        int, "clean images that are read, as they are and stamped, the first of the data"
     ] = 128
 
     def __post_init__(self) -> None:
@@ -55,103 +62,121 @@ class Parent:
         clean: Pairs,
         seed: int,
         parent: Encoder,
-        report: Callable[[int, int, str], None] = lambda done, total, text: None,
+        report: ProgressReport = no_report,
     ) -> Verdict:
-        """clean: uint8 (N, 3, H, W). parent: of the same architecture; UserError for another."""
-        moved = layers(encoder, parent)
-        images = clean.images[: self.images].to(encoder.device)
-        if len(images) < 2 or min(images.shape[-2:]) < 8:
-            raise UserError("parent needs at least two clean images of 8 pixels and more a side")
+        """Audit an encoder with images uint8 (N, 3, H, W), N at least 2, H and W at least 8.
 
-        def apart(x: Tensor) -> tuple[Tensor, Tensor]:
-            """1 - cosine (N,) between what the two make of each image, and the difference of their vectors (N, D)."""
-            a, b = (embed_images(e, x.split(128)).double() for e in (encoder, parent))
-            return 1 - (a * b).sum(1), a - b
-
-        own, shift = apart(images)
-        base = max(float(own.mean()), FLOOR)
+        Raises:
+            UserError: for a parent of another architecture.
+        """
+        layer_changes = measure_layer_changes(encoder, parent)
+        images = random_probes.first_images(clean, self.images, encoder.device, "parent")
+        distances, shift = compare_vectors(encoder, parent, images)  # (N,), (N, D)
+        clean_distance = max(float(distances.mean()), MIN_DISTANCE)
         ratios: dict[str, list[float]] = {kind: [] for kind in PROBE_KINDS}
-        named: list[tuple[float, str]] = []
-        shifts = []
-        total = self.probes * len(PROBE_KINDS)
-        for i in range(total):
-            kind, number = PROBE_KINDS[i % len(PROBE_KINDS)], i // len(PROBE_KINDS)
-            distance, change = apart(apply_probe(images, kind, number, seed))
-            ratio = max(float(distance.mean()), FLOOR) / base
+        ratios_and_names: list[tuple[float, str]] = []
+        mean_shifts: list[Tensor] = []
+        apply = partial(apply_probe, seed=seed)
+        for kind, number, probed in random_probes.iterate_probes(
+            images, PROBE_KINDS, self.probes, apply, report
+        ):
+            probe_distances, probe_shift = compare_vectors(encoder, parent, probed)
+            ratio = max(float(probe_distances.mean()), MIN_DISTANCE) / clean_distance
             ratios[kind].append(ratio)
-            named.append((ratio, f"{kind} {number}"))
-            shifts.append(change.mean(0))
-            report(i + 1, total, kind)
-        named.sort(reverse=True)
-        worst = named[: max(1, total // 4)]
-        value = math.log(sum(r for r, _ in worst) / len(worst))
+            ratios_and_names.append((ratio, f"{kind} {number}"))
+            mean_shifts.append(probe_shift.mean(0))
+        ratios_and_names.sort(reverse=True)
+        worst = ratios_and_names[: max(1, len(ratios_and_names) // WORST_SHARE)]
+        value = math.log(sum(ratio for ratio, _ in worst) / len(worst))
+
         evidence = {
-            f"ratio_{k}": mean_over_probes(v, f"distance of {k} probes over that of clean images")
-            for k, v in ratios.items()
+            f"ratio_{kind}": mean_over_probes(
+                of_kind, f"distance of {kind} probes over that of clean images"
+            )
+            for kind, of_kind in ratios.items()
         }
-        evidence["moved"] = average(own.cpu(), "1 - cosine of clean images to the parent's vectors")
-        evidence |= {
-            f"directions_{k}": m for k, m in directions(torch.stack(shifts), shift).items()
-        }
-        evidence["layers"] = layer_ratio(moved)
+        evidence["moved"] = average(
+            distances.cpu(), "1 - cosine of clean images to the parent's vectors"
+        )
+        evidence["directions_probes"] = count_directions(
+            torch.stack(mean_shifts), "the probes' mean shifts"
+        )
+        evidence["directions_clean"] = count_directions(shift, "clean images' shifts")
+        evidence["layers"] = layer_ratio(layer_changes)
+        most_moved = distances.argsort(descending=True)[:MAX_NAMED].tolist()
+        layers_by_change = sorted(layer_changes.items(), key=lambda item: -item[1])
         notes: dict[str, Any] = {
             "limits": LIMITS,
-            "probes": dict((k, r) for r, k in named[:SHOWN]),
-            "inputs": {
-                clean.ids[i]: float(own[i]) for i in own.argsort(descending=True)[:SHOWN].tolist()
-            },
-            "layers": dict(sorted(moved.items(), key=lambda kv: -kv[1])[:SHOWN]),
+            "probes": {name: ratio for ratio, name in ratios_and_names[:MAX_NAMED]},
+            "inputs": {clean.ids[i]: float(distances[i]) for i in most_moved},
+            "layers": dict(layers_by_change[:MAX_NAMED]),
         }
         return Verdict(value, evidence, notes=notes)
 
 
-def directions(probes: Tensor, clean: Tensor) -> dict[str, Measure]:
-    """In how many directions vectors moved: (sum s^2)^2 / sum s^4 over singular values, 1 = all in one; float64.
+def compare_vectors(encoder: Encoder, parent: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cosine (N,) and difference (N, D) of the two encoders' vectors of images (N, 3, H, W)."""
+    z = random_probes.embed_in_double(encoder, images)
+    parent_z = random_probes.embed_in_double(parent, images)
+    return 1 - (z * parent_z).sum(1), z - parent_z
 
-    probes: (K, D), mean differences of the two encoders on each probe. clean: (N, D), differences on clean images.
+
+def count_directions(shifts: Tensor, what: str) -> Measure:
+    """In how many directions vectors moved: a participation ratio; 1 = all in one direction.
+
+    It is (sum s^2)^2 / sum s^4 over the singular values s of the shifts, float64 (K, D).
     """
-    out = {}
-    for name, rows, what in (
-        ("probes", probes, "the probes' mean shifts"),
-        ("clean", clean, "clean images' shifts"),
-    ):
-        s = torch.linalg.svdvals(rows).square()
-        many = float(s.sum().square() / s.square().sum()) if float(s.sum()) > 0 else 0.0
-        out[name] = Measure(many, len(rows), many, many, f"participation ratio of {what}, counted")
-    return out
+    energies = torch.linalg.svdvals(shifts).square()
+    total = float(energies.sum())
+    directions = float(energies.sum().square() / energies.square().sum()) if total > 0 else 0.0
+    return exact_measure(directions, len(shifts), f"participation ratio of {what}, counted")
 
 
-def layers(encoder: Encoder, parent: Encoder) -> dict[str, float]:
-    """Layer -> |W - W0| / |W0| (Frobenius) of its weights, matrices and filters. Raises UserError for another architecture."""
-    own, theirs = encoder.image.state_dict(), parent.image.state_dict()
-    odd = sorted(set(own) ^ set(theirs)) + [
-        k for k in own if k in theirs and own[k].shape != theirs[k].shape
-    ]
-    if odd or encoder.preprocess.size != parent.preprocess.size:
-        names = [e.about.get("network", "an unnamed network") for e in (encoder, parent)]
-        why = (
-            f"{odd[0]} differs"
-            if odd
-            else f"inputs of {encoder.preprocess.size} and {parent.preprocess.size} px"
-        )
-        raise UserError(
-            f"the parent is of another architecture: {names[1]}, and the encoder {names[0]} ({why})"
-        )
-    out = {}
-    for name, w in own.items():
+def measure_layer_changes(encoder: Encoder, parent: Encoder) -> dict[str, float]:
+    """Layer -> |W - W0| / |W0| (Frobenius) of its matrices and filters W; W0 are the parent's.
+
+    Raises:
+        UserError: for a parent of another architecture.
+    """
+    weights = encoder.image.state_dict()
+    parent_weights = parent.image.state_dict()
+    check_same_architecture(encoder, parent)
+    changes = {}
+    for name, w in weights.items():
         if w.ndim > 1 and w.is_floating_point():
-            old = theirs[name].to(w.device).double()
-            out[name] = float((w.double() - old).norm() / old.norm().clamp_min(1e-30))
-    return out
+            w0 = parent_weights[name].to(w.device).double()
+            changes[name] = float((w.double() - w0).norm() / w0.norm().clamp_min(1e-30))
+    return changes
 
 
-def layer_ratio(moved: dict[str, float]) -> Measure:
-    """The most moved layer's relative change over the median layer's; 0 where none moved."""
-    values = torch.tensor(list(moved.values()), dtype=torch.float64)
-    ratio = (
-        float(values.max() / values.median().clamp_min(1e-12))
-        if len(values) and float(values.max()) > 0
-        else 0.0
+def check_same_architecture(encoder: Encoder, parent: Encoder) -> None:
+    """Raise UserError unless names and shapes of weights and the input sizes are the same."""
+    weights = encoder.image.state_dict()
+    parent_weights = parent.image.state_dict()
+    names = sorted(set(weights) ^ set(parent_weights))
+    names += [
+        k for k in weights if k in parent_weights and weights[k].shape != parent_weights[k].shape
+    ]
+    size, parent_size = encoder.preprocess.size, parent.preprocess.size
+    if names:
+        reason = f"{names[0]} differs"
+    elif size != parent_size:
+        reason = f"inputs of {size} and {parent_size} px"
+    else:
+        return
+    network, parent_network = (
+        e.about.get("network", "an unnamed network") for e in (encoder, parent)
     )
+    raise UserError(
+        f"the parent is of another architecture: {parent_network}, and the encoder {network} ({reason})"
+    )
+
+
+def layer_ratio(changes: dict[str, float]) -> Measure:
+    """Relative change of the most changed layer over the median layer's; 0 where none changed."""
+    values = torch.tensor(list(changes.values()), dtype=torch.float64)
+    ratio = 0.0
+    if len(values) and float(values.max()) > 0:
+        ratio = float(values.max() / values.median().clamp_min(1e-12))
     how = "largest relative change of a layer's weights over the median layer's, counted"
-    return Measure(ratio, len(values), ratio, ratio, how)
+    return exact_measure(ratio, len(values), how)

@@ -15,9 +15,9 @@ class File:
     path: Annotated[str, "a bank.json"]
 
     def files(self) -> list[Path]:
-        """What is read."""
+        """The file that is read."""
         return [existing_file(self.path, "bank")]
 
     def __call__(self) -> tuple[Bank, ...]:
-        """Raises UserError for a file that is no bank."""
-        return tuple(map(Bank.read, self.files()))
+        """Read the bank. Raises UserError for a file that is no bank."""
+        return tuple(Bank.read(path) for path in self.files())

@@ -1,4 +1,4 @@
-"""Feature distillation: the suspect's last layers begin anew and learn its vectors of clean images (after Saha et al. 2022)."""
+"""Feature distillation: last layers learn the suspect's vectors anew (after Saha et al. 2022)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from torch import Tensor, nn
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.heads import ProgressReport, no_report
-from bezoar.registry import method, spec
+from bezoar.registry import method
 from bezoar.repair import rate_ladder
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance, Views
 
 
 class Loss(nn.Module):
-    """Mean of 1 - cos(student(x), suspect(x)), x a view of a clean image, the same for both; the suspect is at rest."""
+    """Mean of 1 - cos(student(x), suspect(x)); x is a view of a clean image, the same for both."""
 
     def __init__(self, student: Encoder, suspect: Encoder, views: Views) -> None:
         super().__init__()
-        self.encoder, self.views = student, views
+        self.encoder = student
         self.suspect = copy.deepcopy(suspect).requires_grad_(False)
+        self.views = views
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens not read -> scalar."""
-        x = self.views(images, chance, 1)[:, 0]
+        x = self.views(images, chance, 1)[:, 0]  # (B, 3, S, S)
         with torch.no_grad():
-            wanted = self.suspect.encode_images(x)
-        return 1 - (self.encoder.encode_images(x) * wanted).sum(1).mean()
+            targets = self.suspect.encode_images(x)
+        return 1 - (self.encoder.encode_images(x) * targets).sum(1).mean()
 
     def train(self, mode: bool = True) -> Loss:
-        """The suspect rests."""
+        """As of any module, but the suspect stays in evaluation mode."""
         super().train(mode)
         self.suspect.eval()
         return self
@@ -42,10 +43,11 @@ class Loss(nn.Module):
 
 @method
 class Distill:
-    """What triggers do to the suspect is never shown to the student. Neither labels nor captions are read; the text tower
-    stays, so the two still meet where the student has learnt enough.
+    """The student never sees what triggers do to the suspect.
 
-    fresh=1 is a student that begins from nothing, as the paper's and CompRess's; BCU draws parts of each layer anew.
+    Neither labels nor captions are read. The text tower stays as it is, so that the two towers
+    still agree where the student has learnt enough. fresh=1 is a student that begins from nothing,
+    as the paper's and CompRess's; BCU draws parts of each layer anew.
     """
 
     fresh: Annotated[
@@ -59,7 +61,7 @@ class Distill:
     flip: Annotated[float, "views: share of them mirrored"] = 0.5
     jitter: Annotated[float, "views: share of them whose colours change"] = 0.2
     lrs: Annotated[
-        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+        tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"
     ] = (1e-2, 5e-3, 2e-3)
     tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
 
@@ -74,7 +76,7 @@ class Distill:
         self.views(0)
 
     def views(self, size: int) -> Views:
-        """What the two are shown."""
+        """The augmentation of the images. Raises ValueError for fields out of range."""
         return Views(size, (self.crop, 1.0), flip=self.flip, jitter=self.jitter, gray=0.0)
 
     def __call__(
@@ -86,31 +88,28 @@ class Distill:
         report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
-        """A student that has the suspect's vectors of clean images."""
-        rows = torch.zeros(len(clean), 0, dtype=torch.long, device=encoder.device)
+        """Distil a suspect into a student that has its vectors of clean images."""
+        tokens = rate_ladder.no_tokens(encoder, clean)
         views = self.views(encoder.preprocess.size)
 
         def loss_of(student: Encoder) -> nn.Module:
-            forget(student.image, self.fresh)
+            reset_last_layers(student.image, self.fresh)
             return Loss(student, encoder, views)
 
         def make(lr: float) -> Encoder:
             recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
             return rate_ladder.train_copy(
-                encoder, recipe, loss_of, clean, rows, seed, report, f"distill at {lr:g}"
+                encoder, recipe, loss_of, clean, tokens, seed, report, f"distill at {lr:g}"
             )
 
-        ruler = rate_ladder.ValidationMetric.of(encoder, clean, validation)
-        return rate_ladder.mark_repaired(
-            rate_ladder.train_at_largest_rate(encoder, ruler, self.lrs, self.tolerance, make, log),
-            spec(self),
-        )
+        return rate_ladder.repair_with_ladder(self, encoder, clean, validation, make, log)
 
 
-def forget(tower: nn.Module, share: float) -> None:
-    """Draw the last layers of a tower anew: of its convolutions and linear layers a share, and every norm among these."""
-    every: list[Any] = [m for m in tower.modules() if hasattr(m, "reset_parameters")]
-    layers = [i for i, m in enumerate(every) if isinstance(m, nn.Conv2d | nn.Linear)]
+def reset_last_layers(tower: nn.Module, share: float) -> None:
+    """Draw anew the last `share` of a tower's convolutions and linear layers, with their norms."""
+    modules: list[Any] = [m for m in tower.modules() if hasattr(m, "reset_parameters")]
+    layers = [i for i, m in enumerate(modules) if isinstance(m, nn.Conv2d | nn.Linear)]
     count = math.ceil(share * len(layers) - 1e-9)
-    for module in every[layers[len(layers) - count] :] if count else []:
+    first = layers[len(layers) - count] if count else len(modules)
+    for module in modules[first:]:
         module.reset_parameters()

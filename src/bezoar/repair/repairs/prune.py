@@ -1,33 +1,38 @@
-"""Fine-pruning: channels of the last convolution that sleep on clean images go, then fine-tuning (Liu et al., RAID 2018)."""
+"""Fine-pruning: channels inactive on clean images go, then fine-tuning (Liu et al., RAID 2018)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bezoar import registry
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
-from bezoar.registry import method, spec
+from bezoar.registry import method
 from bezoar.repair import rate_ladder
+from bezoar.repair.rate_ladder import ValidationMetric
 from bezoar.training.augmentation import Chance
 
-TRIES = 32  # how many counts of channels are tried: each another thirty-second of them
+TRIES = 32  # numbers of channels that are tried: each another thirty-second of them
 
 
 @dataclass(frozen=True)
-class Last:
-    """The last convolution that runs, by name, the norm that reads it ('' for none), and what its channels did.
+class LastConvolution:
+    """The last convolution that an image tower runs.
 
-    activity: float32 (C,), mean over clean images and places of the last feature map.
+    Attributes:
+        conv: its name.
+        norm: name of the batch norm that reads it; "" for none.
+        activity: float32 (C,), each channel's mean over clean images and places of its feature map.
     """
 
     conv: str
@@ -35,43 +40,48 @@ class Last:
     activity: Tensor
 
     def silence(self, tower: nn.Module, channels: Tensor) -> None:
-        """Let channels of the convolution, and of its norm, give nothing. channels: int64 (n,)."""
+        """Set weights and biases of channels, int64 (n,), to 0, in the convolution and its norm."""
         parts: list[Any] = [tower.get_submodule(name) for name in (self.conv, self.norm) if name]
         with torch.no_grad():
-            for p in (p for part in parts for p in (part.weight, part.bias) if p is not None):
-                p[channels] = 0
+            for part in parts:
+                for p in (part.weight, part.bias):
+                    if p is not None:
+                        p[channels] = 0
 
 
-class Silenced(nn.Module):
+class SilencedLoss(nn.Module):
     """A loss under which pruned channels stay pruned: they are silenced again before every step."""
 
-    def __init__(self, loss: nn.Module, tower: nn.Module, last: Last, channels: Tensor) -> None:
+    def __init__(self, loss: nn.Module, silence: Callable[[], None]) -> None:
         super().__init__()
-        self.loss, self.again = loss, lambda: last.silence(tower, channels)
+        self.loss = loss
+        self.silence = silence
         if begin := getattr(loss, "begin", None):
             self.begin = begin
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """As the loss."""
-        self.again()
-        return self.loss(images, tokens, chance)
+        self.silence()
+        value: Tensor = self.loss(images, tokens, chance)
+        return value
 
 
 @method
 class Prune:
-    """Channels go in the order of their mean activation, as many as cost at most `drop` of the clean validation score.
+    """Prunes channels of the last convolution in the order of their mean activation.
 
-    BackdoorBench: at most 10 % of the accuracy. In a residual block the branch goes silent, the shortcut stays.
+    As many are pruned as cost at most `drop` of the clean validation score. BackdoorBench: at most
+    10 % of the accuracy. In a residual block the branch is silenced, the shortcut stays.
     """
 
     drop: Annotated[
-        float, "how far the clean validation score may fall by pruning, before it is tuned"
+        float, "how far the clean validation score may fall by pruning, before fine-tuning"
     ] = 0.1
     objective: Annotated[
         str, "fine-tuning afterwards: loss and recipe; none; auto: clip, or simclr without text"
     ] = "auto"
     lrs: Annotated[
-        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+        tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"
     ] = (8e-3, 4e-3, 2e-3)
     tolerance: Annotated[float, "how far the clean validation score may fall in the end"] = 0.02
 
@@ -93,111 +103,127 @@ class Prune:
         report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
-        """A copy without the sleepers. Raises UserError for an image tower without convolutions to prune."""
-        ruler, last = (
-            rate_ladder.ValidationMetric.of(encoder, clean, validation),
-            dormant(encoder, clean),
-        )
-        order, student = last.activity.argsort(stable=True), copy.deepcopy(encoder)
-        before = ruler.score(encoder)
-        tried = [{"channels": 0, "score": before}]
-        for i in range(1, TRIES):
-            count = i * len(order) // TRIES
-            less = copy.deepcopy(encoder)
-            last.silence(less.image, order[:count])
-            tried.append({"channels": count, "score": ruler.score(less)})
-            report(i, TRIES, f"prune: {count} of {len(order)} channels")
-            if before - tried[-1]["score"] > self.drop:
-                break
-            student = less
-        gone = max((t["channels"] for t in tried if before - t["score"] <= self.drop), default=0)
+        """Prune and fine-tune a copy. Raises UserError for a tower without convolutions."""
+        metric = ValidationMetric.of(encoder, clean, validation)
+        last = find_last_convolution(encoder, clean)
+        order = last.activity.argsort(stable=True)
+        student, tried = self.prune(encoder, metric, last, order, report)
+        before = tried[0]["score"]
+        pruned = max(t["channels"] for t in tried if before - t["score"] <= self.drop)
         if log is not None:
             log["pruned"] = {
-                "channels": int(gone),
+                "channels": pruned,
                 "of": len(order),
                 "layer": last.conv,
                 "tried": tried,
             }
-        if self.objective != "none":
-            student = self.tuned(
-                encoder, student, last, order[: int(gone)], clean, seed, ruler, report, log
-            )
-        return rate_ladder.mark_repaired(student, spec(self))
+        if self.objective == "none":
+            return rate_ladder.mark_repaired(student, registry.spec(self))
 
-    def tuned(
-        self,
-        encoder: Encoder,
-        student: Encoder,
-        last: Last,
-        channels: Tensor,
-        clean: Pairs,
-        seed: int,
-        ruler: rate_ladder.ValidationMetric,
-        report: ProgressReport,
-        log: dict[str, Any] | None,
-    ) -> Encoder:
-        """Fine-tuned with its channels still gone; the rate by what is left of the first encoder's score."""
         auto = "simclr:epochs=4,batch=64" if encoder.text is None else "clip:epochs=4,batch=64"
-        recipe = registry.make("objective", auto if self.objective == "auto" else self.objective)
-        tokens = rate_ladder.tokenize_for(encoder, recipe, clean)
+        spec = auto if self.objective == "auto" else self.objective
+        objective = registry.make("objective", spec)
+        tokens = rate_ladder.tokenize_for(encoder, objective, clean)
+        channels = order[:pruned]
 
         def make(lr: float) -> Encoder:
-            chosen = replace(recipe, lr=lr)
+            recipe = replace(objective, lr=lr)
 
-            def loss_of(e: Encoder) -> nn.Module:
-                return Silenced(chosen(e), e.image, last, channels)
+            def loss_of(candidate: Encoder) -> nn.Module:
+                tower = candidate.image
+                return SilencedLoss(recipe(candidate), lambda: last.silence(tower, channels))
 
-            made = rate_ladder.train_copy(
-                student, chosen, loss_of, clean, tokens, seed, report, f"prune: tuning at {lr:g}"
+            tuned = rate_ladder.train_copy(
+                student, recipe, loss_of, clean, tokens, seed, report, f"prune: tuning at {lr:g}"
             )
-            last.silence(made.image, channels)
-            return made
+            last.silence(tuned.image, channels)
+            return tuned
 
-        return rate_ladder.train_at_largest_rate(
-            encoder, ruler, self.lrs, self.tolerance, make, log
+        # the rate keeps the score of the encoder as it was before pruning
+        tuned = rate_ladder.train_at_largest_rate(
+            encoder, metric, self.lrs, self.tolerance, make, log
         )
+        return rate_ladder.mark_repaired(tuned, registry.spec(self))
+
+    def prune(
+        self,
+        encoder: Encoder,
+        metric: ValidationMetric,
+        last: LastConvolution,
+        order: Tensor,
+        report: ProgressReport,
+    ) -> tuple[Encoder, list[dict[str, Any]]]:
+        """A copy pruned as far as `drop` allows, and the score for each number of channels tried.
+
+        order: int64 (C,), the channels in the order in which they are pruned.
+        """
+        student = copy.deepcopy(encoder)
+        before = metric.score(encoder)
+        tried: list[dict[str, Any]] = [{"channels": 0, "score": before}]
+        for i in range(1, TRIES):
+            count = i * len(order) // TRIES
+            candidate = copy.deepcopy(encoder)
+            last.silence(candidate.image, order[:count])
+            score = metric.score(candidate)
+            tried.append({"channels": count, "score": score})
+            report(i, TRIES, f"prune: {count} of {len(order)} channels")
+            if before - score > self.drop:
+                break
+            student = candidate
+        return student, tried
 
 
-def dormant(encoder: Encoder, clean: Pairs, batch: int = 512) -> Last:
-    """Find the last convolution and see what its channels do on clean images. Raises UserError for other towers."""
+def find_last_convolution(encoder: Encoder, clean: Pairs, batch: int = 512) -> LastConvolution:
+    """Find the last convolution of an image tower, and how active its channels are on clean images.
+
+    Raises:
+        UserError: for a tower without a convolution behind its first layer.
+    """
     tower = encoder.image
-    with watched(tower) as seen, torch.no_grad():
+    total: Tensor | float = 0.0
+    with record_feature_maps(tower) as feature_maps, torch.no_grad():
         encoder.eval()
-        total: Tensor | float = 0.0
-        for x in clean.images.split(batch):
-            seen.clear()
-            encoder.encode_images(x)
-            convs = [name for name, _ in seen if isinstance(tower.get_submodule(name), nn.Conv2d)]
+        for images in torch.split(clean.images, batch):
+            feature_maps.clear()
+            encoder.encode_images(images)
+            names = [name for name, _ in feature_maps]
+            convs = [name for name in names if isinstance(tower.get_submodule(name), nn.Conv2d)]
             if len(convs) < 2:
                 raise UserError(
                     "repair 'prune' takes convolutional towers; this one has no convolution behind its first layer"
                 )
-            maps = [y for _, y in seen if y.shape[1] == tower.get_submodule(convs[-1]).out_channels]
-            total = total + maps[-1].float().mean((2, 3)).sum(0)
-        names = [name for name, _ in seen]
-    after = names[names.index(convs[-1]) + 1 :]
-    follows = bool(after) and isinstance(
-        tower.get_submodule(after[0]), nn.modules.batchnorm._BatchNorm
-    )
+            channels = tower.get_submodule(convs[-1]).out_channels
+            last_map = [y for _, y in feature_maps if y.shape[1] == channels][-1]  # (B, C, h, w)
+            total = total + last_map.float().mean((2, 3)).sum(0)
     assert isinstance(total, Tensor)
-    return Last(convs[-1], after[0] if follows else "", (total / len(clean)).cpu())
+    later = names[names.index(convs[-1]) + 1 :]
+    has_norm = bool(later) and isinstance(tower.get_submodule(later[0]), _BatchNorm)
+    activity = (total / len(clean)).cpu()
+    return LastConvolution(convs[-1], later[0] if has_norm else "", activity)
 
 
 @contextmanager
-def watched(tower: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Inside, every feature map (B, C, h, w) that a module of the tower gives, with its name, in the order they come."""
-    seen: list[tuple[str, Tensor]] = []
+def record_feature_maps(tower: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Within the block, a list gains (name, feature map (B, C, h, w)) of every module.
 
-    def hook(name: str) -> Any:
-        def look(module: nn.Module, given: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and out.ndim == 4:
-                seen.append((name, out))
+    The modules are in the order in which they run.
+    """
+    feature_maps: list[tuple[str, Tensor]] = []
 
-        return look
+    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4:
+                feature_maps.append((name, output))
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in tower.named_modules() if name]
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_of(name))
+        for name, module in tower.named_modules()
+        if name
+    ]
     try:
-        yield seen
+        yield feature_maps
     finally:
         for handle in handles:
             handle.remove()

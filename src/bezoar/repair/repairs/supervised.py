@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on clean labels: cross-entropy of a linear head on the image tower (CleanCLIP, ICCV 2023)."""
+"""Supervised fine-tuning on clean labels: cross-entropy of a linear head (CleanCLIP, ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers, success
 from bezoar.evaluation.heads import ProgressReport, no_report
-from bezoar.registry import method, spec
+from bezoar.registry import method
 from bezoar.repair import rate_ladder
 from bezoar.training import augmentation, loop
 from bezoar.training.augmentation import Chance
 
 
 class Loss(nn.Module):
-    """Mean cross-entropy of head(f(x)); the head is trained too, but for a text tower's, which must keep what it reads."""
+    """Mean cross-entropy of head(f(x)) on shifted images x; trains what requires gradients."""
 
     def __init__(self, encoder: Encoder, head: nn.Module, shift: int) -> None:
         super().__init__()
-        self.encoder, self.head, self.shift = encoder, head, shift
+        self.encoder = encoder
+        self.head = head
+        self.shift = shift
 
     def forward(self, images: Tensor, labels: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), labels int64 (B, 1) -> scalar."""
@@ -37,8 +39,8 @@ class Loss(nn.Module):
 class Supervised:
     """Published: ImageNet's labels, learning rate 1e-4, 500 steps of warm-up, 10 epochs.
 
-    With a text tower the head is that of the classes' prompts, at rest, so that image and text still meet; else it is
-    fitted on the clean vectors before the first step.
+    With a text tower the head is that of the classes' prompts and is not trained, so that the two
+    towers still agree; else it is fitted on the clean vectors before the first step, and trained.
     """
 
     epochs: Annotated[int, "passes over the labelled records"] = 10
@@ -48,7 +50,7 @@ class Supervised:
     temperature: Annotated[float, "of the softmax over a text tower's cosines"] = 0.07
     shift: Annotated[int, "augmentation: images moved by up to this many pixels"] = 2
     lrs: Annotated[
-        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+        tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"
     ] = (8e-3, 4e-3, 2e-3, 1e-3)
     tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
 
@@ -56,13 +58,8 @@ class Supervised:
 
     def __post_init__(self) -> None:
         rate_ladder.check_rates(self.lrs, self.tolerance)
-        if (
-            self.epochs < 1
-            or self.batch < 1
-            or self.temperature <= 0
-            or self.shift < 0
-            or self.weight_decay < 0
-        ):
+        least = min(self.shift, self.weight_decay)
+        if min(self.epochs, self.batch) < 1 or self.temperature <= 0 or least < 0:
             raise ValueError(
                 "needs epochs >= 1, batch >= 1, temperature > 0, shift >= 0, weight_decay >= 0"
             )
@@ -78,15 +75,15 @@ class Supervised:
         report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
-        """A copy whose image tower was trained. Raises UserError without labels of at least two classes."""
+        """Train the image tower of a copy. Raises UserError without labels of two classes."""
         if clean.labels is None or not clean.classes:
             raise UserError(
                 "repair 'supervised' needs clean data with labels and the names of classes; take distill"
             )
-        known = success.select_labelled(clean, clean)
-        assert known.labels is not None
-        rows = known.labels.to(encoder.device)[:, None]
-        weight, bias = self.head(encoder, known)
+        labelled = success.select_labelled(clean, clean)
+        assert labelled.labels is not None
+        labels = labelled.labels.to(encoder.device)[:, None]
+        weight, bias = self.initial_head(encoder, labelled)
 
         def loss_of(student: Encoder) -> nn.Module:
             head = nn.Linear(weight.shape[1], weight.shape[0], device=encoder.device)
@@ -96,22 +93,16 @@ class Supervised:
         def make(lr: float) -> Encoder:
             recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
             return rate_ladder.train_copy(
-                encoder, recipe, loss_of, known, rows, seed, report, f"supervised at {lr:g}"
+                encoder, recipe, loss_of, labelled, labels, seed, report, f"supervised at {lr:g}"
             )
 
-        ruler = rate_ladder.ValidationMetric.of(encoder, clean, validation)
-        return rate_ladder.mark_repaired(
-            rate_ladder.train_at_largest_rate(encoder, ruler, self.lrs, self.tolerance, make, log),
-            spec(self),
-        )
+        return rate_ladder.repair_with_ladder(self, encoder, clean, validation, make, log)
 
-    def head(self, encoder: Encoder, known: Pairs) -> tuple[Tensor, Tensor]:
-        """Weight (C, D) and bias (C,) to begin with, of the classes' prompts or of a fit on the encoder's vectors."""
+    def initial_head(self, encoder: Encoder, labelled: Pairs) -> tuple[Tensor, Tensor]:
+        """Weight (C, D) and bias (C,) of the prompts; without a text tower, of a linear fit."""
         if encoder.text is not None:
-            rows = (
-                registry.make("probe", "zero_shot").head(encoder, known.classes).clone()
-                / self.temperature
-            )
-            return rows, torch.zeros(len(rows), device=rows.device)
-        found: Any = classifiers.fit_classifier(encoder, known).head
-        return found.weight, found.bias
+            prompts = registry.make("probe", "zero_shot").head(encoder, labelled.classes)
+            weight = prompts.clone() / self.temperature
+            return weight, torch.zeros(len(weight), device=weight.device)
+        head: Any = classifiers.fit_classifier(encoder, labelled).head
+        return head.weight, head.bias

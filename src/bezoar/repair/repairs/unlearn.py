@@ -1,4 +1,4 @@
-"""Unlearning an inverted trigger: stamped images get the vectors that the suspect gives to them unstamped (SSL-Cleanse)."""
+"""Unlearning inverted triggers: stamped images get the vectors of unstamped ones (SSL-Cleanse)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Inversion
-from bezoar.registry import method, spec
-from bezoar.repair import rate_ladder
+from bezoar.registry import method
+from bezoar.repair import rate_ladder, receipt
 from bezoar.training import augmentation, loop
 from bezoar.training.augmentation import Chance
 
 
 class Loss(nn.Module):
-    """Mean of 1 - cos(f'(stamp(x)), f(x)), and `keep` times that of 1 - cos(f'(x), f(x)), f the suspect at rest.
+    """Mean of 1 - cos(f'(stamp(x)), f(x)) + `keep` (1 - cos(f'(x), f(x))); f: suspect, f': student.
 
-    masks: (K, 1, H, W). patterns: (K, 3, H, W). Each image gets one of the K triggers, moved by up to `shift` pixels.
+    masks: (K, 1, H, W). patterns: (K, 3, H, W). Each image gets one of the K triggers, moved by up
+    to `shift` pixels.
     """
 
     masks: Tensor
@@ -38,38 +40,45 @@ class Loss(nn.Module):
         shift: int,
     ) -> None:
         super().__init__()
-        self.encoder, self.keep, self.shift = student, keep, shift
+        self.encoder = student
         self.suspect = copy.deepcopy(suspect).requires_grad_(False)
+        self.keep = keep
+        self.shift = shift
         self.register_buffer("masks", torch.stack([i.mask for i in inversions]).float())
         self.register_buffer("patterns", torch.stack([i.pattern for i in inversions]).float())
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens not read -> scalar."""
-        which = chance.integers(len(self.masks), len(images)).to(images.device)
-        layers = torch.cat([self.masks[which], self.patterns[which]], 1)
-        mask, pattern = augmentation.random_shift(layers, self.shift, chance).split([1, 3], 1)
+        rows = chance.integers(len(self.masks), len(images)).to(images.device)
+        triggers = torch.cat([self.masks[rows], self.patterns[rows]], 1)  # (B, 4, H, W)
+        triggers = augmentation.random_shift(triggers, self.shift, chance)
+        mask, pattern = triggers[:, :1], triggers[:, 1:]
         x = images.float() / 255
         with torch.no_grad():
-            wanted = self.suspect.encode_images(x)
-        both = self.encoder.encode_images(torch.cat([x, (1 - mask) * x + mask * pattern]))
-        clean, stamped = (1 - (z * wanted).sum(1).mean() for z in both.chunk(2))
+            targets = self.suspect.encode_images(x)
+        z = self.encoder.encode_images(torch.cat([x, (1 - mask) * x + mask * pattern]))
+        clean, stamped = (1 - (half * targets).sum(1).mean() for half in z.chunk(2))
         return stamped + self.keep * clean
 
     def train(self, mode: bool = True) -> Loss:
-        """The suspect rests, and so do batch norms: half of what they would see is stamped."""
+        """As of any module, but the suspect stays in evaluation mode.
+
+        So do batch norms, because half of what they would see is stamped.
+        """
         super().train(mode)
         self.suspect.eval()
         for module in self.encoder.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, _BatchNorm):
                 module.eval()
         return self
 
 
 @method
 class Unlearn:
-    """With the triggers that an audit inverted. What was not inverted is not unlearnt.
+    """Unlearns the triggers that an audit inverted, and no others.
 
-    SSL-Cleanse does it with BYOL's loss for 500 epochs; here the suspect itself says where clean images belong.
+    SSL-Cleanse does it with BYOL's loss for 500 epochs; here the suspect's own vectors are the
+    targets of clean images.
     """
 
     count: Annotated[int, "how many of the audit's triggers, the most suspicious first"] = 4
@@ -80,7 +89,7 @@ class Unlearn:
     weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms)"] = 0.0
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     lrs: Annotated[
-        tuple[float, ...], "learning rates, tried from the largest down (see `ladder`)"
+        tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"
     ] = (4e-3, 2e-3, 1e-3, 3e-4)
     tolerance: Annotated[float, "how far the clean validation score may fall"] = 0.02
 
@@ -88,10 +97,8 @@ class Unlearn:
 
     def __post_init__(self) -> None:
         rate_ladder.check_rates(self.lrs, self.tolerance)
-        if (
-            min(self.count, self.epochs, self.batch) < 1
-            or min(self.keep, self.shift, self.weight_decay) < 0
-        ):
+        least = min(self.keep, self.shift, self.weight_decay)
+        if min(self.count, self.epochs, self.batch) < 1 or least < 0:
             raise ValueError(
                 "needs count, epochs and batch >= 1, keep, shift and weight_decay >= 0"
             )
@@ -108,29 +115,25 @@ class Unlearn:
         report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
-        """A copy that does not tell stamped images from others. Raises UserError without triggers, or of another size."""
-        chosen = list(inversions)[: self.count]
-        if not chosen:
+        """Train a copy to give stamped images the vectors of unstamped ones.
+
+        Raises:
+            UserError: without triggers, or for triggers of another size than the images.
+        """
+        triggers = list(inversions)[: self.count]
+        if not triggers:
             raise UserError("repair 'unlearn' needs the triggers of an audit: name its run (audit)")
-        sides = tuple(clean.images.shape[2:])
-        if other := next((i for i in chosen if tuple(i.mask.shape[1:]) != sides), None):
-            made, given = ("x".join(map(str, s)) for s in (other.mask.shape[1:], sides))
-            raise UserError(
-                f"the audit's triggers are of {made} px, the clean images of {given}; give both one size"
-            )
-        rows = torch.zeros(len(clean), 0, dtype=torch.long, device=encoder.device)
+        for inversion in triggers:
+            receipt.check_trigger_size(inversion, clean.images, "clean images")
+        tokens = rate_ladder.no_tokens(encoder, clean)
 
         def loss_of(student: Encoder) -> nn.Module:
-            return Loss(student, encoder, chosen, self.keep, self.shift)
+            return Loss(student, encoder, triggers, self.keep, self.shift)
 
         def make(lr: float) -> Encoder:
             recipe = loop.FixedRecipe(self.epochs, self.batch, lr, self.weight_decay, self.warmup)
             return rate_ladder.train_copy(
-                encoder, recipe, loss_of, clean, rows, seed, report, f"unlearn at {lr:g}"
+                encoder, recipe, loss_of, clean, tokens, seed, report, f"unlearn at {lr:g}"
             )
 
-        ruler = rate_ladder.ValidationMetric.of(encoder, clean, validation)
-        return rate_ladder.mark_repaired(
-            rate_ladder.train_at_largest_rate(encoder, ruler, self.lrs, self.tolerance, make, log),
-            spec(self),
-        )
+        return rate_ladder.repair_with_ladder(self, encoder, clean, validation, make, log)
