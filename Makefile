@@ -31,8 +31,8 @@ hostile: $(VENV)/ready-dev
 oldest:
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/python -m pip install -q uv
-	.venv-oldest/bin/uv pip install -q --python .venv-oldest --resolution lowest-direct -e .
-	.venv-oldest/bin/uv pip install -q --python .venv-oldest pytest hypothesis webdataset
+	.venv-oldest/bin/uv pip install -q --python .venv-oldest --resolution lowest-direct -e . \
+		"pytest>=8.4" "hypothesis>=6.100" "webdataset>=1.0"
 	.venv-oldest/bin/python -m pytest -q
 
 newest:
