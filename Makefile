@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test check slow long browser bench clean
+.PHONY: demo test check slow long browser hostile oldest newest bench clean
 demo: $(VENV)/ready
 	$(BIN)/bezoar demo
 
@@ -24,6 +24,22 @@ long: $(VENV)/ready-dev
 browser: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m browser
 
+hostile: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -q -m hostile
+
+# The oldest versions that pyproject.toml allows, and the newest there are, each in an environment of its own.
+oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install -q uv
+	.venv-oldest/bin/uv pip install -q --python .venv-oldest --resolution lowest-direct -e . \
+		"pytest>=8.4" "hypothesis>=6.100" "webdataset>=1.0"
+	.venv-oldest/bin/python -m pytest -q
+
+newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install -q -e ".[dev]"
+	.venv-newest/bin/python -m pytest -q
+
 bench: $(VENV)/ready-dev
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
@@ -37,4 +53,4 @@ $(VENV)/ready-dev: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache
