@@ -11,8 +11,8 @@ test: check
 	$(BIN)/python -m pytest -q
 
 check: $(VENV)/ready-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
 slow: $(VENV)/ready-dev
