@@ -138,11 +138,12 @@ class Scan:
 
     def _by(self, job: Job) -> Any:
         """What embeds the records: a run or a method; None for ready embeddings. Raises UserError when it is not known."""
-        from bezoar.data.embeddings import EmbeddingSource
+        from bezoar.data.source import as_source
         from bezoar.runs import inputs
 
         data, given = job.inputs["data"], job.inputs["encoder"]
-        if isinstance(inputs.open_source(inputs.open_dataset(data).method), EmbeddingSource):
+        source = as_source(inputs.open_source(inputs.open_dataset(data).method))
+        if not source.has_images:
             if given is not None:
                 raise UserError("these data are embeddings already; leave --encoder out")
             return None

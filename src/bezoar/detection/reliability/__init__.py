@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bezoar.data.embeddings import EmbeddingSource
 from bezoar.data.files.paths import TEXT_BYTES, existing_file
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.reliability import false_discoveries, side_channels, usual_filters
@@ -89,7 +88,7 @@ def filters(
     sides: np.ndarray | None = None,
 ) -> tuple[dict[str, Measure], dict[str, Any]]:
     """Which poisons pass the filters that people use."""
-    pixels = not isinstance(getattr(source, "source", None), EmbeddingSource)
+    pixels = getattr(getattr(source, "source", None), "has_images", True)
     found = usual_filters.filters(source, embedded, sides, pixels)
     return usual_filters.measured(found, truth), {"filters": usual_filters.notes(found)}
 

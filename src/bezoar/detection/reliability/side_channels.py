@@ -31,12 +31,12 @@ from PIL import Image
 
 from bezoar.data.decoding import Record
 from bezoar.data.files.images import DECODING_ERRORS, FORMATS
+from bezoar.data.files.paths import expand_paths
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.tars import BLOCK
-from bezoar.data.folders import FolderSource
 from bezoar.data.randomness import draws
-from bezoar.data.shards import ShardSource, StoredRecord, expand_paths
-from bezoar.data.tables import TableSource
+from bezoar.data.source import as_source
+from bezoar.data.sources.shards import ShardSource
 from bezoar.encoders.encoder import split_words
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
@@ -125,14 +125,8 @@ def audit(given: Any, parts: Dataset, ids: Sequence[str], captions: Sequence[str
 
 def undecoded(method: Any) -> Iterable[Record | Skipped] | None:
     """The records of a data method that reads files, images not decoded; None for others."""
-    if hasattr(method, "records"):
-        return method.records()
-    found = inputs.open_source(method)
-    if isinstance(found, ShardSource):
-        return found.records()
-    if isinstance(found, (TableSource, FolderSource)):
-        return itertools.chain.from_iterable(found.records(i) for i in range(len(found.paths)))
-    return None
+    reader = method if hasattr(method, "records") else as_source(inputs.open_source(method))
+    return reader.records()
 
 
 def joined(records: Channels, files: Channels) -> Channels:
@@ -221,18 +215,14 @@ def of_files(records: Iterable[Record | Skipped]) -> Channels:
         for record in records:
             if isinstance(record, Skipped):
                 continue
-            if (
-                isinstance(record, StoredRecord)
-                and isinstance(record.image, bytes)
-                and record.file != tar[0]
-            ):
+            if record.length and record.file != tar[0]:
                 before, tar = tar[1], (record.file, os.open(record.file, os.O_RDONLY))
                 if before >= 0:
                     os.close(before)
             found = stored(record, tar[1])
             if found is None:
                 continue
-            shard = record.shard if isinstance(record, StoredRecord) else 0
+            shard = record.shard
             for key in record.ids:
                 ids.append(key)
                 rows.append((*found, shard, counts[shard]))
@@ -289,7 +279,7 @@ def stored(record: Record, tar: int) -> tuple | None:
     if isinstance(record.image, bytes):
         content, size = record.image[:HEAD], len(record.image)
         extension, time, owner = "", 0.0, ""
-        if isinstance(record, StoredRecord) and tar >= 0 and record.offset >= BLOCK:
+        if record.length and tar >= 0 and record.offset >= BLOCK:
             extension, time, owner = member(os.pread(tar, BLOCK, record.offset - BLOCK))
     else:
         try:
