@@ -27,9 +27,10 @@ from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data import decoding, shards
 from bezoar.data.files import images
+from bezoar.data.files.paths import expand_paths
 from bezoar.data.pairs import Pairs
-from bezoar.data.shards import ShardSource, expand_paths
-from bezoar.data.stored_pairs import StoredPairs, open_records
+from bezoar.data.sources.shards import ShardSource
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.training import loop
 from bezoar.training.prefetch import Prefetcher
 
@@ -85,7 +86,7 @@ def main() -> None:
         tars = expand_paths(given.shards or made(Path(folder), given.images, given.side))
         for size in given.sizes:
             source = ShardSource(tars, size, limit=given.images)
-            records = open_records(source, 0)
+            records = source.load_records(0)
             assert isinstance(records, StoredPairs)
             word = max(records.captions[0].split(), key=len)
             plan = registry.make("poison", "backdoor:rate=0.01")(
@@ -103,7 +104,7 @@ def main() -> None:
                     images.decode_image(content, s) for content in e
                 ],
                 "feed": lambda p=poisoned: drawn(p, given.batch),
-                "index": lambda s=source: open_records(s, 0),
+                "index": lambda s=source: s.load_records(0),
             }
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
             for _ in range(given.repeats):

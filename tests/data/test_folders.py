@@ -23,12 +23,15 @@ from PIL import Image
 from verbs.test_scan import NETWORK, contents, notes, picture, scan, unread
 
 from bezoar import registry
-from bezoar.data import decoding, folders
+from bezoar.data import decoding, source
 from bezoar.data.decoding import Record, gather_pairs
-from bezoar.data.files import paths
+from bezoar.data.files import folders, paths
 from bezoar.data.files.images import SUFFIXES
+from bezoar.data.files.paths import expand_paths
 from bezoar.data.pairs import Pairs, load_pairs
-from bezoar.data.shards import ShardSource, expand_paths
+from bezoar.data.source import as_source
+from bezoar.data.sources.folder import FolderSource
+from bezoar.data.sources.shards import ShardSource
 from bezoar.detection.corpus import corpus, units
 from bezoar.runs import inputs, verb
 from bezoar.runs.run import Run
@@ -78,7 +81,12 @@ def whole(root: Path) -> Pairs:
                 if path.suffix.lower() in SUFFIXES:
                     key = path.relative_to(root).as_posix()
                     yield Record(
-                        path, (key,), (f"a photo of a {folder.name}",), label, str(root), key
+                        image=path,
+                        ids=(key,),
+                        captions=(f"a photo of a {folder.name}",),
+                        label=label,
+                        file=str(root),
+                        member=key,
                     )
 
     return gather_pairs(
@@ -100,14 +108,14 @@ def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monke
     plain = whole(tmp_path / "f")
     same(load_pairs(registry.make("data", spec)()), plain)
     assert load_pairs(registry.make("data", f"{spec},limit=7")()).ids == plain.ids[:7]
-    monkeypatch.setattr(folders, "BLOCK", 7)
-    monkeypatch.setattr(units, "HELD", 7)
+    monkeypatch.setattr(folders, "BLOCK_FILES", 7)
+    monkeypatch.setattr(source, "UNIT_RECORDS", 7)
     status, streamed = scan(tmp_path / "streamed", spec, "--encoder", tiny, *detectors)
     c, found = corpus.reopen_corpus(Run(streamed)), corpus.load_scores(streamed)
     assert status == 0 and tuple(c.ids) == plain.ids and tuple(c.captions) == plain.captions
     same(c.take([29, 3, 3, 0]), plain.take([29, 3, 3, 0]))
     assert found.places[0] == f"{tmp_path}/f cross/0001.png"
-    monkeypatch.setattr(units, "open_source", lambda given: plain)
+    monkeypatch.setattr(units, "open_source", lambda given: as_source(plain))
     status, held = scan(tmp_path / "held", spec, "--encoder", tiny, *detectors)
     assert status == 0
     for name in ("vectors/images.npy", "vectors/texts.npy", "vectors/id.utf8", "keep.txt"):
@@ -116,8 +124,8 @@ def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monke
 
 
 def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(folders, "BLOCK", 100)
-    monkeypatch.setattr(units, "MOST", 16)
+    monkeypatch.setattr(folders, "BLOCK_FILES", 100)
+    monkeypatch.setattr(source, "BATCH_IMAGES", 16)
     original, alive, most = decoding.decode_image, [0], [0]
 
     def gone():
@@ -148,13 +156,13 @@ def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatc
 
 def test_two_workers_and_none_write_the_same_files(tmp_path, tiny, monkeypatch):
     spec, files = classes(tmp_path / "f"), []
-    monkeypatch.setattr(folders, "BLOCK", 10)
+    monkeypatch.setattr(folders, "BLOCK_FILES", 10)
     torch.set_num_threads(1)
     for workers in (1, 2):
         status, made = scan(
             tmp_path / f"runs{workers}", spec, "--encoder", tiny, *WORDS, workers=workers
         )
-        assert status == 0 and len(units.cut_units(registry.make("data", spec)())) == 3
+        assert status == 0 and len(registry.make("data", spec)().units()) == 3
         files.append(contents(made))
     assert files[0] == files[1] and len(files[0]) > 8
 
@@ -162,7 +170,7 @@ def test_two_workers_and_none_write_the_same_files(tmp_path, tiny, monkeypatch):
 def program(runs: Path, spec: str, tiny: Path) -> str:
     """A scan in units of ten files, for a process of its own."""
     words = ["scan", spec, "--encoder", str(tiny), *WORDS, "--runs", str(runs), "--workers", "1"]
-    return f"from bezoar.data import folders; folders.BLOCK = 10; from bezoar.cli import main; main({words!r}) and exit(1)"
+    return f"from bezoar.data.files import folders; folders.BLOCK_FILES = 10; from bezoar.cli import main; main({words!r}) and exit(1)"
 
 
 def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, monkeypatch):
@@ -182,21 +190,21 @@ def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, 
     (folder,) = runs.glob("scan-*")
     done = len(list(folder.glob("vectors/0*.json")))
     assert 2 <= done < 5
-    embedded, original = [], units.embed
+    embedded, original = [], units.embed_unit
 
     def watched(found, unit, *rest):
         embedded.append(unit.number)
         original(found, unit, *rest)
 
-    monkeypatch.setattr(folders, "BLOCK", 10)
+    monkeypatch.setattr(folders, "BLOCK_FILES", 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "embed", watched)
+        patch.setattr(units, "embed_unit", watched)
         status, again = scan(runs, spec, "--encoder", tiny, *WORDS)
     assert (
         status == 0
         and again == folder
         and embedded == list(range(done, 5))
-        and not list(folder.rglob("*.part"))
+        and not list(folder.rglob("*.tmp"))
     )
     _, fresh = scan(tmp_path / "other", spec, "--encoder", tiny, *WORDS)
     for name in ("ranked.json", "keep.txt", "vectors/images.npy", "vectors/id.utf8"):
@@ -246,15 +254,15 @@ def test_what_is_bad_in_a_folder_is_named_and_no_link_is_followed_out(tmp_path, 
 
 
 def test_a_folder_that_changes_while_it_is_scanned_is_named(tmp_path, tiny, monkeypatch):
-    spec, cut = classes(tmp_path / "f"), units.cut_units
-    monkeypatch.setattr(folders, "BLOCK", 10)
+    spec, cut = classes(tmp_path / "f"), FolderSource.units
+    monkeypatch.setattr(folders, "BLOCK_FILES", 10)
 
     def changing(found):
         made = cut(found)
         (tmp_path / "f" / "star" / "0001_new.png").write_bytes(picture(60))
         return made
 
-    monkeypatch.setattr(units, "cut_units", changing)
+    monkeypatch.setattr(FolderSource, "units", changing)
     status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
     assert status == 4 and len(corpus.load_scores(made)) == 10
     assert {r for *_, r in unread(made)} == {

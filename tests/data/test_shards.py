@@ -16,13 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar.data import decoding, shards
-from bezoar.data.decoding import resize
+from bezoar.data import decoding
+from bezoar.data.decoding import Record
 from bezoar.data.files import images, paths, skipped
 from bezoar.data.files.images import decode_image
+from bezoar.data.files.paths import expand_paths
 from bezoar.data.files.skipped import Unreadable
+from bezoar.data.label_sets import resize
 from bezoar.data.pairs import Pairs, load_pairs
-from bezoar.data.shards import ShardSource, expand_paths, write_shards
+from bezoar.data.shards import write_shards
+from bezoar.data.sources.shards import ShardSource
 from bezoar.errors import UserError
 from bezoar.registry import make, spec
 
@@ -322,7 +325,7 @@ def test_hostile_headers_end_a_tar_by_name_and_soon(tmp_path: Path, name: str) -
     start, source = time.process_time(), ShardSource((path,), 16)
     found = list(itertools.islice(source.records(), 10))
     assert time.process_time() - start < 5 and len(found) <= 3
-    assert isinstance(found[0], shards.StoredRecord) and found[0].ids == ("t/a",)
+    assert isinstance(found[0], Record) and found[0].ids == ("t/a",)
     assert isinstance(found[-1], skipped.Skipped) and found[-1].reason.startswith("broken tar")
     path.write_bytes(HOSTILE[name] + bytes(1024))
     with pytest.raises(UserError, match=r"t\.tar") as error:
@@ -370,7 +373,7 @@ def test_labels_from_class_names_alone_and_conflicts(tmp_path: Path) -> None:
 
 
 def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "PATHS", 1000)
+    monkeypatch.setattr(paths, "MAX_PATHS", 1000)
     for i in range(12):
         tar_of(tmp_path / f"{i:05d}.tar", record("a"))
     everything = [p.name for p in expand_paths(f"{tmp_path}/{{00000..00011}}.tar")]

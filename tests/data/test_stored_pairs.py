@@ -21,8 +21,9 @@ from bezoar.cli import main
 from bezoar.data import stored_pairs, strings
 from bezoar.data.files import paths
 from bezoar.data.pairs import Pairs, load_pairs
-from bezoar.data.shards import ShardSource, write_shards
-from bezoar.data.stored_pairs import StoredPairs, open_records
+from bezoar.data.shards import write_shards
+from bezoar.data.sources.shards import ShardSource
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.data.strings import Strings
 from bezoar.encoders.encoder import tokenize_captions
 from bezoar.errors import UserError
@@ -55,7 +56,7 @@ def tars(tmp_path: Path) -> ShardSource:
 
 
 def by_index(source: ShardSource) -> StoredPairs:
-    found = open_records(source, 0)
+    found = source.load_records(0)
     assert isinstance(found, StoredPairs)
     return found
 
@@ -90,11 +91,11 @@ def test_flickr8k_by_index_is_what_load_gives(fields: dict) -> None:
     source = ShardSource((DATA / "flickr8k" / "val-00000.tar",), **{"size": 64, **fields})
     plain, found = load_pairs(source), by_index(source)
     same(found.take(range(len(found))), plain)
-    same(open_records(source, EVERYTHING), plain)  # type: ignore[arg-type]
+    same(source.load_records(EVERYTHING), plain)  # type: ignore[arg-type]
     assert found.report.read == len(plain) and isinstance(
-        open_records(source, plain.images.nbytes), Pairs
+        source.load_records(plain.images.nbytes), Pairs
     )
-    assert isinstance(open_records(source, plain.images.nbytes - 1), StoredPairs)
+    assert isinstance(source.load_records(plain.images.nbytes - 1), StoredPairs)
 
 
 @needs_data
@@ -199,10 +200,10 @@ def test_rows_are_taken_off_the_device_once_an_epoch(tars: ShardSource) -> None:
     rows = loop.epoch_batches(7, 0, 96, 16)
     for own in (rows, rows[:, 8:], rows[:, 8:].clone(), rows[2, 3:].clone()):
         for index in own:
-            assert torch.equal(data.on_host(index), index)
-    assert data.asked is not None and data.asked[0] is own
+            assert torch.equal(data.to_host(index), index)
+    assert data.host_copy is not None and data.host_copy[0] is own
     own += 1
-    assert torch.equal(data.on_host(own), own)
+    assert torch.equal(data.to_host(own), own)
 
 
 def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
@@ -323,7 +324,7 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     with pytest.raises(UserError, match="no image-caption record"):
         empty = tmp_path / "empty.tar"
         tarfile.open(empty, "w").close()
-        open_records(ShardSource((empty,), 16), 0)
+        ShardSource((empty,), 16).load_records(0)
 
 
 def test_a_file_that_changed_is_refused_and_the_record_named(tars: ShardSource) -> None:
@@ -354,11 +355,11 @@ def test_rows_are_numbers_of_any_kind_and_never_a_mask(tars: ShardSource) -> Non
 
 
 def test_few_tars_are_open_at_once(tars: ShardSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_pairs, "OPEN", 1)
+    monkeypatch.setattr(stored_pairs, "MAX_OPEN", 1)
     found = by_index(tars)
     rows = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found.images[rows], toy().images[rows])
-    assert found.reader.opened.cache_info().currsize == 1
+    assert found.reader.open_file.cache_info().currsize == 1
 
 
 @needs_data
@@ -445,17 +446,17 @@ def test_auto_keeps_in_memory_what_fits_there_twice(
     needed = 2 * toy().images.nbytes
     for free, kind in ((needed, Pairs), (needed - 1, StoredPairs)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
-        assert isinstance(open_records(tars), kind)
-        assert isinstance(open_records(replace(tars, load="memory")), Pairs)
-        assert isinstance(open_records(replace(tars, load="stream")), StoredPairs)
+        assert isinstance(tars.load_records(), kind)
+        assert isinstance(replace(tars, load="memory").load_records(), Pairs)
+        assert isinstance(replace(tars, load="stream").load_records(), StoredPairs)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"shard .*cannot be read: No such file"):
-        open_records(ShardSource((Path("nowhere.tar"),)))
+        ShardSource((Path("nowhere.tar"),)).load_records()
     with training_data(
         load_pairs(tars), CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 1
     ) as data:
         assert isinstance(data, Pairs)
-    monkeypatch.setattr(prefetch, "room", lambda device: needed)
+    monkeypatch.setattr(prefetch, "free_bytes", lambda device: needed)
     with training_data(
         load_pairs(tars), CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 1
     ) as data:

@@ -71,7 +71,7 @@ def resize(images: Tensor, size: int | None) -> Tensor:
     squares = images[..., upper:lower, left:right]
     parts = [
         torch.nn.functional.interpolate(part, (size, size), mode="bicubic", antialias=True)
-        for part in squares.split(RESIZED)
+        for part in torch.split(squares, RESIZED)
     ]
     return torch.cat(parts)
 

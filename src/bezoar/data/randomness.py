@@ -40,7 +40,8 @@ def draws(seed: int, ids: Sequence[str], count: int, use: str = "") -> np.ndarra
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    uniform: np.ndarray = (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    return uniform
 
 
 def generator(*key: int) -> torch.Generator:

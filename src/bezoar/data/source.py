@@ -42,6 +42,7 @@ STRAY_REASONS = (
     "not in a class folder",
     "no file in the class folder",
 )
+NO_IMAGES = "ready embeddings hold no images and no captions to encode; what needs them cannot be asked here"
 T = TypeVar("T")
 
 
@@ -143,60 +144,70 @@ class RecordIndex:
 
 
 class Source(Protocol):
-    """Records that are read as they are asked for."""
+    """Records that are read as they are asked for. One without images need not define the methods that return them.
 
-    size: int  # pixels a side of the images; 0 without images
-    limit: int | None  # how many records are read at most
-    has_images: bool  # whether there are images; otherwise the records are vectors
-    has_image_files: bool  # whether an image may be a file of its own
-    divisible: bool  # whether units can be read one by one, by other processes too
-    progress_unit: (
-        str  # what the weights of units are in, for the progress bar: "KiB", say; "" for records
-    )
+    Attributes:
+        size: pixels a side of the images; 0 without images.
+        limit: how many records are read at most.
+        has_images: whether there are images; otherwise the records are vectors.
+        has_image_files: whether an image may be a file of its own.
+        progress_unit: what the weights of units are in, for the progress bar; empty for records.
+    """
+
+    size: int
+    limit: int | None = None
+    has_images: bool = True
+    has_image_files: bool = False
+    progress_unit: str = ""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes by label."""
-        ...
+        return ()
 
     @property
     def report(self) -> ReadReport:
         """How the last pass over the source went, or is going."""
-        ...
+        return ReadReport()
+
+    @property
+    def divisible(self) -> bool:
+        """Whether units can be read one by one, by other processes too: not under a limit, which counts over all."""
+        return self.limit is None
 
     def __len__(self) -> int: ...
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """Iterate over the records in order, `size` at a time. Raises UserError if there are none."""
-        ...
+        raise UserError(NO_IMAGES)
 
     def load_records(self) -> Pairs | StoredPairs:
         """Read every record, into memory or into an index. Raises UserError if there are none."""
-        ...
+        raise UserError(NO_IMAGES)
+
+    def records(self) -> Iterable[Record | Skipped] | None:
+        """Iterate over all records, undecoded; None if they are not read from files."""
+        return None
 
     def units(self) -> list[Unit]:
-        """Cut the source. Raises UserError if it holds nothing that could be read."""
+        """Cut the source; see `number_units`. Raises UserError if there is nothing that could be read."""
         ...
 
     def stamp(self, unit: Unit) -> Sequence[int] | None:
         """Integers by which it is noticed that a unit's file was changed since, or None."""
-        ...
+        return None
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock | VectorBlock]:
         """Read the records of a unit in order, a bounded number at a time; the report takes what cannot be read."""
         ...
 
-    def records(self) -> Iterable[Record | Skipped] | None:
-        """Iterate over all records, undecoded; None if they are not read from files."""
-        ...
-
     def find_images(self, index: RecordIndex) -> Pairs | StoredPairs:
         """Return the records of an index with their images. Raises UserError without images."""
-        ...
+        raise UserError(NO_IMAGES)
 
     def image_path(self, shard: int, member: str) -> Path | None:
         """Return the file that holds a record's image and nothing else; None if there is none, or it may not be read."""
-        ...
+        return None
 
     def clean_copy(
         self, folder: Path, index: RecordIndex, kept: np.ndarray, progress: Progress
@@ -205,59 +216,26 @@ class Source(Protocol):
 
         Raises UserError if there are no images or no captions, or the files were changed since the scan.
         """
-        ...
+        raise UserError(NO_IMAGES)
 
 
-class RecordStream:
+class RecordStream(Source):
     """A source that reads image files, or parts of files, as it goes; derive a new kind of source from it.
 
     What is left to write is `units` and `records`, and either `image_path` (for images that are files) or `reader` (for
-    images that are parts of files). A class that derives from it has `size`, and may have `limit` and `classes`.
+    images that are parts of files). A class that derives from it has `paths` and `size`, and may have `limit`, `classes`.
 
     Attributes:
         paths: the files that records lie in, by their number; error messages name them.
-        labelled: whether records have labels, though no class may have a name.
     """
 
     paths: Sequence[Path]
-    size: int
-    limit: int | None = None
-    has_images = True
     has_image_files = True
-    progress_unit = ""
     _report: ReadReport | None = None
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes by label."""
-        return ()
-
-    @property
-    def labelled(self) -> bool:
-        """Whether there are labels."""
-        return bool(self.classes)
-
-    @property
-    def divisible(self) -> bool:
-        """Whether units can be read one by one: not under a limit, which counts over all of them."""
-        return self.limit is None
-
-    @property
-    def report(self) -> ReadReport:
-        """How the last pass over the source went, or is going; empty before the first."""
-        return self._report or ReadReport()
-
-    def units(self) -> list[Unit]:
-        """Cut the source; see `number_units`."""
-        raise NotImplementedError
 
     def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
         """Iterate over the records of a unit, or all of the source, undecoded, and over what cannot be read."""
         raise NotImplementedError
-
-    def image_path(self, shard: int, member: str) -> Path | None:
-        """Return the file that holds a record's image and nothing else; None if there is none, or it may not be read."""
-        return None
 
     def reader(self, index: RecordIndex) -> ImageReader:
         """Return what reads the encoded images of a scanned source by their places."""
@@ -267,9 +245,15 @@ class RecordStream:
         """Return the labels of scanned records, int64 (N,), where they follow from where the records lie."""
         return None
 
-    def stamp(self, unit: Unit) -> Sequence[int] | None:
-        """Integers by which it is noticed that a unit's file was changed since, or None."""
-        return None
+    @property
+    def labelled(self) -> bool:
+        """Whether records have labels; the classes may have no names."""
+        return bool(self.classes)
+
+    @property
+    def report(self) -> ReadReport:
+        """How the last pass over the source went, or is going; empty before the first."""
+        return self._report or ReadReport()
 
     def begin_pass(self) -> ReadReport:
         """Prepare a pass over the source, and return the report that whoever makes it is to fill."""
@@ -360,7 +344,7 @@ class FileImages:
 
     def __init__(self, source: RecordStream, members: Sequence[str]) -> None:
         self.source = source
-        self.paths = source.paths
+        self.paths: Sequence[Path] = source.paths
         self.members = members
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
@@ -371,25 +355,12 @@ class FileImages:
         return read_file(path)
 
 
-@dataclass(frozen=True)
-class WholeSource:
-    """Records that have been read as a whole, into memory or an index, as a source.
+class WholeSource(Source):
+    """Records that have been read as a whole, into memory or an index, as a source."""
 
-    Attributes:
-        whole: the records.
-    """
-
-    whole: Pairs | StoredPairs
-    limit = None
-    has_images = True
-    has_image_files = False
-    divisible = False
-    progress_unit = ""
-
-    @property
-    def size(self) -> int:
-        """Pixels a side."""
-        return self.whole.size
+    def __init__(self, whole: Pairs | StoredPairs) -> None:
+        self.whole = whole
+        self.size = whole.size
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -400,6 +371,11 @@ class WholeSource:
     def report(self) -> ReadReport:
         """How the records were read."""
         return self.whole.report or ReadReport(len(self.whole))
+
+    @property
+    def divisible(self) -> bool:
+        """No: they are in the memory of this process, or would be read as a whole by each."""
+        return False
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -414,13 +390,8 @@ class WholeSource:
 
     def units(self) -> list[Unit]:
         """Cut the records into blocks."""
-        pieces = [
-            ("", b.stop - b.start, (b.start, b.stop)) for b in blocks(len(self), UNIT_RECORDS)
-        ]
-        return number_units(pieces)
-
-    def stamp(self, unit: Unit) -> None:
-        """Nothing: records in memory do not change."""
+        parts = blocks(len(self), UNIT_RECORDS)
+        return number_units(("", b.stop - b.start, (b.start, b.stop)) for b in parts)
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
         """Take the records of a unit; with the first one the report takes what could not be read of all."""
@@ -431,7 +402,7 @@ class WholeSource:
             rows = range(start + part.start, start + part.stop)
             pairs = self.whole.take(rows)
             n = len(pairs)
-            columns = {
+            columns: dict[str, list[Any]] = {
                 "id": list(pairs.ids),
                 "caption": list(pairs.captions) or [""] * n,
                 "member": [f"row {i}" for i in rows],
@@ -442,18 +413,12 @@ class WholeSource:
             }
             yield RecordBlock(columns, pairs.images, list(range(n)), part.stop / (stop - start))
 
-    def records(self) -> None:
-        """Nothing: the records are not read from files any more."""
-
     def find_images(self, index: RecordIndex) -> Pairs | StoredPairs:
         """Return the records of an index with their images."""
         rows = index.places["offset"]
         if len(rows) == len(self) and not index.renamed:
             return self.whole
         return self.whole.select(rows).with_ids(index.ids)
-
-    def image_path(self, shard: int, member: str) -> None:
-        """Nothing: images are no files of their own."""
 
     def clean_copy(
         self, folder: Path, index: RecordIndex, kept: np.ndarray, progress: Progress

@@ -43,7 +43,10 @@ FileStamp = tuple[int, int]  # size, and time of change in ns
 class ImageReader(Protocol):
     """What reads the encoded image at a place. Raises Unreadable or OSError if it can no longer be read."""
 
-    paths: Sequence[Path]
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files, by number."""
+        ...
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """Read the image of a record that lies at this place."""
@@ -72,7 +75,7 @@ class ShardFiles:
         self.paths = tuple(paths)
         self.stamps: list[FileStamp | None]
         if stamps is not None:
-            self.stamps = [stamp and (stamp[0], stamp[1]) for stamp in stamps]
+            self.stamps = [(stamp[0], stamp[1]) if stamp else None for stamp in stamps]
         else:
             try:
                 self.stamps = [file_stamp(os.stat(p)) for p in paths]

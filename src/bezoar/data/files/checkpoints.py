@@ -71,8 +71,11 @@ def _load(file: Path, size: int) -> dict[str, Tensor]:
 
 
 def _is_npz(file: Path) -> bool:
-    with open_zip(file) as archive:
-        names = archive.namelist()
+    try:
+        with open_zip(file) as archive:
+            names = archive.namelist()
+    except UserError as error:
+        raise UserError(f"not a checkpoint that can be read: {error}") from error
     return bool(names) and all(n.endswith(".npy") for n in names)
 
 

@@ -33,14 +33,14 @@ class FileBlock(NamedTuple):
         before: how many files come before them.
         stretch: number of the stretch with which they begin.
         start: number of their first file in it.
-        count: how many they are.
+        files: how many they are.
         checksum: of their names, so that a change is noticed.
     """
 
     before: int
     stretch: int
     start: int
-    count: int
+    files: int
     checksum: int
 
 
@@ -144,7 +144,7 @@ class Walk:
     def read_block(self, block: FileBlock) -> list[str]:
         """Return the paths of a block's files below the root. Raises UserError if they are not those that were cut."""
         files = self.files(block.stretch, block.start)
-        names = [name for *_, name in itertools.islice(files, block.count)]
+        names = [name for *_, name in itertools.islice(files, block.files)]
         if _checksum(names) != block.checksum:
             raise UserError(f"files were added or taken away below {self.root} while it was read")
         return names

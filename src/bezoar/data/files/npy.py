@@ -44,20 +44,20 @@ class Header:
 
 
 def read_header(stream: IO[bytes]) -> Header:
-    """Read the header at the start of a .npy stream.
+    """Read the header at the start of a .npy stream; errors say what is wrong with it, and its file is the subject.
 
     Raises UserError if there is none, a side is negative, or the array holds Python objects. The caller bounds the size.
     """
     try:
         shape, fortran_order, dtype = PARSERS[numpy.lib.format.read_magic(stream)](stream)
     except PARSING_ERRORS as error:
-        raise UserError("no NumPy header that can be read") from error
+        raise UserError("has no NumPy header that can be read") from error
     if dtype.hasobject:
-        raise UserError("it holds Python objects (a pickle), which are never read")
+        raise UserError("holds Python objects (a pickle), which are never read")
     if any(side < 0 for side in shape):
-        raise UserError(f"its shape {shape} has a negative side")
+        raise UserError(f"has a shape with a negative side: {shape}")
     if not dtype.itemsize:
-        raise UserError(f"its type {dtype} has no size")
+        raise UserError(f"holds values of no size: {dtype}")
     return Header(shape, fortran_order, dtype)
 
 
@@ -75,7 +75,7 @@ def fill(buffer: np.ndarray, stream: IO[bytes]) -> None:
     while count < len(buffer):
         content = stream.read(min(CHUNK_BYTES, len(buffer) - count))
         if not content:
-            raise UserError(f"it ends after {count} of {len(buffer)} bytes")
+            raise UserError(f"ends after {count} of {len(buffer)} bytes")
         buffer[count : count + len(content)] = np.frombuffer(content, np.uint8)
         count += len(content)
 
@@ -110,7 +110,7 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UserError as error:
-        raise UserError(f"{path}, rows {start} to {stop}: {error}") from error
+        raise UserError(f"{path} {error} of the rows {start} to {stop}") from error
     return buffer.view(header.dtype).reshape(-1, width).astype(np.float32)
 
 
@@ -123,7 +123,7 @@ def _read_vector_header(path: Path) -> tuple[Header, int]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path} {error}") from error
     is_vectors = header.dtype in (np.float16, np.float32) and len(header.shape) == 2
     if not is_vectors or header.fortran_order or not 1 <= header.shape[1] <= MAX_WIDTH:
         raise UserError(

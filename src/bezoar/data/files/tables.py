@@ -36,7 +36,7 @@ class RowBlock(NamedTuple):
 
     before: int
     offset: int
-    count: int | None
+    rows: int | None
 
 
 ALL_ROWS = RowBlock(0, 0, None)
@@ -158,7 +158,8 @@ def _as_user_error(table: Path) -> Iterator[None]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    is_text: bool = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return is_text
 
 
 def _decode_lines(file: BinaryIO) -> Iterator[str]:
@@ -185,7 +186,7 @@ def _read_csv(table: Path, block: RowBlock) -> Iterator[Row | str]:
         reader = _open_csv(file, table)
         try:
             file.seek(max(block.offset, file.tell()))
-            yield from itertools.islice(reader, block.count)
+            yield from itertools.islice(reader, block.rows)
         except csv.Error as error:  # a stray quote would swallow the lines after it
             raise ValueError(f"row after line {reader.line_num}: {error}") from error
 
@@ -207,7 +208,7 @@ def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:
     with table.open("rb") as file:
         file.seek(block.offset)
         lines = (line for line in iter(lambda: file.readline(TEXT_BYTES), b"") if line.strip())
-        for line in itertools.islice(lines, block.count):
+        for line in itertools.islice(lines, block.rows):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
@@ -231,7 +232,7 @@ def _read_parquet(
     if columns is None:
         with open_parquet(table) as file:
             columns = [f.name for f in file.schema_arrow if _is_text(f.type)]
-    stop = None if block.count is None else block.before + block.count
+    stop = None if block.rows is None else block.before + block.rows
     for batch in read_batches(table, columns, block.before, stop):
         try:
             yield from batch.to_pylist()

@@ -45,5 +45,5 @@ def check_unpacked_size(
     claimed = sum(member.file_size for member in members)
     if claimed > min(max_bytes, max(FREE_BYTES, MAX_RATIO * stored_bytes)):
         raise UserError(
-            f"{stored_bytes} bytes would unpack to {claimed}, which are too many: refused as a zip bomb"
+            f"would unpack {stored_bytes} bytes to {claimed}, which are too many: refused as a zip bomb"
         )

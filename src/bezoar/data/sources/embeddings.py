@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +16,7 @@ from bezoar.data.files import npy, parquet
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import ReadReport
 from bezoar.data.files.tables import CAPTION_COLUMNS, ID_COLUMNS
-from bezoar.data.source import COLUMNS, Unit, VectorBlock, number_units, until_broken
+from bezoar.data.source import COLUMNS, Source, Unit, VectorBlock, number_units, until_broken
 from bezoar.errors import UserError
 from bezoar.registry import method
 
@@ -101,7 +101,7 @@ def numbered_files(folder: Path, ending: str) -> dict[int, Path]:
 
 
 @dataclass(eq=False)
-class EmbeddingSource:
+class EmbeddingSource(Source):
     """N vectors, float16 or float32, in .npy files of any size; they are read in blocks. There are no images.
 
     An id is the metadata's key, else the image's path, else FILE/ROW.
@@ -116,29 +116,11 @@ class EmbeddingSource:
     images: tuple[Path, ...]
     texts: tuple[Path, ...] = ()
     metadata: tuple[Path, ...] = ()
-    classes = ()
     size = 0
-    limit = None
     has_images = False
-    has_image_files = False
-    divisible = True
-    progress_unit = ""
-
-    @property
-    def report(self) -> ReadReport:
-        """How the last pass went: nothing is read but by units."""
-        return ReadReport()
 
     def __len__(self) -> int:
         return sum(npy.read_shape(p)[0] for p in self.images)
-
-    def refuse(self, *_: Any) -> NoReturn:
-        """Raise UserError: there are no images."""
-        raise UserError(
-            "ready embeddings hold no images and no captions to encode; what needs them cannot be asked here"
-        )
-
-    batches = load_records = find_images = clean_copy = refuse
 
     def units(self) -> list[Unit]:
         """Cut the files into blocks of rows; a file that cannot be read is one empty unit, which names it."""
@@ -151,15 +133,6 @@ class EmbeddingSource:
             for part in parts or [slice(0, 0)]:
                 pieces.append((str(path), part.stop - part.start, (number, part.start, part.stop)))
         return number_units(pieces)
-
-    def stamp(self, unit: Unit) -> None:
-        """Nothing: the files are not read again."""
-
-    def records(self) -> None:
-        """Nothing: there are no images."""
-
-    def image_path(self, shard: int, member: str) -> None:
-        """Nothing: there are no images."""
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[VectorBlock]:
         """Read the vectors of a unit in order; the report takes a file that does not fit."""

@@ -127,7 +127,7 @@ class FolderSource(RecordStream):
         found = self.walk_again().cut_blocks()
         if not found:
             raise UserError(f"no images below {str(self.root)!r}")
-        return number_units((str(self.root), block.count, (0, *block)) for block in found)
+        return number_units((str(self.root), block.files, (0, *block)) for block in found)
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """Every file that is read, captions' too: its path below the root, and where that leads."""

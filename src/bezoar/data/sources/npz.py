@@ -168,10 +168,10 @@ class Archive:
                 _check_kind(header, kind, dimensions)
                 claimed, rest = header.nbytes, member.file_size - stream.tell()
                 if claimed != rest:
-                    raise UserError(f"its header asks for {claimed} bytes, but {rest} are stored")
+                    raise UserError(f"asks for {claimed} bytes, but {rest} are stored")
                 return npy.read_data(stream, header)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{where} {error}") from error
         except UNPACKING_ERRORS as error:
             raise UserError(f"{where} cannot be unpacked: {error}") from error
 
@@ -207,4 +207,4 @@ def _check_kind(header: npy.Header, kind: Kind, dimensions: int | None) -> None:
     }[kind]
     if not fits or (dimensions is not None and len(header.shape) != dimensions):
         shape = f" of {dimensions} dimension" if dimensions else ""
-        raise UserError(f"it must be {kind}{shape}; got {header.dtype} {header.shape}")
+        raise UserError(f"must be {kind}{shape}; got {header.dtype} {header.shape}")

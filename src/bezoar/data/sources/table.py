@@ -168,18 +168,15 @@ class TableSource(RecordStream):
         columns = self.find_columns(number)
         path = self.paths[number]
         for row_number, row in read_rows(path, block, [name for name in columns if name]):
-            record = row
-            if not isinstance(row, str):
-                record = self._make_record(number, row_number, row, columns)
-            if isinstance(record, Record):
-                yield record
+            record = row if isinstance(row, str) else self._make_record(number, row_number, row)
+            if isinstance(record, str):
+                yield Skipped(str(path), f"row {row_number}", record)
             else:
-                yield Skipped(str(path), f"row {row_number}", str(record))
+                yield record
 
-    def _make_record(
-        self, number: int, row_number: int, row: Row, columns: Columns
-    ) -> Record | str:
+    def _make_record(self, number: int, row_number: int, row: Row) -> Record | str:
         """Make a record of a row, or say why there is none."""
+        columns = self.find_columns(number)
         image, name = self._find_image(number, row.get(columns.image))
         if image is None:
             return name
