@@ -53,13 +53,13 @@ def pairs_from_arrays(
         template: of the captions, see `class_captions`.
         size: pixels a side; None keeps the images as they are.
     """
-    known = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    label_tensor = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     pixels = resize(torch.from_numpy(np.ascontiguousarray(images)), size)
     captions: tuple[str, ...] = ()
-    if classes and known is not None and bool((known >= 0).all()):
+    if classes and label_tensor is not None and bool((label_tensor >= 0).all()):
         texts = class_captions(classes, template)
-        captions = tuple(texts[label] for label in known.tolist())
-    return Pairs(pixels, captions, known, tuple(ids), tuple(classes), ReadReport(len(ids)))
+        captions = tuple(texts[label] for label in label_tensor.tolist())
+    return Pairs(pixels, captions, label_tensor, tuple(ids), tuple(classes), ReadReport(len(ids)))
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:

@@ -139,7 +139,7 @@ def pack_records(
     folder: Path,
     records: StoredPairs,
     urls: Strings,
-    kept: np.ndarray,
+    kept_rows: np.ndarray,
     place_of: Callable[[int], str],
     progress: Progress,
 ) -> CleanCopy:
@@ -149,7 +149,7 @@ def pack_records(
         folder: takes the shards.
         records: what is written.
         urls: of the records.
-        kept: rows of the records that are written.
+        kept_rows: rows of the records that are written.
         place_of: says where a record lies, for error messages.
         progress: of the shards.
 
@@ -160,11 +160,11 @@ def pack_records(
         raise UserError(
             "records without captions cannot be written as shards; keep.txt and keep.csv name what is kept"
         )
-    parts = blocks(len(kept), PACKED_RECORDS)
+    parts = blocks(len(kept_rows), PACKED_RECORDS)
     for shard, part in enumerate(parts):
-        progress.step(part.start, len(kept), "writing shards")
+        progress.step(part.start, len(kept_rows), "writing shards")
         with open_shard(folder / f"{shard:05d}.tar") as tar:
-            for number, row in enumerate(kept[part].tolist()):
+            for number, row in enumerate(kept_rows[part].tolist()):
                 try:
                     extension, image = _read_for_shard(records, row)
                 except (Unreadable, *DECODING_ERRORS) as error:
@@ -173,7 +173,7 @@ def pack_records(
                 add_member(tar, f"{key}.{extension}", image)
                 add_member(tar, f"{key}.json", _describe_record(records, urls, row, key))
                 add_member(tar, f"{key}.txt", records.captions[row].encode())
-    return CleanCopy(len(parts), len(kept))
+    return CleanCopy(len(parts), len(kept_rows))
 
 
 def _read_for_shard(records: StoredPairs, row: int) -> tuple[str, bytes]:

@@ -210,9 +210,9 @@ class Source(Protocol):
         return None
 
     def clean_copy(
-        self, folder: Path, index: RecordIndex, kept: np.ndarray, progress: Progress
+        self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
     ) -> CleanCopy:
-        """Write the records at the rows `kept`, ascending, to a folder as shards.
+        """Write the records at the rows `kept_rows`, ascending, to a folder as shards.
 
         Raises UserError if there are no images or no captions, or the files were changed since the scan.
         """
@@ -327,11 +327,11 @@ class RecordStream(Source):
         )
 
     def clean_copy(
-        self, folder: Path, index: RecordIndex, kept: np.ndarray, progress: Progress
+        self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
     ) -> CleanCopy:
-        """Write the records at the rows `kept` as shards, with the images' own bytes if these are JPEG, PNG or WebP."""
+        """Write the records at the rows `kept_rows` as shards, with the images' own bytes if these are JPEG, PNG or WebP."""
         records = self.find_images(index)
-        return pack_records(folder, records, index.urls, kept, index.place_of, progress)
+        return pack_records(folder, records, index.urls, kept_rows, index.place_of, progress)
 
 
 class FileImages:
@@ -421,12 +421,12 @@ class WholeSource(Source):
         return self.whole.select(rows).with_ids(index.ids)
 
     def clean_copy(
-        self, folder: Path, index: RecordIndex, kept: np.ndarray, progress: Progress
+        self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
     ) -> CleanCopy:
-        """Write the records at the rows `kept` as shards of PNGs. Raises UserError without captions."""
+        """Write the records at the rows `kept_rows` as shards of PNGs. Raises UserError without captions."""
         records = self.find_images(index)
-        batches = (records.take(kept[part]) for part in blocks(len(kept), 1000))
-        return CleanCopy(len(write_shards(folder, batches)), len(kept))
+        batches = (records.take(kept_rows[part]) for part in blocks(len(kept_rows), 1000))
+        return CleanCopy(len(write_shards(folder, batches)), len(kept_rows))
 
 
 def as_source(records: Any) -> Source:

@@ -69,14 +69,14 @@ class Dataset:
         return {"reading": {"read": report.read, "skipped": [list(s) for s in report.skipped]}}
 
 
-def open_dataset(given: Any) -> Dataset:
+def open_dataset(data: Any) -> Dataset:
     """Return the data set of a configured data method or of a run.
 
     Of a poison run these are its data; of a train, scan or evaluate run those that it was made from.
     """
-    if not isinstance(given, Run):
-        return Dataset(given, Plan())
-    poison, method = poison_run(given), root_method(given)
+    if not isinstance(data, Run):
+        return Dataset(data, Plan())
+    poison, method = poison_run(data), root_method(data)
     if poison is None:
         return Dataset(method, Plan())
     make_trigger = functools.partial(registry.make, "trigger")
@@ -89,10 +89,10 @@ def data_parent(run: Run) -> Run | None:
     It is the run that was given as its data, else the first that it was made from. The encoder of a scan, for example,
     brings its weights and not the records that poisoned it.
     """
-    asked = run.manifest["ask"].get("data")
-    if asked is None:
+    data = run.manifest["ask"].get("data")
+    if data is None:
         return next(iter(run.parents), None)
-    return run.sibling(asked["run"]) if "run" in asked else None
+    return run.sibling(data["run"]) if "run" in data else None
 
 
 def poison_run(run: Run) -> Run | None:
@@ -105,16 +105,16 @@ def poison_run(run: Run) -> Run | None:
 
 def root_method(run: Run) -> Any:
     """Return the data method that a run goes back to. Raises UserError if its files are not what they were."""
-    asked = run.manifest["ask"].get("data")
-    if asked is None or "run" in asked:
+    data = run.manifest["ask"].get("data")
+    if data is None or "run" in data:
         parent = data_parent(run)
         if parent is None:
             raise UserError(f"run {run.name} goes back to no data set")
         return root_method(parent)
-    method = registry.make("data", asked["spec"])
-    if "files" in asked and fingerprint(input_files(method)) != asked["files"]:
+    method = registry.make("data", data["spec"])
+    if "files" in data and fingerprint(input_files(method)) != data["files"]:
         raise UserError(
-            f"the files of {asked['spec']} are not those that run {run.name} was made from"
+            f"the files of {data['spec']} are not those that run {run.name} was made from"
         )
     return method
 
@@ -168,18 +168,18 @@ def in_memory(records: Pairs | StoredPairs) -> Pairs:
     return records if isinstance(records, Pairs) else records.take(range(len(records)))
 
 
-def load_encoder(given: Any, device: torch.device | str) -> Encoder:
+def load_encoder(embedder: Any, device: torch.device | str) -> Encoder:
     """Load the encoder of a train, inject or repair run, or of a network with published weights."""
-    if isinstance(given, Run):
-        holder = _find_encoder(given)
+    if isinstance(embedder, Run):
+        holder = _find_encoder(embedder)
         if holder is None:
-            raise UserError(f"run {given.name} holds no encoder")
+            raise UserError(f"run {embedder.name} holds no encoder")
         return Encoder.load(holder.path, device)
     try:
-        encoder: Encoder = given(0, ())
+        encoder: Encoder = embedder(0, ())
     except ValueError as error:  # a fresh network of no size of its own
         raise UserError(
-            f"network {registry.spec(given)}: {error}; it is not trained; name a train run, or weights: "
+            f"network {registry.spec(embedder)}: {error}; it is not trained; name a train run, or weights: "
             "imported:path=FILE, open_clip:NAME/PRETRAINED"
         ) from error
     return encoder.to(device).eval()
@@ -196,9 +196,11 @@ def _find_encoder(run: Run) -> Run | None:
     return None
 
 
-def known_goals(given: Any) -> list[Goal]:
+def known_goals(artefact: Any) -> list[Goal]:
     """Return what an attacker wants of a run's artefact; nothing is known of others."""
-    return [Goal.from_json(g) for g in given.manifest["goal"]] if isinstance(given, Run) else []
+    if not isinstance(artefact, Run):
+        return []
+    return [Goal.from_json(g) for g in artefact.manifest["goal"]]
 
 
 def write_json(path: Path, content: Any) -> None:

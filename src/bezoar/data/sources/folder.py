@@ -124,10 +124,10 @@ class FolderSource(RecordStream):
 
     def units(self) -> list[Unit]:
         """Walk the folder anew and cut it into blocks of files. Raises UserError if there are none."""
-        found = self.walk_again().cut_blocks()
-        if not found:
+        blocks = self.walk_again().cut_blocks()
+        if not blocks:
             raise UserError(f"no images below {str(self.root)!r}")
-        return number_units((str(self.root), block.files, (0, *block)) for block in found)
+        return number_units((str(self.root), block.files, (0, *block)) for block in blocks)
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """Every file that is read, captions' too: its path below the root, and where that leads."""

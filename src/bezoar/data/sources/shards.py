@@ -250,14 +250,14 @@ class ShardSource(RecordStream):
         return ShardFiles(self.paths, index.file_stamps)
 
     def clean_copy(
-        self, folder: Path, index: RecordIndex, kept: np.ndarray, progress: Progress
+        self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
     ) -> CleanCopy:
         """Write the same tars without what is not kept, members byte for byte.
 
         An image with several captions stays if all of them do.
         """
         is_kept = np.zeros(len(index), bool)
-        is_kept[kept] = True
+        is_kept[kept_rows] = True
         by_shard = np.argsort(index.places["shard"], kind="stable")
         edges = np.searchsorted(index.places["shard"][by_shard], np.arange(len(self.paths) + 1))
         shards = count = 0

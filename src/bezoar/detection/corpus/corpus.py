@@ -116,14 +116,14 @@ class Corpus(RecordIndex):
 
 
 def embed_corpus(
-    given: Any, by: Any, folder: Path, settings: Settings, progress: Progress
+    data: Any, by: Any, folder: Path, settings: Settings, progress: Progress
 ) -> Corpus:
     """Cut data into units, embed them and put them together.
 
     What an earlier attempt left is used, unless the settings ask for a fresh run.
 
     Args:
-        given: the run or data method that is scanned.
+        data: the run or data method that is scanned.
         by: what embeds it: a run or a network; None for ready embeddings.
         folder: of the scan.
         settings: workers, device and so on.
@@ -133,12 +133,12 @@ def embed_corpus(
         UserError: if nothing is left to scan.
     """
     vectors = folder / FOLDER
-    source = units.open_source(given)
+    source = units.open_source(data)
     if settings.fresh:
         shutil.rmtree(vectors, ignore_errors=True)
     if not (vectors / "done.json").exists():
         todo = source.units()
-        units.embed_all(given, by, todo, vectors, settings, progress)
+        units.embed_all(data, by, todo, vectors, settings, progress)
         assemble(todo, vectors, folder / SKIPPED)
     return _open(source, units.load_encoder(by, settings.device) or Vectors(), vectors)
 

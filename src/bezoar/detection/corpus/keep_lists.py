@@ -20,7 +20,7 @@ COLUMNS = pa.schema(
 )
 
 
-def write_keep_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
+def write_keep_lists(folder: Path, corpus: Corpus, kept_rows: np.ndarray) -> None:
     """Write keep.txt, keep.parquet, and keep.csv where images are files of their own.
 
     keep.txt holds an id a line. keep.parquet holds id, shard, member (img2dataset's key), caption and url: what
@@ -30,25 +30,27 @@ def write_keep_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
     Args:
         folder: takes the lists.
         corpus: what was scanned.
-        kept: rows of the records that stay, ascending.
+        kept_rows: rows of the records that stay, ascending.
     """
     with (
         whole_file(folder / "keep.txt") as text,
         whole_file(folder / "keep.parquet", "wb") as file,
         pq.ParquetWriter(file, COLUMNS) as table,
     ):
-        for rows in _kept_blocks(corpus, kept):
+        for rows in _kept_blocks(corpus, kept_rows):
             part = _take(corpus, rows)
             text.write("".join(f"{key}\n" for key in part.column("id").to_pylist()))
             table.write_table(part)
-    if corpus.source.has_image_files and not corpus.places["length"][kept].any():
-        _write_csv(folder / "keep.csv", corpus, kept)
+    if corpus.source.has_image_files and not corpus.places["length"][kept_rows].any():
+        _write_csv(folder / "keep.csv", corpus, kept_rows)
 
 
-def _kept_blocks(corpus: Corpus, kept: np.ndarray) -> Iterator[np.ndarray]:
+def _kept_blocks(corpus: Corpus, kept_rows: np.ndarray) -> Iterator[np.ndarray]:
     """Cut the kept rows where the corpus is cut into blocks."""
     for block in blocks(len(corpus), ROWS):
-        yield kept[np.searchsorted(kept, block.start) : np.searchsorted(kept, block.stop)]
+        yield kept_rows[
+            np.searchsorted(kept_rows, block.start) : np.searchsorted(kept_rows, block.stop)
+        ]
 
 
 def _take(corpus: Corpus, rows: np.ndarray) -> pa.Table:
@@ -61,13 +63,13 @@ def _take(corpus: Corpus, rows: np.ndarray) -> pa.Table:
     return table.take(pa.array(rows - span.start)).cast(COLUMNS)
 
 
-def _write_csv(path: Path, corpus: Corpus, kept: np.ndarray) -> None:
+def _write_csv(path: Path, corpus: Corpus, kept_rows: np.ndarray) -> None:
     """Write open_clip's table of what is kept, with whole paths."""
     # A path that is not UTF-8 is written as its bytes are.
     with whole_file(path, "w", errors="surrogateescape", newline="") as file:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         out.writerow(("filepath", "title"))
-        for rows in _kept_blocks(corpus, kept):
+        for rows in _kept_blocks(corpus, kept_rows):
             shards = corpus.places["shard"][rows].tolist()
             for shard, record in zip(shards, _take(corpus, rows).to_pylist(), strict=True):
                 path_of_image = corpus.source.image_path(shard, record["member"])
@@ -75,14 +77,14 @@ def _write_csv(path: Path, corpus: Corpus, kept: np.ndarray) -> None:
 
 
 def write_clean_copy(
-    folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress
+    folder: Path, corpus: Corpus, kept_rows: np.ndarray, progress: Progress
 ) -> dict[str, int]:
     """Write cleaned shards, in the way of the source; see `Source.clean_copy`.
 
     Args:
         folder: takes the shards; those that an earlier attempt left there are deleted.
         corpus: what was scanned.
-        kept: rows of the records that stay, ascending.
+        kept_rows: rows of the records that stay, ascending.
         progress: of the shards.
 
     Returns:
@@ -94,5 +96,5 @@ def write_clean_copy(
     folder.mkdir(exist_ok=True)
     for leftover in (*folder.glob("*.tar"), *folder.glob(f"*{TEMPORARY}")):
         leftover.unlink()
-    copy = corpus.source.clean_copy(folder, corpus, kept, progress)
+    copy = corpus.source.clean_copy(folder, corpus, kept_rows, progress)
     return {"shards": copy.shards, "written": copy.records}

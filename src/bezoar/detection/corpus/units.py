@@ -39,23 +39,23 @@ from bezoar.runs.verb import Settings
 MAX_ID_LENGTH = 1024  # characters
 BATCH_ROWS = 1 << 14  # records read again at a time
 ENDINGS = ("images.npy", "texts.npy", "parquet", "json")  # of the files of a unit
-Report = Callable[[float], None]  # takes the share of a unit that is done
+Report = Callable[[float], None]  # takes how much is done
 
 
 @functools.lru_cache(1)
-def open_source(given: Any) -> Source:
+def open_source(data: Any) -> Source:
     """Return the source that a run or a data method is scanned by.
 
     It is the data method's own if that can be cut as it is; under a plan or a limit, it is the data set read as a whole.
     Raises UserError if a plan is to go over ready embeddings.
     """
-    data = inputs.open_dataset(given)
-    source = as_source(inputs.open_source(data.method))
-    if source.divisible and not data.plan.edits:
+    dataset = inputs.open_dataset(data)
+    source = as_source(inputs.open_source(dataset.method))
+    if source.divisible and not dataset.plan.edits:
         return source
     if not source.has_images:
         raise UserError("ready embeddings cannot be poisoned: there is no image to change")
-    return as_source(data.records)
+    return as_source(dataset.records)
 
 
 def unit_path(folder: Path, unit: Unit, ending: str) -> Path:
@@ -189,7 +189,7 @@ def _normalise(z: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def embed_all(
-    given: Any, by: Any, units: Sequence[Unit], folder: Path, settings: Settings, progress: Progress
+    data: Any, by: Any, units: Sequence[Unit], folder: Path, settings: Settings, progress: Progress
 ) -> None:
     """Make the files of all units that have none yet.
 
@@ -197,7 +197,7 @@ def embed_all(
     are read from files; Ray tasks when asked for.
 
     Args:
-        given: the run or data method that is scanned.
+        data: the run or data method that is scanned.
         by: what embeds it: a run or a network; None for ready embeddings.
         units: of its source.
         folder: takes the files.
@@ -208,66 +208,66 @@ def embed_all(
     for leftover in folder.glob(f"*{TEMPORARY}"):
         leftover.unlink()
     missing = [u for u in units if read_summary(folder, u) is None]
-    source = open_source(given)
+    total = sum(u.weight for u in missing)
+    source = open_source(data)
     text = ", ".join(filter(None, ("embedding", source.progress_unit)))
-    progress.step(0, sum(u.weight for u in missing), text)
+
+    def report(done: float) -> None:
+        progress.step(int(done), total, text)
+
+    report(0)
     workers = 1
     if source.divisible and by is not None:
         workers = min(len(missing), settings.workers or sweep.worker_count(settings))
     if settings.ray or workers > 1:
-        _embed_in_workers(given, by, missing, folder, settings, workers, progress, text)
+        request = {
+            "data": _reference(data, "data"),
+            "encoder": _reference(by, "network"),
+            "folder": str(folder.absolute()),
+            "cwd": str(Path.cwd()),
+            "device": settings.device,
+        }
+        _embed_in_workers(request, missing, folder, settings, workers, report)
     else:
-        _embed_here(source, load_encoder(by, settings.device), missing, folder, progress, text)
+        _embed_here(source, load_encoder(by, settings.device), missing, folder, report)
 
 
 def _embed_here(
-    source: Source,
-    encoder: Encoder | None,
-    units: Sequence[Unit],
-    folder: Path,
-    progress: Progress,
-    text: str,
+    source: Source, encoder: Encoder | None, units: Sequence[Unit], folder: Path, report: Report
 ) -> None:
-    total, done = sum(u.weight for u in units), 0
+    """Embed units in this process. report: takes the weight of what is done."""
+    done = 0
     for unit in units:
 
-        def report(share: float, start: int = done, weight: int = unit.weight) -> None:
-            progress.step(start + int(share * weight), total, text)
+        def report_unit(share: float, start: int = done, weight: int = unit.weight) -> None:
+            report(start + share * weight)
 
-        embed_unit(source, unit, encoder, folder, report)
+        embed_unit(source, unit, encoder, folder, report_unit)
         done += unit.weight
 
 
 def _embed_in_workers(
-    given: Any,
-    by: Any,
+    request: dict[str, str],
     units: Sequence[Unit],
     folder: Path,
     settings: Settings,
     workers: int,
-    progress: Progress,
-    text: str,
+    report: Report,
 ) -> None:
-    common = {
-        "data": _reference(given, "data"),
-        "encoder": _reference(by, "network"),
-        "folder": str(folder.absolute()),
-        "cwd": str(Path.cwd()),
-        "device": settings.device,
-    }
-    total, done = sum(u.weight for u in units), 0
+    """Embed units in worker processes or as Ray tasks. request: what all of them are told, see `answer_request`."""
+    done = 0
     waiting = list(reversed(units))
     with sweep.worker_pool(settings, workers, answer_request) as (submit, places):
         running: dict[Future[dict[str, Any]], Unit] = {}
         while waiting or running:
             while waiting and len(running) < places:
                 unit = waiting.pop()
-                running[submit({**common, "unit": asdict(unit)})] = unit
+                running[submit({**request, "unit": asdict(unit)})] = unit
             for future in wait(running, return_when=FIRST_COMPLETED)[0]:
                 unit, answer = running.pop(future), future.result()
                 _check_answer(answer, unit, folder)
                 done += unit.weight
-                progress.step(done, total, text)
+                report(done)
 
 
 def _check_answer(answer: dict[str, Any], unit: Unit, folder: Path) -> None:
