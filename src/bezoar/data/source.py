@@ -6,10 +6,11 @@ is cut into units and how the records of a unit are read; the rest follows from 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
-from bezoar.data.decoding import Record, batch_pairs, decode_records, describe_failure
+from bezoar.data.decoding import Decoded, Record, batch_pairs, decode_records, describe_failure
 from bezoar.data.files.paths import encodable, read_file
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs, load_pairs
@@ -31,7 +32,7 @@ UNIT_RECORDS = 4096  # of a unit of a set that is in memory, or read by index
 BATCH_VALUES = 1 << 25  # pixel values that are decoded at a time
 BATCH_IMAGES = 512  # images that are
 TEXT_COLUMNS = ("id", "caption", "member", "url")
-# What a scan keeps of a record: its texts, and where its image lies (number of the file, offset, length).
+# What a scan keeps of a record, see `RecordRow`.
 COLUMNS = pa.schema(
     [(name, pa.large_string()) for name in TEXT_COLUMNS]
     + [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
@@ -63,18 +64,30 @@ class Unit:
     place: tuple[int, ...]
 
 
+class RecordRow(NamedTuple):
+    """What a scan keeps of a record: one value for each of COLUMNS."""
+
+    id: str
+    caption: str
+    member: str
+    url: str
+    shard: int
+    offset: int
+    length: int
+
+
 @dataclass(frozen=True)
 class RecordBlock:
     """Some records of a unit with their images.
 
     Attributes:
-        columns: a list of n values for each of COLUMNS.
+        rows: of n records.
         images: uint8 (m, 3, S, S).
         image_rows: for each record, which of the images is its own; several captions share one.
         done: share of the unit that was read, 0..1.
     """
 
-    columns: dict[str, list[Any]]
+    rows: list[RecordRow]
     images: Tensor
     image_rows: list[int]
     done: float
@@ -279,36 +292,17 @@ class RecordStream(Source):
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
         """Read the records of a unit in order, a bounded number at a time; the report takes what cannot be read."""
-        most = batch_size(self.size)
-        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
-        images: list[np.ndarray] = []
-        image_rows: list[int] = []
-
-        def flush(done: float) -> RecordBlock:
-            nonlocal columns, images, image_rows
-            block = RecordBlock(columns, torch.from_numpy(np.stack(images)), image_rows, done)
-            columns, images, image_rows = {name: [] for name in COLUMNS.names}, [], []
-            return block
-
         records = until_broken(self.records(unit), unit, report)
-        for record, image in decode_records(records, self.size, report):
-            images.append(image)
-            captions = record.captions or ("",) * len(record.ids)
-            for key, caption in zip(record.ids, captions, strict=True):
-                place = (record.shard, record.offset, record.length)
-                values = (key, caption, record.member, record.url, *place)
-                for name, value in zip(COLUMNS.names, values, strict=True):
-                    columns[name].append(value)
-                image_rows.append(len(images) - 1)
-            if len(images) >= most:
-                yield flush(min(1.0, self.progress_at(record, unit)))
-        if images:
-            yield flush(1.0)
+        decoded = decode_records(records, self.size, report)
+        while batch := list(itertools.islice(decoded, batch_size(self.size))):
+            block = _make_block(batch, self.progress_at(batch[-1][0], unit))
+            batch.clear()  # frees these images before the next ones are decoded
+            yield block
 
     def progress_at(self, record: Record, unit: Unit) -> float:
         """Share of a unit that has been read when a record has been: by default its offset counts records."""
         before = unit.place[1] if len(unit.place) > 1 else 0
-        return (record.offset - before) / unit.weight
+        return min(1.0, (record.offset + 1 - before) / unit.weight)
 
     def find_images(self, index: RecordIndex) -> StoredPairs:
         """Return the records of an index with their images."""
@@ -332,6 +326,20 @@ class RecordStream(Source):
         """Write the records at the rows `kept_rows` as shards, with the images' own bytes if these are JPEG, PNG or WebP."""
         records = self.find_images(index)
         return pack_records(folder, records, index.urls, kept_rows, index.place_of, progress)
+
+
+def _make_block(batch: Sequence[Decoded], done: float) -> RecordBlock:
+    """Put decoded records into a block."""
+    rows: list[RecordRow] = []
+    image_rows: list[int] = []
+    for number, (record, _) in enumerate(batch):
+        captions = record.captions or ("",) * len(record.ids)
+        for key, caption in zip(record.ids, captions, strict=True):
+            place = (record.shard, record.offset, record.length)
+            rows.append(RecordRow(key, caption, record.member, record.url, *place))
+            image_rows.append(number)
+    images = torch.from_numpy(np.stack([image for _, image in batch]))
+    return RecordBlock(rows, images, image_rows, done)
 
 
 class FileImages:
@@ -401,17 +409,13 @@ class WholeSource(Source):
         for part in blocks(stop - start, batch_size(self.size)):
             rows = range(start + part.start, start + part.stop)
             pairs = self.whole.take(rows)
-            n = len(pairs)
-            columns: dict[str, list[Any]] = {
-                "id": list(pairs.ids),
-                "caption": list(pairs.captions) or [""] * n,
-                "member": [f"row {i}" for i in rows],
-                "url": [""] * n,
-                "shard": [0] * n,
-                "offset": list(rows),
-                "length": [0] * n,
-            }
-            yield RecordBlock(columns, pairs.images, list(range(n)), part.stop / (stop - start))
+            captions = pairs.captions or ("",) * len(pairs)
+            records = [
+                RecordRow(key, caption, f"row {row}", "", 0, row, 0)
+                for row, key, caption in zip(rows, pairs.ids, captions, strict=True)
+            ]
+            done = part.stop / (stop - start)
+            yield RecordBlock(records, pairs.images, list(range(len(pairs))), done)
 
     def find_images(self, index: RecordIndex) -> Pairs | StoredPairs:
         """Return the records of an index with their images."""

@@ -177,7 +177,7 @@ class ShardSource(RecordStream):
 
     def progress_at(self, record: Record, unit: Unit) -> float:
         """Share of the shard's bytes."""
-        return record.offset / 1024 / unit.weight
+        return min(1.0, record.offset / 1024 / unit.weight)
 
     def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
         """Iterate over the records of all tars in order, or of one; these have the labels that their own JSON tells.

@@ -143,11 +143,14 @@ def _embed_block(block: RecordBlock | VectorBlock, encoder: Encoder | None) -> V
     assert encoder is not None
     encoder.eval()
     z = encoder.encode_images(block.images).float().cpu()[block.image_rows].numpy()
-    captions = block.columns["caption"]
+    captions = [row.caption for row in block.rows]
     texts = None
     if encoder.text is not None and all(captions):
         texts = encoder.encode_texts(captions).float().cpu().numpy()
-    arrays = {n: pa.array(values, COLUMNS.field(n).type) for n, values in block.columns.items()}
+    arrays = {
+        field.name: pa.array(values, field.type)
+        for field, values in zip(COLUMNS, zip(*block.rows, strict=True), strict=True)
+    }
     return VectorBlock(arrays, z, texts, block.done)
 
 
