@@ -1,4 +1,4 @@
-"""Decoding streams of records that others wrote: in threads, in order, with a report of what could not be read."""
+"""Decoding of record streams: in threads, in order, with a report of what could not be read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Record:
         member: the member or row in it; empty if it is the file itself.
         url: where the image came from, if that is known.
         shard: number of the file in the source.
-        offset: what finds the record again in that file: the byte at which the image begins, or its row.
+        offset: what finds the record again in that file: the byte at which the image begins, or its
+            row.
         length: bytes of the encoded image in that file; 0 if the image is a file of its own.
     """
 
@@ -64,7 +65,8 @@ def decode_records(
     """Decode a stream in its own order, in threads, holding a bounded number of images.
 
     Args:
-        records: what is read; a UserError that it raises is raised here after the records before it.
+        records: what is read; a UserError that it raises is raised here after the records before
+            it.
         size: pixels a side, see `decode_image`.
         report: takes what could not be read.
     """
@@ -107,7 +109,7 @@ def _decode(record: Record, size: int | None) -> Decoded | Skipped:
 
 
 def _cut_tasks(records: Iterable[Record | Skipped]) -> Iterator[list[Record | Skipped] | UserError]:
-    """Cut a stream into tasks for a thread: small enough to hold, large enough that handing over costs nothing."""
+    """Cut a stream into tasks for threads, large enough that handing them over costs nothing."""
     items: list[Record | Skipped] = []
     nbytes = 0
     try:
@@ -174,7 +176,8 @@ def batch_pairs(
     """Decode a stream of records into Pairs of `count` each; the last may be smaller.
 
     Args:
-        records, size, report, limit: see `decode_distinct`. Every batch carries the one report, which grows.
+        records, size, report, limit: see `decode_distinct`. Every batch carries the one report,
+            which grows.
         count: records a batch.
         classes: names of the classes.
         labelled: whether there are labels (-1 where they are not known) though no class has a name.
@@ -216,7 +219,10 @@ def gather_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Pairs:
-    """Decode a whole stream into memory, see `batch_pairs`. Raises UserError if nothing in `what` can be read."""
+    """Decode a whole stream into memory, see `batch_pairs`.
+
+    Raises UserError if nothing in `what` can be read.
+    """
     report = ReadReport()
     parts = list(batch_pairs(records, size, 1024, report, classes, limit, labelled))
     if not parts:

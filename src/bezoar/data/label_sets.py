@@ -1,4 +1,4 @@
-"""What the methods for labelled image sets share: fields, captions made of class names, torchvision's downloads."""
+"""What methods for labelled image sets share: fields, captions of class names, downloads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_fields(size: int | None, limit: int | None, template: str = TEMPLATE) 
 
 
 def class_captions(classes: Sequence[str], template: str) -> tuple[str, ...]:
-    """Make a caption for each class: `{c}` in the template becomes the name, its underscores spaces."""
+    """Make a caption a class: `{c}` in the template becomes the name, underscores become spaces."""
     return tuple(template.replace("{c}", name.replace("_", " ")) for name in classes)
 
 
@@ -63,7 +63,7 @@ def pairs_from_arrays(
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
-    """Resize uint8 (N, 3, H, W) as `decode_image` does: the centred square, bicubic, antialiased."""
+    """Resize uint8 (N, 3, H, W) as `decode_image` does: centred square, bicubic, antialiased."""
     height, width = images.shape[-2:]
     if size is None or (height, width) == (size, size):
         return images
@@ -77,7 +77,10 @@ def resize(images: Tensor, size: int | None) -> Tensor:
 
 
 def open_torchvision(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
-    """Open a data set of torchvision's. Raises UserError that says how to get it when it is missing or damaged."""
+    """Open a data set of torchvision's.
+
+    Raises UserError that says how to get it when it is missing or damaged.
+    """
     try:
         return make()
     except (RuntimeError, OSError, ValueError) as error:

@@ -30,8 +30,8 @@ class Pairs:
         labels: int64 (N,), -1 where the class is not known; None without classes.
         ids: N stable, unique keys, which are never renumbered.
         classes: names by label.
-        report: how the records were read, if they were read from files. It is about the whole source, so parts of it
-            carry it too.
+        report: how the records were read, if they were read from files. It is about the whole
+            source, so parts of it carry it too.
     """
 
     images: Tensor
@@ -75,7 +75,10 @@ class Pairs:
         )
 
     def select(self, rows: Rows) -> Pairs:
-        """Return the records at the given rows, kept where they are: in memory. See `StoredPairs.select`."""
+        """Return the records at the given rows, kept where they are: in memory.
+
+        See `StoredPairs.select`.
+        """
         return self.take(rows)
 
     def with_ids(self, ids: Strings) -> Pairs:
@@ -93,7 +96,7 @@ class Pairs:
         return replace(self, images=self.images.to(device), labels=labels)
 
     def empty_images(self, n: int, pinned: bool = False) -> Tensor:
-        """Allocate n images, uint8 (n, 3, H, W), in the memory layout of these; pinned pages are for a GPU."""
+        """Allocate n images, uint8 (n, 3, H, W), in the layout of these; pinned for a GPU."""
         shape, stride = (n, *self.images.shape[1:]), self.images.stride()
         return torch.empty_strided(shape, stride, dtype=torch.uint8, pin_memory=pinned)
 
@@ -121,7 +124,7 @@ class Pairs:
 
 
 class Batched(Protocol):
-    """Records that are given out batch by batch: Pairs, StoredPairs, any source, a scanned corpus."""
+    """Records that can be had batch by batch: Pairs, StoredPairs, any source, a scanned corpus."""
 
     def batches(self, size: int) -> Iterator[Pairs]:
         """Iterate over the records in order, `size` at a time."""
@@ -140,13 +143,13 @@ def row_numbers(rows: Rows) -> np.ndarray:
 
 
 def load_pairs(source: Batched) -> Pairs:
-    """Load every record of a source into memory; where they are there already (as its `records`), return those."""
+    """Load every record of a source into memory; its `records`, if these are Pairs already."""
     held = source if isinstance(source, Pairs) else getattr(source, "records", None)
     return held if isinstance(held, Pairs) else Pairs.concat(list(source.batches(1024)))
 
 
 def content_hash(image: Tensor, caption: str = "") -> str:
-    """Hash one record: 16 hex digits of sha256 over its shape, its pixels uint8 (3, H, W) and its caption."""
+    """Hash one record: 16 hex digits of sha256 over shape, pixels uint8 (3, H, W) and caption."""
     pixels = image.contiguous().cpu().numpy()
     head = ",".join(map(str, pixels.shape)).encode()
     return hashlib.sha256(head + pixels.tobytes() + caption.encode()).hexdigest()[:16]

@@ -1,12 +1,14 @@
 """Drawing of small scenes in batches: one textured shape on a cluttered ground, lit and noisy.
 
-A record's pixels do not depend on its batch, its order, the number of threads or the processor's vector width: every
-float operation is one that IEEE 754 rounds correctly (+ - * / sqrt, min, max, floor), the only product of matrices is over
-integers that float32 holds exactly, and noise is an integer hash of (record, pixel). Nothing on the device is divided by a
-number of the host, unless by a power of two: CUDA multiplies by the reciprocal instead.
+A record's pixels do not depend on its batch, its order, the number of threads or the processor's
+vector width: every float operation is one that IEEE 754 rounds correctly (+ - * / sqrt, min, max,
+floor), the only product of matrices is over integers that float32 holds exactly, and noise is an
+integer hash of (record, pixel). Nothing on the device is divided by a number of the host, unless by
+a power of two: CUDA multiplies by the reciprocal instead.
 
-Frame coordinates: x to the right, y up, both -1..1 over the image. A shape lives in object coordinates: moved to its
-centre, turned, and divided by its scale, in which it reaches to about 0.9.
+Frame coordinates: x to the right, y up, both -1..1 over the image. A shape lives in object
+coordinates: moved to its centre, turned, and divided by its scale, in which it reaches to about
+0.9.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ CHUNK = 1 << 18  # pixels drawn at a time: small enough for the cache
 
 @dataclass(frozen=True)
 class Sketch:
-    """What to draw, for n records. Colours are 0..255; lengths are in frame coordinates unless stated otherwise."""
+    """What to draw, for n records.
+
+    Colours are 0..255; lengths are in frame coordinates unless stated otherwise.
+    """
 
     shape: Tensor  # int64 (n,), index into SHAPES
     texture: Tensor  # int64 (n,), index into TEXTURES
@@ -34,7 +39,7 @@ class Sketch:
     scale: Tensor  # float32 (n,), half the frame is 1
     turn: Tensor  # float32 (n,), tangent of half the angle, counter-clockwise
     paint: Tensor  # float32 (n, 2, 3), the shape's own colour and its texture's second one
-    pattern: Tensor  # float32 (n, 3), the texture's period in object coordinates, and its phase in x and y in 0..1
+    pattern: Tensor  # float32 (n, 3), the texture's period, and its phase in x and y in 0..1
     ground: Tensor  # float32 (n, 3, NODES, NODES), whole numbers
     boxes: Tensor  # float32 (n, b, 5), clutter: x, y, half width, half height, turn
     box_paint: Tensor  # float32 (n, b, 3)
@@ -97,7 +102,7 @@ def _draw(s: Sketch, size: int) -> Tensor:
 
 
 def _place(x: Tensor, y: Tensor, center: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coordinates (n, P) of pixels (P,) about a centre, turned; sine and cosine by the half-angle formulas."""
+    """Return the coordinates (n, P) of pixels (P,) about a centre, turned (half-angle formulas)."""
     t = turn[:, None]
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     dx, dy = x - center[:, :1], y - center[:, 1:]
@@ -105,7 +110,7 @@ def _place(x: Tensor, y: Tensor, center: Tensor, turn: Tensor) -> tuple[Tensor, 
 
 
 def _cover(distance: Tensor, sharp: Tensor | float) -> Tensor:
-    """Turn signed distances, negative inside, into the share of each pixel that is covered, in place.
+    """Turn signed distances, negative inside, into the covered share of each pixel, in place.
 
     sharp: pixels in a unit of distance.
     """
@@ -113,7 +118,7 @@ def _cover(distance: Tensor, sharp: Tensor | float) -> Tensor:
 
 
 def _ground(nodes: Tensor, size: int) -> Tensor:
-    """Interpolate integer colours (n, 3, NODES, NODES) to (n, 3, P) in exact sums with integer weights."""
+    """Interpolate integer colours (n, 3, NODES, NODES) to (n, 3, P), exactly."""
     at = (torch.arange(size, dtype=torch.float64) + 0.5) / size * (NODES - 1)
     left = at.floor()
     near = ((1 - (at - left)) * STEPS).round()
@@ -127,7 +132,8 @@ def _ground(nodes: Tensor, size: int) -> Tensor:
 def _noise(key: Tensor, pixels: int) -> Tensor:
     """Make noise of keys int32 (n,): float32 (n, 3, pixels), integers uniform in -128..127.
 
-    They are the three low bytes of a 32-bit hash of key + pixel * golden ratio (mixer: lowbias32, Wellons 2018).
+    They are the three low bytes of a 32-bit hash of key + pixel * golden ratio (mixer: lowbias32,
+    Wellons 2018).
     """
     place = torch.arange(pixels, dtype=torch.int32, device=key.device) * -1640531527
     x = key[:, None] + place
@@ -140,7 +146,7 @@ def _noise(key: Tensor, pixels: int) -> Tensor:
     return ((x[:, None] << left) >> 24).to(torch.float32)
 
 
-# Shapes: signed distance to the outline at object coordinates x, y; exact near it, else a lower bound of its size.
+# Shapes: signed distance to the outline at object coordinates; exact near it, else a lower bound.
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -157,7 +163,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor, tip: float = 0.95, dent: float = 0.4) -> Tensor:
-    """Mirrored five times into the wedge of one tip, in which the outline is the line from the tip to the dent."""
+    """Mirrored into the wedge of one tip, whose outline is the line from the tip to the dent."""
     sin, cos = math.sin(math.pi / 5), math.cos(math.pi / 5)
     x = x.abs()
     for nx, ny in ((cos, -sin), (-cos, -sin)):
@@ -200,7 +206,7 @@ def _hourglass(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(y - 0.85, (x.abs() - y * 0.75 - 0.06) * 0.8)
 
 
-# Textures: share of the shape's own colour in each pixel, by object coordinates, pattern and sharpness.
+# Textures: share of the shape's own colour at object coordinates.
 
 
 def _wave(x: Tensor, period: Tensor, phase: Tensor, sharp: Tensor) -> Tensor:

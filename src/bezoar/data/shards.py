@@ -1,6 +1,7 @@
 """Shards: webdataset tars in img2dataset's layout, as they are written.
 
-A record is the consecutive members `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the caption) and `KEY.json` (what else is known).
+A record is the consecutive members `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the caption) and `KEY.json`
+(what else is known).
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def pack_records(
     place_of: Callable[[int], str],
     progress: Progress,
 ) -> CleanCopy:
-    """Write some stored records as shards, with the images' own bytes where these are JPEG, PNG or WebP.
+    """Write some stored records as shards, JPEG, PNG and WebP images with their own bytes.
 
     Args:
         folder: takes the shards.
@@ -177,7 +178,7 @@ def pack_records(
 
 
 def _read_for_shard(records: StoredPairs, row: int) -> tuple[str, bytes]:
-    """Return the extension and content of a record's image; a format that readers of shards do not know becomes PNG."""
+    """Return extension and content of a record's image; formats unusual in shards become PNG."""
     shard, offset, length, _ = records.places[row].tolist()
     content = records.reader.read(shard, offset, length)
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:

@@ -1,7 +1,8 @@
-"""What a source of image-caption records offers; training, scanning, cleaning and looking for side channels ask no more.
+"""Sources of image-caption records: what training, scanning and cleaning ask of them.
 
-A data method returns Pairs or a `Source`. Who writes a new kind of source derives it from `RecordStream` and says how it
-is cut into units and how the records of a unit are read; the rest follows from that.
+A data method returns Pairs or a `Source`. Who writes a new kind of source derives it from
+`RecordStream` and says how it is cut into units and how the records of a unit are read; the rest
+follows from that.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Unit:
 
     Attributes:
         number: its place among the units of the source.
-        file: the file that it is of, or that it is part of, as text that can be written; empty if there is none.
+        file: the file that it is of, or that it is part of, as text that can be written; empty if
+            there is none.
         weight: its share of the work, for progress.
         place: numbers that say to the source which part it is; the first is the number of its file.
     """
@@ -157,7 +159,9 @@ class RecordIndex:
 
 
 class Source(Protocol):
-    """Records that are read as they are asked for. One without images need not define the methods that return them.
+    """Records that are read as they are asked for.
+
+    A source without images can leave out the methods that return them.
 
     Attributes:
         size: pixels a side of the images; 0 without images.
@@ -185,13 +189,16 @@ class Source(Protocol):
 
     @property
     def divisible(self) -> bool:
-        """Whether units can be read one by one, by other processes too: not under a limit, which counts over all."""
+        """Whether units can be read by themselves, by other processes too: not under a limit."""
         return self.limit is None
 
     def __len__(self) -> int: ...
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """Iterate over the records in order, `size` at a time. Raises UserError if there are none."""
+        """Iterate over the records in order, `size` at a time.
+
+        Raises UserError if there are none.
+        """
         raise UserError(NO_IMAGES)
 
     def load_records(self) -> Pairs | StoredPairs:
@@ -203,7 +210,10 @@ class Source(Protocol):
         return None
 
     def units(self) -> list[Unit]:
-        """Cut the source; see `number_units`. Raises UserError if there is nothing that could be read."""
+        """Cut the source; see `number_units`.
+
+        Raises UserError if there is nothing that could be read.
+        """
         ...
 
     def stamp(self, unit: Unit) -> Sequence[int] | None:
@@ -211,7 +221,7 @@ class Source(Protocol):
         return None
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock | VectorBlock]:
-        """Read the records of a unit in order, a bounded number at a time; the report takes what cannot be read."""
+        """Read a unit, a bounded number of records at a time; report what cannot be read."""
         ...
 
     def find_images(self, index: RecordIndex) -> Pairs | StoredPairs:
@@ -219,7 +229,7 @@ class Source(Protocol):
         raise UserError(NO_IMAGES)
 
     def image_path(self, shard: int, member: str) -> Path | None:
-        """Return the file that holds a record's image and nothing else; None if there is none, or it may not be read."""
+        """Return the file that is a record's image; None if there is none or it may not be read."""
         return None
 
     def clean_copy(
@@ -227,16 +237,18 @@ class Source(Protocol):
     ) -> CleanCopy:
         """Write the records at the rows `kept_rows`, ascending, to a folder as shards.
 
-        Raises UserError if there are no images or no captions, or the files were changed since the scan.
+        Raises UserError if there are no images or no captions, or the files were changed since the
+        scan.
         """
         raise UserError(NO_IMAGES)
 
 
 class RecordStream(Source):
-    """A source that reads image files, or parts of files, as it goes; derive a new kind of source from it.
+    """A source that reads image files, or parts of files, as it goes; a base for new sources.
 
-    What is left to write is `units` and `records`, and either `image_path` (for images that are files) or `reader` (for
-    images that are parts of files). A class that derives from it has `paths` and `size`, and may have `limit`, `classes`.
+    What is left to write is `units` and `records`, and either `image_path` (for images that are
+    files) or `reader` (for images that are parts of files). A class that derives from it has
+    `paths` and `size`, and may have `limit`, `classes`.
 
     Attributes:
         paths: the files that records lie in, by their number; error messages name them.
@@ -247,7 +259,7 @@ class RecordStream(Source):
     _report: ReadReport | None = None
 
     def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
-        """Iterate over the records of a unit, or all of the source, undecoded, and over what cannot be read."""
+        """Iterate over the records of a unit or the source, undecoded, and what cannot be read."""
         raise NotImplementedError
 
     def reader(self, index: RecordIndex) -> ImageReader:
@@ -255,7 +267,7 @@ class RecordStream(Source):
         return FileImages(self, index.members)
 
     def labels_of(self, index: RecordIndex) -> Tensor | None:
-        """Return the labels of scanned records, int64 (N,), where they follow from where the records lie."""
+        """Return the labels of scanned records, int64 (N,), if they follow from their places."""
         return None
 
     @property
@@ -269,7 +281,7 @@ class RecordStream(Source):
         return self._report or ReadReport()
 
     def begin_pass(self) -> ReadReport:
-        """Prepare a pass over the source, and return the report that whoever makes it is to fill."""
+        """Prepare a pass over the source, and return the report that the pass is to fill."""
         self._report = ReadReport()
         return self._report
 
@@ -278,7 +290,10 @@ class RecordStream(Source):
         return sum(len(batch) for batch in self.batches(1024))
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """Iterate over the records in order, `size` at a time. Raises UserError if there are none."""
+        """Iterate over the records in order, `size` at a time.
+
+        Raises UserError if there are none.
+        """
         report = self.begin_pass()
         yield from batch_pairs(
             self.records(), self.size, size, report, self.classes, self.limit, self.labelled
@@ -291,7 +306,7 @@ class RecordStream(Source):
         return Pairs.concat(list(self.batches(1024)))
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
-        """Read the records of a unit in order, a bounded number at a time; the report takes what cannot be read."""
+        """Read a unit, a bounded number of records at a time; report what cannot be read."""
         records = until_broken(self.records(unit), unit, report)
         decoded = decode_records(records, self.size, report)
         while batch := list(itertools.islice(decoded, batch_size(self.size))):
@@ -300,7 +315,7 @@ class RecordStream(Source):
             yield block
 
     def progress_at(self, record: Record, unit: Unit) -> float:
-        """Share of a unit that has been read when a record has been: by default its offset counts records."""
+        """Share of a unit that was read when a record was; by default its offset counts records."""
         before = unit.place[1] if len(unit.place) > 1 else 0
         return min(1.0, (record.offset + 1 - before) / unit.weight)
 
@@ -323,7 +338,7 @@ class RecordStream(Source):
     def clean_copy(
         self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
     ) -> CleanCopy:
-        """Write the records at the rows `kept_rows` as shards, with the images' own bytes if these are JPEG, PNG or WebP."""
+        """Write the records at the rows `kept_rows` as shards; see `pack_records`."""
         records = self.find_images(index)
         return pack_records(folder, records, index.urls, kept_rows, index.place_of, progress)
 
@@ -402,7 +417,7 @@ class WholeSource(Source):
         return number_units(("", b.stop - b.start, (b.start, b.stop)) for b in parts)
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
-        """Take the records of a unit; with the first one the report takes what could not be read of all."""
+        """Take a unit; with the first one, the report takes what could not be read of all."""
         if unit.number == 0:
             report.skipped += [s for s in self.report.skipped if s.reason not in STRAY_REASONS]
         start, stop = unit.place
@@ -427,7 +442,10 @@ class WholeSource(Source):
     def clean_copy(
         self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
     ) -> CleanCopy:
-        """Write the records at the rows `kept_rows` as shards of PNGs. Raises UserError without captions."""
+        """Write the records at the rows `kept_rows` as shards of PNGs.
+
+        Raises UserError without captions.
+        """
         records = self.find_images(index)
         batches = (records.take(kept_rows[part]) for part in blocks(len(kept_rows), 1000))
         return CleanCopy(len(write_shards(folder, batches)), len(kept_rows))
@@ -437,7 +455,8 @@ def as_source(records: Any) -> Source:
     """Return what a data method returned as a source.
 
     Args:
-        records: Pairs, StoredPairs, a source, or anything else with `batches`, which is loaded into memory.
+        records: Pairs, StoredPairs, a source, or anything else with `batches`, which is loaded into
+            memory.
     """
     if hasattr(records, "units"):
         source: Source = records

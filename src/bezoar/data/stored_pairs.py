@@ -1,12 +1,13 @@
 """StoredPairs: records that do not fit in memory, each image read and decoded when it is asked for.
 
-One pass over the files decodes every image once. The index therefore holds exactly the records that `load_pairs` would
-hold, what cannot be read is in the report as it is there, and no image fails in the middle of a training unless its file
-has changed. After the pass a record costs 20 bytes, its id, its caption and 8 bytes for its label.
+One pass over the files decodes every image once. The index therefore holds exactly the records that
+`load_pairs` would hold, what cannot be read is in the report as it is there, and no image fails in
+the middle of a training unless its file has changed. After the pass a record costs 20 bytes, its
+id, its caption and 8 bytes for its label.
 
-Webdataset's way, a shuffle buffer over a stream, draws a record 0, 1 or several times an epoch, which is fatal where the
-number of poisons seen is what is measured. With random access the order is training's own permutation, and ranks are
-slices of it.
+Webdataset's way, a shuffle buffer over a stream, draws a record 0, 1 or several times an epoch,
+which is fatal where the number of poisons seen is what is measured. With random access the order is
+training's own permutation, and ranks are slices of it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from bezoar.data.pairs import Pairs, Rows, TriggerFunction, row_numbers
 from bezoar.data.strings import BLOCK, Strings
 from bezoar.errors import UserError
 
-# Where a record lies: number of its file, what finds its image there, bytes of the image, and goal of its trigger.
+# Where a record lies: its file, what finds its image there, bytes of that, goal of its trigger.
 PLACE = np.dtype([("shard", "i4"), ("offset", "i8"), ("length", "i4"), ("goal", "i4")])
 MAX_OPEN = 256  # files kept open
 TASK_IMAGES = 16  # that a thread makes at once
@@ -41,7 +42,10 @@ FileStamp = tuple[int, int]  # size, and time of change in ns
 
 
 class ImageReader(Protocol):
-    """What reads the encoded image at a place. Raises Unreadable or OSError if it can no longer be read."""
+    """What reads the encoded image at a place.
+
+    Raises Unreadable or OSError if it can no longer be read.
+    """
 
     @property
     def paths(self) -> Sequence[Path]:
@@ -65,8 +69,8 @@ class ShardFiles:
 
     Args:
         paths: the files.
-        stamps: each file's stamp when it was indexed; None for a file that was not. A file that was changed since then
-            is refused. By default they are taken now.
+        stamps: each file's stamp when it was indexed; None for a file that was not. A file that was
+            changed since then is refused. By default they are taken now.
     """
 
     def __init__(
@@ -92,7 +96,7 @@ class ShardFiles:
         return file
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """Read `length` bytes from `offset` on; no position is shared, so threads do not wait for one another."""
+        """Read `length` bytes from `offset` on; threads share no position and do not wait."""
         file = self.open_file(shard)  # held while it is read: another thread may have dropped it
         content = os.pread(file.fileno(), length, offset)
         if len(content) < length:
@@ -118,13 +122,13 @@ class StoredImages:
 
 @dataclass(frozen=True, eq=False)
 class StoredPairs:
-    """N records on disk. It can stand where Pairs stand, but for `images`, which are made as they are asked for.
+    """N records on disk, which can stand where Pairs stand; `images` are made when asked for.
 
     Attributes:
         reader: reads encoded images by their places.
         size: pixels a side.
-        places: PLACE (N,). A goal of -1 puts no trigger on the image. With shard -1 the image is the row `offset` of
-            `added_images`.
+        places: PLACE (N,). A goal of -1 puts no trigger on the image. With shard -1 the image is
+            the row `offset` of `added_images`.
         ids: N keys.
         captions: N texts, or none.
         labels: int64 (N,), -1 where the class is not known; None without classes.
@@ -186,7 +190,7 @@ class StoredPairs:
             yield self.take(range(rows.start, rows.stop))
 
     def read_images(self, rows: np.ndarray) -> Tensor:
-        """Read, decode, resize and poison the images at B rows: uint8 (B, 3, S, S), the same as in memory."""
+        """Read, decode, resize and poison the images at B rows: uint8 (B, 3, S, S)."""
         out = self.empty_images(len(rows))
         with ThreadPoolExecutor(thread_count()) as pool:
             for task in submit_reads(pool, self.fill_images, rows, out):
@@ -194,7 +198,7 @@ class StoredPairs:
         return out
 
     def empty_images(self, n: int, pinned: bool = False) -> Tensor:
-        """Allocate n images, uint8 (n, 3, S, S), channels last as decoded images lie in memory; pinned: for a GPU."""
+        """Allocate n images, uint8 (n, 3, S, S), channels last in memory; pinned for a GPU."""
         # (n, S, S, 3) in memory
         images = torch.empty(n, self.size, self.size, 3, dtype=torch.uint8, pin_memory=pinned)
         return images.permute(0, 3, 1, 2)

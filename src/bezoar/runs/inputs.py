@@ -1,4 +1,4 @@
-"""What a verb's input stands for: the records of a data set or of a run's plan over it, and the encoder of a run."""
+"""What a verb's input stands for: the records of a data set or a run, and the encoder of a run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Dataset:
         return self.pairs
 
     def reading_notes(self) -> dict[str, Any]:
-        """For the manifest: how many records were read, and file, member and reason of everything that was not."""
+        """For the manifest: how many records were read, and all that was not, with reasons."""
         report = self.clean.report
         if report is None:
             return {}
@@ -72,7 +72,8 @@ class Dataset:
 def open_dataset(data: Any) -> Dataset:
     """Return the data set of a configured data method or of a run.
 
-    Of a poison run these are its data; of a train, scan or evaluate run those that it was made from.
+    Of a poison run these are its data; of a train, scan or evaluate run those that it was made
+    from.
     """
     if not isinstance(data, Run):
         return Dataset(data, Plan())
@@ -86,8 +87,8 @@ def open_dataset(data: Any) -> Dataset:
 def data_parent(run: Run) -> Run | None:
     """Return the run that a run's records come from, or None if they come from a data set.
 
-    It is the run that was given as its data, else the first that it was made from. The encoder of a scan, for example,
-    brings its weights and not the records that poisoned it.
+    It is the run that was given as its data, else the first that it was made from. The encoder of a
+    scan, for example, brings its weights and not the records that poisoned it.
     """
     data = run.manifest["ask"].get("data")
     if data is None:
@@ -104,7 +105,10 @@ def poison_run(run: Run) -> Run | None:
 
 
 def root_method(run: Run) -> Any:
-    """Return the data method that a run goes back to. Raises UserError if its files are not what they were."""
+    """Return the data method that a run goes back to.
+
+    Raises UserError if its files are not what they were.
+    """
     data = run.manifest["ask"].get("data")
     if data is None or "run" in data:
         parent = data_parent(run)
@@ -139,7 +143,10 @@ def open_source(method: Any) -> Any:
 
 @functools.lru_cache(maxsize=6)
 def load_records(method: Any) -> Pairs | StoredPairs:
-    """Read all records of a configured data method, into memory or an index. Raises UserError if there are none."""
+    """Read all records of a configured data method, into memory or an index.
+
+    Raises UserError if there are none.
+    """
     records = as_source(open_source(method)).load_records()
     if records.report is not None and records.report.skipped:
         first = "; ".join(f"{s.file} {s.member}: {s.reason}" for s in records.report.skipped[:3])
@@ -150,7 +157,10 @@ def load_records(method: Any) -> Pairs | StoredPairs:
 
 
 def read_pairs(method: Any) -> Pairs:
-    """Read all records of a configured data method into memory. Raises UserError if there are none."""
+    """Read all records of a configured data method into memory.
+
+    Raises UserError if there are none.
+    """
     return in_memory(load_records(method))
 
 

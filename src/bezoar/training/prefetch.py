@@ -1,4 +1,4 @@
-"""Batches of a training, made by threads before they are asked for, of images that the device has no room for."""
+"""Batches made by threads before training asks for them, of images too many for the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Order = Callable[[int], Tensor]
 
 
 class Batch(NamedTuple):
-    """A batch that is being made: rows int64 (B,), room for their images uint8 (B, 3, S, S), and the tasks."""
+    """A batch in the making: rows int64 (B,), room for images uint8 (B, 3, S, S), and tasks."""
 
     rows: Tensor
     images: Tensor
@@ -32,8 +32,8 @@ class Batch(NamedTuple):
 class Prefetcher:
     """What training reads of Pairs: `len(data)` and `data.images[index]`.
 
-    The first batch that is asked for may be any of the order, as when a training is resumed. Whatever else is asked for is
-    made then, and counted in `late`.
+    The first batch that is asked for may be any of the order, as when a training is resumed.
+    Whatever else is asked for is made then, and counted in `late`.
 
     Args:
         records: what is drawn.
@@ -102,7 +102,7 @@ class Prefetcher:
             self.waiting.append(self.start_batch(rows))
 
     def find_following(self, rows: Tensor) -> Iterator[Tensor]:
-        """Return the batches of the order from the one that holds exactly these rows on; none if there is no such."""
+        """Return the batches of the order from the one that holds exactly these rows on, if any."""
         for epoch in range(self.epochs):
             steps = self.order(epoch)
             for at in (steps[:, 0] == rows[0]).nonzero().flatten().tolist():
@@ -114,7 +114,8 @@ class Prefetcher:
     def to_host(self, index: Tensor) -> Tensor:
         """Return `index.cpu()`, but wait for a GPU once an epoch and not at each step.
 
-        Training slices one tensor an epoch, so the whole tensor is copied once and sliced here in the same way.
+        Training slices one tensor an epoch, so the whole tensor is copied once and sliced here in
+        the same way.
         """
         whole = index if index._base is None else index._base
         if (
@@ -134,7 +135,8 @@ def training_data(
 ) -> Iterator[Pairs | Prefetcher]:
     """Open what training draws from; see `Prefetcher`.
 
-    It is the records on the device if that has room for their images twice, else a Prefetcher of them.
+    It is the records on the device if that has room for their images twice, else a Prefetcher of
+    them.
     """
     if isinstance(records, Pairs) and 2 * records.images.nbytes < free_bytes(device):
         yield records.to(device)

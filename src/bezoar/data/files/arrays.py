@@ -1,6 +1,7 @@
-"""Small arrays from foreign files: npy, npz, pt, png and jpg, at most MAX_BYTES of a file and of what it unpacks to.
+"""Small arrays from foreign files: npy, npz, pt, png and jpg, at most MAX_BYTES when unpacked.
 
-Nothing is unpickled and nothing is extracted to disk; every size that a header asks for is checked first.
+Nothing is unpickled and nothing is extracted to disk; every size that a header asks for is checked
+first.
 """
 
 from __future__ import annotations
@@ -77,16 +78,21 @@ def load_arrays(path: str) -> Mapping[str, np.ndarray]:
     """Load the numeric arrays of a file by name; they are read once, cached, and read-only.
 
     Returns:
-        The arrays; one without a name is under "". Pictures are uint8 (H, W, 3). Members that are text are left out.
+        The arrays; one without a name is under "". Pictures are uint8 (H, W, 3). Members that are
+        text are left out.
 
     Raises:
-        UserError: if the file is missing, broken, empty, too large or pickled, or holds what is not numeric or finite.
+        UserError: if the file is missing, broken, empty, too large or pickled, or holds what is not
+            numeric or finite.
     """
     return _read(path, file_state(path))
 
 
 def load_array(path: str) -> np.ndarray:
-    """Load the one array of a file, or its member `x`. Raises UserError if there are several and none is `x`."""
+    """Load the one array of a file, or its member `x`.
+
+    Raises UserError if there are several and none is `x`.
+    """
     members = load_arrays(path)
     if "x" in members:
         return members["x"]
@@ -99,7 +105,7 @@ def load_array(path: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
-    """Read and check a file; the state is part of the cache's key, so that a changed file is read again."""
+    """Read and check a file; its state is in the cache's key: a changed file is read again."""
     file = Path(path).expanduser()
     with file.open("rb") as stream:
         data = stream.read(MAX_BYTES + 1)
@@ -174,7 +180,10 @@ def _read_pt(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _select_tensors(loaded: Any) -> dict[str, Tensor]:
-    """Return the tensors by name. Raises UserError for anything but plain tensors of real numbers."""
+    """Return the tensors by name.
+
+    Raises UserError for anything but plain tensors of real numbers.
+    """
     members = loaded if isinstance(loaded, dict) else {"": loaded}
     if len(members) > MAX_MEMBERS or not all(isinstance(t, Tensor) for t in members.values()):
         raise UserError("expected a tensor or a flat dict of tensors")

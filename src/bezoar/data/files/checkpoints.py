@@ -1,6 +1,7 @@
-"""Weights out of foreign files: safetensors, .npz, and what `torch.save` writes (zip, or before torch 1.6).
+"""Weights from foreign files: safetensors, .npz, and what `torch.save` writes.
 
-Nothing in a file is executed, and no tensor may claim more than its file holds; see `torch_files`, `npy` and `zips`.
+Nothing in a file is executed, and no tensor may claim more than its file holds; see `torch_files`,
+`npy` and `zips`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def load_tensors(path: str) -> dict[str, Tensor]:
     Weights are unwrapped, and the `module.` of DataParallel and the counters of thop are dropped.
 
     Raises:
-        UserError: one line, if the file is missing, too large, broken, not a checkpoint, or asks for more than tensors.
+        UserError: one line, if the file is missing, too large, broken, not a checkpoint, or asks
+            for more than tensors.
     """
     file = Path(path).expanduser()
     if not os.path.isfile(file):
@@ -62,7 +64,7 @@ def _load(file: Path, size: int) -> dict[str, Tensor]:
         start = stream.read(9)
     if start.startswith(b"PK\x03\x04") and _is_npz(file):
         return _check_types(_load_npz(file, size))
-    # safetensors come before pickles: the length of their header may begin with a pickle's first byte
+    # The length of a safetensors header may begin with a pickle's first byte, so these come first.
     if start[8:] == b"{" and not start.startswith(b"PK"):
         return _check_types(load_file(file))
     if start.startswith((b"PK\x03\x04", b"\x80")):
@@ -80,7 +82,7 @@ def _is_npz(file: Path) -> bool:
 
 
 def _load_npz(file: Path, size: int) -> dict[str, Tensor]:
-    """Load the arrays of an .npz file by name, once the archive's and each header's claims were checked."""
+    """Load the arrays of an .npz file by name; the claims of archive and headers are checked."""
     tensors: dict[str, Tensor] = {}
     with open_zip(file) as archive:
         check_unpacked_size(archive.infolist(), size, MAX_BYTES)
@@ -99,7 +101,10 @@ def _load_npz(file: Path, size: int) -> dict[str, Tensor]:
 
 
 def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same tensors. Raises UserError for sparse, complex and quantised ones and those of 8 bits."""
+    """Return the same tensors.
+
+    Raises UserError for sparse, complex and quantised ones and those of 8 bits.
+    """
     for key, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
             raise UserError(
@@ -109,7 +114,10 @@ def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _select_state(loaded: Any) -> dict[str, Tensor]:
-    """Return the dict of tensors in what a checkpoint holds, wrapped or not. Raises UserError if there is none."""
+    """Return the dict of tensors in what a checkpoint holds, wrapped or not.
+
+    Raises UserError if there is none.
+    """
     state = loaded
     if isinstance(loaded, dict):
         state = next((loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), loaded)

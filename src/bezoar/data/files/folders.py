@@ -1,7 +1,7 @@
 """Folders of image files, walked in one fixed order; no link is followed out of a folder.
 
-What is held of a folder is its directories, and the names in one of them at a time: memory grows neither with the images
-nor, but for the largest directory, with their names.
+What is held of a folder is its directories, and the names in one of them at a time: memory grows
+neither with the images nor, but for the largest directory, with their names.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FileBlock(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Files with no directory between them: start..stop of the sorted names in `directory`, a path below the root."""
+    """Files with no directory between them: start..stop of the sorted names in a directory."""
 
     directory: str
     start: int
@@ -87,7 +87,7 @@ class Walk:
                 self._add_problem(name, "no file in the class folder")
 
     def _enter(self, directory: str) -> None:
-        """Record the files of a directory and of those in it, each where its name stands among the files."""
+        """Record the files of a directory and of those in it, in the order of the names."""
         if directory.count("/") >= MAX_DEPTH:
             self._add_problem(directory, f"more than {MAX_DEPTH} directories within one another")
             return
@@ -142,7 +142,10 @@ class Walk:
         return blocks
 
     def read_block(self, block: FileBlock) -> list[str]:
-        """Return the paths of a block's files below the root. Raises UserError if they are not those that were cut."""
+        """Return the paths of a block's files below the root.
+
+        Raises UserError if they are not those that were cut.
+        """
         files = self.files(block.stretch, block.start)
         names = [name for *_, name in itertools.islice(files, block.files)]
         if _checksum(names) != block.checksum:
@@ -150,7 +153,7 @@ class Walk:
         return names
 
     def resolve(self, name: str) -> Path | None:
-        """Return where a path below the root leads, all links followed; None if that is outside the root."""
+        """Return where a path below the root leads by its links; None if that is outside."""
         path = Path(os.path.realpath(self.root / name))
         return path if path.is_relative_to(self._real_root) else None
 
@@ -158,7 +161,8 @@ class Walk:
 def guess_layout(root: Path) -> Layout:
     """Guess the layout of a folder by the first of its directories that holds images.
 
-    It is `captions` if at least half of these have one beside them, else `classes` if the root holds folders.
+    It is `captions` if at least half of these have one beside them, else `classes` if the root
+    holds folders.
     """
     folders = _list_directory(root, "", "flat")[1]
     waiting = [""]
@@ -192,7 +196,7 @@ def caption_paths(name: str) -> list[str]:
 
 
 def _list_directory(root: Path, directory: str, layout: Layout) -> tuple[list[str], list[str]]:
-    """List the files of a directory, without the captions beside its images, and its directories, both sorted."""
+    """List the files of a directory, captions beside images left out, and its directories."""
     files: list[str] = []
     folders: list[str] = []
     with os.scandir(root / directory) as entries:

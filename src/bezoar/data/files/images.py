@@ -18,15 +18,17 @@ SMALLEST = 8  # pixels a side; img2dataset and dead links leave 1x1 images behin
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
 # What Pillow's decoders raise when they are given bytes that are not what they claim to be.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError, IndexError,
-                   KeyError, TypeError, MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
+DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError, IndexError,
+    KeyError, TypeError, MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
 
 
 def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
     """Decode an image and cut it to a square.
 
-    The largest centred square is resized bicubically with antialiasing. A JPEG at least twice as large as asked for is
-    scaled down by 2, 4 or 8 while it is decoded (Pillow's `draft`).
+    The largest centred square is resized bicubically with antialiasing. A JPEG at least twice as
+    large as asked for is scaled down by 2, 4 or 8 while it is decoded (Pillow's `draft`).
 
     Args:
         image: the encoded image, or its file.

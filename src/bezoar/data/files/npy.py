@@ -1,4 +1,4 @@
-"""NumPy's .npy format: a header is checked before a byte of data is read, and objects are never unpickled."""
+"""NumPy's .npy format: headers are checked before data are read, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ PARSERS = {
     (1, 0): numpy.lib.format.read_array_header_1_0,
     (2, 0): numpy.lib.format.read_array_header_2_0,
 }
-PARSING_ERRORS = (ValueError, LookupError, SyntaxError, TypeError, RecursionError, MemoryError, EOFError,
-                  tokenize.TokenError)  # fmt: skip
+PARSING_ERRORS = (
+    ValueError, LookupError, SyntaxError, TypeError, RecursionError, MemoryError, EOFError,
+    tokenize.TokenError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class Header:
 
 
 def read_header(stream: IO[bytes]) -> Header:
-    """Read the header at the start of a .npy stream; errors say what is wrong with it, and its file is the subject.
+    """Read the header at the start of a .npy stream.
 
-    Raises UserError if there is none, a side is negative, or the array holds Python objects. The caller bounds the size.
+    Raises UserError if there is none, a side is negative, or the array holds Python objects. The
+    caller bounds the size.
     """
     try:
         shape, fortran_order, dtype = PARSERS[numpy.lib.format.read_magic(stream)](stream)
@@ -62,7 +65,10 @@ def read_header(stream: IO[bytes]) -> Header:
 
 
 def read_data(stream: IO[bytes], header: Header) -> np.ndarray:
-    """Read the array that a header describes, whose size must have been bounded. Raises UserError if it breaks off."""
+    """Read the array that a header describes, whose size must have been bounded.
+
+    Raises UserError if it breaks off.
+    """
     buffer = np.empty(header.nbytes, np.uint8)
     fill(buffer, stream)
     order: Literal["F", "C"] = "F" if header.fortran_order else "C"

@@ -17,7 +17,11 @@ MAX_HELD_BYTES = 128 << 20  # of rows that are kept at hand
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a file. Raises UserError if it is none, has two columns of one name, or a row group would fill the memory."""
+    """Open a file.
+
+    Raises UserError if it is none, has two columns of one name, or a row group would fill the
+    memory.
+    """
     try:
         file = pq.ParquetFile(path, memory_map=False)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
@@ -37,7 +41,10 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 def read_batches(
     path: Path, columns: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Read the rows start..stop of some columns, at most BATCH_ROWS at a time. Raises UserError if the file is broken."""
+    """Read the rows start..stop of some columns, at most BATCH_ROWS at a time.
+
+    Raises UserError if the file is broken.
+    """
     with open_parquet(path) as file:
         groups, position = _find_groups(file, start, stop)
         if not groups:
@@ -55,7 +62,7 @@ def read_batches(
 
 
 def _find_groups(file: pq.ParquetFile, start: int, stop: int | None) -> tuple[list[int], int]:
-    """Return the row groups that hold the rows start..stop, and the number of the first row of these groups."""
+    """Return the row groups that hold the rows start..stop, and the number of their first row."""
     groups: list[int] = []
     first_row = row = 0
     for i in range(file.metadata.num_row_groups):

@@ -1,10 +1,11 @@
-"""How large the pages of foreign Parquet files are unpacked, read off their headers before Arrow unpacks any.
+"""How large the pages of foreign Parquet files are, read off their headers.
 
-Many rows may point at one entry of a dictionary, or repeat what stands in the row before, so that a small file fills the
-memory. No value is larger than its page, so no batch is larger than its rows times the largest page.
+Many rows may point at one entry of a dictionary, or repeat what stands in the row before, so that a
+small file fills the memory. No value is larger than its page, so no batch is larger than its rows
+times the largest page.
 
-The pages are looked at themselves because nothing else bounds them: the sizes in a file's footer may be made up, and
-reading one row at a time instead costs forty times as much for columns of text.
+The pages are looked at themselves because nothing else bounds them: the sizes in a file's footer
+may be made up, and reading one row at a time instead costs forty times as much for columns of text.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ PARSING_ERRORS = (OSError, ValueError, LookupError, OverflowError, RecursionErro
 def count_safe_rows(
     file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Sequence[str], most: int
 ) -> int:
-    """How many rows of some columns may be unpacked at a time, at most `most`. Raises UserError for columns of lists."""
+    """How many rows of some columns may be unpacked at a time, at most `most`.
+
+    Raises UserError for columns of lists.
+    """
     leaves = (file.schema.column(i) for i in range(len(file.schema)))
     for name in (leaf.path for leaf in leaves if leaf.max_repetition_level):
         if any(name == c or name.startswith(f"{c}.") for c in columns):
@@ -48,7 +52,7 @@ def count_safe_rows(
 
 
 def largest_page(raw: IO[bytes], chunk: pq.ColumnChunkMetaData) -> int:
-    """Bytes of the largest page of a column chunk; of the whole chunk if a header cannot be read."""
+    """Bytes of a column chunk's largest page; of the whole chunk if a header cannot be read."""
     position = chunk.data_page_offset
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
         position = min(position, chunk.dictionary_page_offset)

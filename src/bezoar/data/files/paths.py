@@ -1,4 +1,4 @@
-"""Paths: files that must exist, paths that must stay inside a folder, and names that can be printed."""
+"""Paths: files that must exist, paths that must stay inside a folder, and printable names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ MAX_PATHS = 1_000_000  # the most files that a brace list may name
 
 
 def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
-    """Read a regular file of at most `limit` bytes; pipes and devices are never opened. Raises Unreadable."""
+    """Read a regular file of at most `limit` bytes; pipes and devices are never opened.
+
+    Raises Unreadable.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -54,8 +57,8 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
     """Expand a path, a folder, a glob or a brace list into the files that it names.
 
     Args:
-        text: for example `cc/{00000..00331}.tar`; braces may also hold commas. Globs are sorted, and a folder stands
-            for its files with `ending`.
+        text: for example `cc/{00000..00331}.tar`; braces may also hold commas. Globs are sorted,
+            and a folder stands for its files with `ending`.
         what: what error messages call the files.
         ending: of the files that are looked for in a folder.
 
@@ -88,7 +91,7 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
 
 
 def is_confined(text: str) -> bool:
-    """Tell whether a relative path stays inside its folder, by its text alone; links are not followed."""
+    """Tell whether a relative path stays inside its folder by its text; links are not followed."""
     depth = 0
     for part in PurePosixPath(text.replace("\\", "/")).parts:
         if part == "..":
@@ -103,7 +106,8 @@ def is_confined(text: str) -> bool:
 def distinct_stems(paths: Sequence[Path]) -> tuple[str, ...]:
     """Name each file by as few trailing parts of its path as tell all of the files apart.
 
-    The endings are left out unless they are needed too. Raises UserError if one file is named twice.
+    The endings are left out unless they are needed too. Raises UserError if one file is named
+    twice.
     """
     absolute = [p.absolute() for p in paths]
     for candidates in ([p.with_suffix("") for p in absolute], absolute):

@@ -1,4 +1,4 @@
-"""What could not be read: the exception inside the program, and the report that names every case."""
+"""What could not be read: the exception inside the program, and the report that names it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 
 class Unreadable(Exception):
-    """One image cannot be used; the message says why. It becomes a `Skipped` and never leaves the program."""
+    """One image cannot be used; the message says why.
+
+    It becomes a `Skipped` and never leaves the program.
+    """
 
 
 class Skipped(NamedTuple):
@@ -28,7 +31,7 @@ class Skipped(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """How many records were read from a source, and everything that was not; it grows while the source is read."""
+    """How many records were read, and everything that was not; it grows while a source is read."""
 
     read: int = 0
     skipped: list[Skipped] = field(default_factory=list)

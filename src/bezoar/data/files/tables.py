@@ -1,7 +1,7 @@
-"""Tables that others wrote: CSV, TSV, JSON Lines and Parquet, read row by row, from any block of rows on.
+"""Tables that others wrote: CSV, TSV, JSON Lines and Parquet, read row by row from any block on.
 
-What a table says is hostile: no image that it names is read from outside a stated root, and a row that cannot be read is
-named.
+What a table says is hostile: no image that it names is read from outside a stated root, and a row
+that cannot be read is named.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 class RowBlock(NamedTuple):
-    """Consecutive rows of a table: how many come before them, the byte where they begin, and how many they are."""
+    """Consecutive rows: how many come before them, the byte where they begin, and their number."""
 
     before: int
     offset: int
@@ -72,7 +72,8 @@ def read_rows(
 def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
     """Cut a table into blocks of `size` rows, BLOCK_ROWS if not given.
 
-    This costs a pass over the table, but none over a Parquet file. Raises UserError if the table cannot be read.
+    This costs a pass over the table, but none over a Parquet file. Raises UserError if the table
+    cannot be read.
     """
     _check_suffix(table)
     size = size or BLOCK_ROWS
@@ -100,7 +101,10 @@ def column_names(table: Path) -> list[str]:
 def find_column(
     path: str, names: Iterable[str], wanted: str | None, candidates: Sequence[str]
 ) -> str:
-    """Find the column `wanted`, or the first of the candidates. Raises UserError that lists the table's columns."""
+    """Find the column `wanted`, or the first of the candidates.
+
+    Raises UserError that lists the table's columns.
+    """
     names = list(names)
     for name in (wanted,) if wanted else candidates:
         if name in names:
@@ -114,15 +118,15 @@ def find_column(
 def resolve_inside(table: Path, root: Path | None, text: str) -> Path | None:
     """Return where a path that a table names leads, or None if that is outside the root.
 
-    A relative path begins at the table's folder, which is also the root if that is None. Links are not followed: they are
-    the user's own.
+    A relative path begins at the table's folder, which is also the root if that is None. Links are
+    not followed: they are the user's own.
     """
     path = Path(os.path.abspath(table.parent / text))
     return path if path.is_relative_to(os.path.abspath(root or table.parent)) else None
 
 
 def refuse_outside(table: Path, root: Path | None, image_column: str) -> None:
-    """Raise UserError if the first rows of a table name local images and all of these lie outside the root."""
+    """Raise UserError if the local images that the first rows name all lie outside the root."""
     if table.suffix == ".parquet":
         with open_parquet(table) as file:
             if not _is_text(file.schema_arrow.field(image_column).type):
@@ -173,7 +177,7 @@ def _decode_lines(file: BinaryIO) -> Iterator[str]:
 
 
 def _open_csv(file: BinaryIO, table: Path) -> csv.DictReader[str]:
-    """A reader whose header was read; the delimiter is a comma or a tab, whichever the header holds."""
+    """Open a reader and read the header, by which the delimiter is known: a comma or a tab."""
     tabs = table.suffix == ".tsv" or b"\t" in file.readline(TEXT_BYTES)
     file.seek(0)
     reader = csv.DictReader(_decode_lines(file), delimiter="\t" if tabs else ",", strict=True)

@@ -1,7 +1,8 @@
 """Tars that others wrote, read record by record; whatever a header asks for has a bound.
 
-They are read with Python's tarfile. Webdataset's reader takes a member of any size into memory, lets a damaged tar end
-the stream (or, with its handlers, drops the rest) and does not name what it left out.
+They are read with Python's tarfile. Webdataset's reader takes a member of any size into memory,
+lets a damaged tar end the stream (or, with its handlers, drops the rest) and does not name what it
+left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 
 class Member(NamedTuple):
-    """A file in a tar: `KEY.EXTENSION`, its content, and the byte of the tar at which the content begins."""
+    """A file `KEY.EXTENSION` in a tar: its content, and the byte of the tar where that begins."""
 
     key: str
     extension: str
@@ -35,7 +36,7 @@ class Member(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The members of one record: extension -> content, and extension -> where in the tar it begins."""
+    """The members of one record by extension: their contents, and where in the tar these begin."""
 
     key: str
     files: dict[str, bytes]
@@ -43,14 +44,14 @@ class Group(NamedTuple):
 
 
 class _BoundedReader(io.BufferedReader):
-    """A file of which no read takes more than an image may have, so that a header cannot ask for memory."""
+    """A file whose reads are bounded by the size of an image: a header cannot ask for memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(FILE_BYTES if size is None or not 0 <= size <= FILE_BYTES else size)
 
 
 class _BoundedHeader(tarfile.TarInfo):
-    """A header that must claim a possible size: tarfile would otherwise seek backwards, or search for hours."""
+    """A header of a possible size: tarfile would otherwise seek backwards, or search for hours."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size < 0 or (self.type in EXTENDED and self.size > EXTENDED_BYTES):
@@ -59,10 +60,10 @@ class _BoundedHeader(tarfile.TarInfo):
 
 
 def read_groups(path: Path, extensions: Sequence[str]) -> Iterator[Group | Skipped]:
-    """Read the records of a tar in order: consecutive members of one key that have one of the extensions.
+    """Read the records of a tar: consecutive members of one key that have one of the extensions.
 
-    A tar that breaks off is read up to the break, which is named. The record before it is left out, since its other
-    members may have been lost.
+    A tar that breaks off is read up to the break, which is named. The record before it is left out,
+    since its other members may have been lost.
 
     Raises:
         UserError: if the file does not exist or is not a tar.
@@ -89,7 +90,7 @@ def read_groups(path: Path, extensions: Sequence[str]) -> Iterator[Group | Skipp
 
 
 def read_members(path: Path, extensions: Sequence[str]) -> Iterator[Member | Skipped]:
-    """Read the members of a tar that have one of the extensions, in order, and name what cannot be read.
+    """Read the members of a tar that have one of the extensions, and name what cannot be read.
 
     Raises UserError if the file does not exist or is not a tar.
     """
@@ -138,7 +139,10 @@ def _read_members(
 def _read_member(
     path: Path, file: io.BufferedReader, header: tarfile.TarInfo, extensions: Sequence[str]
 ) -> Member | Skipped | None:
-    """Read a member; None if its extension is none of those wanted. A skipped one without a name ends the tar."""
+    """Read a member; None if its extension is none of those wanted.
+
+    A skipped one without a name ends the tar.
+    """
     folder, slash, base = header.name.rpartition("/")
     stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot
     extension = extension.lower()

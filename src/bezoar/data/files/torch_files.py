@@ -1,7 +1,8 @@
 """What `torch.save` writes, loaded without executing anything in it.
 
-Which functions a pickle asks for is read off its opcodes first, and named where they do more than rebuild tensors; then
-`torch.load(weights_only=True)` refuses them again. Shapes are looked at on the meta device before anything is allocated.
+Which functions a pickle asks for is read off its opcodes first, and named where they do more than
+rebuild tensors; then `torch.load(weights_only=True)` refuses them again. Shapes are looked at on
+the meta device before anything is allocated.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def load_torch(
         file: the file, which is then mapped where the format allows it, or its content.
         size: of the file in bytes, which no storage may exceed.
         max_bytes: what a tensor may reach over and, twice, what all may hold together.
-        select: takes the named tensors out of what was loaded; it raises UserError for anything else.
+        select: takes the named tensors out of what was loaded; it raises UserError for anything
+            else.
 
     Raises:
         UserError: if the file asks for more than tensors, or for more bytes than it may.
@@ -63,7 +65,7 @@ def load_torch(
 
 
 def check_claims(tensors: dict[str, Tensor], max_bytes: int) -> None:
-    """Raise UserError if a tensor reaches beyond `max_bytes`, or all of them hold more than twice as many."""
+    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over twice as many."""
     total = 0
     for key, tensor in tensors.items():
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -86,8 +88,8 @@ def check_opcodes(data: bytes, size: int, pickles: int) -> None:
 
     Args:
         data: where the pickles stand one after another.
-        size: of the file in bytes. Storages of more elements are refused: files older than torch 1.6 have them
-            allocated before they are read.
+        size: of the file in bytes. Storages of more elements are refused: files older than torch
+            1.6 have them allocated before they are read.
         pickles: how many to look at.
 
     Raises:
@@ -100,7 +102,7 @@ def check_opcodes(data: bytes, size: int, pickles: int) -> None:
             for opcode, argument, _ in pickletools.genops(stream):
                 scanner.visit(opcode.name, argument)
     except ValueError as error:
-        # A plain pickle ends before five are read: what it asked for until then is still worth naming.
+        # A plain pickle ends before five are read; what it asked for until then is named.
         if not scanner.requests:
             reason = str(error).splitlines()[0][:80]
             raise UserError(
@@ -114,7 +116,7 @@ def check_opcodes(data: bytes, size: int, pickles: int) -> None:
 
 
 class _OpcodeScanner:
-    """Collects what the opcodes of a pickle ask for beyond tensors, and how many elements its storages claim."""
+    """Collects what opcodes ask for beyond tensors, and how many elements their storages claim."""
 
     def __init__(self, max_elements: int) -> None:
         self.max_elements = max_elements
@@ -149,7 +151,7 @@ class _OpcodeScanner:
 
 
 def _count_elements(first: Opcode, second: Opcode, last: Opcode) -> int:
-    """How many elements a storage claims, by the opcodes before it is named: an integer, perhaps NONE, TUPLE."""
+    """Count the elements that a storage claims, by the opcodes INTEGER, perhaps NONE, TUPLE."""
     number = first if second[0] == "NONE" else second
     if last[0] != "TUPLE" or number[0] not in INTEGERS:
         raise UserError("not a checkpoint: a tensor of unknown size")
@@ -157,7 +159,7 @@ def _count_elements(first: Opcode, second: Opcode, last: Opcode) -> int:
 
 
 def _read_zip_pickle(file: Path | bytes) -> bytes:
-    """Read the pickle of a zip file, whose members must be stored without compression, as torch stores them."""
+    """Read the pickle of a zip file, whose members must be uncompressed, as torch's are."""
     with open_zip(_source(file)) as archive:
         members = archive.infolist()
         pickles = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
@@ -177,7 +179,7 @@ def _read_zip_pickle(file: Path | bytes) -> bytes:
 
 
 def _source(file: Path | bytes) -> Any:
-    """What torch.load and zipfile open; a type that both of their annotations accept does not exist."""
+    """What torch.load and zipfile open; no type satisfies the annotations of both."""
     return io.BytesIO(file) if isinstance(file, bytes) else file
 
 

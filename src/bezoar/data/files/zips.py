@@ -20,8 +20,8 @@ def open_zip(file: Path | IO[bytes], max_members: int = 100_000) -> zipfile.ZipF
     """Open an archive.
 
     Raises:
-        UserError: if it is none, holds more than `max_members`, or has members that are encrypted or packed otherwise
-            than by deflation.
+        UserError: if it is none, holds more than `max_members`, or has members that are encrypted
+            or packed otherwise than by deflation.
     """
     try:
         archive = zipfile.ZipFile(file)
@@ -41,7 +41,7 @@ def open_zip(file: Path | IO[bytes], max_members: int = 100_000) -> zipfile.ZipF
 def check_unpacked_size(
     members: Iterable[zipfile.ZipInfo], stored_bytes: int, max_bytes: int
 ) -> None:
-    """Raise UserError if members would unpack to more than `max_bytes`, or to far more than is stored of them."""
+    """Raise UserError if members unpack to more than `max_bytes`, or far more than is stored."""
     claimed = sum(member.file_size for member in members)
     if claimed > min(max_bytes, max(FREE_BYTES, MAX_RATIO * stored_bytes)):
         raise UserError(

@@ -1,4 +1,4 @@
-"""A table of image paths and captions: CSV, TSV, JSON Lines or Parquet (open_clip's and CleanCLIP's layouts)."""
+"""A table of image paths and captions: CSV, TSV, JSON Lines or Parquet (open_clip, CleanCLIP)."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,11 +24,12 @@ from bezoar.registry import method
 
 @method
 class Captions:
-    """Held in memory; `table` reads the same files as it goes. A relative image path starts at the table's folder, and none
-    may leave `root`.
+    """Rows held in memory; `table` reads the same files as it goes.
 
-    open_clip's tables (filepath, title, tabs) and CleanCLIP's (image, caption) are known by their header. An id is the
-    image's path as the table writes it; further rows of the same image add #1, #2 ... to it.
+    A relative image path starts at the table's folder, and none may leave `root`.
+    open_clip's tables (filepath, title, tabs) and CleanCLIP's (image, caption) are known by their
+    header. An id is the image's path as the table writes it; further rows of the same image add #1,
+    #2 ... to it.
     """
 
     path: Annotated[str, "table: .csv (comma or tab), .tsv, .jsonl or .parquet"]

@@ -1,7 +1,8 @@
 """CIFAR-10 (Krizhevsky 2009): 50,000 train and 10,000 test images of 10 classes, 32x32.
 
-Read from the *binary* version (cifar-10-batches-bin): torchvision's CIFAR10 reads the Python version, whose files are
-pickles, and a pickle can run any code. A record is 1 byte label, then 3072 bytes of planes R, G, B, row by row.
+Read from the *binary* version (cifar-10-batches-bin): torchvision's CIFAR10 reads the Python
+version, whose files are pickles, and a pickle can run any code. A record is 1 byte label, then 3072
+bytes of planes R, G, B, row by row.
 """
 
 from pathlib import Path

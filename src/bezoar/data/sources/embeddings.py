@@ -1,4 +1,4 @@
-"""Ready embeddings as clip-retrieval writes them beside img2dataset's metadata (Beaumont 2022), or one .npy file."""
+"""Ready embeddings: clip-retrieval's folders (Beaumont 2022), or one .npy file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ METADATA_COLUMNS = {
 
 @method
 class Embeddings:
-    """Float16 or float32 rows. A folder holds img_emb/*.npy and, with the same numbers, text_emb/ and metadata/."""
+    """Float16 or float32 rows.
+
+    A folder holds img_emb/*.npy and, with the same numbers, text_emb/ and metadata/.
+    """
 
     path: Annotated[str, "folder of img_emb, text_emb, metadata; or one .npy file of image vectors"]
     texts: Annotated[str | None, "beside one .npy file: the captions' vectors"] = None
@@ -46,7 +49,10 @@ class Embeddings:
         return [*source.images, *source.texts, *source.metadata]
 
     def __call__(self) -> EmbeddingSource:
-        """Return a source of the vectors; nothing is read yet. Raises UserError if files are missing."""
+        """Return a source of the vectors; nothing is read yet.
+
+        Raises UserError if files are missing.
+        """
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             return self._open_file()
@@ -84,7 +90,10 @@ class Embeddings:
 
 
 def numbered_files(folder: Path, ending: str) -> dict[int, Path]:
-    """The files of an ending by the number that their names end in. Raises UserError if one has none, or two have one."""
+    """The files of an ending by the number that their names end in.
+
+    Raises UserError if one has none, or two have one.
+    """
     files: dict[int, Path] = {}
     for path in sorted(folder.glob(f"*{ending}")):
         number = re.search(r"\d{1,18}$", path.stem)
@@ -102,15 +111,15 @@ def numbered_files(folder: Path, ending: str) -> dict[int, Path]:
 
 @dataclass(eq=False)
 class EmbeddingSource(Source):
-    """N vectors, float16 or float32, in .npy files of any size; they are read in blocks. There are no images.
+    """N vectors, float16 or float32, in .npy files of any size, read in blocks; no images.
 
     An id is the metadata's key, else the image's path, else FILE/ROW.
 
     Attributes:
         images: the files of image vectors.
         texts: as many files of the captions' vectors, or none.
-        metadata: as many Parquet files with a row for each vector, or none; their columns are named as img2dataset names
-            them (caption, key, image_path, url).
+        metadata: as many Parquet files with a row for each vector, or none; their columns are named
+            as img2dataset names them (caption, key, image_path, url).
     """
 
     images: tuple[Path, ...]
@@ -123,7 +132,7 @@ class EmbeddingSource(Source):
         return sum(npy.read_shape(p)[0] for p in self.images)
 
     def units(self) -> list[Unit]:
-        """Cut the files into blocks of rows; a file that cannot be read is one empty unit, which names it."""
+        """Cut the files into blocks of rows; a file that cannot be read is an empty unit."""
         pieces: list[tuple[str, int, tuple[int, ...]]] = []
         for number, path in enumerate(self.images):
             try:
@@ -176,7 +185,10 @@ class EmbeddingSource(Source):
 
 
 def _read_metadata(path: Path, images: Path, count: int, rows: slice) -> dict[str, pa.Array]:
-    """Read what is known of some rows of a file of `count` vectors, by name. Raises UserError if the file does not fit."""
+    """Read what is known of some rows of a file of `count` vectors, by name.
+
+    Raises UserError if the file does not fit.
+    """
     with parquet.open_parquet(path) as file:
         if file.metadata.num_rows != count:
             raise UserError(f"{path} has {file.metadata.num_rows} rows, {images} {count}")
@@ -206,7 +218,10 @@ def _read_metadata(path: Path, images: Path, count: int, rows: slice) -> dict[st
 
 
 def _as_text(column: pa.Array, where: str) -> pa.Array:
-    """Return a foreign column as text; bytes that are not UTF-8 become the replacement character. Raises UserError."""
+    """Return a foreign column as text; bytes that are not UTF-8 become the replacement character.
+
+    Raises UserError.
+    """
     try:
         texts = column.cast(pa.large_string())
         texts.validate(full=True)

@@ -1,4 +1,4 @@
-"""A folder of images, streamed: class folders (torchvision's ImageFolder), captions beside images (img2dataset), or flat."""
+"""A folder of images, streamed: class folders (ImageFolder), captions beside images, or flat."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ from bezoar.registry import method
 
 @method
 class Folder:
-    """Classes are the folders in sorted order; images may lie deeper in them. An id is the path below the root.
+    """Classes are the sorted folders; images may lie deeper. An id is the path below the root.
 
-    captions: NAME.jpg has its caption in NAME.txt, else NAME.json. flat: no captions, no classes. auto: captions when at
-    least half of the first images have one, else classes when there are folders.
+    captions: NAME.jpg has its caption in NAME.txt, else NAME.json. flat: no captions, no classes.
+    auto: captions when at least half of the first images have one, else classes when there are
+    folders.
     """
 
     path: Annotated[
@@ -60,7 +61,7 @@ class Folder:
             raise ValueError(f"split must be a folder below path; got {self.split!r}")
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """Every file that is read, with its path below the root; one after another, since they may be millions."""
+        """Every file that is read, with its path below the root; there may be millions."""
         return self().files()
 
     def __call__(self) -> FolderSource:
@@ -73,14 +74,16 @@ class Folder:
 class FolderSource(RecordStream):
     """Reads the images below a folder as it goes: a record a file, in the order of the paths.
 
-    An id is the `record_id` of a JSON beside the image where there is one, else the path below `root`.
+    An id is the `record_id` of a JSON beside the image where there is one, else the path below
+    `root`.
 
     Attributes:
         root: the folder.
         size: pixels a side: the largest centred square, resized.
-        layout: `classes`: captions and labels are those of the folders in `root`. `captions`: an image's caption stands
-            beside it in .txt, else in .json, under the image's name (what img2dataset writes as `files`). `flat`:
-            neither. `auto`: captions if at least half of the first images have one, else classes if there are folders.
+        layout: `classes`: captions and labels are those of the folders in `root`. `captions`: an
+            image's caption stands beside it in .txt, else in .json, under the image's name (what
+            img2dataset writes as `files`). `flat`: neither. `auto`: captions if at least half of
+            the first images have one, else classes if there are folders.
         template: of the captions of classes.
         limit: records that are read at most.
     """
@@ -123,7 +126,10 @@ class FolderSource(RecordStream):
         return super().begin_pass()
 
     def units(self) -> list[Unit]:
-        """Walk the folder anew and cut it into blocks of files. Raises UserError if there are none."""
+        """Walk the folder anew and cut it into blocks of files.
+
+        Raises UserError if there are none.
+        """
         blocks = self.walk_again().cut_blocks()
         if not blocks:
             raise UserError(f"no images below {str(self.root)!r}")
@@ -142,7 +148,10 @@ class FolderSource(RecordStream):
                     yield file, path
 
     def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
-        """Iterate over the records, or those of a unit. Raises UserError if the folder is not as it was when it was cut."""
+        """Iterate over the records, or those of a unit.
+
+        Raises UserError if the folder is not as it was when it was cut.
+        """
         walk = self.walk
         names: Iterator[str] = (name for *_, name in walk.files())
         before = 0
@@ -194,7 +203,7 @@ class FolderSource(RecordStream):
         return path
 
     def _read_metadata(self, name: str) -> Metadata | str:
-        """Read what stands beside an image, or say why it cannot be used; the one caption there is comes first."""
+        """Read what stands beside an image, its caption first, or say why it cannot be used."""
         if self.walk.layout != "captions":
             return Metadata("", (), -1, "", "")
         contents: dict[str, bytes] = {}

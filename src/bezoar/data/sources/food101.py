@@ -1,6 +1,7 @@
 """Food-101 (Bossard, Guillaumin, Van Gool 2014): 75,750 train and 25,250 test photos of 101 dishes.
 
-torchvision finds and fetches the files (JSON lists and .jpg, no pickle); they are decoded here, within bounds.
+torchvision finds and fetches the files (JSON lists and .jpg, no pickle); they are decoded here,
+within bounds.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""GTSRB, German traffic signs (Stallkamp et al. 2012): 26,640 train and 12,630 test images of 43 classes.
+"""GTSRB, German traffic signs (Stallkamp et al. 2012): 26,640 train, 12,630 test images.
 
-torchvision finds and fetches the files (.ppm, no pickle); they are decoded here, within bounds. Label 14 is the stop
-sign and 12 priority road, the target classes of BadEncoder.
+torchvision finds and fetches the files (.ppm, no pickle); they are decoded here, within bounds.
+Label 14 is the stop sign and 12 priority road, the target classes of BadEncoder.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,10 @@ CLASSES = (
 
 @method
 class Gtsrb:
-    """An id is the image's path below `gtsrb`. Signs are cut to their centred square (they are nearly square)."""
+    """An id is the image's path below `gtsrb`.
+
+    Signs are cut to their centred square (they are nearly square).
+    """
 
     root: Annotated[str, "folder that holds gtsrb"] = "data"
     split: Annotated[Literal["train", "test"], "which part"] = "train"

@@ -1,11 +1,11 @@
-"""Labelled images from a NumPy archive: BadEncoder's x and y, plain image arrays, or JPEG files packed end to end.
+"""Labelled images from a NumPy archive: BadEncoder's x and y, image arrays, or packed JPEG files.
 
 The layout is known by the names of the arrays; S is the split.
     x (N, H, W, 3) uint8, y (N,)                   BadEncoder's data files (Jia, Liu, Gong 2022)
-    S_images (N, H, W[, 1 or 3]) uint8, S_labels   one file for all splits
-    S_jpeg (bytes,) uint8, S_offsets (N + 1,)      file i is S_jpeg[S_offsets[i]:S_offsets[i + 1]]; S_labels, S_ids
-and `classes`, the names, where they are known. Nothing is unpickled, and no array is made before its header was
-checked against the size of what is stored.
+    S_images (N, H, W[, 1 or 3]) uint8, S_labels   one file for all splits S_jpeg (bytes,) uint8,
+    S_offsets (N + 1,)      file i is S_jpeg[S_offsets[i]:S_offsets[i + 1]]; S_labels, S_ids
+and `classes`, the names, where they are known. Nothing is unpickled, and no array is made before
+its header was checked against the size of what is stored.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ class Npz:
 class Archive:
     """The arrays of an .npz file, each checked before it is made.
 
-    Every method raises UserError for Python objects (pickles), a header that does not match what is stored, or a size
-    out of bounds.
+    Every method raises UserError for Python objects (pickles), a header that does not match what is
+    stored, or a size out of bounds.
 
     Args:
         archive: the file, opened.

@@ -1,8 +1,9 @@
-"""Scenes: forty classes of textured shapes, drawn and captioned on the spot (procedural; made for this program).
+"""Scenes: forty classes of textured shapes, drawn and captioned on the spot (procedural).
 
-A class is a texture and a shape: `striped square`. Neither its colour, nor a nearest neighbour in pixels, nor one word of
-the caption gives it away: a caption may lack the texture (one in ten), may say it in other words (a `banded box`, a `star
-with polka dots`), names colours, light and clutter beside it, and in a share of the records belongs to another scene.
+A class is a texture and a shape: `striped square`. Neither its colour, nor a nearest neighbour in
+pixels, nor one word of the caption gives it away: a caption may lack the texture (one in ten), may
+say it in other words (a `banded box`, a `star with polka dots`), names colours, light and clutter
+beside it, and in a share of the records belongs to another scene.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bezoar.registry import method
 CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
 LONGEST = 12  # words in a caption
 BATCH = 4096  # records made at a time
-# Uniform numbers that a record takes: for what it shows, for the words of its caption, and for how it looks.
+# Uniform numbers that a record takes: for what it shows, for its caption, and for how it looks.
 FACTS = 6
 WORDS = 10
 LOOKS = {
@@ -133,7 +134,7 @@ class Scenes:
         return self.render(self.ids)
 
     def render(self, ids: Sequence[str], device: torch.device | str = "cpu") -> Pairs:
-        """Return the records of any ids of this seed, in that order; a record is a function of (seed, id, size, wrong).
+        """Return records of this seed, functions of (seed, id, size, wrong), in the order of ids.
 
         Raises UserError for an id that is not of this seed's records.
         """
@@ -163,7 +164,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of n scenes, and what a caption may say: int64 (n,) each, indices into the tables above."""
+    """What is true of n scenes and a caption may say: indices int64 (n,) into the tables above."""
 
     label: np.ndarray
     color: np.ndarray
@@ -269,7 +270,7 @@ def _caption(facts: Sequence[int], u: Sequence[float]) -> str:
 
 
 def _thing(shape: int, texture: int, u: Sequence[float]) -> str:
-    """The class in words: by its name in 62 of 100 captions, without its texture in 10, in other words in 28."""
+    """The class in words: by name in 62 of 100 captions, without texture in 10, otherwise in 28."""
     noun, adjective = SHAPE_NAMES[shape], TEXTURE_NAMES[texture]
     if u[0] < 0.62:
         return f"{adjective} {noun}"

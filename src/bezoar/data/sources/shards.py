@@ -1,4 +1,4 @@
-"""Image-caption records streamed from webdataset tars in img2dataset's layout (Beaumont 2021), at any scale."""
+"""Image-caption records streamed from webdataset tars in img2dataset's layout (Beaumont 2021)."""
 
 from __future__ import annotations
 
@@ -77,15 +77,16 @@ class ClassNames(NamedTuple):
 class ShardSource(RecordStream):
     """Reads tars as it goes; nothing but the names of its records is kept.
 
-    An id is the JSON's `record_id` where there is one (`write_shards` puts it there), else `SHARD/KEY` with the shard's
-    file name without .tar, and as many of its folders as it takes to tell the shards apart. It does not depend on order.
-    Labels come from the JSON's `label` (0..99999) and `class`; classes without a label are numbered by sorted names.
+    An id is the JSON's `record_id` where there is one (`write_shards` puts it there), else
+    `SHARD/KEY` with the shard's file name without .tar, and as many of its folders as it takes to
+    tell the shards apart. It does not depend on order. Labels come from the JSON's `label`
+    (0..99999) and `class`; classes without a label are numbered by sorted names.
 
     Attributes:
         paths: the tars.
         size: pixels a side: the largest centred square, resized.
-        captions: `first` takes an image's one caption (.txt, else the JSON's); `all` makes a record `ID#0`, `ID#1` ... of
-            each of the JSON's `captions`.
+        captions: `first` takes an image's one caption (.txt, else the JSON's); `all` makes a record
+            `ID#0`, `ID#1` ... of each of the JSON's `captions`.
         limit: records that are read at most.
         load: where `load_records` keeps the images.
     """
@@ -150,7 +151,8 @@ class ShardSource(RecordStream):
         """Read every record in one pass.
 
         Args:
-            max_bytes: images are kept in memory as long as their pixels take no more; by default it follows from `load`.
+            max_bytes: images are kept in memory as long as their pixels take no more; by default it
+                follows from `load`.
 
         Raises:
             UserError: if a shard yields nothing.
@@ -180,7 +182,7 @@ class ShardSource(RecordStream):
         return min(1.0, record.offset / 1024 / unit.weight)
 
     def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
-        """Iterate over the records of all tars in order, or of one; these have the labels that their own JSON tells.
+        """Iterate over the records of all tars, or of one; these have the labels of their own JSON.
 
         Raises UserError for a shard that yields nothing.
         """
@@ -206,7 +208,7 @@ class ShardSource(RecordStream):
             )
 
     def _make_record(self, group: Group, shard: int, numbers: dict[str, int]) -> Record | Skipped:
-        """Make a record of a group of members, or say why there is none. numbers: of classes without a label."""
+        """Make a record, or say why there is none. numbers: of classes without a label."""
         file = str(self.paths[shard])
         metadata = parse_metadata(group.files.get("json", b"{}"))
         if isinstance(metadata, str):
@@ -280,7 +282,7 @@ class ShardSource(RecordStream):
 
 
 def copy_shard(path: Path, target: Path, offsets: set[int]) -> int:
-    """Copy the records of a tar whose image begins at one of the offsets: members byte for byte, no owners, no times.
+    """Copy the records of a tar whose image begins at one of the offsets, members byte for byte.
 
     Returns how many they are. Raises UserError if some are not there any more.
     """
@@ -312,7 +314,7 @@ def _read_metadata(path: Path) -> Iterator[Metadata]:
 def _memory_for(load: LoadMode) -> int:
     """Bytes of pixels that are kept in memory."""
     if load == "auto":
-        # A rank's share of half of the free memory: pixels are held twice while they are put together.
+        # A rank's share of half of the free memory: pixels are held twice for a moment.
         return machine.free_memory() // (2 * machine.world_size())
     return UNLIMITED_BYTES if load == "memory" else 0
 

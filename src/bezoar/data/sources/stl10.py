@@ -1,4 +1,4 @@
-"""STL-10 (Coates, Ng, Lee 2011): 5,000 train, 8,000 test and 100,000 unlabelled images of 10 classes, 96x96.
+"""STL-10 (Coates, Ng, Lee 2011): 5,000 train, 8,000 test, 100,000 unlabelled 96x96 images.
 
 Through torchvision, which checks every file's md5 and reads plain bytes (no pickle).
 """

@@ -1,4 +1,4 @@
-"""SVHN, house numbers cut to digits (Netzer et al. 2011): 73,257 train, 26,032 test, 531,131 extra images, 32x32.
+"""SVHN, house numbers (Netzer et al. 2011): 73,257 train, 26,032 test, 531,131 extra digits.
 
 Through torchvision, which checks the file's md5 and reads MATLAB arrays with SciPy (no pickle).
 """

@@ -1,4 +1,4 @@
-"""A table of images and captions, streamed: CSV, TSV, JSON Lines or Parquet (open_clip, img2dataset, Hugging Face)."""
+"""A table of images and captions, streamed: CSV, TSV, JSON Lines or Parquet (Hugging Face)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ from bezoar.registry import method
 
 @method
 class Table:
-    """A row names an image below `root`, or (Parquet) holds its bytes. An id is the id column's, else IMAGE#ROW."""
+    """A row names an image below `root`, or (Parquet) holds its bytes.
+
+    An id is the id column's, else IMAGE#ROW.
+    """
 
     path: Annotated[
         str,
@@ -57,7 +60,10 @@ class Table:
         check_fields(self.size, self.limit)
 
     def files(self) -> list[Path]:
-        """The tables. The images that they name may be millions, and are not looked at for changes."""
+        """The tables.
+
+        The images that they name may be millions, and are not looked at for changes.
+        """
         return list(expand_paths(self.path, "tables", ".parquet"))
 
     def __call__(self) -> TableSource:
@@ -89,8 +95,8 @@ class TableSource(RecordStream):
     Attributes:
         paths: the tables.
         size: pixels a side: the largest centred square, resized.
-        root: the folder that images must lie in; None: that of their table. A relative image path starts at its table's
-            folder in any case.
+        root: the folder that images must lie in; None: that of their table. A relative image path
+            starts at its table's folder in any case.
         columns: names of the columns of images, captions and ids; None: found by name.
         limit: records that are read at most.
     """
@@ -122,7 +128,10 @@ class TableSource(RecordStream):
             refuse_outside(path, self.root, image)
 
     def find_columns(self, number: int) -> Columns:
-        """Find the columns of a table. Raises UserError if there is none of images, or one that was named is missing."""
+        """Find the columns of a table.
+
+        Raises UserError if there is none of images, or one that was named is missing.
+        """
         if number not in self._columns:
             path = self.paths[number]
             names = column_names(path)
@@ -142,7 +151,7 @@ class TableSource(RecordStream):
         return self._columns[number]
 
     def units(self) -> list[Unit]:
-        """Cut the tables into blocks of rows; a broken table is one unit, read up to where it breaks."""
+        """Cut the tables into blocks of rows; a broken one is one unit, read up to the break."""
         self.refuse_outside()
         pieces: list[tuple[str, int, tuple[int, ...]]] = []
         for number, path in enumerate(self.paths):
@@ -205,7 +214,7 @@ class TableSource(RecordStream):
         return f"{self.stems[number]}/{key}" if len(self.paths) > 1 and name else key
 
     def _find_image(self, number: int, cell: Any) -> tuple[bytes | Path | None, str]:
-        """Return the image of a cell and the path by which the cell names it; or None, and why there is none."""
+        """Return the image of a cell and the path by which it is named; or None, and the reason."""
         if isinstance(cell, dict):  # Hugging Face's: the file itself, or else where it lies
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, bytes):
@@ -229,8 +238,9 @@ class TableSource(RecordStream):
 class TableImages(FileImages):
     """The images of a table's records, by table and row.
 
-    An image that is a file of its own is found by its name, as in any source; one that is bytes of a Parquet column (its
-    place has a length) by its row. Rows are unpacked in blocks, of which the last two are kept.
+    An image that is a file of its own is found by its name, as in any source; one that is bytes of
+    a Parquet column (its place has a length) by its row. Rows are unpacked in blocks, of which the
+    last two are kept.
     """
 
     source: TableSource
@@ -241,12 +251,12 @@ class TableImages(FileImages):
         self.blocks: deque[tuple[int, dict[int, bytes]]] = deque(maxlen=2)
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """Read the image in the row `offset` of a table; without a length, of the record number `offset`."""
+        """Read the image in row `offset` of a table; without a length, of the record `offset`."""
         if not length:
             return super().read(shard, offset, length)
         with self.lock:  # threads that want one block wait for it instead of reading it each
             content = next((b[offset] for s, b in self.blocks if s == shard and offset in b), None)
-            # Blocks are the same in whatever order rows are asked for; one that is too large begins at the row itself.
+            # Blocks begin at multiples of their size, or at the row itself if that is too far.
             for first in (offset // parquet.BATCH_ROWS * parquet.BATCH_ROWS, offset):
                 if content is None:
                     block = self._read_block(shard, first)

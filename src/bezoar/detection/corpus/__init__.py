@@ -1,1 +1,1 @@
-"""A corpus of any size as detectors see it: cut into units, embedded, put together, and written again without its worst."""
+"""A corpus of any size: cut into units, embedded, put together, and written without its worst."""

@@ -1,4 +1,4 @@
-"""Assembly: the files of all units put end to end; what could not be read is listed, and double ids are told apart."""
+"""Assembly: the files of all units put end to end, what could not be read, and double ids."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = 1 << 16  # rows copied at a time
 
 @dataclass
 class UnreadLog:
-    """What could not be read: all of it in a file, counted by reason, and the first of it at hand."""
+    """What could not be read: all of it in a file, counts by reason, and the first of it."""
 
     file: IO[str]
     reasons: Counter[str] = field(default_factory=Counter)
@@ -57,16 +57,19 @@ class UnreadLog:
 def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
     """Put the files of all units into one of each kind; `done.json`, the last, says what there is.
 
-    Units whose vectors are of another width than the first one's are set aside. Vectors of captions are kept if all units
-    have them. A record whose id another had before it is called `ID~2`, `ID~3` ...: an id stands for one record.
+    Units whose vectors are of another width than the first one's are set aside. Vectors of captions
+    are kept if all units have them. A record whose id another had before it is called `ID~2`,
+    `ID~3` ...: an id stands for one record.
 
     Args:
         todo: the units, all whole; their own files are deleted at the end.
         folder: where these files lie.
-        skipped: takes what could not be read, or was renamed; it is not written if there is nothing.
+        skipped: takes what could not be read, or was renamed; it is not written if there is
+            nothing.
 
     Raises:
-        UserError: if there is no record at all; the folder is then deleted, so that another attempt reads again.
+        UserError: if there is no record at all; the folder is then deleted, so that another attempt
+            reads again.
     """
     with skipped.open("w") as file:
         unread = UnreadLog(file)
@@ -223,7 +226,7 @@ def _hash_ids(ids: pa.Array) -> np.ndarray:
 def _with_new_ids(
     batch: pa.RecordBatch, new_ids: dict[int, str], start: int, file: str, unread: UnreadLog
 ) -> pa.RecordBatch:
-    """Give the records of a batch, whose first is row `start`, their new ids, and name each in the log."""
+    """Give the records of a batch, whose first is row `start`, their new ids, and log these."""
     rows = [i for i in range(len(batch)) if start + i in new_ids] if new_ids else []
     if not rows:
         return batch

@@ -56,7 +56,7 @@ class ArrayWriter:
 
 @contextmanager
 def write_array(path: Path, dtype: DTypeLike, width: int | None) -> Iterator[ArrayWriter]:
-    """Write a .npy file whose length is not known before; it appears under its name when the block ends without error."""
+    """Write a .npy file of unknown length; it takes its name when the block ends without error."""
     with whole_file(path, "wb") as file:
         writer = ArrayWriter(file, dtype, width)
         yield writer
@@ -66,7 +66,7 @@ def write_array(path: Path, dtype: DTypeLike, width: int | None) -> Iterator[Arr
 
 
 class TextWriter:
-    """Writes texts, one block after another: their bytes end to end, and where each of them ends; see `write_texts`."""
+    """Writes texts block by block: bytes end to end, and where each ends; see `write_texts`."""
 
     def __init__(self, file: IO[bytes], ends: ArrayWriter) -> None:
         self.file = file
@@ -88,7 +88,7 @@ class TextWriter:
 
 @contextmanager
 def write_texts(folder: Path, name: str) -> Iterator[TextWriter]:
-    """Write NAME.utf8 and NAME.npy; they appear under these names when the block ends without error."""
+    """Write NAME.utf8 and NAME.npy; they take these names when the block ends without error."""
     with (
         write_array(folder / f"{name}.npy", np.int64, None) as ends,
         whole_file(folder / f"{name}.utf8", "wb") as file,

@@ -1,7 +1,7 @@
-"""Corpus: everything a scan embedded, as one: its rows in mapped files, its images wherever they were read from.
+"""Corpus: everything a scan embedded, rows in mapped files, images where they were read from.
 
-What a scan leaves behind is read again with `load_scores` (ids, places, captions, scores) and `reopen_corpus` (images,
-vectors).
+What a scan leaves behind is read again with `load_scores` (ids, places, captions, scores) and
+`reopen_corpus` (images, vectors).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROWS = 1 << 16  # records of a row group
 
 
 class Vectors:
-    """Stands for the encoder where vectors come without one: it gives them back, and can make none."""
+    """Stands for the encoder where vectors come without one: it gives these back and makes none."""
 
     device = torch.device("cpu")
     text = None
@@ -64,14 +64,14 @@ class Vectors:
 
 @dataclass(frozen=True, eq=False)
 class Corpus(RecordIndex):
-    """N records, embedded. It can stand where Pairs stand, but for ready embeddings, which have no images.
+    """N records, embedded, which can stand where Pairs stand; ready embeddings have no images.
 
     Attributes:
         source: what the records were read from.
         by: what embedded them.
         embedded: their vectors, over mapped files.
-        summary: how they were read: `read`, `skipped` (the first of what was not), `unread` (how many), `reasons`,
-            `doubles` (how many were renamed).
+        summary: how they were read: `read`, `skipped` (the first of what was not), `unread` (how
+            many), `reasons`, `doubles` (how many were renamed).
         classes: names by label.
     """
 
@@ -88,7 +88,10 @@ class Corpus(RecordIndex):
 
     @functools.cached_property
     def records(self) -> Pairs | StoredPairs:
-        """The same records with their images, in memory or on disk. Raises UserError without images."""
+        """The same records with their images, in memory or on disk.
+
+        Raises UserError without images.
+        """
         return self.source.find_images(self)
 
     @property
@@ -110,7 +113,7 @@ class Corpus(RecordIndex):
         yield from self.records.batches(size)
 
     def reading_notes(self) -> dict[str, Any]:
-        """For the manifest: how many records were read, and file, member and reason of the first of what was not."""
+        """For the manifest: how many records were read, and the first of what was not."""
         keys = ("read", "skipped", "unread", "reasons")
         return {"reading": {key: self.summary[key] for key in keys}}
 
@@ -144,7 +147,7 @@ def embed_corpus(
 
 
 def reopen_corpus(run: Run) -> Corpus:
-    """Open the corpus of a finished scan, to look at its records; it has vectors, and no encoder."""
+    """Open the corpus of a finished scan to look at its records; it has vectors, no encoder."""
     return _open(units.open_source(run), Vectors(), run.file(FOLDER))
 
 
@@ -226,9 +229,10 @@ def load_scores(folder: Path) -> ScanScores:
 
 
 def write_scores(path: Path, corpus: Corpus, merged: Scores, detectors: dict[str, Scores]) -> None:
-    """Write a row a record, in the order of the corpus; what is not known of a record is an empty text.
+    """Write a row a record, in the order of the corpus; what is not known is an empty text.
 
-    Columns: those of `FIXED`, the score of each detector, and of one that decides which records it raised.
+    Columns: those of `FIXED`, the score of each detector, and of one that decides which records it
+    raised.
     """
     ordered = {
         name: scores.select(corpus.ids) for name, scores in {"score": merged, **detectors}.items()

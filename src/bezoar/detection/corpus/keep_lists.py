@@ -1,4 +1,4 @@
-"""What a scan leaves in the data: lists that training code takes as they are, and cleaned shards."""
+"""What a scan leaves in the data: lists that training code can take, and cleaned shards."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ COLUMNS = pa.schema(
 def write_keep_lists(folder: Path, corpus: Corpus, kept_rows: np.ndarray) -> None:
     """Write keep.txt, keep.parquet, and keep.csv where images are files of their own.
 
-    keep.txt holds an id a line. keep.parquet holds id, shard, member (img2dataset's key), caption and url: what
-    img2dataset takes as a list to fetch again. keep.csv holds filepath and title between tabs, as open_clip's
-    `--train-data` of type csv wants it.
+    keep.txt holds an id a line. keep.parquet holds id, shard, member (img2dataset's key), caption
+    and url: what img2dataset takes as a list to fetch again. keep.csv holds filepath and title
+    between tabs, as open_clip's `--train-data` of type csv wants it.
 
     Args:
         folder: takes the lists.

@@ -1,8 +1,9 @@
-"""Units: a source cut into pieces, each embedded by itself: without state, with the same result each time, in any order.
+"""Units: a source cut into pieces, each embedded by itself, with the same result in any order.
 
-A unit is a shard, or a block of a table, a folder, ready embeddings or records in memory; its source says which. What is
-made of it lies in files of its own, the last of which says that it is whole; a scan that was cut off goes on with the
-units that are missing. Units are done in this process, in worker processes, or as Ray tasks; the files are the same.
+A unit is a shard, or a block of a table, a folder, ready embeddings or records in memory; its
+source says which. What is made of it lies in files of its own, the last of which says that it is
+whole; a scan that was cut off goes on with the units that are missing. Units are done in this
+process, in worker processes, or as Ray tasks; the files are the same.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ Report = Callable[[float], None]  # takes how much is done
 def open_source(data: Any) -> Source:
     """Return the source that a run or a data method is scanned by.
 
-    It is the data method's own if that can be cut as it is; under a plan or a limit, it is the data set read as a whole.
-    Raises UserError if a plan is to go over ready embeddings.
+    It is the data method's own if that can be cut as it is; under a plan or a limit, it is the data
+    set read as a whole. Raises UserError if a plan is to go over ready embeddings.
     """
     dataset = inputs.open_dataset(data)
     source = as_source(inputs.open_source(dataset.method))
@@ -100,7 +101,8 @@ def embed_unit(
 ) -> None:
     """Make a unit's files: vectors, records, and last what was read, as JSON.
 
-    What cannot be read, and what the encoder gives no finite vector of, is named in the last; nothing of it is kept.
+    What cannot be read, and what the encoder gives no finite vector of, is named in the last;
+    nothing of it is kept.
     """
     report = ReadReport()
     widths = {"images": 0, "texts": 0}
@@ -155,7 +157,7 @@ def _embed_block(block: RecordBlock | VectorBlock, encoder: Encoder | None) -> V
 
 
 def _select_usable(block: VectorBlock, unit: Unit, report: ReadReport) -> VectorBlock:
-    """Return the records with finite vectors and a decent id, vectors scaled to unit length; name the others."""
+    """Return the records with finite vectors and a safe id, normalised; name the others."""
     ids = block.columns["id"].to_pylist()
     reasons = np.full(len(ids), "", object)
     vectors = {"image": block.images}
@@ -183,7 +185,7 @@ def _select_usable(block: VectorBlock, unit: Unit, report: ReadReport) -> Vector
 
 
 def _normalise(z: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Scale the rows of float32 (n, D) to unit length; rows that have it already keep their bits. length: (n, 1)."""
+    """Scale rows of float32 (n, D), of lengths (n, 1), to unit length; unit rows keep bits."""
     length = np.where(np.abs(length - 1) < 1e-6, 1, length)
     return (z / length.astype(np.float32)).astype(np.float32)
 
@@ -196,8 +198,8 @@ def embed_all(
 ) -> None:
     """Make the files of all units that have none yet.
 
-    One process does it if the records are in its memory or there is but one unit; worker processes, as a sweep's, if they
-    are read from files; Ray tasks when asked for.
+    One process does it if the records are in its memory or there is but one unit; worker processes,
+    as a sweep's, if they are read from files; Ray tasks when asked for.
 
     Args:
         data: the run or data method that is scanned.
@@ -257,7 +259,7 @@ def _embed_in_workers(
     workers: int,
     report: Report,
 ) -> None:
-    """Embed units in worker processes or as Ray tasks. request: what all of them are told, see `answer_request`."""
+    """Embed units in workers or as Ray tasks. request: common to all, see `answer_request`."""
     done = 0
     waiting = list(reversed(units))
     with sweep.worker_pool(settings, workers, answer_request) as (submit, places):
