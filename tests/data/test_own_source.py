@@ -98,16 +98,16 @@ def test_it_is_scanned_in_units_by_workers_too(tmp_path, listing):
 def test_it_is_cleaned(tmp_path, listing):
     words = ("--encoder", tmp_path / "tiny.py", "--detector", "k_distance:k=4", "--remove", "0.25")
     _, folder = scan(tmp_path / "runs", listing, *words, "--write", "shards")
-    kept = (folder / "keep.txt").read_text().split()
-    assert len(kept) == notes(folder)["written"] == 27
+    kept_ids = (folder / "keep.txt").read_text().split()
+    assert len(kept_ids) == notes(folder)["written"] == 27
     cleaned = load_pairs(ShardSource(expand_paths(str(folder / "shards")), 16))
     whole = load_pairs(registry.make("data", listing)())
-    assert cleaned.ids == tuple(kept)
-    rows = [whole.ids.index(key) for key in kept]
+    assert cleaned.ids == tuple(kept_ids)
+    rows = [whole.ids.index(key) for key in kept_ids]
     assert torch.equal(cleaned.images, whole.take(rows).images)
     with (folder / "keep.csv").open(newline="") as file:
         paths = [Path(row["filepath"]) for row in csv.DictReader(file, delimiter="\t")]
-    assert paths == [tmp_path / key for key in kept]
+    assert paths == [tmp_path / key for key in kept_ids]
 
 
 def test_it_is_poisoned_trained_on_and_looked_at_for_side_channels(tmp_path, listing):
