@@ -32,6 +32,7 @@ from bezoar.data.pairs import Pairs, load_pairs
 from bezoar.data.source import as_source
 from bezoar.data.sources.folder import FolderSource
 from bezoar.data.sources.shards import ShardSource
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.detection.corpus import corpus, units
 from bezoar.runs import inputs, verb
 from bezoar.runs.run import Run
@@ -108,6 +109,10 @@ def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monke
     plain = whole(tmp_path / "f")
     same(load_pairs(registry.make("data", spec)()), plain)
     assert load_pairs(registry.make("data", f"{spec},limit=7")()).ids == plain.ids[:7]
+    for max_bytes, kind in ((0, StoredPairs), (1 << 40, Pairs)):
+        records = registry.make("data", spec)().load_records(max_bytes)
+        assert isinstance(records, kind)
+        same(records.take(range(len(plain))), plain)
     monkeypatch.setattr(folders, "BLOCK_FILES", 7)
     monkeypatch.setattr(source, "UNIT_RECORDS", 7)
     status, streamed = scan(tmp_path / "streamed", spec, "--encoder", tiny, *detectors)

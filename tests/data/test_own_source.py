@@ -13,6 +13,7 @@ from bezoar.cli import main
 from bezoar.data.files.paths import expand_paths
 from bezoar.data.pairs import load_pairs
 from bezoar.data.sources.shards import ShardSource
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.detection.corpus import corpus
 from bezoar.runs.run import Run
 
@@ -93,6 +94,14 @@ def test_it_is_scanned_in_units_by_workers_too(tmp_path, listing):
     records = corpus.reopen_corpus(Run(folder))
     assert tuple(records.ids) == whole.ids and records.place_of(3) == f"{tmp_path}/list.txt 03.png"
     assert torch.equal(records.take([35, 2]).images, whole.take([35, 2]).images)
+
+
+def test_its_images_are_read_as_they_are_drawn_if_memory_is_short(listing):
+    whole = load_pairs(registry.make("data", listing)())
+    stored = registry.make("data", listing)().load_records(max_bytes=0)
+    assert isinstance(stored, StoredPairs)
+    assert tuple(stored.ids) == whole.ids and tuple(stored.captions) == whole.captions
+    assert torch.equal(stored.images[[30, 1]], whole.images[[30, 1]])
 
 
 def test_it_is_cleaned(tmp_path, listing):

@@ -413,7 +413,7 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
         manifest, trained = ask(
             capsys, runs, "train", both.name, "--objective", "clip:epochs=2,batch=16"
         )
-        ahead = "read from shards as they were drawn, 12 of 12 batches ahead"
+        ahead = "read from files as they were drawn, 12 of 12 batches ahead"
         assert manifest["notes"]["images"] == (ahead if where == "stream" else "in memory")
         assert manifest["notes"]["records"] == 96 + 9 + 4 and (trained / "report.html").exists()
         scan, ranked = ask(

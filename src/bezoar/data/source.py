@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,13 +18,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from bezoar import machine
 from bezoar.data.blocks import blocks
-from bezoar.data.decoding import Decoded, Record, batch_pairs, decode_records, describe_failure
+from bezoar.data.decoding import (
+    Decoded,
+    Record,
+    batch_pairs,
+    decode_distinct,
+    decode_records,
+    describe_failure,
+)
 from bezoar.data.files.paths import encodable, read_file
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs, load_pairs
 from bezoar.data.shards import CleanCopy, pack_records, write_shards
-from bezoar.data.stored_pairs import ImageReader, StoredPairs
+from bezoar.data.stored_pairs import ImageReader, StoredPairs, read_columns
 from bezoar.data.strings import Strings
 from bezoar.errors import UserError
 from bezoar.progress import Progress
@@ -301,9 +309,43 @@ class RecordStream(Source):
         if not report.read:
             raise UserError(describe_failure(str(self.paths[0]), report))
 
-    def load_records(self) -> Pairs | StoredPairs:
-        """Read every record into memory. Raises UserError if there are none."""
-        return Pairs.concat(list(self.batches(1024)))
+    def load_records(self, max_bytes: int | None = None) -> Pairs | StoredPairs:
+        """Read every record in one pass, into memory or into an index.
+
+        Args:
+            max_bytes: images stay in memory as long as their pixels take no more; see `memory_bytes`.
+
+        Raises:
+            UserError: if there are no records.
+        """
+        report = self.begin_pass()
+        stamps = self.file_stamps()
+        records = decode_distinct(self.records(), self.size, report, self.limit)
+        columns = read_columns(records, self.memory_bytes() if max_bytes is None else max_bytes)
+        if not report.read:
+            raise UserError(describe_failure(str(self.paths[0]), report))
+        ids, captions = columns.ids, columns.captions
+        labels = columns.labels if self.labelled else None
+        if columns.images is not None:
+            images = torch.from_numpy(np.stack(columns.images))
+            return Pairs(images, tuple(captions), labels, tuple(ids), self.classes, report)
+        no_urls = Strings.from_texts(())
+        index = RecordIndex(
+            [], stamps, ids, captions, columns.members, no_urls, columns.places, renamed=False
+        )
+        stored = self.find_images(index)
+        return replace(stored, labels=labels, classes=self.classes, report=report)
+
+    def memory_bytes(self) -> int:
+        """Bytes of pixels that `load_records` keeps in memory.
+
+        It is a rank's share of half of the free memory: pixels are held twice for a moment.
+        """
+        return machine.free_memory() // (2 * machine.world_size())
+
+    def file_stamps(self) -> list[Sequence[int] | None]:
+        """By what it is noticed that a file was changed since, a file; none by default."""
+        return []
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
         """Read a unit, a bounded number of records at a time; report what cannot be read."""

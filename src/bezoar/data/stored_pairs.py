@@ -228,66 +228,64 @@ class StoredPairs:
             out[poisoned] = trigger(out[poisoned], [self.ids[r] for r in rows[poisoned].tolist()])
 
 
-def index_records(
-    records: Iterable[tuple[Record, int, np.ndarray]],
-    reader: ImageReader,
-    size: int,
-    max_bytes: int,
-    report: ReadReport,
-    classes: tuple[str, ...] = (),
-    labelled: bool = False,
-) -> Pairs | StoredPairs:
-    """Index every record of a stream in one pass.
+@dataclass(frozen=True)
+class RecordColumns:
+    """What one pass over N records leaves.
 
-    Args:
-        records: what `decode_distinct` yields, each with a caption.
-        reader: reads their images again.
-        size: pixels a side.
-        max_bytes: the images are kept in memory as long as they take no more.
-        report: of the pass.
-        classes: names by label.
-        labelled: whether there are labels.
-
-    Returns:
-        Pairs if the images were kept, else StoredPairs; of nothing, an index of no records.
+    Attributes:
+        places: PLACE (N,).
+        ids: N keys.
+        captions: N texts, or none.
+        members: names of the members or rows.
+        labels: int64 (N,).
+        images: uint8 (3, S, S) each, or None if they were too many for the memory.
     """
-    images: list[np.ndarray] | None = []
 
-    def entries() -> Iterator[tuple[tuple[int, int, int, int], str, str, int]]:
-        nonlocal images
+    places: np.ndarray
+    ids: Strings
+    captions: Strings
+    members: Strings
+    labels: Tensor
+    images: list[np.ndarray] | None
+
+
+def read_columns(
+    records: Iterable[tuple[Record, int, np.ndarray]], max_bytes: int
+) -> RecordColumns:
+    """Read what `decode_distinct` yields; images are kept as long as they take no more bytes."""
+    images: list[np.ndarray] | None = []
+    has_captions = False
+
+    def entries() -> Iterator[tuple[tuple[int, int, int, int], str, str, str, int]]:
+        nonlocal images, has_captions
         for record, number, image in records:
+            has_captions = has_captions or bool(record.captions)
             if images is not None:
                 images.append(image)
                 if len(images) * image.nbytes > max_bytes:
                     images = None
+            caption = record.captions[number] if record.captions else ""
             place = (record.shard, record.offset, record.length, -1)
-            yield place, record.ids[number], record.captions[number], record.label
+            yield place, record.ids[number], caption, record.member, record.label
 
-    places: list[np.ndarray] = [np.empty(0, PLACE)]
-    labels: list[np.ndarray] = [np.empty(0, np.int64)]
-    ids: list[Strings] = [Strings.from_texts(())]
-    captions: list[Strings] = [Strings.from_texts(())]
+    places = [np.empty(0, PLACE)]
+    labels = [np.empty(0, np.int64)]
+    texts: list[tuple[Strings, ...]] = [(Strings.from_texts(()),) * 3]
     stream = entries()
     while block := list(itertools.islice(stream, BLOCK)):
-        block_places, block_ids, block_captions, block_labels = zip(*block, strict=True)
+        block_places, *block_texts, block_labels = zip(*block, strict=True)
         places.append(np.array(list(block_places), PLACE))
-        ids.append(Strings.from_texts(block_ids))
-        captions.append(Strings.from_texts(block_captions))
+        texts.append(tuple(Strings.from_texts(column) for column in block_texts))
         labels.append(np.array(block_labels, np.int64))
-    stored = StoredPairs(
-        reader=reader,
-        size=size,
+    ids, captions, members = (Strings.concat(parts) for parts in zip(*texts, strict=True))
+    return RecordColumns(
         places=np.concatenate(places),
-        ids=Strings.concat(ids),
-        captions=Strings.concat(captions),
-        labels=torch.from_numpy(np.concatenate(labels)) if labelled else None,
-        classes=classes,
-        report=report,
+        ids=ids,
+        captions=captions if has_captions else Strings.from_texts(()),
+        members=members,
+        labels=torch.from_numpy(np.concatenate(labels)),
+        images=images,
     )
-    if not images:
-        return stored
-    pixels = torch.from_numpy(np.stack(images))
-    return Pairs(pixels, tuple(stored.captions), stored.labels, tuple(stored.ids), classes, report)
 
 
 Fill = Callable[[np.ndarray, Tensor], None]

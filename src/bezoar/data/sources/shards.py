@@ -11,17 +11,15 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from bezoar import machine
-from bezoar.data.decoding import Record, decode_distinct, describe_failure
+from bezoar.data.decoding import Record, describe_failure
 from bezoar.data.files.metadata import Metadata, parse_metadata
 from bezoar.data.files.paths import distinct_stems, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped
 from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
 from bezoar.data.label_sets import check_fields
-from bezoar.data.pairs import Pairs
 from bezoar.data.shards import CleanCopy, add_member, open_shard
 from bezoar.data.source import RecordIndex, RecordStream, Unit, number_units
-from bezoar.data.stored_pairs import ShardFiles, StoredPairs, file_stamp, index_records
+from bezoar.data.stored_pairs import ShardFiles, file_stamp
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.registry import method
@@ -147,26 +145,15 @@ class ShardSource(RecordStream):
         classes = tuple(labels.get(i, "") for i in range(max(labels) + 1)) if named else ()
         return ClassNames(classes, {}, bool(labels))
 
-    def load_records(self, max_bytes: int | None = None) -> Pairs | StoredPairs:
-        """Read every record in one pass.
+    def memory_bytes(self) -> int:
+        """Bytes of pixels that `load_records` keeps in memory, as `load` says."""
+        if self.load == "auto":
+            return super().memory_bytes()
+        return UNLIMITED_BYTES if self.load == "memory" else 0
 
-        Args:
-            max_bytes: images are kept in memory as long as their pixels take no more; by default it
-                follows from `load`.
-
-        Raises:
-            UserError: if a shard yields nothing.
-        """
-        if max_bytes is None:
-            max_bytes = _memory_for(self.load)
-        report = self.begin_pass()
-        reader = ShardFiles(self.paths)
-        labelled = self.labelled
-        records = decode_distinct(self.records(), self.size, report, self.limit)
-        whole = index_records(records, reader, self.size, max_bytes, report, self.classes, labelled)
-        if not len(whole):
-            raise UserError(describe_failure(str(self.paths[0]), report))
-        return whole
+    def file_stamps(self) -> list[Sequence[int] | None]:
+        """Size and time of change of the shards. Raises UserError if one does not exist."""
+        return list(ShardFiles(self.paths).stamps)
 
     def units(self) -> list[Unit]:
         """A unit a shard, weighed by its KiB."""
@@ -309,14 +296,6 @@ def _read_metadata(path: Path) -> Iterator[Metadata]:
             metadata = parse_metadata(group.files["json"])
             if isinstance(metadata, Metadata):
                 yield metadata
-
-
-def _memory_for(load: LoadMode) -> int:
-    """Bytes of pixels that are kept in memory."""
-    if load == "auto":
-        # A rank's share of half of the free memory: pixels are held twice for a moment.
-        return machine.free_memory() // (2 * machine.world_size())
-    return UNLIMITED_BYTES if load == "memory" else 0
 
 
 def _kibibytes(path: Path) -> int:
