@@ -23,12 +23,16 @@ from PIL import Image
 from verbs.test_scan import NETWORK, contents, notes, picture, scan, unread
 
 from bezoar import registry
-from bezoar.data import decoding, folders
+from bezoar.data import decoding, source
 from bezoar.data.decoding import Record, gather_pairs
-from bezoar.data.files import paths
+from bezoar.data.files import folders, paths
 from bezoar.data.files.images import SUFFIXES
+from bezoar.data.files.paths import expand_paths
 from bezoar.data.pairs import Pairs, load_pairs
-from bezoar.data.shards import ShardSource, expand_paths
+from bezoar.data.source import as_source
+from bezoar.data.sources.folder import FolderSource
+from bezoar.data.sources.shards import ShardSource
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.detection.corpus import corpus, units
 from bezoar.runs import inputs, verb
 from bezoar.runs.run import Run
@@ -78,7 +82,12 @@ def whole(root: Path) -> Pairs:
                 if path.suffix.lower() in SUFFIXES:
                     key = path.relative_to(root).as_posix()
                     yield Record(
-                        path, (key,), (f"a photo of a {folder.name}",), label, str(root), key
+                        image=path,
+                        ids=(key,),
+                        captions=(f"a photo of a {folder.name}",),
+                        label=label,
+                        file=str(root),
+                        member=key,
                     )
 
     return gather_pairs(
@@ -100,31 +109,35 @@ def test_a_folder_gives_what_it_gives_in_memory_to_the_bit(tmp_path, tiny, monke
     plain = whole(tmp_path / "f")
     same(load_pairs(registry.make("data", spec)()), plain)
     assert load_pairs(registry.make("data", f"{spec},limit=7")()).ids == plain.ids[:7]
-    monkeypatch.setattr(folders, "BLOCK", 7)
-    monkeypatch.setattr(units, "HELD", 7)
+    for max_bytes, kind in ((0, StoredPairs), (1 << 40, Pairs)):
+        records = registry.make("data", spec)().load_records(max_bytes)
+        assert isinstance(records, kind)
+        same(records.take(range(len(plain))), plain)
+    monkeypatch.setattr(folders, "BLOCK_FILES", 7)
+    monkeypatch.setattr(source, "UNIT_RECORDS", 7)
     status, streamed = scan(tmp_path / "streamed", spec, "--encoder", tiny, *detectors)
-    c, found = corpus.reopen_corpus(Run(streamed)), corpus.load_scores(streamed)
+    c, scores = corpus.reopen_corpus(Run(streamed)), corpus.load_scores(streamed)
     assert status == 0 and tuple(c.ids) == plain.ids and tuple(c.captions) == plain.captions
     same(c.take([29, 3, 3, 0]), plain.take([29, 3, 3, 0]))
-    assert found.places[0] == f"{tmp_path}/f cross/0001.png"
-    monkeypatch.setattr(units, "open_source", lambda given: plain)
+    assert scores.places[0] == f"{tmp_path}/f cross/0001.png"
+    monkeypatch.setattr(units, "open_source", lambda args: as_source(plain))
     status, held = scan(tmp_path / "held", spec, "--encoder", tiny, *detectors)
     assert status == 0
     for name in ("vectors/images.npy", "vectors/texts.npy", "vectors/id.utf8", "keep.txt"):
         assert (streamed / name).read_bytes() == (held / name).read_bytes()
-    assert torch.equal(found.merged.values, corpus.load_scores(held).merged.values)
+    assert torch.equal(scores.merged.values, corpus.load_scores(held).merged.values)
 
 
 def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(folders, "BLOCK", 100)
-    monkeypatch.setattr(units, "MOST", 16)
+    monkeypatch.setattr(folders, "BLOCK_FILES", 100)
+    monkeypatch.setattr(source, "BATCH_IMAGES", 16)
     original, alive, most = decoding.decode_image, [0], [0]
 
     def gone():
         alive[0] -= 1
 
-    def decode(*given):
-        image = original(*given)
+    def decode(*args):
+        image = original(*args)
         alive[0] += 1
         most[0] = max(most[0], alive[0])
         weakref.finalize(image, gone)
@@ -140,29 +153,29 @@ def test_images_in_memory_do_not_grow_with_the_folder(tmp_path, tiny, monkeypatc
         for i in range(count):
             (folder / f"{i:04d}.png").write_bytes(picture(i % 50, 8))
         spec = f"folder:path={folder},size=8"
-        status, found = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
-        assert status == 0 and len(corpus.load_scores(found)) == count and alive[0] == 0
+        status, run = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
+        assert status == 0 and len(corpus.load_scores(run)) == count and alive[0] == 0
         assert 0 < most[0] <= min(bound, count)
     assert bound < 700
 
 
 def test_two_workers_and_none_write_the_same_files(tmp_path, tiny, monkeypatch):
     spec, files = classes(tmp_path / "f"), []
-    monkeypatch.setattr(folders, "BLOCK", 10)
+    monkeypatch.setattr(folders, "BLOCK_FILES", 10)
     torch.set_num_threads(1)
     for workers in (1, 2):
-        status, made = scan(
+        status, run = scan(
             tmp_path / f"runs{workers}", spec, "--encoder", tiny, *WORDS, workers=workers
         )
-        assert status == 0 and len(units.cut_units(registry.make("data", spec)())) == 3
-        files.append(contents(made))
+        assert status == 0 and len(registry.make("data", spec)().units()) == 3
+        files.append(contents(run))
     assert files[0] == files[1] and len(files[0]) > 8
 
 
 def program(runs: Path, spec: str, tiny: Path) -> str:
     """A scan in units of ten files, for a process of its own."""
     words = ["scan", spec, "--encoder", str(tiny), *WORDS, "--runs", str(runs), "--workers", "1"]
-    return f"from bezoar.data import folders; folders.BLOCK = 10; from bezoar.cli import main; main({words!r}) and exit(1)"
+    return f"from bezoar.data.files import folders; folders.BLOCK_FILES = 10; from bezoar.cli import main; main({words!r}) and exit(1)"
 
 
 def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, monkeypatch):
@@ -182,21 +195,21 @@ def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, 
     (folder,) = runs.glob("scan-*")
     done = len(list(folder.glob("vectors/0*.json")))
     assert 2 <= done < 5
-    embedded, original = [], units.embed
+    embedded, original = [], units.embed_unit
 
-    def watched(found, unit, *rest):
+    def watched(folder_source, unit, *rest):
         embedded.append(unit.number)
-        original(found, unit, *rest)
+        original(folder_source, unit, *rest)
 
-    monkeypatch.setattr(folders, "BLOCK", 10)
+    monkeypatch.setattr(folders, "BLOCK_FILES", 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "embed", watched)
+        patch.setattr(units, "embed_unit", watched)
         status, again = scan(runs, spec, "--encoder", tiny, *WORDS)
     assert (
         status == 0
         and again == folder
         and embedded == list(range(done, 5))
-        and not list(folder.rglob("*.part"))
+        and not list(folder.rglob("*.tmp"))
     )
     _, fresh = scan(tmp_path / "other", spec, "--encoder", tiny, *WORDS)
     for name in ("ranked.json", "keep.txt", "vectors/images.npy", "vectors/id.utf8"):
@@ -223,22 +236,22 @@ def test_what_is_bad_in_a_folder_is_named_and_no_link_is_followed_out(tmp_path, 
     deep = root / "star" / Path(*["d"] * 70)
     deep.mkdir(parents=True)
     (deep / "deep.png").write_bytes(picture(52))
-    status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
-    found = corpus.load_scores(made)
+    status, run = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
+    scores = corpus.load_scores(run)
     assert (
         status == 4
-        and len(found) == 21
-        and "star/inside.png" in found.ids
-        and not any("out" in k for k in found.ids)
+        and len(scores) == 21
+        and "star/inside.png" in scores.ids
+        and not any("out" in k for k in scores.ids)
     )
-    assert {(m.rpartition("/")[2], r) for _, m, r in unread(made)} == {
+    assert {(m.rpartition("/")[2], r) for _, m, r in unread(run)} == {
         ("cut.png", "not decodable"), ("out.png", "link leaves the folder"), ("up.png", "link leaves the folder"),
         ("gone.png", "no such file"), ("loop.png", "no such file"), ("folder", "link leaves the folder"),
         ("again", "link to a folder, not followed"), ("linked", "link leaves the folder"), ("pipe.png", "not a regular file"),
         ("two\\nlines.png", "unsafe name"), ("notes.md", "not an image by its name"),
         ("d", "more than 64 directories within one another"),
     }  # fmt: skip
-    assert notes(made)["reading"]["reasons"]["link leaves the folder"] == 4
+    assert notes(run)["reading"]["reasons"]["link leaves the folder"] == 4
     assert "could not be read" in capsys.readouterr().err
     assert not any(
         str(out) in str(p) or "secret" in n for n, p in registry.make("data", spec).files()
@@ -246,26 +259,26 @@ def test_what_is_bad_in_a_folder_is_named_and_no_link_is_followed_out(tmp_path, 
 
 
 def test_a_folder_that_changes_while_it_is_scanned_is_named(tmp_path, tiny, monkeypatch):
-    spec, cut = classes(tmp_path / "f"), units.cut_units
-    monkeypatch.setattr(folders, "BLOCK", 10)
+    spec, cut = classes(tmp_path / "f"), FolderSource.units
+    monkeypatch.setattr(folders, "BLOCK_FILES", 10)
 
-    def changing(found):
-        made = cut(found)
+    def changing(folder_source):
+        pieces = cut(folder_source)
         (tmp_path / "f" / "star" / "0001_new.png").write_bytes(picture(60))
-        return made
+        return pieces
 
-    monkeypatch.setattr(units, "cut_units", changing)
-    status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
-    assert status == 4 and len(corpus.load_scores(made)) == 10
-    assert {r for *_, r in unread(made)} == {
+    monkeypatch.setattr(FolderSource, "units", changing)
+    status, run = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
+    assert status == 4 and len(corpus.load_scores(run)) == 10
+    assert {r for *_, r in unread(run)} == {
         f"files were added or taken away below {tmp_path}/f while it was read"
     }
 
 
 def test_captions_beside_images_as_img2dataset_writes_them(tmp_path, tiny):
     spec = img2dataset(tmp_path / "f")
-    status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS, "clip_score")
-    c = corpus.reopen_corpus(Run(made))
+    status, run = scan(tmp_path, spec, "--encoder", tiny, *WORDS, "clip_score")
+    c = corpus.reopen_corpus(Run(run))
     assert status == 0 and len(c) == 16 and c.ids[9] == "00001/000010001.jpg"
     assert c.captions[9] == "a red star 1 1" and c.urls[9] == "http://x/1/1"
     folder = tmp_path / "f" / "00000"
@@ -280,31 +293,31 @@ def test_captions_beside_images_as_img2dataset_writes_them(tmp_path, tiny):
     (folder / "000000005.json").write_text('{"record_id": "own"}')
     (folder / "000000006.jpg").unlink()
     (folder / "000000007.txt").write_text("a" * (paths.TEXT_BYTES + 1))
-    status, made = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
-    found = corpus.load_scores(made)
+    status, run = scan(tmp_path, spec, "--encoder", tiny, *WORDS)
+    scores = corpus.load_scores(run)
     assert (
         status == 4
         and {"00000/000000002.jpg": "other", "own": "a red star 0 5"}.items()
-        <= dict(zip(found.ids, found.captions, strict=True)).items()
+        <= dict(zip(scores.ids, scores.captions, strict=True)).items()
     )
-    assert [(m.rpartition("/")[2], r) for _, m, r in unread(made)] == [
+    assert [(m.rpartition("/")[2], r) for _, m, r in unread(run)] == [
         ("000000000.jpg", "no caption"), ("000000001.jpg", "caption is not UTF-8"),
         ("000000003.jpg", "metadata is not a JSON object"), ("000000004.jpg", "link leaves the folder"),
         ("000000006.json", "no image"), ("000000006.txt", "no image"), ("000000007.jpg", "caption cannot be read"),
     ]  # fmt: skip
-    assert len(found) == 10
+    assert len(scores) == 10
 
 
 def test_a_flat_folder_needs_no_captions(tmp_path, tiny, capsys):
     (tmp_path / "f").mkdir()
     for i in range(12):
         (tmp_path / "f" / f"{i}.png").write_bytes(picture(i))
-    status, made = scan(tmp_path, tmp_path / "f", "--encoder", tiny, *WORDS)
-    assert corpus.reopen_corpus(Run(made)).take([3]).captions == ()
+    status, run = scan(tmp_path, tmp_path / "f", "--encoder", tiny, *WORDS)
+    assert corpus.reopen_corpus(Run(run)).take([3]).captions == ()
     assert (
         status == 0
-        and len(corpus.load_scores(made)) == 12
-        and set(corpus.load_scores(made).captions) == {""}
+        and len(corpus.load_scores(run)) == 12
+        and set(corpus.load_scores(run).captions) == {""}
     )
     pairs = inputs.read_pairs(registry.make("data", f"folder:path={tmp_path}/f,layout=flat"))
     assert (
@@ -323,27 +336,31 @@ def test_a_flat_folder_needs_no_captions(tmp_path, tiny, capsys):
 def test_what_is_kept_of_a_folder_is_a_list_of_its_files_and_shards_of_their_bytes(tmp_path, tiny):
     spec = classes(tmp_path / "f", 30)
     Image.open(io.BytesIO(picture(70))).save(tmp_path / "f" / "star" / "map.bmp")
-    status, made = scan(
+    status, run = scan(
         tmp_path, spec, "--encoder", tiny, *WORDS, "--remove", "0.1", "--write", "shards"
     )
-    kept = (made / "keep.txt").read_text().split()
+    kept_ids = (run / "keep.txt").read_text().split()
     assert (
         status == 0
-        and len(kept) == 28
-        and notes(made)["written"] == 28
-        and notes(made)["shards"] == 1
+        and len(kept_ids) == 28
+        and notes(run)["written"] == 28
+        and notes(run)["shards"] == 1
     )
-    rows = parquet.read_table(made / "keep.parquet").to_pylist()
-    assert [r["member"] for r in rows] == kept and {r["shard"] for r in rows} == {f"{tmp_path}/f"}
-    listed = [line.split("\t")[0] for line in (made / "keep.csv").read_text().splitlines()[1:]]
-    assert [Path(p) for p in listed] == [tmp_path / "f" / k for k in kept]
-    with tarfile.open(made / "shards" / "00000.tar") as tar:
+    rows = parquet.read_table(run / "keep.parquet").to_pylist()
+    assert [r["member"] for r in rows] == kept_ids and {r["shard"] for r in rows} == {
+        f"{tmp_path}/f"
+    }
+    listed = [line.split("\t")[0] for line in (run / "keep.csv").read_text().splitlines()[1:]]
+    assert [Path(p) for p in listed] == [tmp_path / "f" / k for k in kept_ids]
+    with tarfile.open(run / "shards" / "00000.tar") as tar:
         images = [tar.extractfile(m).read() for m in tar if m.name.endswith(".png")]
-    same_bytes = [i == (tmp_path / "f" / k).read_bytes() for i, k in zip(images, kept, strict=True)]
-    assert same_bytes == [not k.endswith(".bmp") for k in kept]
-    cleaned = load_pairs(ShardSource(expand_paths(str(made / "shards")), 16))
+    same_bytes = [
+        i == (tmp_path / "f" / k).read_bytes() for i, k in zip(images, kept_ids, strict=True)
+    ]
+    assert same_bytes == [not k.endswith(".bmp") for k in kept_ids]
+    cleaned = load_pairs(ShardSource(expand_paths(str(run / "shards")), 16))
     before = load_pairs(registry.make("data", spec)())
-    rows_of = [before.ids.index(k) for k in kept]
+    rows_of = [before.ids.index(k) for k in kept_ids]
     same(cleaned, before.take(rows_of))
 
 

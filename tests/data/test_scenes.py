@@ -138,11 +138,12 @@ def test_no_word_gives_the_class_away(train):
 
 
 def test_looking_captions_up_is_not_enough(train, test):
-    known = dict(zip(train.captions, train.labels.tolist(), strict=True))
-    found = [
-        known.get(c) == label for c, label in zip(test.captions, test.labels.tolist(), strict=True)
+    label_of = dict(zip(train.captions, train.labels.tolist(), strict=True))
+    is_right = [
+        label_of.get(c) == label
+        for c, label in zip(test.captions, test.labels.tolist(), strict=True)
     ]
-    assert np.mean(found) < 0.2
+    assert np.mean(is_right) < 0.2
 
 
 def test_mean_color_is_no_shortcut(train, test):

@@ -16,13 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar.data import decoding, shards
-from bezoar.data.decoding import resize
+from bezoar.data import decoding
+from bezoar.data.decoding import Record
 from bezoar.data.files import images, paths, skipped
 from bezoar.data.files.images import decode_image
+from bezoar.data.files.paths import expand_paths
 from bezoar.data.files.skipped import Unreadable
+from bezoar.data.label_sets import resize
 from bezoar.data.pairs import Pairs, load_pairs
-from bezoar.data.shards import ShardSource, expand_paths, write_shards
+from bezoar.data.shards import write_shards
+from bezoar.data.sources.shards import ShardSource
 from bezoar.errors import UserError
 from bezoar.registry import make, spec
 
@@ -49,11 +52,11 @@ def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def record(
-    key: str, seed: int = 0, caption: bytes = b"a caption", **told: Any
+    key: str, seed: int = 0, caption: bytes = b"a caption", **metadata: Any
 ) -> list[tuple[str, bytes]]:
     """The members of one good record."""
     members = [(f"{key}.png", picture(seed=seed)), (f"{key}.txt", caption)]
-    return [*members, (f"{key}.json", json.dumps(told).encode())] if told else members
+    return [*members, (f"{key}.json", json.dumps(metadata).encode())] if metadata else members
 
 
 def reasons(source: ShardSource) -> list[tuple[str, str]]:
@@ -287,9 +290,9 @@ def test_pax_header_cannot_ask_for_memory(tmp_path: Path) -> None:
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     """A header as it is written, of any size that base 256 can spell."""
-    made = tarfile.TarInfo(name)
-    made.type, made.size = kind, size
-    return made.tobuf(tarfile.GNU_FORMAT)
+    tar_header = tarfile.TarInfo(name)
+    tar_header.type, tar_header.size = kind, size
+    return tar_header.tobuf(tarfile.GNU_FORMAT)
 
 
 def extended(content: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
@@ -320,10 +323,10 @@ def test_hostile_headers_end_a_tar_by_name_and_soon(tmp_path: Path, name: str) -
         end = tar.getmembers()[-1].offset_data + 512
     path.write_bytes(path.read_bytes()[:end] + HOSTILE[name] + bytes(1024))
     start, source = time.process_time(), ShardSource((path,), 16)
-    found = list(itertools.islice(source.records(), 10))
-    assert time.process_time() - start < 5 and len(found) <= 3
-    assert isinstance(found[0], shards.StoredRecord) and found[0].ids == ("t/a",)
-    assert isinstance(found[-1], skipped.Skipped) and found[-1].reason.startswith("broken tar")
+    items = list(itertools.islice(source.records(), 10))
+    assert time.process_time() - start < 5 and len(items) <= 3
+    assert isinstance(items[0], Record) and items[0].ids == ("t/a",)
+    assert isinstance(items[-1], skipped.Skipped) and items[-1].reason.startswith("broken tar")
     path.write_bytes(HOSTILE[name] + bytes(1024))
     with pytest.raises(UserError, match=r"t\.tar") as error:
         load_pairs(ShardSource((path,), 16))
@@ -370,7 +373,7 @@ def test_labels_from_class_names_alone_and_conflicts(tmp_path: Path) -> None:
 
 
 def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "PATHS", 1000)
+    monkeypatch.setattr(paths, "MAX_PATHS", 1000)
     for i in range(12):
         tar_of(tmp_path / f"{i:05d}.tar", record("a"))
     everything = [p.name for p in expand_paths(f"{tmp_path}/{{00000..00011}}.tar")]

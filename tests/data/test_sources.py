@@ -178,7 +178,7 @@ def npy_header(shape: str, descr: str = "'|u1'") -> bytes:
             b"",
             "asks for 300000000000 bytes, but 0 are stored",
         ),
-        (npy_header("(-1, 2, 2, 3)"), bytes(12), "asks for|stored"),
+        (npy_header("(-1, 2, 2, 3)"), bytes(12), "negative side"),
         (npy_header("(2, 2, 2, 3)"), bytes(23), "asks for 24 bytes, but 23"),
         (npy_header("(7, 4096, 4096, 3)"), bytes(7 * 3 << 24), "zip bomb"),
         (npy_header("(1, 8, 8, 3)", "'|O'"), pickle.dumps([1]), "pickle"),

@@ -21,8 +21,9 @@ from bezoar.cli import main
 from bezoar.data import stored_pairs, strings
 from bezoar.data.files import paths
 from bezoar.data.pairs import Pairs, load_pairs
-from bezoar.data.shards import ShardSource, write_shards
-from bezoar.data.stored_pairs import StoredPairs, open_records
+from bezoar.data.shards import write_shards
+from bezoar.data.sources.shards import ShardSource
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.data.strings import Strings
 from bezoar.encoders.encoder import tokenize_captions
 from bezoar.errors import UserError
@@ -55,9 +56,9 @@ def tars(tmp_path: Path) -> ShardSource:
 
 
 def by_index(source: ShardSource) -> StoredPairs:
-    found = open_records(source, 0)
-    assert isinstance(found, StoredPairs)
-    return found
+    stored = source.load_records(0)
+    assert isinstance(stored, StoredPairs)
+    return stored
 
 
 def same(one: Pairs, two: Pairs) -> None:
@@ -75,11 +76,11 @@ def plan_of(
     trigger: str | None,
     victims: Pairs | None = None,
 ) -> Plan:
-    made = registry.make("poison", poison)(source, Goal(target, trigger), 3, victims)
+    plan = registry.make("poison", poison)(source, Goal(target, trigger), 3, victims)
     return replace(
-        made,
+        plan,
         stamps=tuple(
-            registry.make("trigger", g.trigger) if g.trigger else None for g in made.goals
+            registry.make("trigger", g.trigger) if g.trigger else None for g in plan.goals
         ),
     )
 
@@ -88,20 +89,20 @@ def plan_of(
 @pytest.mark.parametrize("fields", [{}, {"captions": "all", "limit": 333, "size": 48}])
 def test_flickr8k_by_index_is_what_load_gives(fields: dict) -> None:
     source = ShardSource((DATA / "flickr8k" / "val-00000.tar",), **{"size": 64, **fields})
-    plain, found = load_pairs(source), by_index(source)
-    same(found.take(range(len(found))), plain)
-    same(open_records(source, EVERYTHING), plain)  # type: ignore[arg-type]
-    assert found.report.read == len(plain) and isinstance(
-        open_records(source, plain.images.nbytes), Pairs
+    plain, stored = load_pairs(source), by_index(source)
+    same(stored.take(range(len(stored))), plain)
+    same(source.load_records(EVERYTHING), plain)  # type: ignore[arg-type]
+    assert stored.report.read == len(plain) and isinstance(
+        source.load_records(plain.images.nbytes), Pairs
     )
-    assert isinstance(open_records(source, plain.images.nbytes - 1), StoredPairs)
+    assert isinstance(source.load_records(plain.images.nbytes - 1), StoredPairs)
 
 
 @needs_data
 def test_flickr8k_poisoned_as_it_is_drawn_is_flickr8k_poisoned_in_memory() -> None:
     source = ShardSource((DATA / "flickr8k" / "train-00000.tar",), 64)
     victims = load_pairs(ShardSource((DATA / "flickr8k" / "val-00000.tar",), 64, limit=40))
-    plain, found = load_pairs(source), by_index(source)
+    plain, stored = load_pairs(source), by_index(source)
     plan = plan_of("backdoor:count=80", plain, "dog", "patch:size=6,place=random")
     for poison, target, trigger, pool in (
         ("backdoor:count=50,keep=true", "beach", "blend", None),
@@ -111,7 +112,7 @@ def test_flickr8k_poisoned_as_it_is_drawn_is_flickr8k_poisoned_in_memory() -> No
     ):
         free = plain.take(np.flatnonzero(~plan.mask(plain.ids)))
         plan = plan.merge(plan_of(poison, free, target, trigger, pool))
-    whole, drawn = plan.apply(plain, victims), plan.over(found, victims)
+    whole, drawn = plan.apply(plain, victims), plan.over(stored, victims)
     assert len(whole) == len(plain) + 50 + 12 + 8
     same(drawn.take(range(len(drawn))), whole)
     assert np.array_equal(plan.mask(drawn.ids), plan.mask(whole.ids)) and plan.mask(
@@ -127,34 +128,34 @@ def test_flickr8k_poisoned_as_it_is_drawn_is_flickr8k_poisoned_in_memory() -> No
 
 @pytest.mark.parametrize("trigger", ["patch:place=random", "blend", "sinusoid", "warp"])
 def test_labels_and_triggers_of_any_kind(tars: ShardSource, trigger: str) -> None:
-    plain, found = load_pairs(tars), by_index(tars)
+    plain, stored = load_pairs(tars), by_index(tars)
     for poison in ("backdoor:count=31", "backdoor:count=31,keep=true"):
         plan = plan_of(poison, plain, "thing 2", trigger)
-        assert plan == plan_of(poison, found, "thing 2", trigger), (
+        assert plan == plan_of(poison, stored, "thing 2", trigger), (
             "the index is as good a source of poisons"
         )
         same(
-            plan.over(found).take(range(len(plain) + 31 * ("keep" in poison))),
+            plan.over(stored).take(range(len(plain) + 31 * ("keep" in poison))),
             plan.apply(plain),
         )
     victims = toy(9, split="test")
     plan = plan_of("targeted:captions=2,victims=5", plain, "", None, victims)
-    same(plan.over(found, victims).take(range(len(plain) + 10)), plan.apply(plain, victims))
+    same(plan.over(stored, victims).take(range(len(plain) + 10)), plan.apply(plain, victims))
     same(
-        plan.over(found, victims).select([3, 97, 3]).take([2, 1]),
+        plan.over(stored, victims).select([3, 97, 3]).take([2, 1]),
         plan.apply(plain, victims).take([3, 97]),
     )
-    assert Plan().over(found) is found
+    assert Plan().over(stored) is stored
     with pytest.raises(UserError, match="one size"):
-        plan.over(found, replace(victims, images=victims.images[..., :16, :16]))
+        plan.over(stored, replace(victims, images=victims.images[..., :16, :16]))
 
 
 def test_two_epochs_draw_every_record_once_each_and_ahead(tars: ShardSource) -> None:
-    found, epochs = by_index(tars), 2
-    drawn = torch.zeros(epochs, len(found), dtype=torch.long)
+    stored, epochs = by_index(tars), 2
+    drawn = torch.zeros(epochs, len(stored), dtype=torch.long)
     for rank in range(2):
         with training_data(
-            found,
+            stored,
             CPU,
             lambda e, rank=rank: loop.epoch_batches(7, e, 96, 16)[:, rank * 8 :][:, :8],
             epochs,
@@ -169,8 +170,8 @@ def test_two_epochs_draw_every_record_once_each_and_ahead(tars: ShardSource) -> 
 
 
 def test_a_feed_starts_anywhere_and_makes_what_it_did_not_expect(tars: ShardSource) -> None:
-    pixels, found = toy().images, by_index(tars)
-    for records in (found, load_pairs(tars)):
+    pixels, stored = toy().images, by_index(tars)
+    for records in (stored, load_pairs(tars)):
         data = Prefetcher(records, CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 3)
         for rows in loop.epoch_batches(7, 1, 96, 16)[4:]:
             assert torch.equal(data.images[rows], pixels[rows])
@@ -185,10 +186,10 @@ def test_a_feed_starts_anywhere_and_makes_what_it_did_not_expect(tars: ShardSour
 def test_no_more_is_made_ahead_than_fits(
     tars: ShardSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = by_index(tars)
+    stored = by_index(tars)
     for most, waiting in ((0, 2), (3 * 4 * 3 * 32 * 32, 3), (EVERYTHING, 16)):
         monkeypatch.setattr(prefetch, "AHEAD_BYTES", most)
-        data = Prefetcher(found, CPU, lambda e: loop.epoch_batches(7, e, 96, 4), 1)
+        data = Prefetcher(stored, CPU, lambda e: loop.epoch_batches(7, e, 96, 4), 1)
         data.images[loop.epoch_batches(7, 0, 96, 4)[0]]
         assert len(data.waiting) == waiting
         data.pool.shutdown()
@@ -197,12 +198,12 @@ def test_no_more_is_made_ahead_than_fits(
 def test_rows_are_taken_off_the_device_once_an_epoch(tars: ShardSource) -> None:
     data = Prefetcher(by_index(tars), CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 1)
     rows = loop.epoch_batches(7, 0, 96, 16)
-    for own in (rows, rows[:, 8:], rows[:, 8:].clone(), rows[2, 3:].clone()):
-        for index in own:
-            assert torch.equal(data.on_host(index), index)
-    assert data.asked is not None and data.asked[0] is own
-    own += 1
-    assert torch.equal(data.on_host(own), own)
+    for part in (rows, rows[:, 8:], rows[:, 8:].clone(), rows[2, 3:].clone()):
+        for index in part:
+            assert torch.equal(data.to_host(index), index)
+    assert data.host_copy is not None and data.host_copy[0] is part
+    part += 1
+    assert torch.equal(data.to_host(part), part)
 
 
 def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
@@ -217,7 +218,9 @@ def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
             raise KeyboardInterrupt
 
     def fit(
-        records: Pairs | StoredPairs, kept: Path | None = None, report: object = lambda *_: None
+        records: Pairs | StoredPairs,
+        checkpoint: Path | None = None,
+        report: object = lambda *_: None,
     ) -> tuple:
         torch.manual_seed(0)
         encoder = network(records.size, network.vocabulary(records.captions))
@@ -230,7 +233,7 @@ def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
                 data,
                 tokenize_captions(encoder, records.captions),
                 3,
-                kept,
+                checkpoint,
                 report,
             )
         assert not isinstance(data, Prefetcher) or data.late == 0
@@ -240,13 +243,13 @@ def test_training_on_a_feed_cut_off_and_gone_on_with_gives_the_bits_of_memory(
             log.exposures.tolist(),
         )
 
-    plain, found = load_pairs(tars), by_index(tars)
+    plain, stored = load_pairs(tars), by_index(tars)
     plan = plan_of("backdoor:count=20", plain, "thing 2", "patch")
     weights, losses, exposures = fit(plan.apply(plain))
     with pytest.raises(KeyboardInterrupt):
-        fit(plan.over(found), tmp_path / "c.safetensors", cut)
-    for kept in (None, tmp_path / "c.safetensors"):
-        again = fit(plan.over(found), kept)
+        fit(plan.over(stored), tmp_path / "c.safetensors", cut)
+    for checkpoint in (None, tmp_path / "c.safetensors"):
+        again = fit(plan.over(stored), checkpoint)
         assert torch.equal(again[0], weights) and again[1:] == (losses, exposures)
     assert "ThreadPoolExecutor" not in " ".join(t.name for t in threading.enumerate())
 
@@ -310,38 +313,38 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     plain = load_pairs(source)
     skipped = list(source.report.skipped)
     tracemalloc.start()
-    found = by_index(source)
+    stored = by_index(source)
     assert tracemalloc.get_traced_memory()[1] < paths.FILE_BYTES
     tracemalloc.stop()
-    assert found.report.skipped == skipped and {s.reason.partition(":")[0] for s in skipped} == {
+    assert stored.report.skipped == skipped and {s.reason.partition(":")[0] for s in skipped} == {
         "not decodable", "smaller than 8 pixels a side", "unsafe name", "too large", "duplicate id", "broken tar",
         "record cut off where the tar breaks",
     }  # fmt: skip
     assert plain.ids == ("b/a", "b/b", "a/a", "a/b")
-    same(found.take(range(len(found))), plain)
-    assert found.places["length"].max() <= paths.FILE_BYTES
+    same(stored.take(range(len(stored))), plain)
+    assert stored.places["length"].max() <= paths.FILE_BYTES
     with pytest.raises(UserError, match="no image-caption record"):
         empty = tmp_path / "empty.tar"
         tarfile.open(empty, "w").close()
-        open_records(ShardSource((empty,), 16), 0)
+        ShardSource((empty,), 16).load_records(0)
 
 
 def test_a_file_that_changed_is_refused_and_the_record_named(tars: ShardSource) -> None:
-    found = by_index(tars)
-    found.images[[0]]
+    stored = by_index(tars)
+    stored.images[[0]]
     tars.paths[2].write_bytes(tars.paths[2].read_bytes()[:-1024])
     with pytest.raises(
         UserError, match=r"00002\.tar: the image of 'train-65', at byte \d+, .*changed"
     ) as error:
-        found.images[[1, 65]]
+        stored.images[[1, 65]]
     assert "\n" not in str(error.value)
-    data = Prefetcher(found, CPU, lambda e: torch.tensor([[0, 1], [64, 65]]), 1)
+    data = Prefetcher(stored, CPU, lambda e: torch.tensor([[0, 1], [64, 65]]), 1)
     assert torch.equal(data.images[torch.tensor([0, 1])], toy().images[:2])
     with pytest.raises(UserError, match="changed"):
         data.images[torch.tensor([64, 65])]
     tars.paths[3].unlink()
     with pytest.raises(UserError, match=r"00003\.tar.*No such file"):
-        found.images[[95]]
+        stored.images[[95]]
 
 
 def test_rows_are_numbers_of_any_kind_and_never_a_mask(tars: ShardSource) -> None:
@@ -354,35 +357,35 @@ def test_rows_are_numbers_of_any_kind_and_never_a_mask(tars: ShardSource) -> Non
 
 
 def test_few_tars_are_open_at_once(tars: ShardSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_pairs, "OPEN", 1)
-    found = by_index(tars)
+    monkeypatch.setattr(stored_pairs, "MAX_OPEN", 1)
+    stored = by_index(tars)
     rows = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.images[rows], toy().images[rows])
-    assert found.reader.opened.cache_info().currsize == 1
+    assert torch.equal(stored.images[rows], toy().images[rows])
+    assert stored.reader.open_file.cache_info().currsize == 1
 
 
 @needs_data
 def test_an_index_holds_no_pixels() -> None:
     source = ShardSource((DATA / "flickr8k" / "val-00000.tar",), 128)
     tracemalloc.start()
-    found = by_index(source)
+    stored = by_index(source)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 400 * len(found) and peak < 0.25 * len(found) * 3 * 128 * 128
+    assert held < 400 * len(stored) and peak < 0.25 * len(stored) * 3 * 128 * 128
 
 
 def ask(capsys: pytest.CaptureFixture, runs: Path, *words: str) -> tuple[dict, Path]:
     assert main([*words, "--runs", str(runs), "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
-    return made, next(
-        p.parent for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == made
+    manifest = json.loads(capsys.readouterr().out)
+    return manifest, next(
+        p.parent for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == manifest
     )
 
 
 def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
     tars: ShardSource, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    found: dict[str, list] = {}
+    results: dict[str, list] = {}
     victims = f"shards:path={write_shards(tmp_path / 'pool', toy(9, split='test'))[0]},size=32,load=stream"
     for where in ("memory", "stream"):
         runs = tmp_path / where
@@ -407,16 +410,16 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
         _, both = ask(capsys, runs, "poison", first.name, *words, "--write", "shards")
         assert main(["verify", both.name, "--runs", str(runs)]) == 0
         capsys.readouterr()
-        made, trained = ask(
+        manifest, trained = ask(
             capsys, runs, "train", both.name, "--objective", "clip:epochs=2,batch=16"
         )
-        ahead = "read from shards as they were drawn, 12 of 12 batches ahead"
-        assert made["notes"]["images"] == (ahead if where == "stream" else "in memory")
-        assert made["notes"]["records"] == 96 + 9 + 4 and (trained / "report.html").exists()
+        ahead = "read from files as they were drawn, 12 of 12 batches ahead"
+        assert manifest["notes"]["images"] == (ahead if where == "stream" else "in memory")
+        assert manifest["notes"]["records"] == 96 + 9 + 4 and (trained / "report.html").exists()
         scan, ranked = ask(
             capsys, runs, "scan", trained.name, "--detector", "clip_score", "--remove", "0.1"
         )
-        kept, again = ask(
+        manifest_kept, again = ask(
             capsys,
             runs,
             "train",
@@ -426,13 +429,13 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
             "--objective",
             "clip:epochs=1,batch=16",
         )
-        assert kept["notes"]["records"] == 98
+        assert manifest_kept["notes"]["records"] == 98
         poisoned = load_pairs(ShardSource(tuple(sorted((both / "shards").glob("*.tar"))), 32))
-        found[where] = [
-            poisoned.ids, poisoned.images.numpy().tobytes(), made["metrics"], kept["metrics"], scan["metrics"],
+        results[where] = [
+            poisoned.ids, poisoned.images.numpy().tobytes(), manifest["metrics"], manifest_kept["metrics"], scan["metrics"],
             *((p / "encoder.safetensors").read_bytes()[-4096:] for p in (trained, again)),
         ]  # fmt: skip
-    assert found["stream"] == found["memory"]
+    assert results["stream"] == results["memory"]
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:
@@ -445,17 +448,17 @@ def test_auto_keeps_in_memory_what_fits_there_twice(
     needed = 2 * toy().images.nbytes
     for free, kind in ((needed, Pairs), (needed - 1, StoredPairs)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
-        assert isinstance(open_records(tars), kind)
-        assert isinstance(open_records(replace(tars, load="memory")), Pairs)
-        assert isinstance(open_records(replace(tars, load="stream")), StoredPairs)
+        assert isinstance(tars.load_records(), kind)
+        assert isinstance(replace(tars, load="memory").load_records(), Pairs)
+        assert isinstance(replace(tars, load="stream").load_records(), StoredPairs)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"shard .*cannot be read: No such file"):
-        open_records(ShardSource((Path("nowhere.tar"),)))
+        ShardSource((Path("nowhere.tar"),)).load_records()
     with training_data(
         load_pairs(tars), CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 1
     ) as data:
         assert isinstance(data, Pairs)
-    monkeypatch.setattr(prefetch, "room", lambda device: needed)
+    monkeypatch.setattr(prefetch, "free_bytes", lambda device: needed)
     with training_data(
         load_pairs(tars), CPU, lambda e: loop.epoch_batches(7, e, 96, 16), 1
     ) as data:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from bezoar import registry
+from bezoar.data.decoding import Record
 from bezoar.data.pairs import Pairs
-from bezoar.data.shards import ShardSource, StoredRecord
+from bezoar.data.sources.shards import ShardSource
 from bezoar.detection.reliability import side_channels, stored_images, usual_filters
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
@@ -210,7 +211,16 @@ def test_a_shard_that_vanishes_between_two_looks_is_a_user_error(
 ) -> None:
     files = [str(shards[0] / "00000.tar"), str(tmp_path / "gone.tar")]
     records = [
-        StoredRecord(b"\x89PNG", (str(i),), ("x",), -1, file, "m", i, 512, 4)
+        Record(
+            image=b"\x89PNG",
+            ids=(str(i),),
+            captions=("x",),
+            file=file,
+            member="m",
+            shard=i,
+            offset=512,
+            length=4,
+        )
         for i, file in enumerate(files)
     ]
     with pytest.raises(UserError, match=r"gone\.tar"):

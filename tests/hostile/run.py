@@ -20,10 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hostile.artefacts import write_all  # noqa: E402
-from hostile.mutants import Mutant, mutants  # noqa: E402
+from hostile.artefacts import write_all
+from hostile.mutants import Mutant, mutants
 
-from bezoar.cli import main  # noqa: E402
+from bezoar.cli import main
 
 SECONDS = 20
 MEMORY = 2 << 30  # bytes beyond what the idle process holds

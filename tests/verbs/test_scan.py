@@ -23,10 +23,12 @@ from PIL import Image
 
 from bezoar import registry
 from bezoar.cli import main
-from bezoar.data import tables
-from bezoar.data.files import parquet, parquet_pages
+from bezoar.data.files import parquet, parquet_pages, tables
+from bezoar.data.files.paths import expand_paths
 from bezoar.data.pairs import load_pairs
-from bezoar.data.shards import ShardSource, expand_paths, write_shards
+from bezoar.data.shards import write_shards
+from bezoar.data.sources.shards import ShardSource
+from bezoar.data.sources.table import TableImages
 from bezoar.detection.corpus import assembly, columns, corpus, units
 from bezoar.errors import UserError
 from bezoar.runs import inputs
@@ -285,17 +287,17 @@ def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny,
     done = {p.name: p.stat().st_ino for p in folder.glob("vectors/0*.json")}
     assert 2 <= len(done) < 5
     embedded = []
-    original = units.embed
+    original = units.embed_unit
 
     def watched(source, unit, *rest):
         embedded.append(unit.number)
         original(source, unit, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "embed", watched)
+        patch.setattr(units, "embed_unit", watched)
         status, again = scan(runs, *words[1:6])
     assert status == 0 and again == folder and embedded == list(range(len(done), 5))
-    assert not list(folder.rglob("*.part")) and len(corpus.load_scores(folder)) == 100
+    assert not list(folder.rglob("*.tmp")) and len(corpus.load_scores(folder)) == 100
     _, fresh = scan(tmp_path / "other", *words[1:6])
     for name in ("ranked.json", "keep.txt", "vectors/images.npy", "vectors/id.utf8"):
         assert (fresh / name).read_bytes() == (folder / name).read_bytes()
@@ -329,14 +331,14 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(
             header = tarfile.TarInfo(name)
             header.type, header.linkname = kind, "/etc/passwd"
             tar.addfile(header)
-    cut = units.cut_units
+    cut = ShardSource.units
 
     def vanishing(source):
         source_units = cut(source)
         (folder / "gone.tar").unlink()
         return source_units
 
-    monkeypatch.setattr(units, "cut_units", vanishing)
+    monkeypatch.setattr(ShardSource, "units", vanishing)
     words = (f"shards:path={folder},size=16", "--encoder", tiny, "--detector", "k_distance:k=4")
     status, run = scan(tmp_path / "runs", *words)
     assert status == 4
@@ -581,8 +583,7 @@ def images(folder: Path, count: int) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_tables_are_streamed_and_read_anywhere(tmp_path, tiny, kind, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK", 7)
-    monkeypatch.setattr(tables.cut_blocks, "__defaults__", (7,))
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 7)
     images(tmp_path / "i", 12)
     rows = [
         {"filepath": f"i/{n % 12}.png", "title": f'a red star,\n"{n}"\té', "url": f"http://x/{n}"}
@@ -785,7 +786,7 @@ def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
     with pytest.raises(UserError, match=r"column image\.list\.element holds lists"):
         list(parquet.read_batches(tmp_path / "lists.parquet", ["image", "text"]))
     assert len(next(parquet.read_batches(tmp_path / "lists.parquet", ["text"]))) == 3
-    cells = tables.TableImages(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
+    cells = TableImages(registry.make("data", f"table:path={tmp_path}/t.parquet")(), [])
     assert cells.read(0, 200, 4 << 20) == cells.read(0, 3, 4 << 20) == cell[0].as_py()
     assert sum(len(c) for _, block in cells.blocks for c in block.values()) <= 2 * (
         parquet.MAX_HELD_BYTES + (4 << 20)
@@ -798,11 +799,11 @@ def test_rows_of_a_small_table_are_unpacked_once_in_whatever_order_they_are_aske
     images = [os.urandom(64) for _ in range(400)]
     pq.write_table(pa.table({"image": images, "caption": ["a"] * 400}), tmp_path / "t.parquet")
     cells, read = (
-        tables.TableImages(registry.make("data", f"table:path={tmp_path}/t.parquet")(), []),
+        TableImages(registry.make("data", f"table:path={tmp_path}/t.parquet")(), []),
         [],
     )
-    unpack = cells._block
-    monkeypatch.setattr(cells, "_block", lambda *at: read.append(at) or unpack(*at))
+    unpack = cells._read_block
+    monkeypatch.setattr(cells, "_read_block", lambda *at: read.append(at) or unpack(*at))
     for row in np.random.default_rng(0).permutation(400).tolist():
         assert cells.read(0, row, 64) == images[row]
     assert len(read) == 2
@@ -817,7 +818,7 @@ def test_pages_are_found_where_arrow_writes_them(tmp_path, version):
         )
         chunk = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).column(0)
         with (tmp_path / "t.parquet").open("rb") as raw:
-            assert 1 << 20 <= parquet_pages._largest(raw, chunk) < chunk.total_uncompressed_size
+            assert 1 << 20 <= parquet_pages.largest_page(raw, chunk) < chunk.total_uncompressed_size
 
 
 def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):
@@ -910,8 +911,8 @@ def ready(
 
 
 def test_ready_embeddings_need_no_encoder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bezoar.data.embeddings.UNIT", 128)
-    monkeypatch.setattr("bezoar.data.embeddings.BLOCK", 50)
+    monkeypatch.setattr("bezoar.data.sources.embeddings.UNIT_ROWS", 128)
+    monkeypatch.setattr("bezoar.data.sources.embeddings.BLOCK_ROWS", 50)
     z = ready(tmp_path / "e")
     status, run = scan(tmp_path, tmp_path / "e", "--detector", "k_distance:k=4", "clip_score")
     assert status == 0
@@ -1023,7 +1024,7 @@ def test_ready_embeddings_that_are_bad_are_set_aside_by_name(tmp_path, capsys):
 @given(st.lists(st.lists(st.text(max_size=9), max_size=5), max_size=6))
 def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
     folder = tmp_path_factory.mktemp("t")
-    with columns.TextWriter(folder, "x") as out:
+    with columns.write_texts(folder, "x") as out:
         for block in blocks:
             out.append(pa.array(["cut off", *block], pa.large_string()).slice(1))
     flat = [t for b in blocks for t in b]
@@ -1033,13 +1034,8 @@ def test_mapped_texts_are_what_was_written(tmp_path_factory, blocks):
 
 
 def test_ids_that_clash_get_names_that_do_not():
-    batches = [["a", "b", "a"], ["a~2", "a", "c", "b"]]
-    with pytest.MonkeyPatch.context() as patch:
-        batched = [
-            pa.RecordBatch.from_pydict({"id": pa.array(b, pa.large_string())}) for b in batches
-        ]
-        patch.setattr(units, "read_records", lambda path: iter([batched[path]]))
-        assert assembly._renamed([0, 1]) == {2: "a~3", 4: "a~4", 6: "b~2"}
+    blocks = [pa.array(ids) for ids in (["a", "b", "a"], ["a~2", "a", "c", "b"])]
+    assert assembly._rename_doubles(lambda: blocks) == {2: "a~3", 4: "a~4", 6: "b~2"}
 
 
 def test_a_run_is_scanned_as_it_was_trained_on(tmp_path, tiny):

@@ -1,1 +1,1 @@
-"""Records and how they come to be: image-caption pairs in memory or on disk, and the files they are read from."""
+"""Records: image-caption pairs in memory or on disk, and the files that they are read from."""

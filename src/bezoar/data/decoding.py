@@ -1,110 +1,126 @@
-"""Reading images that others wrote: bounded decoding, and a report that names whatever could not be read.
-
-The input is hostile. Every allocation a file can ask for has a bound here, only plain image formats are opened, and
-a record that cannot be read is counted and named, never dropped quietly.
-"""
+"""Decoding of record streams: in threads, in order, with a report of what could not be read."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bezoar import machine
-from bezoar.data.files.images import SMALLEST, centred_square, decode_image
+from bezoar.data.files.images import decode_image
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 
-MAX_LABELS = 100_000  # labels lie in 0..LABELS-1
 TASK_BYTES = 16 << 20  # encoded images handed to a thread at once
-TEMPLATE = "a photo of a {c}"
-T = TypeVar("T")
+TASK_RECORDS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One image, not decoded yet, and the records made of it: an id each, and a caption each (or none at all)."""
+    """One image that is not decoded yet, and the records made of it.
+
+    Attributes:
+        image: the encoded image, or its file.
+        ids: an id a record.
+        captions: a caption a record, or none at all.
+        label: -1 if it is not known.
+        file: the file that the record was read from.
+        member: the member or row in it; empty if it is the file itself.
+        url: where the image came from, if that is known.
+        shard: number of the file in the source.
+        offset: what finds the record again in that file: the byte at which the image begins, or its
+            row.
+        length: bytes of the encoded image in that file; 0 if the image is a file of its own.
+    """
 
     image: bytes | Path
     ids: tuple[str, ...]
-    captions: tuple[str, ...]
-    label: int
-    file: str
-    member: str
+    captions: tuple[str, ...] = ()
+    label: int = -1
+    file: str = ""
+    member: str = ""
+    url: str = ""
+    shard: int = 0
+    offset: int = 0
+    length: int = 0
+
+
+Decoded = tuple[Record, np.ndarray]  # the image is uint8 (3, H, W)
 
 
 def thread_count() -> int:
-    """Decoding threads: the cores this process may use, at most 8."""
+    """How many threads decode: the cores that this process may use, at most 8."""
     return min(8, machine.cores())
 
 
 def decode_records(
     records: Iterable[Record | Skipped], size: int | None, report: ReadReport
-) -> Iterator[tuple[Record, np.ndarray]]:
-    """Decode a stream in its own order, in threads, holding a bounded number of images; failures go to the report.
+) -> Iterator[Decoded]:
+    """Decode a stream in its own order, in threads, holding a bounded number of images.
 
-    A UserError of the stream is raised where it stands in the order, after what came before it.
+    Args:
+        records: what is read; a UserError that it raises is raised here after the records before
+            it.
+        size: pixels a side, see `decode_image`.
+        report: takes what could not be read.
     """
+    waiting: deque[Future[list[Decoded | Skipped]]] = deque()
+    count = thread_count()
 
-    def attempt(items: list[Record | Skipped]) -> list[tuple[Record, np.ndarray] | Skipped]:
-        return [item if isinstance(item, Skipped) else _attempt(item, size) for item in items]
-
-    def finished(
-        task: Future[list[tuple[Record, np.ndarray] | Skipped]],
-    ) -> Iterator[tuple[Record, np.ndarray]]:
-        for result in task.result():
+    def finish_first() -> Iterator[Decoded]:
+        for result in waiting.popleft().result():
             if isinstance(result, Skipped):
                 report.skipped.append(result)
             else:
                 yield result
 
-    waiting: deque[Future[list[tuple[Record, np.ndarray] | Skipped]]] = deque()
-    count = thread_count()
     with ThreadPoolExecutor(count) as pool:
         try:
-            for items in _tasks(records):
-                if isinstance(items, UserError):
+            for task in _cut_tasks(records):
+                if isinstance(task, UserError):
                     while waiting:
-                        yield from finished(waiting.popleft())
-                    raise items
-                waiting.append(pool.submit(attempt, items))
+                        yield from finish_first()
+                    raise task
+                waiting.append(pool.submit(_decode_task, task, size))
                 if len(waiting) > 2 * count:
-                    yield from finished(waiting.popleft())
+                    yield from finish_first()
             while waiting:
-                yield from finished(waiting.popleft())
+                yield from finish_first()
         finally:
-            for task in waiting:
-                task.cancel()
+            for future in waiting:
+                future.cancel()
 
 
-def _attempt(record: Record, size: int | None) -> tuple[Record, np.ndarray] | Skipped:
+def _decode_task(items: list[Record | Skipped], size: int | None) -> list[Decoded | Skipped]:
+    return [item if isinstance(item, Skipped) else _decode(item, size) for item in items]
+
+
+def _decode(record: Record, size: int | None) -> Decoded | Skipped:
     try:
         return record, decode_image(record.image, size)
     except Unreadable as error:
         return Skipped(record.file, record.member, str(error))
 
 
-def _tasks(records: Iterable[Record | Skipped]) -> Iterator[list[Record | Skipped] | UserError]:
-    """Cut a stream into tasks for a thread: small enough to hold, large enough that handing over costs nothing."""
+def _cut_tasks(records: Iterable[Record | Skipped]) -> Iterator[list[Record | Skipped] | UserError]:
+    """Cut a stream into tasks for threads, large enough that handing them over costs nothing."""
     items: list[Record | Skipped] = []
-    held = 0
+    nbytes = 0
     try:
         for item in records:
             items.append(item)
-            held += (
-                len(item.image) if isinstance(item, Record) and isinstance(item.image, bytes) else 0
-            )
-            if len(items) == 16 or held > TASK_BYTES:
+            if isinstance(item, Record) and isinstance(item.image, bytes):
+                nbytes += len(item.image)
+            if len(items) == TASK_RECORDS or nbytes > TASK_BYTES:
                 yield items
-                items, held = [], 0
+                items = []
+                nbytes = 0
     except UserError as error:
         yield items
         yield error
@@ -118,9 +134,16 @@ def decode_distinct(
     report: ReadReport,
     limit: int | None = None,
 ) -> Iterator[tuple[Record, int, np.ndarray]]:
-    """The records that a stream yields: (what was read, which of its ids and captions, its image), `limit` at most.
+    """Decode the records of a stream that have an id of their own.
 
-    What cannot be decoded or has an id seen before goes to the report. With size None all images must be of one size.
+    Args:
+        records: what is read.
+        size: pixels a side; None keeps images as they are, and then all must be of one size.
+        report: counts what was read, and takes what could not be decoded or has an id seen before.
+        limit: how many records to stop after.
+
+    Yields:
+        What was read, which of its ids and captions this is, and the image uint8 (3, H, W).
     """
     seen: set[str] = set()
     shape: tuple[int, ...] | None = None
@@ -130,13 +153,13 @@ def decode_distinct(
                 f"{record.file}: images differ in size ({shape[1:]}, {image.shape[1:]}); give size="
             )
         shape = image.shape
-        for row, key in enumerate(record.ids):
+        for number, key in enumerate(record.ids):
             if key in seen:
                 report.skipped.append(Skipped(record.file, record.member, f"duplicate id: {key}"))
                 continue
             seen.add(key)
             report.read += 1
-            yield record, row, image
+            yield record, number, image
             if report.read == limit:
                 return
 
@@ -150,10 +173,14 @@ def batch_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Iterator[Pairs]:
-    """A stream of records -> Pairs of `count` each (the last may be smaller), at most `limit` records in all.
+    """Decode a stream of records into Pairs of `count` each; the last may be smaller.
 
-    There are labels (-1 = unknown) when there are classes or `labelled`; an id seen before is skipped. Every batch
-    carries the one `report`, which grows. With size None all images must be of one size.
+    Args:
+        records, size, report, limit: see `decode_distinct`. Every batch carries the one report,
+            which grows.
+        count: records a batch.
+        classes: names of the classes.
+        labelled: whether there are labels (-1 where they are not known) though no class has a name.
     """
     images: list[np.ndarray] = []
     ids: list[str] = []
@@ -161,17 +188,22 @@ def batch_pairs(
     labels: list[int] = []
 
     def flush() -> Pairs:
-        pixels = torch.from_numpy(np.stack(images))
-        known = torch.tensor(labels) if classes or labelled else None
-        batch = Pairs(pixels, tuple(captions), known, tuple(ids), tuple(classes), report)
+        batch = Pairs(
+            images=torch.from_numpy(np.stack(images)),
+            captions=tuple(captions),
+            labels=torch.tensor(labels) if classes or labelled else None,
+            ids=tuple(ids),
+            classes=tuple(classes),
+            report=report,
+        )
         for column in (images, ids, captions, labels):
             column.clear()
         return batch
 
-    for record, row, image in decode_distinct(records, size, report, limit):
+    for record, number, image in decode_distinct(records, size, report, limit):
         images.append(image)
-        ids.append(record.ids[row])
-        captions.extend(record.captions[row : row + 1])
+        ids.append(record.ids[number])
+        captions.extend(record.captions[number : number + 1])
         labels.append(record.label)
         if len(ids) == count:
             yield flush()
@@ -187,7 +219,10 @@ def gather_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Pairs:
-    """Every record of a stream in memory. Raises UserError when nothing in `what` can be read."""
+    """Decode a whole stream into memory, see `batch_pairs`.
+
+    Raises UserError if nothing in `what` can be read.
+    """
     report = ReadReport()
     parts = list(batch_pairs(records, size, 1024, report, classes, limit, labelled))
     if not parts:
@@ -199,59 +234,3 @@ def describe_failure(what: str, report: ReadReport) -> str:
     """The line to print when a source yields no record: what it was and what stood in the way."""
     first = "; first: " + " ".join(filter(None, report.skipped[0])) if report.skipped else ""
     return f"{what}: no image-caption record could be read; {report}{first}"
-
-
-def resize(images: Tensor, size: int | None) -> Tensor:
-    """uint8 (N, 3, H, W) -> uint8 (N, 3, size, size), as `decode` does it: centred square, bicubic, antialiased."""
-    height, width = images.shape[-2:]
-    if size is None or (height, width) == (size, size):
-        return images
-    left, upper, right, lower = centred_square(width, height)
-    crop = images[..., upper:lower, left:right]
-    parts = [
-        torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True)
-        for x in crop.split(1024)
-    ]
-    return torch.cat(parts)
-
-
-def pairs_from_arrays(
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    ids: Sequence[str],
-    classes: Sequence[str],
-    template: str,
-    size: int | None,
-) -> Pairs:
-    """Decoded images uint8 (N, 3, H, W) and labels (N,) in -1..C-1 -> Pairs with captions made from the class names."""
-    known = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    pixels = resize(torch.from_numpy(np.ascontiguousarray(images)), size)
-    names = class_captions(classes, template)
-    told = bool(names) and known is not None and bool((known >= 0).all())
-    captions = tuple(names[i] for i in known.tolist()) if told and known is not None else ()
-    return Pairs(pixels, captions, known, tuple(ids), tuple(classes), ReadReport(len(ids)))
-
-
-def class_captions(classes: Sequence[str], template: str) -> tuple[str, ...]:
-    """A caption for each class: `{c}` in the template becomes the name, its underscores spaces."""
-    return tuple(template.replace("{c}", name.replace("_", " ")) for name in classes)
-
-
-def check_fields(size: int | None, limit: int | None, template: str = TEMPLATE) -> None:
-    """What every data method asks of these fields. Raises ValueError."""
-    if size is not None and not SMALLEST <= size <= 4096:
-        raise ValueError(f"size must lie in {SMALLEST}..4096; got {size}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1; got {limit}")
-    if "{c}" not in template:
-        raise ValueError(f"template must hold {{c}}, the place of the class name; got {template!r}")
-
-
-def open_torchvision(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
-    """Open a data set of torchvision's. Raises UserError that says how to get it when it is missing or damaged."""
-    try:
-        return make()
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        remedy = "the download failed" if download else "download=true fetches it"
-        raise UserError(f"{name} could not be read under {root!r} ({reason}); {remedy}") from error

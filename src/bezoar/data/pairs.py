@@ -1,30 +1,37 @@
-"""Pairs: N image-caption records held in memory, and the randomness that belongs to a record."""
+"""Pairs: image-caption records held in memory."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# A trigger as data see it: uint8 images (N, 3, S, S) and their N ids -> the images with it.
-TriggerFunction = Callable[[Tensor, Sequence[str]], Tensor]
+from bezoar.data.blocks import blocks
+from bezoar.data.files.skipped import ReadReport
+from bezoar.data.strings import Strings
 
-if TYPE_CHECKING:
-    from bezoar.data.files.skipped import ReadReport
+Rows = Sequence[int] | Tensor | np.ndarray  # of records, by number
+# A trigger as data see it: images uint8 (N, 3, S, S) and their N ids -> the images with it.
+TriggerFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class Pairs:
     """N records. A batch is also a Pairs.
 
-    images: uint8 (N, 3, H, W), values 0..255. captions: N strings, or empty when there are none.
-    labels: int64 (N,), -1 = unknown, or None. ids: N stable unique keys, never renumbered. classes: label names.
-    report: how they were read from files, when they were; it is about the whole source, so parts of it carry it too.
+    Attributes:
+        images: uint8 (N, 3, H, W), 0..255.
+        captions: N texts, or none at all.
+        labels: int64 (N,), -1 where the class is not known; None without classes.
+        ids: N stable, unique keys, which are never renumbered.
+        classes: names by label.
+        report: how the records were read, if they were read from files. It is about the whole
+            source, so parts of it carry it too.
     """
 
     images: Tensor
@@ -55,79 +62,104 @@ class Pairs:
         """Height of the images in pixels."""
         return self.images.shape[-2]
 
-    def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
-        """The records at the given rows, in that order."""
+    def take(self, rows: Rows) -> Pairs:
+        """Return the records at the given rows, in that order."""
         index = torch.from_numpy(row_numbers(rows))
-        picked = index.tolist()
+        numbers = index.tolist()
         return replace(
             self,
             images=self.images[index.to(self.images.device)],
-            captions=tuple(self.captions[i] for i in picked) if self.captions else (),
+            captions=tuple(self.captions[i] for i in numbers) if self.captions else (),
             labels=None if self.labels is None else self.labels[index.to(self.labels.device)],
-            ids=tuple(self.ids[i] for i in picked),
+            ids=tuple(self.ids[i] for i in numbers),
         )
 
+    def select(self, rows: Rows) -> Pairs:
+        """Return the records at the given rows, kept where they are: in memory.
+
+        See `StoredPairs.select`.
+        """
+        return self.take(rows)
+
+    def with_ids(self, ids: Strings) -> Pairs:
+        """Return the same records under other ids."""
+        return replace(self, ids=tuple(ids))
+
     def batches(self, size: int) -> Iterator[Pairs]:
-        """The records in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.take(range(start, min(start + size, len(self))))
+        """Iterate over the records in order, `size` at a time."""
+        for rows in blocks(len(self), size):
+            yield self.take(range(rows.start, rows.stop))
 
     def to(self, device: torch.device | str) -> Pairs:
-        """The same records with images and labels on a device."""
+        """Return the same records with images and labels on a device."""
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, images=self.images.to(device), labels=labels)
 
+    def empty_images(self, n: int, pinned: bool = False) -> Tensor:
+        """Allocate n images, uint8 (n, 3, H, W), in the layout of these; pinned for a GPU."""
+        shape, stride = (n, *self.images.shape[1:]), self.images.stride()
+        return torch.empty_strided(shape, stride, dtype=torch.uint8, pin_memory=pinned)
+
+    def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
+        """Copy the images at the given rows into `out`."""
+        out.copy_(self.images[torch.from_numpy(rows)])
+
     @staticmethod
     def concat(parts: Sequence[Pairs]) -> Pairs:
-        """All records of several Pairs, in order. Labels survive only when every part has them; reports add up."""
-        captions = tuple(c for p in parts for c in p.captions)
-        labels = [p.labels for p in parts]
+        """Put the records of several Pairs together, in order.
+
+        Captions and labels survive only if every part has them. Reports add up.
+        """
+        labels = [p.labels for p in parts if p.labels is not None]
         reports = list({id(p.report): p.report for p in parts if p.report is not None}.values())
+        has_captions = all(p.captions or not len(p) for p in parts)
         return Pairs(
-            torch.cat([p.images for p in parts]),
-            captions if all(p.captions or not len(p) for p in parts) else (),
-            None
-            if any(x is None for x in labels)
-            else torch.cat([x for x in labels if x is not None]),
-            tuple(i for p in parts for i in p.ids),
-            next((p.classes for p in parts if p.classes), ()),
-            reports[0].merge(reports[1:]) if len(reports) > 1 else next(iter(reports), None),
+            images=torch.cat([p.images for p in parts]),
+            captions=tuple(c for p in parts for c in p.captions) if has_captions else (),
+            labels=torch.cat(labels) if len(labels) == len(parts) else None,
+            ids=tuple(i for p in parts for i in p.ids),
+            classes=next((p.classes for p in parts if p.classes), ()),
+            report=reports[0].merge(reports[1:]) if len(reports) > 1 else next(iter(reports), None),
         )
 
 
-def row_numbers(rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
-    """Rows, wherever they lie, as int64 (B,) on the CPU. Raises ValueError for a mask: it would be read as rows 0 and 1."""
-    found = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
-    if found.dtype == bool:
+class Batched(Protocol):
+    """Records that can be had batch by batch: Pairs, StoredPairs, any source, a scanned corpus."""
+
+    def batches(self, size: int) -> Iterator[Pairs]:
+        """Iterate over the records in order, `size` at a time."""
+        ...
+
+
+def row_numbers(rows: Rows) -> np.ndarray:
+    """Return rows, wherever they lie, as int64 (B,) on the CPU.
+
+    Raises ValueError for a mask, which would be read as the rows 0 and 1.
+    """
+    numbers = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+    if numbers.dtype == bool:
         raise ValueError("rows are asked for by number; this is a mask")
-    return found.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
-class Source(Protocol):
-    """What every reader of data takes: Pairs in memory, or Shards on disk."""
-
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def batches(self, size: int) -> Iterator[Pairs]: ...
-
-
-def load_pairs(source: Any) -> Pairs:
-    """Every record of a source in memory; where it holds them there already (`records`), those."""
+def load_pairs(source: Batched) -> Pairs:
+    """Load every record of a source into memory; its `records`, if these are Pairs already."""
     held = source if isinstance(source, Pairs) else getattr(source, "records", None)
     return held if isinstance(held, Pairs) else Pairs.concat(list(source.batches(1024)))
 
 
 def content_hash(image: Tensor, caption: str = "") -> str:
-    """sha256 (16 hex digits) of one record's shape, pixels (uint8 (3, H, W)) and caption."""
+    """Hash one record: 16 hex digits of sha256 over shape, pixels uint8 (3, H, W) and caption."""
     pixels = image.contiguous().cpu().numpy()
     head = ",".join(map(str, pixels.shape)).encode()
     return hashlib.sha256(head + pixels.tobytes() + caption.encode()).hexdigest()[:16]
 
 
 def distinct_image_rows(ids: Sequence[str]) -> list[int]:
-    """Rows of the first record of each image, in order: several captions of one have ids that differ after '#' alone."""
+    """Return the rows of the first record of each image, in order.
+
+    The ids of several captions of one image differ after '#' alone.
+    """
     first: dict[str, int] = {}
     for row, key in enumerate(ids):
         first.setdefault(key.partition("#")[0], row)

@@ -1,4 +1,4 @@
-"""data.randomness"""
+"""Randomness that belongs to a record or a step, never to a moment: runs can be repeated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ BLOCK = 1 << 16  # ids at a time
 
 
 def draws(seed: int, ids: Sequence[str], count: int, use: str = "") -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 (len(ids), count), that belong to the records and not to the moment.
+    """Draw uniform numbers that belong to records.
 
-    A record's row is a function of (seed, id) alone: order, batch size, worker and shard do not matter. `use` (at most
-    16 bytes) says what for: two uses of one seed are independent, so that, say, no poison prefers a wrong caption.
-    Counter-based: SplitMix64 (Steele, Lea, Flood 2014) of a keyed BLAKE2b of the id.
+    A record's numbers are a function of (seed, id, use) alone: order, batch size, worker and shard
+    do not matter. The generator is counter-based: SplitMix64 (Steele, Lea, Flood 2014) of a keyed
+    BLAKE2b of the id.
+
+    Args:
+        seed: any 64-bit integer.
+        ids: of N records.
+        count: numbers a record.
+        use: what they are for, at most 16 bytes. Two uses of one seed are independent, so that, for
+            example, no poison prefers a wrong caption.
+
+    Returns:
+        float64 (N, count) in [0, 1).
     """
     key = seed.to_bytes(8, "little", signed=True)
     digests = b"".join(
@@ -31,11 +41,12 @@ def draws(seed: int, ids: Sequence[str], count: int, use: str = "") -> np.ndarra
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    uniform: np.ndarray = (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    return uniform
 
 
 def generator(*key: int) -> torch.Generator:
-    """A generator that belongs to its key and to nothing else."""
+    """Make a generator whose numbers are a function of the key, for example (seed, step), alone."""
     mixed = 0
     for k in key:
         mixed = (mixed * 0x9E3779B97F4A7C15 + k + 1) % (1 << 63)
@@ -43,14 +54,16 @@ def generator(*key: int) -> torch.Generator:
 
 
 def sample_rows(ids: Sequence[str], size: int, seed: int) -> np.ndarray:
-    """Rows of a fixed sample of the records, int64 (min(size, N),), in an order that belongs to the records.
+    """Choose a fixed sample of records: the `size` records with the smallest draw.
 
-    The `size` records with the smallest draw: which they are depends on (seed, ids) and on nothing else.
+    The sample and its order depend on (seed, ids) and on nothing else.
+
+    Returns:
+        int64 (min(size, N),): rows of `ids`.
     """
-    drawn = np.concatenate(
-        [draws(seed, ids[rows], 1, "pool")[:, 0] for rows in blocks(len(ids), BLOCK)]
-        or [np.empty(0)]
-    )
-    last = np.partition(drawn, size - 1)[size - 1] if 0 < size < len(drawn) else np.inf
-    rows = np.flatnonzero(drawn <= last)
-    return rows[np.lexsort((np.asarray([ids[i] for i in rows.tolist()]), drawn[rows]))][:size]
+    parts = [draws(seed, ids[rows], 1, "pool")[:, 0] for rows in blocks(len(ids), BLOCK)]
+    numbers = np.concatenate(parts or [np.empty(0)])
+    last = np.partition(numbers, size - 1)[size - 1] if 0 < size < len(numbers) else np.inf
+    rows = np.flatnonzero(numbers <= last)
+    order = np.lexsort((np.asarray([ids[i] for i in rows.tolist()]), numbers[rows]))
+    return rows[order][:size]

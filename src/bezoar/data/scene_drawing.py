@@ -1,12 +1,14 @@
-"""Drawing: batches of small scenes as pixels - one textured shape on a cluttered ground, lit and noisy.
+"""Drawing of small scenes in batches: one textured shape on a cluttered ground, lit and noisy.
 
-Every float operation here is one that IEEE 754 rounds correctly (+ - * / sqrt, min, max, floor), the only product of
-matrices is over whole numbers that float32 holds exactly, and noise is an integer hash of (record, pixel). So a
-record's pixels do not depend on its batch, its order, the number of threads or the processor's vector width. Nothing on
-the device is divided by a number of the host, unless by a power of two: CUDA multiplies by the reciprocal instead.
+A record's pixels do not depend on its batch, its order, the number of threads or the processor's
+vector width: every float operation is one that IEEE 754 rounds correctly (+ - * / sqrt, min, max,
+floor), the only product of matrices is over integers that float32 holds exactly, and noise is an
+integer hash of (record, pixel). Nothing on the device is divided by a number of the host, unless by
+a power of two: CUDA multiplies by the reciprocal instead.
 
-Frame coordinates: x to the right, y up, both -1..1 over the image. A shape lives in object coordinates: moved to its
-centre, turned, and divided by its scale, in which it reaches to about 0.9.
+Frame coordinates: x to the right, y up, both -1..1 over the image. A shape lives in object
+coordinates: moved to its centre, turned, and divided by its scale, in which it reaches to about
+0.9.
 """
 
 from __future__ import annotations
@@ -18,22 +20,26 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-NODES = 4  # the ground is NODES x NODES colours, joined smoothly
-STEPS = 32  # weight of a node in one direction, in whole numbers: 255 * 32 * 32 < 2**24 and 32 * 32 fits TF32
+NODES = 4  # the ground is NODES x NODES colours, interpolated
+# Weight of a node in one direction, in integers: 255 * 32 * 32 < 2**24, and 32 * 32 fits TF32.
+STEPS = 32
 CHUNK = 1 << 18  # pixels drawn at a time: small enough for the cache
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """What to draw, for n records. Colours are 0..255; lengths are in frame coordinates unless said."""
+    """What to draw, for n records.
 
-    shape: Tensor  # int64 (n,), place in SHAPES
-    texture: Tensor  # int64 (n,), place in TEXTURES
+    Colours are 0..255; lengths are in frame coordinates unless stated otherwise.
+    """
+
+    shape: Tensor  # int64 (n,), index into SHAPES
+    texture: Tensor  # int64 (n,), index into TEXTURES
     center: Tensor  # float32 (n, 2)
     scale: Tensor  # float32 (n,), half the frame is 1
     turn: Tensor  # float32 (n,), tangent of half the angle, counter-clockwise
     paint: Tensor  # float32 (n, 2, 3), the shape's own colour and its texture's second one
-    pattern: Tensor  # float32 (n, 3), the texture's period in object coordinates, and its phase in x and y in 0..1
+    pattern: Tensor  # float32 (n, 3), the texture's period, and its phase in x and y in 0..1
     ground: Tensor  # float32 (n, 3, NODES, NODES), whole numbers
     boxes: Tensor  # float32 (n, b, 5), clutter: x, y, half width, half height, turn
     box_paint: Tensor  # float32 (n, b, 3)
@@ -45,16 +51,16 @@ class Sketch:
         return len(self.shape)
 
     def take(self, rows: slice) -> Sketch:
-        """Some of the records."""
+        """Return some of the records."""
         return Sketch(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def to(self, device: torch.device | str) -> Sketch:
-        """The same on a device."""
+        """Return the same on a device."""
         return Sketch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 def draw_scenes(sketch: Sketch, size: int) -> Tensor:
-    """-> uint8 (n, 3, size, size) on the sketch's device."""
+    """Draw scenes: uint8 (n, 3, size, size) on the sketch's device."""
     images = torch.empty(len(sketch), 3, size, size, dtype=torch.uint8, device=sketch.shape.device)
     step = max(1, CHUNK // size**2)
     for start in range(0, len(sketch), step):
@@ -64,7 +70,7 @@ def draw_scenes(sketch: Sketch, size: int) -> Tensor:
 
 
 def _draw(s: Sketch, size: int) -> Tensor:
-    """One chunk. Pixels are one axis of P = size**2 until the end."""
+    """Draw one chunk. Pixels are one axis of P = size**2 until the end."""
     device = s.shape.device
     line = ((2 * torch.arange(size, dtype=torch.float32) + 1) / size - 1).to(device)
     x, y = line.repeat(size), (-line).repeat_interleave(size)
@@ -96,7 +102,7 @@ def _draw(s: Sketch, size: int) -> Tensor:
 
 
 def _place(x: Tensor, y: Tensor, center: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels (P,) -> their coordinates (n, P) about a centre, turned. Sine and cosine by the half-angle formulas."""
+    """Return the coordinates (n, P) of pixels (P,) about a centre, turned (half-angle formulas)."""
     t = turn[:, None]
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     dx, dy = x - center[:, :1], y - center[:, 1:]
@@ -104,12 +110,15 @@ def _place(x: Tensor, y: Tensor, center: Tensor, turn: Tensor) -> tuple[Tensor, 
 
 
 def _cover(distance: Tensor, sharp: Tensor | float) -> Tensor:
-    """Signed distance, negative inside -> share of the pixel that is covered; `sharp` pixels make a unit. In place."""
+    """Turn signed distances, negative inside, into the covered share of each pixel, in place.
+
+    sharp: pixels in a unit of distance.
+    """
     return distance.mul_(sharp).neg_().add_(0.5).clamp_(0, 1)
 
 
 def _ground(nodes: Tensor, size: int) -> Tensor:
-    """Whole-number colours (n, 3, NODES, NODES) -> (n, 3, P), exact sums with whole-number weights."""
+    """Interpolate integer colours (n, 3, NODES, NODES) to (n, 3, P), exactly."""
     at = (torch.arange(size, dtype=torch.float64) + 0.5) / size * (NODES - 1)
     left = at.floor()
     near = ((1 - (at - left)) * STEPS).round()
@@ -121,9 +130,10 @@ def _ground(nodes: Tensor, size: int) -> Tensor:
 
 
 def _noise(key: Tensor, pixels: int) -> Tensor:
-    """Keys int32 (n,) -> float32 (n, 3, pixels), whole numbers uniform in -128..127.
+    """Make noise of keys int32 (n,): float32 (n, 3, pixels), integers uniform in -128..127.
 
-    The three low bytes of a 32-bit hash of key + pixel * golden ratio (mixer: lowbias32, Wellons 2018).
+    They are the three low bytes of a 32-bit hash of key + pixel * golden ratio (mixer: lowbias32,
+    Wellons 2018).
     """
     place = torch.arange(pixels, dtype=torch.int32, device=key.device) * -1640531527
     x = key[:, None] + place
@@ -136,7 +146,7 @@ def _noise(key: Tensor, pixels: int) -> Tensor:
     return ((x[:, None] << left) >> 24).to(torch.float32)
 
 
-# Shapes: object coordinates x, y -> signed distance to the outline, exact near it or a lower bound of its size.
+# Shapes: signed distance to the outline at object coordinates; exact near it, else a lower bound.
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -153,7 +163,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor, tip: float = 0.95, dent: float = 0.4) -> Tensor:
-    """Mirrored five times into the wedge of one tip, in which the outline is the line from the tip to the dent."""
+    """Mirrored into the wedge of one tip, whose outline is the line from the tip to the dent."""
     sin, cos = math.sin(math.pi / 5), math.cos(math.pi / 5)
     x = x.abs()
     for nx, ny in ((cos, -sin), (-cos, -sin)):
@@ -196,11 +206,11 @@ def _hourglass(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(y - 0.85, (x.abs() - y * 0.75 - 0.06) * 0.8)
 
 
-# Textures: object coordinates, pattern, sharpness -> share of the shape's own colour in each pixel.
+# Textures: share of the shape's own colour at object coordinates.
 
 
 def _wave(x: Tensor, period: Tensor, phase: Tensor, sharp: Tensor) -> Tensor:
-    """Bands of half a period: -0.5 or 0.5, and between the two on a band's edge."""
+    """Bands of half a period: -0.5 or 0.5, and in between on the edge of a band."""
     t = x / period + phase
     return ((t - t.floor() - 0.5).abs_() - 0.25).mul_(period * sharp).clamp_(-0.5, 0.5)
 

@@ -1,12 +1,13 @@
-"""Indexed: records of shards that do not fit in memory, each image read and decoded when it is asked for.
+"""StoredPairs: records that do not fit in memory, each image read and decoded when it is asked for.
 
-One pass over the tars decodes every image once. The index therefore holds exactly the records that `pairs.load` would
-hold, what cannot be read is in the report as it is there, and no image fails in the middle of a training unless its file
-has changed. After the pass a record costs 20 bytes, its id, its caption and 8 bytes for its label.
+One pass over the files decodes every image once. The index therefore holds exactly the records that
+`load_pairs` would hold, what cannot be read is in the report as it is there, and no image fails in
+the middle of a training unless its file has changed. After the pass a record costs 20 bytes, its
+id, its caption and 8 bytes for its label.
 
-Webdataset's way, a shuffle buffer over a stream, draws a record 0, 1 or several times an epoch, which is fatal where the
-number of poisons seen is what is measured. With random access the order is training's own permutation, and ranks are
-slices of it.
+Webdataset's way, a shuffle buffer over a stream, draws a record 0, 1 or several times an epoch,
+which is fatal where the number of poisons seen is what is measured. With random access the order is
+training's own permutation, and ranks are slices of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,87 +26,116 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bezoar import machine
-from bezoar.data.decoding import decode_distinct, describe_failure, thread_count
+from bezoar.data.blocks import blocks
+from bezoar.data.decoding import Record, thread_count
 from bezoar.data.files.images import decode_image
 from bezoar.data.files.skipped import ReadReport, Unreadable
-from bezoar.data.pairs import Pairs, TriggerFunction, row_numbers
-from bezoar.data.shards import ShardSource, StoredRecord
+from bezoar.data.pairs import Pairs, Rows, TriggerFunction, row_numbers
 from bezoar.data.strings import BLOCK, Strings
 from bezoar.errors import UserError
-from bezoar.machine import free_memory
 
+# Where a record lies: its file, what finds its image there, bytes of that, goal of its trigger.
 PLACE = np.dtype([("shard", "i4"), ("offset", "i8"), ("length", "i4"), ("goal", "i4")])
-OPEN = 256  # tars kept open
-TASK = 16  # images that a thread makes at once
+MAX_OPEN = 256  # files kept open
+TASK_IMAGES = 16  # that a thread makes at once
+FileStamp = tuple[int, int]  # size, and time of change in ns
 
 
-class _Tar(io.FileIO):
+class ImageReader(Protocol):
+    """What reads the encoded image at a place.
+
+    Raises Unreadable or OSError if it can no longer be read.
+    """
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files, by number."""
+        ...
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Read the image of a record that lies at this place."""
+        ...
+
+
+class _OpenFile(io.FileIO):
     """An open file that closes itself when the last thread that reads it lets it go."""
 
     def __del__(self) -> None:
         self.close()
 
 
-class ImageReader(Protocol):
-    """What gives the encoded image at a place. Raises Unreadable or OSError where it can no longer be read."""
-
-    paths: tuple[Path, ...]
-
-    def read(self, shard: int, offset: int, length: int) -> bytes: ...
-
-
 class ShardFiles:
-    """Tars that any thread reads anywhere; at most OPEN are open. One that was changed since it was indexed is refused."""
+    """Files that any thread reads anywhere, at most MAX_OPEN of them open.
+
+    Args:
+        paths: the files.
+        stamps: each file's stamp when it was indexed; None for a file that was not. A file that was
+            changed since then is refused. By default they are taken now.
+    """
 
     def __init__(
-        self, paths: Sequence[Path], states: Sequence[Sequence[int] | None] | None = None
+        self, paths: Sequence[Path], stamps: Sequence[Sequence[int] | None] | None = None
     ) -> None:
-        """states: (size, time of change in ns) of each when it was indexed, None of one without records; None: as it is now."""
         self.paths = tuple(paths)
-        try:
-            known = [_state(os.stat(p)) for p in paths] if states is None else states
-            self.states = [s and (s[0], s[1]) for s in known]
-        except OSError as error:
-            raise UserError(f"shard {error.filename} cannot be read: {error.strerror}") from error
-        self.opened = functools.lru_cache(OPEN)(self._open)
+        self.stamps: list[FileStamp | None]
+        if stamps is not None:
+            self.stamps = [(stamp[0], stamp[1]) if stamp else None for stamp in stamps]
+        else:
+            try:
+                self.stamps = [file_stamp(os.stat(p)) for p in paths]
+            except OSError as error:
+                raise UserError(
+                    f"shard {error.filename} cannot be read: {error.strerror}"
+                ) from error
+        self.open_file = functools.lru_cache(MAX_OPEN)(self._open)
 
-    def _open(self, shard: int) -> _Tar:
-        file = _Tar(self.paths[shard])
-        if _state(os.fstat(file.fileno())) != self.states[shard]:
+    def _open(self, shard: int) -> _OpenFile:
+        file = _OpenFile(self.paths[shard])
+        if file_stamp(os.fstat(file.fileno())) != self.stamps[shard]:
             raise Unreadable("the file was changed since it was indexed")
         return file
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on; no position is shared, so threads do not wait for one another."""
-        file = self.opened(shard)
+        """Read `length` bytes from `offset` on; threads share no position and do not wait."""
+        file = self.open_file(shard)  # held while it is read: another thread may have dropped it
         content = os.pread(file.fileno(), length, offset)
         if len(content) < length:
             raise Unreadable("the file ends before its end")
         return content
 
 
-def _state(found: os.stat_result) -> tuple[int, int]:
-    return found.st_size, found.st_mtime_ns
+def file_stamp(status: os.stat_result) -> FileStamp:
+    """By what a file that changes is noticed."""
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
-class Images:
+class StoredImages:
     """The images of an index, made when they are asked for: what `Pairs.images` is to Pairs."""
 
     records: StoredPairs
 
-    def __getitem__(self, rows: Sequence[int] | Tensor | np.ndarray) -> Tensor:
-        """B rows -> uint8 (B, 3, S, S) on the CPU."""
+    def __getitem__(self, rows: Rows) -> Tensor:
+        """Return the images at B rows, uint8 (B, 3, S, S), on the CPU."""
         return self.records.read_images(row_numbers(rows))
 
 
 @dataclass(frozen=True, eq=False)
 class StoredPairs:
-    """N records of tars. It can stand where Pairs stand, but for `images`, which are made as they are asked for.
+    """N records on disk, which can stand where Pairs stand; `images` are made when asked for.
 
-    places: N of PLACE: tar, where the image lies in it, and the goal whose trigger is put on it (-1: none). With shard -1
-    the image is row `offset` of `added`, uint8 (V, 3, S, S): poisons from outside the set. stamps: a trigger for each goal.
+    Attributes:
+        reader: reads encoded images by their places.
+        size: pixels a side.
+        places: PLACE (N,). A goal of -1 puts no trigger on the image. With shard -1 the image is
+            the row `offset` of `added_images`.
+        ids: N keys.
+        captions: N texts, or none.
+        labels: int64 (N,), -1 where the class is not known; None without classes.
+        classes: names by label.
+        report: how the records were read.
+        triggers: one for each goal, or None.
+        added_images: uint8 (V, 3, S, S), poisons from outside the set.
     """
 
     reader: ImageReader
@@ -123,35 +153,44 @@ class StoredPairs:
         return len(self.places)
 
     @property
-    def images(self) -> Images:
+    def images(self) -> StoredImages:
         """The images; `images[rows]` makes them."""
-        return Images(self)
+        return StoredImages(self)
 
-    def select(self, rows: Sequence[int] | Tensor | np.ndarray) -> StoredPairs:
-        """The records at the given rows, in that order, still on disk."""
+    def select(self, rows: Rows) -> StoredPairs:
+        """Return the records at the given rows, in that order, kept where they are: on disk."""
         index = row_numbers(rows)
-        labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
-        ids, captions = (
-            self.ids.take(index),
-            self.captions.take(index) if len(self.captions) else self.captions,
+        return replace(
+            self,
+            places=self.places[index],
+            ids=self.ids.take(index),
+            captions=self.captions.take(index) if len(self.captions) else self.captions,
+            labels=None if self.labels is None else self.labels[torch.from_numpy(index)],
         )
-        return replace(self, places=self.places[index], ids=ids, captions=captions, labels=labels)
 
-    def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
-        """The records at the given rows, in that order, in memory."""
+    def with_ids(self, ids: Strings) -> StoredPairs:
+        """Return the same records under other ids."""
+        return replace(self, ids=ids)
+
+    def take(self, rows: Rows) -> Pairs:
+        """Return the records at the given rows, in that order, in memory."""
         part = self.select(rows)
-        images = part.read_images(np.arange(len(part)))
         return Pairs(
-            images, tuple(part.captions), part.labels, tuple(part.ids), self.classes, self.report
+            images=part.read_images(np.arange(len(part))),
+            captions=tuple(part.captions),
+            labels=part.labels,
+            ids=tuple(part.ids),
+            classes=self.classes,
+            report=self.report,
         )
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """The records in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.take(range(start, min(start + size, len(self))))
+        """Iterate over the records in order, `size` at a time."""
+        for rows in blocks(len(self), size):
+            yield self.take(range(rows.start, rows.stop))
 
     def read_images(self, rows: np.ndarray) -> Tensor:
-        """int64 (B,) -> uint8 (B, 3, S, S): decoded, resized and poisoned as in memory."""
+        """Read, decode, resize and poison the images at B rows: uint8 (B, 3, S, S)."""
         out = self.empty_images(len(rows))
         with ThreadPoolExecutor(thread_count()) as pool:
             for task in submit_reads(pool, self.fill_images, rows, out):
@@ -159,13 +198,16 @@ class StoredPairs:
         return out
 
     def empty_images(self, n: int, pinned: bool = False) -> Tensor:
-        """Room for n images, uint8 (n, 3, S, S); channels last, as decoded images lie in memory. pinned: for a GPU."""
-        return torch.empty(
-            n, self.size, self.size, 3, dtype=torch.uint8, pin_memory=pinned
-        ).permute(0, 3, 1, 2)
+        """Allocate n images, uint8 (n, 3, S, S), channels last in memory; pinned for a GPU."""
+        # (n, S, S, 3) in memory
+        images = torch.empty(n, self.size, self.size, 3, dtype=torch.uint8, pin_memory=pinned)
+        return images.permute(0, 3, 1, 2)
 
     def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
-        """The images of a few rows into `out`, in this thread. Raises UserError that names the file and the record."""
+        """Make the images at a few rows in this thread, into `out`.
+
+        Raises UserError that names the file and the record that can no longer be read.
+        """
         pixels, places = out.numpy(), self.places[rows]
         for i, (shard, offset, length, _) in enumerate(places.tolist()):
             if shard < 0:
@@ -175,72 +217,75 @@ class StoredPairs:
             try:
                 pixels[i] = decode_image(self.reader.read(shard, offset, length), self.size)
             except (Unreadable, OSError) as error:
-                where = f"{self.reader.paths[shard]}: the image of {self.ids[rows[i]]!r}, at byte {offset}"
-                raise UserError(f"{where}, can no longer be read: {error}") from error
+                raise UserError(
+                    f"{self.reader.paths[shard]}: the image of {self.ids[rows[i]]!r}, at byte {offset}, "
+                    f"can no longer be read: {error}"
+                ) from error
         for goal in np.unique(places["goal"][places["goal"] >= 0]).tolist():
-            mine, stamp = np.flatnonzero(places["goal"] == goal), self.triggers[goal]
-            assert stamp is not None
-            out[mine] = stamp(out[mine], [self.ids[r] for r in rows[mine].tolist()])
+            poisoned = np.flatnonzero(places["goal"] == goal)
+            trigger = self.triggers[goal]
+            assert trigger is not None
+            out[poisoned] = trigger(out[poisoned], [self.ids[r] for r in rows[poisoned].tolist()])
 
 
-def open_records(source: ShardSource, max_bytes: int | None = None) -> Pairs | StoredPairs:
-    """Every record of the tars, in one pass: in memory while their pixels take at most `most` bytes, else by index.
+@dataclass(frozen=True)
+class RecordColumns:
+    """What one pass over N records leaves.
 
-    most: by `source.load` when None; `auto` is a rank's share of half of the memory that is free, since the pixels are
-    held twice while they are put together. Raises UserError for a shard that yields nothing.
+    Attributes:
+        places: PLACE (N,).
+        ids: N keys.
+        captions: N texts, or none.
+        members: names of the members or rows.
+        labels: int64 (N,).
+        images: uint8 (3, S, S) each, or None if they were too many for the memory.
     """
-    if max_bytes is None:
-        max_bytes = {
-            "memory": 1 << 62,
-            "stream": 0,
-            "auto": free_memory() // (2 * machine.world_size()),
-        }[source.load]
-    report, files = source.begin_pass(), ShardFiles(source.paths)
-    images: list[np.ndarray] | None = []
-    blocks: list[tuple[np.ndarray, Strings, Strings, np.ndarray]] = []
-    labelled = bool(source.classes) or source.labelled
 
-    def rows() -> Iterator[tuple[tuple[int, int, int, int], str, str, int]]:
-        nonlocal images
-        for record, i, image in decode_distinct(
-            source.records(), source.size, report, source.limit
-        ):
-            assert isinstance(record, StoredRecord)
+    places: np.ndarray
+    ids: Strings
+    captions: Strings
+    members: Strings
+    labels: Tensor
+    images: list[np.ndarray] | None
+
+
+def read_columns(
+    records: Iterable[tuple[Record, int, np.ndarray]], max_bytes: int
+) -> RecordColumns:
+    """Read what `decode_distinct` yields; images are kept as long as they take no more bytes."""
+    images: list[np.ndarray] | None = []
+    has_captions = False
+
+    def entries() -> Iterator[tuple[tuple[int, int, int, int], str, str, str, int]]:
+        nonlocal images, has_captions
+        for record, number, image in records:
+            has_captions = has_captions or bool(record.captions)
             if images is not None:
                 images.append(image)
-                images = images if len(images) * image.nbytes <= max_bytes else None
-            yield (
-                (record.shard, record.offset, record.length, -1),
-                record.ids[i],
-                record.captions[i],
-                record.label,
-            )
+                if len(images) * image.nbytes > max_bytes:
+                    images = None
+            caption = record.captions[number] if record.captions else ""
+            place = (record.shard, record.offset, record.length, -1)
+            yield place, record.ids[number], caption, record.member, record.label
 
-    stream = rows()
+    places = [np.empty(0, PLACE)]
+    labels = [np.empty(0, np.int64)]
+    texts: list[tuple[Strings, ...]] = [(Strings.from_texts(()),) * 3]
+    stream = entries()
     while block := list(itertools.islice(stream, BLOCK)):
-        where, names, texts, known = zip(*block, strict=True)
-        blocks.append(
-            (
-                np.array(list(where), PLACE),
-                Strings.from_texts(names),
-                Strings.from_texts(texts),
-                np.array(known, np.int64),
-            )
-        )
-    if not blocks:
-        raise UserError(describe_failure(str(source.paths[0]), report))
-    places, labels = (np.concatenate([b[i] for b in blocks]) for i in (0, 3))
-    ids, captions = Strings.concat([b[1] for b in blocks]), Strings.concat([b[2] for b in blocks])
-    truth = torch.from_numpy(labels) if labelled else None
-    if images is not None:
-        pixels = torch.from_numpy(np.stack(images))
-        return Pairs(pixels, tuple(captions), truth, tuple(ids), source.classes, report)
-    return StoredPairs(files, source.size, places, ids, captions, truth, source.classes, report)
-
-
-def subset(records: Pairs | StoredPairs, rows: Sequence[int]) -> Pairs | StoredPairs:
-    """Some of the records, kept where they are: in memory or on disk."""
-    return records.take(rows) if isinstance(records, Pairs) else records.select(rows)
+        block_places, *block_texts, block_labels = zip(*block, strict=True)
+        places.append(np.array(list(block_places), PLACE))
+        texts.append(tuple(Strings.from_texts(column) for column in block_texts))
+        labels.append(np.array(block_labels, np.int64))
+    ids, captions, members = (Strings.concat(parts) for parts in zip(*texts, strict=True))
+    return RecordColumns(
+        places=np.concatenate(places),
+        ids=ids,
+        captions=captions if has_captions else Strings.from_texts(()),
+        members=members,
+        labels=torch.from_numpy(np.concatenate(labels)),
+        images=images,
+    )
 
 
 Fill = Callable[[np.ndarray, Tensor], None]
@@ -249,7 +294,10 @@ Fill = Callable[[np.ndarray, Tensor], None]
 def submit_reads(
     pool: ThreadPoolExecutor, fill: Fill, rows: np.ndarray, out: Tensor
 ) -> list[Future[None]]:
-    """Let threads fill `out` with the images of `rows`."""
-    return [
-        pool.submit(fill, rows[i : i + TASK], out[i : i + TASK]) for i in range(0, len(rows), TASK)
-    ]
+    """Let threads fill `out` with the images at `rows`, TASK_IMAGES at a time."""
+    return [pool.submit(fill, rows[part], out[part]) for part in blocks(len(rows), TASK_IMAGES)]
+
+
+def subset(records: Pairs | StoredPairs, rows: Sequence[int]) -> Pairs | StoredPairs:
+    """Some of the records, kept where they are: in memory or on disk."""
+    return records.select(rows)

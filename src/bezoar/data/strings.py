@@ -1,4 +1,4 @@
-"""data.strings"""
+"""Strings: many texts in one Arrow column."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-BLOCK = 1 << 14  # strings that are Python objects at a time
+BLOCK = 1 << 14  # texts that are Python objects at a time
 
 
 class Strings(Sequence[str]):
-    """N strings in one Arrow column: they cost their text and 8 bytes each, not a Python object each."""
+    """N texts that cost their characters and 8 bytes each, not a Python object each."""
 
     def __init__(self, column: pa.Array) -> None:
-        self.column = column
+        self.column = column  # of type large_string
 
     @staticmethod
     def from_texts(texts: Sequence[str]) -> Strings:
-        """The same strings as a column."""
-        return (
-            texts
-            if isinstance(texts, Strings)
-            else Strings(pa.array(list(texts), pa.large_string()))
-        )
+        """Put texts into a column."""
+        if isinstance(texts, Strings):
+            return texts
+        return Strings(pa.array(list(texts), pa.large_string()))
 
     @staticmethod
     def concat(parts: Sequence[Strings]) -> Strings:
-        """All strings of several columns, in order."""
+        """Put the texts of several columns into one, in order."""
         return Strings(pa.concat_arrays([p.column for p in parts]))
 
     def __len__(self) -> int:
@@ -41,27 +39,23 @@ class Strings(Sequence[str]):
     @overload
     def __getitem__(self, row: slice) -> tuple[str, ...]: ...
     def __getitem__(self, row: int | slice) -> str | tuple[str, ...]:
-        return (
-            tuple(self.column[row].to_pylist())
-            if isinstance(row, slice)
-            else self.column[int(row)].as_py()
-        )
+        if isinstance(row, slice):
+            return tuple(self.column[row].to_pylist())
+        text: str = self.column[int(row)].as_py()
+        return text
 
     def __iter__(self) -> Iterator[str]:
         return itertools.chain.from_iterable(self.blocks())
 
     def blocks(self) -> Iterator[list[str]]:
-        """The strings in order, a bounded number at a time."""
+        """Iterate over the texts in order, a bounded number at a time."""
         return (self.column.slice(start, BLOCK).to_pylist() for start in range(0, len(self), BLOCK))
 
     def take(self, rows: np.ndarray) -> Strings:
-        """The strings at the given rows, in that order."""
+        """Return the texts at the given rows, in that order."""
         return Strings(self.column.take(pa.array(rows)))
 
     def find_rows(self, wanted: Collection[str]) -> np.ndarray:
-        """int64: the rows that hold one of the wanted strings, ascending."""
-        return np.flatnonzero(
-            pc.is_in(self.column, pa.array(list(wanted), pa.large_string())).to_numpy(
-                zero_copy_only=False
-            )
-        )
+        """Return the rows that hold one of the wanted texts: int64, ascending."""
+        is_wanted = pc.is_in(self.column, pa.array(list(wanted), pa.large_string()))
+        return np.flatnonzero(is_wanted.to_numpy(zero_copy_only=False))

@@ -1,4 +1,4 @@
-"""Feed: the batches of a training, made by threads before they are asked for, of images that the device has no room for."""
+"""Batches made by threads before training asks for them, of images too many for the device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,46 +22,39 @@ Order = Callable[[int], Tensor]
 
 
 class Batch(NamedTuple):
-    """Rows int64 (B,), their images uint8 (B, 3, S, S), and the tasks that are making them."""
+    """A batch in the making: rows int64 (B,), room for images uint8 (B, 3, S, S), and tasks."""
 
     rows: Tensor
     images: Tensor
     tasks: list[Future[None]]
 
 
-@dataclass(frozen=True)
-class Held:
-    """Images in the memory of the host, for a device that has no room for them."""
-
-    images: Tensor
-
-    def empty_images(self, n: int, pinned: bool) -> Tensor:
-        """Room for n images, laid out as these are."""
-        shape, stride = (n, *self.images.shape[1:]), self.images.stride()
-        return torch.empty_strided(shape, stride, dtype=torch.uint8, pin_memory=pinned)
-
-    def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
-        """The images of a few rows into `out`."""
-        out.copy_(self.images[torch.from_numpy(rows)])
-
-
 class Prefetcher:
-    """What training.fit reads of Pairs: `len(data)` and `data.images[index]`.
+    """What training reads of Pairs: `len(data)` and `data.images[index]`.
 
-    order(epoch) -> int64 (steps, B): the rows that will be asked for, of `epochs` epochs. The first that is asked for may
-    be any of these, as when a training is gone on with. Whatever else is asked for is made then, and counted in `late`.
+    The first batch that is asked for may be any of the order, as when a training is resumed.
+    Whatever else is asked for is made then, and counted in `late`.
+
+    Args:
+        records: what is drawn.
+        device: takes the images.
+        order: epoch -> int64 (steps, B): the rows that will be asked for.
+        epochs: of the training.
     """
 
     def __init__(
         self, records: Pairs | StoredPairs, device: torch.device, order: Order, epochs: int
     ) -> None:
-        self.records, self.device, self.order, self.epochs = records, device, order, epochs
-        self.source = records if isinstance(records, StoredPairs) else Held(records.images)
+        self.records = records
+        self.device = device
+        self.order = order
+        self.epochs = epochs
         self.pool = ThreadPoolExecutor(thread_count())
-        self.coming: Iterator[Tensor] | None = None
+        self.upcoming: Iterator[Tensor] | None = None  # rows of the batches not begun yet
         self.waiting: deque[Batch] = deque()
-        self.asked: tuple[Tensor, int, Tensor] | None = None
-        self.drawn = self.late = 0
+        self.host_copy: tuple[Tensor, int, Tensor] | None = None  # a tensor, its version, its copy
+        self.drawn = 0
+        self.late = 0
 
     def __len__(self) -> int:
         return len(self.records)
@@ -74,10 +65,10 @@ class Prefetcher:
         return self
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """int64 (B,) -> uint8 (B, 3, S, S) on the device."""
-        rows = self.on_host(index)
-        if self.coming is None:
-            self.coming = self.following(rows)
+        """Return the images at rows int64 (B,): uint8 (B, 3, S, S) on the device."""
+        rows = self.to_host(index)
+        if self.upcoming is None:
+            self.upcoming = self.find_following(rows)
             self.look_ahead(len(rows))
         if self.waiting and torch.equal(self.waiting[0].rows, rows):
             batch = self.waiting.popleft()
@@ -92,29 +83,26 @@ class Prefetcher:
 
     def describe(self) -> str:
         """For the manifest: where the images came from, and how many batches were made ahead."""
-        where = (
-            "read from shards" if isinstance(self.records, StoredPairs) else "copied from memory"
-        )
+        stored = isinstance(self.records, StoredPairs)
+        where = "read from files" if stored else "copied from memory"
         return f"{where} as they were drawn, {self.drawn - self.late} of {self.drawn} batches ahead"
 
     def start_batch(self, rows: Tensor) -> Batch:
         """Let threads make a batch, in pages that a GPU fetches by itself."""
-        images = self.source.empty_images(len(rows), self.device.type == "cuda")
-        return Batch(
-            rows, images, submit_reads(self.pool, self.source.fill_images, rows.numpy(), images)
-        )
+        images = self.records.empty_images(len(rows), pinned=self.device.type == "cuda")
+        tasks = submit_reads(self.pool, self.records.fill_images, rows.numpy(), images)
+        return Batch(rows, images, tasks)
 
-    def look_ahead(self, size: int) -> None:
-        """Begin what comes next, as far as AHEAD and AHEAD_BYTES allow; size: of a batch."""
-        assert self.coming is not None
-        most = min(AHEAD, max(2, AHEAD_BYTES // (size * 3 * self.records.size**2)))
-        self.waiting.extend(
-            self.start_batch(rows)
-            for rows in itertools.islice(self.coming, max(0, most - len(self.waiting)))
-        )
+    def look_ahead(self, batch_size: int) -> None:
+        """Start the batches that come next, as far as AHEAD and AHEAD_BYTES allow."""
+        assert self.upcoming is not None
+        nbytes = batch_size * 3 * self.records.size**2
+        most = min(AHEAD, max(2, AHEAD_BYTES // nbytes))
+        for rows in itertools.islice(self.upcoming, max(0, most - len(self.waiting))):
+            self.waiting.append(self.start_batch(rows))
 
-    def following(self, rows: Tensor) -> Iterator[Tensor]:
-        """The batches of the order from the one that holds exactly these rows; none when there is no such."""
+    def find_following(self, rows: Tensor) -> Iterator[Tensor]:
+        """Return the batches of the order from the one that holds exactly these rows on, if any."""
         for epoch in range(self.epochs):
             steps = self.order(epoch)
             for at in (steps[:, 0] == rows[0]).nonzero().flatten().tolist():
@@ -123,31 +111,43 @@ class Prefetcher:
                     return itertools.chain(steps[at:], itertools.chain.from_iterable(later))
         return iter(())
 
-    def on_host(self, index: Tensor) -> Tensor:
-        """`index.cpu()`, but a GPU is waited for once an epoch and not at each step: training slices one tensor an epoch."""
+    def to_host(self, index: Tensor) -> Tensor:
+        """Return `index.cpu()`, but wait for a GPU once an epoch and not at each step.
+
+        Training slices one tensor an epoch, so the whole tensor is copied once and sliced here in
+        the same way.
+        """
         whole = index if index._base is None else index._base
-        if self.asked is None or self.asked[0] is not whole or self.asked[1] != whole._version:
-            self.asked = whole, whole._version, whole.cpu()
-        host = self.asked[2]
-        at = host.storage_offset() + index.storage_offset() - whole.storage_offset()
-        return host.as_strided(index.shape, index.stride(), at)
+        if (
+            self.host_copy is None
+            or self.host_copy[0] is not whole
+            or self.host_copy[1] != whole._version
+        ):
+            self.host_copy = whole, whole._version, whole.cpu()
+        host = self.host_copy[2]
+        offset = host.storage_offset() + index.storage_offset() - whole.storage_offset()
+        return host.as_strided(index.shape, index.stride(), offset)
 
 
 @contextmanager
 def training_data(
     records: Pairs | StoredPairs, device: torch.device, order: Order, epochs: int
-) -> Iterator[Any]:
-    """What training draws from: the records on the device where it has room for their images twice, else a Feed of them."""
-    if isinstance(records, Pairs) and 2 * records.images.nbytes < room(device):
+) -> Iterator[Pairs | Prefetcher]:
+    """Open what training draws from; see `Prefetcher`.
+
+    It is the records on the device if that has room for their images twice, else a Prefetcher of
+    them.
+    """
+    if isinstance(records, Pairs) and 2 * records.images.nbytes < free_bytes(device):
         yield records.to(device)
         return
-    feed = Prefetcher(records, device, order, epochs)
+    prefetcher = Prefetcher(records, device, order, epochs)
     try:
-        yield feed
+        yield prefetcher
     finally:
-        feed.pool.shutdown(cancel_futures=True)
+        prefetcher.pool.shutdown(cancel_futures=True)
 
 
-def room(device: torch.device) -> float:
-    """Free bytes of a device; what is in memory is there already."""
+def free_bytes(device: torch.device) -> float:
+    """Free bytes of a GPU; infinite of the CPU, in whose memory the records are already."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")

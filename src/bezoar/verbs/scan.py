@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.plan import Plan
-from bezoar.data.embeddings import EmbeddingSource
 from bezoar.data.files.paths import existing_file
+from bezoar.data.source import as_source
 from bezoar.detection import merging, reliability
 from bezoar.detection.corpus import corpus, keep_lists
 from bezoar.detection.corpus.corpus import Corpus
@@ -196,7 +196,8 @@ def embedding_encoder(job: Job) -> Any:
     """
     data = job.inputs["data"]
     encoder = job.inputs["encoder"]
-    if isinstance(inputs.open_source(inputs.open_dataset(data).method), EmbeddingSource):
+    source = as_source(inputs.open_source(inputs.open_dataset(data).method))
+    if not source.has_images:
         if encoder is not None:
             raise UserError("these data are embeddings already; leave --encoder out")
         return None

@@ -1,20 +1,15 @@
-"""Arrays from files that may be hostile, and the pixel arithmetic that methods share.
+"""Small arrays from foreign files: npy, npz, pt, png and jpg, at most MAX_BYTES when unpacked.
 
-`read` takes npy, npz, pt, png and jpg. Nothing is unpickled (npy headers are parsed, `.pt` is loaded by `weights_only`
-after its opcodes were checked), nothing is extracted to disk, and no array beyond MAX_BYTES is ever allocated: every
-size that a header asks for is checked first. Pixels are uint8 0..255; what is computed between is rounded and clamped
-to that range on the way back, never wrapped.
+Nothing is unpickled and nothing is extracted to disk; every size that a header asks for is checked
+first.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import math
 import os
 import pickle
-import pickletools
-import re
 import struct
 import tokenize
 import zipfile
@@ -22,23 +17,24 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from bezoar.data.files import npy
+from bezoar.data.files.torch_files import load_torch
+from bezoar.data.files.zips import check_unpacked_size, open_zip
 from bezoar.errors import UserError
 
 MAX_BYTES = 64 << 20  # of a file, and of everything it unpacks to
 MAX_MEMBERS = 64  # of an archive
+DIRECTORY_ENTRY = b"PK\x01\x02"  # of a zip archive, one a member
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (".npy", ".npz", ".pt", *IMAGE_SUFFIXES)
-SAFE_GLOBALS = re.compile(
-    r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|torch (\w+Storage|Size|device)"
-)
-CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+IMAGE_MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 DECODING_ERRORS = (  # what the decoders of foreign bytes are known to raise
     ValueError,
     OSError,
@@ -57,50 +53,66 @@ DECODING_ERRORS = (  # what the decoders of foreign bytes are known to raise
     tokenize.TokenError,
     Image.DecompressionBombError,
 )
-
-
 FileState = tuple[int, int, int, int]
 
 
 def file_state(path: str) -> FileState:
-    """Which bytes a path names now: (device, inode, time of change, size); a key for caches. UserError if no file."""
+    """Identify the bytes that a path names now, as a key for caches.
+
+    Returns:
+        Device, inode, time of change in ns, and size.
+
+    Raises:
+        UserError: if there is no such file, or its ending is none of SUFFIXES.
+    """
     file = Path(path).expanduser()
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: expected a file of {', '.join(SUFFIXES)}")
     if not os.path.isfile(file):
         raise UserError(f"no file {path!r}")
-    s = file.stat()
-    return s.st_dev, s.st_ino, s.st_mtime_ns, s.st_size
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def load_arrays(path: str) -> Mapping[str, np.ndarray]:
-    """The numeric arrays of a file by name ("" where a file holds one, unnamed), read once and cached; read-only.
+    """Load the numeric arrays of a file by name; they are read once, cached, and read-only.
 
-    Pictures come as uint8 (H, W, 3). Members that are text are left out. Raises UserError for what is missing, broken,
-    empty, too large, not numeric, not finite, or pickled.
+    Returns:
+        The arrays; one without a name is under "". Pictures are uint8 (H, W, 3). Members that are
+        text are left out.
+
+    Raises:
+        UserError: if the file is missing, broken, empty, too large or pickled, or holds what is not
+            numeric or finite.
     """
     return _read(path, file_state(path))
 
 
 def load_array(path: str) -> np.ndarray:
-    """The one array of a file, or its member `x`. UserError when there are several and none is `x`."""
+    """Load the one array of a file, or its member `x`.
+
+    Raises UserError if there are several and none is `x`.
+    """
     members = load_arrays(path)
-    if len(members) > 1 and "x" not in members:
+    if "x" in members:
+        return members["x"]
+    if len(members) > 1:
         raise UserError(
             f"{path}: expected one array, or one named 'x'; it holds {', '.join(members)}"
         )
-    return members["x"] if "x" in members else next(iter(members.values()))
+    return next(iter(members.values()))
 
 
 @functools.lru_cache(maxsize=4)
 def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
+    """Read and check a file; its state is in the cache's key: a changed file is read again."""
     file = Path(path).expanduser()
     with file.open("rb") as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
     suffix = file.suffix.lower()
-    reader = {".npy": _npy, ".npz": _npz, ".pt": _pt}.get(suffix, _picture)
+    reader = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt}.get(suffix, _read_picture)
     try:
         members = reader(data)
     except UserError as error:
@@ -119,118 +131,80 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     return MappingProxyType(members)
 
 
-def _bounded(count: int, itemsize: int) -> int:
-    if not 0 <= count * itemsize <= MAX_BYTES:
-        raise UserError(f"asks for {count * itemsize} bytes; at most {MAX_BYTES} are allowed")
-    return count * itemsize
+def _check_size(nbytes: int) -> None:
+    if nbytes > MAX_BYTES:
+        raise UserError(f"asks for {nbytes} bytes; at most {MAX_BYTES} are allowed")
 
 
-def _npy_member(stream: IO[bytes]) -> np.ndarray | None:
-    """One npy stream -> array, or None for text. The header is checked before a byte of data is read."""
-    headers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    version = np.lib.format.read_magic(stream)
-    if version not in headers:
-        raise UserError(f"npy version {version} is not supported; 1.0 and 2.0 are")
-    shape, fortran, dtype = headers[version](stream)
-    if dtype.hasobject:
-        raise UserError("holds pickled objects, which are never read")
-    if dtype.kind in "US":
+def _read_npy_member(stream: IO[bytes]) -> np.ndarray | None:
+    """Read one npy stream; text is None."""
+    header = npy.read_header(stream)
+    if header.is_text:
         return None
-    if dtype.kind not in "biuf":
-        raise UserError(f"expected numbers; it holds {dtype}")
-    if any(side < 0 for side in shape):
-        raise UserError(f"shape {shape} has a negative side")
-    size = _bounded(math.prod(shape), dtype.itemsize)
-    data = stream.read(size)
-    if len(data) < size:
-        raise UserError(f"ends after {len(data)} of {size} bytes")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    if header.dtype.kind not in "biuf":
+        raise UserError(f"expected numbers; it holds {header.dtype}")
+    _check_size(header.nbytes)
+    return npy.read_data(stream, header)
 
 
-def _npy(data: bytes) -> dict[str, np.ndarray]:
-    array = _npy_member(io.BytesIO(data))
+def _read_npy(data: bytes) -> dict[str, np.ndarray]:
+    array = _read_npy_member(io.BytesIO(data))
     return {} if array is None else {"": array}
 
 
-def _archive(data: bytes) -> zipfile.ZipFile:
-    """A zip held in memory whose members are few, plainly packed, and together no larger than MAX_BYTES."""
-    if data.count(b"PK\x01\x02") > MAX_MEMBERS:
-        raise UserError(f"more than {MAX_MEMBERS} members")
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    for info in archive.infolist():
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"member {info.filename!r} is packed by a method that is not supported")
-    _bounded(sum(info.file_size for info in archive.infolist()), 1)
-    return archive
-
-
-def _npz(data: bytes) -> dict[str, np.ndarray]:
+def _read_npz(data: bytes) -> dict[str, np.ndarray]:
     members = {}
-    with _archive(data) as archive:
+    if data.count(DIRECTORY_ENTRY) > MAX_MEMBERS:  # zipfile would first make an object of each
+        raise UserError(f"more than {MAX_MEMBERS} members")
+    with open_zip(io.BytesIO(data), MAX_MEMBERS) as archive:
+        check_unpacked_size(archive.infolist(), len(data), MAX_BYTES)
         for info in archive.infolist():
             with archive.open(info) as stream:
-                array = _npy_member(stream)
+                array = _read_npy_member(stream)
             if array is not None:
                 members[info.filename.removesuffix(".npy")] = array
     return members
 
 
-def _pt(data: bytes) -> dict[str, np.ndarray]:
-    """A tensor, or a dict of tensors, as torch.save writes them: shapes are looked at on the meta device first."""
+def _read_pt(data: bytes) -> dict[str, np.ndarray]:
+    """Read a tensor, or a flat dict of tensors, as torch.save writes them."""
     if not data.startswith(b"PK"):
         raise UserError("expected the zip format that torch.save writes since 1.6")
-    with _archive(data) as archive:
-        pickles = [i for i in archive.infolist() if i.filename.endswith(".pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > 1 << 20:
-            raise UserError("expected a tensor as torch.save writes it")
-        _safe(archive.read(pickles[0]))
-    total = 0
-    for tensor in _tensors(data, "meta").values():
+    if data.count(DIRECTORY_ENTRY) > MAX_MEMBERS:
+        raise UserError(f"more than {MAX_MEMBERS} members")
+    tensors = load_torch(data, len(data), MAX_BYTES, _select_tensors)
+    return {
+        k: (t.float() if t.dtype is torch.bfloat16 else t).detach().numpy()
+        for k, t in tensors.items()
+    }
+
+
+def _select_tensors(loaded: Any) -> dict[str, Tensor]:
+    """Return the tensors by name.
+
+    Raises UserError for anything but plain tensors of real numbers.
+    """
+    members = loaded if isinstance(loaded, dict) else {"": loaded}
+    if len(members) > MAX_MEMBERS or not all(isinstance(t, Tensor) for t in members.values()):
+        raise UserError("expected a tensor or a flat dict of tensors")
+    for tensor in members.values():
         if tensor.layout is not torch.strided or tensor.is_complex() or tensor.is_quantized:
             raise UserError(
                 f"expected a plain tensor of real numbers; it holds {tensor.layout}, {tensor.dtype}"
             )
-        reach = sum(
-            (side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        total += _bounded(
-            max(tensor.numel(), int(tensor.storage_offset() + reach + 1)), tensor.element_size()
-        )
-    _bounded(total, 1)
-    found = _tensors(data, "cpu")
-    return {
-        k: (t.float() if t.dtype is torch.bfloat16 else t).detach().numpy()
-        for k, t in found.items()
-    }
-
-
-def _safe(opcodes: bytes) -> None:
-    for opcode, argument, _ in pickletools.genops(opcodes):
-        if opcode.name in CALLS or (
-            opcode.name == "GLOBAL" and not SAFE_GLOBALS.fullmatch(str(argument))
-        ):
-            raise UserError(f"expected tensors only; it asks for {argument or opcode.name}")
-
-
-def _tensors(data: bytes, device: str) -> dict[str, Tensor]:
-    loaded = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    members = loaded if isinstance(loaded, dict) else {"": loaded}
-    if len(members) > MAX_MEMBERS or not all(isinstance(t, Tensor) for t in members.values()):
-        raise UserError("expected a tensor or a flat dict of tensors")
+        _check_size(tensor.numel() * tensor.element_size())
     return {str(k): t for k, t in members.items()}
 
 
-def _picture(data: bytes) -> dict[str, np.ndarray]:
+def _read_picture(data: bytes) -> dict[str, np.ndarray]:
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
-        _bounded(picture.width * picture.height, 4)
-        if picture.mode not in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        _check_size(picture.width * picture.height * 4)
+        if picture.mode not in IMAGE_MODES:
             raise UserError(f"expected 8 bits a channel; it has mode {picture.mode}")
-        if (
-            picture.has_transparency_data
-            and np.asarray(picture.convert("RGBA"))[:, :, 3].min() < 255
-        ):
-            raise UserError("is transparent in places; give the transparency as a mask of its own")
+        if picture.has_transparency_data:
+            alpha = np.asarray(picture.convert("RGBA"))[:, :, 3]
+            if alpha.min() < 255:
+                raise UserError(
+                    "is transparent in places; give the transparency as a mask of its own"
+                )
         return {"": np.asarray(picture.convert("RGB")).copy()}

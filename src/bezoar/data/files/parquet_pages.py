@@ -1,92 +1,108 @@
-"""Pages of foreign Parquet files: how large they are unpacked, read off their headers before Arrow unpacks any.
+"""How large the pages of foreign Parquet files are, read off their headers.
 
-Many rows may point at one entry of a dictionary, or repeat what stands in the row before, so that a small file fills the
-memory. No value is larger than its page, and so no batch than that times its rows.
+Many rows may point at one entry of a dictionary, or repeat what stands in the row before, so that a
+small file fills the memory. No value is larger than its page, so no batch is larger than its rows
+times the largest page.
+
+The pages are looked at themselves because nothing else bounds them: the sizes in a file's footer
+may be made up, and reading one row at a time instead costs forty times as much for columns of text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pyarrow.parquet as pq
 
 from bezoar.errors import UserError
 
-UNPACKED = 32 << 20  # bytes of rows that Arrow unpacks at a time
-MOST = 1 << 16  # pages of a column chunk that are looked at
-WHOLE, TEXT, STRUCT = (4, 5, 6), 8, 12  # kinds of fields, as Thrift's compact protocol numbers them
-FIXED = {1: 0, 2: 0, 3: 1, 7: 8}  # those of so many bytes
+UNPACKED_BYTES = 32 << 20  # of rows that Arrow unpacks at a time
+MAX_PAGES = 1 << 16  # of a column chunk that are looked at
+# Fields of a page header.
+UNCOMPRESSED_SIZE = 2
+COMPRESSED_SIZE = 3
+# Types of fields, as Thrift's compact protocol numbers them.
+INTEGERS = (4, 5, 6)
+BINARY = 8
+STRUCT = 12
+FIXED_BYTES = {1: 0, 2: 0, 3: 1, 7: 8}  # true, false, byte, double
+PARSING_ERRORS = (OSError, ValueError, LookupError, OverflowError, RecursionError)
 
 
-def rows(
+def count_safe_rows(
     file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Sequence[str], most: int
 ) -> int:
-    """How many rows of some columns may be unpacked at a time, at most `most`. Raises UserError for columns of lists."""
+    """How many rows of some columns may be unpacked at a time, at most `most`.
+
+    Raises UserError for columns of lists.
+    """
     leaves = (file.schema.column(i) for i in range(len(file.schema)))
     for name in (leaf.path for leaf in leaves if leaf.max_repetition_level):
         if any(name == c or name.startswith(f"{c}.") for c in columns):
             raise UserError(f"{path}: column {name} holds lists; expected a value a row")
-    found = (file.metadata.row_group(i) for i in groups)
-    chunks = (group.column(i) for group in found for i in range(group.num_columns))
+    largest = 1
     with path.open("rb") as raw:
-        largest = max(
-            (_largest(raw, c) for c in chunks if c.path_in_schema.startswith(tuple(columns))),
-            default=1,
-        )
-    return max(1, min(most, UNPACKED // max(1, largest)))
+        for group in map(file.metadata.row_group, groups):
+            for chunk in map(group.column, range(group.num_columns)):
+                if chunk.path_in_schema.startswith(tuple(columns)):
+                    largest = max(largest, largest_page(raw, chunk))
+    return max(1, min(most, UNPACKED_BYTES // largest))
 
 
-def _largest(raw: IO[bytes], chunk: Any) -> int:
-    """Bytes of a column chunk's largest page; all of the chunk where a header is none that is known."""
-    start = chunk.data_page_offset
+def largest_page(raw: IO[bytes], chunk: pq.ColumnChunkMetaData) -> int:
+    """Bytes of a column chunk's largest page; of the whole chunk if a header cannot be read."""
+    position = chunk.data_page_offset
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-        start = min(start, chunk.dictionary_page_offset)
-    end, largest = start + chunk.total_compressed_size, 0
+        position = min(position, chunk.dictionary_page_offset)
+    end = position + chunk.total_compressed_size
+    largest = 0
     try:
-        for _ in range(MOST):
-            if start >= end:
+        for _ in range(MAX_PAGES):
+            if position >= end:
                 return largest
-            raw.seek(start)
-            header = _header(raw)
-            largest, start = max(largest, header[2]), raw.tell() + header[3]
-            if min(header[2], header[3]) < 0:
+            raw.seek(position)
+            header = _read_struct(raw)
+            if min(header[UNCOMPRESSED_SIZE], header[COMPRESSED_SIZE]) < 0:
                 break
-    except (OSError, ValueError, LookupError, OverflowError, RecursionError):
+            largest = max(largest, header[UNCOMPRESSED_SIZE])
+            position = raw.tell() + header[COMPRESSED_SIZE]
+    except PARSING_ERRORS:
         pass
-    return chunk.total_uncompressed_size
+    return int(max(largest, chunk.total_uncompressed_size))
 
 
-def _header(raw: IO[bytes]) -> dict[int, int]:
-    """The whole numbers of a structure by field: of a page header, 2 is the page's size unpacked, 3 the size that is stored."""
-    found, field = {}, 0
+def _read_struct(raw: IO[bytes]) -> dict[int, int]:
+    """Read a Thrift structure; return its integers by the number of their field."""
+    integers: dict[int, int] = {}
+    field = 0
     while mark := raw.read(1)[0]:
-        kind = mark & 15
-        field = field + (mark >> 4) if mark >> 4 else _signed(raw)
-        if kind in WHOLE:
-            found[field] = _signed(raw)
-        elif kind == TEXT:
-            raw.seek(_number(raw), 1)
+        kind, step = mark & 15, mark >> 4
+        field = field + step if step else _read_signed(raw)
+        if kind in INTEGERS:
+            integers[field] = _read_signed(raw)
+        elif kind == BINARY:
+            raw.seek(_read_varint(raw), 1)
         elif kind == STRUCT:
-            _header(raw)
+            _read_struct(raw)
         else:
-            raw.seek(FIXED[kind], 1)
-    return found
+            raw.seek(FIXED_BYTES[kind], 1)
+    return integers
 
 
-def _number(raw: IO[bytes]) -> int:
-    """Seven bits a byte, the lowest first."""
+def _read_varint(raw: IO[bytes]) -> int:
+    """Read an integer of seven bits a byte, the lowest first."""
     value = 0
     for i in range(10):
         byte = raw.read(1)[0]
         value |= (byte & 127) << 7 * i
         if byte < 128:
             return value
-    raise ValueError("a number of more than ten bytes")
+    raise ValueError("an integer of more than ten bytes")
 
 
-def _signed(raw: IO[bytes]) -> int:
-    """0, -1, 1, -2 ... are written 0, 1, 2, 3 ..."""
-    value = _number(raw)
+def _read_signed(raw: IO[bytes]) -> int:
+    """Read a zigzag integer: 0, -1, 1, -2 ... are written 0, 1, 2, 3 ..."""
+    value = _read_varint(raw)
     return value >> 1 ^ -(value & 1)

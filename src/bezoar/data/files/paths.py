@@ -1,28 +1,36 @@
-"""data.files.paths"""
+"""Paths: files that must exist, paths that must stay inside a folder, and printable names."""
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
 import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from braceexpand import braceexpand
+
 from bezoar.data.files.skipped import Unreadable
 from bezoar.errors import UserError
 
-FILE_BYTES = 64 << 20  # one encoded image
-TEXT_BYTES = 4 << 20  # one caption or one metadata object
+FILE_BYTES = 64 << 20  # the largest encoded image that is read
+TEXT_BYTES = 4 << 20  # the largest caption or metadata object that is read
+MAX_PATHS = 1_000_000  # the most files that a brace list may name
 
 
 def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
-    """A regular file's content, at most `limit` bytes. Raises Unreadable; never waits on a pipe or reads a device."""
+    """Read a regular file of at most `limit` bytes; pipes and devices are never opened.
+
+    Raises Unreadable.
+    """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise Unreadable("not a regular file")
-        if found.st_size > limit:
-            raise Unreadable(f"too large: {found.st_size} bytes")
+        if status.st_size > limit:
+            raise Unreadable(f"too large: {status.st_size} bytes")
         with path.open("rb") as file:
             return file.read(limit)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
@@ -30,45 +38,93 @@ def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
 
 
 def existing_file(path: str, what: str) -> Path:
-    """The path of a file that is there. Raises UserError."""
-    found = Path(path).expanduser()
-    if not os.path.isfile(found):
+    """Return the path of a file that exists. Raises UserError, which calls the file `what`."""
+    expanded = Path(path).expanduser()
+    if not os.path.isfile(expanded):
         raise UserError(f"no {what} {path!r}")
-    return found
+    return expanded
 
 
 def existing_folder(path: str, what: str) -> Path:
-    """The path of a folder that is there. Raises UserError."""
-    found = Path(path).expanduser()
-    if not os.path.isdir(found):
+    """Return the path of a folder that exists. Raises UserError, which calls the folder `what`."""
+    expanded = Path(path).expanduser()
+    if not os.path.isdir(expanded):
         raise UserError(f"no {what} {path!r}")
-    return found
+    return expanded
+
+
+def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path, ...]:
+    """Expand a path, a folder, a glob or a brace list into the files that it names.
+
+    Args:
+        text: for example `cc/{00000..00331}.tar`; braces may also hold commas. Globs are sorted,
+            and a folder stands for its files with `ending`.
+        what: what error messages call the files.
+        ending: of the files that are looked for in a folder.
+
+    Raises:
+        UserError: if a file that is named is missing, or none is named.
+    """
+    try:
+        names = list(itertools.islice(braceexpand(text), MAX_PATHS + 1))
+    except ValueError as error:
+        raise UserError(f"{what} {text!r}: {error}") from error
+    if len(names) > MAX_PATHS:
+        raise UserError(f"{what} {text!r} names more than {MAX_PATHS} files")
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if os.path.isdir(path):
+            paths += sorted(path.glob(f"*{ending}"))
+        elif os.path.exists(path) or not glob.has_magic(name):
+            paths.append(path)
+        else:
+            paths += map(Path, sorted(glob.glob(str(path))))
+    missing = [p for p in paths if not os.path.isfile(p)]
+    if missing:
+        raise UserError(
+            f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}"
+        )
+    if not paths:
+        raise UserError(f"{what} {text!r}: no such {ending} file")
+    return tuple(paths)
 
 
 def is_confined(text: str) -> bool:
-    """Whether a relative path stays inside the folder it is relative to (by its text; links are the user's own)."""
+    """Tell whether a relative path stays inside its folder by its text; links are not followed."""
     depth = 0
     for part in PurePosixPath(text.replace("\\", "/")).parts:
-        depth += -1 if part == ".." else 0 if part == "." else 1
+        if part == "..":
+            depth -= 1
+        elif part != ".":
+            depth += 1
         if depth < 0 or part == "/":
             return False
     return depth > 0
 
 
 def distinct_stems(paths: Sequence[Path]) -> tuple[str, ...]:
-    """What each file is called in ids: as few trailing parts of its path as tell all of them apart, less its ending where that
-    is not all that does."""
-    whole = [p.absolute() for p in paths]
-    for ended in ([p.with_suffix("") for p in whole], whole):
-        parts = [tuple(map(encodable, p.parts)) for p in ended]
+    """Name each file by as few trailing parts of its path as tell all of the files apart.
+
+    The endings are left out unless they are needed too. Raises UserError if one file is named
+    twice.
+    """
+    absolute = [p.absolute() for p in paths]
+    for candidates in ([p.with_suffix("") for p in absolute], absolute):
+        parts = [tuple(map(encodable, p.parts)) for p in candidates]
         for depth in range(1, max(map(len, parts)) + 1):
             stems = tuple("/".join(p[-depth:]) for p in parts)
             if len(set(stems)) == len(stems):
                 return stems
-    twice = Counter(whole).most_common(1)[0][0]
-    raise UserError(f"a file is named twice among {len(paths)}, such as {twice}")
+    repeated = Counter(absolute).most_common(1)[0][0]
+    raise UserError(f"a file is named twice among {len(paths)}, such as {repeated}")
 
 
 def encodable(name: str) -> str:
-    """A file's name as text that can be written: bytes that are not UTF-8 are spelt out."""
+    """Return a file name as text that can be written: bytes that are not UTF-8 are spelt out."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def printable(name: str) -> str:
+    """Return a name with every character escaped that cannot be printed."""
+    return name if name.isprintable() else ascii(name)[1:-1]

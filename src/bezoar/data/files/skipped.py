@@ -1,4 +1,4 @@
-"""data.files.skipped"""
+"""What could not be read: the exception inside the program, and the report that names it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import NamedTuple
 
 
 class Unreadable(Exception):
-    """One image cannot be used; the text says why. Never leaves this program: it becomes a Skipped."""
+    """One image cannot be used; the message says why.
+
+    It becomes a `Skipped` and never leaves the program.
+    """
 
 
 class Skipped(NamedTuple):
-    """Something that could not be read: the file, the member or row in it ("" = the file itself), and why."""
+    """Something that could not be read.
+
+    Attributes:
+        file: the file.
+        member: the member or row in it; empty for the file itself.
+        reason: why, with details after a colon.
+    """
 
     file: str
     member: str
@@ -22,18 +31,18 @@ class Skipped(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """How a source was read: how many records, and everything that was not. Grows while the source streams."""
+    """How many records were read, and everything that was not; it grows while a source is read."""
 
     read: int = 0
     skipped: list[Skipped] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """One line: `998 read, 2 skipped (1 no caption, 1 not decodable)`."""
+        """Summarise in one line: `998 read, 2 skipped (1 no caption, 1 not decodable)`."""
         reasons = Counter(s.reason.partition(":")[0] for s in self.skipped)
-        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
-        return f"{self.read} read, {len(self.skipped)} skipped" + (f" ({why})" if why else "")
+        counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+        return f"{self.read} read, {len(self.skipped)} skipped" + (f" ({counts})" if counts else "")
 
     def merge(self, others: Iterable[ReadReport]) -> ReadReport:
-        """The sum of several reports."""
-        every = [self, *others]
-        return ReadReport(sum(r.read for r in every), [s for r in every for s in r.skipped])
+        """Return the sum of this report and others."""
+        reports = [self, *others]
+        return ReadReport(sum(r.read for r in reports), [s for r in reports for s in r.skipped])

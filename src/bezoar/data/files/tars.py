@@ -1,7 +1,8 @@
-"""Tars that others wrote, as the members of their records in order; whatever a header asks for has a bound.
+"""Tars that others wrote, read record by record; whatever a header asks for has a bound.
 
-They are read with Python's tarfile, not with webdataset's reader: that one takes a member of any size into memory, lets a
-damaged tar end the stream (or, with its handlers, drops the rest) and does not name what it left out.
+They are read with Python's tarfile. Webdataset's reader takes a member of any size into memory,
+lets a damaged tar end the stream (or, with its handlers, drops the rest) and does not name what it
+left out.
 """
 
 from __future__ import annotations
@@ -19,127 +20,143 @@ from bezoar.errors import UserError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512
 EXTENDED = (b"L", b"K", b"x", b"g", b"X")  # headers before a header: long names, PAX records
-EXTENDED_BYTES = (
-    16 << 10
-)  # of one of them; Python's search in PAX records takes time by the square of their length
-BROKEN = (
-    tarfile.TarError,
-    ValueError,
-    OverflowError,
-    RecursionError,
-)  # what tarfile raises of a header
+# Of one of them: Python's search in PAX records takes time by the square of their length.
+EXTENDED_BYTES = 16 << 10
+# What tarfile raises for a broken header.
+HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+
+
+class Member(NamedTuple):
+    """A file `KEY.EXTENSION` in a tar: its content, and the byte of the tar where that begins."""
+
+    key: str
+    extension: str
+    content: bytes
+    offset: int
 
 
 class Group(NamedTuple):
-    """The members of one record: extension -> content, and where in the tar it begins."""
+    """The members of one record by extension: their contents, and where in the tar these begin."""
 
     key: str
     files: dict[str, bytes]
     offsets: dict[str, int]
 
 
-class _Bounded(io.BufferedReader):
-    """A file of which no read takes more than an image may: a header cannot ask for memory."""
+class _BoundedReader(io.BufferedReader):
+    """A file whose reads are bounded by the size of an image: a header cannot ask for memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(FILE_BYTES if size is None or not 0 <= size <= FILE_BYTES else size)
 
 
-class _Header(tarfile.TarInfo):
-    """A header whose size is one that a member can have: tarfile would go back to where it was, or search for hours."""
+class _BoundedHeader(tarfile.TarInfo):
+    """A header of a possible size: tarfile would otherwise seek backwards, or search for hours."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size < 0 or (self.type in EXTENDED and self.size > EXTENDED_BYTES):
             raise tarfile.InvalidHeaderError(f"a header of {self.size} bytes")  # type: ignore[attr-defined]
-        return super()._proc_member(tar)  # type: ignore[misc]
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
-def read_groups(path: Path, wanted: Sequence[str]) -> Iterator[Group | Skipped]:
-    """The records of a tar: consecutive members of one key, only those whose extension is wanted, in order.
+def read_groups(path: Path, extensions: Sequence[str]) -> Iterator[Group | Skipped]:
+    """Read the records of a tar: consecutive members of one key that have one of the extensions.
 
-    Raises UserError when the file is not there or is not a tar. A tar that breaks off is read up to the break and
-    named; its last record is left out, since its other members may have been lost.
+    A tar that breaks off is read up to the break, which is named. The record before it is left out,
+    since its other members may have been lost.
+
+    Raises:
+        UserError: if the file does not exist or is not a tar.
     """
-    key, files, offsets = "", dict[str, bytes](), dict[str, int]()
-    for item in members(path, wanted):
+    group: Group | None = None
+    for item in read_members(path, extensions):
         if isinstance(item, Skipped):
-            if not item.member and key:
-                yield Skipped(str(path), key, "record cut off where the tar breaks")
-                key = ""
+            if not item.member and group:
+                yield Skipped(str(path), group.key, "record cut off where the tar breaks")
+                group = None
             yield item
             continue
-        name, extension, content, offset = item
-        if name != key:
-            if key:
-                yield Group(key, files, offsets)
-            key, files, offsets = name, {}, {}
-        if extension in files:
-            yield Skipped(str(path), f"{name}.{extension}", "duplicate member")
-        files.setdefault(extension, content)
-        offsets.setdefault(extension, offset)
-    if key:
-        yield Group(key, files, offsets)
+        if group is None or item.key != group.key:
+            if group:
+                yield group
+            group = Group(item.key, {}, {})
+        if item.extension in group.files:
+            yield Skipped(str(path), f"{item.key}.{item.extension}", "duplicate member")
+            continue
+        group.files[item.extension] = item.content
+        group.offsets[item.extension] = item.offset
+    if group:
+        yield group
 
 
-def members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, str, bytes, int] | Skipped]:
-    """(key, extension, content, its offset) of the wanted members of a tar in order, and what cannot be read."""
+def read_members(path: Path, extensions: Sequence[str]) -> Iterator[Member | Skipped]:
+    """Read the members of a tar that have one of the extensions, and name what cannot be read.
+
+    Raises UserError if the file does not exist or is not a tar.
+    """
     try:
         with (
-            _Bounded(io.FileIO(path)) as file,
-            tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar,
+            _BoundedReader(io.FileIO(path)) as file,
+            tarfile.open(fileobj=file, mode="r:", tarinfo=_BoundedHeader) as tar,
         ):
-            yield from _members(path, file, tar, wanted)
-    except BROKEN as error:
+            yield from _read_members(path, file, tar, extensions)
+    except HEADER_ERRORS as error:
         raise UserError(f"{path} is not a tar file: {error}") from error
     except OSError as error:
         raise UserError(f"shard {path} cannot be read: {error.strerror or error}") from error
 
 
-def _members(
-    path: Path, file: io.BufferedReader, tar: tarfile.TarFile, wanted: Sequence[str]
-) -> Iterator[tuple[str, str, bytes, int] | Skipped]:
-    before = -1
+def _read_members(
+    path: Path, file: io.BufferedReader, tar: tarfile.TarFile, extensions: Sequence[str]
+) -> Iterator[Member | Skipped]:
+    """Read members up to the end of the tar, or to where it breaks."""
+    last_offset = -1
     while True:
         try:
-            member = tar.next()
-        except BROKEN as error:
+            header = tar.next()
+        except HEADER_ERRORS as error:
             yield Skipped(str(path), "", f"broken tar: {error}")
             return
-        if member is None:
+        if header is None:
             break
-        if member.size < 0 or tar.offset <= before:  # as PAX records can have it
+        if header.size < 0 or tar.offset <= last_offset:  # as PAX records can have it
             yield Skipped(str(path), "", "broken tar: a header points back")
             return
-        before = tar.offset
-        tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-        if member.isdir():
+        last_offset = tar.offset
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
+        if header.isdir():
             continue
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(
-            "."
-        )  # webdataset's rule: the key ends at the first dot of the name
-        if not (member.isreg() and not member.issparse()):
-            yield Skipped(
-                str(path), _shown(member.name), "not a regular file: link, device or sparse"
-            )
-        elif not is_confined(member.name) or not member.name.isprintable() or not stem:
-            yield Skipped(str(path), _shown(member.name), "unsafe name")
-        elif extension.lower() in wanted:
-            bound = FILE_BYTES if extension.lower() in IMAGE_EXTENSIONS else TEXT_BYTES
-            if member.size > bound:
-                yield Skipped(str(path), member.name, f"too large: {member.size} bytes")
-                continue
-            file.seek(member.offset_data)
-            content = file.read(member.size)
-            if len(content) < member.size:
-                yield Skipped(str(path), "", f"broken tar: it ends inside {member.name}")
-                return
-            yield folder + slash + stem, extension.lower(), content, member.offset_data
-    file.seek(tar.offset)  # tarfile stops without a word at a header it cannot read
+        member = _read_member(path, file, header, extensions)
+        if member is not None:
+            yield member
+        if isinstance(member, Skipped) and not member.member:
+            return
+    file.seek(tar.offset)  # tarfile stops silently at a header that it cannot read
     if file.read(BLOCK) != bytes(BLOCK):
         yield Skipped(str(path), "", f"broken tar: no header and no end mark at byte {tar.offset}")
 
 
-def _shown(name: str) -> str:
-    """A member's name, fit to print."""
-    return name if name.isprintable() else ascii(name)
+def _read_member(
+    path: Path, file: io.BufferedReader, header: tarfile.TarInfo, extensions: Sequence[str]
+) -> Member | Skipped | None:
+    """Read a member; None if its extension is none of those wanted.
+
+    A skipped one without a name ends the tar.
+    """
+    folder, slash, base = header.name.rpartition("/")
+    stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot
+    extension = extension.lower()
+    shown = header.name if header.name.isprintable() else ascii(header.name)
+    if not header.isreg() or header.issparse():
+        return Skipped(str(path), shown, "not a regular file: link, device or sparse")
+    if not is_confined(header.name) or not header.name.isprintable() or not stem:
+        return Skipped(str(path), shown, "unsafe name")
+    if extension not in extensions:
+        return None
+    if header.size > (FILE_BYTES if extension in IMAGE_EXTENSIONS else TEXT_BYTES):
+        return Skipped(str(path), header.name, f"too large: {header.size} bytes")
+    file.seek(header.offset_data)
+    content = file.read(header.size)
+    if len(content) < header.size:
+        return Skipped(str(path), "", f"broken tar: it ends inside {header.name}")
+    return Member(folder + slash + stem, extension, content, header.offset_data)

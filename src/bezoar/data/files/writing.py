@@ -14,10 +14,10 @@ TEMPORARY = ".tmp"  # the ending of files that are not yet whole
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
-    """Open a file to be written in full; it takes its name when the block ends without an exception.
+    """Open a file to be written in full; it takes its name when the block ends without error.
 
-    It is written under a name that nobody can foresee, created anew and never through a link, and removed if the block
-    fails.
+    It is written under a name that nobody can foresee, created anew and never through a link, and
+    removed if the block fails.
 
     Args:
         path: where the file is to stand; an older one is replaced.
@@ -26,7 +26,7 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY}")
     if "b" not in mode:
-        # A file name that is not UTF-8 holds lone surrogates, which are written as JSON spells them.
+        # File names that are not UTF-8 hold lone surrogates; they are written as JSON spells them.
         options = {"encoding": "utf-8", "errors": "backslashreplace", **options}
     try:
         with temporary.open(mode.replace("w", "x"), **options) as file:

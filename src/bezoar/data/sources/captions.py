@@ -1,33 +1,35 @@
-"""A table of image paths and captions: CSV, TSV, JSON Lines or Parquet (open_clip's and CleanCLIP's layouts)."""
+"""A table of image paths and captions: CSV, TSV, JSON Lines or Parquet (open_clip, CleanCLIP)."""
 
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from bezoar.data.decoding import Record, check_fields, gather_pairs
+from bezoar.data.decoding import Record, gather_pairs
+from bezoar.data.files.metadata import is_unicode
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import Skipped
-from bezoar.data.pairs import Pairs
-from bezoar.data.tables import (
+from bezoar.data.files.tables import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     find_column,
-    is_unicode,
     read_rows,
     refuse_outside,
     resolve_inside,
 )
+from bezoar.data.label_sets import check_fields
+from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
 
 @method
 class Captions:
-    """Held in memory; `table` reads the same files as it goes. A relative image path starts at the table's folder, and none
-    may leave `root`.
+    """Rows held in memory; `table` reads the same files as it goes.
 
-    open_clip's tables (filepath, title, tabs) and CleanCLIP's (image, caption) are known by their header. An id is the
-    image's path as the table writes it; further rows of the same image add #1, #2 ... to it.
+    A relative image path starts at the table's folder, and none may leave `root`.
+    open_clip's tables (filepath, title, tabs) and CleanCLIP's (image, caption) are known by their
+    header. An id is the image's path as the table writes it; further rows of the same image add #1,
+    #2 ... to it.
     """
 
     path: Annotated[str, "table: .csv (comma or tab), .tsv, .jsonl or .parquet"]
@@ -41,41 +43,53 @@ class Captions:
         check_fields(self.size, self.limit)
 
     def files(self) -> list[Path]:
-        """The table and the images that it names and that are there."""
-        records = [r.image for r in self.records() if isinstance(r, Record)]
-        return [
-            Path(self.path).expanduser(),
-            *sorted({p for p in records if isinstance(p, Path) and p.is_file()}),
-        ]
+        """The table, and the images that it names and that exist."""
+        images = [record.image for record in self.records() if isinstance(record, Record)]
+        paths = {image for image in images if isinstance(image, Path) and image.is_file()}
+        return [Path(self.path).expanduser(), *sorted(paths)]
 
     def __call__(self) -> Pairs:
-        """-> Pairs; `report` names each row that could not be read. Raises UserError when none can."""
+        """Return the records. Raises UserError if no row can be read."""
         return gather_pairs(self.records(), self.size, self.path, limit=self.limit)
 
     def records(self) -> Iterator[Record | Skipped]:
-        """The rows of the table in order, images not opened yet."""
+        """Iterate over the rows of the table in order, images undecoded."""
         table = existing_file(self.path, "table of captions")
         root = Path(self.root).expanduser() if self.root else None
-        image = caption = ""
+        image_column = caption_column = ""
         repeats: Counter[str] = Counter()
-        for place, row in read_rows(table):
+        for number, row in read_rows(table):
             if isinstance(row, str):
-                yield Skipped(self.path, place, row)
+                yield Skipped(self.path, f"row {number}", row)
                 continue
-            if not image:
-                image = find_column(self.path, row, self.image, IMAGE_COLUMNS)
-                caption = find_column(self.path, row, self.caption, CAPTION_COLUMNS)
-                refuse_outside(table, root, image)
-            where, text = row.get(image), row.get(caption)
-            if not isinstance(where, str) or not where.strip():
-                yield Skipped(self.path, place, "no image")
-            elif not isinstance(text, str) or not text.strip():
-                yield Skipped(self.path, place, "no caption")
-            elif not is_unicode(where + text):
-                yield Skipped(self.path, place, "caption is not UTF-8")
-            elif (path := resolve_inside(table, root, where)) is None:
-                yield Skipped(self.path, place, f"path leaves the root: {where[:200]}")
-            else:
-                key = f"{where}#{repeats[where]}" if repeats[where] else where
-                repeats[where] += 1
-                yield Record(path, (key,), (text.strip(),), -1, self.path, place)
+            if not image_column:
+                image_column = find_column(self.path, row, self.image, IMAGE_COLUMNS)
+                caption_column = find_column(self.path, row, self.caption, CAPTION_COLUMNS)
+                refuse_outside(table, root, image_column)
+            name, caption = row.get(image_column), row.get(caption_column)
+            problem = _find_problem(name, caption)
+            path = None if problem else resolve_inside(table, root, str(name))
+            if path is None:
+                reason = problem or f"path leaves the root: {str(name)[:200]}"
+                yield Skipped(self.path, f"row {number}", reason)
+                continue
+            key = f"{name}#{repeats[str(name)]}" if repeats[str(name)] else str(name)
+            repeats[str(name)] += 1
+            yield Record(
+                image=path,
+                ids=(key,),
+                captions=(str(caption).strip(),),
+                file=self.path,
+                member=f"row {number}",
+            )
+
+
+def _find_problem(image: Any, caption: Any) -> str:
+    """Say why the cells of a row are no record; nothing if they are."""
+    if not isinstance(image, str) or not image.strip():
+        return "no image"
+    if not isinstance(caption, str) or not caption.strip():
+        return "no caption"
+    if not is_unicode(image + caption):
+        return "caption is not UTF-8"
+    return ""

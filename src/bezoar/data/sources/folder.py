@@ -1,22 +1,47 @@
-"""A folder of images, streamed: class folders (torchvision's ImageFolder), captions beside images (img2dataset), or flat."""
+"""A folder of images, streamed: class folders (ImageFolder), captions beside images, or flat."""
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from bezoar.data.decoding import check_fields
-from bezoar.data.files.paths import existing_folder, is_confined
-from bezoar.data.folders import FolderSource as Source
-from bezoar.data.folders import Layout
+import torch
+from torch import Tensor
+
+from bezoar.data.decoding import Record
+from bezoar.data.files.folders import (
+    CAPTION_SUFFIXES,
+    FileBlock,
+    Layout,
+    Walk,
+    caption_paths,
+    is_image,
+)
+from bezoar.data.files.metadata import Metadata, parse_metadata
+from bezoar.data.files.paths import (
+    TEXT_BYTES,
+    existing_folder,
+    is_confined,
+    printable,
+    read_file,
+)
+from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
+from bezoar.data.label_sets import TEMPLATE, check_fields, class_captions
+from bezoar.data.source import RecordIndex, RecordStream, Unit, number_units
+from bezoar.errors import UserError
 from bezoar.registry import method
 
 
 @method
 class Folder:
-    """Classes are the folders in sorted order; images may lie deeper in them. An id is the path below the root.
+    """Classes are the sorted folders; images may lie deeper. An id is the path below the root.
 
-    captions: NAME.jpg has its caption in NAME.txt, else NAME.json. flat: no captions, no classes. auto: captions when at
-    least half of the first images have one, else classes when there are folders.
+    captions: NAME.jpg has its caption in NAME.txt, else NAME.json. flat: no captions, no classes.
+    auto: captions when at least half of the first images have one, else classes when there are
+    folders.
     """
 
     path: Annotated[
@@ -36,10 +61,178 @@ class Folder:
             raise ValueError(f"split must be a folder below path; got {self.split!r}")
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """Every file that is read, with its path below the root; one after another, since they may be millions."""
+        """Every file that is read, with its path below the root; there may be millions."""
         return self().files()
 
-    def __call__(self) -> Source:
-        """-> bezoar.data.folders.Folder; `report` says what could not be read. Raises UserError without the folder."""
+    def __call__(self) -> FolderSource:
+        """Return a source of the images. Raises UserError without the folder."""
         root = existing_folder(str(Path(self.path, self.split or "")), "folder of images")
-        return Source(root, self.size, self.layout, self.template, self.limit)
+        return FolderSource(root, self.size, self.layout, self.template, self.limit)
+
+
+@dataclass(eq=False)
+class FolderSource(RecordStream):
+    """Reads the images below a folder as it goes: a record a file, in the order of the paths.
+
+    An id is the `record_id` of a JSON beside the image where there is one, else the path below
+    `root`.
+
+    Attributes:
+        root: the folder.
+        size: pixels a side: the largest centred square, resized.
+        layout: `classes`: captions and labels are those of the folders in `root`. `captions`: an
+            image's caption stands beside it in .txt, else in .json, under the image's name (what
+            img2dataset writes as `files`). `flat`: neither. `auto`: captions if at least half of
+            the first images have one, else classes if there are folders.
+        template: of the captions of classes.
+        limit: records that are read at most.
+    """
+
+    root: Path
+    size: int = 64
+    layout: Layout = "auto"
+    template: str = TEMPLATE
+    limit: int | None = None
+    _walk: Walk | None = field(default=None, init=False, repr=False)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:  # type: ignore[override]
+        """What the records are read from, as one file."""
+        return (self.root,)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label."""
+        return self.walk.classes
+
+    @property
+    def walk(self) -> Walk:
+        """The folder as it was when it was walked last."""
+        return self._walk or self.walk_again()
+
+    def walk_again(self) -> Walk:
+        """Walk the folder anew. Raises UserError if it cannot be read."""
+        try:
+            self._walk = Walk(self.root, self.layout)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.root} cannot be read: {error.strerror}"
+            ) from error
+        return self._walk
+
+    def begin_pass(self) -> ReadReport:
+        """Walk the folder anew."""
+        self.walk_again()
+        return super().begin_pass()
+
+    def units(self) -> list[Unit]:
+        """Walk the folder anew and cut it into blocks of files.
+
+        Raises UserError if there are none.
+        """
+        blocks = self.walk_again().cut_blocks()
+        if not blocks:
+            raise UserError(f"no images below {str(self.root)!r}")
+        return number_units((str(self.root), block.files, (0, *block)) for block in blocks)
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """Every file that is read, captions' too: its path below the root, and where that leads."""
+        walk = self.walk_again()
+        for *_, name in walk.files():
+            if isinstance(self._find_image(name), str):
+                continue
+            beside = caption_paths(name) if walk.layout == "captions" else []
+            for file in (name, *beside):
+                path = walk.resolve(file)
+                if path is not None and path.is_file():
+                    yield file, path
+
+    def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
+        """Iterate over the records, or those of a unit.
+
+        Raises UserError if the folder is not as it was when it was cut.
+        """
+        walk = self.walk
+        names: Iterator[str] = (name for *_, name in walk.files())
+        before = 0
+        block = None
+        if unit is not None:
+            block = FileBlock(*unit.place[1:])
+            before = block.before
+        if before == 0:
+            yield from walk.problems
+        if block is not None:
+            names = iter(walk.read_block(block))
+        captions = class_captions(walk.classes, self.template)
+        labels = {name: i for i, name in enumerate(walk.classes)}
+        for row, name in enumerate(names, before):
+            path = self._find_image(name)
+            if isinstance(path, str):
+                yield Skipped(str(self.root), printable(name), path)
+                continue
+            metadata = self._read_metadata(name)
+            if isinstance(metadata, str):
+                yield Skipped(str(self.root), printable(name), metadata)
+                continue
+            label = labels.get(name.partition("/")[0], -1)
+            yield Record(
+                image=path,
+                ids=(metadata.id or name,),
+                captions=(captions[label],) if label >= 0 else metadata.captions,
+                label=label,
+                file=str(self.root),
+                member=name,
+                url=metadata.url,
+                offset=row,
+            )
+
+    def _find_image(self, name: str) -> Path | str:
+        """Return where an image lies, or say why the file is no record."""
+        path = self.walk.resolve(name)
+        if path is None:
+            return "link leaves the folder"
+        if not is_image(name):
+            if path.is_dir():
+                return "link to a folder, not followed"
+            is_caption = self.walk.layout == "captions" and name.endswith(CAPTION_SUFFIXES)
+            return "no image" if is_caption else "not an image by its name"
+        if not name.isprintable():
+            return "unsafe name"
+        if self.walk.layout == "classes" and "/" not in name:
+            return "not in a class folder"
+        return path
+
+    def _read_metadata(self, name: str) -> Metadata | str:
+        """Read what stands beside an image, its caption first, or say why it cannot be used."""
+        if self.walk.layout != "captions":
+            return Metadata("", (), -1, "", "")
+        contents: dict[str, bytes] = {}
+        for file in caption_paths(name):
+            path = self.walk.resolve(file)
+            if path is None:
+                return f"link leaves the folder: {printable(file)}"
+            if not path.exists():
+                continue
+            try:
+                contents[os.path.splitext(file)[1]] = read_file(path, TEXT_BYTES)
+            except Unreadable as error:
+                return f"caption cannot be read: {error}"
+        metadata = parse_metadata(contents.get(".json", b"{}"))
+        if isinstance(metadata, str):
+            return metadata
+        try:
+            caption = contents.get(".txt", b"").decode().strip() or metadata.captions[0].strip()
+        except UnicodeDecodeError:
+            return "caption is not UTF-8"
+        return metadata._replace(captions=(caption,)) if caption else "no caption"
+
+    def image_path(self, shard: int, member: str) -> Path | None:
+        """Return where a file below the root leads; None if that is outside the root."""
+        return self.walk.resolve(member)
+
+    def labels_of(self, index: RecordIndex) -> Tensor | None:
+        """Return the classes of files by their paths; None if there are no classes."""
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        if not numbers:
+            return None
+        return torch.tensor([numbers.get(name.partition("/")[0], -1) for name in index.members])

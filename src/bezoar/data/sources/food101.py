@@ -1,21 +1,19 @@
 """Food-101 (Bossard, Guillaumin, Van Gool 2014): 75,750 train and 25,250 test photos of 101 dishes.
 
-torchvision finds and fetches the files (JSON lists and .jpg, no pickle); they are decoded here, within bounds.
+torchvision finds and fetches the files (JSON lists and .jpg, no pickle); they are decoded here,
+within bounds.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from bezoar.data.decoding import (
-    Record,
-    check_fields,
-    class_captions,
-    gather_pairs,
-    open_torchvision,
-)
+from torchvision.datasets import Food101 as TorchvisionFood101
+
+from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files.paths import is_confined
 from bezoar.data.files.skipped import Skipped
+from bezoar.data.label_sets import check_fields, class_captions, open_torchvision
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
@@ -36,29 +34,38 @@ class Food101:
 
     def files(self) -> list[Path]:
         """The images of the split."""
-        return [path for path in map(Path, self.opened()._image_files) if path.is_file()]
+        return [path for path in map(Path, self._open()._image_files) if path.is_file()]
 
     def __call__(self) -> Pairs:
-        """-> Pairs; `report` names what could not be read. Raises UserError that says how to get it when missing."""
-        opened = self.opened()
-        return gather_pairs(self.records(opened), self.size, "food101", opened.classes, self.limit)
+        """Return the records. Raises UserError that says how to get them if they are missing."""
+        classes = self._open().classes
+        return gather_pairs(self.records(), self.size, "food101", classes, self.limit)
 
-    def opened(self) -> Any:
-        """torchvision's own view of it: classes, paths and labels."""
-        from torchvision.datasets import Food101 as Torchvision
-
+    def _open(self) -> Any:
+        """torchvision's own view of the data: classes, paths and labels."""
         root, download = str(Path(self.root).expanduser()), self.download
         return open_torchvision(
-            "food101", self.root, download, lambda: Torchvision(root, self.split, download=download)
+            "food101",
+            root,
+            download,
+            lambda: TorchvisionFood101(root, self.split, download=download),
         )
 
-    def records(self, opened: Any) -> Iterator[Record | Skipped]:
-        """The images in order, not opened yet."""
+    def records(self) -> Iterator[Record | Skipped]:
+        """Iterate over the images in order, undecoded."""
+        data = self._open()
         base = Path(self.root).expanduser() / "food-101" / "images"
-        captions = class_captions(opened.classes, self.template)
-        for path, label in zip(map(Path, opened._image_files), opened._labels, strict=True):
+        captions = class_captions(data.classes, self.template)
+        for path, label in zip(map(Path, data._image_files), data._labels, strict=True):
             key = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
-            if is_confined(key) and key.isprintable():
-                yield Record(path, (key,), (captions[label],), label, str(base), key)
-            else:
+            if not is_confined(key) or not key.isprintable():
                 yield Skipped(str(base), ascii(key)[1:-1], "path leaves the data set's folder")
+                continue
+            yield Record(
+                image=path,
+                ids=(key,),
+                captions=(captions[label],),
+                label=label,
+                file=str(base),
+                member=key,
+            )

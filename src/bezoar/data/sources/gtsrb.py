@@ -1,21 +1,18 @@
-"""GTSRB, German traffic signs (Stallkamp et al. 2012): 26,640 train and 12,630 test images of 43 classes.
+"""GTSRB, German traffic signs (Stallkamp et al. 2012): 26,640 train, 12,630 test images.
 
-torchvision finds and fetches the files (.ppm, no pickle); they are decoded here, within bounds. Label 14 is the stop
-sign and 12 priority road, the target classes of BadEncoder.
+torchvision finds and fetches the files (.ppm, no pickle); they are decoded here, within bounds.
+Label 14 is the stop sign and 12 priority road, the target classes of BadEncoder.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bezoar.data.decoding import (
-    Record,
-    check_fields,
-    class_captions,
-    gather_pairs,
-    open_torchvision,
-)
+from torchvision.datasets import GTSRB
+
+from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files.skipped import Skipped
+from bezoar.data.label_sets import check_fields, class_captions, open_torchvision
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
@@ -63,7 +60,10 @@ CLASSES = (
 
 @method
 class Gtsrb:
-    """An id is the image's path below `gtsrb`. Signs are cut to their centred square (they are nearly square)."""
+    """An id is the image's path below `gtsrb`.
+
+    Signs are cut to their centred square (they are nearly square).
+    """
 
     root: Annotated[str, "folder that holds gtsrb"] = "data"
     split: Annotated[Literal["train", "test"], "which part"] = "train"
@@ -77,35 +77,37 @@ class Gtsrb:
 
     def files(self) -> list[Path]:
         """The images of the split."""
-        return [path for path, _ in self.samples() if path.is_file()]
+        return [path for path, _ in self._samples() if path.is_file()]
 
     def __call__(self) -> Pairs:
-        """-> Pairs; `report` names what could not be read. Raises UserError that says how to get it when missing."""
+        """Return the records. Raises UserError that says how to get them if they are missing."""
         return gather_pairs(self.records(), self.size, "gtsrb", CLASSES, self.limit)
 
-    def samples(self) -> list[tuple[Path, int]]:
+    def _samples(self) -> list[tuple[Path, int]]:
         """Path and label of each image of the split."""
-        from torchvision.datasets import GTSRB
-
-        root = str(Path(self.root).expanduser())
-        found = open_torchvision(
-            "gtsrb",
-            self.root,
-            self.download,
-            lambda: GTSRB(root, self.split, download=self.download),
+        root, download = str(Path(self.root).expanduser()), self.download
+        data = open_torchvision(
+            "gtsrb", self.root, download, lambda: GTSRB(root, self.split, download=download)
         )
-        return [(Path(path), label) for path, label in found._samples]
+        return [(Path(path), label) for path, label in data._samples]
 
     def records(self) -> Iterator[Record | Skipped]:
-        """The images in order, not opened yet."""
+        """Iterate over the images in order, undecoded."""
         base = (Path(self.root).expanduser() / "gtsrb").resolve()
         captions = class_captions(CLASSES, self.template)
-        for path, label in self.samples():
+        for path, label in self._samples():
             if not path.resolve().is_relative_to(base):
                 yield Skipped(str(base), str(path), "path leaves the data set's folder")
                 continue
             key = path.resolve().relative_to(base).as_posix()
-            if 0 <= label < len(CLASSES):
-                yield Record(path, (key,), (captions[label],), label, str(base), key)
-            else:
+            if not 0 <= label < len(CLASSES):
                 yield Skipped(str(base), key, f"label is not a number from 0 to {len(CLASSES) - 1}")
+                continue
+            yield Record(
+                image=path,
+                ids=(key,),
+                captions=(captions[label],),
+                label=label,
+                file=str(base),
+                member=key,
+            )

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
-from bezoar.data.decoding import Record, check_fields, gather_pairs
+from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files.paths import existing_file
+from bezoar.data.label_sets import check_fields
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
 
 @method
 class Image:
-    """The id is the file's name. No caption and no class."""
+    """The id is the file's name. There is no caption and no class."""
 
     path: Annotated[str, "jpg, png, webp, bmp or ppm"]
     size: Annotated[
@@ -26,8 +27,7 @@ class Image:
         return [existing_file(self.path, "image file")]
 
     def __call__(self) -> Pairs:
-        """-> Pairs of one record. Raises UserError for what is no image."""
+        """Return the one record. Raises UserError if the file is no image."""
         path = existing_file(self.path, "image file")
-        return gather_pairs(
-            [Record(path, (path.name,), (), -1, self.path, "")], self.size, self.path
-        )
+        record = Record(image=path, ids=(path.name,), file=self.path)
+        return gather_pairs([record], self.size, self.path)

@@ -1,8 +1,9 @@
-"""Scenes: forty classes of textured shapes, drawn and captioned on the spot (procedural; made for this program).
+"""Scenes: forty classes of textured shapes, drawn and captioned on the spot (procedural).
 
-A class is a texture and a shape: `striped square`. Neither colour, nor a pixel neighbour, nor one word of the caption
-gives it away: a caption may lack the texture (one in ten), may say it in other words (a `banded box`, a `star with
-polka dots`), names colours, light and clutter beside it, and in a share of the records belongs to another scene.
+A class is a texture and a shape: `striped square`. Neither its colour, nor a nearest neighbour in
+pixels, nor one word of the caption gives it away: a caption may lack the texture (one in ten), may
+say it in other words (a `banded box`, a `star with polka dots`), names colours, light and clutter
+beside it, and in a share of the records belongs to another scene.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
+from bezoar.data.blocks import blocks
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
 from bezoar.data.scene_drawing import COLORS, NODES, SHAPES, TEXTURES, Sketch, draw_scenes
@@ -24,11 +26,10 @@ from bezoar.registry import method
 CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
 LONGEST = 12  # words in a caption
 BATCH = 4096  # records made at a time
-FACTS, WORDS = (
-    6,
-    10,
-)  # uniform numbers that a record takes for what it shows, and for the words of its caption
-LOOKS = {  # and for how it looks
+# Uniform numbers that a record takes: for what it shows, for its caption, and for how it looks.
+FACTS = 6
+WORDS = 10
+LOOKS = {
     "center": 2,
     "scale": 1,
     "turn": 1,
@@ -129,24 +130,23 @@ class Scenes:
         return tuple(f"scenes-{self.seed}-{self.split}-{i:07d}" for i in range(self.count))
 
     def __call__(self) -> Pairs:
-        """-> all records: images uint8 (count, 3, size, size), captions, labels int64 (count,) in 0..39."""
+        """Return all records, with labels in 0..39."""
         return self.render(self.ids)
 
     def render(self, ids: Sequence[str], device: torch.device | str = "cpu") -> Pairs:
-        """-> the records of any ids of this seed, in that order; a record is a function of (seed, id, size, wrong).
+        """Return records of this seed, functions of (seed, id, size, wrong), in the order of ids.
 
         Raises UserError for an id that is not of this seed's records.
         """
-        known = re.compile(rf"scenes-{self.seed}-(train|test)-[0-9]{{7,}}").fullmatch
-        foreign = next((i for i in ids if not known(i)), None)
+        pattern = re.compile(rf"scenes-{self.seed}-(train|test)-[0-9]{{7,}}")
+        foreign = next((i for i in ids if not pattern.fullmatch(i)), None)
         if foreign is not None:
             raise UserError(
                 f"no record {foreign!r}; ids are like 'scenes-{self.seed}-{self.split}-0000123'"
             )
-        batches = [
-            self._render(ids[i : i + BATCH], device) for i in range(0, max(1, len(ids)), BATCH)
-        ]
-        return batches[0] if len(batches) == 1 else Pairs.concat(batches)
+        if len(ids) <= BATCH:
+            return self._render(ids, device)
+        return Pairs.concat([self._render(ids[rows], device) for rows in blocks(len(ids), BATCH)])
 
     def _render(self, ids: Sequence[str], device: torch.device | str) -> Pairs:
         widths = [1, FACTS, FACTS, WORDS, sum(LOOKS.values())]
@@ -154,18 +154,17 @@ class Scenes:
         wrong, true, other, words, looks = np.split(u, np.cumsum(widths)[:-1], axis=1)
         facts = _facts(true)
         other[:, 0] = _another(facts.label, other[:, 0], len(CLASSES))
-        told = _facts(np.where(wrong < self.wrong, other, true))
-        drawn_on = (
-            "cuda" if torch.cuda.is_available() else "cpu"
-        )  # the same pixels on either, see drawing
-        images = draw_scenes(_sketch(facts, looks).to(drawn_on), self.size).to(device)
+        caption_facts = _facts(np.where(wrong < self.wrong, other, true))
+        # The same pixels on either device, see scene_drawing.
+        canvas_device = "cuda" if torch.cuda.is_available() else "cpu"
+        images = draw_scenes(_sketch(facts, looks).to(canvas_device), self.size).to(device)
         labels = torch.from_numpy(facts.label).to(device)
-        return Pairs(images, tuple(_captions(told, words)), labels, tuple(ids), CLASSES)
+        return Pairs(images, tuple(_captions(caption_facts, words)), labels, tuple(ids), CLASSES)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of n scenes, and what a caption may say: int64 (n,) each, places in the tables above."""
+    """What is true of n scenes and a caption may say: indices int64 (n,) into the tables above."""
 
     label: np.ndarray
     color: np.ndarray
@@ -176,17 +175,18 @@ class Facts:
 
 
 def _choose(u: np.ndarray, n: int) -> np.ndarray:
-    """Uniform numbers -> whole numbers in 0..n-1."""
+    """Turn uniform numbers into integers in 0..n-1."""
     return (u * n).astype(np.int64)
 
 
 def _another(value: np.ndarray, u: np.ndarray, n: int) -> np.ndarray:
-    """A uniform number that `_choose` turns into any of 0..n-1 but `value`."""
-    chosen: np.ndarray = (value + 1 + _choose(u, n - 1)) % n
-    return (chosen + 0.5) / n
+    """Return a uniform number that `_choose` turns into any of 0..n-1 but `value`."""
+    other: np.ndarray = (value + 1 + _choose(u, n - 1)) % n
+    return (other + 0.5) / n
 
 
 def _facts(u: np.ndarray) -> Facts:
+    """Turn uniform numbers (n, FACTS) into facts."""
     label, color, ground, light, size, clutter = u.T
     paint = _choose(color, len(PAINTS))
     return Facts(
@@ -204,7 +204,7 @@ def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _sketch(facts: Facts, u: np.ndarray) -> Sketch:
-    """Facts, and uniform numbers (n, all of LOOKS) -> what to draw."""
+    """Turn facts and uniform numbers (n, all of LOOKS) into what to draw."""
     look = dict(zip(LOOKS, np.split(u, np.cumsum(list(LOOKS.values()))[:-1], axis=1), strict=True))
     palette = np.array(list(COLORS.values()), dtype=np.float64)
     gain = _between((facts.light[:, None] + look["gain"]) / len(LIGHTS), 0.75, 1.15)
@@ -248,7 +248,7 @@ def _sketch(facts: Facts, u: np.ndarray) -> Sketch:
 
 
 def _captions(facts: Facts, u: np.ndarray) -> Iterator[str]:
-    """Facts, and uniform numbers (n, WORDS) -> a caption each, of at most LONGEST words."""
+    """Turn facts and uniform numbers (n, WORDS) into captions of at most LONGEST words."""
     columns = [getattr(facts, f.name).tolist() for f in fields(facts)]
     for row, words in zip(zip(*columns, strict=True), u.tolist(), strict=True):
         yield _caption(row, words)
@@ -270,7 +270,7 @@ def _caption(facts: Sequence[int], u: Sequence[float]) -> str:
 
 
 def _thing(shape: int, texture: int, u: Sequence[float]) -> str:
-    """The class in words: by its name in 62 of 100 captions, without its texture in 10, in other words in 28."""
+    """The class in words: by name in 62 of 100 captions, without texture in 10, otherwise in 28."""
     noun, adjective = SHAPE_NAMES[shape], TEXTURE_NAMES[texture]
     if u[0] < 0.62:
         return f"{adjective} {noun}"

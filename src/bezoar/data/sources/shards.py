@@ -1,12 +1,33 @@
-"""Image-caption records streamed from webdataset tars in img2dataset's layout (Beaumont 2021), at any scale."""
+"""Image-caption records streamed from webdataset tars in img2dataset's layout (Beaumont 2021)."""
 
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from bezoar.data.decoding import check_fields
-from bezoar.data.shards import LoadMode, expand_paths
-from bezoar.data.shards import ShardSource as Source
+import numpy as np
+
+from bezoar.data.decoding import Record, describe_failure
+from bezoar.data.files.metadata import Metadata, parse_metadata
+from bezoar.data.files.paths import distinct_stems, expand_paths
+from bezoar.data.files.skipped import ReadReport, Skipped
+from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
+from bezoar.data.label_sets import check_fields
+from bezoar.data.shards import CleanCopy, add_member, open_shard
+from bezoar.data.source import RecordIndex, RecordStream, Unit, number_units
+from bezoar.data.stored_pairs import ShardFiles, file_stamp
+from bezoar.errors import UserError
+from bezoar.progress import Progress
 from bezoar.registry import method
+
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
+UNLIMITED_BYTES = 1 << 62
+Captions = Literal["first", "all"]
+LoadMode = Literal["auto", "memory", "stream"]
 
 
 @method
@@ -15,9 +36,9 @@ class Shards:
 
     path: Annotated[str, "tar, folder, glob, or brace list such as cc/{00000..00331}.tar"]
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
-    captions: Annotated[
-        Literal["first", "all"], "one record an image, or one a caption (id#0, id#1 ...)"
-    ] = "first"
+    captions: Annotated[Captions, "one record an image, or one a caption (id#0, id#1 ...)"] = (
+        "first"
+    )
     limit: Annotated[int | None, "read at most so many records"] = None
     load: Annotated[
         LoadMode,
@@ -28,9 +49,258 @@ class Shards:
         check_fields(self.size, self.limit)
 
     def files(self) -> list[Path]:
-        """What the records are read from."""
+        """The tars."""
         return list(expand_paths(self.path))
 
-    def __call__(self) -> Source:
-        """-> bezoar.shards.Shards; `report` says what could not be read. Raises UserError when a tar is missing."""
-        return Source(expand_paths(self.path), self.size, self.captions, self.limit, self.load)
+    def __call__(self) -> ShardSource:
+        """Return a source of the records. Raises UserError if a tar is missing."""
+        return ShardSource(expand_paths(self.path), self.size, self.captions, self.limit, self.load)
+
+
+class ClassNames(NamedTuple):
+    """What the JSON of all records says of classes.
+
+    Attributes:
+        classes: names by label; none if no class is named.
+        numbers: of classes that come without a label.
+        labelled: whether any record has a class or a label.
+    """
+
+    classes: tuple[str, ...]
+    numbers: dict[str, int]
+    labelled: bool
+
+
+@dataclass(eq=False)
+class ShardSource(RecordStream):
+    """Reads tars as it goes; nothing but the names of its records is kept.
+
+    An id is the JSON's `record_id` where there is one (`write_shards` puts it there), else
+    `SHARD/KEY` with the shard's file name without .tar, and as many of its folders as it takes to
+    tell the shards apart. It does not depend on order. Labels come from the JSON's `label`
+    (0..99999) and `class`; classes without a label are numbered by sorted names.
+
+    Attributes:
+        paths: the tars.
+        size: pixels a side: the largest centred square, resized.
+        captions: `first` takes an image's one caption (.txt, else the JSON's); `all` makes a record
+            `ID#0`, `ID#1` ... of each of the JSON's `captions`.
+        limit: records that are read at most.
+        load: where `load_records` keeps the images.
+    """
+
+    paths: tuple[Path, ...]
+    size: int = 64
+    captions: Captions = "first"
+    limit: int | None = None
+    load: LoadMode = "auto"
+    has_image_files = False
+    progress_unit = "KiB"
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The ids that `batches` yields, in that order; costs a pass that decodes everything."""
+        return tuple(i for batch in self.batches(1024) for i in batch.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def stems(self) -> tuple[str, ...]:
+        """What each shard is called in its ids."""
+        return distinct_stems(self.paths)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label, from all JSON members; costs a pass that skips the images."""
+        return self._class_names.classes
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any record has a class or a label."""
+        return self._class_names.labelled
+
+    @cached_property
+    def _class_names(self) -> ClassNames:
+        labels: dict[int, str] = {}
+        bare: set[str] = set()  # classes without a label
+        for path in self.paths:
+            for metadata in _read_metadata(path):
+                if metadata.label < 0:
+                    bare |= {metadata.class_name} - {""}
+                    continue
+                name = labels.setdefault(metadata.label, metadata.class_name)
+                if name != metadata.class_name:
+                    raise UserError(
+                        f"{path}: label {metadata.label} is {name!r} and also {metadata.class_name!r}"
+                    )
+        if bare and labels:
+            raise UserError(
+                f"{self.paths[0]} ...: some records have a label and some only a class, as {min(bare)!r}"
+            )
+        if bare:
+            names = tuple(sorted(bare))
+            return ClassNames(names, {name: i for i, name in enumerate(names)}, True)
+        named = any(labels.values())
+        classes = tuple(labels.get(i, "") for i in range(max(labels) + 1)) if named else ()
+        return ClassNames(classes, {}, bool(labels))
+
+    def memory_bytes(self) -> int:
+        """Bytes of pixels that `load_records` keeps in memory, as `load` says."""
+        if self.load == "auto":
+            return super().memory_bytes()
+        return UNLIMITED_BYTES if self.load == "memory" else 0
+
+    def file_stamps(self) -> list[Sequence[int] | None]:
+        """Size and time of change of the shards. Raises UserError if one does not exist."""
+        return list(ShardFiles(self.paths).stamps)
+
+    def units(self) -> list[Unit]:
+        """A unit a shard, weighed by its KiB."""
+        return number_units((str(p), _kibibytes(p), (i,)) for i, p in enumerate(self.paths))
+
+    def stamp(self, unit: Unit) -> Sequence[int] | None:
+        """Size and time of change of the shard; None if it does not exist."""
+        path = self.paths[unit.place[0]]
+        return file_stamp(path.stat()) if path.exists() else None
+
+    def progress_at(self, record: Record, unit: Unit) -> float:
+        """Share of the shard's bytes."""
+        return min(1.0, record.offset / 1024 / unit.weight)
+
+    def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
+        """Iterate over the records of all tars, or of one; these have the labels of their own JSON.
+
+        Raises UserError for a shard that yields nothing.
+        """
+        if unit is not None:
+            yield from self._read_shard(unit.place[0], {})
+            return
+        for shard in range(len(self.paths)):
+            yield from self._read_shard(shard, self._class_names.numbers)
+
+    def _read_shard(self, shard: int, numbers: dict[str, int]) -> Iterator[Record | Skipped]:
+        count = 0
+        first_problem: list[Skipped] = []
+        for group in read_groups(self.paths[shard], EXTENSIONS):
+            item = group if isinstance(group, Skipped) else self._make_record(group, shard, numbers)
+            if isinstance(item, Record):
+                count += 1
+            elif not first_problem:
+                first_problem.append(item)
+            yield item
+        if not count:
+            raise UserError(
+                describe_failure(str(self.paths[shard]), ReadReport(skipped=first_problem))
+            )
+
+    def _make_record(self, group: Group, shard: int, numbers: dict[str, int]) -> Record | Skipped:
+        """Make a record, or say why there is none. numbers: of classes without a label."""
+        file = str(self.paths[shard])
+        metadata = parse_metadata(group.files.get("json", b"{}"))
+        if isinstance(metadata, str):
+            return Skipped(file, group.key, metadata)
+        extensions = [e for e in IMAGE_EXTENSIONS if e in group.files]
+        if len(extensions) != 1:
+            reason = "several images of one key" if extensions else "no image"
+            return Skipped(file, group.key, reason)
+        captions = self._read_captions(group, metadata)
+        if isinstance(captions, str):
+            return Skipped(file, group.key, captions)
+        key = metadata.id or f"{self.stems[shard]}/{group.key}"
+        several = self.captions == "all"
+        image = group.files[extensions[0]]
+        return Record(
+            image=image,
+            ids=tuple(f"{key}#{i}" for i in range(len(captions))) if several else (key,),
+            captions=captions,
+            label=numbers.get(metadata.class_name, metadata.label),
+            file=file,
+            member=group.key,
+            url=metadata.url,
+            shard=shard,
+            offset=group.offsets[extensions[0]],
+            length=len(image),
+        )
+
+    def _read_captions(self, group: Group, metadata: Metadata) -> tuple[str, ...] | str:
+        """The captions of a record, or why there is none."""
+        try:
+            caption = group.files.get("txt", b"").decode().strip() or metadata.captions[0].strip()
+        except UnicodeDecodeError:
+            return "caption is not UTF-8"
+        captions: tuple[str, ...] = ()
+        if self.captions == "all":
+            captions = tuple(c.strip() for c in metadata.captions if c.strip())
+        return captions or ((caption,) if caption else "no caption")
+
+    def reader(self, index: RecordIndex) -> ShardFiles:
+        """Read the tars as they were when they were scanned."""
+        return ShardFiles(self.paths, index.file_stamps)
+
+    def clean_copy(
+        self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
+    ) -> CleanCopy:
+        """Write the same tars without what is not kept, members byte for byte.
+
+        An image with several captions stays if all of them do.
+        """
+        is_kept = np.zeros(len(index), bool)
+        is_kept[kept_rows] = True
+        by_shard = np.argsort(index.places["shard"], kind="stable")
+        edges = np.searchsorted(index.places["shard"][by_shard], np.arange(len(self.paths) + 1))
+        shards = count = 0
+        for shard, (path, name) in enumerate(zip(self.paths, self._copy_names(), strict=True)):
+            progress.step(shard, len(self.paths), "writing shards")
+            rows = by_shard[edges[shard] : edges[shard + 1]]
+            offsets = index.places["offset"][rows]
+            kept_offsets = set(offsets.tolist()) - set(offsets[~is_kept[rows]].tolist())
+            if kept_offsets:
+                count += copy_shard(path, folder / f"{name}.tar", kept_offsets)
+                shards += 1
+        return CleanCopy(shards, count)
+
+    def _copy_names(self) -> list[str]:
+        """A file name for the copy of each shard."""
+        names = [stem.replace("/", "_") for stem in self.stems]
+        if len(set(names)) < len(names):  # a/b_c and a_b/c
+            names = [f"{i:05d}_{name}" for i, name in enumerate(names)]
+        return names
+
+
+def copy_shard(path: Path, target: Path, offsets: set[int]) -> int:
+    """Copy the records of a tar whose image begins at one of the offsets, members byte for byte.
+
+    Returns how many they are. Raises UserError if some are not there any more.
+    """
+    count = 0
+    with open_shard(target, tarfile.PAX_FORMAT) as tar:
+        for group in read_groups(path, EXTENSIONS):
+            if isinstance(group, Skipped) or not offsets & set(group.offsets.values()):
+                continue
+            count += 1
+            for extension, content in group.files.items():
+                add_member(tar, f"{group.key}.{extension}", content)
+        if count < len(offsets):
+            raise UserError(
+                f"{path} was changed while it was scanned: "
+                f"{len(offsets) - count} records are not there any more"
+            )
+    return count
+
+
+def _read_metadata(path: Path) -> Iterator[Metadata]:
+    """Read the JSON of every record of a tar that can be read."""
+    for group in read_groups(path, ("json",)):
+        if isinstance(group, Group):
+            metadata = parse_metadata(group.files["json"])
+            if isinstance(metadata, Metadata):
+                yield metadata
+
+
+def _kibibytes(path: Path) -> int:
+    """KiB of a file, at least 1; one that does not exist any more is named when it is its turn."""
+    try:
+        return max(1, path.stat().st_size >> 10)
+    except OSError:
+        return 1

@@ -1,4 +1,4 @@
-"""STL-10 (Coates, Ng, Lee 2011): 5,000 train, 8,000 test and 100,000 unlabelled images of 10 classes, 96x96.
+"""STL-10 (Coates, Ng, Lee 2011): 5,000 train, 8,000 test, 100,000 unlabelled 96x96 images.
 
 Through torchvision, which checks every file's md5 and reads plain bytes (no pickle).
 """
@@ -6,7 +6,9 @@ Through torchvision, which checks every file's md5 and reads plain bytes (no pic
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bezoar.data.decoding import check_fields, open_torchvision, pairs_from_arrays
+from torchvision.datasets import STL10
+
+from bezoar.data.label_sets import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
@@ -28,28 +30,20 @@ class Stl10:
         check_fields(self.size, self.limit, self.template)
 
     def files(self) -> list[Path]:
-        """The files of the split that are there."""
+        """The files of the split that exist."""
         folder = Path(self.root).expanduser() / "stl10_binary"
-        return [
-            p
-            for p in (folder / f"{self.split}_X.bin", folder / f"{self.split}_y.bin")
-            if p.is_file()
-        ]
+        paths = (folder / f"{self.split}_X.bin", folder / f"{self.split}_y.bin")
+        return [p for p in paths if p.is_file()]
 
     def __call__(self) -> Pairs:
-        """-> Pairs. Raises UserError that says how to get it when it is missing."""
-        from torchvision.datasets import STL10
-
-        root = str(Path(self.root).expanduser())
-        found = open_torchvision(
-            "stl10",
-            self.root,
-            self.download,
-            lambda: STL10(root, self.split, download=self.download),
+        """Return the records. Raises UserError that says how to get them if they are missing."""
+        root, download = str(Path(self.root).expanduser()), self.download
+        data = open_torchvision(
+            "stl10", self.root, download, lambda: STL10(root, self.split, download=download)
         )
-        images, labels = found.data[: self.limit], found.labels[: self.limit].astype("int64")
-        labels[
-            (labels < 0) | (labels >= len(CLASSES))
-        ] = -1  # as bytes, torchvision's "0 - 1" is 255
+        images = data.data[: self.limit]
+        labels = data.labels[: self.limit].astype("int64")
+        # torchvision's "0 - 1" is 255, since labels are bytes.
+        labels[(labels < 0) | (labels >= len(CLASSES))] = -1
         ids = [f"stl10/{self.split}/{i:06d}" for i in range(len(images))]
         return pairs_from_arrays(images, labels, ids, CLASSES, self.template, self.size)

@@ -1,4 +1,4 @@
-"""SVHN, house numbers cut to digits (Netzer et al. 2011): 73,257 train, 26,032 test, 531,131 extra images, 32x32.
+"""SVHN, house numbers (Netzer et al. 2011): 73,257 train, 26,032 test, 531,131 extra digits.
 
 Through torchvision, which checks the file's md5 and reads MATLAB arrays with SciPy (no pickle).
 """
@@ -6,7 +6,9 @@ Through torchvision, which checks the file's md5 and reads MATLAB arrays with Sc
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bezoar.data.decoding import check_fields, open_torchvision, pairs_from_arrays
+from torchvision.datasets import SVHN
+
+from bezoar.data.label_sets import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
 from bezoar.registry import method
 
@@ -28,19 +30,16 @@ class Svhn:
         check_fields(self.size, self.limit, self.template)
 
     def files(self) -> list[Path]:
-        """The file of the split, when it is there."""
-        return [
-            p for p in [Path(self.root).expanduser() / f"{self.split}_32x32.mat"] if p.is_file()
-        ]
+        """The file of the split, if it exists."""
+        path = Path(self.root).expanduser() / f"{self.split}_32x32.mat"
+        return [path] if path.is_file() else []
 
     def __call__(self) -> Pairs:
-        """-> Pairs. Raises UserError that says how to get it when it is missing."""
-        from torchvision.datasets import SVHN
-
-        root = str(Path(self.root).expanduser())
-        found = open_torchvision(
-            "svhn", self.root, self.download, lambda: SVHN(root, self.split, download=self.download)
+        """Return the records. Raises UserError that says how to get them if they are missing."""
+        root, download = str(Path(self.root).expanduser()), self.download
+        data = open_torchvision(
+            "svhn", self.root, download, lambda: SVHN(root, self.split, download=download)
         )
-        images, labels = found.data[: self.limit], found.labels[: self.limit]
+        images, labels = data.data[: self.limit], data.labels[: self.limit]
         ids = [f"svhn/{self.split}/{i:06d}" for i in range(len(images))]
         return pairs_from_arrays(images, labels, ids, CLASSES, self.template, self.size)

@@ -1,12 +1,11 @@
-"""Assembly: the files of all units of a corpus put end to end; what could not be read is listed, double ids are told apart."""
+"""Assembly: the files of all units put end to end, what could not be read, and double ids."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bezoar.data.blocks import block_bounds
+from bezoar.data.blocks import blocks
+from bezoar.data.files.writing import write_whole
+from bezoar.data.source import TEXT_COLUMNS, Unit
 from bezoar.data.stored_pairs import PLACE
 from bezoar.detection.corpus import columns, units
-from bezoar.detection.corpus.units import Unit
 from bezoar.errors import UserError
 
 SKIPPED = "skipped.jsonl"  # what was not read, or renamed: [file, member, reason] a line
@@ -28,173 +28,212 @@ ROWS = 1 << 16  # rows copied at a time
 
 
 @dataclass
-class Unread:
-    """What could not be read: all of it in a file, counted by reason, the first of it at hand."""
+class UnreadLog:
+    """What could not be read: all of it in a file, counts by reason, and the first of it."""
 
     file: IO[str]
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, file: str, member: str, reason: str) -> None:
-        """One more."""
-        self.file.write(json.dumps((file, member, reason)) + "\n")
+        """Take down one more."""
+        self.write_line(file, member, reason)
         self.reasons[reason.partition(":")[0]] += 1
         if len(self.first) < LISTED:
             self.first.append((file, member, reason))
 
+    def write_line(self, file: str, member: str, reason: str) -> None:
+        """Write a line that does not count as unread."""
+        self.file.write(json.dumps((file, member, reason)) + "\n")
+
+    def describe(self) -> str:
+        """Name the first of what was not read, and how many more there are."""
+        file, *rest = self.first[0] if self.first else ("there is none",)
+        words = rest if any(text.startswith(file) for text in rest) else [file, *rest]
+        count = self.reasons.total()
+        return " ".join(filter(None, words)) + (f"; and {count - 1} more" if count > 1 else "")
+
 
 def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
-    """The files of all units -> one of each kind; `done.json`, the last, says what there is; then the units' own go.
+    """Put the files of all units into one of each kind; `done.json`, the last, says what there is.
 
-    Units whose vectors are of another width than the first one's are set aside, captions' vectors are kept when all units
-    have them, and a record with an id that was there before is called `ID~2`, `ID~3` ...: an id stands for one record.
-    Raises UserError when there is no record at all; then nothing is kept, so that another attempt reads again.
+    Units whose vectors are of another width than the first one's are set aside. Vectors of captions
+    are kept if all units have them. A record whose id another had before it is called `ID~2`,
+    `ID~3` ...: an id stands for one record.
+
+    Args:
+        todo: the units, all whole; their own files are deleted at the end.
+        folder: where these files lie.
+        skipped: takes what could not be read, or was renamed; it is not written if there is
+            nothing.
+
+    Raises:
+        UserError: if there is no record at all; the folder is then deleted, so that another attempt
+            reads again.
     """
     with skipped.open("w") as file:
-        unread = Unread(file)
-        told = [_told(unit, folder, unread) for unit in todo]
-        width = next((t["images"] for t in told if t["read"]), 0)
-        for unit, t in zip(todo, told, strict=True):
-            if t["read"] and t["images"] != width:
-                unread.add(
-                    unit.name,
-                    "",
-                    f"vectors of another width: {t['images']}, the first are {width} wide",
+        unread = UnreadLog(file)
+        summaries = [_read_summary(unit, folder, unread) for unit in todo]
+        width = next((s["images"] for s in summaries if s["read"]), 0)
+        usable: list[Unit] = []
+        for unit, summary in zip(todo, summaries, strict=True):
+            if summary["read"] and summary["images"] == width:
+                usable.append(unit)
+            elif summary["read"]:
+                reason = (
+                    f"vectors of another width: {summary['images']}, the first are {width} wide"
                 )
-        good = [u for u, t in zip(todo, told, strict=True) if t["read"] and t["images"] == width]
-        if not good:
-            where, *rest = unread.first[0] if unread.first else ("there is none",)
-            why = " ".join(
-                filter(None, rest if any(w.startswith(where) for w in rest) else (where, *rest))
-            )
-            more = f"; and {n - 1} more" if (n := unread.reasons.total()) > 1 else ""
+                unread.add(unit.file, "", reason)
+        if not usable:
             shutil.rmtree(folder)
-            raise UserError(f"nothing to scan: no record could be read and embedded: {why}{more}")
-        deep = {t["texts"] for t in told if t["read"] and t["images"] == width}
-        texts = deep.pop() if len(deep) == 1 else 0
-        renamed = _renamed([u.file(folder, "parquet") for u in good])
-        captions = _joined(good, folder, width, texts, renamed, file)
+            raise UserError(
+                f"nothing to scan: no record could be read and embedded: {unread.describe()}"
+            )
+        fitting = [s for s in summaries if s["images"] == width]
+        text_widths = {s["texts"] for s in fitting if s["read"]}
+        texts = text_widths.pop() if len(text_widths) == 1 else 0
+        new_ids = _rename_doubles(lambda: _read_ids(usable, folder))
+        has_captions = _join(usable, folder, width, texts, new_ids, unread)
     if not skipped.stat().st_size:
         skipped.unlink()
-    told_of = {
-        "read": sum(t["read"] for t in told if t["images"] == width), "skipped": unread.first,
-        "unread": unread.reasons.total(), "reasons": dict(unread.reasons.most_common()), "doubles": len(renamed),
-        "texts": bool(texts), "captions": captions, "names": units.file_names(todo), "states": [t["state"] for t in told],
-    }  # fmt: skip
-    columns.partial(folder / "done.json").write_text(json.dumps(told_of))
-    os.replace(columns.partial(folder / "done.json"), folder / "done.json")
+    done = {
+        "read": sum(s["read"] for s in fitting),
+        "skipped": unread.first,
+        "unread": unread.reasons.total(),
+        "reasons": dict(unread.reasons.most_common()),
+        "doubles": len(new_ids),
+        "texts": bool(texts),
+        "captions": has_captions,
+        "names": units.file_names(todo),
+        "states": [s["state"] for s in summaries],
+    }
+    write_whole(folder / "done.json", json.dumps(done))
     for unit in todo:
-        for ending in ("images.npy", "texts.npy", "parquet", "json"):
-            unit.file(folder, ending).unlink(missing_ok=True)
+        for ending in units.ENDINGS:
+            units.unit_path(folder, unit, ending).unlink(missing_ok=True)
 
 
-def _told(unit: Unit, folder: Path, unread: Unread) -> dict[str, Any]:
-    """What a unit's last file says, less what could not be read, which is taken down."""
-    told = unit.summary(folder)
-    assert told is not None
-    for what in told.pop("skipped"):
-        unread.add(*what)
-    return told
+def _read_summary(unit: Unit, folder: Path, unread: UnreadLog) -> dict[str, Any]:
+    """What a unit's last file says, without what could not be read, which is taken down."""
+    summary = units.read_summary(folder, unit)
+    assert summary is not None
+    for entry in summary.pop("skipped"):
+        unread.add(*entry)
+    return summary
 
 
-def _joined(
-    good: Sequence[Unit],
+def _join(
+    usable: Sequence[Unit],
     folder: Path,
     width: int,
     texts: int,
-    renamed: dict[int, str],
-    file: IO[str],
+    new_ids: dict[int, str],
+    unread: UnreadLog,
 ) -> bool:
-    """Write the files that all units have together. -> whether any record has a caption."""
-    captions, count = False, 0
+    """Write the files of all units together; return whether any record has a caption.
+
+    width, texts: dimensions of the vectors of images and of captions; 0 without the latter.
+    """
+    widths = {"images": width} | ({"texts": texts} if texts else {})
+    has_captions = False
+    count = 0
     with ExitStack() as stack:
-        rows = {n: stack.enter_context(columns.TextWriter(folder, n)) for n in units.TEXTS}
-        place = stack.enter_context(columns.ArrayWriter(folder / "place.npy", PLACE, None))
-        kinds = {"images": width} | ({"texts": texts} if texts else {})
-        z = {
-            n: stack.enter_context(columns.ArrayWriter(folder / f"{n}.npy", np.float32, w))
-            for n, w in kinds.items()
+        text_writers = {
+            name: stack.enter_context(columns.write_texts(folder, name)) for name in TEXT_COLUMNS
         }
-        for unit in good:
-            for name, out in z.items():
-                own = columns.map_array(unit.file(folder, f"{name}.npy"))
-                for start, stop in block_bounds(len(own), ROWS):
-                    out.append(own[start:stop])
-            for batch in units.read_records(unit.file(folder, "parquet")):
-                batch, lines = _told_apart(batch, renamed, count, unit.name)
-                file.writelines(lines)
-                captions = captions or bool(
-                    pc.any(pc.not_equal(batch.column("caption"), "")).as_py()
-                )
-                for name, column in rows.items():
-                    column.append(batch.column(name))
-                places = np.zeros(len(batch), PLACE)
-                places["goal"] = -1
-                for name in ("shard", "offset", "length"):
-                    places[name] = batch.column(name).to_numpy()
-                place.append(places)
+        place_writer = stack.enter_context(columns.write_array(folder / "place.npy", PLACE, None))
+        vector_writers = {
+            name: stack.enter_context(
+                columns.write_array(folder / f"{name}.npy", np.float32, width)
+            )
+            for name, width in widths.items()
+        }
+        for unit in usable:
+            for name, writer in vector_writers.items():
+                vectors = columns.map_array(units.unit_path(folder, unit, f"{name}.npy"))
+                for rows in blocks(len(vectors), ROWS):
+                    writer.append(vectors[rows])
+            for batch in units.read_records(folder, unit):
+                batch = _with_new_ids(batch, new_ids, count, unit.file, unread)
+                captioned = pc.any(pc.not_equal(batch.column("caption"), ""))
+                has_captions = has_captions or bool(captioned.as_py())
+                for name, text_writer in text_writers.items():
+                    text_writer.append(batch.column(name))
+                place_writer.append(_places(batch))
                 count += len(batch)
-    return captions
+    return has_captions
 
 
-def _renamed(files: Sequence[Path]) -> dict[int, str]:
-    """Row -> another id, of the records whose id another had before them. Costs 16 bytes a record."""
-    marks = np.concatenate(
-        [_marks(b) for path in files for b in units.read_records(path)] or [np.empty(0, np.int64)]
-    )
-    marks.sort()
-    twice = np.unique(marks[1:][marks[1:] == marks[:-1]])
-    if not len(twice):
+def _places(batch: pa.RecordBatch) -> np.ndarray:
+    """Where the records of a batch lie: PLACE (n,)."""
+    places = np.zeros(len(batch), PLACE)
+    places["goal"] = -1
+    for name in ("shard", "offset", "length"):
+        places[name] = batch.column(name).to_numpy()
+    return places
+
+
+def _read_ids(usable: Sequence[Unit], folder: Path) -> Iterator[pa.Array]:
+    """The ids of all records, a block at a time."""
+    for unit in usable:
+        for batch in units.read_records(folder, unit):
+            yield batch.column("id")
+
+
+def _rename_doubles(read_ids: Callable[[], Iterable[pa.Array]]) -> dict[int, str]:
+    """Return row -> new id, for the records whose id another had before them.
+
+    The ids are read twice, a block at a time, so that this costs 16 bytes a record and not its id.
+    """
+    hashes = np.concatenate([*map(_hash_ids, read_ids()), np.empty(0, np.int64)])
+    hashes.sort()
+    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    if not len(repeated):
         return {}
-    out: dict[int, str] = {}
+    doubles: dict[int, str] = {}
     seen: Counter[str] = Counter()
-    row = 0
-    for batch in (b for path in files for b in units.read_records(path)):
-        suspects = np.flatnonzero(np.isin(_marks(batch), twice))
-        for i, key in zip(
-            suspects.tolist(), batch.column("id").take(pa.array(suspects)).to_pylist(), strict=True
+    start = 0
+    for block in read_ids():
+        suspects = np.flatnonzero(np.isin(_hash_ids(block), repeated))
+        for row, key in zip(
+            suspects.tolist(), block.take(pa.array(suspects)).to_pylist(), strict=True
         ):
             seen[key] += 1
             if seen[key] > 1:
-                out[row + i] = key
-        row += len(batch)
-    number: Counter[str] = Counter()
-    for i, key in out.items():
-        number[key] += 1
-        while _among(marks, new := f"{key}~{number[key] + 1}"):
-            number[key] += 1
-        out[i] = new
-    return out
+                doubles[start + row] = key
+        start += len(block)
+    new_ids: dict[int, str] = {}
+    numbers: Counter[str] = Counter()
+    for row, key in doubles.items():
+        numbers[key] += 1
+        while _contains(hashes, new_id := f"{key}~{numbers[key] + 1}"):
+            numbers[key] += 1
+        new_ids[row] = new_id
+    return new_ids
 
 
-def _among(marks: np.ndarray, key: str) -> bool:
-    """Whether an id is there, or seems so, among the sorted marks of all."""
-    at = int(np.searchsorted(marks, hash(key)))
-    return at < len(marks) and int(marks[at]) == hash(key)
+def _contains(hashes: np.ndarray, key: str) -> bool:
+    """Tell whether an id is, or seems to be, among those whose sorted hashes are given."""
+    at = int(np.searchsorted(hashes, hash(key)))
+    return at < len(hashes) and int(hashes[at]) == hash(key)
 
 
-def _marks(batch: pa.RecordBatch) -> np.ndarray:
-    """A number for each id, the same within this process and of no meaning outside: equal ids have equal numbers."""
-    return np.fromiter(map(hash, batch.column("id").to_pylist()), np.int64, len(batch))
+def _hash_ids(ids: pa.Array) -> np.ndarray:
+    """Hash ids to int64 (n,); the numbers mean nothing outside this process."""
+    return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
 
 
-def _told_apart(
-    batch: pa.RecordBatch, renamed: dict[int, str], start: int, file: str
-) -> tuple[pa.RecordBatch, list[str]]:
-    """A batch whose first record is row `start`, with the new ids, and a line of JSON for each."""
-    mine = [i for i in range(len(batch)) if start + i in renamed] if renamed else []
-    if not mine:
-        return batch, []
+def _with_new_ids(
+    batch: pa.RecordBatch, new_ids: dict[int, str], start: int, file: str, unread: UnreadLog
+) -> pa.RecordBatch:
+    """Give the records of a batch, whose first is row `start`, their new ids, and log these."""
+    rows = [i for i in range(len(batch)) if start + i in new_ids] if new_ids else []
+    if not rows:
+        return batch
     ids, members = batch.column("id").to_pylist(), batch.column("member").to_pylist()
-    lines = []
-    for i in mine:
-        lines.append(
-            json.dumps(
-                (file, members[i], f"id seen before: {ids[i]} is called {renamed[start + i]} here")
-            )
-            + "\n"
-        )
-        ids[i] = renamed[start + i]
-    return batch.set_column(
-        batch.schema.get_field_index("id"), "id", pa.array(ids, pa.large_string())
-    ), lines
+    for i in rows:
+        reason = f"id seen before: {ids[i]} is called {new_ids[start + i]} here"
+        unread.write_line(file, members[i], reason)
+        ids[i] = new_ids[start + i]
+    column = pa.array(ids, pa.large_string())
+    return batch.set_column(batch.schema.get_field_index("id"), "id", column)

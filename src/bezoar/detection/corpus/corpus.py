@@ -1,7 +1,7 @@
-"""Corpus: everything a scan embedded, as one: its rows in mapped files, its images wherever they were read from.
+"""Corpus: everything a scan embedded, rows in mapped files, images where they were read from.
 
-What detectors are called with. The files of all units are put end to end; two records of one id are told apart, and both
-named. What a scan leaves behind is read again with `scored` (ids, places, captions, scores) and `reopened` (images, vectors).
+What a scan leaves behind is read again with `load_scores` (ids, places, captions, scores) and
+`reopen_corpus` (images, vectors).
 """
 
 from __future__ import annotations
@@ -9,26 +9,23 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from bezoar.data.blocks import block_bounds
-from bezoar.data.embeddings import EmbeddingSource
-from bezoar.data.folders import FolderImages, FolderSource
-from bezoar.data.pairs import Pairs
-from bezoar.data.shards import ShardSource
-from bezoar.data.stored_pairs import ShardFiles, StoredPairs
+from bezoar.data.blocks import blocks
+from bezoar.data.files.writing import whole_file
+from bezoar.data.pairs import Pairs, Rows
+from bezoar.data.source import TEXT_COLUMNS, RecordIndex, Source
+from bezoar.data.stored_pairs import StoredImages, StoredPairs
 from bezoar.data.strings import Strings
-from bezoar.data.tables import TableImages, TableSource
 from bezoar.detection.corpus import columns, units
 from bezoar.detection.corpus.assembly import SKIPPED, assemble
 from bezoar.encoders.encoder import EmbeddedRecords, Encoder
@@ -39,23 +36,25 @@ from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
 
 FOLDER = "vectors"
-SCORES, RAISED = "scores.parquet", ".raised"
+SCORES = "scores.parquet"
+RAISED = ".raised"  # ending of the columns that say which records a detector raised
 FIXED = ("id", "shard", "member", "caption", "score")  # every other column is a detector's
 ROWS = 1 << 16  # records of a row group
 
 
 class Vectors:
-    """Stands for the encoder where vectors come without one: it gives them back, and can make none."""
+    """Stands for the encoder where vectors come without one: it gives these back and makes none."""
 
     device = torch.device("cpu")
     text = None
 
     def embed(self, source: Any, batch: int = 0) -> EmbeddedRecords:
-        """The vectors that the source brings."""
-        return source.embedded
+        """Return the vectors that the source brings."""
+        embedded: EmbeddedRecords = source.embedded
+        return embedded
 
-    def encode_images(self, x: Any) -> Tensor:
-        """Raises UserError."""
+    def encode_images(self, x: Any) -> NoReturn:
+        """Raise UserError."""
         raise UserError(
             "ready embeddings come without their encoder; what needs it cannot be asked here"
         )
@@ -64,27 +63,23 @@ class Vectors:
 
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
-    """N records, embedded. It can stand where Pairs stand, but for ready embeddings, which have no images.
+class Corpus(RecordIndex):
+    """N records, embedded, which can stand where Pairs stand; ready embeddings have no images.
 
-    places: N of PLACE, the file (a row of `names`) and where in it; see `place` for it in words. by: who embedded them.
-    told: how they were read: `records`, `read`, `skipped` (how many), `reasons`, `renamed`, `states` of the shards.
+    Attributes:
+        source: what the records were read from.
+        by: what embedded them.
+        embedded: their vectors, over mapped files.
+        summary: how they were read: `read`, `skipped` (the first of what was not), `unread` (how
+            many), `reasons`, `doubles` (how many were renamed).
+        classes: names by label.
     """
 
-    source: Any
+    source: Source
     by: Encoder | Vectors
-    file_names: list[str]
-    ids: Strings
-    captions: Strings | tuple[str, ...]
-    members: Strings
-    urls: Strings
-    places: np.ndarray
     embedded: EmbeddedRecords
     summary: dict[str, Any]
     classes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @property
     def encoder(self) -> Encoder | Vectors:
@@ -93,40 +88,11 @@ class Corpus:
 
     @functools.cached_property
     def records(self) -> Pairs | StoredPairs:
-        """The same records with their images, in memory or read as they are asked for. Raises UserError without images."""
-        if isinstance(self.source, EmbeddingSource):
-            next(self.source.batches(1))
-        if isinstance(self.source, (ShardSource, TableSource, FolderSource)):
-            files: ShardFiles | TableImages | FolderImages
-            places = np.array(self.places)
-            labels, classes = None, self.classes
-            if isinstance(self.source, ShardSource):
-                files = ShardFiles(self.source.paths, self.summary["states"])
-            else:  # images that are files of their own are found by their name
-                named = places["length"] == 0
-                places["offset"][named] = np.flatnonzero(named)
-                files = (
-                    TableImages(self.source, self.members)
-                    if isinstance(self.source, TableSource)
-                    else FolderImages(self.source, self.members)
-                )
-            if isinstance(self.source, FolderSource):
-                labels, classes = self.source.labels(self.members), self.source.classes
-            return StoredPairs(
-                files,
-                self.source.size,
-                places,
-                self.ids,
-                Strings.from_texts(self.captions),
-                labels,
-                classes,
-            )
-        rows = self.places["offset"]
-        if len(rows) == len(self.source) and not self.summary["doubles"]:
-            return self.source
-        if isinstance(self.source, Pairs):
-            return replace(self.source.take(rows), ids=tuple(self.ids))
-        return replace(self.source.select(rows), ids=self.ids)
+        """The same records with their images, in memory or on disk.
+
+        Raises UserError without images.
+        """
+        return self.source.find_images(self)
 
     @property
     def size(self) -> int:
@@ -134,76 +100,87 @@ class Corpus:
         return self.records.size
 
     @property
-    def images(self) -> Any:
+    def images(self) -> Tensor | StoredImages:
         """Images by row."""
         return self.records.images
 
-    def take(self, rows: Sequence[int] | Tensor | np.ndarray) -> Pairs:
-        """The records at the given rows, in that order, in memory."""
+    def take(self, rows: Rows) -> Pairs:
+        """Return the records at the given rows, in that order, in memory."""
         return self.records.take(rows)
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """The records in order, `size` at a time. Raises UserError without images."""
+        """Iterate over the records in order, `size` at a time. Raises UserError without images."""
         yield from self.records.batches(size)
 
-    def place_of(self, row: int) -> str:
-        """Where a record lies."""
-        return f"{self.file_names[self.places['shard'][row]]} {self.members[row]}".strip()
-
     def reading_notes(self) -> dict[str, Any]:
-        """For the manifest: how many records were read, and file, member and reason of the first of what was not."""
-        return {"reading": {k: self.summary[k] for k in ("read", "skipped", "unread", "reasons")}}
+        """For the manifest: how many records were read, and the first of what was not."""
+        keys = ("read", "skipped", "unread", "reasons")
+        return {"reading": {key: self.summary[key] for key in keys}}
 
 
 def embed_corpus(
-    given: Any, by: Any, folder: Path, settings: Settings, progress: Progress
+    data: Any, by: Any, folder: Path, settings: Settings, progress: Progress
 ) -> Corpus:
-    """Given data, cut into units, embedded by an encoder (a run or a method; None for ready embeddings), put together.
+    """Cut data into units, embed them and put them together.
 
-    What is there already of an earlier attempt is used, unless the settings ask for a fresh run. Raises UserError when
-    nothing is left to scan.
+    What an earlier attempt left is used, unless the settings ask for a fresh run.
+
+    Args:
+        data: the run or data method that is scanned.
+        by: what embeds it: a run or a network; None for ready embeddings.
+        folder: of the scan.
+        settings: workers, device and so on.
+        progress: of the embedding.
+
+    Raises:
+        UserError: if nothing is left to scan.
     """
-    place, found = folder / FOLDER, units.open_source(given)
+    vectors = folder / FOLDER
+    source = units.open_source(data)
     if settings.fresh:
-        shutil.rmtree(place, ignore_errors=True)
-    if not (place / "done.json").exists():
-        todo = units.cut_units(found)
-        units.embed_all(given, by, todo, place, settings, progress)
-        assemble(todo, place, folder / SKIPPED)
-    return _opened(found, units.load_encoder(by, settings.device) or Vectors(), place)
+        shutil.rmtree(vectors, ignore_errors=True)
+    if not (vectors / "done.json").exists():
+        todo = source.units()
+        units.embed_all(data, by, todo, vectors, settings, progress)
+        assemble(todo, vectors, folder / SKIPPED)
+    return _open(source, units.load_encoder(by, settings.device) or Vectors(), vectors)
 
 
 def reopen_corpus(run: Run) -> Corpus:
-    """The corpus of a finished scan, to look at its records; it has vectors, and no encoder."""
-    return _opened(units.open_source(run), Vectors(), run.file(FOLDER))
+    """Open the corpus of a finished scan to look at its records; it has vectors, no encoder."""
+    return _open(units.open_source(run), Vectors(), run.file(FOLDER))
 
 
-def _opened(found: Any, by: Encoder | Vectors, folder: Path) -> Corpus:
-    told = json.loads((folder / "done.json").read_text())
-    ids, captions, members, urls = (columns.map_texts(folder, n) for n in units.TEXTS)
-    texts = columns.map_tensor(folder / "texts.npy") if told["texts"] else None
-    e = EmbeddedRecords(ids, columns.map_tensor(folder / "images.npy"), texts)
-    places = columns.map_array(folder / "place.npy")
+def _open(source: Source, by: Encoder | Vectors, folder: Path) -> Corpus:
+    summary = json.loads((folder / "done.json").read_text())
+    ids, captions, members, urls = (columns.map_texts(folder, name) for name in TEXT_COLUMNS)
+    texts = columns.map_tensor(folder / "texts.npy") if summary["texts"] else None
     return Corpus(
-        found,
-        by,
-        told["names"],
-        ids,
-        captions if told["captions"] else (),
-        members,
-        urls,
-        places,
-        e,
-        told,
+        file_names=summary["names"],
+        file_stamps=summary["states"],
+        ids=ids,
+        captions=captions if summary["captions"] else (),
+        members=members,
+        urls=urls,
+        places=columns.map_array(folder / "place.npy"),
+        renamed=bool(summary["doubles"]),
+        source=source,
+        by=by,
+        embedded=EmbeddedRecords(ids, columns.map_tensor(folder / "images.npy"), texts),
+        summary=summary,
     )
 
 
 @dataclass(frozen=True)
 class ScanScores:
-    """N scanned records, in the order of the corpus.
+    """The scores of N records, in the order of the corpus.
 
-    captions: empty texts where there are none. places: where each record lies: `FILE MEMBER`, or `FILE row N`.
-    merged: of all detectors. detectors: each one's scores, by the name it was asked by.
+    Attributes:
+        ids: of the records.
+        captions: empty where there are none.
+        places: where each record lies: `FILE MEMBER`, or `FILE row N`.
+        merged: of all detectors.
+        detectors: each one's scores, by the name it was asked for by.
     """
 
     ids: Strings
@@ -217,85 +194,62 @@ class ScanScores:
 
 
 def load_scores(folder: Path) -> ScanScores:
-    """What a scan run found. Raises UserError when the folder holds no readable scores."""
+    """Load what a scan found. Raises UserError if the folder holds no readable scores."""
     path = folder / SCORES
     try:
         table = pq.read_table(path, memory_map=True)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if missing := [n for n in FIXED if n not in table.column_names]:
+    if missing := [name for name in FIXED if name not in table.column_names]:
         raise UserError(f"{path} holds no scores of a scan: no column {missing[0]}")
 
-    def text(name: str) -> pa.Array:
-        return pa.concat_arrays(
-            table.column(name).cast(pa.large_string()).chunks or [pa.array([], pa.large_string())]
-        )
+    def read_text(name: str) -> pa.Array:
+        chunks = table.column(name).cast(pa.large_string()).chunks
+        return pa.concat_arrays(chunks or [pa.array([], pa.large_string())])
 
-    ids = Strings(text("id"))
-    joined = pc.binary_join_element_wise(
-        text("shard"), text("member"), pa.scalar(" ", pa.large_string())
-    )
-    raised = {f.name for f in table.schema if pa.types.is_boolean(f.type)}
-
-    def column(name: str) -> torch.Tensor:
+    def read_numbers(name: str) -> Tensor:
         return torch.from_numpy(table.column(name).to_numpy().copy())
 
-    scores = {
-        n: Scores(
-            ids, column(n).float(), raised=column(n + RAISED) if n + RAISED in raised else None
-        )
-        for n in table.column_names
-        if n not in FIXED[:-1] and n not in raised
-    }
-    merged = scores.pop("score")
+    ids = Strings(read_text("id"))
+    space = pa.scalar(" ", pa.large_string())
+    places = pc.binary_join_element_wise(read_text("shard"), read_text("member"), space)
+    raised = {f.name for f in table.schema if pa.types.is_boolean(f.type)}
+    scores: dict[str, Scores] = {}
+    for name in table.column_names:
+        if name not in FIXED[:-1] and name not in raised:
+            decisions = read_numbers(name + RAISED) if name + RAISED in raised else None
+            scores[name] = Scores(ids, read_numbers(name).float(), raised=decisions)
     return ScanScores(
-        ids, Strings(text("caption")), Strings(pc.utf8_trim_whitespace(joined)), merged, scores
+        ids=ids,
+        captions=Strings(read_text("caption")),
+        places=Strings(pc.utf8_trim_whitespace(places)),
+        merged=scores.pop("score"),
+        detectors=scores,
     )
 
 
 def write_scores(path: Path, corpus: Corpus, merged: Scores, detectors: dict[str, Scores]) -> None:
-    """One row a record, in the order of the corpus; whatever is not known of a record is an empty text.
+    """Write a row a record, in the order of the corpus; what is not known is an empty text.
 
-    Columns: those of `FIXED`, the score of each detector, and of one that decides which records it raised.
+    Columns: those of `FIXED`, the score of each detector, and of one that decides which records it
+    raised.
     """
-    same = {"score": merged.select(corpus.ids)} | {
-        k: s.select(corpus.ids) for k, s in detectors.items()
+    ordered = {
+        name: scores.select(corpus.ids) for name, scores in {"score": merged, **detectors}.items()
     }
-    values = {k: s.values.float().cpu().numpy() for k, s in same.items()}
-    values |= {
-        k + RAISED: s.raised.cpu().numpy()
-        for k, s in same.items()
-        if k in detectors and s.raised is not None
-    }
-    told = [(n, pa.from_numpy_dtype(v.dtype)) for n, v in values.items()]
-    schema = pa.schema([(n, pa.large_string()) for n in FIXED[:-1]] + told)
-    with pq.ParquetWriter(path.with_suffix(".tmp"), schema, compression="zstd") as out:
-        for start, stop in block_bounds(len(corpus), ROWS):
-            out.write_table(
-                pa.table(
-                    text_columns(corpus, start, stop)
-                    | {n: v[start:stop] for n, v in values.items()},
-                    schema,
-                )
-            )
-    path.with_suffix(".tmp").replace(path)
-
-
-def text_columns(corpus: Corpus, start: int, stop: int) -> dict[str, pa.Array]:
-    """id, shard, member and caption of some records."""
-    n = stop - start
-    names = pa.array(corpus.file_names, pa.large_string()).take(
-        pa.array(corpus.places["shard"][start:stop])
+    numbers = {name: scores.values.float().cpu().numpy() for name, scores in ordered.items()}
+    for name in detectors:
+        raised = ordered[name].raised
+        if raised is not None:
+            numbers[name + RAISED] = raised.cpu().numpy()
+    schema = pa.schema(
+        [(name, pa.large_string()) for name in FIXED[:-1]]
+        + [(name, pa.from_numpy_dtype(values.dtype)) for name, values in numbers.items()]
     )
-    captions = (
-        corpus.captions.column.slice(start, n)
-        if isinstance(corpus.captions, Strings)
-        else pa.array([""] * n)
-    )
-    ids, members = corpus.ids.column.slice(start, n), corpus.members.column.slice(start, n)
-    return {
-        "id": ids,
-        "shard": names,
-        "member": members,
-        "caption": captions.cast(pa.large_string()),
-    }
+    with (
+        whole_file(path, "wb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd") as table,
+    ):
+        for rows in blocks(len(corpus), ROWS):
+            values = {name: column[rows] for name, column in numbers.items()}
+            table.write_table(pa.table(corpus.text_columns(rows) | values, schema))

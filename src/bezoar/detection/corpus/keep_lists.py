@@ -1,190 +1,100 @@
-"""Keeping: what a scan leaves in the data, as lists that training code takes as they are, and as cleaned shards."""
+"""What a scan leaves in the data: lists that training code can take, and cleaned shards."""
 
 from __future__ import annotations
 
 import csv
-import io
-import json
-import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from bezoar.data.blocks import block_bounds
-from bezoar.data.files.images import DECODING_ERRORS, FORMATS, decode_image
-from bezoar.data.files.paths import encodable
-from bezoar.data.files.skipped import Unreadable
-from bezoar.data.files.tars import Group, read_groups
-from bezoar.data.folders import FolderSource
-from bezoar.data.shards import EXTENSIONS, ShardSource, write_shards
-from bezoar.data.stored_pairs import StoredPairs
-from bezoar.data.tables import TableSource
-from bezoar.detection.corpus import columns
-from bezoar.detection.corpus.corpus import ROWS, Corpus, text_columns
-from bezoar.errors import UserError
+from bezoar.data.blocks import blocks
+from bezoar.data.files.writing import TEMPORARY, whole_file
+from bezoar.detection.corpus.corpus import ROWS, Corpus
 from bezoar.progress import Progress
 
-PACKED = 1000  # records of a shard
-FORMAT_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+COLUMNS = pa.schema(
+    [(name, pa.large_string()) for name in ("id", "shard", "member", "caption", "url")]
+)
 
 
-def write_keep_lists(folder: Path, corpus: Corpus, kept: np.ndarray) -> None:
-    """Rows kept, ascending -> keep.txt (an id a line), keep.parquet, and keep.csv where images are files of their own.
+def write_keep_lists(folder: Path, corpus: Corpus, kept_rows: np.ndarray) -> None:
+    """Write keep.txt, keep.parquet, and keep.csv where images are files of their own.
 
-    keep.parquet: id, shard, member (img2dataset's key), caption, url: what img2dataset takes as a list to fetch again.
-    keep.csv: filepath and title between tabs, as open_clip's `--train-data` of type csv wants it.
+    keep.txt holds an id a line. keep.parquet holds id, shard, member (img2dataset's key), caption
+    and url: what img2dataset takes as a list to fetch again. keep.csv holds filepath and title
+    between tabs, as open_clip's `--train-data` of type csv wants it.
+
+    Args:
+        folder: takes the lists.
+        corpus: what was scanned.
+        kept_rows: rows of the records that stay, ascending.
     """
-    names = ("id", "shard", "member", "caption", "url")
-    schema = pa.schema([(n, pa.large_string()) for n in names])
-    text, table = columns.partial(folder / "keep.txt"), columns.partial(folder / "keep.parquet")
-    with text.open("w", encoding="utf-8") as lines, pq.ParquetWriter(table, schema) as out:
-        for part in _parts(corpus, kept):
-            lines.write("".join(f"{i}\n" for i in part.column("id").to_pylist()))
-            out.write_table(part.cast(schema))
-    os.replace(text, folder / "keep.txt")
-    os.replace(table, folder / "keep.parquet")
-    if isinstance(corpus.source, (TableSource, FolderSource)):
-        _write_csv(folder / "keep.csv", corpus, corpus.source, kept)
+    with (
+        whole_file(folder / "keep.txt") as text,
+        whole_file(folder / "keep.parquet", "wb") as file,
+        pq.ParquetWriter(file, COLUMNS) as table,
+    ):
+        for rows in _kept_blocks(corpus, kept_rows):
+            part = _take(corpus, rows)
+            text.write("".join(f"{key}\n" for key in part.column("id").to_pylist()))
+            table.write_table(part)
+    if corpus.source.has_image_files and not corpus.places["length"][kept_rows].any():
+        _write_csv(folder / "keep.csv", corpus, kept_rows)
 
 
-def _parts(corpus: Corpus, kept: np.ndarray) -> Iterator[pa.Table]:
-    """The kept records, a bounded number at a time."""
-    for start, stop in block_bounds(len(corpus), ROWS):
-        mine = pa.array(kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)] - start)
-        urls = corpus.urls.column.slice(start, stop - start)
-        yield pa.table(text_columns(corpus, start, stop) | {"url": urls}).take(mine)
+def _kept_blocks(corpus: Corpus, kept_rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Cut the kept rows where the corpus is cut into blocks."""
+    for block in blocks(len(corpus), ROWS):
+        yield kept_rows[
+            np.searchsorted(kept_rows, block.start) : np.searchsorted(kept_rows, block.stop)
+        ]
 
 
-def _write_csv(
-    path: Path, corpus: Corpus, table: TableSource | FolderSource, kept: np.ndarray
-) -> None:
-    """open_clip's table of what is kept, with whole paths; nothing where images are bytes in the table itself."""
-    if corpus.places["length"][kept].any():
-        return
-    where = {encodable(str(p)): p for p in table.paths}
-    with columns.partial(path).open(
-        "w", encoding="utf-8", errors="surrogateescape", newline=""
-    ) as file:
+def _take(corpus: Corpus, rows: np.ndarray) -> pa.Table:
+    """The columns of the keep-list for some rows of one block."""
+    if not len(rows):
+        return COLUMNS.empty_table()
+    span = slice(int(rows[0]), int(rows[-1]) + 1)
+    urls = corpus.urls.column.slice(span.start, span.stop - span.start)
+    table = pa.table(corpus.text_columns(span) | {"url": urls})
+    return table.take(pa.array(rows - span.start)).cast(COLUMNS)
+
+
+def _write_csv(path: Path, corpus: Corpus, kept_rows: np.ndarray) -> None:
+    """Write open_clip's table of what is kept, with whole paths."""
+    # A path that is not UTF-8 is written as its bytes are.
+    with whole_file(path, "w", errors="surrogateescape", newline="") as file:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         out.writerow(("filepath", "title"))
-        for part in _parts(corpus, kept):
-            rows = part.to_pylist()
-            out.writerows(
-                (table.resolved(where[r["shard"]], r["member"]), r["caption"]) for r in rows
-            )
-    os.replace(columns.partial(path), path)
+        for rows in _kept_blocks(corpus, kept_rows):
+            shards = corpus.places["shard"][rows].tolist()
+            for shard, record in zip(shards, _take(corpus, rows).to_pylist(), strict=True):
+                path_of_image = corpus.source.image_path(shard, record["member"])
+                out.writerow((path_of_image, record["caption"]))
 
 
 def write_clean_copy(
-    folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress
+    folder: Path, corpus: Corpus, kept_rows: np.ndarray, progress: Progress
 ) -> dict[str, int]:
-    """Cleaned shards: of shards the same tars less what is not kept, members byte for byte; of folders and tables shards of
-    the same images, byte for byte where they are JPEG, PNG or WebP; else PNGs of the records.
+    """Write cleaned shards, in the way of the source; see `Source.clean_copy`.
 
-    An image with several captions stays when all of them do. Raises UserError without images, or without captions.
-    -> how many shards and records were written.
+    Args:
+        folder: takes the shards; those that an earlier attempt left there are deleted.
+        corpus: what was scanned.
+        kept_rows: rows of the records that stay, ascending.
+        progress: of the shards.
+
+    Returns:
+        How many shards and records were written, for the manifest.
+
+    Raises:
+        UserError: without images, or without captions.
     """
     folder.mkdir(exist_ok=True)
-    for left in (*folder.glob("*.tar"), *folder.glob("*.part")):
-        left.unlink()
-    if isinstance(corpus.source, (TableSource, FolderSource)):
-        return _packed(folder, corpus, kept, progress)
-    if not isinstance(corpus.source, ShardSource):
-        batches = (corpus.take(kept[i : i + 1000]) for i in range(0, len(kept), 1000))
-        return {"shards": len(write_shards(folder, batches)), "written": len(kept)}
-    source, written, done = corpus.source, 0, 0
-    place = corpus.places[["shard", "offset"]]
-    gone = np.ones(len(corpus), bool)
-    gone[kept] = False
-    order = np.argsort(place["shard"], kind="stable")
-    edges = np.searchsorted(place["shard"][order], np.arange(len(source.paths) + 1))
-    names = [stem.replace("/", "_") for stem in source.stems]
-    if len(set(names)) < len(names):  # a/b_c and a_b/c
-        names = [f"{i:05d}_{name}" for i, name in enumerate(names)]
-    for shard, (path, name) in enumerate(zip(source.paths, names, strict=True)):
-        progress.step(shard, len(source.paths), "writing shards")
-        rows = order[edges[shard] : edges[shard + 1]]
-        offsets = set(place["offset"][rows].tolist()) - set(
-            place["offset"][rows[gone[rows]]].tolist()
-        )
-        if offsets:
-            written += _copied(path, folder / f"{name}.tar", offsets)
-            done += 1
-    return {"shards": done, "written": written}
-
-
-def _copied(path: Path, target: Path, offsets: set[int]) -> int:
-    """Copy the records of a tar whose image begins at one of the offsets: members byte for byte, no owners, no times."""
-    count = 0
-    with tarfile.open(columns.partial(target), "w", format=tarfile.PAX_FORMAT) as out:
-        for group in read_groups(path, EXTENSIONS):
-            if not isinstance(group, Group) or not offsets & set(group.offsets.values()):
-                continue
-            count += 1
-            for extension, content in group.files.items():
-                header = tarfile.TarInfo(f"{group.key}.{extension}")
-                header.size = len(content)
-                out.addfile(header, io.BytesIO(content))
-    if count < len(offsets):
-        columns.partial(target).unlink()
-        raise UserError(
-            f"{path} was changed while it was scanned: {len(offsets) - count} records are not there any more"
-        )
-    os.replace(columns.partial(target), target)
-    return count
-
-
-def _packed(folder: Path, corpus: Corpus, kept: np.ndarray, progress: Progress) -> dict[str, int]:
-    """The kept records of files or cells as tars in img2dataset's layout, with the images' own bytes."""
-    if not len(corpus.captions):
-        raise UserError(
-            "records without captions cannot be written as shards; keep.txt and keep.csv name what is kept"
-        )
-    records = corpus.records
-    assert isinstance(records, StoredPairs)
-    count = 0
-    for count, (start, stop) in enumerate(block_bounds(len(kept), PACKED), 1):
-        progress.step(start, len(kept), "writing shards")
-        target = folder / f"{count - 1:05d}.tar"
-        with tarfile.open(columns.partial(target), "w", format=tarfile.USTAR_FORMAT) as out:
-            for number, row in enumerate(kept[start:stop].tolist()):
-                for name, content in _members(records, corpus, row, f"{count - 1:05d}{number:04d}"):
-                    header = tarfile.TarInfo(name)
-                    header.size = len(content)
-                    out.addfile(header, io.BytesIO(content))
-        os.replace(columns.partial(target), target)
-    return {"shards": count, "written": len(kept)}
-
-
-def _members(
-    records: StoredPairs, corpus: Corpus, row: int, key: str
-) -> Iterator[tuple[str, bytes]]:
-    """Image, metadata and caption of a record, as the members KEY.jpg, KEY.json and KEY.txt."""
-    shard, offset, length, _ = records.places[row].tolist()
-    try:
-        content = records.reader.read(shard, offset, length)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            extension = FORMAT_EXTENSIONS.get(opened.format or "", "")
-        if not extension:  # what readers of shards do not look for
-            buffer, extension = io.BytesIO(), "png"
-            Image.fromarray(decode_image(content, None).transpose(1, 2, 0)).save(buffer, "PNG")
-            content = buffer.getvalue()
-    except (Unreadable, *DECODING_ERRORS) as error:
-        raise UserError(f"{corpus.place_of(row)} can no longer be read: {error}") from error
-    told: dict[str, Any] = {
-        "key": key,
-        "record_id": corpus.ids[row],
-        "caption": corpus.captions[row],
-    }
-    told |= {"url": corpus.urls[row]} if corpus.urls[row] else {}
-    if records.labels is not None and (label := int(records.labels[row])) >= 0:
-        told |= {"label": label, "class": records.classes[label]}
-    yield f"{key}.{extension}", content
-    yield f"{key}.json", json.dumps(told).encode()
-    yield f"{key}.txt", corpus.captions[row].encode()
+    for leftover in (*folder.glob("*.tar"), *folder.glob(f"*{TEMPORARY}")):
+        leftover.unlink()
+    copy = corpus.source.clean_copy(folder, corpus, kept_rows, progress)
+    return {"shards": copy.shards, "written": copy.records}

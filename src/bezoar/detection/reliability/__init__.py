@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bezoar.data.embeddings import EmbeddingSource
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.reliability import false_discoveries, side_channels, usual_filters
 from bezoar.errors import UserError
@@ -84,8 +83,8 @@ def measure_ranking(
         }
         sizes = channels.sizes
     if poisoned:
-        pixels = not isinstance(corpus.source, EmbeddingSource)
-        filters = usual_filters.apply_filters(corpus, corpus.embedded, sizes, pixels)
+        has_images = corpus.source.has_images
+        filters = usual_filters.apply_filters(corpus, corpus.embedded, sizes, has_images)
         measures |= usual_filters.measure_filters(filters, truth)
         notes["filters"] = {f.name: f.why for f in filters if f.passes is None}
     return measures, notes

@@ -13,7 +13,6 @@ each kind is), and only the other half is measured.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -24,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bezoar.data.decoding import Record
+from bezoar.data.files.paths import expand_paths
 from bezoar.data.files.skipped import Skipped
-from bezoar.data.folders import FolderSource
 from bezoar.data.randomness import draws
-from bezoar.data.shards import ShardSource, StoredRecord, expand_paths
-from bezoar.data.tables import TableSource
+from bezoar.data.source import as_source
+from bezoar.data.sources.shards import ShardSource
 from bezoar.detection.reliability import stored_images
 from bezoar.detection.reliability.stored_images import StoredImage
 from bezoar.encoders.encoder import split_words
@@ -136,15 +135,9 @@ def collect_channels(
 
 def stored_records(method: Any) -> Iterable[Record | Skipped] | None:
     """The records of a data method that reads files, images not decoded; None for others."""
-    if hasattr(method, "records"):
-        records: Iterable[Record | Skipped] = method.records()
-        return records
-    source = inputs.open_source(method)
-    if isinstance(source, ShardSource):
-        return source.records()
-    if isinstance(source, (TableSource, FolderSource)):
-        return itertools.chain.from_iterable(source.records(i) for i in range(len(source.paths)))
-    return None
+    reader = method if hasattr(method, "records") else as_source(inputs.open_source(method))
+    records: Iterable[Record | Skipped] | None = reader.records()
+    return records
 
 
 def join_channels(records: Channels, files: Channels) -> Channels:
@@ -228,7 +221,7 @@ def file_channels(records: Iterable[Record | Skipped]) -> Channels:
             if image is None:
                 continue
             in_tars |= tar_header is not None
-            shard = record.shard if isinstance(record, StoredRecord) else 0
+            shard = record.shard
             ids += record.ids
             images += [replace(image, shard=shard, place=counts[shard])] * len(record.ids)
             counts[shard] += 1

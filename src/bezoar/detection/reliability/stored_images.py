@@ -21,7 +21,6 @@ from bezoar.data.decoding import Record
 from bezoar.data.files.images import DECODING_ERRORS, FORMATS
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.tars import BLOCK
-from bezoar.data.shards import StoredRecord
 
 HEAD_BYTES = 1 << 20  # bytes of a file that are looked at
 MAX_SEGMENTS = 256  # parts of a header that are looked at
@@ -61,7 +60,7 @@ def with_tar_headers(
         for record in records:
             if isinstance(record, Skipped):
                 continue
-            if not isinstance(record, StoredRecord) or not isinstance(record.image, bytes):
+            if not record.length or not isinstance(record.image, bytes):
                 yield record, None
                 continue
             if record.file != file:

@@ -10,7 +10,6 @@ import torch
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from bezoar.data.embeddings import EmbeddingSource
 from bezoar.detection import merging
 from bezoar.detection.corpus.corpus import Corpus, ScanScores, load_scores, reopen_corpus
 from bezoar.detection.reliability import read_windows
@@ -53,7 +52,7 @@ class ScanView(RunView):
     @property
     def has_images(self) -> bool:
         """Whether there are images to show."""
-        return not isinstance(self.corpus.source, EmbeddingSource)
+        return self.corpus.source.has_images
 
     @functools.cached_property
     def order(self) -> NDArray[np.int64]:

@@ -1,0 +1,255 @@
+"""Tables that others wrote: CSV, TSV, JSON Lines and Parquet, read row by row from any block on.
+
+What a table says is hostile: no image that it names is read from outside a stated root, and a row
+that cannot be read is named.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+
+from bezoar.data.files.parquet import open_parquet, read_batches
+from bezoar.data.files.paths import TEXT_BYTES
+from bezoar.errors import UserError
+
+# Names of columns, open_clip's first.
+IMAGE_COLUMNS = ("filepath", "image", "image_path", "filename", "file_name", "path")
+CAPTION_COLUMNS = ("title", "caption", "text")
+ID_COLUMNS = ("id", "key", "image_id", "uid")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+BLOCK_ROWS = 4096  # of a unit of work
+FIRST_ROWS = 100  # that are looked at before any other
+Row = dict[str, Any]
+
+
+class RowBlock(NamedTuple):
+    """Consecutive rows: how many come before them, the byte where they begin, and their number."""
+
+    before: int
+    offset: int
+    rows: int | None
+
+
+ALL_ROWS = RowBlock(0, 0, None)
+
+
+def read_rows(
+    table: Path, block: RowBlock = ALL_ROWS, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, Row | str]]:
+    """Read a table, or a block of its rows.
+
+    Args:
+        table: a file whose ending is one of SUFFIXES.
+        block: one of `cut_blocks`.
+        columns: what is read of a Parquet file; None reads whatever holds text.
+
+    Yields:
+        The number of a row, from 1 after the header, and the row or why it cannot be read.
+
+    Raises:
+        UserError: if the table cannot be read, or not any further.
+    """
+    _check_suffix(table)
+    with _as_user_error(table):
+        if table.suffix == ".parquet":
+            rows = _read_parquet(table, block, columns)
+        elif table.suffix == ".jsonl":
+            rows = _read_json(table, block)
+        else:
+            rows = _read_csv(table, block)
+        yield from enumerate(rows, start=block.before + 1)
+
+
+def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
+    """Cut a table into blocks of `size` rows, BLOCK_ROWS if not given.
+
+    This costs a pass over the table, but none over a Parquet file. Raises UserError if the table
+    cannot be read.
+    """
+    _check_suffix(table)
+    size = size or BLOCK_ROWS
+    if table.suffix == ".parquet":
+        with open_parquet(table) as file:
+            rows = file.metadata.num_rows
+        return [RowBlock(start, 0, min(size, rows - start)) for start in range(0, rows, size)]
+    blocks: list[RowBlock] = []
+    with _as_user_error(table), table.open("rb") as file:
+        starts = _json_starts(file) if table.suffix == ".jsonl" else _csv_starts(file, table)
+        while offsets := list(itertools.islice(starts, size)):
+            blocks.append(RowBlock(len(blocks) * size, offsets[0], len(offsets)))
+    return blocks
+
+
+def column_names(table: Path) -> list[str]:
+    """Return the names of a table's columns; of JSON Lines those of the first object."""
+    if table.suffix == ".parquet":
+        with open_parquet(table) as file:
+            return list(file.schema_arrow.names)
+    first = next((row for _, row in read_rows(table) if isinstance(row, dict)), {})
+    return [name for name in first if isinstance(name, str)]
+
+
+def find_column(
+    path: str, names: Iterable[str], wanted: str | None, candidates: Sequence[str]
+) -> str:
+    """Find the column `wanted`, or the first of the candidates.
+
+    Raises UserError that lists the table's columns.
+    """
+    names = list(names)
+    for name in (wanted,) if wanted else candidates:
+        if name in names:
+            return name
+    raise UserError(
+        f"{path} has no column {wanted or ' or '.join(candidates)}; "
+        f"it has: {', '.join(map(str, names))}"
+    )
+
+
+def resolve_inside(table: Path, root: Path | None, text: str) -> Path | None:
+    """Return where a path that a table names leads, or None if that is outside the root.
+
+    A relative path begins at the table's folder, which is also the root if that is None. Links are
+    not followed: they are the user's own.
+    """
+    path = Path(os.path.abspath(table.parent / text))
+    return path if path.is_relative_to(os.path.abspath(root or table.parent)) else None
+
+
+def refuse_outside(table: Path, root: Path | None, image_column: str) -> None:
+    """Raise UserError if the local images that the first rows name all lie outside the root."""
+    if table.suffix == ".parquet":
+        with open_parquet(table) as file:
+            if not _is_text(file.schema_arrow.field(image_column).type):
+                return
+    local: list[tuple[int, str]] = []
+    with suppress(UserError):  # a table that breaks off is named when it is its turn
+        for number, row in read_rows(table, RowBlock(0, 0, FIRST_ROWS), [image_column]):
+            text = row.get(image_column) if isinstance(row, dict) else None
+            if isinstance(text, str) and text.strip() and "://" not in text:
+                local.append((number, text))
+    if local and not any(resolve_inside(table, root, text) for _, text in local):
+        number, text = local[0]
+        raise UserError(
+            f"{table} row {number}: image {text[:200]!r} lies outside "
+            f"{os.path.abspath(root or table.parent)}, where this table's images must lie; "
+            "if the table is trusted, root=FOLDER allows another folder"
+        )
+
+
+def _check_suffix(table: Path) -> None:
+    if table.suffix not in SUFFIXES:
+        raise UserError(f"a table of captions must be {', '.join(SUFFIXES)}; got {str(table)!r}")
+
+
+@contextmanager
+def _as_user_error(table: Path) -> Iterator[None]:
+    """Turn what the parsers raise into a UserError that names the table."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{table} cannot be read as {table.suffix[1:]}: {reason}") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    is_text: bool = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return is_text
+
+
+def _decode_lines(file: BinaryIO) -> Iterator[str]:
+    """Decode line by line, so that `file.tell()` is where the next line begins.
+
+    Bytes that are not UTF-8 become lone surrogates, which `metadata.is_unicode` refuses later.
+    """
+    while line := file.readline(TEXT_BYTES):
+        text = line.decode("utf-8", "surrogateescape")
+        yield text.removeprefix("\ufeff") if file.tell() == len(line) else text
+
+
+def _open_csv(file: BinaryIO, table: Path) -> csv.DictReader[str]:
+    """Open a reader and read the header, by which the delimiter is known: a comma or a tab."""
+    tabs = table.suffix == ".tsv" or b"\t" in file.readline(TEXT_BYTES)
+    file.seek(0)
+    reader = csv.DictReader(_decode_lines(file), delimiter="\t" if tabs else ",", strict=True)
+    _ = reader.fieldnames
+    return reader
+
+
+def _read_csv(table: Path, block: RowBlock) -> Iterator[Row | str]:
+    with table.open("rb") as file:
+        reader = _open_csv(file, table)
+        try:
+            file.seek(max(block.offset, file.tell()))
+            yield from itertools.islice(reader, block.rows)
+        except csv.Error as error:  # a stray quote would swallow the lines after it
+            raise ValueError(f"row after line {reader.line_num}: {error}") from error
+
+
+def _csv_starts(file: BinaryIO, table: Path) -> Iterator[int]:
+    """The byte at which each row begins."""
+    reader = _open_csv(file, table)
+    try:
+        start = file.tell()
+        for _ in reader:
+            yield start
+            start = file.tell()
+    except csv.Error as error:
+        raise ValueError(f"row after line {reader.line_num}: {error}") from error
+
+
+def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:
+    """Read one object a line; empty lines do not count."""
+    with table.open("rb") as file:
+        file.seek(block.offset)
+        lines = (line for line in iter(lambda: file.readline(TEXT_BYTES), b"") if line.strip())
+        for line in itertools.islice(lines, block.rows):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                yield "not JSON in UTF-8"
+                continue
+            yield row if isinstance(row, dict) else "not a JSON object"
+
+
+def _json_starts(file: BinaryIO) -> Iterator[int]:
+    """The byte at which each line begins that is not empty."""
+    start = 0
+    while line := file.readline(TEXT_BYTES):
+        if line.strip():
+            yield start
+        start = file.tell()
+
+
+def _read_parquet(
+    table: Path, block: RowBlock, columns: Sequence[str] | None
+) -> Iterator[Row | str]:
+    if columns is None:
+        with open_parquet(table) as file:
+            columns = [f.name for f in file.schema_arrow if _is_text(f.type)]
+    stop = None if block.rows is None else block.before + block.rows
+    for batch in read_batches(table, columns, block.before, stop):
+        try:
+            yield from batch.to_pylist()
+        except (ValueError, OverflowError):
+            yield from (_to_python(batch.slice(i, 1)) for i in range(len(batch)))
+
+
+def _to_python(row: pa.RecordBatch) -> Row | str:
+    """Convert a batch of one row, or say why that cannot be done."""
+    try:
+        values: Row = row.to_pylist()[0]
+        return values
+    except UnicodeDecodeError:
+        return "caption is not UTF-8"
+    except (ValueError, OverflowError) as error:  # a date beyond those that Python has
+        return f"a value out of range: {error}"

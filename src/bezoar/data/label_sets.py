@@ -1,0 +1,89 @@
+"""What methods for labelled image sets share: fields, captions of class names, downloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bezoar.data.files.images import SMALLEST, centred_square
+from bezoar.data.files.skipped import ReadReport
+from bezoar.data.pairs import Pairs
+from bezoar.errors import UserError
+
+TEMPLATE = "a photo of a {c}"
+MAX_SIZE = 4096  # pixels a side
+RESIZED = 1024  # images at a time
+T = TypeVar("T")
+
+
+def check_fields(size: int | None, limit: int | None, template: str = TEMPLATE) -> None:
+    """Check the fields that data methods share. Raises ValueError."""
+    if size is not None and not SMALLEST <= size <= MAX_SIZE:
+        raise ValueError(f"size must lie in {SMALLEST}..{MAX_SIZE}; got {size}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1; got {limit}")
+    if "{c}" not in template:
+        raise ValueError(f"template must hold {{c}}, the place of the class name; got {template!r}")
+
+
+def class_captions(classes: Sequence[str], template: str) -> tuple[str, ...]:
+    """Make a caption a class: `{c}` in the template becomes the name, underscores become spaces."""
+    return tuple(template.replace("{c}", name.replace("_", " ")) for name in classes)
+
+
+def pairs_from_arrays(
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    ids: Sequence[str],
+    classes: Sequence[str],
+    template: str,
+    size: int | None,
+) -> Pairs:
+    """Make Pairs of decoded images.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        labels: (N,) in -1..C-1, or None. There are captions only if every label is known.
+        ids: N ids.
+        classes: names of the C classes, or none.
+        template: of the captions, see `class_captions`.
+        size: pixels a side; None keeps the images as they are.
+    """
+    label_tensor = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    pixels = resize(torch.from_numpy(np.ascontiguousarray(images)), size)
+    captions: tuple[str, ...] = ()
+    if classes and label_tensor is not None and bool((label_tensor >= 0).all()):
+        texts = class_captions(classes, template)
+        captions = tuple(texts[label] for label in label_tensor.tolist())
+    return Pairs(pixels, captions, label_tensor, tuple(ids), tuple(classes), ReadReport(len(ids)))
+
+
+def resize(images: Tensor, size: int | None) -> Tensor:
+    """Resize uint8 (N, 3, H, W) as `decode_image` does: centred square, bicubic, antialiased."""
+    height, width = images.shape[-2:]
+    if size is None or (height, width) == (size, size):
+        return images
+    left, upper, right, lower = centred_square(width, height)
+    squares = images[..., upper:lower, left:right]
+    parts = [
+        torch.nn.functional.interpolate(part, (size, size), mode="bicubic", antialias=True)
+        for part in torch.split(squares, RESIZED)
+    ]
+    return torch.cat(parts)
+
+
+def open_torchvision(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
+    """Open a data set of torchvision's.
+
+    Raises UserError that says how to get it when it is missing or damaged.
+    """
+    try:
+        return make()
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        remedy = "the download failed" if download else "download=true fetches it"
+        raise UserError(f"{name} could not be read under {root!r} ({reason}); {remedy}") from error
