@@ -124,12 +124,12 @@ def draw_boxes(
     centred_ratio = min(max(width / height, ratio[0]), ratio[1])
     centred_h = min(height, round(width / centred_ratio))
     centred_w = min(width, round(height * centred_ratio))
-    found = fits.any(1)
-    h = torch.where(found, h.gather(1, first)[:, 0], centred_h)
-    w = torch.where(found, w.gather(1, first)[:, 0], centred_w)
+    any_fits = fits.any(1)
+    h = torch.where(any_fits, h.gather(1, first)[:, 0], centred_h)
+    w = torch.where(any_fits, w.gather(1, first)[:, 0], centred_w)
     place = chance.uniform(rows, 2).double()
-    top = torch.where(found, (place[:, 0] * (height - h + 1)).floor(), (height - centred_h) // 2)
-    left = torch.where(found, (place[:, 1] * (width - w + 1)).floor(), (width - centred_w) // 2)
+    top = torch.where(any_fits, (place[:, 0] * (height - h + 1)).floor(), (height - centred_h) // 2)
+    left = torch.where(any_fits, (place[:, 1] * (width - w + 1)).floor(), (width - centred_w) // 2)
     return torch.stack((top, left, h, w), 1).long()
 
 
