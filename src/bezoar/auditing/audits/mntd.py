@@ -110,6 +110,15 @@ class Mntd:
         return Verdict(value, evidence, notes=notes)
 
 
+def check_shadows(shadows: Sequence[Encoder], attacked: Tensor) -> None:
+    """Raise UserError unless there is a label for each shadow, and enough of both kinds."""
+    of_each_kind = int(attacked.sum()), int((~attacked).sum())
+    if len(attacked) != len(shadows) or min(of_each_kind) < MIN_PER_KIND:
+        raise UserError(
+            f"MNTD takes at least {MIN_PER_KIND} clean and {MIN_PER_KIND} attacked shadow encoders, and a label for each"
+        )
+
+
 def fit(
     shadows: Sequence[Encoder],
     labels: Sequence[bool],
@@ -144,11 +153,7 @@ def fit(
         UserError: for too few shadow encoders, clean images or queries, or a penalty of 0.
     """
     attacked = torch.tensor(list(labels), dtype=torch.bool)
-    of_each_kind = int(attacked.sum()), int((~attacked).sum())
-    if len(attacked) != len(shadows) or min(of_each_kind) < MIN_PER_KIND:
-        raise UserError(
-            f"MNTD takes at least {MIN_PER_KIND} clean and {MIN_PER_KIND} attacked shadow encoders, and a label for each"
-        )
+    check_shadows(shadows, attacked)
     if len(clean) < queries or queries < 3 or steps < 0:
         raise UserError(
             f"MNTD takes 3 queries or more and as many clean images; got {queries} queries and {len(clean)} images"
