@@ -13,6 +13,7 @@ import torch
 
 from bezoar import machine
 from bezoar.data.files.images import decode_image
+from bezoar.data.files.paths import printable
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
@@ -232,5 +233,7 @@ def gather_pairs(
 
 def describe_failure(what: str, report: ReadReport) -> str:
     """The line to print when a source yields no record: what it was and what stood in the way."""
-    first = "; first: " + " ".join(filter(None, report.skipped[0])) if report.skipped else ""
+    first = ""
+    if report.skipped:
+        first = "; first: " + printable(" ".join(filter(None, report.skipped[0])))
     return f"{what}: no image-caption record could be read; {report}{first}"

@@ -313,7 +313,8 @@ class RecordStream(Source):
         """Read every record in one pass, into memory or into an index.
 
         Args:
-            max_bytes: images stay in memory as long as their pixels take no more; see `memory_bytes`.
+            max_bytes: images stay in memory as long as their pixels take no more; see
+                `memory_bytes`.
 
         Raises:
             UserError: if there are no records.

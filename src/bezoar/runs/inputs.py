@@ -14,6 +14,7 @@ import torch
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan
+from bezoar.data.files.paths import printable
 from bezoar.data.files.writing import write_whole
 from bezoar.data.pairs import Pairs
 from bezoar.data.source import as_source
@@ -150,7 +151,7 @@ def load_records(method: Any) -> Pairs | StoredPairs:
     records = as_source(open_source(method)).load_records()
     if records.report is not None and records.report.skipped:
         first = "; ".join(f"{s.file} {s.member}: {s.reason}" for s in records.report.skipped[:3])
-        print(f"{records.report}; the first: {first}", file=sys.stderr)
+        print(f"{records.report}; the first: {printable(first)}", file=sys.stderr)
     if not len(records):
         raise UserError(f"{registry.spec(method)} holds no records")
     return records

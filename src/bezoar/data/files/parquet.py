@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bezoar.data.files.parquet_pages import count_safe_rows
+from bezoar.data.files.paths import printable
 from bezoar.errors import UserError
 
 GROUP_BYTES = 4 << 30  # the most that the columns of a row group may unpack to
@@ -75,4 +76,5 @@ def _find_groups(file: pq.ParquetFile, start: int, stop: int | None) -> tuple[li
 
 
 def _broken(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}")
+    reason = printable(str(error).splitlines()[0][:200])
+    return UserError(f"{path} cannot be read as parquet: {reason}")

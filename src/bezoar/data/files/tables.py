@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 
 from bezoar.data.files.parquet import open_parquet, read_batches
-from bezoar.data.files.paths import TEXT_BYTES
+from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, printable
 from bezoar.errors import UserError
 
 # Names of columns, open_clip's first.
@@ -111,7 +111,7 @@ def find_column(
             return name
     raise UserError(
         f"{path} has no column {wanted or ' or '.join(candidates)}; "
-        f"it has: {', '.join(map(str, names))}"
+        f"it has: {printable(', '.join(map(str, names)))}"
     )
 
 
@@ -157,7 +157,7 @@ def _as_user_error(table: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(" ".join(str(error).split())[:200])
         raise UserError(f"{table} cannot be read as {table.suffix[1:]}: {reason}") from error
 
 
@@ -211,7 +211,7 @@ def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:
     """Read one object a line; empty lines do not count."""
     with table.open("rb") as file:
         file.seek(block.offset)
-        lines = (line for line in iter(lambda: file.readline(TEXT_BYTES), b"") if line.strip())
+        lines = (line for line in _json_lines(file) if line.strip())
         for line in itertools.islice(lines, block.rows):
             try:
                 row = json.loads(line)
@@ -224,10 +224,20 @@ def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:
 def _json_starts(file: BinaryIO) -> Iterator[int]:
     """The byte at which each line begins that is not empty."""
     start = 0
-    while line := file.readline(TEXT_BYTES):
+    for line in _json_lines(file):
         if line.strip():
             yield start
         start = file.tell()
+
+
+def _json_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Read lines; one of more than TEXT_BYTES comes in pieces, one of more than FILE_BYTES is refused."""
+    pieces = 0
+    while line := file.readline(TEXT_BYTES):
+        pieces = 0 if line.endswith(b"\n") else pieces + 1
+        if pieces * TEXT_BYTES > FILE_BYTES:
+            raise ValueError(f"a line of more than {FILE_BYTES >> 20} MiB")
+        yield line
 
 
 def _read_parquet(

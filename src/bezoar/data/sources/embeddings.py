@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def numbered_files(folder: Path, ending: str) -> dict[int, Path]:
     """
     files: dict[int, Path] = {}
     for path in sorted(folder.glob(f"*{ending}")):
+        if not os.path.isfile(path):  # a pipe would be waited for, a device never ends
+            raise UserError(f"{path} is not a regular file")
         number = re.search(r"\d{1,18}$", path.stem)
         if number is None:
             raise UserError(

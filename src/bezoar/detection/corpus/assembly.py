@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bezoar.data.blocks import blocks
+from bezoar.data.files.paths import printable
 from bezoar.data.files.writing import write_whole
 from bezoar.data.source import TEXT_COLUMNS, Unit
 from bezoar.data.stored_pairs import PLACE
@@ -51,7 +52,8 @@ class UnreadLog:
         file, *rest = self.first[0] if self.first else ("there is none",)
         words = rest if any(text.startswith(file) for text in rest) else [file, *rest]
         count = self.reasons.total()
-        return " ".join(filter(None, words)) + (f"; and {count - 1} more" if count > 1 else "")
+        more = f"; and {count - 1} more" if count > 1 else ""
+        return printable(" ".join(filter(None, words))) + more
 
 
 def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
