@@ -231,7 +231,7 @@ def _json_starts(file: BinaryIO) -> Iterator[int]:
 
 
 def _json_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Read lines; one of more than TEXT_BYTES comes in pieces, one of more than FILE_BYTES is refused."""
+    """Read lines: longer ones than TEXT_BYTES come in pieces, and FILE_BYTES is the limit."""
     pieces = 0
     while line := file.readline(TEXT_BYTES):
         pieces = 0 if line.endswith(b"\n") else pieces + 1
