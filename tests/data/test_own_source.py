@@ -24,7 +24,8 @@ from typing import Annotated
 
 from bezoar.data.decoding import Record
 from bezoar.data.files.skipped import Skipped
-from bezoar.data.source import RecordStream, number_units
+from bezoar.data.source import number_units
+from bezoar.data.streams import RecordStream
 from bezoar.registry import method
 
 

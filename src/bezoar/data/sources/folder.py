@@ -30,7 +30,8 @@ from bezoar.data.files.paths import (
 )
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.label_sets import TEMPLATE, check_fields, class_captions
-from bezoar.data.source import RecordIndex, RecordStream, Unit, number_units
+from bezoar.data.source import RecordIndex, Unit, number_units
+from bezoar.data.streams import RecordStream
 from bezoar.errors import UserError
 from bezoar.registry import method
 

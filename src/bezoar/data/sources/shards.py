@@ -18,8 +18,9 @@ from bezoar.data.files.skipped import ReadReport, Skipped
 from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
 from bezoar.data.label_sets import check_fields
 from bezoar.data.shards import CleanCopy, add_member, open_shard
-from bezoar.data.source import RecordIndex, RecordStream, Unit, number_units
+from bezoar.data.source import RecordIndex, Unit, number_units
 from bezoar.data.stored_pairs import ShardFiles, file_stamp
+from bezoar.data.streams import RecordStream
 from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.registry import method

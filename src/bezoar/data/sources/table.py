@@ -31,7 +31,8 @@ from bezoar.data.files.tables import (
     resolve_inside,
 )
 from bezoar.data.label_sets import check_fields
-from bezoar.data.source import FileImages, RecordIndex, RecordStream, Unit, number_units
+from bezoar.data.source import RecordIndex, Unit, number_units
+from bezoar.data.streams import FileImages, RecordStream
 from bezoar.errors import UserError
 from bezoar.registry import method
 
