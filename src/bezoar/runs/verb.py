@@ -22,7 +22,6 @@ from bezoar.runs.run import Run
 
 if TYPE_CHECKING:
     from bezoar.evaluation.scores import Measure
-    from bezoar.runs.execute import Job
 
 VERBS = registry.PACKAGE / "verbs"
 HASHED_WHOLE = 64 << 20  # bytes; of larger files, pieces stand for the whole
@@ -45,8 +44,11 @@ class Verb(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def work(self, job: Job) -> dict[str, Measure]:
-        """Answer what is asked: write files into `job.folder`, and return the metrics by name."""
+    def work(self, job: Any) -> dict[str, Measure]:
+        """Answer what is asked: write files into `job.folder`, and return the metrics by name.
+
+        job: a `runs.execute.Job`; that module imports this one.
+        """
         ...
 
 
