@@ -35,7 +35,7 @@ def run(main: Callable[[], int]) -> int:
         status = main()
     except SystemExit as end:  # --help, or options that do not exist
         status = end.code
-    if not status:
+    if status in (None, DONE, FAILED_ON, INCOMPLETE):  # done: the others wait for no more orders
         ranks.broadcast(None)
     return int(status or 0)
 
