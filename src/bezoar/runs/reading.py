@@ -60,7 +60,7 @@ def incomplete_notes(
             skipped = [list(item) for item in total.skipped]
             additions["reading"] = {"read": total.read, "skipped": skipped}
     for child in children:
-        lines += child.manifest["notes"].get("incomplete") or []
+        lines += (child.manifest.get("notes") or {}).get("incomplete") or []
     lines = list(dict.fromkeys(lines))
     return additions | {"incomplete": lines} if lines else {}
 
