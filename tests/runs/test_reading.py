@@ -16,14 +16,15 @@ from bezoar.runs import reading
 from bezoar.runs.inputs import load_records
 
 CLASSES = ("star", "disc")
+RECORDS = 140  # of which repairs hold 50 apart
 
 
 def write_tar(path: Path, bad: int) -> Path:
-    """24 records of two classes; the images of the first `bad` are torn."""
+    """RECORDS of two classes; the images of the first `bad` are torn."""
     with tarfile.open(path, "w") as tar:
-        for row in range(24):
+        for row in range(RECORDS):
             pixels = np.full((32, 32, 3), 200 if row % 2 else 30, np.uint8)
-            pixels[row, row] = 255
+            pixels[row % 32, row // 32] = 255
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
             content = buffer.getvalue()
@@ -68,21 +69,27 @@ def test_every_verb_that_leaves_records_out_says_so(
     assert status == 0 and "incomplete" not in manifest(encoder)["notes"]
     assert ask("evaluate", str(encoder), good, "--probe", "zero_shot")[0] == 0
     attack = ["--poison", "backdoor:count=2", "--trigger", "patch:size=4", "--target", "star"]
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "star.png")
+    reference = ["--reference", str(tmp_path / "star.png"), "--attack", "badencoder:epochs=1"]
     repair = "finetune:objective=(clip:epochs=1,batch=8)"
     cases = (
         ["poison", bad, *attack],
         ["train", bad, *objective],
         ["evaluate", str(encoder), bad, "--probe", "zero_shot"],
-        ["repair", str(encoder), "--data", bad, "--test", good, "--repair", repair],
+        ["repair", str(encoder), "--data", bad, "--test", good, "--held", ".4", "--repair", repair],
+        ["check", str(encoder), bad, "--clean", good, "--check", "scale_up", "--rate", ".1"],
+        ["inject", str(encoder), "--data", bad, "--target", "star", *reference],
+        ["calibrate", str(encoder), "--data", bad, "--audit", "whitening"],
         ["survive", bad, "--trigger", "patch:size=4", "--encoder", str(encoder)],
     )
     for words in cases:
         status, run, last = ask(*words)
         assert status == 4, words
-        assert "5 records or files were left out, beside 19 that were read" in last
+        assert f"5 records or files were left out, beside {RECORDS - 5} that were read" in last
         (line,) = manifest(run)["notes"]["incomplete"]  # type: ignore[misc]
         assert last == f"{words[0]}: {line}"
-        assert len(manifest(run)["notes"]["reading"]["skipped"]) == 5  # type: ignore[index]
+        if words[0] != "calibrate":  # the audits that it runs have read the records
+            assert len(manifest(run)["notes"]["reading"]["skipped"]) == 5  # type: ignore[index]
         assert ask(*words)[0] == 4  # of a run that was done before, too
     status, _, last = ask("scan", bad, "--encoder", str(encoder), "--detector", "duplicates")
     assert status == 4 and last.startswith("scan: 5 records or files could not be read")
