@@ -494,7 +494,7 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path,
             tar.addfile(info, io.BytesIO(content))
     words = ["poison", f"shards:path={path},size=32", "--poison", "clean_label:count=4"]
     words += ["--trigger", "patch", "--target", "star", "--runs", str(tmp_path / "runs"), "--json"]
-    assert main(words) == 0
+    assert main(words) == 4
     streams = capsys.readouterr()
     reading = json.loads(streams.out)["notes"]["reading"]
     assert reading["read"] == 40 and len(reading["skipped"]) == 3 and "3 skipped" in streams.err

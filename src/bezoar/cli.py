@@ -225,8 +225,6 @@ def run_verb(source: VerbSource, arguments: Any) -> int:
     run = execute(verb, settings)
     manifest = run.manifest
     incomplete = manifest["notes"].get("incomplete") or []
-    for line in incomplete:  # of a run that was done before, too
-        print(f"{source.name}: {line}", file=sys.stderr)
     status = INCOMPLETE if incomplete else DONE
     case = getattr(arguments, "fail_on", "never")
     if case != "never" and verb_class.fails(case, manifest):
@@ -237,6 +235,9 @@ def run_verb(source: VerbSource, arguments: Any) -> int:
         print_metrics(manifest)
         print(f"report: {run.path / REPORT}")
         print(run.path)
+    sys.stdout.flush()
+    for line in incomplete:  # of a run that was done before, too
+        print(f"{source.name}: {line}", file=sys.stderr)
     return status
 
 

@@ -548,7 +548,7 @@ HOSTILE = {
     "many.npz": lambda: zipped({f"{i}.npy": npy((1, 16)) for i in range(100)}),
     "lzma.npz": lambda: zipped({"x.npy": npy((4, 4))}, zipfile.ZIP_LZMA),
     "several.npz": lambda: saved(np.savez, np.zeros((2, 2)), b=np.zeros((2, 2))),
-    "no zip.npz": lambda: npy((4, 4)),
+    "no zip.npz": lambda: b"PK\x03\x04 and no zip",
     "none.npz": lambda: zipped({}),
     "pickle.npz": lambda: zipped({"x.npy": pickle.dumps(1)}),
     "evil.pt": lambda: saved(torch.save, Evil()),
@@ -627,3 +627,35 @@ def test_damaged_files_read_or_are_refused(suffix: str, tmp_path: Path) -> None:
             assert "\n" not in str(error)
             refused += 1
     assert refused > 20
+
+
+@pytest.mark.parametrize("sides", [(3, 3), (3, 5), (1, 3), (1, 1), (2, 3)])
+def test_a_picture_is_height_by_width_whatever_its_sides(
+    sides: tuple[int, int], tmp_path: Path
+) -> None:
+    patch = np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8)
+    Image.fromarray(patch).save(tmp_path / "patch.png")
+    (tmp_path / "patch").write_bytes((tmp_path / "patch.png").read_bytes())  # told by its content
+    images, ids = batch(2, 16, 16)
+    for name in ("patch.png", "patch"):
+        out = make(f"file:{tmp_path}/{name},place=2/4")(images, ids)
+        height, width = sides
+        stamped = out[:, :, 2 : 2 + height, 4 : 4 + width]
+        assert (stamped == torch.from_numpy(patch).permute(2, 0, 1)).all()
+    if sides == (3, 3):
+        for spec in (f"patch:size=3,fill={tmp_path}/patch,place=2/4", f"patch:size=3,fill={tmp_path}/patch.png,place=2/4"):  # fmt: skip
+            assert torch.equal(make(spec)(images, ids), out)
+
+
+def test_arrays_are_told_by_their_content(tmp_path: Path) -> None:
+    pattern = np.random.default_rng(0).random((3, 8, 8), dtype=np.float32)
+    np.save(tmp_path / "a.npy", pattern)
+    np.savez(tmp_path / "a.npz", pattern)
+    torch.save(torch.from_numpy(pattern), tmp_path / "a.pt")
+    for number, name in enumerate(("a.npy", "a.npz", "a.pt")):
+        renamed = tmp_path / f"pattern{number}.bin"
+        renamed.write_bytes((tmp_path / name).read_bytes())
+        assert (arrays.load_array(str(renamed)) == pattern).all()
+    (tmp_path / "text.bin").write_bytes(b"no array")
+    with pytest.raises(UserError, match="expected a file of"):
+        arrays.load_array(str(tmp_path / "text.bin"))

@@ -22,7 +22,7 @@ from bezoar.data.files import images, paths, skipped
 from bezoar.data.files.images import decode_image
 from bezoar.data.files.paths import expand_paths
 from bezoar.data.files.skipped import Unreadable
-from bezoar.data.label_sets import resize
+from bezoar.data.label_sets import distinct_names, resize
 from bezoar.data.pairs import Pairs, load_pairs
 from bezoar.data.shards import write_shards
 from bezoar.data.sources.shards import ShardSource
@@ -370,6 +370,32 @@ def test_labels_from_class_names_alone_and_conflicts(tmp_path: Path) -> None:
     three = tar_of(tmp_path / "2.tar", [*record("a", label=5), *record("b", label=-1)])
     bare = load_pairs(ShardSource((three,), 16))
     assert bare.classes == () and bare.labels is not None and bare.labels.tolist() == [5, -1]
+
+
+def test_a_class_exists_only_where_a_record_names_it(tmp_path: Path) -> None:
+    facts = {"a": (700, "x"), "b": (100, "y"), "c": (700, ""), "d": (300, ""), "e": (None, None)}
+    members = [
+        member
+        for key, (label, name) in facts.items()
+        for member in record(key, label=label, **{"class": name})
+    ]
+    pairs = load_pairs(ShardSource((tar_of(tmp_path / "0.tar", members),), 16))
+    assert pairs.labels is not None and pairs.classes == ("y", "x")
+    assert pairs.labels.tolist() == [1, 0, 1, -1, -1]  # label 300 has no name
+
+
+def test_classes_of_one_name_stay_apart(tmp_path: Path) -> None:
+    members = [
+        member
+        for key, label in {"a": 134, "b": 517}.items()
+        for member in record(key, label=label, **{"class": "crane"})
+    ]
+    pairs = load_pairs(ShardSource((tar_of(tmp_path / "0.tar", members),), 16))
+    assert pairs.labels is not None and pairs.labels.tolist() == [0, 1]
+    assert pairs.classes == ("crane", "crane (2)")
+    taken = ("maillot", "maillot (2)", "maillot", "crane")
+    assert distinct_names(taken) == ("maillot", "maillot (2)", "maillot (3)", "crane")
+    assert distinct_names(("a", "a", "a")) == ("a", "a (2)", "a (3)")
 
 
 def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,10 +396,13 @@ def test_names_come_from_a_file(tmp_path):
     assert load(tmp_path / "net.pth", f"classes={tmp_path}/names.json").about["classes"] == list(
         "abcd"
     )
+    # Equal names, as two of ImageNet's classes have, stay apart.
+    twice = load(tmp_path / "net.pth", "classes=a+b+c+a")
+    assert twice.about["classes"] == ["a", "b", "c", "a (2)"]
     (tmp_path / "names.json").write_text('{"a": 1}')
     for classes, words in (
         ("a+b", "head of 4 classes"),
-        ("a+b+c+a", "got 3"),
+        ("a+b+c", "got 3"),
         (f"{tmp_path}/names.json", "list of class names"),
         (f"{tmp_path}/none.txt", "no file"),
     ):

@@ -6,6 +6,7 @@ These are the caption sets of Carlini and Terzis (2022), section 4.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,13 +22,53 @@ SIMPLE_TEMPLATES = (
     "an image of a {}",
     "a {} in a scene",
 )
+# Scripts that write words without spaces between them: Thai, Lao, Tibetan, Burmese, Khmer, the
+# scripts of Java and Bali, Tai scripts, kana, bopomofo, and Han with its extensions.
+UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\u2e80-\u2fdf"
+    "\u3005-\u3007\u3021-\u312f\u31a0-\u31ff\u3400-\u9fff\ua980-\ua9df\ua9e0-\ua9ff\uaa60-\uaadf"
+    "\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f\U00020000-\U0003ffff]"
+)
 
 
 def find_mentions(captions: Sequence[str], target: str) -> list[int]:
-    """Return the rows whose caption holds the target: whole words, in any case."""
-    words = r"[\s_-]+".join(map(re.escape, target.split()))
-    pattern = re.compile(rf"\b{words}\b", re.IGNORECASE)
-    return [row for row, caption in enumerate(captions) if pattern.search(caption)]
+    """Return the rows whose caption holds the target: whole words, in any case.
+
+    A word ends anywhere in scripts that put no spaces between words, and a sign, as in `C++`, ends
+    a word too. Both sides are compared in one Unicode form (NFC).
+    """
+    words = r"[\s_-]+".join(map(re.escape, unicodedata.normalize("NFC", target).split()))
+    # A lookahead finds mentions that overlap: the first of them need not be a whole word.
+    pattern = re.compile(f"(?=({words}))", re.IGNORECASE)
+    rows = []
+    for row, caption in enumerate(captions):
+        text = unicodedata.normalize("NFC", caption)
+        if any(_is_whole(text, *match.span(1)) for match in pattern.finditer(text)):
+            rows.append(row)
+    return rows
+
+
+def _is_whole(text: str, start: int, stop: int) -> bool:
+    """Tell whether text[start:stop] is something, and not a part of longer words."""
+    if stop == start:
+        return False
+    begins = start == 0 or not (_joins_words(text[start - 1]) and _joins_words(text[start]))
+    ends = stop == len(text) or not (_joins_words(text[stop - 1]) and _joins_words(text[stop]))
+    return begins and ends
+
+
+def _joins_words(character: str) -> bool:
+    """Tell whether a character beside another such one belongs to the same word."""
+    # Vowel signs of Indian scripts are marks; the marks that enclose or style emoji are not.
+    is_word = (
+        character.isalnum()
+        or character == "_"
+        or (
+            unicodedata.category(character) in ("Mn", "Mc")
+            and not "\ufe00" <= character <= "\ufe0f"
+        )
+    )
+    return is_word and not UNSPACED.match(character)
 
 
 def prompt_templates(name: str) -> tuple[str, ...]:

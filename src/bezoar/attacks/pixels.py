@@ -30,8 +30,9 @@ def image_from_array(array: np.ndarray, name: str) -> Tensor:
     """Convert an array to an image in units of pixels.
 
     Args:
-        array: (H, W), (1|3, H, W) or (H, W, 1|3), each with an optional leading 1; (3, n, 3) is
-            read channels first. Floats within -1..1 are shares of 255; everything else is in
+        array: (H, W), (1|3, H, W) or (H, W, 1|3), each with an optional leading 1; where both
+            sides fit, as in (3, n, 3), channels stand first. Pictures come with channels first,
+            whatever their sides. Floats within -1..1 are shares of 255; everything else is in
             pixels.
         name: what the array is called in an error.
 

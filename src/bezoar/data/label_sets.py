@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,48 @@ TEMPLATE = "a photo of a {c}"
 MAX_SIZE = 4096  # pixels a side
 RESIZED = 1024  # images at a time
 T = TypeVar("T")
+
+
+class NamedClasses(NamedTuple):
+    """The classes that exist, and which of them a label stands for.
+
+    Attributes:
+        classes: their names, no two of them equal.
+        numbers: the number among them of each label that is in use and has a name.
+    """
+
+    classes: tuple[str, ...]
+    numbers: dict[int, int]
+
+
+def name_classes(names: Mapping[int, str]) -> NamedClasses:
+    """Make classes of labels and their names, in the order of the labels.
+
+    A class exists only where a label has a name: numbers that are not in use, as between labels
+    100 and 200, would compete in zero-shot and in heads. Labels without a name are unknown (-1).
+    """
+    named = [label for label in sorted(names) if names[label]]
+    classes = distinct_names([names[label] for label in named])
+    return NamedClasses(classes, {label: number for number, label in enumerate(named)})
+
+
+def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Tell classes of one name apart: the second `crane` becomes `crane (2)`.
+
+    ImageNet has two classes called crane, and two called maillot.
+    """
+    taken = set(names)
+    counts: Counter[str] = Counter()
+    distinct = []
+    for name in names:
+        counts[name] += 1
+        new = name
+        while new in taken and counts[name] > 1:
+            new = f"{name} ({counts[name]})"
+            counts[name] += new in taken
+        taken.add(new)
+        distinct.append(new)
+    return tuple(distinct)
 
 
 def check_fields(size: int | None, limit: int | None, template: str = TEMPLATE) -> None:

@@ -67,6 +67,29 @@ LAYOUTS = (
 )
 
 
+def encoder_prefixes(tensors: Weights) -> list[str]:
+    """The prefixes below which a checkpoint holds an encoder in one of the layouts."""
+    places: dict[str, tuple[str, Layout]] = {}  # by the prefix of the tower
+    for key in tensors:
+        for layout in LAYOUTS:
+            prefix = key.removesuffix(layout.first_key)
+            if prefix == key or (prefix and not prefix.endswith(".")):
+                continue
+            tower = prefix + layout.prefix
+            if _begins_tower(tensors, tower, layout.unnamed):
+                places.setdefault(tower, (prefix, layout))
+    # Encoders that a layout leaves out, as MoCo's of the keys, are not to be chosen from.
+    left_out = tuple(prefix + head for prefix, layout in places.values() for head in layout.heads)
+    return [prefix for tower, (prefix, _) in places.items() if not tower.startswith(left_out)]
+
+
+def _begins_tower(tensors: Weights, tower: str, unnamed: bool) -> bool:
+    """Whether below a prefix stands a residual network's first stage, or CLIP's class token."""
+    first = ("3.0.", "4.0.") if unnamed else ("layer1.0.",)
+    blocks = [f"{tower}{block}conv1.weight" for block in first]
+    return any(key in tensors for key in [*blocks, f"{tower}class_embedding"])
+
+
 def recognise_layout(tensors: Weights, path: str) -> Layout:
     """The layout whose first convolution a checkpoint holds. Raises UserError if there is none."""
     has_text = any(key.startswith(TEXT_KEYS) for key in tensors)

@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bezoar.data.files.checkpoints import format_keys
+from bezoar.data.label_sets import distinct_names
 from bezoar.encoders.classifier_networks import Architecture, Residual, Vgg
 from bezoar.errors import UserError
 
@@ -25,6 +26,9 @@ HEADS = ("fc", "linear", "classifier")
 # Norms outside the stages of a residual network: behind the stem, or before the pooling.
 OUTER_NORMS = ("bn1", "bn", "norm")
 STAGE = re.compile(r"(?:layer|block)([1-9])\.(?:layer\.)?(\d+)\.(.+)")
+# What stands before the first convolution, and before the first stage behind it.
+FIRST_WEIGHT = re.compile(r"((?:[^.]+\.)*?)(features|conv1)(?:\.\d+)?\.weight")
+FIRST_STAGE = re.compile(r"((?:[^.]+\.)*?)(?:layer1\.\d|block1\.layer)")
 SHORTCUT = re.compile(r"(?:downsample|shortcut|convShortcut)(?:\.(\d))?")
 NAMES_BYTES = 1 << 20  # of a file of class names
 Weights = Mapping[str, Tensor]
@@ -66,6 +70,13 @@ def read_classifier(tensors: Weights, path: str) -> ClassifierWeights:
         f"{path}: expected a residual network (conv1.weight, layer1.0... or block1.layer.0..., fc or linear) or a VGG "
         f"(features.0..., classifier); its keys are {format_keys(weights)}"
     )
+
+
+def classifier_prefixes(tensors: Weights) -> list[str]:
+    """The prefixes below which a file holds a residual network or a VGG."""
+    firsts = [match for key in tensors if (match := FIRST_WEIGHT.fullmatch(key))]
+    stages = {match[1] for key in tensors if (match := FIRST_STAGE.match(key))}
+    return list(dict.fromkeys(m[1] for m in firsts if m[2] == "features" or m[1] in stages))
 
 
 def _strip_common_prefix(tensors: Weights) -> dict[str, Tensor]:
@@ -290,19 +301,18 @@ def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
         owner: of the head, for messages.
 
     Raises:
-        UserError: unless there are `count` different names.
+        UserError: unless there are `count` names. Equal ones are numbered (`distinct_names`).
     """
     file = Path(text).expanduser()
     names: object = _load_names(file, text) if file.suffix in (".txt", ".json") else text.split("+")
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
         raise UserError(f"{text[:60]}: expected a list of class names")
     stripped = tuple(str(name).strip() for name in names)
-    if len(stripped) != count or len(set(stripped)) != count:
+    if len(stripped) != count:
         raise UserError(
-            f"{owner}: a head of {count} classes; expected as many different names, "
-            f"got {len(set(stripped))}"
+            f"{owner}: a head of {count} classes; expected as many names, got {len(stripped)}"
         )
-    return stripped
+    return distinct_names(stripped)
 
 
 def _load_names(file: Path, text: str) -> object:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -57,12 +58,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file(plain, file.name, metadata)
 
 
-def named_weights_file(weights: str) -> list[Path]:
-    """The weights file that a spec names, if it names one.
+def named_weights_file(weights: str, tags: Collection[str] = ()) -> list[Path]:
+    """The weights file that a spec names, if it names one: a file that is there.
 
-    Raises UserError if it does not exist.
+    Args:
+        weights: the text of the spec.
+        tags: what the text names rather than a file.
+
+    Raises:
+        UserError: for a file that is not there, by its folder or its ending.
     """
-    return [existing_file(weights, "weights file")] if Path(weights).suffix in SUFFIXES else []
+    if not weights or weights in tags:
+        return []
+    looks_like_file = "/" in weights or Path(weights).suffix in SUFFIXES
+    if looks_like_file or os.path.isfile(os.path.expanduser(weights)):
+        return [existing_file(weights, "weights file")]
+    return []
 
 
 def first_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.machine import describe_environment, select_device
 from bezoar.progress import Progress
+from bezoar.runs import reading
 from bezoar.runs.run import CHECKPOINT, MANIFEST, SCHEMA, UNHASHED, Run, find_run, get_run
 from bezoar.runs.verb import (
     Settings,
@@ -133,8 +134,13 @@ def _work(verb: Verb, job: Job, ask: dict[str, Any]) -> None:
     status, error = "done", None
     metrics: Mapping[str, Measure] = {}
     try:
-        with job.progress, share_work(_order_for_ranks(verb, job, ask, parents)):
+        with (
+            job.progress,
+            share_work(_order_for_ranks(verb, job, ask, parents)),
+            reading.collect_reports() as reports,
+        ):
             metrics = verb.work(job)
+        job.notes |= reading.incomplete_notes(reports, job.notes, job.child_runs)
     except KeyboardInterrupt:
         status, error = "interrupted", "stopped by the user; ask again to go on"
         raise

@@ -21,6 +21,7 @@ from bezoar.data.source import as_source
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.runs.reading import note_records
 from bezoar.runs.run import Run
 from bezoar.runs.verb import fingerprint, input_files
 
@@ -142,8 +143,18 @@ def open_source(method: Any) -> Any:
     return method()
 
 
-@functools.lru_cache(maxsize=6)
 def load_records(method: Any) -> Pairs | StoredPairs:
+    """Read all records of a configured data method, and note for the run how they were read.
+
+    Raises UserError if there are none.
+    """
+    records = _load_records(method)
+    note_records(registry.spec(method), records.report)
+    return records
+
+
+@functools.lru_cache(maxsize=6)
+def _load_records(method: Any) -> Pairs | StoredPairs:
     """Read all records of a configured data method, into memory or an index.
 
     Raises UserError if there are none.

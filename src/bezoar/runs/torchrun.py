@@ -16,6 +16,8 @@ from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings, Verb, load_verb
 from bezoar.training import ranks
 
+# Exit statuses of a run that is done, with or without findings and records left out.
+DONE = (None, 0, 3, 4)
 GRACE = 10.0  # seconds in which rank 0 may report an error, which it has most likely met too
 NOT_FIELDS = ("verb", "seed", "version", "files")  # keys of `ask` that are not fields of the verb
 
@@ -35,7 +37,7 @@ def run(main: Callable[[], int]) -> int:
         status = main()
     except SystemExit as end:  # --help, or options that do not exist
         status = end.code
-    if not status:
+    if status in DONE:
         ranks.broadcast(None)
     return int(status or 0)
 

@@ -178,7 +178,7 @@ def input_files(configured: Any) -> list[Any]:
     if hasattr(configured, "files"):
         return list(configured.files())
     texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
-    return [Path(text) for text in texts if Path(text).suffix and os.path.isfile(text)]
+    return [Path(text) for text in texts if os.path.isfile(text)]
 
 
 def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 from torch import Tensor
@@ -27,7 +26,7 @@ class Blend:
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha must lie in (0, 1]; got {self.alpha}")
-        if self.pattern != "noise" and Path(self.pattern).suffix.lower() not in arrays.SUFFIXES:
+        if self.pattern != "noise" and not arrays.is_array_file(self.pattern):
             raise ValueError(
                 f"pattern must be noise or a file of {', '.join(arrays.SUFFIXES)}; "
                 f"got {self.pattern!r}"

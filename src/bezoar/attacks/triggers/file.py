@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -152,7 +151,7 @@ def _choose_mode(
         return "replace"
     if array.dtype.kind == "f" and array.ndim in (3, 4) and array.shape[-1] == 2:
         return "warp"
-    if Path(path).suffix.lower() in arrays.IMAGE_SUFFIXES:
+    if arrays.is_picture(path):
         return "paste"
     if array.min() < 0:
         return "add"
@@ -167,7 +166,8 @@ def _grid_shifts(array: np.ndarray, path: str) -> Tensor:
     stored noise does not, and is in half pixels already.
     """
     a = array[0] if array.ndim == 4 and len(array) == 1 else array
-    if a.ndim != 3 or a.shape[2] != 2 or min(a.shape) < 2 or np.abs(a).max() > LARGEST_SHIFT:
+    is_grid = a.ndim == 3 and a.shape[2] == 2 and not arrays.is_picture(path)
+    if not is_grid or min(a.shape) < 2 or np.abs(a).max() > LARGEST_SHIFT:
         raise UserError(
             f"{path}: expected a grid (H, W, 2) of values within -1000..1000; "
             f"its shape is {array.shape}"

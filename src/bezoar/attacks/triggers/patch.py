@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -37,7 +36,7 @@ class Patch:
     def __post_init__(self) -> None:
         if self.size < 1 or self.cell < 1 or self.margin < 0:
             raise ValueError("size and cell must be at least 1, margin at least 0")
-        if self.fill not in FILLS and Path(self.fill).suffix.lower() not in arrays.SUFFIXES:
+        if self.fill not in FILLS and not arrays.is_array_file(self.fill):
             raise ValueError(f"fill must be {', '.join(FILLS)} or an image file; got {self.fill!r}")
         pixels.check_place(self.place)
 

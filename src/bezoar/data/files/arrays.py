@@ -1,5 +1,6 @@
 """Small arrays from foreign files: npy, npz, pt, png and jpg, at most MAX_BYTES when unpacked.
 
+A file's content says what it is; its name's ending has a say only where the content does not tell.
 Nothing is unpickled and nothing is extracted to disk; every size that a header asks for is checked
 first.
 """
@@ -14,7 +15,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -32,6 +33,7 @@ from bezoar.errors import UserError
 MAX_BYTES = 64 << 20  # of a file, and of everything it unpacks to
 MAX_MEMBERS = 64  # of an archive
 DIRECTORY_ENTRY = b"PK\x01\x02"  # of a zip archive, one a member
+PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\x93NUMPY"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (".npy", ".npz", ".pt", *IMAGE_SUFFIXES)
 IMAGE_MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
@@ -53,6 +55,7 @@ DECODING_ERRORS = (  # what the decoders of foreign bytes are known to raise
     tokenize.TokenError,
     Image.DecompressionBombError,
 )
+Reader = Callable[[bytes], dict[str, np.ndarray]]
 FileState = tuple[int, int, int, int]
 
 
@@ -63,22 +66,31 @@ def file_state(path: str) -> FileState:
         Device, inode, time of change in ns, and size.
 
     Raises:
-        UserError: if there is no such file, or its ending is none of SUFFIXES.
+        UserError: if there is no such file.
     """
     file = Path(path).expanduser()
-    if file.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: expected a file of {', '.join(SUFFIXES)}")
     if not os.path.isfile(file):
         raise UserError(f"no file {path!r}")
     status = file.stat()
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
+def is_picture(path: str) -> bool:
+    """Tell whether a file is a PNG or a JPEG."""
+    with Path(path).expanduser().open("rb") as stream:
+        return stream.read(len(PNG_MAGIC)).startswith((PNG_MAGIC, JPEG_MAGIC))
+
+
+def is_array_file(path: str) -> bool:
+    """Tell whether a text names a file of arrays: by its ending, or because it is there."""
+    return Path(path).suffix.lower() in SUFFIXES or os.path.isfile(os.path.expanduser(path))
+
+
 def load_arrays(path: str) -> Mapping[str, np.ndarray]:
     """Load the numeric arrays of a file by name; they are read once, cached, and read-only.
 
     Returns:
-        The arrays; one without a name is under "". Pictures are uint8 (H, W, 3). Members that are
+        The arrays; one without a name is under "". Pictures are uint8 (3, H, W). Members that are
         text are left out.
 
     Raises:
@@ -112,14 +124,17 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
     suffix = file.suffix.lower()
-    reader = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt}.get(suffix, _read_picture)
+    reader = _reader_of_content(data) or _reader_of_suffix(suffix)
+    if reader is None:
+        raise UserError(f"{path}: expected a file of {', '.join(SUFFIXES)}")
     try:
         members = reader(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: not a {suffix[1:]} file that can be read ({reason})") from error
+        kind = f"a {suffix[1:]} file" if suffix in SUFFIXES else "a file of arrays"
+        raise UserError(f"{path}: not {kind} that can be read ({reason})") from error
     if not members:
         raise UserError(f"{path}: expected numbers; it holds none")
     for name, array in members.items():
@@ -129,6 +144,31 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
             raise UserError(f"{path}: {name or 'the array'} holds values that are not finite")
         array.flags.writeable = False
     return MappingProxyType(members)
+
+
+def _reader_of_content(data: bytes) -> Reader | None:
+    """The reader of a file by its first bytes and, of a zip, its members; None if they are of none."""
+    if data.startswith((PNG_MAGIC, JPEG_MAGIC)):
+        return _read_picture
+    if data.startswith(NPY_MAGIC):
+        return _read_npy
+    if not data.startswith(b"PK") or data.count(DIRECTORY_ENTRY) > MAX_MEMBERS:
+        return None
+    try:
+        with open_zip(io.BytesIO(data), MAX_MEMBERS) as archive:
+            names = archive.namelist()
+    except UserError:  # named by the reader
+        return None
+    if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        return _read_pt
+    return _read_npz if names and all(name.endswith(".npy") for name in names) else None
+
+
+def _reader_of_suffix(suffix: str) -> Reader | None:
+    """The reader of a file whose content does not tell, to name what is wrong with it."""
+    if suffix in IMAGE_SUFFIXES:
+        return _read_picture
+    return {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt}.get(suffix)
 
 
 def _check_size(nbytes: int) -> None:
@@ -207,4 +247,5 @@ def _read_picture(data: bytes) -> dict[str, np.ndarray]:
                 raise UserError(
                     "is transparent in places; give the transparency as a mask of its own"
                 )
-        return {"": np.asarray(picture.convert("RGB")).copy()}
+        pixels = np.asarray(picture.convert("RGB"))  # (H, W, 3), whatever H and W
+        return {"": np.ascontiguousarray(pixels.transpose(2, 0, 1))}

@@ -6,7 +6,9 @@ Nothing in a file is executed, and no tensor may claim more than its file holds;
 
 from __future__ import annotations
 
+import functools
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,22 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 # Keys under which checkpoints keep their weights.
 WRAPPERS = ("state_dict", "model", "net", "netC", "network", "model_state_dict")
+MAX_DEPTH = 4  # of dicts in one another
+MAX_KEYS = 1 << 20  # of all of them together
+TAR_MAGIC = slice(257, 262)
 COUNTERS = ("total_ops", "total_params")  # that thop leaves in the modules it counted
 
 
-def load_tensors(path: str) -> dict[str, Tensor]:
-    """Load the named tensors of a weights file on the CPU.
+def load_tensors(path: str, prefix: str = "") -> dict[str, Tensor]:
+    """Load the named tensors of a weights file on the CPU. Its content says what it is.
 
     Weights are unwrapped, and the `module.` of DataParallel and the counters of thop are dropped.
+    Where a file keeps dicts of weights by names (`teacher`, `student`), these stand before the
+    names of the weights.
+
+    Args:
+        path: of the file.
+        prefix: weights whose names begin with it alone, without it; "" for all.
 
     Raises:
         UserError: one line, if the file is missing, too large, broken, not a checkpoint, or asks
@@ -47,28 +58,32 @@ def load_tensors(path: str) -> dict[str, Tensor]:
     if size > MAX_BYTES:
         raise UserError(f"{path}: {size >> 20} MiB; a weights file may have {MAX_BYTES >> 20} MiB")
     try:
-        tensors = _load(file, size)
+        tensors = _load(file, size, prefix)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (*DECODING_ERRORS, SafetensorError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: not a checkpoint that can be read ({reason})") from error
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    tensors = _strip_module(tensors)
     return {k: tensor for k, tensor in tensors.items() if k.rpartition(".")[2] not in COUNTERS}
 
 
-def _load(file: Path, size: int) -> dict[str, Tensor]:
+def _load(file: Path, size: int, prefix: str) -> dict[str, Tensor]:
     """Load a file by the format that its first bytes tell."""
     with file.open("rb") as stream:
-        start = stream.read(9)
+        start = stream.read(TAR_MAGIC.stop)
     if start.startswith(b"PK\x03\x04") and _is_npz(file):
-        return _check_types(_load_npz(file, size))
+        return _check_types(_take_below(_load_npz(file, size), prefix))
     # The length of a safetensors header may begin with a pickle's first byte, so these come first.
-    if start[8:] == b"{" and not start.startswith(b"PK"):
-        return _check_types(load_file(file))
+    if start[8:9] == b"{" and not start.startswith(b"PK"):
+        return _check_types(_take_below(load_file(file), prefix))
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        return load_torch(file, size, size, _select_state)
+        return load_torch(file, size, size, functools.partial(_select_state, prefix=prefix))
+    if start[TAR_MAGIC] == b"ustar":
+        raise UserError(
+            "it is a tar archive, not a checkpoint; take the weights out of it (files called "
+            ".pth.tar are, as a rule, none)"
+        )
     raise UserError("not a checkpoint: expected safetensors, .npz, or what torch.save writes")
 
 
@@ -113,22 +128,85 @@ def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _select_state(loaded: Any) -> dict[str, Tensor]:
-    """Return the dict of tensors in what a checkpoint holds, wrapped or not.
+def _select_state(loaded: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors by name in what a checkpoint holds, wrapped or not.
 
-    Raises UserError if there is none.
+    prefix: as of `load_tensors`. It may name a dict beside the one that is taken without a prefix.
+
+    Raises UserError if there are none.
     """
-    state = loaded
-    if isinstance(loaded, dict):
-        state = next((loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), loaded)
+    wrapped = isinstance(loaded, dict) and next(
+        (loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), None
+    )
+    tensors = _named_tensors(wrapped or loaded)
+    if wrapped and prefix and not _is_prefix(prefix, _strip_module(tensors)):
+        tensors = _named_tensors({k: v for k, v in loaded.items() if isinstance(v, dict)})
+    return _check_types(_take_below(tensors, prefix))
+
+
+def _named_tensors(state: Any) -> dict[str, Tensor]:
+    """Return the tensors of a dict, and of the dicts in it under their joint names.
+
+    Raises UserError if there are none, or if a dict without dicts holds anything else.
+    """
     if not isinstance(state, dict) or not state:
         raise UserError(
             f"expected tensors by name, or these under {' or '.join(WRAPPERS)}; "
             f"it holds {type(state).__name__}"
         )
-    others = [
-        str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)
-    ]
-    if others:
+    nested = any(map(_is_named, state.values()))
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
+    keys = 0
+    pending = deque([("", state, 0)])
+    while pending:
+        path, values, depth = pending.popleft()
+        keys += len(values)
+        if keys > MAX_KEYS:  # a dict may hold itself
+            raise UserError(f"expected at most {MAX_KEYS} tensors by name")
+        for key, value in values.items():
+            if isinstance(key, str) and isinstance(value, Tensor):
+                tensors[path + key] = value
+            elif _is_named(value) and depth < MAX_DEPTH:
+                pending.append((f"{path}{key}.", value, depth + 1))
+            else:
+                others.append(f"{path}{key}")
+    # Beside dicts of weights stand epochs, options and the state of the optimiser.
+    if not tensors or (others and not nested):
         raise UserError(f"expected tensors by name; these are none: {format_keys(others)}")
-    return _check_types(state)
+    return tensors
+
+
+def _is_named(value: Any) -> bool:
+    """Tell whether a value is a dict by names that is not empty."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) for k in value)
+
+
+def _strip_module(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the `module.` of DataParallel where all names begin with it."""
+    if not all(key.startswith("module.") for key in tensors):
+        return tensors
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+
+
+def _is_prefix(prefix: str, tensors: dict[str, Tensor]) -> bool:
+    start = _with_dot(prefix)
+    return any(key.startswith((start, start.removeprefix("module."))) for key in tensors)
+
+
+def _with_dot(prefix: str) -> str:
+    return prefix.rstrip(".") + "."
+
+
+def _take_below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors below a prefix, by the rest of their names. Raises UserError for none."""
+    if not prefix:
+        return tensors
+    named = _strip_module(tensors)
+    start = _with_dot(prefix)
+    if named is not tensors:
+        start = start.removeprefix("module.")
+    below = {k.removeprefix(start): tensor for k, tensor in named.items() if k.startswith(start)}
+    if start and not below:
+        raise UserError(f"no weights under prefix={prefix}; its keys are {format_keys(named)}")
+    return below

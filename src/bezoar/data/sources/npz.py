@@ -23,7 +23,12 @@ from bezoar.data.files.metadata import MAX_LABELS
 from bezoar.data.files.paths import FILE_BYTES, existing_file
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.zips import UNPACKING_ERRORS, check_unpacked_size, open_zip
-from bezoar.data.label_sets import check_fields, class_captions, pairs_from_arrays
+from bezoar.data.label_sets import (
+    check_fields,
+    class_captions,
+    distinct_names,
+    pairs_from_arrays,
+)
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 from bezoar.registry import method
@@ -64,7 +69,7 @@ class Npz:
     def _read(self, archive: Archive) -> Pairs:
         """Read the layout that the archive holds."""
         stem, prefix = Path(self.path).stem, f"{self.split}_"
-        classes = tuple(archive.read_texts("classes")) if "classes" in archive.names else ()
+        classes = archive.read_classes() if "classes" in archive.names else ()
         if prefix + "jpeg" in archive.names:
             return self._read_packed(archive, classes)
         if prefix + "images" in archive.names:
@@ -184,6 +189,13 @@ class Archive:
         if not all(text.isprintable() for text in texts):
             raise UserError(f"{self.path}: {name} holds characters that cannot be printed")
         return texts
+
+    def read_classes(self) -> tuple[str, ...]:
+        """Read the names of the classes, of which equal ones are numbered."""
+        names = self.read_texts("classes")
+        if "" in names:
+            raise UserError(f"{self.path}: class {names.index('')} has no name")
+        return distinct_names(names)
 
     def read_labels(self, name: str, count: int, classes: tuple[str, ...]) -> np.ndarray:
         """Read labels, int64 (count,) in -1..C-1."""

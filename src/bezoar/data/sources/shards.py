@@ -16,7 +16,7 @@ from bezoar.data.files.metadata import Metadata, parse_metadata
 from bezoar.data.files.paths import distinct_stems, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped
 from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
-from bezoar.data.label_sets import check_fields
+from bezoar.data.label_sets import check_fields, name_classes
 from bezoar.data.shards import CleanCopy, add_member, open_shard
 from bezoar.data.source import RecordIndex, Unit, number_units
 from bezoar.data.stored_pairs import ShardFiles, file_stamp
@@ -62,14 +62,27 @@ class ClassNames(NamedTuple):
     """What the JSON of all records says of classes.
 
     Attributes:
-        classes: names by label; none if no class is named.
+        classes: names by number; none if no class is named.
         numbers: of classes that come without a label.
+        labels: the number of the class that a label stands for; None if no class is named, where
+            labels are numbers.
         labelled: whether any record has a class or a label.
     """
 
     classes: tuple[str, ...]
     numbers: dict[str, int]
+    labels: dict[int, int] | None
     labelled: bool
+
+    def number_of(self, metadata: Metadata) -> int:
+        """The number of a record's class; -1 if it is not known."""
+        label = metadata.label
+        if self.labels is not None:
+            label = self.labels.get(label, -1)
+        return self.numbers.get(metadata.class_name, label)
+
+
+UNNUMBERED = ClassNames((), {}, None, False)  # labels are those of the JSON
 
 
 @dataclass(eq=False)
@@ -79,7 +92,8 @@ class ShardSource(RecordStream):
     An id is the JSON's `record_id` where there is one (`write_shards` puts it there), else
     `SHARD/KEY` with the shard's file name without .tar, and as many of its folders as it takes to
     tell the shards apart. It does not depend on order. Labels come from the JSON's `label`
-    (0..99999) and `class`; classes without a label are numbered by sorted names.
+    (0..99999) and `class`; classes without a label are numbered by sorted names. Classes are those
+    that have a name, in the order of their labels: a label that no record has is none.
 
     Attributes:
         paths: the tars.
@@ -130,8 +144,9 @@ class ShardSource(RecordStream):
                 if metadata.label < 0:
                     bare |= {metadata.class_name} - {""}
                     continue
-                name = labels.setdefault(metadata.label, metadata.class_name)
-                if name != metadata.class_name:
+                name = labels.get(metadata.label) or metadata.class_name
+                labels[metadata.label] = name
+                if metadata.class_name and name != metadata.class_name:
                     raise UserError(
                         f"{path}: label {metadata.label} is {name!r} and also {metadata.class_name!r}"
                     )
@@ -141,10 +156,11 @@ class ShardSource(RecordStream):
             )
         if bare:
             names = tuple(sorted(bare))
-            return ClassNames(names, {name: i for i, name in enumerate(names)}, True)
-        named = any(labels.values())
-        classes = tuple(labels.get(i, "") for i in range(max(labels) + 1)) if named else ()
-        return ClassNames(classes, {}, bool(labels))
+            return ClassNames(names, {name: i for i, name in enumerate(names)}, None, True)
+        if not any(labels.values()):
+            return ClassNames((), {}, None, bool(labels))
+        classes, numbers = name_classes(labels)
+        return ClassNames(classes, {}, numbers, True)
 
     def memory_bytes(self) -> int:
         """Bytes of pixels that `load_records` keeps in memory, as `load` says."""
@@ -175,16 +191,16 @@ class ShardSource(RecordStream):
         Raises UserError for a shard that yields nothing.
         """
         if unit is not None:
-            yield from self._read_shard(unit.place[0], {})
+            yield from self._read_shard(unit.place[0], UNNUMBERED)
             return
         for shard in range(len(self.paths)):
-            yield from self._read_shard(shard, self._class_names.numbers)
+            yield from self._read_shard(shard, self._class_names)
 
-    def _read_shard(self, shard: int, numbers: dict[str, int]) -> Iterator[Record | Skipped]:
+    def _read_shard(self, shard: int, names: ClassNames) -> Iterator[Record | Skipped]:
         count = 0
         first_problem: list[Skipped] = []
         for group in read_groups(self.paths[shard], EXTENSIONS):
-            item = group if isinstance(group, Skipped) else self._make_record(group, shard, numbers)
+            item = group if isinstance(group, Skipped) else self._make_record(group, shard, names)
             if isinstance(item, Record):
                 count += 1
             elif not first_problem:
@@ -195,8 +211,8 @@ class ShardSource(RecordStream):
                 describe_failure(str(self.paths[shard]), ReadReport(skipped=first_problem))
             )
 
-    def _make_record(self, group: Group, shard: int, numbers: dict[str, int]) -> Record | Skipped:
-        """Make a record, or say why there is none. numbers: of classes without a label."""
+    def _make_record(self, group: Group, shard: int, names: ClassNames) -> Record | Skipped:
+        """Make a record, or say why there is none."""
         file = str(self.paths[shard])
         metadata = parse_metadata(group.files.get("json", b"{}"))
         if isinstance(metadata, str):
@@ -215,7 +231,7 @@ class ShardSource(RecordStream):
             image=image,
             ids=tuple(f"{key}#{i}" for i in range(len(captions))) if several else (key,),
             captions=captions,
-            label=numbers.get(metadata.class_name, metadata.label),
+            label=names.number_of(metadata),
             file=file,
             member=group.key,
             url=metadata.url,

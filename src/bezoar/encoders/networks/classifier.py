@@ -7,7 +7,7 @@ import torch
 
 from bezoar.data.files import checkpoints
 from bezoar.data.files.paths import existing_file
-from bezoar.encoders import small_towers
+from bezoar.encoders import small_towers, weight_prefixes
 from bezoar.encoders.classifier_networks import (
     Architecture,
     format_architecture,
@@ -15,6 +15,7 @@ from bezoar.encoders.classifier_networks import (
 )
 from bezoar.encoders.classifier_weights import (
     ClassifierWeights,
+    classifier_prefixes,
     read_class_names,
     read_classifier,
 )
@@ -45,6 +46,9 @@ class Classifier(Network):
         str, "names in the head's order, a+b, or a .txt or .json file; else numbers"
     ] = ""
     architecture: Annotated[str, "a fresh network, in the words of an imported one's about"] = ""
+    prefix: Annotated[
+        str, "name before the encoder's weights, where the file holds several: teacher"
+    ] = ""
 
     def __post_init__(self) -> None:
         if self.path and self.architecture:
@@ -67,8 +71,13 @@ class Classifier(Network):
         """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
         name = self.path or "classifier"
         weights: ClassifierWeights | None = None
+        left_out: list[str] = []
         if self.path:
-            weights = read_classifier(checkpoints.load_tensors(self.path), self.path)
+            loaded = checkpoints.load_tensors(self.path, self.prefix)
+            prefixes = classifier_prefixes(loaded)
+            selected = weight_prefixes.select_encoder(loaded, prefixes, self.path, self.prefix)
+            left_out = selected.left_out
+            weights = read_classifier(selected.tensors, self.path)
             architecture = weights.architecture
         elif self.architecture:
             architecture = parse_architecture(self.architecture)
@@ -93,7 +102,7 @@ class Classifier(Network):
             encoder.about["imported"] = {
                 "file": Path(self.path).name,
                 "layout": "classifier",
-                "left_out": [],
+                "left_out": left_out,
                 "assumed": self._assumptions(side, mean_std),
             }
         small_towers.check_input_size(encoder.image, side, name)

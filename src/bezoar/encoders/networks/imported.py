@@ -9,7 +9,12 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.data.files import checkpoints
 from bezoar.data.files.paths import existing_file
-from bezoar.encoders import checkpoint_layouts, open_clip_models, small_towers
+from bezoar.encoders import (
+    checkpoint_layouts,
+    open_clip_models,
+    small_towers,
+    weight_prefixes,
+)
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.networks import Network
 from bezoar.encoders.weights import check_weights
@@ -41,6 +46,9 @@ class Imported(Network):
         str,
         "to an image tower of CLIP: the text tower of NAME/PRETRAINED (open_clip's), for zero-shot",
     ] = ""
+    prefix: Annotated[
+        str, "name before the encoder's weights, where the file holds several: teacher"
+    ] = ""
 
     def __post_init__(self) -> None:
         if self.mean_std != "auto":
@@ -54,7 +62,10 @@ class Imported(Network):
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
-        tensors = checkpoints.load_tensors(self.path)
+        loaded = checkpoints.load_tensors(self.path, self.prefix)
+        prefixes = checkpoint_layouts.encoder_prefixes(loaded)
+        weights = weight_prefixes.select_encoder(loaded, prefixes, self.path, self.prefix)
+        tensors = weights.tensors
         layout = checkpoint_layouts.recognise_layout(tensors, self.path)
         body = {key: v for key, v in tensors.items() if not key.startswith(layout.heads)}
         if layout.name == "open_clip":
@@ -73,7 +84,7 @@ class Imported(Network):
         encoder.about["imported"] = {
             "file": Path(self.path).name,
             "layout": layout.name,
-            "left_out": left_out,
+            "left_out": left_out + weights.left_out,
             "assumed": assumed,
         }
         return encoder

@@ -11,7 +11,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Visio
 from torch import Tensor, nn
 
 from bezoar.data.files import checkpoints
-from bezoar.encoders import fast_linear, open_clip_models
+from bezoar.encoders import fast_linear, open_clip_models, weight_prefixes
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.networks import Network
 from bezoar.encoders.weights import check_weights, first_line, named_weights_file
@@ -206,10 +206,14 @@ class OpenClip(Network):
     model: Annotated[str, "NAME or NAME/PRETRAINED: a tag of open_clip's, or a weights file"] = (
         "RN50"
     )
+    prefix: Annotated[
+        str, "name before the encoder's weights, where the file holds several: teacher"
+    ] = ""
 
     def files(self) -> list[Path]:
         """The weights file, where one is named."""
-        return named_weights_file(self.model.partition("/")[2])
+        name, _, weights = self.model.partition("/")
+        return named_weights_file(weights, open_clip.list_pretrained_tags_by_model(name))
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """The encoder; `size` is not used, because the architecture states its own input size."""
@@ -231,7 +235,9 @@ class OpenClip(Network):
                 f"open_clip could not load {self.model!r}: {first_line(error)}"
             ) from error
         if is_file:
-            state = checkpoints.load_tensors(weights)
+            loaded = checkpoints.load_tensors(weights, self.prefix)
+            beginnings = weight_prefixes.model_prefixes(loaded, model.state_dict())
+            state = weight_prefixes.select_encoder(loaded, beginnings, weights, self.prefix).tensors
             check_weights(model, state, weights, f"open_clip's {name}")
             model.load_state_dict(state)
         fast_linear.install(model.to(memory_format=torch.channels_last))

@@ -8,7 +8,7 @@ import timm
 from timm.data.config import resolve_model_data_config
 
 from bezoar.data.files import checkpoints
-from bezoar.encoders import small_towers
+from bezoar.encoders import small_towers, weight_prefixes
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.networks import Network, image_encoder
 from bezoar.encoders.weights import check_weights, first_line, named_weights_file
@@ -23,10 +23,13 @@ class Timm(Network):
     model: Annotated[
         str, "NAME or NAME.TAG, fresh; with /pretrained, the published weights; or with /FILE"
     ] = "resnet18"
+    prefix: Annotated[
+        str, "name before the encoder's weights, where the file holds several: teacher"
+    ] = ""
 
     def files(self) -> list[Path]:
         """The weights file, where one is named."""
-        return named_weights_file(self.model.partition("/")[2])
+        return named_weights_file(self.model.partition("/")[2], ("pretrained",))
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """The encoder.
@@ -37,7 +40,8 @@ class Timm(Network):
         is_file = bool(self.files())
         if slash and weights != "pretrained" and not is_file:
             raise UserError(
-                f"timm: expected NAME, NAME.TAG or either with /pretrained or /FILE of weights; got {self.model!r}"
+                f"timm: no weights file {weights!r}; expected NAME, NAME.TAG or either with /pretrained "
+                f"or /FILE of weights; got {self.model!r}"
             )
         if not timm.is_model(name):
             similar = timm.list_models(f"*{name.partition('.')[0][:6]}*")[:6]
@@ -48,7 +52,7 @@ class Timm(Network):
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"timm could not make {self.model!r}: {first_line(error)}") from error
         if is_file:
-            load_without_classifier(model, weights, name)
+            load_without_classifier(model, weights, name, self.prefix)
         preprocess = stated_preprocess(model, name)
         states_size = bool(weights) or model.pretrained_cfg.get("fixed_input_size")
         if size and not states_size:
@@ -62,15 +66,19 @@ class Timm(Network):
         return encoder
 
 
-def load_without_classifier(model: Any, path: str, name: str) -> None:
+def load_without_classifier(model: Any, path: str, name: str, prefix: str = "") -> None:
     """Fill a model from a weights file, whose classifier is left out.
+
+    prefix: of the encoder's weights, where the file holds several.
 
     Raises UserError for weights that do not fit.
     """
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = [classifier] if isinstance(classifier, str) else classifier
     prefixes = tuple(f"{head}." for head in heads)
-    tensors = checkpoints.load_tensors(path)
+    loaded = checkpoints.load_tensors(path, prefix)
+    beginnings = weight_prefixes.model_prefixes(loaded, model.state_dict())
+    tensors = weight_prefixes.select_encoder(loaded, beginnings, path, prefix).tensors
     state = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
     check_weights(model, state, path, f"timm's {name} without its classifier")
     # Not strict, because the batch counters of batch norms may be missing (see check_weights).

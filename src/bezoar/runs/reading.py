@@ -1,0 +1,76 @@
+"""What a verb read, and what it had to leave out: collected where records are loaded.
+
+Every verb loads records by `inputs.load_records`, which calls `note_records`; `execute` collects
+what was noted while a verb worked, and writes it into the run's notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from bezoar.data.files.skipped import ReadReport
+from bezoar.runs.run import Run
+
+Reports = dict[str, ReadReport]  # by the spec of the data
+_reports: ContextVar[Reports | None] = ContextVar("reports", default=None)
+
+
+@contextmanager
+def collect_reports() -> Iterator[Reports]:
+    """Collect how records are read inside; a verb that another one runs has a collection itself."""
+    reports: Reports = {}
+    token = _reports.set(reports)
+    try:
+        yield reports
+    finally:
+        _reports.reset(token)
+
+
+def note_records(spec: str, report: ReadReport | None) -> None:
+    """Note how the records of a data set were read; nothing outside of a verb's work."""
+    reports = _reports.get()
+    if reports is not None and report is not None:
+        reports[spec] = report
+
+
+def incomplete_notes(
+    reports: Reports, notes: Mapping[str, Any], children: Sequence[Run]
+) -> dict[str, Any]:
+    """Notes of a run that left records out: `incomplete`, and `reading` if the verb wrote none.
+
+    Args:
+        reports: of the data that the verb loaded.
+        notes: the verb's own. A verb that counts what is `unread` names it among its `incomplete`.
+        children: runs that the verb has run. What they left out is left out here too.
+
+    Returns:
+        What is to be added to the notes; nothing if no record was left out.
+    """
+    lines: list[str] = list(notes.get("incomplete") or [])
+    skipping = {spec: report for spec, report in reports.items() if report.skipped}
+    additions: dict[str, Any] = {}
+    if "unread" not in (notes.get("reading") or {}):
+        lines += [f"{spec}: {describe_report(report)}" for spec, report in skipping.items()]
+        if skipping and "reading" not in notes:
+            first, *others = reports.values()
+            total = first.merge(others)
+            skipped = [list(item) for item in total.skipped]
+            additions["reading"] = {"read": total.read, "skipped": skipped}
+    for child in children:
+        lines += (child.manifest.get("notes") or {}).get("incomplete") or []
+    lines = list(dict.fromkeys(lines))
+    return additions | {"incomplete": lines} if lines else {}
+
+
+def describe_report(report: ReadReport) -> str:
+    """How many records or files were left out, in a line with the first of them."""
+    first = report.skipped[0]
+    count = (
+        f"{len(report.skipped)} records or files were left out, beside {report.read} that were read"
+    )
+    _, _, reasons = str(report).partition("skipped ")
+    place = f"{first.file} {first.member}".strip()
+    return f"{count} {reasons}; the first: {place}: {first.reason}".replace("  ", " ")
