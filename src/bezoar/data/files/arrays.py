@@ -15,7 +15,6 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
@@ -25,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from bezoar.data.files import npy
+from bezoar.data.files.paths import expand_home, open_regular
 from bezoar.data.files.torch_files import load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
 from bezoar.errors import UserError
@@ -65,7 +65,7 @@ def file_state(path: str) -> FileState:
     Raises:
         UserError: if there is no such file, or its ending is none of SUFFIXES.
     """
-    file = Path(path).expanduser()
+    file = expand_home(path)
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: expected a file of {', '.join(SUFFIXES)}")
     if not os.path.isfile(file):
@@ -106,8 +106,8 @@ def load_array(path: str) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     """Read and check a file; its state is in the cache's key: a changed file is read again."""
-    file = Path(path).expanduser()
-    with file.open("rb") as stream:
+    file = expand_home(path)
+    with open_regular(file) as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB")

@@ -48,10 +48,10 @@ def check_regular(path: Path) -> Path:
 def read_regular(path: Path, limit: int) -> bytes:
     """Read a regular file of at most `limit` bytes. Raises UserError if it is another or larger."""
     with open_regular(path) as file:
-        content = file.read(limit + 1)  # not by its status: a file may grow meanwhile
-        if len(content) > limit:
-            size = max(os.fstat(file.fileno()).st_size, len(content))
-            raise UserError(f"{path} holds {size} bytes; expected at most {limit}")
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""  # it may grow meanwhile
+    if max(size, len(content)) > limit:
+        raise UserError(f"{path} holds {max(size, len(content))} bytes; expected at most {limit}")
     return content
 
 

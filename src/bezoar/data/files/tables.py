@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 
 from bezoar.data.files.parquet import open_parquet, read_batches
-from bezoar.data.files.paths import TEXT_BYTES
+from bezoar.data.files.paths import TEXT_BYTES, open_regular
 from bezoar.errors import UserError
 
 # Names of columns, open_clip's first.
@@ -82,7 +82,7 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
             rows = file.metadata.num_rows
         return [RowBlock(start, 0, min(size, rows - start)) for start in range(0, rows, size)]
     blocks: list[RowBlock] = []
-    with _as_user_error(table), table.open("rb") as file:
+    with _as_user_error(table), open_regular(table) as file:
         starts = _json_starts(file) if table.suffix == ".jsonl" else _csv_starts(file, table)
         while offsets := list(itertools.islice(starts, size)):
             blocks.append(RowBlock(len(blocks) * size, offsets[0], len(offsets)))
@@ -156,7 +156,7 @@ def _as_user_error(table: Path) -> Iterator[None]:
     """Turn what the parsers raise into a UserError that names the table."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{table} cannot be read as {table.suffix[1:]}: {reason}") from error
 
@@ -171,9 +171,18 @@ def _decode_lines(file: BinaryIO) -> Iterator[str]:
 
     Bytes that are not UTF-8 become lone surrogates, which `metadata.is_unicode` refuses later.
     """
-    while line := file.readline(TEXT_BYTES):
+    for line in _read_lines(file):
         text = line.decode("utf-8", "surrogateescape")
         yield text.removeprefix("\ufeff") if file.tell() == len(line) else text
+
+
+def _read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Read line by line. Raises ValueError for one that does not end within TEXT_BYTES."""
+    while line := file.readline(TEXT_BYTES):
+        if len(line) == TEXT_BYTES and not line.endswith(b"\n"):
+            start = file.tell() - len(line)
+            raise ValueError(f"the line at byte {start} is longer than {TEXT_BYTES >> 20} MiB")
+        yield line
 
 
 def _open_csv(file: BinaryIO, table: Path) -> csv.DictReader[str]:
@@ -186,7 +195,7 @@ def _open_csv(file: BinaryIO, table: Path) -> csv.DictReader[str]:
 
 
 def _read_csv(table: Path, block: RowBlock) -> Iterator[Row | str]:
-    with table.open("rb") as file:
+    with open_regular(table) as file:
         reader = _open_csv(file, table)
         try:
             file.seek(max(block.offset, file.tell()))
@@ -209,9 +218,9 @@ def _csv_starts(file: BinaryIO, table: Path) -> Iterator[int]:
 
 def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:
     """Read one object a line; empty lines do not count."""
-    with table.open("rb") as file:
+    with open_regular(table) as file:
         file.seek(block.offset)
-        lines = (line for line in iter(lambda: file.readline(TEXT_BYTES), b"") if line.strip())
+        lines = (line for line in _read_lines(file) if line.strip())
         for line in itertools.islice(lines, block.rows):
             try:
                 row = json.loads(line)
@@ -224,7 +233,7 @@ def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:
 def _json_starts(file: BinaryIO) -> Iterator[int]:
     """The byte at which each line begins that is not empty."""
     start = 0
-    while line := file.readline(TEXT_BYTES):
+    for line in _read_lines(file):
         if line.strip():
             yield start
         start = file.tell()

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from bezoar.data.blocks import blocks
 from bezoar.data.files import npy, parquet
-from bezoar.data.files.paths import existing_file
+from bezoar.data.files.paths import existing_file, expand_home
 from bezoar.data.files.skipped import ReadReport
 from bezoar.data.files.tables import CAPTION_COLUMNS, ID_COLUMNS
 from bezoar.data.source import COLUMNS, Source, Unit, VectorBlock, number_units, until_broken
@@ -53,7 +53,7 @@ class Embeddings:
 
         Raises UserError if files are missing.
         """
-        folder = Path(self.path).expanduser()
+        folder = expand_home(self.path)
         if not folder.is_dir():
             return self._open_file()
         if self.texts or self.metadata:
