@@ -189,10 +189,10 @@ def _read_metadata(path: Path, images: Path, count: int, rows: slice) -> dict[st
 
     Raises UserError if the file does not fit.
     """
-    with parquet.open_parquet(path) as file:
-        if file.metadata.num_rows != count:
-            raise UserError(f"{path} has {file.metadata.num_rows} rows, {images} {count}")
-        names = set(file.schema_arrow.names)
+    header = parquet.read_header(path)
+    if header.rows != count:
+        raise UserError(f"{path} has {header.rows} rows, {images} {count}")
+    names = set(header.names)
     columns: dict[str, str] = {}
     for ours, candidates in METADATA_COLUMNS.items():
         theirs = next((name for name in candidates if name in names), None)
