@@ -177,10 +177,10 @@ def _decode_lines(file: BinaryIO) -> Iterator[str]:
 
 def _read_lines(file: BinaryIO) -> Iterator[bytes]:
     """Read line by line. Raises ValueError for one that does not end within TEXT_BYTES."""
-    while line := file.readline(TEXT_BYTES):
-        if len(line) == TEXT_BYTES and not line.endswith(b"\n"):
+    while line := file.readline(TEXT_BYTES + 1):
+        if len(line) > TEXT_BYTES:
             start = file.tell() - len(line)
-            raise ValueError(f"the line at byte {start} is longer than {TEXT_BYTES >> 20} MiB")
+            raise ValueError(f"the line at byte {start} is longer than {TEXT_BYTES} bytes")
         yield line
 
 
