@@ -16,6 +16,7 @@ from bezoar.data.files.paths import (
 )
 from bezoar.data.files.skipped import Unreadable
 from bezoar.errors import UserError
+from bezoar.runs.verb import fingerprint
 
 
 def make_unusual(folder):
@@ -37,6 +38,12 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
             check_regular(tmp_path / name)
         with pytest.raises(Unreadable):
             read_file(tmp_path / name)
+
+
+def test_what_a_method_names_is_hashed_only_if_it_is_a_regular_file(tmp_path):
+    for name in make_unusual(tmp_path):
+        with pytest.raises(UserError, match="cannot be read: "):
+            fingerprint([tmp_path / name])
 
 
 def test_a_regular_file_is_read_within_its_bound(tmp_path):

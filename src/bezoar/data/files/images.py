@@ -60,9 +60,9 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
             with _PIXELS.claimed(width * height):
                 picture = encoded.convert("RGB")
                 if size is not None and picture.size != (size, size):
-                    picture = picture.crop(centred_square(*picture.size)).resize(
-                        (size, size), Image.Resampling.BICUBIC
-                    )
+                    if picture.width != picture.height:  # a copy that a bomb would fill
+                        picture = picture.crop(centred_square(*picture.size))
+                    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     except UnidentifiedImageError as error:  # its message holds an address in memory
         raise Unreadable("not decodable: no image format that is known") from error
     except DECODING_ERRORS as error:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bezoar.data.files.parquet_pages import check_chunks, count_safe_rows
+from bezoar.data.files.paths import printable
 from bezoar.errors import UserError
 
 GROUP_BYTES = 4 << 30  # the most that the columns of a row group may unpack to
@@ -57,7 +58,7 @@ def serve() -> None:
 def describe_error(path: Path, error: Exception) -> str:
     """The line about a file on which Arrow raised an error."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return f"{path} cannot be read as parquet: {reason}"
+    return f"{path} cannot be read as parquet: {printable(reason)}"
 
 
 def answer_request(path: Path, request: dict[str, Any], output: IO[bytes]) -> dict[str, Any]:
