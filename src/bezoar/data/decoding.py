@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,10 @@ from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 
-TASK_BYTES = 16 << 20  # encoded images handed to a thread at once
+TASK_BYTES = 16 << 20  # encoded images handed to a thread at once, and decoded by it
+FREE_BYTES = 512 << 20  # that images kept as they are may unpack to, however small they are
+MAX_RATIO = 100  # how many times their encoded size they may unpack to beyond that
+HELD_BYTES = 256 << 20  # of decoded images that wait for their turn
 TASK_RECORDS = 16
 
 
@@ -53,6 +57,7 @@ class Record:
 
 
 Decoded = tuple[Record, np.ndarray]  # the image is uint8 (3, H, W)
+TaskResult = tuple[list[Decoded | Skipped], list[Record | Skipped]]  # what is done, what is left
 
 
 def thread_count() -> int:
@@ -71,11 +76,19 @@ def decode_records(
         size: pixels a side, see `decode_image`.
         report: takes what could not be read.
     """
-    waiting: deque[Future[list[Decoded | Skipped]]] = deque()
+    waiting: deque[Future[TaskResult]] = deque()
     count = thread_count()
+    # Images that are kept as they are may be of any size, which the first ones tell.
+    most = 1 if size is None else 2 * count
 
     def finish_first() -> Iterator[Decoded]:
-        for result in waiting.popleft().result():
+        nonlocal most
+        results, rest = waiting.popleft().result()
+        if rest:
+            waiting.appendleft(pool.submit(_decode_task, rest, size))
+        nbytes = sum(r[1].nbytes for r in results if not isinstance(r, Skipped))
+        most = max(1, min(2 * count, HELD_BYTES // max(1, nbytes)))
+        for result in results:
             if isinstance(result, Skipped):
                 report.skipped.append(result)
             else:
@@ -89,7 +102,7 @@ def decode_records(
                         yield from finish_first()
                     raise task
                 waiting.append(pool.submit(_decode_task, task, size))
-                if len(waiting) > 2 * count:
+                while len(waiting) > most:
                     yield from finish_first()
             while waiting:
                 yield from finish_first()
@@ -98,8 +111,17 @@ def decode_records(
                 future.cancel()
 
 
-def _decode_task(items: list[Record | Skipped], size: int | None) -> list[Decoded | Skipped]:
-    return [item if isinstance(item, Skipped) else _decode(item, size) for item in items]
+def _decode_task(items: list[Record | Skipped], size: int | None) -> TaskResult:
+    """Decode some records; return what came of them, and those left when they fill the task."""
+    results: list[Decoded | Skipped] = []
+    nbytes = 0
+    for number, item in enumerate(items, 1):
+        result = item if isinstance(item, Skipped) else _decode(item, size)
+        results.append(result)
+        nbytes += 0 if isinstance(result, Skipped) else result[1].nbytes
+        if nbytes > TASK_BYTES:
+            return results, items[number:]
+    return results, []
 
 
 def _decode(record: Record, size: int | None) -> Decoded | Skipped:
@@ -148,12 +170,20 @@ def decode_distinct(
     """
     seen: set[str] = set()
     shape: tuple[int, ...] | None = None
+    encoded = decoded = 0  # bytes
     for record, image in decode_records(records, size, report):
         if shape not in (None, image.shape):
             raise UserError(
                 f"{record.file}: images differ in size ({shape[1:]}, {image.shape[1:]}); give size="
             )
         shape = image.shape
+        if size is None:
+            encoded += encoded_bytes(record)
+            decoded += image.nbytes
+            if decoded > max(FREE_BYTES, MAX_RATIO * encoded):
+                raise UserError(
+                    f"{record.file}: images of {encoded} bytes unpack to {decoded}; give size="
+                )
         for number, key in enumerate(record.ids):
             if key in seen:
                 report.skipped.append(Skipped(record.file, record.member, f"duplicate id: {key}"))
@@ -163,6 +193,11 @@ def decode_distinct(
             yield record, number, image
             if report.read == limit:
                 return
+
+
+def encoded_bytes(record: Record) -> int:
+    """Bytes of an encoded image."""
+    return len(record.image) if isinstance(record.image, bytes) else os.path.getsize(record.image)
 
 
 def batch_pairs(

@@ -29,6 +29,7 @@ from torch import Tensor
 from bezoar.data.blocks import blocks
 from bezoar.data.decoding import Record, thread_count
 from bezoar.data.files.images import decode_image
+from bezoar.data.files.paths import regular_descriptor
 from bezoar.data.files.skipped import ReadReport, Unreadable
 from bezoar.data.pairs import Pairs, Rows, TriggerFunction, row_numbers
 from bezoar.data.strings import BLOCK, Strings
@@ -90,7 +91,7 @@ class ShardFiles:
         self.open_file = functools.lru_cache(MAX_OPEN)(self._open)
 
     def _open(self, shard: int) -> _OpenFile:
-        file = _OpenFile(self.paths[shard])
+        file = _OpenFile(regular_descriptor(self.paths[shard]))
         if file_stamp(os.fstat(file.fileno())) != self.stamps[shard]:
             raise Unreadable("the file was changed since it was indexed")
         return file

@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bezoar.data.files.checkpoints import format_keys
+from bezoar.data.files.paths import expand_home, read_regular
 from bezoar.data.label_sets import distinct_names
 from bezoar.encoders.classifier_networks import Architecture, Residual, Vgg
 from bezoar.errors import UserError
@@ -303,7 +304,7 @@ def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
     Raises:
         UserError: unless there are `count` names. Equal ones are numbered (`distinct_names`).
     """
-    file = Path(text).expanduser()
+    file = expand_home(text)
     names: object = _load_names(file, text) if file.suffix in (".txt", ".json") else text.split("+")
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
         raise UserError(f"{text[:60]}: expected a list of class names")
@@ -320,7 +321,7 @@ def _load_names(file: Path, text: str) -> object:
     if not os.path.isfile(file) or file.stat().st_size > NAMES_BYTES:
         raise UserError(f"no file of class names of at most 1 MiB at {text!r}")
     try:
-        content = file.read_text(encoding="utf-8")
+        content = read_regular(file, NAMES_BYTES).decode()
         if file.suffix == ".json":
             return json.loads(content)
     except (ValueError, RecursionError) as error:

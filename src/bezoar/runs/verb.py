@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from bezoar import registry
+from bezoar.data.files.paths import open_regular
 from bezoar.errors import UserError
 from bezoar.runs.run import Run
 
@@ -188,9 +189,9 @@ def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
     """
     digest = hashlib.sha256()
     for name, path in ((f.name, f) if isinstance(f, Path) else f for f in files):
-        size = path.stat().st_size
-        digest.update(f"{name}:{size}:".encode("utf-8", "surrogateescape"))
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{name}:{size}:".encode("utf-8", "surrogateescape"))
             if size <= HASHED_WHOLE:
                 digest.update(file.read())
                 continue

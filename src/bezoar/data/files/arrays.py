@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from bezoar.data.files import npy
+from bezoar.data.files.paths import expand_home, open_regular
 from bezoar.data.files.torch_files import load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
 from bezoar.errors import UserError
@@ -68,7 +69,7 @@ def file_state(path: str) -> FileState:
     Raises:
         UserError: if there is no such file.
     """
-    file = Path(path).expanduser()
+    file = expand_home(path)
     if not os.path.isfile(file):
         raise UserError(f"no file {path!r}")
     status = file.stat()
@@ -118,8 +119,8 @@ def load_array(path: str) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     """Read and check a file; its state is in the cache's key: a changed file is read again."""
-    file = Path(path).expanduser()
-    with file.open("rb") as stream:
+    file = expand_home(path)
+    with open_regular(file) as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bezoar.data.files import npy
 from bezoar.data.files.arrays import DECODING_ERRORS
+from bezoar.data.files.paths import expand_home, open_regular
 from bezoar.data.files.torch_files import format_keys, load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
 from bezoar.errors import UserError
@@ -51,7 +52,7 @@ def load_tensors(path: str, prefix: str = "") -> dict[str, Tensor]:
         UserError: one line, if the file is missing, too large, broken, not a checkpoint, or asks
             for more than tensors.
     """
-    file = Path(path).expanduser()
+    file = expand_home(path)
     if not os.path.isfile(file):
         raise UserError(f"no weights file {path!r}")
     size = file.stat().st_size
@@ -70,7 +71,7 @@ def load_tensors(path: str, prefix: str = "") -> dict[str, Tensor]:
 
 def _load(file: Path, size: int, prefix: str) -> dict[str, Tensor]:
     """Load a file by the format that its first bytes tell."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         start = stream.read(TAR_MAGIC.stop)
     if start.startswith(b"PK\x03\x04") and _is_npz(file):
         return _check_types(_take_below(_load_npz(file, size), prefix))

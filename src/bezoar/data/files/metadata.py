@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+MAX_CAPTIONS = 1000  # of an image
 MAX_LABELS = 100_000  # labels lie in 0..MAX_LABELS-1
 
 
@@ -39,6 +40,8 @@ def parse_metadata(content: bytes) -> Metadata | str:
         return f"label is not a number from 0 to {MAX_LABELS - 1}"
     several = values.get("captions")
     captions = [c for c in several if isinstance(c, str)] if isinstance(several, list) else []
+    if len(captions) > MAX_CAPTIONS:
+        return f"more than {MAX_CAPTIONS} captions: {len(captions)}"
     captions = captions or [_text(values, "caption")]
     metadata = Metadata(
         id=_text(values, "record_id"),

@@ -12,6 +12,7 @@ from typing import IO, Literal
 import numpy as np
 import numpy.lib.format
 
+from bezoar.data.files.paths import open_regular
 from bezoar.errors import UserError
 
 MAX_WIDTH = 1 << 16  # dimensions of a vector
@@ -110,7 +111,7 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
     count, width = header.shape
     buffer = np.empty(max(0, min(stop, count) - start) * width * header.dtype.itemsize, np.uint8)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(offset + start * width * header.dtype.itemsize)
             fill(buffer, file)
     except OSError as error:
@@ -123,7 +124,7 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
 def _read_vector_header(path: Path) -> tuple[Header, int]:
     """Return the checked header of a file of vectors, and the offset at which its rows begin."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header = read_header(file)
             offset, size = file.tell(), os.fstat(file.fileno()).st_size
     except OSError as error:

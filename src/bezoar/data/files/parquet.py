@@ -1,42 +1,78 @@
-"""Foreign Parquet files, read a bounded number of rows and bytes at a time."""
+"""Foreign Parquet files, read a bounded number of rows and bytes at a time.
+
+They are parsed in a process of its own (`parquet_process`), because Arrow ends its process on some
+files. The process stays for the next file; when a file ends it, that file cannot be read. Of large
+files only the headers are looked at there: handing over all rows would take half as long again.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from bezoar.data.files.parquet_pages import count_safe_rows
-from bezoar.data.files.paths import printable
+from bezoar.data.files import parquet_process
+from bezoar.data.files.parquet_process import BATCH_ROWS
+from bezoar.data.files.paths import check_regular
 from bezoar.errors import UserError
 
-GROUP_BYTES = 4 << 30  # the most that the columns of a row group may unpack to
-BATCH_ROWS = 256  # rows that are Python objects at a time
+__all__ = ["BATCH_ROWS", "MAX_HELD_BYTES", "ParquetHeader", "read_batches", "read_header"]
+
 MAX_HELD_BYTES = 128 << 20  # of rows that are kept at hand
+STREAMED_BYTES = 16 << 20  # of the largest file whose rows the other process reads
+MAX_IDLE = 2  # processes that wait for the next file
+PIPE_BYTES = 1 << 20
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from bezoar.data.files.parquet_process import serve; serve()"
+)
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a file.
+class ParquetHeader(NamedTuple):
+    """What a file says of itself.
 
-    Raises UserError if it is none, has two columns of one name, or a row group would fill the
-    memory.
+    Attributes:
+        rows: how many it promises.
+        names: of its columns, each once.
+        texts: names of the columns of text.
     """
-    try:
-        file = pq.ParquetFile(path, memory_map=False)
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        names = file.schema_arrow.names
-    except (OSError, ValueError, pa.ArrowException) as error:
-        # ValueError: a name that is not UTF-8
-        raise _broken(path, error) from error
-    if any(not 0 <= g.total_byte_size <= GROUP_BYTES or g.num_rows < 0 for g in groups):
-        raise UserError(
-            f"{path}: a row group unpacks to more than {GROUP_BYTES >> 30} GiB; write it in smaller ones"
-        )
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: two columns are called {max(names, key=names.count)!r}")
-    return file
+
+    rows: int
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+def read_header(path: Path) -> ParquetHeader:
+    """Read what a file says of itself.
+
+    Raises UserError if it is no Parquet file, has two columns of one name, claims rows that it
+    cannot hold, or a row group would fill the memory.
+    """
+    return _check_columns(check_regular(path).absolute(), ())
+
+
+def _check_columns(path: Path, columns: tuple[str, ...]) -> ParquetHeader:
+    """Read a header, and check what it says of some columns."""
+    status = path.stat()
+    return _ask_header(path, columns, (status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _ask_header(path: Path, columns: tuple[str, ...], _: tuple[int, int]) -> ParquetHeader:
+    """Ask for a header; the file's state is in the cache's key: a changed file is read again."""
+    with _reader() as reader:
+        facts = reader.ask({"path": str(path), "columns": columns}, path)
+    return ParquetHeader(facts["rows"], tuple(facts["names"]), tuple(facts["texts"]))
 
 
 def read_batches(
@@ -44,37 +80,132 @@ def read_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Read the rows start..stop of some columns, at most BATCH_ROWS at a time.
 
-    Raises UserError if the file is broken.
+    Raises UserError if the file is broken, or holds fewer rows than it promises.
     """
-    with open_parquet(path) as file:
-        groups, position = _find_groups(file, start, stop)
-        if not groups:
-            return
+    path = check_regular(path).absolute()
+    if path.stat().st_size > STREAMED_BYTES:
+        _check_columns(path, tuple(columns))
         try:
-            most = count_safe_rows(file, path, groups, columns, BATCH_ROWS)
-            for batch in file.iter_batches(most, groups, list(columns)):
-                low = max(start - position, 0)
-                high = len(batch) if stop is None else min(stop - position, len(batch))
-                position += len(batch)
-                if high > low:
-                    yield batch.slice(low, high - low)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise _broken(path, error) from error
+            yield from parquet_process.read_batches(path, columns, start, stop)
+        except parquet_process.READING_ERRORS as error:
+            raise UserError(parquet_process.describe_error(path, error)) from error
+        return
+    request = {"path": str(path), "columns": list(columns), "start": start, "stop": stop}
+    with _reader() as reader:
+        yield from reader.read_rows(request, path)
 
 
-def _find_groups(file: pq.ParquetFile, start: int, stop: int | None) -> tuple[list[int], int]:
-    """Return the row groups that hold the rows start..stop, and the number of their first row."""
-    groups: list[int] = []
-    first_row = row = 0
-    for i in range(file.metadata.num_row_groups):
-        after = row + file.metadata.row_group(i).num_rows
-        if after > start and (stop is None or row < stop):
-            first_row = first_row if groups else row
-            groups.append(i)
-        row = after
-    return groups, first_row
+class _Reader:
+    """A process that parses Parquet files, one after another."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pipesize=PIPE_BYTES,
+            # The memory of a file is bounded by address space, which allocators otherwise reserve.
+            env={**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"},
+        )
+
+    def ask(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Return the answer to a request. Raises UserError that it holds, or if there is none."""
+        self._send(request)
+        return self._receive(path)
+
+    def read_rows(self, request: dict[str, Any], path: Path) -> Iterator[pa.RecordBatch]:
+        """Iterate over the rows that were asked for."""
+        self._send(request)
+        line = self._output.readline()
+        if line == b"rows\n":
+            try:
+                with pa.ipc.open_stream(pa.PythonFile(self._output, "r")) as stream:
+                    for batch in stream:
+                        for row in range(0, len(batch), BATCH_ROWS):
+                            yield batch.slice(row, BATCH_ROWS)
+            except (OSError, pa.ArrowException) as error:
+                raise self._death(path) from error
+            line = self._output.readline()
+        self._check(line, path)
+
+    @property
+    def _output(self) -> IO[bytes]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # that it died is seen when nothing comes back
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def _receive(self, path: Path) -> dict[str, Any]:
+        return self._check(self._output.readline(), path)
+
+    def _check(self, line: bytes, path: Path) -> dict[str, Any]:
+        """Return what the last line of an answer says."""
+        if not line.endswith(b"\n"):
+            raise self._death(path)
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def _death(self, path: Path) -> UserError:
+        """The error for a file that ended the process."""
+        self.end()
+        return UserError(
+            f"{path} cannot be read as parquet: it ends the program that reads it, "
+            f"or takes more memory or time than its size allows (status {self.process.returncode})"
+        )
+
+    def end(self) -> None:
+        """End the process."""
+        self.process.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(OSError):
+                stream.close()
+        self.process.wait()
 
 
-def _broken(path: Path, error: Exception) -> UserError:
-    reason = printable(str(error).splitlines()[0][:200])
-    return UserError(f"{path} cannot be read as parquet: {reason}")
+_idle: list[_Reader] = []
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _reader() -> Iterator[_Reader]:
+    """Lend a process, which comes back if it has answered in full."""
+    with _lock:
+        # One that another process started answers that process.
+        mine = [r for r in _idle if r.owner == os.getpid()]
+        reader = mine[-1] if mine else None
+        _idle[:] = mine[:-1]
+    reader = reader or _Reader()
+    answered = True
+    try:
+        yield reader
+    except UserError:
+        raise
+    except BaseException:  # whoever asked stopped reading in the middle
+        answered = False
+        raise
+    finally:
+        answered = answered and reader.process.returncode is None
+        with _lock:
+            keeps = answered and len(_idle) < MAX_IDLE
+            if keeps:
+                _idle.append(reader)
+        if not keeps:
+            reader.end()
+
+
+@atexit.register
+def _end_idle() -> None:
+    with _lock:
+        while _idle:
+            reader = _idle.pop()
+            if reader.owner == os.getpid():
+                reader.end()

@@ -51,11 +51,41 @@ def count_safe_rows(
     return max(1, min(most, UNPACKED_BYTES // largest))
 
 
+def check_chunks(
+    file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Sequence[str]
+) -> None:
+    """Raise UserError if a column does not fit its row group or lies outside of the file."""
+    size = path.stat().st_size
+    flat = {
+        leaf.path
+        for leaf in map(file.schema.column, range(len(file.schema)))
+        if not leaf.max_repetition_level
+    }
+    for group in map(file.metadata.row_group, groups):
+        for chunk in map(group.column, range(group.num_columns)):
+            name = chunk.path_in_schema
+            if not name.startswith(tuple(columns)):
+                continue
+            start = first_page(chunk)
+            if not 0 <= start <= start + chunk.total_compressed_size <= size:
+                raise UserError(f"{path}: column {name} lies outside of the file")
+            if name in flat and chunk.num_values != group.num_rows:
+                raise UserError(
+                    f"{path}: column {name} claims {chunk.num_values} values of {group.num_rows} rows"
+                )
+
+
+def first_page(chunk: pq.ColumnChunkMetaData) -> int:
+    """The byte at which a column chunk begins."""
+    start = int(chunk.data_page_offset)
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+        start = min(start, chunk.dictionary_page_offset)
+    return start
+
+
 def largest_page(raw: IO[bytes], chunk: pq.ColumnChunkMetaData) -> int:
     """Bytes of a column chunk's largest page; of the whole chunk if a header cannot be read."""
-    position = chunk.data_page_offset
-    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-        position = min(position, chunk.dictionary_page_offset)
+    position = first_page(chunk)
     end = position + chunk.total_compressed_size
     largest = 0
     try:

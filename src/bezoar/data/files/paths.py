@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import io
 import itertools
 import os
 import stat
@@ -20,26 +22,101 @@ TEXT_BYTES = 4 << 20  # the largest caption or metadata object that is read
 MAX_PATHS = 1_000_000  # the most files that a brace list may name
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading: the one way in which files that others wrote are opened.
+
+    Pipes, devices, sockets and folders are refused without waiting for them: a pipe that nobody
+    writes to stalls the program for ever, and a device may have no end.
+
+    Raises UserError that names the file and the reason.
+    """
+    try:
+        return _open_regular(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def check_regular(path: Path) -> Path:
+    """Return a path if it is that of a regular file, for libraries that open files by their names.
+
+    Raises UserError, as `open_regular` does.
+    """
+    open_regular(path).close()
+    return path
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises UserError if it is another or larger."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""  # it may grow meanwhile
+    if max(size, len(content)) > limit:
+        raise UserError(f"{path} holds {max(size, len(content))} bytes; expected at most {limit}")
+    return content
+
+
+def read_regular_text(path: Path, limit: int) -> str:
+    """Read a regular file of UTF-8. Raises UserError, as `read_regular` does, or for other bytes."""
+    try:
+        return read_regular(path, limit).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8, at byte {error.start}") from error
+
+
 def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
-    """Read a regular file of at most `limit` bytes; pipes and devices are never opened.
+    """Read the file of one record, of at most `limit` bytes; see `open_regular`.
 
     Raises Unreadable.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable("not a regular file")
-        if status.st_size > limit:
-            raise Unreadable(f"too large: {status.st_size} bytes")
-        with path.open("rb") as file:
+        with _open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise Unreadable(f"too large: {size} bytes")
             return file.read(limit)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        raise Unreadable(f"no such file: {getattr(error, 'strerror', None) or error}") from error
+    except _NotRegularError as error:
+        raise Unreadable("not a regular file") from error
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"no such file: {_reason(error)}") from error
+
+
+class _NotRegularError(OSError):
+    """A pipe, a device, a socket or a folder stands where a file is expected."""
+
+
+def _open_regular(path: Path) -> io.BufferedReader:
+    return open(regular_descriptor(path), "rb")
+
+
+def regular_descriptor(path: Path | str) -> int:
+    """Open a regular file for reading. Raises OSError, or ValueError for a NUL byte in the path."""
+    # Without O_NONBLOCK opening a pipe waits for somebody to write to it. The status is that of
+    # the open file, so that nothing can take its place in between.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _NotRegularError(errno.EINVAL, "it is not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def expand_home(path: str) -> Path:
+    """Return a path with its `~` replaced. Raises UserError if it is the home of nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path!r}: there is no such user, or no home folder") from error
 
 
 def existing_file(path: str, what: str) -> Path:
     """Return the path of a file that exists. Raises UserError, which calls the file `what`."""
-    expanded = Path(path).expanduser()
+    expanded = expand_home(path)
     if not os.path.isfile(expanded):
         raise UserError(f"no {what} {path!r}")
     return expanded
@@ -47,7 +124,7 @@ def existing_file(path: str, what: str) -> Path:
 
 def existing_folder(path: str, what: str) -> Path:
     """Return the path of a folder that exists. Raises UserError, which calls the folder `what`."""
-    expanded = Path(path).expanduser()
+    expanded = expand_home(path)
     if not os.path.isdir(expanded):
         raise UserError(f"no {what} {path!r}")
     return expanded
@@ -73,7 +150,7 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
         raise UserError(f"{what} {text!r} names more than {MAX_PATHS} files")
     paths: list[Path] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = expand_home(name)
         if os.path.isdir(path):
             paths += sorted(path.glob(f"*{ending}"))
         elif os.path.exists(path) or not glob.has_magic(name):

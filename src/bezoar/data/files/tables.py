@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from bezoar.data.files.parquet import open_parquet, read_batches
-from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, printable
+from bezoar.data.files.parquet import read_batches, read_header
+from bezoar.data.files.paths import TEXT_BYTES, open_regular, printable
 from bezoar.errors import UserError
 
 # Names of columns, open_clip's first.
@@ -27,6 +28,8 @@ CAPTION_COLUMNS = ("title", "caption", "text")
 ID_COLUMNS = ("id", "key", "image_id", "uid")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 BLOCK_ROWS = 4096  # of a unit of work
+FREE_TEXT_BYTES = 64 << 20  # of the text of a block of Parquet, however small its file is
+TEXT_RATIO = 20  # how many times the file's size the text may be beyond that
 FIRST_ROWS = 100  # that are looked at before any other
 Row = dict[str, Any]
 
@@ -78,11 +81,10 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
     _check_suffix(table)
     size = size or BLOCK_ROWS
     if table.suffix == ".parquet":
-        with open_parquet(table) as file:
-            rows = file.metadata.num_rows
+        rows = read_header(table).rows
         return [RowBlock(start, 0, min(size, rows - start)) for start in range(0, rows, size)]
     blocks: list[RowBlock] = []
-    with _as_user_error(table), table.open("rb") as file:
+    with _as_user_error(table), open_regular(table) as file:
         starts = _json_starts(file) if table.suffix == ".jsonl" else _csv_starts(file, table)
         while offsets := list(itertools.islice(starts, size)):
             blocks.append(RowBlock(len(blocks) * size, offsets[0], len(offsets)))
@@ -92,8 +94,7 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
 def column_names(table: Path) -> list[str]:
     """Return the names of a table's columns; of JSON Lines those of the first object."""
     if table.suffix == ".parquet":
-        with open_parquet(table) as file:
-            return list(file.schema_arrow.names)
+        return list(read_header(table).names)
     first = next((row for _, row in read_rows(table) if isinstance(row, dict)), {})
     return [name for name in first if isinstance(name, str)]
 
@@ -127,10 +128,8 @@ def resolve_inside(table: Path, root: Path | None, text: str) -> Path | None:
 
 def refuse_outside(table: Path, root: Path | None, image_column: str) -> None:
     """Raise UserError if the local images that the first rows name all lie outside the root."""
-    if table.suffix == ".parquet":
-        with open_parquet(table) as file:
-            if not _is_text(file.schema_arrow.field(image_column).type):
-                return
+    if table.suffix == ".parquet" and image_column not in read_header(table).texts:
+        return
     local: list[tuple[int, str]] = []
     with suppress(UserError):  # a table that breaks off is named when it is its turn
         for number, row in read_rows(table, RowBlock(0, 0, FIRST_ROWS), [image_column]):
@@ -156,7 +155,7 @@ def _as_user_error(table: Path) -> Iterator[None]:
     """Turn what the parsers raise into a UserError that names the table."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         reason = printable(" ".join(str(error).split())[:200])
         raise UserError(f"{table} cannot be read as {table.suffix[1:]}: {reason}") from error
 
@@ -171,9 +170,18 @@ def _decode_lines(file: BinaryIO) -> Iterator[str]:
 
     Bytes that are not UTF-8 become lone surrogates, which `metadata.is_unicode` refuses later.
     """
-    while line := file.readline(TEXT_BYTES):
+    for line in _read_lines(file):
         text = line.decode("utf-8", "surrogateescape")
         yield text.removeprefix("\ufeff") if file.tell() == len(line) else text
+
+
+def _read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Read line by line. Raises ValueError for one that does not end within TEXT_BYTES."""
+    while line := file.readline(TEXT_BYTES + 1):
+        if len(line) > TEXT_BYTES:
+            start = file.tell() - len(line)
+            raise ValueError(f"the line at byte {start} is longer than {TEXT_BYTES} bytes")
+        yield line
 
 
 def _open_csv(file: BinaryIO, table: Path) -> csv.DictReader[str]:
@@ -186,7 +194,7 @@ def _open_csv(file: BinaryIO, table: Path) -> csv.DictReader[str]:
 
 
 def _read_csv(table: Path, block: RowBlock) -> Iterator[Row | str]:
-    with table.open("rb") as file:
+    with open_regular(table) as file:
         reader = _open_csv(file, table)
         try:
             file.seek(max(block.offset, file.tell()))
@@ -209,9 +217,9 @@ def _csv_starts(file: BinaryIO, table: Path) -> Iterator[int]:
 
 def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:
     """Read one object a line; empty lines do not count."""
-    with table.open("rb") as file:
+    with open_regular(table) as file:
         file.seek(block.offset)
-        lines = (line for line in _json_lines(file) if line.strip())
+        lines = (line for line in _read_lines(file) if line.strip())
         for line in itertools.islice(lines, block.rows):
             try:
                 row = json.loads(line)
@@ -224,38 +232,40 @@ def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:
 def _json_starts(file: BinaryIO) -> Iterator[int]:
     """The byte at which each line begins that is not empty."""
     start = 0
-    for line in _json_lines(file):
+    for line in _read_lines(file):
         if line.strip():
             yield start
         start = file.tell()
 
 
-def _json_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Read lines: longer ones than TEXT_BYTES come in pieces, and FILE_BYTES is the limit."""
-    pieces = 0
-    while line := file.readline(TEXT_BYTES):
-        pieces = 0 if line.endswith(b"\n") else pieces + 1
-        if pieces * TEXT_BYTES > FILE_BYTES:
-            raise ValueError(f"a line of more than {FILE_BYTES >> 20} MiB")
-        yield line
-
-
 def _read_parquet(
     table: Path, block: RowBlock, columns: Sequence[str] | None
 ) -> Iterator[Row | str]:
-    if columns is None:
-        with open_parquet(table) as file:
-            columns = [f.name for f in file.schema_arrow if _is_text(f.type)]
+    columns = read_header(table).texts if columns is None else columns
     stop = None if block.rows is None else block.before + block.rows
+    nbytes, most = 0, max(FREE_TEXT_BYTES, TEXT_RATIO * table.stat().st_size)
     for batch in read_batches(table, columns, block.before, stop):
+        lengths = [pc.binary_length(column) for column in batch.columns if _is_text(column.type)]
+        longest = max((pc.max(n).as_py() or 0 for n in lengths), default=0)
+        if longest <= TEXT_BYTES:
+            nbytes += sum(pc.sum(n).as_py() or 0 for n in lengths)
+        if nbytes > most:  # thousands of rows may share one text
+            raise UserError(f"{table} unpacks to more than {most} bytes of text")
         try:
-            yield from batch.to_pylist()
+            if longest <= TEXT_BYTES:
+                yield from batch.to_pylist()
+                continue
         except (ValueError, OverflowError):
-            yield from (_to_python(batch.slice(i, 1)) for i in range(len(batch)))
+            pass
+        yield from (_to_python(batch.slice(i, 1)) for i in range(len(batch)))
 
 
 def _to_python(row: pa.RecordBatch) -> Row | str:
     """Convert a batch of one row, or say why that cannot be done."""
+    for column in row.columns:
+        nbytes = (pc.binary_length(column)[0].as_py() or 0) if _is_text(column.type) else 0
+        if nbytes > TEXT_BYTES:
+            return f"text too large: {nbytes} bytes"
     try:
         values: Row = row.to_pylist()[0]
         return values

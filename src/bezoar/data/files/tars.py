@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, is_confined
+from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, is_confined, open_regular
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
 
@@ -96,7 +96,7 @@ def read_members(path: Path, extensions: Sequence[str]) -> Iterator[Member | Ski
     """
     try:
         with (
-            _BoundedReader(io.FileIO(path)) as file,
+            _BoundedReader(open_regular(path).detach()) as file,
             tarfile.open(fileobj=file, mode="r:", tarinfo=_BoundedHeader) as tar,
         ):
             yield from _read_members(path, file, tar, extensions)

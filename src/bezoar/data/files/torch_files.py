@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bezoar.data.files.paths import open_regular
 from bezoar.data.files.zips import open_zip
 from bezoar.errors import UserError
 
@@ -187,5 +188,5 @@ def _read(file: Path | bytes, count: int) -> bytes:
     """The first bytes of a file."""
     if isinstance(file, bytes):
         return file[:count]
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return stream.read(count)

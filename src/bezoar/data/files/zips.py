@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+from bezoar.data.files.paths import check_regular
 from bezoar.errors import UserError
 
 FREE_BYTES = 64 << 20  # what an archive may unpack to, however small it is
@@ -24,7 +25,7 @@ def open_zip(file: Path | IO[bytes], max_members: int = 100_000) -> zipfile.ZipF
             or packed otherwise than by deflation.
     """
     try:
-        archive = zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(check_regular(file) if isinstance(file, Path) else file)
     except (*UNPACKING_ERRORS, struct.error, LookupError, OverflowError) as error:
         raise UserError(f"not a zip archive that can be read ({error})") from error
     members = archive.infolist()

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from torchvision.datasets.utils import download_and_extract_archive
 
+from bezoar.data.files.paths import expand_home
 from bezoar.data.label_sets import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
@@ -41,7 +42,7 @@ class Cifar10:
 
     def files(self) -> list[Path]:
         """The files of the split. Raises UserError if one is missing."""
-        root = Path(self.root).expanduser()
+        root = expand_home(self.root)
         paths = [root / FOLDER / name for name in FILES[self.split]]
         if self.download and not all(p.is_file() for p in paths):
             open_torchvision(

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from bezoar.data.blocks import blocks
 from bezoar.data.files import npy, parquet
-from bezoar.data.files.paths import existing_file
+from bezoar.data.files.paths import existing_file, expand_home
 from bezoar.data.files.skipped import ReadReport
 from bezoar.data.files.tables import CAPTION_COLUMNS, ID_COLUMNS
 from bezoar.data.source import COLUMNS, Source, Unit, VectorBlock, number_units, until_broken
@@ -54,7 +54,7 @@ class Embeddings:
 
         Raises UserError if files are missing.
         """
-        folder = Path(self.path).expanduser()
+        folder = expand_home(self.path)
         if not folder.is_dir():
             return self._open_file()
         if self.texts or self.metadata:
@@ -192,10 +192,10 @@ def _read_metadata(path: Path, images: Path, count: int, rows: slice) -> dict[st
 
     Raises UserError if the file does not fit.
     """
-    with parquet.open_parquet(path) as file:
-        if file.metadata.num_rows != count:
-            raise UserError(f"{path} has {file.metadata.num_rows} rows, {images} {count}")
-        names = set(file.schema_arrow.names)
+    header = parquet.read_header(path)
+    if header.rows != count:
+        raise UserError(f"{path} has {header.rows} rows, {images} {count}")
+    names = set(header.names)
     columns: dict[str, str] = {}
     for ours, candidates in METADATA_COLUMNS.items():
         theirs = next((name for name in candidates if name in names), None)

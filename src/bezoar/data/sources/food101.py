@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from torchvision.datasets import Food101 as TorchvisionFood101
 
 from bezoar.data.decoding import Record, gather_pairs
-from bezoar.data.files.paths import is_confined
+from bezoar.data.files.paths import expand_home, is_confined
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.label_sets import check_fields, class_captions, open_torchvision
 from bezoar.data.pairs import Pairs
@@ -43,7 +43,7 @@ class Food101:
 
     def _open(self) -> Any:
         """torchvision's own view of the data: classes, paths and labels."""
-        root, download = str(Path(self.root).expanduser()), self.download
+        root, download = str(expand_home(self.root)), self.download
         return open_torchvision(
             "food101",
             root,
@@ -54,7 +54,7 @@ class Food101:
     def records(self) -> Iterator[Record | Skipped]:
         """Iterate over the images in order, undecoded."""
         data = self._open()
-        base = Path(self.root).expanduser() / "food-101" / "images"
+        base = expand_home(self.root) / "food-101" / "images"
         captions = class_captions(data.classes, self.template)
         for path, label in zip(map(Path, data._image_files), data._labels, strict=True):
             key = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)

@@ -20,7 +20,7 @@ import numpy as np
 from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files import npy
 from bezoar.data.files.metadata import MAX_LABELS
-from bezoar.data.files.paths import FILE_BYTES, existing_file
+from bezoar.data.files.paths import FILE_BYTES, existing_file, expand_home
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.zips import UNPACKING_ERRORS, check_unpacked_size, open_zip
 from bezoar.data.label_sets import (
@@ -165,7 +165,7 @@ class Archive:
         member = member or next((m for m in self.archive.infolist() if m.filename == name), None)
         if member is None:
             raise UserError(f"{self.path} holds no array {name}")
-        stored = min(member.compress_size, Path(self.path).expanduser().stat().st_size)
+        stored = min(member.compress_size, expand_home(self.path).stat().st_size)
         try:
             check_unpacked_size([member], stored, ARRAY_BYTES)
             with self.archive.open(member) as stream:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from bezoar.data.decoding import Record
 from bezoar.data.files import parquet
 from bezoar.data.files.metadata import is_unicode
-from bezoar.data.files.paths import distinct_stems, expand_paths
+from bezoar.data.files.paths import distinct_stems, expand_home, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.files.tables import (
     ALL_ROWS,
@@ -73,7 +73,7 @@ class Table:
         wrong = [p for p in paths if p.suffix not in SUFFIXES]
         if wrong:
             raise UserError(f"a table must be {', '.join(SUFFIXES)}; got {str(wrong[0])!r}")
-        root = Path(self.root).expanduser() if self.root else None
+        root = expand_home(self.root) if self.root else None
         columns = (self.image, self.caption, self.key)
         return TableSource(paths, self.size, root, columns, self.limit)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.attacks import captions
-from bezoar.data.files.paths import existing_file
+from bezoar.data.files.paths import existing_file, read_regular
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
 from bezoar.encoders.encoder import Encoder
@@ -106,10 +106,8 @@ class Bdetclip:
 def read_descriptions(path: str) -> dict[str, list[str]]:
     """A file of descriptions. Raises UserError when it is missing, too large or of another form."""
     file = existing_file(path, "file of descriptions")
-    if file.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: a file of descriptions may have {MAX_BYTES >> 20} MiB")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file, MAX_BYTES))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, class -> list of descriptions") from error
     valid = isinstance(content, dict) and all(

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from bezoar.data.files.paths import TEXT_BYTES, existing_file
+from bezoar.data.files.paths import existing_file, read_regular
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, Scores
 
 SHARES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05)  # of the records, that are reported
 MIN_SAMPLE = 20  # clean records
+LIST_BYTES = 256 << 20  # of a file of ids
 LEVEL = 0.95
 ASSUMPTION = "Assumes that the reference is a random sample of records like the clean ones here."
 
@@ -48,9 +49,8 @@ def estimate_from_file(merged: Scores, trusted: str, more: Sequence[int] = ()) -
     Raises:
         UserError: When the file cannot be read or names none of the scanned records.
     """
-    with existing_file(trusted, "list of clean records").open("rb") as file:
-        lines = iter(lambda: file.readline(TEXT_BYTES), b"")
-        clean_ids = {line.strip().decode("utf-8", "replace") for line in lines}
+    content = read_regular(existing_file(trusted, "list of clean records"), LIST_BYTES)
+    clean_ids = {line.strip().decode("utf-8", "replace") for line in content.split(b"\n")}
     clean = np.fromiter((key in clean_ids for key in merged.ids), bool, len(merged))
     if not clean.any():
         raise UserError(f"{trusted} names none of the {len(merged)} records that were scanned")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ from PIL import Image
 
 from bezoar.data.decoding import Record
 from bezoar.data.files.images import DECODING_ERRORS, FORMATS
+from bezoar.data.files.paths import open_regular, regular_descriptor
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.tars import BLOCK
+from bezoar.errors import UserError
 
 HEAD_BYTES = 1 << 20  # bytes of a file that are looked at
 MAX_SEGMENTS = 256  # parts of a header that are looked at
@@ -67,7 +68,7 @@ def with_tar_headers(
                 if descriptor >= 0:
                     os.close(descriptor)
                     descriptor = -1
-                file, descriptor = record.file, os.open(record.file, os.O_RDONLY)
+                file, descriptor = record.file, regular_descriptor(record.file)
             offset = record.offset - BLOCK
             yield record, os.pread(descriptor, BLOCK, offset) if offset >= 0 else b""
     finally:
@@ -81,12 +82,10 @@ def describe_image(record: Record, tar_header: bytes | None) -> StoredImage | No
         header = parse_image_header(record.image[:HEAD_BYTES])
         return StoredImage(header, len(record.image), *parse_tar_header(tar_header or b""))
     try:
-        status = record.image.stat()
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        with record.image.open("rb") as file:
+        with open_regular(record.image) as file:
+            status = os.fstat(file.fileno())
             header = parse_image_header(file.read(HEAD_BYTES))
-    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+    except (OSError, UserError):
         return None
     owner = f"{status.st_uid}:{status.st_gid}:{status.st_mode:o}"
     return StoredImage(header, status.st_size, status.st_mtime, owner, record.image.suffix)

@@ -1,0 +1,191 @@
+"""What a process of its own does with foreign Parquet files: Arrow ends its process on some of them.
+
+`parquet` starts the process and asks; nobody else imports this. A request is a line of JSON on the
+standard input; the answer is on the standard output: a line of JSON about the file or, for rows, a
+stream of Arrow's with a line of JSON behind it. A file that Arrow aborts on, or that takes more
+memory or time than its size allows, ends this process alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bezoar.data.files.parquet_pages import check_chunks, count_safe_rows
+from bezoar.data.files.paths import printable
+from bezoar.errors import UserError
+
+GROUP_BYTES = 4 << 30  # the most that the columns of a row group may unpack to
+BATCH_ROWS = 256  # rows that are Python objects at a time
+MESSAGE_BYTES = 2 << 20  # that are handed over at once, and the rows
+MESSAGE_ROWS = 8192
+FREE_ROWS = 1 << 16  # that a file may have however small it is; beyond them one a byte
+FREE_BYTES = 1 << 30  # of memory for a file, however small it is
+FREE_SECONDS = 10  # of work for a file, however small it is
+BYTES_A_SECOND = 10 << 20  # that are read beyond that, at least
+READING_ERRORS = (OSError, ValueError, pa.ArrowException)  # ValueError: a name that is not UTF-8
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that asks
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    output = sys.stdout.buffer
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        path = Path(request["path"])
+        try:
+            bound_use(path.stat().st_size)
+            answer = answer_request(path, request, output)
+        except UserError as error:
+            answer = {"error": str(error)}
+        except READING_ERRORS as error:
+            answer = {"error": describe_error(path, error)}
+        output.write(json.dumps(answer).encode() + b"\n")
+        output.flush()
+
+
+def describe_error(path: Path, error: Exception) -> str:
+    """The line about a file on which Arrow raised an error."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return f"{path} cannot be read as parquet: {printable(reason)}"
+
+
+def answer_request(path: Path, request: dict[str, Any], output: IO[bytes]) -> dict[str, Any]:
+    """Describe a file and check some columns, or write rows; return what is said of that."""
+    if "start" not in request:
+        return describe_file(path, request["columns"])
+    with contextlib.ExitStack() as stack:
+        writer: Any = None
+        try:
+            rows = read_batches(path, request["columns"], request["start"], request["stop"])
+            for batch in gather_batches(rows):
+                if writer is None:
+                    output.write(b"rows\n")
+                    writer = stack.enter_context(
+                        pa.ipc.new_stream(pa.PythonFile(output, "w"), batch.schema)
+                    )
+                writer.write_batch(batch)
+                output.flush()
+        except (UserError, *READING_ERRORS):
+            if writer is not None:
+                stack.close()  # the end of the stream, behind which the error is told
+            raise
+    return {}
+
+
+def gather_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Put small batches together, so that handing them over costs little."""
+    waiting: list[pa.RecordBatch] = []
+    nbytes = rows = 0
+    for batch in batches:
+        waiting.append(batch)
+        nbytes += batch.nbytes
+        rows += len(batch)
+        if nbytes >= MESSAGE_BYTES or rows >= MESSAGE_ROWS:
+            yield pa.concat_batches(waiting) if len(waiting) > 1 else waiting[0]
+            waiting, nbytes, rows = [], 0, 0
+    if waiting:
+        yield pa.concat_batches(waiting)
+
+
+def bound_use(size: int) -> None:
+    """Bound the memory and the time that this process may take for a file of `size` bytes."""
+    with contextlib.suppress(OSError, ValueError):
+        statm = Path("/proc/self/statm")
+        held = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
+        more = FREE_BYTES + min(GROUP_BYTES, 4 * size)
+        if held:
+            resource.setrlimit(resource.RLIMIT_AS, (held + more, resource.RLIM_INFINITY))
+        use = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(use.ru_utime + use.ru_stime) + FREE_SECONDS + size // BYTES_A_SECOND
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a file.
+
+    Raises UserError if it has two columns of one name, claims rows that it cannot hold, or a row
+    group would fill the memory.
+    """
+    file = pq.ParquetFile(path, memory_map=False)
+    facts = file.metadata
+    groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    size = os.path.getsize(path)
+    if any(not 0 <= group.total_byte_size <= GROUP_BYTES for group in groups):
+        raise UserError(
+            f"{path}: a row group unpacks to more than {GROUP_BYTES >> 30} GiB; write it in smaller ones"
+        )
+    if min(rows, default=0) < 0 or sum(rows) != facts.num_rows:
+        raise UserError(f"{path} claims {facts.num_rows} rows, its row groups {sum(rows)}")
+    if facts.num_rows > max(FREE_ROWS, size):
+        raise UserError(f"{path} claims {facts.num_rows} rows in {size} bytes")
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns are called {max(names, key=names.count)!r}")
+    return file
+
+
+def describe_file(path: Path, columns: Sequence[str]) -> dict[str, Any]:
+    """Return the number of rows, the names of the columns and those of the columns of text.
+
+    Raises UserError if one of `columns` is not what the file's size and rows allow.
+    """
+    with open_parquet(path) as file:
+        if columns:
+            check_chunks(file, path, range(file.metadata.num_row_groups), columns)
+        fields = list(file.schema_arrow)
+        is_text = [pa.types.is_string(f.type) or pa.types.is_large_string(f.type) for f in fields]
+        return {
+            "rows": file.metadata.num_rows,
+            "names": [f.name for f in fields],
+            "texts": [f.name for f, yes in zip(fields, is_text, strict=True) if yes],
+        }
+
+
+def read_batches(
+    path: Path, columns: Sequence[str], start: int, stop: int | None
+) -> Iterator[pa.RecordBatch]:
+    """Read the rows start..stop of some columns, at most BATCH_ROWS at a time.
+
+    Raises UserError if there are fewer than the file promises.
+    """
+    with open_parquet(path) as file:
+        rows = file.metadata.num_rows
+        end = rows if stop is None else min(stop, rows)
+        groups, position = _find_groups(file, start, end)
+        if not groups:
+            return
+        check_chunks(file, path, groups, columns)
+        most = count_safe_rows(file, path, groups, columns, BATCH_ROWS)
+        for batch in file.iter_batches(most, groups, list(columns)):
+            low, high = max(start - position, 0), min(end - position, len(batch))
+            position += len(batch)
+            if high > low:
+                yield batch.slice(low, high - low)
+        if position < end:
+            raise UserError(f"{path} promises {rows} rows and ends after {position}")
+
+
+def _find_groups(file: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:
+    """Return the row groups that hold the rows start..stop, and the number of their first row."""
+    groups: list[int] = []
+    first_row = row = 0
+    for i in range(file.metadata.num_row_groups):
+        after = row + file.metadata.row_group(i).num_rows
+        if after > start and row < stop:
+            first_row = first_row if groups else row
+            groups.append(i)
+        row = after
+    return groups, first_row
