@@ -20,7 +20,7 @@ from torch import Tensor
 from bezoar.data.files.checkpoints import format_keys
 from bezoar.data.label_sets import distinct_names
 from bezoar.encoders.classifier_networks import Architecture, Residual, Vgg
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 
 HEADS = ("fc", "linear", "classifier")
 # Norms outside the stages of a residual network: behind the stem, or before the pooling.
@@ -303,7 +303,7 @@ def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
     Raises:
         UserError: unless there are `count` names. Equal ones are numbered (`distinct_names`).
     """
-    file = Path(text).expanduser()
+    file = expand_home(text)
     names: object = _load_names(file, text) if file.suffix in (".txt", ".json") else text.split("+")
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
         raise UserError(f"{text[:60]}: expected a list of class names")

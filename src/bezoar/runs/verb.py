@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
+import stat
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -188,9 +189,14 @@ def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
     """
     digest = hashlib.sha256()
     for name, path in ((f.name, f) if isinstance(f, Path) else f for f in files):
-        size = path.stat().st_size
-        digest.update(f"{name}:{size}:".encode("utf-8", "surrogateescape"))
-        with path.open("rb") as file:
+        # Nothing waits on a pipe or reads a device; links are the user's own.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            state = os.fstat(descriptor)
+            if not stat.S_ISREG(state.st_mode):
+                raise UserError(f"{path} is not a regular file")
+            size = state.st_size
+            digest.update(f"{name}:{size}:".encode("utf-8", "surrogateescape"))
             if size <= HASHED_WHOLE:
                 digest.update(file.read())
                 continue

@@ -28,7 +28,7 @@ from torch import Tensor
 from bezoar.data.files import npy
 from bezoar.data.files.torch_files import load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home, first_line
 
 MAX_BYTES = 64 << 20  # of a file, and of everything it unpacks to
 MAX_MEMBERS = 64  # of an archive
@@ -68,7 +68,7 @@ def file_state(path: str) -> FileState:
     Raises:
         UserError: if there is no such file.
     """
-    file = Path(path).expanduser()
+    file = expand_home(path)
     if not os.path.isfile(file):
         raise UserError(f"no file {path!r}")
     status = file.stat()
@@ -118,7 +118,7 @@ def load_array(path: str) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     """Read and check a file; its state is in the cache's key: a changed file is read again."""
-    file = Path(path).expanduser()
+    file = expand_home(path)
     with file.open("rb") as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -132,7 +132,7 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         kind = f"a {suffix[1:]} file" if suffix in SUFFIXES else "a file of arrays"
         raise UserError(f"{path}: not {kind} that can be read ({reason})") from error
     if not members:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 
 from bezoar.data.files.skipped import Unreadable
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 
 FILE_BYTES = 64 << 20  # the largest encoded image that is read
 TEXT_BYTES = 4 << 20  # the largest caption or metadata object that is read
@@ -39,7 +40,7 @@ def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
 
 def existing_file(path: str, what: str) -> Path:
     """Return the path of a file that exists. Raises UserError, which calls the file `what`."""
-    expanded = Path(path).expanduser()
+    expanded = expand_home(path)
     if not os.path.isfile(expanded):
         raise UserError(f"no {what} {path!r}")
     return expanded
@@ -47,7 +48,7 @@ def existing_file(path: str, what: str) -> Path:
 
 def existing_folder(path: str, what: str) -> Path:
     """Return the path of a folder that exists. Raises UserError, which calls the folder `what`."""
-    expanded = Path(path).expanduser()
+    expanded = expand_home(path)
     if not os.path.isdir(expanded):
         raise UserError(f"no {what} {path!r}")
     return expanded
@@ -65,6 +66,9 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
     Raises:
         UserError: if a file that is named is missing, or none is named.
     """
+    for start, end in re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", text):
+        if abs(int(end) - int(start)) > MAX_PATHS:  # braceexpand holds a range in memory
+            raise UserError(f"{what} {text!r} names more than {MAX_PATHS} files")
     try:
         names = list(itertools.islice(braceexpand(text), MAX_PATHS + 1))
     except ValueError as error:
@@ -73,7 +77,7 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
         raise UserError(f"{what} {text!r} names more than {MAX_PATHS} files")
     paths: list[Path] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = expand_home(name)
         if os.path.isdir(path):
             paths += sorted(path.glob(f"*{ending}"))
         elif os.path.exists(path) or not glob.has_magic(name):

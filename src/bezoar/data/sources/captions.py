@@ -19,6 +19,7 @@ from bezoar.data.files.tables import (
 )
 from bezoar.data.label_sets import check_fields
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 
@@ -46,7 +47,7 @@ class Captions:
         """The table, and the images that it names and that exist."""
         images = [record.image for record in self.records() if isinstance(record, Record)]
         paths = {image for image in images if isinstance(image, Path) and image.is_file()}
-        return [Path(self.path).expanduser(), *sorted(paths)]
+        return [expand_home(self.path), *sorted(paths)]
 
     def __call__(self) -> Pairs:
         """Return the records. Raises UserError if no row can be read."""
@@ -55,7 +56,7 @@ class Captions:
     def records(self) -> Iterator[Record | Skipped]:
         """Iterate over the rows of the table in order, images undecoded."""
         table = existing_file(self.path, "table of captions")
-        root = Path(self.root).expanduser() if self.root else None
+        root = expand_home(self.root) if self.root else None
         image_column = caption_column = ""
         repeats: Counter[str] = Counter()
         for number, row in read_rows(table):

@@ -13,7 +13,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from bezoar.data.label_sets import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -41,7 +41,7 @@ class Cifar10:
 
     def files(self) -> list[Path]:
         """The files of the split. Raises UserError if one is missing."""
-        root = Path(self.root).expanduser()
+        root = expand_home(self.root)
         paths = [root / FOLDER / name for name in FILES[self.split]]
         if self.download and not all(p.is_file() for p in paths):
             open_torchvision(

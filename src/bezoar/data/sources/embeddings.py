@@ -18,7 +18,7 @@ from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import ReadReport
 from bezoar.data.files.tables import CAPTION_COLUMNS, ID_COLUMNS
 from bezoar.data.source import COLUMNS, Source, Unit, VectorBlock, number_units, until_broken
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 UNIT_ROWS = 1 << 17  # of a unit of work
@@ -54,7 +54,7 @@ class Embeddings:
 
         Raises UserError if files are missing.
         """
-        folder = Path(self.path).expanduser()
+        folder = expand_home(self.path)
         if not folder.is_dir():
             return self._open_file()
         if self.texts or self.metadata:

@@ -15,6 +15,7 @@ from bezoar.data.files.paths import is_confined
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.label_sets import check_fields, class_captions, open_torchvision
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 
@@ -43,7 +44,7 @@ class Food101:
 
     def _open(self) -> Any:
         """torchvision's own view of the data: classes, paths and labels."""
-        root, download = str(Path(self.root).expanduser()), self.download
+        root, download = str(expand_home(self.root)), self.download
         return open_torchvision(
             "food101",
             root,
@@ -54,7 +55,7 @@ class Food101:
     def records(self) -> Iterator[Record | Skipped]:
         """Iterate over the images in order, undecoded."""
         data = self._open()
-        base = Path(self.root).expanduser() / "food-101" / "images"
+        base = expand_home(self.root) / "food-101" / "images"
         captions = class_captions(data.classes, self.template)
         for path, label in zip(map(Path, data._image_files), data._labels, strict=True):
             key = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)

@@ -14,6 +14,7 @@ from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.label_sets import check_fields, class_captions, open_torchvision
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 CLASSES = (
@@ -85,7 +86,7 @@ class Gtsrb:
 
     def _samples(self) -> list[tuple[Path, int]]:
         """Path and label of each image of the split."""
-        root, download = str(Path(self.root).expanduser()), self.download
+        root, download = str(expand_home(self.root)), self.download
         data = open_torchvision(
             "gtsrb", self.root, download, lambda: GTSRB(root, self.split, download=download)
         )
@@ -93,7 +94,7 @@ class Gtsrb:
 
     def records(self) -> Iterator[Record | Skipped]:
         """Iterate over the images in order, undecoded."""
-        base = (Path(self.root).expanduser() / "gtsrb").resolve()
+        base = (expand_home(self.root) / "gtsrb").resolve()
         captions = class_captions(CLASSES, self.template)
         for path, label in self._samples():
             if not path.resolve().is_relative_to(base):

@@ -30,7 +30,7 @@ from bezoar.data.label_sets import (
     pairs_from_arrays,
 )
 from bezoar.data.pairs import Pairs
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 ARRAY_BYTES = 16 << 30  # of one array, unpacked
@@ -165,7 +165,7 @@ class Archive:
         member = member or next((m for m in self.archive.infolist() if m.filename == name), None)
         if member is None:
             raise UserError(f"{self.path} holds no array {name}")
-        stored = min(member.compress_size, Path(self.path).expanduser().stat().st_size)
+        stored = min(member.compress_size, expand_home(self.path).stat().st_size)
         try:
             check_unpacked_size([member], stored, ARRAY_BYTES)
             with self.archive.open(member) as stream:

@@ -10,6 +10,7 @@ from torchvision.datasets import STL10
 
 from bezoar.data.label_sets import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -31,13 +32,13 @@ class Stl10:
 
     def files(self) -> list[Path]:
         """The files of the split that exist."""
-        folder = Path(self.root).expanduser() / "stl10_binary"
+        folder = expand_home(self.root) / "stl10_binary"
         paths = (folder / f"{self.split}_X.bin", folder / f"{self.split}_y.bin")
         return [p for p in paths if p.is_file()]
 
     def __call__(self) -> Pairs:
         """Return the records. Raises UserError that says how to get them if they are missing."""
-        root, download = str(Path(self.root).expanduser()), self.download
+        root, download = str(expand_home(self.root)), self.download
         data = open_torchvision(
             "stl10", self.root, download, lambda: STL10(root, self.split, download=download)
         )

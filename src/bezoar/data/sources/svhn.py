@@ -10,6 +10,7 @@ from torchvision.datasets import SVHN
 
 from bezoar.data.label_sets import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -31,12 +32,12 @@ class Svhn:
 
     def files(self) -> list[Path]:
         """The file of the split, if it exists."""
-        path = Path(self.root).expanduser() / f"{self.split}_32x32.mat"
+        path = expand_home(self.root) / f"{self.split}_32x32.mat"
         return [path] if path.is_file() else []
 
     def __call__(self) -> Pairs:
         """Return the records. Raises UserError that says how to get them if they are missing."""
-        root, download = str(Path(self.root).expanduser()), self.download
+        root, download = str(expand_home(self.root)), self.download
         data = open_torchvision(
             "svhn", self.root, download, lambda: SVHN(root, self.split, download=download)
         )

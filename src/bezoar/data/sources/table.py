@@ -33,7 +33,7 @@ from bezoar.data.files.tables import (
 from bezoar.data.label_sets import check_fields
 from bezoar.data.source import RecordIndex, Unit, number_units
 from bezoar.data.streams import FileImages, RecordStream
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 
@@ -73,7 +73,7 @@ class Table:
         wrong = [p for p in paths if p.suffix not in SUFFIXES]
         if wrong:
             raise UserError(f"a table must be {', '.join(SUFFIXES)}; got {str(wrong[0])!r}")
-        root = Path(self.root).expanduser() if self.root else None
+        root = expand_home(self.root) if self.root else None
         columns = (self.image, self.caption, self.key)
         return TableSource(paths, self.size, root, columns, self.limit)
 
