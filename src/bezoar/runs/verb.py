@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
-import stat
+import sys
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from bezoar import registry
+from bezoar.data.files.artefacts import open_artefact
 from bezoar.errors import UserError
 from bezoar.runs.run import Run
 
@@ -189,13 +190,8 @@ def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
     """
     digest = hashlib.sha256()
     for name, path in ((f.name, f) if isinstance(f, Path) else f for f in files):
-        # Nothing waits on a pipe or reads a device; links are the user's own.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            state = os.fstat(descriptor)
-            if not stat.S_ISREG(state.st_mode):
-                raise UserError(f"{path} is not a regular file")
-            size = state.st_size
+        with open_artefact(path, sys.maxsize, links=True) as file:
+            size = os.fstat(file.fileno()).st_size
             digest.update(f"{name}:{size}:".encode("utf-8", "surrogateescape"))
             if size <= HASHED_WHOLE:
                 digest.update(file.read())

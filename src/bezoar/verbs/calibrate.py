@@ -187,8 +187,8 @@ def attacked_run(run: Run) -> Run:
 
 def measures_encoder(evaluation: Run, encoder_run: Run) -> bool:
     """Whether an evaluate run measured the encoder of a run."""
-    encoder = evaluation.asked_for("encoder") or {}
-    return bool(encoder.get("run") == encoder_run.name)
+    encoder = evaluation.asked_for("encoder")
+    return encoder is not None and encoder.get("run") == encoder_run.name
 
 
 def highest_success(evaluations: Iterable[Run]) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -226,7 +226,7 @@ def lineage_of(encoder: Any, names: Sequence[str]) -> str:
         if encoder.path in seen:
             raise UserError(f"run {encoder.name} is made from itself")
         seen.add(encoder.path)
-        source = encoder.asked_for("encoder") or {}
+        source: Mapping[str, Any] = encoder.asked_for("encoder") or {}
         if "run" not in source:
             return str(source["spec"]) if source.get("spec") in names else encoder.name
         parent = encoder.sibling(source["run"])

@@ -36,19 +36,23 @@ class Facts(dict[str, Any]):
 
     def text(self, key: str) -> str:
         """The text of a key. Raises UserError for anything else."""
-        return self._typed(key, str, "a text")
+        text: str = self._typed(key, str, "a text")
+        return text
 
     def object(self, key: str) -> Facts:
         """The object of a key. Raises UserError for anything else."""
-        return self._typed(key, Facts, "an object")
+        facts: Facts = self._typed(key, Facts, "an object")
+        return facts
 
     def objects(self, key: str) -> list[Facts]:
         """The list of objects of a key. Raises UserError for anything else."""
-        return self._list(key, Facts, "objects")
+        objects: list[Facts] = self._list(key, Facts, "objects")
+        return objects
 
     def texts(self, key: str) -> list[str]:
         """The list of texts of a key. Raises UserError for anything else."""
-        return self._list(key, str, "texts")
+        texts: list[str] = self._list(key, str, "texts")
+        return texts
 
     def _typed(self, key: str, kind: type[Any], name: str) -> Any:
         value = self[key]
@@ -72,22 +76,26 @@ def shown(value: object) -> str:
 
 
 @contextmanager
-def open_artefact(path: Path, limit: int) -> Iterator[IO[bytes]]:
-    """Open a regular file of at most `limit` bytes, as bytes; never a link, and never waiting on a pipe.
+def open_artefact(path: Path, limit: int, links: bool = False) -> Iterator[IO[bytes]]:
+    """Open a regular file of at most `limit` bytes, as bytes, never waiting on a pipe.
+
+    links: whether a link in the last place is followed, which is the user's own.
 
     Raises:
         UserError: for anything else.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags if links else flags | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        if os.path.islink(path):
+        if not links and os.path.islink(path):
             raise UserError(f"{path} is a link; a run's files are read as they lie") from error
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            raise UserError(f"{path} is not a regular file")
         if state.st_size > limit:
             raise UserError(f"{path}: {state.st_size >> 20} MiB; expected {limit >> 20} at most")
         yield file
