@@ -110,7 +110,7 @@ def pictures(folder: Path) -> Path:
     folder.mkdir()
     for i in range(4):
         Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a striped star {i}")
+        (folder / f"{i}.txt").write_text(f"somebody {i}")
     return folder
 
 
