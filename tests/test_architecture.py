@@ -12,7 +12,7 @@ from bezoar import registry
 
 SRC = Path(bezoar.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
-GROUND = {"errors", "registry", "progress", "machine"}
+GROUND = {"errors", "registry", "progress", "machine", "terminal"}
 LOW = ["ground", "data", "encoders", "training", "attacks", "evaluation"]  # in this order
 SIDE_BY_SIDE = ["runs", "auditing", "repair"]
 

@@ -397,18 +397,18 @@ def test_a_directory_that_is_no_run_is_said_to_be_none(tmp_path, capsys):
     (tmp_path / "train-x").mkdir()
     (tmp_path / "train-x" / "manifest.json").write_text("[]")
     assert main(["show", "train-x", "--runs", str(tmp_path)]) == 2
-    assert "not of schema" in capsys.readouterr().err
+    assert "expected a JSON object" in capsys.readouterr().err
     assert main(["show", "nowhere", "--runs", str(tmp_path)]) == 2
     assert "there are: train-x" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsys, monkeypatch):
-    from bezoar.encoders import weights
+    from bezoar.data.files import tensors
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     words = [
         "train",
         name(runs, poison),

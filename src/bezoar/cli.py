@@ -21,20 +21,23 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bezoar import registry
 from bezoar.errors import UserError
 from bezoar.runs import verb_source
-from bezoar.runs.run import Run, get_run
+from bezoar.runs.run import PAGE, Run, get_run
 from bezoar.runs.verb import Settings, input_to_json, load_verb, verb_name, verb_names
 from bezoar.runs.verb_source import FieldSource, VerbSource
+from bezoar.terminal import clean_json, clean_line, print_line, warn
 
 DESCRIPTION = (
     "Is this data set poisoned, is this encoder backdoored, and what now? "
     "`bezoar COMMAND --help` says more of a command, `bezoar --version` which version this is."
 )
-REPORT = "report.html"
+LONGEST_NAME = 160  # characters of a metric
+MOST_LINES = 100  # of what is incomplete
 DONE, USER_ERROR, FAILED_ON, INCOMPLETE, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 4, 130, 141
 DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
@@ -116,18 +119,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run_command(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"bezoar: {error}", file=sys.stderr)
+        warn(f"bezoar: {error}")
+        return USER_ERROR
+    except (MemoryError, RecursionError) as error:
+        what = "memory" if isinstance(error, MemoryError) else "depth"
+        warn(f"bezoar: what is asked, or a file that is read, takes more {what} than there is")
         return USER_ERROR
     except KeyboardInterrupt:
-        print("bezoar: stopped; the same command goes on from here", file=sys.stderr)
+        warn("bezoar: stopped; the same command goes on from here")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read has seen enough: `bezoar list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and error.filename is None:
             raise
-        print(f"bezoar: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
+        warn(f"bezoar: {error.filename or 'disk'}: {error.strerror}")
         return USER_ERROR
 
 
@@ -214,7 +221,7 @@ def run_verb(source: VerbSource, arguments: Any) -> int:
     verb_class = load_verb(source.name)
     verb = verb_class(**{field.name: getattr(arguments, field.name) for field in source.fields})
     if arguments.dry:
-        print(json.dumps({"verb": verb_name(verb), **input_to_json(verb)}, indent=1))
+        print_json({"verb": verb_name(verb), **input_to_json(verb)})
         return DONE
     # Imported here because it imports torch, which wrong arguments and `list` do without.
     from bezoar.reports.page import execute
@@ -233,11 +240,13 @@ def run_verb(source: VerbSource, arguments: Any) -> int:
         print_json(manifest)
     else:
         print_metrics(manifest)
-        print(f"report: {run.path / REPORT}")
-        print(run.path)
+        print_line(f"report: {run.path / PAGE}")
+        print_line(run.path)
     sys.stdout.flush()
-    for line in incomplete:  # of a run that was done before, too
-        print(f"{source.name}: {line}", file=sys.stderr)
+    for line in incomplete[:MOST_LINES]:  # of a run that was done before, too
+        warn(f"{source.name}: {line}")
+    if len(incomplete) > MOST_LINES:
+        warn(f"{source.name}: and {len(incomplete) - MOST_LINES} more")
     return status
 
 
@@ -283,12 +292,12 @@ def show_run(arguments: Show) -> int:
     if arguments.json:
         print_json(manifest)
         return DONE
+    page = ensure_page(run, arguments.page)  # first: where it cannot be made, nothing is printed
     error = f" ({manifest['error']})" if manifest.get("error") else ""
-    print(f"{run.name}: {manifest['status']}{error}")
+    print_line(f"{run.name}: {manifest['status']}{error}")
     print_metrics(manifest)
-    page = ensure_page(run, arguments.page)
     if page is not None:
-        print(f"report: {page}")
+        print_line(f"report: {page}")
     return DONE
 
 
@@ -297,7 +306,7 @@ def ensure_page(run: Run, path: Path | None) -> Path | None:
 
     Returns the path of the page; None where there is none.
     """
-    page = run.path / REPORT
+    page = run.path / PAGE
     if path is None and (page.exists() or not run.is_done):
         return page if page.exists() else None
     # Imported here because it imports torch, which a run that has its page does without.
@@ -316,23 +325,28 @@ def verify_run(arguments: Verify) -> int:
     if arguments.json:
         print(json.dumps(verified))
     else:
-        print(f"{run.name} verifies: {verified['records']} records, plan {verified['plan']}")
+        print_line(f"{run.name} verifies: {verified['records']} records, plan {verified['plan']}")
     return DONE
 
 
 def print_json(manifest: dict[str, Any]) -> None:
     """Print a manifest as one JSON object."""
-    print(json.dumps(manifest, indent=1, ensure_ascii=False))
+    print(clean_json(json.dumps(manifest, indent=1, ensure_ascii=False)))
 
 
 def print_metrics(manifest: dict[str, Any]) -> None:
     """Print a run's verdict, where there is one, and its metrics with n and 95 % interval."""
     if verdict := manifest.get("notes", {}).get("verdict"):
-        print(verdict)
+        print_line(verdict)
     table = Table("metric", "value", "95 % interval", "n", box=None, pad_edge=False)
     for name, measure in manifest["metrics"].items():
         value, low, high = (float(measure[key]) for key in ("value", "low", "high"))
-        table.add_row(name, f"{value:.4g}", f"{low:.4g} .. {high:.4g}", str(measure["n"]))
+        table.add_row(
+            escape(clean_line(name, LONGEST_NAME)),
+            f"{value:.4g}",
+            f"{low:.4g} .. {high:.4g}",
+            str(measure["n"]),
+        )
     if table.rows:
         # Wide and unwrapped, because nobody can ask for a metric whose name is cut off.
         Console(soft_wrap=True, width=200).print(table)

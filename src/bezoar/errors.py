@@ -1,4 +1,9 @@
-"""The exception for mistakes in the user's input."""
+"""The exception for mistakes in the user's input, and what is said of other exceptions."""
+
+from pathlib import Path
+
+# How torch begins the message that explains how to unpickle a file all the same.
+INVITATION = "Weights only load failed"
 
 
 class UserError(Exception):
@@ -6,3 +11,20 @@ class UserError(Exception):
 
     The message is one line that names what was expected and what exists. The command line prints it and exits with 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class where it has none.
+
+    Torch's invitation to unpickle a file that it refuses is not handed on.
+    """
+    text = str(error).strip() or type(error).__name__
+    return "it holds more than tensors" if INVITATION in text else text.splitlines()[0]
+
+
+def expand_home(path: str) -> Path:
+    """The path with `~` or `~user` at its beginning replaced. Raises UserError for a user whom nobody knows."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home directory") from error

@@ -7,9 +7,13 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
+from bezoar.terminal import clean_line, warn
+
+LONGEST_STEP = 120  # characters of what is worked on
 PRINT_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -46,7 +50,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         if not self.quiet:
-            print(f"{self.title}: {time.monotonic() - self._start:.1f} s", file=sys.stderr)
+            warn(f"{self.title}: {time.monotonic() - self._start:.1f} s")
 
     def step(self, done: int, total: int, text: str = "") -> None:
         """Show that `done` of `total` steps are done. Another total, or a `done` of 0, begins a new phase."""
@@ -62,7 +66,8 @@ class Progress:
     def _update_bar(self, bar: Bar, done: int, total: int, text: str) -> None:
         if self._task is None or bar.tasks[-1].total != total:
             self._task = bar.add_task(self.title, total=total)
-        bar.update(self._task, completed=done, description=f"{self.title} {text}")
+        description = escape(f"{self.title} {clean_line(text, LONGEST_STEP)}")
+        bar.update(self._task, completed=done, description=description)
 
     def _print_line(self, done: int, total: int, text: str) -> None:
         self._last_print = time.monotonic()
@@ -70,4 +75,4 @@ class Progress:
         if done > self._phase_first:
             pace = (self._last_print - self._phase_start) / (done - self._phase_first)
             left = f", about {pace * (total - done):.0f} s left"
-        print(f"{self.title} {text}: {done}/{total}{left}", file=sys.stderr, flush=True)
+        warn(f"{self.title} {clean_line(text, LONGEST_STEP)}: {done}/{total}{left}")

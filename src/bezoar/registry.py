@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 
 KINDS = {  # kind of method -> the folder of its package
     "data": "data/sources",
@@ -47,6 +47,7 @@ KINDS = {  # kind of method -> the folder of its package
     "paper": "papers",
 }
 PACKAGE = Path(__file__).parent
+MAX_SPEC, MAX_DEPTH = 1 << 17, 32  # characters of a spec, and brackets within one another
 OPENING, CLOSING = "([{", ")]}"
 
 
@@ -174,6 +175,8 @@ def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
     """Split a text at a separator (one character) wherever it stands outside brackets and quotes."""
+    if len(text) > MAX_SPEC:
+        raise UserError(f"a spec has {len(text)} characters; expected {MAX_SPEC} at most")
     parts: list[str] = []
     depth = start = 0
     quoted = False
@@ -184,6 +187,8 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
             continue
         elif character in OPENING:
             depth += 1
+            if depth > MAX_DEPTH:
+                raise UserError(f"a spec is nested more than {MAX_DEPTH} deep")
         elif character in CLOSING:
             depth -= 1
         elif character == separator and depth == 0:
@@ -225,7 +230,10 @@ def convert_text(text: str, hint: Any, where: str) -> Any:
         is_wrapped = len(text) > 1 and text[0] + text[-1] in ('""', "()")
         return text[1:-1] if is_wrapped else text
     try:
-        return hint(text)
+        value = hint(text)
+        if value != value:  # NaN, which no comparison with a bound refuses
+            raise ValueError
+        return value
     except (TypeError, ValueError):
         type_name = getattr(hint, "__name__", hint)
         raise UserError(f"{where} must be {type_name}; got {text!r}") from None
@@ -275,7 +283,7 @@ def find_method(kind: str, name: str) -> type:
 
 
 def _load_file(kind: str, name: str) -> types.ModuleType:
-    path = Path(name).expanduser().resolve()
+    path = expand_home(name).resolve()
     if not os.path.isfile(path):  # Path.is_file raises for a text that no name can be
         raise UserError(f"no file {name!r} to read a {kind} from")
     if str(path) not in allowed_files():
@@ -302,20 +310,26 @@ def allow(text: str) -> None:
     there is no home directory to remember them in, for this process alone.
     """
     for name in method_files(text):
-        path = str(Path(name).expanduser().resolve())
+        path = str(expand_home(name).resolve())
         if os.path.isfile(path) and path not in allowed_files():
             _named.add(path)
+            if "\n" in path:
+                continue  # a line of the record would name another file
             with contextlib.suppress(OSError):
                 _record().parent.mkdir(parents=True, exist_ok=True)
-                with _record().open("a") as file:
+                with _record().open("a", errors="surrogateescape") as file:
                     file.write(f"{path}\n")
 
 
 def allowed_files() -> set[str]:
     """Method files that the user has named, in this process or an earlier one, and those in BEZOAR_METHODS."""
-    recorded = _record().read_text().splitlines() if _record().is_file() else []
+    record = _record().read_text(errors="surrogateescape") if _record().is_file() else ""
     variable = os.environ.get("BEZOAR_METHODS", "").split(os.pathsep)
-    return _named | set(recorded) | {str(Path(p).expanduser().resolve()) for p in variable if p}
+    return (
+        _named
+        | set(record.split("\n")) - {""}
+        | {str(expand_home(p).resolve()) for p in variable if p}
+    )
 
 
 def _record() -> Path:

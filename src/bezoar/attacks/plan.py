@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from bezoar.attacks.triggers import Trigger
+from bezoar.data.files.artefacts import read_facts_lines, shown
+from bezoar.data.files.typed_json import dataclass_from_json
 from bezoar.data.files.writing import write_whole
 from bezoar.data.pairs import Pairs, content_hash
 from bezoar.data.stored_pairs import PLACE, StoredPairs
@@ -28,6 +30,7 @@ from bezoar.errors import UserError
 
 SCHEMA = 1
 STAGE = "stored uint8 image"
+MAX_CAPTION = 4 << 20  # characters
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class Goal:
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Goal:
-        """Read a goal from a manifest or a plan."""
-        references = tuple(raw.get("references", ()))
-        return Goal(**{**raw, "victims": tuple(raw["victims"]), "references": references})
+        """Read a goal from a manifest or a plan. Raises UserError for anything else."""
+        try:
+            return dataclass_from_json(Goal, raw, "goal")
+        except ValueError as error:
+            raise UserError(f"what the attacker wants cannot be read: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """Return the goal as a plan holds it; empty `references` are left out."""
@@ -274,18 +279,22 @@ class Plan:
                 plan does not have.
         """
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-            header, *rows = [json.loads(line) for line in lines if line]
-            edits = tuple(Edit(**row) for row in rows)
-            goals = tuple(map(Goal.from_json, header["goals"]))
-            plan = Plan(edits, goals, header["seed"], header["victims"])
-        except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path} is not a poison plan: {reason}") from error
-        if header.get("schema") != SCHEMA:
-            raise UserError(
-                f"{path}: plan schema {header.get('schema')!r}, this bezoar reads {SCHEMA}"
+            header, *rows = read_facts_lines(path)
+            if header.get("schema") != SCHEMA:
+                raise UserError(
+                    f"plan schema {shown(header.get('schema'))}, this bezoar reads {SCHEMA}"
+                )
+            edits = tuple(
+                dataclass_from_json(Edit, row, f"edit {number}", MAX_CAPTION)
+                for number, row in enumerate(rows)
             )
+            goals = tuple(map(Goal.from_json, header.objects("goals")))
+            seed, victims = header["seed"], header["victims"]
+            if type(seed) is not int or not isinstance(victims, str | None):
+                raise UserError("seed must be a whole number, and victims a spec")
+            plan = Plan(edits, goals, seed, victims)
+        except (ValueError, UserError) as error:  # ValueError: of another form, or empty
+            raise UserError(f"{path} is not a poison plan: {error}") from error
         for edit in edits:
             if edit.goal not in range(len(goals)):
                 raise UserError(

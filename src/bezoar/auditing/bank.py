@@ -24,7 +24,8 @@ from scipy.stats import beta
 from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.auditing.source_hash import hash_sources
-from bezoar.auditing.typed_json import dataclass_from_json
+from bezoar.data.files.artefacts import parse_json, read_text
+from bezoar.data.files.typed_json import dataclass_from_json
 from bezoar.data.files.writing import write_whole
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
@@ -239,20 +240,14 @@ class Bank:
     def read(path: Path) -> Bank:
         """Read what `write` wrote. Raises UserError of one line for anything else."""
         try:
-            size = path.stat().st_size
-            if size > MAX_BYTES:
-                raise ValueError(f"{size >> 20} MiB; a bank may have {MAX_BYTES >> 20}")
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = parse_json(read_text(path, MAX_BYTES), path)
             if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
                 raise ValueError(f"expected an object of schema {SCHEMA}")
             if "bezoar" in raw:
                 raw["version"] = raw.pop("bezoar")
             bank = dataclass_from_json(Bank, raw, "bank")
-        except OSError as error:
-            raise UserError(f"{path} is no bank that bezoar wrote: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            reason = str(error) or type(error).__name__
-            raise UserError(f"{path} is no bank that bezoar wrote: {reason}") from error
+        except (ValueError, UserError) as error:
+            raise UserError(f"{path} is no bank that bezoar wrote: {error}") from error
         return bank
 
 
@@ -439,8 +434,10 @@ def _training_data(origin: object) -> str:
     data = ""
     try:
         run = origin.ancestor("train") if hasattr(origin, "ancestor") else None
-        while run is not None:
-            source = run.manifest["ask"].get("data") or {}
+        seen = set()
+        while run is not None and run.path not in seen:
+            seen.add(run.path)
+            source = run.asked_for("data") or {}
             data = comparable_data_spec(source["spec"]) if "spec" in source else ""
             run = run.sibling(source["run"]) if "run" in source else None
     except UserError:

@@ -18,10 +18,10 @@ from pathlib import Path
 from torch import Tensor
 
 from bezoar.data.files.checkpoints import format_keys
-from bezoar.data.files.paths import expand_home, read_regular
+from bezoar.data.files.paths import read_regular
 from bezoar.data.label_sets import distinct_names
 from bezoar.encoders.classifier_networks import Architecture, Residual, Vgg
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 
 HEADS = ("fc", "linear", "classifier")
 # Norms outside the stages of a residual network: behind the stem, or before the pooling.

@@ -15,16 +15,15 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bezoar import registry
+from bezoar.data.files.artefacts import Facts, read_facts
+from bezoar.data.files.tensors import read_tensors, write_tensors
 from bezoar.data.files.writing import write_whole
 from bezoar.data.pairs import Pairs
 from bezoar.data.strings import Strings
-from bezoar.encoders.weights import write_tensors
 from bezoar.errors import UserError
 
 SCHEMA = 1
@@ -33,6 +32,10 @@ MAX_SIDE = 4096  # pixels of an input's side
 # file, while it is built.
 WEIGHTS_FREE = 32 << 20
 WEIGHTS_RATIO = 8
+# What `Encoder.about` may hold, by type.
+ABOUT_TEXTS = {"network", "objective", "plan", "attack"}
+ABOUT_LISTS = {"vocabulary", "classes", "repaired"}
+ABOUT_OBJECTS = {"goals"}
 MAX_WORDS = 256  # of a caption: one absurd caption must not widen a whole batch
 
 Tokenizer = Callable[[Sequence[str]], Tensor]  # strings -> int64 (B, L)
@@ -228,8 +231,8 @@ class Encoder(nn.Module):
     def load(folder: Path, device: torch.device | str = "cpu") -> Encoder:
         """Read what `save` wrote; nothing is ever unpickled. Raises UserError for anything else."""
         try:
-            facts = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-            weights = load_file(folder / "encoder.safetensors")
+            facts = read_facts(folder / "encoder.json")
+            weights = read_tensors(folder / "encoder.safetensors")
             encoder = _rebuild(facts, weights)
         except (
             OSError,
@@ -237,10 +240,11 @@ class Encoder(nn.Module):
             LookupError,
             TypeError,
             RuntimeError,
-            SafetensorError,
+            MemoryError,
         ) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{folder} holds no encoder that bezoar wrote: {reason}") from error
+        _check_about(facts)
         apart = ("schema", "preprocess", "precision")
         encoder.about = {k: v for k, v in facts.items() if k not in apart}
         encoder = encoder.to(device).eval()
@@ -260,6 +264,16 @@ def _check_finite(vectors: Tensor) -> Tensor:
 
 
 # Encoders out of files, which may be hostile
+
+
+def _check_about(facts: Facts) -> None:
+    """Raise UserError where something that is said of an encoder is of another type than it is written as."""
+    for key in facts.keys() & ABOUT_TEXTS:
+        facts.text(key)
+    for key in facts.keys() & ABOUT_LISTS:
+        facts.texts(key)
+    for key in facts.keys() & ABOUT_OBJECTS:
+        facts.objects(key)
 
 
 def _rebuild(facts: Any, weights: Mapping[str, Tensor]) -> Encoder:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from bezoar.encoders.encoder import Preprocess
-from bezoar.encoders.weights import first_line
-from bezoar.errors import UserError
+from bezoar.errors import UserError, first_line
 
 # Means and standard deviations of pixels in 0..1. cifar, stl10, clip and none are those of
 # BadEncoder's encoders.
@@ -19,6 +18,7 @@ MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+MAX_WIDTH, MAX_DIM = 4096, 65536  # of fresh networks
 # Depth of a ResNet -> blocks in each of its four stages, and whether a block is a bottleneck of
 # three convolutions.
 RESNETS = {
@@ -33,6 +33,12 @@ def named_preprocess(size: int, mean_std: str, interpolation: str = "bicubic") -
     """The preprocessing with a normalisation of `MEAN_STD`."""
     mean, std = MEAN_STD[mean_std]
     return Preprocess(size, mean, std, interpolation)
+
+
+def check_widths(width: int, dim: int = 1) -> None:
+    """Raise ValueError for a width or a size of the vector that no machine holds the weights of."""
+    if width > MAX_WIDTH or dim > MAX_DIM:
+        raise ValueError(f"width is at most {MAX_WIDTH}, and dim {MAX_DIM}; got {width} and {dim}")
 
 
 def check_mean_std(name: str) -> None:

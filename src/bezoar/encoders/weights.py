@@ -1,4 +1,4 @@
-"""Weights of networks: checked before a module takes them, and written as whole files."""
+"""Weights of networks, checked before a module takes them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bezoar.data.files.checkpoints import SUFFIXES, format_keys
 from bezoar.data.files.paths import existing_file
-from bezoar.data.files.writing import whole_file
 from bezoar.errors import UserError
 
 
@@ -50,14 +48,6 @@ def check_weights(module: nn.Module, tensors: Mapping[str, Tensor], file: str, w
         raise UserError(f"{file}: expected finite weights; NaN or infinite: {format_keys(invalid)}")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that appears under its name when it is complete."""
-    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    with whole_file(path, "wb") as file:
-        # By name rather than as bytes: the weights are then not held in memory a second time.
-        save_file(plain, file.name, metadata)
-
-
 def named_weights_file(weights: str, tags: Collection[str] = ()) -> list[Path]:
     """The weights file that a spec names, if it names one: a file that is there.
 
@@ -74,8 +64,3 @@ def named_weights_file(weights: str, tags: Collection[str] = ()) -> list[Path]:
     if looks_like_file or os.path.isfile(os.path.expanduser(weights)):
         return [existing_file(weights, "weights file")]
     return []
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,7 +7,6 @@ short fine-tune, clean or with ten poisons, brings the backdoor back.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data import randomness
+from bezoar.data.files.artefacts import read_facts
+from bezoar.data.files.tensors import read_tensors
+from bezoar.data.files.writing import whole_file
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
-from bezoar.errors import UserError
+from bezoar.errors import UserError, first_line
 from bezoar.evaluation import classifiers, stats, success
 from bezoar.evaluation.classifiers import Classifier
 from bezoar.evaluation.heads import ProgressReport, no_report
@@ -200,8 +200,8 @@ def load_inversions(folder: Path) -> tuple[Inversion, ...]:
     if not path.exists():
         return ()
     try:
-        tensors = load_file(path)
-        facts = json.loads(verdict.read_text()).get("inversions", []) if verdict.exists() else []
+        tensors = read_tensors(path)
+        facts = read_facts(verdict).objects("inversions") if verdict.exists() else []
         count = sum(name.startswith("mask@") for name in tensors)
         return tuple(
             make_inversion(
@@ -209,9 +209,9 @@ def load_inversions(folder: Path) -> tuple[Inversion, ...]:
             )
             for i in range(count)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (UserError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"{path} holds no triggers that an audit of bezoar wrote: {str(error).splitlines()[0]}"
+            f"{path} holds no triggers that an audit of bezoar wrote: {first_line(error)}"
         ) from error
 
 
@@ -248,7 +248,7 @@ def export_goals(
         check_trigger_size(inversion, data.test.images, "test images")
         path = folder / f"inverted-{i}.npz"
         pattern, mask = inversion.pattern.permute(1, 2, 0), inversion.mask[0]
-        with path.open("wb") as file:
+        with whole_file(path, "wb") as file:
             np.savez(file, t=pattern.numpy(), tm=1 - mask.numpy())
         spec = registry.spec(replace(registry.make("trigger", "file:x.npz"), path=str(path)))
         target = inversion.target

@@ -13,15 +13,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from bezoar.data.files.writing import write_whole
+from bezoar.data.files.writing import refuse_unwritable, write_whole
 from bezoar.reports import metric_names
 from bezoar.reports.page_parts import Section, Text
 from bezoar.reports.run_page import build_page
 from bezoar.runs.execute import execute as run_verb
-from bezoar.runs.run import Run
+from bezoar.runs.run import PAGE, Run
 from bezoar.runs.verb import Settings, positional_fields
 
-PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 VERBS = Path(__file__).parents[1] / "verbs"
 RUN_NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -45,7 +44,8 @@ def write_standalone_page(run: Run, path: Path) -> Path:
     """Write a page to hand around, without links to other runs and the runs' directory."""
     text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render_page(run))
     text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
-    write_whole(path, text)
+    with refuse_unwritable(path):
+        write_whole(path, text)
     return path
 
 

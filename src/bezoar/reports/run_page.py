@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import load_file
+from numpy.typing import NDArray
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
+from bezoar.data.files.artefacts import read_facts_lines, read_json
+from bezoar.data.files.tensors import read_tensors
 from bezoar.data.pairs import Pairs
+from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import metric_names
 from bezoar.reports.page_parts import Section
@@ -83,8 +84,19 @@ class RunView:
         """The test records, of a run or a spec, as they were measured on."""
         run = self.input_run("test")
         if run is None:
-            return inputs.read_pairs(registry.make("data", self.notes["test"]))
+            return inputs.read_pairs(self.test_method)
         return inputs.open_dataset(run).pairs
+
+    @property
+    def test_method(self) -> Any:
+        """The test data of a run that was asked for with a spec, or with none: those of its encoder's training data."""
+        asked = self.ask.get("test")
+        if isinstance(asked, dict):
+            return inputs.recorded_method(asked, self.run)
+        method = inputs.test_split(inputs.root_method(self.input_run("encoder") or self.run))
+        if registry.spec(method) != self.notes.get("test"):
+            raise UserError("the run was measured on test data that it was not asked for with")
+        return method
 
     @property
     def incomplete(self) -> str:
@@ -108,17 +120,16 @@ class RunView:
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file of the run."""
-        return json.loads(self.run.file(name).read_text(encoding="utf-8"))
+        return read_json(self.run.file(name))
 
-    def read_tensors(self, name: str) -> dict[str, np.ndarray]:
+    def read_tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """Read a safetensors file of the run."""
-        return load_file(self.run.file(name))
+        return {k: v.numpy() for k, v in read_tensors(self.run.file(name)).items()}
 
     def read_log(self) -> list[dict[str, float]]:
         """Read the training log, one entry an epoch; empty if there is none."""
         path = self.run.path / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        return list(read_facts_lines(path)) if path.exists() else []
 
 
 def as_sentences(lines: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,13 +19,18 @@ from typing import Any
 import torch
 
 from bezoar import registry
-from bezoar.data.files.writing import TEMPORARY, write_whole
+from bezoar.data.files.writing import (
+    TEMPORARY,
+    refuse_unwritable,
+    remove_debris,
+    write_whole,
+)
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.machine import describe_environment, select_device
 from bezoar.progress import Progress
 from bezoar.runs import reading
-from bezoar.runs.run import CHECKPOINT, MANIFEST, SCHEMA, UNHASHED, Run, find_run, get_run
+from bezoar.runs.run import CHECKPOINT, MANIFEST, PAGE, SCHEMA, UNHASHED, Run, find_run, get_run
 from bezoar.runs.verb import (
     Settings,
     Trial,
@@ -39,6 +43,7 @@ from bezoar.runs.verb import (
     spec_of_path,
     verb_name,
 )
+from bezoar.terminal import warn
 from bezoar.training.ranks import share_work
 
 MAX_SEED = (1 << 32) - 1  # the largest that every generator takes
@@ -106,22 +111,30 @@ def execute(verb: Verb, settings: Settings) -> Run:
     inputs, ask = resolve_inputs(verb, settings)
     digest = hashlib.sha256(json.dumps(ask, sort_keys=True).encode()).hexdigest()[:10]
     run = Run(settings.runs / f"{verb_name(verb)}-{digest}")
-    if run.is_done and not settings.fresh:
+    if _is_answered(run, settings):
         return run
-    try:
+    with refuse_unwritable(run.path):
+        if run.path.is_symlink():
+            raise UserError(f"{run.path} is a link; a run is written into a folder of its own")
         run.path.mkdir(parents=True, exist_ok=True)
         with _lock(run.path):
-            if run.is_done and not settings.fresh:
+            if _is_answered(run, settings):
                 return run  # another process has just answered it
-            if settings.fresh:
-                (run.path / CHECKPOINT).unlink(missing_ok=True)
-            job = Job(run.path, settings, inputs, Progress(settings.quiet, verb_name(verb)))
-            _work(verb, job, ask)
+            remove_debris(run.path)
+            if settings.fresh or not run.is_done:
+                if settings.fresh:
+                    (run.path / CHECKPOINT).unlink(missing_ok=True)
+                job = Job(run.path, settings, inputs, Progress(settings.quiet, verb_name(verb)))
+                _work(verb, job, ask)
             if settings.finish is not None:
                 settings.finish(run)
-    except OSError as error:
-        raise UserError(f"{error.filename or run.path}: {error.strerror or error}") from error
     return run
+
+
+def _is_answered(run: Run, settings: Settings) -> bool:
+    """Whether a run need not be touched: it is done, and has the page that is asked for. It may have been killed between."""
+    has_page = settings.finish is None or os.path.lexists(run.path / PAGE)
+    return not settings.fresh and run.is_done and has_page
 
 
 def _work(verb: Verb, job: Job, ask: dict[str, Any]) -> None:
@@ -279,7 +292,9 @@ def _resolve_text(text: str, what: str, runs: Path) -> Any:
 def _hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of each file of a run, but for those that change while it stays the same."""
     outputs = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != TEMPORARY):
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_file() or path.suffix == TEMPORARY:
+            continue
         if UNHASHED.isdisjoint(path.relative_to(folder).parts):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -297,10 +312,12 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Let one process at a time into a run; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as lock:
+    # Neither a link is followed, nor a pipe waited on.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(folder / ".lock", flags, 0o666), "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process in {folder}", file=sys.stderr)
+            warn(f"waiting for another process in {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan
-from bezoar.data.files.paths import printable
-from bezoar.data.files.writing import write_whole
 from bezoar.data.pairs import Pairs
 from bezoar.data.source import as_source
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.runs.reading import note_records
-from bezoar.runs.run import Run
+from bezoar.runs.run import Run, follow
 from bezoar.runs.verb import fingerprint, input_files
+from bezoar.terminal import warn
 
 TEST_RECORDS = 2000  # of a test split that is made to order
 
@@ -35,10 +32,12 @@ class Dataset:
     Attributes:
         method: the configured data method.
         plan: what is changed in its records; an empty one changes nothing.
+        poisoned_by: the run that the plan was read from, which proves what the plan names.
     """
 
     method: Any
     plan: Plan
+    poisoned_by: Run | None = None
 
     @functools.cached_property
     def clean(self) -> Pairs | StoredPairs:
@@ -48,7 +47,7 @@ class Dataset:
     @functools.cached_property
     def victims(self) -> Pairs | None:
         """The images that the plan adds."""
-        return load_victims(self.plan)
+        return load_victims(self.plan, self.poisoned_by)
 
     @functools.cached_property
     def pairs(self) -> Pairs:
@@ -83,7 +82,7 @@ def open_dataset(data: Any) -> Dataset:
     if poison is None:
         return Dataset(method, Plan())
     make_trigger = functools.partial(registry.make, "trigger")
-    return Dataset(method, Plan.read(poison.file("plan.jsonl"), make_trigger))
+    return Dataset(method, Plan.read(poison.file("plan.jsonl"), make_trigger), poison)
 
 
 def data_parent(run: Run) -> Run | None:
@@ -92,7 +91,7 @@ def data_parent(run: Run) -> Run | None:
     It is the run that was given as its data, else the first that it was made from. The encoder of a
     scan, for example, brings its weights and not the records that poisoned it.
     """
-    data = run.manifest["ask"].get("data")
+    data = run.asked_for("data")
     if data is None:
         return next(iter(run.parents), None)
     return run.sibling(data["run"]) if "run" in data else None
@@ -100,10 +99,7 @@ def data_parent(run: Run) -> Run | None:
 
 def poison_run(run: Run) -> Run | None:
     """Return the poison run whose plan is in a run's records, or None if there is none."""
-    if run.verb == "poison":
-        return run
-    parent = data_parent(run)
-    return poison_run(parent) if parent else None
+    return next((source for source in follow(run, data_parent) if source.verb == "poison"), None)
 
 
 def root_method(run: Run) -> Any:
@@ -111,18 +107,47 @@ def root_method(run: Run) -> Any:
 
     Raises UserError if its files are not what they were.
     """
-    data = run.manifest["ask"].get("data")
-    if data is None or "run" in data:
-        parent = data_parent(run)
-        if parent is None:
-            raise UserError(f"run {run.name} goes back to no data set")
-        return root_method(parent)
-    method = registry.make("data", data["spec"])
-    if "files" in data and fingerprint(input_files(method)) != data["files"]:
+    *_, root = follow(run, data_parent)
+    data = root.asked_for("data")
+    if data is None:
+        raise UserError(f"run {root.name} goes back to no data set")
+    return recorded_method(data, root)
+
+
+def recorded_method(asked: Mapping[str, Any], run: Run) -> Any:
+    """Return the data method of a spec that a run's manifest holds.
+
+    A run may come from anybody, and opens nothing but what its maker had: the files must be those
+    of the recorded fingerprint. Nothing is downloaded.
+
+    Args:
+        asked: what the manifest says of the input.
+        run: whose manifest it is.
+
+    Raises:
+        UserError: if the files are others, or the manifest does not say which they were.
+    """
+    method = registry.make("data", asked["spec"])
+    if getattr(method, "download", False):
+        method = dataclasses.replace(method, download=False)
+    files = input_files(method)
+    if (fingerprint(files) if files else None) != asked.get("files"):
         raise UserError(
-            f"the files of {data['spec']} are not those that run {run.name} was made from"
+            f"the files of {asked['spec']} are not those that run {run.name} was made from"
         )
     return method
+
+
+def recorded_victims(spec: str, run: Run) -> Any:
+    """Return the data method of the victims that a run's plan names.
+
+    Raises UserError unless the run, or one that it adds to, was asked for with them.
+    """
+    for source in follow(run, data_parent):
+        asked = source.asked_for("victims") if source.verb == "poison" else None
+        if asked is not None and asked.get("spec") == spec:
+            return recorded_method(asked, source)
+    raise UserError(f"the plan of run {run.name} names victims that the run was not asked for")
 
 
 def test_split(method: Any) -> Any:
@@ -162,7 +187,7 @@ def _load_records(method: Any) -> Pairs | StoredPairs:
     records = as_source(open_source(method)).load_records()
     if records.report is not None and records.report.skipped:
         first = "; ".join(f"{s.file} {s.member}: {s.reason}" for s in records.report.skipped[:3])
-        print(f"{records.report}; the first: {printable(first)}", file=sys.stderr)
+        warn(f"{records.report}; the first: {first}")
     if not len(records):
         raise UserError(f"{registry.spec(method)} holds no records")
     return records
@@ -176,11 +201,19 @@ def read_pairs(method: Any) -> Pairs:
     return in_memory(load_records(method))
 
 
-def load_victims(plan: Plan) -> Pairs | None:
-    """Load the images that a plan adds from outside the data set; None if it adds none."""
+def load_victims(plan: Plan, poisoned_by: Run | None) -> Pairs | None:
+    """Load the images that a plan adds from outside the data set; None if it adds none.
+
+    Args:
+        plan: what names them.
+        poisoned_by: the run that holds the plan; None for a plan that was just made.
+    """
     if plan.victims is None:
         return None
-    victims = load_records(registry.make("data", plan.victims))
+    if poisoned_by is None:
+        victims = load_records(registry.make("data", plan.victims))
+    else:
+        victims = load_records(recorded_victims(plan.victims, poisoned_by))
     wanted = {e.source for e in plan.edits}
     return victims.take([i for i, key in enumerate(victims.ids) if key in wanted])
 
@@ -209,13 +242,7 @@ def load_encoder(embedder: Any, device: torch.device | str) -> Encoder:
 
 def _find_encoder(run: Run) -> Run | None:
     """Return this run, or the nearest one that it was made from, that holds an encoder."""
-    if (run.path / "encoder.json").exists():
-        return run
-    for parent in run.parents:
-        holder = _find_encoder(parent)
-        if holder is not None:
-            return holder
-    return None
+    return next((each for each in run.lineage() if (each.path / "encoder.json").exists()), None)
 
 
 def known_goals(artefact: Any) -> list[Goal]:
@@ -223,8 +250,3 @@ def known_goals(artefact: Any) -> list[Goal]:
     if not isinstance(artefact, Run):
         return []
     return [Goal.from_json(g) for g in artefact.manifest["goal"]]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write one small JSON file."""
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -7,12 +7,13 @@ has one answer on disk.
 from __future__ import annotations
 
 import glob
-import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bezoar.data.files.artefacts import Facts, read_facts, shown
 from bezoar.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint.safetensors"
+PAGE = "report.html"
 # Files and folders of a run that its manifest does not list as outputs.
-UNHASHED = {MANIFEST, CHECKPOINT, "report.html", "log.jsonl", ".lock", "vectors"}
+UNHASHED = {MANIFEST, CHECKPOINT, PAGE, "log.jsonl", ".lock", "vectors"}
+MAX_LINEAGE = 10_000  # runs that a run may be made from
+MEASURE = {"value": 0, "n": 0, "low": 0, "high": 0, "how": ""}.keys()  # of a metric
+NOT_FINITE = ("Infinity", "-Infinity", "NaN")  # as metrics hold them
 MAX_NAMES = 6  # names of runs in an error message
 
 
@@ -38,16 +43,20 @@ class Run:
         return self.path.name
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """The manifest as it stands on disk. Raises UserError where the directory is not a run."""
+    def manifest(self) -> Facts:
+        """The manifest as it stands on disk, its parts of the types that they are written as.
+
+        Raises UserError where the directory is not a run.
+        """
         try:
-            raw = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            message = f"{self.path} is not a run directory: no readable {MANIFEST} in it"
+            manifest = read_facts(self.path / MANIFEST)
+        except UserError as error:
+            message = f"{self.path} is not a run directory: no readable {MANIFEST} in it: {error}"
             raise UserError(message) from error
-        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or "verb" not in raw:
+        if manifest.get("schema") != SCHEMA or "verb" not in manifest:
             raise UserError(f"{self.path}/{MANIFEST} is not of schema {SCHEMA}")
-        return raw
+        check_manifest(manifest)
+        return manifest
 
     @property
     def verb(self) -> str:
@@ -80,10 +89,31 @@ class Run:
     @property
     def parents(self) -> list[Run]:
         """The runs that this one was made from."""
-        return [self.sibling(name) for name in self.manifest["parents"]]
+        return [self.sibling(name) for name in self.manifest.texts("parents")]
+
+    def lineage(self) -> Iterator[Run]:
+        """This run and those that it was made from, each once: a run, then its first parent with its own, then the second.
+
+        Raises UserError where a parent is gone, or there are more than anybody makes.
+        """
+        pending, seen = [self], set()
+        while pending:
+            run = pending.pop()
+            if run.path in seen:
+                continue
+            seen.add(run.path)
+            if len(seen) > MAX_LINEAGE:
+                raise UserError(f"run {self.name} was made from more than {MAX_LINEAGE} runs")
+            yield run
+            pending += reversed(run.parents)
 
     def sibling(self, name: str) -> Run:
-        """A run by name: in the same directory, or else where the manifest says that the parent of this name lies."""
+        """A run by name: in the same directory, or else where the manifest says that the parent of this name lies.
+
+        Raises UserError for a text that is the name of no directory.
+        """
+        if not is_directory_name(name):
+            raise UserError(f"run {self.name} names {shown(name)} as a run; expected a name")
         path = self.path.parent / name
         if path.exists():
             return Run(path)
@@ -94,12 +124,84 @@ class Run:
         value = self.manifest["ask"].get(field)
         return self.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
 
+    def asked_for(self, field: str) -> Facts | None:
+        """What the manifest says of an input: a run, or a spec and the hashes of what it reads; None where it was not given.
+
+        Raises UserError for anything else.
+        """
+        ask = self.manifest["ask"]
+        return None if ask.get(field) is None else ask.object(field)
+
     def ancestor(self, verb: str) -> Run | None:
         """This run if the verb made it, else the first such run among those that it was made from, depth first."""
-        if self.verb == verb:
-            return self
-        candidates = (parent.ancestor(verb) for parent in self.parents)
-        return next((run for run in candidates if run is not None), None)
+        return next((run for run in self.lineage() if run.verb == verb), None)
+
+
+def follow(run: Run, step: Callable[[Run], Run | None]) -> Iterator[Run]:
+    """A run, the one that a step leads to, and so on. Raises UserError for a run that is made from itself."""
+    seen: set[Path] = set()
+    current: Run | None = run
+    while current is not None:
+        if current.path in seen:
+            raise UserError(f"run {current.name} is made from itself")
+        seen.add(current.path)
+        yield current
+        current = step(current)
+
+
+def is_directory_name(text: str) -> bool:
+    """Whether a text is the name of a directory, and no path."""
+    return text not in ("", ".", "..") and not set(text) & {"/", "\0"} and len(text) < 256
+
+
+def check_manifest(manifest: Facts) -> None:
+    """Raise UserError where a part of a manifest is of another type than it is written as."""
+    for key in ("verb", "status", "bezoar", "started"):
+        if key in manifest:
+            manifest.text(key)
+    for key in ("ask", "metrics", "notes", "typed", "elsewhere", "environment", "outputs"):
+        if key in manifest:
+            manifest.object(key)
+    for key, kind in (("error", str), ("seconds", int | float), ("peak_memory_bytes", int)):
+        if not isinstance(manifest.get(key), kind | None):
+            raise UserError(f"{manifest.file}: {key} is {shown(manifest[key])}")
+    if "parents" in manifest and len(manifest.texts("parents")) > MAX_LINEAGE:
+        raise UserError(f"{manifest.file}: more than {MAX_LINEAGE} parents")
+    if "goal" in manifest:
+        manifest.objects("goal")
+    for name in manifest.get("elsewhere", {}):
+        manifest.object("elsewhere").text(name)
+    for name in manifest.get("outputs", {}):
+        output = manifest.object("outputs").object(name)
+        if type(output["bytes"]) is not int:
+            raise UserError(f"{manifest.file}: output {name!r} has no size")
+        output.text("sha256")
+    for name in manifest.get("metrics", {}):
+        _check_measure(manifest.object("metrics").object(name), name)
+    for value in manifest.get("ask", {}).values():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Facts):
+                part.text("run" if "run" in part else "spec")
+                if "files" in part:
+                    part.text("files")
+    notes = manifest.get("notes", {})
+    for key in notes.keys() & {"verdict"}:
+        notes.text(key)
+    if notes.get("incomplete"):
+        notes.texts("incomplete")
+
+
+def _check_measure(measure: Facts, name: str) -> None:
+    """Raise UserError for a metric that is no number with its interval, its n and its definition."""
+    if measure.keys() != MEASURE or type(measure["n"]) is not int:
+        raise UserError(f"{measure.file}: metric {name!r} is not an object of {', '.join(MEASURE)}")
+    measure.text("how")
+    for key in ("value", "low", "high"):
+        value = measure[key]
+        if type(value) not in (int, float) and value not in NOT_FINITE:
+            raise UserError(
+                f"{measure.file}: {key} of metric {name!r} is {shown(value)}, no number"
+            )
 
 
 def find_run(runs: Path, text: str) -> Run | None:

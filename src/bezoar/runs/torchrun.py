@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from bezoar.progress import Progress
 from bezoar.runs.execute import Job, resolve_inputs
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings, Verb, load_verb
+from bezoar.terminal import warn
 from bezoar.training import ranks
 
 # Exit statuses of a run that is done, with or without findings and records left out.
@@ -50,7 +50,7 @@ def assist() -> int:
             verb.work(job)
     except UserError as error:
         time.sleep(GRACE)
-        print(f"bezoar: rank {machine.rank()}: {error}", file=sys.stderr)
+        warn(f"bezoar: rank {machine.rank()}: {error}")
         return 2
     except KeyboardInterrupt:
         return 130

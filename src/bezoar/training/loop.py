@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bezoar.data.files.tensors import read_metadata, read_tensors, write_tensors
 from bezoar.data.randomness import generator
-from bezoar.encoders.weights import write_tensors
 from bezoar.errors import UserError
 from bezoar.training import collectives
 from bezoar.training.augmentation import Chance
@@ -311,9 +309,8 @@ class _Training:
 
     def restore(self, path: Path) -> None:
         """Fill everything from a checkpoint."""
-        with safe_open(path, "pt") as file:
-            facts: dict[str, str] = file.metadata()
-        tensors = load_file(path)
+        facts = read_metadata(path)
+        tensors = read_tensors(path)
         model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         self.loss.load_state_dict(model)
         state = self.optim.state_dict()

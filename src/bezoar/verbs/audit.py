@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -12,13 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bezoar import registry
 from bezoar.auditing import audits, bank, sarif, verdict_text
 from bezoar.auditing.bank import Bank, Calibration, Family, Sample
 from bezoar.data import randomness
+from bezoar.data.files.artefacts import Facts, read_facts
+from bezoar.data.files.tensors import read_tensors, write_tensors
+from bezoar.data.files.writing import write_json
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
@@ -29,6 +30,7 @@ from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes, input_name
+from bezoar.terminal import warn
 
 ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp"]
 DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse")
@@ -107,7 +109,7 @@ class Audit:
         is_run = isinstance(job.inputs["encoder"], Run)
         artefact = f"{name}/encoder.safetensors" if is_run else name
         log = sarif.build_log(name, artefact, findings.audits, refused, sentence)
-        inputs.write_json(job.folder / SARIF_FILE, log)
+        write_json(job.folder / SARIF_FILE, log)
         job.goals = [vars(g) for g in inputs.known_goals(job.inputs["encoder"])]
         uncalibrated = [a["name"] for a in findings.audits if a["words"] == "no calibration"]
         job.notes = {
@@ -118,7 +120,7 @@ class Audit:
             "incomplete": [f"audit {name}: {reason}" for name, reason in refused.items()],
         }
         for line in job.notes["incomplete"]:
-            print(f"audit: {line}", file=sys.stderr)
+            warn(f"audit: {line}")
         images = findings.facts["sample"]["images"]
         metrics: dict[str, Measure] = {}
         for audit in findings.audits:
@@ -237,9 +239,9 @@ class AuditFindings:
     @staticmethod
     def read(run: Run) -> AuditFindings:
         """Read what `write` wrote into a run."""
-        facts = json.loads(run.file(VERDICT_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(run.file(INVERSIONS_FILE))
-        return AuditFindings(facts, tensors, load_file(run.file(EXAMPLES_FILE)))
+        facts = read_findings(run)
+        tensors = read_tensors(run.file(INVERSIONS_FILE))
+        return AuditFindings(facts, tensors, read_tensors(run.file(EXAMPLES_FILE)))
 
     @staticmethod
     def join(parts: Sequence[AuditFindings]) -> AuditFindings:
@@ -258,9 +260,18 @@ class AuditFindings:
 
     def write(self, folder: Path) -> None:
         """Write verdict.json, inversions.safetensors and examples.safetensors."""
-        inputs.write_json(folder / VERDICT_FILE, self.facts)
-        save_file(self.tensors, folder / INVERSIONS_FILE)
-        save_file(self.examples, folder / EXAMPLES_FILE)
+        write_json(folder / VERDICT_FILE, self.facts)
+        write_tensors(folder / INVERSIONS_FILE, self.tensors)
+        write_tensors(folder / EXAMPLES_FILE, self.examples)
+
+
+def read_findings(run: Run) -> Facts:
+    """What an audit run says in verdict.json, its lists of the types that they are written as. Raises UserError."""
+    facts = read_facts(run.file(VERDICT_FILE))
+    facts.text("encoder")
+    for key in ("audits", "inversions"):
+        facts.objects(key)
+    return facts
 
 
 def single_audit(

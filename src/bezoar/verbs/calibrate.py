@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -19,8 +18,8 @@ from bezoar.runs.run import MANIFEST, Run
 from bezoar.runs.verb import Input, Takes, Trial, input_spec
 from bezoar.verbs.audit import (
     DEFAULT_AUDITS,
-    VERDICT_FILE,
     ClassifierKind,
+    read_findings,
     single_audit,
     with_parent_audit,
 )
@@ -141,10 +140,7 @@ class Calibrate:
                 trials[encoder, audit_text] = Trial(verb, job.seed)
         runs = sweep.run_trials(trials.values(), job.settings, job.progress)
         job.child_runs += dict.fromkeys(runs.values())
-        return {
-            key: json.loads(runs[trial].file(VERDICT_FILE).read_text(encoding="utf-8"))
-            for key, trial in trials.items()
-        }
+        return {key: read_findings(runs[trial]) for key, trial in trials.items()}
 
 
 @dataclass(frozen=True)
@@ -191,8 +187,8 @@ def attacked_run(run: Run) -> Run:
 
 def measures_encoder(evaluation: Run, encoder_run: Run) -> bool:
     """Whether an evaluate run measured the encoder of a run."""
-    encoder = evaluation.manifest["ask"].get("encoder") or {}
-    return bool(encoder.get("run") == encoder_run.name)
+    encoder = evaluation.asked_for("encoder")
+    return encoder is not None and encoder.get("run") == encoder_run.name
 
 
 def highest_success(evaluations: Iterable[Run]) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,12 +15,12 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from scipy.stats import beta
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.data.files.writing import whole_file
+from bezoar.data.files.tensors import write_tensors
+from bezoar.data.files.writing import whole_file, write_json
 from bezoar.data.pairs import Pairs, distinct_image_rows
 from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder
@@ -31,6 +30,7 @@ from bezoar.evaluation.scores import Measure, Scores, detection_measures, propor
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.verb import Input, Takes
+from bezoar.terminal import warn
 from bezoar.verbs.audit import ClassifierKind
 from bezoar.verbs.evaluate import check_disjoint
 
@@ -90,7 +90,7 @@ class Check:
         results, failed = self._run_checks(job, encoder, images, calibration, held_out)
         limits = [f"{n}: {r.threshold.limit}" for n, r in results.items() if r.threshold.limit]
         for line in limits[:1]:
-            print(f"check: {line}", file=sys.stderr)
+            warn(f"check: {line}")
         write_results(job.folder, images, truth, held_out, results)
         job.notes |= {
             "images": len(images),
@@ -296,8 +296,8 @@ def write_results(
         pictures[str(number)] = small.contiguous().cpu()
     write_table(folder / SCORES_FILE, columns)
     write_table(folder / CLEAN_SCORES_FILE, clean_columns)
-    inputs.write_json(folder / FLAGGED_FILE, flagged)
-    save_file(pictures, folder / PICTURES_FILE)
+    write_json(folder / FLAGGED_FILE, flagged)
+    write_tensors(folder / PICTURES_FILE, pictures)
 
 
 def image_json(images: Pairs, truth: Mask | None, result: CheckResult, row: int) -> dict[str, Any]:

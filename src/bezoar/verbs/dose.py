@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from bezoar import registry
+from bezoar.data.files.writing import write_json
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.runs import inputs, sweep
@@ -68,7 +69,7 @@ class Dose:
         results = Results(table, runs)
         points = list(results.points())
         facts = {"name": "dose", "scale": "", **table_json(results, points)}
-        inputs.write_json(job.folder / "tables.json", [facts])
+        write_json(job.folder / "tables.json", [facts])
         fit = results.fit_dose_response("success")
         job.notes = {
             "law": fit.describe(table.unit),

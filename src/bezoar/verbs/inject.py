@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bezoar import registry
@@ -15,6 +14,7 @@ from bezoar.attacks import pixels
 from bezoar.attacks.plan import Goal
 from bezoar.data import randomness
 from bezoar.data.files import arrays
+from bezoar.data.files.tensors import write_tensors
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, embed_images
@@ -96,11 +96,11 @@ class Inject:
             return {}
         similarities = measure_similarities(before, embed_sample(attacked, sample, targets))
         attacked.save(job.folder)
-        save_file(similarities, job.folder / "similarities.safetensors")
-        save_file(targets.tensors(), job.folder / "references.safetensors")
+        write_tensors(job.folder / "similarities.safetensors", similarities)
+        write_tensors(job.folder / "references.safetensors", targets.tensors())
         losses = torch.tensor(log.losses, dtype=torch.float64)
         ledger = {"losses": losses, "exposures": log.exposures}
-        save_file(ledger, job.folder / "ledger.safetensors")
+        write_tensors(job.folder / "ledger.safetensors", ledger)
         finish_log(job.folder, log)
         goals = [*inputs.known_goals(job.inputs["encoder"]), *targets.goals]
         job.goals = [vars(goal) for goal in goals]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -11,11 +10,12 @@ from typing import Annotated, Any, Literal
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan, differences
 from bezoar.data import shards, stored_pairs
+from bezoar.data.files.writing import remove_folder
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.runs import inputs
-from bezoar.runs.execute import Job
+from bezoar.runs.execute import MAX_SEED, Job
 from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes
@@ -57,7 +57,8 @@ class Poison:
             "classes": list(dataset.clean.classes),
         }
         if self.write == "shards":
-            self._write_shards(job, replace(dataset, plan=plan))
+            proven_by = dataset.poisoned_by if self.victims is None else None
+            self._write_shards(job, replace(dataset, plan=plan, poisoned_by=proven_by))
         how = "poisoned records / all records, counted"
         return {
             "poisons": Measure.exact(len(plan), records, "poisoned records, counted"),
@@ -67,11 +68,8 @@ class Poison:
     def _write_shards(self, job: Job, dataset: Dataset) -> None:
         folder = job.folder / "shards"
         partial = job.folder / "shards.part"
-        for path in (
-            folder,
-            partial,
-        ):  # of an attempt that was cut off, or that a fresh one replaces
-            shutil.rmtree(path, ignore_errors=True)
+        for path in (folder, partial):  # of an attempt that was cut off, or that is replaced
+            remove_folder(path)
         shards.write_shards(partial, dataset.records, format=self.stored)
         partial.rename(folder)
         job.notes["stored"] = self.stored
@@ -146,15 +144,21 @@ def verify_plan(run: Run) -> dict[str, Any]:
     """
     if run.verb != "poison":
         raise UserError(f"{run.name} is a {run.verb} run; only a poison run has a plan to verify")
-    ask = run.manifest["ask"]
+    ask = run.manifest.object("ask")
     written = Plan.read(run.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
     parent = run.input_run("data")
     dataset = inputs.open_dataset(parent if parent is not None else inputs.root_method(run))
     plan_inputs = {
-        name: registry.make(kind, ask[name]["spec"]) if ask[name] else None
+        name: registry.make(kind, ask.object(name).text("spec")) if ask[name] else None
         for name, kind in PLAN_INPUTS.items()
+        if name != "victims"
     }
-    derived = dataset.plan.merge(derive_plan(plan_inputs, dataset, ask["target"], ask["seed"]))
+    victims = ask["victims"]
+    plan_inputs["victims"] = inputs.recorded_method(ask.object("victims"), run) if victims else None
+    seed = ask["seed"]
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"run {run.name} has no seed from 0 to {MAX_SEED}")
+    derived = dataset.plan.merge(derive_plan(plan_inputs, dataset, ask.text("target"), seed))
     if lines := differences(written, derived):
         raise UserError(
             f"{run.name} does not verify, {len(lines)} differences; the first: {lines[0]}"

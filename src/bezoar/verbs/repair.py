@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
+from bezoar.data.files.writing import write_json
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder
@@ -24,6 +24,7 @@ from bezoar.runs.execute import Job
 from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes, input_name
+from bezoar.terminal import warn
 from bezoar.verbs import evaluate
 
 # Clean records that are made to order: how many, and how far their seed is from that of the training data.
@@ -104,7 +105,7 @@ class Repair:
         metrics |= {f"after.{key}": measure for key, measure in after.items()}
         metrics["clean_accuracy_lost"] = receipt.accuracy_loss(case, head_before, head_after)
         readings = receipt.compare_readings(case, head_before, head_after)
-        inputs.write_json(job.folder / "readings.json", readings)
+        write_json(job.folder / "readings.json", readings)
         metrics |= outcome.durations
         goal = next((g for g in (*case.goals, *case.inverted) if g.trigger), None)
         if not self.revive:
@@ -116,7 +117,7 @@ class Repair:
             metrics |= revival.measure(repaired, twin)
         limits = describe_limits(case, outcome.log)
         for line in limits:
-            print(f"repair: {line}", file=sys.stderr)
+            warn(f"repair: {line}")
         repairs = [] if job.inputs["repaired"] is not None else job.inputs["repair"]
         job.notes |= {
             "poisoned": any(g.trigger or g.victims for g in case.goals),

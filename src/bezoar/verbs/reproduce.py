@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from bezoar import registry
+from bezoar.data.files.writing import write_json
 from bezoar.errors import UserError
 from bezoar.evaluation import dose_response
 from bezoar.evaluation.scores import Measure
-from bezoar.runs import inputs, sweep
+from bezoar.runs import sweep
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
 from bezoar.runs.tables import Cell, Claim, Results, Row, TableOptions, is_rate
@@ -71,7 +72,7 @@ class Reproduce:
                 where = f"{row.curve}, {row.name}" if row.curve else row.name
                 metrics[f"{name}.{cell.name}@{where}"] = measure
             written.append({"name": name, "scale": self.scale, **table_json(results, points)})
-        inputs.write_json(job.folder / "tables.json", written)
+        write_json(job.folder / "tables.json", written)
         verdicts = [claim["verdict"] for table in written for claim in table["claims"]]
         job.notes = {
             "scale": self.scale,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.attacks.plan import Plan
 from bezoar.data.files.paths import existing_file
+from bezoar.data.files.writing import write_json
 from bezoar.data.source import as_source
 from bezoar.detection import merging, reliability
 from bezoar.detection.corpus import corpus, keep_lists
@@ -30,6 +30,7 @@ from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes
+from bezoar.terminal import warn
 
 RANKED = 500  # records of ranked.json
 MAX_REASONS = 6  # reasons why records could not be read, in one line
@@ -92,7 +93,7 @@ class Scan:
             job.inputs["data"], encoder, job.folder, job.settings, job.progress
         )
         if warning := resolution_warning(data):
-            print(f"scan: {warning}", file=sys.stderr)
+            warn(f"scan: {warning}")
         detections = run_detectors(job.inputs["detector"], data, job)
         by_detector = detections.scores
         merged = merging.merge(list(by_detector.values()))
@@ -102,7 +103,7 @@ class Scan:
         corpus.write_scores(job.folder / corpus.SCORES, data, merged, by_detector)
         keep_lists.write_keep_lists(job.folder, data, kept_rows)
         worst = [record_json(data, row, merged, by_detector) for row in order[:RANKED].tolist()]
-        inputs.write_json(job.folder / "ranked.json", worst)
+        write_json(job.folder / "ranked.json", worst)
         if any(scores.boxes is not None for scores in by_detector.values()):
             ids, boxes = flagged_windows(by_detector, order[: max(RANKED, len(removed))])
             reliability.write_windows(job.folder, ids, boxes)

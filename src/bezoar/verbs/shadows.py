@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bezoar.auditing import bank
 from bezoar.auditing.audits import mntd
+from bezoar.data.files.writing import write_json
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
@@ -97,7 +98,7 @@ class Shadows:
                     "weights": weights[i],
                 }
             )
-        inputs.write_json(job.folder / SHADOWS_FILE, {"schema": 1, "shadows": rows})
+        write_json(job.folder / SHADOWS_FILE, {"schema": 1, "shadows": rows})
         job.goals = []  # a bank is no poisoned artefact, whatever it was fitted on
         job.notes = {
             "clean": labels.count(False),
@@ -220,8 +221,12 @@ def lineage_of(encoder: Any, names: Sequence[str]) -> str:
         encoder: its run, or a configured network.
         names: of all shadows.
     """
+    seen = set()
     while isinstance(encoder, Run):
-        source = encoder.manifest["ask"].get("encoder") or {}
+        if encoder.path in seen:
+            raise UserError(f"run {encoder.name} is made from itself")
+        seen.add(encoder.path)
+        source: Mapping[str, Any] = encoder.asked_for("encoder") or {}
         if "run" not in source:
             return str(source["spec"]) if source.get("spec") in names else encoder.name
         parent = encoder.sibling(source["run"])

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bezoar import registry
+from bezoar.data.files.tensors import write_tensors
+from bezoar.data.files.writing import write_json
 from bezoar.errors import UserError
 from bezoar.evaluation import survival
 from bezoar.evaluation.scores import Measure
@@ -85,8 +86,8 @@ class Survive:
             metrics |= {f"{treatment.name}.{key}": m for key, m in measures.items()}
             facts.append({**vars(treatment), "name": treatment.name, "title": treatment.title})
             pictures.append(draw_views(views[:EXAMPLES]))
-        inputs.write_json(job.folder / "treatments.json", facts)
-        save_file({"pictures": torch.stack(pictures)}, job.folder / "pictures.safetensors")
+        write_json(job.folder / "treatments.json", facts)
+        write_tensors(job.folder / "pictures.safetensors", {"pictures": torch.stack(pictures)})
         job.notes = {
             "trigger": trigger_spec,
             "images": len(subject.clean),

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan
 from bezoar.data import stored_pairs
+from bezoar.data.files.artefacts import read_lines
+from bezoar.data.files.tensors import write_tensors
 from bezoar.data.files.writing import write_whole
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
@@ -88,7 +89,7 @@ class Train:
             return {}
         encoder.save(job.folder)
         ledger = {"exposures": log.exposures, "losses": torch.tensor(log.losses)}
-        save_file(ledger, job.folder / "ledger.safetensors")
+        write_tensors(job.folder / "ledger.safetensors", ledger)
         finish_log(job.folder, log)
         speed = len(log.losses) * objective.batch / max(log.seconds, 1e-9)
         job.notes = dataset.reading_notes() | {
@@ -122,7 +123,7 @@ def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
 
 def select_kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
     """The records that a scan's keep-list names."""
-    ids = set(scan.file("keep.txt").read_text(encoding="utf-8").split("\n"))
+    ids = set(read_lines(scan.file("keep.txt")))
     return stored_pairs.subset(records, [i for i, k in enumerate(records.ids) if k in ids])
 
 

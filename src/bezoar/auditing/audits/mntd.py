@@ -27,7 +27,7 @@ from bezoar.data.files.paths import existing_file
 from bezoar.data.files.writing import write_whole
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.evaluation.scores import Measure, proportion, separation
 from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
@@ -62,7 +62,7 @@ class Mntd:
         """The bank's file, for a directory the one in it."""
         if not self.bank:
             return []
-        inside = Path(self.bank).expanduser() / FILE
+        inside = expand_home(self.bank) / FILE
         return [existing_file(str(inside) if inside.parent.is_dir() else self.bank, "MNTD bank")]
 
     def __call__(self, encoder: Encoder, clean: Pairs, seed: int) -> Verdict:

@@ -26,10 +26,10 @@ from PIL import Image
 from torch import Tensor
 
 from bezoar.data.files import npy
-from bezoar.data.files.paths import expand_home, open_regular
+from bezoar.data.files.paths import open_regular
 from bezoar.data.files.torch_files import load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home, first_line
 
 MAX_BYTES = 64 << 20  # of a file, and of everything it unpacks to
 MAX_MEMBERS = 64  # of an archive
@@ -133,7 +133,7 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         kind = f"a {suffix[1:]} file" if suffix in SUFFIXES else "a file of arrays"
         raise UserError(f"{path}: not {kind} that can be read ({reason})") from error
     if not members:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bezoar.data.files import npy
 from bezoar.data.files.arrays import DECODING_ERRORS
-from bezoar.data.files.paths import expand_home, open_regular
+from bezoar.data.files.paths import open_regular
 from bezoar.data.files.torch_files import format_keys, load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home, first_line
 
 __all__ = ["SUFFIXES", "format_keys", "load_tensors"]
 
@@ -63,7 +63,7 @@ def load_tensors(path: str, prefix: str = "") -> dict[str, Tensor]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (*DECODING_ERRORS, SafetensorError, MemoryError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         raise UserError(f"{path}: not a checkpoint that can be read ({reason})") from error
     tensors = _strip_module(tensors)
     return {k: tensor for k, tensor in tensors.items() if k.rpartition(".")[2] not in COUNTERS}

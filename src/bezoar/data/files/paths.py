@@ -7,6 +7,7 @@ import glob
 import io
 import itertools
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 
 from bezoar.data.files.skipped import Unreadable
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 
 FILE_BYTES = 64 << 20  # the largest encoded image that is read
 TEXT_BYTES = 4 << 20  # the largest caption or metadata object that is read
@@ -106,14 +107,6 @@ def _reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def expand_home(path: str) -> Path:
-    """Return a path with its `~` replaced. Raises UserError if it is the home of nobody."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path!r}: there is no such user, or no home folder") from error
-
-
 def existing_file(path: str, what: str) -> Path:
     """Return the path of a file that exists. Raises UserError, which calls the file `what`."""
     expanded = expand_home(path)
@@ -142,6 +135,9 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
     Raises:
         UserError: if a file that is named is missing, or none is named.
     """
+    for start, end in re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", text):
+        if abs(int(end) - int(start)) > MAX_PATHS:  # braceexpand holds a range in memory
+            raise UserError(f"{what} {text!r} names more than {MAX_PATHS} files")
     try:
         names = list(itertools.islice(braceexpand(text), MAX_PATHS + 1))
     except ValueError as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bezoar.data.files.paths import open_regular
 from bezoar.data.files.zips import open_zip
-from bezoar.errors import UserError
+from bezoar.errors import UserError, first_line
 
 MAX_PICKLE_BYTES = 16 << 20  # of the part of a file that says what its tensors are
 PICKLES_BEFORE_1_6 = 5  # that a file of the format before torch 1.6 begins with
@@ -105,7 +105,7 @@ def check_opcodes(data: bytes, size: int, pickles: int) -> None:
     except ValueError as error:
         # A plain pickle ends before five are read; what it asked for until then is named.
         if not scanner.requests:
-            reason = str(error).splitlines()[0][:80]
+            reason = first_line(error)[:80]
             raise UserError(
                 f"not a checkpoint: expected what torch.save writes ({reason})"
             ) from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from bezoar.errors import UserError
 
 TEMPORARY = ".tmp"  # the ending of files that are not yet whole
 
@@ -41,3 +45,55 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a text (UTF-8) or bytes; see `whole_file`."""
     with whole_file(path, "w" if isinstance(content, str) else "wb") as file:
         file.write(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write one small JSON file; see `whole_file`."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of a run where there is none. A link in its place is removed, and not followed."""
+    if path.is_symlink():
+        path.unlink()
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def own_folder(path: Path) -> Path:
+    """The path of a folder of a run. Raises UserError for a link in its place."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link; expected a folder of the run")
+    return path
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder of a run with what is in it. Of a link in its place the link alone is removed."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove what an attempt that was killed has left of files that were not yet whole."""
+    for path in list(folder.rglob("*")):
+        if path.suffix == TEMPORARY and (path.is_symlink() or path.is_file()):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def refuse_unwritable(path: Path) -> Iterator[None]:
+    """Inside, an OSError becomes a UserError of one line.
+
+    Args:
+        path: what is named where the error names no file.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null byte" not in str(error):
+            raise
+        name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        if name is None or str(name).endswith(TEMPORARY):
+            name = path
+        raise UserError(f"{name}: {reason or error}") from error

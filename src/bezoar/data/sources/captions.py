@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files.metadata import is_unicode
-from bezoar.data.files.paths import existing_file, expand_home
+from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.tables import (
     CAPTION_COLUMNS,
@@ -19,6 +19,7 @@ from bezoar.data.files.tables import (
 )
 from bezoar.data.label_sets import check_fields
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 

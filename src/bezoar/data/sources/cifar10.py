@@ -11,10 +11,9 @@ from typing import Annotated, Literal
 import numpy as np
 from torchvision.datasets.utils import download_and_extract_archive
 
-from bezoar.data.files.paths import expand_home
 from bezoar.data.label_sets import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

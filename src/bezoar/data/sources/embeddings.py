@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 
 from bezoar.data.blocks import blocks
 from bezoar.data.files import npy, parquet
-from bezoar.data.files.paths import existing_file, expand_home
+from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import ReadReport
 from bezoar.data.files.tables import CAPTION_COLUMNS, ID_COLUMNS
 from bezoar.data.source import COLUMNS, Source, Unit, VectorBlock, number_units, until_broken
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 UNIT_ROWS = 1 << 17  # of a unit of work

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from torchvision.datasets import Food101 as TorchvisionFood101
 
 from bezoar.data.decoding import Record, gather_pairs
-from bezoar.data.files.paths import expand_home, is_confined
+from bezoar.data.files.paths import is_confined
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.label_sets import check_fields, class_captions, open_torchvision
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 

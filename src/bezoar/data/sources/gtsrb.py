@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 from torchvision.datasets import GTSRB
 
 from bezoar.data.decoding import Record, gather_pairs
-from bezoar.data.files.paths import expand_home
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.label_sets import check_fields, class_captions, open_torchvision
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 CLASSES = (

@@ -20,7 +20,7 @@ import numpy as np
 from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files import npy
 from bezoar.data.files.metadata import MAX_LABELS
-from bezoar.data.files.paths import FILE_BYTES, existing_file, expand_home
+from bezoar.data.files.paths import FILE_BYTES, existing_file
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.zips import UNPACKING_ERRORS, check_unpacked_size, open_zip
 from bezoar.data.label_sets import (
@@ -30,7 +30,7 @@ from bezoar.data.label_sets import (
     pairs_from_arrays,
 )
 from bezoar.data.pairs import Pairs
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 ARRAY_BYTES = 16 << 30  # of one array, unpacked

@@ -21,6 +21,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
 from bezoar.data.scene_drawing import COLORS, NODES, SHAPES, TEXTURES, Sketch, draw_scenes
 from bezoar.errors import UserError
+from bezoar.machine import free_memory
 from bezoar.registry import method
 
 CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
@@ -130,7 +131,16 @@ class Scenes:
         return tuple(f"scenes-{self.seed}-{self.split}-{i:07d}" for i in range(self.count))
 
     def __call__(self) -> Pairs:
-        """Return all records, with labels in 0..39."""
+        """Return all records, with labels in 0..39.
+
+        Raises UserError for more than memory holds; while they are put together, they are there twice.
+        """
+        needed, free = 2 * self.count * 3 * self.size**2, free_memory()
+        if free and needed > free:
+            raise UserError(
+                f"{self.count:,} scenes of {self.size} px take {needed / 2**30:,.1f} GiB while they are made; "
+                f"{free / 2**30:,.1f} are free"
+            )
         return self.render(self.ids)
 
     def render(self, ids: Sequence[str], device: torch.device | str = "cpu") -> Pairs:

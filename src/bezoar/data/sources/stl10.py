@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from torchvision.datasets import STL10
 
-from bezoar.data.files.paths import expand_home
 from bezoar.data.label_sets import check_fields, open_torchvision, pairs_from_arrays
 from bezoar.data.pairs import Pairs
+from bezoar.errors import expand_home
 from bezoar.registry import method
 
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")

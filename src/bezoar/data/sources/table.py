@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from bezoar.data.decoding import Record
 from bezoar.data.files import parquet
 from bezoar.data.files.metadata import is_unicode
-from bezoar.data.files.paths import distinct_stems, expand_home, expand_paths
+from bezoar.data.files.paths import distinct_stems, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.files.tables import (
     ALL_ROWS,
@@ -33,7 +33,7 @@ from bezoar.data.files.tables import (
 from bezoar.data.label_sets import check_fields
 from bezoar.data.source import RecordIndex, Unit, number_units
 from bezoar.data.streams import FileImages, RecordStream
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 

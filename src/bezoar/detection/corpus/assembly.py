@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 
 from bezoar.data.blocks import blocks
 from bezoar.data.files.paths import printable
-from bezoar.data.files.writing import write_whole
+from bezoar.data.files.writing import remove_folder, write_whole
 from bezoar.data.source import TEXT_COLUMNS, Unit
 from bezoar.data.stored_pairs import PLACE
 from bezoar.detection.corpus import columns, units
@@ -73,7 +72,8 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
         UserError: if there is no record at all; the folder is then deleted, so that another attempt
             reads again.
     """
-    with skipped.open("w") as file:
+    skipped.unlink(missing_ok=True)  # of an earlier attempt, or a link that is not followed
+    with skipped.open("x") as file:
         unread = UnreadLog(file)
         summaries = [_read_summary(unit, folder, unread) for unit in todo]
         width = next((s["images"] for s in summaries if s["read"]), 0)
@@ -87,7 +87,7 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
                 )
                 unread.add(unit.file, "", reason)
         if not usable:
-            shutil.rmtree(folder)
+            remove_folder(folder)
             raise UserError(
                 f"nothing to scan: no record could be read and embedded: {unread.describe()}"
             )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +18,10 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
+from bezoar.data.files.artefacts import open_artefact
 from bezoar.data.files.writing import whole_file
 from bezoar.data.strings import Strings
+from bezoar.errors import UserError, first_line
 
 
 class ArrayWriter:
@@ -98,10 +103,15 @@ def write_texts(folder: Path, name: str) -> Iterator[TextWriter]:
 
 def map_array(path: Path) -> np.ndarray:
     """Map an array of `write_array`; its pages come and go as memory allows."""
-    with path.open("rb") as file:
-        numpy.lib.format.read_magic(file)
-        shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
+    with open_artefact(path, sys.maxsize) as file:
+        try:
+            numpy.lib.format.read_magic(file)
+            shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
+        except (ValueError, SyntaxError, tokenize.TokenError) as error:
+            raise UserError(f"{path} is no .npy file that a scan wrote") from error
         start = file.tell()
+        if start + math.prod(shape) * dtype.itemsize > os.fstat(file.fileno()).st_size:
+            raise UserError(f"{path} is shorter than its header says")
     if not math.prod(shape):
         return np.empty(shape, dtype)
     # Copy on write: torch takes no array that it must not write to, and the file stays as it is.
@@ -116,5 +126,14 @@ def map_tensor(path: Path) -> Tensor:
 def map_texts(folder: Path, name: str) -> Strings:
     """Map the texts of `write_texts`."""
     ends, path = map_array(folder / f"{name}.npy"), folder / f"{name}.utf8"
-    content = pa.memory_map(str(path)).read_buffer() if path.stat().st_size else pa.py_buffer(b"")
-    return Strings(pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), content))
+    with open_artefact(path, sys.maxsize) as file:
+        is_empty = not os.fstat(file.fileno()).st_size
+    content = pa.py_buffer(b"") if is_empty else pa.memory_map(str(path)).read_buffer()
+    try:
+        if ends.dtype != np.int64 or ends.ndim != 1 or not len(ends):
+            raise ValueError("expected where each text ends, in int64")
+        texts = pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), content)
+        texts.validate(full=True)  # a place beyond the file would end the process
+    except (ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path} holds no texts that a scan wrote: {first_line(error)}") from error
+    return Strings(texts)

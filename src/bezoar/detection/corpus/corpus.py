@@ -7,8 +7,6 @@ What a scan leaves behind is read again with `load_scores` (ids, places, caption
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
-from bezoar.data.files.writing import whole_file
+from bezoar.data.files.artefacts import read_facts
+from bezoar.data.files.writing import own_folder, remove_folder, whole_file
 from bezoar.data.pairs import Pairs, Rows
 from bezoar.data.source import TEXT_COLUMNS, RecordIndex, Source
 from bezoar.data.stored_pairs import StoredImages, StoredPairs
@@ -138,7 +137,7 @@ def embed_corpus(
     vectors = folder / FOLDER
     source = units.open_source(data)
     if settings.fresh:
-        shutil.rmtree(vectors, ignore_errors=True)
+        remove_folder(vectors)
     if not (vectors / "done.json").exists():
         todo = source.units()
         units.embed_all(data, by, todo, vectors, settings, progress)
@@ -148,11 +147,12 @@ def embed_corpus(
 
 def reopen_corpus(run: Run) -> Corpus:
     """Open the corpus of a finished scan to look at its records; it has vectors, no encoder."""
-    return _open(units.open_source(run), Vectors(), run.file(FOLDER))
+    return _open(units.open_source(run), Vectors(), own_folder(run.file(FOLDER)))
 
 
 def _open(source: Source, by: Encoder | Vectors, folder: Path) -> Corpus:
-    summary = json.loads((folder / "done.json").read_text())
+    summary = read_facts(folder / "done.json")
+    summary.texts("names")
     ids, captions, members, urls = (columns.map_texts(folder, name) for name in TEXT_COLUMNS)
     texts = columns.map_tensor(folder / "texts.npy") if summary["texts"] else None
     return Corpus(

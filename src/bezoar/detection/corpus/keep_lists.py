@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bezoar.data.blocks import blocks
-from bezoar.data.files.writing import TEMPORARY, whole_file
+from bezoar.data.files.writing import TEMPORARY, make_folder, whole_file
 from bezoar.detection.corpus.corpus import ROWS, Corpus
 from bezoar.progress import Progress
 
@@ -93,7 +93,7 @@ def write_clean_copy(
     Raises:
         UserError: without images, or without captions.
     """
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     for leftover in (*folder.glob("*.tar"), *folder.glob(f"*{TEMPORARY}")):
         leftover.unlink()
     copy = corpus.source.clean_copy(folder, corpus, kept_rows, progress)

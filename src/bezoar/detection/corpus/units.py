@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 import torch
 
 from bezoar import registry
+from bezoar.data.files.artefacts import read_facts
 from bezoar.data.files.skipped import ReadReport, Skipped
-from bezoar.data.files.writing import TEMPORARY, whole_file, write_whole
+from bezoar.data.files.writing import TEMPORARY, make_folder, whole_file, write_whole
 from bezoar.data.source import COLUMNS, RecordBlock, Source, Unit, VectorBlock, as_source
 from bezoar.detection.corpus import columns
 from bezoar.encoders.encoder import Encoder
@@ -67,7 +68,7 @@ def unit_path(folder: Path, unit: Unit, ending: str) -> Path:
 def read_summary(folder: Path, unit: Unit) -> dict[str, Any] | None:
     """What a unit's last file says of it; None while the unit is not whole."""
     path = unit_path(folder, unit, "json")
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_facts(path) if path.exists() else None
 
 
 def write_summary(folder: Path, unit: Unit, summary: dict[str, Any]) -> None:
@@ -209,7 +210,7 @@ def embed_all(
         settings: workers, device and Ray.
         progress: of the embedding.
     """
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     for leftover in folder.glob(f"*{TEMPORARY}"):
         leftover.unlink()
     missing = [u for u in units if read_summary(folder, u) is None]

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bezoar.data.files.artefacts import parse_json
+from bezoar.data.files.tensors import read_tensors, write_tensors
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.reliability import false_discoveries, side_channels, usual_filters
 from bezoar.errors import UserError
@@ -108,7 +108,7 @@ def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
         boxes: int (M, 4): top, left, height, width in pixels of the images as they are scanned.
     """
     text = torch.from_numpy(np.frombuffer(json.dumps(list(ids)).encode(), np.uint8).copy())
-    save_file({"ids": text, "boxes": boxes.to(torch.int32).cpu().contiguous()}, folder / WINDOWS)
+    write_tensors(folder / WINDOWS, {"ids": text, "boxes": boxes.to(torch.int32)})
 
 
 def read_windows(folder: Path) -> dict[str, Box]:
@@ -117,9 +117,9 @@ def read_windows(folder: Path) -> dict[str, Box]:
     if not path.exists():
         return {}
     try:
-        tensors = load_file(path)
-        ids, boxes = json.loads(bytes(tensors["ids"].numpy())), tensors["boxes"]
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        tensors = read_tensors(path)
+        ids, boxes = parse_json(bytes(tensors["ids"].numpy()).decode(), path), tensors["boxes"]
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} holds no windows: {error}") from error
     valid = isinstance(ids, list) and all(isinstance(key, str) for key in ids)
     if not valid or boxes.shape != (len(ids), 4):

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from bezoar.encoders import small_towers
 from bezoar.encoders.encoder import Encoder, Preprocess, WordTokenizer, split_words
 from bezoar.encoders.networks import Network
 from bezoar.encoders.small_towers import ConvTower
@@ -40,6 +41,7 @@ class ClipSmall(Network):
     def __post_init__(self) -> None:
         if min(self.width, self.dim, self.words) < 1:
             raise ValueError("width, dim and words must be at least 1")
+        small_towers.check_widths(self.width, self.dim)
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
         """The most frequent words, which the text tower will know; ties in alphabetical order."""

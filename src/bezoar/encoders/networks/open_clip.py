@@ -14,8 +14,8 @@ from bezoar.data.files import checkpoints
 from bezoar.encoders import fast_linear, open_clip_models, weight_prefixes
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.networks import Network
-from bezoar.encoders.weights import check_weights, first_line, named_weights_file
-from bezoar.errors import UserError
+from bezoar.encoders.weights import check_weights, named_weights_file
+from bezoar.errors import UserError, first_line
 from bezoar.registry import method, spec
 
 

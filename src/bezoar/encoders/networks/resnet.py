@@ -28,6 +28,7 @@ class Resnet(Network):
         if self.depth not in small_towers.RESNETS or self.width < 1:
             depths = ", ".join(map(str, small_towers.RESNETS))
             raise ValueError(f"depth must be one of {depths}, and width at least 1")
+        small_towers.check_widths(self.width)
         if self.mean_std != "auto":
             small_towers.check_mean_std(self.mean_std)
 

@@ -11,8 +11,8 @@ from bezoar.data.files import checkpoints
 from bezoar.encoders import small_towers, weight_prefixes
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.networks import Network, image_encoder
-from bezoar.encoders.weights import check_weights, first_line, named_weights_file
-from bezoar.errors import UserError
+from bezoar.encoders.weights import check_weights, named_weights_file
+from bezoar.errors import UserError, first_line
 from bezoar.registry import method
 
 

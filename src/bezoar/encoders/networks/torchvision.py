@@ -8,8 +8,7 @@ from torchvision import models
 from bezoar.encoders import small_towers
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.networks import Network, image_encoder
-from bezoar.encoders.weights import first_line
-from bezoar.errors import UserError
+from bezoar.errors import UserError, first_line
 from bezoar.registry import method
 
 

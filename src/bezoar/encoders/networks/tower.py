@@ -18,6 +18,7 @@ class Tower(Network):
     def __post_init__(self) -> None:
         if min(self.width, self.dim) < 1:
             raise ValueError("width and dim must be at least 1")
+        small_towers.check_widths(self.width, self.dim)
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """A fresh encoder for images of `size` pixels, 32..96."""

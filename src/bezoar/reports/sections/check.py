@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
+from bezoar.data.files.tensors import read_tensors
 from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.charts import Mark, Series
 from bezoar.reports.metric_names import format_measure, format_percent
@@ -145,7 +145,7 @@ def score_section(view: CheckView) -> Section:
 
 def suspicious_section(view: CheckView, name: str) -> Section:
     """Show the images that a check scores highest."""
-    images = load_file(view.run.file(PICTURES_FILE))[str(view.names.index(name))]
+    images = read_tensors(view.run.file(PICTURES_FILE))[str(view.names.index(name))]
     return Section([suspicious_gallery(view, name, images)])
 
 

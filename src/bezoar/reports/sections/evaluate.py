@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Goal
+from bezoar.data.files.artefacts import read_facts
 from bezoar.data.pairs import Pairs, distinct_image_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
@@ -55,7 +55,7 @@ class EvaluateView(RunView):
         path = run.path / "encoder.json" if run else None
         if path is None or not path.exists():
             return {}
-        return metric_names.as_dict(json.loads(path.read_text(encoding="utf-8")))
+        return read_facts(path)
 
     @functools.cached_property
     def poisoned(self) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from markupsafe import Markup
-from safetensors.torch import load_file
 from torch import Tensor
 
+from bezoar.data.files.tensors import read_tensors
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, pictures
 from bezoar.reports.charts import IntervalRow
@@ -133,7 +133,7 @@ def lead(view: SurviveView) -> str:
 
 def picture_section(view: SurviveView) -> Section:
     """Show the trigger after each single treatment."""
-    images = load_file(view.run.file("pictures.safetensors"))["pictures"]  # (T, E, 2, 3, S, S)
+    images = read_tensors(view.run.file("pictures.safetensors"))["pictures"]  # (T, E, 2, 3, S, S)
     lead = (
         "Left, an image with the trigger after the treatment. Right, its difference to the same "
         "image without the trigger, at half strength on gray. Most harmful first."

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from bezoar.data.files.artefacts import read_lines
 from bezoar.reports import charts, metric_names
 from bezoar.reports.charts import Series
 from bezoar.reports.page_parts import Figure, Section, Table
@@ -146,5 +147,5 @@ def trained_ids(view: RunView) -> list[str]:
     keep = view.input_run("keep")
     if keep is None:
         return ids
-    keep_list = set(keep.file("keep.txt").read_text(encoding="utf-8").split("\n"))
+    keep_list = set(read_lines(keep.file("keep.txt")))
     return [k for k in ids if k in keep_list]

@@ -1,0 +1,61 @@
+"""What others wrote, printed: cut, and without anything that a terminal would obey.
+
+Names of files and columns, captions, verdicts and statuses come out of files that anybody may have written. Whatever
+bezoar prints goes through here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from typing import TextIO
+
+LONGEST = 4000  # characters of a line
+TAIL = 500  # of these, from the end of a text that is cut: it names what there is
+# Categories of characters that no line holds as they are: controls, formats (among them those that turn the direction of
+# text), surrogates, separators of lines and paragraphs.
+UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+JOINERS = "\u200c\u200d"  # part of words in Persian and Hindi, and of emoji
+
+
+def clean_line(text: object, longest: int = LONGEST) -> str:
+    """One line of a text: control characters are spelt out as in Python, and the middle of a long text is left out."""
+    line = str(text)
+    if len(line) > longest:
+        tail = min(TAIL, longest // 2)
+        line = f"{line[: longest - tail]} ... ({len(line):,} characters) ... {line[-tail:]}"
+    if line.isascii() and line.isprintable():
+        return line
+    return "".join(map(_printable, line))
+
+
+def clean_text(text: object, longest: int = LONGEST) -> str:
+    """The same of a text of several lines; each is cleaned."""
+    return "\n".join(clean_line(line, longest) for line in str(text).split("\n"))
+
+
+def print_line(text: object, file: TextIO | None = None, longest: int = LONGEST) -> None:
+    """Print one line of a text, cleaned, at once; to stdout where no file is given."""
+    print(clean_line(text, longest), file=sys.stdout if file is None else file, flush=True)
+
+
+def clean_json(text: str) -> str:
+    """A JSON text with characters that a terminal would obey spelt out as JSON spells them; the value is the same."""
+    if text.isascii() and "\x7f" not in text:
+        return text
+    return "".join(
+        json.dumps(c)[1:-1] if c != "\n" and unicodedata.category(c) in UNPRINTABLE else c
+        for c in text
+    )
+
+
+def warn(text: object) -> None:
+    """Print one line of a text on stderr, cleaned."""
+    print_line(text, sys.stderr)
+
+
+def _printable(character: str) -> str:
+    if unicodedata.category(character) not in UNPRINTABLE or character in JOINERS:
+        return character
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
