@@ -117,7 +117,14 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     try:
-        return run_command(sys.argv[1:] if arguments is None else arguments)
+        try:
+            return run_command(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # the console that prints help
+            return BROKEN_PIPE
+        raise
     except UserError as error:
         warn(f"bezoar: {error}")
         return USER_ERROR

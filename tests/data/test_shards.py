@@ -191,11 +191,12 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
     ]  # fmt: skip
     source = ShardSource((tar_of(tmp_path / "hostile.tar", members),), 16)
     pairs = load_pairs(source)
-    assert pairs.ids == ("hostile/good", "hostile/pickle") and source.report.read == 2
+    assert pairs.ids == ("hostile/good", "hostile/good~2", "hostile/pickle")
+    assert source.report.read == 3 and [s.member for s in source.report.renamed] == ["good"]
     assert set(reasons(source)) == {
         ("tiny", "smaller than 8 pixels a side"), ("noise", "not decodable"), ("half", "not decodable"),
         ("bomb", "not decodable"), ("latin", "caption is not UTF-8"), ("empty", "no caption"),
-        ("lonely", "no image"), ("good", "duplicate id"),
+        ("lonely", "no image"),
         ("worse", "label is not a number from 0 to 99999"), ("bool", "label is not a number from 0 to 99999"),
         ("half_a_character", "no caption"), ("deep", "metadata is not JSON"), ("list", "metadata is not a JSON object"),
         ("two", "several images of one key"), ("tiff", "not decodable"),

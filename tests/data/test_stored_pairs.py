@@ -317,10 +317,11 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     assert tracemalloc.get_traced_memory()[1] < paths.FILE_BYTES
     tracemalloc.stop()
     assert stored.report.skipped == skipped and {s.reason.partition(":")[0] for s in skipped} == {
-        "not decodable", "smaller than 8 pixels a side", "unsafe name", "too large", "duplicate id", "broken tar",
+        "not decodable", "smaller than 8 pixels a side", "unsafe name", "too large", "broken tar",
         "record cut off where the tar breaks",
     }  # fmt: skip
-    assert plain.ids == ("b/a", "b/b", "a/a", "a/b")
+    assert plain.ids == ("b/a", "b/a~2", "b/b", "a/a", "b/a~3", "a/b")
+    assert stored.report.renamed == source.report.renamed and len(stored.report.renamed) == 2
     same(stored.take(range(len(stored))), plain)
     assert stored.places["length"].max() <= paths.FILE_BYTES
     with pytest.raises(UserError, match="no image-caption record"):

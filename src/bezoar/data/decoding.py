@@ -6,13 +6,14 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bezoar import machine
+from bezoar.data.distinct_ids import DistinctIds, describe_renaming
 from bezoar.data.files.images import decode_image
 from bezoar.data.files.paths import printable
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
@@ -157,18 +158,18 @@ def decode_distinct(
     report: ReadReport,
     limit: int | None = None,
 ) -> Iterator[tuple[Record, int, np.ndarray]]:
-    """Decode the records of a stream that have an id of their own.
+    """Decode the records of a stream, and give those whose id another has one of their own.
 
     Args:
         records: what is read.
         size: pixels a side; None keeps images as they are, and then all must be of one size.
-        report: counts what was read, and takes what could not be decoded or has an id seen before.
+        report: counts what was read, and takes what could not be decoded and what was renamed.
         limit: how many records to stop after.
 
     Yields:
         What was read, which of its ids and captions this is, and the image uint8 (3, H, W).
     """
-    seen: set[str] = set()
+    distinct = DistinctIds()
     shape: tuple[int, ...] | None = None
     encoded = decoded = 0  # bytes
     for record, image in decode_records(records, size, report):
@@ -184,11 +185,12 @@ def decode_distinct(
                 raise UserError(
                     f"{record.file}: images of {encoded} bytes unpack to {decoded}; give size="
                 )
-        for number, key in enumerate(record.ids):
-            if key in seen:
-                report.skipped.append(Skipped(record.file, record.member, f"duplicate id: {key}"))
-                continue
-            seen.add(key)
+        ids = tuple(map(distinct.claim, record.ids))
+        for number, (key, new) in enumerate(zip(record.ids, ids, strict=True)):
+            if new != key:
+                reason = describe_renaming(key, new)
+                report.renamed.append(Skipped(record.file, record.member, reason))
+                record = replace(record, ids=ids)
             report.read += 1
             yield record, number, image
             if report.read == limit:

@@ -285,6 +285,7 @@ class WholeSource(Source):
         """Take a unit; with the first one, the report takes what could not be read of all."""
         if unit.number == 0:
             report.skipped += [s for s in self.report.skipped if s.reason not in STRAY_REASONS]
+            report.renamed += self.report.renamed
         start, stop = unit.place
         for part in blocks(stop - start, batch_size(self.size)):
             rows = range(start + part.start, start + part.stop)

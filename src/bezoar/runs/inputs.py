@@ -67,7 +67,10 @@ class Dataset:
         report = self.clean.report
         if report is None:
             return {}
-        return {"reading": {"read": report.read, "skipped": [list(s) for s in report.skipped]}}
+        notes: dict[str, Any] = {"read": report.read, "skipped": [list(s) for s in report.skipped]}
+        if report.renamed:
+            notes["renamed"] = len(report.renamed)
+        return {"reading": notes}
 
 
 def open_dataset(data: Any) -> Dataset:
@@ -185,8 +188,9 @@ def _load_records(method: Any) -> Pairs | StoredPairs:
     Raises UserError if there are none.
     """
     records = as_source(open_source(method)).load_records()
-    if records.report is not None and records.report.skipped:
-        first = "; ".join(f"{s.file} {s.member}: {s.reason}" for s in records.report.skipped[:3])
+    if records.report is not None and (records.report.skipped or records.report.renamed):
+        problems = records.report.skipped[:3] or records.report.renamed[:3]
+        first = "; ".join(f"{s.file} {s.member}: {s.reason}" for s in problems)
         warn(f"{records.report}; the first: {first}")
     if not len(records):
         raise UserError(f"{registry.spec(method)} holds no records")

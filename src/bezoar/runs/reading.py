@@ -54,6 +54,11 @@ def incomplete_notes(
     additions: dict[str, Any] = {}
     if "unread" not in (notes.get("reading") or {}):
         lines += [f"{spec}: {describe_report(report)}" for spec, report in skipping.items()]
+        lines += [
+            f"{spec}: {len(r.renamed)} records have an id that another has, and another name here"
+            for spec, r in reports.items()
+            if r.renamed
+        ]
         if skipping and "reading" not in notes:
             first, *others = reports.values()
             total = first.merge(others)

@@ -7,6 +7,7 @@ answers in a run. This module imports no torch: the command line needs it before
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import importlib
 import os
@@ -28,7 +29,8 @@ VERBS = registry.PACKAGE / "verbs"
 HASHED_WHOLE = 64 << 20  # bytes; of larger files, pieces stand for the whole
 PIECES, PIECE = 64, 1 << 20  # how many, and bytes of each
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".ppm", ".pgm")
 
 # What a field for data, an encoder, a run or a method holds: a spec, the start of a run's name, a Run, a configured
 # method, or a verb (or a Trial) that stands for its run.
@@ -207,7 +209,11 @@ def spec_of_path(kind: str, text: str) -> str:
     Tar files are shards, a .csv a table, a .npy ready embeddings, a .json a bank, a folder a folder of images.
     """
     path = Path(text.partition(":")[0])
-    if ":" in text or text in registry.method_names(kind):
+    is_there = os.path.lexists(text) and text not in registry.method_names(kind)
+    if is_there:
+        path = Path(text)  # whose name may hold a colon
+        text = registry.spec_value(f"./{text}" if text[0] in "([{" else text)
+    elif ":" in text or text in registry.method_names(kind):
         return text
     if path.suffix in TABLES:
         return f"table:path={text}"
@@ -215,14 +221,19 @@ def spec_of_path(kind: str, text: str) -> str:
         return f"npz:path={text}"
     if path.suffix == ".json":
         return f"file:path={text}"
-    if text.endswith(".tar"):
+    if path.name.endswith((".tar", *PACKED)):  # which of the latter are refused there
         return f"shards:path={text}"
     if path.suffix == ".npy" or os.path.isdir(path / "img_emb"):
         return f"embeddings:path={text}"
     if path.suffix.lower() in IMAGES:
         return f"image:path={text}"
     if os.path.isdir(path):
-        return f"shards:path={text}/*.tar" if any(path.glob("*.tar")) else f"folder:path={text}"
+        if not any(path.glob("*.tar")):
+            return f"folder:path={text}"
+        is_plain = not glob.has_magic(text) and "{" not in text and '"' not in text
+        return f"shards:path={text}/*.tar" if is_plain else f"shards:path={text}"
     if "/" in text and path.suffix != ".py":
+        if is_there:
+            raise UserError(f"{text}: its ending does not say what it is; write METHOD:{text}")
         raise UserError(f"no file or folder {text!r}")
     return text

@@ -235,7 +235,8 @@ def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detection
             detections.failed.append(f"detector {name}: {error}")
         detections.seconds[name] = round(time.perf_counter() - start, 2)
     if not detections.scores:
-        raise UserError("; ".join(detections.failed) or "give a --detector")
+        problems = describe_incomplete(data, detections.failed)
+        raise UserError("; ".join(problems) if detections.failed else "give a --detector")
     return detections
 
 

@@ -22,7 +22,28 @@ MAX_SCANS = 64  # of a JPEG; progressive ones have about 10
 MAX_SCANNED_PIXELS = 1 << 30  # its pixels times its scans
 SMALLEST = 8  # pixels a side; img2dataset and dead links leave 1x1 images behind
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".ppm", ".pgm"})
+# How files of other formats begin: they are named, not read.
+OTHER_FORMATS = (
+    (b"GIF8", "GIF"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (b"<svg", "SVG"),
+)
+ORIENTATION = 0x0112  # the tag of EXIF
+# What turns a picture upright, by its orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What Pillow's decoders raise when they are given bytes that are not what they claim to be.
 DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError, IndexError,
@@ -34,7 +55,8 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
     """Decode an image and cut it to a square.
 
     The largest centred square is resized bicubically with antialiasing. A JPEG at least twice as
-    large as asked for is scaled down by 2, 4 or 8 while it is decoded (Pillow's `draft`).
+    large as asked for is scaled down by 2, 4 or 8 while it is decoded (Pillow's `draft`). Pictures
+    are turned as their EXIF says, 16 bits become 8, and transparency is ignored.
 
     Args:
         image: the encoded image, or its file.
@@ -58,13 +80,15 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
             if size is not None:
                 encoded.draft("RGB", (size, size))
             with _PIXELS.claimed(width * height):
-                picture = encoded.convert("RGB")
+                picture = to_rgb(encoded)
                 if size is not None and picture.size != (size, size):
                     if picture.width != picture.height:  # a copy that a bomb would fill
                         picture = picture.crop(centred_square(*picture.size))
                     picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+                if (turn := TURNS.get(_read_orientation(encoded))) is not None:
+                    picture = picture.transpose(turn)
     except UnidentifiedImageError as error:  # its message holds an address in memory
-        raise Unreadable("not decodable: no image format that is known") from error
+        raise Unreadable(f"not decodable: {_name_format(content)}") from error
     except DECODING_ERRORS as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unreadable(f"not decodable: {reason}") from error
@@ -109,6 +133,57 @@ class _Allowance:
 _PIXELS = _Allowance(IMAGE_PIXELS)
 # A fork while a thread decodes would leave a child with claims that nobody gives back.
 os.register_at_fork(after_in_child=lambda: _PIXELS.__init__(IMAGE_PIXELS))  # type: ignore[misc]
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to 8 bits a channel, red, green and blue.
+
+    Pillow cuts greys of 16 bits off at 255. Raises Unreadable for numbers of an unknown range.
+    """
+    if picture.mode.startswith("I"):  # 16 bits: I;16 of PNGs, I of PGMs
+        greys = np.asarray(picture).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((greys + 128) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        values = np.asarray(picture)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise Unreadable("not decodable: floating-point pixels beyond 0..1")
+        return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "P" and "transparency" in picture.info:  # otherwise Pillow warns
+        return picture.convert("RGBA").convert("RGB")
+    return picture.convert("RGB")
+
+
+def _read_orientation(picture: Image.Image) -> int:
+    """Read how EXIF says that a picture lies; 1 (upright) if it says nothing that can be read.
+
+    Pillow's own reader parses every tag, and prints warnings of those that are broken.
+    """
+    exif = picture.info.get("exif")
+    if not isinstance(exif, bytes):
+        return 1
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = ">" if exif.startswith(b"MM") else "<"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, start)
+        for number in range(count):
+            entry = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * number)
+            if entry[0] == ORIENTATION:
+                return int(entry[3])
+    except struct.error:
+        pass
+    return 1
+
+
+def _name_format(content: bytes) -> str:
+    """Say what an image is that cannot be read, as far as that is known."""
+    start = content[:256].lstrip()
+    for mark, name in OTHER_FORMATS:
+        if start.startswith(mark):
+            return f"{name} is not read; {', '.join(FORMATS)} are"
+    if content[4:8] == b"ftyp":
+        return f"AVIF, HEIC or a video is not read; {', '.join(FORMATS)} are"
+    return "no image format that is known"
 
 
 def centred_square(width: int, height: int) -> tuple[int, int, int, int]:

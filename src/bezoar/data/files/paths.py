@@ -139,7 +139,9 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
         if abs(int(end) - int(start)) > MAX_PATHS:  # braceexpand holds a range in memory
             raise UserError(f"{what} {text!r} names more than {MAX_PATHS} files")
     try:
-        names = list(itertools.islice(braceexpand(text), MAX_PATHS + 1))
+        is_file = os.path.lexists(Path(text).expanduser())  # its name may hold braces itself
+        expanded = [text] if is_file else braceexpand(text)
+        names = list(itertools.islice(expanded, MAX_PATHS + 1))
     except ValueError as error:
         raise UserError(f"{what} {text!r}: {error}") from error
     if len(names) > MAX_PATHS:
@@ -159,7 +161,12 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
             f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}"
         )
     if not paths:
-        raise UserError(f"{what} {text!r}: no such {ending} file")
+        folder = Path(text).expanduser()
+        packed = (
+            [p.name for p in folder.iterdir() if ending in p.suffixes] if folder.is_dir() else []
+        )
+        there = f"; {min(packed)} must be unpacked first" if packed else ""
+        raise UserError(f"{what} {text!r}: no such {ending} file{there}")
     return tuple(paths)
 
 

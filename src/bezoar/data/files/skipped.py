@@ -31,18 +31,32 @@ class Skipped(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """How many records were read, and everything that was not; it grows while a source is read."""
+    """How many records were read, and everything that was not; it grows while a source is read.
+
+    Attributes:
+        read: how many records.
+        skipped: what was not read.
+        renamed: records that were read, under another id than their own, which another has.
+    """
 
     read: int = 0
     skipped: list[Skipped] = field(default_factory=list)
+    renamed: list[Skipped] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Summarise in one line: `998 read, 2 skipped (1 no caption, 1 not decodable)`."""
         reasons = Counter(s.reason.partition(":")[0] for s in self.skipped)
         counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
-        return f"{self.read} read, {len(self.skipped)} skipped" + (f" ({counts})" if counts else "")
+        text = f"{self.read} read, {len(self.skipped)} skipped" + (f" ({counts})" if counts else "")
+        if self.renamed:
+            text += f", {len(self.renamed)} under another id, since theirs is repeated"
+        return text
 
     def merge(self, others: Iterable[ReadReport]) -> ReadReport:
         """Return the sum of this report and others."""
         reports = [self, *others]
-        return ReadReport(sum(r.read for r in reports), [s for r in reports for s in r.skipped])
+        return ReadReport(
+            sum(r.read for r in reports),
+            [s for r in reports for s in r.skipped],
+            [s for r in reports for s in r.renamed],
+        )

@@ -23,7 +23,10 @@ from bezoar.data.files.paths import TEXT_BYTES, open_regular, printable
 from bezoar.errors import UserError
 
 # Names of columns, open_clip's first.
-IMAGE_COLUMNS = ("filepath", "image", "image_path", "filename", "file_name", "path")
+IMAGE_COLUMNS = (
+    "filepath", "image", "image_path", "filename", "file_name", "path",
+    "jpg", "png", "webp",  # img2dataset's Parquet files, which hold the images' bytes
+)  # fmt: skip
 CAPTION_COLUMNS = ("title", "caption", "text")
 ID_COLUMNS = ("id", "key", "image_id", "uid")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -31,6 +34,7 @@ BLOCK_ROWS = 4096  # of a unit of work
 FREE_TEXT_BYTES = 64 << 20  # of the text of a block of Parquet, however small its file is
 TEXT_RATIO = 20  # how many times the file's size the text may be beyond that
 FIRST_ROWS = 100  # that are looked at before any other
+ROW_LINES = 1000  # the most over which a row with quotes may go
 Row = dict[str, Any]
 
 
@@ -63,6 +67,7 @@ def read_rows(
     """
     _check_suffix(table)
     with _as_user_error(table):
+        _refuse_encoding(table)
         if table.suffix == ".parquet":
             rows = _read_parquet(table, block, columns)
         elif table.suffix == ".jsonl":
@@ -85,6 +90,7 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
         return [RowBlock(start, 0, min(size, rows - start)) for start in range(0, rows, size)]
     blocks: list[RowBlock] = []
     with _as_user_error(table), open_regular(table) as file:
+        _refuse_encoding(table)
         starts = _json_starts(file) if table.suffix == ".jsonl" else _csv_starts(file, table)
         while offsets := list(itertools.islice(starts, size)):
             blocks.append(RowBlock(len(blocks) * size, offsets[0], len(offsets)))
@@ -102,18 +108,40 @@ def column_names(table: Path) -> list[str]:
 def find_column(
     path: str, names: Iterable[str], wanted: str | None, candidates: Sequence[str]
 ) -> str:
-    """Find the column `wanted`, or the first of the candidates.
+    """Find the column `wanted`, or the first of the candidates, in any case of letters.
 
     Raises UserError that lists the table's columns.
     """
     names = list(names)
-    for name in (wanted,) if wanted else candidates:
-        if name in names:
-            return name
+    name = match_column(names, (wanted,) if wanted else candidates)
+    if name:
+        return name
     raise UserError(
         f"{path} has no column {wanted or ' or '.join(candidates)}; "
         f"it has: {printable(', '.join(map(str, names)))}"
     )
+
+
+def match_column(names: Sequence[str], candidates: Sequence[str]) -> str:
+    """Return the name of the first candidate that is there, else of one written otherwise, or ""."""
+    by_plain = {name.strip().lower(): name for name in reversed(names)}
+    exact = next((c for c in candidates if c in names), "")
+    return exact or next((by_plain[c.lower()] for c in candidates if c.lower() in by_plain), "")
+
+
+def find_sentences(table: Path, names: Sequence[str]) -> str:
+    """Return the one of some columns whose first rows hold most spaces, at least 2 each, or ""."""
+    spaces = dict.fromkeys(names, 0)
+    count = 0
+    with suppress(UserError):  # a table that cannot be read is named when it is its turn
+        for _, row in read_rows(table, RowBlock(0, 0, FIRST_ROWS)):
+            count += 1
+            cells = row if isinstance(row, dict) else {}
+            for name in names:
+                cell = cells.get(name)
+                spaces[name] += cell.strip().count(" ") if isinstance(cell, str) else 0
+    longest = max(spaces, key=lambda name: spaces[name], default="")
+    return longest if count and spaces[longest] >= 2 * count else ""
 
 
 def resolve_inside(table: Path, root: Path | None, text: str) -> Path | None:
@@ -150,6 +178,16 @@ def _check_suffix(table: Path) -> None:
         raise UserError(f"a table of captions must be {', '.join(SUFFIXES)}; got {str(table)!r}")
 
 
+def _refuse_encoding(table: Path) -> None:
+    """Raise ValueError for text in two or four bytes a character, as spreadsheets can write it."""
+    if table.suffix == ".parquet":
+        return
+    with open_regular(table) as file:
+        start = file.read(64)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+        raise ValueError("it is UTF-16 or UTF-32; save it as UTF-8")
+
+
 @contextmanager
 def _as_user_error(table: Path) -> Iterator[None]:
     """Turn what the parsers raise into a UserError that names the table."""
@@ -184,35 +222,81 @@ def _read_lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def _open_csv(file: BinaryIO, table: Path) -> csv.DictReader[str]:
-    """Open a reader and read the header, by which the delimiter is known: a comma or a tab."""
-    tabs = table.suffix == ".tsv" or b"\t" in file.readline(TEXT_BYTES)
-    file.seek(0)
-    reader = csv.DictReader(_decode_lines(file), delimiter="\t" if tabs else ",", strict=True)
-    _ = reader.fieldnames
-    return reader
+class _CsvRows:
+    """The rows of a CSV or TSV file, each with the byte at which it begins.
+
+    Quotes that are not closed, or closed in the middle of a cell, spoil their own row alone: it is
+    taken as it stands where it has as many cells as the header without regard to quotes, as in
+    tables that quote nothing. Any other row that does not fit is told, and the next line is read.
+    """
+
+    def __init__(self, file: BinaryIO, table: Path) -> None:
+        tabs = table.suffix == ".tsv" or b"\t" in file.readline(TEXT_BYTES)
+        self.file = file
+        self.delimiter = "\t" if tabs else ","
+        self.header: list[str] = []
+        file.seek(0)
+        for _, cells in self._read_cells():
+            if isinstance(cells, str):
+                raise ValueError(f"line 1 is no header: {cells}")
+            self.header = cells
+            break
+        self.body = file.tell()
+
+    def read(self, start: int = 0) -> Iterator[tuple[int, Row | str]]:
+        """Read rows from a byte on, empty lines left out."""
+        self.file.seek(max(start, self.body))
+        for offset, cells in self._read_cells():
+            if isinstance(cells, str):
+                yield offset, f"{cells}; line {self._line_of(offset)}"
+            elif any(cells[len(self.header) :]):
+                count = f"{len(cells)} for {len(self.header)} columns"
+                advice = "a cell that holds the delimiter must be quoted"
+                reason = f"more cells than the header: {count}, {advice}"
+                yield offset, f"{reason}; line {self._line_of(offset)}"
+            else:
+                yield offset, dict(itertools.zip_longest(self.header, cells[: len(self.header)]))
+
+    def _read_cells(self) -> Iterator[tuple[int, list[str] | str]]:
+        """Read the cells of each row, or why they cannot be told apart."""
+        while True:
+            start = self.file.tell()
+            lines = itertools.islice(_decode_lines(self.file), ROW_LINES)
+            try:
+                cells = next(csv.reader(lines, delimiter=self.delimiter, strict=True), None)
+            except csv.Error as error:
+                self.file.seek(start)
+                line = next(_decode_lines(self.file), "")
+                cells = line.rstrip("\r\n").split(self.delimiter)
+                if "\r" in line.rstrip("\r\n") or len(cells) != len(self.header):
+                    yield start, f"not a row of a table: {error}"
+                    continue
+            if cells is None:
+                return
+            if cells:
+                yield start, cells
+
+    def _line_of(self, offset: int) -> int:
+        """The number of the line that begins at a byte."""
+        position = self.file.tell()
+        self.file.seek(0)
+        count = 1
+        while offset > 0 and (part := self.file.read(min(offset, TEXT_BYTES))):
+            count += part.count(b"\n")
+            offset -= len(part)
+        self.file.seek(position)
+        return count
 
 
 def _read_csv(table: Path, block: RowBlock) -> Iterator[Row | str]:
     with open_regular(table) as file:
-        reader = _open_csv(file, table)
-        try:
-            file.seek(max(block.offset, file.tell()))
-            yield from itertools.islice(reader, block.rows)
-        except csv.Error as error:  # a stray quote would swallow the lines after it
-            raise ValueError(f"row after line {reader.line_num}: {error}") from error
+        rows = _CsvRows(file, table).read(block.offset)
+        yield from (row for _, row in itertools.islice(rows, block.rows))
 
 
 def _csv_starts(file: BinaryIO, table: Path) -> Iterator[int]:
     """The byte at which each row begins."""
-    reader = _open_csv(file, table)
-    try:
-        start = file.tell()
-        for _ in reader:
-            yield start
-            start = file.tell()
-    except csv.Error as error:
-        raise ValueError(f"row after line {reader.line_num}: {error}") from error
+    return (offset for offset, _ in _CsvRows(file, table).read())
 
 
 def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:

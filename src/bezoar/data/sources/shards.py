@@ -15,7 +15,7 @@ from bezoar.data.decoding import Record, describe_failure
 from bezoar.data.files.metadata import Metadata, parse_metadata
 from bezoar.data.files.paths import distinct_stems, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped
-from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
+from bezoar.data.files.tars import IMAGE_EXTENSIONS, OTHER_IMAGES, Group, read_groups
 from bezoar.data.label_sets import check_fields, name_classes
 from bezoar.data.shards import CleanCopy, add_member, open_shard
 from bezoar.data.source import RecordIndex, Unit, number_units
@@ -25,7 +25,6 @@ from bezoar.errors import UserError
 from bezoar.progress import Progress
 from bezoar.registry import method
 
-EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 UNLIMITED_BYTES = 1 << 62
 Captions = Literal["first", "all"]
 LoadMode = Literal["auto", "memory", "stream"]
@@ -199,7 +198,7 @@ class ShardSource(RecordStream):
     def _read_shard(self, shard: int, names: ClassNames) -> Iterator[Record | Skipped]:
         count = 0
         first_problem: list[Skipped] = []
-        for group in read_groups(self.paths[shard], EXTENSIONS):
+        for group in read_groups(self.paths[shard]):
             item = group if isinstance(group, Skipped) else self._make_record(group, shard, names)
             if isinstance(item, Record):
                 count += 1
@@ -219,7 +218,9 @@ class ShardSource(RecordStream):
             return Skipped(file, group.key, metadata)
         extensions = [e for e in IMAGE_EXTENSIONS if e in group.files]
         if len(extensions) != 1:
-            reason = "several images of one key" if extensions else "no image"
+            unread = next((e for e in group.others if e in OTHER_IMAGES), "")
+            missing = f"image of a format that is not read: {unread}" if unread else "no image"
+            reason = "several images of one key" if extensions else missing
             return Skipped(file, group.key, reason)
         captions = self._read_captions(group, metadata)
         if isinstance(captions, str):
@@ -292,7 +293,7 @@ def copy_shard(path: Path, target: Path, offsets: set[int]) -> int:
     """
     count = 0
     with open_shard(target, tarfile.PAX_FORMAT) as tar:
-        for group in read_groups(path, EXTENSIONS):
+        for group in read_groups(path):
             if isinstance(group, Skipped) or not offsets & set(group.offsets.values()):
                 continue
             count += 1
@@ -309,7 +310,7 @@ def copy_shard(path: Path, target: Path, offsets: set[int]) -> int:
 def _read_metadata(path: Path) -> Iterator[Metadata]:
     """Read the JSON of every record of a tar that can be read."""
     for group in read_groups(path, ("json",)):
-        if isinstance(group, Group):
+        if isinstance(group, Group) and "json" in group.files:
             metadata = parse_metadata(group.files["json"])
             if isinstance(metadata, Metadata):
                 yield metadata

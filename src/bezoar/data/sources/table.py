@@ -26,6 +26,8 @@ from bezoar.data.files.tables import (
     column_names,
     cut_blocks,
     find_column,
+    find_sentences,
+    match_column,
     read_rows,
     refuse_outside,
     resolve_inside,
@@ -36,12 +38,14 @@ from bezoar.data.streams import FileImages, RecordStream
 from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
+NO_CAPTION = "no"  # in place of a column's name
+
 
 @method
 class Table:
     """A row names an image below `root`, or (Parquet) holds its bytes.
 
-    An id is the id column's, else IMAGE#ROW.
+    An id is the id column's, else IMAGE#ROW. A list of captions makes records ID#0, ID#1 ...
     """
 
     path: Annotated[
@@ -53,7 +57,9 @@ class Table:
     image: Annotated[str | None, "column of image paths or bytes; found by name when not given"] = (
         None
     )
-    caption: Annotated[str | None, "column of captions; found by name when not given"] = None
+    caption: Annotated[
+        str | None, "column of captions, texts or lists; found by name when not given; `no`: none"
+    ] = None
     key: Annotated[str | None, "column of ids; found by name when not given"] = None
     limit: Annotated[int | None, "read at most so many records"] = None
 
@@ -139,17 +145,28 @@ class TableSource(RecordStream):
             image, caption, key = self.columns
 
             def find(wanted: str | None, candidates: Sequence[str]) -> str:
-                if not wanted and not set(candidates) & set(names):
-                    return ""
-                return find_column(str(path), names, wanted, candidates)
+                if wanted:
+                    return find_column(str(path), names, wanted, candidates)
+                return match_column(names, candidates)
 
-            self._columns[number] = Columns(
+            columns = Columns(
                 image=find_column(str(path), names, image, IMAGE_COLUMNS),
-                caption=find(caption, CAPTION_COLUMNS),
+                caption="" if caption == NO_CAPTION else find(caption, CAPTION_COLUMNS),
                 id=find(key, ID_COLUMNS),
                 url=find(None, ("url",)),
             )
+            if not columns.caption and caption != NO_CAPTION:
+                self._refuse_sentences(path, [n for n in names if n not in columns])
+            self._columns[number] = columns
         return self._columns[number]
+
+    def _refuse_sentences(self, path: Path, names: Sequence[str]) -> None:
+        """Raise UserError if one of the other columns seems to hold captions."""
+        if column := find_sentences(path, names):
+            raise UserError(
+                f"{path} has no column {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)}; "
+                f"is caption={column} meant? caption={NO_CAPTION} reads images alone"
+            )
 
     def units(self) -> list[Unit]:
         """Cut the tables into blocks of rows; a broken one is one unit, read up to the break."""
@@ -190,17 +207,18 @@ class TableSource(RecordStream):
         image, name = self._find_image(number, row.get(columns.image))
         if image is None:
             return name
-        caption = row.get(columns.caption) if columns.caption else ""
+        captions = _read_captions(row.get(columns.caption)) if columns.caption else ()
+        if isinstance(captions, str):
+            return captions
         key = row.get(columns.id) if columns.id else None
-        if columns.caption and (not isinstance(caption, str) or not caption.strip()):
-            return "no caption"
-        if not is_unicode(f"{caption}{key}{name}"):
+        if not is_unicode(f"{captions}{key}{name}") or not all(map(is_unicode, captions)):
             return "caption is not UTF-8"
+        key = self._default_id(number, row_number, name) if key in (None, "") else str(key)
         url = row.get(columns.url) if columns.url else ""
         return Record(
             image=image,
-            ids=(self._default_id(number, row_number, name) if key in (None, "") else str(key),),
-            captions=(caption.strip(),) if columns.caption and isinstance(caption, str) else (),
+            ids=(key,) if len(captions) < 2 else tuple(f"{key}#{i}" for i in range(len(captions))),
+            captions=captions,
             file=str(self.paths[number]),
             member=name or f"row {row_number}",
             url=url if isinstance(url, str) and is_unicode(url) else "",
@@ -234,6 +252,22 @@ class TableSource(RecordStream):
     def reader(self, index: RecordIndex) -> TableImages:
         """Read images that are files, or bytes in the tables."""
         return TableImages(self, index.members)
+
+
+def _read_captions(cell: Any) -> tuple[str, ...] | str:
+    """Return the captions of a cell, a text or a list of texts, or say why there is none."""
+    captions: list[str] = []
+    for text in cell if isinstance(cell, list) else [cell]:
+        if isinstance(text, bytes):
+            try:
+                text = text.decode()
+            except UnicodeDecodeError:
+                return "caption is not UTF-8"
+        if text is not None and not isinstance(text, str):
+            return f"caption is not text: {type(text).__name__}"
+        if text and text.strip():
+            captions.append(text.strip())
+    return tuple(captions) or "no caption"
 
 
 class TableImages(FileImages):

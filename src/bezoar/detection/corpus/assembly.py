@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bezoar.data.blocks import blocks
+from bezoar.data.distinct_ids import DistinctIds, describe_renaming
 from bezoar.data.files.paths import printable
 from bezoar.data.files.writing import remove_folder, write_whole
 from bezoar.data.source import TEXT_COLUMNS, Unit
@@ -25,6 +27,7 @@ from bezoar.errors import UserError
 SKIPPED = "skipped.jsonl"  # what was not read, or renamed: [file, member, reason] a line
 LISTED = 1000  # of it, how much stands in the manifest
 ROWS = 1 << 16  # rows copied at a time
+NUMBERED = r"~\d+$"  # how an id ends that a record got because its own was taken
 
 
 @dataclass
@@ -94,6 +97,7 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
         fitting = [s for s in summaries if s["images"] == width]
         text_widths = {s["texts"] for s in fitting if s["read"]}
         texts = text_widths.pop() if len(text_widths) == 1 else 0
+        renamed = sum(len(s.get("renamed", ())) for s in summaries)
         new_ids = _rename_doubles(lambda: _read_ids(usable, folder))
         has_captions = _join(usable, folder, width, texts, new_ids, unread)
     if not skipped.stat().st_size:
@@ -103,7 +107,7 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
         "skipped": unread.first,
         "unread": unread.reasons.total(),
         "reasons": dict(unread.reasons.most_common()),
-        "doubles": len(new_ids),
+        "doubles": renamed + len(new_ids),
         "texts": bool(texts),
         "captions": has_captions,
         "names": units.file_names(todo),
@@ -121,6 +125,8 @@ def _read_summary(unit: Unit, folder: Path, unread: UnreadLog) -> dict[str, Any]
     assert summary is not None
     for entry in summary.pop("skipped"):
         unread.add(*entry)
+    for entry in summary.get("renamed", ()):
+        unread.write_line(*entry)
     return summary
 
 
@@ -183,7 +189,7 @@ def _read_ids(usable: Sequence[Unit], folder: Path) -> Iterator[pa.Array]:
 
 
 def _rename_doubles(read_ids: Callable[[], Iterable[pa.Array]]) -> dict[int, str]:
-    """Return row -> new id, for the records whose id another had before them.
+    """Return row -> new id, for the records whose id another had before them; see `DistinctIds`.
 
     The ids are read twice, a block at a time, so that this costs 16 bytes a record and not its id.
     """
@@ -192,32 +198,30 @@ def _rename_doubles(read_ids: Callable[[], Iterable[pa.Array]]) -> dict[int, str
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     if not len(repeated):
         return {}
-    doubles: dict[int, str] = {}
-    seen: Counter[str] = Counter()
+    new_ids: dict[int, str] = {}
+    distinct = DistinctIds()
     start = 0
     for block in read_ids():
-        suspects = np.flatnonzero(np.isin(_hash_ids(block), repeated))
-        for row, key in zip(
-            suspects.tolist(), block.take(pa.array(suspects)).to_pylist(), strict=True
-        ):
-            seen[key] += 1
-            if seen[key] > 1:
-                doubles[start + row] = key
+        is_suspect = np.isin(_hash_ids(block), repeated)
+        numbered = pc.match_substring_regex(block, NUMBERED).to_numpy(zero_copy_only=False)
+        for row in np.flatnonzero(is_suspect | numbered).tolist():
+            key = block[row].as_py()
+            if is_suspect[row] or _may_collide(key, repeated):
+                new = distinct.claim(key)
+                if new != key:
+                    new_ids[start + row] = new
         start += len(block)
-    new_ids: dict[int, str] = {}
-    numbers: Counter[str] = Counter()
-    for row, key in doubles.items():
-        numbers[key] += 1
-        while _contains(hashes, new_id := f"{key}~{numbers[key] + 1}"):
-            numbers[key] += 1
-        new_ids[row] = new_id
     return new_ids
 
 
-def _contains(hashes: np.ndarray, key: str) -> bool:
-    """Tell whether an id is, or seems to be, among those whose sorted hashes are given."""
-    at = int(np.searchsorted(hashes, hash(key)))
-    return at < len(hashes) and int(hashes[at]) == hash(key)
+def _may_collide(key: str, repeated: np.ndarray) -> bool:
+    """Tell whether an id may be what a repeated one is renamed to: that, and `~` and a number."""
+    while re.search(NUMBERED, key):
+        key = key.rpartition("~")[0]
+        at = int(np.searchsorted(repeated, hash(key)))
+        if at < len(repeated) and int(repeated[at]) == hash(key):
+            return True
+    return False
 
 
 def _hash_ids(ids: pa.Array) -> np.ndarray:
@@ -234,8 +238,7 @@ def _with_new_ids(
         return batch
     ids, members = batch.column("id").to_pylist(), batch.column("member").to_pylist()
     for i in rows:
-        reason = f"id seen before: {ids[i]} is called {new_ids[start + i]} here"
-        unread.write_line(file, members[i], reason)
+        unread.write_line(file, members[i], describe_renaming(ids[i], new_ids[start + i]))
         ids[i] = new_ids[start + i]
     column = pa.array(ids, pa.large_string())
     return batch.set_column(batch.schema.get_field_index("id"), "id", column)

@@ -128,6 +128,8 @@ def embed_unit(
             count += len(vectors.images)
             report_progress(block.done)
     summary = {"read": count, "skipped": report.skipped, "state": stamp, **widths}
+    if report.renamed:
+        summary["renamed"] = report.renamed
     write_summary(folder, unit, summary)
 
 

@@ -1,0 +1,30 @@
+"""Ids of which each stands for one record: the second record called `a` becomes `a~2`."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+class DistinctIds:
+    """Gives records ids, in their order; every pass over the same records gives the same."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._numbers: Counter[str] = Counter()  # of the last record of an id, where it is repeated
+
+    def claim(self, key: str) -> str:
+        """Return the id of a record: its own, or `ID~2`, `ID~3` ... if another has that."""
+        if key not in self._taken:
+            self._taken.add(key)
+            return key
+        number = max(self._numbers[key], 1) + 1
+        while (new := f"{key}~{number}") in self._taken:
+            number += 1
+        self._numbers[key] = number
+        self._taken.add(new)
+        return new
+
+
+def describe_renaming(key: str, new: str) -> str:
+    """The reason that stands in a report for a record under another id."""
+    return f"id seen before: {key} is called {new} here"

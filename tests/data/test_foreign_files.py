@@ -1,0 +1,385 @@
+"""Files as other people's programs leave them: read with the right values, or named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from bezoar import cli
+from bezoar.data.distinct_ids import DistinctIds
+from bezoar.data.files.images import decode_image
+from bezoar.data.files.skipped import Unreadable
+from bezoar.data.pairs import Pairs, load_pairs
+from bezoar.data.sources.shards import copy_shard
+from bezoar.detection.corpus.assembly import _rename_doubles
+from bezoar.errors import UserError
+from bezoar.registry import make
+from bezoar.runs.verb import spec_of_path
+
+
+def encode(picture: Image.Image, name: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, name, **options)
+    return out.getvalue()
+
+
+def png(seed: int = 0) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return encode(Image.fromarray(noise))
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def record(key: str, seed: int = 0) -> list[tuple[str, bytes]]:
+    return [(f"{key}.png", png(seed)), (f"{key}.txt", f"caption of {key}".encode())]
+
+
+def read(spec: str) -> Pairs:
+    return load_pairs(make("data", spec)())
+
+
+def reasons(pairs: Pairs) -> dict[str, str]:
+    assert pairs.report is not None
+    return {s.member: s.reason.partition(":")[0] for s in pairs.report.skipped}
+
+
+# Tars
+
+
+@pytest.mark.parametrize("name", ["v1.0", "a.b.c", "dir.d/x.y z", ".hidden", "7.5"])
+def test_keys_end_at_the_last_dot(tmp_path: Path, name: str) -> None:
+    pairs = read(f"shards:{tar_of(tmp_path / 't.tar', record(name) + record('z'))},size=16")
+    assert pairs.ids == (f"t/{name}", "t/z") and not reasons(pairs)
+    assert pairs.captions == (f"caption of {name}", "caption of z")
+
+
+def test_members_that_describe_a_record_are_no_records(tmp_path: Path) -> None:
+    members = [
+        ("a.alt.png", png()), ("a.cls", b"3"), ("a.png", png()), ("a.seg.png", png()), ("a.txt", b"first"),
+        ("a.npy", b""), ("b.png", png(1)), ("b.txt", b"second"), ("b.0.png", png(2)), ("b.0.txt", b"third"),
+        ("README.md", b"about"), ("._b.png", b"resource fork"), ("c.cls", b"1"), ("c.png", png(4)), ("c.txt", b"fourth"),
+    ]  # fmt: skip
+    pairs = read(f"shards:{tar_of(tmp_path / 't.tar', members)},size=16")
+    assert dict(zip(pairs.ids, pairs.captions, strict=True)) == {
+        "t/a": "first", "t/b": "second", "t/b.0": "third", "t/c": "fourth",
+    }  # fmt: skip
+    assert not reasons(pairs)
+
+
+def test_members_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
+    members = [
+        *record("a"), ("photo.gif", b"GIF89a"), ("photo.txt", b"of a gif"), ("only.tif", b"II*\0"), ("sound.mp3", b""),
+        ("lonely.a.png", png()), ("words.b.txt", b"words"), ("NOTES", b""),
+    ]  # fmt: skip
+    pairs = read(f"shards:{tar_of(tmp_path / 't.tar', members)},size=16")
+    assert pairs.ids == ("t/a",) and reasons(pairs) == {
+        "photo": "image of a format that is not read", "only": "image of a format that is not read",
+        "sound.mp3": "neither image nor text by its name", "NOTES": "neither image nor text by its name",
+        "lonely.a": "no caption", "words.b": "no image",
+    }  # fmt: skip
+
+
+def test_members_that_stand_apart_are_put_together(tmp_path: Path) -> None:
+    first, second = zip(*(record(key, i) for i, key in enumerate(("a", "b.1", "c"))), strict=True)
+    labels = [(f"{key}.json", b'{"class": "dog"}') for key in ("a", "b.1", "c")]
+    path = tar_of(tmp_path / "t.tar", [*first, *labels, *second, *record("d", 3)])
+    pairs = read(f"shards:{path},size=16")
+    # those whose members stand side by side come first
+    assert pairs.ids == ("t/d", "t/a", "t/b.1", "t/c") and not reasons(pairs)
+    assert pairs.captions == tuple(f"caption of {k}" for k in ("d", "a", "b.1", "c"))
+    assert pairs.labels is not None and pairs.labels.tolist() == [-1, 0, 0, 0]
+    stored = make("data", f"shards:{path},size=16,load=stream")().load_records()
+    assert (stored.take(range(4)).images == pairs.images).all()
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("b.1.png").offset_data
+    copy_shard(path, tmp_path / "copy.tar", {offset})
+    assert read(f"shards:{tmp_path}/copy.tar,size=16").ids == ("copy/b.1",)
+
+
+def test_records_behind_an_end_mark_are_read(tmp_path: Path) -> None:
+    parts = [
+        tar_of(tmp_path / f"{key}.tar", record(key, i)).read_bytes() for i, key in enumerate("abc")
+    ]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    pairs = read(f"shards:{tmp_path}/all.tar,size=16")
+    assert pairs.ids == ("all/a", "all/b", "all/c") and not reasons(pairs)
+    (tmp_path / "junk.tar").write_bytes(parts[0] + b"no tar at all" * 100)
+    pairs = read(f"shards:{tmp_path}/junk.tar,size=16")
+    assert pairs.ids == ("junk/a",) and reasons(pairs) == {"": "broken tar"}
+
+
+@pytest.mark.parametrize(("ending", "mode"), [("gz", "w:gz"), ("bz2", "w:bz2"), ("xz", "w:xz")])
+def test_packed_tars_are_refused_by_their_content(tmp_path: Path, ending: str, mode: Any) -> None:
+    for name in (f"a.tar.{ending}", "misnamed.tar"):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            tar.addfile(tarfile.TarInfo("a.txt"))
+        with pytest.raises(UserError, match=r"is packed with .*unpack it to a \.tar first"):
+            read(spec_of_path("data", str(tmp_path / name)))
+    (tmp_path / "misnamed.tar").unlink()
+    with pytest.raises(UserError, match=r"a\.tar\.\w+ must be unpacked first"):
+        read(f"shards:{tmp_path}")
+
+
+def test_zstd_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(99))
+    with pytest.raises(UserError, match="packed with zstd"):
+        read(spec_of_path("data", f"{tmp_path}/a.tar.zst"))
+
+
+# Ids
+
+
+def test_ids_are_made_distinct_in_one_way() -> None:
+    ids = ["a", "a", "a~2", "b", "a", "a~2", "a~2~2", "b~2", "c~2", "a~9"]
+    distinct = DistinctIds()
+    new = list(map(distinct.claim, ids))
+    assert len(set(new)) == len(ids)
+    assert new[:5] == ["a", "a~2", "a~2~2", "b", "a~3"] and new[-2:] == ["c~2", "a~9"]
+    blocks = [pa.array(ids[:3], pa.large_string()), pa.array(ids[3:], pa.large_string())]
+    renamed = _rename_doubles(lambda: blocks)
+    assert [renamed.get(i, key) for i, key in enumerate(ids)] == new
+
+
+# Tables
+
+
+def table(folder: Path, name: str, content: str | bytes) -> str:
+    (folder / "a.png").write_bytes(png())
+    (folder / "b.png").write_bytes(png(1))
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return f"table:{folder}/{name},size=16"
+
+
+@pytest.mark.parametrize(("name", "cut"), [("t.csv", ","), ("t.tsv", "\t")])
+def test_captions_that_begin_with_a_quote(tmp_path: Path, name: str, cut: str) -> None:
+    rows = [
+        ("a.png", '"Hello" he said'), ("b.png", '"never closed'), ("a.png", '"""quoted"" as it should be"'),
+        ("b.png", '"over\ntwo lines"'), ("a.png", 'the 12" record'), ("b.png", f'"one{cut} two"'),
+    ]  # fmt: skip
+    spec = table(tmp_path, name, "".join(f"{a}{cut}{b}\n" for a, b in [("image", "text"), *rows]))
+    pairs = read(spec)
+    assert pairs.captions == (
+        '"Hello" he said', '"never closed', '"quoted" as it should be', "over\ntwo lines", 'the 12" record', f"one{cut} two",
+    )  # fmt: skip
+    assert not reasons(pairs)
+
+
+def test_rows_of_another_shape_are_named_with_their_line(tmp_path: Path) -> None:
+    text = 'image,text\r\na.png,"two\r\nlines"\r\n\r\na.png,one,two\r\nb.png,well,\r\n"a.png"x,y,z\r\nb.png,"end"\r\n'
+    pairs = read(table(tmp_path, "t.csv", text))
+    assert pairs.captions == ("two\r\nlines", "well", "end") and pairs.report is not None
+    assert [(s.member, s.reason.rpartition("; ")[2]) for s in pairs.report.skipped] == [
+        ("row 2", "line 5"),
+        ("row 4", "line 7"),
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_text_of_two_bytes_a_character_is_refused(tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(UserError, match="it is UTF-16 or UTF-32; save it as UTF-8"):
+        read(table(tmp_path, "t.csv", "image,text\na.png,caf\u00e9\n".encode(encoding)))
+
+
+def test_a_byte_order_mark_is_no_text_and_latin_1_is_named(tmp_path: Path) -> None:
+    for name, text in (
+        ("t.csv", "image,text\na.png,caf\u00e9\n"),
+        ("t.jsonl", '{"image": "a.png", "text": "caf\u00e9"}\n'),
+    ):
+        assert read(table(tmp_path, name, text.encode("utf-8-sig"))).captions == ("caf\u00e9",)
+    pairs = read(table(tmp_path, "t.csv", b"image,text\na.png,caf\xe9\nb.png,tea\n"))
+    assert pairs.captions == ("tea",) and list(reasons(pairs).values()) == ["caption is not UTF-8"]
+
+
+def test_columns_of_other_names_are_found_or_told(tmp_path: Path) -> None:
+    pairs = read(table(tmp_path, "t.csv", "Image, TEXT \na.png,a red star\n"))
+    assert pairs.captions == ("a red star",)
+    spec = table(tmp_path, "t.csv", "image,alt_text\na.png,a red star on a wall\n")
+    with pytest.raises(UserError, match=r"no column title or .*it has: alt_text; is caption=alt_"):
+        read(spec)
+    assert read(f"{spec},caption=alt_text").captions == ("a red star on a wall",)
+    assert read(f"{spec},caption=no").captions == ()
+    assert read(table(tmp_path, "t.csv", "image,label\na.png,golden retriever\n")).captions == ()
+    with pytest.raises(UserError, match=r"no column filepath .*it has: picture, text"):
+        read(table(tmp_path, "t.csv", "picture,text\na.png,x\n"))
+
+
+def test_lists_and_bytes_as_captions(tmp_path: Path) -> None:
+    cells = [["one", "two", " "], ["three"], "four", [], {"en": "five"}, [6]]
+    lines = (json.dumps({"image": "a.png", "id": f"r{i}", "text": c}) for i, c in enumerate(cells))
+    pairs = read(table(tmp_path, "t.jsonl", "\n".join(lines)))
+    assert dict(zip(pairs.ids, pairs.captions, strict=True)) == {
+        "r0#0": "one",
+        "r0#1": "two",
+        "r1": "three",
+        "r2": "four",
+    }
+    why = [s.reason for s in pairs.report.skipped] if pairs.report else []
+    assert why == ["no caption", "caption is not text: dict", "caption is not text: int"]
+    rows = {"image": ["a.png", "b.png"], "text": [b"caf\xc3\xa9", b"\xff"]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    pairs = read(f"table:{tmp_path}/t.parquet,size=16")
+    assert pairs.captions == ("caf\u00e9",)
+    assert list(reasons(pairs).values()) == ["caption is not UTF-8"]
+    pq.write_table(pa.table({"image": ["a.png"], "text": [["a", "b"]]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="holds lists"):
+        read(f"table:{tmp_path}/t.parquet,size=16")
+
+
+def test_parquet_as_img2dataset_writes_it(tmp_path: Path) -> None:
+    columns = {
+        "url": ["http://x/0", "http://x/1", "http://x/2"],
+        "caption": ["a dog", "a cat", "a bird"],
+        "key": ["000000000", "000000001", "000000002"],
+        "status": ["success", "failed_to_download", "success"],
+        "width": [16, None, 16],
+        "jpg": [png(), None, png(2)],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "00000.parquet")
+    pairs = read(f"table:{tmp_path},size=16")
+    assert pairs.ids == ("000000000", "000000002") and pairs.captions == ("a dog", "a bird")
+    assert list(reasons(pairs).values()) == ["no image"]
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    "name", ["a,b", "a[1]", "a{b,c}", "a{0..3}", "a b", "a:b", "(a)", "a=b", "a#b", "100%"]
+)
+def test_paths_may_hold_any_legal_character(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    tar_of(folder / f"{name}.tar", record("k"))
+    (folder / "images").mkdir()
+    (folder / "images" / "a.png").write_bytes(png())
+    table(folder, f"{name}.csv", "image,text\na.png,star\n")
+    monkeypatch.chdir(tmp_path)
+    for start in (str(tmp_path / name), name):
+        for path in (f"{start}/{name}.tar", f"{start}/{name}.csv", start, f"{start}/images"):
+            method = make("data", spec_of_path("data", path))
+            assert len(load_pairs(method())) == 1, path
+
+
+# Images
+
+
+def decode(content: bytes) -> list[int]:
+    """The colour of an image that has only one."""
+    pixels = decode_image(content, None)
+    assert pixels.dtype == np.uint8 and (pixels == pixels[:, :1, :1]).all()
+    return pixels[:, 0, 0].tolist()
+
+
+def flat(mode: str, colour: Any) -> Image.Image:
+    return Image.new(mode, (16, 16), colour)
+
+
+def test_modes_of_pixels() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value, expected in ((0, 0), (257, 1), (128 * 257, 128), (65535, 255), (200, 1)):
+            grey = Image.fromarray(np.full((16, 16), value, np.uint16))
+            assert decode(encode(grey)) == [expected] * 3
+        pgm = b"P5 16 16 65535 " + np.full(256, 128 * 257, ">u2").tobytes()
+        assert decode(pgm) == [128] * 3
+        assert decode(encode(flat("1", 1))) == [255] * 3
+        assert decode(encode(flat("LA", (90, 10)))) == [90] * 3
+        assert decode(encode(flat("RGBA", (10, 20, 30, 0)))) == [10, 20, 30]
+        palette = flat("P", 1)
+        palette.putpalette([0, 0, 0, 10, 20, 30])
+        for transparent in (1, b"\x00\x80"):
+            assert decode(encode(palette, transparency=transparent)) == [10, 20, 30]
+        cmyk = decode(encode(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100))
+        assert np.abs(np.array(cmyk) - [255, 0, 0]).max() <= 2
+
+
+def test_floats_are_scaled_or_refused() -> None:
+    def pfm(value: float) -> bytes:
+        return b"Pf\n16 16\n-1.0\n" + np.full(256, value, "<f4").tobytes()
+
+    assert decode(pfm(0.5)) == [128] * 3 and decode(pfm(1.0)) == [255] * 3
+    for value in (2.0, -0.1, float("nan")):
+        with pytest.raises(Unreadable, match="floating-point pixels beyond"):
+            decode_image(pfm(value), None)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [None, 16])
+def test_pictures_are_turned_as_their_exif_says(orientation: int, size: int | None) -> None:
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8, :8], upright[:8, 8:], upright[8:, :8] = 255, (255, 0, 0), (0, 0, 255)
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: np.rot90(upright.transpose(1, 0, 2), 2), 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    assert (decode_image(content, size).transpose(1, 2, 0) == upright).all()
+
+
+def test_broken_exif_says_nothing() -> None:
+    content = encode(flat("RGB", (1, 2, 3)), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert decode(content) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (encode(flat("L", 9), "GIF"), "GIF is not read; JPEG, PNG, WEBP, BMP, PPM are"),
+        (encode(flat("L", 9), "TIFF"), "TIFF is not read"),
+        (b"\0\0\0 ftypavif" + bytes(99), "AVIF, HEIC or a video is not read"),
+        (b"<html>", "no image format that is known"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(content: bytes, match: str) -> None:
+    with pytest.raises(Unreadable, match=match):
+        decode_image(content, 16)
+
+
+def test_jfif_is_jpeg(tmp_path: Path) -> None:
+    jpeg = encode(flat("RGB", (9, 9, 9)), "JPEG")
+    for name in ("a.jfif", "b.JPE"):
+        (tmp_path / name).write_bytes(jpeg)
+    (tmp_path / "c.gif").write_bytes(encode(flat("L", 9), "GIF"))
+    pairs = read(f"folder:{tmp_path},size=16")
+    assert pairs.ids == ("a.jfif", "b.JPE")
+    assert reasons(pairs) == {"c.gif": "not an image by its name"}
+    path = tar_of(tmp_path / "t.tar", [("a.jfif", jpeg), ("a.txt", b"grey")])
+    assert read(f"shards:{path},size=16").captions == ("grey",)
+
+
+# Pipes
+
+
+@pytest.mark.parametrize("words", ["--help", "scan --help", "list", "list data"])
+def test_nobody_reads(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bezoar", *words.split()]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr
