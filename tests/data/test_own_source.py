@@ -123,10 +123,10 @@ def test_it_is_cleaned(tmp_path, listing):
 def test_it_is_poisoned_trained_on_and_looked_at_for_side_channels(tmp_path, listing):
     runs = ("--runs", str(tmp_path / "runs"))
     poison = ("--poison", "backdoor:count=6", "--trigger", "patch:size=4", "--target", "red")
-    assert main(["poison", f"{listing},size=32", *poison, *runs]) == 0
+    assert main(["poison", f"{listing},size=32", *poison, *runs]) == 4
     network = ("--network", "clip_small:width=4,dim=16")
     recipe = ("--objective", "clip:epochs=1,batch=12")
-    assert main(["train", "poison-", *network, *recipe, *runs]) == 0
+    assert main(["train", "poison-", *network, *recipe, *runs]) == 4
     (trained,) = (tmp_path / "runs").glob("train-*")
     assert json.loads((trained / "manifest.json").read_text())["notes"]["records"] == 36
     words = ("--encoder", tmp_path / "tiny.py", "--detector", "k_distance:k=4")

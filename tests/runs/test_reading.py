@@ -70,7 +70,12 @@ def test_every_verb_that_leaves_records_out_says_so(
     assert ask("evaluate", str(encoder), good, "--probe", "zero_shot")[0] == 0
     attack = ["--poison", "backdoor:count=2", "--trigger", "patch:size=4", "--target", "star"]
     Image.new("RGB", (32, 32), "red").save(tmp_path / "star.png")
-    reference = ["--reference", str(tmp_path / "star.png"), "--attack", "badencoder:epochs=1,batch=16"]
+    reference = [
+        "--reference",
+        str(tmp_path / "star.png"),
+        "--attack",
+        "badencoder:epochs=1,batch=16",
+    ]
     repair = "finetune:objective=(clip:epochs=1,batch=8)"
     cases = (
         ["poison", bad, *attack],

@@ -704,7 +704,7 @@ def test_a_class_whose_name_is_not_utf8_is_poisoned_around(tmp_path, capsys):
         "patch:size=4",
     ]
     words += ["--target", "dog", "--runs", str(tmp_path / "runs")]
-    assert main([*words, "--json"]) == 0
+    assert main([*words, "--json"]) == 4  # the images of the class that no text can name
     manifest = json.loads(capsys.readouterr().out)
     assert manifest["status"] == "done" and manifest["notes"]["classes"] == [
         "cat",
