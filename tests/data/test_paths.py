@@ -73,5 +73,5 @@ def test_no_descriptor_is_left_open(tmp_path):
 
 def test_the_home_of_nobody_is_the_users_mistake():
     assert expand_home("~/x") == Path.home() / "x"
-    with pytest.raises(UserError, match="no such user"):
+    with pytest.raises(UserError, match="no such home directory"):
         expand_home("~nosuchuserhere/x")
