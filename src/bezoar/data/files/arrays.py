@@ -78,7 +78,7 @@ def file_state(path: str) -> FileState:
 
 def is_picture(path: str) -> bool:
     """Tell whether a file is a PNG or a JPEG."""
-    with Path(path).expanduser().open("rb") as stream:
+    with expand_home(path).open("rb") as stream:
         return stream.read(len(PNG_MAGIC)).startswith((PNG_MAGIC, JPEG_MAGIC))
 
 
