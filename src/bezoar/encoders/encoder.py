@@ -231,8 +231,11 @@ class Encoder(nn.Module):
     def load(folder: Path, device: torch.device | str = "cpu") -> Encoder:
         """Read what `save` wrote; nothing is ever unpickled. Raises UserError for anything else."""
         try:
-            facts = read_facts(folder / "encoder.json")
-            weights = read_tensors(folder / "encoder.safetensors")
+            try:
+                facts = read_facts(folder / "encoder.json")
+                weights = read_tensors(folder / "encoder.safetensors")
+            except UserError as error:
+                raise ValueError(str(error)) from error
             encoder = _rebuild(facts, weights)
         except (
             OSError,

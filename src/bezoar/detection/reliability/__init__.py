@@ -119,7 +119,7 @@ def read_windows(folder: Path) -> dict[str, Box]:
     try:
         tensors = read_tensors(path)
         ids, boxes = parse_json(bytes(tensors["ids"].numpy()).decode(), path), tensors["boxes"]
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (UserError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} holds no windows: {error}") from error
     valid = isinstance(ids, list) and all(isinstance(key, str) for key in ids)
     if not valid or boxes.shape != (len(ids), 4):
