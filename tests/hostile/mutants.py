@@ -385,7 +385,7 @@ def bombs(base: Path, runs: dict[str, str]) -> Iterator[Mutant]:
         )
     for name in (
         "\x1b[31mred.png",
-        "[bold]x[/bold].png",
+        "[bold]x.png",
         "a\nb.png",
         "x" * 250 + ".png",
         "a,b={c}.png",

@@ -90,9 +90,9 @@ class RunView:
     @property
     def test_method(self) -> Any:
         """The test data of a run that was asked for with a spec, or with none: those of its encoder's training data."""
-        asked = self.ask.get("test")
-        if isinstance(asked, dict):
-            return inputs.recorded_method(asked, self.run)
+        test = self.ask.get("test")
+        if isinstance(test, dict):
+            return inputs.recorded_method(test, self.run)
         method = inputs.test_split(inputs.root_method(self.input_run("encoder") or self.run))
         if registry.spec(method) != self.notes.get("test"):
             raise UserError("the run was measured on test data that it was not asked for with")

@@ -117,26 +117,26 @@ def root_method(run: Run) -> Any:
     return recorded_method(data, root)
 
 
-def recorded_method(asked: Mapping[str, Any], run: Run) -> Any:
+def recorded_method(record: Mapping[str, Any], run: Run) -> Any:
     """Return the data method of a spec that a run's manifest holds.
 
     A run may come from anybody, and opens nothing but what its maker had: the files must be those
     of the recorded fingerprint. Nothing is downloaded.
 
     Args:
-        asked: what the manifest says of the input.
+        record: what the manifest says of the input.
         run: whose manifest it is.
 
     Raises:
         UserError: if the files are others, or the manifest does not say which they were.
     """
-    method = registry.make("data", asked["spec"])
+    method = registry.make("data", record["spec"])
     if getattr(method, "download", False):
         method = dataclasses.replace(method, download=False)
     files = input_files(method)
-    if (fingerprint(files) if files else None) != asked.get("files"):
+    if (fingerprint(files) if files else None) != record.get("files"):
         raise UserError(
-            f"the files of {asked['spec']} are not those that run {run.name} was made from"
+            f"the files of {record['spec']} are not those that run {run.name} was made from"
         )
     return method
 
@@ -147,9 +147,9 @@ def recorded_victims(spec: str, run: Run) -> Any:
     Raises UserError unless the run, or one that it adds to, was asked for with them.
     """
     for source in follow(run, data_parent):
-        asked = source.asked_for("victims") if source.verb == "poison" else None
-        if asked is not None and asked.get("spec") == spec:
-            return recorded_method(asked, source)
+        victims = source.asked_for("victims") if source.verb == "poison" else None
+        if victims is not None and victims.get("spec") == spec:
+            return recorded_method(victims, source)
     raise UserError(f"the plan of run {run.name} names victims that the run was not asked for")
 
 

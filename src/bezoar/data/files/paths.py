@@ -165,8 +165,8 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
         packed = (
             [p.name for p in folder.iterdir() if ending in p.suffixes] if folder.is_dir() else []
         )
-        there = f"; {min(packed)} must be unpacked first" if packed else ""
-        raise UserError(f"{what} {text!r}: no such {ending} file{there}")
+        advice = f"; {min(packed)} must be unpacked first" if packed else ""
+        raise UserError(f"{what} {text!r}: no such {ending} file{advice}")
     return tuple(paths)
 
 
