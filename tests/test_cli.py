@@ -430,8 +430,11 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(runs, poison, capsy
 def test_a_run_that_is_stopped_says_so_and_goes_on(sent, exit_status, status, tmp_path):
     words = ["train", "scenes:count=1000", "--objective", "clip:epochs=8,batch=64"]
     words += ["--runs", str(tmp_path)]
+    # A process that was started in the background ignores Ctrl-C, and so would its children.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"],
+        [sys.executable, "-c", code],
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     start = time.monotonic()

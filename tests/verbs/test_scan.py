@@ -271,7 +271,9 @@ def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny,
         "--workers",
         "1",
     ]
-    code = f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"
+    # A process that was started in the background ignores Ctrl-C, and so would its children.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.DEVNULL, env={**os.environ, "PAUSE": "0.3"}
     )
