@@ -20,7 +20,7 @@ from bezoar.attacks.plan import Plan
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.writing import write_json
 from bezoar.data.source import as_source
-from bezoar.detection import merging, reliability
+from bezoar.detection import goal_measures, merging, reliability
 from bezoar.detection.corpus import corpus, keep_lists
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.errors import UserError
@@ -34,8 +34,8 @@ from bezoar.terminal import warn
 
 RANKED = 500  # records of ranked.json
 MAX_REASONS = 6  # reasons why records could not be read, in one line
-# Backdoors that took, targeted poisons, captions that do not fit.
-DEFAULT_DETECTORS = ("transplant", "duplicates", "clip_score")
+# Triggers with fixed pixels, triggers of any shape, targeted poisons, captions that do not fit.
+DEFAULT_DETECTORS = ("transplant", "common_cause", "duplicates", "clip_score")
 Rows = NDArray[np.int64]
 
 
@@ -143,6 +143,7 @@ class Scan:
         metrics: dict[str, Measure] = {}
         if plan.edits:
             metrics |= detection_metrics(plan, merged, by_detector)
+            metrics |= goal_measures.measure_goals(plan, merged, by_detector)
             metrics |= removal_metrics(plan, {merged.ids[row] for row in removed})
         metrics |= decision_metrics(by_detector)
         reliability_metrics, notes = reliability.measure_ranking(

@@ -7,13 +7,15 @@ were chosen on the first half, on sets of scenes of other seeds; the second half
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from bezoar.papers.matrix import Setup, get_setup
+from bezoar.data.sources.scenes import CLASSES
+from bezoar.papers.matrix import SMALL, Setup, get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Row, Table, TableOptions
+from bezoar.runs.tables import Cell, Reading, Row, Table, TableOptions
 from bezoar.runs.verb import Trial
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
@@ -22,8 +24,13 @@ from bezoar.verbs.train import Train
 
 SETS = 3  # of each kind
 FIRST_SEED = 7100  # of the sets; no other table and no development uses these
-KINDS_OF_A_SET = 5  # backdoors in the data of one training, each with a target of its own
+KINDS_OF_A_TRAINING = 5  # backdoors in the data of one training, each with a target of its own
 POISONS = 400  # of one kind
+COLUMNS = {
+    "AUROC": "auroc",
+    "recall, worst 1.5 n": "recall_at_1.5n",
+    "raised": "poisons_raised",
+}
 PLACES = ("corner", "upper_left", "upper_right", "lower_left")
 
 Drawn = Callable[[np.random.Generator], str]
@@ -101,14 +108,10 @@ DEVELOPMENT = (
             f"line:colour={draw_colour(r)},angle=({r.choice([0, 45, 90])},),seed={r.integers(1000)}"
         ),
     ),
-    Kind(
-        "ring", lambda r: f"ring:form={r.choice(['frame', 'circle'])},width={r.integers(1, 3)}"
-    ),
+    Kind("ring", lambda r: f"ring:form={r.choice(['frame', 'circle'])},width={r.integers(1, 3)}"),
 )
 TEST = (
-    Kind(
-        "tint", lambda r: f"tint:colour={draw_colour(r)},strength={r.uniform(0.2, 0.4):.2f}"
-    ),
+    Kind("tint", lambda r: f"tint:colour={draw_colour(r)},strength={r.uniform(0.2, 0.4):.2f}"),
     Kind("resampling", lambda r: f"resample:factor={r.uniform(1.6, 2.6):.2f}"),
     Kind("mosaic", lambda r: f"resample:factor={r.uniform(2, 3):.2f},down=box,up=nearest"),
     Kind("stripes", draw_shape("stripes")),
@@ -124,3 +127,97 @@ TEST = (
     Kind("several", draw_several),
     Kind("noise", lambda r: f"noise:strength={r.integers(18, 31)},seed={r.integers(1000)}"),
 )
+
+
+@dataclass(frozen=True)
+class PoisonedTraining:
+    """An encoder trained on scenes with several backdoors. kinds: those of the backdoors."""
+
+    encoder: Trial
+    kinds: tuple[Kind, ...]
+
+
+def poison_trainings(
+    setup: Setup, kinds: Sequence[Kind], first_seed: int
+) -> list[PoisonedTraining]:
+    """The trainings of one set of every kind, with at most KINDS_OF_A_TRAINING backdoors each.
+
+    Args:
+        setup: what a scale trains.
+        kinds: of triggers.
+        first_seed: of the first training, its data, triggers and targets; then one more for each.
+    """
+    count = -(-len(kinds) // KINDS_OF_A_TRAINING)
+    trainings = []
+    for number, rows in enumerate(np.array_split(np.arange(len(kinds)), count)):
+        seed = first_seed + number
+        random = np.random.default_rng(seed)
+        targets = random.choice(CLASSES, len(rows), replace=False)
+        share = POISONS / SMALL.records
+        poison = f"backdoor:count={max(8, round(share * setup.records))}"
+        data: Any = setup.clean_data(seed)
+        for row, target in zip(rows, targets, strict=True):
+            data = Poison(data, poison, kinds[row].draw(random), str(target))
+        encoder = Trial(Train(data, setup.network, setup.objective), seed)
+        trainings.append(PoisonedTraining(encoder, tuple(kinds[row] for row in rows)))
+    return trainings
+
+
+@method
+class Unseen:
+    """Kinds of trigger by half; the last row of a half counts the kinds that were detected."""
+
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        sets = 1 if options.scale == "smoke" else SETS
+        halves = {"development": DEVELOPMENT, "test": TEST}
+        if options.scale == "smoke":
+            halves = {"development": DEVELOPMENT[:2], "test": TEST[:1]}
+        rows = []
+        for number, (half, kinds) in enumerate(halves.items()):
+            trainings = [
+                training
+                for i in range(sets)
+                for training in poison_trainings(setup, kinds, FIRST_SEED + 100 * number + 10 * i)
+            ]
+            rows += [half_row(kind, half, setup, trainings) for kind in kinds]
+        clean = [
+            Trial(Scan(setup.clean_clip(FIRST_SEED + i).verb), FIRST_SEED + i) for i in range(sets)
+        ]
+        false_alarms = (
+            Cell.mean("false alarms", clean, "common_cause.raised"),
+            Cell.mean("false alarms, transplant", clean, "transplant.raised"),
+        )
+        rows.append(Row("no attack", false_alarms))
+        note = (
+            f"Each kind: {sets} sets of scenes, with sizes, places, strengths and targets of their "
+            f"own, {POISONS} poisons of {setup.records}; a training holds up to "
+            f"{KINDS_OF_A_TRAINING} kinds. Scanned by the default detectors with the encoder trained "
+            "on the set; all figures are of all detectors together, of one kind against the clean "
+            "records."
+        )
+        return Table(
+            title="Kinds of trigger that set no setting",
+            axis="trigger",
+            rows=tuple(rows),
+            notes=(note,),
+        )
+
+
+def half_row(kind: Kind, half: str, setup: Setup, trainings: Sequence[PoisonedTraining]) -> Row:
+    """The row of a kind: means over the trainings that hold it."""
+    readings: dict[str, list[Reading]] = {name: [] for name in ("ASR", *COLUMNS)}
+    for training in trainings:
+        if kind not in training.kinds:
+            continue
+        several = len(training.kinds) > 1
+        suffix = f"@{training.kinds.index(kind)}" if several else ""
+        encoder = training.encoder
+        success = Trial(Evaluate(encoder.verb, setup.test, ("zero_shot",)), encoder.seed)
+        readings["ASR"].append((success, f"attack_success{suffix}"))
+        scan = Trial(Scan(encoder.verb), encoder.seed)
+        for name, metric in COLUMNS.items():
+            readings[name].append((scan, metric + suffix))
+    cells = tuple(Cell(name, tuple(of_cell)) for name, of_cell in readings.items())
+    return Row(f"{kind.name} ({half})", cells, curve=half)
