@@ -24,7 +24,7 @@ COVARIANCE_SAMPLE = 1 << 16  # records that a covariance is computed from, at mo
 MIN_RECOGNISED = 0.2  # share of a group's mismatched records that the others of them give away
 MIN_PURITY = 0.4  # lower bound of the share of mismatched records among those that show it
 CONFIDENCE = 0.95  # of that bound
-CLEAR = 5.0  # robust deviations by which it lies above that of the other groups
+CLEAR = 7.0  # robust deviations by which it lies above the bounds of the other groups
 
 
 @dataclass(frozen=True)
@@ -173,15 +173,14 @@ def believed_causes(causes: list[Cause]) -> list[Cause]:
     """
     if not causes:
         return []
-    purities = torch.tensor([cause.purity for cause in causes])
-    middle = purities.median()
-    deviation = 1.4826 * (purities - middle).abs().median()
+    bounds = torch.tensor([cause.lower for cause in causes])
+    middle = bounds.median()
+    deviation = 1.4826 * (bounds - middle).abs().median()
     least = max(MIN_PURITY, float(middle + CLEAR * deviation))
     return [
         cause
         for cause in causes
         if cause.recognised >= MIN_RECOGNISED
         and len(cause.shown) >= MIN_RECORDS
-        and cause.purity > least
-        and cause.lower > MIN_PURITY
+        and cause.lower > least
     ]

@@ -20,6 +20,7 @@ a caption group; data whose contents a small model cannot read, such as few phot
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -38,7 +39,8 @@ from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
-MIN_RECORDS = 200
+MIN_RECORDS = 200  # of the data
+EXPOSURES = 40000  # pairs that the small model sees, at least two passes over the data
 
 
 @method
@@ -50,7 +52,7 @@ class CommonCause:
     groups: Annotated[int, "groups of like captions"] = 64
     suspects: Annotated[float, "share of the records that count as mismatched"] = 0.15
     network: Annotated[str, "spec of the small model"] = "clip_small:width=8"
-    objective: Annotated[str, "spec of its training"] = "clip:epochs=2,batch=256"
+    objective: Annotated[str, "spec of its training; empty: as long as the data need"] = ""
     seed: Annotated[int, "seed of the groups, the halves and the training"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
@@ -61,7 +63,8 @@ class CommonCause:
                 f"needs groups in 2..4096 and suspects in (0, .5); got {self.groups}, {self.suspects}"
             )
         registry.make("network", self.network)
-        registry.make("objective", self.objective)
+        if self.objective:
+            registry.make("objective", self.objective)
 
     @torch.inference_mode()
     def __call__(
@@ -102,9 +105,10 @@ class CommonCause:
         self, source: Records, device: torch.device, report: ProgressReport
     ) -> Tensor:
         """float32 (N,): the loss of each record under the small model, in the source's order."""
+        objective = self.objective or short_training(len(source))
         with torch.inference_mode(False), torch.enable_grad():
             trace = training_traces.trace(
-                source, self.network, self.objective, self.seed, device, report=report
+                source, self.network, objective, self.seed, device, report=report
             )
         return trace.loss[-1]
 
@@ -125,6 +129,12 @@ class CommonCause:
             "groups": len(causes),
         }
         return Scores(ids, values[back], None, notes, raised[back])
+
+
+def short_training(records: int) -> str:
+    """Spec of a training that sees EXPOSURES pairs, or all of them twice."""
+    epochs = max(2, min(20, math.ceil(EXPOSURES / records)))
+    return f"clip:epochs={epochs},batch={max(16, min(256, records // 10))}"
 
 
 def describe_cause(cause: Cause) -> dict[str, Any]:

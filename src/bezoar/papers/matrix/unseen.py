@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bezoar.data.sources.scenes import CLASSES
+from bezoar.data.scene_drawing import SHAPES, TEXTURES
 from bezoar.papers.matrix import SMALL, Setup, get_setup
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Reading, Row, Table, TableOptions
@@ -22,6 +22,7 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
+CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
 SETS = 3  # of each kind
 FIRST_SEED = 7100  # of the sets; no other table and no development uses these
 KINDS_OF_A_TRAINING = 5  # backdoors in the data of one training, each with a target of its own
