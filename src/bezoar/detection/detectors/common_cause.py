@@ -40,6 +40,7 @@ from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
 MIN_RECORDS = 200  # of the data
+RECORDS_OF_A_GROUP = 200  # at least, on average
 EXPOSURES = 40000  # pairs that the small model sees, at least two passes over the data
 
 
@@ -49,7 +50,7 @@ class CommonCause:
     cause that was believed.
     """
 
-    groups: Annotated[int, "groups of like captions"] = 64
+    groups: Annotated[int, "groups of like captions at most; one for 200 records"] = 64
     suspects: Annotated[float, "share of the records that count as mismatched"] = 0.15
     network: Annotated[str, "spec of the small model"] = "clip_small:width=8"
     objective: Annotated[str, "spec of its training; empty: as long as the data need"] = ""
@@ -90,7 +91,8 @@ class CommonCause:
         order = sample_rows(embedded.ids, n, self.seed)
         mismatch = self.measure_mismatch(source, encoder.device, report)[torch.as_tensor(order)]
         features = tower_features.read_features(encoder, source, order, report)
-        groups = group_captions(texts, order, self.groups, self.seed, encoder.device)
+        count = max(2, min(self.groups, n // RECORDS_OF_A_GROUP))
+        groups = group_captions(texts, order, count, self.seed, encoder.device)
         uniform = draws(self.seed, [embedded.ids[row] for row in order], 1, "half")[:, 0]
         discriminants = Discriminants.fit(
             features,
