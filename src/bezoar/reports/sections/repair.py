@@ -250,9 +250,11 @@ def triggered_gallery(view: RepairView, reading: Mapping[str, Any]) -> Gallery:
     if number is not None:
         # The run may have been moved since, so the path in the spec may be out of date.
         path = str(view.run.file(f"inverted-{number}.npz"))
-        trigger = registry.spec(replace(registry.make("trigger", trigger), path=path))
+        stamp = replace(registry.make("trigger", "file:x.npz"), path=path)
         kind = "Inverted"
-    triggered = registry.make("trigger", trigger)(images.images, images.ids)
+    else:
+        stamp = recorded_trigger(trigger, view.run)
+    triggered = stamp(images.images, images.ids)
     tiles = []
     for i, (label, before, after) in enumerate(
         zip(reading["own"], reading["before"], reading["after"], strict=True)
