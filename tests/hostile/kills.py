@@ -45,7 +45,7 @@ LINES = 3  # that a refusal may take
 NOW = time.gmtime(1_800_000_000)
 TINY = "tower:width=4,dim=8"
 SIMCLR = "simclr:epochs=1,batch=32,hidden=8,dim=4"
-CLIP = "clip:epochs=2,batch=32"
+CLIP = "clip:epochs=2,batch=100"
 CLIP_TINY = "clip_small:width=8,dim=8"
 BACKDOOR = ("--poison", "backdoor:count=6", "--trigger", "patch:size=6")
 TARGET = ("--target", "striped star")
@@ -67,8 +67,8 @@ class Case:
 
 
 CASES = (
-    Case("poison", ("poison", "scenes:count=64", *BACKDOOR, *TARGET)),
-    Case("poison.shards", ("poison", "scenes:count=20", *BACKDOOR, *TARGET, "--write", "shards")),
+    Case("poison", ("poison", "scenes:count=200", *BACKDOOR, *TARGET)),
+    Case("poison.shards", ("poison", "scenes:count=200", *BACKDOOR, *TARGET, "--write", "shards")),
     Case("verify", ("verify", "{poison}"), ("poison",)),
     Case("train", ("train", "{poison}", "--network", CLIP_TINY, "--objective", CLIP), ("poison",)),
     Case("tower", ("train", "scenes:count=64", "--network", TINY, "--objective", SIMCLR)),
@@ -76,7 +76,7 @@ CASES = (
         "inject",
         (
             *("inject", "{tower}", "--data", "scenes:count=64", *TARGET),
-            *("--reference", "scenes:count=200", "--trigger", "patch:size=4"),
+            *("--reference", "scenes:count=300", "--trigger", "patch:size=4"),
             *("--attack", "badencoder:epochs=2,batch=32,lr=0.01"),
         ),
         ("tower",),
@@ -146,8 +146,8 @@ CASES = (
     Case(
         "dose",
         (
-            *("dose", "scenes:count=64", *TARGET, "--doses", "4", "8", "--trainings", "2"),
-            *("--network", CLIP_TINY, "--objective", "clip:epochs=1,batch=32"),
+            *("dose", "scenes:count=200", *TARGET, "--doses", "4", "8", "--trainings", "2"),
+            *("--network", CLIP_TINY, "--objective", "clip:epochs=1,batch=100"),
             *("--test", "scenes:count=60,split=test", "--workers", "1"),
         ),
     ),

@@ -15,6 +15,7 @@ from bezoar.reports.charts import IntervalRow
 from bezoar.reports.metric_names import format_measure, format_percent
 from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Text, Tile
 from bezoar.reports.run_page import Page, RunView
+from bezoar.runs.inputs import recorded_trigger
 from bezoar.runs.run import Run
 
 STAGES = {
