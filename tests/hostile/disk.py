@@ -26,6 +26,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+SECTOR = 512  # bytes of which a disk writes all or none
 GROWING = ("open", "write", "mkdir")  # what a full disk refuses
 # Audit events -> the kind of operation, and which of the arguments are a path and the folder that it starts from.
 EVENTS: dict[str, tuple[str, int, int | None]] = {
@@ -148,7 +149,7 @@ class CountedFile(io.FileIO):
     def write(self, content: Any) -> int:
         """Write bytes."""
         data = memoryview(content).cast("B")
-        half = data[: len(data) // 2]
+        half = data[: len(data) // 2] if len(data) > SECTOR else data[:0]
         self.disk.operate(
             "write", os.fsdecode(self.name), lambda: super(CountedFile, self).write(half)
         )

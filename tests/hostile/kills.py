@@ -33,6 +33,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 import torch
 from hostile.artefacts import write_tables, write_tar
 from hostile.disk import Disk
+from safetensors.torch import load_file, save_file
 
 import bezoar
 from bezoar.cli import main
@@ -103,7 +104,7 @@ CASES = (
         "scan.table",
         (
             *("scan", "table:path=tables/t.csv,size=32", "--encoder", "{train}", "--workers", "1"),
-            *("--detector", "duplicates"),
+            *("--detector", "./mine.py:k=2"),
         ),
         ("train",),
     ),
@@ -124,9 +125,9 @@ CASES = (
     Case(
         "shadows",
         (
-            *("shadows", "{tower}", "{copy0}", "{copy1}", "{copy2}"),
-            *("--attacked", "{inject}", "{copy3}", "{copy4}", "{copy5}"),
-            *("--queries", "4", "--steps", "2", "--images", "16", "--folds", "2"),
+            *("shadows", "{tower}", *(f"{{clean{i}}}" for i in range(5))),
+            *("--attacked", "{inject}", *(f"{{attacked{i}}}" for i in range(5))),
+            *("--queries", "4", "--steps", "1", "--images", "16"),
         ),
         ("tower", "inject"),
     ),
@@ -161,6 +162,22 @@ CASES = (
     Case("reproduce", ("reproduce", "{paper}", "--scale", "smoke", "--workers", "1")),
     Case("show", ("show", "{train}", "--page", "page.html"), ("train",)),
 )
+
+
+METHOD = '''"""A user's own detector, which is remembered as named."""
+
+from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
+
+
+@method
+class Mine:
+    k: int = 1
+
+    def __call__(self, encoder, source):
+        embedded = encoder.embed(source)
+        return Scores(embedded.ids, embedded.images[:, self.k])
+'''
 
 
 # One run, in a process of its own
@@ -319,14 +336,13 @@ def make_base(folder: Path) -> World:
     for i in range(3):
         write_tar(world.base / f"{i}.tar", 6 + i)
     write_tables(world.base / "tables")
+    (world.base / "mine.py").write_text(METHOD)
     (world.base / "home").mkdir()
     return world
 
 
 def copy_encoder(world: World, source: str, number: int) -> str:
-    """A run with weights of its own in the base, made from another's in milliseconds."""
-    from safetensors.torch import load_file, save_file
-
+    """A run with weights and a parent of its own in the base, made from another's in milliseconds."""
     runs = world.base / "runs"
     copy = Path(shutil.copytree(runs / source, runs / f"{source.split('-')[0]}-copy{number}"))
     weights = load_file(copy / "encoder.safetensors")
@@ -336,6 +352,10 @@ def copy_encoder(world: World, source: str, number: int) -> str:
         for k, v in weights.items()
     }
     save_file(moved, copy / "encoder.safetensors")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    if "encoder" in manifest["ask"]:
+        manifest["ask"]["encoder"] = {"run": f"train-gone{number}"}
+        (copy / "manifest.json").write_text(json.dumps(manifest))
     return copy.name
 
 
@@ -439,8 +459,9 @@ def run_all(options: argparse.Namespace) -> int:
         if case.name not in needed_cases(only):
             continue
         if case.name == "shadows":
-            for i in range(6):
-                names[f"copy{i}"] = copy_encoder(world, names["tower" if i < 3 else "inject"], i)
+            for i in range(5):
+                names[f"clean{i}"] = copy_encoder(world, names["tower"], i)
+                names[f"attacked{i}"] = copy_encoder(world, names["inject"], 10 + i)
         words = [word.format(**names) for word in case.words]
         if case.name in only:
             sweep_case(case, words, world, options, totals)
