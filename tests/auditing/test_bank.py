@@ -303,7 +303,7 @@ def test_no_bank_at_all_is_one_line(tmp_path, monkeypatch):
             Bank.read(bad)
     monkeypatch.setattr(bank, "MAX_BYTES", 10)
     bad.write_bytes(b" " * 11)
-    with pytest.raises(UserError, match="MiB"):
+    with pytest.raises(UserError, match="at most 10"):
         Bank.read(bad)
     with pytest.raises(UserError, match="no bank"):
         registry.make("bank", "file:path=missing.json")()

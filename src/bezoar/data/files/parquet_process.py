@@ -94,10 +94,17 @@ def gather_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
         nbytes += batch.nbytes
         rows += len(batch)
         if nbytes >= MESSAGE_BYTES or rows >= MESSAGE_ROWS:
-            yield pa.concat_batches(waiting) if len(waiting) > 1 else waiting[0]
+            yield from join_batches(waiting)
             waiting, nbytes, rows = [], 0, 0
-    if waiting:
-        yield pa.concat_batches(waiting)
+    yield from join_batches(waiting)
+
+
+def join_batches(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """Put batches together into one. pyarrow's `concat_batches` is younger than the oldest that serves."""
+    if len(batches) < 2:
+        return batches
+    joined: list[pa.RecordBatch] = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    return joined
 
 
 def bound_use(size: int) -> None:
