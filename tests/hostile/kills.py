@@ -25,7 +25,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -195,11 +194,11 @@ def stop_clocks() -> None:
 class ForkedWorker:
     """A worker of a sweep that is forked, where the real one imports everything again."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, module: str) -> None:
         request, answer = os.pipe(), os.pipe()
         self.process = os.fork()
         if self.process == 0:
-            self.serve(pool.command[-1], request[0], answer[1])
+            self.serve(module, request[0], answer[1])
         os.close(request[0])
         os.close(answer[1])
         self.stdin, self.stdout = os.fdopen(request[1], "w"), os.fdopen(answer[0], "r")
@@ -210,7 +209,6 @@ class ForkedWorker:
         try:
             os.dup2(requests, 0)
             os.dup2(answers, 1)
-            os.closerange(3, 3)
             sys.stdin, sys.stdout = os.fdopen(0, "r"), os.fdopen(1, "w")
             for end in (requests, answers):
                 os.close(end)
@@ -268,7 +266,7 @@ def run_here(words: list[str], world: Path, at: int, mode: str) -> int:
         file = os.open(world.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     stop_clocks()
-    sweep._Processes.start_worker = ForkedWorker  # type: ignore[assignment, method-assign]
+    sweep._Processes.start_worker = lambda pool: ForkedWorker(pool.command[-1])  # type: ignore
     Disk(world, world.with_suffix(".log"), at, mode).install()
     try:
         return main(words)
