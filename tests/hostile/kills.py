@@ -110,7 +110,7 @@ CASES = (
     Case("survive", ("survive", "scenes:count=16", "--trigger", "patch:size=6")),
     Case(
         "audit",
-        ("audit", "{train}", "--audit", "whitening", "spectral", "--images", "64"),
+        ("audit", "{train}", "--audit", "whitening", "whole_image", "--images", "64"),
         ("train",),
     ),
     Case(

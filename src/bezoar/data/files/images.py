@@ -39,8 +39,9 @@ OTHER_FORMATS = (
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (b"<svg", "SVG"),
 )
-# Pillow tells of tags that are broken; none of them is read.
+# Pillow warns of tags that are broken, of which none is read, and of sizes that are refused.
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # the tag of EXIF
 # What turns a picture upright, by its orientation.
 TURNS = {
