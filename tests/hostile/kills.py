@@ -132,7 +132,7 @@ CASES = (
     ),
     Case(
         "repair",
-        ("repair", "{train}", "--data", "scenes:count=200,seed=3", "--repair", "prune"),
+        ("repair", "{train}", "--data", "scenes:count=400,seed=3", "--repair", "prune"),
         ("train",),
     ),
     Case(
