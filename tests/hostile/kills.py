@@ -107,6 +107,7 @@ CASES = (
         ),
         ("train",),
     ),
+    Case("scan.fresh", ("scan", "{train}", "--detector", "duplicates", "--fresh"), ("train",)),
     Case("survive", ("survive", "scenes:count=16", "--trigger", "patch:size=6")),
     Case(
         "audit",
@@ -139,7 +140,7 @@ CASES = (
         "check",
         (
             *("check", "{train}", "scenes:count=40,split=test"),
-            *("--check", "strip", "--clean", "scenes:count=60,seed=4"),
+            *("--check", "strip", "--clean", "scenes:count=160,seed=4"),
         ),
         ("train",),
     ),
