@@ -355,7 +355,8 @@ def _text_bytes(column: pa.Array) -> np.ndarray:
     if not _is_text(column.type.value_type if is_list else column.type):
         return np.zeros(len(column), np.int64)
     texts = column.flatten() if is_list else column
-    lengths = pc.binary_length(texts).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    counted = pc.binary_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
+    lengths: np.ndarray = counted.astype(np.int64)
     if not is_list:
         return lengths
     counts = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
