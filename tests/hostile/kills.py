@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 import bezoar
 from bezoar.cli import main
 from bezoar.detection.corpus import units
-from bezoar.runs import sweep
+from bezoar.runs import execute, sweep
 from bezoar.training import loop
 
 SECONDS = 180  # for one run
@@ -184,11 +184,15 @@ class Mine:
 
 
 def stop_clocks() -> None:
-    """Let no time pass in this process, and let it take no memory that a manifest would name."""
+    """Let no time pass in this process, and let it take no memory that a manifest would name.
+
+    Nor is there a commit that may change meanwhile, in the checkout that bezoar is run from.
+    """
     time.monotonic = time.perf_counter = time.process_time = lambda: 0.0
     time.gmtime = lambda *_: NOW
     usage = SimpleNamespace(ru_maxrss=0, ru_utime=0.0, ru_stime=0.0)
     resource.getrusage = lambda _: usage  # type: ignore[assignment]
+    execute.describe_environment = lambda _: {}
     loop.CHECKPOINT_SECONDS = -1.0  # a checkpoint after every step
 
 
