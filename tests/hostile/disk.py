@@ -1,8 +1,8 @@
 """A disk that ends the process, or fills up, at one operation on a file: what a power cut and a full disk leave behind.
 
 `Disk(folder, at, mode)` counts what this process and those that it forks do to files below a folder: files opened for
-writing, writes, renames, removals, new folders. At operation `at` it kills the whole group of processes (`kill`), or
-refuses everything that takes room from there on (`full`).
+writing, writes, renames, removals, new folders. At operation `at` it kills the whole group of processes (`kill`),
+refuses everything that takes room from there on (`full`), or refuses this operation alone (`once`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Disk:
         folder: what is counted lies below it.
         log: takes a line an operation, `KIND PATH`.
         at: the number of the operation at which it happens, from 1; 0 for never.
-        mode: `kill` or `full`.
+        mode: `kill`, `full` or `once`.
     """
 
     def __init__(self, folder: Path, log: Path, at: int = 0, mode: str = "kill") -> None:
@@ -125,7 +125,8 @@ class Disk:
                 spoil()
             os.killpg(0, signal.SIGKILL)
             signal.pause()
-        if self.mode == "full" and 0 < self.at <= number and kind in GROWING:
+        is_full = number == self.at if self.mode == "once" else 0 < self.at <= number
+        if self.mode != "kill" and is_full and kind in GROWING:
             if spoil is not None:
                 spoil()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)

@@ -1,6 +1,6 @@
 """Cut every verb off at every operation on a file, and ask again: the answer must be that of the run that nobody disturbed.
 
-python tests/hostile/kills.py FOLDER [--mode kill,full] [--only VERB,...] [--sample N] [--part 0 --parts 2]
+python tests/hostile/kills.py FOLDER [--mode kill,full,once] [--only VERB,...] [--sample N] [--part 0 --parts 2]
 
 Prints a JSON line for each operation that left something behind, then a line of totals; exits with 1 if any did. Each
 run is a fork of this process, which has imported everything. Clocks stand still in it, so that runs are equal to the
@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import resource
 import shutil
 import signal
@@ -31,7 +32,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import torch
 from hostile.artefacts import write_tables, write_tar
-from hostile.disk import Disk
+from hostile.disk import GROWING, Disk
 from safetensors.torch import load_file, save_file
 
 import bezoar
@@ -42,6 +43,7 @@ from bezoar.training import loop
 
 SECONDS = 180  # for one run
 LINES = 3  # that a refusal may take
+PROGRESS = re.compile(r"\w+: [\d.]+ s|")
 NOW = time.gmtime(1_800_000_000)
 TINY = "tower:width=4,dim=8"
 SIMCLR = "simclr:epochs=1,batch=32,hidden=8,dim=4"
@@ -304,7 +306,7 @@ def differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
 
 def refusal_faults(outcome: Outcome, world: Path) -> list[str]:
     """What is wrong with the way in which a command ended on a full disk."""
-    lines = [line for line in outcome.err.splitlines() if not line.startswith("[")]
+    lines = [line for line in outcome.err.splitlines() if not PROGRESS.fullmatch(line)]
     faults = []
     if outcome.status not in (0, 2, 4):
         faults.append(f"status {outcome.status}: {(lines or ['no word'])[-1][:300]}")
@@ -404,11 +406,11 @@ def sweep_case(
     mine = [n for i, n in enumerate(chosen) if i % options.parts == options.part]
     for mode in options.mode.split(","):
         for at in mine:
-            if mode == "full" and log[at - 1].split()[0] not in ("open", "write", "mkdir"):
+            if mode != "kill" and log[at - 1].split()[0] not in GROWING:
                 continue
             world.reset()
             cut = run(words, world.path, at, mode)
-            faults = refusal_faults(cut, world.path) if mode == "full" else []
+            faults = refusal_faults(cut, world.path) if mode != "kill" else []
             if mode == "kill" and cut.status != -signal.SIGKILL:
                 faults.append(f"not killed: status {cut.status}: {cut.err[-300:]}")
             again = run(words, world.path)
@@ -427,7 +429,7 @@ def sweep_case(
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--mode", default="kill,full")
+    parser.add_argument("--mode", default="kill,full,once")
     parser.add_argument("--only", default="")
     parser.add_argument("--sample", type=int, default=0, help="operations a case; 0: all")
     parser.add_argument("--part", type=int, default=0)

@@ -2,8 +2,7 @@
 
 They are parsed in a process of its own (`parquet_process`), because Arrow ends its process on some
 files. The process stays for the next file; when a file ends it, that file cannot be read. Handing
-rows over costs 2 ms a MiB: where the images of the rows are decoded at the smallest size that is
-usual, one part in twenty.
+rows over costs 2.5 ms a MiB, where photographs are decoded to 224 pixels one part in thirty of that.
 """
 
 from __future__ import annotations

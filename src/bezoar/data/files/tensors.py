@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bezoar.data.files.paths import check_regular
 from bezoar.data.files.writing import whole_file
-from bezoar.errors import UserError, first_line
+from bezoar.errors import UnwritableError, UserError, first_line
 
 MAX_BYTES = 1 << 40
 
@@ -41,7 +41,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file that appears under its name when it is complete.
 
-    Raises UserError where it cannot be written, on a full disk say.
+    Raises UnwritableError where it cannot be written, on a full disk say.
     """
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
@@ -49,4 +49,4 @@ def write_tensors(
             # By name rather than as bytes: the weights are then not held in memory a second time.
             save_file(plain, file.name, metadata)
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from error
+        raise UnwritableError(f"{path} cannot be written: {first_line(error)}") from error
