@@ -8,7 +8,7 @@ import pytest
 
 KILLS = Path(__file__).with_name("kills.py")
 PARTS = 2  # processes, one a core
-SAMPLE = 5  # operations of each verb; `python tests/hostile/kills.py FOLDER` tries them all
+SAMPLE = 4  # operations of each verb; `python tests/hostile/kills.py FOLDER` tries them all
 STORIES = "demo,reproduce"  # verbs that run others, for ten seconds and more
 QUICK = (
     "poison,poison.shards,train,tower,inject,evaluate,scan,scan.shards,scan.workers,scan.table,"
