@@ -22,7 +22,7 @@ from bezoar.data.files.tensors import read_tensors, write_tensors
 from bezoar.data.files.writing import write_json
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
+from bezoar.errors import UnwritableError, UserError
 from bezoar.evaluation.classifiers import Classifier, make_classifier
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion, Verdict
@@ -157,6 +157,8 @@ class Audit:
             )
             try:
                 parts.append(AuditFindings.read(job.run(verb)))
+            except UnwritableError:
+                raise
             except UserError as error:
                 refused[audit_name(audit)] = str(error)
         if not parts:

@@ -68,7 +68,7 @@ class Evaluate:
         job.notes = dataset.reading_notes() | {"test": input_name(method), "records": len(test)}
         goals = [
             with_place(goal, self.place)
-            for goal in goals_of_task(job, inputs.known_goals(attack), test)
+            for goal in goals_of_task(job, inputs.goals_to_stamp(attack), test)
         ]
         job.goals = [vars(goal) for goal in goals]
         encoder = inputs.load_encoder(encoder_input, job.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -145,7 +144,7 @@ def verify_plan(run: Run) -> dict[str, Any]:
     if run.verb != "poison":
         raise UserError(f"{run.name} is a {run.verb} run; only a poison run has a plan to verify")
     ask = run.manifest.object("ask")
-    written = Plan.read(run.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
+    written = inputs.read_plan(run)
     parent = run.input_run("data")
     dataset = inputs.open_dataset(parent if parent is not None else inputs.root_method(run))
     plan_inputs = {
@@ -153,6 +152,8 @@ def verify_plan(run: Run) -> dict[str, Any]:
         for name, kind in PLAN_INPUTS.items()
         if name != "victims"
     }
+    if ask["trigger"]:
+        inputs.recorded_trigger(ask.object("trigger").text("spec"), run)
     victims = ask["victims"]
     plan_inputs["victims"] = inputs.recorded_method(ask.object("victims"), run) if victims else None
     seed = ask["seed"]

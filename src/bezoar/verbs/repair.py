@@ -168,7 +168,7 @@ def load_case(job: Job, suspect: Encoder) -> EvaluationData:
     method = evaluate.test_method(job.inputs["test"], encoder_input)
     dataset = inputs.open_dataset(method)
     test = dataset.pairs.to(job.device)
-    goals = goals_of_task(inputs.known_goals(encoder_input), test)
+    goals = goals_of_task(inputs.goals_to_stamp(encoder_input), test)
     victims = None
     if isinstance(encoder_input, Run) and any(goal.victims for goal in goals):
         victims = evaluate.attack_victims(encoder_input)
