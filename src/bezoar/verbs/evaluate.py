@@ -51,6 +51,12 @@ class Evaluate:
         Takes("data"),
         "labelled data that heads are fitted on; without it, TEST's training split",
     ] = None
+    trigger: Annotated[
+        Input,
+        Takes("trigger"),
+        "a known trigger, in place of a poison run; TARGET is what images with it are to be read as",
+    ] = None
+    target: Annotated[str, "the class that TRIGGER aims at, by its name in the test data"] = ""
     place: Annotated[
         str, "where patches are put, when not as in training: see the trigger's place"
     ] = ""
@@ -66,12 +72,14 @@ class Evaluate:
         dataset = inputs.open_dataset(method)
         test = dataset.pairs.to(job.device)
         job.notes = dataset.reading_notes() | {"test": input_name(method), "records": len(test)}
-        goals = [
-            with_place(goal, self.place)
-            for goal in goals_of_task(job, inputs.known_goals(attack), test)
-        ]
+        wanted = inputs.known_goals(attack) + known_trigger(
+            job.inputs["trigger"], self.target, test
+        )
+        goals = [with_place(goal, self.place) for goal in goals_of_task(job, wanted, test)]
         job.goals = [vars(goal) for goal in goals]
-        encoder = inputs.load_encoder(encoder_input, job.device)
+        encoder = inputs.load_encoder(encoder_input, job.device, test.images)
+        if weights := inputs.describe_weights(encoder):
+            job.notes["weights"] = weights
         baseline = job.inputs["baseline"]
         twin = None if baseline is None else inputs.load_encoder(baseline, job.device)
         probes = job.inputs["probe"]
@@ -101,6 +109,22 @@ class Evaluate:
                     )
                 metrics |= measures
         return metrics
+
+
+def known_trigger(trigger: Any, target: str, test: Pairs) -> list[Goal]:
+    """The goal of a trigger that the user names; none without one.
+
+    Raises UserError for a trigger without a target, or the other way round, and for a target that
+    is no class of the test data.
+    """
+    if trigger is None and not target:
+        return []
+    if trigger is None or not target:
+        raise UserError(
+            "a known trigger needs both: --trigger, and the class that it aims at (--target)"
+        )
+    success.class_index(target, test.classes)
+    return [Goal(target, registry.spec(trigger), how="named by the user")]
 
 
 def test_method(test: Any, encoder: Any) -> Any:
