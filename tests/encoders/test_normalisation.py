@@ -52,7 +52,7 @@ def test_every_usual_normalisation_is_found_again(name, kind, tmp_path):
     numbers = "/".join(map(str, (*MEAN_STD[name][0], *MEAN_STD[name][1])))
     assert f"mean_std={numbers}," in encoder.about["network"]
     assert not normalisation.is_guessed(encoder)
-    assert encoder.about["imported"]["mean_std"].startswith(f"{name}: it is ")
+    assert encoder.about["imported"]["mean_std"].startswith(f"{name}: ")
 
 
 def test_the_divergence_is_the_symmetric_one_of_two_normal_distributions():
@@ -74,8 +74,11 @@ def test_the_divergence_is_the_symmetric_one_of_two_normal_distributions():
 
 def test_a_stated_normalisation_is_kept(tmp_path):
     encoder = load(trained_with("half"), tmp_path, ",mean_std=imagenet")
-    assert normalisation.settle_mean_std(encoder, images()) == ""
+    doubt = normalisation.settle_mean_std(encoder, images())
+    assert "imagenet does not fit" in doubt and doubt.endswith("say mean_std=half")
     assert normalisation.mean_std_name(encoder.preprocess) == "imagenet"
+    right = load(trained_with("half"), tmp_path, ",mean_std=half")
+    assert normalisation.settle_mean_std(right, images()) == ""
 
 
 def test_without_batch_norms_the_guess_is_said_to_be_one():

@@ -102,7 +102,7 @@ def test_a_vision_transformer_of_timm_is_told_by_its_shapes(tmp_path):
     images = pixels(32)
     assert encoder.preprocess.size == 32
     assert torch.allclose(logits(encoder, images), net(normalised(encoder, images)), atol=1e-4)
-    assert "attention heads of 64 numbers" in encoder.about["imported"]["assumed"]
+    assert "2 attention heads" in encoder.about["imported"]["assumed"]
     (tmp_path / "saved").mkdir()
     encoder.save(tmp_path / "saved")
     again = load(tmp_path / "saved")  # a folder of bezoar's own

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bezoar import registry
+from bezoar.data.label_sets import distinct_names
 from bezoar.encoders import open_clip_models, timm_models
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.weights import check_weights
@@ -44,7 +45,7 @@ def add_head(
     check_weights(head, weights, path, f"a classifier of {classes} classes")
     head.load_state_dict(weights)
     encoder.head = head
-    usable = names if len(names) == classes == len(set(names)) else tuple(map(str, range(classes)))
+    usable = distinct_names(names) if len(names) == classes else map(str, range(classes))
     encoder.about["classes"] = list(usable)
 
 

@@ -24,6 +24,7 @@ BATCH = 64  # images at a time
 # The divergence of deviations that differ by a tenth is .01; other images of the same kind, and
 # augmentation, account for half of that.
 SLACK = 0.005
+DOUBT = 0.05  # the same, by which a normalisation that was stated is doubted
 GUESS = "mean_std="  # what the assumption about a normalisation begins with
 
 
@@ -121,39 +122,44 @@ def is_guessed(encoder: Encoder) -> bool:
 
 
 def settle_mean_std(encoder: Encoder, images: Tensor) -> str:
-    """Take the normalisation that the batch norms tell, in place of a guess; say which, and why.
+    """Take the normalisation that the batch norms tell in place of a guess; say which, and why.
 
-    A guess that reproduces the statistics as well as any is kept.
+    A guess that reproduces the statistics as well as any is kept, and so is one that was stated,
+    which is doubted where another fits clearly better.
 
     Args:
-        encoder: out of a file; its normalisation and its `about` change.
+        encoder: out of a file; its normalisation and its `about` may change.
         images: uint8 (N, 3, H, W), clean.
 
     Returns:
-        a sentence; "" where nothing was guessed.
+        a sentence; "" where nothing was guessed, and nothing is to be doubted.
     """
-    if not is_guessed(encoder):
-        return ""
-    guess = mean_std_name(encoder.preprocess)
+    name = mean_std_name(encoder.preprocess)
     divergences = measure_divergences(encoder, images)
     if not divergences:
-        return (
-            f"the normalisation {guess} is guessed; nothing in the network tells it (no batch norm)"
-        )
+        guessed = f"the normalisation {name} is guessed; nothing in the network tells it"
+        return f"{guessed} (no batch norm)" if is_guessed(encoder) else ""
     best = next(iter(divergences))
-    if divergences.get(guess, float("inf")) - divergences[best] <= SLACK:
-        best = guess
-    reason = _describe(divergences, best, min(len(images), IMAGES))
+    if name not in divergences:
+        divergences[name] = _divergence(encoder, images[:IMAGES])
+    reason = _describe(divergences, best, name, min(len(images), IMAGES))
+    if not is_guessed(encoder):
+        if divergences[name] - divergences[best] <= DOUBT:
+            return ""
+        return f"the normalisation {name} does not fit the network: {reason}; say mean_std={best}"
+    if divergences[name] - divergences[best] <= SLACK:
+        best = name
     take_mean_std(encoder, best, reason)
-    verb = "stays" if best == guess else f"takes the place of the guess {guess}"
+    verb = "stays" if best == name else f"takes the place of the guess {name}"
     return f"the normalisation {best} {verb}: {reason}"
 
 
-def _describe(divergences: Mapping[str, float], best: str, count: int) -> str:
-    other = next(name for name in divergences if name != best)
+def _describe(divergences: Mapping[str, float], best: str, name: str, count: int) -> str:
+    """What the running statistics say: of the best, of the guess, and of the best of the others."""
+    other = name if name != best else next(n for n in divergences if n != best)
     return (
-        f"it is {divergences[best]:.3f} from the running statistics of the first batch norm on "
-        f"{count} clean images, {other} {divergences[other]:.3f}, divergence"
+        f"{best} is {divergences[best]:.3f} from the running statistics of the first batch norm on "
+        f"{count} clean images, {other} {divergences[other]:.3f} (divergence)"
     )
 
 

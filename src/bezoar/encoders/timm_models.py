@@ -44,7 +44,9 @@ LARGEST = 1 << 16  # of a number among them
 DEEPEST = 1 << 9  # blocks
 MAX_ARGUMENTS = 4096  # characters
 WORD = re.compile(r"[\w.]{0,40}")
-HEAD_WIDTH = 64  # of a vision transformer's attention, which no weight tells
+# Heads of a vision transformer's attention, by its width, which no weight tells; else of 64 numbers.
+HEADS = {1152: 16, 1280: 16, 1408: 16}
+HEAD_WIDTH = 64
 # Families whose weights name no model, by a name that all of a family have.
 FAMILIES = {
     "conv_stem.weight": "efficientnet_b? tf_efficientnet_b? efficientnet_lite? tf_efficientnet_lite? mobilenetv2_* "
@@ -215,7 +217,7 @@ def fits(name: str, tensors: Mapping[str, Tensor]) -> bool:
 def describe_transformer(tensors: Mapping[str, Tensor]) -> str:
     """The arguments of the vision transformer that has these weights; "" if there is none.
 
-    What no weight tells is as in nearly all of them: heads of 64 numbers, and a square grid.
+    What no weight tells is as in those that are published: the heads (`HEADS`), and a square grid.
     """
     patch, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     first = tensors.get("blocks.0.mlp.fc1.weight")
@@ -239,7 +241,7 @@ def describe_transformer(tensors: Mapping[str, Tensor]) -> str:
         patch_size=side,
         embed_dim=width,
         depth=len(blocks),
-        num_heads=max(1, width // HEAD_WIDTH),
+        num_heads=HEADS.get(width, max(1, width // HEAD_WIDTH)),
         mlp_ratio=mlp_ratio(first.shape[0], width),
         init_values=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
         class_token=has_class,
@@ -248,6 +250,19 @@ def describe_transformer(tensors: Mapping[str, Tensor]) -> str:
         global_pool=_pooling(tensors, has_class),
         qkv_bias=None if "blocks.0.attn.qkv.bias" in tensors else False,
     )
+
+
+def tidy_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a DINOv2 by timm's names, without its token of training; any others as they are."""
+    weights = {key: tensor for key, tensor in tensors.items() if key != "mask_token"}
+    if {"register_tokens", "cls_token", "pos_embed"} <= set(weights):
+        positions = weights[
+            "pos_embed"
+        ]  # (1, 1 + P, D); timm's registers and class token have none
+        weights["reg_token"] = weights.pop("register_tokens")
+        weights["cls_token"] = weights["cls_token"] + positions[:, :1]
+        weights["pos_embed"] = positions[:, 1:]
+    return weights
 
 
 def _pooling(tensors: Mapping[str, Tensor], has_class: bool) -> str | None:

@@ -12,11 +12,23 @@ from bezoar.encoders import filling, normalisation
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.weights import check_weights
 
+# What the names of weights begin with; those of residual networks are read elsewhere.
+STARTS = (
+    "features.",
+    "encoder.layers.",
+    "stem.",
+    "trunk_output.",
+    "layers.",
+    "blocks.",
+    "Conv2d_1a",
+)
 COUNTER = ".num_batches_tracked"
 
 
 def find_model(tensors: Mapping[str, Tensor]) -> str:
     """The classifier that has these weights, but for its last layer; "" if there is none."""
+    if not any(key.startswith(STARTS) for key in tensors):
+        return ""
     shapes = _shapes(tensors)
     for name in models.list_models(module=models):
         with torch.device("meta"):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import timm
 from torch import Tensor
 
 from bezoar import registry
@@ -91,32 +92,27 @@ class Weights(Network):
         tensors = checkpoints.load_tensors(self.path, self.prefix)
         common = {"mean_std": self.mean_std, "size": self.size, "prefix": self.prefix}
         classifier = common | {"classes": self.classes}
-        if checkpoint_layouts.encoder_prefixes(tensors):
+        clip = common | ({"model": self.model} if self.model else {})
+        problem = None
+        try:
             if _has_linear_head(tensors):
                 return self._make("classifier", size, **classifier)
-            clip = {"model": self.model} if self.model else {}
-            return self._make("imported", size, **common, **clip)
-        if classifier_weights.classifier_prefixes(tensors) and any(
-            key.rpartition(".")[0].rpartition(".")[2] in classifier_weights.HEADS
-            or ".classifier." in f".{key}"
-            for key in tensors
-        ):
-            try:
+            if checkpoint_layouts.encoder_prefixes(tensors):
+                return self._make("imported", size, **clip)
+            if classifier_weights.classifier_prefixes(tensors):
                 return self._make("classifier", size, **classifier)
-            except UserError as error:
-                problem = error
-            encoder = self._open_others(path, tensors)
-            if encoder is None:
-                raise problem
-            return encoder
+        except UserError as error:  # a network that is similar, perhaps
+            problem = error
         encoder = self._open_others(path, tensors)
-        if encoder is None:
-            raise UserError(self._describe_unknown(path, tensors))
-        return encoder
+        if encoder is not None:
+            return encoder
+        if problem is not None:
+            raise problem
+        raise UserError(self._describe_unknown(tensors))
 
     def _open_others(self, path: Path, tensors: dict[str, Tensor]) -> Encoder | None:
         """timm's and torchvision's models, and EfficientNets by other names; None for none of them."""
-        stripped = weight_prefixes.strip_common(tensors)
+        stripped = timm_models.tidy_transformer(weight_prefixes.strip_common(tensors))
         if timm_models.is_lukemelas(stripped):
             name, weights = timm_models.rename_lukemelas(stripped, self.path)
             return self._fill_timm(
@@ -128,7 +124,10 @@ class Weights(Network):
             return self._fill_timm(
                 path, name, arguments, stripped, "a vision transformer of timm's"
             )
-        names = [self.model] if self.model else timm_models.find_models(stripped, path.stem)
+        if self.model:
+            names = [self.model] if timm.is_model(self.model) else []
+        else:
+            names = timm_models.find_models(stripped, path.stem)
         if len(names) > 1:
             raise UserError(
                 f"{self.path}: its weights fit {len(names)} of timm's models, which compute different things from "
@@ -151,7 +150,7 @@ class Weights(Network):
         if self.mean_std != "auto":
             encoder.set_preprocess(normalisation.with_mean_std(preprocess, self.mean_std))
         if arguments:
-            assumed.append(f"attention heads of {timm_models.HEAD_WIDTH} numbers")
+            assumed.append(f"{timm_models.parse_arguments(arguments)['num_heads']} attention heads")
         encoder.about["imported"] = {
             "file": path.name,
             "layout": "timm",
@@ -168,7 +167,7 @@ class Weights(Network):
         encoder: Encoder = registry.make("network", f"{network}:{','.join(texts)}")(size)
         return encoder
 
-    def _describe_unknown(self, path: Path, tensors: dict[str, Tensor]) -> str:
+    def _describe_unknown(self, tensors: dict[str, Tensor]) -> str:
         """What is said of weights that are of no network that is known."""
         if any(start in key for key in tensors for start in OF_TRANSFORMERS):
             return (
