@@ -50,9 +50,9 @@ def test_a_file_says_itself_what_it_is(number, files, tmp_path):
     assert encoder.head.weight.shape == (1000, 1280)
     assert encoder.preprocess.size == (224, 240, 260)[number]
     assert "mean_std=half" in encoder.about["imported"]["assumed"]
-    said = inputs.describe_weights(encoder)
-    assert f"tf_efficientnet_lite{number} by efficientnet-pytorch's names" in said
-    assert "guessed, because no file states it: mean_std=half" in said
+    text = inputs.describe_weights(encoder)
+    assert f"tf_efficientnet_lite{number} by efficientnet-pytorch's names" in text
+    assert "guessed, because no file states it: mean_std=half" in text
     encoder.save(tmp_path)
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     again = Encoder.load(tmp_path)
@@ -65,7 +65,7 @@ def test_its_accuracy_is_the_published_ones(files, tmp_path):
     settings = Settings(tmp_path, device="cpu", quiet=True)
     run = execute(Evaluate(str(files[0]), DATA, ("own",)), settings)
     accuracy = run.metric("own.clean_accuracy")
-    assert accuracy.n == 1000 and ACCURACY - 0.015 < accuracy.value < ACCURACY + 0.015
+    assert accuracy.n == 1000 and 0.66 < accuracy.value < 0.70
     assert "the normalisation half" not in run.manifest["notes"]["weights"]
     assert "normalisation half: " in run.manifest["notes"]["weights"]
 

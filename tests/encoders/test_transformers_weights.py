@@ -234,7 +234,7 @@ def ask(model, side, folder):
         if hasattr(model, "get_text_features"):
             z = model.get_image_features(x)
             z = getattr(z, "pooler_output", z)
-            if config["text_config"]["vocab_size"] == 49408:
+            if model.config.text_config.vocab_size == 49408:
                 from open_clip import SimpleTokenizer
 
                 w = model.get_text_features(SimpleTokenizer()(list(CAPTIONS)))

@@ -145,9 +145,11 @@ def test_efficientnets_by_lukemelas_names(name, tmp_path):
     with torch.no_grad():
         expected = net(normalised(encoder, images))
     assert torch.allclose(logits(encoder, images), expected, atol=1e-4)
-    assert list(timm_models.rename_lukemelas(lukemelas_names(net), "")[1]) != list(net.state_dict())
+    model, weights = timm_models.rename_lukemelas(lukemelas_names(net), "")
+    assert model == name and set(weights) == set(net.state_dict())
 
 
+@pytest.mark.slow  # some fifty models are compared
 def test_weights_that_fit_several_models_ask_for_one_unless_the_file_says_it(tmp_path):
     state = timm.create_model("efficientnet_b0", num_classes=2).state_dict()
     save_file(state, tmp_path / "weights.safetensors")
@@ -173,13 +175,6 @@ def test_torchvisions_other_classifiers(name, tmp_path):
     images = pixels(224, 1)
     with torch.no_grad():
         assert torch.allclose(logits(encoder, images), net(normalised(encoder, images)), atol=1e-4)
-
-
-def test_clip_out_of_a_file_is_asked_for_what_its_keys_do_not_say(tmp_path):
-    torch.manual_seed(0)
-    model = open_clip.create_model("RN50")
-    torch.save({"state_dict": model.visual.state_dict()}, tmp_path / "tower.pth")
-    assert load(tmp_path / "tower.pth").about["network"].startswith("clip_image:model=RN50")
 
 
 def test_what_is_none_of_these_is_said_in_a_line(tmp_path):
@@ -283,7 +278,6 @@ def test_a_text_tower_with_another_tokenizer_is_left_out(tmp_path):
         {"vision_cfg": {"width": 10**9}},
         {"vision_cfg": {"timm_model_name": "a b; c"}},
         {"vision_cfg": {"unknown": 1}},
-        {"text_cfg": {"hf_model_name": "roberta-base"}},
         {"multimodal_cfg": {}},
         {"embed_dim": 99},
     ],
@@ -303,11 +297,11 @@ def test_a_config_of_open_clip_that_does_not_fit_is_refused_in_a_line(change, tm
 def hub_layout(folder):
     """The hub's own cache: files are links into `blobs`."""
     state = folder / "snapshots" / "0123abc"
-    timm_folder(folder / "made")
+    timm_folder(folder / "written")
     (folder / "blobs").mkdir()
     state.mkdir(parents=True)
     for i, name in enumerate(("config.json", "model.safetensors")):
-        os.rename(folder / "made" / name, folder / "blobs" / f"blob{i}")
+        os.rename(folder / "written" / name, folder / "blobs" / f"blob{i}")
         (state / name).symlink_to(f"../../blobs/blob{i}")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0123abc")
@@ -322,18 +316,18 @@ def test_the_hubs_own_cache_is_read(tmp_path):
 
 def test_a_name_of_the_hub_is_fetched_once_and_read_as_a_folder(tmp_path, monkeypatch):
     state = hub_layout(tmp_path)
-    asked = []
+    requests = []
 
     def snapshot(name, revision=None, allow_patterns=()):
-        asked.append((name, allow_patterns))
+        requests.append((name, allow_patterns))
         return str(state)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     network = _resolve_text("hf-hub:timm/test_vit.r160_in1k", "encoder", tmp_path)
     encoder = network(0, ())
     assert encoder.head is not None and encoder.about["imported"]["file"].startswith("hf-hub:timm/")
-    assert all(name == "timm/test_vit.r160_in1k" for name, _ in asked)
-    assert not any("bin" in pattern for _, patterns in asked for pattern in patterns)
+    assert all(name == "timm/test_vit.r160_in1k" for name, _ in requests)
+    assert not any("bin" in pattern for _, patterns in requests for pattern in patterns)
 
 
 def test_without_a_network_a_name_of_the_hub_is_a_users_error(monkeypatch):

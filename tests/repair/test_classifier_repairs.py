@@ -90,9 +90,11 @@ def test_without_labels_the_score_is_agreement_with_the_start(suspect, clean):
     other = registry.make("network", "tower:width=4,dim=16")(32)
     other.head = torch.nn.Linear(16, 4)
     other.about["classes"] = suspect.about["classes"]
-    read = classifiers.own_classifier(suspect).predict(validation.images)
+    predictions = classifiers.own_classifier(suspect).predict(validation.images)
     agreed = (
-        (classifiers.own_classifier(other.eval()).predict(validation.images) == read).float().mean()
+        (classifiers.own_classifier(other.eval()).predict(validation.images) == predictions)
+        .float()
+        .mean()
     )
     assert metric.score(other) == pytest.approx(float(agreed))
 
@@ -182,7 +184,7 @@ def test_the_verb_repairs_a_file_of_weights_by_a_trigger_that_is_named(suspect, 
     suspect.save(folder)
     settings = Settings(tmp_path / "runs", device="cpu", quiet=True)
     toys = f"{tmp_path / 'toys.py'}"
-    asked = Repair(
+    question = Repair(
         str(folder),
         toys,
         (QUICK["supervised"],),
@@ -192,7 +194,7 @@ def test_the_verb_repairs_a_file_of_weights_by_a_trigger_that_is_named(suspect, 
         target="red",
         revive=False,
     )
-    manifest = execute(asked, settings).manifest
+    manifest = execute(question, settings).manifest
     metrics = {name: measure["value"] for name, measure in manifest["metrics"].items()}
     assert metrics["before.own.attack_success"] > 0.9
     assert metrics["after.own.clean_accuracy"] > 0.9

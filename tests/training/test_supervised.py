@@ -67,7 +67,7 @@ def test_fields_that_make_no_sense_are_refused(spec, what):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def trained_run(tmp_path_factory):
     """Images of two classes, and a classifier that was trained on them."""
     folder = tmp_path_factory.mktemp("supervised")
     data = folder_of(folder / "images", per_class=24)
@@ -75,8 +75,8 @@ def made(tmp_path_factory):
     return data, settings, execute(Train(data, NETWORK, RECIPE, follow=data), settings)
 
 
-def test_train_makes_a_classifier_whose_head_is_saved(made):
-    data, settings, run = made
+def test_train_makes_a_classifier_whose_head_is_saved(trained_run):
+    data, settings, run = trained_run
     epochs = [json.loads(line) for line in run.file("log.jsonl").read_text().splitlines()]
     assert epochs[-1]["clean_accuracy"] > 0.9
     encoder = Encoder.load(run.path)
@@ -86,9 +86,9 @@ def test_train_makes_a_classifier_whose_head_is_saved(made):
     assert measured.metric("own.clean_accuracy").value == epochs[-1]["clean_accuracy"]
 
 
-def test_poisons_have_the_label_of_their_target(made, tmp_path):
+def test_poisons_have_the_label_of_their_target(trained_run, tmp_path):
     """BadNets: dark images with the trigger are learnt as light, and measured so."""
-    data, settings, _ = made
+    data, settings, _ = trained_run
     poison = execute(
         Poison(data, "backdoor:count=12,captions=templates", "patch:size=10,fill=checker", "light"),
         settings,
@@ -101,8 +101,8 @@ def test_poisons_have_the_label_of_their_target(made, tmp_path):
     assert encoder.about["poisoned"] and encoder.about["goals"][0]["target"] == "light"
 
 
-def test_a_fresh_architecture_takes_the_datas_classes(made):
-    data, settings, _ = made
+def test_a_fresh_architecture_takes_the_datas_classes(trained_run):
+    data, settings, _ = trained_run
     architecture = (
         "residual:order=post,bottleneck=false,kernel=3,stem=4,counts=1/1,inner=4/8,outer=4/8,groups=1,"
         "projection=false,final=false,pool=1,classes=2"
@@ -120,23 +120,23 @@ def test_a_fresh_architecture_takes_the_datas_classes(made):
         (None, 'classifier:architecture="{}"', "architecture must begin with"),
     ],
 )
-def test_what_does_not_fit_is_refused(data, network, message, made):
+def test_what_does_not_fit_is_refused(data, network, message, trained_run):
     with pytest.raises(UserError, match=message):
-        execute(Train(data or made[0], network, RECIPE), made[1])
+        execute(Train(data or trained_run[0], network, RECIPE), trained_run[1])
 
 
-def test_data_without_labels_are_refused(made, tmp_path):
+def test_data_without_labels_are_refused(trained_run, tmp_path):
     import numpy as np
 
     np.savez(tmp_path / "plain.npz", x=toy_pairs(32).images.permute(0, 2, 3, 1).numpy())
     with pytest.raises(UserError, match="needs data with labels"):
-        execute(Train(f"npz:path={tmp_path / 'plain.npz'}", NETWORK, RECIPE), made[1])
+        execute(Train(f"npz:path={tmp_path / 'plain.npz'}", NETWORK, RECIPE), trained_run[1])
 
 
-def test_a_known_trigger_is_measured_on_a_network_without_a_poison_run(made):
-    data, settings, run = made
-    asked = Evaluate(run, data, ("own",), trigger="patch:size=10", target="light")
-    measured = execute(asked, settings)
+def test_a_known_trigger_is_measured_on_a_network_without_a_poison_run(trained_run):
+    data, settings, run = trained_run
+    question = Evaluate(run, data, ("own",), trigger="patch:size=10", target="light")
+    measured = execute(question, settings)
     assert 0 <= measured.metric("own.attack_success").value <= 1
     assert measured.manifest["goal"][0]["target"] == "light"
     for trigger, target, message in [

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.small_towers import MEAN_STD
 
-IMAGES = 256  # clean images that statistics are taken of
+IMAGES = 128  # clean images that statistics are taken of
 BATCH = 64  # images at a time
 # The divergence of deviations that differ by a tenth is .01; other images of the same kind, and
 # augmentation, account for half of that.
@@ -134,6 +134,8 @@ def settle_mean_std(encoder: Encoder, images: Tensor) -> str:
     Returns:
         a sentence; "" where nothing was guessed, and nothing is to be doubted.
     """
+    if not encoder.about.get("imported"):
+        return ""
     name = mean_std_name(encoder.preprocess)
     divergences = measure_divergences(encoder, images)
     if not divergences:

@@ -35,13 +35,7 @@ PARTS = {
     "attention.attention.key": "k",
     "attention.attention.value": "v",
     "attention.output.dense": "proj",
-    "attention.q_proj": "q",
-    "attention.k_proj": "k",
-    "attention.v_proj": "v",
     "attention.o_proj": "proj",
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
     "self_attn.out_proj": "proj",
     "intermediate.dense": "fc1",
     "output.dense": "fc2",
@@ -49,31 +43,16 @@ PARTS = {
     "mlp.fc2": "fc2",
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
-    "layer_norm1": "norm1",
-    "layer_norm2": "norm2",
-    "norm1": "norm1",
-    "norm2": "norm2",
     "layer_scale1": "ls1",
     "layer_scale2": "ls2",
 }
-TIMM = {
-    "qkv": "attn.qkv.",
-    "proj": "attn.proj.",
-    "fc1": "mlp.fc1.",
-    "fc2": "mlp.fc2.",
-    "norm1": "norm1.",
-    "norm2": "norm2.",
-    "ls1": "ls1.",
-    "ls2": "ls2.",
-}
-OPEN_CLIP = {
-    "qkv": "attn.in_proj_",
-    "proj": "attn.out_proj.",
-    "fc1": "mlp.c_fc.",
-    "fc2": "mlp.c_proj.",
-    "norm1": "ln_1.",
-    "norm2": "ln_2.",
-}
+PARTS |= {f"{owner}.{x}_proj": x for owner in ("attention", "self_attn") for x in "qkv"}
+PARTS |= {f"{norm}{i}": f"norm{i}" for norm in ("layer_norm", "norm") for i in (1, 2)}
+# Names of the parts of a block, with what joins them to `weight` and `bias`.
+TIMM = {"qkv": "attn.qkv.", "proj": "attn.proj.", "fc1": "mlp.fc1.", "fc2": "mlp.fc2."}
+TIMM |= {part: f"{part}." for part in ("norm1", "norm2", "ls1", "ls2")}
+OPEN_CLIP = {"qkv": "attn.in_proj_", "proj": "attn.out_proj.", "fc1": "mlp.c_fc."}
+OPEN_CLIP |= {"fc2": "mlp.c_proj.", "norm1": "ln_1.", "norm2": "ln_2."}
 TIMM_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.")
 
@@ -137,12 +116,12 @@ def _number(config: Facts, name: str, usual: int | None = None) -> int:
 def _sizes(config: Facts) -> dict[str, int]:
     """Width, depth, heads and hidden width of a transformer, defaults as in transformers."""
     width = _number(config, "hidden_size", 768)
-    ratio = config.get("mlp_ratio", 4)
+    ratio = config.get("mlp_ratio")  # DINOv2's, in the place of the hidden width
     sizes = {
         "width": width,
         "depth": _number(config, "num_hidden_layers", 12),
         "heads": _number(config, "num_attention_heads", 12),
-        "hidden": _number(config, "intermediate_size", int(width * ratio)),
+        "hidden": _number(config, "intermediate_size", int(width * ratio) if ratio else 3072),
     }
     if sizes["depth"] > DEEPEST or sizes["width"] % sizes["heads"]:
         raise UserError(f"{config.file}: no transformer has {sizes}")
@@ -220,6 +199,8 @@ def _translate_vit(
     """ViT (Dosovitskiy et al. 2021) or DINOv2 (Oquab et al. 2024), with registers or without."""
     prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in tensors)), "")
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    if dino:
+        config.setdefault("mlp_ratio", 4)
     sizes = _sizes(config)
     if config.get("use_swiglu_ffn"):
         raise UserError(f"{path}: a DINOv2 with gated blocks (SwiGLU) is not read")
@@ -241,7 +222,7 @@ def _translate_vit(
     else:
         head = _take(others, _norm("classifier", "head"))
     _refuse_rest(others, path)
-    patch = _number(config, "patch_size", 14 if dino else 16)
+    patch = _number(config, "patch_size", 14 if config["model_type"] == "dinov2" else 16)
     image_size = _number(config, "image_size", 224)
     positions = weights["pos_embed"]
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else None
@@ -252,14 +233,11 @@ def _translate_vit(
     if registers:  # timm's registers and class token have no positions
         weights["cls_token"] = weights["cls_token"] + positions[:, :1]
         weights["pos_embed"] = positions[:, 1:]
-    arguments = timm_models.format_arguments(
+    arguments = _arguments(
+        config,
+        path,
         img_size=image_size,
         patch_size=patch,
-        embed_dim=sizes["width"],
-        depth=sizes["depth"],
-        num_heads=sizes["heads"],
-        mlp_ratio=timm_models.mlp_ratio(sizes["hidden"], sizes["width"]),
-        act_layer=_activation(config, path),
         qkv_bias=bool(config.get("qkv_bias", True)),
         norm_eps=float(config.get("layer_norm_eps", 1e-6 if dino else 1e-12)),
         init_values=1.0 if dino else None,
@@ -310,6 +288,19 @@ def _activation(config: Facts, path: str) -> str:
     return TIMM_ACTIVATIONS[name]
 
 
+def _arguments(config: Facts, path: str, **others: object) -> str:
+    """The arguments of timm's vision transformer with the sizes of a config, and others."""
+    sizes = _sizes(config)
+    return timm_models.format_arguments(
+        embed_dim=sizes["width"],
+        depth=sizes["depth"],
+        num_heads=sizes["heads"],
+        mlp_ratio=timm_models.mlp_ratio(sizes["hidden"], sizes["width"]),
+        act_layer=_activation(config, path),
+        **others,
+    )
+
+
 def _timm_spec(arguments: str) -> str:
     return f"timm:model=vit_base_patch16_224,arguments={registry.spec_value(arguments)}"
 
@@ -345,14 +336,11 @@ def _translate_siglip(
     _refuse_rest(others, path)
     patch, image_size = _number(vision, "patch_size", 16), _number(vision, "image_size", 224)
     vision.setdefault("hidden_act", "gelu_pytorch_tanh")
-    arguments = timm_models.format_arguments(
+    arguments = _arguments(
+        vision,
+        path,
         img_size=image_size,
         patch_size=patch,
-        embed_dim=sizes["width"],
-        depth=sizes["depth"],
-        num_heads=sizes["heads"],
-        mlp_ratio=timm_models.mlp_ratio(sizes["hidden"], sizes["width"]),
-        act_layer=_activation(vision, path),
         norm_eps=float(vision.get("layer_norm_eps", 1e-6)),
         class_token=False,
         global_pool="map",

@@ -138,8 +138,8 @@ class HeadAgreement:
         self.read_before = classifiers.own_classifier(start).predict(self.images)
 
     def __call__(self, encoder: Encoder) -> float:
-        read = classifiers.own_classifier(encoder.eval()).predict(self.images)
-        return float((read == self.read_before).float().mean())
+        predictions = classifiers.own_classifier(encoder.eval()).predict(self.images)
+        return float((predictions == self.read_before).float().mean())
 
 
 class ClusterAgreement:

@@ -119,14 +119,12 @@ class EvaluationData:
     def read(self, head: SuccessHead, goals: Sequence[Goal]) -> dict[str, Measure]:
         """The metrics of a receipt by one head, on the test images as they are and stamped."""
         classifier = head.classifier
-        if classifier.raw:  # such a head reads vectors of any length
-            seen = success.TestViews.of(
-                classifiers.LogitEncoder(classifier), self.test, goals, self.victims
-            )
-            measures = seen.measures(lambda z: z, f"; {classifier.how}")
-        else:
-            views = success.TestViews.of(classifier.encoder, self.test, goals, self.victims)
-            measures = views.measures(classifier.head, f"; {classifier.how}")
+        # A network's own head reads vectors of any length, and so their logits stand for them.
+        encoder = classifiers.LogitEncoder(classifier) if classifier.raw else classifier.encoder
+        views = success.TestViews.of(encoder, self.test, goals, self.victims)
+        measures = views.measures(
+            (lambda z: z) if classifier.raw else classifier.head, f"; {classifier.how}"
+        )
         prefix = f"{head.group}." if head.group else ""
         return {prefix + k: m for k, m in measures.items() if k.partition("@")[0] in METRICS}
 

@@ -19,6 +19,7 @@ from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes, input_name
 
+DEFAULT_PROBES = ("zero_shot", "z_score")
 LABELLED = 10_000  # records of a training split that is made to order
 
 
@@ -34,10 +35,11 @@ class Evaluate:
         Takes("data", positional=True),
         "test data; without it, the test split of the training data",
     ] = None
-    probe: Annotated[tuple[Input, ...], Takes("probe"), "one or more: see `bezoar list probe`"] = (
-        "zero_shot",
-        "z_score",
-    )
+    probe: Annotated[
+        tuple[Input, ...],
+        Takes("probe"),
+        "one or more: see `bezoar list probe`; of a classifier without a text tower: own",
+    ] = DEFAULT_PROBES
     baseline: Annotated[
         Input, Takes("encoder"), "the clean twin, for attack_success_baseline (ASR-B)"
     ] = None
@@ -72,10 +74,10 @@ class Evaluate:
         dataset = inputs.open_dataset(method)
         test = dataset.pairs.to(job.device)
         job.notes = dataset.reading_notes() | {"test": input_name(method), "records": len(test)}
-        wanted = inputs.known_goals(attack) + known_trigger(
+        all_goals = inputs.known_goals(attack) + known_trigger(
             job.inputs["trigger"], self.target, test
         )
-        goals = [with_place(goal, self.place) for goal in goals_of_task(job, wanted, test)]
+        goals = [with_place(goal, self.place) for goal in goals_of_task(job, all_goals, test)]
         job.goals = [vars(goal) for goal in goals]
         encoder = inputs.load_encoder(encoder_input, job.device, test.images)
         if weights := inputs.describe_weights(encoder):
@@ -83,6 +85,9 @@ class Evaluate:
         baseline = job.inputs["baseline"]
         twin = None if baseline is None else inputs.load_encoder(baseline, job.device)
         probes = job.inputs["probe"]
+        is_classifier = encoder.text is None and encoder.head is not None
+        if is_classifier and self.probe == DEFAULT_PROBES:
+            probes = (registry.make("probe", "own"),)
         train = None
         if any("train" in registry.needs(probe) for probe in probes):
             train = load_labelled(job, dataset)

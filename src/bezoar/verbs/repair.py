@@ -184,9 +184,9 @@ def load_case(job: Job, suspect: Encoder, target: str) -> EvaluationData:
     dataset = inputs.open_dataset(method)
     test = dataset.pairs.to(job.device)
     source = encoder_input if attack is None else attack
-    known = inputs.known_goals(source)
-    known += evaluate.known_trigger(job.inputs["trigger"], target, test)
-    goals = goals_of_task(known, test)
+    all_goals = inputs.known_goals(source)
+    all_goals += evaluate.known_trigger(job.inputs["trigger"], target, test)
+    goals = goals_of_task(all_goals, test)
     victims = None
     if isinstance(source, Run) and any(goal.victims for goal in goals):
         victims = evaluate.attack_victims(source)

@@ -51,7 +51,7 @@ class Hub(Network):
                 huggingface_hub.snapshot_download(
                     self.name, revision=revision, allow_patterns=pickles
                 )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever the library that fetches raises
             raise UserError(
                 f"hf-hub:{self.name} could not be fetched: {first_line(error)[:200]}"
             ) from error

@@ -62,7 +62,7 @@ class HuggingFace(Network):
         if preprocess.size != encoder.preprocess.size:
             preprocess = dataclasses.replace(preprocess, size=encoder.preprocess.size)
         if self.mean_std != "auto":
-            preprocess = normalisation.with_mean_std(preprocess, self.mean_std)
+            preprocess, assumed = normalisation.with_mean_std(preprocess, self.mean_std), []
         elif assumed:
             assumed = [f"{normalisation.GUESS}{normalisation.mean_std_name(preprocess)}"]
         encoder.set_preprocess(preprocess)
@@ -109,17 +109,15 @@ def _open_timm(folder: PretrainedFolder) -> filling.Filled:
     arguments = folder.config.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise UserError(f"{folder.path}: model_args must be an object")
-    known = {k: v for k, v in arguments.items() if k != "num_classes"}
-    text = json.dumps(known) if known else ""
+    values = {k: v for k, v in arguments.items() if k != "num_classes"}
+    text = json.dumps(values) if values else ""
     return filling.fill_timm(name, text, folder.load_tensors(), str(folder.path), f"timm's {name}")
 
 
 def _open_transformers(folder: PretrainedFolder) -> filling.Filled:
-    side = 0
     stated, _ = folder.preprocess(Preprocess(0))
-    side = stated.size
     translation = transformers_weights.translate(
-        folder.config, folder.load_tensors(), side, str(folder.path)
+        folder.config, folder.load_tensors(), stated.size, str(folder.path)
     )
     path, what = str(folder.path), translation.what
     network, _, fields = translation.network.partition(":")
