@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.data.pairs import Pairs
+from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders import normalisation
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.encoders.small_towers import MEAN_STD
@@ -135,7 +136,7 @@ def order_columns(head: Sequence[str], test: Sequence[str]) -> tuple[list[int], 
     return first + sorted(set(range(len(head))) - set(first)), ""
 
 
-def head_labels(encoder: Encoder, records: Pairs) -> Tensor:
+def head_labels(encoder: Encoder, records: Pairs | StoredPairs) -> Tensor:
     """The labels of records as columns of an encoder's own head, int64 (N, 1) on its device.
 
     Raises UserError for an encoder without a head of these classes, and for records without labels.

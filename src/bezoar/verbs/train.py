@@ -136,8 +136,8 @@ def label_records(records: Pairs | StoredPairs, plan: Plan) -> Pairs | StoredPai
         raise UserError("objective supervised needs data with labels and the names of classes")
     targets = {edit.id: plan.goals[edit.goal].target for edit in plan.edits}
     labels = records.labels.clone()
-    for row, key in enumerate(records.ids):
-        if targets.get(key) in records.classes:
+    for row, key in enumerate(records.ids if targets else ()):
+        if targets.get(key, "") in records.classes:
             labels[row] = records.classes.index(targets[key])
     labelled = dataclasses.replace(records, labels=labels)
     if bool((labels < 0).any()):
@@ -209,7 +209,7 @@ def make_follower(
         return None
     followed = inputs.open_dataset(job.inputs["follow"])
     goals = dataset.plan.goals
-    if encoder.head is not None:
+    if getattr(job.inputs["objective"], "labels", False):
         test, voters = inputs.in_memory(followed.clean), None
         probe = registry.make("probe", "own")
     elif encoder.text is None:
