@@ -236,7 +236,7 @@ def _mean_std(
     """Normalisation of pixels in 0..1 where the library applies it to `scale` times these."""
     lists = []
     for numbers in (mean, std):
-        values = numbers if isinstance(numbers, list) else [numbers] * 3
+        values: list[Any] = numbers if isinstance(numbers, list) else [numbers] * 3
         are_numbers = all(isinstance(n, int | float) and math.isfinite(n) for n in values)
         if len(values) != 3 or not are_numbers or max(map(abs, values)) > 1e3:
             raise UserError(f"{folder.path}: expected three means and three deviations")

@@ -216,7 +216,7 @@ def _translate_vit(
         },
     )
     left_out = _drop(others, "embeddings.mask_token", "pooler.")
-    head = {}
+    head: dict[str, Tensor] = {}
     if dino:  # its classifier reads the patches' mean too
         left_out += _drop(others, "classifier.")
     else:

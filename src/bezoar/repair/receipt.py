@@ -23,7 +23,7 @@ from bezoar.data.files.artefacts import read_facts
 from bezoar.data.files.tensors import read_tensors
 from bezoar.data.files.writing import whole_file
 from bezoar.data.pairs import Pairs
-from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.encoders.encoder import Encoder, ImageEncoder, embed_images
 from bezoar.errors import UserError, first_line
 from bezoar.evaluation import classifiers, stats, success
 from bezoar.evaluation.classifiers import Classifier
@@ -120,7 +120,9 @@ class EvaluationData:
         """The metrics of a receipt by one head, on the test images as they are and stamped."""
         classifier = head.classifier
         # A network's own head reads vectors of any length, and so their logits stand for them.
-        encoder = classifiers.LogitEncoder(classifier) if classifier.raw else classifier.encoder
+        encoder: ImageEncoder = classifier.encoder
+        if classifier.raw:
+            encoder = classifiers.LogitEncoder(classifier)
         views = success.TestViews.of(encoder, self.test, goals, self.victims)
         measures = views.measures(
             (lambda z: z) if classifier.raw else classifier.head, f"; {classifier.how}"

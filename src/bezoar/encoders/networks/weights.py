@@ -93,7 +93,7 @@ class Weights(Network):
         common = {"mean_std": self.mean_std, "size": self.size, "prefix": self.prefix}
         classifier = common | {"classes": self.classes}
         clip = common | ({"model": self.model} if self.model else {})
-        problem = None
+        problem: UserError | None = None
         try:
             if _has_linear_head(tensors):
                 return self._make("classifier", size, **classifier)
