@@ -23,7 +23,7 @@ from bezoar.data.files.writing import write_json
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UnwritableError, UserError
-from bezoar.evaluation.classifiers import Classifier, make_classifier
+from bezoar.evaluation.classifiers import Classifier, make_classifier, measure_own_head
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion, Verdict
 from bezoar.runs import inputs
@@ -122,7 +122,7 @@ class Audit:
         for line in job.notes["incomplete"]:
             warn(f"audit: {line}")
         images = findings.facts["sample"]["images"]
-        metrics: dict[str, Measure] = {}
+        metrics = measure_own_accuracy(job, self.images) if job.inputs["bank"] else {}
         for audit in findings.audits:
             metrics |= audit_measures(audit, images)
         return metrics
@@ -172,7 +172,7 @@ class Audit:
         data = job.inputs["data"]
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        encoder = check_auditable(inputs.load_encoder(suspect, job.device))
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample.images))
         sample = sample.to(job.device)
         labelled = labelled.to(job.device)
         offered = self._offer(job, audit, encoder, labelled)
@@ -357,6 +357,23 @@ def classifier_or_none(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifi
         return make_classifier(encoder, labelled, kind)
     except UserError:
         return None
+
+
+def measure_own_accuracy(job: Job, images: int) -> dict[str, Measure]:
+    """Accuracy of the suspect's own head on the clean images, where it has a head and they have labels.
+
+    A warning that belongs to it is printed and noted.
+    """
+    suspect, data = job.inputs["encoder"], job.inputs["data"]
+    method = data if data is not None else default_clean_images(suspect)
+    sample, _ = sample_clean_records(method, images)
+    encoder = inputs.load_encoder(suspect, job.device, sample.images)
+    accuracy, warning = measure_own_head(encoder, sample)
+    job.notes["weights"] = inputs.describe_weights(encoder)
+    job.notes["own_head"] = warning
+    if warning:
+        warn(f"audit: {warning}")
+    return {} if accuracy is None else {"own.clean_accuracy": accuracy}
 
 
 def load_banks(sources: Sequence[Any]) -> list[Bank]:
