@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from scipy.stats import t as student
 from torch import Tensor
 
+from bezoar.auditing import trigger_inversion
 from bezoar.auditing.evidence import exact_measure
-from bezoar.auditing.trigger_inversion import InvertedTriggers, inversion_limits
+from bezoar.auditing.trigger_inversion import (
+    ImageTower,
+    InvertedTriggers,
+    TriggerObjective,
+    inversion_limits,
+)
 from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import generator
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
 
@@ -21,6 +30,9 @@ MAD_TO_SIGMA = (
 )
 MIN_NORMS = 10  # with fewer norms a median absolute deviation says nothing
 MAX_NAMED = 8  # targets that a sentence names
+MIN_REACHED = 5  # targets with a trigger, of which one can be an outlier
+MIN_DEVIATION = 0.1  # of logarithms of norms; fewer than ten of them tell no smaller one
+FOREIGN = 64  # images drawn by chance, which look like nothing
 
 
 def anomaly_index(norms: Tensor) -> Tensor:
@@ -36,6 +48,47 @@ def anomaly_index(norms: Tensor) -> Tensor:
     return torch.where(x < median, deviations / (MAD_TO_SIGMA * mad), 0.0)
 
 
+def outlier_p_value(logs: Tensor) -> float:
+    """The chance that the least of normal numbers lies so far below the others.
+
+    The normal distribution is fitted to the others, which the least has no part in: by Student's
+    law (x - mean) / (deviation sqrt(1 + 1 / m)) has m - 1 degrees of freedom. Times the number of
+    numbers, because the least of them was chosen (Grubbs 1950; Bonferroni).
+
+    logs: float64 (G,), of at least three numbers.
+    """
+    least = int(logs.argmin())
+    others = torch.cat([logs[:least], logs[least + 1 :]])
+    m = len(others)
+    deviation = max(float(others.std()), MIN_DEVIATION)
+    distance = float(others.mean() - logs[least]) / (deviation * (1 + 1 / m) ** 0.5)
+    return min(1.0, len(logs) * float(student.sf(distance, m - 1)))
+
+
+def measure_transfer(
+    tower: ImageTower,
+    triggers: InvertedTriggers,
+    clean: Pairs,
+    objective: TriggerObjective,
+    seed: int,
+) -> list[float]:
+    """What each trigger does to images that look like nothing, smooth noise of any colours.
+
+    A backdoor's trigger turns whatever it is stamped on into its class; a trigger of a class's own
+    features needs the rest of the image.
+
+    Returns:
+        The success on these images of each trigger, 0..1.
+    """
+    height, width = clean.images.shape[2:]
+    coarse = torch.rand(FOREIGN, 3, 5, 5, generator=generator(seed, 17))
+    foreign = (F.interpolate(coarse, (height, width), mode="bilinear") * 255).byte()
+    return [
+        float(trigger_inversion.stamped_success(tower, triggers, row, foreign, objective))
+        for row in range(len(triggers.aims))
+    ]
+
+
 def outlier_verdict(
     triggers: InvertedTriggers,
     names: Sequence[str],
@@ -43,6 +96,7 @@ def outlier_verdict(
     statistic: OutlierStatistic,
     clean: Pairs,
     notes: dict[str, Any],
+    excluding: bool = False,
 ) -> Verdict:
     """The verdict of an audit that asks whether one target is far easier to reach than the others.
 
@@ -54,12 +108,19 @@ def outlier_verdict(
             `log_ratio`.
         clean: the clean images.
         notes: further notes of the verdict.
+        excluding: targets that no trigger reached have no part in the value, unless fewer than
+            `MIN_REACHED` were reached.
     """
     n = len(clean)
-    few = len(names) < MIN_NORMS
     norms = triggers.norms.double().cpu().clamp(min=MIN_SPREAD)
-    smallest = int(norms.argmin())
-    evidence = norm_evidence(norms, names[smallest], f"{len(norms)} {what} triggers", n)
+    reached = triggers.reached.cpu()
+    counted = torch.ones_like(reached)
+    if excluding and int(reached.sum()) >= MIN_REACHED:
+        counted = reached
+    few = int(counted.sum()) < MIN_NORMS
+    smallest = int(torch.where(counted, norms, torch.inf).argmin())
+    title = f"{int(counted.sum())} {what} triggers"
+    evidence = norm_evidence(norms[counted], names[smallest], title, n)
     evidence["success"] = proportion(
         round(float(triggers.success[smallest]) * n),
         n,
@@ -69,19 +130,49 @@ def outlier_verdict(
     if few:
         ending = "" if statistic == "log_ratio" else "; the value is log(median norm / least norm)"
         limits.append(
-            f"{len(norms)} {what} triggers are too few for an anomaly index, which means nothing under {MIN_NORMS}{ending}"
+            f"{title} are too few for an anomaly index, which means nothing under {MIN_NORMS}{ending}"
         )
-    reached = triggers.reached.tolist()
-    unreached = [name for name, hit in zip(names, reached, strict=True) if not hit]
+    unreached = [name for name, hit in zip(names, reached.tolist(), strict=True) if not hit]
     if unreached:
+        part = "have no part in the value"
+        if bool(counted.all()):
+            part = "count with the most successful mask"
         limits.append(
             f"no trigger for {len(unreached)} of {len(norms)} reached the success asked for, within "
-            f"{int(triggers.steps.max())} steps; they count with the most successful mask: "
-            f"{', '.join(unreached[:MAX_NAMED])}"
+            f"{int(triggers.steps.max())} steps; they {part}: {', '.join(unreached[:MAX_NAMED])}"
         )
     value = evidence["log_ratio" if few else statistic].value
-    notes = {**notes, "target": names[smallest], "unreached": unreached, "limits": limits}
+    notes = {
+        **notes,
+        "target": names[smallest],
+        "unreached": unreached,
+        "limits": limits,
+        "targets": list_targets(triggers, names),
+    }
     return Verdict(value, evidence, triggers.inversions(names), notes)
+
+
+def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Every target with its trigger's norm, success and whether it was reached, smallest first."""
+    facts = zip(
+        names,
+        triggers.norms.tolist(),
+        triggers.success.tolist(),
+        triggers.reached.tolist(),
+        triggers.agreement.tolist(),
+        strict=True,
+    )
+    rows = [
+        {
+            "target": name,
+            "norm": round(norm, 3),
+            "success": round(success, 4),
+            "reached": reached,
+            "agreement": None if agreement != agreement else round(agreement, 3),
+        }
+        for name, norm, success, reached, agreement in facts
+    ]
+    return sorted(rows, key=lambda row: row["norm"])
 
 
 def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, Measure]:
@@ -91,6 +182,7 @@ def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, 
     images.
     """
     least, median = norms.min(), norms.quantile(0.5)
+    logs = norms.log()
 
     def measure(value: Tensor, how: str) -> Measure:
         return exact_measure(float(value), n, f"{how}; {what}, {n} clean images")
@@ -101,7 +193,11 @@ def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, 
             anomaly_index(norms).max(), "|norm - median| / (1.4826 MAD) of the least mask's norm"
         ),
         "log_anomaly_index": measure(
-            anomaly_index(norms.log()).max(), "the anomaly index of the norms' logarithms"
+            anomaly_index(logs).max(), "the anomaly index of the norms' logarithms"
+        ),
+        "outlier_p": measure(
+            torch.tensor(outlier_p_value(logs) if len(logs) > 2 else 1.0),
+            "chance of so small a least norm, by Student's law fitted to the logarithms of the others",
         ),
         "least_norm": measure(least, f"pixels that the least mask covers, of {smallest!r}"),
         "median_norm": measure(median, "pixels that the median mask covers"),

@@ -76,7 +76,13 @@ class Decree:
     def recipe(self, goal: float) -> InversionRecipe:
         """The search for a trigger that reaches a mean cosine. Raises ValueError for bad fields."""
         weight, floor = CHANNELS * self.weight, CHANNELS * self.floor
-        return InversionRecipe.from_fields(self, goal=goal, weight=weight, floor=floor)
+        return InversionRecipe.from_fields(
+            self, goal=goal, weight=weight, floor=floor, starts=self.restarts
+        )
+
+    def image_passes(self, images: int, classes: int) -> int:
+        """Images that go through the encoder, at most."""
+        return self.recipe(self.goal or 0.5).image_passes() + (1 + self.restarts) * images
 
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
@@ -88,7 +94,13 @@ class Decree:
             clean_cosine = float(mean_pairwise_cosine(z[None]))
             goal = self.goal or 1 - self.spread * (1 - clean_cosine)
             triggers = trigger_inversion.invert_triggers(
-                tower, clean, collapse, self.restarts, self.recipe(goal), seed, report
+                tower,
+                clean,
+                collapse,
+                torch.zeros(1, dtype=torch.long),
+                self.recipe(goal),
+                seed,
+                report,
             )
         return self.verdict(triggers, clean, clean_cosine, goal)
 
