@@ -196,6 +196,7 @@ def test_pl1_against_its_closed_form():
         success=torch.ones(2),
         reached=torch.tensor([True, True]),
         steps=torch.ones(2),
+        starts=torch.ones(2, 1),
         agreement=torch.ones(2),
     )
     clean = Pairs(torch.zeros(9, 3, 6, 5, dtype=torch.uint8), (), None, tuple(map(str, range(9))))

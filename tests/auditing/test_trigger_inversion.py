@@ -236,6 +236,7 @@ def results(aims, norms, success, reached):
         success=torch.tensor(success),
         reached=torch.tensor(reached),
         steps=torch.ones(n),
+        starts=torch.ones(n, 2),
         agreement=torch.zeros(n),
     )
 

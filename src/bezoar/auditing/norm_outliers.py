@@ -6,20 +6,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from scipy.stats import t as student
 from torch import Tensor
 
-from bezoar.auditing import trigger_inversion
 from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.trigger_inversion import (
-    ImageTower,
     InvertedTriggers,
-    TriggerObjective,
     inversion_limits,
 )
 from bezoar.data.pairs import Pairs
-from bezoar.data.randomness import generator
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
 
@@ -32,7 +27,6 @@ MIN_NORMS = 10  # with fewer norms a median absolute deviation says nothing
 MAX_NAMED = 8  # targets that a sentence names
 MIN_REACHED = 5  # targets with a trigger, of which one can be an outlier
 MIN_DEVIATION = 0.1  # of logarithms of norms; fewer than ten of them tell no smaller one
-FOREIGN = 64  # images drawn by chance, which look like nothing
 
 
 def anomaly_index(norms: Tensor) -> Tensor:
@@ -63,30 +57,6 @@ def outlier_p_value(logs: Tensor) -> float:
     deviation = max(float(others.std()), MIN_DEVIATION)
     distance = float(others.mean() - logs[least]) / (deviation * (1 + 1 / m) ** 0.5)
     return min(1.0, len(logs) * float(student.sf(distance, m - 1)))
-
-
-def measure_transfer(
-    tower: ImageTower,
-    triggers: InvertedTriggers,
-    clean: Pairs,
-    objective: TriggerObjective,
-    seed: int,
-) -> list[float]:
-    """What each trigger does to images that look like nothing, smooth noise of any colours.
-
-    A backdoor's trigger turns whatever it is stamped on into its class; a trigger of a class's own
-    features needs the rest of the image.
-
-    Returns:
-        The success on these images of each trigger, 0..1.
-    """
-    height, width = clean.images.shape[2:]
-    coarse = torch.rand(FOREIGN, 3, 5, 5, generator=generator(seed, 17))
-    foreign = (F.interpolate(coarse, (height, width), mode="bilinear") * 255).byte()
-    return [
-        float(trigger_inversion.stamped_success(tower, triggers, row, foreign, objective))
-        for row in range(len(triggers.aims))
-    ]
 
 
 def outlier_verdict(
@@ -134,13 +104,7 @@ def outlier_verdict(
         )
     unreached = [name for name, hit in zip(names, reached.tolist(), strict=True) if not hit]
     if unreached:
-        part = "have no part in the value"
-        if bool(counted.all()):
-            part = "count with the most successful mask"
-        limits.append(
-            f"no trigger for {len(unreached)} of {len(norms)} reached the success asked for, within "
-            f"{int(triggers.steps.max())} steps; they {part}: {', '.join(unreached[:MAX_NAMED])}"
-        )
+        limits.append(describe_unreached(unreached, triggers, bool(counted.all())))
     value = evidence["log_ratio" if few else statistic].value
     notes = {
         **notes,
@@ -152,6 +116,17 @@ def outlier_verdict(
     return Verdict(value, evidence, triggers.inversions(names), notes)
 
 
+def describe_unreached(
+    unreached: Sequence[str], triggers: InvertedTriggers, are_counted: bool
+) -> str:
+    """What is said of targets that no trigger reached."""
+    part = "count with the most successful mask" if are_counted else "have no part in the value"
+    return (
+        f"no trigger for {len(unreached)} of {len(triggers.aims)} reached the success asked for, within "
+        f"{int(triggers.steps.max())} steps; they {part}: {', '.join(unreached[:MAX_NAMED])}"
+    )
+
+
 def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[str, Any]]:
     """Every target with its trigger's norm, success and whether it was reached, smallest first."""
     facts = zip(
@@ -159,6 +134,7 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
         triggers.norms.tolist(),
         triggers.success.tolist(),
         triggers.reached.tolist(),
+        triggers.starts.tolist(),
         triggers.agreement.tolist(),
         strict=True,
     )
@@ -168,9 +144,10 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
             "norm": round(norm, 3),
             "success": round(success, 4),
             "reached": reached,
+            "starts": [round(start, 3) if start < torch.inf else None for start in starts],
             "agreement": None if agreement != agreement else round(agreement, 3),
         }
-        for name, norm, success, reached, agreement in facts
+        for name, norm, success, reached, starts, agreement in facts
     ]
     return sorted(rows, key=lambda row: row["norm"])
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bezoar.auditing.trigger_search import (
     CHECK_EVERY,
+    TOLERANCE,
     InversionRecipe,
     TriggerSearch,
     initial_parameters,
@@ -102,6 +103,8 @@ class InvertedTriggers:
         success: (G,), over all clean images.
         reached: bool (G,), whether the goal was reached at some step.
         steps: int64 (G,), steps taken.
+        starts: (G, R), the norms that all R searches for the same aim reached, those that were
+            given up too; infinite where one reached nothing.
         agreement: (G,), cosine of the mask and that of the smallest trigger that another start found
             for the same aim; NaN where none did.
     """
@@ -113,6 +116,7 @@ class InvertedTriggers:
     success: Tensor
     reached: Tensor
     steps: Tensor
+    starts: Tensor
     agreement: Tensor
 
     def take(self, rows: Tensor) -> InvertedTriggers:
@@ -334,7 +338,7 @@ def collect_triggers(
     success = measure_success(tower, best_u, aims, clean, objective)
     reached = search.best_norm[survivors].isfinite()
     if search.recipe.confirm:
-        reached &= success >= search.recipe.goal
+        reached &= success >= search.recipe.goal - TOLERANCE
     return InvertedTriggers(
         aims=aims,
         masks=masks,
@@ -343,6 +347,7 @@ def collect_triggers(
         success=success,
         reached=reached,
         steps=search.steps[survivors],
+        starts=search.best_norm.view(-1, search.recipe.starts)[survivors // search.recipe.starts],
         agreement=measure_agreement(search, survivors),
     )
 
@@ -409,7 +414,10 @@ def measure_again(
     objective: TriggerObjective,
     goal: float,
 ) -> InvertedTriggers:
-    """Triggers with their success on other images, and only those as reached that succeed there."""
+    """Triggers with their success on other images, and only those as reached that succeed there.
+
+    goal: the success that was asked for, of which `TOLERANCE` may be missing.
+    """
     success = torch.stack(
         [
             stamped_success(tower, triggers, row, clean.images, objective)
@@ -417,7 +425,7 @@ def measure_again(
         ]
     )
     return dataclasses.replace(
-        triggers, success=success, reached=triggers.reached & (success >= goal)
+        triggers, success=success, reached=triggers.reached & (success >= goal - TOLERANCE)
     )
 
 

@@ -20,6 +20,7 @@ from bezoar.data.randomness import generator
 ADAM_BETAS = (0.5, 0.9)  # as published for DECREE, Neural Cleanse and SSL-Cleanse
 ADAM_EPSILON = 1e-8
 CHECK_EVERY = 5  # steps between checks for ended searches, which make the host wait for the device
+TOLERANCE = 0.05  # what success may be less on all images than on those it was confirmed on
 GRADIENT_PASSES = 3  # passes that cost what one forward and one backward do
 PROGRESS_SHARE = 0.99  # a mask of more than this share of the best one's norm is no progress
 

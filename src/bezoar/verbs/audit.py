@@ -141,6 +141,13 @@ class Audit:
             return True
         return case == "unknown" and bool(words in verdict_text.UNKNOWN or notes.get("incomplete"))
 
+    @staticmethod
+    def undecided(manifest: Mapping[str, Any]) -> list[str]:
+        """Why it could not be told whether there is a backdoor; empty where it could."""
+        notes = manifest["notes"]
+        unknown = notes.get("words") in verdict_text.UNKNOWN
+        return [notes["verdict"]] * unknown + list(notes.get("incomplete") or [])
+
     def _announce(self, job: Job, banks: Sequence[Bank]) -> None:
         """Say on stderr what the verdict can be, and how long it will take; not where `--quiet`."""
         if job.settings.quiet:

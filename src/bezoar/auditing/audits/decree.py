@@ -22,6 +22,10 @@ NATURAL_DIRECTIONS = (
     "clean encoders have directions of their own that a small pattern draws all images to: a value means something only "
     "beside those of clean encoders of the same family"
 )
+NAMES_NO_CLASS = (
+    "what its trigger turns images into need not be a backdoor's target: the least trigger may lead to a natural direction "
+    "instead; cleanse compares classes"
+)
 
 
 @method
@@ -138,7 +142,7 @@ class Decree:
             name: exact_measure(value, n, f"{how}; {n} clean images")
             for name, (value, how) in values.items()
         }
-        limits = [*trigger_inversion.inversion_limits(clean), NATURAL_DIRECTIONS]
+        limits = [*trigger_inversion.inversion_limits(clean), NATURAL_DIRECTIONS, NAMES_NO_CLASS]
         if not reached.any():
             limits.append(
                 f"none of {len(reached)} restarts made the images alike (a mean cosine of {goal:.2f})"

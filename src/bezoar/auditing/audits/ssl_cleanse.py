@@ -24,6 +24,11 @@ IMAGES_PER_CLUSTER = 16  # where the number of clusters is not given
 MAX_CLUSTERS = 40  # where the number of clusters is not given
 SHARPNESS = 4.0  # of the softmax over clusters
 
+ONE_START = (
+    "each cluster is searched for from one start: with another seed another cluster may come out least, and the cluster that "
+    "it names need not be a backdoor's"
+)
+
 Pull = Literal["contrast", "distance"]
 
 
@@ -119,7 +124,9 @@ class SslCleanse:
         medoids = (z @ centres.T).argmax(0).tolist()
         nearest = {name: clean.ids[row] for name, row in zip(names, medoids, strict=True)}
         notes = {"nearest_to_centre": nearest}
-        return outlier_verdict(triggers, names, "cluster", self.score, clean, notes)
+        verdict = outlier_verdict(triggers, names, "cluster", self.score, clean, notes)
+        verdict.notes["limits"].append(ONE_START)
+        return verdict
 
 
 def reach_cluster(

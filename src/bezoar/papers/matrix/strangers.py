@@ -34,10 +34,11 @@ CIFAR_CLASSES = (
     "ship",
     "truck",
 )
-PATCH = "patch:size={size},fill={fill},cell={cell},margin=0,place={place},seed={seed}"
+PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place},seed={seed}"
 BLEND = "blend:alpha=0.3,pattern=noise,seed={seed}"
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
 AUDIT = "cleanse"  # the one of the default audits that gives a verdict without a bank
+MARGIN = 4  # pixels: as far as training moves images, so that no patch is moved out of one
 DEVELOPMENT, TEST = 0, 100  # first seeds of the two groups
 
 
@@ -104,7 +105,9 @@ class EncoderFamily:
         target = self.targets[seed % len(self.targets)]
         fill, cell = (("checker", 1), ("blocks", 1), ("white", 1))[number % 3]
         place = FIXED_PLACES[seed % len(FIXED_PLACES)]
-        patch = PATCH.format(size=self.size, fill=fill, cell=cell, place=place, seed=seed)
+        patch = PATCH.format(
+            size=self.size, fill=fill, cell=cell, margin=MARGIN, place=place, seed=seed
+        )
         if attack == "badencoder":
             clean = self.train(self.data.format(seed=seed), seed).verb
             reference = (self.data.format(seed=seed),)
@@ -214,11 +217,11 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
         network=residual_network("pre", True),
         objective="supervised:epochs=5",
         targets=CIFAR_CLASSES,
-        poisons=300,
-        size=3,
+        poisons=600,
+        size=4,
         attacks=("patch",),
-        development=(2, 2),
-        scored=(3, 3),
+        development=(2, 1),
+        scored=(2, 2),
         probe="own",
     )
     plain = replace(
@@ -230,19 +233,7 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
     return [
         wide,
         plain,
-        EncoderFamily(
-            "small CLIP, scenes",
-            data="scenes:count=6000,seed={seed}",
-            test="scenes:count=1000,split=test",
-            network="clip_small:width=24,dim=96",
-            objective="clip:epochs=6",
-            targets=SCENE_CLASSES,
-            poisons=120,
-            size=5,
-            attacks=("patch", "patch", "blend"),
-            development=(2, 2),
-            scored=(3, 3),
-        ),
+        CLIPS,
         EncoderFamily(
             "SimCLR tower, CIFAR-10",
             data=train,
@@ -254,7 +245,7 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
             size=8,
             attacks=("badencoder",),
             development=(1, 1),
-            scored=(3, 2),
+            scored=(2, 2),
             shadow=cifar("train", 2000),
             badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
             probe="linear",
@@ -262,6 +253,19 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
     ]
 
 
+CLIPS = EncoderFamily(
+    "small CLIP, scenes",
+    data="scenes:count=6000,seed={seed}",
+    test="scenes:count=1000,split=test",
+    network="clip_small:width=24,dim=96",
+    objective="clip:epochs=6",
+    targets=SCENE_CLASSES,
+    poisons=120,
+    size=5,
+    attacks=("patch", "blend"),
+    development=(1, 1),
+    scored=(2, 2),
+)
 SMOKE = EncoderFamily(
     "small CLIP, scenes",
     data="scenes:count=256,seed={seed}",

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bezoar.attacks.captions import find_mentions
-from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.encoder import Encoder, split_words
 from bezoar.errors import UserError
 from bezoar.registry import method
 from bezoar.training import augmentation, loop
@@ -64,11 +63,13 @@ def name_classes(captions: Sequence[str], classes: Sequence[str], labels: Tensor
         labels: int64 (N,), -1 where the class is not known.
     """
     result = labels.cpu().clone()
-    distinct = sorted(set(captions))
-    named: dict[str, list[int]] = {caption: [] for caption in distinct}
-    for number, name in enumerate(classes):
-        for row in find_mentions(distinct, name):
-            named[distinct[row]].append(number)
+    phrases = [f" {' '.join(split_words(name))} " for name in classes]
+    named: dict[str, list[int]] = {}
+    for caption in set(captions):
+        text = f" {' '.join(split_words(caption))} "
+        named[caption] = [
+            i for i, phrase in enumerate(phrases) if phrase.strip() and phrase in text
+        ]
     for row, caption in enumerate(captions):
         if named[caption] and int(result[row]) not in named[caption]:
             result[row] = named[caption][0]
