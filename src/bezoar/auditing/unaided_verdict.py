@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Grade = Literal["strong evidence", "some evidence", "none found", "could not tell"]
-STRONG, SOME = 1.0, 0.6  # least statistic of each grade
+STRONG, SOME = 1.2, 0.8  # least statistic of each grade
 SURE_P = 0.01  # a p-value that takes nothing off the ratio
 LEAST_SHARE = 0.5  # of the targets that a trigger must have reached for any verdict
 
