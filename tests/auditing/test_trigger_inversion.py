@@ -276,6 +276,16 @@ def test_outlier_p_value_holds_under_its_null():
     assert norm_outliers.outlier_p_value(torch.tensor([0.0, 3.0, 3.0, 3.0, 3.0])) < 1e-3
 
 
+def test_concentration_by_hand():
+    """A patch in a corner is in one window of a quarter of the sides; a uniform mask in none."""
+    masks = torch.zeros(3, 1, 16, 8)
+    masks[0, 0, 12:, 6:] = 0.5
+    masks[1] = 0.3
+    masks[2, 0, 0, 0], masks[2, 0, 15, 7] = 1.0, 3.0
+    shares = norm_outliers.measure_concentration(masks)
+    assert shares.tolist() == pytest.approx([1.0, 1 / 16, 0.75])
+
+
 def test_an_inversion_starts_where_its_number_says():
     assert torch.equal(
         trigger_search.initial_parameters(5, 8, 6, 3)[2],

@@ -14,6 +14,7 @@ from bezoar.evaluation.verdict import Verdict
 
 def evidence(ratio: float, p: float) -> dict[str, dict[str, float]]:
     values = {"log_ratio": ratio, "outlier_p": p, "least_norm": 1.1, "median_norm": 32.9}
+    values["concentration"] = 0.2
     return {name: {"value": value} for name, value in {**values, "success": 0.97}.items()}
 
 
@@ -24,9 +25,11 @@ def notes(unreached: int = 0, **more: object) -> dict[str, object]:
 
 
 def test_the_statistic_by_hand():
-    assert outlier_statistic(1.5, SURE_P / 10) == 1.5
-    assert outlier_statistic(1.5, math.sqrt(SURE_P)) == pytest.approx(0.75)
-    assert outlier_statistic(1.5, 1.0) == 0 and outlier_statistic(2.0, 0.0) == 2.0
+    assert outlier_statistic(1.5, SURE_P / 10, 0.0) == 1.5
+    assert outlier_statistic(1.5, math.sqrt(SURE_P), 0.1) == pytest.approx(0.75)
+    assert outlier_statistic(1.5, 1.0, 0.6) == 0 and outlier_statistic(2.0, 0.0, 1.0) == 2.0
+    assert outlier_statistic(1.5, 1.0, 0.75) == pytest.approx(0.75)  # half way between the bounds
+    assert outlier_statistic(1.5, math.sqrt(SURE_P), 0.9) == 1.5
 
 
 def test_the_words_are_ranges_of_the_statistic():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -96,6 +97,10 @@ def outlier_verdict(
         n,
         f"clean images that the least trigger makes {names[smallest]!r}",
     )
+    share = float(measure_concentration(triggers.masks[smallest : smallest + 1]))
+    evidence["concentration"] = exact_measure(
+        share, n, "share of the least mask in the best window of a quarter of the sides"
+    )
     limits = inversion_limits(clean)
     if few:
         ending = "" if statistic == "log_ratio" else "; the value is log(median norm / least norm)"
@@ -127,6 +132,16 @@ def describe_unreached(
     )
 
 
+def measure_concentration(masks: Tensor) -> Tensor:
+    """The share of each mask (G, 1, H, W) in the window, a quarter of the sides, that holds most of it.
+
+    A patch lies in one place; a class's own features are found all over an image.
+    """
+    window = (max(1, masks.shape[2] // 4), max(1, masks.shape[3] // 4))
+    most = F.avg_pool2d(masks, window, stride=1).amax((1, 2, 3)) * (window[0] * window[1])
+    return most / masks.sum((1, 2, 3)).clamp(min=1e-12)
+
+
 def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[str, Any]]:
     """Every target with its trigger's norm, success and whether it was reached, smallest first."""
     facts = zip(
@@ -136,6 +151,7 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
         triggers.reached.tolist(),
         triggers.starts.tolist(),
         triggers.agreement.tolist(),
+        measure_concentration(triggers.masks).tolist(),
         strict=True,
     )
     rows = [
@@ -145,9 +161,10 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
             "success": round(success, 4),
             "reached": reached,
             "starts": [round(start, 3) if start < torch.inf else None for start in starts],
+            "concentration": round(share, 3),
             "agreement": None if agreement != agreement else round(agreement, 3),
         }
-        for name, norm, success, reached, starts, agreement in facts
+        for name, norm, success, reached, starts, agreement, share in facts
     ]
     return sorted(rows, key=lambda row: row["norm"])
 

@@ -16,6 +16,10 @@ from typing import Any, Literal
 Grade = Literal["strong evidence", "some evidence", "none found", "could not tell"]
 STRONG, SOME = 1.2, 0.8  # least statistic of each grade
 SURE_P = 0.01  # a p-value that takes nothing off the ratio
+SPREAD = (
+    0.6,
+    0.9,
+)  # concentrations of a mask that say nothing, and that take nothing off the ratio
 LEAST_SHARE = 0.5  # of the targets that a trigger must have reached for any verdict
 
 
@@ -48,8 +52,9 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
     targets = notes.get("targets")
     if not notes.get("unaided") or not targets:
         return None
-    ratio, p = (float(evidence[name]["value"]) for name in ("log_ratio", "outlier_p"))
-    statistic = outlier_statistic(ratio, p)
+    names = ("log_ratio", "outlier_p", "concentration")
+    ratio, p, concentration = (float(evidence[name]["value"]) for name in names)
+    statistic = outlier_statistic(ratio, p, concentration)
     unreached = len(notes["unreached"])
     target = notes["target"]
     reached = len(targets) - unreached
@@ -80,9 +85,14 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
     return UnaidedVerdict(grade, statistic, target, sentence)
 
 
-def outlier_statistic(ratio: float, p: float) -> float:
-    """The logarithm of median norm / least norm, less where the others spread widely.
+def outlier_statistic(ratio: float, p: float, concentration: float) -> float:
+    """The logarithm of median norm / least norm, as far as something says that it is no accident.
 
-    It is multiplied by log p / log SURE_P where that is below 1.
+    That is the p-value among the encoder's own classes, by log p / log SURE_P, or the least mask's
+    concentration, from 0 at the one to 1 at the other of `SPREAD`: whichever says more, at most 1.
+    Where an edited encoder lets all classes be reached through the trigger, none is an outlier, but
+    the least mask lies in one place.
     """
-    return ratio * min(1.0, math.log(max(p, 1e-300)) / math.log(SURE_P))
+    by_p = math.log(max(p, 1e-300)) / math.log(SURE_P)
+    by_place = (concentration - SPREAD[0]) / (SPREAD[1] - SPREAD[0])
+    return ratio * min(1.0, max(by_p, by_place, 0.0))

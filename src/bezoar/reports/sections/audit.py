@@ -43,7 +43,7 @@ def build_page(run: Run) -> Page:
         "The encoder that is audited here was attacked on purpose: "
         f"{metric_names.describe_goals(view.goals)}. The audits did not know."
     )
-    suffixes = (".p_value", ".sensitivity", ".value")
+    suffixes = (".statistic", ".least_norm", ".p_value", ".sensitivity", ".value")
     return Page(
         str(view.notes.get("verdict") or "This audit was not finished."),
         lead(view) if (run.path / VERDICT_FILE).exists() else "",
