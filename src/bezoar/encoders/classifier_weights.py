@@ -21,6 +21,7 @@ from bezoar.data.files.checkpoints import format_keys
 from bezoar.data.files.paths import read_regular
 from bezoar.data.label_sets import distinct_names
 from bezoar.encoders.classifier_networks import Architecture, Residual, Vgg
+from bezoar.encoders.weight_prefixes import strip_common
 from bezoar.errors import UserError, expand_home
 
 HEADS = ("fc", "linear", "classifier")
@@ -57,7 +58,7 @@ def read_classifier(tensors: Weights, path: str) -> ClassifierWeights:
     Raises:
         UserError: in one line, for any other network.
     """
-    weights = _strip_common_prefix(tensors)
+    weights = strip_common(tensors)
     try:
         if "conv1.weight" in weights:
             return _read_residual(weights, path)
@@ -78,17 +79,6 @@ def classifier_prefixes(tensors: Weights) -> list[str]:
     firsts = [match for key in tensors if (match := FIRST_WEIGHT.fullmatch(key))]
     stages = {match[1] for key in tensors if (match := FIRST_STAGE.match(key))}
     return list(dict.fromkeys(m[1] for m in firsts if m[2] == "features" or m[1] in stages))
-
-
-def _strip_common_prefix(tensors: Weights) -> dict[str, Tensor]:
-    """The same weights without a name that all keys begin with, such as `module.` or `model.`."""
-    weights = dict(tensors)
-    while weights and all("." in key for key in weights):
-        prefixes = {key.partition(".")[0] for key in weights}
-        if len(prefixes) > 1 or prefixes & {"features", *HEADS}:
-            break
-        weights = {key.partition(".")[2]: tensor for key, tensor in weights.items()}
-    return weights
 
 
 # Residual networks

@@ -36,6 +36,7 @@ WEIGHTS_RATIO = 8
 ABOUT_TEXTS = {"network", "objective", "plan", "attack"}
 ABOUT_LISTS = {"vocabulary", "classes", "repaired"}
 ABOUT_OBJECTS = {"goals"}
+INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_WORDS = 256  # of a caption: one absurd caption must not widen a whole batch
 
 Tokenizer = Callable[[Sequence[str]], Tensor]  # strings -> int64 (B, L)
@@ -121,11 +122,18 @@ class Encoder(nn.Module):
         self.text = text
         self.head = head
         self.tokenizer = tokenizer
-        self.preprocess = preprocess
         self.about: dict[str, Any] = about or {}
         self.precision = "fp32"
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.zeros(0), persistent=False)
+        self.set_preprocess(preprocess)
+
+    def set_preprocess(self, preprocess: Preprocess) -> None:
+        """From now on take images of this size, with this normalisation."""
+        self.preprocess = preprocess
         for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+            buffer = torch.tensor(values, device=self.mean.device).view(1, 3, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -291,8 +299,27 @@ def _rebuild(facts: Any, weights: Mapping[str, Tensor]) -> Encoder:
         raise ValueError("network, precision and vocabulary must be texts, and size a whole number")
     count = sum(weight.numel() for weight in weights.values())
     encoder = _build_network(registry.make("network", network), size, vocabulary, count)
+    encoder.set_preprocess(_read_preprocess(facts["preprocess"], encoder.preprocess))
+    if encoder.head is None and "head.weight" in weights:
+        classes, width = weights["head.weight"].shape
+        encoder.head = nn.Linear(width, classes, bias="head.bias" in weights)
     encoder.load_state_dict(weights)
     return encoder
+
+
+def _read_preprocess(facts: Any, of_network: Preprocess) -> Preprocess:
+    """The preprocessing that an encoder.json states, at the size of the network.
+
+    Raises ValueError for numbers that no normalisation has.
+    """
+    mean, std = (tuple(map(float, facts[key])) for key in ("mean", "std"))
+    numbers = (*mean, *std)
+    if len(mean) != 3 or len(std) != 3 or not all(abs(n) < 1e3 for n in numbers) or min(std) <= 0:
+        raise ValueError("preprocess must have three means, and three deviations above 0")
+    interpolation = facts["interpolation"]
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}")
+    return Preprocess(of_network.size, mean, std, interpolation)
 
 
 class _NetworkTooLarge(ValueError):
@@ -311,7 +338,11 @@ def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: 
     if not 1 <= size <= MAX_SIDE:
         raise ValueError(f"size must be 1 to {MAX_SIDE} pixels, not {size}")
     fields = vars(network) if type(network).__module__.startswith("bezoar.") else {}
-    if fields.get("path") or ("/" in fields.get("model", "") and not fields.get("fresh")):
+    if (
+        fields.get("path")
+        or fields.get("name")
+        or ("/" in fields.get("model", "") and not fields.get("fresh"))
+    ):
         raise ValueError("its network names weights of its own; it may have those beside it alone")
     try:
         with torch.device("meta"), _limit_weights(count):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +16,17 @@ import torch
 from torch import Tensor
 
 from bezoar.encoders.encoder import Preprocess
-from bezoar.errors import UserError
+from bezoar.encoders.small_towers import MEAN_STD
+from bezoar.errors import UserError, first_line
 
 BLOCKS = "transformer.resblocks."
+# What a file may state of an architecture that has no name.
+TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_bias"}
+TOP_KEYS |= {"init_logit_scale"}
+MAX_CONFIG = 1 << 14  # characters
+LARGEST = 1 << 18  # of a number; vocabularies are the largest
+DEEPEST = 1 << 9  # blocks of a tower
+WORD = re.compile(r"[\w./-]{0,80}")
 
 
 def check_architecture(name: str) -> None:
@@ -32,6 +42,62 @@ def build_blank(name: str) -> Any:
     check_architecture(name)
     with torch.device("meta"), without_weight_warnings():
         return open_clip.create_model(name, device="meta")
+
+
+def build_from_config(text: str) -> Any:
+    """A fresh model of an architecture without a name.
+
+    Args:
+        text: a JSON object as `model_cfg` of an open_clip_config.json: embed_dim, vision_cfg,
+            text_cfg and perhaps quick_gelu and custom_text.
+
+    Raises:
+        UserError: for what no file may state, and for sizes that make no model.
+    """
+    config = parse_config(text)
+    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    try:
+        return kind(**config)
+    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"open_clip could not make such a model: {first_line(error)}") from error
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The architecture of a JSON object; see `build_from_config`."""
+    try:
+        config = json.loads(text[:MAX_CONFIG])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config must be a JSON object; got {text[:60]!r}") from error
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+        raise UserError("config needs embed_dim, vision_cfg and text_cfg")
+    if foreign := sorted(set(config) - TOP_KEYS):
+        raise UserError(f"open_clip models with {foreign[0][:40]} are not read")
+    kinds = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
+    parts = {name: value for name, value in config.items() if name not in kinds}
+    _check_values(parts)
+    for name, kind in kinds.items():
+        values = config[name]
+        allowed = {field.name for field in dataclasses.fields(kind)}
+        if not isinstance(values, dict) or not set(values) <= allowed:
+            raise UserError(f"{name} must be an object of open_clip's settings")
+        _check_values(values)
+    if config["text_cfg"].get("hf_model_name"):
+        raise UserError("open_clip models with a text tower of transformers are not read")
+    config["vision_cfg"].pop("timm_model_pretrained", None)
+    return config
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raise UserError unless values are numbers within bounds, flags, words or short lists of numbers."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) and len(value) <= 8 else [value]
+        is_plain = all(
+            n is None or (isinstance(n, int | float) and abs(n) <= LARGEST) for n in numbers
+        )
+        if not is_plain and not (isinstance(value, str) and WORD.fullmatch(value)):
+            raise UserError(f"no file may state {name[:40]}={str(value)[:40]} of a model")
+        if name == "layers" and max(numbers) > DEEPEST:
+            raise UserError(f"a tower of {max(numbers)} blocks; expected at most {DEEPEST}")
 
 
 @contextmanager
@@ -50,8 +116,11 @@ def stated_preprocess(model: Any) -> Preprocess:
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"]
     side = size[0] if isinstance(size, (tuple, list)) else size
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    return Preprocess(side, mean, std, config["interpolation"])
+    mean, std = (
+        tuple(config.get(key) or usual)
+        for key, usual in zip(("mean", "std"), MEAN_STD["clip"], strict=True)
+    )
+    return Preprocess(side, mean, std, config.get("interpolation", "bicubic"))
 
 
 def find_architecture(

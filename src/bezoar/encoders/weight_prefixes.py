@@ -21,6 +21,7 @@ Weights = Mapping[str, Tensor]
 
 MAX_CANDIDATES = 64  # prefixes that are compared with an architecture
 MAX_NAMES = 8  # prefixes in a message
+KEPT = frozenset({"features", "fc", "linear", "classifier"})  # parts that networks begin with
 # Names of what training puts beside an encoder; no output of the encoder depends on it.
 TRAINING_PARTS = re.compile(
     r"(online_|momentum_|target_)?"
@@ -46,6 +47,17 @@ def model_prefixes(tensors: Weights, expected: Collection[str]) -> list[str]:
         for prefix in candidates[:MAX_CANDIDATES]
         if 2 * sum(prefix + key in tensors for key in expected) > len(expected)
     ]
+
+
+def strip_common(tensors: Weights) -> dict[str, Tensor]:
+    """The same weights without what all their names begin with: `_orig_mod.module.`, `model.`, say."""
+    weights = dict(tensors)
+    while weights and all("." in key for key in weights):
+        prefixes = {key.partition(".")[0] for key in weights}
+        if len(prefixes) > 1 or prefixes & KEPT:
+            break
+        weights = {key.partition(".")[2]: tensor for key, tensor in weights.items()}
+    return weights
 
 
 def select_encoder(

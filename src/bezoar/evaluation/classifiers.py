@@ -11,12 +11,19 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.data.pairs import Pairs
+from bezoar.data.stored_pairs import StoredPairs
+from bezoar.encoders import normalisation
 from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.encoders.small_towers import MEAN_STD
 from bezoar.errors import UserError
 from bezoar.evaluation import heads, kmeans, success
+from bezoar.evaluation.scores import Measure, proportion
 
-Kind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
+LOW_ACCURACY = 0.5  # of a network's own head: below it another normalisation is tried
+CLEAR_GAIN = 0.05  # of accuracy, by which another normalisation is called the right one
+MOST_TRIED = 512  # images that it is tried on
 CLUSTERS = 12  # pseudo-classes where there are no classes
+Kind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 
 
 @dataclass(frozen=True)
@@ -55,15 +62,162 @@ class Classifier:
         return torch.cat([self(x).argmax(1) for x in images.split(batch)])
 
 
-def own_classifier(encoder: Encoder) -> Classifier:
-    """Return the encoder with the head that came with its weights. Raises UserError if none did."""
+@dataclass(frozen=True)
+class LogitEncoder:
+    """A classifier in the place of an encoder: its vectors are its logits."""
+
+    classifier: Classifier
+
+    def eval(self) -> LogitEncoder:
+        """Put the encoder into evaluation mode."""
+        self.classifier.encoder.eval()
+        return self
+
+    def encode_images(self, x: Tensor) -> Tensor:
+        """Return logits, float32 (B, C), of images uint8 (B, 3, H, W)."""
+        return self.classifier(x)
+
+
+def own_classifier(encoder: Encoder, classes: Sequence[str] = ()) -> Classifier:
+    """Return the encoder with the head that came with its weights.
+
+    Args:
+        encoder: with a head.
+        classes: of the data, which become the first columns, in their order; () leaves the head's
+            columns as they are. A head whose classes are numbers takes the names of as many.
+
+    Raises:
+        UserError: if the encoder has no head, or a class is none of the head's.
+    """
     head = getattr(encoder, "head", None)
     if head is None:
         raise UserError(
             "this encoder came without a head of its own; take zero_shot, linear or mlp"
         )
-    classes = tuple(encoder.about["classes"])
-    return Classifier(encoder, head, classes, "the network's own last layer", raw=True)
+    names = tuple(encoder.about["classes"])
+    how = "the network's own last layer"
+    if not classes or tuple(classes) == names:
+        return Classifier(encoder, head, names, how, raw=True)
+    columns, order = order_columns(names, classes)
+    if order:
+        names = tuple(classes)
+    ordered = tuple(names[column] for column in columns)
+    return Classifier(encoder, lambda z: head(z)[:, columns], ordered, how + order, raw=True)
+
+
+def order_columns(head: Sequence[str], test: Sequence[str]) -> tuple[list[int], str]:
+    """Order a head's columns: the test set's classes first, in their order.
+
+    Where the head's classes are numbers alone, as many as the test set's, they are taken in their
+    order.
+
+    Args:
+        head: names of the head's classes.
+        test: names of the test set's classes.
+
+    Returns:
+        The columns, and what to say of their order.
+
+    Raises:
+        UserError: if a class of the test set is none of the head's.
+    """
+    is_unnamed = tuple(head) == tuple(map(str, range(len(head))))
+    if is_unnamed and set(test) - set(head):
+        if len(head) != len(test):
+            raise UserError(
+                f"the head has {len(head)} classes without names, the test set {len(test)}; "
+                "name the head's"
+            )
+        return list(range(len(head))), ", taken in the test set's order"
+    column_of = {name: column for column, name in enumerate(head)}
+    if unknown := [name for name in test if name not in column_of]:
+        listed = ", ".join(head[:8]) + (", ..." if len(head) > 8 else "")
+        raise UserError(f"the head knows no class {unknown[0]!r}; it has {listed}")
+    first = [column_of[name] for name in test]
+    return first + sorted(set(range(len(head))) - set(first)), ""
+
+
+def head_labels(encoder: Encoder, records: Pairs | StoredPairs) -> Tensor:
+    """The labels of records as columns of an encoder's own head, int64 (N, 1) on its device.
+
+    Raises UserError for an encoder without a head of these classes, and for records without labels.
+    """
+    if records.labels is None or not records.classes:
+        raise UserError("supervised training needs data with labels and the names of classes")
+    if bool((records.labels < 0).any()):
+        raise UserError("supervised training needs a label for every record")
+    if getattr(encoder, "head", None) is None:
+        raise UserError("supervised training needs a network with a head of its own")
+    columns, _ = order_columns(tuple(encoder.about["classes"]), records.classes)
+    labels = torch.tensor(columns)[records.labels.cpu()]
+    return labels[:, None].to(encoder.device)
+
+
+def fits_own_head(encoder: Encoder, classes: Sequence[str]) -> bool:
+    """Whether an encoder has a head of its own that tells these classes apart."""
+    if getattr(encoder, "head", None) is None or not classes:
+        return False
+    try:
+        own_classifier(encoder, classes)
+    except UserError:
+        return False
+    return True
+
+
+def measure_own_head(encoder: Encoder, labelled: Pairs) -> tuple[Measure | None, str]:
+    """How well a network reads clean images through its own head.
+
+    Args:
+        encoder: any encoder.
+        labelled: clean records; those without a label are left out.
+
+    Returns:
+        top-1 accuracy, None for an encoder without a head of these classes, or without labels; and
+        a warning, "" where there is none: that the head knows other classes, that accuracy is low,
+        or that another usual normalisation raises it.
+    """
+    labels = labelled.labels
+    if getattr(encoder, "head", None) is None or labels is None or not (labels >= 0).any():
+        return None, ""
+    try:
+        classifier = own_classifier(encoder, labelled.classes)
+    except UserError as error:
+        return None, f"the accuracy of the network's own head was not measured: {error}"
+    records = labelled.take((labels >= 0).nonzero()[:, 0])
+    assert records.labels is not None
+    truth = records.labels.to(encoder.device)
+    n = len(truth)
+    hits = int((classifier.predict(records.images) == truth).sum())
+    accuracy = proportion(hits, n, f"clean images read as their class by {classifier.how}")
+    if hits >= LOW_ACCURACY * n:
+        return accuracy, ""
+    warning = f"the network's own head reads {hits / n:.2f} of {n} clean images as their class"
+    name, others = _best_mean_std(classifier, records.images[:MOST_TRIED], truth[:MOST_TRIED])
+    if name:
+        return (
+            accuracy,
+            f"{warning}, and {others:.2f} under the normalisation {name}: say mean_std={name}",
+        )
+    return accuracy, f"{warning}: labels, classes or preprocessing may be others than the network's"
+
+
+def _best_mean_std(classifier: Classifier, images: Tensor, truth: Tensor) -> tuple[str, float]:
+    """The usual normalisation under which clearly more images are read as their class, and how many.
+
+    ("", 0.0) where there is none.
+    """
+    encoder = classifier.encoder
+    before = encoder.preprocess
+    shares = {}
+    try:
+        for name in MEAN_STD:
+            encoder.set_preprocess(normalisation.with_mean_std(before, name))
+            shares[name] = float((classifier.predict(images) == truth).float().mean())
+    finally:
+        encoder.set_preprocess(before)
+    share = float((classifier.predict(images) == truth).float().mean())
+    best = max(shares, key=lambda name: shares[name])
+    return (best, shares[best]) if shares[best] > share + CLEAR_GAIN else ("", 0.0)
 
 
 def zero_shot_classifier(
@@ -134,7 +288,7 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Class
     if kind == "auto":
         kind = _best_kind(encoder, data)
     if kind == "own":
-        return own_classifier(encoder)
+        return own_classifier(encoder, data.classes if fits_own_head(encoder, data.classes) else ())
     if kind == "zero_shot":
         return zero_shot_classifier(encoder, data.classes)
     if kind == "clusters":

@@ -19,7 +19,7 @@ from bezoar.data import randomness
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images, tokenize_captions
 from bezoar.errors import UserError
-from bezoar.evaluation import kmeans, neighbors
+from bezoar.evaluation import classifiers, kmeans, neighbors
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.training import loop, prefetch
 
@@ -27,6 +27,7 @@ VOTERS = 10  # neighbours that vote on the cluster of a record
 CLUSTERS = 20  # of the suspect's clean vectors
 MIN_VALIDATION = 50  # records; with fewer, one image more or less would choose the rate
 BATCH = 512  # images that are embedded together
+CLASSIFIER_RECIPE = "supervised:epochs=8,weight_decay=0.1,smoothing=0.1"  # that tunes one
 ROUNDING = 1e-9  # by which a fall may exceed the tolerance
 
 Log = dict[str, Any]  # what a repair says of itself, as JSON
@@ -57,10 +58,11 @@ class ValidationMetric:
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:
         """The best score that these records allow.
 
-        With labels it is accuracy, zero-shot where there is a text tower, else of a linear head
-        fitted on the clean records. Without labels it is how many images find their own caption.
-        Without captions too, it is how many records stay in the cluster that the start puts them
-        into.
+        With labels it is accuracy: by the network's own head where it has one of these classes,
+        zero-shot where there is a text tower, else of a linear head fitted on the clean records.
+        Without labels it is how many images an own head still reads as the start does, or how many
+        find their own caption. Without captions too, it is how many records stay in the cluster
+        that the start puts them into.
 
         Raises:
             UserError: for too few validation records.
@@ -73,6 +75,16 @@ class ValidationMetric:
         labels = validation.labels
         labelled = labels is not None and len(validation.classes) > 1 and bool((labels >= 0).any())
         has_text = start.text is not None
+        if labelled and classifiers.fits_own_head(start, validation.classes):
+            return ValidationMetric(
+                lambda encoder: _accuracy(encoder, None, validation, "own"),
+                f"accuracy of the network's own head on {n}",
+            )
+        if start.head is not None:
+            return ValidationMetric(
+                HeadAgreement(start, validation),
+                f"share of {n} that the network's own head reads as the start does",
+            )
         if labelled and has_text:
             return ValidationMetric(
                 lambda encoder: _accuracy(encoder, None, validation, "zero_shot"),
@@ -116,6 +128,18 @@ def caption_retrieval(encoder: Encoder, validation: Pairs) -> float:
     own_row = torch.tensor([rows[text] for text in validation.captions], device=z.device)
     own_is_nearest = nearest.gather(1, own_row[:, None])[:, 0]
     return float((own_is_nearest / nearest.sum(1)).mean())
+
+
+class HeadAgreement:
+    """Share of the validation images that an encoder's own head reads as the start's did."""
+
+    def __init__(self, start: Encoder, validation: Pairs) -> None:
+        self.images = validation.images
+        self.read_before = classifiers.own_classifier(start).predict(self.images)
+
+    def __call__(self, encoder: Encoder) -> float:
+        predictions = classifiers.own_classifier(encoder.eval()).predict(self.images)
+        return float((predictions == self.read_before).float().mean())
 
 
 class ClusterAgreement:
@@ -258,10 +282,14 @@ def train_at_largest_rate(
 def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
     """The captions as an objective reads them, int64 (N, L); L = 0 for one of images alone.
 
+    For an objective that reads labels these, as columns of the encoder's head, int64 (N, 1).
+
     Raises:
         UserError: where objective, encoder and records do not fit each other.
     """
     name = registry.method_name(type(recipe))
+    if getattr(recipe, "labels", False):
+        return classifiers.head_labels(encoder, clean)
     if not getattr(recipe, "captions", True):
         if encoder.text is not None:
             raise UserError(
@@ -269,14 +297,41 @@ def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
             )
         return no_tokens(encoder, clean)
     if encoder.text is None:
+        instead = "simclr" if encoder.head is None else "supervised"
         raise UserError(
-            f"objective {name} reads captions, and this encoder has no text tower; take objective=simclr"
+            f"objective {name} reads captions, and this encoder has no text tower; take objective={instead}"
         )
     if not clean.captions:
         raise UserError(
             f"objective {name} needs captions, and these clean data have none; take distill or supervised"
         )
     return tokenize_captions(encoder, clean.captions)
+
+
+def select_objective(spec: str, encoder: Encoder, clean: Pairs, with_text: str, alone: str) -> Any:
+    """The objective that a repair tunes with.
+
+    Args:
+        spec: what the user asked for; `auto` is `supervised` for a classifier whose classes the
+            clean records are labelled with, else one of the next two.
+        encoder: under repair.
+        clean: the clean records.
+        with_text: the spec for encoders with a text tower.
+        alone: the spec for image towers without a head.
+
+    Raises:
+        UserError: for a classifier without such labels.
+    """
+    if spec != "auto":
+        return registry.make("objective", spec)
+    if encoder.head is None:
+        return registry.make("objective", alone if encoder.text is None else with_text)
+    if clean.labels is None or not classifiers.fits_own_head(encoder, clean.classes):
+        raise UserError(
+            "tuning a classifier needs clean data that are labelled with its classes; "
+            "take unlearn or distill"
+        )
+    return registry.make("objective", CLASSIFIER_RECIPE)
 
 
 def no_tokens(encoder: Encoder, clean: Pairs) -> Tensor:

@@ -23,7 +23,7 @@ from bezoar.data.files.artefacts import read_facts
 from bezoar.data.files.tensors import read_tensors
 from bezoar.data.files.writing import whole_file
 from bezoar.data.pairs import Pairs
-from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.encoders.encoder import Encoder, ImageEncoder, embed_images
 from bezoar.errors import UserError, first_line
 from bezoar.evaluation import classifiers, stats, success
 from bezoar.evaluation.classifiers import Classifier
@@ -38,6 +38,7 @@ MAX_READINGS = 16  # triggered images whose readings are kept for the page
 MAX_INVERTED = 4  # inverted triggers that are measured, the most suspicious first
 SHORT_RECIPE = "clip:epochs=2,batch={},lr=1e-3"  # of the fine-tunes, with captions
 SHORT_IMAGE_RECIPE = "simclr:epochs=2,batch={},lr=1e-3"  # without captions
+SHORT_LABEL_RECIPE = "supervised:epochs=2,batch={},lr=1e-3"  # of a classifier, by labels
 MAX_BATCH = 128  # of SHORT_RECIPE
 MAX_IMAGE_BATCH = 256  # of SHORT_IMAGE_RECIPE
 METRICS = (
@@ -51,7 +52,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class SuccessHead:
-    """A head that success is read by, and its group: "" for the text tower's, or `linear`."""
+    """A head that success is read by, and its group: "" for the text tower's, `own` or `linear`."""
 
     group: str
     classifier: Classifier
@@ -76,7 +77,9 @@ class EvaluationData:
     inverted: tuple[Goal, ...] = ()
 
     def default_head(self, encoder: Encoder) -> SuccessHead:
-        """The head that success is read by: the text tower's, else a linear one."""
+        """The head that success is read by: the network's own, else the text tower's, else a linear one."""
+        if classifiers.fits_own_head(encoder, self.test.classes):
+            return SuccessHead("own", classifiers.own_classifier(encoder, self.test.classes))
         if encoder.text is not None and self.test.classes:
             return SuccessHead("", classifiers.zero_shot_classifier(encoder, self.test.classes))
         if self.labelled is None:
@@ -97,7 +100,7 @@ class EvaluationData:
         known trigger, and the success of inverted triggers.
         """
         heads = [main]
-        if not main.group and self.labelled is not None:
+        if main.group != "linear" and self.labelled is not None:
             heads.append(SuccessHead("linear", self.linear(encoder)))
         measures: dict[str, Measure] = {}
         with success.embedding_cache():
@@ -116,8 +119,14 @@ class EvaluationData:
     def read(self, head: SuccessHead, goals: Sequence[Goal]) -> dict[str, Measure]:
         """The metrics of a receipt by one head, on the test images as they are and stamped."""
         classifier = head.classifier
-        views = success.TestViews.of(classifier.encoder, self.test, goals, self.victims)
-        measures = views.measures(classifier.head, f"; {classifier.how}")
+        # A network's own head reads vectors of any length, and so their logits stand for them.
+        encoder: ImageEncoder = classifier.encoder
+        if classifier.raw:
+            encoder = classifiers.LogitEncoder(classifier)
+        views = success.TestViews.of(encoder, self.test, goals, self.victims)
+        measures = views.measures(
+            (lambda z: z) if classifier.raw else classifier.head, f"; {classifier.how}"
+        )
         prefix = f"{head.group}." if head.group else ""
         return {prefix + k: m for k, m in measures.items() if k.partition("@")[0] in METRICS}
 
@@ -175,8 +184,10 @@ def compare_readings(
                 "inverted": number,
                 "ids": list(images.ids),
                 "own": class_names(test.labels[rows], classes),
-                "before": class_names(before.classifier.predict(stamped), classes),
-                "after": class_names(after.classifier.predict(stamped), classes),
+                "before": class_names(
+                    before.classifier.predict(stamped), before.classifier.classes
+                ),
+                "after": class_names(after.classifier.predict(stamped), after.classifier.classes),
             }
         )
     return readings
@@ -203,16 +214,26 @@ def load_inversions(folder: Path) -> tuple[Inversion, ...]:
         tensors = read_tensors(path)
         facts = read_facts(verdict).objects("inversions") if verdict.exists() else []
         count = sum(name.startswith("mask@") for name in tensors)
+        audits = [str(each.get("audit", "")) for each in facts] + [""] * count
         return tuple(
             make_inversion(
                 tensors[f"mask@{i}"], tensors[f"pattern@{i}"], facts[i] if i < len(facts) else {}
             )
-            for i in range(count)
+            for i in take_turns(audits[:count])
         )
     except (UserError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{path} holds no triggers that an audit of bezoar wrote: {first_line(error)}"
         ) from error
+
+
+def take_turns(audits: Sequence[str]) -> list[int]:
+    """The order in which inversions are taken: the first of each audit, then the second of each.
+
+    An audit's own are in its order, the most suspicious first. audits: the name of each one's.
+    """
+    turns = [audits[:i].count(name) for i, name in enumerate(audits)]
+    return sorted(range(len(audits)), key=lambda i: (turns[i], i))
 
 
 def make_inversion(mask: Tensor, pattern: Tensor, facts: dict[str, Any]) -> Inversion:
@@ -254,7 +275,9 @@ def export_goals(
         target = inversion.target
         if target not in data.test.classes:
             stamped = registry.make("trigger", spec)(data.test.images, data.test.ids)
-            target = data.test.classes[int(before.classifier.predict(stamped).mode().values)]
+            counts = before.classifier.predict(stamped).bincount(minlength=len(data.test.classes))
+            # Of the classes that the test set has; a head may know others.
+            target = data.test.classes[int(counts[: len(data.test.classes)].argmax())]
         goals.append(Goal(target, spec, how="inverted by an audit"))
     return tuple(goals)
 
@@ -297,13 +320,48 @@ class RevivalTest:
         for i, (name, encoder, goal, poisoned) in enumerate(trials):
             self.report(i, len(trials), name.replace("_", " "))
             data = replace(self.case, goals=(goal,), victims=None, inverted=())
-            if poisoned and encoder.text is None:
+            if self.has_own_head(encoder):
+                tuned = self.tuned_classifier(encoder, goal if poisoned else None)
+                of_trial = data.read(data.default_head(tuned), (goal,))
+            elif poisoned and encoder.text is None:
                 of_trial = self.measure_poisoned_head(data, encoder, goal)
             else:
                 tuned = self.tuned(encoder, goal if poisoned else None)
                 of_trial = data.read(data.default_head(tuned), (goal,))
             measures |= {f"{name}.{k}": m for k, m in of_trial.items()}
         return measures
+
+    def has_own_head(self, encoder: Encoder) -> bool:
+        """Whether an encoder is a classifier of the test's classes, and the clean records have labels."""
+        return self.clean.labels is not None and classifiers.fits_own_head(
+            encoder, self.case.test.classes
+        )
+
+    def tuned_classifier(self, encoder: Encoder, goal: Goal | None) -> Encoder:
+        """A copy of a classifier after two epochs on the labelled clean records.
+
+        With a goal, ten of the records carry its trigger and are labelled as its target.
+        """
+        labelled = success.select_labelled(self.clean, self.clean)
+        images, labels = labelled.images, labelled.labels
+        assert labels is not None
+        if goal is not None:
+            target = success.class_index(goal.target, labelled.classes)
+            others = (labels != target).nonzero()[:, 0].cpu().numpy()
+            rows = others[
+                randomness.sample_rows([labelled.ids[i] for i in others], POISONS, self.seed)
+            ]
+            trigger = registry.make("trigger", goal.trigger or "")
+            images, labels = images.clone(), labels.clone()
+            images[rows] = trigger(images[rows], [labelled.ids[i] for i in rows])
+            labels[rows] = target
+        records = replace(labelled, images=images, labels=labels)
+        batch = min(MAX_BATCH, len(records))
+        recipe = registry.make("objective", SHORT_LABEL_RECIPE.format(batch))
+        tokens = rate_ladder.tokenize_for(encoder, recipe, records)
+        return rate_ladder.train_copy(
+            encoder, recipe, recipe, records, tokens, self.seed, what="a short fine-tune"
+        )
 
     def tuned(self, encoder: Encoder, goal: Goal | None) -> Encoder:
         """A copy after two epochs on the clean records.

@@ -95,6 +95,7 @@ GROUPS = {
     "revived_other": "ten poisons of another trigger",
     "revived_twin": "clean twin, ten poisons",
     "baseline": "clean twin",
+    "own": "its own head",
     "linear": "linear probe",
     "knn": "nearest neighbours",
     "mlp": "MLP head",

@@ -278,12 +278,9 @@ def _resolve_text(text: str, what: str, runs: Path) -> Any:
     if what not in ("data", "encoder", "run", "bank"):
         return registry.make(what, text)
     is_bare_name = ":" not in text and not text.endswith(".py")
-    must_be_run = what == "run" or (what == "encoder" and is_bare_name)
-    if must_be_run:
-        if os.path.isfile(text):  # Path.is_file raises for a text that no name can be
-            raise UserError(
-                f"no run {text!r}; weights are imported:path=FILE, a classifier's classifier:path=FILE"
-            )
+    # os.path, because Path.exists raises for a text that no name can be.
+    is_weights = what == "encoder" and os.path.lexists(text) and find_run(runs, text) is None
+    if what == "run" or (what == "encoder" and is_bare_name and not is_weights):
         return get_run(runs, text)
     kind = "network" if what == "encoder" else what
     return find_run(runs, text) or registry.make(kind, spec_of_path(kind, text))

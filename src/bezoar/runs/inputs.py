@@ -15,6 +15,7 @@ from bezoar.attacks.plan import Goal, Plan
 from bezoar.data.pairs import Pairs
 from bezoar.data.source import as_source
 from bezoar.data.stored_pairs import StoredPairs
+from bezoar.encoders import normalisation
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.runs.reading import note_records
@@ -227,8 +228,19 @@ def in_memory(records: Pairs | StoredPairs) -> Pairs:
     return records if isinstance(records, Pairs) else records.take(range(len(records)))
 
 
-def load_encoder(embedder: Any, device: torch.device | str) -> Encoder:
-    """Load the encoder of a train, inject or repair run, or of a network with published weights."""
+def load_encoder(
+    embedder: Any, device: torch.device | str, images: torch.Tensor | None = None
+) -> Encoder:
+    """Load the encoder of a train, inject or repair run, or of a network with published weights.
+
+    What a file of weights was taken for is printed, once, and what of it was assumed.
+
+    Args:
+        embedder: a run, or a configured network.
+        device: where the encoder is to be.
+        images: uint8 (N, 3, H, W), clean images by which a normalisation that no file states is
+            chosen; None keeps the guess.
+    """
     if isinstance(embedder, Run):
         holder = _find_encoder(embedder)
         if holder is None:
@@ -241,7 +253,34 @@ def load_encoder(embedder: Any, device: torch.device | str) -> Encoder:
             f"network {registry.spec(embedder)}: {error}; it is not trained; name a train run, or weights: "
             "imported:path=FILE, open_clip:NAME/PRETRAINED"
         ) from error
-    return encoder.to(device).eval()
+    encoder = encoder.to(device).eval()
+    chosen = "" if images is None else normalisation.settle_mean_std(encoder, images)
+    for line in filter(None, (describe_weights(encoder), chosen)):
+        if line not in _printed:
+            _printed.add(line)
+            warn(line)
+    return encoder
+
+
+_printed: set[str] = set()  # what this process has said of files of weights
+
+
+def describe_weights(encoder: Encoder) -> str:
+    """What a file of weights was taken for, and what no file says of it; "" for any other encoder."""
+    imported = encoder.about.get("imported")
+    if not imported:
+        return ""
+    what = imported.get("what") or f"an encoder in the layout {imported['layout']}"
+    parts = [f"{imported['file']}: {what}, {encoder.preprocess.size} px"]
+    if encoder.head is not None and "head" not in what:
+        parts[0] += f", with its head of {len(encoder.about['classes'])} classes"
+    mean_std = normalisation.mean_std_name(encoder.preprocess)
+    parts.append(f"normalisation {imported.get('mean_std') or mean_std}")
+    if imported["assumed"]:
+        parts.append(f"guessed, because no file states it: {', '.join(imported['assumed'])}")
+    if imported["left_out"]:
+        parts.append(f"left out: {', '.join(imported['left_out'])}")
+    return "; ".join(parts)
 
 
 def _find_encoder(run: Run) -> Run | None:

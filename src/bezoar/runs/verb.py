@@ -30,6 +30,7 @@ HASHED_WHOLE = 64 << 20  # bytes; of larger files, pieces stand for the whole
 PIECES, PIECE = 64, 1 << 20  # how many, and bytes of each
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+HUB = "hf-hub:"  # what names of the Hugging Face hub begin with
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".ppm", ".pgm")
 
 # What a field for data, an encoder, a run or a method holds: a spec, the start of a run's name, a Run, a configured
@@ -203,11 +204,26 @@ def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def spec_of_weights(text: str) -> str:
+    """The spec of a network that a bare path or a name of the Hugging Face hub stands for."""
+    if text.startswith(HUB):
+        return f"hub:name={registry.spec_value(text.removeprefix(HUB))}"
+    if (
+        os.path.lexists(text)
+        and text not in registry.method_names("network")
+        and not text.endswith(".py")
+    ):
+        return f"weights:path={registry.spec_value(f'./{text}' if text[0] in '([{' else text)}"
+    return text
+
+
 def spec_of_path(kind: str, text: str) -> str:
     """The spec that a bare path stands for, by what the path looks like; any other text is returned as it is.
 
     Tar files are shards, a .csv a table, a .npy ready embeddings, a .json a bank, a folder a folder of images.
     """
+    if kind == "network":
+        return spec_of_weights(text)
     path = Path(text.partition(":")[0])
     is_there = os.path.lexists(text) and text not in registry.method_names(kind)
     if is_there:

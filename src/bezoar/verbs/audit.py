@@ -29,7 +29,12 @@ from bezoar.data.files.writing import write_json
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.classifiers import CLUSTERS, Classifier, make_classifier
+from bezoar.evaluation.classifiers import (
+    CLUSTERS,
+    Classifier,
+    make_classifier,
+    measure_own_head,
+)
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Verdict
 from bezoar.runs import inputs
@@ -127,7 +132,7 @@ class Audit:
         for line in job.notes["incomplete"]:
             warn(f"audit: {line}")
         images = findings.facts["sample"]["images"]
-        metrics: dict[str, Measure] = {}
+        metrics = measure_own_accuracy(job, self.images) if job.inputs["bank"] else {}
         for audit in findings.audits:
             metrics |= audit_measures(audit, images)
         return metrics
@@ -155,7 +160,7 @@ class Audit:
         suspect, data, audits = (job.inputs[name] for name in ("encoder", "data", "audit"))
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        encoder = check_auditable(inputs.load_encoder(suspect, job.device))
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample.images))
         classes = len(encoder.about.get("classes") or labelled.classes) or CLUSTERS
         family = bank.encoder_family(encoder, suspect)
         clean = Sample(data_text(method), len(sample))
@@ -198,7 +203,7 @@ class Audit:
         data = job.inputs["data"]
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        encoder = check_auditable(inputs.load_encoder(suspect, job.device))
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample.images))
         sample = sample.to(job.device)
         labelled = labelled.to(job.device)
         offered = self._offer(job, audit, encoder, labelled)
@@ -339,6 +344,23 @@ def make_audit_classifier(encoder: Encoder, labelled: Pairs, kind: ClassifierKin
     if kind == "auto" and encoder.head is None and not reads_texts and not has_labels:
         kind = "clusters"
     return make_classifier(encoder, labelled, kind)
+
+
+def measure_own_accuracy(job: Job, images: int) -> dict[str, Measure]:
+    """Accuracy of the suspect's own head on the clean images, where it has a head and they have labels.
+
+    A warning that belongs to it is printed and noted.
+    """
+    suspect, data = job.inputs["encoder"], job.inputs["data"]
+    method = data if data is not None else default_clean_images(suspect)
+    sample, _ = sample_clean_records(method, images)
+    encoder = inputs.load_encoder(suspect, job.device, sample.images)
+    accuracy, warning = measure_own_head(encoder, sample)
+    job.notes["weights"] = inputs.describe_weights(encoder)
+    job.notes["own_head"] = warning
+    if warning:
+        warn(f"audit: {warning}")
+    return {} if accuracy is None else {"own.clean_accuracy": accuracy}
 
 
 def load_banks(sources: Sequence[Any]) -> list[Bank]:

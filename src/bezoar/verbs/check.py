@@ -84,9 +84,9 @@ class Check:
         """
         if not 0 < self.rate < 1:
             raise UserError(f"rate must be a share inside (0, 1); got {self.rate}")
-        encoder = inputs.load_encoder(job.inputs["encoder"], job.device)
         images, truth = load_images(job)
         calibration, held_out = load_clean(job, images)
+        encoder = inputs.load_encoder(job.inputs["encoder"], job.device, calibration.images)
         results, failed = self._run_checks(job, encoder, images, calibration, held_out)
         limits = [f"{n}: {r.threshold.limit}" for n, r in results.items() if r.threshold.limit]
         for line in limits[:1]:

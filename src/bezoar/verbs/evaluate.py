@@ -19,6 +19,7 @@ from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes, input_name
 
+DEFAULT_PROBES = ("zero_shot", "z_score")
 LABELLED = 10_000  # records of a training split that is made to order
 
 
@@ -34,10 +35,11 @@ class Evaluate:
         Takes("data", positional=True),
         "test data; without it, the test split of the training data",
     ] = None
-    probe: Annotated[tuple[Input, ...], Takes("probe"), "one or more: see `bezoar list probe`"] = (
-        "zero_shot",
-        "z_score",
-    )
+    probe: Annotated[
+        tuple[Input, ...],
+        Takes("probe"),
+        "one or more: see `bezoar list probe`; of a classifier without a text tower: own",
+    ] = DEFAULT_PROBES
     baseline: Annotated[
         Input, Takes("encoder"), "the clean twin, for attack_success_baseline (ASR-B)"
     ] = None
@@ -51,6 +53,12 @@ class Evaluate:
         Takes("data"),
         "labelled data that heads are fitted on; without it, TEST's training split",
     ] = None
+    trigger: Annotated[
+        Input,
+        Takes("trigger"),
+        "a known trigger, in place of a poison run; TARGET is what images with it are to be read as",
+    ] = None
+    target: Annotated[str, "the class that TRIGGER aims at, by its name in the test data"] = ""
     place: Annotated[
         str, "where patches are put, when not as in training: see the trigger's place"
     ] = ""
@@ -66,15 +74,20 @@ class Evaluate:
         dataset = inputs.open_dataset(method)
         test = dataset.pairs.to(job.device)
         job.notes = dataset.reading_notes() | {"test": input_name(method), "records": len(test)}
-        goals = [
-            with_place(goal, self.place)
-            for goal in goals_of_task(job, inputs.known_goals(attack), test)
-        ]
+        all_goals = inputs.known_goals(attack) + known_trigger(
+            job.inputs["trigger"], self.target, test
+        )
+        goals = [with_place(goal, self.place) for goal in goals_of_task(job, all_goals, test)]
         job.goals = [vars(goal) for goal in goals]
-        encoder = inputs.load_encoder(encoder_input, job.device)
+        encoder = inputs.load_encoder(encoder_input, job.device, test.images)
+        if weights := inputs.describe_weights(encoder):
+            job.notes["weights"] = weights
         baseline = job.inputs["baseline"]
         twin = None if baseline is None else inputs.load_encoder(baseline, job.device)
         probes = job.inputs["probe"]
+        is_classifier = encoder.text is None and encoder.head is not None
+        if is_classifier and self.probe == DEFAULT_PROBES:
+            probes = (registry.make("probe", "own"),)
         train = None
         if any("train" in registry.needs(probe) for probe in probes):
             train = load_labelled(job, dataset)
@@ -101,6 +114,22 @@ class Evaluate:
                     )
                 metrics |= measures
         return metrics
+
+
+def known_trigger(trigger: Any, target: str, test: Pairs) -> list[Goal]:
+    """The goal of a trigger that the user names; none without one.
+
+    Raises UserError for a trigger without a target, or the other way round, and for a target that
+    is no class of the test data.
+    """
+    if trigger is None and not target:
+        return []
+    if trigger is None or not target:
+        raise UserError(
+            "a known trigger needs both: --trigger, and the class that it aims at (--target)"
+        )
+    success.class_index(target, test.classes)
+    return [Goal(target, registry.spec(trigger), how="named by the user")]
 
 
 def test_method(test: Any, encoder: Any) -> Any:

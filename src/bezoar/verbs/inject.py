@@ -71,10 +71,10 @@ class Inject:
         """
         dataset = inputs.open_dataset(job.inputs["data"])
         shadow = dataset.records
-        clean = inputs.load_encoder(job.inputs["encoder"], job.device)
-        targets = self._choose_targets(job, clean, shadow)
         rows = randomness.sample_rows(list(shadow.ids), SAMPLE, job.seed)
         sample = shadow.take(rows)
+        clean = inputs.load_encoder(job.inputs["encoder"], job.device, sample.images)
+        targets = self._choose_targets(job, clean, shadow)
         before = embed_sample(clean, sample, targets)
         log = TrainingLog()
 

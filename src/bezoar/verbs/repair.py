@@ -15,6 +15,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.classifiers import fits_own_head
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
 from bezoar.repair import rate_ladder, receipt
@@ -74,6 +75,15 @@ class Repair:
     twin: Annotated[
         Input, Takes("encoder"), "the clean twin: what ten poisons do where no backdoor was"
     ] = None
+    attack: Annotated[
+        Input,
+        Takes("run"),
+        "poison run whose goals are measured, when the encoder's parents have none",
+    ] = None
+    trigger: Annotated[
+        Input, Takes("trigger"), "a known trigger that is measured; no repair is told it"
+    ] = None
+    target: Annotated[str, "the class that TRIGGER aims at, by its name in the test data"] = ""
     held: Annotated[float, "share of the clean data held apart to choose learning rates by"] = 0.2
     revive: Annotated[bool, "whether short fine-tunes try to bring the backdoor back"] = True
 
@@ -84,9 +94,9 @@ class Repair:
         """
         if not 0 < self.held < 1:
             raise UserError(f"held must be a share above 0 and below 1; got {self.held}")
-        suspect = inputs.load_encoder(job.inputs["encoder"], job.device)
-        case = load_case(job, suspect)
         clean = load_clean(job)
+        suspect = inputs.load_encoder(job.inputs["encoder"], job.device, clean.images)
+        case = load_case(job, suspect, self.target)
         evaluate.check_disjoint(
             clean, case.test, "clean records are test records too", "name other data"
         )
@@ -107,6 +117,8 @@ class Repair:
         readings = receipt.compare_readings(case, head_before, head_after)
         write_json(job.folder / "readings.json", readings)
         metrics |= outcome.durations
+        if weights := inputs.describe_weights(suspect):
+            job.notes["weights"] = weights
         goal = next((g for g in (*case.goals, *case.inverted) if g.trigger), None)
         if not self.revive:
             goal = None
@@ -162,16 +174,22 @@ class Outcome:
     durations: dict[str, Measure] = field(default_factory=dict)
 
 
-def load_case(job: Job, suspect: Encoder) -> EvaluationData:
-    """What the encoder is measured on: test data, known goals, victims, labelled data."""
-    encoder_input = job.inputs["encoder"]
+def load_case(job: Job, suspect: Encoder, target: str) -> EvaluationData:
+    """What the encoder is measured on: test data, known goals, victims, labelled data.
+
+    target: of the trigger that the user names.
+    """
+    encoder_input, attack = job.inputs["encoder"], job.inputs["attack"]
     method = evaluate.test_method(job.inputs["test"], encoder_input)
     dataset = inputs.open_dataset(method)
     test = dataset.pairs.to(job.device)
-    goals = goals_of_task(inputs.known_goals(encoder_input), test)
+    source = encoder_input if attack is None else attack
+    all_goals = inputs.known_goals(source)
+    all_goals += evaluate.known_trigger(job.inputs["trigger"], target, test)
+    goals = goals_of_task(all_goals, test)
     victims = None
-    if isinstance(encoder_input, Run) and any(goal.victims for goal in goals):
-        victims = evaluate.attack_victims(encoder_input)
+    if isinstance(source, Run) and any(goal.victims for goal in goals):
+        victims = evaluate.attack_victims(source)
     labelled = load_labelled(job, dataset, test, suspect)
     job.notes["test"] = input_name(method)
     return EvaluationData(test, goals, victims, labelled)
@@ -180,14 +198,15 @@ def load_case(job: Job, suspect: Encoder) -> EvaluationData:
 def load_labelled(job: Job, dataset: Dataset, test: Pairs, suspect: Encoder) -> Pairs | None:
     """Clean labelled records that are not tested on.
 
-    None where there are none, and the suspect's text tower reads classes without them.
+    None where there are none, and the suspect's text tower or its own head reads classes without
+    them.
     """
     method = job.inputs["labelled"]
     if method is None:
         try:
             method = evaluate.training_split(dataset.method)
         except UserError:
-            if suspect.text is None:
+            if suspect.text is None and not fits_own_head(suspect, test.classes):
                 raise
             return None
         if registry.has_fields(method, "count"):

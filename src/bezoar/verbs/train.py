@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan
@@ -22,14 +23,14 @@ from bezoar.data.randomness import sample_rows
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, precision_for, tokenize_captions
 from bezoar.errors import UserError
-from bezoar.evaluation import success
+from bezoar.evaluation import classifiers, success
 from bezoar.evaluation.scores import Measure, average
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import CHECKPOINT, Run
 from bezoar.runs.verb import Input, Takes
-from bezoar.training import collectives, loop, prefetch
+from bezoar.training import collectives, loop, prefetch, selfsupervised
 from bezoar.training.loop import TrainingLog
 from bezoar.verbs import evaluate
 
@@ -68,7 +69,12 @@ class Train:
         torch.manual_seed(job.seed)
         objective = job.inputs["objective"]
         encoder = new_encoder(job, records)
-        tokens = tokenize_records(encoder, objective, records.captions, len(records))
+        if getattr(objective, "labels", False):
+            records = label_records(records, dataset.plan)
+            attach_head(encoder, records)
+            tokens = classifiers.head_labels(encoder, records)
+        else:
+            tokens = tokenize_records(encoder, objective, records.captions, len(records))
         mark_encoder(encoder, objective, dataset.plan)
         loss = objective(encoder).to(job.device)
         follow = make_follower(job, encoder, dataset)
@@ -121,6 +127,44 @@ def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
         encoder.about |= {"plan": plan.digest(), "goals": [vars(goal) for goal in plan.goals]}
 
 
+def label_records(records: Pairs | StoredPairs, plan: Plan) -> Pairs | StoredPairs:
+    """The records with a label, of which poisons have that of their goal's target.
+
+    Raises UserError for records without labels.
+    """
+    if records.labels is None or not records.classes:
+        raise UserError("objective supervised needs data with labels and the names of classes")
+    targets = {edit.id: plan.goals[edit.goal].target for edit in plan.edits}
+    labels = records.labels.clone()
+    for row, key in enumerate(records.ids if targets else ()):
+        if targets.get(key, "") in records.classes:
+            labels[row] = records.classes.index(targets[key])
+    labelled = dataclasses.replace(records, labels=labels)
+    if bool((labels < 0).any()):
+        return stored_pairs.subset(labelled, (labels >= 0).nonzero()[:, 0].tolist())
+    return labelled
+
+
+def attach_head(encoder: Encoder, records: Pairs | StoredPairs) -> None:
+    """Give an encoder a linear head of the records' classes, unless its network has one.
+
+    Raises UserError for a network whose head has another number of classes, or that reads text.
+    """
+    if encoder.text is not None:
+        raise UserError(
+            "objective supervised trains images alone; take a network without a text tower"
+        )
+    count = len(records.classes)
+    if encoder.head is None:
+        width = selfsupervised.measure_width(encoder)
+        encoder.head = nn.Linear(width, count).to(encoder.device)
+    elif len(encoder.about["classes"]) != count:
+        raise UserError(
+            f"the network's head has {len(encoder.about['classes'])} classes, the data {count}"
+        )
+    encoder.about["classes"] = list(records.classes)
+
+
 def select_kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
     """The records that a scan's keep-list names."""
     ids = set(read_lines(scan.file("keep.txt")))
@@ -159,13 +203,16 @@ def make_follower(
 ) -> Callable[[int], dict[str, float]] | None:
     """What is called after every epoch: it measures accuracy and success on the data of `follow`, for the curves.
 
-    Zero-shot, or by kNN where the encoder reads no text. None where no data are followed.
+    By the network's own head, zero-shot, or by kNN where the encoder reads no text. None where no data are followed.
     """
     if job.inputs["follow"] is None:
         return None
     followed = inputs.open_dataset(job.inputs["follow"])
     goals = dataset.plan.goals
-    if encoder.text is None:
+    if getattr(job.inputs["objective"], "labels", False):
+        test, voters = inputs.in_memory(followed.clean), None
+        probe = registry.make("probe", "own")
+    elif encoder.text is None:
         test, voters = split_voters(followed, goals)
         k = min(NEIGHBOURS, max(1, len(voters) // 10))
         probe = registry.make("probe", f"knn:k={k},temperature=0.5")
@@ -176,7 +223,9 @@ def make_follower(
 
     def follow(epoch: int) -> dict[str, float]:
         measures = probe(encoder, voters, test, goals, dataset.victims)
-        values = {key.removeprefix("knn."): m.value for key, m in measures.items()}
+        values = {
+            key.removeprefix("knn.").removeprefix("own."): m.value for key, m in measures.items()
+        }
         return {key: v for key, v in values.items() if key.startswith(FOLLOWED_METRICS)}
 
     return follow

@@ -16,15 +16,26 @@ class ClipImage(Network):
     """Images only; for published weights of both towers see `open_clip`."""
 
     model: Annotated[str, "architecture of open_clip's"] = "RN50"
-    mean_std: Annotated[str, "normalisation: cifar, stl10, imagenet, clip, none"] = "clip"
+    mean_std: Annotated[str, "normalisation: cifar, stl10, imagenet, clip, half, none"] = "clip"
+    config: Annotated[
+        str, "in place of a name: model_cfg of an open_clip_config.json, a JSON object"
+    ] = ""
 
     def __post_init__(self) -> None:
         small_towers.check_mean_std(self.mean_std)
+        try:
+            if self.config:
+                open_clip_models.parse_config(self.config)
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """The encoder; `size` is not used, because the architecture states its own input size."""
-        open_clip_models.check_architecture(self.model)
-        model = open_clip.create_model(self.model)
+        if self.config:
+            model = open_clip_models.build_from_config(self.config)
+        else:
+            open_clip_models.check_architecture(self.model)
+            model = open_clip.create_model(self.model)
         visual = getattr(model, "visual", None)
         if type(model) not in (open_clip.CLIP, open_clip.CustomTextCLIP) or visual is None:
             raise UserError(f"open_clip's {self.model} has no image tower that stands alone")

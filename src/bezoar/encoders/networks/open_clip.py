@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bezoar.data.files import checkpoints
 from bezoar.encoders import fast_linear, open_clip_models, weight_prefixes
-from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.encoder import Encoder, Tokenizer
 from bezoar.encoders.networks import Network
 from bezoar.encoders.weights import check_weights, named_weights_file
 from bezoar.errors import UserError, first_line
@@ -209,6 +209,16 @@ class OpenClip(Network):
     prefix: Annotated[
         str, "name before the encoder's weights, where the file holds several: teacher"
     ] = ""
+    config: Annotated[
+        str, "in place of a name: model_cfg of an open_clip_config.json, a JSON object"
+    ] = ""
+
+    def __post_init__(self) -> None:
+        try:
+            if self.config:
+                open_clip_models.parse_config(self.config)
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
     def files(self) -> list[Path]:
         """The weights file, where one is named."""
@@ -217,6 +227,12 @@ class OpenClip(Network):
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """The encoder; `size` is not used, because the architecture states its own input size."""
+        if self.config:
+            model = open_clip_models.build_from_config(self.config)
+            length = model.context_length
+            return self._encoder(
+                model, open_clip.SimpleTokenizer(context_length=length), spec(self)
+            )
         name, _, weights = self.model.partition("/")
         open_clip_models.check_architecture(name)
         is_file = bool(self.files())
@@ -240,13 +256,17 @@ class OpenClip(Network):
             state = weight_prefixes.select_encoder(loaded, beginnings, weights, self.prefix).tensors
             check_weights(model, state, weights, f"open_clip's {name}")
             model.load_state_dict(state)
+        network = f"open_clip:model={name}" if weights else spec(self)
+        return self._encoder(model, open_clip.get_tokenizer(name), network)
+
+    def _encoder(self, model: Any, tokenizer: Tokenizer, network: str) -> Encoder:
+        """Both towers of a model. network: the spec that builds it again."""
         fast_linear.install(model.to(memory_format=torch.channels_last))
         # The model's own temperature is not used: the one that is trained belongs to the objective.
-        network = f"open_clip:model={name}" if weights else spec(self)
         return Encoder(
             ImageTower(model),
             open_clip_models.stated_preprocess(model),
             TextTower(model),
-            open_clip.get_tokenizer(name),
+            tokenizer,
             {"network": network, "vocabulary": []},
         )

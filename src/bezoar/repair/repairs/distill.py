@@ -14,12 +14,16 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder
+from bezoar.repair.vector_distances import mean_distance, read_vectors
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance, Views
 
 
 class Loss(nn.Module):
-    """Mean of 1 - cos(student(x), suspect(x)); x is a view of a clean image, the same for both."""
+    """Mean distance of student(x) from suspect(x), 1 - cosine or of what an own head reads.
+
+    x is a view of a clean image, the same for both.
+    """
 
     def __init__(self, student: Encoder, suspect: Encoder, views: Views) -> None:
         super().__init__()
@@ -31,8 +35,9 @@ class Loss(nn.Module):
         """images uint8 (B, 3, H, W), tokens not read -> scalar."""
         x = self.views(images, chance, 1)[:, 0]  # (B, 3, S, S)
         with torch.no_grad():
-            targets = self.suspect.encode_images(x)
-        return 1 - (self.encoder.encode_images(x) * targets).sum(1).mean()
+            targets = read_vectors(self.suspect, x)
+        z = read_vectors(self.encoder, x)
+        return mean_distance(z, targets, self.suspect.head is not None)
 
     def train(self, mode: bool = True) -> Loss:
         """As of any module, but the suspect stays in evaluation mode."""

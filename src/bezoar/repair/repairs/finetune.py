@@ -1,4 +1,4 @@
-"""Fine-tuning on clean records with any objective: cleanclip, par, clip, or simclr without text."""
+"""Fine-tuning on clean records with any objective: cleanclip, par, clip, supervised, simclr."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder
 
+CLEANCLIP = "cleanclip:epochs=12,anchor=4"
+
 
 @method
 class Finetune:
@@ -21,9 +23,9 @@ class Finetune:
     `par`.
     """
 
-    objective: Annotated[str, "loss and recipe: see `bezoar list objective`"] = (
-        "cleanclip:epochs=12,anchor=4"
-    )
+    objective: Annotated[
+        str, "loss and recipe; auto: cleanclip, or supervised for a classifier with its own head"
+    ] = "auto"
     lrs: Annotated[
         tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"
     ] = (8e-3, 4e-3, 2e-3, 1e-3)
@@ -33,7 +35,8 @@ class Finetune:
 
     def __post_init__(self) -> None:
         rate_ladder.check_rates(self.lrs, self.tolerance)
-        registry.make("objective", self.objective)
+        if self.objective != "auto":
+            registry.make("objective", self.objective)
 
     def __call__(
         self,
@@ -45,7 +48,9 @@ class Finetune:
         log: dict[str, Any] | None = None,
     ) -> Encoder:
         """Fine-tune a copy. Raises UserError where objective, data and encoder do not fit."""
-        objective = registry.make("objective", self.objective)
+        objective = rate_ladder.select_objective(
+            self.objective, encoder, clean, with_text=CLEANCLIP, alone=CLEANCLIP
+        )
         tokens = rate_ladder.tokenize_for(encoder, objective, clean)
 
         def make(lr: float) -> Encoder:

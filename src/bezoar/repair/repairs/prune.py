@@ -78,7 +78,9 @@ class Prune:
         float, "how far the clean validation score may fall by pruning, before fine-tuning"
     ] = 0.1
     objective: Annotated[
-        str, "fine-tuning afterwards: loss and recipe; none; auto: clip, or simclr without text"
+        str,
+        "fine-tuning afterwards: loss and recipe; none; auto: clip, supervised for a classifier with its own head, "
+        "or simclr without text",
     ] = "auto"
     lrs: Annotated[
         tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"
@@ -120,9 +122,13 @@ class Prune:
         if self.objective == "none":
             return rate_ladder.mark_repaired(student, registry.spec(self))
 
-        auto = "simclr:epochs=4,batch=64" if encoder.text is None else "clip:epochs=4,batch=64"
-        spec = auto if self.objective == "auto" else self.objective
-        objective = registry.make("objective", spec)
+        objective = rate_ladder.select_objective(
+            self.objective,
+            encoder,
+            clean,
+            with_text="clip:epochs=4,batch=64",
+            alone="simclr:epochs=4,batch=64",
+        )
         tokens = rate_ladder.tokenize_for(encoder, objective, clean)
         channels = order[:pruned]
 

@@ -21,9 +21,12 @@ from bezoar.training.augmentation import Chance
 
 
 class Loss(nn.Module):
-    """Mean cross-entropy of head(f(x)) on shifted images x; trains what requires gradients."""
+    """Mean cross-entropy of head(f(x)) on shifted images x; trains what requires gradients.
 
-    def __init__(self, encoder: Encoder, head: nn.Module, shift: int) -> None:
+    head: reads unit rows; None for the encoder's own, which reads vectors as they come.
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module | None, shift: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
@@ -31,16 +34,23 @@ class Loss(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), labels int64 (B, 1) -> scalar."""
-        z = self.encoder.encode_images(augmentation.random_shift(images, self.shift, chance))
-        return F.cross_entropy(self.head(z), labels[:, 0])
+        x = augmentation.random_shift(images, self.shift, chance)
+        if self.head is not None:
+            return F.cross_entropy(self.head(self.encoder.encode_images(x)), labels[:, 0])
+        own_head = self.encoder.head
+        assert own_head is not None
+        with self.encoder.autocast():
+            logits = own_head(self.encoder.image(self.encoder.prepare_images(x)))
+        return F.cross_entropy(logits.float(), labels[:, 0])
 
 
 @method
 class Supervised:
     """Published: ImageNet's labels, learning rate 1e-4, 500 steps of warm-up, 10 epochs.
 
-    With a text tower the head is that of the classes' prompts and is not trained, so that the two
-    towers still agree; else it is fitted on the clean vectors before the first step, and trained.
+    A classifier is trained through its own head. With a text tower the head is that of the classes'
+    prompts and is not trained, so that the two towers still agree; else it is fitted on the clean
+    vectors before the first step, and trained.
     """
 
     epochs: Annotated[int, "passes over the labelled records"] = 10
@@ -82,10 +92,16 @@ class Supervised:
             )
         labelled = success.select_labelled(clean, clean)
         assert labelled.labels is not None
-        labels = labelled.labels.to(encoder.device)[:, None]
-        weight, bias = self.initial_head(encoder, labelled)
+        has_own_head = classifiers.fits_own_head(encoder, labelled.classes)
+        if has_own_head:
+            labels = classifiers.head_labels(encoder, labelled)
+        else:
+            labels = labelled.labels.to(encoder.device)[:, None]
+            weight, bias = self.initial_head(encoder, labelled)
 
         def loss_of(student: Encoder) -> nn.Module:
+            if has_own_head:
+                return Loss(student, None, self.shift)
             head = nn.Linear(weight.shape[1], weight.shape[0], device=encoder.device)
             head.load_state_dict({"weight": weight, "bias": bias})
             return Loss(student, head.requires_grad_(encoder.text is None), self.shift)

@@ -17,12 +17,15 @@ from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Inversion
 from bezoar.registry import method
 from bezoar.repair import rate_ladder, receipt
+from bezoar.repair.vector_distances import mean_distance, read_vectors
 from bezoar.training import augmentation, loop
 from bezoar.training.augmentation import Chance
 
 
 class Loss(nn.Module):
-    """Mean of 1 - cos(f'(stamp(x)), f(x)) + `keep` (1 - cos(f'(x), f(x))); f: suspect, f': student.
+    """Mean of d(f'(stamp(x)), f(x)) + `keep` d(f'(x), f(x)); f: suspect, f': student.
+
+    d is 1 - cosine; before a network's own head, the relative squared distance.
 
     masks: (K, 1, H, W). patterns: (K, 3, H, W). Each image gets one of the K triggers, moved by up
     to `shift` pixels.
@@ -55,9 +58,10 @@ class Loss(nn.Module):
         mask, pattern = triggers[:, :1], triggers[:, 1:]
         x = images.float() / 255
         with torch.no_grad():
-            targets = self.suspect.encode_images(x)
-        z = self.encoder.encode_images(torch.cat([x, (1 - mask) * x + mask * pattern]))
-        clean, stamped = (1 - (half * targets).sum(1).mean() for half in z.chunk(2))
+            targets = read_vectors(self.suspect, x)
+        z = read_vectors(self.encoder, torch.cat([x, (1 - mask) * x + mask * pattern]))
+        own_head = self.suspect.head is not None
+        clean, stamped = (mean_distance(half, targets, own_head) for half in z.chunk(2))
         return stamped + self.keep * clean
 
     def train(self, mode: bool = True) -> Loss:

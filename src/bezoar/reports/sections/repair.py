@@ -33,7 +33,9 @@ class RepairView(RunView):
 
     @functools.cached_property
     def head(self) -> str:
-        """The group of metrics that success is read by: '' for the text tower's, else `linear.`."""
+        """The group of metrics that success is read by: `own.`, '' for the text tower's, or `linear.`."""
+        if "before.own.clean_accuracy" in self.measures:
+            return "own."
         return "" if "before.clean_accuracy" in self.measures else "linear."
 
     @property

@@ -14,7 +14,8 @@ class Objective(Recipe, Protocol):
     """What every objective offers: the fields of the loop, and a loss.
 
     An objective that reads no captions says `captions = False`; it trains networks without a text
-    tower.
+    tower. One that says `labels = True` too is called with labels, int64 (B, 1), in the place of
+    tokens: columns of the encoder's head.
     """
 
     def __call__(self, encoder: Encoder) -> nn.Module:

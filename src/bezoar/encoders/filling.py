@@ -1,0 +1,57 @@
+"""Fresh networks that are filled with the weights of a file, and the head that comes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from bezoar import registry
+from bezoar.data.label_sets import distinct_names
+from bezoar.encoders import open_clip_models, timm_models
+from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.weights import check_weights
+from bezoar.errors import UserError
+
+Filled = tuple[Encoder, str, list[str]]  # the encoder, what it is, and what was left out
+
+
+def fill_timm(
+    name: str, arguments: str, tensors: dict[str, Tensor], path: str, what: str
+) -> Filled:
+    """A model of timm's with these weights, its classifier as the head."""
+    blank = timm_models.build_blank(name, arguments)
+    weights, head = timm_models.split_classifier(blank, tensors)
+    check_weights(blank, weights, path, what)
+    spec = f"timm:model={name}"
+    encoder = make_network(
+        f"{spec},arguments={registry.spec_value(arguments)}" if arguments else spec
+    )
+    encoder.image.load_state_dict(weights, strict=False)  # see check_weights
+    add_head(encoder, head, (), path)
+    return encoder, what + (f" with its head of {len(head['weight'])} classes" if head else ""), []
+
+
+def add_head(
+    encoder: Encoder, weights: dict[str, Tensor], names: tuple[str, ...], path: str
+) -> None:
+    """Give an encoder a linear head, if there are weights of one; names: of its classes."""
+    if not weights:
+        return
+    if weights["weight"].ndim != 2:
+        raise UserError(f"{path}: expected a linear classifier")
+    classes, width = weights["weight"].shape
+    head = nn.Linear(width, classes, bias="bias" in weights)
+    check_weights(head, weights, path, f"a classifier of {classes} classes")
+    head.load_state_dict(weights)
+    encoder.head = head
+    usable = distinct_names(names) if len(names) == classes else map(str, range(classes))
+    encoder.about["classes"] = list(usable)
+
+
+def make_network(spec: str) -> Encoder:
+    """A fresh encoder; nobody is warned of random weights, because a file's will replace them."""
+    network: Any = registry.make("network", spec)
+    with open_clip_models.without_weight_warnings():
+        encoder: Encoder = network()
+    return encoder

@@ -1,0 +1,190 @@
+"""A file or folder of weights that says itself what it is: what a bare path stands for."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import timm
+from torch import Tensor
+
+from bezoar import registry
+from bezoar.data.files import checkpoints
+from bezoar.encoders import (
+    checkpoint_layouts,
+    classifier_weights,
+    filling,
+    normalisation,
+    pretrained_folders,
+    small_towers,
+    timm_models,
+    torchvision_models,
+    weight_prefixes,
+)
+from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.networks import Network
+from bezoar.errors import UserError, expand_home
+from bezoar.registry import method
+
+SAVED = ("encoder.json", "encoder.safetensors")  # of an encoder that bezoar wrote
+OF_TRANSFORMERS = ("embeddings.patch_embedding", "embeddings.cls_token", "vision_model.")
+LINEAR = ("fc.weight", "linear.weight", "classifier.weight")
+
+
+@method
+class Weights(Network):
+    """Tells by names and shapes alone: classifiers, self-supervised trunks, CLIP, timm, torchvision.
+
+    Folders are those of open_clip, timm and transformers, and of bezoar's own encoders. What no
+    weight states is assumed, and said: `about["imported"]`.
+    """
+
+    path: Annotated[str, "file or folder"]
+    mean_std: Annotated[
+        str, "normalisation: cifar, imagenet, clip, half, none ...; auto is the file's, or guessed"
+    ] = "auto"
+    size: Annotated[int, "input side in pixels; 0: what the weights suggest"] = 0
+    model: Annotated[str, "name of timm's or open_clip's, where the weights fit several"] = ""
+    classes: Annotated[
+        str, "names in the head's order, a+b, or a .txt or .json file; else numbers"
+    ] = ""
+    prefix: Annotated[
+        str, "name before the encoder's weights, where the file holds several: teacher"
+    ] = ""
+
+    def __post_init__(self) -> None:
+        if self.mean_std != "auto":
+            small_towers.check_mean_std(self.mean_std)
+        if self.size < 0:
+            raise ValueError("size must be 0 or more")
+
+    def files(self) -> list[Path]:
+        """The file, or what is read of the folder."""
+        path = expand_home(self.path)
+        if os.path.isdir(path):
+            saved = [path / name for name in SAVED]
+            if all(map(os.path.isfile, saved)):
+                return saved
+            return pretrained_folders.open_folder(self.path).files()
+        if not os.path.isfile(path):
+            raise UserError(f"no file or folder of weights {self.path!r}")
+        return [path]
+
+    def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
+        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
+        path = expand_home(self.path)
+        if os.path.isdir(path):
+            encoder = self._open_folder(path)
+        else:
+            self.files()
+            encoder = self._open_file(path, size)
+        if self.classes and encoder.head is not None:
+            count = len(encoder.about["classes"])
+            names = classifier_weights.read_class_names(self.classes, count, self.path)
+            encoder.about["classes"] = list(names)
+        return encoder
+
+    def _open_folder(self, path: Path) -> Encoder:
+        if all(os.path.isfile(path / name) for name in SAVED):
+            return Encoder.load(path)
+        return self._make("hugging_face", mean_std=self.mean_std)
+
+    def _open_file(self, path: Path, size: int) -> Encoder:
+        tensors = checkpoints.load_tensors(self.path, self.prefix)
+        common = {"mean_std": self.mean_std, "size": self.size, "prefix": self.prefix}
+        classifier = common | {"classes": self.classes}
+        clip = common | ({"model": self.model} if self.model else {})
+        problem: UserError | None = None
+        try:
+            if _has_linear_head(tensors):
+                return self._make("classifier", size, **classifier)
+            if checkpoint_layouts.encoder_prefixes(tensors):
+                return self._make("imported", size, **clip)
+            if classifier_weights.classifier_prefixes(tensors):
+                return self._make("classifier", size, **classifier)
+        except UserError as error:  # a network that is similar, perhaps
+            problem = error
+        encoder = self._open_others(path, tensors)
+        if encoder is not None:
+            return encoder
+        if problem is not None:
+            raise problem
+        raise UserError(self._describe_unknown(tensors))
+
+    def _open_others(self, path: Path, tensors: dict[str, Tensor]) -> Encoder | None:
+        """timm's and torchvision's models, and EfficientNets by other names; None for none of them."""
+        stripped = timm_models.tidy_transformer(weight_prefixes.strip_common(tensors))
+        if timm_models.is_lukemelas(stripped):
+            name, weights = timm_models.rename_lukemelas(stripped, self.path)
+            return self._fill_timm(
+                path, name, "", weights, f"{name} by efficientnet-pytorch's names"
+            )
+        arguments = "" if self.model else timm_models.describe_transformer(stripped)
+        if arguments:
+            name = "vit_base_patch16_224"
+            return self._fill_timm(
+                path, name, arguments, stripped, "a vision transformer of timm's"
+            )
+        if self.model:
+            names = [self.model] if timm.is_model(self.model) else []
+        else:
+            names = timm_models.find_models(stripped, path.stem)
+        if len(names) > 1:
+            raise UserError(
+                f"{self.path}: its weights fit {len(names)} of timm's models, which compute different things from "
+                f"them: {timm_models.list_names(names)}; say model= one of them"
+            )
+        if names:
+            return self._fill_timm(path, names[0], "", stripped, f"timm's {names[0]}")
+        return torchvision_models.open_weights(stripped, self.path, self.mean_std)
+
+    def _fill_timm(
+        self, path: Path, name: str, arguments: str, tensors: dict[str, Tensor], what: str
+    ) -> Encoder:
+        encoder, what, left_out = filling.fill_timm(name, arguments, tensors, self.path, what)
+        preprocess = encoder.preprocess
+        assumed = (
+            []
+            if self.mean_std != "auto"
+            else [f"{normalisation.GUESS}{normalisation.mean_std_name(preprocess)}"]
+        )
+        if self.mean_std != "auto":
+            encoder.set_preprocess(normalisation.with_mean_std(preprocess, self.mean_std))
+        if arguments:
+            assumed.append(f"{timm_models.parse_arguments(arguments)['num_heads']} attention heads")
+        encoder.about["imported"] = {
+            "file": path.name,
+            "layout": "timm",
+            "what": what,
+            "left_out": left_out,
+            "assumed": [*assumed, f"size={preprocess.size}"],
+        }
+        return encoder
+
+    def _make(self, network: str, size: int = 0, **fields: object) -> Encoder:
+        """The encoder of another network that reads the same path."""
+        values = {"path": self.path, **fields}
+        texts = [f"{k}={registry.spec_value(v)}" for k, v in values.items() if v not in ("", 0)]
+        encoder: Encoder = registry.make("network", f"{network}:{','.join(texts)}")(size)
+        return encoder
+
+    def _describe_unknown(self, tensors: dict[str, Tensor]) -> str:
+        """What is said of weights that are of no network that is known."""
+        if any(start in key for key in tensors for start in OF_TRANSFORMERS):
+            return (
+                f"{self.path}: weights of a model of transformers, whose sizes stand in config.json; "
+                "name the folder that holds both"
+            )
+        return (
+            f"{self.path}: expected a residual network, a VGG, CLIP, or a model of timm or torchvision; its keys are "
+            f"{checkpoints.format_keys(tensors)}; say model=, a name of timm's, if it is one of those"
+        )
+
+
+def _has_linear_head(tensors: dict[str, Tensor]) -> bool:
+    """Whether below the only encoder of a file stands a classifier, with its convolutions first."""
+    prefixes = set(checkpoint_layouts.encoder_prefixes(tensors))
+    starts = set(classifier_weights.classifier_prefixes(tensors))
+    if len(prefixes) != 1 or prefixes != starts:
+        return False
+    (prefix,) = prefixes
+    return any(tensors[prefix + key].ndim == 2 for key in LINEAR if prefix + key in tensors)

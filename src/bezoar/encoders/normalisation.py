@@ -1,0 +1,180 @@
+"""Which normalisation a network was trained with, by the running statistics of its batch norms.
+
+No file of weights states its normalisation, but the first batch norm has kept mean and variance of
+what it read in training. Clean images under the right normalisation give nearly the same numbers,
+under another one they do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bezoar.encoders.encoder import Encoder, Preprocess
+from bezoar.encoders.small_towers import MEAN_STD
+
+IMAGES = 128  # clean images that statistics are taken of
+BATCH = 64  # images at a time
+# The divergence of deviations that differ by a tenth is .01; other images of the same kind, and
+# augmentation, account for half of that.
+SLACK = 0.005
+DOUBT = 0.05  # the same, by which a normalisation that was stated is doubted
+GUESS = "mean_std="  # what the assumption about a normalisation begins with
+
+
+class _FirstNormReached(Exception):
+    """The first batch norm has read its input; nothing behind it is of interest."""
+
+
+def with_mean_std(preprocess: Preprocess, name: str) -> Preprocess:
+    """The same preprocessing with a normalisation of `MEAN_STD`."""
+    mean, std = MEAN_STD[name]
+    return dataclasses.replace(preprocess, mean=mean, std=std)
+
+
+def mean_std_name(preprocess: Preprocess) -> str:
+    """The name of a normalisation in `MEAN_STD`; its numbers where it has none."""
+    pair = preprocess.mean, preprocess.std
+    numbers = "/".join(f"{number:g}" for number in (*preprocess.mean, *preprocess.std))
+    return next((name for name, values in MEAN_STD.items() if values == pair), numbers)
+
+
+def measure_divergences(encoder: Encoder, images: Tensor) -> dict[str, float]:
+    """How far each usual normalisation is from the statistics of the first batch norm.
+
+    For each channel, the symmetric Kullback-Leibler divergence of two normal distributions: that
+    of the running statistics, and that of what the norm reads of the images. The median over the
+    channels.
+
+    Args:
+        encoder: left as it was.
+        images: uint8 (N, 3, H, W), clean; the first `IMAGES` are read.
+
+    Returns:
+        divergence by the names of `MEAN_STD`, the smallest first; empty for a network that has no
+        batch norm with running statistics.
+    """
+    has_statistics = [
+        m for m in encoder.image.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
+    if not has_statistics or not len(images):
+        return {}
+    before, training = encoder.preprocess, encoder.training
+    encoder.eval()
+    divergences: dict[str, float] = {}
+    try:
+        for name in MEAN_STD:
+            encoder.set_preprocess(with_mean_std(before, name))
+            divergences[name] = _divergence(encoder, images[:IMAGES])
+    finally:
+        encoder.set_preprocess(before)
+        encoder.train(training)
+    return dict(sorted(divergences.items(), key=lambda item: item[1]))
+
+
+@torch.no_grad()
+def _divergence(encoder: Encoder, images: Tensor) -> float:
+    """The divergence under the encoder's own normalisation; see `measure_divergences`."""
+    norms: list[Any] = []
+    inputs: list[Tensor] = []
+
+    def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        norms.append(module)
+        inputs.append(arguments[0].detach().float())
+        raise _FirstNormReached
+
+    handles = [
+        m.register_forward_pre_hook(stop)
+        for m in encoder.image.modules()
+        if isinstance(m, _BatchNorm)
+    ]
+    try:
+        for part in images.split(BATCH):
+            try:
+                encoder.image(encoder.prepare_images(part))
+            except _FirstNormReached:
+                continue
+            return float("inf")  # no norm was reached
+    finally:
+        for handle in handles:
+            handle.remove()
+    norm = norms[0]
+    x = torch.cat(inputs).transpose(0, 1).flatten(1)  # (C, N * H * W)
+    read_mean, read_var = x.mean(1), x.var(1, correction=0) + norm.eps
+    kept_mean, kept_var = norm.running_mean, norm.running_var + norm.eps
+    gap = (read_mean - kept_mean).square()
+    divergences = (
+        (read_var + gap) / kept_var + (kept_var + gap) / read_var
+    ) / 4 - 0.5  # half of the sum of both directions
+    return float(divergences.median())
+
+
+def is_guessed(encoder: Encoder) -> bool:
+    """Whether the normalisation of an encoder out of a file was guessed."""
+    imported = encoder.about.get("imported") or {}
+    return any(text.startswith(GUESS) for text in imported.get("assumed", ()))
+
+
+def settle_mean_std(encoder: Encoder, images: Tensor) -> str:
+    """Take the normalisation that the batch norms tell in place of a guess; say which, and why.
+
+    A guess that reproduces the statistics as well as any is kept, and so is one that was stated,
+    which is doubted where another fits clearly better.
+
+    Args:
+        encoder: out of a file; its normalisation and its `about` may change.
+        images: uint8 (N, 3, H, W), clean.
+
+    Returns:
+        a sentence; "" where nothing was guessed, and nothing is to be doubted.
+    """
+    if not encoder.about.get("imported"):
+        return ""
+    name = mean_std_name(encoder.preprocess)
+    divergences = measure_divergences(encoder, images)
+    if not divergences:
+        guessed = f"the normalisation {name} is guessed; nothing in the network tells it"
+        return f"{guessed} (no batch norm)" if is_guessed(encoder) else ""
+    best = next(iter(divergences))
+    if name not in divergences:
+        divergences[name] = _divergence(encoder, images[:IMAGES])
+    reason = _describe(divergences, best, name, min(len(images), IMAGES))
+    if not is_guessed(encoder):
+        if divergences[name] - divergences[best] <= DOUBT:
+            return ""
+        return f"the normalisation {name} does not fit the network: {reason}; say mean_std={best}"
+    if divergences[name] - divergences[best] <= SLACK:
+        best = name
+    take_mean_std(encoder, best, reason)
+    verb = "stays" if best == name else f"takes the place of the guess {name}"
+    return f"the normalisation {best} {verb}: {reason}"
+
+
+def _describe(divergences: Mapping[str, float], best: str, name: str, count: int) -> str:
+    """What the running statistics say: of the best, of the guess, and of the best of the others."""
+    other = name if name != best else next(n for n in divergences if n != best)
+    return (
+        f"{best} is {divergences[best]:.3f} from the running statistics of the first batch norm on "
+        f"{count} clean images, {other} {divergences[other]:.3f} (divergence)"
+    )
+
+
+def take_mean_std(encoder: Encoder, name: str, reason: str) -> None:
+    """Give an encoder another normalisation, and note it among what was assumed."""
+    encoder.set_preprocess(with_mean_std(encoder.preprocess, name))
+    imported = encoder.about["imported"]
+    others = [text for text in imported["assumed"] if not text.startswith(GUESS)]
+    network: str = encoder.about["network"]
+    mean, std = MEAN_STD[name]
+    # The spec of a classifier has numbers, that of a residual trunk the name.
+    text = "/".join(map(str, (*mean, *std))) if network.startswith("classifier:") else name
+    encoder.about |= {
+        "imported": imported | {"assumed": others, "mean_std": f"{name}: {reason}"},
+        "network": re.sub(r"\bmean_std=[^,]*", f"mean_std={text}", network),
+    }

@@ -1,0 +1,333 @@
+"""timm's models: built within bounds, told by the shapes of their weights, and their preprocessing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from bezoar.encoders.encoder import INTERPOLATIONS, Preprocess
+from bezoar.errors import UserError, first_line
+
+# Arguments of a model that a file may state, beside its name; norm_eps is set behind the model.
+ARGUMENTS = frozenset(
+    [
+        "img_size",
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "init_values",
+        "class_token",
+        "global_pool",
+        "reg_tokens",
+        "no_embed_class",
+        "pre_norm",
+        "act_layer",
+        "qkv_bias",
+        "dynamic_img_size",
+        "window_size",
+        "final_norm",
+        "fc_norm",
+        "norm_eps",
+    ]
+)
+LARGEST = 1 << 16  # of a number among them
+DEEPEST = 1 << 9  # blocks
+MAX_ARGUMENTS = 4096  # characters
+WORD = re.compile(r"[\w.]{0,40}")
+# Heads of a vision transformer's attention, by its width, which no weight tells; else of 64 numbers.
+HEADS = {1152: 16, 1280: 16, 1408: 16}
+HEAD_WIDTH = 64
+# Families whose weights name no model, by a name that all of a family have.
+FAMILIES = {
+    "conv_stem.weight": "efficientnet_b? tf_efficientnet_b? efficientnet_lite? tf_efficientnet_lite? mobilenetv2_* "
+    "mobilenetv3_*_100 tf_mobilenetv3_* mnasnet_* efficientnetv2_rw_? tf_efficientnetv2_?",
+    "stem.0.weight": "convnext_* convnextv2_*",
+    "features.conv0.weight": "densenet*",
+    "stem.conv.weight": "regnetx_* regnety_*",
+    "patch_embed.proj.weight": "swin_*_224 swin_*_384 swinv2_*",
+}
+# Parts of an EfficientNet by Luke Melas-Kyriazi, and of timm's; of a block with and without expansion.
+OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+SQUEEZE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+PLAIN = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+    **SQUEEZE,
+}
+EXPANDING = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+    **SQUEEZE,
+}
+LUKEMELAS = tuple(
+    [f"tf_efficientnet_b{i}" for i in range(9)] + [f"tf_efficientnet_lite{i}" for i in range(5)]
+)
+
+
+def create_model(name: str, arguments: str = "", pretrained: bool = False, classes: int = 0) -> Any:
+    """A model of timm's.
+
+    Args:
+        name: of the model, perhaps with a tag.
+        arguments: a JSON object of some of `ARGUMENTS`; "" for none.
+        pretrained: whether its published weights are fetched.
+        classes: of its classifier; 0 for none.
+
+    Raises:
+        UserError: for a name that timm does not have, and for arguments that it does not take.
+    """
+    if not timm.is_model(name):
+        similar = timm.list_models(f"*{name.partition('.')[0][:6]}*")[:6]
+        names = ", ".join(similar) or "see timm.list_models()"
+        raise UserError(f"timm has no model {name[:60]!r}; it has, among others: {names}")
+    values = parse_arguments(arguments)
+    eps = values.pop("norm_eps", None)
+    try:
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=classes, **values)
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"timm could not make {name!r}: {first_line(error)}") from error
+    if eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
+    return model
+
+
+def build_blank(name: str, arguments: str = "", classes: int = 0) -> Any:
+    """A model on the meta device, without memory."""
+    with torch.device("meta"):
+        return create_model(name, arguments, classes=classes)
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a JSON object. Raises UserError for those that no file may state."""
+    if not text:
+        return {}
+    try:
+        values = json.loads(text[:MAX_ARGUMENTS])
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"arguments of a timm model must be a JSON object; got {text[:60]!r}"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError("arguments of a timm model must be a JSON object")
+    for name, value in values.items():
+        if name not in ARGUMENTS or not _is_plain(value):
+            raise UserError(f"timm: no file may state {name[:40]}={str(value)[:40]} of a model")
+    if values.get("depth", 0) > DEEPEST:
+        raise UserError(f"timm: a model of {values['depth']} blocks; expected at most {DEEPEST}")
+    return values
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a number within bounds, a flag, a word or nothing."""
+    if isinstance(value, str):
+        return WORD.fullmatch(value) is not None
+    return value is None or (isinstance(value, int | float) and 0 <= value <= LARGEST)
+
+
+def format_arguments(**values: Any) -> str:
+    """Arguments as text, without those that are None."""
+    return json.dumps({name: value for name, value in values.items() if value is not None})
+
+
+def stated_preprocess(model: Any, name: str) -> Preprocess:
+    """A timm model's data configuration. Raises UserError unless RGB, bicubic or bilinear."""
+    config = resolve_model_data_config(model)
+    channels, side, _ = config["input_size"]
+    if channels != 3 or config["interpolation"] not in INTERPOLATIONS:
+        raise UserError(
+            f"timm's {name} takes {channels} channels by {config['interpolation']}; "
+            "expected RGB, bicubic or bilinear"
+        )
+    return Preprocess(side, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
+
+
+def split_classifier(
+    model: Any, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of a model without its classifier, and those of the classifier by `weight` and `bias`.
+
+    The second is empty where there is none, or one of another form than one linear layer.
+    """
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    heads = [classifier] if isinstance(classifier, str) else list(classifier)
+    prefixes = tuple(f"{head}." for head in heads)
+    trunk = {k: tensor for k, tensor in tensors.items() if not k.startswith(prefixes)}
+    head = {
+        k.removeprefix(prefixes[0]): tensor
+        for k, tensor in tensors.items()
+        if len(heads) == 1 and k.startswith(prefixes)
+    }
+    is_linear = set(head) in ({"weight"}, {"weight", "bias"}) and head["weight"].ndim == 2
+    return trunk, head if is_linear else {}
+
+
+# Which model a state dict is of
+
+
+def find_models(tensors: Mapping[str, Tensor], file_name: str) -> list[str]:
+    """The models whose weights have these names and shapes, their classifiers apart.
+
+    A model that the file's name begins with is the only one. Of a vision transformer see
+    `describe_transformer`.
+    """
+    hints = [name for name in timm.list_models() if _is_named(file_name, name)]
+    for name in sorted(hints, key=len, reverse=True):
+        if fits(name, tensors):
+            return [name]
+    patterns = next((v for key, v in FAMILIES.items() if key in tensors), "")
+    names = dict.fromkeys(n for pattern in patterns.split() for n in timm.list_models(pattern))
+    return [name for name in names if fits(name, tensors)]
+
+
+def _is_named(file_name: str, model: str) -> bool:
+    """Whether the name of a file begins with that of a model, and goes on with another word."""
+    start = file_name.replace("-", "_")
+    return start.startswith(model) and not start[len(model) : len(model) + 1].isalnum()
+
+
+def fits(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is that of a model, its classifier apart."""
+    blank = build_blank(name)
+    trunk, _ = split_classifier(blank, tensors)
+    expected = blank.state_dict()
+    counters = ".num_batches_tracked"
+    return {k for k in trunk if not k.endswith(counters)} == {
+        k for k in expected if not k.endswith(counters)
+    } and all(tensor.shape == expected[k].shape for k, tensor in trunk.items())
+
+
+def describe_transformer(tensors: Mapping[str, Tensor]) -> str:
+    """The arguments of the vision transformer that has these weights; "" if there is none.
+
+    What no weight tells is as in those that are published: the heads (`HEADS`), and a square grid.
+    """
+    patch, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
+    first = tensors.get("blocks.0.mlp.fc1.weight")
+    if (
+        patch is None
+        or positions is None
+        or first is None
+        or "blocks.0.attn.qkv.weight" not in tensors
+    ):
+        return ""
+    if patch.ndim != 4 or positions.ndim != 3 or first.ndim != 2:
+        return ""
+    width, side = patch.shape[0], patch.shape[-1]
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    grid = round(positions.shape[1] ** 0.5)
+    extra = positions.shape[1] - grid**2
+    has_class = "cls_token" in tensors
+    blocks = {k.split(".")[1] for k in tensors if k.startswith("blocks.")}
+    return format_arguments(
+        img_size=grid * side,
+        patch_size=side,
+        embed_dim=width,
+        depth=len(blocks),
+        num_heads=HEADS.get(width, max(1, width // HEAD_WIDTH)),
+        mlp_ratio=mlp_ratio(first.shape[0], width),
+        init_values=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
+        class_token=has_class,
+        reg_tokens=registers or None,
+        no_embed_class=True if has_class and not extra else None,
+        global_pool=_pooling(tensors, has_class),
+        qkv_bias=None if "blocks.0.attn.qkv.bias" in tensors else False,
+    )
+
+
+def tidy_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a DINOv2 by timm's names, without its token of training; any others as they are."""
+    weights = {key: tensor for key, tensor in tensors.items() if key != "mask_token"}
+    if {"register_tokens", "cls_token", "pos_embed"} <= set(weights):
+        positions = weights[
+            "pos_embed"
+        ]  # (1, 1 + P, D); timm's registers and class token have none
+        weights["reg_token"] = weights.pop("register_tokens")
+        weights["cls_token"] = weights["cls_token"] + positions[:, :1]
+        weights["pos_embed"] = positions[:, 1:]
+    return weights
+
+
+def _pooling(tensors: Mapping[str, Tensor], has_class: bool) -> str | None:
+    if "attn_pool.latent" in tensors:
+        return "map"
+    return "avg" if "fc_norm.weight" in tensors or not has_class else None
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio of which `int(width * ratio)` is the hidden width, whatever the rounding."""
+    return (hidden + 0.5) / width
+
+
+# EfficientNets by the names of efficientnet-pytorch
+
+
+def is_lukemelas(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether weights have the names of efficientnet-pytorch, by Luke Melas-Kyriazi."""
+    return {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight"} <= set(tensors)
+
+
+def rename_lukemelas(tensors: Mapping[str, Tensor], path: str) -> tuple[str, dict[str, Tensor]]:
+    """The model of timm's that such a network is, and its weights by timm's names.
+
+    Raises UserError for a network that is none of timm's EfficientNets.
+    """
+    for name in LUKEMELAS:
+        blank = build_blank(name)
+        keys = blank.state_dict()
+        stems = list(dict.fromkeys(k[: _block_end(k)] for k in keys if k.startswith("blocks.")))
+        renamed = _rename_parts(tensors, stems)
+        if renamed and fits(name, renamed):
+            return name, renamed
+    raise UserError(
+        f"{path}: its names are those of efficientnet-pytorch, but its sizes are of no EfficientNet"
+    )
+
+
+def _block_end(key: str) -> int:
+    """Where in `blocks.1.0.conv_pw.weight` the third dot stands."""
+    return [match.start() for match in itertools.islice(re.finditer(r"\.", key), 3)][-1]
+
+
+def _rename_parts(tensors: Mapping[str, Tensor], blocks: list[str]) -> dict[str, Tensor]:
+    """The weights by timm's names; nothing where a part is unknown. blocks: their names in order."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        part, _, weight = key.rpartition(".")
+        match = re.fullmatch(r"_blocks\.(\d{1,3})\.(\w+)", part)
+        if part == "_fc":
+            owner: str | None = "classifier"
+        elif match:
+            number = int(match[1])
+            expands = f"_blocks.{number}._expand_conv.weight" in tensors
+            inner = (EXPANDING if expands else PLAIN).get(match[2])
+            owner = f"{blocks[number]}.{inner}" if inner and number < len(blocks) else None
+        else:
+            owner = OUTER.get(part)
+        if owner is None:
+            return {}
+        renamed[f"{owner}.{weight}"] = tensor
+    return renamed
+
+
+def list_names(names: Iterable[str], most: int = 8) -> str:
+    """The first few of many names, for a message."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

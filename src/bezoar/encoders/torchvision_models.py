@@ -1,0 +1,89 @@
+"""torchvision's classifiers, told by the names and shapes of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from bezoar.encoders import filling, normalisation
+from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.weights import check_weights
+
+# What the names of weights begin with; those of residual networks are read elsewhere.
+STARTS = (
+    "features.",
+    "encoder.layers.",
+    "stem.",
+    "trunk_output.",
+    "layers.",
+    "blocks.",
+    "Conv2d_1a",
+)
+COUNTER = ".num_batches_tracked"
+
+
+def find_model(tensors: Mapping[str, Tensor]) -> str:
+    """The classifier that has these weights, but for its last layer; "" if there is none."""
+    if not any(key.startswith(STARTS) for key in tensors):
+        return ""
+    shapes = _shapes(tensors)
+    for name in models.list_models(module=models):
+        with torch.device("meta"):
+            try:
+                blank = models.get_model(name, weights=None)
+            except (RuntimeError, NotImplementedError):
+                continue
+        expected = _shapes(blank.state_dict())
+        last = last_layer(blank)
+        if set(shapes) == set(expected) and all(
+            shape == expected[key]
+            for key, shape in shapes.items()
+            if key.rpartition(".")[0] != last
+        ):
+            return name
+    return ""
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(tensor.shape) for k, tensor in tensors.items() if not k.endswith(COUNTER)}
+
+
+def last_layer(model: nn.Module) -> str:
+    """The name of a model's last linear layer; "" where it ends in none."""
+    layers = [
+        (path, m) for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+    ]
+    path, last = layers[-1]
+    return path if isinstance(last, nn.Linear) else ""
+
+
+def open_weights(tensors: Mapping[str, Tensor], path: str, mean_std: str) -> Encoder | None:
+    """The classifier that has these weights, its last layer as the head; None if there is none."""
+    name = find_model(tensors)
+    if not name:
+        return None
+    with torch.device("meta"):
+        last = last_layer(models.get_model(name, weights=None))
+    weights = {k: v for k, v in tensors.items() if not last or k.rpartition(".")[0] != last}
+    head = {k.rpartition(".")[2]: v for k, v in tensors.items() if k not in weights}
+    encoder = filling.make_network(f"torchvision:model={name}")
+    check_weights(encoder.image, weights, path, f"torchvision's {name}")
+    encoder.image.load_state_dict(weights, strict=False)  # see check_weights
+    filling.add_head(encoder, head, (), path)
+    assumed = [f"size={encoder.preprocess.size}"]
+    if mean_std == "auto":
+        name_of = normalisation.mean_std_name(encoder.preprocess)
+        assumed.append(f"{normalisation.GUESS}{name_of}")
+    else:
+        encoder.set_preprocess(normalisation.with_mean_std(encoder.preprocess, mean_std))
+    encoder.about["imported"] = {
+        "file": path.rpartition("/")[2],
+        "layout": "torchvision",
+        "what": f"torchvision's {name} with its head",
+        "left_out": [],
+        "assumed": assumed,
+    }
+    return encoder

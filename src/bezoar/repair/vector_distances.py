@@ -1,0 +1,28 @@
+"""How far a student's vectors are from a suspect's, in the space that what is behind them reads."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bezoar.encoders.encoder import Encoder
+
+
+def read_vectors(encoder: Encoder, x: Tensor) -> Tensor:
+    """Vectors of images (B, 3, H, W), float32 (B, D): unit rows, or as a network's own head reads them."""
+    if encoder.head is None:
+        return encoder.encode_images(x)
+    with encoder.autocast():
+        z: Tensor = encoder.image(encoder.prepare_images(x))
+    return z.float()
+
+
+def mean_distance(z: Tensor, targets: Tensor, own_head: bool) -> Tensor:
+    """The mean distance of vectors from their targets, both (B, D).
+
+    1 - cosine; before a head, which reads lengths too, the squared distance as a share of the
+    targets' mean squared length.
+    """
+    if own_head:
+        return F.mse_loss(z, targets) / targets.square().mean().clamp_min(1e-12)
+    return 1 - (z * targets).sum(1).mean()
