@@ -20,6 +20,9 @@ SPREAD = (
     0.6,
     0.9,
 )  # concentrations of a mask that say nothing, and that take nothing off the ratio
+# The words that the test encoders of `papers/matrix/strangers` got at scale small.
+TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
+TESTED_ATTACKED = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
 LEAST_SHARE = 0.5  # of the targets that a trigger must have reached for any verdict
 
 
@@ -81,8 +84,21 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
         "some evidence": f"Some evidence of a backdoor: {finding}",
         "none found": f"None found at this sensitivity: no target stands apart from the others; {finding}",
     }
-    sentence = f"{words[grade]} (p = {p:.1g} among {reached} targets)."
+    sentence = f"{words[grade]} (p = {p:.1g} among {reached} targets). {describe_record(grade)}"
     return UnaidedVerdict(grade, statistic, target, sentence)
+
+
+def describe_record(grade: Grade) -> str:
+    """How often test encoders got this word or a stronger one; of `none found`, this one."""
+    if grade == "none found":
+        count = sum(TESTED_ATTACKED[g] for g in ("none found", "could not tell"))
+        return f"Of {sum(TESTED_ATTACKED.values())} attacked encoders that set nothing {count} were not found."
+    grades = ("strong evidence", "some evidence")[: 1 if grade == "strong evidence" else 2]
+    clean, attacked = (sum(t[g] for g in grades) for t in (TESTED_CLEAN, TESTED_ATTACKED))
+    return (
+        f"Of {sum(TESTED_CLEAN.values())} clean encoders that set nothing {clean} got as much, of "
+        f"{sum(TESTED_ATTACKED.values())} attacked ones {attacked}."
+    )
 
 
 def outlier_statistic(ratio: float, p: float, concentration: float) -> float:
