@@ -28,8 +28,8 @@ class Cleanse:
 
     For each class t lowers CE(head(f(stamped)), t) + weight |m_t|_1, all classes in one batch.
 
-    A search from one start often ends at a direction that the class has by nature, whatever the
-    steps: on backdoored CIFAR-10 networks half of the starts did. So each class has several; the
+    A search from one start often ends at a direction that the class has by nature: of four starts
+    on a backdoored CIFAR-10 network two did. So each class has several; the
     worse half is given up `halvings` times, and the others see twice as many images a step. A mask
     counts when its trigger succeeds on `confirm` images beside those of its step, and in the end on
     all clean images but for .05, of which a quarter took no part in the search. A class without such a mask is
