@@ -16,7 +16,7 @@ from bezoar.evaluation.verdict import Verdict
 
 GOLDEN = json.loads(Path(__file__).with_name("audit_values.json").read_text())
 SHIPPED = [c.audit for bank in registry.make("bank", "shipped")() for c in bank.audits]
-AUDITS = [*SHIPPED, "parent:probes=8,images=128"]
+AUDITS = [*SHIPPED, "parent:probes=8,images=128", "cleanse"]  # those in no bank too
 ENCODERS = ("toy", "planted toy", "clip_small")
 
 

@@ -189,12 +189,15 @@ def test_pl1_against_its_closed_form():
     """The published sum is over a mask that is repeated for three channels: 3 |m| / (3 H W)."""
     mask = torch.rand(2, 1, 6, 5, generator=torch.Generator().manual_seed(0))
     triggers = InvertedTriggers(
-        mask,
-        torch.rand(2, 3, 6, 5),
-        mask.sum((1, 2, 3)),
-        torch.ones(2),
-        torch.tensor([True, True]),
-        torch.ones(2),
+        aims=torch.zeros(2),
+        masks=mask,
+        patterns=torch.rand(2, 3, 6, 5),
+        norms=mask.sum((1, 2, 3)),
+        success=torch.ones(2),
+        reached=torch.tensor([True, True]),
+        steps=torch.ones(2),
+        starts=torch.ones(2, 1),
+        agreement=torch.ones(2),
     )
     clean = Pairs(torch.zeros(9, 3, 6, 5, dtype=torch.uint8), (), None, tuple(map(str, range(9))))
     audit = decree.Decree(restarts=2)

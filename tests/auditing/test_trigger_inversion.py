@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import nn
 
 from bezoar import registry
@@ -97,7 +98,9 @@ def test_a_batch_of_inversions_is_what_they_are_one_by_one(encoder, folded, monk
     recipe = InversionRecipe(45, 4, weight=3e-2, patience=2, goal=0.8, wait=4)
     clean = images()
     with trigger_inversion.freeze_tower(encoder) as tower:
-        triggers = trigger_inversion.invert_triggers(tower, clean, towards, 5, recipe, 5)
+        triggers = trigger_inversion.invert_triggers(
+            tower, clean, towards, torch.arange(5), recipe, 5
+        )
     for i in range(5):
         plain, steps, reached = one_by_one(copy.deepcopy(encoder), clean, i, recipe, 5)
         assert (int(triggers.steps[i]), bool(triggers.reached[i])) == (steps, reached)
@@ -137,7 +140,9 @@ def test_slices_change_nothing_but_rounding(encoder, monkeypatch):
     def invert() -> trigger_inversion.InvertedTriggers:
         with trigger_inversion.freeze_tower(encoder) as tower:
             parts.append(len(list(trigger_inversion.inversion_slices(5, 16, tower))))
-            return trigger_inversion.invert_triggers(tower, clean, towards, 5, recipe, 0)
+            return trigger_inversion.invert_triggers(
+                tower, clean, towards, torch.arange(5), recipe, 0
+            )
 
     whole = invert()
     monkeypatch.setattr(folded_norms, "CHUNKS", {"cpu": (1, 32), "cuda": (1, 32)})
@@ -175,19 +180,110 @@ def test_the_weight_follows_the_published_schedule():
     assert seen[1::2] == pytest.approx([5e-3, 25e-3, 5e-3, 1e-3, 2e-4, 1e-4, 1e-3])
 
 
-def test_halvings_keep_the_best(encoder):
-    clean, recipe = images(8), InversionRecipe(30, 4, weight=1e-2, goal=0.6, patience=2, wait=99)
+def test_halvings_keep_the_best_of_each_aim(encoder):
+    recipe = InversionRecipe(30, 4, weight=1e-2, goal=0.6, patience=2, wait=99, starts=4)
+    clean, aims = images(8), torch.tensor([6, 2])
     with trigger_inversion.freeze_tower(encoder) as tower:
-        every = trigger_inversion.invert_triggers(tower, clean, towards, 8, recipe, 0)
+        every = trigger_inversion.invert_triggers(tower, clean, towards, aims, recipe, 0)
         some = trigger_inversion.invert_triggers(
-            tower, clean, towards, 8, replace(recipe, halvings=2), 0
+            tower, clean, towards, aims, replace(recipe, halvings=2), 0
         )
     assert every.steps.tolist() == [30] * 8 and some.steps.tolist() == [30] * 2, (
-        "8, 4 and at last 2 of them"
+        "4, 2 and at last 1 for each aim"
     )
-    assert all(
-        torch.isclose(every.masks, mask, atol=1e-3).all((1, 2, 3)).any() for mask in some.masks
+    assert every.aims.tolist() == [6] * 4 + [2] * 4 and some.aims.tolist() == [6, 2]
+    for aim, mask in zip(some.aims, some.masks, strict=True):
+        of_aim = every.masks[every.aims == aim]
+        assert torch.isclose(of_aim, mask, atol=1e-3).all((1, 2, 3)).any()
+
+
+def test_halving_by_hand():
+    """Aims 0 0 0 1 1: norms 5, inf, 3 and 7, 6; of three searches two stay, of two one."""
+    start = trigger_search.initial_parameters(5, 4, 4, 0)
+    search = trigger_search.TriggerSearch(start, InversionRecipe(9, 2, growing=True, halvings=1))
+    search.aims = torch.tensor([0, 0, 0, 1, 1])
+    search.best_norm = torch.tensor([5.0, torch.inf, 3.0, 7.0, 6.0])
+    search.halve()
+    assert search.survived.tolist() == [True, False, True, False, True]
+    assert search.indices.tolist() == [0, 2, 4] and search.running_aims.tolist() == [0, 0, 1]
+    assert [search.recipe.batch_size(h) for h in (0, 1, 2)] == [2, 4, 8]
+
+
+def test_a_lucky_step_does_not_count(encoder):
+    """Success on a step's images alone is no success where it must be confirmed on others."""
+    start = trigger_search.initial_parameters(3, 32, 32, 0).double()
+    search = trigger_search.TriggerSearch(start, InversionRecipe(9, 2, goal=0.9, confirm=5))
+    clean, norm = images(5).images.double() / 255, torch.tensor([9.0, 8.0, 7.0]).double()
+    confirmed = torch.tensor([0.2, 0.95, 0.1]).double()
+
+    def objective(z, aims):
+        return confirmed[aims], confirmed[aims]
+
+    with trigger_inversion.freeze_tower(encoder) as tower:
+        luck = torch.tensor([1.0, 1.0, 0.5]).double()
+        trigger_inversion.confirm_triggers(search, luck, norm, clean, tower, objective)
+    assert search.best_norm.tolist() == [torch.inf, 8.0, torch.inf]
+    assert search.best_success.tolist() == pytest.approx([0.2, 0.95, 0.5])
+
+
+def results(aims, norms, success, reached):
+    n = len(aims)
+    return trigger_inversion.InvertedTriggers(
+        aims=torch.tensor(aims),
+        masks=torch.arange(n).double().view(n, 1, 1, 1).expand(n, 1, 2, 2),
+        patterns=torch.zeros(n, 3, 2, 2),
+        norms=torch.tensor(norms),
+        success=torch.tensor(success),
+        reached=torch.tensor(reached),
+        steps=torch.ones(n),
+        starts=torch.ones(n, 2),
+        agreement=torch.zeros(n),
     )
+
+
+def test_the_best_of_each_aim_by_hand():
+    first = results([1, 0, 1], [5.0, 4.0, 6.0], [0.9, 0.3, 1.0], [False, False, True])
+    best = first.best_of_aims()
+    assert best.aims.tolist() == [0, 1] and best.norms.tolist() == [4.0, 6.0]
+    again = first.best_of_aims(results([0], [9.0], [0.95], [True]))
+    assert again.norms.tolist() == [9.0, 6.0] and again.reached.tolist() == [True, True]
+
+
+def test_agreement_is_the_cosine_with_the_best_rival():
+    start = trigger_search.initial_parameters(4, 4, 4, 0)
+    search = trigger_search.TriggerSearch(start, InversionRecipe(9, 2, starts=2))
+    search.best_norm = torch.tensor([3.0, 2.0, torch.inf, 4.0])
+    agreement = trigger_inversion.measure_agreement(search, torch.arange(4))
+    masks = [m.flatten().numpy() for m in trigger_search.mask_and_pattern(search.best_u)[0]]
+    cosine = masks[0] @ masks[1] / np.linalg.norm(masks[0]) / np.linalg.norm(masks[1])
+    assert agreement[:2].tolist() == pytest.approx([cosine] * 2)
+    assert agreement[2] == pytest.approx(
+        masks[2] @ masks[3] / np.linalg.norm(masks[2]) / np.linalg.norm(masks[3])
+    )
+    assert torch.isnan(agreement[3]), "its only rival reached nothing"
+
+
+def test_outlier_p_value_holds_under_its_null():
+    """Against the t-test of one number and the others; of normal numbers p is uniform below."""
+    x = np.random.default_rng(0).normal(0, 1, (4000, 10))
+    p = np.array([norm_outliers.outlier_p_value(torch.tensor(row)) for row in x])
+    row, least = x[0], int(x[0].argmin())
+    others = np.delete(row, least)
+    t, two_sided = stats.ttest_ind([row[least]], others)
+    assert t < 0 and p[0] == pytest.approx(min(1, 10 * two_sided / 2))
+    for level in (0.05, 0.01):
+        assert abs((p <= level).mean() - level) < 4 * (level / 4000) ** 0.5
+    assert norm_outliers.outlier_p_value(torch.tensor([0.0, 3.0, 3.0, 3.0, 3.0])) < 1e-3
+
+
+def test_concentration_by_hand():
+    """A patch in a corner is in one window of a quarter of the sides; a uniform mask in none."""
+    masks = torch.zeros(3, 1, 16, 8)
+    masks[0, 0, 12:, 6:] = 0.5
+    masks[1] = 0.3
+    masks[2, 0, 0, 0], masks[2, 0, 15, 7] = 1.0, 3.0
+    shares = norm_outliers.measure_concentration(masks)
+    assert shares.tolist() == pytest.approx([1.0, 1 / 16, 0.75])
 
 
 def test_an_inversion_starts_where_its_number_says():
@@ -211,7 +307,7 @@ def test_networks_that_nothing_can_be_folded_of():
     plain.train()
     with trigger_inversion.freeze_tower(plain) as tower:
         triggers = trigger_inversion.invert_triggers(
-            tower, images(8, 8), towards, 2, InversionRecipe(5, 4), 0
+            tower, images(8, 8), towards, torch.arange(2), InversionRecipe(5, 4), 0
         )
     assert triggers.masks.shape == (2, 1, 8, 8) and all(m.training for m in plain.modules())
     batch = Encoder(
@@ -239,6 +335,8 @@ def test_networks_that_nothing_can_be_folded_of():
         {"weight": 0.0},
         {"goal": 1.5},
         {"halvings": -1},
+        {"starts": 0},
+        {"confirm": -1},
     ],
 )
 def test_recipes_that_make_no_sense(wrong):

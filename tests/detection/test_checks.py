@@ -345,8 +345,15 @@ def test_scale_up_is_the_plain_loop():
     for i, image in enumerate(pairs.images):
         x = image.float() / 255
         own_class = int(classify.predict(x[None]))
-        same = [int(classify.predict((n * x).clamp(0, 1)[None])) == own_class for n in (2, 3, 6)]
-        assert float(scores.values[i]) == pytest.approx(np.mean(same))
+        same, margins = 0, []
+        for n in (2, 3, 6):
+            logits = classify((n * x).clamp(0, 1)[None])[0].detach().numpy()
+            same += int(logits.argmax()) == own_class
+            margins.append(logits[own_class] - np.delete(logits, own_class).max())
+        m = np.mean(margins)
+        expected = (same + (1 + m / (1 + abs(m))) / 2) / 4
+        assert float(scores.values[i]) == pytest.approx(expected, rel=1e-4)
+    assert len(set(scores.values.tolist())) == len(scores.values), "no ties at the threshold"
 
 
 def test_too_few_clean_images_and_bad_fields():

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bezoar import registry
+from bezoar.auditing import unaided_verdict
 from bezoar.auditing.bank import Bank, Calibration
 from bezoar.cli import main
 from bezoar.data.files import writing
@@ -21,6 +24,7 @@ from bezoar.reports.page import execute
 from bezoar.runs import sweep
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
+from bezoar.verbs.audit import Audit
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
@@ -391,3 +395,91 @@ def test_encoders_of_two_kinds_are_no_bank(work, clean, capsys, monkeypatch):
     run = execute(other, Settings(work / "runs", 0, "cpu", quiet=True))
     message = refused(capsys, work, "calibrate", clean[0].path, run.path, *STORY, "--workers", "1")
     assert "does not belong to this bank" in message and "network" in message
+
+
+WITHOUT_BANK = (
+    "--audit",
+    "cleanse:steps=10,starts=2,halvings=1,confirm=8,again=0",
+    "--images",
+    "40",
+)
+
+
+def test_a_verdict_without_a_bank(work, clean, capsys, monkeypatch):
+    """It is in the headline, in verdict.json and on the page, with every class; --fail-on follows its words."""
+    monkeypatch.setattr(unaided_verdict, "LEAST_SHARE", 0.0)
+    command = ["audit", clean[3].path, *WITHOUT_BANK]
+    for least, words, level, status in (
+        (99.0, "none found", "note", 0),
+        (-1.0, "some evidence", "warning", 3),
+    ):
+        monkeypatch.setattr(unaided_verdict, "STRONG", 100.0)
+        monkeypatch.setattr(unaided_verdict, "SOME", least)
+        manifest, run = ask(
+            capsys, work, *command, "--fail-on", "evidence", "--fresh", status=status
+        )
+        verdict = json.loads(run.file("verdict.json").read_text())
+        (found,) = verdict["audits"]
+        assert manifest["notes"]["words"] == words == verdict["words"] == found["unaided"]["grade"]
+        assert found["words"] == "no calibration" and len(found["notes"]["targets"]) == 40
+        assert manifest["metrics"]["cleanse.statistic"]["value"] == found["unaided"]["statistic"]
+        log = json.loads(run.file("audit.sarif").read_text())
+        (result,) = log["runs"][0]["results"]
+        assert (
+            result["level"] == level and found["unaided"]["sentence"] in result["message"]["text"]
+        )
+        text = (run.path / "report.html").read_text()
+        headline = re.search(r"<h1>.*?</h1>", text, re.DOTALL)[0]
+        assert "could not be made" not in text and "No calibration" not in headline
+        assert text.count("No calibration") <= 2 and "the smallest trigger of every target" in text
+    monkeypatch.setattr(unaided_verdict, "LEAST_SHARE", 1.1)
+    manifest, run = ask(capsys, work, *command, "--fail-on", "unknown", "--fresh", status=3)
+    assert manifest["notes"]["words"] == "could not tell" and run.verb == "audit"
+    assert Audit.undecided(manifest)[0].startswith("Could not tell")
+
+
+def test_an_encoder_without_classes_is_read_by_its_clusters(work, tmp_path, capsys):
+    """No head, no text and no labels: clusters of the vectors stand for classes."""
+    run = execute(
+        Train("scenes:count=96", NETWORK, "simclr:epochs=1,batch=48"),
+        Settings(work / "runs", 0, "cpu", quiet=True),
+    )
+    images = registry.make("data", "scenes:count=60,split=test")().images
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    words = ["audit", run.path, "--data", f"folder:path={folder}", *WITHOUT_BANK]
+    manifest, audited = ask(capsys, work, *words)
+    (found,) = json.loads(audited.file("verdict.json").read_text())["audits"]
+    assert "clusters" in found["classifier"] and found["notes"]["target"].startswith("cluster")
+    assert manifest["notes"]["words"] in (
+        "none found",
+        "some evidence",
+        "strong evidence",
+        "could not tell",
+    )
+
+
+def test_an_audit_begins_with_what_it_can_say(work, calibrated, clean, capsys):
+    command = ["audit", clean[1].path, *WITHOUT_BANK, "--audit", *WITHOUT_BANK[1:2], STORY[1]]
+    capsys.readouterr()
+    assert (
+        main(
+            [
+                *map(str, command),
+                "--bank",
+                str(calibrated.file("bank.json")),
+                "--rate",
+                "0.3",
+                "--runs",
+                str(work / "runs"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().err
+    assert "whitening: evidence or none at false-positive rate 0.3" in said
+    assert "cleanse: strong, some or no evidence" in said and re.search(r"about \d+ s", said)

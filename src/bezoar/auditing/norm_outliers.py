@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from scipy.stats import t as student
 from torch import Tensor
 
 from bezoar.auditing.evidence import exact_measure
-from bezoar.auditing.trigger_inversion import InvertedTriggers, inversion_limits
+from bezoar.auditing.trigger_inversion import (
+    InvertedTriggers,
+    inversion_limits,
+)
 from bezoar.data.pairs import Pairs
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
@@ -21,6 +26,8 @@ MAD_TO_SIGMA = (
 )
 MIN_NORMS = 10  # with fewer norms a median absolute deviation says nothing
 MAX_NAMED = 8  # targets that a sentence names
+MIN_REACHED = 5  # targets with a trigger, of which one can be an outlier
+MIN_DEVIATION = 0.1  # of logarithms of norms; fewer than ten of them tell no smaller one
 
 
 def anomaly_index(norms: Tensor) -> Tensor:
@@ -36,6 +43,23 @@ def anomaly_index(norms: Tensor) -> Tensor:
     return torch.where(x < median, deviations / (MAD_TO_SIGMA * mad), 0.0)
 
 
+def outlier_p_value(logs: Tensor) -> float:
+    """The chance that the least of normal numbers lies so far below the others.
+
+    The normal distribution is fitted to the others, which the least has no part in: by Student's
+    law (x - mean) / (deviation sqrt(1 + 1 / m)) has m - 1 degrees of freedom. Times the number of
+    numbers, because the least of them was chosen (Grubbs 1950; Bonferroni).
+
+    logs: float64 (G,), of at least three numbers.
+    """
+    least = int(logs.argmin())
+    others = torch.cat([logs[:least], logs[least + 1 :]])
+    m = len(others)
+    deviation = max(float(others.std()), MIN_DEVIATION)
+    distance = float(others.mean() - logs[least]) / (deviation * (1 + 1 / m) ** 0.5)
+    return min(1.0, len(logs) * float(student.sf(distance, m - 1)))
+
+
 def outlier_verdict(
     triggers: InvertedTriggers,
     names: Sequence[str],
@@ -43,6 +67,7 @@ def outlier_verdict(
     statistic: OutlierStatistic,
     clean: Pairs,
     notes: dict[str, Any],
+    excluding: bool = False,
 ) -> Verdict:
     """The verdict of an audit that asks whether one target is far easier to reach than the others.
 
@@ -54,34 +79,94 @@ def outlier_verdict(
             `log_ratio`.
         clean: the clean images.
         notes: further notes of the verdict.
+        excluding: targets that no trigger reached have no part in the value, unless fewer than
+            `MIN_REACHED` were reached.
     """
     n = len(clean)
-    few = len(names) < MIN_NORMS
     norms = triggers.norms.double().cpu().clamp(min=MIN_SPREAD)
-    smallest = int(norms.argmin())
-    evidence = norm_evidence(norms, names[smallest], f"{len(norms)} {what} triggers", n)
+    reached = triggers.reached.cpu()
+    counted = torch.ones_like(reached)
+    if excluding and int(reached.sum()) >= MIN_REACHED:
+        counted = reached
+    few = int(counted.sum()) < MIN_NORMS
+    smallest = int(torch.where(counted, norms, torch.inf).argmin())
+    title = f"{int(counted.sum())} {what} triggers"
+    evidence = norm_evidence(norms[counted], names[smallest], title, n)
     evidence["success"] = proportion(
         round(float(triggers.success[smallest]) * n),
         n,
         f"clean images that the least trigger makes {names[smallest]!r}",
     )
+    share = float(measure_concentration(triggers.masks[smallest : smallest + 1]))
+    evidence["concentration"] = exact_measure(
+        share, n, "share of the least mask in the best window of a quarter of the sides"
+    )
     limits = inversion_limits(clean)
     if few:
         ending = "" if statistic == "log_ratio" else "; the value is log(median norm / least norm)"
         limits.append(
-            f"{len(norms)} {what} triggers are too few for an anomaly index, which means nothing under {MIN_NORMS}{ending}"
+            f"{title} are too few for an anomaly index, which means nothing under {MIN_NORMS}{ending}"
         )
-    reached = triggers.reached.tolist()
-    unreached = [name for name, hit in zip(names, reached, strict=True) if not hit]
+    unreached = [name for name, hit in zip(names, reached.tolist(), strict=True) if not hit]
     if unreached:
-        limits.append(
-            f"no trigger for {len(unreached)} of {len(norms)} reached the success asked for, within "
-            f"{int(triggers.steps.max())} steps; they count with the most successful mask: "
-            f"{', '.join(unreached[:MAX_NAMED])}"
-        )
+        limits.append(describe_unreached(unreached, triggers, bool(counted.all())))
     value = evidence["log_ratio" if few else statistic].value
-    notes = {**notes, "target": names[smallest], "unreached": unreached, "limits": limits}
+    notes = {
+        **notes,
+        "target": names[smallest],
+        "unreached": unreached,
+        "limits": limits,
+        "targets": list_targets(triggers, names),
+    }
     return Verdict(value, evidence, triggers.inversions(names), notes)
+
+
+def describe_unreached(
+    unreached: Sequence[str], triggers: InvertedTriggers, are_counted: bool
+) -> str:
+    """What is said of targets that no trigger reached."""
+    part = "count with the most successful mask" if are_counted else "have no part in the value"
+    return (
+        f"no trigger for {len(unreached)} of {len(triggers.aims)} reached the success asked for, within "
+        f"{int(triggers.steps.max())} steps; they {part}: {', '.join(unreached[:MAX_NAMED])}"
+    )
+
+
+def measure_concentration(masks: Tensor) -> Tensor:
+    """The share of each mask (G, 1, H, W) in the window, a quarter of the sides, that holds most of it.
+
+    A patch lies in one place; a class's own features are found all over an image.
+    """
+    window = (max(1, masks.shape[2] // 4), max(1, masks.shape[3] // 4))
+    most = F.avg_pool2d(masks, window, stride=1).amax((1, 2, 3)) * (window[0] * window[1])
+    return most / masks.sum((1, 2, 3)).clamp(min=1e-12)
+
+
+def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Every target with its trigger's norm, success and whether it was reached, smallest first."""
+    facts = zip(
+        names,
+        triggers.norms.tolist(),
+        triggers.success.tolist(),
+        triggers.reached.tolist(),
+        triggers.starts.tolist(),
+        triggers.agreement.tolist(),
+        measure_concentration(triggers.masks).tolist(),
+        strict=True,
+    )
+    rows = [
+        {
+            "target": name,
+            "norm": round(norm, 3),
+            "success": round(success, 4),
+            "reached": reached,
+            "starts": [round(start, 3) if start < torch.inf else None for start in starts],
+            "concentration": round(share, 3),
+            "agreement": None if agreement != agreement else round(agreement, 3),
+        }
+        for name, norm, success, reached, starts, agreement, share in facts
+    ]
+    return sorted(rows, key=lambda row: row["norm"])
 
 
 def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, Measure]:
@@ -91,6 +176,7 @@ def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, 
     images.
     """
     least, median = norms.min(), norms.quantile(0.5)
+    logs = norms.log()
 
     def measure(value: Tensor, how: str) -> Measure:
         return exact_measure(float(value), n, f"{how}; {what}, {n} clean images")
@@ -101,7 +187,11 @@ def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, 
             anomaly_index(norms).max(), "|norm - median| / (1.4826 MAD) of the least mask's norm"
         ),
         "log_anomaly_index": measure(
-            anomaly_index(norms.log()).max(), "the anomaly index of the norms' logarithms"
+            anomaly_index(logs).max(), "the anomaly index of the norms' logarithms"
+        ),
+        "outlier_p": measure(
+            torch.tensor(outlier_p_value(logs) if len(logs) > 2 else 1.0),
+            "chance of so small a least norm, by Student's law fitted to the logarithms of the others",
         ),
         "least_norm": measure(least, f"pixels that the least mask covers, of {smallest!r}"),
         "median_norm": measure(median, "pixels that the median mask covers"),

@@ -2,8 +2,8 @@
 
 One rule an audit, one result a rule.
 
-Evidence has the level `error`; everything else has `note`, never `none` or a kind `pass`: no audit
-shows an encoder clean.
+Evidence has the level `error`, some evidence `warning`; everything else has `note`, never `none` or
+a kind `pass`: no audit shows an encoder clean.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 VERSION = "2.1.0"
+LEVELS = {"strong evidence": "error", "some evidence": "warning"}  # without a bank
 HELP = (
     "Evidence is a value above a quantile of encoders known to be clean; see the run's report.html."
 )
@@ -74,11 +75,17 @@ def build_result(
     index: int, audit: Mapping[str, Any], encoder: str, location: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What an audit says of an encoder. index: of the audit's rule."""
+    unaided = audit.get("unaided") or {}
+    sentence = f"{audit['sentence']} {unaided.get('sentence', '')}".strip()
+    if audit["words"] == "no calibration":
+        level = LEVELS.get(unaided.get("grade", ""), "note")
+    else:
+        level = "error" if audit["words"] == "evidence" else "note"
     return {
         "ruleId": rule_id(audit["audit"]),
         "ruleIndex": index,
-        "level": "error" if audit["words"] == "evidence" else "note",
-        "message": {"text": f"{encoder}: {audit['sentence']}"},
+        "level": level,
+        "message": {"text": f"{encoder}: {sentence}"},
         "locations": [location],
         "partialFingerprints": {"bezoar/encoder/v1": f"{encoder}:{audit['audit']}"},
         "properties": {k: audit[k] for k in ("words", "value", "p", "threshold", "rate")},

@@ -9,6 +9,7 @@ batch norms are in evaluation mode and folded into their convolutions (`encoders
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.auditing.trigger_search import (
+    CHECK_EVERY,
+    TOLERANCE,
     InversionRecipe,
     TriggerSearch,
     initial_parameters,
@@ -33,7 +36,6 @@ from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Inversion
 
-CHECK_EVERY = 5  # steps between checks for ended searches, which make the host wait for the device
 MANY_IMAGES = 1 << 20  # more than are ever computed together
 NOT_FINITE = "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
 
@@ -81,7 +83,7 @@ class TriggerObjective(Protocol):
 
         Args:
             z: float32 (g, n, D), the vectors of n images stamped by each inversion.
-            indices: int64 (g,), the inversions' numbers.
+            indices: int64 (g,), the inversions' aims.
 
         Returns:
             The loss (g,), differentiable, and the success (g,), 0..1.
@@ -90,9 +92,10 @@ class TriggerObjective(Protocol):
 
 @dataclass(frozen=True)
 class InvertedTriggers:
-    """The results of G inversions; those that were given up at a halving are left out.
+    """The results of G searches; those that were given up at a halving are left out.
 
     Attributes:
+        aims: int64 (G,), what each is for.
         masks: float32 (G, 1, H, W) in 0..1; where the goal was never reached, of the most
             successful trigger.
         patterns: float32 (G, 3, H, W) in 0..1.
@@ -100,14 +103,43 @@ class InvertedTriggers:
         success: (G,), over all clean images.
         reached: bool (G,), whether the goal was reached at some step.
         steps: int64 (G,), steps taken.
+        starts: (G, R), the norms that all R searches for the same aim reached, those that were
+            given up too; infinite where one reached nothing.
+        agreement: (G,), cosine of the mask and that of the smallest trigger that another start found
+            for the same aim; NaN where none did.
     """
 
+    aims: Tensor
     masks: Tensor
     patterns: Tensor
     norms: Tensor
     success: Tensor
     reached: Tensor
     steps: Tensor
+    starts: Tensor
+    agreement: Tensor
+
+    def take(self, rows: Tensor) -> InvertedTriggers:
+        """Some of them, by number, int64 (G',)."""
+        return InvertedTriggers(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+
+    def best_of_aims(self, other: InvertedTriggers | None = None) -> InvertedTriggers:
+        """The best trigger for each aim, in the order of the aims.
+
+        That is the smallest which reached the goal, else the most successful. other: more results.
+        """
+        every = self if other is None else self.join(other)
+        badness = torch.where(every.reached, every.norms, 1e9 - every.success)
+        order = badness.argsort(stable=True)
+        order = order[every.aims[order].argsort(stable=True)]
+        _, counts = every.aims[order].unique_consecutive(return_counts=True)
+        return every.take(order[counts.cumsum(0) - counts])
+
+    def join(self, other: InvertedTriggers) -> InvertedTriggers:
+        """Both, one after the other."""
+        names = [f.name for f in dataclasses.fields(self)]
+        parts = [torch.cat([getattr(self, n), getattr(other, n)]) for n in names]
+        return InvertedTriggers(*parts)
 
     def inversions(
         self, targets: Sequence[str], order: Tensor | None = None
@@ -201,7 +233,7 @@ def compute_gradients(
     for part in inversion_slices(len(search), len(x), tower):
         u = search.u[part].detach().requires_grad_()
         z = tower(stamp_triggers(u, x)).view(len(u), len(x), -1)  # (g, n, D)
-        loss, success[part] = objective(z, search.indices[part])
+        loss, success[part] = objective(z, search.running_aims[part])
         size = mask_and_pattern(u)[0].sum((1, 2, 3))
         (grad[part],) = torch.autograd.grad((loss + search.weights[part] * size).sum(), u)
         norm[part] = size.detach()
@@ -221,18 +253,18 @@ def invert_triggers(
     tower: ImageTower,
     clean: Pairs,
     objective: TriggerObjective,
-    count: int,
+    aims: Tensor,
     recipe: InversionRecipe,
     seed: int,
     report: ProgressReport = no_report,
 ) -> InvertedTriggers:
-    """Search for `count` triggers, number i for the objective's i-th aim. Deterministic for a seed.
+    """Search for triggers, `recipe.starts` for each aim. Deterministic for a seed.
 
     Args:
         tower: from `freeze_tower`.
         clean: images of any size; the masks have theirs.
         objective: loss and success.
-        count: number of triggers.
+        aims: int64 (A,), numbers that the objective knows.
         recipe: hyper-parameters of the search.
         seed: of the starting points and the batches.
         report: told every few steps.
@@ -241,15 +273,23 @@ def invert_triggers(
         UserError: where the encoder gives NaN.
     """
     height, width = clean.images.shape[2:]
+    count = len(aims) * recipe.starts
     u = initial_parameters(count, height, width, seed, recipe.centred)
-    search = TriggerSearch(u.to(tower.device, tower.dtype), recipe)
+    search = TriggerSearch(u.to(tower.device, tower.dtype), recipe, aims)
+    confirming = draw_batch(clean, recipe.confirm, seed, -1, search.u) if recipe.confirm else None
     halving_steps = recipe.halving_steps()
     for step in range(recipe.steps):
-        x = draw_batch(clean, recipe.batch, seed, step, search.u)
+        batch = recipe.batch_size(sum(step >= halving for halving in halving_steps))
+        x = draw_batch(clean, batch, seed, step, search.u)
         grad, success, norm = compute_gradients(search, x, tower, objective)
         if step == 0 and not bool(torch.isfinite(grad).all()):
             raise UserError(NOT_FINITE)
-        search.record(success, norm)
+        if confirming is None:
+            search.record(success, norm)
+        else:
+            search.update_weights(success >= recipe.goal)
+            if (step + 1) % CHECK_EVERY == 0:
+                confirm_triggers(search, success, norm, confirming, tower, objective)
         search.adam_step(grad, step)
         if step + 1 in halving_steps:
             search.halve()
@@ -258,17 +298,71 @@ def invert_triggers(
             search.drop_finished()
             if not len(search):
                 break
+    return collect_triggers(search, clean, tower, objective)
+
+
+def confirm_triggers(
+    search: TriggerSearch,
+    success: Tensor,
+    norm: Tensor,
+    images: Tensor,
+    tower: ImageTower,
+    objective: TriggerObjective,
+) -> None:
+    """Let triggers count that succeed on a step's images and on further ones.
+
+    Args:
+        search: g searches.
+        success: (g,), on the step's images.
+        norm: (g,), |m|_1.
+        images: float 0..1 (n, 3, H, W), further images.
+        tower: the image tower.
+        objective: loss and success.
+    """
+    rows = search.candidates(success, norm).nonzero()[:, 0]
+    success = success.clamp(max=search.recipe.goal - 1e-6)  # what is not confirmed is not reached
+    if len(rows):
+        u, aims = search.u[rows], search.running_aims[rows]
+        success[rows] = success_on(tower, u, aims, images, objective)
+    search.note_best(success, norm)
+
+
+def collect_triggers(
+    search: TriggerSearch, clean: Pairs, tower: ImageTower, objective: TriggerObjective
+) -> InvertedTriggers:
+    """The results of the searches that were not given up, measured on all clean images."""
     survivors = search.survived.nonzero()[:, 0]
     best_u = search.best_u[survivors]
     masks, patterns = mask_and_pattern(best_u)
+    aims = search.aims[survivors]
+    success = measure_success(tower, best_u, aims, clean, objective)
+    reached = search.best_norm[survivors].isfinite()
+    if search.recipe.confirm:
+        reached &= success >= search.recipe.goal - TOLERANCE
     return InvertedTriggers(
-        masks,
-        patterns,
+        aims=aims,
+        masks=masks,
+        patterns=patterns,
         norms=masks.sum((1, 2, 3)),
-        success=measure_success(tower, best_u, survivors, clean, objective),
-        reached=search.best_norm[survivors].isfinite(),
+        success=success,
+        reached=reached,
         steps=search.steps[survivors],
+        starts=search.best_norm.view(-1, search.recipe.starts)[survivors // search.recipe.starts],
+        agreement=measure_agreement(search, survivors),
     )
+
+
+def measure_agreement(search: TriggerSearch, rows: Tensor) -> Tensor:
+    """`InvertedTriggers.agreement` of searches by their numbers, int64 (G,) -> (G,)."""
+    masks = F.normalize(mask_and_pattern(search.best_u)[0].flatten(1), dim=1)
+    agreement = torch.full((len(rows),), torch.nan, device=masks.device, dtype=masks.dtype)
+    for i, row in enumerate(rows.tolist()):
+        rivals = (search.aims == search.aims[row]) & search.best_norm.isfinite()
+        rivals[row] = False
+        if rivals.any():
+            rival = torch.where(rivals, search.best_norm, torch.inf).argmin()
+            agreement[i] = masks[row] @ masks[rival]
+    return agreement
 
 
 def draw_batch(clean: Pairs, batch: int, seed: int, step: int, like: Tensor) -> Tensor:
@@ -290,12 +384,61 @@ def embed_clean(tower: ImageTower, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_success(
-    tower: ImageTower, u: Tensor, indices: Tensor, clean: Pairs, objective: TriggerObjective
+    tower: ImageTower, u: Tensor, aims: Tensor, clean: Pairs, objective: TriggerObjective
 ) -> Tensor:
     """Success (G,) of triggers (G, 4, H, W) over all clean images, one trigger after the other."""
     successes = []
     for i in range(len(u)):
         parts = (clean.images[part].to(u) / 255 for part in tower.slices(len(clean)))
         z = torch.cat([tower(stamp_triggers(u[i : i + 1], x)) for x in parts])  # (N, D)
-        successes.append(objective(z[None], indices[i : i + 1])[1])
+        successes.append(objective(z[None], aims[i : i + 1])[1])
     return torch.cat(successes)
+
+
+@torch.no_grad()
+def success_on(
+    tower: ImageTower, u: Tensor, aims: Tensor, images: Tensor, objective: TriggerObjective
+) -> Tensor:
+    """Success (g,) of triggers (g, 4, H, W) on a few images, float 0..1 (n, 3, H, W)."""
+    successes = []
+    for part in inversion_slices(len(u), len(images), tower):
+        z = tower(stamp_triggers(u[part], images)).view(len(u[part]), len(images), -1)
+        successes.append(objective(z, aims[part])[1])
+    return torch.cat(successes)
+
+
+def measure_again(
+    tower: ImageTower,
+    triggers: InvertedTriggers,
+    clean: Pairs,
+    objective: TriggerObjective,
+    goal: float,
+) -> InvertedTriggers:
+    """Triggers with their success on other images, and only those as reached that succeed there.
+
+    goal: the success that was asked for, of which `TOLERANCE` may be missing.
+    """
+    success = torch.stack(
+        [
+            stamped_success(tower, triggers, row, clean.images, objective)
+            for row in range(len(triggers.aims))
+        ]
+    )
+    return dataclasses.replace(
+        triggers, success=success, reached=triggers.reached & (success >= goal - TOLERANCE)
+    )
+
+
+@torch.no_grad()
+def stamped_success(
+    tower: ImageTower,
+    triggers: InvertedTriggers,
+    row: int,
+    images: Tensor,
+    objective: TriggerObjective,
+) -> Tensor:
+    """Success of one trigger on images uint8 (N, 3, H, W), a scalar."""
+    mask, pattern = triggers.masks[row], triggers.patterns[row]
+    parts = (images[part].to(mask) / 255 for part in tower.slices(len(images)))
+    z = torch.cat([tower((1 - mask) * x + mask * pattern) for x in parts])  # (N, D)
+    return objective(z[None], triggers.aims[row : row + 1])[1][0]

@@ -8,6 +8,7 @@ result is the smallest mask that succeeded.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from bezoar.data.randomness import generator
 
 ADAM_BETAS = (0.5, 0.9)  # as published for DECREE, Neural Cleanse and SSL-Cleanse
 ADAM_EPSILON = 1e-8
+CHECK_EVERY = 5  # steps between checks for ended searches, which make the host wait for the device
+TOLERANCE = 0.05  # what success may be less on all images than on those it was confirmed on
+GRADIENT_PASSES = 3  # passes that cost what one forward and one backward do
 PROGRESS_SHARE = 0.99  # a mask of more than this share of the best one's norm is no progress
 
 
@@ -37,11 +41,16 @@ class InversionRecipe:
         floor: least weight.
         resets: failures at the least weight that set it back to the start; 0: never.
         goal: the success that counts as reached, above 0 and at most 1.
-        halvings: how often, at even distances, the worse half of the searches is given up. For
-            restarts, of which the best one is wanted.
+        starts: searches for each aim, each from a start of its own.
+        halvings: how often, at even distances, the worse half of the searches for each aim is
+            given up.
         wait: steps without progress after which a search ends, if it has succeeded and its weight
             has gone both up and down.
         centred: start from a central square of half the side, not from noise.
+        growing: twice as many images a step after every halving.
+        confirm: clean images, the same at every step, that a trigger must succeed on too before it
+            counts; 0: it counts by the images of its step alone, and of many steps the luckiest
+            wins.
     """
 
     steps: int
@@ -55,22 +64,25 @@ class InversionRecipe:
     floor: float = 0.0
     resets: int = 0
     goal: float = 0.99
+    starts: int = 1
     halvings: int = 0
     wait: int = 25
     centred: bool = False
+    growing: bool = False
+    confirm: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.patience, self.wait) < 1:
-            raise ValueError("steps, batch, patience and wait must be at least 1")
+        if min(self.steps, self.batch, self.patience, self.wait, self.starts) < 1:
+            raise ValueError("steps, batch, patience, wait and starts must be at least 1")
         in_order = list(self.until) == sorted(self.until)
         if not self.lr or min(self.lr) <= 0 or len(self.until) != len(self.lr) - 1 or not in_order:
             raise ValueError(
                 "lr must be above 0, and until must name, in order, the step at which each but the last ends"
             )
-        least = min(self.floor, self.resets, self.halvings)
+        least = min(self.floor, self.resets, self.halvings, self.confirm)
         if self.weight <= 0 or min(self.up, self.down) < 1 or least < 0:
             raise ValueError(
-                "weight must be above 0, up and down at least 1, floor, resets and halvings at least 0"
+                "weight must be above 0, up and down at least 1, floor, resets, halvings and confirm at least 0"
             )
         if not 0 < self.goal <= 1:
             raise ValueError("goal must be above 0 and at most 1")
@@ -80,6 +92,19 @@ class InversionRecipe:
         """The recipe that a method's fields of the same names make, but for the changes."""
         names = [f.name for f in dataclasses.fields(cls) if hasattr(method, f.name)]
         return cls(**{name: getattr(method, name) for name in names} | changes)
+
+    def batch_size(self, halvings: int) -> int:
+        """The images of a step after so many halvings: the fewer searches, the more images."""
+        return self.batch << halvings if self.growing else self.batch
+
+    def image_passes(self) -> int:
+        """Images that the searches for one aim pass through a tower; a gradient counts as three."""
+        passes, searches, bounds = 0, self.starts, (0, *self.halving_steps(), self.steps)
+        for halvings, (first, last) in enumerate(itertools.pairwise(bounds)):
+            a_step = GRADIENT_PASSES * self.batch_size(halvings) + self.confirm // CHECK_EVERY
+            passes += searches * (last - first) * a_step
+            searches = -(-searches // 2)
+        return passes
 
     def halving_steps(self) -> tuple[int, ...]:
         """The numbers of steps after which half of the searches are given up."""
@@ -118,6 +143,7 @@ class TriggerSearch:
     Attributes:
         u: free numbers (g, 4, H, W) of the g searches that still run.
         indices: int64 (g,), their numbers among the G.
+        aims: int64 (G,), what each search is for; `starts` searches in a row have one aim.
         weights: (g,), of |m|_1.
         best_u: (G, 4, H, W), the smallest trigger that reached the goal; until there is one, the
             most successful.
@@ -131,9 +157,14 @@ class TriggerSearch:
     RUNNING = ("indices", "u", "first_moment", "second_moment", "weights")
     COUNTERS = ("successes", "failures", "floor_failures", "idle_steps", "weight_moved")
 
-    def __init__(self, u: Tensor, recipe: InversionRecipe) -> None:
-        """Start from free numbers (G, 4, H, W), which are changed in place."""
+    def __init__(self, u: Tensor, recipe: InversionRecipe, aims: Tensor | None = None) -> None:
+        """Start from free numbers (G, 4, H, W), which are changed in place.
+
+        aims: int64 (G / starts,), the aims in order; else 0, 1, ...
+        """
         count, device = len(u), u.device
+        aims = torch.arange(count // recipe.starts) if aims is None else aims
+        self.aims = aims.to(device).repeat_interleave(recipe.starts)
         zeros = u.new_zeros(count)
         self.recipe = recipe
         self.u = u
@@ -157,8 +188,18 @@ class TriggerSearch:
         """How many searches still run."""
         return len(self.indices)
 
+    @property
+    def running_aims(self) -> Tensor:
+        """The aims of the searches that still run, int64 (g,)."""
+        return self.aims[self.indices]
+
     def record(self, success: Tensor, norm: Tensor) -> None:
         """Take note of what the triggers do as they stand: success 0..1 (g,) and |m|_1 (g,)."""
+        self.note_best(success, norm)
+        self.update_weights(success >= self.recipe.goal)
+
+    def note_best(self, success: Tensor, norm: Tensor) -> None:
+        """Keep the triggers that are better than those so far; arguments as of `record`."""
         reached = success >= self.recipe.goal
         best_norm = self.best_norm[self.indices]
         best_success = self.best_success[self.indices]
@@ -171,7 +212,10 @@ class TriggerSearch:
         self.idle_steps = torch.where(progress, 0, self.idle_steps + 1)
         self.best_norm[self.indices] = torch.where(reached, norm.minimum(best_norm), best_norm)
         self.best_success[self.indices] = success.maximum(best_success)
-        self.update_weights(reached)
+
+    def candidates(self, success: Tensor, norm: Tensor) -> Tensor:
+        """Which triggers would become the best ones if their success were confirmed, bool (g,)."""
+        return (success >= self.recipe.goal) & (norm < self.best_norm[self.indices])
 
     def update_weights(self, reached: Tensor) -> None:
         """Set the next step's weights; reached: bool (g,), which triggers met the goal."""
@@ -204,13 +248,18 @@ class TriggerSearch:
         self.steps[self.indices] = step + 1
 
     def halve(self) -> None:
-        """Give up the worse half: those that never reached the goal, then the larger masks."""
+        """Give up the worse half for each aim: those that never reached the goal, then by size."""
         best_norm = self.best_norm[self.indices]
         best_success = self.best_success[self.indices]
         badness = torch.where(best_norm.isinf(), 1e9 - best_success, best_norm)
         order = badness.argsort(stable=True)
-        stay = torch.zeros_like(order, dtype=torch.bool)
-        stay[order[: -(-len(order) // 2)]] = True
+        order = order[self.running_aims[order].argsort(stable=True)]  # by aim, then by badness
+        _, counts = self.running_aims[order].unique_consecutive(return_counts=True)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        place = torch.arange(len(order), device=order.device) - first  # among those of the aim
+        better_half = place < ((counts + 1) // 2).repeat_interleave(counts)
+        stay = torch.zeros_like(better_half)
+        stay[order] = better_half
         self.survived[self.indices[~stay]] = False
         self._keep_running(stay)
 

@@ -7,8 +7,17 @@ from typing import Any
 
 from bezoar import registry
 from bezoar.auditing.bank import CalibratedVerdict, Outcome, adjust_p_values
+from bezoar.auditing.unaided_verdict import Grade
 
 ENOUGH_IMAGES = 128  # clean images; a verdict on fewer is weak
+Words = Outcome | Grade
+GRADES: tuple[Grade, ...] = ("strong evidence", "some evidence", "could not tell", "none found")
+EVIDENCE = (
+    "evidence",
+    "strong evidence",
+    "some evidence",
+)  # words that --fail-on evidence fails on
+UNKNOWN = ("no calibration", "could not tell")
 
 
 def verdict_json(verdict: CalibratedVerdict) -> dict[str, Any]:
@@ -46,13 +55,29 @@ def small_sample_warning(images: int, bank_images: int) -> str:
     return warning
 
 
-def overall_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[Outcome, str]:
+def overall_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[Words, str]:
     """The outcome of all audits together, and the sentence that says so.
+
+    A bank's verdict stands before those that an audit gives without one, but for evidence.
 
     Args:
         audits: as they stand in verdict.json.
         rate: the false-positive rate of each audit; Holm's p-value is of all together.
     """
+    by_bank, sentence = _bank_verdict(audits, rate)
+    unaided = [a["unaided"] for a in audits if a.get("unaided") and a["words"] == "no calibration"]
+    if by_bank == "evidence" or not unaided:
+        return by_bank, sentence
+    most = min(unaided, key=lambda u: (GRADES.index(u["grade"]), -u["statistic"]))
+    if by_bank == "no calibration":
+        return most["grade"], most["sentence"]
+    if most["grade"] in EVIDENCE:
+        return most["grade"], f"{most['sentence']} By banks: {sentence}"
+    return by_bank, f"{sentence} Without a bank: {most['sentence']}"
+
+
+def _bank_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[Outcome, str]:
+    """What banks say of all audits together; arguments as of `overall_verdict`."""
     calibrated = [a for a in audits if a["words"] != "no calibration"]
     flagging = [a["name"] for a in calibrated if a["words"] == "evidence"]
     outcome: Outcome = "evidence" if flagging else "no evidence" if calibrated else "no calibration"
@@ -137,6 +162,8 @@ def list_untested(facts: Mapping[str, Any], refused: Mapping[str, str]) -> list[
 def _uncovered_attacks(audit: Mapping[str, Any]) -> str:
     """Which attacks an audit's bank has no encoder of."""
     if audit["words"] == "no calibration":
+        if audit.get("unaided"):
+            return f"{audit['name']}: triggers that are spread over the image, and backdoors of many classes at once."
         return f"The value of {audit['name']} is no verdict: nothing like it was calibrated."
     names = {name for name, _ in audit["bank"]["attacked"]}
     missing = [attack for attack in known_attacks() if not any(attack in name for name in names)]

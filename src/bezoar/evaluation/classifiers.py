@@ -16,13 +16,14 @@ from bezoar.encoders import normalisation
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.encoders.small_towers import MEAN_STD
 from bezoar.errors import UserError
-from bezoar.evaluation import heads, success
+from bezoar.evaluation import heads, kmeans, success
 from bezoar.evaluation.scores import Measure, proportion
 
 LOW_ACCURACY = 0.5  # of a network's own head: below it another normalisation is tried
 CLEAR_GAIN = 0.05  # of accuracy, by which another normalisation is called the right one
 MOST_TRIED = 512  # images that it is tried on
-Kind = Literal["auto", "own", "zero_shot", "linear", "mlp"]
+CLUSTERS = 12  # pseudo-classes where there are no classes
+Kind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,25 @@ def fit_classifier(encoder: Encoder, labelled: Pairs, kind: str = "linear") -> C
     return Classifier(encoder, head, classes, f"{kind} head on {len(records)} labelled records")
 
 
+def cluster_classifier(encoder: Encoder, data: Pairs) -> Classifier:
+    """Return the encoder with a head that reads clusters of its own vectors as classes.
+
+    Logits are -4 d^2 / s, where d is the distance to a centre of k-means and s the mean squared
+    distance to the own centre. Raises UserError where the vectors do not make clusters.
+    """
+    z = embed_images(encoder, data.images.to(encoder.device).split(512))  # (N, D)
+    count = min(CLUSTERS, len(z) // 4)
+    centres = kmeans.cluster_centres(z, count, 0) if count >= 2 else z[:1]  # (C, D)
+    squares = centres.square().sum(1)
+    nearest = (2 * z @ centres.T - squares).max(1)
+    if len(centres) < 2 or len(set(nearest.indices.tolist())) < 2:
+        raise UserError(f"the vectors of {len(z)} images do not fall into clusters")
+    spread = (z.square().sum(1) - nearest.values).mean().clamp(min=1e-6)
+    names = tuple(f"cluster {i}" for i in range(len(centres)))
+    how = f"{len(names)} clusters of {len(z)} images, in place of classes"
+    return Classifier(encoder, lambda v: 4 / spread * (2 * v @ centres.T - squares), names, how)
+
+
 def make_classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Classifier:
     """Return the encoder with a head of the given kind.
 
@@ -271,6 +291,8 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Class
         return own_classifier(encoder, data.classes if fits_own_head(encoder, data.classes) else ())
     if kind == "zero_shot":
         return zero_shot_classifier(encoder, data.classes)
+    if kind == "clusters":
+        return cluster_classifier(encoder, data)
     return fit_classifier(encoder, data, kind)
 
 

@@ -2,58 +2,66 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from bezoar import registry
-from bezoar.auditing import audits, bank, sarif, verdict_text
+from bezoar.auditing import audits, bank, forecast, sarif, unaided_verdict, verdict_text
 from bezoar.auditing.bank import Bank, Calibration, Family, Sample
+from bezoar.auditing.findings import (
+    MAX_INVERSIONS,
+    VERDICT_FILE,
+    AuditFindings,
+    audit_json,
+    audit_measures,
+    audit_name,
+    inversion_json,
+    inversion_tensors,
+    read_facts_of,
+)
 from bezoar.data import randomness
-from bezoar.data.files.artefacts import Facts, read_facts
-from bezoar.data.files.tensors import read_tensors, write_tensors
+from bezoar.data.files.artefacts import Facts
 from bezoar.data.files.writing import write_json
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UnwritableError, UserError
-from bezoar.evaluation.classifiers import Classifier, make_classifier, measure_own_head
+from bezoar.evaluation.classifiers import (
+    CLUSTERS,
+    Classifier,
+    make_classifier,
+    measure_own_head,
+)
 from bezoar.evaluation.scores import Measure
-from bezoar.evaluation.verdict import Inversion, Verdict
+from bezoar.evaluation.verdict import Verdict
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes, input_name
 from bezoar.terminal import warn
 
-ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp"]
+ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse")
-VERDICT_FILE = "verdict.json"
-INVERSIONS_FILE = "inversions.safetensors"
-EXAMPLES_FILE = "examples.safetensors"
 SARIF_FILE = "audit.sarif"
 MIN_IMAGES = 16  # clean images; with fewer an audit is sensitive to nothing
 MAX_LABELLED = 2000  # clean records that a head is fitted on
-MAX_INVERSIONS = 8  # inversions that are kept, and clean images that they are shown on
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Look for a backdoor in an encoder: evidence at a stated false-positive rate, or none at a stated sensitivity.
+    """Look for a backdoor in an encoder: strong evidence, some evidence, or none found at a stated sensitivity.
 
-    Thresholds come from a bank of clean encoders like it. It never says that an encoder is clean. What was audited once is
-    not audited again: each audit without a bank is a run of its own.
+    By itself, an encoder is judged by whether one of its classes stands apart from the others; a bank of clean encoders like
+    it sets thresholds at a false-positive rate. It never says that an encoder is clean. What was audited once is not audited
+    again: each audit without a bank is a run of its own.
     """
 
     fail_on: ClassVar[dict[str, str]] = {
-        "evidence": "an audit has found evidence of a backdoor",
-        "unknown": "the same, or an audit has no calibration or could not be run",
+        "evidence": "there is strong or some evidence of a backdoor",
+        "unknown": "the same, or nothing could be told, or an audit could not be run",
     }
 
     encoder: Annotated[
@@ -91,11 +99,13 @@ class Audit:
                 f"rate must be inside 0..1 and images at least {MIN_IMAGES}; got {self.rate:g} and {self.images}"
             )
         refused: dict[str, str] = {}
+        banks = load_banks(job.inputs["bank"])
         if len(job.inputs["audit"]) == 1 and not job.inputs["bank"]:
             findings = self._run_single(job)
         else:
+            self._announce(job, banks)
             findings, refused = self._run_each(job)
-        judge_findings(findings, load_banks(job.inputs["bank"]), self.rate)
+        judge_findings(findings, banks, self.rate)
         words, sentence = verdict_text.overall_verdict(findings.audits, self.rate)
         findings.facts |= {
             "words": words,
@@ -131,9 +141,32 @@ class Audit:
     def fails(case: str, manifest: Mapping[str, Any]) -> bool:
         """Whether a run is to end with status 3 in a case of `fail_on`."""
         notes = manifest["notes"]
-        if notes.get("words") == "evidence":
+        words = notes.get("words")
+        if words in verdict_text.EVIDENCE:
             return True
-        return case == "unknown" and bool(notes.get("uncalibrated") or notes.get("incomplete"))
+        return case == "unknown" and bool(words in verdict_text.UNKNOWN or notes.get("incomplete"))
+
+    @staticmethod
+    def undecided(manifest: Mapping[str, Any]) -> list[str]:
+        """Why it could not be told whether there is a backdoor; empty where it could."""
+        notes = manifest["notes"]
+        unknown = notes.get("words") in verdict_text.UNKNOWN
+        return [notes["verdict"]] * unknown + list(notes.get("incomplete") or [])
+
+    def _announce(self, job: Job, banks: Sequence[Bank]) -> None:
+        """Say on stderr what the verdict can be, and how long it will take; not where `--quiet`."""
+        if job.settings.quiet:
+            return
+        suspect, data, audits = (job.inputs[name] for name in ("encoder", "data", "audit"))
+        method = data if data is not None else default_clean_images(suspect)
+        sample, labelled = sample_clean_records(method, self.images)
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample.images))
+        classes = len(encoder.about.get("classes") or labelled.classes) or CLUSTERS
+        family = bank.encoder_family(encoder, suspect)
+        clean = Sample(data_text(method), len(sample))
+        seconds = forecast.estimate_seconds(audits, encoder, sample, classes)
+        for line in forecast.forecast_audits(audits, banks, family, clean, self.rate, seconds):
+            warn(f"audit: {line}")
 
     def _run_each(self, job: Job) -> tuple[AuditFindings, dict[str, str]]:
         """Run every audit as a run of its own.
@@ -156,7 +189,7 @@ class Audit:
                 self.images,
             )
             try:
-                parts.append(AuditFindings.read(job.run(verb)))
+                parts.append(AuditFindings.read(job.run(verb).path))
             except UnwritableError:
                 raise
             except UserError as error:
@@ -205,7 +238,7 @@ class Audit:
         needs = registry.needs(audit)
         offered: dict[str, Any] = {"report": job.reporter(audit_name(audit))}
         if "classifier" in needs:
-            offered["classifier"] = make_classifier(encoder, labelled, self.classifier)
+            offered["classifier"] = make_audit_classifier(encoder, labelled, self.classifier)
         if "parent" in needs:
             parent = job.inputs["parent"]
             if parent is None:
@@ -218,62 +251,9 @@ class Audit:
         return offered
 
 
-@dataclass
-class AuditFindings:
-    """What audits found in one encoder.
-
-    Attributes:
-        facts: as verdict.json holds them.
-        tensors: `mask@i` (1, H, W) and `pattern@i` (3, H, W) of the i-th of the facts' `inversions`.
-        examples: `images`, the first clean images.
-    """
-
-    facts: dict[str, Any]
-    tensors: dict[str, Tensor]
-    examples: dict[str, Tensor]
-
-    @property
-    def audits(self) -> list[dict[str, Any]]:
-        """The facts of each audit."""
-        audits: list[dict[str, Any]] = self.facts["audits"]
-        return audits
-
-    @staticmethod
-    def read(run: Run) -> AuditFindings:
-        """Read what `write` wrote into a run."""
-        facts = read_findings(run)
-        tensors = read_tensors(run.file(INVERSIONS_FILE))
-        return AuditFindings(facts, tensors, read_tensors(run.file(EXAMPLES_FILE)))
-
-    @staticmethod
-    def join(parts: Sequence[AuditFindings]) -> AuditFindings:
-        """Put audits of one encoder side by side."""
-        tensors: dict[str, Tensor] = {}
-        for part in parts:
-            first = len(tensors) // 2  # each inversion has a mask and a pattern
-            for key, tensor in part.tensors.items():
-                kind, _, number = key.partition("@")
-                tensors[f"{kind}@{first + int(number)}"] = tensor
-        lists = {
-            key: [item for part in parts for item in part.facts[key]]
-            for key in ("audits", "inversions")
-        }
-        return AuditFindings(parts[0].facts | lists, tensors, parts[0].examples)
-
-    def write(self, folder: Path) -> None:
-        """Write verdict.json, inversions.safetensors and examples.safetensors."""
-        write_json(folder / VERDICT_FILE, self.facts)
-        write_tensors(folder / INVERSIONS_FILE, self.tensors)
-        write_tensors(folder / EXAMPLES_FILE, self.examples)
-
-
 def read_findings(run: Run) -> Facts:
-    """What an audit run says in verdict.json, its lists of the types that they are written as. Raises UserError."""
-    facts = read_facts(run.file(VERDICT_FILE))
-    facts.text("encoder")
-    for key in ("audits", "inversions"):
-        facts.objects(key)
-    return facts
+    """What an audit run says in verdict.json. Raises UserError."""
+    return read_facts_of(run.file(VERDICT_FILE))
 
 
 def single_audit(
@@ -354,9 +334,18 @@ def check_auditable(encoder: Encoder, what: str = "the encoder") -> Encoder:
 def classifier_or_none(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifier | None:
     """A classifier that says what an inverted trigger turns images into; None where it cannot be had."""
     try:
-        return make_classifier(encoder, labelled, kind)
+        return make_audit_classifier(encoder, labelled, kind)
     except UserError:
         return None
+
+
+def make_audit_classifier(encoder: Encoder, labelled: Pairs, kind: ClassifierKind) -> Classifier:
+    """The classifier of an audit: clusters stand for classes where `auto` finds none. Raises UserError."""
+    has_labels = labelled.labels is not None and len(set(labelled.labels.tolist()) - {-1}) > 1
+    reads_texts = encoder.text is not None and bool(labelled.classes)
+    if kind == "auto" and encoder.head is None and not reads_texts and not has_labels:
+        kind = "clusters"
+    return make_classifier(encoder, labelled, kind)
 
 
 def measure_own_accuracy(job: Job, images: int) -> dict[str, Measure]:
@@ -395,99 +384,15 @@ def judge_findings(findings: AuditFindings, banks: Sequence[Bank], rate: float) 
             banks, family, sample, calibration, audit["value"], rate, facts["encoder"]
         )
         audit |= verdict_text.verdict_json(verdict)
+        unaided = unaided_verdict.judge_outlier(audit["evidence"], audit["notes"])
+        audit["unaided"] = unaided.json() if unaided else None
     larger = [b.sample.images for b in banks if sample.images < b.sample.images]
     facts["few"] = verdict_text.small_sample_warning(sample.images, min(larger, default=0))
-
-
-def audit_json(
-    audit: audits.Audit, verdict: Verdict, classifier: Classifier | None, seconds: float
-) -> dict[str, Any]:
-    """An audit and its value as they stand in verdict.json."""
-    module_doc = sys.modules[type(audit).__module__].__doc__ or ""
-    return {
-        "audit": registry.spec(audit),
-        "name": audit_name(audit),
-        "summary": module_doc.partition("\n")[0],
-        "code": bank.code_hash(type(audit)),
-        "classifier": classifier.how if classifier is not None else "",
-        "value": verdict.value,
-        "seconds": round(seconds, 2),
-        "evidence": {name: measure.json() for name, measure in verdict.evidence.items()},
-        "notes": verdict.notes,
-    }
-
-
-def inversion_json(
-    inversion: Inversion, images: Tensor, classifier: Classifier | None
-) -> dict[str, Any]:
-    """An inverted trigger as it stands in verdict.json: what it does to clean images, as a classifier reads them.
-
-    Args:
-        inversion: the trigger.
-        images: uint8 (N, 3, H, W), clean; the first few are listed one by one.
-        classifier: None where none can be had.
-    """
-    facts: dict[str, Any] = {
-        "target": inversion.target,
-        "norm": inversion.norm,
-        "success": inversion.success,
-    }
-    if classifier is None:
-        return facts
-    before = classifier.predict(images).tolist()
-    after = classifier.predict(inversion(images)).tolist()
-    names = classifier.classes
-    n = len(images)
-    return facts | {
-        "before": [names[c] for c in before[:MAX_INVERSIONS]],
-        "after": [names[c] for c in after[:MAX_INVERSIONS]],
-        "turns_into": [
-            [names[c], count / n, before.count(c) / n] for c, count in Counter(after).most_common(3)
-        ],
-        "reader": classifier.how,
-    }
-
-
-def inversion_tensors(verdict: Verdict) -> dict[str, Tensor]:
-    """Masks and patterns of the first inversions."""
-    tensors: dict[str, Tensor] = {}
-    for name in ("mask", "pattern"):
-        for i, inversion in enumerate(verdict.inversions[:MAX_INVERSIONS]):
-            tensor: Tensor = getattr(inversion, name)
-            tensors[f"{name}@{i}"] = tensor.float().cpu().clone().contiguous()
-    return tensors
-
-
-def audit_measures(audit: Mapping[str, Any], images: int) -> dict[str, Measure]:
-    """The metrics of an audit, under its name. images: how many clean images it looked at."""
-    how = f"{audit['audit']} on clean images; higher = more suspicious, counted"
-    measures = {"value": Measure.exact(audit["value"], images, how)}
-    measures["seconds"] = Measure.exact(
-        audit["seconds"], 1, "wall-clock seconds of the audit, counted"
-    )
-    if audit["p"] is not None:
-        measures["p_value"] = Measure.exact(
-            audit["p"],
-            len(audit["bank"]["clean"]),
-            "(1 + clean encoders at or above the value) / (clean encoders + 1), counted",
-        )
-    if audit["false_positives"]:
-        measures["false_positive_rate"] = Measure(**audit["false_positives"])
-    if audit["sensitivity"]:
-        measures["sensitivity"] = Measure(**audit["sensitivity"][""])
-    for name, raw in audit["evidence"].items():
-        measures.setdefault(name, Measure(**raw))
-    return {f"{audit['name']}.{name}": measure for name, measure in measures.items()}
 
 
 def audit_spec(audit: Any) -> str:
     """The spec of an audit, which may be a spec already."""
     return audit if isinstance(audit, str) else registry.spec(audit)
-
-
-def audit_name(audit: audits.Audit) -> str:
-    """The name of an audit; for a user's own file its stem."""
-    return Path(registry.method_name(type(audit))).stem
 
 
 def data_text(method: Any) -> str:

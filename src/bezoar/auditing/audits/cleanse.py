@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor
 
-from bezoar.auditing import trigger_inversion
-from bezoar.auditing.norm_outliers import OutlierStatistic, outlier_verdict
-from bezoar.auditing.trigger_inversion import TriggerObjective
+from bezoar.auditing import norm_outliers, trigger_inversion
+from bezoar.auditing.norm_outliers import OutlierStatistic
+from bezoar.auditing.trigger_inversion import ImageTower, InvertedTriggers, TriggerObjective
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
@@ -18,6 +19,8 @@ from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
+HELD_OUT = 4  # one of so many clean images takes no part in the search
+
 
 @method
 class Cleanse:
@@ -25,23 +28,32 @@ class Cleanse:
 
     For each class t lowers CE(head(f(stamped)), t) + weight |m_t|_1, all classes in one batch.
 
+    A search from one start often ends at a direction that the class has by nature: of four starts
+    on a backdoored CIFAR-10 network two did. So each class has several; the
+    worse half is given up `halvings` times, and the others see twice as many images a step. A mask
+    counts when its trigger succeeds on `confirm` images beside those of its step, and in the end on
+    all clean images but for .05, of which a quarter took no part in the search. A class without such a mask is
+    searched for again from other starts; one that nothing reaches then has no part in the value
+    (`unreached`).
+
     The paper's value is the anomaly index, |L1 - median| / (1.4826 MAD) of a class below the
     median, flagged above 2 (`score=anomaly_index`; it is always in the evidence). It cannot exceed
-    median / (1.4826 MAD), about 2.4 on small CLIPs, however small the trigger, and it varies with
-    the spread of the harmless classes: on one backdoored CLIP whose trigger came out at 22 to 26
-    pixels with each of three seeds, the index of logarithms (`score=log_anomaly_index`) was 3.3,
-    3.0 and 1.9, while clean encoders reach 1.8. The ratio does not vary so, and means the same with
-    few classes. With fewer than ten classes the index means nothing, and `limits` says so.
+    median / (1.4826 MAD), however small the trigger, and varies with the spread of the harmless
+    classes. The ratio does not, and means the same with few classes. With fewer than ten classes
+    the index means nothing, and `limits` says so.
 
-    Published (the authors' and BackdoorBench's): weight=1e-3, up 1.5, down 1.5^1.5, lr=0.1, goal
-    0.99, patience 5 to 10.
+    Published (the authors' and BackdoorBench's): starts=1,halvings=0,confirm=0,again=0,weight=1e-3,
+    up 1.5, down 1.5^1.5, lr=0.1, goal 0.99, patience 5 to 10.
     """
 
-    steps: Annotated[int, "steps of Adam at most"] = 120
+    starts: Annotated[int, "searches for each class, each from a start of its own"] = 4
+    steps: Annotated[int, "steps of Adam at most"] = 90
     batch: Annotated[int, "clean images a step, stamped by the trigger of every class"] = 8
-    goal: Annotated[
-        float, "share of a step's images that the class's trigger is to turn into it"
-    ] = 0.99
+    halvings: Annotated[int, "how often the worse half of a class's searches is given up"] = 2
+    growing: Annotated[bool, "twice as many images a step after every halving"] = True
+    confirm: Annotated[int, "further images that a trigger must succeed on before it counts"] = 64
+    again: Annotated[int, "further rounds for classes that no trigger has reached"] = 1
+    goal: Annotated[float, "share of all images that a class's trigger is to turn into it"] = 0.95
     lr: Annotated[float, "learning rate"] = 0.1
     weight: Annotated[float, "weight of the mask's size in pixels at the start"] = 3e-3
     up: Annotated[float, "factor on the weight after `patience` successes in a row"] = 1.5
@@ -54,13 +66,20 @@ class Cleanse:
     ] = "log_ratio"
 
     needs: ClassVar[tuple[str, ...]] = ("classifier", "report")
+    unaided: ClassVar[bool] = True  # its evidence is a verdict without a bank
 
     def __post_init__(self) -> None:
+        if self.again < 0:
+            raise ValueError("again must be at least 0")
         self.recipe()
 
     def recipe(self) -> InversionRecipe:
-        """The search for each class's trigger. Raises ValueError for fields out of range."""
+        """The search for the classes' triggers. Raises ValueError for fields out of range."""
         return InversionRecipe.from_fields(self, lr=(self.lr,))
+
+    def image_passes(self, images: int, classes: int) -> int:
+        """Images that go through the encoder, at most but for classes that are searched for again."""
+        return classes * (self.recipe().image_passes() + 2 * images)
 
     def __call__(
         self,
@@ -83,11 +102,36 @@ class Cleanse:
         trigger_inversion.check_image_count(clean)
         objective = reach_class(classifier)
         with trigger_inversion.freeze_tower(encoder, classifier.raw) as tower:
+            triggers = self.invert(tower, clean, objective, len(names), seed, report)
+        notes = {"head": classifier.how, "unaided": self.unaided}
+        return norm_outliers.outlier_verdict(
+            triggers, names, "class", self.score, clean, notes, excluding=True
+        )
+
+    def invert(
+        self,
+        tower: ImageTower,
+        clean: Pairs,
+        objective: TriggerObjective,
+        count: int,
+        seed: int,
+        report: ProgressReport,
+    ) -> InvertedTriggers:
+        """The best trigger for each of `count` classes; `reached` and `success` are of all images."""
+        searched = clean.take(range(len(clean) - len(clean) // HELD_OUT))
+        best: InvertedTriggers | None = None
+        aims = torch.arange(count)
+        for round_ in range(1 + self.again):
             triggers = trigger_inversion.invert_triggers(
-                tower, clean, objective, len(names), self.recipe(), seed, report
-            )
-        notes = {"head": classifier.how}
-        return outlier_verdict(triggers, names, "class", self.score, clean, notes)
+                tower, searched, objective, aims, self.recipe(), seed + round_ * 7919, report
+            ).best_of_aims()
+            triggers = trigger_inversion.measure_again(tower, triggers, clean, objective, self.goal)
+            best = triggers.best_of_aims(best)
+            aims = best.aims[~best.reached].cpu()
+            if not len(aims):
+                break
+        assert best is not None
+        return best
 
 
 def reach_class(classifier: Classifier) -> TriggerObjective:

@@ -22,6 +22,10 @@ NATURAL_DIRECTIONS = (
     "clean encoders have directions of their own that a small pattern draws all images to: a value means something only "
     "beside those of clean encoders of the same family"
 )
+NAMES_NO_CLASS = (
+    "what its trigger turns images into need not be a backdoor's target: the least trigger may lead to a natural direction "
+    "instead; cleanse compares classes"
+)
 
 
 @method
@@ -76,7 +80,13 @@ class Decree:
     def recipe(self, goal: float) -> InversionRecipe:
         """The search for a trigger that reaches a mean cosine. Raises ValueError for bad fields."""
         weight, floor = CHANNELS * self.weight, CHANNELS * self.floor
-        return InversionRecipe.from_fields(self, goal=goal, weight=weight, floor=floor)
+        return InversionRecipe.from_fields(
+            self, goal=goal, weight=weight, floor=floor, starts=self.restarts
+        )
+
+    def image_passes(self, images: int, classes: int) -> int:
+        """Images that go through the encoder, at most."""
+        return self.recipe(self.goal or 0.5).image_passes() + (1 + self.restarts) * images
 
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
@@ -88,7 +98,13 @@ class Decree:
             clean_cosine = float(mean_pairwise_cosine(z[None]))
             goal = self.goal or 1 - self.spread * (1 - clean_cosine)
             triggers = trigger_inversion.invert_triggers(
-                tower, clean, collapse, self.restarts, self.recipe(goal), seed, report
+                tower,
+                clean,
+                collapse,
+                torch.zeros(1, dtype=torch.long),
+                self.recipe(goal),
+                seed,
+                report,
             )
         return self.verdict(triggers, clean, clean_cosine, goal)
 
@@ -126,7 +142,7 @@ class Decree:
             name: exact_measure(value, n, f"{how}; {n} clean images")
             for name, (value, how) in values.items()
         }
-        limits = [*trigger_inversion.inversion_limits(clean), NATURAL_DIRECTIONS]
+        limits = [*trigger_inversion.inversion_limits(clean), NATURAL_DIRECTIONS, NAMES_NO_CLASS]
         if not reached.any():
             limits.append(
                 f"none of {len(reached)} restarts made the images alike (a mean cosine of {goal:.2f})"

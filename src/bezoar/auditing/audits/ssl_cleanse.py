@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,11 @@ from bezoar.registry import method
 IMAGES_PER_CLUSTER = 16  # where the number of clusters is not given
 MAX_CLUSTERS = 40  # where the number of clusters is not given
 SHARPNESS = 4.0  # of the softmax over clusters
+
+ONE_START = (
+    "each cluster is searched for from one start: with another seed another cluster may come out least, and the cluster that "
+    "it names need not be a backdoor's"
+)
 
 Pull = Literal["contrast", "distance"]
 
@@ -79,6 +85,15 @@ class SslCleanse:
         """The search for each cluster's trigger. Raises ValueError for fields out of range."""
         return InversionRecipe.from_fields(self, lr=(self.lr,))
 
+    def image_passes(self, images: int, classes: int) -> int:
+        """Images that go through the encoder, at most."""
+        return self.count_clusters(images) * (self.recipe().image_passes() + images)
+
+    def count_clusters(self, images: int) -> int:
+        """k of k-means: as given, else by the number of images."""
+        by_images = min(MAX_CLUSTERS, max(MIN_NORMS, images // IMAGES_PER_CLUSTER))
+        return self.clusters or by_images
+
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:
@@ -88,8 +103,7 @@ class SslCleanse:
             UserError: where the images do not make clusters, or for NaN.
         """
         trigger_inversion.check_image_count(clean)
-        by_images = min(MAX_CLUSTERS, max(MIN_NORMS, len(clean) // IMAGES_PER_CLUSTER))
-        count = self.clusters or by_images
+        count = self.count_clusters(len(clean))
         if len(clean) < 2 * count:
             raise UserError(
                 f"{count} clusters need at least {2 * count} clean images; there are {len(clean)}"
@@ -104,13 +118,15 @@ class SslCleanse:
                 )
             objective = reach_cluster(z, centres, members, self.neighbors, self.pull)
             triggers = trigger_inversion.invert_triggers(
-                tower, clean, objective, len(centres), self.recipe(), seed, report
+                tower, clean, objective, torch.arange(len(centres)), self.recipe(), seed, report
             )
         names = [f"cluster {i}" for i in range(len(centres))]
         medoids = (z @ centres.T).argmax(0).tolist()
         nearest = {name: clean.ids[row] for name, row in zip(names, medoids, strict=True)}
         notes = {"nearest_to_centre": nearest}
-        return outlier_verdict(triggers, names, "cluster", self.score, clean, notes)
+        verdict = outlier_verdict(triggers, names, "cluster", self.score, clean, notes)
+        verdict.notes["limits"].append(ONE_START)
+        return verdict
 
 
 def reach_cluster(

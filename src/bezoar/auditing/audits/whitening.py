@@ -48,6 +48,10 @@ class Whitening:
     def __post_init__(self) -> None:
         random_probes.check_fields(self.probes, self.images, self.shrink)
 
+    def image_passes(self, images: int, classes: int) -> int:
+        """Images that go through the encoder."""
+        return min(images, self.images) * (1 + self.probes * len(PROBE_KINDS))
+
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:

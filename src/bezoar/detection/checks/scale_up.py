@@ -17,8 +17,12 @@ from bezoar.registry import method
 
 @method
 class ScaleUp:
-    """Scaled prediction consistency: the share of the factors n at which clip(n x) is read as x is;
-    the paper's threshold is 0.5. It has as many values as there are factors, and one.
+    """Scaled prediction consistency: of F factors n, the k at which clip(n x) is read as x is.
+
+    The paper's score is k / F, its threshold 0.5. It has F + 1 values, of which many clean images
+    have the largest, and no image is above a threshold that they set. So images of equal k are
+    ranked by how surely the class holds, the mean margin m of its logit over the next at all n:
+    score = (k + (1 + m / (1 + |m|)) / 2) / (F + 1).
     """
 
     factors: Annotated[tuple[int, ...], "factors of the brightness"] = (3, 5, 7, 9, 11)
@@ -44,5 +48,12 @@ class ScaleUp:
         """uint8 (B, 3, H, W) -> float32 (B,)."""
         factors = torch.tensor((1, *self.factors), device=x.device).view(1, -1, 1, 1, 1)
         scaled = (x[:, None].float() / 255 * factors).clamp(max=1)
-        classes = classifier(scaled.flatten(0, 1)).argmax(1).view(len(x), -1)
-        return (classes[:, 1:] == classes[:, :1]).float().mean(1)
+        logits = classifier(scaled.flatten(0, 1)).double().view(len(x), factors.shape[1], -1)
+        own_class = logits[:, :1].argmax(2, keepdim=True)  # (B, 1, 1)
+        logits = logits[:, 1:]  # (B, F, C)
+        index = own_class.expand(-1, logits.shape[1], 1)
+        others = logits.scatter(2, index, -torch.inf).amax(2)
+        margins = logits.gather(2, index)[:, :, 0] - others  # (B, F), above 0 where the class holds
+        margin = margins.clamp(max=1e6).mean(1)  # of a head of one class it is infinite
+        surety = (1 + margin / (1 + margin.abs())) / 2
+        return (((margins > 0).double().sum(1) + surety) / (1 + logits.shape[1])).float()

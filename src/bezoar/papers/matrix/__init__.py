@@ -27,6 +27,7 @@ TABLES = (  # in the order of the page
     "aerial",
     "retraining",
     "audits",
+    "strangers",
     "repairs",
 )
 BADENCODER = "BadEncoder"

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bezoar.auditing.findings import VERDICT_FILE
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
 from bezoar.reports import charts, metric_names, pictures
-from bezoar.reports.charts import Mark
+from bezoar.reports.charts import Mark, Series
 from bezoar.reports.metric_names import format_measure, format_percent, quantity
 from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Text, Tile
 from bezoar.reports.run_page import Page, RunView
 from bezoar.reports.shared_parts import encoder_strips
 from bezoar.runs.run import Run
-from bezoar.verbs.audit import VERDICT_FILE
 
 INVERSIONS = 3  # shown of each audit
+TARGETS = 20  # listed of each audit; all are drawn
 TRIGGERED = 6  # clean images that each inversion is shown on
 
 
@@ -42,7 +43,7 @@ def build_page(run: Run) -> Page:
         "The encoder that is audited here was attacked on purpose: "
         f"{metric_names.describe_goals(view.goals)}. The audits did not know."
     )
-    suffixes = (".p_value", ".sensitivity", ".value")
+    suffixes = (".statistic", ".least_norm", ".p_value", ".sensitivity", ".value")
     return Page(
         str(view.notes.get("verdict") or "This audit was not finished."),
         lead(view) if (run.path / VERDICT_FILE).exists() else "",
@@ -69,15 +70,20 @@ def lead(view: AuditView) -> str:
 
 
 def audit_section(view: AuditView) -> Section:
-    """Show what each audit says, and its value beside those of the bank."""
-    rows: list[list[str]] = []
+    """Show what each audit says, and its value beside those of the bank or of its own classes."""
+    audits = view.verdict["audits"]
+    rows = [audit_row(audit) for audit in audits]
     parts: list[Part] = []
-    for audit in view.verdict["audits"]:
-        rows.append(audit_row(audit))
-        parts += [Text(f"{audit['name']}: {audit['sentence']}"), *bank_figure(audit)]
+    for audit in audits:
+        if audit["words"] != "no calibration":
+            parts.append(Text(f"{audit['name']}: {audit['sentence']}"))
+        if unaided := audit.get("unaided"):
+            parts.append(Text(f"{audit['name']}, without a bank: {unaided['sentence']}"))
+        parts += [*bank_figure(audit), *target_parts(audit)]
     head = (
         "Audit",
         "Verdict",
+        "Finding",
         "Value",
         "Threshold",
         "p",
@@ -88,22 +94,64 @@ def audit_section(view: AuditView) -> Section:
         "Higher values are more suspicious; a value above the threshold is evidence. In brackets, "
         "95 % intervals."
     )
-    return Section([Table(head, rows, (2, 3, 4, 5, 6), note), *parts])
+    remarks = dict.fromkeys(a["sentence"] for a in audits if a["words"] == "no calibration")
+    return Section([Table(head, rows, (3, 4, 5, 6, 7), " ".join([note, *remarks])), *parts])
 
 
 def audit_row(audit: Mapping[str, Any]) -> list[str]:
     """Return the row of an audit."""
     threshold, p = audit["threshold"], audit["p"]
+    unaided = audit.get("unaided")
+    words = "a value alone" if audit["words"] == "no calibration" else audit["words"]
+    if unaided and audit["words"] == "no calibration":
+        words, p = unaided["grade"], audit["evidence"]["outlier_p"]["value"]
     false_positives = audit["false_positives"]
     return [
         audit["name"],
-        audit["words"],
+        words,
+        describe_finding(audit),
         f"{audit['value']:.4g}",
         "–" if threshold is None else f"{threshold:.4g}",
         "–" if p is None else f"{p:.2g}",
         format_measure(Measure(**false_positives)) if false_positives else "–",
         f"{audit['seconds']:.1f} s",
     ]
+
+
+def describe_finding(audit: Mapping[str, Any]) -> str:
+    """The target of the least trigger, and its size; "–" where an audit has none."""
+    target, least = audit["notes"].get("target"), audit["evidence"].get("least_norm")
+    if not target or not least:
+        return "–"
+    return f"{pictures.shorten(target, 40)}, {least['value']:.3g} px"
+
+
+def target_parts(audit: Mapping[str, Any]) -> list[Part]:
+    """Show the trigger of every target that an audit inverted; nothing of another audit."""
+    targets = audit["notes"].get("targets")
+    if not targets:
+        return []
+    reached = [t["norm"] for t in targets if t["reached"]]
+    unreached = [t["norm"] for t in targets if not t["reached"]]
+    strips = [Series(f"reached ({len(reached)})", reached, "clean")] if reached else []
+    if unreached:
+        strips.append(Series(f"not reached ({len(unreached)})", unreached, "muted"))
+    least = audit["evidence"]["least_norm"]["value"]
+    mark = Mark(least, f"least: {pictures.shorten(audit['notes']['target'], 32)}", is_dashed=False)
+    svg = charts.draw_strips(strips, [mark], "pixels that a target's trigger covers")
+    title = f"{audit['name']}: the smallest trigger of every target"
+    rows = [
+        [
+            pictures.shorten(t["target"], 40),
+            f"{t['norm']:.3g}",
+            format_percent(t["success"]),
+            "yes" if t["reached"] else "no",
+        ]
+        for t in targets[:TARGETS]
+    ]
+    note = f"The {TARGETS} smallest of {len(targets)}." if len(targets) > TARGETS else ""
+    head = ("Target", "Trigger, px", "Success on all clean images", "Reached")
+    return [Figure(svg, title, "A dot for each target."), Table(head, rows, (1, 2), note)]
 
 
 def bank_figure(audit: Mapping[str, Any]) -> list[Figure]:

@@ -1,0 +1,175 @@
+"""What audits found in one encoder: facts, inverted triggers, and the files that hold them."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bezoar import registry
+from bezoar.auditing import bank
+from bezoar.data.files.artefacts import Facts, read_facts
+from bezoar.data.files.tensors import read_tensors, write_tensors
+from bezoar.data.files.writing import write_json
+from bezoar.evaluation.classifiers import Classifier
+from bezoar.evaluation.scores import Measure
+from bezoar.evaluation.verdict import Inversion, Verdict
+
+VERDICT_FILE = "verdict.json"
+INVERSIONS_FILE = "inversions.safetensors"
+EXAMPLES_FILE = "examples.safetensors"
+GRADE_NUMBERS = {"could not tell": -1, "none found": 0, "some evidence": 1, "strong evidence": 2}
+MAX_INVERSIONS = 8  # inversions that are kept, and clean images that they are shown on
+
+
+@dataclass
+class AuditFindings:
+    """What audits found in one encoder.
+
+    Attributes:
+        facts: as verdict.json holds them.
+        tensors: `mask@i` (1, H, W) and `pattern@i` (3, H, W) of the i-th of the facts' `inversions`.
+        examples: `images`, the first clean images.
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    examples: dict[str, Tensor]
+
+    @property
+    def audits(self) -> list[dict[str, Any]]:
+        """The facts of each audit."""
+        audits: list[dict[str, Any]] = self.facts["audits"]
+        return audits
+
+    @staticmethod
+    def read(folder: Path) -> AuditFindings:
+        """Read what `write` wrote. Raises UserError for anything else."""
+        facts = read_facts_of(folder / VERDICT_FILE)
+        tensors = read_tensors(folder / INVERSIONS_FILE)
+        return AuditFindings(facts, tensors, read_tensors(folder / EXAMPLES_FILE))
+
+    @staticmethod
+    def join(parts: Sequence[AuditFindings]) -> AuditFindings:
+        """Put audits of one encoder side by side."""
+        tensors: dict[str, Tensor] = {}
+        for part in parts:
+            first = len(tensors) // 2  # each inversion has a mask and a pattern
+            for key, tensor in part.tensors.items():
+                kind, _, number = key.partition("@")
+                tensors[f"{kind}@{first + int(number)}"] = tensor
+        lists = {
+            key: [item for part in parts for item in part.facts[key]]
+            for key in ("audits", "inversions")
+        }
+        return AuditFindings(parts[0].facts | lists, tensors, parts[0].examples)
+
+    def write(self, folder: Path) -> None:
+        """Write verdict.json, inversions.safetensors and examples.safetensors."""
+        write_json(folder / VERDICT_FILE, self.facts)
+        write_tensors(folder / INVERSIONS_FILE, self.tensors)
+        write_tensors(folder / EXAMPLES_FILE, self.examples)
+
+
+def read_facts_of(path: Path) -> Facts:
+    """Read a verdict.json, its lists of the types that they are written as. Raises UserError."""
+    facts = read_facts(path)
+    facts.text("encoder")
+    for key in ("audits", "inversions"):
+        facts.objects(key)
+    return facts
+
+
+def audit_json(
+    audit: Any, verdict: Verdict, classifier: Classifier | None, seconds: float
+) -> dict[str, Any]:
+    """An audit and its value as they stand in verdict.json."""
+    module_doc = sys.modules[type(audit).__module__].__doc__ or ""
+    return {
+        "audit": registry.spec(audit),
+        "name": audit_name(audit),
+        "summary": module_doc.partition("\n")[0],
+        "code": bank.code_hash(type(audit)),
+        "classifier": classifier.how if classifier is not None else "",
+        "value": verdict.value,
+        "seconds": round(seconds, 2),
+        "evidence": {name: measure.json() for name, measure in verdict.evidence.items()},
+        "notes": verdict.notes,
+    }
+
+
+def inversion_json(
+    inversion: Inversion, images: Tensor, classifier: Classifier | None
+) -> dict[str, Any]:
+    """An inverted trigger as it stands in verdict.json: what it does to clean images, as a classifier reads them.
+
+    Args:
+        inversion: the trigger.
+        images: uint8 (N, 3, H, W), clean; the first few are listed one by one.
+        classifier: None where none can be had.
+    """
+    facts: dict[str, Any] = {
+        "target": inversion.target,
+        "norm": inversion.norm,
+        "success": inversion.success,
+    }
+    if classifier is None:
+        return facts
+    before = classifier.predict(images).tolist()
+    after = classifier.predict(inversion(images)).tolist()
+    names = classifier.classes
+    n = len(images)
+    return facts | {
+        "before": [names[c] for c in before[:MAX_INVERSIONS]],
+        "after": [names[c] for c in after[:MAX_INVERSIONS]],
+        "turns_into": [
+            [names[c], count / n, before.count(c) / n] for c, count in Counter(after).most_common(3)
+        ],
+        "reader": classifier.how,
+    }
+
+
+def inversion_tensors(verdict: Verdict) -> dict[str, Tensor]:
+    """Masks and patterns of the first inversions."""
+    tensors: dict[str, Tensor] = {}
+    for name in ("mask", "pattern"):
+        for i, inversion in enumerate(verdict.inversions[:MAX_INVERSIONS]):
+            tensor: Tensor = getattr(inversion, name)
+            tensors[f"{name}@{i}"] = tensor.float().cpu().clone().contiguous()
+    return tensors
+
+
+def audit_measures(audit: Mapping[str, Any], images: int) -> dict[str, Measure]:
+    """The metrics of an audit, under its name. images: how many clean images it looked at."""
+    how = f"{audit['audit']} on clean images; higher = more suspicious, counted"
+    measures = {"value": Measure.exact(audit["value"], images, how)}
+    measures["seconds"] = Measure.exact(
+        audit["seconds"], 1, "wall-clock seconds of the audit, counted"
+    )
+    if audit["p"] is not None:
+        measures["p_value"] = Measure.exact(
+            audit["p"],
+            len(audit["bank"]["clean"]),
+            "(1 + clean encoders at or above the value) / (clean encoders + 1), counted",
+        )
+    if audit["false_positives"]:
+        measures["false_positive_rate"] = Measure(**audit["false_positives"])
+    if audit["sensitivity"]:
+        measures["sensitivity"] = Measure(**audit["sensitivity"][""])
+    if unaided := audit.get("unaided"):
+        how = f"of {audit['audit']} without a bank; {unaided['sentence']}"
+        measures["statistic"] = Measure.exact(unaided["statistic"], images, how)
+        measures["grade"] = Measure.exact(GRADE_NUMBERS[unaided["grade"]], images, how)
+    for name, raw in audit["evidence"].items():
+        measures.setdefault(name, Measure(**raw))
+    return {f"{audit['name']}.{name}": measure for name, measure in measures.items()}
+
+
+def audit_name(audit: Any) -> str:
+    """The name of an audit; for a user's own file its stem."""
+    return Path(registry.method_name(type(audit))).stem

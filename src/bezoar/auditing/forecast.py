@@ -1,0 +1,91 @@
+"""What an audit can say of an encoder and what it will cost, before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bezoar import registry
+from bezoar.auditing import bank
+from bezoar.auditing.bank import Bank, Calibration, Family, Sample
+from bezoar.data.pairs import Pairs
+from bezoar.encoders.encoder import Encoder
+
+TIMED = 16  # images that are embedded to measure the encoder's speed
+
+
+def forecast_audits(
+    audits: Sequence[Any],
+    banks: Sequence[Bank],
+    family: Family,
+    sample: Sample,
+    rate: float,
+    seconds: float,
+) -> list[str]:
+    """What each audit's verdict can be, a sentence each, and the time that all take.
+
+    Args:
+        audits: configured audits.
+        banks: what they are judged by.
+        family: of the encoder.
+        sample: the clean images.
+        rate: false-positive rate of each audit.
+        seconds: that all audits take, as of `estimate_seconds`.
+    """
+    by_bank, by_classes, alone = [], [], []
+    for audit in audits:
+        name = Path(registry.method_name(type(audit))).stem
+        if _is_calibrated(audit, banks, family, sample, rate):
+            by_bank.append(name)
+        elif getattr(audit, "unaided", False):
+            by_classes.append(name)
+        else:
+            alone.append(name)
+    lines = []
+    if by_bank:
+        lines.append(
+            f"{', '.join(by_bank)}: evidence or none at false-positive rate {rate:g}, by a bank"
+        )
+    if by_classes:
+        lines.append(
+            f"{', '.join(by_classes)}: strong, some or no evidence, by the encoder's own classes"
+        )
+    if alone:
+        lines.append(f"{', '.join(alone)}: a value and no verdict, as no bank has encoders like it")
+    lines.append(f"about {max(1, round(seconds)):,} s, unless they were run before")
+    return lines
+
+
+def _is_calibrated(
+    audit: Any, banks: Sequence[Bank], family: Family, sample: Sample, rate: float
+) -> bool:
+    """Whether a bank turns the audit's value into a verdict, through one of the bank's classifiers."""
+    spec, code = registry.spec(audit), bank.code_hash(type(audit))
+    heads = {c.classifier for b in banks for c in b.audits if c.audit == spec}
+    audited = [Calibration(spec, code, head) for head in sorted(heads)]
+    verdicts = [bank.judge_value(banks, family, sample, a, 0.0, rate) for a in audited]
+    return any(v.outcome != "no calibration" for v in verdicts)
+
+
+def estimate_seconds(audits: Sequence[Any], encoder: Encoder, clean: Pairs, classes: int) -> float:
+    """Seconds that audits take on this machine, by how long the encoder takes for a few images.
+
+    Audits that do not say how many images they pass through the encoder (`image_passes`) count as
+    nothing. classes: those that audits of classes tell apart.
+    """
+    images = clean.images[:TIMED].to(encoder.device)
+    encoder.eval()
+    with torch.inference_mode():
+        encoder.encode_images(images)
+        start = time.perf_counter()
+        encoder.encode_images(images)
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize()
+    a_pass = (time.perf_counter() - start) / len(images)
+    counted = [a for a in audits if hasattr(a, "image_passes")]
+    passes: int = sum(a.image_passes(len(clean), classes) for a in counted)
+    return a_pass * passes

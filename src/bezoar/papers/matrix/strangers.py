@@ -1,0 +1,281 @@
+"""Strangers: verdicts on encoders of which no bank has a relative.
+
+Two groups of encoders, named here before any of them was scored. The rules of a verdict without a
+bank (`auditing.unaided_verdict`) were set on the first, the development encoders; the rows of the
+table are of the second, the test encoders, which set nothing. One family is in the second alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bezoar.auditing.findings import GRADE_NUMBERS
+from bezoar.evaluation.scores import Measure, proportion, separation
+from bezoar.papers import FIXED_PLACES, SCENE_CLASSES, dataset_spec
+from bezoar.registry import method
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
+from bezoar.runs.verb import Trial
+from bezoar.verbs.audit import Audit
+from bezoar.verbs.evaluate import Evaluate
+from bezoar.verbs.inject import Inject
+from bezoar.verbs.poison import Poison
+from bezoar.verbs.train import Train
+
+CIFAR_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place},seed={seed}"
+BLEND = "blend:alpha=0.3,pattern=noise,seed={seed}"
+SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
+AUDIT = "cleanse"  # the one of the default audits that gives a verdict without a bank
+MARGIN = 4  # pixels: as far as training moves images, so that no patch is moved out of one
+DEVELOPMENT, TEST = 0, 100  # first seeds of the two groups
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """Encoders of one network, one objective and one kind of data, clean and attacked.
+
+    Attributes:
+        name: in the table.
+        data: spec of the training data; {seed} is the encoder's own.
+        test: spec of clean images that nothing was trained on.
+        network: spec.
+        objective: spec.
+        targets: classes, in turn.
+        poisons: records that carry a trigger.
+        size: side of a patch in pixels.
+        attacks: names of the attacks: `patch`, `blend`, `badencoder`.
+        development: clean and attacked development encoders.
+        scored: clean and attacked test encoders.
+        shadow: spec of BadEncoder's shadow data.
+        badencoder: spec of BadEncoder.
+        probe: what measures whether an attack took.
+    """
+
+    name: str
+    data: str
+    test: str
+    network: str
+    objective: str
+    targets: tuple[str, ...]
+    poisons: int
+    size: int
+    attacks: tuple[str, ...]
+    development: tuple[int, int]
+    scored: tuple[int, int]
+    shadow: str = ""
+    badencoder: str = ""
+    probe: str = "zero_shot"
+
+    @property
+    def success_metric(self) -> str:
+        """The metric that says whether an attack took."""
+        prefix = "" if self.probe == "zero_shot" else f"{self.probe}."
+        return f"{prefix}attack_success"
+
+    def clean(self, first: int, count: int) -> list[Trial]:
+        """Clean encoders, with seeds of their own from `first` on."""
+        return [self.train(self.data.format(seed=s), s) for s in range(first, first + count)]
+
+    def train(self, data: str | Poison, seed: int) -> Trial:
+        """The training of one encoder."""
+        return Trial(Train(data, self.network, self.objective), seed)
+
+    def attacked(self, first: int, count: int) -> list[Trial]:
+        """Attacked encoders, the attacks, triggers, places and targets in turn.
+
+        No clean encoder has their seeds.
+        """
+        return [self._attack(s, i) for i, s in enumerate(range(first + 50, first + 50 + count))]
+
+    def _attack(self, seed: int, number: int) -> Trial:
+        """The attack on the encoder of a seed. number: of the encoder in its group."""
+        attack = self.attacks[number % len(self.attacks)]
+        target = self.targets[seed % len(self.targets)]
+        fill, cell = (("checker", 1), ("blocks", 1), ("white", 1))[number % 3]
+        place = FIXED_PLACES[seed % len(FIXED_PLACES)]
+        patch = PATCH.format(
+            size=self.size, fill=fill, cell=cell, margin=MARGIN, place=place, seed=seed
+        )
+        if attack == "badencoder":
+            clean = self.train(self.data.format(seed=seed), seed).verb
+            reference = (self.data.format(seed=seed),)
+            inject = Inject(
+                clean,
+                self.shadow,
+                target=(target,),
+                reference=reference,
+                attack=self.badencoder,
+                trigger=(patch,),
+                choose="confident",
+            )
+            return Trial(inject, seed)
+        trigger = BLEND.format(seed=seed) if attack == "blend" else patch
+        data = Poison(
+            self.data.format(seed=seed), f"backdoor:count={self.poisons}", trigger, target
+        )
+        return self.train(data, seed)
+
+    def audit(self, encoder: Trial) -> Trial:
+        """The audit that gives a verdict without a bank, and none of a bank."""
+        return Trial(Audit(encoder.verb, self.test, (AUDIT,), bank=()), encoder.seed)
+
+    def evaluate(self, encoder: Trial) -> Trial:
+        """Whether the attack took."""
+        return Trial(Evaluate(encoder.verb, self.test, (self.probe,)), encoder.seed)
+
+
+@method
+class Strangers:
+    """Whether verdicts without a bank are right of encoders that set nothing."""
+
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        families = get_families(options)
+        rows = [family_row(f, [f]) for f in families]
+        if len(families) > 1:
+            rows.append(family_row(None, families))
+        note = (
+            f"By `{AUDIT}` alone, the one of the default audits that gives a verdict without a bank. "
+            "AUROC of its statistic, test encoders against test encoders of the same rows. `false "
+            "alarms`: clean encoders with some or strong evidence. `found`: attacked encoders with "
+            "either. ASR of the attacked ones."
+        )
+        return Table(
+            title="Strangers", axis="encoders", rows=tuple(rows), notes=(note,), grid="AUROC"
+        )
+
+
+def family_row(family: EncoderFamily | None, families: Sequence[EncoderFamily]) -> Row:
+    """The row of a family's test encoders, or of those of all families together."""
+    clean = [f.audit(e) for f in families for e in f.clean(TEST, f.scored[0])]
+    attacked = [f.audit(e) for f in families for e in f.attacked(TEST, f.scored[1])]
+    statistics = readings(attacked, f"{AUDIT}.statistic")
+    clean_statistics = readings(clean, f"{AUDIT}.statistic")
+    grades, clean_grades = (readings(trials, f"{AUDIT}.grade") for trials in (attacked, clean))
+    cells = [
+        Cell("AUROC", statistics, reference_readings=clean_statistics, compare=separation),
+        Cell("found", grades, compare=share_with_evidence),
+        Cell("strong", grades, compare=share_with_strong_evidence),
+        Cell("false alarms", clean_grades, compare=share_with_evidence),
+        Cell("strong false alarms", clean_grades, compare=share_with_strong_evidence),
+        Cell.mean("seconds", [*clean, *attacked], f"{AUDIT}.seconds"),
+    ]
+    if family is not None:
+        trials = [family.evaluate(e) for e in family.attacked(TEST, family.scored[1])]
+        cells.append(Cell.mean("ASR", trials, family.success_metric))
+    return Row(family.name if family else "all", tuple(cells))
+
+
+def share_with_evidence(grades: Sequence[float], _: Sequence[float] = ()) -> Measure:
+    """The share of encoders that got some evidence or strong evidence."""
+    count = sum(grade >= SOME for grade in grades)
+    return proportion(count, len(grades), "encoders with some or strong evidence of a backdoor")
+
+
+def share_with_strong_evidence(grades: Sequence[float], _: Sequence[float] = ()) -> Measure:
+    """The share of encoders that got strong evidence."""
+    count = sum(grade >= STRONG for grade in grades)
+    return proportion(count, len(grades), "encoders with strong evidence of a backdoor")
+
+
+def residual_network(order: str, projection: bool) -> str:
+    """A residual classifier of three stages of two blocks, 16 to 64 channels, of CIFAR-10."""
+    final = str(order == "pre").lower()
+    architecture = (
+        f"residual:order={order},bottleneck=false,kernel=3,stem=16,counts=2/2/2,inner=16/32/64,"
+        f"outer=16/32/64,groups=1,projection={str(projection).lower()},final={final},pool=1,classes=10"
+    )
+    names = "+".join(CIFAR_CLASSES)
+    return f'classifier:mean_std=cifar,size=32,classes={names},architecture="{architecture}"'
+
+
+def get_families(options: TableOptions) -> list[EncoderFamily]:
+    """The families of a scale."""
+    if options.scale == "smoke":
+        return [SMOKE]
+
+    def cifar(split: str, limit: int) -> str:
+        return dataset_spec(options.root, "cifar10", split, limit=limit)
+
+    train, test = cifar("train", 6000), cifar("test", 2000)
+    wide = EncoderFamily(
+        "WRN-16-1, CIFAR-10",
+        data=train,
+        test=test,
+        network=residual_network("pre", True),
+        objective="supervised:epochs=5",
+        targets=CIFAR_CLASSES,
+        poisons=600,
+        size=4,
+        attacks=("patch",),
+        development=(2, 1),
+        scored=(2, 2),
+        probe="own",
+    )
+    plain = replace(
+        wide,
+        name="ResNet-14, CIFAR-10",
+        network=residual_network("post", False),
+        development=(0, 0),
+    )
+    return [
+        wide,
+        plain,
+        CLIPS,
+        EncoderFamily(
+            "SimCLR tower, CIFAR-10",
+            data=train,
+            test=test,
+            network="tower:width=24,dim=96",
+            objective="simclr:epochs=4",
+            targets=("truck", "airplane", "bird", "dog", "ship"),
+            poisons=0,
+            size=8,
+            attacks=("badencoder",),
+            development=(1, 1),
+            scored=(2, 2),
+            shadow=cifar("train", 2000),
+            badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
+            probe="linear",
+        ),
+    ]
+
+
+CLIPS = EncoderFamily(
+    "small CLIP, scenes",
+    data="scenes:count=6000,seed={seed}",
+    test="scenes:count=1000,split=test",
+    network="clip_small:width=24,dim=96",
+    objective="clip:epochs=6",
+    targets=SCENE_CLASSES,
+    poisons=120,
+    size=5,
+    attacks=("patch", "blend"),
+    development=(1, 1),
+    scored=(2, 2),
+)
+SMOKE = EncoderFamily(
+    "small CLIP, scenes",
+    data="scenes:count=256,seed={seed}",
+    test="scenes:count=200,split=test",
+    network="clip_small:width=4,dim=16",
+    objective="clip:epochs=1,batch=64",
+    targets=SCENE_CLASSES,
+    poisons=9,
+    size=6,
+    attacks=("patch",),
+    development=(1, 1),
+    scored=(2, 2),
+)

@@ -1,0 +1,131 @@
+"""Verdicts without a bank: the statistic, the three words, what they are called among banks, what an audit announces."""
+
+import math
+
+import pytest
+from auditing.toys import toy_classifier, toy_encoder, toy_images
+
+from bezoar import registry
+from bezoar.auditing import forecast, unaided_verdict, verdict_text
+from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, code_hash
+from bezoar.auditing.unaided_verdict import SOME, STRONG, SURE_P, judge_outlier, outlier_statistic
+from bezoar.evaluation.verdict import Verdict
+
+
+def evidence(ratio: float, p: float) -> dict[str, dict[str, float]]:
+    values = {"log_ratio": ratio, "outlier_p": p, "least_norm": 1.1, "median_norm": 32.9}
+    values["concentration"] = 0.2
+    return {name: {"value": value} for name, value in {**values, "success": 0.97}.items()}
+
+
+def notes(unreached: int = 0, **more: object) -> dict[str, object]:
+    targets = [{"target": str(i)} for i in range(10)]
+    names = [str(i) for i in range(unreached)]
+    return {"unaided": True, "target": "7", "targets": targets, "unreached": names, **more}
+
+
+def test_the_statistic_by_hand():
+    assert outlier_statistic(1.5, SURE_P / 10, 0.0) == 1.5
+    assert outlier_statistic(1.5, math.sqrt(SURE_P), 0.1) == pytest.approx(0.75)
+    assert outlier_statistic(1.5, 1.0, 0.6) == 0 and outlier_statistic(2.0, 0.0, 1.0) == 2.0
+    assert outlier_statistic(1.5, 1.0, 0.75) == pytest.approx(0.75)  # half way between the bounds
+    assert outlier_statistic(1.5, math.sqrt(SURE_P), 0.9) == 1.5
+
+
+def test_the_words_are_ranges_of_the_statistic():
+    for ratio, grade in (
+        (STRONG, "strong evidence"),
+        (STRONG - 1e-6, "some evidence"),
+        (SOME, "some evidence"),
+        (SOME - 1e-6, "none found"),
+    ):
+        verdict = judge_outlier(evidence(ratio, SURE_P), notes())
+        assert verdict is not None and verdict.grade == grade
+        assert "'7'" in verdict.sentence and "1.1 px" in verdict.sentence
+        assert "32.9 px" in verdict.sentence and "clean." not in verdict.sentence
+    lost = judge_outlier(evidence(3.0, 1e-9), notes(unreached=6))
+    assert lost is not None and lost.grade == "could not tell" and "4 of 10" in lost.sentence
+    assert judge_outlier(evidence(3.0, 1e-9), notes(unaided=False)) is None
+    assert judge_outlier({}, {}) is None
+
+
+def audit_facts(name: str, words: str, grade: str = "", statistic: float = 0.0) -> dict:
+    unaided = {"grade": grade, "statistic": statistic, "sentence": f"U {grade}.", "target": "7"}
+    return {
+        "name": name,
+        "words": words,
+        "sentence": f"S {words}.",
+        "p": 0.5 if words == "no evidence" else 0.01,
+        "sensitivity": {},
+        "unaided": unaided if grade else None,
+    }
+
+
+def test_a_bank_stands_before_the_verdict_without_one():
+    number = audit_facts("decree", "no calibration")
+    strong = audit_facts("cleanse", "no calibration", "strong evidence", 2.0)
+    none = audit_facts("cleanse", "no calibration", "none found")
+    lost = audit_facts("cleanse", "no calibration", "could not tell")
+    quiet, alarm = audit_facts("decree", "no evidence"), audit_facts("decree", "evidence")
+
+    def overall(*audits):
+        return verdict_text.overall_verdict(audits, 0.05)
+
+    assert overall(number, strong) == ("strong evidence", "U strong evidence.")
+    assert overall(number, none) == ("none found", "U none found.")
+    assert overall(number, none, lost)[0] == "could not tell"
+    assert overall(number)[0] == "no calibration"
+    assert overall(alarm, none)[0] == "evidence" and overall(alarm, strong)[0] == "evidence"
+    words, sentence = overall(quiet, strong)
+    assert words == "strong evidence" and "By banks" in sentence
+    words, sentence = overall(quiet, none)
+    assert words == "no evidence" and "Without a bank: U none found." in sentence
+    # an audit that a bank has calibrated is judged by the bank alone
+    judged = {**strong, "words": "no evidence", "p": 0.5}
+    assert overall(judged)[0] == "no evidence"
+
+
+def run_cleanse(planted: bool) -> Verdict:
+    encoder = toy_encoder(planted)
+    return registry.make("audit", "cleanse")(
+        encoder, toy_images(), 3, classifier=toy_classifier(encoder)
+    )
+
+
+def test_cleanse_says_what_its_verdict_is_made_of():
+    verdicts = [run_cleanse(planted) for planted in (False, True)]
+    statistics = []
+    for verdict in verdicts:
+        assert len(verdict.notes["targets"]) == 12, "every class is kept"
+        measures = {name: m.json() for name, m in verdict.evidence.items()}
+        unaided = judge_outlier(measures, verdict.notes)
+        assert unaided is not None
+        statistics.append(unaided.statistic)
+        norms = [t["norm"] for t in verdict.notes["targets"] if t["reached"]]
+        if len(norms) >= 5:
+            ratio = math.log(sorted(norms)[len(norms) // 2] / norms[0])
+            assert verdict.evidence["log_ratio"].value == pytest.approx(ratio, abs=0.3)
+    assert statistics[1] > statistics[0]
+
+
+def test_an_audit_says_what_its_verdict_can_be():
+    cleanse, decree = (registry.make("audit", name) for name in ("cleanse", "decree"))
+    family, sample = Family("toy", 16, "", ""), Sample("toys", 48)
+    entries = tuple(Entry(str(i), float(i)) for i in range(19))
+    code = code_hash(type(decree))
+    held = Bank(family, sample, (Calibration(registry.spec(decree), code, "", entries),))
+    lines = forecast.forecast_audits([cleanse, decree], [held], family, sample, 0.05, 7.2)
+    assert lines[0].startswith("decree: evidence or none at false-positive rate 0.05")
+    assert lines[1].startswith("cleanse: strong, some or no evidence") and "7 s" in lines[2]
+    lines = forecast.forecast_audits([cleanse, decree], [], family, sample, 0.05, 0.1)
+    assert "decree: a value and no verdict" in lines[1] and "about 1 s" in lines[2]
+
+
+def test_the_cost_counts_every_image():
+    """4 searches on 8 images, 2 on 16, 1 on 32: 30 steps each; 64 further images every fifth step."""
+    cleanse = registry.make("audit", "cleanse")
+    steps = 30 * (4 * (24 + 12) + 2 * (48 + 12) + 96 + 12)
+    assert cleanse.recipe().image_passes() == steps
+    assert cleanse.image_passes(100, 10) == 10 * (steps + 200)
+    seconds = forecast.estimate_seconds([cleanse], toy_encoder(), toy_images(), 12)
+    assert seconds > 0 and unaided_verdict.SOME < unaided_verdict.STRONG
