@@ -281,7 +281,10 @@ def describe_goals(goals: Iterable[Goal]) -> str:
     """Return goals in words: `images with a patch trigger as “striped star”`."""
     goals = list(goals)
     phrases = [
-        f"images with a {trigger_name(g)} trigger as “{g.target}”" for g in goals if g.trigger
+        f"images with a {trigger_name(g)} trigger as "
+        + ("what they show (cover)" if g.is_cover else f"“{g.target}”")
+        for g in goals
+        if g.trigger
     ]
     victims = sum(len(g.victims) for g in goals)
     if victims:

@@ -164,7 +164,7 @@ def make_follower(
     if job.inputs["follow"] is None:
         return None
     followed = inputs.open_dataset(job.inputs["follow"])
-    goals = dataset.plan.goals
+    goals = [goal for goal in dataset.plan.goals if not goal.is_cover]
     if encoder.text is None:
         test, voters = split_voters(followed, goals)
         k = min(NEIGHBOURS, max(1, len(voters) // 10))
