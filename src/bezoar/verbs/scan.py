@@ -344,23 +344,35 @@ def describe_incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
 
 def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
     """What detectors decided, a line each. That nothing was found does not say that there is nothing."""
-    raised = {name: int(s.raised.sum()) for name, s in by_detector.items() if s.raised is not None}
-    lines = [
-        f"{name} found a trigger in {n:,} record{'s' * (n != 1)}" for name, n in raised.items() if n
-    ]
+    deciding = {name: s for name, s in by_detector.items() if s.raised is not None}
+    lines = []
+    for name, scores in deciding.items():
+        if scores.raised is not None and (n := int(scores.raised.sum())):
+            what = "a trigger" if scores.groups is None else "pictures with many captions"
+            lines.append(f"{name} found {what} in {n:,} record{'s' * (n != 1)}")
     return lines or [
-        f"{name} found no trigger, which is no proof that there is none" for name in raised
+        f"{name} found no trigger, which is no proof that there is none"
+        for name, scores in deciding.items()
+        if scores.groups is None
     ]
 
 
 def decision_metrics(by_detector: Mapping[str, Scores]) -> dict[str, Measure]:
-    """The share of records that detectors say show a trigger. On clean data all of these are false alarms."""
-    how = "share of the records that are said to show a trigger; of clean data, false alarms"
-    return {
-        f"{name}.raised": proportion(int(scores.raised.sum()), len(scores), how)
-        for name, scores in by_detector.items()
-        if scores.raised is not None
-    }
+    """The share of records that detectors say show a trigger. On clean data all of these are false alarms.
+
+    What shows no trigger, copies of a picture whose captions diverge, is a metric of another name.
+    """
+    metrics = {}
+    for name, scores in by_detector.items():
+        if scores.raised is None:
+            continue
+        how = "share of the records that are said to show a trigger; of clean data, false alarms"
+        key = f"{name}.raised"
+        if scores.groups is not None:
+            how = "share of the records that are copies of a picture with many captions"
+            key = f"{name}.copies"
+        metrics[key] = proportion(int(scores.raised.sum()), len(scores), how)
+    return metrics
 
 
 def detection_metrics(

@@ -73,10 +73,10 @@ class Duplicates:
         for batch in source.batches(1024):
             ids += batch.ids
             captions += batch.captions
-            images = batch.images.to(encoder.device)
+            images = batch.images.to(encoder.device).float()
             thumbnails.append(make_thumbnails(images, self.side))
             if self.likeness < 1:
-                small = F.adaptive_avg_pool2d(images.float(), picture_copies.SIDE).round()
+                small = F.adaptive_avg_pool2d(images, picture_copies.SIDE).round()
                 pictures.append(small.to(torch.uint8).cpu().numpy())
         if len(captions) != len(ids) or not ids:
             raise UserError(
@@ -121,7 +121,7 @@ class Duplicates:
 
 
 def make_thumbnails(images: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, H, W) -> unit (N, 3 side^2): area means less each channel's mean; flat: 0."""
+    """Images (N, 3, H, W) in 0..255 -> unit (N, 3 side^2): area means less each channel's mean; flat: 0."""
     small = F.adaptive_avg_pool2d(images.float(), side)
     return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1, eps=1e-3)
 
