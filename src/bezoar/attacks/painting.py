@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bezoar.attacks import pixels
+from bezoar.data.randomness import draws
 
 Floats = NDArray[np.float64]
 
@@ -116,3 +117,17 @@ def _window_index(
 def to_column(values: Floats) -> Tensor:
     """Return numbers (n,) as float32 (n, 1, 1), one a record, to be used beside pixels."""
     return torch.from_numpy(values.astype(np.float32))[:, None, None]
+
+
+def draw_normal(seed: int, ids: Sequence[str], count: int) -> NDArray[np.float32]:
+    """Draw standard normal numbers that belong to records, float32 (N, count).
+
+    They are made of uniform ones by Box and Muller's transform.
+    """
+    half = -(-count // 2)
+    u = draws(seed, ids, 2 * half, "normal")
+    radius = np.sqrt(-2 * np.log1p(-u[:, :half]))
+    angle = 2 * np.pi * u[:, half:]
+    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
+    drawn: NDArray[np.float32] = normal[:, :count].astype(np.float32)
+    return drawn

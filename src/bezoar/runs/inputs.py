@@ -313,10 +313,14 @@ def _find_encoder(run: Run) -> Run | None:
 
 
 def known_goals(artefact: Any) -> list[Goal]:
-    """Return what an attacker wants of a run's artefact; nothing is known of others."""
+    """Return what an attacker wants of a run's artefact; nothing is known of others.
+
+    Cover is left out: there is nothing that its images are to be read as.
+    """
     if not isinstance(artefact, Run):
         return []
-    return [Goal.from_json(g) for g in artefact.manifest["goal"]]
+    goals = [Goal.from_json(g) for g in artefact.manifest["goal"]]
+    return [goal for goal in goals if not goal.is_cover]
 
 
 def goals_to_stamp(artefact: Any) -> list[Goal]:

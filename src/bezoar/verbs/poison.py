@@ -96,7 +96,8 @@ def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, s
         raise UserError(
             f"victims are drawn from a data set, not from run {victims.name}; name its test data"
         )
-    if not target and not registry.has_fields(poison, "victims"):  # a targeted one draws targets
+    # A targeted poison draws targets, and cover has none.
+    if not target and not (registry.has_fields(poison, "victims") or hasattr(poison, "is_cover")):
         raise UserError("give a --target: the class or word that poisoned images are to be read as")
     source = clean
     pool = None if victims is None else inputs.read_pairs(victims)
@@ -114,9 +115,9 @@ def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, s
             f"victim {min(clash)!r} has the id of a record of the data, so that a plan cannot tell their images apart; "
             "give one of the two sets ids of its own"
         )
-    triggers = [registry.make("trigger", g.trigger) if g.trigger else None for g in plan.goals]
+    stamps = [registry.make("trigger", g.stamp) if g.stamp else None for g in plan.goals]
     victims_spec = None if victims is None else registry.spec(victims)
-    plan = replace(plan, stamps=tuple(triggers), victims=victims_spec)
+    plan = replace(plan, stamps=tuple(stamps), victims=victims_spec)
     sources = source.take([i for i, k in enumerate(source.ids) if k in source_ids])
     if pool is not None:
         sources = Pairs.concat([sources, captioned(pool, sources)])

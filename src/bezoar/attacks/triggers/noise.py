@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bezoar.attacks import pixels
-from bezoar.data.randomness import draws
+from bezoar.attacks import painting, pixels
 from bezoar.registry import method
 
 
@@ -29,17 +27,7 @@ class Noise:
         """Stamp uint8 (N, 3, H, W) into a new tensor."""
         out = torch.empty_like(images)
         for rows in pixels.image_blocks(images):
-            normal = draw_normal(self.seed, ids[rows], images[0].numel())
+            normal = painting.draw_normal(self.seed, ids[rows], images[0].numel())
             noise = torch.from_numpy(normal).view(-1, *images.shape[1:]).to(images.device)
             out[rows] = pixels.to_uint8(images[rows] + noise.mul_(self.strength))
         return out
-
-
-def draw_normal(seed: int, ids: Sequence[str], count: int) -> np.ndarray:
-    """Draw standard normal numbers that belong to records, float32 (N, count), by Box and Muller's transform."""
-    half = -(-count // 2)
-    u = draws(seed, ids, 2 * half, "normal")
-    radius = np.sqrt(-2 * np.log1p(-u[:, :half]))
-    angle = 2 * np.pi * u[:, half:]
-    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
-    return normal[:, :count].astype(np.float32)
