@@ -1,4 +1,4 @@
-"""Whether the records of a caption group that their content does not support have a common cause.
+"""What the mismatched records of a caption group have in common, and whether other records support it.
 
 A *discriminant* tells some records of a group from all others by Fisher's linear discriminant:
 w = C^-1 (mean of these records - mean of all), with one covariance C for all groups. It is always
@@ -7,7 +7,8 @@ fitted on one half of the records and read on the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.stats import beta
@@ -18,13 +19,16 @@ ROUNDS = 3  # in which the records that show a cause are chosen again
 FOREIGN = 8192  # records that set the thresholds
 SCORE_BLOCK = 4096  # records that are read at a time
 FALSE_SHARE = 0.01  # of these, that lie above it
+STRICT_SHARE = 0.001  # of these, that lie above the threshold for records of other groups
 SHRINKAGE = 0.05  # of the mean variance, added to every variance
 COVARIANCE_SAMPLE = 1 << 16  # records that a covariance is computed from, at most
 # tests of a cause
+MAX_LEFT_OUT = 0.3  # of all records, that show some cause and are left out of a training
 MIN_RECOGNISED = 0.2  # share of a group's mismatched records that the others of them give away
-MIN_PURITY = 0.4  # lower bound of the share of mismatched records among those that show it
+MIN_UNSUPPORTED = 0.35  # lower bound of the share that is misread by a model that saw none of it
 CONFIDENCE = 0.95  # of that bound
-CLEAR = 7.0  # robust deviations by which it lies above the bounds of the other groups
+CLEAR = 5.0  # robust deviations by which it lies above the bounds of the other groups
+MIN_DEVIATION = 0.03  # of the bounds
 
 
 @dataclass(frozen=True)
@@ -34,21 +38,31 @@ class Cause:
     group: its number. recognised: share of the group's mismatched records that lie above the
     threshold of a discriminant which they had no part in. rows: int64 (M,), all records of the
     group. scores: float32 (M,), of the last discriminant, in units of its threshold: 1 and more
-    shows the cause. purity: share of mismatched records among those that show it. lower: its lower
-    confidence bound.
+    shows the cause.
     """
 
     group: int
     recognised: float
     rows: Tensor
     scores: Tensor
-    purity: float
-    lower: float
 
     @property
     def shown(self) -> Tensor:
         """int64 (S,), the records that show it."""
         return self.rows[self.scores >= 1]
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether other records support what those that show a cause are captioned as.
+
+    unsupported: share of them that a model misreads which saw none of them. lower: its lower
+    confidence bound.
+    """
+
+    cause: Cause
+    unsupported: float
+    lower: float
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,22 @@ class Discriminants:
         thresholds = of_sample.nanquantile(1 - FALSE_SHARE, dim=0).nan_to_num(torch.inf)
         return readings / thresholds.clamp(min=1e-6)[self.groups]
 
+    def score_all(self, positives: Tensor, group: int) -> Tensor:
+        """Read every record, of whatever group, by one group's discriminant.
+
+        positives: bool (N,). Returns float32 (N,), in units of the threshold STRICT_SHARE.
+        """
+        scores = torch.zeros(len(self.groups))
+        for number in (0, 1):
+            training = positives & (self.half != number)
+            weights = self._weights(training, int(self.groups.max()) + 1, number)[:, group]
+            rows = (self.half == number).nonzero()[:, 0]
+            for block in rows.split(SCORE_BLOCK):
+                scores[block] = (self.features[block] - self.means[number]) @ weights
+        foreign = self.sample[self.groups[self.sample] != group]
+        threshold = scores[foreign].quantile(1 - STRICT_SHARE) if len(foreign) else torch.inf
+        return scores / max(1e-6, float(threshold))
+
     def _weights(self, positives: Tensor, count: int, number: int) -> Tensor:
         """The discriminants of all groups, (F, G): unit variance, 0 for too few positives."""
         groups = self.groups[positives]
@@ -137,7 +167,8 @@ def find_causes(discriminants: Discriminants, mismatched: Tensor) -> list[Cause]
         mismatched: bool (N,), the records whose content does not support their caption.
 
     Returns:
-        A cause for each group with at least MIN_RECORDS mismatched records, believed or not.
+        A cause for each group with at least MIN_RECORDS mismatched records, of which at least
+        MIN_RECORDS show it. Most are contents.
     """
     groups = discriminants.groups
     first = scores = discriminants.score(mismatched)
@@ -150,13 +181,35 @@ def find_causes(discriminants: Discriminants, mismatched: Tensor) -> list[Cause]
         if int(suspects.sum()) < MIN_RECORDS:
             continue
         recognised = float((first[rows][suspects] >= 1).float().mean())
-        shown = scores[rows] >= 1
-        hits, count = int((shown & suspects).sum()), int(shown.sum())
-        purity = hits / max(1, count)
-        causes.append(
-            Cause(group, recognised, rows, scores[rows], purity, lower_bound(hits, count))
-        )
+        cause = Cause(group, recognised, rows, scores[rows])
+        if len(cause.shown) >= MIN_RECORDS:
+            causes.append(cause)
     return causes
+
+
+def choose_left_out(causes: Sequence[Cause], records: int) -> list[Cause]:
+    """The causes whose records are left out of one training, the best recognised first.
+
+    They show MAX_LEFT_OUT of all records at most.
+    """
+    chosen, count = [], 0
+    for cause in sorted(causes, key=lambda cause: -cause.recognised):
+        if count + len(cause.shown) <= MAX_LEFT_OUT * records:
+            chosen.append(cause)
+            count += len(cause.shown)
+    return chosen
+
+
+def measure_support(causes: Sequence[Cause], misread: Tensor) -> list[Support]:
+    """How many of the records that show each cause are misread.
+
+    misread: bool (N,), by a model that was trained without all of them.
+    """
+    supports = []
+    for cause in causes:
+        hits, count = int(misread[cause.shown].sum()), len(cause.shown)
+        supports.append(Support(cause, hits / count, lower_bound(hits, count)))
+    return supports
 
 
 def lower_bound(hits: int, count: int) -> float:
@@ -164,23 +217,46 @@ def lower_bound(hits: int, count: int) -> float:
     return float(beta.ppf(1 - CONFIDENCE, hits, count - hits + 1)) if hits else 0.0
 
 
-def believed_causes(causes: list[Cause]) -> list[Cause]:
-    """The causes that are shown by mismatched records, as none of the other groups' is.
+def sharpen_causes(
+    discriminants: Discriminants, supports: Sequence[Support], misread: Tensor
+) -> list[Cause]:
+    """Read the records again, by those that show a believed cause and are misread.
 
-    In a group without an attack a discriminant finds some kind of content, which matching and
-    mismatched records show alike. How much alike depends on how well the content is read, so that
-    the groups of the same data are each other's controls.
+    Records of the group that share the cause by chance are mostly read well, and are no part of it
+    any more. Misread records of other groups that show it very clearly become part of it: captions
+    of one target fall into several groups.
+
+    Args:
+        discriminants: of N records.
+        supports: of the believed causes.
+        misread: bool (N,), as in `measure_support`.
     """
-    if not causes:
+    positives = torch.zeros_like(misread)
+    for support in supports:
+        positives[support.cause.shown] = True
+    positives &= misread
+    scores = discriminants.score(positives)
+    causes = []
+    for cause in (support.cause for support in supports):
+        everywhere = discriminants.score_all(positives, cause.group)
+        others = ((everywhere >= 1) & misread & (discriminants.groups != cause.group)).nonzero()
+        rows = torch.cat([cause.rows, others[:, 0]])
+        values = torch.cat([scores[cause.rows], everywhere[others[:, 0]]])
+        causes.append(replace(cause, rows=rows, scores=values))
+    return causes
+
+
+def believe_causes(supports: Sequence[Support]) -> list[Support]:
+    """Those causes whose records nothing else supports, as those of no other group.
+
+    In a group without an attack a discriminant finds some kind of content. Without those records
+    other content still supports most of them. How many depends on how well contents are read, so
+    that the groups of the same data are each other's controls.
+    """
+    if not supports:
         return []
-    bounds = torch.tensor([cause.lower for cause in causes])
+    bounds = torch.tensor([support.lower for support in supports])
     middle = bounds.median()
-    deviation = 1.4826 * (bounds - middle).abs().median()
-    least = max(MIN_PURITY, float(middle + CLEAR * deviation))
-    return [
-        cause
-        for cause in causes
-        if cause.recognised >= MIN_RECOGNISED
-        and len(cause.shown) >= MIN_RECORDS
-        and cause.lower > least
-    ]
+    deviation = (1.4826 * (bounds - middle).abs().median()).clamp(min=MIN_DEVIATION)
+    least = max(MIN_UNSUPPORTED, float(middle + CLEAR * deviation))
+    return [s for s in supports if s.cause.recognised >= MIN_RECOGNISED and s.lower > least]

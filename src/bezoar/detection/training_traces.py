@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,39 @@ def trace(
     return answer
 
 
+def read_without(
+    source: Records,
+    left_out: Tensor,
+    network: str,
+    objective: str,
+    seed: int,
+    device: torch.device,
+    report: ProgressReport = no_report,
+) -> Tensor:
+    """Train a small model on some of the records, and measure the loss of all.
+
+    Args:
+        source: N records.
+        left_out: bool (N,), the records that the model does not see.
+        network: spec of the model.
+        objective: spec of its training.
+        seed: of the training.
+        device: where to train.
+        report: called with the progress.
+
+    Returns:
+        float32 (N,), as `Trace.loss`, in the source's order.
+
+    Raises:
+        UserError: as `SmallModel.build` and `SmallModel.train` do.
+    """
+    model = SmallModel.build(source, network, seed, device)
+    recipe = registry.make("objective", objective)
+    trained = model.select(~left_out[model.rows])
+    trained.train(recipe(model.encoder), recipe, report, "training without what is suspected")
+    return model.measure_pairs()[1]
+
+
 @dataclass(frozen=True)
 class SmallModel:
     """A fresh model and the N records that it is trained on, in an order that belongs to the
@@ -187,6 +220,13 @@ class SmallModel:
                 report=report_loss,
                 on_epoch_end=on_epoch_end,
             )
+
+    def select(self, chosen: Tensor) -> SmallModel:
+        """The same model with some of the records. chosen: bool (N,), in the order of `records`."""
+        numbers = chosen.nonzero()[:, 0]
+        records = stored_pairs.subset(self.records, numbers.tolist())
+        tokens = self.tokens[numbers.to(self.tokens.device)]
+        return replace(self, records=records, rows=self.rows[numbers], tokens=tokens)
 
     @torch.inference_mode()
     def measure_pairs(self) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,10 @@ its shape. The search for one:
 3. Cause. In every group a linear discriminant tells the mismatched records from the records of all
    other groups, by what the layers of the suspect encoder say of them; it is fitted on one half and
    read on the other. Odd images and wrong captions have nothing in common, so that it reads nothing.
-4. Test. Those of the group that the discriminant gives away, mismatched or not, must be mismatched
-   far more often than in the other groups (`shared_causes.believed_causes`).
+4. Support. The small model is trained again without all records that show some cause. Without them
+   other records of the same content still support a natural cause, and nothing supports a trigger:
+   what shows it is misread far more often than in the other groups
+   (`shared_causes.believe_causes`).
 
 Not seen: clean-label poisons, whose content supports their captions; fewer than about ten poisons of
 a caption group; data whose contents a small model cannot read, such as few photographs.
@@ -21,6 +23,7 @@ a caption group; data whose contents a small model cannot read, such as few phot
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -33,7 +36,7 @@ from bezoar.data.randomness import draws, sample_rows
 from bezoar.detection import shared_causes, tower_features, training_traces
 from bezoar.detection.caption_groups import group_captions
 from bezoar.detection.detectors import RecordEncoder, Records, require_texts
-from bezoar.detection.shared_causes import Cause, Discriminants
+from bezoar.detection.shared_causes import Cause, Discriminants, Support
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
@@ -101,7 +104,16 @@ class CommonCause:
         )
         mismatched = mismatch > mismatch.quantile(1 - self.suspects)
         causes = shared_causes.find_causes(discriminants, mismatched)
-        return self.combine(embedded.ids, order, mismatch, causes)
+        misread = self.read_without(source, order, causes, encoder.device, report)
+        chosen = shared_causes.choose_left_out(causes, n)
+        supports = shared_causes.measure_support(chosen, misread)
+        believed = shared_causes.believe_causes(supports)
+        sharpened = shared_causes.sharpen_causes(discriminants, believed, misread)
+        notes = {
+            "causes": [describe_support(support) for support in believed],
+            "tested": len(supports),
+        }
+        return self.combine(embedded.ids, order, mismatch, sharpened, notes)
 
     def measure_mismatch(
         self, source: Records, device: torch.device, report: ProgressReport
@@ -114,22 +126,51 @@ class CommonCause:
             )
         return trace.loss[-1]
 
-    def combine(self, ids: Any, order: np.ndarray, mismatch: Tensor, causes: list[Cause]) -> Scores:
+    def read_without(
+        self,
+        source: Records,
+        order: np.ndarray,
+        causes: Sequence[Cause],
+        device: torch.device,
+        report: ProgressReport,
+    ) -> Tensor:
+        """bool (N,): which records are misread by a small model that saw none of those that show a
+        cause (`shared_causes.choose_left_out`); in the given order.
+        """
+        left_out = torch.zeros(len(order), dtype=torch.bool)
+        for cause in shared_causes.choose_left_out(causes, len(order)):
+            left_out[cause.shown] = True
+        if not left_out.any():
+            return left_out
+        rows = torch.as_tensor(order)
+        of_source = torch.zeros_like(left_out).index_put((rows,), left_out)
+        objective = self.objective or short_training(len(order))
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = training_traces.read_without(
+                source, of_source, self.network, objective, self.seed, device, report
+            )[rows]
+        return loss > loss[~left_out].quantile(1 - self.suspects)
+
+    def combine(
+        self,
+        ids: Any,
+        order: np.ndarray,
+        mismatch: Tensor,
+        believed: Sequence[Cause],
+        notes: dict[str, Any],
+    ) -> Scores:
         """The ranking. mismatch: (N,), in the given order, as are the rows of the causes."""
         n = len(order)
-        values = mismatch.argsort(stable=True).argsort().float() / n
+        rank = mismatch.argsort(stable=True).argsort().float() / n
+        values = rank.clone()
         raised = torch.zeros(n, dtype=torch.bool)
-        believed = shared_causes.believed_causes(causes)
         for cause in believed:
-            values[cause.rows] += 1 + cause.scores.clamp(0, 100)
+            evidence = 1 + rank[cause.rows] + cause.scores.clamp(0, 100)
+            values[cause.rows] = torch.maximum(values[cause.rows], evidence)
             raised[cause.shown] = True
         back = torch.empty(n, dtype=torch.long)
         back[torch.as_tensor(order)] = torch.arange(n)
-        notes = {
-            "raised": int(raised.sum()),
-            "causes": [describe_cause(cause) for cause in believed],
-            "groups": len(causes),
-        }
+        notes = {"raised": int(raised.sum())} | notes
         return Scores(ids, values[back], None, notes, raised[back])
 
 
@@ -139,12 +180,12 @@ def short_training(records: int) -> str:
     return f"clip:epochs={epochs},batch={max(16, min(256, records // 10))}"
 
 
-def describe_cause(cause: Cause) -> dict[str, Any]:
+def describe_support(support: Support) -> dict[str, Any]:
     """As it stands in a run's manifest."""
     return {
-        "group": cause.group,
-        "records": len(cause.rows),
-        "shown": len(cause.shown),
-        "recognised": round(cause.recognised, 3),
-        "mismatched": round(cause.purity, 3),
+        "group": support.cause.group,
+        "records": len(support.cause.rows),
+        "shown": len(support.cause.shown),
+        "recognised": round(support.cause.recognised, 3),
+        "unsupported": round(support.unsupported, 3),
     }
