@@ -44,8 +44,8 @@ class Duplicates:
     or at least `likeness`, mirrored or not, and which are copies of one picture
     (`picture_copies.find_copies`; the nearest 8 of each are tried). Divergence: mean over the other
     images of the cluster of 1 - Jaccard(caption words). Every two images are compared:
-    N^2 x 6 side^2. Raised are images that two others or more say to be copies, where there are
-    `group` of them in a cluster of a mean divergence of 0.3.
+    N^2 x 6 side^2. Raised are clusters of a mean divergence of 0.3 in which there are `group` images
+    or more that two others say to be copies.
     """
 
     similarity: Annotated[
@@ -53,7 +53,7 @@ class Duplicates:
     ] = 0.98
     side: Annotated[int, "side of the thumbnails in pixels"] = 8
     likeness: Annotated[float, "cosine from which one image is laid over the other; 1: never"] = 0.8
-    group: Annotated[int, "images in a cluster from which it is raised"] = 4
+    group: Annotated[int, "sure copies in a cluster from which it is raised"] = 4
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1 or self.side < 2:
@@ -119,7 +119,7 @@ class Duplicates:
         divergence = caption_divergence(captions, ids, image, group)
         mean = (np.bincount(group, divergence) / np.maximum(np.bincount(group), 1))[group]
         sure = np.bincount(cluster, links >= 2)[cluster]  # images in each cluster
-        raised = ((sure >= self.group) & (links >= 2))[image] & (mean >= DIVERGING)
+        raised = (sure >= self.group)[image] & (mean >= DIVERGING)
         scores = np.where(size > 1, divergence * np.log2(size), lonely)
         return Scores(
             tuple(ids),
