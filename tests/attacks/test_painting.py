@@ -390,9 +390,7 @@ def test_several_names_the_files_it_reads(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", [*NEW, "several:triggers=(sticker + jpeg:quality=20)"])
 def test_a_poisoning_with_it_verifies(name: str, tmp_path: Path) -> None:
-    verb = Poison(
-        "scenes:count=60,size=16", "backdoor:count=6,captions=templates", name, target="star"
-    )
+    verb = Poison("scenes:count=60", "backdoor:count=6,captions=templates", name, target="star")
     run = execute(verb, Settings(runs=tmp_path, quiet=True))
     checked = verify_plan(run)
     assert checked["verified"] and checked["records"] == 6

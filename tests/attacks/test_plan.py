@@ -309,7 +309,7 @@ def test_cover_beside_a_backdoor_and_noisy_copies_verify(tmp_path):
     from bezoar.verbs.poison import verify_plan
 
     settings = Settings(runs=tmp_path, quiet=True)
-    data, patch = "scenes:count=300,size=16", "patch:size=3,place=random"
+    data, patch = "scenes:count=300", "patch:size=3,place=random"
     backdoor = Poison(data, "backdoor:count=9", patch, target="star")
     covered = execute(Poison(backdoor, "cover:count=20", patch), settings)
     plan = Plan.read(covered.file("plan.jsonl"), lambda s: registry.make("trigger", s))

@@ -44,7 +44,7 @@ class Several:
 
     def files(self) -> list[Path]:
         """The files that its triggers read: patterns, and the code of the user's own triggers."""
-        files = []
+        files: list[Path] = []
         for trigger in self._parts():
             texts = [v for v in vars(trigger).values() if isinstance(v, str)]
             named = trigger.files() if isinstance(trigger, Several) else map(Path, texts)

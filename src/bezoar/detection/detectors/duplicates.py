@@ -44,7 +44,8 @@ class Duplicates:
     or at least `likeness`, mirrored or not, and which are copies of one picture
     (`picture_copies.find_copies`; the nearest 8 of each are tried). Divergence: mean over the other
     images of the cluster of 1 - Jaccard(caption words). Every two images are compared:
-    N^2 x 6 side^2. Raised are clusters of `group` images or more of a mean divergence of 0.3.
+    N^2 x 6 side^2. Raised are clusters of a mean divergence of 0.3 in which there are `group` images
+    or more that two others say to be copies.
     """
 
     similarity: Annotated[
@@ -52,7 +53,7 @@ class Duplicates:
     ] = 0.98
     side: Annotated[int, "side of the thumbnails in pixels"] = 8
     likeness: Annotated[float, "cosine from which one image is laid over the other; 1: never"] = 0.8
-    group: Annotated[int, "images in a cluster from which it is raised"] = 4
+    group: Annotated[int, "sure copies in a cluster from which it is raised"] = 4
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1 or self.side < 2:
@@ -86,12 +87,15 @@ class Duplicates:
         _, first, image = np.unique(names, return_index=True, return_inverse=True)
         vectors = torch.cat(thumbnails)[torch.as_tensor(first)]
         cluster, nearest = cluster_images(vectors, self.similarity)
+        links = np.bincount(cluster)[cluster] - 1
         if self.likeness < 1:
-            pairs = find_candidates(vectors, self.side, self.likeness, cluster)
-            copies = picture_copies.find_copies(np.concatenate(pictures)[first], *pairs)
-            cluster = merge_clusters(cluster, pairs[0][copies], pairs[1][copies])
+            one, other, mirrored = find_candidates(vectors, self.side, self.likeness, cluster)
+            small = np.concatenate(pictures)[first]
+            copies = picture_copies.find_copies(small, one, other, mirrored)
+            cluster = merge_clusters(cluster, one[copies], other[copies])
+            links = count_links(links, one[copies], other[copies])
         lonely = np.minimum(nearest, self.similarity)[image] - 1
-        return self._score(ids, captions, image, cluster, lonely)
+        return self._score(ids, captions, image, cluster, links, lonely)
 
     def _score(
         self,
@@ -99,17 +103,23 @@ class Duplicates:
         captions: Sequence[str],
         image: NDArray[np.int64],
         cluster: NDArray[np.int64],
+        links: NDArray[np.int64],
         lonely: NDArray[np.float64],
     ) -> Scores:
-        """Score N records, whose images lie in clusters; see `caption_divergence`.
+        """Score N records, whose images lie in clusters.
 
-        lonely: float64 (N,), the score of a record whose image is alone.
+        Args:
+            ids, captions, image: of the records; see `caption_divergence`.
+            cluster: int64 (M,), of each image.
+            links: int64 (M,), how many others say that an image is a copy.
+            lonely: float64 (N,), the score of a record whose image is alone.
         """
         size = np.bincount(cluster)[cluster][image]  # images in each record's cluster
         group = cluster[image]
         divergence = caption_divergence(captions, ids, image, group)
         mean = (np.bincount(group, divergence) / np.maximum(np.bincount(group), 1))[group]
-        raised = (size >= self.group) & (mean >= DIVERGING)
+        sure = np.bincount(cluster, links >= 2)[cluster]  # images in each cluster
+        raised = (sure >= self.group)[image] & (mean >= DIVERGING)
         scores = np.where(size > 1, divergence * np.log2(size), lonely)
         return Scores(
             tuple(ids),
@@ -165,6 +175,29 @@ def merge_clusters(
     merged = connected_components(graph, directed=False)[1].astype(np.int64)
     united: NDArray[np.int64] = merged[cluster]
     return united
+
+
+def count_links(
+    links: NDArray[np.int64], first: NDArray[np.int64], second: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Count how many others say that an image is a copy, without those that one alone says it of.
+
+    One drawing may look like several others that are no copies of each other: of such a star
+    nothing is left.
+
+    Args:
+        links: int64 (M,), to images of the same thumbnail.
+        first, second: int64 (P,), rows of pairs that are copies.
+
+    Returns:
+        int64 (M,).
+    """
+    m = len(links)
+    degree = links + np.bincount(first, minlength=m) + np.bincount(second, minlength=m)
+    sure = degree >= 2
+    by_first = np.bincount(second, sure[first], minlength=m)
+    by_second = np.bincount(first, sure[second], minlength=m)
+    return (links + by_first + by_second).astype(np.int64)
 
 
 def find_candidates(
