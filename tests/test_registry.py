@@ -37,7 +37,8 @@ def test_default_specs_make_the_same_method_again(kind, name):
         "imported": "path=x.pth",
         "embeddings": "path=x",
     }
-    required |= {"table": "path=x.csv"}
+    required |= {"table": "path=x.csv", "weights": "path=x", "hugging_face": "path=x"}
+    required |= {"hub": "org/name"}
     method = registry.make(kind, f"{name}:{required.get(name, '')}")
     assert registry.make(kind, registry.spec(method)) == method
 

@@ -21,6 +21,7 @@ from bezoar.evaluation.scores import Measure, proportion
 
 LOW_ACCURACY = 0.5  # of a network's own head: below it another normalisation is tried
 CLEAR_GAIN = 0.05  # of accuracy, by which another normalisation is called the right one
+ALWAYS_CLEAR = 0.75  # accuracy that is no guess, however few classes there are
 MOST_TRIED = 512  # images that it is tried on
 CLUSTERS = 12  # pseudo-classes where there are no classes
 Kind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
@@ -217,7 +218,9 @@ def _best_mean_std(classifier: Classifier, images: Tensor, truth: Tensor) -> tup
         encoder.set_preprocess(before)
     share = float((classifier.predict(images) == truth).float().mean())
     best = max(shares, key=lambda name: shares[name])
-    return (best, shares[best]) if shares[best] > share + CLEAR_GAIN else ("", 0.0)
+    # Twice what guessing gives: labels of another order make any normalisation seem better.
+    least = max(share + CLEAR_GAIN, min(2 / len(classifier.classes), ALWAYS_CLEAR))
+    return (best, shares[best]) if shares[best] > least else ("", 0.0)
 
 
 def zero_shot_classifier(

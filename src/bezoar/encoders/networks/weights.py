@@ -160,11 +160,11 @@ class Weights(Network):
         }
         return encoder
 
-    def _make(self, network: str, size: int = 0, **fields: object) -> Encoder:
-        """The encoder of another network that reads the same path."""
+    def _make(self, network: str, side: int = 0, **fields: object) -> Encoder:
+        """The encoder of another network that reads the same path. side: of the images, or 0."""
         values = {"path": self.path, **fields}
         texts = [f"{k}={registry.spec_value(v)}" for k, v in values.items() if v not in ("", 0)]
-        encoder: Encoder = registry.make("network", f"{network}:{','.join(texts)}")(size)
+        encoder: Encoder = registry.make("network", f"{network}:{','.join(texts)}")(side)
         return encoder
 
     def _describe_unknown(self, tensors: dict[str, Tensor]) -> str:
