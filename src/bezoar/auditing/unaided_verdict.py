@@ -2,7 +2,7 @@
 
 An audit that inverts a trigger for every class has a null of its own, the harmless classes: a
 backdoor's class stands apart from them. The statistic is how far, and how surely; the three words
-are ranges of it, set on four clean and four attacked development encoders. How often each errs is
+are ranges of it, set on four clean and five attacked development encoders. How often each errs is
 for encoders to say that set nothing (`papers/matrix/strangers`).
 """
 
