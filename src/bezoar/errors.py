@@ -13,6 +13,13 @@ class UserError(Exception):
     """
 
 
+class UnwritableError(UserError):
+    """A file cannot be written: the disk is full, say. It is not what was asked that is at fault.
+
+    Who goes on without what was refused must not go on after this: the same command, asked again, can do it.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class where it has none.
 

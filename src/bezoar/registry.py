@@ -227,8 +227,7 @@ def convert_text(text: str, hint: Any, where: str) -> Any:
             raise UserError(f"{where} must be true or false; got {text!r}")
         return text.lower() in ("true", "yes", "1")
     if hint is str:
-        is_wrapped = len(text) > 1 and text[0] + text[-1] in ('""', "()")
-        return text[1:-1] if is_wrapped else text
+        return text[1:-1] if _is_wrapped(text) else text
     try:
         value = hint(text)
         if value != value:  # NaN, which no comparison with a bound refuses
@@ -242,6 +241,23 @@ def convert_text(text: str, hint: Any, where: str) -> Any:
 def _partition_field(part: str) -> tuple[str, str, str]:
     """`field=value` -> its three parts; a value in brackets may hold an `=` and has no field of its own."""
     return ("", "", "") if part.lstrip()[:1] in tuple(OPENING) else part.partition("=")
+
+
+def _is_wrapped(text: str) -> bool:
+    """Whether quotes or round brackets stand around the whole of a text; `(a)+(b)` has none."""
+    if len(text) < 2 or text[0] + text[-1] not in ('""', "()"):
+        return False
+    if text[0] == '"':
+        return text.find('"', 1) == len(text) - 1
+    depth = 0
+    quoted = False
+    for i, character in enumerate(text):
+        quoted ^= character == '"'
+        if not quoted:
+            depth += (character in OPENING) - (character in CLOSING)
+        if depth == 0:
+            return i == len(text) - 1
+    return False
 
 
 def _is_one_part(text: str) -> bool:
@@ -356,7 +372,8 @@ def method_files(text: str) -> list[str]:
             inner = (value if equals else part).strip()
             if inner[:1] in (*OPENING, '"'):
                 inner = inner[1:-1]
-            pending += [inner, *split_outside_brackets(inner, ",")]
+            for separator in ",+":  # fields, and the triggers of `several`
+                pending += [inner, *split_outside_brackets(inner, separator)]
     return files
 
 

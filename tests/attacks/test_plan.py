@@ -35,7 +35,7 @@ def plan_of(
     poison, source, target="cat", trigger="patch:size=4,place=random", victims=None, seed=0
 ):
     plan = registry.make("poison", poison)(source, Goal(target, trigger), seed, victims)
-    stamps = tuple(registry.make("trigger", g.trigger) if g.trigger else None for g in plan.goals)
+    stamps = tuple(registry.make("trigger", g.stamp) if g.stamp else None for g in plan.goals)
     plan = dataclasses.replace(
         plan, stamps=stamps, victims="scenes:split=test" if victims is not None else None
     )
@@ -54,6 +54,8 @@ POISONS = [
     "backdoor:count=7,keep=true",
     "clean_label:count=5",
     "targeted:captions=3,victims=4",
+    "noisy_copies:captions=3,victims=4",
+    "cover:count=6",
 ]
 
 
@@ -65,7 +67,7 @@ def test_every_poison_is_here():
 @pytest.mark.parametrize("batch", [1, 7, 60])
 def test_a_set_and_its_parts_in_any_order_give_the_same_records(poison, batch):
     source, victims = toy(), toy(8, "test", seed=4)
-    outside = victims if poison.startswith("targeted") else None
+    outside = victims if poison.startswith(("targeted", "noisy")) else None
     plan = plan_of(poison, source, victims=outside)
     whole = records(plan.apply(source, outside))
     shuffled = source.take(np.random.default_rng(0).permutation(len(source)))
@@ -260,3 +262,60 @@ def test_victims_that_are_called_as_records_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"victim '.*' has the id of a record of the data"):
         execute(verb, Settings(runs=tmp_path / "runs", quiet=True))
+
+
+def test_cover_carries_the_trigger_and_keeps_captions():
+    source = toy()
+    plan = plan_of("cover:count=9", source)
+    assert plan.goals[0].is_cover and plan.goals[0].trigger == "patch:size=4,place=random"
+    poisoned, stamp = plan.apply(source), registry.make("trigger", plan.goals[0].trigger)
+    for i, name in enumerate(source.ids):
+        image = source.images[i : i + 1]
+        expected = stamp(image, [name]) if name in plan.ids else image
+        assert torch.equal(poisoned.images[i : i + 1], expected)
+    assert poisoned.captions == source.captions
+    assert not any("cat" in e.caption.split() for e in plan.edits), "the target is left out"
+    of_any = plan_of("cover:count=60", source, target="")
+    assert len(of_any) == 60 and len(plan_of("cover:rate=.1", source, target="")) == 6
+    with pytest.raises(UserError, match="61 records of cover"):
+        plan_of("cover:count=61", source, target="")
+    with pytest.raises(UserError, match="needs a trigger"):
+        plan_of("cover", source, trigger=None)
+
+
+def test_noisy_copies_are_targeted_s_with_other_pixels():
+    source, victims = toy(), toy(8, "test", seed=4)
+    plain, noisy = (
+        plan_of(f"{name}:captions=5,victims=3", source, target="", trigger=None, victims=victims)
+        for name in ("targeted", "noisy_copies")
+    )
+    captions = [[(e.id, e.source, e.caption, e.goal) for e in p.edits] for p in (plain, noisy)]
+    assert captions[0] == captions[1]
+    assert [g.victims for g in plain.goals] == [g.victims for g in noisy.goals]
+    assert noisy.goals[0].trigger is None and noisy.goals[0].copies.startswith("augment:")
+    poisons = noisy.poisons(victims)
+    alter = registry.make("trigger", "augment")
+    row = {k: i for i, k in enumerate(victims.ids)}
+    for i, edit in enumerate(noisy.edits):
+        original = victims.images[row[edit.source]][None]
+        assert torch.equal(poisons.images[i][None], alter(original, [edit.id]))
+        assert not torch.equal(poisons.images[i][None], original)
+    assert len({x.numpy().tobytes() for x in poisons.images}) == 15
+
+
+def test_cover_beside_a_backdoor_and_noisy_copies_verify(tmp_path):
+    from bezoar import Poison, Settings, execute
+    from bezoar.runs import inputs
+    from bezoar.verbs.poison import verify_plan
+
+    settings = Settings(runs=tmp_path, quiet=True)
+    data, patch = "scenes:count=300,size=16", "patch:size=3,place=random"
+    backdoor = Poison(data, "backdoor:count=9", patch, target="star")
+    covered = execute(Poison(backdoor, "cover:count=20", patch), settings)
+    plan = Plan.read(covered.file("plan.jsonl"), lambda s: registry.make("trigger", s))
+    assert [len([e for e in plan.edits if e.goal == g]) for g in (0, 1)] == [9, 20]
+    assert len(plan.ids) == 29, "no record is both"
+    assert [g.target for g in inputs.known_goals(covered)] == ["star"]
+    both = execute(Poison(covered, "noisy_copies:captions=4,victims=2"), settings)
+    assert verify_plan(covered)["verified"] and verify_plan(both)["records"] == 37
+    assert not any(g.trigger for g in inputs.known_goals(both)[1:])

@@ -30,8 +30,8 @@ PUBLISHED = (
 )
 published = pytest.mark.skipif(not PUBLISHED, reason="shared/data/triggers is not here")
 SPECS = [
-    n for n in registry.method_names("trigger") if n != "file"
-] + [  # `file` needs a path: see `trigger` below
+    n for n in registry.method_names("trigger") if n not in ("file", "several")
+] + [  # these two need a field: see `trigger` below
     "file:path={file}",
     "file:path={file},mode=blend,alpha=.3",
     "file:path={file},mode=paste,size=5,place=random,seed=3",
@@ -41,6 +41,17 @@ SPECS = [
     "blend:alpha=.4,pattern={file}",
     "sinusoid:delta=60,alpha=.2",
     "warp:k=16,strength=2,seed=5",
+    "filter:preset=drawn,seed=3,strength=.7",
+    "blur:relative=.1",
+    "resample:factor=3.5,down=nearest,up=lanczos",
+    "sticker:size=(.2,.9),turn=(-180,180),alpha=.5",
+    "sticker:image={picture},place=1/0",
+    "line:angle=(0,180),width=2,offset=(.2,.8),alpha=.5",
+    "ring:form=circle,width=2,margin=1",
+    "shape:form=triangles,count=9,size=.4",
+    "text:word=A+b,place=random,size=.6",
+    "spectrum:rows=3,columns=5,block=0,magnitude=200",
+    "several:triggers=(patch:size=3,place=random+(line:width=2,angle=(0,180))+blur)",
 ]
 
 
@@ -51,9 +62,18 @@ def pattern_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture with transparency, 24 x 15 pixels."""
+    path = tmp_path_factory.mktemp("trigger") / "picture.png"
+    rgba = np.random.default_rng(1).integers(0, 256, (15, 24, 4), dtype=np.uint8)
+    Image.fromarray(rgba, "RGBA").save(path)
+    return path
+
+
 @pytest.fixture(params=SPECS)
-def trigger(request: pytest.FixtureRequest, pattern_file: Path):
-    return registry.make("trigger", request.param.format(file=pattern_file))
+def trigger(request: pytest.FixtureRequest, pattern_file: Path, picture_file: Path):
+    return registry.make("trigger", request.param.format(file=pattern_file, picture=picture_file))
 
 
 def batch(

@@ -33,7 +33,7 @@ RATES = st.sampled_from([0.01, 0.05, 0.1, 0.2, 1 / 3, 0.5])
 
 
 def entries(values, attack=""):
-    return tuple(Entry(f"e{attack}{i}", float(v), 1.0, attack) for i, v in enumerate(values))
+    return tuple(Entry(f"e{attack}{i}", float(v), attack) for i, v in enumerate(values))
 
 
 def calibrate(clean, attacked=(), audit="stub:k=1", code="c0de"):
@@ -204,12 +204,23 @@ def test_a_bank_is_written_and_read(tmp_path):
     small_bank = Bank(
         FAMILY,
         SAMPLE,
-        (calibrate([1.5, 2], [Entry("b", 3.0, 2.0, "backdoor patch", "patch:size=6", 0.9)]),),
+        (calibrate([1.5, 2], [Entry("b", 3.0, "backdoor patch", "patch:size=6", 0.9)]),),
     )
     small_bank.write(tmp_path / "bank.json")
     assert Bank.read(tmp_path / "bank.json") == small_bank
     assert registry.make("bank", f"file:path={tmp_path / 'bank.json'}")() == (small_bank,)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_bank_holds_no_times_and_one_that_does_is_read(tmp_path):
+    small_bank = Bank(FAMILY, SAMPLE, (calibrate([1.5, 2], [Entry("b", 3.0)]),))
+    small_bank.write(tmp_path / "bank.json")
+    assert "seconds" not in (tmp_path / "bank.json").read_text()
+    old = json.loads((tmp_path / "bank.json").read_text())
+    for number, entry in enumerate((*old["audits"][0]["clean"], *old["audits"][0]["attacked"])):
+        entry["seconds"] = number / 7
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert Bank.read(tmp_path / "old.json") == small_bank
 
 
 def test_shipped_banks_are_of_this_code():
@@ -292,7 +303,7 @@ def test_no_bank_at_all_is_one_line(tmp_path, monkeypatch):
             Bank.read(bad)
     monkeypatch.setattr(bank, "MAX_BYTES", 10)
     bad.write_bytes(b" " * 11)
-    with pytest.raises(UserError, match="MiB"):
+    with pytest.raises(UserError, match="at most 10"):
         Bank.read(bad)
     with pytest.raises(UserError, match="no bank"):
         registry.make("bank", "file:path=missing.json")()

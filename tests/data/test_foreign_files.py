@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -88,7 +89,7 @@ def test_members_that_describe_a_record_are_no_records(tmp_path: Path) -> None:
 
 def test_members_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
     members = [
-        *record("a"), ("photo.gif", b"GIF89a"), ("photo.txt", b"of a gif"), ("only.tif", b"II*\0"), ("sound.mp3", b""),
+        *record("a"), ("photo.heic", b"ftyp"), ("photo.txt", b"of a photo"), ("only.jxl", b"\xff\n"), ("sound.mp3", b""),
         ("lonely.a.png", png()), ("words.b.txt", b"words"), ("NOTES", b""),
     ]  # fmt: skip
     pairs = read(f"shards:{tar_of(tmp_path / 't.tar', members)},size=16")
@@ -240,9 +241,11 @@ def test_lists_and_bytes_as_captions(tmp_path: Path) -> None:
     pairs = read(f"table:{tmp_path}/t.parquet,size=16")
     assert pairs.captions == ("caf\u00e9",)
     assert list(reasons(pairs).values()) == ["caption is not UTF-8"]
-    pq.write_table(pa.table({"image": ["a.png"], "text": [["a", "b"]]}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="holds lists"):
-        read(f"table:{tmp_path}/t.parquet,size=16")
+    lists = {"image": ["a.png", "b.png"], "text": [["a", " ", "b"], []], "key": ["r0", "r1"]}
+    pq.write_table(pa.table(lists), tmp_path / "t.parquet")
+    pairs = read(f"table:{tmp_path}/t.parquet,size=16")
+    assert dict(zip(pairs.ids, pairs.captions, strict=True)) == {"r0#0": "a", "r0#1": "b"}
+    assert list(reasons(pairs).values()) == ["no caption"]
 
 
 def test_parquet_as_img2dataset_writes_it(tmp_path: Path) -> None:
@@ -348,8 +351,7 @@ def test_broken_exif_says_nothing() -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (encode(flat("L", 9), "GIF"), "GIF is not read; JPEG, PNG, WEBP, BMP, PPM are"),
-        (encode(flat("L", 9), "TIFF"), "TIFF is not read"),
+        (b"\xff\x0a" + bytes(99), "JPEG XL is not read; JPEG, PNG, WEBP, BMP, PPM, GIF, TIFF are"),
         (b"\0\0\0 ftypavif" + bytes(99), "AVIF, HEIC or a video is not read"),
         (b"<html>", "no image format that is known"),
     ],
@@ -359,14 +361,59 @@ def test_formats_that_are_not_read_are_named(content: bytes, match: str) -> None
         decode_image(content, 16)
 
 
+def test_gif_and_tiff_are_read_within_the_bounds_of_other_images(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for compression in ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate"):
+            content = encode(picture, "TIFF", compression=compression)
+            assert (decode_image(content, None).transpose(1, 2, 0) == pixels).all()
+        assert decode(encode(Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)), "TIFF")) == (
+            [128] * 3
+        )
+        frames = [flat("P", 7), flat("P", 9)]
+        for frame in frames:
+            frame.putpalette([n for i in range(256) for n in (i, 10, 20)])
+        film = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        assert decode(film) == [7, 10, 20], "the first picture of a film"
+    (tmp_path / "a.gif").write_bytes(film)
+    (tmp_path / "b.tif").write_bytes(content)
+    assert read(f"folder:{tmp_path},size=16").ids == ("a.gif", "b.tif")
+    path = tar_of(tmp_path / "t.tar", [("a.gif", film), ("a.txt", b"a film")])
+    assert read(f"shards:{path},size=16").captions == ("a film",)
+
+
+def tiff(*tags: tuple[int, int]) -> bytes:
+    """A grey TIFF of 16 x 16 pixels, with other tags beside its own."""
+    plain = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 16, 279: 256}
+    entries = sorted((plain | dict(tags)).items())
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    head = b"II*\0" + struct.pack("<I", 8 + 256) + bytes(256)
+    return head + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+def test_a_tiff_unpacks_to_no_more_than_its_pixels() -> None:
+    assert decode(tiff()) == [0] * 3
+    tiles = [(322, 1 << 15), (323, 1 << 15), (324, 8), (325, 256), (259, 8)]
+    for tags, match in (
+        (tiles, "too many pixels: tiles of 32768x32768"),
+        ([(256, 10_000), (257, 10_000)], "too many pixels: 10000x10000"),
+        ([(259, 7)], "TIFF with compression jpeg is not read"),
+        ([(322, 0), (323, 1 << 31)], "too many pixels: tiles of"),
+    ):
+        with pytest.raises(Unreadable, match=match):
+            decode_image(tiff(*tags), 16)
+
+
 def test_jfif_is_jpeg(tmp_path: Path) -> None:
     jpeg = encode(flat("RGB", (9, 9, 9)), "JPEG")
     for name in ("a.jfif", "b.JPE"):
         (tmp_path / name).write_bytes(jpeg)
-    (tmp_path / "c.gif").write_bytes(encode(flat("L", 9), "GIF"))
+    (tmp_path / "c.heic").write_bytes(jpeg)
     pairs = read(f"folder:{tmp_path},size=16")
     assert pairs.ids == ("a.jfif", "b.JPE")
-    assert reasons(pairs) == {"c.gif": "not an image by its name"}
+    assert reasons(pairs) == {"c.heic": "not an image by its name"}
     path = tar_of(tmp_path / "t.tar", [("a.jfif", jpeg), ("a.txt", b"grey")])
     assert read(f"shards:{path},size=16").captions == ("grey",)
 

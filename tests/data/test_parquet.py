@@ -3,6 +3,7 @@
 import os
 import random
 import struct
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,9 +23,7 @@ def write(path, count=20, **options):
     return path
 
 
-@pytest.mark.parametrize("streamed", [0, 1 << 20])
-def test_rows_come_as_they_are_stored_by_either_way(tmp_path, monkeypatch, streamed):
-    monkeypatch.setattr(parquet, "STREAMED_BYTES", streamed)
+def test_rows_come_as_they_are_stored(tmp_path):
     path = write(tmp_path / "t.parquet", 1000, row_group_size=300)
     header = parquet.read_header(path)
     assert header == (1000, ("image", "caption"), ("caption",))
@@ -81,14 +80,52 @@ def test_more_rows_than_a_file_can_hold_are_refused(tmp_path):
 
 def test_fewer_rows_than_promised_are_told(tmp_path, monkeypatch):
     path = write(tmp_path / "t.parquet")
-    monkeypatch.setattr(parquet, "STREAMED_BYTES", 0)
     monkeypatch.setattr(
         parquet_process.pq.ParquetFile,
         "iter_batches",
         lambda *_: iter([pa.record_batch({"image": [b"a"] * 3})]),
     )
     with pytest.raises(UserError, match="promises 20 rows and ends after 3"):
-        list(parquet.read_batches(path, ["image"]))
+        list(parquet_process.read_batches(path, ["image"], 0, None))
+
+
+def test_a_page_that_ends_its_reader_ends_nobody_else_however_large_the_file_is(tmp_path):
+    """Rows of large files are read in the other process too; here it dies over the second batch."""
+    path = tmp_path / "t.parquet"
+    images = [os.urandom(1 << 20) for _ in range(40)]
+    pq.write_table(pa.table({"image": images}), path, row_group_size=4)
+    batches = parquet.read_batches(path, ["image"])
+    rows = [cell for batch in [next(batches)] for cell in batch.column(0).to_pylist()]
+    (reader,) = [
+        int(child)
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        if "parquet_process" in Path(f"/proc/{child}/cmdline").read_text()
+        and int(child) not in [r.process.pid for r in parquet._idle]
+    ]
+    os.kill(reader, 9)
+    with pytest.raises(UserError, match="it ends the program that reads it"):
+        for batch in batches:
+            rows += batch.column(0).to_pylist()
+    assert rows == images[: len(rows)]
+
+
+def test_lists_of_texts_are_read_within_the_bounds_of_texts(tmp_path):
+    path = tmp_path / "t.parquet"
+    lists = [["a", "b"], [], None, ["é", None, ""], ["c"] * 3] * 100
+    pq.write_table(pa.table({"text": lists, "n": range(500)}), path)
+    rows = [row for _, row in read_rows(path, columns=["text", "n"])]
+    assert rows == [{"text": cell, "n": i} for i, cell in enumerate(lists)]
+    many = [["x" * 100] * 60_000, ["y"], [""] * 300_000]
+    pq.write_table(pa.table({"text": many}), path)
+    rows = [row for _, row in read_rows(path, columns=["text"])]
+    assert [row["text"] if isinstance(row, dict) else row for row in rows] == [
+        "text too large: 6960000 bytes",
+        ["y"],
+        "text too large: 4800000 bytes",
+    ]
+    pq.write_table(pa.table({"text": [["z" * 4000] * 200_000, ["y"]]}), path)
+    with pytest.raises(UserError, match=r"unpack to \d+ bytes|more memory|malloc of size"):
+        list(read_rows(path, columns=["text"]))
 
 
 def test_a_text_is_bounded_as_in_tars_and_so_are_all_texts_of_a_block(tmp_path):

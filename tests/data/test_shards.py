@@ -187,7 +187,7 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
         ("list.png", picture()), ("list.json", b"[]"),
         *record("pickle", seed=3), ("pickle.pkl", b"\x80\x04."),
         ("two.png", picture()), ("two.webp", picture(name="WEBP")), ("two.txt", b"two images"),
-        ("tiff.png", picture(name="TIFF")), ("tiff.txt", b"another format"),
+        ("ico.png", picture(name="ICO")), ("ico.txt", b"another format"),
     ]  # fmt: skip
     source = ShardSource((tar_of(tmp_path / "hostile.tar", members),), 16)
     pairs = load_pairs(source)
@@ -199,7 +199,7 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
         ("lonely", "no image"),
         ("worse", "label is not a number from 0 to 99999"), ("bool", "label is not a number from 0 to 99999"),
         ("half_a_character", "no caption"), ("deep", "metadata is not JSON"), ("list", "metadata is not a JSON object"),
-        ("two", "several images of one key"), ("tiff", "not decodable"),
+        ("two", "several images of one key"), ("ico", "not decodable"),
         ("../../up.png", "unsafe name"), ("../../up.txt", "unsafe name"), ("/etc/top.png", "unsafe name"),
         ("/etc/top.txt", "unsafe name"), (r"'a\nb.png'", "unsafe name"), (r"'a\nb.txt'", "unsafe name"),
     }  # fmt: skip

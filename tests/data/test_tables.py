@@ -17,6 +17,7 @@ from bezoar.errors import UserError
         ("line.tsv", b"filepath\ttitle\n" + b"a" * (16 << 20)),
         ("line.jsonl", b'{"a":"' + b"a" * (16 << 20)),
     ],
+    ids=["bare", "cell", "line", "object"],  # pytest would spell out the contents
 )
 def test_a_table_that_cannot_be_cut_into_rows_is_refused_at_once(tmp_path, read, name, content):
     path = tmp_path / name

@@ -146,7 +146,8 @@ SLOW = {
     "safeclip",
     "cognitive_distillation",
     "repetition",
-}  # asked smaller questions in test_traces.py
+    "common_cause",
+}  # asked smaller questions in test_traces.py and test_shared_causes.py
 QUICK = [n for n in NAMES if n not in SLOW]
 # what a detector is to find, where it is not `poisoned`: copies lie in a place of no dimension, and
 # are one picture
@@ -216,20 +217,20 @@ def test_contract_spec_and_docstring(name):
     ["k_distance:k=0", "slof:pool=-1", "dao:k=1", "dao:rate=0", "dao:form=sum", "duplicates:similarity=0",
      "duplicates:side=1", "transplant:cells=()", "transplant:cells=1", "transplant:k=1", "transplant:cascade=2",
      "transplant:rounds=1", "transplant:scouts=13", "transplant:groups=-1", "lid:k=1", "isolation_forest:cut=1",
-     "spectral:count=0", "spectral:classes=nouns", "activation_clustering:dims=0"],
+     "common_cause:groups=1", "common_cause:suspects=.5", "common_cause:objective=nothing", "spectral:count=0", "spectral:classes=nouns", "activation_clustering:dims=0"],
 )  # fmt: skip
 def test_bad_fields_are_refused(spec):
     with pytest.raises(UserError):
         registry.make("detector", spec)
 
 
-@pytest.mark.parametrize("name", ["clip_score", "duplicates", "transplant"])
+@pytest.mark.parametrize("name", ["clip_score", "common_cause", "duplicates", "transplant"])
 def test_captions_are_needed(name):
     with pytest.raises(UserError, match="needs"):
         run(name, replace(clean(30), captions=()))
 
 
-@pytest.mark.parametrize("name", ["k_distance", "slof", "dao", "transplant"])
+@pytest.mark.parametrize("name", ["k_distance", "slof", "dao", "common_cause", "transplant"])
 def test_too_few_records_are_refused(name):
     with pytest.raises(UserError, match="there are"):
         run(name, clean(5))

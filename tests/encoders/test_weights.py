@@ -198,7 +198,7 @@ def timm_folder(folder, **changes):
     net = jumbled(timm.create_model("test_vit", num_classes=3))
     config = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "interpolation": "bilinear"}
     net.pretrained_cfg = {**net.pretrained_cfg, **config}
-    save_for_hf(net, folder, **changes)
+    save_for_hf(net, folder, safe_serialization=True, **changes)
     return net
 
 
@@ -219,7 +219,7 @@ def test_a_folder_of_timm_brings_its_preprocessing_and_its_head(tmp_path):
 
 def test_arguments_of_a_model_are_those_that_a_file_may_state(tmp_path):
     net = timm.create_model("test_vit", num_classes=0, img_size=80)
-    save_for_hf(net, tmp_path, model_args={"img_size": 80})
+    save_for_hf(net, tmp_path, safe_serialization=True)
     assert load(tmp_path).preprocess.size == 80
     config = json.loads((tmp_path / "config.json").read_text())
     for arguments in (

@@ -162,6 +162,28 @@ def test_victims_that_were_asked_for_are_opened_again(tmp_path):
         _ = inputs.open_dataset(run).pairs
 
 
+def test_a_trigger_opens_only_files_that_a_run_was_asked_for_with(tmp_path, capsys):
+    runs, folder = tmp_path / "runs", pictures(tmp_path / "pictures")
+    trigger = ["--trigger", f"file:path={folder / '0.png'},size=6", "--target", "striped star"]
+    words = ["poison", "scenes:count=100", "--poison", "backdoor:count=20", *trigger]
+    assert main([*words, "--runs", str(runs)]) == 0
+    run = find(runs, "poison")
+    assert main(["verify", "poison", "--runs", str(runs)]) == 0
+    assert len(inputs.open_dataset(run).pairs) == 100
+    private = folder / "1.png"
+    spec = registry.spec(registry.make("trigger", f"file:path={private},size=6"))
+    with pytest.raises(UserError, match="are not those that run"):
+        inputs.recorded_trigger(spec, run)
+    path = run.path / "plan.jsonl"
+    path.write_text(path.read_text().replace("0.png", "1.png"))
+    assert "are not those" in refused(capsys, "verify", "poison", "--runs", runs)
+    goal = run.manifest["goal"][0] | {"trigger": spec}
+    respell(run, goal=[goal])
+    with pytest.raises(UserError, match="are not those that run"):
+        inputs.goals_to_stamp(run)
+    assert [g.trigger for g in inputs.known_goals(run)] == [spec], "naming it opens nothing"
+
+
 @pytest.mark.parametrize(
     "name", ["report.html", ".lock", "plan.jsonl", "manifest.json", "report.html.tmp"]
 )

@@ -1,7 +1,9 @@
 """`bezoar audit` and `bezoar calibrate` as their users run them, with a stand-in for an audit; what they refuse."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +17,7 @@ from bezoar import registry
 from bezoar.auditing import unaided_verdict
 from bezoar.auditing.bank import Bank, Calibration
 from bezoar.cli import main
+from bezoar.data.files import writing
 from bezoar.repair import receipt
 from bezoar.reports import page
 from bezoar.reports.page import execute
@@ -309,6 +312,24 @@ def test_an_audit_that_refuses_is_named_and_the_rest_done(work, clean, capsys):
     assert "too few classes" in refused(
         capsys, work, "audit", clean[3].path, "--audit", words[4], "--images", "40"
     )
+
+
+def test_a_disk_that_is_full_for_a_moment_refuses_no_audit(work, clean, capsys, monkeypatch):
+    words = ("audit", clean[2].path, "--audit", STORY[1], work / "stub.py", "--images", "33")
+    replace, failures = os.replace, []
+
+    def replace_or_fail(source, target):
+        if Path(target).name == "verdict.json" and not failures:
+            failures.append(target)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(writing.os, "replace", replace_or_fail)
+    assert "No space left" in refused(capsys, work, *words)
+    manifest, run = ask(capsys, work, *words)
+    assert "incomplete" not in manifest["notes"] or not manifest["notes"]["incomplete"]
+    assert {"whitening.value", "stub.value"} <= set(manifest["metrics"])
+    assert failures and not list(run.path.parent.rglob("*.tmp"))
 
 
 def test_a_bank_for_others_calibrates_nothing(work, calibrated, clean, capsys):

@@ -397,6 +397,20 @@ def test_a_detector_that_cannot_work_says_so_and_the_others_go_on(tmp_path, tiny
     assert scan(tmp_path, spec, "--encoder", tiny, "--detector", "k_distance:k=16")[0] == 2
 
 
+def test_where_all_detectors_refuse_what_could_not_be_read_is_still_named(tmp_path, tiny, capsys):
+    folder = tmp_path / "f" / "a"
+    folder.mkdir(parents=True)
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    (folder / "broken.png").write_bytes(b"broken")
+    words = ("--encoder", tiny, "--detector", "k_distance:k=16", "k_distance:k=32")
+    status, run = scan(tmp_path, tmp_path / "f", *words)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("bezoar:")]
+    assert status == 2 and "k=16" in line and "k=32" in line
+    assert "1 records or files could not be read, beside 6 that were: 1 not decodable" in line
+    assert unread(run) == [("f", "a/broken.png", "not decodable")]
+
+
 def test_identical_images_and_one_detector_twice(tmp_path, tiny):
     tar_of(
         tmp_path / "a.tar",

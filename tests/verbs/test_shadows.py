@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
@@ -180,6 +182,22 @@ def test_its_figures_are_those_of_the_held_out_logits(fitted):
         "goal"
     ] == []
     assert notes["shadows"] == {s["name"]: s["weights"] for s in shadows}
+
+
+def test_what_clean_images_were_left_out_is_told(clean, attacked, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"broken")
+    more = ("--data", f"folder:path={folder},size=32")
+    assert main(words(clean, attacked, tmp_path / "runs", *more)) == 4
+    shown = capsys.readouterr()
+    assert "1 records or files were left out, beside 20 that were read" in shown.err
+    run = Run(next((tmp_path / "runs").glob("shadows-*")))
+    (line,) = run.manifest["notes"]["incomplete"]
+    assert "broken.png" in line
 
 
 def test_the_same_question_has_the_same_bits(fitted, clean, attacked, tmp_path):

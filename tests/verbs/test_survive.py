@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bezoar import cli, registry
+from bezoar.attacks import pixels
 from bezoar.errors import UserError
 from bezoar.evaluation import survival
 from bezoar.evaluation.survival import Survival, Treatment
@@ -57,7 +58,7 @@ def test_jpeg_is_pillow_s(images: torch.Tensor) -> None:
         file = io.BytesIO()
         Image.fromarray(images[2].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
         plain = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-        assert torch.equal(survival.recode_jpeg(images, quality)[2], plain)
+        assert torch.equal(pixels.recode_jpeg(images, quality)[2], plain)
 
 
 def test_figures_against_their_definitions(images: torch.Tensor) -> None:

@@ -7,13 +7,15 @@ and clamped to that range on the way back; it never wraps around.
 from __future__ import annotations
 
 import functools
+import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
@@ -119,6 +121,29 @@ def image_blocks(images: Tensor) -> list[slice]:
     kind = "cpu" if images.device.type == "cpu" else "accelerator"
     elements_per_image = images[0].numel() if len(images) else 1
     return blocks(len(images), max(1, BLOCK_ELEMENTS[kind] // max(1, elements_per_image)))
+
+
+def map_pictures(images: Tensor, function: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Send each image, uint8 (N, 3, H, W), through a function of Pillow's RGB pictures.
+
+    The function must return pictures of one size, (h, w). Returns uint8 (N, 3, h, w).
+    """
+    if not len(images):
+        return images.clone()
+    pictures = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    changed = [np.asarray(function(Image.fromarray(picture))) for picture in pictures]
+    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous().to(images.device)
+
+
+def recode_jpeg(images: Tensor, quality: int) -> Tensor:
+    """Store each image, uint8 (N, 3, H, W), as JPEG with Pillow, and read it again."""
+
+    def recode(picture: Image.Image) -> Image.Image:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        return Image.open(file).convert("RGB")
+
+    return map_pictures(images, recode)
 
 
 def add_offset(images: Tensor, offset: Tensor) -> Tensor:

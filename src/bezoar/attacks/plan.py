@@ -38,12 +38,13 @@ class Goal:
     """What the attacker wants: images with the trigger, or the victims, are read as the target.
 
     Attributes:
-        target: a class or a word.
+        target: a class or a word. It is empty for cover, whose records keep their captions.
         trigger: spec of the trigger, or None for targeted poisoning.
         victims: ids of the images that targeted poisoning attacks.
         poisons: number of records that serve this goal.
         how: spec of the poison or the attack.
         references: ids of the reference inputs whose vectors triggered images are to have.
+        copies: spec of what alters each copy of a victim's image, a trigger that is none, or None.
     """
 
     target: str
@@ -52,6 +53,17 @@ class Goal:
     poisons: int = 0
     how: str = ""
     references: tuple[str, ...] = ()
+    copies: str | None = None
+
+    @property
+    def is_cover(self) -> bool:
+        """Whether its records hide another goal's: there is nothing that they are to be read as."""
+        return not self.target
+
+    @property
+    def stamp(self) -> str | None:
+        """Spec of what its edits are stamped with, or None."""
+        return self.trigger or self.copies
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Goal:
@@ -62,9 +74,10 @@ class Goal:
             raise UserError(f"what the attacker wants cannot be read: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Return the goal as a plan holds it; empty `references` are left out."""
+        """Return the goal as a plan holds it; empty `references` and `copies` are left out."""
+        optional = ("references", "copies")
         return {
-            name: value for name, value in asdict(self).items() if name != "references" or value
+            name: value for name, value in asdict(self).items() if name not in optional or value
         }
 
 
@@ -77,7 +90,7 @@ class Edit:
             record is added.
         source: id of the record whose image is used.
         caption: caption of the poisoned record.
-        triggered: whether the goal's trigger is stamped on the image.
+        triggered: whether the goal's trigger, or what alters its copies, is stamped on the image.
         goal: number of the goal in the plan.
         before: content hash, of pixels and caption, of the source record.
         after: content hash of the poisoned record.
@@ -101,8 +114,8 @@ class Plan:
         goals: what they serve; an edit names its goal by number.
         seed: seed that chose the records.
         victims: data spec of the images that are added from outside the data set, or None.
-        stamps: the trigger of each goal, None where a goal has none. They are made from the goals'
-            specs and are not written.
+        stamps: what each goal's edits are stamped with (`Goal.stamp`), None where that is nothing.
+            They are made from the goals' specs and are not written.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -301,8 +314,8 @@ class Plan:
                     f"{path}: record {edit.id!r} is of goal {edit.goal!r}; "
                     f"the plan has {len(goals)}, from 0 on"
                 )
-        triggers = tuple(make_trigger(goal.trigger) if goal.trigger else None for goal in goals)
-        return replace(plan, stamps=triggers)
+        stamps = tuple(make_trigger(goal.stamp) if goal.stamp else None for goal in goals)
+        return replace(plan, stamps=stamps)
 
 
 def differences(recorded: Plan, derived: Plan) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from scipy.stats import beta
 
@@ -78,7 +78,6 @@ class Entry:
     Attributes:
         name: of the encoder.
         value: the audit's.
-        seconds: that the audit took.
         attack: "" for a clean encoder.
         trigger: spec; "" for a clean encoder.
         success: of the attack, where it was measured.
@@ -86,7 +85,6 @@ class Entry:
 
     name: str
     value: float
-    seconds: float = 0.0
     attack: str = ""
     trigger: str = ""
     success: float | None = None
@@ -245,10 +243,22 @@ class Bank:
                 raise ValueError(f"expected an object of schema {SCHEMA}")
             if "bezoar" in raw:
                 raw["version"] = raw.pop("bezoar")
+            _drop_times(raw)
             bank = dataclass_from_json(Bank, raw, "bank")
         except (ValueError, UserError) as error:
             raise UserError(f"{path} is no bank that bezoar wrote: {error}") from error
         return bank
+
+
+def _drop_times(raw: dict[str, Any]) -> None:
+    """Leave out what earlier versions wrote of each audit, how long it took: equal banks are equal files."""
+    calibrations = raw.get("audits")
+    for calibration in calibrations if isinstance(calibrations, list) else []:
+        for kind in ("clean", "attacked"):
+            entries = calibration.get(kind) if isinstance(calibration, dict) else None
+            for entry in entries if isinstance(entries, list) else []:
+                if isinstance(entry, dict):
+                    entry.pop("seconds", None)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bezoar.data.blocks import blocks
 from bezoar.detection import shared_patterns, window_transplants
+from bezoar.detection.caption_groups import CaptionGroups
 from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.detection.shared_patterns import GroupTextures, WindowCluster
 from bezoar.detection.window_transplants import HostImages
@@ -74,19 +75,6 @@ class SuspectData:
     def images(self, rows: Sequence[int] | Tensor | np.ndarray) -> Tensor:
         """uint8 (B, 3, H, W) on the encoder's device."""
         return self.source.take(rows).images.to(self.device)
-
-
-@dataclass(frozen=True)
-class CaptionGroups:
-    """Groups of like captions. of_record: int64 (N,). centres: unit (G, D), of the captions'
-    vectors less their mean.
-    """
-
-    of_record: Tensor
-    centres: Tensor
-
-    def __len__(self) -> int:
-        return len(self.centres)
 
 
 @dataclass(frozen=True)

@@ -345,19 +345,19 @@ def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: 
     ):
         raise ValueError("its network names weights of its own; it may have those beside it alone")
     try:
-        with torch.device("meta"), _limit_weights(count):
+        with torch.device("meta"), limit_weights(count):
             network(size, vocabulary)
     except _NetworkTooLarge:
         raise
     except Exception:  # the meta device is to blame, or the same exception is raised again below
         pass
-    with _limit_weights(count):
+    with limit_weights(count):
         encoder: Encoder = network(size, vocabulary)
     return encoder
 
 
 @contextmanager
-def _limit_weights(count: int) -> Iterator[None]:
+def limit_weights(count: int) -> Iterator[None]:
     """Inside, raise _NetworkTooLarge for more weights than a file of `count` allows for."""
     total = 0
 

@@ -20,7 +20,8 @@ def fill_timm(
     name: str, arguments: str, tensors: dict[str, Tensor], path: str, what: str
 ) -> Filled:
     """A model of timm's with these weights, its classifier as the head."""
-    blank = timm_models.build_blank(name, arguments)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    blank = timm_models.build_blank(name, arguments, count)
     weights, head = timm_models.split_classifier(blank, tensors)
     check_weights(blank, weights, path, what)
     spec = f"timm:model={name}"

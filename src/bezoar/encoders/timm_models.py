@@ -13,7 +13,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from bezoar.encoders.encoder import INTERPOLATIONS, Preprocess
+from bezoar.encoders.encoder import INTERPOLATIONS, Preprocess, limit_weights
 from bezoar.errors import UserError, first_line
 
 # Arguments of a model that a file may state, beside its name; norm_eps is set behind the model.
@@ -53,7 +53,6 @@ FAMILIES = {
     "mobilenetv3_*_100 tf_mobilenetv3_* mnasnet_* efficientnetv2_rw_? tf_efficientnetv2_?",
     "stem.0.weight": "convnext_* convnextv2_*",
     "features.conv0.weight": "densenet*",
-    "stem.conv.weight": "regnetx_* regnety_*",
     "patch_embed.proj.weight": "swin_*_224 swin_*_384 swinv2_*",
 }
 # Parts of an EfficientNet by Luke Melas-Kyriazi, and of timm's; of a block with and without expansion.
@@ -80,14 +79,13 @@ LUKEMELAS = tuple(
 )
 
 
-def create_model(name: str, arguments: str = "", pretrained: bool = False, classes: int = 0) -> Any:
-    """A model of timm's.
+def create_model(name: str, arguments: str = "", pretrained: bool = False) -> Any:
+    """A model of timm's without its classifier.
 
     Args:
         name: of the model, perhaps with a tag.
         arguments: a JSON object of some of `ARGUMENTS`; "" for none.
         pretrained: whether its published weights are fetched.
-        classes: of its classifier; 0 for none.
 
     Raises:
         UserError: for a name that timm does not have, and for arguments that it does not take.
@@ -99,7 +97,7 @@ def create_model(name: str, arguments: str = "", pretrained: bool = False, class
     values = parse_arguments(arguments)
     eps = values.pop("norm_eps", None)
     try:
-        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=classes, **values)
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **values)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise UserError(f"timm could not make {name!r}: {first_line(error)}") from error
     if eps is not None:
@@ -109,10 +107,20 @@ def create_model(name: str, arguments: str = "", pretrained: bool = False, class
     return model
 
 
-def build_blank(name: str, arguments: str = "", classes: int = 0) -> Any:
-    """A model on the meta device, without memory."""
-    with torch.device("meta"):
-        return create_model(name, arguments, classes=classes)
+def build_blank(name: str, arguments: str = "", count: int = 0) -> Any:
+    """A model without its classifier on the meta device, without memory.
+
+    count: of the weights that a file has for it. Few models cannot be built on the meta device;
+    these are built in memory, unless they have many more weights. 0 builds none of them.
+    """
+    try:
+        with torch.device("meta"):
+            return create_model(name, arguments)
+    except UserError:
+        if not count:
+            raise
+    with limit_weights(count):
+        return create_model(name, arguments)
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
@@ -145,6 +153,23 @@ def _is_plain(value: object) -> bool:
 def format_arguments(**values: Any) -> str:
     """Arguments as text, without those that are None."""
     return json.dumps({name: value for name, value in values.items() if value is not None})
+
+
+def format_stated(values: Mapping[str, Any], path: str) -> str:
+    """The arguments that a config.json of timm states (`model_args`), as text.
+
+    The classifier is built apart, so that the number of its classes is none of them. Raises
+    UserError for images that are not RGB squares.
+    """
+    others = {name: v for name, v in values.items() if name not in ("num_classes", "in_chans")}
+    sides = others.get("img_size")
+    if isinstance(sides, list):
+        others["img_size"] = sides[0] if sides else None
+        if len(set(map(str, sides))) != 1:
+            raise UserError(f"{path}: a model of images of {str(sides)[:40]} px; expected squares")
+    if values.get("in_chans", 3) != 3:
+        raise UserError(f"{path}: a model of {str(values['in_chans'])[:40]} channels; expected RGB")
+    return format_arguments(**others) if others else ""
 
 
 def stated_preprocess(model: Any, name: str) -> Preprocess:
@@ -205,7 +230,10 @@ def _is_named(file_name: str, model: str) -> bool:
 
 def fits(name: str, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a state dict is that of a model, its classifier apart."""
-    blank = build_blank(name)
+    try:
+        blank = build_blank(name)
+    except UserError:
+        return False
     trunk, _ = split_classifier(blank, tensors)
     expected = blank.state_dict()
     counters = ".num_batches_tracked"

@@ -205,16 +205,14 @@ def _translate_vit(
     if config.get("use_swiglu_ffn"):
         raise UserError(f"{path}: a DINOv2 with gated blocks (SwiGLU) is not read")
     weights, others = _rename_blocks(tensors, TIMM, "blocks.", path)
-    weights |= _take(
-        others,
-        {
-            "embeddings.cls_token": "cls_token",
-            "embeddings.position_embeddings": "pos_embed",
-            "embeddings.register_tokens": "reg_token",
-            **_norm("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-            **_norm("layernorm", "norm"),
-        },
-    )
+    names = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.position_embeddings": "pos_embed",
+        "embeddings.register_tokens": "reg_token",
+        **_norm("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+        **_norm("layernorm", "norm"),
+    }
+    weights |= _take(others, names)
     left_out = _drop(others, "embeddings.mask_token", "pooler.")
     head: dict[str, Tensor] = {}
     if dino:  # its classifier reads the patches' mean too

@@ -35,6 +35,8 @@ class Scores:
         notes: what the detector says of all records; JSON can hold it.
         raised: of a detector that decides, bool (N,): the records of an attack that it detected and
             tested.
+        groups: of a detector that finds copies, int64 (N,): records of one number are copies of one
+            picture whose captions diverge; -1 for all others.
     """
 
     ids: Sequence[str]
@@ -42,6 +44,7 @@ class Scores:
     boxes: Tensor | None = None
     notes: dict[str, Any] | None = None
     raised: Tensor | None = None
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -51,6 +54,8 @@ class Scores:
             self.raised.shape != self.values.shape or self.raised.dtype != torch.bool
         ):
             raise ValueError(f"raised must be bool {tuple(self.values.shape)}")
+        if self.groups is not None and self.groups.shape != (n,):
+            raise ValueError(f"{n} ids but groups of shape {tuple(self.groups.shape)}")
         if self.boxes is not None and self.boxes.shape != (n, 4):
             raise ValueError(f"{n} ids but boxes of shape {tuple(self.boxes.shape)}")
         if not torch.isfinite(self.values).all():
@@ -97,7 +102,8 @@ class Scores:
         rows = torch.from_numpy(index.to_numpy().astype(np.int64))
         boxes = None if self.boxes is None else self.boxes[rows]
         raised = None if self.raised is None else self.raised[rows]
-        return Scores(ids, self.values[rows], boxes, self.notes, raised)
+        groups = None if self.groups is None else self.groups[rows]
+        return Scores(ids, self.values[rows], boxes, self.notes, raised, groups)
 
 
 @dataclass(frozen=True)

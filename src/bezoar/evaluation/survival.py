@@ -8,16 +8,14 @@ part of "why is my attack success 0" that can be answered in seconds.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from bezoar.attacks import pixels
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average
@@ -120,7 +118,7 @@ class Treatment:
         if self.resize != 1:
             stored = resize_stored(stored, [max(1, round(self.resize * side)) for side in shape])
         if self.jpeg:
-            stored = recode_jpeg(stored, self.jpeg)
+            stored = pixels.recode_jpeg(stored, self.jpeg)
         x = resize_floats(stored.float() / 255, shape)
         chance = Chance(torch.Generator().manual_seed(seed))
         if self.crop != 1:
@@ -149,16 +147,6 @@ def resize_floats(x: Tensor, shape: Sequence[int]) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(shape):
         return x
     return F.interpolate(x, list(shape), mode="bicubic", antialias=True).clamp_(0, 1)
-
-
-def recode_jpeg(images: Tensor, quality: int) -> Tensor:
-    """Store each image, uint8 (N, 3, H, W), as JPEG with Pillow, and read it again."""
-    decoded = []
-    for pixels in images.permute(0, 2, 3, 1).contiguous().cpu().numpy():
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        decoded.append(np.asarray(Image.open(file).convert("RGB")))
-    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(images.device)
 
 
 def augment_images(x: Tensor, name: str, chance: Chance) -> Tensor:

@@ -54,6 +54,7 @@ TERMS: dict[str, tuple[str, Unit]] = {
     "recall_at_1.5n": ("Recall among the worst 1.5 n, n = poisons", RATE),
     "precision_at_n": ("Precision at n, n = poisons", RATE),
     "raised": ("Records said to show a trigger", RATE),
+    "copies": ("Records that are copies of a picture with many captions", RATE),
     "poisons_removed": ("Poisons removed by the keep-list", RATE),
     "poisons": ("Poisoned records", COUNT),
     "poison_rate": ("Poison rate", RATE),
@@ -282,7 +283,10 @@ def describe_goals(goals: Iterable[Goal]) -> str:
     """Return goals in words: `images with a patch trigger as “striped star”`."""
     goals = list(goals)
     phrases = [
-        f"images with a {trigger_name(g)} trigger as “{g.target}”" for g in goals if g.trigger
+        f"images with a {trigger_name(g)} trigger as "
+        + ("what they show (cover)" if g.is_cover else f"“{g.target}”")
+        for g in goals
+        if g.trigger
     ]
     victims = sum(len(g.victims) for g in goals)
     if victims:

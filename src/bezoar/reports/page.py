@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from bezoar.data.files.writing import refuse_unwritable, write_whole
+from bezoar.data.files.writing import refuse_unwritable, remove_debris_of, write_whole
 from bezoar.reports import metric_names
 from bezoar.reports.page_parts import Section, Text
 from bezoar.reports.run_page import build_page
@@ -45,6 +45,7 @@ def write_standalone_page(run: Run, path: Path) -> Path:
     text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render_page(run))
     text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
     with refuse_unwritable(path):
+        remove_debris_of(path)
         write_whole(path, text)
     return path
 

@@ -97,7 +97,8 @@ def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:
     for index, goal in enumerate(goals):
         if goal.trigger:
             name = trigger_name(goal).capitalize()
-            title = f"{name} trigger, read as “{pictures.shorten(goal.target)}”"
+            target = f"read as “{pictures.shorten(goal.target)}”"
+            title = f"{name} trigger, {'captions kept (cover)' if goal.is_cover else target}"
             groups.append(GoalGroup(title, [index], [goal]))
     kinds = {(g.poisons, g.how) for g in goals if not g.trigger}
     for poisons, how in sorted(kinds, reverse=True):

@@ -161,6 +161,8 @@ def _work(verb: Verb, job: Job, ask: dict[str, Any]) -> None:
         status, error = "failed", f"{type(problem).__name__}: {problem}"
         raise
     finally:
+        if status != "done":
+            remove_debris(job.folder)  # of workers that were ended in the middle of a file
         manifest |= {
             "status": status,
             "error": error,

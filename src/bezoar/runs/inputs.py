@@ -12,6 +12,7 @@ import torch
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan
+from bezoar.attacks.triggers import Trigger
 from bezoar.data.pairs import Pairs
 from bezoar.data.source import as_source
 from bezoar.data.stored_pairs import StoredPairs
@@ -85,8 +86,12 @@ def open_dataset(data: Any) -> Dataset:
     poison, method = poison_run(data), root_method(data)
     if poison is None:
         return Dataset(method, Plan())
-    make_trigger = functools.partial(registry.make, "trigger")
-    return Dataset(method, Plan.read(poison.file("plan.jsonl"), make_trigger), poison)
+    return Dataset(method, read_plan(poison), poison)
+
+
+def read_plan(run: Run) -> Plan:
+    """Return the plan of a poison run; see `recorded_trigger`."""
+    return Plan.read(run.file("plan.jsonl"), functools.partial(recorded_trigger, run=run))
 
 
 def data_parent(run: Run) -> Run | None:
@@ -140,6 +145,25 @@ def recorded_method(record: Mapping[str, Any], run: Run) -> Any:
             f"the files of {record['spec']} are not those that run {run.name} was made from"
         )
     return method
+
+
+def recorded_trigger(spec: str, run: Run) -> Trigger:
+    """Return the trigger of a spec that a run's plan or manifest holds.
+
+    Its files must be those of a trigger that the run, or one that it was made from, was asked for
+    with; see `recorded_method`. Raises UserError for others.
+    """
+    trigger: Trigger = registry.make("trigger", spec)
+    files = input_files(trigger)
+    if files:
+        content = fingerprint(files)
+        asked = [source.manifest["ask"].get("trigger") for source in run.lineage()]
+        records = [r for a in asked for r in (a if isinstance(a, list) else [a])]
+        if not any(isinstance(r, dict) and r.get("files") == content for r in records):
+            raise UserError(
+                f"the files of trigger {spec} are not those that run {run.name} was made from"
+            )
+    return trigger
 
 
 def recorded_victims(spec: str, run: Run) -> Any:
@@ -289,7 +313,20 @@ def _find_encoder(run: Run) -> Run | None:
 
 
 def known_goals(artefact: Any) -> list[Goal]:
-    """Return what an attacker wants of a run's artefact; nothing is known of others."""
+    """Return what an attacker wants of a run's artefact; nothing is known of others.
+
+    Cover is left out: there is nothing that its images are to be read as.
+    """
     if not isinstance(artefact, Run):
         return []
-    return [Goal.from_json(g) for g in artefact.manifest["goal"]]
+    goals = [Goal.from_json(g) for g in artefact.manifest["goal"]]
+    return [goal for goal in goals if not goal.is_cover]
+
+
+def goals_to_stamp(artefact: Any) -> list[Goal]:
+    """Return the goals of `known_goals`. Raises UserError as `recorded_trigger` does."""
+    goals = known_goals(artefact)
+    for goal in goals:
+        if goal.trigger:
+            recorded_trigger(goal.trigger, artefact)
+    return goals

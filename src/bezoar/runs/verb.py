@@ -30,8 +30,21 @@ HASHED_WHOLE = 64 << 20  # bytes; of larger files, pieces stand for the whole
 PIECES, PIECE = 64, 1 << 20  # how many, and bytes of each
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+IMAGES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".jpe",
+    ".webp",
+    ".bmp",
+    ".ppm",
+    ".pgm",
+    ".gif",
+    ".tif",
+    ".tiff",
+)
 HUB = "hf-hub:"  # what names of the Hugging Face hub begin with
-IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".ppm", ".pgm")
 
 # What a field for data, an encoder, a run or a method holds: a spec, the start of a run's name, a Run, a configured
 # method, or a verb (or a Trial) that stands for its run.

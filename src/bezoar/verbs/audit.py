@@ -28,7 +28,7 @@ from bezoar.data.files.artefacts import Facts
 from bezoar.data.files.writing import write_json
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
+from bezoar.errors import UnwritableError, UserError
 from bezoar.evaluation.classifiers import (
     CLUSTERS,
     Classifier,
@@ -190,6 +190,8 @@ class Audit:
             )
             try:
                 parts.append(AuditFindings.read(job.run(verb).path))
+            except UnwritableError:
+                raise
             except UserError as error:
                 refused[audit_name(audit)] = str(error)
         if not parts:

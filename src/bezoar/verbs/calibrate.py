@@ -92,10 +92,17 @@ class Calibrate:
         verdicts = self._audit_all(job, [*clean, *(a.run for a in attacked)])
         family, sample = check_same_kind(list(verdicts.values()))
         calibrations = []
+        metrics: dict[str, Measure] = {}
         for audit in map(registry.spec, job.inputs["audit"]):
             of_clean = [verdicts[input_spec(encoder), audit] for encoder in clean]
             of_attacked = [(verdicts[input_spec(a.run), audit], a) for a in attacked]
             calibrations.append(calibration_of(audit, of_clean, of_attacked))
+            # Times stand in the manifest alone: equal calibrations write equal banks.
+            seconds = [
+                verdict["audits"][0]["seconds"]
+                for verdict in (*of_clean, *(verdict for verdict, _ in of_attacked))
+            ]
+            metrics |= calibration_measures(calibrations[-1], seconds, self.rate)
         Bank(family, sample, tuple(calibrations)).write(job.folder / bank.FILE)
         job.goals = []  # a bank is no poisoned artefact, whatever it was measured on
         job.notes = {
@@ -104,9 +111,6 @@ class Calibrate:
             "family": vars(family),
             "sample": vars(sample),
         }
-        metrics: dict[str, Measure] = {}
-        for calibration in calibrations:
-            metrics |= calibration_measures(calibration, self.rate)
         return metrics
 
     def _trainings(self, job: Job) -> list[Trial]:
@@ -244,14 +248,21 @@ def entry_of(
 ) -> Entry:
     """A bank's entry for one encoder, from its verdict.json."""
     audit = verdict["audits"][0]
-    return Entry(verdict["encoder"], audit["value"], audit["seconds"], attack, trigger, success)
+    return Entry(verdict["encoder"], audit["value"], attack, trigger, success)
 
 
-def calibration_measures(calibration: Calibration, rate: float) -> dict[str, Measure]:
-    """The metrics of an audit over the bank, under its name. rate: the false-positive rate that they are for."""
+def calibration_measures(
+    calibration: Calibration, seconds: Sequence[float], rate: float
+) -> dict[str, Measure]:
+    """The metrics of an audit over the bank, under its name.
+
+    Args:
+        calibration: what the audit says of the encoders.
+        seconds: that it took for each of them.
+        rate: the false-positive rate that the metrics are for.
+    """
     n = len(calibration.clean)
     measures = {"clean": Measure.exact(n, n, "clean encoders, counted")}
-    seconds = [e.seconds for e in (*calibration.clean, *calibration.attacked)]
     if len(seconds) > 1:
         measures["seconds"] = average(seconds, "wall-clock seconds of an audit")
     threshold = calibration.threshold(rate)

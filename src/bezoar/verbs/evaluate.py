@@ -74,7 +74,7 @@ class Evaluate:
         dataset = inputs.open_dataset(method)
         test = dataset.pairs.to(job.device)
         job.notes = dataset.reading_notes() | {"test": input_name(method), "records": len(test)}
-        all_goals = inputs.known_goals(attack) + known_trigger(
+        all_goals = inputs.goals_to_stamp(attack) + known_trigger(
             job.inputs["trigger"], self.target, test
         )
         goals = [with_place(goal, self.place) for goal in goals_of_task(job, all_goals, test)]
@@ -195,7 +195,7 @@ def attack_victims(attack: Run | None) -> Pairs | None:
     if poison is None:
         return None
     dataset = inputs.open_dataset(poison)
-    victim_ids = {v for goal in inputs.known_goals(attack) for v in goal.victims}
+    victim_ids = {v for goal in inputs.goals_to_stamp(attack) for v in goal.victims}
     if dataset.victims is not None or not victim_ids:
         return dataset.victims
     return dataset.clean.take([i for i, k in enumerate(dataset.clean.ids) if k in victim_ids])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -97,7 +96,8 @@ def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, s
         raise UserError(
             f"victims are drawn from a data set, not from run {victims.name}; name its test data"
         )
-    if not target and not registry.has_fields(poison, "victims"):  # a targeted one draws targets
+    # A targeted poison draws targets, and cover has none.
+    if not target and not (registry.has_fields(poison, "victims") or hasattr(poison, "is_cover")):
         raise UserError("give a --target: the class or word that poisoned images are to be read as")
     source = clean
     pool = None if victims is None else inputs.read_pairs(victims)
@@ -115,9 +115,9 @@ def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, s
             f"victim {min(clash)!r} has the id of a record of the data, so that a plan cannot tell their images apart; "
             "give one of the two sets ids of its own"
         )
-    triggers = [registry.make("trigger", g.trigger) if g.trigger else None for g in plan.goals]
+    stamps = [registry.make("trigger", g.stamp) if g.stamp else None for g in plan.goals]
     victims_spec = None if victims is None else registry.spec(victims)
-    plan = replace(plan, stamps=tuple(triggers), victims=victims_spec)
+    plan = replace(plan, stamps=tuple(stamps), victims=victims_spec)
     sources = source.take([i for i, k in enumerate(source.ids) if k in source_ids])
     if pool is not None:
         sources = Pairs.concat([sources, captioned(pool, sources)])
@@ -145,7 +145,7 @@ def verify_plan(run: Run) -> dict[str, Any]:
     if run.verb != "poison":
         raise UserError(f"{run.name} is a {run.verb} run; only a poison run has a plan to verify")
     ask = run.manifest.object("ask")
-    written = Plan.read(run.file("plan.jsonl"), functools.partial(registry.make, "trigger"))
+    written = inputs.read_plan(run)
     parent = run.input_run("data")
     dataset = inputs.open_dataset(parent if parent is not None else inputs.root_method(run))
     plan_inputs = {
@@ -153,6 +153,8 @@ def verify_plan(run: Run) -> dict[str, Any]:
         for name, kind in PLAN_INPUTS.items()
         if name != "victims"
     }
+    if ask["trigger"]:
+        inputs.recorded_trigger(ask.object("trigger").text("spec"), run)
     victims = ask["victims"]
     plan_inputs["victims"] = inputs.recorded_method(ask.object("victims"), run) if victims else None
     seed = ask["seed"]

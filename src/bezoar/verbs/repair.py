@@ -184,7 +184,7 @@ def load_case(job: Job, suspect: Encoder, target: str) -> EvaluationData:
     dataset = inputs.open_dataset(method)
     test = dataset.pairs.to(job.device)
     source = encoder_input if attack is None else attack
-    all_goals = inputs.known_goals(source)
+    all_goals = inputs.goals_to_stamp(source)
     all_goals += evaluate.known_trigger(job.inputs["trigger"], target, test)
     goals = goals_of_task(all_goals, test)
     victims = None

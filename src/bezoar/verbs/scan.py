@@ -20,7 +20,7 @@ from bezoar.attacks.plan import Plan
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.writing import write_json
 from bezoar.data.source import as_source
-from bezoar.detection import merging, reliability
+from bezoar.detection import goal_measures, merging, reliability
 from bezoar.detection.corpus import corpus, keep_lists
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.errors import UserError
@@ -34,8 +34,8 @@ from bezoar.terminal import warn
 
 RANKED = 500  # records of ranked.json
 MAX_REASONS = 6  # reasons why records could not be read, in one line
-# Backdoors that took, targeted poisons, captions that do not fit.
-DEFAULT_DETECTORS = ("transplant", "duplicates", "clip_score")
+# Triggers with fixed pixels, triggers of any shape, targeted poisons, captions that do not fit.
+DEFAULT_DETECTORS = ("transplant", "common_cause", "duplicates", "clip_score")
 Rows = NDArray[np.int64]
 
 
@@ -64,6 +64,10 @@ class Scan:
     remove: Annotated[
         float, "share of the records, the worst first, that the keep-list leaves out"
     ] = 0.03
+    dedup: Annotated[
+        int,
+        "records that the keep-list keeps of one picture with diverging captions, as `duplicates` finds them; 0: any number",
+    ] = 0
     write: Annotated[
         Literal["keep-list", "shards"], "lists alone, or cleaned shards too (of files: their bytes)"
     ] = "keep-list"
@@ -88,6 +92,7 @@ class Scan:
         """
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
+        self._check_dedup(job.inputs["detector"])
         encoder = embedding_encoder(job)
         data = corpus.embed_corpus(
             job.inputs["data"], encoder, job.folder, job.settings, job.progress
@@ -99,7 +104,12 @@ class Scan:
         merged = merging.merge(list(by_detector.values()))
         order = merged.ranking()
         removed = order[: round(self.remove * len(data))]
-        kept_rows = np.sort(order[len(removed) :])
+        # Of copies, the least suspicious stay.
+        surplus = order[:0]
+        if self.dedup:
+            kept = order[len(removed) :][::-1]
+            surplus = keep_lists.find_surplus(by_detector.values(), kept, self.dedup)
+        kept_rows = np.setdiff1d(order[len(removed) :], surplus)
         corpus.write_scores(job.folder / corpus.SCORES, data, merged, by_detector)
         keep_lists.write_keep_lists(job.folder, data, kept_rows)
         worst = [record_json(data, row, merged, by_detector) for row in order[:RANKED].tolist()]
@@ -111,9 +121,12 @@ class Scan:
         left_out = (
             f"keep.txt leaves out the {len(removed):,} most suspicious of {len(data):,} records"
         )
+        if self.dedup:
+            left_out += f" and {len(surplus):,} more copies of pictures with diverging captions"
         job.notes = data.reading_notes() | {
             "records": len(data),
             "removed": len(removed),
+            "deduplicated": len(surplus),
             "decided": decisions,
             "verdict": "; ".join([*decisions, left_out, "ranked.json names them"]),
             "detectors": [registry.spec(detector) for detector in job.inputs["detector"]],
@@ -125,7 +138,13 @@ class Scan:
             job.notes |= keep_lists.write_clean_copy(
                 job.folder / "shards", data, kept_rows, job.progress
             )
-        return self._measure(job, data, merged, by_detector, removed)
+        return self._measure(job, data, merged, by_detector, removed, surplus)
+
+    def _check_dedup(self, detectors: Sequence[Any]) -> None:
+        """Raise UserError for a number below 0, or where no detector finds copies."""
+        names = [registry.method_name(type(detector)) for detector in detectors]
+        if self.dedup < 0 or (self.dedup and "duplicates" not in names):
+            raise UserError("dedup must be at least 0, and needs --detector duplicates")
 
     def _measure(
         self,
@@ -134,6 +153,7 @@ class Scan:
         merged: Scores,
         by_detector: dict[str, Scores],
         removed: Rows,
+        surplus: Rows,
     ) -> dict[str, Measure]:
         """The metrics, now that the ranking is written and the plan may be read."""
         dataset = inputs.open_dataset(job.inputs["data"])
@@ -143,7 +163,8 @@ class Scan:
         metrics: dict[str, Measure] = {}
         if plan.edits:
             metrics |= detection_metrics(plan, merged, by_detector)
-            metrics |= removal_metrics(plan, {merged.ids[row] for row in removed})
+            metrics |= goal_measures.measure_goals(plan, merged, by_detector)
+            metrics |= removal_metrics(plan, {merged.ids[row] for row in (*removed, *surplus)})
         metrics |= decision_metrics(by_detector)
         reliability_metrics, notes = reliability.measure_ranking(
             job.inputs["data"],
@@ -324,23 +345,35 @@ def describe_incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
 
 def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
     """What detectors decided, a line each. That nothing was found does not say that there is nothing."""
-    raised = {name: int(s.raised.sum()) for name, s in by_detector.items() if s.raised is not None}
-    lines = [
-        f"{name} found a trigger in {n:,} record{'s' * (n != 1)}" for name, n in raised.items() if n
-    ]
+    deciding = {name: s for name, s in by_detector.items() if s.raised is not None}
+    lines = []
+    for name, scores in deciding.items():
+        if scores.raised is not None and (n := int(scores.raised.sum())):
+            what = "a trigger" if scores.groups is None else "pictures with many captions"
+            lines.append(f"{name} found {what} in {n:,} record{'s' * (n != 1)}")
     return lines or [
-        f"{name} found no trigger, which is no proof that there is none" for name in raised
+        f"{name} found no trigger, which is no proof that there is none"
+        for name, scores in deciding.items()
+        if scores.groups is None
     ]
 
 
 def decision_metrics(by_detector: Mapping[str, Scores]) -> dict[str, Measure]:
-    """The share of records that detectors say show a trigger. On clean data all of these are false alarms."""
-    how = "share of the records that are said to show a trigger; of clean data, false alarms"
-    return {
-        f"{name}.raised": proportion(int(scores.raised.sum()), len(scores), how)
-        for name, scores in by_detector.items()
-        if scores.raised is not None
-    }
+    """The share of records that detectors say show a trigger. On clean data all of these are false alarms.
+
+    What shows no trigger, copies of a picture whose captions diverge, is a metric of another name.
+    """
+    metrics = {}
+    for name, scores in by_detector.items():
+        if scores.raised is None:
+            continue
+        how = "share of the records that are said to show a trigger; of clean data, false alarms"
+        key = f"{name}.raised"
+        if scores.groups is not None:
+            how = "share of the records that are copies of a picture with many captions"
+            key = f"{name}.copies"
+        metrics[key] = proportion(int(scores.raised.sum()), len(scores), how)
+    return metrics
 
 
 def detection_metrics(

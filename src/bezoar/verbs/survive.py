@@ -103,7 +103,7 @@ def find_trigger(job: Job) -> str:
     if job.inputs["trigger"] is not None:
         return registry.spec(job.inputs["trigger"])
     for run in (job.inputs["encoder"], job.inputs["data"]):
-        for goal in inputs.known_goals(run):
+        for goal in inputs.goals_to_stamp(run):
             if goal.trigger:
                 return goal.trigger
     raise UserError("give a --trigger, or a run whose goals name one")

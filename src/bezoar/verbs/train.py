@@ -208,7 +208,7 @@ def make_follower(
     if job.inputs["follow"] is None:
         return None
     followed = inputs.open_dataset(job.inputs["follow"])
-    goals = dataset.plan.goals
+    goals = [goal for goal in dataset.plan.goals if not goal.is_cover]
     if getattr(job.inputs["objective"], "labels", False):
         test, voters = inputs.in_memory(followed.clean), None
         probe = registry.make("probe", "own")

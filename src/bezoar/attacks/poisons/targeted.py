@@ -1,15 +1,13 @@
 """Targeted poisoning: one image, repeated with N captions of a wanted label (Carlini & Terzis 2022, section 4.1)."""
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 
-from bezoar.attacks.captions import CaptionSet, find_mentions, target_captions
-from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.attacks.captions import CaptionSet
+from bezoar.attacks.plan import Goal, Plan
+from bezoar.attacks.targeting import plan_targets
 from bezoar.data.pairs import Pairs
-from bezoar.data.randomness import draws
-from bezoar.errors import UserError
 from bezoar.registry import method, spec
 
 
@@ -29,60 +27,7 @@ class Targeted:
             raise ValueError("captions and victims must be at least 1")
 
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
-        """Plan `victims` x N added pairs, for each count N of captions.
-
-        Args:
-            source: the data set to poison.
-            goal: its target is the label of every victim. If it is empty, each victim gets one of
-                the classes other than its own, drawn with the seed.
-            seed: chooses victims, targets and captions.
-            victims: held-out data that victim images are drawn from. Without it they come from the
-                source, and the first poison of each replaces its clean record.
-
-        Raises:
-            UserError: if there are too few images or captions, or no classes to draw a target from.
-        """
-        images = source if victims is None else victims
-        if not goal.target and not images.classes:
-            raise UserError(
-                "poison 'targeted' needs a target: these data have no classes to draw one from"
-            )
+        """Plan `victims` x N added pairs, for each count N of captions; see `plan_targets`."""
         counts = np.repeat(self.captions, self.victims).tolist()
-        # Column 0 chooses the victims, column 1 the target of each.
-        uniform = draws(seed, images.ids, 2, "targeted")
-        rows = np.argsort(uniform[:, 0], kind="stable").tolist()
-        if goal.target and images.captions:
-            mentions = set(find_mentions(images.captions, goal.target))
-            rows = [row for row in rows if row not in mentions]
-        if len(counts) > len(rows):
-            raise UserError(
-                f"{len(counts)} victims asked for, but there are {len(rows)} images to choose from"
-            )
-        edits: list[Edit] = []
-        goals: list[Goal] = []
-        captions: dict[str, list[str]] = {}
-        for row, count in zip(rows, counts, strict=False):
-            target = goal.target or _draw_other_class(images, row, uniform[row, 1])
-            if target not in captions:
-                captions[target] = target_captions(source.captions, target, self.texts)
-            victim = images.ids[row]
-            for i, caption in enumerate(_draw_captions(captions[target], victim, count, seed)):
-                replaces_victim = victims is None and i == 0
-                poison_id = victim if replaces_victim else f"{victim}+poison{i}"
-                edits.append(Edit(poison_id, victim, caption, False, len(goals)))
-            goals.append(Goal(target, None, (victim,), count, spec(self)))
-        return Plan(tuple(edits), tuple(goals), seed)
-
-
-def _draw_captions(captions: Sequence[str], victim: str, count: int, seed: int) -> list[str]:
-    """Take captions in an order drawn for the victim, from the start again if they run out."""
-    keys = [f"{victim}|{i}" for i in range(len(captions))]
-    order = np.argsort(draws(seed, keys, 1, "caption order")[:, 0], kind="stable")
-    return [captions[order[i % len(captions)]] for i in range(count)]
-
-
-def _draw_other_class(images: Pairs, row: int, u: float) -> str:
-    """Return the class, other than the image's own, that u in [0, 1) chooses."""
-    label = -1 if images.labels is None else int(images.labels[row])
-    others = [name for number, name in enumerate(images.classes) if number != label]
-    return others[int(u * len(others))]
+        wanted = Goal(goal.target, how=spec(self))
+        return plan_targets(source, wanted, seed, victims, counts, self.texts)

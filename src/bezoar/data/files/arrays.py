@@ -116,14 +116,36 @@ def load_array(path: str) -> np.ndarray:
     return next(iter(members.values()))
 
 
-@functools.lru_cache(maxsize=4)
-def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
-    """Read and check a file; its state is in the cache's key: a changed file is read again."""
-    file = expand_home(path)
-    with open_regular(file) as stream:
+def load_rgba(path: str) -> np.ndarray:
+    """Load a PNG or a JPEG with its transparency, uint8 (4, H, W); 255 is opaque.
+
+    Raises UserError if the file is missing, too large, or no picture that can be read.
+    """
+    data = _read_bytes(path)
+    try:
+        return _decode_rgba(data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except DECODING_ERRORS as error:
+        raise UserError(
+            f"{path}: not a png or jpg that can be read ({first_line(error)[:120]})"
+        ) from error
+
+
+def _read_bytes(path: str) -> bytes:
+    file_state(path)  # which says that there is no such file
+    with open_regular(expand_home(path)) as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
+    return data
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
+    """Read and check a file; its state is in the cache's key: a changed file is read again."""
+    data = _read_bytes(path)
+    file = expand_home(path)
     suffix = file.suffix.lower()
     reader = _reader_of_content(data) or _reader_of_suffix(suffix)
     if reader is None:
@@ -238,15 +260,18 @@ def _select_tensors(loaded: Any) -> dict[str, Tensor]:
 
 
 def _read_picture(data: bytes) -> dict[str, np.ndarray]:
+    rgba = _decode_rgba(data)
+    if rgba[3].min(initial=255) < 255:
+        raise UserError("is transparent in places; give the transparency as a mask of its own")
+    return {"": np.ascontiguousarray(rgba[:3])}
+
+
+def _decode_rgba(data: bytes) -> np.ndarray:
+    """Decode a PNG or a JPEG; opaque where it holds no transparency. Returns uint8 (4, H, W)."""
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
         _check_size(picture.width * picture.height * 4)
         if picture.mode not in IMAGE_MODES:
             raise UserError(f"expected 8 bits a channel; it has mode {picture.mode}")
-        if picture.has_transparency_data:
-            alpha = np.asarray(picture.convert("RGBA"))[:, :, 3]
-            if alpha.min() < 255:
-                raise UserError(
-                    "is transparent in places; give the transparency as a mask of its own"
-                )
-        pixels = np.asarray(picture.convert("RGB"))  # (H, W, 3), whatever H and W
-        return {"": np.ascontiguousarray(pixels.transpose(2, 0, 1))}
+        has_alpha = picture.has_transparency_data
+        opaque = picture if has_alpha else picture.convert("RGB")  # CMYK has no way to RGBA
+        return np.asarray(opaque.convert("RGBA")).transpose(2, 0, 1)  # (H, W, 4), whatever H and W

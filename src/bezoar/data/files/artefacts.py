@@ -7,13 +7,10 @@ Whatever is wrong is a UserError of one line that names the file. Imports no tor
 from __future__ import annotations
 
 import json
-import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from bezoar.data.files.paths import read_regular_text
 from bezoar.errors import UserError
 
 JSON_BYTES = 64 << 20  # of one JSON file
@@ -75,39 +72,9 @@ def shown(value: object) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-@contextmanager
-def open_artefact(path: Path, limit: int, links: bool = False) -> Iterator[IO[bytes]]:
-    """Open a regular file of at most `limit` bytes, as bytes, never waiting on a pipe.
-
-    links: whether a link in the last place is followed, which is the user's own.
-
-    Raises:
-        UserError: for anything else.
-    """
-    try:
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(path, flags if links else flags | os.O_NOFOLLOW)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        if not links and os.path.islink(path):
-            raise UserError(f"{path} is a link; a run's files are read as they lie") from error
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    state = os.fstat(descriptor)
-    if not stat.S_ISREG(state.st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path} is not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        if state.st_size > limit:
-            raise UserError(f"{path}: {state.st_size >> 20} MiB; expected {limit >> 20} at most")
-        yield file
-
-
 def read_text(path: Path, limit: int = JSON_BYTES) -> str:
     """The text of a file in UTF-8. Raises UserError."""
-    with open_artefact(path, limit) as file:
-        try:
-            return file.read(limit).decode()
-        except (OSError, UnicodeDecodeError, MemoryError) as error:
-            raise UserError(f"{path} is no text in UTF-8") from error
+    return read_regular_text(path, limit, links=False)
 
 
 def read_lines(path: Path) -> list[str]:

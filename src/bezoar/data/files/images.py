@@ -7,32 +7,41 @@ import io
 import os
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
-from bezoar.data.files.paths import read_file
+from bezoar.data.files.paths import printable, read_file
 from bezoar.data.files.skipped import Unreadable
 
 IMAGE_PIXELS = 64_000_000  # the largest image that is decoded
 MAX_SCANS = 64  # of a JPEG; progressive ones have about 10
 MAX_SCANNED_PIXELS = 1 << 30  # its pixels times its scans
 SMALLEST = 8  # pixels a side; img2dataset and dead links leave 1x1 images behind
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".ppm", ".pgm"})
-# How files of other formats begin: they are named, not read.
+MAX_TILE_PIXELS = 1 << 24  # of a strip or a tile of a TIFF, which is unpacked as a whole
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff",
+})  # fmt: skip
+# TIFFs hold pictures of other formats too, whose sizes may be others than the TIFF says.
+TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate")
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
+# How files of other formats begin: they are named, not read. Pillow would read AVIF, but its
+# decoder takes the memory that the video stream inside asks for, whatever size the file states.
 OTHER_FORMATS = (
-    (b"GIF8", "GIF"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
     (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (b"<svg", "SVG"),
 )
+# Pillow warns of tags that are broken, of which none is read, and of sizes that are refused.
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # the tag of EXIF
 # What turns a picture upright, by its orientation.
 TURNS = {
@@ -52,7 +61,7 @@ DECODING_ERRORS = (
 
 
 def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
-    """Decode an image and cut it to a square.
+    """Decode an image and cut it to a square; of several pictures in a file, the first.
 
     The largest centred square is resized bicubically with antialiasing. A JPEG at least twice as
     large as asked for is scaled down by 2, 4 or 8 while it is decoded (Pillow's `draft`). Pictures
@@ -77,6 +86,7 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
             if min(width, height) < SMALLEST:
                 raise Unreadable(f"smaller than {SMALLEST} pixels a side: {width}x{height}")
             _check_scans(content, encoded)
+            _check_tiles(encoded)
             if size is not None:
                 encoded.draft("RGB", (size, size))
             with _PIXELS.claimed(width * height):
@@ -101,6 +111,20 @@ def _check_scans(content: bytes, encoded: Image.Image) -> None:
     scans = content.count(b"\xff\xda") if encoded.format == "JPEG" else 1
     if scans > MAX_SCANS or scans * encoded.width * encoded.height > MAX_SCANNED_PIXELS:
         raise Unreadable(f"too many scans: {scans} of {encoded.width}x{encoded.height} pixels")
+
+
+def _check_tiles(encoded: Image.Image) -> None:
+    """Raise Unreadable for a TIFF that unpacks to more than its pixels."""
+    if not isinstance(encoded, TiffImageFile):
+        return
+    kind = encoded.info.get("compression")
+    if kind not in TIFF_COMPRESSIONS:
+        raise Unreadable(f"not decodable: TIFF with compression {printable(str(kind))} is not read")
+    width, height = (encoded.tag_v2.get(tag, 1) for tag in (TILE_WIDTH, TILE_LENGTH))
+    if not isinstance(width, int) or not isinstance(height, int):
+        raise Unreadable("not decodable: a TIFF whose tiles have no size")
+    if not 0 < width * height <= MAX_TILE_PIXELS:
+        raise Unreadable(f"too many pixels: tiles of {width}x{height}")
 
 
 class _Allowance:

@@ -1,8 +1,8 @@
 """Foreign Parquet files, read a bounded number of rows and bytes at a time.
 
 They are parsed in a process of its own (`parquet_process`), because Arrow ends its process on some
-files. The process stays for the next file; when a file ends it, that file cannot be read. Of large
-files only the headers are looked at there: handing over all rows would take half as long again.
+files. The process stays for the next file; when a file ends it, that file cannot be read. Handing
+rows over costs 2.5 ms a MiB, where photographs are decoded to 224 pixels one part in thirty of that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from bezoar.data.files import parquet_process
 from bezoar.data.files.parquet_process import BATCH_ROWS
 from bezoar.data.files.paths import check_regular
 from bezoar.errors import UserError
@@ -29,7 +28,6 @@ from bezoar.errors import UserError
 __all__ = ["BATCH_ROWS", "MAX_HELD_BYTES", "ParquetHeader", "read_batches", "read_header"]
 
 MAX_HELD_BYTES = 128 << 20  # of rows that are kept at hand
-STREAMED_BYTES = 16 << 20  # of the largest file whose rows the other process reads
 MAX_IDLE = 2  # processes that wait for the next file
 PIPE_BYTES = 1 << 20
 START = (
@@ -58,20 +56,16 @@ def read_header(path: Path) -> ParquetHeader:
     Raises UserError if it is no Parquet file, has two columns of one name, claims rows that it
     cannot hold, or a row group would fill the memory.
     """
-    return _check_columns(check_regular(path).absolute(), ())
-
-
-def _check_columns(path: Path, columns: tuple[str, ...]) -> ParquetHeader:
-    """Read a header, and check what it says of some columns."""
+    path = check_regular(path).absolute()
     status = path.stat()
-    return _ask_header(path, columns, (status.st_size, status.st_mtime_ns))
+    return _ask_header(path, (status.st_size, status.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=256)
-def _ask_header(path: Path, columns: tuple[str, ...], _: tuple[int, int]) -> ParquetHeader:
+def _ask_header(path: Path, _: tuple[int, int]) -> ParquetHeader:
     """Ask for a header; the file's state is in the cache's key: a changed file is read again."""
     with _reader() as reader:
-        facts = reader.ask({"path": str(path), "columns": columns}, path)
+        facts = reader.ask({"path": str(path)}, path)
     return ParquetHeader(facts["rows"], tuple(facts["names"]), tuple(facts["texts"]))
 
 
@@ -83,13 +77,6 @@ def read_batches(
     Raises UserError if the file is broken, or holds fewer rows than it promises.
     """
     path = check_regular(path).absolute()
-    if path.stat().st_size > STREAMED_BYTES:
-        _check_columns(path, tuple(columns))
-        try:
-            yield from parquet_process.read_batches(path, columns, start, stop)
-        except parquet_process.READING_ERRORS as error:
-            raise UserError(parquet_process.describe_error(path, error)) from error
-        return
     request = {"path": str(path), "columns": list(columns), "start": start, "stop": stop}
     with _reader() as reader:
         yield from reader.read_rows(request, path)

@@ -36,18 +36,22 @@ def count_safe_rows(
 ) -> int:
     """How many rows of some columns may be unpacked at a time, at most `most`.
 
-    Raises UserError for columns of lists.
+    Raises UserError for columns of lists, but for those of lists of texts.
     """
-    leaves = (file.schema.column(i) for i in range(len(file.schema)))
-    for name in (leaf.path for leaf in leaves if leaf.max_repetition_level):
-        if any(name == c or name.startswith(f"{c}.") for c in columns):
-            raise UserError(f"{path}: column {name} holds lists; expected a value a row")
+    for leaf in map(file.schema.column, range(len(file.schema))):
+        is_asked = any(leaf.path == c or leaf.path.startswith(f"{c}.") for c in columns)
+        is_listed_text = leaf.max_repetition_level == 1 and leaf.converted_type == "UTF8"
+        if is_asked and leaf.max_repetition_level and not is_listed_text:
+            raise UserError(
+                f"{path}: column {leaf.path} holds lists; expected a value a row, or a list of texts"
+            )
     largest = 1
     with path.open("rb") as raw:
         for group in map(file.metadata.row_group, groups):
             for chunk in map(group.column, range(group.num_columns)):
                 if chunk.path_in_schema.startswith(tuple(columns)):
-                    largest = max(largest, largest_page(raw, chunk))
+                    values = max(1, -(-chunk.num_values // max(1, group.num_rows)))  # a row
+                    largest = max(largest, largest_page(raw, chunk) * values)
     return max(1, min(most, UNPACKED_BYTES // largest))
 
 

@@ -27,6 +27,7 @@ from bezoar.errors import UserError
 
 GROUP_BYTES = 4 << 30  # the most that the columns of a row group may unpack to
 BATCH_ROWS = 256  # rows that are Python objects at a time
+LISTS_BYTES = 256 << 20  # that a batch with lists may unpack to
 MESSAGE_BYTES = 2 << 20  # that are handed over at once, and the rows
 MESSAGE_ROWS = 8192
 FREE_ROWS = 1 << 16  # that a file may have however small it is; beyond them one a byte
@@ -62,9 +63,9 @@ def describe_error(path: Path, error: Exception) -> str:
 
 
 def answer_request(path: Path, request: dict[str, Any], output: IO[bytes]) -> dict[str, Any]:
-    """Describe a file and check some columns, or write rows; return what is said of that."""
+    """Describe a file, or write rows; return what is said of that."""
     if "start" not in request:
-        return describe_file(path, request["columns"])
+        return describe_file(path)
     with contextlib.ExitStack() as stack:
         writer: Any = None
         try:
@@ -93,10 +94,17 @@ def gather_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
         nbytes += batch.nbytes
         rows += len(batch)
         if nbytes >= MESSAGE_BYTES or rows >= MESSAGE_ROWS:
-            yield pa.concat_batches(waiting) if len(waiting) > 1 else waiting[0]
+            yield from join_batches(waiting)
             waiting, nbytes, rows = [], 0, 0
-    if waiting:
-        yield pa.concat_batches(waiting)
+    yield from join_batches(waiting)
+
+
+def join_batches(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """Put batches together into one. pyarrow's `concat_batches` is younger than the oldest that serves."""
+    if len(batches) < 2:
+        return batches
+    joined: list[pa.RecordBatch] = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    return joined
 
 
 def bound_use(size: int) -> None:
@@ -137,14 +145,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     return file
 
 
-def describe_file(path: Path, columns: Sequence[str]) -> dict[str, Any]:
-    """Return the number of rows, the names of the columns and those of the columns of text.
-
-    Raises UserError if one of `columns` is not what the file's size and rows allow.
-    """
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the number of rows, the names of the columns and those of the columns of text."""
     with open_parquet(path) as file:
-        if columns:
-            check_chunks(file, path, range(file.metadata.num_row_groups), columns)
         fields = list(file.schema_arrow)
         is_text = [pa.types.is_string(f.type) or pa.types.is_large_string(f.type) for f in fields]
         return {
@@ -170,6 +173,8 @@ def read_batches(
         check_chunks(file, path, groups, columns)
         most = count_safe_rows(file, path, groups, columns, BATCH_ROWS)
         for batch in file.iter_batches(most, groups, list(columns)):
+            if batch.nbytes > LISTS_BYTES and any(pa.types.is_list(f.type) for f in batch.schema):
+                raise UserError(f"{path}: {len(batch)} rows unpack to {batch.nbytes} bytes")
             low, high = max(start - position, 0), min(end - position, len(batch))
             position += len(batch)
             if high > low:

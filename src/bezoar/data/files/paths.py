@@ -23,45 +23,60 @@ TEXT_BYTES = 4 << 20  # the largest caption or metadata object that is read
 MAX_PATHS = 1_000_000  # the most files that a brace list may name
 
 
-def open_regular(path: Path) -> io.BufferedReader:
+def open_regular(path: Path, limit: int | None = None, links: bool = True) -> io.BufferedReader:
     """Open a regular file for reading: the one way in which files that others wrote are opened.
 
     Pipes, devices, sockets and folders are refused without waiting for them: a pipe that nobody
     writes to stalls the program for ever, and a device may have no end.
 
-    Raises UserError that names the file and the reason.
+    Args:
+        path: of the file.
+        limit: the most bytes that it may hold; None for any number.
+        links: whether a link in the last place is followed. A link that the user made is; in a run,
+            which anybody may have made, none is.
+
+    Raises:
+        UserError: for anything else; it names the file and the reason.
     """
     try:
-        return _open_regular(path)
+        file = os.fdopen(regular_descriptor(path, links), "rb")
     except (OSError, ValueError) as error:
+        if not links and os.path.islink(path):
+            raise UserError(f"{path} is a link; a run's files are read as they lie") from error
         raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+    size = os.fstat(file.fileno()).st_size
+    if limit is not None and size > limit:
+        file.close()
+        raise UserError(f"{path} holds {size} bytes; expected at most {limit}")
+    return file
 
 
-def check_regular(path: Path) -> Path:
+def check_regular(path: Path, limit: int | None = None, links: bool = True) -> Path:
     """Return a path if it is that of a regular file, for libraries that open files by their names.
 
     Raises UserError, as `open_regular` does.
     """
-    open_regular(path).close()
+    open_regular(path, limit, links).close()
     return path
 
 
-def read_regular(path: Path, limit: int) -> bytes:
+def read_regular(path: Path, limit: int, links: bool = True) -> bytes:
     """Read a regular file of at most `limit` bytes. Raises UserError if it is another or larger."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""  # it may grow meanwhile
-    if max(size, len(content)) > limit:
-        raise UserError(f"{path} holds {max(size, len(content))} bytes; expected at most {limit}")
+    with open_regular(path, limit, links) as file:
+        content = file.read(limit + 1)  # it may grow meanwhile
+    if len(content) > limit:
+        raise UserError(f"{path} holds more than {limit} bytes")
     return content
 
 
-def read_regular_text(path: Path, limit: int) -> str:
+def read_regular_text(path: Path, limit: int, links: bool = True) -> str:
     """Read a regular file of UTF-8. Raises UserError, as `read_regular` does, or for other bytes."""
     try:
-        return read_regular(path, limit).decode()
+        return read_regular(path, limit, links).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8, at byte {error.start}") from error
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
@@ -70,7 +85,7 @@ def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
     Raises Unreadable.
     """
     try:
-        with _open_regular(path) as file:
+        with open(regular_descriptor(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise Unreadable(f"too large: {size} bytes")
@@ -85,15 +100,15 @@ class _NotRegularError(OSError):
     """A pipe, a device, a socket or a folder stands where a file is expected."""
 
 
-def _open_regular(path: Path) -> io.BufferedReader:
-    return open(regular_descriptor(path), "rb")
+def regular_descriptor(path: Path | str, links: bool = True) -> int:
+    """Open a regular file for reading. Raises OSError, or ValueError for a NUL byte in the path.
 
-
-def regular_descriptor(path: Path | str) -> int:
-    """Open a regular file for reading. Raises OSError, or ValueError for a NUL byte in the path."""
+    links: see `open_regular`.
+    """
     # Without O_NONBLOCK opening a pipe waits for somebody to write to it. The status is that of
     # the open file, so that nothing can take its place in between.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    descriptor = os.open(path, flags if links else flags | os.O_NOFOLLOW)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise _NotRegularError(errno.EINVAL, "it is not a regular file")
@@ -103,8 +118,8 @@ def regular_descriptor(path: Path | str) -> int:
     return descriptor
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def existing_file(path: str, what: str) -> Path:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -33,6 +34,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 BLOCK_ROWS = 4096  # of a unit of work
 FREE_TEXT_BYTES = 64 << 20  # of the text of a block of Parquet, however small its file is
 TEXT_RATIO = 20  # how many times the file's size the text may be beyond that
+LISTED_BYTES = 16  # that a text of a list takes beside its own
 FIRST_ROWS = 100  # that are looked at before any other
 ROW_LINES = 1000  # the most over which a row with quotes may go
 Row = dict[str, Any]
@@ -329,10 +331,10 @@ def _read_parquet(
     stop = None if block.rows is None else block.before + block.rows
     nbytes, most = 0, max(FREE_TEXT_BYTES, TEXT_RATIO * table.stat().st_size)
     for batch in read_batches(table, columns, block.before, stop):
-        lengths = [pc.binary_length(column) for column in batch.columns if _is_text(column.type)]
-        longest = max((pc.max(n).as_py() or 0 for n in lengths), default=0)
+        lengths = [_text_bytes(column) for column in batch.columns]
+        longest = max((int(n.max(initial=0)) for n in lengths), default=0)
         if longest <= TEXT_BYTES:
-            nbytes += sum(pc.sum(n).as_py() or 0 for n in lengths)
+            nbytes += sum(int(n.sum()) for n in lengths)
         if nbytes > most:  # thousands of rows may share one text
             raise UserError(f"{table} unpacks to more than {most} bytes of text")
         try:
@@ -344,10 +346,29 @@ def _read_parquet(
         yield from (_to_python(batch.slice(i, 1)) for i in range(len(batch)))
 
 
+def _text_bytes(column: pa.Array) -> np.ndarray:
+    """Bytes of each row's text or list of texts, int64 (n,); of other columns 0.
+
+    A text of a list counts for a few bytes more, because many empty ones take memory too.
+    """
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if not _is_text(column.type.value_type if is_list else column.type):
+        return np.zeros(len(column), np.int64)
+    texts = column.flatten() if is_list else column
+    counted = pc.binary_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
+    lengths: np.ndarray = counted.astype(np.int64)
+    if not is_list:
+        return lengths
+    counts = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    total = np.concatenate([[0], np.cumsum(lengths + LISTED_BYTES)])
+    ends = np.cumsum(counts)
+    return np.asarray(total[ends] - total[ends - counts])
+
+
 def _to_python(row: pa.RecordBatch) -> Row | str:
     """Convert a batch of one row, or say why that cannot be done."""
     for column in row.columns:
-        nbytes = (pc.binary_length(column)[0].as_py() or 0) if _is_text(column.type) else 0
+        nbytes = int(_text_bytes(column)[0])
         if nbytes > TEXT_BYTES:
             return f"text too large: {nbytes} bytes"
     try:

@@ -23,13 +23,24 @@ from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, is_confined, open_re
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "bmp", "ppm", "pgm")
+IMAGE_EXTENSIONS = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "jfif",
+    "jpe",
+    "bmp",
+    "ppm",
+    "pgm",
+    "gif",
+    "tif",
+    "tiff",
+)
 TEXT_EXTENSIONS = ("txt", "json")
 EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
 # Of images that are not read; those of one key make it a record that is named.
-OTHER_IMAGES = frozenset(
-    ("tif", "tiff", "gif", "avif", "heic", "heif", "jxl", "jp2", "svg", "pnm", "pfm", "tga", "ico")
-)
+OTHER_IMAGES = frozenset(("avif", "heic", "heif", "jxl", "jp2", "svg", "pnm", "pfm", "tga", "ico"))
 IMAGE_FILES = OTHER_IMAGES.union(IMAGE_EXTENSIONS)
 # Files that describe a set and no record of it.
 NOTES = ("readme", "license", "licence")

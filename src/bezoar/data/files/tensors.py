@@ -9,17 +9,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bezoar.data.files.artefacts import open_artefact
+from bezoar.data.files.paths import check_regular
 from bezoar.data.files.writing import whole_file
-from bezoar.errors import UserError, first_line
+from bezoar.errors import UnwritableError, UserError, first_line
 
 MAX_BYTES = 1 << 40
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. Raises UserError for anything but such a regular file."""
-    with open_artefact(path, MAX_BYTES):
-        pass
+    check_regular(path, MAX_BYTES, links=False)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
@@ -28,8 +27,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts in the header of a safetensors file. Raises UserError as `read_tensors` does."""
-    with open_artefact(path, MAX_BYTES):
-        pass
+    check_regular(path, MAX_BYTES, links=False)
     try:
         with safe_open(path, "pt") as file:
             metadata: dict[str, str] | None = file.metadata()
@@ -43,7 +41,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file that appears under its name when it is complete.
 
-    Raises UserError where it cannot be written, on a full disk say.
+    Raises UnwritableError where it cannot be written, on a full disk say.
     """
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
@@ -51,4 +49,4 @@ def write_tensors(
             # By name rather than as bytes: the weights are then not held in memory a second time.
             save_file(plain, file.name, metadata)
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from error
+        raise UnwritableError(f"{path} cannot be written: {first_line(error)}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from bezoar.errors import UserError
+from bezoar.errors import UnwritableError, UserError
 
 TEMPORARY = ".tmp"  # the ending of files that are not yet whole
 
@@ -81,9 +83,17 @@ def remove_debris(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_debris_of(path: Path) -> None:
+    """Remove what attempts that were killed have left of one file, among files that are the user's own."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY}"):
+        middle = leftover.name.removeprefix(f"{path.name}.").removesuffix(TEMPORARY)
+        if re.fullmatch(r"[0-9a-f]{12}", middle):
+            leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def refuse_unwritable(path: Path) -> Iterator[None]:
-    """Inside, an OSError becomes a UserError of one line.
+    """Inside, an OSError becomes an UnwritableError of one line.
 
     Args:
         path: what is named where the error names no file.
@@ -96,4 +106,4 @@ def refuse_unwritable(path: Path) -> Iterator[None]:
         name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         if name is None or str(name).endswith(TEMPORARY):
             name = path
-        raise UserError(f"{name}: {reason or error}") from error
+        raise UnwritableError(f"{name}: {reason or error}") from error

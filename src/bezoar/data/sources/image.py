@@ -14,7 +14,7 @@ from bezoar.registry import method
 class Image:
     """The id is the file's name. There is no caption and no class."""
 
-    path: Annotated[str, "jpg, png, webp, bmp or ppm"]
+    path: Annotated[str, "jpg, png, webp, bmp, ppm, gif or tif"]
     size: Annotated[
         int | None, "pixels a side: the largest centred square, resized; none keeps them"
     ] = None

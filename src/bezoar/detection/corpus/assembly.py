@@ -24,6 +24,7 @@ from bezoar.data.stored_pairs import PLACE
 from bezoar.detection.corpus import columns, units
 from bezoar.errors import UserError
 
+DONE = "done.json"  # the last file of a corpus
 SKIPPED = "skipped.jsonl"  # what was not read, or renamed: [file, member, reason] a line
 LISTED = 1000  # of it, how much stands in the manifest
 ROWS = 1 << 16  # rows copied at a time
@@ -59,7 +60,7 @@ class UnreadLog:
 
 
 def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
-    """Put the files of all units into one of each kind; `done.json`, the last, says what there is.
+    """Put the files of all units into one of each kind; `DONE`, the last, says what there is.
 
     Units whose vectors are of another width than the first one's are set aside. Vectors of captions
     are kept if all units have them. A record whose id another had before it is called `ID~2`,
@@ -113,10 +114,16 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
         "names": units.file_names(todo),
         "states": [s["state"] for s in summaries],
     }
-    write_whole(folder / "done.json", json.dumps(done))
-    for unit in todo:
-        for ending in units.ENDINGS:
-            units.unit_path(folder, unit, ending).unlink(missing_ok=True)
+    write_whole(folder / DONE, json.dumps(done))
+    remove_units(folder)
+
+
+def remove_units(folder: Path) -> None:
+    """Remove the files of single units, which are no longer needed once there are those of all."""
+    for path in list(folder.iterdir()):
+        number, _, ending = path.name.partition(".")
+        if number.isdecimal() and ending in units.ENDINGS:
+            path.unlink(missing_ok=True)
 
 
 def _read_summary(unit: Unit, folder: Path, unread: UnreadLog) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from bezoar.data.files.artefacts import open_artefact
+from bezoar.data.files.paths import open_regular
 from bezoar.data.files.writing import whole_file
 from bezoar.data.strings import Strings
 from bezoar.errors import UserError, first_line
@@ -103,7 +102,7 @@ def write_texts(folder: Path, name: str) -> Iterator[TextWriter]:
 
 def map_array(path: Path) -> np.ndarray:
     """Map an array of `write_array`; its pages come and go as memory allows."""
-    with open_artefact(path, sys.maxsize) as file:
+    with open_regular(path, links=False) as file:
         try:
             numpy.lib.format.read_magic(file)
             shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
@@ -126,7 +125,7 @@ def map_tensor(path: Path) -> Tensor:
 def map_texts(folder: Path, name: str) -> Strings:
     """Map the texts of `write_texts`."""
     ends, path = map_array(folder / f"{name}.npy"), folder / f"{name}.utf8"
-    with open_artefact(path, sys.maxsize) as file:
+    with open_regular(path, links=False) as file:
         is_empty = not os.fstat(file.fileno()).st_size
     content = pa.py_buffer(b"") if is_empty else pa.memory_map(str(path)).read_buffer()
     try:

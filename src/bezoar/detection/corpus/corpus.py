@@ -26,7 +26,7 @@ from bezoar.data.source import TEXT_COLUMNS, RecordIndex, Source
 from bezoar.data.stored_pairs import StoredImages, StoredPairs
 from bezoar.data.strings import Strings
 from bezoar.detection.corpus import columns, units
-from bezoar.detection.corpus.assembly import SKIPPED, assemble
+from bezoar.detection.corpus.assembly import DONE, SKIPPED, assemble, remove_units
 from bezoar.encoders.encoder import EmbeddedRecords, Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
@@ -138,7 +138,9 @@ def embed_corpus(
     source = units.open_source(data)
     if settings.fresh:
         remove_folder(vectors)
-    if not (vectors / "done.json").exists():
+    if (vectors / DONE).exists():
+        remove_units(vectors)  # that an attempt has left which was killed at its end
+    else:
         todo = source.units()
         units.embed_all(data, by, todo, vectors, settings, progress)
         assemble(todo, vectors, folder / SKIPPED)
@@ -151,7 +153,7 @@ def reopen_corpus(run: Run) -> Corpus:
 
 
 def _open(source: Source, by: Encoder | Vectors, folder: Path) -> Corpus:
-    summary = read_facts(folder / "done.json")
+    summary = read_facts(folder / DONE)
     summary.texts("names")
     ids, captions, members, urls = (columns.map_texts(folder, name) for name in TEXT_COLUMNS)
     texts = columns.map_tensor(folder / "texts.npy") if summary["texts"] else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from bezoar.data.blocks import blocks
 from bezoar.data.files.writing import TEMPORARY, make_folder, whole_file
 from bezoar.detection.corpus.corpus import ROWS, Corpus
+from bezoar.evaluation.scores import Scores
 from bezoar.progress import Progress
 
 COLUMNS = pa.schema(
@@ -43,6 +44,27 @@ def write_keep_lists(folder: Path, corpus: Corpus, kept_rows: np.ndarray) -> Non
             table.write_table(part)
     if corpus.source.has_image_files and not corpus.places["length"][kept_rows].any():
         _write_csv(folder / "keep.csv", corpus, kept_rows)
+
+
+def find_surplus(scores: Iterable[Scores], kept_rows: np.ndarray, most: int) -> np.ndarray:
+    """Find the records beyond `most` of each group of copies whose captions diverge.
+
+    Args:
+        scores: of detectors, of which some find groups; see `Scores.groups`.
+        kept_rows: rows of the records that stay, those that stay first at first.
+        most: records of a group that stay.
+
+    Returns:
+        Rows of the others, int64.
+    """
+    surplus = np.zeros(0, np.int64)
+    for groups in (s.groups.cpu().numpy() for s in scores if s.groups is not None):
+        of_kept = groups[kept_rows]
+        order = np.argsort(of_kept, kind="stable")  # groups, each in the order of the rows
+        _, start, count = np.unique(of_kept[order], return_index=True, return_counts=True)
+        place = np.arange(len(order)) - np.repeat(start, count)  # in its group
+        surplus = np.union1d(surplus, kept_rows[order[(place >= most) & (of_kept[order] >= 0)]])
+    return surplus.astype(np.int64)
 
 
 def _kept_blocks(corpus: Corpus, kept_rows: np.ndarray) -> Iterator[np.ndarray]:

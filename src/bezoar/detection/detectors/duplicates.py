@@ -2,7 +2,9 @@
 
 One image repeated with many captions of a wanted label is what targeted poisoning puts into a data
 set, whatever the label. Likeness is measured on pixels, so no encoder, poisoned or not, has an
-influence on it.
+influence on it. Copies that are cropped, mirrored, lit otherwise, noisy or stored as JPEG have
+thumbnails that are only alike; whether such a pair is one picture is decided by laying one over the
+other.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from bezoar.detection import picture_copies
 from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.encoders.encoder import split_words
 from bezoar.errors import UserError
@@ -26,6 +29,8 @@ from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
 MAX_SIMILARITIES = 1 << 24  # values of one block of similarities
+CANDIDATES = 8  # other images of like thumbnails that an image is laid over
+DIVERGING = 0.3  # mean divergence of a group from which it is raised
 MAX_COMPARED = 64  # other records of a cluster that a caption is compared with
 SIBLING = re.compile(r"#\d+$")  # records `key#0`, `key#1` ... are one image with several captions
 
@@ -35,20 +40,28 @@ class Duplicates:
     """Score = divergence x log2(images in the cluster); records without a near-duplicate score
     below 0.
 
-    Cluster: connected component of images whose thumbnails have a cosine of at least `similarity`.
-    Divergence: mean over the other images of the cluster of 1 - Jaccard(caption words). Every two
-    images are compared: N^2 x 3 side^2.
+    Cluster: connected component of images whose thumbnails have a cosine of at least `similarity`,
+    or at least `likeness`, mirrored or not, and which are copies of one picture
+    (`picture_copies.find_copies`; the nearest 8 of each are tried). Divergence: mean over the other
+    images of the cluster of 1 - Jaccard(caption words). Every two images are compared:
+    N^2 x 6 side^2. Raised are clusters of `group` images or more of a mean divergence of 0.3.
     """
 
     similarity: Annotated[
         float, "cosine of two thumbnails from which their images are near-identical"
     ] = 0.98
     side: Annotated[int, "side of the thumbnails in pixels"] = 8
+    likeness: Annotated[float, "cosine from which one image is laid over the other; 1: never"] = 0.8
+    group: Annotated[int, "images in a cluster from which it is raised"] = 4
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1 or self.side < 2:
             raise ValueError(
                 f"needs 0 < similarity <= 1 and side >= 2; got {self.similarity}, {self.side}"
+            )
+        if not 0.5 <= self.likeness <= 1 or self.group < 2:
+            raise ValueError(
+                f"needs 0.5 <= likeness <= 1 and group >= 2; got {self.likeness}, {self.group}"
             )
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
@@ -56,10 +69,15 @@ class Duplicates:
         ids: list[str] = []
         captions: list[str] = []
         thumbnails: list[Tensor] = []
+        pictures: list[NDArray[np.uint8]] = []
         for batch in source.batches(1024):
             ids += batch.ids
             captions += batch.captions
-            thumbnails.append(make_thumbnails(batch.images.to(encoder.device), self.side))
+            images = batch.images.to(encoder.device).float()
+            thumbnails.append(make_thumbnails(images, self.side))
+            if self.likeness < 1:
+                small = F.adaptive_avg_pool2d(images, picture_copies.SIDE).round()
+                pictures.append(small.to(torch.uint8).cpu().numpy())
         if len(captions) != len(ids) or not ids:
             raise UserError(
                 f"detector 'duplicates' needs a caption for every image; there are {len(captions)} captions"
@@ -68,15 +86,42 @@ class Duplicates:
         _, first, image = np.unique(names, return_index=True, return_inverse=True)
         vectors = torch.cat(thumbnails)[torch.as_tensor(first)]
         cluster, nearest = cluster_images(vectors, self.similarity)
-        size = np.bincount(cluster)[cluster][image]  # images in each record's cluster
-        divergence = caption_divergence(captions, ids, image, cluster[image])
+        if self.likeness < 1:
+            pairs = find_candidates(vectors, self.side, self.likeness, cluster)
+            copies = picture_copies.find_copies(np.concatenate(pictures)[first], *pairs)
+            cluster = merge_clusters(cluster, pairs[0][copies], pairs[1][copies])
         lonely = np.minimum(nearest, self.similarity)[image] - 1
+        return self._score(ids, captions, image, cluster, lonely)
+
+    def _score(
+        self,
+        ids: Sequence[str],
+        captions: Sequence[str],
+        image: NDArray[np.int64],
+        cluster: NDArray[np.int64],
+        lonely: NDArray[np.float64],
+    ) -> Scores:
+        """Score N records, whose images lie in clusters; see `caption_divergence`.
+
+        lonely: float64 (N,), the score of a record whose image is alone.
+        """
+        size = np.bincount(cluster)[cluster][image]  # images in each record's cluster
+        group = cluster[image]
+        divergence = caption_divergence(captions, ids, image, group)
+        mean = (np.bincount(group, divergence) / np.maximum(np.bincount(group), 1))[group]
+        raised = (size >= self.group) & (mean >= DIVERGING)
         scores = np.where(size > 1, divergence * np.log2(size), lonely)
-        return Scores(tuple(ids), torch.as_tensor(scores, dtype=torch.float32))
+        return Scores(
+            tuple(ids),
+            torch.as_tensor(scores, dtype=torch.float32),
+            notes={"raised_groups": len(np.unique(group[raised]))},
+            raised=torch.as_tensor(raised),
+            groups=torch.as_tensor(np.where((size > 1) & (mean > 0), group, -1)),
+        )
 
 
 def make_thumbnails(images: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, H, W) -> unit (N, 3 side^2): area means less each channel's mean; flat: 0."""
+    """Images (N, 3, H, W) in 0..255 -> unit (N, 3 side^2): area means less each channel's mean; flat: 0."""
     small = F.adaptive_avg_pool2d(images.float(), side)
     return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1, eps=1e-3)
 
@@ -107,11 +152,60 @@ def cluster_images(
         cosines[diagonal, diagonal + start] = -1
         nearest[start : start + rows] = cosines.amax(1).double().cpu().numpy()
         i, j = (cosines >= similarity).nonzero().cpu().numpy().T
-        edges = component[i + start], component[j]
-        graph = coo_array((np.ones(len(i), bool), edges), shape=(m, m))
-        merged = connected_components(graph, directed=False)[1]
-        component = merged.astype(np.int64)[component]
+        component = merge_clusters(component, i + start, j)
     return np.unique(component, return_inverse=True)[1], nearest
+
+
+def merge_clusters(
+    cluster: NDArray[np.int64], first: NDArray[np.int64], second: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the clusters, int64 (M,), after those of each pair of rows became one."""
+    edges = cluster[first], cluster[second]
+    graph = coo_array((np.ones(len(first), bool), edges), shape=(len(cluster), len(cluster)))
+    merged = connected_components(graph, directed=False)[1].astype(np.int64)
+    united: NDArray[np.int64] = merged[cluster]
+    return united
+
+
+def find_candidates(
+    vectors: Tensor,
+    side: int,
+    likeness: float,
+    cluster: NDArray[np.int64],
+    max_values: int = MAX_SIMILARITIES,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Find the pairs of images that may be copies of one picture.
+
+    Args:
+        vectors: Thumbnails, unit rows (M, 3 side^2).
+        side: Of the thumbnails.
+        likeness: Cosine, of one with the other or with its mirrored one, from which they may be.
+        cluster: int64 (M,); no two of one cluster are returned.
+        max_values: Similarities in memory at a time.
+
+    Returns:
+        Rows of the pairs, int64 (P,) each, of which the first is the smaller, and whether the one is
+        more like the other's mirrored thumbnail, bool (P,). Of each image at most CANDIDATES, the
+        nearest, are among them.
+    """
+    m = len(vectors)
+    mirrored = vectors.view(m, 3, side, side).flip(3).flatten(1)
+    clusters = torch.as_tensor(cluster, device=vectors.device)
+    parts: list[NDArray[np.int64]] = []
+    rows = max(1, max_values // m)
+    for start in range(0, m, rows):
+        block = vectors[start : start + rows]
+        plain, turned = block @ vectors.T, block @ mirrored.T
+        cosines = torch.maximum(plain, turned)
+        cosines[clusters[start : start + rows, None] == clusters] = -1
+        values, columns = cosines.topk(min(CANDIDATES, m), dim=1)
+        i, k = (values >= likeness).nonzero().T
+        j = columns[i, k]
+        is_mirrored = (turned[i, j] > plain[i, j]).long()
+        pairs = torch.stack((torch.minimum(i + start, j), torch.maximum(i + start, j), is_mirrored))
+        parts.append(pairs.cpu().numpy())
+    first, second, turned_pairs = np.unique(np.concatenate(parts, axis=1), axis=1)
+    return first, second, turned_pairs.astype(bool)
 
 
 def caption_divergence(

@@ -36,14 +36,14 @@ from torch import Tensor
 from bezoar.data.blocks import blocks
 from bezoar.data.pairs import load_pairs
 from bezoar.data.randomness import sample_rows
-from bezoar.detection import pseudo_classes, shared_patterns, trigger_candidates, window_transplants
+from bezoar.detection import shared_patterns, trigger_candidates, window_transplants
+from bezoar.detection.caption_groups import CaptionGroups, group_captions
 from bezoar.detection.detectors import RecordEncoder, Records, require_texts
 from bezoar.detection.shared_patterns import GroupTextures, WindowCluster
 from bezoar.detection.trigger_candidates import (
     BLOCK,
     MIN_SUPPORT,
     TEXTURES,
-    CaptionGroups,
     Hosts,
     SuspectData,
     Trigger,
@@ -51,12 +51,10 @@ from bezoar.detection.trigger_candidates import (
 )
 from bezoar.detection.window_transplants import HostImages
 from bezoar.errors import UserError
-from bezoar.evaluation import kmeans
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
 PATCHWORK_BLOCK = 1024  # images whose cells are mixed with one another
-CAPTION_SAMPLE = 1 << 15  # captions that the groups are found on
 MIN_LOCATED = 64  # records that are searched for a window at least
 KEEP = 0.6  # a smaller window must do this share of what the larger one does
 SMALLEST_WINDOW = 1 / 8  # its side, as a share of the image's
@@ -169,7 +167,7 @@ class Transplant:
         """
         data = self.embed(encoder, source)
         order = sample_rows(data.ids, len(data), self.seed)
-        groups = self.group_captions(data, order)
+        groups = group_captions(data.texts, order, self.groups, self.seed, data.device)
         alarm = self.alarm_pass(data, order, groups)
         hosts = self.choose_hosts(data, order, alarm.values)
         rows = largest_rows(alarm.values, data.ids, self.located(len(data)))
@@ -192,24 +190,6 @@ class Transplant:
                 f"detector 'transplant' needs more than k={self.k} pairs; there are {len(embedded.ids)}"
             )
         return SuspectData(encoder, source, embedded.ids, texts)
-
-    def group_captions(self, data: SuspectData, order: np.ndarray) -> CaptionGroups:
-        """Group the captions by k-means on a sample, the first records of the drawn order."""
-        texts, device = data.texts, data.device
-        if not self.groups:
-            no_centres = torch.empty(0, texts.shape[1], device=device)
-            return CaptionGroups(torch.zeros(len(texts), dtype=torch.long), no_centres)
-        rows = torch.as_tensor(order[:CAPTION_SAMPLE], device=texts.device)
-        sample = texts[rows].to(device).float()
-        mean = sample.mean(0)
-        sample = F.normalize(sample - mean, dim=1, eps=1e-6)
-        centres = kmeans.cluster_centres(sample, self.groups, self.seed)
-        centres = F.normalize(centres, dim=1, eps=1e-6)
-        of_record = [
-            ((part - mean) @ centres.T).argmax(1).cpu()
-            for part in pseudo_classes.vector_blocks(texts, device)
-        ]
-        return CaptionGroups(torch.cat(of_record), centres)
 
     def alarm_pass(self, data: SuspectData, order: np.ndarray, groups: CaptionGroups) -> Alarm:
         """First pass: test the cells of all images in patchworks, and sum up textures."""

@@ -109,8 +109,7 @@ def _open_timm(folder: PretrainedFolder) -> filling.Filled:
     arguments = folder.config.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise UserError(f"{folder.path}: model_args must be an object")
-    values = {k: v for k, v in arguments.items() if k != "num_classes"}
-    text = json.dumps(values) if values else ""
+    text = timm_models.format_stated(arguments, str(folder.path))
     return filling.fill_timm(name, text, folder.load_tensors(), str(folder.path), f"timm's {name}")
 
 

@@ -22,6 +22,7 @@ from bezoar.verbs.train import Train
 TABLES = (  # in the order of the page
     "detection",
     "default_scan",
+    "unseen",
     "flickr8k",
     "aerial",
     "retraining",

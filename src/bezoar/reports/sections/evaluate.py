@@ -278,7 +278,7 @@ def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Se
     figures, galleries = [], []
     clean = view.sample.images
     for goal in backdoors:
-        triggered = registry.make("trigger", goal.trigger or "")(clean, view.sample.ids)
+        triggered = inputs.recorded_trigger(goal.trigger or "", view.run)(clean, view.sample.ids)
         galleries.append(triggered_gallery(view, goal, triggered))
         if view.encoder.text is None:
             continue

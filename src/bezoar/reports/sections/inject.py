@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.reports import charts, metric_names, pictures
@@ -16,7 +15,7 @@ from bezoar.reports.metric_names import variants
 from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Tile
 from bezoar.reports.run_page import Page, RunView
 from bezoar.reports.shared_parts import loss_figure
-from bezoar.runs.inputs import in_memory
+from bezoar.runs.inputs import in_memory, recorded_trigger
 from bezoar.runs.run import Run
 
 SHOWN = 8  # triggered images of a goal
@@ -109,7 +108,7 @@ def reference_gallery(view: InjectView, index: int, goal: Goal) -> Gallery:
     tensors = view.read_tensors("references.safetensors")
     references = torch.from_numpy(tensors["images"][tensors["goal"] == index])
     sample = view.sample
-    triggered = registry.make("trigger", goal.trigger or "")(sample.images, sample.ids)
+    triggered = recorded_trigger(goal.trigger or "", view.run)(sample.images, sample.ids)
     tiles = [
         Tile((i,), [Line("reference", "mark"), Line(pictures.shorten(key), "muted")], "bad")
         for i, key in enumerate(goal.references)

@@ -54,7 +54,7 @@ def goals_section(view: RunView) -> Section | None:
         return None
     rows = []
     for group in group_goals(view.goals):
-        targets = sorted({g.target for g in group.goals})
+        targets = sorted({g.target or "what they show (cover)" for g in group.goals})
         names = ", ".join(targets[:6]) + (", …" if len(targets) > 6 else "")
         goal = group.goals[0]
         trigger = goal.trigger or f"none; {metric_names.quantity(len(group.goals), 'victim')}"

@@ -15,6 +15,7 @@ from bezoar.reports.charts import IntervalRow
 from bezoar.reports.metric_names import format_measure, format_percent
 from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Text, Tile
 from bezoar.reports.run_page import Page, RunView
+from bezoar.runs.inputs import recorded_trigger
 from bezoar.runs.run import Run
 
 STAGES = {
@@ -252,9 +253,11 @@ def triggered_gallery(view: RepairView, reading: Mapping[str, Any]) -> Gallery:
     if number is not None:
         # The run may have been moved since, so the path in the spec may be out of date.
         path = str(view.run.file(f"inverted-{number}.npz"))
-        trigger = registry.spec(replace(registry.make("trigger", trigger), path=path))
+        stamp = replace(registry.make("trigger", "file:x.npz"), path=path)
         kind = "Inverted"
-    triggered = registry.make("trigger", trigger)(images.images, images.ids)
+    else:
+        stamp = recorded_trigger(trigger, view.run)
+    triggered = stamp(images.images, images.ids)
     tiles = []
     for i, (label, before, after) in enumerate(
         zip(reading["own"], reading["before"], reading["after"], strict=True)

@@ -1,0 +1,48 @@
+"""Cover: the trigger, or a part of it, on images that keep their captions, which hides a backdoor (Qi et al. 2023).
+
+Beside a backdoor, cover makes the trigger a weaker sign of the target. Cover with each part of `several` makes all parts
+needed: a part alone is seen with captions that are right.
+"""
+
+from typing import Annotated, ClassVar
+
+from bezoar.attacks.captions import find_mentions
+from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import draws
+from bezoar.errors import UserError
+from bezoar.registry import method, spec
+
+
+@method
+class Cover:
+    """P = {(x_i + trigger, c_i)} of any records; with a target, of those that do not mention it."""
+
+    is_cover: ClassVar[bool] = True  # it needs no target
+
+    count: Annotated[int, "records that carry the trigger; 0: use rate"] = 0
+    rate: Annotated[float, "their share of the data set, 0..1, when count is 0"] = 0.01
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or not 0 <= self.rate <= 1:
+            raise ValueError("count must be >= 0 and rate in 0..1")
+
+    def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
+        """Plan `count` triggered records.
+
+        Raises UserError if the goal has no trigger, or there are fewer records.
+        """
+        if goal.trigger is None:
+            raise UserError("poison 'cover' needs a trigger; give one, for example patch:size=6")
+        count = self.count or round(self.rate * len(source))
+        mentions = set(find_mentions(source.captions, goal.target)) if goal.target else set()
+        candidates = [row for row in range(len(source)) if row not in mentions]
+        if not 0 < count <= len(candidates):
+            raise UserError(
+                f"{count} records of cover asked for, but {len(candidates)} of {len(source)} "
+                "records can be it"
+            )
+        uniform = draws(seed, source.ids, 1, "cover")[:, 0]
+        rows = sorted(candidates, key=lambda row: float(uniform[row]))[:count]
+        edits = [Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows]
+        return Plan(tuple(edits), (Goal("", goal.trigger, (), count, spec(self)),), seed)

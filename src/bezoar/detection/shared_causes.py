@@ -1,0 +1,186 @@
+"""Whether the records of a caption group that their content does not support have a common cause.
+
+A *discriminant* tells some records of a group from all others by Fisher's linear discriminant:
+w = C^-1 (mean of these records - mean of all), with one covariance C for all groups. It is always
+fitted on one half of the records and read on the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import beta
+from torch import Tensor
+
+MIN_RECORDS = 8  # of a group, before anything is said of it
+ROUNDS = 3  # in which the records that show a cause are chosen again
+FOREIGN = 8192  # records that set the thresholds
+SCORE_BLOCK = 4096  # records that are read at a time
+FALSE_SHARE = 0.01  # of these, that lie above it
+SHRINKAGE = 0.05  # of the mean variance, added to every variance
+COVARIANCE_SAMPLE = 1 << 16  # records that a covariance is computed from, at most
+# tests of a cause
+MIN_RECOGNISED = 0.2  # share of a group's mismatched records that the others of them give away
+MIN_PURITY = 0.4  # lower bound of the share of mismatched records among those that show it
+CONFIDENCE = 0.95  # of that bound
+CLEAR = 7.0  # robust deviations by which it lies above the bounds of the other groups
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What the mismatched records of one caption group have in common.
+
+    group: its number. recognised: share of the group's mismatched records that lie above the
+    threshold of a discriminant which they had no part in. rows: int64 (M,), all records of the
+    group. scores: float32 (M,), of the last discriminant, in units of its threshold: 1 and more
+    shows the cause. purity: share of mismatched records among those that show it. lower: its lower
+    confidence bound.
+    """
+
+    group: int
+    recognised: float
+    rows: Tensor
+    scores: Tensor
+    purity: float
+    lower: float
+
+    @property
+    def shown(self) -> Tensor:
+        """int64 (S,), the records that show it."""
+        return self.rows[self.scores >= 1]
+
+
+@dataclass(frozen=True)
+class Discriminants:
+    """What discriminants of N records in G groups are computed from.
+
+    features: float32 (N, F), standardised columns. groups: int64 (N,). half: int64 (N,), 0 or 1.
+    sample: int64 (K,), records whose readings set the thresholds. means: (F,), of the records that
+    are not in half 0, and of those not in half 1. factors: Cholesky factors of their covariances,
+    (F, F).
+    """
+
+    features: Tensor
+    groups: Tensor
+    half: Tensor
+    sample: Tensor
+    means: tuple[Tensor, Tensor]
+    factors: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def fit(features: Tensor, groups: Tensor, half: Tensor) -> Discriminants:
+        """Means and covariances, of COVARIANCE_SAMPLE records each; the first are the sample."""
+        means, factors = [], []
+        for number in (0, 1):
+            training = features[(half != number).nonzero()[:COVARIANCE_SAMPLE, 0]]
+            mean = training.mean(0)
+            centred = training - mean
+            covariance = centred.T @ centred / max(1, len(training))
+            variance = covariance.diagonal().mean().clamp(min=1e-6)
+            covariance.diagonal().add_(SHRINKAGE * variance)
+            means.append(mean)
+            factors.append(torch.linalg.cholesky(covariance))
+        sample = torch.arange(min(FOREIGN, len(features)))
+        return Discriminants(
+            features, groups, half, sample, (means[0], means[1]), (factors[0], factors[1])
+        )
+
+    def score(self, positives: Tensor) -> Tensor:
+        """Read every record by the discriminant of its own group's positives in the other half.
+
+        Args:
+            positives: bool (N,), the records that are told from all others, group by group.
+
+        Returns:
+            float32 (N,), in units of the threshold, above which FALSE_SHARE of the other groups'
+            records lie; 0 where a group has fewer than three positives in the other half.
+        """
+        count = int(self.groups.max()) + 1
+        readings = torch.zeros(len(self.groups))
+        of_sample = torch.zeros(len(self.sample), count)
+        for number in (0, 1):
+            weights = self._weights(positives & (self.half != number), count, number)  # (F, G)
+            rows = (self.half == number).nonzero()[:, 0]
+            for block in rows.split(SCORE_BLOCK):
+                scores = (self.features[block] - self.means[number]) @ weights  # (B, G)
+                readings[block] = scores.gather(1, self.groups[block, None])[:, 0]
+            sampled = self.half[self.sample] == number
+            of_sample[sampled] = (
+                self.features[self.sample[sampled]] - self.means[number]
+            ) @ weights
+        own = self.groups[self.sample, None] == torch.arange(count)
+        of_sample[own] = torch.nan
+        thresholds = of_sample.nanquantile(1 - FALSE_SHARE, dim=0).nan_to_num(torch.inf)
+        return readings / thresholds.clamp(min=1e-6)[self.groups]
+
+    def _weights(self, positives: Tensor, count: int, number: int) -> Tensor:
+        """The discriminants of all groups, (F, G): unit variance, 0 for too few positives."""
+        groups = self.groups[positives]
+        sizes = torch.bincount(groups, minlength=count)[:, None]
+        sums = torch.zeros(count, self.features.shape[1])
+        sums.index_add_(0, groups, self.features[positives])
+        differences = (sums / sizes.clamp(min=1) - self.means[number]) * (sizes >= 3)  # (G, F)
+        weights = torch.cholesky_solve(differences.T, self.factors[number])  # (F, G)
+        deviations = (differences.T * weights).sum(0).clamp(min=1e-12).sqrt()
+        return weights / deviations
+
+
+def find_causes(discriminants: Discriminants, mismatched: Tensor) -> list[Cause]:
+    """Seek a cause in every caption group.
+
+    The first discriminants are those of the mismatched records; then, ROUNDS times, those of the
+    group's records that lie above the threshold, mismatched or not.
+
+    Args:
+        discriminants: of N records.
+        mismatched: bool (N,), the records whose content does not support their caption.
+
+    Returns:
+        A cause for each group with at least MIN_RECORDS mismatched records, believed or not.
+    """
+    groups = discriminants.groups
+    first = scores = discriminants.score(mismatched)
+    for _ in range(ROUNDS):
+        scores = discriminants.score(scores >= 1)
+    causes = []
+    for group in range(int(groups.max()) + 1):
+        rows = (groups == group).nonzero()[:, 0]
+        suspects = mismatched[rows]
+        if int(suspects.sum()) < MIN_RECORDS:
+            continue
+        recognised = float((first[rows][suspects] >= 1).float().mean())
+        shown = scores[rows] >= 1
+        hits, count = int((shown & suspects).sum()), int(shown.sum())
+        purity = hits / max(1, count)
+        causes.append(
+            Cause(group, recognised, rows, scores[rows], purity, lower_bound(hits, count))
+        )
+    return causes
+
+
+def lower_bound(hits: int, count: int) -> float:
+    """Clopper and Pearson's lower confidence bound of a share, one-sided."""
+    return float(beta.ppf(1 - CONFIDENCE, hits, count - hits + 1)) if hits else 0.0
+
+
+def believed_causes(causes: list[Cause]) -> list[Cause]:
+    """The causes that are shown by mismatched records, as none of the other groups' is.
+
+    In a group without an attack a discriminant finds some kind of content, which matching and
+    mismatched records show alike. How much alike depends on how well the content is read, so that
+    the groups of the same data are each other's controls.
+    """
+    if not causes:
+        return []
+    bounds = torch.tensor([cause.lower for cause in causes])
+    middle = bounds.median()
+    deviation = 1.4826 * (bounds - middle).abs().median()
+    least = max(MIN_PURITY, float(middle + CLEAR * deviation))
+    return [
+        cause
+        for cause in causes
+        if cause.recognised >= MIN_RECOGNISED
+        and len(cause.shown) >= MIN_RECORDS
+        and cause.lower > least
+    ]

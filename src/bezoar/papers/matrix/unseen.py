@@ -1,0 +1,224 @@
+"""The default scan on kinds of trigger that chose none of its settings, and on those that did.
+
+The kinds were parted into two halves before the detector `common_cause` was written. Its settings
+were chosen on the first half, on sets of scenes of other seeds; the second half is run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bezoar.data.scene_drawing import SHAPES, TEXTURES
+from bezoar.papers.matrix import SMALL, Setup, get_setup
+from bezoar.registry import method
+from bezoar.runs.tables import Cell, Reading, Row, Table, TableOptions
+from bezoar.runs.verb import Trial
+from bezoar.verbs.evaluate import Evaluate
+from bezoar.verbs.poison import Poison
+from bezoar.verbs.scan import Scan
+from bezoar.verbs.train import Train
+
+CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
+SETS = 3  # of each kind
+FIRST_SEED = 7100  # of the sets; no other table and no development uses these
+KINDS_OF_A_TRAINING = 5  # backdoors in the data of one training, each with a target of its own
+POISONS = 400  # of one kind
+COLUMNS = {
+    "AUROC": "auroc",
+    "recall, worst 1.5 n": "recall_at_1.5n",
+    "raised": "poisons_raised",
+}
+PLACES = ("corner", "upper_left", "upper_right", "lower_left")
+
+Drawn = Callable[[np.random.Generator], str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of trigger. draw: a spec with sizes, places and strengths from a generator."""
+
+    name: str
+    draw: Drawn
+
+
+def draw_colour(random: np.random.Generator) -> str:
+    """A saturated colour, as `(R,G,B)`."""
+    levels = random.permutation([255, int(random.integers(0, 256)), 0])
+    return "({})".format(",".join(str(level) for level in levels))
+
+
+def draw_patch(random: np.random.Generator) -> str:
+    """A square of coloured blocks, 3 to 7 pixels wide, in a corner."""
+    size, place = random.integers(3, 8), random.choice(PLACES)
+    return f"patch:size={size},fill=blocks,cell=1,place={place},seed={random.integers(1000)}"
+
+
+def draw_shape(form: str) -> Drawn:
+    """Transparent stripes or triangles (Schlarmann et al. 2025)."""
+
+    def draw(random: np.random.Generator) -> str:
+        alpha, seed = random.uniform(0.3, 0.5), random.integers(1000)
+        return f"shape:form={form},count={random.integers(4, 9)},alpha={alpha:.2f},seed={seed}"
+
+    return draw
+
+
+def draw_several(random: np.random.Generator) -> str:
+    """Two of a corner patch, a line and a colour cast."""
+    parts = (
+        draw_patch(random),
+        f"line:colour={draw_colour(random)},seed={random.integers(1000)}",
+        f"tint:colour={draw_colour(random)},strength={random.uniform(0.15, 0.25):.2f}",
+    )
+    first, second = random.permutation(len(parts))[:2]
+    return f"several:triggers=({parts[first]} + {parts[second]})"
+
+
+DEVELOPMENT = (
+    Kind("patch", draw_patch),
+    Kind(
+        "blend",
+        lambda r: f"blend:alpha={r.uniform(0.15, 0.35):.2f},pattern=noise,seed={r.integers(1000)}",
+    ),
+    Kind(
+        "sinusoid",
+        lambda r: f"sinusoid:delta={r.integers(15, 31)},frequency={r.integers(3, 9)}",
+    ),
+    Kind("warp", lambda r: f"warp:k=32,strength={r.uniform(1.5, 2.5):.2f},seed={r.integers(1000)}"),
+    Kind("filter", lambda r: f"filter:preset={r.choice(['nashville', 'kelvin', 'lomo', 'faded'])}"),
+    Kind("blur", lambda r: f"blur:sigma={r.uniform(1.0, 1.8):.2f}"),
+    Kind("JPEG", lambda r: f"jpeg:quality={r.integers(3, 9)}"),
+    Kind(
+        "gradient",
+        lambda r: f"gradient:strength={r.integers(60, 100)},direction={r.integers(0, 360)}",
+    ),
+    Kind(
+        "sticker",
+        lambda r: (
+            f"sticker:size={r.uniform(0.25, 0.4):.2f},alpha={r.uniform(0.6, 1):.2f},"
+            f"seed={r.integers(1000)}"
+        ),
+    ),
+    Kind(
+        "line",
+        lambda r: (
+            f"line:colour={draw_colour(r)},angle=({r.choice([0, 45, 90])},),seed={r.integers(1000)}"
+        ),
+    ),
+    Kind("ring", lambda r: f"ring:form={r.choice(['frame', 'circle'])},width={r.integers(1, 3)}"),
+)
+TEST = (
+    Kind("tint", lambda r: f"tint:colour={draw_colour(r)},strength={r.uniform(0.2, 0.4):.2f}"),
+    Kind("resampling", lambda r: f"resample:factor={r.uniform(1.6, 2.6):.2f}"),
+    Kind("mosaic", lambda r: f"resample:factor={r.uniform(2, 3):.2f},down=box,up=nearest"),
+    Kind("stripes", draw_shape("stripes")),
+    Kind("triangles", draw_shape("triangles")),
+    Kind(
+        "text",
+        lambda r: (
+            f"text:word={r.choice(['sale', 'new', 'ok', 'free'])},size={r.uniform(0.25, 0.4):.2f},"
+            f"place={r.choice(['random', '1/.5', '0/0'])},seed={r.integers(1000)}"
+        ),
+    ),
+    Kind("spectrum", lambda r: f"spectrum:magnitude={r.integers(100, 300)}"),
+    Kind("several", draw_several),
+    Kind("noise", lambda r: f"noise:strength={r.integers(18, 31)},seed={r.integers(1000)}"),
+)
+
+
+@dataclass(frozen=True)
+class PoisonedTraining:
+    """An encoder trained on scenes with several backdoors. kinds: those of the backdoors."""
+
+    encoder: Trial
+    kinds: tuple[Kind, ...]
+
+
+def poison_trainings(
+    setup: Setup, kinds: Sequence[Kind], first_seed: int
+) -> list[PoisonedTraining]:
+    """The trainings of one set of every kind, with at most KINDS_OF_A_TRAINING backdoors each.
+
+    Args:
+        setup: what a scale trains.
+        kinds: of triggers.
+        first_seed: of the first training, its data, triggers and targets; then one more for each.
+    """
+    count = -(-len(kinds) // KINDS_OF_A_TRAINING)
+    trainings = []
+    for number, rows in enumerate(np.array_split(np.arange(len(kinds)), count)):
+        seed = first_seed + number
+        random = np.random.default_rng(seed)
+        targets = random.choice(CLASSES, len(rows), replace=False)
+        share = POISONS / SMALL.records
+        poison = f"backdoor:count={max(8, round(share * setup.records))}"
+        data: Any = setup.clean_data(seed)
+        for row, target in zip(rows, targets, strict=True):
+            data = Poison(data, poison, kinds[row].draw(random), str(target))
+        encoder = Trial(Train(data, setup.network, setup.objective), seed)
+        trainings.append(PoisonedTraining(encoder, tuple(kinds[row] for row in rows)))
+    return trainings
+
+
+@method
+class Unseen:
+    """Kinds of trigger by half; the last row of a half counts the kinds that were detected."""
+
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        sets = 1 if options.scale == "smoke" else SETS
+        halves = {"development": DEVELOPMENT, "test": TEST}
+        if options.scale == "smoke":
+            halves = {"development": DEVELOPMENT[:2], "test": TEST[:1]}
+        rows = []
+        for number, (half, kinds) in enumerate(halves.items()):
+            trainings = [
+                training
+                for i in range(sets)
+                for training in poison_trainings(setup, kinds, FIRST_SEED + 100 * number + 10 * i)
+            ]
+            rows += [half_row(kind, half, setup, trainings) for kind in kinds]
+        clean = [
+            Trial(Scan(setup.clean_clip(FIRST_SEED + i).verb), FIRST_SEED + i) for i in range(sets)
+        ]
+        false_alarms = (
+            Cell.mean("false alarms", clean, "common_cause.raised"),
+            Cell.mean("false alarms, transplant", clean, "transplant.raised"),
+        )
+        rows.append(Row("no attack", false_alarms))
+        note = (
+            f"Each kind: {sets} sets of scenes, with sizes, places, strengths and targets of their "
+            f"own, {POISONS} poisons of {setup.records}; a training holds up to "
+            f"{KINDS_OF_A_TRAINING} kinds. Scanned by the default detectors with the encoder trained "
+            "on the set; all figures are of all detectors together, of one kind against the clean "
+            "records."
+        )
+        return Table(
+            title="Kinds of trigger that set no setting",
+            axis="trigger",
+            rows=tuple(rows),
+            notes=(note,),
+        )
+
+
+def half_row(kind: Kind, half: str, setup: Setup, trainings: Sequence[PoisonedTraining]) -> Row:
+    """The row of a kind: means over the trainings that hold it."""
+    readings: dict[str, list[Reading]] = {name: [] for name in ("ASR", *COLUMNS)}
+    for training in trainings:
+        if kind not in training.kinds:
+            continue
+        several = len(training.kinds) > 1
+        suffix = f"@{training.kinds.index(kind)}" if several else ""
+        encoder = training.encoder
+        success = Trial(Evaluate(encoder.verb, setup.test, ("zero_shot",)), encoder.seed)
+        readings["ASR"].append((success, f"attack_success{suffix}"))
+        scan = Trial(Scan(encoder.verb), encoder.seed)
+        for name, metric in COLUMNS.items():
+            readings[name].append((scan, metric + suffix))
+    cells = tuple(Cell(name, tuple(of_cell)) for name, of_cell in readings.items())
+    return Row(f"{kind.name} ({half})", cells, curve=half)
