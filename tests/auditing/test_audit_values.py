@@ -72,6 +72,7 @@ def test_values_are_those_recorded(spec, name):
     verdict = run_audit(spec, name)
     values = {"value": verdict.value} | {k: m.value for k, m in verdict.evidence.items()}
     recorded = GOLDEN["values"][f"{spec.partition(':')[0]} of {name}"]
+    values = {key: values[key] for key in recorded}  # evidence that is newer than the record is not
     if GOLDEN["platform"] == this_platform():
         assert values == recorded
     else:

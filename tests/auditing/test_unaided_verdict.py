@@ -49,6 +49,25 @@ def test_the_words_are_ranges_of_the_statistic():
     assert judge_outlier({}, {}) is None
 
 
+def test_the_record_of_test_encoders(monkeypatch):
+    """Counts of each word or a stronger one; where no encoder was scored, that is said."""
+    names = ("strong evidence", "some evidence", "none found", "could not tell")
+    monkeypatch.setattr(
+        unaided_verdict, "TESTED_CLEAN", dict(zip(names, (0, 1, 9, 0), strict=True))
+    )
+    monkeypatch.setattr(
+        unaided_verdict, "TESTED_ATTACKED", dict(zip(names, (5, 2, 2, 1), strict=True))
+    )
+    record = unaided_verdict.describe_record
+    assert "10 clean encoders that set nothing 0" in record("strong evidence")
+    assert "10 attacked ones 5" in record("strong evidence")
+    assert "nothing 1 got as much, of 10 attacked ones 7" in record("some evidence")
+    assert "Of 10 attacked encoders that set nothing 3 were not found" in record("none found")
+    for name in ("TESTED_CLEAN", "TESTED_ATTACKED"):
+        monkeypatch.setattr(unaided_verdict, name, dict.fromkeys(names, 0))
+    assert "not measured" in record("none found") and "not measured" in record("some evidence")
+
+
 def audit_facts(name: str, words: str, grade: str = "", statistic: float = 0.0) -> dict:
     unaided = {"grade": grade, "statistic": statistic, "sentence": f"U {grade}.", "target": "7"}
     return {

@@ -2,8 +2,8 @@
 
 An audit that inverts a trigger for every class has a null of its own, the harmless classes: a
 backdoor's class stands apart from them. The statistic is how far, and how surely; the three words
-are ranges of it, set on development encoders, and stated with how often each was right on others
-that set nothing (`papers/matrix/strangers`).
+are ranges of it, set on four clean and five attacked development encoders. How often each errs is
+for encoders to say that set nothing (`papers/matrix/strangers`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SPREAD = (
     0.6,
     0.9,
 )  # concentrations of a mask that say nothing, and that take nothing off the ratio
-# The words that the test encoders of `papers/matrix/strangers` got at scale small.
+# The words that the test encoders of `papers/matrix/strangers` got; zeros: none was scored yet.
 TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
 TESTED_ATTACKED = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
 LEAST_SHARE = 0.5  # of the targets that a trigger must have reached for any verdict
@@ -90,6 +90,8 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
 
 def describe_record(grade: Grade) -> str:
     """How often test encoders got this word or a stronger one; of `none found`, this one."""
+    if not any((*TESTED_CLEAN.values(), *TESTED_ATTACKED.values())):
+        return "How often this errs was not measured on encoders that set nothing."
     if grade == "none found":
         count = sum(TESTED_ATTACKED[g] for g in ("none found", "could not tell"))
         return f"Of {sum(TESTED_ATTACKED.values())} attacked encoders that set nothing {count} were not found."
