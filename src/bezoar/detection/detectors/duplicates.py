@@ -77,8 +77,8 @@ class Duplicates:
             images = batch.images.to(encoder.device).float()
             thumbnails.append(make_thumbnails(images, self.side))
             if self.likeness < 1:
-                small = F.adaptive_avg_pool2d(images, picture_copies.SIDE).round()
-                pictures.append(small.to(torch.uint8).cpu().numpy())
+                pooled = F.adaptive_avg_pool2d(images, picture_copies.SIDE).round()
+                pictures.append(pooled.to(torch.uint8).cpu().numpy())
         if len(captions) != len(ids) or not ids:
             raise UserError(
                 f"detector 'duplicates' needs a caption for every image; there are {len(captions)} captions"
