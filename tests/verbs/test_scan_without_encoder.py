@@ -13,6 +13,7 @@ from bezoar.detection import suspect_training
 from bezoar.errors import UserError
 from bezoar.runs import inputs
 from bezoar.runs.run import Run
+from bezoar.verbs.scan import DEFAULT_DETECTORS
 
 CAPTIONS = ("a red star over a wall", "a blue cross", "the green square", "an orange ring")
 
@@ -25,14 +26,14 @@ def brief(monkeypatch):
 
 @pytest.fixture
 def images(tmp_path):
-    """Ninety captioned images of 80 pixels."""
+    """220 captioned images of 80 pixels."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "images"
     folder.mkdir()
-    for i in range(90):
+    for i in range(220):
         pixels = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
-        (folder / f"{i:02d}.txt").write_text(CAPTIONS[i % 4])
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(CAPTIONS[i % 4])
     return folder
 
 
@@ -47,14 +48,15 @@ def test_a_folder_is_scanned_by_a_model_that_was_trained_on_it(tmp_path, images,
     assert status == 0
     first = next(line for line in errors if line.startswith("scan: "))
     assert first.startswith(
-        "scan: no encoder is given: clip_small is trained on 90 of these records"
+        "scan: no encoder is given: clip_small is trained on 220 of these records"
     )
-    assert "then transplant, duplicates, clip_score, repetition and side channels" in first
+    assert f"then {', '.join(DEFAULT_DETECTORS)}, repetition and side channels" in first
     (train,) = [parent for parent in run.parents if parent.verb == "train"]
-    assert train.manifest["notes"]["records"] == 90
+    assert train.manifest["notes"]["records"] == 220
     notes = run.manifest["notes"]
     assert notes["untrained"] == "" and "leaks" in notes
-    assert len(notes["detectors"]) == 4 and (run.path / "keep.txt").read_text().count("\n") == 87
+    assert len(notes["detectors"]) == len(DEFAULT_DETECTORS) + 1
+    assert (run.path / "keep.txt").read_text().count("\n") == 213
     assert "could not be made" not in (run.path / "report.html").read_text()
 
 
@@ -63,7 +65,7 @@ def test_tars_of_a_shells_glob_are_one_data_set(tmp_path, images, brief):
         with tarfile.open(tmp_path / f"{number:05d}.tar", "w") as tar:
             for i in range(45 * number, 45 * number + 45):
                 for ending in ("png", "txt"):
-                    tar.add(images / f"{i:02d}.{ending}", f"{i:02d}.{ending}")
+                    tar.add(images / f"{i:03d}.{ending}", f"{i:03d}.{ending}")
     tars = sorted(tmp_path.glob("*.tar"))
     _, run = scan(tmp_path, *tars, "--detector", "clip_score")
     assert run.manifest["notes"]["records"] == 90
