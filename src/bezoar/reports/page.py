@@ -34,6 +34,7 @@ from bezoar.runs.verb import Settings, positional_fields
 TEMPLATES = Path(__file__).parent / "templates"
 VERBS = Path(__file__).parents[1] / "verbs"
 RUN_NAME = re.compile(r"[A-Za-z][\w-]*")
+WORD_JOINER = "\u2060"  # keeps lines of a page whole; a terminal is not shown it
 LONGEST_TABLE = 24  # metrics; a longer table is folded
 LONGEST_LIST = 50  # entries of a list among the notes
 
@@ -63,7 +64,7 @@ def summarize_run(run: Run) -> Summary:
 def summarize_page(run: Run, page: Page) -> Summary:
     """Return what a page says in up to three sentences, with its first figures and the run's main files."""
     measures = metric_names.read_measures(run)
-    shown = [name for name in page.cards if name in measures] or list(measures)
+    shown = [name for name in page.cards or measures if name in measures]
     verb_class = find_verb(run.verb)
     names = getattr(verb_class, "main_files", ()) or run.manifest.get("outputs", {})
     return Summary(
@@ -79,7 +80,7 @@ def summarize_measure(name: str, measure: Measure, poisoned: bool) -> Figure:
     row = metric_names.metric_row(name, measure, poisoned)
     label = f"{row.label} ({row.group})" if row.group else row.label
     interval = f" [{row.interval}]" if row.interval else ""
-    text = f"{row.value}{interval}, n = {row.n}"
+    text = f"{row.value}{interval}, n = {row.n}".replace(WORD_JOINER, "")
     return Figure(name, label, measure.value, measure.low, measure.high, measure.n, text)
 
 

@@ -92,7 +92,14 @@ def build_page(run: Run) -> Page:
         findings[0],
         " ".join([*findings[1:], untrained, view.incomplete]).strip(),
         warning(view),
-        ["poisons_removed", "auroc", "average_precision", "recall_at_0.01", "precision_at_n"],
+        [
+            "poisons_removed",
+            *(key for key in view.measures if key.endswith(".raised")),
+            "auroc",
+            "average_precision",
+            "recall_at_0.01",
+            "precision_at_n",
+        ],
         {
             "How many of the worst are false discoveries": partial(discovery_section, view),
             "Ranking": partial(ranking_section, view),
