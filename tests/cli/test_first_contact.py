@@ -38,7 +38,8 @@ def train(runs):
 
 @pytest.fixture
 def scan(runs):
-    return Run(next(runs.glob("scan-*")))
+    found = [Run(path) for path in runs.glob("scan-*")]
+    return next(run for run in found if "k_distance:k=4" in run.manifest["typed"]["detector"])
 
 
 # Endings

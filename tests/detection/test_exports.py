@@ -102,7 +102,7 @@ def test_what_is_ranked_leaves_with_its_rank(folder):
 
 
 def test_label_studio_gets_tasks_with_paths_windows_and_reasons(folder):
-    run = scan(folder, folder / "images", "--export", "label-studio")
+    run = scan(folder, f"folder:path={folder / 'images'},size=32", "--export", "label-studio")
     tasks = json.loads((run.path / "label-studio.json").read_text())
     assert len(tasks) == 40 and "label-studio.json" in run.summary.files
     task = tasks[0]
