@@ -356,7 +356,7 @@ BAD = [
     (["scan", "scenes:count=20"], "20 records are too few to train a model on"),
     (["scan"], "name a data set"),
     (["scan", "a.tar", "b.csv"], "2 inputs, such as a.tar and b.csv: give one, or several tars"),
-    (["scan", DATA, "--detector", "dao", "--fail-on", "trigger"], "--detector transplant does"),
+    (["scan", DATA, "--detector", "dao", "--fail-on", "trigger"], "none says whether there is one"),
     (["scna", DATA], "no command 'scna' (did you mean scan?)"),
     (["scan", DATA, "--detector", "clip_scores"], "(did you mean clip_score?)"),
     (["show", "nowhere"], "there are: none"),

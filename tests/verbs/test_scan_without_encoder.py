@@ -143,7 +143,7 @@ def test_which_data_an_encoder_saw(tmp_path, images, brief):
     assert saw("scenes:count=64") and not saw("scenes:count=64,seed=1")
     assert not saw("scenes:count=65") and not saw(f"folder:path={images}")
     assert inputs.was_trained_on(train, train)
-    poison = ["--poison", "backdoor:count=3", "--trigger", "patch", "--target", "striped star"]
+    poison = ["--poison", "backdoor:count=3", "--trigger", "patch", "--target", "star"]
     assert main(["poison", "scenes:count=64", *poison, *runs]) == 0
     poisoned = Run(next((tmp_path / "runs").glob("poison-*")))
     assert not inputs.was_trained_on(train, poisoned)

@@ -34,8 +34,8 @@ def write_charts(folder: Path, sections: Sequence[tuple[str, Section]]) -> list[
 
 def stand_alone(svg: str) -> str:
     """An inline chart as a document of its own: with its namespace, and colours in place of the page's variables."""
-    colours = light_colours()
-    text = svg.replace("<svg ", f"<svg {NAMESPACE} ", 1).replace("var(--font)", FONT)
+    colours = light_colours()  # `str`, because markup escapes what is put into it
+    text = str(svg).replace("<svg ", f"<svg {NAMESPACE} ", 1).replace("var(--font)", FONT)
     return re.sub(r"var\(--(\w+)\)", lambda match: colours.get(match[1], "#000000"), text)
 
 
