@@ -434,7 +434,7 @@ def test_a_verdict_without_a_bank(work, clean, capsys, monkeypatch):
         assert "could not be made" not in text and "No calibration" not in headline
         assert text.count("No calibration") <= 2 and "the smallest trigger of every target" in text
     monkeypatch.setattr(unaided_verdict, "LEAST_SHARE", 1.1)
-    manifest, run = ask(capsys, work, *command, "--fail-on", "unknown", "--fresh", status=3)
+    manifest, run = ask(capsys, work, *command, "--fail-on", "unknown", "--fresh", status=5)
     assert manifest["notes"]["words"] == "could not tell" and run.verb == "audit"
     assert Audit.undecided(manifest)[0].startswith("Could not tell")
 
