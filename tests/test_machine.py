@@ -102,7 +102,7 @@ def test_settings_of_the_user_win():
 def test_torch_takes_the_settings_that_are_made_when_bezoar_is_imported():
     code = "import bezoar, os, torch; print(os.environ['GOMP_SPINCOUNT'], torch.get_num_threads())"
     environment = {k: v for k, v in os.environ.items() if k not in machine.WAITING}
-    environment["OMP_NUM_THREADS"] = "3"
+    environment |= dict.fromkeys(machine.COUNTS, "3")
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
