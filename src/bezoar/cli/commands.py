@@ -29,7 +29,7 @@ def show_methods(arguments: forms.List) -> None:
     """`bezoar list [KIND]`."""
     if arguments.kind not in (None, *registry.KINDS):
         kinds = ", ".join(registry.KINDS)
-        hint = suggest(arguments.kind, registry.KINDS)
+        hint = suggest(str(arguments.kind), registry.KINDS)
         raise UserError(f"no kind {arguments.kind!r} of methods{hint}; there are: {kinds}")
     methods = {
         kind: [describe_method(kind, name) for name in registry.method_names(kind)]

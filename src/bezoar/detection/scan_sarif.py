@@ -44,7 +44,10 @@ def build_log(
     for name, scores in by_detector.items():
         if scores.raised is None:
             continue
-        rule = {"ruleId": f"detector/{name.partition(':')[0]}", "ruleIndex": len(rules)}
+        rule: dict[str, Any] = {
+            "ruleId": f"detector/{name.partition(':')[0]}",
+            "ruleIndex": len(rules),
+        }
         rules.append(build_rule(rule["ruleId"]))
         rows = np.flatnonzero(scores.raised.cpu().numpy())
         what = "a trigger" if scores.groups is None else "a picture with many captions"
