@@ -1109,7 +1109,7 @@ def test_what_could_not_be_read_is_said_again_by_a_scan_that_is_at_hand(tmp_path
             status == 4 and "scan: 2 records or files could not be read, beside 20" in streams.err
         )
         assert (
-            "keep.txt leaves out the 1 most suspicious of 20 records" in streams.out
+            "The keep-list leaves out the 1 most suspicious of 20 records" in streams.out
             and "metric" not in streams.out
         )
         assert (
