@@ -60,7 +60,7 @@ def test_braces_and_quotes_do_not_split():
 @pytest.mark.parametrize(
     ("kind", "text", "says"),
     [
-        ("trigger", "pach:size=3", "there are: blend"),
+        ("trigger", "pach:size=3", "there are: augment"),
         ("trigger", "patch:sise=3", "it has: size"),
         ("trigger", "patch:size=three", "size must be int"),
         ("poison", "backdoor:captions=all", "one of training, templates, repeated"),

@@ -134,7 +134,7 @@ def spell_json(form: Any, words: Sequence[str]) -> list[str]:
     if not any(f.name == "json" and f.default == "no" for f in dataclasses.fields(form)):
         return list(words)
     spelt: list[str] = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         spelt.append(word)
         if word == "--json" and following not in JSON_FORMS:
             spelt.append("short")
