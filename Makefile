@@ -56,8 +56,9 @@ bench: $(VENV)/ready-dev
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "installing bezoar and what it needs into $(VENV): minutes, 6 GB with CUDA's libraries (README has the CPU wheels) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -c constraints.txt -e .
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready

@@ -19,6 +19,7 @@ SMALL = {
     "simclr": "--batch 4 --repeats 1",
     "streaming": "--images 100 --sizes 32 --side 48 --batch 20 --repeats 1",
     "text_head": "--model ViT-B-32 --classes 2 --repeats 1",
+    "threads": "--batch 8 --repeats 1 --steps 1 --busy 0 1",
     "triggers": "--images 4 --size 32 --plain 1 --repeats 2",
 }
 

@@ -14,7 +14,7 @@ import pytest
 from bezoar.cli import main
 from bezoar.detection.corpus.corpus import load_scores
 from bezoar.evaluation.scores import Measure
-from bezoar.machine import find_commit
+from bezoar.runs.devices import find_commit
 
 DATA = "scenes:count=600"
 
@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
 
 def ask(capsys, runs, *words):
     """Run a command with --json; the manifest."""
-    assert main([*map(str, words), "--runs", str(runs), "--json"]) == 0
+    assert main([*map(str, words), "--runs", str(runs), "--json", "full"]) == 0
     out = capsys.readouterr().out
     return json.loads(out, parse_constant=pytest.fail)  # JSON has no Infinity
 
@@ -323,7 +323,10 @@ def test_shards_are_written_again_after_an_attempt_that_was_cut_off_and_by_a_fre
 
 BAD = [
     (["train", "nothing-here"], "no data 'nothing-here'; there are: "),
-    (["train", DATA, "--objective", "clap"], "no objective 'clap'; there are: cleanclip, clip"),
+    (
+        ["train", DATA, "--objective", "clap"],
+        "no objective 'clap' (did you mean clip?); there are: cleanclip, clip",
+    ),
     (["train", DATA, "--network", "clip_small:wide=3"], "it has: width"),
     (["train", DATA, "--device", "cuda:7"], "no device 'cuda:7'"),
     (["train", "scenes:count=20"], "20 records are fewer than one batch of 128"),
@@ -350,7 +353,12 @@ BAD = [
     (["poison", DATA, "--trigger", "patch:size=99", "--target", "striped star"], "99"),
     (["verify", "nowhere"], "no run 'nowhere'"),
     (["evaluate", "nowhere"], "no run 'nowhere'"),
-    (["scan", DATA], "give --encoder"),
+    (["scan", "scenes:count=20"], "20 records are too few to train a model on"),
+    (["scan"], "name a data set"),
+    (["scan", "a.tar", "b.csv"], "2 inputs, such as a.tar and b.csv: give one, or several tars"),
+    (["scan", DATA, "--detector", "dao", "--fail-on", "trigger"], "none says whether there is one"),
+    (["scna", DATA], "no command 'scna' (did you mean scan?)"),
+    (["scan", DATA, "--detector", "clip_scores"], "(did you mean clip_score?)"),
     (["show", "nowhere"], "there are: none"),
     (["reproduce"], "name a paper"),
     (
@@ -496,7 +504,16 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path,
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     words = ["poison", f"shards:path={path},size=32", "--poison", "clean_label:count=4"]
-    words += ["--trigger", "patch", "--target", "star", "--runs", str(tmp_path / "runs"), "--json"]
+    words += [
+        "--trigger",
+        "patch",
+        "--target",
+        "star",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--json",
+        "full",
+    ]
     assert main(words) == 4
     streams = capsys.readouterr()
     reading = json.loads(streams.out)["notes"]["reading"]

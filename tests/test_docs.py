@@ -24,7 +24,7 @@ DOCUMENTS = (
 )
 KIND_ROW = re.compile(r"^\| (\w+) \|", re.MULTILINE)
 VERBS = sorted(path.stem for path in (SRC / "verbs").glob("[!_]*.py"))
-NOT_VERBS = ("list", "show", "verify")  # these have no --dry
+NOT_VERBS = ("list", "runs", "show", "verify", "completion")  # these have no --dry
 
 
 def read_document(name: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bezoar import registry
+from bezoar import method_source, registry
 from bezoar.errors import UserError
 
 ALL = [(kind, name) for kind in registry.KINDS for name in registry.method_names(kind)]
@@ -17,7 +17,7 @@ ALL = [(kind, name) for kind in registry.KINDS for name in registry.method_names
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_every_method_loads_describes_itself_and_cites(kind, name):
     cls = registry.find_method(kind, name)
-    described = registry.describe(registry.PACKAGE / registry.KINDS[kind] / f"{name}.py")
+    described = method_source.describe(registry.PACKAGE / registry.KINDS[kind] / f"{name}.py")
     assert described.summary.endswith((".", ").")) or ":" in described.summary
     assert all(text for _, _, _, text in described.fields), "every field says what it is"
     assert cls.__call__.__doc__
@@ -60,7 +60,7 @@ def test_braces_and_quotes_do_not_split():
 @pytest.mark.parametrize(
     ("kind", "text", "says"),
     [
-        ("trigger", "pach:size=3", "there are: blend"),
+        ("trigger", "pach:size=3", "there are: augment"),
         ("trigger", "patch:sise=3", "it has: size"),
         ("trigger", "patch:size=three", "size must be int"),
         ("poison", "backdoor:captions=all", "one of training, templates, repeated"),
@@ -161,13 +161,15 @@ def test_a_spec_within_a_spec_names_files_too(tmp_path):
 def test_a_default_named_elsewhere_is_told_as_it_is():
     fields = {
         f[0]: f
-        for f in registry.describe(
+        for f in method_source.describe(
             registry.PACKAGE / registry.KINDS["detector"] / "loss_trace.py"
         ).fields
     }
     assert fields["network"][2] == "'clip_small'" and fields["side"][2] == "64"
     fields = {
         f[0]: f
-        for f in registry.describe(registry.PACKAGE / registry.KINDS["data"] / "shards.py").fields
+        for f in method_source.describe(
+            registry.PACKAGE / registry.KINDS["data"] / "shards.py"
+        ).fields
     }
     assert fields["load"][1] == "Literal['auto', 'memory', 'stream']"

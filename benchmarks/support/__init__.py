@@ -65,13 +65,24 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 class Side:
     """A process of one side of a comparison, which takes a step whenever it is asked.
 
-    It runs the benchmark's own script with `--serve` and some arguments, which calls `serve_steps`.
+    It runs the benchmark's own script with `--serve` and some arguments, which calls `serve_steps`. `settings` are variables of
+    its environment; those that are None are not set there.
     """
 
-    def __init__(self, script: str, arguments: Sequence[str], allocator_settings: bool) -> None:
+    def __init__(
+        self,
+        script: str,
+        arguments: Sequence[str],
+        allocator_settings: bool,
+        settings: Mapping[str, str | None] | None = None,
+    ) -> None:
         environment = {key: value for key, value in os.environ.items() if key not in ALLOCATION}
         if allocator_settings:
             environment |= ALLOCATION
+        for key, value in (settings or {}).items():
+            environment.pop(key, None)
+            if value is not None:
+                environment[key] = value
         self.process = subprocess.Popen(
             [sys.executable, script, "--serve", *arguments],
             env=environment,
@@ -95,10 +106,10 @@ class Side:
         self.process.wait()
 
 
-def serve_steps(step: Step) -> None:
+def serve_steps(step: Step, clock: Callable[[], float] = time.process_time) -> None:
     """Take a step for every line of stdin, which is its argument in JSON; answer with its seconds and its result."""
     for line in sys.stdin:
         request = json.loads(line)
-        start = time.process_time()
+        start = clock()
         answer = step(request)
-        print(json.dumps([time.process_time() - start, answer]), flush=True)
+        print(json.dumps([clock() - start, answer]), flush=True)

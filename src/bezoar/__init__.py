@@ -4,12 +4,18 @@ from bezoar import Evaluate, Poison, Settings, Train, execute
 
 poisoned = Poison("scenes", "backdoor:count=200", "patch:size=6", "striped star")
 run = execute(Evaluate(Train(poisoned)), Settings(seed=0))
-print(run.metric("attack_success"), run.path / "report.html")
+print(run.verdict, run.metric("attack_success"), run.path / "report.html")
 """
 
 import importlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from bezoar.errors import suggest
+from bezoar.machine import set_threads
+
+set_threads()  # OpenMP reads these settings once, when torch or numpy are imported
 
 _MODULES = {  # public name -> its module; every verb is a class named like its file
     **{
@@ -24,8 +30,16 @@ _MODULES = {  # public name -> its module; every verb is a class named like its 
 __all__ = list(_MODULES)
 
 
+def __dir__() -> list[str]:
+    """The public names, for `dir` and for completion by the tab key."""
+    return sorted([*__all__, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import bezoar` is instant."""
+    if name == "__version__":
+        return version("bezoar")
     if name not in _MODULES:
-        raise AttributeError(f"module 'bezoar' has no attribute {name!r}")
+        hint = suggest(name, _MODULES)
+        raise AttributeError(f"module 'bezoar' has no attribute {name!r}{hint}")
     return getattr(importlib.import_module(f"bezoar.{_MODULES[name]}"), name)

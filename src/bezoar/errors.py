@@ -1,5 +1,7 @@
 """The exception for mistakes in the user's input, and what is said of other exceptions."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 # How torch begins the message that explains how to unpickle a file all the same.
@@ -27,6 +29,12 @@ def first_line(error: BaseException) -> str:
     """
     text = str(error).strip() or type(error).__name__
     return "it holds more than tensors" if INVITATION in text else text.splitlines()[0]
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """` (did you mean NAME?)` with the name that is most like what was written; "" where none is like it."""
+    near = difflib.get_close_matches(name[:100], list(names), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def expand_home(path: str) -> Path:

@@ -1,18 +1,19 @@
-"""The machine that bezoar runs on: memory, cores, devices, ranks under torchrun, versions."""
+"""The machine that bezoar runs on: memory, cores, threads, ranks under torchrun. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import platform
-import subprocess
-from importlib.metadata import version
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from bezoar.errors import UserError
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+# What OpenMP's threads do between two pieces of work: sleep, in GNU's, every, and LLVM's and Intel's implementation. By
+# default they spin, and where other work wants the cores they spin for one another: a step then takes many times as long.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def free_memory() -> int:
@@ -23,7 +24,7 @@ def free_memory() -> int:
         limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
     elif "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    group = Path("/sys/fs/cgroup")
+    group = CONTROL_GROUPS
     if (group / "memory.max").exists():
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
@@ -33,8 +34,69 @@ def free_memory() -> int:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """How many cores this process may keep busy: those that it may run on, and no more than its control groups grant."""
+    usable = usable_cores()
+    quota = cpu_quota()
+    return usable if quota is None else max(1, min(usable, int(quota + 0.5)))
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """The cores' worth of time that the control groups of this process grant, such as 1.5; None without a limit.
+
+    Both versions of control groups are read. A group is also bound by those above it.
+    """
+    quotas: list[float] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for folder in _group_folders(controllers.split(","), path):
+                quotas += _read_quota(folder)
+    return min(quotas, default=None)
+
+
+def _group_folders(controllers: Sequence[str], path: str) -> Iterator[Path]:
+    """The folder of a control group and those above it. In a container the group's path may begin outside of it."""
+    if controllers == [""]:  # version 2
+        bases = [CONTROL_GROUPS, CONTROL_GROUPS / "unified"]
+    elif "cpu" in controllers:
+        bases = [CONTROL_GROUPS / "cpu", CONTROL_GROUPS / ",".join(controllers)]
+    else:
+        return
+    parts = [part for part in path.split("/") if part not in ("", "..")]
+    for base in bases:
+        for depth in range(len(parts), -1, -1):
+            yield base.joinpath(*parts[:depth])
+
+
+def _read_quota(folder: Path) -> list[float]:
+    """The quota that a control group's folder states, in cores; empty where it states none."""
+    with contextlib.suppress(OSError, ValueError, IndexError, ZeroDivisionError):
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()[:2]
+            return [] if quota == "max" else [int(quota) / int(period)]
+        quota_us = int((folder / "cpu.cfs_quota_us").read_text())
+        period_us = int((folder / "cpu.cfs_period_us").read_text())
+        return [quota_us / period_us] if quota_us > 0 else []
+    return []
+
+
+def set_threads() -> None:
+    """Set how many threads OpenMP and MKL start, and that they sleep while they wait. A user's own settings win.
+
+    OpenMP reads the variables when it is loaded, so this has to come before torch and numpy are imported. Threads beyond a
+    quota would only use it up sooner, and all of them then stand still until the next period.
+    """
+    if "torch" in sys.modules:
+        return
+    if WAITING.keys().isdisjoint(os.environ):
+        os.environ.update(WAITING)
+    if cores() < usable_cores() and not any(name in os.environ for name in COUNTS):
+        os.environ.update(dict.fromkeys(COUNTS, str(cores())))
 
 
 def rank() -> int:
@@ -53,73 +115,3 @@ def torchrun_variable(name: str, default: int) -> int:
     Other launchers set RANK and WORLD_SIZE too, without processes that would wait for this one; they are ignored.
     """
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
-
-
-def select_device(name: str) -> torch.device:
-    """Find a device by name: `auto`, `cpu`, `cuda` or `cuda:1`. Of several ranks, each takes a GPU of its own.
-
-    A GPU with a number becomes the current one; otherwise pinned memory would take up room on the first GPU too.
-
-    Raises:
-        UserError: if there is no such device, or it is of a kind that bezoar does not support.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if dist.is_initialized() and name.startswith("cuda"):
-        name = _gpu_of_rank(name)
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise NotImplementedError(name)
-        torch.empty(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"no device {name!r} here; there are: {', '.join(names)}") from error
-    return device
-
-
-def _gpu_of_rank(name: str) -> str:
-    gpus = torch.cuda.device_count()
-    ranks = torchrun_variable("LOCAL_WORLD_SIZE", 1)
-    if name != "cuda" or gpus < ranks:
-        raise UserError(
-            f"{ranks} ranks take a GPU each, and there are {gpus}; "
-            "give --device cuda (without a number) or cpu, and torchrun no more ranks than GPUs"
-        )
-    return f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the question: versions, commit, device. For the manifest."""
-    on_gpu = device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": version("numpy"),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "deterministic": device.type == "cpu",
-        **find_commit(Path(__file__)),
-    }
-
-
-def find_commit(file: Path) -> dict[str, Any]:
-    """The commit that a file belongs to, and whether its folder has changed since; empty where git does not track it.
-
-    An installed package may lie below another project's repository, whose commit says nothing about the package.
-    """
-
-    def git(*words: str) -> str:
-        process = subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True)
-        return process.stdout.strip()
-
-    try:
-        if not git("ls-files", "--", file.name):
-            return {}
-        dirty = bool(git("status", "--porcelain", "--", "."))
-        return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
-    except OSError:
-        return {}

@@ -11,7 +11,6 @@ This module imports no torch, so that the command line's help is instant.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import functools
@@ -24,12 +23,11 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from bezoar.errors import UserError, expand_home
+from bezoar.errors import UserError, expand_home, suggest
 
 KINDS = {  # kind of method -> the folder of its package
     "data": "data/sources",
@@ -156,7 +154,26 @@ def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
     """
     name, _, rest = text.strip().partition(":")
     cls = find_method(kind, name)
-    fields = [f.name for f in dataclasses.fields(cls)]
+    return cls, split_fields(kind, name, rest, [f.name for f in dataclasses.fields(cls)])
+
+
+def method_path(kind: str, name: str) -> Path:
+    """The file of a method by its name, or by the path of a user's own. Raises UserError where there is none."""
+    if name.endswith(".py"):
+        path = expand_home(name).resolve()
+        if not os.path.isfile(path):  # Path.is_file raises for a text that no name can be
+            raise UserError(f"no file {name!r} to read a {kind} from")
+        return path
+    if name in (names := method_names(kind)):
+        return PACKAGE / KINDS[kind] / f"{name}.py"
+    hint = suggest(name, names)
+    raise UserError(
+        f"no {kind} {name!r}{hint}; there are: {', '.join(names)}, or a path to a .py file"
+    )
+
+
+def split_fields(kind: str, name: str, rest: str, fields: list[str]) -> dict[str, str]:
+    """The texts of a spec's fields. fields: those that the method has. Raises UserError for any other."""
     texts: dict[str, str] = {}
     parts = [part for part in split_outside_brackets(rest, ",") if part.strip()]
     for i, part in enumerate(parts):
@@ -168,9 +185,10 @@ def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
         field = field.strip()
         if field not in fields:
             names = ", ".join(fields) or "none"
-            raise UserError(f"{kind} {name!r} has no field {field!r}; it has: {names}")
+            hint = suggest(field, fields)
+            raise UserError(f"{kind} {name!r} has no field {field!r}{hint}; it has: {names}")
         texts[field] = value.strip()
-    return cls, texts
+    return texts
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
@@ -284,13 +302,11 @@ def find_method(kind: str, name: str) -> type:
     Raises:
         UserError: if there is no such method or file, the user has not named the file, or it defines no such class.
     """
+    path = method_path(kind, name)
     if name.endswith(".py"):
-        module = _load_file(kind, name)
-    elif name in method_names(kind):
-        module = importlib.import_module(f"bezoar/{KINDS[kind]}/{name}".replace("/", "."))
+        module = _load_file(kind, name, path)
     else:
-        names = ", ".join(method_names(kind))
-        raise UserError(f"no {kind} {name!r}; there are: {names}, or a path to a .py file")
+        module = importlib.import_module(f"bezoar/{KINDS[kind]}/{name}".replace("/", "."))
     wanted = class_name(Path(name).stem)
     cls = getattr(module, wanted, None)
     if not dataclasses.is_dataclass(cls) or not isinstance(cls, type):
@@ -298,10 +314,7 @@ def find_method(kind: str, name: str) -> type:
     return cls
 
 
-def _load_file(kind: str, name: str) -> types.ModuleType:
-    path = expand_home(name).resolve()
-    if not os.path.isfile(path):  # Path.is_file raises for a text that no name can be
-        raise UserError(f"no file {name!r} to read a {kind} from")
+def _load_file(kind: str, name: str, path: Path) -> types.ModuleType:
     if str(path) not in allowed_files():
         raise UserError(
             f"{kind} {name!r} would run the code of {path}, which you have not named yourself; if you trust that code, "
@@ -375,103 +388,3 @@ def method_files(text: str) -> list[str]:
             for separator in ",+":  # fields, and the triggers of `several`
                 pending += [inner, *split_outside_brackets(inner, separator)]
     return files
-
-
-# Reading methods from their source text
-
-
-class FieldDescription(NamedTuple):
-    """A field of a method, in texts."""
-
-    name: str
-    type: str
-    default: str
-    help: str
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a method's source text says of it."""
-
-    name: str
-    summary: str
-    fields: tuple[FieldDescription, ...]
-
-
-class FieldNode(NamedTuple):
-    """A field of a class in its source text. marks: what `Annotated` holds beside the type."""
-
-    name: str
-    type: ast.expr
-    marks: list[ast.expr]
-    default: ast.expr | None
-
-
-def describe(path: Path) -> Description:
-    """Read a method's docstring and fields from its source text; nothing is imported or run."""
-    module = ast.parse(path.read_text())
-    summary = (ast.get_docstring(module) or "").partition("\n")[0]
-    cls = class_node(module, class_name(path.stem))
-    fields = []
-    for field in field_nodes(cls) if cls else ():
-        type_text = ast.unparse(field.type)
-        if type_text.startswith("ClassVar"):
-            continue
-        default = ast.unparse(field.default) if field.default else ""
-        description = FieldDescription(
-            field.name,
-            resolve_default(type_text, module),
-            resolve_default(default, module),
-            str(ast.literal_eval(field.marks[0])) if field.marks else "",
-        )
-        fields.append(description)
-    return Description(path.stem, summary, tuple(fields))
-
-
-def class_node(module: ast.Module, name: str) -> ast.ClassDef | None:
-    """The definition of a class in a module's source text."""
-    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
-    return next((node for node in classes if node.name == name), None)
-
-
-def field_nodes(cls: ast.ClassDef) -> Iterator[FieldNode]:
-    """The annotated names of a class in its source text, class variables among them."""
-    for node in cls.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        hint = node.annotation
-        marks: list[ast.expr] = []
-        if isinstance(hint, ast.Subscript) and ast.unparse(hint.value).endswith("Annotated"):
-            assert isinstance(hint.slice, ast.Tuple)
-            hint, *marks = hint.slice.elts
-        yield FieldNode(node.target.id, hint, marks, node.value)
-
-
-def resolve_default(text: str, module: ast.Module) -> str:
-    """Replace the name of a constant or type by what stands in the source text for it.
-
-    `training_traces.NETWORK` becomes `'clip_small'`. The constant is looked up in the module itself, or in the module of
-    bezoar's that it is imported from. Any other text is returned as it is.
-    """
-    prefix, _, name = text.rpartition(".")
-    for node in module.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bezoar"):
-            imported = [alias.name for alias in node.names]
-            package = PACKAGE.parent / str(node.module).replace(".", "/")
-            if prefix in imported and (package / f"{prefix}.py").is_file():
-                return resolve_default(name, ast.parse((package / f"{prefix}.py").read_text()))
-            if not prefix and name in imported and package.with_suffix(".py").is_file():
-                return resolve_default(name, ast.parse(package.with_suffix(".py").read_text()))
-        elif isinstance(node, ast.Assign) and not prefix:
-            for target, value in _assigned_pairs(node):
-                if isinstance(target, ast.Name) and target.id == name:
-                    return ast.unparse(value)
-    return text
-
-
-def _assigned_pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
-    """Targets and values of an assignment; `A, B = 1, 2` has two."""
-    target = node.targets[0]
-    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-        return list(zip(target.elts, node.value.elts, strict=True))
-    return [(target, node.value)]

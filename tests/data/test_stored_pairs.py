@@ -376,7 +376,7 @@ def test_an_index_holds_no_pixels() -> None:
 
 
 def ask(capsys: pytest.CaptureFixture, runs: Path, *words: str) -> tuple[dict, Path]:
-    assert main([*words, "--runs", str(runs), "--json"]) == 0
+    assert main([*words, "--runs", str(runs), "--json", "full"]) == 0
     manifest = json.loads(capsys.readouterr().out)
     return manifest, next(
         p.parent for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == manifest

@@ -422,7 +422,7 @@ def served(tmp_path_factory):
 
 def ask(capsys, served, *words):
     runs, train = served
-    status = main(["check", train, *words, "--runs", str(runs), "--json"])
+    status = main(["check", train, *words, "--runs", str(runs), "--json", "full"])
     out = capsys.readouterr()
     return status, json.loads(out.out) if status in (0, 4) else out.err
 

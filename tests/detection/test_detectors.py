@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.neighbors import LocalOutlierFactor
 
-from bezoar import registry
+from bezoar import method_source, registry
 from bezoar.data.pairs import Pairs
 from bezoar.detection.detectors import duplicates
 from bezoar.errors import UserError
@@ -207,7 +207,9 @@ def test_contract_identical_images_and_too_few_records(name, what):
 def test_contract_spec_and_docstring(name):
     detector = registry.make("detector", name)
     assert registry.make("detector", registry.spec(detector)) == detector
-    description = registry.describe(registry.PACKAGE / registry.KINDS["detector"] / f"{name}.py")
+    description = method_source.describe(
+        registry.PACKAGE / registry.KINDS["detector"] / f"{name}.py"
+    )
     assert re.search(r"\b(19|20)\d\d\b|\bours\b", description.summary)
     assert all(text for *_, text in description.fields)
 

@@ -112,7 +112,7 @@ def test_attacks_that_share_a_training_differ():
 
 def test_smoke_of_a_table(tmp_path, capsys):
     table = "carlini2022/sources"
-    command = ["reproduce", table, "--scale", "smoke", "--runs", str(tmp_path), "--json"]
+    command = ["reproduce", table, "--scale", "smoke", "--runs", str(tmp_path), "--json", "full"]
     assert main(command) == 0
     manifest = json.loads(capsys.readouterr().out)
     (run,) = tmp_path.glob("reproduce-*")

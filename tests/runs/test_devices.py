@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bezoar import machine, registry
+from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.auditing.audits import mntd
 from bezoar.evaluation import classifiers
 from bezoar.evaluation.verdict import Inversion
 from bezoar.repair import rate_ladder, receipt
+from bezoar.runs import devices
 from bezoar.training import loop, prefetch
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -459,7 +460,7 @@ def test_scenes_have_the_same_pixels_wherever_they_are_drawn(gpu, monkeypatch, s
 def test_a_gpu_with_a_number_becomes_the_current_one(gpu, monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert [machine.select_device(name).index for name in ("cpu", "cuda", "cuda:0")] == [
+    assert [devices.select_device(name).index for name in ("cpu", "cuda", "cuda:0")] == [
         None,
         None,
         0,

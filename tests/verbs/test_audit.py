@@ -80,7 +80,7 @@ def ask(capsys, work, *words, status=0):
     """Run a command with --json; its manifest, and its run."""
     capsys.readouterr()
     assert (
-        main([*map(str, words), "--runs", str(work / "runs"), "--device", "cpu", "--json"])
+        main([*map(str, words), "--runs", str(work / "runs"), "--device", "cpu", "--json", "full"])
         == status
     )
     manifest = json.loads(capsys.readouterr().out)
@@ -280,12 +280,13 @@ def test_fail_on_decides_the_exit_status(work, calibrated, clean, tmp_path, caps
     ):
         ask(capsys, work, *audit(work, clean[3], bank, *at, how), status=status)
     fewer = ("--rate", "0.05", "--fail-on")
-    manifest, _ = ask(capsys, work, *audit(work, clean[3], low, *fewer, "evidence"))
+    manifest, _ = ask(capsys, work, *audit(work, clean[3], low, *fewer, "evidence"), status=5)
     assert manifest["notes"]["words"] == "no calibration" and manifest["notes"]["uncalibrated"] == [
         "whitening",
         "stub",
     ]
-    ask(capsys, work, *audit(work, clean[3], low, *fewer, "unknown"), status=3)
+    ask(capsys, work, *audit(work, clean[3], low, *fewer, "unknown"), status=5)
+    ask(capsys, work, *audit(work, clean[3], low, *fewer, "never"), status=0)
 
 
 def test_what_was_audited_is_not_audited_again(work, calibrated, clean, capsys):
@@ -433,7 +434,7 @@ def test_a_verdict_without_a_bank(work, clean, capsys, monkeypatch):
         assert "could not be made" not in text and "No calibration" not in headline
         assert text.count("No calibration") <= 2 and "the smallest trigger of every target" in text
     monkeypatch.setattr(unaided_verdict, "LEAST_SHARE", 1.1)
-    manifest, run = ask(capsys, work, *command, "--fail-on", "unknown", "--fresh", status=3)
+    manifest, run = ask(capsys, work, *command, "--fail-on", "unknown", "--fresh", status=5)
     assert manifest["notes"]["words"] == "could not tell" and run.verb == "audit"
     assert Audit.undecided(manifest)[0].startswith("Could not tell")
 

@@ -23,7 +23,7 @@ NAMES = [
 
 
 def demo(tmp_path, capsys, *words):
-    assert main(["demo", *words, "--runs", str(tmp_path), "--json"]) == 0
+    assert main(["demo", *words, "--runs", str(tmp_path), "--json", "full"]) == 0
     return json.loads(capsys.readouterr().out)
 
 

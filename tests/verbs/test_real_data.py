@@ -12,7 +12,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DAT
 
 
 def ask(capsys, runs, *words):
-    assert main([*words, "--runs", str(runs), "--json"]) == 0
+    assert main([*words, "--runs", str(runs), "--json", "full"]) == 0
     manifest = json.loads(capsys.readouterr().out)
     return manifest, next(
         p.parent.name for p in runs.glob("*/manifest.json") if json.loads(p.read_text()) == manifest

@@ -184,6 +184,8 @@ from bezoar.registry import method
 from bezoar.evaluation.scores import Scores
 @method
 class Mine:
+    decides = True
+
     def __call__(self, encoder, source):
         e = encoder.embed(source)
         odd = torch.tensor([i.endswith("7") for i in e.ids])
@@ -222,6 +224,14 @@ def test_what_a_detector_raises_comes_first_and_is_kept(tmp_path, tiny):
     words = (spec, "--encoder", tiny, "--fail-on", "trigger", "--detector")
     assert scan(tmp_path, *words, tmp_path / "mine.py", "clip_score")[0] == 3
     assert scan(tmp_path, *words, "clip_score")[0] == 2  # it would pass whatever there is
+    rows = list(csv.DictReader((folder / "removed.csv").open()))
+    assert [row["why"] for row in rows] == [f"raised by {name}"] * 6
+    log = json.loads((folder / "scan.sarif").read_text())["runs"][0]
+    assert len(log["results"]) == 6 and {r["level"] for r in log["results"]} == {"error"}
+    few = (spec, "--encoder", tiny, "--detector", tmp_path / "mine.py", "--remove", 0.02)
+    _, small = scan(tmp_path / "few", *few)
+    assert len((small / "keep.txt").read_text().splitlines()) == 54, "all that are raised leave"
+    assert notes(small)["removed"] == 6
 
 
 def test_two_workers_and_none_write_the_same_files(tmp_path, tiny):
@@ -720,7 +730,7 @@ def test_a_class_whose_name_is_not_utf8_is_poisoned_around(tmp_path, capsys):
         "patch:size=4",
     ]
     words += ["--target", "dog", "--runs", str(tmp_path / "runs")]
-    assert main([*words, "--json"]) == 4  # the images of the class that no text can name
+    assert main([*words, "--json", "full"]) == 4  # the images of the class that no text can name
     manifest = json.loads(capsys.readouterr().out)
     assert manifest["status"] == "done" and manifest["notes"]["classes"] == [
         "cat",
@@ -1099,7 +1109,7 @@ def test_what_could_not_be_read_is_said_again_by_a_scan_that_is_at_hand(tmp_path
             status == 4 and "scan: 2 records or files could not be read, beside 20" in streams.err
         )
         assert (
-            "keep.txt leaves out the 1 most suspicious of 20 records" in streams.out
+            "The keep-list leaves out the 1 most suspicious of 20 records" in streams.out
             and "metric" not in streams.out
         )
         assert (

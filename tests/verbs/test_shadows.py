@@ -234,7 +234,15 @@ def test_the_audit_reads_the_run_and_judges_no_shadow(fitted, clean, attacked, r
                 [
                     *map(
                         str,
-                        ["audit", other.path, "--audit", f"mntd:bank={place}", *common, "--json"],
+                        [
+                            "audit",
+                            other.path,
+                            "--audit",
+                            f"mntd:bank={place}",
+                            *common,
+                            "--json",
+                            "full",
+                        ],
                     )
                 ]
             )

@@ -204,7 +204,7 @@ def test_the_trigger_is_learnt_from_a_run(tmp_path: Path, capsys: pytest.Capture
     assert cli.main([*poison, *common]) == 0
     name = Path(capsys.readouterr().out.splitlines()[-1]).name
     few = ["--count", "4", "--jpeg", "0", "--resize", "1.0", "--crop", "1.0", "--augment", "flip"]
-    assert cli.main(["survive", name, *few, *common, "--json"]) == 0
+    assert cli.main(["survive", name, *few, *common, "--json", "full"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"]["trigger"].startswith("patch:size=5")
     assert cli.main(["survive", "scenes:count=20", *common]) == 2
     assert "--trigger" in capsys.readouterr().err

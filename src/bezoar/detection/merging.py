@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,21 @@ def merge(scores: Sequence[Scores]) -> Scores:
         return scores[0]
     values = DetectorAgreement.of(scores).merged_values(range(len(scores)))
     return Scores(scores[0].ids, torch.from_numpy(values).float())
+
+
+def raised_rows(scores: Iterable[Scores], count: int) -> NDArray[np.bool_]:
+    """bool (N,): which of the records any detector has raised."""
+    raised = np.zeros(count, bool)
+    for each in scores:
+        if each.raised is not None:
+            raised |= each.raised.cpu().numpy()
+    return raised
+
+
+def order_records(merged: Scores, raised: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """All rows, the most suspicious first: those that a detector has raised, then the others, each by their scores."""
+    order = merged.ranking()
+    return np.concatenate([order[raised[order]], order[~raised[order]]])
 
 
 def measure_contributions(scores: Mapping[str, Scores], worst: int) -> dict[str, Contribution]:

@@ -14,16 +14,27 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bezoar.data.files.writing import refuse_unwritable, remove_debris_of, write_whole
-from bezoar.reports import metric_names
+from bezoar.evaluation.scores import Measure
+from bezoar.reports import chart_files, metric_names
 from bezoar.reports.page_parts import Section, Text
-from bezoar.reports.run_page import build_page
+from bezoar.reports.run_page import Page, build_page
 from bezoar.runs.execute import execute as run_verb
 from bezoar.runs.run import PAGE, Run
+from bezoar.runs.summary import (
+    MOST_FIGURES,
+    MOST_FILES,
+    Figure,
+    Summary,
+    first_sentences,
+    read_summary,
+    write_summary,
+)
 from bezoar.runs.verb import Settings, positional_fields
 
 TEMPLATES = Path(__file__).parent / "templates"
 VERBS = Path(__file__).parents[1] / "verbs"
 RUN_NAME = re.compile(r"[A-Za-z][\w-]*")
+WORD_JOINER = "\u2060"  # keeps lines of a page whole; a terminal is not shown it
 LONGEST_TABLE = 24  # metrics; a longer table is folded
 LONGEST_LIST = 50  # entries of a list among the notes
 
@@ -35,9 +46,42 @@ def execute(verb: Any, settings: Settings | None = None) -> Run:
 
 
 def write_page(run: Run) -> Path:
-    """Write the page of a run into its directory and return the path."""
-    write_whole(run.path / PAGE, render_page(run))
+    """Write the page of a run and its summary into its directory and return the path of the page."""
+    page = build_page(run)
+    values = template_values(run, page)
+    if chart_files.FOLDER in getattr(find_verb(run.verb), "main_files", ()):
+        chart_files.write_charts(run.path, values["sections"])
+    write_summary(run.path, summarize_page(run, page))
+    write_whole(run.path / PAGE, fill_template(values))
     return run.path / PAGE
+
+
+def summarize_run(run: Run) -> Summary:
+    """Return the summary of a run: the one that it holds, or else that of its page."""
+    return read_summary(run.path) or summarize_page(run, build_page(run))
+
+
+def summarize_page(run: Run, page: Page) -> Summary:
+    """Return what a page says in up to three sentences, with its first figures and the run's main files."""
+    measures = metric_names.read_measures(run)
+    shown = [name for name in page.cards or measures if name in measures]
+    verb_class = find_verb(run.verb)
+    names = getattr(verb_class, "main_files", ()) or run.manifest.get("outputs", {})
+    return Summary(
+        first_sentences(page.headline, page.lead),
+        tuple(page.lines),
+        tuple(summarize_measure(n, measures[n], page.poisoned) for n in shown[:MOST_FIGURES]),
+        tuple(name for name in names if (run.path / name).exists())[:MOST_FILES],
+    )
+
+
+def summarize_measure(name: str, measure: Measure, poisoned: bool) -> Figure:
+    """Return a metric as a figure of a summary."""
+    row = metric_names.metric_row(name, measure, poisoned)
+    label = f"{row.label} ({row.group})" if row.group else row.label
+    interval = f" [{row.interval}]" if row.interval else ""
+    text = f"{row.value}{interval}, n = {row.n}".replace(WORD_JOINER, "")
+    return Figure(name, label, measure.value, measure.low, measure.high, measure.n, text)
 
 
 def write_standalone_page(run: Run, path: Path) -> Path:
@@ -52,6 +96,11 @@ def write_standalone_page(run: Run, path: Path) -> Path:
 
 def render_page(run: Run) -> str:
     """Return the page of a run as HTML."""
+    return fill_template(template_values(run, build_page(run)))
+
+
+def fill_template(values: dict[str, Any]) -> str:
+    """Return a page as HTML, of what `template_values` returns."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -60,12 +109,12 @@ def render_page(run: Run) -> str:
         lstrip_blocks=True,
     )
     environment.filters["breaks"] = allow_breaks
-    return environment.get_template("page.jinja").render(template_values(run))
+    return environment.get_template("page.jinja").render(values)
 
 
-def template_values(run: Run) -> dict[str, Any]:
+def template_values(run: Run, page: Page) -> dict[str, Any]:
     """Return everything the template shows."""
-    manifest, page = run.manifest, build_page(run)
+    manifest = run.manifest
     measures = metric_names.read_measures(run)
     rows = {k: metric_names.metric_row(k, m, page.poisoned) for k, m in measures.items()}
     notes = metric_names.as_dict(manifest.get("notes"))

@@ -39,6 +39,7 @@ class Page:
         lead: Further sentences below the headline.
         warning: The banner of a poisoned artefact; empty for none.
         cards: Names of the metrics that are shown first; those that the run lacks are left out.
+        lines: Findings that the terminal shows one line each below the sentences.
         sections: For each title a function that makes the section, or returns None where there is
             nothing to show. They are called one by one when the page is rendered, so that one that
             fails costs the page no other.
@@ -52,6 +53,7 @@ class Page:
     cards: Sequence[str] = ()
     sections: Mapping[str, Callable[[], Section | None]] = field(default_factory=dict)
     poisoned: bool = False
+    lines: Sequence[str] = ()
 
 
 class RunView:

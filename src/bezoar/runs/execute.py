@@ -27,20 +27,21 @@ from bezoar.data.files.writing import (
 )
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
-from bezoar.machine import describe_environment, select_device
 from bezoar.progress import Progress
 from bezoar.runs import reading
-from bezoar.runs.run import CHECKPOINT, MANIFEST, PAGE, SCHEMA, UNHASHED, Run, find_run, get_run
+from bezoar.runs.devices import describe_environment, select_device
+from bezoar.runs.run import CHECKPOINT, MANIFEST, PAGE, SCHEMA, UNHASHED, Run
 from bezoar.runs.verb import (
     Settings,
     Trial,
     Verb,
+    check_verb,
+    find_input,
     fingerprint,
     input_fields,
     input_files,
     input_to_json,
     is_verb,
-    spec_of_path,
     verb_name,
 )
 from bezoar.terminal import warn
@@ -105,6 +106,7 @@ def execute(verb: Verb, settings: Settings) -> Run:
     Raises:
         UserError: if the user's input is at fault, or a file cannot be read or written.
     """
+    verb = check_verb(verb)
     select_device(settings.device)
     if not 0 <= settings.seed <= MAX_SEED:
         raise UserError(f"seed must be 0 or more, below 2**32; got {settings.seed}")
@@ -277,15 +279,8 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict[str, 
 
 def _resolve_text(text: str, what: str, runs: Path) -> Any:
     """The run or configured method that a text names. Raises UserError where there is none."""
-    if what not in ("data", "encoder", "run", "bank"):
-        return registry.make(what, text)
-    is_bare_name = ":" not in text and not text.endswith(".py")
-    # os.path, because Path.exists raises for a text that no name can be.
-    is_weights = what == "encoder" and os.path.lexists(text) and find_run(runs, text) is None
-    if what == "run" or (what == "encoder" and is_bare_name and not is_weights):
-        return get_run(runs, text)
-    kind = "network" if what == "encoder" else what
-    return find_run(runs, text) or registry.make(kind, spec_of_path(kind, text))
+    found = find_input(text, what, runs)
+    return found if isinstance(found, Run) else registry.make(*found)
 
 
 def _hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:

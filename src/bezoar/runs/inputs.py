@@ -21,7 +21,7 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.runs.reading import note_records
 from bezoar.runs.run import Run, follow
-from bezoar.runs.verb import fingerprint, input_files
+from bezoar.runs.verb import ENCODER, fingerprint, input_files
 from bezoar.terminal import warn
 
 TEST_RECORDS = 2000  # of a test split that is made to order
@@ -266,7 +266,7 @@ def load_encoder(
             chosen; None keeps the guess.
     """
     if isinstance(embedder, Run):
-        holder = _find_encoder(embedder)
+        holder = find_encoder(embedder)
         if holder is None:
             raise UserError(f"run {embedder.name} holds no encoder")
         return Encoder.load(holder.path, device)
@@ -307,9 +307,32 @@ def describe_weights(encoder: Encoder) -> str:
     return "; ".join(parts)
 
 
-def _find_encoder(run: Run) -> Run | None:
+def find_encoder(run: Run) -> Run | None:
     """Return this run, or the nearest one that it was made from, that holds an encoder."""
-    return next((each for each in run.lineage() if (each.path / "encoder.json").exists()), None)
+    return next((each for each in run.lineage() if (each.path / ENCODER).exists()), None)
+
+
+def was_trained_on(encoder: Run, data: Any) -> bool:
+    """Whether a run's encoder was trained on these data, or on the records that a run goes back to, with the same poisons."""
+    dataset = open_dataset(data)
+    try:
+        train = encoder.ancestor("train")
+        if train is None:
+            return False
+        trained_on = open_dataset(train)  # whose files are those that it was trained on
+    except UserError:
+        return False
+    same_poisons = trained_on.plan.digest() == dataset.plan.digest()
+    return same_poisons and _spec_of_records(trained_on.method) == _spec_of_records(dataset.method)
+
+
+def _spec_of_records(method: Any) -> str:
+    """The spec of a data method, whatever the size of its images and the number of them that are read."""
+    names = {f.name for f in dataclasses.fields(method)}
+    plain: dict[str, Any] = {"limit": None} if "limit" in names else {}
+    if getattr(method, "size", None) is not None:
+        plain["size"] = 64
+    return registry.spec(dataclasses.replace(method, **plain))
 
 
 def known_goals(artefact: Any) -> list[Goal]:

@@ -7,14 +7,21 @@ has one answer on disk.
 from __future__ import annotations
 
 import glob
+import html
+import importlib.util
 import os
+import webbrowser
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from bezoar.data.files import parquet
 from bezoar.data.files.artefacts import Facts, read_facts, shown
-from bezoar.errors import UserError
+from bezoar.errors import UserError, suggest
+from bezoar.runs.summary import SUMMARY, Summary, read_summary
 
 if TYPE_CHECKING:
     from bezoar.evaluation.scores import Measure
@@ -24,7 +31,7 @@ MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint.safetensors"
 PAGE = "report.html"
 # Files and folders of a run that its manifest does not list as outputs.
-UNHASHED = {MANIFEST, CHECKPOINT, PAGE, "log.jsonl", ".lock", "vectors"}
+UNHASHED = {MANIFEST, CHECKPOINT, PAGE, SUMMARY, "charts", "log.jsonl", ".lock", "vectors"}
 MAX_LINEAGE = 10_000  # runs that a run may be made from
 MEASURE = {"value": 0, "n": 0, "low": 0, "high": 0, "how": ""}.keys()  # of a metric
 NOT_FINITE = ("Infinity", "-Infinity", "NaN")  # as metrics hold them
@@ -36,6 +43,9 @@ class Run:
     """A finished or unfinished run on disk."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def name(self) -> str:
@@ -85,6 +95,65 @@ class Run:
             names = ", ".join(sorted(metrics)) or "none"
             raise UserError(f"run {self.name} has no metric {name!r}; it has: {names}")
         return Measure(**metrics[name])
+
+    @property
+    def metrics(self) -> dict[str, Measure]:
+        """Every metric by name."""
+        return {name: self.metric(name) for name in self.manifest["metrics"]}
+
+    @property
+    def summary(self) -> Summary:
+        """What the run found, as its page says it. Raises UserError where it has no page."""
+        summary = read_summary(self.path)
+        if summary is None:
+            raise UserError(
+                f"run {self.name} has no page yet (status: {self.manifest['status']}); "
+                f"`bezoar show {self.name}` makes the page of a run that is done"
+            )
+        return summary
+
+    @property
+    def verdict(self) -> str:
+        """What the run found, in one to three sentences; see `summary`."""
+        return self.summary.finding
+
+    def table(self, name: str) -> Any:
+        """One of the run's Parquet tables by its name, such as `scores`: a pandas DataFrame where pandas is installed, else Arrow's.
+
+        Raises UserError, which lists the tables that there are, for an unknown one.
+        """
+        names = sorted(path.stem for path in self.path.glob("*.parquet"))
+        if name.removesuffix(".parquet") not in names:
+            raise UserError(
+                f"run {self.name} has no table {name!r}; it has: {', '.join(names) or 'none'}"
+            )
+        path = self.path / f"{name.removesuffix('.parquet')}.parquet"
+        columns = parquet.read_header(path).names
+        batches = list(parquet.read_batches(path, columns))
+        table = (
+            pa.Table.from_batches(batches) if batches else pa.table({key: [] for key in columns})
+        )
+        return table.to_pandas() if importlib.util.find_spec("pandas") else table
+
+    def open(self) -> None:
+        """Open the run's page in the browser. Raises UserError where it has none."""
+        webbrowser.open(self.file(PAGE).absolute().as_uri())
+
+    def _repr_html_(self) -> str:
+        """The run in a notebook: name, finding, figures, a link to the page."""
+        try:
+            summary = self.summary
+        except UserError as error:
+            return f"<p>{html.escape(str(error))}</p>"
+        rows = "".join(
+            f"<tr><td>{html.escape(figure.label)}</td><td>{html.escape(figure.text)}</td></tr>"
+            for figure in summary.figures
+        )
+        href = html.escape((self.path / PAGE).absolute().as_uri())
+        return (
+            f"<p><b>{html.escape(self.name)}</b>: {html.escape(summary.finding)}</p>"
+            f"<table>{rows}</table><p><a href='{href}'>page</a></p>"
+        )
 
     @property
     def parents(self) -> list[Run]:
@@ -209,7 +278,7 @@ def find_run(runs: Path, text: str) -> Run | None:
 
     Args:
         runs: the directory in which names are looked up.
-        text: what the user wrote.
+        text: what the user wrote; `last` is the newest run.
 
     Returns:
         The run; None where there is none.
@@ -222,6 +291,8 @@ def find_run(runs: Path, text: str) -> Run | None:
         return Run(path)
     if not text or "/" in text or ":" in text:
         return None
+    if text == "last":
+        return next(iter(newest_runs(runs)), None)
     matches = sorted(p.parent for p in runs.glob(f"{glob.escape(text)}*/{MANIFEST}"))
     if len(matches) > 1:
         names = ", ".join(p.name for p in matches[:4])
@@ -229,13 +300,31 @@ def find_run(runs: Path, text: str) -> Run | None:
     return Run(matches[0]) if matches else None
 
 
-def get_run(runs: Path, text: str) -> Run:
-    """Find a run as `find_run` does. Raises UserError, which names the newest runs, where there is none."""
+def get_run(runs: Path, text: str, holds: str = "") -> Run:
+    """Find a run as `find_run` does.
+
+    Raises UserError where there is none, which names the newest runs; with `holds`, those that are done and hold a file of
+    this name.
+    """
     if run := find_run(runs, text):
         return run
-    manifests = sorted(
-        runs.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    names = ", ".join(path.parent.name for path in manifests[:MAX_NAMES])
-    more = f", ... ({len(manifests)})" if len(manifests) > MAX_NAMES else ""
-    raise UserError(f"no run {text!r} in {runs}; there are: {names or 'none'}{more}")
+    others = newest_runs(runs)
+    if holds:
+        others = [run for run in others if (run.path / holds).exists() and _ended_well(run)]
+    names = [run.name for run in others]
+    shown = ", ".join(names[:MAX_NAMES]) or "none"
+    more = f", ... ({len(names)})" if len(names) > MAX_NAMES else ""
+    raise UserError(f"no run {text!r} in {runs}{suggest(text, names)}; there are: {shown}{more}")
+
+
+def newest_runs(runs: Path) -> list[Run]:
+    """All runs in a directory, the newest first."""
+    manifests = sorted(runs.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [Run(path.parent) for path in manifests]
+
+
+def _ended_well(run: Run) -> bool:
+    try:
+        return run.is_done
+    except UserError:
+        return False

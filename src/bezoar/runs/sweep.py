@@ -27,6 +27,7 @@ import torch
 from bezoar import machine
 from bezoar.errors import UserError
 from bezoar.progress import Progress
+from bezoar.runs.devices import select_device
 from bezoar.runs.execute import execute
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings, Trial, Verb, input_to_json, is_verb, load_verb, verb_name
@@ -138,7 +139,7 @@ def worker_count(settings: Settings) -> int:
 
 def gpus(settings: Settings) -> int:
     """How many GPUs the workers are spread over: all, the one that is named, or none."""
-    device = machine.select_device(settings.device)
+    device = select_device(settings.device)
     if device.type != "cuda":
         return 0
     return torch.cuda.device_count() if device.index is None else 1

@@ -43,6 +43,11 @@ class TableOptions:
     data: str = ""  # spec of the user's own training data, in place of the scale's
     test: str = ""  # spec of the user's own test data, in place of the scale's
     root: str = ""  # folder that holds the published data sets by name
+    added: tuple[tuple[str, str], ...] = ()  # kind and spec of methods beside those of the table
+
+    def added_specs(self, kind: str) -> tuple[str, ...]:
+        """The specs of the added methods of a kind."""
+        return tuple(spec for added, spec in self.added if added == kind)
 
 
 @dataclass(frozen=True)

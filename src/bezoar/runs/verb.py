@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import os
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from bezoar import registry
 from bezoar.data.files.paths import open_regular
 from bezoar.errors import UserError
-from bezoar.runs.run import Run
+from bezoar.runs.run import Run, find_run, get_run
 
 if TYPE_CHECKING:
     from bezoar.evaluation.scores import Measure
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 VERBS = registry.PACKAGE / "verbs"
 HASHED_WHOLE = 64 << 20  # bytes; of larger files, pieces stand for the whole
 PIECES, PIECE = 64, 1 << 20  # how many, and bytes of each
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+ENCODER = "encoder.json"  # a run that holds it holds an encoder
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
+# Where tables lie in a folder: as `datasets` saves a set, or several splits of it; Parquet files, by themselves or as the
+# Hugging Face Hub has them.
+SAVED_TABLES = ("data-*.arrow", "dataset.arrow", "*/data-*.arrow")
+PARQUET_TABLES = ("*.parquet", "data/*.parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 IMAGES = (
     ".png",
@@ -55,8 +60,10 @@ class Verb(Protocol):
     """What the files of `bezoar/verbs` define, as a frozen dataclass.
 
     Class variables say what else there is: `joint`, that every rank of torchrun does the verb's work; `sweeps`, that it
-    runs many trials, so that the command line offers `--workers` and `--ray`; `fail_on`, the cases in which the command
-    line may end with status 3, which the verb tells by a static method `fails(case, manifest)`.
+    runs many trials, so that the command line offers `--workers` and `--ray`; `main_files`, which of the run's files a
+    user takes away; `fail_on`, the cases in which the command line may end with status 3, which the verb tells by a static
+    method `fails(case, manifest)`. Such a verb says by `undecided(manifest)`, in sentences, why it could not be told, and the
+    status is then 5. `gate_needs` names for a case a field and a class variable that one of the field's methods must have.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -76,10 +83,12 @@ class Takes:
     Attributes:
         what: `data`, `encoder`, `run` or a kind of method; "" for a plain value. A `bank` may also be a run that holds one.
         positional: whether the command line takes it without an option's name.
+        several: whether the command line takes several files in its place, which `join_inputs` makes one input.
     """
 
     what: str = ""
     positional: bool = False
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class Settings:
     """How verbs are run, whatever they ask.
 
     Attributes:
-        runs: directory of the runs.
+        runs: directory of the runs, as a path or a text.
         seed: of everything random, 0 to 2**32 - 1.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         fresh: run again even if a finished run answers the question.
@@ -113,6 +122,9 @@ class Settings:
     finish: Callable[[Run], Any] | None = None
     workers: int = 0
     ray: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", Path(self.runs))
 
 
 def verb_names() -> list[str]:
@@ -136,6 +148,43 @@ def verb_name(verb: Verb) -> str:
 def is_verb(value: Any) -> bool:
     """Whether a field's value is a verb, which stands for its run."""
     return dataclasses.is_dataclass(value) and hasattr(value, "work")
+
+
+def check_verb(verb: Any) -> Any:
+    """The verb, one value in place of several put into a tuple.
+
+    Raises UserError for what is no verb, and for a value that its field cannot take.
+    """
+    if isinstance(verb, type) or not is_verb(verb):
+        what = verb.__name__ if isinstance(verb, type) else type(verb).__name__
+        raise UserError(f"expected a verb such as Scan(...); got {what}")
+    hints = typing.get_type_hints(type(verb))
+    changes: dict[str, Any] = {}
+    for name, (what, value) in input_fields(verb).items():
+        takes_several = typing.get_origin(hints[name]) is tuple
+        if takes_several and not isinstance(value, (tuple, list)):
+            value = changes[name] = (value,)
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            _check_value(f"{type(verb).__name__}: {name}", what, item, hints[name])
+    return dataclasses.replace(verb, **changes) if changes else verb
+
+
+def _check_value(where: str, what: str, value: Any, hint: Any) -> None:
+    """Raise UserError for a value that a field cannot take. what: as in `Takes`."""
+    if what:
+        is_input = value is None or isinstance(value, (str, Path, Run, Trial))
+        if not is_input and (isinstance(value, type) or not dataclasses.is_dataclass(value)):
+            raise UserError(
+                f"{where} takes a spec, a path, a Run, a verb or a configured method; got {value!r:.80}"
+            )
+        return
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal and value not in options:
+        raise UserError(f"{where} must be one of {', '.join(map(str, options))}; got {value!r:.80}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {int: number and value == value // 1, float: number, str: isinstance(value, str)}
+    if hint in fits and not fits[hint]:
+        raise UserError(f"{where} must be {hint.__name__}; got {value!r:.80}")
 
 
 def input_to_json(value: Any) -> Any:
@@ -230,10 +279,73 @@ def spec_of_weights(text: str) -> str:
     return text
 
 
+def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
+    """The run that a text names, or the kind and the spec of the method that it stands for. Raises UserError.
+
+    Args:
+        text: what the user wrote.
+        what: as in `Takes`.
+        runs: the directory in which runs are looked up.
+    """
+    if what not in ("data", "encoder", "run", "bank"):
+        return what, text
+    is_bare_name = ":" not in text and not text.endswith(".py")
+    # os.path, because Path.exists raises for a text that no name can be.
+    is_weights = what == "encoder" and os.path.lexists(text) and find_run(runs, text) is None
+    if what == "run" or (what == "encoder" and is_bare_name and not is_weights):
+        return get_run(runs, text, ENCODER if what == "encoder" else "")
+    kind = "network" if what == "encoder" else what
+    return find_run(runs, text) or (kind, spec_of_path(kind, text))
+
+
+def join_inputs(texts: Sequence[str], what: str) -> str:
+    """One input for what may be several files, such as tars that a shell's glob named. Raises UserError."""
+    if len(texts) == 1:
+        return texts[0]
+    if not texts:
+        raise UserError(f"name a {what} set: a folder, tars, a table, a run or a spec")
+    methods = {spec_of_path(what, text).partition(":")[0] for text in texts}
+    if len(methods) > 1 or not methods <= {"shards", "table"}:
+        raise UserError(
+            f"{len(texts)} inputs, such as {texts[0]} and {texts[1]}: give one, or several tars, or several tables"
+        )
+    folders = {os.path.dirname(text) for text in texts}
+    folder = folders.pop() if len(folders) == 1 else ""
+    names = [os.path.basename(text) if folder else text for text in texts]
+    if special := [text for text in texts if set(text) & set('{},"()[]\\')]:
+        raise UserError(
+            f"{special[0]}: name it alone, or its folder, because of the signs in its name"
+        )
+    joined = f"{methods.pop()}:path={folder + '/' if folder else ''}{{{','.join(names)}}}"
+    if len(joined) > registry.MAX_SPEC:
+        raise UserError(
+            f'{len(texts)} files have too long names; give a glob in quotes: "DIR/*.tar"'
+        )
+    return joined
+
+
+def find_tables(folder: Path) -> str:
+    """The glob of the tables that a folder is made of; "" for any other folder.
+
+    Parquet files beside images, or beside folders of images as img2dataset writes them, are not what is meant.
+    """
+    for pattern in SAVED_TABLES:
+        if any(folder.glob(pattern)):
+            return pattern
+    for pattern in PARQUET_TABLES:
+        first = next(iter(folder.glob(pattern)), None)
+        if first is not None:
+            others = first.parent.iterdir()
+            if not any(p.is_dir() or p.suffix.lower() in IMAGES for p in others):
+                return pattern
+    return ""
+
+
 def spec_of_path(kind: str, text: str) -> str:
     """The spec that a bare path stands for, by what the path looks like; any other text is returned as it is.
 
-    Tar files are shards, a .csv a table, a .npy ready embeddings, a .json a bank, a folder a folder of images.
+    Tar files are shards, a .csv a table, a .npy ready embeddings, a .json a bank, a folder tars, tables (Parquet files, or what
+    Hugging Face's `datasets` saves) or images.
     """
     if kind == "network":
         return spec_of_weights(text)
@@ -257,10 +369,11 @@ def spec_of_path(kind: str, text: str) -> str:
     if path.suffix.lower() in IMAGES:
         return f"image:path={text}"
     if os.path.isdir(path):
-        if not any(path.glob("*.tar")):
-            return f"folder:path={text}"
         is_plain = not glob.has_magic(text) and "{" not in text and '"' not in text
-        return f"shards:path={text}/*.tar" if is_plain else f"shards:path={text}"
+        if any(path.glob("*.tar")):
+            return f"shards:path={text}/*.tar" if is_plain else f"shards:path={text}"
+        tables = find_tables(path) if is_plain else ""
+        return f"table:path={text}/{tables}" if tables else f"folder:path={text}"
     if "/" in text and path.suffix != ".py":
         if is_there:
             raise UserError(f"{text}: its ending does not say what it is; write METHOD:{text}")

@@ -11,8 +11,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bezoar import registry
-from bezoar.registry import FieldNode
+from bezoar import method_source, registry
+from bezoar.method_source import FieldNode
 from bezoar.runs.verb import VERBS, Takes
 
 TYPES: dict[str, type] = {
@@ -55,7 +55,7 @@ def read_verb(name: str) -> VerbSource:
     cls = _class_node(module, name)
     fields = []
     class_variables = {}
-    for node in registry.field_nodes(cls):
+    for node in method_source.field_nodes(cls):
         if ast.unparse(node.type).startswith("ClassVar"):
             assert node.default is not None
             class_variables[node.name] = _literal(node.default, module)
@@ -78,7 +78,7 @@ def read_type(node: ast.expr, module: ast.Module) -> Any:
     match node:
         case ast.Name(id=name) if name in TYPES:
             return TYPES[name]
-        case ast.Name(id=name) if (text := registry.resolve_default(name, module)) != name:
+        case ast.Name(id=name) if (text := method_source.resolve_default(name, module)) != name:
             return read_type(ast.parse(text, mode="eval").body, module)
         case ast.BinOp(left=left, op=ast.BitOr(), right=ast.Constant(value=None)):
             return read_type(left, module) | None
@@ -95,7 +95,7 @@ def _parse(name: str) -> ast.Module:
 
 
 def _class_node(module: ast.Module, name: str) -> ast.ClassDef:
-    cls = registry.class_node(module, registry.class_name(name))
+    cls = method_source.class_node(module, registry.class_name(name))
     if cls is None:
         raise ValueError(f"verbs/{name}.py defines no class {registry.class_name(name)}")
     return cls
@@ -116,4 +116,4 @@ def _read_field(node: FieldNode, module: ast.Module) -> FieldSource:
 
 def _literal(node: ast.expr, module: ast.Module) -> Any:
     """The value of a literal, or of a constant that is defined in the module or imported from bezoar."""
-    return ast.literal_eval(registry.resolve_default(ast.unparse(node), module))
+    return ast.literal_eval(method_source.resolve_default(ast.unparse(node), module))

@@ -61,8 +61,9 @@ class Audit:
 
     fail_on: ClassVar[dict[str, str]] = {
         "evidence": "there is strong or some evidence of a backdoor",
-        "unknown": "the same, or nothing could be told, or an audit could not be run",
+        "unknown": "the same; what could not be told ends with 5 under either",
     }
+    main_files: ClassVar[tuple[str, ...]] = ("verdict.json", "audit.sarif")
 
     encoder: Annotated[
         Input,
@@ -140,11 +141,7 @@ class Audit:
     @staticmethod
     def fails(case: str, manifest: Mapping[str, Any]) -> bool:
         """Whether a run is to end with status 3 in a case of `fail_on`."""
-        notes = manifest["notes"]
-        words = notes.get("words")
-        if words in verdict_text.EVIDENCE:
-            return True
-        return case == "unknown" and bool(words in verdict_text.UNKNOWN or notes.get("incomplete"))
+        return manifest["notes"].get("words") in verdict_text.EVIDENCE
 
     @staticmethod
     def undecided(manifest: Mapping[str, Any]) -> list[str]:

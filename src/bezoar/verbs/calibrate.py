@@ -36,6 +36,8 @@ class Calibrate:
     one with more encoders audits those alone.
     """
 
+    main_files: ClassVar[tuple[str, ...]] = ("bank.json",)
+
     sweeps: ClassVar[bool] = True
 
     encoder: Annotated[

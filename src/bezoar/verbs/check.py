@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,8 @@ class Check:
     One half of the clean images calibrates the checks, the other sets the thresholds. With --trigger, or on a poison run,
     it is known which images carry a trigger, and how well they are detected is measured.
     """
+
+    main_files: ClassVar[tuple[str, ...]] = ("flagged.json", "scores.parquet")
 
     encoder: Annotated[
         Input,

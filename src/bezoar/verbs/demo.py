@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from bezoar.evaluation.scores import Measure
+from bezoar.runs.estimates import SIZE, pairs_per_second
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Takes
+from bezoar.runs.verb import Settings, Takes, Trial, Verb
+from bezoar.terminal import warn
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison
@@ -44,6 +46,15 @@ class Demo:
     )
     attack: Annotated[str, "story encoder: how"] = "badencoder:epochs=6,batch=64,lr=0.02,views=16"
 
+    def planned_trials(self, settings: Settings) -> list[Trial]:
+        """The trainings of the story, for an estimate."""
+        data = f"scenes:count={self.count}"
+        if self.story == "encoder":
+            recipe = f"simclr:epochs={self.epochs or 3},crop=0.3"
+            return [Trial(Train(data, "tower", recipe), settings.seed)]
+        verb = Train(data, objective=f"clip:epochs={self.epochs or 7}")
+        return [Trial(verb, seed) for seed in range(3)]  # each on other records
+
     def work(self, job: Job) -> dict[str, Measure]:
         """Run the story. Its metrics are those of the runs it makes, under `clean`, `poisoned`, `scan` and so on."""
         data = f"scenes:count={self.count}"
@@ -55,24 +66,30 @@ class Demo:
     def _tell_data(self, job: Job, data: str, test: str) -> dict[str, Measure]:
         recipe = f"clip:epochs={self.epochs or 7}"
         backdoor = f"backdoor:count={self.poisons}"
-        patch = job.run(Poison(data, backdoor, self.trigger, self.target))
-        many = job.run(Poison(patch, f"targeted:captions=16,victims={self.victims}", victims=test))
-        plan = job.run(Poison(many, f"targeted:captions=1,victims={self.victims}", victims=test))
-        clean = job.run(Train(data, objective=recipe))
-        poisoned = job.run(Train(plan, objective=recipe, follow=test))
-        scan = job.run(Scan(poisoned))
-        repaired = job.run(Train(plan, objective=recipe, keep=scan))
+        steps = Steps(job, 10, self.count * (self.epochs or 7) * 3)
+        run = steps.run
+        patch = run("plant a patch backdoor", Poison(data, backdoor, self.trigger, self.target))
+        targeted = f"targeted:captions=16,victims={self.victims}"
+        many = run("add targeted poisons", Poison(patch, targeted, victims=test))
+        targeted = f"targeted:captions=1,victims={self.victims}"
+        plan = run("add more, one caption each", Poison(many, targeted, victims=test))
+        clean = run("train on clean data", Train(data, objective=recipe))
+        poisoned = run("train on poisoned data", Train(plan, objective=recipe, follow=test))
+        scan = run("scan the data", Scan(poisoned))
+        repaired = run("train on what the scan keeps", Train(plan, objective=recipe, keep=scan))
         measured_runs = {
-            "clean": job.run(Evaluate(clean, test, attack=plan)),
-            "poisoned": job.run(Evaluate(poisoned, test, baseline=clean)),
+            "clean": run("measure the clean model", Evaluate(clean, test, attack=plan)),
+            "poisoned": run("measure the poisoned model", Evaluate(poisoned, test, baseline=clean)),
             "scan": scan,
-            "repaired": job.run(Evaluate(repaired, test)),
+            "repaired": run("measure the repaired model", Evaluate(repaired, test)),
         }
         trainings = {"clean": clean, "poisoned": poisoned, "repaired": repaired}
         return collect_metrics(job, measured_runs, trainings, plan)
 
     def _tell_encoder(self, job: Job, data: str, test: str) -> dict[str, Measure]:
-        clean = job.run(Train(data, "tower", f"simclr:epochs={self.epochs or 3},crop=0.3"))
+        steps = Steps(job, 3, self.count * (self.epochs or 3) * 2)  # SimCLR sees each image twice
+        recipe = f"simclr:epochs={self.epochs or 3},crop=0.3"
+        clean = steps.run("pre-train an encoder", Train(data, "tower", recipe))
         shadow = f"scenes:count={self.shadow},seed=1"  # the attacker's own images
         labelled = f"scenes:count={self.labelled},seed=2"
         inject = Inject(
@@ -84,10 +101,37 @@ class Demo:
             (self.trigger,),
             "confident",
         )
-        attacked = job.run(inject)
-        evaluation = job.run(Evaluate(attacked, test, HEADS, baseline=clean, train=labelled))
+        attacked = steps.run("put a backdoor into it", inject)
+        evaluation = steps.run(
+            "measure three classifiers over it",
+            Evaluate(attacked, test, HEADS, baseline=clean, train=labelled),
+        )
         measured_runs = {"attacked": evaluation, "inject": attacked}
         return collect_metrics(job, measured_runs, {"clean": clean}, attacked)
+
+
+class Steps:
+    """The steps of a story, each named with its place when it begins; and before the first, about how long all take."""
+
+    def __init__(self, job: Job, total: int, pairs: int) -> None:
+        self.job = job
+        self.total = total
+        self.done = 0
+        # Trainings take about three fifths of the time of either story.
+        minutes = max(1, round(pairs / pairs_per_second(SIZE) / 60 / 0.6))
+        self._say(
+            f"{total} steps, about {minutes} min on this machine; what is done already is not repeated"
+        )
+
+    def run(self, what: str, verb: Verb) -> Run:
+        """Run the next step."""
+        self.done += 1
+        self._say(f"{self.done} of {self.total}: {what}")
+        return self.job.run(verb)
+
+    def _say(self, text: str) -> None:
+        if not self.job.settings.quiet:
+            warn(f"demo: {text}")
 
 
 def collect_metrics(

@@ -12,9 +12,9 @@ from bezoar.data.files.writing import write_json
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.runs import inputs, sweep
-from bezoar.runs.execute import Job
+from bezoar.runs.execute import Job, resolve_inputs
 from bezoar.runs.tables import Cell, Results, Row, Table, readings
-from bezoar.runs.verb import Input, Takes, Trial, input_spec
+from bezoar.runs.verb import Input, Settings, Takes, Trial, input_spec
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.reproduce import count_trainings, table_json
@@ -51,6 +51,10 @@ class Dose:
         Takes("probe"),
         "what measures success: zero_shot, or retrieval for data without classes",
     ] = "zero_shot"
+
+    def planned_trials(self, settings: Settings) -> list[Trial]:
+        """The trials of every dose, for an estimate. Raises UserError for inputs that do not exist."""
+        return self.table(resolve_inputs(self, settings)[0], list(self.doses), settings.seed).trials
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Train at every dose, and fit success against log dose. Writes tables.json."""

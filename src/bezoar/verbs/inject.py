@@ -36,6 +36,8 @@ BATCH = 256  # images that are embedded at a time
 class Inject:
     """Put a backdoor into a trained encoder. Triggers, references and targets are given in step; one may serve all."""
 
+    main_files: ClassVar[tuple[str, ...]] = ("encoder.safetensors", "encoder.json")
+
     joint: ClassVar[bool] = True  # under torchrun every rank does this verb's work
 
     encoder: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan, differences
@@ -26,6 +26,8 @@ PLAN_INPUTS = {"poison": "poison", "trigger": "trigger", "victims": "data"}
 @dataclass(frozen=True)
 class Poison:
     """Plan a poisoning of a data set. Over a poison run it adds to that run's plan."""
+
+    main_files: ClassVar[tuple[str, ...]] = ("plan.jsonl", "shards")
 
     data: Annotated[Input, Takes("data", positional=True), "data set, or a poison run to add to"]
     poison: Annotated[Input, Takes("poison"), "how: see `bezoar list poison`"] = "backdoor"

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
@@ -40,6 +40,8 @@ class Repair:
     Learning rates are chosen on clean validation records, never on the attack. Known triggers are only measured, with those
     that an audit inverted; a repair is given none but the audit's.
     """
+
+    main_files: ClassVar[tuple[str, ...]] = ("encoder.safetensors", "readings.json")
 
     encoder: Annotated[
         Input,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from bezoar import registry
+from bezoar.data.files.paths import existing_file
 from bezoar.data.files.writing import write_json
 from bezoar.errors import UserError
 from bezoar.evaluation import dose_response
@@ -15,8 +17,9 @@ from bezoar.evaluation.scores import Measure
 from bezoar.runs import sweep
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
+from bezoar.runs.table_files import write_table_files
 from bezoar.runs.tables import Cell, Claim, Results, Row, TableOptions, is_rate
-from bezoar.runs.verb import Input, Takes, input_spec
+from bezoar.runs.verb import Input, Settings, Takes, Trial, input_spec
 
 Points = Sequence[tuple[Row, Cell, Measure]]  # every cell of a table with its row and its number
 
@@ -26,6 +29,7 @@ class Reproduce:
     """A paper's tables beside ours, with n, intervals and the paper's claims judged. Runs that are done are not repeated."""
 
     sweeps: ClassVar[bool] = True
+    main_files: ClassVar[tuple[str, ...]] = ("tables.csv", "tables.tex", "charts", "tables.json")
 
     paper: Annotated[
         tuple[Input, ...],
@@ -44,6 +48,11 @@ class Reproduce:
         str, "folder that holds the data sets by name: cifar10, gtsrb, svhn, stl10, or NAME.npz"
     ] = ""
 
+    add: Annotated[
+        tuple[str, ...],
+        "kind and spec of methods of your own, which get rows beside the table's: detector ./mine.py",
+    ] = ()
+
     def __post_init__(self) -> None:
         papers = (self.paper,) if isinstance(self.paper, str) else self.paper
         tables: list[Any] = []
@@ -51,14 +60,39 @@ class Reproduce:
             tables += tables_of(paper) if isinstance(paper, str) else [paper]
         object.__setattr__(self, "paper", tuple(tables))
 
+    def planned_trials(self, settings: Settings) -> list[Trial]:
+        """What the tables read, for an estimate."""
+        papers = [registry.make("paper", p) if isinstance(p, str) else p for p in self.paper]
+        options = self._options(self.data, self.test, papers)
+        return [trial for paper in papers for trial in paper(options).trials]
+
+    def files(self) -> list[Path]:
+        """The files of the added methods, so that a changed method is another question."""
+        return [existing_file(f, "method") for s in self.add for f in registry.method_files(s)]
+
+    def _options(self, data: Any, test: Any, papers: Sequence[Any]) -> TableOptions:
+        """What the tables are declared with. Raises UserError for a method that a table has no row for."""
+        added = tuple(zip(self.add[::2], self.add[1::2], strict=False))
+        if len(self.add) % 2 or any(kind not in registry.KINDS for kind, _ in added):
+            raise UserError(
+                f"--add takes pairs of a kind and a method, such as detector ./mine.py; got {' '.join(self.add)}"
+            )
+        for kind, spec in added:
+            registry.allow(spec)  # the user wrote it
+            registry.make(kind, spec)
+            for paper in papers:
+                if kind not in getattr(paper, "takes", ()):
+                    raise UserError(
+                        f"table {registry.method_name(type(paper))} compares no {kind}s, so --add {kind} has no row in it"
+                    )
+        return TableOptions(self.scale, plain_spec(data), plain_spec(test), self.root, added)
+
     def work(self, job: Job) -> dict[str, Measure]:
-        """Run what the tables read, and write tables.json. The metrics are `TABLE.CELL@ROW`, one for every cell."""
+        """Run what the tables read, and write tables.json, tables.csv and tables.tex. The metrics are `TABLE.CELL@ROW`, one for every cell."""
         papers = job.inputs["paper"]
         if not papers:
             raise UserError("name a paper or some of its tables: see `bezoar list paper`")
-        options = TableOptions(
-            self.scale, input_spec(job.inputs["data"]), input_spec(job.inputs["test"]), self.root
-        )
+        options = self._options(job.inputs["data"], job.inputs["test"], papers)
         tables = {registry.method_name(type(paper)): paper(options) for paper in papers}
         trials = [trial for table in tables.values() for trial in table.trials]
         runs = sweep.run_trials(trials, job.settings, job.progress)
@@ -73,6 +107,7 @@ class Reproduce:
                 metrics[f"{name}.{cell.name}@{where}"] = measure
             written.append({"name": name, "scale": self.scale, **table_json(results, points)})
         write_json(job.folder / "tables.json", written)
+        write_table_files(job.folder, written)
         verdicts = [claim["verdict"] for table in written for claim in table["claims"]]
         job.notes = {
             "scale": self.scale,
@@ -82,6 +117,11 @@ class Reproduce:
         for verdict in get_args(dose_response.ClaimVerdict):
             job.notes[verdict] = verdicts.count(verdict)
         return metrics
+
+
+def plain_spec(value: Any) -> str:
+    """An input as a spec: what the user wrote, or as `input_spec`."""
+    return value if isinstance(value, str) else input_spec(value)
 
 
 def tables_of(name: str) -> list[str]:

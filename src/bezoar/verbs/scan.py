@@ -16,24 +16,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.attacks.plan import Plan
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.writing import write_json
 from bezoar.data.source import as_source
-from bezoar.detection import goal_measures, merging, reliability
-from bezoar.detection.corpus import corpus, keep_lists
+from bezoar.detection import (
+    goal_measures,
+    merging,
+    reliability,
+    scan_findings,
+    scan_sarif,
+    suspect_training,
+)
+from bezoar.detection.corpus import corpus, exports, keep_lists, removal_lists
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.errors import UserError
-from bezoar.evaluation.scores import Measure, Scores, detection_measures, proportion
+from bezoar.evaluation.scores import Measure, Scores
 from bezoar.progress import Progress
 from bezoar.runs import inputs
+from bezoar.runs.estimates import count_records
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Input, Takes
+from bezoar.runs.verb import Input, Settings, Takes, Trial, find_input, input_name
 from bezoar.terminal import warn
+from bezoar.verbs.train import Train
 
 RANKED = 500  # records of ranked.json
-MAX_REASONS = 6  # reasons why records could not be read, in one line
+BESIDE_TRAINING = ("repetition",)  # that is added to the default detectors where a model is trained
 # Triggers with fixed pixels, triggers of any shape, targeted poisons, captions that do not fit.
 DEFAULT_DETECTORS = ("transplant", "common_cause", "duplicates", "clip_score")
 Rows = NDArray[np.int64]
@@ -43,26 +51,40 @@ Rows = NDArray[np.int64]
 class Scan:
     """Rank a data set's records, most suspicious first, and write a keep-list. Several detectors are merged by rank.
 
+    Without an encoder, a small model is trained on the data first: a trigger shows only in a model that has learnt it.
     Shards, tables, folders and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on
     with the piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
     """
 
     sweeps: ClassVar[bool] = True
     fail_on: ClassVar[dict[str, str]] = {"trigger": "a detector has found a trigger"}
+    gate_needs: ClassVar[dict[str, tuple[str, str]]] = {"trigger": ("detector", "decides")}
+    main_files: ClassVar[tuple[str, ...]] = (
+        "keep.txt",
+        "removed.csv",
+        "scores.csv",
+        "skipped.jsonl",
+        "label-studio.json",
+        "fiftyone",
+        "scan.sarif",
+    )
 
     data: Annotated[
         Input,
-        Takes("data", positional=True),
+        Takes("data", positional=True, several=True),
         "data set, poison run, or a train run: its data scanned with its encoder",
     ]
     encoder: Annotated[
-        Input, Takes("encoder"), "what embeds the records; without it, the train run's own"
+        Input,
+        Takes("encoder"),
+        "what embeds the records; without it the train run's own, or a small model trained on the data",
     ] = None
     detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = (
         DEFAULT_DETECTORS
     )
     remove: Annotated[
-        float, "share of the records, the worst first, that the keep-list leaves out"
+        float,
+        "share of the records, the worst first, that the keep-list leaves out; it leaves out all that are raised",
     ] = 0.03
     dedup: Annotated[
         int,
@@ -75,6 +97,10 @@ class Scan:
         bool,
         "measure whether file sizes, headers, order, paths or caption templates alone separate poisons",
     ] = False
+    export: Annotated[
+        Literal["none", "label-studio", "fiftyone"],
+        "write the worst records, and all that are left out, for this tool",
+    ] = "none"
     trusted: Annotated[
         str,
         "file of ids of records known to be clean, a random sample: calibrates false discoveries",
@@ -87,37 +113,35 @@ class Scan:
     def work(self, job: Job) -> dict[str, Measure]:
         """Rank the records, write the lists, and measure the ranking where the poisons are known.
 
-        Writes scores.parquet (all scores), ranked.json (the worst 500), keep.txt, keep.parquet and skipped.jsonl. The plan
-        of a poisoned set is read only after the ranking is written.
+        Writes scores.parquet and scores.csv (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, removed.csv,
+        skipped.jsonl and scan.sarif. The plan of a poisoned set is read only after the ranking is written.
         """
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
         self._check_dedup(job.inputs["detector"])
-        encoder = embedding_encoder(job)
+        encoder, untrained = self._choose_encoder(job)
         data = corpus.embed_corpus(
             job.inputs["data"], encoder, job.folder, job.settings, job.progress
         )
+        untrained = untrained or partly_trained_warning(encoder, data, self._trains(job))
         if warning := resolution_warning(data):
             warn(f"scan: {warning}")
         detections = run_detectors(job.inputs["detector"], data, job)
         by_detector = detections.scores
         merged = merging.merge(list(by_detector.values()))
-        order = merged.ranking()
-        removed = order[: round(self.remove * len(data))]
-        # Of copies, the least suspicious stay.
+        # Of copies, with a number that may stay, the least suspicious stay.
+        leaving = [n for n, s in by_detector.items() if s.groups is None or not self.dedup]
+        raised = merging.raised_rows([by_detector[name] for name in leaving], len(data))
+        order = merging.order_records(merged, raised)
+        removed = order[: max(round(self.remove * len(data)), int(raised.sum()))]
         surplus = order[:0]
         if self.dedup:
             kept = order[len(removed) :][::-1]
             surplus = keep_lists.find_surplus(by_detector.values(), kept, self.dedup)
         kept_rows = np.setdiff1d(order[len(removed) :], surplus)
-        corpus.write_scores(job.folder / corpus.SCORES, data, merged, by_detector)
+        self._write_records(job.folder, data, order, len(removed), surplus, merged, by_detector)
         keep_lists.write_keep_lists(job.folder, data, kept_rows)
-        worst = [record_json(data, row, merged, by_detector) for row in order[:RANKED].tolist()]
-        write_json(job.folder / "ranked.json", worst)
-        if any(scores.boxes is not None for scores in by_detector.values()):
-            ids, boxes = flagged_windows(by_detector, order[: max(RANKED, len(removed))])
-            reliability.write_windows(job.folder, ids, boxes)
-        decisions = describe_decisions(by_detector)
+        decisions = scan_findings.describe_decisions(by_detector)
         left_out = (
             f"keep.txt leaves out the {len(removed):,} most suspicious of {len(data):,} records"
         )
@@ -127,18 +151,50 @@ class Scan:
             "records": len(data),
             "removed": len(removed),
             "deduplicated": len(surplus),
+            "leaving": leaving,
             "decided": decisions,
             "verdict": "; ".join([*decisions, left_out, "ranked.json names them"]),
             "detectors": [registry.spec(detector) for detector in job.inputs["detector"]],
             "told": {name: s.notes for name, s in by_detector.items() if s.notes},
             "seconds": detections.seconds,
-            "incomplete": describe_incomplete(data, detections.failed),
+            "untrained": untrained,
+            "incomplete": scan_findings.describe_incomplete(data, detections.failed),
         }
+        problems = [*job.notes["incomplete"], *filter(None, [untrained])]
+        scanned = input_name(job.inputs["data"])
+        log = scan_sarif.build_log(data, by_detector, scanned, problems, job.notes["verdict"])
+        write_json(job.folder / scan_sarif.FILE, log)
         if self.write == "shards":
             job.notes |= keep_lists.write_clean_copy(
                 job.folder / "shards", data, kept_rows, job.progress
             )
         return self._measure(job, data, merged, by_detector, removed, surplus)
+
+    def _write_records(
+        self,
+        folder: Path,
+        data: Corpus,
+        order: Rows,
+        removed: int,
+        surplus: Rows,
+        merged: Scores,
+        by_detector: dict[str, Scores],
+    ) -> None:
+        """Write all scores, the worst records, those that leave, windows, and what is exported.
+
+        order: all rows, the most suspicious first, of which the first `removed` leave; surplus: rows of copies that leave too.
+        """
+        corpus.write_scores(folder / corpus.SCORES, data, merged, by_detector)
+        removal_lists.write_scores_csv(folder, corpus.SCORES)
+        leaving = np.concatenate([order[:removed], surplus])
+        removal_lists.write_removed(folder, data, leaving, removed, merged, by_detector)
+        worst = [record_json(data, row, merged, by_detector) for row in order[:RANKED].tolist()]
+        write_json(folder / "ranked.json", worst)
+        shown = order[: max(RANKED, removed)]
+        if any(scores.boxes is not None for scores in by_detector.values()):
+            ids, boxes = flagged_windows(by_detector, shown)
+            reliability.write_windows(folder, ids, boxes)
+        exports.export_rows(folder, data, shown, merged, by_detector, self.export)
 
     def _check_dedup(self, detectors: Sequence[Any]) -> None:
         """Raise UserError for a number below 0, or where no detector finds copies."""
@@ -162,38 +218,90 @@ class Scan:
         job.goals = [vars(goal) for goal in plan.goals]
         metrics: dict[str, Measure] = {}
         if plan.edits:
-            metrics |= detection_metrics(plan, merged, by_detector)
+            metrics |= scan_findings.detection_metrics(plan, merged, by_detector)
             metrics |= goal_measures.measure_goals(plan, merged, by_detector)
-            metrics |= removal_metrics(plan, {merged.ids[row] for row in (*removed, *surplus)})
-        metrics |= decision_metrics(by_detector)
+            metrics |= scan_findings.removal_metrics(
+                plan, {merged.ids[row] for row in (*removed, *surplus)}
+            )
+        metrics |= scan_findings.decision_metrics(by_detector)
         reliability_metrics, notes = reliability.measure_ranking(
             job.inputs["data"],
             dataset,
             data,
             merged,
             removed,
-            self.leaks,
+            self.leaks or self._trains(job),
             self.trusted,
         )
         job.notes |= notes
         return metrics | reliability_metrics
 
+    def planned_trials(self, settings: Settings) -> list[Trial]:
+        """The training that a scan without an encoder runs, for an estimate."""
+        data = self.data
+        if isinstance(data, (str, Path)):
+            found = find_input(str(data), "data", settings.runs)
+            data = found if isinstance(found, Run) else registry.make(*found)
+        is_plain = not isinstance(data, Run) and callable(data)
+        if self.encoder is not None or (isinstance(data, Run) and inputs.find_encoder(data)):
+            return []
+        suspects = suspect_training.limit_data(data) if is_plain else data
+        count = count_records(suspects, settings) or suspect_training.MAX_RECORDS
+        plan = suspect_training.plan_training(count, suspect_training.SIDE, True)
+        return [Trial(Train(suspects, plan.network, plan.objective), settings.seed)]
+
+    def _trains(self, job: Job) -> bool:
+        """Whether a model is trained on the data, because no encoder is given and the data bring none."""
+        data = job.inputs["data"]
+        return (
+            job.inputs["encoder"] is None
+            and not (isinstance(data, Run) and inputs.find_encoder(data))
+            and as_source(inputs.open_source(inputs.open_dataset(data).method)).has_images
+        )
+
+    def _choose_encoder(self, job: Job) -> tuple[Any, str]:
+        """What embeds the records, trained on them where it has to be; and a warning where it never saw them, or ""."""
+        if not self._trains(job):
+            encoder = embedding_encoder(job)
+            untrained = "" if encoder is None else untrained_warning(encoder, job)
+            if untrained:
+                warn(f"scan: {untrained}")
+            return encoder, untrained
+        data = job.inputs["data"]
+        suspects = data if isinstance(data, Run) else suspect_training.limit_data(data)
+        records = inputs.open_dataset(suspects).records
+        captions = bool(len(records.captions))
+        if self.detector == DEFAULT_DETECTORS and not captions:
+            raise UserError(
+                "these images have no captions, and the default detectors look for captions that do not fit; "
+                "--detector dao looks at images alone"
+            )
+        plan = suspect_training.plan_training(len(records), records.size, captions)
+        if self.detector == DEFAULT_DETECTORS:
+            more = [registry.make("detector", name) for name in BESIDE_TRAINING]
+            job.inputs["detector"] = (*job.inputs["detector"], *more)
+        names = [registry.method_name(type(detector)) for detector in job.inputs["detector"]]
+        warn(f"scan: {plan.describe()}; then {', '.join(names)} and side channels")
+        return job.run(Train(suspects, plan.network, plan.objective)), ""
+
     @staticmethod
     def fails(case: str, manifest: Mapping[str, Any]) -> bool:
-        """Whether a detector that decides has found a trigger.
+        """Whether a detector that decides has found a trigger."""
+        return any(_decisions(manifest))
 
-        Raises UserError where no detector decides, because that would pass whatever there is.
-        """
-        decisions = [
-            measure["value"]
-            for name, measure in manifest["metrics"].items()
-            if name.endswith(".raised")
-        ]
-        if not decisions and not manifest["notes"].get("incomplete"):
-            raise UserError(
-                f"--fail-on {case}: no detector asked for says whether there is one; --detector transplant does"
-            )
-        return any(decisions)
+    @staticmethod
+    def undecided(manifest: Mapping[str, Any]) -> list[str]:
+        """Why it could not be told whether there is a trigger; empty where it could."""
+        reasons = [manifest["notes"].get("untrained") or ""]
+        if not _decisions(manifest):
+            reasons.append("no detector that decides could be run")
+        return [reason for reason in reasons if reason]
+
+
+def _decisions(manifest: Mapping[str, Any]) -> list[float]:
+    """For each detector that decides, the share of the records that it raised."""
+    metrics = manifest["metrics"].items()
+    return [float(measure["value"]) for name, measure in metrics if name.endswith(".raised")]
 
 
 @dataclass
@@ -223,11 +331,34 @@ def embedding_encoder(job: Job) -> Any:
         if encoder is not None:
             raise UserError("these data are embeddings already; leave --encoder out")
         return None
-    if encoder is None and not isinstance(data, Run):
-        raise UserError(
-            "give --encoder: what embeds the records (a train run, or a network with weights)"
-        )
     return data if encoder is None else encoder
+
+
+def untrained_warning(encoder: Any, job: Job) -> str:
+    """A warning where the encoder is not known to have been trained on the scanned data, if a detector needs that; else ""."""
+    deciding = [d for d in job.inputs["detector"] if getattr(d, "decides", False)]
+    if not deciding or not all(getattr(d, "reads_training", False) for d in deciding):
+        return ""
+    if isinstance(encoder, Run) and inputs.was_trained_on(encoder, job.inputs["data"]):
+        return ""
+    names = ", ".join(registry.method_name(type(d)) for d in deciding)
+    return (
+        f"this encoder is not known to have been trained on these data, and {names} sees a trigger only in one that was; "
+        "without --encoder a small one is trained on them"
+    )
+
+
+def partly_trained_warning(encoder: Any, data: Corpus, trained_here: bool) -> str:
+    """A warning where the model that the scan trained has seen a part of the records alone; otherwise ""."""
+    if not trained_here:
+        return ""
+    seen = int(encoder.manifest["notes"].get("records", 0))
+    if seen < suspect_training.MAX_RECORDS or len(data) <= seen:
+        return ""
+    return (
+        f"the model was trained on the first {seen:,} of {len(data):,} records, and a trigger that is only in others does "
+        "not show in it; --encoder names one that was trained on all"
+    )
 
 
 def resolution_warning(data: Corpus) -> str:
@@ -256,7 +387,7 @@ def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detection
             detections.failed.append(f"detector {name}: {error}")
         detections.seconds[name] = round(time.perf_counter() - start, 2)
     if not detections.scores:
-        problems = describe_incomplete(data, detections.failed)
+        problems = scan_findings.describe_incomplete(data, detections.failed)
         raise UserError("; ".join(problems) if detections.failed else "give a --detector")
     return detections
 
@@ -324,75 +455,3 @@ def record_json(
         "score": float(merged.values[row]),
         "detectors": {name: float(scores.values[row]) for name, scores in by_detector.items()},
     }
-
-
-def describe_incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
-    """A line for each kind of thing that was asked and not done."""
-    summary = data.summary
-    lines = list(failed)
-    if summary["unread"]:
-        reasons = list(summary["reasons"].items())[:MAX_REASONS]
-        text = ", ".join(f"{n} {reason}" for reason, n in reasons)
-        lines.append(
-            f"{summary['unread']} records or files could not be read, beside {len(data)} that were: {text}; see skipped.jsonl"
-        )
-    if summary["doubles"]:
-        lines.append(
-            f"{summary['doubles']} records have an id that another has, and another name here; see skipped.jsonl"
-        )
-    return lines
-
-
-def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
-    """What detectors decided, a line each. That nothing was found does not say that there is nothing."""
-    deciding = {name: s for name, s in by_detector.items() if s.raised is not None}
-    lines = []
-    for name, scores in deciding.items():
-        if scores.raised is not None and (n := int(scores.raised.sum())):
-            what = "a trigger" if scores.groups is None else "pictures with many captions"
-            lines.append(f"{name} found {what} in {n:,} record{'s' * (n != 1)}")
-    return lines or [
-        f"{name} found no trigger, which is no proof that there is none"
-        for name, scores in deciding.items()
-        if scores.groups is None
-    ]
-
-
-def decision_metrics(by_detector: Mapping[str, Scores]) -> dict[str, Measure]:
-    """The share of records that detectors say show a trigger. On clean data all of these are false alarms.
-
-    What shows no trigger, copies of a picture whose captions diverge, is a metric of another name.
-    """
-    metrics = {}
-    for name, scores in by_detector.items():
-        if scores.raised is None:
-            continue
-        how = "share of the records that are said to show a trigger; of clean data, false alarms"
-        key = f"{name}.raised"
-        if scores.groups is not None:
-            how = "share of the records that are copies of a picture with many captions"
-            key = f"{name}.copies"
-        metrics[key] = proportion(int(scores.raised.sum()), len(scores), how)
-    return metrics
-
-
-def detection_metrics(
-    plan: Plan, merged: Scores, by_detector: Mapping[str, Scores]
-) -> dict[str, Measure]:
-    """How well the poisons of a known plan were found, by all detectors together and by each."""
-    truth = torch.from_numpy(plan.mask(merged.ids))
-    metrics = detection_measures(merged, truth)
-    if len(by_detector) == 1:
-        return metrics
-    for name, scores in by_detector.items():
-        own_truth = truth if scores.ids is merged.ids else torch.from_numpy(plan.mask(scores.ids))
-        measures = detection_measures(scores, own_truth)
-        metrics |= {f"{name}.{key}": measure for key, measure in measures.items()}
-    return metrics
-
-
-def removal_metrics(plan: Plan, removed_ids: set[str]) -> dict[str, Measure]:
-    """How many of the poisons the keep-list leaves out."""
-    hits = sum(edit.id in removed_ids for edit in plan.edits)
-    how = "poisons that the keep-list leaves out"
-    return {"poisons_removed": proportion(hits, len(plan.edits), how)}

@@ -44,6 +44,8 @@ FOLLOWED_METRICS = ("clean_acc", "attack_success", "targeted_s")  # starts of th
 class Train:
     """Train an encoder. A checkpoint is kept: a run that was cut off goes on to the same bits."""
 
+    main_files: ClassVar[tuple[str, ...]] = ("encoder.safetensors", "encoder.json")
+
     joint: ClassVar[bool] = True  # under torchrun every rank does this verb's work
 
     data: Annotated[Input, Takes("data", positional=True), "data set, or a poison run"]

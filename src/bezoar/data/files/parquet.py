@@ -1,4 +1,4 @@
-"""Foreign Parquet files, read a bounded number of rows and bytes at a time.
+"""Foreign files of Parquet, and of Arrow's stream format, read a bounded number of rows and bytes at a time.
 
 They are parsed in a process of its own (`parquet_process`), because Arrow ends its process on some
 files. The process stays for the next file; when a file ends it, that file cannot be read. Handing

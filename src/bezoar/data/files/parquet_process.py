@@ -21,6 +21,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bezoar.data.files import arrow_stream
 from bezoar.data.files.parquet_pages import check_chunks, count_safe_rows
 from bezoar.data.files.paths import printable
 from bezoar.errors import UserError
@@ -59,7 +60,7 @@ def serve() -> None:
 def describe_error(path: Path, error: Exception) -> str:
     """The line about a file on which Arrow raised an error."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return f"{path} cannot be read as parquet: {printable(reason)}"
+    return f"{path} cannot be read as {path.suffix[1:] or 'parquet'}: {printable(reason)}"
 
 
 def answer_request(path: Path, request: dict[str, Any], output: IO[bytes]) -> dict[str, Any]:
@@ -147,6 +148,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Return the number of rows, the names of the columns and those of the columns of text."""
+    if path.suffix == arrow_stream.SUFFIX:
+        return arrow_stream.describe_file(path)
     with open_parquet(path) as file:
         fields = list(file.schema_arrow)
         is_text = [pa.types.is_string(f.type) or pa.types.is_large_string(f.type) for f in fields]
@@ -164,6 +167,9 @@ def read_batches(
 
     Raises UserError if there are fewer than the file promises.
     """
+    if path.suffix == arrow_stream.SUFFIX:
+        yield from arrow_stream.read_batches(path, columns, start, stop, BATCH_ROWS)
+        return
     with open_parquet(path) as file:
         rows = file.metadata.num_rows
         end = rows if stop is None else min(stop, rows)

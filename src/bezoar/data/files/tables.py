@@ -30,7 +30,8 @@ IMAGE_COLUMNS = (
 )  # fmt: skip
 CAPTION_COLUMNS = ("title", "caption", "text")
 ID_COLUMNS = ("id", "key", "image_id", "uid")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+BINARY = (".parquet", ".arrow")  # read by `parquet`
+SUFFIXES = (".csv", ".tsv", ".jsonl", *BINARY)
 BLOCK_ROWS = 4096  # of a unit of work
 FREE_TEXT_BYTES = 64 << 20  # of the text of a block of Parquet, however small its file is
 TEXT_RATIO = 20  # how many times the file's size the text may be beyond that
@@ -70,7 +71,7 @@ def read_rows(
     _check_suffix(table)
     with _as_user_error(table):
         _refuse_encoding(table)
-        if table.suffix == ".parquet":
+        if table.suffix in BINARY:
             rows = _read_parquet(table, block, columns)
         elif table.suffix == ".jsonl":
             rows = _read_json(table, block)
@@ -87,7 +88,7 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
     """
     _check_suffix(table)
     size = size or BLOCK_ROWS
-    if table.suffix == ".parquet":
+    if table.suffix in BINARY:
         rows = read_header(table).rows
         return [RowBlock(start, 0, min(size, rows - start)) for start in range(0, rows, size)]
     blocks: list[RowBlock] = []
@@ -101,7 +102,7 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
 
 def column_names(table: Path) -> list[str]:
     """Return the names of a table's columns; of JSON Lines those of the first object."""
-    if table.suffix == ".parquet":
+    if table.suffix in BINARY:
         return list(read_header(table).names)
     first = next((row for _, row in read_rows(table) if isinstance(row, dict)), {})
     return [name for name in first if isinstance(name, str)]
@@ -158,7 +159,7 @@ def resolve_inside(table: Path, root: Path | None, text: str) -> Path | None:
 
 def refuse_outside(table: Path, root: Path | None, image_column: str) -> None:
     """Raise UserError if the local images that the first rows name all lie outside the root."""
-    if table.suffix == ".parquet" and image_column not in read_header(table).texts:
+    if table.suffix in BINARY and image_column not in read_header(table).texts:
         return
     local: list[tuple[int, str]] = []
     with suppress(UserError):  # a table that breaks off is named when it is its turn
@@ -182,7 +183,7 @@ def _check_suffix(table: Path) -> None:
 
 def _refuse_encoding(table: Path) -> None:
     """Raise ValueError for text in two or four bytes a character, as spreadsheets can write it."""
-    if table.suffix == ".parquet":
+    if table.suffix in BINARY:
         return
     with open_regular(table) as file:
         start = file.read(64)

@@ -50,7 +50,7 @@ class Table:
 
     path: Annotated[
         str,
-        "table, folder of .parquet, glob or brace list: .csv (comma or tab), .tsv, .jsonl, .parquet",
+        "table, folder of .parquet, glob or brace list: .csv (comma or tab), .tsv, .jsonl, .parquet, .arrow",
     ]
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
     root: Annotated[str | None, "folder that images must lie in; none: the table's own"] = None

@@ -32,9 +32,9 @@ from bezoar.data.source import COLUMNS, RecordBlock, Source, Unit, VectorBlock, 
 from bezoar.detection.corpus import columns
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.machine import select_device
 from bezoar.progress import Progress
 from bezoar.runs import inputs, sweep
+from bezoar.runs.devices import select_device
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
 

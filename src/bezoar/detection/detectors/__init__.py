@@ -10,7 +10,9 @@ No label, batch size or order of the records may change a score. `needs = ("repo
 keyword argument `report`, which is called with (steps done, steps in all, what is being done). A
 detector without it may say by `passes(n)` how many images it puts through the encoder for n
 records, for the progress bar. `Scores.raised` marks the records of a trigger that a detector has
-found and tested; in a scan by several detectors they come first.
+found and tested; in a scan by several detectors they come first. Such a detector sets the class
+variable `decides`, so that a gate can know it before any work; and `reads_training` if it sees a
+trigger only in an encoder that was trained on the scanned data.
 """
 
 from __future__ import annotations

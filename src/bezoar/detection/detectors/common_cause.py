@@ -60,6 +60,8 @@ class CommonCause:
     seed: Annotated[int, "seed of the groups, the halves and the training"] = 0
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
+    decides: ClassVar[bool] = True
+    reads_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.groups <= 4096 or not 0 < self.suspects < 0.5:

@@ -26,7 +26,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -112,6 +112,9 @@ class LocatedWindows:
 @method
 class Transplant:
     """Score = robust deviations of what a record's cell or window does; triggers lie above."""
+
+    decides: ClassVar[bool] = True
+    reads_training: ClassVar[bool] = True
 
     cells: Annotated[tuple[int, ...], "cells a side of the patchworks of the first pass"] = (2, 4)
     rounds: Annotated[int, "patchworks that each cell is part of, for each of `cells`"] = 3

@@ -299,6 +299,13 @@ class PoisonedSet:
             for encoder in self.encoders
         ]
 
+    def scans_by(self, detector: str) -> list[Trial]:
+        """The same, by one detector alone."""
+        return [
+            Trial(Scan(encoder.verb, detector=(detector,), remove=REMOVED), encoder.seed)
+            for encoder in self.encoders
+        ]
+
     def default_scans(self) -> list[Trial]:
         """The same, by the detectors and the share that a scan has by default."""
         return [Trial(Scan(encoder.verb), encoder.seed) for encoder in self.encoders]
@@ -384,8 +391,11 @@ def poisoned_captions(options: TableOptions, corpus: CaptionedCorpus) -> list[Po
     return poisoned
 
 
-def detection_table(sets: Sequence[PoisonedSet], title: str) -> Table:
-    """Detector by attack: what each detector ranks high alone, and what all of them do together."""
+def detection_table(sets: Sequence[PoisonedSet], title: str, added: Sequence[str] = ()) -> Table:
+    """Detector by attack: what each detector ranks high alone, and what all of them do together.
+
+    added: further detectors, which have rows of their own and no part in what all do together.
+    """
     rows = []
     for poisoned in sets:
         scans = poisoned.scans()
@@ -395,6 +405,9 @@ def detection_table(sets: Sequence[PoisonedSet], title: str) -> Table:
         for detector in DETECTORS:
             columns = {name: f"{detector}.{key}" for name, key in DETECTION_COLUMNS.items()}
             rows.append(Row(detector, mean_cells(scans, columns), curve=poisoned.name))
+        for detector in added:
+            cells = mean_cells(poisoned.scans_by(detector), DETECTION_COLUMNS)
+            rows.append(Row(detector, cells, curve=poisoned.name))
     note = (
         f"Poisoned sets of every attack: {len(sets[0].encoders)}, each scanned with the encoder "
         "trained on it. No detector knows the rate, the trigger or a label. AUROC 50 % is a "

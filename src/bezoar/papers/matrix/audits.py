@@ -1,6 +1,8 @@
 """Audits of attacked and clean encoders (DECREE 2023; Neural Cleanse 2019; SSL-Cleanse 2024)."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
 
 from bezoar.evaluation.scores import Measure, proportion, separation
 from bezoar.papers.matrix import BADENCODER, get_setup
@@ -16,16 +18,21 @@ FALSE_POSITIVE_RATE = 0.05  # at which thresholds are set
 class Audits:
     """AUROC of each audit for each attack, and what it flags at a clean encoders' threshold."""
 
+    takes: ClassVar[tuple[str, ...]] = ("audit",)
+
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""
         setup = get_setup(options)
+        added = options.added_specs("audit")
         clips = [setup.clean_clip(seed) for seed in range(setup.clean)]
         towers, attacked_towers = setup.towers()
         rows = []
         for attack in setup.attacks:
             attacked = [setup.poisoned_clip(attack, s) for s in setup.seeds(attack.name)]
-            rows += audit_rows(attack.name, setup.audits, setup.test, attacked, clips)
-        rows += audit_rows(BADENCODER, setup.image_audits, setup.held_out, attacked_towers, towers)
+            rows += audit_rows(attack.name, (*setup.audits, *added), setup.test, attacked, clips)
+        rows += audit_rows(
+            BADENCODER, (*setup.image_audits, *added), setup.held_out, attacked_towers, towers
+        )
         note = (
             f"AUROC and `found`: against {setup.clean} clean encoders, which set the threshold at "
             f"a false-positive rate of {FALSE_POSITIVE_RATE:.0%}. `false positives`: clean "
@@ -45,7 +52,7 @@ def audit_rows(
     """
     rows = []
     for audit in audits:
-        name = audit.partition(":")[0]
+        name = Path(audit.partition(":")[0]).stem  # of a user's own file, as the audit names it
         attacked_audits = [audit_without_bank(encoder, data, audit) for encoder in attacked]
         clean_audits = [audit_without_bank(encoder, data, audit) for encoder in clean]
         values = readings(attacked_audits, f"{name}.value")

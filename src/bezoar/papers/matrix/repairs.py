@@ -1,6 +1,7 @@
 """What repairs leave of accuracy and of the backdoor (CleanCLIP, ICCV 2023; PAR, CVPR 2026)."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from bezoar.papers.matrix import BADENCODER, Setup, get_setup
 from bezoar.registry import method
@@ -23,18 +24,21 @@ COLUMNS = {
 class Repairs:
     """Attack by repair. No repair knows the trigger; `unlearn` is given what an audit inverted."""
 
+    takes: ClassVar[tuple[str, ...]] = ("repair",)
+
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""
         setup = get_setup(options)
+        added = options.added_specs("repair")
         rows = []
         for attack in (attack for attack in setup.attacks if attack.trigger):
             seeds = setup.seeds(attack.name)[: setup.each]
             encoders = [setup.poisoned_clip(attack, seed) for seed in seeds]
-            for repair in setup.repairs:
+            for repair in (*setup.repairs, *added):
                 trials = [repair_clip(setup, encoder, repair) for encoder in encoders]
                 rows.append(repair_row(attack.name, repair, trials))
         towers = [setup.attacked_tower(s) for s in setup.seeds(BADENCODER)[: setup.each]]
-        for repair in setup.image_repairs:
+        for repair in (*setup.image_repairs, *added):
             trials = [repair_tower(setup, tower, repair) for tower in towers]
             rows.append(repair_row(BADENCODER, repair, trials, "linear."))
         note = (

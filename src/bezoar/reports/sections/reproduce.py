@@ -52,7 +52,14 @@ def build_page(run: Run) -> Page:
         WARNING,
         sections={"Claims": partial(claims_section, view), **table_sections(view)},
         poisoned=bool(view.goals),
+        lines=[line for table in view.tables for line in map(claim_line, table["claims"])],
     )
+
+
+def claim_line(claim: Mapping[str, Any]) -> str:
+    """Return a claim as a line: its verdict, its text and the effect."""
+    _, _, verdict, effect, expected, _, n = claim_cells(claim)
+    return f"{verdict}: {claim['text']} (effect {effect}, expected {expected}, n = {n})"
 
 
 def headline(view: ReproduceView) -> str:

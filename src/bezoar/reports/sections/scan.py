@@ -57,7 +57,10 @@ class ScanView(RunView):
     @functools.cached_property
     def order(self) -> NDArray[np.int64]:
         """Rows of all records, most suspicious first."""
-        return self.scores.merged.ranking()
+        leaving = self.notes.get("leaving", list(self.scores.detectors))
+        scores = [s for name, s in self.scores.detectors.items() if name in leaving]
+        raised = merging.raised_rows(scores, len(self.scores))
+        return merging.order_records(self.scores.merged, raised)
 
     @functools.cached_property
     def is_poison(self) -> NDArray[np.bool_] | None:
@@ -83,12 +86,20 @@ def build_page(run: Run) -> Page:
     """Return the page of a scan."""
     view = ScanView(run)
     findings = [f for f in (trigger_finding(view), keep_list_finding(view)) if f]
+    untrained = as_sentences([line for line in [view.notes.get("untrained")] if line])
     leaks, filters = view.note_dict("leaks"), view.note_dict("filters")
     return Page(
         findings[0],
-        " ".join([*findings[1:], view.incomplete]).strip(),
+        " ".join([*findings[1:], untrained, view.incomplete]).strip(),
         warning(view),
-        ["poisons_removed", "auroc", "average_precision", "recall_at_0.01", "precision_at_n"],
+        [
+            "poisons_removed",
+            *(key for key in view.measures if key.endswith(".raised")),
+            "auroc",
+            "average_precision",
+            "recall_at_0.01",
+            "precision_at_n",
+        ],
         {
             "How many of the worst are false discoveries": partial(discovery_section, view),
             "Ranking": partial(ranking_section, view),

@@ -1,0 +1,68 @@
+"""What is wrong with a command's arguments, told before torch is imported and before any work.
+
+Names of methods and of their fields, runs, and the files and folders of data are looked up. What is left, such as values that
+do not fit their fields, is found when the verb is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bezoar import method_source, registry
+from bezoar.data.files.paths import existing_folder, expand_paths
+from bezoar.errors import UserError
+from bezoar.runs.run import Run
+from bezoar.runs.verb import find_input
+from bezoar.runs.verb_source import VerbSource
+
+PATHS: dict[str, Callable[[str], Any]] = {  # of data methods: how the value of `path` is looked up
+    "shards": lambda path: expand_paths(path),
+    "table": lambda path: expand_paths(path, "tables", ".parquet"),
+    "folder": lambda path: existing_folder(path, "folder of images"),
+}
+
+
+def check_arguments(source: VerbSource, arguments: Any) -> None:
+    """Raise UserError for an input that does not exist, or a gate that no method asked for can close."""
+    for field in source.fields:
+        value = getattr(arguments, field.name)
+        if field.takes.what and value is not None:
+            for text in value if isinstance(value, tuple) else (value,):
+                check_input(field.takes.what, text, arguments)
+    check_gate(source, arguments)
+
+
+def check_input(what: str, text: str, arguments: Any) -> None:
+    """Raise UserError where a text names no run, and no method whose files exist."""
+    if what == "paper" and "/" not in text and not text.endswith(".py"):
+        return  # a paper stands for its tables
+    found = find_input(text, what, arguments.runs)
+    if isinstance(found, Run):
+        return
+    kind, spec = found
+    fields = method_source.check_spec(kind, spec)
+    name = spec.partition(":")[0].strip()
+    if kind == "data" and name in PATHS and "path" in fields:
+        PATHS[name](registry.convert_text(fields["path"], str, "path"))
+
+
+def check_gate(source: VerbSource, arguments: Any) -> None:
+    """Raise UserError where --fail-on names a case that no method asked for can decide.
+
+    A verb's `gate_needs` says for a case which field names the methods, and which class variable one of them must have.
+    """
+    case = getattr(arguments, "fail_on", "never")
+    if case not in (needs := source.class_variables.get("gate_needs", {})):
+        return
+    field, flag = needs[case]
+    kind = next(f.takes.what for f in source.fields if f.name == field)
+    specs = getattr(arguments, field)
+    if not any(method_source.has_flag(kind, spec, flag) for spec in specs):
+        able = [
+            name for name in registry.method_names(kind) if method_source.has_flag(kind, name, flag)
+        ]
+        raise UserError(
+            f"--fail-on {case}: of {', '.join(specs) or 'no ' + kind} none says whether there is one; "
+            f"--{field} {able[0] if able else 'MINE.py'} does (a {kind} of your own says so by `{flag} = True` in its class)"
+        )

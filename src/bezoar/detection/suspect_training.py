@@ -1,0 +1,64 @@
+"""The small model that a scan trains on the suspect data where no encoder is given: which, for how long, and on what.
+
+A trigger shows only in a model that was trained on it. The training is bounded: a number of pairs, spread over the records, up
+to a number of passes that small sets need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from bezoar.errors import UserError
+from bezoar.runs.estimates import pairs_per_second
+
+MAX_PAIRS = 150_000  # drawn by the training, all epochs together, unless one pass takes more
+MAX_EPOCHS = 40
+MAX_RECORDS = 50_000  # that it is trained on
+MIN_RECORDS = 32  # with fewer nothing is learnt
+BATCH = 128
+SIDE = 64  # pixels of the images, at most
+
+
+@dataclass(frozen=True)
+class SuspectTraining:
+    """What is trained, as specs; on how many records; and how long that takes about, in minutes."""
+
+    network: str
+    objective: str
+    records: int
+    epochs: int
+    minutes: float
+
+    def describe(self) -> str:
+        """What will be done, in a sentence."""
+        return (
+            f"no encoder is given: {self.network} is trained on {self.records:,} of these records first, in {self.epochs} "
+            f"epoch{'s' * (self.epochs != 1)}, about {max(1, round(self.minutes))} min here"
+        )
+
+
+def limit_data(method: Any) -> Any:
+    """The data method with no more records, and no larger images, than are trained on."""
+    names = {field.name for field in dataclasses.fields(method)}
+    changes: dict[str, Any] = {}
+    if "limit" in names and (method.limit is None or method.limit > MAX_RECORDS):
+        changes["limit"] = MAX_RECORDS
+    if "size" in names and method.size is not None and method.size > SIDE:
+        changes["size"] = SIDE
+    return dataclasses.replace(method, **changes)
+
+
+def plan_training(records: int, size: int, has_captions: bool) -> SuspectTraining:
+    """Plan the training for so many records of `size` pixels. Raises UserError for too few."""
+    if records < MIN_RECORDS:
+        raise UserError(
+            f"{records} records are too few to train a model on, which takes {MIN_RECORDS}; give --encoder"
+        )
+    epochs = max(1, min(MAX_EPOCHS, MAX_PAIRS // records))
+    batch = min(BATCH, records // 4)
+    network, objective = ("clip_small", "clip") if has_captions else ("tower", "simclr")
+    seconds = epochs * records / pairs_per_second(size)
+    spec = f"{objective}:epochs={epochs},batch={batch}"
+    return SuspectTraining(network, spec, records, epochs, seconds / 60)

@@ -1,0 +1,132 @@
+"""What a method's source text says of it: its docstring, its fields, its flags. Nothing is imported or run, torch neither."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from bezoar import registry
+
+
+class FieldDescription(NamedTuple):
+    """A field of a method, in texts."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a method's source text says of it."""
+
+    name: str
+    summary: str
+    fields: tuple[FieldDescription, ...]
+
+
+class FieldNode(NamedTuple):
+    """A field of a class in its source text. marks: what `Annotated` holds beside the type."""
+
+    name: str
+    type: ast.expr
+    marks: list[ast.expr]
+    default: ast.expr | None
+
+
+def describe(path: Path) -> Description:
+    """Read a method's docstring and fields from its source text; nothing is imported or run."""
+    module = ast.parse(path.read_text())
+    summary = (ast.get_docstring(module) or "").partition("\n")[0]
+    cls = class_node(module, registry.class_name(path.stem))
+    fields = []
+    for field in field_nodes(cls) if cls else ():
+        type_text = ast.unparse(field.type)
+        if type_text.startswith("ClassVar"):
+            continue
+        default = ast.unparse(field.default) if field.default else ""
+        description = FieldDescription(
+            field.name,
+            resolve_default(type_text, module),
+            resolve_default(default, module),
+            str(ast.literal_eval(field.marks[0])) if field.marks else "",
+        )
+        fields.append(description)
+    return Description(path.stem, summary, tuple(fields))
+
+
+def class_node(module: ast.Module, name: str) -> ast.ClassDef | None:
+    """The definition of a class in a module's source text."""
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    return next((node for node in classes if node.name == name), None)
+
+
+def field_nodes(cls: ast.ClassDef) -> Iterator[FieldNode]:
+    """The annotated names of a class in its source text, class variables among them."""
+    for node in cls.body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        hint = node.annotation
+        marks: list[ast.expr] = []
+        if isinstance(hint, ast.Subscript) and ast.unparse(hint.value).endswith("Annotated"):
+            assert isinstance(hint.slice, ast.Tuple)
+            hint, *marks = hint.slice.elts
+        yield FieldNode(node.target.id, hint, marks, node.value)
+
+
+def resolve_default(text: str, module: ast.Module) -> str:
+    """Replace the name of a constant or type by what stands in the source text for it.
+
+    `training_traces.NETWORK` becomes `'clip_small'`. The constant is looked up in the module itself, or in the module of
+    bezoar's that it is imported from. Any other text is returned as it is.
+    """
+    prefix, _, name = text.rpartition(".")
+    for node in module.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bezoar"):
+            imported = [alias.name for alias in node.names]
+            package = registry.PACKAGE.parent / str(node.module).replace(".", "/")
+            if prefix in imported and (package / f"{prefix}.py").is_file():
+                return resolve_default(name, ast.parse((package / f"{prefix}.py").read_text()))
+            if not prefix and name in imported and package.with_suffix(".py").is_file():
+                return resolve_default(name, ast.parse(package.with_suffix(".py").read_text()))
+        elif isinstance(node, ast.Assign) and not prefix:
+            for target, value in _assigned_pairs(node):
+                if isinstance(target, ast.Name) and target.id == name:
+                    return ast.unparse(value)
+    return text
+
+
+def _assigned_pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
+    """Targets and values of an assignment; `A, B = 1, 2` has two."""
+    target = node.targets[0]
+    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+        return list(zip(target.elts, node.value.elts, strict=True))
+    return [(target, node.value)]
+
+
+def check_spec(kind: str, text: str) -> dict[str, str]:
+    """The texts of a spec's fields, read without an import of the method: for arguments that are checked before torch.
+
+    Raises UserError as `parse_spec` does. The fields of a user's own file are left to it.
+    """
+    name, _, rest = text.strip().partition(":")
+    path = registry.method_path(kind, name)
+    if name.endswith(".py"):
+        return {}
+    return registry.split_fields(kind, name, rest, [field.name for field in describe(path).fields])
+
+
+def has_flag(kind: str, text: str, flag: str) -> bool:
+    """Whether the class of a spec's method sets a class variable to True, by its source text. Raises UserError."""
+    path = registry.method_path(kind, text.strip().partition(":")[0])
+    cls = class_node(ast.parse(path.read_text(encoding="utf-8")), registry.class_name(path.stem))
+    for node in cls.body if cls else ():
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        value = getattr(node, "value", None)
+        if any(isinstance(t, ast.Name) and t.id == flag for t in targets):
+            return isinstance(value, ast.Constant) and value.value is True
+    return False

@@ -1,0 +1,117 @@
+"""What a verb would cost: records, trainings and minutes, before anything is run. Estimates, for `--dry` and for announcements."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bezoar import machine, registry
+from bezoar.data.files.tables import cut_blocks
+from bezoar.data.source import as_source
+from bezoar.errors import UserError
+from bezoar.runs import inputs, sweep
+from bezoar.runs.run import Run
+from bezoar.runs.verb import (
+    Settings,
+    Trial,
+    Verb,
+    find_input,
+    input_fields,
+    input_to_json,
+    is_verb,
+    verb_name,
+)
+
+# Pairs that clip_small trains on in a second on one core, at 32 px; a step's work grows with the pixels.
+# Measured by `pairs_per_second` in the manifests of training runs on two cores (AMD, AVX-512 with bf16).
+PAIRS_PER_SECOND = 1100
+PASSES_PER_SECOND = 6000  # of images through its image tower, without gradients
+SIZE = 32
+
+
+def pairs_per_second(size: int) -> float:
+    """How fast a small model is trained here, about."""
+    return PAIRS_PER_SECOND * machine.cores() * (SIZE / max(size, 1)) ** 2
+
+
+def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
+    """What would be run, with the numbers of records and trainings, and the minutes that trainings take; null where not known.
+
+    A verb that runs others by itself says which by `planned_trials(settings)`.
+    """
+    trials = [Trial(verb, settings.seed)]
+    planned_trials = getattr(verb, "planned_trials", None)
+    with contextlib.suppress(UserError):
+        trials += planned_trials(settings) if planned_trials else []
+    trainings = [t for t in sweep.dependency_graph(trials) if verb_name(t.verb) == "train"]
+    counts = [count_records(t.verb.data, settings) for t in trainings]
+    return {
+        "verb": verb_name(verb),
+        **input_to_json(verb),
+        "records": next(_record_counts(verb, settings), None),
+        "trainings": len(trainings),
+        "minutes": _minutes(trainings, counts) if trainings else None,
+    }
+
+
+def _record_counts(verb: Verb, settings: Settings) -> Iterator[int]:
+    """The numbers of records of a verb's data and of what it was made from, as far as they are known."""
+    for what, value in input_fields(verb).values():
+        if what in ("data", "run", "encoder") and not isinstance(value, (tuple, type(None))):
+            count = count_records(value, settings)
+            if count is not None:
+                yield count
+
+
+def _minutes(trainings: list[Trial], counts: list[int | None]) -> float | None:
+    """About how long trainings take, one after another; None where a size or an objective is not known."""
+    seconds = 0.0
+    for trial, count in zip(trainings, counts, strict=True):
+        try:
+            objective = trial.verb.objective
+            if isinstance(objective, str):
+                objective = registry.make("objective", objective)
+            method = _method_of(trial.verb.data, Settings())
+        except UserError:
+            return None
+        if count is None:
+            return None
+        size = getattr(method, "size", None) or SIZE
+        seconds += count * objective.epochs / pairs_per_second(size)
+    return round(seconds / 60, 1)
+
+
+def count_records(value: Any, settings: Settings) -> int | None:
+    """How many records an input has, counted without decoding an image; None where that takes reading all of it."""
+    try:
+        method = _method_of(value, settings)
+        return None if method is None else _count(method)
+    except (UserError, OSError):
+        return None
+
+
+def _method_of(value: Any, settings: Settings) -> Any:
+    """The data method that an input goes back to; None for an encoder that is no run."""
+    while isinstance(value, Trial) or is_verb(value):
+        inner = value.verb if isinstance(value, Trial) else value
+        value = next((getattr(inner, name) for name, _ in input_fields(inner).items()), None)
+    if isinstance(value, (str, Path)):
+        found = find_input(str(value), "data", settings.runs)
+        value = found if isinstance(found, Run) else registry.make(*found)
+    return inputs.root_method(value) if isinstance(value, Run) else value
+
+
+def _count(method: Any) -> int | None:
+    """The records of a data method, as far as files say it cheaply."""
+    if isinstance(count := getattr(method, "count", None), int):
+        return count
+    limit = getattr(method, "limit", None)
+    name = registry.method_name(type(method))
+    found: int | None = None
+    if name == "table":
+        found = sum(block.rows or 0 for path in method.files() for block in cut_blocks(path))
+    elif name in ("folder", "embeddings"):
+        found = sum(unit.weight for unit in as_source(method()).units())
+    return found if limit is None or found is None else min(found, limit)
