@@ -102,7 +102,7 @@ def test_sums_weights_and_detail_are_the_plain_ones() -> None:
         )
     assert np.array_equal(picture_copies.resizing_weights(16, 16), np.eye(16))
     halves = picture_copies.resizing_weights(16, 8)
-    assert halves.sum(1) == pytest.approx(1) and halves[3, 6] == halves[3, 7] == halves.max()
+    assert halves.sum(1) == pytest.approx(1) and halves[3, 6] == halves[3, 7] == halves[3].max()
     mean = scipy.ndimage.uniform_filter(x, (1, 1, 5, 5), mode="nearest")
     assert picture_copies.blur(x, 5) == pytest.approx(mean, abs=1e-3)
 
