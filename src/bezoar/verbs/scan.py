@@ -20,8 +20,8 @@ from bezoar.attacks.plan import Plan
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.writing import write_json
 from bezoar.data.source import as_source
-from bezoar.detection import goal_measures, merging, reliability
-from bezoar.detection.corpus import corpus, keep_lists
+from bezoar.detection import goal_measures, merging, reliability, source_pooling
+from bezoar.detection.corpus import corpus, keep_lists, record_sources
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, Scores, detection_measures, proportion
@@ -79,10 +79,15 @@ class Scan:
         str,
         "file of ids of records known to be clean, a random sample: calibrates false discoveries",
     ] = ""
+    sources: Annotated[
+        str,
+        "what records come from, to pool them: auto, metadata, domain, folder, shard, none, or a table of id, source",
+    ] = "auto"
 
     def files(self) -> list[Path]:
-        """The list of clean records, so that a changed list is another question. Raises UserError where it does not exist."""
-        return [existing_file(self.trusted, "list of clean records")] if self.trusted else []
+        """The files that plain fields name, so that a changed one is another question. Raises UserError without one."""
+        trusted = [existing_file(self.trusted, "list of clean records")] if self.trusted else []
+        return [*trusted, *record_sources.check_wanted(self.sources)]
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Rank the records, write the lists, and measure the ranking where the poisons are known.
@@ -93,15 +98,17 @@ class Scan:
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
         self._check_dedup(job.inputs["detector"])
-        encoder = embedding_encoder(job)
-        data = corpus.embed_corpus(
-            job.inputs["data"], encoder, job.folder, job.settings, job.progress
-        )
+        by = embedding_encoder(job)
+        data = corpus.embed_corpus(job.inputs["data"], by, job.folder, job.settings, job.progress)
         if warning := resolution_warning(data):
             warn(f"scan: {warning}")
         detections = run_detectors(job.inputs["detector"], data, job)
         by_detector = detections.scores
         merged = merging.merge(list(by_detector.values()))
+        pooled = source_pooling.pool_sources(data, merged, by_detector, self.sources)
+        if pooled is not None:
+            merged = source_pooling.lift_records(merged, pooled, by_detector)
+            source_pooling.write_table(job.folder, data, pooled)
         order = merged.ranking()
         removed = order[: round(self.remove * len(data))]
         # Of copies, the least suspicious stay.
@@ -118,6 +125,7 @@ class Scan:
             ids, boxes = flagged_windows(by_detector, order[: max(RANKED, len(removed))])
             reliability.write_windows(job.folder, ids, boxes)
         decisions = describe_decisions(by_detector)
+        sentences, source_notes, source_metrics = source_pooling.describe_table(pooled)
         left_out = (
             f"keep.txt leaves out the {len(removed):,} most suspicious of {len(data):,} records"
         )
@@ -128,17 +136,18 @@ class Scan:
             "removed": len(removed),
             "deduplicated": len(surplus),
             "decided": decisions,
-            "verdict": "; ".join([*decisions, left_out, "ranked.json names them"]),
+            "verdict": "; ".join([*decisions, left_out, "ranked.json names them", *sentences]),
             "detectors": [registry.spec(detector) for detector in job.inputs["detector"]],
             "told": {name: s.notes for name, s in by_detector.items() if s.notes},
             "seconds": detections.seconds,
             "incomplete": describe_incomplete(data, detections.failed),
+            **source_notes,
         }
         if self.write == "shards":
             job.notes |= keep_lists.write_clean_copy(
                 job.folder / "shards", data, kept_rows, job.progress
             )
-        return self._measure(job, data, merged, by_detector, removed, surplus)
+        return source_metrics | self._measure(job, data, merged, by_detector, removed, surplus)
 
     def _check_dedup(self, detectors: Sequence[Any]) -> None:
         """Raise UserError for a number below 0, or where no detector finds copies."""
@@ -251,7 +260,7 @@ def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detection
             name = registry.spec(detector)
         start = time.perf_counter()
         try:
-            detections.scores[name] = score_records(detector, name, data, job)
+            detections.scores[name] = recall_scores(detector, name, data, job)
         except UserError as error:
             detections.failed.append(f"detector {name}: {error}")
         detections.seconds[name] = round(time.perf_counter() - start, 2)
@@ -259,6 +268,17 @@ def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detection
         problems = describe_incomplete(data, detections.failed)
         raise UserError("; ".join(problems) if detections.failed else "give a --detector")
     return detections
+
+
+def recall_scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
+    """The scores of a detector that another scan of the same vectors asked before, or new ones."""
+    if data.shared is None:
+        return score_records(detector, name, data, job)
+    scores = data.shared.load_scores(detector, data.ids)
+    if scores is None:
+        scores = score_records(detector, name, data, job)
+        data.shared.store_scores(detector, scores, data.ids)
+    return scores
 
 
 def score_records(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
