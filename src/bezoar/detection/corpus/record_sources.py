@@ -64,7 +64,7 @@ def find_sources(corpus: Corpus, wanted: str) -> RecordSources | None:
     if wanted == "none":
         return None
     if wanted not in ("auto", *KINDS):
-        return _number_sources(f"sources of {wanted}", _read_table(wanted, corpus.ids))
+        return _number_sources(Path(wanted).name, _read_table(wanted, corpus.ids))
     for kind in KINDS if wanted == "auto" else (wanted,):
         what, names = _names_of(corpus, kind)
         share = 1 - names.null_count / max(1, len(names))
