@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bezoar.data.blocks import blocks
 from bezoar.data.files.artefacts import read_facts
-from bezoar.data.files.writing import own_folder, remove_folder, whole_file
+from bezoar.data.files.writing import own_folder, remove_debris, remove_folder, whole_file
 from bezoar.data.pairs import Pairs, Rows
 from bezoar.data.source import TEXT_COLUMNS, RecordIndex, Source, as_source
 from bezoar.data.stored_pairs import StoredImages, StoredPairs
@@ -165,6 +165,7 @@ def embed_corpus(
                     embed(entry.vectors, entry.skipped)
                 remove_units(entry.vectors)
             finally:
+                remove_debris(entry.folder)  # of workers that were ended in the middle of a file
                 entry.link_into(folder)
         remove_unused(entry)
     encoder = units.load_encoder(by, settings.device) or Vectors()

@@ -27,7 +27,7 @@ import torch
 from bezoar import registry
 from bezoar.data.files.artefacts import parse_json
 from bezoar.data.files.tensors import read_tensors, write_tensors
-from bezoar.data.files.writing import make_folder, remove_folder
+from bezoar.data.files.writing import make_folder, remove_debris, remove_folder
 from bezoar.detection.corpus.assembly import DONE, SKIPPED
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
@@ -124,8 +124,10 @@ class Entry:
             text = np.frombuffer(json.dumps(scores.notes).encode(), np.uint8)
             tensors["notes"] = torch.from_numpy(text.copy())
         path = self._scores_path(detector)
-        make_folder(path.parent)
-        write_tensors(path, {name: t for name, t in tensors.items() if t is not None})
+        with self.lock():
+            remove_debris(self.folder)
+            make_folder(path.parent)
+            write_tensors(path, {name: t for name, t in tensors.items() if t is not None})
 
     def _scores_path(self, detector: Any) -> Path:
         """Where the scores of a configured detector lie."""
