@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -277,7 +277,8 @@ def recall_scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
     scores = data.shared.load_scores(detector, data.ids)
     if scores is None:
         scores = score_records(detector, name, data, job)
-        data.shared.store_scores(detector, scores, data.ids)
+        with suppress(UserError, OSError):  # a disk that is full: they are made again
+            data.shared.store_scores(detector, scores, data.ids)
     return scores
 
 
