@@ -120,6 +120,14 @@ def test_three_sources_of_poisons_come_first_though_their_poisons_do_not(whole, 
         assert row.evidence.low > 1 and (row.evidence.group == 5 or whole)
 
 
+def test_many_sources_that_stand_out_differ_by_nature_and_lift_nothing():
+    of_record, captions, images, values = clean_set(5)
+    for v in values.values():
+        v[of_record < 60] += 2 * np.random.default_rng(0).random((of_record < 60).sum())
+    table = table_of(of_record, captions, images, values)
+    assert len(table.standing_out) > 10 and table.differs_by_nature and not len(table.accused)
+
+
 def test_accused_records_come_after_raised_ones_and_before_all_others():
     merged = as_scores(np.array([5.0, 1, 2, 9, 0, 4]))
     raised = np.array([0, 1, 0, 0, 0, 0], bool)

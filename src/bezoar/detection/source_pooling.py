@@ -142,6 +142,8 @@ def _sentence(table: SourceTable) -> str:
         text += (
             f": {', '.join(names[:3])}{more}; {len(table.accused):,} of their records are lifted"
         )
+    if table.differs_by_nature:
+        text += ", since so many differ by nature"
     if table.untested:
         text += f"; {table.untested:,} have fewer than {source_table.LEAST_RECORDS} records"
     return text

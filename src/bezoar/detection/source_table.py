@@ -31,6 +31,8 @@ from bezoar.evaluation.scores import Scores
 
 TAIL = 0.1  # share of all records, the worst, that is counted for the reader and is lifted
 FALSE_DISCOVERIES = 0.01  # expected share of clean ones among the sources that stand out
+# If more sources stand out they differ by nature, and none of their records is lifted.
+MOST_LIFTED, MOST_LIFTED_SHARE = 3, 0.05
 LEAST_RECORDS = 3  # of a source, or of a cell, that is tested
 LEAST_GROUP = 30  # records of a content group that is compared within itself
 Floats = NDArray[np.float64]
@@ -104,7 +106,8 @@ class SourceTable:
         what: What the sources are.
         rows: Of the table.
         untested: How many sources have fewer records than are tested.
-        accused: Rows of the data, ascending: the records in the tails for which sources stand out.
+        accused: Rows of the data, ascending: the records in the tails for which sources stand out;
+            none where these are so many that sources differ by nature.
         source_of_accused: The number of each one's source.
     """
 
@@ -118,6 +121,11 @@ class SourceTable:
     def standing_out(self) -> list[SourceRow]:
         """The sources that stand out."""
         return [row for row in self.rows if row.stands_out]
+
+    @property
+    def differs_by_nature(self) -> bool:
+        """Whether more sources stand out than an attacker has."""
+        return are_many(len(self.standing_out), len(self.rows))
 
 
 def tabulate_sources(
@@ -162,6 +170,11 @@ def tabulate_sources(
     untested = len(counts) - len(tested)
     owners = sources.of_record[accused]
     return SourceTable(sources.what, tuple(rows), untested, accused, owners)
+
+
+def are_many(standing_out: int, tested: int) -> bool:
+    """Whether so many sources stand out that they differ by nature: no attacker has them all."""
+    return standing_out > max(MOST_LIFTED, MOST_LIFTED_SHARE * tested)
 
 
 def tail_levels(values: Floats) -> Floats:
@@ -278,8 +291,9 @@ def _accused_records(
 ) -> Integers:
     """The records in the tails for which sources stand out."""
     is_accused = np.zeros(len(of_record), bool)
-    for row in rows:
-        if row.stands_out:
+    standing_out = [row for row in rows if row.stands_out]
+    if not are_many(len(standing_out), len(rows)):
+        for row in standing_out:
             test = row.evidence
             members = (of_record == row.number) & (levels[test.ranking] <= TAIL)
             if test.group >= 0:
