@@ -188,12 +188,14 @@ def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, 
         stderr=subprocess.DEVNULL,
     )
     start = time.monotonic()
-    while len(list(runs.glob("*/vectors/0*.json"))) < 2 and time.monotonic() - start < 120:
+    while (
+        len(list(runs.glob(".embeddings/*/vectors/0*.json"))) < 2 and time.monotonic() - start < 120
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -9
     (folder,) = runs.glob("scan-*")
-    done = len(list(folder.glob("vectors/0*.json")))
+    done = len(list(runs.glob(".embeddings/*/vectors/0*.json")))
     assert 2 <= done < 5
     embedded, original = [], units.embed_unit
 

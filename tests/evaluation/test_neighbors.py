@@ -8,7 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 from bezoar.data.randomness import sample_rows
 from bezoar.detection.density import pool_size
 from bezoar.errors import UserError
-from bezoar.evaluation import neighbor_references, neighbors
+from bezoar.evaluation import narrow_products, neighbor_references, neighbors
 from bezoar.evaluation.neighbor_candidates import Candidates
 from bezoar.evaluation.neighbors import Index, nearest_neighbors
 
@@ -283,3 +283,57 @@ def test_pool_of_a_column_of_ids():
         assert np.array_equal(
             sample_rows(ids, size, 1), sample_rows(Strings.from_texts(ids), size, 1)
         ) and len(sample_rows(ids, size, 1)) == min(size, 700)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Products in bfloat16 come first, on any processor and for any number of references."""
+    monkeypatch.setattr(neighbors, "FEW_REFERENCES", 1)
+    monkeypatch.setattr(narrow_products, "available", lambda: True)
+
+
+@pytest.mark.parametrize(("d", "unit"), [(3, True), (24, True), (24, False), (130, True)])
+def test_products_in_bfloat16_are_off_by_no_more_than_is_said(d, unit):
+    q, r = rows(80, d, seed=1, unit=unit), rows(150, d, seed=2, unit=unit)
+    q[:20] = r[:20] + 1e-3 * rows(20, d, seed=3)
+    centred, queries = r - r.mean(0), q.double() - r.mean(0).double()
+    norms, length = centred.square().sum(1), queries.square().sum(1)
+    wide, error = narrow_products.widen_references(centred, norms)
+    x, query_error = narrow_products.widen_queries(queries, length)
+    assert wide.dtype == x.dtype == torch.bfloat16 and not wide.shape[1] % 16
+    exact = (queries[:, None] - centred.double()).square().sum(-1)
+    before_rounding = x.double() @ wide.double().T
+    bound = narrow_products.bound_error(length, query_error, float(norms.max().sqrt()), error)
+    off = (before_rounding - exact).abs() - 1e-6 * (length[:, None] + norms.max())
+    assert (off <= bound[:, None]).all() and off.amax() > bound.min() / 50
+    pieces = narrow_products.split_in_pieces(norms)
+    assert (pieces.double().sum(1) - norms).abs().max() <= 2**-24 * norms.max()
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_exact_with_products_in_bfloat16(narrow, unit):
+    x = rows(700, seed=1, unit=unit)
+    x[40:90] = x[40]
+    x[120:128] = x[40] + 1e-5 * rows(8, seed=2)
+    x[200:300] = x[200] + 1e-2 * rows(100, seed=3)  # nearer than bfloat16 resolves
+    q = torch.cat([rows(60, seed=4, unit=unit), x[:300]])
+    excluded = torch.cat([torch.full((60,), -1), torch.arange(300)])
+    assert Index(x, 7, 1).first == torch.bfloat16
+    neighbours = nearest_neighbors(q, x, 7, excluded)
+    distance, index = plain(q, x, 7, excluded)
+    assert np.array_equal(neighbours.distance.numpy(), distance)
+    assert np.array_equal(neighbours.index.numpy(), index)
+
+
+def test_crowds_of_bfloat16_are_searched_by_more_bits(narrow, monkeypatch):
+    monkeypatch.setattr(neighbors, "CROWD", 40)
+    x = rows(900, seed=1)
+    x[:500] = x[0] + 3e-2 * rows(500, seed=2)
+    x[500:600] = x[500] + 1e-5 * rows(100, seed=3)  # nor does float32
+    search = Index(x, 5)
+    q = torch.cat([x[600:800], x[:30], x[500:530]])
+    distance, index = search.search(q)
+    expected, expected_index = plain(q, x, 5, torch.full((260,), -1))
+    assert np.array_equal(distance.numpy(), expected) and np.array_equal(index, expected_index)
+    assert search.first == torch.float32  # a quarter of them was crowded: no more bfloat16
+    assert np.array_equal(search.search(q)[1], expected_index)

@@ -73,7 +73,7 @@ def read_page(run: Run) -> str:
 
 
 def test_every_run_has_a_page_that_needs_nothing_else(runs: Path) -> None:
-    every_run = [Run(p) for p in sorted(runs.iterdir())]
+    every_run = [Run(p) for p in sorted(runs.glob("*-*"))]
     assert {r.verb for r in every_run} == VERBS
     for run in every_run:
         text = read_page(run)
@@ -110,7 +110,7 @@ def test_ids_of_a_page_are_unique(runs: Path) -> None:
 
 
 def test_every_metric_stands_with_value_interval_and_n(runs: Path) -> None:
-    for run in [Run(p) for p in sorted(runs.iterdir())]:
+    for run in [Run(p) for p in sorted(runs.glob("*-*"))]:
         rows = re.findall(r"<tr title=.*?</tr>", read_page(run), re.DOTALL)
         assert len(rows) == len(run.manifest["metrics"])
         for row, (key, m) in zip(rows, run.manifest["metrics"].items(), strict=True):
@@ -150,7 +150,7 @@ def run_named(folder: Path, name: str) -> Run:
 def test_the_printed_command_asks_the_same_question(
     runs: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for run in [Run(p) for p in sorted(runs.iterdir())]:
+    for run in [Run(p) for p in sorted(runs.glob("*-*"))]:
         words = shlex.split(page.shell_command(run))
         assert words[0] == "bezoar" and "--seed" in words
         assert cli.main([*words[1:], "--runs", str(runs), "--dry"]) == 0

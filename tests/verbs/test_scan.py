@@ -288,7 +288,9 @@ def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny,
         [sys.executable, "-c", code], stderr=subprocess.DEVNULL, env={**os.environ, "PAUSE": "0.3"}
     )
     start = time.monotonic()
-    while len(list(runs.glob("*/vectors/*.json"))) < 2 and time.monotonic() - start < 120:
+    while (
+        len(list(runs.glob(".embeddings/*/vectors/*.json"))) < 2 and time.monotonic() - start < 120
+    ):
         time.sleep(0.02)
     process.send_signal(how)
     assert process.wait(60) == (130 if how == signal.SIGINT else -9)
@@ -296,7 +298,7 @@ def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny,
     assert json.loads((folder / "manifest.json").read_text())["status"] == (
         "interrupted" if how == signal.SIGINT else "running"
     )
-    done = {p.name: p.stat().st_ino for p in folder.glob("vectors/0*.json")}
+    done = {p.name: p.stat().st_ino for p in runs.glob(".embeddings/*/vectors/0*.json")}
     assert 2 <= len(done) < 5
     embedded = []
     original = units.embed_unit
@@ -309,7 +311,7 @@ def test_a_scan_that_is_stopped_goes_on_with_the_shard_it_was_in(tmp_path, tiny,
         patch.setattr(units, "embed_unit", watched)
         status, again = scan(runs, *words[1:6])
     assert status == 0 and again == folder and embedded == list(range(len(done), 5))
-    assert not list(folder.rglob("*.tmp")) and len(corpus.load_scores(folder)) == 100
+    assert not list(runs.rglob("*.tmp")) and len(corpus.load_scores(folder)) == 100
     _, fresh = scan(tmp_path / "other", *words[1:6])
     for name in ("ranked.json", "keep.txt", "vectors/images.npy", "vectors/id.utf8"):
         assert (fresh / name).read_bytes() == (folder / name).read_bytes()
@@ -1160,3 +1162,66 @@ def test_an_encoder_of_poisoned_data_does_not_make_other_data_poisoned(tmp_path,
         json.loads((other / "manifest.json").read_text())["goal"]
         and "poisoned on purpose" in (other / "report.html").read_text()
     )
+
+
+def test_records_are_pooled_by_their_source(tmp_path, tiny, capsys):
+    """By the metadata's uploader, the domains of URLs, a table; what was taken is said, and the table is on the page."""
+    (tmp_path / "in").mkdir()
+    for shard in range(2):
+        members: dict[str, bytes] = {}
+        for i in range(shard * 60, shard * 60 + 60):
+            metadata = {"url": f"http://img{i}.site{i % 5}.com/{i}", "uploader": f"u{i % 3}\n"}
+            members |= {
+                f"{i:05d}.png": picture(i),
+                f"{i:05d}.txt": b"a red star" if i % 5 else b"a blue cross over the wall",
+                f"{i:05d}.json": json.dumps(metadata).encode(),
+            }
+        tar_of(tmp_path / "in" / f"{shard}.tar", members)
+    lines = ["id,source"] + [f"{i // 60}/{i:05d},=cell{i % 4}" for i in range(100)]
+    (tmp_path / "origin.csv").write_text("\n".join(lines))
+    data = f"shards:path={tmp_path}/in/*.tar,size=16"
+    expected = {
+        "auto": {"u0\\n": 40, "u1\\n": 40, "u2\\n": 40},
+        "domain": {f"site{i}.com": 24 for i in range(5)},
+        "shard": {f"{tmp_path}/in/{i}.tar": 60 for i in range(2)},
+        str(tmp_path / "origin.csv"): {f"=cell{i}": 25 for i in range(4)},
+    }
+    for wanted, counts in expected.items():
+        options = ("--encoder", f"{tiny}", "--detector", "k_distance:k=3", "--sources", wanted)
+        _, run = scan(tmp_path / f"runs{len(wanted)}", data, *options)
+        with (run / "sources.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert {row["source"]: int(row["records"]) for row in rows} == counts
+        assert all(0 <= float(row["q"]) <= 1 for row in rows)
+        assert notes(run)["sources"]["tested"] == len(counts)
+        assert f"of {len(counts)} sources" in notes(run)["verdict"]
+        page = (run / "report.html").read_text()
+        assert all(name.removesuffix("\\n")[:50] in page for name in counts)
+    c = corpus.reopen_corpus(Run(run))
+    assert c.origins[4] == "u1\n"
+    _, run = scan(
+        tmp_path / "none",
+        data,
+        "--encoder",
+        f"{tiny}",
+        "--detector",
+        "k_distance:k=3",
+        "--sources",
+        "none",
+    )
+    assert not (run / "sources.csv").exists() and "sources" not in notes(run)
+    for wanted, says in (("folder", "no record says so"), ("x.csv", "no such file")):
+        status, _ = scan(tmp_path / "none", data, "--encoder", f"{tiny}", "--sources", wanted)
+        assert status == 2 and says in capsys.readouterr().err
+    key = f"shards:path={tmp_path}/in/*.tar,size=16,source=url"
+    _, run = scan(
+        tmp_path / "key",
+        key,
+        "--encoder",
+        f"{tiny}",
+        "--detector",
+        "k_distance:k=3",
+        "--sources",
+        "metadata",
+    )
+    assert corpus.reopen_corpus(Run(run)).origins[4] == "http://img4.site4.com/4"

@@ -39,6 +39,7 @@ class Record:
         file: the file that the record was read from.
         member: the member or row in it; empty if it is the file itself.
         url: where the image came from, if that is known.
+        origin: who or what it came from (a domain, an uploader), if that is known.
         shard: number of the file in the source.
         offset: what finds the record again in that file: the byte at which the image begins, or its
             row.
@@ -52,6 +53,7 @@ class Record:
     file: str = ""
     member: str = ""
     url: str = ""
+    origin: str = ""
     shard: int = 0
     offset: int = 0
     length: int = 0

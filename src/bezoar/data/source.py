@@ -32,7 +32,7 @@ from bezoar.progress import Progress
 UNIT_RECORDS = 4096  # of a unit of a set that is in memory, or read by index
 BATCH_VALUES = 1 << 25  # pixel values that are decoded at a time
 BATCH_IMAGES = 512  # images that are
-TEXT_COLUMNS = ("id", "caption", "member", "url")
+TEXT_COLUMNS = ("id", "caption", "member", "url", "origin")
 # What a scan keeps of a record, see `RecordRow`.
 COLUMNS = pa.schema(
     [(name, pa.large_string()) for name in TEXT_COLUMNS]
@@ -73,6 +73,7 @@ class RecordRow(NamedTuple):
     caption: str
     member: str
     url: str
+    origin: str
     shard: int
     offset: int
     length: int
@@ -123,6 +124,7 @@ class RecordIndex:
         captions: texts, or none at all.
         members: names of the members or rows.
         urls: where the images came from, empty where that is not known.
+        origins: who or what they came from, empty where that is not known.
         places: PLACE (N,).
         renamed: whether some ids are not those of the source, because another record has them.
     """
@@ -133,6 +135,7 @@ class RecordIndex:
     captions: Strings | tuple[str, ...]
     members: Strings
     urls: Strings
+    origins: Strings
     places: np.ndarray
     renamed: bool
 
@@ -292,7 +295,7 @@ class WholeSource(Source):
             pairs = self.whole.take(rows)
             captions = pairs.captions or ("",) * len(pairs)
             records = [
-                RecordRow(key, caption, f"row {row}", "", 0, row, 0)
+                RecordRow(key, caption, f"row {row}", "", "", 0, row, 0)
                 for row, key, caption in zip(rows, pairs.ids, captions, strict=True)
             ]
             done = part.stop / (stop - start)

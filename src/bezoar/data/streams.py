@@ -48,10 +48,13 @@ class RecordStream(Source):
 
     Attributes:
         paths: the files that records lie in, by their number; error messages name them.
+        is_fingerprinted: whether the data method's `files` are all that is read, so that the same
+            question has the same images.
     """
 
     paths: Sequence[Path]
     has_image_files = True
+    is_fingerprinted = False
     _report: ReadReport | None = None
 
     def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
@@ -118,9 +121,17 @@ class RecordStream(Source):
         if columns.images is not None:
             images = torch.from_numpy(np.stack(columns.images))
             return Pairs(images, tuple(captions), labels, tuple(ids), self.classes, report)
-        no_urls = Strings.from_texts(())
+        no_texts = Strings.from_texts(())
         index = RecordIndex(
-            [], stamps, ids, captions, columns.members, no_urls, columns.places, renamed=False
+            file_names=[],
+            file_stamps=stamps,
+            ids=ids,
+            captions=captions,
+            members=columns.members,
+            urls=no_texts,
+            origins=no_texts,
+            places=columns.places,
+            renamed=False,
         )
         stored = self.find_images(index)
         return replace(stored, labels=labels, classes=self.classes, report=report)
@@ -182,7 +193,8 @@ def _make_block(batch: Sequence[Decoded], done: float) -> RecordBlock:
         captions = record.captions or ("",) * len(record.ids)
         for key, caption in zip(record.ids, captions, strict=True):
             place = (record.shard, record.offset, record.length)
-            rows.append(RecordRow(key, caption, record.member, record.url, *place))
+            texts = (key, caption, record.member, record.url, record.origin)
+            rows.append(RecordRow(*texts, *place))
             image_rows.append(number)
     images = torch.from_numpy(np.stack([image for _, image in batch]))
     return RecordBlock(rows, images, image_rows, done)

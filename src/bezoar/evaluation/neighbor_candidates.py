@@ -23,7 +23,13 @@ class Candidates:
     """
 
     def __init__(
-        self, queries: int, references: int, k: int, slack: Tensor, most: int = CROWD
+        self,
+        queries: int,
+        references: int,
+        k: int,
+        slack: Tensor,
+        most: int = CROWD,
+        rounding: float = ROUNDING,
     ) -> None:
         """Start without candidates.
 
@@ -34,8 +40,10 @@ class Candidates:
             slack: (B,), how much larger than the k-th smallest an inexact distance may be and
                 count.
             most: number of candidates from which on a query is crowded.
+            rounding: relative error of the distances' last rounding.
         """
         self.most = most
+        self.rounding = rounding
         self.queries, self.references = queries, references
         self.slack = slack
         self.best = torch.full((queries, k), torch.inf, dtype=slack.dtype, device=slack.device)
@@ -51,15 +59,16 @@ class Candidates:
             start: number of its first reference.
         """
         minima = tile.unflatten(1, (GROUP, -1)).amin(1).contiguous()  # (B, G), of columns m G + g
+        minima = minima.to(self.best.dtype)
         groups = minima.shape[1]
         bound = self.best.amax(1)
         if not self._parts:
-            bound = torch.minimum(bound, bound_kth(tile, minima, self.best.shape[1]))
+            bound = torch.minimum(bound, bound_kth(tile, minima, self.best.shape[1]).to(bound))
         limit = self._limits(bound)
         flat = (minima <= limit[:, None]).view(-1).nonzero()[:, 0]
         query = flat // groups
         group = flat - query * groups
-        distance = _read_groups(tile, query, group, groups)  # (P, GROUP)
+        distance = _read_groups(tile, query, group, groups).to(self.best.dtype)  # (P, GROUP)
         hit = (distance <= limit.index_select(0, query)[:, None]).view(-1).nonzero()[:, 0]
         pair = hit // GROUP
         member = hit - pair * GROUP
@@ -99,7 +108,8 @@ class Candidates:
 
         It is below infinity, and nothing counts in crowded rows.
         """
-        limit = (bound * (1 + ROUNDING) + self.slack).clamp(max=torch.finfo(bound.dtype).max)
+        limit = bound + bound.abs() * self.rounding + self.slack
+        limit = limit.clamp(max=torch.finfo(bound.dtype).max)
         return limit.masked_fill(self.crowded, -torch.inf)
 
 

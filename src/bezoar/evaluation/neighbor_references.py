@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bezoar.data.blocks import blocks
 from bezoar.errors import UserError
+from bezoar.evaluation import narrow_products
 
 HELD = 1 << 28  # elements that are kept on the device; larger ones are read again for each block
 READ_CELLS = 1 << 21  # elements that are read at a time
@@ -81,6 +82,11 @@ class References:
             return self.centred[block], self.norms[block]
         centred = (self.rows(block).double() - self.centre).to(dtype)
         return centred, centred.square().sum(1)
+
+    def widen(self) -> tuple[Tensor, float]:
+        """The references for products in bfloat16; see `narrow_products.widen_references`."""
+        assert self.centred is not None
+        return narrow_products.widen_references(self.centred, self.norms)
 
     def to_places(self, numbers: Tensor) -> Tensor:
         """Translate given numbers to rows here; -1 for those that were dropped, and for -1."""

@@ -2,8 +2,8 @@
 
 Candidates come from blocked matrix products in float32, which are fast and lose small distances to
 cancellation. All candidates within the products' rounding error of the k-th are measured again, as
-differences in float64. A query with a crowd of candidates is searched again by a product in
-float64. The answer is exact, ties go to the lower index, and the sizes of blocks cannot change it.
+differences in float64. A query with a crowd of candidates is searched again by a product of more
+bits, up to float64. Where the processor multiplies bfloat16, its products come first. The answer is exact, ties go to the lower index, and the sizes of blocks cannot change it.
 
 faiss's flat index is about as fast on a CPU (benchmarks/density.py), but loses small distances to
 the same cancellation, and is no dependency.
@@ -22,6 +22,7 @@ from torch import Tensor
 from bezoar.data.blocks import blocks
 from bezoar.encoders import fast_linear
 from bezoar.errors import UserError
+from bezoar.evaluation import narrow_products
 from bezoar.evaluation.neighbor_candidates import CROWD, GROUP, Candidates, pack_rows, pad_to_group
 from bezoar.evaluation.neighbor_references import NOT_FINITE, References
 
@@ -29,6 +30,10 @@ CELLS = {"cpu": 1 << 21, "cuda": 1 << 28}  # largest temporary matrix, in elemen
 BLOCK = {"cpu": 1 << 13, "cuda": 1 << 16}  # references of one matrix product
 # Elements of one block of differences; on a CPU they fit into a core's cache.
 MEASURED = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Types of products, each searched again by the next where a query has a crowd of candidates.
+NEXT = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
+MOST_CROWDED = 0.2  # share of the queries from which on bfloat16 is not worth its while
+FEW_REFERENCES = 4096  # for which it is not either
 SYMMETRIC = 1 << 17  # most references whose products with one another are computed once for both
 
 
@@ -129,6 +134,11 @@ class Index:
         self.width = _even_width(n, BLOCK[self.device.type] if on_device else math.isqrt(largest))
         self.step = max(1, largest // max(self.width, d))
         self.symmetric = on_device and self.references.numbers is None and n <= SYMMETRIC
+        self.first = torch.float32
+        many = self.device.type == "cpu" and on_device and n >= FEW_REFERENCES
+        if many and narrow_products.available():
+            self.first = torch.bfloat16
+            self._narrow, self._narrow_error = self.references.widen()
 
     @torch.no_grad()
     def search(self, queries: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -145,7 +155,7 @@ class Index:
             excluded = torch.empty(len(queries), 0, dtype=torch.long)
         excluded = self.references.to_places(excluded.to(self.device))
         with full_precision(self.device):
-            distance, index = self._search(queries.to(self.device), excluded, torch.float32)
+            distance, index = self._search(queries.to(self.device), excluded, self.first)
         return self._finish(distance, index, queries.device)
 
     @torch.no_grad()
@@ -212,32 +222,50 @@ class Index:
         """Return distances and references (B, k), with candidates by products in `dtype`."""
         centred = q.double() - self.references.centre
         length = centred.square().sum(1)
-        slack = self._slack(length, dtype)
-        most = CROWD if dtype == torch.float32 else self.references.n
-        candidates = Candidates(len(q), self.references.n, self.k, slack, most)
-        x, length = (-2 * centred).to(dtype), length.to(dtype)
-        for block in blocks(self.references.n, self.width):
-            tile = self._tile(x, length, block, dtype)
+        n = self.references.n
+        if dtype == torch.bfloat16:
+            x, error = narrow_products.widen_queries(centred, length)
+            longest = float(self.references.norms.max().sqrt())
+            error = narrow_products.bound_error(length, error, longest, self._narrow_error)
+            slack = self._slack(length, torch.float32) + (2.1 * error).float()
+            rounding = narrow_products.ROUNDING
+            candidates = Candidates(len(q), n, self.k, slack, CROWD, rounding)
+        else:
+            slack = self._slack(length, dtype)
+            most = CROWD if dtype == torch.float32 else n
+            candidates = Candidates(len(q), n, self.k, slack, most)
+            x, length = (-2 * centred).to(dtype), length.to(dtype)
+        for block in blocks(n, self.width):
+            if dtype == torch.bfloat16:
+                tile = pad_to_group(x @ self._narrow[block].T, 1)
+            else:
+                tile = self._tile(x, length, block, dtype)
             in_block = (excluded >= block.start) & (excluded < block.stop)
             query, column = in_block.nonzero().unbind(1)
             tile[query, excluded[query, column] - block.start] = torch.inf
             candidates.add(tile, block.start)
-        return self._measure(q, excluded, candidates)
+        return self._measure(q, excluded, candidates, dtype)
 
     def _measure(
-        self, q: Tensor, excluded: Tensor, candidates: Candidates
+        self,
+        q: Tensor,
+        excluded: Tensor,
+        candidates: Candidates,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         """Return the distances and references (B, k) of the nearest candidates, exactly.
 
-        Queries that are crowded after float32 products are searched again, by products in float64.
+        Queries that are crowded after products in `dtype` are searched again, by those of more bits.
         """
         query, reference = candidates.collect()
         distance, index = self._measure_pairs(q, query, reference)
         crowded = candidates.crowded.nonzero()[:, 0]
+        if dtype == torch.bfloat16 and len(crowded) > MOST_CROWDED * len(q):
+            self.first = torch.float32
         step = max(1, CELLS[q.device.type] // max(self.references.n, q.shape[1]))
         for part in blocks(len(crowded), step):
             rows = crowded[part]
-            distance[rows], index[rows] = self._search(q[rows], excluded[rows], torch.float64)
+            distance[rows], index[rows] = self._search(q[rows], excluded[rows], NEXT[dtype])
         return distance, index
 
     def _measure_pairs(self, q: Tensor, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

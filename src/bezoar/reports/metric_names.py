@@ -55,6 +55,7 @@ TERMS: dict[str, tuple[str, Unit]] = {
     "precision_at_n": ("Precision at n, n = poisons", RATE),
     "raised": ("Records said to show a trigger", RATE),
     "copies": ("Records that are copies of a picture with many captions", RATE),
+    "sources": ("Sources that stand out", RATE),
     "poisons_removed": ("Poisons removed by the keep-list", RATE),
     "poisons": ("Poisoned records", COUNT),
     "poison_rate": ("Poison rate", RATE),

@@ -119,7 +119,7 @@ def execute(verb: Verb, settings: Settings) -> Run:
         if run.path.is_symlink():
             raise UserError(f"{run.path} is a link; a run is written into a folder of its own")
         run.path.mkdir(parents=True, exist_ok=True)
-        with _lock(run.path):
+        with lock_folder(run.path):
             if _is_answered(run, settings):
                 return run  # another process has just answered it
             remove_debris(run.path)
@@ -304,8 +304,8 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time into a run; the lock goes with the process, however it ends."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Let one process at a time into a folder; the lock goes with the process, however it ends."""
     # Neither a link is followed, nor a pipe waited on.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(folder / ".lock", flags, 0o666), "wb") as lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,9 +25,16 @@ from bezoar.detection import (
     reliability,
     scan_findings,
     scan_sarif,
+    source_pooling,
     suspect_training,
 )
-from bezoar.detection.corpus import corpus, exports, keep_lists, removal_lists
+from bezoar.detection.corpus import (
+    corpus,
+    exports,
+    keep_lists,
+    record_sources,
+    removal_lists,
+)
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, Scores
@@ -105,10 +112,15 @@ class Scan:
         str,
         "file of ids of records known to be clean, a random sample: calibrates false discoveries",
     ] = ""
+    sources: Annotated[
+        str,
+        "what records come from, to pool them: auto, metadata, domain, folder, shard, none, or a table of id, source",
+    ] = "auto"
 
     def files(self) -> list[Path]:
-        """The list of clean records, so that a changed list is another question. Raises UserError where it does not exist."""
-        return [existing_file(self.trusted, "list of clean records")] if self.trusted else []
+        """The files that plain fields name, so that a changed one is another question. Raises UserError without one."""
+        trusted = [existing_file(self.trusted, "list of clean records")] if self.trusted else []
+        return [*trusted, *record_sources.check_wanted(self.sources)]
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Rank the records, write the lists, and measure the ranking where the poisons are known.
@@ -129,6 +141,10 @@ class Scan:
         detections = run_detectors(job.inputs["detector"], data, job)
         by_detector = detections.scores
         merged = merging.merge(list(by_detector.values()))
+        pooled = source_pooling.pool_sources(data, merged, by_detector, self.sources)
+        if pooled is not None:
+            merged = source_pooling.lift_records(merged, pooled, by_detector)
+            source_pooling.write_table(job.folder, data, pooled)
         # Of copies, with a number that may stay, the least suspicious stay.
         leaving = [n for n, s in by_detector.items() if s.groups is None or not self.dedup]
         raised = merging.raised_rows([by_detector[name] for name in leaving], len(data))
@@ -142,6 +158,7 @@ class Scan:
         self._write_records(job.folder, data, order, len(removed), surplus, merged, by_detector)
         keep_lists.write_keep_lists(job.folder, data, kept_rows)
         decisions = scan_findings.describe_decisions(by_detector)
+        sentences, source_notes, source_metrics = source_pooling.describe_table(pooled)
         left_out = (
             f"keep.txt leaves out the {len(removed):,} most suspicious of {len(data):,} records"
         )
@@ -153,12 +170,13 @@ class Scan:
             "deduplicated": len(surplus),
             "leaving": leaving,
             "decided": decisions,
-            "verdict": "; ".join([*decisions, left_out, "ranked.json names them"]),
+            "verdict": "; ".join([*decisions, left_out, "ranked.json names them", *sentences]),
             "detectors": [registry.spec(detector) for detector in job.inputs["detector"]],
             "told": {name: s.notes for name, s in by_detector.items() if s.notes},
             "seconds": detections.seconds,
             "untrained": untrained,
             "incomplete": scan_findings.describe_incomplete(data, detections.failed),
+            **source_notes,
         }
         problems = [*job.notes["incomplete"], *filter(None, [untrained])]
         scanned = input_name(job.inputs["data"])
@@ -168,7 +186,7 @@ class Scan:
             job.notes |= keep_lists.write_clean_copy(
                 job.folder / "shards", data, kept_rows, job.progress
             )
-        return self._measure(job, data, merged, by_detector, removed, surplus)
+        return source_metrics | self._measure(job, data, merged, by_detector, removed, surplus)
 
     def _write_records(
         self,
@@ -382,7 +400,7 @@ def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detection
             name = registry.spec(detector)
         start = time.perf_counter()
         try:
-            detections.scores[name] = score_records(detector, name, data, job)
+            detections.scores[name] = recall_scores(detector, name, data, job)
         except UserError as error:
             detections.failed.append(f"detector {name}: {error}")
         detections.seconds[name] = round(time.perf_counter() - start, 2)
@@ -390,6 +408,18 @@ def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detection
         problems = scan_findings.describe_incomplete(data, detections.failed)
         raise UserError("; ".join(problems) if detections.failed else "give a --detector")
     return detections
+
+
+def recall_scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
+    """The scores of a detector that another scan of the same vectors asked before, or new ones."""
+    if data.shared is None:
+        return score_records(detector, name, data, job)
+    scores = data.shared.load_scores(detector, data.ids)
+    if scores is None:
+        scores = score_records(detector, name, data, job)
+        with suppress(UserError, OSError):  # a disk that is full: they are made again
+            data.shared.store_scores(detector, scores, data.ids)
+    return scores
 
 
 def score_records(detector: Any, name: str, data: Corpus, job: Job) -> Scores:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 MAX_CAPTIONS = 1000  # of an image
+# Keys and columns that say who or what a record comes from, the first that is there.
+ORIGIN_COLUMNS = (
+    "source", "domain", "uploader", "user", "owner", "author", "site", "publisher", "host",
+)  # fmt: skip
 MAX_LABELS = 100_000  # labels lie in 0..MAX_LABELS-1
 
 
@@ -18,6 +23,7 @@ class Metadata(NamedTuple):
         label: number of the class.
         class_name: name of the class.
         url: where the image came from.
+        origin: who or what it came from: a domain, an uploader.
     """
 
     id: str
@@ -25,10 +31,11 @@ class Metadata(NamedTuple):
     label: int
     class_name: str
     url: str
+    origin: str = ""
 
 
-def parse_metadata(content: bytes) -> Metadata | str:
-    """Parse an object, or say why it cannot be used."""
+def parse_metadata(content: bytes, origins: Sequence[str] = ORIGIN_COLUMNS) -> Metadata | str:
+    """Parse an object, or say why it cannot be used. origins: keys that may hold the origin."""
     try:
         values: Any = json.loads(content)
     except (ValueError, RecursionError):
@@ -49,8 +56,10 @@ def parse_metadata(content: bytes) -> Metadata | str:
         label=-1 if label is None else label,
         class_name=_text(values, "class"),
         url=_text(values, "url"),
+        origin=next(filter(None, (_text(values, key) for key in origins)), ""),
     )
-    if not all(map(is_unicode, (metadata.class_name, metadata.id, metadata.url, *captions))):
+    texts = (metadata.class_name, metadata.id, metadata.url, metadata.origin, *captions)
+    if not all(map(is_unicode, texts)):
         return "metadata is not Unicode"  # JSON can spell half a character
     return metadata
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from bezoar.data.blocks import blocks
 from bezoar.data.files import npy, parquet
+from bezoar.data.files.metadata import ORIGIN_COLUMNS
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import ReadReport
 from bezoar.data.files.tables import CAPTION_COLUMNS, ID_COLUMNS
@@ -28,6 +29,7 @@ METADATA_COLUMNS = {
     "id": (*ID_COLUMNS, "image_path"),
     "caption": ("caption", *CAPTION_COLUMNS),
     "url": ("url",),
+    "origin": ORIGIN_COLUMNS,
 }
 
 
@@ -169,7 +171,7 @@ class EmbeddingSource(Source):
     def _read_columns(self, number: int, count: int, rows: slice) -> dict[str, pa.Array]:
         """The columns of some rows of a file of `count`: texts are empty where nothing is known."""
         n = rows.stop - rows.start
-        texts = {name: pa.nulls(n, pa.large_string()) for name in ("id", "caption", "url")}
+        texts = {name: pa.nulls(n, pa.large_string()) for name in METADATA_COLUMNS}
         if self.metadata:
             texts |= _read_metadata(self.metadata[number], self.images[number], count, rows)
         row_numbers = range(rows.start, rows.stop)
@@ -181,6 +183,7 @@ class EmbeddingSource(Source):
             "caption": texts["caption"],
             "member": pa.array([f"row {row}" for row in row_numbers], pa.large_string()),
             "url": texts["url"],
+            "origin": texts["origin"],
             "shard": pa.array([number] * n, COLUMNS.field("shard").type),
             "offset": pa.array([0] * n, COLUMNS.field("offset").type),
             "length": pa.array([0] * n, COLUMNS.field("length").type),

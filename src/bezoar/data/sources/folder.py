@@ -94,6 +94,7 @@ class FolderSource(RecordStream):
     layout: Layout = "auto"
     template: str = TEMPLATE
     limit: int | None = None
+    is_fingerprinted = True
     _walk: Walk | None = field(default=None, init=False, repr=False)
 
     @property
@@ -184,6 +185,7 @@ class FolderSource(RecordStream):
                 file=str(self.root),
                 member=name,
                 url=metadata.url,
+                origin=metadata.origin,
                 offset=row,
             )
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 
 from bezoar.data.decoding import Record, describe_failure
-from bezoar.data.files.metadata import Metadata, parse_metadata
+from bezoar.data.files.metadata import ORIGIN_COLUMNS, Metadata, parse_metadata
 from bezoar.data.files.paths import distinct_stems, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped
 from bezoar.data.files.tars import IMAGE_EXTENSIONS, OTHER_IMAGES, Group, read_groups
@@ -45,6 +45,10 @@ class Shards:
         "images in memory, or read when training draws them; auto: when they would fill half of it",
     ] = "auto"
 
+    source: Annotated[
+        str | None, "key of the JSON that says where a record comes from; found when not given"
+    ] = None
+
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit)
 
@@ -54,7 +58,10 @@ class Shards:
 
     def __call__(self) -> ShardSource:
         """Return a source of the records. Raises UserError if a tar is missing."""
-        return ShardSource(expand_paths(self.path), self.size, self.captions, self.limit, self.load)
+        paths = expand_paths(self.path)
+        return ShardSource(
+            paths, self.size, self.captions, self.limit, self.load, self.source or ""
+        )
 
 
 class ClassNames(NamedTuple):
@@ -101,6 +108,7 @@ class ShardSource(RecordStream):
             `ID#0`, `ID#1` ... of each of the JSON's `captions`.
         limit: records that are read at most.
         load: where `load_records` keeps the images.
+        origin: key of the JSON that says where a record comes from; empty: found by name.
     """
 
     paths: tuple[Path, ...]
@@ -108,7 +116,9 @@ class ShardSource(RecordStream):
     captions: Captions = "first"
     limit: int | None = None
     load: LoadMode = "auto"
+    origin: str = ""
     has_image_files = False
+    is_fingerprinted = True
     progress_unit = "KiB"
 
     @cached_property
@@ -213,7 +223,8 @@ class ShardSource(RecordStream):
     def _make_record(self, group: Group, shard: int, names: ClassNames) -> Record | Skipped:
         """Make a record, or say why there is none."""
         file = str(self.paths[shard])
-        metadata = parse_metadata(group.files.get("json", b"{}"))
+        origins = (self.origin,) if self.origin else ORIGIN_COLUMNS
+        metadata = parse_metadata(group.files.get("json", b"{}"), origins)
         if isinstance(metadata, str):
             return Skipped(file, group.key, metadata)
         extensions = [e for e in IMAGE_EXTENSIONS if e in group.files]
@@ -236,6 +247,7 @@ class ShardSource(RecordStream):
             file=file,
             member=group.key,
             url=metadata.url,
+            origin=metadata.origin,
             shard=shard,
             offset=group.offsets[extensions[0]],
             length=len(image),

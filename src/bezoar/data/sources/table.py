@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from bezoar.data.decoding import Record
 from bezoar.data.files import parquet
-from bezoar.data.files.metadata import is_unicode
+from bezoar.data.files.metadata import ORIGIN_COLUMNS, is_unicode
 from bezoar.data.files.paths import distinct_stems, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.files.tables import (
@@ -62,6 +62,9 @@ class Table:
     ] = None
     key: Annotated[str | None, "column of ids; found by name when not given"] = None
     limit: Annotated[int | None, "read at most so many records"] = None
+    source: Annotated[
+        str | None, "column that says where a record comes from; found by name when not given"
+    ] = None
 
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit)
@@ -80,7 +83,7 @@ class Table:
         if wrong:
             raise UserError(f"a table must be {', '.join(SUFFIXES)}; got {str(wrong[0])!r}")
         root = expand_home(self.root) if self.root else None
-        columns = (self.image, self.caption, self.key)
+        columns = (self.image, self.caption, self.key, self.source)
         return TableSource(paths, self.size, root, columns, self.limit)
 
 
@@ -91,6 +94,7 @@ class Columns(NamedTuple):
     caption: str
     id: str
     url: str
+    origin: str
 
 
 @dataclass(eq=False)
@@ -104,14 +108,14 @@ class TableSource(RecordStream):
         size: pixels a side: the largest centred square, resized.
         root: the folder that images must lie in; None: that of their table. A relative image path
             starts at its table's folder in any case.
-        columns: names of the columns of images, captions and ids; None: found by name.
+        columns: names of the columns of images, captions, ids and sources; None: found by name.
         limit: records that are read at most.
     """
 
     paths: tuple[Path, ...]
     size: int = 64
     root: Path | None = None
-    columns: tuple[str | None, str | None, str | None] = (None, None, None)
+    columns: tuple[str | None, str | None, str | None, str | None] = (None,) * 4
     limit: int | None = None
     _columns: dict[int, Columns] = field(default_factory=dict, init=False, repr=False)
 
@@ -142,7 +146,7 @@ class TableSource(RecordStream):
         if number not in self._columns:
             path = self.paths[number]
             names = column_names(path)
-            image, caption, key = self.columns
+            image, caption, key, origin = self.columns
 
             def find(wanted: str | None, candidates: Sequence[str]) -> str:
                 if wanted:
@@ -154,6 +158,7 @@ class TableSource(RecordStream):
                 caption="" if caption == NO_CAPTION else find(caption, CAPTION_COLUMNS),
                 id=find(key, ID_COLUMNS),
                 url=find(None, ("url",)),
+                origin=find(origin, ORIGIN_COLUMNS),
             )
             if not columns.caption and caption != NO_CAPTION:
                 self._refuse_sentences(path, [n for n in names if n not in columns])
@@ -214,14 +219,18 @@ class TableSource(RecordStream):
         if not is_unicode(f"{captions}{key}{name}") or not all(map(is_unicode, captions)):
             return "caption is not UTF-8"
         key = self._default_id(number, row_number, name) if key in (None, "") else str(key)
-        url = row.get(columns.url) if columns.url else ""
+        url, origin = (
+            text if isinstance(text, str) and is_unicode(text) else ""
+            for text in (row.get(name) if name else "" for name in (columns.url, columns.origin))
+        )
         return Record(
             image=image,
             ids=(key,) if len(captions) < 2 else tuple(f"{key}#{i}" for i in range(len(captions))),
             captions=captions,
             file=str(self.paths[number]),
             member=name or f"row {row_number}",
-            url=url if isinstance(url, str) and is_unicode(url) else "",
+            url=url,
+            origin=origin,
             shard=number,
             offset=row_number - 1,
             length=len(image) if isinstance(image, bytes) else 0,

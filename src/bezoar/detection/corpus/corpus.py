@@ -6,6 +6,7 @@ What a scan leaves behind is read again with `load_scores` (ids, places, caption
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,21 +21,23 @@ from torch import Tensor
 
 from bezoar.data.blocks import blocks
 from bezoar.data.files.artefacts import read_facts
-from bezoar.data.files.writing import own_folder, remove_folder, whole_file
+from bezoar.data.files.writing import own_folder, remove_debris, remove_folder, whole_file
 from bezoar.data.pairs import Pairs, Rows
-from bezoar.data.source import TEXT_COLUMNS, RecordIndex, Source
+from bezoar.data.source import TEXT_COLUMNS, RecordIndex, Source, as_source
 from bezoar.data.stored_pairs import StoredImages, StoredPairs
 from bezoar.data.strings import Strings
 from bezoar.detection.corpus import columns, units
 from bezoar.detection.corpus.assembly import DONE, SKIPPED, assemble, remove_units
+from bezoar.detection.corpus.shared_embeddings import VECTORS, Entry, find_entry, remove_unused
 from bezoar.encoders.encoder import EmbeddedRecords, Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.progress import Progress
+from bezoar.runs import inputs
+from bezoar.runs.devices import select_device
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
 
-FOLDER = "vectors"
 SCORES = "scores.parquet"
 RAISED = ".raised"  # ending of the columns that say which records a detector raised
 FIXED = ("id", "shard", "member", "caption", "score")  # every other column is a detector's
@@ -72,6 +75,8 @@ class Corpus(RecordIndex):
         summary: how they were read: `read`, `skipped` (the first of what was not), `unread` (how
             many), `reasons`, `doubles` (how many were renamed).
         classes: names by label.
+        shared: where scans of the same data with the same encoder share their vectors; None where
+            they do not.
     """
 
     source: Source
@@ -79,6 +84,7 @@ class Corpus(RecordIndex):
     embedded: EmbeddedRecords
     summary: dict[str, Any]
     classes: tuple[str, ...] = ()
+    shared: Entry | None = None
 
     @property
     def encoder(self) -> Encoder | Vectors:
@@ -122,7 +128,8 @@ def embed_corpus(
 ) -> Corpus:
     """Cut data into units, embed them and put them together.
 
-    What an earlier attempt left is used, unless the settings ask for a fresh run.
+    What an earlier attempt left is used, or what another scan of the same data with the same encoder
+    did, unless the settings ask for a fresh run.
 
     Args:
         data: the run or data method that is scanned.
@@ -134,28 +141,57 @@ def embed_corpus(
     Raises:
         UserError: if nothing is left to scan.
     """
-    vectors = folder / FOLDER
+    vectors = folder / VECTORS
     source = units.open_source(data)
     if settings.fresh:
         remove_folder(vectors)
+    entry = _shared_entry(data, by, folder, settings)
+
+    def embed(target: Path, skipped: Path) -> None:
+        todo = source.units()
+        units.embed_all(data, by, todo, target, settings, progress)
+        assemble(todo, target, skipped)
+
     if (vectors / DONE).exists():
         remove_units(vectors)  # that an attempt has left which was killed at its end
+    elif entry is None:
+        embed(vectors, folder / SKIPPED)
     else:
-        todo = source.units()
-        units.embed_all(data, by, todo, vectors, settings, progress)
-        assemble(todo, vectors, folder / SKIPPED)
-    return _open(source, units.load_encoder(by, settings.device) or Vectors(), vectors)
+        with entry.lock():
+            if settings.fresh:
+                entry.clear()
+            try:
+                if not entry.is_done:
+                    embed(entry.vectors, entry.skipped)
+                remove_units(entry.vectors)
+            finally:
+                remove_debris(entry.folder)  # of workers that were ended in the middle of a file
+                entry.link_into(folder)
+        remove_unused(entry)
+    encoder = units.load_encoder(by, settings.device) or Vectors()
+    return dataclasses.replace(_open(source, encoder, vectors), shared=entry)
+
+
+def _shared_entry(data: Any, by: Any, folder: Path, settings: Settings) -> Entry | None:
+    """Where the vectors are shared; None for images that the run's question does not fix."""
+    source = as_source(inputs.open_source(inputs.open_dataset(data).method))
+    if not getattr(source, "is_fingerprinted", True):
+        return None
+    ask = Run(folder).manifest["ask"]
+    return find_entry(settings.runs, ask, (data, by), select_device(settings.device).type)
 
 
 def reopen_corpus(run: Run) -> Corpus:
     """Open the corpus of a finished scan to look at its records; it has vectors, no encoder."""
-    return _open(units.open_source(run), Vectors(), own_folder(run.file(FOLDER)))
+    return _open(units.open_source(run), Vectors(), own_folder(run.file(VECTORS)))
 
 
 def _open(source: Source, by: Encoder | Vectors, folder: Path) -> Corpus:
     summary = read_facts(folder / DONE)
     summary.texts("names")
-    ids, captions, members, urls = (columns.map_texts(folder, name) for name in TEXT_COLUMNS)
+    ids, captions, members, urls, origins = (
+        columns.map_texts(folder, name) for name in TEXT_COLUMNS
+    )
     texts = columns.map_tensor(folder / "texts.npy") if summary["texts"] else None
     return Corpus(
         file_names=summary["names"],
@@ -164,6 +200,7 @@ def _open(source: Source, by: Encoder | Vectors, folder: Path) -> Corpus:
         captions=captions if summary["captions"] else (),
         members=members,
         urls=urls,
+        origins=origins,
         places=columns.map_array(folder / "place.npy"),
         renamed=bool(summary["doubles"]),
         source=source,

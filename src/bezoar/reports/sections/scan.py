@@ -26,6 +26,7 @@ from bezoar.reports.reliability_sections import (
 )
 from bezoar.reports.run_page import Page, RunView, as_sentences
 from bezoar.reports.shared_parts import group_goals
+from bezoar.reports.source_sections import source_section
 from bezoar.runs.run import Run
 
 WORST = 40  # records that are shown as the most suspicious
@@ -102,6 +103,7 @@ def build_page(run: Run) -> Page:
         ],
         {
             "How many of the worst are false discoveries": partial(discovery_section, view),
+            "Sources": partial(source_section, run, view.note_dict("sources")),
             "Ranking": partial(ranking_section, view),
             "What the keep-list leaves out": partial(keep_list_section, view),
             "Most suspicious records": partial(worst_section, view),

@@ -1,0 +1,168 @@
+"""What an encoder that never saw the data does not explain (Platonic Defense, 2026)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bezoar import registry
+from bezoar.data.randomness import sample_rows
+from bezoar.detection.detectors import RecordEncoder, Records, require_texts
+from bezoar.detection.pseudo_classes import SAMPLE, vector_blocks
+from bezoar.encoders.encoder import EmbeddedRecords
+from bezoar.errors import UserError
+from bezoar.evaluation.kmeans import cluster_centres
+from bezoar.evaluation.scores import Scores
+from bezoar.registry import method
+from bezoar.runs import inputs
+from bezoar.runs.run import Run
+from bezoar.runs.verb import input_files
+
+# Strengths of the ridge that are tried, in units of the mean eigenvalue of the references' covariance.
+STRENGTHS = tuple(10.0**power for power in range(-6, 3))
+Evidence = Literal["auto", "gain", "caption", "length"]
+ROWS = 1 << 16  # vectors in memory at a time
+
+
+@method
+class CrossEncoder:
+    """Compare what the suspect encoder and a reference encoder make of the same records.
+
+    `length` and `caption`: a ridge regression maps the reference's vectors of the images to the
+    suspect's. Each record is predicted by the regression without it (the closed form of
+    leave-one-out), with the strength whose predictions err least. A clean image lies where its
+    content puts it, which the reference sees too; a trigger moves it in the suspect's space alone.
+    The residual counts by its length, or by how far it points to the mean caption of the record's
+    caption group. `gain`, for a reference that reads captions: by how much the caption fits the
+    image better for the suspect than for the reference.
+
+    After "Platonic Defense" (arXiv 2606.29451, 2026), of which the README alone could be read: a
+    vector is predicted from an independent encoder's, and the residual's length shows a trigger.
+    Ours are leave-one-out in place of held-out clean data, which a scan does not have, `caption`
+    and `gain`. AUROC on 20,000 scenes with a patch (200 records) and a colour filter (400), the
+    reference a small CLIP of other scenes: gain .993, .976; caption .993, .856; length .943, .731;
+    clip_score .878, .908. Units of each caption group (medians and their deviations) made all of
+    them worse: the poisons of a target are half of its captions.
+    """
+
+    reference: Annotated[
+        str, "needed: an encoder that never saw the data, a run's directory or a network's spec"
+    ] = ""
+    evidence: Annotated[
+        Evidence, "what counts; auto: gain where both read captions, else caption, else length"
+    ] = "auto"
+    groups: Annotated[int, "caption groups (k-means of the captions' vectors)"] = 32
+    seed: Annotated[int, "seed of the groups"] = 0
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"groups must be at least 1; got {self.groups}")
+
+    def files(self) -> list[Path]:
+        """What the scores depend on besides the fields: the weights of the reference."""
+        if not self.reference:
+            return []
+        weights = Path(self.reference) / "encoder.safetensors"
+        if weights.is_file():
+            return [weights]
+        files: list[Path] = input_files(registry.make("network", self.reference))
+        return files
+
+    def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
+        """-> Scores; what only the suspect sees is suspicious.
+
+        Raises:
+            UserError: Where the reference cannot be opened, or captions are asked for without any.
+        """
+        embedded = encoder.embed(source)
+        device = encoder.device
+        reference = self.open_reference(device).embed(source)
+        evidence = self.evidence
+        if evidence == "auto" and embedded.texts is not None:
+            evidence = "caption" if reference.texts is None else "gain"
+        if evidence == "gain":
+            gain = caption_fit(embedded, device) - caption_fit(reference, device)
+            return Scores(embedded.ids, gain)
+        residual = leave_one_out_residuals(
+            stack_float64(reference.images, device), stack_float64(embedded.images, device)
+        )
+        if evidence != "caption":
+            return Scores(embedded.ids, residual.norm(dim=1).float().cpu())
+        groups, centres = group_captions(embedded, self.groups, self.seed, device)
+        directions = centres[groups].double()  # (N, D)
+        return Scores(embedded.ids, (residual * directions).sum(1).float().cpu())
+
+    def open_reference(self, device: torch.device) -> RecordEncoder:
+        """The encoder that the field names. Raises UserError for neither a run nor a network."""
+        if not self.reference:
+            raise UserError(
+                "detector 'cross_encoder' needs reference=, an encoder that never saw these data"
+            )
+        path = Path(self.reference)
+        model = Run(path) if path.is_dir() else registry.make("network", self.reference)
+        return inputs.load_encoder(model, device)
+
+
+def stack_float64(vectors: Tensor, device: torch.device) -> Tensor:
+    """Vectors (N, D), which may lie in a file, in float64 on the device."""
+    return torch.cat([part.double() for part in vector_blocks(vectors, device)])
+
+
+def leave_one_out_residuals(x: Tensor, y: Tensor) -> Tensor:
+    """What is left of y (N, E) after the ridge regression on x (N, D) without the record itself.
+
+    An intercept is fitted and not shrunk. Of `STRENGTHS` the one is taken whose residuals are
+    smallest. With the hat matrix H of the regression, the residual of record i without it is
+    (y - H y)_i / (1 - H_ii): one decomposition serves all records and all strengths.
+
+    Args:
+        x: Float64.
+        y: Float64.
+
+    Returns:
+        Float64 (N, E).
+    """
+    n = len(x)
+    x, y = x - x.mean(0), y - y.mean(0)
+    values, axes = torch.linalg.eigh(x.T @ x)  # (D,), (D, D)
+    turned = x @ axes  # (N, D)
+    products = turned.T @ y  # (D, E)
+    best: Tensor | None = None
+    least = torch.inf
+    for strength in STRENGTHS:
+        shrunk = 1 / (values.clamp(min=0) + strength * values.mean().clamp(min=1e-12))  # (D,)
+        leverage = 1 / n + (turned.square() * shrunk).sum(1)  # (N,)
+        residual = y - turned @ (shrunk[:, None] * products)
+        residual /= (1 - leverage).clamp(min=1e-6)[:, None]
+        error = float(residual.square().mean())
+        if error < least:
+            best, least = residual, error
+    if best is None:
+        raise UserError("NaN or infinite vectors; a regression is defined for finite ones")
+    return best
+
+
+def caption_fit(embedded: EmbeddedRecords, device: torch.device) -> Tensor:
+    """The cosine of each record's image and caption, float32 (N,) on the CPU."""
+    texts = require_texts(embedded, "'cross_encoder' with evidence=gain")
+    parts = zip(embedded.images.split(ROWS), texts.split(ROWS), strict=True)
+    return torch.cat([(z.to(device) * w.to(device)).sum(1).float().cpu() for z, w in parts])
+
+
+def group_captions(
+    embedded: EmbeddedRecords, count: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The caption group of each record, int64 (N,), and the direction of each, unit (G, D).
+
+    Groups are those of k-means on a sample of the captions' vectors, at most `count`.
+    """
+    texts = require_texts(embedded, "'cross_encoder' with evidence=caption")
+    rows = torch.from_numpy(sample_rows(embedded.ids, SAMPLE, seed))
+    centres = cluster_centres(texts[rows.to(texts.device)].to(device).float(), count, seed)
+    half_norms = centres.square().sum(1) / 2
+    parts = [(z @ centres.T - half_norms).argmax(1) for z in vector_blocks(texts, device)]
+    return torch.cat(parts), F.normalize(centres, dim=1)

@@ -1,0 +1,65 @@
+"""The section of a scan's page on the sources of its records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bezoar.data.files.tables import read_rows
+from bezoar.detection.source_pooling import FILE
+from bezoar.reports.page_parts import Section, Table
+from bezoar.reports.pictures import shorten
+from bezoar.runs.run import Run
+
+SHOWN = 20  # sources
+HEAD = (
+    "Source", "Records", "Verdict", "False discovery rate", "Raised", "Ranking",
+    "Pooled", "In its worst tenth", "Nats a record", "Words",
+)  # fmt: skip
+LEAD = (
+    "Records of one source are tested together, all of them and those with one kind of caption, "
+    "against records of the same content from other sources. Who controls a source, such as a bought "
+    "domain, controls all of its records."
+)
+NOTE = (
+    "Nats a record: the mean of -log of the share of records that are at least as suspicious, with "
+    "its 95 % interval; 1 where nothing is suspicious. All sources stand in sources.csv."
+)
+
+
+def source_section(run: Run, notes: dict[str, Any]) -> Section | None:
+    """Show the most suspicious sources; None where the records have none."""
+    path = run.path / FILE
+    if not path.exists():
+        return None
+    rows: list[list[str]] = []
+    for _, row in read_rows(path):
+        if len(rows) == SHOWN:
+            break
+        if isinstance(row, dict):
+            cells = {name: shorten(str(row.get(name) or ""), 60) for name in row}
+            rows.append(_format_row(cells))
+    sentence = str(notes.get("sentence") or "")
+    return Section(
+        [Table(HEAD, rows, (1, 3, 4, 6, 7, 8), NOTE)], f"{sentence}. {LEAD}".lstrip(". ")
+    )
+
+
+def _format_row(cells: dict[str, str]) -> list[str]:
+    """The cells of a line of sources.csv as the page shows them."""
+
+    def cell(name: str) -> str:
+        return cells.get(name, "")
+
+    nats = f"{cell('nats')} [{cell('low')}, {cell('high')}]"
+    return [
+        cell("source"),
+        cell("records"),
+        cell("verdict") or "–",
+        cell("q"),
+        cell("raised"),
+        cell("ranking"),
+        cell("pooled"),
+        cell("worst_tenth"),
+        nats,
+        cell("words"),
+    ]
