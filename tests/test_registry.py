@@ -38,7 +38,7 @@ def test_default_specs_make_the_same_method_again(kind, name):
         "embeddings": "path=x",
     }
     required |= {"table": "path=x.csv", "weights": "path=x", "hugging_face": "path=x"}
-    required |= {"hub": "org/name"}
+    required |= {"hub": "org/name", "several": "triggers=patch+blur"}
     method = registry.make(kind, f"{name}:{required.get(name, '')}")
     assert registry.make(kind, registry.spec(method)) == method
 

@@ -11,6 +11,7 @@ does not see brightness and contrast.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -31,7 +32,7 @@ CONTRAST = 1.0  # length of a vector of levels below which nothing is correlated
 COARSE, FITTING, WHOLE, MIDDLE = 0.82, 0.88, 0.96, 0.87
 SMOOTHED, BLURRED = 3, 7  # sides of boxes: middle frequencies are between their means
 PICTURES, PAIRS = 512, 256  # that are transformed, and compared, at a time
-Floats = NDArray[np.float32]
+Floats = NDArray[Any]  # float32; float64 where it is between two steps
 Rows = NDArray[np.int64]
 
 
@@ -205,7 +206,8 @@ def solve_moves(parts: Floats, target: Floats) -> Floats:
     seen = (parts @ target[:, :, None]).astype(np.float64)
     weights = np.linalg.solve(products, seen)[..., 0]
     moves = weights[:, 1:] / np.maximum(weights[:, :1], 0.2)  # the first is the gain of the light
-    return moves.clip([-0.05, -1, -1], [0.05, 1, 1]).astype(np.float32)
+    bounded: Floats = moves.clip([-0.05, -1, -1], [0.05, 1, 1]).astype(np.float32)
+    return bounded
 
 
 def read_windows(pictures: Floats, places: Floats, side: int) -> Floats:
@@ -221,12 +223,14 @@ def read_windows(pictures: Floats, places: Floats, side: int) -> Floats:
     by_column = rows.transpose(0, 3, 2, 1)  # (P, x, 3, window)
     right = right[:, :, None, None]
     read = by_column[image, low_column] * (1 - right) + by_column[image, low_column + 1] * right
-    return read.transpose(0, 2, 3, 1)
+    windows: Floats = read.transpose(0, 2, 3, 1)
+    return windows
 
 
 def _pixels_at(places: Floats, axis: int, side: int) -> Floats:
     """Return where the pixels of a window lie on its picture, along rows (1) or columns (2), (P, side)."""
-    return places[:, axis, None] * SIDE + np.exp(places[:, :1]) * _steps(side) - 0.5
+    at: Floats = places[:, axis, None] * SIDE + np.exp(places[:, :1]) * _steps(side) - 0.5
+    return at
 
 
 def _steps(side: int) -> Floats:
@@ -259,7 +263,8 @@ def sum_windows(x: Floats, side: int) -> Floats:
     """Sum all windows of `side` pixels, (n, c, h, w) -> (n, c, h - side + 1, w - side + 1)."""
     sums = np.pad(x.astype(np.float64), [(0, 0), (0, 0), (1, 0), (1, 0)]).cumsum(2).cumsum(3)
     rows = sums[:, :, side:] - sums[:, :, :-side]
-    return (rows[..., side:] - rows[..., :-side]).astype(np.float32)
+    windows: Floats = (rows[..., side:] - rows[..., :-side]).astype(np.float32)
+    return windows
 
 
 def resizing_weights(old: int, new: int) -> Floats:
@@ -268,14 +273,16 @@ def resizing_weights(old: int, new: int) -> Floats:
     middles = (np.arange(new) + 0.5) * scale
     distance = abs(np.arange(old) + 0.5 - middles[:, None]) / max(1.0, scale)
     weights = np.clip(1 - distance, 0, None)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    shares: Floats = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return shares
 
 
 def correlate(first: Floats, second: Floats) -> Floats:
     """Return the cosine of each pair (P, ...), float32 (P,)."""
     a, b = first.reshape(len(first), -1), second.reshape(len(second), -1)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return ((a * b).sum(1) / np.maximum(lengths, CONTRAST)).astype(np.float32)
+    cosines: Floats = ((a * b).sum(1) / np.maximum(lengths, CONTRAST)).astype(np.float32)
+    return cosines
 
 
 def _sides() -> list[int]:

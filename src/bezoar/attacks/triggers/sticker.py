@@ -95,7 +95,8 @@ def _load_sticker(path: str, _: object, side: int) -> Tensor:
     rgba = torch.from_numpy(arrays.load_rgba(path).astype(np.float32))
     layer = painting.to_layer(rgba[None, :3], rgba[None, 3:] / 255)[0]
     scale = side / max(layer.shape[1:])
-    return pixels.resize(layer, *(max(1, round(scale * s)) for s in layer.shape[1:]))
+    height, width = (max(1, round(scale * s)) for s in layer.shape[1:])
+    return pixels.resize(layer, height, width)
 
 
 @functools.lru_cache(maxsize=64)

@@ -55,7 +55,7 @@ def _write(word: str, size: float, height: int, width: int) -> Tensor:
     """Return the cover of a word, float32 (h, w), no larger than the image."""
     points = max(SMALLEST, round(size * min(height, width)))
     while True:
-        mask, _ = ImageFont.load_default(points).getmask2(word, mode="L")
+        mask = ImageFont.load_default(points).getmask(word, mode="L")
         columns, rows = mask.size
         if points == SMALLEST or (rows <= height and columns <= width):
             break
