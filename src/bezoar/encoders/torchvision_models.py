@@ -43,7 +43,7 @@ def find_model(tensors: Mapping[str, Tensor]) -> str:
             for key, shape in shapes.items()
             if key.rpartition(".")[0] != last
         ):
-            return name
+            return str(name)
     return ""
 
 

@@ -159,11 +159,7 @@ class Scan:
         keep_lists.write_keep_lists(job.folder, data, kept_rows)
         decisions = scan_findings.describe_decisions(by_detector)
         sentences, source_notes, source_metrics = source_pooling.describe_table(pooled)
-        left_out = (
-            f"keep.txt leaves out the {len(removed):,} most suspicious of {len(data):,} records"
-        )
-        if self.dedup:
-            left_out += f" and {len(surplus):,} more copies of pictures with diverging captions"
+        left_out = self._describe_keep_list(len(removed), len(surplus), len(data))
         job.notes = data.reading_notes() | {
             "records": len(data),
             "removed": len(removed),
@@ -187,6 +183,13 @@ class Scan:
                 job.folder / "shards", data, kept_rows, job.progress
             )
         return source_metrics | self._measure(job, data, merged, by_detector, removed, surplus)
+
+    def _describe_keep_list(self, removed: int, surplus: int, records: int) -> str:
+        """What the keep-list leaves out, as a part of the verdict."""
+        text = f"keep.txt leaves out the {removed:,} most suspicious of {records:,} records"
+        if self.dedup:
+            text += f" and {surplus:,} more copies of pictures with diverging captions"
+        return text
 
     def _write_records(
         self,
