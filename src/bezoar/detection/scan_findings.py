@@ -39,10 +39,15 @@ def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
             what = "a trigger" if scores.groups is None else "pictures with many captions"
             lines.append(f"{name} found {what} in {n:,} record{'s' * (n != 1)}")
     return lines or [
-        f"{name} found no trigger, which is no proof that there is none"
-        for name, scores in deciding.items()
-        if scores.groups is None
+        describe_nothing(name, scores) for name, scores in deciding.items() if scores.groups is None
     ]
+
+
+def describe_nothing(name: str, scores: Scores) -> str:
+    """What a detector that raised no record looked for. It never reads as a clean bill."""
+    looked_for = (scores.notes or {}).get("looked_for", "")
+    kinds = f" ({looked_for})" if looked_for else ""
+    return f"{name} found no trigger{kinds}, which is no proof that there is none"
 
 
 def decision_metrics(by_detector: Mapping[str, Scores]) -> dict[str, Measure]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.corpus.exports import own_file
+from bezoar.detection.scan_findings import describe_nothing
 from bezoar.evaluation import sarif_log
 from bezoar.evaluation.scores import Scores
 
@@ -55,7 +56,7 @@ def build_log(
             rule | raised_result(corpus, row, name, what) for row in rows[:MOST_RESULTS].tolist()
         ]
         if not len(rows) and scores.groups is None:
-            text = f"{data}: {name} found no trigger, which is no proof that there is none"
+            text = f"{data}: {describe_nothing(name, scores)}"
             results.append(rule | note_result(text, data))
         elif len(rows) > MOST_RESULTS:
             text = f"{data}: {name} raised {len(rows):,} records; the first {MOST_RESULTS:,} are listed, removed.csv has all"

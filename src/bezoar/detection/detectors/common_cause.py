@@ -42,6 +42,7 @@ from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
+LOOKED_FOR = "in what many poisons of one target would share, whatever its shape"
 MIN_RECORDS = 200  # of the data
 RECORDS_OF_A_GROUP = 200  # at least, on average
 EXPOSURES = 40000  # pairs that the small model sees, at least two passes over the data
@@ -112,6 +113,7 @@ class CommonCause:
         believed = shared_causes.believe_causes(supports)
         sharpened = shared_causes.sharpen_causes(discriminants, believed, misread)
         notes = {
+            "looked_for": LOOKED_FOR,
             "causes": [describe_support(support) for support in believed],
             "tested": len(supports),
         }

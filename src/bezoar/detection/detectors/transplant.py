@@ -54,6 +54,7 @@ from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
+LOOKED_FOR = "among fixed pixels, overlays and fine textures"
 PATCHWORK_BLOCK = 1024  # images whose cells are mixed with one another
 MIN_LOCATED = 64  # records that are searched for a window at least
 KEEP = 0.6  # a smaller window must do this share of what the larger one does
@@ -294,6 +295,7 @@ class Transplant:
             counts = {"raised": shown, "new": new, "missed": shown & not_located}
             notes.append(trigger.note() | {name: int(mask.sum()) for name, mask in counts.items()})
         note = {
+            "looked_for": LOOKED_FOR,
             "passes": self.passes(n),
             "kept": len(rows),
             "raised": int(raised.sum()),
