@@ -105,7 +105,7 @@ class CommonCause:
             groups.of_record[torch.as_tensor(order)],
             torch.from_numpy((uniform < 0.5).astype(np.int64)),
         )
-        mismatched = mismatch > mismatch.quantile(1 - self.suspects)
+        mismatched = mismatch > float(np.quantile(mismatch.numpy(), 1 - self.suspects))
         causes = shared_causes.find_causes(discriminants, mismatched)
         misread = self.read_without(source, order, causes, encoder.device, report)
         chosen = shared_causes.choose_left_out(causes, n)
@@ -153,7 +153,7 @@ class CommonCause:
             loss = training_traces.read_without(
                 source, of_source, self.network, objective, self.seed, device, report
             )[rows]
-        return loss > loss[~left_out].quantile(1 - self.suspects)
+        return loss > float(np.quantile(loss[~left_out].numpy(), 1 - self.suspects))
 
     def combine(
         self,
