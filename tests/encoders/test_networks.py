@@ -410,10 +410,8 @@ def test_clips_image_tower_alone(name, prefix, clips, tmp_path):
     encoder = network(f"imported:path={tmp_path / 'model.pth'}")
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(encoder.image(x), source(x))
-    assert (
-        encoder.about["network"] == f"clip_image:model={name},mean_std=clip"
-        and encoder.text is None
-    )
+    assert encoder.about["network"] == f"clip_image:model={name},mean_std=clip,config="
+    assert encoder.text is None
     assert (encoder.preprocess.size, encoder.preprocess.mean) == (32, MEAN_STD["clip"][0])
     with pytest.raises(UserError, match="its weights are for 32 px; size=64 does not fit"):
         network(f"imported:path={tmp_path / 'model.pth'},size=64")
