@@ -68,11 +68,11 @@ def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tup
     """Run a verb: its exit status, its manifest and its folder."""
 
     def run(*words: object) -> tuple[int, Any, Path]:
-        before = set(tmp_path.glob("runs/*"))
+        before = set(tmp_path.glob("runs/*-*"))
         status = main([*map(str, words), "--runs", str(tmp_path / "runs")])
         err = capsys.readouterr().err
         assert status in (0, 4), err
-        (folder,) = set(tmp_path.glob("runs/*")) - before
+        (folder,) = set(tmp_path.glob("runs/*-*")) - before
         return status, json.loads((folder / "manifest.json").read_text()), folder
 
     (tmp_path / "tiny.py").write_text(NETWORK)

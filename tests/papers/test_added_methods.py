@@ -25,7 +25,7 @@ class Mine:
     ("words", "says"),
     [
         (["matrix/detection", "--add", "detector"], "--add takes pairs of a kind and a method"),
-        (["matrix/detection", "--add", "deteктor", "x.py"], "--add takes pairs"),
+        (["matrix/detection", "--add", "deteктor", "dao"], "--add takes pairs"),
         (["matrix/detection", "--add", "audit", "decree"], "compares no audits"),
         (["carlini2022/poisons", "--add", "detector", "dao"], "compares no detectors"),
         (["matrix/detection", "--add", "detector", "nowhere.py"], "nowhere.py"),

@@ -169,7 +169,7 @@ def test_hostile_text_is_text(copy: Path) -> None:
             r | {"caption": HOSTILE} for r in json.loads((run.path / "ranked.json").read_text())
         ]
         (run.path / "ranked.json").write_text(json.dumps(ranked))
-    for run in [Run(p) for p in copy.iterdir()]:
+    for run in [Run(p) for p in copy.glob("*-*")]:
         manifest = run.manifest
         manifest["goal"] = [g | {"target": HOSTILE, "how": HOSTILE} for g in manifest["goal"]]
         manifest["error"] = HOSTILE
@@ -177,7 +177,7 @@ def test_hostile_text_is_text(copy: Path) -> None:
             m["how"] = HOSTILE
         manifest["parents"].append("../../etc" + HOSTILE)
         (run.path / "manifest.json").write_text(json.dumps(manifest))
-    for run in [Run(p) for p in copy.iterdir()]:
+    for run in [Run(p) for p in copy.glob("*-*")]:
         text = page.write_page(run).read_text(encoding="utf-8")
         seen = ParsedPage(text)
         assert "script" not in seen.tags and "img" not in seen.tags
@@ -192,11 +192,11 @@ def test_a_missing_file_costs_a_section_and_not_the_page(copy: Path) -> None:
     for path in copy.rglob("*"):
         if path.is_file() and path.name != "manifest.json":
             path.unlink()
-    for run in [Run(p) for p in copy.iterdir()]:
+    for run in [Run(p) for p in copy.glob("*-*")]:
         assert "All figures" in page.write_page(run).read_text(encoding="utf-8")
     assert any("could not be made" in read_page(r) for r in runs_of(copy, "train"))
     lonely = runs_of(copy, "evaluate")[0]
-    for other in copy.iterdir():
+    for other in copy.glob("*-*"):
         if other != lonely.path:
             shutil.rmtree(other)
     assert "no longer there" in page.write_page(lonely).read_text(encoding="utf-8")
@@ -251,7 +251,7 @@ def test_the_ledger_is_counted_over_the_right_records(runs: Path) -> None:
 
 
 def test_the_title_of_a_page_is_its_finding(runs: Path) -> None:
-    for run in [Run(p) for p in runs.iterdir()]:
+    for run in [Run(p) for p in runs.glob("*-*")]:
         text = read_page(run)
         title = html.unescape(re.search("<title>(.*)</title>", text)[1])
         headline = html.unescape(re.search("<h1>(.*)</h1>", text)[1])

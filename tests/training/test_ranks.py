@@ -216,7 +216,7 @@ def test_the_command_line_under_torchrun_is_one_command(launched, capsys):
     _, words, (_, (code, out, err), _) = launched
     assert code == 0, err
     run = Path(out.strip().split("\n")[-1])
-    assert out.count("final_loss") == 1 and out.count(str(run)) == 2  # the page, the directory
+    assert out.count("Final loss") == 1 and out.count(str(run)) == 2  # the page, the directory
     before = (run / "manifest.json").read_bytes()
     manifest = json.loads(before)
     assert manifest["status"] == "done" and manifest["notes"]["ranks"] == 2

@@ -128,9 +128,7 @@ class Scan:
         Writes scores.parquet and scores.csv (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, removed.csv,
         skipped.jsonl and scan.sarif. The plan of a poisoned set is read only after the ranking is written.
         """
-        if not 0 <= self.remove < 1:
-            raise UserError(f"remove must be a share in 0..1; got {self.remove}")
-        self._check_dedup(job.inputs["detector"])
+        self._check_fields(job.inputs["detector"])
         encoder, untrained = self._choose_encoder(job)
         data = corpus.embed_corpus(
             job.inputs["data"], encoder, job.folder, job.settings, job.progress
@@ -217,8 +215,10 @@ class Scan:
             reliability.write_windows(folder, ids, boxes)
         exports.export_rows(folder, data, shown, merged, by_detector, self.export)
 
-    def _check_dedup(self, detectors: Sequence[Any]) -> None:
-        """Raise UserError for a number below 0, or where no detector finds copies."""
+    def _check_fields(self, detectors: Sequence[Any]) -> None:
+        """Raise UserError for a share out of range, and for copies that no detector finds."""
+        if not 0 <= self.remove < 1:
+            raise UserError(f"remove must be a share in 0..1; got {self.remove}")
         names = [registry.method_name(type(detector)) for detector in detectors]
         if self.dedup < 0 or (self.dedup and "duplicates" not in names):
             raise UserError("dedup must be at least 0, and needs --detector duplicates")
