@@ -176,13 +176,14 @@ def test_the_detector_does_not_depend_on_the_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trigger", ["filter:preset=kelvin", "line:width=1", "blur:sigma=1.5"])
-def test_a_trigger_without_fixed_pixels_is_raised(tmp_path, trigger):
-    """Poisons of 12,000 scenes, and an encoder that was trained on them for two epochs."""
+def test_a_trigger_without_fixed_pixels_is_raised(tmp_path):
+    """Transparent stripes on 400 of 20,000 scenes, and an encoder that was trained on them."""
     settings = Settings(runs=tmp_path)
-    poisoned = Poison("scenes:count=12000", "backdoor:count=300", trigger, "striped star")
-    trained = Train(poisoned, "clip_small:width=16", "clip:epochs=3")
+    trigger = "shape:form=stripes,count=5,alpha=0.4"
+    poisoned = Poison("scenes:count=20000", "backdoor:count=400", trigger, "striped star")
+    trained = Train(poisoned, "clip_small:width=16", "clip:epochs=4")
     run = execute(Scan(trained, detector=("common_cause",)), settings)
-    assert run.metric("poisons_raised") > 0.5 and run.metric("auroc") > 0.98
-    false_alarms = run.metric("common_cause.raised") * 12000 - run.metric("poisons_raised") * 300
-    assert false_alarms <= 24
+    raised = run.metric("poisons_raised").value
+    assert raised > 0.5 and run.metric("auroc").value > 0.98
+    false_alarms = run.metric("common_cause.raised").value * 20000 - raised * 400
+    assert false_alarms <= 40

@@ -279,10 +279,10 @@ def load_encoder(
         ) from error
     encoder = encoder.to(device).eval()
     chosen = "" if images is None else normalisation.settle_mean_std(encoder, images)
-    for line in filter(None, (describe_weights(encoder), chosen)):
-        if line not in _printed:
-            _printed.add(line)
-            warn(line)
+    line = "; ".join(filter(None, (describe_weights(encoder), chosen)))
+    if line and line not in _printed:
+        _printed.add(line)
+        warn(line)
     return encoder
 
 
