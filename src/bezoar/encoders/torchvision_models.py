@@ -21,6 +21,7 @@ STARTS = (
     "layers.",
     "blocks.",
     "Conv2d_1a",
+    "stage2.",  # ShuffleNet
 )
 COUNTER = ".num_batches_tracked"
 
