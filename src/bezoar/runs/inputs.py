@@ -157,8 +157,8 @@ def recorded_trigger(spec: str, run: Run) -> Trigger:
     files = input_files(trigger)
     if files:
         content = fingerprint(files)
-        asked = [source.manifest["ask"].get("trigger") for source in run.lineage()]
-        records = [r for a in asked for r in (a if isinstance(a, list) else [a])]
+        recorded = [source.manifest["ask"].get("trigger") for source in run.lineage()]
+        records = [r for one in recorded for r in (one if isinstance(one, list) else [one])]
         if not any(isinstance(r, dict) and r.get("files") == content for r in records):
             raise UserError(
                 f"the files of trigger {spec} are not those that run {run.name} was made from"
