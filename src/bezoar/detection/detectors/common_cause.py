@@ -107,8 +107,8 @@ class CommonCause:
         )
         mismatched = mismatch > float(np.quantile(mismatch.numpy(), 1 - self.suspects))
         causes = shared_causes.find_causes(discriminants, mismatched)
-        misread = self.read_without(source, order, causes, encoder.device, report)
         chosen = shared_causes.choose_left_out(causes, n)
+        misread = self.read_without(source, order, chosen, encoder.device, report)
         supports = shared_causes.measure_support(chosen, misread)
         believed = shared_causes.believe_causes(supports)
         sharpened = shared_causes.sharpen_causes(discriminants, believed, misread)
@@ -138,11 +138,11 @@ class CommonCause:
         device: torch.device,
         report: ProgressReport,
     ) -> Tensor:
-        """bool (N,): which records are misread by a small model that saw none of those that show a
-        cause (`shared_causes.choose_left_out`); in the given order.
+        """bool (N,): which records are misread by a small model that saw none of those that show one
+        of the causes; in the given order.
         """
         left_out = torch.zeros(len(order), dtype=torch.bool)
-        for cause in shared_causes.choose_left_out(causes, len(order)):
+        for cause in causes:
             left_out[cause.shown] = True
         if not left_out.any():
             return left_out
