@@ -80,9 +80,6 @@ def test_what_a_detector_decided_comes_before_all_that_is_only_ranked():
     sure = Scores(a.ids, a.values, raised=torch.from_numpy(poisons))
     merged = merging.merge([sure, b])
     assert set(merged.ranking()[:80].tolist()) == set(range(80))
-    assert np.array_equal(
-        merged.ranking()[80:], [i for i in merging.merge([a, b]).ranking() if i >= 80]
-    )
     turned = tuple(reversed(range(400)))
     other = sure.select([a.ids[i] for i in turned])
     assert other.raised[-80:].all() and other.raised.sum() == 80
@@ -96,6 +93,36 @@ def test_what_a_detector_decided_comes_before_all_that_is_only_ranked():
     assert np.array_equal(merging.merge([none, b]).values, merging.merge([a, b]).values)
     with pytest.raises(ValueError, match="raised must be bool"):
         Scores(a.ids, a.values, raised=torch.zeros(400))
+
+
+def test_the_rest_is_ranked_among_the_rest():
+    rng = np.random.default_rng(4)
+    first, second = rng.normal(size=(2, 60))
+    raised = np.arange(60) < 20
+    first[raised] += 9
+    surprises = merging.surprise(first, raised)
+    assert surprises[20:] == pytest.approx(plain_surprise(first[20:]))
+    assert merging.surprise(first, ~np.zeros(60, bool)) == pytest.approx(merging.surprise(first))
+    sure = Scores(
+        scored(first).ids, torch.from_numpy(first).float(), raised=torch.from_numpy(raised)
+    )
+    correlation = max(spearmanr(first, second).statistic, 0)
+    expected = merging.RAISING_WEIGHT * np.array(plain_surprise(first[20:])) / (1 + correlation)
+    expected += merging.surprise(second, raised)[20:] / (1 + correlation)
+    merged = merging.merge([sure, scored(second)]).values.numpy()
+    assert merged[20:] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert merged[:20].min() > merged[20:].max()
+
+
+def test_a_record_that_was_just_not_raised_comes_before_what_is_odd_elsewhere():
+    """Twenty poisons of a hundred are not raised, and another detector is loud."""
+    rng = np.random.default_rng(5)
+    near, loud = rng.normal(size=2000), rng.standard_t(2, size=2000)
+    near[:100] += 8
+    raised = torch.arange(2000) < 80
+    sure = Scores(scored(near).ids, torch.from_numpy(near).float(), raised=raised)
+    worst = merging.merge([sure, scored(loud)]).ranking()[:150]
+    assert set(range(100)) <= set(worst.tolist())
 
 
 def test_adds_says_what_is_lost_without_each_detector():

@@ -14,6 +14,7 @@ from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 
 MAX_DEVIATIONS = 20.0  # beyond it all records are equally far out
+RAISING_WEIGHT = 4.0  # of a detector that has raised records, where others have not
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Contribution:
 class DetectorAgreement:
     """M detectors on the same N records.
 
-    surprise: float64 (M, N) >= 0, see `surprise`. correlation: float64 (M, M), Spearman's. raised:
-    bool (M, N), the records that a detector has raised.
+    values: float64 (M, N), their scores. correlation: float64 (M, M), Spearman's. raised: bool
+    (M, N), the records that a detector has raised.
     """
 
-    surprise: NDArray[np.float64]
+    values: NDArray[np.float64]
     correlation: NDArray[np.float64]
     raised: NDArray[np.bool_]
 
@@ -45,22 +46,24 @@ class DetectorAgreement:
     def of(scores: Sequence[Scores]) -> DetectorAgreement:
         """Raises UserError when the detectors scored different records."""
         aligned = [align(s, scores[0]) for s in scores]
-        values = [s.values.cpu().numpy() for s in aligned]
+        values = np.stack([s.values.cpu().numpy() for s in aligned])
         ranks = np.stack([rankdata(v) for v in values])
         ranks -= ranks.mean(1, keepdims=True)
         length = np.linalg.norm(ranks, axis=1)
         correlation = ranks @ ranks.T / np.maximum(length[:, None] * length, 1e-12)
-        none = np.zeros(len(values[0]), bool)
+        none = np.zeros(values.shape[1], bool)
         raised = [none if s.raised is None else s.raised.cpu().numpy() for s in aligned]
-        surprises = np.stack([surprise(v) for v in values])
-        return DetectorAgreement(surprises, correlation, np.stack(raised))
+        return DetectorAgreement(values.astype(np.float64), correlation, np.stack(raised))
 
     def merged_values(self, detectors: Sequence[int]) -> NDArray[np.float64]:
         """The merged scores (N,) of some of the detectors; see `merge`."""
         rows = np.asarray(detectors, dtype=np.int64)
+        raised = self.raised[rows].any(0)
+        surprises = np.stack([surprise(self.values[row], raised) for row in rows])  # (M, N)
         votes = np.clip(self.correlation[np.ix_(rows, rows)], 0, None).sum(1)
-        values: NDArray[np.float64] = 1 / np.maximum(votes, 1) @ self.surprise[rows]
-        values += self.raised[rows].any(0) * (values.max() + 1)
+        weights = np.where(self.raised[rows].any(1), RAISING_WEIGHT, 1) / np.maximum(votes, 1)
+        values: NDArray[np.float64] = weights @ surprises
+        values += raised * (values.max() + 1)
         return values
 
 
@@ -72,7 +75,9 @@ def merge(scores: Sequence[Scores]) -> Scores:
     more so where another agrees. The weight of a detector is one over the sum of its positive rank
     correlations with all of them, itself included, so that three densities have one vote. Records
     that a detector has raised, for an attack that it found and tested, come before all others:
-    poisons that are many are not rare, and rarity alone would put oddities above them.
+    poisons that are many are not rare, and rarity alone would put oddities above them. The others
+    are ranked among themselves, and a detector that has raised records weighs RAISING_WEIGHT times
+    as much as one that has not: what it has just not raised may be of the same attack.
 
     Chosen among some 60 rules on six poisoned sets of scenes (four backdoors, taken or not,
     targeted victims, and both; two to six of transplant, duplicates, clip_score, k_distance, slof,
@@ -122,27 +127,38 @@ def measure_contributions(scores: Mapping[str, Scores], worst: int) -> dict[str,
         without = worst_rows(agreement.merged_values(rest)) if rest else set()
         contributions[name] = Contribution(
             unique=len(together - without),
-            in_worst=len(together & worst_rows(agreement.surprise[i])),
+            in_worst=len(together & worst_rows(surprise(agreement.values[i]))),
             correlation={names[j]: float(agreement.correlation[i, j]) for j in rest},
         )
     return contributions
 
 
-def surprise(values: NDArray[np.floating]) -> NDArray[np.float64]:
+def surprise(
+    values: NDArray[np.floating], raised: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
     """How rare times how far out a record is: (N,) >= 0. The tip of a bell curve is rare, but not
     far out.
 
     Rare: -log10 of the share of the records that are at least as suspicious. Ties all have the
     larger share, so that a detector that finds most records alike does not decide their places. Far
     out: the distance above the median in 1.4826 median absolute deviations, 0 .. MAX_DEVIATIONS.
+
+    Args:
+        values: (N,), the scores of a detector.
+        raised: bool (N,). These records and the others are each ranked among themselves; the median
+            and the deviation are those of the others.
     """
-    rarity: NDArray[np.float64] = -np.log10(rankdata(-values, method="max") / max(1, len(values)))
-    distance = np.asarray(values, np.float64) - np.median(values)
-    spread = 1.4826 * np.median(np.abs(distance))
+    raised = np.zeros(len(values), bool) if raised is None or raised.all() else raised
+    rest = np.asarray(values[~raised], np.float64)
+    middle = np.median(rest)
+    spread = 1.4826 * np.median(np.abs(rest - middle))
     if not spread:  # most values are equal
-        spread = np.sqrt(np.pi / 2) * np.abs(distance).mean() or 1.0
-    rarity *= np.clip(distance / spread, 0, MAX_DEVIATIONS)
-    return rarity
+        spread = np.sqrt(np.pi / 2) * np.abs(rest - middle).mean() or 1.0
+    surprises = np.clip((values - middle) / spread, 0, MAX_DEVIATIONS).astype(np.float64)
+    for part in (raised, ~raised):
+        ranks = rankdata(-values[part], method="max")
+        surprises[part] *= -np.log10(ranks / max(1, len(ranks)))
+    return surprises
 
 
 def align(scores: Scores, reference: Scores) -> Scores:
