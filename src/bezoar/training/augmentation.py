@@ -60,10 +60,14 @@ def random_shift(x: Tensor, most: int, chance: Chance) -> Tensor:
     b, _, h, w = x.shape
     offsets = chance.integers(2 * most + 1, b, 2).to(x.device)
     padded = F.pad(x.float(), (most,) * 4, mode="replicate").to(x.dtype)
-    rows = offsets[:, :1] + torch.arange(h, device=x.device)  # (B, H)
-    columns = offsets[:, 1:] + torch.arange(w, device=x.device)  # (B, W)
-    sample = torch.arange(b, device=x.device)[:, None, None]
-    moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+    padded = padded.permute(0, 2, 3, 1).contiguous()  # (B, H + 2 most, W + 2 most, 3)
+    image, row, column, channel = padded.stride()
+    ways = 2 * most + 1
+    # A view of all windows: a row of pixels is copied at a time.
+    windows = padded.as_strided(
+        (b, ways, ways, h, w, 3), (image, row, column, row, column, channel)
+    )
+    moved = windows[torch.arange(b, device=x.device), offsets[:, 0], offsets[:, 1]]
     return moved.permute(0, 3, 1, 2)
 
 

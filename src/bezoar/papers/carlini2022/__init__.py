@@ -21,6 +21,7 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
 TABLES = (  # in the order of the page
+    "headline",
     "targeted",
     "poisons",
     "placement",
@@ -260,7 +261,11 @@ def get_setup(options: TableOptions) -> Setup:
     Raises:
         UserError: When the scale has no data of its own and the user names none.
     """
-    setup = SCALES[options.scale]
+    return check_data(SCALES[options.scale], options)
+
+
+def check_data(setup: Setup, options: TableOptions) -> Setup:
+    """The setup with the user's data in place of its own; see `get_setup`."""
     setup = replace(setup, data=options.data or setup.data, test=options.test or setup.test)
     if not setup.data or not setup.test:
         raise UserError(
