@@ -1,4 +1,4 @@
-"""StoredPairs: records that do not fit in memory, each image read and decoded when it is asked for.
+"""StoredPairs: an index of records, whose images are read, decoded and poisoned when they are asked for.
 
 One pass over the files decodes every image once. The index therefore holds exactly the records that
 `load_pairs` would hold, what cannot be read is in the report as it is there, and no image fails in
@@ -152,6 +152,11 @@ class StoredPairs:
 
     def __len__(self) -> int:
         return len(self.places)
+
+    @property
+    def held_alone(self) -> bool:
+        """Whether no image is read from a file."""
+        return bool((self.places["shard"] < 0).all())
 
     @property
     def images(self) -> StoredImages:

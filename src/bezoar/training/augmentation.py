@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
@@ -59,8 +58,12 @@ def random_shift(x: Tensor, most: int, chance: Chance) -> Tensor:
         return x
     b, _, h, w = x.shape
     offsets = chance.integers(2 * most + 1, b, 2).to(x.device)
-    padded = F.pad(x.float(), (most,) * 4, mode="replicate").to(x.dtype)
-    padded = padded.permute(0, 2, 3, 1).contiguous()  # (B, H + 2 most, W + 2 most, 3)
+    padded = x.new_empty(b, h + 2 * most, w + 2 * most, 3)
+    inner = slice(most, -most)
+    padded[:, inner, inner] = x.permute(0, 2, 3, 1)
+    padded[:, :most], padded[:, -most:] = padded[:, most : most + 1], padded[:, -most - 1 : -most]
+    left, right = padded[:, :, most : most + 1], padded[:, :, -most - 1 : -most]
+    padded[:, :, :most], padded[:, :, -most:] = left, right
     image, row, column, channel = padded.stride()
     ways = 2 * most + 1
     # A view of all windows: a row of pixels is copied at a time.

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
 
-from bezoar.papers.carlini2022 import SCALES, SMALL, Backdoor, Setup, change_verb, check_data
+from bezoar.evaluation.dose_response import Contrast
+from bezoar.papers.carlini2022 import HEADLINE_SCALES, captions_cells, check_data
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, mean_cells, row_difference
-from bezoar.runs.verb import Trial
+from bezoar.runs.tables import (
+    NORMAL_80,
+    NORMAL_975,
+    Claim,
+    Results,
+    Row,
+    Table,
+    TableOptions,
+    mean_cells,
+)
 
-COUNTS = (1, 2, 3, 4, 8, 16, 32, 64)
-SETUPS = SCALES | {
-    "smoke": replace(SCALES["smoke"], dose=10, caption_counts=(1, 3, 4)),
-    "small": replace(
-        SMALL,
-        data="scenes:count=3000000",
-        test="scenes:count=10000,split=test",
-        network="clip_small:width=8",
-        objective="clip:epochs=1,batch=512",
-        dose=300,
-        caption_counts=COUNTS,
-        victims=16,
-    ),
-    "gpu": replace(SCALES["gpu"], dose=300, caption_counts=COUNTS),
-    "paper": replace(SCALES["paper"], dose=300, caption_counts=COUNTS),
-}
 BACKDOOR = {"ASR": "attack_success", "z": "z_std"}
-
-
-@dataclass(frozen=True)
-class HeadlineTrainings:
-    """The trainings of the table, which table `law` reads too."""
-
-    setup: Setup
-
-    def poisoned(self, dose: int) -> Trial:
-        """One training with patches of one trigger, and with victims at every count of captions."""
-        targeted = self.setup.targeted_poison_of_all_counts()
-        return self.setup.evaluate(self.setup.poison([Backdoor(0, dose)], targeted), 0)
-
-    @property
-    def clean(self) -> Trial:
-        """The same trigger and victims, measured on an encoder of the clean data."""
-        poisoned = self.poisoned(self.setup.dose)
-        attack = poisoned.verb.encoder.data
-        return change_verb(poisoned, encoder=self.setup.train(self.setup.data), attack=attack)
 
 
 @method
@@ -53,18 +28,17 @@ class Headline:
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""
-        setup = check_data(SETUPS[options.scale], options)
-        trainings = HeadlineTrainings(setup)
-        poisoned, clean = trainings.poisoned(setup.dose), trainings.clean
+        setup = check_data(HEADLINE_SCALES[options.scale], options)
+        poisoned, clean = setup.poisoned_trial(setup.dose), setup.clean_twin(setup.dose)
         counts = setup.caption_counts
         patches, twin = f"{setup.dose} patches", "no patches"
         accuracy = {"CA": "clean_accuracy"}
         rows = [
             Row(patches, mean_cells([poisoned], BACKDOOR | accuracy)),
             Row(twin, mean_cells([clean], BACKDOOR | accuracy)),
-            Row("0", captions_cells(clean, *counts), 0),
+            Row("0", captions_cells([clean], *counts), 0),
         ]
-        rows += [Row(str(count), captions_cells(poisoned, count), count) for count in counts]
+        rows += [Row(str(count), captions_cells([poisoned], count), count) for count in counts]
         return Table(
             title="The headline: 300 patches, and 3 captions, of 3,000,000 pairs",
             paper_finding=(
@@ -77,19 +51,19 @@ class Headline:
                     f"{patches} plant a backdoor",
                     "abstract",
                     "+",
-                    row_difference("ASR", patches, twin),
+                    share_difference("ASR", patches, twin),
                 ),
                 Claim(
                     "3 captions make a chosen image misread",
                     "abstract",
                     "+",
-                    row_difference("success", "3", "0"),
+                    share_difference("success", "3", "0"),
                 ),
                 Claim(
                     "Poisons leave clean accuracy as it was",
                     "summary",
                     "same",
-                    row_difference("CA", patches, twin),
+                    share_difference("CA", patches, twin),
                     0.03,
                 ),
             ),
@@ -104,9 +78,20 @@ class Headline:
         )
 
 
-def captions_cells(trial: Trial, *counts: int) -> tuple[Cell, ...]:
-    """Success of the victims with some counts of captions."""
-    return tuple(
-        Cell.mean(name, [trial], *(f"{metric}@{count}" for count in counts))
-        for name, metric in (("success", "targeted_success"), ("in top 5", "targeted_top5"))
-    )
+def share_difference(cell: str, row: str, base_row: str) -> Callable[[Results], Contrast]:
+    """A contrast: a share in one row minus that in another, each of a single training.
+
+    The interval is Newcombe's hybrid of the two shares' own: it speaks of other images and victims,
+    and not of other trainings.
+    """
+
+    def contrast(results: Results) -> Contrast:
+        a, b = (results.point(results.cell(name, cell)) for name in (row, base_row))
+        value = a.value - b.value
+        low = value - math.hypot(a.value - a.low, b.high - b.value)
+        high = value + math.hypot(a.high - a.value, b.value - b.low)
+        detectable = (NORMAL_975 + NORMAL_80) * (high - low) / (2 * NORMAL_975)
+        how = "difference of two shares of one training each, Newcombe's hybrid score interval"
+        return Contrast(value, low, high, a.n + b.n, detectable, how)
+
+    return contrast
