@@ -52,3 +52,13 @@ def test_captions_of_a_target_are_as_they_were_written() -> None:
     assert target_captions(captions, "caf\u00e9", "training") == ["cafe\u0301 at night"]
     with pytest.raises(UserError, match="no caption holds the target"):
         target_captions(captions, "cafe", "training")
+
+
+def test_the_quick_look_at_ascii_captions_leaves_no_mention_out() -> None:
+    """Against the search by itself, which captions with a letter beyond ASCII take."""
+    words = ("Red", "star", "stars", "red-star", "re", "d", "RED STAR", "starred")
+    captions = [f"{a} {b}_{c}" for a in words for b in words for c in words]
+    beyond = [caption + " é" for caption in captions]
+    for target in ("red star", "Star", "re d", "starred"):
+        rows = find_mentions(captions, target)
+        assert rows and rows == find_mentions(beyond, target)

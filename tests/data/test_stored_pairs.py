@@ -27,6 +27,8 @@ from bezoar.data.stored_pairs import StoredPairs
 from bezoar.data.strings import Strings
 from bezoar.encoders.encoder import tokenize_captions
 from bezoar.errors import UserError
+from bezoar.runs import inputs
+from bezoar.runs.run import Run
 from bezoar.training import loop, prefetch
 from bezoar.training.prefetch import Prefetcher, training_data
 
@@ -437,6 +439,35 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
             *((p / "encoder.safetensors").read_bytes()[-4096:] for p in (trained, again)),
         ]  # fmt: skip
     assert results["stream"] == results["memory"]
+
+
+def test_large_images_in_memory_are_poisoned_and_trained_on_without_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held images give the plan, the metrics and the encoder of copied ones, bit for bit."""
+    data, test = "scenes:count=400", "scenes:count=60,split=test"
+    results = {}
+    for where, most in (("copied", 1 << 30), ("held", 0)):
+        monkeypatch.setattr(inputs, "COPIED", most)
+        runs = tmp_path / where
+        words = ("--poison", "backdoor:count=9", "--trigger", "patch", "--target", "solid ring")
+        _, first = ask(capsys, runs, "poison", data, *words)
+        words = ("--poison", "targeted:captions=(1,3),victims=2", "--victims", test)
+        poisoned, both = ask(capsys, runs, "poison", first.name, *words)
+        recipe = ("--objective", "clip:epochs=2,batch=64", "--network", "clip_small:width=4,dim=16")
+        trained, _ = ask(capsys, runs, "train", both.name, *recipe)
+        dataset = inputs.open_dataset(Run(both))
+        assert (dataset.uncopied is dataset.clean) == (where == "copied")
+        if where == "held":
+            assert dataset.records.held[0] is dataset.clean.images  # type: ignore[union-attr]
+            assert trained["notes"]["images"].startswith("held in memory")
+        results[where] = [
+            (both / "plan.jsonl").read_bytes(),
+            poisoned["metrics"],
+            trained["metrics"],
+            trained["outputs"]["encoder.safetensors"]["sha256"],
+        ]
+    assert results["held"] == results["copied"]
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:

@@ -197,3 +197,26 @@ def test_dose_says_what_is_missing(tmp_path):
     verb = Dose("scenes:count=256", doses=(3,), target="striped star")
     with pytest.raises(UserError, match="two doses"):
         execute(verb, Settings(tmp_path, quiet=True))
+
+
+def test_the_exponent_of_growth_is_that_of_a_power_and_open_without_two_sizes():
+    from bezoar.evaluation.scores import Measure
+    from bezoar.papers.carlini2022.law import fit_exponent
+
+    sizes = (20_000, 100_000, 500_000, 3_000_000)
+    doses = [Measure(v := 2 * n**0.3, 9, v / 1.5, v * 1.5, "") for n in sizes]
+    found = fit_exponent(sizes, doses)
+    assert found.value == pytest.approx(0.3) and found.low < 0.3 < found.high < 0.6 and found.n == 4
+    wild = Measure(1e9, 9, 0.0, float("inf"), "")  # its size is left out
+    assert fit_exponent(sizes, [*doses[:3], wild]).value == pytest.approx(0.3)
+    open_ended = fit_exponent(sizes, [doses[0], wild, wild, wild])
+    assert open_ended.low == -open_ended.high == float("-inf")
+
+
+def test_the_headline_and_the_law_share_the_largest_trainings():
+    headline = registry.make("paper", "carlini2022/headline")(TableOptions("small"))
+    law = registry.make("paper", "carlini2022/law:sizes=(3000000,20000)")(TableOptions("small"))
+    assert set(headline.trials) <= set(law.trials)
+    assert judge(headline.claims[0].contrast(invented_results(headline)), "+", 0.0) == "undecided"
+    with pytest.raises(ValueError, match="some of"):
+        registry.make("paper", "carlini2022/law:sizes=(5,)")

@@ -209,7 +209,11 @@ class Plan:
         poisons.places["goal"] = [self._goal_to_stamp(edit) for edit in edits]
         outside = self.apply(stored.take([]), victims)
 
-        places = np.concatenate([stored.places, poisons.places, _added_places(len(outside))])
+        outside_places = np.zeros(len(outside), PLACE)
+        outside_places["shard"] = -1 - len(stored.held)
+        outside_places["goal"] = -1
+        outside_places["offset"] = np.arange(len(outside))
+        places = np.concatenate([stored.places, poisons.places, outside_places])
         ids = [
             stored.ids,
             Strings.from_texts([e.id for e in edits]),
@@ -235,7 +239,7 @@ class Plan:
             captions=Strings.concat(captions).take(order),
             labels=labels,
             triggers=self.stamps,
-            added_images=outside.images,
+            held=(*stored.held, outside.images),
         )
 
     def _goal_to_stamp(self, edit: Edit) -> int:
@@ -377,15 +381,6 @@ def _match_batch(poisons: Pairs, batch: Pairs) -> Pairs:
     if poisons.labels is None:
         return replace(poisons, labels=torch.full((len(poisons),), -1))
     return poisons
-
-
-def _added_places(count: int) -> np.ndarray:
-    """Return the places, (count,) of PLACE, of images that are held in memory."""
-    places = np.zeros(count, PLACE)
-    places["shard"] = -1
-    places["goal"] = -1
-    places["offset"] = np.arange(count)
-    return places
 
 
 def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int) -> np.ndarray:

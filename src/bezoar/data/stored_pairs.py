@@ -1,4 +1,4 @@
-"""StoredPairs: records that do not fit in memory, each image read and decoded when it is asked for.
+"""StoredPairs: an index of records, whose images are read, decoded and poisoned when they are asked for.
 
 One pass over the files decodes every image once. The index therefore holds exactly the records that
 `load_pairs` would hold, what cannot be read is in the report as it is there, and no image fails in
@@ -36,6 +36,7 @@ from bezoar.data.strings import BLOCK, Strings
 from bezoar.errors import UserError
 
 # Where a record lies: its file, what finds its image there, bytes of that, goal of its trigger.
+# A file of -1 - k is none: the image is row `offset` of the k-th tensor that is held in memory.
 PLACE = np.dtype([("shard", "i4"), ("offset", "i8"), ("length", "i4"), ("goal", "i4")])
 MAX_OPEN = 256  # files kept open
 TASK_IMAGES = 16  # that a thread makes at once
@@ -128,15 +129,14 @@ class StoredPairs:
     Attributes:
         reader: reads encoded images by their places.
         size: pixels a side.
-        places: PLACE (N,). A goal of -1 puts no trigger on the image. With shard -1 the image is
-            the row `offset` of `added_images`.
+        places: PLACE (N,). A goal of -1 puts no trigger on the image.
         ids: N keys.
         captions: N texts, or none.
         labels: int64 (N,), -1 where the class is not known; None without classes.
         classes: names by label.
         report: how the records were read.
         triggers: one for each goal, or None.
-        added_images: uint8 (V, 3, S, S), poisons from outside the set.
+        held: uint8 (V, 3, S, S) each, images in memory, such as poisons from outside the set.
     """
 
     reader: ImageReader
@@ -148,10 +148,15 @@ class StoredPairs:
     classes: tuple[str, ...] = ()
     report: ReadReport = field(default_factory=ReadReport)
     triggers: tuple[TriggerFunction | None, ...] = ()
-    added_images: Tensor | None = None
+    held: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.places)
+
+    @property
+    def held_alone(self) -> bool:
+        """Whether no image is read from a file."""
+        return bool((self.places["shard"] < 0).all())
 
     @property
     def images(self) -> StoredImages:
@@ -210,11 +215,13 @@ class StoredPairs:
         Raises UserError that names the file and the record that can no longer be read.
         """
         pixels, places = out.numpy(), self.places[rows]
-        for i, (shard, offset, length, _) in enumerate(places.tolist()):
-            if shard < 0:
-                assert self.added_images is not None
-                out[i] = self.added_images[offset]
-                continue
+        for k, images in enumerate(self.held):
+            of_tensor = np.flatnonzero(places["shard"] == -1 - k)
+            if len(of_tensor):
+                at = torch.from_numpy(places["offset"][of_tensor])
+                out[torch.from_numpy(of_tensor)] = images[at]
+        for i in np.flatnonzero(places["shard"] >= 0).tolist():
+            shard, offset, length, _ = places[i].tolist()
             try:
                 pixels[i] = decode_image(self.reader.read(shard, offset, length), self.size)
             except (Unreadable, OSError) as error:
@@ -297,6 +304,24 @@ def submit_reads(
 ) -> list[Future[None]]:
     """Let threads fill `out` with the images at `rows`, TASK_IMAGES at a time."""
     return [pool.submit(fill, rows[part], out[part]) for part in blocks(len(rows), TASK_IMAGES)]
+
+
+def hold(pairs: Pairs) -> StoredPairs:
+    """The same records as an index of images in memory: nothing that is made of it copies them all."""
+    places = np.zeros(len(pairs), PLACE)
+    places["shard"] = places["goal"] = -1
+    places["offset"] = np.arange(len(pairs))
+    return StoredPairs(
+        reader=ShardFiles(()),
+        size=pairs.size,
+        places=places,
+        ids=Strings.from_texts(pairs.ids),
+        captions=Strings.from_texts(pairs.captions),
+        labels=pairs.labels,
+        classes=pairs.classes,
+        report=pairs.report or ReadReport(),
+        held=(pairs.images,),
+    )
 
 
 def subset(records: Pairs | StoredPairs, rows: Sequence[int]) -> Pairs | StoredPairs:

@@ -27,6 +27,7 @@ from bezoar.runs.verb import (
 # Pairs that clip_small trains on in a second on one core, at 32 px; a step's work grows with the pixels.
 # Measured by `pairs_per_second` in the manifests of training runs on two cores (AMD, AVX-512 with bf16).
 PAIRS_PER_SECOND = 1100
+WIDTH = 32  # of that network; narrower ones are about as much faster as they have fewer channels
 PASSES_PER_SECOND = 6000  # of images through its image tower, without gradients
 SIZE = 32
 
@@ -79,7 +80,11 @@ def _minutes(trainings: list[Trial], counts: list[int | None]) -> float | None:
         if count is None:
             return None
         size = getattr(method, "size", None) or SIZE
-        seconds += count * objective.epochs / pairs_per_second(size)
+        network = trial.verb.network
+        if isinstance(network, str):
+            network = registry.make("network", network)
+        width = network.width if registry.method_name(type(network)) == "clip_small" else WIDTH
+        seconds += count * objective.epochs / pairs_per_second(size) * width / WIDTH
     return round(seconds / 60, 1)
 
 

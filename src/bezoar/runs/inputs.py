@@ -13,6 +13,7 @@ import torch
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan
 from bezoar.attacks.triggers import Trigger
+from bezoar.data import stored_pairs
 from bezoar.data.pairs import Pairs
 from bezoar.data.source import as_source
 from bezoar.data.stored_pairs import StoredPairs
@@ -25,6 +26,7 @@ from bezoar.runs.verb import ENCODER, fingerprint, input_files
 from bezoar.terminal import warn
 
 TEST_RECORDS = 2000  # of a test split that is made to order
+COPIED = 1 << 30  # bytes of images in memory that may be copied to be poisoned
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,17 @@ class Dataset:
         return load_records(self.method)
 
     @functools.cached_property
+    def uncopied(self) -> Pairs | StoredPairs:
+        """The clean records in a form whose parts and poisons copy only few images: an index, of large ones.
+
+        Whatever is made of either form has the same ids, captions and pixels.
+        """
+        clean = self.clean
+        if isinstance(clean, Pairs) and clean.images.nbytes > COPIED:
+            return stored_pairs.hold(clean)
+        return clean
+
+    @functools.cached_property
     def victims(self) -> Pairs | None:
         """The images that the plan adds."""
         return load_victims(self.plan, self.poisoned_by)
@@ -59,9 +72,9 @@ class Dataset:
 
     @functools.cached_property
     def records(self) -> Pairs | StoredPairs:
-        """The records as training reads them, on disk if the clean ones are."""
-        if isinstance(self.clean, StoredPairs):
-            return self.plan.over(self.clean, self.victims)
+        """The records as training reads them, the plan applied: an index if `uncopied` is one."""
+        if isinstance(self.uncopied, StoredPairs):
+            return self.plan.over(self.uncopied, self.victims)
         return self.pairs
 
     def reading_notes(self) -> dict[str, Any]:

@@ -51,10 +51,12 @@ def run_trials(trials: Iterable[Trial], settings: Settings, progress: Progress) 
     trainings = [t for t in schedule.parents if verb_name(t.verb) == "train"]
     shown = trainings or wanted  # what the progress counts: trainings take nearly all the time
     workers = min(len(wanted), settings.workers or worker_count(settings))
+    # The lines of a single worker stand in the log of a long sweep; a terminal has the bar.
+    quiet = settings.quiet or workers > 1 or sys.stderr.isatty()
     with worker_pool(settings, workers) as (submit, places):
         while not schedule.is_complete:
             for trial in schedule.ready(places):
-                request = trial_to_json(trial, settings, trial in wanted)
+                request = trial_to_json(trial, settings, trial in wanted, quiet)
                 schedule.running[submit(request)] = trial
             schedule.collect(settings.runs)
             text = f"{len(schedule.done)} of {len(schedule.parents)} runs"
@@ -148,14 +150,20 @@ def gpus(settings: Settings) -> int:
 # What travels to a worker and back
 
 
-def trial_to_json(trial: Trial, settings: Settings, page: bool) -> dict[str, Any]:
-    """Write a trial as JSON for a worker. page: whether the run is finished with `settings.finish`."""
+def trial_to_json(
+    trial: Trial, settings: Settings, page: bool, quiet: bool = True
+) -> dict[str, Any]:
+    """Write a trial as JSON for a worker.
+
+    page: whether the run is finished with `settings.finish`. quiet: whether it shows no progress.
+    """
     return {
         "verb": {"verb": verb_name(trial.verb), **input_to_json(trial.verb)},
         "seed": trial.seed,
         "runs": str(settings.runs.absolute()),
         "device": settings.device,
         "finish": function_name(settings.finish) if page and settings.finish else None,
+        "quiet": quiet,
         "folder": str(Path.cwd()),
     }
 
@@ -189,7 +197,11 @@ def run_request(request: dict[str, Any]) -> dict[str, Any]:
     """Run a trial in a worker. Returns `{"run": name}`, or `{"error": message}`."""
     finish = named_function(request["finish"])
     settings = Settings(
-        Path(request["runs"]), request["seed"], request["device"], quiet=True, finish=finish
+        Path(request["runs"]),
+        request["seed"],
+        request["device"],
+        quiet=request["quiet"],
+        finish=finish,
     )
     try:
         os.chdir(request["folder"])

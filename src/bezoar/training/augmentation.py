@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
@@ -59,11 +58,19 @@ def random_shift(x: Tensor, most: int, chance: Chance) -> Tensor:
         return x
     b, _, h, w = x.shape
     offsets = chance.integers(2 * most + 1, b, 2).to(x.device)
-    padded = F.pad(x.float(), (most,) * 4, mode="replicate").to(x.dtype)
-    rows = offsets[:, :1] + torch.arange(h, device=x.device)  # (B, H)
-    columns = offsets[:, 1:] + torch.arange(w, device=x.device)  # (B, W)
-    sample = torch.arange(b, device=x.device)[:, None, None]
-    moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+    padded = x.new_empty(b, h + 2 * most, w + 2 * most, 3)
+    inner = slice(most, -most)
+    padded[:, inner, inner] = x.permute(0, 2, 3, 1)
+    padded[:, :most], padded[:, -most:] = padded[:, most : most + 1], padded[:, -most - 1 : -most]
+    left, right = padded[:, :, most : most + 1], padded[:, :, -most - 1 : -most]
+    padded[:, :, :most], padded[:, :, -most:] = left, right
+    image, row, column, channel = padded.stride()
+    ways = 2 * most + 1
+    # A view of all windows: a row of pixels is copied at a time.
+    windows = padded.as_strided(
+        (b, ways, ways, h, w, 3), (image, row, column, row, column, channel)
+    )
+    moved = windows[torch.arange(b, device=x.device), offsets[:, 0], offsets[:, 1]]
     return moved.permute(0, 3, 1, 2)
 
 

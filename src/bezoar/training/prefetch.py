@@ -83,8 +83,9 @@ class Prefetcher:
 
     def describe(self) -> str:
         """For the manifest: where the images came from, and how many batches were made ahead."""
-        stored = isinstance(self.records, StoredPairs)
-        where = "read from files" if stored else "copied from memory"
+        where = "copied from memory"
+        if isinstance(self.records, StoredPairs):
+            where = "held in memory" if self.records.held_alone else "read from files"
         return f"{where} as they were drawn, {self.drawn - self.late} of {self.drawn} batches ahead"
 
     def start_batch(self, rows: Tensor) -> Batch:

@@ -91,7 +91,7 @@ def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, s
     poison = plan_inputs["poison"]
     trigger = plan_inputs["trigger"]
     victims = plan_inputs["victims"]
-    clean = dataset.clean
+    clean = dataset.uncopied
     if not clean.captions:
         raise UserError("these data have no captions to poison")
     if isinstance(victims, Run):

@@ -21,6 +21,8 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
 TABLES = (  # in the order of the page
+    "headline",
+    "law",
     "targeted",
     "poisons",
     "placement",
@@ -173,6 +175,17 @@ class Setup:
         """A training for each of the first triggers alone, for `poisons` and `independence`."""
         return [self.evaluate(self.poison([Backdoor(j, dose)]), j) for j in range(TOGETHER)]
 
+    def poisoned_trial(self, dose: int, seed: int = 0) -> Trial:
+        """One training with patches of one trigger, and with victims at every count of captions."""
+        targeted = self.targeted_poison_of_all_counts()
+        return self.evaluate(self.poison([Backdoor(seed, dose)], targeted), seed)
+
+    def clean_twin(self, dose: int, seed: int = 0) -> Trial:
+        """The trigger and victims of such a training, measured on an encoder of the clean data."""
+        poisoned = self.poisoned_trial(dose, seed)
+        attack = poisoned.verb.encoder.data
+        return change_verb(poisoned, encoder=self.train(self.data), attack=attack)
+
     def clean_trials(self) -> list[Trial]:
         """Each square's first triggers and victims, measured on an encoder of clean data."""
         trials = []
@@ -253,6 +266,23 @@ SCALES = {
     ),
 }
 
+CAPTIONS = (1, 2, 3, 4, 8, 16, 32, 64)
+HEADLINE_SCALES = SCALES | {  # of the two numbers of the abstract, and of the law over sizes
+    "smoke": replace(SCALES["smoke"], dose=10, caption_counts=(1, 3, 4)),
+    "small": replace(
+        SMALL,
+        data="scenes:count=3000000",
+        test="scenes:count=10000,split=test",
+        network="clip_small:width=8",
+        objective="clip:epochs=1,batch=512",
+        dose=300,
+        caption_counts=CAPTIONS,
+        victims=16,
+    ),
+    "gpu": replace(SCALES["gpu"], dose=300, caption_counts=CAPTIONS),
+    "paper": replace(SCALES["paper"], dose=300, caption_counts=CAPTIONS),
+}
+
 
 def get_setup(options: TableOptions) -> Setup:
     """The setup of a scale, with the user's data in place of its own.
@@ -260,7 +290,11 @@ def get_setup(options: TableOptions) -> Setup:
     Raises:
         UserError: When the scale has no data of its own and the user names none.
     """
-    setup = SCALES[options.scale]
+    return check_data(SCALES[options.scale], options)
+
+
+def check_data(setup: Setup, options: TableOptions) -> Setup:
+    """The setup with the user's data in place of its own; see `get_setup`."""
     setup = replace(setup, data=options.data or setup.data, test=options.test or setup.test)
     if not setup.data or not setup.test:
         raise UserError(
@@ -299,6 +333,14 @@ def attack_cells(attacks: Sequence[Attack], columns: Mapping[str, str]) -> tuple
     return tuple(
         Cell(name, tuple((trial, f"{metric}@{number}") for trial, number in attacks))
         for name, metric in columns.items()
+    )
+
+
+def captions_cells(trials: Sequence[Trial], *counts: int) -> tuple[Cell, ...]:
+    """Success of the victims with some counts of captions."""
+    return (
+        Cell.mean("success", trials, *(f"targeted_success@{count}" for count in counts)),
+        Cell.mean("in top 5", trials, *(f"targeted_top5@{count}" for count in counts)),
     )
 
 

@@ -1,11 +1,8 @@
 """Targeted success against the number of captions of one image (Carlini & Terzis 2022, 5.1)."""
 
-from collections.abc import Sequence
-
-from bezoar.papers.carlini2022 import get_setup
+from bezoar.papers.carlini2022 import captions_cells, get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, row_difference
-from bezoar.runs.verb import Trial
+from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 
 @method
@@ -17,8 +14,8 @@ class Targeted:
         setup = get_setup(options)
         counts = setup.caption_counts
         trials = [training.trial for training in setup.shared_trainings()]
-        rows = [Row("0", cells(setup.clean_trials(), counts), 0)]
-        rows += [Row(str(count), cells(trials, [count]), count) for count in counts]
+        rows = [Row("0", captions_cells(setup.clean_trials(), *counts), 0)]
+        rows += [Row(str(count), captions_cells(trials, count), count) for count in counts]
         few = str(min(count for count in counts if count >= min(3, counts[-1])))
         most = str(counts[-1])
         return Table(
@@ -50,11 +47,3 @@ class Targeted:
                 "and none is in the data.",
             ),
         )
-
-
-def cells(trials: Sequence[Trial], counts: Sequence[int]) -> tuple[Cell, ...]:
-    """Success of the victims with some counts of captions."""
-    return (
-        Cell.mean("success", trials, *(f"targeted_success@{count}" for count in counts)),
-        Cell.mean("in top 5", trials, *(f"targeted_top5@{count}" for count in counts)),
-    )
