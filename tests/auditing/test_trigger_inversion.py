@@ -133,6 +133,36 @@ def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
     assert torch.allclose(grad, free.grad, rtol=1e-8, atol=1e-12)
 
 
+def test_a_cell_is_a_block_of_pixels(encoder):
+    """The gradient by a cell is the sum of those by its pixels; norms are of cells until the end."""
+    clean = images(5)
+    x = clean.images.double() / 255
+    recipe = InversionRecipe(1, 5, weight=0.01, cells=8)
+    assert recipe.grid_size(32, 32) == (8, 8) and recipe.grid_size(4, 32) == (4, 8)
+    cells = trigger_search.initial_parameters(2, 8, 8, 0).double()
+    pixels = cells.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    with trigger_inversion.freeze_tower(encoder) as tower:
+        coarse, fine = (
+            trigger_inversion.compute_gradients(
+                trigger_search.TriggerSearch(u.clone(), InversionRecipe(1, 5, weight=weight)),
+                x,
+                tower,
+                towards,
+            )
+            for u, weight in ((cells, 0.16), (pixels, 0.01))
+        )
+        blocks = fine[0].unfold(2, 4, 4).unfold(3, 4, 4).sum((4, 5))
+        assert torch.allclose(coarse[0], blocks, rtol=1e-8, atol=1e-12)
+        assert torch.equal(coarse[1], fine[1]) and torch.allclose(16 * coarse[2], fine[2])
+        recipe = InversionRecipe(20, 5, weight=0.01, goal=0.1, cells=8, starts=2)
+        found = trigger_inversion.invert_triggers(tower, clean, towards, torch.arange(2), recipe, 0)
+    assert found.masks.shape[2:] == found.patterns.shape[2:] == (32, 32)
+    assert torch.equal(found.masks[:, :, ::4, ::4], found.masks[:, :, 3::4, 3::4])
+    assert torch.allclose(found.norms, found.masks.sum((1, 2, 3)))
+    reached = found.starts.isfinite()
+    assert reached.any() and torch.allclose(found.norms[found.reached].min(), found.starts.min())
+
+
 def test_slices_change_nothing_but_rounding(encoder, monkeypatch):
     clean, recipe = images(16), InversionRecipe(12, 16, weight=1e-2, goal=0.6, patience=2)
     parts: list[int] = []

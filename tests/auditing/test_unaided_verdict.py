@@ -3,11 +3,23 @@
 import math
 
 import pytest
-from auditing.toys import toy_classifier, toy_encoder, toy_images
+import torch
+from auditing.toys import (
+    NAMES,
+    PATCH_CORNER,
+    PATCH_SIDE,
+    SIDE,
+    TARGET,
+    planted_patch,
+    toy_classifier,
+    toy_encoder,
+    toy_images,
+)
 
 from bezoar import registry
-from bezoar.auditing import forecast, unaided_verdict, verdict_text
+from bezoar.auditing import forecast, norm_outliers, unaided_verdict, verdict_text
 from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, code_hash
+from bezoar.auditing.findings import AuditFindings
 from bezoar.auditing.unaided_verdict import SOME, STRONG, SURE_P, judge_outlier, outlier_statistic
 from bezoar.evaluation.verdict import Verdict
 
@@ -145,6 +157,64 @@ def test_the_cost_counts_every_image():
     cleanse = registry.make("audit", "cleanse")
     steps = 30 * (4 * (24 + 12) + 2 * (48 + 12) + 96 + 12)
     assert cleanse.recipe().image_passes() == steps
-    assert cleanse.image_passes(100, 10) == 10 * (steps + 200)
+    assert cleanse.image_passes(100, 10, 32) == 10 * (steps + 200)
+    # 1000 classes of 224 px: a sweep by 8 searches, and 10 classes by 2 searches each, on 64 images
+    sweep = 16 * (8 + 4 + 2) * 12 + 8 * 64
+    few = 10 * (20 * 2 * (12 + 3) + 20 * (24 + 3) + 2 * 64)
+    assert cleanse.image_passes(512, 1000, 224) == sweep + few
+    assert cleanse.image_passes(512, 10, 224) == few, "no sweep where all classes are searched for"
+    decree = registry.make("audit", "decree")
+    assert decree.image_passes(512, 10, 64) == decree.recipe(0.5).image_passes() + 17 * 512
+    assert decree.image_passes(512, 10, 224) == 16 * (8 + 4 + 2) * 18 + 9 * 64
     seconds = forecast.estimate_seconds([cleanse], toy_encoder(), toy_images(), 12)
     assert seconds > 0 and unaided_verdict.SOME < unaided_verdict.STRONG
+
+
+def test_a_cheap_search_finds_the_planted_class_and_says_what_it_left_out():
+    """Four of twelve classes: those that a search free to choose leads to are among them."""
+    audit = registry.make("audit", "cleanse:most=1,few=4")
+    encoder = toy_encoder(planted=True)
+    verdict = audit(encoder, toy_images(80), 3, classifier=toy_classifier(encoder))
+    assert verdict.notes["target"] == NAMES[TARGET]
+    assert len(verdict.notes["targets"]) == 4
+    assert "4 of 12 classes were searched for" in verdict.notes["searched"]
+    assert NAMES[TARGET] in verdict.notes["searched"]
+    assert verdict.notes["searched"] in verdict.notes["limits"]
+    assert verdict.evidence["log_ratio"].n == 64
+    every = registry.make("audit", "cleanse:most=1,few=12")
+    whole = every(encoder, toy_images(80), 3, classifier=toy_classifier(encoder))
+    assert len(whole.notes["targets"]) == 12 and whole.notes["target"] == NAMES[TARGET]
+
+
+def test_a_class_chosen_from_more_is_less_of_an_outlier():
+    logs = torch.tensor([1.0, 3.0, 3.2, 3.4, 3.1], dtype=torch.float64)
+    of_five, of_fifty = (norm_outliers.outlier_p_value(logs, among) for among in (0, 50))
+    assert of_fifty == pytest.approx(10 * of_five)
+    assert norm_outliers.outlier_p_value(logs, 3) == of_five
+
+
+def test_a_backdoor_does_not_move_the_reference():
+    """The planted trigger turns every image of its encoder into the class, and none of another's."""
+    encoder, other = toy_encoder(planted=True), toy_encoder(seed=4)
+    images = toy_images(40).images
+    tensors = {"mask@0": torch.zeros(1, SIDE, SIDE), "pattern@0": torch.zeros(3, SIDE, SIDE)}
+    (top, left), side = PATCH_CORNER, PATCH_SIDE
+    tensors["mask@0"][:, top : top + side, left : left + side] = 1
+    tensors["pattern@0"][:, top : top + side, left : left + side] = planted_patch()
+    inversion = {"audit": "a", "target": NAMES[TARGET], "norm": 16.0, "success": 1.0}
+    shares = {}
+    for name, reference in (("itself", encoder), ("other", other)):
+        audit = {"name": "a", "notes": {"target": NAMES[TARGET]}, "evidence": {}}
+        facts = {"audits": [audit], "inversions": [dict(inversion)]}
+        findings = AuditFindings(facts, tensors, {})
+        assert findings.try_on_reference(toy_classifier(reference), images, name) == []
+        shares[name], before = facts["inversions"][0]["reference"]
+        measure = audit["evidence"]["reference_success"]
+        assert measure["value"] == pytest.approx(shares[name]) and measure["n"] == 40
+        assert f"reads {shares[name]:.0%} of the images with this trigger" in audit["reference"]
+        assert f"{before:.0%} without it" in audit["reference"]
+    assert shares["itself"] == 1 and shares["other"] < 0.5
+    unknown = {"name": "a", "notes": {"target": "a cat"}, "evidence": {}}
+    facts = {"audits": [unknown], "inversions": [{**inversion, "target": "a cat"}]}
+    remarks = AuditFindings(facts, tensors, {}).try_on_reference(toy_classifier(other), images, "b")
+    assert remarks == ["a: the reference b knows no class 'a cat'"] and not unknown["evidence"]

@@ -333,6 +333,17 @@ def test_a_disk_that_is_full_for_a_moment_refuses_no_audit(work, clean, capsys, 
     assert failures and not list(run.path.parent.rglob("*.tmp"))
 
 
+def test_triggers_are_tried_on_a_reference(work, calibrated, clean, capsys):
+    """Both are read through heads of the same classes; a reference of none is refused."""
+    words = audit(work, clean[3], calibrated.name, "--reference", str(clean[1].path))
+    _, run = ask(capsys, work, *words)
+    inversions = json.loads((run.path / "verdict.json").read_text())["inversions"]
+    shares = [i["reference"] for i in inversions if i["audit"] == "stub"]
+    assert len(shares) == 2 and all(0 <= share <= 1 for pair in shares for share in pair)
+    assert shares[0][1] == shares[1][1], "without a trigger both are the same"
+    assert "The reference reads" in (run.path / "report.html").read_text()
+
+
 def test_a_bank_for_others_calibrates_nothing(work, calibrated, clean, capsys):
     manifest, _ = ask(capsys, work, *audit(work, clean[3], calibrated.name), "--images", "20")
     notes = json.dumps(manifest["notes"])

@@ -17,7 +17,7 @@ from bezoar.data.files.artefacts import Facts, read_facts
 from bezoar.data.files.tensors import read_tensors, write_tensors
 from bezoar.data.files.writing import write_json
 from bezoar.evaluation.classifiers import Classifier
-from bezoar.evaluation.scores import Measure
+from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Inversion, Verdict
 
 VERDICT_FILE = "verdict.json"
@@ -25,6 +25,8 @@ INVERSIONS_FILE = "inversions.safetensors"
 EXAMPLES_FILE = "examples.safetensors"
 GRADE_NUMBERS = {"could not tell": -1, "none found": 0, "some evidence": 1, "strong evidence": 2}
 MAX_INVERSIONS = 8  # inversions that are kept, and clean images that they are shown on
+LARGE = 64  # pixels; an encoder that reads more has its triggers tried on fewer images
+LARGE_IMAGES = 64
 
 
 @dataclass
@@ -69,6 +71,45 @@ class AuditFindings:
         }
         return AuditFindings(parts[0].facts | lists, tensors, parts[0].examples)
 
+    def try_on_reference(self, reference: Classifier, images: Tensor, name: str) -> list[str]:
+        """Add what the inverted triggers do to another encoder, and say it where a verdict stands.
+
+        A trigger that leads to a class by nature often leads other encoders there too; a backdoor's moves
+        the one encoder that learnt it.
+
+        Args:
+            reference: the other encoder, with a head of the same classes.
+            images: uint8 (N, 3, H, W), clean.
+            name: of the other encoder.
+
+        Returns:
+            For each audit whose target the reference does not know, a remark.
+        """
+        images = images_to_read(images, reference)
+        before = reference.predict(images).tolist()
+        unknown = []
+        for i, facts in enumerate(self.facts["inversions"]):
+            if facts["target"] not in reference.classes:
+                continue
+            parts = (self.tensors[f"{part}@{i}"].to(images.device) for part in ("mask", "pattern"))
+            trigger = Inversion(*parts, facts["target"], facts["norm"], facts["success"])
+            number = reference.classes.index(facts["target"])
+            after = reference.predict(trigger(images)).tolist()
+            facts["reference"] = [rows.count(number) / len(images) for rows in (after, before)]
+        for audit in self.audits:
+            if not (target := audit["notes"].get("target")):
+                continue
+            shares = [
+                f.get("reference")
+                for f in self.facts["inversions"]
+                if (f["audit"], f["target"]) == (audit["name"], target)
+            ]
+            if shares and shares[0]:
+                describe_reference(audit, shares[0], len(images), name)
+            else:
+                unknown.append(f"{audit['name']}: the reference {name} knows no class {target!r}")
+        return unknown
+
     def write(self, folder: Path) -> None:
         """Write verdict.json, inversions.safetensors and examples.safetensors."""
         write_json(folder / VERDICT_FILE, self.facts)
@@ -103,28 +144,55 @@ def audit_json(
     }
 
 
-def inversion_json(
-    inversion: Inversion, images: Tensor, classifier: Classifier | None
-) -> dict[str, Any]:
-    """An inverted trigger as it stands in verdict.json: what it does to clean images, as a classifier reads them.
+def list_inversions(
+    inversions: Sequence[Inversion], images: Tensor, classifier: Classifier | None
+) -> list[dict[str, Any]]:
+    """Inverted triggers as they stand in verdict.json: what they do to clean images, as a classifier reads them.
 
     Args:
-        inversion: the trigger.
-        images: uint8 (N, 3, H, W), clean; the first few are listed one by one.
+        inversions: the triggers.
+        images: uint8 (N, 3, H, W), clean; the first few are listed one by one. Of a large encoder
+            only `LARGE_IMAGES` are read.
         classifier: None where none can be had.
     """
-    facts: dict[str, Any] = {
-        "target": inversion.target,
-        "norm": inversion.norm,
-        "success": inversion.success,
-    }
     if classifier is None:
-        return facts
-    before = classifier.predict(images).tolist()
+        return [_describe_trigger(inversion) for inversion in inversions]
+    images = images_to_read(images, classifier)
+    before = classifier.predict(images).tolist() if inversions else []
+    return [_describe_effect(inversion, images, before, classifier) for inversion in inversions]
+
+
+def images_to_read(images: Tensor, classifier: Classifier) -> Tensor:
+    """The clean images that triggers are tried on: of an encoder of large images, the first few."""
+    return images[:LARGE_IMAGES] if classifier.encoder.preprocess.size > LARGE else images
+
+
+def describe_reference(
+    audit: dict[str, Any], shares: Sequence[float], images: int, name: str
+) -> None:
+    """Add to an audit's facts what its least trigger does to the reference, with it and without."""
+    target, (after, before) = audit["notes"]["target"], shares
+    audit["evidence"]["reference_success"] = proportion(
+        round(after * images), images, f"triggered images that {name} reads as {target!r}"
+    ).json()
+    sentence = (
+        f"The reference {name} reads {after:.0%} of the images with this trigger as {target!r}, {before:.0%} without "
+        "it: a natural feature often moves both encoders, a backdoor only one."
+    )
+    audit["reference"] = sentence
+
+
+def _describe_trigger(inversion: Inversion) -> dict[str, Any]:
+    return {"target": inversion.target, "norm": inversion.norm, "success": inversion.success}
+
+
+def _describe_effect(
+    inversion: Inversion, images: Tensor, before: Sequence[int], classifier: Classifier
+) -> dict[str, Any]:
     after = classifier.predict(inversion(images)).tolist()
     names = classifier.classes
     n = len(images)
-    return facts | {
+    return _describe_trigger(inversion) | {
         "before": [names[c] for c in before[:MAX_INVERSIONS]],
         "after": [names[c] for c in after[:MAX_INVERSIONS]],
         "turns_into": [

@@ -87,5 +87,6 @@ def estimate_seconds(audits: Sequence[Any], encoder: Encoder, clean: Pairs, clas
             torch.cuda.synchronize()
     a_pass = (time.perf_counter() - start) / len(images)
     counted = [a for a in audits if hasattr(a, "image_passes")]
-    passes: int = sum(a.image_passes(len(clean), classes) for a in counted)
+    side = encoder.preprocess.size
+    passes: int = sum(a.image_passes(len(clean), classes, side) for a in counted)
     return a_pass * passes

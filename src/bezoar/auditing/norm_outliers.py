@@ -43,21 +43,22 @@ def anomaly_index(norms: Tensor) -> Tensor:
     return torch.where(x < median, deviations / (MAD_TO_SIGMA * mad), 0.0)
 
 
-def outlier_p_value(logs: Tensor) -> float:
+def outlier_p_value(logs: Tensor, among: int = 0) -> float:
     """The chance that the least of normal numbers lies so far below the others.
 
     The normal distribution is fitted to the others, which the least has no part in: by Student's
     law (x - mean) / (deviation sqrt(1 + 1 / m)) has m - 1 degrees of freedom. Times the number of
     numbers, because the least of them was chosen (Grubbs 1950; Bonferroni).
 
-    logs: float64 (G,), of at least three numbers.
+    logs: float64 (G,), of at least three numbers. among: numbers that the least was chosen from, if they
+    are more than G.
     """
     least = int(logs.argmin())
     others = torch.cat([logs[:least], logs[least + 1 :]])
     m = len(others)
     deviation = max(float(others.std()), MIN_DEVIATION)
     distance = float(others.mean() - logs[least]) / (deviation * (1 + 1 / m) ** 0.5)
-    return min(1.0, len(logs) * float(student.sf(distance, m - 1)))
+    return min(1.0, max(among, len(logs)) * float(student.sf(distance, m - 1)))
 
 
 def outlier_verdict(
@@ -68,6 +69,7 @@ def outlier_verdict(
     clean: Pairs,
     notes: dict[str, Any],
     excluding: bool = False,
+    among: int = 0,
 ) -> Verdict:
     """The verdict of an audit that asks whether one target is far easier to reach than the others.
 
@@ -81,6 +83,7 @@ def outlier_verdict(
         notes: further notes of the verdict.
         excluding: targets that no trigger reached have no part in the value, unless fewer than
             `MIN_REACHED` were reached.
+        among: targets that the least was chosen from, where they are more than have a trigger.
     """
     n = len(clean)
     norms = triggers.norms.double().cpu().clamp(min=MIN_SPREAD)
@@ -91,7 +94,7 @@ def outlier_verdict(
     few = int(counted.sum()) < MIN_NORMS
     smallest = int(torch.where(counted, norms, torch.inf).argmin())
     title = f"{int(counted.sum())} {what} triggers"
-    evidence = norm_evidence(norms[counted], names[smallest], title, n)
+    evidence = norm_evidence(norms[counted], names[smallest], title, n, among)
     evidence["success"] = proportion(
         round(float(triggers.success[smallest]) * n),
         n,
@@ -169,11 +172,13 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
     return sorted(rows, key=lambda row: row["norm"])
 
 
-def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, Measure]:
+def norm_evidence(
+    norms: Tensor, smallest: str, what: str, n: int, among: int = 0
+) -> dict[str, Measure]:
     """The statistics of the norms, float64 (G,).
 
     smallest: name of the least one's target. what: the triggers in words. n: number of clean
-    images.
+    images. among: see `outlier_verdict`.
     """
     least, median = norms.min(), norms.quantile(0.5)
     logs = norms.log()
@@ -190,7 +195,7 @@ def norm_evidence(norms: Tensor, smallest: str, what: str, n: int) -> dict[str, 
             anomaly_index(logs).max(), "the anomaly index of the norms' logarithms"
         ),
         "outlier_p": measure(
-            torch.tensor(outlier_p_value(logs) if len(logs) > 2 else 1.0),
+            torch.tensor(outlier_p_value(logs, among) if len(logs) > 2 else 1.0),
             "chance of so small a least norm, by Student's law fitted to the logarithms of the others",
         ),
         "least_norm": measure(least, f"pixels that the least mask covers, of {smallest!r}"),

@@ -24,6 +24,7 @@ from bezoar.auditing.trigger_search import (
     TOLERANCE,
     InversionRecipe,
     TriggerSearch,
+    enlarge_cells,
     initial_parameters,
     mask_and_pattern,
 )
@@ -205,8 +206,8 @@ def inversion_limits(clean: Pairs) -> list[str]:
 
 
 def stamp_triggers(u: Tensor, x: Tensor) -> Tensor:
-    """Stamp g triggers (g, 4, H, W) on n images each, float 0..1 (n, 3, H, W) -> (g n, 3, H, W)."""
-    mask, pattern = mask_and_pattern(u)
+    """Stamp g triggers (g, 4, h, w) on n images each, float 0..1 (n, 3, H, W) -> (g n, 3, H, W)."""
+    mask, pattern = (enlarge_cells(t, *x.shape[2:]) for t in mask_and_pattern(u))
     return torch.addcmul((mask * pattern)[:, None], (1 - mask)[:, None], x).flatten(0, 1)
 
 
@@ -274,7 +275,7 @@ def invert_triggers(
     """
     height, width = clean.images.shape[2:]
     count = len(aims) * recipe.starts
-    u = initial_parameters(count, height, width, seed, recipe.centred)
+    u = initial_parameters(count, *recipe.grid_size(height, width), seed, recipe.centred)
     search = TriggerSearch(u.to(tower.device, tower.dtype), recipe, aims)
     confirming = draw_batch(clean, recipe.confirm, seed, -1, search.u) if recipe.confirm else None
     halving_steps = recipe.halving_steps()
@@ -333,12 +334,15 @@ def collect_triggers(
     """The results of the searches that were not given up, measured on all clean images."""
     survivors = search.survived.nonzero()[:, 0]
     best_u = search.best_u[survivors]
-    masks, patterns = mask_and_pattern(best_u)
+    side = clean.images.shape[2:]
+    masks, patterns = (enlarge_cells(t, *side) for t in mask_and_pattern(best_u))
     aims = search.aims[survivors]
     success = measure_success(tower, best_u, aims, clean, objective)
     reached = search.best_norm[survivors].isfinite()
     if search.recipe.confirm:
         reached &= success >= search.recipe.goal - TOLERANCE
+    starts = search.best_norm.view(-1, search.recipe.starts)[survivors // search.recipe.starts]
+    pixels_a_cell = side.numel() / best_u[0, 0].numel()
     return InvertedTriggers(
         aims=aims,
         masks=masks,
@@ -347,7 +351,7 @@ def collect_triggers(
         success=success,
         reached=reached,
         steps=search.steps[survivors],
-        starts=search.best_norm.view(-1, search.recipe.starts)[survivors // search.recipe.starts],
+        starts=starts * pixels_a_cell,
         agreement=measure_agreement(search, survivors),
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.randomness import generator
@@ -51,6 +52,8 @@ class InversionRecipe:
         confirm: clean images, the same at every step, that a trigger must succeed on too before it
             counts; 0: it counts by the images of its step alone, and of many steps the luckiest
             wins.
+        cells: of masks and patterns a side, at most, each of several pixels of a larger image; 0: one
+            a pixel. While the search lasts, norms and weights are of cells.
     """
 
     steps: int
@@ -70,6 +73,7 @@ class InversionRecipe:
     centred: bool = False
     growing: bool = False
     confirm: int = 0
+    cells: int = 0
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.patience, self.wait, self.starts) < 1:
@@ -79,10 +83,11 @@ class InversionRecipe:
             raise ValueError(
                 "lr must be above 0, and until must name, in order, the step at which each but the last ends"
             )
-        least = min(self.floor, self.resets, self.halvings, self.confirm)
+        least = min(self.floor, self.resets, self.halvings, self.confirm, self.cells)
         if self.weight <= 0 or min(self.up, self.down) < 1 or least < 0:
             raise ValueError(
-                "weight must be above 0, up and down at least 1, floor, resets, halvings and confirm at least 0"
+                "weight must be above 0, up and down at least 1, floor, resets, halvings, confirm and cells at "
+                "least 0"
             )
         if not 0 < self.goal <= 1:
             raise ValueError("goal must be above 0 and at most 1")
@@ -105,6 +110,11 @@ class InversionRecipe:
             passes += searches * (last - first) * a_step
             searches = -(-searches // 2)
         return passes
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the masks and patterns for images of a size in pixels."""
+        most = self.cells or max(height, width)
+        return min(height, most), min(width, most)
 
     def halving_steps(self) -> tuple[int, ...]:
         """The numbers of steps after which half of the searches are given up."""
@@ -135,6 +145,13 @@ def mask_and_pattern(u: Tensor) -> tuple[Tensor, Tensor]:
     """Free numbers (g, 4, H, W) -> mask (g, 1, H, W) and pattern (g, 3, H, W), in 0..1."""
     t = (torch.tanh(u) + 1) / 2
     return t[:, :1], t[:, 1:]
+
+
+def enlarge_cells(cells: Tensor, height: int, width: int) -> Tensor:
+    """Masks or patterns (g, C, h, w) at a size in pixels, each cell of one value."""
+    if cells.shape[2:] == (height, width):
+        return cells
+    return F.interpolate(cells, (height, width))
 
 
 class TriggerSearch:

@@ -59,8 +59,13 @@ class Classifier:
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch: int = 512) -> Tensor:
-        """Return the class of each image uint8 (N, 3, H, W), int64 (N,)."""
-        return torch.cat([self(x).argmax(1) for x in images.split(batch)])
+        """Return the class of each image uint8 (N, 3, H, W), int64 (N,).
+
+        batch: images of up to 64 pixels that are read together; of larger ones fewer, by their area.
+        """
+        area = max(64, self.encoder.preprocess.size) ** 2
+        rows = max(8, batch * 64**2 // area)
+        return torch.cat([self(x).argmax(1) for x in images.split(rows)])
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from bezoar.auditing.findings import (
     audit_json,
     audit_measures,
     audit_name,
-    inversion_json,
     inversion_tensors,
+    list_inversions,
     read_facts_of,
 )
 from bezoar.data import randomness
@@ -85,6 +85,11 @@ class Audit:
     ] = ("shipped",)
     rate: Annotated[float, "false-positive rate of each audit"] = 0.05
     images: Annotated[int, "clean images that the audits use"] = 512
+    reference: Annotated[
+        Input,
+        Takes("encoder"),
+        "another encoder of the same classes: is it moved by what is found in this one?",
+    ] = None
 
     def __post_init__(self) -> None:
         if self.parent is not None:
@@ -101,12 +106,15 @@ class Audit:
             )
         refused: dict[str, str] = {}
         banks = load_banks(job.inputs["bank"])
-        if len(job.inputs["audit"]) == 1 and not job.inputs["bank"]:
+        reference = job.inputs["reference"]
+        if len(job.inputs["audit"]) == 1 and not job.inputs["bank"] and reference is None:
             findings = self._run_single(job)
         else:
             self._announce(job, banks)
             findings, refused = self._run_each(job)
         judge_findings(findings, banks, self.rate)
+        if reference is not None:
+            self._try_on_reference(job, findings)
         words, sentence = verdict_text.overall_verdict(findings.audits, self.rate)
         findings.facts |= {
             "words": words,
@@ -195,6 +203,18 @@ class Audit:
             raise UserError("; ".join(dict.fromkeys(refused.values())) or "give an --audit")
         return AuditFindings.join(parts), refused
 
+    def _try_on_reference(self, job: Job, findings: AuditFindings) -> None:
+        """Note what the inverted triggers do to the reference encoder."""
+        suspect, data = job.inputs["encoder"], job.inputs["data"]
+        method = data if data is not None else default_clean_images(suspect)
+        sample, labelled = sample_clean_records(method, self.images)
+        reference = inputs.load_encoder(job.inputs["reference"], job.device, sample.images)
+        check_auditable(reference, "the reference")
+        classifier = make_audit_classifier(reference, labelled.to(job.device), self.classifier)
+        name = input_name(job.inputs["reference"])
+        for line in findings.try_on_reference(classifier, sample.images.to(job.device), name):
+            warn(f"audit: {line}")
+
     def _run_single(self, job: Job) -> AuditFindings:
         """Run the one audit there is."""
         audit: audits.Audit = job.inputs["audit"][0]
@@ -221,8 +241,10 @@ class Audit:
             "text_tower": encoder.text is not None,
             "audits": [audit_json(audit, verdict, classifier, seconds)],
             "inversions": [
-                {"audit": audit_name(audit), **inversion_json(i, sample.images, reader)}
-                for i in verdict.inversions[:MAX_INVERSIONS]
+                {"audit": audit_name(audit), **facts}
+                for facts in list_inversions(
+                    verdict.inversions[:MAX_INVERSIONS], sample.images, reader
+                )
             ],
         }
         images = sample.images[:MAX_INVERSIONS].cpu().clone().contiguous()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from bezoar.auditing.norm_outliers import OutlierStatistic
 from bezoar.auditing.trigger_inversion import ImageTower, InvertedTriggers, TriggerObjective
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import generator
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.classifiers import Classifier
@@ -20,6 +23,25 @@ from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
 HELD_OUT = 4  # one of so many clean images takes no part in the search
+SIDE = 32  # pixels of the images that `most` counts
+# What a search that would cost too much is changed to; and the sweep before it.
+QUICK: dict[str, Any] = {
+    "starts": 2,
+    "steps": 40,
+    "batch": 4,
+    "halvings": 1,
+    "confirm": 16,
+    "cells": 32,
+}
+SWEEP: dict[str, Any] = {
+    **QUICK,
+    "starts": 8,
+    "steps": 48,
+    "halvings": 2,
+    "confirm": 0,
+    "growing": False,
+}
+QUICK_IMAGES = 64  # clean images that it uses
 
 
 @method
@@ -35,6 +57,10 @@ class Cleanse:
     all clean images but for .05, of which a quarter took no part in the search. A class without such a mask is
     searched for again from other starts; one that nothing reaches then has no part in the value
     (`unreached`).
+
+    Where that would cost more than `most`, few classes are searched for, by fewer steps and with masks
+    of 32 cells a side: those that a few searches lead to which may each choose their class (`reach_any`), and
+    others that are drawn. The p-value is that of one class chosen from all of them.
 
     The paper's value is the anomaly index, |L1 - median| / (1.4826 MAD) of a class below the
     median, flagged above 2 (`score=anomaly_index`; it is always in the evidence). It cannot exceed
@@ -65,21 +91,36 @@ class Cleanse:
         "the value: log(median / least), or the anomaly index of norms or of their logarithms",
     ] = "log_ratio"
 
+    most: Annotated[
+        float, "image passes at 32 px up to which all classes are searched for, and in full"
+    ] = 1.5e6
+    few: Annotated[int, "classes that are searched for where that would cost more"] = 10
+
     needs: ClassVar[tuple[str, ...]] = ("classifier", "report")
     unaided: ClassVar[bool] = True  # its evidence is a verdict without a bank
 
     def __post_init__(self) -> None:
-        if self.again < 0:
-            raise ValueError("again must be at least 0")
+        if self.again < 0 or self.few < 3:
+            raise ValueError("again must be at least 0, few at least 3")
         self.recipe()
 
-    def recipe(self) -> InversionRecipe:
+    def recipe(self, changes: Mapping[str, Any] = MappingProxyType({})) -> InversionRecipe:
         """The search for the classes' triggers. Raises ValueError for fields out of range."""
-        return InversionRecipe.from_fields(self, lr=(self.lr,))
+        return InversionRecipe.from_fields(self, lr=(self.lr,), **changes)
 
-    def image_passes(self, images: int, classes: int) -> int:
+    def image_passes(self, images: int, classes: int, side: int = SIDE) -> int:
         """Images that go through the encoder, at most but for classes that are searched for again."""
-        return classes * (self.recipe().image_passes() + 2 * images)
+        if self.searches_all(classes, side):
+            return classes * (self.recipe().image_passes() + 2 * images)
+        images = min(images, QUICK_IMAGES)
+        quick, sweep = self.recipe(QUICK), self.recipe(SWEEP)
+        count = min(self.few, classes)
+        swept = (sweep.image_passes() + sweep.starts * images) if count < classes else 0
+        return swept + count * (quick.image_passes() + 2 * images)
+
+    def searches_all(self, classes: int, side: int) -> bool:
+        """Whether all classes of an encoder of `side` pixels are searched for in full."""
+        return classes * self.recipe().image_passes() * (side / SIDE) ** 2 <= self.most
 
     def __call__(
         self,
@@ -101,29 +142,72 @@ class Cleanse:
             )
         trigger_inversion.check_image_count(clean)
         objective = reach_class(classifier)
+        classes = torch.arange(len(names))
+        notes: dict[str, Any] = {"head": classifier.how, "unaided": self.unaided}
+        recipe = self.recipe()
         with trigger_inversion.freeze_tower(encoder, classifier.raw) as tower:
-            triggers = self.invert(tower, clean, objective, len(names), seed, report)
-        notes = {"head": classifier.how, "unaided": self.unaided}
-        return norm_outliers.outlier_verdict(
-            triggers, names, "class", self.score, clean, notes, excluding=True
+            if not self.searches_all(len(names), encoder.preprocess.size):
+                recipe = self.recipe(QUICK)
+                clean = clean.take(range(min(len(clean), QUICK_IMAGES)))
+                classes, led_to = self.choose_classes(tower, clean, classifier, seed, report)
+                notes["searched"] = describe_choice(led_to, classes, names)
+            triggers = self.invert(tower, clean, objective, classes, recipe, seed, report)
+        verdict = norm_outliers.outlier_verdict(
+            triggers,
+            [names[c] for c in classes.tolist()],
+            "class",
+            self.score,
+            clean,
+            notes,
+            excluding=True,
+            among=len(names),
         )
+        verdict.notes["limits"] += [notes["searched"]] if "searched" in notes else []
+        return verdict
+
+    def choose_classes(
+        self,
+        tower: ImageTower,
+        clean: Pairs,
+        classifier: Classifier,
+        seed: int,
+        report: ProgressReport,
+    ) -> tuple[Tensor, list[int]]:
+        """The classes that are searched for, int64 (few,) in order, and those that the sweep led to."""
+        count = len(classifier.classes)
+        if count <= self.few:
+            return torch.arange(count), []
+        found = trigger_inversion.invert_triggers(
+            tower,
+            clean,
+            reach_any(classifier),
+            torch.zeros(1, dtype=torch.long),
+            self.recipe(SWEEP),
+            seed,
+            report,
+        )
+        led_to = [read_as(tower, classifier, found, row, clean) for row in range(len(found.aims))]
+        drawn = torch.randperm(count, generator=generator(seed, 13)).tolist()
+        chosen = list(dict.fromkeys([*led_to, *drawn]))[: self.few]
+        return torch.tensor(sorted(chosen)), sorted(set(led_to))
 
     def invert(
         self,
         tower: ImageTower,
         clean: Pairs,
         objective: TriggerObjective,
-        count: int,
+        classes: Tensor,
+        recipe: InversionRecipe,
         seed: int,
         report: ProgressReport,
     ) -> InvertedTriggers:
-        """The best trigger for each of `count` classes; `reached` and `success` are of all images."""
+        """The best trigger for each of some classes; `reached` and `success` are of all images."""
         searched = clean.take(range(len(clean) - len(clean) // HELD_OUT))
         best: InvertedTriggers | None = None
-        aims = torch.arange(count)
+        aims = classes
         for round_ in range(1 + self.again):
             triggers = trigger_inversion.invert_triggers(
-                tower, searched, objective, aims, self.recipe(), seed + round_ * 7919, report
+                tower, searched, objective, aims, recipe, seed + round_ * 7919, report
             ).best_of_aims()
             triggers = trigger_inversion.measure_again(tower, triggers, clean, objective, self.goal)
             best = triggers.best_of_aims(best)
@@ -132,6 +216,43 @@ class Cleanse:
                 break
         assert best is not None
         return best
+
+
+def describe_choice(led_to: Sequence[int], classes: Tensor, names: Sequence[str]) -> str:
+    """Which classes were searched for, and how, where it was not all of them in full."""
+    text = (
+        f"to save time {len(classes)} of {len(names)} classes were searched for, in fewer steps, with masks of "
+        f"{QUICK['cells']} cells a side, which no finer trigger fits"
+    )
+    if not led_to:
+        return text
+    found = ", ".join(names[c] for c in led_to)
+    return f"{text}: {found}, which a search free to choose its class led to, and others that were drawn"
+
+
+@torch.no_grad()
+def read_as(
+    tower: ImageTower, classifier: Classifier, found: InvertedTriggers, row: int, clean: Pairs
+) -> int:
+    """The class that a trigger turns most clean images into."""
+    mask, pattern = found.masks[row], found.patterns[row]
+    parts = (clean.images[part].to(mask) / 255 for part in tower.slices(len(clean)))
+    z = torch.cat([tower((1 - mask) * x + mask * pattern) for x in parts])  # (N, D)
+    return int(classifier.head(z).argmax(1).mode().values)
+
+
+def reach_any(classifier: Classifier) -> TriggerObjective:
+    """The objective of a sweep: the head reads stamped images as one class, whichever is nearest."""
+
+    def objective(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        g, n, _ = z.shape
+        logits = classifier.head(z.flatten(0, 1)).view(g, n, -1)  # (g, n, C)
+        mean = logits.log_softmax(2).mean(1)  # (g, C)
+        nearest = mean.argmax(1)  # (g,)
+        hits = logits.argmax(2) == nearest[:, None]  # (g, n)
+        return -mean.logsumexp(1), hits.to(z.dtype).mean(1)
+
+    return objective
 
 
 def reach_class(classifier: Classifier) -> TriggerObjective:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+import dataclasses
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ NAMES_NO_CLASS = (
     "instead; cleanse compares classes"
 )
 
+SIDE = 32  # pixels of the images that `most` counts
+# What a search that would cost too much is changed to, and the clean images that it uses.
+QUICK: dict[str, Any] = {"starts": 8, "steps": 48, "batch": 6, "cells": 32}
+QUICK_IMAGES = 64
+QUICKLY = (
+    f"to save time {QUICK['starts']} restarts took {QUICK['steps']} steps, with masks of {QUICK['cells']} cells a side, "
+    "which no finer trigger fits"
+)
+
 
 @method
 class Decree:
@@ -41,6 +51,8 @@ class Decree:
     Restarts run together, the worse half is given up `halvings` times, and the least mask counts: a
     search from one start often ends at a direction that the encoder is drawn to by nature. Where no
     restart succeeds PL1 is 1, because a mask over the whole image always succeeds.
+
+    Where all of that would cost more than `most`, fewer restarts take fewer steps with coarser masks.
 
     Published (the repository's): steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,
     lr=(0.5,0.1,0.05),until=(200,500),up=5,down=5,patience=6,floor=1e-7,resets=10,wait=35; at 32
@@ -68,6 +80,8 @@ class Decree:
     wait: Annotated[int, "steps without progress after which a restart ends"] = 25
     centred: Annotated[bool, "start from a central square, not from noise"] = False
 
+    most: Annotated[float, "image passes at 32 px that a search in full may cost"] = 5e5
+
     needs: ClassVar[tuple[str, ...]] = ("report",)
 
     def __post_init__(self) -> None:
@@ -77,22 +91,38 @@ class Decree:
             raise ValueError("spread must be between 0 and 1, goal a cosine of 0 to 1")
         self.recipe(self.goal or 0.5)
 
-    def recipe(self, goal: float) -> InversionRecipe:
-        """The search for a trigger that reaches a mean cosine. Raises ValueError for bad fields."""
+    def recipe(self, goal: float, side: int = SIDE) -> InversionRecipe:
+        """The search for a trigger that reaches a mean cosine, for an encoder of `side` pixels.
+
+        Raises ValueError for bad fields.
+        """
         weight, floor = CHANNELS * self.weight, CHANNELS * self.floor
-        return InversionRecipe.from_fields(
+        recipe = InversionRecipe.from_fields(
             self, goal=goal, weight=weight, floor=floor, starts=self.restarts
         )
+        return recipe if self.searches_in_full(side) else dataclasses.replace(recipe, **QUICK)
 
-    def image_passes(self, images: int, classes: int) -> int:
+    def searches_in_full(self, side: int) -> bool:
+        """Whether the search is as the fields say for an encoder of `side` pixels."""
+        if side <= SIDE:
+            return True
+        passes = self.recipe(self.goal or 0.5).image_passes()
+        return passes * (side / SIDE) ** 2 <= self.most
+
+    def image_passes(self, images: int, classes: int, side: int) -> int:
         """Images that go through the encoder, at most."""
-        return self.recipe(self.goal or 0.5).image_passes() + (1 + self.restarts) * images
+        images = images if self.searches_in_full(side) else min(images, QUICK_IMAGES)
+        recipe = self.recipe(self.goal or 0.5, side)
+        return recipe.image_passes() + (1 + recipe.starts) * images
 
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:
         """Audit an encoder without labels. Raises UserError for fewer than 8 images, or NaN."""
         trigger_inversion.check_image_count(clean)
+        side = encoder.preprocess.size
+        if not self.searches_in_full(side):
+            clean = clean.take(range(min(len(clean), QUICK_IMAGES)))
         with trigger_inversion.freeze_tower(encoder) as tower:
             z = trigger_inversion.embed_clean(tower, clean.images)  # (N, D)
             clean_cosine = float(mean_pairwise_cosine(z[None]))
@@ -102,11 +132,14 @@ class Decree:
                 clean,
                 collapse,
                 torch.zeros(1, dtype=torch.long),
-                self.recipe(goal),
+                self.recipe(goal, side),
                 seed,
                 report,
             )
-        return self.verdict(triggers, clean, clean_cosine, goal)
+        verdict = self.verdict(triggers, clean, clean_cosine, goal)
+        if not self.searches_in_full(side):
+            verdict.notes["limits"].append(QUICKLY)
+        return verdict
 
     def verdict(
         self, triggers: InvertedTriggers, clean: Pairs, clean_cosine: float, goal: float
@@ -135,7 +168,7 @@ class Decree:
             "goal": (goal, "mean pairwise cosine that a trigger had to reach"),
             "restarts_reached": (
                 float(reached.sum()),
-                f"of the {len(reached)} of {self.restarts} restarts that were not given up",
+                f"of the {len(reached)} of {triggers.starts.shape[1]} restarts that were not given up",
             ),
         }
         evidence = {

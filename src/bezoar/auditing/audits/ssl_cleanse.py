@@ -85,7 +85,7 @@ class SslCleanse:
         """The search for each cluster's trigger. Raises ValueError for fields out of range."""
         return InversionRecipe.from_fields(self, lr=(self.lr,))
 
-    def image_passes(self, images: int, classes: int) -> int:
+    def image_passes(self, images: int, classes: int, side: int) -> int:
         """Images that go through the encoder, at most."""
         return self.count_clusters(images) * (self.recipe().image_passes() + images)
 

@@ -48,7 +48,7 @@ class Whitening:
     def __post_init__(self) -> None:
         random_probes.check_fields(self.probes, self.images, self.shrink)
 
-    def image_passes(self, images: int, classes: int) -> int:
+    def image_passes(self, images: int, classes: int, side: int) -> int:
         """Images that go through the encoder."""
         return min(images, self.images) * (1 + self.probes * len(PROBE_KINDS))
 

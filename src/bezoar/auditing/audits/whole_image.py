@@ -58,7 +58,7 @@ class WholeImage:
         if not 0 < self.alpha <= 1 or not 0 < self.delta <= 255 or not self.strength > 0:
             raise ValueError("needs alpha in 0..1, delta in 0..255 and strength, all above 0")
 
-    def image_passes(self, images: int, classes: int) -> int:
+    def image_passes(self, images: int, classes: int, side: int) -> int:
         """Images that go through the encoder."""
         return min(images, self.images) * (1 + self.probes * len(KINDS))
 

@@ -1,5 +1,6 @@
 """A file or folder of weights that says itself what it is: what a bare path stands for."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated
@@ -149,6 +150,9 @@ class Weights(Network):
         )
         if self.mean_std != "auto":
             encoder.set_preprocess(normalisation.with_mean_std(preprocess, self.mean_std))
+        if self.size:
+            small_towers.check_input_size(encoder.image, self.size, what)
+            encoder.set_preprocess(dataclasses.replace(encoder.preprocess, size=self.size))
         if arguments:
             assumed.append(f"{timm_models.parse_arguments(arguments)['num_heads']} attention heads")
         encoder.about["imported"] = {
@@ -156,7 +160,7 @@ class Weights(Network):
             "layout": "timm",
             "what": what,
             "left_out": left_out,
-            "assumed": [*assumed, f"size={preprocess.size}"],
+            "assumed": assumed if self.size else [*assumed, f"size={preprocess.size}"],
         }
         return encoder
 

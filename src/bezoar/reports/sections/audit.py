@@ -79,6 +79,8 @@ def audit_section(view: AuditView) -> Section:
             parts.append(Text(f"{audit['name']}: {audit['sentence']}"))
         if unaided := audit.get("unaided"):
             parts.append(Text(f"{audit['name']}, without a bank: {unaided['sentence']}"))
+        if reference := audit.get("reference"):
+            parts.append(Text(f"{audit['name']}: {reference}"))
         parts += [*bank_figure(audit), *target_parts(audit)]
     head = (
         "Audit",
@@ -226,6 +228,12 @@ def inversion_gallery(inversion: Inversion, facts: Mapping[str, Any], images: Te
         ]
         note = (
             f"Of all triggered images a classifier ({facts['reader']}) reads {', '.join(phrases)}."
+        )
+    if facts.get("reference"):
+        after_share, before_share = facts["reference"]
+        note += (
+            f" The reference reads {format_percent(after_share)} as “{facts['target']}” "
+            f"({format_percent(before_share)} before)."
         )
     sheet = torch.cat([trigger_images, images, inversion(images)])
     return pictures.contact_sheet(sheet, tiles, 72, title, note)
