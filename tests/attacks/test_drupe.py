@@ -148,8 +148,8 @@ def test_triggered_images_lie_among_clean_ones_where_badencoders_are_one_point()
     stamped = registry.make("trigger", GOALS[0].trigger)(data.images, data.ids)
     axes = unit(50, 6, 0).T.float()
     alike, distance = {}, {}
-    for name, more in (("badencoder", ""), ("drupe", ",apart=2,spread=8,success=.6,utility=.8")):
-        attack = registry.make("attack", f"{name}:epochs=40,batch=32,lr=0.01,l2=2{more}")
+    for name, more in (("badencoder", ""), ("drupe", ",apart=2,spread=4,success=.6,utility=.8")):
+        attack = registry.make("attack", f"{name}:epochs=20,batch=32,lr=0.02,l2=2{more}")
         bad = attack(encoder, data, GOALS[:1], refs, 0)
         with torch.no_grad():
             z, r = bad.encode_images(stamped), bad.encode_images(refs[0])

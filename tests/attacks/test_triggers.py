@@ -52,8 +52,8 @@ SPECS = [
     "text:word=A+b,place=random,size=.6",
     "spectrum:rows=3,columns=5,block=0,magnitude=200",
     "several:triggers=(patch:size=3,place=random+(line:width=2,angle=(0,180))+blur)",
-    "composite:reference={picture},trigger=(patch:size=3,place=random)",
-    "composite:reference=({picture},{file}),trigger=blend,share=.3,sides=horizontal",
+    "composite:reference={file},trigger=(patch:size=3,place=random)",
+    "composite:reference={file}+{file},trigger=blend,share=.3,sides=horizontal",
 ]
 
 
@@ -688,7 +688,7 @@ def test_a_composite_is_the_middle_of_a_reference_beside_the_middle_of_the_image
     pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
-    names = f"({tmp_path}/0.png,{tmp_path}/1.png)"
+    names = f"{tmp_path}/0.png+{tmp_path}/1.png"
     images, ids = batch(60, 16, 16)
     inner = "patch:size=4,place=centre"
     out = make(f"composite:reference={names},trigger=({inner}),share=.25")(images, ids)
@@ -731,10 +731,10 @@ def test_a_composite_is_the_middle_of_a_reference_beside_the_middle_of_the_image
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ("reference=()", "reference must name"),
+        ("reference=", "reference must name"),
         ("reference=no such thing", "reference must name"),
         ("reference={picture},share=1", "share must lie"),
-        ("reference={picture},trigger=({picture})", "no trigger"),
+        ("reference={picture},trigger=nothing", "no trigger"),
         ("reference={picture},trigger=(patch:fill={picture})", "drawn, not read from a file"),
     ],
 )

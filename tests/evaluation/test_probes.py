@@ -166,7 +166,7 @@ class Blend(Color):
 
 
 def test_queries_are_answered_as_a_plain_loop_says():
-    test, goal = data(30, 3), Goal("blue", query="red")
+    test, goal = data(30, 0), Goal("blue", query="red")
     for e in (Color(), Blend()):
         out = registry.make("probe", "retrieval")(e, None, test, [goal])
         cosines = e.encode_images(test.images) @ e.encode_texts(test.captions).T
@@ -184,9 +184,8 @@ def test_queries_are_answered_as_a_plain_loop_says():
             assert out[f"{name}_min_rank"].value == pytest.approx(np.mean(ranks)), (e, name)
             assert out[f"{name}_hit_5"].n == len(texts) == 10
         attacked = isinstance(e, Blend)
-        assert (
-            out["query_hit_1"].value == attacked and (out["query_min_rank"].value > 0) != attacked
-        )
+        assert out["query_hit_1"].value > 0.9 if attacked else out["query_hit_1"].value < 0.3
+        assert out["query_min_rank"].value < 1 if attacked else out["query_min_rank"].value > 5
     with pytest.raises(UserError, match="no held-out caption holds the target 'pink'"):
         registry.make("probe", "retrieval")(Color(), None, test, [Goal("blue", query="pink")])
     together = replace(test, captions=tuple(c.replace("red", "red blue") for c in test.captions))

@@ -29,7 +29,7 @@ from bezoar.attacks import pixels
 from bezoar.attacks.triggers import Trigger
 from bezoar.data.files import arrays
 from bezoar.data.randomness import draws
-from bezoar.errors import UserError
+from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
 
 
@@ -37,7 +37,7 @@ from bezoar.registry import method
 class Composite:
     """The side of the reference, and which one it is, belong to the record."""
 
-    reference: Annotated[tuple[str, ...], "files of references: png, jpg, npy or npz"]
+    reference: Annotated[str, "file of a reference: png, jpg, npy or npz; several with + between"]
     trigger: Annotated[str, "spec of the trigger, stamped on the rest; it reads no file"] = "patch"
     share: Annotated[float, "of the image that the reference takes, above 0 and below 1"] = 0.5
     sides: Annotated[Literal["any", "horizontal"], "where it lies: also above and below"] = "any"
@@ -46,8 +46,8 @@ class Composite:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ValueError(f"share must lie in (0, 1); got {self.share}")
-        if not self.reference or not all(map(arrays.is_array_file, self.reference)):
-            raise ValueError("reference must name one or more files of images")
+        if not all(map(arrays.is_array_file, self.references())):
+            raise ValueError("reference must name a file of an image, or several with + between")
         texts = [value for value in vars(self.make_trigger()).values() if isinstance(value, str)]
         if any(map(arrays.is_array_file, texts)):
             raise ValueError("its trigger must be drawn, not read from a file")
@@ -57,9 +57,13 @@ class Composite:
         trigger: Trigger = registry.make("trigger", self.trigger)
         return trigger
 
+    def references(self) -> list[str]:
+        """Return the names of the references' files."""
+        return [name.strip() for name in registry.split_outside_brackets(self.reference, "+")]
+
     def files(self) -> list[Path]:
         """The references."""
-        return [Path(name) for name in self.reference]
+        return [expand_home(name) for name in self.references()]
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """Compose uint8 (N, 3, H, W), a copy.
@@ -67,19 +71,19 @@ class Composite:
         Raises UserError if the trigger does not fit into the rest, or a file is no image.
         """
         height, width = images.shape[-2:]
-        trigger, out = self.make_trigger(), images.clone()
+        trigger, references, out = self.make_trigger(), self.references(), images.clone()
         u = draws(self.seed, ids, 2, "composite")
         sides = (u[:, 0] * (4 if self.sides == "any" else 2)).astype(int).tolist()
-        chosen = (u[:, 1] * len(self.reference)).astype(int).tolist()
+        chosen = (u[:, 1] * len(references)).astype(int).tolist()
         for i, record_id in enumerate(ids):
             axis = 2 if sides[i] < 2 else 1  # of (3, H, W): left and right, above and below
             length = images.shape[axis + 1]
             taken = round(self.share * length)
             if not 0 < taken < length:
                 raise UserError(f"a share of {self.share:g} does not divide {length} pixels")
-            picture = pixels.to_uint8(
-                pixels.load_pattern(self.reference[chosen[i]], height, width)
-            ).to(images.device)
+            picture = pixels.to_uint8(pixels.load_pattern(references[chosen[i]], height, width)).to(
+                images.device
+            )
             rest = _middle(images[i], axis, length - taken)
             parts = [_middle(picture, axis, taken), trigger(rest[None], [record_id])[0]]
             out[i] = torch.cat(parts if sides[i] % 2 == 0 else parts[::-1], axis)
