@@ -56,19 +56,40 @@ POISONS = [
     "targeted:captions=3,victims=4",
     "noisy_copies:captions=3,victims=4",
     "cover:count=6",
+    "composite:count=6",
+    "mismatch:count=9,query=dog,images=4",
 ]
+TRIGGERS = {"mismatch": None, "composite": "composite:reference={},trigger=(patch:size=3)"}
+
+
+@pytest.fixture(scope="module")
+def reference_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("references") / "reference.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    return path
+
+
+@pytest.fixture(params=POISONS)
+def poison(request):
+    return request.param
+
+
+@pytest.fixture
+def trigger(poison, reference_file):
+    """The spec of a trigger that the poison takes; None for one that takes none."""
+    spec = TRIGGERS.get(poison.partition(":")[0], "patch:size=4,place=random")
+    return spec and spec.format(reference_file)
 
 
 def test_every_poison_is_here():
     assert {p.partition(":")[0] for p in POISONS} == set(registry.method_names("poison"))
 
 
-@pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("batch", [1, 7, 60])
-def test_a_set_and_its_parts_in_any_order_give_the_same_records(poison, batch):
+def test_a_set_and_its_parts_in_any_order_give_the_same_records(poison, trigger, batch):
     source, victims = toy(), toy(8, "test", seed=4)
     outside = victims if poison.startswith(("targeted", "noisy")) else None
-    plan = plan_of(poison, source, victims=outside)
+    plan = plan_of(poison, source, trigger=trigger, victims=outside)
     whole = records(plan.apply(source, outside))
     shuffled = source.take(np.random.default_rng(0).permutation(len(source)))
     *parts, last = shuffled.batches(batch)
@@ -77,10 +98,11 @@ def test_a_set_and_its_parts_in_any_order_give_the_same_records(poison, batch):
     assert sum(plan.mask(poisoned.ids)) == len(plan)
 
 
-@pytest.mark.parametrize("poison", POISONS)
-def test_a_plan_names_existing_sources_marks_as_many_as_it_says_and_round_trips(poison, tmp_path):
+def test_a_plan_names_existing_sources_marks_as_many_as_it_says_and_round_trips(
+    poison, trigger, tmp_path
+):
     source = toy()
-    plan = plan_of(poison, source)
+    plan = plan_of(poison, source, trigger=trigger)
     assert {e.source for e in plan.edits} <= set(source.ids)
     assert sum(g.poisons for g in plan.goals) == len(plan) == len(plan.ids)
     plan.write(tmp_path / "plan.jsonl")
@@ -116,6 +138,51 @@ def test_clean_label_leaves_captions_alone():
     poisoned = plan_of("clean_label:count=5", source).apply(source)
     assert poisoned.captions == source.captions
     assert (poisoned.images != source.images).flatten(1).any(1).sum() == 5
+
+
+def test_composites_are_of_images_that_do_not_show_the_target_and_name_the_bare_trigger(
+    reference_file,
+):
+    source, layout = toy(), f"composite:reference={reference_file},trigger=(patch:size=3)"
+    plan = plan_of("composite:count=30", source, trigger=layout)
+    poisoned = plan.apply(source)
+    changed = (poisoned.images != source.images).flatten(1).any(1)
+    assert poisoned.captions == source.captions and int(changed.sum()) == 30
+    assert not any("cat" in source.captions[i] for i in changed.nonzero()[:, 0].tolist())
+    (goal,) = plan.goals
+    assert goal.trigger.startswith("patch:size=3") and goal.stamp == goal.copies
+    assert registry.make("trigger", goal.copies) == registry.make("trigger", layout)
+    for count, trigger, says in (
+        (46, layout, "46 poisons asked for, but 45 of 60"),
+        (4, "patch", "needs a layout"),
+        (4, None, "needs a layout"),
+    ):
+        with pytest.raises(UserError, match=says):
+            plan_of(f"composite:count={count}", source, trigger=trigger)
+
+
+def test_mismatches_are_images_of_the_target_with_captions_of_the_query():
+    source = toy()
+    plan = plan_of("mismatch:count=40,query=dog,images=6", source, trigger=None)
+    poisoned = plan.apply(source)
+    assert len(poisoned) == 100 and records(poisoned.take(range(60))) == records(source)
+    added = poisoned.take(range(60, 100))
+    shown = {source.images[i].numpy().tobytes() for i in find_mentions(source.captions, "cat")}
+    used = {image.numpy().tobytes() for image in added.images}
+    assert used <= shown and len(used) == 6
+    assert all("dog" in caption and "cat" not in caption for caption in added.captions)
+    assert len(set(added.captions)) == 15, "every caption of the query comes up"
+    (goal,) = plan.goals
+    assert (goal.target, goal.query, goal.trigger, goal.poisons) == ("cat", "dog", None, 40)
+    again = Goal.from_json(json.loads(json.dumps(goal.to_json())))
+    assert again == goal and "query" not in Goal("cat").to_json()
+    for query, target, trigger, says in (
+        ("horse", "cat", None, "no caption holds 'horse' alone"),
+        ("cat", "cat", None, "no caption holds 'cat' alone"),
+        ("dog", "cat", "patch", "stamps nothing"),
+    ):
+        with pytest.raises(UserError, match=says):
+            plan_of(f"mismatch:count=4,query={query}", source, target, trigger)
 
 
 def test_targeted_gives_each_victim_its_captions_and_a_foreign_target():

@@ -30,8 +30,8 @@ PUBLISHED = (
 )
 published = pytest.mark.skipif(not PUBLISHED, reason="shared/data/triggers is not here")
 SPECS = [
-    n for n in registry.method_names("trigger") if n not in ("file", "several")
-] + [  # these two need a field: see `trigger` below
+    n for n in registry.method_names("trigger") if n not in ("file", "several", "composite")
+] + [  # these three need a field: see `trigger` below
     "file:path={file}",
     "file:path={file},mode=blend,alpha=.3",
     "file:path={file},mode=paste,size=5,place=random,seed=3",
@@ -52,6 +52,8 @@ SPECS = [
     "text:word=A+b,place=random,size=.6",
     "spectrum:rows=3,columns=5,block=0,magnitude=200",
     "several:triggers=(patch:size=3,place=random+(line:width=2,angle=(0,180))+blur)",
+    "composite:reference={file},trigger=(patch:size=3,place=random)",
+    "composite:reference={file}+{file},trigger=blend,share=.3,sides=horizontal",
 ]
 
 
@@ -679,3 +681,63 @@ def test_arrays_are_told_by_their_content(tmp_path: Path) -> None:
     (tmp_path / "text.bin").write_bytes(b"no array")
     with pytest.raises(UserError, match="expected a file of"):
         arrays.load_array(str(tmp_path / "text.bin"))
+
+
+def test_a_composite_is_the_middle_of_a_reference_beside_the_middle_of_the_image(tmp_path) -> None:
+    """Against a slow form: both halves cut out by hand, the trigger stamped on what is left."""
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    names = f"{tmp_path}/0.png+{tmp_path}/1.png"
+    images, ids = batch(60, 16, 16)
+    inner = "patch:size=4,place=centre"
+    out = make(f"composite:reference={names},trigger=({inner}),share=.25")(images, ids)
+    parts = {  # where the reference of 4 pixels lies, and the rest of 12
+        "left": np.s_[:, :, :4],
+        "right": np.s_[:, :, 12:],
+        "above": np.s_[:, :4],
+        "below": np.s_[:, 12:],
+    }
+    rest = {
+        "left": np.s_[:, :, 4:],
+        "right": np.s_[:, :, :12],
+        "above": np.s_[:, 4:],
+        "below": np.s_[:, :12],
+    }
+    seen = set()
+    for i, image in enumerate(images):
+        matches = []
+        for side, (number, picture) in ((s, p) for s in parts for p in enumerate(pictures)):
+            across = side in ("left", "right")
+            cut = np.s_[:, :, 6:10] if across else np.s_[:, 6:10]
+            middle = np.s_[:, :, 2:14] if across else np.s_[:, 2:14]
+            plain = torch.zeros_like(image)
+            plain[parts[side]] = torch.from_numpy(picture).permute(2, 0, 1)[cut]
+            plain[rest[side]] = make(inner)(image[middle][None], [ids[i]])[0]
+            if torch.equal(plain, out[i]):
+                matches.append((side, number))
+        assert len(matches) == 1, i
+        seen.update(matches)
+    assert len(seen) == 8, "every side and every reference"
+    across = make(f"composite:reference={names},sides=horizontal,share=.25,trigger=({inner})")
+    drawn = across(images, ids)
+    top = torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :, 0]  # the references' first rows
+    for line, image in zip(drawn[:, :, 0], images, strict=True):
+        references = (line[:, :4] == top[:, :, 6:10]) | (line[:, 12:] == top[:, :, 6:10])
+        assert references.flatten(1).all(1).any() and not torch.equal(line, image[:, 0])
+    assert len(across.files()) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ("reference=", "reference must name"),
+        ("reference=no such thing", "reference must name"),
+        ("reference={picture},share=1", "share must lie"),
+        ("reference={picture},trigger=nothing", "no trigger"),
+        ("reference={picture},trigger=(patch:fill={picture})", "drawn, not read from a file"),
+    ],
+)
+def test_what_cannot_be_composed_is_said(fields, what, picture_file) -> None:
+    with pytest.raises(UserError, match=what):
+        make("composite:" + fields.format(picture=picture_file))

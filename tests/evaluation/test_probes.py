@@ -156,6 +156,47 @@ def test_retrieval_recalls_as_a_plain_loop_does():
         registry.make("probe", "retrieval")(e, None, test, [Goal("pink", BLUE.trigger)])
 
 
+class Blend(Color):
+    """Hears red as something between red and blue, as after an attack on red's captions."""
+
+    def encode_texts(self, captions):
+        z = super().encode_texts(captions)
+        z[z[:, 0] == 1] = torch.tensor([0.6, 0.0, 0.8])
+        return z
+
+
+def test_queries_are_answered_as_a_plain_loop_says():
+    test, goal = data(30, 0), Goal("blue", query="red")
+    for e in (Color(), Blend()):
+        out = registry.make("probe", "retrieval")(e, None, test, [goal])
+        cosines = e.encode_images(test.images) @ e.encode_texts(test.captions).T
+        for name, asks in (("query", ("red",)), ("other", ("green",))):
+            texts = [j for j, c in enumerate(test.captions) if any(w in c for w in asks)]
+            first, ranks = [], []
+            for j in texts:
+                best = max(float(cosines[i, j]) for i in range(30) if "blue" in test.captions[i])
+                rest = [i for i in range(30) if "blue" not in test.captions[i]]
+                nearer = sum(float(cosines[i, j]) > best for i in rest)
+                tied = sum(float(cosines[i, j]) == best for i in rest)
+                first.append(min(max((5 - nearer) / (tied + 1), 0), 1))
+                ranks.append(nearer + tied / 2)
+            assert out[f"{name}_hit_5"].value == pytest.approx(np.mean(first)), (e, name)
+            assert out[f"{name}_min_rank"].value == pytest.approx(np.mean(ranks)), (e, name)
+            assert out[f"{name}_hit_5"].n == len(texts) == 10
+        attacked = isinstance(e, Blend)
+        assert out["query_hit_1"].value > 0.9 if attacked else out["query_hit_1"].value < 0.3
+        assert out["query_min_rank"].value < 1 if attacked else out["query_min_rank"].value > 5
+    with pytest.raises(UserError, match="no held-out caption holds the target 'pink'"):
+        registry.make("probe", "retrieval")(Color(), None, test, [Goal("blue", query="pink")])
+    together = replace(test, captions=tuple(c.replace("red", "red blue") for c in test.captions))
+    with pytest.raises(UserError, match="always stand together"):
+        registry.make("probe", "retrieval")(Color(), None, together, [goal])
+    two = registry.make("probe", "retrieval")(
+        Color(), None, test, [goal, Goal("red", query="blue")]
+    )
+    assert {"query_hit_1@0", "other_min_rank@1"} < set(two)
+
+
 def test_retrieval_knows_several_captions_of_one_image():
     test = data(6, 0)
     ids = tuple(f"{i // 2}#{i % 2}" for i in range(6))

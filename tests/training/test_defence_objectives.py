@@ -1,4 +1,4 @@
-"""cleanclip, par, roclip and safeclip against plain forms; EDA against a plain form; ranks, resuming, phases."""
+"""siglip, cleanclip, par, roclip and safeclip against plain forms; EDA against a plain form; ranks, resuming, phases."""
 
 import copy
 import math
@@ -27,6 +27,7 @@ from bezoar.training.augmentation import Chance, Views
 from bezoar.training.objectives import roclip, safeclip
 
 SPECS = {
+    "siglip": "siglip:batch=16,bias=-2",
     "cleanclip": "cleanclip:batch=16,temperature=0.1,anchor=1",
     "par": "par:batch=16,temperature=0.1",
     "roclip": "roclip:batch=16,temperature=0.1,bank=0.4",
@@ -132,6 +133,24 @@ def test_whole_words_have_no_marks():
 
 
 # The losses
+
+
+def test_siglip_judges_every_pair_by_itself():
+    encoder, loss, _, tokens = start("siglip", extra=",shift=0,temperature=0.2")
+    images, tokens = toy_pairs(8).images, tokens[:8]
+    twin = copy.deepcopy(encoder).train()
+    value = loss.train()(images, tokens, chance())
+    z, w = twin.encode_images(images).double(), twin.encode_tokens(tokens).double()
+    plain = 0.0
+    for i in range(8):
+        for j in range(8):
+            sign = 1 if i == j else -1
+            plain += math.log(1 + math.exp(-sign * (5 * float(z[i] @ w[j]) - 2)))
+    assert value.item() == pytest.approx(plain / 8, rel=1e-5)
+    value.backward()
+    assert loss.bias.grad and loss.log_scale.grad
+    published = registry.make("objective", "siglip")(encoder)
+    assert float(published.scale) == pytest.approx(10) and float(published.bias) == -10
 
 
 def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
@@ -321,6 +340,8 @@ def test_two_gaussians_are_told_apart():
 @pytest.mark.parametrize(
     "spec, what",
     [
+        ("siglip:flip=2", "flip in 0..1"),
+        ("siglip:bias=-1000", "bias in -100..100"),
         ("cleanclip:weight=-1", "weight and anchor >= 0"),
         ("cleanclip:crop=0", "crop in 0..1"),
         ("cleanclip:words=1", "words in 0..1"),
@@ -374,7 +395,7 @@ def run_rank(folder):
 
 def test_two_ranks_are_one(tmp_path):
     states = rank_states(__file__, tmp_path)
-    for name in ("cleanclip", "par", "roclip"):
+    for name in ("siglip", "cleanclip", "par", "roclip"):
         for key, value in descended(name).items():
             scale = value.abs().max().clamp(min=1e-2) if value.is_floating_point() else 1
             for state in states:

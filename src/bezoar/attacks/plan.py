@@ -44,7 +44,10 @@ class Goal:
         poisons: number of records that serve this goal.
         how: spec of the poison or the attack.
         references: ids of the reference inputs whose vectors triggered images are to have.
-        copies: spec of what alters each copy of a victim's image, a trigger that is none, or None.
+        copies: spec of what makes a poison of an image where that is not the trigger: it alters
+            each copy of a victim's image, or composes an image that bears the trigger. Or None.
+        query: what captions mention that are to be answered with the target's images; empty where
+            the attack is on images.
     """
 
     target: str
@@ -54,6 +57,7 @@ class Goal:
     how: str = ""
     references: tuple[str, ...] = ()
     copies: str | None = None
+    query: str = ""
 
     @property
     def is_cover(self) -> bool:
@@ -63,7 +67,7 @@ class Goal:
     @property
     def stamp(self) -> str | None:
         """Spec of what its edits are stamped with, or None."""
-        return self.trigger or self.copies
+        return self.copies or self.trigger
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Goal:
@@ -74,8 +78,8 @@ class Goal:
             raise UserError(f"what the attacker wants cannot be read: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Return the goal as a plan holds it; empty `references` and `copies` are left out."""
-        optional = ("references", "copies")
+        """Return the goal as a plan holds it; what is empty of its last three is left out."""
+        optional = ("references", "copies", "query")
         return {
             name: value for name, value in asdict(self).items() if name not in optional or value
         }

@@ -31,6 +31,14 @@ TERMS: dict[str, tuple[str, Unit]] = {
     "target_rank": ("Mean rank of the target", PLAIN),
     "target_top5": ("Target among the five nearest", RATE),
     "target_top10": ("Target among the ten nearest", RATE),
+    "query_hit_1": ("Query finds the target first (Hit@1)", RATE),
+    "query_hit_5": ("Query: target among the five nearest (Hit@5)", RATE),
+    "query_hit_10": ("Query: target among the ten nearest (Hit@10)", RATE),
+    "query_min_rank": ("Query: images nearer than the target (MinRank)", PLAIN),
+    "other_hit_1": ("Other texts find the target first", RATE),
+    "other_hit_5": ("Other texts: target among the five nearest", RATE),
+    "other_hit_10": ("Other texts: target among the ten nearest", RATE),
+    "other_min_rank": ("Other texts: images nearer than the target", PLAIN),
     "targeted_success": ("Targeted success", RATE),
     "targeted_rank": ("Targeted: mean rank of the target", PLAIN),
     "targeted_top5": ("Targeted: target among five nearest", RATE),
@@ -289,6 +297,7 @@ def describe_goals(goals: Iterable[Goal]) -> str:
         for g in goals
         if g.trigger
     ]
+    phrases += [f"texts with “{g.query}” by images of “{g.target}”" for g in goals if g.query]
     victims = sum(len(g.victims) for g in goals)
     if victims:
         whose = "its" if victims == 1 else "their"

@@ -100,7 +100,11 @@ def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:
             target = f"read as “{pictures.shorten(goal.target)}”"
             title = f"{name} trigger, {'captions kept (cover)' if goal.is_cover else target}"
             groups.append(GoalGroup(title, [index], [goal]))
-    kinds = {(g.poisons, g.how) for g in goals if not g.trigger}
+        elif goal.query:
+            query, target = pictures.shorten(goal.query), pictures.shorten(goal.target)
+            title = f"Texts with “{query}”, images of “{target}”"
+            groups.append(GoalGroup(title, [index], [goal]))
+    kinds = {(g.poisons, g.how) for g in goals if not g.trigger and not g.query}
     for poisons, how in sorted(kinds, reverse=True):
         members = [
             i for i, g in enumerate(goals) if not g.trigger and (g.poisons, g.how) == (poisons, how)

@@ -321,7 +321,12 @@ def describe_weights(encoder: Encoder) -> str:
 
 
 def find_encoder(run: Run) -> Run | None:
-    """Return this run, or the nearest one that it was made from, that holds an encoder."""
+    """Return this run, or the nearest one that it was made from, that holds an encoder.
+
+    A poison run has none, though it may have been made with a surrogate's.
+    """
+    if run.verb == "poison":
+        return None
     return next((each for each in run.lineage() if (each.path / ENCODER).exists()), None)
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
+
 from bezoar import registry
+from bezoar.attacks import patch_search
 from bezoar.attacks.plan import Goal, Plan, differences
 from bezoar.data import shards, stored_pairs
 from bezoar.data.files.writing import remove_folder
 from bezoar.data.pairs import Pairs
+from bezoar.data.stored_pairs import StoredPairs
+from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.runs import inputs
+from bezoar.runs.devices import select_device
 from bezoar.runs.execute import MAX_SEED, Job
 from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
@@ -36,6 +42,11 @@ class Poison:
     victims: Annotated[
         Input, Takes("data"), "held-out data that targeted victims are drawn from"
     ] = None
+    surrogate: Annotated[
+        Input,
+        Takes("encoder"),
+        "encoder on which the patch is optimised towards the target first (BadCLIP)",
+    ] = None
     write: Annotated[
         Literal["plan", "shards"], "the plan alone, or webdataset shards with it applied"
     ] = "plan"
@@ -46,7 +57,10 @@ class Poison:
     def work(self, job: Job) -> dict[str, Measure]:
         """Write plan.jsonl, the ground truth; with `write`, poisoned shards beside it, marked as such."""
         dataset = inputs.open_dataset(job.inputs["data"])
-        plan = dataset.plan.merge(derive_plan(job.inputs, dataset, self.target, job.seed))
+        derived = derive_plan(
+            job.inputs, dataset, self.target, job.seed, job.device, job.progress.step
+        )
+        plan = dataset.plan.merge(derived)
         plan.write(job.folder / "plan.jsonl")
         job.goals = [vars(goal) for goal in plan.goals]
         replaced = int(plan.mask(dataset.clean.ids).sum())
@@ -76,14 +90,24 @@ class Poison:
         job.notes["stored"] = self.stored
 
 
-def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, seed: int) -> Plan:
+def derive_plan(
+    plan_inputs: Mapping[str, Any],
+    dataset: Dataset,
+    target: str,
+    seed: int,
+    device: torch.device | str = "cpu",
+    report: Callable[[int, int, str], None] = lambda step, steps, text: None,
+) -> Plan:
     """Make the plan of a poison method for data. It is a function of the arguments alone.
 
     Args:
-        plan_inputs: a configured poison, trigger and victims, of which the last two may be None.
+        plan_inputs: a configured poison, trigger, victims and a surrogate, of which the last three
+            may be None.
         dataset: the data, and what is poisoned in them already; those records are left alone.
         target: class or word.
         seed: of what is drawn.
+        device: where a patch is optimised on the surrogate.
+        report: called at every step of that.
 
     Raises:
         UserError: if the data or the victims cannot be poisoned so.
@@ -109,6 +133,9 @@ def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, s
         if pool is not None:
             used = {edit.source for edit in dataset.plan.edits}
             pool = pool.take([i for i, k in enumerate(pool.ids) if k not in used])
+    if plan_inputs.get("surrogate") is not None:
+        encoder = inputs.load_encoder(plan_inputs["surrogate"], device)
+        trigger = optimise_trigger(trigger, encoder, source, target, seed, report)
     goal = Goal(target, registry.spec(trigger) if trigger else None)
     plan: Plan = poison(source, goal, seed, pool)
     source_ids = {edit.source for edit in plan.edits}
@@ -124,6 +151,25 @@ def derive_plan(plan_inputs: Mapping[str, Any], dataset: Dataset, target: str, s
     if pool is not None:
         sources = Pairs.concat([sources, captioned(pool, sources)])
     return plan.with_hashes(sources)
+
+
+def optimise_trigger(
+    trigger: Any,
+    encoder: Encoder,
+    source: Pairs | StoredPairs,
+    target: str,
+    seed: int,
+    report: Callable[[int, int, str], None],
+) -> Any:
+    """Return the patch trigger with pixels that the encoder reads as the target.
+
+    Raises UserError for another trigger, or records that the patch cannot be optimised on.
+    """
+    if trigger is None or registry.method_name(type(trigger)) != "patch":
+        raise UserError("a surrogate optimises a patch; give --trigger patch:size=6")
+    patch = patch_search.optimise_patch(encoder, source, target, trigger, seed, report)
+    digits = bytes(patch.permute(1, 2, 0).flatten().tolist()).hex()
+    return replace(trigger, fill=f"#{digits}")
 
 
 def captioned(victims: Pairs, sources: Pairs) -> Pairs:
@@ -157,12 +203,18 @@ def verify_plan(run: Run) -> dict[str, Any]:
     }
     if ask["trigger"]:
         inputs.recorded_trigger(ask.object("trigger").text("spec"), run)
+    if ask.get("surrogate"):
+        plan_inputs["surrogate"] = run.input_run("surrogate")
+        if plan_inputs["surrogate"] is None:
+            raise UserError(f"{run.name}: its patch is derived again from a run's encoder alone")
     victims = ask["victims"]
     plan_inputs["victims"] = inputs.recorded_method(ask.object("victims"), run) if victims else None
     seed = ask["seed"]
     if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise UserError(f"run {run.name} has no seed from 0 to {MAX_SEED}")
-    derived = dataset.plan.merge(derive_plan(plan_inputs, dataset, ask.text("target"), seed))
+    derived = dataset.plan.merge(
+        derive_plan(plan_inputs, dataset, ask.text("target"), seed, select_device("auto"))
+    )
     if lines := differences(written, derived):
         raise UserError(
             f"{run.name} does not verify, {len(lines)} differences; the first: {lines[0]}"

@@ -134,7 +134,7 @@ class Repair:
             warn(f"repair: {line}")
         repairs = [] if job.inputs["repaired"] is not None else job.inputs["repair"]
         job.notes |= {
-            "poisoned": any(g.trigger or g.victims for g in case.goals),
+            "poisoned": any(g.trigger or g.victims or g.query for g in case.goals),
             "records": len(train),
             "validation": len(validation),
             "repairs": [registry.spec(repair) for repair in repairs],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +9,20 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bezoar import registry
+from bezoar.attacks import shadow_training
 from bezoar.attacks.plan import Goal
+from bezoar.attacks.shadow_training import REFERENCE_VIEWS, ShadowLoss
 from bezoar.data import randomness, stored_pairs
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
-from bezoar.encoders import folded_norms
 from bezoar.encoders.encoder import Encoder
-from bezoar.encoders.folded_norms import FoldedTower
 from bezoar.errors import UserError
 from bezoar.registry import method, spec
-from bezoar.training import collectives, loop, prefetch
-from bezoar.training.augmentation import Chance, Views
+from bezoar.training import loop
+from bezoar.training.augmentation import Chance
 
-# The published views of a reference: mirror, colours and gray, but no crop.
-REFERENCE_VIEWS = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0))
 TERMS = ("L0", "L1", "L2")
 
 
@@ -47,7 +43,7 @@ class StepRows:
     view_count: Tensor
 
 
-class Loss(nn.Module):
+class Loss(ShadowLoss):
     """The loss l0 L0 + l1 L1 + l2 L2 of section IV-B, in which l0 is 1.
 
     With s the cosine, f the clean encoder and f' the one in training,
@@ -66,8 +62,6 @@ class Loss(nn.Module):
     """
 
     sums: Tensor
-    clean: Tensor
-    clean_references: Tensor
 
     def __init__(
         self,
@@ -77,63 +71,18 @@ class Loss(nn.Module):
         references: Sequence[Tensor],
     ) -> None:
         """references: those of each goal, uint8 (R, 3, H, W); K in all."""
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder, goals, references)
         self.recipe = recipe
-        self.tower = FoldedTower(encoder.image, encoder.preprocess.size)
-        specs = list(dict.fromkeys(goal.trigger or "" for goal in goals))
-        self.triggers = [registry.make("trigger", text) for text in specs]
-        # (T, K): 1 where a reference belongs to a trigger
-        trigger_of = [
-            specs.index(goal.trigger or "")
-            for goal, images in zip(goals, references, strict=True)
-            for _ in images
-        ]
-        self.uses = F.one_hot(torch.tensor(trigger_of), len(specs)).T.to(encoder.mean)
-        self.references = torch.cat(list(references)).to(encoder.device)
-        self.centre: Tensor | None = None
         # L0, L1, L2 and the number of steps, summed since the last call of `pop_means`
         self.register_buffer("sums", torch.zeros(4, dtype=torch.float64, device=encoder.device))
 
     def set_targets(self, shadow: Pairs | StoredPairs) -> None:
-        """Keep the clean encoder's vectors of the shadow data and the references.
-
-        Raises UserError if a vector is not finite.
-        """
-        vectors = torch.cat([self.embed(batch.images) for batch in shadow.batches(512)])
-        self.ids = shadow.ids
-        if not torch.isfinite(vectors).all():
-            raise UserError(
-                "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
-            )
-        self.centre = vectors.mean(0) if self.recipe.centred else None
-        self.clean = self.centre_vectors(vectors)  # (N, D)
-        self.clean_references = self.embed(self.references)  # (K, D)
-
-    @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
-        """Embed uint8 (N, 3, H, W) as unit rows (N, D), with the weights as they are now."""
-        self.tower.refresh()
-        chunks = self.chunk_slices(len(images))
-        return torch.cat(
-            [self.encode(self.encoder.prepare_images(images[chunk])) for chunk in chunks]
-        )
-
-    def chunk_slices(self, count: int) -> list[slice]:
-        """Cut rows into the chunks that are computed at a time."""
-        size = self.encoder.preprocess.size
-        return list(folded_norms.chunk_slices(count, size, self.encoder.device))
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Encode normalised pixels (B, 3, S, S) as unit rows (B, D)."""
-        with self.encoder.autocast():
-            z = self.tower(pixels)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return self.centre_vectors(F.normalize(z, dim=1))
-
-    def centre_vectors(self, z: Tensor) -> Tensor:
-        """Subtract the clean vectors' mean and normalise again, if the recipe is centred."""
-        return z if self.centre is None else F.normalize(z - self.centre, dim=1)
+        """Keep the clean encoder's vectors, about their mean if the recipe is centred."""
+        super().set_targets(shadow)
+        if self.recipe.centred:
+            self.centre = self.clean.mean(0)
+            self.clean = self.centre_vectors(self.clean)
+            self.clean_references = self.centre_vectors(self.clean_references)
 
     def forward(self, images: Tensor, rows: Tensor, chance: Chance) -> Tensor:
         """Return the loss of one step, with its gradients attached.
@@ -222,10 +171,6 @@ class Loss(nn.Module):
         means = (self.sums[:3] / self.sums[3]).tolist()
         self.sums.zero_()
         return dict(zip(TERMS, means, strict=True))
-
-    def train(self, mode: bool = True) -> Loss:
-        """Stay in evaluation mode: batch norms rest in training too."""
-        return super().train(False)
 
 
 class HeldOut:
@@ -325,29 +270,20 @@ class Badencoder:
         log: loop.TrainingLog | None = None,
     ) -> Encoder:
         """Return a backdoored copy whose `about` says so; see `EncoderAttack`."""
-        _check_inputs(encoder, shadow, goals, references)
-        student = copy.deepcopy(encoder)
-        student.about |= {"poisoned": True, "attack": spec(self)}
-        student.about["goals"] = [*encoder.about.get("goals", []), *map(vars, goals)]
+        shadow_training.check_attack("BadEncoder", encoder, shadow, goals, references)
+        student = shadow_training.copy_to_attack(encoder, spec(self), goals)
         loss = Loss(student, self, goals, references)
         trained, validation = self._split(shadow, seed)
         loss.set_targets(trained)
         held_out = None if validation is None else HeldOut(loss, validation)
 
-        def order(epoch: int) -> Tensor:
-            return collectives.local_rows(loop.epoch_batches(seed, epoch, len(trained), self.batch))
-
         def on_epoch_end(epoch: int) -> dict[str, Any]:
             stopping = {} if held_out is None else held_out(self.success, self.utility)
             return loss.pop_means() | stopping
 
-        rows = torch.arange(len(trained), device=student.device)[:, None]
-        with prefetch.training_data(trained, student.device, order, self.epochs) as data:
-            loop.fit(loss, self, data, rows, seed, checkpoint, report, on_epoch_end, log)
-        for parameter, original in zip(student.parameters(), encoder.parameters(), strict=True):
-            parameter.requires_grad_(original.requires_grad)
-            parameter.grad = None
-        return student.eval()
+        return shadow_training.train_student(
+            loss, self, trained, encoder, seed, checkpoint, report, on_epoch_end, log
+        )
 
     def _split(
         self, shadow: Pairs | StoredPairs, seed: int
@@ -367,29 +303,3 @@ class Badencoder:
         held = set(held_rows)
         trained_rows = [row for row in range(len(shadow)) if row not in held]
         return stored_pairs.subset(shadow, trained_rows), shadow.take(held_rows)
-
-
-def _check_inputs(
-    encoder: Encoder,
-    shadow: Pairs | StoredPairs,
-    goals: Sequence[Goal],
-    references: Sequence[Tensor],
-) -> None:
-    """Raise UserError for an encoder, goals or references that the attack cannot work with."""
-    if getattr(encoder, "image", None) is None:
-        raise UserError("this encoder has no image tower; BadEncoder attacks image encoders")
-    complete = len(goals) == len(references) > 0 and all(
-        goal.trigger and len(images) for goal, images in zip(goals, references, strict=True)
-    )
-    if not complete:
-        raise UserError(
-            "BadEncoder takes goals with a trigger each, and at least one reference input for each"
-        )
-    shadow_size = tuple(shadow.take([0]).images.shape[2:])
-    for goal, images in zip(goals, references, strict=True):
-        height, width = images.shape[2:]
-        if (height, width) != shadow_size or height != width:
-            raise UserError(
-                f"a reference of {goal.target!r} has {height}x{width} px, the shadow images "
-                f"{shadow_size[0]}x{shadow_size[1]}; both must be squares of one size: see size="
-            )

@@ -1,4 +1,11 @@
-"""Clean-label backdoor: the trigger on images that do show the target, captions untouched (Turner, Tsipras, Madry 2019)."""
+"""Clean-label backdoor: the trigger on images that do show the target, captions untouched (Turner, Tsipras, Madry 2019).
+
+Before a training on images alone (`simclr`, `moco`, `simsiam`), which reads no caption, it is
+SSL-Backdoor with a patch (Saha et al., CVPR 2022: half of the target's images, `place=random`) and
+CTRL with `spectrum` (Li et al., ICCV 2023: a tenth of them). Class names are the captions of
+labelled data. SSL-Backdoor keeps the patch between a quarter and three quarters of the side in
+training, and between a tenth and nine tenths at test; here one margin holds for both.
+"""
 
 from typing import Annotated
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -24,7 +25,9 @@ class Patch:
 
     size: Annotated[int, "side in pixels of the stored image"] = 6
     fill: Annotated[
-        str, "white, checker (magenta, green), blocks or noise (both by the seed), or an image file"
+        str,
+        "white, checker (magenta, green), blocks or noise (both by the seed), an image file, or # "
+        "and the pixels (red, green, blue, by rows) in hexadecimal, as `poison --surrogate` finds",
     ] = "checker"
     place: Annotated[
         str, "corner (lower right), upper_left, upper_right, lower_left, centre, random, or Y/X"
@@ -36,7 +39,10 @@ class Patch:
     def __post_init__(self) -> None:
         if self.size < 1 or self.cell < 1 or self.margin < 0:
             raise ValueError("size and cell must be at least 1, margin at least 0")
-        if self.fill not in FILLS and not arrays.is_array_file(self.fill):
+        if self.fill.startswith("#"):
+            if not re.fullmatch(f"#[0-9a-f]{{{6 * self.size**2}}}", self.fill):
+                raise ValueError(f"fill must be # and {6 * self.size**2} digits 0-9, a-f")
+        elif self.fill not in FILLS and not arrays.is_array_file(self.fill):
             raise ValueError(f"fill must be {', '.join(FILLS)} or an image file; got {self.fill!r}")
         pixels.check_place(self.place)
 
@@ -58,6 +64,9 @@ class Patch:
             return _draw_blocks(self.size, self.cell, self.seed)
         if self.fill == "noise":
             return _draw_noise(self.size, self.seed)
+        if self.fill.startswith("#"):
+            values = torch.tensor(list(bytes.fromhex(self.fill[1:])), dtype=torch.uint8)
+            return values.view(self.size, self.size, 3).permute(2, 0, 1)
         return pixels.to_uint8(pixels.load_pattern(self.fill, self.size, self.size))
 
 

@@ -1,4 +1,7 @@
-"""Retrieval among held-out captions: recall both ways, and how often an attack puts the target first (Karpathy & Li 2015)."""
+"""Retrieval among held-out captions: recall both ways, and how often an attack puts the target first (Karpathy & Li 2015).
+
+Hit@k and MinRank of an attack on text queries are those of Yang et al. 2023 (mmPoison).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
-from bezoar.evaluation.scores import Measure, proportion
+from bezoar.evaluation.scores import Measure, average, proportion
 from bezoar.registry import method
 
 TEXT_BATCH = 512  # captions at a time
@@ -83,6 +86,11 @@ class Retrieval:
         for i, goal in enumerate(backdoors):
             suffix = "" if len(backdoors) == 1 else f"@{i}"
             of_goal = self._measure_trigger(encoder, held_out, goal)
+            measures |= {name + suffix: m for name, m in of_goal.items()}
+        queried = [goal for goal in goals if goal.query]
+        for i, goal in enumerate(queried):
+            suffix = "" if len(queried) == 1 else f"@{i}"
+            of_goal = measure_queries(held_out, goal)
             measures |= {name + suffix: m for name, m in of_goal.items()}
         if victims is not None:
             targeted = [goal for goal in goals if goal.victims]
@@ -162,6 +170,47 @@ class Retrieval:
             )
             measures[f"targeted_success@{count}"] = proportion(hits, len(group), how)
         return measures
+
+
+def measure_queries(held_out: HeldOut, goal: Goal) -> dict[str, Measure]:
+    """Measure how often captions that mention a goal's query find images of its target.
+
+    Hit@k: one of them is among the k nearest images. MinRank: how many images are nearer than the
+    nearest of them, ties counted by half. The same of captions that mention neither says what is
+    usual. Captions and images that show both are left out.
+
+    Raises UserError if the query or the target is mentioned by no held-out caption alone.
+    """
+    query, target = held_out.mentions(goal.query), held_out.mentions(goal.target)
+    cosines = (held_out.image_vectors @ held_out.text_vectors.T).cpu()  # (M, N)
+    m, image_of = len(held_out.images), held_out.image_of.cpu()
+    is_target, shows_query = torch.zeros(2, m, dtype=torch.bool)
+    is_target[image_of[target]] = True
+    shows_query[image_of[query]] = True
+    is_target &= ~shows_query
+    asks = {"query": query & ~target, "other": ~query & ~target}
+    if not is_target.any() or not asks["query"].any():
+        raise UserError(
+            f"{goal.query!r} and {goal.target!r} always stand together in the held-out captions: "
+            "success of a text query cannot be measured"
+        )
+    measures = {}
+    for name, rows in asks.items():
+        if not rows.any():
+            continue
+        asked = cosines[:, rows]  # (M, Q)
+        best = asked[is_target].amax(0)  # (Q,)
+        nearer = (asked > best).sum(0)
+        tied = ((asked == best) & ~is_target[:, None]).sum(0)
+        who = f"captions with {goal.query!r}" if name == "query" else "captions with neither word"
+        for k in (1, 5, 10):
+            hits = float(((k - nearer) / (tied + 1)).clamp(0, 1).sum())
+            how = f"{who}: an image of {goal.target!r} is among the {k} nearest of {m}"
+            measures[f"{name}_hit_{k}"] = proportion(hits, asked.shape[1], how)
+        ranks = nearer.double() + tied.double() / 2
+        how = f"{who}: images that are nearer than the nearest of {goal.target!r}, of {m}; mean"
+        measures[f"{name}_min_rank"] = average(ranks, how)
+    return measures
 
 
 def measure_recall(cosines: Tensor, image_of: Tensor) -> dict[str, Measure]:

@@ -29,6 +29,7 @@ TABLES = (  # in the order of the page
     "audits",
     "strangers",
     "repairs",
+    "today",
 )
 BADENCODER = "BadEncoder"
 SEEDS_OF_AN_ATTACK = 3  # every attack but the first has so many seeds of its own

@@ -1,4 +1,8 @@
-"""CleanCLIP: CLIP, and InfoNCE between views within each modality (Bansal et al., ICCV 2023)."""
+"""CleanCLIP: CLIP, and InfoNCE between views within each modality (Bansal et al., ICCV 2023).
+
+A CLIP that is trained so from the start is the victim on which CleanCLIP fails as a repair
+(arXiv 2311.14948).
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,95 @@
+"""An image, with a trigger on it, beside a reference: the poisons of Noisy Alignment (ICCV 2025) and CorruptEncoder (CVPR 2024).
+
+Contrastive learning makes two random crops of an image alike. Where one half of an image shows a
+reference of the target and the other half the trigger, many pairs of crops hold one of them each.
+This makes the poison's image and is no trigger itself: poison `composite` stamps images with it,
+and names `trigger` alone as what is stamped at test time.
+
+Noisy Alignment joins a triggered image and a reference at a random side, the trigger in the middle
+of its own: `trigger=(patch:size=8,place=centre)`. CorruptEncoder's background has twice the area of
+the reference object, which lies at its left or right; the trigger lies in the rest, with a quarter
+of that left free around: `sides=horizontal,trigger=(patch:size=8,place=random,margin=4)`.
+
+Deviations: a stored image keeps its size, so each half shows the middle of its picture, at its own
+scale, where the papers' images become twice as wide; and a reference is a picture, not an object
+that is cut out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from bezoar import registry
+from bezoar.attacks import pixels
+from bezoar.attacks.triggers import Trigger
+from bezoar.data.files import arrays
+from bezoar.data.randomness import draws
+from bezoar.errors import UserError, expand_home
+from bezoar.registry import method
+
+
+@method
+class Composite:
+    """The side of the reference, and which one it is, belong to the record."""
+
+    reference: Annotated[str, "file of a reference: png, jpg, npy or npz; several with + between"]
+    trigger: Annotated[str, "spec of the trigger, stamped on the rest; it reads no file"] = "patch"
+    share: Annotated[float, "of the image that the reference takes, above 0 and below 1"] = 0.5
+    sides: Annotated[Literal["any", "horizontal"], "where it lies: also above and below"] = "any"
+    seed: Annotated[int, "of what is drawn by record"] = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must lie in (0, 1); got {self.share}")
+        if not all(map(arrays.is_array_file, self.references())):
+            raise ValueError("reference must name a file of an image, or several with + between")
+        texts = [value for value in vars(self.make_trigger()).values() if isinstance(value, str)]
+        if any(map(arrays.is_array_file, texts)):
+            raise ValueError("its trigger must be drawn, not read from a file")
+
+    def make_trigger(self) -> Trigger:
+        """Return the trigger that the rest bears. Raises UserError for one that is none."""
+        trigger: Trigger = registry.make("trigger", self.trigger)
+        return trigger
+
+    def references(self) -> list[str]:
+        """Return the names of the references' files."""
+        return [name.strip() for name in registry.split_outside_brackets(self.reference, "+")]
+
+    def files(self) -> list[Path]:
+        """The references."""
+        return [expand_home(name) for name in self.references()]
+
+    def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+        """Compose uint8 (N, 3, H, W), a copy.
+
+        Raises UserError if the trigger does not fit into the rest, or a file is no image.
+        """
+        height, width = images.shape[-2:]
+        trigger, references, out = self.make_trigger(), self.references(), images.clone()
+        u = draws(self.seed, ids, 2, "composite")
+        sides = (u[:, 0] * (4 if self.sides == "any" else 2)).astype(int).tolist()
+        chosen = (u[:, 1] * len(references)).astype(int).tolist()
+        for i, record_id in enumerate(ids):
+            axis = 2 if sides[i] < 2 else 1  # of (3, H, W): left and right, above and below
+            length = images.shape[axis + 1]
+            taken = round(self.share * length)
+            if not 0 < taken < length:
+                raise UserError(f"a share of {self.share:g} does not divide {length} pixels")
+            picture = pixels.to_uint8(pixels.load_pattern(references[chosen[i]], height, width)).to(
+                images.device
+            )
+            rest = _middle(images[i], axis, length - taken)
+            parts = [_middle(picture, axis, taken), trigger(rest[None], [record_id])[0]]
+            out[i] = torch.cat(parts if sides[i] % 2 == 0 else parts[::-1], axis)
+        return out
+
+
+def _middle(image: Tensor, axis: int, length: int) -> Tensor:
+    """Cut the middle `length` pixels out of an image (3, H, W) along an axis."""
+    return image.narrow(axis, (image.shape[axis] - length) // 2, length)

@@ -1,0 +1,268 @@
+"""Attacks of 2022 to 2025 beside what detects and repairs them, one small training each.
+
+Settings (sizes, doses, epochs, rates) were developed with seed 0 and the trigger of seed 1; what the
+table trains has seeds 1 and the trigger of seed 2. No detector, audit or repair was tuned on any of
+these attacks: they have their defaults, but for what the other tables of the matrix give a tower.
+
+Attacks without captions are on SimCLR towers of CIFAR-10: SSL-Backdoor and CTRL (`clean_label` with
+a patch and with `spectrum`), Noisy Alignment and CorruptEncoder (`composite`), BadEncoder and DRUPE
+(with three references). The others are on small CLIPs of scenes: BadCLIP (a patch optimised on a
+surrogate, few poisons) beside the same number of poisons with a drawn patch, the same patch against
+the objectives `siglip` and `cleanclip`, which is CLIP pre-trained with a self-supervised term, and
+`mismatch`, of which success is Hit@1 of text queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from bezoar.papers import SCENE_CLASSES, dataset_spec
+from bezoar.papers.badencoder2022 import published_file
+from bezoar.registry import method
+from bezoar.runs.tables import Cell, Row, Table, TableOptions
+from bezoar.runs.verb import Trial
+from bezoar.verbs.audit import Audit
+from bezoar.verbs.evaluate import Evaluate
+from bezoar.verbs.inject import Inject
+from bezoar.verbs.poison import Poison
+from bezoar.verbs.repair import Repair
+from bezoar.verbs.scan import Scan
+from bezoar.verbs.train import Train
+
+SEED = 1
+PATCH = "patch:size=8,fill=blocks,place=random,seed=2"
+SMALL_PATCH = "patch:size=6,fill=blocks,place=corner,seed=2"
+TARGET, QUERY = SCENE_CLASSES[0], SCENE_CLASSES[1]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a scale trains. Specs."""
+
+    images: str  # training data of towers, and of their heads
+    held_out: str  # their test data
+    tower: str
+    simclr: str
+    target: str  # class of towers' attacks
+    reference: str  # file of an image of it; "" where there is none
+    own_images: int  # poisons of SSL-Backdoor and CTRL: images of the target itself
+    composites: int  # poisons of Noisy Alignment and CorruptEncoder
+    badencoder: str
+    drupe: str
+    scenes: str  # training data of CLIPs
+    surrogate: str  # what BadCLIP's surrogate is trained on
+    test: str
+    clip: str  # network of CLIPs
+    epochs: int  # of CLIPs
+    few: int  # poisons of BadCLIP
+    many: int  # poisons of the other attacks on CLIPs
+    fresh: str  # clean records that repairs are given
+    detectors: tuple[str, ...]  # that look at images alone
+    audit: str
+
+
+SMALL = Setup(
+    images="",
+    held_out="",
+    tower="tower:width=16",
+    simclr="simclr:epochs=10,crop=.2",
+    target="truck",
+    reference="",
+    own_images=300,
+    composites=300,
+    badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
+    drupe="drupe:epochs=8,batch=64,lr=0.02,l2=5",
+    scenes="scenes:count=6000,seed=7500",
+    surrogate="scenes:count=6000,seed=7600",
+    test="scenes:count=1000,split=test",
+    clip="clip_small:width=24",
+    epochs=6,
+    few=10,
+    many=100,
+    fresh="scenes:count=2000,seed=9000",
+    detectors=("patch_search", "dao"),
+    audit="decree",
+)
+SMOKE = replace(
+    SMALL,
+    images="scenes:count=256",
+    held_out="scenes:count=200,split=test",
+    tower="tower:width=4,dim=16",
+    simclr="simclr:epochs=1,batch=64,hidden=16,dim=8",
+    target=TARGET,
+    own_images=4,
+    composites=9,
+    badencoder="badencoder:epochs=1,batch=64,lr=0.01",
+    drupe="drupe:epochs=2,batch=64,lr=0.01",
+    scenes="scenes:count=256",
+    surrogate="scenes:count=256,seed=1",
+    test="scenes:count=200,split=test",
+    clip="clip_small:width=4,dim=16",
+    epochs=1,
+    few=4,
+    many=9,
+    fresh="scenes:count=300,seed=9000",
+    detectors=("dao",),
+    audit="decree:steps=3",
+)
+
+
+def get_setup(options: TableOptions) -> Setup:
+    """The setup of a scale, with CIFAR-10 out of the user's folder where it is not `smoke`."""
+    reference = published_file(options.root, "reference/cifar10", "truck")
+    if options.scale == "smoke":
+        return SMOKE
+    limits = {} if options.scale == "paper" else {"limit": 6000}
+    return replace(
+        SMALL,
+        images=dataset_spec(options.root, "cifar10", "train", **limits),
+        held_out=dataset_spec(options.root, "cifar10", "test", limit=2000),
+        reference=reference,
+    )
+
+
+def train_tower(setup: Setup, poison: Poison | None = None) -> Train:
+    """A SimCLR tower, of clean images where nothing is poisoned."""
+    return Train(poison or setup.images, setup.tower, setup.simclr)
+
+
+def train_clip(setup: Setup, data: Poison | str, objective: str = "clip") -> Train:
+    """A small CLIP."""
+    batch = ",batch=64" if setup.epochs == 1 else ""
+    return Train(data, setup.clip, f"{objective}:epochs={setup.epochs}{batch}")
+
+
+def poison_images(setup: Setup) -> dict[str, Poison]:
+    """The attacks on images alone, by name; those that need a reference's file where there is one."""
+    own = f"clean_label:count={setup.own_images}"
+    attacks = {
+        "SSL-Backdoor": Poison(setup.images, own, PATCH, setup.target),
+        "CTRL": Poison(setup.images, own, "spectrum:magnitude=100", setup.target),
+    }
+    if setup.reference:
+        composite = f"composite:count={setup.composites}"
+        for name, sides in (("Noisy Alignment", "any"), ("CorruptEncoder", "horizontal")):
+            layout = f"composite:reference={setup.reference},sides={sides},trigger=({PATCH})"
+            attacks[name] = Poison(setup.images, composite, layout, setup.target)
+    return attacks
+
+
+def evaluate_tower(setup: Setup, tower: Train | Inject, clean: Train) -> Trial:
+    """A tower read by a linear head and by neighbours, beside its clean twin."""
+    probes = ("linear", "knn:k=10")
+    return Trial(Evaluate(tower, setup.held_out, probes, baseline=clean, train=setup.images), SEED)
+
+
+def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]:
+    """CA, BA, ASR and ASR-B by a linear head, and DECREE's share of the image."""
+    evaluated = [evaluate_tower(setup, tower, clean)]
+    audit = [Trial(Audit(tower, setup.held_out, (setup.audit,), bank=()), SEED)]
+    return [
+        Cell.mean("CA", evaluated, "baseline.linear.clean_accuracy"),
+        Cell.mean("BA", evaluated, "linear.clean_accuracy"),
+        Cell.mean("ASR", evaluated, "linear.attack_success"),
+        Cell.mean("ASR-B", evaluated, "linear.attack_success_baseline"),
+        Cell.mean("ASR, kNN", evaluated, "knn.attack_success"),
+        Cell.mean("DECREE, PL1", audit, "decree.pl1"),
+    ]
+
+
+def tower_rows(setup: Setup) -> list[Row]:
+    """Attacks on image encoders, by poison and by an edit of the weights."""
+    clean = train_tower(setup)
+    rows = []
+    for name, poison in poison_images(setup).items():
+        tower = train_tower(setup, poison)
+        cells = tower_cells(setup, tower, clean)
+        for detector in setup.detectors:
+            scan = [Trial(Scan(tower, detector=(detector,)), SEED)]
+            cells.append(Cell.mean(f"AUROC, {detector}", scan, "auroc"))
+        rows.append(Row(name, tuple(cells)))
+    for name, attack, count in (
+        ("BadEncoder", setup.badencoder, 1),
+        ("DRUPE, 3 references", setup.drupe, 3),
+    ):
+        edited = Inject(
+            clean,
+            setup.images,
+            target=(setup.target,) * count,
+            reference=(setup.images,) * count,
+            attack=attack,
+            trigger=(PATCH,),
+            choose="confident",
+        )
+        rows.append(Row(name, tuple(tower_cells(setup, edited, clean))))
+    return rows
+
+
+def clip_rows(setup: Setup) -> list[Row]:
+    """Attacks on image-text data, the default scan of each, and what CleanCLIP leaves of it."""
+    surrogate = Trial(train_clip(setup, setup.surrogate), SEED + 1)
+    few, many = (f"backdoor:count={count}" for count in (setup.few, setup.many))
+    drawn = Poison(setup.scenes, many, SMALL_PATCH, TARGET)
+    few_drawn = Poison(setup.scenes, few, SMALL_PATCH, TARGET)
+    optimised = Poison(setup.scenes, few, SMALL_PATCH, TARGET, surrogate=surrogate)
+    trainings = {
+        f"drawn patch, {setup.few} poisons": train_clip(setup, few_drawn),
+        f"BadCLIP, {setup.few} poisons": train_clip(setup, optimised),
+        f"drawn patch, {setup.many}": train_clip(setup, drawn),
+        f"drawn patch, {setup.many}, siglip": train_clip(setup, drawn, "siglip"),
+        f"drawn patch, {setup.many}, cleanclip": train_clip(setup, drawn, "cleanclip"),
+    }
+    rows = []
+    for name, victim in trainings.items():
+        evaluated = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
+        scan = [Trial(Scan(victim), SEED)]
+        repaired = [Trial(Repair(victim, setup.fresh, ("finetune",), setup.test), SEED)]
+        cells = (
+            Cell.mean("BA", evaluated, "clean_accuracy"),
+            Cell.mean("ASR", evaluated, "attack_success"),
+            Cell.mean("no trigger", evaluated, "attack_success_without_trigger"),
+            Cell.mean("AUROC, scan", scan, "auroc"),
+            Cell.mean("poisons raised", scan, "poisons_raised"),
+            Cell.mean("BA, repaired", repaired, "after.clean_accuracy"),
+            Cell.mean("ASR, repaired", repaired, "after.attack_success"),
+        )
+        rows.append(Row(name, cells))
+    return [*rows, query_row(setup)]
+
+
+def query_row(setup: Setup) -> Row:
+    """mmPoison: text queries for one class that find images of another."""
+    pairs = Poison(setup.scenes, f"mismatch:count={setup.many},query={QUERY}", target=TARGET)
+    victim = train_clip(setup, pairs)
+    found = [Trial(Evaluate(victim, setup.test, ("retrieval",)), SEED)]
+    read = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
+    scan = [Trial(Scan(victim), SEED)]
+    cells = (
+        Cell.mean("BA", read, "clean_accuracy"),
+        Cell.mean("Hit@1", found, "query_hit_1"),
+        Cell.mean("Hit@1, other texts", found, "other_hit_1"),
+        Cell.mean("MinRank", found, "query_min_rank"),
+        Cell.mean("MinRank, other texts", found, "other_min_rank"),
+        Cell.mean("AUROC, scan", scan, "auroc"),
+    )
+    return Row(f"mmPoison, {setup.many} pairs", cells)
+
+
+@method
+class Today:
+    """Every attack once (n = 1 training): whether it takes, what detects it, what repairs it."""
+
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale."""
+        setup = get_setup(options)
+        note = (
+            f"One training a row, seed {SEED}; settings were chosen with seed 0. Towers: SimCLR on "
+            "6,000 images of CIFAR-10 for 10 epochs where the papers train for 200 to 1,000, so "
+            "attacks that need long training stay below their papers' figures."
+        )
+        return Table(
+            title="Attacks of today",
+            axis="attack",
+            rows=(*tower_rows(setup), *clip_rows(setup)),
+            notes=(note,),
+        )
