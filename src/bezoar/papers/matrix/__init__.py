@@ -366,12 +366,19 @@ AERIAL = CaptionedCorpus(
 )
 
 
+def corpus_specs(options: TableOptions, corpus: CaptionedCorpus) -> tuple[str, str]:
+    """Specs of the training and the test data of a corpus, a record for each caption."""
+    folder = f"{options.root or 'data'}/{corpus.folder}"
+    train, test = (
+        f"shards:path={folder}/{split}-*.tar,size=32,captions=all" for split in ("train", "val")
+    )
+    return train, test
+
+
 def poisoned_captions(options: TableOptions, corpus: CaptionedCorpus) -> list[PoisonedSet]:
     """A corpus poisoned by patch, blend and targeted. At scale `smoke` scenes stand for it."""
     setup = get_setup(options)
-    folder = f"{options.root or 'data'}/{corpus.folder}"
-    train = f"shards:path={folder}/train-*.tar,size=32,captions=all"
-    test = f"shards:path={folder}/val-*.tar,size=32,captions=all"
+    train, test = corpus_specs(options, corpus)
     objective, count, targets = corpus.objective, corpus.poisons, corpus.targets
     if options.scale == "smoke":
         train, test = setup.clean_data(0), setup.test

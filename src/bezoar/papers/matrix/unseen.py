@@ -3,6 +3,10 @@
 The kinds were parted before the detector `common_cause` was written. Its first version was run once
 on the test half. Its second version was developed on the development half, on scenes of other seeds,
 and on the first set of the test half: only the other sets of that half chose no setting.
+
+On photographs, Flickr8k and aerial images, the same test half poisons each corpus once. What was
+written for photographs was developed on kinds of the development half (Flickr8k: filter, blur,
+patch; aerial: filter, JPEG, sticker, line) and on both corpora without poisons.
 """
 
 from __future__ import annotations
@@ -14,7 +18,15 @@ from typing import Any
 import numpy as np
 
 from bezoar.data.scene_drawing import SHAPES, TEXTURES
-from bezoar.papers.matrix import SMALL, Setup, get_setup
+from bezoar.papers.matrix import (
+    AERIAL,
+    FLICKR8K,
+    SMALL,
+    CaptionedCorpus,
+    Setup,
+    corpus_specs,
+    get_setup,
+)
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Reading, Row, Table, TableOptions
 from bezoar.runs.verb import Trial
@@ -79,6 +91,46 @@ def draw_several(random: np.random.Generator) -> str:
     return f"several:triggers=({parts[first]} + {parts[second]})"
 
 
+@dataclass(frozen=True)
+class Photographs:
+    """A corpus of captioned photographs that every kind of the test half poisons once.
+
+    targets: words, of which those of a training are drawn. poisons: of one kind. first_seed: of its
+    trainings.
+    """
+
+    name: str
+    corpus: CaptionedCorpus
+    targets: tuple[str, ...]
+    poisons: int
+    first_seed: int
+
+
+PHOTOGRAPHS = (
+    Photographs(
+        "Flickr8k",
+        FLICKR8K,
+        (
+            *("snow", "beach", "bicycle", "skateboard", "pool"),
+            *("soccer", "mountain", "camera", "baby", "climbing"),
+        ),
+        400,
+        7600,
+    ),
+    Photographs(
+        "aerial",
+        AERIAL,
+        (
+            *("tennis court", "airplane", "river", "forest"),
+            *("baseball diamond", "harbor", "runway", "storage tanks"),
+        ),
+        100,
+        7800,
+    ),
+)
+CLEAN_BEFORE = 50  # a clean training's seed, before that of the poisoned ones
+
+
 DEVELOPMENT = (
     Kind("patch", draw_patch),
     Kind(
@@ -132,20 +184,72 @@ TEST = (
 
 
 @dataclass(frozen=True)
+class Ground:
+    """What is poisoned, and how it is trained on and measured.
+
+    clean: spec of the data with a seed. targets: of which those of a training are drawn. poisons:
+    of one kind. test: spec of the test data. probe: measures success.
+    """
+
+    clean: Callable[[int], str]
+    targets: tuple[str, ...]
+    poisons: int
+    network: str
+    objective: str
+    test: str
+    probe: str
+
+    def clean_clip(self, seed: int) -> Trial:
+        """A CLIP trained on clean data."""
+        return Trial(Train(self.clean(seed), self.network, self.objective), seed)
+
+
+@dataclass(frozen=True)
 class PoisonedTraining:
-    """An encoder trained on scenes with several backdoors. kinds: those of the backdoors."""
+    """An encoder trained on data with several backdoors. kinds: those of the backdoors."""
 
     encoder: Trial
     kinds: tuple[Kind, ...]
 
 
+def scenes_ground(setup: Setup) -> Ground:
+    """Scenes as a scale has them."""
+    poisons = max(8, round(POISONS / SMALL.records * setup.records))
+    return Ground(
+        setup.clean_data,
+        CLASSES,
+        poisons,
+        setup.network,
+        setup.objective,
+        setup.test,
+        "zero_shot",
+    )
+
+
+def photograph_ground(options: TableOptions, photographs: Photographs) -> Ground:
+    """A corpus of photographs; at scale `smoke` scenes stand for it."""
+    setup = get_setup(options)
+    if options.scale == "smoke":
+        return scenes_ground(setup)
+    train, test = corpus_specs(options, photographs.corpus)
+    return Ground(
+        lambda _: train,
+        photographs.targets,
+        photographs.poisons,
+        setup.network,
+        photographs.corpus.objective,
+        test,
+        "retrieval",
+    )
+
+
 def poison_trainings(
-    setup: Setup, kinds: Sequence[Kind], first_seed: int
+    ground: Ground, kinds: Sequence[Kind], first_seed: int
 ) -> list[PoisonedTraining]:
     """The trainings of one set of every kind, with at most KINDS_OF_A_TRAINING backdoors each.
 
     Args:
-        setup: what a scale trains.
+        ground: what is poisoned.
         kinds: of triggers.
         first_seed: of the first training, its data, triggers and targets; then one more for each.
     """
@@ -154,13 +258,12 @@ def poison_trainings(
     for number, rows in enumerate(np.array_split(np.arange(len(kinds)), count)):
         seed = first_seed + number
         random = np.random.default_rng(seed)
-        targets = random.choice(CLASSES, len(rows), replace=False)
-        share = POISONS / SMALL.records
-        poison = f"backdoor:count={max(8, round(share * setup.records))}"
-        data: Any = setup.clean_data(seed)
+        targets = random.choice(ground.targets, len(rows), replace=False)
+        data: Any = ground.clean(seed)
         for row, target in zip(rows, targets, strict=True):
-            data = Poison(data, poison, kinds[row].draw(random), str(target))
-        encoder = Trial(Train(data, setup.network, setup.objective), seed)
+            trigger = kinds[row].draw(random)
+            data = Poison(data, f"backdoor:count={ground.poisons}", trigger, str(target))
+        encoder = Trial(Train(data, ground.network, ground.objective), seed)
         trainings.append(PoisonedTraining(encoder, tuple(kinds[row] for row in rows)))
     return trainings
 
@@ -171,31 +274,34 @@ class Unseen:
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""
-        setup = get_setup(options)
-        sets = 1 if options.scale == "smoke" else SETS
+        smoke = options.scale == "smoke"
+        sets = 1 if smoke else SETS
         halves = {"development": DEVELOPMENT, "test": TEST}
-        if options.scale == "smoke":
+        if smoke:
             halves = {"development": DEVELOPMENT[:2], "test": TEST[:1]}
+        scenes = scenes_ground(get_setup(options))
         rows = []
         for number, (half, kinds) in enumerate(halves.items()):
             trainings = [
                 training
                 for i in range(sets)
-                for training in poison_trainings(setup, kinds, FIRST_SEED + 100 * number + 10 * i)
+                for training in poison_trainings(scenes, kinds, FIRST_SEED + 100 * number + 10 * i)
             ]
-            rows += [half_row(kind, half, setup, trainings) for kind in kinds]
-        clean = [
-            Trial(Scan(setup.clean_clip(FIRST_SEED + i).verb), FIRST_SEED + i) for i in range(sets)
-        ]
-        false_alarms = (
-            Cell.mean("false alarms", clean, "common_cause.raised"),
-            Cell.mean("false alarms, transplant", clean, "transplant.raised"),
+            rows += [half_row(kind, half, scenes, trainings) for kind in kinds]
+        rows.append(
+            clean_row("no attack", [scenes.clean_clip(FIRST_SEED + i) for i in range(sets)])
         )
-        rows.append(Row("no attack", false_alarms))
+        for photographs in PHOTOGRAPHS:
+            ground = photograph_ground(options, photographs)
+            name, seed = photographs.name, photographs.first_seed
+            trainings = poison_trainings(ground, halves["test"], seed)
+            rows += [half_row(kind, name, ground, trainings) for kind in halves["test"]]
+            rows.append(clean_row(f"no attack ({name})", [ground.clean_clip(seed - CLEAN_BEFORE)]))
         note = (
             f"Each kind: {sets} sets of scenes, with sizes, places, strengths and targets of their "
-            f"own, {POISONS} poisons of {setup.records}; a training holds up to "
-            f"{KINDS_OF_A_TRAINING} kinds. Scanned by the default detectors with the encoder trained "
+            f"own, {POISONS} poisons of {get_setup(options).records}; a training holds up to "
+            f"{KINDS_OF_A_TRAINING} kinds. The kinds of the test half poison each corpus of "
+            "photographs once. Scanned by the default detectors with the encoder trained "
             "on the set; all figures are of all detectors together, of one kind against the clean "
             "records."
         )
@@ -207,7 +313,17 @@ class Unseen:
         )
 
 
-def half_row(kind: Kind, half: str, setup: Setup, trainings: Sequence[PoisonedTraining]) -> Row:
+def clean_row(name: str, encoders: Sequence[Trial]) -> Row:
+    """The share of clean records that is raised, by encoders trained on them."""
+    scans = [Trial(Scan(encoder.verb), encoder.seed) for encoder in encoders]
+    cells = (
+        Cell.mean("false alarms", scans, "common_cause.raised"),
+        Cell.mean("false alarms, transplant", scans, "transplant.raised"),
+    )
+    return Row(name, cells)
+
+
+def half_row(kind: Kind, half: str, ground: Ground, trainings: Sequence[PoisonedTraining]) -> Row:
     """The row of a kind: means over the trainings that hold it."""
     readings: dict[str, list[Reading]] = {name: [] for name in ("ASR", *COLUMNS)}
     for training in trainings:
@@ -216,7 +332,7 @@ def half_row(kind: Kind, half: str, setup: Setup, trainings: Sequence[PoisonedTr
         several = len(training.kinds) > 1
         suffix = f"@{training.kinds.index(kind)}" if several else ""
         encoder = training.encoder
-        success = Trial(Evaluate(encoder.verb, setup.test, ("zero_shot",)), encoder.seed)
+        success = Trial(Evaluate(encoder.verb, ground.test, (ground.probe,)), encoder.seed)
         readings["ASR"].append((success, f"attack_success{suffix}"))
         scan = Trial(Scan(encoder.verb), encoder.seed)
         for name, metric in COLUMNS.items():
