@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test check slow long browser hostile real oldest newest bench clean
+.PHONY: demo test check docs slow long browser hostile real oldest newest bench clean
 demo: $(VENV)/ready
 	$(BIN)/bezoar demo
 
@@ -11,9 +11,14 @@ test: check
 	$(BIN)/python -m pytest -q
 
 check: $(VENV)/ready-dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples website
+	$(BIN)/ruff format --check src tests benchmarks examples website
 	$(BIN)/mypy
+
+# The site, into build/site; a warning is an error. The variable silences a notice on what comes after mkdocs.
+docs: $(VENV)/ready-dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 slow: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m slow
@@ -46,7 +51,7 @@ oldest:
 
 newest:
 	$(PYTHON) -m venv --clear .venv-newest
-	.venv-newest/bin/python -m pip install -q -e ".[dev]"
+	.venv-newest/bin/python -m pip install -q -e ".[dev,docs]"
 	.venv-newest/bin/python -m pip freeze --exclude-editable | grep -vE "^(nvidia|cuda|triton)" > .venv-newest/versions
 	if grep -v "^#" constraints.txt | diff - .venv-newest/versions; \
 		then echo "the newest versions are those of constraints.txt"; \

@@ -1,6 +1,7 @@
 """What the documents say is so: modules, kinds, commands, methods, links."""
 
 import contextlib
+import importlib
 import io
 import re
 import shlex
@@ -14,14 +15,9 @@ from bezoar import registry
 from bezoar.cli import main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (
-    "README.md",
-    "ARCHITECTURE.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "docs/usage.md",
-    "docs/results.md",
-)
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES)
+MADE = {(ROOT / "docs/kinds" / f"{kind}.md").resolve() for kind in ("index", *registry.KINDS)}
 KIND_ROW = re.compile(r"^\| (\w+) \|", re.MULTILINE)
 VERBS = sorted(path.stem for path in (SRC / "verbs").glob("[!_]*.py"))
 NOT_VERBS = ("list", "runs", "show", "verify", "completion")  # these have no --dry
@@ -34,12 +30,21 @@ def read_document(name: str) -> str:
 
 def code_blocks(name: str) -> list[str]:
     """The blocks of a document that are not of a named language."""
-    return re.findall(r"^```\n(.*?)^```", read_document(name), re.DOTALL | re.MULTILINE)
+    return [text for language, text in blocks(read_document(name)) if not language]
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Language and text of each block of a document."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def commands(name: str) -> list[list[str]]:
     """Every `bezoar ...` line of a document's blocks as arguments, without comments."""
-    lines = "".join(code_blocks(name)).replace("\\\n", " ").splitlines()
+    return commands_of("".join(code_blocks(name)))
+
+
+def commands_of(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("bezoar ")]
 
 
@@ -78,15 +83,9 @@ def test_the_architecture_names_every_kind_in_its_folder():
 def test_the_documents_name_every_kind_and_every_verb():
     for name in ("ARCHITECTURE.md", "CONTRIBUTING.md"):
         assert set(KIND_ROW.findall(read_document(name))) - {"kind"} == set(registry.KINDS), name
-    for name in ("README.md", "docs/usage.md"):
+    for name in ("README.md", "docs/commands.md"):
         assert not [verb for verb in VERBS if f"bezoar {verb}" not in read_document(name)], name
     assert all(hasattr(getattr(bezoar, verb.title()), "work") for verb in VERBS)
-
-
-@pytest.mark.parametrize("kind", [k for k in registry.KINDS if k not in ("paper", "bank")])
-def test_the_usage_page_names_every_method(kind):
-    text = read_document("docs/usage.md").partition("## The methods")[2]
-    assert not [n for n in registry.method_names(kind) if not re.search(rf"\b{n}\b", text)]
 
 
 def test_contributing_names_files_that_are_there():
@@ -101,9 +100,11 @@ def test_contributing_names_files_that_are_there():
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
+    """`make docs` follows the anchors, too."""
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", read_document(name)):
         if "://" not in target:
-            assert ((ROOT / name).parent / target).exists(), target
+            path = ((ROOT / name).parent / target).resolve()
+            assert path.exists() or path in MADE, target
 
 
 def test_the_readme_is_short_and_shows_a_page():
@@ -113,24 +114,29 @@ def test_the_readme_is_short_and_shows_a_page():
     assert (ROOT / picture).stat().st_size < 150_000
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/usage.md", "docs/results.md"])
+@pytest.mark.parametrize("name", ["README.md", *PAGES])
 def test_every_command_parses(name):
-    """Verbs with --dry, which prints what would be run; the others with --help."""
     for arguments in commands(name):
-        plain = arguments[0] in NOT_VERBS
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            try:
-                status = main([*arguments, "--help" if plain else "--dry"])
-            except SystemExit as stop:  # help, or a mistake
-                status = stop.code
-        assert status in (0, None), arguments
-        assert (f"usage: bezoar {arguments[0]}" if plain else '"verb"') in printed.getvalue(), (
-            arguments
-        )
+        check_command(arguments)
 
 
-def test_the_python_of_the_readme_compiles():
-    (code,) = re.findall(r"^```python\n(.*?)^```", read_document("README.md"), re.DOTALL | re.M)
-    names = re.search(r"from bezoar import (.*)", code)[1].split(", ")
-    assert all(hasattr(bezoar, name) for name in names)
-    compile(code, "README.md", "exec")
+def check_command(arguments):
+    """Verbs with --dry, which prints what would be run; the others with --help."""
+    plain = arguments[0] in NOT_VERBS
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            status = main([*arguments, "--help" if plain else "--dry"])
+        except SystemExit as stop:  # help, or a mistake
+            status = stop.code
+    assert status in (0, None), arguments
+    assert (f"usage: bezoar {arguments[0]}" if plain else '"verb"') in printed.getvalue(), arguments
+
+
+@pytest.mark.parametrize("name", ["README.md", *PAGES])
+def test_the_python_of_a_page_compiles_and_imports_what_there_is(name):
+    for language, code in blocks(read_document(name)):
+        if language == "python":
+            compile(code, name, "exec")
+            for module, names in re.findall(r"^from (bezoar\S*) import (.*)", code, re.M):
+                imported = importlib.import_module(module)
+                assert all(hasattr(imported, n) for n in names.split(", ")), (module, names)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import bezoar
-from bezoar import Run, Scan, Settings, Train, UserError, cli, execute
+from bezoar import Run, Scan, Settings, Train, UserError, cli, execute, registry
 from bezoar.cli import exit_status, main
+from bezoar.data.shards import write_shards
+from bezoar.runs import estimates
 from bezoar.runs.summary import first_sentences, read_summary
 from bezoar.runs.verb import check_verb, load_verb
 
@@ -153,6 +155,14 @@ def test_dry_counts_records_trainings_and_minutes(tmp_path, capsys):
     assert main(["scan", str(table), "--dry", "--runs", str(tmp_path)]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["records"] == 70 and plan["trainings"] == 1
+    drawn = registry.make("data", DATA)()
+    tars = write_shards(tmp_path / "tars", drawn, per_shard=10)
+    assert main(["scan", *map(str, tars), "--dry", "--runs", str(tmp_path)]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(tars) > estimates.COUNTED_TARS and plan["trainings"] == 1
+    assert abs(plan["records"] - len(drawn)) < 0.2 * len(drawn)
+    assert main(["scan", str(tars[0]), "--dry", "--runs", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 10
     assert main(["scan", "nowhere-1", "--dry", "--runs", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["records"] is None
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from bezoar import cli
 from bezoar.evaluation.scores import Measure
-from bezoar.reports import metric_names, page, pictures
+from bezoar.reports import heat_maps, metric_names, page, pictures
 from bezoar.reports.page import execute
-from bezoar.reports.run_page import RunView
-from bezoar.reports.sections import scan, train
+from bezoar.reports.run_page import RunView, build_page
+from bezoar.reports.sections import evaluate, reproduce, scan, train
 from bezoar.runs import inputs
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
@@ -291,6 +291,127 @@ def test_a_page_that_cannot_be_made_shows_the_figures(copy: Path) -> None:
     (run.path / "manifest.json").write_text(json.dumps(manifest))
     text = page.write_page(run).read_text(encoding="utf-8")
     assert "Only figures are shown" in text and "All figures" in text and "Final loss" in text
+
+
+def test_every_command_of_what_to_do_now_parses(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    commands = []
+    for run in [Run(p) for p in sorted(runs.glob("*-*"))]:
+        commands += [step.command for step in build_page(run).steps if step.command]
+        assert ("What to do now" in read_page(run)) == bool(build_page(run).steps)
+    assert any(" --keep scan-" in command for command in commands)
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "bezoar" and "--runs" not in words
+        assert cli.main([*words[1:], "--runs", str(runs), "--dry"]) == 0, command
+        capsys.readouterr()
+
+
+def test_a_command_names_a_folder_of_runs_that_is_not_the_usual_one(copy: Path) -> None:
+    moved = copy.rename(copy.parent / "my runs")
+    steps = build_page(runs_of(moved, "scan")[0]).steps
+    assert steps[1].command.endswith(f" --runs '{moved}'")
+
+
+def test_code_between_backticks_is_set_as_code() -> None:
+    assert page.mark_code("`a<b>`, c") == "<code>a&lt;b&gt;</code>,<wbr> c"
+    assert page.mark_code("5` of <b>") == "5` of &lt;b&gt;"
+
+
+def test_no_page_shows_backticks(runs: Path) -> None:
+    for run in [Run(p) for p in sorted(runs.glob("*-*"))]:
+        assert "`" not in ParsedPage(read_page(run)).text, run.name
+
+
+def test_inputs_that_are_no_runs_are_named_as_they_were_typed(runs: Path) -> None:
+    run = runs_of(runs, "train")[0]
+    assert page.typed_inputs(run)["objective"] == run.manifest["typed"]["objective"]
+    assert "<dt>objective</dt>" in read_page(run)
+    assert "data" not in page.typed_inputs(runs_of(runs, "scan")[0]), "a run, which has a link"
+
+
+def test_rankings_that_cannot_be_told_from_chance_are_not_drawn(runs: Path) -> None:
+    view = scan.ScanView(runs_of(runs, "scan")[0])
+    names = list(view.scores.detectors)
+    half = Measure(0.5, 9, 0.4, 0.6, "")
+    view.measures |= {f"{name}.auroc": half for name in names} | {"auroc": half}
+    assert [part.kind for part in scan.ranking_section(view).parts] == ["text"]
+    view.measures["auroc"] = view.measures[f"{names[0]}.auroc"] = Measure(0.9, 9, 0.8, 1.0, "")
+    chart = scan.ranking_section(view).parts[0]
+    assert chart.note.endswith(f"cannot be told from chance: {', '.join(names[1:])}.")
+
+
+def test_differences_that_are_no_more_than_noise_are_not_drawn() -> None:
+    before = np.random.default_rng(0).normal(size=200).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=200).astype(np.float32)
+    assert not evaluate.differ(before, before + noise - noise.mean())
+    assert evaluate.differ(before, before + noise + 1) and not evaluate.differ(before, before)
+
+
+def cell_of(name: str, value: float) -> dict:
+    return {"name": name, "rate": True, "measure": Measure(value, 9, 0, 1, "").json()}
+
+
+def test_a_table_without_claims_says_its_numbers() -> None:
+    rows = [
+        {"name": n, "curve": c, "cells": [cell_of("AUROC", v)]}
+        for n, c, v in (("dao", "patch", 0.5), ("lid", "patch", 0.75), ("dao", "warp", 0.25))
+    ]
+    table = {"title": "M: Detectors", "grid": "AUROC", "rows": rows}
+    finding = reproduce.table_finding(table)
+    assert finding == "Detectors: highest AUROC by lid for patch (75.0 %); dao for warp (25.0 %)."
+    finding = reproduce.table_finding(table | {"grid": ""})
+    assert finding == "Detectors: AUROC from 25.0 % (dao) to 75.0 % (lid)."
+
+
+def test_all_heat_maps_have_one_direction_and_a_legend() -> None:
+    shades = [heat_maps.depth(v) for v in (-1, 0, 0.2, 0.9, 1, 2)]
+    assert shades == sorted(shades) and shades[0] == shades[1] and shades[-1] == shades[-2]
+    svg = heat_maps.draw_heat_map(["a"], ["b"], np.array([[0.5]]), ("rows", "columns"))
+    assert all(f"{n} %" in svg for n in (0, 25, 50, 75, 100))
+
+
+WIDTHS = (1280, 390)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def take_picture(address: str, folder: Path, width: int, dark: bool) -> np.ndarray:
+    """A page as a browser shows it, in pixels; narrower than its least window, in a frame."""
+    browser = next((p for p in map(shutil.which, BROWSERS) if p), None)
+    if browser is None:
+        pytest.skip(f"no browser among {', '.join(BROWSERS)}")
+    picture, frame = folder / "page.png", folder / "frame.html"
+    frame.write_text(
+        f"<body style='margin:0'><iframe src='{address}' style='border:0' width={width} height=2400>"
+    )
+    command = [
+        *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+        *(f"--user-data-dir={folder}/u", f"--screenshot={picture}", "--enable-logging=stderr"),
+        *(f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1280,2400"),
+        frame.as_uri(),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in result.stderr, result.stderr
+    return np.asarray(Image.open(picture).convert("RGB")).astype(int)[:, :width]
+
+
+@pytest.mark.browser
+def test_pages_fit_a_phone_and_look_alike_by_day_and_by_night(runs: Path, tmp_path: Path) -> None:
+    """Nothing runs out at either side; light and dark have their ink in the same places, and other colours."""
+    for verb in sorted(VERBS):
+        address = (runs_of(runs, verb)[0].path / "report.html").resolve().as_uri()
+        for width in WIDTHS:
+            light, dark = (take_picture(address, tmp_path, width, night) for night in (False, True))
+            assert light.shape == (2400, width, 3)
+            papers = [p[2000, 4] for p in (light, dark)]
+            assert papers[0].min() > 200 and papers[1].max() < 60
+            for shown, paper in zip((light, dark), papers, strict=True):
+                edges = np.concatenate([shown[:, :12], shown[:, -12:]], axis=1)
+                assert (edges == paper).all(), (verb, width)
+            inks = [
+                np.abs(p - paper).max(-1) > 40
+                for p, paper in zip((light, dark), papers, strict=True)
+            ]
+            assert (inks[0] & inks[1]).sum() > 0.5 * (inks[0] | inks[1]).sum(), (verb, width)
 
 
 @pytest.mark.browser

@@ -74,6 +74,14 @@ def test_copies_come_first_in_a_scan_by_several_detectors(poisoned) -> None:
     worst = [record["id"] for record in json.loads((folder / "ranked.json").read_text())]
     _, _, plan = poisoned
     assert set(worst[:24]) == plan.ids
+    goals = {edit.id: edit.goal for edit in plan.edits}
+    for record in json.loads((folder / "ranked.json").read_text())[:24]:
+        copy = record["copy_of"]
+        assert copy != record["id"] and goals.get(copy, goals[record["id"]]) == goals[record["id"]]
+    page = (folder / "report.html").read_text()
+    assert "Copies of one picture, each beside another with its caption" in page
+    assert f'<p class="key" title="{worst[0]}">{worst[0]}</p>' in page
+    assert page.count(">beside ") == 24
 
 
 def test_dedup_is_refused_before_the_work(poisoned, capsys) -> None:

@@ -10,6 +10,14 @@ from matplotlib.patches import Rectangle
 
 from bezoar.reports.charts import COLOURS, HALF, Floats, Size, house_style, new_figure, svg_markup
 
+LEGEND = "The deeper the colour, the larger the number; a cell without colour was not measured."
+STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the legend
+
+
+def depth(value: float) -> float:
+    """How deep the colour of a share is, the same on all maps."""
+    return 0.06 + 0.72 * min(1.0, max(0.0, value))
+
 
 @house_style
 def draw_heat_map(
@@ -31,9 +39,13 @@ def draw_heat_map(
     figure, axes = new_figure(size)
     for y, x in np.argwhere(np.isfinite(values)):
         value = float(values[y, x])
-        alpha = 0.06 + 0.72 * min(1.0, max(0.0, value))
         cell = Rectangle(
-            (x - 0.47, y - 0.46), 0.94, 0.92, facecolor=COLOURS["clean"], alpha=alpha, linewidth=0
+            (x - 0.47, y - 0.46),
+            0.94,
+            0.92,
+            facecolor=COLOURS["clean"],
+            alpha=depth(value),
+            linewidth=0,
         )
         axes.add_patch(cell)
         number = f"{round(100 * value)}"
@@ -47,6 +59,12 @@ def draw_heat_map(
     axes.set_frame_on(False)
     axes.set_ylabel(labels[0])
     axes.set_xlabel(labels[1])
+    steps = [
+        Rectangle((0, 0), 1, 1, facecolor=COLOURS["clean"], alpha=depth(v), linewidth=0)
+        for v in STEPS
+    ]
+    names = [f"{100 * v:.0f} %" for v in STEPS]
+    figure.legend(steps, names, loc="outside upper right", ncols=len(STEPS), handlelength=1.2)
     lines = []
     for row, line in zip(rows, values, strict=True):
         cells = [

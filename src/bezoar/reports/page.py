@@ -17,7 +17,7 @@ from bezoar.data.files.writing import refuse_unwritable, remove_debris_of, write
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import chart_files, metric_names
 from bezoar.reports.page_parts import Section, Text
-from bezoar.reports.run_page import Page, build_page
+from bezoar.reports.run_page import Page, as_list, build_page
 from bezoar.runs.execute import execute as run_verb
 from bezoar.runs.run import PAGE, Run
 from bezoar.runs.summary import (
@@ -29,7 +29,7 @@ from bezoar.runs.summary import (
     read_summary,
     write_summary,
 )
-from bezoar.runs.verb import Settings, positional_fields
+from bezoar.runs.verb import Settings, field_marks, positional_fields
 
 TEMPLATES = Path(__file__).parent / "templates"
 VERBS = Path(__file__).parents[1] / "verbs"
@@ -109,6 +109,8 @@ def fill_template(values: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["breaks"] = allow_breaks
+    environment.filters["prose"] = mark_code
+    environment.filters["plain"] = lambda text: str(text).replace("`", "")
     return environment.get_template("page.jinja").render(values)
 
 
@@ -130,6 +132,7 @@ def template_values(run: Run, page: Page) -> dict[str, Any]:
         "rows": list(rows.values()),
         "folded": len(rows) > LONGEST_TABLE,
         "parents": group_parents(run),
+        "inputs": typed_inputs(run),
         "command": shell_command(run),
         "started": manifest.get("started", ""),
         "seconds": manifest.get("seconds"),
@@ -172,6 +175,20 @@ def group_parents(run: Run) -> dict[str, list[ParentLink]]:
         role = roles.get(name) or f"{name.partition('-')[0]} run"
         groups.setdefault(role, []).append(parent_link(run, name))
     return groups
+
+
+def typed_inputs(run: Run) -> dict[str, str]:
+    """Return the inputs that are no runs, as they were typed: data, encoders, methods."""
+    verb_class = find_verb(run.verb)
+    ask = metric_names.as_dict(run.manifest.get("ask"))
+    marks = {} if verb_class is None else field_marks(verb_class)
+    texts = {}
+    for name, value in metric_names.as_dict(run.manifest.get("typed")).items():
+        answer = ask.get(name)
+        is_run = isinstance(answer, dict) and "run" in answer
+        if (mark := marks.get(name)) and mark.what and value and not is_run:
+            texts[name.replace("_", " ")] = ", ".join(map(str, as_list(value)))
+    return texts
 
 
 def parent_link(run: Run, name: str) -> ParentLink:
@@ -233,6 +250,15 @@ def field_defaults(verb_class: Any) -> dict[str, Any]:
 def allow_breaks(text: Any) -> Markup:
     """Return escaped text whose lines may break after a comma, as those of long specs must."""
     return escape(text).replace(",", Markup(",<wbr>"))
+
+
+def mark_code(text: Any) -> Markup:
+    """Return escaped text in which what stands between backticks is set as code, and lines may break after a comma."""
+    pieces = str(allow_breaks(text)).split("`")
+    if len(pieces) % 2 == 0:  # one backtick has no partner
+        return Markup("`".join(pieces))
+    marked = [f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces)]
+    return Markup("".join(marked))
 
 
 def note_text(value: Any) -> str:

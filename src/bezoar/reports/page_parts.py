@@ -44,6 +44,14 @@ class Links:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A line of text. `look`: '', 'old', 'new', 'muted', 'bad', 'good', 'warn', 'mark' or 'key'."""
+
+    text: str
+    look: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
     """A table.
 
@@ -56,17 +64,9 @@ class Table:
 
     kind: ClassVar[str] = "table"
     head: Sequence[str]
-    rows: Sequence[Sequence[str | Links]]
+    rows: Sequence[Sequence[str | Links | Line]]
     numbers: Sequence[int] = ()
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of text. `look`: '', 'old', 'new', 'muted', 'bad', 'good', 'warn' or 'mark'."""
-
-    text: str
-    look: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,14 @@ class Gallery:
         """Return the CSS background-position that shows one picture of the sheet."""
         y, x = divmod(picture, self.columns)
         return f"{100 * x / max(1, self.columns - 1):.4g}% {100 * y / max(1, self.rows - 1):.4g}%"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do next: a sentence, and the command that does it; "" for none."""
+
+    text: str
+    command: str = ""
 
 
 Part = Text | Figure | Table | Gallery

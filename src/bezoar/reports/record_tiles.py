@@ -59,8 +59,9 @@ def record_gallery(
     windows: Mapping[str, Box],
     scale: int = FULL_SCALE,
     title: str = "",
+    copies: Mapping[int, int] | None = None,
 ) -> Gallery:
-    """Show records of a scan as pictures.
+    """Show records of a scan as pictures, each with its key.
 
     Args:
         corpus: The records with their images.
@@ -71,15 +72,20 @@ def record_gallery(
         scale: Side of a picture in CSS pixels. Below FULL_SCALE the tile has no scores and no
             place.
         title: A heading above the gallery.
+        copies: For some rows, that of another record of the same picture, which is shown beside it.
     """
-    records = corpus.take([r.row for r in ranked])
+    rows = [r.row for r in ranked]
+    pairs = {row: copy for row, copy in (copies or {}).items() if row in rows}
+    rows += sorted(set(pairs.values()) - set(rows))
+    records = corpus.take(rows)
     images = [
         draw_frame(image, windows.get(key))
         for image, key in zip(records.images.cpu(), records.ids, strict=True)
     ]
     tiles = []
     for index, record in enumerate(ranked):
-        lines, look = [], ""
+        lines, look = [Line(scores.ids[record.row], "key")], ""
+        shown = [index]
         if poisons is not None:
             is_poison = scores.ids[record.row] in poisons
             look = "bad" if is_poison else ""
@@ -87,18 +93,26 @@ def record_gallery(
         lines.append(Line(pictures.shorten(caption_or_id(scores, record.row))))
         if scale >= FULL_SCALE:
             lines += score_lines(scores, record.row)
-        tiles.append(Tile((index,), lines, look, f"{record.rank}"))
+        if (copy := pairs.get(record.row)) is not None:
+            shown.append(rows.index(copy))
+            lines.append(Line(f"beside {scores.ids[copy]}", "key"))
+            lines.append(Line(pictures.shorten(caption_or_id(scores, copy)), "muted"))
+        tiles.append(Tile(shown, lines, look, f"{record.rank}"))
     return pictures.contact_sheet(torch.stack(images), tiles, scale, title)
 
 
 def score_lines(scores: ScanScores, row: int) -> list[Line]:
-    """Return the merged score of a record, the score of each detector, and its place."""
+    """Return the merged score of a record, the score of each detector, and its place unless that is its key."""
     values = {"score": scores.merged}
     if len(scores.detectors) > 1:
         values |= {pictures.shorten(name, 16): s for name, s in scores.detectors.items()}
     lines = [Line(f"{name} {float(s.values[row]):.2f}", "muted") for name, s in values.items()]
-    place = pictures.shorten(scores.places[row] or scores.ids[row], 60)
-    return [*lines, Line(place, "muted")]
+    place = scores.places[row]  # a file's own name is the key, which stands first
+    return (
+        [*lines, Line(pictures.shorten(place, 60), "muted")]
+        if scores.ids[row] not in place
+        else lines
+    )
 
 
 def caption_or_id(scores: ScanScores, row: int) -> str:
@@ -120,7 +134,10 @@ def neighbour_gallery(
     for record, near, similarities in zip(
         ranked, neighbours.tolist(), cosines.tolist(), strict=True
     ):
-        lines = [Line(pictures.shorten(caption_or_id(scores, record.row), 90), "mark")]
+        lines = [
+            Line(scores.ids[record.row], "key"),
+            Line(pictures.shorten(caption_or_id(scores, record.row), 90), "mark"),
+        ]
         for row, cosine in zip(near, similarities, strict=True):
             caption = pictures.shorten(caption_or_id(scores, row), 80)
             lines.append(Line(f"{cosine:.2f} {caption}", "muted"))

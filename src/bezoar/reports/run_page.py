@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import metric_names
-from bezoar.reports.page_parts import Section
+from bezoar.reports.page_parts import Section, Step
 from bezoar.runs import inputs
 from bezoar.runs.run import Run
 
@@ -43,6 +44,8 @@ class Page:
         sections: For each title a function that makes the section, or returns None where there is
             nothing to show. They are called one by one when the page is rendered, so that one that
             fails costs the page no other.
+        look: The colour of the headline: 'bad' for a finding that is one, 'good', 'warn' or ''.
+        steps: What to do now.
         poisoned: Whether the encoder that was measured is poisoned: its clean accuracy is called
             benign accuracy.
     """
@@ -54,6 +57,8 @@ class Page:
     sections: Mapping[str, Callable[[], Section | None]] = field(default_factory=dict)
     poisoned: bool = False
     lines: Sequence[str] = ()
+    look: str = ""
+    steps: Sequence[Step] = ()
 
 
 class RunView:
@@ -120,6 +125,19 @@ class RunView:
             self.run.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
         )
 
+    def input_text(self, name: str) -> str:
+        """What was given as an input, as it can stand in a command: the name of a run, or what was typed."""
+        run = self.input_run(name)
+        typed = as_list(metric_names.as_dict(self.manifest.get("typed")).get(name))
+        return run.name if run else " ".join(shlex.quote(str(word)) for word in typed)
+
+    def command(self, words: str) -> str:
+        """A command of bezoar's as it is typed beside this run."""
+        runs = self.run.path.parent
+        return f"bezoar {words}" + (
+            "" if runs.name in ("", "runs") else f" --runs {shlex.quote(str(runs))}"
+        )
+
     def read_json(self, name: str) -> Any:
         """Read a JSON file of the run."""
         return read_json(self.run.file(name))
@@ -132,6 +150,11 @@ class RunView:
         """Read the training log, one entry an epoch; empty if there is none."""
         path = self.run.path / "log.jsonl"
         return list(read_facts_lines(path)) if path.exists() else []
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of an input that may be one, several or none."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def as_sentences(lines: Sequence[str]) -> str:

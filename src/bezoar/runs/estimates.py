@@ -9,6 +9,7 @@ from typing import Any
 
 from bezoar import machine, registry
 from bezoar.data.files.tables import cut_blocks
+from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
 from bezoar.data.source import as_source
 from bezoar.errors import UserError
 from bezoar.runs import inputs, sweep
@@ -30,6 +31,7 @@ PAIRS_PER_SECOND = 1100
 WIDTH = 32  # of that network; narrower ones are about as much faster as they have fewer channels
 PASSES_PER_SECOND = 6000  # of images through its image tower, without gradients
 SIZE = 32
+COUNTED_TARS = 4  # of more, the others are taken to hold as many records a byte
 
 
 def pairs_per_second(size: int) -> float:
@@ -117,6 +119,20 @@ def _count(method: Any) -> int | None:
     found: int | None = None
     if name == "table":
         found = sum(block.rows or 0 for path in method.files() for block in cut_blocks(path))
+    elif name == "shards" and method.captions == "first":
+        found = _count_shards(method.files())
     elif name in ("folder", "embeddings"):
         found = sum(unit.weight for unit in as_source(method()).units())
     return found if limit is None or found is None else min(found, limit)
+
+
+def _count_shards(paths: list[Path]) -> int:
+    """The images of tars by their headers; of many tars about, by their bytes."""
+    counted = paths[:COUNTED_TARS]
+    groups = [group for path in counted for group in read_groups(path, ())]
+    images = sum(
+        isinstance(group, Group) and any(e in group.offsets for e in IMAGE_EXTENSIONS)
+        for group in groups
+    )
+    sizes = [path.stat().st_size for path in paths]
+    return round(images * sum(sizes) / max(1, sum(sizes[:COUNTED_TARS])))

@@ -345,12 +345,17 @@ def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
 def serve_requests(by: Answer = run_request) -> None:
     """Answer requests in a worker: a request a line on stdin, an answer a line on stdout.
 
-    What verbs print goes to stderr.
+    What verbs print goes to stderr. It ends with whoever asks, quietly.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(by(json.loads(line))), file=answers, flush=True)
+        answer = json.dumps(by(json.loads(line)))
+        try:
+            print(answer, file=answers, flush=True)
+        except BrokenPipeError:  # whoever asked has ended; what is left is flushed into nothing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
+            return
 
 
 if __name__ == "__main__":

@@ -480,11 +480,13 @@ def flagged_windows(by_detector: Mapping[str, Scores], rows: Rows) -> tuple[list
 def record_json(
     data: Corpus, row: int, merged: Scores, by_detector: Mapping[str, Scores]
 ) -> dict[str, Any]:
-    """A record as it stands in ranked.json."""
+    """A record as it stands in ranked.json. copy_of: another record of its picture, where a detector groups these."""
+    copy = keep_lists.find_copy(row, data.captions, by_detector.values())
     return {
         "id": data.ids[row],
         "place": data.place_of(row),
         "caption": data.captions[row] if len(data.captions) else "",
         "score": float(merged.values[row]),
         "detectors": {name: float(scores.values[row]) for name, scores in by_detector.items()},
+        "copy_of": "" if copy is None else data.ids[copy],
     }

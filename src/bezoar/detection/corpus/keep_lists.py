@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,27 @@ def write_keep_lists(folder: Path, corpus: Corpus, kept_rows: np.ndarray) -> Non
             table.write_table(part)
     if corpus.source.has_image_files and not corpus.places["length"][kept_rows].any():
         _write_csv(folder / "keep.csv", corpus, kept_rows)
+
+
+def find_copy(row: int, captions: Sequence[str], scores: Iterable[Scores]) -> int | None:
+    """Find another record of a record's picture, with another caption if there is one.
+
+    Args:
+        row: of the record.
+        captions: of all records; empty where there are none.
+        scores: of detectors, of which some find groups; see `Scores.groups`.
+
+    Returns:
+        The row of the copy; None where no detector counts the record among copies.
+    """
+    for groups in (s.groups.cpu().numpy() for s in scores if s.groups is not None):
+        if groups[row] < 0:
+            continue
+        copies = np.flatnonzero(groups == groups[row])
+        others = [copy for copy in copies.tolist() if copy != row]
+        unlike = (c for c in others if len(captions) and captions[c] != captions[row])
+        return next(unlike, others[0] if others else None)
+    return None
 
 
 def find_surplus(scores: Iterable[Scores], kept_rows: np.ndarray, most: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,18 +12,25 @@ import torch
 from torch import Tensor
 
 from bezoar.auditing.findings import VERDICT_FILE
+from bezoar.auditing.verdict_text import EVIDENCE, UNKNOWN
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
 from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.charts import Mark, Series
 from bezoar.reports.metric_names import format_measure, format_percent, quantity
-from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Text, Tile
+from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Step, Table, Text, Tile
 from bezoar.reports.run_page import Page, RunView
 from bezoar.reports.shared_parts import encoder_strips
 from bezoar.runs.run import Run
+from bezoar.verbs.audit import DEFAULT_AUDITS
 
 INVERSIONS = 3  # shown of each audit
 TARGETS = 20  # listed of each audit; all are drawn
+VERDICT_LOOKS = {
+    **dict.fromkeys(EVIDENCE, "bad"),
+    **dict.fromkeys(UNKNOWN, "warn"),
+    "some evidence": "warn",
+}
 TRIGGERED = 6  # clean images that each inversion is shown on
 
 
@@ -54,7 +62,45 @@ def build_page(run: Run) -> Page:
             "Inverted triggers": partial(inversion_section, view),
             "What was not tested": partial(limit_section, view),
         },
+        look=VERDICT_LOOKS.get(str(view.notes.get("words")), ""),
+        steps=next_steps(view) if (run.path / VERDICT_FILE).exists() else (),
     )
+
+
+def next_steps(view: AuditView) -> list[Step]:
+    """Say what to do after an audit, by its verdict."""
+    encoder, data, words = (
+        view.input_text("encoder"),
+        view.input_text("data"),
+        view.notes.get("words"),
+    )
+    if words in EVIDENCE:
+        repair = view.command(f"repair {encoder} --data {data} --audit {view.run.name}")
+        steps = [
+            Step("Do not serve this encoder. Look at the inverted triggers below."),
+            Step("Repair a copy with clean data and these triggers.", repair),
+        ]
+    elif words in UNKNOWN:
+        others = " ".join(name for name in DEFAULT_AUDITS if name not in audits_asked(view))
+        steps = [Step("Nothing could be told. Ask more audits, or more clean images (`--images`).")]
+        if others:
+            steps[0] = replace(
+                steps[0], command=view.command(f"audit {encoder} --data {data} --audit {others}")
+            )
+    else:
+        steps = [Step("No evidence is no proof: read below what was not tested.")]
+    if any(audit["words"] == "no calibration" for audit in view.verdict["audits"]):
+        text = (
+            "A value alone becomes a verdict with a bank of encoders that you know to be clean, of the "
+            "same network and recipe (`CLEAN`)."
+        )
+        steps.append(Step(text, view.command(f"calibrate CLEAN --data {data}")))
+    return steps
+
+
+def audits_asked(view: AuditView) -> list[str]:
+    """The names of the audits that were asked."""
+    return [audit["name"].partition(":")[0] for audit in view.verdict["audits"]]
 
 
 def lead(view: AuditView) -> str:
@@ -100,7 +146,7 @@ def audit_section(view: AuditView) -> Section:
     return Section([Table(head, rows, (3, 4, 5, 6, 7), " ".join([note, *remarks])), *parts])
 
 
-def audit_row(audit: Mapping[str, Any]) -> list[str]:
+def audit_row(audit: Mapping[str, Any]) -> list[str | Line]:
     """Return the row of an audit."""
     threshold, p = audit["threshold"], audit["p"]
     unaided = audit.get("unaided")
@@ -110,7 +156,7 @@ def audit_row(audit: Mapping[str, Any]) -> list[str]:
     false_positives = audit["false_positives"]
     return [
         audit["name"],
-        words,
+        Line(words, VERDICT_LOOKS.get(words, "")),
         describe_finding(audit),
         f"{audit['value']:.4g}",
         "–" if threshold is None else f"{threshold:.4g}",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bezoar import registry
@@ -22,7 +24,7 @@ from bezoar.reports import charts, dose_charts, metric_names, pictures
 from bezoar.reports.charts import IntervalRow, Series
 from bezoar.reports.dose_charts import Curve
 from bezoar.reports.metric_names import format_measure, format_percent, variants
-from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Tile
+from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Step, Tile
 from bezoar.reports.run_page import Page, RunView, metrics_page
 from bezoar.reports.shared_parts import measure_table
 from bezoar.runs import inputs
@@ -145,7 +147,43 @@ def build_page(run: Run) -> Page:
             "Victims": partial(victims_section, view),
         },
         view.poisoned,
+        look="bad" if view.poisoned and backdoor_works(view) else "",
+        steps=next_steps(view),
     )
+
+
+def backdoor_works(view: EvaluateView) -> bool:
+    """Whether the interval of ASR lies above that of what it is compared with."""
+    asr, comparison = view.metric("attack_success"), compared_rate(view)[0]
+    return asr is not None and comparison is not None and asr.low > comparison.high
+
+
+def compared_rate(view: EvaluateView) -> tuple[Measure | None, str]:
+    """What the success of an attack is compared with, and in words: the clean twin's, or that without the trigger."""
+    if (twin := view.metric("attack_success_baseline")) is not None:
+        return twin, "by the clean twin"
+    return view.metric("attack_success_without_trigger"), "without the trigger"
+
+
+def next_steps(view: EvaluateView) -> list[Step]:
+    """Say what to do with an encoder whose backdoor works."""
+    encoder = view.input_run("encoder")
+    if encoder is None or not (view.poisoned and backdoor_works(view)):
+        return []
+    steps = []
+    trained = encoder.ancestor("train")
+    if trained is not None and trained.ancestor("poison") is not None:
+        scan = view.command(f"scan {trained.name} --fail-on trigger")
+        steps.append(Step("Scan what it was trained on: are the poisons detected?", scan))
+    audit = view.command(f"audit {encoder.name} --data CLEAN")
+    repair = view.command(f"repair {encoder.name} --data CLEAN")
+    return [
+        *steps,
+        Step(
+            "Audit the encoder as somebody would who does not know; `CLEAN` is clean data.", audit
+        ),
+        Step("Repair it with clean data, and measure again.", repair),
+    ]
 
 
 def backdoor_finding(view: EvaluateView) -> str:
@@ -159,12 +197,10 @@ def backdoor_finding(view: EvaluateView) -> str:
         sentence += f" ({metric_names.group_label(view.main_head)})"
     if not view.poisoned:
         return f"The encoder was not attacked: {sentence}."
-    comparison, by = view.metric("attack_success_baseline"), "by the clean twin"
-    if comparison is None:
-        comparison, by = view.metric("attack_success_without_trigger"), "without the trigger"
+    comparison, by = compared_rate(view)
     if comparison is not None:
         sentence += f", against {format_percent(comparison.value)} {by}"
-    works = comparison is not None and asr.low > comparison.high
+    works = backdoor_works(view)
     return f"{'The backdoor works' if works else 'No backdoor effect is seen'}: {sentence}."
 
 
@@ -269,6 +305,12 @@ def few_labels_section(view: EvaluateView) -> Section | None:
     return Section([Figure(svg, "Accuracy and success by the number of labelled records")])
 
 
+def differ(before: NDArray[np.float32], after: NDArray[np.float32]) -> bool:
+    """Whether the mean of paired differences lies two standard errors from zero: else a chart tells nothing."""
+    change = after.astype(float) - before
+    return len(change) > 1 and abs(change.mean()) > 2 * change.std(ddof=1) / len(change) ** 0.5
+
+
 def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Section | None:
     """Show what the trigger does to the similarity to the target and to the reading."""
     backdoors = [g for g in view.goals if g.trigger]
@@ -283,10 +325,12 @@ def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Se
         if view.encoder.text is None:
             continue
         target = view.probe.head(view.encoder, [goal.target])  # (1, D)
-        groups = [
-            Series("clean", view.similarities(clean, target)[:, 0].numpy(), "clean"),
-            Series("with trigger", view.similarities(triggered, target)[:, 0].numpy(), "bad"),
-        ]
+        before, after = (
+            view.similarities(images, target)[:, 0].numpy() for images in (clean, triggered)
+        )
+        if not differ(before, after):
+            continue
+        groups = [Series("clean", before, "clean"), Series("with trigger", after, "bad")]
         svg = charts.draw_histogram(groups, "cosine to the target's prompts", size=size)
         note = f"{len(clean)} test images, without and with the trigger."
         figures.append(Figure(svg, f"Similarity to “{goal.target}”", note))

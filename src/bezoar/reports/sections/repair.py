@@ -13,7 +13,7 @@ from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, metric_names, pictures
 from bezoar.reports.charts import IntervalRow
 from bezoar.reports.metric_names import format_measure, format_percent
-from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Text, Tile
+from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Step, Table, Text, Tile
 from bezoar.reports.run_page import Page, RunView
 from bezoar.runs.inputs import recorded_trigger
 from bezoar.runs.run import Run
@@ -63,7 +63,38 @@ def build_page(run: Run) -> Page:
             "Triggered images": partial(triggered_section, view),
         },
         bool(view.goals),
+        look=success_look(view),
+        steps=next_steps(view),
     )
+
+
+def success_look(view: RepairView) -> str:
+    """'good' where the known trigger is gone, 'bad' where it is not, '' where none is known."""
+    after = view.metric(f"after.{view.head}attack_success")
+    return "" if after is None else "good" if after.high <= GONE else "bad"
+
+
+def next_steps(view: RepairView) -> list[Step]:
+    """Say what to do with the encoder that a repair left."""
+    if not view.stages:
+        return []
+    name, data = view.run.name, view.input_text("data")
+    steps = []
+    if success_look(view) == "bad":
+        used = view.input_text("repair").partition(":")[0]
+        others = [n for n in registry.method_names("repair") if n not in (used, "supervised")]
+        encoder = view.input_text("encoder")
+        text = f"The trigger still works. Try another repair, such as {', '.join(others)}."
+        command = view.command(f"repair {encoder} --data {data} --repair {others[0]}")
+        steps.append(Step(text, command))
+    audit = view.command(f"audit {name} --data {data}")
+    steps.append(Step("Audit what is left: a backdoor that no trigger shows may come back.", audit))
+    if view.goals:
+        text = "Or train again without what a scan of the training data ranks highest."
+        trained = view.run.ancestor("train")
+        if trained is not None:
+            steps.append(Step(text, view.command(f"scan {trained.name} --fail-on trigger")))
+    return steps
 
 
 def headline(view: RepairView) -> str:

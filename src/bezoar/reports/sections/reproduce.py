@@ -14,11 +14,12 @@ from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, dose_charts, heat_maps
 from bezoar.reports.charts import IntervalRow
 from bezoar.reports.metric_names import PLAIN, RATE, format_interval, format_value, quantity
-from bezoar.reports.page_parts import Figure, Links, Part, Section, Table, Text
+from bezoar.reports.page_parts import Figure, Line, Links, Part, Section, Step, Table, Text
 from bezoar.reports.run_page import Page, RunView
 from bezoar.runs.run import Run
 
 VERDICTS = ("confirmed", "contradicted", "undecided")
+LOOKS = dict(zip(VERDICTS, ("good", "bad", "warn"), strict=True))
 MAX_LEVELS = 8  # groups whose names fit below an axis
 UNBOUNDED = 1e6  # effects at least this large are not bounded by the readings
 WARNING = "The encoders behind these figures were poisoned on purpose."
@@ -46,14 +47,42 @@ def build_page(run: Run) -> Page:
         text = "This reproduction was not finished; the same command goes on with it."
         return Page(text, warning=WARNING, poisoned=bool(view.goals))
     trainings = quantity(int(view.notes.get("trainings", 0)), "training")
+    is_smoke = view.notes.get("scale") == "smoke"
+    meaning = ", whose numbers mean nothing" if is_smoke else ""
     return Page(
         headline(view),
-        f"Scale {view.notes.get('scale')}; {quantity(len(view.tables), 'table')} from {trainings}.",
+        f"Scale {view.notes.get('scale')}{meaning}; {quantity(len(view.tables), 'table')} from {trainings}.",
         WARNING,
         sections={"Claims": partial(claims_section, view), **table_sections(view)},
         poisoned=bool(view.goals),
         lines=[line for table in view.tables for line in map(claim_line, table["claims"])],
+        steps=next_steps(view),
     )
+
+
+def next_steps(view: ReproduceView) -> list[Step]:
+    """Say what to do after a reproduction."""
+    tables, scale = view.input_text("paper"), view.notes.get("scale")
+    if view.run.verb != "reproduce":
+        return []
+    if scale == "smoke":
+        text = "This scale only shows that the table runs. For numbers, take the next one."
+        return [Step(text, view.command(f"reproduce {tables} --scale small"))]
+    steps = []
+    undecided = [c for table in view.tables for c in table["claims"] if c["verdict"] == "undecided"]
+    if undecided:
+        text = (
+            f"{quantity(len(undecided), 'claim')} could not be decided by so few readings; `detectable` below "
+            "says what could have been. Another seed, or a larger scale, adds readings."
+        )
+        steps.append(Step(text, view.command(f"reproduce {tables} --scale {scale} --seed 1")))
+    if any(table.get("grid") for table in view.tables):
+        own = view.command(f"reproduce {tables} --scale {scale} --add detector ./mine.py")
+        steps.append(Step("A method of your own joins with the same sets and seeds.", own))
+    steps.append(
+        Step("`tables.csv`, `tables.tex` and `charts/` hold the same for a paper of yours.")
+    )
+    return steps
 
 
 def claim_line(claim: Mapping[str, Any]) -> str:
@@ -63,12 +92,45 @@ def claim_line(claim: Mapping[str, Any]) -> str:
 
 
 def headline(view: ReproduceView) -> str:
-    """Count the claims by verdict."""
+    """Count the claims by verdict; of tables without claims, say what their numbers show."""
     verdicts = [claim["verdict"] for table in view.tables for claim in table["claims"]]
+    if not verdicts and view.notes.get("scale") == "smoke":
+        return (
+            f"{quantity(len(view.tables), 'table')} of scale smoke ran; the numbers mean nothing."
+        )
     if not verdicts:
-        return f"{', '.join(table['title'] for table in view.tables)}."
+        return " ".join(map(table_finding, view.tables))
     counts = [f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts]
     return f"Of {quantity(len(verdicts), 'claim')}: {', '.join(counts)}."
+
+
+def table_finding(table: TableJson) -> str:
+    """Say the range of a table's first column, or the best row of each curve of a grid."""
+    title = table["title"].partition(": ")[2] or table["title"]
+    column = table.get("grid") or next(iter(column_names(table)), "")
+    named = [(row, c) for row in table["rows"] for c in row["cells"] if c["name"] == column]
+    if not named:
+        return f"{title}: nothing was measured."
+    ranked = sorted(named, key=lambda pair: pair[1]["measure"]["value"])
+    if table.get("grid"):
+        best = {
+            row["curve"]: (row["name"], cell) for row, cell in ranked
+        }  # the last is the largest
+        order = dict.fromkeys(row["curve"] for row, _ in named)
+        phrases = [
+            f"{best[curve][0]} for {curve} ({format_value_of(best[curve][1])})" for curve in order
+        ]
+        return f"{title}: highest {column} by {'; '.join(phrases)}."
+    (low_row, low), (high_row, high) = ranked[0], ranked[-1]
+    low_text = f"{format_value_of(low)} ({low_row['name']})"
+    if len(ranked) == 1:
+        return f"{title}: {column} {low_text}."
+    return f"{title}: {column} from {low_text} to {format_value_of(high)} ({high_row['name']})."
+
+
+def format_value_of(cell: CellJson) -> str:
+    """The value of a cell, without its interval."""
+    return format_value(Measure(**cell["measure"]).value, RATE if cell["rate"] else PLAIN)
 
 
 def claims_section(view: ReproduceView) -> Section | None:
@@ -78,7 +140,9 @@ def claims_section(view: ReproduceView) -> Section | None:
     for table in view.tables:
         title = table["title"].partition(": ")[2] or table["title"]
         for claim in table["claims"]:
-            rows.append(([title] if several else []) + claim_cells(claim))
+            text, source, verdict, *numbers_of = claim_cells(claim)
+            cells: list[str | Line] = [text, source, Line(verdict, LOOKS[verdict]), *numbers_of]
+            rows.append([title, *cells] if several else cells)
     if not rows:
         return None
     head = (
@@ -100,7 +164,7 @@ def claims_section(view: ReproduceView) -> Section | None:
 
 
 def claim_cells(claim: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a claim."""
+    """Return the cells of a claim as texts."""
     value, low, high, least = (float(claim[k]) for k in ("value", "low", "high", "detectable"))
     expected = {"+": "> 0", "-": "< 0", "same": f"within ±{claim['margin']:g}"}
     return [
@@ -207,7 +271,7 @@ def grid_figure(table: TableJson) -> Figure:
                 values[place] = cell["measure"]["value"]
     size = (2.2 + 0.95 * len(curves), 0.8 + 0.3 * len(rows))
     svg = heat_maps.draw_heat_map(rows, curves, values, (table["axis"], "attack"), size=size)
-    return Figure(svg, f"{table['grid']}, percent")
+    return Figure(svg, f"{table['grid']}, percent", heat_maps.LEGEND)
 
 
 def cell_table(table: TableJson) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from bezoar.detection.reliability import read_windows
 from bezoar.reports import charts, pictures, record_tiles, similar_records
 from bezoar.reports.charts import Mark, Series
 from bezoar.reports.metric_names import format_measure, format_percent, quantity
-from bezoar.reports.page_parts import Figure, Part, Section, Table
+from bezoar.reports.page_parts import Figure, Part, Section, Step, Table, Text
 from bezoar.reports.record_tiles import FULL_SCALE, Box, RankedRecord
 from bezoar.reports.reliability_sections import (
     false_discovery_section,
@@ -73,6 +74,17 @@ class ScanView(RunView):
         """The windows of images that a detector found to carry the caption, by id."""
         return read_windows(self.run.path)
 
+    @functools.cached_property
+    def copies(self) -> dict[int, int]:
+        """For the rows that a detector counts among copies of one picture, the row of another copy."""
+        pairs = {r["id"]: r.get("copy_of") for r in self.read_json("ranked.json")}
+        wanted = {key for pair in pairs.items() for key in pair if pair[1]}
+        row_of = (
+            {key: row for row, key in enumerate(self.scores.ids) if key in wanted} if wanted else {}
+        )
+        known = {key: copy for key, copy in pairs.items() if key in row_of and copy in row_of}
+        return {row_of[key]: row_of[copy] for key, copy in known.items()}
+
     @property
     def removed(self) -> int:
         """How many records the keep-list leaves out."""
@@ -115,7 +127,49 @@ def build_page(run: Run) -> Page:
             "Side channels": partial(side_channel_section, view.measures, leaks),
         },
         bool(view.goals),
+        look="bad" if raised_names(view) else "",
+        steps=next_steps(view),
     )
+
+
+def raised_names(view: ScanView) -> list[str]:
+    """The detectors that raised records."""
+    raised = [key for key, m in view.measures.items() if key.endswith(".raised") and m.value]
+    return [key.removesuffix(".raised") for key in raised]
+
+
+def next_steps(view: ScanView) -> list[Step]:
+    """Say what to do with a finished scan."""
+    if "removed" not in view.notes:
+        return []
+    name, data = view.run.name, view.input_text("data")
+    names = raised_names(view)
+    steps = [
+        Step(
+            f"Look at the records that {' and '.join(names)} raised, below; `removed.csv` names them."
+        )
+        if names
+        else Step(
+            "Look at the worst records below. Nothing was raised, which is no proof: they are only the "
+            "most suspicious of these."
+        )
+    ]
+    if view.notes.get("untrained"):
+        text = "Scan with a model that learnt these data; a trigger shows in no other."
+        steps.append(Step(text, view.command(f"scan {data} --fail-on trigger")))
+    train = view.command(f"train {data} --keep {name}")
+    steps.append(Step("Train without what the keep-list leaves out.", train))
+    write = view.command(f"scan {data}{scan_options(view)} --write shards")
+    steps.append(Step("Or write a clean copy of the data; nothing is embedded again.", write))
+    return steps
+
+
+def scan_options(view: ScanView) -> str:
+    """The options by which the same scan is asked again."""
+    encoder = view.input_text("encoder")
+    return (
+        f" --encoder {encoder}" if encoder else ""
+    ) + f" --detector {view.input_text('detector')}"
 
 
 def warning(view: ScanView) -> str:
@@ -193,11 +247,18 @@ def ranking_section(view: ScanView) -> Section:
         Series("poison", values[view.is_poison], "bad"),
     ]
     histogram = charts.draw_histogram(groups, "score", edge)
+    told = telling_detectors(view)
+    if not told:
+        return Section([Text("No ranking differs from chance: every interval of AUROC holds .5.")])
+    silent = [name for name in view.scores.detectors if name not in told and len(told) > 1]
+    note = "Closer to the upper left is better. Dotted: records in random order."
+    if silent:
+        note += f" Not drawn, as they cannot be told from chance: {', '.join(silent)}."
     figures = [
         Figure(
-            ranking_curves(view, view.is_poison),
+            ranking_curves(view, view.is_poison, told),
             "How fast a reviewer finds the poisons",
-            "Closer to the upper left is better. Dotted: records in random order.",
+            note,
         ),
         Figure(
             histogram,
@@ -208,10 +269,18 @@ def ranking_section(view: ScanView) -> Section:
     return Section(figures)
 
 
-def ranking_curves(view: ScanView, is_poison: NDArray[np.bool_]) -> Markup:
-    """Draw recall against the share of records reviewed, of all detectors and of each."""
-    detectors = view.scores.detectors if len(view.scores.detectors) > 1 else {}
-    name = "all together" if detectors else "ranking"
+def telling_detectors(view: ScanView) -> list[str]:
+    """The rankings that can be told from chance: "" for that of all detectors together."""
+    keys = {"": "auroc", **{name: f"{name}.auroc" for name in view.scores.detectors}}
+    measures = {name: view.measures.get(key) for name, key in keys.items()}
+    return [name for name, m in measures.items() if m is not None and not m.low <= 0.5 <= m.high]
+
+
+def ranking_curves(view: ScanView, is_poison: NDArray[np.bool_], told: Sequence[str]) -> Markup:
+    """Draw recall against the share of records reviewed, of all detectors and of those that can be told from chance."""
+    several = len(view.scores.detectors) > 1
+    detectors = {n: s for n, s in view.scores.detectors.items() if several and n in told}
+    name = "all together" if several else "ranking"
     rankings = [Series(name, is_poison[view.order], "bad")]
     colours = [c for c in charts.SERIES_COLOURS if c != "bad"]
     for i, (name, scores) in enumerate(detectors.items()):
@@ -250,21 +319,32 @@ def worst_section(view: ScanView) -> Section | None:
         lead += f" {poisons} of these {len(ranked)} are poisons."
     if view.windows:
         lead += " Framed: the part of the image that carries the caption."
-    return Section([record_part(view, ranked)], lead)
+    copied = [r for r in ranked if r.row in view.copies] if view.has_images else []
+    others = [r for r in ranked if r not in copied]
+    parts = [record_part(view, others)] if others else []
+    if copied:
+        title = "Copies of one picture, each beside another with its caption"
+        parts.append(record_part(view, copied, title, copies=view.copies))
+    return Section(parts, lead)
 
 
 def record_part(
-    view: ScanView, ranked: list[RankedRecord], title: str = "", scale: int = FULL_SCALE
+    view: ScanView,
+    ranked: list[RankedRecord],
+    title: str = "",
+    scale: int = FULL_SCALE,
+    copies: Mapping[int, int] | None = None,
 ) -> Part:
     """Show records as pictures, or as a table if there are no images."""
     scores = view.scores
     if view.has_images:
         poisons = None if view.is_poison is None else view.data.plan.ids
         return record_tiles.record_gallery(
-            view.corpus, scores, ranked, poisons, view.windows, scale, title
+            view.corpus, scores, ranked, poisons, view.windows, scale, title, copies
         )
     rows = [
         [
+            scores.ids[r.row],
             f"{r.rank}",
             pictures.shorten(record_tiles.caption_or_id(scores, r.row)),
             f"{float(scores.merged.values[r.row]):.3f}",
@@ -272,7 +352,7 @@ def record_part(
         ]
         for r in ranked
     ]
-    return Table(("Rank", "Record", "Score", "Place"), rows, (0, 2), title)
+    return Table(("Key", "Rank", "Caption", "Score", "Place"), rows, (1, 3), title)
 
 
 def neighbour_section(view: ScanView) -> Section | None:

@@ -15,7 +15,7 @@ from bezoar.data.files.tensors import read_tensors
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, pictures
 from bezoar.reports.charts import IntervalRow
-from bezoar.reports.heat_maps import draw_heat_map
+from bezoar.reports.heat_maps import LEGEND, draw_heat_map
 from bezoar.reports.metric_names import format_percent, quantity
 from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Table, Tile
 from bezoar.reports.run_page import Page, RunView
@@ -173,7 +173,7 @@ def heat_map_section(view: SurviveView) -> Section | None:
         for axis, label in (("resize", "resized to"), ("crop", "random crops from")):
             svg = heat_map(view, axis, metric, label)
             if svg is not None:
-                figures.append(Figure(svg, title, f"JPEG quality by “{label}”."))
+                figures.append(Figure(svg, title, f"JPEG quality by “{label}”. {LEGEND}"))
     return Section(figures) if figures else None
 
 
