@@ -56,6 +56,7 @@ POISONS = [
     "targeted:captions=3,victims=4",
     "noisy_copies:captions=3,victims=4",
     "cover:count=6",
+    "canary:count=6",
 ]
 
 
