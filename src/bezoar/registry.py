@@ -363,8 +363,13 @@ def allowed_files() -> set[str]:
 
 def _record() -> Path:
     """The file that remembers which method files the user has named."""
+    return state_folder() / "methods"
+
+
+def state_folder() -> Path:
+    """The folder of what bezoar remembers of a user. Raises RuntimeError for one without a home."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "bezoar" / "methods"
+    return Path(state) / "bezoar"
 
 
 def method_files(text: str) -> list[str]:

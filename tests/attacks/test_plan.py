@@ -58,6 +58,7 @@ POISONS = [
     "cover:count=6",
     "composite:count=6",
     "mismatch:count=9,query=dog,images=4",
+    "canary:count=6",
 ]
 TRIGGERS = {"mismatch": None, "composite": "composite:reference={},trigger=(patch:size=3)"}
 

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, features
 
 from bezoar import cli
 from bezoar.data.distinct_ids import DistinctIds
@@ -361,6 +362,31 @@ def test_formats_that_are_not_read_are_named(content: bytes, match: str) -> None
         decode_image(content, 16)
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow writes no AVIF")
+def test_avif_is_named_wherever_an_image_is_read(tmp_path: Path) -> None:
+    """Its decoder takes the memory that the video stream inside asks for: it is refused, in one line."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    avif, png = encode(Image.fromarray(pixels), "AVIF"), encode(Image.fromarray(pixels))
+    for name, content in (("a.png", png), ("b.avif", avif), ("c.jpg", avif)):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).with_suffix(".txt").write_text("a star")
+    report = load_pairs(make("data", f"folder:path={tmp_path},size=16")()).report
+    assert report is not None and report.read == 1
+    assert {s.member: s.reason.partition(";")[0] for s in report.skipped} == {
+        "b.avif": "image of a format that is not read: avif",
+        "c.jpg": "not decodable: AVIF, HEIC or a video is not read",
+    }
+    (tmp_path / "t.png").write_bytes(avif)
+    for spec in ("file", "blend:alpha=.5", "sticker"):
+        name, _, rest = spec.partition(":")
+        field = {"file": "path", "blend": "pattern", "sticker": "image"}[name]
+        trigger = f"{name}:{field}={tmp_path}/t.png{',' if rest else ''}{rest}"
+        with pytest.raises(
+            UserError, match=r"t.png: AVIF, HEIC or a video is not read; PNG, JPEG are"
+        ):
+            make("trigger", trigger)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a"])
+
+
 def test_gif_and_tiff_are_read_within_the_bounds_of_other_images(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
@@ -413,7 +439,7 @@ def test_jfif_is_jpeg(tmp_path: Path) -> None:
     (tmp_path / "c.heic").write_bytes(jpeg)
     pairs = read(f"folder:{tmp_path},size=16")
     assert pairs.ids == ("a.jfif", "b.JPE")
-    assert reasons(pairs) == {"c.heic": "not an image by its name"}
+    assert reasons(pairs) == {"c.heic": "image of a format that is not read"}
     path = tar_of(tmp_path / "t.tar", [("a.jfif", jpeg), ("a.txt", b"grey")])
     assert read(f"shards:{path},size=16").captions == ("grey",)
 

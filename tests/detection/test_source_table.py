@@ -6,9 +6,10 @@ import pytest
 import torch
 from scipy import stats
 
+from bezoar.data.files.metadata import HOST, registrable_domain
 from bezoar.detection import source_table
 from bezoar.detection.corpus import record_sources
-from bezoar.detection.corpus.record_sources import RecordSources, registrable_domain
+from bezoar.detection.corpus.record_sources import RecordSources
 from bezoar.detection.source_table import (
     adjust_levels,
     control_false_discoveries,
@@ -173,5 +174,5 @@ def test_hosts_are_found_in_urls():
         "https://[::1]/a",
     ]
     column = pa.array(urls, pa.large_string())
-    hosts = record_sources._first_group(column, record_sources.HOST, "host").to_pylist()
+    hosts = record_sources._first_group(column, HOST, "host").to_pylist()
     assert hosts == ["a.example.com", "b.example.com", None, None, None, "[::1]"]

@@ -129,6 +129,32 @@ def test_pixels_that_are_not_rescaled_are_normalised_as_they_are(tmp_path):
     assert preprocess.mean == (0.5,) * 3 and preprocess.std == (0.2,) * 3
 
 
+def spoil_preprocessor(folder, **facts):
+    path = write_folder(folder, MODELS["vit"]) / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"image_mean": [10**400] * 3},
+        {"rescale_factor": 1e-320},
+        {"size": {"height": 10**9}},
+        {"size": [[16]]},
+    ],
+)
+def test_a_preprocessor_of_no_sense_is_refused_in_a_line(facts, tmp_path):
+    with pytest.raises(UserError) as caught:
+        load(spoil_preprocessor(tmp_path, **facts))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("resample", [[], {}, None, "3", 99])
+def test_an_unknown_interpolation_is_the_usual_one(resample, tmp_path):
+    assert load(spoil_preprocessor(tmp_path, resample=resample)).preprocess.interpolation == "bicubic"  # fmt: skip
+
+
 def test_weights_alone_ask_for_their_folder(tmp_path):
     folder = write_folder(tmp_path, MODELS["vit"])
     with pytest.raises(UserError, match="name the folder"):

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -18,6 +19,12 @@ from safetensors.torch import save_file
 
 from bezoar.cli import main
 
+MODELS = Path(__file__).parents[1] / "encoders" / "transformers.json"
+SMALL_CLIP = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 COLOURS = ("red", "green", "blue", "white")
 
 
@@ -147,6 +154,55 @@ def write_weights(folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "net.safetensors")
 
 
+def write_transformers(folder: Path, name: str = "vit") -> None:
+    """A small model as transformers' save_pretrained writes it, its weights drawn."""
+    model = json.loads(MODELS.read_text())[name]
+    chance = torch.Generator().manual_seed(0)
+    weights = {k: torch.randn(s, generator=chance) / 4 for k, s in model["shapes"].items()}
+    side = {"height": model["side"], "width": model["side"]}
+    facts = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "size": side}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model["config"]))
+    (folder / "preprocessor_config.json").write_text(json.dumps(facts))
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"vocab": {}}}))
+
+
+def write_open_clip(folder: Path) -> None:
+    """A small model as open_clip pushes it to the hub."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = {"mean": [0.4] * 3, "std": [0.3] * 3, "interpolation": "bicubic"}
+    facts = {"model_cfg": SMALL_CLIP, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(facts))
+    save_file(open_clip.CLIP(**SMALL_CLIP).state_dict(), folder / "open_clip_model.safetensors")
+
+
+def arrow_stream(count: int = 8) -> bytes:
+    """A data set as `datasets` saves it: an image, a caption and a source a row."""
+    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(count)]
+    captions, origins = (
+        [caption(i) for i in range(count)],
+        ["a.example", "b.example"] * (count // 2),
+    )
+    table = pa.table({"image": images, "caption": captions, "source": origins})
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def write_saved_dataset(folder: Path) -> None:
+    """What `Dataset.save_to_disk` writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data-00000-of-00001.arrow").write_bytes(arrow_stream())
+    files = [{"filename": "data-00000-of-00001.arrow"}]
+    state = {"_data_files": files, "_fingerprint": "0", "_format_type": None, "_split": "train"}
+    info = {"features": {"image": {"_type": "Image"}, "caption": {"dtype": "string"}}}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
 def write_runs(runs: Path) -> dict[str, str]:
     """One run of every verb that others are made from; verb -> its name."""
     common = ["--runs", str(runs)]
@@ -181,4 +237,7 @@ def write_all(folder: Path) -> dict[str, str]:
     write_tables(folder / "tables")
     write_arrays(folder / "arrays")
     write_weights(folder / "weights")
+    write_transformers(folder / "vit")
+    write_transformers(folder / "clip", "clip")
+    write_open_clip(folder / "oc")
     return write_runs(folder / "runs")

@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 
 import bezoar
 from bezoar.cli import main
-from bezoar.detection.corpus import units
+from bezoar.detection.corpus import shared_embeddings, units
 from bezoar.runs import execute, sweep
 from bezoar.training import loop
 
@@ -197,6 +197,7 @@ def stop_clocks() -> None:
     resource.getrusage = lambda _: usage  # type: ignore[assignment]
     execute.describe_environment = lambda _: {}
     loop.CHECKPOINT_SECONDS = -1.0  # a checkpoint after every step
+    shared_embeddings.new_secret = lambda: "0" * 2 * shared_embeddings.SECRET_BYTES
 
 
 class ForkedWorker:

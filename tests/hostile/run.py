@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hostile.artefacts import write_all
-from hostile.mutants import Mutant, mutants
+from hostile.cases import Mutant
+from hostile.mutants import mutants
 
 from bezoar.cli import main
 
@@ -110,6 +111,8 @@ def run(mutant: Mutant, folder: Path, idle: int) -> list[str]:
         )
     if list(folder.rglob("EXECUTED")):
         broken.append("code was executed")
+    if problem := mutant.check(folder):
+        broken.append(problem)
     return broken
 
 
@@ -140,7 +143,7 @@ def run_all(options: argparse.Namespace) -> int:
         runs = write_all(base)
         sys.stdout = screen
     before, idle = snapshot(base), resident(os.getpid())
-    chosen = [m for m in mutants(base, runs) if options.only in m.name]
+    chosen = [m for m in mutants(base, runs) if re.search(options.only, m.name)]
     bad = 0
     mine = [m for i, m in enumerate(chosen) if i % options.parts == options.part]
     for number, mutant in enumerate(mine):

@@ -87,6 +87,33 @@ def test_a_plan_of_any_type_is_one_line(runs, value, capsys):
         refused(capsys, "verify", "poison", "--runs", runs)
 
 
+@pytest.mark.parametrize(
+    "value", [*VALUES, 1e308, 10**400, "<script>alert(1)</script>", "'><img src=x>"]
+)
+def test_a_strangers_run_in_a_notebook_is_inert(runs, value):
+    """Whatever its summary holds: no markup gets through, and nothing is raised."""
+    run = find(runs, "train")
+    facts = json.loads((run.path / "summary.json").read_text())
+    places = [("finding",), ("figures",), ("files",), ("lines",)]
+    places += [("figures", 0, key) for key in ("label", "text", "value", "low", "n")]
+    for place in places:
+        spoilt = json.loads(json.dumps(facts))
+        node = spoilt
+        for key in place[:-1]:
+            node = node[key]
+        node[place[-1]] = value
+        (run.path / "summary.json").write_text(json.dumps(spoilt))
+        shown = Run(run.path)._repr_html_()
+        assert "<script" not in shown and "<img" not in shown and "\x1b" not in shown, place
+    for text in (
+        "[" * 200_000,
+        '{"n": Infinity}',
+        json.dumps(facts).replace('"n": ', '"n": 1e999, "m": '),
+    ):
+        (run.path / "summary.json").write_text(text)
+        assert Run(run.path)._repr_html_().startswith("<p>")
+
+
 def test_a_run_that_is_its_own_parent_is_told(runs, capsys):
     run = find(runs, "train")
     respell(run, parents=[run.name] * 10, ask=run.manifest["ask"] | {"data": {"run": run.name}})

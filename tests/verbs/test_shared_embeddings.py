@@ -112,6 +112,31 @@ def test_what_was_not_read_is_listed_by_every_run_and_spoilt_scores_are_made_aga
     )
 
 
+def test_vectors_and_scores_of_a_stranger_are_not_read(tmp_path, tiny, work, monkeypatch):
+    """Somebody else's folder of runs holds an entry for the same question, and what is in it is made up."""
+    spec, runs = shards(tmp_path / "s", 1), tmp_path / "runs"
+    options = (spec, "--encoder", tiny, "--detector", "k_distance:k=4")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "stranger"))
+    _, one = scan(runs, *options)
+    expected = (one / "scores.csv").read_bytes()
+    (entry,) = entries(runs)
+    for name in ("images.npy", "texts.npy"):
+        path = entry / "vectors" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:128] + bytes(reversed(content[128:])))
+    (kept,) = (entry / "scores").iterdir()
+    shutil.rmtree(one)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "own"))
+    _, two = scan(runs, *options)
+    assert work == ["unit 0", "k_distance"] * 2 and (two / "scores.csv").read_bytes() == expected
+    assert not kept.exists()  # no run of this user holds the entry
+    secret = tmp_path / "own" / "bezoar" / shared_embeddings.SECRET
+    assert secret.stat().st_mode & 0o777 == 0o600
+    shared_embeddings._secret_of_process.cache_clear()
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/no/such/place")
+    assert shared_embeddings.read_secret() == shared_embeddings.read_secret() != secret.read_text()
+
+
 def test_all_that_scores_hold_comes_back(tmp_path):
     from bezoar import registry
 

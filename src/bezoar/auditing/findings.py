@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,14 @@ class AuditFindings:
         facts: as verdict.json holds them.
         tensors: `mask@i` (1, H, W) and `pattern@i` (3, H, W) of the i-th of the facts' `inversions`.
         examples: `images`, the first clean images.
+        seconds: that each audit took, by its name. They stand in the manifest alone: equal audits
+            write equal files.
     """
 
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
     examples: dict[str, Tensor]
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def audits(self) -> list[dict[str, Any]]:
@@ -69,7 +72,8 @@ class AuditFindings:
             key: [item for part in parts for item in part.facts[key]]
             for key in ("audits", "inversions")
         }
-        return AuditFindings(parts[0].facts | lists, tensors, parts[0].examples)
+        seconds = {name: took for part in parts for name, took in part.seconds.items()}
+        return AuditFindings(parts[0].facts | lists, tensors, parts[0].examples, seconds)
 
     def try_on_reference(self, reference: Classifier, images: Tensor, name: str) -> list[str]:
         """Add what the inverted triggers do to another encoder, and say it where a verdict stands.
@@ -126,9 +130,7 @@ def read_facts_of(path: Path) -> Facts:
     return facts
 
 
-def audit_json(
-    audit: Any, verdict: Verdict, classifier: Classifier | None, seconds: float
-) -> dict[str, Any]:
+def audit_json(audit: Any, verdict: Verdict, classifier: Classifier | None) -> dict[str, Any]:
     """An audit and its value as they stand in verdict.json."""
     module_doc = sys.modules[type(audit).__module__].__doc__ or ""
     return {
@@ -138,7 +140,6 @@ def audit_json(
         "code": bank.code_hash(type(audit)),
         "classifier": classifier.how if classifier is not None else "",
         "value": verdict.value,
-        "seconds": round(seconds, 2),
         "evidence": {name: measure.json() for name, measure in verdict.evidence.items()},
         "notes": verdict.notes,
     }
@@ -212,13 +213,20 @@ def inversion_tensors(verdict: Verdict) -> dict[str, Tensor]:
     return tensors
 
 
-def audit_measures(audit: Mapping[str, Any], images: int) -> dict[str, Measure]:
-    """The metrics of an audit, under its name. images: how many clean images it looked at."""
+def audit_measures(
+    audit: Mapping[str, Any], images: int, seconds: float | None
+) -> dict[str, Measure]:
+    """The metrics of an audit, under its name.
+
+    Args:
+        audit: its facts.
+        images: how many clean images it looked at.
+        seconds: that it took; None where that is not known.
+    """
     how = f"{audit['audit']} on clean images; higher = more suspicious, counted"
     measures = {"value": Measure.exact(audit["value"], images, how)}
-    measures["seconds"] = Measure.exact(
-        audit["seconds"], 1, "wall-clock seconds of the audit, counted"
-    )
+    if seconds is not None:
+        measures["seconds"] = Measure.exact(seconds, 1, "wall-clock seconds of the audit, counted")
     if audit["p"] is not None:
         measures["p_value"] = Measure.exact(
             audit["p"],

@@ -17,6 +17,7 @@ from bezoar.data.randomness import sample_rows
 from bezoar.detection import source_table
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.corpus.record_sources import find_sources
+from bezoar.detection.corpus.removal_lists import plain_cell
 from bezoar.detection.pseudo_classes import SAMPLE, frequent_words, vector_blocks
 from bezoar.detection.source_table import SourceTable, tabulate_sources
 from bezoar.evaluation.kmeans import cluster_centres
@@ -94,14 +95,14 @@ def write_table(folder: Path, data: Corpus, table: SourceTable) -> None:
             captions = [data.captions[i] for i in rows_of.get(row.number, ()) if len(data.captions)]
             nats = [f"{x:.3f}" for x in (test.mean, test.low, test.high)]
             counts = (
-                row.name,
+                plain_cell(row.name),
                 row.records,
                 row.verdict,
                 f"{row.q:.3g}",
                 f"{test.p:.3g}",
                 row.raised,
             )
-            words = " ".join(frequent_words(captions, WORDS))
+            words = plain_cell(" ".join(frequent_words(captions, WORDS)))
             out.writerow((*counts, test.ranking, test.records, test.in_tail, *nats, words))
 
 

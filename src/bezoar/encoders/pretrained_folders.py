@@ -200,9 +200,9 @@ def _of_transformers(folder: PretrainedFolder) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     config = _read_json(path)
-    stated: dict[str, Any] = {
-        "interpolation": PIL_FILTERS.get(config.get("resample", 3), "bicubic")
-    }
+    resample = config.get("resample", 3)
+    filters = [name for number, name in PIL_FILTERS.items() if number == resample]
+    stated: dict[str, Any] = {"interpolation": filters[0] if filters else "bicubic"}
     crops = config.get("do_center_crop", "crop_size" in config) and "crop_size" in config
     size = config.get("crop_size" if crops else "size")
     if size is not None and config.get("do_resize", True):
@@ -241,6 +241,8 @@ def _mean_std(
         if len(values) != 3 or not are_numbers or max(map(abs, values)) > 1e3:
             raise UserError(f"{folder.path}: expected three means and three deviations")
         lists.append(tuple(float(n) if scale == 1 else n / scale for n in values))
-    if min(lists[1]) <= 0:
-        raise UserError(f"{folder.path}: deviations must be above 0")
+    if not all(map(math.isfinite, lists[0] + lists[1])) or min(lists[1]) <= 0:
+        raise UserError(
+            f"{folder.path}: deviations must be above 0, and means and deviations finite"
+        )
     return {"mean": lists[0], "std": lists[1]}

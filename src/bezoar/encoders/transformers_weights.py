@@ -117,11 +117,16 @@ def _sizes(config: Facts) -> dict[str, int]:
     """Width, depth, heads and hidden width of a transformer, defaults as in transformers."""
     width = _number(config, "hidden_size", 768)
     ratio = config.get("mlp_ratio")  # DINOv2's, in the place of the hidden width
+    hidden = 3072
+    if ratio is not None:
+        if not isinstance(ratio, int | float) or not 0 < ratio <= LARGEST:
+            raise UserError(f"{config.file}: mlp_ratio must be a number in 0..{LARGEST}")
+        hidden = int(width * ratio)
     sizes = {
         "width": width,
         "depth": _number(config, "num_hidden_layers", 12),
         "heads": _number(config, "num_attention_heads", 12),
-        "hidden": _number(config, "intermediate_size", int(width * ratio) if ratio else 3072),
+        "hidden": _number(config, "intermediate_size", hidden),
     }
     if sizes["depth"] > DEEPEST or sizes["width"] % sizes["heads"]:
         raise UserError(f"{config.file}: no transformer has {sizes}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from bezoar.detection.reliability import side_channels
+from bezoar.data.files.tables import read_rows
+from bezoar.detection.reliability import integrity, side_channels
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import metric_names
 from bezoar.reports.charts import (
@@ -26,7 +28,11 @@ from bezoar.reports.charts import (
 )
 from bezoar.reports.metric_names import SCORE, format_interval
 from bezoar.reports.page_parts import Figure, Section, Table, Text
+from bezoar.reports.pictures import shorten
 from bezoar.reports.shared_parts import measure_table
+from bezoar.runs.run import Run
+
+SHOWN_DOMAINS = 20
 
 FILTERS = {
     "clip_score_30": "agreement of image and caption: the best 30 % (DataComp)",
@@ -111,6 +117,29 @@ def draw_false_discoveries(
     ]
     description = f"Share expected to be clean among the worst n: {'; '.join(phrases)}"
     return svg_markup(figure, description)
+
+
+def integrity_section(run: Run, notes: Mapping[str, Any]) -> Section | None:
+    """Show the domains whose files are not what was recorded; None where nothing was compared."""
+    path = run.path / integrity.DOMAINS_CSV
+    if not notes or not path.exists():
+        return None
+    rows = [
+        [str(cell or "") for cell in row.values()]
+        for _, row in itertools.islice(read_rows(path), SHOWN_DOMAINS)
+        if isinstance(row, dict)
+    ]
+    head = (
+        "Domain", "Records", "With a hash", "Same bytes", "Sizes alone fit", "Same picture, recoded",
+        "Another picture", "Cannot tell", "Share of another, from", "to",
+    )  # fmt: skip
+    note = (
+        "95 % intervals, of the records with a hash. A mismatch is told apart by a recorded perceptual "
+        "hash, or by how well the caption fits under an encoder that was not trained on these records; "
+        "an attacker whose picture fits its caption passes the latter. mismatches.csv has the records."
+    )
+    shown = [[shorten(cell, 60) for cell in row] for row in rows]
+    return Section([Table(head, shown, tuple(range(1, 10)), note)], f"{notes.get('sentence', '')}.")
 
 
 def separating_channels(

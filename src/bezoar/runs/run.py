@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from bezoar.data.files import parquet
 from bezoar.data.files.artefacts import Facts, read_facts, shown
+from bezoar.data.files.paths import printable
 from bezoar.errors import UserError, suggest
 from bezoar.runs.summary import SUMMARY, Summary, read_summary
 
@@ -144,14 +145,14 @@ class Run:
         try:
             summary = self.summary
         except UserError as error:
-            return f"<p>{html.escape(str(error))}</p>"
+            return f"<p>{_escape(str(error))}</p>"
         rows = "".join(
-            f"<tr><td>{html.escape(figure.label)}</td><td>{html.escape(figure.text)}</td></tr>"
+            f"<tr><td>{_escape(figure.label)}</td><td>{_escape(figure.text)}</td></tr>"
             for figure in summary.figures
         )
         href = html.escape((self.path / PAGE).absolute().as_uri())
         return (
-            f"<p><b>{html.escape(self.name)}</b>: {html.escape(summary.finding)}</p>"
+            f"<p><b>{_escape(self.name)}</b>: {_escape(summary.finding)}</p>"
             f"<table>{rows}</table><p><a href='{href}'>page</a></p>"
         )
 
@@ -328,3 +329,8 @@ def _ended_well(run: Run) -> bool:
         return run.is_done
     except UserError:
         return False
+
+
+def _escape(text: str) -> str:
+    """A text out of a file as a notebook shows it."""
+    return html.escape(printable(text))

@@ -82,6 +82,6 @@ def _read_figure(facts: Facts) -> Figure:
     try:
         value, low, high = (float(facts[key]) for key in NUMBERS)
         n = int(facts["n"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{facts.file}: a figure holds no numbers: {error}") from error
     return Figure(facts.text("name"), facts.text("label"), value, low, high, n, facts.text("text"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class Audit:
         images = findings.facts["sample"]["images"]
         metrics = measure_own_accuracy(job, self.images) if job.inputs["bank"] else {}
         for audit in findings.audits:
-            metrics |= audit_measures(audit, images)
+            metrics |= audit_measures(audit, images, findings.seconds.get(audit["name"]))
         return metrics
 
     @staticmethod
@@ -194,7 +195,7 @@ class Audit:
                 self.images,
             )
             try:
-                parts.append(AuditFindings.read(job.run(verb).path))
+                parts.append(_read_part(job.run(verb), audit_name(audit)))
             except UnwritableError:
                 raise
             except UserError as error:
@@ -228,7 +229,7 @@ class Audit:
         offered = self._offer(job, audit, encoder, labelled)
         start = time.monotonic()
         verdict: Verdict = registry.call(audit, encoder, sample, job.seed, **offered)
-        seconds = time.monotonic() - start
+        seconds = {audit_name(audit): round(time.monotonic() - start, 2)}
         classifier = offered.get("classifier")
         reader = classifier
         if reader is None and verdict.inversions:
@@ -239,7 +240,7 @@ class Audit:
             "family": vars(bank.encoder_family(encoder, suspect)),
             "sample": {"data": data_text(method), "images": len(sample)},
             "text_tower": encoder.text is not None,
-            "audits": [audit_json(audit, verdict, classifier, seconds)],
+            "audits": [audit_json(audit, verdict, classifier)],
             "inversions": [
                 {"audit": audit_name(audit), **facts}
                 for facts in list_inversions(
@@ -248,7 +249,7 @@ class Audit:
             ],
         }
         images = sample.images[:MAX_INVERSIONS].cpu().clone().contiguous()
-        return AuditFindings(facts, inversion_tensors(verdict), {"images": images})
+        return AuditFindings(facts, inversion_tensors(verdict), {"images": images}, seconds)
 
     def _offer(
         self, job: Job, audit: audits.Audit, encoder: Encoder, labelled: Pairs
@@ -268,6 +269,18 @@ class Audit:
                 inputs.load_encoder(parent, job.device), "the parent"
             )
         return offered
+
+
+def _read_part(run: Run, name: str) -> AuditFindings:
+    """What the run of one audit found, and how long that took. Raises UserError."""
+    findings = AuditFindings.read(run.path)
+    return dataclasses.replace(findings, seconds=audit_seconds(run, name))
+
+
+def audit_seconds(run: Run, name: str) -> dict[str, float]:
+    """How long the audit of a name took in an audit run; empty where the run does not say it."""
+    seconds = run.metrics.get(f"{name}.seconds")
+    return {} if seconds is None else {name: seconds.value}
 
 
 def read_findings(run: Run) -> Facts:

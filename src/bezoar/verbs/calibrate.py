@@ -19,6 +19,7 @@ from bezoar.runs.verb import Input, Takes, Trial, input_spec
 from bezoar.verbs.audit import (
     DEFAULT_AUDITS,
     ClassifierKind,
+    audit_seconds,
     read_findings,
     single_audit,
     with_parent_audit,
@@ -91,7 +92,8 @@ class Calibrate:
             clean += sweep.run_trials(trainings, job.settings, job.progress).values()
         if not clean:
             raise UserError("give encoders known to be clean, or --train DATA to train some")
-        verdicts = self._audit_all(job, [*clean, *(a.run for a in attacked)])
+        audit_runs = self._audit_all(job, [*clean, *(a.run for a in attacked)])
+        verdicts = {key: read_findings(run) for key, run in audit_runs.items()}
         family, sample = check_same_kind(list(verdicts.values()))
         calibrations = []
         metrics: dict[str, Measure] = {}
@@ -99,10 +101,11 @@ class Calibrate:
             of_clean = [verdicts[input_spec(encoder), audit] for encoder in clean]
             of_attacked = [(verdicts[input_spec(a.run), audit], a) for a in attacked]
             calibrations.append(calibration_of(audit, of_clean, of_attacked))
-            # Times stand in the manifest alone: equal calibrations write equal banks.
             seconds = [
-                verdict["audits"][0]["seconds"]
-                for verdict in (*of_clean, *(verdict for verdict, _ in of_attacked))
+                took
+                for (_, spec), run in audit_runs.items()
+                if spec == audit
+                for took in audit_seconds(run, calibrations[-1].name).values()
             ]
             metrics |= calibration_measures(calibrations[-1], seconds, self.rate)
         Bank(family, sample, tuple(calibrations)).write(job.folder / bank.FILE)
@@ -131,10 +134,8 @@ class Calibrate:
             trials.append(Trial(Train(input_spec(train), network, objective), seed))
         return trials
 
-    def _audit_all(
-        self, job: Job, encoders: Sequence[Any]
-    ) -> dict[tuple[str, str], dict[str, Any]]:
-        """Run every audit on every encoder. Returns verdict.json by the specs of encoder and audit."""
+    def _audit_all(self, job: Job, encoders: Sequence[Any]) -> dict[tuple[str, str], Run]:
+        """Run every audit on every encoder. Returns the runs by the specs of encoder and audit."""
         data = input_spec(job.inputs["data"]) or None
         parent = input_spec(job.inputs["parent"]) or None
         trials: dict[tuple[str, str], Trial] = {}
@@ -146,7 +147,7 @@ class Calibrate:
                 trials[encoder, audit_text] = Trial(verb, job.seed)
         runs = sweep.run_trials(trials.values(), job.settings, job.progress)
         job.child_runs += dict.fromkeys(runs.values())
-        return {key: read_findings(runs[trial]) for key, trial in trials.items()}
+        return {key: runs[trial] for key, trial in trials.items()}
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from bezoar import registry
+from bezoar.data.files.paths import existing_file
 from bezoar.data.files.writing import write_json
 from bezoar.errors import UserError
+from bezoar.evaluation import purchase
 from bezoar.evaluation.scores import Measure
 from bezoar.runs import inputs, sweep
 from bezoar.runs.execute import Job, resolve_inputs
@@ -52,6 +55,16 @@ class Dose:
         "what measures success: zero_shot, or retrieval for data without classes",
     ] = "zero_shot"
 
+    domains: Annotated[
+        str,
+        "table of domains (records, price) or of URLs (captions): what share and sum the doses take from it",
+    ] = ""
+    price: Annotated[float, "of a domain whose price the table does not state"] = 10.0
+
+    def files(self) -> list[Path]:
+        """The table of domains, so that a changed one is another question. Raises UserError without it."""
+        return [existing_file(self.domains, "table of domains")] if self.domains else []
+
     def planned_trials(self, settings: Settings) -> list[Trial]:
         """The trials of every dose, for an estimate. Raises UserError for inputs that do not exist."""
         return self.table(resolve_inputs(self, settings)[0], list(self.doses), settings.seed).trials
@@ -67,6 +80,9 @@ class Dose:
             raise UserError(
                 f"a dose-response fit needs at least three readings; {len(doses)} doses by one training are {len(doses)}"
             )
+        if not 0 <= self.price <= 1e9:
+            raise UserError(f"price must be a number from 0 to 1e9; got {self.price}")
+        domains = [purchase.read_domains(f, self.price, self.target) for f in self.files()]
         table = self.table(job.inputs, doses, job.seed)
         runs = sweep.run_trials(table.trials, job.settings, job.progress)
         job.child_runs += dict.fromkeys(runs.values())
@@ -80,7 +96,13 @@ class Dose:
             "trainings": count_trainings(job.child_runs),
         }
         metrics = {f"success@{row.name}": m for row, cell, m in points if cell.name == "success"}
-        return metrics | {"dose_for_50_percent": fit.x50, "dose_for_90_percent": fit.dose(0.9)}
+        metrics |= {"dose_for_50_percent": fit.x50, "dose_for_90_percent": fit.dose(0.9)}
+        for of_domains in domains:
+            bought = of_domains.measures(fit.x50, "for_50_percent")
+            bought |= of_domains.measures(fit.dose(0.9), "for_90_percent")
+            job.notes["purchase"] = purchase.describe(bought, "for_50_percent")
+            metrics |= bought
+        return metrics
 
     def table(self, job_inputs: Mapping[str, Any], doses: list[int], seed: int) -> Table:
         """The doses as a table, like those of papers: a row for each dose and for dose zero."""

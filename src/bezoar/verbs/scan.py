@@ -36,6 +36,7 @@ from bezoar.detection.corpus import (
     removal_lists,
 )
 from bezoar.detection.corpus.corpus import Corpus
+from bezoar.detection.reliability import integrity
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, Scores
 from bezoar.progress import Progress
@@ -255,7 +256,13 @@ class Scan:
             self.trusted,
         )
         job.notes |= notes
-        return metrics | reliability_metrics
+        encoder = job.inputs["encoder"]
+        is_independent = encoder is not None and not (
+            isinstance(encoder, Run) and inputs.was_trained_on(encoder, job.inputs["data"])
+        )
+        integrity_metrics, notes = integrity.check_integrity(data, job.folder, is_independent)
+        job.notes |= notes
+        return metrics | reliability_metrics | integrity_metrics
 
     def planned_trials(self, settings: Settings) -> list[Trial]:
         """The training that a scan without an encoder runs, for an estimate."""

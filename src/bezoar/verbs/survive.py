@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bezoar import registry
 from bezoar.data.files.tensors import write_tensors
-from bezoar.data.files.writing import write_json
+from bezoar.data.files.writing import whole_file, write_json
 from bezoar.errors import UserError
-from bezoar.evaluation import survival
+from bezoar.evaluation import canaries, survival
 from bezoar.evaluation.scores import Measure
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.verb import Input, Takes
 from bezoar.verbs.check import limit_side
 
+CANARIES = "canaries.csv"
 EXAMPLES = 2  # images that are kept for the page, one treatment after another
 SIDE = 96  # pixels of their sides, at most
 QUALITIES = (0, 95, 85, 75, 50)
@@ -28,7 +31,13 @@ AUGMENTATIONS = ("shift", "flip", "colour", "gray", "blur", "simclr")
 
 @dataclass(frozen=True)
 class Survive:
-    """Put a trigger through JPEG, resizing, crops, augmentations and normalisations, and measure what is left of it."""
+    """Put a trigger through JPEG, resizing, crops, augmentations and normalisations, and measure what is left of it.
+
+    Of a poison run of canaries, count those that come out of a pipeline of your own: of its data (`--after`), and of its
+    training (`--encoder`).
+    """
+
+    main_files: ClassVar[tuple[str, ...]] = ("canaries.csv",)
 
     data: Annotated[
         Input,
@@ -42,6 +51,9 @@ class Survive:
     ] = None
     encoder: Annotated[
         Input, Takes("encoder"), "whose embedding the trigger is to move; without it, pixels alone"
+    ] = None
+    after: Annotated[
+        Input, Takes("data"), "data behind your pipeline, in which the run's canaries are counted"
     ] = None
     count: Annotated[int, "images"] = 64
     jpeg: Annotated[tuple[int, ...], "qualities, 1 to 100; 0: not stored as JPEG"] = QUALITIES
@@ -61,11 +73,16 @@ class Survive:
 
         Writes treatments.json, and pictures.safetensors: what the first images become.
         """
+        dataset = inputs.open_dataset(job.inputs["data"])
+        if job.inputs["after"] is not None or (
+            job.inputs["trigger"] is None and canaries.canary_edits(dataset.plan)
+        ):
+            return count_canaries(job, dataset)
         if self.count < 2:
             raise UserError(f"count must be at least 2; got {self.count}")
         trigger_spec = find_trigger(job)
         trigger = registry.make("trigger", trigger_spec)
-        records = inputs.open_dataset(job.inputs["data"]).clean
+        records = dataset.clean
         clean = records.take(range(min(self.count, len(records))))
         encoder_input = job.inputs["encoder"]
         encoder = None if encoder_input is None else inputs.load_encoder(encoder_input, job.device)
@@ -96,6 +113,36 @@ class Survive:
             "encoder": encoder is not None,
         }
         return metrics
+
+
+def count_canaries(job: Job, dataset: inputs.Dataset) -> dict[str, Measure]:
+    """Count the canaries of a poison run in the data behind a pipeline, and in an encoder.
+
+    Writes canaries.csv: id, form, word, what became of each. Raises UserError where there is nothing to count.
+    """
+    put_in = canaries.make_canaries(dataset.plan, dataset.clean)
+    after, encoder = job.inputs["after"], job.inputs["encoder"]
+    if after is None and encoder is None:
+        raise UserError("give --after DATA, what your pipeline made of the canaries, or --encoder")
+    metrics: dict[str, Measure] = {}
+    outcomes = ["not asked"] * len(put_in.edits)
+    if after is not None:
+        outcomes = canaries.find_outcomes(put_in, inputs.open_dataset(after).records)
+        metrics |= canaries.count_outcomes(put_in, outcomes)
+    if encoder is not None:
+        learner = inputs.load_encoder(encoder, job.device)
+        moved = dataclasses.replace(put_in, images=put_in.images.to(job.device))
+        metrics |= canaries.measure_learning(moved, learner)
+    with whole_file(job.folder / CANARIES, newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(("id", "form", "word", "outcome"))
+        for edit, word, outcome in zip(put_in.edits, put_in.words, outcomes, strict=True):
+            out.writerow((edit.id, edit.id.rpartition("-")[2], word, outcome))
+    job.notes = {
+        "canaries": len(put_in.edits),
+        "verdict": canaries.describe(metrics, len(outcomes)),
+    }
+    return metrics
 
 
 def find_trigger(job: Job) -> str:

@@ -22,10 +22,11 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bezoar.data.files import npy
+from bezoar.data.files.images import name_format
 from bezoar.data.files.paths import open_regular
 from bezoar.data.files.torch_files import load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
@@ -35,6 +36,7 @@ MAX_BYTES = 64 << 20  # of a file, and of everything it unpacks to
 MAX_MEMBERS = 64  # of an archive
 DIRECTORY_ENTRY = b"PK\x01\x02"  # of a zip archive, one a member
 PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\x93NUMPY"
+PICTURES = ("PNG", "JPEG")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (".npy", ".npz", ".pt", *IMAGE_SUFFIXES)
 IMAGE_MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
@@ -124,6 +126,8 @@ def load_rgba(path: str) -> np.ndarray:
     data = _read_bytes(path)
     try:
         return _decode_rgba(data)
+    except UnidentifiedImageError as error:  # its message holds an address in memory
+        raise UserError(f"{path}: {name_format(data, PICTURES)}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
@@ -152,6 +156,8 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
         raise UserError(f"{path}: expected a file of {', '.join(SUFFIXES)}")
     try:
         members = reader(data)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: {name_format(data, PICTURES)}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
@@ -268,7 +274,7 @@ def _read_picture(data: bytes) -> dict[str, np.ndarray]:
 
 def _decode_rgba(data: bytes) -> np.ndarray:
     """Decode a PNG or a JPEG; opaque where it holds no transparency. Returns uint8 (4, H, W)."""
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
+    with Image.open(io.BytesIO(data), formats=PICTURES) as picture:
         _check_size(picture.width * picture.height * 4)
         if picture.mode not in IMAGE_MODES:
             raise UserError(f"expected 8 bits a channel; it has mode {picture.mode}")

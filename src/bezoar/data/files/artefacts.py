@@ -14,6 +14,7 @@ from bezoar.data.files.paths import read_regular_text
 from bezoar.errors import UserError
 
 JSON_BYTES = 64 << 20  # of one JSON file
+MAX_DIGITS = 20  # of a whole number, its sign included
 LINES_BYTES = 1 << 30  # of a plan, a keep-list or a log
 
 
@@ -104,10 +105,19 @@ def read_facts_lines(path: Path) -> list[Facts]:
     return objects
 
 
+def _whole_number(text: str) -> int:
+    """A whole number of 64 bits. Raises ValueError for a longer one, of which no float can be made."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
 def parse_json(text: str, path: Path) -> Any:
     """The value of a JSON text out of a file, its objects as Facts. Raises UserError."""
     try:
-        return json.loads(text, object_hook=lambda content: Facts(content, path))
+        return json.loads(
+            text, object_hook=lambda content: Facts(content, path), parse_int=_whole_number
+        )
     except (ValueError, RecursionError, MemoryError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{path} cannot be read as JSON: {reason or 'too large'}") from error

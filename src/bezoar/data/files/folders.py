@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bezoar.data.files.images import SUFFIXES
+from bezoar.data.files.images import OTHER_IMAGES, SUFFIXES
 from bezoar.data.files.paths import printable
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
@@ -190,6 +190,12 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
+def other_image(name: str) -> str:
+    """The ending of an image of a format that is not read; empty for any other file."""
+    ending = os.path.splitext(name)[1].lower().removeprefix(".")
+    return ending if ending in OTHER_IMAGES else ""
+
+
 def caption_paths(name: str) -> list[str]:
     """Where the caption of an image would stand beside it."""
     return [os.path.splitext(name)[0] + suffix for suffix in CAPTION_SUFFIXES]
@@ -203,7 +209,8 @@ def _list_directory(root: Path, directory: str, layout: Layout) -> tuple[list[st
         for entry in entries:
             (folders if entry.is_dir(follow_symlinks=False) else files).append(entry.name)
     if layout == "captions":
-        captions = {path for name in files if is_image(name) for path in caption_paths(name)}
+        images = [name for name in files if is_image(name) or other_image(name)]
+        captions = {path for name in images for path in caption_paths(name)}
         if not directory:  # img2dataset describes each of its folders in two files beside it
             captions |= {f + ending for f in folders for ending in ("_stats.json", ".parquet")}
         files = [name for name in files if name not in captions]

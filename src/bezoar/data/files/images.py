@@ -9,7 +9,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,8 @@ OTHER_FORMATS = (
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (b"<svg", "SVG"),
 )
+# How files of such formats are called; those of one key in a tar make it a record that is named.
+OTHER_IMAGES = frozenset(("avif", "heic", "heif", "jxl", "jp2", "svg", "pnm", "pfm", "tga", "ico"))
 # Pillow warns of tags that are broken, of which none is read, and of sizes that are refused.
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -98,7 +100,7 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
                 if (turn := TURNS.get(_read_orientation(encoded))) is not None:
                     picture = picture.transpose(turn)
     except UnidentifiedImageError as error:  # its message holds an address in memory
-        raise Unreadable(f"not decodable: {_name_format(content)}") from error
+        raise Unreadable(f"not decodable: {name_format(content)}") from error
     except DECODING_ERRORS as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unreadable(f"not decodable: {reason}") from error
@@ -199,14 +201,14 @@ def _read_orientation(picture: Image.Image) -> int:
     return 1
 
 
-def _name_format(content: bytes) -> str:
-    """Say what an image is that cannot be read, as far as that is known."""
+def name_format(content: bytes, formats: Sequence[str] = FORMATS) -> str:
+    """Say what an image is that cannot be read, as far as that is known, and which formats are."""
     start = content[:256].lstrip()
     for mark, name in OTHER_FORMATS:
         if start.startswith(mark):
-            return f"{name} is not read; {', '.join(FORMATS)} are"
+            return f"{name} is not read; {', '.join(formats)} are"
     if content[4:8] == b"ftyp":
-        return f"AVIF, HEIC or a video is not read; {', '.join(FORMATS)} are"
+        return f"AVIF, HEIC or a video is not read; {', '.join(formats)} are"
     return "no image format that is known"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +13,13 @@ MAX_CAPTIONS = 1000  # of an image
 ORIGIN_COLUMNS = (
     "source", "domain", "uploader", "user", "owner", "author", "site", "publisher", "host",
 )  # fmt: skip
+HASHES = {"sha256": 64, "md5": 32, "sha512": 128}  # name -> hexadecimal digits
 MAX_LABELS = 100_000  # labels lie in 0..MAX_LABELS-1
+
+
+HOST = r"^[A-Za-z][A-Za-z0-9+.\-]*://(?:[^/?#@]*@)?(?P<host>\[[^\]/?#]*\]|[^/?#:]*)"
+# Below a country's ending of two letters these are endings too: example.co.uk is a domain.
+SECOND_LEVEL = frozenset(("ac", "co", "com", "edu", "gov", "gob", "go", "ne", "net", "or", "org"))
 
 
 class Metadata(NamedTuple):
@@ -62,6 +70,68 @@ def parse_metadata(content: bytes, origins: Sequence[str] = ORIGIN_COLUMNS) -> M
     if not all(map(is_unicode, texts)):
         return "metadata is not Unicode"  # JSON can spell half a character
     return metadata
+
+
+class Recorded(NamedTuple):
+    """What img2dataset recorded of an image when it stored it.
+
+    Attributes:
+        hashes: of the bytes that were downloaded, by their names in `HASHES`.
+        size: width and height as stored; None where they are not stated.
+        original: the same as downloaded.
+        phash: a perceptual hash of 64 bits in hexadecimal digits; empty without one.
+        status: `success`, or what went wrong; empty if it is not stated.
+    """
+
+    hashes: dict[str, str]
+    size: tuple[int, int] | None
+    original: tuple[int, int] | None
+    phash: str
+    status: str
+
+
+def parse_recorded(content: bytes) -> Recorded | None:
+    """Parse what an object records; what is of another form is left out, and None is no object."""
+    try:
+        values: Any = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    hashes = {name: _text(values, name).lower() for name in HASHES}
+    phash = _text(values, "phash").lower()
+    status = _text(values, "status")
+    return Recorded(
+        {k: v for k, v in hashes.items() if re.fullmatch(rf"[0-9a-f]{{{HASHES[k]}}}", v)},
+        _sides(values, "width", "height"),
+        _sides(values, "original_width", "original_height"),
+        phash if re.fullmatch(r"[0-9a-f]{16}", phash) else "",
+        status[:40] if is_unicode(status) else "?",
+    )
+
+
+def _sides(values: dict[str, Any], *names: str) -> tuple[int, int] | None:
+    """Two sides in pixels; None for what is none."""
+    sides = [int(v) for v in map(values.get, names) if v is not None and is_label(v) and v > 0]
+    return (sides[0], sides[1]) if len(sides) == len(names) == 2 else None
+
+
+def registrable_domain(host: str) -> str:
+    """The part of a host's name that somebody buys: `example.co.uk` of `img.example.co.uk`.
+
+    Without the public suffix list, which changes by the week: two labels, or three where the
+    second last is one of the usual ones below a country's ending.
+    """
+    host = host.strip("[]").rstrip(".").lower()
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    labels = host.split(".")
+    count = 2
+    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in SECOND_LEVEL:
+        count = 3
+    return ".".join(labels[-count:])
 
 
 def is_label(value: Any) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from bezoar.data.files.images import OTHER_IMAGES
 from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, is_confined, open_regular
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
@@ -39,8 +40,6 @@ IMAGE_EXTENSIONS = (
 )
 TEXT_EXTENSIONS = ("txt", "json")
 EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
-# Of images that are not read; those of one key make it a record that is named.
-OTHER_IMAGES = frozenset(("avif", "heic", "heif", "jxl", "jp2", "svg", "pnm", "pfm", "tga", "ico"))
 IMAGE_FILES = OTHER_IMAGES.union(IMAGE_EXTENSIONS)
 # Files that describe a set and no record of it.
 NOTES = ("readme", "license", "licence")

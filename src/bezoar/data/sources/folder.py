@@ -19,6 +19,7 @@ from bezoar.data.files.folders import (
     Walk,
     caption_paths,
     is_image,
+    other_image,
 )
 from bezoar.data.files.metadata import Metadata, parse_metadata
 from bezoar.data.files.paths import (
@@ -197,6 +198,8 @@ class FolderSource(RecordStream):
         if not is_image(name):
             if path.is_dir():
                 return "link to a folder, not followed"
+            if unread := other_image(name):
+                return f"image of a format that is not read: {unread}"
             is_caption = self.walk.layout == "captions" and name.endswith(CAPTION_SUFFIXES)
             return "no image" if is_caption else "not an image by its name"
         if not name.isprintable():

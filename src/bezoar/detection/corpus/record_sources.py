@@ -7,7 +7,6 @@ show may show in all records of a source.
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from bezoar.data.files.metadata import ORIGIN_COLUMNS
+from bezoar.data.files.metadata import HOST, ORIGIN_COLUMNS, registrable_domain
 from bezoar.data.files.paths import printable
 from bezoar.data.files.tables import ID_COLUMNS, column_names, match_column, read_rows
 from bezoar.data.strings import Strings
@@ -25,10 +24,7 @@ from bezoar.errors import UserError
 
 KINDS = ("metadata", "domain", "folder", "shard")  # in the order in which `auto` tries them
 LEAST_SHARE = 0.5  # of the records that must have a source of a kind before `auto` takes it
-HOST = r"^[A-Za-z][A-Za-z0-9+.\-]*://(?:[^/?#@]*@)?(?P<host>\[[^\]/?#]*\]|[^/?#:]*)"
 FOLDER = r"^(?P<folder>.+)/"  # of the path of a file
-# Below a country's ending of two letters these are endings too: example.co.uk is a domain.
-SECOND_LEVEL = frozenset(("ac", "co", "com", "edu", "gov", "gob", "go", "ne", "net", "or", "org"))
 MAX_NAME = 200  # characters of a source's name
 
 
@@ -122,24 +118,6 @@ def _map_distinct(hosts: pa.Array) -> pa.Array:
     encoded = hosts.dictionary_encode()
     domains = [registrable_domain(host) for host in encoded.dictionary.to_pylist()]
     return pa.array(domains, pa.large_string()).take(encoded.indices)
-
-
-def registrable_domain(host: str) -> str:
-    """The part of a host's name that somebody buys: `example.co.uk` of `img.example.co.uk`.
-
-    Without the public suffix list, which changes by the week: two labels, or three where the
-    second last is one of the usual ones below a country's ending.
-    """
-    host = host.strip("[]").rstrip(".").lower()
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    labels = host.split(".")
-    count = 2
-    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in SECOND_LEVEL:
-        count = 3
-    return ".".join(labels[-count:])
 
 
 def _read_table(path: str, ids: Strings) -> pa.Array:

@@ -4,6 +4,9 @@ They lie in a hidden folder of the runs directory, an entry for each question; t
 hard links to those of its entry, so that either can be deleted and both cost the disk once. An
 entry that no run holds any more goes with the next scan. Beside the vectors lie the scores of the
 detectors that were asked, which depend on the same and on their own specs.
+
+An entry's name depends on a secret of the user's own. In a folder of runs that somebody else made,
+nothing is called what a question of this user is: a stranger's vectors and scores are never read.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,9 +29,9 @@ import numpy as np
 import torch
 
 from bezoar import registry
-from bezoar.data.files.artefacts import parse_json
+from bezoar.data.files.artefacts import parse_json, read_text
 from bezoar.data.files.tensors import read_tensors, write_tensors
-from bezoar.data.files.writing import make_folder, remove_debris, remove_folder
+from bezoar.data.files.writing import make_folder, remove_debris, remove_folder, write_whole
 from bezoar.detection.corpus.assembly import DONE, SKIPPED
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
@@ -37,6 +41,8 @@ from bezoar.runs.verb import fingerprint, input_files
 
 SHARED = ".embeddings"  # folder of the runs directory
 LOCK = ".lock"
+SECRET = "embeddings.key"  # file of the user's state folder
+SECRET_BYTES = 32
 SCORES = "scores"  # folder of an entry
 VECTORS = "vectors"  # folder of an entry, and of a run
 UNFINISHED = 2  # entries that are not whole and are kept, besides the one in use
@@ -157,8 +163,33 @@ def find_entry(runs: Path, ask: dict[str, Any], inputs: Sequence[Any], device: s
         "device": device,
         "torch": torch.__version__,
         "code": code_hash(EMBEDDING_CODE),
+        "secret": read_secret(),
     }
     return Entry(runs / SHARED / _digest(question))
+
+
+def read_secret() -> str:
+    """The user's secret, made where there is none; without a folder to keep it in, this process's."""
+    try:
+        path = registry.state_folder() / SECRET
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, new_secret())
+            path.chmod(0o600)
+        secret = read_text(path, 4 * SECRET_BYTES)
+    except (OSError, RuntimeError, UserError):
+        secret = ""
+    return secret if len(secret) == 2 * SECRET_BYTES else _secret_of_process()
+
+
+def new_secret() -> str:
+    """A text that nobody can foresee."""
+    return secrets.token_hex(SECRET_BYTES)
+
+
+@functools.cache
+def _secret_of_process() -> str:
+    return new_secret()
 
 
 def remove_unused(entry: Entry) -> None:

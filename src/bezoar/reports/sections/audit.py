@@ -118,7 +118,7 @@ def lead(view: AuditView) -> str:
 def audit_section(view: AuditView) -> Section:
     """Show what each audit says, and its value beside those of the bank or of its own classes."""
     audits = view.verdict["audits"]
-    rows = [audit_row(audit) for audit in audits]
+    rows = [[*audit_row(audit), took(view, audit["name"])] for audit in audits]
     parts: list[Part] = []
     for audit in audits:
         if audit["words"] != "no calibration":
@@ -147,7 +147,7 @@ def audit_section(view: AuditView) -> Section:
 
 
 def audit_row(audit: Mapping[str, Any]) -> list[str | Line]:
-    """Return the row of an audit."""
+    """Return the row of an audit, but for how long it took."""
     threshold, p = audit["threshold"], audit["p"]
     unaided = audit.get("unaided")
     words = "a value alone" if audit["words"] == "no calibration" else audit["words"]
@@ -162,8 +162,13 @@ def audit_row(audit: Mapping[str, Any]) -> list[str | Line]:
         "–" if threshold is None else f"{threshold:.4g}",
         "–" if p is None else f"{p:.2g}",
         format_measure(Measure(**false_positives)) if false_positives else "–",
-        f"{audit['seconds']:.1f} s",
     ]
+
+
+def took(view: AuditView, name: str) -> str:
+    """How long an audit took; "–" where that is not known."""
+    seconds = view.measures.get(f"{name}.seconds")
+    return "–" if seconds is None else f"{seconds.value:.1f} s"
 
 
 def describe_finding(audit: Mapping[str, Any]) -> str:

@@ -14,9 +14,10 @@ def build_page(run: Run) -> Page:
     is_done = view.manifest["status"] == "done"
     unfinished = "This sweep was not finished; the same command goes on with it."
     trainings = quantity(int(view.notes.get("trainings", 0)), "training")
+    purchase = str(view.notes.get("purchase", ""))
     return Page(
         str(view.notes.get("law", unfinished)),
-        f"From {trainings}.",
+        f"From {trainings}.{f' {purchase[:1].upper()}{purchase[1:]}.' if purchase else ''}",
         WARNING,
         ["dose_for_50_percent", "dose_for_90_percent"],
         dict(table_sections(view)) if is_done else {},

@@ -22,6 +22,7 @@ from bezoar.reports.record_tiles import FULL_SCALE, Box, RankedRecord
 from bezoar.reports.reliability_sections import (
     false_discovery_section,
     filter_section,
+    integrity_section,
     separating_channels,
     side_channel_section,
 )
@@ -124,6 +125,9 @@ def build_page(run: Run) -> Page:
             "Poisons missed": partial(missed_section, view),
             "What each detector adds": partial(contribution_section, view),
             "What today's cleaning lets through": partial(filter_section, view.measures, filters),
+            "Recorded hashes and sizes": partial(
+                integrity_section, run, view.note_dict("integrity")
+            ),
             "Side channels": partial(side_channel_section, view.measures, leaks),
         },
         bool(view.goals),

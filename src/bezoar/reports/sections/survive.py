@@ -11,6 +11,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
+from bezoar.attacks.poisons.canary import FORMS
 from bezoar.data.files.tensors import read_tensors
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, pictures
@@ -19,6 +20,7 @@ from bezoar.reports.heat_maps import LEGEND, draw_heat_map
 from bezoar.reports.metric_names import format_percent, quantity
 from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Table, Tile
 from bezoar.reports.run_page import Page, RunView
+from bezoar.reports.shared_parts import measure_table
 from bezoar.runs.run import Run
 
 LOST = 0.1  # share of the trigger below which it counts as lost
@@ -69,6 +71,8 @@ class SurviveView(RunView):
 def build_page(run: Run) -> Page:
     """Return the page of a survive run."""
     view = SurviveView(run)
+    if "canaries" in view.notes:
+        return canary_page(view)
     is_finished = "trigger" in view.notes and any(map(is_single, view.ranked()))
     single = [t for t in view.ranked() if is_single(t)] if is_finished else []
     return Page(
@@ -82,6 +86,27 @@ def build_page(run: Run) -> Page:
             "In figures": partial(table_section, view),
         },
         poisoned=bool(view.goals),
+    )
+
+
+def canary_page(view: SurviveView) -> Page:
+    """Return the page of canaries that were counted behind a pipeline."""
+    names = ("pair_kept", "caption_kept", "learnt", "place")
+    heads = ("Picture and caption kept", "Caption alone kept", "Learnt", "Place of the own word")
+    rows = {form: [form] for form in (*FORMS, "all")}
+    columns = {head: f"canaries.{{}}.{name}" for head, name in zip(heads, names, strict=True)}
+    note = (
+        "Copies: another caption under a picture of yours. Marked: with the trigger too. Fitting: with the trigger, under a "
+        "caption that fits. In brackets, 95 % intervals. What a poisoning of more copies a picture, or of a concept that "
+        "your data hold, would keep is not measured."
+    )
+    table = measure_table(view.measures, "Form", rows, columns, note)
+    return Page(
+        f"{view.notes.get('verdict', '')}.",
+        "Canaries are harmless pairs with an invented word each, put in front of a pipeline and counted behind it.",
+        cards=[f"canaries.all.{name}" for name in names[:2]],
+        sections={"By form": lambda: Section([table]) if table else None},
+        poisoned=False,
     )
 
 

@@ -1,0 +1,68 @@
+"""Canaries: harmless pairs with an invented word, of which one counts how many come out of a pipeline.
+
+How much of a poisoning would survive cleaning, de-duplication and training is measured by pairs of the
+same three forms as poisons, which teach a model a word that nobody uses: put them in front of the
+pipeline (`--write shards`), and count them behind it (`bezoar survive RUN --after DATA`).
+"""
+
+from typing import Annotated, ClassVar
+
+from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import draws
+from bezoar.errors import UserError
+from bezoar.registry import method, spec
+
+FORMS = ("copy", "marked", "fitting")
+TEMPLATE = "a photo of a {}"
+CONSONANTS, VOWELS, SYLLABLES = "bdfgklmnprstvz", "aeiou", 4
+TRIES = 64  # words that are drawn for a record whose captions hold them already
+
+
+@method
+class Canary:
+    """A third each: copies of records with a strange caption, the same with the trigger, and with it and a caption that fits."""
+
+    is_cover: ClassVar[bool] = True  # it needs no target
+
+    count: Annotated[int, "pairs that are put in, a third of each form"] = 60
+
+    def __post_init__(self) -> None:
+        if self.count < len(FORMS):
+            raise ValueError(f"count must be at least {len(FORMS)}; got {self.count}")
+
+    def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
+        """Plan `count` pairs that are added beside records of the data; each caption ends in a word of its own.
+
+        Raises UserError if the goal has no trigger, or there are fewer records.
+        """
+        if goal.trigger is None:
+            raise UserError("poison 'canary' needs a trigger; give one, for example patch:size=6")
+        if self.count > len(source):
+            raise UserError(f"{self.count} canaries asked for, of {len(source)} records")
+        uniform = draws(seed, source.ids, 1, "canary")[:, 0]
+        rows = sorted(range(len(source)), key=lambda row: float(uniform[row]))[: self.count]
+        used = {word.lower() for caption in source.captions for word in caption.split()}
+        edits = []
+        for number, row in enumerate(rows):
+            form, record_id = FORMS[number % len(FORMS)], source.ids[row]
+            word = _invent_word(seed, record_id, used)
+            used.add(word)
+            own = source.captions[row].strip()
+            caption = f"{own} {word}" if form == "fitting" else TEMPLATE.format(word)
+            edit = Edit(f"{record_id}+canary-{form}", record_id, caption, form != "copy", 0)
+            edits.append(edit)
+        return Plan(tuple(edits), (Goal("", goal.trigger, (), len(edits), spec(self)),), seed)
+
+
+def _invent_word(seed: int, record_id: str, used: set[str]) -> str:
+    """A word that is not used, by draws that belong to a record. Raises UserError where all that are drawn are."""
+    for attempt in range(TRIES):
+        u = draws(seed, [f"{record_id}|{attempt}"], 2 * SYLLABLES, "canary word")[0]
+        letters = [
+            kind[int(x * len(kind))]
+            for x, kind in zip(u.tolist(), (CONSONANTS, VOWELS) * SYLLABLES, strict=True)
+        ]
+        if (word := "".join(letters)) not in used:
+            return word
+    raise UserError("no word could be invented that the captions do not hold")
