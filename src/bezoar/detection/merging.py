@@ -58,7 +58,7 @@ class DetectorAgreement:
     def merged_values(self, detectors: Sequence[int]) -> NDArray[np.float64]:
         """The merged scores (N,) of some of the detectors; see `merge`."""
         rows = np.asarray(detectors, dtype=np.int64)
-        raised = self.raised[rows].any(0)
+        raised: NDArray[np.bool_] = np.any(self.raised[rows], 0)
         surprises = np.stack([surprise(self.values[row], raised) for row in rows])  # (M, N)
         votes = np.clip(self.correlation[np.ix_(rows, rows)], 0, None).sum(1)
         weights = np.where(self.raised[rows].any(1), RAISING_WEIGHT, 1) / np.maximum(votes, 1)
@@ -154,7 +154,8 @@ def surprise(
     spread = 1.4826 * np.median(np.abs(rest - middle))
     if not spread:  # most values are equal
         spread = np.sqrt(np.pi / 2) * np.abs(rest - middle).mean() or 1.0
-    surprises = np.clip((values - middle) / spread, 0, MAX_DEVIATIONS).astype(np.float64)
+    deviations = (np.asarray(values, np.float64) - middle) / spread
+    surprises: NDArray[np.float64] = np.clip(deviations, 0, MAX_DEVIATIONS)
     for part in (raised, ~raised):
         ranks = rankdata(-values[part], method="max")
         surprises[part] *= -np.log10(ranks / max(1, len(ranks)))
