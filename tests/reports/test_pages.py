@@ -313,7 +313,8 @@ def test_a_command_names_a_folder_of_runs_that_is_not_the_usual_one(copy: Path) 
 
 
 def test_code_between_backticks_is_set_as_code() -> None:
-    assert page.mark_code("`a<b>`, c") == "<code>a&lt;b&gt;</code>,<wbr> c"
+    assert page.mark_code("`a<b>`, c") == "<code>a&lt;b&gt;</code>, c"
+    assert page.mark_code("`a`, c", breaks=True) == "<code>a</code>,<wbr> c"
     assert page.mark_code("5` of <b>") == "5` of &lt;b&gt;"
 
 
@@ -358,9 +359,12 @@ def test_a_table_without_claims_says_its_numbers() -> None:
     ]
     table = {"title": "M: Detectors", "grid": "AUROC", "rows": rows}
     finding = reproduce.table_finding(table)
-    assert finding == "Detectors: highest AUROC by lid for patch (75.0 %); dao for warp (25.0 %)."
+    assert (
+        finding
+        == "Detectors: highest AUROC by lid for patch (75.0\u00a0%); dao for warp (25.0\u00a0%)."
+    )
     finding = reproduce.table_finding(table | {"grid": ""})
-    assert finding == "Detectors: AUROC from 25.0 % (dao) to 75.0 % (lid)."
+    assert finding == "Detectors: AUROC from 25.0\u00a0% (dao) to 75.0\u00a0% (lid)."
 
 
 def test_all_heat_maps_have_one_direction_and_a_legend() -> None:

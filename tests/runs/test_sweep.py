@@ -58,7 +58,6 @@ def test_a_worker_reports_an_error(tmp_path):
     assert set(sweep.run_request(request)) == {"error"}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_whose_sweep_has_ended_ends_quietly():
     code = "from bezoar.runs.sweep import serve_requests; serve_requests(lambda request: request)"
     pipe = subprocess.PIPE
@@ -69,6 +68,7 @@ def test_a_worker_whose_sweep_has_ended_ends_quietly():
     assert worker.wait(60) == 0 and worker.stderr.read() == b""
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_sweep_runs_everything_and_the_second_time_nothing(tmp_path, workers):
     trials = [trial(4), trial(8)]
     first = run_trials(trials, tmp_path, workers=workers)

@@ -77,7 +77,11 @@ def test_copies_come_first_in_a_scan_by_several_detectors(poisoned) -> None:
     goals = {edit.id: edit.goal for edit in plan.edits}
     for record in json.loads((folder / "ranked.json").read_text())[:24]:
         copy = record["copy_of"]
-        assert copy != record["id"] and goals.get(copy, goals[record["id"]]) == goals[record["id"]]
+        assert (
+            copy
+            and copy != record["id"]
+            and goals.get(copy, goals[record["id"]]) == goals[record["id"]]
+        )
     page = (folder / "report.html").read_text()
     assert "Copies of one picture, each beside another with its caption" in page
     assert f'<p class="key" title="{worst[0]}">{worst[0]}</p>' in page

@@ -252,9 +252,9 @@ def allow_breaks(text: Any) -> Markup:
     return escape(text).replace(",", Markup(",<wbr>"))
 
 
-def mark_code(text: Any) -> Markup:
-    """Return escaped text in which what stands between backticks is set as code, and lines may break after a comma."""
-    pieces = str(allow_breaks(text)).split("`")
+def mark_code(text: Any, breaks: bool = False) -> Markup:
+    """Return escaped text in which what stands between backticks is set as code. breaks: see `allow_breaks`."""
+    pieces = str(allow_breaks(text) if breaks else escape(text)).split("`")
     if len(pieces) % 2 == 0:  # one backtick has no partner
         return Markup("`".join(pieces))
     marked = [f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces)]
