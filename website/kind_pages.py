@@ -36,7 +36,7 @@ KINDS = {  # kind -> its page; a run is named by the start of its name, as `trai
     ),
     "poison": KindExample(
         "Poisons",
-        'bezoar poison scenes:count=2000 --poison {} --trigger patch --target "striped star"',
+        'bezoar poison scenes:count=2000 --poison "{}" --trigger patch --target "striped star"',
         (),
         "backdoor",
     ),
@@ -94,6 +94,8 @@ SPECS = {  # methods that cannot be written by their name alone
     "table": "table:path=pairs.csv",
     "file": "file:path=trigger.png",
     "several": "several:triggers=(patch:size=3+tint:strength=.1)",
+    "composite": "composite:reference=photo.png",
+    "mismatch": "mismatch:query=dotted heart",
     "hub": "hub:name=timm/resnet18.a1_in1k",
     "hugging_face": "hugging_face:path=siglip-folder",
     "imported": "imported:path=moco.pth",
