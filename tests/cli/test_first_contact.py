@@ -16,7 +16,7 @@ from bezoar.cli import exit_status, main
 from bezoar.data.shards import write_shards
 from bezoar.runs import estimates
 from bezoar.runs.summary import first_sentences, read_summary
-from bezoar.runs.verb import check_verb, load_verb
+from bezoar.runs.verb import check_verb, load_verb, spec_of_path
 
 DATA = "scenes:count=160"
 TINY = ("--network", "clip_small:width=4,dim=8", "--objective", "clip:epochs=1,batch=64")
@@ -140,6 +140,18 @@ def test_completion_works_in_bash(tmp_path, capsys):
         ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     assert done.stdout.split() == ["--fail-on", "scan"]
+
+
+def test_a_folder_that_is_called_like_a_method_is_a_folder(tmp_path, monkeypatch):
+    """Unless the method needs no field: then its name is what is meant."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("shards", "scenes", "folder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.tar").touch()
+    assert spec_of_path("data", "shards") == "shards:path=shards/*.tar"
+    assert spec_of_path("data", "folder") == "shards:path=folder/*.tar"
+    assert spec_of_path("data", "scenes") == "scenes"
+    assert spec_of_path("data", "table") == "table", "no such file"
 
 
 def test_dry_counts_records_trainings_and_minutes(tmp_path, capsys):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from bezoar import registry
+from bezoar import method_source, registry
 from bezoar.data.files.paths import open_regular
 from bezoar.errors import UserError
 from bezoar.runs.run import Run, find_run, get_run
@@ -341,6 +341,13 @@ def find_tables(folder: Path) -> str:
     return ""
 
 
+def stands_alone(kind: str, text: str) -> bool:
+    """Whether a text names a method that needs no field: then a file of that name is not meant, `scenes` unlike `shards`."""
+    if text not in registry.method_names(kind):
+        return False
+    return all(f.default for f in method_source.describe(registry.method_path(kind, text)).fields)
+
+
 def spec_of_path(kind: str, text: str) -> str:
     """The spec that a bare path stands for, by what the path looks like; any other text is returned as it is.
 
@@ -350,7 +357,7 @@ def spec_of_path(kind: str, text: str) -> str:
     if kind == "network":
         return spec_of_weights(text)
     path = Path(text.partition(":")[0])
-    is_there = os.path.lexists(text) and text not in registry.method_names(kind)
+    is_there = os.path.lexists(text) and not stands_alone(kind, text)
     if is_there:
         path = Path(text)  # whose name may hold a colon
         text = registry.spec_value(f"./{text}" if text[0] in "([{" else text)
