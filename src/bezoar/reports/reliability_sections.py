@@ -27,7 +27,7 @@ from bezoar.reports.charts import (
     svg_markup,
 )
 from bezoar.reports.metric_names import SCORE, format_interval
-from bezoar.reports.page_parts import Figure, Section, Table, Text
+from bezoar.reports.page_parts import Figure, Line, Section, Table, Text
 from bezoar.reports.pictures import shorten
 from bezoar.reports.shared_parts import measure_table
 from bezoar.runs.run import Run
@@ -169,7 +169,7 @@ def side_channel_section(
             side_channels.DESCRIPTIONS.get(name, name),
             f"{m.value:.3f}",
             format_interval(m, SCORE),
-            "separates" if name in dict(separating) else "",
+            Line("separates" if name in dict(separating) else "", "bad"),
         ]
         for name, m in sorted(channels.items(), key=lambda item: -item[1].value)
     ]

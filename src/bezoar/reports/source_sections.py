@@ -6,11 +6,12 @@ from typing import Any
 
 from bezoar.data.files.tables import read_rows
 from bezoar.detection.source_pooling import FILE
-from bezoar.reports.page_parts import Section, Table
+from bezoar.reports.page_parts import Line, Section, Table
 from bezoar.reports.pictures import shorten
 from bezoar.runs.run import Run
 
 SHOWN = 20  # sources
+STANDS_OUT = "stands out"  # the verdict that is one
 HEAD = (
     "Source", "Records", "Verdict", "False discovery rate", "Raised", "Ranking",
     "Pooled", "In its worst tenth", "Nats a record", "Words",
@@ -31,7 +32,7 @@ def source_section(run: Run, notes: dict[str, Any]) -> Section | None:
     path = run.path / FILE
     if not path.exists():
         return None
-    rows: list[list[str]] = []
+    rows: list[list[str | Line]] = []
     for _, row in read_rows(path):
         if len(rows) == SHOWN:
             break
@@ -44,7 +45,7 @@ def source_section(run: Run, notes: dict[str, Any]) -> Section | None:
     )
 
 
-def _format_row(cells: dict[str, str]) -> list[str]:
+def _format_row(cells: dict[str, str]) -> list[str | Line]:
     """The cells of a line of sources.csv as the page shows them."""
 
     def cell(name: str) -> str:
@@ -54,7 +55,7 @@ def _format_row(cells: dict[str, str]) -> list[str]:
     return [
         cell("source"),
         cell("records"),
-        cell("verdict") or "–",
+        Line(cell("verdict") or "–", "bad" if cell("verdict") == STANDS_OUT else ""),
         cell("q"),
         cell("raised"),
         cell("ranking"),
