@@ -32,7 +32,7 @@ def test_the_page_of_a_kind_has_every_method_with_a_command_that_parses(kind):
 
 
 def test_a_docstring_and_its_signs_stay_what_they_are():
-    assert kind_pages.markdown("a|b <c> `d_e|` *") == r"a\|b \<c\> `d_e|` \*"
+    assert kind_pages.markdown("a|b <c> `d_e|` *") == r"a|b &lt;c&gt; `d_e|` \*"
     assert kind_pages.markdown("of\n\n    x = 1\n    y = 2") == "of\n\n```python\nx = 1\ny = 2\n```"
     assert kind_pages.cell("a | b") == r"a \| b" and kind_pages.code("a | b") == r"`a \| b`"
 

@@ -216,14 +216,20 @@ def markdown(text: str) -> str:
             paragraphs.append("```python\n" + re.sub(r"^    ", "", paragraph, flags=re.M) + "\n```")
             continue
         pieces = paragraph.split("`")
-        pieces[::2] = [re.sub(r"([\\*_<>\[\]|~^])", r"\\\1", piece) for piece in pieces[::2]]
+        pieces[::2] = map(escape, pieces[::2])  # not what is code
         paragraphs.append("`".join(pieces))
     return "\n\n".join(paragraphs)
 
 
+def escape(text: str) -> str:
+    """A text in which no sign is Markdown or HTML."""
+    text = re.sub(r"([\\*_\[\]])", r"\\\1", text)
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
 def cell(text: str) -> str:
     """A text in a cell of a table."""
-    return " ".join(markdown(text).replace("|", "\\|").replace("\\\\|", "\\|").split())
+    return " ".join(markdown(text).replace("|", "\\|").split())
 
 
 def code(text: str) -> str:
