@@ -58,7 +58,6 @@ def test_a_worker_reports_an_error(tmp_path):
     assert set(sweep.run_request(request)) == {"error"}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_whose_sweep_has_ended_ends_quietly():
     code = "from bezoar.runs.sweep import serve_requests; serve_requests(lambda request: request)"
     pipe = subprocess.PIPE
@@ -69,6 +68,7 @@ def test_a_worker_whose_sweep_has_ended_ends_quietly():
     assert worker.wait(60) == 0 and worker.stderr.read() == b""
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_sweep_runs_everything_and_the_second_time_nothing(tmp_path, workers):
     trials = [trial(4), trial(8)]
     first = run_trials(trials, tmp_path, workers=workers)
@@ -142,3 +142,19 @@ def test_ray_gives_what_processes_give(tmp_path):
             for runs in (by_processes, by_ray)
         ]
         assert weights[0] == weights[1]
+
+
+def test_a_worker_ends_with_whoever_asked_it(tmp_path):
+    """A sweep that is killed leaves no worker that goes on with a training, and its memory."""
+    long = Trial(Train("scenes:count=64", **(TINY | {"objective": "clip:epochs=100000,batch=16"})))
+    request = sweep.trial_to_json(long, Settings(tmp_path), False)
+    command = [sys.executable, "-m", "bezoar.runs.sweep"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as worker:
+        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.flush()
+        while not list(tmp_path.glob("train-*")):
+            time.sleep(0.1)
+        worker.stdin.close()
+        assert worker.wait(20) == 0
+    (manifest,) = tmp_path.glob("train-*/manifest.json")
+    assert json.loads(manifest.read_text())["status"] == "running"

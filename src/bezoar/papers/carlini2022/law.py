@@ -78,25 +78,14 @@ class Law:
             if options.scale == "smoke":
                 setup = replace(SMOKE, data=f"scenes:count={256 + size // 20_000}")
             rows += rows_of_size(setup, f"{size:,}")
-        claims = ()
-        if len(self.sizes) > 1:
-            claims = tuple(
-                Claim(
-                    f"The number of {what} that half of the attacks need hardly grows with the data",
-                    "recalled",
-                    "same",
-                    lambda results, what=what: growth_exponent(results, what, self.sizes),
-                    MARGIN,
-                )
-                for what in ("patches", "captions")
-            )
+        claims = [self.growth_claim(what) for what in ("patches", "captions")]
         epochs = ", ".join(f"{size:,}: {SIZES[size].objective}" for size in self.sizes)
         return Table(
             title="The law: poisons that half of the attacks need, against the size of the data",
             paper_finding="Success hardly depends on the size of the clean data (recalled).",
             axis="patches of one trigger, or captions of one image",
             rows=tuple(rows),
-            claims=claims,
+            claims=tuple(claims),
             dose_response_cells=("success",),
             notes=(
                 f"Recipes: {epochs}. Every poison is drawn once an epoch: a number of poisons times "
@@ -104,6 +93,16 @@ class Law:
                 "The exponent of growth e is that of poisons = constant x records^e: 0 is no "
                 "growth, 1 a constant share of the data.",
             ),
+        )
+
+    def growth_claim(self, what: str) -> Claim:
+        """The claim about the number of patches or of captions."""
+        return Claim(
+            f"The number of {what} that half of the attacks need hardly grows with the data",
+            "recalled",
+            "same",
+            lambda results: growth_exponent(results, what, self.sizes),
+            MARGIN,
         )
 
 
