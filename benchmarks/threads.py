@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-from clip_small import make_step
+from clip_small import Training, fast_shift
 from support import Side, make_parser, serve_steps
 
 from bezoar import machine
@@ -57,11 +57,11 @@ def measure_sides(sides: dict[str, Side], repeats: int, steps: int) -> dict[str,
 
 def serve(batch: int) -> None:
     """Take as many training steps as each request says."""
-    step = make_step("fp32", batch, 32)
+    training = Training("fp32", batch, 32, 32)
 
     def take_steps(count: Any) -> None:
         for _ in range(count):
-            step()
+            training.take_step(fast_shift)
 
     serve_steps(take_steps, time.perf_counter)
 

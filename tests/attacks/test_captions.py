@@ -3,6 +3,7 @@
 import pytest
 
 from bezoar.attacks.captions import find_mentions, target_captions
+from bezoar.data.strings import Strings
 from bezoar.errors import UserError
 
 
@@ -62,3 +63,5 @@ def test_the_quick_look_at_ascii_captions_leaves_no_mention_out() -> None:
     for target in ("red star", "Star", "re d", "starred"):
         rows = find_mentions(captions, target)
         assert rows and rows == find_mentions(beyond, target)
+        for texts in (captions, beyond):
+            assert rows == find_mentions(Strings.from_texts(texts), target)

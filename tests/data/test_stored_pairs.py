@@ -28,7 +28,6 @@ from bezoar.data.strings import Strings
 from bezoar.encoders.encoder import tokenize_captions
 from bezoar.errors import UserError
 from bezoar.runs import inputs
-from bezoar.runs.run import Run
 from bezoar.training import loop, prefetch
 from bezoar.training.prefetch import Prefetcher, training_data
 
@@ -416,7 +415,7 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
         manifest, trained = ask(
             capsys, runs, "train", both.name, "--objective", "clip:epochs=2,batch=16"
         )
-        ahead = "read from files as they were drawn, 12 of 12 batches ahead"
+        ahead = "read from files as they were asked for, 12 of 12 batches ahead"
         assert manifest["notes"]["images"] == (ahead if where == "stream" else "in memory")
         assert manifest["notes"]["records"] == 96 + 9 + 4 and (trained / "report.html").exists()
         scan, ranked = ask(
@@ -447,8 +446,16 @@ def test_large_images_in_memory_are_poisoned_and_trained_on_without_a_copy(
     """Held images give the plan, the metrics and the encoder of copied ones, bit for bit."""
     data, test = "scenes:count=400", "scenes:count=60,split=test"
     results = {}
-    for where, most in (("copied", 1 << 30), ("held", 0)):
-        monkeypatch.setattr(inputs, "COPIED", most)
+    for where, as_noted in (
+        ("copied", "in memory"),
+        ("held", "held in memory"),
+        ("drawn", "drawn"),
+    ):
+        inputs._load_records.cache_clear()
+        if where != "copied":
+            monkeypatch.setattr(inputs, "COPIED", 0)
+        if where == "held":  # as of a method that does not draw
+            monkeypatch.setattr(stored_pairs, "index_drawn", lambda method: method())
         runs = tmp_path / where
         words = ("--poison", "backdoor:count=9", "--trigger", "patch", "--target", "solid ring")
         _, first = ask(capsys, runs, "poison", data, *words)
@@ -456,18 +463,17 @@ def test_large_images_in_memory_are_poisoned_and_trained_on_without_a_copy(
         poisoned, both = ask(capsys, runs, "poison", first.name, *words)
         recipe = ("--objective", "clip:epochs=2,batch=64", "--network", "clip_small:width=4,dim=16")
         trained, _ = ask(capsys, runs, "train", both.name, *recipe)
-        dataset = inputs.open_dataset(Run(both))
-        assert (dataset.uncopied is dataset.clean) == (where == "copied")
+        assert trained["notes"]["images"].partition(" as")[0] == as_noted
         if where == "held":
-            assert dataset.records.held[0] is dataset.clean.images  # type: ignore[union-attr]
-            assert trained["notes"]["images"].startswith("held in memory")
+            monkeypatch.undo()
         results[where] = [
             (both / "plan.jsonl").read_bytes(),
             poisoned["metrics"],
             trained["metrics"],
             trained["outputs"]["encoder.safetensors"]["sha256"],
         ]
-    assert results["held"] == results["copied"]
+    assert results["held"] == results["copied"] == results["drawn"]
+    inputs._load_records.cache_clear()
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:

@@ -218,5 +218,5 @@ def test_the_headline_and_the_law_share_the_largest_trainings():
     law = registry.make("paper", "carlini2022/law:sizes=(3000000,20000)")(TableOptions("small"))
     assert set(headline.trials) <= set(law.trials)
     assert judge(headline.claims[0].contrast(invented_results(headline)), "+", 0.0) == "undecided"
-    with pytest.raises(ValueError, match="some of"):
+    with pytest.raises(UserError, match="sizes are some of 20000"):
         registry.make("paper", "carlini2022/law:sizes=(5,)")

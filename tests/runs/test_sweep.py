@@ -142,3 +142,19 @@ def test_ray_gives_what_processes_give(tmp_path):
             for runs in (by_processes, by_ray)
         ]
         assert weights[0] == weights[1]
+
+
+def test_a_worker_ends_with_whoever_asked_it(tmp_path):
+    """A sweep that is killed leaves no worker that goes on with a training, and its memory."""
+    long = Trial(Train("scenes:count=64", **(TINY | {"objective": "clip:epochs=100000,batch=16"})))
+    request = sweep.trial_to_json(long, Settings(tmp_path), False)
+    command = [sys.executable, "-m", "bezoar.runs.sweep"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as worker:
+        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.flush()
+        while not list(tmp_path.glob("train-*")):
+            time.sleep(0.1)
+        worker.stdin.close()
+        assert worker.wait(20) == 0
+    (manifest,) = tmp_path.glob("train-*/manifest.json")
+    assert json.loads(manifest.read_text())["status"] == "running"

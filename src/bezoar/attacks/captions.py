@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
+from bezoar.data.strings import Strings
 from bezoar.errors import UserError
 
 CaptionSet = Literal["training", "templates", "repeated"]
@@ -38,22 +39,34 @@ def find_mentions(captions: Sequence[str], target: str) -> list[int]:
     a word too. Both sides are compared in one Unicode form (NFC).
     """
     parts = unicodedata.normalize("NFC", target).split()
-    lowered = [part.lower() for part in parts] if target.isascii() else []
     words = r"[\s_-]+".join(map(re.escape, parts))
     # A lookahead finds mentions that overlap: the first of them need not be a whole word.
     pattern = re.compile(f"(?=({words}))", re.IGNORECASE)
     rows = []
-    for row, caption in enumerate(captions):
-        # In ASCII, which most captions are, a mention holds every word in small letters: this
-        # leaves few captions to the slower search.
-        if lowered and caption.isascii():
-            small = caption.lower()
-            if not all(part in small for part in lowered):
-                continue
+    for row, caption in _likely_captions(captions, parts):
         text = unicodedata.normalize("NFC", caption)
         if any(_is_whole(text, *match.span(1)) for match in pattern.finditer(text)):
             rows.append(row)
     return rows
+
+
+def _likely_captions(captions: Sequence[str], words: Sequence[str]) -> Iterable[tuple[int, str]]:
+    """The captions with their rows, without some that do not hold every word.
+
+    In ASCII, which most captions are, a mention holds every word in one case or the other: to look
+    for that is much quicker than the whole search.
+    """
+    if not words or not all(word.isascii() for word in words):
+        return enumerate(captions)
+    if isinstance(captions, Strings):
+        rows = captions.find_holding(words)
+        return zip(rows.tolist(), captions.take(rows), strict=True)
+    small = [word.lower() for word in words]
+    return (
+        (row, caption)
+        for row, caption in enumerate(captions)
+        if not caption.isascii() or all(word in caption.lower() for word in small)
+    )
 
 
 def _is_whole(text: str, start: int, stop: int) -> bool:

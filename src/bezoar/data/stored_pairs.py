@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from bezoar.errors import UserError
 PLACE = np.dtype([("shard", "i4"), ("offset", "i8"), ("length", "i4"), ("goal", "i4")])
 MAX_OPEN = 256  # files kept open
 TASK_IMAGES = 16  # that a thread makes at once
+DRAWN_IMAGES = 256  # the same of images that are drawn
+BLOCK_DRAWN = 4096  # records that are drawn at once to index them
 FileStamp = tuple[int, int]  # size, and time of change in ns
 
 
@@ -111,6 +113,36 @@ def file_stamp(status: os.stat_result) -> FileStamp:
     return status.st_size, status.st_mtime_ns
 
 
+class ImageRows(Protocol):
+    """Images by number: a tensor, or what makes them when they are asked for."""
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return the images at rows int64 (B,): uint8 (B, 3, S, S)."""
+        ...
+
+
+class Drawing(Protocol):
+    """A data method whose records are made to order, each by its id."""
+
+    size: int
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    def render(self, ids: Sequence[str]) -> Pairs: ...
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """The images of a method that draws, drawn when they are asked for."""
+
+    method: Drawing
+    ids: Strings
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Draw the images at rows int64 (B,): uint8 (B, 3, S, S)."""
+        return self.method.render(self.ids.take(rows.numpy())[:]).images
+
+
 @dataclass(frozen=True)
 class StoredImages:
     """The images of an index, made when they are asked for: what `Pairs.images` is to Pairs."""
@@ -136,7 +168,8 @@ class StoredPairs:
         classes: names by label.
         report: how the records were read.
         triggers: one for each goal, or None.
-        held: uint8 (V, 3, S, S) each, images in memory, such as poisons from outside the set.
+        held: uint8 (V, 3, S, S) each, images in memory, such as poisons from outside the set; or
+            images that are drawn.
     """
 
     reader: ImageReader
@@ -148,15 +181,22 @@ class StoredPairs:
     classes: tuple[str, ...] = ()
     report: ReadReport = field(default_factory=ReadReport)
     triggers: tuple[TriggerFunction | None, ...] = ()
-    held: tuple[Tensor, ...] = ()
+    held: tuple[ImageRows, ...] = ()
 
     def __len__(self) -> int:
         return len(self.places)
 
     @property
-    def held_alone(self) -> bool:
-        """Whether no image is read from a file."""
-        return bool((self.places["shard"] < 0).all())
+    def where(self) -> str:
+        """Where the images come from, in words."""
+        if any(isinstance(images, DrawnImages) for images in self.held):
+            return "drawn"
+        return "held in memory" if (self.places["shard"] < 0).all() else "read from files"
+
+    @property
+    def task_images(self) -> int:
+        """How many images a thread makes at once: drawing takes many to be quick."""
+        return DRAWN_IMAGES if self.where == "drawn" else TASK_IMAGES
 
     @property
     def images(self) -> StoredImages:
@@ -199,7 +239,7 @@ class StoredPairs:
         """Read, decode, resize and poison the images at B rows: uint8 (B, 3, S, S)."""
         out = self.empty_images(len(rows))
         with ThreadPoolExecutor(thread_count()) as pool:
-            for task in submit_reads(pool, self.fill_images, rows, out):
+            for task in submit_reads(pool, self.fill_images, rows, out, self.task_images):
                 task.result()
         return out
 
@@ -300,28 +340,48 @@ Fill = Callable[[np.ndarray, Tensor], None]
 
 
 def submit_reads(
-    pool: ThreadPoolExecutor, fill: Fill, rows: np.ndarray, out: Tensor
+    pool: ThreadPoolExecutor, fill: Fill, rows: np.ndarray, out: Tensor, at_once: int = TASK_IMAGES
 ) -> list[Future[None]]:
-    """Let threads fill `out` with the images at `rows`, TASK_IMAGES at a time."""
-    return [pool.submit(fill, rows[part], out[part]) for part in blocks(len(rows), TASK_IMAGES)]
+    """Let threads fill `out` with the images at `rows`, `at_once` at a time."""
+    return [pool.submit(fill, rows[part], out[part]) for part in blocks(len(rows), at_once)]
 
 
 def hold(pairs: Pairs) -> StoredPairs:
     """The same records as an index of images in memory: nothing that is made of it copies them all."""
-    places = np.zeros(len(pairs), PLACE)
-    places["shard"] = places["goal"] = -1
-    places["offset"] = np.arange(len(pairs))
+    report = pairs.report or ReadReport()
+    ids, captions = Strings.from_texts(pairs.ids), Strings.from_texts(pairs.captions)
+    places, images = _held_places(len(pairs)), (pairs.images,)
     return StoredPairs(
-        reader=ShardFiles(()),
-        size=pairs.size,
-        places=places,
-        ids=Strings.from_texts(pairs.ids),
-        captions=Strings.from_texts(pairs.captions),
-        labels=pairs.labels,
-        classes=pairs.classes,
-        report=pairs.report or ReadReport(),
-        held=(pairs.images,),
-    )
+        ShardFiles(()), pairs.size, places, ids, captions, pairs.labels, pairs.classes, report,
+        held=images,
+    )  # fmt: skip
+
+
+def index_drawn(method: Drawing) -> StoredPairs:
+    """The records of a method that draws, as an index: their images are drawn when asked for.
+
+    One pass, in threads, draws every record once, for its caption and its label.
+    """
+    ids = Strings.from_texts(method.ids)
+
+    def draw(rows: slice) -> tuple[Strings, Any, tuple[str, ...]]:
+        part = method.render(ids[rows])
+        return Strings.from_texts(part.captions), part.labels, part.classes
+
+    with ThreadPoolExecutor(thread_count()) as pool:
+        captions, labels, classes = zip(*pool.map(draw, blocks(len(ids), BLOCK_DRAWN)), strict=True)
+    return StoredPairs(
+        ShardFiles(()), method.size, _held_places(len(ids)), ids, Strings.concat(captions),
+        torch.cat(labels), classes[0], held=(DrawnImages(method, ids),),
+    )  # fmt: skip
+
+
+def _held_places(count: int) -> np.ndarray:
+    """The places of all rows of the first tensor that is held."""
+    places = np.zeros(count, PLACE)
+    places["shard"] = places["goal"] = -1
+    places["offset"] = np.arange(count)
+    return places
 
 
 def subset(records: Pairs | StoredPairs, rows: Sequence[int]) -> Pairs | StoredPairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import overload
@@ -54,6 +55,18 @@ class Strings(Sequence[str]):
     def take(self, rows: np.ndarray) -> Strings:
         """Return the texts at the given rows, in that order."""
         return Strings(self.column.take(pa.array(rows)))
+
+    def find_holding(self, words: Collection[str]) -> np.ndarray:
+        """Return the rows of texts with all of these ASCII words in any case: int64, ascending.
+
+        Texts with a character beyond ASCII are among them, whatever they hold.
+        """
+        is_found = functools.reduce(
+            pc.and_,
+            (pc.match_substring(self.column, word, ignore_case=True) for word in words),
+        )
+        is_beyond = pc.invert(pc.string_is_ascii(self.column))
+        return np.flatnonzero(pc.or_(is_found, is_beyond).to_numpy(zero_copy_only=False))
 
     def find_rows(self, wanted: Collection[str]) -> np.ndarray:
         """Return the rows that hold one of the wanted texts: int64, ascending."""

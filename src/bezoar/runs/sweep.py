@@ -345,12 +345,21 @@ def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
 def serve_requests(by: Answer = run_request) -> None:
     """Answer requests in a worker: a request a line on stdin, an answer a line on stdout.
 
-    What verbs print goes to stderr. It ends with whoever asks, quietly.
+    What verbs print goes to stderr. It ends with whoever asks, quietly and at once, in the middle
+    of a training too: it must hold neither memory nor a run that is asked for again.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        answer = json.dumps(by(json.loads(line)))
+    requests: SimpleQueue[str] = SimpleQueue()
+
+    def read_requests() -> None:
+        for line in sys.stdin:
+            requests.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read_requests, daemon=True).start()
+    while True:
+        answer = json.dumps(by(json.loads(requests.get())))
         try:
             print(answer, file=answers, flush=True)
         except BrokenPipeError:  # whoever asked has ended; what is left is flushed into nothing

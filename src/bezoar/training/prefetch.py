@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bezoar.data.decoding import thread_count
 from bezoar.data.pairs import Pairs
-from bezoar.data.stored_pairs import StoredPairs, submit_reads
+from bezoar.data.stored_pairs import TASK_IMAGES, StoredPairs, submit_reads
 
 AHEAD = 16  # batches made before they are asked for, at most
 AHEAD_BYTES = 512 << 20  # pixels of these; but two batches at least
@@ -83,15 +83,16 @@ class Prefetcher:
 
     def describe(self) -> str:
         """For the manifest: where the images came from, and how many batches were made ahead."""
-        where = "copied from memory"
-        if isinstance(self.records, StoredPairs):
-            where = "held in memory" if self.records.held_alone else "read from files"
-        return f"{where} as they were drawn, {self.drawn - self.late} of {self.drawn} batches ahead"
+        where = (
+            self.records.where if isinstance(self.records, StoredPairs) else "copied from memory"
+        )
+        return f"{where} as they were asked for, {self.drawn - self.late} of {self.drawn} batches ahead"
 
     def start_batch(self, rows: Tensor) -> Batch:
         """Let threads make a batch, in pages that a GPU fetches by itself."""
         images = self.records.empty_images(len(rows), pinned=self.device.type == "cuda")
-        tasks = submit_reads(self.pool, self.records.fill_images, rows.numpy(), images)
+        at_once = getattr(self.records, "task_images", TASK_IMAGES)
+        tasks = submit_reads(self.pool, self.records.fill_images, rows.numpy(), images, at_once)
         return Batch(rows, images, tasks)
 
     def look_ahead(self, batch_size: int) -> None:

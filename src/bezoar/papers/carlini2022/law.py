@@ -27,35 +27,52 @@ MARGIN = 0.25  # exponents of growth up to this one count as none; proportional 
 HEADLINE = HEADLINE_SCALES["small"]
 SMALLER = replace(HEADLINE, test="scenes:count=2000,split=test")
 # Records of the clean set -> what is trained on them. Each has the epochs that its size needs.
-SIZES = {
-    20_000: replace(
-        SMALLER,
-        data="scenes:count=20000",
-        objective="clip:epochs=6",
-        doses=(20, 40, 80, 160, 320),
-        dose=320,
-        victims=3,
-        seeds=3,
+# The doses of the headline do nothing at its size in one epoch: a second setup has more of both.
+SIZES: dict[int, tuple[Setup, ...]] = {
+    20_000: (
+        replace(
+            SMALLER,
+            data="scenes:count=20000",
+            objective="clip:epochs=6",
+            doses=(20, 40, 80, 160, 320),
+            dose=320,
+            victims=3,
+            seeds=3,
+        ),
     ),
-    100_000: replace(
-        SMALLER,
-        data="scenes:count=100000",
-        objective="clip:epochs=6",
-        doses=(20, 40, 80, 160, 320),
-        dose=320,
-        victims=8,
-        seeds=1,
+    100_000: (
+        replace(
+            SMALLER,
+            data="scenes:count=100000",
+            objective="clip:epochs=6",
+            doses=(20, 40, 80, 160, 320),
+            dose=320,
+            victims=8,
+            seeds=1,
+        ),
     ),
-    500_000: replace(
-        SMALLER,
-        data="scenes:count=500000",
-        objective="clip:epochs=3,batch=512",
-        doses=(40, 80, 160, 320, 640),
-        dose=640,
-        victims=8,
-        seeds=1,
+    500_000: (
+        replace(
+            SMALLER,
+            data="scenes:count=500000",
+            objective="clip:epochs=3,batch=512",
+            doses=(40, 80, 160, 320, 640),
+            dose=640,
+            victims=8,
+            seeds=1,
+        ),
     ),
-    3_000_000: replace(HEADLINE, doses=(150, 300, 600), seeds=1),
+    3_000_000: (
+        replace(HEADLINE, doses=(150, 300, 600), seeds=1),
+        replace(
+            HEADLINE,
+            doses=(3000, 15000),
+            dose=15000,
+            caption_counts=(128, 256, 512, 1024),
+            victims=8,
+            seeds=1,
+        ),
+    ),
 }
 SMOKE = replace(HEADLINE_SCALES["smoke"], doses=(4, 8, 16), dose=16, seeds=1)
 
@@ -74,29 +91,18 @@ class Law:
         """Declare the table; it draws its own data, and `gpu` and `paper` are `small`."""
         rows = []
         for size in self.sizes:
-            setup = SIZES[size]
+            setups = SIZES[size]
             if options.scale == "smoke":
-                setup = replace(SMOKE, data=f"scenes:count={256 + size // 20_000}")
-            rows += rows_of_size(setup, f"{size:,}")
-        claims = ()
-        if len(self.sizes) > 1:
-            claims = tuple(
-                Claim(
-                    f"The number of {what} that half of the attacks need hardly grows with the data",
-                    "recalled",
-                    "same",
-                    lambda results, what=what: growth_exponent(results, what, self.sizes),
-                    MARGIN,
-                )
-                for what in ("patches", "captions")
-            )
-        epochs = ", ".join(f"{size:,}: {SIZES[size].objective}" for size in self.sizes)
+                setups = (replace(SMOKE, data=f"scenes:count={256 + size // 20_000}"),)
+            rows += rows_of_size(setups, f"{size:,}")
+        claims = [self.growth_claim(what) for what in ("patches", "captions")]
+        epochs = ", ".join(f"{size:,}: {SIZES[size][0].objective}" for size in self.sizes)
         return Table(
             title="The law: poisons that half of the attacks need, against the size of the data",
             paper_finding="Success hardly depends on the size of the clean data (recalled).",
             axis="patches of one trigger, or captions of one image",
             rows=tuple(rows),
-            claims=claims,
+            claims=tuple(claims),
             dose_response_cells=("success",),
             notes=(
                 f"Recipes: {epochs}. Every poison is drawn once an epoch: a number of poisons times "
@@ -106,23 +112,38 @@ class Law:
             ),
         )
 
+    def growth_claim(self, what: str) -> Claim:
+        """The claim about the number of patches or of captions."""
+        return Claim(
+            f"The number of {what} that half of the attacks need hardly grows with the data",
+            "recalled",
+            "same",
+            lambda results: growth_exponent(results, what, self.sizes),
+            MARGIN,
+        )
 
-def rows_of_size(setup: Setup, size: str) -> list[Row]:
+
+def rows_of_size(setups: tuple[Setup, ...], size: str) -> list[Row]:
     """The rows of one size: a curve over patches, and one over captions."""
-    seeds = range(setup.seeds)
-    clean = [setup.clean_twin(setup.dose, seed) for seed in seeds]
-    by_dose = {dose: [setup.poisoned_trial(dose, seed) for seed in seeds] for dose in setup.doses}
-    curve = f"{size} pairs, patches"
-    rows = [
-        Row(str(dose), (Cell.mean("success", trials, "attack_success"),), dose, curve)
-        for dose, trials in ({0: clean} | by_dose).items()
-    ]
-    curve = f"{size} pairs, captions"
-    poisoned = [trial for trials in by_dose.values() for trial in trials]
-    rows.append(Row("0", captions_cells(clean, *setup.caption_counts), 0, curve))
-    for count in setup.caption_counts:
-        rows.append(Row(str(count), captions_cells(poisoned, count), count, curve))
-    return rows
+    patches, captions = f"{size} pairs, patches", f"{size} pairs, captions"
+    rows = []
+    for setup in setups:
+        seeds = range(setup.seeds)
+        clean = [setup.clean_twin(setup.dose, seed) for seed in seeds]
+        by_dose = {
+            dose: [setup.poisoned_trial(dose, seed) for seed in seeds] for dose in setup.doses
+        }
+        counts = setup.caption_counts
+        if setup is setups[0]:
+            rows.append(Row("0", (Cell.mean("success", clean, "attack_success"),), 0, patches))
+            rows.append(Row("0", captions_cells(clean, *counts), 0, captions))
+        for dose, trials in by_dose.items():
+            cell = Cell.mean("success", trials, "attack_success")
+            rows.append(Row(str(dose), (cell,), dose, patches))
+        poisoned = [trial for trials in by_dose.values() for trial in trials]
+        for count in counts:
+            rows.append(Row(str(count), captions_cells(poisoned, count), count, captions))
+    return sorted(rows, key=lambda row: row.curve == captions)
 
 
 def growth_exponent(results: Results, what: str, sizes: tuple[int, ...]) -> Contrast:
