@@ -329,6 +329,13 @@ def test_an_inversion_starts_where_its_number_says():
         trigger_search.initial_parameters(1, 8, 8, 0, centred=True)
     )[0][0, 0]
     assert torch.equal(mask > 0.5, F.pad(torch.ones(4, 4, dtype=torch.bool), (2, 2, 2, 2)))
+    starts = [trigger_search.initial_parameters(n, 16, 8, 0, window=0.25) for n in (20, 3)]
+    assert torch.equal(starts[0][:3], starts[1])
+    windows = trigger_search.mask_and_pattern(starts[0])[0][:, 0] > 0.5  # (20, 16, 8)
+    assert windows.sum((1, 2)).tolist() == [4 * 2] * 20, (
+        "a quarter of the rows, a quarter of the columns"
+    )
+    assert windows.any(2).sum(1).tolist() == [4] * 20 and windows.any(0).float().mean() > 0.5
 
 
 def test_networks_that_nothing_can_be_folded_of():
