@@ -172,7 +172,8 @@ class Cleanse:
             verdict.evidence["concentration"] = exact_measure(
                 0.0, len(clean), "not counted: the searches started from windows"
             )
-            verdict.evidence |= {} if pull is None else {"patch_pull": pull}
+            if pull is not None:
+                verdict.evidence["patch_pull"] = pull
         return verdict
 
     def choose_classes(
