@@ -155,7 +155,8 @@ def test_a_cell_is_a_block_of_pixels(encoder):
         assert torch.allclose(coarse[0], blocks, rtol=1e-8, atol=1e-12)
         assert torch.equal(coarse[1], fine[1]) and torch.allclose(16 * coarse[2], fine[2])
         recipe = InversionRecipe(20, 5, weight=0.01, goal=0.1, cells=8, starts=2)
-        found = trigger_inversion.invert_triggers(tower, clean, towards, torch.arange(2), recipe, 0)
+        aims = trigger_inversion.embed_clean(tower, clean.images).argmax(1).unique()
+        found = trigger_inversion.invert_triggers(tower, clean, towards, aims, recipe, 0)
     assert found.masks.shape[2:] == found.patterns.shape[2:] == (32, 32)
     assert torch.equal(found.masks[:, :, ::4, ::4], found.masks[:, :, 3::4, 3::4])
     assert torch.allclose(found.norms, found.masks.sum((1, 2, 3)))
@@ -329,6 +330,13 @@ def test_an_inversion_starts_where_its_number_says():
         trigger_search.initial_parameters(1, 8, 8, 0, centred=True)
     )[0][0, 0]
     assert torch.equal(mask > 0.5, F.pad(torch.ones(4, 4, dtype=torch.bool), (2, 2, 2, 2)))
+    starts = [trigger_search.initial_parameters(n, 16, 8, 0, window=0.25) for n in (20, 3)]
+    assert torch.equal(starts[0][:3], starts[1])
+    windows = trigger_search.mask_and_pattern(starts[0])[0][:, 0] > 0.5  # (20, 16, 8)
+    assert windows.sum((1, 2)).tolist() == [4 * 2] * 20, (
+        "a quarter of the rows, a quarter of the columns"
+    )
+    assert windows.any(2).sum(1).tolist() == [4] * 20 and windows.any(0).float().mean() > 0.5
 
 
 def test_networks_that_nothing_can_be_folded_of():

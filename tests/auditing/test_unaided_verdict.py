@@ -10,6 +10,7 @@ from auditing.toys import (
     PATCH_SIDE,
     SIDE,
     TARGET,
+    class_directions,
     planted_patch,
     toy_classifier,
     toy_encoder,
@@ -71,10 +72,16 @@ def test_the_record_of_test_encoders(monkeypatch):
         unaided_verdict, "TESTED_ATTACKED", dict(zip(names, (5, 2, 2, 1), strict=True))
     )
     record = unaided_verdict.describe_record
-    assert "10 clean encoders that set nothing 0" in record("strong evidence")
-    assert "10 attacked ones 5" in record("strong evidence")
-    assert "nothing 1 got as much, of 10 attacked ones 7" in record("some evidence")
-    assert "Of 10 attacked encoders that set nothing 3 were not found" in record("none found")
+    # 1 - .025^(1/10) = .308; the others out of tables of Clopper and Pearson's interval
+    assert "10 clean encoders that set nothing 0 (0 to 31 %)" in record("strong evidence")
+    assert "10 attacked ones 5 (19 to 81 %)" in record("strong evidence")
+    assert "nothing 1 (0 to 45 %) got as much, of 10 attacked ones 7 (35 to 93 %)" in record(
+        "some evidence"
+    )
+    assert "Of 10 attacked encoders that set nothing 3 (7 to 65 %) were not found" in record(
+        "none found"
+    )
+    assert unaided_verdict.share_text(10, 10) == "10 (69 to 100 %)"
     for name in ("TESTED_CLEAN", "TESTED_ATTACKED"):
         monkeypatch.setattr(unaided_verdict, name, dict.fromkeys(names, 0))
     assert "not measured" in record("none found") and "not measured" in record("some evidence")
@@ -158,9 +165,9 @@ def test_the_cost_counts_every_image():
     steps = 30 * (4 * (24 + 12) + 2 * (48 + 12) + 96 + 12)
     assert cleanse.recipe().image_passes() == steps
     assert cleanse.image_passes(100, 10, 32) == 10 * (steps + 200)
-    # 1000 classes of 224 px: a sweep by 8 searches, and 10 classes by 2 searches each, on 64 images
-    sweep = 16 * (8 + 4 + 2) * 12 + 8 * 64
-    few = 10 * (20 * 2 * (12 + 3) + 20 * (24 + 3) + 2 * 64)
+    # 1000 classes of 224 px: 24 patches and 8 searches on 16 images, then 10 classes by 2 searches each on 64
+    sweep = 16 * 8 * 12 + 16 * (16 + 1 + 24)
+    few = 10 * (50 * 2 * (12 + 3) + 50 * (24 + 3) + 2 * 64)
     assert cleanse.image_passes(512, 1000, 224) == sweep + few
     assert cleanse.image_passes(512, 10, 224) == few, "no sweep where all classes are searched for"
     decree = registry.make("audit", "decree")
@@ -170,20 +177,53 @@ def test_the_cost_counts_every_image():
     assert seconds > 0 and unaided_verdict.SOME < unaided_verdict.STRONG
 
 
-def test_a_cheap_search_finds_the_planted_class_and_says_what_it_left_out():
-    """Four of twelve classes: those that a search free to choose leads to are among them."""
-    audit = registry.make("audit", "cleanse:most=1,few=4")
+def test_a_cheap_search_finds_the_planted_class():
+    """By fewer steps, from windows; where a mask lies says nothing then."""
     encoder = toy_encoder(planted=True)
+    audit = registry.make("audit", "cleanse:most=1,few=12")
     verdict = audit(encoder, toy_images(80), 3, classifier=toy_classifier(encoder))
-    assert verdict.notes["target"] == NAMES[TARGET]
-    assert len(verdict.notes["targets"]) == 4
-    assert "4 of 12 classes were searched for" in verdict.notes["searched"]
-    assert NAMES[TARGET] in verdict.notes["searched"]
+    assert len(verdict.notes["targets"]) == 12 and verdict.notes["target"] == NAMES[TARGET]
+    assert "12 of 12 classes were searched for" in verdict.notes["searched"]
     assert verdict.notes["searched"] in verdict.notes["limits"]
     assert verdict.evidence["log_ratio"].n == 64
-    every = registry.make("audit", "cleanse:most=1,few=12")
-    whole = every(encoder, toy_images(80), 3, classifier=toy_classifier(encoder))
-    assert len(whole.notes["targets"]) == 12 and whole.notes["target"] == NAMES[TARGET]
+    assert verdict.evidence["concentration"].value == 0
+
+
+def test_a_few_of_many_classes_are_searched_for():
+    encoder = toy_encoder()
+    audit = registry.make("audit", "cleanse:most=1,few=4")
+    verdict = audit(encoder, toy_images(48), 3, classifier=toy_classifier(encoder))
+    assert len({t["target"] for t in verdict.notes["targets"]}) == 4
+    led_to = verdict.notes["searched"].partition("fits: ")[2].partition(", which")[0].split(", ")
+    assert 1 <= len(led_to) <= 6 and set(led_to) <= set(NAMES)
+    few, every = (
+        norm_outliers.outlier_p_value(
+            torch.tensor([t["norm"] for t in verdict.notes["targets"]], dtype=torch.float64).log(),
+            n,
+        )
+        for n in (4, 12)
+    )
+    assert every == pytest.approx(min(1.0, 3 * few)) and verdict.evidence["outlier_p"].value <= 1
+
+
+def test_a_patch_that_draws_images_to_a_class_makes_it_a_suspect():
+    """An encoder that reads any bright corner as one class: random patches lead to that class."""
+    encoder = toy_encoder()
+    tower = encoder.image
+
+    class Bright(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            lit = (x > 1.5).float().mean((1, 2, 3)) > 0.02
+            return torch.where(lit[:, None], 9 * head_direction, tower(x))
+
+    head_direction = class_directions()[5]
+    encoder.image = Bright()
+    encoder.image.tower = tower
+    audit = registry.make("audit", "cleanse:most=1,few=4")
+    verdict = audit(encoder, toy_images(48), 3, classifier=toy_classifier(encoder))
+    assert NAMES[5] in verdict.notes["searched"]
+    pull = verdict.evidence["patch_pull"]
+    assert pull.value > 0.2 and pull.n == 16 * 24 and repr(NAMES[5]) in pull.how
 
 
 def test_a_class_chosen_from_more_is_less_of_an_outlier():

@@ -103,6 +103,8 @@ def test_a_vision_transformer_of_timm_is_told_by_its_shapes(tmp_path):
     assert encoder.preprocess.size == 32
     assert torch.allclose(logits(encoder, images), net(normalised(encoder, images)), atol=1e-4)
     assert "2 attention heads" in encoder.about["imported"]["assumed"]
+    with pytest.raises(UserError, match="takes no images of 64 px"):
+        load(tmp_path / "checkpoint.pth", ",size=64")
     (tmp_path / "saved").mkdir()
     encoder.save(tmp_path / "saved")
     again = load(tmp_path / "saved")  # a folder of bezoar's own
@@ -145,6 +147,8 @@ def test_efficientnets_by_lukemelas_names(name, tmp_path):
     with torch.no_grad():
         expected = net(normalised(encoder, images))
     assert torch.allclose(logits(encoder, images), expected, atol=1e-4)
+    smaller = load(tmp_path / "efficientnet.pth", ",mean_std=half,size=64")
+    assert smaller.preprocess.size == 64 and smaller.about["imported"]["assumed"] == []
     model, weights = timm_models.rename_lukemelas(lukemelas_names(net), "")
     assert model == name and set(weights) == set(net.state_dict())
 

@@ -275,7 +275,8 @@ def invert_triggers(
     """
     height, width = clean.images.shape[2:]
     count = len(aims) * recipe.starts
-    u = initial_parameters(count, *recipe.grid_size(height, width), seed, recipe.centred)
+    grid = recipe.grid_size(height, width)
+    u = initial_parameters(count, *grid, seed, recipe.centred, recipe.window)
     search = TriggerSearch(u.to(tower.device, tower.dtype), recipe, aims)
     confirming = draw_batch(clean, recipe.confirm, seed, -1, search.u) if recipe.confirm else None
     halving_steps = recipe.halving_steps()

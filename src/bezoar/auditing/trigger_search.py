@@ -23,6 +23,7 @@ ADAM_EPSILON = 1e-8
 CHECK_EVERY = 5  # steps between checks for ended searches, which make the host wait for the device
 TOLERANCE = 0.05  # what success may be less on all images than on those it was confirmed on
 GRADIENT_PASSES = 3  # passes that cost what one forward and one backward do
+INSIDE, OUTSIDE = 0.95, 0.02  # of a mask that starts from a window
 PROGRESS_SHARE = 0.99  # a mask of more than this share of the best one's norm is no progress
 
 
@@ -52,6 +53,7 @@ class InversionRecipe:
         confirm: clean images, the same at every step, that a trigger must succeed on too before it
             counts; 0: it counts by the images of its step alone, and of many steps the luckiest
             wins.
+        window: start from a square of this share of the sides, at a place that is drawn; 0: from noise.
         cells: of masks and patterns a side, at most, each of several pixels of a larger image; 0: one
             a pixel. While the search lasts, norms and weights are of cells.
     """
@@ -73,6 +75,7 @@ class InversionRecipe:
     centred: bool = False
     growing: bool = False
     confirm: int = 0
+    window: float = 0.0
     cells: int = 0
 
     def __post_init__(self) -> None:
@@ -126,7 +129,7 @@ class InversionRecipe:
 
 
 def initial_parameters(
-    count: int, height: int, width: int, seed: int, centred: bool = False
+    count: int, height: int, width: int, seed: int, centred: bool = False, window: float = 0.0
 ) -> Tensor:
     """Draw free numbers (count, 4, H, W), mask first, that make uniform masks and patterns.
 
@@ -138,6 +141,18 @@ def initial_parameters(
     if centred:
         u[:, 0] = 0.01
         u[:, 0, height // 4 : height - height // 4, width // 4 : width - width // 4] = 0.99
+    if window:
+        u[:, 0] = OUTSIDE
+        rows, columns = max(1, round(window * height)), max(1, round(window * width))
+        for i in range(count):
+            place = torch.rand(2, generator=generator(seed, 14, i))
+            top, left = (
+                int(share * (side - length + 1))
+                for share, side, length in zip(
+                    place.tolist(), (height, width), (rows, columns), strict=True
+                )
+            )
+            u[i, 0, top : top + rows, left : left + columns] = INSIDE
     return torch.atanh((2 * u - 1) * (1 - 1e-4))
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from scipy.stats import beta
+
 Grade = Literal["strong evidence", "some evidence", "none found", "could not tell"]
 STRONG, SOME = 1.2, 0.8  # least statistic of each grade
 SURE_P = 0.01  # a p-value that takes nothing off the ratio
@@ -20,9 +22,9 @@ SPREAD = (
     0.6,
     0.9,
 )  # concentrations of a mask that say nothing, and that take nothing off the ratio
-# The words that the test encoders of `papers/matrix/strangers` got; zeros: none was scored yet.
-TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
-TESTED_ATTACKED = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
+# The words that the test encoders of `papers/matrix/strangers` got.
+TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 8, "could not tell": 0}
+TESTED_ATTACKED = {"strong evidence": 6, "some evidence": 1, "none found": 1, "could not tell": 0}
 LEAST_SHARE = 0.5  # of the targets that a trigger must have reached for any verdict
 
 
@@ -94,13 +96,22 @@ def describe_record(grade: Grade) -> str:
         return "How often this errs was not measured on encoders that set nothing."
     if grade == "none found":
         count = sum(TESTED_ATTACKED[g] for g in ("none found", "could not tell"))
-        return f"Of {sum(TESTED_ATTACKED.values())} attacked encoders that set nothing {count} were not found."
+        n = sum(TESTED_ATTACKED.values())
+        return f"Of {n} attacked encoders that set nothing {share_text(count, n)} were not found."
     grades = ("strong evidence", "some evidence")[: 1 if grade == "strong evidence" else 2]
     clean, attacked = (sum(t[g] for g in grades) for t in (TESTED_CLEAN, TESTED_ATTACKED))
+    all_clean, all_attacked = sum(TESTED_CLEAN.values()), sum(TESTED_ATTACKED.values())
     return (
-        f"Of {sum(TESTED_CLEAN.values())} clean encoders that set nothing {clean} got as much, of "
-        f"{sum(TESTED_ATTACKED.values())} attacked ones {attacked}."
+        f"Of {all_clean} clean encoders that set nothing {share_text(clean, all_clean)} got as much, of "
+        f"{all_attacked} attacked ones {share_text(attacked, all_attacked)}."
     )
+
+
+def share_text(count: int, n: int) -> str:
+    """A count of n with the exact 95 % interval of its share (Clopper and Pearson 1934)."""
+    low = float(beta.ppf(0.025, count, n - count + 1)) if count else 0.0
+    high = float(beta.ppf(0.975, count + 1, n - count)) if count < n else 1.0
+    return f"{count} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def outlier_statistic(ratio: float, p: float, concentration: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bezoar.auditing import norm_outliers, trigger_inversion
+from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.norm_outliers import OutlierStatistic
+from bezoar.auditing.random_probes import PATCH_KINDS, apply_probe
 from bezoar.auditing.trigger_inversion import ImageTower, InvertedTriggers, TriggerObjective
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
@@ -19,6 +22,7 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.classifiers import Classifier
 from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
@@ -27,21 +31,19 @@ SIDE = 32  # pixels of the images that `most` counts
 # What a search that would cost too much is changed to; and the sweep before it.
 QUICK: dict[str, Any] = {
     "starts": 2,
-    "steps": 40,
+    "steps": 100,
     "batch": 4,
     "halvings": 1,
     "confirm": 16,
+    "lr": (0.2,),
+    "window": 0.25,
     "cells": 32,
 }
-SWEEP: dict[str, Any] = {
-    **QUICK,
-    "starts": 8,
-    "steps": 48,
-    "halvings": 2,
-    "confirm": 0,
-    "growing": False,
-}
-QUICK_IMAGES = 64  # clean images that it uses
+SWEEP: dict[str, Any] = {**QUICK, "starts": 8, "steps": 16, "halvings": 0, "confirm": 0}
+PROBES = 8  # random patches of each kind that precede it
+QUICK_IMAGES = 64  # clean images that it uses, and the sweep
+SWEEP_IMAGES = 16
+SUSPECTS = 3  # classes that are taken from the random patches, and from the sweep
 
 
 @method
@@ -59,8 +61,9 @@ class Cleanse:
     (`unreached`).
 
     Where that would cost more than `most`, few classes are searched for, by fewer steps and with masks
-    of 32 cells a side: those that a few searches lead to which may each choose their class (`reach_any`), and
-    others that are drawn. The p-value is that of one class chosen from all of them.
+    of 32 cells a side that start from a window: those that random patches lead to, those that searches lead to which
+    may each choose their class (`reach_any`), and others that are drawn. The p-value is that of one class
+    chosen from all of them; where a mask lies says nothing then.
 
     The paper's value is the anomaly index, |L1 - median| / (1.4826 MAD) of a class below the
     median, flagged above 2 (`score=anomaly_index`; it is always in the evidence). It cannot exceed
@@ -106,17 +109,18 @@ class Cleanse:
 
     def recipe(self, changes: Mapping[str, Any] = MappingProxyType({})) -> InversionRecipe:
         """The search for the classes' triggers. Raises ValueError for fields out of range."""
-        return InversionRecipe.from_fields(self, lr=(self.lr,), **changes)
+        return InversionRecipe.from_fields(self, **({"lr": (self.lr,)} | dict(changes)))
 
     def image_passes(self, images: int, classes: int, side: int = SIDE) -> int:
-        """Images that go through the encoder, at most but for classes that are searched for again."""
+        """Images that go through the encoder, at most but for classes that are searched for again in full."""
         if self.searches_all(classes, side):
             return classes * (self.recipe().image_passes() + 2 * images)
         images = min(images, QUICK_IMAGES)
         quick, sweep = self.recipe(QUICK), self.recipe(SWEEP)
         count = min(self.few, classes)
-        swept = (sweep.image_passes() + sweep.starts * images) if count < classes else 0
-        return swept + count * (quick.image_passes() + 2 * images)
+        patches = 1 + PROBES * len(PATCH_KINDS)
+        swept = sweep.image_passes() + SWEEP_IMAGES * (2 * sweep.starts + patches)
+        return swept * (count < classes) + count * (quick.image_passes() + 2 * images)
 
     def searches_all(self, classes: int, side: int) -> bool:
         """Whether all classes of an encoder of `side` pixels are searched for in full."""
@@ -145,11 +149,12 @@ class Cleanse:
         classes = torch.arange(len(names))
         notes: dict[str, Any] = {"head": classifier.how, "unaided": self.unaided}
         recipe = self.recipe()
+        pull = None
         with trigger_inversion.freeze_tower(encoder, classifier.raw) as tower:
             if not self.searches_all(len(names), encoder.preprocess.size):
                 recipe = self.recipe(QUICK)
                 clean = clean.take(range(min(len(clean), QUICK_IMAGES)))
-                classes, led_to = self.choose_classes(tower, clean, classifier, seed, report)
+                classes, led_to, pull = self.choose_classes(tower, clean, classifier, seed, report)
                 notes["searched"] = describe_choice(led_to, classes, names)
             triggers = self.invert(tower, clean, objective, classes, recipe, seed, report)
         verdict = norm_outliers.outlier_verdict(
@@ -160,9 +165,15 @@ class Cleanse:
             clean,
             notes,
             excluding=True,
-            among=len(names),
+            among=len(names) if len(classes) < len(names) else 0,
         )
-        verdict.notes["limits"] += [notes["searched"]] if "searched" in notes else []
+        if "searched" in notes:
+            verdict.notes["limits"].append(notes["searched"])
+            verdict.evidence["concentration"] = exact_measure(
+                0.0, len(clean), "not counted: the searches started from windows"
+            )
+            if pull is not None:
+                verdict.evidence["patch_pull"] = pull
         return verdict
 
     def choose_classes(
@@ -172,24 +183,46 @@ class Cleanse:
         classifier: Classifier,
         seed: int,
         report: ProgressReport,
-    ) -> tuple[Tensor, list[int]]:
-        """The classes that are searched for, int64 (few,) in order, and those that the sweep led to."""
+    ) -> tuple[Tensor, list[int], Measure | None]:
+        """The classes that are searched for, int64 (few,) in order; those that were led to; and how many
+        images random patches lead to the foremost of them."""
         count = len(classifier.classes)
         if count <= self.few:
-            return torch.arange(count), []
+            return torch.arange(count), [], None
+        images = clean.images[:SWEEP_IMAGES]
+        expected = count_readings(tower, classifier, images)  # (C,)
+        counts = [
+            count_readings(tower, classifier, apply_probe(images, kind, number, seed)) - expected
+            for kind in PATCH_KINDS
+            for number in range(PROBES)
+        ]
+        patched = torch.stack(counts).sum(0)  # (C,)
         found = trigger_inversion.invert_triggers(
             tower,
-            clean,
+            clean.take(range(len(images))),
             reach_any(classifier),
             torch.zeros(1, dtype=torch.long),
             self.recipe(SWEEP),
             seed,
             report,
         )
-        led_to = [read_as(tower, classifier, found, row, clean) for row in range(len(found.aims))]
+        counts = [
+            count_readings(tower, classifier, inversion(images)) - expected
+            for inversion in found.inversions([""] * len(found.aims))
+        ]
+        stamped = torch.stack(counts).sum(0)
+        suspects = [n.topk(SUSPECTS).indices.tolist() for n in (patched, stamped)]
+        led_to = list(dict.fromkeys(itertools.chain(*suspects)))
         drawn = torch.randperm(count, generator=generator(seed, 13)).tolist()
         chosen = list(dict.fromkeys([*led_to, *drawn]))[: self.few]
-        return torch.tensor(sorted(chosen)), sorted(set(led_to))
+        foremost = led_to[0]
+        pull = proportion(
+            max(0, int(patched[foremost])),
+            len(images) * PROBES * len(PATCH_KINDS),
+            f"clean images that random patches turn into {classifier.classes[foremost]!r}, less those that they take "
+            "from it",
+        )
+        return torch.tensor(sorted(chosen)), led_to, pull
 
     def invert(
         self,
@@ -205,7 +238,8 @@ class Cleanse:
         searched = clean.take(range(len(clean) - len(clean) // HELD_OUT))
         best: InvertedTriggers | None = None
         aims = classes
-        for round_ in range(1 + self.again):
+        rounds = 1 + self.again if recipe == self.recipe() else 1
+        for round_ in range(rounds):
             triggers = trigger_inversion.invert_triggers(
                 tower, searched, objective, aims, recipe, seed + round_ * 7919, report
             ).best_of_aims()
@@ -227,18 +261,14 @@ def describe_choice(led_to: Sequence[int], classes: Tensor, names: Sequence[str]
     if not led_to:
         return text
     found = ", ".join(names[c] for c in led_to)
-    return f"{text}: {found}, which a search free to choose its class led to, and others that were drawn"
+    return f"{text}: {found}, which random patches or a search free to choose its class led to, and others that were drawn"
 
 
 @torch.no_grad()
-def read_as(
-    tower: ImageTower, classifier: Classifier, found: InvertedTriggers, row: int, clean: Pairs
-) -> int:
-    """The class that a trigger turns most clean images into."""
-    mask, pattern = found.masks[row], found.patterns[row]
-    parts = (clean.images[part].to(mask) / 255 for part in tower.slices(len(clean)))
-    z = torch.cat([tower((1 - mask) * x + mask * pattern) for x in parts])  # (N, D)
-    return int(classifier.head(z).argmax(1).mode().values)
+def count_readings(tower: ImageTower, classifier: Classifier, images: Tensor) -> Tensor:
+    """How many images uint8 (N, 3, H, W) the classifier reads as each class, int64 (C,)."""
+    z = trigger_inversion.embed_clean(tower, images)  # (N, D)
+    return classifier.head(z).argmax(1).bincount(minlength=len(classifier.classes))
 
 
 def reach_any(classifier: Classifier) -> TriggerObjective:

@@ -106,10 +106,19 @@ class Weights(Network):
             problem = error
         encoder = self._open_others(path, tensors)
         if encoder is not None:
-            return encoder
+            return self._take_size(encoder)
         if problem is not None:
             raise problem
         raise UserError(self._describe_unknown(tensors))
+
+    def _take_size(self, encoder: Encoder) -> Encoder:
+        """The encoder for images of `size` pixels, where one is stated."""
+        if self.size:
+            imported = encoder.about["imported"]
+            small_towers.check_input_size(encoder.image, self.size, imported["what"])
+            encoder.set_preprocess(dataclasses.replace(encoder.preprocess, size=self.size))
+            imported["assumed"] = [a for a in imported["assumed"] if not a.startswith("size=")]
+        return encoder
 
     def _open_others(self, path: Path, tensors: dict[str, Tensor]) -> Encoder | None:
         """timm's and torchvision's models, and EfficientNets by other names; None for none of them."""
@@ -150,9 +159,6 @@ class Weights(Network):
         )
         if self.mean_std != "auto":
             encoder.set_preprocess(normalisation.with_mean_std(preprocess, self.mean_std))
-        if self.size:
-            small_towers.check_input_size(encoder.image, self.size, what)
-            encoder.set_preprocess(dataclasses.replace(encoder.preprocess, size=self.size))
         if arguments:
             assumed.append(f"{timm_models.parse_arguments(arguments)['num_heads']} attention heads")
         encoder.about["imported"] = {
@@ -160,7 +166,7 @@ class Weights(Network):
             "layout": "timm",
             "what": what,
             "left_out": left_out,
-            "assumed": assumed if self.size else [*assumed, f"size={preprocess.size}"],
+            "assumed": [*assumed, f"size={preprocess.size}"],
         }
         return encoder
 
