@@ -63,6 +63,7 @@ def test_braces_and_quotes_do_not_split():
         ("trigger", "pach:size=3", "there are: augment"),
         ("trigger", "patch:sise=3", "it has: size"),
         ("trigger", "patch:size=three", "size must be int"),
+        ("trigger", "patch:seed=9223372036854775808", "seed must be int"),
         ("poison", "backdoor:captions=all", "one of training, templates, repeated"),
         ("objective", "clip:epochs=0", "epochs >= 1"),
         ("data", "shards", "needs path"),

@@ -46,6 +46,7 @@ KINDS = {  # kind of method -> the folder of its package
 }
 PACKAGE = Path(__file__).parent
 MAX_SPEC, MAX_DEPTH = 1 << 17, 32  # characters of a spec, and brackets within one another
+LARGEST_INT = (1 << 63) - 1  # of a field
 OPENING, CLOSING = "([{", ")]}"
 
 
@@ -249,6 +250,8 @@ def convert_text(text: str, hint: Any, where: str) -> Any:
     try:
         value = hint(text)
         if value != value:  # NaN, which no comparison with a bound refuses
+            raise ValueError
+        if hint is int and abs(value) > LARGEST_INT:  # no tensor and no draw takes it
             raise ValueError
         return value
     except (TypeError, ValueError):

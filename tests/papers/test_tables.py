@@ -1,6 +1,7 @@
 """Papers: every table at every scale, its claims on invented runs, and one whole table at scale smoke."""
 
 import json
+import math
 
 import pytest
 
@@ -175,6 +176,8 @@ def test_share_of_clean_encoders_above_the_other_half():
 
 
 def test_dose_of_own_data(tmp_path):
+    table = tmp_path / "domains.csv"
+    table.write_text("domain,records\n" + "".join(f"d{i}.com,2\n" for i in range(50)))
     verb = Dose(
         "scenes:count=256",
         "targeted:victims=3",
@@ -184,8 +187,15 @@ def test_dose_of_own_data(tmp_path):
         network="clip_small:width=4,dim=8",
         objective="clip:epochs=1,batch=64",
         test="scenes:count=80,split=test",
+        domains=str(table),
     )
     run = execute(verb, Settings(tmp_path, quiet=True))
+    half, share, cost = (
+        run.metric(f"{name}_50_percent") for name in ("dose_for", "domain_share_for", "cost_for")
+    )
+    expected = math.ceil(half.value / 2) if half.value <= 100 else math.inf
+    assert share.value == expected / 50 and cost.value == 10 * expected
+    assert "domains" in (run.path / "report.html").read_text()
     metrics = set(run.manifest["metrics"])
     assert {"success@0", "success@1", "success@4", "dose_for_50_percent"} <= metrics
     assert run.metric("success@4").n == 6 and "50 % success" in run.manifest["notes"]["law"]

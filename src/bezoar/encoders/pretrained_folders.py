@@ -84,8 +84,9 @@ class PretrainedFolder:
 
     def _shards(self) -> list[Path]:
         """The files that the index names, none of them outside the folder."""
-        names = set(_read_json(self.path / INDEX).object("weight_map").values())
-        if len(names) > MAX_SHARDS or not all(_is_file_name(name) for name in names):
+        named = _read_json(self.path / INDEX).object("weight_map").values()
+        names = {name for name in named if isinstance(name, str)}
+        if len(names) > MAX_SHARDS or not all(map(_is_file_name, named)):
             raise UserError(
                 f"{self.path / INDEX}: expected the names of at most {MAX_SHARDS} files"
             )

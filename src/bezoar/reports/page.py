@@ -62,9 +62,13 @@ def summarize_run(run: Run) -> Summary:
 
 
 def summarize_page(run: Run, page: Page) -> Summary:
-    """Return what a page says in up to three sentences, with its first figures and the run's main files."""
+    """Return what a page says in up to three sentences, with its first figures and the run's main files.
+
+    Seconds are left out: equal runs have equal summaries.
+    """
     measures = metric_names.read_measures(run)
-    shown = [name for name in page.cards or measures if name in measures]
+    names_shown = [name for name in page.cards or measures if name in measures]
+    shown = [name for name in names_shown if not name.endswith("seconds")]
     verb_class = find_verb(run.verb)
     names = getattr(verb_class, "main_files", ()) or run.manifest.get("outputs", {})
     return Summary(
