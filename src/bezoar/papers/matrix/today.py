@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from bezoar.papers import SCENE_CLASSES, dataset_spec
-from bezoar.papers.badencoder2022 import published_file
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Row, Table, TableOptions
 from bezoar.runs.verb import Trial
@@ -45,7 +44,6 @@ class Setup:
     tower: str
     simclr: str
     target: str  # class of towers' attacks
-    reference: str  # file of an image of it; "" where there is none
     own_images: int  # poisons of SSL-Backdoor and CTRL: images of the target itself
     composites: int  # poisons of Noisy Alignment and CorruptEncoder
     badencoder: str
@@ -68,7 +66,6 @@ SMALL = Setup(
     tower="tower:width=16",
     simclr="simclr:epochs=10,crop=.2",
     target="truck",
-    reference="",
     own_images=300,
     composites=300,
     badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
@@ -110,7 +107,6 @@ SMOKE = replace(
 
 def get_setup(options: TableOptions) -> Setup:
     """The setup of a scale, with CIFAR-10 out of the user's folder where it is not `smoke`."""
-    reference = published_file(options.root, "reference/cifar10", "truck")
     if options.scale == "smoke":
         return SMOKE
     limits = {} if options.scale == "paper" else {"limit": 6000}
@@ -118,7 +114,6 @@ def get_setup(options: TableOptions) -> Setup:
         SMALL,
         images=dataset_spec(options.root, "cifar10", "train", **limits),
         held_out=dataset_spec(options.root, "cifar10", "test", limit=2000),
-        reference=reference,
     )
 
 
@@ -134,17 +129,15 @@ def train_clip(setup: Setup, data: Poison | str, objective: str = "clip") -> Tra
 
 
 def poison_images(setup: Setup) -> dict[str, Poison]:
-    """The attacks on images alone, by name; those that need a reference's file where there is one."""
+    """The attacks on images alone, by name."""
     own = f"clean_label:count={setup.own_images}"
     attacks = {
         "SSL-Backdoor": Poison(setup.images, own, PATCH, setup.target),
         "CTRL": Poison(setup.images, own, "spectrum:magnitude=100", setup.target),
     }
-    if setup.reference:
-        composite = f"composite:count={setup.composites}"
-        for name, sides in (("Noisy Alignment", "any"), ("CorruptEncoder", "horizontal")):
-            layout = f"composite:reference={setup.reference},sides={sides},trigger=({PATCH})"
-            attacks[name] = Poison(setup.images, composite, layout, setup.target)
+    for name, sides in (("Noisy Alignment", "any"), ("CorruptEncoder", "horizontal")):
+        composite = f"composite:count={setup.composites},sides={sides}"
+        attacks[name] = Poison(setup.images, composite, PATCH, setup.target)
     return attacks
 
 
