@@ -91,9 +91,7 @@ class Composite:
             taken = round(self.share * length)
             if not 0 < taken < length:
                 raise UserError(f"a share of {self.share:g} does not divide {length} pixels")
-            picture = pixels.to_uint8(pixels.load_pattern(references[chosen[i]], height, width)).to(
-                images.device
-            )
+            picture = _load_reference(references[chosen[i]], height, width).to(images.device)
             rest = _middle(images[i], axis, length - taken)
             parts = [_middle(picture, axis, taken), trigger(rest[None], [record_id])[0]]
             out[i] = torch.cat(parts if sides[i] % 2 == 0 else parts[::-1], axis)

@@ -4,7 +4,7 @@ Settings (sizes, doses, epochs, rates) were developed with seed 0 and the trigge
 table trains has seeds 1 and the trigger of seed 2. No detector, audit or repair was tuned on any of
 these attacks: they have their defaults, but for what the other tables of the matrix give a tower.
 
-Attacks without captions are on SimCLR towers of CIFAR-10: SSL-Backdoor and CTRL (`clean_label` with
+Attacks without captions are on MoCo towers of CIFAR-10: SSL-Backdoor and CTRL (`clean_label` with
 a patch and with `spectrum`), Noisy Alignment and CorruptEncoder (`composite`), BadEncoder and DRUPE
 (with three references). The others are on small CLIPs of scenes: BadCLIP (a patch optimised on a
 surrogate, few poisons) beside the same number of poisons with a drawn patch, the same patch against
@@ -40,9 +40,10 @@ class Setup:
     """What a scale trains. Specs."""
 
     images: str  # training data of towers, and of their heads
+    shadow: str  # data that towers are edited on
     held_out: str  # their test data
     tower: str
-    simclr: str
+    objective: str  # of towers
     target: str  # class of towers' attacks
     own_images: int  # poisons of SSL-Backdoor and CTRL: images of the target itself
     composites: int  # poisons of Noisy Alignment and CorruptEncoder
@@ -62,12 +63,13 @@ class Setup:
 
 SMALL = Setup(
     images="",
+    shadow="",
     held_out="",
     tower="tower:width=16",
-    simclr="simclr:epochs=10,crop=.2",
+    objective="moco:epochs=10,queue=1024",
     target="truck",
-    own_images=300,
-    composites=300,
+    own_images=600,
+    composites=600,
     badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
     drupe="drupe:epochs=8,batch=64,lr=0.02,l2=5",
     scenes="scenes:count=6000,seed=7500",
@@ -84,9 +86,10 @@ SMALL = Setup(
 SMOKE = replace(
     SMALL,
     images="scenes:count=256",
+    shadow="scenes:count=256",
     held_out="scenes:count=200,split=test",
     tower="tower:width=4,dim=16",
-    simclr="simclr:epochs=1,batch=64,hidden=16,dim=8",
+    objective="simclr:epochs=1,batch=64,hidden=16,dim=8",
     target=TARGET,
     own_images=4,
     composites=9,
@@ -113,13 +116,14 @@ def get_setup(options: TableOptions) -> Setup:
     return replace(
         SMALL,
         images=dataset_spec(options.root, "cifar10", "train", **limits),
+        shadow=dataset_spec(options.root, "cifar10", "train", limit=3000),
         held_out=dataset_spec(options.root, "cifar10", "test", limit=2000),
     )
 
 
 def train_tower(setup: Setup, poison: Poison | None = None) -> Train:
-    """A SimCLR tower, of clean images where nothing is poisoned."""
-    return Train(poison or setup.images, setup.tower, setup.simclr)
+    """A tower, of clean images where nothing is poisoned."""
+    return Train(poison or setup.images, setup.tower, setup.objective)
 
 
 def train_clip(setup: Setup, data: Poison | str, objective: str = "clip") -> Train:
@@ -178,7 +182,7 @@ def tower_rows(setup: Setup) -> list[Row]:
     ):
         edited = Inject(
             clean,
-            setup.images,
+            setup.shadow,
             target=(setup.target,) * count,
             reference=(setup.images,) * count,
             attack=attack,
@@ -249,7 +253,7 @@ class Today:
         """Declare the table at a scale."""
         setup = get_setup(options)
         note = (
-            f"One training a row, seed {SEED}; settings were chosen with seed 0. Towers: SimCLR on "
+            f"One training a row, seed {SEED}; settings were chosen with seed 0. Towers: MoCo on "
             "6,000 images of CIFAR-10 for 10 epochs where the papers train for 200 to 1,000, so "
             "attacks that need long training stay below their papers' figures."
         )
