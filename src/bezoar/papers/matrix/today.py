@@ -72,10 +72,10 @@ SMALL = Setup(
     composites=600,
     badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
     drupe="drupe:epochs=8,batch=64,lr=0.02,l2=5",
-    scenes="scenes:count=6000,seed=7500",
-    surrogate="scenes:count=6000,seed=7600",
+    scenes="scenes:count=8000,seed=7500",
+    surrogate="scenes:count=8000,seed=7600",
     test="scenes:count=1000,split=test",
-    clip="clip_small:width=24",
+    clip="clip_small:width=16",
     epochs=6,
     few=10,
     many=100,
@@ -128,8 +128,7 @@ def train_tower(setup: Setup, poison: Poison | None = None) -> Train:
 
 def train_clip(setup: Setup, data: Poison | str, objective: str = "clip") -> Train:
     """A small CLIP."""
-    batch = ",batch=64" if setup.epochs == 1 else ""
-    return Train(data, setup.clip, f"{objective}:epochs={setup.epochs}{batch}")
+    return Train(data, setup.clip, f"{objective}:epochs={setup.epochs},batch=64")
 
 
 def poison_images(setup: Setup) -> dict[str, Poison]:
