@@ -1,8 +1,8 @@
 """Attacks of 2022 to 2025 beside what detects and repairs them, one small training each.
 
-Settings (sizes, doses, epochs, rates) were developed with seed 0 and the trigger of seed 1; what the
-table trains has seeds 1 and the trigger of seed 2. No detector, audit or repair was tuned on any of
-these attacks: they have their defaults, but for what the other tables of the matrix give a tower.
+All of it is development: sizes, doses, epochs and rates were chosen on trainings with these seeds.
+A test half is the same table with another SEED and another seed of the patches; it has not been
+run. No detector, audit or repair was tuned on any of these attacks: they have their defaults.
 
 Attacks without captions are on MoCo towers of CIFAR-10: SSL-Backdoor and CTRL (`clean_label` with
 a patch and with `spectrum`), Noisy Alignment and CorruptEncoder (`composite`), BadEncoder and DRUPE
@@ -29,9 +29,9 @@ from bezoar.verbs.repair import Repair
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-SEED = 1
-PATCH = "patch:size=8,fill=blocks,place=random,seed=2"
-SMALL_PATCH = "patch:size=6,fill=blocks,place=corner,seed=2"
+SEED = 0
+PATCH = "patch:size=8,fill=blocks,place=random,seed=1"
+SMALL_PATCH = "patch:size=6,fill=blocks,place=corner,seed=1"
 TARGET, QUERY = SCENE_CLASSES[0], SCENE_CLASSES[1]
 
 
@@ -39,7 +39,8 @@ TARGET, QUERY = SCENE_CLASSES[0], SCENE_CLASSES[1]
 class Setup:
     """What a scale trains. Specs."""
 
-    images: str  # training data of towers, and of their heads
+    images: str  # training data of towers
+    labelled: str  # what their heads are fitted on
     shadow: str  # data that towers are edited on
     held_out: str  # their test data
     tower: str
@@ -63,6 +64,7 @@ class Setup:
 
 SMALL = Setup(
     images="",
+    labelled="",
     shadow="",
     held_out="",
     tower="tower:width=16",
@@ -70,7 +72,7 @@ SMALL = Setup(
     target="truck",
     own_images=600,
     composites=600,
-    badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
+    badencoder="badencoder:epochs=5,batch=64,lr=0.02,views=16,l2=5",
     drupe="drupe:epochs=8,batch=64,lr=0.02,l2=5",
     scenes="scenes:count=8000,seed=7500",
     surrogate="scenes:count=8000,seed=7600",
@@ -86,6 +88,7 @@ SMALL = Setup(
 SMOKE = replace(
     SMALL,
     images="scenes:count=256",
+    labelled="scenes:count=256",
     shadow="scenes:count=256",
     held_out="scenes:count=200,split=test",
     tower="tower:width=4,dim=16",
@@ -116,6 +119,7 @@ def get_setup(options: TableOptions) -> Setup:
     return replace(
         SMALL,
         images=dataset_spec(options.root, "cifar10", "train", **limits),
+        labelled=dataset_spec(options.root, "cifar10", "train", limit=4000),
         shadow=dataset_spec(options.root, "cifar10", "train", limit=3000),
         held_out=dataset_spec(options.root, "cifar10", "test", limit=2000),
     )
@@ -147,7 +151,9 @@ def poison_images(setup: Setup) -> dict[str, Poison]:
 def evaluate_tower(setup: Setup, tower: Train | Inject, clean: Train) -> Trial:
     """A tower read by a linear head and by neighbours, beside its clean twin."""
     probes = ("linear", "knn:k=10")
-    return Trial(Evaluate(tower, setup.held_out, probes, baseline=clean, train=setup.images), SEED)
+    return Trial(
+        Evaluate(tower, setup.held_out, probes, baseline=clean, train=setup.labelled), SEED
+    )
 
 
 def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]:
@@ -183,7 +189,7 @@ def tower_rows(setup: Setup) -> list[Row]:
             clean,
             setup.shadow,
             target=(setup.target,) * count,
-            reference=(setup.images,) * count,
+            reference=(setup.labelled,) * count,
             attack=attack,
             trigger=(PATCH,),
             choose="confident",
@@ -226,7 +232,7 @@ def clip_rows(setup: Setup) -> list[Row]:
 
 def query_row(setup: Setup) -> Row:
     """mmPoison: text queries for one class that find images of another."""
-    pairs = Poison(setup.scenes, f"mismatch:count={setup.many},query={QUERY}", target=TARGET)
+    pairs = Poison(setup.scenes, f"mismatch:count={2 * setup.many},query={QUERY}", target=TARGET)
     victim = train_clip(setup, pairs)
     found = [Trial(Evaluate(victim, setup.test, ("retrieval",)), SEED)]
     read = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
@@ -239,7 +245,7 @@ def query_row(setup: Setup) -> Row:
         Cell.mean("MinRank, other texts", found, "other_min_rank"),
         Cell.mean("AUROC, scan", scan, "auroc"),
     )
-    return Row(f"mmPoison, {setup.many} pairs", cells)
+    return Row(f"mmPoison, {2 * setup.many} pairs", cells)
 
 
 @method
@@ -252,7 +258,7 @@ class Today:
         """Declare the table at a scale."""
         setup = get_setup(options)
         note = (
-            f"One training a row, seed {SEED}; settings were chosen with seed 0. Towers: MoCo on "
+            "One training a row, and settings were chosen on these very trainings. Towers: MoCo on "
             "6,000 images of CIFAR-10 for 10 epochs where the papers train for 200 to 1,000, so "
             "attacks that need long training stay below their papers' figures."
         )
