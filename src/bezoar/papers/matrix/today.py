@@ -79,7 +79,7 @@ SMALL = Setup(
     test="scenes:count=1000,split=test",
     clip="clip_small:width=16",
     epochs=6,
-    few=10,
+    few=40,
     many=100,
     fresh="scenes:count=2000,seed=9000",
     detectors=("patch_search", "dao"),
