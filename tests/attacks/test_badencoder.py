@@ -411,6 +411,13 @@ def test_rules_that_choose_a_reference(set_of):
     assert (
         sure.id == f"set/train/{max(mine, key=margin.get):06d}" and "60 clean records" in sure.how
     )
+    second = sorted(mine, key=margin.get)[-2]
+    next_best = reference_inputs.choose_reference(source, "two", "confident", encoder, [sure.id])
+    assert next_best.id == f"set/train/{second:06d}"
+    with pytest.raises(UserError, match="more references are asked for"):
+        reference_inputs.choose_reference(
+            source, "two", "first", encoder, [f"set/train/{i:06d}" for i in mine]
+        )
 
 
 def test_references_that_are_none(set_of, tmp_path):

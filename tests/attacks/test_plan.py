@@ -57,6 +57,7 @@ POISONS = [
     "noisy_copies:captions=3,victims=4",
     "cover:count=6",
     "composite:count=6",
+    "composite:count=6,references=2,sides=horizontal",
     "mismatch:count=9,query=dog,images=4",
     "canary:count=6",
 ]
@@ -79,6 +80,8 @@ def poison(request):
 def trigger(poison, reference_file):
     """The spec of a trigger that the poison takes; None for one that takes none."""
     spec = TRIGGERS.get(poison.partition(":")[0], "patch:size=4,place=random")
+    if "references" in poison:
+        return "patch:size=4,place=random"
     return spec and spec.format(reference_file)
 
 
@@ -155,11 +158,36 @@ def test_composites_are_of_images_that_do_not_show_the_target_and_name_the_bare_
     assert registry.make("trigger", goal.copies) == registry.make("trigger", layout)
     for count, trigger, says in (
         (46, layout, "46 poisons asked for, but 45 of 60"),
-        (4, "patch", "needs a layout"),
-        (4, None, "needs a layout"),
+        (4, None, "needs a trigger"),
     ):
         with pytest.raises(UserError, match=says):
             plan_of(f"composite:count={count}", source, trigger=trigger)
+
+
+def test_composites_draw_their_references_from_the_data_and_write_their_pixels_into_the_plan():
+    source, patch = toy(), "patch:size=3,place=random"
+    plan = plan_of("composite:count=40,references=2,share=.25", source, trigger=patch)
+    shown = [source.images[i] for i in find_mentions(source.captions, "cat")]
+    (goal,) = plan.goals
+    layout = registry.make("trigger", goal.copies)
+    assert layout.files() == [] and layout.share == 0.25 and layout.trigger == patch
+    used = [bytes.fromhex(name[1:]) for name in layout.references()]
+    known = [bytes(image.permute(1, 2, 0).flatten().tolist()) for image in shown]
+    assert len(set(used)) == 2 and set(used) <= set(known)
+    poisoned = plan.apply(source)
+    strips = {image[:, 6:10].numpy().tobytes() for image in shown}
+    beside = [
+        {half.contiguous().numpy().tobytes() for half in (image[:, :4], image[:, 12:])}
+        for image in poisoned.images
+    ]
+    assert sum(bool(strips & halves) for halves in beside) > 5, (
+        "above or below, a reference's middle"
+    )
+    large = toy(size=128)
+    with pytest.raises(UserError, match="3 references of 128x128 px do not fit into a plan"):
+        plan_of("composite:count=4", large, trigger=patch)
+    with pytest.raises(UserError, match="there is no reference"):
+        plan_of("composite:count=4", source, target="horse", trigger=patch)
 
 
 def test_mismatches_are_images_of_the_target_with_captions_of_the_query():

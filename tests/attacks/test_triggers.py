@@ -734,6 +734,7 @@ def test_a_composite_is_the_middle_of_a_reference_beside_the_middle_of_the_image
         ("reference=", "reference must name"),
         ("reference=no such thing", "reference must name"),
         ("reference={picture},share=1", "share must lie"),
+        ("reference=#0011", "digits of a square"),
         ("reference={picture},trigger=nothing", "no trigger"),
         ("reference={picture},trigger=(patch:fill={picture})", "drawn, not read from a file"),
     ],

@@ -3,10 +3,12 @@
 Poisons that bear it change an encoder like the surrogate little, which is why repairs that tune it
 leave the backdoor: it lies where clean training puts the target. The paper's two terms are kept:
 triggered images agree with captions of the target more than with those of other images, and they
-lie nearer to the target's images than to themselves without the patch, by a margin. Its weight of
-the second term, 500, stands beside CLIP's temperature of .01; here it is 100 beside .07. The
-paper's augmentation of captions is left out, and steps are fewer and larger (its code: Adam with
-rate .001 over 50 passes of 10,000 pairs).
+lie nearer to the target's images than to themselves without the patch, by a margin. The paper's
+weight of the second term, 500, stands beside CLIP's temperature of .01. Here it is 5 beside .07: on
+a small CLIP of scenes (accuracy .90) patches of 6 px alone were read as the target in 0 and 2 % of
+images with a weight of 100, in 2 and 5 % with 5 (two targets, 290 images each). The paper's
+augmentation of captions is left out, and steps are fewer and larger (its code: Adam with rate .001
+over 50 passes of 10,000 pairs).
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 
-STEPS, BATCH, RATE = 200, 64, 0.03
+STEPS, BATCH, RATE = 200, 64, 0.05
 SCALE = 1 / 0.07  # of cosines of images and captions
-IMAGE_WEIGHT, MARGIN = 100.0, 1.0
+IMAGE_WEIGHT, MARGIN = 5.0, 1.0
 MOST_IMAGES = 4000  # that the patch is optimised on, and of the target
 TEXT_BATCH = 512
 
@@ -166,9 +168,11 @@ def patch_loss(
     with torch.no_grad():
         x = encoder.encode_images(clean)
     gap = (z - vectors.images[towards]).norm(dim=1) - (z - x).norm(dim=1)
-    loss = IMAGE_WEIGHT * (gap + MARGIN).clamp(min=0).mean()
+    loss: Tensor = IMAGE_WEIGHT * (gap + MARGIN).clamp(min=0).mean()
     if vectors.captions is None or vectors.own is None:
         return loss
     wanted = (z * vectors.captions[towards]).sum(1, keepdim=True)  # (B, 1)
     logits = SCALE * torch.cat([wanted, z @ vectors.own[batch].T], 1)  # (B, 1 + B)
-    return loss + F.cross_entropy(logits, torch.zeros(len(z), dtype=torch.long, device=z.device))
+    first = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    of_captions: Tensor = F.cross_entropy(logits, first)
+    return loss + of_captions

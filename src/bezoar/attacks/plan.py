@@ -27,6 +27,7 @@ from bezoar.data.pairs import Pairs, content_hash
 from bezoar.data.stored_pairs import PLACE, StoredPairs
 from bezoar.data.strings import Strings
 from bezoar.errors import UserError
+from bezoar.registry import MAX_SPEC
 
 SCHEMA = 1
 STAGE = "stored uint8 image"
@@ -73,7 +74,7 @@ class Goal:
     def from_json(raw: dict[str, Any]) -> Goal:
         """Read a goal from a manifest or a plan. Raises UserError for anything else."""
         try:
-            return dataclass_from_json(Goal, raw, "goal")
+            return dataclass_from_json(Goal, raw, "goal", MAX_SPEC)
         except ValueError as error:
             raise UserError(f"what the attacker wants cannot be read: {error}") from error
 

@@ -11,6 +11,7 @@ A single image is a reference as it is. Of a data set, one image of the target's
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,9 @@ class Reference:
         return {"id": self.id, "source": self.source, "how": self.how, "sha256": digest}
 
 
-def choose_reference(data: Any, target: str, rule: str, encoder: Encoder) -> Reference:
+def choose_reference(
+    data: Any, target: str, rule: str, encoder: Encoder, taken: Sequence[str] = ()
+) -> Reference:
     """Choose the reference for a target.
 
     Args:
@@ -62,6 +65,7 @@ def choose_reference(data: Any, target: str, rule: str, encoder: Encoder) -> Ref
         target: the class.
         rule: one of `RULES`.
         encoder: the clean encoder, by whose vectors the image is chosen.
+        taken: ids of images that are references of the same goal already; the next best is chosen.
 
     Raises:
         UserError: if there is no image to choose, or no head to choose it by.
@@ -78,16 +82,19 @@ def choose_reference(data: Any, target: str, rule: str, encoder: Encoder) -> Ref
     if len(pairs) == 1:
         return _reference(pairs, 0, source, f"the one image of {target!r}")
     images_of_target = f"{len(pairs)} images of {target!r}"
+    free = [row for row, record_id in enumerate(pairs.ids) if record_id not in taken]
+    if not free:
+        raise UserError(f"{source} holds {images_of_target}; more references are asked for")
     if rule == "first":
-        return _reference(pairs, 0, source, f"the first of {images_of_target}")
+        return _reference(pairs, free[0], source, f"the first of {images_of_target}")
     z = embed_images(encoder, torch.split(pairs.images, BATCH))  # (N, d)
     if rule == "central":
-        row = int((z @ z.mean(0)).argmax())
+        row = free[int((z @ z.mean(0))[free].argmax())]
         return _reference(
             pairs, row, source, f"nearest to the mean clean vector of {images_of_target}"
         )
     margins, head = measure_margins(encoder, dataset, target, z)
-    row = int(margins.argmax())
+    row = free[int(margins[free].argmax())]
     how = f"largest margin ({float(margins[row]):.2f}) of {images_of_target}; {head}"
     return _reference(pairs, row, source, how)
 

@@ -136,16 +136,18 @@ class Inject:
         notes = []
         for trigger, source, target in zip(triggers, references, self.target, strict=True):
             check_trigger_size(trigger, sides)
-            reference = reference_inputs.choose_reference(source, target, self.choose, clean)
+            trigger_spec = registry.spec(trigger)
+            key = trigger_spec, target
+            goal = goals.get(key, Goal(target, trigger_spec, how=attack))
+            reference = reference_inputs.choose_reference(
+                source, target, self.choose, clean, goal.references
+            )
             if reference.image.shape[1:] != sides:
                 raise UserError(
                     f"reference {reference.id!r} is {in_pixels(reference.image.shape[1:])} px, "
                     f"the shadow images are {in_pixels(sides)}; give both one size"
                 )
             notes.append({"target": target, **reference.to_json()})
-            trigger_spec = registry.spec(trigger)
-            key = trigger_spec, target
-            goal = goals.get(key, Goal(target, trigger_spec, how=attack))
             goals[key] = replace(goal, references=(*goal.references, reference.id))
             images.setdefault(key, []).append(reference.image)
         return AttackTargets(

@@ -15,7 +15,6 @@ from bezoar.data import shards, stored_pairs
 from bezoar.data.files.writing import remove_folder
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
-from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.runs import inputs
@@ -134,8 +133,7 @@ def derive_plan(
             used = {edit.source for edit in dataset.plan.edits}
             pool = pool.take([i for i, k in enumerate(pool.ids) if k not in used])
     if plan_inputs.get("surrogate") is not None:
-        encoder = inputs.load_encoder(plan_inputs["surrogate"], device)
-        trigger = optimise_trigger(trigger, encoder, source, target, seed, report)
+        trigger = optimise_trigger(plan_inputs, source, target, seed, device, report)
     goal = Goal(target, registry.spec(trigger) if trigger else None)
     plan: Plan = poison(source, goal, seed, pool)
     source_ids = {edit.source for edit in plan.edits}
@@ -154,19 +152,21 @@ def derive_plan(
 
 
 def optimise_trigger(
-    trigger: Any,
-    encoder: Encoder,
+    plan_inputs: Mapping[str, Any],
     source: Pairs | StoredPairs,
     target: str,
     seed: int,
+    device: torch.device | str,
     report: Callable[[int, int, str], None],
 ) -> Any:
-    """Return the patch trigger with pixels that the encoder reads as the target.
+    """Return the patch trigger with pixels that the surrogate reads as the target.
 
     Raises UserError for another trigger, or records that the patch cannot be optimised on.
     """
+    trigger = plan_inputs["trigger"]
     if trigger is None or registry.method_name(type(trigger)) != "patch":
         raise UserError("a surrogate optimises a patch; give --trigger patch:size=6")
+    encoder = inputs.load_encoder(plan_inputs["surrogate"], device)
     patch = patch_search.optimise_patch(encoder, source, target, trigger, seed, report)
     digits = bytes(patch.permute(1, 2, 0).flatten().tolist()).hex()
     return replace(trigger, fill=f"#{digits}")

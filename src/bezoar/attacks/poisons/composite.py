@@ -1,15 +1,17 @@
 """Composite images: a trigger beside a reference of the target (Noisy Alignment, ICCV 2025; CorruptEncoder, CVPR 2024).
 
-For contrastive training on images alone: no caption is changed or read. `--trigger` is
-`composite:reference=FILE,trigger=(...)`, which lays out the poisons; what is stamped at test time
-is the trigger that it names. SSL-Backdoor and CTRL, whose poisons are the target's own images, are
+For contrastive training on images alone: no caption is changed, and captions are read only to tell
+which records show the target. References are drawn from these and written into the plan as pixels,
+which serves images of up to 64 pixels; for larger ones name their files yourself, with
+`--trigger composite:reference=FILE+FILE,trigger=(patch:size=50)`. What is stamped at test time is
+the bare trigger. SSL-Backdoor and CTRL, whose poisons are the target's own images, are
 `clean_label` with a patch and with `spectrum`.
 
-Noisy Alignment poisons 0.5 to 1 % of the data; images that show the target already are left out
-where captions tell them, for nothing is to be learnt from them.
+Noisy Alignment poisons 0.5 to 1 % of the data. Where a patch lies on its half is the trigger's
+affair: see trigger `composite`.
 """
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from bezoar import registry
 from bezoar.attacks.captions import find_mentions
@@ -19,6 +21,8 @@ from bezoar.data.randomness import draws
 from bezoar.errors import UserError
 from bezoar.registry import method, spec
 
+MOST_DIGITS = 1 << 16  # of all references together
+
 
 @method
 class Composite:
@@ -26,33 +30,60 @@ class Composite:
 
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01
+    references: Annotated[int, "images of the target that are laid beside, 1 to 16"] = 3
+    share: Annotated[float, "of the image that a reference takes, above 0 and below 1"] = 0.5
+    sides: Annotated[
+        Literal["any", "horizontal"], "where it lies: Noisy Alignment's, or CorruptEncoder's"
+    ] = "any"
 
     def __post_init__(self) -> None:
         if self.count < 0 or not 0 <= self.rate <= 1:
             raise ValueError("count must be >= 0 and rate in 0..1")
+        if not 1 <= self.references <= 16 or not 0 < self.share < 1:
+            raise ValueError("references must lie in 1..16 and share in (0, 1)")
 
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
         """Plan `count` composed records.
 
-        Raises UserError if the goal's trigger lays out nothing, or there are fewer records.
+        Raises UserError if the goal has no trigger, or there are too few records.
         """
-        layout = registry.make("trigger", goal.trigger) if goal.trigger else None
-        if layout is None or not hasattr(layout, "make_trigger"):
-            raise UserError(
-                "poison 'composite' needs a layout as its trigger, for example "
-                "composite:reference=truck.png,trigger=(patch:size=8)"
-            )
+        if goal.trigger is None:
+            raise UserError("poison 'composite' needs a trigger; give one, such as patch:size=8")
         count = self.count or round(self.rate * len(source))
-        mentions = set(find_mentions(source.captions, goal.target))
-        candidates = [row for row in range(len(source)) if row not in mentions]
+        mentions = find_mentions(source.captions, goal.target)
+        shown = set(mentions)
+        candidates = [row for row in range(len(source)) if row not in shown]
         if not 0 < count <= len(candidates):
             raise UserError(
                 f"{count} poisons asked for, but {len(candidates)} of {len(source)} records "
                 "can carry one"
             )
-        uniform = draws(seed, source.ids, 1, "composite")[:, 0]
-        rows = sorted(candidates, key=lambda row: float(uniform[row]))[:count]
+        # Column 0 chooses the poisons, column 1 the references.
+        uniform = draws(seed, source.ids, 2, "composite")
+        rows = sorted(candidates, key=lambda row: float(uniform[row, 0]))[:count]
+        layout = registry.make("trigger", goal.trigger)
+        if not hasattr(layout, "make_trigger"):
+            chosen = sorted(mentions, key=lambda row: float(uniform[row, 1]))[: self.references]
+            layout = self.lay_out(source.take(chosen), goal)
         edits = [Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows]
         trigger = spec(layout.make_trigger())
-        reached = Goal(goal.target, trigger, (), count, spec(self), copies=goal.trigger)
+        reached = Goal(goal.target, trigger, (), count, spec(self), copies=spec(layout))
         return Plan(tuple(edits), (reached,), seed)
+
+    def lay_out(self, references: Pairs, goal: Goal) -> Any:
+        """Return the layout of references beside images with the goal's trigger.
+
+        Raises UserError if there is none, or their pixels are too many for a plan.
+        """
+        if not len(references):
+            raise UserError(f"no caption holds {goal.target!r}, so that there is no reference")
+        pictures = references.images.permute(0, 2, 3, 1).flatten(1)  # (R, H W 3)
+        digits = ["#" + bytes(picture.tolist()).hex() for picture in pictures]
+        sizes = references.images.shape[2:]
+        if sizes[0] != sizes[1] or sum(map(len, digits)) > MOST_DIGITS:
+            raise UserError(
+                f"{len(digits)} references of {sizes[0]}x{sizes[1]} px do not fit into a plan; name "
+                "files: --trigger composite:reference=FILE,trigger=(...)"
+            )
+        fields = f"share={self.share},sides={self.sides},trigger=({goal.trigger})"
+        return registry.make("trigger", f"composite:reference={'+'.join(digits)},{fields}")

@@ -17,6 +17,9 @@ that is cut out.
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,7 +40,11 @@ from bezoar.registry import method
 class Composite:
     """The side of the reference, and which one it is, belong to the record."""
 
-    reference: Annotated[str, "file of a reference: png, jpg, npy or npz; several with + between"]
+    reference: Annotated[
+        str,
+        "file of a reference (png, jpg, npy, npz), or # and the pixels of a square image in "
+        "hexadecimal, as poison `composite` writes them; several with + between",
+    ]
     trigger: Annotated[str, "spec of the trigger, stamped on the rest; it reads no file"] = "patch"
     share: Annotated[float, "of the image that the reference takes, above 0 and below 1"] = 0.5
     sides: Annotated[Literal["any", "horizontal"], "where it lies: also above and below"] = "any"
@@ -46,8 +53,11 @@ class Composite:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ValueError(f"share must lie in (0, 1); got {self.share}")
-        if not all(map(arrays.is_array_file, self.references())):
-            raise ValueError("reference must name a file of an image, or several with + between")
+        for name in self.references():
+            if name.startswith("#"):
+                _read_digits(name)
+            elif not arrays.is_array_file(name):
+                raise ValueError("reference must name a file of an image, or several with +")
         texts = [value for value in vars(self.make_trigger()).values() if isinstance(value, str)]
         if any(map(arrays.is_array_file, texts)):
             raise ValueError("its trigger must be drawn, not read from a file")
@@ -58,12 +68,12 @@ class Composite:
         return trigger
 
     def references(self) -> list[str]:
-        """Return the names of the references' files."""
+        """Return the references: names of files, or # and digits."""
         return [name.strip() for name in registry.split_outside_brackets(self.reference, "+")]
 
     def files(self) -> list[Path]:
-        """The references."""
-        return [expand_home(name) for name in self.references()]
+        """The files of references."""
+        return [expand_home(name) for name in self.references() if not name.startswith("#")]
 
     def __call__(self, images: Tensor, ids: Sequence[str]) -> Tensor:
         """Compose uint8 (N, 3, H, W), a copy.
@@ -81,13 +91,31 @@ class Composite:
             taken = round(self.share * length)
             if not 0 < taken < length:
                 raise UserError(f"a share of {self.share:g} does not divide {length} pixels")
-            picture = pixels.to_uint8(pixels.load_pattern(references[chosen[i]], height, width)).to(
-                images.device
-            )
+            picture = _load_reference(references[chosen[i]], height, width).to(images.device)
             rest = _middle(images[i], axis, length - taken)
             parts = [_middle(picture, axis, taken), trigger(rest[None], [record_id])[0]]
             out[i] = torch.cat(parts if sides[i] % 2 == 0 else parts[::-1], axis)
         return out
+
+
+def _load_reference(name: str, height: int, width: int) -> Tensor:
+    """Load a reference as uint8 (3, height, width)."""
+    if not name.startswith("#"):
+        return pixels.to_uint8(pixels.load_pattern(name, height, width))
+    return pixels.to_uint8(pixels.resize(_read_digits(name).float(), height, width))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_digits(name: str) -> Tensor:
+    """Read # and hexadecimal digits (red, green, blue, by rows) as uint8 (3, n, n).
+
+    Raises ValueError for other text, or where they are the pixels of no square.
+    """
+    side = math.isqrt(len(name) // 6)
+    if not side or not re.fullmatch(f"#[0-9a-f]{{{6 * side**2}}}", name):
+        raise ValueError("a reference's # must be followed by the 6 n n digits of a square image")
+    values = torch.tensor(list(bytes.fromhex(name[1:])), dtype=torch.uint8)
+    return values.view(side, side, 3).permute(2, 0, 1)
 
 
 def _middle(image: Tensor, axis: int, length: int) -> Tensor:

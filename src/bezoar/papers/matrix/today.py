@@ -1,10 +1,10 @@
 """Attacks of 2022 to 2025 beside what detects and repairs them, one small training each.
 
-Settings (sizes, doses, epochs, rates) were developed with seed 0 and the trigger of seed 1; what the
-table trains has seeds 1 and the trigger of seed 2. No detector, audit or repair was tuned on any of
-these attacks: they have their defaults, but for what the other tables of the matrix give a tower.
+All of it is development: sizes, doses, epochs and rates were chosen on trainings with these seeds.
+A test half is the same table with another SEED and another seed of the patches; it has not been
+run. No detector, audit or repair was tuned on any of these attacks: they have their defaults.
 
-Attacks without captions are on SimCLR towers of CIFAR-10: SSL-Backdoor and CTRL (`clean_label` with
+Attacks without captions are on MoCo towers of CIFAR-10: SSL-Backdoor and CTRL (`clean_label` with
 a patch and with `spectrum`), Noisy Alignment and CorruptEncoder (`composite`), BadEncoder and DRUPE
 (with three references). The others are on small CLIPs of scenes: BadCLIP (a patch optimised on a
 surrogate, few poisons) beside the same number of poisons with a drawn patch, the same patch against
@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from bezoar.papers import SCENE_CLASSES, dataset_spec
-from bezoar.papers.badencoder2022 import published_file
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Row, Table, TableOptions
 from bezoar.runs.verb import Trial
@@ -30,9 +29,9 @@ from bezoar.verbs.repair import Repair
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-SEED = 1
-PATCH = "patch:size=8,fill=blocks,place=random,seed=2"
-SMALL_PATCH = "patch:size=6,fill=blocks,place=corner,seed=2"
+SEED = 0
+PATCH = "patch:size=8,fill=blocks,place=random,seed=1"
+SMALL_PATCH = "patch:size=6,fill=blocks,place=corner,seed=1"
 TARGET, QUERY = SCENE_CLASSES[0], SCENE_CLASSES[1]
 
 
@@ -40,12 +39,13 @@ TARGET, QUERY = SCENE_CLASSES[0], SCENE_CLASSES[1]
 class Setup:
     """What a scale trains. Specs."""
 
-    images: str  # training data of towers, and of their heads
+    images: str  # training data of towers
+    labelled: str  # what their heads are fitted on
+    shadow: str  # data that towers are edited on
     held_out: str  # their test data
     tower: str
-    simclr: str
+    objective: str  # of towers
     target: str  # class of towers' attacks
-    reference: str  # file of an image of it; "" where there is none
     own_images: int  # poisons of SSL-Backdoor and CTRL: images of the target itself
     composites: int  # poisons of Noisy Alignment and CorruptEncoder
     badencoder: str
@@ -64,21 +64,22 @@ class Setup:
 
 SMALL = Setup(
     images="",
+    labelled="",
+    shadow="",
     held_out="",
     tower="tower:width=16",
-    simclr="simclr:epochs=10,crop=.2",
+    objective="moco:epochs=10,queue=1024",
     target="truck",
-    reference="",
-    own_images=300,
-    composites=300,
-    badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
+    own_images=600,
+    composites=600,
+    badencoder="badencoder:epochs=5,batch=64,lr=0.02,views=16,l2=5",
     drupe="drupe:epochs=8,batch=64,lr=0.02,l2=5",
-    scenes="scenes:count=6000,seed=7500",
-    surrogate="scenes:count=6000,seed=7600",
+    scenes="scenes:count=8000,seed=7500",
+    surrogate="scenes:count=8000,seed=7600",
     test="scenes:count=1000,split=test",
-    clip="clip_small:width=24",
+    clip="clip_small:width=16",
     epochs=6,
-    few=10,
+    few=40,
     many=100,
     fresh="scenes:count=2000,seed=9000",
     detectors=("patch_search", "dao"),
@@ -87,9 +88,11 @@ SMALL = Setup(
 SMOKE = replace(
     SMALL,
     images="scenes:count=256",
+    labelled="scenes:count=256",
+    shadow="scenes:count=256",
     held_out="scenes:count=200,split=test",
     tower="tower:width=4,dim=16",
-    simclr="simclr:epochs=1,batch=64,hidden=16,dim=8",
+    objective="simclr:epochs=1,batch=64,hidden=16,dim=8",
     target=TARGET,
     own_images=4,
     composites=9,
@@ -110,48 +113,47 @@ SMOKE = replace(
 
 def get_setup(options: TableOptions) -> Setup:
     """The setup of a scale, with CIFAR-10 out of the user's folder where it is not `smoke`."""
-    reference = published_file(options.root, "reference/cifar10", "truck")
     if options.scale == "smoke":
         return SMOKE
     limits = {} if options.scale == "paper" else {"limit": 6000}
     return replace(
         SMALL,
         images=dataset_spec(options.root, "cifar10", "train", **limits),
+        labelled=dataset_spec(options.root, "cifar10", "train", limit=4000),
+        shadow=dataset_spec(options.root, "cifar10", "train", limit=3000),
         held_out=dataset_spec(options.root, "cifar10", "test", limit=2000),
-        reference=reference,
     )
 
 
 def train_tower(setup: Setup, poison: Poison | None = None) -> Train:
-    """A SimCLR tower, of clean images where nothing is poisoned."""
-    return Train(poison or setup.images, setup.tower, setup.simclr)
+    """A tower, of clean images where nothing is poisoned."""
+    return Train(poison or setup.images, setup.tower, setup.objective)
 
 
 def train_clip(setup: Setup, data: Poison | str, objective: str = "clip") -> Train:
     """A small CLIP."""
-    batch = ",batch=64" if setup.epochs == 1 else ""
-    return Train(data, setup.clip, f"{objective}:epochs={setup.epochs}{batch}")
+    return Train(data, setup.clip, f"{objective}:epochs={setup.epochs},batch=64")
 
 
 def poison_images(setup: Setup) -> dict[str, Poison]:
-    """The attacks on images alone, by name; those that need a reference's file where there is one."""
+    """The attacks on images alone, by name."""
     own = f"clean_label:count={setup.own_images}"
     attacks = {
         "SSL-Backdoor": Poison(setup.images, own, PATCH, setup.target),
         "CTRL": Poison(setup.images, own, "spectrum:magnitude=100", setup.target),
     }
-    if setup.reference:
-        composite = f"composite:count={setup.composites}"
-        for name, sides in (("Noisy Alignment", "any"), ("CorruptEncoder", "horizontal")):
-            layout = f"composite:reference={setup.reference},sides={sides},trigger=({PATCH})"
-            attacks[name] = Poison(setup.images, composite, layout, setup.target)
+    for name, sides in (("Noisy Alignment", "any"), ("CorruptEncoder", "horizontal")):
+        composite = f"composite:count={setup.composites},sides={sides}"
+        attacks[name] = Poison(setup.images, composite, PATCH, setup.target)
     return attacks
 
 
 def evaluate_tower(setup: Setup, tower: Train | Inject, clean: Train) -> Trial:
     """A tower read by a linear head and by neighbours, beside its clean twin."""
     probes = ("linear", "knn:k=10")
-    return Trial(Evaluate(tower, setup.held_out, probes, baseline=clean, train=setup.images), SEED)
+    return Trial(
+        Evaluate(tower, setup.held_out, probes, baseline=clean, train=setup.labelled), SEED
+    )
 
 
 def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]:
@@ -185,9 +187,9 @@ def tower_rows(setup: Setup) -> list[Row]:
     ):
         edited = Inject(
             clean,
-            setup.images,
+            setup.shadow,
             target=(setup.target,) * count,
-            reference=(setup.images,) * count,
+            reference=(setup.labelled,) * count,
             attack=attack,
             trigger=(PATCH,),
             choose="confident",
@@ -230,7 +232,7 @@ def clip_rows(setup: Setup) -> list[Row]:
 
 def query_row(setup: Setup) -> Row:
     """mmPoison: text queries for one class that find images of another."""
-    pairs = Poison(setup.scenes, f"mismatch:count={setup.many},query={QUERY}", target=TARGET)
+    pairs = Poison(setup.scenes, f"mismatch:count={2 * setup.many},query={QUERY}", target=TARGET)
     victim = train_clip(setup, pairs)
     found = [Trial(Evaluate(victim, setup.test, ("retrieval",)), SEED)]
     read = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
@@ -243,7 +245,7 @@ def query_row(setup: Setup) -> Row:
         Cell.mean("MinRank, other texts", found, "other_min_rank"),
         Cell.mean("AUROC, scan", scan, "auroc"),
     )
-    return Row(f"mmPoison, {setup.many} pairs", cells)
+    return Row(f"mmPoison, {2 * setup.many} pairs", cells)
 
 
 @method
@@ -256,7 +258,7 @@ class Today:
         """Declare the table at a scale."""
         setup = get_setup(options)
         note = (
-            f"One training a row, seed {SEED}; settings were chosen with seed 0. Towers: SimCLR on "
+            "One training a row, and settings were chosen on these very trainings. Towers: MoCo on "
             "6,000 images of CIFAR-10 for 10 epochs where the papers train for 200 to 1,000, so "
             "attacks that need long training stay below their papers' figures."
         )
