@@ -8,8 +8,9 @@ nothing to the map unless poisons taught it, and it can be fitted without any re
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.detection import tower_features, training_traces
 from bezoar.detection.detectors import RecordEncoder, Records
-from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Cause
+from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Cause, Support
 from bezoar.encoders.encoder import Encoder
+from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.runs import inputs
 from bezoar.runs.run import MANIFEST, Run
@@ -32,6 +34,11 @@ ROWS = 1 << 13  # records that are read at a time
 STRENGTH = 0.5  # of the ridge, in units of the mean variance of the reference's vectors
 MAX_FITTED = 1 << 16  # records that a map is fitted on, at most
 CHANCE = 0.5  # mean place of records whose content says nothing of the group
+PLACE_DEVIATION = 1 / math.sqrt(12)  # of such places
+ONE_SIDED = 1.645  # deviations of a one-sided bound of 95 %
+# of a believed cause
+MIN_MISREAD = 0.5  # lower bound of the share that is misread, of .15 of all records
+MAX_CONTENT = 0.5  # upper bound of its contents, in units of those of the group's other records
 LEAST_READ = 0.6  # mean place of a group's other records, below which nothing is said of it
 
 
@@ -52,6 +59,24 @@ def reference_files(reference: str) -> list[Path]:
     if isinstance(model, Run):
         return [model.path / "encoder.safetensors"]
     return input_files(model)
+
+
+def lend_reference(detectors: Sequence[Any], reference: str) -> tuple[Any, ...]:
+    """The detectors, with a reference for those that take one and have none.
+
+    Raises:
+        UserError: where no detector takes the reference.
+    """
+    if not reference:
+        return tuple(detectors)
+    if not any(hasattr(detector, "reference") for detector in detectors):
+        raise UserError("no detector that is asked for takes a reference; common_cause does")
+    return tuple(
+        replace(detector, reference=reference)
+        if getattr(detector, "reference", None) == ""
+        else detector
+        for detector in detectors
+    )
 
 
 def embed_distinct(
@@ -154,10 +179,10 @@ def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return weights, centre - mean @ weights
 
 
-def measure_content(
+def bound_content(
     reading: Reading, captions: Tensor, groups: Tensor, cause: Cause, left_out: Tensor
 ) -> float:
-    """How far the contents of those that show a cause are what their captions name.
+    """How far the contents of those that show a cause may be what their captions name.
 
     The captions of the group's other records, less those of all records, are a direction. A record
     counts by its place among the records of other groups on it: its content names the group where
@@ -171,9 +196,9 @@ def measure_content(
         left_out: bool (N,).
 
     Returns:
-        The mean place of those that show the cause above chance, in units of that of the group's
-        other records: 1 and more for a natural cause, about 0 for contents of any kind. 1 where the
-        other records' own contents are not read.
+        The upper confidence bound of the mean place of those that show the cause, above chance, in
+        units of that of the group's other records: 1 and more for a natural cause, about 0 for
+        contents of any kind. 1 where the other records' own contents are not read.
     """
     others = groups == cause.group
     others[cause.shown] = False
@@ -184,8 +209,28 @@ def measure_content(
     values = reading.captions @ direction  # (N,)
     foreign = values[sample[groups[sample] != cause.group]].sort().values
     places = torch.searchsorted(foreign, values) / len(foreign)
-    read, least = float(places[others].mean()) - CHANCE, LEAST_READ - CHANCE
-    return (float(places[cause.shown].mean()) - CHANCE) / read if read > least else 1.0
+    read = float(places[others].mean())
+    if read < LEAST_READ:
+        return 1.0
+    error = PLACE_DEVIATION / math.sqrt(len(cause.shown))
+    upper = float(places[cause.shown].mean()) + ONE_SIDED * error
+    return (upper - CHANCE) / (read - CHANCE)
+
+
+def believe_foreign(
+    supports: Sequence[Support],
+    reading: Reading,
+    reader: ReferenceReader,
+    groups: Tensor,
+    left_out: Tensor,
+) -> list[Support]:
+    """Those causes whose records are misread and have contents of any kind; see `bound_content`."""
+    return [
+        support
+        for support in supports
+        if support.lower > MIN_MISREAD
+        and bound_content(reading, reader.captions, groups, support.cause, left_out) < MAX_CONTENT
+    ]
 
 
 def _find_reference(reference: str) -> Any:

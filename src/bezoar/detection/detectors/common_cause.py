@@ -19,7 +19,7 @@ its shape. The search for one:
 With a reference, an encoder that never saw the data, a linear map of its vectors stands for the
 small model, which reads photographs too. It is fitted in seconds, so that every cause is first
 narrowed to its misread records; and it says what the contents are: a cause is believed only if they
-are not those of its caption group (`reference_reading.measure_content`).
+are not those of its caption group (`reference_reading.bound_content`).
 
 Not seen: clean-label poisons, whose content supports their captions; fewer than about ten poisons of
 a caption group; data whose contents the small model or the reference cannot read, such as
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -59,8 +60,19 @@ from bezoar.registry import method
 LOOKED_FOR = "in what many poisons of one target would share, whatever its shape"
 MIN_RECORDS = 200  # of the data
 RECORDS_OF_A_GROUP = 200  # at least, on average
-MAX_CONTENT = 0.5  # of a believed cause, in units of the contents of the group's other records
 EXPOSURES = 40000  # pairs that the small model sees, at least two passes over the data
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of causes. supports: of those tested. believed: of these. misread: bool (N,), by a
+    judge that saw none of the records that show a cause. loss: float32 (N,), by which all are ranked.
+    """
+
+    supports: list[Support]
+    believed: list[Support]
+    misread: Tensor
+    loss: Tensor
 
 
 @method
@@ -139,15 +151,16 @@ class CommonCause:
             misread = self.read_without(source, order, chosen, encoder.device, report)
             supports = shared_causes.measure_support(chosen, misread)
             believed = shared_causes.believe_causes(supports)
+            judged = Judgement(supports, believed, misread, mismatch)
         else:
-            supports, believed, misread = self.judge_by_reference(reader, discriminants, chosen)
-        sharpened = shared_causes.sharpen_causes(discriminants, believed, misread)
+            judged = self.judge_by_reference(reader, discriminants, chosen)
+        sharpened = shared_causes.sharpen_causes(discriminants, judged.believed, judged.misread)
         notes = {
             "looked_for": LOOKED_FOR,
-            "causes": [describe_support(support) for support in believed],
-            "tested": len(supports),
+            "causes": [describe_support(support) for support in judged.believed],
+            "tested": len(judged.supports),
         }
-        return self.combine(embedded.ids, order, mismatch, sharpened, notes)
+        return self.combine(embedded.ids, order, judged.loss, sharpened, notes)
 
     def measure_mismatch(
         self, source: Records, device: torch.device, report: ProgressReport
@@ -181,8 +194,8 @@ class CommonCause:
 
     def judge_by_reference(
         self, reader: ReferenceReader, discriminants: Discriminants, causes: Sequence[Cause]
-    ) -> tuple[list[Support], list[Support], Tensor]:
-        """The support of the narrowed causes, those that are believed, and bool (N,), the misread."""
+    ) -> Judgement:
+        """Narrow the causes to their misread records, and judge them by a map without these."""
         n = len(reader.half)
         left_out = shared_causes.mark_shown(causes, n)
         misread = self.find_misread(reader.read(left_out).loss, left_out)
@@ -191,15 +204,10 @@ class CommonCause:
         reading = reader.read(left_out)
         misread = self.find_misread(reading.loss, left_out)
         supports = shared_causes.measure_support(narrowed, misread)
-        believed = [
-            support
-            for support in shared_causes.believe_causes(supports)
-            if reference_reading.measure_content(
-                reading, reader.captions, discriminants.groups, support.cause, left_out
-            )
-            < MAX_CONTENT
-        ]
-        return supports, believed, misread
+        believed = reference_reading.believe_foreign(
+            supports, reading, reader, discriminants.groups, left_out
+        )
+        return Judgement(supports, believed, misread, reading.loss)
 
     def find_misread(self, loss: Tensor, left_out: Tensor) -> Tensor:
         """bool (N,), the records whose loss is above most of those that are not left out."""
