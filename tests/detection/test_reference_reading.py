@@ -189,3 +189,6 @@ def test_a_scan_with_a_reference(tmp_path):
         execute(Scan(suspect, detector=("clip_score",), reference=str(other.path)), settings)
     with pytest.raises(UserError, match="no-such-encoder"):
         execute(Scan(suspect, reference="no-such-encoder"), settings)
+    own = execute(suspect, settings)
+    with pytest.raises(UserError, match="was trained on these data"):
+        execute(Scan(suspect, reference=str(own.path)), settings)

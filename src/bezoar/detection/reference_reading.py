@@ -48,7 +48,7 @@ def open_reference(reference: str, device: torch.device) -> Encoder:
     Raises:
         UserError: for none of these.
     """
-    return inputs.load_encoder(_find_reference(reference), device)
+    return inputs.load_encoder(_find_reference(reference), device).eval()
 
 
 def reference_files(reference: str) -> list[Path]:
@@ -61,14 +61,24 @@ def reference_files(reference: str) -> list[Path]:
     return input_files(model)
 
 
-def lend_reference(detectors: Sequence[Any], reference: str) -> tuple[Any, ...]:
+def lend_reference(detectors: Sequence[Any], reference: str, data: Any) -> tuple[Any, ...]:
     """The detectors, with a reference for those that take one and have none.
 
+    Args:
+        detectors: that are asked for.
+        reference: as in `open_reference`, or empty.
+        data: the run or method of the scanned data.
+
     Raises:
-        UserError: where no detector takes the reference.
+        UserError: where no detector takes the reference, or it was trained on these data.
     """
     if not reference:
         return tuple(detectors)
+    model = _find_reference(reference)
+    if isinstance(model, Run) and inputs.was_trained_on(model, data):
+        raise UserError(
+            f"reference {model.name} was trained on these data, and may have learnt their trigger"
+        )
     if not any(hasattr(detector, "reference") for detector in detectors):
         raise UserError("no detector that is asked for takes a reference; common_cause does")
     return tuple(

@@ -136,7 +136,7 @@ class Scan:
         skipped.jsonl and scan.sarif. The plan of a poisoned set is read only after the ranking is written.
         """
         job.inputs["detector"] = reference_reading.lend_reference(
-            job.inputs["detector"], self.reference
+            job.inputs["detector"], self.reference, job.inputs["data"]
         )
         self._check_fields(job.inputs["detector"])
         encoder, untrained = self._choose_encoder(job)
