@@ -135,10 +135,7 @@ class Scan:
         Writes scores.parquet and scores.csv (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, removed.csv,
         skipped.jsonl and scan.sarif. The plan of a poisoned set is read only after the ranking is written.
         """
-        job.inputs["detector"] = reference_reading.lend_reference(
-            job.inputs["detector"], self.reference, job.inputs["data"]
-        )
-        self._check_fields(job.inputs["detector"])
+        self._check_fields(job)
         encoder, untrained = self._choose_encoder(job)
         data = corpus.embed_corpus(
             job.inputs["data"], encoder, job.folder, job.settings, job.progress
@@ -228,8 +225,12 @@ class Scan:
             reliability.write_windows(folder, ids, boxes)
         exports.export_rows(folder, data, shown, merged, by_detector, self.export)
 
-    def _check_fields(self, detectors: Sequence[Any]) -> None:
-        """Raise UserError for a share out of range, and for copies that no detector finds."""
+    def _check_fields(self, job: Job) -> None:
+        """Lend the reference to the detectors. Raises UserError for a share out of range, and for what no detector takes."""
+        detectors = reference_reading.lend_reference(
+            job.inputs["detector"], self.reference, job.inputs["data"]
+        )
+        job.inputs["detector"] = detectors
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
         names = [registry.method_name(type(detector)) for detector in detectors]
