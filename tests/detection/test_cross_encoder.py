@@ -106,6 +106,7 @@ def test_the_reference_is_asked_for_and_is_part_of_the_question(tmp_path):
     with pytest.raises(UserError, match="needs reference="):
         CrossEncoder()(Ready(torch.eye(4)), [])
     (tmp_path / "encoder.safetensors").write_bytes(b"x")
+    (tmp_path / "manifest.json").write_text("{}")
     assert CrossEncoder(reference=str(tmp_path)).files() == [tmp_path / "encoder.safetensors"]
     assert CrossEncoder().files() == []
     assert registry.make("detector", "cross_encoder:(imported:path=x.pt,prefix=a)").reference == (

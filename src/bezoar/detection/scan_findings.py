@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from bezoar.attacks.plan import Plan
+from bezoar.detection.corpus import keep_lists
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.evaluation.scores import Measure, Scores, detection_measures, proportion
 
@@ -88,3 +90,18 @@ def removal_metrics(plan: Plan, removed_ids: set[str]) -> dict[str, Measure]:
     hits = sum(edit.id in removed_ids for edit in plan.edits)
     how = "poisons that the keep-list leaves out"
     return {"poisons_removed": proportion(hits, len(plan.edits), how)}
+
+
+def record_json(
+    data: Corpus, row: int, merged: Scores, by_detector: Mapping[str, Scores]
+) -> dict[str, Any]:
+    """A record as it stands in ranked.json. copy_of: another record of its picture, where a detector groups these."""
+    copy = keep_lists.find_copy(row, data.captions, by_detector.values())
+    return {
+        "id": data.ids[row],
+        "place": data.place_of(row),
+        "caption": data.captions[row] if len(data.captions) else "",
+        "score": float(merged.values[row]),
+        "detectors": {name: float(scores.values[row]) for name, scores in by_detector.items()},
+        "copy_of": "" if copy is None else data.ids[copy],
+    }

@@ -200,6 +200,28 @@ def choose_left_out(causes: Sequence[Cause], records: int) -> list[Cause]:
     return chosen
 
 
+def narrow_causes(
+    discriminants: Discriminants, causes: Sequence[Cause], misread: Tensor
+) -> list[Cause]:
+    """Read the groups again, by those that show the causes and are misread.
+
+    A cause that natural records show too becomes that of the misread ones. Causes that fewer than
+    MIN_RECORDS still show go.
+    """
+    positives = mark_shown(causes, len(misread)) & misread
+    scores = discriminants.score(positives)
+    narrowed = [replace(cause, scores=scores[cause.rows]) for cause in causes]
+    return [cause for cause in narrowed if len(cause.shown) >= MIN_RECORDS]
+
+
+def mark_shown(causes: Sequence[Cause], records: int) -> Tensor:
+    """bool (N,), the records that show some of the causes."""
+    shown = torch.zeros(records, dtype=torch.bool)
+    for cause in causes:
+        shown[cause.shown] = True
+    return shown
+
+
 def measure_support(causes: Sequence[Cause], misread: Tensor) -> list[Support]:
     """How many of the records that show each cause are misread.
 
@@ -231,10 +253,7 @@ def sharpen_causes(
         supports: of the believed causes.
         misread: bool (N,), as in `measure_support`.
     """
-    positives = torch.zeros_like(misread)
-    for support in supports:
-        positives[support.cause.shown] = True
-    positives &= misread
+    positives = mark_shown([support.cause for support in supports], len(misread)) & misread
     scores = discriminants.score(positives)
     causes = []
     for cause in (support.cause for support in supports):

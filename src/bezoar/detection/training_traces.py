@@ -233,25 +233,35 @@ class SmallModel:
         """Agreement and loss of every pair as in `Trace`, (N,) each, in the source's order."""
         self.encoder.eval()
         rivals = self.encoder.encode_tokens(self.tokens[self.rivals.to(self.tokens.device)])
-        columns = torch.arange(len(rivals))
         agreement, loss = torch.empty(len(self.rows)), torch.empty(len(self.rows))
         start = 0
         for batch in self.records.batches(BATCH):
             part = slice(start, start + len(batch))
             z = self.encoder.encode_images(batch.images)
             w = self.encoder.encode_tokens(self.tokens[part])
-            cosine = (z * w).sum(1)
-            same_caption = (self.rival_of[part, None] == columns).to(z.device)
-            others = (z @ rivals.T).masked_fill(same_caption, -torch.inf)
-            logits = torch.cat([cosine[:, None], others], 1) / TEMPERATURE
-            agreement[self.rows[part]] = cosine.cpu()
-            loss[self.rows[part]] = (logits.logsumexp(1) - logits[:, 0]).cpu()
+            agreement[self.rows[part]] = (z * w).sum(1).cpu()
+            loss[self.rows[part]] = caption_losses(z, w, rivals, self.rival_of[part]).cpu()
             start = part.stop
         if not torch.isfinite(loss).all():
             raise UserError(
                 "the small model gives NaN or infinite vectors; lower the objective's learning rate"
             )
         return agreement, loss
+
+
+def caption_losses(images: Tensor, texts: Tensor, rivals: Tensor, rival_of: Tensor) -> Tensor:
+    """-log of the share of each pair's caption in a softmax over itself and its rivals, (B,).
+
+    Args:
+        images: unit (B, D).
+        texts: unit (B, D), of the pairs' captions.
+        rivals: unit (P, D), of different captions.
+        rival_of: int64 (B,), which of the rivals is the pair's own caption (-1: none).
+    """
+    same_caption = (rival_of[:, None] == torch.arange(len(rivals))).to(images.device)
+    others = (images @ rivals.T).masked_fill(same_caption, -torch.inf)
+    logits = torch.cat([(images * texts).sum(1)[:, None], others], 1) / TEMPERATURE
+    return logits.logsumexp(1) - logits[:, 0]
 
 
 def distinct_captions(captions: Sequence[str], count: int) -> tuple[Tensor, Tensor]:

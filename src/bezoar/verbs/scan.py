@@ -22,6 +22,7 @@ from bezoar.data.source import as_source
 from bezoar.detection import (
     goal_measures,
     merging,
+    reference_reading,
     reliability,
     scan_findings,
     scan_sarif,
@@ -113,6 +114,10 @@ class Scan:
         str,
         "file of ids of records known to be clean, a random sample: calibrates false discoveries",
     ] = ""
+    reference: Annotated[
+        str,
+        "encoder that never saw the data (a file of weights, a run, a spec), for the detectors that take one: common_cause reads photographs by it",
+    ] = ""
     sources: Annotated[
         str,
         "what records come from, to pool them: auto, metadata, domain, folder, shard, none, or a table of id, source",
@@ -121,7 +126,8 @@ class Scan:
     def files(self) -> list[Path]:
         """The files that plain fields name, so that a changed one is another question. Raises UserError without one."""
         trusted = [existing_file(self.trusted, "list of clean records")] if self.trusted else []
-        return [*trusted, *record_sources.check_wanted(self.sources)]
+        reference = reference_reading.reference_files(self.reference)
+        return [*trusted, *reference, *record_sources.check_wanted(self.sources)]
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Rank the records, write the lists, and measure the ranking where the poisons are known.
@@ -129,7 +135,7 @@ class Scan:
         Writes scores.parquet and scores.csv (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, removed.csv,
         skipped.jsonl and scan.sarif. The plan of a poisoned set is read only after the ranking is written.
         """
-        self._check_fields(job.inputs["detector"])
+        self._check_fields(job)
         encoder, untrained = self._choose_encoder(job)
         data = corpus.embed_corpus(
             job.inputs["data"], encoder, job.folder, job.settings, job.progress
@@ -208,7 +214,10 @@ class Scan:
         removal_lists.write_scores_csv(folder, corpus.SCORES)
         leaving = np.concatenate([order[:removed], surplus])
         removal_lists.write_removed(folder, data, leaving, removed, merged, by_detector)
-        worst = [record_json(data, row, merged, by_detector) for row in order[:RANKED].tolist()]
+        worst = [
+            scan_findings.record_json(data, row, merged, by_detector)
+            for row in order[:RANKED].tolist()
+        ]
         write_json(folder / "ranked.json", worst)
         shown = order[: max(RANKED, removed)]
         if any(scores.boxes is not None for scores in by_detector.values()):
@@ -216,8 +225,12 @@ class Scan:
             reliability.write_windows(folder, ids, boxes)
         exports.export_rows(folder, data, shown, merged, by_detector, self.export)
 
-    def _check_fields(self, detectors: Sequence[Any]) -> None:
-        """Raise UserError for a share out of range, and for copies that no detector finds."""
+    def _check_fields(self, job: Job) -> None:
+        """Lend the reference to the detectors. Raises UserError for a share out of range, and for what no detector takes."""
+        detectors = reference_reading.lend_reference(
+            job.inputs["detector"], self.reference, job.inputs["data"]
+        )
+        job.inputs["detector"] = detectors
         if not 0 <= self.remove < 1:
             raise UserError(f"remove must be a share in 0..1; got {self.remove}")
         names = [registry.method_name(type(detector)) for detector in detectors]
@@ -482,18 +495,3 @@ def flagged_windows(by_detector: Mapping[str, Scores], rows: Rows) -> tuple[list
             boxes = torch.where(is_set, boxes, scores.boxes.cpu()[torch.from_numpy(rows)])
     with_window = (boxes[:, 2] > 0).nonzero()[:, 0].tolist()
     return [ids[rows[i]] for i in with_window], boxes[with_window]
-
-
-def record_json(
-    data: Corpus, row: int, merged: Scores, by_detector: Mapping[str, Scores]
-) -> dict[str, Any]:
-    """A record as it stands in ranked.json. copy_of: another record of its picture, where a detector groups these."""
-    copy = keep_lists.find_copy(row, data.captions, by_detector.values())
-    return {
-        "id": data.ids[row],
-        "place": data.place_of(row),
-        "caption": data.captions[row] if len(data.captions) else "",
-        "score": float(merged.values[row]),
-        "detectors": {name: float(scores.values[row]) for name, scores in by_detector.items()},
-        "copy_of": "" if copy is None else data.ids[copy],
-    }

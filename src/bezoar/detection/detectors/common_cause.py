@@ -16,14 +16,23 @@ its shape. The search for one:
    what shows it is misread far more often than in the other groups
    (`shared_causes.believe_causes`).
 
+With a reference, an encoder that never saw the data, a linear map of its vectors stands for the
+small model, which reads photographs too. It is fitted in seconds, so that every cause is first
+narrowed to its misread records; and it says what the contents are: a cause is believed only if they
+are not those of its caption group (`reference_reading.bound_content`).
+
 Not seen: clean-label poisons, whose content supports their captions; fewer than about ten poisons of
-a caption group; data whose contents a small model cannot read, such as few photographs.
+a caption group; data whose contents the small model or the reference cannot read, such as
+photographs without a reference; triggers that look to the reference like the target itself, such as
+a blur like water.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -33,9 +42,15 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.data.pairs import load_pairs
 from bezoar.data.randomness import draws, sample_rows
-from bezoar.detection import shared_causes, tower_features, training_traces
+from bezoar.detection import reference_reading, shared_causes, tower_features, training_traces
 from bezoar.detection.caption_groups import group_captions
-from bezoar.detection.detectors import RecordEncoder, Records, require_texts
+from bezoar.detection.detectors import (
+    RecordEncoder,
+    Records,
+    read_captions,
+    require_texts,
+)
+from bezoar.detection.reference_reading import ReferenceReader
 from bezoar.detection.shared_causes import Cause, Discriminants, Support
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
@@ -46,6 +61,18 @@ LOOKED_FOR = "in what many poisons of one target would share, whatever its shape
 MIN_RECORDS = 200  # of the data
 RECORDS_OF_A_GROUP = 200  # at least, on average
 EXPOSURES = 40000  # pairs that the small model sees, at least two passes over the data
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of causes. supports: of those tested. believed: of these. misread: bool (N,), by a
+    judge that saw none of the records that show a cause. loss: float32 (N,), by which all are ranked.
+    """
+
+    supports: list[Support]
+    believed: list[Support]
+    misread: Tensor
+    loss: Tensor
 
 
 @method
@@ -59,6 +86,11 @@ class CommonCause:
     network: Annotated[str, "spec of the small model"] = "clip_small:width=8"
     objective: Annotated[str, "spec of its training; empty: as long as the data need"] = ""
     seed: Annotated[int, "seed of the groups, the halves and the training"] = 0
+    reference: Annotated[
+        str,
+        "an encoder that never saw the data and reads their images in place of the small model: a "
+        "file of weights, a run's directory or a network's spec",
+    ] = ""
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
     decides: ClassVar[bool] = True
@@ -72,6 +104,10 @@ class CommonCause:
         registry.make("network", self.network)
         if self.objective:
             registry.make("objective", self.objective)
+
+    def files(self) -> list[Path]:
+        """What the scores depend on besides the fields: the weights of the reference."""
+        return reference_reading.reference_files(self.reference)
 
     @torch.inference_mode()
     def __call__(
@@ -95,29 +131,36 @@ class CommonCause:
             raise UserError(f"detector 'common_cause' needs {MIN_RECORDS} pairs; there are {n}")
         # Everything is computed in an order that belongs to the records.
         order = sample_rows(embedded.ids, n, self.seed)
-        mismatch = self.measure_mismatch(source, encoder.device, report)[torch.as_tensor(order)]
+        rows = torch.as_tensor(order)
+        uniform = draws(self.seed, [embedded.ids[row] for row in order], 1, "half")[:, 0]
+        half = torch.from_numpy((uniform < 0.5).astype(np.int64))
+        reader: ReferenceReader | None = None
+        if self.reference:
+            reader = self.open_reader(source, texts, rows, half, encoder.device, report)
+            mismatch = reader.read(torch.zeros(n, dtype=torch.bool)).loss
+        else:
+            mismatch = self.measure_mismatch(source, encoder.device, report)[rows]
         features = tower_features.read_features(encoder, source, order, report)
         count = max(2, min(self.groups, n // RECORDS_OF_A_GROUP))
         groups = group_captions(texts, order, count, self.seed, encoder.device)
-        uniform = draws(self.seed, [embedded.ids[row] for row in order], 1, "half")[:, 0]
-        discriminants = Discriminants.fit(
-            features,
-            groups.of_record[torch.as_tensor(order)],
-            torch.from_numpy((uniform < 0.5).astype(np.int64)),
-        )
+        discriminants = Discriminants.fit(features, groups.of_record[rows], half)
         mismatched = mismatch > float(np.quantile(mismatch.numpy(), 1 - self.suspects))
         causes = shared_causes.find_causes(discriminants, mismatched)
         chosen = shared_causes.choose_left_out(causes, n)
-        misread = self.read_without(source, order, chosen, encoder.device, report)
-        supports = shared_causes.measure_support(chosen, misread)
-        believed = shared_causes.believe_causes(supports)
-        sharpened = shared_causes.sharpen_causes(discriminants, believed, misread)
+        if reader is None:
+            misread = self.read_without(source, order, chosen, encoder.device, report)
+            supports = shared_causes.measure_support(chosen, misread)
+            believed = shared_causes.believe_causes(supports)
+            judged = Judgement(supports, believed, misread, mismatch)
+        else:
+            judged = self.judge_by_reference(reader, discriminants, chosen)
+        sharpened = shared_causes.sharpen_causes(discriminants, judged.believed, judged.misread)
         notes = {
             "looked_for": LOOKED_FOR,
-            "causes": [describe_support(support) for support in believed],
-            "tested": len(supports),
+            "causes": [describe_support(support) for support in judged.believed],
+            "tested": len(judged.supports),
         }
-        return self.combine(embedded.ids, order, mismatch, sharpened, notes)
+        return self.combine(embedded.ids, order, judged.loss, sharpened, notes)
 
     def measure_mismatch(
         self, source: Records, device: torch.device, report: ProgressReport
@@ -130,6 +173,46 @@ class CommonCause:
             )
         return trace.loss[-1]
 
+    def open_reader(
+        self,
+        source: Records,
+        texts: Tensor,
+        rows: Tensor,
+        half: Tensor,
+        device: torch.device,
+        report: ProgressReport,
+    ) -> ReferenceReader:
+        """What the reference sees of the records, in the order of `rows`, int64 (N,).
+
+        texts: (N, E), the captions' vectors, in the source's order. half: int64 (N,), in the other.
+        """
+        reference = reference_reading.open_reference(self.reference, device)
+        images = reference_reading.embed_distinct(reference, source, report)
+        captions = read_captions(source)
+        captions = [captions[row] for row in rows.tolist()]
+        return ReferenceReader.build(images[rows], texts[rows].cpu(), captions, half)
+
+    def judge_by_reference(
+        self, reader: ReferenceReader, discriminants: Discriminants, causes: Sequence[Cause]
+    ) -> Judgement:
+        """Narrow the causes to their misread records, and judge them by a map without these."""
+        n = len(reader.half)
+        left_out = shared_causes.mark_shown(causes, n)
+        misread = self.find_misread(reader.read(left_out).loss, left_out)
+        narrowed = shared_causes.narrow_causes(discriminants, causes, misread)
+        left_out = shared_causes.mark_shown(narrowed, n)
+        reading = reader.read(left_out)
+        misread = self.find_misread(reading.loss, left_out)
+        supports = shared_causes.measure_support(narrowed, misread)
+        believed = reference_reading.believe_foreign(
+            supports, reading, reader, discriminants.groups, left_out
+        )
+        return Judgement(supports, believed, misread, reading.loss)
+
+    def find_misread(self, loss: Tensor, left_out: Tensor) -> Tensor:
+        """bool (N,), the records whose loss is above most of those that are not left out."""
+        return loss > float(np.quantile(loss[~left_out].numpy(), 1 - self.suspects))
+
     def read_without(
         self,
         source: Records,
@@ -141,9 +224,7 @@ class CommonCause:
         """bool (N,): which records are misread by a small model that saw none of those that show one
         of the causes; in the given order.
         """
-        left_out = torch.zeros(len(order), dtype=torch.bool)
-        for cause in causes:
-            left_out[cause.shown] = True
+        left_out = shared_causes.mark_shown(causes, len(order))
         if not left_out.any():
             return left_out
         rows = torch.as_tensor(order)
@@ -153,7 +234,7 @@ class CommonCause:
             loss = training_traces.read_without(
                 source, of_source, self.network, objective, self.seed, device, report
             )[rows]
-        return loss > float(np.quantile(loss[~left_out].numpy(), 1 - self.suspects))
+        return self.find_misread(loss, left_out)
 
     def combine(
         self,

@@ -9,18 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bezoar import registry
 from bezoar.data.randomness import sample_rows
 from bezoar.detection.detectors import RecordEncoder, Records, require_texts
 from bezoar.detection.pseudo_classes import SAMPLE, vector_blocks
+from bezoar.detection.reference_reading import open_reference, reference_files
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation.kmeans import cluster_centres
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
-from bezoar.runs import inputs
-from bezoar.runs.run import Run
-from bezoar.runs.verb import input_files
 
 # Strengths of the ridge that are tried, in units of the mean eigenvalue of the references' covariance.
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))
@@ -50,7 +47,8 @@ class CrossEncoder:
     """
 
     reference: Annotated[
-        str, "needed: an encoder that never saw the data, a run's directory or a network's spec"
+        str,
+        "needed: an encoder that never saw the data: a file of weights, a run's directory or a spec",
     ] = ""
     evidence: Annotated[
         Evidence, "what counts; auto: gain where both read captions, else caption, else length"
@@ -64,13 +62,7 @@ class CrossEncoder:
 
     def files(self) -> list[Path]:
         """What the scores depend on besides the fields: the weights of the reference."""
-        if not self.reference:
-            return []
-        weights = Path(self.reference) / "encoder.safetensors"
-        if weights.is_file():
-            return [weights]
-        files: list[Path] = input_files(registry.make("network", self.reference))
-        return files
+        return reference_files(self.reference)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
         """-> Scores; what only the suspect sees is suspicious.
@@ -102,9 +94,7 @@ class CrossEncoder:
             raise UserError(
                 "detector 'cross_encoder' needs reference=, an encoder that never saw these data"
             )
-        path = Path(self.reference)
-        model = Run(path) if path.is_dir() else registry.make("network", self.reference)
-        return inputs.load_encoder(model, device)
+        return open_reference(self.reference, device)
 
 
 def stack_float64(vectors: Tensor, device: torch.device) -> Tensor:

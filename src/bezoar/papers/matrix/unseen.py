@@ -4,9 +4,9 @@ The kinds were parted before the detector `common_cause` was written. Its first 
 on the test half. Its second version was developed on the development half, on scenes of other seeds,
 and on the first set of the test half: only the other sets of that half chose no setting.
 
-On photographs, Flickr8k and aerial images, the same test half poisons each corpus once. What was
-written for photographs was developed on kinds of the development half (Flickr8k: filter, blur,
-patch; aerial: filter, JPEG, sticker, line) and on both corpora without poisons.
+On photographs, Flickr8k, the same test half is one set. What was written for photographs was
+developed on kinds of the development half (Flickr8k: filter, blur, sticker, patch; aerial images:
+filter, JPEG, sticker, line) and on Flickr8k without poisons.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ import numpy as np
 
 from bezoar.data.scene_drawing import SHAPES, TEXTURES
 from bezoar.papers.matrix import (
-    AERIAL,
     FLICKR8K,
     SMALL,
-    CaptionedCorpus,
     Setup,
     corpus_specs,
     get_setup,
@@ -91,45 +89,12 @@ def draw_several(random: np.random.Generator) -> str:
     return f"several:triggers=({parts[first]} + {parts[second]})"
 
 
-@dataclass(frozen=True)
-class Photographs:
-    """A corpus of captioned photographs that every kind of the test half poisons once.
-
-    targets: words, of which those of a training are drawn. poisons: of one kind. first_seed: of its
-    trainings.
-    """
-
-    name: str
-    corpus: CaptionedCorpus
-    targets: tuple[str, ...]
-    poisons: int
-    first_seed: int
-
-
-PHOTOGRAPHS = (
-    Photographs(
-        "Flickr8k",
-        FLICKR8K,
-        (
-            *("snow", "beach", "bicycle", "skateboard", "pool"),
-            *("soccer", "mountain", "camera", "baby", "climbing"),
-        ),
-        400,
-        7600,
-    ),
-    Photographs(
-        "aerial",
-        AERIAL,
-        (
-            *("tennis court", "airplane", "river", "forest"),
-            *("baseball diamond", "harbor", "runway", "storage tanks"),
-        ),
-        100,
-        7800,
-    ),
+PHOTOGRAPHS_SEED = 7600  # of the first training on photographs; the one without an attack: 7550
+PHOTOGRAPH_POISONS = 400  # of one kind
+PHOTOGRAPH_TARGETS = (
+    *("snow", "beach", "bicycle", "skateboard", "pool"),
+    *("soccer", "mountain", "camera", "baby", "climbing"),
 )
-CLEAN_BEFORE = 50  # a clean training's seed, before that of the poisoned ones
-
 
 DEVELOPMENT = (
     Kind("patch", draw_patch),
@@ -226,18 +191,18 @@ def scenes_ground(setup: Setup) -> Ground:
     )
 
 
-def photograph_ground(options: TableOptions, photographs: Photographs) -> Ground:
-    """A corpus of photographs; at scale `smoke` scenes stand for it."""
+def photographs_ground(options: TableOptions) -> Ground:
+    """Flickr8k; at scale `smoke` scenes stand for it."""
     setup = get_setup(options)
     if options.scale == "smoke":
         return scenes_ground(setup)
-    train, test = corpus_specs(options, photographs.corpus)
+    train, test = corpus_specs(options, FLICKR8K)
     return Ground(
         lambda _: train,
-        photographs.targets,
-        photographs.poisons,
+        PHOTOGRAPH_TARGETS,
+        PHOTOGRAPH_POISONS,
         setup.network,
-        photographs.corpus.objective,
+        FLICKR8K.objective,
         test,
         "retrieval",
     )
@@ -291,18 +256,17 @@ class Unseen:
         rows.append(
             clean_row("no attack", [scenes.clean_clip(FIRST_SEED + i) for i in range(sets)])
         )
-        for photographs in PHOTOGRAPHS:
-            ground = photograph_ground(options, photographs)
-            name, seed = photographs.name, photographs.first_seed
-            trainings = poison_trainings(ground, halves["test"], seed)
-            rows += [half_row(kind, name, ground, trainings) for kind in halves["test"]]
-            rows.append(clean_row(f"no attack ({name})", [ground.clean_clip(seed - CLEAN_BEFORE)]))
+        photographs = photographs_ground(options)
+        trainings = poison_trainings(photographs, halves["test"], PHOTOGRAPHS_SEED)
+        rows += [half_row(kind, "photographs", photographs, trainings) for kind in halves["test"]]
+        clean = [photographs.clean_clip(PHOTOGRAPHS_SEED - 50)]
+        rows.append(clean_row("no attack (photographs)", clean))
         note = (
             f"Each kind: {sets} sets of scenes, with sizes, places, strengths and targets of their "
             f"own, {POISONS} poisons of {get_setup(options).records}; a training holds up to "
-            f"{KINDS_OF_A_TRAINING} kinds. The kinds of the test half poison each corpus of "
-            "photographs once. Scanned by the default detectors with the encoder trained "
-            "on the set; all figures are of all detectors together, of one kind against the clean "
+            f"{KINDS_OF_A_TRAINING} kinds. The kinds of the test half poison Flickr8k "
+            f"once, {PHOTOGRAPH_POISONS} poisons of 30,000 each. Scanned by the default detectors, "
+            "which have no reference encoder, with the encoder trained on the set; all figures are of all detectors together, of one kind against the clean "
             "records."
         )
         return Table(

@@ -1,0 +1,253 @@
+"""What an encoder that never saw the data makes of their images, and how its vectors say the captions.
+
+A ridge regression maps a reference encoder's vectors of the images to the suspect encoder's vectors
+of the captions. Content that the reference sees is read as what it is captioned; a trigger means
+nothing to the map unless poisons taught it, and it can be fitted without any record in seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bezoar import registry
+from bezoar.detection import tower_features, training_traces
+from bezoar.detection.detectors import RecordEncoder, Records
+from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Cause, Support
+from bezoar.encoders.encoder import Encoder
+from bezoar.errors import UserError
+from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.runs import inputs
+from bezoar.runs.run import MANIFEST, Run
+from bezoar.runs.verb import input_files, spec_of_path
+
+BATCH = 128  # images at a time
+ROWS = 1 << 13  # records that are read at a time
+STRENGTH = 0.5  # of the ridge, in units of the mean variance of the reference's vectors
+MAX_FITTED = 1 << 16  # records that a map is fitted on, at most
+CHANCE = 0.5  # mean place of records whose content says nothing of the group
+PLACE_DEVIATION = 1 / math.sqrt(12)  # of such places
+ONE_SIDED = 1.645  # deviations of a one-sided bound of 95 %
+# of a believed cause
+MIN_MISREAD = 0.5  # lower bound of the share that is misread, of .15 of all records
+MAX_CONTENT = 0.5  # upper bound of its contents, in units of those of the group's other records
+LEAST_READ = 0.6  # mean place of a group's other records, below which nothing is said of it
+
+
+def open_reference(reference: str, device: torch.device) -> Encoder:
+    """The encoder that a text names: a run's directory, a file or folder of weights, or a spec.
+
+    Raises:
+        UserError: for none of these.
+    """
+    return inputs.load_encoder(_find_reference(reference), device).eval()
+
+
+def reference_files(reference: str) -> list[Path]:
+    """The files that an encoder is read from; none for an empty text."""
+    if not reference:
+        return []
+    model = _find_reference(reference)
+    if isinstance(model, Run):
+        return [model.path / "encoder.safetensors"]
+    return input_files(model)
+
+
+def lend_reference(detectors: Sequence[Any], reference: str, data: Any) -> tuple[Any, ...]:
+    """The detectors, with a reference for those that take one and have none.
+
+    Args:
+        detectors: that are asked for.
+        reference: as in `open_reference`, or empty.
+        data: the run or method of the scanned data.
+
+    Raises:
+        UserError: where no detector takes the reference, or it was trained on these data.
+    """
+    if not reference:
+        return tuple(detectors)
+    model = _find_reference(reference)
+    if isinstance(model, Run) and inputs.was_trained_on(model, data):
+        raise UserError(
+            f"reference {model.name} was trained on these data, and may have learnt their trigger"
+        )
+    if not any(hasattr(detector, "reference") for detector in detectors):
+        raise UserError("no detector that is asked for takes a reference; common_cause does")
+    return tuple(
+        replace(detector, reference=reference)
+        if getattr(detector, "reference", None) == ""
+        else detector
+        for detector in detectors
+    )
+
+
+def embed_distinct(
+    encoder: RecordEncoder, source: Records, report: ProgressReport = no_report
+) -> Tensor:
+    """The vectors of all images, (N, D) on the CPU; equal images pass through the encoder once.
+
+    Many vectors are projected to fewer dimensions, which keeps their distances.
+    """
+    count = len(source)
+    number_of: dict[bytes, int] = {}
+    numbers: list[int] = []
+    vectors: list[Tensor] = []
+    for batch in source.batches(BATCH):
+        new = []
+        for row, image in enumerate(batch.images):
+            digest = hashlib.blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
+            if digest not in number_of:
+                number_of[digest] = len(number_of)
+                new.append(row)
+            numbers.append(number_of[digest])
+        if new:
+            made = encoder.encode_images(batch.images[new].to(encoder.device)).float()
+            limit = max(128, tower_features.MAX_VALUES // count)
+            projection = tower_features.draw_projection(made.shape[1], limit, made.device)
+            vectors.append((made if projection is None else made @ projection).cpu())
+        report(len(numbers), count, "reading the images by the reference")
+    return torch.cat(vectors)[torch.tensor(numbers)]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a map says of N records that had no part in it.
+
+    captions: float32 (N, E), unit, what the map makes of the images. loss: float32 (N,), in nats,
+    as that of `training_traces.Trace`: how badly it tells the record's caption from RIVALS others.
+    """
+
+    captions: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class ReferenceReader:
+    """N records as a reference sees them and as they are captioned.
+
+    images: float32 (N, D), the reference's vectors less their mean. captions: float32 (N, E), unit,
+    the captions' vectors less their mean. half: int64 (N,), 0 or 1. rivals: int64 (P,), records
+    whose captions are told from the others'. rival_of: int64 (N,), which of them has the record's
+    own caption (-1: none).
+    """
+
+    images: Tensor
+    captions: Tensor
+    half: Tensor
+    rivals: Tensor
+    rival_of: Tensor
+
+    @staticmethod
+    def build(
+        images: Tensor, texts: Tensor, captions: Sequence[str], half: Tensor
+    ) -> ReferenceReader:
+        """Of vectors of the images, (N, D), and of the captions, (N, E)."""
+        images = F.normalize(images, dim=1, eps=1e-6)
+        texts = texts.float()
+        rivals, rival_of = training_traces.distinct_captions(captions, training_traces.RIVALS)
+        unit = F.normalize(texts - texts.mean(0), dim=1, eps=1e-6)
+        return ReferenceReader(images - images.mean(0), unit, half, rivals, rival_of)
+
+    def read(self, left_out: Tensor) -> Reading:
+        """Read every record by a map that was fitted on records of the other half alone.
+
+        Args:
+            left_out: bool (N,), the records that no map is fitted on.
+        """
+        captions, loss = torch.empty_like(self.captions), torch.empty(len(self.half))
+        rivals = self.captions[self.rivals]  # (P, E)
+        for number in (0, 1):
+            fitted = ((self.half != number) & ~left_out).nonzero()[:MAX_FITTED, 0]
+            weights, bias = fit_ridge(self.images[fitted], self.captions[fitted])
+            for rows in (self.half == number).nonzero()[:, 0].split(ROWS):
+                read = F.normalize(self.images[rows] @ weights + bias, dim=1, eps=1e-6)  # (B, E)
+                captions[rows] = read
+                loss[rows] = training_traces.caption_losses(
+                    read, self.captions[rows], rivals, self.rival_of[rows]
+                )
+        return Reading(captions, loss)
+
+
+def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (D, E) and bias (E,) of the ridge regression of y (N, E) on x (N, D).
+
+    The penalty is STRENGTH times the mean variance of a column of x; the bias is not penalised.
+    """
+    mean, centre = x.mean(0), y.mean(0)
+    x = x - mean
+    products = x.T @ x  # (D, D)
+    products.diagonal().add_(STRENGTH * products.diagonal().mean().clamp(min=1e-12))
+    weights = torch.linalg.solve(products, x.T @ (y - centre))
+    return weights, centre - mean @ weights
+
+
+def bound_content(
+    reading: Reading, captions: Tensor, groups: Tensor, cause: Cause, left_out: Tensor
+) -> float:
+    """How far the contents of those that show a cause may be what their captions name.
+
+    The captions of the group's other records, less those of all records, are a direction. A record
+    counts by its place among the records of other groups on it: its content names the group where
+    it lies above most.
+
+    Args:
+        reading: of a map without the records that are left out.
+        captions: (N, E), the unit vectors of the captions.
+        groups: int64 (N,), the caption group of each record.
+        cause: of one group.
+        left_out: bool (N,).
+
+    Returns:
+        The upper confidence bound of the mean place of those that show the cause, above chance, in
+        units of that of the group's other records: 1 and more for a natural cause, about 0 for
+        contents of any kind. 1 where the other records' own contents are not read.
+    """
+    others = groups == cause.group
+    others[cause.shown] = False
+    sample = (~left_out).nonzero()[:FOREIGN, 0]
+    if int(others.sum()) < MIN_RECORDS:
+        return 1.0
+    direction = captions[others].mean(0) - captions[sample].mean(0)
+    values = reading.captions @ direction  # (N,)
+    foreign = values[sample[groups[sample] != cause.group]].sort().values
+    places = torch.searchsorted(foreign, values) / len(foreign)
+    read = float(places[others].mean())
+    if read < LEAST_READ:
+        return 1.0
+    error = PLACE_DEVIATION / math.sqrt(len(cause.shown))
+    upper = float(places[cause.shown].mean()) + ONE_SIDED * error
+    return (upper - CHANCE) / (read - CHANCE)
+
+
+def believe_foreign(
+    supports: Sequence[Support],
+    reading: Reading,
+    reader: ReferenceReader,
+    groups: Tensor,
+    left_out: Tensor,
+) -> list[Support]:
+    """Those causes whose records are misread and have contents of any kind; see `bound_content`."""
+    return [
+        support
+        for support in supports
+        if support.lower > MIN_MISREAD
+        and bound_content(reading, reader.captions, groups, support.cause, left_out) < MAX_CONTENT
+    ]
+
+
+def _find_reference(reference: str) -> Any:
+    """The run or the configured network that a text names."""
+    path = Path(reference)
+    return (
+        Run(path)
+        if (path / MANIFEST).is_file()
+        else registry.make("network", spec_of_path("network", reference))
+    )

@@ -1,0 +1,194 @@
+"""Contents read through a reference: the map against scikit-learn's, what is left out, and a scan."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from sklearn.linear_model import Ridge
+
+from bezoar import Scan, Settings, Train, execute, registry
+from bezoar.detection import reference_reading, shared_causes, training_traces
+from bezoar.detection.detectors.common_cause import CommonCause
+from bezoar.detection.reference_reading import Reading, ReferenceReader, fit_ridge
+from bezoar.detection.shared_causes import Cause, Discriminants
+from bezoar.errors import UserError
+
+
+def test_the_map_is_scikit_learns_ridge():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(80, 6)) * [3, 1, 1, 1, 2, 1] + 2, random.normal(size=(80, 3))
+    y[:, :2] += x[:, :2]
+    weights, bias = fit_ridge(torch.from_numpy(x), torch.from_numpy(y))
+    penalty = 0.5 * ((x - x.mean(0)) ** 2).sum(0).mean()
+    model = Ridge(alpha=penalty).fit(x, y)
+    assert np.allclose(weights.T, model.coef_, atol=1e-9)
+    assert np.allclose(bias, model.intercept_, atol=1e-9)
+
+
+def test_caption_losses_are_those_of_a_plain_softmax():
+    generator = torch.Generator().manual_seed(0)
+    images, texts, rivals = (
+        F.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (6, 6, 4)
+    )
+    rival_of = torch.tensor([-1, 2, -1, 0, -1, -1])
+    losses = training_traces.caption_losses(images, texts, rivals, rival_of)
+    for i in range(6):
+        others = [rivals[j] for j in range(4) if j != rival_of[i]]
+        fits = torch.stack([images[i] @ w for w in [texts[i], *others]]) / 0.07
+        assert float(losses[i]) == pytest.approx(float(-fits.softmax(0)[0].log()), abs=1e-4)
+
+
+def draw_reader(n=2400, groups=6, seed=0):
+    """Images of a content each, captions that name it, and 100 captions of group 0 whose images are
+    of anything; and which these are.
+    """
+    random = np.random.default_rng(seed)
+    content = torch.from_numpy(random.integers(0, groups, n))
+    caption = content.clone()
+    poisons = torch.from_numpy(random.choice(n, 100, replace=False))
+    caption[poisons] = 0
+    centres = torch.from_numpy(random.normal(size=(groups, 12))).float()
+    names = torch.from_numpy(random.normal(size=(groups, 8))).float()
+    images = centres[content] + 0.5 * torch.from_numpy(random.normal(size=(n, 12))).float()
+    texts = names[caption] + 0.3 * torch.from_numpy(random.normal(size=(n, 8))).float()
+    captions = [f"caption {i}" for i in range(n)]
+    half = torch.arange(n) % 2
+    return ReferenceReader.build(images, texts, captions, half), caption, poisons
+
+
+def test_no_record_has_a_part_in_its_own_reading():
+    reader, _, poisons = draw_reader()
+    left_out = torch.zeros(len(reader.half), dtype=torch.bool)
+    left_out[poisons] = True
+    reading = reader.read(left_out)
+    assert torch.allclose(reading.captions.norm(dim=1), torch.ones(len(reader.half)), atol=1e-4)
+    # Of half 0, what half 0 is captioned as changes nothing, nor what is left out of half 1.
+    changed = reader.captions.clone()
+    changed[(reader.half == 0) | left_out] *= -1
+    again = replace(reader, captions=changed).read(left_out)
+    first = reader.half == 0
+    assert torch.equal(reading.captions[first], again.captions[first])
+    assert not torch.allclose(reading.captions[~first], again.captions[~first], atol=0.1)
+    fitted = ((reader.half == 1) & ~left_out).nonzero()[:, 0]
+    weights, bias = fit_ridge(reader.images[fitted], reader.captions[fitted])
+    plain = F.normalize(reader.images[first] @ weights + bias, dim=1)
+    assert torch.allclose(reading.captions[first], plain, atol=1e-4)
+
+
+def test_contents_count_by_their_place_among_other_groups():
+    reader, group, poisons = draw_reader()
+    left_out = torch.zeros(len(group), dtype=torch.bool)
+    left_out[poisons] = True
+    reading = reader.read(left_out)
+    members = (group == 0).nonzero()[:, 0]
+    of_poisons = left_out[members].float() * 2  # scores: 1 and more shows the cause
+    foreign_to = Cause(0, 1.0, members, of_poisons)
+    natural = Cause(0, 1.0, members, (members % 7 == 0).float() * (1 - left_out[members].float()))
+
+    def measure(cause):
+        return reference_reading.bound_content(reading, reader.captions, group, cause, left_out)
+
+    assert measure(foreign_to) < 0.5 and measure(natural) > 0.9
+    others = members[of_poisons == 0]
+    direction = reader.captions[others].mean(0) - reader.captions[~left_out].mean(0)
+    values = (reading.captions @ direction).numpy()
+    foreign = values[((group != 0) & ~left_out).numpy()]
+
+    def chance_of_above(rows):
+        return stats.mannwhitneyu(values[rows], foreign).statistic / (len(rows) * len(foreign))
+
+    upper = chance_of_above(foreign_to.shown.numpy()) + 1.645 / np.sqrt(12 * 100)
+    plain = (upper - 0.5) / (chance_of_above(others.numpy()) - 0.5)
+    assert measure(foreign_to) == pytest.approx(plain, abs=1e-3)
+
+
+def test_nothing_is_said_of_a_group_whose_contents_are_not_read():
+    reader, group, _ = draw_reader()
+    noise = F.normalize(torch.randn(reader.captions.shape, generator=torch.Generator()), dim=1)
+    reading = Reading(noise, torch.zeros(len(group)))
+    cause = Cause(
+        0, 1.0, (group == 0).nonzero()[:, 0], (torch.arange(int((group == 0).sum())) % 3).float()
+    )
+    none = torch.zeros(len(group), dtype=torch.bool)
+    assert reference_reading.bound_content(reading, reader.captions, group, cause, none) == 1.0
+    whole = replace(cause, scores=torch.ones_like(cause.scores))
+    assert reference_reading.bound_content(reading, reader.captions, group, whole, none) == 1.0
+
+
+@pytest.mark.parametrize("is_attacked", [True, False])
+def test_a_planted_trigger_is_believed_and_no_natural_cause(is_attacked):
+    reader, group, poisons = draw_reader(n=6000, groups=20)
+    if not is_attacked:  # what they share is natural: their captions are those of their images
+        reader = replace(reader, images=reader.images.clone())
+        like = (group == 0).nonzero()[:, 0]
+        like = like[~torch.isin(like, poisons)]
+        reader.images[poisons] = reader.images[like[: len(poisons)]]
+    random = torch.Generator().manual_seed(1)
+    features = torch.randn(len(group), 40, generator=random)
+    features[poisons, :2] += 4
+    discriminants = Discriminants.fit(features, group, reader.half)
+    suspects = torch.rand(len(group), generator=random) < 0.1
+    suspects[poisons[:80]] = True
+    detector = CommonCause()
+    causes = shared_causes.find_causes(discriminants, suspects)
+    causes = shared_causes.choose_left_out(causes, len(suspects))
+    judged = detector.judge_by_reference(reader, discriminants, causes)
+    assert [s.cause.group for s in judged.believed] == ([0] if is_attacked else [])
+    assert judged.misread.shape == judged.loss.shape == group.shape
+    if is_attacked:
+        assert torch.isin(judged.believed[0].cause.shown, poisons).float().mean() > 0.8
+
+
+class Counting(torch.nn.Module):
+    """Stands for an encoder, and counts what passes through it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.passed = 0
+
+    def encode_images(self, images):
+        self.passed += len(images)
+        return images.float().mean((2, 3))
+
+
+def test_equal_images_pass_through_the_reference_once():
+    pairs = registry.make("data", "scenes:count=40")()
+    twice = replace(
+        pairs,
+        images=torch.cat([pairs.images, pairs.images]),
+        captions=pairs.captions * 2,
+        ids=tuple(f"r{i}" for i in range(80)),
+        labels=torch.cat([pairs.labels, pairs.labels]),
+    )
+    encoder = Counting()
+    vectors = reference_reading.embed_distinct(encoder, twice)
+    assert encoder.passed == 40
+    assert torch.allclose(vectors, twice.images.float().mean((2, 3)))
+
+
+def test_a_scan_with_a_reference(tmp_path):
+    """Its files are part of the question, its absence is one line, and no training is run for it."""
+    settings = Settings(runs=tmp_path)
+    small = ("clip_small:width=4,dim=16", "clip:epochs=1,batch=64")
+    suspect = Train("scenes:count=400", *small)
+    other = execute(Train("scenes:count=200,seed=5", *small), settings)
+    scan = Scan(suspect, detector=("common_cause",), reference=str(other.path))
+    assert [path.name for path in scan.files()] == ["encoder.safetensors"]
+    run = execute(scan, settings)
+    assert run.metric("common_cause.raised").value == 0
+    assert str(other.path) in run.manifest["notes"]["detectors"][0]
+    spelt = Scan(suspect, detector=(f"common_cause:reference={other.path}",))
+    scores = [(execute(s, settings).path / "scores.csv").read_text() for s in (scan, spelt)]
+    assert scores[0] == scores[1]
+    with pytest.raises(UserError, match="no detector that is asked for takes a reference"):
+        execute(Scan(suspect, detector=("clip_score",), reference=str(other.path)), settings)
+    with pytest.raises(UserError, match="no-such-encoder"):
+        execute(Scan(suspect, reference="no-such-encoder"), settings)
+    own = execute(suspect, settings)
+    with pytest.raises(UserError, match="was trained on these data"):
+        execute(Scan(suspect, reference=str(own.path)), settings)
