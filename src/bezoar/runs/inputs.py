@@ -266,7 +266,7 @@ def in_memory(records: Pairs | StoredPairs) -> Pairs:
 
 
 def load_encoder(
-    embedder: Any, device: torch.device | str, images: torch.Tensor | None = None
+    embedder: Any, device: torch.device | str, clean: Pairs | None = None
 ) -> Encoder:
     """Load the encoder of a train, inject or repair run, or of a network with published weights.
 
@@ -275,8 +275,8 @@ def load_encoder(
     Args:
         embedder: a run, or a configured network.
         device: where the encoder is to be.
-        images: uint8 (N, 3, H, W), clean images by which a normalisation that no file states is
-            chosen; None keeps the guess.
+        clean: records by whose images a normalisation that no file states is chosen; None keeps the
+            guess.
     """
     if isinstance(embedder, Run):
         holder = find_encoder(embedder)
@@ -291,7 +291,9 @@ def load_encoder(
             "imported:path=FILE, open_clip:NAME/PRETRAINED"
         ) from error
     encoder = encoder.to(device).eval()
-    chosen = "" if images is None else normalisation.settle_mean_std(encoder, images)
+    chosen = ""
+    if clean is not None and not clean.text_only and encoder.reads_images:
+        chosen = normalisation.settle_mean_std(encoder, clean.images)
     line = "; ".join(filter(None, (describe_weights(encoder), chosen)))
     if line and line not in _printed:
         _printed.add(line)
@@ -308,6 +310,8 @@ def describe_weights(encoder: Encoder) -> str:
     if not imported:
         return ""
     what = imported.get("what") or f"an encoder in the layout {imported['layout']}"
+    if not encoder.reads_images:
+        return "; ".join([f"{imported['file']}: {what}", *imported["assumed"]])
     parts = [f"{imported['file']}: {what}, {encoder.preprocess.size} px"]
     if encoder.head is not None and "head" not in what:
         parts[0] += f", with its head of {len(encoder.about['classes'])} classes"

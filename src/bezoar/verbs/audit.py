@@ -46,6 +46,7 @@ from bezoar.terminal import warn
 
 ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse")
+TEXT_AUDITS = ("token_sweep",)  # where the clean records are texts
 SARIF_FILE = "audit.sarif"
 MIN_IMAGES = 16  # clean images; with fewer an audit is sensitive to nothing
 MAX_LABELLED = 2000  # clean records that a head is fitted on
@@ -166,7 +167,7 @@ class Audit:
         suspect, data, audits = (job.inputs[name] for name in ("encoder", "data", "audit"))
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample.images))
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample))
         classes = len(encoder.about.get("classes") or labelled.classes) or CLUSTERS
         family = bank.encoder_family(encoder, suspect)
         clean = Sample(data_text(method), len(sample))
@@ -223,7 +224,7 @@ class Audit:
         data = job.inputs["data"]
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample.images))
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample))
         sample = sample.to(job.device)
         labelled = labelled.to(job.device)
         offered = self._offer(job, audit, encoder, labelled)
@@ -347,9 +348,7 @@ def default_clean_images(encoder: Any) -> Any:
 
 
 def check_auditable(encoder: Encoder, what: str = "the encoder") -> Encoder:
-    """Return the encoder. Raises UserError for one without an image tower, or with weights that are not finite."""
-    if getattr(encoder, "image", None) is None:
-        raise UserError(f"{what} reads no images; audits look at image towers")
+    """Return the encoder. Raises UserError for one with weights that are not finite."""
     bad_weights = [
         name
         for name, weights in encoder.state_dict().items()
@@ -388,7 +387,7 @@ def measure_own_accuracy(job: Job, images: int) -> dict[str, Measure]:
     suspect, data = job.inputs["encoder"], job.inputs["data"]
     method = data if data is not None else default_clean_images(suspect)
     sample, _ = sample_clean_records(method, images)
-    encoder = inputs.load_encoder(suspect, job.device, sample.images)
+    encoder = inputs.load_encoder(suspect, job.device, sample)
     accuracy, warning = measure_own_head(encoder, sample)
     job.notes["weights"] = inputs.describe_weights(encoder)
     job.notes["own_head"] = warning
