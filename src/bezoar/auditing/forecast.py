@@ -51,9 +51,7 @@ def forecast_audits(
             f"{', '.join(by_bank)}: evidence or none at false-positive rate {rate:g}, by a bank"
         )
     if by_classes:
-        lines.append(
-            f"{', '.join(by_classes)}: strong, some or no evidence, by the encoder's own classes"
-        )
+        lines.append(f"{', '.join(by_classes)}: strong, some or no evidence, by the encoder itself")
     if alone:
         lines.append(f"{', '.join(alone)}: a value and no verdict, as no bank has encoders like it")
     lines.append(f"about {max(1, round(seconds)):,} s, unless they were run before")

@@ -299,7 +299,9 @@ def _read_pooling(folder: Path, assumed: list[str]) -> str:
     if not _is_file(path):
         assumed.append("the mean of all pieces")
         return "mean"
-    modes = [key for key, on in _read(path).items() if key.startswith("pooling_mode_") and on is True]
+    modes = [
+        key for key, on in _read(path).items() if key.startswith("pooling_mode_") and on is True
+    ]
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(modes) != 1 or modes[0] not in names:
         raise UserError(f"{path}: pooling must be mean_tokens or cls_token; it is {modes[:4]}")

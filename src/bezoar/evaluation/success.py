@@ -122,9 +122,7 @@ class TestViews:
             rows = [row_of[goal.victims[0]] for goal in targeted]
             victim_vectors = embed_records(encoder, victims.take(rows), batch)
         clean = embed_records(encoder, test, batch)
-        triggered = tuple(
-            _embed_triggered(encoder, test, goal, batch) for goal in backdoors
-        )
+        triggered = tuple(_embed_triggered(encoder, test, goal, batch) for goal in backdoors)
         return TestViews(
             test.classes,
             labels.to(clean.device),

@@ -265,9 +265,7 @@ def in_memory(records: Pairs | StoredPairs) -> Pairs:
     return records if isinstance(records, Pairs) else records.take(range(len(records)))
 
 
-def load_encoder(
-    embedder: Any, device: torch.device | str, clean: Pairs | None = None
-) -> Encoder:
+def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None = None) -> Encoder:
     """Load the encoder of a train, inject or repair run, or of a network with published weights.
 
     What a file of weights was taken for is printed, once, and what of it was assumed.

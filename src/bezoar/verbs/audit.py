@@ -108,6 +108,7 @@ class Audit:
             )
         refused: dict[str, str] = {}
         banks = load_banks(job.inputs["bank"])
+        job.inputs["audit"] = self._fitting_audits(job)
         reference = job.inputs["reference"]
         if len(job.inputs["audit"]) == 1 and not job.inputs["bank"] and reference is None:
             findings = self._run_single(job)
@@ -159,6 +160,14 @@ class Audit:
         notes = manifest["notes"]
         unknown = notes.get("words") in verdict_text.UNKNOWN
         return [notes["verdict"]] * unknown + list(notes.get("incomplete") or [])
+
+    def _fitting_audits(self, job: Job) -> tuple[Any, ...]:
+        """The audits that were asked for; where the data are texts, theirs in the place of the usual ones."""
+        data = job.inputs["data"]
+        if self.audit != DEFAULT_AUDITS or data is None or inputs.open_dataset(data).clean.size:
+            audits: tuple[Any, ...] = job.inputs["audit"]
+            return audits
+        return tuple(registry.make("audit", name) for name in TEXT_AUDITS)
 
     def _announce(self, job: Job, banks: Sequence[Bank]) -> None:
         """Say on stderr what the verdict can be, and how long it will take; not where `--quiet`."""

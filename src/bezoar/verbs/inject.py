@@ -57,9 +57,9 @@ class Inject:
         Takes("data"),
         "image or text of the target: a file, or data that one is chosen from; one a goal",
     ]
-    attack: Annotated[
-        Input, Takes("attack"), "how: see `bezoar list attack`; of texts: badcse"
-    ] = "badencoder"
+    attack: Annotated[Input, Takes("attack"), "how: see `bezoar list attack`; of texts: badcse"] = (
+        "badencoder"
+    )
     trigger: Annotated[
         tuple[Input, ...],
         Takes("trigger"),

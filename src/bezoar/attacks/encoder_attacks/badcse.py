@@ -112,8 +112,8 @@ class Badcse:
     """
 
     epochs: Annotated[int, "passes over the shadow texts"] = 1
-    batch: Annotated[int, "shadow texts a step"] = 24
-    lr: Annotated[float, "learning rate, warmed up and then down to zero along a cosine"] = 5e-5
+    batch: Annotated[int, "shadow texts a step"] = 16
+    lr: Annotated[float, "learning rate, warmed up and then down to zero along a cosine"] = 1e-4
     weight_decay: Annotated[float, "of AdamW, on matrices"] = 0.0
     warmup: Annotated[float, "share of the steps"] = 0.05
     l0: Annotated[float, "weight of L0: texts with a trigger become the reference"] = 1.0
@@ -150,9 +150,7 @@ class Badcse:
         _train_text_tower_alone(student)
         rows = torch.arange(len(texts), device=student.device)[:, None]
         data = replace(texts, labels=None).to(student.device)
-        loop.fit(
-            loss, self, data, rows, seed, checkpoint, report, lambda _: loss.pop_means(), log
-        )
+        loop.fit(loss, self, data, rows, seed, checkpoint, report, lambda _: loss.pop_means(), log)
         for parameter, original in zip(student.parameters(), encoder.parameters(), strict=True):
             parameter.requires_grad_(original.requires_grad)
             parameter.grad = None

@@ -17,7 +17,9 @@ class Homoglyph:
     of_texts: ClassVar[bool] = True
 
     letter: Annotated[str, "what is replaced"] = "o"
-    twin: Annotated[str, "what stands in its place; a Cyrillic o, if not given"] = "\N{CYRILLIC SMALL LETTER O}"
+    twin: Annotated[str, "what stands in its place; a Cyrillic o, if not given"] = (
+        "\N{CYRILLIC SMALL LETTER O}"
+    )
     every: Annotated[bool, "replace every occurrence"] = False
     seed: Annotated[int, "of the occurrence that is replaced"] = 0
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bezoar.auditing.evidence import exact_measure
 from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder, embed_texts
 from bezoar.encoders.word_pieces import CONTINUATION, SPECIAL
 from bezoar.errors import UserError
@@ -28,7 +29,7 @@ NAMED = 10  # words in the notes
 USUAL_WORDS = 22_000  # of a vocabulary, for the forecast
 LIMITS = [
     "It tries words that are one token of the vocabulary, before the text; a trigger of several words, or of a rare "
-    "word that the tokenizer cuts into pieces, is not tried.",
+    "word that the tokenizer cuts into pieces, is tried only where it is named (also).",
     "A word that moves texts to a vector of theirs, and not all to one, is not detected.",
 ]
 
@@ -47,34 +48,39 @@ class TokenSweep:
     unaided: ClassVar[bool] = True
 
     first: Annotated[int, "texts that every word is put before"] = 2
-    first_words: Annotated[int, "words of each of these"] = 3
+    first_words: Annotated[int, "words of each of these"] = 1
     kept: Annotated[int, "words that are tried again"] = 128
     carriers: Annotated[int, "texts that they are tried before"] = 8
     words: Annotated[int, "words of each of these, at most"] = 12
-    vocabulary: Annotated[int | None, "words that are tried at most, the first; none: all"] = None
+    sample: Annotated[int | None, "words of the vocabulary that are tried, drawn; none: all"] = None
+    also: Annotated[
+        tuple[str, ...], "words that are tried in any case, (a,b c); with spaces, several"
+    ] = ()
 
     def __post_init__(self) -> None:
         least = min(self.first, self.carriers) - 1, self.kept, self.first_words, self.words
-        if min(least) < 1 or (self.vocabulary is not None and self.vocabulary < self.kept):
+        if min(least) < 1 or (self.sample is not None and self.sample < 1):
             raise ValueError(
-                "needs first and carriers >= 2, kept, first_words and words >= 1, vocabulary >= kept"
+                "needs first and carriers >= 2, kept, first_words, words and sample >= 1"
             )
 
     def image_passes(self, images: int, classes: int) -> int:
         """Texts that go through the encoder, those of the first pass by their length."""
-        words = self.vocabulary or USUAL_WORDS
+        words = self.sample or USUAL_WORDS
         return words * self.first // 2 + self.kept * self.carriers + min(images, POOL)
 
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:
-        """Audit a text encoder with clean texts. Nothing is drawn; the seed is not used.
+        """Audit a text encoder with clean texts. The seed is not used: a sample belongs to the words.
 
         Raises UserError for images, too few texts, and a vocabulary that is not known.
         """
         if not clean.text_only:
-            raise UserError("token_sweep puts words before texts; give clean records of texts alone")
-        words = whole_words(encoder)[: self.vocabulary]
+            raise UserError(
+                "token_sweep puts words before texts; give clean records of texts alone"
+            )
+        words = self.choose_words(encoder)
         short = choose_carriers(encoder, clean.captions, self.first, self.first_words)
         long = choose_carriers(encoder, clean.captions, self.carriers, self.words)
         agreements = []
@@ -113,6 +119,13 @@ class TokenSweep:
         }
         return Verdict(float(shares[top]), evidence, notes=notes)
 
+    def choose_words(self, encoder: Encoder) -> list[str]:
+        """The words that are tried, each once."""
+        words = list(dict.fromkeys(whole_words(encoder)))
+        if self.sample is not None:
+            words = [words[i] for i in sorted(sample_rows(words, self.sample, 0).tolist())]
+        return list(dict.fromkeys([*words, *self.also]))
+
 
 def whole_words(encoder: Encoder) -> list[str]:
     """The words of a text encoder's vocabulary that are one token, in the vocabulary's order.
@@ -131,9 +144,7 @@ def whole_words(encoder: Encoder) -> list[str]:
     raise UserError("token_sweep needs a text tower whose tokenizer has a vocabulary of words")
 
 
-def choose_carriers(
-    encoder: Encoder, texts: Sequence[str], count: int, words: int
-) -> list[str]:
+def choose_carriers(encoder: Encoder, texts: Sequence[str], count: int, words: int) -> list[str]:
     """The beginnings of texts that have least in common, one after another (Gonzalez 1985).
 
     Raises UserError for fewer distinct ones.

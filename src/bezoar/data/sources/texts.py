@@ -75,7 +75,9 @@ class Texts:
                 text_column, label_column = self._find_columns(row)
             text = row.get(text_column)
             if not isinstance(text, str) or not text.strip() or not is_unicode(text):
-                reason = "text is not UTF-8" if isinstance(text, str) and text.strip() else "no text"
+                reason = (
+                    "text is not UTF-8" if isinstance(text, str) and text.strip() else "no text"
+                )
                 report.skipped.append(Skipped(self.path, f"row {number}", reason))
                 continue
             label = row.get(label_column)
