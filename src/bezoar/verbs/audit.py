@@ -219,7 +219,7 @@ class Audit:
         suspect, data = job.inputs["encoder"], job.inputs["data"]
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        reference = inputs.load_encoder(job.inputs["reference"], job.device, sample.images)
+        reference = inputs.load_encoder(job.inputs["reference"], job.device, sample)
         check_auditable(reference, "the reference")
         classifier = make_audit_classifier(reference, labelled.to(job.device), self.classifier)
         name = input_name(job.inputs["reference"])
