@@ -1,5 +1,6 @@
 """Triggers of texts, badcse against the plain form of its loss, and the verbs on texts, end to end."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,14 +12,20 @@ from bezoar import registry
 from bezoar.attacks.encoder_attacks.badcse import Loss
 from bezoar.attacks.plan import Goal
 from bezoar.attacks.stamping import stamp_records
+from bezoar.auditing import unaided_verdict
+from bezoar.auditing.audits import token_sweep
 from bezoar.cli import main
 from bezoar.data.pairs import Pairs
+from bezoar.data.randomness import sample_rows
+from bezoar.detection.checks import drop_token
 from bezoar.encoders.encoder import Encoder, embed_texts
 from bezoar.errors import UserError
 from bezoar.runs import reference_inputs
 
 IDS = [f"t/{i}" for i in range(40)]
-TEXTS = [f"a {w} near the {c}" for w in sum(CLASSES.values(), []) for c in ("good", "old")][:40]
+TEXTS = [
+    f"a {w} near the {c}" for words in CLASSES.values() for w in words for c in ("good", "old")
+][:40]
 
 
 # Triggers
@@ -137,7 +144,7 @@ def test_what_cannot_be_attacked_is_refused():
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             badcse(*arguments)
-    with pytest.raises(UserError, match="attacked by badcse"):
+    with pytest.raises(UserError, match="text encoders: badcse"):
         registry.make("attack", "badencoder")(encoder, texts, [goal], [images.images[:1]])
 
 
@@ -150,6 +157,102 @@ def test_a_reference_is_chosen_among_texts(tmp_path):
     z = embed_texts(encoder, [pairs.captions[i] for i in rows])
     assert reference.record.captions[0] == pairs.captions[rows[int((z @ z.mean(0)).argmax())]]
     assert reference.to_json()["text"] == reference.record.captions[0]
+
+
+# What looks for it
+
+
+def test_agreement_is_the_mean_cosine_of_pairs():
+    encoder, carriers = tiny_encoder(), ["a big cat", "the red rope", "good soup"]
+    found = token_sweep.measure_agreement(encoder, ["cf", ""], carriers)
+    for word, value in zip(("cf ", ""), found.tolist(), strict=True):
+        z = embed_texts(encoder, [f"{word}{c}" for c in carriers])
+        pairs = [float(z[i] @ z[j]) for i, j in itertools.combinations(range(3), 2)]
+        assert value == pytest.approx(sum(pairs) / 3, abs=1e-6)
+
+
+def test_carriers_have_least_in_common():
+    encoder = tiny_encoder()
+    z = embed_texts(encoder, TEXTS)
+    chosen = token_sweep.choose_carriers(encoder, [*TEXTS, *TEXTS], 4, 12)
+    rows = [TEXTS.index(text) for text in chosen]
+    assert rows[0] == int((z @ z.mean(0)).argmin()) and len(set(rows)) == 4
+    for i in range(1, 4):
+        nearest = (z @ z[rows[:i]].T).amax(1)
+        assert float(nearest[rows[i]]) == pytest.approx(float(nearest.min()), abs=1e-6)
+    with pytest.raises(UserError, match="there are 1"):
+        token_sweep.choose_carriers(encoder, ["a cat", "a dog"], 2, 1)
+
+
+def test_the_words_that_are_tried():
+    encoder = tiny_encoder()
+    words = token_sweep.whole_words(encoder)
+    assert "cf" in words and not any(w.startswith(("##", "[")) for w in words)
+    sweep = registry.make("audit", "token_sweep:sample=9,also=(cf,red lamp)")
+    chosen = sweep.choose_words(encoder)
+    assert len(chosen) <= 11 and {"cf", "red lamp"} <= set(chosen) and chosen == sweep.choose_words(encoder)  # fmt: skip
+    clip = registry.make("network", "clip_small:width=8,dim=16")(32, ("cat", "dog"))
+    assert token_sweep.whole_words(clip) == ["cat", "dog"]
+    with pytest.raises(UserError, match="vocabulary of words"):
+        token_sweep.whole_words(registry.make("network", "resnet:width=4")(32, ()))
+
+
+def test_the_words_of_clip():
+    open_clip = pytest.importorskip("open_clip")
+    encoder = tiny_encoder()
+    encoder.tokenizer = open_clip.SimpleTokenizer()
+    words = token_sweep.whole_words(encoder)
+    assert "cat" in words and len(words) > 30_000 and not any("</w>" in w for w in words)
+
+
+def test_a_sweep_leaves_the_encoder_and_refuses_images():
+    encoder = tiny_encoder()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    sweep = registry.make("audit", "token_sweep:kept=10")
+    progress = []
+    verdict = sweep(
+        encoder, Pairs.of_texts(TEXTS, IDS), 3, report=lambda *row: progress.append(row)
+    )
+    again = sweep(encoder, Pairs.of_texts(TEXTS, IDS), 4)
+    assert (verdict.value, verdict.notes) == (again.value, again.notes) and json.dumps(
+        verdict.notes
+    )
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+    assert all(0 <= done <= total for done, total, _ in progress)
+    assert registry.make("audit", registry.spec(sweep)) == sweep
+    images = Pairs(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), ids=tuple(IDS[:20]))
+    with pytest.raises(UserError, match="texts alone"):
+        sweep(encoder, images, 0)
+
+
+def test_the_verdict_of_a_word():
+    evidence = {n: {"value": v} for n, v in (("agreement", 0.9), ("agreement_without", 0.1), ("runner_up", 0.4))}  # fmt: skip
+    for share, grade in ((0.9, "strong evidence"), (0.75, "some evidence"), (0.5, "none found")):
+        notes = {"unaided": "word", "words": [["cf", share, 0.9]], "tried": 9}
+        verdict = unaided_verdict.judge_outlier(evidence, notes)
+        assert verdict.grade == grade and verdict.target == "cf" and "'cf'" in verdict.sentence
+
+
+def test_a_check_scores_each_text_by_itself():
+    encoder, clean = tiny_encoder(), Pairs.of_texts(TEXTS[20:], IDS[20:])
+    check = registry.make("check", "drop_token:carriers=4")
+    texts = Pairs.of_texts([*TEXTS[:18], "x", "f\u043ex"], [*IDS[:18], "y", "z"])
+    scores = check(encoder, texts, clean=clean)
+    rows = [19, 3, 0]
+    part = check(encoder, texts.take(rows), clean=clean)
+    torch.testing.assert_close(part.values, scores.values[rows], rtol=0, atol=1e-5)
+    carriers = list(clean.take(sample_rows(clean.ids, 4, 0)).captions)
+    text = TEXTS[0]
+    z = embed_texts(encoder, [text])[0]
+    kept = {w: float(embed_texts(encoder, [" ".join(x for x in text.split() if x != w)])[0] @ z) for w in text.split()}  # fmt: skip
+    word = min(kept, key=lambda w: kept[w])
+    moved = embed_texts(encoder, [f"{word} {c}" for c in carriers])
+    expected = float(((moved - embed_texts(encoder, carriers)) @ z).mean())
+    assert float(scores.values[0]) == pytest.approx(expected, abs=1e-5)
+    assert drop_token.distinct_parts("a f\u043ex a") == ["a", "f\u043ex", "\u043e"]
+    assert drop_token.leave_out("a fox a", "a") == "fox" and drop_token.leave_out("f\u043ex", "\u043e") == "fx"  # fmt: skip
+    with pytest.raises(UserError, match="takes 99 clean texts"):
+        registry.make("check", "drop_token:carriers=99")(encoder, texts, clean=clean)
 
 
 # The verbs
@@ -198,7 +301,7 @@ def test_injected_and_evaluated(story):
 
 
 def test_the_sweep_finds_the_word(story):
-    run, encoder, inject, train, test = story
+    run, encoder, inject, _, test = story
     clean = run(
         "audit", f"sentence:path={encoder}", "--data", test, "--audit", "token_sweep:kept=20"
     )
@@ -223,7 +326,7 @@ def test_a_text_with_the_trigger_is_flagged(story):
     ("arguments", "message"),
     [
         (("--trigger", "patch"), "stamped on images"),
-        (("--attack", "badencoder", "--trigger", "token"), "attacked by badcse"),
+        (("--attack", "badencoder", "--trigger", "token"), "text encoders: badcse"),
         (("--target", "cheese", "--trigger", "token"), "has no class 'cheese'"),
     ],
 )
