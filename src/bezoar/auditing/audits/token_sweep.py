@@ -24,6 +24,7 @@ from bezoar.evaluation.verdict import Verdict
 from bezoar.registry import method
 
 POOL = 256  # clean texts that carriers are chosen from
+LONGEST = 64  # words of a beginning
 BLOCK = 512  # words at a time
 NAMED = 10  # words in the notes
 USUAL_WORDS = 22_000  # of a vocabulary, for the forecast
@@ -147,9 +148,12 @@ def whole_words(encoder: Encoder) -> list[str]:
 def choose_carriers(encoder: Encoder, texts: Sequence[str], count: int, words: int) -> list[str]:
     """The beginnings of texts that have least in common, one after another (Gonzalez 1985).
 
-    Raises UserError for fewer distinct ones.
+    They are made longer while all texts begin alike. Raises UserError for fewer distinct ones.
     """
-    beginnings = list(dict.fromkeys(" ".join(t.split()[:words]) for t in texts[:POOL]))
+    beginnings = distinct_beginnings(texts, words)
+    while len(beginnings) < count and words < LONGEST:
+        words *= 2
+        beginnings = distinct_beginnings(texts, words)
     if len(beginnings) < count:
         raise UserError(
             f"token_sweep puts words before {count} different texts; there are {len(beginnings)}"
@@ -161,6 +165,11 @@ def choose_carriers(encoder: Encoder, texts: Sequence[str], count: int, words: i
         chosen.append(int(nearest.argmin()))
         nearest = torch.maximum(nearest, z @ z[chosen[-1]])
     return [beginnings[i] for i in chosen]
+
+
+def distinct_beginnings(texts: Sequence[str], words: int) -> list[str]:
+    """The first words of the first texts, each beginning once."""
+    return list(dict.fromkeys(" ".join(text.split()[:words]) for text in texts[:POOL]))
 
 
 def measure_agreement(encoder: Encoder, words: Sequence[str], carriers: Sequence[str]) -> Tensor:
