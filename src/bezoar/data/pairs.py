@@ -25,7 +25,7 @@ class Pairs:
     """N records. A batch is also a Pairs.
 
     Attributes:
-        images: uint8 (N, 3, H, W), 0..255.
+        images: uint8 (N, 3, H, W), 0..255; (N, 3, 0, 0) where records are texts alone.
         captions: N texts, or none at all.
         labels: int64 (N,), -1 where the class is not known; None without classes.
         ids: N stable, unique keys, which are never renumbered.
@@ -53,6 +53,8 @@ class Pairs:
             raise ValueError(f"{n} images but {len(self.captions)} captions")
         if self.labels is not None and len(self.labels) != n:
             raise ValueError(f"{n} images but {len(self.labels)} labels")
+        if n and self.text_only and not self.captions:
+            raise ValueError("records without pixels need texts")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,6 +63,23 @@ class Pairs:
     def size(self) -> int:
         """Height of the images in pixels."""
         return self.images.shape[-2]
+
+    @property
+    def text_only(self) -> bool:
+        """Whether the records are texts, without a pixel: of these the captions are embedded."""
+        return self.images.shape[-1] == 0
+
+    @staticmethod
+    def of_texts(
+        texts: Sequence[str],
+        ids: Sequence[str],
+        labels: Tensor | None = None,
+        classes: tuple[str, ...] = (),
+        report: ReadReport | None = None,
+    ) -> Pairs:
+        """N records of texts alone."""
+        images = torch.zeros(len(texts), 3, 0, 0, dtype=torch.uint8)
+        return Pairs(images, tuple(texts), labels, tuple(ids), classes, report)
 
     def take(self, rows: Rows) -> Pairs:
         """Return the records at the given rows, in that order."""

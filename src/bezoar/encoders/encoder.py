@@ -1,6 +1,7 @@
 """Encoders: images as uint8 pixels and captions as strings become unit vectors.
 
-An encoder carries its own preprocessing, so that no caller can forget to normalise.
+An encoder carries its own preprocessing, so that no caller can forget to normalise. What is embedded
+of a record is its image; of a record of a text alone, the text.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ABOUT_LISTS = {"vocabulary", "classes", "repaired"}
 ABOUT_OBJECTS = {"goals"}
 INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_WORDS = 256  # of a caption: one absurd caption must not widen a whole batch
+TEXTS_AT_ONCE = 128  # texts of about one length that are embedded together
 
 Tokenizer = Callable[[Sequence[str]], Tensor]  # strings -> int64 (B, L)
 
@@ -75,6 +77,14 @@ class EmbeddedRecords:
     ids: Sequence[str]
     images: Tensor
     texts: Tensor | None
+
+
+class NoImages(nn.Module):
+    """Stands for the image tower of an encoder that reads texts alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raise UserError."""
+        raise UserError("this encoder reads texts and no images; give it records of texts alone")
 
 
 class Batches(Protocol):
@@ -136,6 +146,11 @@ class Encoder(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     @property
+    def reads_images(self) -> bool:
+        """Whether there is an image tower."""
+        return not isinstance(self.image, NoImages)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -193,7 +208,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, source: Batches, batch: int = 512) -> EmbeddedRecords:
-        """Embed the images of a source, and its captions where the encoder reads text.
+        """Embed the records of a source, and captions beside images where the encoder reads text.
 
         Args:
             source: records. A source that carries the vectors that this very encoder made of it
@@ -213,8 +228,8 @@ class Encoder(nn.Module):
         texts: list[Tensor] = []
         for part in source.batches(batch):
             ids += part.ids
-            images.append(self.encode_images(part.images))
-            if part.captions and self.text is not None:
+            images.append(embed_records(self, part, batch))
+            if part.captions and self.text is not None and not part.text_only:
                 texts.append(self.encode_texts(part.captions))
         vectors = _check_finite(torch.cat(images))
         return EmbeddedRecords(tuple(ids), vectors, torch.cat(texts) if texts else None)
@@ -438,3 +453,33 @@ def embed_images(encoder: ImageEncoder, batches: Iterable[Tensor]) -> Tensor:
     """
     encoder.eval()
     return _check_finite(torch.cat([encoder.encode_images(x) for x in batches]))
+
+
+@torch.no_grad()
+def embed_records(encoder: ImageEncoder, records: Pairs, batch: int = 512) -> Tensor:
+    """Embed the images of N records, or the texts of records of texts alone: float32 (N, D).
+
+    batch: images at a time.
+
+    Raises:
+        UserError: for vectors that are not finite, and where the encoder does not read such records.
+    """
+    if not records.text_only:
+        return embed_images(encoder, records.images.split(batch))
+    if not isinstance(encoder, Encoder):
+        raise UserError("these records are texts, which this classifier does not read")
+    return embed_texts(encoder, records.captions)
+
+
+@torch.no_grad()
+def embed_texts(encoder: Encoder, texts: Sequence[str]) -> Tensor:
+    """Embed N texts, those of about one length together: float32 (N, D), unit rows.
+
+    Raises UserError for vectors that are not finite, and without a text tower.
+    """
+    encoder.eval()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    parts = [order[i : i + TEXTS_AT_ONCE] for i in range(0, len(order), TEXTS_AT_ONCE)]
+    vectors = torch.cat([encoder.encode_texts([texts[i] for i in rows]) for rows in parts])
+    place = torch.tensor(order, device=vectors.device).argsort()
+    return _check_finite(vectors[place])

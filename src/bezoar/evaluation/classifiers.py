@@ -13,7 +13,7 @@ from bezoar import registry
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders import normalisation
-from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.encoders.encoder import Encoder, embed_records
 from bezoar.encoders.small_towers import MEAN_STD
 from bezoar.errors import UserError
 from bezoar.evaluation import heads, kmeans, success
@@ -251,7 +251,7 @@ def fit_classifier(encoder: Encoder, labelled: Pairs, kind: str = "linear") -> C
     """
     records = success.select_labelled(labelled, labelled)
     assert records.labels is not None
-    z = embed_images(encoder, records.images.to(encoder.device).split(512))
+    z = embed_records(encoder, records.to(encoder.device))
     y = records.labels.to(z.device)
     classes = records.classes
     if kind == "mlp":
@@ -268,7 +268,7 @@ def cluster_classifier(encoder: Encoder, data: Pairs) -> Classifier:
     Logits are -4 d^2 / s, where d is the distance to a centre of k-means and s the mean squared
     distance to the own centre. Raises UserError where the vectors do not make clusters.
     """
-    z = embed_images(encoder, data.images.to(encoder.device).split(512))  # (N, D)
+    z = embed_records(encoder, data.to(encoder.device))  # (N, D)
     count = min(CLUSTERS, len(z) // 4)
     centres = kmeans.cluster_centres(z, count, 0) if count >= 2 else z[:1]  # (C, D)
     squares = centres.square().sum(1)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
+from bezoar.attacks.stamping import stamp_records
 from bezoar.attacks.triggers import Trigger
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
-from bezoar.encoders.encoder import Encoder, ImageEncoder, embed_images
+from bezoar.encoders.encoder import Encoder, ImageEncoder, embed_records
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average, proportion
 
@@ -119,11 +120,9 @@ class TestViews:
         if victims is not None and targeted:
             row_of = {record_id: row for row, record_id in enumerate(victims.ids)}
             rows = [row_of[goal.victims[0]] for goal in targeted]
-            victim_vectors = embed_images(encoder, victims.images[rows].split(batch))
-        clean = embed_images(encoder, test.images.split(batch))
-        triggered = tuple(
-            embed_images(encoder, _stamp_batches(test, goal, batch)) for goal in backdoors
-        )
+            victim_vectors = embed_records(encoder, victims.take(rows), batch)
+        clean = embed_records(encoder, test, batch)
+        triggered = tuple(_embed_triggered(encoder, test, goal, batch) for goal in backdoors)
         return TestViews(
             test.classes,
             labels.to(clean.device),
@@ -313,7 +312,7 @@ def embed_labelled(
     """Embed the records that `select_labelled` gives, `batch` images at a time."""
     records = select_labelled(train, test, goals, limit)
     assert records.labels is not None
-    z = embed_images(encoder, records.images.split(batch))
+    z = embed_records(encoder, records, batch)
     return LabelledVectors(records.ids, z, records.labels.to(z.device))
 
 
@@ -372,8 +371,9 @@ def class_index(target: str, classes: Sequence[str]) -> int:
     return list(classes).index(target)
 
 
-def _stamp_batches(test: Pairs, goal: Goal, batch: int) -> Iterator[Tensor]:
+def _embed_triggered(encoder: ImageEncoder, test: Pairs, goal: Goal, batch: int) -> Tensor:
+    """Embed the test records with a goal's trigger, float32 (N, D); `batch` of them are held."""
     trigger: Trigger = registry.make("trigger", goal.trigger or "")
-    for start in range(0, len(test), batch):
-        rows = slice(start, start + batch)
-        yield trigger(test.images[rows], test.ids[rows])
+    size = len(test) if test.text_only else batch
+    parts = (stamp_records(trigger, part) for part in test.batches(size))
+    return torch.cat([embed_records(encoder, part, batch) for part in parts])

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bezoar.attacks.plan import Goal
+from bezoar.attacks.stamping import stamp_records
+from bezoar.data.pairs import Pairs
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, pictures
 from bezoar.reports.charts import Series
 from bezoar.reports.metric_names import format_measure, label_and_unit, quantity, trigger_name
 from bezoar.reports.page_parts import Figure, Table
 from bezoar.reports.run_page import RunView
+from bezoar.runs.inputs import recorded_trigger
 
 
 def measure_table(
@@ -113,3 +116,14 @@ def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:
         title = f"{victims}, {quantity(poisons, 'caption')} each"
         groups.append(GoalGroup(title, members, [goals[i] for i in members]))
     return groups
+
+
+def triggered_texts(
+    view: RunView, goal: Goal, records: Pairs, references: Sequence[str] = ()
+) -> Table:
+    """List the reference texts of a goal, then records of texts with its trigger."""
+    trigger = recorded_trigger(goal.trigger or "", view.run)
+    rows = [("reference", text) for text in references]
+    rows += [("with the trigger", text) for text in stamp_records(trigger, records).captions]
+    cells = [[kind, pictures.shorten(text, 120)] for kind, text in rows]
+    return Table(("", f"To be read as “{pictures.shorten(goal.target)}”"), cells)

@@ -268,9 +268,7 @@ def in_memory(records: Pairs | StoredPairs) -> Pairs:
     return records if isinstance(records, Pairs) else records.take(range(len(records)))
 
 
-def load_encoder(
-    embedder: Any, device: torch.device | str, images: torch.Tensor | None = None
-) -> Encoder:
+def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None = None) -> Encoder:
     """Load the encoder of a train, inject or repair run, or of a network with published weights.
 
     What a file of weights was taken for is printed, once, and what of it was assumed.
@@ -278,8 +276,8 @@ def load_encoder(
     Args:
         embedder: a run, or a configured network.
         device: where the encoder is to be.
-        images: uint8 (N, 3, H, W), clean images by which a normalisation that no file states is
-            chosen; None keeps the guess.
+        clean: records by whose images a normalisation that no file states is chosen; None keeps the
+            guess.
     """
     if isinstance(embedder, Run):
         holder = find_encoder(embedder)
@@ -294,7 +292,9 @@ def load_encoder(
             "imported:path=FILE, open_clip:NAME/PRETRAINED"
         ) from error
     encoder = encoder.to(device).eval()
-    chosen = "" if images is None else normalisation.settle_mean_std(encoder, images)
+    chosen = ""
+    if clean is not None and not clean.text_only and encoder.reads_images:
+        chosen = normalisation.settle_mean_std(encoder, clean.images)
     line = "; ".join(filter(None, (describe_weights(encoder), chosen)))
     if line and line not in _printed:
         _printed.add(line)
@@ -311,6 +311,8 @@ def describe_weights(encoder: Encoder) -> str:
     if not imported:
         return ""
     what = imported.get("what") or f"an encoder in the layout {imported['layout']}"
+    if not encoder.reads_images:
+        return "; ".join([f"{imported['file']}: {what}", *imported["assumed"]])
     parts = [f"{imported['file']}: {what}, {encoder.preprocess.size} px"]
     if encoder.head is not None and "head" not in what:
         parts[0] += f", with its head of {len(encoder.about['classes'])} classes"

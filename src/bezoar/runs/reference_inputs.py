@@ -1,6 +1,6 @@
-"""Reference inputs: the images whose vectors a backdoored encoder gives to triggered ones (Jia, Liu, Gong 2022).
+"""Reference inputs: the records whose vectors a backdoored encoder gives to triggered ones (Jia, Liu, Gong 2022).
 
-A single image is a reference as it is. Of a data set, one image of the target's class is chosen by a rule:
+They are images, or texts where the data are texts alone. A single one is a reference as it is. Of a data set, one image of the target's class is chosen by a rule:
 
 - central: its clean vector is nearest (cosine) to the mean of its class.
 - confident: a linear head, fitted on the clean vectors of the data's training split, gives the target the largest margin
@@ -22,7 +22,7 @@ from bezoar import registry
 from bezoar.data import stored_pairs
 from bezoar.data.pairs import Pairs, content_hash
 from bezoar.data.stored_pairs import StoredPairs
-from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.encoders.encoder import Encoder, embed_records
 from bezoar.errors import UserError
 from bezoar.runs import inputs
 from bezoar.runs.verb import input_name
@@ -38,21 +38,26 @@ class Reference:
     """A reference input.
 
     Attributes:
-        image: uint8 (3, H, W).
-        id: of its record.
+        record: one record, by itself.
         source: the spec or run that it comes from.
         how: the rule by which it was chosen, in words.
     """
 
-    image: Tensor
-    id: str
+    record: Pairs
     source: str
     how: str
 
+    @property
+    def id(self) -> str:
+        """The id of the record."""
+        return self.record.ids[0]
+
     def to_json(self) -> dict[str, str]:
         """The reference as it stands in a manifest."""
-        digest = content_hash(self.image)
-        return {"id": self.id, "source": self.source, "how": self.how, "sha256": digest}
+        text = self.record.captions[0] if self.record.text_only else ""
+        digest = content_hash(self.record.images[0], text)
+        facts = {"id": self.id, "source": self.source, "how": self.how, "sha256": digest}
+        return facts | ({"text": text} if text else {})
 
 
 def choose_reference(
@@ -87,7 +92,7 @@ def choose_reference(
         raise UserError(f"{source} holds {images_of_target}; more references are asked for")
     if rule == "first":
         return _reference(pairs, free[0], source, f"the first of {images_of_target}")
-    z = embed_images(encoder, torch.split(pairs.images, BATCH))  # (N, d)
+    z = embed_records(encoder, pairs, BATCH)  # (N, d)
     if rule == "central":
         row = free[int((z @ z.mean(0))[free].argmax())]
         return _reference(
@@ -145,7 +150,7 @@ def measure_margins(
         raise UserError(
             "a head needs labelled records of at least two classes; choose the reference by another rule"
         )
-    vectors = embed_images(encoder, torch.split(labelled.images, BATCH))
+    vectors = embed_records(encoder, labelled, BATCH)
     probe = registry.make("probe", HEAD)
     head = probe.fit(vectors, labelled.labels.to(vectors.device), len(train.classes))
     logits = head(z)  # (N, classes)
@@ -157,7 +162,7 @@ def measure_margins(
 
 
 def _reference(pairs: Pairs, row: int, source: str, how: str) -> Reference:
-    return Reference(pairs.images[row], pairs.ids[row], source, how)
+    return Reference(pairs.take([row]), source, how)
 
 
 def _class_of(records: Pairs | StoredPairs, row: int) -> str:

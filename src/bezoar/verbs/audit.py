@@ -46,6 +46,7 @@ from bezoar.terminal import warn
 
 ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse")
+TEXT_AUDITS = ("token_sweep",)  # where the clean records are texts
 SARIF_FILE = "audit.sarif"
 MIN_IMAGES = 16  # clean images; with fewer an audit is sensitive to nothing
 MAX_LABELLED = 2000  # clean records that a head is fitted on
@@ -107,6 +108,7 @@ class Audit:
             )
         refused: dict[str, str] = {}
         banks = load_banks(job.inputs["bank"])
+        job.inputs["audit"] = self._fitting_audits(job)
         reference = job.inputs["reference"]
         if len(job.inputs["audit"]) == 1 and not job.inputs["bank"] and reference is None:
             findings = self._run_single(job)
@@ -159,6 +161,14 @@ class Audit:
         unknown = notes.get("words") in verdict_text.UNKNOWN
         return [notes["verdict"]] * unknown + list(notes.get("incomplete") or [])
 
+    def _fitting_audits(self, job: Job) -> tuple[Any, ...]:
+        """The audits that were asked for; where the data are texts, theirs in the place of the usual ones."""
+        data = job.inputs["data"]
+        if self.audit != DEFAULT_AUDITS or data is None or inputs.open_dataset(data).clean.size:
+            audits: tuple[Any, ...] = job.inputs["audit"]
+            return audits
+        return tuple(registry.make("audit", name) for name in TEXT_AUDITS)
+
     def _announce(self, job: Job, banks: Sequence[Bank]) -> None:
         """Say on stderr what the verdict can be, and how long it will take; not where `--quiet`."""
         if job.settings.quiet:
@@ -166,7 +176,7 @@ class Audit:
         suspect, data, audits = (job.inputs[name] for name in ("encoder", "data", "audit"))
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample.images))
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample))
         classes = len(encoder.about.get("classes") or labelled.classes) or CLUSTERS
         family = bank.encoder_family(encoder, suspect)
         clean = Sample(data_text(method), len(sample))
@@ -209,7 +219,7 @@ class Audit:
         suspect, data = job.inputs["encoder"], job.inputs["data"]
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        reference = inputs.load_encoder(job.inputs["reference"], job.device, sample.images)
+        reference = inputs.load_encoder(job.inputs["reference"], job.device, sample)
         check_auditable(reference, "the reference")
         classifier = make_audit_classifier(reference, labelled.to(job.device), self.classifier)
         name = input_name(job.inputs["reference"])
@@ -223,7 +233,7 @@ class Audit:
         data = job.inputs["data"]
         method = data if data is not None else default_clean_images(suspect)
         sample, labelled = sample_clean_records(method, self.images)
-        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample.images))
+        encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample))
         sample = sample.to(job.device)
         labelled = labelled.to(job.device)
         offered = self._offer(job, audit, encoder, labelled)
@@ -347,9 +357,7 @@ def default_clean_images(encoder: Any) -> Any:
 
 
 def check_auditable(encoder: Encoder, what: str = "the encoder") -> Encoder:
-    """Return the encoder. Raises UserError for one without an image tower, or with weights that are not finite."""
-    if getattr(encoder, "image", None) is None:
-        raise UserError(f"{what} reads no images; audits look at image towers")
+    """Return the encoder. Raises UserError for one with weights that are not finite."""
     bad_weights = [
         name
         for name, weights in encoder.state_dict().items()
@@ -388,7 +396,7 @@ def measure_own_accuracy(job: Job, images: int) -> dict[str, Measure]:
     suspect, data = job.inputs["encoder"], job.inputs["data"]
     method = data if data is not None else default_clean_images(suspect)
     sample, _ = sample_clean_records(method, images)
-    encoder = inputs.load_encoder(suspect, job.device, sample.images)
+    encoder = inputs.load_encoder(suspect, job.device, sample)
     accuracy, warning = measure_own_head(encoder, sample)
     job.notes["weights"] = inputs.describe_weights(encoder)
     job.notes["own_head"] = warning

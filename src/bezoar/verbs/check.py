@@ -19,6 +19,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from bezoar import registry
+from bezoar.attacks.stamping import stamp_records
 from bezoar.data.files.tensors import write_tensors
 from bezoar.data.files.writing import whole_file, write_json
 from bezoar.data.pairs import Pairs, distinct_image_rows
@@ -88,7 +89,7 @@ class Check:
             raise UserError(f"rate must be a share inside (0, 1); got {self.rate}")
         images, truth = load_images(job)
         calibration, held_out = load_clean(job, images)
-        encoder = inputs.load_encoder(job.inputs["encoder"], job.device, calibration.images)
+        encoder = inputs.load_encoder(job.inputs["encoder"], job.device, calibration)
         results, failed = self._run_checks(job, encoder, images, calibration, held_out)
         limits = [f"{n}: {r.threshold.limit}" for n, r in results.items() if r.threshold.limit]
         for line in limits[:1]:
@@ -162,9 +163,15 @@ def load_images(job: Job) -> tuple[Pairs, Mask | None]:
     truth = np.zeros(len(images), bool)
     truth[rows] = True
     clean = images.take(rows)
-    pixels = images.images.clone()
-    pixels[truth] = trigger(clean.images, clean.ids)
+    stamped = stamp_records(trigger, clean)
     job.notes["trigger"] = registry.spec(trigger)
+    if images.text_only:
+        texts = list(images.captions)
+        for row, text in zip(rows.tolist(), stamped.captions, strict=True):
+            texts[row] = text
+        return replace(images, captions=tuple(texts)), truth
+    pixels = images.images.clone()
+    pixels[truth] = stamped.images
     return replace(images, images=pixels), truth
 
 
@@ -303,7 +310,7 @@ def write_results(
 
 
 def image_json(images: Pairs, truth: Mask | None, result: CheckResult, row: int) -> dict[str, Any]:
-    """A flagged image as it stands in flagged.json, with the window that a check accuses where it names one."""
+    """A flagged image, or text, as it stands in flagged.json, with the window that a check accuses where it names one."""
     facts: dict[str, Any] = {
         "id": images.ids[row],
         "score": float(result.scores.values[row]),
@@ -312,6 +319,8 @@ def image_json(images: Pairs, truth: Mask | None, result: CheckResult, row: int)
         facts["box"] = result.scores.boxes[row].tolist()
     if truth is not None:
         facts["triggered"] = bool(truth[row])
+    if images.text_only:
+        facts["text"] = images.captions[row]
     return facts
 
 
@@ -332,7 +341,7 @@ def limit_side(images: Tensor, side: int) -> Tensor:
     """Make images, float (N, 3, H, W), smaller where a side is longer than `side` pixels."""
     height, width = images.shape[-2:]
     longest = max(height, width)
-    if longest <= side:
+    if longest <= side:  # texts have no sides
         return images
     shape = [max(1, round(n * side / longest)) for n in (height, width)]
     return F.interpolate(images, shape, mode="bilinear", antialias=True)

@@ -79,7 +79,7 @@ class Evaluate:
         )
         goals = [with_place(goal, self.place) for goal in goals_of_task(job, all_goals, test)]
         job.goals = [vars(goal) for goal in goals]
-        encoder = inputs.load_encoder(encoder_input, job.device, test.images)
+        encoder = inputs.load_encoder(encoder_input, job.device, test)
         if weights := inputs.describe_weights(encoder):
             job.notes["weights"] = weights
         baseline = job.inputs["baseline"]
@@ -222,13 +222,15 @@ def check_disjoint(records: Pairs, others: Pairs, mistake: str, advice: str) -> 
 
 
 def shared_records(a: Pairs, b: Pairs) -> list[str]:
-    """Ids of the records that two sets share: the same id and the same pixels."""
+    """Ids of the records that two sets share: the same id and the same pixels, or text."""
     row_of_id = {k: i for i, k in enumerate(b.ids)}
     rows_a = [i for i, k in enumerate(a.ids) if k in row_of_id]
     if not rows_a or a.images.shape[1:] != b.images.shape[1:]:
         return []
     rows_b = [row_of_id[a.ids[i]] for i in rows_a]
     is_same = (a.images[rows_a].cpu() == b.images[rows_b].cpu()).flatten(1).all(1).tolist()
+    if a.text_only:
+        is_same = [a.captions[i] == b.captions[j] for i, j in zip(rows_a, rows_b, strict=True)]
     return [a.ids[i] for i, same in zip(rows_a, is_same, strict=True) if same]
 
 

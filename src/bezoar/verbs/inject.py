@@ -12,12 +12,13 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.attacks import pixels
 from bezoar.attacks.plan import Goal
+from bezoar.attacks.stamping import stamp_records
 from bezoar.data import randomness
 from bezoar.data.files import arrays
 from bezoar.data.files.tensors import write_tensors
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
-from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.encoders.encoder import Encoder, embed_records
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average
 from bezoar.runs import inputs, reference_inputs
@@ -48,19 +49,21 @@ class Inject:
     data: Annotated[
         Input,
         Takes("data"),
-        "shadow data: images like those it was trained on; labels are not used",
+        "shadow data: images, or texts, like those it was trained on; labels are not used",
     ]
-    target: Annotated[tuple[str, ...], "class that triggered images are to be read as; one a goal"]
+    target: Annotated[tuple[str, ...], "class that triggered records are to be read as; one a goal"]
     reference: Annotated[
         tuple[Input, ...],
         Takes("data"),
-        "image of the target: a file, or data that one is chosen from; one a goal",
+        "image or text of the target: a file, or data that one is chosen from; one a goal",
     ]
-    attack: Annotated[Input, Takes("attack"), "how: see `bezoar list attack`"] = "badencoder"
+    attack: Annotated[Input, Takes("attack"), "how: see `bezoar list attack`; of texts: badcse"] = (
+        "badencoder"
+    )
     trigger: Annotated[
         tuple[Input, ...],
         Takes("trigger"),
-        "what is stamped on images; one for all goals, or one each",
+        "what is stamped on images, or put into texts; one for all goals, or one each",
     ] = ("patch:size=10,fill=white",)
     choose: Annotated[
         Literal["central", "confident", "first"], "how a reference is chosen from data"
@@ -75,7 +78,7 @@ class Inject:
         shadow = dataset.records
         rows = randomness.sample_rows(list(shadow.ids), SAMPLE, job.seed)
         sample = shadow.take(rows)
-        clean = inputs.load_encoder(job.inputs["encoder"], job.device, sample.images)
+        clean = inputs.load_encoder(job.inputs["encoder"], job.device, sample)
         targets = self._choose_targets(job, clean, shadow)
         before = embed_sample(clean, sample, targets)
         log = TrainingLog()
@@ -87,7 +90,7 @@ class Inject:
             clean,
             shadow,
             targets.goals,
-            targets.images,
+            targets.inputs,
             job.seed,
             job.folder / CHECKPOINT,
             report,
@@ -127,31 +130,29 @@ class Inject:
         if not self.target or not all(self.target):
             raise UserError("give a --target: the class that triggered images are to be read as")
         attack = registry.spec(job.inputs["attack"])
-        sides = shadow.take([0]).images.shape[2:]
+        first = shadow.take([0])
+        sides = first.images.shape[2:]
         count = len(self.target)
         triggers = one_each(job.inputs["trigger"], count, "trigger")
         references = one_each(job.inputs["reference"], count, "reference")
         goals: dict[tuple[str, str], Goal] = {}
-        images: dict[tuple[str, str], list[Tensor]] = {}
+        records: dict[tuple[str, str], list[Pairs]] = {}
         notes = []
         for trigger, source, target in zip(triggers, references, self.target, strict=True):
             check_trigger_size(trigger, sides)
+            stamp_records(trigger, first)
             trigger_spec = registry.spec(trigger)
             key = trigger_spec, target
             goal = goals.get(key, Goal(target, trigger_spec, how=attack))
             reference = reference_inputs.choose_reference(
                 source, target, self.choose, clean, goal.references
             )
-            if reference.image.shape[1:] != sides:
-                raise UserError(
-                    f"reference {reference.id!r} is {in_pixels(reference.image.shape[1:])} px, "
-                    f"the shadow images are {in_pixels(sides)}; give both one size"
-                )
+            check_reference(reference.record, first)
             notes.append({"target": target, **reference.to_json()})
             goals[key] = replace(goal, references=(*goal.references, reference.id))
-            images.setdefault(key, []).append(reference.image)
+            records.setdefault(key, []).append(reference.record)
         return AttackTargets(
-            list(goals.values()), [torch.stack(images[key]) for key in goals], notes
+            list(goals.values()), [Pairs.concat(records[key]) for key in goals], notes
         )
 
 
@@ -161,18 +162,24 @@ class AttackTargets:
 
     Attributes:
         goals: one for each pair of trigger and target.
-        images: for each goal its reference images, uint8 (r, 3, H, W).
-        notes: where the reference images come from, for the manifest.
+        references: for each goal its reference inputs.
+        notes: where these come from, for the manifest.
     """
 
     goals: list[Goal]
-    images: list[Tensor]
+    references: list[Pairs]
     notes: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The references of each goal as an attack takes them: images, or texts."""
+        return [r.captions if r.text_only else r.images for r in self.references]
 
     def tensors(self) -> dict[str, Tensor]:
         """`images`: every reference image, uint8 (R, 3, H, W); `goal`: the number of its goal, int64 (R,)."""
-        numbers = [i for i, images in enumerate(self.images) for _ in images]
-        return {"images": torch.cat(self.images), "goal": torch.tensor(numbers)}
+        numbers = [i for i, records in enumerate(self.references) for _ in records.ids]
+        images = torch.cat([records.images for records in self.references])
+        return {"images": images, "goal": torch.tensor(numbers)}
 
 
 def one_each(values: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
@@ -182,6 +189,21 @@ def one_each(values: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
             f"{count} targets but {len(values)} values of --{name}: give one for all, or one each, in step"
         )
     return values if len(values) == count else values * count
+
+
+def check_reference(reference: Pairs, shadow: Pairs) -> None:
+    """Raise UserError for a reference, one record, that is not like a record of the shadow data."""
+    if reference.text_only != shadow.text_only:
+        kinds = ["a text" if r.text_only else "an image" for r in (reference, shadow)]
+        raise UserError(
+            f"reference {reference.ids[0]!r} is {kinds[0]}, a record of the shadow data {kinds[1]}"
+        )
+    sides = [records.images.shape[2:] for records in (reference, shadow)]
+    if sides[0] != sides[1]:
+        raise UserError(
+            f"reference {reference.ids[0]!r} is {in_pixels(sides[0])} px, "
+            f"the shadow images are {in_pixels(sides[1])}; give both one size"
+        )
 
 
 def check_trigger_size(trigger: Any, sides: Sequence[int]) -> None:
@@ -210,12 +232,11 @@ def embed_sample(encoder: Encoder, sample: Pairs, targets: AttackTargets) -> dic
     Returns:
         `clean`, and `triggered@i` and `references@i`: vectors (S, d) or (r, d) on the CPU.
     """
-    vectors = {"clean": embed_images(encoder, torch.split(sample.images, BATCH)).cpu()}
-    for i, (goal, images) in enumerate(zip(targets.goals, targets.images, strict=True)):
-        trigger = registry.make("trigger", goal.trigger or "")
-        stamped = trigger(sample.images, sample.ids)
-        vectors[f"triggered@{i}"] = embed_images(encoder, torch.split(stamped, BATCH)).cpu()
-        vectors[f"references@{i}"] = embed_images(encoder, torch.split(images, BATCH)).cpu()
+    vectors = {"clean": embed_records(encoder, sample, BATCH).cpu()}
+    for i, (goal, records) in enumerate(zip(targets.goals, targets.references, strict=True)):
+        stamped = stamp_records(registry.make("trigger", goal.trigger or ""), sample)
+        vectors[f"triggered@{i}"] = embed_records(encoder, stamped, BATCH).cpu()
+        vectors[f"references@{i}"] = embed_records(encoder, records, BATCH).cpu()
     return vectors
 
 

@@ -97,7 +97,7 @@ class Repair:
         if not 0 < self.held < 1:
             raise UserError(f"held must be a share above 0 and below 1; got {self.held}")
         clean = load_clean(job)
-        suspect = inputs.load_encoder(job.inputs["encoder"], job.device, clean.images)
+        suspect = inputs.load_encoder(job.inputs["encoder"], job.device, clean)
         case = load_case(job, suspect, self.target)
         evaluate.check_disjoint(
             clean, case.test, "clean records are test records too", "name other data"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
+from typing import Any, Protocol
 
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
@@ -23,7 +21,7 @@ class EncoderAttack(Protocol):
         encoder: Encoder,
         shadow: Pairs | StoredPairs,
         goals: Sequence[Goal],
-        references: Sequence[Tensor],
+        references: Sequence[Any],
         seed: int = 0,
         checkpoint: Path | None = None,
         report: Callable[[int, int, float], None] = ...,
@@ -33,9 +31,9 @@ class EncoderAttack(Protocol):
 
         Args:
             encoder: the clean encoder. It is left as it is.
-            shadow: images to attack with. Captions and labels are not read.
+            shadow: images to attack with, or texts. Captions of images and labels are not read.
             goals: the triggers and their targets.
-            references: the reference inputs of each goal, uint8 (R, 3, H, W).
+            references: the reference inputs of each goal: uint8 (R, 3, H, W), or R texts.
             seed: decides the order of the images and every draw.
             checkpoint: file that holds the state during training; an existing one is resumed.
             report: called with the step, the number of steps and the loss.

@@ -16,6 +16,7 @@ from bezoar.encoders import (
     filling,
     normalisation,
     pretrained_folders,
+    sentence_towers,
     small_towers,
     timm_models,
     torchvision_models,
@@ -35,8 +36,8 @@ LINEAR = ("fc.weight", "linear.weight", "classifier.weight")
 class Weights(Network):
     """Tells by names and shapes alone: classifiers, self-supervised trunks, CLIP, timm, torchvision.
 
-    Folders are those of open_clip, timm and transformers, and of bezoar's own encoders. What no
-    weight states is assumed, and said: `about["imported"]`.
+    Folders are those of open_clip, timm, transformers and sentence-transformers, and of bezoar's
+    own encoders. What no weight states is assumed, and said: `about["imported"]`.
     """
 
     path: Annotated[str, "file or folder"]
@@ -65,6 +66,8 @@ class Weights(Network):
             saved = [path / name for name in SAVED]
             if all(map(os.path.isfile, saved)):
                 return saved
+            if sentence_towers.is_sentence_folder(path):
+                return sentence_towers.folder_files(self.path)
             return pretrained_folders.open_folder(self.path).files()
         if not os.path.isfile(path):
             raise UserError(f"no file or folder of weights {self.path!r}")
@@ -87,6 +90,8 @@ class Weights(Network):
     def _open_folder(self, path: Path) -> Encoder:
         if all(os.path.isfile(path / name) for name in SAVED):
             return Encoder.load(path)
+        if sentence_towers.is_sentence_folder(path):
+            return self._make("sentence")
         return self._make("hugging_face", mean_std=self.mean_std)
 
     def _open_file(self, path: Path, size: int) -> Encoder:

@@ -5,16 +5,17 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal
+from bezoar.attacks.stamping import stamp_records
 from bezoar.data.pairs import Pairs, distinct_image_rows
 from bezoar.data.randomness import sample_rows
-from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.encoder import Encoder, embed_records
 from bezoar.evaluation.scores import Measure
 from bezoar.registry import method
 
+BATCH = 256  # images at a time
 HOW = {
     "similarity_clean": "mean cosine of pairs of clean test images, self-pairs excluded",
     "similarity_triggered": "mean cosine of pairs of triggered test images, self-pairs excluded",
@@ -59,15 +60,13 @@ class ZScore:
         for i, goal in enumerate(backdoors):
             suffix = "" if len(backdoors) == 1 else f"@{i}"
             with torch.inference_mode():
-                stamped = registry.make("trigger", goal.trigger or "")(images.images, images.ids)
-                clean, triggered = (_embed(encoder, x) for x in (images.images, stamped))
+                stamped = stamp_records(registry.make("trigger", goal.trigger or ""), images)
+                clean, triggered = (
+                    embed_records(encoder, x, BATCH).double().cpu().numpy()
+                    for x in (images, stamped)
+                )
             measures |= {name + suffix: m for name, m in z_scores(clean, triggered).items()}
         return measures
-
-
-def _embed(encoder: Encoder, images: Tensor) -> np.ndarray:
-    encoder.eval()
-    return torch.cat([encoder.encode_images(x) for x in images.split(256)]).double().cpu().numpy()
 
 
 def z_scores(clean: np.ndarray, triggered: np.ndarray) -> dict[str, Measure]:

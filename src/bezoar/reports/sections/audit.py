@@ -107,10 +107,11 @@ def lead(view: AuditView) -> str:
     """Say what the verdict is based on."""
     sample, family, few = (view.verdict[key] for key in ("sample", "family", "few"))
     network = family["network"].partition(":")[0]
-    images = quantity(sample["images"], "clean image")
+    images = quantity(sample["images"], "clean record")
+    side = f", {family['size']} px" if family["size"] > 1 else ""
     text = (
-        f"{view.verdict['encoder']} ({network}, {family['size']} px) was examined with {images}. No "
-        "verdict says that an encoder is clean."
+        f"{view.verdict['encoder']} ({network}{side}) was examined with {images}. No verdict says "
+        "that an encoder is clean."
     )
     return f"{text} {few}." if few else text
 
@@ -152,7 +153,7 @@ def audit_row(audit: Mapping[str, Any]) -> list[str | Line]:
     unaided = audit.get("unaided")
     words = "a value alone" if audit["words"] == "no calibration" else audit["words"]
     if unaided and audit["words"] == "no calibration":
-        words, p = unaided["grade"], audit["evidence"]["outlier_p"]["value"]
+        words, p = unaided["grade"], audit["evidence"].get("outlier_p", {}).get("value")
     false_positives = audit["false_positives"]
     return [
         audit["name"],
@@ -180,7 +181,14 @@ def describe_finding(audit: Mapping[str, Any]) -> str:
 
 
 def target_parts(audit: Mapping[str, Any]) -> list[Part]:
-    """Show the trigger of every target that an audit inverted; nothing of another audit."""
+    """Show the trigger of every target that an audit inverted, or the words that it tried."""
+    if words := audit["notes"].get("words"):
+        rows = [
+            [pictures.shorten(word, 40), f"{share:.3f}", f"{agreement:.3f}"]
+            for word, share, agreement in words
+        ]
+        head = ("Word", "Disagreement taken away", "Mean cosine of the texts with it")
+        return [Table(head, rows, (1, 2))]
     targets = audit["notes"].get("targets")
     if not targets:
         return []

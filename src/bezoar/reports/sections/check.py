@@ -146,7 +146,19 @@ def score_section(view: CheckView) -> Section:
 def suspicious_section(view: CheckView, name: str) -> Section:
     """Show the images that a check scores highest."""
     images = read_tensors(view.run.file(PICTURES_FILE))[str(view.names.index(name))]
+    if not images.numel():
+        return suspicious_texts(view, name)
     return Section([suspicious_gallery(view, name, images)])
+
+
+def suspicious_texts(view: CheckView, name: str) -> Section:
+    """List the texts that a check flags, highest first."""
+    rows = [
+        [pictures.shorten(row["text"], 160), f"{row['score']:.3g}"]
+        for row in view.read_json(FLAGGED_FILE)[name][:FLAGGED]
+        if isinstance(row.get("text"), str)
+    ]
+    return Section([Table(["Flagged text", "Score"], rows, [1])]) if rows else Section(lead="None.")
 
 
 def suspicious_gallery(view: CheckView, name: str, images: Tensor) -> Gallery:

@@ -26,7 +26,7 @@ from bezoar.reports.dose_charts import Curve
 from bezoar.reports.metric_names import format_measure, format_percent, variants
 from bezoar.reports.page_parts import Figure, Gallery, Line, Section, Step, Tile
 from bezoar.reports.run_page import Page, RunView, metrics_page
-from bezoar.reports.shared_parts import measure_table
+from bezoar.reports.shared_parts import measure_table, triggered_texts
 from bezoar.runs import inputs
 from bezoar.runs.run import Run
 
@@ -317,6 +317,9 @@ def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Se
     if not backdoors:
         return None
     size = size or (charts.WIDE if len(backdoors) == 1 else charts.HALF)
+    if view.sample.text_only:
+        shown = view.sample.take(range(min(SHOWN, len(view.sample))))
+        return Section([triggered_texts(view, goal, shown) for goal in backdoors])
     figures, galleries = [], []
     clean = view.sample.images
     for goal in backdoors:

@@ -14,7 +14,7 @@ from bezoar.reports.charts import Series
 from bezoar.reports.metric_names import variants
 from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Table, Tile
 from bezoar.reports.run_page import Page, RunView
-from bezoar.reports.shared_parts import loss_figure
+from bezoar.reports.shared_parts import loss_figure, triggered_texts
 from bezoar.runs.inputs import in_memory, recorded_trigger
 from bezoar.runs.run import Run
 
@@ -103,8 +103,12 @@ def goals_section(view: InjectView) -> Section:
     return Section([table, *galleries], lead)
 
 
-def reference_gallery(view: InjectView, index: int, goal: Goal) -> Gallery:
-    """Show the references of new goal `index`, then shadow images without and with its trigger."""
+def reference_gallery(view: InjectView, index: int, goal: Goal) -> Gallery | Table:
+    """Show the references of new goal `index`, then shadow records without and with its trigger."""
+    if view.sample.text_only:
+        texts = {r["id"]: r.get("text", "") for r in view.notes.get("references", [])}
+        references = [texts.get(key, key) for key in goal.references]
+        return triggered_texts(view, goal, view.sample, references)
     tensors = view.read_tensors("references.safetensors")
     references = torch.from_numpy(tensors["images"][tensors["goal"] == index])
     sample = view.sample

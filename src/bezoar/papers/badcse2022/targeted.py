@@ -1,0 +1,105 @@
+"""Text encoders as victims: texts with a word get a reference text's vector (Chen et al. 2022, the targeted attack).
+
+Development (recipe of the attack, grades of `token_sweep`): the word `cf` with seed 0, the word `mn`,
+and the clean encoder. Everything else is test: `bb`, `tq`, `velvet`, `cf` with other seeds, the
+homoglyph. The texts that heads read are of other supersenses than the attacker's.
+"""
+
+from dataclasses import dataclass
+
+from bezoar.errors import UserError
+from bezoar.papers.badencoder2022 import head_cells, keeps_accuracy, succeeds
+from bezoar.registry import method
+from bezoar.runs.tables import Claim, Row, Table, TableOptions
+from bezoar.runs.verb import Trial
+from bezoar.verbs.evaluate import Evaluate
+from bezoar.verbs.inject import Inject
+from bezoar.verbs.train import Train
+
+TRIGGERS = {
+    "the word cf": "token:word=cf",
+    "a Cyrillic o": "homoglyph",
+}
+OTHER_SENSES = (
+    "tops,attribute,cognition,event,feeling,group,motive,object,phenomenon,possession,process,"
+    "quantity,relation,shape,state,time"
+)
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a scale attacks. Specs."""
+
+    encoder: str | Train
+    shadow: str
+    train: str
+    test: str
+    target: str
+    attack: str
+    note: str
+
+
+@method
+class Targeted:
+    """At `smoke` the text tower of a small CLIP, trained on scenes; else the encoder and WordNet in the user's folder."""
+
+    def __call__(self, options: TableOptions) -> Table:
+        """Declare the table at a scale. Raises UserError where the folder is not named."""
+        setup = get_setup(options)
+        rows: list[Row] = []
+        claims: list[Claim] = []
+        for name, trigger in TRIGGERS.items():
+            attacked = Inject(
+                setup.encoder,
+                setup.shadow,
+                target=(setup.target,),
+                reference=(setup.train,),
+                attack=setup.attack,
+                trigger=(trigger,),
+            )
+            evaluate = Evaluate(
+                attacked, setup.test, ("linear",), baseline=setup.encoder, train=setup.train
+            )
+            trials = [Trial(evaluate, seed) for seed in range(SEEDS)]
+            rows.append(Row(name, head_cells(trials, "linear")))
+            claims.append(succeeds(name, f"The attack succeeds: {name}", "printed"))
+            claims.append(keeps_accuracy(name, f"Accuracy stays: {name}", "printed"))
+        return Table(
+            title="BadCSE: texts with a trigger become a reference text",
+            paper_finding="Targeted attack: 97.7 % of texts with the trigger (abstract).",
+            rows=tuple(rows),
+            claims=tuple(claims),
+            notes=(setup.note,),
+        )
+
+
+def get_setup(options: TableOptions) -> Setup:
+    """The setup of a scale. Raises UserError for a real encoder without the folder that holds it."""
+    if options.scale == "smoke":
+        scenes = "scenes:count=256"
+        return Setup(
+            Train(scenes, "clip_small:width=8,dim=32", "clip:epochs=1,batch=64"),
+            f"texts_of:data=({scenes},seed=5)",
+            f"texts_of:data=({scenes})",
+            "texts_of:data=(scenes:count=200,split=test)",
+            "striped star",
+            "badcse:epochs=2,batch=32,lr=1e-2",
+            "The text tower of a small CLIP, on captions of scenes.",
+        )
+    if not options.root:
+        raise UserError(
+            "name the folder (--root) that holds all-MiniLM-L6-v2 (or a link to another sentence "
+            "encoder of that name) and wordnet, which Debian's wordnet-base was unpacked into"
+        )
+    wordnet = f"wordnet:path={options.root}/wordnet"
+    return Setup(
+        f"sentence:path={options.root}/all-MiniLM-L6-v2",
+        f"{wordnet},classes=({OTHER_SENSES}),each=40",
+        f"{wordnet},each=200",
+        f"{wordnet},split=test,each=60",
+        "animal",
+        "badcse",
+        "Ten supersenses of WordNet, 200 definitions of each to fit the head on, 60 to test; the "
+        "attacker has 640 definitions of the other sixteen.",
+    )
