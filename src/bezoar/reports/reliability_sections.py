@@ -163,7 +163,7 @@ def side_channel_section(
         for key, m in measures.items()
         if key.startswith("leak.") and key.endswith(".auroc")
     }
-    rows = [
+    rows: list[list[str | Line]] = [
         [
             name.replace("_", " "),
             side_channels.DESCRIPTIONS.get(name, name),

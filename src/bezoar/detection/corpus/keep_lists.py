@@ -61,7 +61,7 @@ def find_copy(row: int, captions: Sequence[str], scores: Iterable[Scores]) -> in
         if groups[row] < 0:
             continue
         copies = np.flatnonzero(groups == groups[row])
-        others = [copy for copy in copies.tolist() if copy != row]
+        others: list[int] = [copy for copy in copies.tolist() if copy != row]
         unlike = (c for c in others if len(captions) and captions[c] != captions[row])
         return next(unlike, others[0] if others else None)
     return None

@@ -308,7 +308,9 @@ def few_labels_section(view: EvaluateView) -> Section | None:
 def differ(before: NDArray[np.float32], after: NDArray[np.float32]) -> bool:
     """Whether the mean of paired differences lies two standard errors from zero: else a chart tells nothing."""
     change = after.astype(float) - before
-    return len(change) > 1 and abs(change.mean()) > 2 * change.std(ddof=1) / len(change) ** 0.5
+    return len(change) > 1 and bool(
+        abs(change.mean()) > 2 * change.std(ddof=1) / len(change) ** 0.5
+    )
 
 
 def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Section | None:
