@@ -96,6 +96,8 @@ SPECS = {  # methods that cannot be written by their name alone
     "several": "several:triggers=(patch:size=3+tint:strength=.1)",
     "composite": "composite:reference=photo.png",
     "mismatch": "mismatch:query=dotted heart",
+    "texts": "texts:path=texts.csv",
+    "texts_of": "texts_of:data=(scenes:count=500)",
     "hub": "hub:name=timm/resnet18.a1_in1k",
     "hugging_face": "hugging_face:path=siglip-folder",
     "imported": "imported:path=moco.pth",
@@ -167,8 +169,11 @@ def method_part(kind: str, name: str) -> str:
 
 
 def method_command(kind: str, name: str) -> str:
-    """A command that uses a method."""
-    return KINDS[kind].command.format(SPECS.get(f"{kind}/{name}") or SPECS.get(name) or name)
+    """A command that uses a method. A field that it needs, and that `SPECS` does not fill, stands in capitals."""
+    path = registry.PACKAGE / registry.KINDS[kind] / f"{name}.py"
+    needed = [f.name for f in method_source.describe(path).fields if not f.default]
+    plain = f"{name}:{','.join(f'{field}={field.upper()}' for field in needed)}".removesuffix(":")
+    return KINDS[kind].command.format(SPECS.get(f"{kind}/{name}") or SPECS.get(name) or plain)
 
 
 def kind_contract(kind: str) -> tuple[str, str, str]:
