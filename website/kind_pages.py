@@ -27,7 +27,7 @@ class KindExample(NamedTuple):
 
 
 KINDS = {  # kind -> its page; a run is named by the start of its name, as `train-`
-    "data": KindExample("Data", "bezoar scan {}", (), "scenes:count=2000"),
+    "data": KindExample("Data", 'bezoar scan "{}"', (), "scenes:count=2000"),
     "trigger": KindExample(
         "Triggers",
         'bezoar poison scenes:count=2000 --trigger "{}" --target "striped star"',
