@@ -340,8 +340,8 @@ def test_mistakes_are_one_line(story, capsys, arguments, message):
 
 
 def test_images_and_texts_do_not_mix(story, capsys):
-    run, encoder, inject, _, test = story
-    run("evaluate", inject.name, "scenes:count=20,size=32", status=2)
+    run, encoder, _, _, test = story
+    run("evaluate", f"sentence:path={encoder}", "scenes:count=20,size=32", status=2)
     assert "reads texts and no images" in capsys.readouterr().err
     run("audit", f"sentence:path={encoder}", "--data", test, "--audit", "whitening", status=2)
     assert "whitening needs at least two clean images" in capsys.readouterr().err
