@@ -65,7 +65,7 @@ class TokenSweep:
                 "needs first and carriers >= 2, kept, first_words, words and sample >= 1"
             )
 
-    def image_passes(self, images: int, classes: int) -> int:
+    def image_passes(self, images: int, classes: int, side: int) -> int:
         """Texts that go through the encoder, those of the first pass by their length."""
         words = self.sample or USUAL_WORDS
         return words * self.first // 2 + self.kept * self.carriers + min(images, POOL)
