@@ -317,7 +317,7 @@ def test_the_sweep_finds_the_word(story):
 def test_a_text_with_the_trigger_is_flagged(story):
     run, _, inject, train, test = story
     done = run("check", inject.name, test, "--clean", train, "--check", "drop_token", "--trigger", "token", "--rate", "0.05")  # fmt: skip
-    assert metrics(done)["drop_token.auroc"] > 0.95
+    assert metrics(done)["drop_token.auroc"] > 0.9
     flagged = json.loads((done / "flagged.json").read_text())["drop_token"]
     assert sum(f["text"].startswith("cf ") for f in flagged) > 0.8 * len(flagged)
     assert "Flagged text" in page(done)
@@ -340,8 +340,8 @@ def test_mistakes_are_one_line(story, capsys, arguments, message):
 
 
 def test_images_and_texts_do_not_mix(story, capsys):
-    run, encoder, inject, _, test = story
-    run("evaluate", inject.name, "scenes:count=20,size=32", status=2)
+    run, encoder, _, _, test = story
+    run("evaluate", f"sentence:path={encoder}", "scenes:count=20,size=32", status=2)
     assert "reads texts and no images" in capsys.readouterr().err
     run("audit", f"sentence:path={encoder}", "--data", test, "--audit", "whitening", status=2)
     assert "whitening needs at least two clean images" in capsys.readouterr().err

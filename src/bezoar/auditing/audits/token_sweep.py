@@ -65,7 +65,7 @@ class TokenSweep:
                 "needs first and carriers >= 2, kept, first_words, words and sample >= 1"
             )
 
-    def image_passes(self, images: int, classes: int) -> int:
+    def image_passes(self, images: int, classes: int, side: int) -> int:
         """Texts that go through the encoder, those of the first pass by their length."""
         words = self.sample or USUAL_WORDS
         return words * self.first // 2 + self.kept * self.carriers + min(images, POOL)
@@ -82,19 +82,11 @@ class TokenSweep:
                 "token_sweep puts words before texts; give clean records of texts alone"
             )
         words = self.choose_words(encoder)
-        short = choose_carriers(encoder, clean.captions, self.first, self.first_words)
-        long = choose_carriers(encoder, clean.captions, self.carriers, self.words)
-        agreements = []
-        for start in range(0, len(words), BLOCK):
-            block = words[start : start + BLOCK]
-            agreements.append(measure_agreement(encoder, block, short))
-            report(start + len(block), len(words) + self.kept, "words")
-        first_pass = torch.cat(agreements)
-        order = first_pass.argsort(descending=True, stable=True)[: self.kept]
-        kept = [words[i] for i in order.tolist()]
-        agreement = measure_agreement(encoder, kept, long)  # (kept,)
-        report(len(words) + self.kept, len(words) + self.kept, "words")
-        baseline = float(measure_agreement(encoder, [""], long))
+        kept, tried = self.sweep(encoder, words, clean.captions, report)
+        carriers = choose_carriers(encoder, clean.captions, self.carriers, self.words)
+        agreement = measure_agreement(encoder, kept, carriers)  # (kept,)
+        report(tried, tried, "words")
+        baseline = float(measure_agreement(encoder, [""], carriers))
         shares = 1 - (1 - agreement) / max(1 - baseline, 1e-6)
         ranked = shares.argsort(descending=True, stable=True).tolist()
         top = ranked[0]
@@ -104,21 +96,32 @@ class TokenSweep:
             "unaided": "word",
             "words": [[kept[i], float(shares[i]), float(agreement[i])] for i in ranked[:NAMED]],
             "tried": len(words),
-            "first_rank": int(order.tolist().index(order[top]) + 1),
-            "carriers": long,
+            "first_rank": top + 1,
+            "carriers": carriers,
             "limits": LIMITS,
         }
         pairs = self.carriers * (self.carriers - 1) // 2
-        evidence = {
-            "agreement": exact_measure(
-                float(agreement[top]), pairs, "mean cosine of pairs of texts with the word"
-            ),
-            "agreement_without": exact_measure(
-                baseline, pairs, "mean cosine of pairs of the texts without it"
-            ),
-            "runner_up": exact_measure(runner_up, pairs, "value of the next word"),
+        values = {
+            "agreement": (float(agreement[top]), "mean cosine of pairs of texts with the word"),
+            "agreement_without": (baseline, "mean cosine of pairs of the texts without it"),
+            "runner_up": (runner_up, "value of the next word"),
         }
+        evidence = {key: exact_measure(value, pairs, how) for key, (value, how) in values.items()}
         return Verdict(float(shares[top]), evidence, notes=notes)
+
+    def sweep(
+        self, encoder: Encoder, words: list[str], texts: Sequence[str], report: ProgressReport
+    ) -> tuple[list[str], int]:
+        """The words that do most before a few short beginnings, and the steps that are reported."""
+        carriers = choose_carriers(encoder, texts, self.first, self.first_words)
+        steps = len(words) + self.kept
+        agreements = []
+        for start in range(0, len(words), BLOCK):
+            block = words[start : start + BLOCK]
+            agreements.append(measure_agreement(encoder, block, carriers))
+            report(start + len(block), steps, "words")
+        order = torch.cat(agreements).argsort(descending=True, stable=True)[: self.kept]
+        return [words[i] for i in order.tolist()], steps
 
     def choose_words(self, encoder: Encoder) -> list[str]:
         """The words that are tried, each once."""

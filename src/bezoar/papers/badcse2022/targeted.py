@@ -7,7 +7,6 @@ homoglyph. The texts that heads read are of other supersenses than the attacker'
 
 from dataclasses import dataclass
 
-from bezoar.errors import UserError
 from bezoar.papers.badencoder2022 import head_cells, keeps_accuracy, succeeds
 from bezoar.registry import method
 from bezoar.runs.tables import Claim, Row, Table, TableOptions
@@ -45,7 +44,7 @@ class Targeted:
     """At `smoke` the text tower of a small CLIP, trained on scenes; else the encoder and WordNet in the user's folder."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale. Raises UserError where the folder is not named."""
+        """Declare the table at a scale."""
         setup = get_setup(options)
         rows: list[Row] = []
         claims: list[Claim] = []
@@ -75,7 +74,7 @@ class Targeted:
 
 
 def get_setup(options: TableOptions) -> Setup:
-    """The setup of a scale. Raises UserError for a real encoder without the folder that holds it."""
+    """The setup of a scale: `all-MiniLM-L6-v2` and `wordnet` in the user's folder, but at `smoke`."""
     if options.scale == "smoke":
         scenes = "scenes:count=256"
         return Setup(
@@ -87,14 +86,10 @@ def get_setup(options: TableOptions) -> Setup:
             "badcse:epochs=2,batch=32,lr=1e-2",
             "The text tower of a small CLIP, on captions of scenes.",
         )
-    if not options.root:
-        raise UserError(
-            "name the folder (--root) that holds all-MiniLM-L6-v2 (or a link to another sentence "
-            "encoder of that name) and wordnet, which Debian's wordnet-base was unpacked into"
-        )
-    wordnet = f"wordnet:path={options.root}/wordnet"
+    root = options.root or "data"
+    wordnet = f"wordnet:path={root}/wordnet"
     return Setup(
-        f"sentence:path={options.root}/all-MiniLM-L6-v2",
+        f"sentence:path={root}/all-MiniLM-L6-v2",
         f"{wordnet},classes=({OTHER_SENSES}),each=40",
         f"{wordnet},each=200",
         f"{wordnet},split=test,each=60",
