@@ -33,7 +33,7 @@ SIZES: dict[int, tuple[Setup, ...]] = {
         replace(
             SMALLER,
             data="scenes:count=20000",
-            objective="clip:epochs=6",
+            objective="clip:epochs=30",
             doses=(20, 40, 80, 160, 320),
             dose=320,
             victims=3,
@@ -44,7 +44,7 @@ SIZES: dict[int, tuple[Setup, ...]] = {
         replace(
             SMALLER,
             data="scenes:count=100000",
-            objective="clip:epochs=6",
+            objective="clip:epochs=12",
             doses=(20, 40, 80, 160, 320),
             dose=320,
             victims=8,
@@ -55,7 +55,7 @@ SIZES: dict[int, tuple[Setup, ...]] = {
         replace(
             SMALLER,
             data="scenes:count=500000",
-            objective="clip:epochs=3,batch=512",
+            objective="clip:epochs=4,batch=512",
             doses=(40, 80, 160, 320, 640),
             dose=640,
             victims=8,
