@@ -254,7 +254,7 @@ def test_the_title_of_a_page_is_its_finding(runs: Path) -> None:
     for run in [Run(p) for p in runs.glob("*-*")]:
         text = read_page(run)
         title = html.unescape(re.search("<title>(.*)</title>", text)[1])
-        headline = html.unescape(re.search("<h1>(.*)</h1>", text)[1])
+        headline = html.unescape(re.search("<h1[^>]*>(.*)</h1>", text)[1])
         assert title == f"{headline} · {run.name}" and "not finished" not in title
 
 

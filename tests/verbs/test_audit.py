@@ -203,7 +203,7 @@ def test_an_audit_reads_a_bank_and_says_what_that_is_worth(
     assert "could not be made" not in text
     for title in ("What each audit says", "Inverted triggers", "What was not tested"):
         assert title in text
-    assert re.search(r"<h1>.*?</h1>", text)[0].count(verdict["sentence"][:20]) == 1
+    assert re.search(r"<h1[^>]*>.*?</h1>", text)[0].count(verdict["sentence"][:20]) == 1
     _, again = ask(capsys, work, *audit(work, attacked, calibrated.name, "--rate", "0.25"))
     assert (
         again.manifest["goal"] and "attacked on purpose" in (again.path / "report.html").read_text()
@@ -441,7 +441,7 @@ def test_a_verdict_without_a_bank(work, clean, capsys, monkeypatch):
             result["level"] == level and found["unaided"]["sentence"] in result["message"]["text"]
         )
         text = (run.path / "report.html").read_text()
-        headline = re.search(r"<h1>.*?</h1>", text, re.DOTALL)[0]
+        headline = re.search(r"<h1[^>]*>.*?</h1>", text, re.DOTALL)[0]
         assert "could not be made" not in text and "No calibration" not in headline
         assert text.count("No calibration") <= 2 and "the smallest trigger of every target" in text
     monkeypatch.setattr(unaided_verdict, "LEAST_SHARE", 1.1)

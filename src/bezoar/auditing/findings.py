@@ -95,8 +95,10 @@ class AuditFindings:
         for i, facts in enumerate(self.facts["inversions"]):
             if facts["target"] not in reference.classes:
                 continue
-            parts = (self.tensors[f"{part}@{i}"].to(images.device) for part in ("mask", "pattern"))
-            trigger = Inversion(*parts, facts["target"], facts["norm"], facts["success"])
+            mask, pattern = (
+                self.tensors[f"{part}@{i}"].to(images.device) for part in ("mask", "pattern")
+            )
+            trigger = Inversion(mask, pattern, facts["target"], facts["norm"], facts["success"])
             number = reference.classes.index(facts["target"])
             after = reference.predict(trigger(images)).tolist()
             facts["reference"] = [rows.count(number) / len(images) for rows in (after, before)]

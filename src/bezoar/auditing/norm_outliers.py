@@ -88,9 +88,8 @@ def outlier_verdict(
     n = len(clean)
     norms = triggers.norms.double().cpu().clamp(min=MIN_SPREAD)
     reached = triggers.reached.cpu()
-    counted = torch.ones_like(reached)
-    if excluding and int(reached.sum()) >= MIN_REACHED:
-        counted = reached
+    is_excluding = excluding and int(reached.sum()) >= MIN_REACHED
+    counted = reached if is_excluding else torch.ones_like(reached)
     few = int(counted.sum()) < MIN_NORMS
     smallest = int(torch.where(counted, norms, torch.inf).argmin())
     title = f"{int(counted.sum())} {what} triggers"

@@ -28,7 +28,7 @@ NAMES_NO_CLASS = (
     "instead; cleanse compares classes"
 )
 
-SIDE = 32  # pixels of the images that `most` counts
+SIDE, MOST = 32, 5e5  # a search in full may cost so many passes of images of so many pixels
 # What a search that would cost too much is changed to, and the clean images that it uses.
 QUICK: dict[str, Any] = {"starts": 8, "steps": 48, "batch": 6, "cells": 32}
 QUICK_IMAGES = 64
@@ -52,7 +52,7 @@ class Decree:
     search from one start often ends at a direction that the encoder is drawn to by nature. Where no
     restart succeeds PL1 is 1, because a mask over the whole image always succeeds.
 
-    Where all of that would cost more than `most`, fewer restarts take fewer steps with coarser masks.
+    Where all of that would cost more than `MOST` image passes at 32 px, fewer restarts take fewer steps with coarser masks.
 
     Published (the repository's): steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,
     lr=(0.5,0.1,0.05),until=(200,500),up=5,down=5,patience=6,floor=1e-7,resets=10,wait=35; at 32
@@ -80,8 +80,6 @@ class Decree:
     wait: Annotated[int, "steps without progress after which a restart ends"] = 25
     centred: Annotated[bool, "start from a central square, not from noise"] = False
 
-    most: Annotated[float, "image passes at 32 px that a search in full may cost"] = 5e5
-
     needs: ClassVar[tuple[str, ...]] = ("report",)
 
     def __post_init__(self) -> None:
@@ -107,7 +105,7 @@ class Decree:
         if side <= SIDE:
             return True
         passes = self.recipe(self.goal or 0.5).image_passes()
-        return passes * (side / SIDE) ** 2 <= self.most
+        return passes * (side / SIDE) ** 2 <= MOST
 
     def image_passes(self, images: int, classes: int, side: int) -> int:
         """Images that go through the encoder, at most."""

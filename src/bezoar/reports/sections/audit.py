@@ -211,8 +211,8 @@ def target_parts(audit: Mapping[str, Any]) -> list[Part]:
         for t in targets[:TARGETS]
     ]
     note = f"The {TARGETS} smallest of {len(targets)}." if len(targets) > TARGETS else ""
-    head = ("Target", "Trigger, px", "Success on all clean images", "Reached")
-    return [Figure(svg, title, "A dot for each target."), Table(head, rows, (1, 2), note)]
+    columns = ("Target", "Trigger, px", "Success on all clean images", "Reached")
+    return [Figure(svg, title, "A dot for each target."), Table(columns, rows, (1, 2), note)]
 
 
 def bank_figure(audit: Mapping[str, Any]) -> list[Figure]:
