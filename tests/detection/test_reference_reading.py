@@ -53,7 +53,7 @@ def draw_reader(n=2400, groups=6, seed=0):
     centres = torch.from_numpy(random.normal(size=(groups, 12))).float()
     names = torch.from_numpy(random.normal(size=(groups, 8))).float()
     images = centres[content] + 0.5 * torch.from_numpy(random.normal(size=(n, 12))).float()
-    texts = names[caption] + 0.3 * torch.from_numpy(random.normal(size=(n, 8))).float()
+    texts = names[caption] + 0.15 * torch.from_numpy(random.normal(size=(n, 8))).float()
     captions = [f"caption {i}" for i in range(n)]
     half = torch.arange(n) % 2
     return ReferenceReader.build(images, texts, captions, half), caption, poisons
@@ -141,8 +141,11 @@ def test_a_planted_trigger_is_believed_and_no_natural_cause(is_attacked):
         like = like[~torch.isin(like, poisons)]
         reader.images[poisons] = reader.images[like[: len(poisons)]]
     random = torch.Generator().manual_seed(1)
+    content = group.clone()
+    content[poisons] = torch.arange(len(poisons)) % 20
     features = torch.randn(len(group), 40, generator=random)
-    features[poisons, :2] += 4
+    features += 0.2 * torch.randn(20, 40, generator=random)[content]  # natural causes, to compare
+    features[poisons, :2] += 6
     discriminants = Discriminants.fit(features, group, reader.half)
     suspects = torch.rand(len(group), generator=random) < 0.1
     suspects[poisons[:80]] = True
