@@ -272,10 +272,15 @@ def believe_causes(supports: Sequence[Support]) -> list[Support]:
     other content still supports most of them. How many depends on how well contents are read, so
     that the groups of the same data are each other's controls.
     """
+    least = max(MIN_UNSUPPORTED, find_clear_bound(supports, CLEAR))
+    return [s for s in supports if s.cause.recognised >= MIN_RECOGNISED and s.lower > least]
+
+
+def find_clear_bound(supports: Sequence[Support], deviations: float) -> float:
+    """The lower bound that lies so many robust deviations above that of the middle group."""
     if not supports:
-        return []
+        return 1.0
     bounds = torch.tensor([support.lower for support in supports])
     middle = bounds.median()
     deviation = (1.4826 * (bounds - middle).abs().median()).clamp(min=MIN_DEVIATION)
-    least = max(MIN_UNSUPPORTED, float(middle + CLEAR * deviation))
-    return [s for s in supports if s.cause.recognised >= MIN_RECOGNISED and s.lower > least]
+    return float(middle + deviations * deviation)

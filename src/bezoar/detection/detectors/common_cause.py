@@ -16,10 +16,11 @@ its shape. The search for one:
    what shows it is misread far more often than in the other groups
    (`shared_causes.believe_causes`).
 
-With a reference, an encoder that never saw the data, a linear map of its vectors stands for the
-small model, which reads photographs too. It is fitted in seconds, so that every cause is first
-narrowed to its misread records; and it says what the contents are: a cause is believed only if they
-are not those of its caption group (`reference_reading.bound_content`).
+With a reference, an encoder that never saw the data, a linear map of its vectors to the captions'
+stands for the small model, which reads photographs too. It is fitted in seconds, so that a record is
+mismatched if a map misreads it that saw none of its piece of the caption group, and every cause is
+first narrowed to its misread records. The map says what contents are: a cause is believed only if
+they are not those of its caption group (`reference_reading.bound_content`).
 
 Not seen: clean-label poisons, whose content supports their captions; fewer than about ten poisons of
 a caption group; data whose contents the small model or the reference cannot read, such as
@@ -137,13 +138,15 @@ class CommonCause:
         reader: ReferenceReader | None = None
         if self.reference:
             reader = self.open_reader(source, texts, rows, half, encoder.device, report)
-            mismatch = reader.read(torch.zeros(n, dtype=torch.bool)).loss
         else:
             mismatch = self.measure_mismatch(source, encoder.device, report)[rows]
         features = tower_features.read_features(encoder, source, order, report)
         count = max(2, min(self.groups, n // RECORDS_OF_A_GROUP))
         groups = group_captions(texts, order, count, self.seed, encoder.device)
         discriminants = Discriminants.fit(features, groups.of_record[rows], half)
+        if reader is not None:
+            pieces = reference_reading.split_groups(features, discriminants.groups, self.seed)
+            mismatch = reader.read_pieces(pieces)
         mismatched = mismatch > float(np.quantile(mismatch.numpy(), 1 - self.suspects))
         causes = shared_causes.find_causes(discriminants, mismatched)
         chosen = shared_causes.choose_left_out(causes, n)

@@ -6,7 +6,8 @@ and on the first set of the test half: only the other sets of that half chose no
 
 On photographs, Flickr8k, the same test half is one set. What was written for photographs was
 developed on kinds of the development half (Flickr8k: filter, blur, sticker, patch; aerial images:
-filter, JPEG, sticker, line) and on Flickr8k without poisons.
+filter, JPEG, sticker, line), on both without poisons, and, after a first version was run once on
+it, on the first training of that set (tint to triangles): only the second chose no setting.
 """
 
 from __future__ import annotations
