@@ -398,7 +398,7 @@ def test_rules_that_choose_a_reference(set_of):
     assert z[mine].std(0).max() > 0.01
     reference = reference_inputs.choose_reference(source, "two", "central", encoder)
     assert reference.id == f"set/train/{central:06d}" and torch.equal(
-        reference.image, data.images[central]
+        reference.record.images[0], data.images[central]
     )
     assert "nearest to the mean" in reference.how and reference.to_json()["sha256"]
     assert (
