@@ -398,7 +398,7 @@ def test_rules_that_choose_a_reference(set_of):
     assert z[mine].std(0).max() > 0.01
     reference = reference_inputs.choose_reference(source, "two", "central", encoder)
     assert reference.id == f"set/train/{central:06d}" and torch.equal(
-        reference.image, data.images[central]
+        reference.record.images[0], data.images[central]
     )
     assert "nearest to the mean" in reference.how and reference.to_json()["sha256"]
     assert (
@@ -452,8 +452,10 @@ def test_published_references_and_triggers_are_read():
         )
         with np.load(file, allow_pickle=False) as raw:
             assert (
-                torch.equal(reference.image, torch.from_numpy(raw["x"][0]).permute(2, 0, 1))
-                and reference.image.shape[1] == side
+                torch.equal(
+                    reference.record.images[0], torch.from_numpy(raw["x"][0]).permute(2, 0, 1)
+                )
+                and reference.record.images[0].shape[1] == side
             )
     stamp = registry.make(
         "trigger", f"file:path={PUBLISHED / 'trigger' / 'trigger_pt_white_21_10_ap_replace.npz'}"

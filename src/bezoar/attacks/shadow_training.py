@@ -155,6 +155,8 @@ def check_attack(
     references: Sequence[Tensor],
 ) -> None:
     """Raise UserError for an encoder, goals or references that an attack cannot work with."""
+    if getattr(encoder, "image", None) is None:
+        raise UserError(f"this encoder has no image tower; {name} attacks image encoders")
     if not encoder.reads_images or shadow.size == 0:
         raise UserError(f"{name} attacks image encoders, by images; text encoders: badcse")
     complete = len(goals) == len(references) > 0 and all(

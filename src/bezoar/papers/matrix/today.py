@@ -76,7 +76,7 @@ SMALL = Setup(
     drupe="drupe:epochs=8,batch=64,lr=0.02,l2=5",
     scenes="scenes:count=8000,seed=7500",
     surrogate="scenes:count=8000,seed=7600",
-    test="scenes:count=1000,split=test",
+    test="scenes:count=4000,split=test",
     clip="clip_small:width=16",
     epochs=6,
     few=40,
