@@ -131,12 +131,17 @@ def _read_table(path: str, ids: Strings) -> pa.Array:
             f"it has: {', '.join(names)}"
         )
     rows = (row for _, row in read_rows(Path(path), columns=[key, column]) if isinstance(row, dict))
-    pairs = [(str(row.get(key)), str(row.get(column) or "")) for row in rows]
+    pairs = [(_as_unicode(row.get(key)), _as_unicode(row.get(column) or "")) for row in rows]
     keys, sources = zip(*pairs, strict=True) if pairs else ((), ())
     places = pc.index_in(ids.column, pa.array(keys, pa.large_string()))
     if places.null_count == len(ids):
         raise UserError(f"{path}: none of its ids is that of a record")
     return _without_empty(Strings(pa.array(sources, pa.large_string()).take(places)))
+
+
+def _as_unicode(cell: object) -> str:
+    """The text of a cell; bytes that are no UTF-8, which are read as lone surrogates, are spelt out."""
+    return str(cell).encode(errors="backslashreplace").decode()
 
 
 def _number_sources(what: str, names: pa.Array) -> RecordSources:
