@@ -142,11 +142,11 @@ class SentenceTower(nn.Module):
             "token_type_embeddings": config.types,
         }
         tables = {name: nn.Embedding(count, config.width) for name, count in counts.items()}
-        self.embeddings = nn.ModuleDict(
+        self.embeddings: Any = nn.ModuleDict(
             {**tables, "LayerNorm": nn.LayerNorm(config.width, config.epsilon)}
         )
         layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.encoder = nn.ModuleDict({"layer": layers})
+        self.encoder: Any = nn.ModuleDict({"layer": layers})
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The mean of the pieces' vectors, or that of the first."""
@@ -157,7 +157,7 @@ class SentenceTower(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = words(tokens) + positions(places) + types.weight[0]  # (B, L, W)
         x = self.embeddings["LayerNorm"](x)
-        for block in self.encoder["layer"]:  # type: ignore[union-attr]
+        for block in self.encoder["layer"]:
             x = block(x, is_piece[:, None, None])
         if self.pooling == "cls":
             first: Tensor = x[:, 0]

@@ -43,6 +43,8 @@ class Loss(nn.Module):
     over the texts x, and in L0 over all pairs of a goal and one of its references.
     """
 
+    sums: Tensor
+
     def __init__(
         self,
         encoder: Encoder,

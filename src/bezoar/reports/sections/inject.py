@@ -107,8 +107,8 @@ def reference_gallery(view: InjectView, index: int, goal: Goal) -> Gallery | Tab
     """Show the references of new goal `index`, then shadow records without and with its trigger."""
     if view.sample.text_only:
         texts = {r["id"]: r.get("text", "") for r in view.notes.get("references", [])}
-        references = [texts.get(key, key) for key in goal.references]
-        return triggered_texts(view, goal, view.sample, references)
+        shown = [texts.get(key, key) for key in goal.references]
+        return triggered_texts(view, goal, view.sample, shown)
     tensors = view.read_tensors("references.safetensors")
     references = torch.from_numpy(tensors["images"][tensors["goal"] == index])
     sample = view.sample
