@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -238,6 +238,10 @@ def poison_trainings(
 class Unseen:
     """Kinds of trigger by half; the last row of a half counts the kinds that were detected."""
 
+    reference: Annotated[
+        str, "encoder that never saw the data, by which photographs are scanned; none without"
+    ] = ""
+
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""
         smoke = options.scale == "smoke"
@@ -259,16 +263,20 @@ class Unseen:
         )
         photographs = photographs_ground(options)
         trainings = poison_trainings(photographs, halves["test"], PHOTOGRAPHS_SEED)
-        rows += [half_row(kind, "photographs", photographs, trainings) for kind in halves["test"]]
+        rows += [
+            half_row(kind, "photographs", photographs, trainings, self.reference)
+            for kind in halves["test"]
+        ]
         clean = [photographs.clean_clip(PHOTOGRAPHS_SEED - 50)]
-        rows.append(clean_row("no attack (photographs)", clean))
+        rows.append(clean_row("no attack (photographs)", clean, self.reference))
         note = (
             f"Each kind: {sets} sets of scenes, with sizes, places, strengths and targets of their "
             f"own, {POISONS} poisons of {get_setup(options).records}; a training holds up to "
             f"{KINDS_OF_A_TRAINING} kinds. The kinds of the test half poison Flickr8k "
-            f"once, {PHOTOGRAPH_POISONS} poisons of 30,000 each. Scanned by the default detectors, "
-            "which have no reference encoder, with the encoder trained on the set; all figures are of all detectors together, of one kind against the clean "
-            "records."
+            f"once, {PHOTOGRAPH_POISONS} poisons of 30,000 each. Scanned by the default detectors "
+            "with the encoder trained on the set, photographs "
+            f"{'with' if self.reference else 'without'} a reference encoder; all figures are of all "
+            "detectors together, of one kind against the clean records."
         )
         return Table(
             title="Kinds of trigger in two halves",
@@ -278,9 +286,9 @@ class Unseen:
         )
 
 
-def clean_row(name: str, encoders: Sequence[Trial]) -> Row:
+def clean_row(name: str, encoders: Sequence[Trial], reference: str = "") -> Row:
     """The share of clean records that is raised, by encoders trained on them."""
-    scans = [Trial(Scan(encoder.verb), encoder.seed) for encoder in encoders]
+    scans = [Trial(Scan(e.verb, reference=reference), e.seed) for e in encoders]
     cells = (
         Cell.mean("false alarms", scans, "common_cause.raised"),
         Cell.mean("false alarms, transplant", scans, "transplant.raised"),
@@ -288,7 +296,13 @@ def clean_row(name: str, encoders: Sequence[Trial]) -> Row:
     return Row(name, cells)
 
 
-def half_row(kind: Kind, half: str, ground: Ground, trainings: Sequence[PoisonedTraining]) -> Row:
+def half_row(
+    kind: Kind,
+    half: str,
+    ground: Ground,
+    trainings: Sequence[PoisonedTraining],
+    reference: str = "",
+) -> Row:
     """The row of a kind: means over the trainings that hold it."""
     readings: dict[str, list[Reading]] = {name: [] for name in ("ASR", *COLUMNS)}
     for training in trainings:
@@ -299,7 +313,7 @@ def half_row(kind: Kind, half: str, ground: Ground, trainings: Sequence[Poisoned
         encoder = training.encoder
         success = Trial(Evaluate(encoder.verb, ground.test, (ground.probe,)), encoder.seed)
         readings["ASR"].append((success, f"attack_success{suffix}"))
-        scan = Trial(Scan(encoder.verb), encoder.seed)
+        scan = Trial(Scan(encoder.verb, reference=reference), encoder.seed)
         for name, metric in COLUMNS.items():
             readings[name].append((scan, metric + suffix))
     cells = tuple(Cell(name, tuple(of_cell)) for name, of_cell in readings.items())
