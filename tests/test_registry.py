@@ -40,7 +40,9 @@ def test_default_specs_make_the_same_method_again(kind, name):
     required |= {"table": "path=x.csv", "weights": "path=x", "hugging_face": "path=x"}
     required |= {"hub": "org/name", "several": "triggers=patch+blur"}
     required |= {"texts": "path=x.csv", "texts_of": "data=scenes", "wordnet": "path=x"}
-    required |= {"sentence": "path=x"}
+    required |= {"sentence": "path=x", "mismatch": "query=dog"}
+    if kind == "trigger":  # a poison has the name too, and needs nothing
+        required["composite"] = "reference=x.png"
     method = registry.make(kind, f"{name}:{required.get(name, '')}")
     assert registry.make(kind, registry.spec(method)) == method
 

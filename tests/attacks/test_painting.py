@@ -318,7 +318,9 @@ def test_sampling_is_bilinear_and_empty_outside() -> None:
     assert not got[:, 1, 0].any() and torch.allclose(got[:, 1, 1], source[:, 2, 3] / 2)
 
 
-@pytest.mark.parametrize(("content", "line"), [(b"no picture", "not a png"), (b"", "not a png")])
+@pytest.mark.parametrize(
+    ("content", "line"), [(b"no picture", "no image format"), (b"", "no image format")]
+)
 def test_a_broken_sticker_is_refused_in_one_line(tmp_path: Path, content: bytes, line: str) -> None:
     (tmp_path / "s.png").write_bytes(content)
     with pytest.raises(UserError, match=line) as caught:
