@@ -164,7 +164,7 @@ def test_weights_alone_ask_for_their_folder(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "bert"}, "a model 'bert'"),
+        ({"model_type": "t5"}, "a model 't5'"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers must be|no transformer has"),
         ({"hidden_size": 17}, "no transformer has|expected the weights"),
         ({"num_attention_heads": -1}, "whole number"),

@@ -269,7 +269,7 @@ def test_debris_is_no_output(tmp_path):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["poison", "scenes:count=1000000000000", *POISON[2:]], "GiB while they are made"),
+        (["poison", "scenes:count=1000000000000", *POISON[2:]], "GiB; "),
         (["train", "scenes", "--network", "clip_small:width=100000000"], "width is at most"),
         (["train", "scenes", "--objective", "clip:lr=nan"], "lr must be float"),
         (["train", "scenes:count=" + "(" * 20_000 + ")" * 20_000], "nested more than"),

@@ -34,6 +34,7 @@ from bezoar.data.files.skipped import ReadReport, Unreadable
 from bezoar.data.pairs import Pairs, Rows, TriggerFunction, row_numbers
 from bezoar.data.strings import BLOCK, Strings
 from bezoar.errors import UserError
+from bezoar.machine import free_memory
 
 # Where a record lies: its file, what finds its image there, bytes of that, goal of its trigger.
 # A file of -1 - k is none: the image is row `offset` of the k-th tensor that is held in memory.
@@ -42,6 +43,7 @@ MAX_OPEN = 256  # files kept open
 TASK_IMAGES = 16  # that a thread makes at once
 DRAWN_IMAGES = 256  # the same of images that are drawn
 BLOCK_DRAWN = 4096  # records that are drawn at once to index them
+INDEX_BYTES = 400  # that id, caption, label and place of a record take while an index is made
 FileStamp = tuple[int, int]  # size, and time of change in ns
 
 
@@ -125,6 +127,7 @@ class Drawing(Protocol):
     """A data method whose records are made to order, each by its id."""
 
     size: int
+    count: int
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -361,7 +364,15 @@ def index_drawn(method: Drawing) -> StoredPairs:
     """The records of a method that draws, as an index: their images are drawn when asked for.
 
     One pass, in threads, draws every record once, for its caption and its label.
+
+    Raises UserError for more records than memory holds an index of.
     """
+    needed, free = method.count * INDEX_BYTES, free_memory()
+    if free and needed > free:
+        raise UserError(
+            f"an index of {method.count:,} records takes {needed / 2**30:,.1f} GiB; "
+            f"{free / 2**30:,.1f} are free"
+        )
     ids = Strings.from_texts(method.ids)
 
     def draw(rows: slice) -> tuple[Strings, Any, tuple[str, ...]]:

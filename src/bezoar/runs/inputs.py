@@ -330,6 +330,8 @@ def find_encoder(run: Run) -> Run | None:
 
     A poison run has none, though it may have been made with a surrogate's.
     """
+    if (run.path / ENCODER).exists():
+        return run
     if run.verb == "poison":
         return None
     return next((each for each in run.lineage() if (each.path / ENCODER).exists()), None)

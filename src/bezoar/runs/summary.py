@@ -21,6 +21,8 @@ MOST_SENTENCES, MOST_FIGURES, MOST_FILES = 3, 6, 6
 NUMBERS = ("value", "low", "high")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9“])")
 
+BREAKABLE = str.maketrans({"\u00a0": " ", "\u2060": None})  # no-break space, word joiner
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -59,8 +61,12 @@ def first_sentences(*texts: str) -> str:
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
-    """Write summary.json into the directory of a run."""
+    """Write summary.json into the directory of a run, without the no-break marks that pages have."""
     raw = dataclasses.asdict(summary)
+    raw["finding"] = raw["finding"].translate(BREAKABLE)
+    raw["lines"] = [line.translate(BREAKABLE) for line in raw["lines"]]
+    for figure in raw["figures"]:
+        figure |= {key: figure[key].translate(BREAKABLE) for key in ("label", "text")}
     for figure in raw["figures"]:  # JSON has no infinities; `float` reads these texts
         for key in NUMBERS:
             figure[key] = figure[key] if math.isfinite(figure[key]) else str(figure[key])

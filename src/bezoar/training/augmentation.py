@@ -53,12 +53,12 @@ class Chance:
 
 
 def random_shift(x: Tensor, most: int, chance: Chance) -> Tensor:
-    """Move images (B, 3, H, W), uint8, by up to `most` pixels each way; borders are repeated."""
+    """Move images (B, C, H, W), uint8, by up to `most` pixels each way; borders are repeated."""
     if most == 0:
         return x
-    b, _, h, w = x.shape
+    b, c, h, w = x.shape
     offsets = chance.integers(2 * most + 1, b, 2).to(x.device)
-    padded = x.new_empty(b, h + 2 * most, w + 2 * most, 3)
+    padded = x.new_empty(b, h + 2 * most, w + 2 * most, c)
     inner = slice(most, -most)
     padded[:, inner, inner] = x.permute(0, 2, 3, 1)
     padded[:, :most], padded[:, -most:] = padded[:, most : most + 1], padded[:, -most - 1 : -most]
@@ -68,7 +68,7 @@ def random_shift(x: Tensor, most: int, chance: Chance) -> Tensor:
     ways = 2 * most + 1
     # A view of all windows: a row of pixels is copied at a time.
     windows = padded.as_strided(
-        (b, ways, ways, h, w, 3), (image, row, column, row, column, channel)
+        (b, ways, ways, h, w, c), (image, row, column, row, column, channel)
     )
     moved = windows[torch.arange(b, device=x.device), offsets[:, 0], offsets[:, 1]]
     return moved.permute(0, 3, 1, 2)
