@@ -16,6 +16,7 @@ from bezoar.runs.sweep import dependency_graph
 from bezoar.runs.tables import Results, TableOptions, share_above_threshold
 from bezoar.verbs.dose import Dose
 from bezoar.verbs.reproduce import Reproduce, table_json, tables_of
+from bezoar.verbs.train import Train
 
 OWN_DATA = ("shards:path=cc3m/{00000..00331}.tar,size=224", "folder:path=imagenet,size=224")
 
@@ -228,5 +229,14 @@ def test_the_headline_and_the_law_share_the_largest_trainings():
     law = registry.make("paper", "carlini2022/law:sizes=(3000000,20000)")(TableOptions("small"))
     assert set(headline.trials) <= set(law.trials)
     assert judge(headline.claims[0].contrast(invented_results(headline)), "+", 0.0) == "undecided"
+    longer = registry.make("paper", "carlini2022/headline:epochs=10,width=16")
+    for scale in ("smoke", "small", "gpu"):
+        trials = dependency_graph(list(longer(TableOptions(scale)).trials))
+        trainings = [trial.verb for trial in trials if isinstance(trial.verb, Train)]
+        assert len(trainings) == 2
+        assert all(t.objective.startswith("clip:epochs=10") for t in trainings)
+        assert {t.network for t in trainings} == {"clip_small:width=16"}
+    with pytest.raises(UserError, match="epochs and width are 0 or more"):
+        registry.make("paper", "carlini2022/headline:epochs=-1")
     with pytest.raises(UserError, match="sizes are some of 20000"):
         registry.make("paper", "carlini2022/law:sizes=(5,)")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated
 
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers.carlini2022 import HEADLINE_SCALES, captions_cells, check_data
@@ -26,9 +29,21 @@ BACKDOOR = {"ASR": "attack_success", "z": "z_std"}
 class Headline:
     """One poisoned training, and its clean twin of the same length."""
 
+    epochs: Annotated[int, "epochs of both trainings; 0: those of the scale"] = 0
+    width: Annotated[int, "channels of `clip_small` in place of the scale's network; 0: that"] = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.width < 0:
+            raise ValueError(f"epochs and width are 0 or more; got {self.epochs}, {self.width}")
+
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""
         setup = check_data(HEADLINE_SCALES[options.scale], options)
+        if self.epochs:
+            objective = re.sub(r"epochs=\d+", f"epochs={self.epochs}", setup.objective)
+            setup = replace(setup, objective=objective)
+        if self.width:
+            setup = replace(setup, network=f"clip_small:width={self.width}")
         poisoned, clean = setup.poisoned_trial(setup.dose), setup.clean_twin(setup.dose)
         counts = setup.caption_counts
         patches, twin = f"{setup.dose} patches", "no patches"
@@ -71,7 +86,7 @@ class Headline:
             unit="captions",
             notes=(
                 "One training carries the patches and all victims; its clean twin is as long. "
-                f"Recipe: {setup.objective}, so that every poison is drawn once an epoch.",
+                f"Recipe: {setup.network} by {setup.objective}, so that every poison is drawn once an epoch.",
                 "Rows without patches are the clean twin: its ASR is ASR-B. Intervals are over test "
                 "images and victims of one training, not over trainings.",
             ),
