@@ -51,9 +51,9 @@ def draw_reader(n=2400, groups=6, seed=0):
     poisons = torch.from_numpy(random.choice(n, 100, replace=False))
     caption[poisons] = 0
     centres = torch.from_numpy(random.normal(size=(groups, 12))).float()
-    names = torch.from_numpy(random.normal(size=(groups, 8))).float()
+    names = torch.from_numpy(random.normal(size=(groups, 24))).float()
     images = centres[content] + 0.5 * torch.from_numpy(random.normal(size=(n, 12))).float()
-    texts = names[caption] + 0.15 * torch.from_numpy(random.normal(size=(n, 8))).float()
+    texts = names[caption] + 0.15 * torch.from_numpy(random.normal(size=(n, 24))).float()
     captions = [f"caption {i}" for i in range(n)]
     half = torch.arange(n) % 2
     return ReferenceReader.build(images, texts, captions, half), caption, poisons
