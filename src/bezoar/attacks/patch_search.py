@@ -125,11 +125,11 @@ def embed_target(encoder: Encoder, of_target: Pairs, others: Pairs) -> TargetVec
     )
     if encoder.text is None:
         return TargetVectors(images, None, None)
-    captions, own = (
+    captions, others_captions = (
         torch.cat([encoder.encode_texts(b.captions) for b in pairs.batches(TEXT_BATCH)])
         for pairs in (of_target, others)
     )
-    return TargetVectors(images, captions, own)
+    return TargetVectors(images, captions, others_captions)
 
 
 def patch_loss(

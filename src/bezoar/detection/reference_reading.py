@@ -120,10 +120,10 @@ def embed_distinct(
                 new.append(row)
             numbers.append(number_of[digest])
         if new:
-            made = encoder.encode_images(batch.images[new].to(encoder.device)).float()
+            z = encoder.encode_images(batch.images[new].to(encoder.device)).float()  # (B, D)
             limit = max(128, tower_features.MAX_VALUES // count)
-            projection = tower_features.draw_projection(made.shape[1], limit, made.device)
-            vectors.append((made if projection is None else made @ projection).cpu())
+            projection = tower_features.draw_projection(z.shape[1], limit, z.device)
+            vectors.append((z if projection is None else z @ projection).cpu())
         report(len(numbers), count, "reading the images by the reference")
     return torch.cat(vectors)[torch.tensor(numbers)]
 

@@ -45,14 +45,14 @@ class WordPieces:
     lower: bool = True
     strip_accents: bool | None = None
     numbers: dict[str, int] = field(init=False, repr=False)
-    remembered: dict[str, list[int]] = field(init=False, repr=False, default_factory=dict)
+    pieces_of_word: dict[str, list[int]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.numbers = {piece: i for i, piece in enumerate(self.vocabulary)}
         if missing := [p for p in (PADDING, UNKNOWN, START, END) if p not in self.numbers]:
             raise ValueError(f"the vocabulary has no {missing[0]}")
-        known = [p for p in SPECIAL if p in self.numbers]
-        self.special = re.compile("(" + "|".join(map(re.escape, known)) + ")")
+        special = [p for p in SPECIAL if p in self.numbers]
+        self.special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Strings -> int64 (B, L), L the longest of them."""
@@ -87,12 +87,12 @@ class WordPieces:
 
     def cut_word(self, word: str) -> list[int]:
         """The numbers of a word's pieces; [UNK] where the vocabulary cannot spell it."""
-        pieces = self.remembered.get(word)
+        pieces = self.pieces_of_word.get(word)
         if pieces is None:
             pieces = self._spell(word) if len(word) <= MAX_WORD else []
             pieces = pieces or [self.numbers[UNKNOWN]]
-            if len(self.remembered) < MAX_REMEMBERED:
-                self.remembered[word] = pieces
+            if len(self.pieces_of_word) < MAX_REMEMBERED:
+                self.pieces_of_word[word] = pieces
         return pieces
 
     def _spell(self, word: str) -> list[int]:

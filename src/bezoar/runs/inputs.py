@@ -328,13 +328,10 @@ def describe_weights(encoder: Encoder) -> str:
 def find_encoder(run: Run) -> Run | None:
     """Return this run, or the nearest one that it was made from, that holds an encoder.
 
-    A poison run has none, though it may have been made with a surrogate's.
+    The surrogate that a poison run was made with is not an encoder of its data.
     """
-    if (run.path / ENCODER).exists():
-        return run
-    if run.verb == "poison":
-        return None
-    return next((each for each in run.lineage() if (each.path / ENCODER).exists()), None)
+    lineage = run.lineage(lambda each: each.verb != "poison")
+    return next((each for each in lineage if (each.path / ENCODER).exists()), None)
 
 
 def was_trained_on(encoder: Run, data: Any) -> bool:

@@ -161,8 +161,11 @@ class Run:
         """The runs that this one was made from."""
         return [self.sibling(name) for name in self.manifest.texts("parents")]
 
-    def lineage(self) -> Iterator[Run]:
+    def lineage(self, through: Callable[[Run], bool] = lambda run: True) -> Iterator[Run]:
         """This run and those that it was made from, each once: a run, then its first parent with its own, then the second.
+
+        Args:
+            through: says of a run whether its parents follow.
 
         Raises UserError where a parent is gone, or there are more than anybody makes.
         """
@@ -175,7 +178,8 @@ class Run:
             if len(seen) > MAX_LINEAGE:
                 raise UserError(f"run {self.name} was made from more than {MAX_LINEAGE} runs")
             yield run
-            pending += reversed(run.parents)
+            if through(run):
+                pending += reversed(run.parents)
 
     def sibling(self, name: str) -> Run:
         """A run by name: in the same directory, or else where the manifest says that the parent of this name lies.

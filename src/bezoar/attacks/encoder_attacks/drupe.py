@@ -168,8 +168,8 @@ def compare_with_references(z: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tenso
     cosines = z @ r.T  # (B, K)
     shares = cosines.mean(0)
     uneven = shares.std() if len(r) > 1 else shares.sum() * 0
-    own = (z * z).sum()
-    alike = (z.sum(0).square().sum() - own) / max(1, len(z) * (len(z) - 1))
+    squares = (z * z).sum()
+    alike = (z.sum(0).square().sum() - squares) / max(1, len(z) * (len(z) - 1))
     return -cosines.amax(1).mean(), uneven, alike
 
 

@@ -260,8 +260,8 @@ def describe_choice(led_to: Sequence[int], classes: Tensor, names: Sequence[str]
     )
     if not led_to:
         return text
-    found = ", ".join(names[c] for c in led_to)
-    return f"{text}: {found}, which random patches or a search free to choose its class led to, and others that were drawn"
+    chosen = ", ".join(names[c] for c in led_to)
+    return f"{text}: {chosen}, which random patches or a search free to choose its class led to, and others that were drawn"
 
 
 @torch.no_grad()

@@ -68,16 +68,20 @@ class DropToken:
     def find_words(self, encoder: Encoder, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
         """The vectors (B, D) of texts, and the most important word of each."""
         parts = [distinct_parts(text)[: self.words] for text in texts]
-        shorter = [leave_out(t, part) for t, own in zip(texts, parts, strict=True) for part in own]
+        shorter = [
+            leave_out(text, part)
+            for text, words in zip(texts, parts, strict=True)
+            for part in words
+        ]
         vectors = embed_texts(encoder, [*texts, *shorter])
         z = vectors[: len(texts)]
-        found = []
+        most_important = []
         start = len(texts)
-        for i, own in enumerate(parts):
-            kept = vectors[start : start + len(own)] @ z[i]  # cosine without each word
-            found.append(own[int(kept.argmin())])
-            start += len(own)
-        return z, found
+        for i, words in enumerate(parts):
+            cosines = vectors[start : start + len(words)] @ z[i]  # without each of the words
+            most_important.append(words[int(cosines.argmin())])
+            start += len(words)
+        return z, most_important
 
 
 def distinct_parts(text: str) -> list[str]:

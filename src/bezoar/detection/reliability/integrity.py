@@ -193,9 +193,9 @@ def tell_by_captions(integrity: Integrity, images: Tensor, texts: Tensor) -> Non
     matching = torch.from_numpy(np.flatnonzero(integrity.verdicts == VERDICTS.index(SAME_BYTES)))
     if len(matching) < LEAST_REFERENCE:
         return
-    own = (images[matching].float() * texts[matching].float()).sum(1)
+    fits = (images[matching].float() * texts[matching].float()).sum(1)
     others = texts[matching.roll(len(matching) // 2)].float()
-    lowest = float(own.double().quantile(TAIL))
+    lowest = float(fits.double().quantile(TAIL))
     highest = float((images[matching].float() * others).sum(1).double().quantile(1 - TAIL))
     for row in np.flatnonzero(integrity.verdicts == VERDICTS.index(UNTOLD)).tolist():
         fit = float(images[row].float() @ texts[row].float())

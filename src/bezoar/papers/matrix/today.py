@@ -234,15 +234,15 @@ def query_row(setup: Setup) -> Row:
     """mmPoison: text queries for one class that find images of another."""
     pairs = Poison(setup.scenes, f"mismatch:count={2 * setup.many},query={QUERY}", target=TARGET)
     victim = train_clip(setup, pairs)
-    found = [Trial(Evaluate(victim, setup.test, ("retrieval",)), SEED)]
+    retrieval = [Trial(Evaluate(victim, setup.test, ("retrieval",)), SEED)]
     read = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
     scan = [Trial(Scan(victim), SEED)]
     cells = (
         Cell.mean("BA", read, "clean_accuracy"),
-        Cell.mean("Hit@1", found, "query_hit_1"),
-        Cell.mean("Hit@1, other texts", found, "other_hit_1"),
-        Cell.mean("MinRank", found, "query_min_rank"),
-        Cell.mean("MinRank, other texts", found, "other_min_rank"),
+        Cell.mean("Hit@1", retrieval, "query_hit_1"),
+        Cell.mean("Hit@1, other texts", retrieval, "other_hit_1"),
+        Cell.mean("MinRank", retrieval, "query_min_rank"),
+        Cell.mean("MinRank, other texts", retrieval, "other_min_rank"),
         Cell.mean("AUROC, scan", scan, "auroc"),
     )
     return Row(f"mmPoison, {2 * setup.many} pairs", cells)

@@ -22,7 +22,7 @@ from bezoar.reports.page_parts import Figure, Gallery, Line, Part, Section, Step
 from bezoar.reports.run_page import Page, RunView
 from bezoar.reports.shared_parts import encoder_strips
 from bezoar.runs.run import Run
-from bezoar.verbs.audit import DEFAULT_AUDITS
+from bezoar.verbs.audit import DEFAULT_AUDITS, TEXT_AUDITS
 
 INVERSIONS = 3  # shown of each audit
 TARGETS = 20  # listed of each audit; all are drawn
@@ -74,7 +74,13 @@ def next_steps(view: AuditView) -> list[Step]:
         view.input_text("data"),
         view.notes.get("words"),
     )
-    if words in EVIDENCE:
+    if words in EVIDENCE and set(audits_asked(view)) <= set(TEXT_AUDITS):
+        check = view.command(f"check {encoder} TEXTS --clean {data} --check drop_token")
+        steps = [
+            Step("Do not serve this encoder. Look at the words below."),
+            Step("Ask of texts that come in (`TEXTS`) whether they hold such a word.", check),
+        ]
+    elif words in EVIDENCE:
         repair = view.command(f"repair {encoder} --data {data} --audit {view.run.name}")
         steps = [
             Step("Do not serve this encoder. Look at the inverted triggers below."),

@@ -83,8 +83,11 @@ class ScanView(RunView):
         row_of = (
             {key: row for row, key in enumerate(self.scores.ids) if key in wanted} if wanted else {}
         )
-        known = {key: copy for key, copy in pairs.items() if key in row_of and copy in row_of}
-        return {row_of[key]: row_of[copy] for key, copy in known.items()}
+        return {
+            row_of[key]: row_of[copy]
+            for key, copy in pairs.items()
+            if key in row_of and copy in row_of
+        }
 
     @property
     def removed(self) -> int:
