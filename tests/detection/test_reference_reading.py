@@ -15,6 +15,7 @@ from bezoar.detection.detectors.common_cause import CommonCause
 from bezoar.detection.reference_reading import Reading, ReferenceReader, fit_ridge
 from bezoar.detection.shared_causes import Cause, Discriminants
 from bezoar.errors import UserError
+from bezoar.reports.run_page import build_page
 
 
 def test_the_map_is_scikit_learns_ridge():
@@ -199,6 +200,8 @@ def test_a_scan_with_a_reference(tmp_path):
     run = execute(scan, settings)
     assert run.metric("common_cause.raised").value == 0
     assert str(other.path) in run.manifest["notes"]["detectors"][0]
+    write = build_page(run).steps[-1].command  # the same question, but for what is written
+    assert "--write shards" in write and f"--reference {other.path}" in write
     spelt = Scan(suspect, detector=(f"common_cause:reference={other.path}",))
     scores = [(execute(s, settings).path / "scores.csv").read_text() for s in (scan, spelt)]
     assert scores[0] == scores[1]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bezoar.evaluation.scores import Measure
 from bezoar.reports import chart_files, metric_names
 from bezoar.reports.page_parts import Section, Text
 from bezoar.reports.run_page import Page, as_list, build_page
+from bezoar.reports.shell_commands import find_verb, shell_command
 from bezoar.runs.execute import execute as run_verb
 from bezoar.runs.run import PAGE, Run
 from bezoar.runs.summary import (
@@ -29,10 +29,9 @@ from bezoar.runs.summary import (
     read_summary,
     write_summary,
 )
-from bezoar.runs.verb import Settings, field_marks, positional_fields
+from bezoar.runs.verb import Settings, field_marks
 
 TEMPLATES = Path(__file__).parent / "templates"
-VERBS = Path(__file__).parents[1] / "verbs"
 RUN_NAME = re.compile(r"[A-Za-z][\w-]*")
 WORD_JOINER = "\u2060"  # keeps lines of a page whole; a terminal is not shown it
 LONGEST_TABLE = 24  # metrics; a longer table is folded
@@ -206,49 +205,6 @@ def parent_link(run: Run, name: str) -> ParentLink:
         return ParentLink(name, headline="this run is no longer there")
     is_sibling = parent.path.parent == run.path.parent
     return ParentLink(name, f"../{name}/{PAGE}" if is_sibling else "", headline)
-
-
-def shell_command(run: Run) -> str:
-    """Return the shell command that repeats a run, without the fields at their defaults."""
-    manifest = run.manifest
-    verb, ask = manifest["verb"], metric_names.as_dict(manifest.get("ask"))
-    verb_class = find_verb(verb)
-    defaults = {} if verb_class is None else field_defaults(verb_class)
-    positional = () if verb_class is None else positional_fields(verb_class)
-    arguments: list[str] = []
-    options: list[str] = []
-    for name, value in manifest.get("typed", {}).items():
-        resolved = ask.get(name)
-        if isinstance(resolved, dict) and "run" in resolved:
-            value = resolved["run"]
-        if value is None or (name in defaults and value == defaults[name]):
-            continue
-        words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        option = name.replace("_", "-")
-        if name in positional:
-            arguments += words
-        elif isinstance(value, bool):
-            options.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            options += [f"--{option}", *words]
-    options += ["--seed", str(ask.get("seed", 0))]
-    if run.path.parent.name not in ("", "runs"):
-        options += ["--runs", str(run.path.parent)]
-    return shlex.join(["bezoar", verb, *arguments, *options])
-
-
-def find_verb(verb: str) -> type | None:
-    """Return the class of a verb; None for a verb that this version of bezoar does not have."""
-    if not (VERBS / f"{verb}.py").is_file():
-        return None
-    verb_class: type = getattr(importlib.import_module(f"bezoar.verbs.{verb}"), verb.title())
-    return verb_class
-
-
-def field_defaults(verb_class: Any) -> dict[str, Any]:
-    """Return the defaults of a verb's fields as a manifest writes them, tuples as lists."""
-    defaults = {f.name: f.default for f in fields(verb_class) if f.default is not MISSING}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 
 def allow_breaks(text: Any) -> Markup:

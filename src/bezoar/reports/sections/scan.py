@@ -28,6 +28,7 @@ from bezoar.reports.reliability_sections import (
 )
 from bezoar.reports.run_page import Page, RunView, as_sentences
 from bezoar.reports.shared_parts import group_goals
+from bezoar.reports.shell_commands import shell_command
 from bezoar.reports.source_sections import source_section
 from bezoar.runs.run import Run
 
@@ -166,17 +167,9 @@ def next_steps(view: ScanView) -> list[Step]:
         steps.append(Step(text, view.command(f"scan {data} --fail-on trigger")))
     train = view.command(f"train {data} --keep {name}")
     steps.append(Step("Train without what the keep-list leaves out.", train))
-    write = view.command(f"scan {data}{scan_options(view)} --write shards")
+    write = shell_command(view.run, seeded=False, write="shards")
     steps.append(Step("Or write a clean copy of the data; nothing is embedded again.", write))
     return steps
-
-
-def scan_options(view: ScanView) -> str:
-    """The options by which the same scan is asked again."""
-    encoder = view.input_text("encoder")
-    return (
-        f" --encoder {encoder}" if encoder else ""
-    ) + f" --detector {view.input_text('detector')}"
 
 
 def warning(view: ScanView) -> str:

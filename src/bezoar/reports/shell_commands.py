@@ -1,0 +1,62 @@
+"""Shell commands that ask a run's question again, or one like it."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from bezoar.reports import metric_names
+from bezoar.runs.run import Run
+from bezoar.runs.verb import positional_fields
+
+VERBS = Path(__file__).parents[1] / "verbs"
+
+
+def shell_command(run: Run, seeded: bool = True, **changes: Any) -> str:
+    """Return the shell command that repeats a run, without the fields at their defaults.
+
+    seeded: with the run's seed. changes: fields that are to have another value.
+    """
+    manifest = run.manifest
+    verb, ask = manifest["verb"], metric_names.as_dict(manifest.get("ask"))
+    verb_class = find_verb(verb)
+    defaults = {} if verb_class is None else field_defaults(verb_class)
+    positional = () if verb_class is None else positional_fields(verb_class)
+    arguments: list[str] = []
+    options: list[str] = []
+    for name, value in (manifest.get("typed", {}) | changes).items():
+        resolved = ask.get(name)
+        if isinstance(resolved, dict) and "run" in resolved:
+            value = resolved["run"]
+        if value is None or (name in defaults and value == defaults[name]):
+            continue
+        words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        option = name.replace("_", "-")
+        if name in positional:
+            arguments += words
+        elif isinstance(value, bool):
+            options.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            options += [f"--{option}", *words]
+    if seeded or ask.get("seed", 0):
+        options += ["--seed", str(ask.get("seed", 0))]
+    if run.path.parent.name not in ("", "runs"):
+        options += ["--runs", str(run.path.parent)]
+    return shlex.join(["bezoar", verb, *arguments, *options])
+
+
+def find_verb(verb: str) -> type | None:
+    """Return the class of a verb; None for a verb that this version of bezoar does not have."""
+    if not (VERBS / f"{verb}.py").is_file():
+        return None
+    verb_class: type = getattr(importlib.import_module(f"bezoar.verbs.{verb}"), verb.title())
+    return verb_class
+
+
+def field_defaults(verb_class: Any) -> dict[str, Any]:
+    """Return the defaults of a verb's fields as a manifest writes them, tuples as lists."""
+    defaults = {f.name: f.default for f in fields(verb_class) if f.default is not MISSING}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
