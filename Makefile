@@ -7,8 +7,11 @@ BIN     = $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/bezoar demo
 
+# A process a core, up to four; the tests of a file stay together.
+PARALLEL = -n auto --maxprocesses 4 --dist loadfile
+
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check src tests benchmarks examples website
@@ -47,8 +50,8 @@ oldest:
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/python -m pip install -q uv
 	.venv-oldest/bin/uv pip install -q --python .venv-oldest --resolution lowest-direct -e . \
-		"pytest>=8.4" "hypothesis>=6.100" "webdataset>=1.0"
-	.venv-oldest/bin/python -m pytest -q
+		"pytest>=8.4" "pytest-xdist>=3.6" "hypothesis>=6.100" "webdataset>=1.0"
+	.venv-oldest/bin/python -m pytest -q $(PARALLEL)
 
 newest:
 	$(PYTHON) -m venv --clear .venv-newest
@@ -56,7 +59,7 @@ newest:
 	.venv-newest/bin/python -m pip freeze --exclude-editable | grep -vE "^(nvidia|cuda|triton)" > .venv-newest/versions
 	if grep -v "^#" constraints.txt | diff - .venv-newest/versions; \
 		then echo "the newest versions are those of constraints.txt"; \
-		else .venv-newest/bin/python -m pytest -q; fi
+		else .venv-newest/bin/python -m pytest -q $(PARALLEL); fi
 
 bench: $(VENV)/ready-dev
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done

@@ -1,6 +1,14 @@
 """What every test needs."""
 
+import os
+
 import pytest
+
+from bezoar.machine import COUNTS
+
+# pytest-xdist starts a process a core: threads of theirs would only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(dict.fromkeys(COUNTS, "1"))
 
 
 @pytest.fixture(autouse=True, scope="session")
