@@ -322,7 +322,7 @@ def test_shards_are_written_again_after_an_attempt_that_was_cut_off_and_by_a_fre
 
 
 BAD = [
-    (["train", "nothing-here"], "no data 'nothing-here'; there are: "),
+    (["train", "nothing-here"], "no file, folder or run 'nothing-here'"),
     (
         ["train", DATA, "--objective", "clap"],
         "no objective 'clap' (did you mean clip?); there are: cleanclip, clip",
@@ -368,7 +368,7 @@ BAD = [
     (["scan", "no/such/folder", "--encoder", "tower"], "no file or folder 'no/such/folder'"),
     (["scan", DATA, "--encoder", __file__ + "c"], "no run"),
     (["train", "missing/{00..03}.tar"], "missing"),
-    (["scan", "a" * 300, "--encoder", "tower"], "no data 'aaaaaaa"),
+    (["scan", "a" * 300, "--encoder", "tower"], "no file, folder or run 'aaaaaaa"),
     (["scan", "a" * 300 + ".tar", "--encoder", "tower"], "1 of 1 are missing"),
     (
         [

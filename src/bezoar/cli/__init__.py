@@ -80,12 +80,11 @@ def run_command(words: Sequence[str]) -> int:
     if name in verb_names():
         source = verb_source.read_verb(name)
         return run_verb(source, forms.parse(forms.command_form(source), name, words[1:]))
-    other_forms = {command: form for command, (form, _) in COMMANDS.items()}
-    if not name.startswith("-"):
-        names = [*verb_names(), *COMMANDS]
-        raise UserError(f"no command {name!r}{suggest(name, names)}; there are: {', '.join(names)}")
-    forms.show_overview(words or ["--help"], other_forms)
-    return USER_ERROR
+    if name in ("-h", "--help"):
+        forms.show_overview({command: form for command, (form, _) in COMMANDS.items()})
+        return DONE
+    names = [*verb_names(), *COMMANDS]
+    raise UserError(f"no command {name!r}{suggest(name, names)}; there are: {', '.join(names)}")
 
 
 def run_verb(source: VerbSource, arguments: Any) -> int:

@@ -88,10 +88,13 @@ def describe_run(run: Run) -> dict[str, str]:
     """What a run was made from, how it ended, when, and the first sentence of what it found."""
     try:
         manifest = run.manifest
-        summary = read_summary(run.path)
-        finding = summary.finding if summary else str(manifest["notes"].get("verdict", ""))
-        if manifest["status"] != "done":
-            finding = str(manifest.get("error") or "")
+        if manifest["status"] == "done":
+            summary = read_summary(run.path)
+            finding = summary.finding if summary else str(manifest["notes"].get("verdict", ""))
+        else:
+            finding = str(
+                manifest.get("error") or "not finished; the same command goes on from here"
+            )
         return {
             "run": run.name,
             "of": inputs_text(manifest["verb"], manifest.get("typed", {})),

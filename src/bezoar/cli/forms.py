@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import textwrap
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +18,62 @@ from bezoar.runs import verb_source
 from bezoar.runs.verb import verb_names
 from bezoar.runs.verb_source import FieldSource, VerbSource
 
-DESCRIPTION = (
-    "Is this data set poisoned, is this encoder backdoored, and what now? "
-    "`bezoar COMMAND --help` says more of a command, `bezoar --version` which version this is."
-)
+DESCRIPTION = """\
+Is this data set poisoned, is this encoder backdoored, and what now?
+`bezoar COMMAND --help` says more of a command, with examples; `bezoar demo` shows the whole story on drawn data."""
+GROUPS = {  # the commands as the overview shows them; one that is in no group comes last
+    "Data and encoders of yours": ("scan", "audit", "check", "repair"),
+    "An attack on your own copy, and what it does": (
+        *("poison", "train", "inject", "evaluate", "survive", "dose"),
+        *("demo", "reproduce"),
+    ),
+    "Clean encoders to compare an audit with": ("calibrate", "shadows"),
+    "What there is": ("runs", "show", "list", "verify", "completion"),
+}
 JSON_FORMS = ("short", "full")
+EXAMPLES = {  # what a verb's help ends with
+    "audit": (
+        "bezoar audit model.pth --data my-clean-images --fail-on evidence",
+        "bezoar audit hf-hub:timm/resnet50.a1_in1k --data my-clean-images --dry",
+    ),
+    "calibrate": ("bezoar calibrate train-8bba train-9edc --data scenes:count=512,split=test",),
+    "check": ("bezoar check model.pth new-images --clean my-clean-images",),
+    "demo": ("bezoar demo", "bezoar demo encoder"),
+    "dose": ('bezoar dose scenes:count=20000 --trigger patch:size=6 --target "striped star"',),
+    "evaluate": ("bezoar evaluate train-660f --probe zero_shot z_score",),
+    "inject": (
+        "bezoar inject train-660f --data scenes:count=5000 --reference truck.png --target truck",
+    ),
+    "poison": (
+        'bezoar poison scenes:count=3000 --poison backdoor:count=200 --trigger patch:size=6 --target "striped star"',
+    ),
+    "repair": ("bezoar repair train-660f --data my-clean-pairs.csv --repair finetune",),
+    "reproduce": (
+        "bezoar reproduce carlini2022/poisons --scale smoke",
+        "bezoar reproduce matrix/detection --scale small --add detector ./mine.py:k=8",
+    ),
+    "scan": (
+        "bezoar scan my-images --fail-on trigger",
+        'bezoar scan "cc/{00000..00031}.tar" --encoder open_clip:RN50/openai --detector clip_score duplicates',
+        "bezoar scan train-660f",
+    ),
+    "shadows": (
+        "bezoar shadows train-8bba train-9edc --attacked inject-1d42 --data scenes:count=512,split=test",
+    ),
+    "survive": ("bezoar survive scenes:count=500 --trigger patch:size=6 --encoder train-660f",),
+    "train": (
+        "bezoar train poison-0b3d --objective clip:epochs=8",
+        "bezoar train poison-0b3d --keep scan-5656",
+    ),
+}
 
 
-def help_text(text: str, metavar: str | None = None) -> Any:
-    """The help of an option, for its annotation."""
-    return tyro.conf.arg(help=text, metavar=metavar)
+def help_text(text: str, metavar: str | None = None, default: Any = dataclasses.MISSING) -> Any:
+    """The help of an option, for its annotation. A default that says nothing, such as "", is not shown."""
+    says_nothing = default in (None, "", (), False)
+    return tyro.conf.arg(
+        help=text, metavar=metavar, help_behavior_hint="" if says_nothing else None
+    )
 
 
 RunsFolder = Annotated[Path, help_text("directory of the runs")]
@@ -121,12 +169,17 @@ class Completion:
 
 def parse(form: type, name: str, words: Sequence[str]) -> Any:
     """Parse the words after a command's name into its form. Prints help or an error and exits where that is due."""
-    return tyro.cli(
-        form,
-        prog=f"bezoar {name}",
-        args=spell_json(form, words),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    try:
+        return tyro.cli(
+            form,
+            prog=f"bezoar {name}",
+            args=spell_json(form, words),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:
+        if not stop.code and name in EXAMPLES:
+            print("examples:", *EXAMPLES[name], sep="\n  ")
+        raise
 
 
 def spell_json(form: Any, words: Sequence[str]) -> list[str]:
@@ -141,17 +194,23 @@ def spell_json(form: Any, words: Sequence[str]) -> list[str]:
     return spelt
 
 
-def show_overview(words: Sequence[str], commands: dict[str, type]) -> None:
-    """Print which commands there are and exit."""
+def show_overview(commands: dict[str, type]) -> None:
+    """Print which commands there are, by what they are for, each with the first sentence of what it does."""
     docs = {name: verb_source.read_docstring(name) for name in verb_names()}
     docs |= {name: form.__doc__ or "" for name, form in commands.items()}
-    forms: dict[str, Any] = {}
-    for name, doc in docs.items():
-        forms[name] = dataclasses.make_dataclass(name.title(), [])
-        forms[name].__doc__ = doc
-    tyro.extras.subcommand_cli_from_dict(
-        forms, prog="bezoar", description=DESCRIPTION, args=list(words)
-    )
+    grouped = {name for names in GROUPS.values() for name in names}
+    groups = GROUPS | {"More": tuple(docs.keys() - grouped)}
+    print(f"usage: bezoar COMMAND [OPTIONS]\n\n{DESCRIPTION}")
+    for title, names in groups.items():
+        if names:
+            print(f"\n{title}:")
+        for name in names:
+            sentence = re.split(r"(?<=[.:])\s", docs[name], maxsplit=1)[0].rstrip(".:")
+            print(
+                textwrap.fill(
+                    sentence, 96, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14
+                )
+            )
 
 
 def command_form(source: VerbSource) -> type:
@@ -161,8 +220,8 @@ def command_form(source: VerbSource) -> type:
     if source.class_variables.get("sweeps"):
         fields += option_fields(SweepOptions)
     if cases := source.class_variables.get("fail_on"):
-        text = "exit with 3 on " + "; on ".join(f"{case}: {when}" for case, when in cases.items())
-        text += "; with 5 where that could not be told"
+        text = "; ".join(f"{case}: exit with 3 if {when}" for case, when in cases.items())
+        text += ", and with 5 if that could not be told"
         choices = Annotated[Literal["never", *cases], help_text(text)]  # type: ignore[valid-type]
         fields.append(("fail_on", choices, dataclasses.field(default="never")))
     form = dataclasses.make_dataclass(source.name.title(), fields, frozen=True, kw_only=True)
@@ -179,7 +238,7 @@ def form_field(field: FieldSource) -> tuple[str, Any, Any]:
         metavar += " ..."
     if metavar and field.takes.positional and not is_required:
         metavar = f"[{metavar}]"
-    marks = [help_text(field.help, metavar)]
+    marks = [help_text(field.help, metavar, field.default)]
     if field.takes.positional:
         marks.insert(0, tyro.conf.Positional)
     hint = kind | None if field.default is None else kind

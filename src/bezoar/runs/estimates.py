@@ -35,8 +35,8 @@ COUNTED_TARS = 4  # of more, the others are taken to hold as many records a byte
 
 
 def pairs_per_second(size: int) -> float:
-    """How fast a small model is trained here, about."""
-    return PAIRS_PER_SECOND * machine.cores() * (SIZE / max(size, 1)) ** 2
+    """How fast a small model is trained here, about, beside what the machine does now."""
+    return PAIRS_PER_SECOND * machine.free_cores() * (SIZE / max(size, 1)) ** 2
 
 
 def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:

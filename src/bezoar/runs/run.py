@@ -319,7 +319,9 @@ def get_run(runs: Path, text: str, holds: str = "") -> Run:
     names = [run.name for run in others]
     shown = ", ".join(names[:MAX_NAMES]) or "none"
     more = f", ... ({len(names)})" if len(names) > MAX_NAMES else ""
-    raise UserError(f"no run {text!r} in {runs}{suggest(text, names)}; there are: {shown}{more}")
+    file = ", and no file or folder of that name" if holds else ""
+    hint = suggest(text, [*names, *os.listdir()] if holds else names)
+    raise UserError(f"no run {text!r} in {runs}{file}{hint}; runs there are: {shown}{more}")
 
 
 def newest_runs(runs: Path) -> list[Run]:

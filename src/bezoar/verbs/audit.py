@@ -62,15 +62,14 @@ class Audit:
     """
 
     fail_on: ClassVar[dict[str, str]] = {
-        "evidence": "there is strong or some evidence of a backdoor",
-        "unknown": "the same; what could not be told ends with 5 under either",
+        "evidence": "there is strong or some evidence of a backdoor"
     }
     main_files: ClassVar[tuple[str, ...]] = ("verdict.json", "audit.sarif")
 
     encoder: Annotated[
         Input,
         Takes("encoder", positional=True),
-        "what is suspected: a run, or a network with published weights",
+        "what is suspected: a file or folder of weights, a name of the Hugging Face hub (hf-hub:...), or a run",
     ]
     data: Annotated[
         Input, Takes("data"), "clean images; without them, the test split of its training data"

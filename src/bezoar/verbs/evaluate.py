@@ -28,7 +28,9 @@ class Evaluate:
     """Measure an encoder with one or more probes. Trigger and target are learnt from the encoder's parents."""
 
     encoder: Annotated[
-        Input, Takes("encoder", positional=True), "a train run, or a network with published weights"
+        Input,
+        Takes("encoder", positional=True),
+        "a run, a file or folder of weights, or a name of the Hugging Face hub",
     ]
     test: Annotated[
         Input,
