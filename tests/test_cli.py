@@ -247,7 +247,7 @@ def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
     assert both["metrics"]["poisons"]["value"] == 36 and len(both["goal"]) == 4
     assert main(["verify", name(runs, both), "--runs", str(runs)]) == 0
     capsys.readouterr()
-    assert main(["train", DATA, "--runs", str(tmp_path), "--dry"]) == 0
+    assert main(["train", DATA, "--runs", str(tmp_path), "--dry", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["objective"] == "clip" and not list(
         tmp_path.iterdir()
     )

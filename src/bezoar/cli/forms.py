@@ -84,7 +84,7 @@ JsonForm = Annotated[
         "[short|full]",
     ),
 ]
-OpenPage = Annotated[bool, help_text("open the page in a browser")]
+OpenPage = Annotated[bool, help_text("open the page in a browser", default=False)]
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,12 @@ class VerbOptions:
     seed: Annotated[int, help_text("of everything random")] = 0
     device: Annotated[str, help_text("auto, cpu, cuda, cuda:1")] = "auto"
     dry: Annotated[
-        bool, help_text("print what would be run: records, trainings, minutes; and stop")
+        bool,
+        help_text("print what would be run (records, trainings, minutes), and stop", default=False),
     ] = False
-    fresh: Annotated[bool, help_text("run again even if a finished run answers this")] = False
+    fresh: Annotated[
+        bool, help_text("run again even if a finished run answers this", default=False)
+    ] = False
     open: OpenPage = False
     json: JsonForm = "no"
 
@@ -107,7 +110,9 @@ class SweepOptions:
     """The options of verbs that run many trials."""
 
     workers: Annotated[int, help_text("processes at a time; 0: one a core, or one a GPU")] = 0
-    ray: Annotated[bool, help_text("on Ray: the cluster RAY_ADDRESS names, or a local one")] = False
+    ray: Annotated[
+        bool, help_text("on Ray: the cluster RAY_ADDRESS names, or a local one", default=False)
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,15 @@ class Audit:
         if self.parent is not None:
             object.__setattr__(self, "audit", with_parent_audit(self.audit))
 
+    @property
+    def title(self) -> str:
+        """What stands before its progress: the audit's name too, where it is one of several that are run."""
+        return (
+            f"audit {audit_spec(self.audit[0]).partition(':')[0]}"
+            if len(self.audit) == 1
+            else "audit"
+        )
+
     def work(self, job: Job) -> dict[str, Measure]:
         """Run the audits and judge their values by the banks.
 
@@ -265,7 +274,7 @@ class Audit:
     ) -> dict[str, Any]:
         """What the audit needs beside the encoder and clean images."""
         needs = registry.needs(audit)
-        offered: dict[str, Any] = {"report": job.reporter(audit_name(audit))}
+        offered: dict[str, Any] = {"report": job.reporter("")}
         if "classifier" in needs:
             offered["classifier"] = make_audit_classifier(encoder, labelled, self.classifier)
         if "parent" in needs:
