@@ -13,7 +13,7 @@ from test_architecture import SRC
 import bezoar
 from bezoar import registry
 from bezoar.cli import main
-from bezoar.cli.forms import EXAMPLES
+from bezoar.cli.forms import list_examples
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -126,7 +126,8 @@ def test_every_verb_shows_examples_that_parse(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     printed = capsys.readouterr().out
-    for example in EXAMPLES[verb]:
+    assert list_examples(verb)
+    for example in list_examples(verb):
         assert f"\n  {example}\n" in printed
         check_command(shlex.split(example)[1:])
 

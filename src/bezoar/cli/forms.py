@@ -31,41 +31,28 @@ GROUPS = {  # the commands as the overview shows them; one that is in no group c
     "What there is": ("runs", "show", "list", "verify", "completion"),
 }
 JSON_FORMS = ("short", "full")
-EXAMPLES = {  # what a verb's help ends with
-    "audit": (
-        "bezoar audit model.pth --data my-clean-images --fail-on evidence",
-        "bezoar audit hf-hub:timm/resnet50.a1_in1k --data my-clean-images --dry",
-    ),
-    "calibrate": ("bezoar calibrate train-8bba train-9edc --data scenes:count=512,split=test",),
-    "check": ("bezoar check model.pth new-images --clean my-clean-images",),
-    "demo": ("bezoar demo", "bezoar demo encoder"),
-    "dose": ('bezoar dose scenes:count=20000 --trigger patch:size=6 --target "striped star"',),
-    "evaluate": ("bezoar evaluate train-660f --probe zero_shot z_score",),
-    "inject": (
-        "bezoar inject train-660f --data scenes:count=5000 --reference truck.png --target truck",
-    ),
-    "poison": (
-        'bezoar poison scenes:count=3000 --poison backdoor:count=200 --trigger patch:size=6 --target "striped star"',
-    ),
-    "repair": ("bezoar repair train-660f --data my-clean-pairs.csv --repair finetune",),
-    "reproduce": (
-        "bezoar reproduce carlini2022/poisons --scale smoke",
-        "bezoar reproduce matrix/detection --scale small --add detector ./mine.py:k=8",
-    ),
-    "scan": (
-        "bezoar scan my-images --fail-on trigger",
-        'bezoar scan "cc/{00000..00031}.tar" --encoder open_clip:RN50/openai --detector clip_score duplicates',
-        "bezoar scan train-660f",
-    ),
-    "shadows": (
-        "bezoar shadows train-8bba train-9edc --attacked inject-1d42 --data scenes:count=512,split=test",
-    ),
-    "survive": ("bezoar survive scenes:count=500 --trigger patch:size=6 --encoder train-660f",),
-    "train": (
-        "bezoar train poison-0b3d --objective clip:epochs=8",
-        "bezoar train poison-0b3d --keep scan-5656",
-    ),
-}
+# What a verb's help ends with.
+EXAMPLES = """\
+bezoar audit model.pth --data my-clean-images --fail-on evidence
+bezoar audit open_clip:RN50/openai --data my-clean-images --dry
+bezoar calibrate train-8bba train-9edc --data scenes:count=512,split=test
+bezoar check model.pth new-images --clean my-clean-images
+bezoar demo
+bezoar demo encoder
+bezoar dose scenes:count=20000 --trigger patch:size=6 --target "striped star"
+bezoar evaluate train-660f --probe zero_shot z_score
+bezoar inject train-660f --data scenes:count=5000 --reference truck.png --target "truck"
+bezoar poison scenes:count=3000 --poison backdoor:count=200 --trigger patch:size=6 --target "striped star"
+bezoar repair train-660f --data my-clean-pairs.csv --repair finetune
+bezoar reproduce carlini2022/poisons --scale smoke
+bezoar reproduce matrix/detection --scale small --add detector ./mine.py:k=8
+bezoar scan my-images --fail-on trigger
+bezoar scan "cc/{00000..00031}.tar" --encoder open_clip:RN50/openai --detector clip_score duplicates
+bezoar scan train-660f
+bezoar shadows train-8bba train-9edc --attacked inject-1d42 --data scenes:count=512,split=test
+bezoar survive scenes:count=500 --trigger patch:size=6 --encoder train-660f
+bezoar train poison-0b3d --objective clip:epochs=8
+bezoar train poison-0b3d --keep scan-5656"""
 
 
 def help_text(text: str, metavar: str | None = None, default: Any = dataclasses.MISSING) -> Any:
@@ -182,9 +169,14 @@ def parse(form: type, name: str, words: Sequence[str]) -> Any:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except SystemExit as stop:
-        if not stop.code and name in EXAMPLES:
-            print("examples:", *EXAMPLES[name], sep="\n  ")
+        if not stop.code and (examples := list_examples(name)):
+            print("examples:", *examples, sep="\n  ")
         raise
+
+
+def list_examples(name: str) -> list[str]:
+    """The examples of a command, as they are typed."""
+    return [line for line in EXAMPLES.splitlines() if line.split()[1] == name]
 
 
 def spell_json(form: Any, words: Sequence[str]) -> list[str]:
