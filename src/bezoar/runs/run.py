@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from bezoar.data.files import parquet
 from bezoar.data.files.artefacts import Facts, read_facts, shown
-from bezoar.data.files.paths import printable
 from bezoar.errors import UserError, suggest
 from bezoar.runs.summary import SUMMARY, Summary, read_summary
+from bezoar.terminal import clean_line
 
 if TYPE_CHECKING:
     from bezoar.evaluation.scores import Measure
@@ -339,4 +339,4 @@ def _ended_well(run: Run) -> bool:
 
 def _escape(text: str) -> str:
     """A text out of a file as a notebook shows it."""
-    return html.escape(printable(text))
+    return html.escape(clean_line(text))
