@@ -247,7 +247,7 @@ def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
     assert both["metrics"]["poisons"]["value"] == 36 and len(both["goal"]) == 4
     assert main(["verify", name(runs, both), "--runs", str(runs)]) == 0
     capsys.readouterr()
-    assert main(["train", DATA, "--runs", str(tmp_path), "--dry"]) == 0
+    assert main(["train", DATA, "--runs", str(tmp_path), "--dry", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["objective"] == "clip" and not list(
         tmp_path.iterdir()
     )
@@ -322,7 +322,7 @@ def test_shards_are_written_again_after_an_attempt_that_was_cut_off_and_by_a_fre
 
 
 BAD = [
-    (["train", "nothing-here"], "no data 'nothing-here'; there are: "),
+    (["train", "nothing-here"], "no file, folder or run 'nothing-here'"),
     (
         ["train", DATA, "--objective", "clap"],
         "no objective 'clap' (did you mean clip?); there are: cleanclip, clip",
@@ -368,7 +368,7 @@ BAD = [
     (["scan", "no/such/folder", "--encoder", "tower"], "no file or folder 'no/such/folder'"),
     (["scan", DATA, "--encoder", __file__ + "c"], "no run"),
     (["train", "missing/{00..03}.tar"], "missing"),
-    (["scan", "a" * 300, "--encoder", "tower"], "no data 'aaaaaaa"),
+    (["scan", "a" * 300, "--encoder", "tower"], "no file, folder or run 'aaaaaaa"),
     (["scan", "a" * 300 + ".tar", "--encoder", "tower"], "1 of 1 are missing"),
     (
         [

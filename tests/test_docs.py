@@ -13,6 +13,7 @@ from test_architecture import SRC
 import bezoar
 from bezoar import registry
 from bezoar.cli import main
+from bezoar.cli.forms import list_examples
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -120,6 +121,17 @@ def test_every_command_parses(name):
         check_command(arguments)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_examples_that_parse(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert list_examples(verb)
+    for example in list_examples(verb):
+        assert f"\n  {example}\n" in printed
+        check_command(shlex.split(example)[1:])
+
+
 def check_command(arguments):
     """Verbs with --dry, which prints what would be run; the others with --help."""
     plain = arguments[0] in NOT_VERBS
@@ -129,7 +141,8 @@ def check_command(arguments):
         except SystemExit as stop:  # help, or a mistake
             status = stop.code
     assert status in (0, None), arguments
-    assert (f"usage: bezoar {arguments[0]}" if plain else '"verb"') in printed.getvalue(), arguments
+    first = f"usage: bezoar {arguments[0]}" if plain else f"{arguments[0]}: "
+    assert printed.getvalue().startswith(first), arguments
 
 
 @pytest.mark.parametrize("name", ["README.md", *PAGES])

@@ -110,3 +110,12 @@ def test_importing_bezoar_makes_the_settings_before_torch_is_imported():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert run.stdout.split() == ["0", "1"]
+
+
+def test_free_cores_are_what_the_load_leaves_of_the_threads(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    for threads, load, free in (("", 0.0, 4.0), ("", 4.0, 2.0), ("1", 0.0, 1.0), ("1", 7.0, 0.5)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert machine.free_cores() == free

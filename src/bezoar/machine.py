@@ -40,6 +40,14 @@ def cores() -> int:
     return usable if quota is None else max(1, min(usable, int(quota + 0.5)))
 
 
+def free_cores() -> float:
+    """About how many cores' worth of time the threads of this process get beside what the machine does now."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(cores(), int(wanted)) if wanted.isdigit() and int(wanted) else cores()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return threads * min(1.0, usable_cores() / (load + threads))
+
+
 def usable_cores() -> int:
     """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ from bezoar.cli import exit_status, main
 from bezoar.data.shards import write_shards
 from bezoar.runs import estimates
 from bezoar.runs.summary import first_sentences, read_summary
-from bezoar.runs.verb import check_verb, load_verb, spec_of_path
+from bezoar.runs.verb import check_verb, load_verb, spec_of_path, verb_names
 
 DATA = "scenes:count=160"
 TINY = ("--network", "clip_small:width=4,dim=8", "--objective", "clip:epochs=1,batch=64")
@@ -119,6 +119,12 @@ def test_runs_that_failed_or_are_spoilt_are_listed_as_they_are(tmp_path, capsys)
     assert main(["runs", "--runs", str(tmp_path), "--json"]) == 0
     statuses = {row["status"] for row in json.loads(capsys.readouterr().out)}
     assert statuses == {"failed", "unreadable"}
+    (tmp_path / "scan-x" / "manifest.json").write_text(
+        json.dumps({"schema": 1, "verb": "scan", "status": "running", "typed": {"data": "d"}})
+    )
+    assert main(["runs", "--runs", str(tmp_path), "--json"]) == 0
+    row = next(r for r in json.loads(capsys.readouterr().out) if r["run"] == "scan-x")
+    assert (row["status"], row["of"]) == ("running", "d") and "not finished" in row["finding"]
     assert main(["scan", DATA, "--encoder", "nowhere", "--runs", str(tmp_path)]) == 2
     assert "there are: none" in capsys.readouterr().err, "a failed training offers no encoder"
 
@@ -154,29 +160,41 @@ def test_a_folder_that_is_called_like_a_method_is_a_folder(tmp_path, monkeypatch
     assert spec_of_path("data", "table") == "table", "no such file"
 
 
-def test_dry_counts_records_trainings_and_minutes(tmp_path, capsys):
-    words = ["train", "scenes:count=20000", "--objective", "clip:epochs=7", "--dry"]
+def test_dry_counts_records_trainings_and_minutes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    words = ["train", "scenes:count=20000", "--objective", "clip:epochs=7", "--dry", "--json"]
     assert main([*words, "--runs", str(tmp_path)]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["records"] == 20000 and plan["trainings"] == 1 and 0.1 < plan["minutes"] < 10
-    assert main(["reproduce", "carlini2022/poisons", "--dry", "--runs", str(tmp_path)]) == 0
+    assert (
+        main(["reproduce", "carlini2022/poisons", "--dry", "--json", "--runs", str(tmp_path)]) == 0
+    )
     plan = json.loads(capsys.readouterr().out)
     assert plan["trainings"] > 1 and plan["minutes"] > 1
     table = tmp_path / "t.csv"
     table.write_text("filepath,title\n" + "a.png,a star\n" * 70)
-    assert main(["scan", str(table), "--dry", "--runs", str(tmp_path)]) == 0
+    assert main(["scan", str(table), "--dry", "--json", "--runs", str(tmp_path)]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["records"] == 70 and plan["trainings"] == 1
     drawn = registry.make("data", DATA)()
     tars = write_shards(tmp_path / "tars", drawn, per_shard=10)
-    assert main(["scan", *map(str, tars), "--dry", "--runs", str(tmp_path)]) == 0
+    assert main(["scan", *map(str, tars), "--dry", "--json", "--runs", str(tmp_path)]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert len(tars) > estimates.COUNTED_TARS and plan["trainings"] == 1
     assert abs(plan["records"] - len(drawn)) < 0.2 * len(drawn)
-    assert main(["scan", str(tars[0]), "--dry", "--runs", str(tmp_path)]) == 0
+    assert main(["scan", str(tars[0]), "--dry", "--json", "--runs", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["records"] == 10
-    assert main(["scan", "nowhere-1", "--dry", "--runs", str(tmp_path)]) == 0
+    assert main(["scan", "nowhere-1", "--dry", "--json", "--runs", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["records"] is None
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    words = ["audit", str(tmp_path / "weights"), "--data", str(table), "--dry", "--json"]
+    assert main([*words, "--runs", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 70, "of the data, not of the weights"
+    assert main(["train", "scenes:count=20000", "--dry", "--runs", str(tmp_path)]) == 0
+    first, *fields = capsys.readouterr().out.splitlines()
+    assert first.startswith("train: 20,000 records, 1 training, about ")
+    assert "  data: scenes:count=20000" in fields and not any("None" in line for line in fields)
 
 
 # Refusals come before torch, and before any work
@@ -211,7 +229,9 @@ def test_wrong_arguments_are_told_without_torch(words, tmp_path):
 
 def test_the_command_alone_prints_help():
     done = subprocess.run([sys.executable, "-m", "bezoar"], capture_output=True, text=True)
-    assert done.returncode == 0 and "subcommands" in done.stdout
+    assert done.returncode == 0
+    names = [*verb_names(), *cli.COMMANDS]
+    assert all(f"\n  {name} " in done.stdout for name in names) and "More:" not in done.stdout
 
 
 # Gates
@@ -260,7 +280,6 @@ def test_exit_statuses_of_gates():
     for words, expected in (("evidence", 3), ("no evidence", 0), ("no calibration", 5)):
         manifest = {"metrics": {}, "notes": {"words": words, "verdict": "v"}}
         assert exit_status(audit, "evidence", manifest)[0] == expected
-        assert exit_status(audit, "unknown", manifest)[0] == expected
     manifest["notes"] = {"words": "no evidence", "verdict": "v", "incomplete": ["audit x: no"]}
     assert exit_status(audit, "evidence", manifest)[0] == 5
 

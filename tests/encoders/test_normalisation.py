@@ -9,6 +9,7 @@ from bezoar import registry
 from bezoar.encoders import normalisation
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.small_towers import MEAN_STD
+from bezoar.runs import inputs
 
 
 def images(n=128, size=32, seed=0):
@@ -48,8 +49,7 @@ def test_every_usual_normalisation_is_found_again(name, kind, tmp_path):
     divergences = normalisation.measure_divergences(encoder, images())
     assert next(iter(divergences)) == name
     assert encoder.preprocess == before and set(divergences) == set(MEAN_STD)
-    sentence = normalisation.settle_mean_std(encoder, images())
-    assert f"the normalisation {name} " in sentence
+    assert normalisation.settle_mean_std(encoder, images()) == ""
     assert (encoder.preprocess.mean, encoder.preprocess.std) == MEAN_STD[name]
     numbers = "/".join(map(str, (*MEAN_STD[name][0], *MEAN_STD[name][1])))
     assert f"mean_std={numbers}," in encoder.about["network"]
@@ -87,11 +87,14 @@ def test_without_batch_norms_the_guess_is_said_to_be_one():
     encoder = Encoder(nn.Flatten(), Preprocess(32, *MEAN_STD["half"]))
     encoder.about["imported"] = {"assumed": ["mean_std=half"]}
     encoder.about["network"] = "timm:model=vit"
-    assert "half is guessed; nothing" in normalisation.settle_mean_std(encoder, images())
+    assert "no batch norm" in normalisation.settle_mean_std(encoder, images())
     assert encoder.preprocess.mean == (0.5, 0.5, 0.5)
 
 
 def test_a_guess_as_good_as_the_best_stays(tmp_path):
     """Deviations that differ by less than other images account for are no reason to change."""
     encoder = load(trained_with("cifar"), tmp_path)  # cifar is what a 3x3 stem is taken for
-    assert "the normalisation cifar stays" in normalisation.settle_mean_std(encoder, images(seed=2))
+    assert normalisation.settle_mean_std(encoder, images(seed=2)) == ""
+    assert encoder.about["imported"]["mean_std"].startswith("cifar: cifar is ")
+    text = inputs.describe_weights(encoder)
+    assert text.count("cifar is ") == 1 and "normalisation cifar: " in text

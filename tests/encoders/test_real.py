@@ -52,7 +52,7 @@ def test_a_file_says_itself_what_it_is(number, files, tmp_path):
     assert "mean_std=half" in encoder.about["imported"]["assumed"]
     text = inputs.describe_weights(encoder)
     assert f"tf_efficientnet_lite{number} by efficientnet-pytorch's names" in text
-    assert "guessed, because no file states it: mean_std=half" in text
+    assert "guessed, as no file states it: mean_std=half" in text
     encoder.save(tmp_path)
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     again = Encoder.load(tmp_path)
@@ -86,7 +86,8 @@ def test_a_wrong_normalisation_is_told_without_labels(number, files):
         doubt = normalisation.settle_mean_std(encoder, images)
         assert f"{guess} does not fit" in doubt and doubt.endswith("say mean_std=half")
     encoder = open_file(files[number])
-    assert "half stays" in normalisation.settle_mean_std(encoder, images)
+    assert normalisation.settle_mean_std(encoder, images) == ""
+    assert encoder.about["imported"]["mean_std"].startswith("half: half is ")
 
 
 @needs_sample

@@ -118,6 +118,11 @@ def test_without_a_preprocessor_the_normalisation_is_guessed_and_said(tmp_path):
     stated = registry.make("network", f'weights:path="{tmp_path}",mean_std=clip')(0, ())
     assert stated.about["imported"]["assumed"] == []
     assert stated.preprocess.mean[0] == pytest.approx(0.48145466)
+    side = stated.preprocess.size
+    sized = registry.make("network", f'weights:path="{tmp_path}",size={side}')(0, ())
+    assert sized.preprocess.size == side
+    with pytest.raises(UserError, match=str(side * 2)):  # its position embeddings are of one size
+        registry.make("network", f'weights:path="{tmp_path}",size={side * 2}')(0, ())
 
 
 def test_pixels_that_are_not_rescaled_are_normalised_as_they_are(tmp_path):

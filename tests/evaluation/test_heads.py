@@ -356,10 +356,11 @@ def test_what_no_head_can_be_measured_on_is_said_in_a_line():
             registry.make("probe", bad)
 
 
-def test_goals_of_other_tasks_are_left_out_and_named():
+def test_goals_of_other_tasks_are_left_out_and_named(capsys):
     job, truck = SimpleNamespace(notes={}), Goal("truck", BLUE.trigger)
     assert evaluate.goals_of_task(job, [truck, BLUE], data()) == [BLUE]
     assert job.notes == {"goals_of_other_tasks": ["truck"]}
+    assert "no class of the test data has this name: truck" in capsys.readouterr().err
     job.notes = {}
     assert evaluate.goals_of_task(job, [truck], data()) == [truck] and not job.notes, (
         "a probe that reads classes refuses it"

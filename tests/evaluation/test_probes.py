@@ -584,7 +584,11 @@ def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_tes
     )
     with pytest.raises(UserError, match="200 labelled records are test records too"):
         execute(Evaluate(bad, "scenes:count=200", ("linear",), train=plan), settings)
-    with pytest.raises(UserError, match="has no training split of its own; name the labelled data"):
+    with (
+        monkeypatch.context() as refusing,
+        pytest.raises(UserError, match="has no training split of its own; name the labelled data"),
+    ):
+        refusing.setattr(inputs, "load_encoder", lambda *a: pytest.fail("weights are loaded first"))
         execute(Evaluate(bad, "scenes:count=200", ("linear",)), settings)
     with pytest.raises(UserError, match="two of the probes measure 'attack_success'"):
         execute(Evaluate(bad, "scenes:count=200", ("zero_shot", "zero_shot:batch=100")), settings)

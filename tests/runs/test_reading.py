@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,10 @@ def test_a_verb_in_a_verb_has_a_collection_of_its_own(tars: tuple[str, str]) -> 
     assert reading.incomplete_notes(outer, {}, []) == {}
     notes = reading.incomplete_notes(inner, {"incomplete": ["audit x: y"]}, [])
     assert notes["incomplete"][0] == "audit x: y" and len(notes["incomplete"]) == 2
+    child = SimpleNamespace(manifest={"notes": {"incomplete": ["of a child"]}})
+    assert reading.incomplete_notes({}, {}, [child]) == {"incomplete": ["of a child"]}
+    counted = {"reading": {"unread": 1}, "incomplete": ["1 record"]}  # as a scan counts, once
+    assert reading.incomplete_notes({}, counted, [child]) == {"incomplete": ["1 record"]}
     report = ReadReport(3, [Skipped("a.tar", "b", "no caption")])
     told = "1 records or files were left out, beside 3 that were read (1 no caption); the first: a.tar b: no caption"
     assert reading.describe_report(report) == told

@@ -274,9 +274,7 @@ def test_fail_on_decides_the_exit_status(work, calibrated, clean, tmp_path, caps
     for bank, how, status in (
         (low, "never", 0),
         (low, "evidence", 3),
-        (low, "unknown", 3),
         (high, "evidence", 0),
-        (high, "unknown", 0),
     ):
         ask(capsys, work, *audit(work, clean[3], bank, *at, how), status=status)
     fewer = ("--rate", "0.05", "--fail-on")
@@ -285,7 +283,6 @@ def test_fail_on_decides_the_exit_status(work, calibrated, clean, tmp_path, caps
         "whitening",
         "stub",
     ]
-    ask(capsys, work, *audit(work, clean[3], low, *fewer, "unknown"), status=5)
     ask(capsys, work, *audit(work, clean[3], low, *fewer, "never"), status=0)
 
 
@@ -445,7 +442,7 @@ def test_a_verdict_without_a_bank(work, clean, capsys, monkeypatch):
         assert "could not be made" not in text and "No calibration" not in headline
         assert text.count("No calibration") <= 2 and "the smallest trigger of every target" in text
     monkeypatch.setattr(unaided_verdict, "LEAST_SHARE", 1.1)
-    manifest, run = ask(capsys, work, *command, "--fail-on", "unknown", "--fresh", status=5)
+    manifest, run = ask(capsys, work, *command, "--fail-on", "evidence", "--fresh", status=5)
     assert manifest["notes"]["words"] == "could not tell" and run.verb == "audit"
     assert Audit.undecided(manifest)[0].startswith("Could not tell")
 

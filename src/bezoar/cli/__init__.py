@@ -17,7 +17,14 @@ from typing import Any
 
 from bezoar.cli import commands, forms
 from bezoar.cli.checks import check_arguments
-from bezoar.cli.endings import open_page, print_ending, print_json, summary_json, warn_lines
+from bezoar.cli.endings import (
+    open_page,
+    print_ending,
+    print_json,
+    print_plan,
+    summary_json,
+    warn_lines,
+)
 from bezoar.errors import UserError, suggest
 from bezoar.runs import verb_source
 from bezoar.runs.verb import Settings, join_inputs, load_verb, verb_names
@@ -80,12 +87,11 @@ def run_command(words: Sequence[str]) -> int:
     if name in verb_names():
         source = verb_source.read_verb(name)
         return run_verb(source, forms.parse(forms.command_form(source), name, words[1:]))
-    other_forms = {command: form for command, (form, _) in COMMANDS.items()}
-    if not name.startswith("-"):
-        names = [*verb_names(), *COMMANDS]
-        raise UserError(f"no command {name!r}{suggest(name, names)}; there are: {', '.join(names)}")
-    forms.show_overview(words or ["--help"], other_forms)
-    return USER_ERROR
+    if name in ("-h", "--help"):
+        forms.show_overview({command: form for command, (form, _) in COMMANDS.items()})
+        return DONE
+    names = [*verb_names(), *COMMANDS]
+    raise UserError(f"no command {name!r}{suggest(name, names)}; there are: {', '.join(names)}")
 
 
 def run_verb(source: VerbSource, arguments: Any) -> int:
@@ -105,7 +111,8 @@ def run_verb(source: VerbSource, arguments: Any) -> int:
     if arguments.dry:
         from bezoar.runs.estimates import describe_plan
 
-        print_json(describe_plan(verb, settings))
+        plan = describe_plan(verb, settings)
+        print_plan(plan) if arguments.json == "no" else print_json(plan)
         return DONE
     from bezoar.reports.page import execute, summarize_run
 

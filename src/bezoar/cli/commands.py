@@ -16,7 +16,7 @@ from bezoar.cli import forms
 from bezoar.cli.endings import open_page, print_ending, print_json, print_metrics, summary_json
 from bezoar.errors import UserError, suggest
 from bezoar.runs import verb_source
-from bezoar.runs.run import MANIFEST, PAGE, Run, get_run
+from bezoar.runs.run import PAGE, Run, get_run, newest_runs
 from bezoar.runs.summary import read_summary
 from bezoar.runs.verb import verb_names
 from bezoar.terminal import clean_line, print_line
@@ -59,11 +59,8 @@ def describe_method(kind: str, name: str) -> method_source.Description:
 
 def show_runs(arguments: forms.Runs) -> None:
     """`bezoar runs`."""
-    manifests = list(arguments.runs.glob(f"*/{MANIFEST}"))
-    manifests.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    rows = [
-        describe_run(Run(path.parent)) for path in manifests[: None if arguments.all else NEWEST]
-    ]
+    runs = newest_runs(arguments.runs)
+    rows = [describe_run(run) for run in runs[: None if arguments.all else NEWEST]]
     if arguments.json:
         print_json(rows)
         return
@@ -74,8 +71,8 @@ def show_runs(arguments: forms.Runs) -> None:
     for row in rows:
         table.add_row(*(escape(shorten(row[key], most)) for key, most in LONGEST.items()))
     Console(soft_wrap=True, width=240).print(table)
-    if len(rows) < len(manifests):
-        print_line(f"and {len(manifests) - len(rows)} older ones: bezoar runs --all")
+    if len(rows) < len(runs):
+        print_line(f"and {len(runs) - len(rows)} older ones: bezoar runs --all")
 
 
 def shorten(text: str, most: int) -> str:
@@ -86,27 +83,18 @@ def shorten(text: str, most: int) -> str:
 
 def describe_run(run: Run) -> dict[str, str]:
     """What a run was made from, how it ended, when, and the first sentence of what it found."""
+    row = {"run": run.name, "of": "", "status": "unreadable", "when": "", "finding": ""}
     try:
         manifest = run.manifest
-        summary = read_summary(run.path)
-        finding = summary.finding if summary else str(manifest["notes"].get("verdict", ""))
-        if manifest["status"] != "done":
-            finding = str(manifest.get("error") or "")
-        return {
-            "run": run.name,
-            "of": inputs_text(manifest["verb"], manifest.get("typed", {})),
-            "status": manifest["status"],
-            "when": str(manifest.get("started", "")),
-            "finding": finding,
-        }
+        finding = str(manifest.get("error") or "not finished; the same command goes on from here")
+        if manifest["status"] == "done":
+            summary = read_summary(run.path)
+            finding = summary.finding if summary else str(manifest["notes"].get("verdict", ""))
+        of = inputs_text(manifest["verb"], manifest.get("typed", {}))
+        status, when = manifest["status"], str(manifest.get("started", ""))
+        return row | {"of": of, "status": status, "when": when, "finding": finding}
     except UserError as error:
-        return {
-            "run": run.name,
-            "of": "",
-            "status": "unreadable",
-            "when": "",
-            "finding": str(error),
-        }
+        return row | {"finding": str(error)}
 
 
 def inputs_text(verb: str, typed: dict[str, Any]) -> str:

@@ -69,6 +69,25 @@ def print_json(content: Any) -> None:
     print(clean_json(json.dumps(content, indent=1, ensure_ascii=False)))
 
 
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print what would be run: how much and how long first, then what is asked, a line a field."""
+    fields = dict(plan)
+    verb, records, trainings, minutes = (
+        fields.pop(key) for key in ("verb", "records", "trainings", "minutes")
+    )
+    count = "an unknown number of records" if records is None else f"{records:,} records"
+    times = f"{trainings:,} training{'s' * (trainings != 1)}" if trainings else "no training"
+    how_long = (
+        f", about {max(minutes, 0.1):,.1f} min of training here" if minutes is not None else ""
+    )
+    print_line(f"{verb}: {count}, {times}{how_long}; nothing is run")
+    for name, value in fields.items():
+        if value not in (None, "", [], False):
+            print_line(
+                f"  {name}: {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            )
+
+
 def print_metrics(manifest: dict[str, Any]) -> None:
     """Print a run's metrics with n and 95 % interval."""
     table = Table("metric", "value", "95 % interval", "n", box=None, pad_edge=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import textwrap
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +18,49 @@ from bezoar.runs import verb_source
 from bezoar.runs.verb import verb_names
 from bezoar.runs.verb_source import FieldSource, VerbSource
 
-DESCRIPTION = (
-    "Is this data set poisoned, is this encoder backdoored, and what now? "
-    "`bezoar COMMAND --help` says more of a command, `bezoar --version` which version this is."
-)
+DESCRIPTION = """\
+Is this data set poisoned, is this encoder backdoored, and what now?
+`bezoar COMMAND --help` says more of a command, with examples; `bezoar demo` shows the whole story on drawn data."""
+GROUPS = {  # the commands as the overview shows them; one that is in no group comes last
+    "Data and encoders of yours": ("scan", "audit", "check", "repair"),
+    "An attack on your own copy, and what it does": (
+        *("poison", "train", "inject", "evaluate", "survive", "dose"),
+        *("demo", "reproduce"),
+    ),
+    "Clean encoders to compare an audit with": ("calibrate", "shadows"),
+    "What there is": ("runs", "show", "list", "verify", "completion"),
+}
 JSON_FORMS = ("short", "full")
+# What a verb's help ends with.
+EXAMPLES = """\
+bezoar audit model.pth --data my-clean-images --fail-on evidence
+bezoar audit open_clip:RN50/openai --data my-clean-images --dry
+bezoar calibrate train-8bba train-9edc --data scenes:count=512,split=test
+bezoar check model.pth new-images --clean my-clean-images
+bezoar demo
+bezoar demo encoder
+bezoar dose scenes:count=20000 --trigger patch:size=6 --target "striped star"
+bezoar evaluate train-660f --probe zero_shot z_score
+bezoar inject train-660f --data scenes:count=5000 --reference truck.png --target "truck"
+bezoar poison scenes:count=3000 --poison backdoor:count=200 --trigger patch:size=6 --target "striped star"
+bezoar repair train-660f --data my-clean-pairs.csv --repair finetune
+bezoar reproduce carlini2022/poisons --scale smoke
+bezoar reproduce matrix/detection --scale small --add detector ./mine.py:k=8
+bezoar scan my-images --fail-on trigger
+bezoar scan "cc/{00000..00031}.tar" --encoder open_clip:RN50/openai --detector clip_score duplicates
+bezoar scan train-660f
+bezoar shadows train-8bba train-9edc --attacked inject-1d42 --data scenes:count=512,split=test
+bezoar survive scenes:count=500 --trigger patch:size=6 --encoder train-660f
+bezoar train poison-0b3d --objective clip:epochs=8
+bezoar train poison-0b3d --keep scan-5656"""
 
 
-def help_text(text: str, metavar: str | None = None) -> Any:
-    """The help of an option, for its annotation."""
-    return tyro.conf.arg(help=text, metavar=metavar)
+def help_text(text: str, metavar: str | None = None, default: Any = dataclasses.MISSING) -> Any:
+    """The help of an option, for its annotation. A default that says nothing, such as "", is not shown."""
+    says_nothing = default in (None, "", (), False)
+    return tyro.conf.arg(
+        help=text, metavar=metavar, help_behavior_hint="" if says_nothing else None
+    )
 
 
 RunsFolder = Annotated[Path, help_text("directory of the runs")]
@@ -36,7 +71,7 @@ JsonForm = Annotated[
         "[short|full]",
     ),
 ]
-OpenPage = Annotated[bool, help_text("open the page in a browser")]
+OpenPage = Annotated[bool, help_text("open the page in a browser", default=False)]
 
 
 @dataclass(frozen=True)
@@ -47,9 +82,12 @@ class VerbOptions:
     seed: Annotated[int, help_text("of everything random")] = 0
     device: Annotated[str, help_text("auto, cpu, cuda, cuda:1")] = "auto"
     dry: Annotated[
-        bool, help_text("print what would be run: records, trainings, minutes; and stop")
+        bool,
+        help_text("print what would be run (records, trainings, minutes), and stop", default=False),
     ] = False
-    fresh: Annotated[bool, help_text("run again even if a finished run answers this")] = False
+    fresh: Annotated[
+        bool, help_text("run again even if a finished run answers this", default=False)
+    ] = False
     open: OpenPage = False
     json: JsonForm = "no"
 
@@ -59,7 +97,9 @@ class SweepOptions:
     """The options of verbs that run many trials."""
 
     workers: Annotated[int, help_text("processes at a time; 0: one a core, or one a GPU")] = 0
-    ray: Annotated[bool, help_text("on Ray: the cluster RAY_ADDRESS names, or a local one")] = False
+    ray: Annotated[
+        bool, help_text("on Ray: the cluster RAY_ADDRESS names, or a local one", default=False)
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -121,12 +161,22 @@ class Completion:
 
 def parse(form: type, name: str, words: Sequence[str]) -> Any:
     """Parse the words after a command's name into its form. Prints help or an error and exits where that is due."""
-    return tyro.cli(
-        form,
-        prog=f"bezoar {name}",
-        args=spell_json(form, words),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    try:
+        return tyro.cli(
+            form,
+            prog=f"bezoar {name}",
+            args=spell_json(form, words),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:
+        if not stop.code and (examples := list_examples(name)):
+            print("examples:", *examples, sep="\n  ")
+        raise
+
+
+def list_examples(name: str) -> list[str]:
+    """The examples of a command, as they are typed."""
+    return [line for line in EXAMPLES.splitlines() if line.split()[1] == name]
 
 
 def spell_json(form: Any, words: Sequence[str]) -> list[str]:
@@ -141,17 +191,23 @@ def spell_json(form: Any, words: Sequence[str]) -> list[str]:
     return spelt
 
 
-def show_overview(words: Sequence[str], commands: dict[str, type]) -> None:
-    """Print which commands there are and exit."""
+def show_overview(commands: dict[str, type]) -> None:
+    """Print which commands there are, by what they are for, each with the first sentence of what it does."""
     docs = {name: verb_source.read_docstring(name) for name in verb_names()}
     docs |= {name: form.__doc__ or "" for name, form in commands.items()}
-    forms: dict[str, Any] = {}
-    for name, doc in docs.items():
-        forms[name] = dataclasses.make_dataclass(name.title(), [])
-        forms[name].__doc__ = doc
-    tyro.extras.subcommand_cli_from_dict(
-        forms, prog="bezoar", description=DESCRIPTION, args=list(words)
-    )
+    grouped = {name for names in GROUPS.values() for name in names}
+    groups = GROUPS | {"More": tuple(docs.keys() - grouped)}
+    print(f"usage: bezoar COMMAND [OPTIONS]\n\n{DESCRIPTION}")
+    for title, names in groups.items():
+        if names:
+            print(f"\n{title}:")
+        for name in names:
+            sentence = re.split(r"(?<=[.:])\s", docs[name], maxsplit=1)[0].rstrip(".:")
+            print(
+                textwrap.fill(
+                    sentence, 96, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14
+                )
+            )
 
 
 def command_form(source: VerbSource) -> type:
@@ -161,8 +217,8 @@ def command_form(source: VerbSource) -> type:
     if source.class_variables.get("sweeps"):
         fields += option_fields(SweepOptions)
     if cases := source.class_variables.get("fail_on"):
-        text = "exit with 3 on " + "; on ".join(f"{case}: {when}" for case, when in cases.items())
-        text += "; with 5 where that could not be told"
+        text = "; ".join(f"{case}: exit with 3 if {when}" for case, when in cases.items())
+        text += ", and with 5 if that could not be told"
         choices = Annotated[Literal["never", *cases], help_text(text)]  # type: ignore[valid-type]
         fields.append(("fail_on", choices, dataclasses.field(default="never")))
     form = dataclasses.make_dataclass(source.name.title(), fields, frozen=True, kw_only=True)
@@ -179,7 +235,7 @@ def form_field(field: FieldSource) -> tuple[str, Any, Any]:
         metavar += " ..."
     if metavar and field.takes.positional and not is_required:
         metavar = f"[{metavar}]"
-    marks = [help_text(field.help, metavar)]
+    marks = [help_text(field.help, metavar, field.default)]
     if field.takes.positional:
         marks.insert(0, tyro.conf.Positional)
     hint = kind | None if field.default is None else kind

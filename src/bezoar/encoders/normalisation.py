@@ -132,15 +132,15 @@ def settle_mean_std(encoder: Encoder, images: Tensor) -> str:
         images: uint8 (N, 3, H, W), clean.
 
     Returns:
-        a sentence; "" where nothing was guessed, and nothing is to be doubted.
+        what is to be doubted, in a sentence; "" where nothing is. What is taken stands in `about`.
     """
     if not encoder.about.get("imported"):
         return ""
     name = mean_std_name(encoder.preprocess)
     divergences = measure_divergences(encoder, images)
     if not divergences:
-        guessed = f"the normalisation {name} is guessed; nothing in the network tells it"
-        return f"{guessed} (no batch norm)" if is_guessed(encoder) else ""
+        silent = "nothing in the network tells which normalisation is right (no batch norm)"
+        return silent if is_guessed(encoder) else ""
     best = next(iter(divergences))
     if name not in divergences:
         divergences[name] = _divergence(encoder, images[:IMAGES])
@@ -151,9 +151,8 @@ def settle_mean_std(encoder: Encoder, images: Tensor) -> str:
         return f"the normalisation {name} does not fit the network: {reason}; say mean_std={best}"
     if divergences[name] - divergences[best] <= SLACK:
         best = name
-    take_mean_std(encoder, best, reason)
-    verb = "stays" if best == name else f"takes the place of the guess {name}"
-    return f"the normalisation {best} {verb}: {reason}"
+    take_mean_std(encoder, best, reason if best == name else f"not the guess {name}: {reason}")
+    return ""
 
 
 def _describe(divergences: Mapping[str, float], best: str, name: str, count: int) -> str:

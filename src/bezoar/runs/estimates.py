@@ -35,8 +35,8 @@ COUNTED_TARS = 4  # of more, the others are taken to hold as many records a byte
 
 
 def pairs_per_second(size: int) -> float:
-    """How fast a small model is trained here, about."""
-    return PAIRS_PER_SECOND * machine.cores() * (SIZE / max(size, 1)) ** 2
+    """How fast a small model is trained here, about, beside what the machine does now."""
+    return PAIRS_PER_SECOND * machine.free_cores() * (SIZE / max(size, 1)) ** 2
 
 
 def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _record_counts(verb: Verb, settings: Settings) -> Iterator[int]:
     """The numbers of records of a verb's data and of what it was made from, as far as they are known."""
     for what, value in input_fields(verb).values():
         if what in ("data", "run", "encoder") and not isinstance(value, (tuple, type(None))):
-            count = count_records(value, settings)
+            count = count_records(value, settings, "encoder" if what == "encoder" else "data")
             if count is not None:
                 yield count
 
@@ -90,22 +90,25 @@ def _minutes(trainings: list[Trial], counts: list[int | None]) -> float | None:
     return round(seconds / 60, 1)
 
 
-def count_records(value: Any, settings: Settings) -> int | None:
-    """How many records an input has, counted without decoding an image; None where that takes reading all of it."""
+def count_records(value: Any, settings: Settings, what: str = "data") -> int | None:
+    """How many records an input has, counted without decoding an image; None where that takes reading all of it.
+
+    what: "encoder" for one that a text may name as weights, which have no records.
+    """
     try:
-        method = _method_of(value, settings)
+        method = _method_of(value, settings, what)
         return None if method is None else _count(method)
     except (UserError, OSError):
         return None
 
 
-def _method_of(value: Any, settings: Settings) -> Any:
-    """The data method that an input goes back to; None for an encoder that is no run."""
+def _method_of(value: Any, settings: Settings, what: str = "data") -> Any:
+    """The data method that an input goes back to; an encoder that is no run is returned as it is."""
     while isinstance(value, Trial) or is_verb(value):
         inner = value.verb if isinstance(value, Trial) else value
         value = next((getattr(inner, name) for name, _ in input_fields(inner).items()), None)
     if isinstance(value, (str, Path)):
-        found = find_input(str(value), "data", settings.runs)
+        found = find_input(str(value), what, settings.runs)
         value = found if isinstance(found, Run) else registry.make(*found)
     return inputs.root_method(value) if isinstance(value, Run) else value
 

@@ -93,7 +93,7 @@ class Job:
         """A function `report(done, total, text="")` that shows how far a part of the work is, under the part's name."""
 
         def report(done: int, total: int, text: str = "") -> None:
-            self.progress.step(done, total, f"{name}: {text}" if text else name)
+            self.progress.step(done, total, ": ".join(filter(None, (name, text))))
 
         return report
 
@@ -126,7 +126,8 @@ def execute(verb: Verb, settings: Settings) -> Run:
             if settings.fresh or not run.is_done:
                 if settings.fresh:
                     (run.path / CHECKPOINT).unlink(missing_ok=True)
-                job = Job(run.path, settings, inputs, Progress(settings.quiet, verb_name(verb)))
+                title = getattr(verb, "title", verb_name(verb))
+                job = Job(run.path, settings, inputs, Progress(settings.quiet, title))
                 _work(verb, job, ask)
             if settings.finish is not None:
                 settings.finish(run)

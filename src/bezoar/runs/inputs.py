@@ -292,10 +292,10 @@ def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None 
             "imported:path=FILE, open_clip:NAME/PRETRAINED"
         ) from error
     encoder = encoder.to(device).eval()
-    chosen = ""
+    doubt = ""
     if clean is not None and not clean.text_only and encoder.reads_images:
-        chosen = normalisation.settle_mean_std(encoder, clean.images)
-    line = "; ".join(filter(None, (describe_weights(encoder), chosen)))
+        doubt = normalisation.settle_mean_std(encoder, clean.images)
+    line = "; ".join(filter(None, (describe_weights(encoder), doubt)))
     if line and line not in _printed:
         _printed.add(line)
         warn(line)
@@ -317,9 +317,10 @@ def describe_weights(encoder: Encoder) -> str:
     if encoder.head is not None and "head" not in what:
         parts[0] += f", with its head of {len(encoder.about['classes'])} classes"
     mean_std = normalisation.mean_std_name(encoder.preprocess)
-    parts.append(f"normalisation {imported.get('mean_std') or mean_std}")
+    if imported.get("mean_std") or f"{normalisation.GUESS}{mean_std}" not in imported["assumed"]:
+        parts.append(f"normalisation {imported.get('mean_std') or mean_std}")
     if imported["assumed"]:
-        parts.append(f"guessed, because no file states it: {', '.join(imported['assumed'])}")
+        parts.append(f"guessed, as no file states it: {', '.join(imported['assumed'])}")
     if imported["left_out"]:
         parts.append(f"left out: {', '.join(imported['left_out'])}")
     return "; ".join(parts)

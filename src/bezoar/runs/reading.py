@@ -43,7 +43,8 @@ def incomplete_notes(
 
     Args:
         reports: of the data that the verb loaded.
-        notes: the verb's own. A verb that counts what is `unread` names it among its `incomplete`.
+        notes: the verb's own. A verb that counts what is `unread` names it among its `incomplete`, once: its children read
+            the same records.
         children: runs that the verb has run. What they left out is left out here too.
 
     Returns:
@@ -64,8 +65,8 @@ def incomplete_notes(
             total = first.merge(others)
             skipped = [list(item) for item in total.skipped]
             additions["reading"] = {"read": total.read, "skipped": skipped}
-    for child in children:
-        lines += (child.manifest.get("notes") or {}).get("incomplete") or []
+        for child in children:
+            lines += (child.manifest.get("notes") or {}).get("incomplete") or []
     lines = list(dict.fromkeys(lines))
     return additions | {"incomplete": lines} if lines else {}
 

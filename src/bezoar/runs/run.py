@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from bezoar.data.files import parquet
 from bezoar.data.files.artefacts import Facts, read_facts, shown
-from bezoar.data.files.paths import printable
 from bezoar.errors import UserError, suggest
 from bezoar.runs.summary import SUMMARY, Summary, read_summary
+from bezoar.terminal import clean_line
 
 if TYPE_CHECKING:
     from bezoar.evaluation.scores import Measure
@@ -319,7 +319,9 @@ def get_run(runs: Path, text: str, holds: str = "") -> Run:
     names = [run.name for run in others]
     shown = ", ".join(names[:MAX_NAMES]) or "none"
     more = f", ... ({len(names)})" if len(names) > MAX_NAMES else ""
-    raise UserError(f"no run {text!r} in {runs}{suggest(text, names)}; there are: {shown}{more}")
+    file = ", and no file or folder of that name" if holds else ""
+    hint = suggest(text, [*names, *os.listdir()] if holds else names)
+    raise UserError(f"no run {text!r} in {runs}{file}{hint}; runs there are: {shown}{more}")
 
 
 def newest_runs(runs: Path) -> list[Run]:
@@ -337,4 +339,4 @@ def _ended_well(run: Run) -> bool:
 
 def _escape(text: str) -> str:
     """A text out of a file as a notebook shows it."""
-    return html.escape(printable(text))
+    return html.escape(clean_line(text))

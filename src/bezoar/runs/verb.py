@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from bezoar import method_source, registry
 from bezoar.data.files.paths import open_regular
-from bezoar.errors import UserError
-from bezoar.runs.run import Run, find_run, get_run
+from bezoar.errors import UserError, suggest
+from bezoar.runs.run import Run, find_run, get_run, newest_runs
 
 if TYPE_CHECKING:
     from bezoar.evaluation.scores import Measure
@@ -295,7 +295,19 @@ def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
     if what == "run" or (what == "encoder" and is_bare_name and not is_weights):
         return get_run(runs, text, ENCODER if what == "encoder" else "")
     kind = "network" if what == "encoder" else what
-    return find_run(runs, text) or (kind, spec_of_path(kind, text))
+    if run := find_run(runs, text):
+        return run
+    spec = spec_of_path(kind, text)
+    if what == "data" and is_bare_name and spec == text and text not in registry.method_names(kind):
+        names = [
+            *registry.method_names(kind),
+            *os.listdir(),
+            *(run.name for run in newest_runs(runs)),
+        ]
+        raise UserError(
+            f"no file, folder or run {text!r}{suggest(text, names)}; `bezoar list data` names the data that need none"
+        )
+    return kind, spec
 
 
 def join_inputs(texts: Sequence[str], what: str) -> str:
@@ -303,7 +315,9 @@ def join_inputs(texts: Sequence[str], what: str) -> str:
     if len(texts) == 1:
         return texts[0]
     if not texts:
-        raise UserError(f"name a {what} set: a folder, tars, a table, a run or a spec")
+        raise UserError(
+            f"name a {what} set before the options, some of which take several words: a folder, tars, a table, a run or a spec"
+        )
     methods = {spec_of_path(what, text).partition(":")[0] for text in texts}
     if len(methods) > 1 or not methods <= {"shards", "table"}:
         raise UserError(

@@ -62,15 +62,14 @@ class Audit:
     """
 
     fail_on: ClassVar[dict[str, str]] = {
-        "evidence": "there is strong or some evidence of a backdoor",
-        "unknown": "the same; what could not be told ends with 5 under either",
+        "evidence": "there is strong or some evidence of a backdoor"
     }
     main_files: ClassVar[tuple[str, ...]] = ("verdict.json", "audit.sarif")
 
     encoder: Annotated[
         Input,
         Takes("encoder", positional=True),
-        "what is suspected: a run, or a network with published weights",
+        "what is suspected: a file or folder of weights, a name of the Hugging Face hub (hf-hub:...), or a run",
     ]
     data: Annotated[
         Input, Takes("data"), "clean images; without them, the test split of its training data"
@@ -96,6 +95,15 @@ class Audit:
     def __post_init__(self) -> None:
         if self.parent is not None:
             object.__setattr__(self, "audit", with_parent_audit(self.audit))
+
+    @property
+    def title(self) -> str:
+        """What stands before its progress: the audit's name too, where it is one of several that are run."""
+        return (
+            f"audit {audit_spec(self.audit[0]).partition(':')[0]}"
+            if len(self.audit) == 1
+            else "audit"
+        )
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Run the audits and judge their values by the banks.
@@ -266,7 +274,7 @@ class Audit:
     ) -> dict[str, Any]:
         """What the audit needs beside the encoder and clean images."""
         needs = registry.needs(audit)
-        offered: dict[str, Any] = {"report": job.reporter(audit_name(audit))}
+        offered: dict[str, Any] = {"report": job.reporter("")}
         if "classifier" in needs:
             offered["classifier"] = make_audit_classifier(encoder, labelled, self.classifier)
         if "parent" in needs:

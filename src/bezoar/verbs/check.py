@@ -58,10 +58,12 @@ class Check:
     encoder: Annotated[
         Input,
         Takes("encoder", positional=True),
-        "a train, inject or repair run, or a network with published weights",
+        "a file or folder of weights, a name of the Hugging Face hub (hf-hub:...), or a run",
     ]
     images: Annotated[
-        Input, Takes("data", positional=True), "what arrives: a data set, or a poison run"
+        Input,
+        Takes("data", positional=True),
+        "the images that arrive: a folder, tars, a table, a spec, or a poison run",
     ]
     clean: Annotated[
         Input, Takes("data"), "images known to be clean, like those that arrive, and not among them"

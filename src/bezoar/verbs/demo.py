@@ -24,7 +24,7 @@ HEADS = ("linear", "knn:k=20", "mlp:seeds=1,limit=1000")
 
 @dataclass(frozen=True)
 class Demo:
-    """A whole story on embedded data, in minutes on two cores, without a download. Ends with a report."""
+    """The whole story on drawn pictures, without a download: poison, train, measure, scan, train again, and a page."""
 
     story: Annotated[
         Literal["data", "encoder"],

@@ -18,6 +18,7 @@ from bezoar.runs.execute import Job
 from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes, input_name
+from bezoar.terminal import warn
 
 DEFAULT_PROBES = ("zero_shot", "z_score")
 LABELLED = 10_000  # records of a training split that is made to order
@@ -28,7 +29,9 @@ class Evaluate:
     """Measure an encoder with one or more probes. Trigger and target are learnt from the encoder's parents."""
 
     encoder: Annotated[
-        Input, Takes("encoder", positional=True), "a train run, or a network with published weights"
+        Input,
+        Takes("encoder", positional=True),
+        "a run, a file or folder of weights, or a name of the Hugging Face hub",
     ]
     test: Annotated[
         Input,
@@ -79,18 +82,18 @@ class Evaluate:
         )
         goals = [with_place(goal, self.place) for goal in goals_of_task(job, all_goals, test)]
         job.goals = [vars(goal) for goal in goals]
+        probes = job.inputs["probe"]
+        needs_train = any("train" in registry.needs(probe) for probe in probes)
+        # Before the weights, which may take long to load, because it refuses more often.
+        train = load_labelled(job, dataset) if needs_train else None
         encoder = inputs.load_encoder(encoder_input, job.device, test)
         if weights := inputs.describe_weights(encoder):
             job.notes["weights"] = weights
         baseline = job.inputs["baseline"]
         twin = None if baseline is None else inputs.load_encoder(baseline, job.device)
-        probes = job.inputs["probe"]
         is_classifier = encoder.text is None and encoder.head is not None
         if is_classifier and self.probe == DEFAULT_PROBES:
             probes = (registry.make("probe", "own"),)
-        train = None
-        if any("train" in registry.needs(probe) for probe in probes):
-            train = load_labelled(job, dataset)
         # A probe that needs the twin measures both by itself.
         of_twin = [p for p in probes if twin is not None and "baseline" not in registry.needs(p)]
         tasks = [(encoder, p) for p in probes] + [(twin, p) for p in of_twin]
@@ -149,7 +152,11 @@ def goals_of_task(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
     """
     of_task = [g for g in goals if g.target in test.classes]
     if of_task and len(of_task) < len(goals):
-        job.notes["goals_of_other_tasks"] = [g.target for g in goals if g not in of_task]
+        others = [g.target for g in goals if g not in of_task]
+        job.notes["goals_of_other_tasks"] = others
+        warn(
+            f"evaluate: not measured, because no class of the test data has this name: {', '.join(others)}"
+        )
     if test.classes and test.labels is not None:
         labels = set(test.labels.tolist())
         if empty := [c for i, c in enumerate(test.classes) if i not in labels]:

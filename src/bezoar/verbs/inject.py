@@ -44,7 +44,7 @@ class Inject:
     encoder: Annotated[
         Input,
         Takes("encoder", positional=True),
-        "the clean encoder: a run, or a network with published weights",
+        "the clean encoder: a run, a file or folder of weights, or a name of the Hugging Face hub",
     ]
     data: Annotated[
         Input,

@@ -34,7 +34,11 @@ class Poison:
 
     main_files: ClassVar[tuple[str, ...]] = ("plan.jsonl", "shards")
 
-    data: Annotated[Input, Takes("data", positional=True), "data set, or a poison run to add to"]
+    data: Annotated[
+        Input,
+        Takes("data", positional=True),
+        "a folder, tars, a table, a spec such as scenes:count=2000, or a poison run to add to",
+    ]
     poison: Annotated[Input, Takes("poison"), "how: see `bezoar list poison`"] = "backdoor"
     trigger: Annotated[Input, Takes("trigger"), "what is stamped on images"] = None
     target: Annotated[str, "class or word that poisoned images are to be read as"] = ""

@@ -46,7 +46,7 @@ class Repair:
     encoder: Annotated[
         Input,
         Takes("encoder", positional=True),
-        "the suspect: a run, or a network with published weights",
+        "the suspect: a run, a file or folder of weights, or a name of the Hugging Face hub",
     ]
     data: Annotated[
         Input,

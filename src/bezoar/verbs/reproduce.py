@@ -50,7 +50,7 @@ class Reproduce:
 
     add: Annotated[
         tuple[str, ...],
-        "kind and spec of methods of your own, which get rows beside the table's: detector ./mine.py",
+        "kind and spec of methods of your own (detector, audit, repair, trigger), which get rows beside the table's: detector ./mine.py",
     ] = ()
 
     def __post_init__(self) -> None:

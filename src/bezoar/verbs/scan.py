@@ -66,7 +66,7 @@ class Scan:
     """
 
     sweeps: ClassVar[bool] = True
-    fail_on: ClassVar[dict[str, str]] = {"trigger": "a detector has found a trigger"}
+    fail_on: ClassVar[dict[str, str]] = {"trigger": "a detector finds a trigger"}
     gate_needs: ClassVar[dict[str, tuple[str, str]]] = {"trigger": ("detector", "decides")}
     main_files: ClassVar[tuple[str, ...]] = (
         "keep.txt",
@@ -81,7 +81,7 @@ class Scan:
     data: Annotated[
         Input,
         Takes("data", positional=True, several=True),
-        "data set, poison run, or a train run: its data scanned with its encoder",
+        "a folder, tars, a table, a `datasets` folder, embeddings, a spec, or a run; of a train run, its data with its encoder",
     ]
     encoder: Annotated[
         Input,

@@ -92,7 +92,7 @@ class Weights(Network):
             return Encoder.load(path)
         if sentence_towers.is_sentence_folder(path):
             return self._make("sentence")
-        return self._make("hugging_face", mean_std=self.mean_std)
+        return self._take_size(self._make("hugging_face", mean_std=self.mean_std))
 
     def _open_file(self, path: Path, size: int) -> Encoder:
         tensors = checkpoints.load_tensors(self.path, self.prefix)

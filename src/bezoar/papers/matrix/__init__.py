@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bezoar.papers import FIXED_PLACES, SCENE_CLASSES, dataset_spec
 from bezoar.runs.tables import Cell, Row, Table, TableOptions, mean_cells
@@ -265,6 +266,22 @@ LARGE = replace(
 
 
 def get_setup(options: TableOptions) -> Setup:
+    """The setup of a scale, with the user's own triggers beside its attacks, each for as many records as a patch."""
+    setup = scale_setup(options)
+    patch = setup.attacks[0]
+    own = [
+        replace(patch, name=Path(spec.partition(":")[0]).stem, trigger=escape_braces(spec))
+        for spec in options.added_specs("trigger")
+    ]
+    return replace(setup, attacks=(*setup.attacks, *own))
+
+
+def escape_braces(spec: str) -> str:
+    """A spec that `str.format` leaves as it is."""
+    return spec.replace("{", "{{").replace("}", "}}")
+
+
+def scale_setup(options: TableOptions) -> Setup:
     """The setup of a scale, with CIFAR-10 out of the user's folder where it is not `smoke`."""
     if options.scale == "smoke":
         return SMOKE

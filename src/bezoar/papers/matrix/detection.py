@@ -11,7 +11,7 @@ from bezoar.runs.tables import Table, TableOptions
 class Detection:
     """Detector by attack and rate on drawn scenes."""
 
-    takes: ClassVar[tuple[str, ...]] = ("detector",)
+    takes: ClassVar[tuple[str, ...]] = ("detector", "trigger")
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""

@@ -24,7 +24,7 @@ COLUMNS = {
 class Repairs:
     """Attack by repair. No repair knows the trigger; `unlearn` is given what an audit inverted."""
 
-    takes: ClassVar[tuple[str, ...]] = ("repair",)
+    takes: ClassVar[tuple[str, ...]] = ("repair", "trigger")
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""

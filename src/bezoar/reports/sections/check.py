@@ -174,14 +174,16 @@ def suspicious_gallery(view: CheckView, name: str, images: Tensor) -> Gallery:
     boxes = {row["id"]: row["box"] for row in view.read_json(FLAGGED_FILE)[name] if "box" in row}
     tiles, cells = [], []
     for rank, (row, image) in enumerate(zip(order, images, strict=True)):
-        is_flagged = bool(view.scores[f"{name}.flagged"][row])
-        lines = [Line("flagged", "mark") if is_flagged else Line("not flagged", "muted")]
+        lines = [Line(pictures.shorten(ids[row], 40), "key")]
+        if view.scores[f"{name}.flagged"][row]:
+            lines.append(Line("flagged", "mark"))
         look = ""
         if view.has_trigger is not None:
             look = "bad" if view.has_trigger[row] else "good"
             lines.append(Line("trigger" if view.has_trigger[row] else "no trigger", look))
-        label = pictures.shorten(view.scores["class"][row] or ids[row], 40)
-        lines += [Line(f"score {values[row]:.3g}"), Line(label, "muted")]
+        lines.append(Line(f"score {values[row]:.3g}"))
+        if label := view.scores["class"][row]:
+            lines.append(Line(pictures.shorten(label, 40), "muted"))
         tiles.append(Tile((rank,), lines, look, f"{rank + 1}"))
         box = boxes.get(str(ids[row]))
         cells.append(draw_frame(image, scale_box(view, box, image) if box else None))

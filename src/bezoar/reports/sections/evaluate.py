@@ -136,7 +136,7 @@ def build_page(run: Run) -> Page:
     how = "attacked" if view.encoder_facts.get("attack") else "trained on poisoned data"
     return Page(
         findings[0] if findings else metrics_page(run).headline,
-        " ".join(findings[1:]),
+        " ".join([*findings[1:], unmeasured_goals(view)]).strip(),
         f"The encoder that is measured here was {how}, on purpose." if view.poisoned else "",
         cards(view),
         {
@@ -150,6 +150,14 @@ def build_page(run: Run) -> Page:
         look="bad" if view.poisoned and backdoor_works(view) else "",
         steps=next_steps(view),
     )
+
+
+def unmeasured_goals(view: EvaluateView) -> str:
+    """Name the goals that belong to other classes than the test data have; empty where there are none."""
+    targets = view.notes.get("goals_of_other_tasks")
+    if not targets:
+        return ""
+    return f"Not measured, because no class of the test data has this name: {', '.join(targets)}."
 
 
 def backdoor_works(view: EvaluateView) -> bool:
