@@ -21,13 +21,7 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.detection import tower_features, training_traces
 from bezoar.detection.detectors import RecordEncoder, Records
-from bezoar.detection.shared_causes import (
-    FOREIGN,
-    MIN_RECORDS,
-    Cause,
-    Support,
-    find_clear_bound,
-)
+from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Cause, Support, find_clear_bound
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report

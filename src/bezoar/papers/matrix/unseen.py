@@ -19,13 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from bezoar.data.scene_drawing import SHAPES, TEXTURES
-from bezoar.papers.matrix import (
-    FLICKR8K,
-    SMALL,
-    Setup,
-    corpus_specs,
-    get_setup,
-)
+from bezoar.papers.matrix import FLICKR8K, SMALL, Setup, corpus_specs, get_setup
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Reading, Row, Table, TableOptions
 from bezoar.runs.verb import Trial
