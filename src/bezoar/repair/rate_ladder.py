@@ -376,9 +376,7 @@ def train_copy(
     report(0, 1, what)  # another phase of the work, however many steps the last one had
     with prefetch.training_data(images, student.device, batches_of, recipe.epochs) as data:
         loop.fit(loss, recipe, data, tokens, seed, report=report_step)
-    for p, original in zip(student.parameters(), start.parameters(), strict=True):
-        p.requires_grad_(original.requires_grad)
-        p.grad = None
+    loop.restore_gradient_flags(student, start)
     return student.eval()
 
 
