@@ -154,9 +154,8 @@ class ClusterAgreement:
         self.validation_batches = torch.split(validation.images, BATCH)
         z, validation_z = self._embed(start)
         centres = kmeans.cluster_centres(z, min(CLUSTERS, len(z) // VOTERS), 0)
-        half_norms = centres.square().sum(1) / 2
-        self.clusters = (z @ centres.T - half_norms).argmax(1)
-        self.validation_clusters = (validation_z @ centres.T - half_norms).argmax(1)
+        self.clusters = kmeans.nearest_centres(z, centres)
+        self.validation_clusters = kmeans.nearest_centres(validation_z, centres)
         self.count = len(centres)
 
     def __call__(self, encoder: Encoder) -> float:
