@@ -1,4 +1,4 @@
-"""What others wrote, printed: cut, and without anything that a terminal would obey.
+"""Printing of text from files that anybody may have written: cut, and without terminal escapes.
 
 Names of files and columns, captions, verdicts and statuses come out of files that anybody may have written. Whatever
 bezoar prints goes through here.

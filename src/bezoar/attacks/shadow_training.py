@@ -1,4 +1,4 @@
-"""What attacks share that train an encoder on shadow data: its vectors, what stays fixed, and the loop."""
+"""Training of an encoder on shadow data: vectors, frozen parts and the loop that such attacks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well the poisons of each backdoor were detected, where the plan is known."""
+"""Detection rates of each backdoor's poisons, where the plan is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an encoder that never saw the data makes of their images, and how its vectors say the captions.
+"""A reference encoder, which never saw the data, and a regression of captions on its image vectors.
 
 A ridge regression maps a reference encoder's vectors of the images to the suspect encoder's vectors
 of the captions. Content that the reference sees is read as what it is captioned; a trigger means

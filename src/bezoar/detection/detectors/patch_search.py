@@ -151,8 +151,8 @@ class PatchSearch:
                     )
                 best[cluster] = max(best[cluster], *(float(flips[row]) for row in rows))
             alive.sort(key=lambda c: (-best[c], c))
-            kept = len(alive) - max(1, int(self.prune * len(alive)))
-            alive = [c for c in alive[:kept] if waiting[c]]
+            remaining = len(alive) - max(1, int(self.prune * len(alive)))
+            alive = [c for c in alive[:remaining] if waiting[c]]
         return flips, windows
 
     def hot_windows(self, encoder: RecordEncoder, images: Tensor, centre: Tensor) -> Tensor:
