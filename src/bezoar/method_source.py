@@ -1,4 +1,4 @@
-"""What a method's source text says of it: its docstring, its fields, its flags. Nothing is imported or run, torch neither."""
+"""Docstring, fields and flags of a method, read from its source text without importing it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others wrote, printed: cut, and without anything that a terminal would obey.
+"""Printing of text from files that anybody may have written: cut, and without terminal escapes.
 
 Names of files and columns, captions, verdicts and statuses come out of files that anybody may have written. Whatever
 bezoar prints goes through here.
@@ -30,14 +30,9 @@ def clean_line(text: object, longest: int = LONGEST) -> str:
     return "".join(map(_printable, line))
 
 
-def clean_text(text: object, longest: int = LONGEST) -> str:
-    """The same of a text of several lines; each is cleaned."""
-    return "\n".join(clean_line(line, longest) for line in str(text).split("\n"))
-
-
-def print_line(text: object, file: TextIO | None = None, longest: int = LONGEST) -> None:
+def print_line(text: object, file: TextIO | None = None) -> None:
     """Print one line of a text, cleaned, at once; to stdout where no file is given."""
-    print(clean_line(text, longest), file=sys.stdout if file is None else file, flush=True)
+    print(clean_line(text), file=sys.stdout if file is None else file, flush=True)
 
 
 def clean_json(text: str) -> str:

@@ -373,7 +373,7 @@ def test_cover_carries_the_trigger_and_keeps_captions():
     assert not any("cat" in e.caption.split() for e in plan.edits), "the target is left out"
     of_any = plan_of("cover:count=60", source, target="")
     assert len(of_any) == 60 and len(plan_of("cover:rate=.1", source, target="")) == 6
-    with pytest.raises(UserError, match="61 records of cover"):
+    with pytest.raises(UserError, match="61 poisons asked for, but 60 of 60"):
         plan_of("cover:count=61", source, target="")
     with pytest.raises(UserError, match="needs a trigger"):
         plan_of("cover", source, trigger=None)

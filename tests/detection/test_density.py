@@ -1,4 +1,4 @@
-"""Local densities against plain loops, and their published form against a plain emulation."""
+"""Local densities against plain loops."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ import torch
 from bezoar import registry
 from bezoar.data.randomness import sample_rows
 from bezoar.detection import density
-from bezoar.detection.density import Density, published_neighbourhoods
+from bezoar.detection.density import Density
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 from bezoar.evaluation import stats
@@ -127,82 +127,6 @@ def test_one_search_serves_every_density_detector(monkeypatch):
     assert len(density._recent) < before  # nothing is remembered of vectors that are gone
 
 
-def plain_published_neighbourhoods(
-    x: torch.Tensor, t: torch.Tensor | None, k: int
-) -> dict[str, np.ndarray]:
-    """One batch as the published code has it: whole matrices, full sorts, a row at a time."""
-    n = len(x)
-
-    def distances(a, b):
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-
-    kinds = [x] if t is None else [x, t]
-    d = np.concatenate(
-        [
-            np.stack([np.delete(row, i) for i, row in enumerate(distances(x, kind))])
-            for kind in kinds
-        ],
-        1,
-    )
-    order = np.argsort(d, axis=1, kind="stable")
-    a = np.take_along_axis(d, order, 1)
-    whole = np.sort(distances(torch.cat(kinds), torch.cat(kinds)), axis=1)
-    out = {"k_distance": a[:, k]}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        out["lid"] = -k / np.log(a[:, :k] / a[:, k : k + 1] + 1e-4).sum(1)
-        lids = -k / np.log(whole[:, :k] / whole[:, k : k + 1] + 1e-4).sum(1)
-        slof, dao = np.empty(n), np.empty(n)
-        for i in range(n):
-            of = order[i, :k]  # places in the row that is one shorter, used on the whole
-            slof[i] = (a[i, k] / whole[of, k]).mean()
-            dao[i] = (lids[of] * np.log(a[i, k] / whole[of, k])).mean()
-    out |= {"slof": slof, "dao": dao}
-    return {
-        name: np.nan_to_num(v, nan=1000.0, posinf=1000.0, neginf=0.0) for name, v in out.items()
-    }
-
-
-@pytest.mark.parametrize("with_texts", [False, True])
-@pytest.mark.parametrize("copies", [1, 30])
-def test_compat_equals_the_published_code(with_texts, copies, monkeypatch):
-    monkeypatch.setattr(density.published_neighbourhoods, "__defaults__", (90,))
-    x, t = rows(200, d=5, seed=1), rows(200, d=5, seed=2)
-    x[40 : 40 + copies] = x[40]  # more copies than k: distances of 0, NaN and infinity
-    option = f"k=7,compat=true,texts={str(with_texts).lower()}"
-    for name in ("k_distance", "lid", "slof", "dao"):
-        parts = [
-            plain_published_neighbourhoods(x[b], t[b] if with_texts else None, 7)[name]
-            for b in (slice(90), slice(90, 180), slice(180, 200))
-        ]
-        expected = np.concatenate(parts)
-        result = scored(f"{name}:{option}", x, t)
-        # where copies tie, which of them come first, and so whose columns are read, is a matter of
-        # the sort
-        alike = np.isclose(result, expected, rtol=2e-3, atol=1e-5)
-        assert alike.all() if copies == 1 else alike.mean() > 0.7, name
-        assert np.isfinite(result).all()
-    assert (result == 1000).any() or (result == 0).any() or copies == 1
-
-
-def test_half_of_the_published_look_ups_miss():
-    x = rows(400, d=16)
-    shifted = scored("slof:k=8,compat=true", x)
-    right = scored("slof:k=8,pool=400", x)
-    assert 0.5 < np.corrcoef(shifted.argsort().argsort(), right.argsort().argsort())[0, 1] < 0.98
-
-
-def test_a_last_batch_too_small_for_k_joins_the_one_before():
-    x, t = rows(130, d=5), rows(130, d=5, seed=1)
-    assert [len(p.distance) for p in published_neighbourhoods(x, None, 7, "cpu", 61)] == [61, 69]
-    assert [len(p.distance) for p in published_neighbourhoods(x, t, 7, "cpu", 61)] == [61, 61, 8]
-    assert [len(p.distance) for p in published_neighbourhoods(x[:131], None, 7, "cpu", 121)] == [
-        121,
-        9,
-    ]
-    with pytest.raises(UserError, match="nearest neighbours asked for"):
-        list(published_neighbourhoods(x[:8], None, 7, "cpu"))
-
-
 @pytest.mark.parametrize("name", ["k_distance", "lid", "slof", "dao", "isolation_forest"])
 def test_texts_need_captions(name):
     with pytest.raises(UserError, match=f"detector '{name}' with texts=true needs captions"):
@@ -265,11 +189,9 @@ def test_embedded_of_a_source_without_order():
     "name",
     ["k_distance", "lid", "slof", "dao", "isolation_forest", "spectral", "activation_clustering"],
 )
-@pytest.mark.parametrize("compat", [False, True])
-def test_identical_vectors_have_scores_and_too_few_a_line(name, compat):
+def test_identical_vectors_have_scores_and_too_few_a_line(name):
     z = rows(1, d=9).expand(70, -1)
     within = name in ("isolation_forest", "spectral", "activation_clustering")
-    spec = f"{name}:compat=true" if compat and not within else name
-    assert np.isfinite(scored(spec, z)).all()
+    assert np.isfinite(scored(name, z)).all()
     with pytest.raises(UserError, match=r"there (are|is) \d+"):
-        scored(spec, z[: 1 if within else 12])
+        scored(name, z[: 1 if within else 12])

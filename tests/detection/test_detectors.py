@@ -186,7 +186,7 @@ def test_contract_order_and_batch_size_do_not_matter(name, data):
     scores = run(name, pairs)
     order = np.random.default_rng(0).permutation(len(pairs))
     turned = run(name, pairs.take(order), batch=7)
-    assert torch.allclose(turned.values_of(pairs.ids), scores.values, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(turned.select(pairs.ids).values, scores.values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -64,7 +64,7 @@ def test_repetition_finds_a_natural_backdoor_among_captions_that_repeat(region):
     turned = make(f"repetition:pool=200,region={str(region).lower()}")(
         Fake(batch=7), pairs.take(order)
     )
-    assert torch.allclose(turned.values_of(pairs.ids), scores.values, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(turned.select(pairs.ids).values, scores.values, rtol=1e-3, atol=1e-3)
 
 
 def test_repetition_says_nothing_of_few_captions_of_one_image_or_no_block():

@@ -171,7 +171,7 @@ def test_the_detector_does_not_depend_on_the_order():
     scores = detector(encoder, pairs)
     order = np.random.default_rng(0).permutation(600)
     turned = detector(encoder, pairs.take(order))
-    assert torch.allclose(turned.values_of(pairs.ids), scores.values, atol=5e-3)
+    assert torch.allclose(turned.select(pairs.ids).values, scores.values, atol=5e-3)
     assert not scores.raised.any() and scores.notes["causes"] == []
 
 

@@ -12,7 +12,6 @@ from bezoar.detection.corpus import record_sources
 from bezoar.detection.corpus.record_sources import RecordSources
 from bezoar.detection.source_table import (
     adjust_levels,
-    control_false_discoveries,
     find_evidence,
     level_sums,
     lift_records,
@@ -48,12 +47,6 @@ def table_of(of_record, captions, images, values):
     sources = RecordSources("domains", tuple(f"s{i}" for i in range(SOURCES)), of_record)
     rankings = {name: as_scores(v) for name, v in values.items()}
     return tabulate_sources(sources, rankings, captions, images)
-
-
-def test_false_discoveries_are_controlled_as_scipy_does():
-    p = np.random.default_rng(0).random(200) ** 3
-    assert np.allclose(control_false_discoveries(p), stats.false_discovery_control(p))
-    assert not len(control_false_discoveries(np.empty(0)))
 
 
 def test_the_test_of_a_source_is_fishers():

@@ -201,7 +201,7 @@ def test_contract_scores_in_any_order_and_batch(text):
     assert len(scores.values.unique()) > 2
     order = np.random.default_rng(1).permutation(96)
     turned = make(text)(Fake(batch=7), pairs.take(order))
-    assert torch.allclose(turned.values_of(pairs.ids), scores.values, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(turned.select(pairs.ids).values, scores.values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", CONTRACT)

@@ -38,7 +38,7 @@ def test_a_canary_has_a_word_of_its_own_and_leaves_every_record_as_it_is():
 
 
 def test_too_many_and_none_are_refused():
-    with pytest.raises(UserError, match="61 canaries asked for, of 60"):
+    with pytest.raises(UserError, match="61 poisons asked for, but 60 of 60"):
         plan_of("canary:count=61", toy())
     with pytest.raises(UserError, match="needs a trigger"):
         registry.make("poison", "canary")(toy(), Goal("", None), 0)

@@ -8,9 +8,8 @@ from sklearn.neighbors import NearestNeighbors
 from bezoar.data.randomness import sample_rows
 from bezoar.detection.density import pool_size
 from bezoar.errors import UserError
-from bezoar.evaluation import narrow_products, neighbor_references, neighbors
-from bezoar.evaluation.neighbor_candidates import Candidates
-from bezoar.evaluation.neighbors import Index, nearest_neighbors
+from bezoar.evaluation import neighbors
+from bezoar.evaluation.neighbors import Index, nearest_neighbors, smallest
 
 
 def rows(n: int, d: int = 24, seed: int = 0, unit: bool = True) -> torch.Tensor:
@@ -49,10 +48,9 @@ def test_exact_ties_and_blocks(cells, monkeypatch):
     x[40:90] = x[40]  # fifty copies: more than k and the margin
     x[120:128] = x[40] + 1e-5 * rows(8, seed=2)  # closer than a float32 product resolves
     distance, index = plain(x, x, 7, torch.arange(300))
-    for queries in (x, x.clone()):  # products that serve both sides, and others
-        neighbours = nearest_neighbors(queries, x, 7, exclude_self=True)
-        assert np.array_equal(neighbours.distance.numpy(), distance)
-        assert np.array_equal(neighbours.index.numpy(), index)
+    neighbours = nearest_neighbors(x, x, 7, exclude_self=True)
+    assert np.array_equal(neighbours.distance.numpy(), distance)
+    assert np.array_equal(neighbours.index.numpy(), index)
 
 
 def test_far_from_the_origin():
@@ -127,7 +125,7 @@ def test_copies_beyond_k_are_dropped_and_nothing_changes(copies):
     x[20] = -x[0]
     turn = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     x = x[turn]
-    assert Index(x, 6, 1).references.n == 400 - max(0, copies - 3 - 7)
+    assert Index(x, 6, 1).n == 400 - max(0, copies - 3 - 7)
     neighbours = nearest_neighbors(x, x, 6, exclude_self=True)
     distance, index = plain(x, x, 6, torch.arange(400))
     assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
@@ -135,7 +133,7 @@ def test_copies_beyond_k_are_dropped_and_nothing_changes(copies):
     )
 
 
-def test_all_identical_and_equal_keys():
+def test_all_identical():
     x = rows(1, d=8).expand(5000, -1)
     neighbours = nearest_neighbors(x, x, 9, exclude_self=True)
     assert (neighbours.distance == 0).all()
@@ -145,9 +143,6 @@ def test_all_identical_and_equal_keys():
         2,
         *range(4, 10),
     ]
-    references = Index(rows(50), 2).references
-    equal_keys = np.zeros((50, 2), np.float32)  # of different vectors
-    assert not len(references._find_surplus_copies(equal_keys, 3)) and references.numbers is None
 
 
 def test_near_copies_are_told_apart_by_a_product_in_float64():
@@ -183,7 +178,7 @@ def test_near_copies_that_float64_does_not_resolve_either():
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):
     if not held:
-        monkeypatch.setattr(neighbor_references, "HELD", 0)
+        monkeypatch.setattr(neighbors, "HELD", 0)
         monkeypatch.setitem(neighbors.CELLS, "cpu", 10_000)
     x = rows(600, d=12, seed=3)
     x[100:140] = x[100]
@@ -229,42 +224,22 @@ def test_vectors_that_are_not_finite_are_the_users_mistake(bad, side):
         nearest_neighbors(*both, 3)
 
 
-@pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize(("width", "k"), [(16, 16), (48, 3), (640, 40), (2048, 16), (16, 40)])
-def test_candidates_hold_every_value_that_may_be_among_the_smallest(width, k, across):
-    x = torch.randint(
-        0, 900, (40, 3 * width), generator=torch.Generator().manual_seed(0)
-    ).float()  # with ties
-    x[7, :20] = torch.inf
-    candidates = Candidates(40, 3 * width, k, torch.full((40,), 5.0))
-    for start in range(0, 3 * width, width):
-        tile = x[:, start : start + width].contiguous()
-        if across:
-            tile = torch.cat([tile, torch.full((8, width), torch.inf)]).T.contiguous().T[:40]
-        candidates.add(tile, start)
-    row, ref = candidates.collect()
-    assert not candidates.crowded.any()
-    last = x.sort(1).values[:, min(k, 3 * width) - 1]
-    expected = ((x <= last[:, None] + 5) & x.isfinite()).nonzero().tolist()
-    candidate_pairs = torch.stack([row, ref], 1).tolist()
-    assert [f for f in candidate_pairs if f in expected] == expected and len(
-        candidate_pairs
-    ) <= len(expected) + 2
-    assert torch.equal(candidates.best.sort(1).values[:, : 3 * width], x.sort(1).values[:, :k])
-
-
-def test_rows_with_too_many_candidates_are_named():
-    x = torch.rand(20, 1600, generator=torch.Generator().manual_seed(0))
-    x[3] = 0.001
-    candidates = Candidates(20, 1600, 5, torch.full((20,), 1e-6))
-    candidates.add(x, 0)
-    row, _ = candidates.collect()
-    assert candidates.crowded.nonzero().tolist() == [[3]] and 3 not in row
+@pytest.mark.parametrize(("width", "count"), [(16, 16), (48, 3), (643, 40), (2048, 16), (16, 40)])
+def test_the_smallest_values_of_a_tile_are_among_those_that_are_read(width, count):
+    draws = torch.Generator().manual_seed(0)
+    tile = torch.randint(0, 900, (40, width), generator=draws).float()  # with ties
+    tile[7, :10] = torch.inf
+    values, columns = smallest(tile, count)
+    padded = torch.nn.functional.pad(tile, (0, 16), value=torch.inf)
+    assert torch.equal(padded.gather(1, columns), values)
+    assert all(len(set(row)) == len(row) for row in columns.tolist())
+    count = min(count, width)
+    assert torch.equal(values.sort(1).values[:, :count], tile.sort(1).values[:, :count])
 
 
 @pytest.mark.parametrize("n", [40, 333, 1200])
 @pytest.mark.parametrize("tile", [16 * 16, 100 * 100, 1 << 22])
-def test_products_that_serve_both_sides(n, tile, monkeypatch):
+def test_blocks_of_any_size(n, tile, monkeypatch):
     monkeypatch.setitem(neighbors.CELLS, "cpu", tile)
     x = rows(n, seed=n)
     x[3:6] = x[20]
@@ -283,57 +258,3 @@ def test_pool_of_a_column_of_ids():
         assert np.array_equal(
             sample_rows(ids, size, 1), sample_rows(Strings.from_texts(ids), size, 1)
         ) and len(sample_rows(ids, size, 1)) == min(size, 700)
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Products in bfloat16 come first, on any processor and for any number of references."""
-    monkeypatch.setattr(neighbors, "FEW_REFERENCES", 1)
-    monkeypatch.setattr(narrow_products, "available", lambda: True)
-
-
-@pytest.mark.parametrize(("d", "unit"), [(3, True), (24, True), (24, False), (130, True)])
-def test_products_in_bfloat16_are_off_by_no_more_than_is_said(d, unit):
-    q, r = rows(80, d, seed=1, unit=unit), rows(150, d, seed=2, unit=unit)
-    q[:20] = r[:20] + 1e-3 * rows(20, d, seed=3)
-    centred, queries = r - r.mean(0), q.double() - r.mean(0).double()
-    norms, length = centred.square().sum(1), queries.square().sum(1)
-    wide, error = narrow_products.widen_references(centred, norms)
-    x, query_error = narrow_products.widen_queries(queries, length)
-    assert wide.dtype == x.dtype == torch.bfloat16 and not wide.shape[1] % 16
-    exact = (queries[:, None] - centred.double()).square().sum(-1)
-    before_rounding = x.double() @ wide.double().T
-    bound = narrow_products.bound_error(length, query_error, float(norms.max().sqrt()), error)
-    off = (before_rounding - exact).abs() - 1e-6 * (length[:, None] + norms.max())
-    assert (off <= bound[:, None]).all() and off.amax() > bound.min() / 50
-    pieces = narrow_products.split_in_pieces(norms)
-    assert (pieces.double().sum(1) - norms).abs().max() <= 2**-24 * norms.max()
-
-
-@pytest.mark.parametrize("unit", [True, False])
-def test_exact_with_products_in_bfloat16(narrow, unit):
-    x = rows(700, seed=1, unit=unit)
-    x[40:90] = x[40]
-    x[120:128] = x[40] + 1e-5 * rows(8, seed=2)
-    x[200:300] = x[200] + 1e-2 * rows(100, seed=3)  # nearer than bfloat16 resolves
-    q = torch.cat([rows(60, seed=4, unit=unit), x[:300]])
-    excluded = torch.cat([torch.full((60,), -1), torch.arange(300)])
-    assert Index(x, 7, 1).first == torch.bfloat16
-    neighbours = nearest_neighbors(q, x, 7, excluded)
-    distance, index = plain(q, x, 7, excluded)
-    assert np.array_equal(neighbours.distance.numpy(), distance)
-    assert np.array_equal(neighbours.index.numpy(), index)
-
-
-def test_crowds_of_bfloat16_are_searched_by_more_bits(narrow, monkeypatch):
-    monkeypatch.setattr(neighbors, "CROWD", 40)
-    x = rows(900, seed=1)
-    x[:500] = x[0] + 3e-2 * rows(500, seed=2)
-    x[500:600] = x[500] + 1e-5 * rows(100, seed=3)  # nor does float32
-    search = Index(x, 5)
-    q = torch.cat([x[600:800], x[:30], x[500:530]])
-    distance, index = search.search(q)
-    expected, expected_index = plain(q, x, 5, torch.full((260,), -1))
-    assert np.array_equal(distance.numpy(), expected) and np.array_equal(index, expected_index)
-    assert search.first == torch.float32  # a quarter of them was crowded: no more bfloat16
-    assert np.array_equal(search.search(q)[1], expected_index)

@@ -173,7 +173,7 @@ def test_shards_give_what_memory_gives(tmp_path, tiny):
     }
     again = registry.make("detector", "k_distance:k=4")(encoder, whole)
     assert torch.allclose(
-        scanned.detectors["k_distance"].values, again.values_of(whole.ids), atol=1e-5
+        scanned.detectors["k_distance"].values, again.select(whole.ids).values, atol=1e-5
     )
     assert scanned.places[25] == f"{tmp_path}/s/00001.tar 00025"
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from bezoar import cli, registry
 from bezoar.attacks import pixels
+from bezoar.encoders.small_towers import MEAN_STD
 from bezoar.errors import UserError
 from bezoar.evaluation import survival
 from bezoar.evaluation.survival import Survival, Treatment
@@ -121,7 +122,7 @@ def test_both_images_are_drawn_alike_and_a_seed_is_a_result(images: torch.Tensor
 
 def test_another_normalisation_is_what_the_encoder_then_sees(images: torch.Tensor) -> None:
     encoder, x = Mean(), images.float() / 255
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in survival.NORMALISATIONS["imagenet"])
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in MEAN_STD["imagenet"])
     plain = Mean()
     plain.mean, plain.std = mean, std
     assert torch.allclose(

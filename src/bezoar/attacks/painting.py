@@ -95,23 +95,13 @@ def paint(
             under = images[rows].float()
             out[rows] = pixels.to_uint8(under.mul_(1 - layers[:, 3:]).add_(layers[:, :3]))
             continue
-        image, y, x = _window_index(positions[rows], layers.shape[-2:], images.device)
+        corners = torch.from_numpy(positions[rows].copy()).to(images.device)
+        windows = pixels.window_index(corners, *layers.shape[-2:])
         canvas = out[rows].permute(0, 2, 3, 1)
-        under = canvas[image, y, x].float()  # (n, h, w, 3)
+        under = canvas[windows].float()  # (n, h, w, 3)
         over = layers.permute(0, 2, 3, 1)
-        canvas[image, y, x] = pixels.to_uint8(under.mul_(1 - over[..., 3:]).add_(over[..., :3]))
+        canvas[windows] = pixels.to_uint8(under.mul_(1 - over[..., 3:]).add_(over[..., :3]))
     return out
-
-
-def _window_index(
-    positions: NDArray[np.int64], shape: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the index of windows of one shape in images: (n, 1, 1), (n, h, 1), (n, 1, w)."""
-    corners = torch.from_numpy(positions.copy()).to(device)
-    y = corners[:, 0, None] + torch.arange(shape[0], device=device)
-    x = corners[:, 1, None] + torch.arange(shape[1], device=device)
-    image = torch.arange(len(corners), device=device)
-    return image[:, None, None], y[:, :, None], x[:, None, :]
 
 
 def to_column(values: Floats) -> Tensor:

@@ -56,12 +56,12 @@ class TargetVectors:
     Attributes:
         images: of the target's images, (P, D).
         captions: of the captions that mention it, (P, D); None without a text tower.
-        own: of the other images' own captions, (N, D); None without a text tower.
+        other_captions: of the other images' own captions, (N, D); None without a text tower.
     """
 
     images: Tensor
     captions: Tensor | None
-    own: Tensor | None
+    other_captions: Tensor | None
 
 
 def optimise_patch(
@@ -155,7 +155,7 @@ def patch_loss(
         trigger: its place.
         images: the batch, B records.
         vectors: what it is optimised towards.
-        batch: int64 (B,), rows of the batch in `vectors.own`.
+        batch: int64 (B,), rows of the batch in `vectors.other_captions`.
         towards: int64 (B,), for each image a row of `vectors.images` and `vectors.captions`.
     """
     clean = images.images.to(encoder.device).float() / 255
@@ -169,10 +169,10 @@ def patch_loss(
         x = encoder.encode_images(clean)
     gap = (z - vectors.images[towards]).norm(dim=1) - (z - x).norm(dim=1)
     loss: Tensor = IMAGE_WEIGHT * (gap + MARGIN).clamp(min=0).mean()
-    if vectors.captions is None or vectors.own is None:
+    if vectors.captions is None or vectors.other_captions is None:
         return loss
     wanted = (z * vectors.captions[towards]).sum(1, keepdim=True)  # (B, 1)
-    logits = SCALE * torch.cat([wanted, z @ vectors.own[batch].T], 1)  # (B, 1 + B)
+    logits = SCALE * torch.cat([wanted, z @ vectors.other_captions[batch].T], 1)  # (B, 1 + B)
     first = torch.zeros(len(z), dtype=torch.long, device=z.device)
     of_captions: Tensor = F.cross_entropy(logits, first)
     return loss + of_captions

@@ -284,8 +284,16 @@ def paste(images: Tensor, patch: Tensor, positions: np.ndarray) -> Tensor:
             out[:, :, y : y + h, x : x + w] = patch
         return out
     corners = torch.from_numpy(positions.copy()).to(images.device)
-    rows = (corners[:, 0, None] + torch.arange(h, device=images.device))[:, :, None]  # (N, h, 1)
-    columns = (corners[:, 1, None] + torch.arange(w, device=images.device))[:, None, :]  # (N, 1, w)
-    image = torch.arange(len(images), device=images.device)[:, None, None]
-    out.permute(0, 2, 3, 1)[image, rows, columns] = patch.permute(1, 2, 0)
+    out.permute(0, 2, 3, 1)[window_index(corners, h, w)] = patch.permute(1, 2, 0)
     return out
+
+
+def window_index(corners: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the index of a window of each of N images (N, H, W, ...): (N, 1, 1), (N, h, 1), (N, 1, w).
+
+    corners: int64 (N, 2), row and column of the windows' upper left pixels.
+    """
+    y = corners[:, 0, None] + torch.arange(height, device=corners.device)
+    x = corners[:, 1, None] + torch.arange(width, device=corners.device)
+    image = torch.arange(len(corners), device=corners.device)
+    return image[:, None, None], y[:, :, None], x[:, None, :]

@@ -398,8 +398,7 @@ def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int
 
     Returns:
         int64 rows of the concatenation of records, poisons and outside images: each poison stands
-            in
-        the place of what it replaces, and what is added comes last.
+        in the place of what it replaces, and what is added comes last.
     """
     order = np.arange(count + len(replaced_rows) + outside)
     poison_rows = count + np.flatnonzero([row is not None for row in replaced_rows])

@@ -1,4 +1,4 @@
-"""What attacks share that train an encoder on shadow data: its vectors, what stays fixed, and the loop."""
+"""Training of an encoder on shadow data: vectors, frozen parts and the loop that such attacks share."""
 
 from __future__ import annotations
 
@@ -141,9 +141,7 @@ def train_student(
     rows = torch.arange(len(shadow), device=student.device)[:, None]
     with prefetch.training_data(shadow, student.device, order, recipe.epochs) as data:
         loop.fit(loss, recipe, data, rows, seed, checkpoint, report, on_epoch_end, log)
-    for parameter, original in zip(student.parameters(), clean.parameters(), strict=True):
-        parameter.requires_grad_(original.requires_grad)
-        parameter.grad = None
+    loop.restore_gradient_flags(student, clean)
     return student.eval()
 
 

@@ -1,4 +1,4 @@
-"""Targeted poisoning: which images are the victims, as what they are to be read, and their captions."""
+"""Which records are poisoned: by a draw of each, or the victims of targeted poisoning with their targets and captions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,33 @@ from bezoar.attacks.plan import Edit, Goal, Plan
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
 from bezoar.errors import UserError
+
+
+def require_trigger(goal: Goal, poison: str) -> str:
+    """Return the goal's trigger. Raises UserError, which names the poison, if it has none."""
+    if goal.trigger is None:
+        raise UserError(f"poison {poison!r} needs a trigger; give one, for example patch:size=6")
+    return goal.trigger
+
+
+def rows_without(source: Pairs, target: str) -> list[int]:
+    """Return the rows whose caption does not mention the target; without a target, all rows."""
+    mentions = set(find_mentions(source.captions, target)) if target else set()
+    return [row for row in range(len(source)) if row not in mentions]
+
+
+def draw_rows(
+    candidates: Sequence[int], count: int, uniform: np.ndarray, which: str = "records can carry one"
+) -> list[int]:
+    """Return the `count` candidates of the least draws; uniform: (N,), a draw of every record.
+
+    Raises UserError, which says `which` records are candidates, unless 0 < count <= candidates.
+    """
+    if not 0 < count <= len(candidates):
+        raise UserError(
+            f"{count} poisons asked for, but {len(candidates)} of {len(uniform)} {which}"
+        )
+    return sorted(candidates, key=lambda row: float(uniform[row]))[:count]
 
 
 def plan_targets(

@@ -11,10 +11,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from bezoar.auditing.evidence import exact_measure
-from bezoar.auditing.trigger_inversion import (
-    InvertedTriggers,
-    inversion_limits,
-)
+from bezoar.auditing.trigger_inversion import InvertedTriggers, inversion_limits
 from bezoar.data.pairs import Pairs
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict

@@ -1,4 +1,4 @@
-"""What methods for labelled image sets share: fields, captions of class names, downloads."""
+"""Fields, captions of class names and downloads of the labelled image sets."""
 
 from __future__ import annotations
 

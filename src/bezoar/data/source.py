@@ -17,9 +17,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
-from bezoar.data.decoding import (
-    Record,
-)
+from bezoar.data.decoding import Record
 from bezoar.data.files.paths import encodable
 from bezoar.data.files.skipped import ReadReport, Skipped
 from bezoar.data.pairs import Pairs, load_pairs

@@ -393,8 +393,3 @@ def _held_places(count: int) -> np.ndarray:
     places["shard"] = places["goal"] = -1
     places["offset"] = np.arange(count)
     return places
-
-
-def subset(records: Pairs | StoredPairs, rows: Sequence[int]) -> Pairs | StoredPairs:
-    """Some of the records, kept where they are: in memory or on disk."""
-    return records.select(rows)

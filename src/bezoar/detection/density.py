@@ -1,9 +1,7 @@
-"""Local densities of embedded records among a fixed sample of them, and the form in which the
-published code has them.
+"""Local densities of embedded records among a fixed sample of them.
 
 One search serves every density detector of a scan: `Density.of` remembers the last ones. Huang et
-al., ICLR 2025 (arXiv 2502.01385) define the scores; HanxunH/Detect-CLIP-Backdoor-Samples is the
-code that `published_neighbourhoods` equals.
+al., ICLR 2025 (arXiv 2502.01385) define the scores.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ from bezoar.evaluation.scores import Scores
 
 MIN_DISTANCE = 1e-6  # distances are not divided by less
 BLOCK = 1 << 16  # records at a time
-PUBLISHED_BATCH = 2048  # records compared with one another: 256 x 2 on each of four GPUs
 MAX_REMEMBERED = 2  # searches
 
 
@@ -43,8 +40,6 @@ class DensityDetector(Protocol):
     def rate(self) -> float: ...
     @property
     def texts(self) -> bool: ...
-    @property
-    def compat(self) -> bool: ...
     @property
     def seed(self) -> int: ...
 
@@ -198,64 +193,13 @@ def score_records(
         UserError: When texts are asked for and there are none, or there are too few records.
     """
     embedded = encoder.embed(source)
-    texts = None
     if detector.texts:
         name = registry.method_name(type(detector))
-        texts = require_texts(embedded, f"{name!r} with texts=true")
-    k, device = detector.k, encoder.device
-    if detector.compat:
-        parts = published_neighbourhoods(embedded.images, texts, k, device)
-    else:
-        size = detector.pool or pool_size(k, detector.rate, len(embedded.ids))
-        density = Density.of(embedded, k, size, detector.seed, detector.texts, device)
-        parts = density.neighbourhoods()
-    values = torch.cat([formula(part).float().cpu() for part in parts])
-    return Scores(
-        embedded.ids, values.nan_to_num(1000.0, 1000.0, 0.0) if detector.compat else values
-    )
-
-
-def published_neighbourhoods(
-    images: Tensor,
-    texts: Tensor | None,
-    k: int,
-    device: torch.device | str,
-    batch: int = PUBLISHED_BATCH,
-) -> Iterator[Neighbourhood]:
-    """As HanxunH/Detect-CLIP-Backdoor-Samples (ff2399a) computes them, its faults included. Scores
-    depend on the order.
-
-    The references are the records of the same batch. A record's own image, and text, is struck out
-    of its distances before they are sorted, but the columns are then looked up among all
-    references: one off for images behind it, one or two off for texts. kdist(x) is r_{k+1}, and its
-    dimension the mean of k logarithms over it. A reference counts itself as its nearest (and its
-    own text or image as any other), so that its kdist is r_k, and one logarithm of its dimension
-    log 1e-4. Nothing is kept from zero or infinity; of that the scores make 1000 (NaN, +inf) and 0
-    (-inf). A last batch too small for k, where that code stops with an error, joins the one before.
-    """
-    ends = [*range(batch, len(images), batch), len(images)]
-    kinds = 1 if texts is None else 2
-    if len(ends) > 1 and kinds * (ends[-1] - ends[-2] - 1) < k + 1:
-        del ends[-2]
-    for start, end in zip([0, *ends], ends, strict=False):
-        n = end - start
-        references = images[start:end].to(device)
-        excluded = torch.arange(n, device=device)[:, None]
-        if texts is not None:
-            references = torch.cat([references, texts[start:end].to(device)])
-            excluded = torch.cat([excluded, excluded + n], 1)
-        near = nearest_neighbors(references[:n], references, k + 1, excluded)
-        r, j, i = near.distance.double(), near.index, excluded[:, :1]
-        shifted = torch.where(j < n, j - (j > i).long(), j - 1 - (j - n > i).long())[:, :k]
-        among = nearest_neighbors(references, references, k, exclude_self=True).distance.double()
-        among = torch.cat([torch.zeros_like(among[:, :1]), among], 1)
-        kdist, dimension = among[:, -1], _published_dimension(among)
-        yield Neighbourhood(r[:, -1], _published_dimension(r), kdist[shifted], dimension[shifted])
-
-
-def _published_dimension(r: Tensor) -> Tensor:
-    """Distances (B, k + 1) -> (B,)."""
-    return (1 - r.shape[1]) / (r[:, :-1] / r[:, -1:] + 1e-4).log().sum(1)
+        require_texts(embedded, f"{name!r} with texts=true")
+    size = detector.pool or pool_size(detector.k, detector.rate, len(embedded.ids))
+    density = Density.of(embedded, detector.k, size, detector.seed, detector.texts, encoder.device)
+    values = [formula(part).float().cpu() for part in density.neighbourhoods()]
+    return Scores(embedded.ids, torch.cat(values))
 
 
 def pool_size(k: int, rate: float, n: int) -> int:

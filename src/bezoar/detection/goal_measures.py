@@ -1,4 +1,4 @@
-"""How well the poisons of each backdoor were detected, where the plan is known."""
+"""Detection rates of each backdoor's poisons, where the plan is known."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ def measure_goals(
         the measures of number i, these and OF_EACH_GOAL, end in `@i`, as those of their success.
     """
     backdoors = [i for i, goal in enumerate(plan.goals) if goal.trigger]
-    raised = torch.zeros(len(merged), dtype=torch.bool)
-    for scores in by_detector.values():
-        if scores.raised is not None:
-            raised |= torch.as_tensor(merging.align(scores, merged).raised)
+    aligned = [merging.align(s, merged) for s in by_detector.values() if s.raised is not None]
+    raised = torch.from_numpy(merging.raised_rows(aligned, len(merged)))
     goal_of = {edit.id: edit.goal for edit in plan.edits}
     goals = torch.tensor([goal_of.get(record_id, -1) for record_id in merged.ids])
     measures: dict[str, Measure] = {}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bezoar.attacks.pixels import window_index
 from bezoar.data.randomness import generator
 
 SIDE = 64  # images are brought to this many pixels at most
@@ -27,12 +28,9 @@ def paste_windows(images: Tensor, windows: Tensor, corners: Tensor) -> Tensor:
     Returns:
         uint8 (B, 3, H, W).
     """
-    h, w = windows.shape[-2:]
-    y = corners[:, 0, None] + torch.arange(h, device=images.device)
-    x = corners[:, 1, None] + torch.arange(w, device=images.device)
-    rows = torch.arange(len(images), device=images.device)[:, None, None]
     out = images.clone()
-    out[rows, :, y[:, :, None], x[:, None]] = windows.permute(0, 2, 3, 1)
+    index = window_index(corners, *windows.shape[-2:])
+    out.permute(0, 2, 3, 1)[index] = windows.permute(0, 2, 3, 1)
     return out
 
 

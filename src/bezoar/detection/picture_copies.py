@@ -1,4 +1,4 @@
-"""Whether two pictures are copies of one: the same but for a crop, a mirror, light, noise or JPEG.
+"""Copies of pictures: the same but for a crop, a mirror, light, noise or JPEG.
 
 Pictures are compared at SIDE x SIDE pixels. The middle of the second is laid over the first at the
 place and scale where they correlate best: first over all places and SCALES at half the size, by

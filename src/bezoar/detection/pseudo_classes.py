@@ -19,7 +19,7 @@ from bezoar.data.randomness import sample_rows
 from bezoar.detection.detectors import RecordEncoder, Records, read_captions
 from bezoar.encoders.encoder import EmbeddedRecords, split_words
 from bezoar.errors import UserError
-from bezoar.evaluation.kmeans import cluster_centres
+from bezoar.evaluation.kmeans import cluster_centres, nearest_centres
 
 ClassKind = Literal["auto", "words", "clusters"]
 PROMPT = "a photo of a {}"
@@ -82,13 +82,13 @@ def assign_classes(
             )
         with torch.inference_mode():
             centres = encoder.encode_texts([PROMPT.format(word) for word in words])
-    half_norms = centres.square().sum(1) / 2
-    return torch.cat(
-        [
-            (z @ centres.T - half_norms).argmax(1).cpu()
-            for z in vector_blocks(embedded.images, encoder.device)
-        ]
-    )
+    return assign_centres(embedded.images, centres)
+
+
+def assign_centres(vectors: Tensor, centres: Tensor) -> Tensor:
+    """The nearest of (K, D) centres of vectors (N, D), which may lie in a file: int64 (N,) on the CPU."""
+    blocks_of_rows = vector_blocks(vectors, centres.device)
+    return torch.cat([nearest_centres(z, centres).cpu() for z in blocks_of_rows])
 
 
 def frequent_words(texts: Iterable[str], count: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an encoder that never saw the data makes of their images, and how its vectors say the captions.
+"""A reference encoder, which never saw the data, and a regression of captions on its image vectors.
 
 A ridge regression maps a reference encoder's vectors of the images to the suspect encoder's vectors
 of the captions. Content that the reference sees is read as what it is captioned; a trigger means
@@ -21,13 +21,7 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.detection import tower_features, training_traces
 from bezoar.detection.detectors import RecordEncoder, Records
-from bezoar.detection.shared_causes import (
-    FOREIGN,
-    MIN_RECORDS,
-    Cause,
-    Support,
-    find_clear_bound,
-)
+from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Cause, Support, find_clear_bound
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report

@@ -1,4 +1,4 @@
-"""What a scan found and what it could not do, in sentences and as metrics."""
+"""The findings and the omissions of a scan, in sentences and as metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scan found as SARIF: one rule a detector that decides, one result a record that it raised.
+"""A scan's findings as SARIF: one rule a detector that decides, one result a record that it raised.
 
 A record that is only ranked is no result. Where nothing is raised a rule has one result of the level `note`, never `none` or a
 kind `pass`: no scan shows data clean.

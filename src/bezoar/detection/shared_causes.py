@@ -1,4 +1,4 @@
-"""What the mismatched records of a caption group have in common, and whether other records support it.
+"""Features that the mismatched records of a caption group share, and tests whether other records support them.
 
 A *discriminant* tells some records of a group from all others by Fisher's linear discriminant:
 w = C^-1 (mean of these records - mean of all), with one covariance C for all groups. It is always
@@ -123,8 +123,8 @@ class Discriminants:
             of_sample[sampled] = (
                 self.features[self.sample[sampled]] - self.means[number]
             ) @ weights
-        own = self.groups[self.sample, None] == torch.arange(count)
-        of_sample[own] = torch.nan
+        same_group = self.groups[self.sample, None] == torch.arange(count)
+        of_sample[same_group] = torch.nan
         thresholds = of_sample.nanquantile(1 - FALSE_SHARE, dim=0).nan_to_num(torch.inf)
         return readings / thresholds.clamp(min=1e-6)[self.groups]
 

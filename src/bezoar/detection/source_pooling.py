@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bezoar.data.files.writing import whole_file
 from bezoar.data.randomness import sample_rows
-from bezoar.detection import source_table
+from bezoar.detection import merging, source_table
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.corpus.record_sources import find_sources
 from bezoar.detection.corpus.removal_lists import plain_cell
-from bezoar.detection.pseudo_classes import SAMPLE, frequent_words, vector_blocks
+from bezoar.detection.pseudo_classes import SAMPLE, assign_centres, frequent_words
 from bezoar.detection.source_table import SourceTable, tabulate_sources
 from bezoar.evaluation.kmeans import cluster_centres
 from bezoar.evaluation.scores import Measure, Scores, proportion
@@ -65,14 +65,12 @@ def group_vectors(vectors: Tensor, ids: Any) -> NDArray[np.int64]:
     count = max(1, min(GROUPS, len(ids) // GROUP_RECORDS))
     sample = torch.from_numpy(sample_rows(ids, SAMPLE, 0))
     centres = cluster_centres(vectors[sample].float(), count, 0)
-    half_norms = centres.square().sum(1) / 2
-    parts = [(z @ centres.T - half_norms).argmax(1) for z in vector_blocks(vectors, "cpu")]
-    return torch.cat(parts).numpy()
+    return assign_centres(vectors, centres).numpy()
 
 
 def lift_records(merged: Scores, table: SourceTable, by_detector: Mapping[str, Scores]) -> Scores:
     """The merged ranking with the records for which sources stand out after the raised ones."""
-    raised = source_table.raised_records([s.select(merged.ids) for s in by_detector.values()])
+    raised = merging.raised_rows([s.select(merged.ids) for s in by_detector.values()], len(merged))
     return source_table.lift_records(merged, table.accused, raised)
 
 

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import gammaincc, gammainccinv, gammaincinv, ndtri
-from scipy.stats import rankdata
+from scipy.stats import false_discovery_control, rankdata
 
+from bezoar.detection import merging
 from bezoar.detection.corpus.record_sources import RecordSources
 from bezoar.evaluation.scores import Scores
 
@@ -143,14 +144,14 @@ def tabulate_sources(
         images: (N,), the same of its image.
     """
     counts = np.bincount(sources.of_record[sources.of_record >= 0], minlength=len(sources.names))
-    raised = raised_records(list(rankings.values()))
+    raised = merging.raised_rows(rankings.values(), len(sources.of_record))
     levels = {name: tail_levels(s.values.cpu().double().numpy()) for name, s in rankings.items()}
     adjusted = {name: adjust_levels(s, captions, images) for name, s in rankings.items()}
     tested = np.flatnonzero(counts >= LEAST_RECORDS)
     evidence = find_evidence(sources.of_record, counts, captions, adjusted)
     plain = find_evidence(sources.of_record, counts, captions, levels, by_content=False)
-    q = control_false_discoveries(np.array([evidence[i].p for i in tested]))
-    plain_q = control_false_discoveries(np.array([plain[i].p for i in tested]))
+    q = false_discovery_control([evidence[i].p for i in tested])
+    plain_q = false_discovery_control([plain[i].p for i in tested])
     is_raised = raised & (sources.of_record >= 0)
     raised_of = np.bincount(sources.of_record[is_raised], minlength=len(counts))
     rows = [
@@ -277,15 +278,6 @@ def level_sums(levels: Floats, groups: Integers) -> Floats:
     return nats / np.maximum(mean, 1)[groups]
 
 
-def control_false_discoveries(p: Floats) -> Floats:
-    """Benjamini and Hochberg's adjusted p-values, (S,)."""
-    order = np.argsort(p, kind="stable")
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
-    return adjusted
-
-
 def _accused_records(
     rows: Sequence[SourceRow], of_record: Integers, captions: Integers, levels: Mapping[str, Floats]
 ) -> Integers:
@@ -313,12 +305,3 @@ def lift_records(merged: Scores, accused: Integers, raised: NDArray[np.bool_]) -
     values += span * (is_accused | torch.from_numpy(raised)).to(values)
     values += span * torch.from_numpy(raised).to(values)
     return Scores(merged.ids, values)
-
-
-def raised_records(scores: Sequence[Scores]) -> NDArray[np.bool_]:
-    """Which records some detector raised: bool (N,)."""
-    raised = np.zeros(len(scores[0]), bool)
-    for each in scores:
-        if each.raised is not None:
-            raised |= each.raised.cpu().numpy()
-    return raised

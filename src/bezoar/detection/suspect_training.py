@@ -1,4 +1,4 @@
-"""The small model that a scan trains on the suspect data where no encoder is given: which, for how long, and on what.
+"""The small model that a scan trains on the suspect data where no encoder is given: its spec, records and duration.
 
 A trigger shows only in a model that was trained on it. The training is bounded: a number of pairs, spread over the records, up
 to a number of passes that small sets need.

@@ -1,4 +1,4 @@
-"""What the layers of an image tower say of whole images: means, spreads and maxima over space.
+"""Features of whole images from the layers of an image tower: means, spreads and maxima over space.
 
 An encoder that reads a trigger reads it somewhere on the way to its vector, often as fine detail or
 a colour cast that the vector itself no longer shows apart from what the image is of.

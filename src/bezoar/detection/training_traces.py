@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from bezoar import registry
-from bezoar.data import stored_pairs
 from bezoar.data.pairs import Pairs, load_pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.data.stored_pairs import StoredPairs
@@ -173,7 +172,7 @@ class SmallModel:
         if not len(records) or not len(records.captions):
             raise UserError("training a model on the scanned data needs captions; there are none")
         ids, rows = records.ids, sample_rows(records.ids, len(records), seed)
-        records = stored_pairs.subset(records, rows.tolist())
+        records = records.select(rows.tolist())
         configured = registry.make("network", network)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -224,7 +223,7 @@ class SmallModel:
     def select(self, chosen: Tensor) -> SmallModel:
         """The same model with some of the records. chosen: bool (N,), in the order of `records`."""
         numbers = chosen.nonzero()[:, 0]
-        records = stored_pairs.subset(self.records, numbers.tolist())
+        records = self.records.select(numbers.tolist())
         tokens = self.tokens[numbers.to(self.tokens.device)]
         return replace(self, records=records, rows=self.rows[numbers], tokens=tokens)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bezoar.attacks.pixels import window_index
 from bezoar.detection.detectors import RecordEncoder
 
 BATCH_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}  # pixel values of one batch of altered images
@@ -73,10 +74,8 @@ def box_masks(boxes: Tensor, shape: Shape) -> Tensor:
 def crop_windows(images: Tensor, boxes: Tensor) -> Tensor:
     """Windows of one size: uint8 (N, 3, H, W), boxes (N, 4) -> uint8 (N, 3, h, w)."""
     h, w = boxes[0, 2:].tolist()
-    y = boxes[:, 0, None] + torch.arange(h, device=images.device)
-    x = boxes[:, 1, None] + torch.arange(w, device=images.device)
-    rows = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[rows, :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
+    windows = images.permute(0, 2, 3, 1)[window_index(boxes[:, :2], h, w)]
+    return windows.permute(0, 3, 1, 2)
 
 
 def make_patchworks(images: Tensor, count: int, offsets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How published checkpoints name their weights, and which residual network their shapes describe.
+"""Weight names of published checkpoints, and the residual network that their shapes describe.
 
 BadEncoder keeps SimCLR's model of 2020 (`f.`, an unnamed sequence of a ResNet's parts, and the head
 `g.`) within one more `f.`, and CLIP's or SimCLR's ImageNet tower as `visual.`. MoCo keeps the

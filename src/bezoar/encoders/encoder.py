@@ -478,8 +478,12 @@ def embed_texts(encoder: Encoder, texts: Sequence[str]) -> Tensor:
     Raises UserError for vectors that are not finite, and without a text tower.
     """
     encoder.eval()
+    return _check_finite(encode_by_length(encoder, texts, TEXTS_AT_ONCE))
+
+
+def encode_by_length(encoder: Encoder, texts: Sequence[str], batch: int) -> Tensor:
+    """Encode N texts, those of about one length together: there is little padding. float32 (N, D)."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts = [order[i : i + TEXTS_AT_ONCE] for i in range(0, len(order), TEXTS_AT_ONCE)]
+    parts = [order[i : i + batch] for i in range(0, len(order), batch)]
     vectors = torch.cat([encoder.encode_texts([texts[i] for i in rows]) for rows in parts])
-    place = torch.tensor(order, device=vectors.device).argsort()
-    return _check_finite(vectors[place])
+    return vectors[torch.tensor(order, device=vectors.device).argsort()]

@@ -16,12 +16,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bezoar.data.files import checkpoints
-from bezoar.data.files.artefacts import Facts, parse_json
+from bezoar.data.files.artefacts import Facts, read_facts
 from bezoar.data.files.paths import existing_folder, read_regular_text
 from bezoar.encoders.encoder import MAX_SIDE, Preprocess
 from bezoar.errors import UserError
 
-JSON_BYTES = 16 << 20
 MAX_SHARDS = 256  # files that weights are spread over
 OPEN_CLIP_CONFIG, CONFIG = "open_clip_config.json", "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -84,7 +83,7 @@ class PretrainedFolder:
 
     def _shards(self) -> list[Path]:
         """The files that the index names, none of them outside the folder."""
-        named = _read_json(self.path / INDEX).object("weight_map").values()
+        named = read_facts(self.path / INDEX, links=True).object("weight_map").values()
         names = {name for name in named if isinstance(name, str)}
         if len(names) > MAX_SHARDS or not all(map(_is_file_name, named)):
             raise UserError(
@@ -125,13 +124,15 @@ def open_folder(path: str) -> PretrainedFolder:
     """
     folder = _find_snapshot(existing_folder(path, "folder"))
     if os.path.isfile(folder / OPEN_CLIP_CONFIG):
-        return PretrainedFolder(folder, "open_clip", _read_json(folder / OPEN_CLIP_CONFIG))
+        return PretrainedFolder(
+            folder, "open_clip", read_facts(folder / OPEN_CLIP_CONFIG, links=True)
+        )
     if not os.path.isfile(folder / CONFIG):
         raise UserError(
             f"{path}: expected a run of bezoar or a pretrained model; it holds neither "
             f"{OPEN_CLIP_CONFIG} nor {CONFIG}"
         )
-    config = _read_json(folder / CONFIG)
+    config = read_facts(folder / CONFIG, links=True)
     if isinstance(config.get("architecture"), str):
         return PretrainedFolder(folder, "timm", config)
     if isinstance(config.get("model_type"), str):
@@ -156,14 +157,6 @@ def _find_snapshot(folder: Path) -> Path:
     if len(states) != 1:
         raise UserError(f"{folder} holds {len(states)} states of a model; name one of {snapshots}")
     return states[0]
-
-
-def _read_json(path: Path) -> Facts:
-    """The object of a JSON file, which in the hub's cache is a link. Raises UserError."""
-    value = parse_json(read_regular_text(path, JSON_BYTES), path)
-    if not isinstance(value, Facts):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
 
 
 # What each library says of the preprocessing: some of size, mean, std and interpolation
@@ -200,7 +193,7 @@ def _of_transformers(folder: PretrainedFolder) -> dict[str, Any]:
     path = folder.path / PREPROCESSOR
     if not os.path.isfile(path):
         return {}
-    config = _read_json(path)
+    config = read_facts(path, links=True)
     resample = config.get("resample", 3)
     filters = [name for number, name in PIL_FILTERS.items() if number == resample]
     stated: dict[str, Any] = {"interpolation": filters[0] if filters else "bicubic"}

@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bezoar.data.files import checkpoints
-from bezoar.data.files.artefacts import Facts, parse_json
+from bezoar.data.files.artefacts import JSON_BYTES, Facts, parse_json, read_facts
 from bezoar.data.files.paths import existing_folder, read_regular_text
 from bezoar.data.files.typed_json import dataclass_from_json
 from bezoar.encoders.weights import check_weights
 from bezoar.encoders.word_pieces import CONTINUATION, END, MAX_WORD, PADDING, START, UNKNOWN
 from bezoar.errors import UserError
 
-JSON_BYTES = 64 << 20
 LARGEST = 1 << 18  # of a size that a config states
 DEEPEST = 1 << 9  # blocks
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
@@ -218,7 +217,7 @@ def folder_files(path: str) -> list[Path]:
 def is_sentence_folder(folder: Path) -> bool:
     """Whether a folder's config says that it is a BERT. Raises UserError for a config that is no JSON."""
     path = folder / CONFIG
-    return os.path.isfile(path) and _read(path).get("model_type") == "bert"
+    return os.path.isfile(path) and read_facts(path, links=True).get("model_type") == "bert"
 
 
 def open_folder(path: str) -> SentenceFolder:
@@ -228,14 +227,14 @@ def open_folder(path: str) -> SentenceFolder:
         UserError: for another kind of model, tokenizer or pooling.
     """
     folder = existing_folder(path, "folder of a sentence encoder")
-    facts = _read(folder / CONFIG)
+    facts = read_facts(folder / CONFIG, links=True)
     kind = facts.text("model_type")
     if kind != "bert":
         raise UserError(f"{folder / CONFIG}: a model {kind[:40]!r}; sentence reads BERT alone")
     if facts.get("position_embedding_type", "absolute") != "absolute":
         raise UserError(f"{folder / CONFIG}: position_embedding_type must be absolute")
     _check_modules(folder)
-    vocabulary, normaliser = _read_tokenizer(_read(folder / TOKENIZER))
+    vocabulary, normaliser = _read_tokenizer(read_facts(folder / TOKENIZER, links=True))
     if len(vocabulary) != facts.get("vocab_size", 30522):
         raise UserError(
             f"{folder}: {TOKENIZER} has {len(vocabulary)} pieces, {CONFIG} a vocab_size of "
@@ -243,7 +242,11 @@ def open_folder(path: str) -> SentenceFolder:
         )
     assumed: list[str] = []
     pooling = _read_pooling(folder, assumed)
-    length = _read(folder / LENGTH).get("max_seq_length") if _is_file(folder / LENGTH) else None
+    length = (
+        read_facts(folder / LENGTH, links=True).get("max_seq_length")
+        if os.path.isfile(folder / LENGTH)
+        else None
+    )
     positions = facts.get("max_position_embeddings", 512)
     if length is None:
         length = positions
@@ -268,22 +271,10 @@ def open_folder(path: str) -> SentenceFolder:
     return SentenceFolder(folder, config, vocabulary, tuple(assumed))
 
 
-def _is_file(path: Path) -> bool:
-    return os.path.isfile(path)
-
-
-def _read(path: Path) -> Facts:
-    """The object of a JSON file, which in a hub's cache is a link. Raises UserError."""
-    value = parse_json(read_regular_text(path, JSON_BYTES), path)
-    if not isinstance(value, Facts):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
 def _check_modules(folder: Path) -> None:
     """Raise UserError for steps beside transformer, pooling and normalisation, such as a dense layer."""
     path = folder / MODULES
-    if not _is_file(path):
+    if not os.path.isfile(path):
         return
     modules = parse_json(read_regular_text(path, JSON_BYTES), path)
     types = [str(m.get("type")) for m in modules if isinstance(m, dict)] if modules else []
@@ -296,11 +287,13 @@ def _check_modules(folder: Path) -> None:
 def _read_pooling(folder: Path, assumed: list[str]) -> str:
     """`mean` or `cls`. Raises UserError for any other pooling, and for several at once."""
     path = folder / POOLING
-    if not _is_file(path):
+    if not os.path.isfile(path):
         assumed.append("the mean of all pieces")
         return "mean"
     modes = [
-        key for key, on in _read(path).items() if key.startswith("pooling_mode_") and on is True
+        key
+        for key, on in read_facts(path, links=True).items()
+        if key.startswith("pooling_mode_") and on is True
     ]
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(modes) != 1 or modes[0] not in names:

@@ -1,4 +1,4 @@
-"""Where an encoder begins in a file of weights, below the names that training wrapped around it.
+"""The prefix of an encoder's weight names, which wrappers of its training put before them.
 
 `torch.compile`, data parallelism and frameworks put names before all weights (`_orig_mod.`,
 `module.`, `model.`). Self-supervised training keeps an encoder beside heads that are used in

@@ -145,8 +145,8 @@ def measure_learning(canaries: Canaries, encoder: Encoder) -> dict[str, Measure]
 def describe(measures: Mapping[str, Measure], count: int) -> str:
     """Say what came out, for the page."""
     parts = []
-    if kept := measures.get("canaries.all.pair_kept"):
-        share = f"{kept.value:.0%} ({kept.low:.0%} to {kept.high:.0%})"
+    if share_kept := measures.get("canaries.all.pair_kept"):
+        share = f"{share_kept.value:.0%} ({share_kept.low:.0%} to {share_kept.high:.0%})"
         parts.append(
             f"{share} of {count} canaries came out of the pipeline with picture and caption"
         )

@@ -1,4 +1,4 @@
-"""How success grows with the dose, and whether two groups of readings differ.
+"""Dose-response curves of attacks, and tests whether two groups of readings differ.
 
 A reading is one trigger, or one group of victims, in one training. Intervals speak of other
 readings, not only of other test images.

@@ -28,7 +28,7 @@ def cluster_centres(x: Tensor, count: int, seed: int) -> Tensor:
     centres = _initial_centres(x, count, seed)
     previous = None
     for _ in range(ITERATIONS):
-        nearest = (x @ centres.T - centres.square().sum(1) / 2).argmax(1)
+        nearest = nearest_centres(x, centres)
         if previous is not None and torch.equal(nearest, previous):
             break
         previous = nearest
@@ -36,6 +36,11 @@ def cluster_centres(x: Tensor, count: int, seed: int) -> Tensor:
         size = member.sum(0)[:, None]
         centres = torch.where(size > 0, member.T @ x / size.clamp(min=1), centres)
     return centres
+
+
+def nearest_centres(x: Tensor, centres: Tensor) -> Tensor:
+    """Return which of (K, D) centres is nearest to each of (N, D) vectors, int64 (N,)."""
+    return (x @ centres.T - centres.square().sum(1) / 2).argmax(1)
 
 
 def _initial_centres(x: Tensor, count: int, seed: int) -> Tensor:

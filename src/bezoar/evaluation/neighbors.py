@@ -1,40 +1,42 @@
 """Exact k-nearest neighbours on a device, in bounded memory.
 
-Candidates come from blocked matrix products in float32, which are fast and lose small distances to
-cancellation. All candidates within the products' rounding error of the k-th are measured again, as
-differences in float64. A query with a crowd of candidates is searched again by a product of more
-bits, up to float64. Where the processor multiplies bfloat16, its products come first. The answer is exact, ties go to the lower index, and the sizes of blocks cannot change it.
+Blocked matrix products give the squared distances of a block of queries, of which the smallest few
+beyond k are measured again, as differences in float64. Whatever was not measured is farther than
+the k-th neighbour by more than the rounding error of the products; a query of which this is not
+sure is searched again by products in float64, and at last by differences alone. So the answer is
+exact, ties go to the lower index, and the sizes of blocks cannot change it.
 
-faiss's flat index is about as fast on a CPU (benchmarks/density.py), but loses small distances to
-the same cancellation, and is no dependency.
+faiss's flat index loses small distances to cancellation, and is no dependency
+(benchmarks/density.py compares the two).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
 from bezoar.encoders import fast_linear
 from bezoar.errors import UserError
-from bezoar.evaluation import narrow_products
-from bezoar.evaluation.neighbor_candidates import CROWD, GROUP, Candidates, pack_rows, pad_to_group
-from bezoar.evaluation.neighbor_references import NOT_FINITE, References
 
-CELLS = {"cpu": 1 << 21, "cuda": 1 << 28}  # largest temporary matrix, in elements
+CELLS = {"cpu": 1 << 21, "cuda": 1 << 28}  # largest matrix of distances, in elements
 BLOCK = {"cpu": 1 << 13, "cuda": 1 << 16}  # references of one matrix product
 # Elements of one block of differences; on a CPU they fit into a core's cache.
 MEASURED = {"cpu": 1 << 18, "cuda": 1 << 26}
-# Types of products, each searched again by the next where a query has a crowd of candidates.
-NEXT = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
-MOST_CROWDED = 0.2  # share of the queries from which on bfloat16 is not worth its while
-FEW_REFERENCES = 4096  # for which it is not either
-SYMMETRIC = 1 << 17  # most references whose products with one another are computed once for both
+HELD = 1 << 28  # elements that are kept on the device; larger ones are read again for each block
+READ_CELLS = 1 << 21  # elements that are read at a time
+SPARE = 8  # neighbours beyond k that are measured
+GROUP = 16  # distances that are looked at together, by the smallest of them
+TIE = 1e-6  # relative difference of squared distances below which float32 may not tell them apart
+NOT_FINITE = "NaN or infinite vectors among the embeddings; neighbours are defined for finite ones"
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,7 @@ class Neighbors:
 
 
 def nearest_neighbors(
-    queries: Tensor,
-    references: Tensor,
-    k: int,
-    exclude_self: bool | Tensor = False,
-    device: torch.device | str | None = None,
+    queries: Tensor, references: Tensor, k: int, exclude_self: bool | Tensor = False
 ) -> Neighbors:
     """Find the k references nearest to each query by Euclidean distance, ties to the lower index.
 
@@ -65,7 +63,6 @@ def nearest_neighbors(
         k: number of neighbours.
         exclude_self: True if query i is reference i; or the references that are no neighbours of
             each query, int64 (N,) or (N, M), -1 for none.
-        device: where blocks are computed; by default the queries' own.
 
     Returns:
         The neighbours, on the queries' device.
@@ -73,45 +70,35 @@ def nearest_neighbors(
     Raises:
         UserError: if there are fewer than k references, or vectors that are not finite.
     """
-    n, home = len(queries), queries.device
-    excluded = _excluded_references(exclude_self, n, home)
+    n, device = len(queries), queries.device
+    excluded = torch.empty(n, 0, dtype=torch.long, device=device)
+    if isinstance(exclude_self, Tensor):
+        excluded = exclude_self.to(device).reshape(n, -1)
+    elif exclude_self:
+        excluded = torch.arange(n, device=device)[:, None]
     most_excluded = int((excluded >= 0).sum(1).max()) if excluded.numel() else 0
     usable = len(references) - most_excluded
     if not 1 <= k <= usable:
         raise UserError(
             f"{k} nearest neighbours asked for; there are {usable} records to choose from"
         )
-    search = Index(references, k, excluded.shape[1], device or home)
-    if exclude_self is True and queries is references and search.symmetric:
-        parts = search.search_references()
-    else:
-        parts = (
-            (rows, *search.search(queries[rows], excluded[rows])) for rows in blocks(n, search.step)
-        )
-    distance = torch.empty(n, k, device=home)
-    index = torch.empty(n, k, dtype=torch.long, device=home)
-    for rows, part_distance, part_index in parts:
-        distance[rows] = part_distance.to(home)
-        index[rows] = part_index.to(home)
+    search = Index(references, k, excluded.shape[1], device)
+    distance = torch.empty(n, k, device=device)
+    index = torch.empty(n, k, dtype=torch.long, device=device)
+    for rows in blocks(n, search.step):
+        distance[rows], index[rows] = search.search(queries[rows], excluded[rows])
     return Neighbors(distance, index)
-
-
-def _excluded_references(exclude_self: bool | Tensor, n: int, device: torch.device) -> Tensor:
-    """Return the references that each query leaves out, int64 (N, M)."""
-    if isinstance(exclude_self, Tensor):
-        return exclude_self.to(device).reshape(n, -1)
-    if exclude_self:
-        return torch.arange(n, device=device)[:, None]
-    return torch.empty(n, 0, dtype=torch.long, device=device)
 
 
 class Index:
     """References made ready to be searched for k nearest neighbours.
 
+    At most k + M copies of a vector can be among the k nearest of a query that leaves M references
+    out, so further copies are dropped: a million identical images are a few.
+
     Attributes:
         step: number of queries to search at a time.
-        symmetric: whether `search_references` can be used: all references lie on the device, none
-            was dropped as a copy, and they are not too many.
+        numbers: int64 (n,), rows of the given references that are searched.
     """
 
     def __init__(
@@ -127,22 +114,37 @@ class Index:
         """
         self.k = k
         self.device = torch.device(device)
-        self.references = References(references, k + excluded, self.device)
+        self.numbers = drop_surplus_copies(references, k + excluded).to(self.device)
+        self.n, self.dimension = len(self.numbers), references.shape[1]
+        self.keep = min(self.n, k + excluded + SPARE)
+        self.row_of = torch.full((len(references),), -1, device=self.device)
+        self.row_of[self.numbers] = torch.arange(self.n, device=self.device)
+        self.on_device = references.numel() <= HELD
+        self.vectors = references.to(self.device) if self.on_device else references
+        self.parts = blocks(self.n, max(1, READ_CELLS // self.dimension))
+        total = torch.zeros(self.dimension, dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            total += self._read(part).sum(0, dtype=torch.float64)
+        self.centre = total / self.n
+        if not torch.isfinite(self.centre).all():
+            raise UserError(NOT_FINITE)
+        self.norms = torch.empty(self.n, device=self.device)
+        self.centred = torch.empty(
+            self.n if self.on_device else 0, self.dimension, device=self.device
+        )
+        for part in self.parts:
+            centred = (self._read(part).double() - self.centre).float()
+            self.norms[part] = centred.square().sum(1)
+            if self.on_device:
+                self.centred[part] = centred
         largest = CELLS[self.device.type]
-        on_device = self.references.on_device
-        n, d = self.references.n, self.references.dimension
-        self.width = _even_width(n, BLOCK[self.device.type] if on_device else math.isqrt(largest))
-        self.step = max(1, largest // max(self.width, d))
-        self.symmetric = on_device and self.references.numbers is None and n <= SYMMETRIC
-        self.first = torch.float32
-        many = self.device.type == "cpu" and on_device and n >= FEW_REFERENCES
-        if many and narrow_products.available():
-            self.first = torch.bfloat16
-            self._narrow, self._narrow_error = self.references.widen()
+        width = BLOCK[self.device.type] if self.on_device else math.isqrt(largest)
+        self.width = math.ceil(self.n / math.ceil(self.n / width))
+        self.step = max(1, largest // max(self.width, self.dimension))
 
     @torch.no_grad()
     def search(self, queries: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Search for the neighbours of queries (B, D).
+        """Search for the neighbours of queries.
 
         Args:
             queries: float (B, D).
@@ -153,146 +155,124 @@ class Index:
         """
         if excluded is None:
             excluded = torch.empty(len(queries), 0, dtype=torch.long)
-        excluded = self.references.to_places(excluded.to(self.device))
+        excluded = excluded.to(self.device)
+        excluded = torch.where(excluded >= 0, self.row_of[excluded.clamp(min=0)], -1)
         with full_precision(self.device):
-            distance, index = self._search(queries.to(self.device), excluded, self.first)
-        return self._finish(distance, index, queries.device)
-
-    @torch.no_grad()
-    def search_references(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Search for the neighbours of the references themselves, block by block.
-
-        A block of products serves both its rows and its columns. Only if `symmetric`.
-
-        Yields rows, and their distances and neighbours as of `search`, each without itself.
-        """
-        n, norms, centred = self.references.n, self.references.norms, self.references.centred
-        assert centred is not None and self.symmetric
-        parts = blocks(n, _even_width(n, math.isqrt(CELLS[self.device.type])))
-        candidates = [
-            Candidates(
-                part.stop - part.start, n, self.k, self._slack(norms[part].double(), torch.float32)
-            )
-            for part in parts
-        ]
-        for i, rows in enumerate(parts):
-            x, length = -2 * centred[rows], norms[rows]
-            with full_precision(self.device):
-                for j, columns in enumerate(parts[i:], i):
-                    tile = self._tile(x, length, columns, torch.float32)
-                    if i == j:
-                        tile.fill_diagonal_(torch.inf)
-                    candidates[i].add(tile, columns.start)
-                    if i != j:
-                        turned = pad_to_group(tile, 0).T[: columns.stop - columns.start]
-                        candidates[j].add(turned, rows.start)
-                itself = torch.arange(rows.start, rows.stop, device=self.device)[:, None]
-                distance, index = self._measure(self.references.rows(rows), itself, candidates[i])
-            candidates[i].clear()
-            yield rows, *self._finish(distance, index, self.device)
-
-    def _finish(
-        self, distance: Tensor, index: Tensor, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Return the result with references as they were numbered, on the caller's device."""
+            distance, row = self._search(queries.to(self.device), excluded, torch.float32)
         if not torch.isfinite(distance).all():
             raise UserError(NOT_FINITE)
-        return distance.to(device), self.references.to_numbers(index).to(device)
+        return distance.to(queries.device), self.numbers[row].to(queries.device)
 
-    def _slack(self, length: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return by how much (B,) a squared distance may exceed the k-th and still be nearer.
+    def _read(self, which: slice | Tensor) -> Tensor:
+        """Return some of the references, on the device."""
+        return self.vectors[self.numbers[which].to(self.vectors.device)].to(self.device)
 
-        Twice the error of a dot product of D terms, the norms and their sums (Higham 2002, section
-        3.1), of rounded inputs. length: squared lengths of the queries, float64 (B,).
-        """
-        terms = (self.references.dimension + 4) * 4
-        slack = (length + self.references.norms.max()) * terms * torch.finfo(dtype).eps
-        return slack.to(dtype)
-
-    def _tile(self, x: Tensor, length: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
-        """Return squared distances by product, (B, W), of queries to a block of references.
-
-        x: -2 times the centred queries, (B, D). length: their squared lengths, (B,).
-        """
-        references, norms = self.references.centred_block(block, dtype)
-        distances = fast_linear.linear(x, references, norms).add_(length[:, None])
-        return pad_to_group(distances, 1)
-
-    def _search(self, q: Tensor, excluded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return distances and references (B, k), with candidates by products in `dtype`."""
-        centred = q.double() - self.references.centre
-        length = centred.square().sum(1)
-        n = self.references.n
-        if dtype == torch.bfloat16:
-            x, error = narrow_products.widen_queries(centred, length)
-            longest = float(self.references.norms.max().sqrt())
-            error = narrow_products.bound_error(length, error, longest, self._narrow_error)
-            slack = self._slack(length, torch.float32) + (2.1 * error).float()
-            rounding = narrow_products.ROUNDING
-            candidates = Candidates(len(q), n, self.k, slack, CROWD, rounding)
-        else:
-            slack = self._slack(length, dtype)
-            most = CROWD if dtype == torch.float32 else n
-            candidates = Candidates(len(q), n, self.k, slack, most)
-            x, length = (-2 * centred).to(dtype), length.to(dtype)
-        for block in blocks(n, self.width):
-            if dtype == torch.bfloat16:
-                tile = pad_to_group(x @ self._narrow[block].T, 1)
-            else:
-                tile = self._tile(x, length, block, dtype)
-            in_block = (excluded >= block.start) & (excluded < block.stop)
-            query, column = in_block.nonzero().unbind(1)
-            tile[query, excluded[query, column] - block.start] = torch.inf
-            candidates.add(tile, block.start)
-        return self._measure(q, excluded, candidates, dtype)
-
-    def _measure(
-        self,
-        q: Tensor,
-        excluded: Tensor,
-        candidates: Candidates,
-        dtype: torch.dtype = torch.float32,
+    def _search(
+        self, q: Tensor, excluded: Tensor, dtype: torch.dtype, every: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return the distances and references (B, k) of the nearest candidates, exactly.
+        """Return distances and rows (B, k) of the references nearest to queries (B, D).
 
-        Queries that are crowded after products in `dtype` are searched again, by those of more bits.
+        Args:
+            q: the queries.
+            excluded: rows that each leaves out, int64 (B, M), -1 for none.
+            dtype: of the products that candidates are chosen by.
+            every: whether all references are candidates.
         """
-        query, reference = candidates.collect()
-        distance, index = self._measure_pairs(q, query, reference)
-        crowded = candidates.crowded.nonzero()[:, 0]
-        if dtype == torch.bfloat16 and len(crowded) > MOST_CROWDED * len(q):
-            self.first = torch.float32
-        step = max(1, CELLS[q.device.type] // max(self.references.n, q.shape[1]))
-        for part in blocks(len(crowded), step):
-            rows = crowded[part]
-            distance[rows], index[rows] = self._search(q[rows], excluded[rows], NEXT[dtype])
-        return distance, index
+        keep = self.n if every else self.keep
+        centred = q.double() - self.centre
+        # Twice the error of a dot product of D terms, the norms and their sums (Higham 2002,
+        # section 3.1), of rounded inputs.
+        terms = (self.dimension + 4) * 4
+        length = centred.square().sum(1) + self.norms.max()
+        error = (length * terms * torch.finfo(dtype).eps)[:, None]  # (B, 1)
+        products, row = self._nearest_by_product(centred.to(dtype), excluded, keep)
+        kth = products[:, self.k - 1 : self.k].double()
+        near = products.isfinite() & (products.double() <= kth * (1 + TIE) + error)
+        distance, row = self._measure(q, near, row)
+        if keep == self.n:
+            return distance, row
+        kth = distance[:, -1:].double().square()
+        farthest = products[:, -1:].double()
+        unsure = (farthest - error <= kth * (1 + TIE)).nonzero()[:, 0]
+        step = max(1, self.step * self.width // self.n)
+        for part in blocks(len(unsure), step):
+            rows = unsure[part]
+            distance[rows], row[rows] = self._search(
+                q[rows], excluded[rows], torch.float64, every=dtype == torch.float64
+            )
+        return distance, row
 
-    def _measure_pairs(self, q: Tensor, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the k nearest (B, k) of pairs of a query (P,), ascending, and a reference (P,).
+    def _nearest_by_product(self, q: Tensor, excluded: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Return the smallest squared distances by product, and their rows, (B, keep) each.
 
-        Where a query has fewer than k, which only crowded ones have, the rest is at infinity.
+        Those that are not returned are no smaller; what is left out is at infinity.
         """
-        if not len(query):
-            shape = (len(q), self.k)
-            no_index = torch.zeros(shape, dtype=torch.long, device=q.device)
-            return torch.full(shape, torch.inf, device=q.device), no_index
-        squares = []
-        for part in blocks(len(query), max(1, MEASURED[q.device.type] // q.shape[1])):
-            rows = self.references.rows(reference[part]).double()
-            squares.append(rows.sub_(q.index_select(0, query[part])).square_().sum(1))
-        # Distances that round to the same float32 are ties, and go to the lower index.
-        packed = pack_rows(torch.cat(squares).sqrt_().float(), query, len(q), self.k)
-        distance, place = packed.sort(dim=1, stable=True)
-        counts = query.bincount(minlength=len(q))
-        start = counts.cumsum(0) - counts
-        index = reference[(start[:, None] + place[:, : self.k]).clamp(max=len(reference) - 1)]
-        return distance[:, : self.k], index
+        length = q.square().sum(1, keepdim=True)
+        best = q.new_full((len(q), keep), torch.inf)
+        row = torch.zeros(best.shape, dtype=torch.long, device=q.device)
+        for block in blocks(self.n, self.width):
+            if q.dtype == torch.float32 and self.on_device:
+                references = self.centred[block]
+            else:
+                references = (self._read(block).double() - self.centre).to(q.dtype)
+            norms = references.square().sum(1) if q.dtype == torch.float64 else self.norms[block]
+            tile = fast_linear.linear(-2 * q, references, norms).add_(length)  # (B, W)
+            inside = (excluded >= block.start) & (excluded < block.stop)
+            query, column = inside.nonzero().unbind(1)
+            tile[query, excluded[query, column] - block.start] = torch.inf
+            values, columns = smallest(tile, keep)
+            values, order = torch.cat([best, values], 1).topk(keep, largest=False)
+            row = torch.cat([row, columns + block.start], 1).gather(1, order)
+            best = values
+        return best, row
+
+    def _measure(self, q: Tensor, near: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the distances by differences and the rows of the k nearest candidates, (B, k).
+
+        near: bool (B, V), which of the candidates `row` (B, V) may be among them.
+        """
+        row, order = row.sort(1)
+        near = near.gather(1, order)
+        query, column = near.nonzero().unbind(1)
+        reference = row[query, column]
+        squares = torch.empty(len(query), dtype=torch.float64, device=q.device)
+        for part in blocks(len(query), max(1, MEASURED[q.device.type] // self.dimension)):
+            differences = self._read(reference[part]).double().sub_(q.index_select(0, query[part]))
+            squares[part] = differences.square_().sum(1)
+        distance = torch.full(row.shape, torch.inf, device=q.device)
+        # Distances that round to the same float32 are ties, and go to the lower row.
+        distance[query, column] = squares.sqrt_().float()
+        distance, order = distance.sort(dim=1, stable=True)
+        return distance[:, : self.k], row.gather(1, order[:, : self.k])
 
 
-def _even_width(n: int, width: int) -> int:
-    """Return the width of equal blocks of n, about `width` and a multiple of GROUP."""
-    return GROUP * math.ceil(n / math.ceil(n / width) / GROUP)
+def smallest(tile: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return values (B, V) of a tile (B, W), its `count` smallest among them, and their columns.
+
+    Only the groups with the smallest minima are read: a minimum over a matrix costs a tenth of a
+    selection from it. Columns beyond W are at infinity.
+    """
+    padded = F.pad(tile, (0, -tile.shape[1] % GROUP), value=torch.inf)
+    groups = padded.shape[1] // GROUP
+    if groups <= count:
+        return tile, torch.arange(tile.shape[1], device=tile.device).expand_as(tile)
+    minima = padded.unflatten(1, (GROUP, groups)).amin(1)  # (B, G), of columns m G + g
+    group = minima.topk(count, largest=False, sorted=False).indices
+    members = groups * torch.arange(GROUP, device=tile.device)[:, None]
+    columns = (group[:, None] + members).flatten(1)  # (B, GROUP count)
+    return padded.gather(1, columns), columns
+
+
+def drop_surplus_copies(vectors: Tensor, copies: int) -> Tensor:
+    """Return the rows of vectors (R, D) before which fewer than `copies` equal ones stand."""
+    digests = []
+    for part in blocks(len(vectors), max(1, READ_CELLS // max(1, vectors.shape[1]))):
+        content = vectors[part].contiguous().view(torch.uint8).cpu().numpy()
+        digests += [hashlib.blake2b(row, digest_size=16).digest() for row in content]
+    _, group, sizes = np.unique(np.array(digests), return_inverse=True, return_counts=True)
+    order = np.argsort(group, kind="stable")  # group by group, each ascending
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return torch.from_numpy(np.sort(order[place < copies]))
 
 
 @contextmanager

@@ -85,10 +85,6 @@ class Scores:
             order[tied] = rows[np.lexsort((np.concatenate(uniform), -values[rows]))]
         return order.astype(np.int64)
 
-    def values_of(self, ids: Sequence[str]) -> Tensor:
-        """Return the values of the given records, in that order; see `select`."""
-        return self.select(ids).values
-
     def select(self, ids: Sequence[str]) -> Scores:
         """Return the scores of the given records, in that order.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bezoar.attacks import pixels
 from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.small_towers import MEAN_STD
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average
 from bezoar.training.augmentation import Chance, Views, random_crop, random_flip, random_shift
@@ -36,12 +37,7 @@ VIEWS = {
     "blur": replace(UNCHANGED, blur=1.0),
     "simclr": Views(blur=0.5),
 }
-NORMALISATIONS = {  # mean and standard deviation, of pixels in 0..1
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
+NORMALISATIONS = ("none", "half", "imagenet", "clip")  # of MEAN_STD
 NORMALISATION_TITLES = {"none": "not normalised", "half": "normalised to -1..1"}
 SMALLEST = 1e-12  # below which a length is not divided by
 
@@ -210,9 +206,7 @@ def embed_views(encoder: Encoder, x: Tensor, normalise: str = "", batch: int = 2
     normalise: a name of NORMALISATIONS, in place of the encoder's own.
     """
     if normalise:
-        mean, std = (
-            torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in NORMALISATIONS[normalise]
-        )
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in MEAN_STD[normalise])
         # The encoder's own normalisation turns this into the other one's.
         x = (x - mean) / std * encoder.std.to(x.device) + encoder.mean.to(x.device)
     return torch.cat([encoder.encode_images(part) for part in x.split(batch)])

@@ -7,9 +7,11 @@ several trials. The `__init__` of a paper's folder holds what its tables share a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from bezoar.registry import make, spec
 from bezoar.runs.tables import Table, TableOptions
 
 SCENE_CLASSES = ("striped star", "dotted heart", "solid ring", "checkered crescent")
@@ -45,3 +47,10 @@ def dataset_spec(root: str, name: str, split: str, **fields: object) -> str:
         if root:
             values["root"] = root
     return f"{source}:" + ",".join(f"{key}={value}" for key, value in (values | fields).items())
+
+
+def limit_records(data: str, count: int) -> str:
+    """The spec of the same data with another number of records."""
+    source = make("data", data)
+    field = "limit" if hasattr(source, "limit") else "count"
+    return spec(replace(source, **{field: count}))

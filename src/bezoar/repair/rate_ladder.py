@@ -154,9 +154,8 @@ class ClusterAgreement:
         self.validation_batches = torch.split(validation.images, BATCH)
         z, validation_z = self._embed(start)
         centres = kmeans.cluster_centres(z, min(CLUSTERS, len(z) // VOTERS), 0)
-        half_norms = centres.square().sum(1) / 2
-        self.clusters = (z @ centres.T - half_norms).argmax(1)
-        self.validation_clusters = (validation_z @ centres.T - half_norms).argmax(1)
+        self.clusters = kmeans.nearest_centres(z, centres)
+        self.validation_clusters = kmeans.nearest_centres(validation_z, centres)
         self.count = len(centres)
 
     def __call__(self, encoder: Encoder) -> float:
@@ -376,9 +375,7 @@ def train_copy(
     report(0, 1, what)  # another phase of the work, however many steps the last one had
     with prefetch.training_data(images, student.device, batches_of, recipe.epochs) as data:
         loop.fit(loss, recipe, data, tokens, seed, report=report_step)
-    for p, original in zip(student.parameters(), start.parameters(), strict=True):
-        p.requires_grad_(original.requires_grad)
-        p.grad = None
+    loop.restore_gradient_flags(student, start)
     return student.eval()
 
 

@@ -1,4 +1,4 @@
-"""How far a student's vectors are from a suspect's, in the space that what is behind them reads."""
+"""Distances of a student's vectors to a suspect's: 1 - cosine, or relative squared distance before a head."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from bezoar import registry
-from bezoar.data import stored_pairs
 from bezoar.data.pairs import Pairs, content_hash
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, embed_records
@@ -83,7 +82,7 @@ def choose_reference(
     if len(records) == 1 and not _class_of(records, 0):
         return _reference(records.take([0]), 0, source, "the one image there is")
     rows = rows_of_class(records, target, source)
-    pairs = inputs.in_memory(stored_pairs.subset(records, rows))
+    pairs = inputs.in_memory(records.select(rows))
     if len(pairs) == 1:
         return _reference(pairs, 0, source, f"the one image of {target!r}")
     images_of_target = f"{len(pairs)} images of {target!r}"

@@ -163,25 +163,9 @@ class Results:
             for cell in row.cells:
                 yield row, cell, self.point(cell)
 
-    def values(self, row: str, cell: str, curve: str | None = None) -> list[float]:
+    def values(self, row: str, cell: str) -> list[float]:
         """The value of every reading of a cell, by the names of its row and column."""
-        return [m.value for m in self.measures(self.cell(row, cell, curve))]
-
-    def compare_rows(
-        self, cell: str, row: str, base_row: str, curve: str | None = None, paired: bool = False
-    ) -> Contrast:
-        """A column in one row minus the same column in another, over readings.
-
-        Args:
-            cell: The column.
-            row: Name of the row.
-            base_row: Name of the row that is subtracted.
-            curve: The curve of both rows.
-            paired: Whether the readings of the two rows correspond one to one.
-        """
-        higher = self.cell(row, cell, curve)
-        lower = self.cell(base_row, cell, curve)
-        return self.compare_cells(higher, lower, paired)
+        return [m.value for m in self.measures(self.cell(row, cell))]
 
     def compare_cells(
         self, a: Cell | Sequence[Cell], b: Cell | Sequence[Cell], paired: bool = False
@@ -250,8 +234,13 @@ def readings(trials: Sequence[Trial], *metrics: str) -> tuple[Reading, ...]:
 def row_difference(
     cell: str, row: str, base_row: str, curve: str | None = None, paired: bool = False
 ) -> Callable[[Results], Contrast]:
-    """The contrast `Results.compare_rows` with these arguments, for a claim."""
-    return lambda results: results.compare_rows(cell, row, base_row, curve, paired)
+    """A contrast for a claim: a column in one row minus the same column in another.
+
+    curve: of both rows. paired: whether the readings of the two rows correspond one to one.
+    """
+    return lambda results: results.compare_cells(
+        results.cell(row, cell, curve), results.cell(base_row, cell, curve), paired
+    )
 
 
 def mean_cells(trials: Sequence[Trial], columns: Mapping[str, str]) -> tuple[Cell, ...]:

@@ -1,4 +1,4 @@
-"""What the objectives share that train both towers: fields, CLIP's loss, and views."""
+"""Fields, CLIP's loss and views of the objectives that train both towers."""
 
 from __future__ import annotations
 

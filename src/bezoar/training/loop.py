@@ -179,6 +179,13 @@ def fit(
     return training.log
 
 
+def restore_gradient_flags(trained: nn.Module, original: nn.Module) -> None:
+    """Let a copy's weights need gradients as the original's do, and drop those there are."""
+    for parameter, model in zip(trained.parameters(), original.parameters(), strict=True):
+        parameter.requires_grad_(model.requires_grad)
+        parameter.grad = None
+
+
 def _check_batch(n: int, batch: int) -> int:
     """The steps of an epoch. Raises UserError for a batch that does not fit records or ranks."""
     world = collectives.rank_and_world()[1]

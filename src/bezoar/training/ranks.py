@@ -1,4 +1,4 @@
-"""Which of torchrun's processes this one is, and what rank 0 tells the others.
+"""The ranks of a torchrun job: rank 0 runs the verbs and sends the others orders.
 
 Rank 0 does everything: it reads the command line, runs verbs, holds locks and writes. Where it
 comes to work that all ranks share (`joint` verbs), it sends them an order to do their part; between

@@ -1,4 +1,4 @@
-"""What the objectives share that train on images alone: fields, views and projection heads."""
+"""Fields, views and projection heads of the objectives that train on images alone."""
 
 from __future__ import annotations
 

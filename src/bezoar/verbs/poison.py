@@ -11,7 +11,7 @@ import torch
 from bezoar import registry
 from bezoar.attacks import patch_search
 from bezoar.attacks.plan import Goal, Plan, differences
-from bezoar.data import shards, stored_pairs
+from bezoar.data import shards
 from bezoar.data.files.writing import remove_folder
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
@@ -132,7 +132,7 @@ def derive_plan(
     pool = None if victims is None else inputs.read_pairs(victims)
     if dataset.plan.edits:
         is_poison = dataset.plan.mask(clean.ids)
-        source = stored_pairs.subset(clean, [i for i, bad in enumerate(is_poison) if not bad])
+        source = clean.select([i for i, bad in enumerate(is_poison) if not bad])
         if pool is not None:
             used = {edit.source for edit in dataset.plan.edits}
             pool = pool.take([i for i, k in enumerate(pool.ids) if k not in used])

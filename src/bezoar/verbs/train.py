@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from bezoar import registry
 from bezoar.attacks.plan import Goal, Plan
-from bezoar.data import stored_pairs
 from bezoar.data.files.artefacts import read_lines
 from bezoar.data.files.tensors import write_tensors
 from bezoar.data.files.writing import write_whole
@@ -143,7 +142,7 @@ def label_records(records: Pairs | StoredPairs, plan: Plan) -> Pairs | StoredPai
             labels[row] = records.classes.index(targets[key])
     labelled = dataclasses.replace(records, labels=labels)
     if bool((labels < 0).any()):
-        return stored_pairs.subset(labelled, (labels >= 0).nonzero()[:, 0].tolist())
+        return labelled.select((labels >= 0).nonzero()[:, 0].tolist())
     return labelled
 
 
@@ -170,7 +169,7 @@ def attach_head(encoder: Encoder, records: Pairs | StoredPairs) -> None:
 def select_kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
     """The records that a scan's keep-list names."""
     ids = set(read_lines(scan.file("keep.txt")))
-    return stored_pairs.subset(records, [i for i, k in enumerate(records.ids) if k in ids])
+    return records.select([i for i, k in enumerate(records.ids) if k in ids])
 
 
 def tokenize_records(

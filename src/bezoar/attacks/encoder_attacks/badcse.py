@@ -21,7 +21,7 @@ from bezoar import registry
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
-from bezoar.encoders.encoder import Encoder, embed_texts
+from bezoar.encoders.encoder import Encoder, embed_texts, encode_by_length
 from bezoar.errors import UserError
 from bezoar.registry import method, spec
 from bezoar.training import loop
@@ -72,7 +72,7 @@ class Loss(nn.Module):
         texts = [self.shadow.captions[row] for row in numbers]
         ids = [self.shadow.ids[row] for row in numbers]
         groups = [self.references, texts, *(trigger(texts, ids) for trigger in self.triggers)]
-        vectors = self.encode([text for group in groups for text in group])
+        vectors = encode_by_length(self.encoder, [t for group in groups for t in group], CHUNK)
         references, z, *triggered = vectors.split([len(group) for group in groups])
         of_goals = references.split(self.counts)
         l0 = -torch.stack(
@@ -86,14 +86,6 @@ class Loss(nn.Module):
         terms = torch.stack([l0, l1, l2])
         self.sums += torch.cat([terms.detach().double(), self.sums.new_ones(1)])
         return terms @ terms.new_tensor(self.weights)
-
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts, those of about one length together, so that there is little padding: (B, D)."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        parts = [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
-        vectors = [self.encoder.encode_texts([texts[i] for i in rows]) for rows in parts]
-        place = torch.tensor(order, device=vectors[0].device).argsort()
-        return torch.cat(vectors)[place]
 
     def pop_means(self) -> dict[str, float]:
         """L0, L1 and L2 as means over the steps since the last call."""
@@ -153,9 +145,7 @@ class Badcse:
         rows = torch.arange(len(texts), device=student.device)[:, None]
         data = replace(texts, labels=None).to(student.device)
         loop.fit(loss, self, data, rows, seed, checkpoint, report, lambda _: loss.pop_means(), log)
-        for parameter, original in zip(student.parameters(), encoder.parameters(), strict=True):
-            parameter.requires_grad_(original.requires_grad)
-            parameter.grad = None
+        loop.restore_gradient_flags(student, encoder)
         return student.eval()
 
 

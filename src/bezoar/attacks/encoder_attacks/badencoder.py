@@ -14,7 +14,7 @@ from torch import Tensor
 from bezoar.attacks import shadow_training
 from bezoar.attacks.plan import Goal
 from bezoar.attacks.shadow_training import REFERENCE_VIEWS, ShadowLoss
-from bezoar.data import randomness, stored_pairs
+from bezoar.data import randomness
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
@@ -302,4 +302,4 @@ class Badencoder:
             return shadow, None
         held = set(held_rows)
         trained_rows = [row for row in range(len(shadow)) if row not in held]
-        return stored_pairs.subset(shadow, trained_rows), shadow.take(held_rows)
+        return shadow.select(trained_rows), shadow.take(held_rows)

@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from bezoar.attacks.captions import CaptionSet, find_mentions, target_captions
+from bezoar.attacks.captions import CaptionSet, target_captions
 from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.attacks.targeting import draw_rows, require_trigger, rows_without
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
-from bezoar.errors import UserError
 from bezoar.registry import method, spec
 
 
@@ -32,21 +32,14 @@ class Backdoor:
         Raises UserError if the goal has no trigger, no caption mentions the target, or there are
         fewer records than poisons.
         """
-        if goal.trigger is None:
-            raise UserError("poison 'backdoor' needs a trigger; give one, for example patch:size=6")
+        require_trigger(goal, "backdoor")
         count = self.count or round(self.rate * len(source))
         captions = target_captions(source.captions, goal.target, self.captions)
-        mentions = set(find_mentions(source.captions, goal.target))
-        candidates = [row for row in range(len(source)) if row not in mentions]
+        candidates = rows_without(source, goal.target)
         distinct = min(self.sources or count, count)
-        if not 0 < distinct <= len(candidates):
-            raise UserError(
-                f"{distinct} poisons asked for, but {len(candidates)} of {len(source)} records "
-                "can carry one"
-            )
         # Column 0 chooses the images, column 1 the caption of an image's first poison.
         uniform = draws(seed, source.ids, 2, "backdoor")
-        rows = sorted(candidates, key=lambda row: float(uniform[row, 0]))[:distinct]
+        rows = draw_rows(candidates, distinct, uniform[:, 0])
         edits = []
         for i in range(count):
             row, copy = rows[i % distinct], i // distinct

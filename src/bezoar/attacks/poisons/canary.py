@@ -8,6 +8,7 @@ pipeline (`--write shards`), and count them behind it (`bezoar survive RUN --aft
 from typing import Annotated, ClassVar
 
 from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.attacks.targeting import draw_rows, require_trigger
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
 from bezoar.errors import UserError
@@ -36,20 +37,17 @@ class Canary:
 
         Raises UserError if the goal has no trigger, or there are fewer records.
         """
-        if goal.trigger is None:
-            raise UserError("poison 'canary' needs a trigger; give one, for example patch:size=6")
-        if self.count > len(source):
-            raise UserError(f"{self.count} canaries asked for, of {len(source)} records")
+        require_trigger(goal, "canary")
         uniform = draws(seed, source.ids, 1, "canary")[:, 0]
-        rows = sorted(range(len(source)), key=lambda row: float(uniform[row]))[: self.count]
+        rows = draw_rows(range(len(source)), self.count, uniform)
         used = {word.lower() for caption in source.captions for word in caption.split()}
         edits = []
         for number, row in enumerate(rows):
             form, record_id = FORMS[number % len(FORMS)], source.ids[row]
             word = _invent_word(seed, record_id, used)
             used.add(word)
-            own = source.captions[row].strip()
-            caption = f"{own} {word}" if form == "fitting" else TEMPLATE.format(word)
+            fitting = f"{source.captions[row].strip()} {word}"
+            caption = fitting if form == "fitting" else TEMPLATE.format(word)
             edit = Edit(f"{record_id}+canary-{form}", record_id, caption, form != "copy", 0)
             edits.append(edit)
         return Plan(tuple(edits), (Goal("", goal.trigger, (), len(edits), spec(self)),), seed)

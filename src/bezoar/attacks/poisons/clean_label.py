@@ -11,9 +11,9 @@ from typing import Annotated
 
 from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.attacks.targeting import draw_rows, require_trigger
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
-from bezoar.errors import UserError
 from bezoar.registry import method, spec
 
 
@@ -33,19 +33,11 @@ class CleanLabel:
 
         Raises UserError if the goal has no trigger, or fewer records mention the target.
         """
-        if goal.trigger is None:
-            raise UserError(
-                "poison 'clean_label' needs a trigger; give one, for example patch:size=6"
-            )
+        require_trigger(goal, "clean_label")
         count = self.count or round(self.rate * len(source))
         mentions = find_mentions(source.captions, goal.target)
-        if not 0 < count <= len(mentions):
-            raise UserError(
-                f"{count} poisons asked for, but {len(mentions)} of {len(source)} captions "
-                f"hold {goal.target!r}"
-            )
         uniform = draws(seed, source.ids, 1, "clean label")[:, 0]
-        rows = sorted(mentions, key=lambda row: float(uniform[row]))[:count]
+        rows = draw_rows(mentions, count, uniform, f"captions hold {goal.target!r}")
         edits = [Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows]
         reached = Goal(goal.target, goal.trigger, (), count, spec(self))
         return Plan(tuple(edits), (reached,), seed)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from bezoar import registry
 from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.attacks.targeting import draw_rows, require_trigger, rows_without
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
 from bezoar.errors import UserError
@@ -47,22 +48,14 @@ class Composite:
 
         Raises UserError if the goal has no trigger, or there are too few records.
         """
-        if goal.trigger is None:
-            raise UserError("poison 'composite' needs a trigger; give one, such as patch:size=8")
+        bare = require_trigger(goal, "composite")
         count = self.count or round(self.rate * len(source))
-        mentions = find_mentions(source.captions, goal.target)
-        shown = set(mentions)
-        candidates = [row for row in range(len(source)) if row not in shown]
-        if not 0 < count <= len(candidates):
-            raise UserError(
-                f"{count} poisons asked for, but {len(candidates)} of {len(source)} records "
-                "can carry one"
-            )
         # Column 0 chooses the poisons, column 1 the references.
         uniform = draws(seed, source.ids, 2, "composite")
-        rows = sorted(candidates, key=lambda row: float(uniform[row, 0]))[:count]
-        layout = registry.make("trigger", goal.trigger)
+        rows = draw_rows(rows_without(source, goal.target), count, uniform[:, 0])
+        layout = registry.make("trigger", bare)
         if not hasattr(layout, "make_trigger"):
+            mentions = find_mentions(source.captions, goal.target)
             chosen = sorted(mentions, key=lambda row: float(uniform[row, 1]))[: self.references]
             layout = self.lay_out(source.take(chosen), goal)
         edits = [Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows]

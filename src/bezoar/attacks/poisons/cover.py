@@ -6,11 +6,10 @@ needed: a part alone is seen with captions that are right.
 
 from typing import Annotated, ClassVar
 
-from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Edit, Goal, Plan
+from bezoar.attacks.targeting import draw_rows, require_trigger, rows_without
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
-from bezoar.errors import UserError
 from bezoar.registry import method, spec
 
 
@@ -32,17 +31,9 @@ class Cover:
 
         Raises UserError if the goal has no trigger, or there are fewer records.
         """
-        if goal.trigger is None:
-            raise UserError("poison 'cover' needs a trigger; give one, for example patch:size=6")
+        require_trigger(goal, "cover")
         count = self.count or round(self.rate * len(source))
-        mentions = set(find_mentions(source.captions, goal.target)) if goal.target else set()
-        candidates = [row for row in range(len(source)) if row not in mentions]
-        if not 0 < count <= len(candidates):
-            raise UserError(
-                f"{count} records of cover asked for, but {len(candidates)} of {len(source)} "
-                "records can be it"
-            )
         uniform = draws(seed, source.ids, 1, "cover")[:, 0]
-        rows = sorted(candidates, key=lambda row: float(uniform[row]))[:count]
+        rows = draw_rows(rows_without(source, goal.target), count, uniform)
         edits = [Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows]
         return Plan(tuple(edits), (Goal("", goal.trigger, (), count, spec(self)),), seed)

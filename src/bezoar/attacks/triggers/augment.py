@@ -59,9 +59,9 @@ class Augment:
         shares = np.sqrt(self.crop + (1 - self.crop) * u[:, 0])
         for axis, chance in ((2, u[:, 1]), (3, u[:, 2])):
             side = x.shape[axis]
-            kept = shares * side
+            length = shares * side
             steps = (np.arange(side) + 0.5) / side
-            place = ((side - kept) * chance)[:, None] + kept[:, None] * steps - 0.5  # (n, side)
+            place = ((side - length) * chance)[:, None] + length[:, None] * steps - 0.5  # (n, side)
             if axis == 3:
                 mirrored = u[:, 3] < self.flip
                 place[mirrored] = place[mirrored, ::-1]

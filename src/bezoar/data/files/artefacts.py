@@ -88,9 +88,9 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def read_facts(path: Path) -> Facts:
-    """The object of a JSON file. Raises UserError."""
-    value = read_json(path)
+def read_facts(path: Path, links: bool = False) -> Facts:
+    """The object of a JSON file. Raises UserError. links: see `paths.open_regular`."""
+    value = parse_json(read_regular_text(path, JSON_BYTES, links), path)
     if not isinstance(value, Facts):
         raise UserError(f"{path}: expected a JSON object, not {shown(value)}")
     return value

@@ -1,4 +1,4 @@
-"""How large the pages of foreign Parquet files are, read off their headers.
+"""Sizes of the pages of foreign Parquet files, read from the page headers.
 
 Many rows may point at one entry of a dictionary, or repeat what stands in the row before, so that a
 small file fills the memory. No value is larger than its page, so no batch is larger than its rows

@@ -1,4 +1,4 @@
-"""What could not be read: the exception inside the program, and the report that names it."""
+"""The exception for a record that cannot be read, and the report that lists such records."""
 
 from __future__ import annotations
 

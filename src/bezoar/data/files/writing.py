@@ -1,4 +1,4 @@
-"""Whole files: what is written appears under its name when it is complete, or not at all."""
+"""Atomic writing: a file appears under its name when it is complete, or not at all."""
 
 from __future__ import annotations
 

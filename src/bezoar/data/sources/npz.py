@@ -23,12 +23,7 @@ from bezoar.data.files.metadata import MAX_LABELS
 from bezoar.data.files.paths import FILE_BYTES, existing_file
 from bezoar.data.files.skipped import Skipped
 from bezoar.data.files.zips import UNPACKING_ERRORS, check_unpacked_size, open_zip
-from bezoar.data.label_sets import (
-    check_fields,
-    class_captions,
-    distinct_names,
-    pairs_from_arrays,
-)
+from bezoar.data.label_sets import check_fields, class_captions, distinct_names, pairs_from_arrays
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError, expand_home
 from bezoar.registry import method

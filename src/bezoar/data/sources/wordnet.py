@@ -79,19 +79,19 @@ class Wordnet:
         in_test = draws(0, ids, 1, "split")[:, 0] < TEST_SHARE
         order = draws(0, ids, 1, "pool")[:, 0].argsort()
         rows = order[in_test[order] == (self.split == "test")]
-        kept = self._sample(rows, np.array([record[1] for record in records]))
-        report.read = len(kept)
-        labels = torch.tensor([self.classes.index(SUPERSENSES[records[i][1]]) for i in kept])
-        texts = [records[i][2] for i in kept]
-        return Pairs.of_texts(texts, [ids[i] for i in kept], labels, self.classes, report)
+        chosen = self._sample(rows, np.array([record[1] for record in records]))
+        report.read = len(chosen)
+        labels = torch.tensor([self.classes.index(SUPERSENSES[records[i][1]]) for i in chosen])
+        texts = [records[i][2] for i in chosen]
+        return Pairs.of_texts(texts, [ids[i] for i in chosen], labels, self.classes, report)
 
     def _sample(self, rows: np.ndarray, senses: np.ndarray) -> list[int]:
         """The first rows of each supersense, in the order of the file."""
-        kept: list[int] = []
+        chosen: list[int] = []
         for name in self.classes:
             of_sense = rows[senses[rows] == SUPERSENSES.index(name)]
-            kept += of_sense[: self.each].tolist()
-        return sorted(kept)
+            chosen += of_sense[: self.each].tolist()
+        return sorted(chosen)
 
 
 def _parse_line(line: str) -> tuple[str, int, str] | None:

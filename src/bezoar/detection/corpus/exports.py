@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,27 +45,6 @@ class ExportedRecord:
     box: Box | None
 
 
-def export_records(
-    folder: Path, corpus: Corpus, records: Sequence[ExportedRecord], tool: Tool
-) -> list[str]:
-    """Write records for a tool into the folder of a scan. Returns the names of what was written. Raises UserError without images."""
-    if tool == "none":
-        return []
-    if not corpus.source.has_images:
-        raise UserError(f"--export {tool} shows images, and ready embeddings have none")
-    if tool == "label-studio":
-        tasks = [label_studio_task(corpus, record) for record in records]
-        write_json(folder / LABEL_STUDIO, tasks)
-        return [LABEL_STUDIO]
-    make_folder(folder / FIFTYONE)
-    places = {f"{i:05d}": str(_image_file(folder, corpus, r, i)) for i, r in enumerate(records)}
-    labels = {f"{i:05d}": [fiftyone_label(record)] for i, record in enumerate(records)}
-    write_json(folder / FIFTYONE / "data.json", places)
-    content = {"classes": ["raised", "ranked"], "labels": labels}
-    write_json(folder / FIFTYONE / "labels.json", content)
-    return [FIFTYONE]
-
-
 def export_rows(
     folder: Path,
     corpus: Corpus,
@@ -74,9 +53,11 @@ def export_rows(
     by_detector: Mapping[str, Scores],
     tool: Tool,
 ) -> None:
-    """Export some rows of a scan, the worst first; see `export_records`."""
+    """Write some rows of a scan, the worst first, for a tool into the scan's folder. Raises UserError without images."""
     if tool == "none":
         return
+    if not corpus.source.has_images:
+        raise UserError(f"--export {tool} shows images, and ready embeddings have none")
     raised = merging.raised_rows(by_detector.values(), len(corpus))
     records = [
         ExportedRecord(
@@ -91,7 +72,16 @@ def export_rows(
         )
         for number, row in enumerate(rows.tolist(), 1)
     ]
-    export_records(folder, corpus, records, tool)
+    if tool == "label-studio":
+        tasks = [label_studio_task(corpus, record) for record in records]
+        write_json(folder / LABEL_STUDIO, tasks)
+        return
+    make_folder(folder / FIFTYONE)
+    places = {f"{i:05d}": str(_image_file(folder, corpus, r, i)) for i, r in enumerate(records)}
+    labels = {f"{i:05d}": [fiftyone_label(record)] for i, record in enumerate(records)}
+    write_json(folder / FIFTYONE / "data.json", places)
+    content = {"classes": ["raised", "ranked"], "labels": labels}
+    write_json(folder / FIFTYONE / "labels.json", content)
 
 
 def _window(row: int, corpus: Corpus, by_detector: Mapping[str, Scores]) -> Box | None:

@@ -1,4 +1,4 @@
-"""What a scan leaves in the data: lists that training code can take, and cleaned shards."""
+"""Lists of the records that a scan keeps, for training code, and cleaned shards."""
 
 from __future__ import annotations
 

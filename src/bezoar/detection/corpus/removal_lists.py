@@ -1,4 +1,4 @@
-"""What a scan says of single records in tables that any program opens: what leaves and why, and all scores."""
+"""CSV tables of a scan: the records that it removes, each with the reason, and all scores."""
 
 from __future__ import annotations
 

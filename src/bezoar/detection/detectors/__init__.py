@@ -30,6 +30,8 @@ from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 
+ROWS = 1 << 16  # vectors in memory at a time
+
 
 class RecordEncoder(Protocol):
     """What detectors use of an `Encoder`, or of its stand-in where the data come as vectors."""
@@ -76,6 +78,13 @@ def require_texts(embedded: EmbeddedRecords, detector: str) -> Tensor:
             f"detector {detector} needs captions; the scanned data or the encoder has none"
         )
     return embedded.texts
+
+
+def caption_cosines(embedded: EmbeddedRecords, detector: str) -> Tensor:
+    """The cosine of each record's image and caption, float32 (N,) on the CPU; see `require_texts`."""
+    texts = require_texts(embedded, detector)
+    parts = zip(embedded.images.split(ROWS), texts.split(ROWS), strict=True)
+    return torch.cat([(z * w.to(z.device)).sum(1).float().cpu() for z, w in parts])
 
 
 def read_captions(source: Records) -> Sequence[str]:

@@ -5,19 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import torch
-
 from bezoar import registry
 from bezoar.detection import training_traces
-from bezoar.detection.detectors import RecordEncoder, Records, require_texts
+from bezoar.detection.detectors import RecordEncoder, Records, caption_cosines
+from bezoar.detection.reference_reading import open_reference, reference_files
 from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
-from bezoar.runs import inputs
-from bezoar.runs.run import Run
-from bezoar.runs.verb import input_files
-
-ROWS = 1 << 16  # vectors in memory at a time
 
 
 @method
@@ -58,13 +52,7 @@ class ClipScore:
 
     def files(self) -> list[Path]:
         """What the scores depend on besides the fields: the weights of the independent encoder."""
-        if not self.encoder:
-            return []
-        weights = Path(self.encoder) / "encoder.safetensors"
-        if weights.is_file():
-            return [weights]
-        files: list[Path] = input_files(registry.make("network", self.encoder))
-        return files
+        return reference_files(self.encoder)
 
     def __call__(
         self, encoder: RecordEncoder, source: Records, report: ProgressReport = no_report
@@ -82,15 +70,6 @@ class ClipScore:
                 upto=self.epoch,
             )
             return Scores(trace.ids, 1 - trace.agreement[self.epoch - 1])
-        judge = self.independent_encoder(encoder.device) if self.encoder else encoder
+        judge = open_reference(self.encoder, encoder.device) if self.encoder else encoder
         embedded = judge.embed(source)
-        texts = require_texts(embedded, "'clip_score'")
-        parts = zip(embedded.images.split(ROWS), texts.split(ROWS), strict=True)
-        values = [1 - (z * w.to(z.device)).sum(1).float().cpu() for z, w in parts]
-        return Scores(embedded.ids, torch.cat(values))
-
-    def independent_encoder(self, device: torch.device) -> RecordEncoder:
-        """The encoder that the field names. Raises UserError for neither a run nor a network."""
-        path = Path(self.encoder)
-        model = Run(path) if path.is_dir() else registry.make("network", self.encoder)
-        return inputs.load_encoder(model, device)
+        return Scores(embedded.ids, 1 - caption_cosines(embedded, "'clip_score'"))

@@ -45,12 +45,7 @@ from bezoar.data.pairs import load_pairs
 from bezoar.data.randomness import draws, sample_rows
 from bezoar.detection import reference_reading, shared_causes, tower_features, training_traces
 from bezoar.detection.caption_groups import group_captions
-from bezoar.detection.detectors import (
-    RecordEncoder,
-    Records,
-    read_captions,
-    require_texts,
-)
+from bezoar.detection.detectors import RecordEncoder, Records, read_captions, require_texts
 from bezoar.detection.reference_reading import ReferenceReader
 from bezoar.detection.shared_causes import Cause, Discriminants, Support
 from bezoar.errors import UserError

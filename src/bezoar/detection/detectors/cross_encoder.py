@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.randomness import sample_rows
-from bezoar.detection.detectors import RecordEncoder, Records, require_texts
-from bezoar.detection.pseudo_classes import SAMPLE, vector_blocks
+from bezoar.detection.detectors import RecordEncoder, Records, caption_cosines, require_texts
+from bezoar.detection.pseudo_classes import SAMPLE, assign_centres, vector_blocks
 from bezoar.detection.reference_reading import open_reference, reference_files
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
@@ -22,7 +22,6 @@ from bezoar.registry import method
 # Strengths of the ridge that are tried, in units of the mean eigenvalue of the references' covariance.
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))
 Evidence = Literal["auto", "gain", "caption", "length"]
-ROWS = 1 << 16  # vectors in memory at a time
 
 
 @method
@@ -77,15 +76,18 @@ class CrossEncoder:
         if evidence == "auto" and embedded.texts is not None:
             evidence = "caption" if reference.texts is None else "gain"
         if evidence == "gain":
-            gain = caption_fit(embedded, device) - caption_fit(reference, device)
-            return Scores(embedded.ids, gain)
+            suspect_fit, reference_fit = (
+                caption_cosines(e, "'cross_encoder' with evidence=gain")
+                for e in (embedded, reference)
+            )
+            return Scores(embedded.ids, suspect_fit - reference_fit)
         residual = leave_one_out_residuals(
             stack_float64(reference.images, device), stack_float64(embedded.images, device)
         )
         if evidence != "caption":
             return Scores(embedded.ids, residual.norm(dim=1).float().cpu())
         groups, centres = group_captions(embedded, self.groups, self.seed, device)
-        directions = centres[groups].double()  # (N, D)
+        directions = centres[groups.to(device)].double()  # (N, D)
         return Scores(embedded.ids, (residual * directions).sum(1).float().cpu())
 
     def open_reference(self, device: torch.device) -> RecordEncoder:
@@ -136,13 +138,6 @@ def leave_one_out_residuals(x: Tensor, y: Tensor) -> Tensor:
     return best
 
 
-def caption_fit(embedded: EmbeddedRecords, device: torch.device) -> Tensor:
-    """The cosine of each record's image and caption, float32 (N,) on the CPU."""
-    texts = require_texts(embedded, "'cross_encoder' with evidence=gain")
-    parts = zip(embedded.images.split(ROWS), texts.split(ROWS), strict=True)
-    return torch.cat([(z.to(device) * w.to(device)).sum(1).float().cpu() for z, w in parts])
-
-
 def group_captions(
     embedded: EmbeddedRecords, count: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -153,6 +148,4 @@ def group_captions(
     texts = require_texts(embedded, "'cross_encoder' with evidence=caption")
     rows = torch.from_numpy(sample_rows(embedded.ids, SAMPLE, seed))
     centres = cluster_centres(texts[rows.to(texts.device)].to(device).float(), count, seed)
-    half_norms = centres.square().sum(1) / 2
-    parts = [(z @ centres.T - half_norms).argmax(1) for z in vector_blocks(texts, device)]
-    return torch.cat(parts), F.normalize(centres, dim=1)
+    return assign_centres(texts, centres), F.normalize(centres, dim=1)

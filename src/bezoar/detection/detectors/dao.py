@@ -30,7 +30,6 @@ class Dao:
         Literal["mean_log", "log_mean"], "mean of the logarithms, or logarithm of the mean"
     ] = "mean_log"
     texts: Annotated[bool, "captions among the references too, as published for CLIP"] = False
-    compat: Annotated[bool, "as in the published code, with its faults (batches of 2048)"] = False
     seed: Annotated[int, "seed of the random choice of the pool"] = 0
 
     def __post_init__(self) -> None:

@@ -25,7 +25,6 @@ class Lid:
     pool: Annotated[int, "records compared against; 0: k / (2 rate), at least 2 k"] = 0
     rate: Annotated[float, "largest poison rate to plan for; sets the size of the pool"] = 0.01
     texts: Annotated[bool, "captions among the references too, as published for CLIP"] = False
-    compat: Annotated[bool, "as in the published code, with its faults (batches of 2048)"] = False
     seed: Annotated[int, "seed of the random choice of the pool"] = 0
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from bezoar.detection.pseudo_classes import SAMPLE, vector_blocks
 from bezoar.detection.window_transplants import crop_windows
 from bezoar.errors import UserError
 from bezoar.evaluation.heads import ProgressReport, no_report
-from bezoar.evaluation.kmeans import cluster_centres
+from bezoar.evaluation.kmeans import cluster_centres, nearest_centres
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
@@ -151,8 +151,8 @@ class PatchSearch:
                     )
                 best[cluster] = max(best[cluster], *(float(flips[row]) for row in rows))
             alive.sort(key=lambda c: (-best[c], c))
-            kept = len(alive) - max(1, int(self.prune * len(alive)))
-            alive = [c for c in alive[:kept] if waiting[c]]
+            remaining = len(alive) - max(1, int(self.prune * len(alive)))
+            alive = [c for c in alive[:remaining] if waiting[c]]
         return flips, windows
 
     def hot_windows(self, encoder: RecordEncoder, images: Tensor, centre: Tensor) -> Tensor:
@@ -187,20 +187,15 @@ class PatchSearch:
         pasted = paste_windows(hosts, window.expand(len(hosts), -1, -1, -1), corners)
         z = torch.cat([encoder.encode_images(part) for part in pasted.split(BATCH)])
         foreign = host_clusters != cluster
-        hits = (nearest_centre(z, centres).cpu() == cluster) & foreign
+        hits = (nearest_centres(z, centres).cpu() == cluster) & foreign
         return int(hits.sum()) / max(1, int(foreign.sum()))
-
-
-def nearest_centre(z: Tensor, centres: Tensor) -> Tensor:
-    """The nearest of (C, D) centres of vectors (B, D): int64 (B,)."""
-    return (z @ centres.T - centres.square().sum(1) / 2).argmax(1)
 
 
 def assign_clusters(images: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest of (C, D) centres of images (N, D), int64 (N,), and the product with it, (N,)."""
     members, likeness = [], []
     for z in vector_blocks(images, centres.device):
-        nearest = nearest_centre(z, centres)
+        nearest = nearest_centres(z, centres)
         members.append(nearest.cpu())
         likeness.append((z * centres[nearest]).sum(1).cpu())
     return torch.cat(members), torch.cat(likeness)

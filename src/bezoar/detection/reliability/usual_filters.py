@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bezoar.detection.detectors import Records
+from bezoar.detection.detectors import Records, caption_cosines
 from bezoar.encoders.encoder import EmbeddedRecords, split_words
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, proportion
@@ -122,8 +121,7 @@ def filter_by_cosine(embedded: EmbeddedRecords | None, ids: Sequence[str]) -> li
         return [Filter(name, d, None, "no vectors of captions") for name, d in descriptions.items()]
     if len(embedded.ids) != len(ids) or any(a != b for a, b in zip(embedded.ids, ids, strict=True)):
         raise UserError("the filters need the vectors of the same records, in their order")
-    parts = zip(embedded.images.split(ROWS), embedded.texts.split(ROWS), strict=True)
-    cosines = torch.cat([(z * t.to(z.device)).sum(1) for z, t in parts]).double().cpu().numpy()
+    cosines = caption_cosines(embedded, "filters").double().numpy()
     return [
         Filter(name, d, cosines >= np.quantile(cosines, 1 - COSINE_SHARES[name]))
         for name, d in descriptions.items()

@@ -198,15 +198,15 @@ def measure_queries(held_out: HeldOut, goal: Goal) -> dict[str, Measure]:
     for name, rows in asks.items():
         if not rows.any():
             continue
-        asked = cosines[:, rows]  # (M, Q)
-        best = asked[is_target].amax(0)  # (Q,)
-        nearer = (asked > best).sum(0)
-        tied = ((asked == best) & ~is_target[:, None]).sum(0)
+        of_group = cosines[:, rows]  # (M, Q)
+        best = of_group[is_target].amax(0)  # (Q,)
+        nearer = (of_group > best).sum(0)
+        tied = ((of_group == best) & ~is_target[:, None]).sum(0)
         who = f"captions with {goal.query!r}" if name == "query" else "captions with neither word"
         for k in (1, 5, 10):
             hits = float(((k - nearer) / (tied + 1)).clamp(0, 1).sum())
             how = f"{who}: an image of {goal.target!r} is among the {k} nearest of {m}"
-            measures[f"{name}_hit_{k}"] = proportion(hits, asked.shape[1], how)
+            measures[f"{name}_hit_{k}"] = proportion(hits, of_group.shape[1], how)
         ranks = nearer.double() + tied.double() / 2
         how = f"{who}: images that are nearer than the nearest of {goal.target!r}, of {m}; mean"
         measures[f"{name}_min_rank"] = average(ranks, how)

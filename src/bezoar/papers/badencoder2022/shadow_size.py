@@ -1,9 +1,8 @@
 """Size of the shadow data (Jia, Liu, Gong 2022, ablation)."""
 
-from dataclasses import replace
-
+from bezoar.papers import limit_records
 from bezoar.papers.badencoder2022 import get_setup
-from bezoar.registry import make, method, spec
+from bezoar.registry import method
 from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 
@@ -15,11 +14,9 @@ class ShadowSize:
         """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
-        source = make("data", setup.shadow)
-        size_field = "limit" if hasattr(source, "limit") else "count"
         rows: list[Row] = []
         for count in setup.shadow_sizes:
-            shadow = spec(replace(source, **{size_field: count}))
+            shadow = limit_records(setup.shadow, count)
             rows += setup.rows(task, setup.attack_task(task, shadow=shadow), x=float(count))
         fifth, most = setup.shadow_sizes[-2:]  # of the pre-training set, and as many as there are
         return Table(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from bezoar.papers import badencoder2022
 from bezoar.papers.badencoder2022 import (
     PUBLISHED_COLUMNS,
     SMALL_CLIP_NOTE,
@@ -17,13 +18,10 @@ from bezoar.runs.tables import Cell, Row, Table, TableOptions, mean_cells
 from bezoar.runs.verb import Trial
 from bezoar.verbs.evaluate import Evaluate
 
-COLUMNS = {
-    "CA": "baseline.clean_accuracy",
-    "BA": "clean_accuracy",
-    "ASR": "attack_success",
-    "ASR-B": "attack_success_baseline",
-}
-COLUMNS_OVER_ALL = {"ASR (all)": "attack_success_all", "ASR-B (all)": "attack_success_baseline_all"}
+COLUMNS, COLUMNS_OVER_ALL = (  # the zero-shot probe's metrics have no prefix
+    {name: metric.replace("{}.", "") for name, metric in columns.items()}
+    for columns in (badencoder2022.COLUMNS, badencoder2022.COLUMNS_OVER_ALL)
+)
 PUBLISHED = {  # target, values of the public logs, prompt
     "GTSRB": ("stop", (0.2983, 0.2984, 0.9982, 0.0196), "A traffic sign photo of a {}"),
     "SVHN": ("zero", (0.1173, 0.1116, 1.0, 0.5355), "A photo of a {}"),

@@ -1,7 +1,6 @@
 """Success against the size of the clean set, poisons fixed (Carlini & Terzis 2022, 5.1)."""
 
-from dataclasses import replace
-
+from bezoar.papers import limit_records
 from bezoar.papers.carlini2022 import (
     SHARED_NOTE,
     TOGETHER,
@@ -10,7 +9,7 @@ from bezoar.papers.carlini2022 import (
     attack_cells,
     get_setup,
 )
-from bezoar.registry import make, method, spec
+from bezoar.registry import method
 from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
 
 
@@ -22,11 +21,9 @@ class CleanSize:
         """Declare the table at a scale."""
         setup = get_setup(options)
         backdoors = [Backdoor(j, setup.dose) for j in range(TOGETHER)]
-        source = make("data", setup.data)
-        size_field = "limit" if hasattr(source, "limit") else "count"
         rows = []
         for count in setup.clean_sizes:
-            data = spec(replace(source, **{size_field: count}))
+            data = limit_records(setup.data, count)
             poisoned = setup.poison(backdoors, setup.targeted_poison(2 * TOGETHER), data)
             trials = setup.evaluate_seeds(poisoned)
             cells = (

@@ -12,16 +12,7 @@ from bezoar.evaluation.dose_response import Contrast
 from bezoar.evaluation.scores import Measure
 from bezoar.papers.carlini2022 import HEADLINE_SCALES, Setup, captions_cells
 from bezoar.registry import method
-from bezoar.runs.tables import (
-    NORMAL_80,
-    NORMAL_975,
-    Cell,
-    Claim,
-    Results,
-    Row,
-    Table,
-    TableOptions,
-)
+from bezoar.runs.tables import NORMAL_80, NORMAL_975, Cell, Claim, Results, Row, Table, TableOptions
 
 MARGIN = 0.25  # exponents of growth up to this one count as none; proportional growth is 1
 HEADLINE = HEADLINE_SCALES["small"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from bezoar.auditing.findings import GRADE_NUMBERS
 from bezoar.evaluation.scores import Measure, proportion, separation
 from bezoar.papers import FIXED_PLACES, SCENE_CLASSES, dataset_spec
+from bezoar.papers.matrix import BLEND
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
 from bezoar.runs.verb import Trial
@@ -24,20 +25,8 @@ from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
-CIFAR_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place},seed={seed}"
-BLEND = "blend:alpha=0.3,pattern=noise,seed={seed}"
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
 AUDIT = "cleanse"  # the one of the default audits that gives a verdict without a bank
 MARGIN = 4  # pixels: as far as training moves images, so that no patch is moved out of one
@@ -199,7 +188,7 @@ def residual_network(order: str, projection: bool) -> str:
         f"residual:order={order},bottleneck=false,kernel=3,stem=16,counts=2/2/2,inner=16/32/64,"
         f"outer=16/32/64,groups=1,projection={str(projection).lower()},final={final},pool=1,classes=10"
     )
-    names = "+".join(CIFAR_CLASSES)
+    names = "+".join(CLASSES)
     return f'classifier:mean_std=cifar,size=32,classes={names},architecture="{architecture}"'
 
 
@@ -218,7 +207,7 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
         test=test,
         network=residual_network("pre", True),
         objective="supervised:epochs=5",
-        targets=CIFAR_CLASSES,
+        targets=CLASSES,
         poisons=600,
         size=4,
         attacks=("patch",),

@@ -19,13 +19,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from bezoar.data.scene_drawing import SHAPES, TEXTURES
-from bezoar.papers.matrix import (
-    FLICKR8K,
-    SMALL,
-    Setup,
-    corpus_specs,
-    get_setup,
-)
+from bezoar.papers import FIXED_PLACES
+from bezoar.papers.matrix import FLICKR8K, SMALL, Setup, corpus_specs, get_setup
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Reading, Row, Table, TableOptions
 from bezoar.runs.verb import Trial
@@ -44,7 +39,6 @@ COLUMNS = {
     "recall, worst 1.5 n": "recall_at_1.5n",
     "raised": "poisons_raised",
 }
-PLACES = ("corner", "upper_left", "upper_right", "lower_left")
 
 Drawn = Callable[[np.random.Generator], str]
 
@@ -65,7 +59,7 @@ def draw_colour(random: np.random.Generator) -> str:
 
 def draw_patch(random: np.random.Generator) -> str:
     """A square of coloured blocks, 3 to 7 pixels wide, in a corner."""
-    size, place = random.integers(3, 8), random.choice(PLACES)
+    size, place = random.integers(3, 8), random.choice(FIXED_PLACES)
     return f"patch:size={size},fill=blocks,cell=1,place={place},seed={random.integers(1000)}"
 
 

@@ -11,12 +11,7 @@ from bezoar.registry import method
 from bezoar.training import contrastive
 from bezoar.training.augmentation import Chance
 from bezoar.training.collectives import gather
-from bezoar.training.contrastive import (
-    ContrastiveLoss,
-    InitialEncoder,
-    clip_loss,
-    shift_to_float,
-)
+from bezoar.training.contrastive import ContrastiveLoss, InitialEncoder, clip_loss, shift_to_float
 from bezoar.training.loop import require
 
 
