@@ -85,7 +85,6 @@ KINDS = {  # kind -> its page; a run is named by the start of its name, as `trai
     ),
 }
 SPECS = {  # methods that cannot be written by their name alone
-    "captions": "captions:path=pairs.csv",
     "embeddings": "embeddings:path=clip-retrieval",
     "folder": "folder:path=photos",
     "image": "image:path=photo.jpg",

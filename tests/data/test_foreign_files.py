@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, features
+from PIL.PngImagePlugin import PngInfo
 
 from bezoar import cli
 from bezoar.data.distinct_ids import DistinctIds
+from bezoar.data.files.arrays import load_array
 from bezoar.data.files.images import decode_image
 from bezoar.data.files.skipped import Unreadable
 from bezoar.data.pairs import Pairs, load_pairs
@@ -289,6 +291,17 @@ def test_paths_may_hold_any_legal_character(
 # Images
 
 
+# EXIF that says: turn to the right, in a number of 32 bits.
+LONG_TURN = b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHII", 0x0112, 4, 1, 6) + bytes(4)
+
+
+def raw_profile(exif: bytes) -> PngInfo:
+    """EXIF as ImageMagick writes it into a PNG."""
+    info = PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n")
+    return info
+
+
 def decode(content: bytes) -> list[int]:
     """The colour of an image that has only one."""
     pixels = decode_image(content, None)
@@ -319,6 +332,20 @@ def test_modes_of_pixels() -> None:
         assert np.abs(np.array(cmyk) - [255, 0, 0]).max() <= 2
 
 
+def test_greys_of_tiffs_whose_range_or_direction_pillow_drops_are_refused() -> None:
+    for tags, match in (
+        ([(258, 16), (262, 0)], "in which white is 0"),
+        ([(258, 32)], "whole numbers of an unknown range"),
+        ([(258, 32), (339, 2)], "whole numbers of an unknown range"),
+        ([(258, 16), (339, 2)], "whole numbers of an unknown range"),
+        ([(258, 12)], "whole numbers of an unknown range"),
+        ([(258, 32), (339, 3), (262, 0)], "in which white is 0"),
+    ):
+        with pytest.raises(Unreadable, match=match):
+            decode_image(tiff(*tags), 16)
+    assert decode(tiff((262, 0))) == [255] * 3, "8 bits are turned round"
+
+
 def test_floats_are_scaled_or_refused() -> None:
     def pfm(value: float) -> bytes:
         return b"Pf\n16 16\n-1.0\n" + np.full(256, value, "<f4").tobytes()
@@ -342,6 +369,19 @@ def test_pictures_are_turned_as_their_exif_says(orientation: int, size: int | No
     exif[0x0112] = orientation
     content = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
     assert (decode_image(content, size).transpose(1, 2, 0) == upright).all()
+
+
+@pytest.mark.parametrize(
+    "where", [{"exif": b"Exif\0\0" + LONG_TURN}, {"pnginfo": raw_profile(b"Exif\0\0" + LONG_TURN)}]
+)
+def test_exif_may_be_of_32_bits_or_in_a_text(where: dict[str, Any], tmp_path: Path) -> None:
+    stored = np.zeros((16, 24, 3), np.uint8)
+    stored[0, 0] = 255
+    content = encode(Image.fromarray(stored), **where)
+    turned = np.rot90(stored, -1).transpose(2, 0, 1)
+    assert (decode_image(content, None) == turned).all()
+    (tmp_path / "t.png").write_bytes(content)
+    assert (load_array(str(tmp_path / "t.png")) == turned).all(), "a trigger is as its file says"
 
 
 def test_broken_exif_says_nothing() -> None:

@@ -1,8 +1,10 @@
 """Image bombs: pixels decoded at once, scans and what images kept as they are unpack to are bounded."""
 
 import io
+import struct
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from bezoar.data import decoding
 from bezoar.data.decoding import Record, decode_records, gather_pairs
-from bezoar.data.files import images
+from bezoar.data.files import arrays, images
 from bezoar.data.files.images import decode_image
 from bezoar.data.files.metadata import parse_metadata
 from bezoar.data.files.skipped import ReadReport, Unreadable
@@ -33,6 +35,76 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
     with pytest.raises(Unreadable, match=r"too many scans: 200\d\d of 64x64 pixels"):
         decode_image(bomb, 16)
     assert time.monotonic() - before < 1
+
+
+def test_scans_are_counted_in_files_of_several_jpegs_too(tmp_path):
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (64, 64), c) for c in ("red", "blue")]
+    frames[0].save(file, "MPO", save_all=True, append_images=frames[1:], progressive=True)
+    film = file.getvalue()
+    assert decode_image(film, None)[:, 9, 9].tolist() == [254, 0, 0]
+    start = film.index(b"\xff\xda")
+    scan = film[start : film.index(b"\xff\xd9")]
+    bomb = film[:start] + 20_000 * scan + film[start:]
+    with pytest.raises(Unreadable, match="too many scans: 200"):
+        decode_image(bomb, 16)
+    (tmp_path / "t.jpg").write_bytes(bomb)
+    with pytest.raises(UserError, match="too many scans: 200"):
+        arrays.load_array(str(tmp_path / "t.jpg"))
+
+
+def segment(mark, content):
+    return bytes((0xFF, mark)) + struct.pack(">H", len(content) + 2) + content
+
+
+def chunk(name, content):
+    return struct.pack(">I4s", len(content), name) + content + struct.pack(">I", zlib.crc32(name + content))  # fmt: skip
+
+
+def with_parts(kind, count):
+    """A picture with so many parts that hold no pixels."""
+    plain = encode(64, kind)
+    part, place = {
+        "JPEG": (segment(0xE1, b"Exif\0\0a"), 2),
+        "PNG": (chunk(b"tEXt", b"a\0b"), 33),
+        "GIF": (b"!\xfe\1a\0", plain.find(b",")),
+    }[kind]
+    return plain[:place] + count * part + plain[place:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
+def test_a_picture_of_many_parts_is_refused_before_pillow_walks_through_them(kind):
+    assert (decode_image(with_parts(kind, 50), None) == decode_image(encode(64, kind), None)).all()
+    before = time.monotonic()
+    with pytest.raises(Unreadable, match="too many parts: 2049 or more"):
+        decode_image(with_parts(kind, 400_000), 16)
+    assert time.monotonic() - before < 1
+    cut = with_parts(kind, 50)[:300]  # no walker may fail where the decoder would
+    with pytest.raises(Unreadable, match="not decodable"):
+        decode_image(cut, 16)
+
+
+def test_a_jpeg_whose_parts_are_large_or_filling_is_refused():
+    plain = encode(64, "JPEG")
+    for parts in (300 * segment(0xE1, b"Exif\0\0" + bytes(65_000)), bytes([255]) * 9999):
+        with pytest.raises(Unreadable, match="too many parts"):
+            decode_image(plain[:2] + parts + plain[2:], 16)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_of_many_strips_is_refused_by_its_directory(order):
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    entries = struct.pack(f"{order}HHHII", 1, 273, 4, 100_000, 26)
+    content = mark + struct.pack(f"{order}I", 8) + entries + bytes(4)
+    with pytest.raises(Unreadable, match="too many parts: 100000 strips"):
+        decode_image(content, 16)
+
+
+def test_formats_that_pillow_decodes_in_python_are_bounded():
+    small = b"P5\n16 16\n254\n" + bytes([127]) * 256
+    assert decode_image(small, None)[:, 0, 0].tolist() == [128] * 3  # 127 of 254
+    with pytest.raises(Unreadable, match="3000x3000 in a slow format"):
+        decode_image(b"P5\n3000 3000\n254\n" + bytes(9_000_000), 16)
 
 
 def test_no_more_pixels_than_allowed_are_decoded_at_once(monkeypatch):

@@ -5,6 +5,7 @@ import random
 import struct
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -136,5 +137,24 @@ def test_a_text_is_bounded_as_in_tars_and_so_are_all_texts_of_a_block(tmp_path):
     assert rows.count({"text": "b"}) == 196
     assert rows.count(f"text too large: {8 << 20} bytes") == 4
     pq.write_table(pa.table({"text": ["a" * (1 << 20)] * 200}), path)
-    with pytest.raises(UserError, match="unpacks to more than 67108864 bytes of text"):
+    with pytest.raises(UserError, match="unpacks to more than 67108864 bytes"):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary()])
+def test_columns_that_name_their_values_by_numbers_are_written_out_within_the_same_bounds(
+    tmp_path, kind
+):
+    path = tmp_path / "t.parquet"
+    words = pa.array(["red", "café"], kind)
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 1, 0], pa.int8()), words)
+    pq.write_table(pa.table({"text": column, "n": range(5)}), path)
+    rows = [row["text"] for _, row in read_rows(path, columns=["text", "n"])]
+    assert rows == [words[0].as_py(), words[1].as_py(), None, words[1].as_py(), words[0].as_py()]
+    many = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(4000, np.int32)), pa.array(["a" * 300_000], kind)
+    )
+    pq.write_table(pa.table({"text": many}), path)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(UserError, match="unpacks to more than 67108864 bytes"):
+        list(read_rows(path, columns=["text"]))

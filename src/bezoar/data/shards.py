@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from bezoar.data.blocks import blocks
+from bezoar.data.files.image_parts import open_picture
 from bezoar.data.files.images import DECODING_ERRORS, FORMATS, decode_image
 from bezoar.data.files.skipped import Unreadable
 from bezoar.data.files.writing import whole_file
@@ -181,7 +182,7 @@ def _read_for_shard(records: StoredPairs, row: int) -> tuple[str, bytes]:
     """Return extension and content of a record's image; formats unusual in shards become PNG."""
     shard, offset, length, _ = records.places[row].tolist()
     content = records.reader.read(shard, offset, length)
-    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+    with open_picture(content, FORMATS) as picture:
         extension = EXTENSIONS_BY_FORMAT.get(picture.format or "")
     if extension:
         return extension, content

@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 
 from bezoar.attacks.captions import find_mentions
 from bezoar.data.files.metadata import HOST, registrable_domain
-from bezoar.data.files.tables import CAPTION_COLUMNS, column_names, match_column, read_rows
+from bezoar.data.files.tables import (
+    CAPTION_COLUMNS,
+    cell_text,
+    column_names,
+    match_column,
+    read_rows,
+)
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 
@@ -98,11 +104,11 @@ def read_domains(path: Path, price: float, target: str) -> DomainTable:
         if not isinstance(row, dict):
             raise UserError(f"{path} row {number}: {row}")
         place = f"{path} row {number}"
-        host = str(row.get(domain) or "") if domain else _host(str(row.get(url) or ""))
+        host = cell_text(row.get(domain)) if domain else _host(cell_text(row.get(url)))
         if not host:
             continue
         name = registrable_domain(host)
-        serves = not caption or not target or find_mentions([str(row.get(caption) or "")], target)
+        serves = not caption or not target or find_mentions([cell_text(row.get(caption))], target)
         n = _number(row.get(count), place) if count else 1.0
         records[name] = records.get(name, 0.0) + (n if serves else 0.0)
         prices[name] = max(prices.get(name, 0.0), _number(row.get(cost), place) if cost else price)

@@ -26,8 +26,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bezoar.data.files import npy
-from bezoar.data.files.images import name_format
+from bezoar.data.files.image_parts import open_picture
+from bezoar.data.files.images import check_effort, name_format, turn_upright
 from bezoar.data.files.paths import open_regular
+from bezoar.data.files.skipped import Unreadable
 from bezoar.data.files.torch_files import load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
 from bezoar.errors import UserError, expand_home, first_line
@@ -128,7 +130,7 @@ def load_rgba(path: str) -> np.ndarray:
         return _decode_rgba(data)
     except UnidentifiedImageError as error:  # its message holds an address in memory
         raise UserError(f"{path}: {name_format(data, PICTURES)}") from error
-    except UserError as error:
+    except (UserError, Unreadable) as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
         raise UserError(
@@ -158,7 +160,7 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
         members = reader(data)
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: {name_format(data, PICTURES)}") from error
-    except UserError as error:
+    except (UserError, Unreadable) as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
         reason = first_line(error)[:120]
@@ -274,10 +276,12 @@ def _read_picture(data: bytes) -> dict[str, np.ndarray]:
 
 def _decode_rgba(data: bytes) -> np.ndarray:
     """Decode a PNG or a JPEG; opaque where it holds no transparency. Returns uint8 (4, H, W)."""
-    with Image.open(io.BytesIO(data), formats=PICTURES) as picture:
+    with open_picture(data, PICTURES) as picture:
         _check_size(picture.width * picture.height * 4)
         if picture.mode not in IMAGE_MODES:
             raise UserError(f"expected 8 bits a channel; it has mode {picture.mode}")
+        check_effort(data, picture)
         has_alpha = picture.has_transparency_data
         opaque = picture if has_alpha else picture.convert("RGB")  # CMYK has no way to RGBA
-        return np.asarray(opaque.convert("RGBA")).transpose(2, 0, 1)  # (H, W, 4), whatever H and W
+        upright = turn_upright(opaque.convert("RGBA"), picture)
+        return np.asarray(upright).transpose(2, 0, 1)  # (H, W, 4), whatever H and W

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import struct
 import threading
@@ -16,12 +15,19 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from bezoar.data.files.image_parts import open_picture
 from bezoar.data.files.paths import printable, read_file
 from bezoar.data.files.skipped import Unreadable
 
 IMAGE_PIXELS = 64_000_000  # the largest image that is decoded
 MAX_SCANS = 64  # of a JPEG; progressive ones have about 10
 MAX_SCANNED_PIXELS = 1 << 30  # its pixels times its scans
+SLOW_DECODERS = (
+    "ppm",
+    "ppm_plain",
+    "bmp_rle",
+)  # of Pillow, written in Python: a second a megapixel
+MAX_SLOW_PIXELS = 1 << 23
 SMALLEST = 8  # pixels a side; img2dataset and dead links leave 1x1 images behind
 MAX_TILE_PIXELS = 1 << 24  # of a strip or a tile of a TIFF, which is unpacked as a whole
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
@@ -30,7 +36,9 @@ SUFFIXES = frozenset({
 })  # fmt: skip
 # TIFFs hold pictures of other formats too, whose sizes may be others than the TIFF says.
 TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate")
-TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
+# Tags of TIFF.
+BITS, INTERPRETATION, TILE_WIDTH, TILE_LENGTH = 258, 262, 322, 323
+WHITE_IS_ZERO = 0  # of INTERPRETATION
 # How files of other formats begin: they are named, not read. Pillow would read AVIF, but its
 # decoder takes the memory that the video stream inside asks for, whatever size the file states.
 OTHER_FORMATS = (
@@ -45,6 +53,10 @@ OTHER_IMAGES = frozenset(("avif", "heic", "heif", "jxl", "jp2", "svg", "pnm", "p
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # the tag of EXIF
+LONG = 4  # a type of EXIF: 32 bits
+RAW_PROFILE = (
+    "Raw profile type exif"  # where ImageMagick puts the EXIF of a PNG, in hexadecimal digits
+)
 # What turns a picture upright, by its orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -81,14 +93,13 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
     """
     try:
         content = image if isinstance(image, bytes) else read_file(image)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as encoded:
+        with open_picture(content, FORMATS) as encoded:
             width, height = encoded.size
             if width * height > IMAGE_PIXELS:
                 raise Unreadable(f"too many pixels: {width}x{height}")
             if min(width, height) < SMALLEST:
                 raise Unreadable(f"smaller than {SMALLEST} pixels a side: {width}x{height}")
-            _check_scans(content, encoded)
-            _check_tiles(encoded)
+            check_effort(content, encoded)
             if size is not None:
                 encoded.draft("RGB", (size, size))
             with _PIXELS.claimed(width * height):
@@ -97,8 +108,7 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
                     if picture.width != picture.height:  # a copy that a bomb would fill
                         picture = picture.crop(centred_square(*picture.size))
                     picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-                if (turn := TURNS.get(_read_orientation(encoded))) is not None:
-                    picture = picture.transpose(turn)
+                picture = turn_upright(picture, encoded)
     except UnidentifiedImageError as error:  # its message holds an address in memory
         raise Unreadable(f"not decodable: {name_format(content)}") from error
     except DECODING_ERRORS as error:
@@ -107,18 +117,21 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
     return np.asarray(picture).transpose(2, 0, 1)
 
 
-def _check_scans(content: bytes, encoded: Image.Image) -> None:
-    """Raise Unreadable for a JPEG that would be decoded over and over: each scan costs a pass."""
+def check_effort(content: bytes, encoded: Image.Image) -> None:
+    """Raise Unreadable for a picture that takes more work than its pixels: each scan of a JPEG costs a pass."""
+    if isinstance(encoded, TiffImageFile):
+        _check_tiff(encoded)
+    is_slow = any(tile[0] in SLOW_DECODERS for tile in encoded.tile)
+    if is_slow and encoded.width * encoded.height > MAX_SLOW_PIXELS:
+        raise Unreadable(f"too many pixels: {encoded.width}x{encoded.height} in a slow format")
     # Within compressed data a byte 255 is followed by 0, so these two are the mark of a scan.
-    scans = content.count(b"\xff\xda") if encoded.format == "JPEG" else 1
+    scans = content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") else 1
     if scans > MAX_SCANS or scans * encoded.width * encoded.height > MAX_SCANNED_PIXELS:
         raise Unreadable(f"too many scans: {scans} of {encoded.width}x{encoded.height} pixels")
 
 
-def _check_tiles(encoded: Image.Image) -> None:
-    """Raise Unreadable for a TIFF that unpacks to more than its pixels."""
-    if not isinstance(encoded, TiffImageFile):
-        return
+def _check_tiff(encoded: TiffImageFile) -> None:
+    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or whose greys Pillow reads as they stand."""
     kind = encoded.info.get("compression")
     if kind not in TIFF_COMPRESSIONS:
         raise Unreadable(f"not decodable: TIFF with compression {printable(str(kind))} is not read")
@@ -127,6 +140,10 @@ def _check_tiles(encoded: Image.Image) -> None:
         raise Unreadable("not decodable: a TIFF whose tiles have no size")
     if not 0 < width * height <= MAX_TILE_PIXELS:
         raise Unreadable(f"too many pixels: tiles of {width}x{height}")
+    if encoded.mode[0] in "IF" and encoded.tag_v2.get(INTERPRETATION) == WHITE_IS_ZERO:
+        raise Unreadable("not decodable: a TIFF of more than 8 bits in which white is 0")
+    if encoded.mode == "I" or (encoded.mode[0] == "I" and encoded.tag_v2.get(BITS) != (16,)):
+        raise Unreadable("not decodable: whole numbers of an unknown range")
 
 
 class _Allowance:
@@ -179,24 +196,33 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+def turn_upright(picture: Image.Image, encoded: Image.Image) -> Image.Image:
+    """Turn a picture as the EXIF of its file says that it lies."""
+    turn = TURNS.get(_read_orientation(encoded))
+    return picture if turn is None else picture.transpose(turn)
+
+
 def _read_orientation(picture: Image.Image) -> int:
     """Read how EXIF says that a picture lies; 1 (upright) if it says nothing that can be read.
 
     Pillow's own reader parses every tag, and prints warnings of those that are broken.
     """
-    exif = picture.info.get("exif")
-    if not isinstance(exif, bytes):
-        return 1
-    exif = exif.removeprefix(b"Exif\0\0")
-    order = ">" if exif.startswith(b"MM") else "<"
     try:
+        exif = picture.info.get("exif")
+        if isinstance(profile := picture.info.get(RAW_PROFILE), str) and exif is None:
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+        if not isinstance(exif, bytes):
+            return 1
+        exif = exif.removeprefix(b"Exif\0\0")
+        order = ">" if exif.startswith(b"MM") else "<"
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
         (count,) = struct.unpack_from(f"{order}H", exif, start)
-        for number in range(count):
-            entry = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * number)
-            if entry[0] == ORIENTATION:
-                return int(entry[3])
-    except struct.error:
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", exif, place)
+            if tag == ORIENTATION:
+                value = struct.unpack_from(order + ("I" if kind == LONG else "H"), exif, place + 8)
+                return int(value[0])
+    except (struct.error, ValueError):
         pass
     return 1
 

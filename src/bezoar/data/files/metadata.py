@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from bezoar.data.files.skipped import Unreadable
+
 MAX_CAPTIONS = 1000  # of an image
 # Keys and columns that say who or what a record comes from, the first that is there.
 ORIGIN_COLUMNS = (
@@ -140,8 +142,19 @@ def is_label(value: Any) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell whether text is Unicode: it holds no lone surrogates."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    """Tell whether text is Unicode without NUL, which UTF-16 that is read as UTF-8 is full of."""
+    return not any("\ud800" <= c <= "\udfff" or c == "\0" for c in text)
+
+
+def choose_caption(text: bytes, metadata: Metadata) -> str:
+    """The caption in a text file, else the first of the metadata; empty if there is none.
+
+    Raises Unreadable for a text file in another encoding than UTF-8.
+    """
+    caption = text.decode("utf-8-sig", "surrogateescape").strip()
+    if not is_unicode(caption):
+        raise Unreadable("caption is not UTF-8")
+    return caption or metadata.captions[0].strip()
 
 
 def _text(values: dict[str, Any], key: str) -> str:

@@ -152,11 +152,13 @@ def describe_file(path: Path) -> dict[str, Any]:
         return arrow_stream.describe_file(path)
     with open_parquet(path) as file:
         fields = list(file.schema_arrow)
-        is_text = [pa.types.is_string(f.type) or pa.types.is_large_string(f.type) for f in fields]
+        kinds = [f.type.value_type if is_dictionary(f.type) else f.type for f in fields]
         return {
             "rows": file.metadata.num_rows,
             "names": [f.name for f in fields],
-            "texts": [f.name for f, yes in zip(fields, is_text, strict=True) if yes],
+            "texts": [
+                f.name for f, k in zip(fields, kinds, strict=True) if arrow_stream.is_text(k)
+            ],
         }
 
 
@@ -184,9 +186,20 @@ def read_batches(
             low, high = max(start - position, 0), min(end - position, len(batch))
             position += len(batch)
             if high > low:
-                yield batch.slice(low, high - low)
+                yield decode_dictionaries(batch.slice(low, high - low))
         if position < end:
             raise UserError(f"{path} promises {rows} rows and ends after {position}")
+
+
+def decode_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Write out columns that name their values by numbers, as pandas writes categories."""
+    columns = [c.dictionary_decode() if is_dictionary(c.type) else c for c in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
+
+
+def is_dictionary(kind: pa.DataType) -> bool:
+    """Whether values of a type are numbers of values."""
+    return bool(pa.types.is_dictionary(kind))
 
 
 def _find_groups(file: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:

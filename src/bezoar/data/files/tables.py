@@ -33,10 +33,11 @@ ID_COLUMNS = ("id", "key", "image_id", "uid")
 BINARY = (".parquet", ".arrow")  # read by `parquet`
 SUFFIXES = (".csv", ".tsv", ".jsonl", *BINARY)
 BLOCK_ROWS = 4096  # of a unit of work
-FREE_TEXT_BYTES = 64 << 20  # of the text of a block of Parquet, however small its file is
-TEXT_RATIO = 20  # how many times the file's size the text may be beyond that
+FREE_BLOCK_BYTES = 64 << 20  # that a block of Parquet may unpack to, however small its file is
+MAX_RATIO = 20  # how many times the file's size that may be
 LISTED_BYTES = 16  # that a text of a list takes beside its own
 FIRST_ROWS = 100  # that are looked at before any other
+LISTED = 1000  # characters of the names of columns in a message
 ROW_LINES = 1000  # the most over which a row with quotes may go
 Row = dict[str, Any]
 
@@ -101,11 +102,11 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
 
 
 def column_names(table: Path) -> list[str]:
-    """Return the names of a table's columns; of JSON Lines those of the first object."""
+    """Return the names of a table's columns; of JSON Lines all those of the first objects."""
     if table.suffix in BINARY:
         return list(read_header(table).names)
-    first = next((row for _, row in read_rows(table) if isinstance(row, dict)), {})
-    return [name for name in first if isinstance(name, str)]
+    first = (row for _, row in read_rows(table, RowBlock(0, 0, FIRST_ROWS)))
+    return list(dict.fromkeys(k for row in first if isinstance(row, dict) for k in row if k))
 
 
 def find_column(
@@ -121,7 +122,7 @@ def find_column(
         return name
     raise UserError(
         f"{path} has no column {wanted or ' or '.join(candidates)}; "
-        f"it has: {printable(', '.join(map(str, names)))}"
+        f"it has: {printable(', '.join(map(str, names)))[:LISTED]}"
     )
 
 
@@ -134,7 +135,7 @@ def match_column(names: Sequence[str], candidates: Sequence[str]) -> str:
 
 def find_sentences(table: Path, names: Sequence[str]) -> str:
     """Return the one of some columns whose first rows hold most spaces, at least 2 each, or ""."""
-    spaces = dict.fromkeys(names, 0)
+    spaces = {"": 0, **dict.fromkeys(names, 0)}
     count = 0
     with suppress(UserError):  # a table that cannot be read is named when it is its turn
         for _, row in read_rows(table, RowBlock(0, 0, FIRST_ROWS)):
@@ -143,8 +144,15 @@ def find_sentences(table: Path, names: Sequence[str]) -> str:
             for name in names:
                 cell = cells.get(name)
                 spaces[name] += cell.strip().count(" ") if isinstance(cell, str) else 0
-    longest = max(spaces, key=lambda name: spaces[name], default="")
+    longest = max(spaces, key=lambda name: spaces[name])
     return longest if count and spaces[longest] >= 2 * count else ""
+
+
+def cell_text(cell: Any) -> str:
+    """The text of a cell of any type, bytes read as UTF-8; empty for none."""
+    if isinstance(cell, bytes):
+        return cell.decode("utf-8", "surrogateescape")
+    return "" if cell is None else str(cell)
 
 
 def resolve_inside(table: Path, root: Path | None, text: str) -> Path | None:
@@ -244,6 +252,8 @@ class _CsvRows:
                 raise ValueError(f"line 1 is no header: {cells}")
             self.header = cells
             break
+        if repeated := [name for name in self.header if name and self.header.count(name) > 1]:
+            raise ValueError(f"two columns are called {repeated[0]!r}")
         self.body = file.tell()
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Row | str]]:
@@ -330,14 +340,14 @@ def _read_parquet(
 ) -> Iterator[Row | str]:
     columns = read_header(table).texts if columns is None else columns
     stop = None if block.rows is None else block.before + block.rows
-    nbytes, most = 0, max(FREE_TEXT_BYTES, TEXT_RATIO * table.stat().st_size)
+    nbytes, most = 0, max(FREE_BLOCK_BYTES, MAX_RATIO * table.stat().st_size)
     for batch in read_batches(table, columns, block.before, stop):
         lengths = [_text_bytes(column) for column in batch.columns]
         longest = max((int(n.max(initial=0)) for n in lengths), default=0)
         if longest <= TEXT_BYTES:
-            nbytes += sum(int(n.sum()) for n in lengths)
-        if nbytes > most:  # thousands of rows may share one text
-            raise UserError(f"{table} unpacks to more than {most} bytes of text")
+            nbytes += max(batch.nbytes, sum(int(n.sum()) for n in lengths))
+        if nbytes > most:  # thousands of rows may share one value
+            raise UserError(f"{table} unpacks to more than {most} bytes")
         try:
             if longest <= TEXT_BYTES:
                 yield from batch.to_pylist()

@@ -21,8 +21,9 @@ def open_zip(file: Path | IO[bytes], max_members: int = 100_000) -> zipfile.ZipF
     """Open an archive.
 
     Raises:
-        UserError: if it is none, holds more than `max_members`, or has members that are encrypted
-            or packed otherwise than by deflation.
+        UserError: if it is none, holds more than `max_members`, two of one name (of which other
+            readers take another), or members that are encrypted or packed otherwise than by
+            deflation.
     """
     try:
         archive = zipfile.ZipFile(check_regular(file) if isinstance(file, Path) else file)
@@ -31,6 +32,9 @@ def open_zip(file: Path | IO[bytes], max_members: int = 100_000) -> zipfile.ZipF
     members = archive.infolist()
     if len(members) > max_members:
         raise UserError(f"{len(members)} members are too many; at most {max_members} are read")
+    names = [member.filename.removesuffix(".npy") for member in members]
+    if len(set(names)) < len(names):
+        raise UserError("two members of one name")
     for member in members:
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(

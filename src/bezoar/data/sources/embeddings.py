@@ -17,7 +17,7 @@ from bezoar.data.files import npy, parquet
 from bezoar.data.files.metadata import ORIGIN_COLUMNS
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import ReadReport
-from bezoar.data.files.tables import CAPTION_COLUMNS, ID_COLUMNS
+from bezoar.data.files.tables import CAPTION_COLUMNS, ID_COLUMNS, match_column
 from bezoar.data.source import COLUMNS, Source, Unit, VectorBlock, number_units, until_broken
 from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
@@ -198,12 +198,8 @@ def _read_metadata(path: Path, images: Path, count: int, rows: slice) -> dict[st
     header = parquet.read_header(path)
     if header.rows != count:
         raise UserError(f"{path} has {header.rows} rows, {images} {count}")
-    names = set(header.names)
-    columns: dict[str, str] = {}
-    for ours, candidates in METADATA_COLUMNS.items():
-        theirs = next((name for name in candidates if name in names), None)
-        if theirs:
-            columns[ours] = theirs
+    matches = {k: match_column(header.names, names) for k, names in METADATA_COLUMNS.items()}
+    columns = {ours: theirs for ours, theirs in matches.items() if theirs}
     if not columns:
         return {}
     batches: list[pa.RecordBatch] = []

@@ -21,7 +21,7 @@ from bezoar.data.files.folders import (
     is_image,
     other_image,
 )
-from bezoar.data.files.metadata import Metadata, parse_metadata
+from bezoar.data.files.metadata import Metadata, choose_caption, parse_metadata
 from bezoar.data.files.paths import (
     TEXT_BYTES,
     existing_folder,
@@ -227,9 +227,9 @@ class FolderSource(RecordStream):
         if isinstance(metadata, str):
             return metadata
         try:
-            caption = contents.get(".txt", b"").decode().strip() or metadata.captions[0].strip()
-        except UnicodeDecodeError:
-            return "caption is not UTF-8"
+            caption = choose_caption(contents.get(".txt", b""), metadata)
+        except Unreadable as error:
+            return str(error)
         return metadata._replace(captions=(caption,)) if caption else "no caption"
 
     def image_path(self, shard: int, member: str) -> Path | None:

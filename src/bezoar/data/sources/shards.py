@@ -13,9 +13,9 @@ import numpy as np
 
 from bezoar.data.decoding import Record, describe_failure
 from bezoar.data.files.images import OTHER_IMAGES
-from bezoar.data.files.metadata import ORIGIN_COLUMNS, Metadata, parse_metadata
+from bezoar.data.files.metadata import ORIGIN_COLUMNS, Metadata, choose_caption, parse_metadata
 from bezoar.data.files.paths import distinct_stems, expand_paths
-from bezoar.data.files.skipped import ReadReport, Skipped
+from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
 from bezoar.data.label_sets import check_fields, name_classes
 from bezoar.data.shards import CleanCopy, add_member, open_shard
@@ -234,9 +234,10 @@ class ShardSource(RecordStream):
             missing = f"image of a format that is not read: {unread}" if unread else "no image"
             reason = "several images of one key" if extensions else missing
             return Skipped(file, group.key, reason)
-        captions = self._read_captions(group, metadata)
-        if isinstance(captions, str):
-            return Skipped(file, group.key, captions)
+        try:
+            captions = self._read_captions(group, metadata)
+        except Unreadable as error:
+            return Skipped(file, group.key, str(error))
         key = metadata.id or f"{self.stems[shard]}/{group.key}"
         several = self.captions == "all"
         image = group.files[extensions[0]]
@@ -254,16 +255,14 @@ class ShardSource(RecordStream):
             length=len(image),
         )
 
-    def _read_captions(self, group: Group, metadata: Metadata) -> tuple[str, ...] | str:
-        """The captions of a record, or why there is none."""
-        try:
-            caption = group.files.get("txt", b"").decode().strip() or metadata.captions[0].strip()
-        except UnicodeDecodeError:
-            return "caption is not UTF-8"
-        captions: tuple[str, ...] = ()
+    def _read_captions(self, group: Group, metadata: Metadata) -> tuple[str, ...]:
+        """The captions of a record. Raises Unreadable if there is none."""
+        captions = (choose_caption(group.files.get("txt", b""), metadata),)
         if self.captions == "all":
-            captions = tuple(c.strip() for c in metadata.captions if c.strip())
-        return captions or ((caption,) if caption else "no caption")
+            captions = tuple(c.strip() for c in metadata.captions if c.strip()) or captions
+        if not captions[0]:
+            raise Unreadable("no caption")
+        return captions
 
     def reader(self, index: RecordIndex) -> ShardFiles:
         """Read the tars as they were when they were scanned."""

@@ -20,9 +20,11 @@ from bezoar.data.files.tables import (
     CAPTION_COLUMNS,
     ID_COLUMNS,
     IMAGE_COLUMNS,
+    LISTED,
     SUFFIXES,
     Row,
     RowBlock,
+    cell_text,
     column_names,
     cut_blocks,
     find_column,
@@ -169,7 +171,7 @@ class TableSource(RecordStream):
         """Raise UserError if one of the other columns seems to hold captions."""
         if column := find_sentences(path, names):
             raise UserError(
-                f"{path} has no column {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)}; "
+                f"{path} has no column {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)[:LISTED]}; "
                 f"is caption={column} meant? caption={NO_CAPTION} reads images alone"
             )
 
@@ -215,10 +217,10 @@ class TableSource(RecordStream):
         captions = _read_captions(row.get(columns.caption)) if columns.caption else ()
         if isinstance(captions, str):
             return captions
-        key = row.get(columns.id) if columns.id else None
+        key = cell_text(row.get(columns.id)) if columns.id else ""
         if not is_unicode(f"{captions}{key}{name}") or not all(map(is_unicode, captions)):
             return "caption is not UTF-8"
-        key = self._default_id(number, row_number, name) if key in (None, "") else str(key)
+        key = key or self._default_id(number, row_number, name)
         url, origin = (
             text if isinstance(text, str) and is_unicode(text) else ""
             for text in (row.get(name) if name else "" for name in (columns.url, columns.origin))
@@ -267,14 +269,9 @@ def _read_captions(cell: Any) -> tuple[str, ...] | str:
     """Return the captions of a cell, a text or a list of texts, or say why there is none."""
     captions: list[str] = []
     for text in cell if isinstance(cell, list) else [cell]:
-        if isinstance(text, bytes):
-            try:
-                text = text.decode()
-            except UnicodeDecodeError:
-                return "caption is not UTF-8"
-        if text is not None and not isinstance(text, str):
+        if not isinstance(text, str | bytes | None):
             return f"caption is not text: {type(text).__name__}"
-        if text and text.strip():
+        if (text := cell_text(text)).strip():
             captions.append(text.strip())
     return tuple(captions) or "no caption"
 

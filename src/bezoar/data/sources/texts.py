@@ -9,7 +9,14 @@ import torch
 from bezoar.data.files.metadata import is_unicode
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.skipped import ReadReport, Skipped
-from bezoar.data.files.tables import CAPTION_COLUMNS, Row, find_column, match_column, read_rows
+from bezoar.data.files.tables import (
+    CAPTION_COLUMNS,
+    cell_text,
+    column_names,
+    find_column,
+    match_column,
+    read_rows,
+)
 from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError, expand_home
 from bezoar.registry import method
@@ -66,27 +73,18 @@ class Texts:
 
     def _rows(self, table: Path, report: ReadReport) -> Iterator[tuple[int, str, str | None]]:
         """Number, text and class of each row that has a text; others go into the report."""
-        text_column = label_column = ""
-        for number, row in read_rows(table):
-            if isinstance(row, str):
-                report.skipped.append(Skipped(self.path, f"row {number}", row))
-                continue
-            if not text_column:
-                text_column, label_column = self._find_columns(row)
-            text = row.get(text_column)
-            if not isinstance(text, str) or not text.strip() or not is_unicode(text):
-                reason = (
-                    "text is not UTF-8" if isinstance(text, str) and text.strip() else "no text"
-                )
+        names = column_names(table)
+        text_column = find_column(self.path, names, self.text, TEXT_COLUMNS)
+        label_column = match_column(names, LABEL_COLUMNS)
+        if self.label:
+            label_column = find_column(self.path, names, self.label, ())
+        for number, row in read_rows(table, columns=[text_column, *filter(None, [label_column])]):
+            cell = row if isinstance(row, str) else row.get(text_column)
+            text = cell_text(cell).strip() if isinstance(cell, str | bytes) else ""
+            if isinstance(row, str) or not text or not is_unicode(text):
+                reason = row if isinstance(row, str) else "text is not UTF-8" if text else "no text"
                 report.skipped.append(Skipped(self.path, f"row {number}", reason))
                 continue
-            label = row.get(label_column)
-            value = None if label is None else str(label).strip()[:MAX_LABEL]
-            yield number, text.strip(), value if value and is_unicode(value) else None
-
-    def _find_columns(self, row: Row) -> tuple[str, str]:
-        """The columns of texts and of classes; "" where there are no classes."""
-        text = find_column(self.path, row, self.text, TEXT_COLUMNS)
-        if self.label:
-            return text, find_column(self.path, row, self.label, ())
-        return text, match_column(list(row), LABEL_COLUMNS)
+            label = cell_text(row.get(label_column)) if label_column else ""
+            value = label.strip()[:MAX_LABEL]
+            yield number, text, value if value and is_unicode(value) else None

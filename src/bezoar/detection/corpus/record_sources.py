@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bezoar.data.files.metadata import HOST, ORIGIN_COLUMNS, registrable_domain
 from bezoar.data.files.paths import printable
-from bezoar.data.files.tables import ID_COLUMNS, column_names, match_column, read_rows
+from bezoar.data.files.tables import ID_COLUMNS, cell_text, column_names, match_column, read_rows
 from bezoar.data.strings import Strings
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.errors import UserError
@@ -131,7 +131,7 @@ def _read_table(path: str, ids: Strings) -> pa.Array:
             f"it has: {', '.join(names)}"
         )
     rows = (row for _, row in read_rows(Path(path), columns=[key, column]) if isinstance(row, dict))
-    pairs = [(_as_unicode(row.get(key)), _as_unicode(row.get(column) or "")) for row in rows]
+    pairs = [(_as_unicode(row.get(key)), _as_unicode(row.get(column))) for row in rows]
     keys, sources = zip(*pairs, strict=True) if pairs else ((), ())
     places = pc.index_in(ids.column, pa.array(keys, pa.large_string()))
     if places.null_count == len(ids):
@@ -141,7 +141,7 @@ def _read_table(path: str, ids: Strings) -> pa.Array:
 
 def _as_unicode(cell: object) -> str:
     """The text of a cell; bytes that are no UTF-8, which are read as lone surrogates, are spelt out."""
-    return str(cell).encode(errors="backslashreplace").decode()
+    return cell_text(cell).encode(errors="backslashreplace").decode()
 
 
 def _number_sources(what: str, names: pa.Array) -> RecordSources:

@@ -8,18 +8,16 @@ HEAD_BYTES bytes and MAX_SEGMENTS parts of its header are looked at.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from PIL import Image
-
 from bezoar.data.decoding import Record
+from bezoar.data.files.image_parts import open_picture
 from bezoar.data.files.images import DECODING_ERRORS, FORMATS
 from bezoar.data.files.paths import open_regular, regular_descriptor
-from bezoar.data.files.skipped import Skipped
+from bezoar.data.files.skipped import Skipped, Unreadable
 from bezoar.data.files.tars import BLOCK
 from bezoar.errors import UserError
 
@@ -109,9 +107,9 @@ def parse_image_header(content: bytes) -> ImageHeader:
     if content[:8] == b"\x89PNG\r\n\x1a\n":
         return parse_png(content)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # reads the header alone
+        with open_picture(content, FORMATS) as image:  # reads the header alone
             return ImageHeader(image.format or "", image.mode, "", image.size)
-    except DECODING_ERRORS:
+    except (Unreadable, *DECODING_ERRORS):
         return ImageHeader()
 
 
