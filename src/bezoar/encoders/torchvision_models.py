@@ -12,29 +12,34 @@ from bezoar.encoders import filling, normalisation
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.weights import check_weights
 
-# What the names of weights begin with; those of residual networks are read elsewhere.
-STARTS = (
-    "features.",
-    "encoder.layers.",
-    "stem.",
-    "trunk_output.",
-    "layers.",
-    "blocks.",
-    "Conv2d_1a",
-    "stage2.",  # ShuffleNet
-)
+# Families by what the names of their weights begin with; residual networks are read elsewhere.
+FAMILIES = {
+    "features.": "alexnet convnext densenet efficientnet mobilenet squeezenet swin vgg",
+    "encoder.layers.": "vit",
+    "stem.": "maxvit regnet",
+    "layers.": "mnasnet",
+    "Conv2d_1a": "inception",
+    "stage2.": "shufflenet",
+}
 COUNTER = ".num_batches_tracked"
 
 
 def find_model(tensors: Mapping[str, Tensor]) -> str:
     """The classifier that has these weights, but for its last layer; "" if there is none."""
-    if not any(key.startswith(STARTS) for key in tensors):
-        return ""
+    families = tuple(
+        name
+        for start, names in FAMILIES.items()
+        if any(key.startswith(start) for key in tensors)
+        for name in names.split()
+    )
     shapes = _shapes(tensors)
     for name in models.list_models(module=models):
+        if not name.startswith(families):
+            continue
+        options = {"init_weights": False} if name.startswith("inception") else {}  # else it warns
         with torch.device("meta"):
             try:
-                blank = models.get_model(name, weights=None)
+                blank = models.get_model(name, weights=None, **options)
             except (RuntimeError, NotImplementedError):
                 continue
         expected = _shapes(blank.state_dict())
