@@ -224,7 +224,7 @@ def test_what_training_left_beside_its_weights_is_not_loaded(
     assert torch.equal(loaded, expected)
     state["opt"] = argparse.Namespace(call=Forbidden())
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"asks for builtins\.print\. Nothing was executed"):
+    with pytest.raises(UserError, match=r"asks for \w+\.print\. Nothing was executed"):
         network(f"imported:path={path}")
 
 

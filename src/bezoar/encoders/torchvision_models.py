@@ -24,14 +24,10 @@ FAMILIES = {
 COUNTER = ".num_batches_tracked"
 
 
-def find_model(tensors: Mapping[str, Tensor]) -> str:
-    """The classifier that has these weights, but for its last layer; "" if there is none."""
-    families = tuple(
-        name
-        for start, names in FAMILIES.items()
-        if any(key.startswith(start) for key in tensors)
-        for name in names.split()
-    )
+def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The classifier that has these weights, but for its last layer, and that layer; "" twice if there is none."""
+    starts = [s for s in FAMILIES if any(key.startswith(s) for key in tensors)]
+    families = tuple(name for start in starts for name in FAMILIES[start].split())
     shapes = _shapes(tensors)
     for name in models.list_models(module=models):
         if not name.startswith(families):
@@ -42,15 +38,11 @@ def find_model(tensors: Mapping[str, Tensor]) -> str:
                 blank = models.get_model(name, weights=None, **options)
             except (RuntimeError, NotImplementedError):
                 continue
-        expected = _shapes(blank.state_dict())
-        last = last_layer(blank)
-        if set(shapes) == set(expected) and all(
-            shape == expected[key]
-            for key, shape in shapes.items()
-            if key.rpartition(".")[0] != last
-        ):
-            return str(name)
-    return ""
+        expected, last = _shapes(blank.state_dict()), last_layer(blank)
+        others = [key for key in expected if key.rpartition(".")[0] != last]
+        if shapes.keys() == expected.keys() and all(shapes[k] == expected[k] for k in others):
+            return str(name), last
+    return "", ""
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -68,11 +60,9 @@ def last_layer(model: nn.Module) -> str:
 
 def open_weights(tensors: Mapping[str, Tensor], path: str, mean_std: str) -> Encoder | None:
     """The classifier that has these weights, its last layer as the head; None if there is none."""
-    name = find_model(tensors)
+    name, last = find_model(tensors)
     if not name:
         return None
-    with torch.device("meta"):
-        last = last_layer(models.get_model(name, weights=None))
     weights = {k: v for k, v in tensors.items() if not last or k.rpartition(".")[0] != last}
     head = {k.rpartition(".")[2]: v for k, v in tensors.items() if k not in weights}
     encoder = filling.make_network(f"torchvision:model={name}")
