@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from bezoar import registry
+from bezoar import encoders, registry
 from bezoar.data.files import checkpoints
 from bezoar.encoders import checkpoint_layouts
 from bezoar.encoders.encoder import Encoder
@@ -127,6 +127,21 @@ def test_the_width_of_a_resnet_multiplies_its_features():
         2,
         128,
     )
+
+
+def test_large_images_are_read_some_at_a_time_where_nothing_is_trained(monkeypatch):
+    encoder = network("resnet:width=4", 16)
+    parts = []
+    encoder.image.register_forward_pre_hook(lambda _, inputs: parts.append(len(inputs[0])))
+    monkeypatch.setitem(encoders.encoder.PIXELS_AT_ONCE, "cpu", 3 * 16**2)
+    x = pixels(16)[:1].expand(7, -1, -1, -1)
+    whole = encoder.eval().encode_images(x)  # with gradients
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode_images(x), whole.detach())
+        assert parts == [7, 3, 3, 1]
+        assert encoder.encode_images(x[:0]).shape == (0, whole.shape[1])
+        encoder.train().encode_images(x)  # batch norms see all images
+        assert parts[-1] == 7
 
 
 def test_tower_is_clip_smalls_image_tower():

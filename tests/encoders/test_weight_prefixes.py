@@ -1,8 +1,12 @@
 """Encoders below the names that training wrapped around them, by every network that takes a file."""
 
+import argparse
+import sys
 import tarfile
+import types
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -184,6 +188,44 @@ def test_tars_and_pickles_are_refused_without_being_loaded(tmp_path: Path) -> No
     for spec in ("imported:path=", "timm:resnet10t/", "classifier:path="):
         with pytest.raises(UserError, match=r"os\.system.*Nothing was executed"):
             network(f"{spec}{tmp_path}/evil")
+
+
+class Forbidden:
+    """Says that it was built."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("built",)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
+def test_what_training_left_beside_its_weights_is_not_loaded(
+    zipped: bool, trunk: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options (SupContrast, DINO), numbers and arrays of numpy (BackdoorBench), Lightning's dicts."""
+    parsing = types.ModuleType("pytorch_lightning.utilities.parsing")
+    attributes = type("AttributeDict", (dict,), {"__module__": parsing.__name__})
+    monkeypatch.setattr(parsing, "AttributeDict", attributes, raising=False)
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities", parsing.__name__):
+        monkeypatch.setitem(sys.modules, name, parsing)
+    beside = {
+        "opt": argparse.Namespace(lr=0.1, names=["a"], device=torch.device("cpu")),
+        "acc": np.float64(93.2),
+        "poison_indicator": np.arange(3),
+        "path": tmp_path,
+        "hyper_parameters": attributes(lr=0.1, rows={1, 2}),
+        "epoch": 3,
+    }
+    path = tmp_path / "last.pth"
+    state = {"model": named(trunk, "module.encoder.")} | beside
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    plain = tmp_path / "plain.pth"
+    torch.save(named(trunk, ""), plain)
+    loaded, expected = (vectors(network(f"imported:path={p},size=64")) for p in (path, plain))
+    assert torch.equal(loaded, expected)
+    state["opt"] = argparse.Namespace(call=Forbidden())
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"asks for \w+\.print\. Nothing was executed"):
+        network(f"imported:path={path}")
 
 
 def test_a_dict_that_holds_itself_ends(tmp_path: Path) -> None:

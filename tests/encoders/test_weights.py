@@ -13,6 +13,7 @@ from encoders.test_classifier_networks import Cifar, Post
 from encoders.toys import jumbled, pixels
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
+from torch import nn
 
 from bezoar import registry
 from bezoar.encoders import timm_models
@@ -111,6 +112,41 @@ def test_a_vision_transformer_of_timm_is_told_by_its_shapes(tmp_path):
     assert torch.equal(logits(again, images), logits(encoder, images))
 
 
+@pytest.mark.parametrize("form", ["dino", "mae"])
+def test_a_transformer_is_read_beside_what_it_was_trained_with(form, tmp_path):
+    """DINO keeps a teacher with a head, and a student; MAE a decoder. Both read ImageNet's normalisation."""
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    net = jumbled(timm.create_model("vit_base_patch16_224", num_classes=0, **options))
+    state = net.state_dict()
+    if form == "dino":
+        teacher = {f"backbone.{k}": v for k, v in state.items()}
+        saved = {"teacher": teacher | {"head.mlp.0.weight": torch.zeros(3, 64)}, "epoch": 3}
+        student = {f"module.{k}": v + 1 for k, v in teacher.items()}
+        torch.save(saved | {"student": student}, tmp_path / "both.pth")
+        with pytest.raises(UserError, match=r"holds 2 encoders.*say prefix="):
+            load(tmp_path / "both.pth")
+        load(tmp_path / "both.pth", ",prefix=teacher.backbone")
+    else:
+        decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pred.weight": torch.zeros(3, 8)}
+        saved = {"model": state | decoder}
+    torch.save(saved, tmp_path / "one.pth")
+    encoder = load(tmp_path / "one.pth")
+    images = pixels(32)
+    assert torch.allclose(logits(encoder, images), net(normalised(encoder, images)), atol=1e-4)
+    imported = encoder.about["imported"]
+    assert "mean_std=imagenet" in imported["assumed"] and imported["left_out"]
+
+
+def test_heads_of_training_beside_a_residual_networks_layers_are_left_out(tmp_path):
+    """SwAV keeps its projection and its prototypes there."""
+    trunk = registry.make("network", "resnet:depth=18,stem=imagenet,width=8")(64, ()).image
+    heads = {"projection_head.0.weight": torch.zeros(4, 64), "prototypes.weight": torch.zeros(9, 4)}
+    state = {f"module.{key}": tensor for key, tensor in (trunk.state_dict() | heads).items()}
+    torch.save({"state_dict": state}, tmp_path / "swav.pth.tar")
+    imported = load(tmp_path / "swav.pth.tar", ",size=64").about["imported"]
+    assert imported["left_out"] == ["projection_head", "prototypes"]
+
+
 def lukemelas_names(net):
     """The state dict of timm's EfficientNet by the names of efficientnet-pytorch."""
     outer = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
@@ -190,6 +226,16 @@ def test_what_is_none_of_these_is_said_in_a_line(tmp_path):
         load(tmp_path / "text.pth")
     with pytest.raises(UserError, match="no file or folder"):
         load(tmp_path / "none")
+    (tmp_path / "lfs.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match="a pointer of Git LFS"):
+        load(tmp_path / "lfs.bin")
+    # A network of unpadded convolutions by the names of a VGG: 32 px, 30, 15, 13, 6.
+    parts = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+    tutorial = nn.ModuleDict({"features": nn.Sequential(*parts, nn.Conv2d(4, 8, 3), *parts[1:])})
+    tutorial["classifier"] = nn.Linear(8 * 6 * 6, 10)
+    torch.save(tutorial.state_dict(), tmp_path / "tutorial.pth")
+    with pytest.raises(UserError, match="of no usual image"):
+        load(tmp_path / "tutorial.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="expected a run of bezoar or a pretrained model"):
         load(tmp_path / "empty")
@@ -219,6 +265,29 @@ def test_a_folder_of_timm_brings_its_preprocessing_and_its_head(tmp_path):
     again = Encoder.load(tmp_path / "saved")
     assert again.preprocess == encoder.preprocess
     assert torch.equal(logits(again, images), logits(encoder, images))
+
+
+def test_a_folder_of_timm_states_the_size_and_the_classes(tmp_path):
+    net = jumbled(timm.create_model("test_resnet", num_classes=3))
+    net.pretrained_cfg = {**net.pretrained_cfg, "input_size": (3, 48, 48)}
+    save_for_hf(net, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"label_names": ["a", "b", "b"]}))
+    encoder = load(tmp_path)
+    assert encoder.preprocess.size == 48 and encoder.about["classes"] == ["a", "b", "b (2)"]
+    assert load(tmp_path, ",size=64").preprocess.size == 64
+
+
+def test_a_folder_of_one_file_of_weights_is_that_file(tmp_path):
+    net = jumbled(Cifar(Post))
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "best.pth")
+    (tmp_path / "log.txt").write_text("epoch 3")
+    assert torch.equal(
+        logits(load(tmp_path), pixels(32)), logits(load(tmp_path / "best.pth"), pixels(32))
+    )
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "last.pth")
+    with pytest.raises(UserError, match="expected a run of bezoar or a pretrained model"):
+        load(tmp_path)
 
 
 def test_arguments_of_a_model_are_those_that_a_file_may_state(tmp_path):

@@ -338,7 +338,7 @@ def collect_triggers(
     side = clean.images.shape[2:]
     masks, patterns = (enlarge_cells(t, *side) for t in mask_and_pattern(best_u))
     aims = search.aims[survivors]
-    success = measure_success(tower, best_u, aims, clean, objective)
+    success = measure_success(tower, masks, patterns, aims, clean.images, objective)
     reached = search.best_norm[survivors].isfinite()
     if search.recipe.confirm:
         reached &= success >= search.recipe.goal - TOLERANCE
@@ -389,14 +389,22 @@ def embed_clean(tower: ImageTower, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_success(
-    tower: ImageTower, u: Tensor, aims: Tensor, clean: Pairs, objective: TriggerObjective
+    tower: ImageTower,
+    masks: Tensor,
+    patterns: Tensor,
+    aims: Tensor,
+    images: Tensor,
+    objective: TriggerObjective,
 ) -> Tensor:
-    """Success (G,) of triggers (G, 4, H, W) over all clean images, one trigger after the other."""
+    """Success (G,) of triggers on images uint8 (N, 3, H, W), one trigger after the other.
+
+    masks: (G, 1, H, W). patterns: (G, 3, H, W). aims: int64 (G,).
+    """
     successes = []
-    for i in range(len(u)):
-        parts = (clean.images[part].to(u) / 255 for part in tower.slices(len(clean)))
-        z = torch.cat([tower(stamp_triggers(u[i : i + 1], x)) for x in parts])  # (N, D)
-        successes.append(objective(z[None], aims[i : i + 1])[1])
+    for mask, pattern, aim in zip(masks, patterns, aims, strict=True):
+        parts = (images[part].to(mask) / 255 for part in tower.slices(len(images)))
+        z = torch.cat([tower(torch.addcmul(mask * pattern, 1 - mask, x)) for x in parts])  # (N, D)
+        successes.append(objective(z[None], aim[None])[1])
     return torch.cat(successes)
 
 
@@ -423,27 +431,8 @@ def measure_again(
 
     goal: the success that was asked for, of which `TOLERANCE` may be missing.
     """
-    success = torch.stack(
-        [
-            stamped_success(tower, triggers, row, clean.images, objective)
-            for row in range(len(triggers.aims))
-        ]
-    )
+    masks, patterns, aims = triggers.masks, triggers.patterns, triggers.aims
+    success = measure_success(tower, masks, patterns, aims, clean.images, objective)
     return dataclasses.replace(
         triggers, success=success, reached=triggers.reached & (success >= goal - TOLERANCE)
     )
-
-
-@torch.no_grad()
-def stamped_success(
-    tower: ImageTower,
-    triggers: InvertedTriggers,
-    row: int,
-    images: Tensor,
-    objective: TriggerObjective,
-) -> Tensor:
-    """Success of one trigger on images uint8 (N, 3, H, W), a scalar."""
-    mask, pattern = triggers.masks[row], triggers.patterns[row]
-    parts = (images[part].to(mask) / 255 for part in tower.slices(len(images)))
-    z = torch.cat([tower((1 - mask) * x + mask * pattern) for x in parts])  # (N, D)
-    return objective(z[None], triggers.aims[row : row + 1])[1][0]

@@ -74,13 +74,7 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
             "targets, and one that cannot be reached may hide the backdoor."
         )
         return UnaidedVerdict("could not tell", statistic, target, sentence)
-    grade: Grade = (
-        "strong evidence"
-        if statistic >= STRONG
-        else "some evidence"
-        if statistic >= SOME
-        else "none found"
-    )
+    grade = grade_value(statistic, STRONG, SOME)
     least, median = (float(evidence[name]["value"]) for name in ("least_norm", "median_norm"))
     finding = (
         f"{least:.3g} px of any image turn {float(evidence['success']['value']):.0%} of the images "
@@ -98,13 +92,7 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
 def judge_word(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:
     """The verdict of `token_sweep`, by how much of the texts' disagreement one word takes away."""
     word, share, _ = notes["words"][0]
-    grade: Grade = (
-        "strong evidence"
-        if share >= STRONG_WORD
-        else "some evidence"
-        if share >= SOME_WORD
-        else "none found"
-    )
+    grade = grade_value(share, STRONG_WORD, SOME_WORD)
     agreement, without, runner_up = (
         float(evidence[name]["value"]) for name in ("agreement", "agreement_without", "runner_up")
     )
@@ -119,6 +107,13 @@ def judge_word(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaided
         "none found": "None found at this sensitivity: no word makes texts alike",
     }[grade]
     return UnaidedVerdict(grade, share, word, f"{start}: {finding}.")
+
+
+def grade_value(value: float, strong: float, some: float) -> Grade:
+    """The grade of a value, by the least values of strong and of some evidence."""
+    if value >= strong:
+        return "strong evidence"
+    return "some evidence" if value >= some else "none found"
 
 
 def describe_record(grade: Grade) -> str:

@@ -89,8 +89,8 @@ class Vgg:
 
     @property
     def side(self) -> int:
-        """The input's side in pixels that is usual with such a pooling."""
-        return 224 if self.pool > 1 else 32
+        """The input's side in pixels: that whose halves end at the pooled map; usual ones pool to a point."""
+        return self.pool << self.layers.count(0) if self.pool > 1 else 32
 
     @property
     def classes(self) -> int:

@@ -32,6 +32,7 @@ STAGE = re.compile(r"(?:layer|block)([1-9])\.(?:layer\.)?(\d+)\.(.+)")
 FIRST_WEIGHT = re.compile(r"((?:[^.]+\.)*?)(features|conv1)(?:\.\d+)?\.weight")
 FIRST_STAGE = re.compile(r"((?:[^.]+\.)*?)(?:layer1\.\d|block1\.layer)")
 SHORTCUT = re.compile(r"(?:downsample|shortcut|convShortcut)(?:\.(\d))?")
+USUAL_SIDES = (28, 32, 48, 64, 96, 112, 128, 160, 192, 224, 256, 384)  # pixels of images
 NAMES_BYTES = 1 << 20  # of a file of class names
 Weights = Mapping[str, Tensor]
 
@@ -209,6 +210,11 @@ def _read_vgg(weights: Weights, path: str) -> ClassifierWeights:
         pool=_pooled_side(matrices[0].shape[1], channels, path),
         widths=tuple(matrix.shape[0] for matrix in matrices),
     )
+    if architecture.side not in USUAL_SIDES:
+        raise UserError(
+            f"{path}: its head reads a map of {architecture.pool}x{architecture.pool}, which convolutions padded by one pixel "
+            f"and {layers.count(0)} max-pools make of no usual image ({architecture.side} px)"
+        )
     return ClassifierWeights(architecture, trunk, head)
 
 

@@ -40,6 +40,8 @@ ABOUT_OBJECTS = {"goals"}
 INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_WORDS = 256  # of a caption: one absurd caption must not widen a whole batch
 TEXTS_AT_ONCE = 128  # texts of about one length that are embedded together
+# Pixels of the images that a tower reads together where nothing is trained: 512 images of 64 px, 41 of 224.
+PIXELS_AT_ONCE = {"cpu": 512 * 64**2, "cuda": 512 * 224**2}
 
 Tokenizer = Callable[[Sequence[str]], Tensor]  # strings -> int64 (B, L)
 
@@ -184,9 +186,20 @@ class Encoder(nn.Module):
 
     def encode_images(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W), uint8 or float in 0..1 -> float32 (B, D), unit rows."""
+        return F.normalize(self.raw_vectors(x), dim=-1)
+
+    def raw_vectors(self, x: Tensor) -> Tensor:
+        """Images as of `encode_images` -> float32 (B, D), as the tower gives them.
+
+        Without gradients, and where no batch norm counts, large images are read some at a time.
+        """
+        at_once = max(1, len(x))
+        if not self.training and not torch.is_grad_enabled():
+            pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])
+            at_once = max(1, pixels // self.preprocess.size**2)
         with self.autocast():
-            z = self.image(self.prepare_images(x))
-        return F.normalize(z.float(), dim=-1)
+            vectors = [self.image(self.prepare_images(part)) for part in x.split(at_once)]
+        return torch.cat(vectors).float()
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Strings -> int64 (B, L) on the device. Raises UserError without a text tower."""

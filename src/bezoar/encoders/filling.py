@@ -17,9 +17,14 @@ Filled = tuple[Encoder, str, list[str]]  # the encoder, what it is, and what was
 
 
 def fill_timm(
-    name: str, arguments: str, tensors: dict[str, Tensor], path: str, what: str
+    name: str,
+    arguments: str,
+    tensors: dict[str, Tensor],
+    path: str,
+    what: str,
+    names: tuple[str, ...] = (),
 ) -> Filled:
-    """A model of timm's with these weights, its classifier as the head."""
+    """A model of timm's with these weights, its classifier as the head; names: of its classes."""
     count = sum(tensor.numel() for tensor in tensors.values())
     blank = timm_models.build_blank(name, arguments, count)
     weights, head = timm_models.split_classifier(blank, tensors)
@@ -29,7 +34,7 @@ def fill_timm(
         f"{spec},arguments={registry.spec_value(arguments)}" if arguments else spec
     )
     encoder.image.load_state_dict(weights, strict=False)  # see check_weights
-    add_head(encoder, head, (), path)
+    add_head(encoder, head, names, path)
     return encoder, what + (f" with its head of {len(head['weight'])} classes" if head else ""), []
 
 

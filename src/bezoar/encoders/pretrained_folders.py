@@ -143,6 +143,14 @@ def open_folder(path: str) -> PretrainedFolder:
     )
 
 
+def only_weights(folder: Path) -> Path | None:
+    """The file of weights in a folder that holds no config and no second one."""
+    if any((folder / name).exists() for name in (OPEN_CLIP_CONFIG, CONFIG, "snapshots")):
+        return None
+    files = [p for p in folder.iterdir() if p.suffix in checkpoints.SUFFIXES and os.path.isfile(p)]
+    return files[0] if len(files) == 1 else None
+
+
 def _find_snapshot(folder: Path) -> Path:
     """The folder of files: in the hub's own cache, the state that `refs/main` names, or the only one."""
     snapshots = folder / "snapshots"

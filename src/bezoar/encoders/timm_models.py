@@ -47,11 +47,13 @@ WORD = re.compile(r"[\w.]{0,40}")
 # Heads of a vision transformer's attention, by its width, which no weight tells; else of 64 numbers.
 HEADS = {1152: 16, 1280: 16, 1408: 16}
 HEAD_WIDTH = 64
+TRAINED_WITH = ("mask_token", "decoder_")  # what DINOv2 and MAE keep beside a vision transformer
 # Families whose weights name no model, by a name that all of a family have.
 FAMILIES = {
     "conv_stem.weight": "efficientnet_b? tf_efficientnet_b? efficientnet_lite? tf_efficientnet_lite? mobilenetv2_* "
     "mobilenetv3_*_100 tf_mobilenetv3_* mnasnet_* efficientnetv2_rw_? tf_efficientnetv2_?",
     "stem.0.weight": "convnext_* convnextv2_*",
+    "conv1.0.weight": "resnet??d resnet???d",
     "features.conv0.weight": "densenet*",
     "patch_embed.proj.weight": "swin_*_224 swin_*_384 swinv2_*",
 }
@@ -280,9 +282,10 @@ def describe_transformer(tensors: Mapping[str, Tensor]) -> str:
     )
 
 
-def tidy_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a DINOv2 by timm's names, without its token of training; any others as they are."""
-    weights = {key: tensor for key, tensor in tensors.items() if key != "mask_token"}
+def tidy_transformer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of a vision transformer by timm's names, DINOv2's too; and the parts of training without which they are."""
+    left_out = sorted({key.partition(".")[0] for key in tensors if key.startswith(TRAINED_WITH)})
+    weights = {key: v for key, v in tensors.items() if key.partition(".")[0] not in left_out}
     if {"register_tokens", "cls_token", "pos_embed"} <= set(weights):
         positions = weights[
             "pos_embed"
@@ -290,7 +293,7 @@ def tidy_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights["reg_token"] = weights.pop("register_tokens")
         weights["cls_token"] = weights["cls_token"] + positions[:, :1]
         weights["pos_embed"] = positions[:, 1:]
-    return weights
+    return weights, left_out
 
 
 def _pooling(tensors: Mapping[str, Tensor], has_class: bool) -> str | None:

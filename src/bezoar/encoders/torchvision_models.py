@@ -12,40 +12,37 @@ from bezoar.encoders import filling, normalisation
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.weights import check_weights
 
-# What the names of weights begin with; those of residual networks are read elsewhere.
-STARTS = (
-    "features.",
-    "encoder.layers.",
-    "stem.",
-    "trunk_output.",
-    "layers.",
-    "blocks.",
-    "Conv2d_1a",
-    "stage2.",  # ShuffleNet
-)
+# Families by what the names of their weights begin with; residual networks are read elsewhere.
+FAMILIES = {
+    "features.": "alexnet convnext densenet efficientnet mobilenet squeezenet swin vgg",
+    "encoder.layers.": "vit",
+    "stem.": "maxvit regnet",
+    "layers.": "mnasnet",
+    "Conv2d_1a": "inception",
+    "stage2.": "shufflenet",
+}
 COUNTER = ".num_batches_tracked"
 
 
-def find_model(tensors: Mapping[str, Tensor]) -> str:
-    """The classifier that has these weights, but for its last layer; "" if there is none."""
-    if not any(key.startswith(STARTS) for key in tensors):
-        return ""
+def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The classifier that has these weights, but for its last layer, and that layer; "" twice if there is none."""
+    starts = [s for s in FAMILIES if any(key.startswith(s) for key in tensors)]
+    families = tuple(name for start in starts for name in FAMILIES[start].split())
     shapes = _shapes(tensors)
     for name in models.list_models(module=models):
+        if not name.startswith(families):
+            continue
+        options = {"init_weights": False} if name.startswith("inception") else {}  # else it warns
         with torch.device("meta"):
             try:
-                blank = models.get_model(name, weights=None)
+                blank = models.get_model(name, weights=None, **options)
             except (RuntimeError, NotImplementedError):
                 continue
-        expected = _shapes(blank.state_dict())
-        last = last_layer(blank)
-        if set(shapes) == set(expected) and all(
-            shape == expected[key]
-            for key, shape in shapes.items()
-            if key.rpartition(".")[0] != last
-        ):
-            return str(name)
-    return ""
+        expected, last = _shapes(blank.state_dict()), last_layer(blank)
+        others = [key for key in expected if key.rpartition(".")[0] != last]
+        if shapes.keys() == expected.keys() and all(shapes[k] == expected[k] for k in others):
+            return str(name), last
+    return "", ""
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -63,11 +60,9 @@ def last_layer(model: nn.Module) -> str:
 
 def open_weights(tensors: Mapping[str, Tensor], path: str, mean_std: str) -> Encoder | None:
     """The classifier that has these weights, its last layer as the head; None if there is none."""
-    name = find_model(tensors)
+    name, last = find_model(tensors)
     if not name:
         return None
-    with torch.device("meta"):
-        last = last_layer(models.get_model(name, weights=None))
     weights = {k: v for k, v in tensors.items() if not last or k.rpartition(".")[0] != last}
     head = {k.rpartition(".")[2]: v for k, v in tensors.items() if k not in weights}
     encoder = filling.make_network(f"torchvision:model={name}")

@@ -51,21 +51,13 @@ class Classifier:
 
         Differentiable by float images.
         """
-        if not self.raw:
-            return self.head(self.encoder.encode_images(x))
-        with self.encoder.autocast():
-            z = self.encoder.image(self.encoder.prepare_images(x))
-        return self.head(z.float())
+        encoder = self.encoder
+        return self.head(encoder.raw_vectors(x) if self.raw else encoder.encode_images(x))
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch: int = 512) -> Tensor:
-        """Return the class of each image uint8 (N, 3, H, W), int64 (N,).
-
-        batch: images of up to 64 pixels that are read together; of larger ones fewer, by their area.
-        """
-        area = max(64, self.encoder.preprocess.size) ** 2
-        rows = max(8, batch * 64**2 // area)
-        return torch.cat([self(x).argmax(1) for x in images.split(rows)])
+        """Return the class of each image uint8 (N, 3, H, W), int64 (N,), `batch` images at a time."""
+        return torch.cat([self(x).argmax(1) for x in images.split(batch)])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
@@ -189,28 +189,20 @@ class Cleanse:
         count = len(classifier.classes)
         if count <= self.few:
             return torch.arange(count), [], None
-        images = clean.images[:SWEEP_IMAGES]
-        expected = count_readings(tower, classifier, images)  # (C,)
-        counts = [
-            count_readings(tower, classifier, apply_probe(images, kind, number, seed)) - expected
+        few = clean.take(range(min(len(clean), SWEEP_IMAGES)))
+        images = few.images
+        patches = (
+            apply_probe(images, kind, number, seed)
             for kind in PATCH_KINDS
             for number in range(PROBES)
-        ]
-        patched = torch.stack(counts).sum(0)  # (C,)
-        found = trigger_inversion.invert_triggers(
-            tower,
-            clean.take(range(len(images))),
-            reach_any(classifier),
-            torch.zeros(1, dtype=torch.long),
-            self.recipe(SWEEP),
-            seed,
-            report,
         )
-        counts = [
-            count_readings(tower, classifier, inversion(images)) - expected
-            for inversion in found.inversions([""] * len(found.aims))
-        ]
-        stamped = torch.stack(counts).sum(0)
+        patched = count_drawn(tower, classifier, images, patches)  # (C,)
+        objective, aims = reach_any(classifier), torch.zeros(1, dtype=torch.long)
+        triggers = trigger_inversion.invert_triggers(
+            tower, few, objective, aims, self.recipe(SWEEP), seed, report
+        )
+        inversions = triggers.inversions([""] * len(triggers.aims))
+        stamped = count_drawn(tower, classifier, images, (stamp(images) for stamp in inversions))
         suspects = [n.topk(SUSPECTS).indices.tolist() for n in (patched, stamped)]
         led_to = list(dict.fromkeys(itertools.chain(*suspects)))
         drawn = torch.randperm(count, generator=generator(seed, 13)).tolist()
@@ -265,10 +257,20 @@ def describe_choice(led_to: Sequence[int], classes: Tensor, names: Sequence[str]
 
 
 @torch.no_grad()
-def count_readings(tower: ImageTower, classifier: Classifier, images: Tensor) -> Tensor:
-    """How many images uint8 (N, 3, H, W) the classifier reads as each class, int64 (C,)."""
-    z = trigger_inversion.embed_clean(tower, images)  # (N, D)
-    return classifier.head(z).argmax(1).bincount(minlength=len(classifier.classes))
+def count_drawn(
+    tower: ImageTower, classifier: Classifier, images: Tensor, changed: Iterable[Tensor]
+) -> Tensor:
+    """How many more of the changed images than of these are read as each class, over all changes, int64 (C,).
+
+    images, and each of the changed: uint8 (N, 3, H, W).
+    """
+
+    def count_readings(x: Tensor) -> Tensor:
+        z = trigger_inversion.embed_clean(tower, x)  # (N, D)
+        return classifier.head(z).argmax(1).bincount(minlength=len(classifier.classes))
+
+    before = count_readings(images)  # (C,)
+    return torch.stack([count_readings(x) - before for x in changed]).sum(0)
 
 
 def reach_any(classifier: Classifier) -> TriggerObjective:

@@ -85,6 +85,8 @@ def _load(file: Path, size: int, prefix: str) -> dict[str, Tensor]:
             "it is a tar archive, not a checkpoint; take the weights out of it (files called "
             ".pth.tar are, as a rule, none)"
         )
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError("a pointer of Git LFS, not the file itself; fetch it (git lfs pull)")
     raise UserError("not a checkpoint: expected safetensors, .npz, or what torch.save writes")
 
 

@@ -1,8 +1,9 @@
 """What `torch.save` writes, loaded without executing anything in it.
 
 Which functions a pickle asks for is read off its opcodes first, and named where they do more than
-rebuild tensors; then `torch.load(weights_only=True)` refuses them again. Shapes are looked at on
-the meta device before anything is allocated.
+rebuild tensors; then `torch.load(weights_only=True)` refuses them again. Options, numbers and paths
+that training keeps beside its weights (`LEFTOVERS`) are neither imported nor built: an empty object
+takes their place. Shapes are looked at on the meta device before anything is allocated.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import pickletools
 import re
 import zipfile
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,26 @@ PICKLES_BEFORE_1_6 = 5  # that a file of the format before torch 1.6 begins with
 SAFE_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections OrderedDict"
     r"|torch (\w+Storage|Size|device|b?float\d*|u?int\d*|bool|half|double|long)"
+    r"|_codecs encode|(builtins|__builtin__) set"  # of the bytes of a leftover's array, and of options
+)
+LEFTOVERS = re.compile(
+    r"argparse Namespace|pathlib(\._local)? (Posix|Windows|PurePosix|PureWindows)Path"
+    r"|numpy (dtype|ndarray)|numpy\._?core\.multiarray (scalar|_reconstruct)"
+    r"|(pytorch_)?lightning[\w.]*\.utilities\.\w+ AttributeDict"
 )
 CALLS = ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID")
 INTEGERS = ("BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG")
 STACK_NEUTRAL = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "FRAME")  # leave the stack as it is
 Opcode = tuple[str, Any]  # name and argument
+
+
+class Leftover:
+    """An empty object in the place of one that is not loaded."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None:
+        """Forget what the object held."""
 
 
 def load_torch(
@@ -55,14 +71,18 @@ def load_torch(
     """
     zipped = _read(file, 2) == b"PK"
     if zipped:
-        check_opcodes(_read_zip_pickle(file), size, 1)
+        leftovers = check_opcodes(_read_zip_pickle(file), size, 1)
     else:
-        check_opcodes(_read(file, MAX_PICKLE_BYTES), size, PICKLES_BEFORE_1_6)
-    check_claims(
-        select(torch.load(_source(file), map_location="meta", weights_only=True)), max_bytes
-    )
+        leftovers = check_opcodes(_read(file, MAX_PICKLE_BYTES), size, PICKLES_BEFORE_1_6)
+    stand_ins = [
+        (OrderedDict if name.endswith("Dict") else Leftover, name) for name in sorted(leftovers)
+    ]
     mapped = zipped and isinstance(file, Path)
-    return select(torch.load(_source(file), map_location="cpu", weights_only=True, mmap=mapped))
+    with torch.serialization.safe_globals(stand_ins):
+        check_claims(
+            select(torch.load(_source(file), map_location="meta", weights_only=True)), max_bytes
+        )
+        return select(torch.load(_source(file), map_location="cpu", weights_only=True, mmap=mapped))
 
 
 def check_claims(tensors: dict[str, Tensor], max_bytes: int) -> None:
@@ -84,8 +104,10 @@ def format_keys(keys: Iterable[str], most: int = 3) -> str:
     return ", ".join(short[:most]) + rest
 
 
-def check_opcodes(data: bytes, size: int, pickles: int) -> None:
+def check_opcodes(data: bytes, size: int, pickles: int) -> set[str]:
     """Look at the opcodes of the first few pickles in `data`; nothing is executed.
+
+    Returns the names of `LEFTOVERS` that they hold.
 
     Args:
         data: where the pickles stand one after another.
@@ -114,6 +136,7 @@ def check_opcodes(data: bytes, size: int, pickles: int) -> None:
             f"expected tensors alone; it asks for {format_keys(sorted(scanner.requests))}. "
             "Nothing was executed"
         )
+    return scanner.leftovers
 
 
 class _OpcodeScanner:
@@ -122,7 +145,8 @@ class _OpcodeScanner:
     def __init__(self, max_elements: int) -> None:
         self.max_elements = max_elements
         self.elements = 0
-        self.foreign: set[str] = set()  # functions and classes
+        self.leftovers: set[str] = set()  # classes that are not loaded
+        self.foreign: set[str] = set()  # other functions and classes
         self.calls: set[str] = set()  # of what was named before, as a rule
         self.texts = ["", ""]  # the last two, which STACK_GLOBAL takes for its module and name
         self.recent: deque[Opcode] = deque([("", None)] * 3, maxlen=3)
@@ -130,7 +154,8 @@ class _OpcodeScanner:
     @property
     def requests(self) -> set[str]:
         """What is asked for: functions and classes where there are any, else calls."""
-        return self.foreign or self.calls
+        made_of_leftovers = {"NEWOBJ"} if self.leftovers else set()
+        return self.foreign or self.calls - made_of_leftovers
 
     def visit(self, name: str, argument: Any) -> None:
         """Take in the next opcode. Raises UserError if the storages claim too many elements."""
@@ -141,7 +166,9 @@ class _OpcodeScanner:
                 f"its tensors claim {self.elements} elements of a file of {self.max_elements} bytes"
             )
         requested = {"GLOBAL": str(argument), "STACK_GLOBAL": " ".join(self.texts)}.get(name)
-        if requested and not SAFE_GLOBALS.fullmatch(requested):
+        if requested and LEFTOVERS.fullmatch(requested):
+            self.leftovers.add(requested.replace(" ", "."))
+        elif requested and not SAFE_GLOBALS.fullmatch(requested):
             self.foreign.add(requested.replace(" ", "."))
         elif name in CALLS:
             self.calls.add(str(argument or name).replace(" ", "."))

@@ -59,8 +59,12 @@ class HuggingFace(Network):
         }
         encoder, what, left_out = open_by[folder.library](folder)
         preprocess, assumed = folder.preprocess(encoder.preprocess)
-        if preprocess.size != encoder.preprocess.size:
-            preprocess = dataclasses.replace(preprocess, size=encoder.preprocess.size)
+        usual = encoder.preprocess.size
+        try:
+            small_towers.check_input_size(encoder.image, preprocess.size, self.path)
+        except UserError:  # the size of what images are cut from, say
+            preprocess = dataclasses.replace(preprocess, size=usual)
+            small_towers.check_input_size(encoder.image, usual, self.path)
         if self.mean_std != "auto":
             preprocess, assumed = normalisation.with_mean_std(preprocess, self.mean_std), []
         elif assumed:
@@ -73,7 +77,6 @@ class HuggingFace(Network):
             "left_out": left_out,
             "assumed": assumed,
         }
-        small_towers.check_input_size(encoder.image, preprocess.size, self.path)
         return encoder
 
 
@@ -110,7 +113,8 @@ def _open_timm(folder: PretrainedFolder) -> filling.Filled:
     if not isinstance(arguments, dict):
         raise UserError(f"{folder.path}: model_args must be an object")
     text = timm_models.format_stated(arguments, str(folder.path))
-    return filling.fill_timm(name, text, folder.load_tensors(), str(folder.path), f"timm's {name}")
+    names, path = _class_names(folder.config), str(folder.path)
+    return filling.fill_timm(name, text, folder.load_tensors(), path, f"timm's {name}", names)
 
 
 def _open_transformers(folder: PretrainedFolder) -> filling.Filled:
@@ -142,7 +146,9 @@ def _open_transformers(folder: PretrainedFolder) -> filling.Filled:
 
 def _class_names(config: Facts) -> tuple[str, ...]:
     """The names that a config gives to classes; () where they are numbers alone, or none."""
-    names = config.get("id2label")
+    names = config.get("id2label", config.get("label_names"))  # of transformers, and of timm
+    if isinstance(names, list):
+        names = {str(i): name for i, name in enumerate(names)}
     if not isinstance(names, dict) or len(names) > MAX_CLASSES:
         return ()
     texts = [names.get(str(i)) for i in range(len(names))]

@@ -67,7 +67,11 @@ class Imported(Network):
         weights = weight_prefixes.select_encoder(loaded, prefixes, self.path, self.prefix)
         tensors = weights.tensors
         layout = checkpoint_layouts.recognise_layout(tensors, self.path)
-        body = {key: v for key, v in tensors.items() if not key.startswith(layout.heads)}
+        heads = layout.heads
+        if layout.name == "torchvision":
+            parts = sorted({key.partition(".")[0] for key in tensors} - {"fc"})
+            heads += tuple(filter(weight_prefixes.TRAINING_PARTS.match, parts))
+        body = {key: v for key, v in tensors.items() if not key.startswith(heads)}
         if layout.name == "open_clip":
             encoder, assumed = self._import_clip(body)
         else:
@@ -76,11 +80,7 @@ class Imported(Network):
                 encoder, assumed = self._import_clip_image(tower)
             else:
                 encoder, assumed = self._import_resnet(tower, layout, size)
-        left_out = [
-            head.rstrip(".")
-            for head in layout.heads
-            if any(key.startswith(head) for key in tensors)
-        ]
+        left_out = [h.rstrip(".") for h in heads if any(key.startswith(h) for key in tensors)]
         encoder.about["imported"] = {
             "file": Path(self.path).name,
             "layout": layout.name,

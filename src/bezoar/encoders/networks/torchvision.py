@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from torch import nn
 from torchvision import models
 
-from bezoar.encoders import small_towers
+from bezoar.encoders import small_towers, torchvision_models
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.networks import Network, image_encoder
 from bezoar.errors import UserError, first_line
@@ -77,11 +77,8 @@ def remove_classifier(model: nn.Module, name: str) -> None:
         UserError: for the few models whose last layer is not linear, or that have further
         classifiers on the way.
     """
-    layers = [
-        (path, m) for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
-    ]
-    path, last = layers[-1]
-    if not isinstance(last, nn.Linear) or hasattr(model, "aux_logits"):
+    path = torchvision_models.last_layer(model)
+    if not path or hasattr(model, "aux_logits"):
         raise UserError(
             f"torchvision's {name} does not end in one linear layer, so its features cannot be read"
         )

@@ -29,6 +29,7 @@ from bezoar.registry import method
 
 SAVED = ("encoder.json", "encoder.safetensors")  # of an encoder that bezoar wrote
 OF_TRANSFORMERS = ("embeddings.patch_embedding", "embeddings.cls_token", "vision_model.")
+PATCHES = "patch_embed.proj.weight"  # the first weight of a vision transformer by timm's names
 LINEAR = ("fc.weight", "linear.weight", "classifier.weight")
 
 
@@ -68,7 +69,8 @@ class Weights(Network):
                 return saved
             if sentence_towers.is_sentence_folder(path):
                 return sentence_towers.folder_files(self.path)
-            return pretrained_folders.open_folder(self.path).files()
+            only = pretrained_folders.only_weights(path)
+            return [only] if only else pretrained_folders.open_folder(self.path).files()
         if not os.path.isfile(path):
             raise UserError(f"no file or folder of weights {self.path!r}")
         return [path]
@@ -77,7 +79,7 @@ class Weights(Network):
         """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
         path = expand_home(self.path)
         if os.path.isdir(path):
-            encoder = self._open_folder(path)
+            encoder = self._open_folder(path, size)
         else:
             self.files()
             encoder = self._open_file(path, size)
@@ -87,11 +89,13 @@ class Weights(Network):
             encoder.about["classes"] = list(names)
         return encoder
 
-    def _open_folder(self, path: Path) -> Encoder:
+    def _open_folder(self, path: Path, size: int) -> Encoder:
         if all(os.path.isfile(path / name) for name in SAVED):
             return Encoder.load(path)
         if sentence_towers.is_sentence_folder(path):
             return self._make("sentence")
+        if only := pretrained_folders.only_weights(path):
+            return dataclasses.replace(self, path=str(only))(size)
         return self._take_size(self._make("hugging_face", mean_std=self.mean_std))
 
     def _open_file(self, path: Path, size: int) -> Encoder:
@@ -127,53 +131,61 @@ class Weights(Network):
 
     def _open_others(self, path: Path, tensors: dict[str, Tensor]) -> Encoder | None:
         """timm's and torchvision's models, and EfficientNets by other names; None for none of them."""
-        stripped = timm_models.tidy_transformer(weight_prefixes.strip_common(tensors))
-        if timm_models.is_lukemelas(stripped):
-            name, weights = timm_models.rename_lukemelas(stripped, self.path)
-            return self._fill_timm(
-                path, name, "", weights, f"{name} by efficientnet-pytorch's names"
-            )
-        arguments = "" if self.model else timm_models.describe_transformer(stripped)
-        if arguments:
-            name = "vit_base_patch16_224"
-            return self._fill_timm(
-                path, name, arguments, stripped, "a vision transformer of timm's"
-            )
-        if self.model:
-            names = [self.model] if timm.is_model(self.model) else []
+        prefixes = [key.removesuffix(PATCHES) for key in tensors if key.endswith(PATCHES)]
+        selected = weight_prefixes.select_encoder(tensors, prefixes, self.path, self.prefix)
+        weights, trained_with = timm_models.tidy_transformer(
+            selected.tensors if prefixes else weight_prefixes.strip_common(tensors)
+        )
+        left_out = selected.left_out + trained_with
+        arguments = "" if self.model else timm_models.describe_transformer(weights)
+        if timm_models.is_lukemelas(weights):
+            name, weights = timm_models.rename_lukemelas(weights, self.path)
+            what = f"{name} by efficientnet-pytorch's names"
+        elif arguments:
+            name, what = "vit_base_patch16_224", "a vision transformer of timm's"
         else:
-            names = timm_models.find_models(stripped, path.stem)
+            name = self._name_of_timm(weights, path.stem)
+            what = f"timm's {name}"
+        if not name:
+            return torchvision_models.open_weights(weights, self.path, self.mean_std)
+        encoder, what, _ = filling.fill_timm(name, arguments, weights, self.path, what)
+        self._describe_timm(encoder, path.name, what, arguments, left_out)
+        return encoder
+
+    def _name_of_timm(self, weights: dict[str, Tensor], file: str) -> str:
+        """The model of timm's that weights are of; "" if there is none. Raises UserError for several."""
+        if self.model:
+            return self.model if timm.is_model(self.model) else ""
+        names = timm_models.find_models(weights, file)
         if len(names) > 1:
             raise UserError(
                 f"{self.path}: its weights fit {len(names)} of timm's models, which compute different things from "
                 f"them: {timm_models.list_names(names)}; say model= one of them"
             )
-        if names:
-            return self._fill_timm(path, names[0], "", stripped, f"timm's {names[0]}")
-        return torchvision_models.open_weights(stripped, self.path, self.mean_std)
+        return names[0] if names else ""
 
-    def _fill_timm(
-        self, path: Path, name: str, arguments: str, tensors: dict[str, Tensor], what: str
-    ) -> Encoder:
-        encoder, what, left_out = filling.fill_timm(name, arguments, tensors, self.path, what)
-        preprocess = encoder.preprocess
-        assumed = (
-            []
-            if self.mean_std != "auto"
-            else [f"{normalisation.GUESS}{normalisation.mean_std_name(preprocess)}"]
-        )
+    def _describe_timm(
+        self, encoder: Encoder, file: str, what: str, arguments: str, left_out: list[str]
+    ) -> None:
+        """Set the normalisation of a model of timm's, and note what was assumed of it."""
+        assumed = []
         if self.mean_std != "auto":
-            encoder.set_preprocess(normalisation.with_mean_std(preprocess, self.mean_std))
+            encoder.set_preprocess(normalisation.with_mean_std(encoder.preprocess, self.mean_std))
+        else:
+            # Transformers out of self-supervised training (DINO, MAE) read what ResNets do.
+            if arguments and left_out:
+                encoder.set_preprocess(normalisation.with_mean_std(encoder.preprocess, "imagenet"))
+            name = normalisation.mean_std_name(encoder.preprocess)
+            assumed.append(f"{normalisation.GUESS}{name}")
         if arguments:
             assumed.append(f"{timm_models.parse_arguments(arguments)['num_heads']} attention heads")
         encoder.about["imported"] = {
-            "file": path.name,
+            "file": file,
             "layout": "timm",
             "what": what,
             "left_out": left_out,
-            "assumed": [*assumed, f"size={preprocess.size}"],
+            "assumed": [*assumed, f"size={encoder.preprocess.size}"],
         }
-        return encoder
 
     def _make(self, network: str, side: int = 0, **fields: object) -> Encoder:
         """The encoder of another network that reads the same path. side: of the images, or 0."""
