@@ -21,7 +21,6 @@ from bezoar.verbs.repair import Repair
 
 QUICK = {
     "finetune": "finetune:objective=(supervised:epochs=8,batch=50,shift=1),lrs=1e-2",
-    "supervised": "supervised:epochs=8,batch=50,lrs=1e-2",
     "prune": "prune:objective=(supervised:epochs=8,batch=50,shift=1),lrs=1e-2",
     "distill": "distill:epochs=16,batch=50,fresh=0.4,jitter=0,lrs=1e-2",
     "unlearn": "unlearn:epochs=8,batch=50,lrs=5e-3",
@@ -164,12 +163,6 @@ def test_ten_poisons_and_two_epochs_tune_the_classifier_itself(suspect, clean):
     )
 
 
-def test_inversions_take_turns():
-    audits = ["decree", "decree", "decree", "cleanse", "cleanse", "ssl"]
-    assert receipt.take_turns(audits) == [0, 3, 5, 1, 4, 2]
-    assert receipt.take_turns([""] * 3) == [0, 1, 2]
-
-
 def test_the_verb_repairs_a_file_of_weights_by_a_trigger_that_is_named(suspect, tmp_path):
     """No run, no poison run, no names of classes: a saved encoder's folder, data, trigger and target."""
     (tmp_path / "toys.py").write_text(
@@ -187,7 +180,7 @@ def test_the_verb_repairs_a_file_of_weights_by_a_trigger_that_is_named(suspect, 
     question = Repair(
         str(folder),
         toys,
-        (QUICK["supervised"],),
+        (QUICK["finetune"],),
         test=f"{toys}:count=200,seed=3",
         labelled=f"{toys}:count=200,seed=5",
         trigger=TRIGGER,

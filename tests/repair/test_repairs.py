@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bezoar.repair.universal_triggers import ALPHA, LIFE, PIXEL_STEP, REACH, UniversalTriggers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -39,7 +40,6 @@ PAINTS = {
 TRIGGER = "patch:size=8,fill=checker"
 QUICK = {
     "finetune": "finetune:objective=(cleanclip:epochs=6,batch=50,crop=0.3),lrs=2e-2",
-    "supervised": "supervised:epochs=8,batch=50,lrs=1e-2",
     "prune": "prune:objective=(clip:epochs=10,batch=50),lrs=1e-2",
     "distill": "distill:epochs=16,batch=50,fresh=0.4,jitter=0,lrs=1e-2",
     "unlearn": "unlearn:epochs=5,batch=50,lrs=3e-3",
@@ -347,6 +347,72 @@ def test_unlearning_draws_stamped_images_to_where_they_were_without(suspect):
     assert not any(m.training for m in loss.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+def universal(count=9, seed=0):
+    return UniversalTriggers(count, 32, 32, seed, torch.device("cpu"))
+
+
+def test_universal_triggers_stamp_as_their_formulas_say():
+    triggers = universal()
+    x = torch.rand(18, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    got = triggers.stamp(x)
+    for i in range(18):
+        number = i % 9
+        if number < 6:  # three patches, three patterns: (1 - m) x + m p
+            mask, pattern = triggers.masks[number], triggers.patterns[number]
+            wanted = (1 - mask) * x[i] + mask * pattern
+        else:  # A x + b of every pixel, clipped
+            change = triggers.colours[number - 6]
+            wanted = (change[:, :3] @ x[i].flatten(1) + change[:, 3:]).view(3, 32, 32).clamp(0, 1)
+        torch.testing.assert_close(got[i], wanted)
+    masks = triggers.masks.flatten(1)
+    sides = masks[:3].sum(1).sqrt()
+    assert ((masks[:3] == 0) | (masks[:3] == 1)).all() and (masks[3:] == ALPHA).all()
+    assert (sides == sides.round()).all() and sides.min() >= 4 and sides.max() <= 12
+    again = universal()
+    assert torch.equal(again.patterns, triggers.patterns)
+    assert not torch.equal(universal(seed=1).patterns, triggers.patterns)
+
+
+def test_universal_triggers_ascend_within_their_bounds_and_are_drawn_anew():
+    triggers, x = universal(), torch.rand(9, 3, 32, 32)
+    losses = []
+    for step in range(LIFE):
+        before = triggers.patterns.detach().clone()
+        triggers.ascend()
+        loss = triggers.stamp(x).square().mean()  # largest where everything is white
+        if step % LIFE and not any((step + i * LIFE // 9) % LIFE == 0 for i in range(6)):
+            change = (triggers.patterns - before).abs()
+            assert change.max() <= PIXEL_STEP + 1e-6
+        loss.backward()
+        losses.append(loss.item())
+        assert triggers.patterns.min() >= 0 and triggers.patterns.max() <= 1
+        assert (triggers.colours - torch.eye(3, 4)).abs().max() <= REACH + 1e-6
+    assert sum(losses[-5:]) > sum(losses[:5])
+    drawn = triggers.patterns.detach().clone()
+    triggers.patterns.grad = triggers.colours.grad = None
+    for _ in range(LIFE + 1):
+        triggers.ascend()
+    assert all(not torch.equal(a, b) for a, b in zip(drawn, triggers.patterns, strict=True))
+
+
+def test_unlearning_without_an_audit_stamps_what_is_searched_for(suspect):
+    searched = universal(6)
+    loss = Unlearning(copy.deepcopy(suspect), suspect, [], 0.0, 0, searched).train()
+    images = TEST.images[:12]
+    got = loss(images, torch.zeros(12, 0), training_chance())
+    with torch.no_grad():
+        x = images.float() / 255
+        wanted, stamped = suspect.encode_images(x), suspect.encode_images(searched.stamp(x))
+    assert got.item() == pytest.approx(
+        1 - F.cosine_similarity(wanted, stamped).mean().item(), abs=1e-3
+    )
+    got.backward()
+    assert searched.patterns.grad.abs().sum() > 0 and searched.colours.grad.abs().sum() > 0
+    both = Unlearning(copy.deepcopy(suspect), suspect, [inverted()], 0.0, 0, searched)
+    stamped = both.stamp(x, training_chance())
+    torch.testing.assert_close(stamped[:6], inverted()(x[:6]))
+
+
 def training_chance():
     from bezoar.training.augmentation import Chance
 
@@ -356,8 +422,7 @@ def training_chance():
 @pytest.mark.parametrize(
     "spec, changes, message",
     [
-        ("unlearn", {}, "needs the triggers of an audit"),
-        ("supervised", {"labels": None}, "needs clean data with labels"),
+        ("unlearn:search=0", {}, "needs the triggers of an audit"),
         ("finetune", {"captions": ()}, "have none; take distill"),
         ("finetune:objective=simclr", {}, "away from the text tower"),
         ("finetune:objective=(clip:batch=4000)", {}, "fewer than one batch"),
@@ -385,7 +450,7 @@ def test_triggers_of_another_size_are_refused(suspect, clean):
         ("distill:fresh=2", "fresh in 0..1"),
         ("prune:drop=-1", "drop in 0..1"),
         ("unlearn:count=0", "count, epochs and batch >= 1"),
-        ("supervised:temperature=0", "temperature > 0"),
+        ("unlearn:search=-1", "search, keep, shift"),
     ],
 )
 def test_fields_that_make_no_sense_are_refused(spec, message):
@@ -408,8 +473,12 @@ def test_an_encoder_of_images_alone_is_tuned_by_simclr(clean):
     assert pruned.about["repaired"] and not torch.equal(
         pruned.image.head.weight, encoder.image.head.weight
     )
-    with pytest.raises(UserError, match="take objective=simclr"):
-        registry.make("repair", "finetune")(encoder, clean[0], 0, clean[1])
+    assert (
+        registry.method_name(
+            type(rate_ladder.select_objective("auto", encoder, clean[0], "clip", "simclr"))
+        )
+        == "simclr"
+    )
 
 
 # The receipt
@@ -424,6 +493,19 @@ def write_inversions(folder, inversions, verdict=True):
     facts = [{"target": i.target, "norm": i.norm, "success": i.success} for i in inversions]
     if verdict:
         (folder / "verdict.json").write_text(json.dumps({"inversions": facts}))
+
+
+def test_the_smallest_trigger_that_reaches_its_target_comes_first(tmp_path):
+    facts = [
+        ("large", 90.0, 0.9),
+        ("unreached", 2.0, 0.2),
+        ("small", 2.7, 0.8),
+        ("equal", 2.7, 0.9),
+    ]
+    blank = torch.zeros(1, 8, 8), torch.zeros(3, 8, 8)
+    write_inversions(tmp_path, [Inversion(*blank, *fact) for fact in facts])
+    loaded = [each.target for each in receipt.load_inversions(tmp_path)]
+    assert loaded == ["small", "equal", "large", "unreached"]
 
 
 def test_inverted_triggers_are_read_and_stamped_as_any_trigger(tmp_path, suspect):

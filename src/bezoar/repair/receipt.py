@@ -36,6 +36,7 @@ from bezoar.repair.repairs import Repair
 POISONS = 10  # of the fine-tune that is to bring the backdoor back
 MAX_READINGS = 16  # triggered images whose readings are kept for the page
 MAX_INVERTED = 4  # inverted triggers that are measured, the most suspicious first
+REACHED = 0.5  # success of an inverted trigger that reaches its target
 SHORT_RECIPE = "clip:epochs=2,batch={},lr=1e-3"  # of the fine-tunes, with captions
 SHORT_IMAGE_RECIPE = "simclr:epochs=2,batch={},lr=1e-3"  # without captions
 SHORT_LABEL_RECIPE = "supervised:epochs=2,batch={},lr=1e-3"  # of a classifier, by labels
@@ -199,9 +200,10 @@ def class_names(labels: Tensor, classes: Sequence[str]) -> list[str]:
 
 
 def load_inversions(folder: Path) -> tuple[Inversion, ...]:
-    """The triggers that an audit wrote into a folder; empty where it inverted none.
+    """The triggers that an audit wrote into a folder, by evidence; empty where it inverted none.
 
-    `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json`
+    First are those that reach their target, the smallest first: the fewer pixels turn every image,
+    the less a clean encoder explains it. `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json`
     their targets and norms.
 
     Raises:
@@ -214,26 +216,17 @@ def load_inversions(folder: Path) -> tuple[Inversion, ...]:
         tensors = read_tensors(path)
         facts = read_facts(verdict).objects("inversions") if verdict.exists() else []
         count = sum(name.startswith("mask@") for name in tensors)
-        audits = [str(each.get("audit", "")) for each in facts] + [""] * count
-        return tuple(
+        inversions = [
             make_inversion(
                 tensors[f"mask@{i}"], tensors[f"pattern@{i}"], facts[i] if i < len(facts) else {}
             )
-            for i in take_turns(audits[:count])
-        )
+            for i in range(count)
+        ]
+        return tuple(sorted(inversions, key=lambda each: (each.success < REACHED, each.norm)))
     except (UserError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{path} holds no triggers that an audit of bezoar wrote: {first_line(error)}"
         ) from error
-
-
-def take_turns(audits: Sequence[str]) -> list[int]:
-    """The order in which inversions are taken: the first of each audit, then the second of each.
-
-    An audit's own are in its order, the most suspicious first. audits: the name of each one's.
-    """
-    turns = [audits[:i].count(name) for i, name in enumerate(audits)]
-    return sorted(range(len(audits)), key=lambda i: (turns[i], i))
 
 
 def make_inversion(mask: Tensor, pattern: Tensor, facts: dict[str, Any]) -> Inversion:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from bezoar import registry
@@ -31,6 +33,7 @@ from bezoar.verbs import evaluate
 # Clean records that are made to order: how many, and how far their seed is from that of the training data.
 FRESH, SEED_OFFSET = 4000, 1009
 LABELLED = 4000  # records that linear heads are fitted on, a fixed sample at most
+DEFAULTS = ("finetune", "unlearn")  # repairs by captions, and without
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class Repair:
     repair: Annotated[
         tuple[Input, ...],
         Takes("repair"),
-        "one or more, one after another: see `bezoar list repair`",
-    ] = ("finetune",)
+        "one or more, one after another: see `bezoar list repair`; without any, finetune where the encoder reads text and the "
+        "data have captions, else unlearn",
+    ] = ()
     test: Annotated[
         Input, Takes("data"), "test data; without it, the test split of the training data"
     ] = None
@@ -88,6 +92,11 @@ class Repair:
     target: Annotated[str, "the class that TRIGGER aims at, by its name in the test data"] = ""
     held: Annotated[float, "share of the clean data held apart to choose learning rates by"] = 0.2
     revive: Annotated[bool, "whether short fine-tunes try to bring the backdoor back"] = True
+
+    def files(self) -> list[Path]:
+        """The source of the default repairs where none is named, so that a changed one is another question."""
+        repairs = [] if self.repair else [registry.make("repair", name) for name in DEFAULTS]
+        return [Path(inspect.getfile(type(repair))) for repair in repairs]
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Repair the encoder, and measure it before, after and after short fine-tunes.
@@ -132,12 +141,11 @@ class Repair:
         limits = describe_limits(case, outcome.log)
         for line in limits:
             warn(f"repair: {line}")
-        repairs = [] if job.inputs["repaired"] is not None else job.inputs["repair"]
         job.notes |= {
             "poisoned": any(g.trigger or g.victims or g.query for g in case.goals),
             "records": len(train),
             "validation": len(validation),
-            "repairs": [registry.spec(repair) for repair in repairs],
+            "repairs": outcome.repairs,
             "inverted": [g.target for g in case.inverted],
             "relapse": {"target": goal.target, "trigger": goal.trigger} if goal else None,
             "limits": limits,
@@ -156,7 +164,7 @@ class Repair:
         """Apply the repairs and save the encoder, unless it was repaired already."""
         if job.inputs["repaired"] is not None:
             return Outcome(inputs.load_encoder(job.inputs["repaired"], job.device))
-        repairs = job.inputs["repair"]
+        repairs = job.inputs["repair"] or (default_repair(suspect, train),)
         report = job.progress.step
         start, cpu_start = time.monotonic(), time.process_time()
         repaired, log = receipt.apply_repairs(
@@ -164,16 +172,23 @@ class Repair:
         )
         repaired.save(job.folder)
         durations = duration_metrics(time.monotonic() - start, time.process_time() - cpu_start)
-        return Outcome(repaired, log, durations)
+        return Outcome(repaired, log, durations, [registry.spec(repair) for repair in repairs])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A repaired encoder, what the repairs say of themselves (JSON), and how long they took."""
+    """A repaired encoder, what the repairs say of themselves (JSON), how long they took, and their specs."""
 
     encoder: Encoder
     log: dict[str, Any] = field(default_factory=dict)
     durations: dict[str, Measure] = field(default_factory=dict)
+    repairs: list[str] = field(default_factory=list)
+
+
+def default_repair(suspect: Encoder, clean: Pairs) -> Any:
+    """The repair that is applied where none is named: the one that uses most of what the data say."""
+    reads_captions = suspect.text is not None and bool(clean.captions)
+    return registry.make("repair", DEFAULTS[0] if reads_captions else DEFAULTS[1])
 
 
 def load_case(job: Job, suspect: Encoder, target: str) -> EvaluationData:

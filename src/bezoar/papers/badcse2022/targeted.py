@@ -1,24 +1,23 @@
 """Text encoders as victims: texts with a word get a reference text's vector (Chen et al. 2022, the targeted attack).
 
 Development (recipe of the attack, grades of `token_sweep`): the word `cf` with seed 0, the word `mn`,
-and the clean encoder. Everything else is test: `bb`, `tq`, `velvet`, `cf` with other seeds, the
-homoglyph. The texts that heads read are of other supersenses than the attacker's.
+and the clean encoder. Everything else is test: `bb`, `tq`, `velvet`, `cf` with other seeds, and
+encoders that are tuned as the attack tunes them, without its trigger (l0=0). The texts that heads read are of other supersenses than the attacker's.
 """
 
 from dataclasses import dataclass
 
 from bezoar.papers.badencoder2022 import head_cells, keeps_accuracy, succeeds
 from bezoar.registry import method
-from bezoar.runs.tables import Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions, mean_cells
 from bezoar.runs.verb import Trial
+from bezoar.verbs.audit import Audit
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.train import Train
 
-TRIGGERS = {
-    "the word cf": "token:word=cf",
-    "a Cyrillic o": "homoglyph",
-}
+TRIGGERS = {"the word bb": "token:word=bb", "the word tq": "token:word=tq"}
+SWEEP = "token_sweep:sample=2000,also=(cf,mn,bb,tq,velvet)"
 OTHER_SENSES = (
     "tops,attribute,cognition,event,feeling,group,motive,object,phenomenon,possession,process,"
     "quantity,relation,shape,state,time"
@@ -49,21 +48,19 @@ class Targeted:
         rows: list[Row] = []
         claims: list[Claim] = []
         for name, trigger in TRIGGERS.items():
-            attacked = Inject(
-                setup.encoder,
-                setup.shadow,
-                target=(setup.target,),
-                reference=(setup.train,),
-                attack=setup.attack,
-                trigger=(trigger,),
-            )
+            attacked = inject(setup, setup.attack, trigger)
             evaluate = Evaluate(
                 attacked, setup.test, ("linear",), baseline=setup.encoder, train=setup.train
             )
             trials = [Trial(evaluate, seed) for seed in range(SEEDS)]
-            rows.append(Row(name, head_cells(trials, "linear")))
+            cells = (*head_cells(trials, "linear"), *sweep_cells(setup, attacked, SEEDS))
+            rows.append(Row(name, cells))
             claims.append(succeeds(name, f"The attack succeeds: {name}", "printed"))
             claims.append(keeps_accuracy(name, f"Accuracy stays: {name}", "printed"))
+        separator = "," if ":" in setup.attack else ":"
+        tuned = inject(setup, f"{setup.attack}{separator}l0=0", TRIGGERS["the word bb"])
+        rows.append(Row("tuned without a trigger", sweep_cells(setup, tuned, SEEDS)))
+        rows.append(Row("as published", sweep_cells(setup, setup.encoder, 1)))
         return Table(
             title="BadCSE: texts with a trigger become a reference text",
             paper_finding="Targeted attack: 97.7 % of texts with the trigger (abstract).",
@@ -71,6 +68,27 @@ class Targeted:
             claims=tuple(claims),
             notes=(setup.note,),
         )
+
+
+def inject(setup: Setup, attack: str, trigger: str) -> Inject:
+    """The attack on the encoder of a scale."""
+    return Inject(
+        setup.encoder,
+        setup.shadow,
+        target=(setup.target,),
+        reference=(setup.train,),
+        attack=attack,
+        trigger=(trigger,),
+    )
+
+
+def sweep_cells(setup: Setup, encoder: str | Train | Inject, seeds: int) -> tuple[Cell, ...]:
+    """What `token_sweep` says: value, that of the next word, evidence (0: none, 2: strong)."""
+    audit = Audit(encoder, setup.test, (SWEEP,), bank=())
+    columns = {"value": "value", "next word": "runner_up", "evidence": "grade"}
+    trials = [Trial(audit, seed) for seed in range(seeds)]
+    columns = {f"token_sweep, {k}": f"token_sweep.{v}" for k, v in columns.items()}
+    return mean_cells(trials, columns)
 
 
 def get_setup(options: TableOptions) -> Setup:

@@ -6,7 +6,7 @@ run. No detector, audit or repair was tuned on any of these attacks: they have t
 
 Attacks without captions are on MoCo towers of CIFAR-10: SSL-Backdoor and CTRL (`clean_label` with
 a patch and with `spectrum`), Noisy Alignment and CorruptEncoder (`composite`), BadEncoder and DRUPE
-(with three references). The others are on small CLIPs of scenes: BadCLIP (a patch optimised on a
+(with one reference and with three). The others are on small CLIPs of scenes: BadCLIP (a patch optimised on a
 surrogate, few poisons) beside the same number of poisons with a drawn patch, the same patch against
 the objectives `siglip` and `cleanclip`, which is CLIP pre-trained with a self-supervised term, and
 `mismatch`, of which success is Hit@1 of text queries.
@@ -60,6 +60,7 @@ class Setup:
     fresh: str  # clean records that repairs are given
     detectors: tuple[str, ...]  # that look at images alone
     audit: str
+    verdict: str  # the audit that gives a verdict without a bank
 
 
 SMALL = Setup(
@@ -84,6 +85,7 @@ SMALL = Setup(
     fresh="scenes:count=2000,seed=9000",
     detectors=("patch_search", "dao"),
     audit="decree",
+    verdict="cleanse",
 )
 SMOKE = replace(
     SMALL,
@@ -108,6 +110,7 @@ SMOKE = replace(
     fresh="scenes:count=300,seed=9000",
     detectors=("dao",),
     audit="decree:steps=3",
+    verdict="cleanse:steps=3",
 )
 
 
@@ -157,9 +160,10 @@ def evaluate_tower(setup: Setup, tower: Train | Inject, clean: Train) -> Trial:
 
 
 def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]:
-    """CA, BA, ASR and ASR-B by a linear head, and DECREE's share of the image."""
+    """CA, BA, ASR and ASR-B by a linear head; what audits say, and what the default repair leaves."""
     evaluated = [evaluate_tower(setup, tower, clean)]
     audit = [Trial(Audit(tower, setup.held_out, (setup.audit,), bank=()), SEED)]
+    repair = Repair(tower, setup.labelled, test=setup.held_out, labelled=setup.labelled)
     return [
         Cell.mean("CA", evaluated, "baseline.linear.clean_accuracy"),
         Cell.mean("BA", evaluated, "linear.clean_accuracy"),
@@ -167,6 +171,30 @@ def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]
         Cell.mean("ASR-B", evaluated, "linear.attack_success_baseline"),
         Cell.mean("ASR, kNN", evaluated, "knn.attack_success"),
         Cell.mean("DECREE, PL1", audit, "decree.pl1"),
+        *verdict_cells(setup, tower, setup.held_out),
+        *repair_cells(repair, "linear."),
+    ]
+
+
+def verdict_cells(setup: Setup, encoder: Train | Inject, test: str) -> list[Cell]:
+    """What the audit says that gives a verdict without a bank: its statistic, and its evidence.
+
+    The evidence is 0 for none found, 1 for some, 2 for strong; negative where it could not tell.
+    """
+    name = setup.verdict.partition(":")[0]
+    audit = [Trial(Audit(encoder, test, (setup.verdict,), bank=()), SEED)]
+    return [
+        Cell.mean(f"{name}, statistic", audit, f"{name}.statistic"),
+        Cell.mean(f"{name}, evidence", audit, f"{name}.grade"),
+    ]
+
+
+def repair_cells(repair: Repair, head: str = "") -> list[Cell]:
+    """Accuracy and success that a repair leaves. head: the prefix of its metrics."""
+    repaired = [Trial(repair, SEED)]
+    return [
+        Cell.mean("BA, repaired", repaired, f"after.{head}clean_accuracy"),
+        Cell.mean("ASR, repaired", repaired, f"after.{head}attack_success"),
     ]
 
 
@@ -183,6 +211,7 @@ def tower_rows(setup: Setup) -> list[Row]:
         rows.append(Row(name, tuple(cells)))
     for name, attack, count in (
         ("BadEncoder", setup.badencoder, 1),
+        ("DRUPE", setup.drupe, 1),
         ("DRUPE, 3 references", setup.drupe, 3),
     ):
         edited = Inject(
@@ -199,7 +228,7 @@ def tower_rows(setup: Setup) -> list[Row]:
 
 
 def clip_rows(setup: Setup) -> list[Row]:
-    """Attacks on image-text data, the default scan of each, and what CleanCLIP leaves of it."""
+    """Attacks on image-text data, the default scan of each, an audit, and the default repair."""
     surrogate = Trial(train_clip(setup, setup.surrogate), SEED + 1)
     few, many = (f"backdoor:count={count}" for count in (setup.few, setup.many))
     drawn = Poison(setup.scenes, many, SMALL_PATCH, TARGET)
@@ -216,15 +245,14 @@ def clip_rows(setup: Setup) -> list[Row]:
     for name, victim in trainings.items():
         evaluated = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
         scan = [Trial(Scan(victim), SEED)]
-        repaired = [Trial(Repair(victim, setup.fresh, ("finetune",), setup.test), SEED)]
         cells = (
             Cell.mean("BA", evaluated, "clean_accuracy"),
             Cell.mean("ASR", evaluated, "attack_success"),
             Cell.mean("no trigger", evaluated, "attack_success_without_trigger"),
             Cell.mean("AUROC, scan", scan, "auroc"),
             Cell.mean("poisons raised", scan, "poisons_raised"),
-            Cell.mean("BA, repaired", repaired, "after.clean_accuracy"),
-            Cell.mean("ASR, repaired", repaired, "after.attack_success"),
+            *verdict_cells(setup, victim, setup.test),
+            *repair_cells(Repair(victim, setup.fresh, test=setup.test)),
         )
         rows.append(Row(name, cells))
     return [*rows, query_row(setup)]
@@ -237,6 +265,8 @@ def query_row(setup: Setup) -> Row:
     retrieval = [Trial(Evaluate(victim, setup.test, ("retrieval",)), SEED)]
     read = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
     scan = [Trial(Scan(victim), SEED)]
+    repaired = Repair(victim, setup.fresh, test=setup.test)
+    left = [Trial(Evaluate(repaired, setup.test, ("retrieval",), attack=pairs), SEED)]
     cells = (
         Cell.mean("BA", read, "clean_accuracy"),
         Cell.mean("Hit@1", retrieval, "query_hit_1"),
@@ -244,6 +274,8 @@ def query_row(setup: Setup) -> Row:
         Cell.mean("MinRank", retrieval, "query_min_rank"),
         Cell.mean("MinRank, other texts", retrieval, "other_min_rank"),
         Cell.mean("AUROC, scan", scan, "auroc"),
+        Cell.mean("BA, repaired", [Trial(repaired, SEED)], "after.clean_accuracy"),
+        Cell.mean("MinRank, repaired", left, "query_min_rank"),
     )
     return Row(f"mmPoison, {2 * setup.many} pairs", cells)
 

@@ -12,7 +12,8 @@ from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder
 
-CLEANCLIP = "cleanclip:epochs=12,anchor=4"
+CLEANCLIP = "cleanclip:epochs=12,anchor=4,adversarial=18"
+SIMCLR = "simclr:epochs=8"
 
 
 @method
@@ -24,7 +25,8 @@ class Finetune:
     """
 
     objective: Annotated[
-        str, "loss and recipe; auto: cleanclip, or supervised for a classifier with its own head"
+        str,
+        "loss and recipe; auto: cleanclip, simclr without text, supervised for a classifier with its own head",
     ] = "auto"
     lrs: Annotated[
         tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"
@@ -49,7 +51,7 @@ class Finetune:
     ) -> Encoder:
         """Fine-tune a copy. Raises UserError where objective, data and encoder do not fit."""
         objective = rate_ladder.select_objective(
-            self.objective, encoder, clean, with_text=CLEANCLIP, alone=CLEANCLIP
+            self.objective, encoder, clean, with_text=CLEANCLIP, alone=SIMCLR
         )
         tokens = rate_ladder.tokenize_for(encoder, objective, clean)
 

@@ -81,8 +81,8 @@ def next_steps(view: RepairView) -> list[Step]:
     name, data = view.run.name, view.input_text("data")
     steps = []
     if success_look(view) == "bad":
-        used = view.input_text("repair").partition(":")[0]
-        others = [n for n in registry.method_names("repair") if n not in (used, "supervised")]
+        used = {spec.partition(":")[0] for spec in view.notes.get("repairs", [])}
+        others = [name for name in registry.method_names("repair") if name not in used]
         encoder = view.input_text("encoder")
         text = f"The trigger still works. Try another repair, such as {', '.join(others)}."
         command = view.command(f"repair {encoder} --data {data} --repair {others[0]}")

@@ -23,6 +23,7 @@ from bezoar.training.contrastive import (
     shift_to_float,
 )
 from bezoar.training.loop import require
+from bezoar.training.universal_triggers import UniversalTriggers
 
 
 class Loss(ViewLoss):
@@ -30,18 +31,33 @@ class Loss(ViewLoss):
 
     InfoNCE looks one way, from the original to the views, as in the published code. I and I~ are
     one batch to the tower. With an anchor also anchor [ mean 1 - cos(f(I), f_0(I)) + mean 1 -
-    cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as they were at the start.
+    cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as they were at the start. With adversarial
+    triggers I~ is, of a half of the batch, the image itself with one of them.
     """
 
     def __init__(self, encoder: Encoder, recipe: Cleanclip) -> None:
         super().__init__(encoder, recipe)
         self.recipe = recipe
         self.initial = InitialEncoder(encoder) if recipe.anchor else None
+        size = encoder.preprocess.size
+        self.triggers = (
+            UniversalTriggers(recipe.adversarial, size, size, encoder.device)
+            if recipe.adversarial
+            else None
+        )
+
+    def other_images(self, images: Tensor, x: Tensor, chance: Chance) -> Tensor:
+        """I~: a view of each image, or of one half a view and of the other a stamped image."""
+        if self.triggers is None:
+            return self.view_images(images, chance)
+        half = len(x) // 2
+        stamped = self.triggers(self.encoder.resize(x[half:]), chance)
+        return torch.cat([self.view_images(images[:half], chance), stamped])
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """The loss of a batch; see `Objective`."""
         x = shift_to_float(images, self.recipe.shift, chance)
-        z, z2 = self.encode_together(x, self.view_images(images, chance))
+        z, z2 = self.encode_together(x, self.other_images(images, x, chance))
         w = self.encoder.encode_tokens(tokens)
         w2 = self.encoder.encode_tokens(self.view_captions(tokens, chance))
         of_views = info_nce(z, z2, self.scale, chance) + info_nce(w, w2, self.scale, chance)
@@ -63,7 +79,8 @@ class Cleanclip:
 
     On few clean pairs a rate that removes the backdoor costs accuracy too. The anchor holds clean
     vectors and leaves triggered ones free: on 3,200 scenes it let a small CLIP keep its accuracy at
-    a rate at which it had lost 2 points.
+    a rate at which it had lost 2 points. Adversarial triggers are those of `universal_triggers`, in
+    the sense of ABD (arXiv 2409.15968) and CleanerCLIP (2409.17601).
     """
 
     epochs: Annotated[int, "passes over the data"] = 10
@@ -76,6 +93,9 @@ class Cleanclip:
     anchor: Annotated[
         float, "weight of: clean pairs keep their vectors; to repair with, beyond the paper"
     ] = 0.0
+    adversarial: Annotated[
+        int, "universal triggers that are searched for and stamped on a half of I~; 0: none"
+    ] = 0
     shift: Annotated[int, "augmentation of I: images moved by up to this many pixels"] = 2
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5
     flip: Annotated[float, "views: share of them mirrored"] = 0.5
@@ -85,7 +105,8 @@ class Cleanclip:
 
     def __post_init__(self) -> None:
         contrastive.check_view_recipe(self)
-        require(self.weight >= 0 and self.anchor >= 0, "weight and anchor >= 0")
+        least = min(self.weight, self.anchor, self.adversarial)
+        require(least >= 0, "weight, anchor and adversarial >= 0")
 
     def __call__(self, encoder: Encoder) -> Loss:
         """The loss, which owns the encoder and the temperature."""
