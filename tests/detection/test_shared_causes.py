@@ -72,6 +72,23 @@ def test_a_planted_cause_is_believed_and_no_other():
     assert (shown & ~is_poison).sum() <= 10
 
 
+def test_a_faint_likeness_to_a_clear_cause_is_not_shown():
+    x, group, mismatched, is_poison, half = draw_records()
+    x[is_poison, :2] += 8
+    faint = torch.zeros(len(x), dtype=torch.bool)
+    faint[((group == 0) & ~is_poison).nonzero()[:60, 0]] = True
+    x[faint, :2] += 2
+    discriminants = Discriminants.fit(x, group, half)
+    misread = draw_misread(mismatched, is_poison)
+    causes = shared_causes.find_causes(discriminants, mismatched)
+    believed = shared_causes.believe_causes(shared_causes.measure_support(causes, misread))
+    [cause] = shared_causes.sharpen_causes(discriminants, believed, misread)
+    above = discriminants.score(misread & is_poison) >= 1
+    assert (above & faint).sum() >= 20
+    assert faint[cause.shown].sum() == 0
+    assert is_poison[cause.shown].sum() >= 0.95 * is_poison.sum()
+
+
 def test_nothing_is_believed_where_mismatched_records_share_nothing():
     for seed in range(5):
         x, group, mismatched, none, half = draw_records(poisons=0, seed=seed)
@@ -88,6 +105,11 @@ def test_a_cause_must_be_clear_of_the_other_groups():
     assert not shared_causes.believe_causes([support(bound) for bound in spread])
     assert len(shared_causes.believe_causes([support(bound) for bound in alike])) == 1
     assert not shared_causes.believe_causes([])
+    # Among few groups two clear causes hide a third only as long as they are counted as controls.
+    few = (0.33, 0.3, 0.24, 0.13, 0.11, 0.1, 0.09, 0.08, 0.06, 0.05, 0.04, 0.02, 0.01, 0)
+    several = [support(bound) for bound in (0.85, 0.82, 0.67, *few)]
+    assert several[2].lower < shared_causes.find_clear_bound(several, shared_causes.CLEAR)
+    assert shared_causes.believe_causes(several) == several[:3]
 
 
 def test_the_best_recognised_causes_are_left_out_within_a_bound():

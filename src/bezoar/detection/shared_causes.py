@@ -27,6 +27,8 @@ MAX_LEFT_OUT = 0.3  # of all records, that show some cause and are left out of a
 MIN_RECOGNISED = 0.2  # share of a group's mismatched records that the others of them give away
 MIN_UNSUPPORTED = 0.35  # lower bound of the share that is misread by a model that saw none of it
 CONFIDENCE = 0.95  # of that bound
+SHARPENINGS = 2  # times that a believed cause is read again
+USUAL_SHARE = 0.25  # of a believed cause's usual score, that a record needs to show it
 CLEAR = 5.0  # robust deviations by which it lies above the bounds of the other groups
 MIN_DEVIATION = 0.03  # of the bounds
 
@@ -245,8 +247,9 @@ def sharpen_causes(
     """Read the records again, by those that show a believed cause and are misread.
 
     Records of the group that share the cause by chance are mostly read well, and are no part of it
-    any more. Misread records of other groups that show it very clearly become part of it: captions
-    of one target fall into several groups.
+    any more; nor are those that come only just above the threshold, where the others lie far above
+    it. Misread records of other groups that show it very clearly become part of it: captions of one
+    target fall into several groups.
 
     Args:
         discriminants: of N records.
@@ -255,12 +258,19 @@ def sharpen_causes(
     """
     positives = mark_shown([support.cause for support in supports], len(misread)) & misread
     scores = discriminants.score(positives)
+    for _ in range(SHARPENINGS - 1):
+        positives = (scores >= 1) & misread
+        scores = discriminants.score(positives)
     causes = []
     for cause in (support.cause for support in supports):
+        of_group = scores[cause.rows]
+        shown = of_group[of_group >= 1]
+        usual = float(shown.median()) if len(shown) else 0.0
+        of_group = of_group / max(1.0, USUAL_SHARE * usual)
         everywhere = discriminants.score_all(positives, cause.group)
         others = ((everywhere >= 1) & misread & (discriminants.groups != cause.group)).nonzero()
         rows = torch.cat([cause.rows, others[:, 0]])
-        values = torch.cat([scores[cause.rows], everywhere[others[:, 0]]])
+        values = torch.cat([of_group, everywhere[others[:, 0]]])
         causes.append(replace(cause, rows=rows, scores=values))
     return causes
 
@@ -270,10 +280,18 @@ def believe_causes(supports: Sequence[Support]) -> list[Support]:
 
     In a group without an attack a discriminant finds some kind of content. Without those records
     other content still supports most of them. How many depends on how well contents are read, so
-    that the groups of the same data are each other's controls.
+    that the groups of the same data are each other's controls; one that is believed is none any
+    more.
     """
-    least = max(MIN_UNSUPPORTED, find_clear_bound(supports, CLEAR))
-    return [s for s in supports if s.cause.recognised >= MIN_RECOGNISED and s.lower > least]
+    believed: list[Support] = []
+    controls = list(supports)
+    while True:
+        least = max(MIN_UNSUPPORTED, find_clear_bound(controls, CLEAR))
+        clear = [s for s in controls if s.cause.recognised >= MIN_RECOGNISED and s.lower > least]
+        if not clear:
+            return believed
+        believed += clear
+        controls = [s for s in controls if not any(s is other for other in clear)]
 
 
 def find_clear_bound(supports: Sequence[Support], deviations: float) -> float:
