@@ -68,7 +68,7 @@ def test_specs_hold_specs(network, quoted):
     assert registry.convert_text(read["network"], str, "network") == text
 
 
-@pytest.mark.parametrize("name", ["loss_trace", "safeclip", "clip_score"])
+@pytest.mark.parametrize("name", ["loss_trace", "safeclip"])
 def test_a_nested_spec_is_read_written_and_refused(name):
     detector = make(f"{name}:network=({NETWORK}),side=32")
     assert detector.network == NETWORK and make(registry.spec(detector)) == detector
@@ -77,9 +77,10 @@ def test_a_nested_spec_is_read_written_and_refused(name):
 
 
 def test_a_first_value_may_be_a_spec_in_brackets():
-    assert registry.parse_spec("detector", "clip_score:(clip_small:width=4,dim=16),side=32")[1] == {
-        "encoder": "(clip_small:width=4,dim=16)",
-        "side": "32",
+    text = "cross_encoder:(clip_small:width=4,dim=16),groups=32"
+    assert registry.parse_spec("detector", text)[1] == {
+        "reference": "(clip_small:width=4,dim=16)",
+        "groups": "32",
     }
 
 
@@ -130,13 +131,10 @@ def test_one_training_serves_several_detectors_while_the_data_live(monkeypatch):
         report(3, 3, 0.5)
 
     monkeypatch.setattr(training_traces.loop, "fit", fit)
-    run = [f"loss_trace:when={w},{SMALL}" for w in ("late", "early", "rise")] + [
-        f"clip_score:epoch=1,{SMALL}"
-    ]
-    for text in run:
-        make(text)(Fake(), pairs, report=lambda *a: reports.append(a))
+    for when in ("late", "early", "rise"):
+        make(f"loss_trace:when={when},{SMALL}")(Fake(), pairs, report=lambda *a: reports.append(a))
     assert len(trained) == len(reports) == 1 and id(pairs) in training_traces._traces
-    make(f"clip_score:epoch=1,seed=1,{SMALL}")(Fake(), pairs)
+    make(f"loss_trace:seed=1,{SMALL}")(Fake(), pairs)
     assert len(trained) == 2
     place = id(pairs)
     del pairs
@@ -166,7 +164,7 @@ def test_progress_is_reported():
 
 
 def test_what_cannot_be_trained_on_is_refused():
-    for text in ("loss_trace", "safeclip", "clip_score:epoch=1"):
+    for text in ("loss_trace", "safeclip"):
         with pytest.raises(UserError, match="needs captions"):
             make(text)(Fake(), replace(clean(30), captions=()))
     with pytest.raises(UserError, match="text tower"):
@@ -177,8 +175,7 @@ def test_what_cannot_be_trained_on_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["loss_trace:epochs=7", "loss_trace:epochs=0", "loss_trace:side=0", "clip_score:epoch=-1", "clip_score:epoch=9",
-     "clip_score:epoch=1,encoder=x", "safeclip:drop=1", "safeclip:together=0", "cognitive_distillation:steps=0",
+    ["loss_trace:epochs=7", "loss_trace:epochs=0", "loss_trace:side=0", "safeclip:drop=1", "safeclip:together=0", "cognitive_distillation:steps=0",
      "cognitive_distillation:gamma=-1", "repetition:least=1", "repetition:pool=8"],
 )  # fmt: skip
 def test_bad_fields_are_refused(text):
@@ -236,9 +233,7 @@ def test_loss_trace_takes_epochs_and_direction(pairs, traced):
         assert scores.ids == pairs.ids and torch.allclose(scores.values, values)
 
 
-def test_clip_score_by_each_of_its_three_models(pairs, traced, tmp_path):
-    early = make(f"clip_score:epoch=1,{SMALL}")(Fake(), pairs)
-    assert torch.equal(early.values, 1 - traced.agreement[0])
+def test_clip_score_by_an_independent_model(pairs, tmp_path):
     study = training_traces.SmallModel.build(pairs, NETWORK, 5, CPU)
     study.encoder.save(tmp_path)
     detector = make(f"clip_score:{tmp_path}")
