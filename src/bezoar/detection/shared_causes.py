@@ -27,7 +27,6 @@ MAX_LEFT_OUT = 0.3  # of all records, that show some cause and are left out of a
 MIN_RECOGNISED = 0.2  # share of a group's mismatched records that the others of them give away
 MIN_UNSUPPORTED = 0.35  # lower bound of the share that is misread by a model that saw none of it
 CONFIDENCE = 0.95  # of that bound
-SHARPENINGS = 2  # times that a believed cause is read again
 USUAL_SHARE = 0.25  # of a believed cause's usual score, that a record needs to show it
 CLEAR = 5.0  # robust deviations by which it lies above the bounds of the other groups
 MIN_DEVIATION = 0.03  # of the bounds
@@ -258,9 +257,6 @@ def sharpen_causes(
     """
     positives = mark_shown([support.cause for support in supports], len(misread)) & misread
     scores = discriminants.score(positives)
-    for _ in range(SHARPENINGS - 1):
-        positives = (scores >= 1) & misread
-        scores = discriminants.score(positives)
     causes = []
     for cause in (support.cause for support in supports):
         of_group = scores[cause.rows]
