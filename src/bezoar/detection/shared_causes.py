@@ -260,8 +260,7 @@ def sharpen_causes(
     causes = []
     for cause in (support.cause for support in supports):
         of_group = scores[cause.rows]
-        shown = of_group[of_group >= 1]
-        usual = float(shown.median()) if len(shown) else 0.0
+        usual = float(of_group[positives[cause.rows]].median())
         of_group = of_group / max(1.0, USUAL_SHARE * usual)
         everywhere = discriminants.score_all(positives, cause.group)
         others = ((everywhere >= 1) & misread & (discriminants.groups != cause.group)).nonzero()
