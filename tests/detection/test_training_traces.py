@@ -240,8 +240,7 @@ def test_clip_score_by_an_independent_model(pairs, tmp_path):
     assert torch.allclose(
         detector(Fake(), pairs).values, make("clip_score")(study.encoder, pairs).values, atol=1e-5
     )
-    assert (
-        detector.files() == [tmp_path / "encoder.safetensors"] and make("clip_score").files() == []
-    )
+    assert tmp_path / "encoder.safetensors" in detector.files()
+    assert make("clip_score").files() == []
     with pytest.raises(UserError, match="no network"):
         make("clip_score:nowhere")(Fake(), pairs)
