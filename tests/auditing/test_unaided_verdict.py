@@ -152,11 +152,14 @@ def test_an_audit_says_what_its_verdict_can_be():
     entries = tuple(Entry(str(i), float(i)) for i in range(19))
     code = code_hash(type(decree))
     held = Bank(family, sample, (Calibration(registry.spec(decree), code, "", entries),))
-    lines = forecast.forecast_audits([cleanse, decree], [held], family, sample, 0.05, 7.2)
+    lines = forecast.forecast_audits([cleanse, decree], [held], family, sample, 0.05, 7.2, 10)
     assert lines[0].startswith("decree: evidence or none at false-positive rate 0.05")
     assert lines[1].startswith("cleanse: strong, some or no evidence") and "7 s" in lines[2]
-    lines = forecast.forecast_audits([cleanse, decree], [], family, sample, 0.05, 0.1)
+    lines = forecast.forecast_audits([cleanse, decree], [], family, sample, 0.05, 0.1, 10)
     assert "decree: a value and no verdict" in lines[1] and "about 1 s" in lines[2]
+    large = Family("toy", 224, "", "")
+    lines = forecast.forecast_audits([cleanse], [], large, sample, 0.05, 0.1, 1000)
+    assert lines[0].startswith("cleanse: a search in full for 1000 classes would take too long")
 
 
 def test_the_cost_counts_every_image():
