@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 from torch import Tensor
@@ -95,7 +95,9 @@ class Weights(Network):
         if sentence_towers.is_sentence_folder(path):
             return self._make("sentence")
         if only := pretrained_folders.only_weights(path):
-            return dataclasses.replace(self, path=str(only))(size)
+            this: Any = self
+            encoder: Encoder = dataclasses.replace(this, path=str(only))(size)
+            return encoder
         return self._take_size(self._make("hugging_face", mean_std=self.mean_std))
 
     def _open_file(self, path: Path, size: int) -> Encoder:
