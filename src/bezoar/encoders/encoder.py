@@ -189,9 +189,7 @@ class Encoder(nn.Module):
         return F.normalize(self.raw_vectors(x), dim=-1)
 
     def raw_vectors(self, x: Tensor) -> Tensor:
-        """The tower's own vectors of such images, float32 (B, D); of large ones some at a time where no batch norm or
-        gradient asks for all.
-        """
+        """The tower's own vectors of such images, float32 (B, D); without gradients, of large ones some at a time."""
         at_once = max(1, len(x))
         if not self.training and not torch.is_grad_enabled():
             pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])
