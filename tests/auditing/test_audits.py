@@ -200,7 +200,6 @@ def test_pl1_against_its_closed_form():
         reached=torch.tensor([True, True]),
         steps=torch.ones(2),
         starts=torch.ones(2, 1),
-        agreement=torch.ones(2),
     )
     clean = Pairs(torch.zeros(9, 3, 6, 5, dtype=torch.uint8), (), None, tuple(map(str, range(9))))
     audit = decree.Decree(restarts=2)
@@ -257,7 +256,6 @@ def test_the_least_target_is_one_that_was_reached_and_its_trigger_comes_first():
         reached=torch.tensor([False, True, False, True]),
         steps=ones,
         starts=ones[:, None],
-        agreement=ones,
     )
     clean = toy_images(16)
     judge = partial(

@@ -148,7 +148,6 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
         triggers.success.tolist(),
         triggers.reached.tolist(),
         triggers.starts.tolist(),
-        triggers.agreement.tolist(),
         measure_concentration(triggers.masks).tolist(),
         strict=True,
     )
@@ -160,9 +159,8 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
             "reached": reached,
             "starts": [round(start, 3) if start < torch.inf else None for start in starts],
             "concentration": round(share, 3),
-            "agreement": None if agreement != agreement else round(agreement, 3),
         }
-        for name, norm, success, reached, starts, agreement, share in facts
+        for name, norm, success, reached, starts, share in facts
     ]
     return sorted(rows, key=lambda row: row["norm"])
 

@@ -30,6 +30,7 @@ from bezoar.registry import method
 SAVED = ("encoder.json", "encoder.safetensors")  # of an encoder that bezoar wrote
 OF_TRANSFORMERS = ("embeddings.patch_embedding", "embeddings.cls_token", "vision_model.")
 PATCHES = "patch_embed.proj.weight"  # the first weight of a vision transformer by timm's names
+MAX_NAMES = 8  # models in a message
 LINEAR = ("fc.weight", "linear.weight", "classifier.weight")
 
 
@@ -162,7 +163,7 @@ class Weights(Network):
         if len(names) > 1:
             raise UserError(
                 f"{self.path}: its weights fit {len(names)} of timm's models, which compute different things from "
-                f"them: {timm_models.list_names(names)}; say model= one of them"
+                f"them: {checkpoints.format_keys(names, MAX_NAMES)}; say model= one of them"
             )
         return names[0] if names else ""
 
