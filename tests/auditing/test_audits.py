@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from auditing.toys import (
 
 from bezoar import registry
 from bezoar.auditing.audits import cleanse, decree, mntd, ssl_cleanse
+from bezoar.auditing.norm_outliers import outlier_verdict
 from bezoar.auditing.trigger_inversion import InvertedTriggers
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
@@ -198,7 +200,6 @@ def test_pl1_against_its_closed_form():
         reached=torch.tensor([True, True]),
         steps=torch.ones(2),
         starts=torch.ones(2, 1),
-        agreement=torch.ones(2),
     )
     clean = Pairs(torch.zeros(9, 3, 6, 5, dtype=torch.uint8), (), None, tuple(map(str, range(9))))
     audit = decree.Decree(restarts=2)
@@ -240,6 +241,33 @@ def test_a_class_that_is_never_reached_says_so():
     )
     assert NAMES[-1] in verdict.notes["unreached"]
     assert any("reached the success asked for" in line for line in verdict.notes["limits"])
+
+
+def test_the_least_target_is_one_that_was_reached_and_its_trigger_comes_first():
+    """The mask of a search that reached nothing says nothing by its size."""
+    masks = torch.tensor([0.1, 0.9, 0.3, 0.5])[:, None, None, None].expand(4, 1, 8, 8)
+    ones = torch.ones(4)
+    triggers = InvertedTriggers(
+        aims=torch.arange(4),
+        masks=masks,
+        patterns=torch.rand(4, 3, 8, 8),
+        norms=masks.sum((1, 2, 3)),
+        success=torch.tensor([0.02, 0.9, 0.1, 1.0]),
+        reached=torch.tensor([False, True, False, True]),
+        steps=ones,
+        starts=ones[:, None],
+    )
+    clean = toy_images(16)
+    judge = partial(
+        outlier_verdict, triggers, ["a", "b", "c", "d"], "class", "log_ratio", clean, {}
+    )
+    verdict = judge(excluding=True)
+    assert [inversion.target for inversion in verdict.inversions] == ["d", "b", "a", "c"]
+    assert verdict.notes["target"] == "d" and verdict.evidence["least_norm"].value == 32
+    assert (
+        verdict.value == pytest.approx(math.log(0.7 / 0.5)) and len(verdict.notes["unreached"]) == 2
+    )
+    assert judge().notes["target"] == "a"  # where unreached masks count too
 
 
 @pytest.mark.parametrize(

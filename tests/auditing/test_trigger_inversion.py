@@ -268,7 +268,6 @@ def results(aims, norms, success, reached):
         reached=torch.tensor(reached),
         steps=torch.ones(n),
         starts=torch.ones(n, 2),
-        agreement=torch.zeros(n),
     )
 
 
@@ -278,20 +277,6 @@ def test_the_best_of_each_aim_by_hand():
     assert best.aims.tolist() == [0, 1] and best.norms.tolist() == [4.0, 6.0]
     again = first.best_of_aims(results([0], [9.0], [0.95], [True]))
     assert again.norms.tolist() == [9.0, 6.0] and again.reached.tolist() == [True, True]
-
-
-def test_agreement_is_the_cosine_with_the_best_rival():
-    start = trigger_search.initial_parameters(4, 4, 4, 0)
-    search = trigger_search.TriggerSearch(start, InversionRecipe(9, 2, starts=2))
-    search.best_norm = torch.tensor([3.0, 2.0, torch.inf, 4.0])
-    agreement = trigger_inversion.measure_agreement(search, torch.arange(4))
-    masks = [m.flatten().numpy() for m in trigger_search.mask_and_pattern(search.best_u)[0]]
-    cosine = masks[0] @ masks[1] / np.linalg.norm(masks[0]) / np.linalg.norm(masks[1])
-    assert agreement[:2].tolist() == pytest.approx([cosine] * 2)
-    assert agreement[2] == pytest.approx(
-        masks[2] @ masks[3] / np.linalg.norm(masks[2]) / np.linalg.norm(masks[3])
-    )
-    assert torch.isnan(agreement[3]), "its only rival reached nothing"
 
 
 def test_outlier_p_value_holds_under_its_null():

@@ -1,6 +1,7 @@
 """Verdicts without a bank: the statistic, the three words, what they are called among banks, what an audit announces."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, code_
 from bezoar.auditing.findings import AuditFindings
 from bezoar.auditing.unaided_verdict import SOME, STRONG, SURE_P, judge_outlier, outlier_statistic
 from bezoar.evaluation.verdict import Verdict
+from bezoar.reports.sections import audit as audit_page
 
 
 def evidence(ratio: float, p: float) -> dict[str, dict[str, float]]:
@@ -146,17 +148,35 @@ def test_cleanse_says_what_its_verdict_is_made_of():
     assert statistics[1] > statistics[0]
 
 
+def test_a_page_names_a_file_of_weights_by_what_was_said_of_it():
+    facts = {
+        "sample": {"images": 64},
+        "family": {"network": "resnet:depth=18", "size": 32},
+        "few": "",
+    }
+    names = {
+        "weights:path=a.pth,mean_std=auto,size=0,model=,classes=": "weights:path=a.pth",
+        "train-660f": "train-660f",
+    }
+    for encoder, name in names.items():
+        text = audit_page.lead(SimpleNamespace(verdict={**facts, "encoder": encoder}))
+        assert text.startswith(f"{name} (resnet, 32 px) was examined with 64 clean records")
+
+
 def test_an_audit_says_what_its_verdict_can_be():
     cleanse, decree = (registry.make("audit", name) for name in ("cleanse", "decree"))
     family, sample = Family("toy", 16, "", ""), Sample("toys", 48)
     entries = tuple(Entry(str(i), float(i)) for i in range(19))
     code = code_hash(type(decree))
     held = Bank(family, sample, (Calibration(registry.spec(decree), code, "", entries),))
-    lines = forecast.forecast_audits([cleanse, decree], [held], family, sample, 0.05, 7.2)
+    lines = forecast.forecast_audits([cleanse, decree], [held], family, sample, 0.05, 7.2, 10)
     assert lines[0].startswith("decree: evidence or none at false-positive rate 0.05")
     assert lines[1].startswith("cleanse: strong, some or no evidence") and "7 s" in lines[2]
-    lines = forecast.forecast_audits([cleanse, decree], [], family, sample, 0.05, 0.1)
+    lines = forecast.forecast_audits([cleanse, decree], [], family, sample, 0.05, 0.1, 10)
     assert "decree: a value and no verdict" in lines[1] and "about 1 s" in lines[2]
+    large = Family("toy", 224, "", "")
+    lines = forecast.forecast_audits([cleanse], [], large, sample, 0.05, 0.1, 1000)
+    assert lines[0].startswith("cleanse: a search in full for 1000 classes would take too long")
 
 
 def test_the_cost_counts_every_image():

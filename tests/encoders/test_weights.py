@@ -203,7 +203,9 @@ def test_weights_that_fit_several_models_ask_for_one_unless_the_file_says_it(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf"]
+)
 def test_torchvisions_other_classifiers(name, tmp_path):
     net = torchvision.models.get_model(name, num_classes=3).eval()
     torch.save(net.state_dict(), tmp_path / "net.pth")

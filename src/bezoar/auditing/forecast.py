@@ -25,6 +25,7 @@ def forecast_audits(
     sample: Sample,
     rate: float,
     seconds: float,
+    classes: int,
 ) -> list[str]:
     """What each audit's verdict can be, a sentence each, and the time that all take.
 
@@ -35,12 +36,15 @@ def forecast_audits(
         sample: the clean images.
         rate: false-positive rate of each audit.
         seconds: that all audits take, as of `estimate_seconds`.
+        classes: that audits of classes tell apart.
     """
-    by_bank, by_classes, alone = [], [], []
+    by_bank, by_classes, by_few, alone = [], [], [], []
     for audit in audits:
         name = Path(registry.method_name(type(audit))).stem
         if _is_calibrated(audit, banks, family, sample, rate):
             by_bank.append(name)
+        elif hasattr(audit, "searches_all") and not audit.searches_all(classes, family.size):
+            by_few.append(name)
         elif getattr(audit, "unaided", False):
             by_classes.append(name)
         else:
@@ -52,6 +56,11 @@ def forecast_audits(
         )
     if by_classes:
         lines.append(f"{', '.join(by_classes)}: strong, some or no evidence, by the encoder itself")
+    if by_few:
+        lines.append(
+            f"{', '.join(by_few)}: a search in full for {classes} classes would take too long, and a quicker one may reach too "
+            "few to tell"
+        )
     if alone:
         lines.append(f"{', '.join(alone)}: a value and no verdict, as no bank has encoders like it")
     lines.append(f"about {max(1, round(seconds)):,} s, unless they were run before")

@@ -23,7 +23,6 @@ MAD_TO_SIGMA = (
 )
 MIN_NORMS = 10  # with fewer norms a median absolute deviation says nothing
 MAX_NAMED = 8  # targets that a sentence names
-MIN_REACHED = 5  # targets with a trigger, of which one can be an outlier
 MIN_DEVIATION = 0.1  # of logarithms of norms; fewer than ten of them tell no smaller one
 
 
@@ -78,17 +77,17 @@ def outlier_verdict(
             `log_ratio`.
         clean: the clean images.
         notes: further notes of the verdict.
-        excluding: targets that no trigger reached have no part in the value, unless fewer than
-            `MIN_REACHED` were reached.
+        excluding: targets that no trigger reached have no part in the value, unless none was reached, and their triggers come
+            last.
         among: targets that the least was chosen from, where they are more than have a trigger.
     """
     n = len(clean)
     norms = triggers.norms.double().cpu().clamp(min=MIN_SPREAD)
     reached = triggers.reached.cpu()
-    is_excluding = excluding and int(reached.sum()) >= MIN_REACHED
-    counted = reached if is_excluding else torch.ones_like(reached)
+    counted = reached if excluding and reached.any() else torch.ones_like(reached)
     few = int(counted.sum()) < MIN_NORMS
-    smallest = int(torch.where(counted, norms, torch.inf).argmin())
+    order = torch.where(counted, norms, norms + norms.max()).argsort(stable=True)
+    smallest = int(order[0])
     title = f"{int(counted.sum())} {what} triggers"
     evidence = norm_evidence(norms[counted], names[smallest], title, n, among)
     evidence["success"] = proportion(
@@ -117,7 +116,7 @@ def outlier_verdict(
         "limits": limits,
         "targets": list_targets(triggers, names),
     }
-    return Verdict(value, evidence, triggers.inversions(names), notes)
+    return Verdict(value, evidence, triggers.inversions(names, order), notes)
 
 
 def describe_unreached(
@@ -149,7 +148,6 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
         triggers.success.tolist(),
         triggers.reached.tolist(),
         triggers.starts.tolist(),
-        triggers.agreement.tolist(),
         measure_concentration(triggers.masks).tolist(),
         strict=True,
     )
@@ -161,9 +159,8 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
             "reached": reached,
             "starts": [round(start, 3) if start < torch.inf else None for start in starts],
             "concentration": round(share, 3),
-            "agreement": None if agreement != agreement else round(agreement, 3),
         }
-        for name, norm, success, reached, starts, agreement, share in facts
+        for name, norm, success, reached, starts, share in facts
     ]
     return sorted(rows, key=lambda row: row["norm"])
 

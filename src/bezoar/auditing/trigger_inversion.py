@@ -106,8 +106,6 @@ class InvertedTriggers:
         steps: int64 (G,), steps taken.
         starts: (G, R), the norms that all R searches for the same aim reached, those that were
             given up too; infinite where one reached nothing.
-        agreement: (G,), cosine of the mask and that of the smallest trigger that another start found
-            for the same aim; NaN where none did.
     """
 
     aims: Tensor
@@ -118,7 +116,6 @@ class InvertedTriggers:
     reached: Tensor
     steps: Tensor
     starts: Tensor
-    agreement: Tensor
 
     def take(self, rows: Tensor) -> InvertedTriggers:
         """Some of them, by number, int64 (G',)."""
@@ -353,21 +350,7 @@ def collect_triggers(
         reached=reached,
         steps=search.steps[survivors],
         starts=starts * pixels_a_cell,
-        agreement=measure_agreement(search, survivors),
     )
-
-
-def measure_agreement(search: TriggerSearch, rows: Tensor) -> Tensor:
-    """`InvertedTriggers.agreement` of searches by their numbers, int64 (G,) -> (G,)."""
-    masks = F.normalize(mask_and_pattern(search.best_u)[0].flatten(1), dim=1)
-    agreement = torch.full((len(rows),), torch.nan, device=masks.device, dtype=masks.dtype)
-    for i, row in enumerate(rows.tolist()):
-        rivals = (search.aims == search.aims[row]) & search.best_norm.isfinite()
-        rivals[row] = False
-        if rivals.any():
-            rival = torch.where(rivals, search.best_norm, torch.inf).argmin()
-            agreement[i] = masks[row] @ masks[rival]
-    return agreement
 
 
 def draw_batch(clean: Pairs, batch: int, seed: int, step: int, like: Tensor) -> Tensor:

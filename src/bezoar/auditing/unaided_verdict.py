@@ -70,7 +70,7 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
     reached = len(targets) - unreached
     if reached < max(3, LEAST_SHARE * len(targets)):
         sentence = (
-            f"Could not tell: the search found a trigger for only {reached} of {len(targets)} "
+            f"Could not tell: the search found a trigger for {f'only {reached}' if reached else 'none'} of {len(targets)} "
             "targets, and one that cannot be reached may hide the backdoor."
         )
         return UnaidedVerdict("could not tell", statistic, target, sentence)

@@ -189,10 +189,7 @@ class Encoder(nn.Module):
         return F.normalize(self.raw_vectors(x), dim=-1)
 
     def raw_vectors(self, x: Tensor) -> Tensor:
-        """Images as of `encode_images` -> float32 (B, D), as the tower gives them.
-
-        Without gradients, and where no batch norm counts, large images are read some at a time.
-        """
+        """The tower's own vectors of such images, float32 (B, D); without gradients, of large ones some at a time."""
         at_once = max(1, len(x))
         if not self.training and not torch.is_grad_enabled():
             pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])

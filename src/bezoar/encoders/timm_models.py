@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -356,9 +356,3 @@ def _rename_parts(tensors: Mapping[str, Tensor], blocks: list[str]) -> dict[str,
             return {}
         renamed[f"{owner}.{weight}"] = tensor
     return renamed
-
-
-def list_names(names: Iterable[str], most: int = 8) -> str:
-    """The first few of many names, for a message."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
 from bezoar.encoders import filling, normalisation
-from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.encoder import Encoder, limit_weights
 from bezoar.encoders.weights import check_weights
+from bezoar.errors import UserError
 
 # Families by what the names of their weights begin with; residual networks are read elsewhere.
 FAMILIES = {
@@ -32,17 +35,28 @@ def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     for name in models.list_models(module=models):
         if not name.startswith(families):
             continue
-        options = {"init_weights": False} if name.startswith("inception") else {}  # else it warns
-        with torch.device("meta"):
-            try:
-                blank = models.get_model(name, weights=None, **options)
-            except (RuntimeError, NotImplementedError):
-                continue
+        try:
+            blank = _build_blank(name, sum(map(math.prod, shapes.values())))
+        except (RuntimeError, ValueError, UserError):
+            continue
         expected, last = _shapes(blank.state_dict()), last_layer(blank)
         others = [key for key in expected if key.rpartition(".")[0] != last]
         if shapes.keys() == expected.keys() and all(shapes[k] == expected[k] for k in others):
             return str(name), last
     return "", ""
+
+
+def _build_blank(name: str, count: int) -> Any:
+    """A classifier on the meta device; of RegNets, which compute their widths, in memory, unless it has many more weights.
+
+    count: of the weights that a file has for it.
+    """
+    options = {"init_weights": False} if name.startswith("inception") else {}  # else it warns
+    if not name.startswith("regnet"):
+        with torch.device("meta"):
+            return models.get_model(name, weights=None, **options)
+    with limit_weights(count):
+        return models.get_model(name, weights=None)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

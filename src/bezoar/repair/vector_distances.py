@@ -10,11 +10,7 @@ from bezoar.encoders.encoder import Encoder
 
 def read_vectors(encoder: Encoder, x: Tensor) -> Tensor:
     """Vectors of images (B, 3, H, W), float32 (B, D): unit rows, or as a network's own head reads them."""
-    if encoder.head is None:
-        return encoder.encode_images(x)
-    with encoder.autocast():
-        z: Tensor = encoder.image(encoder.prepare_images(x))
-    return z.float()
+    return encoder.encode_images(x) if encoder.head is None else encoder.raw_vectors(x)
 
 
 def mean_distance(z: Tensor, targets: Tensor, own_head: bool) -> Tensor:

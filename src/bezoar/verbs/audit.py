@@ -189,7 +189,9 @@ class Audit:
         family = bank.encoder_family(encoder, suspect)
         clean = Sample(data_text(method), len(sample))
         seconds = forecast.estimate_seconds(audits, encoder, sample, classes)
-        for line in forecast.forecast_audits(audits, banks, family, clean, self.rate, seconds):
+        for line in forecast.forecast_audits(
+            audits, banks, family, clean, self.rate, seconds, classes
+        ):
             warn(f"audit: {line}")
 
     def _run_each(self, job: Job) -> tuple[AuditFindings, dict[str, str]]:

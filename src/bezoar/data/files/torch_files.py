@@ -74,7 +74,7 @@ def load_torch(
         leftovers = check_opcodes(_read_zip_pickle(file), size, 1)
     else:
         leftovers = check_opcodes(_read(file, MAX_PICKLE_BYTES), size, PICKLES_BEFORE_1_6)
-    stand_ins = [
+    stand_ins: list[Any] = [
         (OrderedDict if name.endswith("Dict") else Leftover, name) for name in sorted(leftovers)
     ]
     mapped = zipped and isinstance(file, Path)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 from torch import Tensor
@@ -30,6 +30,7 @@ from bezoar.registry import method
 SAVED = ("encoder.json", "encoder.safetensors")  # of an encoder that bezoar wrote
 OF_TRANSFORMERS = ("embeddings.patch_embedding", "embeddings.cls_token", "vision_model.")
 PATCHES = "patch_embed.proj.weight"  # the first weight of a vision transformer by timm's names
+MAX_NAMES = 8  # models in a message
 LINEAR = ("fc.weight", "linear.weight", "classifier.weight")
 
 
@@ -95,7 +96,9 @@ class Weights(Network):
         if sentence_towers.is_sentence_folder(path):
             return self._make("sentence")
         if only := pretrained_folders.only_weights(path):
-            return dataclasses.replace(self, path=str(only))(size)
+            this: Any = self
+            encoder: Encoder = dataclasses.replace(this, path=str(only))(size)
+            return encoder
         return self._take_size(self._make("hugging_face", mean_std=self.mean_std))
 
     def _open_file(self, path: Path, size: int) -> Encoder:
@@ -160,7 +163,7 @@ class Weights(Network):
         if len(names) > 1:
             raise UserError(
                 f"{self.path}: its weights fit {len(names)} of timm's models, which compute different things from "
-                f"them: {timm_models.list_names(names)}; say model= one of them"
+                f"them: {checkpoints.format_keys(names, MAX_NAMES)}; say model= one of them"
             )
         return names[0] if names else ""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bezoar import registry
 from bezoar.auditing.findings import VERDICT_FILE
 from bezoar.auditing.verdict_text import EVIDENCE, UNKNOWN
 from bezoar.evaluation.scores import Measure
@@ -115,8 +116,11 @@ def lead(view: AuditView) -> str:
     network = family["network"].partition(":")[0]
     images = quantity(sample["images"], "clean record")
     side = f", {family['size']} px" if family["size"] > 1 else ""
+    name, _, fields = view.verdict["encoder"].partition(":")  # a run, or a network by its spec
+    parts = registry.split_outside_brackets(fields, ",")
+    chosen = [part for part in parts if part.partition("=")[2] not in ("", "0", "auto")]
     text = (
-        f"{view.verdict['encoder']} ({network}{side}) was examined with {images}. No verdict says "
+        f"{name}{':' if chosen else ''}{','.join(chosen)} ({network}{side}) was examined with {images}. No verdict says "
         "that an encoder is clean."
     )
     return f"{text} {few}." if few else text
