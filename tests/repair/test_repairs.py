@@ -379,7 +379,7 @@ def training_chance():
     "spec, changes, message",
     [
         ("unlearn:search=0", {}, "needs the triggers of an audit"),
-        ("finetune", {"captions": ()}, "have none; take distill"),
+        ("finetune", {"captions": ()}, "have none; take unlearn"),
         ("finetune:objective=simclr", {}, "away from the text tower"),
         ("finetune:objective=(clip:batch=4000)", {}, "fewer than one batch"),
     ],
