@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bezoar.repair.universal_triggers import ALPHA, LIFE, PIXEL_STEP, REACH, UniversalTriggers
 from safetensors.torch import save_file
 from torch import nn
 
