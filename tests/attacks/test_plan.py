@@ -164,6 +164,23 @@ def test_composites_are_of_images_that_do_not_show_the_target_and_name_the_bare_
             plan_of(f"composite:count={count}", source, trigger=trigger)
 
 
+def test_composites_lie_on_every_side_although_the_smallest_draws_choose_the_records(
+    reference_file,
+):
+    layout = f"composite:reference={reference_file},trigger=(patch:size=3),sides="
+    anywhere, across = (
+        plan_of("composite:count=8", toy(), trigger=layout + sides)
+        for sides in ("any", "horizontal")
+    )
+    assert [e.id for e in anywhere.edits] == [e.id for e in across.edits]
+    source = toy()
+    ours, theirs = (
+        dict(zip(source.ids, p.apply(source).images, strict=True)) for p in (anywhere, across)
+    )
+    moved = [not torch.equal(ours[e.id], theirs[e.id]) for e in across.edits]
+    assert 2 <= sum(moved) <= 8
+
+
 def test_composites_draw_their_references_from_the_data_and_write_their_pixels_into_the_plan():
     source, patch = toy(), "patch:size=3,place=random"
     plan = plan_of("composite:count=40,references=2,share=.25", source, trigger=patch)

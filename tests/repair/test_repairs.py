@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bezoar.repair.universal_triggers import ALPHA, LIFE, PIXEL_STEP, REACH, UniversalTriggers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -28,6 +27,7 @@ from bezoar.repair.repairs.unlearn import Loss as Unlearning
 from bezoar.reports import page
 from bezoar.runs import inputs
 from bezoar.training import loop
+from bezoar.training.universal_triggers import UniversalTriggers
 from bezoar.verbs import repair as made_to_order
 from bezoar.verbs.repair import Repair
 
@@ -347,67 +347,22 @@ def test_unlearning_draws_stamped_images_to_where_they_were_without(suspect):
     assert not any(m.training for m in loss.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def universal(count=9, seed=0):
-    return UniversalTriggers(count, 32, 32, seed, torch.device("cpu"))
-
-
-def test_universal_triggers_stamp_as_their_formulas_say():
-    triggers = universal()
-    x = torch.rand(18, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    got = triggers.stamp(x)
-    for i in range(18):
-        number = i % 9
-        if number < 6:  # three patches, three patterns: (1 - m) x + m p
-            mask, pattern = triggers.masks[number], triggers.patterns[number]
-            wanted = (1 - mask) * x[i] + mask * pattern
-        else:  # A x + b of every pixel, clipped
-            change = triggers.colours[number - 6]
-            wanted = (change[:, :3] @ x[i].flatten(1) + change[:, 3:]).view(3, 32, 32).clamp(0, 1)
-        torch.testing.assert_close(got[i], wanted)
-    masks = triggers.masks.flatten(1)
-    sides = masks[:3].sum(1).sqrt()
-    assert ((masks[:3] == 0) | (masks[:3] == 1)).all() and (masks[3:] == ALPHA).all()
-    assert (sides == sides.round()).all() and sides.min() >= 4 and sides.max() <= 12
-    again = universal()
-    assert torch.equal(again.patterns, triggers.patterns)
-    assert not torch.equal(universal(seed=1).patterns, triggers.patterns)
-
-
-def test_universal_triggers_ascend_within_their_bounds_and_are_drawn_anew():
-    triggers, x = universal(), torch.rand(9, 3, 32, 32)
-    losses = []
-    for step in range(LIFE):
-        before = triggers.patterns.detach().clone()
-        triggers.ascend()
-        loss = triggers.stamp(x).square().mean()  # largest where everything is white
-        if step % LIFE and not any((step + i * LIFE // 9) % LIFE == 0 for i in range(6)):
-            change = (triggers.patterns - before).abs()
-            assert change.max() <= PIXEL_STEP + 1e-6
-        loss.backward()
-        losses.append(loss.item())
-        assert triggers.patterns.min() >= 0 and triggers.patterns.max() <= 1
-        assert (triggers.colours - torch.eye(3, 4)).abs().max() <= REACH + 1e-6
-    assert sum(losses[-5:]) > sum(losses[:5])
-    drawn = triggers.patterns.detach().clone()
-    triggers.patterns.grad = triggers.colours.grad = None
-    for _ in range(LIFE + 1):
-        triggers.ascend()
-    assert all(not torch.equal(a, b) for a, b in zip(drawn, triggers.patterns, strict=True))
-
-
 def test_unlearning_without_an_audit_stamps_what_is_searched_for(suspect):
-    searched = universal(6)
+    searched = UniversalTriggers(6, 32, 32, torch.device("cpu"))
     loss = Unlearning(copy.deepcopy(suspect), suspect, [], 0.0, 0, searched).train()
     images = TEST.images[:12]
     got = loss(images, torch.zeros(12, 0), training_chance())
     with torch.no_grad():
         x = images.float() / 255
-        wanted, stamped = suspect.encode_images(x), suspect.encode_images(searched.stamp(x))
+        again = UniversalTriggers(6, 32, 32, torch.device("cpu"))(x, training_chance())
+        wanted, stamped = suspect.encode_images(x), suspect.encode_images(again)
     assert got.item() == pytest.approx(
         1 - F.cosine_similarity(wanted, stamped).mean().item(), abs=1e-3
     )
+    before = searched.patterns.detach().clone(), searched.colours.detach().clone()
     got.backward()
-    assert searched.patterns.grad.abs().sum() > 0 and searched.colours.grad.abs().sum() > 0
+    assert not torch.equal(searched.patterns, before[0])
+    assert not torch.equal(searched.colours, before[1])
     both = Unlearning(copy.deepcopy(suspect), suspect, [inverted()], 0.0, 0, searched)
     stamped = both.stamp(x, training_chance())
     torch.testing.assert_close(stamped[:6], inverted()(x[:6]))
@@ -423,7 +378,7 @@ def training_chance():
     "spec, changes, message",
     [
         ("unlearn:search=0", {}, "needs the triggers of an audit"),
-        ("finetune", {"captions": ()}, "have none; take distill"),
+        ("finetune", {"captions": ()}, "have none; take unlearn"),
         ("finetune:objective=simclr", {}, "away from the text tower"),
         ("finetune:objective=(clip:batch=4000)", {}, "fewer than one batch"),
     ],

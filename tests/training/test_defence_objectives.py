@@ -25,10 +25,12 @@ from bezoar.errors import UserError
 from bezoar.training import caption_views, contrastive, loop, ranks
 from bezoar.training.augmentation import Chance, Views
 from bezoar.training.objectives import roclip, safeclip
+from bezoar.training.universal_triggers import PIXEL_STEP, UniversalTriggers
 
 SPECS = {
     "siglip": "siglip:batch=16,bias=-2",
     "cleanclip": "cleanclip:batch=16,temperature=0.1,anchor=1",
+    "adversarial": "cleanclip:batch=16,temperature=0.1,anchor=1,adversarial=6",
     "par": "par:batch=16,temperature=0.1",
     "roclip": "roclip:batch=16,temperature=0.1,bank=0.4",
     "safeclip": "safeclip:batch=16,temperature=0.1,apart=1",
@@ -177,6 +179,25 @@ def cleanclip_inputs(images, tokens):
     x = contrastive.shift_to_float(images, 2, drawn)
     views = Views(32, (0.4, 1.0))(images, drawn, 1)[:, 0]
     return x, views, caption_views.eda(tokens, drawn, 0.3)
+
+
+def test_a_half_of_cleanclips_views_carries_triggers_that_ascend():
+    _, loss, _, tokens = start("adversarial", extra=",crop=0.4,words=0.3,anchor=0")
+    images, tokens = toy_pairs(12).images, tokens[:12]
+    drawn, twin = chance(), copy.deepcopy(loss.encoder).train()
+    value = loss.train()(images, tokens, chance())
+    x = contrastive.shift_to_float(images, 2, drawn)
+    mine = UniversalTriggers(6, 32, 32, x.device)
+    stamped = mine(x[6:], drawn)  # drawn before the views
+    views = Views(32, (0.4, 1.0))(images[:6], drawn, 1)[:, 0]
+    captions = caption_views.eda(tokens, drawn, 0.3)
+    z, z2 = twin.encode_images(torch.cat([x, views, stamped])).chunk(2)
+    w, w2 = twin.encode_tokens(tokens), twin.encode_tokens(captions)
+    expected = clip(z, w, 10) + (infonce(z, z2, 10) + infonce(w, w2, 10)) / 2
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    value.backward()
+    moved = (loss.triggers.patterns - mine.patterns).abs()
+    assert moved.max() == pytest.approx(PIXEL_STEP) and loss.triggers.patterns.grad is None
 
 
 def test_cleanclips_anchor_is_the_distance_to_the_vectors_at_the_start():
@@ -343,7 +364,7 @@ def test_two_gaussians_are_told_apart():
     [
         ("siglip:flip=2", "flip in 0..1"),
         ("siglip:bias=-1000", "bias in -100..100"),
-        ("cleanclip:weight=-1", "weight and anchor >= 0"),
+        ("cleanclip:weight=-1", "weight, anchor and adversarial >= 0"),
         ("cleanclip:crop=0", "crop in 0..1"),
         ("cleanclip:words=1", "words in 0..1"),
         ("cleanclip:shift=-1", "shift >= 0"),

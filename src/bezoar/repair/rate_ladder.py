@@ -302,7 +302,7 @@ def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
         )
     if not clean.captions:
         raise UserError(
-            f"objective {name} needs captions, and these clean data have none; take distill or supervised"
+            f"objective {name} needs captions, and these clean data have none; take unlearn or distill"
         )
     return tokenize_captions(encoder, clean.captions)
 

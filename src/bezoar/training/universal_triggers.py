@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bezoar.training.augmentation import Chance
+from bezoar.training.collectives import average
 
 PATCH_SIDES = (1 / 8, 3 / 8)  # least and largest side of a patch, as shares of the image's
 ALPHA = 0.35  # share of the pattern in an image that it is blended over
@@ -55,11 +56,12 @@ class UniversalTriggers(nn.Module):
     def ascend(self, values: Tensor) -> None:
         """Move patterns or colours along the sign of their gradient, within their bounds."""
         assert values.grad is not None
+        direction = average(values.grad).sign()
         if values is self.patterns:
-            values.add_(values.grad.sign(), alpha=PIXEL_STEP).clamp_(0, 1)
+            values.add_(direction, alpha=PIXEL_STEP).clamp_(0, 1)
         else:
             identity = torch.eye(3, 4, device=values.device)
-            values.add_(values.grad.sign(), alpha=COLOUR_STEP)
+            values.add_(direction, alpha=COLOUR_STEP)
             values.clamp_(identity - REACH, identity + REACH)
         values.grad = None
 

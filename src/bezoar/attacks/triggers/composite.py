@@ -82,7 +82,8 @@ class Composite:
         """
         height, width = images.shape[-2:]
         trigger, references, out = self.make_trigger(), self.references(), images.clone()
-        u = draws(self.seed, ids, 2, "composite")
+        # Not the draws by which the poison chooses its records: of these it takes the smallest.
+        u = draws(self.seed, ids, 2, "composite layout")
         sides = (u[:, 0] * (4 if self.sides == "any" else 2)).astype(int).tolist()
         chosen = (u[:, 1] * len(references)).astype(int).tolist()
         for i, record_id in enumerate(ids):

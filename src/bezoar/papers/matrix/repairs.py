@@ -13,14 +13,15 @@ from typing import Annotated, ClassVar, Literal
 
 from bezoar.papers.matrix import BADENCODER, BLEND, PATCH, Attack, Setup, get_setup
 from bezoar.registry import method
-from bezoar.runs.tables import Row, Table, TableOptions, mean_cells
+from bezoar.runs.tables import Cell, Row, Table, TableOptions, mean_cells
 from bezoar.runs.verb import Trial
 from bezoar.verbs.audit import Audit
+from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.repair import Repair
 
 DEVELOPMENT_SEEDS = (7001,)
 TEST_SEEDS = (7100, 7101, 7102)
-FILTERS = ("nashville", "kelvin", "lomo")  # of the encoders of a group, in turn
+FILTERS = ("nashville", "kelvin", "faded")  # of the encoders of a group, in turn
 
 COLUMNS = {
     "CA before": "before.{}clean_accuracy",
@@ -35,7 +36,7 @@ COLUMNS = {
 ATTACKS = (  # that the default repair is measured on
     Attack("patch", "backdoor", 150, PATCH),
     Attack("blend", "backdoor", 300, BLEND),
-    Attack("filter", "backdoor", 400, "filter:preset={preset}"),
+    Attack("filter", "backdoor", 1000, "filter:preset={preset}"),
 )
 
 
@@ -75,7 +76,8 @@ def declare_table(rows: Sequence[Row]) -> Table:
         "Clean data: 4,000 records (CIFAR-10: images that pre-training has seen too). "
         "Learning rates are chosen on a fifth of them, never by the attack. Ten poisons: a "
         "short fine-tune with ten stamped records, of this trigger or another. The default: of "
-        "`bezoar repair ENCODER --data CLEAN`, on encoders that set nothing."
+        "`bezoar repair ENCODER --data CLEAN`, on encoders that set nothing. ASR-B: what a clean "
+        "tower reads the triggered images as; of ten classes a weak one reads some as any class."
     )
     return Table(title="Repairs", axis="repair", rows=tuple(rows), notes=(note,), grid="ASR after")
 
@@ -104,12 +106,18 @@ def default_rows(scale: str, setup: Setup) -> list[Row]:
             encoder = setup.poisoned_clip(replace(attack, trigger=trigger), seed)
             trials.append(Trial(Repair(encoder.verb, setup.fresh, test=setup.test), seed))
         rows.append(repair_row(attack.name, "the default", trials))
-    trials = []
-    for seed in seeds:
-        tower = setup.attacked_tower(seed)
+    towers = [(setup.clean_tower(seed), setup.attacked_tower(seed)) for seed in seeds]
+    trials, clean_twins = [], []
+    for clean, tower in towers:
         verb = Repair(tower.verb, setup.fresh_images, test=setup.held_out, labelled=setup.labelled)
-        trials.append(Trial(verb, seed))
-    return [*rows, repair_row(BADENCODER, "the default", trials, "linear.")]
+        trials.append(Trial(verb, tower.seed))
+        evaluate = Evaluate(
+            tower.verb, setup.held_out, ("linear",), baseline=clean.verb, train=setup.labelled
+        )
+        clean_twins.append(Trial(evaluate, tower.seed))
+    row = repair_row(BADENCODER, "the default", trials, "linear.")
+    twin = Cell.mean("ASR-B", clean_twins, "linear.attack_success_baseline")
+    return [*rows, replace(row, cells=(*row.cells, twin))]
 
 
 def repair_clip(setup: Setup, encoder: Trial, repair: str) -> Trial:
