@@ -130,7 +130,8 @@ def audit_section(view: AuditView) -> Section:
     for audit in audits:
         if audit["words"] != "no calibration":
             parts.append(Text(f"{audit['name']}: {audit['sentence']}"))
-        if unaided := audit.get("unaided"):
+        unaided = audit.get("unaided")
+        if unaided and unaided["sentence"] not in str(view.notes.get("verdict")):  # the headline
             parts.append(Text(f"{audit['name']}, without a bank: {unaided['sentence']}"))
         if reference := audit.get("reference"):
             parts.append(Text(f"{audit['name']}: {reference}"))
