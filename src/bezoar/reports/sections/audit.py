@@ -115,9 +115,10 @@ def lead(view: AuditView) -> str:
     network = family["network"].partition(":")[0]
     images = quantity(sample["images"], "clean record")
     side = f", {family['size']} px" if family["size"] > 1 else ""
+    name = view.input_text("encoder") or view.verdict["encoder"]
     text = (
-        f"{view.verdict['encoder']} ({network}{side}) was examined with {images}. No verdict says "
-        "that an encoder is clean."
+        f"{name} ({network}{side}) was examined with {images}. No verdict says that an encoder is "
+        "clean."
     )
     return f"{text} {few}." if few else text
 
