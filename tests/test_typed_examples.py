@@ -19,7 +19,7 @@ from bezoar.cli import forms, main
 pytestmark = pytest.mark.slow
 PYTHON = ("README.md", "docs/start.md", "docs/python.md")
 SMALLER = (
-    ("count=20000", "count=160"),
+    ("count=20000", "count=640"),
     ("count=3000", "count=160"),
     ("count=2000", "count=160"),
     ("count=5000", "count=96"),
@@ -41,7 +41,7 @@ SCALED = {  # what makes a verb's own defaults small; a field that the command n
     "calibrate": "--audit whitening --images 24 --rate .4",
     "inject": "--attack badencoder:epochs=1,batch=32,views=1",
     "repair": "--test scenes:count=60,split=test",
-    "scan": "--detector clip_score duplicates",
+    "scan": "--detector transplant",
 }
 NOT_RUN = {
     "make ": "an installation",
@@ -88,12 +88,12 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("desk")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pairs = registry.make("data", "scenes:count=160")()
+        pairs = registry.make("data", "scenes:count=320")()
         for name in ("my-images", "my-clean-images", "new-images", "photos"):
             Path(name).mkdir()
         rows = ["filepath,title"]
         for i, (image, caption) in enumerate(zip(pairs.images, pairs.captions, strict=True)):
-            place = "my-images" if i < 100 else "my-clean-images" if i < 140 else "new-images"
+            place = "my-images" if i < 100 else "new-images" if i < 140 else "my-clean-images"
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{place}/{i}.png")
             Path(f"{place}/{i}.txt").write_text(caption)
             rows.append(f"{place}/{i}.png,{caption}")
@@ -113,7 +113,7 @@ def desk(tmp_path_factory):
             names[name] = run(f"train scenes:count=160 {TINY} --seed {seed}")
         names["scan-5656"] = run(f"scan {names['train-660f']} --detector clip_score")
         names["audit-19c2"] = run(
-            f"audit {names['train-660f']} --data my-clean-images --audit cleanse:steps=8 --images 24"
+            f"audit {names['train-660f']} --data scenes:count=64,split=test --audit cleanse:steps=8 --images 24"
         )
         write_weights(Path("weights"))
         Path("weights/net.pth").rename("model.pth")

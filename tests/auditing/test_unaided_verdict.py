@@ -75,14 +75,12 @@ def test_the_record_of_test_encoders(monkeypatch):
     )
     record = unaided_verdict.describe_record
     # 1 - .025^(1/10) = .308; the others out of tables of Clopper and Pearson's interval
-    assert "10 clean encoders that set nothing 0 (0 to 31 %)" in record("strong evidence")
+    assert "10 clean test encoders 0 (0 to 31 %)" in record("strong evidence")
     assert "10 attacked ones 5 (19 to 81 %)" in record("strong evidence")
     assert "nothing 1 (0 to 45 %) got as much, of 10 attacked ones 7 (35 to 93 %)" in record(
         "some evidence"
     )
-    assert "Of 10 attacked encoders that set nothing 3 (7 to 65 %) were not found" in record(
-        "none found"
-    )
+    assert "Of 10 attacked test encoders 3 (7 to 65 %) were not found" in record("none found")
     assert unaided_verdict.share_text(10, 10) == "10 (69 to 100 %)"
     for name in ("TESTED_CLEAN", "TESTED_ATTACKED"):
         monkeypatch.setattr(unaided_verdict, name, dict.fromkeys(names, 0))

@@ -119,16 +119,16 @@ def grade_value(value: float, strong: float, some: float) -> Grade:
 def describe_record(grade: Grade) -> str:
     """How often test encoders got this word or a stronger one; of `none found`, this one."""
     if not any((*TESTED_CLEAN.values(), *TESTED_ATTACKED.values())):
-        return "How often this errs was not measured on encoders that set nothing."
+        return "How often this errs was not measured on test encoders."
     if grade == "none found":
         count = sum(TESTED_ATTACKED[g] for g in ("none found", "could not tell"))
         n = sum(TESTED_ATTACKED.values())
-        return f"Of {n} attacked encoders that set nothing {share_text(count, n)} were not found."
+        return f"Of {n} attacked test encoders {share_text(count, n)} were not found."
     grades = ("strong evidence", "some evidence")[: 1 if grade == "strong evidence" else 2]
     clean, attacked = (sum(t[g] for g in grades) for t in (TESTED_CLEAN, TESTED_ATTACKED))
     all_clean, all_attacked = sum(TESTED_CLEAN.values()), sum(TESTED_ATTACKED.values())
     return (
-        f"Of {all_clean} clean encoders that set nothing {share_text(clean, all_clean)} got as much, of "
+        f"Of {all_clean} clean test encoders {share_text(clean, all_clean)} got as much, of "
         f"{all_attacked} attacked ones {share_text(attacked, all_attacked)}."
     )
 

@@ -255,7 +255,8 @@ def format_value(value: float, unit: Unit = PLAIN) -> str:
         return format_percent(value)
     if unit == COUNT:
         return f"{round(value):,}"
-    return f"{value:.3f}" if unit == SCORE or abs(value) < 1 else f"{value:,.2f}"
+    text = f"{value:.3f}" if unit == SCORE or abs(value) < 1 else f"{value:,.2f}"
+    return text.removeprefix("-") if text == "-0.000" else text
 
 
 def format_percent(value: float, sign: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from bezoar.data.files.tables import read_rows
@@ -28,21 +29,19 @@ NOTE = (
 
 
 def source_section(run: Run, notes: dict[str, Any]) -> Section | None:
-    """Show the most suspicious sources; None where the records have none."""
+    """Show the sources of which anything is said, the most suspicious first; None where the records have no sources."""
     path = run.path / FILE
     if not path.exists():
         return None
-    rows: list[list[str | Line]] = []
-    for _, row in read_rows(path):
-        if len(rows) == SHOWN:
-            break
-        if isinstance(row, dict):
-            cells = {name: shorten(str(row.get(name) or ""), 60) for name in row}
-            rows.append(_format_row(cells))
-    sentence = str(notes.get("sentence") or "")
-    return Section(
-        [Table(HEAD, rows, (1, 3, 4, 6, 7, 8), NOTE)], f"{sentence}. {LEAD}".lstrip(". ")
-    )
+    lines = (row for _, row in read_rows(path) if isinstance(row, dict) and row.get("verdict"))
+    rows = [
+        _format_row({name: shorten(str(value or ""), 60) for name, value in row.items()})
+        for row in itertools.islice(lines, SHOWN)
+    ]
+    lead = f"{notes.get('sentence') or ''}. {LEAD}".lstrip(". ")
+    if not rows:
+        return Section([], f"{lead} All sources stand in `{FILE}`.")
+    return Section([Table(HEAD, rows, (1, 3, 4, 6, 7, 8), NOTE)], lead)
 
 
 def _format_row(cells: dict[str, str]) -> list[str | Line]:

@@ -70,6 +70,7 @@ class Scan:
     gate_needs: ClassVar[dict[str, tuple[str, str]]] = {"trigger": ("detector", "decides")}
     main_files: ClassVar[tuple[str, ...]] = (
         "keep.txt",
+        "shards",
         "removed.csv",
         "scores.csv",
         "skipped.jsonl",

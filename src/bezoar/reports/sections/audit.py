@@ -116,12 +116,10 @@ def lead(view: AuditView) -> str:
     network = family["network"].partition(":")[0]
     images = quantity(sample["images"], "clean record")
     side = f", {family['size']} px" if family["size"] > 1 else ""
-    name, _, fields = view.verdict["encoder"].partition(":")  # a run, or a network by its spec
-    parts = registry.split_outside_brackets(fields, ",")
-    chosen = [part for part in parts if part.partition("=")[2] not in ("", "0", "auto")]
+    name = view.input_text("encoder") or view.verdict["encoder"]
     text = (
-        f"{name}{':' if chosen else ''}{','.join(chosen)} ({network}{side}) was examined with {images}. No verdict says "
-        "that an encoder is clean."
+        f"{name} ({network}{side}) was examined with {images}. No verdict says that an encoder is "
+        "clean."
     )
     return f"{text} {few}." if few else text
 
@@ -134,7 +132,8 @@ def audit_section(view: AuditView) -> Section:
     for audit in audits:
         if audit["words"] != "no calibration":
             parts.append(Text(f"{audit['name']}: {audit['sentence']}"))
-        if unaided := audit.get("unaided"):
+        unaided = audit.get("unaided")
+        if unaided and unaided["sentence"] not in str(view.notes.get("verdict")):  # the headline
             parts.append(Text(f"{audit['name']}, without a bank: {unaided['sentence']}"))
         if reference := audit.get("reference"):
             parts.append(Text(f"{audit['name']}: {reference}"))

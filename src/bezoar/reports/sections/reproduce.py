@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bezoar import registry
 from bezoar.evaluation.dose_response import fit_dose_response
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import charts, dose_charts, heat_maps
@@ -76,13 +77,22 @@ def next_steps(view: ReproduceView) -> list[Step]:
             "says what could have been. Another seed, or a larger scale, adds readings."
         )
         steps.append(Step(text, view.command(f"reproduce {tables} --scale {scale} --seed 1")))
-    if any(table.get("grid") for table in view.tables):
-        own = view.command(f"reproduce {tables} --scale {scale} --add detector ./mine.py")
+    if kind := added_kind(view):
+        own = view.command(f"reproduce {tables} --scale {scale} --add {kind} ./mine.py")
         steps.append(Step("A method of your own joins with the same sets and seeds.", own))
     steps.append(
         Step("`tables.csv`, `tables.tex` and `charts/` hold the same for a paper of yours.")
     )
     return steps
+
+
+def added_kind(view: ReproduceView) -> str:
+    """The kind of method that may be added to all of the tables; "" where there is none."""
+    names = [str(table.get("name")) for table in view.tables]
+    if not set(names) <= set(registry.method_names("paper")):  # a table of the user's own
+        return ""
+    kinds = [getattr(registry.find_method("paper", name), "takes", ()) for name in names]
+    return next((kind for kind in kinds[0] if all(kind in k for k in kinds)), "") if kinds else ""
 
 
 def claim_line(claim: Mapping[str, Any]) -> str:
@@ -118,7 +128,8 @@ def table_finding(table: TableJson) -> str:
         }  # the last is the largest
         order = dict.fromkeys(row["curve"] for row, _ in named)
         phrases = [
-            f"{best[curve][0]} for {curve} ({format_value_of(best[curve][1])})" for curve in order
+            f"{best[curve][0]}{f' for {curve}' if curve else ''} ({format_value_of(best[curve][1])})"
+            for curve in order
         ]
         return f"{title}: highest {column} by {'; '.join(phrases)}."
     (low_row, low), (high_row, high) = ranked[0], ranked[-1]
