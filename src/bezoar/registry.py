@@ -222,7 +222,6 @@ def convert_text(text: str, hint: Any, where: str) -> Any:
     """Convert a text to a value of an annotated type.
 
     Args:
-        text: what the user wrote.
         hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these or None.
         where: what the text belongs to, for the error message.
     """

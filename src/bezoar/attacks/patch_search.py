@@ -150,9 +150,7 @@ def patch_loss(
         + IMAGE_WEIGHT mean max(0, |z - a| - |z - x| + MARGIN)
 
     Args:
-        encoder: the surrogate.
         patch: float (3, size, size) in 0..1.
-        trigger: its place.
         images: the batch, B records.
         vectors: what it is optimised towards.
         batch: int64 (B,), rows of the batch in `vectors.other_captions`.

@@ -31,7 +31,6 @@ def build_log(
     """The log of one run, as JSON.
 
     Args:
-        encoder: its name.
         artefact: where its weights are, relative, or a name.
         audits: as they stand in verdict.json.
         refused: audit -> why it did not run.

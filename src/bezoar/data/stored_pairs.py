@@ -74,7 +74,6 @@ class ShardFiles:
     """Files that any thread reads anywhere, at most MAX_OPEN of them open.
 
     Args:
-        paths: the files.
         stamps: each file's stamp when it was indexed; None for a file that was not. A file that was
             changed since then is refused. By default they are taken now.
     """

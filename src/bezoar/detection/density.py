@@ -97,7 +97,6 @@ class Density:
             ids: N keys, which decide the sample.
             k: Neighbours.
             size: Records of the sample.
-            seed: Of the sample.
             texts: (N, D), the captions' vectors, when they are to be references too.
             device: Where to search; by default where the images lie.
         """

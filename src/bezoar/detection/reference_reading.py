@@ -70,7 +70,6 @@ def lend_reference(detectors: Sequence[Any], reference: str, data: Any) -> tuple
     """The detectors, with a reference for those that take one and have none.
 
     Args:
-        detectors: that are asked for.
         reference: as in `open_reference`, or empty.
         data: the run or method of the scanned data.
 
@@ -201,7 +200,6 @@ def split_groups(features: Tensor, groups: Tensor, seed: int) -> Tensor:
     Args:
         features: (N, F), of mean 0.
         groups: int64 (N,).
-        seed: of k-means.
     """
     sample = features[:AXES_SAMPLE]
     values, axes = torch.linalg.eigh(sample.T @ sample / len(sample))

@@ -184,7 +184,6 @@ def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern
     Args:
         images: uint8 (M, 3, H, W).
         pattern: As it was found first, (3, h, w).
-        rounds: How often.
 
     Returns:
         A pattern of the same size.

@@ -40,8 +40,6 @@ def pool_sources(
     """Test the sources of a scan's records; None where they have none.
 
     Args:
-        data: What was scanned.
-        merged: The ranking by all detectors.
         by_detector: Scores of each.
         wanted: What the sources are; see `find_sources`.
 

@@ -38,7 +38,6 @@ def read_features(
         encoder: its module `image` is the tower. One without modules gives its vectors alone.
         source: N records.
         order: int64 (N,), the rows in the order in which they are read.
-        report: called with the progress.
 
     Returns:
         float32 (N, F) on the CPU, in the given order; every column has mean 0 and variance 1, or is

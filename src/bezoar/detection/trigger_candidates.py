@@ -174,7 +174,6 @@ def transplant_pattern(
     """Paste the windows of the records that are most like a pattern on the hosts.
 
     Args:
-        data: The records.
         cluster: The windows that showed the pattern first.
         like: (N,), the likeness of each record to it.
         corners: int64 (N, 2), where each record is most like it.
@@ -227,7 +226,6 @@ def test_texture(
     only belongs to a subject.
 
     Args:
-        data: The records.
         kind: Which texture.
         like: (N,), the likeness of each record to the group's mean texture.
         member: bool (N,), the records of the group.

@@ -139,7 +139,6 @@ def fit(
     Args:
         x: features, float32 (N, D). Heads are trained on their device.
         y: int64 (N,), their classes.
-        classes: number of classes.
         recipe: widths, dropout, learning rate, batch, epochs and number of heads.
         report: called after each epoch.
 

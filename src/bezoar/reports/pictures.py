@@ -74,7 +74,6 @@ def contact_sheet(
         images: uint8 (N, 3, H, W). Large ones are made smaller; margins make them square.
         tiles: What is shown, with indices of `images`.
         scale: Side of a shown picture in CSS pixels.
-        title: A heading above the gallery.
         note: A sentence below it.
     """
     cells = to_squares(images.cpu())  # (N, 3, S, S)

@@ -127,7 +127,6 @@ def measure_margins(
     """How far a linear head's logit of the target lies above the largest of the others.
 
     Args:
-        encoder: the clean encoder.
         dataset: the head is fitted on its training split.
         target: the class.
         z: vectors (N, d) of the images among which one is chosen.

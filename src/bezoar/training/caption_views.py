@@ -31,7 +31,6 @@ def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False)
 
     Args:
         tokens: int64 (B, L), 0 = padding at the end.
-        chance: the randomness of the step.
         share: of the words that change.
         marks: whether rows begin and end with a token that is no word; these stay.
 

@@ -163,7 +163,6 @@ def fit(
         recipe: epochs, batch size, learning rate and the like.
         data: N records; Pairs lie on the device and are not copied.
         tokens: int64 (N, L) on the device.
-        seed: of the order of records and of augmentation.
         checkpoint: file of the state while training; an existing one is continued.
         report: called with (step, steps, loss); on a GPU not at every step.
         on_epoch_end: called with the number of epochs done; gives facts for the log. A true fact

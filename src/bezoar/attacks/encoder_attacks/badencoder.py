@@ -90,7 +90,6 @@ class Loss(ShadowLoss):
         Args:
             images: uint8 (B, 3, H, W).
             rows: int64 (B, 1), their rows in the shadow data.
-            chance: the draws of this step.
         """
         self.tower.refresh()
         rows = rows[:, 0]

@@ -93,7 +93,6 @@ class Loss(ShadowLoss):
         Args:
             images: uint8 (B, 3, H, W).
             rows: int64 (B, 1), their rows in the shadow data.
-            chance: the draws of this step.
         """
         epoch, place = divmod(int(self.step), self.epoch_steps)
         if place == 0:

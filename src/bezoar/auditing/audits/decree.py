@@ -146,7 +146,6 @@ class Decree:
 
         Args:
             triggers: those of the restarts that were not given up.
-            clean: the clean images.
             clean_cosine: their mean pairwise cosine without a trigger.
             goal: the mean pairwise cosine that triggers had to reach.
         """

@@ -134,7 +134,6 @@ def read_groups(path: Path, contents: Collection[str] = EXTENSIONS) -> Iterator[
     have been lost.
 
     Args:
-        path: the tar.
         contents: extensions of the members whose contents are read.
 
     Yields:

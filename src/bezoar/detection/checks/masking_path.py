@@ -88,7 +88,6 @@ class MaskingPath:
         whole. Cells that lie outside the image come last.
 
         Args:
-            path: Number of the path.
             sides: Height and width of the images.
 
         Returns:

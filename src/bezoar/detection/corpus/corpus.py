@@ -134,9 +134,7 @@ def embed_corpus(
     Args:
         data: the run or data method that is scanned.
         by: what embeds it: a run or a network; None for ready embeddings.
-        folder: of the scan.
         settings: workers, device and so on.
-        progress: of the embedding.
 
     Raises:
         UserError: if nothing is left to scan.

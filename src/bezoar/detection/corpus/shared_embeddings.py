@@ -150,7 +150,6 @@ def find_entry(runs: Path, ask: dict[str, Any], inputs: Sequence[Any], device: s
     """The entry for what a scan asks.
 
     Args:
-        runs: The runs directory.
         ask: The `ask` of the scan's manifest, of which data and encoder count.
         inputs: The same as runs or methods.
         device: What it is computed on: `cpu` or `cuda`.

@@ -207,10 +207,7 @@ def embed_all(
     Args:
         data: the run or data method that is scanned.
         by: what embeds it: a run or a network; None for ready embeddings.
-        units: of its source.
-        folder: takes the files.
         settings: workers, device and Ray.
-        progress: of the embedding.
     """
     make_folder(folder)
     for leftover in folder.glob(f"*{TEMPORARY}"):

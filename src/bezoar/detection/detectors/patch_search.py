@@ -114,12 +114,10 @@ class PatchSearch:
         """Try windows, cluster by cluster.
 
         Args:
-            encoder: The encoder under suspicion.
             source: N records.
             members: int64 (N,), each record's cluster.
             centres: (C, D).
             host_rows: int64 (H,), the foreign images.
-            report: Called with the progress.
 
         Returns:
             The share of the foreign images that flip, (N,), 0 of records that were not tried; and

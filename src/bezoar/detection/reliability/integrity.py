@@ -86,8 +86,6 @@ def check_integrity(
     Writes integrity.csv, a line a domain, and mismatches.csv, a line a record that does not match.
 
     Args:
-        corpus: What was scanned.
-        folder: Of the scan.
         is_independent: Whether the encoder was not trained on these records.
 
     Returns:

@@ -210,7 +210,6 @@ def poison_trainings(
 
     Args:
         ground: what is poisoned.
-        kinds: of triggers.
         first_seed: of the first training, its data, triggers and targets; then one more for each.
     """
     count = -(-len(kinds) // KINDS_OF_A_TRAINING)

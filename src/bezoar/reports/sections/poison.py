@@ -75,7 +75,6 @@ def poison_gallery(view: RunView, group: GoalGroup, most: int = RECORDS) -> Gall
 
     Args:
         view: The run; its data hold the plan.
-        group: The goals.
         most: How many records are shown, shared out among the goals.
     """
     plan = view.data.plan
