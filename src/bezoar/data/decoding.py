@@ -64,7 +64,7 @@ TaskResult = tuple[list[Decoded | Skipped], list[Record | Skipped]]  # what is d
 
 
 def thread_count() -> int:
-    """How many threads decode: the cores that this process may use, at most 8."""
+    """Return how many threads decode: the cores that this process may use, at most 8."""
     return min(8, machine.cores())
 
 

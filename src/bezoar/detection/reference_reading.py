@@ -192,7 +192,7 @@ class ReferenceReader:
 
 
 def split_groups(features: Tensor, groups: Tensor, seed: int) -> Tensor:
-    """Which piece of its caption group each record is of, int64 (N,), below PIECES.
+    """Return which piece of its caption group each record is of, int64 (N,), below PIECES.
 
     Pieces are found by k-means on whitened principal axes of what the suspect encoder's layers say.
     What a map would learn from many poisons of one trigger is not learnt without their piece.
@@ -230,7 +230,7 @@ def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def bound_content(
     reading: Reading, captions: Tensor, groups: Tensor, cause: Cause, left_out: Tensor
 ) -> float:
-    """How far the contents of those that show a cause may be what their captions name.
+    """Return how far the contents of those that show a cause may be what their captions name.
 
     The captions of the group's other records, less those of all records, are a direction. A record
     counts by its place among the records of other groups on it: its content names the group where

@@ -141,7 +141,7 @@ def best_correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 
 def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> tuple[Tensor, Tensor]:
-    """Where each image is most like each pattern, by normalised cross-correlation over the stable
+    """Return where each image is most like each pattern, by normalised cross-correlation over the stable
     pixels.
 
     A pattern may stick out of the image by half its size and then matches the repeated border; its

@@ -270,7 +270,7 @@ def measure_detail_effect(data: SuspectData, rows: Tensor, hosts: HostImages) ->
 
 
 def standout_share(like: Tensor, usual: Tensor) -> float:
-    """How far the records that show a pattern stand out: what is pasted is always the same, what is
+    """Return how far the records that show a pattern stand out: what is pasted is always the same, what is
     natural comes in degrees.
 
     Of the records whose likeness (N,) lies more than half of the way from the median to `usual`,

@@ -100,7 +100,7 @@ def make_patchworks(images: Tensor, count: int, offsets: Tensor) -> Tensor:
 def measure_consistency(
     encoder: RecordEncoder, images: Tensor, count: int, rounds: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """How consistently the cells of each image move all patchworks that they are part of.
+    """Return how consistently the cells of each image move all patchworks that they are part of.
 
     In each round every image is cut into count x count cells, and N patchworks are made, each of
     the cells of count^2 images: N forward passes test all cells of all images. Let d be the vector

@@ -124,7 +124,7 @@ def rows_of_class(records: Pairs | StoredPairs, target: str, source: str) -> lis
 def measure_margins(
     encoder: Encoder, dataset: inputs.Dataset, target: str, z: Tensor
 ) -> tuple[Tensor, str]:
-    """How far a linear head's logit of the target lies above the largest of the others.
+    """Return how far a linear head's logit of the target lies above the largest of the others.
 
     Args:
         dataset: the head is fitted on its training split.

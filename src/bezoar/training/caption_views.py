@@ -12,7 +12,7 @@ SWAP, INSERT, DELETE = range(3)
 
 
 def has_marks(encoder: Encoder) -> bool:
-    """Whether the rows of an encoder's tokenizer begin and end with a token that is no word."""
+    """Return whether the rows of an encoder's tokenizer begin and end with a token that is no word."""
     return not isinstance(encoder.tokenizer, WordTokenizer)
 
 

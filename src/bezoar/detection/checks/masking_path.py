@@ -108,7 +108,7 @@ class MaskingPath:
         return step_of, boxes[: self.steps]
 
     def _cuts(self, side: int, shift: float) -> list[tuple[int, int]]:
-        """Where the cells of a shifted grid begin along a side, and how long they are."""
+        """Return where the cells of a shifted grid begin along a side, and how long they are."""
         edges = [
             min(side, max(0, round((i - shift) * side / self.cells))) for i in range(self.cells + 2)
         ]

@@ -171,7 +171,7 @@ def embed_corpus(
 
 
 def _shared_entry(data: Any, by: Any, folder: Path, settings: Settings) -> Entry | None:
-    """Where the vectors are shared; None for images that the run's question does not fix."""
+    """Return where the vectors are shared; None for images that the run's question does not fix."""
     source = as_source(inputs.open_source(inputs.open_dataset(data).method))
     if not getattr(source, "is_fingerprinted", True):
         return None

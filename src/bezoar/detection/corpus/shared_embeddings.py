@@ -136,7 +136,7 @@ class Entry:
             write_tensors(path, {name: t for name, t in tensors.items() if t is not None})
 
     def _scores_path(self, detector: Any) -> Path:
-        """Where the scores of a configured detector lie."""
+        """Return where the scores of a configured detector lie."""
         question = {
             "detector": registry.spec(detector),
             "source": registry.source_hash(type(detector)),

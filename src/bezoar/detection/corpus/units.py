@@ -66,7 +66,7 @@ def unit_path(folder: Path, unit: Unit, ending: str) -> Path:
 
 
 def read_summary(folder: Path, unit: Unit) -> dict[str, Any] | None:
-    """What a unit's last file says of it; None while the unit is not whole."""
+    """Return what a unit's last file says of it; None while the unit is not whole."""
     path = unit_path(folder, unit, "json")
     return read_facts(path) if path.exists() else None
 

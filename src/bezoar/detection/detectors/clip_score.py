@@ -51,7 +51,7 @@ class ClipScore:
             )
 
     def files(self) -> list[Path]:
-        """What the scores depend on besides the fields: the weights of the independent encoder."""
+        """Return what the scores depend on besides the fields: the weights of the independent encoder."""
         return reference_files(self.encoder)
 
     def __call__(

@@ -102,7 +102,7 @@ class CommonCause:
             registry.make("objective", self.objective)
 
     def files(self) -> list[Path]:
-        """What the scores depend on besides the fields: the weights of the reference."""
+        """Return what the scores depend on besides the fields: the weights of the reference."""
         return reference_reading.reference_files(self.reference)
 
     @torch.inference_mode()
@@ -180,7 +180,7 @@ class CommonCause:
         device: torch.device,
         report: ProgressReport,
     ) -> ReferenceReader:
-        """What the reference sees of the records, in the order of `rows`, int64 (N,).
+        """Return what the reference sees of the records, in the order of `rows`, int64 (N,).
 
         texts: (N, E), the captions' vectors, in the source's order. half: int64 (N,), in the other.
         """

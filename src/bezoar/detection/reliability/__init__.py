@@ -39,7 +39,7 @@ def measure_ranking(
     look_at_side_channels: bool,
     trusted: str,
 ) -> tuple[dict[str, Measure], dict[str, Any]]:
-    """What is said here of a finished ranking.
+    """Return what is said here of a finished ranking.
 
     Args:
         scanned: The run or data method that was scanned.
@@ -110,7 +110,7 @@ def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
 
 
 def read_windows(folder: Path) -> dict[str, Box]:
-    """What `write_windows` wrote, if anything. Raises UserError for another file of that name."""
+    """Return what `write_windows` wrote, if anything. Raises UserError for another file of that name."""
     path = folder / WINDOWS
     if not path.exists():
         return {}

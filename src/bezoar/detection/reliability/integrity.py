@@ -74,7 +74,7 @@ class Integrity:
     hashed: NDArray[np.bool_]
 
     def count(self, verdict: str, rows: NDArray[np.bool_] | slice = slice(None)) -> int:
-        """How many of some records have a verdict."""
+        """Return how many of some records have a verdict."""
         return int((self.verdicts[rows] == VERDICTS.index(verdict)).sum())
 
 
@@ -160,7 +160,7 @@ def compare_image(recorded: Recorded, image: bytes) -> tuple[str, str]:
 
 
 def _same_ratio(one: tuple[int, int], two: tuple[int, int]) -> bool:
-    """Whether sides have one ratio, but for rounding by a pixel."""
+    """Return whether sides have one ratio, but for rounding by a pixel."""
     (a, b), (c, d) = one, two
     return abs(a * d - b * c) <= max(a, b, c, d)
 
@@ -219,7 +219,7 @@ def _stored_records(path: Path) -> Iterator[tuple[int, Recorded, bytes]]:
 
 
 def _records_anything(path: Path) -> bool:
-    """Whether one of the first records of a tar records a hash or a size."""
+    """Return whether one of the first records of a tar records a hash or a size."""
     try:
         for number, (_, recorded, _) in enumerate(_stored_records(path)):
             if recorded.hashes or recorded.size or recorded.phash:
