@@ -125,7 +125,7 @@ def train_student(
     clean: Encoder,
     seed: int,
     checkpoint: Path | None,
-    report: Callable[[int, int, float], None],
+    report: loop.StepReport,
     on_epoch_end: Callable[[int], dict[str, Any]],
     log: loop.TrainingLog | None,
 ) -> Encoder:

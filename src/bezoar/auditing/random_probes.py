@@ -16,7 +16,7 @@ from torch import Tensor
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport
+from bezoar.progress import ProgressReport
 
 PATCH_KINDS = ("blocks", "noise", "solid")
 PROBE_KINDS = (*PATCH_KINDS, "blend")

@@ -24,8 +24,8 @@ from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Cause, Support, find_clear_bound
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.kmeans import cluster_centres
+from bezoar.progress import ProgressReport, no_report
 from bezoar.runs import inputs
 from bezoar.runs.run import MANIFEST, Run
 from bezoar.runs.verb import input_files, spec_of_path

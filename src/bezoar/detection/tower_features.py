@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bezoar.data.blocks import blocks
 from bezoar.data.randomness import generator
 from bezoar.detection.detectors import RecordEncoder, Records
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 
 BLOCK = 256  # images at a time
 LAYERS = 4  # layers that are read, spread over the depth of the tower

@@ -20,7 +20,7 @@ from bezoar.data.stored_pairs import StoredPairs
 from bezoar.detection.detectors import Records
 from bezoar.encoders.encoder import Encoder, precision_for, tokenize_captions
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 from bezoar.training import loop, prefetch
 
 NETWORK = "clip_small"  # the small model

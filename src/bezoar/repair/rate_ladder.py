@@ -20,7 +20,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images, tokenize_captions
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers, kmeans, neighbors
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 from bezoar.training import loop, prefetch
 
 VOTERS = 10  # neighbours that vote on the cluster of a record

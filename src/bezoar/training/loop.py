@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bezoar.data.files.tensors import read_metadata, read_tensors, write_tensors
 from bezoar.data.randomness import generator
 from bezoar.errors import UserError
+from bezoar.progress import no_report
 from bezoar.training import collectives
 from bezoar.training.augmentation import Chance
 
@@ -147,7 +148,7 @@ def fit(
     tokens: Tensor,
     seed: int,
     checkpoint: Path | None = None,
-    report: StepReport = lambda step, steps, value: None,
+    report: StepReport = no_report,
     on_epoch_end: Callable[[int], dict[str, Any]] | None = None,
     log: TrainingLog | None = None,
 ) -> TrainingLog:

@@ -9,7 +9,7 @@ deviation from either: no negative pairs, and the reference moves with the encod
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -23,6 +23,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, embed_texts, encode_by_length
 from bezoar.errors import UserError
+from bezoar.progress import no_report
 from bezoar.registry import method, spec
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
@@ -129,7 +130,7 @@ class Badcse:
         references: Sequence[Sequence[str]],
         seed: int = 0,
         checkpoint: Path | None = None,
-        report: Callable[[int, int, float], None] = lambda step, steps, value: None,
+        report: loop.StepReport = no_report,
         log: loop.TrainingLog | None = None,
     ) -> Encoder:
         """Return a backdoored copy whose `about` says so; see `EncoderAttack`.

@@ -14,8 +14,8 @@ from bezoar.data.randomness import generator
 from bezoar.detection.checks import IMAGES_AT_ONCE
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 MIN_CLEAN = 20  # clean images that a mean and a deviation are taken of

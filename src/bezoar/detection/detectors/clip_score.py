@@ -9,8 +9,8 @@ from bezoar import registry
 from bezoar.detection import training_traces
 from bezoar.detection.detectors import RecordEncoder, Records, caption_cosines
 from bezoar.detection.reference_reading import open_reference, reference_files
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 

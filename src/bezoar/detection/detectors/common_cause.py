@@ -49,8 +49,8 @@ from bezoar.detection.detectors import RecordEncoder, Records, read_captions, re
 from bezoar.detection.reference_reading import ReferenceReader
 from bezoar.detection.shared_causes import Cause, Discriminants, Support
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 LOOKED_FOR = "in what many poisons of one target would share, whatever its shape"

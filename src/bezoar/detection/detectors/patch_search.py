@@ -16,9 +16,9 @@ from bezoar.detection.patch_classifier import paste_windows
 from bezoar.detection.pseudo_classes import SAMPLE, vector_blocks
 from bezoar.detection.window_transplants import crop_windows
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.kmeans import cluster_centres, nearest_centres
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 MOST_CLUSTERS = 1000
