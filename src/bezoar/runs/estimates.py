@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bezoar import machine, registry
+from bezoar.data.files.images import IMAGE_EXTENSIONS
 from bezoar.data.files.tables import cut_blocks
-from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
+from bezoar.data.files.tars import Group, read_groups
 from bezoar.data.source import as_source
 from bezoar.errors import UserError
 from bezoar.runs import inputs, sweep

@@ -30,10 +30,10 @@ from PIL import Image
 from scipy.fft import dct
 from torch import Tensor
 
-from bezoar.data.files.images import decode_image
+from bezoar.data.files.images import IMAGE_EXTENSIONS, decode_image
 from bezoar.data.files.metadata import Recorded, parse_recorded
 from bezoar.data.files.skipped import Unreadable
-from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
+from bezoar.data.files.tars import Group, read_groups
 from bezoar.data.files.writing import whole_file
 from bezoar.data.sources.shards import ShardSource
 from bezoar.detection.corpus.corpus import Corpus
