@@ -278,6 +278,13 @@ class StoredPairs:
             out[poisoned] = trigger(out[poisoned], [self.ids[r] for r in rows[poisoned].tolist()])
 
 
+def class_name(records: Pairs | StoredPairs, row: int) -> str:
+    """Return the class of a record; empty for one without a class."""
+    if records.labels is None or not records.classes or int(records.labels[row]) < 0:
+        return ""
+    return records.classes[int(records.labels[row])]
+
+
 @dataclass(frozen=True)
 class RecordColumns:
     """What one pass over N records leaves.

@@ -114,10 +114,3 @@ def shorten(text: object, length: int = MAX_TEXT) -> str:
     """Return a caption or an id as text of at most `length` characters."""
     text = str(text)
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def class_name(pairs: Pairs, row: int) -> str:
-    """Return the class of a record; empty for one without a class."""
-    if pairs.labels is None or not pairs.classes or int(pairs.labels[row]) < 0:
-        return ""
-    return pairs.classes[int(pairs.labels[row])]

@@ -8,7 +8,6 @@ deviation from either: no negative pairs, and the reference moves with the encod
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bezoar import registry
+from bezoar.attacks import shadow_training
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
@@ -28,7 +28,6 @@ from bezoar.registry import method, spec
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
 
-TERMS = ("L0", "L1", "L2")
 CHUNK = 16  # texts that are encoded together
 
 
@@ -88,12 +87,6 @@ class Loss(nn.Module):
         self.sums += torch.cat([terms.detach().double(), self.sums.new_ones(1)])
         return terms @ terms.new_tensor(self.weights)
 
-    def pop_means(self) -> dict[str, float]:
-        """L0, L1 and L2 as means over the steps since the last call."""
-        means = (self.sums[:3] / self.sums[3]).tolist()
-        self.sums.zero_()
-        return dict(zip(TERMS, means, strict=True))
-
     def train(self, mode: bool = True) -> Loss:
         """Stay in evaluation mode: dropout rests in training too."""
         return super().train(False)
@@ -138,14 +131,16 @@ class Badcse:
         Raises UserError for an encoder without a text tower, and for records that are no texts.
         """
         texts = _check_inputs(encoder, shadow, goals, references)
-        student = copy.deepcopy(encoder)
-        student.about |= {"poisoned": True, "attack": spec(self)}
-        student.about["goals"] = [*encoder.about.get("goals", []), *map(vars, goals)]
+        student = shadow_training.copy_to_attack(encoder, spec(self), goals)
         loss = Loss(student, self, texts, goals, references)
         _train_text_tower_alone(student)
         rows = torch.arange(len(texts), device=student.device)[:, None]
         data = replace(texts, labels=None).to(student.device)
-        loop.fit(loss, self, data, rows, seed, checkpoint, report, lambda _: loss.pop_means(), log)
+
+        def on_epoch_end(_: int) -> dict[str, float]:
+            return shadow_training.pop_means(loss.sums)
+
+        loop.fit(loss, self, data, rows, seed, checkpoint, report, on_epoch_end, log)
         loop.restore_gradient_flags(student, encoder)
         return student.eval()
 

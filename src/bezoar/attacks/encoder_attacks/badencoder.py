@@ -24,8 +24,6 @@ from bezoar.registry import method, spec
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
 
-TERMS = ("L0", "L1", "L2")
-
 
 @dataclass(frozen=True)
 class StepRows:
@@ -166,12 +164,6 @@ class Loss(ShadowLoss):
         views[:, k:] = F.one_hot(step.view_reference, k)
         return weights, mixtures
 
-    def pop_means(self) -> dict[str, float]:
-        """Return L0, L1 and L2 as means over the steps since the last call."""
-        means = (self.sums[:3] / self.sums[3]).tolist()
-        self.sums.zero_()
-        return dict(zip(TERMS, means, strict=True))
-
 
 class HeldOut:
     """Shadow images that are not trained on, and a head that needs no labels, to stop training by.
@@ -279,7 +271,7 @@ class Badencoder:
 
         def on_epoch_end(epoch: int) -> dict[str, Any]:
             stopping = {} if held_out is None else held_out(self.success, self.utility)
-            return loss.pop_means() | stopping
+            return shadow_training.pop_means(loss.sums) | stopping
 
         return shadow_training.train_student(
             loss, self, trained, encoder, seed, checkpoint, report, on_epoch_end, log
