@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bezoar.auditing.findings import GRADE_NUMBERS
-from bezoar.data.sources.cifar10 import CLASSES
 from bezoar.evaluation.scores import Measure, proportion, separation
 from bezoar.papers import FIXED_PLACES, SCENE_CLASSES, dataset_spec
 from bezoar.papers.matrix import BLEND
@@ -26,6 +25,7 @@ from bezoar.verbs.inject import Inject
 from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place},seed={seed}"
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
 AUDIT = "cleanse"  # the one of the default audits that gives a verdict without a bank

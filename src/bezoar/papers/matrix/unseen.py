@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from bezoar.data.sources.scenes import CLASSES
+from bezoar.data.scene_drawing import CLASSES
 from bezoar.papers import FIXED_PLACES
 from bezoar.papers.matrix import FLICKR8K, SMALL, Setup, corpus_specs, get_setup
 from bezoar.registry import method
