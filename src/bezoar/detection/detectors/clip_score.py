@@ -26,7 +26,7 @@ class ClipScore:
 
     encoder: Annotated[
         str,
-        "an independent encoder: a run's directory or a network's spec; empty: that of the scan",
+        "an independent encoder: a file of weights, a run's directory or a spec; empty: the scan's",
     ] = ""
     epoch: Annotated[
         int,
