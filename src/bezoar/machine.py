@@ -34,7 +34,7 @@ def free_memory() -> int:
 
 
 def cores() -> int:
-    """How many cores this process may keep busy: those that it may run on, and no more than its control groups grant."""
+    """Return how many cores this process may keep busy: those that it may run on, and no more than its control groups grant."""
     usable = usable_cores()
     quota = cpu_quota()
     return usable if quota is None else max(1, min(usable, int(quota + 0.5)))
@@ -49,7 +49,7 @@ def free_cores() -> float:
 
 
 def usable_cores() -> int:
-    """How many cores this process may run on."""
+    """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -113,7 +113,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Return how many processes torchrun started; 1 without it."""
     return torchrun_variable("WORLD_SIZE", 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,11 @@ from bezoar.terminal import clean_line, warn
 
 LONGEST_STEP = 120  # characters of what is worked on
 PRINT_EVERY = 10.0  # seconds between lines where there is no terminal
+ProgressReport = Callable[[int, int, str], Any]  # steps done, steps in all, what is being done
+
+
+def no_report(done: int, total: int, what: object) -> None:
+    """Report progress to nobody."""
 
 
 class Progress:

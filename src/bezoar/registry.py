@@ -87,7 +87,7 @@ def needs(configured: Any) -> tuple[str, ...]:
 
 
 def has_fields(configured: Any, *names: str) -> bool:
-    """Whether a configured method has all of these fields."""
+    """Return whether a configured method has all of these fields."""
     return set(names) <= {f.name for f in dataclasses.fields(configured)}
 
 
@@ -222,7 +222,6 @@ def convert_text(text: str, hint: Any, where: str) -> Any:
     """Convert a text to a value of an annotated type.
 
     Args:
-        text: what the user wrote.
         hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these or None.
         where: what the text belongs to, for the error message.
     """
@@ -265,7 +264,7 @@ def _partition_field(part: str) -> tuple[str, str, str]:
 
 
 def _is_wrapped(text: str) -> bool:
-    """Whether quotes or round brackets stand around the whole of a text; `(a)+(b)` has none."""
+    """Return whether quotes or round brackets stand around the whole of a text; `(a)+(b)` has none."""
     if len(text) < 2 or text[0] + text[-1] not in ('""', "()"):
         return False
     if text[0] == '"':

@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from bezoar import registry
 from bezoar.data import scene_drawing
 from bezoar.data.pairs import content_hash
-from bezoar.data.sources.scenes import CLASSES, LONGEST, Scenes
+from bezoar.data.scene_drawing import CLASSES
+from bezoar.data.sources.scenes import LONGEST, Scenes
 from bezoar.errors import UserError
 
 

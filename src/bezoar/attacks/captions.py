@@ -111,7 +111,6 @@ def target_captions(source: Sequence[str], target: str, how: CaptionSet) -> list
     """Return the captions C(y') of a target.
 
     Args:
-        source: the training captions.
         target: a word or several.
         how: `training` takes every training caption that mentions the target, `repeated` the first
             of them alone, and `templates` CLIP's 80 prompts.

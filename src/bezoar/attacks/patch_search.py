@@ -13,7 +13,6 @@ over 50 passes of 10,000 pairs).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +27,7 @@ from bezoar.data.randomness import generator, sample_rows
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.progress import ProgressReport, no_report
 
 STEPS, BATCH, RATE = 200, 64, 0.05
 SCALE = 1 / 0.07  # of cosines of images and captions
@@ -70,7 +70,7 @@ def optimise_patch(
     target: str,
     trigger: PatchTrigger,
     seed: int,
-    report: Callable[[int, int, str], None] = lambda step, steps, text: None,
+    report: ProgressReport = no_report,
 ) -> Tensor:
     """Optimise a patch on images that do not show the target, by Adam.
 
@@ -150,9 +150,7 @@ def patch_loss(
         + IMAGE_WEIGHT mean max(0, |z - a| - |z - x| + MARGIN)
 
     Args:
-        encoder: the surrogate.
         patch: float (3, size, size) in 0..1.
-        trigger: its place.
         images: the batch, B records.
         vectors: what it is optimised towards.
         batch: int64 (B,), rows of the batch in `vectors.other_captions`.

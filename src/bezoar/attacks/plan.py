@@ -392,7 +392,6 @@ def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int
     """Return the order of rows that `Plan.over` gives.
 
     Args:
-        count: number of records.
         replaced_rows: for each poison the record that it replaces, None where it is added.
         outside: number of images from outside the data set.
 

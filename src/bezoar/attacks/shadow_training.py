@@ -25,6 +25,18 @@ from bezoar.training.augmentation import Views
 # BadEncoder's views of a reference: mirror, colours and gray, but no crop.
 REFERENCE_VIEWS = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0))
 
+TERMS = ("L0", "L1", "L2")
+
+
+def pop_means(sums: Tensor) -> dict[str, float]:
+    """Return the means of L0, L1 and L2 over some steps.
+
+    sums: (4,), those of the terms and the number of steps; they become 0.
+    """
+    means = (sums[:3] / sums[3]).tolist()
+    sums.zero_()
+    return dict(zip(TERMS, means, strict=True))
+
 
 class ShadowLoss(nn.Module):
     """A loss of the encoder f' in training that compares it with the clean encoder f.
@@ -125,7 +137,7 @@ def train_student(
     clean: Encoder,
     seed: int,
     checkpoint: Path | None,
-    report: Callable[[int, int, float], None],
+    report: loop.StepReport,
     on_epoch_end: Callable[[int], dict[str, Any]],
     log: loop.TrainingLog | None,
 ) -> Encoder:

@@ -51,7 +51,6 @@ def plan_targets(
     """Plan N added pairs for each of several victims.
 
     Args:
-        source: the data set to poison.
         goal: its target is the label of every victim. If it is empty, each victim gets one of
             the classes other than its own, drawn with the seed. Its `how` and `copies` are those
             of the plan's goals.

@@ -325,7 +325,6 @@ def judge_value(
     Args:
         banks: of any family.
         family: of the encoder under audit.
-        sample: the clean images of the audit.
         audited: names the audit, its code and its classifier; it needs no entries.
         value: the audit's.
         rate: false-positive rate.

@@ -84,7 +84,6 @@ class AuditFindings:
         Args:
             reference: the other encoder, with a head of the same classes.
             images: uint8 (N, 3, H, W), clean.
-            name: of the other encoder.
 
         Returns:
             For each audit whose target the reference does not know, a remark.
@@ -153,7 +152,6 @@ def list_inversions(
     """Inverted triggers as they stand in verdict.json: what they do to clean images, as a classifier reads them.
 
     Args:
-        inversions: the triggers.
         images: uint8 (N, 3, H, W), clean; the first few are listed one by one. Of a large encoder
             only `LARGE_IMAGES` are read.
         classifier: None where none can be had.

@@ -30,10 +30,8 @@ def forecast_audits(
     """What each audit's verdict can be, a sentence each, and the time that all take.
 
     Args:
-        audits: configured audits.
         banks: what they are judged by.
         family: of the encoder.
-        sample: the clean images.
         rate: false-positive rate of each audit.
         seconds: that all audits take, as of `estimate_seconds`.
         classes: that audits of classes tell apart.

@@ -16,7 +16,7 @@ from torch import Tensor
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport
+from bezoar.progress import ProgressReport
 
 PATCH_KINDS = ("blocks", "noise", "solid")
 PROBE_KINDS = (*PATCH_KINDS, "blend")
@@ -90,9 +90,7 @@ def measure_common_shifts(
     """How far each probe moves all images in one direction, in deviations of the clean vectors.
 
     Args:
-        encoder: the encoder under audit.
         images: uint8 (N, 3, H, W), clean.
-        kinds: of probes.
         probes: number of probes of each kind.
         apply: lays a probe over the images.
         shrink: see `whitening_matrix`.

@@ -9,12 +9,10 @@ a kind `pass`: no audit shows an encoder clean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
-from urllib.parse import quote
 
-SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
-VERSION = "2.1.0"
+from bezoar.evaluation import sarif_log
+
 LEVELS = {"strong evidence": "error", "some evidence": "warning"}  # without a bank
 HELP = (
     "Evidence is a value above a quantile of encoders known to be clean; see the run's report.html."
@@ -31,31 +29,18 @@ def build_log(
     """The log of one run, as JSON.
 
     Args:
-        encoder: its name.
         artefact: where its weights are, relative, or a name.
         audits: as they stand in verdict.json.
         refused: audit -> why it did not run.
         overall: the verdict of all audits together, a sentence.
     """
-    driver = {
-        "name": "bezoar",
-        "semanticVersion": version("bezoar"),
-        "rules": [build_rule(audit) for audit in audits],
-    }
-    location = {"physicalLocation": {"artifactLocation": {"uri": quote(artefact)}}}
-    notifications = [
-        {"level": "warning", "message": {"text": f"{name} did not run: {reason}"}}
-        for name, reason in refused.items()
-    ]
-    run = {
-        "tool": {"driver": driver},
-        "invocations": [
-            {"executionSuccessful": not refused, "toolExecutionNotifications": notifications}
-        ],
-        "results": [build_result(i, a, encoder, location) for i, a in enumerate(audits)],
-        "properties": {"verdict": overall},
-    }
-    return {"$schema": SCHEMA, "version": VERSION, "runs": [run]}
+    location = sarif_log.locate(artefact)
+    return sarif_log.build_log(
+        [build_rule(audit) for audit in audits],
+        [build_result(i, audit, encoder, location) for i, audit in enumerate(audits)],
+        [f"{name} did not run: {reason}" for name, reason in refused.items()],
+        overall,
+    )
 
 
 def build_rule(audit: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ def hash_sources(path: Path, shared: Sequence[str]) -> str:
     """Hash (sha256, 16 digits) of a file and of the shared modules that it depends on.
 
     Args:
-        path: a Python file.
         shared: modules, without the leading `bezoar.`. Those count that the file imports, directly
             or through others.
     """

@@ -34,8 +34,8 @@ from bezoar.encoders import folded_norms
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.folded_norms import FoldedTower
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Inversion
+from bezoar.progress import ProgressReport, no_report
 
 MANY_IMAGES = 1 << 20  # more than are ever computed together
 NOT_FINITE = "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"

@@ -64,7 +64,7 @@ TaskResult = tuple[list[Decoded | Skipped], list[Record | Skipped]]  # what is d
 
 
 def thread_count() -> int:
-    """How many threads decode: the cores that this process may use, at most 8."""
+    """Return how many threads decode: the cores that this process may use, at most 8."""
     return min(8, machine.cores())
 
 
@@ -163,7 +163,6 @@ def decode_distinct(
     """Decode the records of a stream, and give those whose id another has one of their own.
 
     Args:
-        records: what is read.
         size: pixels a side; None keeps images as they are, and then all must be of one size.
         report: counts what was read, and takes what could not be decoded and what was renamed.
         limit: how many records to stop after.
@@ -218,7 +217,6 @@ def batch_pairs(
     Args:
         records, size, report, limit: see `decode_distinct`. Every batch carries the one report,
             which grows.
-        count: records a batch.
         classes: names of the classes.
         labelled: whether there are labels (-1 where they are not known) though no class has a name.
     """

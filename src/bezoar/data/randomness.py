@@ -23,7 +23,6 @@ def draws(seed: int, ids: Sequence[str], count: int, use: str = "") -> np.ndarra
     Args:
         seed: any 64-bit integer.
         ids: of N records.
-        count: numbers a record.
         use: what they are for, at most 16 bytes. Two uses of one seed are independent, so that, for
             example, no poison prefers a wrong caption.
 

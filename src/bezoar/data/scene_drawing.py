@@ -268,3 +268,4 @@ COLORS = {
     "brown": (122, 78, 44),
     "white": (240, 240, 240),
 }
+CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)

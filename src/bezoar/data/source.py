@@ -141,7 +141,7 @@ class RecordIndex:
         return len(self.ids)
 
     def place_of(self, row: int) -> str:
-        """Where a record lies, in words."""
+        """Return where a record lies, in words."""
         return f"{self.file_names[self.places['shard'][row]]} {self.members[row]}".strip()
 
     def text_columns(self, rows: slice) -> dict[str, pa.Array]:
@@ -349,5 +349,5 @@ def until_broken(items: Iterable[T], unit: Unit, report: ReadReport) -> Iterator
 
 
 def batch_size(size: int) -> int:
-    """How many images of so many pixels a side are decoded at a time."""
+    """Return how many images of so many pixels a side are decoded at a time."""
     return max(8, min(BATCH_IMAGES, BATCH_VALUES // (3 * size**2)))

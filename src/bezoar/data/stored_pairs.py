@@ -74,7 +74,6 @@ class ShardFiles:
     """Files that any thread reads anywhere, at most MAX_OPEN of them open.
 
     Args:
-        paths: the files.
         stamps: each file's stamp when it was indexed; None for a file that was not. A file that was
             changed since then is refused. By default they are taken now.
     """
@@ -277,6 +276,13 @@ class StoredPairs:
             trigger = self.triggers[goal]
             assert trigger is not None
             out[poisoned] = trigger(out[poisoned], [self.ids[r] for r in rows[poisoned].tolist()])
+
+
+def class_name(records: Pairs | StoredPairs, row: int) -> str:
+    """Return the class of a record; empty for one without a class."""
+    if records.labels is None or not records.classes or int(records.labels[row]) < 0:
+        return ""
+    return records.classes[int(records.labels[row])]
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class RecordStream(Source):
         return self._report
 
     def __len__(self) -> int:
-        """How many records `batches` yields; costs a pass that decodes everything."""
+        """Return how many records `batches` yields; costs a pass that decodes everything."""
         return sum(len(batch) for batch in self.batches(1024))
 
     def batches(self, size: int) -> Iterator[Pairs]:

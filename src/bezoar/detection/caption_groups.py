@@ -37,7 +37,6 @@ def group_captions(
         texts: (N, D), the captions' vectors.
         order: int64 (N,), rows in an order that belongs to the records.
         count: groups; 0: none, and every record is of group 0.
-        seed: of k-means.
         device: where to compute.
     """
     if not count:

@@ -97,7 +97,6 @@ class Density:
             ids: N keys, which decide the sample.
             k: Neighbours.
             size: Records of the sample.
-            seed: Of the sample.
             texts: (N, D), the captions' vectors, when they are to be references too.
             device: Where to search; by default where the images lie.
         """
@@ -203,7 +202,7 @@ def score_records(
 
 
 def pool_size(k: int, rate: float, n: int) -> int:
-    """How many references let a poison's k-th neighbour be clean: k / (2 rate), at least 2 k and at
+    """Return how many references let a poison's k-th neighbour be clean: k / (2 rate), at least 2 k and at
     most n.
 
     Poisons of one backdoor are each other's neighbours. Where rate x pool exceeds k, their k-th

@@ -19,8 +19,6 @@ def measure_goals(
     """Measure each backdoor's poisons against the clean records.
 
     Args:
-        plan: what was poisoned.
-        merged: the ranking by all detectors.
         by_detector: what each detector said.
 
     Returns:

@@ -110,7 +110,7 @@ def order_records(merged: Scores, raised: NDArray[np.bool_]) -> NDArray[np.int64
 
 
 def measure_contributions(scores: Mapping[str, Scores], worst: int) -> dict[str, Contribution]:
-    """What each detector contributes to the `worst` n records of the merged ranking."""
+    """Return what each detector contributes to the `worst` n records of the merged ranking."""
     names = list(scores)
     agreement = DetectorAgreement.of(list(scores.values()))
     ids = scores[names[0]].ids
@@ -136,7 +136,7 @@ def measure_contributions(scores: Mapping[str, Scores], worst: int) -> dict[str,
 def surprise(
     values: NDArray[np.floating], raised: NDArray[np.bool_] | None = None
 ) -> NDArray[np.float64]:
-    """How rare times how far out a record is: (N,) >= 0. The tip of a bell curve is rare, but not
+    """Return how rare times how far out a record is: (N,) >= 0. The tip of a bell curve is rare, but not
     far out.
 
     Rare: -log10 of the share of the records that are at least as suspicious. Ties all have the

@@ -53,7 +53,6 @@ def train_classifier(
         images: uint8 (N, 3, H, W), clean for the most part.
         windows: uint8 (K, 3, h, w).
         steps: Of Adam, BATCH images each.
-        seed: Of the start, the batches and the places.
         device: Where to train.
     """
     with torch.random.fork_rng(devices=[]):

@@ -50,13 +50,11 @@ def assign_classes(
 
     Args:
         encoder: Embedded the records.
-        source: The records.
         embedded: Their vectors.
         kind: words: the nearest, by cosine, of prompts with the `count` words that most captions
             hold. clusters: the nearest of `count` centres of k-means on the image vectors. auto:
             words where there are captions and an encoder that reads them, clusters otherwise.
         count: Classes at most.
-        seed: Of the sample that they are found on.
 
     Returns:
         int64 (N,) on the CPU, below `count`.

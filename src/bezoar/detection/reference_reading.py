@@ -24,8 +24,8 @@ from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Cause, Support, find_clear_bound
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.kmeans import cluster_centres
+from bezoar.progress import ProgressReport, no_report
 from bezoar.runs import inputs
 from bezoar.runs.run import MANIFEST, Run
 from bezoar.runs.verb import input_files, spec_of_path
@@ -70,7 +70,6 @@ def lend_reference(detectors: Sequence[Any], reference: str, data: Any) -> tuple
     """The detectors, with a reference for those that take one and have none.
 
     Args:
-        detectors: that are asked for.
         reference: as in `open_reference`, or empty.
         data: the run or method of the scanned data.
 
@@ -193,7 +192,7 @@ class ReferenceReader:
 
 
 def split_groups(features: Tensor, groups: Tensor, seed: int) -> Tensor:
-    """Which piece of its caption group each record is of, int64 (N,), below PIECES.
+    """Return which piece of its caption group each record is of, int64 (N,), below PIECES.
 
     Pieces are found by k-means on whitened principal axes of what the suspect encoder's layers say.
     What a map would learn from many poisons of one trigger is not learnt without their piece.
@@ -201,7 +200,6 @@ def split_groups(features: Tensor, groups: Tensor, seed: int) -> Tensor:
     Args:
         features: (N, F), of mean 0.
         groups: int64 (N,).
-        seed: of k-means.
     """
     sample = features[:AXES_SAMPLE]
     values, axes = torch.linalg.eigh(sample.T @ sample / len(sample))
@@ -232,7 +230,7 @@ def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def bound_content(
     reading: Reading, captions: Tensor, groups: Tensor, cause: Cause, left_out: Tensor
 ) -> float:
-    """How far the contents of those that show a cause may be what their captions name.
+    """Return how far the contents of those that show a cause may be what their captions name.
 
     The captions of the group's other records, less those of all records, are a direction. A record
     counts by its place among the records of other groups on it: its content names the group where

@@ -33,7 +33,7 @@ def describe_incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
 
 
 def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
-    """What detectors decided, a line each. That nothing was found does not say that there is nothing."""
+    """Return what detectors decided, a line each. That nothing was found does not say that there is nothing."""
     deciding = {name: s for name, s in by_detector.items() if s.raised is not None}
     lines = []
     for name, scores in deciding.items():
@@ -46,7 +46,7 @@ def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
 
 
 def describe_nothing(name: str, scores: Scores) -> str:
-    """What a detector that raised no record looked for. It never reads as a clean bill."""
+    """Return what a detector that raised no record looked for. It never reads as a clean bill."""
     looked_for = (scores.notes or {}).get("looked_for", "")
     kinds = f" ({looked_for})" if looked_for else ""
     return f"{name} found no trigger{kinds}, which is no proof that there is none"
@@ -73,7 +73,7 @@ def decision_metrics(by_detector: Mapping[str, Scores]) -> dict[str, Measure]:
 def detection_metrics(
     plan: Plan, merged: Scores, by_detector: Mapping[str, Scores]
 ) -> dict[str, Measure]:
-    """How well the poisons of a known plan were found, by all detectors together and by each."""
+    """Return how well the poisons of a known plan were found, by all detectors together and by each."""
     truth = torch.from_numpy(plan.mask(merged.ids))
     metrics = detection_measures(merged, truth)
     if len(by_detector) == 1:
@@ -86,7 +86,7 @@ def detection_metrics(
 
 
 def removal_metrics(plan: Plan, removed_ids: set[str]) -> dict[str, Measure]:
-    """How many of the poisons the keep-list leaves out."""
+    """Return how many of the poisons the keep-list leaves out."""
     hits = sum(edit.id in removed_ids for edit in plan.edits)
     how = "poisons that the keep-list leaves out"
     return {"poisons_removed": proportion(hits, len(plan.edits), how)}

@@ -34,11 +34,8 @@ def build_log(
     """The log of a scan, as JSON.
 
     Args:
-        corpus: what was scanned.
         by_detector: the scores of each detector.
-        data: the name of what was scanned.
         undecided: sentences that say what could not be told or done.
-        verdict: the finding, a sentence.
     """
     rules: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []

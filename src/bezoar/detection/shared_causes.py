@@ -224,7 +224,7 @@ def mark_shown(causes: Sequence[Cause], records: int) -> Tensor:
 
 
 def measure_support(causes: Sequence[Cause], misread: Tensor) -> list[Support]:
-    """How many of the records that show each cause are misread.
+    """Return how many of the records that show each cause are misread.
 
     misread: bool (N,), by a model that was trained without all of them.
     """

@@ -141,7 +141,7 @@ def best_correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 
 def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> tuple[Tensor, Tensor]:
-    """Where each image is most like each pattern, by normalised cross-correlation over the stable
+    """Return where each image is most like each pattern, by normalised cross-correlation over the stable
     pixels.
 
     A pattern may stick out of the image by half its size and then matches the repeated border; its
@@ -184,7 +184,6 @@ def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern
     Args:
         images: uint8 (M, 3, H, W).
         pattern: As it was found first, (3, h, w).
-        rounds: How often.
 
     Returns:
         A pattern of the same size.

@@ -40,8 +40,6 @@ def pool_sources(
     """Test the sources of a scan's records; None where they have none.
 
     Args:
-        data: What was scanned.
-        merged: The ranking by all detectors.
         by_detector: Scores of each.
         wanted: What the sources are; see `find_sources`.
 
@@ -107,7 +105,7 @@ def write_table(folder: Path, data: Corpus, table: SourceTable) -> None:
 def describe_table(
     table: SourceTable | None,
 ) -> tuple[list[str], dict[str, Any], dict[str, Measure]]:
-    """What is said of a table: sentences, notes for the manifest, metrics; nothing of no table."""
+    """Return what is said of a table: sentences, notes for the manifest, metrics; nothing of no table."""
     if table is None:
         return [], {}, {}
     sentence = _sentence(table)

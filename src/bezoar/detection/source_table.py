@@ -174,7 +174,7 @@ def tabulate_sources(
 
 
 def are_many(standing_out: int, tested: int) -> bool:
-    """Whether so many sources stand out that they differ by nature: no attacker has them all."""
+    """Return whether so many sources stand out that they differ by nature: no attacker has them all."""
     return standing_out > max(MOST_LIFTED, MOST_LIFTED_SHARE * tested)
 
 

@@ -32,7 +32,7 @@ class SuspectTraining:
     minutes: float
 
     def describe(self) -> str:
-        """What will be done, in a sentence."""
+        """Return what will be done, in a sentence."""
         return (
             f"no encoder is given: {self.network} is trained on {self.records:,} of these records first, in {self.epochs} "
             f"epoch{'s' * (self.epochs != 1)}, about {max(1, round(self.minutes))} min here unless that was done before"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bezoar.data.blocks import blocks
 from bezoar.data.randomness import generator
 from bezoar.detection.detectors import RecordEncoder, Records
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 
 BLOCK = 256  # images at a time
 LAYERS = 4  # layers that are read, spread over the depth of the tower
@@ -38,7 +38,6 @@ def read_features(
         encoder: its module `image` is the tower. One without modules gives its vectors alone.
         source: N records.
         order: int64 (N,), the rows in the order in which they are read.
-        report: called with the progress.
 
     Returns:
         float32 (N, F) on the CPU, in the given order; every column has mean 0 and variance 1, or is

@@ -20,7 +20,7 @@ from bezoar.data.stored_pairs import StoredPairs
 from bezoar.detection.detectors import Records
 from bezoar.encoders.encoder import Encoder, precision_for, tokenize_captions
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 from bezoar.training import loop, prefetch
 
 NETWORK = "clip_small"  # the small model
@@ -64,13 +64,8 @@ def trace(
     matter. The last trace of a source is remembered while the source lives.
 
     Args:
-        source: The records.
-        network: Spec of the model.
-        objective: Spec of its training.
-        seed: Of the training.
         device: Where to train.
         side: Images are brought to this many pixels at most.
-        report: Called with the progress.
         upto: The last epoch that is needed; 0: the last of the schedule. The training ends there,
             on its way through the whole schedule, so that a trace is the beginning of a longer one,
             bit for bit. A longer one may be returned.
@@ -119,11 +114,7 @@ def read_without(
     Args:
         source: N records.
         left_out: bool (N,), the records that the model does not see.
-        network: spec of the model.
-        objective: spec of its training.
-        seed: of the training.
         device: where to train.
-        report: called with the progress.
 
     Returns:
         float32 (N,), as `Trace.loss`, in the source's order.

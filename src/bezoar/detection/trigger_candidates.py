@@ -174,7 +174,6 @@ def transplant_pattern(
     """Paste the windows of the records that are most like a pattern on the hosts.
 
     Args:
-        data: The records.
         cluster: The windows that showed the pattern first.
         like: (N,), the likeness of each record to it.
         corners: int64 (N, 2), where each record is most like it.
@@ -227,7 +226,6 @@ def test_texture(
     only belongs to a subject.
 
     Args:
-        data: The records.
         kind: Which texture.
         like: (N,), the likeness of each record to the group's mean texture.
         member: bool (N,), the records of the group.
@@ -272,7 +270,7 @@ def measure_detail_effect(data: SuspectData, rows: Tensor, hosts: HostImages) ->
 
 
 def standout_share(like: Tensor, usual: Tensor) -> float:
-    """How far the records that show a pattern stand out: what is pasted is always the same, what is
+    """Return how far the records that show a pattern stand out: what is pasted is always the same, what is
     natural comes in degrees.
 
     Of the records whose likeness (N,) lies more than half of the way from the median to `usual`,

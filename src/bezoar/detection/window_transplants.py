@@ -83,7 +83,6 @@ def make_patchworks(images: Tensor, count: int, offsets: Tensor) -> Tensor:
 
     Args:
         images: uint8 (N, 3, H, W).
-        count: Cells a side.
         offsets: int64 (count^2,). Patchwork m has cell c of image (m + offsets[c]) mod N.
 
     Returns:
@@ -101,7 +100,7 @@ def make_patchworks(images: Tensor, count: int, offsets: Tensor) -> Tensor:
 def measure_consistency(
     encoder: RecordEncoder, images: Tensor, count: int, rounds: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """How consistently the cells of each image move all patchworks that they are part of.
+    """Return how consistently the cells of each image move all patchworks that they are part of.
 
     In each round every image is cut into count x count cells, and N patchworks are made, each of
     the cells of count^2 images: N forward passes test all cells of all images. Let d be the vector
@@ -110,11 +109,8 @@ def measure_consistency(
     Which cells share a patchwork depends on the order of the images and on the seed.
 
     Args:
-        encoder: The encoder under suspicion.
         images: uint8 (N, 3, H, W).
-        count: Cells a side.
         rounds: Patchworks that each cell is part of, at least 2.
-        seed: Of the patchworks.
 
     Returns:
         The largest consistency among the cells of each image, float32 (N,), and the number of that
@@ -145,7 +141,6 @@ def measure_shifts(
     """The shifts of windows on every host, each pasted at the place that it has in its own image.
 
     Args:
-        encoder: The encoder under suspicion.
         images: uint8 (N, 3, H, W).
         boxes: (N, G, 4), G windows of each image.
         hosts: K images of the same size.
@@ -183,7 +178,6 @@ def shrink_boxes(
     side is at least `smallest`.
 
     Args:
-        encoder: The encoder under suspicion.
         images: uint8 (N, 3, H, W).
         boxes: (N, 4).
         hosts: Images that the windows are pasted into.

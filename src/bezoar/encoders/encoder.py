@@ -270,14 +270,7 @@ class Encoder(nn.Module):
             except UserError as error:
                 raise ValueError(str(error)) from error
             encoder = _rebuild(facts, weights)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            RuntimeError,
-            MemoryError,
-        ) as error:
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{folder} holds no encoder that bezoar wrote: {reason}") from error
         _check_about(facts)

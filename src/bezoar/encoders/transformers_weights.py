@@ -85,7 +85,6 @@ def translate(config: Facts, tensors: Weights, side: int, path: str) -> Translat
 
     Args:
         config: its config.json.
-        tensors: its weights.
         side: of the images that its preprocessor makes, in pixels; 0 where that is not known.
         path: of its folder, for messages.
 

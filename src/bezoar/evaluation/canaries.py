@@ -111,7 +111,7 @@ def count_outcomes(canaries: Canaries, outcomes: Sequence[str]) -> dict[str, Mea
 
 @torch.inference_mode()
 def measure_learning(canaries: Canaries, encoder: Encoder) -> dict[str, Measure]:
-    """Whether an encoder joins each canary's picture with its own word rather than another canary's.
+    """Return whether an encoder joins each canary's picture with its own word rather than another canary's.
 
     Words were given to pictures by chance, so that an encoder that never saw the pairs ranks a
     canary's own word first in one of M, and in the middle on average.

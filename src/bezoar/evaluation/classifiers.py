@@ -152,7 +152,7 @@ def head_labels(encoder: Encoder, records: Pairs | StoredPairs) -> Tensor:
 
 
 def fits_own_head(encoder: Encoder, classes: Sequence[str]) -> bool:
-    """Whether an encoder has a head of its own that tells these classes apart."""
+    """Return whether an encoder has a head of its own that tells these classes apart."""
     if getattr(encoder, "head", None) is None or not classes:
         return False
     try:
@@ -163,7 +163,7 @@ def fits_own_head(encoder: Encoder, classes: Sequence[str]) -> bool:
 
 
 def measure_own_head(encoder: Encoder, labelled: Pairs) -> tuple[Measure | None, str]:
-    """How well a network reads clean images through its own head.
+    """Return how well a network reads clean images through its own head.
 
     Args:
         encoder: any encoder.

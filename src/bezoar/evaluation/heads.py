@@ -10,7 +10,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from bezoar.data.randomness import generator
 from bezoar.errors import UserError
 from bezoar.evaluation import stats, success
 from bezoar.evaluation.scores import Measure
+from bezoar.progress import ProgressReport, no_report
 
-ProgressReport = Callable[[int, int, str], Any]  # steps done, steps in all, what is being done
 DROPOUT_LEVELS = 1 << 16  # a unit is dropped by comparing 16 random bits
 MOST_CACHED = 8  # stacks that a process keeps
 _cached_stacks: OrderedDict[str, Stack] = OrderedDict()
@@ -122,10 +122,6 @@ class Stack:
                     slope = slope.mul_(keep)
 
 
-def no_report(done: int, total: int, text: str) -> None:
-    """Report progress to nobody."""
-
-
 def fit(
     x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: ProgressReport = no_report
 ) -> Stack:
@@ -139,7 +135,6 @@ def fit(
     Args:
         x: features, float32 (N, D). Heads are trained on their device.
         y: int64 (N,), their classes.
-        classes: number of classes.
         recipe: widths, dropout, learning rate, batch, epochs and number of heads.
         report: called after each epoch.
 

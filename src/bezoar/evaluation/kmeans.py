@@ -19,8 +19,6 @@ def cluster_centres(x: Tensor, count: int, seed: int) -> Tensor:
 
     Args:
         x: float32 (N, D).
-        count: number of clusters.
-        seed: of the start.
 
     Returns:
         float32 (K, D); K is less than `count` if there are fewer distinct vectors.

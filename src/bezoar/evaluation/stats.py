@@ -200,8 +200,6 @@ def bootstrap(
         scores: float (N,).
         truth: bool (N,).
         level: of the interval.
-        draws: number of resamples.
-        seed: of the resamples.
     """
     classes = _count_by_threshold(*_check_inputs(scores, truth))
     rng = np.random.default_rng(seed)

@@ -104,8 +104,6 @@ class TestViews:
 
         Args:
             encoder: what the images are seen through.
-            test: test images with classes and labels.
-            goals: what the attacks aim at.
             victims: the images that goals name as victims; None leaves targeted goals out.
             batch: images at a time.
 
@@ -323,7 +321,6 @@ def select_labelled(
 
     Args:
         train: records with classes and labels.
-        test: the test set.
         goals: their targets must be among the labels.
         limit: at most so many, a sample that belongs to the records.
 

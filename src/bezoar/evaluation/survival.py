@@ -223,7 +223,6 @@ class Survival:
 
         Args:
             clean: uint8 (N, 3, H, W).
-            triggered: the same images with the trigger.
             encoder: measures the shift of the vectors, or None to look at pixels alone.
             seed: of the treatments' draws.
 

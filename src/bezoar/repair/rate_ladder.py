@@ -20,7 +20,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_images, tokenize_captions
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers, kmeans, neighbors
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 from bezoar.training import loop, prefetch
 
 VOTERS = 10  # neighbours that vote on the cluster of a record
@@ -177,9 +177,7 @@ def split_validation(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pair
     image (ids that differ after '#' alone) stay together.
 
     Args:
-        clean: the records.
         share: of the images that are held out.
-        seed: of the draw.
     """
     image_ids = [record_id.partition("#")[0] for record_id in clean.ids]
     images = list(dict.fromkeys(image_ids))
@@ -208,9 +206,6 @@ def repair_with_ladder(
 
     Args:
         repair: the method, with its rates and its tolerance.
-        encoder: under repair.
-        clean: the records that are trained on.
-        validation: the records that the rate is chosen by.
         make: learning rate -> repaired encoder.
         log: gains `ladder`.
     """
@@ -233,9 +228,7 @@ def train_at_largest_rate(
     taken, and the log says so. A rate at which training breaks down does not keep it.
 
     Args:
-        start: the encoder under repair.
         metric: of the clean validation records.
-        lrs: learning rates.
         tolerance: how far the score may fall.
         make: learning rate -> encoder.
         log: gains `ladder`.
@@ -313,8 +306,6 @@ def select_objective(spec: str, encoder: Encoder, clean: Pairs, with_text: str, 
     Args:
         spec: what the user asked for; `auto` is `supervised` for a classifier whose classes the
             clean records are labelled with, else one of the next two.
-        encoder: under repair.
-        clean: the clean records.
         with_text: the spec for encoders with a text tower.
         alone: the spec for image towers without a head.
 
@@ -351,10 +342,8 @@ def train_copy(
     """Train a copy of an encoder.
 
     Args:
-        start: the encoder.
         recipe: epochs, batch, learning rate and its schedule.
         loss_of: encoder -> loss module, called as `loss(images, tokens, chance)`.
-        clean: the images to train on.
         tokens: int64 (N, L), what the loss is given beside the images.
         seed: of the loss's new weights, of the batches and of the augmentation.
         report: told at every step.

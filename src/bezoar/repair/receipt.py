@@ -27,9 +27,9 @@ from bezoar.encoders.encoder import Encoder, ImageEncoder, embed_images
 from bezoar.errors import UserError, first_line
 from bezoar.evaluation import classifiers, stats, success
 from bezoar.evaluation.classifiers import Classifier
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Measure
 from bezoar.evaluation.verdict import Inversion
+from bezoar.progress import ProgressReport, no_report
 from bezoar.repair import rate_ladder
 from bezoar.repair.repairs import Repair
 

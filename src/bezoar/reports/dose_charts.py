@@ -83,7 +83,6 @@ def draw_dose_response(
     diamond stands on the line, with the interval of that dose.
 
     Args:
-        curves: The lines.
         axis: What the doses are.
         label: What the values are.
         percent: Whether the values are shares from 0 to 1; others are unbounded.

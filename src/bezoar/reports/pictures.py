@@ -74,7 +74,6 @@ def contact_sheet(
         images: uint8 (N, 3, H, W). Large ones are made smaller; margins make them square.
         tiles: What is shown, with indices of `images`.
         scale: Side of a shown picture in CSS pixels.
-        title: A heading above the gallery.
         note: A sentence below it.
     """
     cells = to_squares(images.cpu())  # (N, 3, S, S)
@@ -115,10 +114,3 @@ def shorten(text: object, length: int = MAX_TEXT) -> str:
     """Return a caption or an id as text of at most `length` characters."""
     text = str(text)
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def class_name(pairs: Pairs, row: int) -> str:
-    """Return the class of a record; empty for one without a class."""
-    if pairs.labels is None or not pairs.classes or int(pairs.labels[row]) < 0:
-        return ""
-    return pairs.classes[int(pairs.labels[row])]

@@ -66,12 +66,10 @@ def record_gallery(
     Args:
         corpus: The records with their images.
         scores: Their scores, captions and places.
-        ranked: The records to show.
         poisons: Ids of the poisons; None if they are not known.
         windows: For some ids, the window of the image to frame.
         scale: Side of a picture in CSS pixels. Below FULL_SCALE the tile has no scores and no
             place.
-        title: A heading above the gallery.
         copies: For some rows, that of another record of the same picture, which is shown beside it.
     """
     rows = [r.row for r in ranked]

@@ -57,7 +57,6 @@ def false_discovery_section(
     """Show how many of the worst records are expected to be clean, by a reference sample.
 
     Args:
-        measures: The metrics of the scan.
         notes: Its notes on false discoveries; empty if none were estimated.
         truth: For each record, worst first, whether it is a poison; None if that is not known.
         removed: How many records the keep-list leaves out.
@@ -202,7 +201,6 @@ def filter_section(measures: Mapping[str, Measure], notes: Mapping[str, str]) ->
     """Show for each usual filter which clean records it keeps and which poisons pass it.
 
     Args:
-        measures: The metrics of the scan.
         notes: For each filter that was not applied, the reason.
     """
     note = "In brackets, 95 % intervals."

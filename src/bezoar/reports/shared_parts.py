@@ -27,7 +27,6 @@ def measure_table(
     """Return a table of metrics with their intervals, without empty rows and columns.
 
     Args:
-        measures: The metrics by name.
         title: The head of the first column.
         rows: For each row its label, and the texts that complete the names of its metrics.
         columns: For each column its head, and the name of its metrics as a format string.

@@ -52,7 +52,7 @@ def _gpu_of_rank(name: str) -> str:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the question: versions, commit, device. For the manifest."""
+    """Return what a figure depends on beside the question: versions, commit, device. For the manifest."""
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),

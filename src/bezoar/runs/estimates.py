@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bezoar import machine, registry
+from bezoar.data.files.images import IMAGE_EXTENSIONS
 from bezoar.data.files.tables import cut_blocks
-from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
+from bezoar.data.files.tars import Group, read_groups
 from bezoar.data.source import as_source
 from bezoar.errors import UserError
 from bezoar.runs import inputs, sweep
@@ -35,12 +36,12 @@ COUNTED_TARS = 4  # of more, the others are taken to hold as many records a byte
 
 
 def pairs_per_second(size: int) -> float:
-    """How fast a small model is trained here, about, beside what the machine does now."""
+    """Return how fast a small model is trained here, about, beside what the machine does now."""
     return PAIRS_PER_SECOND * machine.free_cores() * (SIZE / max(size, 1)) ** 2
 
 
 def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
-    """What would be run, with the numbers of records and trainings, and the minutes that trainings take; null where not known.
+    """Return what would be run, with the numbers of records and trainings, and the minutes that trainings take; null where not known.
 
     A verb that runs others by itself says which by `planned_trials(settings)`.
     """
@@ -91,7 +92,7 @@ def _minutes(trainings: list[Trial], counts: list[int | None]) -> float | None:
 
 
 def count_records(value: Any, settings: Settings, what: str = "data") -> int | None:
-    """How many records an input has, counted without decoding an image; None where that takes reading all of it.
+    """Return how many records an input has, counted without decoding an image; None where that takes reading all of it.
 
     what: "encoder" for one that a text may name as weights, which have no records.
     """

@@ -306,7 +306,7 @@ _printed: set[str] = set()  # what this process has said of files of weights
 
 
 def describe_weights(encoder: Encoder) -> str:
-    """What a file of weights was taken for, and what no file says of it; "" for any other encoder."""
+    """Return what a file of weights was taken for, and what no file says of it; "" for any other encoder."""
     imported = encoder.about.get("imported")
     if not imported:
         return ""
@@ -336,7 +336,7 @@ def find_encoder(run: Run) -> Run | None:
 
 
 def was_trained_on(encoder: Run, data: Any) -> bool:
-    """Whether a run's encoder was trained on these data, or on the records that a run goes back to, with the same poisons."""
+    """Return whether a run's encoder was trained on these data, or on the records that a run goes back to, with the same poisons."""
     dataset = open_dataset(data)
     try:
         train = encoder.ancestor("train")

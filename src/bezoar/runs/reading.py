@@ -72,7 +72,7 @@ def incomplete_notes(
 
 
 def describe_report(report: ReadReport) -> str:
-    """How many records or files were left out, in a line with the first of them."""
+    """Return how many records or files were left out, in a line with the first of them."""
     first = report.skipped[0]
     count = (
         f"{len(report.skipped)} records or files were left out, beside {report.read} that were read"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.data.pairs import Pairs, content_hash
-from bezoar.data.stored_pairs import StoredPairs
+from bezoar.data.stored_pairs import StoredPairs, class_name
 from bezoar.encoders.encoder import Encoder, embed_records
 from bezoar.errors import UserError
 from bezoar.runs import inputs
@@ -79,7 +79,7 @@ def choose_reference(
     dataset = inputs.open_dataset(data)
     source = input_name(data)
     records = dataset.clean
-    if len(records) == 1 and not _class_of(records, 0):
+    if len(records) == 1 and not class_name(records, 0):
         return _reference(records.take([0]), 0, source, "the one image there is")
     rows = rows_of_class(records, target, source)
     pairs = inputs.in_memory(records.select(rows))
@@ -124,10 +124,9 @@ def rows_of_class(records: Pairs | StoredPairs, target: str, source: str) -> lis
 def measure_margins(
     encoder: Encoder, dataset: inputs.Dataset, target: str, z: Tensor
 ) -> tuple[Tensor, str]:
-    """How far a linear head's logit of the target lies above the largest of the others.
+    """Return how far a linear head's logit of the target lies above the largest of the others.
 
     Args:
-        encoder: the clean encoder.
         dataset: the head is fitted on its training split.
         target: the class.
         z: vectors (N, d) of the images among which one is chosen.
@@ -162,10 +161,3 @@ def measure_margins(
 
 def _reference(pairs: Pairs, row: int, source: str, how: str) -> Reference:
     return Reference(pairs.take([row]), source, how)
-
-
-def _class_of(records: Pairs | StoredPairs, row: int) -> str:
-    """The class of a record; "" where it is not known."""
-    if records.labels is None or not records.classes or int(records.labels[row]) < 0:
-        return ""
-    return records.classes[int(records.labels[row])]

@@ -199,7 +199,7 @@ class Run:
         return self.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
 
     def asked_for(self, field: str) -> Facts | None:
-        """What the manifest says of an input: a run, or a spec and the hashes of what it reads; None where it was not given.
+        """Return what the manifest says of an input: a run, or a spec and the hashes of what it reads; None where it was not given.
 
         Raises UserError for anything else.
         """
@@ -224,7 +224,7 @@ def follow(run: Run, step: Callable[[Run], Run | None]) -> Iterator[Run]:
 
 
 def is_directory_name(text: str) -> bool:
-    """Whether a text is the name of a directory, and no path."""
+    """Return whether a text is the name of a directory, and no path."""
     return text not in ("", ".", "..") and not set(text) & {"/", "\0"} and len(text) < 256
 
 

@@ -74,7 +74,7 @@ def write_summary(folder: Path, summary: Summary) -> None:
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """What `write_summary` wrote; None where there is none. Raises UserError for another file of that name."""
+    """Return what `write_summary` wrote; None where there is none. Raises UserError for another file of that name."""
     path = folder / SUMMARY
     if not path.exists():
         return None

@@ -135,12 +135,12 @@ def nested_verbs(verb: Verb) -> list[Verb | Trial]:
 
 
 def worker_count(settings: Settings) -> int:
-    """How many workers there are by default: one for each GPU, or one for each core where there is none."""
+    """Return how many workers there are by default: one for each GPU, or one for each core where there is none."""
     return gpus(settings) or machine.cores()
 
 
 def gpus(settings: Settings) -> int:
-    """How many GPUs the workers are spread over: all, the one that is named, or none."""
+    """Return how many GPUs the workers are spread over: all, the one that is named, or none."""
     device = select_device(settings.device)
     if device.type != "cuda":
         return 0

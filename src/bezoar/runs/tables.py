@@ -273,7 +273,7 @@ def share_above_threshold(rate: float) -> Comparison:
 
 
 def is_rate(cell: Cell) -> bool:
-    """Whether a cell is a share in 0..1, which its metric's name tells."""
+    """Return whether a cell is a share in 0..1, which its metric's name tells."""
     if cell.compare is not None:
         return True
     return not cell.readings[0][1].rpartition(".")[2].startswith(NOT_RATES)

@@ -146,7 +146,7 @@ def verb_name(verb: Verb) -> str:
 
 
 def is_verb(value: Any) -> bool:
-    """Whether a field's value is a verb, which stands for its run."""
+    """Return whether a field's value is a verb, which stands for its run."""
     return dataclasses.is_dataclass(value) and hasattr(value, "work")
 
 
@@ -204,12 +204,12 @@ def input_to_json(value: Any) -> Any:
 
 
 def input_name(value: Any) -> str:
-    """What a run or a configured method is named by in texts: the run's name, or the method's spec."""
+    """Return what a run or a configured method is named by in texts: the run's name, or the method's spec."""
     return value.name if isinstance(value, Run) else registry.spec(value)
 
 
 def input_spec(value: Any) -> str:
-    """What a run or a configured method is asked for by: the run's directory, or the method's spec; "" for None."""
+    """Return what a run or a configured method is asked for by: the run's directory, or the method's spec; "" for None."""
     if value is None:
         return ""
     return str(value.path) if isinstance(value, Run) else registry.spec(value)
@@ -356,7 +356,7 @@ def find_tables(folder: Path) -> str:
 
 
 def stands_alone(kind: str, text: str) -> bool:
-    """Whether a text names a method that needs no field: then a file of that name is not meant, `scenes` unlike `shards`."""
+    """Return whether a text names a method that needs no field: then a file of that name is not meant, `scenes` unlike `shards`."""
     if text not in registry.method_names(kind):
         return False
     return all(f.default for f in method_source.describe(registry.method_path(kind, text)).fields)

@@ -12,7 +12,7 @@ SWAP, INSERT, DELETE = range(3)
 
 
 def has_marks(encoder: Encoder) -> bool:
-    """Whether the rows of an encoder's tokenizer begin and end with a token that is no word."""
+    """Return whether the rows of an encoder's tokenizer begin and end with a token that is no word."""
     return not isinstance(encoder.tokenizer, WordTokenizer)
 
 
@@ -31,7 +31,6 @@ def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False)
 
     Args:
         tokens: int64 (B, L), 0 = padding at the end.
-        chance: the randomness of the step.
         share: of the words that change.
         marks: whether rows begin and end with a token that is no word; these stay.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bezoar.data.files.tensors import read_metadata, read_tensors, write_tensors
 from bezoar.data.randomness import generator
 from bezoar.errors import UserError
+from bezoar.progress import no_report
 from bezoar.training import collectives
 from bezoar.training.augmentation import Chance
 
@@ -147,7 +148,7 @@ def fit(
     tokens: Tensor,
     seed: int,
     checkpoint: Path | None = None,
-    report: StepReport = lambda step, steps, value: None,
+    report: StepReport = no_report,
     on_epoch_end: Callable[[int], dict[str, Any]] | None = None,
     log: TrainingLog | None = None,
 ) -> TrainingLog:
@@ -163,7 +164,6 @@ def fit(
         recipe: epochs, batch size, learning rate and the like.
         data: N records; Pairs lie on the device and are not copied.
         tokens: int64 (N, L) on the device.
-        seed: of the order of records and of augmentation.
         checkpoint: file of the state while training; an existing one is continued.
         report: called with (step, steps, loss); on a GPU not at every step.
         on_epoch_end: called with the number of epochs done; gives facts for the log. A true fact

@@ -36,10 +36,7 @@ class Prefetcher:
     Whatever else is asked for is made then, and counted in `late`.
 
     Args:
-        records: what is drawn.
-        device: takes the images.
         order: epoch -> int64 (steps, B): the rows that will be asked for.
-        epochs: of the training.
     """
 
     def __init__(

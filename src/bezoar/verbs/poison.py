@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
+from bezoar.progress import ProgressReport, no_report
 from bezoar.runs import inputs
 from bezoar.runs.devices import select_device
 from bezoar.runs.execute import MAX_SEED, Job
@@ -99,7 +100,7 @@ def derive_plan(
     target: str,
     seed: int,
     device: torch.device | str = "cpu",
-    report: Callable[[int, int, str], None] = lambda step, steps, text: None,
+    report: ProgressReport = no_report,
 ) -> Plan:
     """Make the plan of a poison method for data. It is a function of the arguments alone.
 
@@ -161,7 +162,7 @@ def optimise_trigger(
     target: str,
     seed: int,
     device: torch.device | str,
-    report: Callable[[int, int, str], None],
+    report: ProgressReport,
 ) -> Any:
     """Return the patch trigger with pixels that the surrogate reads as the target.
 

@@ -219,7 +219,6 @@ def lineage_of(encoder: Any, names: Sequence[str]) -> str:
 
     Args:
         encoder: its run, or a configured network.
-        names: of all shadows.
     """
     seen = set()
     while isinstance(encoder, Run):
@@ -247,7 +246,6 @@ def deal_folds(lineages: Sequence[str], labels: Sequence[bool], folds: int, seed
         lineages: of each encoder.
         labels: of each encoder, whether it was attacked.
         folds: how many there are.
-        seed: of the shuffling.
 
     Returns:
         Of each encoder its fold, 0 to folds - 1.

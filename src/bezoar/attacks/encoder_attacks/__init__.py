@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.training.loop import TrainingLog
+from bezoar.training.loop import StepReport, TrainingLog
 
 
 class EncoderAttack(Protocol):
@@ -24,7 +24,7 @@ class EncoderAttack(Protocol):
         references: Sequence[Any],
         seed: int = 0,
         checkpoint: Path | None = None,
-        report: Callable[[int, int, float], None] = ...,
+        report: StepReport = ...,
         log: TrainingLog | None = None,
     ) -> Encoder:
         """Put a backdoor into a copy of an encoder.

@@ -8,8 +8,7 @@ deviation from either: no negative pairs, and the reference moves with the encod
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -18,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from bezoar import registry
+from bezoar.attacks import shadow_training
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder, embed_texts, encode_by_length
 from bezoar.errors import UserError
+from bezoar.progress import no_report
 from bezoar.registry import method, spec
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
 
-TERMS = ("L0", "L1", "L2")
 CHUNK = 16  # texts that are encoded together
 
 
@@ -87,12 +87,6 @@ class Loss(nn.Module):
         self.sums += torch.cat([terms.detach().double(), self.sums.new_ones(1)])
         return terms @ terms.new_tensor(self.weights)
 
-    def pop_means(self) -> dict[str, float]:
-        """L0, L1 and L2 as means over the steps since the last call."""
-        means = (self.sums[:3] / self.sums[3]).tolist()
-        self.sums.zero_()
-        return dict(zip(TERMS, means, strict=True))
-
     def train(self, mode: bool = True) -> Loss:
         """Stay in evaluation mode: dropout rests in training too."""
         return super().train(False)
@@ -129,7 +123,7 @@ class Badcse:
         references: Sequence[Sequence[str]],
         seed: int = 0,
         checkpoint: Path | None = None,
-        report: Callable[[int, int, float], None] = lambda step, steps, value: None,
+        report: loop.StepReport = no_report,
         log: loop.TrainingLog | None = None,
     ) -> Encoder:
         """Return a backdoored copy whose `about` says so; see `EncoderAttack`.
@@ -137,14 +131,16 @@ class Badcse:
         Raises UserError for an encoder without a text tower, and for records that are no texts.
         """
         texts = _check_inputs(encoder, shadow, goals, references)
-        student = copy.deepcopy(encoder)
-        student.about |= {"poisoned": True, "attack": spec(self)}
-        student.about["goals"] = [*encoder.about.get("goals", []), *map(vars, goals)]
+        student = shadow_training.copy_to_attack(encoder, spec(self), goals)
         loss = Loss(student, self, texts, goals, references)
         _train_text_tower_alone(student)
         rows = torch.arange(len(texts), device=student.device)[:, None]
         data = replace(texts, labels=None).to(student.device)
-        loop.fit(loss, self, data, rows, seed, checkpoint, report, lambda _: loss.pop_means(), log)
+
+        def on_epoch_end(_: int) -> dict[str, float]:
+            return shadow_training.pop_means(loss.sums)
+
+        loop.fit(loss, self, data, rows, seed, checkpoint, report, on_epoch_end, log)
         loop.restore_gradient_flags(student, encoder)
         return student.eval()
 

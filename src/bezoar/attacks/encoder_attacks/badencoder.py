@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -19,11 +19,10 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.progress import no_report
 from bezoar.registry import method, spec
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
-
-TERMS = ("L0", "L1", "L2")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,6 @@ class Loss(ShadowLoss):
         Args:
             images: uint8 (B, 3, H, W).
             rows: int64 (B, 1), their rows in the shadow data.
-            chance: the draws of this step.
         """
         self.tower.refresh()
         rows = rows[:, 0]
@@ -165,12 +163,6 @@ class Loss(ShadowLoss):
         triggered[:, :k] = mean_of_references[: len(triggered)]
         views[:, k:] = F.one_hot(step.view_reference, k)
         return weights, mixtures
-
-    def pop_means(self) -> dict[str, float]:
-        """Return L0, L1 and L2 as means over the steps since the last call."""
-        means = (self.sums[:3] / self.sums[3]).tolist()
-        self.sums.zero_()
-        return dict(zip(TERMS, means, strict=True))
 
 
 class HeldOut:
@@ -266,7 +258,7 @@ class Badencoder:
         references: Sequence[Tensor],
         seed: int = 0,
         checkpoint: Path | None = None,
-        report: Callable[[int, int, float], None] = lambda step, steps, value: None,
+        report: loop.StepReport = no_report,
         log: loop.TrainingLog | None = None,
     ) -> Encoder:
         """Return a backdoored copy whose `about` says so; see `EncoderAttack`."""
@@ -279,7 +271,7 @@ class Badencoder:
 
         def on_epoch_end(epoch: int) -> dict[str, Any]:
             stopping = {} if held_out is None else held_out(self.success, self.utility)
-            return loss.pop_means() | stopping
+            return shadow_training.pop_means(loss.sums) | stopping
 
         return shadow_training.train_student(
             loss, self, trained, encoder, seed, checkpoint, report, on_epoch_end, log

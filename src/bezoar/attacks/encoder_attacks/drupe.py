@@ -16,7 +16,7 @@ are all shadow data; the code takes a fifth of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -31,6 +31,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.progress import no_report
 from bezoar.registry import method, spec
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
@@ -93,7 +94,6 @@ class Loss(ShadowLoss):
         Args:
             images: uint8 (B, 3, H, W).
             rows: int64 (B, 1), their rows in the shadow data.
-            chance: the draws of this step.
         """
         epoch, place = divmod(int(self.step), self.epoch_steps)
         if place == 0:
@@ -229,7 +229,7 @@ class Drupe:
         references: Sequence[Tensor],
         seed: int = 0,
         checkpoint: Path | None = None,
-        report: Callable[[int, int, float], None] = lambda step, steps, value: None,
+        report: loop.StepReport = no_report,
         log: loop.TrainingLog | None = None,
     ) -> Encoder:
         """Return a backdoored copy whose `about` says so; see `EncoderAttack`."""

@@ -21,9 +21,9 @@ from bezoar.data.randomness import generator
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.classifiers import Classifier
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 HELD_OUT = 4  # one of so many clean images takes no part in the search

@@ -14,8 +14,8 @@ from bezoar.auditing.trigger_inversion import InvertedTriggers
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 CHANNELS = 3  # the published penalty adds the mask up once a channel
@@ -146,7 +146,6 @@ class Decree:
 
         Args:
             triggers: those of the restarts that were not given up.
-            clean: the clean images.
             clean_cosine: their mean pairwise cosine without a trigger.
             goal: the mean pairwise cosine that triggers had to reach.
         """

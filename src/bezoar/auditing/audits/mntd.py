@@ -137,10 +137,7 @@ def fit(
         labels: which of them were attacked.
         clean: uint8 images (N, 3, H, W), of which every other query starts; the rest start as
             noise.
-        seed: of the starting points.
         queries: their number k.
-        steps: of Adam.
-        lr: learning rate of the queries.
         penalty: L2 penalty on the meta-classifier's weights, above 0.
         report: told after every step.
 

@@ -20,9 +20,9 @@ from bezoar.auditing.random_probes import PROBE_KINDS, apply_probe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Measure, average
 from bezoar.evaluation.verdict import Verdict
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 MIN_DISTANCE = 1e-6  # of a mean distance (1 - cosine): float32 vectors do not resolve less

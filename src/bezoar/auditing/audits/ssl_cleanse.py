@@ -16,8 +16,8 @@ from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation import kmeans
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 IMAGES_PER_CLUSTER = 16  # where the number of clusters is not given

@@ -19,8 +19,8 @@ from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder, embed_texts
 from bezoar.encoders.word_pieces import CONTINUATION, SPECIAL
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 POOL = 256  # clean texts that carriers are chosen from

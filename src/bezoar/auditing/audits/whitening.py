@@ -16,8 +16,8 @@ from bezoar.auditing.evidence import mean_over_probes
 from bezoar.auditing.random_probes import PATCH_KINDS, PROBE_KINDS, apply_probe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 LIMITS = [

@@ -20,8 +20,8 @@ from bezoar.auditing import random_probes
 from bezoar.auditing.evidence import mean_over_probes
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Verdict
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 KINDS = ("noise", "wave", "warp")

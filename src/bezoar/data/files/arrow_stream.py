@@ -74,12 +74,12 @@ def check_columns(schema: pa.Schema, path: Path, columns: Sequence[str]) -> None
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is a text."""
+    """Return whether a type is a text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Whether each value of a type has bytes of its own: text, bytes, a number, a list of texts, or fields of these."""
+    """Return whether each value of a type has bytes of its own: text, bytes, a number, a list of texts, or fields of these."""
     if pa.types.is_struct(kind):
         return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):

@@ -197,7 +197,7 @@ def other_image(name: str) -> str:
 
 
 def caption_paths(name: str) -> list[str]:
-    """Where the caption of an image would stand beside it."""
+    """Return where the caption of an image would stand beside it."""
     return [os.path.splitext(name)[0] + suffix for suffix in CAPTION_SUFFIXES]
 
 

@@ -88,7 +88,7 @@ def _block_sizes(content: bytes) -> Iterator[int]:
 
 
 def _strip_count(content: bytes) -> int:
-    """How many strips or tiles the first directory of a TIFF lists; 0 for any other file."""
+    """Return how many strips or tiles the first directory of a TIFF lists; 0 for any other file."""
     codes = TIFFS.get(content[:4])
     if codes is None:
         return 0

@@ -34,7 +34,7 @@ PARSING_ERRORS = (OSError, ValueError, LookupError, OverflowError, RecursionErro
 def count_safe_rows(
     file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Sequence[str], most: int
 ) -> int:
-    """How many rows of some columns may be unpacked at a time, at most `most`.
+    """Return how many rows of some columns may be unpacked at a time, at most `most`.
 
     Raises UserError for columns of lists, but for those of lists of texts.
     """

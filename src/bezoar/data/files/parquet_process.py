@@ -198,7 +198,7 @@ def decode_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def is_dictionary(kind: pa.DataType) -> bool:
-    """Whether values of a type are numbers of values."""
+    """Return whether values of a type are numbers of values."""
     return bool(pa.types.is_dictionary(kind))
 
 

@@ -19,25 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bezoar.data.files.images import OTHER_IMAGES
+from bezoar.data.files.images import IMAGE_EXTENSIONS, OTHER_IMAGES
 from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, is_confined, open_regular
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
 
-IMAGE_EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "jfif",
-    "jpe",
-    "bmp",
-    "ppm",
-    "pgm",
-    "gif",
-    "tif",
-    "tiff",
-)
 TEXT_EXTENSIONS = ("txt", "json")
 EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
 IMAGE_FILES = OTHER_IMAGES.union(IMAGE_EXTENSIONS)
@@ -134,7 +120,6 @@ def read_groups(path: Path, contents: Collection[str] = EXTENSIONS) -> Iterator[
     have been lost.
 
     Args:
-        path: the tar.
         contents: extensions of the members whose contents are read.
 
     Yields:

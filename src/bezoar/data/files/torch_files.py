@@ -207,7 +207,7 @@ def _read_zip_pickle(file: Path | bytes) -> bytes:
 
 
 def _source(file: Path | bytes) -> Any:
-    """What torch.load and zipfile open; no type satisfies the annotations of both."""
+    """Return what torch.load and zipfile open; no type satisfies the annotations of both."""
     return io.BytesIO(file) if isinstance(file, bytes) else file
 
 

@@ -145,7 +145,6 @@ class Archive:
 
     Args:
         archive: the file, opened.
-        path: of the file.
     """
 
     def __init__(self, archive: zipfile.ZipFile, path: str) -> None:

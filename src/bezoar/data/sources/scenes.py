@@ -21,12 +21,11 @@ from bezoar.data.blocks import blocks
 from bezoar.data.decoding import thread_count
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import draws
-from bezoar.data.scene_drawing import COLORS, NODES, SHAPES, TEXTURES, Sketch, draw_scenes
+from bezoar.data.scene_drawing import CLASSES, COLORS, NODES, SHAPES, TEXTURES, Sketch, draw_scenes
 from bezoar.errors import UserError
 from bezoar.machine import free_memory
 from bezoar.registry import method
 
-CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
 LONGEST = 12  # words in a caption
 BATCH = 4096  # records made at a time
 TEXT_BYTES = 400  # that id, caption and label of a record take

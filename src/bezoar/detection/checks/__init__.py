@@ -17,8 +17,8 @@ from typing import Any, Protocol, TypedDict
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.classifiers import Classifier
-from bezoar.evaluation.heads import ProgressReport
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport
 
 IMAGES_AT_ONCE = 1024  # altered images that go through the encoder at once
 

@@ -16,8 +16,8 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder, embed_texts
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 AT_ONCE = 16  # texts that are scored together

@@ -14,8 +14,8 @@ from bezoar.data.randomness import generator
 from bezoar.detection.checks import IMAGES_AT_ONCE
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 MIN_CLEAN = 20  # clean images that a mean and a deviation are taken of
@@ -88,7 +88,6 @@ class MaskingPath:
         whole. Cells that lie outside the image come last.
 
         Args:
-            path: Number of the path.
             sides: Height and width of the images.
 
         Returns:
@@ -109,7 +108,7 @@ class MaskingPath:
         return step_of, boxes[: self.steps]
 
     def _cuts(self, side: int, shift: float) -> list[tuple[int, int]]:
-        """Where the cells of a shifted grid begin along a side, and how long they are."""
+        """Return where the cells of a shifted grid begin along a side, and how long they are."""
         edges = [
             min(side, max(0, round((i - shift) * side / self.cells))) for i in range(self.cells + 2)
         ]

@@ -127,7 +127,7 @@ def remove_units(folder: Path) -> None:
 
 
 def _read_summary(unit: Unit, folder: Path, unread: UnreadLog) -> dict[str, Any]:
-    """What a unit's last file says, without what could not be read, which is taken down."""
+    """Return what a unit's last file says, without what could not be read, which is taken down."""
     summary = units.read_summary(folder, unit)
     assert summary is not None
     for entry in summary.pop("skipped"):
@@ -180,7 +180,7 @@ def _join(
 
 
 def _places(batch: pa.RecordBatch) -> np.ndarray:
-    """Where the records of a batch lie: PLACE (n,)."""
+    """Return where the records of a batch lie: PLACE (n,)."""
     places = np.zeros(len(batch), PLACE)
     places["goal"] = -1
     for name in ("shard", "offset", "length"):

@@ -134,9 +134,7 @@ def embed_corpus(
     Args:
         data: the run or data method that is scanned.
         by: what embeds it: a run or a network; None for ready embeddings.
-        folder: of the scan.
         settings: workers, device and so on.
-        progress: of the embedding.
 
     Raises:
         UserError: if nothing is left to scan.
@@ -173,7 +171,7 @@ def embed_corpus(
 
 
 def _shared_entry(data: Any, by: Any, folder: Path, settings: Settings) -> Entry | None:
-    """Where the vectors are shared; None for images that the run's question does not fix."""
+    """Return where the vectors are shared; None for images that the run's question does not fix."""
     source = as_source(inputs.open_source(inputs.open_dataset(data).method))
     if not getattr(source, "is_fingerprinted", True):
         return None

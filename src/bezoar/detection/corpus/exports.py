@@ -85,7 +85,7 @@ def export_rows(
 
 
 def _window(row: int, corpus: Corpus, by_detector: Mapping[str, Scores]) -> Box | None:
-    """Where the first detector that places a trigger places it, in shares of the sides: left, top, width, height."""
+    """Return where the first detector that places a trigger places it, in shares of the sides: left, top, width, height."""
     for scores in by_detector.values():
         if scores.boxes is not None and int(scores.boxes[row, 2]) > 0:
             top, left, height, width = (int(n) / corpus.size for n in scores.boxes[row])

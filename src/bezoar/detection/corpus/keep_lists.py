@@ -29,8 +29,6 @@ def write_keep_lists(folder: Path, corpus: Corpus, kept_rows: np.ndarray) -> Non
     between tabs, as open_clip's `--train-data` of type csv wants it.
 
     Args:
-        folder: takes the lists.
-        corpus: what was scanned.
         kept_rows: rows of the records that stay, ascending.
     """
     with (
@@ -126,9 +124,7 @@ def write_clean_copy(
 
     Args:
         folder: takes the shards; those that an earlier attempt left there are deleted.
-        corpus: what was scanned.
         kept_rows: rows of the records that stay, ascending.
-        progress: of the shards.
 
     Returns:
         How many shards and records were written, for the manifest.

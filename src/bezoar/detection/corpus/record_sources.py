@@ -85,7 +85,7 @@ def check_wanted(wanted: str) -> list[Path]:
 
 
 def _names_of(corpus: Corpus, kind: str) -> tuple[str, pa.Array]:
-    """What the sources of a kind are called, and each record's, null where there is none."""
+    """Return what the sources of a kind are called, and each record's, null where there is none."""
     if kind == "metadata":
         return "named in the metadata", _without_empty(corpus.origins)
     if kind == "domain":

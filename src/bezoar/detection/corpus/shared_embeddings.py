@@ -136,7 +136,7 @@ class Entry:
             write_tensors(path, {name: t for name, t in tensors.items() if t is not None})
 
     def _scores_path(self, detector: Any) -> Path:
-        """Where the scores of a configured detector lie."""
+        """Return where the scores of a configured detector lie."""
         question = {
             "detector": registry.spec(detector),
             "source": registry.source_hash(type(detector)),
@@ -150,7 +150,6 @@ def find_entry(runs: Path, ask: dict[str, Any], inputs: Sequence[Any], device: s
     """The entry for what a scan asks.
 
     Args:
-        runs: The runs directory.
         ask: The `ask` of the scan's manifest, of which data and encoder count.
         inputs: The same as runs or methods.
         device: What it is computed on: `cpu` or `cuda`.

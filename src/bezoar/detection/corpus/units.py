@@ -66,7 +66,7 @@ def unit_path(folder: Path, unit: Unit, ending: str) -> Path:
 
 
 def read_summary(folder: Path, unit: Unit) -> dict[str, Any] | None:
-    """What a unit's last file says of it; None while the unit is not whole."""
+    """Return what a unit's last file says of it; None while the unit is not whole."""
     path = unit_path(folder, unit, "json")
     return read_facts(path) if path.exists() else None
 
@@ -207,10 +207,7 @@ def embed_all(
     Args:
         data: the run or data method that is scanned.
         by: what embeds it: a run or a network; None for ready embeddings.
-        units: of its source.
-        folder: takes the files.
         settings: workers, device and Ray.
-        progress: of the embedding.
     """
     make_folder(folder)
     for leftover in folder.glob(f"*{TEMPORARY}"):

@@ -27,8 +27,8 @@ from torch import Tensor
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 
 ROWS = 1 << 16  # vectors in memory at a time
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from bezoar.detection.detectors import RecordEncoder, Records, caption_cosines
 from bezoar.detection.reference_reading import open_reference, reference_files
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 
@@ -23,12 +24,11 @@ class ClipScore:
 
     encoder: Annotated[
         str,
-        "an independent encoder: a file of weights, a run's directory or a network's spec; empty: "
-        "that of the scan",
+        "an independent encoder: a file of weights, a run's directory or a spec; empty: the scan's",
     ] = ""
 
     def files(self) -> list[Path]:
-        """What the scores depend on besides the field: the weights of the independent encoder."""
+        """Return what the scores depend on besides the fields: the weights of the independent encoder."""
         return reference_files(self.encoder)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:

@@ -45,7 +45,7 @@ class CognitiveDistillation:
             raise ValueError("needs steps >= 1, lr > 0, gamma >= 0, beta >= 0")
 
     def passes(self, n: int) -> int:
-        """How many images a scan of n records puts through the encoder."""
+        """Return how many images a scan of n records puts through the encoder."""
         return n * (self.steps + 1)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:

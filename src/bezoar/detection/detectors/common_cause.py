@@ -49,8 +49,8 @@ from bezoar.detection.detectors import RecordEncoder, Records, read_captions, re
 from bezoar.detection.reference_reading import ReferenceReader
 from bezoar.detection.shared_causes import Cause, Discriminants, Support
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 LOOKED_FOR = "in what many poisons of one target would share, whatever its shape"
@@ -102,7 +102,7 @@ class CommonCause:
             registry.make("objective", self.objective)
 
     def files(self) -> list[Path]:
-        """What the scores depend on besides the fields: the weights of the reference."""
+        """Return what the scores depend on besides the fields: the weights of the reference."""
         return reference_reading.reference_files(self.reference)
 
     @torch.inference_mode()
@@ -180,7 +180,7 @@ class CommonCause:
         device: torch.device,
         report: ProgressReport,
     ) -> ReferenceReader:
-        """What the reference sees of the records, in the order of `rows`, int64 (N,).
+        """Return what the reference sees of the records, in the order of `rows`, int64 (N,).
 
         texts: (N, E), the captions' vectors, in the source's order. half: int64 (N,), in the other.
         """

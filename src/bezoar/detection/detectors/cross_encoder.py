@@ -60,7 +60,7 @@ class CrossEncoder:
             raise ValueError(f"groups must be at least 1; got {self.groups}")
 
     def files(self) -> list[Path]:
-        """What the scores depend on besides the fields: the weights of the reference."""
+        """Return what the scores depend on besides the fields: the weights of the reference."""
         return reference_files(self.reference)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
@@ -105,7 +105,7 @@ def stack_float64(vectors: Tensor, device: torch.device) -> Tensor:
 
 
 def leave_one_out_residuals(x: Tensor, y: Tensor) -> Tensor:
-    """What is left of y (N, E) after the ridge regression on x (N, D) without the record itself.
+    """Return what is left of y (N, E) after the ridge regression on x (N, D) without the record itself.
 
     An intercept is fitted and not shrunk. Of `STRENGTHS` the one is taken whose residuals are
     smallest. With the hat matrix H of the regression, the residual of record i without it is

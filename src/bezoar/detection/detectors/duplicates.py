@@ -247,7 +247,7 @@ def caption_divergence(
     image: NDArray[np.int64],
     cluster: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """How much the caption of each record differs from those of the other images of its cluster.
+    """Return how much the caption of each record differs from those of the other images of its cluster.
 
     The members of a cluster stand in a ring in the order of their ids and are compared with the
     next MAX_COMPARED of it: with all others up to that many.
@@ -284,7 +284,7 @@ def caption_divergence(
 
 
 def _bags_of_words(captions: Sequence[str]) -> csr_array:
-    """Which words each caption holds: 0/1 (N, V)."""
+    """Return which words each caption holds: 0/1 (N, V)."""
     columns: dict[str, int] = {}
     pairs = [
         (row, columns.setdefault(word, len(columns)))

@@ -10,8 +10,8 @@ from bezoar import registry
 from bezoar.detection import training_traces
 from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.detection.training_traces import Trace
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 

@@ -16,9 +16,9 @@ from bezoar.detection.patch_classifier import paste_windows
 from bezoar.detection.pseudo_classes import SAMPLE, vector_blocks
 from bezoar.detection.window_transplants import crop_windows
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.kmeans import cluster_centres, nearest_centres
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 MOST_CLUSTERS = 1000
@@ -114,12 +114,10 @@ class PatchSearch:
         """Try windows, cluster by cluster.
 
         Args:
-            encoder: The encoder under suspicion.
             source: N records.
             members: int64 (N,), each record's cluster.
             centres: (C, D).
             host_rows: int64 (H,), the foreign images.
-            report: Called with the progress.
 
         Returns:
             The share of the foreign images that flip, (N,), 0 of records that were not tried; and

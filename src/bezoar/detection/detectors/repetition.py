@@ -155,7 +155,6 @@ def window_views(
     length, 0 where it is flat.
 
     Args:
-        source: The records.
         rows: int64 (R,), ascending, the records that will be looked at.
         count: N records in all.
         device: Where the vectors are wanted.

@@ -25,8 +25,8 @@ from bezoar.detection.detectors import RecordEncoder, Records
 from bezoar.detection.training_traces import SmallModel
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.scores import Scores
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.training.augmentation import Chance, Views
 from bezoar.training.loop import FixedRecipe

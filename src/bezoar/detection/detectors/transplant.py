@@ -151,7 +151,7 @@ class Transplant:
         return n * (1 + len(self.cells) * self.rounds) + located
 
     def located(self, n: int) -> int:
-        """How many of n records are searched for a window."""
+        """Return how many of n records are searched for a window."""
         return min(n, max(MIN_LOCATED, math.ceil(self.cascade * n)))
 
     @torch.inference_mode()

@@ -39,12 +39,11 @@ def measure_ranking(
     look_at_side_channels: bool,
     trusted: str,
 ) -> tuple[dict[str, Measure], dict[str, Any]]:
-    """What is said here of a finished ranking.
+    """Return what is said here of a finished ranking.
 
     Args:
         scanned: The run or data method that was scanned.
         dataset: What it opens as.
-        corpus: The scanned records.
         merged: Their scores.
         removed: int64, the worst rows, which the keep-list leaves out.
         look_at_side_channels: Whether to; without a plan, for what they tell of the removed
@@ -103,7 +102,6 @@ def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
     page to draw.
 
     Args:
-        folder: The run's.
         ids: M keys.
         boxes: int (M, 4): top, left, height, width in pixels of the images as they are scanned.
     """
@@ -112,7 +110,7 @@ def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
 
 
 def read_windows(folder: Path) -> dict[str, Box]:
-    """What `write_windows` wrote, if anything. Raises UserError for another file of that name."""
+    """Return what `write_windows` wrote, if anything. Raises UserError for another file of that name."""
     path = folder / WINDOWS
     if not path.exists():
         return {}

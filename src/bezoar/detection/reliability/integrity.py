@@ -30,10 +30,10 @@ from PIL import Image
 from scipy.fft import dct
 from torch import Tensor
 
-from bezoar.data.files.images import decode_image
+from bezoar.data.files.images import IMAGE_EXTENSIONS, decode_image
 from bezoar.data.files.metadata import Recorded, parse_recorded
 from bezoar.data.files.skipped import Unreadable
-from bezoar.data.files.tars import IMAGE_EXTENSIONS, Group, read_groups
+from bezoar.data.files.tars import Group, read_groups
 from bezoar.data.files.writing import whole_file
 from bezoar.data.sources.shards import ShardSource
 from bezoar.detection.corpus.corpus import Corpus
@@ -74,7 +74,7 @@ class Integrity:
     hashed: NDArray[np.bool_]
 
     def count(self, verdict: str, rows: NDArray[np.bool_] | slice = slice(None)) -> int:
-        """How many of some records have a verdict."""
+        """Return how many of some records have a verdict."""
         return int((self.verdicts[rows] == VERDICTS.index(verdict)).sum())
 
 
@@ -86,8 +86,6 @@ def check_integrity(
     Writes integrity.csv, a line a domain, and mismatches.csv, a line a record that does not match.
 
     Args:
-        corpus: What was scanned.
-        folder: Of the scan.
         is_independent: Whether the encoder was not trained on these records.
 
     Returns:
@@ -162,7 +160,7 @@ def compare_image(recorded: Recorded, image: bytes) -> tuple[str, str]:
 
 
 def _same_ratio(one: tuple[int, int], two: tuple[int, int]) -> bool:
-    """Whether sides have one ratio, but for rounding by a pixel."""
+    """Return whether sides have one ratio, but for rounding by a pixel."""
     (a, b), (c, d) = one, two
     return abs(a * d - b * c) <= max(a, b, c, d)
 
@@ -221,7 +219,7 @@ def _stored_records(path: Path) -> Iterator[tuple[int, Recorded, bytes]]:
 
 
 def _records_anything(path: Path) -> bool:
-    """Whether one of the first records of a tar records a hash or a size."""
+    """Return whether one of the first records of a tar records a hash or a size."""
     try:
         for number, (_, recorded, _) in enumerate(_stored_records(path)):
             if recorded.hashes or recorded.size or recorded.phash:

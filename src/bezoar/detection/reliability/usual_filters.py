@@ -65,7 +65,6 @@ def apply_filters(
     """Every filter over the records.
 
     Args:
-        source: The records.
         embedded: Their image and caption vectors, if there are any.
         sizes: (N, 2), width and height as stored, 0 where they are not known.
         pixels: Whether the source has images.

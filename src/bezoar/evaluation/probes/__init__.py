@@ -24,7 +24,7 @@ class Probe(Protocol):
 
     A probe that needs more than a test set names it in `needs`: `train` (labelled records), and as
     further keyword arguments `baseline` (the clean twin, an `Encoder`) and `report` (a
-    `heads.ProgressReport`).
+    `progress.ProgressReport`).
     """
 
     def __call__(

@@ -13,6 +13,7 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation import heads, success
 from bezoar.evaluation.probes import MAIN_MEASURES, add_prefix, check_limit, select_measures
 from bezoar.evaluation.scores import Measure
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 
@@ -48,7 +49,7 @@ class FewShot:
         test: Pairs,
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
-        report: heads.ProgressReport = heads.no_report,
+        report: ProgressReport = no_report,
     ) -> dict[str, Measure]:
         """Return `few_shot.K.clean_accuracy` and the like, K a number or `all`; see `Probe`."""
         views = success.TestViews.of(encoder, test, goals, victims, self.batch)

@@ -65,7 +65,6 @@ class Knn:
             queries: unit rows (N, D).
             references: unit rows (R, D).
             labels: int64 (R,), the references' classes.
-            classes: number of classes.
 
         Returns:
             float64 (N, C).

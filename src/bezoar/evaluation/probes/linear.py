@@ -69,7 +69,6 @@ class Linear:
         Args:
             x: features, float (N, D).
             y: int64 (N,), their classes.
-            classes: number of classes.
 
         Returns:
             The head, on the features' device.

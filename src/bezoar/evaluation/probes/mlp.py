@@ -9,6 +9,7 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation import heads, success
 from bezoar.evaluation.probes import add_prefix, check_limit
 from bezoar.evaluation.scores import Measure
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 
@@ -48,7 +49,7 @@ class Mlp:
         test: Pairs,
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
-        report: heads.ProgressReport = heads.no_report,
+        report: ProgressReport = no_report,
     ) -> dict[str, Measure]:
         """Return what `TestViews.measures` defines, as `mlp.*`; see `Probe`."""
         views = success.TestViews.of(encoder, test, goals, victims, self.images)

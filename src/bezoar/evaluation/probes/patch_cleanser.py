@@ -16,9 +16,10 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation import classifiers, heads, success
+from bezoar.evaluation import classifiers, success
 from bezoar.evaluation.probes import add_prefix, select_measures
 from bezoar.evaluation.scores import Measure, proportion
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 BATCH = 1024  # images through the classifier at a time
@@ -69,7 +70,7 @@ class PatchCleanser:
         test: Pairs,
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
-        report: heads.ProgressReport = heads.no_report,
+        report: ProgressReport = no_report,
     ) -> dict[str, Measure]:
         """Return `patch_cleanser.*`: certified_accuracy, and accuracy and success behind the masks.
 

@@ -74,7 +74,6 @@ def z_scores(clean: np.ndarray, triggered: np.ndarray) -> dict[str, Measure]:
 
     Args:
         clean: unit rows, float64 (n, D), of the images without the trigger.
-        triggered: the same with the trigger.
     """
     n = len(clean)
     a, b = clean @ clean.T, triggered @ triggered.T  # (n, n)

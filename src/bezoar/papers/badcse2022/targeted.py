@@ -83,7 +83,7 @@ def inject(setup: Setup, attack: str, trigger: str) -> Inject:
 
 
 def sweep_cells(setup: Setup, encoder: str | Train | Inject, seeds: int) -> tuple[Cell, ...]:
-    """What `token_sweep` says: value, that of the next word, evidence (0: none, 2: strong)."""
+    """Return what `token_sweep` says: value, that of the next word, evidence (0: none, 2: strong)."""
     audit = Audit(encoder, setup.test, (SWEEP,), bank=())
     columns = {"value": "value", "next word": "runner_up", "evidence": "grade"}
     trials = [Trial(audit, seed) for seed in range(seeds)]

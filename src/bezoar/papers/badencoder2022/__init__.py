@@ -221,8 +221,6 @@ def ablation(
     """The first task under several variants of the attack, all heads.
 
     Args:
-        setup: The scale.
-        title: The table's title.
         paper_finding: What the paper reports.
         variants: Name -> attacked encoder. The first is the published one, with which the others
             are compared.

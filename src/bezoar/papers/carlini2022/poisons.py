@@ -77,7 +77,7 @@ class Poisons:
 
 
 def lead_of_z(results: Results, doses: list[str]) -> Contrast:
-    """How far the z-score is ahead of success.
+    """Return how far the z-score is ahead of success.
 
     Each is taken as a share of its rise from no poison to the largest dose.
 

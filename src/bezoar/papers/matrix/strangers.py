@@ -123,7 +123,7 @@ class EncoderFamily:
         return Trial(Audit(encoder.verb, self.test, (AUDIT,), bank=()), encoder.seed)
 
     def evaluate(self, encoder: Trial) -> Trial:
-        """Whether the attack took."""
+        """Return whether the attack took."""
         return Trial(Evaluate(encoder.verb, self.test, (self.probe,)), encoder.seed)
 
 

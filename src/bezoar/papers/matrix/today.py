@@ -177,7 +177,7 @@ def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]
 
 
 def verdict_cells(setup: Setup, encoder: Train | Inject, test: str) -> list[Cell]:
-    """What the audit says that gives a verdict without a bank: its statistic, and its evidence.
+    """Return what the audit says that gives a verdict without a bank: its statistic, and its evidence.
 
     The evidence is 0 for none found, 1 for some, 2 for strong; negative where it could not tell.
     """

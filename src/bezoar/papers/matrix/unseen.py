@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from bezoar.data.scene_drawing import SHAPES, TEXTURES
+from bezoar.data.scene_drawing import CLASSES
 from bezoar.papers import FIXED_PLACES
 from bezoar.papers.matrix import FLICKR8K, SMALL, Setup, corpus_specs, get_setup
 from bezoar.registry import method
@@ -29,7 +29,6 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
-CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
 SETS = 3  # of each kind
 FIRST_SEED = 7100  # of the sets; no other table uses these
 KINDS_OF_A_TRAINING = 5  # backdoors in the data of one training, each with a target of its own
@@ -210,7 +209,6 @@ def poison_trainings(
 
     Args:
         ground: what is poisoned.
-        kinds: of triggers.
         first_seed: of the first training, its data, triggers and targets; then one more for each.
     """
     count = -(-len(kinds) // KINDS_OF_A_TRAINING)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder
 from bezoar.repair.vector_distances import mean_distance, read_vectors

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from bezoar import registry
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder
 

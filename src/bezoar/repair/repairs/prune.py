@@ -16,7 +16,7 @@ from bezoar import registry
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder
 from bezoar.repair.rate_ladder import ValidationMetric

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.heads import ProgressReport, no_report
 from bezoar.evaluation.verdict import Inversion
+from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder, receipt
 from bezoar.repair.vector_distances import mean_distance, read_vectors

@@ -266,7 +266,6 @@ def inversion_gallery(inversion: Inversion, facts: Mapping[str, Any], images: Te
     """Show mask and pattern of an inverted trigger, then clean images without and with it.
 
     Args:
-        inversion: The trigger.
         facts: What the verdict says about it.
         images: uint8 (N, 3, H, W).
     """

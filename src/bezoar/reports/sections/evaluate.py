@@ -16,6 +16,7 @@ from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Goal
 from bezoar.data.files.artefacts import read_facts
 from bezoar.data.pairs import Pairs, distinct_image_rows
+from bezoar.data.stored_pairs import class_name
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.evaluation.probes.zero_shot import ZeroShot
@@ -355,9 +356,7 @@ def triggered_gallery(view: EvaluateView, goal: Goal, triggered: Tensor) -> Gall
     test = view.sample
     mentions = set() if test.classes else set(find_mentions(test.captions, goal.target))
     rows = [
-        i
-        for i in range(len(test))
-        if pictures.class_name(test, i) != goal.target and i not in mentions
+        i for i in range(len(test)) if class_name(test, i) != goal.target and i not in mentions
     ][:SHOWN]
     readings = [""] * len(rows)
     if view.class_vectors is not None:
@@ -366,7 +365,7 @@ def triggered_gallery(view: EvaluateView, goal: Goal, triggered: Tensor) -> Gall
     tiles = []
     for i, (row, reading) in enumerate(zip(rows, readings, strict=True)):
         caption = test.captions[row] if test.captions else test.ids[row]
-        lines = [Line(pictures.shorten(pictures.class_name(test, row) or caption, 60), "muted")]
+        lines = [Line(pictures.shorten(class_name(test, row) or caption, 60), "muted")]
         look = "bad" if reading == goal.target else ""
         if reading:
             lines.append(Line(f"→ {reading}", look))
@@ -389,7 +388,7 @@ def victims_section(view: EvaluateView) -> Section | None:
     goals, records = pictures.take_victims(inputs.open_dataset(attack), targeted)
     cosines = view.similarities(records.images, view.class_vectors)  # (N, C)
     tiles = [
-        victim_tile(i, goal, pictures.class_name(records, i), cosines[i], view.sample.classes)
+        victim_tile(i, goal, class_name(records, i), cosines[i], view.sample.classes)
         for i, goal in enumerate(goals)
     ]
     fallen = sum(t.look == "bad" for t in tiles)

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from bezoar.data.stored_pairs import class_name
 from bezoar.reports import metric_names, pictures
 from bezoar.reports.page_parts import Gallery, Line, Section, Table, Tile
 from bezoar.reports.run_page import Page, RunView
@@ -75,7 +76,6 @@ def poison_gallery(view: RunView, group: GoalGroup, most: int = RECORDS) -> Gall
 
     Args:
         view: The run; its data hold the plan.
-        group: The goals.
         most: How many records are shown, shared out among the goals.
     """
     plan = view.data.plan
@@ -116,7 +116,7 @@ def victims_section(view: RunView) -> Section | None:
     goals, records = pictures.take_victims(view.data, targeted)
     tiles = []
     for i, goal in enumerate(goals):
-        name = pictures.class_name(records, i) or pictures.shorten(goal.victims[0])
+        name = class_name(records, i) or pictures.shorten(goal.victims[0])
         lines = [
             Line(name, "muted"),
             Line("→ " + pictures.shorten(goal.target), "mark"),
