@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bezoar.data.files.checkpoints import format_keys
-from bezoar.data.files.paths import read_regular
+from bezoar.data.files.paths import read_regular_text
 from bezoar.data.label_sets import distinct_names
 from bezoar.encoders.classifier_networks import Architecture, Residual, Vgg
 from bezoar.encoders.weight_prefixes import strip_common
@@ -317,7 +317,7 @@ def _load_names(file: Path, text: str) -> object:
     if not os.path.isfile(file) or file.stat().st_size > NAMES_BYTES:
         raise UserError(f"no file of class names of at most 1 MiB at {text!r}")
     try:
-        content = read_regular(file, NAMES_BYTES).decode()
+        content = read_regular_text(file, NAMES_BYTES)
         if file.suffix == ".json":
             return json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -20,7 +20,13 @@ MAX_PARTS = 2048  # that are no pixels; cameras write a few dozen
 MAX_PART_BYTES = 16 << 20  # of all of them
 MAX_STRIPS = 1 << 16  # of a TIFF
 JPEG, PNG, GIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8"
-TIFFS = {b"II*\0": "<HI", b"MM\0*": ">HI", b"II+\0": "<QQ", b"MM\0+": ">QQ"}
+# By their first bytes: the order of bytes, and the types of the count of entries and of offsets.
+TIFFS = {
+    b"II*\0": ("<", "H", "I"),
+    b"MM\0*": (">", "H", "I"),
+    b"II+\0": ("<", "Q", "Q"),
+    b"MM\0+": (">", "Q", "Q"),
+}
 STRIP_OFFSETS, TILE_OFFSETS = 273, 324  # tags of TIFF
 
 

@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -252,8 +253,9 @@ class _CsvRows:
                 raise ValueError(f"line 1 is no header: {cells}")
             self.header = cells
             break
-        if repeated := [name for name in self.header if name and self.header.count(name) > 1]:
-            raise ValueError(f"two columns are called {repeated[0]!r}")
+        name, count = next(iter(Counter(filter(None, self.header)).most_common(1)), ("", 0))
+        if count > 1:
+            raise ValueError(f"two columns are called {name!r}")
         self.body = file.tell()
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Row | str]]:
@@ -288,6 +290,10 @@ class _CsvRows:
                 return
             if cells:
                 yield start, cells
+                continue
+            while (begin := self.file.readline(3)) in (b"\n", b"\r\n"):  # millions may follow
+                pass
+            self.file.seek(-len(begin), os.SEEK_CUR)
 
     def _line_of(self, offset: int) -> int:
         """The number of the line that begins at a byte."""
