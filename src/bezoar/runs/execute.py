@@ -19,12 +19,7 @@ from typing import Any
 import torch
 
 from bezoar import registry
-from bezoar.data.files.writing import (
-    TEMPORARY,
-    refuse_unwritable,
-    remove_debris,
-    write_json,
-)
+from bezoar.data.files.writing import TEMPORARY, refuse_unwritable, remove_debris, write_json
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.progress import Progress

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bezoar.data.files.arrow_stream import is_text
 from bezoar.data.files.parquet import read_batches, read_header
 from bezoar.data.files.paths import TEXT_BYTES, open_regular, printable
 from bezoar.errors import UserError
@@ -210,11 +211,6 @@ def _as_user_error(table: Path) -> Iterator[None]:
         raise UserError(f"{table} cannot be read as {table.suffix[1:]}: {reason}") from error
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    is_text: bool = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return is_text
-
-
 def _decode_lines(file: BinaryIO) -> Iterator[str]:
     """Decode line by line, so that `file.tell()` is where the next line begins.
 
@@ -369,7 +365,7 @@ def _text_bytes(column: pa.Array) -> np.ndarray:
     A text of a list counts for a few bytes more, because many empty ones take memory too.
     """
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if not _is_text(column.type.value_type if is_list else column.type):
+    if not is_text(column.type.value_type if is_list else column.type):
         return np.zeros(len(column), np.int64)
     texts = column.flatten() if is_list else column
     counted = pc.binary_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
