@@ -472,7 +472,7 @@ def test_a_verb_without_its_data_ends_with_the_status_of_bad_input(capsys):
         ("scan x --fail-on \x1b[31m\u202e", r"invalid choice '\x1b[31m\u202e'"),
         ("show", "RUN a run's directory"),
         ("runs x", "Unrecognized options: x"),
-        ("--nope", "see `bezoar --help`"),
+        ("--nope", "no command '--nope'"),
         ("scan x --" + "a" * 100_000, "--aaa"),
     ],
 )
