@@ -41,6 +41,16 @@ def test_empty_lines_cost_next_to_nothing(tmp_path, end):
     assert time.monotonic() - before < 3
 
 
+def test_200_000_rows_that_do_not_fit_are_named_in_one_pass(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,2\n" + "1,2,3\n" * 200_000 + '1,"2\n2",3\n1,2,3,4\n')
+    before = time.monotonic()
+    rows = [row for _, row in read_rows(path)]
+    assert time.monotonic() - before < 5
+    lines = [row.rpartition(" ")[2] for row in rows if isinstance(row, str)]
+    assert lines == [str(n) for n in (*range(3, 200_004), 200_005)]
+
+
 def test_a_header_of_many_columns_is_read_in_one_pass(tmp_path):
     path = tmp_path / "t.csv"
     names = [f"c{i}" for i in range(100_000)]

@@ -243,6 +243,7 @@ class _CsvRows:
         self.file = file
         self.delimiter = "\t" if tabs else ","
         self.header: list[str] = []
+        self.counted = (0, 1)  # a byte, and the number of the line that begins there
         file.seek(0)
         for _, cells in self._read_cells():
             if isinstance(cells, str):
@@ -292,14 +293,15 @@ class _CsvRows:
             self.file.seek(-len(begin), os.SEEK_CUR)
 
     def _line_of(self, offset: int) -> int:
-        """The number of the line that begins at a byte."""
+        """The number of the line that begins at a byte, at or behind the last that was asked for."""
         position = self.file.tell()
-        self.file.seek(0)
-        count = 1
-        while offset > 0 and (part := self.file.read(min(offset, TEXT_BYTES))):
+        start, count = self.counted
+        self.file.seek(start)
+        while start < offset and (part := self.file.read(min(offset - start, TEXT_BYTES))):
             count += part.count(b"\n")
-            offset -= len(part)
+            start += len(part)
         self.file.seek(position)
+        self.counted = offset, count
         return count
 
 
