@@ -396,7 +396,7 @@ def limit_weights(count: int) -> Iterator[None]:
         total += 0 if weight is None else weight.numel()
         if total > WEIGHTS_FREE + WEIGHTS_RATIO * count:
             raise _NetworkTooLarge(
-                f"its network has many more weights than the {count:,} that are in the file"
+                f"its network has many more weights than the {count:,} in the file"
             )
 
     hook = register_module_parameter_registration_hook(add_weight)
