@@ -395,7 +395,7 @@ def limit_weights(count: int) -> Iterator[None]:
         nonlocal total
         total += 0 if weight is None else weight.numel()
         if total > WEIGHTS_FREE + WEIGHTS_RATIO * count:
-            raise _NetworkTooLarge(f"its network has far more weights than the file: {count:,}")
+            raise _NetworkTooLarge(f"it has far more weights than the {count:,} of its file")
 
     hook = register_module_parameter_registration_hook(add_weight)
     try:
