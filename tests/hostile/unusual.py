@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,9 +36,43 @@ def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
     for name, column in repeated_values().items():
         words = ("scan", "table:path=@/t.parquet,size=16", *scan)
         yield Mutant(f"parquet: {name}", words, write_parquet(*column), (REFUSED, LEFT_OUT))
+    for name, make in endless_tars().items():
+        words = ("scan", "shards:path=@/s.tar,size=16", *scan[:-1], "clip_score")
+        yield Mutant(f"tar: {name}", words, make)
+        poison = ("--poison", "backdoor:count=2", "--trigger", "patch:size=4", "--target", "star")
+        yield Mutant(f"tar poisoned: {name}", ("poison", words[1], *poison), make)
     yield Mutant(
         "npz: a member twice", ("scan", "npz:path=@/d.npz", *scan), write_twice, (REFUSED,)
     )
+
+
+def endless_tars() -> dict[str, Callable[[Path], None]]:
+    """Tars whose headers or captions took a time that was the square of their length."""
+
+    def write(members: list[tuple[str, bytes]], **records: str) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            path, kind = folder / "s.tar", tarfile.PAX_FORMAT if records else tarfile.GNU_FORMAT
+            with tarfile.open(path, "w", format=kind, pax_headers=records) as tar:
+                for name, content in members:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+        return make
+
+    good = [(f"{i}.{e}", c) for i in range(4) for e, c in (("png", picture(i)), ("txt", b"a star"))]
+    marks = ("a star" + "\u0301\u0316" * 400_000).encode()
+    return {
+        "PAX records of all members": write(
+            [*good, *((f"{i}.foo", b"") for i in range(50_000))],
+            **{f"a{i}": "" for i in range(1500)},
+        ),
+        "names of 8,000 parts": write(
+            good + [("a." * 8000 + f"{i}.foo", b"") for i in range(3000)]
+        ),
+        "captions of marks": write([*good, ("5.png", picture(5)), ("5.txt", marks)]),
+        "captions of a word": write([*good, ("5.png", picture(5)), ("5.txt", b"xyzw" * 1_000_000)]),
+    }
 
 
 def beside_pictures(content: bytes, others: dict[str, str] | None = None) -> Callable[[Path], None]:
@@ -86,6 +121,9 @@ def tables() -> dict[str, str]:
         "caption-twice.csv": "filepath,title,title\n" + "".join(f"{n},{t},x\n" for n, t in rows),
         "later.jsonl": "".join(lines),
         "images.jsonl": "".join(json.dumps({"image": name}) + "\n" for name, _ in rows),
+        "cells.csv": "filepath,title\n"
+        + "a,b,c\n" * 200_000
+        + "".join(f"{n},{t}\n" for n, t in rows),
         "empty.csv": "filepath,title\n" + "\n" * 2_000_000 + "".join(f"{n},{t}\n" for n, t in rows),
     }
 
