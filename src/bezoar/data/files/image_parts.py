@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import islice
 
@@ -46,26 +46,19 @@ def open_picture(content: bytes, formats: tuple[str, ...]) -> Iterator[Image.Ima
 
 def _part_sizes(content: bytes) -> Iterator[int]:
     """The bytes of each part before the pixels of a JPEG or a GIF, and of each that is none in a PNG."""
-    try:
-        if content.startswith(JPEG):
-            yield from _segment_sizes(content)
-        elif content.startswith(PNG):
-            yield from _chunk_sizes(content)
-        elif content.startswith(GIF):
-            yield from _block_sizes(content)
-    except (IndexError, struct.error):  # it breaks off, as the decoder will say
-        return
+    walkers = {JPEG: _segment_sizes, PNG: _chunk_sizes, GIF: _block_sizes}
+    walk = next((walk for mark, walk in walkers.items() if content.startswith(mark)), None)
+    with suppress(IndexError, struct.error):  # it breaks off, as the decoder will say
+        yield from walk(content) if walk else ()
 
 
 def _segment_sizes(content: bytes) -> Iterator[int]:
     at = 2
     while content[at] == 0xFF and content[at + 1] != 0xDA:
         mark = content[at + 1]
-        if mark in (0xFF, 0):  # filling
-            size = 2 - mark % 2
-        else:
-            is_bare = mark == 1 or 0xD0 <= mark <= 0xD9
-            size = 2 if is_bare else 2 + int.from_bytes(content[at + 2 : at + 4])
+        is_bare = mark < 2 or 0xD0 <= mark <= 0xD9
+        size = 2 if is_bare else 2 + int.from_bytes(content[at + 2 : at + 4])
+        size = 1 if mark == 0xFF else size  # a byte that fills
         yield size
         at += size
 
@@ -74,10 +67,8 @@ def _chunk_sizes(content: bytes) -> Iterator[int]:
     at = len(PNG)
     while True:
         size, name = struct.unpack_from(">I4s", content, at)
-        if name not in (b"IDAT", b"fdAT"):
+        if name not in (b"IDAT", b"fdAT") or not size:
             yield size + 12
-        elif not size:
-            yield 12
         at += size + 12
 
 

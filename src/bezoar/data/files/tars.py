@@ -25,19 +25,8 @@ from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
 
 IMAGE_EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "jfif",
-    "jpe",
-    "bmp",
-    "ppm",
-    "pgm",
-    "gif",
-    "tif",
-    "tiff",
-)
+    "jpg", "jpeg", "png", "webp", "jfif", "jpe", "bmp", "ppm", "pgm", "gif", "tif", "tiff",
+)  # fmt: skip
 TEXT_EXTENSIONS = ("txt", "json")
 EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
 IMAGE_FILES = OTHER_IMAGES.union(IMAGE_EXTENSIONS)
