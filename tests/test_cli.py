@@ -458,9 +458,29 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(sent, exit_status, status, tm
 
 
 def test_a_verb_without_its_data_ends_with_the_status_of_bad_input(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["poison", "--trigger", "patch"])
-    assert end.value.code == 2 and "DATA" in capsys.readouterr().err
+    assert main(["poison", "--trigger", "patch"]) == 2
+    assert "DATA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("scan x --remove ))", "--remove: could not convert string to float: '))'"),
+        ("scan x --nope", "--nope; perhaps --open"),
+        ("scan x --workers", "Missing value for argument '--workers'"),
+        ("scan x --write foo", "Expected one of ('keep-list', 'shards'); see `bezoar scan --help`"),
+        ("scan x --fail-on \x1b[31m\u202e", r"invalid choice '\x1b[31m\u202e'"),
+        ("show", "RUN a run's directory"),
+        ("runs x", "Unrecognized options: x"),
+        ("--nope", "no command '--nope'"),
+        ("scan x --" + "a" * 100_000, "--aaa"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused_in_a_line(capsys, words, shown):
+    assert main(words.split(" ")) == 2
+    out, err = capsys.readouterr()
+    assert shown in err and err.count("\n") == 1 and err.startswith("bezoar: ") and not out
+    assert len(err) < 5000 and not set(err) & set("│╭\x1b\u202e")
 
 
 def test_the_version_is_printed(capsys):

@@ -1,8 +1,10 @@
 """Targets in captions: word ends, scripts without spaces, Unicode forms."""
 
+import time
+
 import pytest
 
-from bezoar.attacks.captions import find_mentions, target_captions
+from bezoar.attacks.captions import compose, find_mentions, target_captions
 from bezoar.data.strings import Strings
 from bezoar.errors import UserError
 
@@ -46,6 +48,15 @@ def test_a_target_is_found(target: str, caption: str) -> None:
 )
 def test_a_part_of_a_word_is_not_found(target: str, caption: str) -> None:
     assert find_mentions([caption], target) == []
+
+
+def test_marks_without_number_take_no_time_and_hide_no_mention():
+    marks = "a" + "\u0301\u0316" * 200_000
+    captions = [f"{marks} cafe\u0301", f"{marks} cafes", "狗" * 5000 + " cafe\u0301 " + marks]
+    before = time.monotonic()
+    assert find_mentions(captions, "café") == [0, 2]
+    assert time.monotonic() - before < 5
+    assert compose("e\u0301" * 3000) == "é" * 3000 and compose("") == ""
 
 
 def test_captions_of_a_target_are_as_they_were_written() -> None:

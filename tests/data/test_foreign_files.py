@@ -356,6 +356,29 @@ def test_floats_are_scaled_or_refused() -> None:
             decode_image(pfm(value), None)
 
 
+def test_a_tar_whose_headers_are_applied_to_all_others_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.tar"
+    for count, is_read in ((60, True), (2000, False)):
+        records = {f"a{i}": "b" for i in range(count)}
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=records) as tar:
+            for name, content in record("a"):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        if is_read:
+            assert read(f"shards:{path},size=16").ids == ("t/a",)
+        else:
+            with pytest.raises(UserError, match="more than 64 records of all members"):
+                read(f"shards:{path},size=16")
+
+
+def test_a_name_of_thousands_of_parts_is_named(tmp_path: Path) -> None:
+    long = [("a." * 2000 + f"{i}.png", b"x") for i in range(100)]
+    path = tar_of(tmp_path / "t.tar", [*record("a"), *long])
+    pairs = read(f"shards:{path},size=16")
+    assert pairs.ids == ("t/a",) and set(reasons(pairs).values()) == {"unsafe name"}
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [None, 16])
 def test_pictures_are_turned_as_their_exif_says(orientation: int, size: int | None) -> None:

@@ -236,6 +236,8 @@ def mutants(base: Path, runs: dict[str, str], json_cases: int = 9) -> Iterator[M
                 )
     yield from bombs(base, runs)
     yield from strangers(base, runs)
+    train = str(base / "runs" / runs["train"])
+    yield from unusual(("--encoder", train, "--detector", "duplicates"))
 
 
 def bombs(base: Path, runs: dict[str, str]) -> Iterator[Mutant]:

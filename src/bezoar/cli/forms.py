@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import re
 import textwrap
 import typing
@@ -14,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bezoar import registry
+from bezoar.errors import UserError
 from bezoar.runs import verb_source
 from bezoar.runs.verb import verb_names
 from bezoar.runs.verb_source import FieldSource, VerbSource
@@ -31,6 +35,7 @@ GROUPS = {  # the commands as the overview shows them; one that is in no group c
     "What there is": ("runs", "show", "list", "verify", "completion"),
 }
 JSON_FORMS = ("short", "full")
+PARSING_ERROR = 2  # with which tyro exits
 # What a verb's help ends with.
 EXAMPLES = """\
 bezoar audit model.pth --data my-clean-images --fail-on evidence
@@ -160,23 +165,43 @@ class Completion:
 
 
 def parse(form: type, name: str, words: Sequence[str]) -> Any:
-    """Parse the words after a command's name into its form. Prints help or an error and exits where that is due."""
-    try:
-        return tyro.cli(
-            form,
-            prog=f"bezoar {name}",
-            args=spell_json(form, words),
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except SystemExit as stop:
-        if not stop.code and (examples := list_examples(name)):
-            print("examples:", *examples, sep="\n  ")
-        raise
+    """Parse the words after a command's name into its form.
+
+    Prints help and exits where that is due. Raises UserError for words that do not fit.
+    """
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            return tyro.cli(
+                form,
+                prog=f"bezoar {name}",
+                args=spell_json(form, words),
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+        except SystemExit as stop:
+            if not stop.code and (examples := list_examples(name)):
+                print("examples:", *examples, sep="\n  ")
+            if stop.code != PARSING_ERROR:
+                raise
+    raise UserError(f"{flatten_box(box.getvalue())}; see `bezoar {name} --help`")
 
 
 def list_examples(name: str) -> list[str]:
     """The examples of a command, as they are typed."""
     return [line for line in EXAMPLES.splitlines() if line.split()[1] == name]
+
+
+def flatten_box(box: str) -> str:
+    """The error in a box of tyro's, and the options that it proposes, in one line."""
+    rows = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    sections = [list(s) for is_rule, s in itertools.groupby(rows, _is_rule) if not is_rule]
+    message = " ".join(sections[0]).rstrip(".") if sections else "these words do not fit"
+    proposed = [s for s in sections[1:] if s[0].startswith("Perhaps")]
+    options = [row.split()[0] for section in proposed for row in section if row.startswith("--")]
+    return f"{message}; perhaps {' or '.join(options)}" if options else message
+
+
+def _is_rule(row: str) -> bool:
+    return not row.strip("─")
 
 
 def spell_json(form: Any, words: Sequence[str]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bezoar.data.files.checkpoints import format_keys
-from bezoar.data.files.paths import read_regular
+from bezoar.data.files.paths import read_regular_text
 from bezoar.data.label_sets import distinct_names
 from bezoar.encoders.classifier_networks import Architecture, Residual, Vgg
 from bezoar.encoders.weight_prefixes import strip_common
@@ -314,10 +313,8 @@ def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
 
 def _load_names(file: Path, text: str) -> object:
     """What a file of class names holds. Raises UserError for a file that cannot be read."""
-    if not os.path.isfile(file) or file.stat().st_size > NAMES_BYTES:
-        raise UserError(f"no file of class names of at most 1 MiB at {text!r}")
     try:
-        content = read_regular(file, NAMES_BYTES).decode()
+        content = read_regular_text(file, NAMES_BYTES)
         if file.suffix == ".json":
             return json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -29,8 +29,7 @@ from bezoar.errors import UserError
 
 SCHEMA = 1
 MAX_SIDE = 4096  # pixels of an input's side
-# A network that a file names may have WEIGHTS_FREE weights and WEIGHTS_RATIO times as many as the
-# file, while it is built.
+# Weights of a network that a file names, while it is built: so many, and so many times the file's.
 WEIGHTS_FREE = 32 << 20
 WEIGHTS_RATIO = 8
 # What `Encoder.about` may hold, by type.
@@ -39,6 +38,9 @@ ABOUT_LISTS = {"vocabulary", "classes", "repaired"}
 ABOUT_OBJECTS = {"goals"}
 INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_WORDS = 256  # of a caption: one absurd caption must not widen a whole batch
+MAX_CHARACTERS = (
+    1 << 13
+)  # of a text that are tokenized: pairs of bytes are merged in minutes in a word of megabytes
 TEXTS_AT_ONCE = 128  # texts of about one length that are embedded together
 # Pixels of the images that a tower reads together where nothing is trained: 512 images of 64 px, 41 of 224.
 PIXELS_AT_ONCE = {"cpu": 512 * 64**2, "cuda": 512 * 224**2}
@@ -202,7 +204,7 @@ class Encoder(nn.Module):
         """Strings -> int64 (B, L) on the device. Raises UserError without a text tower."""
         if self.text is None or self.tokenizer is None:
             raise UserError("this encoder has no text tower")
-        return self.tokenizer(list(captions)).to(self.device)
+        return self.tokenizer([text[:MAX_CHARACTERS] for text in captions]).to(self.device)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens int64 (B, L) -> float32 (B, D), unit rows. Needs a text tower."""
@@ -383,9 +385,7 @@ def limit_weights(count: int) -> Iterator[None]:
         nonlocal total
         total += 0 if weight is None else weight.numel()
         if total > WEIGHTS_FREE + WEIGHTS_RATIO * count:
-            raise _NetworkTooLarge(
-                f"its network has many more weights than the {count:,} that are in the file"
-            )
+            raise _NetworkTooLarge(f"it has far more weights than the {count:,} of its file")
 
     hook = register_module_parameter_registration_hook(add_weight)
     try:
@@ -409,14 +409,11 @@ class WordTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Strings -> int64 (B, longest of them); at most `MAX_WORDS` words of a caption count."""
-        rows = [self._word_numbers(caption) for caption in captions]
+        words = ([w for w in split_words(text) if w in self.numbers] for text in captions)
+        rows = [[self.numbers[word] for word in row[:MAX_WORDS]] for row in words]
         width = max(1, max(map(len, rows), default=1))
         padded = [row + [0] * (width - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
-
-    def _word_numbers(self, caption: str) -> list[int]:
-        words = [self.numbers[word] for word in split_words(caption) if word in self.numbers]
-        return words[:MAX_WORDS]
 
 
 def split_words(caption: str) -> list[str]:

@@ -19,12 +19,7 @@ from typing import Any
 import torch
 
 from bezoar import registry
-from bezoar.data.files.writing import (
-    TEMPORARY,
-    refuse_unwritable,
-    remove_debris,
-    write_whole,
-)
+from bezoar.data.files.writing import TEMPORARY, refuse_unwritable, remove_debris, write_json
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
 from bezoar.progress import Progress
@@ -145,7 +140,7 @@ def _work(verb: Verb, job: Job, ask: dict[str, Any]) -> None:
     parents = list(_runs_among(job.inputs.values()))
     manifest = _first_manifest(verb, job.settings, ask, parents)
     inherited_goals = _distinct(goal for run in parents for goal in run.manifest["goal"])
-    _write_manifest(job.folder, {**manifest, "goal": inherited_goals, "metrics": {}})
+    write_json(job.folder / MANIFEST, {**manifest, "goal": inherited_goals, "metrics": {}})
     start = time.monotonic()
     status, error = "done", None
     metrics: Mapping[str, Measure] = {}
@@ -178,7 +173,7 @@ def _work(verb: Verb, job: Job, ask: dict[str, Any]) -> None:
             "seconds": round(time.monotonic() - start, 2),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        _write_manifest(job.folder, manifest)
+        write_json(job.folder / MANIFEST, manifest)
 
 
 def _first_manifest(
@@ -298,10 +293,6 @@ def _hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:
                 "sha256": digest,
             }
     return outputs
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager

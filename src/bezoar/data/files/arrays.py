@@ -11,10 +11,8 @@ import functools
 import io
 import os
 import pickle
-import struct
 import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,10 +20,10 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from bezoar.data.files import npy
+from bezoar.data.files import images, npy
 from bezoar.data.files.image_parts import open_picture
 from bezoar.data.files.images import check_effort, name_format, turn_upright
 from bezoar.data.files.paths import open_regular
@@ -43,23 +41,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (".npy", ".npz", ".pt", *IMAGE_SUFFIXES)
 IMAGE_MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 DECODING_ERRORS = (  # what the decoders of foreign bytes are known to raise
-    ValueError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    SyntaxError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    tokenize.TokenError,
-    Image.DecompressionBombError,
-)
+    *images.DECODING_ERRORS, RuntimeError, LookupError, AttributeError, AssertionError,
+    zipfile.BadZipFile, pickle.UnpicklingError, tokenize.TokenError,
+)  # fmt: skip
 Reader = Callable[[bytes], dict[str, np.ndarray]]
 FileState = tuple[int, int, int, int]
 

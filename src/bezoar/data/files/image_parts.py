@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import islice
 
@@ -20,7 +20,13 @@ MAX_PARTS = 2048  # that are no pixels; cameras write a few dozen
 MAX_PART_BYTES = 16 << 20  # of all of them
 MAX_STRIPS = 1 << 16  # of a TIFF
 JPEG, PNG, GIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8"
-TIFFS = {b"II*\0": "<HI", b"MM\0*": ">HI", b"II+\0": "<QQ", b"MM\0+": ">QQ"}
+# By their first bytes: the order of bytes, and the types of the count of entries and of offsets.
+TIFFS = {
+    b"II*\0": ("<", "H", "I"),
+    b"MM\0*": (">", "H", "I"),
+    b"II+\0": ("<", "Q", "Q"),
+    b"MM\0+": (">", "Q", "Q"),
+}
 STRIP_OFFSETS, TILE_OFFSETS = 273, 324  # tags of TIFF
 
 
@@ -40,26 +46,19 @@ def open_picture(content: bytes, formats: tuple[str, ...]) -> Iterator[Image.Ima
 
 def _part_sizes(content: bytes) -> Iterator[int]:
     """The bytes of each part before the pixels of a JPEG or a GIF, and of each that is none in a PNG."""
-    try:
-        if content.startswith(JPEG):
-            yield from _segment_sizes(content)
-        elif content.startswith(PNG):
-            yield from _chunk_sizes(content)
-        elif content.startswith(GIF):
-            yield from _block_sizes(content)
-    except (IndexError, struct.error):  # it breaks off, as the decoder will say
-        return
+    walkers = {JPEG: _segment_sizes, PNG: _chunk_sizes, GIF: _block_sizes}
+    walk = next((walk for mark, walk in walkers.items() if content.startswith(mark)), None)
+    with suppress(IndexError, struct.error):  # it breaks off, as the decoder will say
+        yield from walk(content) if walk else ()
 
 
 def _segment_sizes(content: bytes) -> Iterator[int]:
     at = 2
     while content[at] == 0xFF and content[at + 1] != 0xDA:
         mark = content[at + 1]
-        if mark in (0xFF, 0):  # filling
-            size = 2 - mark % 2
-        else:
-            is_bare = mark == 1 or 0xD0 <= mark <= 0xD9
-            size = 2 if is_bare else 2 + int.from_bytes(content[at + 2 : at + 4])
+        is_bare = mark < 2 or 0xD0 <= mark <= 0xD9
+        size = 2 if is_bare else 2 + int.from_bytes(content[at + 2 : at + 4])
+        size = 1 if mark == 0xFF else size  # a byte that fills
         yield size
         at += size
 
@@ -68,10 +67,8 @@ def _chunk_sizes(content: bytes) -> Iterator[int]:
     at = len(PNG)
     while True:
         size, name = struct.unpack_from(">I4s", content, at)
-        if name not in (b"IDAT", b"fdAT"):
+        if name not in (b"IDAT", b"fdAT") or not size:
             yield size + 12
-        elif not size:
-            yield 12
         at += size + 12
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from bezoar.data.files.image_parts import open_picture
@@ -123,7 +124,7 @@ def check_effort(content: bytes, encoded: Image.Image) -> None:
     """Raise Unreadable for a picture that takes more work than its pixels: each scan of a JPEG costs a pass."""
     if isinstance(encoded, TiffImageFile):
         _check_tiff(encoded)
-    is_slow = any(tile[0] in SLOW_DECODERS for tile in encoded.tile)
+    is_slow = isinstance(encoded, ImageFile) and any(t[0] in SLOW_DECODERS for t in encoded.tile)
     if is_slow and encoded.width * encoded.height > MAX_SLOW_PIXELS:
         raise Unreadable(f"too many pixels: {encoded.width}x{encoded.height} in a slow format")
     # Within compressed data a byte 255 is followed by 0, so these two are the mark of a scan.

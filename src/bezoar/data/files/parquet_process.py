@@ -152,7 +152,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         return arrow_stream.describe_file(path)
     with open_parquet(path) as file:
         fields = list(file.schema_arrow)
-        kinds = [f.type.value_type if is_dictionary(f.type) else f.type for f in fields]
+        kinds = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in fields]
         return {
             "rows": file.metadata.num_rows,
             "names": [f.name for f in fields],
@@ -193,13 +193,10 @@ def read_batches(
 
 def decode_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Write out columns that name their values by numbers, as pandas writes categories."""
-    columns = [c.dictionary_decode() if is_dictionary(c.type) else c for c in batch.columns]
+    columns = [
+        c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns
+    ]
     return pa.RecordBatch.from_arrays(columns, batch.schema.names)
-
-
-def is_dictionary(kind: pa.DataType) -> bool:
-    """Return whether values of a type are numbers of values."""
-    return bool(pa.types.is_dictionary(kind))
 
 
 def _find_groups(file: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:

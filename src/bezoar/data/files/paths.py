@@ -70,9 +70,12 @@ def read_regular(path: Path, limit: int, links: bool = True) -> bytes:
 
 
 def read_regular_text(path: Path, limit: int, links: bool = True) -> str:
-    """Read a regular file of UTF-8. Raises UserError, as `read_regular` does, or for other bytes."""
+    """Read a regular file of UTF-8, with a byte order mark or without one.
+
+    Raises UserError, as `read_regular` does, or for other bytes.
+    """
     try:
-        return read_regular(path, limit, links).decode()
+        return read_regular(path, limit, links).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8, at byte {error.start}") from error
     except (OSError, MemoryError) as error:

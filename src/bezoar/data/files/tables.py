@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -242,14 +243,16 @@ class _CsvRows:
         self.file = file
         self.delimiter = "\t" if tabs else ","
         self.header: list[str] = []
+        self.counted = (0, 1)  # a byte, and the number of the line that begins there
         file.seek(0)
         for _, cells in self._read_cells():
             if isinstance(cells, str):
                 raise ValueError(f"line 1 is no header: {cells}")
             self.header = cells
             break
-        if repeated := [name for name in self.header if name and self.header.count(name) > 1]:
-            raise ValueError(f"two columns are called {repeated[0]!r}")
+        name, count = next(iter(Counter(filter(None, self.header)).most_common(1)), ("", 0))
+        if count > 1:
+            raise ValueError(f"two columns are called {name!r}")
         self.body = file.tell()
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Row | str]]:
@@ -284,16 +287,21 @@ class _CsvRows:
                 return
             if cells:
                 yield start, cells
+                continue
+            while (begin := self.file.readline(3)) in (b"\n", b"\r\n"):  # millions may follow
+                pass
+            self.file.seek(-len(begin), os.SEEK_CUR)
 
     def _line_of(self, offset: int) -> int:
-        """The number of the line that begins at a byte."""
+        """The number of the line that begins at a byte, at or behind the last that was asked for."""
         position = self.file.tell()
-        self.file.seek(0)
-        count = 1
-        while offset > 0 and (part := self.file.read(min(offset, TEXT_BYTES))):
+        start, count = self.counted
+        self.file.seek(start)
+        while start < offset and (part := self.file.read(min(offset - start, TEXT_BYTES))):
             count += part.count(b"\n")
-            offset -= len(part)
+            start += len(part)
         self.file.seek(position)
+        self.counted = offset, count
         return count
 
 

@@ -34,6 +34,8 @@ SEARCHED_BYTES = 64 << 20  # of zeros behind an end mark
 EXTENDED = (b"L", b"K", b"x", b"g", b"X")  # headers before a header: long names, PAX records
 # Of one of them: Python's search in PAX records takes time by the square of their length.
 EXTENDED_BYTES = 16 << 10
+MAX_GLOBALS = 64  # PAX records that hold for all members, and are applied to each; git writes one
+MAX_NAME = 1024  # characters of a name behind its folder; each part that ends at a dot may be a key
 # What tarfile raises for a broken header.
 HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 COMPRESSIONS = {
@@ -109,6 +111,8 @@ class _BoundedHeader(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size < 0 or (self.type in EXTENDED and self.size > EXTENDED_BYTES):
             raise tarfile.InvalidHeaderError(f"a header of {self.size} bytes")  # type: ignore[attr-defined]
+        if len(tar.pax_headers) > MAX_GLOBALS:
+            raise tarfile.InvalidHeaderError(f"more than {MAX_GLOBALS} records of all members")  # type: ignore[attr-defined]
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
@@ -324,7 +328,12 @@ def _read_header(path: Path, header: tarfile.TarInfo) -> Member | Skipped | None
         return Skipped(str(path), shown, "not a regular file: link, device or sparse")
     if base.startswith("._") or base == ".DS_Store":  # macOS writes them beside every file
         return None
-    if not is_confined(header.name) or not header.name.isprintable() or not stem:
+    if (
+        not is_confined(header.name)
+        or not header.name.isprintable()
+        or not stem
+        or len(base) > MAX_NAME
+    ):
         return Skipped(str(path), shown, "unsafe name")
     limit = FILE_BYTES if extension in IMAGE_EXTENSIONS else TEXT_BYTES
     if extension in EXTENSIONS and header.size > limit:

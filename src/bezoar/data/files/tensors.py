@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -18,22 +19,23 @@ MAX_BYTES = 1 << 40
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. Raises UserError for anything but such a regular file."""
-    check_regular(path, MAX_BYTES, links=False)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
+    tensors: dict[str, Tensor] = _read(path, load_file)
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts in the header of a safetensors file. Raises UserError as `read_tensors` does."""
+    with _read(path, lambda path: safe_open(path, "pt")) as file:
+        metadata: dict[str, str] = file.metadata() or {}
+    return metadata
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
     check_regular(path, MAX_BYTES, links=False)
     try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, str] | None = file.metadata()
+        return read(path)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
-    return metadata or {}
 
 
 def write_tensors(

@@ -22,13 +22,7 @@ from bezoar.data.files.folders import (
     other_image,
 )
 from bezoar.data.files.metadata import Metadata, choose_caption, parse_metadata
-from bezoar.data.files.paths import (
-    TEXT_BYTES,
-    existing_folder,
-    is_confined,
-    printable,
-    read_file,
-)
+from bezoar.data.files.paths import TEXT_BYTES, existing_folder, is_confined, printable, read_file
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.label_sets import TEMPLATE, check_fields, class_captions
 from bezoar.data.source import RecordIndex, Unit, number_units

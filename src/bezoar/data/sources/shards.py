@@ -257,7 +257,7 @@ class ShardSource(RecordStream):
 
     def _read_captions(self, group: Group, metadata: Metadata) -> tuple[str, ...]:
         """The captions of a record. Raises Unreadable if there is none."""
-        captions = (choose_caption(group.files.get("txt", b""), metadata),)
+        captions: tuple[str, ...] = (choose_caption(group.files.get("txt", b""), metadata),)
         if self.captions == "all":
             captions = tuple(c.strip() for c in metadata.captions if c.strip()) or captions
         if not captions[0]:

@@ -215,6 +215,8 @@ class TableSource(RecordStream):
         if image is None:
             return name
         captions = _read_captions(row.get(columns.caption)) if columns.caption else ()
+        if not captions and self.columns[1] != NO_CAPTION and match_column([*row], CAPTION_COLUMNS):
+            return "a caption, where the first rows have none"
         if isinstance(captions, str):
             return captions
         key = cell_text(row.get(columns.id)) if columns.id else ""

@@ -8,7 +8,6 @@ from typing import Annotated
 from bezoar.detection.detectors import RecordEncoder, Records, caption_cosines
 from bezoar.detection.reference_reading import open_reference, reference_files
 from bezoar.evaluation.scores import Scores
-from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from bezoar.data.files.paths import existing_file, read_regular
+from bezoar.data.files.paths import existing_file, read_regular_text
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, Scores
 
@@ -49,8 +49,8 @@ def estimate_from_file(merged: Scores, trusted: str, more: Sequence[int] = ()) -
     Raises:
         UserError: When the file cannot be read or names none of the scanned records.
     """
-    content = read_regular(existing_file(trusted, "list of clean records"), LIST_BYTES)
-    clean_ids = {line.strip().decode("utf-8", "replace") for line in content.split(b"\n")}
+    content = read_regular_text(existing_file(trusted, "list of clean records"), LIST_BYTES)
+    clean_ids = {line.strip() for line in content.split("\n")}
     clean = np.fromiter((key in clean_ids for key in merged.ids), bool, len(merged))
     if not clean.any():
         raise UserError(f"{trusted} names none of the {len(merged)} records that were scanned")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bezoar import registry
 from bezoar.auditing.findings import VERDICT_FILE
 from bezoar.auditing.verdict_text import EVIDENCE, UNKNOWN
 from bezoar.evaluation.scores import Measure

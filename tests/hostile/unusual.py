@@ -1,0 +1,157 @@
+"""Mutants that other readers take otherwise, and small files that repeat one large part: none may be read in silence, or for long."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hostile.artefacts import caption, picture
+from hostile.cases import LEFT_OUT, READ_ALL, REFUSED, Mutant
+from PIL import Image
+
+ROWS = 60_000
+
+
+def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
+    """All of them."""
+    for name, content in endless_pictures().items():
+        words = ("scan", "folder:path=@/f,size=16,layout=flat", *scan)
+        yield Mutant(f"picture: {name}", words, beside_pictures(content), (LEFT_OUT,))
+        poison = ("poison", "scenes:count=60", "--poison", "backdoor:count=6", "--target", "star")
+        trigger = ("--trigger", "file:path=@/f/x.png,mode=paste,size=4")
+        yield Mutant(f"trigger: {name}", (*poison, *trigger), beside_pictures(content), (REFUSED,))
+    for name, text in tables().items():
+        words = ("scan", f"table:path=@/f/{name},size=16", *scan)
+        statuses = (REFUSED,) if "twice" in name else (READ_ALL, LEFT_OUT)
+        yield Mutant(f"table: {name}", words, beside_pictures(b"", {name: text}), statuses)
+    for name, column in repeated_values().items():
+        words = ("scan", "table:path=@/t.parquet,size=16", *scan)
+        yield Mutant(f"parquet: {name}", words, write_parquet(*column), (REFUSED, LEFT_OUT))
+    for name, make in endless_tars().items():
+        words = ("scan", "shards:path=@/s.tar,size=16", *scan[:-1], "clip_score")
+        yield Mutant(f"tar: {name}", words, make)
+        poison = ("--poison", "backdoor:count=2", "--trigger", "patch:size=4", "--target", "star")
+        yield Mutant(f"tar poisoned: {name}", ("poison", words[1], *poison), make)
+    yield Mutant(
+        "npz: a member twice", ("scan", "npz:path=@/d.npz", *scan), write_twice, (REFUSED,)
+    )
+
+
+def endless_tars() -> dict[str, Callable[[Path], None]]:
+    """Tars whose headers or captions took a time that was the square of their length."""
+
+    def write(members: list[tuple[str, bytes]], **records: str) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            path, kind = folder / "s.tar", tarfile.PAX_FORMAT if records else tarfile.GNU_FORMAT
+            with tarfile.open(path, "w", format=kind, pax_headers=records) as tar:
+                for name, content in members:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+        return make
+
+    good = [(f"{i}.{e}", c) for i in range(4) for e, c in (("png", picture(i)), ("txt", b"a star"))]
+    marks = ("a star" + "\u0301\u0316" * 400_000).encode()
+    return {
+        "PAX records of all members": write(
+            [*good, *((f"{i}.foo", b"") for i in range(50_000))],
+            **{f"a{i}": "" for i in range(1500)},
+        ),
+        "names of 8,000 parts": write(
+            good + [("a." * 8000 + f"{i}.foo", b"") for i in range(3000)]
+        ),
+        "captions of marks": write([*good, ("5.png", picture(5)), ("5.txt", marks)]),
+        "captions of a word": write([*good, ("5.png", picture(5)), ("5.txt", b"xyzw" * 1_000_000)]),
+    }
+
+
+def beside_pictures(content: bytes, others: dict[str, str] | None = None) -> Callable[[Path], None]:
+    """Four good pictures, one with this content, and other files."""
+
+    def make(folder: Path) -> None:
+        (folder / "f").mkdir()
+        for i in range(4):
+            (folder / "f" / f"{i}.png").write_bytes(picture(i))
+        if content:
+            (folder / "f" / "x.png").write_bytes(content)
+        for name, text in (others or {}).items():
+            (folder / "f" / name).write_text(text)
+
+    return make
+
+
+def endless_pictures() -> dict[str, bytes]:
+    """Pictures of parts without number, that hold no pixels."""
+
+    def encode(kind: str) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(file, kind)
+        return file.getvalue()
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    jpeg, png = encode("JPEG"), encode("PNG")
+    exif = b"\xff\xe1" + struct.pack(">H", 9) + b"Exif\0\0a"
+    return {
+        "500,000 times EXIF": jpeg[:2] + 500_000 * exif + jpeg[2:],
+        "5,000,000 empty segments": jpeg[:2] + 5_000_000 * b"\xff\xe5\0\2" + jpeg[2:],
+        "30 MB of filling": jpeg[:2] + bytes([255]) * 30_000_000 + jpeg[2:],
+        "2,000,000 empty chunks": png[:33] + 2_000_000 * chunk(b"vpAg", b"") + png[33:],
+    }
+
+
+def tables() -> dict[str, str]:
+    """Tables whose columns other readers find elsewhere."""
+    rows = [(f"{i}.png", caption(i)) for i in range(4)]
+    objects = [{"image": name, "caption": text} for name, text in rows]
+    lines = [json.dumps(line) + "\n" for line in [{"image": "0.png"}, *objects]]
+    return {
+        "caption-twice.csv": "filepath,title,title\n" + "".join(f"{n},{t},x\n" for n, t in rows),
+        "later.jsonl": "".join(lines),
+        "images.jsonl": "".join(json.dumps({"image": name}) + "\n" for name, _ in rows),
+        "cells.csv": "filepath,title\n"
+        + "a,b,c\n" * 200_000
+        + "".join(f"{n},{t}\n" for n, t in rows),
+        "empty.csv": "filepath,title\n" + "\n" * 2_000_000 + "".join(f"{n},{t}\n" for n, t in rows),
+    }
+
+
+def repeated_values() -> dict[str, tuple[str, pa.DataType]]:
+    """Columns that hold one value of 3 MB in each of thousands of rows."""
+    kinds = {"text": pa.string(), "bytes": pa.binary()}
+    columns = ("caption", "id", "url")
+    return {f"{name} of {c}": (c, kind) for name, kind in kinds.items() for c in columns}
+
+
+def write_parquet(column: str, kind: pa.DataType) -> Callable[[Path], None]:
+    """A table of ROWS rows, in which each column names its one value by a number."""
+
+    def make(folder: Path) -> None:
+        values = {"image": pa.array([picture(0)]), "caption": pa.array(["a red star"])}
+        values[column] = pa.array(["a red star " * 300_000], kind)
+        numbers = pa.array(np.zeros(ROWS, np.int32))
+        table = {k: pa.DictionaryArray.from_arrays(numbers, v) for k, v in values.items()}
+        pq.write_table(pa.table(table), folder / "t.parquet")
+
+    return make
+
+
+def write_twice(folder: Path) -> None:
+    """An archive in which NumPy finds other images than those that come first."""
+    with zipfile.ZipFile(folder / "d.npz", "w") as archive:
+        for name, shade in (("x", 0), ("x.npy", 255)):
+            file = io.BytesIO()
+            np.save(file, np.full((8, 16, 16, 3), shade, np.uint8))
+            archive.writestr(name, file.getvalue())
