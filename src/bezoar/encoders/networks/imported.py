@@ -68,7 +68,7 @@ class Imported(Network):
         tensors = weights.tensors
         layout = checkpoint_layouts.recognise_layout(tensors, self.path)
         heads = layout.heads
-        if layout.name == "torchvision":
+        if layout.name == "torchvision" and not checkpoint_layouts.is_clip_tower(tensors):
             parts = sorted({key.partition(".")[0] for key in tensors} - {"fc"})
             heads += tuple(filter(weight_prefixes.TRAINING_PARTS.match, parts))
         body = {key: v for key, v in tensors.items() if not key.startswith(heads)}
