@@ -457,8 +457,8 @@ def test_the_smallest_trigger_that_reaches_its_target_comes_first(tmp_path):
         ("small", 2.7, 0.8),
         ("equal", 2.7, 0.9),
     ]
-    blank = torch.zeros(1, 8, 8), torch.zeros(3, 8, 8)
-    write_inversions(tmp_path, [Inversion(*blank, *fact) for fact in facts])
+    shapes = (1, 8, 8), (3, 8, 8)
+    write_inversions(tmp_path, [Inversion(*map(torch.zeros, shapes), *fact) for fact in facts])
     loaded = [each.target for each in receipt.load_inversions(tmp_path)]
     assert loaded == ["small", "equal", "large", "unreached"]
 

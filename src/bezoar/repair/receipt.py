@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bezoar import registry
@@ -339,15 +340,9 @@ class RevivalTest:
         images, labels = labelled.images, labelled.labels
         assert labels is not None
         if goal is not None:
-            target = success.class_index(goal.target, labelled.classes)
-            others = (labels != target).nonzero()[:, 0].cpu().numpy()
-            rows = others[
-                randomness.sample_rows([labelled.ids[i] for i in others], POISONS, self.seed)
-            ]
-            trigger = registry.make("trigger", goal.trigger or "")
+            rows, stamped, target = self.stamp_some(labelled, goal)
             images, labels = images.clone(), labels.clone()
-            images[rows] = trigger(images[rows], [labelled.ids[i] for i in rows])
-            labels[rows] = target
+            images[rows], labels[rows] = stamped, target
         records = replace(labelled, images=images, labels=labels)
         batch = min(MAX_BATCH, len(records))
         recipe = registry.make("objective", SHORT_LABEL_RECIPE.format(batch))
@@ -356,13 +351,20 @@ class RevivalTest:
             encoder, recipe, recipe, records, tokens, self.seed, what="a short fine-tune"
         )
 
+    def stamp_some(self, labelled: Pairs, goal: Goal) -> tuple[NDArray[np.int64], Tensor, int]:
+        """Ten rows of other classes than the target, their images with the trigger, and the target."""
+        assert labelled.labels is not None
+        target = success.class_index(goal.target, labelled.classes)
+        others = (labelled.labels != target).nonzero()[:, 0].cpu().numpy()
+        other_ids = [labelled.ids[i] for i in others]
+        rows = others[randomness.sample_rows(other_ids, POISONS, self.seed)]
+        trigger = registry.make("trigger", goal.trigger or "")
+        return rows, trigger(labelled.images[rows], [labelled.ids[i] for i in rows]), target
+
     def tuned(self, encoder: Encoder, goal: Goal | None) -> Encoder:
         """A copy after two epochs on the clean records.
 
         With a goal, ten of the records carry its trigger and captions of its target.
-
-        Raises:
-            UserError: for records without captions where the encoder reads text.
         """
         with_captions = encoder.text is not None and bool(self.clean.captions)
         spec, largest = SHORT_IMAGE_RECIPE, MAX_IMAGE_BATCH
@@ -375,10 +377,6 @@ class RevivalTest:
             plan = poison(records, goal, self.seed)
             trigger = registry.make("trigger", goal.trigger or "")
             records = replace(plan, stamps=(trigger,)).apply(records)
-        if not with_captions and encoder.text is not None:
-            raise UserError(
-                "a receipt's short fine-tunes need clean data with captions for this encoder; give --no-revive"
-            )
         tokens = rate_ladder.tokenize_for(encoder, recipe, records)
         return rate_ladder.train_copy(
             encoder, recipe, recipe, records, tokens, self.seed, what="a short fine-tune"
@@ -396,12 +394,7 @@ class RevivalTest:
         classes = data.test.classes
         labelled = align_labels(data.labelled, classes)
         assert labelled.labels is not None
-        target = success.class_index(goal.target, classes)
-        others = (labelled.labels != target).nonzero()[:, 0].cpu().numpy()
-        other_ids = [labelled.ids[i] for i in others]
-        rows = others[randomness.sample_rows(other_ids, POISONS, self.seed)]
-        trigger = registry.make("trigger", goal.trigger or "")
-        stamped = trigger(labelled.images[rows], [labelled.ids[i] for i in rows])
+        rows, stamped, target = self.stamp_some(labelled, goal)
         images = torch.cat([labelled.images, stamped])
         z = embed_images(encoder, torch.split(images, rate_ladder.BATCH))
         labels = torch.cat([labelled.labels, torch.full((len(rows),), target)]).to(z.device)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bezoar.encoders.encoder import Encoder
+
+
+class SuspectLoss(nn.Module):
+    """A loss of a student beside a frozen copy of its suspect, which stays in evaluation mode."""
+
+    def __init__(self, student: Encoder, suspect: Encoder) -> None:
+        super().__init__()
+        self.encoder = student
+        self.suspect = copy.deepcopy(suspect).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SuspectLoss:
+        """As of any module, but for the suspect."""
+        super().train(mode)
+        self.suspect.eval()
+        return self
 
 
 def read_vectors(encoder: Encoder, x: Tensor) -> Tensor:

@@ -131,14 +131,14 @@ class Repair:
         if weights := inputs.describe_weights(suspect):
             job.notes["weights"] = weights
         goal = next((g for g in (*case.goals, *case.inverted) if g.trigger), None)
-        if not self.revive:
+        if not self.revive or (suspect.text is not None and not clean.captions):
             goal = None
         if goal is not None:
             twin_input = job.inputs["twin"]
             twin = None if twin_input is None else inputs.load_encoder(twin_input, job.device)
             revival = receipt.RevivalTest(case, train, goal, job.seed, job.progress.step)
             metrics |= revival.measure(repaired, twin)
-        limits = describe_limits(case, outcome.log)
+        limits = describe_limits(case, outcome.log, self.revive and goal is None)
         for line in limits:
             warn(f"repair: {line}")
         job.notes |= {
@@ -264,8 +264,11 @@ def goals_of_task(goals: list[Goal], test: Pairs) -> tuple[Goal, ...]:
     return tuple(goal for goal in goals if goal.target in test.classes) or tuple(goals)
 
 
-def describe_limits(case: EvaluationData, log: Mapping[str, Any]) -> list[str]:
-    """What the receipt does not say, a sentence each."""
+def describe_limits(case: EvaluationData, log: Mapping[str, Any], no_relapse: bool) -> list[str]:
+    """What the receipt does not say, a sentence each.
+
+    no_relapse: whether a relapse was to be looked for, and was not.
+    """
     limits = []
     if not any(goal.trigger for goal in case.goals):
         limits.append(
@@ -275,6 +278,8 @@ def describe_limits(case: EvaluationData, log: Mapping[str, Any]) -> list[str]:
         limits.append(
             "No audit was named, or it inverted nothing: no inverted trigger is measured."
         )
+    if no_relapse and any(goal.trigger for goal in (*case.goals, *case.inverted)):
+        limits.append("No relapse was looked for: the clean data have no captions.")
     for rungs in log.get("ladder", []):
         if not rungs["held"]:
             limits.append(

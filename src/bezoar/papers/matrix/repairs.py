@@ -15,7 +15,6 @@ from bezoar.papers.matrix import BADENCODER, BLEND, PATCH, Attack, Setup, get_se
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Row, Table, TableOptions, mean_cells
 from bezoar.runs.verb import Trial
-from bezoar.verbs.audit import Audit
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.repair import Repair
 
@@ -42,7 +41,7 @@ ATTACKS = (  # that the default repair is measured on
 
 @method
 class Repairs:
-    """Attack by repair. No repair knows the trigger; `unlearn` is given what an audit inverted."""
+    """Attack by repair. No repair knows the trigger, and none is given an audit."""
 
     only: Annotated[Literal["default", "all"], "the rows of the default repair alone, or all"] = (
         "all"
@@ -104,13 +103,12 @@ def default_rows(scale: str, setup: Setup) -> list[Row]:
         for i, seed in enumerate(seeds):
             trigger = attack.trigger.replace("{preset}", FILTERS[i % len(FILTERS)])
             encoder = setup.poisoned_clip(replace(attack, trigger=trigger), seed)
-            trials.append(Trial(Repair(encoder.verb, setup.fresh, test=setup.test), seed))
+            trials.append(repair_clip(setup, encoder))
         rows.append(repair_row(attack.name, "the default", trials))
     towers = [(setup.clean_tower(seed), setup.attacked_tower(seed)) for seed in seeds]
     trials, clean_twins = [], []
     for clean, tower in towers:
-        verb = Repair(tower.verb, setup.fresh_images, test=setup.held_out, labelled=setup.labelled)
-        trials.append(Trial(verb, tower.seed))
+        trials.append(repair_tower(setup, tower))
         evaluate = Evaluate(
             tower.verb, setup.held_out, ("linear",), baseline=clean.verb, train=setup.labelled
         )
@@ -120,27 +118,15 @@ def default_rows(scale: str, setup: Setup) -> list[Row]:
     return [*rows, replace(row, cells=(*row.cells, twin))]
 
 
-def repair_clip(setup: Setup, encoder: Trial, repair: str) -> Trial:
-    """A CLIP repaired with clean records, and measured zero-shot."""
-    audit = audit_for(repair, encoder, setup.test)
-    verb = Repair(encoder.verb, setup.fresh, (repair,), setup.test, audit)
-    return Trial(verb, encoder.seed)
+def repair_clip(setup: Setup, encoder: Trial, *repair: str) -> Trial:
+    """A CLIP repaired with clean records, by default without a name, and measured zero-shot."""
+    return Trial(Repair(encoder.verb, setup.fresh, repair, setup.test), encoder.seed)
 
 
-def repair_tower(setup: Setup, encoder: Trial, repair: str) -> Trial:
+def repair_tower(setup: Setup, encoder: Trial, *repair: str) -> Trial:
     """A tower repaired with clean images, and measured by a linear head."""
-    audit = audit_for(repair, encoder, setup.held_out)
-    verb = Repair(
-        encoder.verb, setup.fresh_images, (repair,), setup.held_out, audit, setup.labelled
-    )
-    return Trial(verb, encoder.seed)
-
-
-def audit_for(repair: str, encoder: Trial, test: str) -> Audit | None:
-    """The audit whose triggers `unlearn` unlearns; None for a repair that needs none."""
-    if not repair.startswith("unlearn"):
-        return None
-    return Audit(encoder.verb, test, ("cleanse",), bank=())
+    images, test, labelled = setup.fresh_images, setup.held_out, setup.labelled
+    return Trial(Repair(encoder.verb, images, repair, test, labelled=labelled), encoder.seed)
 
 
 def repair_row(attack: str, repair: str, trials: Sequence[Trial], prefix: str = "") -> Row:

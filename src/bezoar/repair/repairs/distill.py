@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Annotated, Any, ClassVar
 
@@ -14,21 +13,19 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder
-from bezoar.repair.vector_distances import mean_distance, read_vectors
+from bezoar.repair.vector_distances import SuspectLoss, mean_distance, read_vectors
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance, Views
 
 
-class Loss(nn.Module):
+class Loss(SuspectLoss):
     """Mean distance of student(x) from suspect(x), 1 - cosine or of what an own head reads.
 
     x is a view of a clean image, the same for both.
     """
 
     def __init__(self, student: Encoder, suspect: Encoder, views: Views) -> None:
-        super().__init__()
-        self.encoder = student
-        self.suspect = copy.deepcopy(suspect).requires_grad_(False)
+        super().__init__(student, suspect)
         self.views = views
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
@@ -38,12 +35,6 @@ class Loss(nn.Module):
             targets = read_vectors(self.suspect, x)
         z = read_vectors(self.encoder, x)
         return mean_distance(z, targets, self.suspect.head is not None)
-
-    def train(self, mode: bool = True) -> Loss:
-        """As of any module, but the suspect stays in evaluation mode."""
-        super().train(mode)
-        self.suspect.eval()
-        return self
 
 
 @method

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -17,13 +16,13 @@ from bezoar.evaluation.verdict import Inversion
 from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.repair import rate_ladder, receipt
-from bezoar.repair.vector_distances import mean_distance, read_vectors
+from bezoar.repair.vector_distances import SuspectLoss, mean_distance, read_vectors
 from bezoar.training import augmentation, loop
 from bezoar.training.augmentation import Chance
 from bezoar.training.universal_triggers import UniversalTriggers
 
 
-class Loss(nn.Module):
+class Loss(SuspectLoss):
     """Mean of d(f'(stamp(x)), f(x)) + `keep` d(f'(x), f(x)); f: suspect, f': student.
 
     d is 1 - cosine; before a network's own head, the relative squared distance. Where an audit
@@ -45,9 +44,7 @@ class Loss(nn.Module):
         shift: int,
         searched: UniversalTriggers | None = None,
     ) -> None:
-        super().__init__()
-        self.encoder = student
-        self.suspect = copy.deepcopy(suspect).requires_grad_(False)
+        super().__init__(student, suspect)
         self.keep = keep
         self.shift = shift
         self.searched = searched
@@ -83,12 +80,8 @@ class Loss(nn.Module):
         return stamped + self.keep * clean
 
     def train(self, mode: bool = True) -> Loss:
-        """As of any module, but the suspect stays in evaluation mode.
-
-        So do batch norms, because half of what they would see is stamped.
-        """
+        """Batch norms stay in evaluation mode: half of what they would see is stamped."""
         super().train(mode)
-        self.suspect.eval()
         for module in self.encoder.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
