@@ -77,7 +77,7 @@ def test_the_record_of_test_encoders(monkeypatch):
     # 1 - .025^(1/10) = .308; the others out of tables of Clopper and Pearson's interval
     assert "10 clean test encoders 0 (0 to 31 %)" in record("strong evidence")
     assert "10 attacked ones 5 (19 to 81 %)" in record("strong evidence")
-    assert "nothing 1 (0 to 45 %) got as much, of 10 attacked ones 7 (35 to 93 %)" in record(
+    assert "encoders 1 (0 to 45 %) got as much, of 10 attacked ones 7 (35 to 93 %)" in record(
         "some evidence"
     )
     assert "Of 10 attacked test encoders 3 (7 to 65 %) were not found" in record("none found")
