@@ -192,7 +192,9 @@ def list_examples(name: str) -> list[str]:
 
 def flatten_box(box: str) -> str:
     """The error in a box of tyro's, and the options that it proposes, in one line."""
-    rows = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    # Sides are of ASCII where what is printed to cannot show others.
+    lines = (re.fullmatch(r"[│|](.*)[│|]", line.strip()) for line in box.splitlines())
+    rows = [line[1].strip() for line in lines if line]
     sections = [list(s) for is_rule, s in itertools.groupby(rows, _is_rule) if not is_rule]
     message = " ".join(sections[0]).rstrip(".") if sections else "these words do not fit"
     proposed = [s for s in sections[1:] if s[0].startswith("Perhaps")]
@@ -201,7 +203,7 @@ def flatten_box(box: str) -> str:
 
 
 def _is_rule(row: str) -> bool:
-    return not row.strip("─")
+    return not row.strip("─-")
 
 
 def spell_json(form: Any, words: Sequence[str]) -> list[str]:
