@@ -36,6 +36,7 @@ GROUPS = {  # the commands as the overview shows them; one that is in no group c
 }
 JSON_FORMS = ("short", "full")
 PARSING_ERROR = 2  # with which tyro exits
+BESIDE_ERRORS = ("Perhaps you meant", "Argument helptext", "For full helptext")  # in its boxes
 # What a verb's help ends with.
 EXAMPLES = """\
 bezoar audit model.pth --data my-clean-images --fail-on evidence
@@ -192,16 +193,18 @@ def list_examples(name: str) -> list[str]:
 
 def flatten_box(box: str) -> str:
     """The error in a box of tyro's, and the options that it proposes, in one line."""
-    rows = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    sections = [list(s) for is_rule, s in itertools.groupby(rows, _is_rule) if not is_rule]
-    message = " ".join(sections[0]).rstrip(".") if sections else "these words do not fit"
-    proposed = [s for s in sections[1:] if s[0].startswith("Perhaps")]
-    options = [row.split()[0] for section in proposed for row in section if row.startswith("--")]
+    rows = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
+    sections = [list(part) for is_rule, part in itertools.groupby(rows, _is_rule) if not is_rule]
+    # Where only ASCII can be shown, the box has no sides, and its title is a section of its own.
+    errors = [part for part in sections if not part[0].startswith(BESIDE_ERRORS)]
+    message = " ".join(errors[-1]).rstrip(".") if errors else "these words do not fit"
+    proposed = [part for part in sections if part[0].startswith("Perhaps")]
+    options = [row.split()[0] for part in proposed for row in part if row.startswith("--")]
     return f"{message}; perhaps {' or '.join(options)}" if options else message
 
 
 def _is_rule(row: str) -> bool:
-    return not row.strip("─")
+    return not row.strip("-") or row[0] == "─"
 
 
 def spell_json(form: Any, words: Sequence[str]) -> list[str]:

@@ -143,7 +143,11 @@ def is_label(value: Any) -> bool:
 
 def is_unicode(text: str) -> bool:
     """Tell whether text is Unicode without NUL, which UTF-16 that is read as UTF-8 is full of."""
-    return not any("\ud800" <= c <= "\udfff" or c == "\0" for c in text)
+    try:
+        text.encode()  # a loop over megabytes would take seconds
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def choose_caption(text: bytes, metadata: Metadata) -> str:
