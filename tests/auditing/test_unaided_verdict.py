@@ -1,7 +1,6 @@
 """Verdicts without a bank: the statistic, the three words, what they are called among banks, what an audit announces."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, code_
 from bezoar.auditing.findings import AuditFindings
 from bezoar.auditing.unaided_verdict import SOME, STRONG, SURE_P, judge_outlier, outlier_statistic
 from bezoar.evaluation.verdict import Verdict
-from bezoar.reports.sections import audit as audit_page
 
 
 def evidence(ratio: float, p: float) -> dict[str, dict[str, float]]:
@@ -144,21 +142,6 @@ def test_cleanse_says_what_its_verdict_is_made_of():
             ratio = math.log(sorted(norms)[len(norms) // 2] / norms[0])
             assert verdict.evidence["log_ratio"].value == pytest.approx(ratio, abs=0.3)
     assert statistics[1] > statistics[0]
-
-
-def test_a_page_names_a_file_of_weights_by_what_was_said_of_it():
-    facts = {
-        "sample": {"images": 64},
-        "family": {"network": "resnet:depth=18", "size": 32},
-        "few": "",
-    }
-    names = {
-        "weights:path=a.pth,mean_std=auto,size=0,model=,classes=": "weights:path=a.pth",
-        "train-660f": "train-660f",
-    }
-    for encoder, name in names.items():
-        text = audit_page.lead(SimpleNamespace(verdict={**facts, "encoder": encoder}))
-        assert text.startswith(f"{name} (resnet, 32 px) was examined with 64 clean records")
 
 
 def test_an_audit_says_what_its_verdict_can_be():
