@@ -146,18 +146,12 @@ def test_cleanse_says_what_its_verdict_is_made_of():
     assert statistics[1] > statistics[0]
 
 
-def test_a_page_names_a_file_of_weights_by_what_was_said_of_it():
-    facts = {
-        "sample": {"images": 64},
-        "family": {"network": "resnet:depth=18", "size": 32},
-        "few": "",
-    }
-    names = {
-        "weights:path=a.pth,mean_std=auto,size=0,model=,classes=": "weights:path=a.pth",
-        "train-660f": "train-660f",
-    }
-    for encoder, name in names.items():
-        text = audit_page.lead(SimpleNamespace(verdict={**facts, "encoder": encoder}))
+def test_a_page_names_an_encoder_as_it_was_typed():
+    family = {"network": "resnet:depth=18", "size": 32}
+    facts = {"sample": {"images": 64}, "family": family, "few": "", "encoder": "weights:path=a.pth"}
+    for typed, name in (("a.pth", "a.pth"), ("", "weights:path=a.pth")):
+        view = SimpleNamespace(verdict=facts, input_text=lambda field, typed=typed: typed)
+        text = audit_page.lead(view)
         assert text.startswith(f"{name} (resnet, 32 px) was examined with 64 clean records")
 
 
