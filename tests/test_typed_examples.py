@@ -31,6 +31,7 @@ SMALLER = (
     ("captions=16,victims=8", "captions=2,victims=2"),
     ("scenes:split=test", "scenes:count=60,split=test"),
     ("epochs=8", "epochs=1"),
+    ("my-clean-pairs.csv --audit", "scenes:count=320,seed=9 --audit"),  # of the triggers' size
     ("epochs=6", "epochs=1"),
 )
 TINY = "--network clip_small:width=4,dim=8 --objective clip:epochs=1,batch=64"

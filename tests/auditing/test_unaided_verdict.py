@@ -144,6 +144,15 @@ def test_cleanse_says_what_its_verdict_is_made_of():
     assert statistics[1] > statistics[0]
 
 
+def test_a_page_names_an_encoder_as_it_was_typed():
+    family = {"network": "resnet:depth=18", "size": 32}
+    facts = {"sample": {"images": 64}, "family": family, "few": "", "encoder": "weights:path=a.pth"}
+    for typed, name in (("a.pth", "a.pth"), ("", "weights:path=a.pth")):
+        view = SimpleNamespace(verdict=facts, input_text=lambda field, typed=typed: typed)
+        text = audit_page.lead(view)
+        assert text.startswith(f"{name} (resnet, 32 px) was examined with 64 clean records")
+
+
 def test_an_audit_says_what_its_verdict_can_be():
     cleanse, decree = (registry.make("audit", name) for name in ("cleanse", "decree"))
     family, sample = Family("toy", 16, "", ""), Sample("toys", 48)

@@ -48,10 +48,11 @@ def build_page(run: Run) -> Page:
         text = "This reproduction was not finished; the same command goes on with it."
         return Page(text, warning=WARNING, poisoned=bool(view.goals))
     trainings = quantity(int(view.notes.get("trainings", 0)), "training")
-    is_smoke = view.notes.get("scale") == "smoke"
+    title = headline(view)
+    is_smoke = view.notes.get("scale") == "smoke" and "mean nothing" not in title
     meaning = ", whose numbers mean nothing" if is_smoke else ""
     return Page(
-        headline(view),
+        title,
         f"Scale {view.notes.get('scale')}{meaning}; {quantity(len(view.tables), 'table')} from {trainings}.",
         WARNING,
         sections={"Claims": partial(claims_section, view), **table_sections(view)},
