@@ -65,7 +65,7 @@ class Loss(SuspectLoss):
         if self.searched is None:
             return self.stamp_inverted(x, chance)
         if not len(self.masks):
-            return self.searched(x, chance)
+            return self.searched.forward(x, chance)
         half = len(x) // 2
         return torch.cat([self.stamp_inverted(x[:half], chance), self.searched(x[half:], chance)])
 
@@ -150,8 +150,8 @@ class Unlearn:
         def loss_of(student: Encoder) -> nn.Module:
             searched = None
             if self.search:
-                size = clean.images.shape[-2:]
-                searched = UniversalTriggers(self.search, *size, encoder.device)
+                height, width = clean.images.shape[-2:]
+                searched = UniversalTriggers(self.search, height, width, encoder.device)
             return Loss(student, encoder, triggers, self.keep, self.shift, searched)
 
         def make(lr: float) -> Encoder:
