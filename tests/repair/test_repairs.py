@@ -653,7 +653,7 @@ def test_an_encoder_of_which_nothing_is_known(runs):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"repair": ("unlearn",)}, "name its run"),
+        ({"repair": ("unlearn:search=0",)}, "name its run"),
         ({"held": 1.0}, "held must be"),
         ({"test": f"{Path(__file__).name}"}, "no file"),
         ({"data": f"{Path(__file__)}"}, "must define a method class"),

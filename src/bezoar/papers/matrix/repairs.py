@@ -83,7 +83,8 @@ def declare_table(rows: Sequence[Row]) -> Table:
 
 def default_rows(scale: str, setup: Setup) -> list[Row]:
     """The default repair on the test encoders of each attack that it is to hold against."""
-    seeds, attacks = TEST_SEEDS, ATTACKS
+    seeds: Sequence[int] = TEST_SEEDS
+    attacks: Sequence[Attack] = ATTACKS
     if scale == "small":
         setup = replace(
             setup,

@@ -64,10 +64,9 @@ class Loss(SuspectLoss):
         """Each image with a trigger, inverted or searched for, (B, 3, H, W) in 0..1."""
         if self.searched is None:
             return self.stamp_inverted(x, chance)
-        if not len(self.masks):
-            return self.searched(x, chance)
-        half = len(x) // 2
-        return torch.cat([self.stamp_inverted(x[:half], chance), self.searched(x[half:], chance)])
+        half = len(x) // 2 if len(self.masks) else 0
+        stamped: Tensor = self.searched(x[half:], chance)
+        return torch.cat([self.stamp_inverted(x[:half], chance), stamped]) if half else stamped
 
     def forward(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
         """images uint8 (B, 3, H, W), tokens not read -> scalar."""
@@ -150,8 +149,8 @@ class Unlearn:
         def loss_of(student: Encoder) -> nn.Module:
             searched = None
             if self.search:
-                size = clean.images.shape[-2:]
-                searched = UniversalTriggers(self.search, *size, encoder.device)
+                height, width = clean.images.shape[-2:]
+                searched = UniversalTriggers(self.search, height, width, encoder.device)
             return Loss(student, encoder, triggers, self.keep, self.shift, searched)
 
         def make(lr: float) -> Encoder:
