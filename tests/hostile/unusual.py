@@ -18,7 +18,7 @@ from hostile.artefacts import caption, picture
 from hostile.cases import LEFT_OUT, READ_ALL, REFUSED, Mutant
 from PIL import Image
 
-ROWS = 60_000
+ROWS = 4_000  # one unit of work
 
 
 def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
