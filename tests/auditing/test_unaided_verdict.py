@@ -1,6 +1,7 @@
 """Verdicts without a bank: the statistic, the three words, what they are called among banks, what an audit announces."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, code_
 from bezoar.auditing.findings import AuditFindings
 from bezoar.auditing.unaided_verdict import SOME, STRONG, SURE_P, judge_outlier, outlier_statistic
 from bezoar.evaluation.verdict import Verdict
+from bezoar.reports.sections import audit as audit_page
 
 
 def evidence(ratio: float, p: float) -> dict[str, dict[str, float]]:
