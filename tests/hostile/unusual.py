@@ -12,20 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from hostile.artefacts import caption, picture
 from hostile.cases import LEFT_OUT, READ_ALL, REFUSED, Mutant
 from PIL import Image
-
-ROWS = 4_000  # one unit of work
 
 
 def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
     """All of them."""
     for name, content in endless_pictures().items():
         words = ("scan", "folder:path=@/f,size=16,layout=flat", *scan)
-        yield Mutant(f"picture: {name}", words, beside_pictures(content), (LEFT_OUT,))
+        yield Mutant(f"picture: {name}", words, beside_pictures(content), (REFUSED, LEFT_OUT))
         poison = ("poison", "scenes:count=60", "--poison", "backdoor:count=6", "--target", "star")
         trigger = ("--trigger", "file:path=@/f/x.png,mode=paste,size=4")
         yield Mutant(f"trigger: {name}", (*poison, *trigger), beside_pictures(content), (REFUSED,))
@@ -33,9 +29,6 @@ def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
         words = ("scan", f"table:path=@/f/{name},size=16", *scan)
         statuses = (REFUSED,) if "twice" in name else (READ_ALL, LEFT_OUT)
         yield Mutant(f"table: {name}", words, beside_pictures(b"", {name: text}), statuses)
-    for name, column in repeated_values().items():
-        words = ("scan", "table:path=@/t.parquet,size=16", *scan)
-        yield Mutant(f"parquet: {name}", words, write_parquet(*column), (REFUSED, LEFT_OUT))
     for name, make in endless_tars().items():
         words = ("scan", "shards:path=@/s.tar,size=16", *scan[:-1], "clip_score")
         yield Mutant(f"tar: {name}", words, make)
@@ -120,32 +113,11 @@ def tables() -> dict[str, str]:
     return {
         "caption-twice.csv": "filepath,title,title\n" + "".join(f"{n},{t},x\n" for n, t in rows),
         "later.jsonl": "".join(lines),
-        "images.jsonl": "".join(json.dumps({"image": name}) + "\n" for name, _ in rows),
         "cells.csv": "filepath,title\n"
         + "a,b,c\n" * 200_000
         + "".join(f"{n},{t}\n" for n, t in rows),
         "empty.csv": "filepath,title\n" + "\n" * 2_000_000 + "".join(f"{n},{t}\n" for n, t in rows),
     }
-
-
-def repeated_values() -> dict[str, tuple[str, pa.DataType]]:
-    """Columns that hold one value of 3 MB in each of thousands of rows."""
-    kinds = {"text": pa.string(), "bytes": pa.binary()}
-    columns = ("caption", "id", "url")
-    return {f"{name} of {c}": (c, kind) for name, kind in kinds.items() for c in columns}
-
-
-def write_parquet(column: str, kind: pa.DataType) -> Callable[[Path], None]:
-    """A table of ROWS rows, in which each column names its one value by a number."""
-
-    def make(folder: Path) -> None:
-        values = {"image": pa.array([picture(0)]), "caption": pa.array(["a red star"])}
-        values[column] = pa.array(["a red star " * 300_000], kind)
-        numbers = pa.array(np.zeros(ROWS, np.int32))
-        table = {k: pa.DictionaryArray.from_arrays(numbers, v) for k, v in values.items()}
-        pq.write_table(pa.table(table), folder / "t.parquet")
-
-    return make
 
 
 def write_twice(folder: Path) -> None:

@@ -107,8 +107,9 @@ def column_names(table: Path) -> list[str]:
     """Return the names of a table's columns; of JSON Lines all those of the first objects."""
     if table.suffix in BINARY:
         return list(read_header(table).names)
-    first = (row for _, row in read_rows(table, RowBlock(0, 0, FIRST_ROWS)))
-    return list(dict.fromkeys(k for row in first if isinstance(row, dict) for k in row if k))
+    rows = (row for _, row in read_rows(table) if isinstance(row, dict))
+    first = itertools.islice(rows, FIRST_ROWS)
+    return list(dict.fromkeys(k for row in first for k in row if k))
 
 
 def find_column(
