@@ -519,3 +519,13 @@ def test_nobody_reads(words: str) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
     os.close(writer)
     assert done.returncode == 141 and not done.stderr
+
+
+def test_a_text_that_many_rows_share_is_no_longer_than_a_caption_can_be(tmp_path):
+    numbers = pa.array([0] * 299 + [1], pa.int32())
+    captions = pa.DictionaryArray.from_arrays(numbers, ["a star " * 3000, "a star"])
+    table = pa.table({"image": pa.array([png()] * 300), "caption": captions})
+    pq.write_table(table, tmp_path / "t.parquet")
+    pairs = load_pairs(make("data", f"table:path={tmp_path / 't.parquet'},size=16")())
+    assert list(pairs.captions) == ["a star"]
+    assert str(pairs.report) == "1 read, 299 skipped (299 text too large)"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from bezoar.data.files.skipped import Unreadable
 
 MAX_CAPTIONS = 1000  # of an image
+MAX_CHARACTERS = 1 << 14  # of a caption, an id or an address
 # Keys and columns that say who or what a record comes from, the first that is there.
 ORIGIN_COLUMNS = (
     "source", "domain", "uploader", "user", "owner", "author", "site", "publisher", "host",
@@ -71,7 +72,7 @@ def parse_metadata(content: bytes, origins: Sequence[str] = ORIGIN_COLUMNS) -> M
     texts = (metadata.class_name, metadata.id, metadata.url, metadata.origin, *captions)
     if not all(map(is_unicode, texts)):
         return "metadata is not Unicode"  # JSON can spell half a character
-    return metadata
+    return describe_long_text(*texts) or metadata
 
 
 class Recorded(NamedTuple):
@@ -150,14 +151,25 @@ def is_unicode(text: str) -> bool:
     return "\0" not in text
 
 
+def describe_long_text(*texts: str) -> str:
+    """Say how long the longest text is, if that is too long; else nothing.
+
+    In a compressed table thousands of rows may share one text of megabytes.
+    """
+    longest = max(map(len, texts), default=0)
+    return f"text too large: {longest} characters" if longest > MAX_CHARACTERS else ""
+
+
 def choose_caption(text: bytes, metadata: Metadata) -> str:
     """The caption in a text file, else the first of the metadata; empty if there is none.
 
-    Raises Unreadable for a text file in another encoding than UTF-8.
+    Raises Unreadable for a text file in another encoding than UTF-8, and for a caption that is too long.
     """
     caption = text.decode("utf-8-sig", "surrogateescape").strip()
     if not is_unicode(caption):
         raise Unreadable("caption is not UTF-8")
+    if too_long := describe_long_text(caption):
+        raise Unreadable(too_long)
     return caption or metadata.captions[0].strip()
 
 

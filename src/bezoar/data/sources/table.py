@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from bezoar.data.decoding import Record
 from bezoar.data.files import parquet
-from bezoar.data.files.metadata import ORIGIN_COLUMNS, is_unicode
+from bezoar.data.files.metadata import ORIGIN_COLUMNS, describe_long_text, is_unicode
 from bezoar.data.files.paths import distinct_stems, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.files.tables import (
@@ -227,6 +227,8 @@ class TableSource(RecordStream):
             text if isinstance(text, str) and is_unicode(text) else ""
             for text in (row.get(name) if name else "" for name in (columns.url, columns.origin))
         )
+        if too_long := describe_long_text(key, name, url, origin, *captions):
+            return too_long
         return Record(
             image=image,
             ids=(key,) if len(captions) < 2 else tuple(f"{key}#{i}" for i in range(len(captions))),
