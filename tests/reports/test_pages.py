@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -403,13 +404,26 @@ def take_picture(address: str, folder: Path, width: int, dark: bool) -> np.ndarr
     return np.asarray(Image.open(picture).convert("RGB")).astype(int)[:, :width]
 
 
+def describe_browser() -> str:
+    """The browser and its font: pages look otherwise with others."""
+    browser = next(p for p in map(shutil.which, BROWSERS) if p)
+    fonts = shutil.which("fc-match")
+    commands = [[browser, "--version"], *([[fonts, "sans-serif"]] if fonts else [])]
+    return "".join(subprocess.run(c, capture_output=True, text=True).stdout for c in commands)
+
+
 def compare_with_stored(shown: np.ndarray, name: str) -> None:
-    """A page looks as it did when its picture was stored, seen from far."""
+    """A page looks as it did when its picture was stored, seen from far, by the same browser."""
+    made_by = STORED / "browser.txt"
     small = Image.fromarray(shown.astype(np.uint8)).reduce(SMALLER).quantize(32).convert("RGB")
     path = STORED / f"{name}.png"
     if os.environ.get("BEZOAR_STORE_PICTURES"):
         STORED.mkdir(exist_ok=True)
         small.quantize(32).save(path, optimize=True)
+        made_by.write_text(describe_browser())
+    if made_by.read_text() != describe_browser():
+        warnings.warn(f"{name} is not compared: the stored picture is of {made_by}", stacklevel=2)
+        return
     stored = np.asarray(Image.open(path).convert("RGB")).astype(int)
     difference = np.abs(np.asarray(small).astype(int) - stored).mean()
     assert difference < TOLERANCE, f"{name} looks otherwise than {path}: {difference:.1f}"
