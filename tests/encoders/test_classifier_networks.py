@@ -404,7 +404,7 @@ def test_names_come_from_a_file(tmp_path):
         ("a+b", "head of 4 classes"),
         ("a+b+c", "got 3"),
         (f"{tmp_path}/names.json", "list of class names"),
-        (f"{tmp_path}/none.txt", "no file"),
+        (f"{tmp_path}/none.txt", "No such file"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             load(tmp_path / "net.pth", f"classes={classes}")
