@@ -97,7 +97,7 @@ def test_the_intervals_of_the_unseen_kinds_are_wilsons(board):
     from bezoar.evaluation.stats import wilson_interval
 
     figures = [f for c in board.read_claims().values() for f in c.figures if not f.key]
-    assert len(figures) == 21
+    assert len(figures) == 18
     for f in figures:
         low, high = wilson_interval(round(f.value * f.n), f.n)
         assert (f.low, f.high) == (pytest.approx(low, abs=6e-4), pytest.approx(high, abs=6e-4))
