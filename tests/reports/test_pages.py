@@ -365,6 +365,15 @@ def test_a_table_without_claims_says_its_numbers() -> None:
         finding
         == "Detectors: highest AUROC by lid for patch (75.0\u00a0%); dao for warp (25.0\u00a0%)."
     )
+    rows = [
+        {"name": n, "curve": c, "cells": [cell_of("ASR after", v)]}
+        for n, c, v in (("prune", "patch", 0.5), ("unlearn", "patch", 0.25), ("prune", "warp", 0.0))
+    ]
+    repairs = {"title": "Repairs", "grid": "ASR after", "rows": rows}
+    best = "unlearn for patch (25.0\u00a0%); prune for warp (0.0\u00a0%)"
+    assert reproduce.table_finding(repairs) == f"Repairs: lowest ASR after by {best}."
+    alone = "ASR after 50.0\u00a0% for patch, 0.0\u00a0% for warp"
+    assert reproduce.table_finding(repairs | {"rows": rows[::2]}) == f"Repairs: {alone}."
     finding = reproduce.table_finding(table | {"grid": ""})
     assert finding == "Detectors: AUROC from 25.0\u00a0% (dao) to 75.0\u00a0% (lid)."
 

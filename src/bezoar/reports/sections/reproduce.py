@@ -124,20 +124,29 @@ def table_finding(table: TableJson) -> str:
         return f"{title}: nothing was measured."
     ranked = sorted(named, key=lambda pair: pair[1]["measure"]["value"])
     if table.get("grid"):
-        best = {
-            row["curve"]: (row["name"], cell) for row, cell in ranked
-        }  # the last is the largest
-        order = dict.fromkeys(row["curve"] for row, _ in named)
-        phrases = [
-            f"{best[curve][0]}{f' for {curve}' if curve else ''} ({format_value_of(best[curve][1])})"
-            for curve in order
-        ]
-        return f"{title}: highest {column} by {'; '.join(phrases)}."
+        return f"{title}: {describe_best_rows(column, named)}."
     (low_row, low), (high_row, high) = ranked[0], ranked[-1]
     low_text = f"{format_value_of(low)} ({low_row['name']})"
     if len(ranked) == 1:
         return f"{title}: {column} {low_text}."
     return f"{title}: {column} from {low_text} to {format_value_of(high)} ({high_row['name']})."
+
+
+def describe_best_rows(column: str, named: Sequence[tuple[RowJson, CellJson]]) -> str:
+    """Name the best row of each curve: the lowest success of an attack, the highest of all else."""
+    best: dict[str, tuple[RowJson, CellJson]] = {}
+    sign = -1 if column.startswith("ASR") else 1
+    for row, cell in named:
+        curve = row["curve"]
+        value, before = cell["measure"]["value"], best.get(curve)
+        if before is None or sign * value >= sign * before[1]["measure"]["value"]:
+            best[curve] = (row, cell)
+    attacks = {curve: f" for {curve}" if curve else "" for curve in best}
+    values = {curve: format_value_of(cell) for curve, (_, cell) in best.items()}
+    if len({row["name"] for row, _ in named}) == 1:  # there is nothing to choose from
+        return f"{column} {', '.join(f'{values[c]}{attacks[c]}' for c in best)}"
+    phrases = [f"{row['name']}{attacks[c]} ({values[c]})" for c, (row, _) in best.items()]
+    return f"{'lowest' if sign < 0 else 'highest'} {column} by {'; '.join(phrases)}"
 
 
 def format_value_of(cell: CellJson) -> str:
