@@ -24,7 +24,7 @@ docs: $(VENV)/ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 slow: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow $(PARALLEL)
 
 long: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m long
