@@ -19,6 +19,7 @@ from typing import Any
 
 from hostile.cases import LEFT_OUT, REFUSED, UNUSUAL, Mutant, spoilt_json
 from hostile.strangers import strangers
+from hostile.unusual import unusual
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,8 @@ def mutants(base: Path, runs: dict[str, str], json_cases: int = 9) -> Iterator[M
             yield Mutant(
                 f"{kind.name}: {name}", kind.words, spoil(lambda p, b=changed: p.write_bytes(b))
             )
-        for unusual in UNUSUAL:
-            yield Mutant(f"{kind.name}: {unusual.__name__}", kind.words, spoil(unusual))
+        for change in UNUSUAL:
+            yield Mutant(f"{kind.name}: {change.__name__}", kind.words, spoil(change))
         lines = (
             content.decode(errors="replace").split("\n")
             if path.suffix in (".json", ".jsonl")
