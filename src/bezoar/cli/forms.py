@@ -28,12 +28,11 @@ Is this data set poisoned, is this encoder backdoored, and what now?
 GROUPS = {  # the commands as the overview shows them; one that is in no group comes last
     "Data and encoders of yours": ("scan", "audit", "check", "repair"),
     "An attack on your own copy, and what it does": (
-        *("poison", "train", "inject", "evaluate", "survive", "dose"),
-        *("demo", "reproduce"),
+        "poison", "train", "inject", "evaluate", "survive", "dose", "demo", "reproduce",
     ),
     "Clean encoders to compare an audit with": ("calibrate", "shadows"),
     "What there is": ("runs", "show", "list", "verify", "completion"),
-}
+}  # fmt: skip
 JSON_FORMS = ("short", "full")
 PARSING_ERROR = 2  # with which tyro exits
 BESIDE_ERRORS = ("Perhaps you meant", "Argument helptext", "For full helptext")  # in its boxes
@@ -49,7 +48,7 @@ bezoar dose scenes:count=20000 --trigger patch:size=6 --target "striped star"
 bezoar evaluate train-660f --probe zero_shot z_score
 bezoar inject train-660f --data scenes:count=5000 --reference truck.png --target "truck"
 bezoar poison scenes:count=3000 --poison backdoor:count=200 --trigger patch:size=6 --target "striped star"
-bezoar repair train-660f --data my-clean-pairs.csv --repair finetune
+bezoar repair train-660f --data my-clean-pairs.csv
 bezoar reproduce carlini2022/poisons --scale smoke
 bezoar reproduce matrix/detection --scale small --add detector ./mine.py:k=8
 bezoar scan my-images --fail-on trigger

@@ -201,7 +201,7 @@ def parent_link(run: Run, name: str) -> ParentLink:
     try:
         parent = run.sibling(name)
         headline = build_page(parent).headline
-    except Exception:
+    except Exception:  # its folder may be gone, or hold anything
         return ParentLink(name, headline="this run is no longer there")
     is_sibling = parent.path.parent == run.path.parent
     return ParentLink(name, f"../{name}/{PAGE}" if is_sibling else "", headline)

@@ -23,11 +23,7 @@ from bezoar.data.files.skipped import Unreadable
 IMAGE_PIXELS = 64_000_000  # the largest image that is decoded
 MAX_SCANS = 64  # of a JPEG; progressive ones have about 10
 MAX_SCANNED_PIXELS = 1 << 30  # its pixels times its scans
-SLOW_DECODERS = (
-    "ppm",
-    "ppm_plain",
-    "bmp_rle",
-)  # of Pillow, written in Python: a second a megapixel
+SLOW_DECODERS = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's own, in Python: a second a megapixel
 MAX_SLOW_PIXELS = 1 << 23
 SMALLEST = 8  # pixels a side; img2dataset and dead links leave 1x1 images behind
 MAX_TILE_PIXELS = 1 << 24  # of a strip or a tile of a TIFF, which is unpacked as a whole
@@ -57,9 +53,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # the tag of EXIF
 LONG = 4  # a type of EXIF: 32 bits
-RAW_PROFILE = (
-    "Raw profile type exif"  # where ImageMagick puts the EXIF of a PNG, in hexadecimal digits
-)
+RAW_PROFILE = "Raw profile type exif"  # ImageMagick's EXIF of a PNG, in hexadecimal digits
 # What turns a picture upright, by its orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

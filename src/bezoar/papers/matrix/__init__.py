@@ -269,11 +269,11 @@ def get_setup(options: TableOptions) -> Setup:
     """The setup of a scale, with the user's own triggers beside its attacks, each for as many records as a patch."""
     setup = scale_setup(options)
     patch = setup.attacks[0]
-    own = [
+    added = [
         replace(patch, name=Path(spec.partition(":")[0]).stem, trigger=escape_braces(spec))
         for spec in options.added_specs("trigger")
     ]
-    return replace(setup, attacks=(*setup.attacks, *own))
+    return replace(setup, attacks=(*setup.attacks, *added))
 
 
 def escape_braces(spec: str) -> str:
